@@ -1,0 +1,80 @@
+"""Every error that a user can cause or mend, as one tree.
+
+    HpsearchError               ends as one line and exit code 1
+    ├── ConfigError             a setting, flag or TOML key that cannot be
+    ├── DatasetError            images or masks that are missing, damaged or do not fit together
+    ├── CacheError              a decoded cache that cannot be made or read
+    ├── DeviceError             a device that is not there, or has too little memory
+    ├── DivergedError           a loss that became NaN or infinite
+    ├── CheckpointError         a checkpoint or weights file that is torn, foreign or unsafe
+    ├── StudyError              a study that is not there or cannot go on as asked
+    │   ├── StudyChangedError   fixed settings differ from those the study was begun with
+    │   ├── StudyLockedError    another process holds the study
+    │   └── RecordError         the study folder is damaged
+    ├── TrackingError           MLflow refuses or cannot be reached
+    ├── StorageError            a file cannot be written: no space, no permission, a faulty disk
+    └── WorkerError             a worker died or failed in a way that is not the configuration's fault
+
+Any other exception is a fault in `hpsearch` and keeps its traceback.
+"""
+
+
+class HpsearchError(Exception):
+    """Base of all errors that end as one line on the terminal."""
+
+
+class ConfigError(HpsearchError):
+    """A setting, flag or TOML key that cannot be."""
+
+
+class DatasetError(HpsearchError):
+    """Images or masks that are missing, damaged or do not fit together."""
+
+
+class CacheError(HpsearchError):
+    """A decoded cache that cannot be made or read."""
+
+
+class DeviceError(HpsearchError):
+    """A device that is not there, or has too little memory."""
+
+
+class DivergedError(HpsearchError):
+    """A loss that became NaN or infinite."""
+
+    def __init__(self, epoch: int, loss: float) -> None:
+        super().__init__(f"the training loss became {loss} in epoch {epoch}")
+        self.epoch = epoch
+        self.loss = loss
+
+
+class CheckpointError(HpsearchError):
+    """A checkpoint or weights file that is torn, foreign or unsafe to load."""
+
+
+class StudyError(HpsearchError):
+    """A study that is not there or cannot go on as asked."""
+
+
+class StudyChangedError(StudyError):
+    """Fixed settings differ from those the study was begun with."""
+
+
+class StudyLockedError(StudyError):
+    """Another process holds the study."""
+
+
+class RecordError(StudyError):
+    """The study folder is damaged."""
+
+
+class TrackingError(HpsearchError):
+    """MLflow refuses or cannot be reached."""
+
+
+class StorageError(HpsearchError):
+    """A file cannot be written: no space, no permission, a faulty disk."""
+
+
+class WorkerError(HpsearchError):
+    """A worker died or failed in a way that is not the configuration's fault."""

@@ -1,0 +1,335 @@
+"""Names every file that hpsearch writes, and writes them whole or not at all.
+
+OUT/
+  hpsearch.db   mlflow.db   mlruns/         Optuna's and MLflow's, brought up to date from the record
+  cache/<key>/                              decoded images, shared by all studies
+  studies/<name>/                           the record of one study
+    study.toml   plan.json   folds.json     settings, execution plan, fold of every image
+    study.lock   holder.json   study.log    who runs it; one line per event
+    trials/0007/
+      trial.json                            params, outcome, value, decisions
+      fold2/                                one fit
+        epochs.jsonl                        one line per epoch
+        scores.npy                          (epochs, held-out images) float32, the study's metric
+        counts.npy                          (held-out images, 4) int64: tp, fp, fn, tn after the last epoch
+        examples.npz                        a few held-out predictions for the panels
+        last.pt   previous.pt   best.pt     checkpoints, gone when the fit is done (best.pt stays)
+        weights.safetensors                 the network after the last epoch
+        fit.json                            appears last: the fit is finished
+    final/<run>/                            a retrained configuration, its test scores and model
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpsearch.errors import ConfigError, RecordError, StorageError
+
+_STUDY_NAME = re.compile(r"[^\W_][\w .+-]{0,79}")
+
+
+def check_study_name(name: str) -> str:
+    """`name` itself if it can be a folder everywhere; ConfigError otherwise."""
+    if not _STUDY_NAME.fullmatch(name) or name.endswith((" ", ".")):
+        raise ConfigError(
+            f"study name {name!r} cannot be a folder name: use letters, digits, '.', '_', '-', '+' and spaces, "
+            "at most 80, beginning with a letter or digit"
+        )
+    return name
+
+
+@dataclass(frozen=True)
+class ProjectPaths:
+    """The folder that `--out` names: databases, artifacts, caches and all studies."""
+
+    root: Path
+
+    @property
+    def optuna_db(self) -> Path:
+        return self.root / "hpsearch.db"
+
+    @property
+    def mlflow_db(self) -> Path:
+        return self.root / "mlflow.db"
+
+    @property
+    def mlruns(self) -> Path:
+        return self.root / "mlruns"
+
+    @property
+    def cache(self) -> Path:
+        return self.root / "cache"
+
+    @property
+    def studies(self) -> Path:
+        return self.root / "studies"
+
+    def study(self, name: str) -> StudyPaths:
+        return StudyPaths(self.studies / check_study_name(name))
+
+    def study_names(self) -> list[str]:
+        """Names of the studies that were begun here, sorted."""
+        if not self.studies.is_dir():
+            return []
+        return sorted(path.name for path in self.studies.iterdir() if (path / "study.toml").is_file())
+
+
+@dataclass(frozen=True)
+class StudyPaths:
+    """The record of one study."""
+
+    root: Path
+
+    @property
+    def name(self) -> str:
+        return self.root.name
+
+    @property
+    def project(self) -> ProjectPaths:
+        return ProjectPaths(self.root.parent.parent)
+
+    @property
+    def toml(self) -> Path:
+        return self.root / "study.toml"
+
+    @property
+    def plan(self) -> Path:
+        return self.root / "plan.json"
+
+    @property
+    def folds(self) -> Path:
+        return self.root / "folds.json"
+
+    @property
+    def lock(self) -> Path:
+        return self.root / "study.lock"
+
+    @property
+    def holder(self) -> Path:
+        return self.root / "holder.json"
+
+    @property
+    def log(self) -> Path:
+        return self.root / "study.log"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    @property
+    def figures(self) -> Path:
+        return self.root / "figures"
+
+    @property
+    def trials(self) -> Path:
+        return self.root / "trials"
+
+    @property
+    def finals(self) -> Path:
+        return self.root / "final"
+
+    def trial(self, number: int) -> TrialPaths:
+        return TrialPaths(self.trials / f"{number:04d}")
+
+    def trial_numbers(self) -> list[int]:
+        """Numbers of the trials that have a folder, ascending."""
+        if not self.trials.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.trials.iterdir() if path.name.isdecimal())
+
+    def final(self, run: str) -> FinalPaths:
+        return FinalPaths(self.finals / run)
+
+
+@dataclass(frozen=True)
+class TrialPaths:
+    """One trial: what was suggested, what came out, and a folder for each fold."""
+
+    root: Path
+
+    @property
+    def number(self) -> int:
+        return int(self.root.name)
+
+    @property
+    def trial(self) -> Path:
+        return self.root / "trial.json"
+
+    def fold(self, fold: int) -> FitPaths:
+        return FitPaths(self.root / f"fold{fold}")
+
+
+@dataclass(frozen=True)
+class FitPaths:
+    """One fit: a configuration trained once on one set of images."""
+
+    root: Path
+
+    @property
+    def epochs(self) -> Path:
+        return self.root / "epochs.jsonl"
+
+    @property
+    def scores(self) -> Path:
+        return self.root / "scores.npy"
+
+    @property
+    def counts(self) -> Path:
+        return self.root / "counts.npy"
+
+    @property
+    def examples(self) -> Path:
+        return self.root / "examples.npz"
+
+    @property
+    def last(self) -> Path:
+        return self.root / "last.pt"
+
+    @property
+    def previous(self) -> Path:
+        return self.root / "previous.pt"
+
+    @property
+    def best(self) -> Path:
+        return self.root / "best.pt"
+
+    @property
+    def weights(self) -> Path:
+        return self.root / "weights.safetensors"
+
+    @property
+    def fit(self) -> Path:
+        return self.root / "fit.json"
+
+
+@dataclass(frozen=True)
+class FinalPaths:
+    """One retrained configuration and what it gave on the test split."""
+
+    root: Path
+
+    @property
+    def result(self) -> Path:
+        return self.root / "final.json"
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.toml"
+
+    @property
+    def table(self) -> Path:
+        return self.root / "test.csv"
+
+    @property
+    def panels(self) -> Path:
+        return self.root / "panels.png"
+
+    @property
+    def curves(self) -> Path:
+        return self.root / "curves.png"
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model.safetensors"
+
+    def seed(self, index: int) -> FitPaths:
+        """The fit with the index-th seed (`final --seeds 3` makes three)."""
+        return FitPaths(self.root / f"seed{index}")
+
+
+@contextmanager
+def atomic_write(path: Path, *, sync: bool = True) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it to `path` when the block succeeds.
+
+    The name carries the process id, so that a file left by a killed process is known as such
+    (`remove_stale_temporaries`). Raises StorageError, naming path and free space, when the disk refuses.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        if sync:
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+        temporary.replace(path)
+        if sync:
+            _sync_folder(path.parent)
+    except OSError as error:
+        raise storage_error(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8, whole or not at all."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, whole or not at all. NaN and infinity are refused: they are not JSON."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in `path`. RecordError, naming the file, if it is damaged or missing."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RecordError(f"{path} is missing") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RecordError(f"{path} is damaged: {error}") from error
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line and sync it. A line torn by a crash has no newline and is recognised by that."""
+    try:
+        with path.open("ab") as file:
+            file.write(line.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise storage_error(path, error) from error
+
+
+def remove_stale_temporaries(folder: Path) -> None:
+    """Remove what `atomic_write` left below `folder` when its process was killed. Call it while holding the study."""
+    for path in folder.rglob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def storage_error(path: Path, error: OSError) -> StorageError:
+    """One line that says which file, why, and how much room is left."""
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    text = f"cannot write {path}: {reason}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        text += f" ({free_bytes(path) / 2**20:.0f} MiB free there); make room and run the same command again"
+    elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        text += "; choose another folder with --out, or give yourself the right to write there"
+    return StorageError(text)
+
+
+def free_bytes(path: Path) -> int:
+    """Free space on the disk that holds `path`, or will."""
+    folder = path
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _sync_folder(folder: Path) -> None:
+    # The rename itself is only durable once the folder is.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
