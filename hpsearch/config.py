@@ -114,7 +114,9 @@ def load(path: Path | None, overrides: Iterable[str] = ()) -> StudyConfig:
     try:
         return from_dict(apply_overrides(table, overrides))
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error if path is not None else error
+        if path is None:
+            raise
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def from_dict(table: Mapping[str, Any]) -> StudyConfig:
