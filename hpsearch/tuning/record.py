@@ -1,0 +1,304 @@
+"""The study folder: what was decided and what came out, read and written.
+
+The folder is the record; Optuna's database and MLflow are brought up to date from it. Every reader works on files
+alone, so a tracking thread, a report and another process all see the same study.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from hpsearch import config as configs
+from hpsearch import paths
+from hpsearch.config import StudyConfig
+from hpsearch.data.folds import Folds
+from hpsearch.errors import ConfigError, RecordError, StudyChangedError, StudyError
+from hpsearch.paths import FitPaths, ProjectPaths, StudyPaths
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Version of the study folder; a folder of another version is refused, never guessed at."""
+
+Outcome = Literal["full", "dropped", "infeasible", "diverged", "failed"]
+COUNTED: frozenset[Outcome] = frozenset({"full", "dropped", "diverged", "failed"})
+"""Outcomes that use up one of `study.trials`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialRecord:
+    """One trial: what was suggested and what became of it."""
+
+    number: int
+    params: dict[str, Any]
+    config: dict[str, Any]
+    """The whole configuration, as `StudyConfig.to_dict` gives it."""
+    began_at: float
+    """Unix time in seconds, as all times here."""
+    source: Literal["default", "sampler", "enqueued"] = "sampler"
+    outcome: Outcome | None = None
+    value: float | None = None
+    """What Optuna is told: the mean over all folds if full, the paired estimate if dropped."""
+    reason: str = ""
+    ended_at: float | None = None
+    constraint: float = 0.0
+    """Above 0 where the configuration cannot be: told to the sampler."""
+    decisions: tuple[dict[str, Any], ...] = ()
+    """Every verdict of the pruner, in order."""
+    failures: dict[str, list[str]] = field(default_factory=dict)
+    """Fold to what its worker died of, one line per death."""
+
+    @property
+    def study_config(self) -> StudyConfig:
+        return configs.from_dict(self.config)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"format": FORMAT, **dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True)
+class FitRecord:
+    """One fit as its folder tells it; nothing is read before it is asked for."""
+
+    paths: FitPaths
+
+    def epochs(self) -> list[dict[str, Any]]:
+        """Rows of epochs.jsonl in order; a line torn by a crash is left out."""
+        if not self.paths.epochs.is_file():
+            return []
+        rows = []
+        for line in self.paths.epochs.read_bytes().split(b"\n"):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict) and "epoch" in row:
+                rows.append(row)
+        return rows
+
+    def summary(self) -> dict[str, Any] | None:
+        """fit.json, which appears when the fit is finished; None before."""
+        if not self.paths.fit.is_file():
+            return None
+        return cast("dict[str, Any]", paths.read_json(self.paths.fit))
+
+    @property
+    def is_finished(self) -> bool:
+        return self.paths.fit.is_file()
+
+    def scores(self) -> npt.NDArray[np.float32]:
+        """Per-image score after every epoch so far, (epochs, held-out images); (0, 0) before the first."""
+        if not self.paths.scores.is_file():
+            return np.zeros((0, 0), np.float32)
+        return cast("npt.NDArray[np.float32]", _load_array(self.paths.scores, ndim=2))
+
+    def counts(self) -> npt.NDArray[np.int64]:
+        """tp, fp, fn, tn of every held-out image after the last epoch, (held-out images, 4)."""
+        return cast("npt.NDArray[np.int64]", _load_array(self.paths.counts, ndim=2))
+
+
+class StudyRecord:
+    """Reads and writes one study folder. Not thread-safe for writing; only the coordinator writes."""
+
+    def __init__(self, study: StudyPaths, config: StudyConfig, folds: Folds | None = None) -> None:
+        self.paths = study
+        self.config = config
+        self._folds = folds
+
+    @classmethod
+    def open(cls, study: StudyPaths) -> StudyRecord:
+        """The study in an existing folder. StudyError if there is none, RecordError if it is damaged."""
+        if not study.toml.is_file():
+            known = ", ".join(study.project.study_names()) or "none"
+            raise StudyError(f"there is no study {study.name!r} in {study.project.root}; studies there: {known}")
+        try:
+            return cls(study, configs.load(study.toml))
+        except ConfigError as error:
+            raise RecordError(f"the study's own settings are damaged: {error}") from error
+
+    @classmethod
+    def create(cls, study: StudyPaths, config: StudyConfig) -> StudyRecord:
+        """Begin a study: its settings are written before anything else."""
+        paths.write_text(study.toml, config.to_toml())
+        return cls(study, config)
+
+    @property
+    def name(self) -> str:
+        return self.paths.name
+
+    @property
+    def n_folds(self) -> int:
+        return 1 if self.config.study.folds == "fixed" else self.config.study.folds
+
+    @property
+    def folds(self) -> Folds:
+        """The fold of every image; RecordError while they have not been made."""
+        if self._folds is None:
+            table = paths.read_json(self.paths.folds)
+            try:
+                self._folds = Folds.from_dict(table["folds"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise RecordError(f"{self.paths.folds} is damaged: {error}") from error
+        return self._folds
+
+    @property
+    def has_folds(self) -> bool:
+        return self.paths.folds.is_file()
+
+    def data_key(self) -> str:
+        """Key of the cache that the folds were made from."""
+        return str(paths.read_json(self.paths.folds).get("data_key", ""))
+
+    def write_folds(self, folds: Folds, data_key: str) -> None:
+        """Store the folds once; every trial uses them."""
+        paths.write_json(self.paths.folds, {"format": FORMAT, "data_key": data_key, "folds": folds.to_dict()})
+        self._folds = folds
+
+    def update_config(self, config: StudyConfig) -> None:
+        """Take over the settings that may change under a study (`changeable`); refuse the others.
+
+        Raises StudyChangedError, listing every setting that differs.
+        """
+        if differences := fixed_differences(self.config, config):
+            lines = "; ".join(f"{key}: {ours!r} in the study, {theirs!r} now" for key, ours, theirs in differences)
+            raise StudyChangedError(
+                f"study {self.name!r} was begun with other settings ({lines}); "
+                "give it the old ones, or begin another with --study NAME"
+            )
+        if config != self.config:
+            paths.write_text(self.paths.toml, config.to_toml())
+            self.config = config
+
+    def plan(self) -> dict[str, Any] | None:
+        """The execution plan, None before it was made."""
+        if not self.paths.plan.is_file():
+            return None
+        return cast("dict[str, Any]", paths.read_json(self.paths.plan))
+
+    def write_plan(self, plan: Mapping[str, Any]) -> None:
+        paths.write_json(self.paths.plan, {"format": FORMAT, **plan})
+
+    def trial_numbers(self) -> list[int]:
+        """Numbers of the trials whose suggestion is on record, ascending."""
+        return [number for number in self.paths.trial_numbers() if self.paths.trial(number).trial.is_file()]
+
+    def trial(self, number: int) -> TrialRecord:
+        """RecordError, naming the file, if it is missing or damaged."""
+        path = self.paths.trial(number).trial
+        table = paths.read_json(path)
+        try:
+            if table.pop("format") != FORMAT:
+                raise RecordError(f"{path} is of another version of hpsearch")
+            table["decisions"] = tuple(table.get("decisions", ()))
+            record = TrialRecord(**table)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise RecordError(f"{path} is damaged: {error}") from error
+        if record.number != number or record.outcome not in (None, *get_args(Outcome)):
+            raise RecordError(f"{path} is damaged: it speaks of trial {record.number}, outcome {record.outcome}")
+        return record
+
+    def trials(self) -> list[TrialRecord]:
+        """All trials on record, by number."""
+        return [self.trial(number) for number in self.trial_numbers()]
+
+    def write_trial(self, trial: TrialRecord) -> None:
+        paths.write_json(self.paths.trial(trial.number).trial, trial.to_dict())
+
+    def fit(self, trial: int, fold: int) -> FitRecord:
+        return FitRecord(self.paths.trial(trial).fold(fold))
+
+    def finished_folds(self, trial: int) -> list[int]:
+        """Folds of a trial whose fit is finished, ascending."""
+        return [fold for fold in range(self.n_folds) if self.fit(trial, fold).is_finished]
+
+    def final_scores(self, trial: int, fold: int) -> npt.NDArray[np.float64]:
+        """Per-image score after the last epoch of a finished fit, in the order of `folds.held_out(fold)`.
+
+        RecordError if the file does not fit the folds: a wrong image order would be a silent lie.
+        """
+        fit = self.fit(trial, fold)
+        scores = fit.scores()
+        expected = len(self.folds.held_out(fold))
+        if scores.shape[0] == 0 or scores.shape[1] != expected:
+            raise RecordError(f"{fit.paths.scores} holds {scores.shape} scores, fold {fold} has {expected} images")
+        return scores[-1].astype(np.float64)
+
+    def out_of_fold(self, trial: int) -> npt.NDArray[np.float64]:
+        """Score of every pool image from the fit that had not seen it, (pool,); NaN where no finished fit has."""
+        result = np.full(len(self.folds.ids), np.nan)
+        for fold in self.finished_folds(trial):
+            result[self.folds.held_out(fold)] = self.final_scores(trial, fold)
+        return result
+
+    def value(self, trial: int) -> float:
+        """Mean over all held-out images of a trial whose folds are all finished; RecordError if one is not."""
+        scores = self.out_of_fold(trial)
+        held_out = np.concatenate([self.folds.held_out(fold) for fold in range(self.n_folds)])
+        if np.isnan(scores[held_out]).any():
+            raise RecordError(f"trial {trial} of study {self.name!r} has no score for some images")
+        return float(np.mean(scores[held_out]))
+
+    def full_trials(self) -> list[TrialRecord]:
+        """Trials that were evaluated on all folds: the only ones that can win."""
+        return [trial for trial in self.trials() if trial.outcome == "full"]
+
+    def best(self) -> TrialRecord | None:
+        """The full trial with the highest value, the earlier one if two are equal."""
+        full = self.full_trials()
+        return max(full, key=lambda trial: (cast("float", trial.value), -trial.number)) if full else None
+
+
+def study_record(project: ProjectPaths, name: str | None) -> StudyRecord:
+    """The study `name`, or the only one there is; StudyError lists them if the choice is not clear."""
+    if name is not None:
+        return StudyRecord.open(project.study(name))
+    names = project.study_names()
+    if not names:
+        raise StudyError(f"there is no study in {project.root}: begin one with `hpsearch study`, or name the folder (--out)")
+    if len(names) > 1:
+        raise StudyError(f"several studies in {project.root}: {', '.join(names)}; choose one with --study NAME")
+    return StudyRecord.open(project.study(names[0]))
+
+
+CHANGEABLE = frozenset(
+    {"study.trials", "study.confirm", "data.cache", "data.cache_dir", "data.n_final_train", "data.n_final_test"}
+)
+"""Settings that may change between two starts of a study: none of them changes what a trial is worth."""
+
+
+def fixed_differences(ours: StudyConfig, theirs: StudyConfig) -> list[tuple[str, Any, Any]]:
+    """(setting, ours, theirs) for every setting that differs and may not change under a study."""
+    before, after = ours.flat(), theirs.flat()
+    differences = [
+        (key, before[key], after[key]) for key in before if key not in CHANGEABLE and before[key] != after[key]
+    ]
+    if ours.search != theirs.search:
+        differences.append(("search", ours.search.to_toml(), theirs.search.to_toml()))
+    return differences
+
+
+def now() -> float:
+    """Unix time in seconds, rounded to the millisecond that MLflow keeps."""
+    return round(time.time(), 3)
+
+
+def _load_array(path: Path, *, ndim: int) -> npt.NDArray[Any]:
+    try:
+        array = np.load(path, allow_pickle=False)
+    except FileNotFoundError as error:
+        raise RecordError(f"{path} is missing") from error
+    except (ValueError, OSError, EOFError) as error:
+        raise RecordError(f"{path} is damaged: {error}") from error
+    if array.ndim != ndim or array.dtype.kind not in "fi" or not np.isfinite(array).all():
+        raise RecordError(f"{path} is damaged: it holds a {array.dtype} array of shape {array.shape}, or NaN")
+    return cast("npt.NDArray[Any]", array)
