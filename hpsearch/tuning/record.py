@@ -264,7 +264,9 @@ def study_record(project: ProjectPaths, name: str | None) -> StudyRecord:
         return StudyRecord.open(project.study(name))
     names = project.study_names()
     if not names:
-        raise StudyError(f"there is no study in {project.root}: begin one with `hpsearch study`, or name the folder (--out)")
+        raise StudyError(
+            f"there is no study in {project.root}: begin one with `hpsearch study`, or name the folder (--out)"
+        )
     if len(names) > 1:
         raise StudyError(f"several studies in {project.root}: {', '.join(names)}; choose one with --study NAME")
     return StudyRecord.open(project.study(names[0]))

@@ -1,0 +1,186 @@
+"""One study in Optuna's database: asked, told, and brought up to date from the record."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import optuna
+import sqlalchemy
+from optuna.exceptions import ExperimentalWarning
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
+from sqlalchemy.exc import DatabaseError
+
+from hpsearch.errors import RecordError, StudyError
+from hpsearch.tuning.record import StudyRecord, TrialRecord
+from hpsearch.tuning.search_space import decode, default_params, distributions, encode, make_sampler, suggest
+
+logger = logging.getLogger(__name__)
+
+_STATES = {
+    "full": TrialState.COMPLETE,
+    "dropped": TrialState.COMPLETE,
+    "infeasible": TrialState.PRUNED,
+    "diverged": TrialState.PRUNED,
+    "failed": TrialState.FAIL,
+}
+
+
+class StudyDatabase:
+    """Asks and tells one study. The record decides; this follows, and says so where the two disagree."""
+
+    def __init__(self, record: StudyRecord, url: str) -> None:
+        """Open the study at the SQLAlchemy URL, or begin it. StudyError if the database cannot be used."""
+        self._record = record
+        self._space = record.config.search
+        sampler = make_sampler(record.config, {0: default_params(record.config)})
+        try:
+            with _quiet():
+                self._study = optuna.create_study(
+                    storage=_storage(url),
+                    study_name=record.name,
+                    direction="maximize",
+                    sampler=sampler,
+                    load_if_exists=True,
+                )
+        except (DatabaseError, RuntimeError, optuna.exceptions.StorageInternalError) as error:
+            shown = sqlalchemy.make_url(url).render_as_string(hide_password=True)
+            reason = str(getattr(error, "orig", None) or error).splitlines()[0]
+            raise StudyError(
+                f"Optuna cannot use {shown}: {reason}. If the file is damaged, move it away and run the same command "
+                "again: it is rebuilt from the study folder"
+            ) from error
+
+    def ask(self) -> tuple[int, dict[str, Any]]:
+        """Number and params of a new trial. The suggestion depends on the database and the number alone."""
+        with _quiet():
+            trial = self._study.ask()
+            return trial.number, suggest(trial, self._space)
+
+    def adopt(self, number: int) -> dict[str, Any]:
+        """Params of a trial that was found RUNNING; those that a crash left out are suggested again."""
+        with _quiet():
+            return suggest(self.trial(number), self._space)
+
+    def trial(self, number: int) -> Trial:
+        """Optuna's handle of a trial, for reports and attributes, whoever asked for it."""
+        return Trial(self._study, self._frozen(number)._trial_id)
+
+    def running(self) -> list[int]:
+        """Numbers of the trials that Optuna takes for running, ascending."""
+        return [trial.number for trial in self._study.get_trials(deepcopy=False) if trial.state == TrialState.RUNNING]
+
+    def tell(self, record: TrialRecord) -> None:
+        """Tell a trial's outcome; telling it again changes nothing."""
+        if record.outcome is None:
+            raise ValueError(f"trial {record.number} has no outcome to tell")
+        trial = self.trial(record.number)
+        if self._frozen(record.number).state.is_finished():
+            return
+        trial.set_user_attr("outcome", record.outcome)
+        if record.reason:
+            trial.set_user_attr("reason", record.reason)
+        if record.decisions:
+            trial.set_user_attr("decisions", json.dumps(record.decisions[-1]))
+        if record.constraint > 0 and not trial.constraints:
+            trial.set_constraint("feasible", record.constraint)
+        state = _STATES[record.outcome]
+        with _quiet():
+            self._study.tell(trial, record.value if state == TrialState.COMPLETE else None, state=state)
+
+    def catch_up(self) -> None:
+        """Bring the database up to date with the record: add what it lacks, tell what it was not told.
+
+        Raises RecordError or StudyError, with the way out, where the two contradict each other.
+        """
+        known = {trial.number: trial for trial in self._study.get_trials(deepcopy=False)}
+        records = self._record.trials()
+        for expected, record in enumerate(records):
+            if record.number != expected:
+                raise RecordError(
+                    f"{self._record.paths.trial(expected).trial} is missing while later trials are there: put the "
+                    "folder back from a copy, or begin another study with --study NAME"
+                )
+            if record.number not in known:
+                self._add(record)
+            else:
+                self._compare(known[record.number], record)
+                if record.outcome is not None:
+                    self.tell(record)
+        for number, trial in known.items():
+            if number >= len(records) and trial.state.is_finished():
+                raise RecordError(
+                    f"Optuna's database holds the finished trial {number}, its folder "
+                    f"{self._record.paths.trial(number).root} is missing: put it back, or delete the database to go on "
+                    "from the folders that are there"
+                )
+
+    def finished(self) -> list[FrozenTrial]:
+        """Optuna's own view of the finished trials, for importances."""
+        return [trial for trial in self._study.get_trials(deepcopy=False) if trial.state.is_finished()]
+
+    @property
+    def optuna_study(self) -> optuna.Study:
+        return self._study
+
+    def _frozen(self, number: int) -> FrozenTrial:
+        trials = self._study.get_trials(deepcopy=False)
+        if not 0 <= number < len(trials):
+            raise StudyError(f"Optuna's database has no trial {number} of study {self._record.name!r}")
+        return trials[number]
+
+    def _add(self, record: TrialRecord) -> None:
+        state = TrialState.RUNNING if record.outcome is None else _STATES[record.outcome]
+        attributes = {"outcome": record.outcome, "reason": record.reason} if record.outcome else {}
+        spaces = distributions(self._space)
+        with _quiet():
+            trial = create_trial(
+                state=state,
+                value=record.value if state == TrialState.COMPLETE else None,
+                params={name: encode(record.params[name]) for name in spaces},
+                distributions=spaces,
+                user_attrs={key: value for key, value in attributes.items() if value},
+                constraints={"feasible": record.constraint} if record.constraint > 0 else None,
+            )
+        trial.datetime_start = dt.datetime.fromtimestamp(record.began_at)
+        if record.ended_at is not None:
+            trial.datetime_complete = dt.datetime.fromtimestamp(record.ended_at)
+        self._study.add_trial(trial)
+
+    def _compare(self, trial: FrozenTrial, record: TrialRecord) -> None:
+        params = {name: decode(value) for name, value in trial.params.items()}
+        differs = [name for name, value in params.items() if record.params.get(name) != value]
+        told = trial.state.is_finished()
+        expected = _STATES[record.outcome] if record.outcome else TrialState.RUNNING
+        value = record.value if expected == TrialState.COMPLETE else None
+        if differs or (told and (trial.state != expected or trial.value != value)):
+            what = f"{differs[0]} = {params[differs[0]]!r}" if differs else f"{trial.state.name}, value {trial.value}"
+            raise StudyError(
+                f"Optuna's database and {self._record.paths.trial(record.number).trial} disagree about trial "
+                f"{record.number} ({what} in the database): one of them was edited. Restore that one, or delete the "
+                "database: it is rebuilt from the study folder"
+            )
+
+
+def sqlite_url(path: Path) -> str:
+    """The SQLAlchemy URL of a database file, whatever characters its path has."""
+    return sqlalchemy.URL.create("sqlite", database=str(path.absolute())).render_as_string(hide_password=False)
+
+
+def _storage(url: str) -> RDBStorage:
+    # A minute is far beyond any write of ours; it outlasts a slow disk or a copy being made of the file.
+    arguments = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+    return RDBStorage(url, engine_kwargs=arguments)
+
+
+class _quiet(warnings.catch_warnings):  # noqa: N801 - used like the context manager it is
+    """Without Optuna's notes on what is experimental: the versions are pinned and the behaviour is tested."""
+
+    def __enter__(self) -> None:  # type: ignore[override]
+        super().__enter__()
+        warnings.simplefilter("ignore", ExperimentalWarning)
