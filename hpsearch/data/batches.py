@@ -1,0 +1,257 @@
+"""Serve whole batches on the device, in an order and with changes that (seed, epoch) decide.
+
+A batch is gathered as bytes, changed as a whole (augment.py) and normalised by one multiply-add; no Python runs per
+image. The tensors are (B, H, W, 3) until the end, where a permutation makes them channels-last (B, C, H, W) for free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hpsearch.data.augment import augment_batch, draw_changes
+from hpsearch.data.config import AugmentConfig, Color
+from hpsearch.errors import CacheError, DatasetError
+
+if TYPE_CHECKING:
+    from hpsearch.data.cache import Cache, Normalization
+
+RESIDENT_SHARE = 0.25
+"""Share of a GPU's free memory that the images may take for good; the rest is the network's."""
+GRAY_WEIGHTS = (0.299, 0.587, 0.114)
+"""Luma of ITU-R BT.601, for R, G, B."""
+
+
+class Batch(NamedTuple):
+    """What one training step or evaluation sees."""
+
+    images: Tensor
+    """(B, C, H, W) float, normalised, channels-last in memory."""
+    masks: Tensor
+    """(B, 1, H, W) uint8, 0 or 1."""
+
+
+class DeviceData:
+    """The images of one cache as byte batches on a device.
+
+    On a CUDA device all images are copied there once if they fit into `RESIDENT_SHARE` of its free memory; otherwise
+    batches travel through pinned memory while the batch before is being worked on. On the CPU a batch is copied once,
+    out of the memory-mapped file. `truth` is a second cache of the same images at the size of evaluation: its
+    masks, not those of `cache`, are then what `eval_batches` serves.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        device: torch.device | str = "cpu",
+        *,
+        color: Color = "rgb",
+        dtype: torch.dtype = torch.float32,
+        truth: Cache | None = None,
+        resident_share: float = RESIDENT_SHARE,
+    ) -> None:
+        if truth is not None and tuple(truth.ids) != tuple(cache.ids):
+            raise CacheError("the cache of the masks for evaluation holds other images than the cache to train from")
+        self.cache = cache
+        self.truth = truth
+        self.device = torch.device(device)
+        self.color: Color = color
+        self.dtype = dtype
+        self._resident: tuple[Tensor, Tensor] | None = None
+        if self.device.type == "cuda":
+            free_bytes, _ = torch.cuda.mem_get_info(self.device)
+            height, width = cache.size
+            if len(cache) * height * width * 4 <= free_bytes * resident_share:
+                self._resident = _upload(cache, self.device)
+
+    def __len__(self) -> int:
+        return len(self.cache)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the cached images."""
+        height, width = self.cache.size
+        return height, width
+
+    @property
+    def n_channels(self) -> int:
+        """Channels of the batches: 3, or 1 in grayscale."""
+        return 3 if self.color == "rgb" else 1
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether the images lie in the device's own memory."""
+        return self._resident is not None
+
+    def stream(self, batches: Sequence[NDArray[np.int64]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images (B, H, W, 3) and masks (B, H, W), uint8 on the device, of each array of cache indices in turn.
+
+        Every tensor is the consumer's own, to change as it likes.
+        """
+        if not batches:
+            return
+        if self._resident is not None:
+            images, masks = self._resident
+            order = torch.from_numpy(np.concatenate(batches)).to(self.device)
+            for rows in torch.split(order, [len(batch) for batch in batches]):
+                yield images.index_select(0, rows), masks.index_select(0, rows)
+        elif self.device.type == "cuda":
+            yield from _stream_pinned(self.cache, batches, self.device)
+        else:
+            for batch in batches:
+                read_images, read_masks = self.cache.read(batch)
+                yield torch.from_numpy(read_images).to(self.device), torch.from_numpy(read_masks).to(self.device)
+
+
+def train_batches(
+    data: DeviceData,
+    indices: NDArray[np.int64],
+    *,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    augment: AugmentConfig,
+    normalization: Normalization,
+    size: tuple[int, int],
+) -> Iterator[Batch]:
+    """One epoch of `indices` in random order, changed as `augment` says, at `size` (height, width).
+
+    Order and changes come from a generator made anew from (seed, epoch), so that an epoch is the same whatever ran
+    before it. A last batch that is not full is dropped unless it is the only one: its few images would steer a whole
+    step and batch normalisation. Raises DatasetError when there are no images, CacheError when the cached size does
+    not fit `size`.
+    """
+    if len(indices) == 0:
+        raise DatasetError("there are no images to train on")
+    generator = np.random.default_rng((seed, epoch))
+    order = generator.permutation(np.asarray(indices, dtype=np.int64))
+    changes = draw_changes(augment, len(order), generator, from_size=data.size, to_size=size)
+    changes = changes.to(data.device)
+    finish = _Finish(data, normalization)
+    rows = [
+        slice(start, min(start + batch_size, len(order)))
+        for start in range(0, n_train_batches(len(order), batch_size) * batch_size, batch_size)
+    ]
+    for row, (images, masks) in zip(rows, data.stream([order[row] for row in rows]), strict=True):
+        images, masks = augment_batch(images, masks, changes[row])
+        yield Batch(finish(images), masks.unsqueeze(1))
+
+
+def eval_batches(
+    data: DeviceData,
+    indices: NDArray[np.int64],
+    *,
+    batch_size: int,
+    normalization: Normalization,
+    size: tuple[int, int],
+) -> Iterator[Batch]:
+    """`indices` in the given order, nothing dropped and nothing random, at `size` (height, width).
+
+    From a cache of larger images (`augment.crop`) it is the centre crop. The masks have the size of `data.truth`
+    where there is one.
+    """
+    indices = np.asarray(indices, dtype=np.int64)
+    height, width = size
+    top, left = (data.size[0] - height) // 2, (data.size[1] - width) // 2
+    if top < 0 or left < 0:
+        raise CacheError(f"the cached images are {data.size[0]}x{data.size[1]}, smaller than {height}x{width}")
+    finish = _Finish(data, normalization)
+    batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+    for batch, (images, masks) in zip(batches, data.stream(batches), strict=True):
+        images = images[:, top : top + height, left : left + width]
+        if data.truth is None:
+            masks = masks[:, top : top + height, left : left + width]
+        else:
+            masks = torch.from_numpy(data.truth.read(batch)[1]).to(data.device)
+        yield Batch(finish(images), masks.unsqueeze(1))
+
+
+def n_train_batches(n_images: int, batch_size: int) -> int:
+    """Steps that `train_batches` makes of `n_images` in an epoch."""
+    return max(n_images // batch_size, min(n_images, 1))
+
+
+class _Finish:
+    """Bytes, or floats from 0 to 255, to what the network sees: grey if wanted, normalised, channels-last."""
+
+    def __init__(self, data: DeviceData, normalization: Normalization) -> None:
+        self.gray = data.color == "grayscale"
+        self.dtype = data.dtype
+        if len(normalization.mean) != data.n_channels:
+            raise ValueError(f"{len(normalization.mean)} means for images of {data.n_channels} channels")
+        mean = torch.tensor(normalization.mean, dtype=torch.float64)
+        std = torch.tensor(normalization.std, dtype=torch.float64)
+        # (x / 255 - mean) / std = x * factor + shift
+        self.factor = (1 / (255 * std)).float().to(data.device)
+        self.shift = (-mean / std).float().to(data.device)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, H, W, 3) uint8 or float32 in; (B, C, H, W) of the wanted dtype out."""
+        if self.gray:
+            images = to_gray(images)
+            images = torch.addcmul(self.shift, images, self.factor)
+            return images.to(self.dtype).unsqueeze(1)
+        height, width = images.shape[1:3]
+        # Whole rows against a repeated factor: an inner dimension of 3 would keep the processor from using its
+        # vectors (8 times slower at 64x64).
+        rows = images.to(torch.float32).flatten(2)
+        rows = torch.addcmul(self.shift.repeat(width), rows, self.factor.repeat(width))
+        return rows.to(self.dtype).view(-1, height, width, 3).permute(0, 3, 1, 2)
+
+
+def to_gray(images: Tensor) -> Tensor:
+    """0.299 R + 0.587 G + 0.114 B of (..., 3) uint8 or float32, as float32 (...) in the same units."""
+    red, green, blue = images.unbind(-1)
+    # Elementwise, not a matrix product: that would be rounded to bf16 under autocast and to TF32 on a GPU.
+    return (
+        red.to(torch.float32)
+        .mul(GRAY_WEIGHTS[0])
+        .add_(green, alpha=GRAY_WEIGHTS[1])
+        .add_(blue, alpha=GRAY_WEIGHTS[2])
+    )
+
+
+def _upload(cache: Cache, device: torch.device, *, chunk: int = 64) -> tuple[Tensor, Tensor]:
+    """All images and masks of the cache in the device's memory, copied a few at a time."""
+    height, width = cache.size
+    images = torch.empty((len(cache), height, width, 3), dtype=torch.uint8, device=device)
+    masks = torch.empty((len(cache), height, width), dtype=torch.uint8, device=device)
+    for start in range(0, len(cache), chunk):
+        rows = np.arange(start, min(start + chunk, len(cache)))
+        read_images, read_masks = cache.read(rows)
+        images[start : start + len(rows)] = torch.from_numpy(read_images)
+        masks[start : start + len(rows)] = torch.from_numpy(read_masks)
+    return images, masks
+
+
+def _stream_pinned(
+    cache: Cache, batches: Sequence[NDArray[np.int64]], device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each batch copied to a CUDA device on a stream of its own, one batch ahead of the consumer."""
+    copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def send(batch: NDArray[np.int64]) -> list[Tensor]:
+        sent = []
+        for array in cache.read(batch):
+            # The allocator of pinned memory hands a block out again only when the copy from it has ended.
+            pinned = torch.from_numpy(array).pin_memory()
+            with torch.cuda.stream(copying):
+                sent.append(pinned.to(device, non_blocking=True))
+        return sent
+
+    ahead = send(batches[0])
+    for following in [*batches[1:], None]:
+        images, masks = ahead
+        consumer = torch.cuda.current_stream(device)
+        # Before the next copy is queued: the consumer shall wait for this batch only.
+        consumer.wait_stream(copying)
+        images.record_stream(consumer)
+        masks.record_stream(consumer)
+        if following is not None:
+            ahead = send(following)
+        yield images, masks

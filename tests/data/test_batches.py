@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from hpsearch.data.batches import (
+    Batch,
+    DeviceData,
+    _Finish,
+    eval_batches,
+    n_train_batches,
+    to_gray,
+    train_batches,
+)
+from hpsearch.data.config import AugmentConfig
+from hpsearch.errors import CacheError, DatasetError
+
+PLAIN = AugmentConfig(hflip=0)
+
+
+@dataclass
+class FakeCache:
+    """Images in memory behind the reading side of a cache."""
+
+    images: NDArray[np.uint8]
+    masks: NDArray[np.uint8]
+    ids: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.ids = tuple(f"image{index}" for index in range(len(self.images)))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.images.shape[1], self.images.shape[2]
+
+    def read(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        return self.images[indices], self.masks[indices]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    mean: tuple[float, ...] = (0.7, 0.5, 0.4)
+    std: tuple[float, ...] = (0.2, 0.1, 0.3)
+
+
+GRAY = Statistics((0.6,), (0.15,))
+
+
+def make_cache(n: int = 10, height: int = 8, width: int = 12, seed: int = 0) -> FakeCache:
+    generator = np.random.default_rng(seed)
+    images = generator.integers(0, 256, (n, height, width, 3), dtype=np.uint8)
+    return FakeCache(images, generator.integers(0, 2, (n, height, width), dtype=np.uint8))
+
+
+def epoch_of(data: DeviceData, *, n: int = 10, epoch: int = 1, seed: int = 3, augment: AugmentConfig = PLAIN, **more):
+    settings = {"batch_size": 4, "normalization": GRAY if data.n_channels == 1 else Statistics(), "size": data.size}
+    return list(train_batches(data, np.arange(n), seed=seed, epoch=epoch, augment=augment, **(settings | more)))
+
+
+def which(batches: list[Batch], cache: FakeCache) -> list[int]:
+    """The cache index of every mask in the batches."""
+    return [
+        next(i for i, known in enumerate(cache.masks) if np.array_equal(known, mask[0]))
+        for batch in batches
+        for mask in batch.masks.numpy()
+    ]
+
+
+def same(first: list[Batch], second: list[Batch]) -> bool:
+    return len(first) == len(second) and all(
+        torch.equal(a.images, b.images) and torch.equal(a.masks, b.masks) for a, b in zip(first, second, strict=True)
+    )
+
+
+def test_images_are_divided_by_255_and_standardised() -> None:
+    cache = make_cache()
+    (batch,) = eval_batches(
+        DeviceData(cache), np.array([7, 2]), batch_size=8, normalization=Statistics(), size=(8, 12)
+    )
+    expected = (cache.images[[7, 2]] / 255 - np.array(Statistics.mean)) / np.array(Statistics.std)
+    np.testing.assert_allclose(batch.images.numpy(), expected.transpose(0, 3, 1, 2), atol=2e-6)
+    assert batch.images.dtype == torch.float32
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(batch.masks, torch.from_numpy(cache.masks[[7, 2]])[:, None])
+    assert batch.masks.dtype == torch.uint8
+
+
+def test_grayscale_is_the_weighted_sum_of_the_channels() -> None:
+    cache = make_cache()
+    data = DeviceData(cache, color="grayscale")
+    (batch,) = eval_batches(data, np.array([1, 3]), batch_size=2, normalization=GRAY, size=(8, 12))
+    gray = cache.images[[1, 3]] @ np.array([0.299, 0.587, 0.114])
+    np.testing.assert_allclose(batch.images.numpy(), ((gray / 255 - 0.6) / 0.15)[:, None], atol=5e-6)
+    assert to_gray(torch.full((1, 3), 255, dtype=torch.uint8)).item() == pytest.approx(255)
+
+
+def test_bfloat16_batches_are_the_rounded_float32_batches() -> None:
+    cache = make_cache()
+    exact = epoch_of(DeviceData(cache))
+    rounded = epoch_of(DeviceData(cache, dtype=torch.bfloat16))
+    assert all(torch.equal(a.images.bfloat16(), b.images) for a, b in zip(exact, rounded, strict=True))
+
+
+def test_evaluation_keeps_the_given_order_and_drops_nothing() -> None:
+    cache = make_cache()
+    indices = np.array([9, 0, 4, 4, 1])
+    batches = list(eval_batches(DeviceData(cache), indices, batch_size=2, normalization=Statistics(), size=(8, 12)))
+    assert [len(batch.images) for batch in batches] == [2, 2, 1]
+    assert which(batches, cache) == indices.tolist()
+
+
+def test_an_epoch_shows_every_image_at_most_once_and_drops_the_ragged_batch() -> None:
+    cache = make_cache()
+    batches = epoch_of(DeviceData(cache))
+    seen = which(batches, cache)
+    assert [len(batch.images) for batch in batches] == [4, 4]
+    assert len(set(seen)) == 8
+    assert seen != sorted(seen)
+
+
+def test_a_ragged_batch_is_kept_when_it_is_the_only_one() -> None:
+    cache = make_cache()
+    (batch,) = epoch_of(DeviceData(cache), n=3)
+    assert sorted(which([batch], cache)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("n", "batch_size", "steps"), [(10, 4, 2), (8, 4, 2), (3, 4, 1), (1, 4, 1), (0, 4, 0)])
+def test_number_of_steps_is_known_beforehand(n: int, batch_size: int, steps: int) -> None:
+    assert n_train_batches(n, batch_size) == steps
+    if n:
+        assert len(epoch_of(DeviceData(make_cache()), n=n, batch_size=batch_size)) == steps
+
+
+def test_only_the_given_indices_are_served() -> None:
+    cache = make_cache()
+    held_in = np.array([8, 1, 5, 2])
+    settings = {"batch_size": 2, "augment": PLAIN, "normalization": Statistics(), "size": (8, 12)}
+    batches = list(train_batches(DeviceData(cache), held_in, seed=0, epoch=1, **settings))
+    assert sorted(which(batches, cache)) == [1, 2, 5, 8]
+
+
+FULL = AugmentConfig(vflip=0.5, brightness=0.3, contrast=0.3, saturation=0.3, hue=0.2)
+
+
+def test_seed_and_epoch_alone_decide_an_epoch() -> None:
+    data = DeviceData(make_cache())
+    first = epoch_of(data, epoch=5, augment=FULL)
+    np.random.default_rng().random(7)
+    torch.rand(5)
+    epoch_of(data, epoch=4, augment=FULL)
+    assert same(first, epoch_of(data, epoch=5, augment=FULL))
+    assert not same(first, epoch_of(data, epoch=6, augment=FULL))
+    assert not same(first, epoch_of(data, epoch=5, seed=4, augment=FULL))
+
+
+def test_drawing_batches_leaves_the_global_generators_alone() -> None:
+    torch.manual_seed(0)
+    state = torch.random.get_rng_state()
+    epoch_of(DeviceData(make_cache()), augment=FULL)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_augmentation_does_not_change_the_cache() -> None:
+    cache = make_cache()
+    images, masks = cache.images.copy(), cache.masks.copy()
+    epoch_of(DeviceData(cache), augment=FULL)
+    np.testing.assert_array_equal(cache.images, images)
+    np.testing.assert_array_equal(cache.masks, masks)
+
+
+def test_batches_are_the_same_under_autocast() -> None:
+    for color in ("rgb", "grayscale"):
+        data = DeviceData(make_cache(), color=color)
+        plain = epoch_of(data, augment=FULL)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert same(plain, epoch_of(data, augment=FULL))
+
+
+def test_a_pool_without_images_cannot_be_trained_on() -> None:
+    with pytest.raises(DatasetError, match="no images"):
+        epoch_of(DeviceData(make_cache()), n=0)
+
+
+def test_a_cache_of_another_size_is_refused() -> None:
+    data = DeviceData(make_cache())
+    with pytest.raises(CacheError, match="8x12, wanted are 8x8"):
+        epoch_of(data, size=(8, 8))
+    with pytest.raises(CacheError, match="smaller than 9x12"):
+        list(eval_batches(data, np.arange(2), batch_size=2, normalization=Statistics(), size=(9, 12)))
+
+
+def test_statistics_of_another_number_of_channels_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 means for images of 1 channels"):
+        _Finish(DeviceData(make_cache(), color="grayscale"), Statistics())
+
+
+def test_evaluation_on_larger_cached_images_takes_the_centre() -> None:
+    cache = make_cache()
+    (batch,) = eval_batches(DeviceData(cache), np.arange(2), batch_size=2, normalization=Statistics(), size=(4, 6))
+    assert torch.equal(batch.masks[:, 0], torch.from_numpy(cache.masks[:2, 2:6, 3:9]))
+    whole = _Finish(DeviceData(cache), Statistics())(torch.from_numpy(cache.images[:2]))
+    assert torch.equal(batch.images, whole[:, :, 2:6, 3:9])
+
+
+def test_masks_for_evaluation_come_from_the_cache_of_their_size() -> None:
+    small, large = make_cache(), make_cache(height=16, width=24, seed=1)
+    data = DeviceData(small, truth=large)
+    batches = list(eval_batches(data, np.array([4, 2, 6]), batch_size=2, normalization=Statistics(), size=(8, 12)))
+    assert batches[0].images.shape == (2, 3, 8, 12)
+    assert torch.equal(torch.cat([batch.masks for batch in batches])[:, 0], torch.from_numpy(large.masks[[4, 2, 6]]))
+    with pytest.raises(CacheError, match="other images"):
+        DeviceData(small, truth=make_cache(n=9))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+class TestOnAGpu:
+    def test_batches_are_those_of_the_cpu_resident_or_streamed(self) -> None:
+        cache = make_cache(n=30)
+        expected = epoch_of(DeviceData(cache), n=30, augment=FULL)
+        resident = DeviceData(cache, "cuda")
+        streamed = DeviceData(cache, "cuda", resident_share=0)
+        assert resident.is_resident
+        assert not streamed.is_resident
+        for data in (resident, streamed):
+            for batch, wanted in zip(epoch_of(data, n=30, augment=FULL), expected, strict=True):
+                assert batch.images.is_cuda
+                torch.testing.assert_close(batch.images.cpu(), wanted.images, atol=1e-4, rtol=0)
+                assert torch.equal(batch.masks.cpu(), wanted.masks)
+
+    def test_streamed_batches_survive_slow_consumers(self) -> None:
+        cache = make_cache(n=64, height=64, width=64)
+        batches = [np.arange(start, start + 4) for start in range(0, 64, 4)]
+        kept = []
+        for images, _ in DeviceData(cache, "cuda", resident_share=0).stream(batches):
+            torch.cuda._sleep(10_000_000)
+            kept.append(images.clone())
+        assert torch.equal(torch.cat(kept).cpu(), torch.from_numpy(cache.images))
