@@ -1,0 +1,212 @@
+"""The execution plan of a study (devices, workers, threads, speed) and what it lets one foresee: time and memory.
+
+What is measured to choose the plan is measured once and stored with the study; every continuation uses it, because
+thread counts and precision decide the bytes of the results. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from hpsearch.config import StudyConfig
+from hpsearch.data.config import DataConfig
+from hpsearch.errors import ConfigError
+from hpsearch.models.memory import training_memory
+from hpsearch.models.shapes import training_flops, why_impossible
+from hpsearch.tuning.config import Choice, Range
+from hpsearch.tuning.workers import WorkerSettings
+
+MEMORY_SHARE = 0.9
+"""Share of a device's memory that a fit may be predicted to need: the prediction is good to a tenth."""
+
+
+@dataclass(frozen=True)
+class MeasuredStep:
+    """Seconds of one image at one configuration, measured on the device."""
+
+    flops: int
+    """Of the training step of one image."""
+    train_s: float
+    eval_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutionPlan:
+    """How a study is run on this machine."""
+
+    device: str
+    precision: str
+    """What autocast computes in where `train.amp` is auto: float32, bf16 or fp16."""
+    workers: tuple[WorkerSettings, ...]
+    memory_bytes: int
+    """Memory of the device that one worker may use."""
+    steps: tuple[MeasuredStep, ...] = ()
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    """Processor, versions, cores: for the record."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "device": self.device,
+            "precision": self.precision,
+            "workers": [vars(worker) for worker in self.workers],
+            "memory_bytes": self.memory_bytes,
+            "steps": [vars(step) for step in self.steps],
+            "machine": dict(self.machine),
+        }
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> ExecutionPlan:
+        """The plan in a mapping as `to_dict` gives it; KeyError or TypeError if it is damaged."""
+        return cls(
+            device=table["device"],
+            precision=table["precision"],
+            workers=tuple(WorkerSettings(**worker) for worker in table["workers"]),
+            memory_bytes=int(table["memory_bytes"]),
+            steps=tuple(MeasuredStep(**step) for step in table["steps"]),
+            machine=table["machine"],
+        )
+
+    def epoch_s(self, config: StudyConfig, n_train: int, n_held_out: int) -> float:
+        """Expected seconds of one epoch of `config`; NaN where nothing was measured."""
+        if not self.steps:
+            return math.nan
+        flops = image_flops(config)
+        train_s = _interpolate([(step.flops, step.train_s) for step in self.steps], flops)
+        eval_s = _interpolate([(step.flops, step.eval_s) for step in self.steps], flops)
+        return n_train * train_s + n_held_out * eval_s
+
+    def fit_s(self, config: StudyConfig, n_train: int, n_held_out: int) -> float:
+        """Expected seconds of one fit of `config`."""
+        return config.train.epochs * self.epoch_s(config, n_train, n_held_out)
+
+
+@dataclass(frozen=True)
+class Infeasible:
+    """Why a configuration costs no training."""
+
+    reason: str
+    excess: float
+    """Above 0: how far the limit is exceeded, as the sampler's constraint (1 for what cannot exist at all)."""
+
+
+def why_infeasible(config: StudyConfig, plan: ExecutionPlan) -> Infeasible | None:
+    """None if `config` can be trained under `plan`; otherwise the reason in one sentence."""
+    data = config.data
+    if reason := why_impossible(
+        config.unet, data.n_channels, data.height, data.width, batch_size=config.train.batch_size
+    ):
+        return Infeasible(reason, 1.0)
+    needed = predicted_bytes(config, plan.precision)
+    available = plan.memory_bytes * MEMORY_SHARE
+    if needed > available:
+        return Infeasible(
+            f"needs about {needed / 2**30:.1f} GiB for a training step, this device has {available / 2**30:.1f} GiB",
+            needed / available - 1.0,
+        )
+    return None
+
+
+def predicted_bytes(config: StudyConfig, precision: str) -> int:
+    """Predicted peak memory of a training step of `config`."""
+    amp = config.train.amp
+    chosen = {"off": "float32", "auto": precision}.get(amp, amp)
+    data = config.data
+    return training_memory(
+        config.unet,
+        data.n_channels,
+        data.height,
+        data.width,
+        batch_size=config.train.batch_size,
+        precision=chosen,  # type: ignore[arg-type]
+        optimizer=config.train.optimizer,
+    ).total
+
+
+def image_flops(config: StudyConfig) -> int:
+    """FLOPs of the training step of one image; 0 for a configuration that cannot exist."""
+    data = config.data
+    if why_impossible(config.unet, data.n_channels, data.height, data.width):
+        return 0
+    return training_flops(config.unet, data.n_channels, data.height, data.width)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a search is about to do."""
+
+    n_trials: int
+    n_folds: int
+    epochs: int
+    n_images: int
+    fit_s: float
+    """Expected seconds of a fit, the mean over the search space."""
+    total_s: float
+    """Wall-clock of the whole search without racing, on all workers."""
+
+
+def forecast(config: StudyConfig, plan: ExecutionPlan, *, n_images: int, n_trials: int, n_folds: int) -> Forecast:
+    """Expected cost of `n_trials` drawn from the search space at random, from the measured steps."""
+    n_held_out = n_images // n_folds if n_folds > 1 else 0
+    candidates = [candidate for candidate in sample_space(config, 64) if why_infeasible(candidate, plan) is None]
+    seconds = [plan.fit_s(candidate, n_images - n_held_out, n_held_out) for candidate in candidates or [config]]
+    fit_s = float(np.mean(seconds))
+    total_s = fit_s * n_trials * n_folds / max(1, len(plan.workers))
+    return Forecast(n_trials, n_folds, config.train.epochs, n_images, fit_s, total_s)
+
+
+def sample_space(config: StudyConfig, n: int, seed: int = 0) -> list[StudyConfig]:
+    """`n` configurations drawn evenly from the search space; those that contradict themselves are left out."""
+    generator = np.random.default_rng(seed)
+    found = []
+    for _ in range(n if len(config.search) else 1):
+        try:
+            found.append(config.with_params({name: _draw(dim, generator) for name, dim in config.search}))
+        except ConfigError:
+            continue
+    return found
+
+
+def measured_configs(config: StudyConfig) -> list[StudyConfig]:
+    """What to measure before a study: the default, the cheapest and the dearest of the search space."""
+    by_cost = sorted((c for c in sample_space(config, 64) if image_flops(c)), key=image_flops)
+    chosen = [config.with_params({})]
+    for candidate in (by_cost[0], by_cost[-1]) if by_cost else ():
+        if image_flops(candidate) not in [image_flops(other) for other in chosen]:
+            chosen.append(candidate)
+    return chosen
+
+
+def describe_data(data: DataConfig) -> str:
+    """The data in a few words: `ISIC-2017, 572x572 rgb`."""
+    return f"{data.images or data.root}, {data.height}x{data.width} {data.color}"
+
+
+def _draw(dimension: Choice | Range, generator: np.random.Generator) -> Any:
+    if isinstance(dimension, Choice):
+        return dimension.values[int(generator.integers(len(dimension.values)))]
+    low, high = dimension.low, dimension.high
+    if dimension.log:
+        value = math.exp(generator.uniform(math.log(low), math.log(high)))
+    elif dimension.step is not None:
+        value = low + dimension.step * int(generator.integers(int((high - low) / dimension.step + 1e-9) + 1))
+    else:
+        value = generator.uniform(low, high + 1) if dimension.is_int else generator.uniform(low, high)
+    return min(max(int(value), int(low)), int(high)) if dimension.is_int else min(max(float(value), low), high)
+
+
+def _interpolate(points: Sequence[tuple[int, float]], flops: int) -> float:
+    """Seconds at `flops` between measured points, linear in the logarithms; in proportion to FLOPs beyond them."""
+    known = sorted(points)
+    if flops <= 0:
+        return 0.0
+    x, y = np.log([f for f, _ in known]), np.log([s for _, s in known])
+    at = math.log(flops)
+    if at > x[-1]:
+        return float(np.exp(y[-1] + at - x[-1]))
+    # Below the smallest the fixed costs of a step rule: it gets no cheaper.
+    return float(np.exp(np.interp(at, x, y)))

@@ -1,0 +1,206 @@
+"""Worker processes from the coordinator's side: started, handed jobs, heard, replaced when they die.
+
+A worker is `python -m hpsearch.tuning.worker`, not a child of `multiprocessing`: it works from a notebook and from an
+unguarded script, and the coordinator's memory is not copied into it. Messages are JSON objects over a socket pair, so
+nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from hpsearch.errors import WorkerError
+
+logger = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 300.0
+"""A worker that has not said `ready` by then is not coming: importing torch from a cold network disk is slow."""
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """What a worker is given at its start and keeps for the whole study."""
+
+    device: str = "cpu"
+    threads: int = 1
+
+
+@dataclass(eq=False)
+class Worker:
+    """One worker process and the job it has."""
+
+    index: int
+    settings: WorkerSettings
+    process: subprocess.Popen[bytes]
+    connection: Connection
+    log: Path
+    is_ready: bool = False
+    job: dict[str, Any] | None = None
+    heard_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def is_idle(self) -> bool:
+        return self.is_ready and self.job is None
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a worker said, and of which job.
+
+    `kind` is `ready`, `epoch`, `finished`, `stopped`, `diverged`, `out_of_memory`, `error` or `died`.
+    """
+
+    worker: Worker
+    kind: str
+    job: dict[str, Any] | None
+    message: dict[str, Any]
+
+
+class Workers:
+    """A fixed number of workers. Use as a context manager: on leaving none is left running."""
+
+    def __init__(self, settings: list[WorkerSettings], log_folder: Path) -> None:
+        self._log_folder = log_folder
+        self._failed_starts = 0
+        self._workers = [self._start(index, each) for index, each in enumerate(settings)]
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return len(self._workers)
+
+    def __iter__(self) -> Iterator[Worker]:
+        return iter(self._workers)
+
+    def idle(self) -> list[Worker]:
+        """Workers that are ready and have no job, by index."""
+        return [worker for worker in self._workers if worker.is_idle]
+
+    def busy(self) -> list[Worker]:
+        return [worker for worker in self._workers if worker.job is not None]
+
+    def submit(self, worker: Worker, job: Mapping[str, Any]) -> None:
+        """Hand a job to an idle worker; it answers with events that carry the job."""
+        worker.job = dict(job)
+        worker.heard_at = time.monotonic()
+        # A worker that has just died is noticed by `events`, with this job.
+        with contextlib.suppress(OSError):
+            _send(worker.connection, worker.job)
+
+    def reply(self, worker: Worker, *, go: bool) -> None:
+        """Answer an `epoch` event: go on with the next epoch, or stop here with a checkpoint."""
+        worker.heard_at = time.monotonic()
+        with contextlib.suppress(OSError):
+            _send(worker.connection, {"go": go})
+
+    def kill(self, worker: Worker) -> None:
+        """End one worker at once; `events` reports its death and it is replaced."""
+        _kill(worker.process)
+
+    def events(self, timeout_s: float) -> Iterator[Event]:
+        """What the workers said within the timeout, in the order of their index. Dead workers are replaced."""
+        by_connection = {worker.connection: worker for worker in self._workers}
+        ready = set(wait(list(by_connection), timeout_s))
+        for connection, worker in by_connection.items():
+            if connection not in ready:
+                if not worker.is_ready and time.monotonic() - worker.heard_at > START_TIMEOUT_S:
+                    self.kill(worker)
+                continue
+            try:
+                message = json.loads(connection.recv_bytes())
+            except (EOFError, OSError):
+                yield self._bury(worker)
+                continue
+            worker.heard_at = time.monotonic()
+            job = worker.job
+            if message["event"] == "ready":
+                worker.is_ready = True
+                self._failed_starts = 0
+            elif message["event"] != "epoch":
+                worker.job = None
+            yield Event(worker, message["event"], job, message)
+
+    def close(self) -> None:
+        """End all workers: politely when idle, at once when not."""
+        for worker in self._workers:
+            if worker.job is not None or not worker.is_ready:
+                _kill(worker.process)
+            worker.connection.close()
+        for worker in self._workers:
+            try:
+                worker.process.wait(10)
+            except subprocess.TimeoutExpired:
+                _kill(worker.process)
+                worker.process.wait()
+
+    def _start(self, index: int, settings: WorkerSettings) -> Worker:
+        ours, theirs = socket.socketpair()
+        log = self._log_folder / f"worker{index}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        # Thread counts decide floating-point bytes, and some libraries read them only from here.
+        threads = str(settings.threads)
+        environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        command = [sys.executable, "-m", "hpsearch.tuning.worker", str(theirs.fileno()), json.dumps(vars(settings))]
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=environment,
+                pass_fds=[theirs.fileno()],
+                # Ctrl-C on the terminal is the coordinator's to hear; a worker ends when its socket closes.
+                start_new_session=True,
+            )
+        theirs.close()
+        return Worker(index, settings, process, Connection(ours.detach()), log)
+
+    def _bury(self, worker: Worker) -> Event:
+        worker.connection.close()
+        _kill(worker.process)
+        worker.process.wait()
+        message = {"event": "died", "text": _cause_of_death(worker)}
+        if not worker.is_ready:
+            self._failed_starts += 1
+            if worker.process.returncode > 0 or self._failed_starts >= 3:
+                raise WorkerError(
+                    f"worker {worker.index} did not start ({message['text']}); its output is in {worker.log}"
+                )
+        self._workers[self._workers.index(worker)] = self._start(worker.index, worker.settings)
+        return Event(worker, "died", worker.job, message)
+
+
+def _send(connection: Connection, message: Mapping[str, Any]) -> None:
+    connection.send_bytes(json.dumps(message).encode())
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.kill()
+
+
+def _cause_of_death(worker: Worker) -> str:
+    code = worker.process.returncode
+    if code < 0:
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else str(-code)
+        hint = " (out of memory?)" if name == "SIGKILL" else ""
+        return f"killed by {name}{hint}"
+    lines = worker.log.read_text(errors="replace").strip().splitlines() if worker.log.is_file() else []
+    return f"exit status {code}: {lines[-1]}" if lines else f"exit status {code}"
