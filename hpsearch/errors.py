@@ -5,6 +5,7 @@
     ├── DatasetError            images or masks that are missing, damaged or do not fit together
     ├── CacheError              a decoded cache that cannot be made or read
     ├── DeviceError             a device that is not there, or has too little memory
+    │   └── OutOfMemoryError    memory ran out in a fit; all of it was given back
     ├── DivergedError           a loss that became NaN or infinite
     ├── CheckpointError         a checkpoint or weights file that is torn, foreign or unsafe
     ├── StudyError              a study that is not there or cannot go on as asked
@@ -37,6 +38,10 @@ class CacheError(HpsearchError):
 
 class DeviceError(HpsearchError):
     """A device that is not there, or has too little memory."""
+
+
+class OutOfMemoryError(DeviceError):
+    """Memory ran out in a fit; all of it was given back."""
 
 
 class DivergedError(HpsearchError):

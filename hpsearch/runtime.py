@@ -1,0 +1,312 @@
+"""The device that trains, the precision it computes in, threads, seeds and memory."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import os
+import platform
+import random
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from hpsearch.errors import DeviceError
+
+Precision = Literal["float32", "bf16", "fp16"]
+CompileChoice = Literal["auto", "on", "off"]
+
+_DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_LINUX_STATUS = Path("/proc/self/status")
+_LINUX_CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """How a fit computes. Part of a study's execution plan: each field changes floating-point bytes, or may."""
+
+    device: torch.device
+    precision: Precision
+    """What autocast computes in; weights, losses and optimizer stay in float32."""
+    compile: CompileChoice
+    """torch.compile; `auto` leaves it to the fit, which knows its length."""
+    threads: int
+    """CPU threads inside one operation."""
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The context in which forward passes run."""
+        if self.precision == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=_DTYPES[self.precision])
+
+    def make_scaler(self) -> torch.amp.GradScaler:
+        """Loss scaling, which fp16 needs because its gradients underflow; without effect otherwise."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Set what torch keeps process-wide (threads, TF32, cuDNN's search for the best kernel); restore it after."""
+        threads = torch.get_num_threads()
+        matmul = torch.get_float32_matmul_precision()
+        benchmark = torch.backends.cudnn.benchmark
+        torch.set_num_threads(self.threads)
+        if self.device.type == "cuda":
+            # Convolutions that stay in float32 use TF32 by torch's own default; matrix products only when told.
+            torch.set_float32_matmul_precision("high")
+            torch.backends.cudnn.benchmark = True
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            torch.set_float32_matmul_precision(matmul)
+            torch.backends.cudnn.benchmark = benchmark
+
+    def end_step(self) -> None:
+        """Let a device that records operations (XLA) run those of one training step; nothing elsewhere."""
+        if self.device.type == "xla":
+            _torch_xla().sync()
+
+
+def make_runtime(
+    device: str = "auto", *, amp: str = "auto", compile: CompileChoice = "auto", threads: int | None = None
+) -> Runtime:
+    """Choose device and precision by name (`train.amp`, `train.compile`); threads default to the cores there are.
+
+    Raises DeviceError, saying what is there, for a device or precision that is not.
+    """
+    chosen = choose_device(device)
+    if threads is not None and threads < 1:
+        raise DeviceError(f"threads must be at least 1, got {threads}")
+    return Runtime(
+        device=chosen,
+        precision=choose_precision(chosen, amp),
+        compile=compile,
+        threads=threads if threads is not None else available_cores(),
+    )
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """`auto` (CUDA, then MPS, then CPU), `cpu`, `cuda`, `cuda:1`, `mps` or `xla`. DeviceError if it is not there."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", 0)
+        return torch.device("mps") if torch.backends.mps.is_available() else torch.device("cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    if name == "mps":
+        if not torch.backends.mps.is_available():
+            raise DeviceError("there is no MPS device: it needs macOS 14 on an Apple chip; use --device auto")
+        return torch.device("mps")
+    if name == "xla":
+        device: torch.device = _torch_xla().device()
+        return device
+    match = re.fullmatch(r"cuda(?::(\d+))?", name)
+    if match is None:
+        raise DeviceError(f"unknown device {name!r}: it is auto, cpu, cuda, cuda:N, mps or xla")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        reason = (
+            "this torch was built without CUDA" if torch.version.cuda is None else "no GPU or no driver was found"
+        )
+        raise DeviceError(f"device {name} is not there: {reason}; use --device auto")
+    index = int(match[1] or 0)
+    if index >= count:
+        raise DeviceError(f"device {name} is not there: this machine has {count} GPU(s), cuda:0 to cuda:{count - 1}")
+    return torch.device("cuda", index)
+
+
+def choose_precision(device: torch.device, amp: str = "auto") -> Precision:
+    """What autocast computes in on `device` for `train.amp`. DeviceError for what the device cannot do.
+
+    `auto` is bf16 where the hardware multiplies it (CUDA from Ampere on, processors with AVX512-BF16, AMX or Arm's
+    BF16, TPUs), fp16 on Volta and Turing, float32 elsewhere: emulated bf16 is slower than float32.
+    """
+    if amp == "off":
+        return "float32"
+    kind = device.type
+    major = torch.cuda.get_device_capability(device)[0] if kind == "cuda" else 0
+    if amp == "auto":
+        if kind == "cuda":
+            return "bf16" if major >= 8 else "fp16" if major == 7 else "float32"
+        if kind == "cpu":
+            return "bf16" if cpu_computes_bf16() else "float32"
+        return "bf16" if kind == "xla" else "float32"
+    if amp == "bf16":
+        if kind == "cuda" and major < 8:
+            raise DeviceError(
+                f"{torch.cuda.get_device_name(device)} does not compute in bf16: use train.amp = 'fp16'"
+            )
+        return "bf16"
+    if amp == "fp16":
+        if kind != "cuda":
+            raise DeviceError(f"train.amp = 'fp16' is for CUDA devices, not {kind}: use 'auto'")
+        return "fp16"
+    raise DeviceError(f"unknown train.amp {amp!r}: it is auto, bf16, fp16 or off")
+
+
+@functools.cache
+def cpu_computes_bf16() -> bool:
+    """Whether this processor multiplies bf16 itself."""
+    # torch's own checks have private names, differ between versions, and one of them means "can emulate".
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        # macOS: torch's kernels for Arm's BF16 are not built there.
+        return False
+    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    return flags is not None and not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags[1].split())
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def describe(runtime: Runtime) -> dict[str, str]:
+    """What the record says of the machine: device, processor, versions."""
+    device = runtime.device
+    table = {
+        "device": str(device),
+        "device_name": processor_name(),
+        "precision": runtime.precision,
+        "threads": str(runtime.threads),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        table["device_name"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+        table["cuda"] = str(torch.version.cuda)
+        table["cudnn"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
+    elif device.type == "xla":
+        table["device_name"] = str(_torch_xla().device())
+        table["torch_xla"] = str(_torch_xla().__version__)
+    return table
+
+
+def processor_name() -> str:
+    """The processor as the system calls it."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.processor() or platform.machine()
+    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return match[1].strip() if match else platform.machine()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until `device` has done all it was given; for measuring time, not for correctness."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    elif device.type == "xla":
+        _torch_xla().sync(wait=True)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin to measure `peak_memory` anew, where the system lets us."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    # Linux: 5 resets the high-water mark of resident memory. Other systems, and containers that mask the file, keep
+    # the peak of the whole process.
+    with contextlib.suppress(OSError):
+        _LINUX_CLEAR_REFS.write_text("5")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use since `reset_peak_memory`: allocated by torch on CUDA, resident in this process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError):
+        match = re.search(r"^VmHWM:\s*(\d+) kB$", _LINUX_STATUS.read_text(), re.MULTILINE)
+        if match:
+            return int(match[1]) * 1024
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back to the device what nothing refers to any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` is how torch, NumPy or Python say that memory ran out, on any device."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # The CPU's allocator, MPS, and cuDNN or cuBLAS without room for a workspace raise a plain RuntimeError.
+    signs = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+def set_seed(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's global generators, those of every device included."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def rng_states(device: torch.device) -> dict[str, Any]:
+    """States of all global generators, in tensors and plain types."""
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    states: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached),
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        states["mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def restore_rng_states(states: dict[str, Any], device: torch.device) -> None:
+    """Set what `rng_states` gave; a device's own generator only if it was of the same kind."""
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(states["torch"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+    elif device.type == "mps" and "mps" in states:
+        torch.mps.set_rng_state(states["mps"])
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Run the block with all global generators seeded; the caller's go on afterwards as if nothing had been."""
+    before = rng_states(device)
+    set_seed(seed)
+    try:
+        yield
+    finally:
+        restore_rng_states(before, device)
+
+
+def _torch_xla() -> Any:
+    try:
+        import torch_xla
+    except ImportError as error:
+        raise DeviceError("device xla needs the package torch_xla, which is not installed") from error
+    return torch_xla

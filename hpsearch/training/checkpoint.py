@@ -1,0 +1,194 @@
+"""Checkpoints and weights: written whole, read without ever running code that a file brings along."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import logging
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from hpsearch import paths
+from hpsearch.data.cache import Normalization
+from hpsearch.errors import CheckpointError, ConfigError
+from hpsearch.models.config import UNetConfig
+from hpsearch.models.unet import UNet
+from hpsearch.paths import FitPaths
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Version of what a checkpoint holds; one of another version is passed over."""
+WEIGHTS_FORMAT = 1
+_MAGIC = b"hpsearch checkpoint\n"
+
+
+def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
+    """Write `state` (tensors and plain types) to `path`, whole or not at all.
+
+    The file is a magic line, the SHA-256 of all that follows, and torch's own format.
+    """
+    with paths.atomic_write(path) as temporary:
+        temporary.write_bytes(_encode(state))
+
+
+def save_latest(fit: FitPaths, state: Mapping[str, Any]) -> None:
+    """Write `state` to `last.pt`; what was there becomes `previous.pt` once the new file is proven readable."""
+    content = _encode(state)
+    with paths.atomic_write(fit.last) as temporary:
+        temporary.write_bytes(content)
+        if temporary.read_bytes() != content:
+            raise OSError(f"{fit.last} reads differently from what was written: the disk is faulty")
+        if fit.last.exists():
+            fit.last.replace(fit.previous)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """What `save_checkpoint` wrote, on the CPU.
+
+    Raises CheckpointError if the file is torn, of another version, foreign, or holds anything but tensors and plain
+    types: such a pickle could run code, and is refused before it can.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {os.strerror(error.errno or 0)}") from error
+    head, payload = content[: len(_MAGIC) + 32], content[len(_MAGIC) + 32 :]
+    if not head.startswith(_MAGIC):
+        raise CheckpointError(f"{path} is not a checkpoint of hpsearch{_what_it_is(content)}")
+    if hashlib.sha256(payload).digest() != head[len(_MAGIC) :]:
+        raise CheckpointError(f"{path} is torn or was changed: its checksum is wrong")
+    try:
+        state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} is refused: it holds more than tensors and plain types ({reason})") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise CheckpointError(f"{path} has format {found}, this version of hpsearch reads {FORMAT}")
+    return state
+
+
+def load_latest(fit: FitPaths) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
+    """The newest good checkpoint of a fit, None if there is none, and one line for each that was passed over."""
+    passed_over: list[str] = []
+    for path in (fit.last, fit.previous):
+        if not path.exists():
+            continue
+        try:
+            return load_checkpoint(path), tuple(passed_over)
+        except CheckpointError as error:
+            logger.warning("%s; it is passed over", error)
+            passed_over.append(str(error))
+    return None, tuple(passed_over)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsInfo:
+    """All that is needed to use a weights file, kept inside it as JSON."""
+
+    model: UNetConfig
+    in_channels: int
+    """3 for RGB, 1 for grayscale."""
+    normalization: Normalization
+    size: tuple[int, int]
+    """Height and width of the images that the network was trained on."""
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Whatever else the writer wants to keep; plain types."""
+
+
+def save_weights(path: Path, model: UNet, info: WeightsInfo) -> None:
+    """Write a network as safetensors; the same network and info give the same bytes."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    table = {
+        "format": WEIGHTS_FORMAT,
+        "model": dataclasses.asdict(info.model),
+        "in_channels": info.in_channels,
+        "normalization": {"mean": list(info.normalization.mean), "std": list(info.normalization.std)},
+        "size": list(info.size),
+        "extra": dict(info.extra),
+    }
+    # One key: safetensors writes several in an order that differs from process to process.
+    content = safetensors.torch.save(tensors, {"hpsearch": json.dumps(table, sort_keys=True)})
+    with paths.atomic_write(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[UNet, WeightsInfo]:
+    """The network in a file of `save_weights`, in evaluation mode on `device`.
+
+    Raises CheckpointError if the file is missing, torn, foreign (a pickle is refused unread) or contradicts itself.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("hpsearch")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except safetensors.SafetensorError as error:
+        with path.open("rb") as raw:
+            start = raw.read(64)
+        raise CheckpointError(f"{path} is not a whole safetensors file{_what_it_is(start)}") from error
+    if text is None:
+        raise CheckpointError(f"{path} holds weights, but not those of hpsearch: they do not say of which network")
+    try:
+        info = _parse_info(json.loads(text))
+    except (KeyError, TypeError, ValueError, ConfigError) as error:
+        raise CheckpointError(f"{path} says wrong things about its network: {error}") from error
+    model = UNet(info.model, info.in_channels)
+    load_state_(model, tensors, path)
+    return model.to(device).eval(), info
+
+
+def load_state_(model: UNet, tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Fill `model` with `tensors`; CheckpointError if they are those of another network."""
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(f"{source} holds the weights of another network than its configuration says") from error
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _encode(state: Mapping[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **state}, buffer)
+    payload = buffer.getvalue()
+    return _MAGIC + hashlib.sha256(payload).digest() + payload
+
+
+def _parse_info(table: Any) -> WeightsInfo:
+    if table["format"] != WEIGHTS_FORMAT:
+        raise ValueError(f"format {table['format']}, this version of hpsearch reads {WEIGHTS_FORMAT}")
+    height, width = table["size"]
+    return WeightsInfo(
+        model=UNetConfig(**table["model"]),
+        in_channels=int(table["in_channels"]),
+        normalization=Normalization(
+            mean=tuple(table["normalization"]["mean"]), std=tuple(table["normalization"]["std"])
+        ),
+        size=(int(height), int(width)),
+        extra=table["extra"],
+    )
+
+
+def _what_it_is(content: bytes) -> str:
+    if content.startswith((b"\x80", b"PK\x03\x04")):
+        return ", but a pickle or zip file, which could run code and is not opened"
+    return ""

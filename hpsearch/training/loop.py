@@ -1,0 +1,581 @@
+"""One fit: train one network on one set of images, score it on another after every epoch, resume exactly."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hpsearch import paths as files
+from hpsearch import runtime as devices
+from hpsearch.config import digest
+from hpsearch.data.batches import Batch, DeviceData, eval_batches, n_train_batches, train_batches
+from hpsearch.data.cache import Normalization
+from hpsearch.data.config import AugmentConfig
+from hpsearch.errors import CheckpointError, DivergedError, OutOfMemoryError
+from hpsearch.models.config import UNetConfig
+from hpsearch.models.unet import UNet
+from hpsearch.paths import FitPaths
+from hpsearch.runtime import Runtime
+from hpsearch.training import checkpoint
+from hpsearch.training.config import TrainConfig
+from hpsearch.training.losses import Loss, loss_function
+from hpsearch.training.metrics import SCORES, PixelCounts, count_pixels
+from hpsearch.training.rows import EpochRow as EpochRow
+from hpsearch.training.rows import Scores as Scores
+from hpsearch.training.schedule import lr_factor, make_optimizer, set_lr_
+
+logger = logging.getLogger(__name__)
+
+Indices = npt.NDArray[np.int64]
+Forward = Callable[[Tensor], Tensor]
+OnEpoch = Callable[[EpochRow, npt.NDArray[np.float32]], Literal["go", "stop"]]
+"""Hears each epoch's row and the held-out scores (n,) float32; "stop" ends the fit after this epoch."""
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a fit gave."""
+
+    model: UNet
+    """After the last epoch, on its device, in evaluation mode."""
+    rows: tuple[EpochRow, ...]
+    scores: npt.NDArray[np.float32]
+    """The metric of every held-out image after every epoch, (epochs, n)."""
+    counts: npt.NDArray[np.int64]
+    """tp, fp, fn, tn of every held-out image after the last epoch, (n, 4)."""
+    stopped: bool
+    """Whether `on_epoch` ended it before its last epoch."""
+
+
+def fit(
+    *,
+    model_config: UNetConfig,
+    in_channels: int,
+    data: DeviceData,
+    train_indices: Indices,
+    held_out_indices: Indices,
+    train: TrainConfig,
+    augment: AugmentConfig,
+    normalization: Normalization,
+    size: tuple[int, int],
+    metric: Literal["dice", "jaccard"],
+    seed: int,
+    runtime: Runtime,
+    eval_size: tuple[int, int] | None = None,
+    paths: FitPaths | None = None,
+    keep_best: bool = False,
+    micro_batch: int | None = None,
+    on_epoch: OnEpoch | None = None,
+    clock: Callable[[], float] = time.time,
+) -> FitResult:
+    """Train a network for `train.epochs` epochs, scoring the held-out images after each.
+
+    Images come at `size`; scores are computed at `eval_size` (None: `size`), which must be the size of the masks that
+    `data` serves for evaluation. `held_out_indices` may be empty.
+
+    With `paths` the fit resumes from its last good checkpoint, and ends as if it had never stopped: same weights and
+    same scores, to the byte on a CPU under the same `runtime`. After each epoch come, in this order, the checkpoint,
+    scores.npy, the line in epochs.jsonl, `on_epoch`. With `keep_best`, best.pt holds the weights of the epoch with
+    the best held-out mean; nothing here reads it.
+
+    `micro_batch` sums gradients over parts of a batch of at most so many images, to need less memory. The result is
+    the same but for rounding where there is no batch normalisation (`microbatches_are_exact`); elsewhere the
+    statistics are those of the parts.
+
+    Raises DivergedError when a loss is NaN or infinite, found at the end of its epoch; OutOfMemoryError when memory
+    ran out, all of it given back; CheckpointError when `paths` holds the checkpoint of another fit.
+    """
+    task = _Task(
+        model_config=model_config,
+        in_channels=in_channels,
+        train_indices=train_indices,
+        held_out_indices=held_out_indices,
+        train=train,
+        augment=augment,
+        normalization=normalization,
+        size=size,
+        eval_size=eval_size or size,
+        metric=metric,
+        seed=seed,
+        micro_batch=micro_batch,
+    )
+    try:
+        with runtime.active(), devices.seeded(seed, runtime.device):
+            return _fit(task, data, runtime, paths, keep_best, on_epoch, clock)
+    except (RuntimeError, MemoryError) as error:
+        if not devices.is_out_of_memory(error):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else "no memory left"
+    # Only here, where the traceback is gone, does nothing refer to the tensors of the fit any more.
+    devices.free_memory(runtime.device)
+    raise OutOfMemoryError(f"training on {runtime.device} ran out of memory: {reason}")
+
+
+def evaluate(
+    model: Forward,
+    data: DeviceData,
+    indices: Indices,
+    *,
+    loss: Loss,
+    batch_size: int,
+    normalization: Normalization,
+    size: tuple[int, int],
+    runtime: Runtime,
+) -> tuple[npt.NDArray[np.int64], float]:
+    """tp, fp, fn, tn of every image, (n, 4) int64, in the order of `indices`, and the mean loss over images.
+
+    At the size of the masks that `data` serves. Neither depends on `batch_size`, rounding aside. The device is waited
+    for once, at the end.
+    """
+    losses: list[Tensor] = []
+    counts: list[Tensor] = []
+    for logits, masks in predict_logits(
+        model, data, indices, batch_size=batch_size, normalization=normalization, size=size, runtime=runtime
+    ):
+        losses.append(loss(logits, masks) * len(masks))
+        counts.append(_count(logits, masks))
+    all_counts, total = _fetch(counts, losses)
+    return all_counts, total / len(indices)
+
+
+def predict_logits(
+    model: Forward,
+    data: DeviceData,
+    indices: Indices,
+    *,
+    batch_size: int,
+    normalization: Normalization,
+    size: tuple[int, int],
+    runtime: Runtime,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits (B, 1, H, W) float32 and masks (B, 1, H, W) uint8 of `indices` in order, at the masks' size.
+
+    `model` is in evaluation mode, as its caller sets it.
+    """
+    for batch in eval_batches(data, indices, batch_size=batch_size, normalization=normalization, size=size):
+        with torch.inference_mode():
+            with runtime.autocast():
+                logits = model(batch.images)
+            logits = resize_logits(logits.float(), (batch.masks.shape[-2], batch.masks.shape[-1]))
+        runtime.end_step()
+        yield logits, batch.masks
+
+
+def resize_logits(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Logits (B, 1, H, W) at `size`: bilinear, averaging where it shrinks; untouched if they have that size."""
+    if logits.shape[-2:] == size:
+        return logits
+    return F.interpolate(logits, size=size, mode="bilinear", align_corners=False, antialias=True)
+
+
+def eval_batch_size(batch_size: int, device: torch.device) -> int:
+    """Images at once in evaluation.
+
+    A GPU takes four training batches: no activations are kept, so that they fit where one training batch did. A
+    processor gains nothing from more than its caches hold.
+    """
+    return batch_size * 4 if device.type == "cuda" else batch_size
+
+
+def microbatches_are_exact(config: UNetConfig) -> bool:
+    """Whether gradients summed over parts of a batch are those of the whole batch, rounding aside."""
+    return config.norm != "batch"
+
+
+def finish_fit(
+    result: FitResult,
+    paths: FitPaths,
+    *,
+    data: DeviceData,
+    held_out_indices: Indices,
+    normalization: Normalization,
+    size: tuple[int, int],
+    runtime: Runtime,
+    extra: dict[str, Any] | None = None,
+    n_examples: int = 6,
+) -> dict[str, Any]:
+    """Write what stays of a fit, fit.json last, and remove its checkpoints; give what fit.json holds.
+
+    weights.safetensors, scores.npy, counts.npy and examples.npz hold nothing of time or process: killed at any point,
+    doing it again from last.pt writes the same bytes. examples.npz has, for `n_examples` held-out images from the
+    worst through the median to the best, `indices` (m,) int64 in `data`, `scores` (m,) float32 and `probabilities`
+    (m, H, W) uint8, 255 for certainly lesion. `extra` goes into the weights' own description.
+    """
+    model = result.model
+    info = checkpoint.WeightsInfo(
+        model=model.config,
+        in_channels=data.n_channels,
+        normalization=normalization,
+        size=size,
+        extra=extra or {},
+    )
+    checkpoint.save_weights(paths.weights, model, info)
+    save_array(paths.scores, result.scores)
+    save_array(paths.counts, result.counts)
+    if len(held_out_indices) > 0:
+        last = result.scores[-1]
+        ranks = np.linspace(0, len(last) - 1, min(n_examples, len(last))).round().astype(np.int64)
+        chosen = np.argsort(last, kind="stable")[ranks]
+        with runtime.active():
+            probabilities = [
+                logits.sigmoid().mul(255).round().to(torch.uint8).squeeze(1).cpu().numpy()
+                for logits, _ in predict_logits(
+                    model,
+                    data,
+                    held_out_indices[chosen],
+                    batch_size=len(chosen),
+                    normalization=normalization,
+                    size=size,
+                    runtime=runtime,
+                )
+            ]
+        with files.atomic_write(paths.examples) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(
+                file,
+                indices=held_out_indices[chosen],
+                scores=last[chosen],
+                probabilities=np.concatenate(probabilities),
+            )
+    rows = result.rows
+    train_s, eval_s = sum(row.train_s for row in rows), sum(row.eval_s for row in rows)
+    summary = {
+        "format": 1,
+        "epochs": len(rows),
+        "value": float(np.mean(result.scores[-1], dtype=np.float64)) if len(held_out_indices) > 0 else None,
+        "n_held_out": len(held_out_indices),
+        "seconds": train_s + eval_s,
+        "train_s": train_s,
+        "eval_s": eval_s,
+        "images_per_s": sum(row.images_per_s * row.train_s for row in rows) / train_s,
+        "peak_bytes": max(row.peak_bytes for row in rows),
+        "scores_sha256": checkpoint.sha256(paths.scores),
+        "weights_sha256": checkpoint.sha256(paths.weights),
+        "runtime": devices.describe(runtime),
+    }
+    files.write_json(paths.fit, summary)
+    for path in (paths.last, paths.previous):
+        path.unlink(missing_ok=True)
+    return summary
+
+
+def save_array(path: Path, array: npt.NDArray[Any]) -> None:
+    """Write one array as .npy, whole or not at all."""
+    with files.atomic_write(path) as temporary, temporary.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    """All that decides what comes out of a fit, the images and the arithmetic aside."""
+
+    model_config: UNetConfig
+    in_channels: int
+    train_indices: Indices
+    held_out_indices: Indices
+    train: TrainConfig
+    augment: AugmentConfig
+    normalization: Normalization
+    size: tuple[int, int]
+    eval_size: tuple[int, int]
+    metric: Literal["dice", "jaccard"]
+    seed: int
+    micro_batch: int | None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return n_train_batches(len(self.train_indices), self.train.batch_size)
+
+    def digest(self, data_key: str) -> str:
+        """A hash that a checkpoint carries, so that it is never continued as another fit."""
+        table: dict[str, Any] = {"data": data_key}
+        for part in dataclasses.fields(self):
+            value = getattr(self, part.name)
+            if isinstance(value, np.ndarray):
+                value = hashlib.sha256(np.ascontiguousarray(value, np.int64).tobytes()).hexdigest()
+            elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+                value = dataclasses.asdict(value)
+            table[part.name] = value
+        # These choose how to compute, as the device does, not what.
+        for name in ("amp", "compile"):
+            del table["train"][name]
+        return digest(table)
+
+
+@dataclass
+class _Progress:
+    """What must survive a restart."""
+
+    model: UNet
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    rows: list[EpochRow] = field(default_factory=list)
+    scores: list[npt.NDArray[np.float32]] = field(default_factory=list)
+    counts: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 4), np.int64))
+
+    def to_state(self, task_digest: str, device: torch.device) -> dict[str, Any]:
+        return {
+            "digest": task_digest,
+            "epoch": len(self.rows),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rng": devices.rng_states(device),
+            "rows": [row.to_dict() for row in self.rows],
+            "scores": torch.from_numpy(self.scores_array()),
+            "counts": torch.from_numpy(self.counts),
+        }
+
+    def restore_(self, state: dict[str, Any], source: Path, device: torch.device) -> None:
+        checkpoint.load_state_(self.model, state["model"], source)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        devices.restore_rng_states(state["rng"], device)
+        self.rows = [EpochRow.from_dict(row) for row in state["rows"]]
+        self.scores = list(state["scores"].numpy())
+        self.counts = state["counts"].numpy()
+
+    def scores_array(self) -> npt.NDArray[np.float32]:
+        """(epochs, held-out images)."""
+        return np.stack(self.scores) if self.scores else np.zeros((0, 0), np.float32)
+
+    def best_score(self) -> float:
+        """The best held-out mean so far; minus infinity without one."""
+        return max((float(scores.mean()) for scores in self.scores if scores.size), default=-math.inf)
+
+
+def _fit(
+    task: _Task,
+    data: DeviceData,
+    runtime: Runtime,
+    paths: FitPaths | None,
+    keep_best: bool,
+    on_epoch: OnEpoch | None,
+    clock: Callable[[], float],
+) -> FitResult:
+    train, device = task.train, runtime.device
+    model = UNet(task.model_config, task.in_channels, seed=task.seed)
+    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    progress = _Progress(model, make_optimizer(train, model.parameters(), device), runtime.make_scaler())
+    task_digest = task.digest(data.cache.key)
+    recorded: dict[int, EpochRow] = {}
+    if paths is not None:
+        recorded = _resume_(progress, paths, task_digest, device)
+
+    loss = loss_function(train)
+    # Whoever was killed before it had judged the last epoch judges it now.
+    stopped = bool(progress.rows) and on_epoch is not None and on_epoch(progress.rows[-1], progress.scores[-1]) == "stop"
+    while len(progress.rows) < train.epochs and not stopped:
+        epoch = len(progress.rows) + 1
+        devices.reset_peak_memory(device)
+        began = time.perf_counter()
+        train_scores, n_images, lr = _train_epoch(task, data, runtime, progress, model, loss, epoch)
+        train_s = time.perf_counter() - began
+        if not math.isfinite(train_scores.loss):
+            raise DivergedError(epoch, train_scores.loss)
+
+        began = time.perf_counter()
+        held_out, scores = _evaluate_epoch(task, data, runtime, progress, loss, epoch)
+        eval_s = time.perf_counter() - began
+
+        row = EpochRow(
+            epoch=epoch,
+            time=round(clock(), 3),
+            train=train_scores,
+            held_out=held_out,
+            lr=lr,
+            train_s=train_s,
+            eval_s=eval_s,
+            images_per_s=n_images / train_s,
+            peak_bytes=devices.peak_memory(device),
+        )
+        row = _as_recorded(row, recorded.get(epoch))
+        best_before = progress.best_score()
+        progress.rows.append(row)
+        progress.scores.append(scores)
+        if paths is not None:
+            checkpoint.save_latest(paths, progress.to_state(task_digest, device))
+            if keep_best and progress.best_score() > best_before:
+                checkpoint.save_checkpoint(
+                    paths.best, {"epoch": epoch, "score": progress.best_score(), "model": model.state_dict()}
+                )
+            save_array(paths.scores, progress.scores_array())
+            files.append_line(paths.epochs, _line(row))
+        stopped = on_epoch is not None and on_epoch(row, scores) == "stop"
+    model.eval()
+    return FitResult(
+        model,
+        tuple(progress.rows),
+        progress.scores_array(),
+        progress.counts,
+        stopped=len(progress.rows) < train.epochs,
+    )
+
+
+def _train_epoch(
+    task: _Task,
+    data: DeviceData,
+    runtime: Runtime,
+    progress: _Progress,
+    forward: Forward,
+    loss: Loss,
+    epoch: int,
+) -> tuple[Scores, int, float]:
+    """Train one epoch: mean scores over its images, how many they were, and the last learning rate.
+
+    Losses and counts stay on the device until the end: nothing before makes the processor wait for it.
+    """
+    train, optimizer, scaler = task.train, progress.optimizer, progress.scaler
+    n_steps = train.epochs * task.steps_per_epoch
+    step = (epoch - 1) * task.steps_per_epoch
+    losses: list[Tensor] = []
+    counts: list[Tensor] = []
+    lr = train.lr
+    progress.model.train()
+    for batch in train_batches(
+        data,
+        task.train_indices,
+        batch_size=train.batch_size,
+        seed=task.seed,
+        epoch=epoch,
+        augment=task.augment,
+        normalization=task.normalization,
+        size=task.size,
+    ):
+        lr = train.lr * lr_factor(train, step, n_steps)
+        set_lr_(optimizer, lr)
+        optimizer.zero_grad(set_to_none=True)
+        for part in _parts(batch, task.micro_batch):
+            with runtime.autocast():
+                logits = forward(part.images)
+            value = loss(logits, part.masks) * (len(part.images) / len(batch.images))
+            scaler.scale(value).backward()  # type: ignore[no-untyped-call]
+            losses.append(value.detach() * len(batch.images))
+            counts.append(_count(logits.detach(), part.masks))
+        scaler.step(optimizer)
+        scaler.update()
+        runtime.end_step()
+        step += 1
+    all_counts, total = _fetch(counts, losses)
+    return _mean_scores(all_counts, total / len(all_counts)), len(all_counts), lr
+
+
+def _evaluate_epoch(
+    task: _Task, data: DeviceData, runtime: Runtime, progress: _Progress, loss: Loss, epoch: int
+) -> tuple[Scores | None, npt.NDArray[np.float32]]:
+    """Mean scores and the metric of every held-out image; puts the counts into `progress`."""
+    progress.model.eval()
+    if len(task.held_out_indices) == 0:
+        # Nothing else would notice a last step that ruined the weights.
+        if not all(bool(parameter.isfinite().all()) for parameter in progress.model.parameters()):
+            raise DivergedError(epoch, math.nan)
+        return None, np.zeros(0, np.float32)
+    counts, held_out_loss = evaluate(
+        progress.model,
+        data,
+        task.held_out_indices,
+        loss=loss,
+        batch_size=eval_batch_size(task.train.batch_size, runtime.device),
+        normalization=task.normalization,
+        size=task.size,
+        runtime=runtime,
+    )
+    if not math.isfinite(held_out_loss):
+        raise DivergedError(epoch, held_out_loss)
+    n_pixels, expected = int(counts[0].sum()), task.eval_size[0] * task.eval_size[1]
+    if n_pixels != expected:
+        raise ValueError(f"scores are wanted at {task.eval_size}, but the masks have {n_pixels} pixels")
+    progress.counts = counts
+    scores = SCORES[task.metric](PixelCounts.from_columns(counts))
+    return _mean_scores(counts, held_out_loss), scores.astype(np.float32)
+
+
+def _parts(batch: Batch, micro_batch: int | None) -> Iterator[Batch]:
+    if micro_batch is None or micro_batch >= len(batch.images):
+        yield batch
+        return
+    for images, masks in zip(
+        torch.split(batch.images, micro_batch), torch.split(batch.masks, micro_batch), strict=True
+    ):
+        yield Batch(images, masks)
+
+
+def _count(logits: Tensor, masks: Tensor) -> Tensor:
+    """tp, fp, fn, tn of each image, (B, 4) int64 on the device; lesion is where the probability is above a half."""
+    return torch.stack(count_pixels(logits > 0, masks), dim=1)
+
+
+def _fetch(counts: list[Tensor], losses: list[Tensor]) -> tuple[npt.NDArray[np.int64], float]:
+    """All counts (n, 4) and the sum of the losses: here the processor waits for the device."""
+    table: npt.NDArray[np.int64] = torch.cat(counts).cpu().numpy()
+    # Summed on the CPU, where there is float64 whatever the device.
+    return table, float(torch.stack(losses).cpu().double().sum())
+
+
+def _mean_scores(counts: npt.NDArray[np.int64], loss: float) -> Scores:
+    columns = PixelCounts.from_columns(counts)
+    return Scores(loss, *(float(SCORES[name](columns).mean()) for name in ("dice", "jaccard", "accuracy")))
+
+
+def _resume_(progress: _Progress, paths: FitPaths, task_digest: str, device: torch.device) -> dict[int, EpochRow]:
+    """Fill `progress` from the last good checkpoint, if any, and make epochs.jsonl tell the same.
+
+    Gives the rows that were recorded before, by epoch. CheckpointError if the checkpoint is that of another fit.
+    """
+    recorded = _recorded_rows(paths.epochs)
+    state, _ = checkpoint.load_latest(paths)
+    if state is not None:
+        if state["digest"] != task_digest:
+            raise CheckpointError(
+                f"{paths.root} holds a checkpoint of another configuration, other images or another seed; "
+                "remove that folder to begin this fit anew"
+            )
+        progress.restore_(state, paths.last, device)
+        logger.info("%s: resumed after epoch %d", paths.root, len(progress.rows))
+    progress.rows = [_as_recorded(row, recorded.get(row.epoch)) for row in progress.rows]
+    if progress.rows:
+        save_array(paths.scores, progress.scores_array())
+    if progress.rows or paths.epochs.exists():
+        files.write_text(paths.epochs, "".join(_line(row) + "\n" for row in progress.rows))
+    return recorded
+
+
+def _recorded_rows(path: Path) -> dict[int, EpochRow]:
+    """Rows of epochs.jsonl by epoch; lines that a crash tore or that make no sense are left out."""
+    rows: dict[int, EpochRow] = {}
+    if path.is_file():
+        for line in path.read_bytes().split(b"\n"):
+            try:
+                row = EpochRow.from_dict(json.loads(line))
+            except (ValueError, TypeError, KeyError):
+                continue
+            rows.setdefault(row.epoch, row)
+    return rows
+
+
+def _as_recorded(row: EpochRow, recorded: EpochRow | None) -> EpochRow:
+    """The row as it was first recorded, so that an epoch done again is logged again with the same time."""
+    if recorded is None:
+        return row
+    if (recorded.train, recorded.held_out, recorded.lr) == (row.train, row.held_out, row.lr):
+        return recorded
+    # A device whose sums differ from run to run: what was found now, at the time it was first found.
+    return dataclasses.replace(row, time=recorded.time)
+
+
+def _line(row: EpochRow) -> str:
+    return json.dumps(row.to_dict(), allow_nan=False)

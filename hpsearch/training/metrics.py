@@ -1,0 +1,81 @@
+"""Scores of an image as pure functions of four pixel counts, for NumPy arrays and torch tensors alike.
+
+Imports no torch: the report and the coordinator read counts that a worker made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+A = TypeVar("A", "np.ndarray[Any, Any]", "Tensor")
+
+
+class PixelCounts(NamedTuple, Generic[A]):
+    """Pixels of each image by truth and prediction, each (B,) int64: lesion is positive."""
+
+    tp: A
+    fp: A
+    fn: A
+    tn: A
+
+    @classmethod
+    def from_columns(cls, counts: A) -> PixelCounts[A]:
+        """The counts in an (..., 4) array with columns tp, fp, fn, tn."""
+        return cls(counts[..., 0], counts[..., 1], counts[..., 2], counts[..., 3])
+
+
+def count_pixels(preds: A, masks: A) -> PixelCounts[A]:
+    """Compare predictions with masks, both (B, ...) boolean or 0 and 1, per image.
+
+    Sums run in int64: in fp16 they overflow above 65504 pixels and bf16 counts exactly only to 256.
+    """
+    pred = preds.reshape(preds.shape[0], -1) > 0
+    mask = masks.reshape(masks.shape[0], -1) > 0
+    # A boolean sum is int64 in NumPy and in torch. Three sums give all four counts.
+    n_both, n_pred, n_mask = (pred & mask).sum(1), pred.sum(1), mask.sum(1)
+    return PixelCounts(n_both, n_pred - n_both, n_mask - n_both, mask.shape[1] - n_pred - n_mask + n_both)
+
+
+def dice(counts: PixelCounts[A]) -> A:
+    """2 tp / (2 tp + fp + fn) of each image, (B,); 1 where mask and prediction are both empty."""
+    return _ratio(2 * counts.tp, 2 * counts.tp + counts.fp + counts.fn)
+
+
+def jaccard(counts: PixelCounts[A]) -> A:
+    """Intersection over union of each image, (B,); 1 where mask and prediction are both empty."""
+    return _ratio(counts.tp, counts.tp + counts.fp + counts.fn)
+
+
+def accuracy(counts: PixelCounts[A]) -> A:
+    """Share of pixels that are right, (B,). It misleads on small lesions: predicting nothing scores high."""
+    return _ratio(counts.tp + counts.tn, counts.tp + counts.fp + counts.fn + counts.tn)
+
+
+def sensitivity(counts: PixelCounts[A]) -> A:
+    """Share of the lesion that was found, (B,); 1 where the mask is empty."""
+    return _ratio(counts.tp, counts.tp + counts.fn)
+
+
+def specificity(counts: PixelCounts[A]) -> A:
+    """Share of the background that was left alone, (B,); 1 where the mask is full."""
+    return _ratio(counts.tn, counts.tn + counts.fp)
+
+
+SCORES: Mapping[str, Callable[[PixelCounts[Any]], Any]] = MappingProxyType(
+    {f.__name__: f for f in (dice, jaccard, accuracy, sensitivity, specificity)}
+)
+"""Every score by its name."""
+
+
+def _ratio(part: A, whole: A) -> A:
+    # Every `part` is 0 where its `whole` is: there the ratio is (0 + 1) / (0 + 1).
+    empty: A = whole == 0
+    ratio: A = (part + empty) / (whole + empty)
+    return ratio
