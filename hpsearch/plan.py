@@ -7,6 +7,7 @@ thread counts and precision decide the bytes of the results. Imports no torch.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -179,6 +180,11 @@ def measured_configs(config: StudyConfig) -> list[StudyConfig]:
         if image_flops(candidate) not in [image_flops(other) for other in chosen]:
             chosen.append(candidate)
     return chosen
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe_data(data: DataConfig) -> str:

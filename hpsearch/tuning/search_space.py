@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from hpsearch.config import StudyConfig, get_setting
+from hpsearch.config import StudyConfig, get_setting, stable_seed
 from hpsearch.tuning.config import Choice, Range, SearchSpace
 
 
@@ -97,12 +96,6 @@ def make_sampler(config: StudyConfig, fixed: Mapping[int, Mapping[str, Any]]) ->
         return RandomSampler(seed=seed)
 
     return ReplayableSampler(tpe if settings.sampler == "tpe" else random, seed=settings.seed, fixed=fixed)
-
-
-def stable_seed(*parts: int | str) -> int:
-    """The same 31-bit seed for the same parts, in every process and on every machine."""
-    text = "\x1f".join(map(str, parts))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) >> 1
 
 
 def _suggest(trial: Trial, name: str, distribution: BaseDistribution) -> Any:

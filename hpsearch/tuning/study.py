@@ -116,8 +116,8 @@ class StudyDatabase:
             if number >= len(records) and trial.state.is_finished():
                 raise RecordError(
                     f"Optuna's database holds the finished trial {number}, its folder "
-                    f"{self._record.paths.trial(number).root} is missing: put it back, or delete the database to go on "
-                    "from the folders that are there"
+                    f"{self._record.paths.trial(number).root} is missing: put it back, or delete the database to go "
+                    "on from the folders that are there"
                 )
 
     def finished(self) -> list[FrozenTrial]:

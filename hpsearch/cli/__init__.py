@@ -1,0 +1,80 @@
+"""The command line: one module per command, each parses, calls one function, prints.
+
+Nothing heavy is imported before a command runs, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+from typing import Any
+
+import click
+
+from hpsearch import __version__
+from hpsearch.errors import HpsearchError
+
+COMMANDS = {
+    "study": "Search for the best configuration; run again to continue.",
+    "final": "Retrain the best configuration on the whole pool and evaluate it on the test split.",
+    "status": "Studies here: trials, outcomes, best so far, what runs now.",
+    "stop": "Ask a running study to stop, or to end one trial.",
+    "train": "Train one configuration, without a search.",
+    "plan": "Shapes, parameters, memory and time of a configuration, before anything runs.",
+    "report": "Write a study's report as one HTML page.",
+    "predict": "Write masks of images at their original resolution.",
+    "export": "Export a model to ONNX, or a trial's configuration to TOML.",
+    "track": "Bring MLflow up to date with the record.",
+    "data": "Check, cache, augment, draw or download datasets.",
+}
+
+
+class _Lazy(click.Group):
+    """Imports a command's module only when that command is run."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"hpsearch.cli.{cmd_name}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="hpsearch")
+def group() -> None:
+    """Find the best UNet configuration for a segmentation dataset, and a number for it that can be published.
+
+    \b
+        hpsearch study --trials 50 --folds 5      search; again = continue
+        mlflow ui                                 compare runs
+        hpsearch final --best                     retrain, evaluate on the test split
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line: exit code 0 done, 1 an error in one line, 2 usage, 128 + signal if interrupted."""
+    try:
+        result: Any = group.main(args=arguments, prog_name="hpsearch", standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit(128 + signal.SIGINT)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except HpsearchError as error:
+        click.echo(f"hpsearch: {error}", err=True)
+        sys.exit(1)
+    except BrokenPipeError:
+        # `hpsearch status | head`: nobody reads on, which is no fault.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    sys.exit(result if isinstance(result, int) else 0)

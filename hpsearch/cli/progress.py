@@ -1,0 +1,212 @@
+"""What a person sees of a running study: live on a terminal, a line per event elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from hpsearch.data.prepare import Prepared
+from hpsearch.paths import ProjectPaths
+from hpsearch.plan import ExecutionPlan, Forecast, describe_data
+from hpsearch.tuning.coordinator import StudySummary
+from hpsearch.tuning.record import COUNTED, StudyRecord, TrialRecord
+
+LONG_S = 36 * 3600.0
+"""A search that is foreseen to take longer is worth a word before it begins."""
+
+
+class StudyProgress:
+    """Shows a running study. Use as a context manager, and as the study's Listener."""
+
+    def __init__(self, name: str, project: ProjectPaths) -> None:
+        self._name = name
+        self._project = project
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._live = Live(console=self._console, refresh_per_second=4, transient=True, get_renderable=self._render)
+        self._is_live = self._console.is_terminal
+        self._record: StudyRecord | None = None
+        self._images: tuple[int, int] | None = None
+        self._trials: dict[int, TrialRecord] = {}
+        self._fits: dict[tuple[int, int], Mapping[str, Any]] = {}
+        self._forecast: Forecast | None = None
+        self._began = time.monotonic()
+        self._ended_here = 0
+
+    def __enter__(self) -> StudyProgress:
+        if self._is_live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def preparing(self, done: int, total: int) -> None:
+        self._images = (done, total)
+
+    def prepared(self, prepared: Prepared) -> None:
+        self._images = None
+        for note in prepared.notes:
+            self._print(f"note: {note}")
+        if prepared.excluded:
+            self._print(
+                f"left out {len(prepared.excluded)} images with errors: {', '.join(prepared.excluded[:5])} ..."
+            )
+
+    def planned(self, record: StudyRecord, plan: ExecutionPlan, forecast: Forecast) -> None:
+        self._record, self._forecast = record, forecast
+        self._trials = {trial.number: trial for trial in record.trials()}
+        self._began = time.monotonic()
+        config = record.config
+        on = plan.machine.get("device_name", plan.device)
+        folds = "the fixed split" if config.study.folds == "fixed" else f"{config.study.folds} folds"
+        self._print(
+            f"study {self._name}: {config.study.trials} trials x {folds} x {config.train.epochs} epochs on "
+            f"{forecast.n_images} images ({describe_data(config.data)})"
+        )
+        self._print(
+            f"on {on}, {plan.precision}, {len(plan.workers)} worker(s) x {plan.workers[0].threads} thread(s); "
+            f"sampler {config.study.sampler}, pruner {config.study.pruner}"
+        )
+        if forecast.n_trials and forecast.total_s == forecast.total_s:
+            self._print(
+                f"{forecast.n_trials} trials to go: at most about {duration(forecast.total_s)} here, "
+                f"{duration(forecast.fit_s)} a fit (measured just now; racing saves most of it)"
+                if config.study.pruner == "race"
+                else f"{forecast.n_trials} trials to go: about {duration(forecast.total_s)} here, "
+                f"{duration(forecast.fit_s)} a fit"
+            )
+        if forecast.total_s > LONG_S and plan.device == "cpu":
+            self._print(
+                "that is long: stop with Ctrl-C and take `--config isic2017-64`, the same search at 64x64 (hours), "
+                "or a smaller --set data.size"
+            )
+
+    def trial_began(self, trial: TrialRecord) -> None:
+        self._trials[trial.number] = trial
+        if not self._is_live:
+            self._print(f"trial {trial.number}: {describe_params(trial.params)}")
+
+    def epoch_ended(self, trial: int, fold: int, row: Mapping[str, Any]) -> None:
+        self._fits[trial, fold] = row
+
+    def fold_ended(self, trial: int, fold: int, score: float) -> None:
+        self._fits.pop((trial, fold), None)
+        if not self._is_live:
+            self._print(f"trial {trial}, fold {fold}: {score:.4f}")
+
+    def trial_ended(self, trial: TrialRecord) -> None:
+        self._trials[trial.number] = trial
+        for key in [key for key in self._fits if key[0] == trial.number]:
+            del self._fits[key]
+        self._ended_here += trial.outcome in COUNTED
+        value = f"{trial.value:.4f}" if trial.value is not None else "-"
+        mark = "  best so far" if self._best() is trial else ""
+        reason = f"  ({trial.reason})" if trial.outcome not in ("full",) and trial.reason else ""
+        self._print(f"trial {trial.number} {trial.outcome} {value}{mark}{reason}  {describe_params(trial.params)}")
+
+    def said(self, text: str) -> None:
+        self._print(text)
+
+    def summarise(self, summary: StudySummary) -> None:
+        """The result and the next step."""
+        record = summary.record
+        best, n_trials = record.best(), record.config.study.trials
+        if best is not None:
+            self._print(
+                f"best: trial {best.number}, {record.config.study.metric} {best.value:.4f} out of fold  "
+                f"{describe_params(best.params)}"
+            )
+        if summary.undelivered:
+            self._print(
+                f"tracking lacks {summary.undelivered} trials; they are on record: `hpsearch track` delivers them"
+            )
+        here = "" if str(self._project.root) == "." else f" --out {self._project.root}"
+        if summary.stopped:
+            self._print(
+                f"stopped with {summary.n_counted} of {n_trials} trials: run the same command again to continue"
+            )
+        else:
+            self._print(f"{summary.n_counted} of {n_trials} trials done. Next:")
+            self._print(f"  hpsearch final --best --study {self._name}{here}")
+            folder = "" if not here else f"cd {self._project.root} && "
+            self._print(f"  {folder}mlflow ui")
+
+    def _best(self) -> TrialRecord | None:
+        full = [trial for trial in self._trials.values() if trial.outcome == "full" and trial.value is not None]
+        return max(full, key=lambda trial: (trial.value or 0.0, -trial.number)) if full else None
+
+    def _print(self, text: str) -> None:
+        # Text, not markup: names and reasons may hold brackets.
+        self._console.print(Text(text))
+        sys.stdout.flush()
+
+    def _render(self) -> Group:
+        if self._images is not None:
+            done, total = self._images
+            return Group(_bar(f"decoding images {done}/{total}", done, total))
+        if self._record is None:
+            return Group(Text("getting ready"))
+        config = self._record.config
+        counted = sum(trial.outcome in COUNTED for trial in self._trials.values())
+        best = self._best()
+        head = f"study {self._name}  {counted}/{config.study.trials} trials"
+        if best is not None:
+            head += f"  best {best.value:.4f} (trial {best.number})"
+        lines = [_bar(f"{head}  ETA {self._eta(counted)}", counted, config.study.trials)]
+        table = Table.grid(padding=(0, 2))
+        for (trial, fold), row in sorted(self._fits.items()):
+            scores = row["held_out"] or row["train"]
+            table.add_row(
+                f"  trial {trial}",
+                f"fold {fold + 1}/{self._record.n_folds}",
+                f"epoch {row['epoch']}/{self._trials[trial].config['train']['epochs']}",
+                f"loss {row['train']['loss']:.3f}",
+                f"{config.study.metric} {scores[config.study.metric]:.4f}",
+                f"{row['images_per_s']:.0f} images/s",
+            )
+        return Group(*lines, table)
+
+    def _eta(self, counted: int) -> str:
+        assert self._record is not None
+        left = self._record.config.study.trials - counted
+        if self._ended_here:
+            return duration(left * (time.monotonic() - self._began) / self._ended_here)
+        if self._forecast is not None and self._forecast.total_s == self._forecast.total_s:
+            return duration(max(0.0, self._forecast.total_s - (time.monotonic() - self._began)))
+        return "?"
+
+
+def describe_params(params: Mapping[str, Any]) -> str:
+    """`base_channels=8 depth=3 lr=0.0123`: the settings by their last name."""
+    return " ".join(
+        f"{name.partition('.')[2]}={value:.3g}" if isinstance(value, float) else f"{name.partition('.')[2]}={value}"
+        for name, value in params.items()
+    )
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `12 min`, `3 h 20 min`, `2 days 4 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 36:
+        return f"{hours} h {minutes:02d} min"
+    days, hours = divmod(hours, 24)
+    return f"{days} days {hours} h"
+
+
+def _bar(text: str, done: int, total: int) -> Table:
+    grid = Table.grid(padding=(0, 1))
+    grid.add_row(ProgressBar(total=max(1, total), completed=done, width=30), Text(text))
+    return grid

@@ -1,0 +1,69 @@
+"""`hpsearch status`: what the studies here have reached."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import click
+
+from hpsearch.cli.options import out_option, study_option
+from hpsearch.paths import ProjectPaths
+
+
+@click.command("status")
+@out_option
+@study_option
+def command(project: ProjectPaths, study_name: str | None) -> None:
+    """Trials, outcomes, best so far, what runs now and when it will be done. Reads the record only."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from hpsearch.cli.progress import describe_params, duration
+    from hpsearch.errors import StudyError
+    from hpsearch.tuning import lock
+    from hpsearch.tuning.status import study_status
+
+    names = [study_name] if study_name else project.study_names()
+    if not names:
+        raise StudyError(
+            f"there is no study in {project.root}: begin one with `hpsearch study`, or name the folder (--out)"
+        )
+    console = Console(highlight=False, soft_wrap=True)
+    for name in names:
+        status = study_status(project, name)
+        config = status.config
+        outcomes = Counter(trial.outcome for trial in status.trials if trial.outcome)
+        counts = ", ".join(f"{n} {outcome}" for outcome, n in sorted(outcomes.items())) or "none ended"
+        held = f"run by {lock.describe_holder(project.study(name))}" if status.is_running else "not running"
+        console.print(Text(f"study {name}: {status.n_counted}/{config.study.trials} trials ({counts}); {held}"))
+        if status.best is not None:
+            console.print(
+                Text(
+                    f"  best: trial {status.best.number}, {config.study.metric} {status.best.value:.4f}  "
+                    f"{describe_params(status.best.params)}"
+                )
+            )
+        if status.eta_s is not None:
+            console.print(Text(f"  about {duration(status.eta_s)} to go"))
+        for fit in status.open_fits:
+            console.print(
+                Text(
+                    f"  trial {fit.trial} fold {fit.fold + 1}/{status.n_folds} epoch {fit.epoch}/{fit.epochs}"
+                    f"  {config.study.metric} {fit.score:.4f}"
+                )
+            )
+        if study_name is None:
+            continue
+        table = Table("trial", "outcome", "value", "folds", "time", "parameters", "why", box=None, pad_edge=False)
+        for trial in status.trials:
+            table.add_row(
+                str(trial.number),
+                trial.outcome or "open",
+                f"{trial.value:.4f}" if trial.value is not None else "",
+                f"{status.n_finished[trial.number]}/{status.n_folds}",
+                duration(status.seconds[trial.number]),
+                Text(describe_params(trial.params)),
+                Text(trial.reason),
+            )
+        console.print(table)

@@ -1,0 +1,111 @@
+"""`hpsearch study`: search, or go on searching."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+import click
+
+from hpsearch.cli.options import Settings, config_options, device_option, out_option, study_option, tracking_option
+from hpsearch.paths import ProjectPaths
+
+
+class _Folds(click.ParamType):
+    name = "k|fixed"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        text = str(value)
+        if text != "fixed" and not text.isdecimal():
+            self.fail(f"{text!r} is neither a number of folds nor 'fixed'", param, ctx)
+        return text if text == "fixed" else int(text)
+
+
+@click.command("study")
+@out_option
+@config_options
+@study_option
+@click.option("--trials", type=int, help="Trials to have evaluated, over all starts (study.trials).")
+@click.option("--folds", type=_Folds(), help="k of the cross-validation, or `fixed` for the 2000/150 split.")
+@click.option("--metric", type=click.Choice(["dice", "jaccard", "iou"]), help="Score whose mean is a trial's value.")
+@click.option("--sampler", type=click.Choice(["tpe", "random"]), help="How configurations are suggested.")
+@click.option(
+    "--pruner",
+    type=click.Choice(["race", "median", "hyperband", "wilcoxon", "none"]),
+    help="Rule that ends trials early.",
+)
+@click.option("--groups", metavar="FILE.csv", help="Patient or lesion of each image; a group stays in one fold.")
+@device_option
+@click.option("--workers", type=click.IntRange(min=1), help="Worker processes (default: one a GPU, one on the CPU).")
+@click.option(
+    "--threads", type=click.IntRange(min=1), help="CPU threads of each worker (default: the cores, shared)."
+)
+@click.option("--hours", type=click.FloatRange(min=0, min_open=True), help="Stop, with checkpoints, after so long.")
+@click.option("--storage", metavar="URL", help="Optuna's database, as SQLAlchemy writes it (default: hpsearch.db).")
+@tracking_option
+def command(
+    project: ProjectPaths,
+    settings: Settings,
+    study_name: str | None,
+    device: str,
+    workers: int | None,
+    threads: int | None,
+    hours: float | None,
+    storage: str | None,
+    tracking: str | None,
+) -> int:
+    """Search for the best configuration by cross-validation. The same command again continues.
+
+    \b
+        hpsearch study --trials 50 --folds 5
+        hpsearch study --data sample
+        hpsearch study --config isic2017-64 --data ../ISIC-2017 --trials 50
+        hpsearch study --images photos --masks masks --set data.size=128
+    """
+    from hpsearch.cli.progress import StudyProgress
+    from hpsearch.tracking import make_tracker
+    from hpsearch.tuning.coordinator import MachineChoice, Stop, run_study
+
+    name = study_name or settings.path.stem
+    config = settings.load(project.study(name).toml)
+    stop = Stop()
+    with StudyProgress(name, project) as progress, stop_on_signals(stop, progress.said):
+        summary = run_study(
+            project,
+            name,
+            config,
+            machine=MachineChoice(device, workers or 0, threads or 0),
+            tracker=make_tracker(project, tracking),
+            storage=storage,
+            listener=progress,
+            stop=stop,
+            hours=hours,
+        )
+    progress.summarise(summary)
+    return 128 + stop.signal if stop.signal else 0
+
+
+class stop_on_signals:  # noqa: N801 - reads as the statement it is used in
+    """Turn SIGINT, SIGTERM and SIGHUP into requests to stop, for the block."""
+
+    def __init__(self, stop: Any, say: Any) -> None:
+        self._stop = stop
+        self._say = say
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            self._before[number] = signal.signal(number, self._hear)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _hear(self, number: int, _frame: object) -> None:
+        # A scheduler that sends SIGTERM kills soon after: what is on disk is at most an epoch behind.
+        at_once = number != signal.SIGINT
+        self._stop.request(number, at_once=at_once)
+        if self._stop.is_urgent:
+            self._say("stopping now")
+        else:
+            self._say("stopping after this epoch; press Ctrl-C again to stop now")

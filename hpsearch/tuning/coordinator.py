@@ -1,0 +1,624 @@
+"""The coordinator: owns a study, hands out fold fits, hears epochs, decides, and keeps every record in step.
+
+It imports no torch. What it decides is written to the study folder first, then told to Optuna, then to MLflow; so a
+process that dies between any two instructions leaves a study that goes on as if it had not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hpsearch import paths
+from hpsearch import plan as plans
+from hpsearch.config import StudyConfig, stable_seed
+from hpsearch.data import folds as fold_making
+from hpsearch.data.cache import open_cache
+from hpsearch.data.folds import Folds
+from hpsearch.data.prepare import Prepared, prepare_pool
+from hpsearch.errors import ConfigError, StorageError, StudyChangedError, StudyError, WorkerError
+from hpsearch.paths import ProjectPaths
+from hpsearch.plan import ExecutionPlan
+from hpsearch.tracking import Tracker, TrackingThread
+from hpsearch.tuning import lock, pruners
+from hpsearch.tuning.listener import Listener, Silent
+from hpsearch.tuning.pruners import Pruner
+from hpsearch.tuning.racing import TrialScores, Verdict
+from hpsearch.tuning.record import COUNTED, Outcome, StudyRecord, TrialRecord, now
+from hpsearch.tuning.study import StudyDatabase, sqlite_url
+from hpsearch.tuning.workers import Event, Worker, Workers, WorkerSettings
+
+logger = logging.getLogger(__name__)
+
+DEATHS_PER_FOLD = 3
+"""A fold that has ended its worker so often ends its trial as failed."""
+INFEASIBLE_PER_TRIAL = 10
+"""Infeasible suggestions that are free, for each trial asked for."""
+SILENCE_FACTOR = 10.0
+SILENCE_MIN_S = 300.0
+"""A fit without an epoch for this many times the expected seconds, and at least so long, is taken for hanging."""
+POLL_S = 0.25
+GRACE_S = 15.0
+"""How long a budget waits for the epoch to end before it stops the workers at once."""
+
+
+class Stop:
+    """Asks a running study to end: once after the current epochs, twice at once."""
+
+    def __init__(self) -> None:
+        self.requests = 0
+        self.signal = 0
+        """Number of the signal that asked, 0 if none did."""
+
+    def request(self, signal_number: int = 0, *, at_once: bool = False) -> None:
+        """May be called from a signal handler or another thread."""
+        self.requests += 2 if at_once else 1
+        self.signal = self.signal or signal_number
+
+    @property
+    def is_requested(self) -> bool:
+        return self.requests > 0
+
+    @property
+    def is_urgent(self) -> bool:
+        return self.requests > 1
+
+
+@dataclass(frozen=True)
+class MachineChoice:
+    """What the user wants of the machine; what is left open is measured or found out."""
+
+    device: str = "auto"
+    n_workers: int = 0
+    """0: one per GPU, or one on the CPU."""
+    threads: int = 0
+    """Threads a worker; 0: all cores, shared among the workers."""
+
+
+@dataclass(frozen=True)
+class StudySummary:
+    """How a start of a study ended."""
+
+    record: StudyRecord
+    n_counted: int
+    """Trials that count toward `study.trials`, over all starts."""
+    stopped: bool
+    """Whether it was asked to stop before it was done."""
+    undelivered: int
+    """Trials and metrics that tracking could not deliver; they are on record."""
+
+
+def run_study(
+    project: ProjectPaths,
+    name: str,
+    config: StudyConfig,
+    *,
+    machine: MachineChoice | None = None,
+    tracker: Tracker | None = None,
+    storage: str | None = None,
+    listener: Listener | None = None,
+    stop: Stop | None = None,
+    hours: float | None = None,
+) -> StudySummary:
+    """Search until `config.study.trials` trials are evaluated, over all starts of the study `name`.
+
+    Begins the study or goes on with it. `storage` is a SQLAlchemy URL (default: hpsearch.db in the project folder),
+    `hours` a budget after which it stops with checkpoints.
+
+    Raises StudyLockedError if another process runs it, StudyChangedError if its fixed settings differ, DatasetError
+    for data that cannot be used, StorageError when the disk refuses, WorkerError when workers cannot start.
+    """
+    study = project.study(name)
+    listener = listener or Silent()
+    with lock.hold(study), _log_file(study.log):
+        paths.remove_stale_temporaries(study.root)
+        if study.toml.is_file():
+            record = StudyRecord.open(study)
+            record.update_config(config)
+        prepared = prepare_pool(config.data, cache_root(project, config), progress=listener.preparing)
+        listener.prepared(prepared)
+        for note in prepared.notes:
+            logger.info("data: %s", note)
+        if not study.toml.is_file():
+            # Only now: a first start that fails for its data leaves no study that binds the next one.
+            record = StudyRecord.create(study, config)
+        _fix_folds(record, prepared)
+        plan = _make_plan(record, prepared, machine or MachineChoice())
+        database = StudyDatabase(record, storage or sqlite_url(project.optuna_db))
+        database.catch_up()
+        with contextlib.ExitStack() as stack:
+            tracking = TrackingThread(tracker, record.paths) if tracker is not None else None
+            if tracking is not None:
+                tracking.wake()
+            coordinator = Coordinator(record, database, plan, prepared, listener, tracking, stop or Stop(), hours)
+            listener.planned(record, plan, coordinator.forecast())
+            try:
+                workers = stack.enter_context(Workers(list(plan.workers), study.root))
+                coordinator.run(workers)
+            finally:
+                undelivered = tracking.close() if tracking is not None else 0
+        return StudySummary(record, coordinator.n_counted, coordinator.was_stopped, undelivered)
+
+
+def cache_root(project: ProjectPaths, config: StudyConfig) -> Path:
+    """Where the decoded images of a study lie."""
+    return Path(config.data.cache_dir) if config.data.cache_dir else project.cache
+
+
+@dataclass
+class _OpenTrial:
+    """A trial that is being evaluated."""
+
+    record: TrialRecord
+    config: StudyConfig
+    fitting: dict[int, Worker] = field(default_factory=dict)
+    """Fold to the worker that fits it."""
+    dropped: Verdict | None = None
+    """Set while its worker is still to stop."""
+
+
+class Coordinator:
+    """The loop of one start: hand out, hear, decide, until enough trials are evaluated or it is asked to stop."""
+
+    def __init__(
+        self,
+        record: StudyRecord,
+        database: StudyDatabase,
+        plan: ExecutionPlan,
+        prepared: Prepared,
+        listener: Listener,
+        tracking: TrackingThread | None,
+        stop: Stop,
+        hours: float | None,
+    ) -> None:
+        self._record = record
+        self._database = database
+        self._plan = plan
+        self._prepared = prepared
+        self._listener = listener
+        self._tracking = tracking
+        self._stop = stop
+        self._stop_at = time.monotonic() + hours * 3600 if hours is not None else math.inf
+        self._pruner: Pruner = pruners.make_pruner(record.config)
+        self._workers: Workers
+        self._open: dict[int, _OpenTrial] = {}
+        self._scores: dict[int, TrialScores] = {}
+        """Scores of the full trials, read once."""
+        self._trials = {trial.number: trial for trial in record.trials()}
+
+    @property
+    def n_counted(self) -> int:
+        """Trials that were evaluated, over all starts."""
+        return sum(trial.outcome in COUNTED for trial in self._trials.values())
+
+    @property
+    def was_stopped(self) -> bool:
+        return self._stop.is_requested
+
+    def forecast(self) -> plans.Forecast:
+        """What is left to do, as far as measured steps tell."""
+        return plans.forecast(
+            self._record.config,
+            self._plan,
+            n_images=len(self._prepared.ids),
+            n_trials=max(0, self._record.config.study.trials - self.n_counted),
+            n_folds=self._record.n_folds,
+        )
+
+    def run(self, workers: Workers) -> None:
+        """Evaluate until the study has its trials, or until it is asked to stop."""
+        self._workers = workers
+        self._adopt_open_trials()
+        while not self._stop.is_urgent:
+            self._keep_to_budget()
+            if not self._stop.is_requested:
+                self._hand_out()
+            if not workers.busy() and (self._stop.is_requested or not self._has_work()):
+                break
+            for event in workers.events(POLL_S):
+                self._hear(event)
+            self._end_silent_fits()
+        if self._stop.is_requested:
+            logger.info("stopped; run the same command to continue")
+
+    def _has_work(self) -> bool:
+        return bool(self._open) or self._wants_trials()
+
+    def _wants_trials(self) -> bool:
+        return self.n_counted + len(self._open) < self._record.config.study.trials
+
+    def _adopt_open_trials(self) -> None:
+        """Take up every trial that an earlier start left open, under its number and with its params."""
+        for number in self._database.running():
+            if number not in self._trials:
+                self._begin(number, self._database.adopt(number))
+        for trial in list(self._trials.values()):
+            if trial.outcome is None:
+                self._open[trial.number] = _OpenTrial(trial, trial.study_config)
+                logger.info("trial %d continues", trial.number)
+                self._listener.trial_began(trial)
+                self._judge_folds(self._open[trial.number])
+            elif trial.outcome != "full":
+                # A start that was killed between the record and the clearing left them.
+                self._clear(trial.number)
+
+    def _hand_out(self) -> None:
+        for worker in self._workers.idle():
+            task = self._next_fit()
+            if task is None:
+                return
+            trial, fold = task
+            trial.fitting[fold] = worker
+            self._workers.submit(worker, self._fit_job(trial, fold))
+
+    def _next_fit(self) -> tuple[_OpenTrial, int] | None:
+        """What an idle worker shall do: go on with a trial, begin one, or help with another fold of one."""
+        for trial in self._open.values():
+            if not trial.fitting and (fold := self._next_fold(trial)) is not None:
+                return trial, fold
+        while self._wants_trials():
+            if (begun := self._ask()) is not None:
+                return begun, 0
+        if not self._pruner.is_sequential:
+            for trial in self._open.values():
+                if trial.dropped is None and (fold := self._next_fold(trial)) is not None:
+                    return trial, fold
+        return None
+
+    def _next_fold(self, trial: _OpenTrial) -> int | None:
+        for fold in range(self._record.n_folds):
+            if fold not in trial.fitting and not self._record.fit(trial.record.number, fold).is_finished:
+                return fold
+        return None
+
+    def _ask(self) -> _OpenTrial | None:
+        """Begin the trial that the sampler suggests; None if it is infeasible, which costs nothing."""
+        infeasible = sum(trial.outcome == "infeasible" for trial in self._trials.values())
+        if infeasible >= INFEASIBLE_PER_TRIAL * self._record.config.study.trials:
+            last = max(t.number for t in self._trials.values() if t.outcome == "infeasible")
+            raise StudyError(
+                f"{infeasible} suggested configurations were infeasible, the last one because "
+                f"{self._trials[last].reason}; make the search space smaller or data.size other"
+            )
+        return self._begin(*self._database.ask())
+
+    def _begin(self, number: int, params: dict[str, Any]) -> _OpenTrial | None:
+        source = "default" if number == 0 else "sampler"
+        base = TrialRecord(number=number, params=params, config={}, began_at=now(), source=source)
+        try:
+            config = self._record.config.with_params(params)
+            reason = plans.why_infeasible(config, self._plan)
+        except ConfigError as error:
+            config, reason = self._record.config.with_params({}), plans.Infeasible(str(error), 1.0)
+        record = dataclasses.replace(base, config=config.to_dict())
+        self._write(record)
+        if reason is not None:
+            self._end(record, "infeasible", reason=reason.reason, constraint=reason.excess)
+            return None
+        logger.info("trial %d began: %s", number, params)
+        self._listener.trial_began(record)
+        self._open[number] = _OpenTrial(record, config)
+        self._wake_tracking()
+        return self._open[number]
+
+    def _fit_job(self, trial: _OpenTrial, fold: int) -> dict[str, Any]:
+        number, folds = trial.record.number, self._record.folds
+        return {
+            "job": "fit",
+            "trial": number,
+            "fold": fold,
+            "config": trial.record.config,
+            "folder": str(self._record.paths.trial(number).fold(fold).root.absolute()),
+            "cache": str(self._prepared.cache_path.absolute()),
+            "train": folds.train(fold).tolist(),
+            "held_out": folds.held_out(fold).tolist(),
+            "seed": fit_seed(self._record.config, number, fold),
+            "keep_best": True,
+        }
+
+    def _hear(self, event: Event) -> None:
+        if event.job is None or event.job["trial"] not in self._open:
+            # A worker that had to be ended together with its trial.
+            return
+        trial, fold = self._open[event.job["trial"]], int(event.job["fold"])
+        number = trial.record.number
+        if event.kind == "epoch":
+            self._hear_epoch(event.worker, trial, fold, event.message["row"])
+            return
+        trial.fitting.pop(fold, None)
+        if event.kind == "finished":
+            score = event.message["summary"]["value"]
+            logger.info("trial %d fold %d finished: %s %.4f", number, fold, self._record.config.study.metric, score)
+            self._listener.fold_ended(number, fold, score)
+            self._wake_tracking()
+            self._judge_folds(trial)
+        elif event.kind == "stopped":
+            if trial.dropped is not None:
+                self._end_when_idle(trial)
+        elif event.kind == "diverged":
+            reason = f"{event.message['text']} of fold {fold}"
+            self._end(trial.record, "diverged", reason=reason, constraint=1.0)
+        elif event.kind == "out_of_memory":
+            self._end(trial.record, "infeasible", reason=event.message["text"], constraint=1.0)
+        elif trial.dropped is not None:
+            self._end_when_idle(trial)
+        else:
+            self._hear_failure(trial, fold, event)
+
+    def _hear_epoch(self, worker: Worker, trial: _OpenTrial, fold: int, row: dict[str, Any]) -> None:
+        number = trial.record.number
+        held_out = row["held_out"] or row["train"]
+        logger.info(
+            "trial %d fold %d epoch %d: loss %.4f, %s %.4f",
+            number,
+            fold,
+            row["epoch"],
+            row["train"]["loss"],
+            self._record.config.study.metric,
+            held_out[self._record.config.study.metric],
+        )
+        self._listener.epoch_ended(number, fold, row)
+        self._wake_tracking()
+        if trial.dropped is None and trial.record.outcome is None:
+            self._judge(trial, fold, row["epoch"])
+        go = trial.dropped is None and number in self._open and not self._stop.is_requested
+        self._workers.reply(worker, go=go)
+
+    def _hear_failure(self, trial: _OpenTrial, fold: int, event: Event) -> None:
+        """A worker died or raised: once more from the checkpoint, unless this fold has done it too often."""
+        text = event.message["text"]
+        if event.message.get("is_storage"):
+            raise StorageError(text)
+        if event.message.get("is_known"):
+            raise WorkerError(f"trial {trial.record.number}, fold {fold}: {text}")
+        number = trial.record.number
+        logger.warning("trial %d fold %d: worker %s\n%s", number, fold, text, event.message.get("traceback", ""))
+        self._listener.said(f"trial {number}, fold {fold}: worker {text}")
+        failures = {**trial.record.failures}
+        failures[str(fold)] = [*failures.get(str(fold), []), text]
+        trial.record = dataclasses.replace(trial.record, failures=failures)
+        self._write(trial.record)
+        if len(failures[str(fold)]) >= DEATHS_PER_FOLD:
+            reason = f"fold {fold} ended its worker {DEATHS_PER_FOLD} times, the last time: {text}"
+            self._end(trial.record, "failed", reason=reason)
+            ended = [t for t in self._trials.values() if t.outcome in COUNTED]
+            if len(ended) >= 3 and all(t.outcome == "failed" for t in ended):
+                raise WorkerError(f"every trial so far failed; {reason}")
+
+    def _judge_folds(self, trial: _OpenTrial) -> None:
+        """After a fold, or after a restart: end the trial if it is complete or worse than it need be."""
+        number = trial.record.number
+        finished = self._record.finished_folds(number)
+        if len(finished) == self._record.n_folds:
+            self._end(trial.record, "full", value=self._record.value(number))
+        elif finished and trial.dropped is None:
+            self._judge(trial, finished[-1], None)
+            if trial.dropped is not None:
+                self._end_when_idle(trial)
+
+    def _judge(self, trial: _OpenTrial, fold: int, epoch: int | None) -> None:
+        """Ask the pruner after an epoch (None: after the whole fold) and keep what it says on record."""
+        if not self._pruner.wants(fold, epoch):
+            return
+        number = trial.record.number
+        verdict = self._pruner.judge(
+            self._trial_scores(number), self._full_scores(), self._record.folds, self._database, fold, epoch
+        )
+        if verdict is None:
+            return
+        trial.record = dataclasses.replace(trial.record, decisions=(*trial.record.decisions, verdict.to_dict()))
+        self._write(trial.record)
+        if verdict.drop:
+            trial.dropped = verdict
+
+    def _end_when_idle(self, trial: _OpenTrial) -> None:
+        if not trial.fitting and trial.dropped is not None:
+            self._end(trial.record, "dropped", value=trial.dropped.estimate, reason=trial.dropped.reason)
+
+    def _end(
+        self,
+        trial: TrialRecord,
+        outcome: Outcome,
+        *,
+        value: float | None = None,
+        reason: str = "",
+        constraint: float = 0.0,
+    ) -> None:
+        """Record, tell, clear, in this order."""
+        ended = dataclasses.replace(
+            trial, outcome=outcome, value=value, reason=reason, constraint=constraint, ended_at=now()
+        )
+        self._write(ended)
+        self._database.tell(ended)
+        opened = self._open.pop(trial.number, None)
+        for worker in (opened.fitting if opened else {}).values():
+            self._workers.kill(worker)
+        result = f"{value:.4f}" if value is not None else reason
+        logger.info("trial %d ended: %s, %s", trial.number, outcome, result)
+        self._clear(trial.number)
+        self._listener.trial_ended(ended)
+        self._wake_tracking()
+
+    def _clear(self, number: int) -> None:
+        """Remove checkpoints of ended trials; weights stay for the two best full trials only."""
+        full = [trial for trial in self._trials.values() if trial.outcome == "full" and trial.value is not None]
+        full.sort(key=lambda trial: (-(trial.value or 0.0), trial.number))
+        kept = {trial.number for trial in full[:2]}
+        for each in {number, *(trial.number for trial in full[2:4])} - kept:
+            for fold in range(self._record.n_folds):
+                fit = self._record.paths.trial(each).fold(fold)
+                for path in (fit.weights, fit.best, fit.last, fit.previous):
+                    path.unlink(missing_ok=True)
+
+    def _trial_scores(self, number: int) -> TrialScores:
+        """Per-image scores after every epoch of every fold that was begun."""
+        if number in self._scores:
+            return self._scores[number]
+        scores = {
+            fold: found
+            for fold in range(self._record.n_folds)
+            if len(found := self._record.fit(number, fold).scores()) > 0
+        }
+        return TrialScores(number, scores)
+
+    def _full_scores(self) -> list[TrialScores]:
+        for trial in self._trials.values():
+            if trial.outcome == "full" and trial.number not in self._scores:
+                self._scores[trial.number] = self._trial_scores(trial.number)
+        return [self._scores[number] for number in sorted(self._scores)]
+
+    def _end_silent_fits(self) -> None:
+        """A worker that shows no epoch for far longer than it should is taken for hanging, and ended."""
+        for worker in self._workers.busy():
+            if worker.job is None or worker.job["trial"] not in self._open:
+                continue
+            trial, fold = self._open[worker.job["trial"]], worker.job["fold"]
+            rows = self._record.fit(trial.record.number, fold).epochs() if trial.fitting else []
+            folds = self._record.folds
+            expected = max((row["train_s"] + row["eval_s"] for row in rows), default=0.0) or self._plan.epoch_s(
+                trial.config, len(folds.train(fold)), len(folds.held_out(fold))
+            )
+            limit = max(SILENCE_MIN_S, SILENCE_FACTOR * expected)
+            if time.monotonic() - worker.heard_at > limit:
+                logger.warning("trial %d fold %d: no epoch for %.0f s", trial.record.number, fold, limit)
+                self._workers.kill(worker)
+
+    def _keep_to_budget(self) -> None:
+        over = time.monotonic() - self._stop_at
+        if over >= 0 and not self._stop.is_requested:
+            logger.info("the budget of hours is used up")
+            self._listener.said("the budget of hours is used up: stopping after this epoch")
+            self._stop.request()
+        elif over > GRACE_S:
+            self._stop.request(at_once=True)
+
+    def _write(self, trial: TrialRecord) -> None:
+        self._record.write_trial(trial)
+        self._trials[trial.number] = trial
+
+    def _wake_tracking(self) -> None:
+        if self._tracking is not None:
+            self._tracking.wake()
+
+
+def fit_seed(config: StudyConfig, trial: int, fold: int) -> int:
+    """Seed of one fit: first weights, order and augmentation."""
+    return stable_seed(config.study.seed, "fit", trial, fold)
+
+
+def _fix_folds(record: StudyRecord, prepared: Prepared) -> None:
+    """Make the folds of a new study; make sure that an old one still has the images they were made from."""
+    if record.has_folds:
+        if record.folds.ids != prepared.ids or record.data_key() != prepared.key:
+            before, after = set(record.folds.ids), set(prepared.ids)
+            what = f"{len(before - after)} are gone, {len(after - before)} are new" if before != after else "content"
+            raise StudyChangedError(
+                f"the images of study {record.name!r} have changed since it was begun ({what}): put the old ones "
+                "back, or begin another study with --study NAME"
+            )
+        return
+    config = record.config
+    groups = fold_making.read_groups(Path(config.data.groups)) if config.data.groups else None
+    folds: Folds = fold_making.make_folds(
+        prepared.ids,
+        prepared.splits,
+        open_cache(prepared.cache_path).sha256,
+        folds=config.study.folds,
+        seed=config.study.seed,
+        groups=groups,
+    )
+    record.write_folds(folds, prepared.key)
+
+
+def _make_plan(record: StudyRecord, prepared: Prepared, choice: MachineChoice) -> ExecutionPlan:
+    """The stored plan, or one that is measured now; what the user asks for explicitly overrides either."""
+    stored = record.plan()
+    if stored is not None:
+        plan = ExecutionPlan.from_dict(stored)
+        wanted = choice.device.partition(":")[0]
+        if wanted not in ("auto", plan.device):
+            logger.info("the study moves from %s to %s", plan.device, wanted)
+        elif not choice.n_workers and not choice.threads:
+            return plan
+        elif wanted in ("auto", plan.device):
+            workers = _share_out(plan.device, choice, len({worker.device for worker in plan.workers}))
+            plan = dataclasses.replace(plan, workers=workers)
+            record.write_plan(plan.to_dict())
+            return plan
+    plan = _measure_plan(record, prepared, choice)
+    record.write_plan(plan.to_dict())
+    return plan
+
+
+def _measure_plan(record: StudyRecord, prepared: Prepared, choice: MachineChoice) -> ExecutionPlan:
+    threads = choice.threads or max(1, plans.available_cores() // max(1, choice.n_workers))
+    settings = WorkerSettings(choice.device, threads)
+    job = {
+        "job": "measure",
+        "configs": [config.to_dict() for config in plans.measured_configs(record.config)],
+        "cache": str(prepared.cache_path.absolute()),
+    }
+    with Workers([settings], record.paths.root) as workers:
+        message = _do(workers, job)
+    device = message["device"]
+    settings_list = _share_out(choice.device if ":" in choice.device else device, choice, message["n_devices"])
+    n_sharing = max(1, len(settings_list) // message["n_devices"])
+    return ExecutionPlan(
+        device=device,
+        precision=message["precision"],
+        workers=settings_list,
+        memory_bytes=message["memory_bytes"] // n_sharing,
+        steps=tuple(plans.MeasuredStep(**step) for step in message["steps"]),
+        machine=message["machine"],
+    )
+
+
+def _do(workers: Workers, job: dict[str, Any]) -> dict[str, Any]:
+    """Have the first worker do one job; its `finished` message. WorkerError if it fails."""
+    waiting = True
+    while True:
+        if waiting and (idle := workers.idle()):
+            workers.submit(idle[0], job)
+            waiting = False
+        for event in _events(workers):
+            if event.kind == "finished":
+                return event.message
+            if event.kind not in ("ready", "epoch"):
+                raise WorkerError(f"{job['job']}: {event.message['text']}")
+
+
+def _events(workers: Workers) -> Iterator[Event]:
+    yield from workers.events(POLL_S)
+
+
+def _share_out(device: str, choice: MachineChoice, n_devices: int) -> tuple[WorkerSettings, ...]:
+    """A worker for each device, or as many as wanted, taking turns on the devices; the cores shared among them."""
+    kind, _, index = device.partition(":")
+    n_workers = choice.n_workers or (n_devices if kind == "cuda" and not index else 1)
+    threads = choice.threads or max(1, plans.available_cores() // n_workers)
+    names = [device] if kind != "cuda" or index else [f"cuda:{number}" for number in range(n_devices)]
+    return tuple(WorkerSettings(names[number % len(names)], threads) for number in range(n_workers))
+
+
+@contextlib.contextmanager
+def _log_file(path: Path) -> Iterator[None]:
+    """One line per event of hpsearch in `path`, appended, for the time of the block."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    root = logging.getLogger("hpsearch")
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+        handler.close()

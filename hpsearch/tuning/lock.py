@@ -1,0 +1,65 @@
+"""One coordinator a study: a lock that dies with its holder, and a file that says who that is."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import filelock
+
+from hpsearch import paths
+from hpsearch.errors import StudyLockedError
+from hpsearch.paths import StudyPaths
+
+
+@contextmanager
+def hold(study: StudyPaths) -> Iterator[None]:
+    """Hold the study for the block. StudyLockedError, saying who holds it, if another process does.
+
+    The lock is the operating system's: it goes with its process, however that ends.
+    """
+    try:
+        study.root.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(study.lock)
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise StudyLockedError(f"study {study.name!r} is being run by {describe_holder(study)}") from error
+    except OSError as error:
+        raise paths.storage_error(study.lock, error) from error
+    try:
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
+        paths.write_json(study.holder, holder)
+        yield
+    finally:
+        study.holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def is_held(study: StudyPaths) -> bool:
+    """Whether a process holds the study now."""
+    if not study.lock.exists():
+        return False
+    lock = filelock.FileLock(study.lock)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        return True
+    except OSError:
+        # A folder that one may only read, somebody else's study: believe what its holder wrote.
+        return study.holder.exists()
+    lock.release()
+    return False
+
+
+def describe_holder(study: StudyPaths) -> str:
+    """`process 4711 on lab3 since 2026-11-23 14:05`, as far as it is known."""
+    try:
+        holder = json.loads(study.holder.read_text(encoding="utf-8"))
+        since = time.strftime("%Y-%m-%d %H:%M", time.localtime(holder["since"]))
+        return f"process {holder['pid']} on {holder['host']} since {since}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"

@@ -1,0 +1,268 @@
+"""A worker process: trains one fit at a time and knows neither Optuna nor MLflow.
+
+Started as `python -m hpsearch.tuning.worker SOCKET SETTINGS`. It hears jobs as JSON, answers with events, checkpoints
+each epoch, and may be killed at any instant. When its socket closes, the coordinator is gone and so is the worker.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+import torch
+
+from hpsearch import runtime
+from hpsearch.config import StudyConfig, from_dict
+from hpsearch.data.batches import DeviceData
+from hpsearch.data.cache import Cache, Normalization, open_cache
+from hpsearch.errors import DivergedError, HpsearchError, OutOfMemoryError, StorageError
+from hpsearch.paths import FitPaths
+from hpsearch.plan import image_flops
+from hpsearch.runtime import Runtime
+from hpsearch.training.checkpoint import load_weights
+from hpsearch.training.loop import evaluate, finish_fit, fit, save_array
+from hpsearch.training.rows import EpochRow
+
+MEASURE_BUDGET_S = 1.0
+"""Seconds after which a measured configuration needs no further step."""
+
+Send = Callable[[dict[str, Any]], None]
+Hear = Callable[[], dict[str, Any]]
+
+
+def main() -> None:
+    """Serve jobs until the socket closes."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    connection = Connection(int(sys.argv[1]))
+    settings = json.loads(sys.argv[2])
+    for name in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(name, signal.SIG_IGN)
+    messages = _listen(connection)
+
+    def send(message: dict[str, Any]) -> None:
+        try:
+            connection.send_bytes(json.dumps(message).encode())
+        except OSError:
+            os._exit(0)
+
+    session = Session(settings["device"], settings["threads"], send, messages.get)
+    send({"event": "ready"})
+    while True:
+        session.do(messages.get())
+
+
+class Session:
+    """What a worker keeps from job to job: the device and the images on it."""
+
+    def __init__(self, device: str, threads: int, send: Send, hear: Hear) -> None:
+        self._device = device
+        self._threads = threads
+        self._send = send
+        self._hear = hear
+        self._data: dict[tuple[str, ...], DeviceData] = {}
+        self._caches: dict[str, Cache] = {}
+
+    def do(self, job: dict[str, Any]) -> None:
+        """Do one job and send how it ended: never an exception, unless the coordinator is gone."""
+        jobs = {"fit": self._fit, "measure": self._measure, "score": self._score}
+        try:
+            message = jobs[job["job"]](job)
+        except DivergedError as error:
+            message = {"event": "diverged", "epoch": error.epoch, "text": str(error)}
+        except OutOfMemoryError as error:
+            message = {"event": "out_of_memory", "text": str(error)}
+            self._data.clear()
+        except Exception as error:
+            known = isinstance(error, HpsearchError)
+            text = str(error) if known else f"{type(error).__name__}: {error}"
+            message = {
+                "event": "error",
+                "text": text,
+                "is_storage": isinstance(error, StorageError),
+                "is_known": known,
+                "traceback": "" if known else traceback.format_exc(),
+            }
+        self._send(message)
+
+    def _fit(self, job: dict[str, Any]) -> dict[str, Any]:
+        config = from_dict(job["config"])
+        folder = FitPaths(Path(job["folder"]))
+        folder.root.mkdir(parents=True, exist_ok=True)
+        train, held_out = _indices(job["train"]), _indices(job["held_out"])
+        data = self._device_data(job, config)
+        normalization = data.cache.normalization(train, config.data.color)
+        size = config.data.height, config.data.width
+        result = fit(
+            model_config=config.unet,
+            in_channels=config.data.n_channels,
+            data=data,
+            train_indices=train,
+            held_out_indices=held_out,
+            train=config.train,
+            augment=config.augment,
+            normalization=normalization,
+            size=size,
+            metric=config.study.metric,
+            seed=job["seed"],
+            runtime=self._runtime(config),
+            paths=folder,
+            keep_best=job["keep_best"],
+            on_epoch=self._report_epoch,
+        )
+        if result.stopped:
+            return {"event": "stopped"}
+        summary = finish_fit(
+            result,
+            folder,
+            data=data,
+            held_out_indices=held_out,
+            normalization=normalization,
+            size=size,
+            runtime=self._runtime(config),
+            extra={"threshold": 0.5, "color": config.data.color},
+        )
+        return {"event": "finished", "summary": summary}
+
+    def _report_epoch(self, row: EpochRow, scores: npt.NDArray[np.float32]) -> Literal["go", "stop"]:
+        self._send({"event": "epoch", "row": row.to_dict()})
+        return "go" if self._hear()["go"] else "stop"
+
+    def _score(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Per-image counts of a finished fit's weights on the images of a cache, written as .npy."""
+        config = from_dict(job["config"])
+        chosen = self._runtime(config)
+        model, info = load_weights(Path(job["weights"]), chosen.device)
+        data = self._device_data(job, config)
+        counts = evaluate(
+            model,
+            data,
+            np.arange(len(data), dtype=np.int64),
+            normalization=info.normalization,
+            size=info.size,
+            runtime=chosen,
+        )
+        save_array(Path(job["counts"]), counts)
+        return {"event": "finished", "summary": {"n_images": len(counts)}}
+
+    def _measure(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Seconds of an image at each configuration, and what the machine is."""
+        configs = [from_dict(table) for table in job["configs"]]
+        chosen = self._runtime(configs[0])
+        steps = []
+        for config in configs:
+            train_s, eval_s = self._measure_step(job, config)
+            steps.append({"flops": image_flops(config), "train_s": train_s, "eval_s": eval_s})
+        memory = psutil.virtual_memory().available
+        if chosen.device.type == "cuda":
+            memory = torch.cuda.mem_get_info(chosen.device)[0]
+        return {
+            "event": "finished",
+            "device": chosen.device.type,
+            "n_devices": torch.cuda.device_count() if chosen.device.type == "cuda" else 1,
+            "precision": chosen.precision,
+            "memory_bytes": memory,
+            "steps": steps,
+            "machine": runtime.describe(chosen),
+        }
+
+    def _measure_step(self, job: dict[str, Any], config: StudyConfig) -> tuple[float, float]:
+        """Seconds of an image in training and in evaluation."""
+        data = self._device_data(job, config)
+        # One image first: at full size on a CPU even that takes seconds, and then it has to do.
+        alone = self._time_batch(config, data, 1)
+        if alone[0] > MEASURE_BUDGET_S or len(data) < config.train.batch_size:
+            return alone
+        return self._time_batch(config, data, config.train.batch_size)
+
+    def _time_batch(self, config: StudyConfig, data: DeviceData, n_images: int) -> tuple[float, float]:
+        """Seconds of an image in batches of `n_images`: the best of at least two steps after the first."""
+        changes: dict[str, Any] = {"train.batch_size": n_images, "train.epochs": 8, "train.compile": "off"}
+        if n_images == 1 and config.unet.norm in ("batch", "instance"):
+            # Their statistics need more than one value a channel.
+            changes["unet.norm"] = "group"
+        config = config.with_params(changes)
+        images = np.arange(n_images, dtype=np.int64)
+        seconds: list[tuple[float, float]] = []
+        began = time.perf_counter()
+
+        def stop_in_time(row: EpochRow, _: object) -> Literal["go", "stop"]:
+            seconds.append((row.train_s, row.eval_s))
+            return "stop" if len(seconds) > 2 and time.perf_counter() - began > MEASURE_BUDGET_S else "go"
+
+        fit(
+            model_config=config.unet,
+            in_channels=config.data.n_channels,
+            data=data,
+            train_indices=images,
+            held_out_indices=images,
+            train=config.train,
+            augment=config.augment,
+            normalization=Normalization((0.5,) * config.data.n_channels, (0.25,) * config.data.n_channels),
+            size=(config.data.height, config.data.width),
+            metric=config.study.metric,
+            seed=0,
+            runtime=self._runtime(config),
+            on_epoch=stop_in_time,
+        )
+        return min(each[0] for each in seconds[1:]) / n_images, min(each[1] for each in seconds[1:]) / n_images
+
+    def _runtime(self, config: StudyConfig) -> Runtime:
+        return runtime.make_runtime(
+            self._device, amp=config.train.amp, compile=config.train.compile, threads=self._threads
+        )
+
+    def _device_data(self, job: dict[str, Any], config: StudyConfig) -> DeviceData:
+        key = (job["cache"], job.get("truth") or "", config.data.color)
+        if key not in self._data:
+            # Another size or colour is another copy of the images on the device: keep one.
+            self._data.clear()
+            self._data[key] = DeviceData(
+                self._cache(job["cache"]),
+                runtime.choose_device(self._device),
+                color=config.data.color,
+                truth=self._cache(job["truth"]) if job.get("truth") else None,
+            )
+        return self._data[key]
+
+    def _cache(self, path: str) -> Cache:
+        if path not in self._caches:
+            self._caches[path] = open_cache(Path(path))
+        return self._caches[path]
+
+
+def _indices(values: list[int]) -> npt.NDArray[np.int64]:
+    return np.asarray(values, dtype=np.int64)
+
+
+def _listen(connection: Connection) -> queue.Queue[dict[str, Any]]:
+    """Messages of the coordinator in order, read by a thread of its own, so that its end is noticed at once."""
+    messages: queue.Queue[dict[str, Any]] = queue.Queue()
+
+    def read() -> None:
+        while True:
+            try:
+                messages.put(json.loads(connection.recv_bytes()))
+            except (EOFError, OSError):
+                # Whatever was being done is on disk up to the last epoch.
+                os._exit(0)
+
+    threading.Thread(target=read, daemon=True).start()
+    return messages
+
+
+if __name__ == "__main__":
+    main()
