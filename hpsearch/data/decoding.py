@@ -1,0 +1,216 @@
+"""Decodes images in a subprocess with all cores, so that the caller loads no torch and no damaged file can end it.
+
+The subprocess (decode.py) reads one JSON line per image and answers with one JSON line, followed by the
+pixels as bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+import hpsearch
+from hpsearch.errors import CacheError
+
+View = Literal["resize", "random crop", "centre crop"]
+"""How an image is brought to the size of the cache."""
+Pixels = tuple[NDArray[np.uint8], NDArray[np.uint8]]
+"""An image (H, W, 3) and its mask (H, W) of 0 and 1."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One pair to decode."""
+
+    image: str
+    mask: str
+    views: tuple[View, ...] = ()
+    """What to make of it; nothing: it is only checked."""
+    height: int = 0
+    width: int = 0
+    crop_seed: str = ""
+    """Decides where the random crop lies."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a pair once it was decoded."""
+
+    height: int
+    width: int
+    """Original size."""
+    image_sha256: str
+    mask_sha256: str
+    """Of the files' content."""
+    foreground: int
+    """Lesion pixels of the original mask."""
+    orientation: int
+    """EXIF orientation, where it was passed over; 1 otherwise."""
+    moments: tuple[int, ...]
+    """Sums over the pixels of the first view: R, G, B, RR, GG, BB, RG, RB, GB. Empty without views."""
+    crc: int
+    """CRC-32 of the bytes of all views."""
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Why a pair cannot be used."""
+
+    kind: str
+    text: str
+
+
+class Decoders:
+    """A subprocess that decodes with `n_threads` threads; a context manager."""
+
+    def __init__(self, n_threads: int | None = None) -> None:
+        self._n_threads = n_threads or n_cores()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stderr: IO[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def decode(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Facts | Damage, list[Pixels]]]:
+        """The number of each job, what became of it, and the pixels of its views; in the order they are done.
+
+        Raises CacheError, naming the files that were being read, when the subprocess dies.
+        """
+        process = self._started()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        feeder = threading.Thread(target=_feed, args=(process.stdin, jobs), daemon=True)
+        feeder.start()
+        working: set[int] = set()
+        n_done = 0
+        finished = False
+        try:
+            while n_done < len(jobs):
+                line = process.stdout.readline()
+                if not line.endswith(b"\n"):
+                    raise self._death([jobs[number].image for number in sorted(working)])
+                answer = json.loads(line)
+                number = answer["number"]
+                if "begun" in answer:
+                    working.add(number)
+                    continue
+                working.discard(number)
+                n_done += 1
+                job = jobs[number]
+                if "damage" in answer:
+                    yield number, Damage(**answer["damage"]), []
+                else:
+                    facts = Facts(**{**answer["facts"], "moments": tuple(answer["facts"]["moments"])})
+                    yield number, facts, [_read_pixels(process.stdout, job) for _ in job.views]
+            finished = True
+        finally:
+            if finished:
+                feeder.join()
+            else:
+                # Answers that nobody waits for would be taken for those to the next jobs.
+                self.close()
+
+    def close(self) -> None:
+        """End the subprocess, whatever it is doing."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            for stream in (process.stdin, process.stdout):
+                if stream is not None:
+                    # Jobs that were not read any more: nobody wants them.
+                    with contextlib.suppress(BrokenPipeError):
+                        stream.close()
+        stderr, self._stderr = self._stderr, None
+        if stderr is not None:
+            stderr.close()
+
+    @property
+    def pid(self) -> int | None:
+        """The subprocess, if one runs."""
+        return None if self._process is None else self._process.pid
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._process is None:
+            # A file, not a pipe: nobody would read a pipe while the subprocess works.
+            self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the subprocess
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "hpsearch.data.decode", str(self._n_threads)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._stderr,
+                env=subprocess_environment(),
+            )
+        return self._process
+
+    def _death(self, files: list[str]) -> CacheError:
+        assert self._process is not None
+        assert self._stderr is not None
+        code = self._process.wait()
+        self._stderr.seek(0)
+        last = self._stderr.read().decode(errors="replace").strip().splitlines()[-1:]
+        how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
+        why = f" ({last[0]})" if last else ""
+        return CacheError(f"the process that decodes ended {how}{why} while it read {', '.join(files) or 'nothing'}")
+
+
+def n_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def subprocess_environment() -> dict[str, str]:
+    """For a subprocess that imports this package, wherever it was imported from, and brings its own threads."""
+    package = str(Path(hpsearch.__file__).parent.parent)
+    inherited = os.environ.get("PYTHONPATH", "")
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(part for part in (package, inherited) if part),
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        # Each arena of glibc keeps the largest image its threads ever decoded.
+        "MALLOC_ARENA_MAX": "2",
+    }
+
+
+def _feed(stdin: IO[bytes], jobs: Iterable[Job]) -> None:
+    try:
+        for number, job in enumerate(jobs):
+            stdin.write(json.dumps({"number": number, **asdict(job)}).encode() + b"\n")
+        stdin.flush()
+    except (BrokenPipeError, ValueError):
+        # The subprocess died or was closed: whoever reads its answers says so.
+        pass
+
+
+def _read_pixels(stdout: IO[bytes], job: Job) -> Pixels:
+    image = np.empty((job.height, job.width, 3), np.uint8)
+    mask = np.empty((job.height, job.width), np.uint8)
+    for array in (image, mask):
+        view = array.data.cast("B")
+        while view:
+            n = stdout.readinto(view)  # type: ignore[attr-defined]
+            if not n:
+                raise CacheError("the process that decodes ended in the middle of an image")
+            view = view[n:]
+    return image, mask

@@ -1,0 +1,186 @@
+"""Assigns every image of the pool to the fold that is scored without having seen it."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpsearch.data.layouts import READABLE, Split
+from hpsearch.errors import ConfigError, DatasetError, RecordError
+
+
+@dataclass(frozen=True)
+class Folds:
+    """The folds of one study, the same for all its trials."""
+
+    ids: tuple[str, ...]
+    """The pool, in its order."""
+    fold_of: tuple[int, ...]
+    """The fold that holds each image out; -1: none does (`fixed`: the training split)."""
+    k: int
+    seed: int
+    method: Literal["kfold", "groups", "fixed"]
+
+    def train(self, fold: int) -> NDArray[np.int64]:
+        """Indices into the pool of the images that the fit of `fold` sees, ascending."""
+        return self._where(fold, held_out=False)
+
+    def held_out(self, fold: int) -> NDArray[np.int64]:
+        """Indices into the pool of the images that score the fit of `fold`, ascending."""
+        return self._where(fold, held_out=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, with a digest of them."""
+        table = {
+            "method": self.method,
+            "k": self.k,
+            "seed": self.seed,
+            "ids": list(self.ids),
+            "fold_of": list(self.fold_of),
+        }
+        return {**table, "digest": _digest(table)}
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> Self:
+        """The folds that `to_dict` gave; RecordError if anything in it was changed since."""
+        content = {key: value for key, value in table.items() if key != "digest"}
+        if set(content) != {"method", "k", "seed", "ids", "fold_of"} or table.get("digest") != _digest(content):
+            raise RecordError("the folds are damaged: their digest is not that of their content")
+        return cls(
+            ids=tuple(content["ids"]),
+            fold_of=tuple(content["fold_of"]),
+            k=content["k"],
+            seed=content["seed"],
+            method=content["method"],
+        )
+
+    def _where(self, fold: int, *, held_out: bool) -> NDArray[np.int64]:
+        if not 0 <= fold < self.k:
+            raise ValueError(f"fold must lie between 0 and {self.k - 1}, got {fold}")
+        return np.flatnonzero((np.array(self.fold_of) == fold) == held_out).astype(np.int64)
+
+
+def make_folds(
+    ids: Sequence[str],
+    splits: Sequence[Split],
+    sha256: Sequence[str],
+    *,
+    folds: int | Literal["fixed"],
+    seed: int,
+    groups: Mapping[str, str] | None = None,
+) -> Folds:
+    """The folds of a pool whose images have these ids, splits and hashes of their bytes, each (n,).
+
+    `folds` = k: `sklearn.model_selection.KFold(k, shuffle=True, random_state=seed)` over the distinct images in the
+    pool's order; byte-equal images follow the first of them. With `groups` (id to group) GroupKFold, where
+    byte-equal images join the groups they are in. `fixed`: one fold that holds the validation split out, and with it
+    any training image that is byte-equal to one of that split.
+
+    Raises ConfigError where there are fewer distinct images or groups than folds, DatasetError where an image has
+    no group.
+    """
+    if not len(ids) == len(splits) == len(sha256):
+        raise ValueError(f"got {len(ids)} ids, {len(splits)} splits and {len(sha256)} hashes")
+    if folds == "fixed":
+        return _fixed(ids, splits, sha256, seed)
+    units = np.array(connected(ids, sha256, groups))
+    n_units = int(units.max(initial=-1)) + 1
+    if n_units < folds:
+        what = "distinct images" if groups is None else "groups"
+        raise ConfigError(f"study.folds = {folds}, but there are only {n_units} {what}")
+    # scikit-learn is slow to import and not needed to read folds.
+    from sklearn.model_selection import GroupKFold, KFold
+
+    fold_of = np.full(len(ids), -1)
+    if groups is None:
+        for fold, (_, held_out) in enumerate(KFold(folds, shuffle=True, random_state=seed).split(np.arange(n_units))):
+            fold_of[np.isin(units, held_out)] = fold
+    else:
+        # GroupKFold balances the folds by size and breaks ties by label: the seed decides through the labels.
+        labels = np.random.default_rng(seed).permutation(n_units)[units]
+        for fold, (_, held_out) in enumerate(GroupKFold(folds).split(units, groups=labels)):
+            fold_of[held_out] = fold
+    return Folds(tuple(ids), tuple(fold_of.tolist()), folds, seed, "kfold" if groups is None else "groups")
+
+
+def read_groups(path: Path) -> dict[str, str]:
+    """Id to group, from a CSV with the column `image` and one other (patient, lesion).
+
+    A name ending such as `.jpg` in the column `image` is dropped. Raises DatasetError, naming the line, for whatever
+    else is in it.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.reader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DatasetError(f"groups {path} cannot be read: {error}") from error
+    header = [name.strip() for name in rows[0]] if rows else []
+    if len(header) != 2 or "image" not in header:
+        raise DatasetError(
+            f"groups {path} must have two columns, image and one other, got {', '.join(header) or 'none'}"
+        )
+    image = header.index("image")
+    groups: dict[str, str] = {}
+    for number, row in enumerate(rows[1:], start=2):
+        if not any(cell.strip() for cell in row):
+            continue
+        if len(row) != 2 or not row[0].strip() or not row[1].strip():
+            raise DatasetError(f"groups {path}, line {number}: needs an image and its group, got {','.join(row)!r}")
+        name, group = row[image].strip(), row[1 - image].strip()
+        if Path(name).suffix.lower() in READABLE:
+            name = Path(name).stem
+        if groups.setdefault(name, group) != group:
+            raise DatasetError(f"groups {path}, line {number}: {name} is in group {groups[name]!r} and in {group!r}")
+    return groups
+
+
+def connected(ids: Sequence[str], sha256: Sequence[str], groups: Mapping[str, str] | None) -> list[int]:
+    """The unit of each image, (n,), numbered by first appearance: images of one group or of equal bytes share one.
+
+    Raises DatasetError where `groups` lacks an image.
+    """
+    parent = list(range(len(ids)))
+
+    def find(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    first: dict[Hashable, int] = {}
+    for i, (id, content) in enumerate(zip(ids, sha256, strict=True)):
+        labels: list[Hashable] = [("bytes", content)]
+        if groups is not None:
+            if id not in groups:
+                raise DatasetError(f"the groups name no group for image {id}")
+            labels.append(("group", groups[id]))
+        for label in labels:
+            # The smaller index becomes the root, so that units keep the order of their first images.
+            a, b = sorted((find(i), find(first.setdefault(label, i))))
+            parent[b] = a
+    numbers: dict[int, int] = {}
+    return [numbers.setdefault(find(i), len(numbers)) for i in range(len(ids))]
+
+
+def _fixed(ids: Sequence[str], splits: Sequence[Split], sha256: Sequence[str], seed: int) -> Folds:
+    held_out = {content for content, split in zip(sha256, splits, strict=True) if split == "val"}
+    fold_of = tuple(0 if content in held_out else -1 for content in sha256)
+    if not held_out or -1 not in fold_of:
+        missing = "validation" if not held_out else "training"
+        raise ConfigError(
+            f"study.folds = 'fixed' needs a training and a validation split: there are no {missing} images"
+        )
+    return Folds(tuple(ids), fold_of, 1, seed, "fixed")
+
+
+def _digest(table: Mapping[str, Any]) -> str:
+    text = json.dumps(table, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,335 @@
+"""Finds the pairs of image and mask, in the archive's layout, one folder per split, or folders of one's own.
+
+    archive   ROOT/ISIC-2017_Training_Data and ROOT/ISIC-2017_Training_Part1_GroundTruth, ..._Validation_...,
+              ..._Test_v2_...
+    splits    ROOT/train, ROOT/validation (or val), ROOT/test, each with a folder of images and one of masks
+    folders   any two folders; the test split is a list, or a share drawn from the names
+
+Which of them it is follows from the folders that are there. Only names are read here, with one exception: byte-equal
+images of one's own are found before a test share is drawn, so that no copy of a test image is trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+from hpsearch.data.config import DataConfig
+from hpsearch.errors import DatasetError
+
+Split = Literal["train", "val", "test"]
+Layout = Literal["archive", "splits", "folders"]
+
+READABLE = (".jpg", ".jpeg", ".png")
+"""Name endings (lower case) of the images that can be decoded."""
+FOREIGN = (".bmp", ".tif", ".tiff", ".gif", ".webp", ".heic", ".jp2", ".dcm")
+"""Name endings of images that cannot: named as damage instead of passed over."""
+
+_ARCHIVE_FOLDER = re.compile(r"isic-2017_(training|validation|test|test_v2)_(data|part1_groundtruth)", re.IGNORECASE)
+_ARCHIVE_SPLIT: Mapping[str, Split] = {"training": "train", "validation": "val", "test": "test", "test_v2": "test"}
+_SPLIT_FOLDERS: Mapping[str, Split] = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+}
+_MASK_FOLDER = re.compile(r"mask|truth|label|segment|annotation|(^|[^a-z])gt([^a-z]|$)", re.IGNORECASE)
+_IMAGE_FOLDER = re.compile(r"image|img|data|input|photo", re.IGNORECASE)
+_MISSING = (
+    "no dataset in {root}: it needs {needs}. Give the folder of ISIC-2017 with --data DIR (`hpsearch data download` "
+    "says how to get it), your own with --images DIR --masks DIR, or use the built-in one with --data sample"
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image with its mask."""
+
+    id: str
+    image: Path
+    mask: Path
+    split: Split
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with an image (an error), or worth knowing about it (a note)."""
+
+    kind: str
+    """What is wrong, in a few words that are the same for every image (`missing mask`)."""
+    id: str
+    files: tuple[Path, ...]
+    text: str
+    """What is wrong with this one, both values named."""
+    split: Split
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """All pairs of a dataset, train before val before test, sorted by id inside each split."""
+
+    samples: tuple[Sample, ...]
+    problems: tuple[Problem, ...]
+    """Files that could not be paired."""
+    root: Path
+    layout: Layout
+
+    def split(self, *splits: Split) -> tuple[Sample, ...]:
+        """The samples of these splits, in the dataset's order."""
+        return tuple(sample for sample in self.samples if sample.split in splits)
+
+
+def find_samples(config: DataConfig) -> Dataset:
+    """The dataset that `config` names.
+
+    Raises DatasetError, saying how to get one, where no layout is recognised or where two are.
+    """
+    if config.images:
+        return _own_folders(config)
+    root = Path(config.root).expanduser()
+    archive = _archive_folders(root)
+    splits = _split_folders(root)
+    if archive and splits:
+        raise DatasetError(
+            f"{root} holds two layouts, {sorted(p.name for p in archive.values())[0]} and "
+            f"{next(iter(splits.values())).name}: move one of them elsewhere"
+        )
+    if archive:
+        return _archive(root, archive)
+    if splits:
+        return _one_folder_per_split(root, splits)
+    nested = _archive_folders(root / "ISIC-2017") or _split_folders(root / "ISIC-2017")
+    if nested:
+        raise DatasetError(f"no dataset in {root}, but in {root / 'ISIC-2017'}: use --data {root / 'ISIC-2017'}")
+    needs = "ISIC-2017_Training_Data and ISIC-2017_Training_Part1_GroundTruth, or train, validation and test"
+    raise DatasetError(_MISSING.format(root=root, needs=needs))
+
+
+def _archive_folders(root: Path) -> dict[tuple[Split, str], Path]:
+    """(split, `data` or `part1_groundtruth`) to the folder of the archive that is there."""
+    found: dict[tuple[Split, str], Path] = {}
+    for path in _folders(root):
+        if match := _ARCHIVE_FOLDER.fullmatch(path.name):
+            key = (_ARCHIVE_SPLIT[match[1].lower()], match[2].lower())
+            if key in found:
+                raise DatasetError(f"{root} holds both {found[key].name} and {path.name}: keep one of them")
+            # Unpacking an archive into a folder of its own name nests it once.
+            inner = path / path.name
+            found[key] = inner if inner.is_dir() else path
+    return found
+
+
+def _split_folders(root: Path) -> dict[Split, Path]:
+    found: dict[Split, Path] = {}
+    for path in _folders(root):
+        split = _SPLIT_FOLDERS.get(path.name.lower())
+        if split is not None:
+            if split in found:
+                raise DatasetError(f"{root} holds both {found[split].name} and {path.name}: keep one of them")
+            found[split] = path
+    return found
+
+
+def _archive(root: Path, folders: Mapping[tuple[Split, str], Path]) -> Dataset:
+    samples: list[Sample] = []
+    problems: list[Problem] = []
+    for split in get_args(Split):
+        images, masks = folders.get((split, "data")), folders.get((split, "part1_groundtruth"))
+        if images is None and masks is None:
+            continue
+        if images is None or masks is None:
+            there = images or masks
+            assert there is not None
+            partner = "Part1_GroundTruth" if masks is None else "Data"
+            raise DatasetError(f"{there} is there, but the folder ..._{partner} beside it is not")
+        found, damage = _pairs(images, masks, split, "_segmentation")
+        samples += found
+        problems += damage
+    return _dataset(samples, problems, root, "archive")
+
+
+def _one_folder_per_split(root: Path, folders: Mapping[Split, Path]) -> Dataset:
+    samples: list[Sample] = []
+    problems: list[Problem] = []
+    for split in get_args(Split):
+        if split in folders:
+            images, masks = _image_and_mask_folder(folders[split])
+            found, damage = _pairs(images, masks, split, "")
+            samples += found
+            problems += damage
+    return _dataset(samples, problems, root, "splits")
+
+
+def _image_and_mask_folder(folder: Path) -> tuple[Path, Path]:
+    inside = _folders(folder)
+    masks = [path for path in inside if _MASK_FOLDER.search(path.name)]
+    rest = [path for path in inside if path not in masks]
+    # The one folder that is left holds the images, whatever its name.
+    images = rest if len(rest) == 1 else [path for path in rest if _IMAGE_FOLDER.search(path.name)]
+    if len(masks) != 1 or len(images) != 1:
+        raise DatasetError(
+            f"{folder} must hold one folder of images and one of masks (such as images and masks), "
+            f"got {', '.join(path.name for path in inside) or 'no folder'}"
+        )
+    return images[0], masks[0]
+
+
+def _own_folders(config: DataConfig) -> Dataset:
+    images, masks = Path(config.images).expanduser(), Path(config.masks).expanduser()
+    for path in (images, masks):
+        if not path.is_dir():
+            raise DatasetError(f"{path} is not a folder")
+    samples, problems = _pairs(images, masks, "train", config.mask_suffix)
+    if not samples and not problems:
+        raise DatasetError(f"{images} holds no {' or '.join(READABLE)} file")
+    if not samples:
+        raise DatasetError(
+            f"no name in {masks} goes with one in {images} (first problem: {problems[0].text}); if masks have more "
+            "in their names than their images, give it as data.mask_suffix"
+        )
+    test = _listed_test_ids(config, samples) if config.test_list else _drawn_test_ids(config, samples)
+    split = [replace(sample, split="test") if sample.id in test else sample for sample in samples]
+    return _dataset(split, problems, images, "folders")
+
+
+def _listed_test_ids(config: DataConfig, samples: Sequence[Sample]) -> set[str]:
+    path = Path(config.test_list).expanduser()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"data.test_list {path} cannot be read: {error}") from error
+    listed = {line.strip() for line in lines if line.strip()}
+    if unknown := sorted(listed - {sample.id for sample in samples}):
+        raise DatasetError(f"{path} lists {unknown[0]!r} ({len(unknown)} such), which is no image with a mask")
+    return listed
+
+
+def _drawn_test_ids(config: DataConfig, samples: Sequence[Sample]) -> set[str]:
+    """About `test_share` of the ids; byte-equal images and images of one group fall on one side."""
+    from hpsearch.data.folds import connected, read_groups
+
+    groups = read_groups(Path(config.groups)) if config.groups else None
+    units = connected([sample.id for sample in samples], same_bytes(samples), groups)
+    members = defaultdict(list)
+    for sample, unit in zip(samples, units, strict=True):
+        members[unit].append(sample.id)
+    # Ranked by a hash of the names, so that an added image moves few others between the splits.
+    ranked = sorted(members.values(), key=lambda ids: hashlib.sha256(f"0:{ids[0]}".encode()).digest())
+    wanted = max(1, round(config.test_share * len(samples)))
+    test: set[str] = set()
+    for ids in ranked:
+        if len(test) >= wanted:
+            break
+        test |= set(ids)
+    return test
+
+
+def same_bytes(samples: Sequence[Sample]) -> list[str]:
+    """A label for each sample, equal for byte-equal images; only images of equal length are read."""
+    lengths = [_length(sample.image) for sample in samples]
+    shared = Counter(lengths)
+    return [
+        file_sha256(sample.image) if shared[length] > 1 and length >= 0 else f"only {sample.id}"
+        for sample, length in zip(samples, lengths, strict=True)
+    ]
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of the content, hexadecimal; of a file that cannot be read, a label that no other has."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        # The decoding says that and why it cannot be read.
+        return f"unreadable {path}"
+
+
+def _length(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def _pairs(images: Path, masks: Path, split: Split, suffix: str) -> tuple[list[Sample], list[Problem]]:
+    """Images and masks whose stems match, and what is left over. An empty `suffix` is found."""
+    problems: list[Problem] = []
+    image_files = _by_stem(images)
+    mask_files = image_files if images.samefile(masks) else _by_stem(masks)
+    suffix = suffix.casefold() or _find_suffix(image_files, mask_files, together=images.samefile(masks))
+    if images.samefile(masks):
+        image_files = {stem: paths for stem, paths in image_files.items() if not suffix or not stem.endswith(suffix)}
+        mask_files = {stem: paths for stem, paths in mask_files.items() if suffix and stem.endswith(suffix)}
+    pairs: list[Sample] = []
+    for stem, paths in image_files.items():
+        name = paths[0].stem
+        partners = mask_files.pop(stem + suffix, [])
+        if foreign := [path for path in (*paths, *partners) if path.suffix.lower() in FOREIGN]:
+            text = f"{foreign[0]} is a {foreign[0].suffix.lower()} file: only JPEG and PNG are read"
+            problems.append(Problem("unknown format", name, tuple(foreign), text, split))
+        elif len(paths) > 1 or len(partners) > 1:
+            files = paths if len(paths) > 1 else partners
+            text = f"{files[0]} and {files[1].name} have one name: which of them is meant?"
+            problems.append(Problem("two files of one name", name, tuple(files), text, split))
+        elif not partners:
+            text = f"{paths[0]} has no mask {name}{suffix}.png in {masks}"
+            problems.append(Problem("missing mask", name, tuple(paths), text, split))
+        else:
+            pairs.append(Sample(name, paths[0], partners[0], split))
+    for stem, paths in mask_files.items():
+        name = paths[0].stem
+        if stem.endswith(suffix):
+            name = name[: len(name) - len(suffix)]
+        text = f"{paths[0]} has no image {name}.jpg in {images}"
+        problems.append(Problem("missing image", name, tuple(paths), text, split))
+    return pairs, problems
+
+
+def _by_stem(folder: Path) -> dict[str, list[Path]]:
+    """Image files by the stem of their name without regard to case, sorted; superpixels and hidden files are none."""
+    found: dict[str, list[Path]] = defaultdict(list)
+    for path in sorted(folder.iterdir()):
+        hidden = path.name.startswith(".")
+        if hidden or path.suffix.lower() not in (*READABLE, *FOREIGN) or path.stem.lower().endswith("_superpixels"):
+            continue
+        found[path.stem.casefold()].append(path)
+    return found
+
+
+def _find_suffix(images: Iterable[str], masks: Iterable[str], *, together: bool) -> str:
+    """What most masks' stems have beyond their images'; the shortest of equally good ones."""
+    stems = set(images)
+    votes: Counter[str] = Counter()
+    for mask in masks:
+        for end in range(len(mask), 0, -1):
+            # In one folder every mask would be its own partner.
+            if mask[:end] in stems and not (together and end == len(mask)):
+                votes[mask[end:]] += 1
+    return min(votes, key=lambda suffix: (-votes[suffix], len(suffix), suffix), default="")
+
+
+def _dataset(samples: list[Sample], problems: list[Problem], root: Path, layout: Layout) -> Dataset:
+    if not samples and not problems:
+        raise DatasetError(_MISSING.format(root=root, needs="images and masks, and its folders are empty"))
+    # Folders of splits are often numbered each from 1: such ids get the split's name in front.
+    n_splits = Counter(id for id, _ in {(sample.id, sample.split) for sample in samples})
+    named = [
+        replace(sample, id=f"{sample.split}-{sample.id}") if n_splits[sample.id] > 1 else sample for sample in samples
+    ]
+    order = get_args(Split)
+    named.sort(key=lambda sample: (order.index(sample.split), sample.id))
+    problems.sort(key=lambda problem: (order.index(problem.split), problem.kind, problem.id))
+    return Dataset(tuple(named), tuple(problems), root, layout)
+
+
+def _folders(root: Path) -> list[Path]:
+    if not root.is_dir():
+        return []
+    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))

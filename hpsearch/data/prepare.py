@@ -1,0 +1,152 @@
+"""Makes ready what `study` and `final` read: finds the images, checks them, and has them cached."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from hpsearch.data.build import Progress, build_cache
+from hpsearch.data.cache import Index, Preparation
+from hpsearch.data.config import DataConfig
+from hpsearch.data.decoding import View, subprocess_environment
+from hpsearch.data.integrity import count_notes, describe, duplicates, leaks, mask_notes, refusal
+from hpsearch.data.layouts import Dataset, Problem, Sample, Split, find_samples
+from hpsearch.data.sample import SAMPLE_VERSION
+from hpsearch.errors import DatasetError
+
+logger = logging.getLogger(__name__)
+
+Role = Literal["search", "final"]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A cache that is ready, and what was found on the way."""
+
+    cache_path: Path
+    """For `cache.open_cache`."""
+    key: str
+    ids: tuple[str, ...]
+    splits: tuple[Split, ...]
+    notes: tuple[str, ...]
+    """What is worth knowing about the data, one line each."""
+    excluded: tuple[str, ...]
+    """Why images were left out (`data.exclude_bad`), one line each."""
+    seconds: float
+
+    @property
+    def n(self) -> int:
+        return len(self.ids)
+
+
+def prepare_pool(
+    config: DataConfig,
+    cache_root: Path,
+    *,
+    role: Role = "search",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Prepared:
+    """The cache of the pool, training before validation images, each sorted by id.
+
+    `role` decides which limits hold: `n_search_train` and `n_search_validation`, or `n_final_train`. `seed` decides
+    where `match = "crop"` cuts. Of the test split only names and bytes are looked at, for images that are in both.
+
+    Raises DatasetError, reporting everything that is wrong, unless `data.exclude_bad` leaves it out.
+    """
+    start = time.monotonic()
+    dataset = locate(config, cache_root)
+    train, val = dataset.split("train"), dataset.split("val")
+    if role == "search":
+        samples = (*_first(train, config.n_search_train), *_first(val, config.n_search_validation))
+    else:
+        samples = _first((*train, *val), config.n_final_train)
+    leaked = leaks(samples, dataset.split("test"))
+    problems = [problem for problem in dataset.problems if problem.split != "test"] + leaked
+    out = {problem.id for problem in leaked}
+    views: tuple[View, ...] = ("random crop", "centre crop") if config.match == "crop" else ("resize",)
+    return _prepare(config, cache_root, dataset, samples, problems, out, views, seed, progress, start)
+
+
+def prepare_test(config: DataConfig, cache_root: Path, *, progress: Progress | None = None) -> Prepared:
+    """The cache of the test split, sorted by id, the first `n_final_test` of it; errors as in `prepare_pool`."""
+    start = time.monotonic()
+    dataset = locate(config, cache_root)
+    samples = _first(dataset.split("test"), config.n_final_test)
+    if not samples:
+        raise DatasetError(f"{dataset.root} has no test images")
+    problems = [problem for problem in dataset.problems if problem.split == "test"]
+    views: tuple[View, ...] = ("centre crop",) if config.match == "crop" else ("resize",)
+    return _prepare(config, cache_root, dataset, samples, problems, set(), views, 0, progress, start)
+
+
+def locate(config: DataConfig, cache_root: Path) -> Dataset:
+    """The dataset that `config` names; the built-in one is drawn below `cache_root` if it is not there yet."""
+    if config.root != "sample" or config.images:
+        return find_samples(config)
+    folder = cache_root / f"sample-{SAMPLE_VERSION}" / "ISIC-2017"
+    if not folder.is_dir():
+        # Drawing needs torch's encoders, which the caller shall not load.
+        draw = "import sys, pathlib, hpsearch.data.sample as s; s.draw_sample(pathlib.Path(sys.argv[1]))"
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", draw, str(folder)],
+            env=subprocess_environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        # Another process may have drawn it at the same moment: then it is there, whole.
+        if done.returncode != 0 and not folder.is_dir():
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise DatasetError(f"the sample dataset could not be drawn in {folder}: {last}")
+    return find_samples(replace(config, root=str(folder)))
+
+
+def _prepare(
+    config: DataConfig,
+    cache_root: Path,
+    dataset: Dataset,
+    samples: tuple[Sample, ...],
+    problems: list[Problem],
+    out: set[str],
+    views: tuple[View, ...],
+    seed: int,
+    progress: Progress | None,
+    start: float,
+) -> Prepared:
+    height, width = config.cached_size
+    used = [sample for sample in samples if sample.id not in out]
+    if not used:
+        raise refusal(problems) if problems else DatasetError(f"{dataset.root} has no training images")
+    preparation = Preparation(height, width, views, seed if "random crop" in views else 0)
+    # Everything is decoded before anything is refused, so that one message can report all of it; with --exclude-bad
+    # the next start finds this cache.
+    folder = build_cache(used, preparation, config.cache, cache_root, progress=progress)
+    index = Index.read(folder)
+    problems = [*problems, *index.problems]
+    if problems and not config.exclude_bad:
+        raise refusal(problems)
+    for problem in problems:
+        logger.warning("left out: %s", problem.text)
+    notes = [*duplicates(index.samples, index.facts), *mask_notes(index.samples, index.facts)]
+    if config.root != "sample":
+        notes = [*count_notes(dataset), *notes]
+    return Prepared(
+        cache_path=folder,
+        key=index.key,
+        ids=tuple(sample.id for sample in index.samples),
+        splits=tuple(sample.split for sample in index.samples),
+        notes=tuple(describe(notes)),
+        excluded=tuple(problem.text for problem in problems),
+        seconds=time.monotonic() - start,
+    )
+
+
+def _first(samples: tuple[Sample, ...], n: int) -> tuple[Sample, ...]:
+    """The first n, or all for n = 0."""
+    return samples[:n] if n else samples
