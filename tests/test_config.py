@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpsearch import config as configs
+from hpsearch.cli.options import config_path
+from hpsearch.errors import ConfigError
+
+SHIPPED = sorted((Path(__file__).parents[1] / "experiments").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_studies_load_and_round_trip(path: Path) -> None:
+    config = configs.load(path)
+    assert configs.from_dict(tomllib.loads(config.to_toml())) == config
+    assert configs.from_dict(config.to_dict()) == config
+
+
+def test_setting_a_searched_key_pins_it() -> None:
+    space = ["search.unet.depth=[2, 3, 4]", "search.train.lr={low=0.001, high=0.1}"]
+    config = configs.load(None, [*space, "unet.depth=3"])
+    assert "unet.depth" not in config.search
+    assert "train.lr" in config.search
+    assert config.unet.depth == 3
+
+
+def test_iou_is_another_name_of_jaccard() -> None:
+    assert configs.load(None, ["study.metric=iou"]).study.metric == "jaccard"
+    assert configs.load(None, ["train.loss=iou"]).train.loss_terms == ("jaccard",)
+
+
+@pytest.mark.parametrize(
+    ("override", "names"),
+    [
+        ("train.lrr=1", "train.lr"),
+        ("trian.lr=1", "trian.lr"),
+        ("train.lr=fast", "train.lr"),
+        ("train.lr=nan", "train.lr"),
+        ("train.epochs=2.5", "train.epochs"),
+        ("train.epochs=true", "train.epochs"),
+        ("unet.depth=0", "unet.depth"),
+        ("unet.kernel_size=4", "unet.kernel_size"),
+        ("data.size=[64]", "data.size"),
+        ("study.folds=1", "study.folds"),
+        ("study.folds=fixd", "study.folds"),
+        ("data.images=photos", "data.masks"),
+        ("search.train.lr={low=0, high=1, log=true}", "search.train.lr"),
+        ("search.train.lr={low=2, high=1}", "search.train.lr"),
+        ("search.train.lr={lo=2, high=1}", "search.train.lr"),
+        ("search.unet.depth=[]", "search.unet.depth"),
+        ("search.unet.depth=[2, 2]", "search.unet.depth"),
+        ("search.unet.depth=[0, 4]", "unet.depth"),
+        ("search.unet.depth=[2, 3]", "unet.depth"),
+        ("search.data.root=['a', 'b']", "data.root"),
+        ("search.study.seed=[1, 2]", "study.seed"),
+        ("search.data.size=[572, 256]", "study.eval_size"),
+        ("augment.crop=true", "data.cache_size"),
+        ("no-equals-sign", "no-equals-sign"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line_that_names_it(override: str, names: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        configs.load(None, [override])
+    assert names in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_error_in_a_file_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text("[unet]\nwidth = 3\n")
+    with pytest.raises(ConfigError, match=r"mine\.toml.*unet\.width"):
+        configs.load(path)
+    path.write_text("[unet\n")
+    with pytest.raises(ConfigError, match=r"mine\.toml"):
+        configs.load(path)
+
+
+def test_an_unknown_shipped_study_lists_those_there_are() -> None:
+    with pytest.raises(ConfigError, match="isic2017-64"):
+        config_path("isic2018")
+
+
+def test_params_make_the_configuration_of_a_trial() -> None:
+    config = configs.load(None, ["search.unet.depth=[3, 4]", "search.train.lr={low=0.001, high=0.1}"])
+    trial = config.with_params({"unet.depth": 3, "train.lr": 0.05})
+    assert (trial.unet.depth, trial.train.lr, len(trial.search)) == (3, 0.05, 0)
+    assert config.unet.depth == 4
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(configs.setting_names()),
+        st.one_of(st.booleans(), st.integers(-5, 600), st.floats(allow_nan=True), st.text(max_size=12)),
+        max_size=3,
+    )
+)
+def test_any_values_either_round_trip_or_are_refused_in_one_line(settings: dict[str, object]) -> None:
+    table: dict[str, dict[str, object]] = {}
+    for name, value in settings.items():
+        section, _, key = name.partition(".")
+        table.setdefault(section, {})[key] = value
+    try:
+        config = configs.from_dict(table)
+    except ConfigError as error:
+        assert "\n" not in str(error)
+        assert any(name.partition(".")[2] in str(error) for name in configs.setting_names())
+        return
+    assert configs.from_dict(tomllib.loads(config.to_toml())) == config
