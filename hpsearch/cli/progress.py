@@ -30,7 +30,6 @@ class StudyProgress:
         self._name = name
         self._project = project
         self._console = Console(highlight=False, soft_wrap=True)
-        self._live = Live(console=self._console, refresh_per_second=4, transient=True, get_renderable=self._render)
         self._is_live = self._console.is_terminal
         self._record: StudyRecord | None = None
         self._images: tuple[int, int] | None = None
@@ -39,6 +38,7 @@ class StudyProgress:
         self._forecast: Forecast | None = None
         self._began = time.monotonic()
         self._ended_here = 0
+        self._live = Live(console=self._console, refresh_per_second=4, transient=True, get_renderable=self._render)
 
     def __enter__(self) -> StudyProgress:
         if self._is_live:

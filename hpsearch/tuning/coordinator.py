@@ -122,7 +122,9 @@ def run_study(
         if study.toml.is_file():
             record = StudyRecord.open(study)
             record.update_config(config)
-        prepared = prepare_pool(config.data, cache_root(project, config), progress=listener.preparing)
+        prepared = prepare_pool(
+            config.data, cache_root(project, config), seed=config.study.seed, progress=listener.preparing
+        )
         listener.prepared(prepared)
         for note in prepared.notes:
             logger.info("data: %s", note)
