@@ -1,0 +1,293 @@
+"""Decides from the scores on record whether a trial can still win: the racing rule.
+
+After every epoch one question is asked: is it plausible that the candidate is as good as the incumbent, the best
+*full* trial? If not (one-sided p < 0.02), the candidate is dropped. In the notation below y[c, i] is the score of
+image i from the fold model of trial c that had not seen it.
+
+**What is compared.** Images differ far more than configurations do, and folds have luck of their own, so the
+candidate is compared on the images it was scored on with what a trial as good as the incumbent would score there:
+
+    u[i] = value of the incumbent + mean over near trials j of (y[j, i] - value of j),       d[i] = u[i] - y[c, i]
+
+where the near trials are the J full ones within 0.05 of the incumbent, itself included. With J = 1, u is just the
+incumbent's scores and d the paired difference; each further trial tells more about how hard image i and its fold are.
+
+**How uncertain mean d is.** With k of K folds seen, and n images in them:
+
+    SE^2 = var(d) / n + s^2 (1/k + 1/K + (1/k - 1/K) / J)
+
+The first term is the images' part. In the second, s is the standard deviation of a fold's mean when the same fit is
+run again (initialisation, order of batches), which no number of images averages away: 1/k is the candidate's own
+luck, 1/K the incumbent's over all its folds, and the last that of the near trials in the folds seen. With J = 1 it is
+2 s^2 / k. Leaving it out drops ten times as many trials that are truly better.
+
+**How s is known.** It is what remains of the near trials' fold means after trial and fold effects, less the images'
+part; at first there are too few trials to tell, so the estimate starts from a guess of 0.006 that weighs as much as 4
+degrees of freedom (90 % of such guesses lie between 0.004 and 0.014). Only near trials count: a collapsed
+configuration has a run-to-run spread of its own, many times larger. mean d / SE is referred to Student's t with
+Satterthwaite's degrees of freedom, so that knowing s badly makes the rule cautious, not bold.
+
+**Inside a fold** the score after the last epoch is not known, but how far it may still rise is limited. With w the
+share of the schedule's summed learning rate that is spent, the candidate is given the better of two continuations:
+
+- *It goes on as slowly as any trial has*: a curve that rises ever less per unit of learning rate ends at y / w at
+  most; and if some near trial once stood at a smaller share q < w of its final score at this epoch, at y / q.
+- *It has not begun yet*: some curves lie flat, then jump. From now on it rises as fast as any near trial rose from
+  the start, with the learning rate that is left.
+
+y is its best epoch so far, because scores jump about while the learning rate is high. Since both are more than can be
+expected, a fold in progress counts as a seen one, and the same test is made. A trial is thus never dropped for being
+slow, only for being too late.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import stdtr
+
+from hpsearch.data.folds import Folds
+
+ALPHA = 0.02
+"""A trial is dropped at a one-sided p below this."""
+NEAR = 0.05
+"""Full trials whose value is within this of the incumbent's tell what its kind scores."""
+S_GUESS, S_GUESS_DF = 0.006, 4.0
+"""Standard deviation of a fold's mean from run to run, as guessed before any evidence, and the guess's weight."""
+S_FLOOR = 0.003
+"""No estimate of it is believed below this."""
+MEDIAN_EFFICIENCY = 0.55
+"""Share of the information that is left when mean squares of 4 degrees of freedom are joined by their median."""
+
+Scores = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class TrialScores:
+    """What a trial scored so far. Two are equal only if they are the same object."""
+
+    number: int
+    scores: Mapping[int, NDArray[np.float32]]
+    """Fold to the per-image scores after every epoch so far, (epochs >= 1, held-out images)."""
+    n_epochs: int
+    """Epochs of a whole fit."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+
+    @cached_property
+    def curves(self) -> dict[int, Scores]:
+        """Fold to the mean score after every epoch so far, (epochs,)."""
+        return {fold: scores.mean(axis=1, dtype=np.float64) for fold, scores in self.scores.items()}
+
+    @cached_property
+    def finished(self) -> tuple[int, ...]:
+        """Folds that were trained to the end, ascending."""
+        return tuple(sorted(fold for fold, scores in self.scores.items() if len(scores) >= self.n_epochs))
+
+    @cached_property
+    def value(self) -> float:
+        """Mean over all images of the finished folds after the last epoch."""
+        return float(np.concatenate([self.scores[fold][-1] for fold in self.finished]).mean(dtype=np.float64))
+
+    def is_full(self, n_folds: int) -> bool:
+        return len(self.finished) == n_folds
+
+    def spent(self, epochs: int) -> float:
+        """Share of the schedule's summed learning rate that is spent after so many epochs."""
+        t = epochs / self.n_epochs
+        return t + math.sin(math.pi * t) / math.pi if self.schedule == "cosine" else t
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a pruner decided after an epoch, and on what grounds."""
+
+    drop: bool
+    estimate: float
+    """What the candidate would probably be worth: the value to tell if it is dropped."""
+    fold: int
+    epoch: int
+    """Epochs done in that fold."""
+    reason: str
+    d: float | None = None
+    """Mean advantage of the incumbent's kind over the candidate's continuation; None: there is no full trial yet."""
+    se: float | None = None
+    s: float | None = None
+    """Standard deviation of a fold's mean from run to run."""
+    p: float | None = None
+    """One-sided: how probable so large a mean d is if the candidate is as good."""
+    against: int | None = None
+    """Number of the incumbent."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Race:
+    """The racing rule as a pruner. A pure function of its arguments: what is on record decides."""
+
+    is_sequential = True
+    """The folds of a trial run one after another."""
+
+    def __init__(self, alpha: float = ALPHA) -> None:
+        self.alpha = alpha
+
+    def judge(self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds) -> Verdict | None:
+        """Whether the candidate can still win: asked after every epoch of its first fold, and after every fold.
+
+        Of the other trials only the full ones count. None where there is nothing to say: no trial is full yet, the
+        candidate itself is, or it is inside a later fold.
+        """
+        fold = max(candidate.scores)
+        epoch = len(candidate.scores[fold])
+        is_inside = epoch < candidate.n_epochs
+        found = None if is_inside and candidate.finished else compare(candidate, others, folds.k)
+        if found is None:
+            return None
+        where = f"at epoch {epoch} of fold {fold}, if it went on at its best" if is_inside else f"after fold {fold}"
+        reason = f"{where}: {found.d:.4f} ± {found.se:.4f} behind trial {found.against}, p = {found.p:.2g}"
+        return Verdict(drop=found.p < self.alpha, fold=fold, epoch=epoch, reason=reason, **found._asdict())
+
+
+class Comparison(NamedTuple):
+    """A candidate beside the incumbent."""
+
+    estimate: float
+    d: float
+    se: float
+    s: float
+    p: float
+    against: int
+
+
+def compare(candidate: TrialScores, others: Sequence[TrialScores], n_folds: int) -> Comparison | None:
+    """The test of the candidate against the full trials among the others.
+
+    It goes by the candidate's finished folds, and in its first fold by how that may go on. None where there is
+    nothing to test: no full trial, a full candidate, fewer than two images, or a continuation without limit.
+    """
+    full = sorted((trial for trial in others if trial.is_full(n_folds)), key=lambda trial: trial.number)
+    if not full or not candidate.scores or candidate.is_full(n_folds):
+        return None
+    yardstick = _yardstick(tuple(full), n_folds)
+    if candidate.finished:
+        seen = candidate.finished
+        at_best = typically = np.concatenate([candidate.scores[fold][-1] for fold in seen]).astype(float)
+    else:
+        seen = (min(candidate.scores),)
+        at_best, typically = _continuations(candidate, seen[0], yardstick)
+    expected = np.concatenate([yardstick.scores[fold] for fold in seen])
+    d = expected - at_best
+    if d.size < 2 or not np.isfinite(d).all():
+        return None
+    k, n_near = len(seen), len(yardstick.near)
+    images = float(d.var(ddof=1)) / d.size
+    runs = yardstick.s**2 * (1 / k + 1 / n_folds + (1 / k - 1 / n_folds) / n_near)
+    se = math.sqrt(images + runs)
+    df = (images + runs) ** 2 / (images**2 / (d.size - 1) + runs**2 / yardstick.s_df)
+    return Comparison(
+        estimate=yardstick.incumbent.value - float((expected - typically).mean()),
+        d=float(d.mean()),
+        se=se,
+        s=yardstick.s,
+        p=float(stdtr(df, -d.mean() / se)),
+        against=yardstick.incumbent.number,
+    )
+
+
+class Yardstick(NamedTuple):
+    """What the full trials tell about the incumbent's kind."""
+
+    incumbent: TrialScores
+    near: tuple[TrialScores, ...]
+    scores: dict[int, Scores]
+    """Fold to what a trial as good as the incumbent would score on each of its images."""
+    s: float
+    s_df: float
+
+
+@lru_cache(maxsize=4)
+def _yardstick(full: tuple[TrialScores, ...], n_folds: int) -> Yardstick:
+    # Cached because it changes only when a trial becomes full, and is asked for after every epoch.
+    incumbent = max(full, key=lambda trial: (trial.value, -trial.number))
+    near = tuple(trial for trial in full if trial.value >= incumbent.value - NEAR)
+    finals = [np.stack([trial.scores[fold][-1] for trial in near]).astype(float) for fold in range(n_folds)]
+    values = np.array([[trial.value] for trial in near])
+    scores = {fold: incumbent.value + (final - values).mean(axis=0) for fold, final in enumerate(finals)}
+    return Yardstick(incumbent, near, scores, *run_spread(finals))
+
+
+def run_spread(finals: Sequence[Scores]) -> tuple[float, float]:
+    """s and its degrees of freedom, from the final scores (trials, images) of every fold.
+
+    Two-way analysis of variance of the fold means without interaction, then images' part off. The trials' mean
+    squares are joined by their median, so that one that collapsed on one fold does not decide; dividing by
+    (1 - 2 / 9 df)^3, the median of chi^2 / df (Wilson and Hilferty), makes that unbiased.
+    """
+    n_trials, n_folds = len(finals[0]), len(finals)
+    if n_trials < 2 or n_folds < 2:
+        return S_GUESS, S_GUESS_DF
+    means = np.stack([final.mean(axis=1) for final in finals], axis=1)
+    residual = means - means.mean(axis=1, keepdims=True) - means.mean(axis=0) + means.mean()
+    per_trial = (residual**2).sum(axis=1) * n_trials / (n_trials - 1) / (n_folds - 1)
+    mean_square = float(np.median(per_trial)) / (1 - 2 / (9 * (n_folds - 1))) ** 3
+    df = MEDIAN_EFFICIENCY * (n_trials - 1) * (n_folds - 1)
+    variance = (S_GUESS_DF * S_GUESS**2 + df * (mean_square - _image_part(finals))) / (S_GUESS_DF + df)
+    return math.sqrt(max(S_FLOOR**2, variance)), S_GUESS_DF + df
+
+
+def _image_part(finals: Sequence[Scores]) -> float:
+    """Variance of a fold's mean that comes from its images, after trial, fold and image effects."""
+    squares, df = 0.0, 0
+    for final in finals:
+        residual = final - final.mean(axis=1, keepdims=True)
+        residual -= residual.mean(axis=0)
+        squares += float((residual**2).sum())
+        df += (final.shape[0] - 1) * (final.shape[1] - 1)
+    return squares / max(df, 1) * float(np.mean([1 / final.shape[1] for final in finals]))
+
+
+def _continuations(candidate: TrialScores, fold: int, yardstick: Yardstick) -> tuple[Scores, Scores]:
+    """Scores of the fold's images after the last epoch: at best, and as trials typically go on, (n,) each.
+
+    At best is infinite where some near trial still scored 0 at this epoch: nothing is too late yet.
+    """
+    scores = candidate.scores[fold]
+    epoch = len(scores)
+    now = scores[np.argmax(candidate.curves[fold])].astype(float)
+    spent = candidate.spent(epoch)
+    shares = _shares_of_final(yardstick.near, epoch / candidate.n_epochs)
+    slowest = min([spent, *shares])
+    if slowest <= 0:
+        return np.full_like(now, np.inf), now
+    slow = now / slowest
+    late = max((_scores_at(trial, fold, 1 - spent) for trial in yardstick.near), key=np.mean)
+    return max(slow, late, key=np.mean), now / (float(np.median(shares)) if shares else spent)
+
+
+def _shares_of_final(near: Sequence[TrialScores], part: float) -> list[float]:
+    """What share of its final score each fold of the near trials had reached when this part of it was done."""
+    shares = []
+    for trial in near:
+        # Where a trial has another number of epochs, the earlier one is taken: it asks less of the candidate.
+        epochs = int(part * trial.n_epochs + 1e-9)
+        shares += [
+            float(curve[:epochs].max() / curve[-1]) for curve in trial.curves.values() if epochs and curve[-1] > 0
+        ]
+    return shares
+
+
+def _scores_at(trial: TrialScores, fold: int, spent: float) -> Scores:
+    """The fold's scores when this share of the learning rate was spent, (n,); linear between epochs, from 0."""
+    shares = [trial.spent(epoch) for epoch in range(trial.n_epochs + 1)]
+    after = min(int(np.searchsorted(shares, spent)), trial.n_epochs)
+    if after == 0:
+        return np.zeros(trial.scores[fold].shape[1])
+    part = (spent - shares[after - 1]) / (shares[after] - shares[after - 1])
+    before = trial.scores[fold][after - 2].astype(float) if after > 1 else 0.0
+    return np.asarray((1 - part) * before + part * trial.scores[fold][after - 1])
