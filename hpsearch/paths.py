@@ -27,7 +27,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -187,6 +187,11 @@ class FitPaths:
         return self.root / "counts.npy"
 
     @property
+    def test_counts(self) -> Path:
+        """Of a final fit: tp, fp, fn, tn of every test image."""
+        return self.root / "test_counts.npy"
+
+    @property
     def examples(self) -> Path:
         return self.root / "examples.npz"
 
@@ -266,7 +271,8 @@ def atomic_write(path: Path, *, sync: bool = True) -> Iterator[Path]:
     except OSError as error:
         raise storage_error(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

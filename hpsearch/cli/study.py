@@ -11,7 +11,7 @@ from hpsearch.cli.options import Settings, config_options, device_option, out_op
 from hpsearch.paths import ProjectPaths
 
 
-class _Folds(click.ParamType):
+class _Folds(click.ParamType[int | str]):
     name = "k|fixed"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:

@@ -33,18 +33,15 @@ from hpsearch.tuning.pruners import Pruner
 from hpsearch.tuning.racing import TrialScores, Verdict
 from hpsearch.tuning.record import COUNTED, Outcome, StudyRecord, TrialRecord, now
 from hpsearch.tuning.study import StudyDatabase, sqlite_url
-from hpsearch.tuning.workers import Event, Worker, Workers, WorkerSettings
+from hpsearch.tuning.workers import DEATHS_PER_JOB, POLL_S, Event, Worker, Workers, WorkerSettings, do
 
 logger = logging.getLogger(__name__)
 
-DEATHS_PER_FOLD = 3
-"""A fold that has ended its worker so often ends its trial as failed."""
 INFEASIBLE_PER_TRIAL = 10
 """Infeasible suggestions that are free, for each trial asked for."""
 SILENCE_FACTOR = 10.0
 SILENCE_MIN_S = 300.0
 """A fit without an epoch for this many times the expected seconds, and at least so long, is taken for hanging."""
-POLL_S = 0.25
 GRACE_S = 15.0
 """How long a budget waits for the epoch to end before it stops the workers at once."""
 
@@ -117,7 +114,7 @@ def run_study(
     """
     study = project.study(name)
     listener = listener or Silent()
-    with lock.hold(study), _log_file(study.log):
+    with lock.hold(study), log_file(study.log):
         paths.remove_stale_temporaries(study.root)
         if study.toml.is_file():
             record = StudyRecord.open(study)
@@ -132,7 +129,7 @@ def run_study(
             # Only now: a first start that fails for its data leaves no study that binds the next one.
             record = StudyRecord.create(study, config)
         _fix_folds(record, prepared)
-        plan = _make_plan(record, prepared, machine or MachineChoice())
+        plan = make_plan(record, prepared, machine or MachineChoice())
         database = StudyDatabase(record, storage or sqlite_url(project.optuna_db))
         database.catch_up()
         with contextlib.ExitStack() as stack:
@@ -192,7 +189,7 @@ class Coordinator:
         self._workers: Workers
         self._open: dict[int, _OpenTrial] = {}
         self._scores: dict[int, TrialScores] = {}
-        """Scores of the full trials, read once."""
+        """Scores of the ended trials, read once."""
         self._trials = {trial.number: trial for trial in record.trials()}
 
     @property
@@ -246,6 +243,8 @@ class Coordinator:
                 self._open[trial.number] = _OpenTrial(trial, trial.study_config)
                 logger.info("trial %d continues", trial.number)
                 self._listener.trial_began(trial)
+                if trial.decisions and trial.decisions[-1]["drop"]:
+                    self._open[trial.number].dropped = Verdict(**trial.decisions[-1])
                 self._judge_folds(self._open[trial.number])
             elif trial.outcome != "full":
                 # A start that was killed between the record and the clearing left them.
@@ -292,14 +291,18 @@ class Coordinator:
         return self._begin(*self._database.ask())
 
     def _begin(self, number: int, params: dict[str, Any]) -> _OpenTrial | None:
-        source = "default" if number == 0 else "sampler"
-        base = TrialRecord(number=number, params=params, config={}, began_at=now(), source=source)
         try:
             config = self._record.config.with_params(params)
             reason = plans.why_infeasible(config, self._plan)
         except ConfigError as error:
             config, reason = self._record.config.with_params({}), plans.Infeasible(str(error), 1.0)
-        record = dataclasses.replace(base, config=config.to_dict())
+        record = TrialRecord(
+            number=number,
+            params=params,
+            config=config.to_dict(),
+            began_at=now(),
+            source="default" if number == 0 else "sampler",
+        )
         self._write(record)
         if reason is not None:
             self._end(record, "infeasible", reason=reason.reason, constraint=reason.excess)
@@ -369,7 +372,7 @@ class Coordinator:
         self._listener.epoch_ended(number, fold, row)
         self._wake_tracking()
         if trial.dropped is None and trial.record.outcome is None:
-            self._judge(trial, fold, row["epoch"])
+            self._judge(trial)
         go = trial.dropped is None and number in self._open and not self._stop.is_requested
         self._workers.reply(worker, go=go)
 
@@ -387,35 +390,31 @@ class Coordinator:
         failures[str(fold)] = [*failures.get(str(fold), []), text]
         trial.record = dataclasses.replace(trial.record, failures=failures)
         self._write(trial.record)
-        if len(failures[str(fold)]) >= DEATHS_PER_FOLD:
-            reason = f"fold {fold} ended its worker {DEATHS_PER_FOLD} times, the last time: {text}"
+        if len(failures[str(fold)]) >= DEATHS_PER_JOB:
+            reason = f"fold {fold} ended its worker {DEATHS_PER_JOB} times, the last time: {text}"
             self._end(trial.record, "failed", reason=reason)
             ended = [t for t in self._trials.values() if t.outcome in COUNTED]
             if len(ended) >= 3 and all(t.outcome == "failed" for t in ended):
                 raise WorkerError(f"every trial so far failed; {reason}")
 
     def _judge_folds(self, trial: _OpenTrial) -> None:
-        """After a fold, or after a restart: end the trial if it is complete or worse than it need be."""
+        """After a fold, or after a restart: end the trial if nothing of it is left to do."""
         number = trial.record.number
-        finished = self._record.finished_folds(number)
-        if len(finished) == self._record.n_folds:
+        if trial.dropped is not None:
+            self._end_when_idle(trial)
+        elif len(self._record.finished_folds(number)) == self._record.n_folds:
             self._end(trial.record, "full", value=self._record.value(number))
-        elif finished and trial.dropped is None:
-            self._judge(trial, finished[-1], None)
-            if trial.dropped is not None:
-                self._end_when_idle(trial)
 
-    def _judge(self, trial: _OpenTrial, fold: int, epoch: int | None) -> None:
-        """Ask the pruner after an epoch (None: after the whole fold) and keep what it says on record."""
-        if not self._pruner.wants(fold, epoch):
-            return
-        number = trial.record.number
-        verdict = self._pruner.judge(
-            self._trial_scores(number), self._full_scores(), self._record.folds, self._database, fold, epoch
-        )
+    def _judge(self, trial: _OpenTrial) -> None:
+        """Ask the pruner after an epoch, and keep what it says on record before anything follows from it."""
+        candidate = self._trial_scores(trial.record.number)
+        verdict = self._pruner.judge(candidate, self._ended_scores(), self._record.folds)
         if verdict is None:
             return
-        trial.record = dataclasses.replace(trial.record, decisions=(*trial.record.decisions, verdict.to_dict()))
+        decision = verdict.to_dict()
+        # An epoch that was judged before a restart is not entered twice.
+        before = [each for each in trial.record.decisions if _moment(each) < _moment(decision)]
+        trial.record = dataclasses.replace(trial.record, decisions=(*before, decision))
         self._write(trial.record)
         if verdict.drop:
             trial.dropped = verdict
@@ -468,11 +467,13 @@ class Coordinator:
             for fold in range(self._record.n_folds)
             if len(found := self._record.fit(number, fold).scores()) > 0
         }
-        return TrialScores(number, scores)
+        train = self._trials[number].study_config.train
+        return TrialScores(number, scores, train.epochs, train.schedule)
 
-    def _full_scores(self) -> list[TrialScores]:
+    def _ended_scores(self) -> list[TrialScores]:
+        """Those of the ended trials, by number; read once, so that what a pruner works out about them can be kept."""
         for trial in self._trials.values():
-            if trial.outcome == "full" and trial.number not in self._scores:
+            if trial.outcome in ("full", "dropped") and trial.number not in self._scores:
                 self._scores[trial.number] = self._trial_scores(trial.number)
         return [self._scores[number] for number in sorted(self._scores)]
 
@@ -510,6 +511,10 @@ class Coordinator:
             self._tracking.wake()
 
 
+def _moment(decision: dict[str, Any]) -> tuple[int, int]:
+    return decision["fold"], decision["epoch"]
+
+
 def fit_seed(config: StudyConfig, trial: int, fold: int) -> int:
     """Seed of one fit: first weights, order and augmentation."""
     return stable_seed(config.study.seed, "fit", trial, fold)
@@ -539,7 +544,7 @@ def _fix_folds(record: StudyRecord, prepared: Prepared) -> None:
     record.write_folds(folds, prepared.key)
 
 
-def _make_plan(record: StudyRecord, prepared: Prepared, choice: MachineChoice) -> ExecutionPlan:
+def make_plan(record: StudyRecord, prepared: Prepared, choice: MachineChoice) -> ExecutionPlan:
     """The stored plan, or one that is measured now; what the user asks for explicitly overrides either."""
     stored = record.plan()
     if stored is not None:
@@ -568,7 +573,8 @@ def _measure_plan(record: StudyRecord, prepared: Prepared, choice: MachineChoice
         "cache": str(prepared.cache_path.absolute()),
     }
     with Workers([settings], record.paths.root) as workers:
-        message = _do(workers, job)
+        message = do(workers, job)
+    assert message is not None
     device = message["device"]
     settings_list = _share_out(choice.device if ":" in choice.device else device, choice, message["n_devices"])
     n_sharing = max(1, len(settings_list) // message["n_devices"])
@@ -582,24 +588,6 @@ def _measure_plan(record: StudyRecord, prepared: Prepared, choice: MachineChoice
     )
 
 
-def _do(workers: Workers, job: dict[str, Any]) -> dict[str, Any]:
-    """Have the first worker do one job; its `finished` message. WorkerError if it fails."""
-    waiting = True
-    while True:
-        if waiting and (idle := workers.idle()):
-            workers.submit(idle[0], job)
-            waiting = False
-        for event in _events(workers):
-            if event.kind == "finished":
-                return event.message
-            if event.kind not in ("ready", "epoch"):
-                raise WorkerError(f"{job['job']}: {event.message['text']}")
-
-
-def _events(workers: Workers) -> Iterator[Event]:
-    yield from workers.events(POLL_S)
-
-
 def _share_out(device: str, choice: MachineChoice, n_devices: int) -> tuple[WorkerSettings, ...]:
     """A worker for each device, or as many as wanted, taking turns on the devices; the cores shared among them."""
     kind, _, index = device.partition(":")
@@ -610,7 +598,7 @@ def _share_out(device: str, choice: MachineChoice, n_devices: int) -> tuple[Work
 
 
 @contextlib.contextmanager
-def _log_file(path: Path) -> Iterator[None]:
+def log_file(path: Path) -> Iterator[None]:
     """One line per event of hpsearch in `path`, appended, for the time of the block."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

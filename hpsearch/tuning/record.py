@@ -100,11 +100,11 @@ class FitRecord:
         """Per-image score after every epoch so far, (epochs, held-out images); (0, 0) before the first."""
         if not self.paths.scores.is_file():
             return np.zeros((0, 0), np.float32)
-        return cast("npt.NDArray[np.float32]", _load_array(self.paths.scores, ndim=2))
+        return cast("npt.NDArray[np.float32]", load_array(self.paths.scores, ndim=2))
 
     def counts(self) -> npt.NDArray[np.int64]:
         """tp, fp, fn, tn of every held-out image after the last epoch, (held-out images, 4)."""
-        return cast("npt.NDArray[np.int64]", _load_array(self.paths.counts, ndim=2))
+        return cast("npt.NDArray[np.int64]", load_array(self.paths.counts, ndim=2))
 
 
 class StudyRecord:
@@ -231,7 +231,7 @@ class StudyRecord:
         expected = len(self.folds.held_out(fold))
         if scores.shape[0] == 0 or scores.shape[1] != expected:
             raise RecordError(f"{fit.paths.scores} holds {scores.shape} scores, fold {fold} has {expected} images")
-        return scores[-1].astype(np.float64)
+        return np.asarray(scores[-1], np.float64)
 
     def out_of_fold(self, trial: int) -> npt.NDArray[np.float64]:
         """Score of every pool image from the fit that had not seen it, (pool,); NaN where no finished fit has."""
@@ -294,7 +294,8 @@ def now() -> float:
     return round(time.time(), 3)
 
 
-def _load_array(path: Path, *, ndim: int) -> npt.NDArray[Any]:
+def load_array(path: Path, *, ndim: int) -> npt.NDArray[Any]:
+    """The numbers in a .npy file. RecordError, naming it, if it is missing, damaged, or of another dimension."""
     try:
         array = np.load(path, allow_pickle=False)
     except FileNotFoundError as error:

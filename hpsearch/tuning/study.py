@@ -181,6 +181,6 @@ def _storage(url: str) -> RDBStorage:
 class _quiet(warnings.catch_warnings):  # noqa: N801 - used like the context manager it is
     """Without Optuna's notes on what is experimental: the versions are pinned and the behaviour is tested."""
 
-    def __enter__(self) -> None:  # type: ignore[override]
+    def __enter__(self) -> None:
         super().__enter__()
         warnings.simplefilter("ignore", ExperimentalWarning)

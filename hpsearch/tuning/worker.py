@@ -147,7 +147,7 @@ class Session:
         chosen = self._runtime(config)
         model, info = load_weights(Path(job["weights"]), chosen.device)
         data = self._device_data(job, config)
-        counts = evaluate(
+        found = evaluate(
             model,
             data,
             np.arange(len(data), dtype=np.int64),
@@ -155,8 +155,8 @@ class Session:
             size=info.size,
             runtime=chosen,
         )
-        save_array(Path(job["counts"]), counts)
-        return {"event": "finished", "summary": {"n_images": len(counts)}}
+        save_array(Path(job["counts"]), found.counts)
+        return {"event": "finished", "summary": {"n_images": len(found.counts)}}
 
     def _measure(self, job: dict[str, Any]) -> dict[str, Any]:
         """Seconds of an image at each configuration, and what the machine is."""

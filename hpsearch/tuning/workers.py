@@ -16,16 +16,19 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from hpsearch.errors import WorkerError
+from hpsearch.errors import DeviceError, StorageError, StudyError, WorkerError
 
 logger = logging.getLogger(__name__)
 
+POLL_S = 0.25
+DEATHS_PER_JOB = 3
+"""A job, or a fold's fit, that has ended its worker so often is given up."""
 START_TIMEOUT_S = 300.0
 """A worker that has not said `ready` by then is not coming: importing torch from a cold network disk is slow."""
 
@@ -185,6 +188,52 @@ class Workers:
                 )
         self._workers[self._workers.index(worker)] = self._start(worker.index, worker.settings)
         return Event(worker, "died", worker.job, message)
+
+
+def do(
+    workers: Workers,
+    job: Mapping[str, Any],
+    *,
+    on_epoch: Callable[[dict[str, Any]], bool] = lambda row: True,
+) -> dict[str, Any] | None:
+    """Have the first worker do one job; its `finished` message, or None if `on_epoch` stopped it.
+
+    `on_epoch` hears the row of every epoch and says whether to go on. When a worker dies, the next one goes on from its
+    checkpoint. Raises what the job raised, or WorkerError when it has ended three workers.
+    """
+    deaths = 0
+    submitted = False
+    while True:
+        if not submitted and (idle := workers.idle()):
+            workers.submit(idle[0], job)
+            submitted = True
+        for event in workers.events(POLL_S):
+            if event.kind == "finished":
+                return event.message
+            if event.kind == "stopped":
+                return None
+            if event.kind == "epoch":
+                workers.reply(event.worker, go=on_epoch(event.message["row"]))
+            elif event.kind == "diverged":
+                raise StudyError(event.message["text"])
+            elif event.kind == "out_of_memory":
+                raise DeviceError(event.message["text"])
+            elif event.kind == "error":
+                _raise(event.message)
+            elif event.kind == "died":
+                deaths += 1
+                submitted = False
+                logger.warning("%s: worker %s", job["job"], event.message["text"])
+                if deaths >= DEATHS_PER_JOB:
+                    raise WorkerError(f"{job['job']} ended its worker {deaths} times: {event.message['text']}")
+
+
+def _raise(message: Mapping[str, Any]) -> NoReturn:
+    if message["is_storage"]:
+        raise StorageError(message["text"])
+    if message["is_known"]:
+        raise WorkerError(message["text"])
+    raise WorkerError(f"{message['text']}; this is a fault in hpsearch:\n{message['traceback']}")
 
 
 def _send(connection: Connection, message: Mapping[str, Any]) -> None:

@@ -1,0 +1,113 @@
+"""`hpsearch final`: retrain and evaluate on the test split."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from hpsearch.cli.options import device_option, out_option, study_option, tracking_option
+from hpsearch.paths import ProjectPaths
+
+
+@click.command("final")
+@out_option
+@study_option
+@click.option("--best", is_flag=True, help="The best full trial (the default).")
+@click.option("--trial", type=click.IntRange(min=0), help="This trial instead.")
+@click.option("--seeds", default=1, type=click.IntRange(min=1), help="Networks to train, with different seeds.")
+@device_option
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads (default: as in the study).")
+@tracking_option
+def command(
+    project: ProjectPaths,
+    study_name: str | None,
+    best: bool,
+    trial: int | None,
+    seeds: int,
+    device: str,
+    threads: int | None,
+    tracking: str | None,
+) -> int:
+    """Retrain a configuration on the whole pool and evaluate it on the test split.
+
+    Shows what the search promised beside what the test set gave, and whether the search was worth it.
+
+    \b
+        hpsearch final --best
+        hpsearch final --trial 17 --seeds 3
+    """
+    import signal
+
+    from rich.console import Console
+    from rich.text import Text
+
+    from hpsearch.cli.study import stop_on_signals
+    from hpsearch.final import run_final
+    from hpsearch.tracking import make_tracker
+    from hpsearch.tuning.coordinator import MachineChoice, Stop
+
+    if best and trial is not None:
+        raise click.UsageError("--best and --trial exclude each other")
+    console = Console(highlight=False, soft_wrap=True)
+    stop = Stop()
+
+    def on_epoch(index: int, row: dict[str, Any]) -> bool:
+        scores = row["train"]
+        line = (
+            f"network {index + 1}/{seeds}, epoch {row['epoch']}: loss {scores['loss']:.4f}, Dice {scores['dice']:.4f}"
+        )
+        console.print(Text(f"{line} in training, {row['images_per_s']:.0f} images/s"))
+        return not stop.is_requested
+
+    with stop_on_signals(stop, lambda text: console.print(Text(text))):
+        result = run_final(
+            project,
+            study_name,
+            trial=trial,
+            n_seeds=seeds,
+            machine=MachineChoice(device, 0, threads or 0),
+            tracker=make_tracker(project, tracking),
+            on_epoch=on_epoch,
+        )
+    if result is None:
+        console.print("stopped: run the same command again to continue")
+        return 128 + (stop.signal or signal.SIGINT)
+    for line in describe(result):
+        console.print(Text(line))
+    return 0
+
+
+def describe(result: Any) -> list[str]:
+    """The final table, line by line."""
+    from hpsearch.cli.progress import describe_params
+
+    cv, metric = result.cv, result.metric
+    lines = [
+        "",
+        f"study {result.study}, trial {result.trial.number}: {describe_params(result.trial.params)}",
+        f"retrained on all {result.n_pool} pool images, evaluated on {result.n_test} test images",
+        "",
+        f"{'':22}mean    95 % interval",
+        f"{'cross-validation':16}{metric:>9}  {_interval(cv)}   sd of the folds {result.cv_fold_std:.4f}",
+    ]
+    for name, interval in result.test.items():
+        head = "test" if name == next(iter(result.test)) else ""
+        lines.append(f"{head:10}{name:>15}  {_interval(interval)}")
+    seeds = result.per_seed[metric]
+    if len(seeds) > 1:
+        lines.append(f"each network's test {metric}: " + ", ".join(f"{value:.4f}" for value in seeds))
+    gain = result.against_default
+    if gain is not None:
+        lines.append(
+            f"gain over trial 0 (the default), out of fold, paired: {gain.difference:+.4f} "
+            f"[{gain.low:+.4f}, {gain.high:+.4f}]"
+        )
+    elif result.trial.number == 0:
+        lines.append("this is trial 0, the default configuration: the search found nothing better")
+    lines += ["", f"model, scores of every image, figures: {result.paths.root}"]
+    return lines
+
+
+def _interval(interval: Any) -> str:
+    return f"{interval.mean:.4f}  [{interval.low:.4f}, {interval.high:.4f}]"
