@@ -22,10 +22,10 @@ from hpsearch.data.cache import (
     Kind,
     Preparation,
     cache_key,
+    check_files,
     image_file,
     memmap_files,
     npy_header,
-    open_cache,
 )
 from hpsearch.data.decoding import Damage, Decoders, Facts, Pixels
 from hpsearch.data.layouts import Problem, Sample
@@ -58,9 +58,13 @@ def build_cache(
     chosen = _choose_kind(key, n_bytes, cache_root) if kind == "auto" else kind
     folder = cache_root / f"{key}-{chosen}"
     try:
+        if _is_ready(folder, samples):
+            # Without the lock: a cache that is shared may lie where this user cannot write.
+            return folder
         cache_root.mkdir(parents=True, exist_ok=True)
         with _alone(folder):
-            if not _is_there(folder, samples):
+            if not _is_ready(folder, samples) and not _mend(folder, samples):
+                _remove_left_behind(folder)
                 if chosen in ("memmap", "files"):
                     _require_space(n_bytes, cache_root)
                 _build(samples, preparation, chosen, key, folder, progress)
@@ -111,24 +115,47 @@ def _alone(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _is_there(folder: Path, samples: Sequence[Sample]) -> bool:
-    """Whether `folder` holds a sound cache, which is told where the files lie now if they were moved."""
+def _is_ready(folder: Path, samples: Sequence[Sample]) -> bool:
+    """Whether `folder` holds a sound cache that knows where the files lie."""
+    try:
+        index = Index.read(folder)
+        check_files(folder, index)
+    except CacheError:
+        return False
+    return set(index.samples) <= set(samples)
+
+
+def _mend(folder: Path, samples: Sequence[Sample]) -> bool:
+    """Tell a cache whose files were moved where they lie now; remove one that is damaged and return False."""
     if not folder.exists():
         return False
     try:
         index = Index.read(folder)
-        if index.kind in ("memmap", "files"):
-            open_cache(folder)
+        check_files(folder, index)
     except CacheError as error:
         logger.warning("%s; the cache is built again", error)
         shutil.rmtree(folder)
         return False
     here = {sample.id: sample for sample in samples}
-    moved = tuple(here[sample.id] for sample in index.samples)
-    if moved != index.samples:
-        with atomic_write(folder / INDEX) as temporary:
-            replace(index, samples=moved).write(temporary)
+    with atomic_write(folder / INDEX) as temporary:
+        replace(index, samples=tuple(here[sample.id] for sample in index.samples)).write(temporary)
     return True
+
+
+def _remove_left_behind(folder: Path) -> None:
+    """Remove what builders that were killed left beside `folder`, whose lock is held."""
+    for left in folder.parent.glob(".*.tmp"):
+        name = left.name[1:].rsplit(".", 2)[0]
+        if name == folder.name:
+            shutil.rmtree(left)
+            continue
+        lock = FileLock(left.with_name(f".{name}.lock"))
+        try:
+            # Only a builder that lives holds its lock.
+            with lock.acquire(timeout=0):
+                shutil.rmtree(left, ignore_errors=True)
+        except Timeout:
+            pass
 
 
 def _build(
@@ -139,9 +166,6 @@ def _build(
     folder: Path,
     progress: Progress | None,
 ) -> None:
-    for left in folder.parent.glob(f".{folder.name}.*.tmp"):
-        # Whoever made it held the lock and lives no more.
-        shutil.rmtree(left)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir()
     try:
@@ -233,7 +257,7 @@ class _FilesWriter:
         pass
 
     def put(self, number: int, pixels: Sequence[Pixels]) -> None:
-        views = [np.concatenate([image, mask[..., None]], axis=-1) for image, mask in pixels]
+        views = [np.concatenate([image.ravel(), mask.ravel()]) for image, mask in pixels]
         np.save(image_file(self._folder, number), np.stack(views))
 
     def finish(self, good: Sequence[int]) -> None:

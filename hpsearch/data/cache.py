@@ -19,7 +19,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, Self
 
@@ -197,7 +197,8 @@ class Cache(ABC):
         """
         if len(indices) == 0:
             raise ValueError("there are no images to normalise by")
-        moments = np.array([self.index.facts[i].moments for i in indices.tolist()], dtype=object).sum(0)
+        # Exact: a square is below 2^16, so it would take 10^14 pixels to overflow.
+        moments = np.array([self.index.facts[i].moments for i in indices.tolist()], np.int64).sum(0)
         n = len(indices) * self.size[0] * self.size[1]
         r, g, b, rr, gg, bb, rg, rb, gb = (int(moment) / n for moment in moments)
         mean = np.array([r, g, b])
@@ -237,11 +238,7 @@ class MemmapCache(Cache):
     def __init__(self, folder: Path, index: Index) -> None:
         super().__init__(folder, index)
         files = memmap_files(folder, index.preparation, len(index.samples))
-        for path, shape in files:
-            n_bytes = len(npy_header(shape)) + math.prod(shape)
-            if _length(path) != n_bytes:
-                raise CacheError(f"{path} is {_length(path)} bytes, the index says {n_bytes}")
-        arrays = [np.load(path, "r", allow_pickle=False) for path, _ in files]
+        arrays = [np.asarray(np.load(path, "r", allow_pickle=False)) for path, _ in files]
         self._views = list(zip(arrays[::2], arrays[1::2], strict=True))
 
     def _read(self, indices: NDArray[np.int64], view: int) -> Pixels:
@@ -253,23 +250,24 @@ class MemmapCache(Cache):
 
 
 class FilesCache(Cache):
-    """One .npy file per image: (views, H, W, 4), colours and mask."""
+    """One .npy file per image: (views, H * W * 4) uint8, the image and then its mask."""
 
     def __init__(self, folder: Path, index: Index) -> None:
         super().__init__(folder, index)
-        p = index.preparation
-        n_bytes = len(npy_header((len(p.views), p.height, p.width, 4))) + p.image_bytes
         self._files = [image_file(folder, i) for i in range(len(index.samples))]
-        for path in self._files:
-            if _length(path) != n_bytes:
-                raise CacheError(f"{path} is {_length(path)} bytes, the index says {n_bytes}")
+        shape = image_file_shape(index.preparation)
+        self._starts = [len(npy_header(shape)) + view * shape[1] for view in range(shape[0])]
 
     def _read(self, indices: NDArray[np.int64], view: int) -> Pixels:
         images = np.empty((len(indices), *self.size, 3), np.uint8)
         masks = np.empty((len(indices), *self.size), np.uint8)
         for row, i in enumerate(indices.tolist()):
-            pixels = np.load(self._files[i], allow_pickle=False)[view]
-            images[row], masks[row] = pixels[..., :3], pixels[..., 3]
+            # Straight into place: np.load takes as long again to read its header.
+            with self._files[i].open("rb") as file:
+                file.seek(self._starts[view])
+                n_bytes = file.readinto(images[row].data) + file.readinto(masks[row].data)
+            if n_bytes != images[row].size + masks[row].size:
+                raise CacheError(f"{self._files[i]} was cut short while it was in use")
         return images, masks
 
 
@@ -323,6 +321,7 @@ _KINDS: Mapping[Kind, Callable[[Path, Index], Cache]] = {
 def open_cache(path: Path) -> Cache:
     """The cache in the folder `path`. CacheError, naming the file, if it is torn or was edited."""
     index = Index.read(path)
+    check_files(path, index)
     return _KINDS[index.kind](path, index)
 
 
@@ -341,6 +340,20 @@ def cache_key(samples: Sequence[Sample], preparation: Preparation) -> str:
     return digest.hexdigest()[:24]
 
 
+def check_files(folder: Path, index: Index) -> None:
+    """CacheError, naming the file and both lengths, if a file of the cache is not as long as the index says."""
+    p, n = index.preparation, len(index.samples)
+    files: list[tuple[Path, tuple[int, ...]]] = []
+    if index.kind == "memmap":
+        files = memmap_files(folder, p, n)
+    elif index.kind == "files":
+        files = [(image_file(folder, i), image_file_shape(p)) for i in range(n)]
+    for path, shape in files:
+        n_bytes = len(npy_header(shape)) + math.prod(shape)
+        if _length(path) != n_bytes:
+            raise CacheError(f"{path} is {_length(path)} bytes, the index says {n_bytes}")
+
+
 def memmap_files(folder: Path, preparation: Preparation, n: int) -> list[tuple[Path, tuple[int, ...]]]:
     """The files of a memmap cache and their shapes: images and masks of each view."""
     shape = (n, preparation.height, preparation.width)
@@ -356,6 +369,11 @@ def image_file(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}.npy"
 
 
+def image_file_shape(preparation: Preparation) -> tuple[int, int]:
+    """Shape of what a files cache keeps of one image."""
+    return len(preparation.views), preparation.height * preparation.width * 4
+
+
 def npy_header(shape: tuple[int, ...]) -> bytes:
     """What NumPy writes before the values of a uint8 array; as long for any length of the first axis."""
     file = io.BytesIO()
@@ -364,7 +382,7 @@ def npy_header(shape: tuple[int, ...]) -> bytes:
 
 
 def _decode_into(views: list[Pixels], decoders: Decoders, index: Index, indices: NDArray[np.int64]) -> None:
-    jobs = [index.preparation.job(index.samples[i]) for i in indices.tolist()]
+    jobs = [replace(index.preparation.job(index.samples[i]), measure=False) for i in indices.tolist()]
     for row, facts, pixels in decoders.decode(jobs):
         wanted = index.facts[indices[row]]
         if isinstance(facts, Damage):

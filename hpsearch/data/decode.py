@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import zlib
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,6 +31,10 @@ from hpsearch.errors import DatasetError
 
 BYTES_IN_FLIGHT = 400 * 2**20
 """Decoded pixels that all threads hold together, unless a single image has more."""
+HEAD_BYTES = 64 * 2**10
+"""What is read of a file to learn its size."""
+LONG_HEAD_BYTES = 16 * 2**20
+"""What is read more where that was not enough."""
 BAND_BYTES = 16 * 2**20
 """Pixels that are resized at once."""
 
@@ -49,8 +53,8 @@ def read_image(path: Path) -> Tensor:
     DatasetError if it cannot be decoded.
     """
     try:
-        data, header = _load(path)
-        return _decode_image(path, data, header, turned=False)
+        header, _ = _header(path)
+        return _decode_image(path, _content(path), header, turned=False)
     except BadImageError as error:
         raise DatasetError(str(error)) from error
 
@@ -62,11 +66,9 @@ def read_pair(image_path: Path, mask_path: Path) -> tuple[Tensor, Tensor]:
     the mask was then drawn on the upright image. DatasetError, naming the file, for damage.
     """
     try:
-        image_data, image_header = _load(image_path)
-        mask_data, mask_header = _load(mask_path)
-        turned = _is_turned(image_path, image_header, mask_path, mask_header)
-        image = _decode_image(image_path, image_data, image_header, turned=turned)
-        return image, _decode_mask(mask_path, mask_data, mask_header)
+        pair = open_pair(image_path, mask_path)
+        image = _decode_image(image_path, _content(image_path), pair.image, turned=pair.turned)
+        return image, _decode_mask(mask_path, _content(mask_path), pair.mask)
     except BadImageError as error:
         raise DatasetError(str(error)) from error
 
@@ -118,24 +120,53 @@ def crop_corner(size: tuple[int, int], wanted: tuple[int, int], rng: np.random.G
     return corner[0], corner[1]
 
 
-def decode_job(job: Job, gate: MemoryGate) -> tuple[Facts, list[Pixels]]:
+def open_pair(image_path: Path, mask_path: Path) -> OpenPair:
+    """What the two headers say, checked before anything is decoded. BadImageError if the pair cannot be used."""
+    image, image_bytes = _header(image_path)
+    mask, mask_bytes = _header(mask_path)
+    size = mask.height, mask.width
+    turned = size != (image.height, image.width)
+    if turned and size != image.turned_size:
+        raise BadImageError(
+            "sizes differ", f"{mask_path} is {mask.height}x{mask.width}, its image is {image.height}x{image.width}"
+        )
+    return OpenPair(image_path, mask_path, image, mask, turned, max(image_bytes, mask_bytes))
+
+
+@dataclass(frozen=True)
+class OpenPair:
+    """A pair whose headers fit together."""
+
+    image_path: Path
+    mask_path: Path
+    image: Header
+    mask: Header
+    turned: bool
+    """Whether the mask belongs to the image with its EXIF orientation applied."""
+    file_bytes: int
+    """Length of the larger file."""
+
+    def working_bytes(self, job: Job) -> int:
+        """Memory that `decode_job` takes, about: one file, its pixels, those at the new width, and the views."""
+        pixels = max(self.image.decode_bytes(3), self.mask.decode_bytes(3))
+        squeezed = 3 * max(self.mask.height, self.mask.width) * job.width
+        return self.file_bytes + pixels + squeezed + 2 * len(job.views) * job.height * job.width * 4
+
+
+def decode_job(pair: OpenPair, job: Job) -> tuple[Facts, list[Pixels]]:
     """What `job` asks for. BadImageError if the pair cannot be used."""
-    image_path, mask_path = Path(job.image), Path(job.mask)
-    image_data, image_header = _load(image_path)
-    mask_data, mask_header = _load(mask_path)
-    turned = _is_turned(image_path, image_header, mask_path, mask_header)
-    image_sha256, mask_sha256 = (hashlib.sha256(data).hexdigest() for data in (image_data, mask_data))
-    size = image_header.turned_size if turned else (image_header.height, image_header.width)
+    data = _content(pair.image_path)
+    image_sha256 = hashlib.sha256(data).hexdigest() if job.measure else ""
+    image = _decode_image(pair.image_path, data, pair.image, turned=pair.turned)
+    images = _views(image, job, is_mask=False)
     # The mask is decoded when the image's pixels are gone.
-    with gate.admitted(max(image_header.decode_bytes(3), mask_header.decode_bytes(1))):
-        image = _decode_image(image_path, image_data, image_header, turned=turned)
-        del image_data
-        images = _views(image, job, is_mask=False)
-        del image
-        mask = _decode_mask(mask_path, mask_data, mask_header)
-        masks = _views(mask, job, is_mask=True)
-        foreground = int(mask.count_nonzero())
-        del mask
+    del data, image
+    data = _content(pair.mask_path)
+    mask_sha256 = hashlib.sha256(data).hexdigest() if job.measure else ""
+    mask = _decode_mask(pair.mask_path, data, pair.mask)
+    masks = _views(mask, job, is_mask=True)
+    foreground = int(mask.count_nonzero())
+    del data, mask
     pixels = [
         (np.ascontiguousarray(image.permute(1, 2, 0).numpy()), np.ascontiguousarray(mask.numpy()))
         for image, mask in zip(images, masks, strict=True)
@@ -145,13 +176,13 @@ def decode_job(job: Job, gate: MemoryGate) -> tuple[Facts, list[Pixels]]:
         for array in arrays:
             crc = zlib.crc32(array.data, crc)
     facts = Facts(
-        height=size[0],
-        width=size[1],
+        height=pair.mask.height,
+        width=pair.mask.width,
         image_sha256=image_sha256,
         mask_sha256=mask_sha256,
         foreground=foreground,
-        orientation=1 if turned else image_header.orientation,
-        moments=_moments(pixels[0][0]) if pixels else (),
+        orientation=1 if pair.turned else pair.image.orientation,
+        moments=_moments(pixels[0][0]) if pixels and job.measure else (),
         crc=crc,
     )
     return facts, pixels
@@ -190,16 +221,19 @@ class _Admission:
         self._gate.change(-self._n_bytes)
 
 
-def _load(path: Path) -> tuple[bytearray, Header]:
-    """Content and header of a file whose decoding is affordable."""
+def _header(path: Path) -> tuple[Header, int]:
+    """Header and length of a file whose decoding is affordable."""
     try:
         with path.open("rb") as file:
-            data = bytearray(os.fstat(file.fileno()).st_size)
-            del data[file.readinto(data) :]
+            length = os.fstat(file.fileno()).st_size
+            head = file.read(HEAD_BYTES)
+            try:
+                header = read_header(head)
+            except ValueError:
+                # Long EXIF and colour profiles can come before the size.
+                header = read_header(head + file.read(LONG_HEAD_BYTES))
     except OSError as error:
         raise BadImageError("unreadable file", f"{path} cannot be read: {error.strerror or error}") from error
-    try:
-        header = read_header(data)
     except ValueError as error:
         raise BadImageError("undecodable file", f"{path} cannot be decoded: {error}") from error
     if header.height * header.width > MAX_PIXELS:
@@ -208,54 +242,61 @@ def _load(path: Path) -> tuple[bytearray, Header]:
             f"{path} says it is {header.height}x{header.width} pixels: more than {MAX_PIXELS // 10**6} million are "
             "taken for damage and not decoded",
         )
-    return data, header
+    return header, length
 
 
-def _is_turned(image_path: Path, image: Header, mask_path: Path, mask: Header) -> bool:
-    """Whether the mask belongs to the image with its EXIF orientation applied."""
-    size = mask.height, mask.width
-    if size == (image.height, image.width):
-        return False
-    if size == image.turned_size:
-        return True
-    raise BadImageError(
-        "sizes differ", f"{mask_path} is {mask.height}x{mask.width}, its image is {image.height}x{image.width}"
-    )
+def _content(path: Path) -> bytearray:
+    """The whole file, in memory that torch may call its own."""
+    try:
+        with path.open("rb") as file:
+            data = bytearray(os.fstat(file.fileno()).st_size)
+            del data[file.readinto(data) :]
+    except OSError as error:
+        raise BadImageError("unreadable file", f"{path} cannot be read: {error.strerror or error}") from error
+    return data
 
 
 def _decode_image(path: Path, data: bytearray, header: Header, *, turned: bool) -> Tensor:
-    """RGB (3, H, W) uint8: grey is repeated, CMYK converted, transparency dropped."""
-    return _decode(path, data, header, ImageReadMode.RGB, turned=turned)
+    """RGB (3, H, W) uint8: grey is repeated, CMYK converted, transparency dropped, 16 bits cut to 8."""
+    image = _decode(path, data, header, ImageReadMode.RGB, turned=turned)
+    if image.dtype == torch.uint16:
+        image = torch.from_numpy((image.numpy() >> 8).astype(np.uint8))
+    return image
 
 
 def _decode_mask(path: Path, data: bytearray, header: Header) -> Tensor:
-    """(H, W) uint8 of 0 and 1: of two values the larger is 1; of one, anything but 0 is."""
+    """(H, W) uint8 of 0 and 1: of two values the larger is 1; a single one is 1 unless it is 0."""
     mask = _decode(path, data, header, ImageReadMode.GRAY, turned=False)[0].numpy()
     low, high = mask.min(), mask.max()
-    n_between = mask.size - np.count_nonzero(mask == low) - (np.count_nonzero(mask == high) if low < high else 0)
-    if n_between:
-        values = np.flatnonzero(np.bincount(mask.ravel()[:: max(1, mask.size // 10**6)], minlength=256))
-        shown = ", ".join(map(str, values[:4]))
+    n_other = mask.size - np.count_nonzero(mask == low) - (np.count_nonzero(mask == high) if low < high else 0)
+    if n_other:
+        values = sorted({int(value) for row in mask for value in np.unique(row)})
+        shown = f"{', '.join(map(str, values[:3]))}, ..., {values[-1]}"
         raise BadImageError(
             "mask of many values",
-            f"{path} has other values than its lowest and highest in {n_between} of {mask.size} pixels "
-            f"({shown}, ...): a mask has two; save it as PNG, not as JPEG",
+            f"{path} has {len(values)} values ({shown}), a mask has two: save it as PNG, not as JPEG, and without "
+            "smooth borders",
         )
-    return torch.from_numpy((mask == high).astype(np.uint8) if high > 0 else np.zeros_like(mask, np.uint8))
+    return torch.from_numpy((mask == high).view(np.uint8) if high > 0 else np.zeros(mask.shape, np.uint8))
 
 
 def _decode(path: Path, data: bytearray, header: Header, mode: ImageReadMode, *, turned: bool) -> Tensor:
-    encoded = torch.frombuffer(data, dtype=torch.uint8)
     try:
+        encoded = torch.frombuffer(data, dtype=torch.uint8)
+        pixels: Tensor
         if header.format == "jpeg":
-            pixels: Tensor = decode_jpeg(encoded, mode, apply_exif_orientation=turned)
+            pixels = decode_jpeg(encoded, mode, apply_exif_orientation=turned)
         else:
             pixels = decode_png(encoded, mode)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
+        if "allocate" in reason:
+            # Too little memory is no damage of the image.
+            raise
         raise BadImageError("undecodable file", f"{path} cannot be decoded: {reason}") from error
-    if pixels.dtype == torch.uint16:
-        pixels = torch.from_numpy((pixels.numpy() >> 8).astype(np.uint8))
+    size = header.turned_size if turned else (header.height, header.width)
+    if pixels.shape[1:] != size:
+        raise BadImageError("undecodable file", f"{path} changed while it was read")
     return pixels
 
 
@@ -288,7 +329,7 @@ def _moments(image: NDArray[np.uint8]) -> tuple[int, ...]:
     """Sums over the pixels of (H, W, 3): R, G, B, RR, GG, BB, RG, RB, GB; exact, as float64 is below 2^53."""
     sums = np.zeros(3)
     products = np.zeros((3, 3))
-    for row in np.array_split(image.reshape(-1, 3), max(1, image.size // 2**20)):
+    for row in np.array_split(image.reshape(-1, 3), max(1, image.size // 2**18)):
         values = row.astype(np.float64)
         sums += values.sum(0)
         products += values.T @ values
@@ -322,21 +363,17 @@ def _work(
     try:
         while (message := jobs.get()) is not None:
             number = message.pop("number")
-            with lock:
-                answers.write(json.dumps({"number": number, "begun": True}).encode() + b"\n")
-                answers.flush()
-            pixels: list[Pixels] = []
+            _answer(answers, lock, {"number": number, "begun": True}, [])
+            job = Job(**message)
             try:
-                facts, pixels = decode_job(Job(**message), gate)
-                answer = {"number": number, "facts": asdict(facts)}
+                pair = open_pair(Path(job.image), Path(job.mask))
+                # Until the answer is out: a parent that is slow to take it shall not let answers pile up here.
+                with gate.admitted(pair.working_bytes(job)):
+                    facts, pixels = decode_job(pair, job)
+                    _answer(answers, lock, {"number": number, "facts": asdict(facts)}, pixels)
+                    del pixels
             except BadImageError as error:
-                answer = {"number": number, "damage": asdict(Damage(error.kind, str(error)))}
-            with lock:
-                answers.write(json.dumps(answer).encode() + b"\n")
-                for arrays in pixels:
-                    for array in arrays:
-                        answers.write(array.data)
-                answers.flush()
+                _answer(answers, lock, {"number": number, "damage": asdict(Damage(error.kind, str(error)))}, [])
     except BrokenPipeError:
         # Whoever asked is gone.
         os._exit(1)
@@ -345,6 +382,15 @@ def _work(
         sys.excepthook(*sys.exc_info())
         sys.stderr.flush()
         os._exit(70)
+
+
+def _answer(answers: IO[bytes], lock: threading.Lock, answer: dict[str, Any], pixels: list[Pixels]) -> None:
+    with lock:
+        answers.write(json.dumps(answer).encode() + b"\n")
+        for arrays in pixels:
+            for array in arrays:
+                answers.write(array.data)
+        answers.flush()
 
 
 if __name__ == "__main__":

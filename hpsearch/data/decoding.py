@@ -43,6 +43,8 @@ class Job:
     width: int = 0
     crop_seed: str = ""
     """Decides where the random crop lies."""
+    measure: bool = True
+    """Whether hashes and moments are wanted too."""
 
 
 @dataclass(frozen=True)
@@ -188,8 +190,9 @@ def subprocess_environment() -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(part for part in (package, inherited) if part),
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
-        # Each arena of glibc keeps the largest image its threads ever decoded.
+        # glibc would keep the memory of the largest images, once for each arena; blocks of their own are given back.
         "MALLOC_ARENA_MAX": "2",
+        "MALLOC_MMAP_THRESHOLD_": str(2**20),
     }
 
 

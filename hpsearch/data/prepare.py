@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Literal
 
 from hpsearch.data.build import Progress, build_cache
-from hpsearch.data.cache import Index, Preparation
+from hpsearch.data.cache import Index, Preparation, cache_key, open_cache
 from hpsearch.data.config import DataConfig
-from hpsearch.data.decoding import View, subprocess_environment
-from hpsearch.data.integrity import count_notes, describe, duplicates, leaks, mask_notes, refusal
+from hpsearch.data.decoding import subprocess_environment
+from hpsearch.data.integrity import check_stored, count_notes, describe, duplicates, leaks, mask_notes, refusal
 from hpsearch.data.layouts import Dataset, Problem, Sample, Split, find_samples
 from hpsearch.data.sample import SAMPLE_VERSION
 from hpsearch.errors import DatasetError
@@ -36,7 +36,7 @@ class Prepared:
     notes: tuple[str, ...]
     """What is worth knowing about the data, one line each."""
     excluded: tuple[str, ...]
-    """Why images were left out (`data.exclude_bad`), one line each."""
+    """Ids of the images that `data.exclude_bad` left out; the log says why."""
     seconds: float
 
     @property
@@ -60,29 +60,29 @@ def prepare_pool(
     Raises DatasetError, reporting everything that is wrong, unless `data.exclude_bad` leaves it out.
     """
     start = time.monotonic()
-    dataset = locate(config, cache_root)
-    train, val = dataset.split("train"), dataset.split("val")
-    if role == "search":
-        samples = (*_first(train, config.n_search_train), *_first(val, config.n_search_validation))
-    else:
-        samples = _first((*train, *val), config.n_final_train)
-    leaked = leaks(samples, dataset.split("test"))
-    problems = [problem for problem in dataset.problems if problem.split != "test"] + leaked
-    out = {problem.id for problem in leaked}
-    views: tuple[View, ...] = ("random crop", "centre crop") if config.match == "crop" else ("resize",)
-    return _prepare(config, cache_root, dataset, samples, problems, out, views, seed, progress, start)
+    return _prepare(config, _pool(config, cache_root, role, seed), cache_root, progress, start)
 
 
 def prepare_test(config: DataConfig, cache_root: Path, *, progress: Progress | None = None) -> Prepared:
     """The cache of the test split, sorted by id, the first `n_final_test` of it; errors as in `prepare_pool`."""
     start = time.monotonic()
-    dataset = locate(config, cache_root)
-    samples = _first(dataset.split("test"), config.n_final_test)
-    if not samples:
-        raise DatasetError(f"{dataset.root} has no test images")
-    problems = [problem for problem in dataset.problems if problem.split == "test"]
-    views: tuple[View, ...] = ("centre crop",) if config.match == "crop" else ("resize",)
-    return _prepare(config, cache_root, dataset, samples, problems, set(), views, 0, progress, start)
+    return _prepare(config, _test(config, cache_root), cache_root, progress, start)
+
+
+def check_contents(config: DataConfig, cache_root: Path, *, seed: int = 0) -> tuple[list[Path], list[Problem]]:
+    """The caches of `config` that are there, and what in files or caches is no more as it was when they were made.
+
+    All of every file is read, where the key of a cache looks at both ends only.
+    """
+    wanted = [_pool(config, cache_root, "search", seed), _pool(config, cache_root, "final", seed)]
+    wanted.append(_test(config, cache_root))
+    folders = []
+    for each in wanted:
+        if each.samples:
+            key = cache_key(each.samples, each.preparation)
+            # The pools of both roles are one where nothing limits them.
+            folders += [path for path in sorted(cache_root.glob(f"{key}-*")) if path not in folders]
+    return folders, [problem for folder in folders for problem in check_stored(open_cache(folder))]
 
 
 def locate(config: DataConfig, cache_root: Path) -> Dataset:
@@ -91,6 +91,7 @@ def locate(config: DataConfig, cache_root: Path) -> Dataset:
         return find_samples(config)
     folder = cache_root / f"sample-{SAMPLE_VERSION}" / "ISIC-2017"
     if not folder.is_dir():
+        logger.info("drawing the sample dataset in %s", folder)
         # Drawing needs torch's encoders, which the caller shall not load.
         draw = "import sys, pathlib, hpsearch.data.sample as s; s.draw_sample(pathlib.Path(sys.argv[1]))"
         done = subprocess.run(
@@ -107,42 +108,70 @@ def locate(config: DataConfig, cache_root: Path) -> Dataset:
     return find_samples(replace(config, root=str(folder)))
 
 
-def _prepare(
-    config: DataConfig,
-    cache_root: Path,
-    dataset: Dataset,
-    samples: tuple[Sample, ...],
-    problems: list[Problem],
-    out: set[str],
-    views: tuple[View, ...],
-    seed: int,
-    progress: Progress | None,
-    start: float,
-) -> Prepared:
+@dataclass(frozen=True)
+class _Wanted:
+    """What shall be cached."""
+
+    dataset: Dataset
+    samples: tuple[Sample, ...]
+    problems: tuple[Problem, ...]
+    """What is known to be wrong before anything is decoded; such images are not among `samples`."""
+    preparation: Preparation
+
+
+def _pool(config: DataConfig, cache_root: Path, role: Role, seed: int) -> _Wanted:
+    dataset = locate(config, cache_root)
+    train, val = dataset.split("train"), dataset.split("val")
+    if role == "search":
+        samples = (*_first(train, config.n_search_train), *_first(val, config.n_search_validation))
+    else:
+        samples = _first((*train, *val), config.n_final_train)
+    leaked = leaks(samples, dataset.split("test"))
+    out = {problem.id for problem in leaked}
+    unpaired = [problem for problem in dataset.problems if problem.split != "test"]
     height, width = config.cached_size
-    used = [sample for sample in samples if sample.id not in out]
-    if not used:
-        raise refusal(problems) if problems else DatasetError(f"{dataset.root} has no training images")
-    preparation = Preparation(height, width, views, seed if "random crop" in views else 0)
+    preparation = Preparation(height, width, ("resize",))
+    if config.match == "crop":
+        preparation = Preparation(height, width, ("random crop", "centre crop"), seed)
+    return _Wanted(
+        dataset, tuple(sample for sample in samples if sample.id not in out), (*unpaired, *leaked), preparation
+    )
+
+
+def _test(config: DataConfig, cache_root: Path) -> _Wanted:
+    dataset = locate(config, cache_root)
+    unpaired = tuple(problem for problem in dataset.problems if problem.split == "test")
+    height, width = config.cached_size
+    preparation = Preparation(height, width, ("centre crop" if config.match == "crop" else "resize",))
+    return _Wanted(dataset, _first(dataset.split("test"), config.n_final_test), unpaired, preparation)
+
+
+def _prepare(
+    config: DataConfig, wanted: _Wanted, cache_root: Path, progress: Progress | None, start: float
+) -> Prepared:
+    if not wanted.samples:
+        if wanted.problems:
+            raise refusal(wanted.problems)
+        raise DatasetError(f"{wanted.dataset.root} has no such images: is a folder of a split missing or empty?")
     # Everything is decoded before anything is refused, so that one message can report all of it; with --exclude-bad
     # the next start finds this cache.
-    folder = build_cache(used, preparation, config.cache, cache_root, progress=progress)
+    folder = build_cache(wanted.samples, wanted.preparation, config.cache, cache_root, progress=progress)
     index = Index.read(folder)
-    problems = [*problems, *index.problems]
+    problems = [*wanted.problems, *index.problems]
     if problems and not config.exclude_bad:
         raise refusal(problems)
     for problem in problems:
-        logger.warning("left out: %s", problem.text)
+        logger.warning("left out (%s): %s", problem.kind, problem.text)
     notes = [*duplicates(index.samples, index.facts), *mask_notes(index.samples, index.facts)]
     if config.root != "sample":
-        notes = [*count_notes(dataset), *notes]
+        notes = [*count_notes(wanted.dataset), *notes]
     return Prepared(
         cache_path=folder,
         key=index.key,
         ids=tuple(sample.id for sample in index.samples),
         splits=tuple(sample.split for sample in index.samples),
         notes=tuple(describe(notes)),
-        excluded=tuple(problem.text for problem in problems),
+        excluded=tuple(dict.fromkeys(problem.id for problem in problems)),
         seconds=time.monotonic() - start,
     )
 

@@ -87,7 +87,7 @@ WriteDataset = Callable[..., DataConfig]
 
 @pytest.fixture
 def write_dataset(tmp_path: Path) -> WriteDataset:
-    """`write_dataset(layout="archive", pairs=None, size=32)`: a new dataset in tmp_path/ISIC-2017, as its settings."""
+    """`write_dataset(layout="archive", pairs=None, size=32)`: a new dataset in tmp_path/ISIC-2017; its settings."""
 
     def write(
         layout: Literal["archive", "splits", "folders"] = "archive",
