@@ -24,7 +24,8 @@ from hpsearch.report.statistics import Interval, Paired, bootstrap_mean, paired_
 from hpsearch.tracking import Tracker, TrackingThread
 from hpsearch.training.metrics import SCORES, PixelCounts
 from hpsearch.tuning import lock
-from hpsearch.tuning.coordinator import MachineChoice, cache_root, log_file, make_plan
+from hpsearch.tuning.coordinator import cache_root, log_file
+from hpsearch.tuning.planning import MachineChoice, make_plan
 from hpsearch.tuning.record import FORMAT, StudyRecord, TrialRecord, load_array, now, study_record
 from hpsearch.tuning.workers import Workers, do
 
@@ -51,7 +52,7 @@ class FinalResult:
     per_seed: dict[str, tuple[float, ...]]
     """Score by name: the mean of each seed's network."""
     against_default: Paired | None
-    """Best minus trial 0 on the same out-of-fold images; None for trial 0 itself, or if it was not fully evaluated."""
+    """It minus trial 0 on the same out-of-fold images; None for trial 0, or where that is not full."""
     n_test: int
     n_pool: int
 
@@ -99,11 +100,12 @@ def run_final(
         seed = config.study.seed
         pool = prepare_pool(config.data, cache_root(project, config), role="final", seed=seed)
         test = prepare_test(config.data, cache_root(project, config))
-        plan = make_plan(record, pool, machine or MachineChoice())
         paths.write_text(folder.config, config.to_toml())
         on_epoch = on_epoch or (lambda index, row: True)
         # One network after another on the first device of the plan: this is a handful of fits.
-        with Workers([plan.workers[0]], record.paths.root) as workers:
+        with Workers(record.paths.root) as workers:
+            plan = make_plan(record, pool, machine or MachineChoice(), workers)
+            workers.become(plan.workers[:1])
             for index in range(n_seeds):
                 job = _fit_job(chosen, folder.seed(index), stable_seed(config.study.seed, "final", index), pool)
                 if (

@@ -45,7 +45,8 @@ def command(
     from hpsearch.cli.study import stop_on_signals
     from hpsearch.final import run_final
     from hpsearch.tracking import make_tracker
-    from hpsearch.tuning.coordinator import MachineChoice, Stop
+    from hpsearch.tuning.coordinator import Stop
+    from hpsearch.tuning.planning import MachineChoice
 
     if best and trial is not None:
         raise click.UsageError("--best and --trial exclude each other")

@@ -64,7 +64,8 @@ def command(
     """
     from hpsearch.cli.progress import StudyProgress
     from hpsearch.tracking import make_tracker
-    from hpsearch.tuning.coordinator import MachineChoice, Stop, run_study
+    from hpsearch.tuning.coordinator import Stop, run_study
+    from hpsearch.tuning.planning import MachineChoice
 
     name = study_name or settings.path.stem
     config = settings.load(project.study(name).toml)

@@ -29,11 +29,12 @@ from hpsearch.plan import ExecutionPlan
 from hpsearch.tracking import Tracker, TrackingThread
 from hpsearch.tuning import lock, pruners
 from hpsearch.tuning.listener import Listener, Silent
+from hpsearch.tuning.planning import MachineChoice, make_plan
 from hpsearch.tuning.pruners import Pruner
 from hpsearch.tuning.racing import TrialScores, Verdict
 from hpsearch.tuning.record import COUNTED, Outcome, StudyRecord, TrialRecord, now
 from hpsearch.tuning.study import StudyDatabase, sqlite_url
-from hpsearch.tuning.workers import DEATHS_PER_JOB, POLL_S, Event, Worker, Workers, WorkerSettings, do
+from hpsearch.tuning.workers import DEATHS_PER_JOB, POLL_S, Event, Worker, Workers
 
 logger = logging.getLogger(__name__)
 
@@ -66,17 +67,6 @@ class Stop:
     @property
     def is_urgent(self) -> bool:
         return self.requests > 1
-
-
-@dataclass(frozen=True)
-class MachineChoice:
-    """What the user wants of the machine; what is left open is measured or found out."""
-
-    device: str = "auto"
-    n_workers: int = 0
-    """0: one per GPU, or one on the CPU."""
-    threads: int = 0
-    """Threads a worker; 0: all cores, shared among the workers."""
 
 
 @dataclass(frozen=True)
@@ -129,19 +119,18 @@ def run_study(
             # Only now: a first start that fails for its data leaves no study that binds the next one.
             record = StudyRecord.create(study, config)
         _fix_folds(record, prepared)
-        plan = make_plan(record, prepared, machine or MachineChoice())
         database = StudyDatabase(record, storage or sqlite_url(project.optuna_db))
         database.catch_up()
-        with contextlib.ExitStack() as stack:
-            tracking = TrackingThread(tracker, record.paths) if tracker is not None else None
-            if tracking is not None:
-                tracking.wake()
+        with Workers(study.root) as workers:
+            plan = make_plan(record, prepared, machine or MachineChoice(), workers)
+            workers.become(plan.workers)
+            tracking = TrackingThread(tracker, study) if tracker is not None else None
             coordinator = Coordinator(record, database, plan, prepared, listener, tracking, stop or Stop(), hours)
             listener.planned(record, plan, coordinator.forecast())
             try:
-                workers = stack.enter_context(Workers(list(plan.workers), study.root))
                 coordinator.run(workers)
             finally:
+                workers.close()
                 undelivered = tracking.close() if tracking is not None else 0
         return StudySummary(record, coordinator.n_counted, coordinator.was_stopped, undelivered)
 
@@ -542,59 +531,6 @@ def _fix_folds(record: StudyRecord, prepared: Prepared) -> None:
         groups=groups,
     )
     record.write_folds(folds, prepared.key)
-
-
-def make_plan(record: StudyRecord, prepared: Prepared, choice: MachineChoice) -> ExecutionPlan:
-    """The stored plan, or one that is measured now; what the user asks for explicitly overrides either."""
-    stored = record.plan()
-    if stored is not None:
-        plan = ExecutionPlan.from_dict(stored)
-        wanted = choice.device.partition(":")[0]
-        if wanted not in ("auto", plan.device):
-            logger.info("the study moves from %s to %s", plan.device, wanted)
-        elif not choice.n_workers and not choice.threads:
-            return plan
-        elif wanted in ("auto", plan.device):
-            workers = _share_out(plan.device, choice, len({worker.device for worker in plan.workers}))
-            plan = dataclasses.replace(plan, workers=workers)
-            record.write_plan(plan.to_dict())
-            return plan
-    plan = _measure_plan(record, prepared, choice)
-    record.write_plan(plan.to_dict())
-    return plan
-
-
-def _measure_plan(record: StudyRecord, prepared: Prepared, choice: MachineChoice) -> ExecutionPlan:
-    threads = choice.threads or max(1, plans.available_cores() // max(1, choice.n_workers))
-    settings = WorkerSettings(choice.device, threads)
-    job = {
-        "job": "measure",
-        "configs": [config.to_dict() for config in plans.measured_configs(record.config)],
-        "cache": str(prepared.cache_path.absolute()),
-    }
-    with Workers([settings], record.paths.root) as workers:
-        message = do(workers, job)
-    assert message is not None
-    device = message["device"]
-    settings_list = _share_out(choice.device if ":" in choice.device else device, choice, message["n_devices"])
-    n_sharing = max(1, len(settings_list) // message["n_devices"])
-    return ExecutionPlan(
-        device=device,
-        precision=message["precision"],
-        workers=settings_list,
-        memory_bytes=message["memory_bytes"] // n_sharing,
-        steps=tuple(plans.MeasuredStep(**step) for step in message["steps"]),
-        machine=message["machine"],
-    )
-
-
-def _share_out(device: str, choice: MachineChoice, n_devices: int) -> tuple[WorkerSettings, ...]:
-    """A worker for each device, or as many as wanted, taking turns on the devices; the cores shared among them."""
-    kind, _, index = device.partition(":")
-    n_workers = choice.n_workers or (n_devices if kind == "cuda" and not index else 1)
-    threads = choice.threads or max(1, plans.available_cores() // n_workers)
-    names = [device] if kind != "cuda" or index else [f"cuda:{number}" for number in range(n_devices)]
-    return tuple(WorkerSettings(names[number % len(names)], threads) for number in range(n_workers))
 
 
 @contextlib.contextmanager

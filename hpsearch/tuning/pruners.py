@@ -39,12 +39,11 @@ def make_pruner(config: StudyConfig) -> Pruner:
         case "race":
             return Race()
         case "median":
-            return OptunaPruner(MedianPruner(), epochs_of_first_fold)
+            return OptunaPruner(MedianPruner, epochs_of_first_fold)
         case "hyperband":
-            return OptunaPruner(HyperbandPruner(max_resource=config.train.epochs), epochs_of_first_fold)
+            return OptunaPruner(lambda: HyperbandPruner(max_resource=config.train.epochs), epochs_of_first_fold)
         case "wilcoxon":
-            with _quiet():
-                return OptunaPruner(WilcoxonPruner(), images)
+            return OptunaPruner(WilcoxonPruner, images)
         case "none":
             return NoPruner()
 
@@ -90,10 +89,11 @@ class OptunaPruner:
 
     is_sequential = True
 
-    def __init__(self, pruner: BasePruner, reports: Callable[[TrialScores, Folds], list[Report]]) -> None:
-        self._name = type(pruner).__name__
+    def __init__(self, make: Callable[[], BasePruner], reports: Callable[[TrialScores, Folds], list[Report]]) -> None:
+        """`make` gives the pruner, fresh; `reports` what it is told, one report for each time it is asked."""
         self._reports = reports
         with _quiet():
+            pruner = make()
             # The study's name decides Hyperband's brackets, so it is fixed.
             self._study = optuna.create_study(
                 study_name="pruner",
@@ -102,6 +102,7 @@ class OptunaPruner:
                 pruner=pruner,
                 direction="maximize",
             )
+        self._name = type(pruner).__name__
         self._trials: list[optuna.Trial] = []
         self._n_reported: dict[int, int] = {}
         self._told: set[int] = set()

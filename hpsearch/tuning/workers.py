@@ -8,6 +8,7 @@ nothing is ever unpickled.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -73,12 +74,12 @@ class Event:
 
 
 class Workers:
-    """A fixed number of workers. Use as a context manager: on leaving none is left running."""
+    """Worker processes, none at first. Use as a context manager: on leaving none is left running."""
 
-    def __init__(self, settings: list[WorkerSettings], log_folder: Path) -> None:
+    def __init__(self, log_folder: Path) -> None:
         self._log_folder = log_folder
         self._failed_starts = 0
-        self._workers = [self._start(index, each) for index, each in enumerate(settings)]
+        self._workers: list[Worker] = []
 
     def __enter__(self) -> Workers:
         return self
@@ -91,6 +92,22 @@ class Workers:
 
     def __iter__(self) -> Iterator[Worker]:
         return iter(self._workers)
+
+    def become(self, settings: Sequence[WorkerSettings]) -> None:
+        """Have one worker for each of `settings`, in this order. One that is as it should be stays."""
+        kept = self._workers[: len(settings)]
+        _end(self._workers[len(settings) :])
+        for index, wanted in enumerate(settings):
+            if index == len(kept):
+                kept.append(self._start(index, wanted))
+            elif kept[index].settings != wanted:
+                _end([kept[index]])
+                kept[index] = self._start(index, wanted)
+        self._workers = kept
+
+    def settle(self, device: str) -> None:
+        """Note which device the first worker found when it was told `auto`."""
+        self._workers[0].settings = dataclasses.replace(self._workers[0].settings, device=device)
 
     def idle(self) -> list[Worker]:
         """Workers that are ready and have no job, by index."""
@@ -142,16 +159,8 @@ class Workers:
 
     def close(self) -> None:
         """End all workers: politely when idle, at once when not."""
-        for worker in self._workers:
-            if worker.job is not None or not worker.is_ready:
-                _kill(worker.process)
-            worker.connection.close()
-        for worker in self._workers:
-            try:
-                worker.process.wait(10)
-            except subprocess.TimeoutExpired:
-                _kill(worker.process)
-                worker.process.wait()
+        _end(self._workers)
+        self._workers = []
 
     def _start(self, index: int, settings: WorkerSettings) -> Worker:
         ours, theirs = socket.socketpair()
@@ -198,8 +207,8 @@ def do(
 ) -> dict[str, Any] | None:
     """Have the first worker do one job; its `finished` message, or None if `on_epoch` stopped it.
 
-    `on_epoch` hears the row of every epoch and says whether to go on. When a worker dies, the next one goes on from its
-    checkpoint. Raises what the job raised, or WorkerError when it has ended three workers.
+    `on_epoch` hears the row of every epoch and says whether to go on. When a worker dies, the next one goes on from
+    its checkpoint. Raises what the job raised, or WorkerError when it has ended three workers.
     """
     deaths = 0
     submitted = False
@@ -234,6 +243,19 @@ def _raise(message: Mapping[str, Any]) -> NoReturn:
     if message["is_known"]:
         raise WorkerError(message["text"])
     raise WorkerError(f"{message['text']}; this is a fault in hpsearch:\n{message['traceback']}")
+
+
+def _end(workers: Sequence[Worker]) -> None:
+    for worker in workers:
+        if worker.job is not None or not worker.is_ready:
+            _kill(worker.process)
+        worker.connection.close()
+    for worker in workers:
+        try:
+            worker.process.wait(10)
+        except subprocess.TimeoutExpired:
+            _kill(worker.process)
+            worker.process.wait()
 
 
 def _send(connection: Connection, message: Mapping[str, Any]) -> None:
