@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -89,8 +89,9 @@ def fit(
 
     With `paths` the fit resumes from its last good checkpoint, and ends as if it had never stopped: same weights and
     same scores, to the byte on a CPU under the same `runtime`. After each epoch come, in this order, the checkpoint,
-    scores.npy, the line in epochs.jsonl, `on_epoch`. With `keep_best`, best.pt holds the weights of the epoch with
-    the best held-out mean; nothing here reads it.
+    scores.npy, the line in epochs.jsonl, `on_epoch`. A fit that resumes first calls `on_epoch` again for the last
+    epoch it has, since whoever was killed may not have judged it. With `keep_best`, best.pt holds the weights of the
+    epoch with the best held-out mean; nothing here reads it.
 
     `micro_batch` sums gradients over parts of a batch of at most so many images, to need less memory. The result is
     the same but for rounding where there is no batch normalisation (`microbatches_are_exact`); elsewhere the
@@ -125,31 +126,41 @@ def fit(
     raise OutOfMemoryError(f"training on {runtime.device} ran out of memory: {reason}")
 
 
+class Evaluation(NamedTuple):
+    """What a network does on some images."""
+
+    counts: npt.NDArray[np.int64]
+    """tp, fp, fn, tn of every image, (n, 4)."""
+    loss: float
+    """Mean over images; NaN where no loss was asked for."""
+
+
 def evaluate(
     model: Forward,
     data: DeviceData,
     indices: Indices,
     *,
-    loss: Loss,
-    batch_size: int,
     normalization: Normalization,
     size: tuple[int, int],
     runtime: Runtime,
-) -> tuple[npt.NDArray[np.int64], float]:
-    """tp, fp, fn, tn of every image, (n, 4) int64, in the order of `indices`, and the mean loss over images.
+    batch_size: int = 16,
+    loss: Loss | None = None,
+) -> Evaluation:
+    """Compare the predictions for `indices`, in that order, with the masks that `data` serves, at their size.
 
-    At the size of the masks that `data` serves. Neither depends on `batch_size`, rounding aside. The device is waited
-    for once, at the end.
+    `model` is in evaluation mode, as its caller sets it. Nothing depends on `batch_size`, rounding aside. The device
+    is waited for once, at the end.
     """
     losses: list[Tensor] = []
     counts: list[Tensor] = []
     for logits, masks in predict_logits(
-        model, data, indices, batch_size=batch_size, normalization=normalization, size=size, runtime=runtime
+        model, data, indices, normalization=normalization, size=size, runtime=runtime, batch_size=batch_size
     ):
-        losses.append(loss(logits, masks) * len(masks))
         counts.append(_count(logits, masks))
+        if loss is not None:
+            losses.append(loss(logits, masks) * len(masks))
     all_counts, total = _fetch(counts, losses)
-    return all_counts, total / len(indices)
+    return Evaluation(all_counts, total / len(indices))
 
 
 def predict_logits(
@@ -157,10 +168,10 @@ def predict_logits(
     data: DeviceData,
     indices: Indices,
     *,
-    batch_size: int,
     normalization: Normalization,
     size: tuple[int, int],
     runtime: Runtime,
+    batch_size: int = 16,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits (B, 1, H, W) float32 and masks (B, 1, H, W) uint8 of `indices` in order, at the masks' size.
 
@@ -377,8 +388,9 @@ def _fit(
         recorded = _resume_(progress, paths, task_digest, device)
 
     loss = loss_function(train)
-    # Whoever was killed before it had judged the last epoch judges it now.
-    stopped = bool(progress.rows) and on_epoch is not None and on_epoch(progress.rows[-1], progress.scores[-1]) == "stop"
+    stopped = False
+    if progress.rows and on_epoch is not None:
+        stopped = on_epoch(progress.rows[-1], progress.scores[-1]) == "stop"
     while len(progress.rows) < train.epochs and not stopped:
         epoch = len(progress.rows) + 1
         devices.reset_peak_memory(device)
@@ -488,11 +500,11 @@ def _evaluate_epoch(
         progress.model,
         data,
         task.held_out_indices,
-        loss=loss,
-        batch_size=eval_batch_size(task.train.batch_size, runtime.device),
         normalization=task.normalization,
         size=task.size,
         runtime=runtime,
+        batch_size=eval_batch_size(task.train.batch_size, runtime.device),
+        loss=loss,
     )
     if not math.isfinite(held_out_loss):
         raise DivergedError(epoch, held_out_loss)
@@ -520,8 +532,10 @@ def _count(logits: Tensor, masks: Tensor) -> Tensor:
 
 
 def _fetch(counts: list[Tensor], losses: list[Tensor]) -> tuple[npt.NDArray[np.int64], float]:
-    """All counts (n, 4) and the sum of the losses: here the processor waits for the device."""
+    """All counts (n, 4) and the sum of the losses, NaN without any: here the processor waits for the device."""
     table: npt.NDArray[np.int64] = torch.cat(counts).cpu().numpy()
+    if not losses:
+        return table, math.nan
     # Summed on the CPU, where there is float64 whatever the device.
     return table, float(torch.stack(losses).cpu().double().sum())
 

@@ -1,0 +1,672 @@
+import dataclasses
+import gc
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hpsearch import paths as files
+from hpsearch import runtime as devices
+from hpsearch.data.batches import eval_batches, train_batches
+from hpsearch.data.config import AugmentConfig
+from hpsearch.errors import CheckpointError, DivergedError, OutOfMemoryError
+from hpsearch.models.config import UNetConfig
+from hpsearch.models.unet import UNet
+from hpsearch.paths import FitPaths
+from hpsearch.training import checkpoint, loop
+from hpsearch.training.checkpoint import load_weights
+from hpsearch.training.config import TrainConfig
+from hpsearch.training.loop import (
+    EpochRow,
+    FitResult,
+    eval_batch_size,
+    evaluate,
+    finish_fit,
+    fit,
+    microbatches_are_exact,
+    predict_logits,
+    resize_logits,
+)
+from hpsearch.training.losses import loss_function
+from hpsearch.training.metrics import PixelCounts, dice, jaccard
+from tests.training.fakes import FLOAT32, NORMALIZATION, FakeCache, fit_arguments, make_data
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL: nothing catches it."""
+
+
+@pytest.fixture(scope="module")
+def unkilled() -> FitResult:
+    return fit(**fit_arguments())
+
+
+@pytest.fixture
+def folder(tmp_path) -> FitPaths:
+    return FitPaths(tmp_path / "fold0")
+
+
+def weights(result: FitResult) -> dict[str, bytes]:
+    return {name: tensor.numpy().tobytes() for name, tensor in result.model.state_dict().items()}
+
+
+def assert_equal(result: FitResult, expected: FitResult) -> None:
+    assert weights(result) == weights(expected)
+    assert result.scores.tobytes() == expected.scores.tobytes()
+    assert result.counts.tobytes() == expected.counts.tobytes()
+    assert [(row.epoch, row.train, row.held_out, row.lr) for row in result.rows] == [
+        (row.epoch, row.train, row.held_out, row.lr) for row in expected.rows
+    ]
+
+
+def recorded(folder: FitPaths) -> list[EpochRow]:
+    return [EpochRow.from_dict(json.loads(line)) for line in folder.epochs.read_text().splitlines()]
+
+
+def finish(result: FitResult, folder: FitPaths, **changes):
+    arguments = fit_arguments()
+    names = ("data", "held_out_indices", "normalization", "size", "runtime")
+    return finish_fit(result, folder, **{**{name: arguments[name] for name in names}, **changes})
+
+
+# --- what a fit computes ------------------------------------------------------------------------------------------
+
+
+def test_a_fit_is_the_plain_loop_it_claims_to_be(unkilled):
+    arguments = fit_arguments()
+    model = UNet(arguments["model_config"], 3, seed=5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    step = 0
+    for epoch in (1, 2, 3):
+        model.train()
+        losses = []
+        for images, masks in train_batches(
+            arguments["data"],
+            np.arange(13),
+            batch_size=4,
+            seed=5,
+            epoch=epoch,
+            augment=arguments["augment"],
+            normalization=NORMALIZATION,
+            size=(16, 16),
+        ):
+            optimizer.param_groups[0]["lr"] = 0.05 * 0.5 * (1 + math.cos(math.pi * step / 9))
+            logits, target = model(images), masks.float()
+            probabilities = torch.sigmoid(logits)
+            overlap = 2 * (probabilities * target).sum((1, 2, 3)) + 1
+            soft_dice = overlap / (probabilities.sum((1, 2, 3)) + target.sum((1, 2, 3)) + 1)
+            loss = F.binary_cross_entropy_with_logits(logits, target) + (1 - soft_dice).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            step += 1
+        assert unkilled.rows[epoch - 1].train.loss == pytest.approx(np.mean(losses), rel=1e-4)
+    assert step == 9
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(unkilled.model.state_dict()[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_a_fit_learns_what_can_be_learnt():
+    train = TrainConfig(epochs=12, batch_size=4, lr=0.1)
+    result = fit(**fit_arguments(train=train, model_config=UNetConfig(base_channels=4, depth=2)))
+    assert result.scores.shape == (12, 7)
+    assert result.scores[-1].mean() > 0.9
+    assert result.rows[-1].train.loss < 0.5 * result.rows[0].train.loss
+
+
+def test_same_seed_same_bytes_whatever_the_global_generators_hold(unkilled):
+    torch.manual_seed(123)
+    np.random.seed(123)
+    assert_equal(fit(**fit_arguments()), unkilled)
+
+
+def test_another_seed_gives_another_network(unkilled):
+    assert weights(fit(**fit_arguments(seed=6))) != weights(unkilled)
+
+
+def test_the_callers_generators_go_on_as_if_nothing_had_been():
+    torch.manual_seed(9)
+    expected = torch.rand(3)
+    torch.manual_seed(9)
+    fit(**fit_arguments())
+    torch.testing.assert_close(torch.rand(3), expected, rtol=0, atol=0)
+
+
+def test_rows_tell_rates_scores_speed_and_memory(unkilled):
+    last = unkilled.rows[-1]
+    assert [row.epoch for row in unkilled.rows] == [1, 2, 3]
+    assert last.lr == pytest.approx(0.05 * 0.5 * (1 + math.cos(math.pi * 8 / 9)))
+    counts = PixelCounts.from_columns(unkilled.counts)
+    assert last.held_out is not None
+    assert last.held_out.dice == pytest.approx(dice(counts).mean())
+    assert last.held_out.jaccard == pytest.approx(jaccard(counts).mean())
+    assert last.images_per_s == pytest.approx(12 / last.train_s)
+    assert last.peak_bytes > 2**20
+    assert abs(last.time - time.time()) < 3600
+
+
+@pytest.mark.parametrize("metric", ["dice", "jaccard"])
+def test_scores_are_the_metric_of_the_held_out_images_in_their_order(metric, unkilled):
+    result = fit(**fit_arguments(metric=metric))
+    assert result.scores.dtype == np.float32
+    expected = {"dice": dice, "jaccard": jaccard}[metric](PixelCounts.from_columns(result.counts))
+    np.testing.assert_array_equal(result.scores[-1], expected.astype(np.float32))
+    assert weights(result) == weights(unkilled)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("norm", ["none", "batch", "group", "instance"])
+def test_every_optimizer_and_normalization_trains_and_resumes_exactly(optimizer, norm, folder):
+    train = TrainConfig(epochs=2, batch_size=4, optimizer=optimizer, lr=1e-3, loss="jaccard")
+    changes = {"train": train, "model_config": UNetConfig(base_channels=2, depth=1, norm=norm)}
+    expected = fit(**fit_arguments(**changes))
+    fit(**fit_arguments(**changes), paths=folder, on_epoch=lambda *_: "stop")
+    assert_equal(fit(**fit_arguments(**changes), paths=folder), expected)
+
+
+def test_without_held_out_images_nothing_is_scored(folder):
+    result = fit(**fit_arguments(held_out_indices=np.arange(0), paths=folder))
+    assert result.scores.shape == (3, 0)
+    assert result.counts.shape == (0, 4)
+    assert {row.held_out for row in result.rows} == {None}
+    summary = finish(result, folder, held_out_indices=np.arange(0))
+    assert summary["value"] is None
+    assert not folder.examples.exists()
+
+
+def test_a_training_set_smaller_than_a_batch_is_one_batch():
+    result = fit(**fit_arguments(train_indices=np.arange(3), train=TrainConfig(epochs=1, batch_size=16)))
+    assert len(result.rows) == 1
+
+
+def test_bf16_autocast_leaves_weights_and_scores_in_float32():
+    result = fit(**fit_arguments(runtime=dataclasses.replace(FLOAT32, precision="bf16")))
+    assert {t.dtype for t in result.model.parameters()} == {torch.float32}
+    assert np.isfinite(result.scores).all()
+
+
+def test_grayscale_images_train_a_network_of_one_channel():
+    normalization = dataclasses.replace(NORMALIZATION, mean=(0.5,), std=(0.25,))
+    result = fit(**fit_arguments(in_channels=1, data=make_data(color="grayscale"), normalization=normalization))
+    assert result.model.state_dict()["encoder.0.0.conv.weight"].shape[1] == 1
+
+
+# --- evaluation ---------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_depends_on_no_batch_size(unkilled):
+    arguments = {"normalization": NORMALIZATION, "size": (16, 16), "runtime": FLOAT32}
+    loss = loss_function(TrainConfig(loss="bce+dice"))
+    results = [
+        evaluate(unkilled.model, make_data(), np.arange(13, 20), **arguments, batch_size=n, loss=loss)
+        for n in (1, 3, 7)
+    ]
+    for result in results:
+        np.testing.assert_array_equal(result.counts, unkilled.counts)
+        held_out = unkilled.rows[-1].held_out
+        assert held_out is not None
+        assert result.loss == pytest.approx(held_out.loss, rel=1e-5)
+    assert math.isnan(evaluate(unkilled.model, make_data(), np.arange(3), **arguments).loss)
+
+
+def test_counts_are_those_of_the_logits_above_zero(unkilled):
+    batch = next(eval_batches(make_data(), np.arange(7), batch_size=7, normalization=NORMALIZATION, size=(16, 16)))
+    with torch.no_grad():
+        preds = unkilled.model(batch.images) > 0
+    result = evaluate(
+        unkilled.model, make_data(), np.arange(7), normalization=NORMALIZATION, size=(16, 16), runtime=FLOAT32
+    )
+    masks = batch.masks.bool()
+    expected = torch.stack([preds & masks, preds & ~masks, ~preds & masks, ~preds & ~masks], 1).sum((2, 3, 4))
+    np.testing.assert_array_equal(result.counts, expected.numpy())
+
+
+def test_scores_are_computed_at_the_size_of_the_truth():
+    truth = FakeCache(size=(32, 32))
+    data = make_data(truth=truth)
+    result = fit(**fit_arguments(data=data, eval_size=(32, 32)))
+    assert set(result.counts.sum(1)) == {32 * 32}
+    logits, masks = next(
+        predict_logits(
+            result.model, data, np.arange(13, 20), normalization=NORMALIZATION, size=(16, 16), runtime=FLOAT32
+        )
+    )
+    assert logits.shape == masks.shape == (7, 1, 32, 32)
+    np.testing.assert_array_equal(masks[:, 0].numpy(), truth.masks[13:20])
+    np.testing.assert_array_equal(((logits > 0) & (masks > 0)).sum((1, 2, 3)).numpy(), result.counts[:, 0])
+
+
+def test_an_evaluation_size_that_the_masks_do_not_have_is_a_fault():
+    with pytest.raises(ValueError, match="scores are wanted at"):
+        fit(**fit_arguments(eval_size=(32, 32)))
+
+
+def test_logits_of_the_right_size_are_untouched_and_others_interpolated():
+    logits = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert resize_logits(logits, (8, 8)) is logits
+    larger = resize_logits(logits, (16, 12))
+    torch.testing.assert_close(larger, F.interpolate(logits, size=(16, 12), mode="bilinear"), rtol=1e-5, atol=1e-5)
+    flat = resize_logits(torch.full((1, 1, 9, 9), 2.0), (4, 4))
+    torch.testing.assert_close(flat, torch.full((1, 1, 4, 4), 2.0))
+
+
+def test_a_gpu_evaluates_more_images_at_once_than_it_trains_on():
+    assert eval_batch_size(16, torch.device("cpu")) == 16
+    assert eval_batch_size(16, torch.device("cuda")) > 16
+
+
+# --- what a fit writes --------------------------------------------------------------------------------------------
+
+
+def test_after_each_epoch_come_checkpoint_scores_line_and_call_in_this_order(folder):
+    seen = []
+
+    def on_epoch(row, scores):
+        seen.append(row)
+        assert checkpoint.load_checkpoint(folder.last)["epoch"] == row.epoch
+        np.testing.assert_array_equal(np.load(folder.scores)[-1], scores)
+        assert np.load(folder.scores).shape == (row.epoch, 7)
+        assert recorded(folder) == seen
+        return "go"
+
+    result = fit(**fit_arguments(), paths=folder, on_epoch=on_epoch)
+    assert tuple(seen) == result.rows
+    assert not result.stopped
+    assert not folder.best.exists()
+
+
+def test_stop_ends_the_fit_after_the_epoch_and_it_goes_on_from_there(folder, unkilled):
+    result = fit(**fit_arguments(), paths=folder, on_epoch=lambda row, _: "stop" if row.epoch == 2 else "go")
+    assert result.stopped
+    assert len(result.rows) == 2
+    assert_equal(fit(**fit_arguments(), paths=folder), unkilled)
+
+
+def test_a_resumed_fit_has_its_last_epoch_judged_again(folder, unkilled):
+    fit(**fit_arguments(), paths=folder, on_epoch=lambda *_: "stop")
+    judged = []
+    again = fit(**fit_arguments(), paths=folder, on_epoch=lambda row, scores: judged.append((row, scores)) or "stop")
+    assert again.stopped
+    assert [row for row, _ in judged] == list(again.rows)
+    np.testing.assert_array_equal(judged[0][1], unkilled.scores[0])
+
+
+def test_stop_after_the_last_epoch_is_no_stop():
+    assert not fit(**fit_arguments(), on_epoch=lambda row, _: "stop" if row.epoch == 3 else "go").stopped
+
+
+def test_best_is_kept_at_once_when_the_held_out_score_improves(folder):
+    kept = []
+
+    def on_epoch(row, scores):
+        kept.append((row.epoch, float(scores.mean()), checkpoint.load_checkpoint(folder.best)))
+        return "go"
+
+    fit(
+        **fit_arguments(train=TrainConfig(epochs=6, batch_size=4, lr=0.3)),
+        paths=folder,
+        keep_best=True,
+        on_epoch=on_epoch,
+    )
+    best = -1.0
+    for epoch, score, state in kept:
+        if score > best:
+            best, best_epoch = score, epoch
+        assert (state["epoch"], state["score"]) == (best_epoch, best)
+
+
+def test_finish_leaves_weights_scores_counts_examples_and_the_summary(folder):
+    result = fit(**fit_arguments(), paths=folder, keep_best=True)
+    summary = finish(result, folder, extra={"threshold": 0.5})
+    names = ["best.pt", "counts.npy", "epochs.jsonl", "examples.npz", "fit.json", "scores.npy", "weights.safetensors"]
+    assert sorted(path.name for path in folder.root.iterdir()) == names
+    assert files.read_json(folder.fit) == summary
+    assert summary["value"] == pytest.approx(float(result.scores[-1].mean()))
+    assert summary["epochs"] == 3
+    assert summary["scores_sha256"] == checkpoint.sha256(folder.scores)
+    assert summary["weights_sha256"] == checkpoint.sha256(folder.weights)
+    assert summary["seconds"] == pytest.approx(sum(row.train_s + row.eval_s for row in result.rows))
+    np.testing.assert_array_equal(np.load(folder.counts), result.counts)
+    model, info = load_weights(folder.weights)
+    assert (info.size, info.in_channels, info.extra) == ((16, 16), 3, {"threshold": 0.5})
+    evaluation = evaluate(
+        model, make_data(), np.arange(13, 20), normalization=info.normalization, size=info.size, runtime=FLOAT32
+    )
+    np.testing.assert_array_equal(evaluation.counts, result.counts)
+
+
+def test_examples_run_from_the_worst_to_the_best_held_out_image(folder):
+    result = fit(**fit_arguments())
+    finish(result, folder, n_examples=3)
+    with np.load(folder.examples) as examples:
+        indices, scores, probabilities = (examples[name] for name in ("indices", "scores", "probabilities"))
+    order = np.argsort(result.scores[-1], kind="stable")
+    np.testing.assert_array_equal(indices, 13 + order[[0, 3, 6]])
+    np.testing.assert_array_equal(scores, result.scores[-1][indices - 13])
+    assert probabilities.dtype == np.uint8
+    assert probabilities.shape == (3, 16, 16)
+    tp = ((probabilities > 127) & (FakeCache().masks[indices] > 0)).sum((1, 2))
+    np.testing.assert_array_equal(tp, result.counts[indices - 13, 0])
+
+
+def test_finishing_again_after_a_kill_writes_the_same_bytes(folder, monkeypatch):
+    write = files.atomic_write
+
+    def dying_at(target):
+        def die(path, *, sync=True):
+            if path == target:
+                raise Killed
+            return write(path, sync=sync)
+
+        return die
+
+    for name in ("scores", "counts", "examples", "fit"):
+        result = fit(**fit_arguments(), paths=folder)
+        monkeypatch.setattr(files, "atomic_write", dying_at(getattr(folder, name)))
+        with pytest.raises(Killed):
+            finish(result, folder)
+        monkeypatch.undo()
+        assert folder.last.exists()
+        assert not folder.fit.exists()
+    finish(fit(**fit_arguments(), paths=folder), folder)
+    again = FitPaths(folder.root.with_name("again"))
+    finish(fit(**fit_arguments()), again)
+    for name in ("weights", "scores", "counts", "examples"):
+        assert getattr(folder, name).read_bytes() == getattr(again, name).read_bytes(), name
+
+
+# --- resume equals never having stopped ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("epoch", [1, 2, 3])
+@pytest.mark.parametrize("where", ["checkpoint", "scores", "line", "on_epoch"])
+def test_killed_anywhere_in_any_epoch_a_fit_ends_with_the_same_bytes(epoch, where, folder, unkilled, monkeypatch):
+    calls = {"n": 0}
+
+    def dying(function):
+        def call(*args, **kwargs):
+            calls["n"] += 1
+            if calls["n"] == epoch:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return call
+
+    if where == "checkpoint":
+        monkeypatch.setattr(checkpoint, "save_latest", dying(checkpoint.save_latest))
+    elif where == "scores":
+        monkeypatch.setattr(loop, "save_array", dying(loop.save_array))
+    elif where == "line":
+        monkeypatch.setattr(files, "append_line", dying(files.append_line))
+    on_epoch = dying(lambda *_: "go") if where == "on_epoch" else None
+    with pytest.raises(Killed):
+        fit(**fit_arguments(), paths=folder, on_epoch=on_epoch)
+    monkeypatch.undo()
+
+    before = recorded(folder) if folder.epochs.exists() else []
+    trained = []
+    train_epoch = loop._train_epoch
+    monkeypatch.setattr(loop, "_train_epoch", lambda *args: trained.append(args[-1]) or train_epoch(*args))
+    result = fit(**fit_arguments(), paths=folder)
+    assert_equal(result, unkilled)
+    first = epoch if where == "checkpoint" else epoch + 1
+    assert trained == list(range(first, 4)), "only an epoch without a checkpoint is done again"
+    rows = recorded(folder)
+    assert tuple(rows) == result.rows
+    assert rows[: len(before)] == before
+    np.testing.assert_array_equal(np.load(folder.scores), unkilled.scores)
+
+
+def test_a_finished_fit_is_not_trained_again(folder, unkilled, monkeypatch):
+    fit(**fit_arguments(), paths=folder)
+    monkeypatch.setattr(loop, "_train_epoch", lambda *_: pytest.fail("an epoch was trained"))
+    result = fit(**fit_arguments(), paths=folder)
+    assert_equal(result, unkilled)
+    assert not result.model.training
+
+
+def test_with_a_torn_checkpoint_the_fit_goes_on_from_the_previous_one_under_the_old_times(folder, unkilled, caplog):
+    fit(**fit_arguments(), paths=folder, on_epoch=lambda row, _: "stop" if row.epoch == 2 else "go")
+    before = recorded(folder)
+    folder.last.write_bytes(folder.last.read_bytes()[:-1])
+    result = fit(**fit_arguments(), paths=folder)
+    assert_equal(result, unkilled)
+    assert recorded(folder)[:2] == before
+    assert "torn" in caplog.text
+
+
+def test_with_both_checkpoints_torn_the_fit_begins_anew_under_the_old_times(folder, unkilled):
+    fit(**fit_arguments(), paths=folder, on_epoch=lambda row, _: "stop" if row.epoch == 2 else "go")
+    before = recorded(folder)
+    for path in (folder.last, folder.previous):
+        path.write_bytes(b"torn")
+    assert_equal(fit(**fit_arguments(), paths=folder), unkilled)
+    assert recorded(folder)[:2] == before
+
+
+@pytest.mark.parametrize("damage", [b'{"epoch": 2, "ti', b"\xff\xfe\n[1, 2]\nnull\n", b'{"epoch": 2}\n'])
+def test_a_damaged_line_is_replaced_from_the_checkpoint(damage, folder, unkilled):
+    fit(**fit_arguments(), paths=folder, on_epoch=lambda row, _: "stop" if row.epoch == 2 else "go")
+    first = folder.epochs.read_bytes().splitlines(keepends=True)[0]
+    folder.epochs.write_bytes(first + damage)
+    result = fit(**fit_arguments(), paths=folder)
+    assert_equal(result, unkilled)
+    assert tuple(recorded(folder)) == result.rows
+    assert folder.epochs.read_bytes().startswith(first)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 6},
+        {"metric": "jaccard"},
+        {"train": TrainConfig(epochs=3, batch_size=4, lr=0.06, loss="bce+dice")},
+        {"augment": AugmentConfig(hflip=0.5)},
+        {"train_indices": np.arange(12)},
+        {"train_indices": np.arange(13)[::-1]},
+        {"held_out_indices": np.arange(14, 20)},
+        {"model_config": UNetConfig(base_channels=2, depth=1, stacking=2)},
+        {"normalization": dataclasses.replace(NORMALIZATION, mean=(0.4, 0.5, 0.5))},
+        {"data": make_data(FakeCache(key="other"))},
+        {"micro_batch": 2},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_the_checkpoint_of_another_fit_is_refused(changes, folder):
+    fit(**fit_arguments(), paths=folder, on_epoch=lambda *_: "stop")
+    with pytest.raises(CheckpointError, match="another configuration"):
+        fit(**fit_arguments(**changes), paths=folder)
+
+
+def test_a_fit_may_go_on_with_another_precision(folder):
+    fit(**fit_arguments(), paths=folder, on_epoch=lambda *_: "stop")
+    train = TrainConfig(epochs=3, batch_size=4, lr=0.05, loss="bce+dice", amp="bf16", compile="off")
+    runtime = dataclasses.replace(FLOAT32, precision="bf16")
+    assert len(fit(**fit_arguments(train=train, runtime=runtime), paths=folder).rows) == 3
+
+
+KILLED_FIT = """
+import sys
+from hpsearch.paths import FitPaths
+from hpsearch.training.loop import fit
+from hpsearch.training.config import TrainConfig
+from pathlib import Path
+from tests.training.fakes import fit_arguments
+print("begins", flush=True)
+fit(**fit_arguments(train=TrainConfig(epochs=40, batch_size=4, lr=0.05)), paths=FitPaths(Path(sys.argv[1])))
+print("done", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_killed_by_sigkill_at_random_instants_a_fit_ends_with_the_same_bytes(folder):
+    train = TrainConfig(epochs=40, batch_size=4, lr=0.05)
+    expected = fit(**fit_arguments(train=train))
+    generator = np.random.default_rng(0)
+    kills = 0
+    for _ in range(60):
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED_FIT, str(folder.root)],
+            stdout=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            cwd=Path(__file__).parents[2],
+        )
+        assert process.stdout is not None
+        with process, process.stdout as output:
+            assert output.readline() == b"begins\n"
+            try:
+                process.wait(timeout=generator.uniform(0.05, 1.0))
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+            process.wait()
+        if process.returncode == 0:
+            break
+    assert process.returncode == 0
+    assert kills >= 2
+    result = fit(**fit_arguments(train=train), paths=folder)
+    assert_equal(result, expected)
+    assert [row.epoch for row in recorded(folder)] == list(range(1, 41))
+    files.remove_stale_temporaries(folder.root)
+    finish(result, folder)
+    assert not [path for path in folder.root.iterdir() if path.name.endswith(".tmp")]
+
+
+# --- what can go wrong --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["bce", "dice"])
+def test_a_loss_that_is_not_finite_ends_the_fit_and_names_the_epoch(loss, monkeypatch):
+    def poisoned(config):
+        steps = iter(range(1000))
+
+        def compute(logits, masks):
+            value = loss_function(config)(logits, masks)
+            # Steps 0 to 2 and evaluations are the first epoch.
+            return value * math.nan if logits.requires_grad and next(steps) == 4 else value
+
+        return compute
+
+    monkeypatch.setattr(loop, "loss_function", poisoned)
+    with pytest.raises(DivergedError) as error:
+        fit(**fit_arguments(train=TrainConfig(epochs=3, batch_size=4, loss=loss)))
+    assert error.value.epoch == 2
+
+
+def test_an_absurd_learning_rate_diverges():
+    train = TrainConfig(epochs=3, batch_size=4, lr=1e30)
+    model = UNetConfig(base_channels=2, depth=1, stacking=1, norm="none")
+    with pytest.raises(DivergedError):
+        fit(**fit_arguments(train=train, model_config=model))
+
+
+@pytest.mark.parametrize("held_out", [np.arange(13, 20), np.arange(0)])
+def test_weights_ruined_by_the_very_last_step_are_noticed(held_out, monkeypatch):
+    make_optimizer = loop.make_optimizer
+
+    def ruin_last(*args):
+        optimizer = make_optimizer(*args)
+        step, calls = optimizer.step, iter(range(100))
+
+        def stepping(*step_args, **kwargs):
+            step(*step_args, **kwargs)
+            if next(calls) == 2:
+                with torch.no_grad():
+                    optimizer.param_groups[0]["params"][0].fill_(math.nan)
+
+        optimizer.step = stepping
+        return optimizer
+
+    monkeypatch.setattr(loop, "make_optimizer", ruin_last)
+    train = TrainConfig(epochs=1, batch_size=4)
+    with pytest.raises(DivergedError, match="epoch 1"):
+        fit(**fit_arguments(train=train, held_out_indices=held_out))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_is_an_error_of_its_own_and_everything_is_freed(error, monkeypatch):
+    alive = []
+
+    class Network(UNet):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            alive.append(id(self))
+
+        def forward(self, images, **kwargs):
+            raise error
+
+    monkeypatch.setattr(loop, "UNet", Network)
+    with pytest.raises(OutOfMemoryError, match="training on cpu ran out of memory") as caught:
+        fit(**fit_arguments())
+    assert caught.value.__cause__ is None
+    assert caught.value.__context__ is None
+    error.__traceback__ = None
+    gc.collect()
+    assert alive
+    assert not [thing for thing in gc.get_objects() if type(thing) is Network]
+
+
+def test_a_real_allocation_that_cannot_be_is_out_of_memory():
+    data = make_data(FakeCache(n=2, size=(16, 16)))
+    # 2^22 channels at the first stage: terabytes.
+    with pytest.raises(OutOfMemoryError):
+        fit(
+            **fit_arguments(
+                data=data,
+                model_config=UNetConfig(base_channels=2**22, depth=1, stacking=1),
+                train_indices=np.arange(1),
+                held_out_indices=np.arange(1, 2),
+            )
+        )
+
+
+def test_other_errors_keep_their_traceback(monkeypatch):
+    monkeypatch.setattr(loop, "train_batches", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fit(**fit_arguments())
+
+
+@pytest.mark.parametrize("norm", ["none", "group", "instance"])
+def test_micro_batches_give_the_same_result_without_batch_normalization(norm):
+    model = UNetConfig(base_channels=4, depth=1, stacking=1, norm=norm)
+    assert microbatches_are_exact(model)
+    whole = fit(**fit_arguments(model_config=model))
+    parts = fit(**fit_arguments(model_config=model, micro_batch=3))
+    for name, tensor in whole.model.state_dict().items():
+        torch.testing.assert_close(parts.model.state_dict()[name], tensor, rtol=1e-3, atol=1e-5)
+    assert parts.rows[-1].train.loss == pytest.approx(whole.rows[-1].train.loss, rel=1e-3)
+
+
+def test_micro_batches_give_another_result_with_batch_normalization(unkilled):
+    assert not microbatches_are_exact(UNetConfig(norm="batch"))
+    parts = fit(**fit_arguments(micro_batch=2))
+    name = "encoder.0.0.norm.running_var"
+    assert not torch.allclose(parts.model.state_dict()[name], unkilled.model.state_dict()[name], rtol=1e-3)
+
+
+def test_the_state_of_the_generators_is_in_the_checkpoint(folder):
+    fit(**fit_arguments(), paths=folder, on_epoch=lambda *_: "stop")
+    states = checkpoint.load_checkpoint(folder.last)["rng"]
+    assert set(states) == {"python", "numpy", "torch"}
+    with devices.seeded(0, torch.device("cpu")):
+        devices.restore_rng_states(states, torch.device("cpu"))
+        first = (torch.rand(2).tolist(), np.random.random(2).tolist())
+        devices.restore_rng_states(states, torch.device("cpu"))
+        assert first == (torch.rand(2).tolist(), np.random.random(2).tolist())
