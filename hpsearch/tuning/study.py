@@ -36,6 +36,8 @@ class StudyDatabase:
 
     def __init__(self, record: StudyRecord, url: str) -> None:
         """Open the study at the SQLAlchemy URL, or begin it. StudyError if the database cannot be used."""
+        # Its notes on every new study and trial are ours to give.
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._record = record
         self._space = record.config.search
         sampler = make_sampler(record.config, {0: default_params(record.config)})

@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+
+from hpsearch.errors import DatasetError, StudyChangedError, StudyError, StudyLockedError
+from hpsearch.paths import ProjectPaths
+from hpsearch.tuning import lock
+from hpsearch.tuning.coordinator import Stop, StudySummary
+from hpsearch.tuning.listener import Silent
+from hpsearch.tuning.planning import MachineChoice
+from hpsearch.tuning.record import StudyRecord
+from tests.tuning.studies import everything, mean_of_out_of_fold, run, tiny_config, write_tiny_dataset
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_dataset(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> StudySummary:
+    """A study of three trials by random search, without a pruner; not to be changed."""
+    config = tiny_config(dataset, "study.sampler=random", "study.pruner=none")
+    return run(tmp_path_factory.mktemp("finished"), config)
+
+
+def optuna_study(project: Path, name: str = "tiny") -> optuna.Study:
+    return optuna.load_study(study_name=name, storage=f"sqlite:///{project / 'hpsearch.db'}")
+
+
+def test_every_trial_is_told_and_is_worth_the_mean_over_all_images(finished: StudySummary) -> None:
+    record = finished.record
+    told = optuna_study(record.paths.project.root).trials
+    assert [trial.state.name for trial in told] == ["COMPLETE"] * 3
+    for trial in told:
+        assert trial.value == record.trial(trial.number).value
+        assert trial.value == pytest.approx(mean_of_out_of_fold(record, trial.number), abs=1e-12)
+    assert (finished.n_counted, finished.stopped) == (3, False)
+
+
+def test_trial_0_is_the_default_configuration(finished: StudySummary) -> None:
+    assert finished.record.trial(0).params == {"unet.depth": 1, "train.lr": 0.05}
+
+
+def test_only_the_two_best_trials_keep_their_weights(finished: StudySummary) -> None:
+    record = finished.record
+    ranked = sorted(record.trials(), key=lambda trial: -(trial.value or 0))
+    has_weights = [record.fit(trial.number, 0).paths.weights.is_file() for trial in ranked]
+    assert has_weights == [True, True, False]
+    assert not list(record.paths.root.rglob("last.pt"))
+    assert not list(record.paths.root.rglob("*.tmp"))
+
+
+def test_the_log_has_a_line_for_every_event(finished: StudySummary) -> None:
+    text = finished.record.paths.log.read_text()
+    assert text.count("epoch 2:") == 6
+    assert text.count(" began: ") == 3
+    assert text.count("ended: full") == 3
+
+
+def test_a_study_does_not_read_the_test_split(finished: StudySummary) -> None:
+    ids = finished.record.folds.ids
+    assert len(ids) == 11
+    assert not {f"ISIC_{number:07d}" for number in range(11, 15)} & set(ids)
+
+
+def test_the_same_study_again_gives_the_same_bytes(finished: StudySummary, dataset: Path, tmp_path: Path) -> None:
+    config = tiny_config(dataset, "study.sampler=random", "study.pruner=none", "study.trials=2")
+    again = run(tmp_path, config).record
+    ours, theirs = everything(again), everything(finished.record)
+    assert ours["folds"] == theirs["folds"]
+    for key, scores in ours["scores"].items():
+        assert scores == theirs["scores"][key]
+
+
+def test_a_finished_study_goes_on_to_more_trials_and_rebuilds_a_deleted_database(
+    dataset: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(dataset, "study.trials=1")
+    run(tmp_path, config)
+    before = optuna_study(tmp_path).trials
+    (tmp_path / "hpsearch.db").unlink()
+    summary = run(tmp_path, tiny_config(dataset, "study.trials=2"))
+    after = optuna_study(tmp_path).trials
+    assert summary.n_counted == len(after) == 2
+    assert (after[0].params, after[0].value, after[0].state) == (before[0].params, before[0].value, before[0].state)
+
+
+def test_a_study_refuses_other_settings_other_images_and_an_edited_database(dataset: Path, tmp_path: Path) -> None:
+    run(tmp_path, tiny_config(dataset, "study.trials=1"))
+    with pytest.raises(StudyChangedError, match=r"train\.batch_size: 4 in the study, 8 now"):
+        run(tmp_path, tiny_config(dataset, "train.batch_size=8"))
+    with pytest.raises(StudyChangedError, match="1 are gone"):
+        run(tmp_path, tiny_config(dataset, "data.n_search_validation=2"), name="tiny")
+    storage = optuna.storages.RDBStorage(f"sqlite:///{tmp_path / 'hpsearch.db'}")
+    with storage.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE trial_values SET value = 0.99")
+    with pytest.raises(StudyError, match="one of them was edited"):
+        run(tmp_path, tiny_config(dataset, "study.trials=2"))
+
+
+def test_configurations_that_cannot_be_cost_no_training_and_are_free(dataset: Path, tmp_path: Path) -> None:
+    config = tiny_config(
+        dataset, "unet.padding=valid", "search.unet.depth=[1, 4]", "study.sampler=random", "study.seed=3"
+    )
+    record = run(tmp_path, config).record
+    outcomes = [trial.outcome for trial in record.trials()]
+    assert outcomes.count("full") + outcomes.count("dropped") == 3
+    assert "infeasible" in outcomes
+    for trial in record.trials():
+        if trial.outcome == "infeasible":
+            assert trial.params["unet.depth"] == 4
+            assert not record.fit(trial.number, 0).paths.root.exists()
+    told = optuna_study(tmp_path).trials
+    assert {t.state.name for t in told if t.constraints} == {"PRUNED"}
+
+
+def test_a_search_space_without_a_feasible_configuration_ends_with_a_reason(dataset: Path, tmp_path: Path) -> None:
+    config = tiny_config(dataset, "unet.padding=valid", "unet.depth=4", "search.unet.depth=[4, 5]", "study.trials=1")
+    with pytest.raises(StudyError, match="10 suggested configurations were infeasible"):
+        run(tmp_path, config)
+
+
+def test_a_loss_that_is_not_finite_ends_its_trial_as_diverged(dataset: Path, tmp_path: Path) -> None:
+    config = tiny_config(
+        dataset,
+        "train.lr=1e30",
+        "unet.norm=none",
+        "train.loss=bce",
+        "search.train.lr={low=1e29, high=1e30}",
+        "study.trials=1",
+    )
+    trial = run(tmp_path, config).record.trial(0)
+    assert trial.outcome == "diverged"
+    assert "epoch" in trial.reason
+    assert optuna_study(tmp_path).trials[0].state.name == "PRUNED"
+
+
+def test_a_second_command_on_one_study_is_refused_and_told_who_holds_it(dataset: Path, tmp_path: Path) -> None:
+    with (
+        lock.hold(ProjectPaths(tmp_path).study("tiny")),
+        pytest.raises(StudyLockedError, match=rf"process {os.getpid()} on "),
+    ):
+        run(tmp_path, tiny_config(dataset))
+
+
+def test_a_start_that_fails_for_its_data_binds_nothing(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError):
+        run(tmp_path, tiny_config(tmp_path / "nowhere"))
+    assert ProjectPaths(tmp_path).study_names() == []
+
+
+def test_the_coordinator_imports_no_torch() -> None:
+    code = "import sys, hpsearch.tuning.coordinator, hpsearch.final; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", f"import json\n{code}"], capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in json.loads(done.stdout)}
+    assert "optuna" in loaded
+    assert not {"torch", "torchvision", "matplotlib", "click", "rich"} & loaded
+
+
+class _StopAfter(Silent):
+    """Asks to stop after so many epochs."""
+
+    def __init__(self, stop: Stop, n_epochs: int) -> None:
+        self._stop, self._left = stop, n_epochs
+
+    def epoch_ended(self, trial: int, fold: int, row: object) -> None:
+        self._left -= 1
+        if self._left == 0:
+            self._stop.request()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_epochs", [1, 2, 3, 7])
+def test_a_stopped_study_goes_on_as_if_it_had_not_stopped(dataset: Path, tmp_path: Path, n_epochs: int) -> None:
+    config = tiny_config(dataset, "study.trials=4")
+    never = everything(run(tmp_path / "never", config).record)
+    stop = Stop()
+    summary = run(tmp_path / "stopped", config, stop=stop, listener=_StopAfter(stop, n_epochs))
+    assert summary.stopped
+    assert everything(run(tmp_path / "stopped", config).record) == never
+
+
+@pytest.mark.slow
+def test_any_number_of_workers_gives_the_same_values_and_trains_each_fold_once(dataset: Path, tmp_path: Path) -> None:
+    config = tiny_config(dataset, "study.sampler=random", "study.pruner=none", "study.trials=5")
+    one = run(tmp_path / "one", config).record
+    two = run(tmp_path / "two", config, machine=MachineChoice("cpu", 2, 1)).record
+    assert everything(one) == everything(two)
+    lines = [line for line in two.paths.log.read_text().splitlines() if " finished: " in line]
+    assert len(lines) == len({line.split("INFO")[1].split(" finished")[0] for line in lines}) == 10
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_costs_an_epoch_and_changes_nothing(dataset: Path, tmp_path: Path) -> None:
+    config = tiny_config(dataset, "study.trials=2", "train.epochs=6")
+    never = everything(run(tmp_path / "never", config).record)
+    killed = threading.Event()
+
+    class Killer(Silent):
+        def epoch_ended(self, trial: int, fold: int, row: object) -> None:
+            if not killed.is_set() and trial == 1:
+                killed.set()
+                threading.Thread(target=kill_worker).start()
+
+    def kill_worker() -> None:
+        time.sleep(0.02)
+        for process in children():
+            os.kill(process, 9)
+
+    def children() -> list[int]:
+        import psutil
+
+        return [
+            child.pid
+            for child in psutil.Process().children()
+            if "hpsearch.tuning.worker" in " ".join(child.cmdline())
+        ]
+
+    record = run(tmp_path / "killed", config, listener=Killer()).record
+    assert killed.is_set()
+    assert everything(record) == never
+    assert StudyRecord.open(record.paths).trial(1).failures
