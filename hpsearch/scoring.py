@@ -1,0 +1,130 @@
+"""Scores masks as ISIC-2017 Part 1 scored its submissions, and writes masks ready to submit.
+
+The reference is the challenge's own package, `isic-challenge-scoring`: truth and prediction are grayscale images of
+one size, a pixel above 128 is lesion, every image gets its scores, and a submission's score is the mean over images.
+A score whose denominator is 0 is 1. An image's threshold Jaccard is its Jaccard if that is at least 0.65, else 0.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from PIL import Image
+
+from hpsearch.errors import DatasetError
+from hpsearch.paths import atomic_write
+from hpsearch.training import metrics
+from hpsearch.training.metrics import PixelCounts, count_pixels
+
+Mask = NDArray[np.bool_]
+
+COLUMNS = ("accuracy", "sensitivity", "specificity", "jaccard", "threshold_jaccard", "dice")
+"""The official scores, in the official order."""
+LESION_ABOVE = 128
+"""A pixel is lesion if its value is above this."""
+JACCARD_THRESHOLD = 0.65
+"""An image whose Jaccard is below this counts as failed."""
+
+_SUFFIX = "_segmentation"
+
+
+def score_folder(preds: Path, masks: Path) -> pd.DataFrame:
+    """Score the PNG files of one folder against the true masks (PNG) of another.
+
+    A prediction belongs to a mask if both have the same stem, with or without `_segmentation`; one without a mask is
+    passed over, as the challenge does. Gives a row for each mask, sorted by id, with COLUMNS. One pair of images is
+    in memory at a time.
+
+    Raises DatasetError, naming the files, where a mask has no prediction or several, where a file is not a grayscale
+    PNG, and where sizes differ.
+    """
+    predicted, truths = _files_by_id(preds), _files_by_id(masks)
+    if not truths:
+        raise DatasetError(f"{masks} holds no PNG masks")
+    counts = []
+    for image_id, mask_files in truths.items():
+        files = predicted.get(image_id, [])
+        if len(files) != 1 or len(mask_files) != 1:
+            found = ", ".join(path.name for path in files) or "none"
+            names = ", ".join(path.name for path in mask_files)
+            raise DatasetError(f"{names} in {masks} must have exactly one prediction in {preds}; found: {found}")
+        counts.append(count_mask(read_mask(files[0]), read_mask(mask_files[0]), name=image_id))
+    return score_table(list(truths), np.array(counts, np.int64))
+
+
+def count_mask(pred: Mask, mask: Mask, *, name: str) -> NDArray[np.int64]:
+    """tp, fp, fn, tn of one image, (4,), from boolean (H, W) of one size; DatasetError, naming it, otherwise."""
+    if pred.shape != mask.shape:
+        sizes = [" x ".join(str(side) for side in array.shape) for array in (pred, mask)]
+        raise DatasetError(f"the prediction for {name} is {sizes[0]} pixels, its mask {sizes[1]}")
+    return np.concatenate(count_pixels(pred[None], mask[None])).astype(np.int64)
+
+
+def score_table(ids: Iterable[str], counts: NDArray[np.int64]) -> pd.DataFrame:
+    """The official scores of every image, indexed by `image`, from counts (n, 4) with columns tp, fp, fn, tn."""
+    pixels = PixelCounts.from_columns(np.asarray(counts, np.int64))
+    jaccard = metrics.jaccard(pixels)
+    columns: dict[str, Any] = {name: score(pixels) for name, score in metrics.SCORES.items()}
+    columns["threshold_jaccard"] = np.where(jaccard >= JACCARD_THRESHOLD, jaccard, 0.0)
+    return pd.DataFrame(columns, index=pd.Index(list(ids), name="image"), columns=list(COLUMNS))
+
+
+def official_scores(table: pd.DataFrame) -> dict[str, float]:
+    """Each score's mean over the images of a score table: what the challenge ranks by."""
+    return {name: float(table[name].mean()) for name in COLUMNS}
+
+
+def read_mask(path: Path) -> Mask:
+    """The pixels of a grayscale PNG of at most 8 bits that are lesion, (H, W).
+
+    Raises DatasetError where the file cannot be decoded, or has colours, a palette, transparency or 16 bits.
+    """
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DatasetError(f"{path} cannot be decoded: {error}") from error
+    if image.mode not in ("1", "L"):
+        raise DatasetError(f"{path} is not a grayscale PNG of at most 8 bits, but of mode {image.mode}")
+    return np.asarray(np.asarray(image.convert("L")) > LESION_ABOVE)
+
+
+def encode_mask(mask: Mask) -> bytes:
+    """A boolean mask (H, W) as an 8-bit grayscale PNG: lesion is 255, the rest 0."""
+    file = io.BytesIO()
+    Image.fromarray(np.multiply(mask, 255, dtype=np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def mask_name(image_id: str) -> str:
+    """The file name that the challenge wants: `ISIC_0000000_segmentation.png`."""
+    return f"{image_id}{_SUFFIX}.png"
+
+
+def write_submission(path: Path, masks: Iterable[tuple[str, Mask]]) -> None:
+    """Write a zip of masks, (image id, boolean (H, W) at the image's own size) each, as the challenge takes it.
+
+    The same masks give the same bytes. Holds one mask at a time. Raises DatasetError for an id that comes twice.
+    """
+    written = set()
+    with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        for image_id, mask in masks:
+            if image_id in written:
+                raise DatasetError(f"two masks for {image_id} in one submission")
+            written.add(image_id)
+            # ZipInfo's own date is the same always; PNG is compressed already.
+            archive.writestr(zipfile.ZipInfo(mask_name(image_id)), encode_mask(mask))
+
+
+def _files_by_id(folder: Path) -> dict[str, list[Path]]:
+    files: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("*.png")):
+        files.setdefault(path.stem.removesuffix(_SUFFIX), []).append(path)
+    return dict(sorted(files.items()))
