@@ -43,7 +43,7 @@ slow, only for being too late.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from typing import Any, Literal, NamedTuple
@@ -258,36 +258,31 @@ def _continuations(candidate: TrialScores, fold: int, yardstick: Yardstick) -> t
     At best is infinite where some near trial still scored 0 at this epoch: nothing is too late yet.
     """
     scores = candidate.scores[fold]
-    epoch = len(scores)
     now = scores[np.argmax(candidate.curves[fold])].astype(float)
-    spent = candidate.spent(epoch)
-    shares = _shares_of_final(yardstick.near, epoch / candidate.n_epochs)
-    slowest = min([spent, *shares])
+    part = len(scores) / candidate.n_epochs
+    spent = candidate.spent(len(scores))
+    # Where trials differ in their number of epochs: rounded so that less is asked of the candidate.
+    then = _shares_of_final(yardstick.near, lambda trial: int(part * trial.n_epochs + 1e-9))
+    slowest = min([spent, *then])
     if slowest <= 0:
         return np.full_like(now, np.inf), now
     slow = now / slowest
-    late = max((_scores_at(trial, fold, 1 - spent) for trial in yardstick.near), key=np.mean)
-    return max(slow, late, key=np.mean), now / (float(np.median(shares)) if shares else spent)
+    late = yardstick.scores[fold] * max(
+        _shares_of_final(yardstick.near, lambda trial: _epochs_to_spend(trial, 1 - spent))
+    )
+    return max(slow, late, key=np.mean), now / (float(np.median(then)) if then else spent)
 
 
-def _shares_of_final(near: Sequence[TrialScores], part: float) -> list[float]:
-    """What share of its final score each fold of the near trials had reached when this part of it was done."""
-    shares = []
-    for trial in near:
-        # Where a trial has another number of epochs, the earlier one is taken: it asks less of the candidate.
-        epochs = int(part * trial.n_epochs + 1e-9)
-        shares += [
-            float(curve[:epochs].max() / curve[-1]) for curve in trial.curves.values() if epochs and curve[-1] > 0
-        ]
-    return shares
+def _shares_of_final(near: Sequence[TrialScores], epochs: Callable[[TrialScores], int]) -> list[float]:
+    """What share of its final score the best of so many epochs had reached, for each fold of the near trials."""
+    return [
+        float(curve[: epochs(trial)].max() / curve[-1])
+        for trial in near
+        for curve in trial.curves.values()
+        if epochs(trial) and curve[-1] > 0
+    ]
 
 
-def _scores_at(trial: TrialScores, fold: int, spent: float) -> Scores:
-    """The fold's scores when this share of the learning rate was spent, (n,); linear between epochs, from 0."""
-    shares = [trial.spent(epoch) for epoch in range(trial.n_epochs + 1)]
-    after = min(int(np.searchsorted(shares, spent)), trial.n_epochs)
-    if after == 0:
-        return np.zeros(trial.scores[fold].shape[1])
-    part = (spent - shares[after - 1]) / (shares[after] - shares[after - 1])
-    before = trial.scores[fold][after - 2].astype(float) if after > 1 else 0.0
-    return np.asarray((1 - part) * before + part * trial.scores[fold][after - 1])
+def _epochs_to_spend(trial: TrialScores, spent: float) -> int:
+    """Epochs until this share of the learning rate is spent, the last one in full; at least 1."""
+    return next(epoch for epoch in range(1, trial.n_epochs + 1) if trial.spent(epoch) >= spent - 1e-9)
