@@ -122,6 +122,11 @@ class StudyPaths:
         return self.root / "study.log"
 
     @property
+    def stop_request(self) -> Path:
+        """There while somebody asks the study to stop; holds `now` if it shall not wait for the epoch."""
+        return self.root / "stop"
+
+    @property
     def report(self) -> Path:
         return self.root / "report.html"
 

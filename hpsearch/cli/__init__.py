@@ -20,12 +20,9 @@ COMMANDS = {
     "study": "Search for the best configuration; run again to continue.",
     "final": "Retrain the best configuration on the whole pool and evaluate it on the test split.",
     "status": "Studies here: trials, outcomes, best so far, what runs now.",
-    "stop": "Ask a running study to stop, or to end one trial.",
+    "stop": "Ask a running study to stop, from another terminal or machine.",
     "train": "Train one configuration, without a search.",
     "plan": "Shapes, parameters, memory and time of a configuration, before anything runs.",
-    "report": "Write a study's report as one HTML page.",
-    "predict": "Write masks of images at their original resolution.",
-    "export": "Export a model to ONNX, or a trial's configuration to TOML.",
     "track": "Bring MLflow up to date with the record.",
     "data": "Check, cache, augment, draw or download datasets.",
 }

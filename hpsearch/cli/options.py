@@ -73,6 +73,10 @@ def config_options(command: Command) -> Command:
         click.option("--images", metavar="DIR", help="Folder of your own images; needs --masks."),
         click.option("--masks", metavar="DIR", help="Folder of the masks of --images."),
         click.option("--seed", type=int, help="Seed of folds, suggestions and fits (study.seed)."),
+        click.option("--color", type=click.Choice(["rgb", "grayscale"]), help="Channels that the network sees."),
+        click.option(
+            "--size", type=click.IntRange(min=8), help="Height and width that the network sees (data.size)."
+        ),
         click.option("--exclude-bad", is_flag=True, help="Leave out images with errors instead of refusing."),
     ]
 
@@ -85,9 +89,12 @@ def config_options(command: Command) -> Command:
         masks: str | None,
         seed: int | None,
         exclude_bad: bool,
+        color: str | None,
+        size: int | None,
         **rest: Any,
     ) -> Any:
         flags: dict[str, Any] = {"data.root": data, "data.images": images, "data.masks": masks, "study.seed": seed}
+        flags |= {"data.color": color, "data.size": size}
         flags["data.exclude_bad"] = exclude_bad or None
         flags["data.groups"] = rest.pop("groups", None)
         for setting in ("trials", "folds", "sampler", "pruner", "metric", "confirm"):

@@ -21,12 +21,15 @@ class _Folds(click.ParamType[int | str]):
         return text if text == "fixed" else int(text)
 
 
+FOLDS = _Folds()
+
+
 @click.command("study")
 @out_option
 @config_options
 @study_option
 @click.option("--trials", type=int, help="Trials to have evaluated, over all starts (study.trials).")
-@click.option("--folds", type=_Folds(), help="k of the cross-validation, or `fixed` for the 2000/150 split.")
+@click.option("--folds", type=FOLDS, help="k of the cross-validation, or `fixed` for the 2000/150 split.")
 @click.option("--metric", type=click.Choice(["dice", "jaccard", "iou"]), help="Score whose mean is a trial's value.")
 @click.option("--sampler", type=click.Choice(["tpe", "random"]), help="How configurations are suggested.")
 @click.option(

@@ -106,6 +106,7 @@ def run_study(
     listener = listener or Silent()
     with lock.hold(study), log_file(study.log):
         paths.remove_stale_temporaries(study.root)
+        study.stop_request.unlink(missing_ok=True)
         if study.toml.is_file():
             record = StudyRecord.open(study)
             record.update_config(config)
@@ -206,6 +207,7 @@ class Coordinator:
         self._adopt_open_trials()
         while not self._stop.is_urgent:
             self._keep_to_budget()
+            self._heed_requests()
             if not self._stop.is_requested:
                 self._hand_out()
             if not workers.busy() and (self._stop.is_requested or not self._has_work()):
@@ -490,6 +492,16 @@ class Coordinator:
             self._stop.request()
         elif over > GRACE_S:
             self._stop.request(at_once=True)
+
+    def _heed_requests(self) -> None:
+        """`hpsearch stop` leaves a file, so that it works from another machine that shares the folder too."""
+        request = self._record.paths.stop_request
+        if request.exists():
+            at_once = request.read_text().strip() == "now"
+            request.unlink(missing_ok=True)
+            logger.info("stop was requested")
+            self._listener.said("stop was requested from outside")
+            self._stop.request(at_once=at_once)
 
     def _write(self, trial: TrialRecord) -> None:
         self._record.write_trial(trial)

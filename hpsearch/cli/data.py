@@ -1,0 +1,159 @@
+"""`hpsearch data`: check, cache, augment, draw or download datasets."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from hpsearch.cli.options import Settings, config_options, out_option
+from hpsearch.paths import ProjectPaths
+
+
+@click.group("data")
+def command() -> None:
+    """Check, cache, augment, draw or download datasets."""
+
+
+@command.command("check")
+@out_option
+@config_options
+@click.option("--json", "as_json", is_flag=True, help="Everything as JSON, every file named.")
+@click.option(
+    "--full", is_flag=True, help="Also compare the files and the cache with the hashes taken at its making."
+)
+@click.option("--duplicates", "near", is_flag=True, help="Also look for near-duplicates, in the test split too.")
+def check(project: ProjectPaths, settings: Settings, as_json: bool, full: bool, near: bool) -> int:
+    """Every error and note of a dataset, after decoding all of it. Exit code 1 if there are errors."""
+    from hpsearch.data import integrity
+    from hpsearch.data.cache import open_cache
+    from hpsearch.data.duplicates import find_in_dataset
+    from hpsearch.data.prepare import locate, prepare_pool
+
+    config = settings.load().data
+    root = cache_folder(project, config.cache_dir)
+    report = integrity.check(locate(config, root), progress=None if as_json else counter("checking images"))
+    result = report.to_dict()
+    lines = report.summary()
+    problems = len(report.errors)
+    if full and not report.errors:
+        changed = integrity.check_stored(open_cache(prepare_pool(config, root).cache_path))
+        result["changed"] = [problem.text for problem in changed]
+        lines += [f"error: {problem.text}" for problem in changed] or ["files and cache are what they were"]
+        problems += len(changed)
+    if near:
+        sheet = project.root / "duplicates.png"
+        pairs = find_in_dataset(config, root, with_test=True, sheet=sheet)
+        result["near_duplicates"] = [
+            {"a": p.a, "b": p.b, "similarity": p.similarity, "pool_and_test": p.across} for p in pairs
+        ]
+        lines += [
+            f"near-duplicate: {p.a} and {p.b}, similarity {p.similarity:.3f}{', POOL AND TEST' if p.across else ''}"
+            for p in pairs
+        ]
+        lines.append(f"{len(pairs)} near-duplicate pairs" + (f", see {sheet}" if pairs else ""))
+    click.echo(json.dumps(result, indent=1) if as_json else "\n".join(lines))
+    return 1 if problems else 0
+
+
+@command.command("cache")
+@out_option
+@config_options
+@click.option("--compare", is_flag=True, help="Build and read every kind of cache, and show what each costs.")
+def cache(project: ProjectPaths, settings: Settings, compare: bool) -> None:
+    """Decode the pool once, as a study would, or compare the kinds of cache on this data."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from hpsearch.data.comparison import compare_caches
+    from hpsearch.data.prepare import prepare_pool
+
+    config = settings.load().data
+    root = cache_folder(project, config.cache_dir)
+    if not compare:
+        prepared = prepare_pool(config, root, progress=counter("decoding images"))
+        click.echo(f"{prepared.n} images at {prepared.cache_path}, {prepared.seconds:.1f} s")
+        return
+    rows = compare_caches(config, root, progress=lambda kind: click.echo(f"measuring {kind}", err=True))
+    table = Table("cache", "build", "epoch", "memory", "disk", "against decoding", box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(
+            row.kind,
+            f"{row.build_s:.1f} s",
+            f"{row.epoch_s:.3f} s",
+            f"{row.memory_bytes / 2**20:.0f} MiB",
+            f"{row.disk_bytes / 2**20:.0f} MiB",
+            f"{row.speedup:.0f}x",
+        )
+    Console(highlight=False).print(table)
+
+
+@command.command("sample")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--seed", default=0, help="Another seed draws other images.")
+@click.option("--train", "n_train", default=120, type=click.IntRange(min=1), help="Training images.")
+@click.option("--val", "n_val", default=30, type=click.IntRange(min=0), help="Validation images.")
+@click.option("--test", "n_test", default=50, type=click.IntRange(min=0), help="Test images.")
+@click.option("--large", "n_large", default=0, type=click.IntRange(min=0), help="Of the training images, very large.")
+def sample(folder: Path, seed: int, n_train: int, n_val: int, n_test: int, n_large: int) -> None:
+    """Draw a small dermoscopy-like dataset, in the archive's layout, into FOLDER. Drawn images, not real ones."""
+    from hpsearch.data.sample import draw_sample
+
+    report = counter("drawing images")
+    draw_sample(folder, seed=seed, n_train=n_train, n_val=n_val, n_test=n_test, n_large=n_large, progress=report)
+    click.echo(f"drawn into {folder}: use it with --data {folder}")
+
+
+@command.command("download")
+@click.argument("folder", type=click.Path(path_type=Path), default=Path("ISIC-2017"))
+@click.option(
+    "--only", multiple=True, metavar="train|val|test|ARCHIVE", help="Only these; may be given several times."
+)
+@click.option("--from", "base_url", metavar="URL", help="A mirror, instead of the challenge's own bucket.")
+@click.option("--remove-archives", is_flag=True, help="Remove each archive once it is unpacked.")
+@click.option("--no-check", is_flag=True, help="Leave out the check of the dataset at the end.")
+def download(folder: Path, only: tuple[str, ...], base_url: str | None, remove_archives: bool, no_check: bool) -> int:
+    """Get the archives of ISIC-2017 Part 1 into FOLDER, unpack and check them. Run again to continue."""
+    from hpsearch.data import integrity
+    from hpsearch.data.config import DataConfig
+    from hpsearch.data.download import OFFICIAL, DownloadProgress
+    from hpsearch.data.download import download as fetch
+    from hpsearch.data.layouts import find_samples
+
+    def show(progress: DownloadProgress) -> None:
+        done, total = progress.done_bytes / 2**20, progress.total_bytes / 2**20
+        ended = progress.done_bytes >= progress.total_bytes
+        click.echo(f"\r{progress.archive.name}: {progress.step} {done:.0f}/{total:.0f} MiB", nl=ended, err=True)
+
+    folders = fetch(
+        folder,
+        only=only or None,
+        base_url=base_url or OFFICIAL,
+        keep_archives=not remove_archives,
+        progress=show if sys.stderr.isatty() else None,
+    )
+    click.echo(f"{len(folders)} folders in {folder}")
+    if no_check:
+        return 0
+    report = integrity.check(find_samples(DataConfig(root=str(folder))), progress=counter("checking images"))
+    click.echo("\n".join(report.summary()))
+    return 1 if report.errors else 0
+
+
+def cache_folder(project: ProjectPaths, cache_dir: str) -> Path:
+    """Where caches lie when no study says otherwise."""
+    return Path(cache_dir) if cache_dir else project.cache
+
+
+def counter(text: str) -> Callable[[int, int], None] | None:
+    """`text 12/200` on one line of the terminal; None where there is no terminal."""
+    if not sys.stderr.isatty():
+        return None
+
+    def show(done: int, total: int) -> None:
+        click.echo(f"\r{text} {done}/{total}", nl=done == total, err=True)
+
+    return show

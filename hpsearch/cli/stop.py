@@ -1,0 +1,40 @@
+"""`hpsearch stop`: end a running study from outside."""
+
+from __future__ import annotations
+
+import time
+
+import click
+
+from hpsearch.cli.options import out_option, study_option
+from hpsearch.paths import ProjectPaths
+
+WAIT_S = 600.0
+"""How long to wait for the study to end before saying that it has not yet."""
+
+
+@click.command("stop")
+@out_option
+@study_option
+@click.option("--now", is_flag=True, help="Do not wait for the end of the current epochs.")
+def command(project: ProjectPaths, study_name: str | None, now: bool) -> int:
+    """Ask the coordinator of a running study to stop with checkpoints, and wait until it has."""
+    from hpsearch.errors import StudyError
+    from hpsearch.paths import write_text
+    from hpsearch.tuning import lock
+    from hpsearch.tuning.record import study_record
+
+    study = study_record(project, study_name).paths
+    if not lock.is_held(study):
+        raise StudyError(f"study {study.name!r} is not running")
+    holder = lock.describe_holder(study)
+    write_text(study.stop_request, "now" if now else "after this epoch")
+    click.echo(f"asked {holder} to stop")
+    began = time.monotonic()
+    while lock.is_held(study):
+        if time.monotonic() - began > WAIT_S:
+            click.echo("it has not stopped yet: its epochs are long; --now does not wait for them")
+            return 1
+        time.sleep(0.2)
+    click.echo(f"study {study.name} has stopped; the command that began it continues it")
+    return 0

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from hpsearch.cli import COMMANDS, group, main
+
+HEAVY = {"torch", "torchvision", "mlflow", "optuna", "sklearn", "pandas", "matplotlib", "scipy", "numpy"}
+
+
+def loaded_by(*arguments: str) -> set[str]:
+    """Top-level modules that a command line loads."""
+    code = (
+        "import json, sys\n"
+        "from hpsearch.cli import main\n"
+        "try:\n    main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    return set(json.loads(done.stderr.splitlines()[-1]))
+
+
+def test_help_loads_nothing_heavy() -> None:
+    assert not loaded_by("--help") & HEAVY
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_every_command_explains_itself_without_loading_anything_heavy(name: str) -> None:
+    assert not loaded_by(name, "--help") & (HEAVY - {"numpy"})
+
+
+def test_every_listed_command_exists() -> None:
+    runner = CliRunner()
+    for name in COMMANDS:
+        result = runner.invoke(group, [name, "--help"])
+        assert result.exit_code == 0, name
+        assert "Usage" in result.output
+
+
+def exit_code(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main(list(arguments))
+    return int(caught.value.code or 0)
+
+
+def test_an_error_is_one_line_and_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("status", "--out", str(tmp_path)) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("hpsearch: there is no study in")
+    assert error.count("\n") == 1
+
+
+def test_a_wrong_flag_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("study", "--trails", "5") == 2
+    assert "--trials" in capsys.readouterr().err
+
+
+def test_an_unknown_setting_lists_the_known_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("study", "--out", str(tmp_path), "--set", "unet.width=3") == 1
+    error = capsys.readouterr().err
+    assert "unet.width" in error
+    assert "unet.base_channels" in error
+
+
+def test_missing_data_says_how_to_get_some(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert exit_code("study", "--tracking", "none") == 1
+    error = capsys.readouterr().err
+    assert "ISIC-2017" in error
+    assert "--data sample" in error
+    assert "hpsearch data download" in error
