@@ -383,14 +383,17 @@ def npy_header(shape: tuple[int, ...]) -> bytes:
 
 def _decode_into(views: list[Pixels], decoders: Decoders, index: Index, indices: NDArray[np.int64]) -> None:
     jobs = [replace(index.preparation.job(index.samples[i]), measure=False) for i in indices.tolist()]
+    changed = ""
     for row, facts, pixels in decoders.decode(jobs):
-        wanted = index.facts[indices[row]]
         if isinstance(facts, Damage):
-            raise CacheError(f"{facts.text}; it could be decoded when the cache was made")
-        if facts.crc != wanted.crc:
-            raise CacheError(f"{jobs[row].image} or its mask changed while it was in use: start again")
-        for (images, masks), (image, mask) in zip(views, pixels, strict=True):
-            images[row], masks[row] = image, mask
+            changed = facts.text
+        elif facts.crc != index.facts[indices[row]].crc:
+            changed = f"{jobs[row].image} or its mask is not what it was"
+        else:
+            for (images, masks), (image, mask) in zip(views, pixels, strict=True):
+                images[row], masks[row] = image, mask
+    if changed:
+        raise CacheError(f"{changed}; the data changed while it was in use: start again")
 
 
 def _fingerprint(path: Path) -> tuple[int, int, int]:

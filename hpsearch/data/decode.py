@@ -271,7 +271,7 @@ def _decode_mask(path: Path, data: bytearray, header: Header) -> Tensor:
     n_other = mask.size - np.count_nonzero(mask == low) - (np.count_nonzero(mask == high) if low < high else 0)
     if n_other:
         values = sorted({int(value) for row in mask for value in np.unique(row)})
-        shown = f"{', '.join(map(str, values[:3]))}, ..., {values[-1]}"
+        shown = ", ".join([*map(str, values[:4]), *(["..."] if len(values) > 4 else [])])
         raise BadImageError(
             "mask of many values",
             f"{path} has {len(values)} values ({shown}), a mask has two: save it as PNG, not as JPEG, and without "

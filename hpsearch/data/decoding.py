@@ -103,7 +103,6 @@ class Decoders:
         feeder.start()
         working: set[int] = set()
         n_done = 0
-        finished = False
         try:
             while n_done < len(jobs):
                 line = process.stdout.readline()
@@ -115,16 +114,17 @@ class Decoders:
                     working.add(number)
                     continue
                 working.discard(number)
-                n_done += 1
-                job = jobs[number]
+                result: Facts | Damage
+                pixels: list[Pixels] = []
                 if "damage" in answer:
-                    yield number, Damage(**answer["damage"]), []
+                    result = Damage(**answer["damage"])
                 else:
-                    facts = Facts(**{**answer["facts"], "moments": tuple(answer["facts"]["moments"])})
-                    yield number, facts, [_read_pixels(process.stdout, job) for _ in job.views]
-            finished = True
+                    result = Facts(**{**answer["facts"], "moments": tuple(answer["facts"]["moments"])})
+                    pixels = [_read_pixels(process.stdout, jobs[number]) for _ in jobs[number].views]
+                n_done += 1
+                yield number, result, pixels
         finally:
-            if finished:
+            if n_done == len(jobs):
                 feeder.join()
             else:
                 # Answers that nobody waits for would be taken for those to the next jobs.

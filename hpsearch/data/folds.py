@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from hpsearch.data.layouts import READABLE, Split
+from hpsearch.data.layouts import Split, without_ending
 from hpsearch.errors import ConfigError, DatasetError, RecordError
 
 
@@ -134,9 +134,7 @@ def read_groups(path: Path) -> dict[str, str]:
             continue
         if len(row) != 2 or not row[0].strip() or not row[1].strip():
             raise DatasetError(f"groups {path}, line {number}: needs an image and its group, got {','.join(row)!r}")
-        name, group = row[image].strip(), row[1 - image].strip()
-        if Path(name).suffix.lower() in READABLE:
-            name = Path(name).stem
+        name, group = without_ending(row[image].strip()), row[1 - image].strip()
         if groups.setdefault(name, group) != group:
             raise DatasetError(f"groups {path}, line {number}: {name} is in group {groups[name]!r} and in {group!r}")
     return groups

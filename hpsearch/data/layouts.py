@@ -99,7 +99,7 @@ def find_samples(config: DataConfig) -> Dataset:
     if archive and splits:
         raise DatasetError(
             f"{root} holds two layouts, {sorted(p.name for p in archive.values())[0]} and "
-            f"{next(iter(splits.values())).name}: move one of them elsewhere"
+            f"{splits['train'].name}: move one of them elsewhere"
         )
     if archive:
         return _archive(root, archive)
@@ -134,7 +134,8 @@ def _split_folders(root: Path) -> dict[Split, Path]:
             if split in found:
                 raise DatasetError(f"{root} holds both {found[split].name} and {path.name}: keep one of them")
             found[split] = path
-    return found
+    # A folder named test alone can be anything.
+    return found if "train" in found else {}
 
 
 def _archive(root: Path, folders: Mapping[tuple[Split, str], Path]) -> Dataset:
@@ -205,7 +206,7 @@ def _listed_test_ids(config: DataConfig, samples: Sequence[Sample]) -> set[str]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"data.test_list {path} cannot be read: {error}") from error
-    listed = {line.strip() for line in lines if line.strip()}
+    listed = {without_ending(line.strip()) for line in lines if line.strip()}
     if unknown := sorted(listed - {sample.id for sample in samples}):
         raise DatasetError(f"{path} lists {unknown[0]!r} ({len(unknown)} such), which is no image with a mask")
     return listed
@@ -229,6 +230,11 @@ def _drawn_test_ids(config: DataConfig, samples: Sequence[Sample]) -> set[str]:
             break
         test |= set(ids)
     return test
+
+
+def without_ending(name: str) -> str:
+    """The id in a name that a list or table gives, with or without `.jpg`."""
+    return name[: name.rindex(".")] if name.lower().endswith(READABLE) else name
 
 
 def same_bytes(samples: Sequence[Sample]) -> list[str]:

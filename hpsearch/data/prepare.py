@@ -22,6 +22,8 @@ from hpsearch.errors import DatasetError
 logger = logging.getLogger(__name__)
 
 Role = Literal["search", "final"]
+# In a process of its own: drawing needs torch's encoders, which the caller shall not load.
+_DRAW = "import sys, pathlib, hpsearch.data.sample as s; s.draw_sample(pathlib.Path(sys.argv[1]))"
 
 
 @dataclass(frozen=True)
@@ -92,10 +94,8 @@ def locate(config: DataConfig, cache_root: Path) -> Dataset:
     folder = cache_root / f"sample-{SAMPLE_VERSION}" / "ISIC-2017"
     if not folder.is_dir():
         logger.info("drawing the sample dataset in %s", folder)
-        # Drawing needs torch's encoders, which the caller shall not load.
-        draw = "import sys, pathlib, hpsearch.data.sample as s; s.draw_sample(pathlib.Path(sys.argv[1]))"
         done = subprocess.run(
-            [sys.executable, "-P", "-c", draw, str(folder)],
+            [sys.executable, "-P", "-c", _DRAW, str(folder)],
             env=subprocess_environment(),
             capture_output=True,
             text=True,

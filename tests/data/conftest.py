@@ -1,12 +1,13 @@
 """Tiny synthetic datasets in every layout, and a cache of one, for all tests that need images.
 
 `tiny_archive` and `tiny_cache` are made once a session and must not be changed; `write_dataset` writes a new dataset
-for one test, from `tiny_pairs()` or any pairs of one's own, which the test may damage.
+for one test, from `tiny_pairs()` or any pairs of one's own, which the test may damage. `one_decoder` spares a test
+the seconds that the decoding subprocess takes to start: all tests that ask for it share one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,8 +17,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from hpsearch.data import build, cache, integrity
 from hpsearch.data.cache import Cache, open_cache
 from hpsearch.data.config import DataConfig
+from hpsearch.data.decoding import Decoders
 from hpsearch.data.layouts import Layout, Split
 from hpsearch.data.prepare import prepare_pool
 
@@ -100,6 +103,32 @@ def write_dataset(tmp_path: Path) -> WriteDataset:
     return write
 
 
+class SharedDecoders(Decoders):
+    """Decodes in the subprocess of another, which it leaves running."""
+
+    def __init__(self, shared: Decoders) -> None:
+        super().__init__()
+        self.decode = shared.decode  # type: ignore[method-assign]
+
+
+@pytest.fixture(scope="session")
+def decoding_process() -> Iterator[Decoders]:
+    with Decoders(2) as decoders:
+        yield decoders
+
+
+@pytest.fixture
+def one_decoder(decoding_process: Decoders, monkeypatch: pytest.MonkeyPatch) -> Decoders:
+    """Whatever decodes during this test does so in one subprocess of the whole session."""
+    share_decoder(decoding_process, monkeypatch)
+    return decoding_process
+
+
+def share_decoder(shared: Decoders, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (build, cache, integrity):
+        monkeypatch.setattr(module, "Decoders", lambda: SharedDecoders(shared))
+
+
 @pytest.fixture(scope="session")
 def tiny_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of `tiny_pairs()` in the archive's layout; not to be changed."""
@@ -109,7 +138,9 @@ def tiny_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_cache(tiny_archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Cache:
+def tiny_cache(tiny_archive: Path, decoding_process: Decoders, tmp_path_factory: pytest.TempPathFactory) -> Cache:
     """The pool of `tiny_archive` (8 training and 3 validation images) at 32x32, memory-mapped."""
-    prepared = prepare_pool(DataConfig(root=str(tiny_archive), size=32), tmp_path_factory.mktemp("cache"))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        share_decoder(decoding_process, monkeypatch)
+        prepared = prepare_pool(DataConfig(root=str(tiny_archive), size=32), tmp_path_factory.mktemp("cache"))
     return open_cache(prepared.cache_path)

@@ -1,0 +1,341 @@
+"""Pixels come out right from every sort of JPEG and PNG, images and masks stay aligned, and damage is named."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import threading
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch.nn.functional import interpolate
+
+from hpsearch.data import decode
+from hpsearch.data.decode import (
+    BadImageError,
+    MemoryGate,
+    crop,
+    crop_corner,
+    decode_job,
+    open_pair,
+    read_image,
+    read_pair,
+    resize,
+    resize_mask,
+)
+from hpsearch.data.decoding import Facts, Job, Pixels
+from hpsearch.errors import DatasetError
+
+from .conftest import draw_pair
+
+
+def smooth(height: int, width: int, channels: int = 3) -> NDArray[np.uint8]:
+    """A picture that JPEG hardly changes."""
+    rows, columns = np.mgrid[:height, :width]
+    waves = [np.sin(rows / (9 + c)) * np.cos(columns / (11 + 2 * c)) for c in range(channels)]
+    return (127 + 100 * np.stack(waves, -1)).astype(np.uint8)
+
+
+def save(path: Path, pixels: NDArray[np.generic], mode: str | None = None, **options: object) -> Path:
+    image = Image.fromarray(pixels)
+    (image.convert(mode) if mode else image).save(path, **options)
+    return path
+
+
+def run(
+    image: Path, mask: Path, *views: str, size: tuple[int, int] = (16, 24), seed: str = ""
+) -> tuple[Facts, list[Pixels]]:
+    job = Job(str(image), str(mask), views, *size, seed)  # type: ignore[arg-type]
+    return decode_job(open_pair(image, mask), job)
+
+
+def pair(tmp_path: Path, height: int = 40, width: int = 60) -> tuple[Path, Path]:
+    """An image and its mask, without loss."""
+    drawn = draw_pair("a", "train", np.random.default_rng(0), size=(height, width))
+    return save(tmp_path / "a.png", drawn.image), save(tmp_path / "m.png", drawn.mask)
+
+
+class TestReading:
+    @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+    @pytest.mark.parametrize("progressive", [False, True])
+    def test_jpeg_of_any_colours_becomes_rgb(self, tmp_path: Path, mode: str, progressive: bool) -> None:
+        picture = Image.fromarray(smooth(50, 70)).convert(mode)
+        picture.save(tmp_path / "a.jpg", quality=98, progressive=progressive)
+        read = read_image(tmp_path / "a.jpg")
+        assert (read.shape, read.dtype) == ((3, 50, 70), torch.uint8)
+        expected = np.asarray(picture.convert("RGB")).astype(int)
+        assert np.abs(read.permute(1, 2, 0).numpy().astype(int) - expected).mean() < 3
+
+    def test_png_is_read_without_loss(self, tmp_path: Path) -> None:
+        picture = smooth(50, 70)
+        read = read_image(save(tmp_path / "a.png", picture))
+        assert np.array_equal(read.permute(1, 2, 0).numpy(), picture)
+
+    @pytest.mark.parametrize("mode", ["RGBA", "P", "L", "LA"])
+    def test_png_of_any_colours_becomes_rgb(self, tmp_path: Path, mode: str) -> None:
+        picture = Image.fromarray(smooth(20, 30)).convert(mode)
+        picture.save(tmp_path / "a.png")
+        read = read_image(tmp_path / "a.png")
+        assert np.array_equal(read.permute(1, 2, 0).numpy(), np.asarray(picture.convert("RGB")))
+
+    def test_sixteen_bits_are_cut_to_eight(self, tmp_path: Path) -> None:
+        deep = np.arange(600, dtype=np.uint16).reshape(20, 30) * 100
+        read = read_image(save(tmp_path / "a.png", deep))
+        assert np.array_equal(read[0].numpy(), (deep >> 8).astype(np.uint8))
+
+    def test_content_counts_and_not_the_name(self, tmp_path: Path) -> None:
+        picture = smooth(20, 30)
+        save(tmp_path / "a.png", picture).rename(tmp_path / "a.jpg")
+        assert np.array_equal(read_image(tmp_path / "a.jpg").permute(1, 2, 0).numpy(), picture)
+
+
+class TestMasks:
+    @pytest.mark.parametrize(
+        ("values", "mode"),
+        [((0, 255), None), ((0, 1), None), ((100, 200), None), ((0, 255), "1"), ((0, 255), "RGB"), ((0, 255), "P")],
+    )
+    def test_larger_of_two_values_is_the_lesion(
+        self, tmp_path: Path, values: tuple[int, int], mode: str | None
+    ) -> None:
+        inside = draw_pair("a", "train", np.random.default_rng(0), size=(40, 60)).mask > 0
+        image = save(tmp_path / "a.png", smooth(40, 60))
+        mask = save(tmp_path / "m.png", np.where(inside, values[1], values[0]).astype(np.uint8), mode)
+        read = read_pair(image, mask)[1]
+        assert (read.dtype, read.shape) == (torch.uint8, (40, 60))
+        assert np.array_equal(read.numpy(), inside)
+
+    def test_mask_of_sixteen_bits(self, tmp_path: Path) -> None:
+        inside = np.eye(40, 60) > 0
+        image = save(tmp_path / "a.png", smooth(40, 60))
+        assert np.array_equal(read_pair(image, save(tmp_path / "m.png", inside.astype(np.uint16)))[1].numpy(), inside)
+
+    @pytest.mark.parametrize(("value", "expected"), [(0, 0), (1, 1), (128, 1), (255, 1)])
+    def test_mask_of_one_value_is_empty_or_full(self, tmp_path: Path, value: int, expected: int) -> None:
+        image = save(tmp_path / "a.png", smooth(20, 30))
+        mask = save(tmp_path / "m.png", np.full((20, 30), value, np.uint8))
+        assert set(read_pair(image, mask)[1].unique().tolist()) == {expected}
+
+    def test_mask_of_three_values_is_damage(self, tmp_path: Path) -> None:
+        values = np.zeros((20, 30), np.uint8)
+        values[3:9], values[5, 5] = 255, 128
+        with pytest.raises(DatasetError, match=r"m\.png has 3 values \(0, 128, 255\), a mask has two"):
+            read_pair(save(tmp_path / "a.png", smooth(20, 30)), save(tmp_path / "m.png", values))
+
+
+class TestDamage:
+    def test_sizes_that_differ_are_both_named(self, tmp_path: Path) -> None:
+        image = save(tmp_path / "a.png", smooth(20, 30))
+        mask = save(tmp_path / "m.png", np.zeros((20, 31), np.uint8))
+        with pytest.raises(DatasetError, match=r"m\.png is 20x31, its image is 20x30"):
+            read_pair(image, mask)
+
+    @pytest.mark.parametrize("format", ["jpg", "png"])
+    @pytest.mark.parametrize("share", [0, 0.02, 0.5, 0.95])
+    def test_file_that_breaks_off_is_undecodable(self, tmp_path: Path, format: str, share: float) -> None:
+        path = save(tmp_path / f"a.{format}", np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+        data = path.read_bytes()
+        path.write_bytes(data[: int(len(data) * share)])
+        with pytest.raises(DatasetError, match=rf"a\.{format} cannot be decoded"):
+            read_image(path)
+
+    def test_text_is_undecodable(self, tmp_path: Path) -> None:
+        (tmp_path / "a.jpg").write_text("<html>404</html>")
+        with pytest.raises(DatasetError, match=r"a\.jpg cannot be decoded: it is neither JPEG nor PNG"):
+            read_image(tmp_path / "a.jpg")
+
+    def test_file_that_is_not_there_is_named(self, tmp_path: Path) -> None:
+        with pytest.raises(DatasetError, match=r"a\.jpg cannot be read: No such file"):
+            read_image(tmp_path / "a.jpg")
+
+    def test_absurd_size_is_refused_before_anything_is_decoded(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        header = b"IHDR" + struct.pack(">IIBBBBB", 60000, 50000, 8, 2, 0, 0, 0)
+        png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+        (tmp_path / "a.png").write_bytes(png)
+        monkeypatch.setattr(decode, "decode_png", lambda *_: pytest.fail("it was decoded"))
+        with pytest.raises(DatasetError, match="50000x60000 pixels"):
+            read_image(tmp_path / "a.png")
+
+    def test_size_behind_a_long_description_is_found(self, tmp_path: Path) -> None:
+        path = save(tmp_path / "a.jpg", smooth(20, 30))
+        comment = b"\xff\xfe" + struct.pack(">H", 65000) + bytes(64998)
+        data = path.read_bytes()
+        path.write_bytes(data[:2] + 3 * comment + data[2:])
+        assert read_image(path).shape == (3, 20, 30)
+
+    def test_kinds_of_damage_have_names(self, tmp_path: Path) -> None:
+        with pytest.raises(BadImageError) as error:
+            open_pair(tmp_path / "none.png", tmp_path / "none.png")
+        assert error.value.kind == "unreadable file"
+
+    def test_too_little_memory_is_no_damage(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*_: object) -> None:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+        monkeypatch.setattr(decode, "decode_png", fail)
+        with pytest.raises(RuntimeError, match="allocate"):
+            read_image(save(tmp_path / "a.png", smooth(20, 30)))
+
+
+class TestOrientation:
+    def sideways(self, tmp_path: Path) -> Path:
+        """40 rows of 60 stored pixels that EXIF turns into 60 rows of 40."""
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        return save(tmp_path / "a.jpg", smooth(40, 60), exif=exif, quality=98)
+
+    def test_it_is_passed_over_where_the_mask_fits_the_stored_pixels(self, tmp_path: Path) -> None:
+        image, mask = self.sideways(tmp_path), save(tmp_path / "m.png", np.zeros((40, 60), np.uint8))
+        assert read_pair(image, mask)[0].shape == (3, 40, 60)
+        assert run(image, mask)[0].orientation == 6
+
+    def test_it_is_applied_where_only_the_turned_image_fits(self, tmp_path: Path) -> None:
+        image, mask = self.sideways(tmp_path), save(tmp_path / "m.png", np.zeros((60, 40), np.uint8))
+        turned = read_pair(image, mask)[0]
+        expected = np.rot90(smooth(40, 60), -1).astype(int)
+        assert np.abs(turned.permute(1, 2, 0).numpy().astype(int) - expected).mean() < 3
+        facts, pixels = run(image, mask, "resize")
+        assert (facts.height, facts.width, facts.orientation) == (60, 40, 1)
+        assert pixels[0][0].shape == (16, 24, 3)
+
+
+class TestResize:
+    @pytest.mark.parametrize("size", [(16, 24), (40, 24), (16, 60), (64, 90), (200, 100), (40, 60)])
+    def test_is_torchs_antialiased_resize(self, size: tuple[int, int]) -> None:
+        image = torch.from_numpy(smooth(40, 60)).permute(2, 0, 1)
+        expected = interpolate(image[None], size=size, mode="bilinear", antialias=True)[0]
+        assert torch.equal(resize(image, *size), expected)
+
+    @pytest.mark.parametrize("size", [(16, 24), (64, 90)])
+    def test_is_near_an_independent_one(self, size: tuple[int, int]) -> None:
+        picture = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+        other = np.asarray(Image.fromarray(picture).resize(size[::-1], Image.Resampling.BILINEAR)).astype(int)
+        ours = resize(torch.from_numpy(picture).permute(2, 0, 1), *size).permute(1, 2, 0).numpy().astype(int)
+        assert np.abs(ours - other).max() <= 1
+
+    def test_bands_leave_no_trace(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 50, 70), dtype=np.uint8))
+        whole = resize(image, 20, 30)
+        monkeypatch.setattr(decode, "BAND_BYTES", 4 * 70 * 7)
+        assert torch.equal(resize(image, 20, 30), whole)
+
+    @pytest.mark.parametrize("size", [(16, 24), (33, 17), (90, 130)])
+    def test_mask_is_where_half_of_the_area_is_lesion(self, size: tuple[int, int]) -> None:
+        mask = torch.from_numpy(draw_pair("a", "train", np.random.default_rng(0), size=(80, 100)).mask // 255)
+        average = interpolate(mask[None, None].double(), size=size, mode="bilinear", antialias=True)[0, 0]
+        made = resize_mask(mask, *size)
+        assert set(made.unique().tolist()) == {0, 1}
+        clear = (average - 0.5).abs() > 0.01
+        assert torch.equal(made[clear] == 1, average[clear] > 0.5)
+
+    @pytest.mark.parametrize("factor", [2, 5, 10])
+    def test_border_of_the_mask_stays_where_it_is_in_the_image(self, factor: int) -> None:
+        mask = torch.zeros(100, 100, dtype=torch.uint8)
+        mask[30:70, 20:60] = 1
+        expected = torch.zeros(100 // factor, 100 // factor, dtype=torch.uint8)
+        expected[30 // factor : 70 // factor, 20 // factor : 60 // factor] = 1
+        made = resize_mask(mask, 100 // factor, 100 // factor)
+        # Only a corner can round off: a pixel there averages less than half.
+        assert (made != expected).sum() <= 4
+        assert torch.equal(made[50 // factor], expected[50 // factor])
+        assert torch.equal(made[:, 40 // factor], expected[:, 40 // factor])
+
+    def test_area_of_the_lesion_is_kept(self) -> None:
+        mask = torch.from_numpy(draw_pair("a", "train", np.random.default_rng(3), size=(300, 400)).mask // 255)
+        share = mask.double().mean().item()
+        assert resize_mask(mask, 64, 64).double().mean().item() == pytest.approx(share, rel=0.02)
+
+
+class TestCrop:
+    def test_inside_it_is_a_part_of_the_image(self) -> None:
+        image = torch.from_numpy(smooth(40, 60)).permute(2, 0, 1)
+        assert torch.equal(crop(image, 5, 7, 16, 24), image[:, 5:21, 7:31])
+
+    @pytest.mark.parametrize("size", [(50, 70), (100, 30), (300, 200)])
+    def test_beyond_the_border_it_is_the_mirror_image(self, size: tuple[int, int]) -> None:
+        picture = smooth(40, 60, 1)[..., 0]
+        top, left = crop_corner((40, 60), size, None)
+        before = (max(0, -top), max(0, -left))
+        after = (max(0, size[0] - 40 - before[0]), max(0, size[1] - 60 - before[1]))
+        padded = np.pad(picture, list(zip(before, after, strict=True)), mode="reflect")
+        expected = padded[max(0, top) :, max(0, left) :][: size[0], : size[1]]
+        assert np.array_equal(crop(torch.from_numpy(picture), top, left, *size).numpy(), expected)
+
+    def test_one_row_is_repeated(self) -> None:
+        assert crop(torch.tensor([[1, 2, 3]]), -1, 0, 3, 3).tolist() == [[1, 2, 3]] * 3
+
+    def test_corners_cover_all_places_and_no_others(self) -> None:
+        rng = np.random.default_rng(0)
+        corners = {crop_corner((20, 11), (18, 11), rng) for _ in range(100)}
+        assert corners == {(0, 0), (1, 0), (2, 0)}
+
+    def test_centre(self) -> None:
+        assert crop_corner((21, 10), (10, 20), None) == (5, -5)
+
+    def test_image_and_mask_are_cropped_alike(self, tmp_path: Path) -> None:
+        place = np.zeros((40, 60), np.uint8)
+        place[11:29, 17:43] = 255
+        image = save(tmp_path / "a.png", np.repeat(place[..., None], 3, -1))
+        mask = save(tmp_path / "m.png", place)
+        for seed in range(5):
+            _, pixels = run(image, mask, "random crop", "centre crop", seed=str(seed))
+            for cropped, truth in pixels:
+                assert np.array_equal(cropped[..., 0] // 255, truth)
+
+    def test_place_depends_on_the_seed_alone(self, tmp_path: Path) -> None:
+        image, mask = pair(tmp_path)
+        made = [
+            run(image, mask, "random crop", seed=seed)[1][0][0].tobytes() for seed in ("0:a", "0:a", "0:b", "1:a")
+        ]
+        assert made[0] == made[1]
+        assert len(set(made)) == 3
+
+
+class TestJobs:
+    def test_facts_are_those_of_the_files_and_pixels(self, tmp_path: Path) -> None:
+        image, mask = pair(tmp_path)
+        facts, [(pixels, truth)] = run(image, mask, "resize")
+        assert (facts.height, facts.width) == (40, 60)
+        assert facts.image_sha256 == hashlib.sha256(image.read_bytes()).hexdigest()
+        assert facts.mask_sha256 == hashlib.sha256(mask.read_bytes()).hexdigest()
+        assert facts.foreground == (np.asarray(Image.open(mask)) > 0).sum()
+        assert facts.crc == zlib.crc32(pixels.tobytes() + truth.tobytes())
+        r, g, b = pixels.reshape(-1, 3).astype(int).T
+        expected = [x.sum() for x in (r, g, b, r * r, g * g, b * b, r * g, r * b, g * b)]
+        assert list(facts.moments) == [int(x) for x in expected]
+
+    def test_without_views_it_is_only_checked(self, tmp_path: Path) -> None:
+        image, mask = pair(tmp_path)
+        facts, pixels = run(image, mask)
+        assert pixels == []
+        assert facts.moments == ()
+
+    def test_unmeasured_pixels_are_the_same(self, tmp_path: Path) -> None:
+        image, mask = pair(tmp_path)
+        job = Job(str(image), str(mask), ("resize",), 16, 24, measure=False)
+        facts, _ = decode_job(open_pair(image, mask), job)
+        assert facts.crc == run(image, mask, "resize")[0].crc
+        assert (facts.moments, facts.image_sha256) == ((), "")
+
+
+class TestMemoryGate:
+    def test_what_exceeds_the_limit_alone_gets_in_alone(self) -> None:
+        gate = MemoryGate(100)
+        with gate.admitted(500):
+            waiting = threading.Thread(target=gate.change, args=(1,))
+            waiting.start()
+            waiting.join(0.05)
+            assert waiting.is_alive()
+        waiting.join(10)
+        assert not waiting.is_alive()
+
+    def test_what_fits_gets_in_together(self) -> None:
+        gate = MemoryGate(100)
+        with gate.admitted(60), gate.admitted(40):
+            pass

@@ -1,0 +1,228 @@
+"""Every kind of damage is found and reported completely; what is merely odd is noted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hpsearch.data.build import build_cache
+from hpsearch.data.cache import Preparation, open_cache
+from hpsearch.data.config import DataConfig
+from hpsearch.data.integrity import CheckReport, check, check_stored, describe, refusal
+from hpsearch.data.layouts import Problem, find_samples
+
+from .conftest import WriteDataset, pair_paths
+
+pytestmark = pytest.mark.usefixtures("one_decoder")
+
+
+def image_and_mask(config: DataConfig, number: int) -> tuple[Path, Path]:
+    """The files of image `number`: 0 to 7 are of the training split, 8 to 10 validation, 11 to 14 test."""
+    split = "train" if number < 8 else "val" if number < 11 else "test"
+    return pair_paths(Path(config.root), "archive", f"ISIC_{number:07d}", split)  # type: ignore[arg-type]
+
+
+def rewrite(path: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:  # type: ignore[type-arg]
+    Image.fromarray(change(np.array(Image.open(path)))).save(path)
+
+
+def found(report: CheckReport, kind: str) -> list[str]:
+    return [problem.id for problem in (*report.errors, *report.notes) if problem.kind == kind]
+
+
+def test_sound_dataset_has_no_errors(write_dataset: WriteDataset) -> None:
+    report = check(find_samples(write_dataset()))
+    assert report.errors == ()
+    assert report.counts == {"train": 8, "val": 3, "test": 4}
+    assert len(report.sizes) == 15
+    assert report.summary()[0] == "15 pairs can be used: 8 train, 3 val, 4 test"
+    assert "no errors" in report.summary()
+
+
+def test_progress_is_told_of_every_image(write_dataset: WriteDataset) -> None:
+    told: list[tuple[int, int]] = []
+    check(find_samples(write_dataset()), progress=lambda done, total: told.append((done, total)))
+    assert told == [(done, 15) for done in range(1, 16)]
+
+
+class TestErrors:
+    def test_missing_mask(self, write_dataset: WriteDataset) -> None:
+        config = write_dataset()
+        image_and_mask(config, 3)[1].unlink()
+        image_and_mask(config, 12)[1].unlink()
+        assert found(check(find_samples(config)), "missing mask") == ["ISIC_0000003", "ISIC_0000012"]
+
+    def test_missing_image(self, write_dataset: WriteDataset) -> None:
+        config = write_dataset()
+        image_and_mask(config, 9)[0].unlink()
+        assert found(check(find_samples(config)), "missing image") == ["ISIC_0000009"]
+
+    @pytest.mark.parametrize("which", [0, 1])
+    def test_undecodable_file(self, write_dataset: WriteDataset, which: int) -> None:
+        config = write_dataset()
+        path = image_and_mask(config, 5)[which]
+        path.write_bytes(path.read_bytes()[:-100])
+        report = check(find_samples(config))
+        assert found(report, "undecodable file") == ["ISIC_0000005"]
+        assert str(path) in report.errors[0].text
+
+    def test_sizes_that_differ(self, write_dataset: WriteDataset) -> None:
+        config = write_dataset()
+        rewrite(image_and_mask(config, 2)[1], lambda mask: mask[:-1])
+        assert found(check(find_samples(config)), "sizes differ") == ["ISIC_0000002"]
+
+    def test_mask_of_many_values(self, write_dataset: WriteDataset) -> None:
+        config = write_dataset()
+        rewrite(
+            image_and_mask(config, 2)[1], lambda mask: mask // 2 + (np.arange(mask.shape[1]) % 2).astype(np.uint8)
+        )
+        assert found(check(find_samples(config)), "mask of many values") == ["ISIC_0000002"]
+
+    def test_absurd_size(self, write_dataset: WriteDataset) -> None:
+        config = write_dataset()
+        header = b"IHDR" + struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+        bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+        image_and_mask(config, 0)[0].write_bytes(bomb)
+        report = check(find_samples(config))
+        assert found(report, "absurd size") == ["ISIC_0000000"]
+        assert "100000x100000" in report.errors[0].text
+
+    def test_one_image_in_pool_and_test(self, write_dataset: WriteDataset) -> None:
+        config = write_dataset()
+        shutil.copy(image_and_mask(config, 12)[0], image_and_mask(config, 9)[0])
+        shutil.copy(image_and_mask(config, 12)[1], image_and_mask(config, 9)[1])
+        report = check(find_samples(config))
+        # The pool's is left out: the test split stays what others are scored on.
+        assert found(report, "image in pool and test") == ["ISIC_0000009"]
+        assert report.errors[0].files == (image_and_mask(config, 9)[0], image_and_mask(config, 12)[0])
+
+    def test_all_kinds_are_reported_together(self, write_dataset: WriteDataset) -> None:
+        config = write_dataset()
+        image_and_mask(config, 0)[1].unlink()
+        image_and_mask(config, 1)[0].write_bytes(b"")
+        rewrite(image_and_mask(config, 2)[1], lambda mask: mask[:-1])
+        rewrite(
+            image_and_mask(config, 13)[1], lambda mask: mask // 2 + (np.arange(mask.shape[1]) % 2).astype(np.uint8)
+        )
+        report = check(find_samples(config))
+        assert {(problem.kind, problem.id, problem.split) for problem in report.errors} == {
+            ("missing mask", "ISIC_0000000", "train"),
+            ("undecodable file", "ISIC_0000001", "train"),
+            ("sizes differ", "ISIC_0000002", "train"),
+            ("mask of many values", "ISIC_0000013", "test"),
+        }
+        assert report.counts == {"train": 5, "val": 3, "test": 3}
+        assert sum(line.startswith("error: ") for line in report.summary()) == 4
+
+
+class TestNotes:
+    def test_counts_unlike_the_official_ones(self, write_dataset: WriteDataset) -> None:
+        lines = check(find_samples(write_dataset())).summary()
+        assert any(
+            "8/3/4 training, validation and test images; the official ISIC-2017 has 2000/150/600" in x for x in lines
+        )
+
+    def test_own_folders_are_not_compared_with_the_official_counts(self, write_dataset: WriteDataset) -> None:
+        assert found(check(find_samples(write_dataset("folders"))), "counts") == []
+
+    @pytest.mark.parametrize(("mask_of", "text"), [(9, "one mask"), (2, "2 masks")])
+    def test_duplicates_in_the_pool(self, write_dataset: WriteDataset, mask_of: int, text: str) -> None:
+        config = write_dataset()
+        rewrite(image_and_mask(config, 2)[0], lambda image: image[:40, :40])
+        rewrite(image_and_mask(config, 2)[1], lambda mask: mask[:40, :40])
+        shutil.copy(image_and_mask(config, 2)[0], image_and_mask(config, 9)[0])
+        if mask_of == 9:
+            shutil.copy(image_and_mask(config, 2)[1], image_and_mask(config, 9)[1])
+        else:
+            Image.fromarray(255 - np.array(Image.open(image_and_mask(config, 2)[1]))).save(
+                image_and_mask(config, 9)[1]
+            )
+        report = check(find_samples(config))
+        assert report.errors == ()
+        assert found(report, "duplicate image") == ["ISIC_0000002"]
+        assert any(f"ISIC_0000002 and ISIC_0000009 are one image with {text}" in line for line in report.summary())
+
+    def test_duplicates_in_the_test_split_leak_nothing(self, write_dataset: WriteDataset) -> None:
+        config = write_dataset()
+        for which in (0, 1):
+            shutil.copy(image_and_mask(config, 12)[which], image_and_mask(config, 13)[which])
+        report = check(find_samples(config))
+        assert report.errors == ()
+        assert found(report, "duplicate image") == []
+
+    @pytest.mark.parametrize(("value", "kind"), [(0, "empty mask"), (255, "full mask")])
+    def test_empty_and_full_masks(self, write_dataset: WriteDataset, value: int, kind: str) -> None:
+        config = write_dataset()
+        rewrite(image_and_mask(config, 4)[1], lambda mask: np.full_like(mask, value))
+        report = check(find_samples(config))
+        assert report.errors == ()
+        assert found(report, kind) == ["ISIC_0000004"]
+
+    def test_orientation_that_was_passed_over(self, write_dataset: WriteDataset) -> None:
+        config = write_dataset()
+        path = image_and_mask(config, 4)[0]
+        exif = Image.Exif()
+        exif[0x0112] = 3
+        Image.open(path).save(path.with_suffix(".jpg"), exif=exif)
+        path.unlink()
+        assert found(check(find_samples(config)), "EXIF orientation") == ["ISIC_0000004"]
+
+
+def test_report_is_plain_json(write_dataset: WriteDataset) -> None:
+    config = write_dataset()
+    image_and_mask(config, 0)[1].unlink()
+    table = json.loads(json.dumps(check(find_samples(config)).to_dict()))
+    assert table["counts"] == {"train": 7, "val": 3, "test": 4}
+    assert table["errors"][0]["kind"] == "missing mask"
+    assert table["errors"][0]["files"] == [str(image_and_mask(config, 0)[0])]
+
+
+def test_refusal_names_the_first_of_each_kind_and_the_way_out() -> None:
+    def problem(kind: str, i: int) -> Problem:
+        return Problem(kind, f"i{i}", (), f"text {i}", "train")
+
+    problems = [problem("missing mask", i) for i in range(5)] + [problem("sizes differ", 7)]
+    text = str(refusal(problems))
+    assert text.startswith(
+        "6 images cannot be used: missing mask (5): text 0; text 1; text 2; and 2 more. sizes differ"
+    )
+    assert "--exclude-bad" in text
+    assert "\n" not in text
+    assert describe([]) == []
+
+
+class TestContents:
+    def test_unchanged_files_are_as_they_were(self, write_dataset: WriteDataset, tmp_path: Path) -> None:
+        samples = find_samples(write_dataset()).split("train", "val")
+        assert (
+            check_stored(open_cache(build_cache(samples, Preparation(16, 16, ("resize",)), "memmap", tmp_path))) == []
+        )
+
+    @pytest.mark.parametrize("which", [0, 1])
+    def test_changed_files_are_named(self, write_dataset: WriteDataset, tmp_path: Path, which: int) -> None:
+        config = write_dataset()
+        samples = find_samples(config).split("train", "val")
+        cache = open_cache(build_cache(samples, Preparation(16, 16, ("resize",)), "memmap", tmp_path / "cache"))
+        path = image_and_mask(config, 6)[which]
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+        (problem,) = check_stored(cache)
+        assert (problem.kind, problem.id, problem.files) == ("changed file", "ISIC_0000006", (path,))
+
+    def test_damaged_cache_is_named(self, write_dataset: WriteDataset, tmp_path: Path) -> None:
+        samples = find_samples(write_dataset()).split("train", "val")
+        folder = build_cache(samples, Preparation(16, 16, ("resize",)), "memmap", tmp_path / "cache")
+        masks = np.load(folder / "masks.npy", "r+")
+        masks[7, 3, 3] ^= 1
+        masks.flush()
+        (problem,) = check_stored(open_cache(folder))
+        assert (problem.kind, problem.id, problem.files) == ("damaged cache", "ISIC_0000007", (folder,))
