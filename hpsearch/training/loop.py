@@ -217,14 +217,11 @@ def finish_fit(
     size: tuple[int, int],
     runtime: Runtime,
     extra: dict[str, Any] | None = None,
-    n_examples: int = 6,
 ) -> dict[str, Any]:
     """Write what stays of a fit, fit.json last, and remove its checkpoints; give what fit.json holds.
 
     weights.safetensors, scores.npy, counts.npy and examples.npz hold nothing of time or process: killed at any point,
-    doing it again from last.pt writes the same bytes. examples.npz has, for `n_examples` held-out images from the
-    worst through the median to the best, `indices` (m,) int64 in `data`, `scores` (m,) float32 and `probabilities`
-    (m, H, W) uint8, 255 for certainly lesion. `extra` goes into the weights' own description.
+    doing it again from last.pt writes the same bytes. `extra` goes into the weights' own description.
     """
     model = result.model
     info = checkpoint.WeightsInfo(
@@ -238,29 +235,16 @@ def finish_fit(
     save_array(paths.scores, result.scores)
     save_array(paths.counts, result.counts)
     if len(held_out_indices) > 0:
-        last = result.scores[-1]
-        ranks = np.linspace(0, len(last) - 1, min(n_examples, len(last))).round().astype(np.int64)
-        chosen = np.argsort(last, kind="stable")[ranks]
-        with runtime.active():
-            probabilities = [
-                logits.sigmoid().mul(255).round().to(torch.uint8).squeeze(1).cpu().numpy()
-                for logits, _ in predict_logits(
-                    model,
-                    data,
-                    held_out_indices[chosen],
-                    batch_size=len(chosen),
-                    normalization=normalization,
-                    size=size,
-                    runtime=runtime,
-                )
-            ]
-        with files.atomic_write(paths.examples) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(
-                file,
-                indices=held_out_indices[chosen],
-                scores=last[chosen],
-                probabilities=np.concatenate(probabilities),
-            )
+        save_examples(
+            paths.examples,
+            model,
+            data,
+            held_out_indices,
+            result.scores[-1],
+            normalization=normalization,
+            size=size,
+            runtime=runtime,
+        )
     rows = result.rows
     train_s, eval_s = sum(row.train_s for row in rows), sum(row.eval_s for row in rows)
     summary = {
@@ -281,6 +265,44 @@ def finish_fit(
     for path in (paths.last, paths.previous):
         path.unlink(missing_ok=True)
     return summary
+
+
+def save_examples(
+    path: Path,
+    model: Forward,
+    data: DeviceData,
+    indices: Indices,
+    scores: npt.NDArray[np.floating[Any]],
+    *,
+    normalization: Normalization,
+    size: tuple[int, int],
+    runtime: Runtime,
+    n_examples: int = 6,
+) -> None:
+    """Keep what `model` makes of a few images, from the worst through the median to the best by `scores` (n,).
+
+    The .npz has `indices` (m,) int64 in `data`, `scores` (m,) and `probabilities` (m, H, W) uint8, 255 for certainly
+    lesion.
+    """
+    ranks = np.linspace(0, len(scores) - 1, min(n_examples, len(scores))).round().astype(np.int64)
+    chosen = np.argsort(scores, kind="stable")[ranks]
+    with runtime.active():
+        probabilities = [
+            logits.sigmoid().mul(255).round().to(torch.uint8).squeeze(1).cpu().numpy()
+            for logits, _ in predict_logits(
+                model,
+                data,
+                indices[chosen],
+                batch_size=len(chosen),
+                normalization=normalization,
+                size=size,
+                runtime=runtime,
+            )
+        ]
+    with files.atomic_write(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(
+            file, indices=indices[chosen], scores=scores[chosen], probabilities=np.concatenate(probabilities)
+        )
 
 
 def save_array(path: Path, array: npt.NDArray[Any]) -> None:

@@ -34,7 +34,8 @@ from hpsearch.paths import FitPaths
 from hpsearch.plan import image_flops
 from hpsearch.runtime import Runtime
 from hpsearch.training.checkpoint import load_weights
-from hpsearch.training.loop import evaluate, finish_fit, fit, save_array
+from hpsearch.training.loop import evaluate, finish_fit, fit, save_array, save_examples
+from hpsearch.training.metrics import SCORES, PixelCounts
 from hpsearch.training.rows import EpochRow
 
 MEASURE_BUDGET_S = 1.0
@@ -142,21 +143,26 @@ class Session:
         return "go" if self._hear()["go"] else "stop"
 
     def _score(self, job: dict[str, Any]) -> dict[str, Any]:
-        """Per-image counts of a finished fit's weights on the images of a cache, written as .npy."""
+        """Per-image counts of a finished fit's weights on all images of a cache, and a few examples."""
         config = from_dict(job["config"])
         chosen = self._runtime(config)
         model, info = load_weights(Path(job["weights"]), chosen.device)
         data = self._device_data(job, config)
-        found = evaluate(
+        images = np.arange(len(data), dtype=np.int64)
+        found = evaluate(model, data, images, normalization=info.normalization, size=info.size, runtime=chosen)
+        save_array(Path(job["counts"]), found.counts)
+        scores = SCORES[config.study.metric](PixelCounts.from_columns(found.counts))
+        save_examples(
+            Path(job["examples"]),
             model,
             data,
-            np.arange(len(data), dtype=np.int64),
+            images,
+            np.asarray(scores, np.float32),
             normalization=info.normalization,
             size=info.size,
             runtime=chosen,
         )
-        save_array(Path(job["counts"]), found.counts)
-        return {"event": "finished", "summary": {"n_images": len(found.counts)}}
+        return {"event": "finished", "summary": {"n_images": len(images)}}
 
     def _measure(self, job: dict[str, Any]) -> dict[str, Any]:
         """Seconds of an image at each configuration, and what the machine is."""
