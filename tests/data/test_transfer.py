@@ -1,0 +1,502 @@
+import errno
+import hashlib
+import json
+import logging
+import random
+import socket
+from base64 import b64encode
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hpsearch.data import transfer
+from hpsearch.data.transfer import Fetcher, WrongDigestError, check_address
+from hpsearch.errors import ConfigError, DatasetError, StorageError
+from tests.data.mirror import (
+    Behaviour,
+    Handler,
+    Mirror,
+    answers,
+    answers_whole,
+    answers_whole_but_breaks_off_after,
+    breaks_off_after,
+    claims_range,
+    damages_byte,
+    redirects_to,
+    sends_other_bytes_than_announced,
+    serve,
+)
+
+SIZE = 300_000
+CONTENT = random.Random(0).randbytes(SIZE)
+
+
+@pytest.fixture
+def mirror(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mirror]:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with serve(Mirror(files={"file": CONTENT})) as mirror:
+        yield mirror
+
+
+def fetcher(retries: int = 3, *, timeout_s: float = 10.0) -> Fetcher:
+    return Fetcher(retries=retries, backoff_s=0.0, timeout_s=timeout_s)
+
+
+def fetch(mirror: Mirror, path: Path, *, retries: int = 3, in_pieces: bool = True) -> None:
+    fetcher(retries).fetch(mirror.url + "file", path, lambda done, total: None, in_pieces=in_pieces)
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_file_comes_whole_and_alone(mirror, tmp_path):
+    progress = []
+    fetcher().fetch(mirror.url + "file", tmp_path / "file", lambda *at: progress.append(at))
+    assert (tmp_path / "file").read_bytes() == CONTENT
+    assert files_in(tmp_path) == ["file"]
+    assert progress[-1] == (SIZE, SIZE)
+    assert progress == sorted(progress)
+    assert mirror.gets() == [("file", "")]
+
+
+def test_empty_file_comes_too(mirror, tmp_path):
+    mirror.files["file"] = b""
+    fetch(mirror, tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == b""
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_file_is_byte_equal_after_twenty_breaks_and_not_much_is_sent_twice(mirror, tmp_path, seed):
+    rng = random.Random(seed)
+    mirror.behaviours.extend(breaks_off_after(rng.randrange(1, SIZE // 20)) for _ in range(20))
+    fetch(mirror, tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == CONTENT
+    assert len(mirror.gets()) == 21
+    assert mirror.sent_bytes == SIZE
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_file_is_byte_equal_after_twenty_resets_and_lies(mirror, tmp_path, seed):
+    rng = random.Random(seed)
+    lies = [
+        answers_whole_but_breaks_off_after(SIZE // 3),
+        claims_range("bytes 0-{last}/{size}"),
+        claims_range("bytes {begin}-{last}/123"),
+        claims_range("bytes {begin}-{last}/999999999"),
+        claims_range("bytes 299999-{last}/{size}"),
+        claims_range("bytes {begin}-{last}/*"),
+        claims_range("items 1-2/3"),
+        claims_range(""),
+        answers(503),
+        answers(416, Content_Range="bytes */300000"),
+    ]
+    for _ in range(20):
+        mirror.behaviours.append(breaks_off_after(rng.randrange(1, SIZE // 30), reset=rng.random() < 0.5))
+        mirror.behaviours.append(rng.choice(lies))
+    fetch(mirror, tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == CONTENT
+    assert files_in(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        "bytes 0-{last}/{size}",  # the length given beside it is that of the rest
+        "bytes 1001-{last}/{size}",
+        "bytes {begin}-{last}/123",
+        "bytes {begin}-{last}/999999999",
+        "bytes {begin}-299998/{size}",
+        "bytes {last}-{begin}/{size}",
+        "bytes {begin}-{last}/*",
+        "bytes {begin}-{size}/{size}",
+        "items 1-2/3",
+        "",
+    ],
+)
+def test_server_that_always_lies_about_ranges_is_asked_for_the_whole_file(mirror, tmp_path, claim):
+    mirror.behaviours.extend([breaks_off_after(1000), claims_range(claim), claims_range(claim)])
+    fetch(mirror, tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == CONTENT
+    assert [asked for _, asked in mirror.gets()] == ["", "bytes=1000-", "bytes=1000-", ""]
+
+
+def test_part_that_nobody_asked_for_is_not_taken(mirror, tmp_path):
+    mirror.behaviours.append(lambda handler, content: handler.answer(content, 0, content, status=206))
+    fetch(mirror, tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == CONTENT
+    assert len(mirror.gets()) == 2
+
+
+def behaviours(rng: random.Random) -> list[Behaviour]:
+    """Any faults in any order."""
+    size = rng.randrange(1, SIZE)
+    kinds = [
+        breaks_off_after(size),
+        breaks_off_after(size, reset=True),
+        breaks_off_after(0),
+        answers_whole,
+        answers_whole_but_breaks_off_after(size),
+        claims_range("bytes 0-{last}/{size}"),
+        claims_range("bytes {begin}-{last}/7"),
+        claims_range("bytes 7-{last}/{size}"),
+        claims_range("nonsense"),
+        answers(500),
+        answers(404),
+        answers(416),
+        answers(204),
+    ]
+    return rng.choices(kinds, k=rng.randrange(1, 12))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_faults_end_in_the_file_or_in_one_line_and_the_next_start_completes_it(mirror, tmp_path, seed):
+    mirror.behaviours.extend(behaviours(random.Random(seed)))
+    if failure := failure_of(mirror, tmp_path / "file"):
+        assert mirror.url + "file" in failure
+        assert "\n" not in failure
+        assert not (tmp_path / "file").exists()
+        mirror.behaviours.clear()
+        fetch(mirror, tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == CONTENT
+    assert files_in(tmp_path) == ["file"]
+
+
+def failure_of(mirror: Mirror, path: Path) -> str:
+    """The message that fetching ends with; empty if it succeeds."""
+    try:
+        fetch(mirror, path, retries=2)
+    except DatasetError as error:
+        return str(error)
+    return ""
+
+
+def test_next_start_asks_only_for_the_rest(mirror, tmp_path):
+    mirror.behaviours.extend([breaks_off_after(100_000), answers(503)])
+    with pytest.raises(
+        DatasetError, match="the server answers 503, and nothing new came 1 times in a row; what is there is kept"
+    ):
+        fetch(mirror, tmp_path / "file", retries=0)
+    assert files_in(tmp_path) == ["file.part", "file.part.json"]
+    fetch(mirror, tmp_path / "file")
+    assert mirror.gets() == [("file", ""), *2 * [("file", "bytes=100000-")]]
+    assert (tmp_path / "file").read_bytes() == CONTENT
+
+
+def test_interrupting_loses_nothing_that_has_come(mirror, tmp_path):
+    def interrupt(done: int, total: int) -> None:
+        if done > 1000:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fetcher().fetch(mirror.url + "file", tmp_path / "file", interrupt)
+    kept = (tmp_path / "file.part").read_bytes()
+    assert len(kept) > 1000
+    assert kept == CONTENT[: len(kept)]
+    if len(kept) < SIZE:
+        fetch(mirror, tmp_path / "file")
+        assert mirror.gets()[-1] == ("file", f"bytes={len(kept)}-")
+
+
+def test_whole_part_is_taken_without_another_request(mirror, tmp_path):
+    def interrupt(done: int, total: int) -> None:
+        if done == total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fetcher().fetch(mirror.url + "file", tmp_path / "file", interrupt)
+    fetch(mirror, tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == CONTENT
+    assert len(mirror.gets()) == 1
+
+
+def test_attempts_that_bring_nothing_are_counted_anew_after_one_that_does(mirror, tmp_path):
+    mirror.behaviours.extend(3 * [*3 * [answers(503)], breaks_off_after(1000)])
+    fetch(mirror, tmp_path / "file", retries=3)
+    assert (tmp_path / "file").read_bytes() == CONTENT
+
+
+def test_attempts_that_only_repeat_what_is_there_are_no_progress(mirror, tmp_path):
+    mirror.behaviours.extend(100 * [answers_whole_but_breaks_off_after(5000)])
+    with pytest.raises(
+        DatasetError, match="broke off at 5000 of 300000 bytes, and nothing new came 4 times in a row"
+    ):
+        fetch(mirror, tmp_path / "file", retries=3)
+    assert len(mirror.gets()) == 5
+
+
+def test_server_without_ranges_does_not_cost_what_is_there(mirror, tmp_path):
+    mirror.behaviours.extend([breaks_off_after(200_000), answers_whole_but_breaks_off_after(100_000), answers_whole])
+    fetch(mirror, tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == CONTENT
+
+
+def test_file_that_changed_on_the_server_is_begun_anew(mirror, tmp_path):
+    mirror.behaviours.extend([breaks_off_after(100_000), answers(503)])
+    with pytest.raises(DatasetError):
+        fetch(mirror, tmp_path / "file", retries=0)
+    changed = mirror.files["file"] = random.Random(1).randbytes(SIZE)
+    fetch(mirror, tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == changed
+
+
+def test_part_of_another_version_is_not_taken_for_this_one(mirror, tmp_path):
+    """The server ignores If-Range: only the ETag of its answer tells that the file is another."""
+    mirror.behaviours.extend([breaks_off_after(100_000), answers(503)])
+    with pytest.raises(DatasetError):
+        fetch(mirror, tmp_path / "file", retries=0)
+    changed = mirror.files["file"] = random.Random(1).randbytes(SIZE)
+
+    def sends_rest_of_the_new_one(handler: Handler, content: bytes) -> None:
+        handler.answer(content, 100_000, content[100_000:])
+
+    mirror.behaviours.append(sends_rest_of_the_new_one)
+    fetch(mirror, tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == changed
+
+
+@pytest.mark.parametrize(
+    "note", ["", "[]", '{"size": 300000}', '{"size": "1", "etag": "", "modified": "", "md5": ""}']
+)
+def test_part_without_a_note_of_its_version_is_begun_anew(mirror, tmp_path, note):
+    (tmp_path / "file.part").write_bytes(b"x" * 1000)
+    (tmp_path / "file.part.json").write_text(note)
+    fetch(mirror, tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == CONTENT
+
+
+def test_part_longer_than_the_file_is_begun_anew(mirror, tmp_path):
+    version = {"size": 10, "etag": "", "modified": "", "md5": ""}
+    (tmp_path / "file.part").write_bytes(b"x" * 1000)
+    (tmp_path / "file.part.json").write_text(json.dumps(version))
+    fetch(mirror, tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == CONTENT
+
+
+def test_whole_file_is_asked_for_when_pieces_are_not_trusted(mirror, tmp_path):
+    mirror.behaviours.extend([breaks_off_after(100_000), breaks_off_after(200_000)])
+    fetch(mirror, tmp_path / "file", in_pieces=False)
+    assert (tmp_path / "file").read_bytes() == CONTENT
+    assert mirror.gets() == 3 * [("file", "")]
+
+
+def test_last_modified_serves_where_there_is_no_strong_etag(mirror, tmp_path):
+    mirror.etag = lambda content: 'W/"weak"'
+    mirror.headers["Last-Modified"] = "Mon, 02 Jan 2017 03:04:05 GMT"
+    seen = []
+
+    def notes_condition(handler: Handler, content: bytes) -> None:
+        seen.append(handler.headers["If-Range"])
+        answers_whole(handler, content)
+
+    mirror.behaviours.extend([breaks_off_after(1000), notes_condition])
+    fetch(mirror, tmp_path / "file")
+    assert seen == ["Mon, 02 Jan 2017 03:04:05 GMT"]
+    assert (tmp_path / "file").read_bytes() == CONTENT
+
+
+def md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+@pytest.mark.parametrize("way", ["Content-MD5", "ETag"])
+def test_damaged_byte_is_found_by_the_md5_that_the_server_gives(mirror, tmp_path, way):
+    if way == "Content-MD5":
+        mirror.headers["Content-MD5"] = b64encode(bytes.fromhex(md5(CONTENT))).decode()
+    else:
+        mirror.etag = lambda content: f'"{md5(content)}"'
+        mirror.headers["x-amz-request-id"] = "1"
+    mirror.behaviours.append(damages_byte(1234))
+    with pytest.raises(WrongDigestError):
+        fetch(mirror, tmp_path / "file")
+    assert not (tmp_path / "file").exists()
+    fetch(mirror, tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == CONTENT
+
+
+def test_md5_is_remembered_for_a_file_that_comes_in_pieces(mirror, tmp_path):
+    mirror.etag = lambda content: f'"{md5(content)}"'
+    mirror.headers["x-amz-request-id"] = "1"
+    mirror.behaviours.extend([breaks_off_after(1000), damages_byte(1234)])
+    with pytest.raises(WrongDigestError):
+        fetch(mirror, tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},  # an ETag of 32 digits may be anything on a server that is no S3
+        {"x-amz-request-id": "1", "x-amz-server-side-encryption": "aws:kms"},
+        {"x-amz-request-id": "1", "x-amz-server-side-encryption-customer-algorithm": "AES256"},
+        {"Content-MD5": "no base64"},
+    ],
+)
+def test_etag_that_is_no_md5_refuses_no_file(mirror, tmp_path, headers):
+    mirror.etag = lambda content: f'"{32 * "a"}"'
+    mirror.headers |= headers
+    fetch(mirror, tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "text"),
+    [
+        (answers(404), "the server answers 404 Not Found; is the address right?"),
+        (answers(403), "the server answers 403 Forbidden; is the address right?"),
+        (answers(401), "the server answers 401 Unauthorized"),
+        (answers(499), "the server answers 499"),
+        (answers(304), "the server answers 304 and leads nowhere"),
+        (answers(200, Content_Type="text/html"), "answered with a web page"),
+        (answers(200, Content_Encoding="gzip"), "comes encoded as gzip"),
+        (answers(200, Content_Length=""), "comes without its size"),
+        (answers(200, Content_Length="-5"), "comes without its size"),
+        (redirects_to("file:///etc/passwd"), "the server answers 302 and leads nowhere"),
+        (redirects_to("ftp://127.0.0.1/file"), "leads to ftp://127.0.0.1/file, where nothing is fetched from"),
+    ],
+)
+def test_what_another_attempt_cannot_change_ends_at_once_in_one_line(mirror, tmp_path, behaviour, text):
+    mirror.behaviours.append(behaviour)
+    with pytest.raises(DatasetError) as caught:
+        fetch(mirror, tmp_path / "file")
+    assert text in str(caught.value)
+    assert mirror.url in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(mirror.gets()) == 1
+    assert files_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
+def test_answers_that_pass_are_waited_out(mirror, tmp_path, status):
+    mirror.behaviours.extend(2 * [answers(status)])
+    fetch(mirror, tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == CONTENT
+
+
+def test_waits_grow_to_a_minute_and_heed_what_the_server_asks_for(mirror, tmp_path, monkeypatch):
+    waited: list[float] = []
+    monkeypatch.setattr(transfer.time, "sleep", waited.append)
+    mirror.behaviours.extend([answers(503, Retry_After="7"), *8 * [answers(503)], answers(503, Retry_After="9999")])
+    mirror.behaviours.append(breaks_off_after(10))
+    Fetcher(retries=20, backoff_s=1.0, timeout_s=10.0).fetch(mirror.url + "file", tmp_path / "file", lambda *_: None)
+    assert waited == [7, 2, 4, 8, 16, 32, 60, 60, 60, 60, 1]
+
+
+def test_each_failed_attempt_is_logged(mirror, tmp_path, caplog):
+    mirror.behaviours.append(answers(503))
+    with caplog.at_level(logging.WARNING):
+        fetch(mirror, tmp_path / "file")
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{mirror.url}file: the server answers 503; next attempt in 0 s"
+    ]
+
+
+def test_redirect_is_followed_with_the_range(mirror, tmp_path):
+    mirror.files["other"] = CONTENT
+    mirror.behaviours.extend([breaks_off_after(1000), redirects_to("/other")])
+    fetch(mirror, tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == CONTENT
+    assert mirror.gets()[-1] == ("other", "bytes=1000-")
+
+
+def test_endless_redirects_end_in_one_line(mirror, tmp_path):
+    mirror.behaviours.extend(100 * [redirects_to("/file")])
+    with pytest.raises(DatasetError, match="302") as caught:
+        fetch(mirror, tmp_path / "file")
+    assert "\n" not in str(caught.value)
+    assert len(mirror.gets()) < 10
+
+
+def test_redirect_from_https_to_http_is_refused():
+    request = transfer.urllib.request.Request("https://example.org/file")
+    with socket.socket() as closed, pytest.raises(DatasetError, match=r"leads to http://example.org/file"):
+        transfer._Redirects().redirect_request(request, closed, 302, "", http_headers(), "http://example.org/file")
+
+
+def http_headers() -> transfer.http.client.HTTPMessage:
+    return transfer.http.client.HTTPMessage()
+
+
+def test_server_that_is_not_there_ends_in_one_line(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}/file"
+        with pytest.raises(
+            DatasetError, match=r"Connection refused, and nothing new came 3 times in a row"
+        ) as caught:
+            fetcher(retries=2).fetch(url, tmp_path / "file", lambda *_: None)
+    assert "\n" not in str(caught.value)
+
+
+def test_silent_server_is_not_waited_for_for_ever(tmp_path):
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/file"
+        with pytest.raises(DatasetError, match="timed out"):
+            fetcher(retries=0, timeout_s=0.1).fetch(url, tmp_path / "file", lambda *_: None)
+
+
+def test_server_that_speaks_no_http_ends_in_one_line(tmp_path, mirror):
+    def says_nonsense(handler: Handler, content: bytes) -> None:
+        handler.wfile.write(b"nonsense\r\n\r\n")
+
+    mirror.behaviours.extend(10 * [says_nonsense])
+    with pytest.raises(DatasetError) as caught:
+        fetch(mirror, tmp_path / "file")
+    assert "\n" not in str(caught.value)
+
+
+def test_bytes_other_than_announced_are_written_as_they_come(mirror, tmp_path):
+    """No check here can tell; the archive's own can, and then `in_pieces=False` gets the right ones."""
+    mirror.behaviours.extend([breaks_off_after(1000), sends_other_bytes_than_announced])
+    fetch(mirror, tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == CONTENT[:1000] + CONTENT[:-1000]
+    mirror.behaviours.extend([breaks_off_after(1000), sends_other_bytes_than_announced])
+    fetch(mirror, tmp_path / "file", in_pieces=False)
+    assert (tmp_path / "file").read_bytes() == CONTENT
+
+
+def test_full_disk_is_said_before_anything_is_written(mirror, tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer, "free_bytes", lambda path: 2**17)
+    with pytest.raises(StorageError, match=r"has 0 MiB free, and 0 MiB of file\.part are missing"):
+        fetch(mirror, tmp_path / "file")
+    assert not (tmp_path / "file").exists()
+
+
+def test_disk_that_fills_up_is_a_storage_error_and_keeps_the_part(mirror, tmp_path, monkeypatch):
+    def fails(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transfer.os, "fsync", fails)
+        with pytest.raises(StorageError, match="No space left"):
+            fetch(mirror, tmp_path / "file")
+    fetch(mirror, tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == CONTENT
+
+
+def test_size_is_told_without_fetching(mirror):
+    assert fetcher().size(mirror.url + "file") == SIZE
+    assert mirror.gets() == []
+
+
+@pytest.mark.parametrize("status", [405, 501])
+def test_size_is_unknown_where_the_server_does_not_tell(mirror, status):
+    mirror.head_status = status
+    assert fetcher().size(mirror.url + "file") is None
+
+
+def test_size_of_a_file_that_is_not_there_is_an_error(mirror):
+    with pytest.raises(DatasetError, match="404 Not Found; is the address right"):
+        fetcher().size(mirror.url + "nothing")
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["", "file:///etc/passwd", "ftp://host/", "http://", "host/path", "http://a b/", "http://[", "http://ä/", "\n"],
+)
+def test_address_must_be_of_the_web(url):
+    with pytest.raises(ConfigError, match="no address to download from"):
+        check_address(url)
+    assert check_address("https://host:8443/path/") == "https://host:8443/path/"

@@ -1,0 +1,268 @@
+import errno
+import io
+import random
+import stat
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from hpsearch.data import unpack as module
+from hpsearch.data.unpack import DamagedArchiveError, differences, unpack
+from hpsearch.errors import DatasetError, StorageError
+
+FILES = {f"ISIC_{number:07d}.jpg": random.Random(number).randbytes(3000 + number) for number in range(5)}
+
+
+def packed(files: dict[str, bytes], *, top: str = "Data/", method: int = zipfile.ZIP_DEFLATED) -> bytes:
+    memory = io.BytesIO()
+    with zipfile.ZipFile(memory, "w", method) as file:
+        if top:
+            file.mkdir(top)
+        for name, content in files.items():
+            file.writestr(top + name, content)
+    return memory.getvalue()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def unpacked(tmp_path: Path, archive: bytes) -> Path:
+    (tmp_path / "Data.zip").write_bytes(archive)
+    unpack(tmp_path / "Data.zip", tmp_path / "Data", lambda done, total: None)
+    return tmp_path / "Data"
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("top", ["Data/", "Any name/", ""])
+def test_files_are_unpacked_as_they_were_whatever_the_folder_in_the_archive_is_called(tmp_path, top, method):
+    assert contents(unpacked(tmp_path, packed(FILES, top=top, method=method))) == FILES
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["Data", "Data.zip"]
+
+
+def test_folders_below_the_top_stay(tmp_path):
+    files = {"images/a.jpg": FILES["ISIC_0000000.jpg"], "masks/a.png": FILES["ISIC_0000001.jpg"]}
+    assert contents(unpacked(tmp_path, packed(files))) == files
+
+
+def test_what_file_managers_add_is_left_out(tmp_path):
+    clutter = {"Data/.DS_Store": b"x", "__MACOSX/Data/._ISIC_0000000.jpg": b"x"}
+    both = {f"Data/{name}": content for name, content in FILES.items()} | clutter
+    assert contents(unpacked(tmp_path, packed(both, top=""))) == FILES
+
+
+def test_progress_counts_unpacked_bytes(tmp_path):
+    (tmp_path / "Data.zip").write_bytes(packed(FILES))
+    progress = []
+    unpack(tmp_path / "Data.zip", tmp_path / "Data", lambda *at: progress.append(at))
+    total = sum(len(content) for content in FILES.values())
+    assert progress[-1] == (total, total)
+    assert progress == sorted(progress)
+
+
+def refused(tmp_path: Path, archive: bytes, text: str) -> None:
+    with pytest.raises(DatasetError) as caught:
+        unpacked(tmp_path / "inside", archive)
+    assert text in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path / "inside" / "Data.zip") in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["inside"]
+    assert [path.name for path in (tmp_path / "inside").iterdir()] == ["Data.zip"]
+
+
+@pytest.fixture(autouse=True)
+def inside(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if "refused" in request.node.name:
+        (tmp_path / "inside").mkdir()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../outside.jpg",
+        "Data/../../outside.jpg",
+        "/tmp/outside.jpg",
+        "Data//outside.jpg",
+        "Data/./outside.jpg",
+        "..",
+        "C:/outside.jpg",
+        "Data/..\\..\\outside.jpg",
+        "Data/line\nbreak.jpg",
+        "Data/\u202egpj.exe",
+    ],
+)
+def test_name_that_leads_elsewhere_is_refused(tmp_path, name):
+    both = {f"Data/{each}": content for each, content in FILES.items()} | {name: b"x"}
+    refused(tmp_path, packed(both, top=""), "a name that leads elsewhere")
+
+
+def with_mode(name: str, mode: int) -> bytes:
+    memory = io.BytesIO()
+    with zipfile.ZipFile(memory, "w") as file:
+        info = zipfile.ZipInfo(name)
+        info.create_system = 3
+        info.external_attr = mode << 16
+        file.writestr(info, b"/etc/passwd")
+    return memory.getvalue()
+
+
+@pytest.mark.parametrize("kind", [stat.S_IFLNK, stat.S_IFIFO, stat.S_IFCHR, stat.S_IFDIR])
+def test_link_or_device_is_refused(tmp_path, kind):
+    refused(tmp_path, with_mode("Data/a.jpg", kind | 0o644), "no ordinary file")
+
+
+def test_folder_that_is_a_link_is_refused(tmp_path):
+    refused(tmp_path, with_mode("Data/", stat.S_IFLNK | 0o777), "no ordinary file")
+
+
+def test_absurd_growth_is_refused(tmp_path):
+    refused(tmp_path, packed({"a.jpg": bytes(10_000_000)}), "would unpack to 10 MiB, 10 times its size and more")
+
+
+def test_absurd_number_of_files_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_MAX_FILES", 4)
+    refused(tmp_path, packed(FILES), "holds 5 files, too many")
+
+
+def test_encrypted_file_is_refused(tmp_path):
+    archive = bytearray(packed({"a.jpg": FILES["ISIC_0000000.jpg"]}, top=""))
+    archive[6] |= 1
+    archive[archive.rindex(b"PK\x01\x02") + 8] |= 1
+    refused(tmp_path, bytes(archive), "'a.jpg' encrypted")
+
+
+def test_more_than_one_folder_is_refused(tmp_path):
+    files = {"Data/a.jpg": b"abc", "Other/b.jpg": b"abc"}
+    refused(tmp_path, packed(files, top=""), "holds 2 folders of files instead of one")
+
+
+def test_archive_without_files_is_refused(tmp_path):
+    refused(tmp_path, packed({}), "holds 0 folders of files instead of one")
+
+
+@pytest.mark.parametrize("files", [("a.jpg", "A.JPG"), ("a", "A/b.jpg"), ("x/a.jpg", "X/A.jpg")])
+def test_names_that_fall_together_are_refused(tmp_path, files):
+    refused(tmp_path, packed(dict.fromkeys(files, b"abc")), "names fall together")
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_name_that_is_there_twice_is_refused(tmp_path):
+    memory = io.BytesIO()
+    with zipfile.ZipFile(memory, "w") as file:
+        file.writestr("Data/a.jpg", b"abc")
+        file.writestr("Data/a.jpg", b"abcd")
+    refused(tmp_path, memory.getvalue(), "twice")
+
+
+def test_damaged_byte_is_found_by_the_crc_and_nothing_is_left(tmp_path):
+    archive = bytearray(packed(FILES, method=zipfile.ZIP_STORED))
+    archive[archive.index(FILES["ISIC_0000004.jpg"]) + 100] ^= 1
+    with pytest.raises(DamagedArchiveError, match=r"ISIC_0000004\.jpg.*CRC"):
+        unpacked(tmp_path, bytes(archive))
+    assert [path.name for path in tmp_path.iterdir()] == ["Data.zip"]
+
+
+@pytest.mark.parametrize("length", [0, 1, 21, 22, 100, 5000, 15000])
+def test_archive_cut_short_is_damaged(tmp_path, length):
+    with pytest.raises(DamagedArchiveError):
+        unpacked(tmp_path, packed(FILES)[:length])
+    assert [path.name for path in tmp_path.iterdir()] == ["Data.zip"]
+
+
+def test_any_damage_is_found_or_does_no_harm(tmp_path):
+    whole, rng = packed(FILES), random.Random(0)
+    directory = whole.index(b"PK\x01\x02")
+    outcomes = set()
+    for number in range(200):
+        archive = bytearray(whole)
+        # Every other time in the list of files at the end, where most of the fields are.
+        first = directory if number % 2 else 0
+        for _ in range(rng.randrange(1, 4)):
+            archive[rng.randrange(first, len(archive))] = rng.randrange(256)
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        try:
+            found = contents(unpacked(folder, bytes(archive)))
+        except (DamagedArchiveError, DatasetError) as error:
+            outcomes.add(type(error))
+            assert [path.name for path in folder.iterdir()] == ["Data.zip"]
+        else:
+            outcomes.add(None)
+            assert sorted(found.values()) == sorted(FILES.values())
+    # Only a name can change unnoticed: no CRC covers it.
+    assert outcomes == {None, DamagedArchiveError, DatasetError}
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(str(number) for number in range(200))
+
+
+def test_file_that_the_list_swallows_is_missed(tmp_path):
+    archive = bytearray(packed(FILES))
+    comment_length = archive.index(b"PK\x01\x02", archive.index(b"PK\x01\x02") + 1) + 32
+    archive[comment_length] = 67  # the length of one entry
+    with pytest.raises(DamagedArchiveError, match="its list has 5 files instead of 6"):
+        unpacked(tmp_path, bytes(archive))
+
+
+def test_large_archive_tells_the_number_of_its_files_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 2)
+    archive = packed(FILES)
+    assert b"PK\x06\x06" in archive
+    assert contents(unpacked(tmp_path, archive)) == FILES
+
+
+def test_what_an_interrupted_attempt_left_is_removed(tmp_path):
+    (tmp_path / ".Data.unpacking").mkdir()
+    (tmp_path / ".Data.unpacking" / "ISIC_0000000.jpg").write_bytes(b"half")
+    assert contents(unpacked(tmp_path, packed(FILES))) == FILES
+    assert not (tmp_path / ".Data.unpacking").exists()
+
+
+def test_interruption_leaves_no_folder(tmp_path):
+    (tmp_path / "Data.zip").write_bytes(packed(FILES))
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        unpack(tmp_path / "Data.zip", tmp_path / "Data", interrupt)
+    assert [path.name for path in tmp_path.iterdir()] == ["Data.zip"]
+
+
+def test_folder_with_files_in_it_is_not_replaced(tmp_path):
+    (tmp_path / "Data").mkdir()
+    (tmp_path / "Data" / "mine.jpg").write_bytes(b"mine")
+    with pytest.raises(StorageError):
+        unpacked(tmp_path, packed(FILES))
+    assert contents(tmp_path / "Data") == {"mine.jpg": b"mine"}
+
+
+def test_missing_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "free_bytes", lambda path: 2**13)
+    with pytest.raises(StorageError, match=r"has 0 MiB free, and what Data\.zip holds takes 0 MiB"):
+        unpacked(tmp_path, packed(FILES))
+    assert [path.name for path in tmp_path.iterdir()] == ["Data.zip"]
+
+
+def test_disk_that_fills_up_is_a_storage_error_and_leaves_nothing(tmp_path, monkeypatch):
+    def fails(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module.os, "fsync", fails)
+    with pytest.raises(StorageError, match="No space left"):
+        unpacked(tmp_path, packed(FILES))
+    assert [path.name for path in tmp_path.iterdir()] == ["Data.zip"]
+
+
+def test_differences_are_missing_files_and_other_sizes(tmp_path):
+    folder = unpacked(tmp_path, packed(FILES))
+    assert differences(tmp_path / "Data.zip", folder) == []
+    (folder / "ISIC_0000001.jpg").unlink()
+    (folder / "ISIC_0000003.jpg").write_bytes(b"short")
+    (folder / "more.jpg").write_bytes(b"does not matter")
+    assert differences(tmp_path / "Data.zip", folder) == ["ISIC_0000001.jpg", "ISIC_0000003.jpg"]
+
+
+def test_differences_of_something_that_is_no_archive_are_unknown(tmp_path):
+    (tmp_path / "Data.zip").write_bytes(b"<html>")
+    with pytest.raises(DamagedArchiveError):
+        differences(tmp_path / "Data.zip", tmp_path)
