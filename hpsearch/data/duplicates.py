@@ -24,7 +24,8 @@ from hpsearch.data.build import Progress
 from hpsearch.data.cache import Cache, open_cache
 from hpsearch.data.config import DataConfig
 from hpsearch.data.layouts import Split
-from hpsearch.data.prepare import prepare_pool, prepare_test
+from hpsearch.data.prepare import locate, prepare_pool, prepare_test
+from hpsearch.errors import DatasetError
 from hpsearch.paths import atomic_write
 
 Images = NDArray[np.uint8] | Cache
@@ -97,7 +98,7 @@ def find_in_dataset(
     sheet: Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[DuplicatePair, ...]:
-    """`find_near_duplicates` of the dataset that `config` names; with `sheet`, `write_contact_sheet` of them too.
+    """`find_near_duplicates` of the dataset that `config` names; `write_contact_sheet` of them to `sheet`, if any.
 
     Reads the caches that a study of `config` reads, if they hold whole frames of 64 x 64 or more, else small ones
     made for this. The search says `with_test=False`: the test split is then not read. Errors as in `prepare_pool`.
@@ -105,11 +106,11 @@ def find_in_dataset(
     if config.match != "resize" or min(config.cached_size) < _SIDE:
         config = replace(config, match="resize", size=2 * _SIDE, cache_size=0)
     caches = [open_cache(prepare_pool(config, cache_root, progress=progress).cache_path)]
-    if with_test:
+    if with_test and locate(config, cache_root).split("test"):
         caches.append(open_cache(prepare_test(config, cache_root, progress=progress).cache_path))
     ids = [name for cache in caches for name in cache.ids]
     pairs = find_near_duplicates(caches, ids, [split for cache in caches for split in cache.splits])
-    if sheet is not None:
+    if sheet is not None and pairs:
         write_contact_sheet(sheet, pairs, caches, ids)
     return pairs
 
@@ -120,7 +121,7 @@ def groups_of(
     """The group of each of `ids`: images that `pairs` connect, also over others, share one.
 
     A group is named by the smallest id in it. With `groups` (a lesion or patient for each id) those are joined too:
-    two patients that share a duplicate become one group.
+    two patients that share a duplicate become one group. DatasetError where they lack an image.
     """
     parent: dict[str, str] = {}
 
@@ -139,7 +140,9 @@ def groups_of(
         join(pair.a, pair.b)
     representative: dict[str, str] = {}
     for name in wanted:
-        if groups is not None and name in groups:
+        if groups is not None:
+            if name not in groups:
+                raise DatasetError(f"the groups name no group for image {name}")
             join(name, representative.setdefault(groups[name], name))
     smallest: dict[str, str] = {}
     for name in wanted:

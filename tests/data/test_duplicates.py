@@ -20,6 +20,7 @@ from hpsearch.data.duplicates import (
     write_contact_sheet,
 )
 from hpsearch.data.prepare import Prepared
+from hpsearch.errors import DatasetError
 from tests.data.conftest import Pair, WriteDataset
 
 # Pairs of ISIC-2017 that show one photograph, found by this module with a low threshold and then looked at.
@@ -203,12 +204,16 @@ def test_images_connected_over_another_one_share_a_group_without_it():
 
 def test_patients_that_share_a_duplicate_become_one_group():
     patients = {"a": "Ada", "b": "Ben", "c": "Ada", "d": "Ben", "e": "Cy"}
-    groups = groups_of([pair("a", "b")], "abcdef", patients)
-    assert groups == {"a": "a", "b": "a", "c": "a", "d": "a", "e": "e", "f": "f"}
+    assert groups_of([pair("a", "b")], "abcde", patients) == {"a": "a", "b": "a", "c": "a", "d": "a", "e": "e"}
+
+
+def test_image_without_a_patient_is_an_error_where_others_have_one():
+    with pytest.raises(DatasetError, match="no group for image b"):
+        groups_of([pair("a", "b")], "ab", {"a": "Ada"})
 
 
 def test_group_names_of_patients_do_not_mix_with_ids():
-    assert groups_of([], ["a", "b", "c"], {"a": "b", "c": "c"}) == {"a": "a", "b": "b", "c": "c"}
+    assert groups_of([], ["a", "b", "c"], {"a": "b", "b": "x", "c": "c"}) == {"a": "a", "b": "b", "c": "c"}
 
 
 def test_contact_sheet_shows_the_two_images_of_each_pair_side_by_side(scenes, tmp_path):
@@ -286,8 +291,9 @@ def test_pool_alone_is_read_from_the_cache_of_the_study_if_that_holds_whole_fram
         return Prepared(tiny_cache.path, tiny_cache.key, tiny_cache.ids, tiny_cache.splits, (), (), 0.0)
 
     monkeypatch.setattr(duplicates, "prepare_pool", prepare)
-    find_in_dataset(config, tmp_path, with_test=False)
+    find_in_dataset(config, tmp_path, with_test=False, sheet=tmp_path / "sheet.png")
     assert [(config.match, *config.cached_size) for config in asked] == [("resize", height, width)]
+    assert not (tmp_path / "sheet.png").exists()
 
 
 def test_cache_and_its_array_give_the_same_pairs(tiny_cache):
@@ -306,6 +312,15 @@ def real_images(root: Path) -> tuple[NDArray[np.uint8], list[str], list[str]]:
             ids.append(path.stem)
             splits.append(split)
     return np.stack(images), ids, splits
+
+
+@pytest.mark.slow
+def test_dataset_without_a_test_split_is_searched_as_well(
+    write_dataset: WriteDataset, pairs_with_duplicates, tmp_path
+):
+    config = write_dataset(pairs=[pair for pair in pairs_with_duplicates if pair.split != "test"], size=32)
+    (found,) = find_in_dataset(config, tmp_path / "cache", with_test=True)
+    assert (found.a, found.b) == ("ISIC_0000001", "ISIC_0000003")
 
 
 @pytest.mark.slow
