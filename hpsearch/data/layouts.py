@@ -302,10 +302,9 @@ def _by_stem(folder: Path) -> dict[str, list[Path]]:
     """Image files by the stem of their name without regard to case, sorted; superpixels and hidden files are none."""
     found: dict[str, list[Path]] = defaultdict(list)
     for path in sorted(folder.iterdir()):
-        hidden = path.name.startswith(".")
-        if hidden or path.suffix.lower() not in (*READABLE, *FOREIGN) or path.stem.lower().endswith("_superpixels"):
-            continue
-        found[path.stem.casefold()].append(path)
+        is_image = path.suffix.lower() in (*READABLE, *FOREIGN) and not path.name.startswith(".")
+        if is_image and not path.stem.lower().endswith("_superpixels") and path.is_file():
+            found[path.stem.casefold()].append(path)
     return found
 
 

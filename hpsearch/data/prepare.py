@@ -116,6 +116,7 @@ class _Wanted:
     samples: tuple[Sample, ...]
     problems: tuple[Problem, ...]
     """What is known to be wrong before anything is decoded; such images are not among `samples`."""
+    notes: tuple[Problem, ...]
     preparation: Preparation
 
 
@@ -133,9 +134,14 @@ def _pool(config: DataConfig, cache_root: Path, role: Role, seed: int) -> _Wante
     preparation = Preparation(height, width, ("resize",))
     if config.match == "crop":
         preparation = Preparation(height, width, ("random crop", "centre crop"), seed)
-    return _Wanted(
-        dataset, tuple(sample for sample in samples if sample.id not in out), (*unpaired, *leaked), preparation
+    # The study can do without them, but `final` will refuse them: better said before the search than after it.
+    later = tuple(
+        replace(problem, kind=f"{problem.kind} in the test split")
+        for problem in dataset.problems
+        if problem.split == "test"
     )
+    used = tuple(sample for sample in samples if sample.id not in out)
+    return _Wanted(dataset, used, (*unpaired, *leaked), later, preparation)
 
 
 def _test(config: DataConfig, cache_root: Path) -> _Wanted:
@@ -143,7 +149,7 @@ def _test(config: DataConfig, cache_root: Path) -> _Wanted:
     unpaired = tuple(problem for problem in dataset.problems if problem.split == "test")
     height, width = config.cached_size
     preparation = Preparation(height, width, ("centre crop" if config.match == "crop" else "resize",))
-    return _Wanted(dataset, _first(dataset.split("test"), config.n_final_test), unpaired, preparation)
+    return _Wanted(dataset, _first(dataset.split("test"), config.n_final_test), unpaired, (), preparation)
 
 
 def _prepare(
@@ -162,7 +168,7 @@ def _prepare(
         raise refusal(problems)
     for problem in problems:
         logger.warning("left out (%s): %s", problem.kind, problem.text)
-    notes = [*duplicates(index.samples, index.facts), *mask_notes(index.samples, index.facts)]
+    notes = [*wanted.notes, *duplicates(index.samples, index.facts), *mask_notes(index.samples, index.facts)]
     if config.root != "sample":
         notes = [*count_notes(wanted.dataset), *notes]
     return Prepared(

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -271,14 +270,12 @@ def test_builder_that_was_killed_leaves_nothing_that_is_taken_for_a_cache(tiny_a
 
 
 @pytest.mark.slow
-def test_interrupted_builder_ends_at_once_and_leaves_nothing(tiny_archive: Path, root: Path) -> None:
+def test_interrupted_builder_leaves_nothing(tiny_archive: Path, root: Path) -> None:
     with builder(tiny_archive, root, 0.2) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "image\n"
-        start = time.monotonic()
         process.send_signal(signal.SIGINT)
         process.wait(timeout=60)
-    assert time.monotonic() - start < 30
     assert names(root) == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -189,6 +190,15 @@ def test_names_that_never_match_say_what_to_give(tmp_path: Path) -> None:
     touch(tmp_path / "outlines", "mask_a.png")
     with pytest.raises(DatasetError, match=r"data\.mask_suffix"):
         find_samples(DataConfig(images=str(tmp_path / "photos"), masks=str(tmp_path / "outlines")))
+
+
+def test_what_is_no_file_is_no_image(tmp_path: Path) -> None:
+    touch(tmp_path, "train/images/a.jpg", "train/masks/a.png")
+    (tmp_path / "train/images/b.jpg").mkdir()
+    os.mkfifo(tmp_path / "train/images/c.jpg")
+    dataset = find_samples(DataConfig(root=str(tmp_path)))
+    assert found(dataset)["train"] == ["a"]
+    assert dataset.problems == ()
 
 
 def test_own_folder_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -175,6 +175,15 @@ class TestRefusal:
             prepare_test(config, root)
         assert numbers(prepare_test(replace(config, exclude_bad=True), root)) == [11, 13]
 
+    def test_damage_of_the_test_split_is_noted_before_the_search(
+        self, write_dataset: WriteDataset, root: Path
+    ) -> None:
+        config = write_dataset(size=16)
+        paths(config, 12)[1].unlink()
+        prepared = prepare_pool(config, root)
+        assert prepared.n == 11
+        assert any(note.startswith("missing mask in the test split (1)") for note in prepared.notes)
+
     def test_nothing_but_damage_is_refused_too(self, write_dataset: WriteDataset, root: Path) -> None:
         config = write_dataset(size=16)
         for number in range(11):
