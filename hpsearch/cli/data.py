@@ -44,7 +44,7 @@ def check(project: ProjectPaths, settings: Settings, as_json: bool, full: bool, 
         result["changed"] = [problem.text for problem in changed]
         lines += [f"error: {problem.text}" for problem in changed] or ["files and cache are what they were"]
         problems += len(changed)
-    if near:
+    if near and not report.errors:
         sheet = project.root / "duplicates.png"
         pairs = find_in_dataset(config, root, with_test=True, sheet=sheet)
         result["near_duplicates"] = [

@@ -38,6 +38,7 @@ FOLDS = _Folds()
     help="Rule that ends trials early.",
 )
 @click.option("--groups", metavar="FILE.csv", help="Patient or lesion of each image; a group stays in one fold.")
+@click.option("--group-duplicates", is_flag=True, help="Keep near-duplicate images in one fold.")
 @device_option
 @click.option("--workers", type=click.IntRange(min=1), help="Worker processes (default: one a GPU, one on the CPU).")
 @click.option(

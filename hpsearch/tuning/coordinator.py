@@ -19,6 +19,7 @@ from typing import Any
 from hpsearch import paths
 from hpsearch import plan as plans
 from hpsearch.config import StudyConfig, stable_seed
+from hpsearch.data import duplicates
 from hpsearch.data import folds as fold_making
 from hpsearch.data.cache import open_cache
 from hpsearch.data.folds import Folds
@@ -119,7 +120,7 @@ def run_study(
         if not study.toml.is_file():
             # Only now: a first start that fails for its data leaves no study that binds the next one.
             record = StudyRecord.create(study, config)
-        _fix_folds(record, prepared)
+        _fix_folds(record, prepared, cache_root(project, config))
         database = StudyDatabase(record, storage or sqlite_url(project.optuna_db))
         database.catch_up()
         with Workers(study.root) as workers:
@@ -521,7 +522,7 @@ def fit_seed(config: StudyConfig, trial: int, fold: int) -> int:
     return stable_seed(config.study.seed, "fit", trial, fold)
 
 
-def _fix_folds(record: StudyRecord, prepared: Prepared) -> None:
+def _fix_folds(record: StudyRecord, prepared: Prepared, caches: Path) -> None:
     """Make the folds of a new study; make sure that an old one still has the images they were made from."""
     if record.has_folds:
         if record.folds.ids != prepared.ids or record.data_key() != prepared.key:
@@ -534,6 +535,10 @@ def _fix_folds(record: StudyRecord, prepared: Prepared) -> None:
         return
     config = record.config
     groups = fold_making.read_groups(Path(config.data.groups)) if config.data.groups else None
+    if config.data.group_duplicates:
+        pairs = duplicates.find_in_dataset(config.data, caches, with_test=False)
+        logger.info("%d near-duplicate pairs are kept in one fold each", len(pairs))
+        groups = duplicates.groups_of(pairs, prepared.ids, groups)
     folds: Folds = fold_making.make_folds(
         prepared.ids,
         prepared.splits,
