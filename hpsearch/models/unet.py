@@ -111,7 +111,7 @@ class Up(nn.Module):
 
     def __init__(self, config: UNetConfig, in_channels: int, out_channels: int, *, offset: int) -> None:
         super().__init__()
-        self.up = nn.ConvTranspose2d(in_channels, out_channels, kernel_size=2, stride=2)
+        self.up = UpSampling(in_channels, out_channels, kernel_size=2, stride=2)
         self.stack = StackedConvolution(config, 2 * out_channels, out_channels)
         self.offset = offset
 
@@ -124,11 +124,44 @@ class Up(nn.Module):
         return self.stack(x)  # type: ignore[no-any-return]
 
 
+class UpSampling(nn.ConvTranspose2d):
+    """A transposed convolution of kernel 2 and stride 2, as a matrix product: (B, C, H, W) to (B, C', 2H, 2W).
+
+    None of its taps meet in an output pixel, so each input pixel is multiplied by one matrix (C, 2 * 2 * C') and the
+    result laid out anew. On the CPU in bf16 that takes about half the time of the transposed convolution's kernels.
+    """
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        assert self.bias is not None
+        batch, channels, height, width = x.shape
+        # In channels_last neither of these two copies anything.
+        taps = self.weight.permute(0, 2, 3, 1).reshape(channels, -1)
+        x = F.linear(x.permute(0, 2, 3, 1), taps.t(), self.bias.repeat(4))
+        x = x.view(batch, height, width, 2, 2, self.out_channels).transpose(2, 3)
+        return x.reshape(batch, 2 * height, 2 * width, self.out_channels).permute(0, 3, 1, 2)
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation of maps in channels_last. On CUDA autocast makes it float32; the result is as x is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The kernels want each channel's pixels side by side: two copies, and on the CPU still 10 to 35 % off a step.
+        return super().forward(x.contiguous()).to(x.dtype, memory_format=torch.channels_last)
+
+
+class InstanceNorm(nn.InstanceNorm2d):
+    """Instance normalisation of maps in channels_last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # It would leave the layout its kernels want, and every convolution after it would have to change it back.
+        return super().forward(x).contiguous(memory_format=torch.channels_last)
+
+
 def _norm(config: UNetConfig, channels: int) -> nn.Module:
     if config.norm == "batch":
         return nn.BatchNorm2d(channels)
     if config.norm == "group":
-        return nn.GroupNorm(norm_groups(channels), channels)
+        return GroupNorm(norm_groups(channels), channels)
     if config.norm == "instance":
-        return nn.InstanceNorm2d(channels, affine=True)
+        return InstanceNorm(channels, affine=True)
     return nn.Identity()
