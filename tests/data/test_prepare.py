@@ -340,3 +340,17 @@ class TestSample:
         monkeypatch.setattr(prepare, "_DRAW", "raise SystemExit('no room')")
         with pytest.raises(DatasetError, match=r"could not be drawn in .*: no room"):
             locate(DataConfig(root="sample"), root)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("HPSEARCH_ISIC_ROOT" not in os.environ, reason="needs real images")
+def test_real_images_have_one_known_pair_of_duplicates(root: Path) -> None:
+    config = DataConfig(root=os.environ["HPSEARCH_ISIC_ROOT"], size=32)
+    prepared = prepare_pool(config, root)
+    assert (prepared.n, prepared.excluded) == (1550, ())
+    assert "duplicate image (1): ISIC_0012970 and ISIC_0012127 are one image with 2 masks" in prepared.notes
+    cache = open_cache(prepared.cache_path)
+    folds = make_folds(cache.ids, cache.splits, cache.sha256, folds=5, seed=0)
+    fold_of = dict(zip(folds.ids, folds.fold_of, strict=True))
+    assert fold_of["ISIC_0012970"] == fold_of["ISIC_0012127"]
+    assert prepare_test(config, root).n == 600
