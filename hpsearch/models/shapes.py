@@ -14,7 +14,7 @@ Kind = Literal["convolution", "pool", "up", "head", "interpolation"]
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """A layer as the report counts: normalisation and ReLU go with the convolution, joining the skip with the next."""
+    """A layer as the report counts: normalisation and ReLU go with their convolution, joining with the next."""
 
     name: str
     """Its module in `UNet`, as in the state dict."""
