@@ -29,9 +29,8 @@ def command() -> None:
 def check(project: ProjectPaths, settings: Settings, as_json: bool, full: bool, near: bool) -> int:
     """Every error and note of a dataset, after decoding all of it. Exit code 1 if there are errors."""
     from hpsearch.data import integrity
-    from hpsearch.data.cache import open_cache
     from hpsearch.data.duplicates import find_in_dataset
-    from hpsearch.data.prepare import locate, prepare_pool
+    from hpsearch.data.prepare import check_contents, locate
 
     config = settings.load().data
     root = cache_folder(project, config.cache_dir)
@@ -40,9 +39,15 @@ def check(project: ProjectPaths, settings: Settings, as_json: bool, full: bool, 
     lines = report.summary()
     problems = len(report.errors)
     if full and not report.errors:
-        changed = integrity.check_stored(open_cache(prepare_pool(config, root).cache_path))
+        folders, changed = check_contents(config, root)
         result["changed"] = [problem.text for problem in changed]
-        lines += [f"error: {problem.text}" for problem in changed] or ["files and cache are what they were"]
+        lines += [f"error: {problem.text}" for problem in changed]
+        if not folders:
+            lines.append(
+                "there is no cache of this data yet to compare with: a study or `hpsearch data cache` makes it"
+            )
+        elif not changed:
+            lines.append(f"files and {len(folders)} cache(s) are what they were")
         problems += len(changed)
     if near and not report.errors:
         sheet = project.root / "duplicates.png"
