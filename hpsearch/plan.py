@@ -102,7 +102,7 @@ def why_infeasible(config: StudyConfig, plan: ExecutionPlan) -> Infeasible | Non
         config.unet, data.n_channels, data.height, data.width, batch_size=config.train.batch_size
     ):
         return Infeasible(reason, 1.0)
-    needed = predicted_bytes(config, plan.precision)
+    needed = predicted_bytes(config, plan)
     available = plan.memory_bytes * MEMORY_SHARE
     if needed > available:
         return Infeasible(
@@ -112,10 +112,10 @@ def why_infeasible(config: StudyConfig, plan: ExecutionPlan) -> Infeasible | Non
     return None
 
 
-def predicted_bytes(config: StudyConfig, precision: str) -> int:
-    """Predicted peak memory of a training step of `config`."""
+def predicted_bytes(config: StudyConfig, plan: ExecutionPlan) -> int:
+    """Predicted peak memory of a training step of `config` on the plan's device."""
     amp = config.train.amp
-    chosen = {"off": "float32", "auto": precision}.get(amp, amp)
+    precision = {"off": "float32", "auto": plan.precision}.get(amp, amp)
     data = config.data
     return training_memory(
         config.unet,
@@ -123,8 +123,10 @@ def predicted_bytes(config: StudyConfig, precision: str) -> int:
         data.height,
         data.width,
         batch_size=config.train.batch_size,
-        precision=chosen,  # type: ignore[arg-type]
+        precision=precision,  # type: ignore[arg-type]
         optimizer=config.train.optimizer,
+        momentum=config.train.momentum,
+        device="cuda" if plan.device == "cuda" else "cpu",
     ).total
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 
 import click
 
@@ -44,11 +45,11 @@ def command(
     if memory is not None:
         size = gibibytes(memory)
     config = settings.load()
-    console = Console(highlight=False, soft_wrap=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
     used = precision or chosen
     default = config.with_params({})
     for line in describe_config(default, used, size):
-        console.print(line, markup=False)
+        console.print(line, markup=False, soft_wrap=True)
     if layers:
         console.print(layer_table(default, used))
     if len(config.search):

@@ -1,0 +1,140 @@
+"""The tables of `hpsearch plan`."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from rich.table import Table
+
+from hpsearch.config import StudyConfig
+from hpsearch.errors import ConfigError
+from hpsearch.models.memory import MemoryEstimate, layer_costs, saved_activations, training_memory
+from hpsearch.models.shapes import n_layers, n_objects, n_parameters, training_flops, why_impossible
+from hpsearch.tuning.config import Choice, Range
+
+MIB, GIB = 2**20, 2**30
+REPORT_BYTES_PER_VALUE = 1
+"""The report's own estimate counts one byte per value of every feature map."""
+
+
+def describe_config(config: StudyConfig, precision: str, memory_gib: float | None) -> list[str]:
+    """Everything about one configuration in a few lines."""
+    unet, data, batch = config.unet, config.data, config.train.batch_size
+    head = (
+        f"UNet, base channels {unet.base_channels}, depth {unet.depth}, stacking {unet.stacking}, {unet.kernel_size}x"
+        f"{unet.kernel_size} {unet.padding}, normalisation {unet.norm}; {data.height}x{data.width} {data.color}, "
+        f"batch {batch}, {precision}"
+    )
+    if reason := impossible(config):
+        return [head, f"cannot be: {reason}"]
+    found = layer_costs(*_shape(config), batch_size=batch, precision=precision)  # type: ignore[arg-type]
+    interpolates = any(cost.layer.kind == "interpolation" for cost in found)
+    count = n_parameters(unet, data.n_channels)
+    memory = _memory(config, precision)
+    saved = saved_activations(*_shape(config), batch_size=batch, precision=precision)  # type: ignore[arg-type]
+    one_byte = sum(c.layer.channels * c.layer.height * c.layer.width for c in found) * batch * REPORT_BYTES_PER_VALUE
+    lines = [
+        head,
+        f"{n_objects(unet)} objects, {n_layers(unet, interpolation=interpolates)} layers"
+        + (" with the interpolation" if interpolates else ""),
+        f"parameters {count / 1e6:.2f} M, {count * 4 / MIB:.1f} MiB in float32",
+        f"training step {training_flops(*_shape(config)) / 1e9:.1f} GFLOP an image",
+        f"saved for back-propagation {saved / GIB:.2f} GiB, with the weights {(saved + memory.weights) / GIB:.2f} GiB"
+        f"; at one byte a value, as the report estimates: {one_byte / GIB:.2f} GiB",
+        f"peak of a training step {memory.total / GIB:.2f} GiB: activations {memory.activations / GIB:.2f}, "
+        f"workspace {memory.workspace / GIB:.2f}, weights {memory.weights / GIB:.2f}, gradients {memory.gradients / GIB:.2f}, "
+        f"optimizer {memory.optimizer / GIB:.2f}",
+    ]
+    if memory_gib is not None:
+        lines.append(f"{'fits' if memory.total <= memory_gib * GIB else 'does not fit'} {memory_gib:g} GiB")
+    return lines
+
+
+def layer_table(config: StudyConfig, precision: str) -> Table:
+    """Layer by layer: shape, parameters, FLOPs, activations."""
+    columns = ("layer", "kind", "channels", "size", "parameters", "GFLOP", "activations, MiB")
+    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    table.columns[0].no_wrap = True
+    for column in table.columns[2:]:
+        column.justify = "right"
+    if impossible(config):
+        return table
+    costs = layer_costs(*_shape(config), batch_size=config.train.batch_size, precision=precision)  # type: ignore[arg-type]
+    for cost in costs:
+        layer = cost.layer
+        table.add_row(
+            layer.name,
+            layer.kind,
+            str(layer.channels),
+            f"{layer.height}x{layer.width}",
+            f"{layer.n_parameters:,}" if layer.n_parameters else "",
+            f"{layer.flops / 1e9:.3f}" if layer.flops else "",
+            f"{cost.activations / MIB:.1f}" if cost.activations else "",
+        )
+    return table
+
+
+def corner_table(config: StudyConfig, precision: str, memory_gib: float | None) -> Table:
+    """The corners of the search space, as far as they matter for size and memory."""
+    names = [name for name, _ in config.search if not name.startswith("train.") or name == "train.batch_size"]
+    sizes = [name.partition(".")[2] for name in names]
+    columns = [
+        *sizes,
+        "parameters, M",
+        "GFLOP an image",
+        "peak, GiB",
+        *([f"{memory_gib:g} GiB"] if memory_gib else []),
+    ]
+    table = Table(*columns, box=None, pad_edge=False, title="corners of the search space", title_justify="left")
+    for column in table.columns[len(sizes) :]:
+        column.justify = "right"
+    dimensions = dict(config.search)
+    for values in itertools.product(*(_ends(dimensions[name]) for name in names)):
+        shown = [str(value) for value in values]
+        try:
+            corner = config.with_params(dict(zip(names, values, strict=True)))
+            reason = impossible(corner)
+        except ConfigError as error:
+            reason = str(error)
+        if reason:
+            table.add_row(*shown, "", "", "cannot be", *([""] if memory_gib else []))
+            continue
+        total = _memory(corner, precision).total
+        fits = ("fits" if total <= (memory_gib or 0) * GIB else "does not fit",) if memory_gib else ()
+        table.add_row(
+            *shown,
+            f"{n_parameters(corner.unet, corner.data.n_channels) / 1e6:.2f}",
+            f"{training_flops(*_shape(corner)) / 1e9:.2f}",
+            f"{total / GIB:.2f}",
+            *fits,
+        )
+    return table
+
+
+def impossible(config: StudyConfig) -> str | None:
+    """Why a configuration cannot exist at its size; None if it can."""
+    return why_impossible(*_shape(config), batch_size=config.train.batch_size)
+
+
+def _memory(config: StudyConfig, precision: str) -> MemoryEstimate:
+    return training_memory(
+        *_shape(config),
+        batch_size=config.train.batch_size,
+        precision=precision,  # type: ignore[arg-type]
+        optimizer=config.train.optimizer,
+        momentum=config.train.momentum,
+    )
+
+
+def _shape(config: StudyConfig) -> tuple[Any, int, int, int]:
+    return config.unet, config.data.n_channels, config.data.height, config.data.width
+
+
+def _ends(dimension: Choice | Range) -> tuple[Any, ...]:
+    if isinstance(dimension, Range):
+        return (dimension.low,) if dimension.low == dimension.high else (dimension.low, dimension.high)
+    values = dimension.values
+    if all(isinstance(value, int | float) for value in values):
+        return (min(values), max(values)) if len(values) > 1 else values
+    return values
