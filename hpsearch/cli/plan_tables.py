@@ -43,8 +43,8 @@ def describe_config(config: StudyConfig, precision: str, memory_gib: float | Non
         f"saved for back-propagation {saved / GIB:.2f} GiB, with the weights {(saved + memory.weights) / GIB:.2f} GiB"
         f"; at one byte a value, as the report estimates: {one_byte / GIB:.2f} GiB",
         f"peak of a training step {memory.total / GIB:.2f} GiB: activations {memory.activations / GIB:.2f}, "
-        f"workspace {memory.workspace / GIB:.2f}, weights {memory.weights / GIB:.2f}, gradients {memory.gradients / GIB:.2f}, "
-        f"optimizer {memory.optimizer / GIB:.2f}",
+        f"workspace {memory.workspace / GIB:.2f}, weights {memory.weights / GIB:.2f}, gradients "
+        f"{memory.gradients / GIB:.2f}, optimizer {memory.optimizer / GIB:.2f}",
     ]
     if memory_gib is not None:
         lines.append(f"{'fits' if memory.total <= memory_gib * GIB else 'does not fit'} {memory_gib:g} GiB")
