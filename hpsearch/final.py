@@ -117,6 +117,7 @@ def run_final(
         result = _evaluate(record, chosen, folder, n_seeds, pool, test)
         shutil.copyfile(folder.seed(0).weights, folder.model)
         _write_table(folder, n_seeds, test)
+        _draw(record, folder, n_seeds, result, test)
         finished = {**result.to_dict(), "began_at": began_at, "ended_at": now(), "test_key": test.key}
         paths.write_json(folder.result, {**finished, "n_seeds": n_seeds, "runtime": plan.machine})
         logger.info("final of trial %d: test %s %.4f", chosen.number, result.metric, result.test[result.metric].mean)
@@ -213,3 +214,16 @@ def _write_table(folder: FinalPaths, n_seeds: int, test: Prepared) -> None:
     for row, image in enumerate(test.ids):
         writer.writerow([image, *(f"{values[row]:.6f}" for values in columns.values())])
     paths.write_text(folder.table, text.getvalue())
+
+
+def _draw(record: StudyRecord, folder: FinalPaths, n_seeds: int, result: FinalResult, test: Prepared) -> None:
+    """curves.png and panels.png."""
+    from hpsearch.report import figures, trial_rows
+
+    title = f"{result.study}, trial {result.trial.number}, retrained"
+    curves = figures.draw_curves(trial_rows.final_curves(folder, n_seeds), title=title)
+    cases = trial_rows.final_cases(record, folder, test.key)
+    panels = figures.draw_panels(cases, metric=result.metric, title=f"{title}: test images")
+    for path, figure in ((folder.curves, curves), (folder.panels, panels)):
+        with paths.atomic_write(path) as temporary:
+            temporary.write_bytes(figures.to_png(figure))
