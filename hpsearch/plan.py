@@ -175,13 +175,14 @@ def sample_space(config: StudyConfig, n: int, seed: int = 0) -> list[StudyConfig
 
 
 def measured_configs(config: StudyConfig) -> list[StudyConfig]:
-    """What to measure before a study: the default, the cheapest and the dearest of the search space."""
-    by_cost = sorted((c for c in sample_space(config, 64) if image_flops(c)), key=image_flops)
-    chosen = [config.with_params({})]
-    for candidate in (by_cost[0], by_cost[-1]) if by_cost else ():
-        if image_flops(candidate) not in [image_flops(other) for other in chosen]:
-            chosen.append(candidate)
-    return chosen
+    """What to measure before a study: the default, the cheapest and the dearest that can exist; at most three."""
+    candidates = [
+        candidate for candidate in (config.with_params({}), *sample_space(config, 64)) if image_flops(candidate)
+    ]
+    if not candidates:
+        return []
+    by_cost = sorted(candidates, key=image_flops)
+    return list({image_flops(chosen): chosen for chosen in (candidates[0], by_cost[0], by_cost[-1])}.values())
 
 
 def available_cores() -> int:

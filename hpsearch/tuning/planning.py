@@ -56,8 +56,13 @@ def _measure_plan(record: StudyRecord, prepared: Prepared, choice: MachineChoice
     threads = choice.threads or max(1, plans.available_cores() // max(1, choice.n_workers))
     # The worker that measures is the first of those that train: it has torch loaded and the images open.
     workers.become([WorkerSettings(choice.device, threads)])
-    configs = [config.to_dict() for config in plans.measured_configs(record.config)]
-    message = do(workers, {"job": "measure", "configs": configs, "cache": str(prepared.cache_path.absolute())})
+    job = {
+        "job": "measure",
+        "config": record.config.with_params({}).to_dict(),
+        "configs": [config.to_dict() for config in plans.measured_configs(record.config)],
+        "cache": str(prepared.cache_path.absolute()),
+    }
+    message = do(workers, job)
     assert message is not None
     device = message["device"]
     settings = _share_out(choice.device if ":" in choice.device else device, choice, message["n_devices"])
