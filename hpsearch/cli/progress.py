@@ -78,7 +78,7 @@ class StudyProgress:
         if forecast.n_trials and forecast.total_s == forecast.total_s:
             self._print(
                 f"{forecast.n_trials} trials to go: at most about {duration(forecast.total_s)} here, "
-                f"{duration(forecast.fit_s)} a fit (measured just now; racing saves most of it)"
+                f"{duration(forecast.fit_s)} a fit, as measured; racing saves most of it"
                 if config.study.pruner == "race"
                 else f"{forecast.n_trials} trials to go: about {duration(forecast.total_s)} here, "
                 f"{duration(forecast.fit_s)} a fit"
