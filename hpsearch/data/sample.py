@@ -1,8 +1,8 @@
 """Draw a small dermoscopy-like dataset in the archive layout of ISIC-2017, to try everything without real images.
 
 No photograph and no patient: everything is made of seeded random numbers. The lesions lie off-centre and differ much
-in size and contrast, so that the best disc in the middle (Dice 0.45) scores far below a trained network (0.90 at 64x64
-after ten epochs) and configurations differ (0.36 to 0.93).
+in size and contrast, so that the best disc in the middle (Dice 0.45) scores far below a trained network (0.90 at
+64x64 after ten epochs) and configurations differ (0.36 to 0.93).
 """
 
 from __future__ import annotations
