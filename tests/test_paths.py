@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from hpsearch import paths
+from hpsearch.errors import ConfigError, RecordError, StorageError
+from hpsearch.paths import ProjectPaths
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "file.json"
+    paths.write_json(path, {"a": 1})
+    with pytest.raises(KeyError), paths.atomic_write(path) as temporary:
+        raise KeyError(temporary.write_text("half"))
+    assert paths.read_json(path) == {"a": 1}
+    assert [each.name for each in path.parent.iterdir()] == ["file.json"]
+
+
+def test_nan_is_not_json(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        paths.write_json(tmp_path / "file.json", float("nan"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path) -> None:
+    tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    with pytest.raises(StorageError, match="--out"):
+        paths.write_text(tmp_path / "file", "text")
+
+
+def test_a_full_disk_is_told_with_the_room_that_is_left(tmp_path: Path) -> None:
+    error = paths.storage_error(tmp_path / "file", OSError(errno.ENOSPC, "full"))
+    assert str(tmp_path / "file") in str(error)
+    assert "MiB free" in str(error)
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "trials").mkdir()
+    (tmp_path / "trials" / ".trial.json.4711.tmp").write_text("half")
+    (tmp_path / "trials" / "trial.json").write_text("whole")
+    paths.remove_stale_temporaries(tmp_path)
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["trial.json"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'{"a": 1}}'])
+def test_damaged_json_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "file.json"
+    path.write_bytes(content)
+    with pytest.raises(RecordError, match=r"file\.json is damaged"):
+        paths.read_json(path)
+
+
+@pytest.mark.parametrize("name", ["isic2017", "Straße 7", "a+b-c.d", "лесион"])
+def test_names_that_can_be_folders_are_studies(tmp_path: Path, name: str) -> None:
+    study = ProjectPaths(tmp_path).study(name)
+    assert study.name == name
+    assert study.project.root == tmp_path
+
+
+@pytest.mark.parametrize(
+    "name", ["", "..", "../x", "a/b", "/etc", ".hidden", "<script>", "a'b", 'a"b', "x" * 81, "a\n"]
+)
+def test_names_that_could_leave_the_folder_or_break_a_page_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="study name"):
+        ProjectPaths(tmp_path).study(name)
