@@ -135,6 +135,11 @@ class StudyPaths:
         return self.root / "figures"
 
     @property
+    def tracking(self) -> Path:
+        """Files on their way to MLflow; gone when they are there."""
+        return self.root / ".tracking"
+
+    @property
     def trials(self) -> Path:
         return self.root / "trials"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 
 import click
@@ -29,7 +30,7 @@ def command(project: ProjectPaths, study_name: str | None) -> None:
         raise StudyError(
             f"there is no study in {project.root}: begin one with `hpsearch study`, or name the folder (--out)"
         )
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     for name in names:
         status = study_status(project, name)
         config = status.config
