@@ -142,7 +142,6 @@ def study_run(record: StudyRecord, trials: Sequence[TrialRecord]) -> RunContent:
         },
         params=_params(config) | search,
         points=tuple(_progress(ended, config.study.metric)),
-        note=_study_note(ended, config.study.metric),
         status="FINISHED" if is_over else "RUNNING",
         ended_ms=_ms(ended[-1].ended_at or 0) if is_over else None,
     )
@@ -173,6 +172,9 @@ def trial_run(record: StudyRecord, trial: TrialRecord) -> RunContent:
     }
     if trial.reason:
         tags["reason"] = trial.reason[:1000]
+    if trial.code:
+        tags["version.hpsearch"], _, commit = trial.code.partition("+")
+        tags |= {"mlflow.source.git.commit": commit} if commit else {}
     return RunContent(
         key=trial_key(number),
         name=f"trial {number:04d}",
@@ -361,22 +363,12 @@ def _told(value: float | None, metric: str) -> str:
     return "" if value is None else f", {metric} probably {value:.4f}"
 
 
-def _study_note(ended: Sequence[TrialRecord], metric: str) -> str:
-    full = [trial for trial in ended if trial.outcome == "full" and trial.value is not None]
-    if not full:
-        return f"{len(ended)} trials, none of them full"
-    best = max(full, key=lambda trial: (trial.value or 0.0, -trial.number))
-    found = f"{metric.capitalize()} **{best.value:.4f}** out of fold"
-    return f"Best of {len(ended)} trials: trial {best.number:04d}, {found}\n\n{_searched(best)}"
-
-
 def _final_note(result: Mapping[str, Any], trial: TrialRecord) -> str:
     metric = result["metric"]
     test, cv = result["test"][metric], result["cv"]
-    return (
-        f"{metric.capitalize()} **{test['mean']:.4f}** ({test['low']:.4f} to {test['high']:.4f}) on {result['n_test']} "
-        f"test images; out of fold it was {cv['mean']:.4f}\n\n{_searched(trial)}"
-    )
+    found = f"{metric.capitalize()} **{test['mean']:.4f}** ({test['low']:.4f} to {test['high']:.4f})"
+    promised = f"on {result['n_test']} test images; out of fold it was {cv['mean']:.4f}"
+    return f"{found} {promised}\n\n{_searched(trial)}"
 
 
 def _searched(trial: TrialRecord) -> str:

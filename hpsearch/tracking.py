@@ -471,7 +471,7 @@ class _Delivery:
         self._set_status(run, content, stopped)
         if content.is_complete:
             last_tags = {DELIVERED: digest}
-            if "mlflow.note.content" not in run.tags:
+            if content.note and "mlflow.note.content" not in run.tags:
                 # Somebody may have written one already.
                 last_tags["mlflow.note.content"] = content.note
             self._client.log_batch(run.id, tags=[RunTag(key, value) for key, value in last_tags.items()])

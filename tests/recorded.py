@@ -88,6 +88,7 @@ class FakeStudy:
             config=self.config.with_params(params).to_dict(),
             began_at=self._tick(),
             source="default" if number == 0 else "sampler",
+            code="0.1.0+0123456789abcdef",
         )
         self.record.write_trial(trial)
         return trial

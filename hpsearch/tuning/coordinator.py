@@ -33,7 +33,7 @@ from hpsearch.tuning.listener import Listener, Silent
 from hpsearch.tuning.planning import MachineChoice, make_plan
 from hpsearch.tuning.pruners import Pruner
 from hpsearch.tuning.racing import TrialScores, Verdict
-from hpsearch.tuning.record import COUNTED, Outcome, StudyRecord, TrialRecord, now
+from hpsearch.tuning.record import COUNTED, Outcome, StudyRecord, TrialRecord, code_version, now
 from hpsearch.tuning.study import StudyDatabase, sqlite_url
 from hpsearch.tuning.workers import DEATHS_PER_JOB, POLL_S, Event, Worker, Workers
 
@@ -294,6 +294,7 @@ class Coordinator:
             config=config.to_dict(),
             began_at=now(),
             source="default" if number == 0 else "sampler",
+            code=code_version(),
         )
         self._write(record)
         if reason is not None:

@@ -9,15 +9,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
+import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
 
+import hpsearch
 from hpsearch import config as configs
 from hpsearch import paths
 from hpsearch.config import StudyConfig
@@ -57,6 +61,8 @@ class TrialRecord:
     """Every verdict of the pruner, in order."""
     failures: dict[str, list[str]] = field(default_factory=dict)
     """Fold to what its worker died of, one line per death."""
+    code: str = ""
+    """What began it, as `code_version` gives it."""
 
     @property
     def study_config(self) -> StudyConfig:
@@ -287,6 +293,24 @@ def fixed_differences(ours: StudyConfig, theirs: StudyConfig) -> list[tuple[str,
     if ours.search != theirs.search:
         differences.append(("search", ours.search.to_toml(), theirs.search.to_toml()))
     return differences
+
+
+@cache
+def code_version() -> str:
+    """Version of hpsearch; in a checkout with its commit, and `dirty` if that is not all: `0.1.0+4d3c...dirty`."""
+    root = Path(hpsearch.__file__).parents[1]
+    if not (root / ".git").exists():
+        # Installed: a repository further up is somebody else's.
+        return hpsearch.__version__
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty=.dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=20, env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"}
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return hpsearch.__version__
+    commit = done.stdout.strip()
+    return f"{hpsearch.__version__}+{commit}" if done.returncode == 0 and commit else hpsearch.__version__
 
 
 def now() -> float:
