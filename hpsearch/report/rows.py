@@ -1,0 +1,375 @@
+"""Reads from the record what the report of a study shows, as plain typed rows. Knows no drawing and no HTML."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from hpsearch.config import StudyConfig, get_setting
+from hpsearch.errors import RecordError
+from hpsearch.models.shapes import n_parameters, why_impossible
+from hpsearch.paths import read_json
+from hpsearch.plan import ExecutionPlan, predicted_bytes
+from hpsearch.report.statistics import (
+    Corrected,
+    Interval,
+    Paired,
+    StudyScores,
+    TrialStatistics,
+    cheapest,
+    compare_trials,
+    corrected_estimate,
+    predict_test_mean,
+    tied_with_best,
+    trial_statistics,
+)
+from hpsearch.tuning import lock
+from hpsearch.tuning.config import Choice, Range
+from hpsearch.tuning.importance import importances
+from hpsearch.tuning.record import COUNTED, Outcome, StudyRecord, TrialRecord
+
+Floats = npt.NDArray[np.float64]
+
+N_TEST = 600
+"""Test images that are assumed before a test set was scored: as many as ISIC-2017 has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialRow:
+    """One trial: what was tried, what came out, what it cost."""
+
+    number: int
+    outcome: Outcome | Literal["open"]
+    params: dict[str, Any]
+    """Every searched setting."""
+    value: float | None
+    """Mean if full, estimate if dropped."""
+    statistics: TrialStatistics | None
+    """Of full trials."""
+    epochs: tuple[int, ...]
+    """Epochs done, by fold."""
+    n_epochs: int
+    """Epochs of a whole fit."""
+    n_finished: int
+    """Folds that were trained to the end."""
+    seconds: float
+    """Training and evaluation so far."""
+    whole_s: float | None
+    """What all folds to the end take at the pace so far; None before the first epoch."""
+    memory_bytes: int | None
+    """Predicted peak of a training step; None for a network that cannot exist, or without a plan."""
+    n_parameters: int | None
+    """None for a network that cannot exist."""
+    reason: str
+    dropped_at: tuple[int, int] | None
+    """Fold (from 0) and epoch (from 1) of the verdict, where it was dropped."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Winner:
+    """The best full trial, and how sure that is."""
+
+    number: int
+    statistics: TrialStatistics
+    corrected: Corrected
+    """Its mean with the price of having been chosen taken off; its `trial` counts full trials, not numbers."""
+    predicted: Interval
+    """Mean on `n_predicted` new images after retraining, with a 95 % prediction interval."""
+    n_predicted: int
+    gain: Paired | None
+    """Over trial 0; None if it is trial 0, or that is not full."""
+    tied: tuple[int, ...]
+    """Numbers of the trials that cannot be told from the best, itself included, best first."""
+    cheapest: int
+    """Of the tied the one whose cross-validation took the least time."""
+    scores: Floats
+    """Its out-of-fold score of every image that was held out."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FinalRow:
+    """A retrained configuration on the test split."""
+
+    name: str
+    trial: int
+    n_pool: int
+    n_test: int
+    n_seeds: int
+    ended_at: float
+    cv: Interval
+    test: dict[str, Interval]
+    """Score by name, at the size of training."""
+    predicted: Interval | None
+    """What the search promised for it; None if it is not the winner."""
+    scores: Floats
+    """The study's metric on every test image, mean over the networks."""
+    n_trials_after: int
+    """Trials that began after this look at the test set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Race:
+    """What the pruner saved, over the full and dropped trials."""
+
+    spent_s: float
+    whole_s: float
+    """What cross-validating all of them on all folds takes, each at its own pace."""
+
+    @property
+    def share(self) -> float:
+        return self.spent_s / self.whole_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repeat:
+    """What is needed to repeat the study."""
+
+    toml: str
+    data_key: str
+    folds_digest: str
+    folds_method: str
+    machine: dict[str, str]
+    """Device, precision, threads and versions."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StudyRows:
+    """All that the report of a study shows."""
+
+    name: str
+    config: StudyConfig
+    n_folds: int
+    n_images: int
+    """Images that were held out once."""
+    is_running: bool
+    updated_at: float
+    """Unix time of the last trial's end, or of its beginning if it has not ended; 0 before the first."""
+    n_counted: int
+    """Trials that count toward `study.trials`."""
+    trials: tuple[TrialRow, ...]
+    winner: Winner | None
+    """None while no trial is full."""
+    race: Race | None
+    """None while no trial is full or dropped."""
+    importances: dict[str, float]
+    finals: tuple[FinalRow, ...]
+    """In the order in which they ended."""
+    repeat: Repeat
+
+    @property
+    def metric(self) -> str:
+        return self.config.study.metric
+
+    @property
+    def full(self) -> tuple[TrialRow, ...]:
+        """Full trials, best first; of equals the earlier."""
+        rows = [(row.statistics.mean, row) for row in self.trials if row.statistics is not None]
+        return tuple(row for _, row in sorted(rows, key=lambda each: (-each[0], each[1].number)))
+
+    def trial(self, number: int) -> TrialRow:
+        return next(row for row in self.trials if row.number == number)
+
+
+def study_rows(record: StudyRecord) -> StudyRows:
+    """Everything at this moment, also of a study that runs or has just begun.
+
+    Raises RecordError if the folder is damaged, or if the study has no folds yet.
+    """
+    trials = record.trials()
+    full = [trial.number for trial in trials if trial.outcome == "full"]
+    scores = study_scores(record, full) if full else None
+    statistics = dict(zip(full, trial_statistics(scores), strict=True)) if scores is not None else {}
+    rows = tuple(_trial_row(record, trial, statistics.get(trial.number)) for trial in trials)
+    results = _final_results(record)
+    winner = _winner(scores, full, rows, statistics, results) if scores is not None else None
+    ended = [row for row in rows if row.outcome in ("full", "dropped") and row.whole_s is not None]
+    n_held_out = len(_held_out(record))
+    return StudyRows(
+        name=record.name,
+        config=record.config,
+        n_folds=record.n_folds,
+        n_images=n_held_out,
+        is_running=lock.is_held(record.paths),
+        updated_at=max((trial.ended_at or trial.began_at for trial in trials), default=0.0),
+        n_counted=sum(trial.outcome in COUNTED for trial in trials),
+        trials=rows,
+        winner=winner,
+        race=Race(spent_s=sum(r.seconds for r in ended), whole_s=sum(r.whole_s or 0 for r in ended))
+        if ended
+        else None,
+        importances=importances(record),
+        finals=tuple(_final_row(record, name, result, scores, winner, trials) for name, result in results),
+        repeat=_repeat(record),
+    )
+
+
+def study_scores(record: StudyRecord, full: Sequence[int]) -> StudyScores:
+    """Final scores of the full trials with these numbers, on the images that were held out."""
+    held_out = _held_out(record)
+    return StudyScores(
+        scores=np.stack([record.out_of_fold(number)[held_out] for number in full]),
+        fold_of=np.asarray(record.folds.fold_of, np.int64)[held_out],
+    )
+
+
+def pareto_front(costs: Sequence[float], values: Sequence[float]) -> list[int]:
+    """Indices of the points that no other beats in one without losing in the other, cheapest first.
+
+    Of points that are equal in both the first stays.
+    """
+    front: list[int] = []
+    for index in sorted(range(len(costs)), key=lambda i: (costs[i], -values[i], i)):
+        if not front or values[index] > values[front[-1]]:
+            front.append(index)
+    return front
+
+
+def describe_dimension(dimension: Choice | Range) -> str:
+    """`2 to 4`, `0.001 to 0.3, logarithmic`, `rgb, grayscale`."""
+    if isinstance(dimension, Choice):
+        return ", ".join(show_value(value) for value in dimension.values)
+    text = f"{show_value(dimension.low)} to {show_value(dimension.high)}"
+    if dimension.step is not None:
+        text += f" in steps of {show_value(dimension.step)}"
+    return text + (", logarithmic" if dimension.log else "")
+
+
+def show_value(value: Any) -> str:
+    """A setting's value as people write it: three digits, pairs as `256x192`."""
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    if isinstance(value, tuple | list):
+        return "x".join(map(str, value))
+    return str(value)
+
+
+def position(dimension: Choice | Range, value: Any) -> float:
+    """Where a value lies in its dimension: 0 at the first or lowest, 1 at the last or highest."""
+    if isinstance(dimension, Choice):
+        index = dimension.values.index(tuple(value) if isinstance(value, list) else value)
+        return index / (len(dimension.values) - 1) if len(dimension.values) > 1 else 0.5
+    low, high, here = float(dimension.low), float(dimension.high), float(value)
+    if low == high:
+        return 0.5
+    if dimension.log:
+        low, high, here = (float(np.log(each)) for each in (low, high, here))
+    return (here - low) / (high - low)
+
+
+def _held_out(record: StudyRecord) -> npt.NDArray[np.int64]:
+    return np.flatnonzero(np.asarray(record.folds.fold_of) >= 0)
+
+
+def _trial_row(record: StudyRecord, trial: TrialRecord, statistics: TrialStatistics | None) -> TrialRow:
+    config = trial.study_config
+    fits = [record.fit(trial.number, fold) for fold in range(record.n_folds)]
+    epochs = [fit.epochs() for fit in fits]
+    n_done = sum(len(rows) for rows in epochs)
+    seconds = float(sum(row["train_s"] + row["eval_s"] for rows in epochs for row in rows))
+    verdict = next((each for each in reversed(trial.decisions) if each.get("drop")), None)
+    data = config.data
+    exists = why_impossible(config.unet, data.n_channels, data.height, data.width) is None
+    plan = record.plan()
+    return TrialRow(
+        number=trial.number,
+        outcome=trial.outcome or "open",
+        params={name: get_setting(config, name) for name, _ in record.config.search},
+        value=trial.value if statistics is None else statistics.mean,
+        statistics=statistics,
+        epochs=tuple(len(rows) for rows in epochs),
+        n_epochs=config.train.epochs,
+        n_finished=sum(fit.is_finished for fit in fits),
+        seconds=seconds,
+        whole_s=seconds / n_done * config.train.epochs * record.n_folds if n_done else None,
+        memory_bytes=predicted_bytes(config, ExecutionPlan.from_dict(plan)) if exists and plan else None,
+        n_parameters=n_parameters(config.unet, data.n_channels) if exists else None,
+        reason=trial.reason,
+        dropped_at=(verdict["fold"], verdict["epoch"]) if trial.outcome == "dropped" and verdict else None,
+    )
+
+
+def _winner(
+    scores: StudyScores,
+    full: Sequence[int],
+    rows: Sequence[TrialRow],
+    statistics: dict[int, TrialStatistics],
+    results: Sequence[tuple[str, dict[str, Any]]],
+) -> Winner:
+    corrected = corrected_estimate(scores)
+    number = full[corrected.trial]
+    tied = tied_with_best(scores)
+    seconds = {row.number: row.seconds for row in rows}
+    n_test = next((int(result["n_test"]) for _, result in reversed(results) if result["trial"] == number), N_TEST)
+    return Winner(
+        number=number,
+        statistics=statistics[number],
+        corrected=corrected,
+        predicted=predict_test_mean(scores, corrected, n_test=n_test),
+        n_predicted=n_test,
+        gain=compare_trials(scores, corrected.trial, full.index(0)) if number != 0 and 0 in full else None,
+        tied=tuple(full[index] for index in tied),
+        cheapest=full[cheapest(tied, {index: seconds[number] for index, number in enumerate(full)})],
+        scores=scores.joint[corrected.trial],
+    )
+
+
+def _final_results(record: StudyRecord) -> list[tuple[str, dict[str, Any]]]:
+    """Name and final.json of what was scored on the test split, in the order of time."""
+    if not record.paths.finals.is_dir():
+        return []
+    names = [path.name for path in record.paths.finals.iterdir() if record.paths.final(path.name).result.is_file()]
+    results = [(name, read_json(record.paths.final(name).result)) for name in names]
+    return sorted(results, key=lambda each: (each[1]["ended_at"], each[0]))
+
+
+def _final_row(
+    record: StudyRecord,
+    name: str,
+    result: dict[str, Any],
+    scores: StudyScores | None,
+    winner: Winner | None,
+    trials: Sequence[TrialRecord],
+) -> FinalRow:
+    predicted = None
+    if scores is not None and winner is not None and result["trial"] == winner.number:
+        predicted = predict_test_mean(
+            scores, winner.corrected, n_test=result["n_test"], n_runs=max(1, result["n_seeds"])
+        )
+    return FinalRow(
+        name=name,
+        trial=result["trial"],
+        n_pool=result["n_pool"],
+        n_test=result["n_test"],
+        n_seeds=result["n_seeds"],
+        ended_at=result["ended_at"],
+        cv=Interval(**result["cv"]),
+        test={score: Interval(**interval) for score, interval in result["test"].items()},
+        predicted=predicted,
+        scores=_test_scores(record, name),
+        n_trials_after=sum(trial.began_at > result["ended_at"] for trial in trials),
+    )
+
+
+def _test_scores(record: StudyRecord, name: str) -> Floats:
+    table = record.paths.final(name).table
+    try:
+        with table.open(encoding="utf-8", newline="") as file:
+            return np.array([float(row[record.config.study.metric]) for row in csv.DictReader(file)])
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise RecordError(f"{table} is damaged: {error}") from error
+
+
+def _repeat(record: StudyRecord) -> Repeat:
+    folds = record.folds
+    return Repeat(
+        toml=record.config.to_toml(),
+        data_key=record.data_key(),
+        folds_digest=str(folds.to_dict()["digest"]),
+        folds_method=folds.method,
+        machine={name: str(value) for name, value in ((record.plan() or {}).get("machine") or {}).items()},
+    )

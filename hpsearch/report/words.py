@@ -1,0 +1,259 @@
+"""Says in plain sentences what the rows of a study show."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from hpsearch.report.rows import FinalRow, Repeat, StudyRows, TrialRow, Winner
+from hpsearch.report.statistics import Interval, Method, Paired, explain_test_mean
+from hpsearch.report.trial_rows import CurvePoint
+
+SCORES = {
+    "dice": "Dice",
+    "jaccard": "Jaccard",
+    "accuracy": "Pixel accuracy",
+    "sensitivity": "Sensitivity",
+    "specificity": "Specificity",
+}
+"""Every score's name, in the order of tables."""
+
+_CORRECTION: dict[Method, str] = {
+    "single": "Only one configuration was evaluated fully, so nothing was picked and nothing has to be taken off.",
+    "confirmed": (
+        "The corrected estimate repeats the whole choice on bootstrap samples of the images and scores what was "
+        "chosen on the images left out, with second fits from new seeds: it takes off the luck of the images and of "
+        "the runs."
+    ),
+    "folds": (
+        "The corrected estimate repeats the choice on bootstrap samples of all folds but one and scores what was "
+        "chosen on that fold: it takes off the luck of the images and of the runs."
+    ),
+    "images": (
+        "The corrected estimate repeats the choice on bootstrap samples of the images and scores what was chosen on "
+        "the images left out. With one fixed split it takes off the luck of the images, not that of the runs."
+    ),
+}
+
+
+def progress(rows: StudyRows) -> str:
+    """How far the study is: `12 of 50 trials: 5 full, 7 dropped; running`."""
+    outcomes = Counter(row.outcome for row in rows.trials)
+    counts = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.most_common())
+    text = f"{rows.n_counted} of {rows.config.study.trials} trials"
+    return f"{text}: {counts}" if counts else text
+
+
+def answer(rows: StudyRows) -> list[str]:
+    """The paragraphs of the answer."""
+    winner = rows.winner
+    if winner is None:
+        return ["No configuration has been evaluated on all folds yet, so there is no best one and no number for it."]
+    score, n_full = SCORES[rows.metric], len(rows.full)
+    first = (
+        f"Trial {winner.number} is the best of {n_full} configurations that were evaluated fully."
+        if n_full > 1
+        else f"Trial {winner.number} is the only configuration that was evaluated fully."
+    )
+    corrected = Interval(winner.corrected.mean, winner.corrected.low, winner.corrected.high)
+    first += (
+        f" On new images like these its {score} is estimated at {interval(corrected)}, where the brackets hold the "
+        "95 % interval."
+    )
+    result = [first, _chosen(rows, winner), _gain(winner)]
+    if n_full > 1:
+        result.append(_tied(rows, winner))
+    return result
+
+
+def final(row: FinalRow, metric: str) -> list[str]:
+    """What the test set said about what was promised."""
+    networks = "one network" if row.n_seeds == 1 else f"{row.n_seeds} networks"
+    result = [
+        f"Trial {row.trial} was retrained on all {row.n_pool} pool images ({networks}) and evaluated on {row.n_test} "
+        f"test images: {SCORES[metric]} {interval(row.test[metric])}."
+    ]
+    if row.predicted is not None:
+        said = explain_test_mean(row.predicted, row.test[metric].mean)
+        result.append(f"{said[0].upper()}{said[1:]}.")
+    else:
+        result.append("It is not the trial that the search would choose, so no prediction was made for it.")
+    if row.n_trials_after:
+        result.append(
+            f"Caution: {row.n_trials_after} trials began after this look at the test set. What the search found "
+            "since may owe something to it, and a later test result is no longer that of an unseen set."
+        )
+    return result
+
+
+def race(rows: StudyRows) -> str:
+    """What racing saved."""
+    judged = [row for row in rows.trials if row.outcome in ("full", "dropped")]
+    dropped = [row for row in judged if row.outcome == "dropped"]
+    if rows.race is None:
+        return "No trial has been judged yet."
+    if not dropped:
+        return f"None of the {len(judged)} trials was dropped: all were trained to the end."
+    early = sum(row.dropped_at is not None and sum(row.epochs) < row.n_epochs for row in dropped)
+    share = len(dropped) / len(judged)
+    return (
+        f"{len(dropped)} of {len(judged)} trials ({share:.0%}) were dropped before their last fold, {early} of them "
+        f"inside their first. They and the full ones took {duration(rows.race.spent_s)} of training, "
+        f"{rows.race.share:.0%} of the {duration(rows.race.whole_s)} that all folds of all of them would have taken."
+    )
+
+
+def methods(rows: StudyRows) -> str:
+    """A paragraph for a paper's methods section."""
+    study, data = rows.config.study, rows.config.data
+    protocol = (
+        f"one fixed split with {rows.n_images} validation images"
+        if study.folds == "fixed"
+        else f"{rows.n_folds}-fold cross-validation over {rows.n_images} images, with the same folds for every trial"
+    )
+    sampler = {"tpe": "a tree-structured Parzen estimator (Optuna)", "random": "random search"}[study.sampler]
+    pruner = {
+        "race": "A paired racing test against the best fully evaluated trial, on the same images, ended trials that "
+        "could "
+        "no longer win (one-sided p < 0.02).",
+        "none": "No trial was ended early.",
+    }.get(study.pruner, f"The pruner {study.pruner} ended trials early.")
+    return (
+        f"Hyperparameters of a UNet were chosen by {sampler}, seed {study.seed}, starting from the default "
+        f"configuration, and evaluated by {protocol}. Images and masks were "
+        f"{'resized' if data.match == 'resize' else 'cropped'} to {data.height}x{data.width} pixels. A trial's value "
+        f"is the mean over images of the {SCORES[rows.metric]} that each image got from the network that had not "
+        f"seen it, after the last epoch; no epoch was picked by its score. {pruner} Only trials evaluated on all "
+        "folds could win. Intervals are 95 % intervals from a bootstrap over images that includes the spread from "
+        "run to run. The test split was not read during the search."
+    )
+
+
+def gap(points: Sequence[CurvePoint], metric: str) -> str:
+    """By how much training is ahead of held-out images, at half time and at the end; empty without epochs."""
+    ahead: dict[int, list[float]] = {}
+    for point in points:
+        if point.score == metric and point.held_out is not None:
+            ahead.setdefault(point.epoch, []).append(point.train - point.held_out)
+    if not ahead:
+        return ""
+    last = max(ahead)
+    half = max(1, last // 2)
+    text = f"After epoch {last} training is ahead of held-out images by {np.mean(ahead[last]):+.4f} {SCORES[metric]}"
+    if half < last:
+        text += f", after epoch {half} by {np.mean(ahead[half]):+.4f}"
+    return text + ". A gap that keeps growing is overfitting."
+
+
+def commands(rows: StudyRows) -> list[tuple[str, str]]:
+    """(command, what it does) of what repeats the study; NAME.toml holds the settings below."""
+    name = shlex.quote(rows.name)
+    toml = shlex.quote(f"{rows.name}.toml")
+    result = [(f"hpsearch study --config {toml} --study {name}", "the search")]
+    for row in rows.finals:
+        seeds = f" --seeds {row.n_seeds}" if row.n_seeds > 1 else ""
+        result.append((f"hpsearch final --study {name} --trial {row.trial}{seeds}", "retraining and test"))
+    if rows.winner is not None:
+        params = rows.trial(rows.winner.number).params
+        pinned = "".join(f" --set {shlex.quote(f'{key}={_toml(value)}')}" for key, value in params.items())
+        result.append(
+            (
+                f"hpsearch train --config {toml}{pinned} --folds {rows.config.study.folds}",
+                "the best configuration alone",
+            )
+        )
+    return result
+
+
+def facts(repeat: Repeat) -> list[tuple[str, str]]:
+    """(name, value) of what the numbers depend on beside the settings."""
+    names = {"device_name": "processor", "platform": "operating system"}
+    machine = [(names.get(name, name), value) for name, value in repeat.machine.items()]
+    folds = [("folds", f"{repeat.folds_method}, SHA-256 {repeat.folds_digest}"), ("data key", repeat.data_key)]
+    return [*folds, *machine]
+
+
+def stopped_at(row: TrialRow, n_folds: int) -> str:
+    """Where a trial ended: `fold 1, epoch 3 of 10`; folds count from 0, as in the record."""
+    if row.dropped_at is not None:
+        return f"fold {row.dropped_at[0]}, epoch {row.dropped_at[1]} of {row.n_epochs}"
+    if row.n_finished == n_folds:
+        return "all folds"
+    reached = [fold for fold, epochs in enumerate(row.epochs) if epochs]
+    if not reached:
+        return "before the first epoch"
+    return f"fold {reached[-1]}, epoch {row.epochs[reached[-1]]} of {row.n_epochs}"
+
+
+def interval(value: Interval | Paired, *, signed: bool = False) -> str:
+    """`0.8503 [0.8401, 0.8605]`."""
+    mean = value.difference if isinstance(value, Paired) else value.mean
+    numbers = [f"{number:+.4f}" if signed else f"{number:.4f}" for number in (mean, value.low, value.high)]
+    # A typographic minus is as wide as a plus.
+    return f"{numbers[0]} [{numbers[1]}, {numbers[2]}]".replace("-", "\N{MINUS SIGN}")
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `12 min`, `3.4 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _chosen(rows: StudyRows, winner: Winner) -> str:
+    corrected = winner.corrected
+    text = f"Its plain cross-validation mean is {interval(winner.statistics.total)}"
+    if rows.config.study.folds == "fixed":
+        text = f"Its plain mean on the {rows.n_images} validation images is {interval(winner.statistics.total)}"
+    if corrected.method == "single":
+        return f"{text}. {_CORRECTION['single']}"
+    difference = corrected.naive - corrected.mean
+    return (
+        f"{text}; having been picked as the best of many makes that {abs(difference):.4f} too "
+        f"{'high' if difference >= 0 else 'low'}, as far as can be told. {_CORRECTION[corrected.method]}"
+    )
+
+
+def _gain(winner: Winner) -> str:
+    if winner.gain is None:
+        if winner.number == 0:
+            return "It is trial 0, the default configuration: nothing better was found so far."
+        return "The default configuration (trial 0) was not evaluated fully, so the gain over it is not known."
+    is_sure = winner.gain.low > 0
+    return (
+        f"Against the default configuration (trial 0) it gains {interval(winner.gain, signed=True)} on the same "
+        f"images (paired, p = {winner.gain.p:.2g}): "
+        + (
+            "more than chance explains."
+            if is_sure
+            else "no more than chance may give, so the default may do as well."
+        )
+    )
+
+
+def _tied(rows: StudyRows, winner: Winner) -> str:
+    others = [number for number in winner.tied if number != winner.number]
+    if not others:
+        return "No other configuration can be taken for the best: it stands alone."
+    listed = ", ".join(map(str, others[:10])) + (f" and {len(others) - 10} more" if len(others) > 10 else "")
+    text = (
+        f"{len(winner.tied)} of {len(rows.full)} configurations cannot be told from the best with 95 % confidence: "
+        f"beside trial {winner.number} {'this is trial' if len(others) == 1 else 'these are trials'} {listed}."
+    )
+    if winner.cheapest == winner.number:
+        return f"{text} Trial {winner.number} is also the cheapest of them."
+    share = rows.trial(winner.cheapest).seconds / rows.trial(winner.number).seconds
+    return f"{text} The cheapest of them is trial {winner.cheapest}, which took {share:.0%} of the best one's time."
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, tuple | list):
+        return json.dumps(list(value))
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
