@@ -1,23 +1,29 @@
 """What racing saves and what it loses: replays whole studies, trial by trial, through the real code of every rule.
 
-    python benchmarks/racing.py                             recorded study and generated ones
-    python benchmarks/racing.py --study OUT/studies/NAME    also a study recorded by `hpsearch study --pruner none`
+    python benchmarks/racing.py                            recorded study and generated ones, about 15 minutes
+    python benchmarks/racing.py --quick                    the same with a tenth of the replays
+    python benchmarks/racing.py --study OUT/studies/NAME   also a study recorded by `hpsearch study --pruner none`
 
-A study that was run without any pruning knows every score of every trial after every epoch. So any rule can be tried
-on it in any order of the trials: the rule sees what it would have seen, and what it stops is not spent. Printed for
-each rule, as means over orders (recorded) or studies (generated):
+A study that was run without pruning knows the scores of every trial after every epoch, so any rule can be tried on it,
+in any order of the trials: the rule sees what it would have seen, and what it stops is not spent.
 
-    spent     share of the fold-epochs of the whole study
-    regret    value of the best trial less that of the chosen one; both values are means over all folds
-    lost      share of replays that did not choose the best trial
-    full      trials evaluated on all folds
+Generated studies follow a per-image model: y[c, i] = m[c] + a[i] + b[c, i] + r[c, fold(i)], with the spread (sd) of m
+and the run-to-run noise (sd of r) as printed, sd 0.13 of a and 0.07 of b. Their curves are made to mislead: they rise
+fast or slowly, unrelated to where they end, and a fifth lies flat at first (`learning_curves`). They tell how often a
+trial is dropped that is truly better than the incumbent.
 
-Generated studies follow a per-image model: y[c, i] = m[c] + a[i] + b[c, i] + r[c, fold(i)], with the spread of the
-configurations and the run-to-run noise of a fold as printed, sd of a 0.13 and of b 0.07, and 1550 images. Curves over
-epochs rise fast or slowly, unrelated to their end; a fifth lies flat at first; scores jump while the learning rate is
-high (`learning_curves`). They also tell how often a trial is dropped that is truly better than the incumbent.
+The columns:
 
-The Wilcoxon rules take Optuna seconds a replay, so they see fewer replays: the column says how many.
+    spent        share of the fold-epochs of the whole study
+    regret       value of the best trial less that of the chosen one, both over all folds
+    lost         share of replays that did not choose the best trial
+    full         trials evaluated on all folds
+    race         what racing spends where, on the same replays, its p is set so that it has no more regret
+    better       share of trials that are truly better than the incumbent they met, by 0.003 or more
+    wrong        share of all trials that are so and are dropped
+    of better    the same as a share of the better ones
+    in vain      share of all trials that are so, are dropped, and would have won over all folds
+    true regret  truth of the truly best trial less that of the chosen one, and (none) the same without pruning
 """
 
 from __future__ import annotations
@@ -25,7 +31,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,6 +47,19 @@ from hpsearch.tuning.record import StudyRecord
 
 BETTER = 0.003
 """A trial is truly better than the incumbent if it is so by this much."""
+MODELS = [(spread, noise) for spread in (0.03, 0.01, 0.005) for noise in (0.003, 0.006, 0.012)]
+ALPHAS = (0.005, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4)
+OTHER_SHAPES: dict[str, dict[str, float]] = {
+    "2 folds": {"n_folds": 2},
+    "3 folds": {"n_folds": 3},
+    "10 folds": {"n_folds": 10},
+    "20 epochs": {"n_epochs": 20},
+    "2 epochs": {"n_epochs": 2},
+    "20 images": {"n_images": 20},
+    "100 images": {"n_images": 100},
+    "all equal": {"spread": 0.0},
+}
+"""What differs from the model with spread 0.01 and noise 0.006."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +81,12 @@ class Tally:
     spent: list[float] = field(default_factory=list)
     regret: list[float] = field(default_factory=list)
     true_regret: list[float] = field(default_factory=list)
-    """Truth of the truly best trial less that of the chosen one."""
-    full: list[int] = field(default_factory=list)
-    judged: int = 0
+    n_full: list[int] = field(default_factory=list)
+    n_judged: int = 0
     """Trials that met an incumbent."""
-    better: int = 0
-    """Those that were truly better than it by BETTER."""
-    dropped_better: int = 0
-    """Those of them that were dropped."""
-    costly: int = 0
-    """Those of them whose mean over all folds would have beaten the incumbent's."""
+    n_better: int = 0
+    n_wrong: int = 0
+    n_in_vain: int = 0
 
 
 def replay(study: Study, order: Sequence[int], pruner: Pruner, tally: Tally) -> None:
@@ -93,51 +108,82 @@ def replay(study: Study, order: Sequence[int], pruner: Pruner, tally: Tally) -> 
                 break
         ended.append(candidate)
         if incumbent is not None and study.truth is not None:
-            better = study.truth[index] >= study.truth[incumbent] + BETTER
-            tally.judged += 1
-            tally.better += bool(better)
-            tally.dropped_better += bool(better and dropped)
-            tally.costly += bool(better and dropped and values[index] > values[incumbent])
+            better = bool(study.truth[index] >= study.truth[incumbent] + BETTER)
+            tally.n_judged += 1
+            tally.n_better += better
+            tally.n_wrong += better and dropped
+            tally.n_in_vain += better and dropped and values[index] > values[incumbent]
         if not dropped and (incumbent is None or values[index] > values[incumbent]):
             incumbent = index
-    assert incumbent is not None, "the first trial meets no full trial, so every rule lets it end"
+    assert incumbent is not None, "the first trial meets no other, so every rule lets it end"
     tally.spent.append(spent / sum(k * trial.n_epochs for trial in study.trials))
     tally.regret.append(max(values) - values[incumbent])
-    tally.full.append(sum(trial.is_full(k) for trial in ended))
+    tally.n_full.append(sum(trial.is_full(k) for trial in ended))
     if study.truth is not None:
         tally.true_regret.append(float(study.truth.max() - study.truth[incumbent]))
 
 
 def rules(n_epochs: int) -> dict[str, tuple[Callable[[], Pruner], float]]:
-    """Name to a fresh rule, and the share of replays that it is given."""
+    """Name to a fresh rule, and the share of the replays that it is given: some take Optuna seconds each."""
     return {
         "none": (NoPruner, 1),
         "race": (Race, 1),
-        "race with p < 0.1": (lambda: Race(0.1), 1),
-        "race with p < 0.3": (lambda: Race(0.3), 1),
-        "Median, epochs": (lambda: OptunaPruner(MedianPruner, epochs_of_first_fold), 1),
+        "Median, epochs of fold 0": (lambda: OptunaPruner(MedianPruner, epochs_of_first_fold), 1),
         "SuccessiveHalving, epochs": (lambda: OptunaPruner(SuccessiveHalvingPruner, epochs_of_first_fold), 1),
         "Hyperband, epochs": (
             lambda: OptunaPruner(lambda: HyperbandPruner(max_resource=n_epochs), epochs_of_first_fold),
             1,
         ),
         "Wilcoxon, folds": (lambda: OptunaPruner(WilcoxonPruner, fold_means), 0.2),
-        "Wilcoxon, images": (lambda: OptunaPruner(WilcoxonPruner, images), 0.1),
+        "Wilcoxon, images": (lambda: OptunaPruner(WilcoxonPruner, images), 0.2),
     }
 
 
-def compare_rules(studies: Callable[[int], Study], n: int, n_epochs: int, only: Sequence[str]) -> dict[str, Tally]:
-    """Replay n studies in an order of their own under every rule; rule i of replay j sees the same as all others."""
-    tallies = {}
-    for name, (fresh, share) in rules(n_epochs).items():
-        if only and name not in only:
-            continue
-        tallies[name] = Tally()
-        for index in range(max(1, round(n * share))):
-            study = studies(index)
-            order = np.random.default_rng([1, index]).permutation(len(study.trials))
-            replay(study, order.tolist(), fresh(), tallies[name])
-    return tallies
+def compare_rules(make: Callable[[int], Study], n: int) -> None:
+    """Replay studies 0 to n - 1 under every rule, each in an order of its own that is the same for all; print."""
+    studies = [make(index) for index in range(n)]
+    orders = [np.random.default_rng([1, index]).permutation(len(study.trials)) for index, study in enumerate(studies)]
+
+    def tally(fresh: Callable[[], Pruner], share: float) -> Tally:
+        result = Tally()
+        for study, order in list(zip(studies, orders, strict=True))[: max(1, round(n * share))]:
+            replay(study, order.tolist(), fresh(), result)
+        return result
+
+    frontier = {alpha: tally(lambda alpha=alpha: Race(alpha), 1) for alpha in ALPHAS}  # type: ignore[misc]
+    print(f"{'rule':26s} replays   spent   regret    lost  full   race")
+    for name, (fresh, share) in rules(studies[0].trials[0].n_epochs).items():
+        found = tally(fresh, share)
+        m = len(found.spent)
+        regret = float(np.mean(found.regret))
+        line = f"{name:26s} {m:7d} {np.mean(found.spent):7.1%}  {regret:.5f}"
+        line += f"  {np.mean(np.array(found.regret) > 0):6.1%}  {np.mean(found.n_full):4.1f}"
+        as_good = [
+            (float(np.mean(race.spent[:m])), alpha)
+            for alpha, race in frontier.items()
+            if np.mean(race.regret[:m]) <= regret
+        ]
+        if name not in ("none", "race"):
+            line += f"   {min(as_good)[0]:.1%} at p < {min(as_good)[1]}" if as_good else "   -"
+        print(line, flush=True)
+
+
+def count_wrong(name: str, studies: Iterable[Study]) -> Tally:
+    """Race these studies, each in the order of its numbers; print how often a better trial was dropped."""
+    tally, unpruned = Tally(), []
+    for study in studies:
+        replay(study, range(len(study.trials)), Race(), tally)
+        assert study.truth is not None
+        chosen = max(study.trials, key=lambda trial: trial.value).number
+        unpruned.append(study.truth.max() - study.truth[chosen])
+    print(
+        f"{name:28s} {len(tally.spent):6d} {np.mean(tally.spent):7.1%} {tally.n_better / tally.n_judged:7.1%} "
+        f"{tally.n_wrong / tally.n_judged:7.2%} {tally.n_wrong / max(1, tally.n_better):9.1%} "
+        f"{tally.n_in_vain / tally.n_judged:8.2%}  {np.mean(tally.regret):.5f} {np.mean(tally.true_regret):11.5f}"
+        f" ({np.mean(unpruned):.5f})",
+        flush=True,
+    )
+    return tally
 
 
 def recorded(path: Path) -> Study:
@@ -212,3 +258,48 @@ def _study(name: str, scores: NDArray[np.float32], truth: NDArray[np.float64] | 
         for number in range(n_trials)
     )
     return Study(name, trials, folds, truth)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recorded", type=Path, help="archive with the scores of a study: trial, fold, epoch, image")
+    parser.add_argument("--study", type=Path, action="append", default=[], help="folder of a study without pruning")
+    parser.add_argument("--orders", type=int, default=200, help="replays of a recorded study")
+    parser.add_argument("--generated", type=int, default=30, help="generated studies of each kind, for every rule")
+    parser.add_argument("--seeds", type=int, default=1000, help="generated studies in all, for wrong drops")
+    parser.add_argument("--quick", action="store_true", help="a tenth of all replays")
+    options = parser.parse_args()
+    part = 0.1 if options.quick else 1
+    n_orders, n_generated, n_seeds = (
+        max(2, round(part * n)) for n in (options.orders, options.generated, options.seeds)
+    )
+    began = time.monotonic()
+    path = options.recorded
+    if path is None and (root := os.environ.get("HPSEARCH_ISIC_ROOT")):
+        path = Path(root).parent / "recorded-study.npz"
+    for study in [*([recorded(path)] if path else []), *map(from_folder, options.study)]:
+        print(f"\n{study.name}: {len(study.trials)} trials, {n_orders} orders")
+        compare_rules(lambda index, study=study: study, n_orders)  # type: ignore[misc]
+    for spread, noise in MODELS:
+        print(f"\ngenerated: spread {spread:g}, noise {noise:g}, {n_generated} studies")
+        compare_rules(lambda i, s=spread, r=noise: generated([2, i], spread=s, noise=r), n_generated)  # type: ignore[misc]
+    print(
+        f"\n{'race on generated studies':28s} studies  spent  better   wrong of better  in vain   regret  true regret (none)"
+    )
+    tallies = []
+    for place, (spread, noise) in enumerate(MODELS):
+        numbers = range(place, n_seeds, len(MODELS))
+        studies = (generated([3, i], spread=spread, noise=noise) for i in numbers)
+        tallies.append(count_wrong(f"spread {spread:g}, noise {noise:g}", studies))
+    n_wrong, n_judged = sum(tally.n_wrong for tally in tallies), sum(tally.n_judged for tally in tallies)
+    regret = np.mean([value for tally in tallies for value in tally.regret])
+    print(f"over all {n_seeds}: wrong {n_wrong / n_judged:.2%} of {n_judged} trials, mean regret {regret:.5f}")
+    for name, shape in OTHER_SHAPES.items():
+        count_wrong(
+            name, (generated([4, i], **{"spread": 0.01, "noise": 0.006, **shape}) for i in range(n_generated))
+        )
+    print(f"\n{time.monotonic() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

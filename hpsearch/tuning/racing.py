@@ -1,43 +1,45 @@
 """Decides from the scores on record whether a trial can still win: the racing rule.
 
-After every epoch one question is asked: is it plausible that the candidate is as good as the incumbent, the best
-*full* trial? If not (one-sided p < 0.02), the candidate is dropped. In the notation below y[c, i] is the score of
-image i from the fold model of trial c that had not seen it.
+One question is asked: is it plausible that the candidate is as good as the incumbent, the best *full* trial? If not,
+at a one-sided p below 0.02, the candidate is dropped. y[c, i] is the score of image i from the fold model of trial c
+that had not seen it.
 
-**What is compared.** Images differ far more than configurations do, and folds have luck of their own, so the
-candidate is compared on the images it was scored on with what a trial as good as the incumbent would score there:
+**What is compared.** Images differ far more than configurations do, and folds have luck of their own. So the
+candidate is compared, on the very images it was scored on, with what a trial as good as the incumbent would score:
 
-    u[i] = value of the incumbent + mean over near trials j of (y[j, i] - value of j),       d[i] = u[i] - y[c, i]
+    u[i] = value of the incumbent + mean over near trials j of (y[j, i] - value of j)
+    d[i] = u[i] - y[c, i]
 
 where the near trials are the J full ones within 0.05 of the incumbent, itself included. With J = 1, u is just the
 incumbent's scores and d the paired difference; each further trial tells more about how hard image i and its fold are.
 
-**How uncertain mean d is.** With k of K folds seen, and n images in them:
+**How uncertain mean d is.** With k of K folds and in them n of N images seen:
 
-    SE^2 = var(d) / n + s^2 (1/k + 1/K + (1/k - 1/K) / J)
+    SE^2 = g^2 (1/n + 1/N + (1/n - 1/N) / J) + s^2 (1/k + 1/K + (1/k - 1/K) / J),      g^2 = var(d) J / (J + 1)
 
-The first term is the images' part. In the second, s is the standard deviation of a fold's mean when the same fit is
-run again (initialisation, order of batches), which no number of images averages away: 1/k is the candidate's own
-luck, 1/K the incumbent's over all its folds, and the last that of the near trials in the folds seen. With J = 1 it is
-2 s^2 / k. Leaving it out drops ten times as many trials that are truly better.
+The first term is the images' part: g is how far a trial's score of an image strays from what trial and image explain.
+In the second, s is the standard deviation of a fold's mean when the same fit is run again (initialisation, order of
+batches), which no number of images averages away. In both, the first summand is the candidate's own luck, the second
+the incumbent's over all folds, the last that of the near trials in the folds seen. With J = 1 this is the paired
+test's var(d) / n + 2 s^2 / k.
 
 **How s is known.** It is what remains of the near trials' fold means after trial and fold effects, less the images'
-part; at first there are too few trials to tell, so the estimate starts from a guess of 0.006 that weighs as much as 4
-degrees of freedom (90 % of such guesses lie between 0.004 and 0.014). Only near trials count: a collapsed
+part. At first there are too few trials to tell, so the estimate starts from a guess of 0.006 that weighs as much as 4
+degrees of freedom (nine in ten such guesses lie between 0.004 and 0.014). Only near trials count: a collapsed
 configuration has a run-to-run spread of its own, many times larger. mean d / SE is referred to Student's t with
 Satterthwaite's degrees of freedom, so that knowing s badly makes the rule cautious, not bold.
 
-**Inside a fold** the score after the last epoch is not known, but how far it may still rise is limited. With w the
-share of the schedule's summed learning rate that is spent, the candidate is given the better of two continuations:
+**Inside the first fold** the score after the last epoch is not known, but how far it may still rise is limited. With
+w the share of the schedule's summed learning rate that is spent, the candidate is given the better of two
+continuations from its best epoch so far (scores jump about while the learning rate is high):
 
-- *It goes on as slowly as any trial has*: a curve that rises ever less per unit of learning rate ends at y / w at
-  most; and if some near trial once stood at a smaller share q < w of its final score at this epoch, at y / q.
-- *It has not begun yet*: some curves lie flat, then jump. From now on it rises as fast as any near trial rose from
-  the start, with the learning rate that is left.
+- *It is slow.* A curve that rises ever less per unit of learning rate ends at y / w at most. If near trials had
+  reached a share of their final scores at this epoch that is smaller yet, the smallest such share replaces w.
+- *It is late.* Some curves lie flat, then jump. At best it rises from now on as the fastest near trial did from the
+  start, with the learning rate that is left.
 
-y is its best epoch so far, because scores jump about while the learning rate is high. Since both are more than can be
-expected, a fold in progress counts as a seen one, and the same test is made. A trial is thus never dropped for being
-slow, only for being too late.
+Then the same test is made as if the fold were finished, at a tenth of the p, because it is made after every epoch and
+the limits are not laws. A trial is thus never dropped for being slow, only for being too late.
 """
 
 from __future__ import annotations
@@ -56,6 +58,8 @@ from hpsearch.data.folds import Folds
 
 ALPHA = 0.02
 """A trial is dropped at a one-sided p below this."""
+INSIDE = 0.1
+"""Part of it that counts inside the first fold."""
 NEAR = 0.05
 """Full trials whose value is within this of the incumbent's tell what its kind scores."""
 S_GUESS, S_GUESS_DF = 0.006, 4.0
@@ -151,7 +155,8 @@ class Race:
             return None
         where = f"at epoch {epoch} of fold {fold}, if it went on at its best" if is_inside else f"after fold {fold}"
         reason = f"{where}: {found.d:.4f} ± {found.se:.4f} behind trial {found.against}, p = {found.p:.2g}"
-        return Verdict(drop=found.p < self.alpha, fold=fold, epoch=epoch, reason=reason, **found._asdict())
+        drop = found.p < self.alpha * (INSIDE if is_inside else 1)
+        return Verdict(drop=drop, fold=fold, epoch=epoch, reason=reason, **found._asdict())
 
 
 class Comparison(NamedTuple):
@@ -185,9 +190,10 @@ def compare(candidate: TrialScores, others: Sequence[TrialScores], n_folds: int)
     d = expected - at_best
     if d.size < 2 or not np.isfinite(d).all():
         return None
-    k, n_near = len(seen), len(yardstick.near)
-    images = float(d.var(ddof=1)) / d.size
-    runs = yardstick.s**2 * (1 / k + 1 / n_folds + (1 / k - 1 / n_folds) / n_near)
+    n_near = len(yardstick.near)
+    stray = float(d.var(ddof=1)) * n_near / (n_near + 1)
+    images = stray * _luck(d.size, sum(scores.size for scores in yardstick.scores.values()), n_near)
+    runs = yardstick.s**2 * _luck(len(seen), n_folds, n_near)
     se = math.sqrt(images + runs)
     df = (images + runs) ** 2 / (images**2 / (d.size - 1) + runs**2 / yardstick.s_df)
     return Comparison(
@@ -198,6 +204,11 @@ def compare(candidate: TrialScores, others: Sequence[TrialScores], n_folds: int)
         p=float(stdtr(df, -d.mean() / se)),
         against=yardstick.incumbent.number,
     )
+
+
+def _luck(seen: int, whole: int, n_near: int) -> float:
+    """Variance of mean d in units of one fold's, or image's, when this many are seen of the whole."""
+    return 1 / seen + 1 / whole + (1 / seen - 1 / whole) / n_near
 
 
 class Yardstick(NamedTuple):
@@ -266,21 +277,23 @@ def _continuations(candidate: TrialScores, fold: int, yardstick: Yardstick) -> t
     slowest = min([spent, *then])
     if slowest <= 0:
         return np.full_like(now, np.inf), now
-    slow = now / slowest
-    late = yardstick.scores[fold] * max(
-        _shares_of_final(yardstick.near, lambda trial: _epochs_to_spend(trial, 1 - spent))
-    )
+    fastest = max(_shares_of_final(yardstick.near, lambda trial: _epochs_to_spend(trial, 1 - spent)))
+    slow, late = now / slowest, yardstick.scores[fold] * fastest
     return max(slow, late, key=np.mean), now / (float(np.median(then)) if then else spent)
 
 
 def _shares_of_final(near: Sequence[TrialScores], epochs: Callable[[TrialScores], int]) -> list[float]:
-    """What share of its final score the best of so many epochs had reached, for each fold of the near trials."""
-    return [
-        float(curve[: epochs(trial)].max() / curve[-1])
-        for trial in near
-        for curve in trial.curves.values()
-        if epochs(trial) and curve[-1] > 0
-    ]
+    """What share of its final score each near trial had reached at the best of so many epochs, its folds' mean.
+
+    Without the trials for which that is no epoch at all.
+    """
+    shares = []
+    for trial in near:
+        if n_epochs := epochs(trial):
+            finals = [curve[-1] for curve in trial.curves.values()]
+            bests = [curve[:n_epochs].max() for curve in trial.curves.values()]
+            shares.append(float(np.sum(bests) / np.sum(finals)) if np.sum(finals) > 0 else 1.0)
+    return shares
 
 
 def _epochs_to_spend(trial: TrialScores, spent: float) -> int:
