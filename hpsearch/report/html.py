@@ -55,11 +55,13 @@ figure { margin: 18px 0 8px; break-inside: avoid; }
 figure img { display: block; max-width: 100%; height: auto; }
 figcaption { font-size: 14px; max-width: 88ch; margin-top: 6px; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 13.5px; margin: 14px 0; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; font-size: 13px; margin: 14px 0; font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-size: 14px; padding-bottom: 6px; max-width: 88ch; }
-th, td { padding: 4px 12px 4px 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
-thead th { border-bottom: 1.5px solid var(--ink); vertical-align: bottom; white-space: nowrap; }
-td.n, th.n { text-align: right; white-space: nowrap; }
+th, td { padding: 4px 10px 4px 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
+td { white-space: nowrap; }
+td.long { white-space: normal; overflow-wrap: anywhere; }
+thead th { border-bottom: 1.5px solid var(--ink); vertical-align: bottom; }
+td.n, th.n { text-align: right; }
 tbody th { font-weight: 600; }
 tr.tied { background: var(--wash); }
 pre { background: #f6f6f6; border: 1px solid var(--line); padding: 12px 14px; }
@@ -280,7 +282,9 @@ def _cards(rows: StudyRows, winner: Winner) -> Iterator[str]:
     else:
         low, high = winner.predicted.low, winner.predicted.high
         yield _card(
-            "Predicted test mean", f"{low:.3f} to {high:.3f}", f"95 % for {winner.n_predicted} images; not yet run"
+            "Predicted test mean",
+            f"{low:.3f}\N{EN DASH}{high:.3f}",
+            f"95 % for {winner.n_predicted} images; not yet run",
         )
     if winner.gain is not None:
         gain = winner.gain
@@ -310,15 +314,21 @@ def _ranking(rows: StudyRows, pictures: Mapping[str, Picture]) -> Iterator[str]:
         "set uses the pairs.",
     )
     names = [name for name, _ in rows.config.search]
-    head = ["rank", "trial", "", *(name.partition(".")[2] for name in names), "mean", "95 % interval"]
+    head = [
+        "rank",
+        "trial",
+        "",
+        *(name.partition(".")[2].replace("_", " ") for name in names),
+        "mean",
+        "95 % interval",
+    ]
     head += ["sd of folds", "over folds (t)", "time"]
     lines = []
-    for rank, row in enumerate(full, start=1):
+    for row in full:
         assert row.statistics is not None
         folds = row.statistics.folds
         lines.append(
             [
-                str(rank),
                 str(row.number),
                 _standing(row, winner),
                 *(show_value(row.params[name]) for name in names),
@@ -336,13 +346,12 @@ def _ranking(rows: StudyRows, pictures: Mapping[str, Picture]) -> Iterator[str]:
         head,
         lines,
         shaded=[row.number in winner.tied for row in full],
-        heads=2,
     )
 
 
 def _standing(row: TrialRow, winner: Winner) -> str:
     if row.number == winner.number:
-        return "best, cheapest tied" if row.number == winner.cheapest and len(winner.tied) > 1 else "best"
+        return "best, cheapest" if row.number == winner.cheapest and len(winner.tied) > 1 else "best"
     if row.number == winner.cheapest:
         return "tied, cheapest"
     return "tied" if row.number in winner.tied else ""
@@ -460,15 +469,16 @@ def _test(rows: StudyRows, pictures: Mapping[str, Picture]) -> Iterator[str]:
     is_sample = rows.config.data.root == "sample" and not rows.config.data.images
     for final in rows.finals:
         yield f"<h3>Trial {final.trial}, {_time(final.ended_at)}</h3>"
-        yield from _paragraphs(words.final(final, rows.metric))
+        if rows.winner is None or final is not _final_of(rows, rows.winner.number):
+            yield from _paragraphs(words.final(final, rows.metric))
         size = f"{rows.config.eval_size[0]}x{rows.config.eval_size[1]}"
         head = ["score", f"cross-validation, {rows.n_images} images", f"test, {final.n_test} images"]
         lines = []
         for name, value in final.test.items():
-            promised = interval(final.cv) if name == rows.metric else ""
             published = ["" if number is None else f"{number:.3f}" for number in PUBLISHED.get(name, (None,) * 3)]
-            lines.append([SCORES.get(name, name), promised, interval(value), *([] if is_sample else published)])
-        text = f"Means over images at {size} pixels, with 95 % intervals over images."
+            cells = [SCORES.get(name, name), interval(final.cv[name]), interval(value)]
+            lines.append([*cells, *([] if is_sample else published)])
+        text = f"Means over images at {size} pixels, with 95 % intervals that hold the luck of the images alone."
         if not is_sample:
             head += ["challenge, 1st", "2nd", "3rd"]
             text += (
@@ -514,7 +524,6 @@ def _table(
     lines: Sequence[Sequence[str]],
     *,
     shaded: Sequence[bool] = (),
-    heads: int = 1,
 ) -> str:
     """A table of texts. The first `heads` cells of a line are its headings; columns of numbers are set to the "
     "right."""
@@ -527,7 +536,7 @@ def _table(
     body = []
     for number, line in enumerate(lines):
         cells = "".join(
-            f'<th scope="row"{end}>{escape(cell)}</th>' if column < heads else f"<td{end}>{escape(cell)}</td>"
+            f"<td{end or _long(cell)}>{escape(cell)}</td>" if column else f'<th scope="row"{end}>{escape(cell)}</th>'
             for column, (cell, end) in enumerate(zip(line, ends, strict=True))
         )
         opening = '<tr class="tied">' if shaded and shaded[number] else "<tr>"
@@ -537,6 +546,11 @@ def _table(
         + "\n".join(body)
         + "\n</tbody>\n</table>\n</div>\n"
     )
+
+
+def _long(cell: str) -> str:
+    """Only sentences may be broken into lines."""
+    return ' class="long"' if len(cell) > 32 else ""
 
 
 def _is_number(text: str) -> bool:

@@ -21,6 +21,7 @@ from hpsearch.report.statistics import (
     Paired,
     StudyScores,
     TrialStatistics,
+    bootstrap_mean,
     cheapest,
     compare_trials,
     corrected_estimate,
@@ -28,6 +29,7 @@ from hpsearch.report.statistics import (
     tied_with_best,
     trial_statistics,
 )
+from hpsearch.training.metrics import SCORES, PixelCounts
 from hpsearch.tuning import lock
 from hpsearch.tuning.config import Choice, Range
 from hpsearch.tuning.importance import importances
@@ -101,9 +103,10 @@ class FinalRow:
     n_test: int
     n_seeds: int
     ended_at: float
-    cv: Interval
+    cv: dict[str, Interval]
+    """Score by name, out of fold: mean over images with the interval that the images' luck gives."""
     test: dict[str, Interval]
-    """Score by name, at the size of training."""
+    """The same on the test images, at the same size."""
     predicted: Interval | None
     """What the search promised for it; None if it is not the winner."""
     scores: Floats
@@ -347,12 +350,19 @@ def _final_row(
         n_test=result["n_test"],
         n_seeds=result["n_seeds"],
         ended_at=result["ended_at"],
-        cv=Interval(**result["cv"]),
-        test={score: Interval(**interval) for score, interval in result["test"].items()},
+        cv={score: bootstrap_mean(values) for score, values in _out_of_fold(record, result["trial"]).items()},
+        test={score: Interval(**result["test"][score]) for score in SCORES},
         predicted=predicted,
         scores=_test_scores(record, name),
         n_trials_after=sum(trial.began_at > result["ended_at"] for trial in trials),
     )
+
+
+def _out_of_fold(record: StudyRecord, number: int) -> dict[str, Floats]:
+    """Every score of every image that was held out, by the score's name, in the order of the folds."""
+    columns = np.concatenate([record.fit(number, fold).counts() for fold in range(record.n_folds)])
+    counts = PixelCounts.from_columns(columns)
+    return {name: np.asarray(score(counts), np.float64) for name, score in SCORES.items()}
 
 
 def _test_scores(record: StudyRecord, name: str) -> Floats:

@@ -55,13 +55,19 @@ def draw_ranking(full: Sequence[TrialRow], tied: Sequence[int], cheapest: int, *
     """Mean and 95 % interval of the best full trials, best first; those tied with the best in colour."""
     rows = list(full[:MAX_RANKED])
     figure, axis = _single(9.0, 1.0 + 0.26 * len(rows), left=1.1, bottom=0.9, top=0.1)
-    for row, trial in enumerate(rows):
-        assert trial.statistics is not None
-        interval, color = trial.statistics.total, TRAIN if trial.number in tied else PALE
-        axis.plot([interval.low, interval.high], [row, row], color=color, lw=1.6)
-        axis.plot([interval.mean], [row], "D" if trial.number == cheapest else "o", color=color, ms=6)
+    intervals = [trial.statistics.total for trial in rows if trial.statistics is not None]
+    floor = _floor([interval.mean for interval in intervals])
+    left = min(interval.low for interval in intervals if interval.mean >= floor)
+    for row, (trial, interval) in enumerate(zip(rows, intervals, strict=True)):
+        color = TRAIN if trial.number in tied else PALE
         name = f"trial {trial.number}"
         _label(axis, name, 0, row, -8, 0, ha="right", va="center", xycoords=axis.get_yaxis_transform(), size=9)
+        if interval.mean < floor:
+            axis.plot([left], [row], "<", color=color, ms=6)
+            _label(axis, f"{interval.mean:.4f}", left, row, 8, 0, va="center", size=8.5)
+            continue
+        axis.plot([interval.low, interval.high], [row, row], color=color, lw=1.6)
+        axis.plot([interval.mean], [row], "D" if trial.number == cheapest else "o", color=color, ms=6)
     axis.set_ylim(len(rows) - 0.4, -0.6)
     _no_y(axis)
     _x_label(axis, f"{NAMES[metric]} out of fold, 95 % interval")
@@ -185,7 +191,9 @@ def draw_parallel(
     for x, (name, dimension) in enumerate(dimensions.items()):
         _label(axis, name, x, 0, 0, -10, ha="center", va="top", size=9)
         for value in _ticks(dimension):
-            _label(axis, show_value(value), x, position(dimension, value), 4, 0, va="center", size=8, color="#444444")
+            place = position(dimension, value)
+            box = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.8}
+            _label(axis, show_value(value), x, place, 5, 0, va="center", size=8, bbox=box, zorder=5)
     _label(axis, NAMES[metric], last, 0, 0, -10, ha="center", va="top", size=9, weight="bold")
     for share in (0.0, 0.5, 1.0):
         _label(axis, f"{floor + share * span:.3f}", last, share, 6, 0, va="center", size=8, color="#444444")
@@ -214,7 +222,6 @@ def draw_costs(full: Sequence[TrialRow], best: int | None, *, metric: str) -> Fi
     ]
     for axis, (name, column) in zip(axes.flat, costs, strict=True):
         _plain(axis)
-        axis.set_xscale("log")
         kept = [(cost, trial) for cost, trial in zip(column, full, strict=True) if cost]
         for cost, trial in kept:
             _point(axis, cost, trial.value or 0.0, floor, trial.outcome, size=5)
@@ -234,9 +241,7 @@ def draw_costs(full: Sequence[TrialRow], best: int | None, *, metric: str) -> Fi
                 ha="center",
                 size=8,
             )
-        axis.xaxis.set_major_formatter(_short_number)
-        axis.xaxis.set_minor_formatter(_short_number if _is_narrow([cost for cost, _ in kept]) else "")
-        axis.tick_params(which="both", labelsize=8)
+        _scale_costs(axis, [cost for cost, _ in kept])
         _x_label(axis, name)
     _set_floor(axes.flat[0], floor)
     _y_label(axes.flat[0], NAMES[metric])
@@ -281,8 +286,8 @@ def _floor(values: Sequence[float]) -> float:
     """The lowest value that a plot shows in its place: a few collapsed trials must not flatten all others."""
     if not values:
         return 0.0
-    low, quarter, high = min(values), float(np.quantile(values, 0.25)), max(values)
-    return max(low, quarter - 1.5 * (high - quarter)) if high > low else low - 0.01
+    low, upper, high = min(values), float(np.quantile(values, 0.75)), max(values)
+    return max(low, high - 5 * (high - upper)) if high > upper else low - 0.01
 
 
 def _set_floor(axis: Axes, floor: float) -> None:
@@ -339,9 +344,24 @@ def _mebi(n_bytes: int | None) -> float | None:
     return None if n_bytes is None else n_bytes / 2**20
 
 
-def _is_narrow(values: Sequence[float]) -> bool:
-    """Whether a logarithmic axis over these would show no more than one power of ten."""
-    return bool(values) and max(values) / min(values) < 8
+def _scale_costs(axis: Axes, costs: Sequence[float]) -> None:
+    """A logarithmic axis around these, of a factor of two at least."""
+    if not costs:
+        return
+    low, high = min(costs), max(costs)
+    margin = max((high / low) ** 0.08, (2 * low / high) ** 0.5)
+    axis.set_xscale("log")
+    axis.set_xlim(low / margin, high * margin)
+    ticks = [digit * 10.0**power for power in range(-3, 16) for digit in (1, 2, 5)]
+    inside = [tick for tick in ticks if low / margin <= tick <= high * margin]
+    # Powers of ten where they are enough, else 1, 2 and 5 of each, else four places between the ends.
+    tens = [tick for tick in inside if f"{tick:e}".startswith("1.0")]
+    places = tens if len(tens) > 2 else inside
+    if len(places) < 2:
+        places = [float(f"{tick:.2g}") for tick in np.geomspace(low / margin, high * margin, 6)[1:-1]]
+    axis.set_xticks(places)
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter(_short_number)
 
 
 def _short_number(value: float, _: object = None) -> str:

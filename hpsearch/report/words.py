@@ -213,10 +213,13 @@ def _chosen(rows: StudyRows, winner: Winner) -> str:
     if corrected.method == "single":
         return f"{text}. {_CORRECTION['single']}"
     difference = corrected.naive - corrected.mean
-    return (
-        f"{text}; having been picked as the best of many makes that {abs(difference):.4f} too "
-        f"{'high' if difference >= 0 else 'low'}, as far as can be told. {_CORRECTION[corrected.method]}"
+    price = (
+        "having been picked as the best of many seems to have made no difference to that"
+        if abs(difference) < 0.00005
+        else f"having been picked as the best of many makes that {abs(difference):.4f} too "
+        f"{'high' if difference > 0 else 'low'}, as far as can be told"
     )
+    return f"{text}; {price}. {_CORRECTION[corrected.method]}"
 
 
 def _gain(winner: Winner) -> str:

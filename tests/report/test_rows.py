@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hpsearch.errors import RecordError
+from hpsearch.report.rows import N_TEST, describe_dimension, pareto_front, position, study_rows
+from hpsearch.tuning.config import Choice, Range
+from hpsearch.tuning.importance import MIN_TRIALS
+from tests.recorded import FakeStudy
+
+FIT_S = 1.75
+"""Training and evaluation of one epoch of the fake study."""
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> FakeStudy:
+    """Every outcome, an open trial, and one final."""
+    study = FakeStudy(tmp_path_factory.mktemp("rows"))
+    study.trial(**{"train.lr": 0.002})
+    study.trial(**{"train.lr": 0.05, "unet.depth": 4})
+    for outcome in ("dropped", "infeasible", "diverged", "failed"):
+        study.trial(outcome)
+    study.final(1)
+    study.epoch(study.begin(), 0)
+    return study
+
+
+def test_every_trial_becomes_a_row_with_what_it_cost(study: FakeStudy) -> None:
+    rows = study_rows(study.record)
+    outcomes = [row.outcome for row in rows.trials]
+    assert outcomes == ["full", "full", "dropped", "infeasible", "diverged", "failed", "open"]
+    assert rows.trials[1].seconds == pytest.approx(2 * 3 * FIT_S)
+    assert rows.trials[1].whole_s == pytest.approx(2 * 3 * FIT_S)
+    assert rows.trials[2].epochs == (1, 0)
+    assert rows.trials[2].seconds == pytest.approx(FIT_S)
+    assert rows.trials[2].whole_s == pytest.approx(6 * FIT_S)
+    assert rows.trials[3].whole_s is None
+    assert rows.trials[2].dropped_at == (0, 1)
+    assert rows.n_counted == 5
+    assert not rows.is_running
+
+
+def test_settings_that_a_trial_left_at_their_default_are_in_its_row(tmp_path: Path) -> None:
+    study = FakeStudy(tmp_path)
+    study.trial()
+    (row,) = study_rows(study.record).trials
+    assert row.params == {"unet.depth": 3, "unet.base_channels": 8, "train.lr": 0.05}
+
+
+def test_the_winner_is_the_best_full_trial_and_its_mean_is_the_one_on_record(study: FakeStudy) -> None:
+    winner = study_rows(study.record).winner
+    best = study.record.best()
+    assert winner is not None
+    assert best is not None
+    assert winner.number == best.number == 1
+    assert winner.statistics.mean == pytest.approx(study.record.value(1), abs=1e-9)
+    assert winner.corrected.naive == pytest.approx(study.record.value(1), abs=1e-9)
+    assert winner.gain is not None
+    assert winner.gain.difference == pytest.approx(study.record.value(1) - study.record.value(0), abs=1e-9)
+    assert winner.number in winner.tied
+    assert winner.cheapest in winner.tied
+
+
+def test_the_race_counts_full_and_dropped_trials_only(study: FakeStudy) -> None:
+    race = study_rows(study.record).race
+    assert race is not None
+    assert race.spent_s == pytest.approx((6 + 6 + 1) * FIT_S)
+    assert race.share == pytest.approx(13 / 18)
+
+
+def test_a_final_of_the_winner_comes_with_what_was_promised_for_so_many_images(study: FakeStudy) -> None:
+    rows = study_rows(study.record)
+    (final,) = rows.finals
+    assert rows.winner is not None
+    assert final.trial == rows.winner.number
+    assert final.predicted == rows.winner.predicted
+    assert rows.winner.n_predicted == final.n_test == len(final.scores) == 12
+    assert final.cv["dice"].mean == pytest.approx(study.record.value(1), abs=1e-6)
+    assert final.n_trials_after == 1
+
+
+def test_a_final_of_another_trial_was_promised_nothing(study: FakeStudy, tmp_path: Path) -> None:
+    study = FakeStudy(tmp_path)
+    study.trial(**{"train.lr": 0.002})
+    study.trial(**{"train.lr": 0.05, "unet.depth": 4})
+    study.final(0)
+    rows = study_rows(study.record)
+    assert rows.finals[0].predicted is None
+    assert rows.winner is not None
+    assert rows.winner.n_predicted == N_TEST
+
+
+def test_a_study_without_a_trial_and_one_without_a_full_trial_have_no_winner(tmp_path: Path) -> None:
+    study = FakeStudy(tmp_path)
+    rows = study_rows(study.record)
+    assert (rows.trials, rows.winner, rows.race, rows.updated_at) == ((), None, None, 0.0)
+    study.trial("diverged")
+    rows = study_rows(study.record)
+    assert (len(rows.trials), rows.winner, rows.race) == (1, None, None)
+
+
+def test_one_trial_is_its_own_winner_without_a_correction_or_a_gain(tmp_path: Path) -> None:
+    study = FakeStudy(tmp_path)
+    study.trial()
+    winner = study_rows(study.record).winner
+    assert winner is not None
+    assert winner.corrected.method == "single"
+    assert winner.corrected.mean == winner.corrected.naive
+    assert winner.gain is None
+    assert winner.tied == (0,)
+
+
+def test_importances_wait_until_there_are_enough_trials_and_then_name_what_matters(tmp_path: Path) -> None:
+    study = FakeStudy(tmp_path, n_images=8, epochs=1)
+    for number in range(MIN_TRIALS - 1):
+        study.trial(**{"train.lr": 0.001 * 2**number, "unet.depth": 3, "unet.base_channels": 8})
+    assert study_rows(study.record).importances == {}
+    study.trial(**{"train.lr": 0.15, "unet.depth": 2, "unet.base_channels": 8})
+    found = study_rows(study.record).importances
+    assert next(iter(found)) == "train.lr"
+    assert sum(found.values()) == pytest.approx(1)
+    assert found == study_rows(study.record).importances
+
+
+def test_a_damaged_table_of_test_scores_is_named(tmp_path: Path) -> None:
+    study = FakeStudy(tmp_path)
+    study.trial()
+    study.final(0)
+    study.record.paths.final("trial-0000").table.write_text("image,dice\nISIC_1,good\n")
+    with pytest.raises(RecordError, match=r"test\.csv"):
+        study_rows(study.record)
+
+
+def test_no_point_of_the_pareto_front_is_beaten_and_every_other_is() -> None:
+    rng = np.random.default_rng(0)
+    costs, values = rng.integers(1, 9, 40).tolist(), rng.integers(1, 9, 40).tolist()
+    front = pareto_front(costs, values)
+
+    def is_beaten(i: int) -> bool:
+        return any(
+            costs[j] <= costs[i] and values[j] >= values[i] and (costs[j], values[j]) != (costs[i], values[i])
+            for j in range(40)
+        )
+
+    assert not any(is_beaten(i) for i in front)
+    corners = {(costs[i], values[i]) for i in front}
+    assert all(is_beaten(i) or (costs[i], values[i]) in corners for i in range(40))
+    assert [costs[i] for i in front] == sorted(costs[i] for i in front)
+
+
+@pytest.mark.parametrize(
+    ("dimension", "value", "place"),
+    [
+        (Range(low=2, high=4), 3, 0.5),
+        (Range(low=0.001, high=0.1, log=True), 0.01, 0.5),
+        (Range(low=3, high=3), 3, 0.5),
+        (Choice(("rgb", "grayscale")), "grayscale", 1.0),
+        (Choice((8,)), 8, 0.5),
+        (Choice(((64, 48), (96, 72), (128, 96))), [96, 72], 0.5),
+    ],
+)
+def test_a_value_has_its_place_in_its_dimension(dimension: Choice | Range, value: object, place: float) -> None:
+    assert position(dimension, value) == pytest.approx(place)
+
+
+def test_a_dimension_is_described_as_people_write_it() -> None:
+    assert describe_dimension(Range(low=0.001, high=0.3, log=True)) == "0.001 to 0.3, logarithmic"
+    assert describe_dimension(Range(low=2, high=8, step=2)) == "2 to 8 in steps of 2"
+    assert describe_dimension(Choice(((64, 48), (96, 72)))) == "64x48, 96x72"
