@@ -104,15 +104,18 @@ class OptunaPruner:
             )
         self._name = type(pruner).__name__
         self._trials: list[optuna.Trial] = []
-        self._n_reported: dict[int, int] = {}
+        self._answers: dict[int, list[bool]] = {}
+        """Trial number to what was answered to each of its reports."""
         self._told: set[int] = set()
 
     def judge(self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds) -> Verdict | None:
+        n_reports = len(self._reports(candidate, folds))
+        if candidate.is_full(folds.k) or n_reports == len(self._reports(_an_epoch_ago(candidate), folds)):
+            return None
         for trial in sorted(others, key=lambda trial: trial.number):
             self._bring_up_to_date(trial, folds)
-        drop = self._bring_up_to_date(candidate, folds)
-        if drop is None:
-            return None
+        self._bring_up_to_date(candidate, folds)
+        drop = self._answers[candidate.number][n_reports - 1]
         fold = max(candidate.scores)
         epoch = len(candidate.scores[fold])
         where = f"at epoch {epoch} of fold {fold}" if epoch < candidate.n_epochs else f"after fold {fold}"
@@ -123,26 +126,29 @@ class OptunaPruner:
         so_far = np.concatenate([scores[-1] for scores in candidate.scores.values()]).mean(dtype=np.float64)
         return Verdict(drop=drop, estimate=float(so_far), fold=fold, epoch=epoch, reason=reason)
 
-    def _bring_up_to_date(self, trial: TrialScores, folds: Folds) -> bool | None:
-        """Report what is new and ask after each report; the last answer, None if nothing is new or all is done."""
-        number = trial.number
-        if number in self._told:
-            return None
-        while len(self._trials) <= number:
+    def _bring_up_to_date(self, trial: TrialScores, folds: Folds) -> None:
+        """Report what is new, ask after each report, and tell the value of a full trial."""
+        if trial.number in self._told:
+            return
+        while len(self._trials) <= trial.number:
             # Also numbers that never have scores (infeasible): Hyperband's brackets go by the number.
             self._trials.append(self._study.ask())
-        optunas, answer = self._trials[number], None
-        reports = self._reports(trial, folds)
-        for report in reports[self._n_reported.get(number, 0) :]:
+        optunas, answers = self._trials[trial.number], self._answers.setdefault(trial.number, [])
+        for report in self._reports(trial, folds)[len(answers) :]:
             for step, value in report.items():
                 optunas.report(value, step)
-            answer = optunas.should_prune()
-        self._n_reported[number] = len(reports)
-        if not trial.is_full(folds.k):
-            return answer
-        self._study.tell(optunas, trial.value)
-        self._told.add(number)
-        return None
+            answers.append(optunas.should_prune())
+        if trial.is_full(folds.k):
+            self._study.tell(optunas, trial.value)
+            self._told.add(trial.number)
+
+
+def _an_epoch_ago(trial: TrialScores) -> TrialScores:
+    last = max(trial.scores)
+    scores = {**trial.scores, last: trial.scores[last][:-1]}
+    return TrialScores(
+        trial.number, {fold: each for fold, each in scores.items() if len(each)}, trial.n_epochs, trial.schedule
+    )
 
 
 @contextmanager
