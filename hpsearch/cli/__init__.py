@@ -23,6 +23,8 @@ COMMANDS = {
     "stop": "Ask a running study to stop, from another terminal or machine.",
     "train": "Train one configuration, without a search.",
     "plan": "Shapes, parameters, memory and time of a configuration, before anything runs.",
+    "predict": "Masks of any images at their own resolution, from a final model.",
+    "report": "One HTML file of what a study found, with its figures.",
     "track": "Bring MLflow up to date with the record.",
     "data": "Check, cache, augment, draw or download datasets.",
 }

@@ -1,0 +1,309 @@
+"""Predicts masks at each image's own resolution, from the image resized as a whole or by overlapping tiles."""
+
+from __future__ import annotations
+
+import glob
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from hpsearch import runtime as devices
+from hpsearch.data.batches import GRAY_WEIGHTS
+from hpsearch.data.decode import crop, read_image, resize
+from hpsearch.data.layouts import FOREIGN, READABLE
+from hpsearch.errors import CheckpointError, DatasetError, OutOfMemoryError, StudyError
+from hpsearch.models import shapes
+from hpsearch.models.config import UNetConfig
+from hpsearch.paths import FinalPaths, ProjectPaths, atomic_write, read_json
+from hpsearch.runtime import Runtime, make_runtime
+from hpsearch.scoring import encode_mask, mask_name
+from hpsearch.training.checkpoint import WeightsInfo, load_weights
+from hpsearch.tuning.record import study_record
+
+BLEND_OVERLAP = 0.25
+"""Least share of a tile's side that the next one sees too, where tiles are blended."""
+OUTLINE = (0, 255, 0)
+"""Colour of the mask's border in an overlay; skin and lesions have none of it."""
+
+_MADE_BY_US = ("_segmentation", "_probability", "_overlay", "_superpixels")
+
+OnImage = Callable[[int, int, Path, str | None], None]
+"""Hears (done, of how many, image, why it was passed over if it was) after every image."""
+
+
+class Predictor:
+    """A network as `final` leaves it, made ready to predict images of any size.
+
+    The whole image is resized as in training, and its logits are resized back bilinearly. With `tiles` the image
+    keeps its resolution and is seen through overlapping windows of the training size (Ronneberger et al. 2015,
+    Figure 2). Windows reach beyond the image, which goes on mirrored there. The outputs of a `valid` network, smaller
+    than its windows, are put side by side and averaged where they overlap; those of a `same` network, which knows
+    least at its borders, overlap by at least a quarter and are blended.
+
+    Computes in float32 whatever the training did, so that the same file gives the same mask.
+    """
+
+    def __init__(self, model: torch.nn.Module, info: WeightsInfo, runtime: Runtime, *, tiles: bool = False) -> None:
+        self.info = info
+        self.tiles = tiles
+        self._model = model
+        self._runtime = runtime
+        mean = torch.tensor(info.normalization.mean, dtype=torch.float64)
+        std = torch.tensor(info.normalization.std, dtype=torch.float64)
+        # (x / 255 - mean) / std = x * factor + shift, as in training.
+        self._factor = (1 / (255 * std)).float().view(-1, 1, 1)
+        self._shift = (-mean / std).float().view(-1, 1, 1)
+
+    @classmethod
+    def load(
+        cls, weights: Path, *, device: str = "auto", threads: int | None = None, tiles: bool | None = None
+    ) -> Self:
+        """The predictor for a weights file; by default it uses tiles if the network was trained on crops.
+
+        Raises CheckpointError for a file that is not one of ours (a pickle is refused unread), DeviceError.
+        """
+        runtime = make_runtime(device, amp="off", compile="off", threads=threads)
+        model, info = load_weights(weights, runtime.device)
+        model.to(memory_format=torch.channels_last)
+        if tiles is None:
+            tiles = info.extra.get("match") == "crop"
+        return cls(model, info, runtime, tiles=tiles)
+
+    def logits(self, image: Tensor) -> Tensor:
+        """Logits (H, W) float32 on the CPU of an RGB image (3, H, W) uint8."""
+        try:
+            with torch.inference_mode(), self._runtime.active():
+                return self._tiled(image) if self.tiles else self._whole(image)
+        except (RuntimeError, MemoryError) as error:
+            if not devices.is_out_of_memory(error):
+                raise
+            raise OutOfMemoryError(
+                f"{self._runtime.device} has too little memory to predict {self.info.size[0]}x{self.info.size[1]}"
+            ) from error
+
+    def mask(self, logits: Tensor) -> NDArray[np.bool_]:
+        """Where `logits` (H, W) are above the network's threshold, which is a probability of 0.5 unless set."""
+        threshold = torch.tensor(float(self.info.extra.get("threshold", 0.5)))
+        return np.asarray((logits > threshold.logit()).numpy())
+
+    def _whole(self, image: Tensor) -> Tensor:
+        logits = self._run(resize(image, *self.info.size), interpolate=True)
+        return F.interpolate(logits[None, None], size=image.shape[1:], mode="bilinear", align_corners=False)[0, 0]
+
+    def _tiled(self, image: Tensor) -> Tensor:
+        height, width = image.shape[1:]
+        config, size = self.info.model, self.info.size
+        margin = tile_margin(config)
+        out = tile_output(config, self.info.in_channels, size)
+        rows = tile_axis(height, out[0], blend=config.padding == "same")
+        columns = tile_axis(width, out[1], blend=config.padding == "same")
+        total = torch.zeros(height, width)
+        for row in rows:
+            for column in columns:
+                logits = self._run(crop(image, row.start - margin, column.start - margin, *size), interpolate=False)
+                inside = logits[row.inside, column.inside]
+                total[row.covers, column.covers] += inside * row.weights[:, None] * column.weights
+        return total
+
+    def _run(self, pixels: Tensor, *, interpolate: bool) -> Tensor:
+        """The network's logits (h, w) on the CPU for pixels (3, h, w) uint8."""
+        channels = pixels.to(torch.float32)
+        if self.info.in_channels == 1:
+            # Elementwise, as in training.
+            red, green, blue = (weight * channel for weight, channel in zip(GRAY_WEIGHTS, channels, strict=True))
+            channels = (red + green + blue)[None]
+        images = torch.addcmul(self._shift, channels, self._factor)[None]
+        images = images.to(self._runtime.device, memory_format=torch.channels_last)
+        logits: Tensor = self._model(images, interpolate=interpolate)
+        return logits[0, 0].float().cpu()
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One window along one axis."""
+
+    start: int
+    """First pixel of its output in the image; below 0 where the image is smaller than the output."""
+    covers: slice
+    """Pixels of the image that it says something about."""
+    inside: slice
+    """Those pixels in its output."""
+    weights: Tensor
+    """Its share of each of them, float32; the shares of all tiles add up to 1."""
+
+
+def tile_axis(length: int, out: int, *, blend: bool) -> list[Tile]:
+    """Windows whose outputs of `out` pixels cover an axis of `length`, evenly spaced from one end to the other.
+
+    As few as will do: 512 pixels and outputs of 388 make two, 124 apart. With `blend` neighbours overlap by at least
+    `BLEND_OVERLAP`, and a tile counts the less the nearer its border; else they are averaged.
+    """
+    step = max(1, out - math.ceil(out * BLEND_OVERLAP)) if blend else out
+    n = max(1, math.ceil((length - out) / step) + 1)
+    # One that is larger than the image has it in its middle, as crops in training have.
+    starts = [(length - out) // 2] if n == 1 else [round(i * (length - out) / (n - 1)) for i in range(n)]
+    ramp = torch.arange(1, out + 1, dtype=torch.float64)
+    window = torch.minimum(ramp, ramp.flip(0)) if blend else torch.ones_like(ramp)
+    covers = [slice(max(0, start), min(length, start + out)) for start in starts]
+    insides = [slice(cover.start - start, cover.stop - start) for cover, start in zip(covers, starts, strict=True)]
+    total = torch.zeros(length, dtype=torch.float64)
+    for cover, inside in zip(covers, insides, strict=True):
+        total[cover] += window[inside]
+    return [
+        Tile(start, cover, inside, (window[inside] / total[cover]).float())
+        for start, cover, inside in zip(starts, covers, insides, strict=True)
+    ]
+
+
+def tile_margin(config: UNetConfig) -> int:
+    """Pixels between a window's upper left corner and that of the network's output in it: 92 for the paper's."""
+    if config.padding == "same":
+        return 0
+    return shapes.skip_offset(config, 0) + 2 * config.stacking * (config.kernel_size // 2)
+
+
+def tile_output(config: UNetConfig, in_channels: int, size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of what the network computes from a window of `size`: (388, 388) from (572, 572)."""
+    head = next(layer for layer in shapes.layers(config, in_channels, *size) if layer.kind == "head")
+    return head.height, head.width
+
+
+def find_images(inputs: Iterable[str | Path]) -> list[Path]:
+    """The images that files, folders and globs name, each once, in the order given and sorted within each.
+
+    A file is taken as it is. Of a folder (without the folders in it) and of a glob (`**` is any depth) the images are
+    taken, not superpixels and not what was predicted before. DatasetError for a folder or glob without any, and for
+    two images that would write the same files.
+    """
+    found: dict[Path, None] = {}
+    for each in inputs:
+        path = Path(each).expanduser()
+        if path.is_dir():
+            images = _images_among(path.iterdir())
+        elif glob.has_magic(str(each)) and not path.exists():
+            images = _images_among(map(Path, glob.glob(str(path), recursive=True)))
+        else:
+            images = [path]
+        if not images:
+            raise DatasetError(f"{each} holds no images ({', '.join(READABLE)})")
+        found |= dict.fromkeys(images)
+    by_stem: dict[str, Path] = {}
+    for path in found:
+        # Case does not tell files apart on every disk.
+        first = by_stem.setdefault(path.stem.lower(), path)
+        if first != path:
+            raise DatasetError(f"{first} and {path} would write the same files: predict them into different folders")
+    return list(found)
+
+
+def predict_files(
+    predictor: Predictor,
+    images: Sequence[Path],
+    out_dir: Path,
+    *,
+    probabilities: bool = False,
+    overlays: bool = False,
+    on_image: OnImage | None = None,
+) -> dict[Path, str]:
+    """Write `<stem>_segmentation.png` (0 and 255) for every image into `out_dir`.
+
+    `probabilities` adds `<stem>_probability.png`, 8 bits, 255 for certainly lesion; `overlays` adds
+    `<stem>_overlay.jpg`, the image with the mask's border drawn. One image is in memory at a time. Gives the images
+    that could not be read, and why. Raises StorageError if a file cannot be written.
+    """
+    bad: dict[Path, str] = {}
+    for done, path in enumerate(images, 1):
+        try:
+            image = read_image(path)
+        except DatasetError as error:
+            bad[path] = str(error)
+        else:
+            logits = predictor.logits(image)
+            mask = predictor.mask(logits)
+            _write(out_dir / mask_name(path.stem), encode_mask(mask))
+            if probabilities:
+                _save_image(out_dir / f"{path.stem}_probability.png", _to_bytes(logits))
+            if overlays:
+                _save_image(out_dir / f"{path.stem}_overlay.jpg", draw_outline(image, mask))
+            # Before the next image is decoded: one alone may take hundreds of megabytes.
+            del image, logits, mask
+        if on_image is not None:
+            on_image(done, len(images), path, bad.get(path))
+    return bad
+
+
+def draw_outline(image: Tensor, mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """The image (3, H, W) uint8 with the inner border of `mask` (H, W) in OUTLINE, as (H, W, 3).
+
+    The line is as thick as it takes to be seen when the image is looked at as a whole.
+    """
+    pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+    thickness = max(1, round(max(mask.shape) / 400))
+    inner = mask.copy()
+    inner[thickness:] &= mask[:-thickness]
+    inner[:-thickness] &= mask[thickness:]
+    inner[:, thickness:] &= mask[:, :-thickness]
+    inner[:, :-thickness] &= mask[:, thickness:]
+    pixels[mask & ~inner] = OUTLINE
+    return pixels
+
+
+def find_model(project: ProjectPaths, study: str | None, model: str | None) -> Path:
+    """The weights file that `model` names, itself or by its folder; without it, that of the study's latest final.
+
+    StudyError where there is none.
+    """
+    if model is None:
+        record = study_record(project, study)
+        folders = record.paths.finals.iterdir() if record.paths.finals.is_dir() else iter(())
+        finals = [final for final in map(FinalPaths, folders) if final.result.is_file() and final.model.is_file()]
+        if not finals:
+            raise StudyError(
+                f"study {record.name!r} has no final model yet: run `hpsearch final`, or name one (--model)"
+            )
+        return max(finals, key=lambda final: float(read_json(final.result)["ended_at"])).model
+    path = Path(model).expanduser()
+    if not path.is_dir():
+        return path
+    folder = FinalPaths(path)
+    for weights in (folder.model, path / "weights.safetensors"):
+        if weights.is_file():
+            return weights
+    raise CheckpointError(f"{path} holds no {folder.model.name}: name a folder that `hpsearch final` made, or a file")
+
+
+def _images_among(paths: Iterable[Path]) -> list[Path]:
+    # Files in formats that cannot be read are taken too: they end as bad files with a name, not as silence.
+    return sorted(
+        path
+        for path in paths
+        if path.suffix.lower() in READABLE + FOREIGN
+        and not path.name.startswith(".")
+        and not path.stem.lower().endswith(_MADE_BY_US)
+        and path.is_file()
+    )
+
+
+def _to_bytes(logits: Tensor) -> NDArray[np.uint8]:
+    """Probabilities (H, W) of which 255 is 1, in the memory of `logits`, which is used up."""
+    with torch.inference_mode():
+        return np.asarray(logits.sigmoid_().mul_(255).round_().to(torch.uint8).numpy())
+
+
+def _save_image(path: Path, pixels: NDArray[np.uint8]) -> None:
+    with atomic_write(path, sync=False) as temporary:
+        Image.fromarray(pixels).save(temporary, "JPEG" if path.suffix == ".jpg" else "PNG", quality=90)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with atomic_write(path, sync=False) as temporary:
+        temporary.write_bytes(content)
