@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import gc
+import importlib.util
 import os
 import platform
 import random
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,21 +55,27 @@ class Runtime:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Set what torch keeps process-wide (threads, TF32, cuDNN's search for the best kernel); restore it after."""
+        """Set what torch keeps process-wide (threads, TF32, cuDNN's search for the best kernel); restore it after.
+
+        Of the C library it is asked to keep freed memory, for as long as the process lives (`keep_freed_memory`).
+        """
         threads = torch.get_num_threads()
         matmul = torch.get_float32_matmul_precision()
         benchmark = torch.backends.cudnn.benchmark
         torch.set_num_threads(self.threads)
-        if self.device.type == "cuda":
-            # Convolutions that stay in float32 use TF32 by torch's own default; matrix products only when told.
-            torch.set_float32_matmul_precision("high")
-            torch.backends.cudnn.benchmark = True
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(torch.set_num_threads, threads)
+            if self.device.type == "cuda":
+                # What names no device, as pinned memory does, would otherwise take 0.5 GB of the first GPU.
+                stack.enter_context(torch.cuda.device(self.device))
+                # Convolutions that stay in float32 use TF32 by torch's own default; matrix products only when told.
+                torch.set_float32_matmul_precision("high")
+                stack.callback(torch.set_float32_matmul_precision, matmul)
+                torch.backends.cudnn.benchmark = True
+                stack.callback(setattr, torch.backends.cudnn, "benchmark", benchmark)
+            else:
+                keep_freed_memory()
             yield
-        finally:
-            torch.set_num_threads(threads)
-            torch.set_float32_matmul_precision(matmul)
-            torch.backends.cudnn.benchmark = benchmark
 
     def end_step(self) -> None:
         """Let a device that records operations (XLA) run those of one training step; nothing elsewhere."""
@@ -247,6 +256,21 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
     elif device.type == "mps":
         torch.mps.empty_cache()
+    elif (libc := _glibc()) is not None:
+        libc.malloc_trim(0)
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed instead of returning it to the system after each operation; elsewhere nothing.
+
+    Returned memory comes back zeroed, page by page: a step of the UNet at 128x128 took 30000 page faults, a tenth of
+    its time. `free_memory` still gives it all back.
+    """
+    if (libc := _glibc()) is not None:
+        # From malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD.
+        for option, n_bytes in ((-3, 2**30), (-1, 2**31 - 1), (-2, 2**26)):
+            libc.mallopt(option, n_bytes)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -302,6 +326,24 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
     finally:
         restore_rng_states(before, device)
+
+
+def why_no_compile(device: torch.device) -> str | None:
+    """What torch.compile lacks on `device`, None if it can work."""
+    compilers = (
+        [os.environ.get("CXX"), "g++", "clang++"] if device.type == "cpu" else [os.environ.get("CC"), "gcc", "cc"]
+    )
+    if device.type not in ("cpu", "cuda"):
+        return f"torch.compile is not used on {device.type}"
+    if not any(shutil.which(name) for name in compilers if name):
+        return "torch.compile needs a C++ compiler (g++ or clang++), and none is installed"
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "torch.compile needs the package triton, which is not installed"
+    return None
+
+
+def _glibc() -> Any:
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 
 
 def _torch_xla() -> Any:

@@ -153,6 +153,9 @@ class InstanceNorm(nn.InstanceNorm2d):
     """Instance normalisation of maps in channels_last."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if len(x) == 1:
+            # One image is a batch of its own; torch's instance normalisation gives it wrong gradients in this layout.
+            return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
         # It would leave the layout its kernels want, and every convolution after it would have to change it back.
         return super().forward(x).contiguous(memory_format=torch.channels_last)
 

@@ -585,8 +585,8 @@ def test_a_compiler_that_fails_costs_auto_nothing_and_ends_on(unkilled, monkeypa
 def test_auto_compiles_long_fits_on_cuda_only(device, size, expected, monkeypatch):
     monkeypatch.setattr(devices, "why_no_compile", lambda device: None)
     arguments = fit_arguments(
-        model_config=UNetConfig(base_channels=32),
-        train=TrainConfig(epochs=20, batch_size=16),
+        model_config=UNetConfig(base_channels=64),
+        train=TrainConfig(epochs=100, batch_size=16),
         train_indices=np.arange(2000),
         size=(size, size),
         eval_size=(size, size),
