@@ -315,7 +315,6 @@ def _ranking(rows: StudyRows, pictures: Mapping[str, Picture]) -> Iterator[str]:
     )
     names = [name for name, _ in rows.config.search]
     head = [
-        "rank",
         "trial",
         "",
         *(name.partition(".")[2].replace("_", " ") for name in names),
@@ -471,22 +470,36 @@ def _test(rows: StudyRows, pictures: Mapping[str, Picture]) -> Iterator[str]:
         yield f"<h3>Trial {final.trial}, {_time(final.ended_at)}</h3>"
         if rows.winner is None or final is not _final_of(rows, rows.winner.number):
             yield from _paragraphs(words.final(final, rows.metric))
-        size = f"{rows.config.eval_size[0]}x{rows.config.eval_size[1]}"
-        head = ["score", f"cross-validation, {rows.n_images} images", f"test, {final.n_test} images"]
-        lines = []
-        for name, value in final.test.items():
-            published = ["" if number is None else f"{number:.3f}" for number in PUBLISHED.get(name, (None,) * 3)]
-            cells = [SCORES.get(name, name), interval(final.cv[name]), interval(value)]
-            lines.append([*cells, *([] if is_sample else published)])
-        text = f"Means over images at {size} pixels, with 95 % intervals that hold the luck of the images alone."
-        if not is_sample:
-            head += ["challenge, 1st", "2nd", "3rd"]
-            text += (
-                " For scale, the published results of the ISIC-2017 Part 1 challenge: of its official test set of "
-                "600 images, scored at original resolution. They compare with this only if the test images are "
-                "those, and then roughly, since the size differs."
-            )
-        yield _table(text, head, lines)
+        yield _test_table(rows, final, with_published=not is_sample)
+
+
+def _test_table(rows: StudyRows, final: FinalRow, *, with_published: bool) -> str:
+    height, width = rows.config.eval_size
+    head = [
+        "score",
+        f"cross-validation, {rows.n_images} images",
+        f"test, {final.n_test} images",
+        *(["test, original resolution"] if final.official else []),
+        *(["challenge, 1st", "2nd", "3rd"] if with_published else []),
+    ]
+    lines = []
+    for name in list(dict.fromkeys([*final.test, *final.official])):
+        at_size = [interval(scores[name]) if name in scores else "" for scores in (final.cv, final.test)]
+        official = [interval(final.official[name]) if name in final.official else ""] if final.official else []
+        published = ["" if number is None else f"{number:.3f}" for number in PUBLISHED.get(name, (None,) * 3)]
+        lines.append([SCORES.get(name, name), *at_size, *official, *(published if with_published else [])])
+    text = (
+        f"Means over images at {height}x{width} pixels, with 95 % intervals that hold the luck of the images alone."
+    )
+    if final.official:
+        text += " Original resolution: as the challenge scores, each mask at its image's own size, by one network."
+    if with_published:
+        text += (
+            " For scale, the published results of the ISIC-2017 Part 1 challenge: of its official test set of 600 "
+            "images, scored at original resolution. They compare with this study only if its test images are those"
+            + ("." if final.official else ", and then roughly, since the size differs.")
+        )
+    return _table(text, head, lines)
 
 
 def _repeat(rows: StudyRows) -> Iterator[str]:

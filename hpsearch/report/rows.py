@@ -107,6 +107,8 @@ class FinalRow:
     """Score by name, out of fold: mean over images with the interval that the images' luck gives."""
     test: dict[str, Interval]
     """The same on the test images, at the same size."""
+    official: dict[str, Interval]
+    """The challenge's scores of the test images, at their own resolution; empty where they were not taken."""
     predicted: Interval | None
     """What the search promised for it; None if it is not the winner."""
     scores: Floats
@@ -352,6 +354,7 @@ def _final_row(
         ended_at=result["ended_at"],
         cv={score: bootstrap_mean(values) for score, values in _out_of_fold(record, result["trial"]).items()},
         test={score: Interval(**result["test"][score]) for score in SCORES},
+        official={score: Interval(**each) for score, each in result.get("official", {}).items()},
         predicted=predicted,
         scores=_test_scores(record, name),
         n_trials_after=sum(trial.began_at > result["ended_at"] for trial in trials),

@@ -17,6 +17,7 @@ from hpsearch.report.trial_rows import CurvePoint
 SCORES = {
     "dice": "Dice",
     "jaccard": "Jaccard",
+    "threshold_jaccard": "Threshold Jaccard (0.65)",
     "accuracy": "Pixel accuracy",
     "sensitivity": "Sensitivity",
     "specificity": "Specificity",

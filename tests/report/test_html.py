@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+import dataclasses
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from hpsearch.cli import group
+from hpsearch.data.folds import make_folds
+from hpsearch.data.layouts import Split
+from hpsearch.report.html import render, write_report
+from hpsearch.report.rows import study_rows
+from hpsearch.report.statistics import Interval
+from hpsearch.tuning import lock
+from tests.recorded import POOL_KEY, FakeStudy
+
+VOID = {"meta", "link", "img", "br", "hr"}
+
+
+class Page(HTMLParser):
+    """What a reader meets: elements, headings, images, texts. Fails on elements that are not closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.headings: list[int] = []
+        self.images: list[dict[str, str | None]] = []
+        self.links: list[str] = []
+        self.ids: list[str] = []
+        self.texts: list[str] = []
+        self.tags: set[str] = set()
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        given = dict(attrs)
+        assert not any(name.startswith("on") for name in given)
+        if re.fullmatch("h[1-6]", tag):
+            self.headings.append(int(tag[1]))
+        if tag == "img":
+            self.images.append(given)
+        self.links += [value for name, value in attrs if name in ("href", "src") and value]
+        self.ids += [value for name, value in attrs if name == "id" and value]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+
+def report(study: FakeStudy) -> Page:
+    return Page(write_report(study.record).read_text(encoding="utf-8"))
+
+
+def quick_report(study: FakeStudy) -> Page:
+    """Without figures, which take seconds."""
+    return Page(render(study_rows(study.record), {}))
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> FakeStudy:
+    study = FakeStudy(tmp_path_factory.mktemp("html"))
+    study.trial(**{"train.lr": 0.002})
+    study.trial(**{"train.lr": 0.05, "unet.depth": 4})
+    for outcome in ("dropped", "infeasible", "diverged", "failed", "dropped", "dropped", "dropped", "full", "full"):
+        study.trial(outcome)
+    study.final(1)
+    return study
+
+
+@pytest.fixture(scope="module")
+def page(study: FakeStudy) -> Page:
+    return report(study)
+
+
+def test_the_page_loads_nothing_from_anywhere(study: FakeStudy, page: Page) -> None:
+    assert all(link.startswith(("#", "data:")) for link in page.links)
+    assert not page.tags & {"script", "iframe", "object", "form"}
+    assert "url(" not in study.record.paths.report.read_text(encoding="utf-8")
+
+
+def test_headings_descend_one_step_at_a_time_and_every_image_says_what_it_shows(page: Page) -> None:
+    assert page.headings[0] == 1
+    assert page.headings.count(1) == 1
+    assert all(after <= before + 1 for before, after in zip(page.headings, page.headings[1:], strict=False))
+    assert len(page.images) == 10
+    assert all(len(image["alt"] or "") > 20 for image in page.images)
+    assert len(set(page.ids)) == len(page.ids)
+    assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
+
+
+def test_every_figure_is_also_written_as_png_and_pdf(study: FakeStudy, page: Page) -> None:
+    folder = study.record.paths.figures
+    names = {path.stem for path in folder.glob("*.png")}
+    assert names == {path.stem for path in folder.glob("*.pdf")}
+    assert len(names) == len(page.images)
+    assert all(path.read_bytes().startswith(b"%PDF") for path in folder.glob("*.pdf"))
+
+
+def test_the_answer_names_the_winner_its_numbers_and_the_test_result(study: FakeStudy, page: Page) -> None:
+    rows = study_rows(study.record)
+    winner = rows.winner
+    assert winner is not None
+    assert winner.gain is not None
+    answer = page.text[: page.text.index("setting best (trial")]
+    assert f"Trial {winner.number} is the best of 4 configurations" in answer
+    gain = f"{winner.gain.difference:+.4f}".replace("-", "\N{MINUS SIGN}")
+    numbers = [winner.corrected.mean, winner.statistics.mean, rows.finals[0].test["dice"].mean]
+    assert all(f"{number:.4f}" in answer for number in numbers)
+    assert gain in answer
+
+
+def test_those_who_were_dropped_are_listed_with_when_and_why(page: Page) -> None:
+    assert "dropped fold 0, epoch 1 of 3 0.6100 2 s d 0.21 over trial 0" in page.text
+    assert "infeasible before the first epoch 0 s needs about 9.1 GiB" in page.text
+
+
+def test_published_results_are_said_to_be_of_the_official_test_set_at_original_resolution(page: Page) -> None:
+    assert "official test set of 600 images, scored at original resolution" in page.text
+    assert "0.765 0.762 0.760" in page.text
+
+
+def test_official_scores_stand_beside_those_at_the_size_of_training(study: FakeStudy) -> None:
+    rows = study_rows(study.record)
+    assert "test, original resolution" not in quick_report(study).text
+    official = {"dice": Interval(0.81, 0.8, 0.82), "threshold_jaccard": Interval(0.7, 0.6, 0.8)}
+    final = dataclasses.replace(rows.finals[0], official=official)
+    page = Page(render(dataclasses.replace(rows, finals=(final,)), {}))
+    assert "test, original resolution" in page.text
+    assert "0.8100 [0.8000, 0.8200] 0.849" in page.text
+    assert "Threshold Jaccard (0.65) 0.7000 [0.6000, 0.8000]" in page.text
+
+
+def test_all_that_is_needed_to_repeat_it_is_there(study: FakeStudy, page: Page) -> None:
+    folds = study.record.folds.to_dict()["digest"]
+    for needed in (folds, POOL_KEY, "hpsearch study --config fake.toml --study fake", "torch 2.9.0"):
+        assert needed in page.text
+    toml = study.record.paths.toml.read_text(encoding="utf-8")
+    assert toml in "".join(page.texts)
+
+
+def test_the_same_record_gives_the_same_page_and_figures(study: FakeStudy, page: Page) -> None:
+    paths = study.record.paths
+    files = [paths.report, *sorted(paths.figures.iterdir())]
+    before = [path.read_bytes() for path in files]
+    write_report(study.record)
+    assert [path.read_bytes() for path in files] == before
+
+
+def test_what_comes_from_outside_is_text_and_never_markup(tmp_path: Path) -> None:
+    evil = "<script>alert('x')</script><img src=x onerror=alert(1)> & \"quotes\""
+    root = evil.replace('"', "")
+    study = FakeStudy(tmp_path, overrides=(f'data.root="{root}"',))
+    study.trial()
+    study.record.write_trial(dataclasses.replace(study.trial("failed"), reason=evil))
+    machine = {**study.machine, "device_name": evil}
+    plan = study.record.plan()
+    assert plan is not None
+    study.record.write_plan({**plan, "machine": machine})
+    page = quick_report(study)
+    assert "script" not in page.tags
+    assert page.text.count(evil) >= 2
+    assert root in page.text
+
+
+def test_a_study_that_has_just_begun_has_a_report(tmp_path: Path) -> None:
+    page = report(FakeStudy(tmp_path))
+    assert "no best one" in page.text
+    assert page.images == []
+
+
+def test_a_study_of_one_configuration_has_no_settings_to_show(tmp_path: Path) -> None:
+    study = FakeStudy(tmp_path)
+    study.trial()
+    rows = study_rows(study.record)
+    nothing = dataclasses.replace(rows.config, search=type(rows.config.search)())
+    trials = tuple(dataclasses.replace(row, params={}) for row in rows.trials)
+    page = Page(render(dataclasses.replace(rows, config=nothing, trials=trials), {}))
+    assert "Nothing was searched" in page.text
+
+
+def test_a_study_without_a_full_trial_shows_its_race_and_no_answer(tmp_path: Path) -> None:
+    study = FakeStudy(tmp_path)
+    study.trial("diverged")
+    page = report(study)
+    assert "no best one" in page.text
+    assert len(page.images) == 1
+    assert "the training loss became nan" in page.text
+
+
+def test_a_running_study_says_so(tmp_path: Path) -> None:
+    study = FakeStudy(tmp_path)
+    study.trial()
+    study.epoch(study.begin(), 0)
+    assert "The study is running" not in quick_report(study).text
+    with lock.hold(study.record.paths):
+        assert "The study is running" in quick_report(study).text
+
+
+def test_a_fixed_split_is_named_as_such(tmp_path: Path) -> None:
+    study = FakeStudy(tmp_path, overrides=('study.folds="fixed"',))
+    splits: list[Split] = ["train"] * 12 + ["val"] * 8
+    ids = study.record.folds.ids
+    hashes = [f"{i:064x}" for i in range(20)]
+    study.record.write_folds(make_folds(ids, splits, hashes, folds="fixed", seed=0, groups=None), POOL_KEY)
+    study.trial(**{"train.lr": 0.002})
+    study.trial(**{"train.lr": 0.05})
+    page = report(study)
+    assert "one fixed split, 8 images held out" in page.text
+    assert "takes off the luck of the images, not that of the runs" in page.text
+
+
+def test_one_full_trial_is_reported_without_a_choice_and_without_the_images_that_were_removed(tmp_path: Path) -> None:
+    study = FakeStudy(tmp_path)
+    study.trial()
+    for path in sorted(study.project.cache.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    page = report(study)
+    assert "Trial 0 is the only configuration that was evaluated fully." in page.text
+    assert "The test set has not been scored in this study." in page.text
+    assert "the decoded images were removed" in page.text
+    assert "figure-curves" in page.ids
+    assert "figure-cases" not in page.ids
+
+
+@pytest.mark.slow
+def test_fifty_trials_stay_under_5_mb(tmp_path: Path) -> None:
+    study = FakeStudy(tmp_path, epochs=1)
+    for number in range(50):
+        study.trial("full" if number % 3 == 0 else "dropped")
+    write_report(study.record)
+    assert study.record.paths.report.stat().st_size < 5 * 2**20
+
+
+def test_the_command_says_where_the_report_lies(tmp_path: Path) -> None:
+    study = FakeStudy(tmp_path)
+    study.trial("diverged")
+    result = CliRunner().invoke(group, ["report", "--out", str(tmp_path), "--study", "fake"])
+    assert result.exit_code == 0
+    assert str(study.record.paths.report) in result.output
+    assert study.record.paths.report.is_file()
