@@ -10,17 +10,21 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 
 from hpsearch import paths
 from hpsearch.config import stable_seed
-from hpsearch.data.prepare import Prepared, prepare_pool, prepare_test
+from hpsearch.data.config import DataConfig
+from hpsearch.data.prepare import Prepared, locate, prepare_pool, prepare_test
 from hpsearch.errors import StudyError
 from hpsearch.paths import FinalPaths, FitPaths, ProjectPaths
 from hpsearch.report.statistics import Interval, Paired, bootstrap_mean, paired_difference
+from hpsearch.scoring import COLUMNS, mask_name, read_mask, score_table, write_submission
 from hpsearch.tracking import Tracker, TrackingThread
 from hpsearch.training.metrics import SCORES, PixelCounts
 from hpsearch.tuning import lock
@@ -51,6 +55,9 @@ class FinalResult:
     """Score by name: mean over images, and over seeds, with its 95 % interval over images."""
     per_seed: dict[str, tuple[float, ...]]
     """Score by name: the mean of each seed's network."""
+    official: dict[str, Interval]
+    """Official score by name, at each image's own resolution, of the network that is kept (the first seed's): what
+    the challenge would give for its masks. Mean over images with its 95 % interval."""
     against_default: Paired | None
     """It minus trial 0 on the same out-of-fold images; None for trial 0, or where that is not full."""
     n_test: int
@@ -68,6 +75,7 @@ class FinalResult:
             "cv": dataclasses.asdict(self.cv),
             "cv_fold_std": self.cv_fold_std,
             "test": {name: dataclasses.asdict(interval) for name, interval in self.test.items()},
+            "official": {name: dataclasses.asdict(interval) for name, interval in self.official.items()},
             "per_seed": {name: list(values) for name, values in self.per_seed.items()},
             "against_default": dataclasses.asdict(self.against_default) if self.against_default else None,
         }
@@ -82,12 +90,14 @@ def run_final(
     machine: MachineChoice | None = None,
     tracker: Tracker | None = None,
     on_epoch: OnEpoch | None = None,
+    submission: bool = False,
 ) -> FinalResult | None:
     """Train the best full trial of a study (or `trial`) on all pool images and score the test images.
 
     Data and settings are the study's. Each of `n_seeds` networks is trained for as many epochs as the trial had;
     stopped by `on_epoch` it gives None, and goes on from there the next time. The test split is read here and nowhere
-    else.
+    else. The masks of the first network, at each image's own resolution, stay in the final's folder; `submission`
+    packs them into a zip as the challenge takes it.
 
     Raises StudyError if there is no such study or trial, DatasetError for data that cannot be used.
     """
@@ -114,9 +124,16 @@ def run_final(
                 ):
                     return None
                 do(workers, _score_job(chosen, folder.seed(index), test))
+            logger.info("scoring the masks of %d test images at their own resolution", test.n)
+            shutil.rmtree(folder.masks, ignore_errors=True)
+            do(workers, _official_job(folder, config.data, cache_root(project, config), test))
         result = _evaluate(record, chosen, folder, n_seeds, pool, test)
         shutil.copyfile(folder.seed(0).weights, folder.model)
         _write_table(folder, n_seeds, test)
+        folder.submission.unlink(missing_ok=True)
+        if submission:
+            masks = ((image, read_mask(folder.masks / mask_name(image))) for image in test.ids)
+            write_submission(folder.submission, masks)
         _draw(record, folder, n_seeds, result, test)
         finished = {**result.to_dict(), "began_at": began_at, "ended_at": now(), "test_key": test.key}
         paths.write_json(folder.result, {**finished, "n_seeds": n_seeds, "runtime": plan.machine})
@@ -167,6 +184,20 @@ def _score_job(trial: TrialRecord, fit: FitPaths, test: Prepared) -> dict[str, A
     }
 
 
+def _official_job(folder: FinalPaths, data: DataConfig, caches: Path, test: Prepared) -> dict[str, Any]:
+    # Where the files lie now: a cache outlives its dataset's folder.
+    samples = {sample.id: sample for sample in locate(data, caches).split("test")}
+    return {
+        "job": "official",
+        "weights": str(folder.seed(0).weights.absolute()),
+        "samples": [
+            (image, str(samples[image].image.absolute()), str(samples[image].mask.absolute())) for image in test.ids
+        ],
+        "masks": str(folder.masks.absolute()),
+        "counts": str(folder.official_counts.absolute()),
+    }
+
+
 def _evaluate(
     record: StudyRecord, trial: TrialRecord, folder: FinalPaths, n_seeds: int, pool: Prepared, test: Prepared
 ) -> FinalResult:
@@ -174,6 +205,7 @@ def _evaluate(
     scores = {name: np.stack([_scores(folder.seed(index), name) for index in range(n_seeds)]) for name in SCORES}
     out_of_fold = record.out_of_fold(trial.number)
     seen = ~np.isnan(out_of_fold)
+    official = _official_table(folder, test)
     fold_means = [float(np.mean(record.final_scores(trial.number, fold))) for fold in range(record.n_folds)]
     return FinalResult(
         study=record.name,
@@ -184,6 +216,7 @@ def _evaluate(
         cv_fold_std=float(np.std(fold_means, ddof=1)) if len(fold_means) > 1 else 0.0,
         test={name: bootstrap_mean(values.mean(axis=0)) for name, values in scores.items()},
         per_seed={name: tuple(float(value) for value in values.mean(axis=1)) for name, values in scores.items()},
+        official={name: bootstrap_mean(official[name].to_numpy(np.float64)) for name in COLUMNS},
         against_default=_against_default(record, trial.number, out_of_fold, seen),
         n_test=test.n,
         n_pool=pool.n,
@@ -203,11 +236,17 @@ def _scores(fit: FitPaths, name: str) -> npt.NDArray[np.float64]:
     return np.asarray(SCORES[name](PixelCounts.from_columns(counts)), np.float64)
 
 
+def _official_table(folder: FinalPaths, test: Prepared) -> pd.DataFrame:
+    return score_table(test.ids, load_array(folder.official_counts, ndim=2))
+
+
 def _write_table(folder: FinalPaths, n_seeds: int, test: Prepared) -> None:
-    """test.csv: every test image with its scores, means over the seeds."""
+    """test.csv: every test image with its scores, means over the seeds, and the official ones of the model kept."""
     columns = {
         name: np.mean([_scores(folder.seed(index), name) for index in range(n_seeds)], axis=0) for name in SCORES
     }
+    official = _official_table(folder, test)
+    columns |= {f"official_{name}": official[name].to_numpy(np.float64) for name in COLUMNS}
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["image", *columns])

@@ -245,6 +245,20 @@ class FinalPaths:
         return self.root / "test.csv"
 
     @property
+    def masks(self) -> Path:
+        """Predicted masks of the test images at their own resolution, named as the challenge names them."""
+        return self.root / "masks"
+
+    @property
+    def official_counts(self) -> Path:
+        """tp, fp, fn, tn of those masks."""
+        return self.root / "official_counts.npy"
+
+    @property
+    def submission(self) -> Path:
+        return self.root / "submission.zip"
+
+    @property
     def panels(self) -> Path:
         return self.root / "panels.png"
 

@@ -2,14 +2,19 @@ from __future__ import annotations
 
 import csv
 import json
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from hpsearch.cli.final import describe
 from hpsearch.config import stable_seed
 from hpsearch.errors import StudyError
 from hpsearch.final import FinalResult, run_final
 from hpsearch.paths import ProjectPaths
+from hpsearch.predict import Predictor, find_images, predict_files
+from hpsearch.scoring import mask_name, official_scores, read_mask, score_folder
 from hpsearch.training.metrics import SCORES, PixelCounts
 from hpsearch.tuning.planning import MachineChoice
 from hpsearch.tuning.record import load_array
@@ -28,7 +33,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> ProjectPaths:
 
 @pytest.fixture(scope="module")
 def result(project: ProjectPaths) -> FinalResult:
-    found = run_final(project, n_seeds=2, machine=MACHINE)
+    found = run_final(project, n_seeds=2, machine=MACHINE, submission=True)
     assert found is not None
     return found
 
@@ -65,9 +70,51 @@ def test_each_seed_trains_another_network_for_as_many_epochs_as_the_trial(result
 def test_what_final_prints_is_on_record(result: FinalResult) -> None:
     table = json.loads(result.paths.result.read_text())
     assert table["test"]["jaccard"]["mean"] == result.test["jaccard"].mean
+    assert table["official"]["threshold_jaccard"]["mean"] == result.official["threshold_jaccard"].mean
     assert table["trial"] == result.trial.number
     assert result.paths.panels.read_bytes().startswith(b"\x89PNG")
     assert result.paths.curves.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_official_scores_are_those_of_the_submission_at_the_images_own_size(
+    project: ProjectPaths, result: FinalResult, tmp_path: Path
+) -> None:
+    with zipfile.ZipFile(result.paths.submission) as archive:
+        archive.extractall(tmp_path)
+    names = [f"ISIC_{number:07d}_segmentation.png" for number in range(11, 15)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    truths = project.root / "ISIC-2017" / "ISIC-2017_Test_v2_Part1_GroundTruth"
+    # Refuses masks of another size than the truth's.
+    table = score_folder(tmp_path, truths)
+    assert {name: interval.mean for name, interval in result.official.items()} == pytest.approx(
+        official_scores(table)
+    )
+    for name in names:
+        assert np.array_equal(read_mask(tmp_path / name), read_mask(result.paths.masks / name))
+    with result.paths.table.open() as file:
+        assert [float(row["official_dice"]) for row in csv.DictReader(file)] == pytest.approx(table["dice"], abs=1e-6)
+
+
+def test_predict_gives_the_masks_that_final_scored(
+    project: ProjectPaths, result: FinalResult, tmp_path: Path
+) -> None:
+    predictor = Predictor.load(result.paths.model, device="cpu", threads=1)
+    images = find_images([project.root / "ISIC-2017" / "ISIC-2017_Test_v2_Data"])
+    assert predict_files(predictor, images, tmp_path) == {}
+    for path in images:
+        name = mask_name(path.stem)
+        assert (tmp_path / name).read_bytes() == (result.paths.masks / name).read_bytes()
+
+
+def test_the_final_table_shows_both_kinds_of_score(result: FinalResult) -> None:
+    lines = describe(result)
+    for title, interval in (
+        ("test, training size", result.test["dice"]),
+        ("test, official", result.official["accuracy"]),
+    ):
+        (line,) = (line for line in lines if line.startswith(title))
+        assert f"{interval.mean:.4f}  [{interval.low:.4f}, {interval.high:.4f}]" in line
+    assert any(str(result.paths.submission) in line for line in lines)
 
 
 def test_the_promise_is_the_trials_own_value(project: ProjectPaths, result: FinalResult) -> None:

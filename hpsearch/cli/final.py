@@ -18,6 +18,7 @@ from hpsearch.paths import ProjectPaths
 @click.option("--seeds", default=1, type=click.IntRange(min=1), help="Networks to train, with different seeds.")
 @device_option
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads (default: as in the study).")
+@click.option("--zip", "submission", is_flag=True, help="Pack the test masks into a zip, ready to submit.")
 @tracking_option
 def command(
     project: ProjectPaths,
@@ -27,6 +28,7 @@ def command(
     seeds: int,
     device: str,
     threads: int | None,
+    submission: bool,
     tracking: str | None,
 ) -> int:
     """Retrain a configuration on the whole pool and evaluate it on the test split.
@@ -70,6 +72,7 @@ def command(
             machine=MachineChoice(device, 0, threads or 0),
             tracker=make_tracker(project, tracking),
             on_epoch=on_epoch,
+            submission=submission,
         )
     if result is None:
         console.print("stopped: run the same command again to continue")
@@ -89,12 +92,13 @@ def describe(result: Any) -> list[str]:
         f"study {result.study}, trial {result.trial.number}: {describe_params(result.trial.params)}",
         f"retrained on all {result.n_pool} pool images, evaluated on {result.n_test} test images",
         "",
-        f"{'':22}mean    95 % interval",
-        f"{'cross-validation':16}{metric:>9}  {_interval(cv)}   sd of the folds {result.cv_fold_std:.4f}",
+        f"{'':36}mean    95 % interval",
+        f"{'cross-validation':21}{metric:>17}  {_interval(cv)}   sd of the folds {result.cv_fold_std:.4f}",
     ]
-    for name, interval in result.test.items():
-        head = "test" if name == next(iter(result.test)) else ""
-        lines.append(f"{head:10}{name:>15}  {_interval(interval)}")
+    for title, scores in (("test, training size", result.test), ("test, official", result.official)):
+        for name, interval in scores.items():
+            lines.append(f"{title if name == next(iter(scores)) else '':21}{name:>17}  {_interval(interval)}")
+    lines.append("official: at each image's own resolution, as the ISIC-2017 challenge scores; of the model kept")
     seeds = result.per_seed[metric]
     if len(seeds) > 1:
         lines.append(f"each network's test {metric}: " + ", ".join(f"{value:.4f}" for value in seeds))
@@ -106,7 +110,9 @@ def describe(result: Any) -> list[str]:
         )
     elif result.trial.number == 0:
         lines.append("this is trial 0, the default configuration: the search found nothing better")
-    lines += ["", f"model, scores of every image, figures: {result.paths.root}"]
+    lines += ["", f"model, masks, scores of every image, figures: {result.paths.root}"]
+    if result.paths.submission.is_file():
+        lines.append(f"submission: {result.paths.submission}")
     return lines
 
 

@@ -29,8 +29,9 @@ from hpsearch import runtime
 from hpsearch.config import StudyConfig, from_dict
 from hpsearch.data.batches import DeviceData
 from hpsearch.data.cache import Cache, Normalization, open_cache
+from hpsearch.data.decode import read_pair
 from hpsearch.errors import DivergedError, HpsearchError, OutOfMemoryError, StorageError
-from hpsearch.paths import FitPaths
+from hpsearch.paths import FitPaths, atomic_write
 from hpsearch.plan import image_flops
 from hpsearch.runtime import Runtime
 from hpsearch.training.checkpoint import load_weights
@@ -79,7 +80,7 @@ class Session:
 
     def do(self, job: dict[str, Any]) -> None:
         """Do one job and send how it ended: never an exception, unless the coordinator is gone."""
-        jobs = {"fit": self._fit, "measure": self._measure, "score": self._score}
+        jobs = {"fit": self._fit, "measure": self._measure, "score": self._score, "official": self._official}
         try:
             message = jobs[job["job"]](job)
         except DivergedError as error:
@@ -134,7 +135,7 @@ class Session:
             normalization=normalization,
             size=size,
             runtime=self._runtime(config),
-            extra={"threshold": 0.5, "color": config.data.color},
+            extra={"threshold": 0.5, "color": config.data.color, "match": config.data.match},
         )
         return {"event": "finished", "summary": summary}
 
@@ -163,6 +164,26 @@ class Session:
             runtime=chosen,
         )
         return {"event": "finished", "summary": {"n_images": len(images)}}
+
+    def _official(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Masks of images at their own resolution, written, and their counts against the true masks."""
+        # They bring pandas along, which no other job needs.
+        from hpsearch.predict import Predictor
+        from hpsearch.scoring import count_mask, encode_mask, mask_name
+
+        predictor = Predictor.load(Path(job["weights"]), device=self._device, threads=self._threads)
+        folder = Path(job["masks"])
+        counts = []
+        for name, image_path, mask_path in job["samples"]:
+            image, mask = read_pair(Path(image_path), Path(mask_path))
+            pred = predictor.mask(predictor.logits(image))
+            counts.append(count_mask(pred, mask.numpy() > 0, name=name))
+            with atomic_write(folder / mask_name(name)) as temporary:
+                temporary.write_bytes(encode_mask(pred))
+            # Before the next is decoded: one image alone may take hundreds of megabytes.
+            del image, mask, pred
+        save_array(Path(job["counts"]), np.array(counts, np.int64))
+        return {"event": "finished", "summary": {"n_images": len(counts)}}
 
     def _measure(self, job: dict[str, Any]) -> dict[str, Any]:
         """Seconds of an image at each configuration, and what the machine is."""
