@@ -139,8 +139,9 @@ class TrackingThread:
 
     def _run(self) -> None:
         while True:
-            is_last = self._closing.is_set()
+            # In this order: whoever closes after the first line has woken it again.
             self._woken.clear()
+            is_last = self._closing.is_set()
             self._attempt(is_last)
             if is_last:
                 return

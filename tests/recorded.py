@@ -16,7 +16,7 @@ from hpsearch import paths
 from hpsearch.config import StudyConfig
 from hpsearch.data.cache import INDEX, Index, Preparation, memmap_files
 from hpsearch.data.decoding import Facts
-from hpsearch.data.folds import make_folds
+from hpsearch.data.folds import Folds
 from hpsearch.data.layouts import Sample, Split
 from hpsearch.paths import FitPaths, ProjectPaths
 from hpsearch.training.metrics import PixelCounts, dice
@@ -61,7 +61,7 @@ class FakeStudy:
         self.record = StudyRecord.create(self.project.study(name), self.config)
         ids = [f"ISIC_{i:07d}" for i in range(n_images)]
         splits: list[Split] = ["train"] * n_images
-        folds = make_folds(ids, splits, [f"{i:064x}" for i in range(n_images)], folds=n_folds, seed=0, groups=None)
+        folds = Folds(tuple(ids), tuple(i % n_folds for i in range(n_images)), n_folds, 0, "kfold")
         self.record.write_folds(folds, POOL_KEY)
         machine = {"device": "cpu", "device_name": "a processor", "precision": "float32", "threads": "1"}
         machine |= {"python": "3.11.9", "torch": "2.9.0", "numpy": "2.4.0", "platform": "an operating system"}
@@ -213,7 +213,8 @@ def write_epoch(
         peak_bytes=600 * 2**20,
     )
     fit.root.mkdir(parents=True, exist_ok=True)
-    paths.append_line(fit.epochs, json.dumps(row.to_dict()))
+    with fit.epochs.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row.to_dict()) + "\n")
     if len(held_out):
         before = np.load(fit.scores) if fit.scores.is_file() else np.zeros((0, len(held_out)), np.float32)
         scores = image_scores(quality, fold, len(held_out), 32) * progress

@@ -147,7 +147,7 @@ def _read_examples(fit: FitRecord) -> dict[str, npt.NDArray[Any]] | None:
     if not path.is_file():
         return None
     try:
-        with np.load(path, allow_pickle=False) as table:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as table:
             return {name: table[name] for name in ("indices", "scores", "probabilities")}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise RecordError(f"{path} is damaged: {error}") from error
