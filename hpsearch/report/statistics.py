@@ -42,6 +42,8 @@ N_BAGS = 2000
 """Bootstrap samples of the images."""
 N_DRAWS = 2000
 """Draws of the noise that decides how large a gap between tied trials may be."""
+HOPELESS = 4.0
+"""Standard errors behind the best from which on a trial is no contender: one-sided p below 0.0001."""
 _BLOCK = 2**23
 """Entries of a block of bags: 32 MiB."""
 
@@ -245,20 +247,26 @@ def tied_with_best(study: StudyScores, *, seed: int = 0) -> tuple[int, ...]:
 
     Subset selection (Gupta, Technometrics 7, 1965): a trial is out if it lies further behind the best mean than the
     luckiest of equal trials would lead it in 95 of 100 studies. The noise is drawn from what was seen: the images'
-    covariance between trials, and run luck of a size that is itself uncertain.
+    covariance between trials, and run luck of a size that is itself uncertain. Trials hopelessly behind are left
+    aside first: collapsed ones have so much noise that, taken for equals, they would tie everything.
     """
     rng = np.random.default_rng(seed)
-    joint, luck = study.joint, study.run_luck
-    centred = joint - joint.mean(axis=1, keepdims=True)
+    luck, means, run_variance = study.run_luck, study.joint.mean(axis=1), study.run_variance()
+    centred = study.joint - means[:, None]
     covariance = centred @ centred.T / (study.n_images - 1) / study.n_images
+    best = int(means.argmax())
+    own = np.diagonal(covariance) + run_variance
+    contenders = np.flatnonzero(
+        means[best] - means <= HOPELESS * np.sqrt(np.maximum(own + own[best] - 2 * covariance[best], 0))
+    )
+    contenders = np.union1d(contenders, [best])
     # Eigenvectors, because equal rows make the covariance singular.
-    values, vectors = np.linalg.eigh(covariance)
-    noise = (rng.standard_normal((N_DRAWS, study.n_trials)) * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    values, vectors = np.linalg.eigh(covariance[np.ix_(contenders, contenders)])
+    noise = (rng.standard_normal((N_DRAWS, len(contenders))) * np.sqrt(np.maximum(values, 0))) @ vectors.T
     size = np.sqrt(luck.df / rng.chisquare(luck.df, (N_DRAWS, 1)))
-    noise += size * np.sqrt(study.run_variance()) * rng.standard_normal(noise.shape)
+    noise += size * np.sqrt(run_variance[contenders]) * rng.standard_normal(noise.shape)
     allowed = np.quantile(noise.max(axis=1, keepdims=True) - noise, LEVEL, axis=0)
-    means = joint.mean(axis=1)
-    tied = np.flatnonzero(means.max() - means <= allowed)
+    tied = contenders[means[best] - means[contenders] <= allowed]
     return tuple(int(trial) for trial in sorted(tied, key=lambda trial: (-means[trial], trial)))
 
 

@@ -187,6 +187,13 @@ def test_the_tied_set_begins_with_the_best_mean() -> None:
     assert [means[trial] for trial in tied] == sorted((means[trial] for trial in tied), reverse=True)
 
 
+def test_collapsed_trials_do_not_tie_the_good_ones() -> None:
+    made = study([0.84, 0.81], run=0.003, n_images=1000)
+    collapsed = np.random.default_rng(1).choice([0.0, 0.9], (20, 1000), p=[0.6, 0.4])
+    assert tied_with_best(made) == (0,)
+    assert tied_with_best(replace(made, scores=np.concatenate([made.scores, collapsed]))) == (0,)
+
+
 def test_identical_trials_are_tied() -> None:
     scores = np.tile(np.random.default_rng(0).random(100), (4, 1))
     assert tied_with_best(StudyScores(scores=scores, fold_of=np.arange(100) % 5)) == (0, 1, 2, 3)
@@ -380,7 +387,7 @@ def test_statistics_load_no_torch() -> None:
 
 @pytest.fixture(scope="module")
 def benchmark_module() -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "statistics.py"
+    path = Path(__file__).parents[2] / "benchmarks" / "study_statistics.py"
     spec = importlib.util.spec_from_file_location("benchmark_statistics", path)
     assert spec is not None
     assert spec.loader is not None
