@@ -207,6 +207,8 @@ def final_run(record: StudyRecord, name: str) -> RunContent:
         values |= {f"test/{score}": interval["mean"]}
         if score == metric:
             values |= {f"test/{score}_low": interval["low"], f"test/{score}_high": interval["high"]}
+    for score, interval in result.get("official", {}).items():
+        values |= {f"test/official/{score}": interval["mean"]}
     trial = record.trial(result["trial"])
     config = trial.study_config
     return RunContent(
