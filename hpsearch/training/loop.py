@@ -355,6 +355,8 @@ class _Task:
         # These choose how to compute, as the device does, not what.
         for name in ("amp", "compile"):
             del table["train"][name]
+        if microbatches_are_exact(self.model_config):
+            del table["micro_batch"]
         return digest(table)
 
 

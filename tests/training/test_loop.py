@@ -488,6 +488,12 @@ def test_the_checkpoint_of_another_fit_is_refused(changes, folder):
         fit(**fit_arguments(**changes), paths=folder)
 
 
+def test_a_fit_may_go_on_in_micro_batches_where_they_are_exact(folder):
+    model = UNetConfig(base_channels=2, depth=1, norm="none")
+    fit(**fit_arguments(model_config=model), paths=folder, on_epoch=lambda *_: "stop")
+    assert len(fit(**fit_arguments(model_config=model, micro_batch=2), paths=folder).rows) == 3
+
+
 def test_a_fit_may_go_on_with_another_precision(folder):
     fit(**fit_arguments(), paths=folder, on_epoch=lambda *_: "stop")
     train = TrainConfig(epochs=3, batch_size=4, lr=0.05, loss="bce+dice", amp="bf16", compile="off")

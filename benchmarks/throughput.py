@@ -1,0 +1,492 @@
+"""Training images a second of one fit: `hpsearch` beside what people would write or pick instead.
+
+    python benchmarks/throughput.py                 all three sizes, about 25 minutes on two cores
+    python benchmarks/throughput.py --sizes 64      one of them, about 5
+    python benchmarks/throughput.py --quick         a minute: shows that it works, its figures mean nothing
+
+Needs the packages of `pip install "hpsearch[benchmarks]"`; a side whose package is missing is left out.
+
+Every side trains the same network (hpsearch's UNet) with the same loss (binary cross-entropy), optimizer (SGD with
+momentum) and batch size (16) on the same small JPEGs, drawn by `hpsearch.data.sample` unless `--data` names a folder
+in the archive layout of ISIC-2017, at the same size, with random horizontal flips:
+
+    hpsearch   hpsearch.training.loop.fit from its cache; channels-last always
+    plain      a Dataset that decodes, resizes and normalises each JPEG in each epoch, a DataLoader with as many
+               workers as threads (persistent), a loop that reads the loss after each step
+    monai      CacheDataset with its dictionary transforms, everything but the flip cached; its DataLoader without
+               workers, which is faster here than with them
+    lightning  Trainer on decoded, normalised tensors in memory: its loop at its best; no logger, no checkpoints
+
+    float32    as written
+    bf16       the line their tutorials add: torch.autocast around the forward pass, precision="bf16-mixed"
+    bf16+cl    two lines more that they do not have: model and images .to(memory_format=torch.channels_last)
+
+Each side is a process of its own, trained for one epoch in turn, round after round, so that whatever else the machine
+does falls on all alike; the first round is not counted. Given are the median of the rounds, the lowest and highest,
+how many times as fast hpsearch is in float32 and in bf16, and the share of the measured rate of matrix products in
+that precision which the network's arithmetic makes up (FLOPs of the training step x images/s).
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+BATCH_SIZE = 16
+LR, MOMENTUM = 0.05, 0.9
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One network at one size."""
+
+    size: int
+    base_channels: int
+    depth: int
+    n_images: int
+    """Images of an epoch: enough steps to fill every pipeline."""
+
+
+PROBLEMS = {
+    64: Problem(64, 8, 3, 640),
+    128: Problem(128, 16, 4, 160),
+    256: Problem(256, 16, 4, 64),
+}
+QUICK = Problem(32, 4, 2, 64)
+
+SIDES = {
+    "hpsearch": (None, ("float32", "bf16")),
+    "plain": (None, ("float32", "bf16", "bf16+cl")),
+    "monai": ("monai", ("float32", "bf16", "bf16+cl")),
+    "lightning": ("lightning", ("float32", "bf16", "bf16+cl")),
+    "matmul": (None, ("float32", "bf16")),
+}
+"""Side to the package it needs and the precisions it runs in."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a side's process is told."""
+
+    side: str
+    precision: str
+    problem: Problem
+    data: str
+    cache: str
+    threads: int
+    device: str
+    rounds: int
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder in the archive layout; default: drawn images")
+    parser.add_argument("--sizes", type=int, nargs="+", choices=sorted(PROBLEMS), default=sorted(PROBLEMS))
+    parser.add_argument("--rounds", type=int, default=5, help="counted rounds")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.job:
+        table = json.loads(arguments.job)
+        serve(Job(**{**table, "problem": Problem(**table["problem"])}))
+        return
+    problems = [QUICK] if arguments.quick else [PROBLEMS[size] for size in arguments.sizes]
+    rounds = 1 if arguments.quick else arguments.rounds
+    with tempfile.TemporaryDirectory() as work:
+        data = arguments.data or draw(Path(work) / "ISIC-2017", max(problem.n_images for problem in problems))
+        print_machine(arguments.device, arguments.threads, arguments.data, rounds)
+        for problem in problems:
+            compare(problem, data, Path(work) / "cache", rounds, arguments.threads, arguments.device)
+
+
+def draw(folder: Path, n_images: int) -> Path:
+    """Small JPEGs and masks in the archive layout, drawn in a process of its own."""
+    program = "import sys, pathlib; from hpsearch.data.sample import draw_sample; "
+    program += f"draw_sample(pathlib.Path(sys.argv[1]), n_train={n_images}, n_val=2, n_test=2)"
+    subprocess.run([sys.executable, "-c", program, str(folder)], check=True)
+    return folder
+
+
+def print_machine(device: str, threads: int, data: Path | None, rounds: int) -> None:
+    """What a reader must know to compare: date, machine, versions, settings."""
+    program = "import json; from hpsearch import runtime; "
+    program += f"print(json.dumps(runtime.describe(runtime.make_runtime({device!r}, threads={threads}))))"
+    found = json.loads(subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.PIPE).stdout)
+    installed = [name for name in ("torch", "monai", "lightning") if importlib.util.find_spec(name)]
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in installed]
+    print(f"{datetime.date.today()}, {found['device_name']}, {threads} threads, {found['platform']}")
+    print(f"{', '.join(versions)}; {data or 'drawn images'}; batch {BATCH_SIZE}; median of {rounds} rounds\n")
+
+
+def compare(problem: Problem, data: Path, cache: Path, rounds: int, threads: int, device: str) -> None:
+    """Run all sides at one size in turn and print their table."""
+    processes = {}
+    for side, (package, precisions) in SIDES.items():
+        if package is not None and importlib.util.find_spec(package) is None:
+            print(f"{side} is left out: {package} is not installed")
+            continue
+        for precision in precisions:
+            job = Job(side, precision, problem, str(data), str(cache), threads, device, rounds)
+            process = Process(job)
+            # One after another, so that the cache is built once; the reply comes after the uncounted round.
+            process.ask()
+            processes[side, precision] = process
+    rates: dict[tuple[str, str], list[float]] = {key: [] for key in processes}
+    for _ in range(rounds):
+        for key, process in processes.items():
+            rates[key].append(process.ask())
+    for process in processes.values():
+        process.end()
+
+    from hpsearch.models.config import UNetConfig
+    from hpsearch.models.shapes import training_flops
+
+    config = UNetConfig(base_channels=problem.base_channels, depth=problem.depth)
+    flops = training_flops(config, 3, problem.size, problem.size)
+    median = {key: statistics.median(values) for key, values in rates.items()}
+    print(f"{problem.size}x{problem.size}, base {problem.base_channels}, depth {problem.depth}, ", end="")
+    print(f"{flops / 1e9:.2f} GFLOP an image, {problem.n_images} images an epoch")
+    for precision in ("float32", "bf16"):
+        print(f"matrix products in {precision}: {median['matmul', precision] / 1e9:.0f} GFLOP/s")
+    print(f"{'':22}{'images/s':>10}{'lowest':>9}{'highest':>9}{'ours f32':>10}{'ours bf16':>11}{'of matmul':>11}")
+    for (side, precision), values in rates.items():
+        if side == "matmul":
+            continue
+        rate = median[side, precision]
+        ratios = [median["hpsearch", ours] / rate for ours in ("float32", "bf16")]
+        share = rate * flops / median["matmul", precision.removesuffix("+cl")]
+        print(
+            f"{side:12}{precision:10}{rate:10.1f}{min(values):9.1f}{max(values):9.1f}"
+            f"{ratios[0]:9.2f}x{ratios[1]:10.2f}x{share:10.0%}"
+        )
+    print()
+
+
+class Process:
+    """One side, waiting for its turn."""
+
+    def __init__(self, job: Job) -> None:
+        command = [sys.executable, __file__, "--job", json.dumps(asdict(job))]
+        self._errors = tempfile.TemporaryFile("w+")
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
+        )
+        self._name = f"{job.side} {job.precision}"
+
+    def ask(self) -> float:
+        """Let it train one epoch; images (for matmul: FLOPs) a second."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write("go\n")
+        self._process.stdin.flush()
+        for line in self._process.stdout:
+            # Libraries print what they like; only this is ours.
+            if line.startswith("rate "):
+                return float(line.split()[1])
+        self._errors.seek(0)
+        raise SystemExit(f"{self._name} ended before its time:\n{self._errors.read()}")
+
+    def end(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+# --- in a side's own process -------------------------------------------------------------------------------------
+
+
+class Turn:
+    """Waits until the side may work and tells how fast it did."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._began = 0.0
+
+    def begin(self) -> None:
+        if not sys.stdin.readline():
+            os._exit(0)
+        self._began = time.perf_counter()
+
+    def end(self, amount: float) -> None:
+        import torch
+
+        if self._device == "cuda":
+            torch.cuda.synchronize()
+        print(f"rate {amount / (time.perf_counter() - self._began)}", flush=True)
+
+
+def serve(job: Job) -> None:
+    """Do the side's work, an epoch for every line read."""
+    warnings.simplefilter("ignore")
+    import torch
+
+    torch.set_num_threads(job.threads)
+    torch.manual_seed(0)
+    sides: dict[str, Callable[[Job, Turn], None]] = {
+        "hpsearch": run_hpsearch,
+        "plain": run_plain,
+        "monai": run_monai,
+        "lightning": run_lightning,
+        "matmul": run_matmul,
+    }
+    sides[job.side](job, Turn(job.device))
+
+
+def run_hpsearch(job: Job, turn: Turn) -> None:
+    import numpy as np
+
+    from hpsearch.data.batches import DeviceData
+    from hpsearch.data.cache import open_cache
+    from hpsearch.data.config import AugmentConfig, DataConfig
+    from hpsearch.data.prepare import prepare_pool
+    from hpsearch.models.config import UNetConfig
+    from hpsearch.runtime import make_runtime
+    from hpsearch.training.config import TrainConfig
+    from hpsearch.training.loop import fit
+
+    problem = job.problem
+    config = DataConfig(root=job.data, size=problem.size, n_search_train=problem.n_images, exclude_bad=True)
+    cache = open_cache(prepare_pool(config, Path(job.cache)).cache_path)
+    indices = np.arange(problem.n_images, dtype=np.int64)
+    n_trained = problem.n_images // BATCH_SIZE * BATCH_SIZE
+
+    def on_epoch(*_: Any) -> Any:
+        turn.end(n_trained)
+        turn.begin()
+        return "go"
+
+    turn.begin()
+    fit(
+        model_config=UNetConfig(base_channels=problem.base_channels, depth=problem.depth),
+        in_channels=3,
+        data=DeviceData(cache, job.device),
+        train_indices=indices,
+        held_out_indices=indices[:0],
+        # One epoch more than is asked for: the last turn ends by the closed input.
+        train=TrainConfig(epochs=job.rounds + 2, batch_size=BATCH_SIZE, lr=LR, momentum=MOMENTUM),
+        augment=AugmentConfig(hflip=0.5),
+        normalization=cache.normalization(indices, "rgb"),
+        size=(problem.size, problem.size),
+        metric="dice",
+        seed=0,
+        runtime=make_runtime(job.device, amp="bf16" if job.precision == "bf16" else "off", threads=job.threads),
+        on_epoch=on_epoch,
+    )
+
+
+def run_plain(job: Job, turn: Turn) -> None:
+    import torch
+    from torch.utils.data import DataLoader
+
+    loader = DataLoader(
+        JpegDataset(job),  # type: ignore[arg-type]
+        batch_size=BATCH_SIZE,
+        shuffle=True,
+        drop_last=True,
+        num_workers=job.threads,
+        persistent_workers=True,
+        pin_memory=job.device == "cuda",
+    )
+    train_plainly(job, turn, lambda: iter(loader), torch.nn.BCEWithLogitsLoss())
+
+
+def run_monai(job: Job, turn: Turn) -> None:
+    import torch
+    from monai.data import CacheDataset, DataLoader
+    from monai.transforms import (
+        AsDiscreted,
+        Compose,
+        LoadImaged,
+        NormalizeIntensityd,
+        RandFlipd,
+        Resized,
+        ScaleIntensityd,
+    )
+
+    size = (job.problem.size, job.problem.size)
+    transforms = Compose(
+        [
+            LoadImaged(keys=["image", "mask"], ensure_channel_first=True),
+            Resized(keys=["image", "mask"], spatial_size=size, mode=["area", "nearest"]),
+            ScaleIntensityd(keys="mask"),
+            AsDiscreted(keys="mask", threshold=0.5),
+            NormalizeIntensityd(keys="image", channel_wise=True),
+            RandFlipd(keys=["image", "mask"], prob=0.5, spatial_axis=0),
+        ]
+    )
+    items = [{"image": str(image), "mask": str(mask)} for image, mask in find_pairs(job)]
+    dataset = CacheDataset(items, transforms, cache_rate=1.0, num_workers=job.threads, progress=False)
+    loader = DataLoader(dataset, batch_size=BATCH_SIZE, shuffle=True, drop_last=True, num_workers=0)
+
+    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for batch in loader:
+            yield batch["image"], batch["mask"]
+
+    train_plainly(job, turn, batches, torch.nn.BCEWithLogitsLoss())
+
+
+def train_plainly(job: Job, turn: Turn, batches: Callable[[], Iterator[Any]], loss_function: Any) -> None:
+    """The loop of the tutorials; `bf16` adds autocast, `+cl` the two lines that name channels_last."""
+    import torch
+
+    model = make_model(job)
+    if job.precision.endswith("+cl"):
+        model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
+    while True:
+        turn.begin()
+        model.train()
+        total, n_images = 0.0, 0
+        for images, masks in batches():
+            images, masks = images.to(job.device), masks.to(job.device)
+            if job.precision.endswith("+cl"):
+                images = images.to(memory_format=torch.channels_last)
+            optimizer.zero_grad()
+            is_bf16 = job.precision.startswith("bf16")
+            with torch.autocast(job.device, dtype=torch.bfloat16) if is_bf16 else nullcontext():
+                loss = loss_function(model(images), masks)
+            loss.backward()
+            optimizer.step()
+            total += loss.item()
+            n_images += len(images)
+        turn.end(n_images)
+
+
+def run_lightning(job: Job, turn: Turn) -> None:
+    import logging
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    import lightning
+    import torch
+    from torch.utils.data import DataLoader, TensorDataset
+
+    channels_last = job.precision.endswith("+cl")
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = make_model(job)
+            if channels_last:
+                self.model.to(memory_format=torch.channels_last)
+            self.loss = torch.nn.BCEWithLogitsLoss()
+
+        def training_step(self, batch: Any, _: int) -> Any:
+            images, masks = batch
+            flip = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+            images = torch.where(flip, images.flip(3), images)
+            masks = torch.where(flip, masks.flip(3), masks)
+            if channels_last:
+                images = images.to(memory_format=torch.channels_last)
+            loss = self.loss(self.model(images), masks)
+            self.log("loss", loss)
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=LR, momentum=MOMENTUM)
+
+    class Turns(lightning.Callback):
+        def on_train_epoch_start(self, *_: Any) -> None:
+            turn.begin()
+
+        def on_train_epoch_end(self, *_: Any) -> None:
+            turn.end(job.problem.n_images // BATCH_SIZE * BATCH_SIZE)
+
+    decoded = JpegDataset(job, flips=False)
+    pairs = [decoded[i] for i in range(len(decoded))]
+    dataset = TensorDataset(torch.stack([pair[0] for pair in pairs]), torch.stack([pair[1] for pair in pairs]))
+    trainer = lightning.Trainer(
+        accelerator="gpu" if job.device == "cuda" else "cpu",
+        devices=1,
+        precision="bf16-mixed" if job.precision.startswith("bf16") else "32-true",
+        max_epochs=-1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[Turns()],
+    )
+    trainer.fit(Module(), DataLoader(dataset, batch_size=BATCH_SIZE, shuffle=True, drop_last=True))
+
+
+def run_matmul(job: Job, turn: Turn) -> None:
+    """Products of square matrices, for half a second a turn."""
+    import torch
+
+    n = 8192 if job.device == "cuda" else 2048
+    dtype = torch.bfloat16 if job.precision == "bf16" else torch.float32
+    a, b = (torch.randn(n, n, device=job.device, dtype=dtype) for _ in range(2))
+    while True:
+        turn.begin()
+        began, done = time.perf_counter(), 0
+        while time.perf_counter() - began < 0.5:
+            for _ in range(50 if job.device == "cuda" else 1):
+                torch.mm(a, b)
+                done += 1
+        turn.end(2.0 * n**3 * done)
+
+
+class JpegDataset:
+    """Decodes, resizes, flips and normalises one pair at a time, as a tutorial would."""
+
+    def __init__(self, job: Job, *, flips: bool = True) -> None:
+        from torchvision.transforms import v2
+
+        self._pairs = find_pairs(job)
+        size = [job.problem.size, job.problem.size]
+        self._image_size = v2.Resize(size, antialias=True)
+        self._mask_size = v2.Resize(size, interpolation=v2.InterpolationMode.NEAREST)
+        self._normalize = v2.Normalize([0.7, 0.6, 0.55], [0.15, 0.15, 0.16])
+        self._flips = flips
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        import torch
+        from torchvision.io import ImageReadMode, decode_image
+
+        image_path, mask_path = self._pairs[index]
+        image = self._image_size(decode_image(str(image_path), ImageReadMode.RGB))
+        mask = self._mask_size(decode_image(str(mask_path), ImageReadMode.GRAY))
+        image = self._normalize(image.float() / 255)
+        mask = (mask > 127).float()
+        if self._flips and torch.rand(()) < 0.5:
+            image, mask = image.flip(-1), mask.flip(-1)
+        return image, mask
+
+
+def make_model(job: Job) -> Any:
+    from hpsearch.models.config import UNetConfig
+    from hpsearch.models.unet import UNet
+
+    return UNet(UNetConfig(base_channels=job.problem.base_channels, depth=job.problem.depth), 3).to(job.device)
+
+
+def find_pairs(job: Job) -> list[tuple[Path, Path]]:
+    """The first `n_images` training images and their masks."""
+    from hpsearch.data.config import DataConfig
+    from hpsearch.data.layouts import find_samples
+
+    samples = find_samples(DataConfig(root=job.data)).split("train")[: job.problem.n_images]
+    return [(sample.image, sample.mask) for sample in samples]
+
+
+if __name__ == "__main__":
+    main()
