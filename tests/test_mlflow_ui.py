@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -133,13 +136,13 @@ def test_curves_panels_and_scores_are_artifacts_that_can_be_opened(address: str)
         assert answer.read(8) == b"\x89PNG\r\n\x1a\n"
 
 
-def test_a_deleted_database_is_rebuilt_from_the_record(project: ProjectPaths) -> None:
-    tracker = make_tracker(project)
-    copy = project.root / "copy.db"
-    project.mlflow_db.rename(copy)
-    try:
-        tracker.catch_up(project.study("tiny"), stopped=True)
-        assert tracker.undelivered(project.study("tiny")) == 0
-        assert project.mlflow_db.is_file()
-    finally:
-        copy.replace(project.mlflow_db)
+def test_a_deleted_database_is_rebuilt_from_the_record(project: ProjectPaths, tmp_path: Path) -> None:
+    moved = ProjectPaths(tmp_path / "moved")
+    shutil.copytree(project.root, moved.root)
+    moved.mlflow_db.unlink()
+    tracker = make_tracker(moved)
+    tracker.catch_up(moved.study("tiny"), stopped=True)
+    assert tracker.undelivered(moved.study("tiny")) == 0
+    with closing(sqlite3.connect(moved.mlflow_db)) as database:
+        names = {name for (name,) in database.execute("SELECT name FROM runs")}
+    assert {"trial 0000", "trial 0001", "trial 0002"} < names
