@@ -1,7 +1,7 @@
 """Serve whole batches on the device, in an order and with changes that (seed, epoch) decide.
 
 A batch is gathered as bytes, changed as a whole (augment.py) and normalised by one multiply-add; no Python runs per
-image. The tensors are (B, H, W, 3) until the end, where a permutation makes them channels-last (B, C, H, W) for free.
+image. Bytes are (B, H, W, 3) until the end, where a permutation makes them channels-last (B, C, H, W) for free.
 """
 
 from __future__ import annotations
@@ -62,12 +62,13 @@ class DeviceData:
         self.device = torch.device(device)
         self.color: Color = color
         self.dtype = dtype
-        self._resident: tuple[Tensor, Tensor] | None = None
+        self._resident: list[tuple[Tensor, Tensor]] = []
         if self.device.type == "cuda":
-            free_bytes, _ = torch.cuda.mem_get_info(self.device)
+            views = [False, True] if cache.has_held_out_view else [False]
             height, width = cache.size
-            if len(cache) * height * width * 4 <= free_bytes * resident_share:
-                self._resident = _upload(cache, self.device)
+            free_bytes, _ = torch.cuda.mem_get_info(self.device)
+            if len(views) * len(cache) * height * width * 4 <= free_bytes * resident_share:
+                self._resident = [_upload(cache, self.device, held_out=held_out) for held_out in views]
 
     def __len__(self) -> int:
         return len(self.cache)
@@ -86,25 +87,27 @@ class DeviceData:
     @property
     def is_resident(self) -> bool:
         """Whether the images lie in the device's own memory."""
-        return self._resident is not None
+        return bool(self._resident)
 
-    def stream(self, batches: Sequence[NDArray[np.int64]]) -> Iterator[tuple[Tensor, Tensor]]:
+    def stream(
+        self, batches: Sequence[NDArray[np.int64]], *, held_out: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Images (B, H, W, 3) and masks (B, H, W), uint8 on the device, of each array of cache indices in turn.
 
-        Every tensor is the consumer's own, to change as it likes.
+        `held_out`: as images are scored, see `Cache.read`. Every tensor is the consumer's own, to change as it likes.
         """
         if not batches:
             return
-        if self._resident is not None:
-            images, masks = self._resident
+        if self._resident:
+            images, masks = self._resident[-1 if held_out else 0]
             order = torch.from_numpy(np.concatenate(batches)).to(self.device)
             for rows in torch.split(order, [len(batch) for batch in batches]):
                 yield images.index_select(0, rows), masks.index_select(0, rows)
         elif self.device.type == "cuda":
-            yield from _stream_pinned(self.cache, batches, self.device)
+            yield from _stream_pinned(self.cache, batches, self.device, held_out=held_out)
         else:
             for batch in batches:
-                read_images, read_masks = self.cache.read(batch)
+                read_images, read_masks = self.cache.read(batch, held_out=held_out)
                 yield torch.from_numpy(read_images).to(self.device), torch.from_numpy(read_masks).to(self.device)
 
 
@@ -138,7 +141,7 @@ def train_batches(
         for start in range(0, n_train_batches(len(order), batch_size) * batch_size, batch_size)
     ]
     for row, (images, masks) in zip(rows, data.stream([order[row] for row in rows]), strict=True):
-        images, masks = augment_batch(images, masks, changes[row])
+        images, masks = augment_batch(images, masks, changes[row], size)
         yield Batch(finish(images), masks.unsqueeze(1))
 
 
@@ -162,12 +165,12 @@ def eval_batches(
         raise CacheError(f"the cached images are {data.size[0]}x{data.size[1]}, smaller than {height}x{width}")
     finish = _Finish(data, normalization)
     batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
-    for batch, (images, masks) in zip(batches, data.stream(batches), strict=True):
+    for batch, (images, masks) in zip(batches, data.stream(batches, held_out=True), strict=True):
         images = images[:, top : top + height, left : left + width]
         if data.truth is None:
             masks = masks[:, top : top + height, left : left + width]
         else:
-            masks = torch.from_numpy(data.truth.read(batch)[1]).to(data.device)
+            masks = torch.from_numpy(data.truth.read(batch, held_out=True)[1]).to(data.device)
         yield Batch(finish(images), masks.unsqueeze(1))
 
 
@@ -191,11 +194,13 @@ class _Finish:
         self.shift = (-mean / std).float().to(data.device)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(B, H, W, 3) uint8 or float32 in; (B, C, H, W) of the wanted dtype out."""
+        """(B, H, W, 3) uint8 or (B, 3, H, W) float32 in; (B, C, H, W) of the wanted dtype out."""
         if self.gray:
-            images = to_gray(images)
-            images = torch.addcmul(self.shift, images, self.factor)
-            return images.to(self.dtype).unsqueeze(1)
+            gray = torch.addcmul(self.shift, to_gray(images), self.factor)
+            return gray.to(self.dtype)
+        if images.dtype != torch.uint8:
+            planes = torch.addcmul(self.shift.view(-1, 1, 1), images, self.factor.view(-1, 1, 1))
+            return planes.to(self.dtype).contiguous(memory_format=torch.channels_last)
         height, width = images.shape[1:3]
         # Whole rows against a repeated factor: an inner dimension of 3 would keep the processor from using its
         # vectors (8 times slower at 64x64).
@@ -205,39 +210,35 @@ class _Finish:
 
 
 def to_gray(images: Tensor) -> Tensor:
-    """0.299 R + 0.587 G + 0.114 B of (..., 3) uint8 or float32, as float32 (...) in the same units."""
-    red, green, blue = images.unbind(-1)
+    """0.299 R + 0.587 G + 0.114 B of (B, H, W, 3) uint8 or (B, 3, H, W) float32, as (B, 1, H, W) float32."""
+    red, green, blue = images.unbind(-1 if images.dtype == torch.uint8 else 1)
     # Elementwise, not a matrix product: that would be rounded to bf16 under autocast and to TF32 on a GPU.
-    return (
-        red.to(torch.float32)
-        .mul(GRAY_WEIGHTS[0])
-        .add_(green, alpha=GRAY_WEIGHTS[1])
-        .add_(blue, alpha=GRAY_WEIGHTS[2])
-    )
+    gray = red.to(torch.float32).mul(GRAY_WEIGHTS[0])
+    return gray.add_(green, alpha=GRAY_WEIGHTS[1]).add_(blue, alpha=GRAY_WEIGHTS[2]).unsqueeze(1)
 
 
-def _upload(cache: Cache, device: torch.device, *, chunk: int = 64) -> tuple[Tensor, Tensor]:
+def _upload(cache: Cache, device: torch.device, *, held_out: bool, chunk: int = 64) -> tuple[Tensor, Tensor]:
     """All images and masks of the cache in the device's memory, copied a few at a time."""
     height, width = cache.size
     images = torch.empty((len(cache), height, width, 3), dtype=torch.uint8, device=device)
     masks = torch.empty((len(cache), height, width), dtype=torch.uint8, device=device)
     for start in range(0, len(cache), chunk):
         rows = np.arange(start, min(start + chunk, len(cache)))
-        read_images, read_masks = cache.read(rows)
+        read_images, read_masks = cache.read(rows, held_out=held_out)
         images[start : start + len(rows)] = torch.from_numpy(read_images)
         masks[start : start + len(rows)] = torch.from_numpy(read_masks)
     return images, masks
 
 
 def _stream_pinned(
-    cache: Cache, batches: Sequence[NDArray[np.int64]], device: torch.device
+    cache: Cache, batches: Sequence[NDArray[np.int64]], device: torch.device, *, held_out: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Each batch copied to a CUDA device on a stream of its own, one batch ahead of the consumer."""
     copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def send(batch: NDArray[np.int64]) -> list[Tensor]:
         sent = []
-        for array in cache.read(batch):
+        for array in cache.read(batch, held_out=held_out):
             # The allocator of pinned memory hands a block out again only when the copy from it has ended.
             pinned = torch.from_numpy(array).pin_memory()
             with torch.cuda.stream(copying):

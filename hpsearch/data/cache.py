@@ -173,6 +173,11 @@ class Cache(ABC):
     def __len__(self) -> int:
         return len(self.index.samples)
 
+    @property
+    def has_held_out_view(self) -> bool:
+        """Whether `read` gives other pixels with `held_out`: where the images were cropped at random."""
+        return len(self.index.preparation.views) > 1
+
     def read(self, indices: NDArray[np.int64], *, held_out: bool = False) -> Pixels:
         """Images (B, H, W, 3) uint8 and masks (B, H, W) uint8 of 0 and 1, the caller's own, in the order given.
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -28,6 +28,8 @@ class FakeCache:
 
     images: NDArray[np.uint8]
     masks: NDArray[np.uint8]
+    centre: NDArray[np.uint8] | None = None
+    """Other images for scoring."""
     ids: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -40,8 +42,15 @@ class FakeCache:
     def size(self) -> tuple[int, int]:
         return self.images.shape[1], self.images.shape[2]
 
-    def read(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        return self.images[indices], self.masks[indices]
+    @property
+    def has_held_out_view(self) -> bool:
+        return self.centre is not None
+
+    def read(
+        self, indices: NDArray[np.int64], *, held_out: bool = False
+    ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        images = self.centre if held_out and self.centre is not None else self.images
+        return images[indices], self.masks[indices]
 
 
 @dataclass(frozen=True)
@@ -98,7 +107,7 @@ def test_grayscale_is_the_weighted_sum_of_the_channels() -> None:
     (batch,) = eval_batches(data, np.array([1, 3]), batch_size=2, normalization=GRAY, size=(8, 12))
     gray = cache.images[[1, 3]] @ np.array([0.299, 0.587, 0.114])
     np.testing.assert_allclose(batch.images.numpy(), ((gray / 255 - 0.6) / 0.15)[:, None], atol=5e-6)
-    assert to_gray(torch.full((1, 3), 255, dtype=torch.uint8)).item() == pytest.approx(255)
+    assert to_gray(torch.full((1, 1, 1, 3), 255, dtype=torch.uint8)).item() == pytest.approx(255)
 
 
 def test_bfloat16_batches_are_the_rounded_float32_batches() -> None:
@@ -146,7 +155,9 @@ def test_only_the_given_indices_are_served() -> None:
     assert sorted(which(batches, cache)) == [1, 2, 5, 8]
 
 
-FULL = AugmentConfig(vflip=0.5, brightness=0.3, contrast=0.3, saturation=0.3, hue=0.2)
+FULL = AugmentConfig(
+    vflip=0.5, rotate=20, scale=0.2, brightness=0.3, contrast=0.3, saturation=0.3, hue=0.2, blur=1, noise=0.1
+)
 
 
 def test_seed_and_epoch_alone_decide_an_epoch() -> None:
@@ -209,6 +220,41 @@ def test_evaluation_on_larger_cached_images_takes_the_centre() -> None:
     assert torch.equal(batch.images, whole[:, :, 2:6, 3:9])
 
 
+def test_images_are_scored_as_they_are_held_out_and_trained_on_as_they_are_not() -> None:
+    cache = make_cache()
+    cache.centre = 255 - cache.images
+    data = DeviceData(cache)
+    (scored,) = eval_batches(data, np.arange(10), batch_size=10, normalization=Statistics(), size=(8, 12))
+    (trained,) = epoch_of(data, batch_size=10)
+    assert torch.equal(scored.images, _Finish(data, Statistics())(torch.from_numpy(cache.centre)))
+    order = which([trained], cache)
+    assert torch.equal(trained.images, _Finish(data, Statistics())(torch.from_numpy(cache.images[order])))
+
+
+def test_augmented_batches_are_normalised_like_plain_ones() -> None:
+    cache = make_cache()
+    for data in (DeviceData(cache), DeviceData(cache, color="grayscale")):
+        (plain,) = epoch_of(data, batch_size=10)
+        # A blur far below one pixel changes nothing, but takes the way through float planes.
+        (floats,) = epoch_of(data, batch_size=10, augment=AugmentConfig(hflip=0, blur=1e-3))
+        torch.testing.assert_close(floats.images, plain.images, atol=1e-5, rtol=0)
+        assert floats.images.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(floats.masks, plain.masks)
+
+
+def test_fresh_crops_of_larger_cached_images_differ_from_epoch_to_epoch() -> None:
+    cache = make_cache(height=12, width=16)
+    data = DeviceData(cache)
+    crops = AugmentConfig(hflip=0, crop=True)
+    shown = {epoch: epoch_of(data, batch_size=10, epoch=epoch, augment=crops, size=(8, 8))[0] for epoch in (1, 2)}
+    assert shown[1].images.shape == (10, 3, 8, 8)
+    assert shown[1].masks.shape == (10, 1, 8, 8)
+    windows = torch.from_numpy(cache.masks).unfold(1, 8, 1).unfold(2, 8, 1).reshape(-1, 8, 8)
+    for batch in shown.values():
+        assert all(bool((windows == mask).all((1, 2)).any()) for mask in batch.masks[:, 0])
+    assert {m.numpy().tobytes() for m in shown[1].masks} != {m.numpy().tobytes() for m in shown[2].masks}
+
+
 def test_masks_for_evaluation_come_from_the_cache_of_their_size() -> None:
     small, large = make_cache(), make_cache(height=16, width=24, seed=1)
     data = DeviceData(small, truth=large)
@@ -224,13 +270,15 @@ def test_masks_for_evaluation_come_from_the_cache_of_their_size() -> None:
 class TestOnAGpu:
     def test_batches_are_those_of_the_cpu_resident_or_streamed(self) -> None:
         cache = make_cache(n=30)
-        expected = epoch_of(DeviceData(cache), n=30, augment=FULL)
+        # What a GPU gives to the pixel: noise is drawn there, and turned pixels may fall to either neighbour.
+        exact = replace(FULL, noise=0, rotate=0, scale=0)
+        expected = epoch_of(DeviceData(cache), n=30, augment=exact)
         resident = DeviceData(cache, "cuda")
         streamed = DeviceData(cache, "cuda", resident_share=0)
         assert resident.is_resident
         assert not streamed.is_resident
         for data in (resident, streamed):
-            for batch, wanted in zip(epoch_of(data, n=30, augment=FULL), expected, strict=True):
+            for batch, wanted in zip(epoch_of(data, n=30, augment=exact), expected, strict=True):
                 assert batch.images.is_cuda
                 torch.testing.assert_close(batch.images.cpu(), wanted.images, atol=1e-4, rtol=0)
                 assert torch.equal(batch.masks.cpu(), wanted.masks)

@@ -40,7 +40,9 @@ class FakeCache:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def read(self, indices: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+    def read(
+        self, indices: npt.NDArray[np.int64], *, held_out: bool = False
+    ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
         return self.images[indices], self.masks[indices]
 
 
