@@ -89,7 +89,7 @@ def make_tracker(project: ProjectPaths, uri: str | None = None) -> Tracker:
 
 def redact(text: str) -> str:
     """`text` with the credentials of every address in it replaced by `***`."""
-    text = re.sub(r"(?<=://)(?:[^:/@\s]*:[^@\s]*|[^/\s]*)@", "***@", text)
+    text = re.sub(r"(?<=://)(?:[^:/@\s]*:\S*|[^/\s]*)@", "***@", text)
     return re.sub(r"(?i)([?&][^=&\s]*(?:password|passwd|secret|token|key)[^=&\s]*=)[^&\s]+", r"\1***", text)
 
 
@@ -599,15 +599,17 @@ def _project_database(project: ProjectPaths) -> str:
 
 
 def _sqlite_uri(path: Path) -> str:
-    """SQLAlchemy's address of a file; TrackingError if it has none. Its versions differ in what they unquote."""
+    """SQLAlchemy's address of a file. TrackingError where it would take it for that of another."""
     from sqlalchemy.engine import make_url
 
-    for text in (str(path), quote(str(path), safe="/ ")):
-        if make_url(f"sqlite:///{text}").database == str(path):
-            return f"sqlite:///{text}"
-    raise TrackingError(
-        f"MLflow's database cannot lie in {path.parent}, whose name holds '?' or '%': choose another --out"
-    )
+    uri = f"sqlite:///{path}"
+    # Quoted names are no way out: MLflow makes a folder of the quoted name.
+    if make_url(uri).database != str(path):
+        raise TrackingError(
+            f"MLflow's database cannot lie in {path.parent}: its address would be misread for the '?' or '%' in it; "
+            "choose another folder with --out"
+        )
+    return uri
 
 
 def _repair_moved(project: ProjectPaths, name: str) -> None:

@@ -625,7 +625,7 @@ class TestWhere:
             MlflowTracker(study.project).catch_up(study.record.paths)
         except TrackingError as error:
             refusal = str(error)
-        assert ("choose another --out" in refusal) != (rows_in(study.project)["runs"] == 2)
+        assert ("choose another folder" in refusal) != (rows_in(study.project)["runs"] == 2)
         assert [path.name for path in tmp_path.iterdir()] == [folder]
 
     def test_importing_tracking_loads_no_heavy_library(self) -> None:
