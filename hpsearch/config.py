@@ -111,12 +111,22 @@ def load(path: Path | None, overrides: Iterable[str] = ()) -> StudyConfig:
             raise ConfigError(f"{path} does not exist") from error
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ConfigError(f"{path} cannot be read as TOML: {error}") from error
+    overrides = list(overrides)
     try:
         return from_dict(apply_overrides(table, overrides))
     except ConfigError as error:
-        if path is None:
+        if path is None or (overrides and _is_valid(table)):
+            # The file is good: what is wrong was given on the command line.
             raise
         raise ConfigError(f"{path}: {error}") from error
+
+
+def _is_valid(table: Mapping[str, Any]) -> bool:
+    try:
+        from_dict(table)
+    except ConfigError:
+        return False
+    return True
 
 
 def from_dict(table: Mapping[str, Any]) -> StudyConfig:

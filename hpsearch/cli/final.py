@@ -98,6 +98,16 @@ def describe(result: Any) -> list[str]:
     for title, scores in (("test, training size", result.test), ("test, official", result.official)):
         for name, interval in scores.items():
             lines.append(f"{title if name == next(iter(scores)) else '':21}{name:>17}  {_interval(interval)}")
+    if result.cv.high < result.test[metric].mean:
+        lines.append(
+            "the test result is above what cross-validation promised: its networks saw only part of the pool, this "
+            "one all of it; or the test images are easier"
+        )
+    elif result.test[metric].high < result.cv.low:
+        lines.append(
+            "the test result is below what cross-validation promised: the best of many trials looks better than it "
+            "is, or the test images are harder or of another kind"
+        )
     lines.append("official: at each image's own resolution, as the ISIC-2017 challenge scores; of the model kept")
     seeds = result.per_seed[metric]
     if len(seeds) > 1:

@@ -49,6 +49,12 @@ class Settings:
     config_file: str | None
     overrides: tuple[str, ...]
     is_sample: bool
+    images: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The study's name where none is given: the folder of one's own images, else the TOML file's stem."""
+        return Path(self.images).name if self.images and self.config_file is None else self.path.stem
 
     @property
     def path(self) -> Path:
@@ -101,7 +107,7 @@ def config_options(command: Command) -> Command:
         for setting in ("trials", "folds", "sampler", "pruner", "metric", "confirm"):
             flags[f"study.{setting}"] = rest.pop(setting, None)
         given = [f"{name}={_toml(value)}" for name, value in flags.items() if value is not None]
-        settings = Settings(config_file, (*given, *overrides), data == "sample")
+        settings = Settings(config_file, (*given, *overrides), data == "sample", images)
         return command(settings=settings, **rest)
 
     for option in reversed(options):

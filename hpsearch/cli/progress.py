@@ -26,8 +26,9 @@ LONG_S = 36 * 3600.0
 class StudyProgress:
     """Shows a running study. Use as a context manager, and as the study's Listener."""
 
-    def __init__(self, name: str, project: ProjectPaths) -> None:
+    def __init__(self, name: str, project: ProjectPaths, *, is_tracked: bool = True) -> None:
         self._name = name
+        self._is_tracked = is_tracked
         self._project = project
         self._console = Console(highlight=False, soft_wrap=True)
         self._is_live = self._console.is_terminal
@@ -137,7 +138,9 @@ class StudyProgress:
             self._print(f"{summary.n_counted} of {n_trials} trials done. Next:")
             self._print(f"  hpsearch final --best --study {self._name}{here}")
             folder = "" if not here else f"cd {self._project.root} && "
-            self._print(f"  {folder}mlflow ui")
+            if self._is_tracked:
+                self._print(f"  {folder}mlflow ui")
+            self._print(f"  hpsearch report --study {self._name}{here}")
 
     def _best(self) -> TrialRecord | None:
         full = [trial for trial in self._trials.values() if trial.outcome == "full" and trial.value is not None]

@@ -71,10 +71,13 @@ def command(
     from hpsearch.tuning.coordinator import Stop, run_study
     from hpsearch.tuning.planning import MachineChoice
 
-    name = study_name or settings.path.stem
+    name = study_name or settings.name
     config = settings.load(project.study(name).toml)
     stop = Stop()
-    with StudyProgress(name, project) as progress, stop_on_signals(stop, progress.said):
+    with (
+        StudyProgress(name, project, is_tracked=tracking != "none") as progress,
+        stop_on_signals(stop, progress.said),
+    ):
         summary = run_study(
             project,
             name,

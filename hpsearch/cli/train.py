@@ -44,12 +44,15 @@ def command(
     from hpsearch.tuning.coordinator import Stop, run_study
     from hpsearch.tuning.planning import MachineChoice
 
-    name = study_name or f"train-{settings.path.stem}"
+    name = study_name or f"train-{settings.name}"
     config = settings.load(project.study(name).toml)
     one = dataclasses.replace(config.study, trials=1, pruner="none", confirm=0)
     config = dataclasses.replace(config, study=one, search=SearchSpace())
     stop = Stop()
-    with StudyProgress(name, project) as progress, stop_on_signals(stop, progress.said):
+    with (
+        StudyProgress(name, project, is_tracked=tracking != "none") as progress,
+        stop_on_signals(stop, progress.said),
+    ):
         summary = run_study(
             project,
             name,

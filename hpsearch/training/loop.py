@@ -287,15 +287,18 @@ def save_examples(
     normalization: Normalization,
     size: tuple[int, int],
     runtime: Runtime,
-    n_examples: int = 6,
+    n_each: int = 2,
 ) -> None:
-    """Keep what `model` makes of a few images, from the worst through the median to the best by `scores` (n,).
+    """Keep what `model` makes of the `n_each` worst, median and best images by `scores` (n,), in this order.
 
     The .npz has `indices` (m,) int64 in `data`, `scores` (m,) and `probabilities` (m, H, W) uint8, 255 for certainly
     lesion.
     """
-    ranks = np.linspace(0, len(scores) - 1, min(n_examples, len(scores))).round().astype(np.int64)
-    chosen = np.argsort(scores, kind="stable")[ranks]
+    order = np.argsort(scores, kind="stable")
+    middle = max(0, (len(order) - n_each + 1) // 2)
+    # Fewer images than that are kept once each.
+    ranks = np.unique([*range(n_each), *range(middle, middle + n_each), *range(len(order) - n_each, len(order))])
+    chosen = order[ranks[(ranks >= 0) & (ranks < len(order))]]
     with runtime.active():
         probabilities = [
             logits.sigmoid().mul(255).round().to(torch.uint8).squeeze(1).cpu().numpy()
