@@ -184,7 +184,7 @@ class Process:
 
     def __init__(self, job: Job) -> None:
         command = [sys.executable, __file__, "--job", json.dumps(asdict(job))]
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the job)
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (open as long as the process)  # noqa: SIM115 (closed with the job)
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
         )

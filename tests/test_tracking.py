@@ -17,6 +17,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlparse
 
 import numpy as np
 import pytest
@@ -119,16 +120,19 @@ def read(project: ProjectPaths, experiment: str = "fake", uri: str | None = None
             began_ms=run.info.start_time,
             ended_ms=run.info.end_time,
             parent=None if parent is None else names[parent],
-            files=read_files(reader, run.info.run_id),
+            files=read_files(reader, run.info),
         )
     return result
 
 
-def read_files(reader: Any, run_id: str) -> dict[str, bytes]:
-    files = {}
-    for item in reader.list_artifacts(run_id):
-        files[item.path] = Path(reader.download_artifacts(run_id, item.path)).read_bytes()
-    return files
+def read_files(reader: Any, info: Any) -> dict[str, bytes]:
+    """Artifacts by their path."""
+    if info.artifact_uri.startswith("file:"):
+        # As `mlflow` would, but at once.
+        folder = Path(unquote(urlparse(info.artifact_uri).path))
+        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*")}
+    items = reader.list_artifacts(info.run_id)
+    return {item.path: Path(reader.download_artifacts(info.run_id, item.path)).read_bytes() for item in items}
 
 
 def rows_in(project: ProjectPaths) -> dict[str, int]:

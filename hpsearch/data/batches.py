@@ -135,7 +135,7 @@ def train_batches(
     order = generator.permutation(np.asarray(indices, dtype=np.int64))
     changes = draw_changes(augment, len(order), generator, from_size=data.size, to_size=size)
     changes = changes.to(data.device)
-    finish = _Finish(data, normalization)
+    finish = ToInput(data, normalization)
     rows = [
         slice(start, min(start + batch_size, len(order)))
         for start in range(0, n_train_batches(len(order), batch_size) * batch_size, batch_size)
@@ -163,7 +163,7 @@ def eval_batches(
     top, left = (data.size[0] - height) // 2, (data.size[1] - width) // 2
     if top < 0 or left < 0:
         raise CacheError(f"the cached images are {data.size[0]}x{data.size[1]}, smaller than {height}x{width}")
-    finish = _Finish(data, normalization)
+    finish = ToInput(data, normalization)
     batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
     for batch, (images, masks) in zip(batches, data.stream(batches, held_out=True), strict=True):
         images = images[:, top : top + height, left : left + width]
@@ -179,7 +179,7 @@ def n_train_batches(n_images: int, batch_size: int) -> int:
     return max(n_images // batch_size, min(n_images, 1))
 
 
-class _Finish:
+class ToInput:
     """Bytes, or floats from 0 to 255, to what the network sees: grey if wanted, normalised, channels-last."""
 
     def __init__(self, data: DeviceData, normalization: Normalization) -> None:

@@ -449,11 +449,14 @@ def _repeat_choice_without_a_fold(study: StudyScores, weights: Floats, n_bags: i
 
 
 def _choice_variance(study: StudyScores, shares: Floats, winner: int) -> float:
-    """Mean squared distance from the winner of the trials that choices came to, given each row's share of them."""
+    """Mean squared distance from the winner of the trials that choices came to, given each row's share of them.
+
+    At most what run luck makes of the winner's mean: the rest of the distance is image luck, which bags take off.
+    """
     by_trial = shares[: study.n_trials].copy()
     by_trial[list(study.confirmed)] += shares[study.n_trials :]
     means = study.joint.mean(axis=1)
-    return float(by_trial @ (means - means[winner]) ** 2)
+    return min(float(by_trial @ (means - means[winner]) ** 2), float(study.run_variance()[winner]))
 
 
 # Bootstrap and Student's t

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from hpsearch.data.batches import (
     Batch,
     DeviceData,
-    _Finish,
+    ToInput,
     eval_batches,
     n_train_batches,
     to_gray,
@@ -209,14 +209,14 @@ def test_a_cache_of_another_size_is_refused() -> None:
 
 def test_statistics_of_another_number_of_channels_are_refused() -> None:
     with pytest.raises(ValueError, match="3 means for images of 1 channels"):
-        _Finish(DeviceData(make_cache(), color="grayscale"), Statistics())
+        ToInput(DeviceData(make_cache(), color="grayscale"), Statistics())
 
 
 def test_evaluation_on_larger_cached_images_takes_the_centre() -> None:
     cache = make_cache()
     (batch,) = eval_batches(DeviceData(cache), np.arange(2), batch_size=2, normalization=Statistics(), size=(4, 6))
     assert torch.equal(batch.masks[:, 0], torch.from_numpy(cache.masks[:2, 2:6, 3:9]))
-    whole = _Finish(DeviceData(cache), Statistics())(torch.from_numpy(cache.images[:2]))
+    whole = ToInput(DeviceData(cache), Statistics())(torch.from_numpy(cache.images[:2]))
     assert torch.equal(batch.images, whole[:, :, 2:6, 3:9])
 
 
@@ -226,9 +226,9 @@ def test_images_are_scored_as_they_are_held_out_and_trained_on_as_they_are_not()
     data = DeviceData(cache)
     (scored,) = eval_batches(data, np.arange(10), batch_size=10, normalization=Statistics(), size=(8, 12))
     (trained,) = epoch_of(data, batch_size=10)
-    assert torch.equal(scored.images, _Finish(data, Statistics())(torch.from_numpy(cache.centre)))
+    assert torch.equal(scored.images, ToInput(data, Statistics())(torch.from_numpy(cache.centre)))
     order = which([trained], cache)
-    assert torch.equal(trained.images, _Finish(data, Statistics())(torch.from_numpy(cache.images[order])))
+    assert torch.equal(trained.images, ToInput(data, Statistics())(torch.from_numpy(cache.images[order])))
 
 
 def test_augmented_batches_are_normalised_like_plain_ones() -> None:

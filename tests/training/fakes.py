@@ -46,8 +46,8 @@ class FakeCache:
         return self.images[indices], self.masks[indices]
 
 
-def make_data(cache: FakeCache | None = None, **kwargs: Any) -> DeviceData:
-    return DeviceData(cache or FakeCache(), "cpu", **kwargs)  # type: ignore[arg-type]
+def make_data(cache: FakeCache | None = None, device: str = "cpu", **kwargs: Any) -> DeviceData:
+    return DeviceData(cache or FakeCache(), device, **kwargs)  # type: ignore[arg-type]
 
 
 def fit_arguments(**changes: Any) -> dict[str, Any]:
