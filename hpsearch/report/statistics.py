@@ -327,7 +327,9 @@ def corrected_estimate(study: StudyScores, *, n_bags: int = N_BAGS, seed: int = 
     """The winner's mean, corrected for having been chosen, with a 95 % interval.
 
     Every image gets the mean score by those networks that choices which did not know it came to; the estimate is the
-    mean over images.
+    mean over images. Half of the choices with second fits go by the first fits alone, which underrates a choice by
+    both, and half by both, which the image luck of having been confirmed overrates. benchmarks/study_statistics.py
+    shows what it is good for; without second fits the interval is too narrow where run luck is large.
     """
     method, weights = _weights(study, n_bags, seed)
     rows = np.concatenate([study.scores, study.second_fits])
