@@ -8,9 +8,9 @@ A study that was run without pruning knows the scores of every trial after every
 it, in any order of the trials: the rule sees what it would have seen, and what it stops is not spent.
 
 Generated studies follow a per-image model: y[c, i] = m[c] + a[i] + b[c, i] + r[c, fold(i)], with the spread (sd) of m
-and the run-to-run noise (sd of r) as printed, sd 0.13 of a and 0.07 of b. Their curves are made to mislead: they rise
-fast or slowly, unrelated to where they end, and a fifth lies flat at first (`learning_curves`). They tell how often a
-trial is dropped that is truly better than the incumbent.
+and the run-to-run noise (sd of r) as printed, sd 0.13 of a and 0.07 of b. Their curves rise fast or slowly, whatever
+their end, and some lie flat at first (`learning_curves`). They tell how often a trial is dropped that is truly better
+than the incumbent.
 
 The columns:
 
@@ -59,6 +59,7 @@ OTHER_SHAPES: dict[str, dict[str, float]] = {
     "2 epochs": {"n_epochs": 2},
     "20 images": {"n_images": 20},
     "100 images": {"n_images": 100},
+    "flat starts": {"flat": 0.3},
     "all equal": {"spread": 0.0},
 }
 """What differs from the model with spread 0.01 and noise 0.006."""
@@ -218,11 +219,12 @@ def generated(
     n_folds: int = 5,
     n_epochs: int = 8,
     n_images: int = 1550,
+    flat: float = 0.05,
 ) -> Study:
     """A study from the per-image model. Folds have n_images / n_folds images each."""
     rng = np.random.default_rng(seed)
     truth = 0.83 + spread * rng.standard_normal(n_trials)
-    curves = learning_curves(rng, truth, n_folds, n_epochs)
+    curves = learning_curves(rng, truth, n_folds, n_epochs, flat)
     curves += noise * rng.standard_normal((n_trials, n_folds, 1))
     shape = (n_trials, n_folds, 1, n_images // n_folds)
     images = 0.13 * rng.standard_normal((1, *shape[1:])) + 0.07 * rng.standard_normal(shape)
@@ -235,23 +237,22 @@ def _one(series: int, number: int, **model: Any) -> Study:
 
 
 def learning_curves(
-    rng: np.random.Generator, ends: NDArray[np.float64], n_folds: int, n_epochs: int
+    rng: np.random.Generator, ends: NDArray[np.float64], n_folds: int, n_epochs: int, flat: float
 ) -> NDArray[np.float64]:
     """Mean scores of every epoch, (trials, folds, epochs), that end in `ends`.
 
     Over x, the share of a cosine schedule's learning rate that is spent, a curve is end (1 - exp(-c x)) /
-    (1 - exp(-c)), with c from 0.5 (nearly a straight line) to 12 (all but done in the first quarter), whatever the
-    end. One trial in five begins to rise only at some x up to 0.3. Scores jump with a standard deviation of 0.05 that
-    falls to 0 with the learning rate.
+    (1 - exp(-c)), with c from 1 to 18 whatever the end: 24 real UNets trained for 20 epochs had c from 1.4 to 18. A
+    share `flat` of the fits begins to rise only at some x up to 0.3: of those and of 145 real fits of 5 epochs, 5 in
+    100 did. Scores jump with a standard deviation of 0.05 that falls to 0 with the learning rate.
     """
     n = len(ends)
     t = np.arange(1, n_epochs + 1) / n_epochs
-    speed = np.exp(rng.uniform(np.log(0.5), np.log(12), (n, 1)))
-    delay = np.where(rng.random((n, 1)) < 0.2, rng.uniform(0, 0.3, (n, 1)), 0)
+    speed = np.exp(rng.uniform(np.log(1), np.log(18), (n, 1, 1)))
+    delay = np.where(rng.random((n, n_folds, 1)) < flat, rng.uniform(0, 0.3, (n, n_folds, 1)), 0)
     x = np.clip((t + np.sin(np.pi * t) / np.pi - delay) / (1 - delay), 0, 1)
-    rise = np.expm1(-speed * x) / np.expm1(-speed)
     jumps = 0.05 * np.sqrt((1 + np.cos(np.pi * t)) / 2) * rng.standard_normal((n, n_folds, n_epochs))
-    return np.asarray(ends[:, None, None] * rise[:, None, :] + jumps)
+    return np.asarray(ends[:, None, None] * np.expm1(-speed * x) / np.expm1(-speed) + jumps)
 
 
 def _study(name: str, scores: NDArray[np.float32], truth: NDArray[np.float64] | None = None) -> Study:
