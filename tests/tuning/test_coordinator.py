@@ -205,13 +205,13 @@ def test_any_number_of_workers_gives_the_same_values_and_trains_each_fold_once(d
 
 @pytest.mark.slow
 def test_a_worker_that_is_killed_costs_an_epoch_and_changes_nothing(dataset: Path, tmp_path: Path) -> None:
-    config = tiny_config(dataset, "study.trials=2", "train.epochs=6")
+    config = tiny_config(dataset, "study.trials=2", "study.pruner=none", "train.epochs=6")
     never = everything(run(tmp_path / "never", config).record)
     killed = threading.Event()
 
     class Killer(Silent):
         def epoch_ended(self, trial: int, fold: int, row: object) -> None:
-            if not killed.is_set() and trial == 1:
+            if not killed.is_set() and fold == 1:
                 killed.set()
                 threading.Thread(target=kill_worker).start()
 
@@ -232,4 +232,4 @@ def test_a_worker_that_is_killed_costs_an_epoch_and_changes_nothing(dataset: Pat
     record = run(tmp_path / "killed", config, listener=Killer()).record
     assert killed.is_set()
     assert everything(record) == never
-    assert StudyRecord.open(record.paths).trial(1).failures
+    assert StudyRecord.open(record.paths).trial(0).failures
