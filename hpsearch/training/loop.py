@@ -120,7 +120,7 @@ def fit(
         micro_batch=micro_batch,
     )
     # What an earlier fit left behind would count towards this one's peak.
-    devices.free_memory(runtime.device)
+    devices.trim_memory(runtime.device)
     try:
         with runtime.active(), devices.seeded(seed, runtime.device):
             return _fit(task, data, runtime, paths, keep_best, on_epoch, clock)
