@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 # Read by the libraries when they are loaded. Two threads on a shared core make tiny networks many times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 import hypothesis
+import pytest
 
 hypothesis.settings.register_profile(
     "hpsearch",
@@ -17,3 +19,25 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
 )
 hypothesis.settings.load_profile("hpsearch")
+
+
+@pytest.fixture(scope="session")
+def empty_mlflow_db(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database without runs, to be copied into a project as `mlflow.db`: making one takes seconds."""
+    from hpsearch import tracking
+    from hpsearch.paths import ProjectPaths
+
+    project = ProjectPaths(tmp_path_factory.mktemp("mlflow"))
+    tracking._import_mlflow()
+    tracking._project_database(project)
+    return project.mlflow_db
+
+
+@pytest.fixture
+def quick_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures that are drawn in no time: for tests of where they go."""
+    from hpsearch.report import figures
+
+    monkeypatch.setattr(figures, "to_png", lambda figure: b"a figure")
+    monkeypatch.setattr(figures, "draw_curves", lambda points, title: None)
+    monkeypatch.setattr(figures, "draw_panels", lambda cases, metric, title: None)

@@ -1,148 +1,253 @@
-"""The real `mlflow ui`, started as the README says, shows every trial."""
+"""A real `mlflow ui` on 127.0.0.1: it shows every trial, and its absence costs nothing but delay."""
 
 from __future__ import annotations
 
+import contextlib
+import http.client
+import http.server
 import json
 import os
 import shutil
-import signal
 import socket
-import sqlite3
 import subprocess
 import sys
+import threading
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from hpsearch.final import run_final
-from hpsearch.paths import ProjectPaths
-from hpsearch.tracking import make_tracker
-from hpsearch.tuning.planning import MachineChoice
-from tests.tuning.studies import run, tiny_config, write_tiny_dataset
+from hpsearch.errors import TrackingError
+from hpsearch.tracking import MlflowTracker, TrackingThread
+from tests.recorded import FakeStudy
+from tests.tracked import Run, read
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> ProjectPaths:
-    """A study of three trials and a final, tracked as by default."""
-    found = ProjectPaths(tmp_path_factory.mktemp("project"))
-    config = tiny_config(write_tiny_dataset(found.root), "study.pruner=none", "study.sampler=random")
-    run(found.root, config, tracker=make_tracker(found))
-    run_final(found, machine=MachineChoice("cpu", 1, 1), tracker=make_tracker(found))
-    return found
+PATIENCE_S = 240
 
 
-@pytest.fixture(scope="module")
-def address(project: ProjectPaths) -> Iterator[str]:
-    """A plain `mlflow ui` of the project folder on a free port of 127.0.0.1; all it started is ended afterwards."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
-    process = subprocess.Popen(
-        [str(Path(sys.executable).with_name("mlflow")), "ui", "--port", str(port)],
-        cwd=project.root,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    url = f"http://127.0.0.1:{port}"
+@contextlib.contextmanager
+def mlflow_ui(folder: Path, port: int, *arguments: str) -> Iterator[str]:
+    """The address of an `mlflow ui` that runs in `folder`; it and what it started are gone afterwards."""
+    command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port), *arguments]
+    # Its queues for judging language models take ten more processes.
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    with (folder / "server.log").open("ab") as log:
+        server = psutil.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+    address = f"http://127.0.0.1:{port}"
     try:
-        deadline = time.monotonic() + 180
-        while True:
-            assert process.poll() is None, "mlflow ui ended"
-            assert time.monotonic() < deadline, "mlflow ui does not answer"
-            try:
-                with urllib.request.urlopen(f"{url}/health", timeout=5):
-                    break
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.3)
-        yield url
+        for _ in range(PATIENCE_S):
+            if server.poll() is not None:
+                break
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"{address}/health", timeout=5).close()
+                break
+            time.sleep(1)
+        if server.poll() is not None:
+            pytest.fail(f"mlflow ui ended: {(folder / 'server.log').read_text()}")
+        yield address
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        processes = [*server.children(recursive=True), server] if server.is_running() else []
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(processes)
 
 
-def ask(address: str, path: str, **body: Any) -> dict[str, Any]:
-    """MLflow's REST API: GET without a body, POST with one."""
-    data = json.dumps(body).encode() if body else None
-    request = urllib.request.Request(
-        f"{address}/api/2.0/mlflow/{path}", data=data, headers={"Content-Type": "application/json"}
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def ask(address: str, request: str, **arguments: Any) -> Any:
+    """The answer of MLflow's API, as its page in the browser asks it."""
+    asked = urllib.request.Request(
+        f"{address}/api/2.0/mlflow/{request}",
+        data=json.dumps(arguments).encode() if arguments else None,
+        headers={"Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        table: dict[str, Any] = json.load(answer)
-    return table
+    with urllib.request.urlopen(asked, timeout=60) as answer:
+        return json.load(answer)
 
 
-def runs(address: str) -> dict[str, dict[str, Any]]:
-    """Runs of the study `tiny` by name."""
-    experiment = ask(address, "experiments/get-by-name?experiment_name=tiny")["experiment"]["experiment_id"]
-    found = ask(address, "runs/search", experiment_ids=[experiment], max_results=100)["runs"]
-    return {run["info"]["run_name"]: run for run in found}
+def test_a_plain_mlflow_ui_in_the_project_folder_shows_every_trial(
+    tmp_path: Path,
+    empty_mlflow_db: Path,
+) -> None:
+    shutil.copy(empty_mlflow_db, tmp_path / "mlflow.db")
+    study = FakeStudy(tmp_path, n_folds=5)
+    for outcome in ("full", "dropped", "infeasible", "diverged", "failed", "full"):
+        study.trial(outcome)  # type: ignore[arg-type]
+    study.final(0)
+    MlflowTracker(study.project).catch_up(study.record.paths)
+    with mlflow_ui(tmp_path, free_port()) as address:
+        experiments = ask(address, "experiments/search", max_results=10)["experiments"]
+        (number,) = [each["experiment_id"] for each in experiments if each["name"] == "fake"]
+        runs = {run["info"]["run_name"]: run for run in ask(address, "runs/search", experiment_ids=[number])["runs"]}
+        assert set(runs) == {"fake", *(f"trial {n:04d}" for n in range(6)), "final of trial 0000"}
+        for trial in study.record.trials():
+            data = runs[f"trial {trial.number:04d}"]["data"]
+            params = {each["key"]: each["value"] for each in data["params"]}
+            assert params["unet.depth"] == str(trial.study_config.unet.depth)
+            assert set(params) == set(trial.study_config.flat())
+            metrics = {each["key"]: each["value"] for each in data.get("metrics", [])}
+            assert metrics.get("cv/dice_mean") == (trial.value if trial.outcome == "full" else None)
+        run_id = runs["trial 0000"]["info"]["run_id"]
+        history = ask(address, f"metrics/get-history?run_id={run_id}&metric_key=fold3/train_loss")["metrics"]
+        rows = study.record.fit(0, 3).epochs()
+        assert [(each["step"], each["value"], each["timestamp"]) for each in history] == [
+            (row["epoch"], row["train"]["loss"], round(row["time"] * 1000)) for row in rows
+        ]
+        with urllib.request.urlopen(
+            f"{address}/get-artifact?path=curves.png&run_uuid={run_id}", timeout=60
+        ) as answer:
+            assert answer.read().startswith(b"\x89PNG")
 
 
-def test_every_trial_is_there_with_its_params_and_metrics(project: ProjectPaths, address: str) -> None:
-    record = run(
-        project.root, tiny_config(project.root / "ISIC-2017", "study.pruner=none", "study.sampler=random")
-    ).record
-    found = runs(address)
-    trials = {name: each for name, each in found.items() if name.startswith("trial")}
-    assert len(trials) == 3
-    for trial in record.trials():
-        each = trials[f"trial {trial.number:04d}"]
-        params = {param["key"]: param["value"] for param in each["data"]["params"]}
-        assert float(params["train.lr"]) == trial.params["train.lr"]
-        assert int(params["unet.depth"]) == trial.params["unet.depth"]
-        metrics = {metric["key"]: metric["value"] for metric in each["data"]["metrics"]}
-        assert metrics["cv/dice_mean"] == pytest.approx(trial.value, abs=1e-12)
-        assert len([key for key in metrics if key.startswith("fold")]) == 16
-        assert each["info"]["status"] == "FINISHED"
+class Line:
+    """Passes requests on to a server, or answers as told: the network between a study and its server."""
+
+    def __init__(self, port: int) -> None:
+        self.trouble: Callable[[int], str] = lambda number: ""
+        """Of each request, by its number: `refuse` (500, not done), `lose` (done, but 500) or nothing."""
+        self.n_requests = 0
+        self.n_troubles = 0
+        line = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def answer(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                line.n_requests += 1
+                trouble = line.trouble(line.n_requests)
+                status, headers, content = 500, {}, b"{}"
+                if trouble != "refuse":
+                    server = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+                    passed_on = {k: v for k, v in self.headers.items() if k.lower() not in ("host", "connection")}
+                    server.request(self.command, self.path, body, passed_on)
+                    answer = server.getresponse()
+                    content = answer.read()
+                    if trouble != "lose":
+                        status, headers = answer.status, {"Content-Type": answer.getheader("Content-Type", "")}
+                    server.close()
+                line.n_troubles += bool(trouble)
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = answer  # noqa: N815
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.address = f"http://127.0.0.1:{self._server.server_address[1]}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
 
 
-def test_each_metric_step_is_there_once_at_its_recorded_time(project: ProjectPaths, address: str) -> None:
-    run_id = runs(address)["trial 0000"]["info"]["run_id"]
-    history = ask(address, f"metrics/get-history?run_id={run_id}&metric_key=fold1/dice")["metrics"]
-    rows = [json.loads(line) for line in project.study("tiny").trial(0).fold(1).epochs.read_text().splitlines()]
-    assert [int(point["step"]) for point in history] == [1, 2]
-    assert [int(point["timestamp"]) for point in history] == [round(row["time"] * 1000) for row in rows]
-    assert [point["value"] for point in history] == [row["held_out"]["dice"] for row in rows]
+def as_planned(study: FakeStudy, between: Callable[[], None]) -> None:
+    """Three trials, epoch by epoch; `between` is called after each."""
+    for outcome in ("full", "dropped", "full"):
+        trial = study.begin()
+        for fold in range(study.record.n_folds if outcome == "full" else 1):
+            for _ in range(study.n_epochs if outcome == "full" else 1):
+                study.epoch(trial, fold)
+                between()
+        study.end(trial, outcome)  # type: ignore[arg-type]
+        between()
 
 
-def test_the_study_is_the_parent_and_the_final_a_child(address: str) -> None:
-    found = runs(address)
-    tags = {name: {tag["key"]: tag["value"] for tag in each["data"]["tags"]} for name, each in found.items()}
-    parents = [name for name, each in tags.items() if "mlflow.parentRunId" not in each]
-    assert len(parents) == 1
-    parent = found[parents[0]]["info"]["run_id"]
-    assert {each["mlflow.parentRunId"] for name, each in tags.items() if name != parents[0]} == {parent}
-    final = next(each for name, each in found.items() if name.startswith("final"))
-    keys = {metric["key"] for metric in final["data"]["metrics"]}
-    assert {"test/dice", "test/jaccard", "test/official/dice"} <= keys
+def track(project: Path, uri: str | None, between: Callable[[FakeStudy], None]) -> FakeStudy:
+    study = FakeStudy(project)
+    thread = TrackingThread(
+        MlflowTracker(study.project, uri), study.record.paths, pause_s=0, retry_s=0.05, longest_retry_s=0.5
+    )
+
+    def step() -> None:
+        thread.wake()
+        between(study)
+
+    as_planned(study, step)
+    assert thread.close(PATIENCE_S) == 0
+    return study
 
 
-def test_curves_panels_and_scores_are_artifacts_that_can_be_opened(address: str) -> None:
-    run_id = runs(address)["trial 0000"]["info"]["run_id"]
-    files = {file["path"] for file in ask(address, f"artifacts/list?run_id={run_id}")["files"]}
-    assert {"curves.png", "panels.png", "scores.csv", "trial.toml", "folds.json"} <= files
-    with urllib.request.urlopen(f"{address}/get-artifact?run_uuid={run_id}&path=curves.png", timeout=60) as answer:
-        assert answer.read(8) == b"\x89PNG\r\n\x1a\n"
+def without_files_that_name_a_place(runs: dict[str, Run]) -> dict[str, Any]:
+    """What two projects have in common."""
+    return {name: {**vars(run), "files": sorted(run.files)} for name, run in runs.items()}
 
 
-def test_a_deleted_database_is_rebuilt_from_the_record(project: ProjectPaths, tmp_path: Path) -> None:
-    moved = ProjectPaths(tmp_path / "moved")
-    shutil.copytree(project.root, moved.root)
-    moved.mlflow_db.unlink()
-    tracker = make_tracker(moved)
-    tracker.catch_up(moved.study("tiny"), stopped=True)
-    assert tracker.undelivered(moved.study("tiny")) == 0
-    with closing(sqlite3.connect(moved.mlflow_db)) as database:
-        names = {name for (name,) in database.execute("SELECT name FROM runs")}
-    assert {"trial 0000", "trial 0001", "trial 0002"} < names
+@pytest.mark.usefixtures("quick_figures")
+def test_a_server_that_fails_is_killed_and_comes_back_ends_with_what_an_undisturbed_one_has(
+    tmp_path: Path,
+    empty_mlflow_db: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for name in ("server", "calm"):
+        (tmp_path / name).mkdir()
+        shutil.copy(empty_mlflow_db, tmp_path / name / "mlflow.db")
+    calm = track(tmp_path / "calm", None, lambda study: None)
+    expected = read(calm.project)
+
+    port = free_port()
+    line = Line(port)
+    disturbances = iter(range(1000))
+    with contextlib.ExitStack() as servers:
+        servers.enter_context(mlflow_ui(tmp_path / "server", port))
+
+        def disturb(study: FakeStudy) -> None:
+            """Refused requests at first, then lost answers, then no server at all, then a server again."""
+            step = next(disturbances)
+            troubles = {1: "refuse", 4: "lose"}
+            if step in troubles:
+                line.trouble = lambda number: troubles[step] if number % 3 == 0 else ""
+            elif step == 8:
+                servers.close()
+            elif step == 11:
+                line.trouble = lambda number: ""
+                servers.enter_context(mlflow_ui(tmp_path / "server", port))
+            # Time for a few requests; none of what is asserted depends on how many.
+            threading.Event().wait(0.3)
+
+        stormy = track(tmp_path / "stormy", line.address, disturb)
+        assert line.n_troubles > 0
+        found = read(stormy.project, uri=line.address)
+        line.close()
+    assert without_files_that_name_a_place(found) == without_files_that_name_a_place(expected)
+    assert "tracking lags behind" in caplog.text
+
+
+@pytest.mark.usefixtures("quick_figures")
+def test_without_a_server_the_study_goes_on_and_says_what_is_missing(
+    tmp_path: Path,
+) -> None:
+    study = FakeStudy(tmp_path)
+    tracker = MlflowTracker(study.project, f"http://127.0.0.1:{free_port()}")
+    thread = TrackingThread(tracker, study.record.paths, pause_s=0)
+    as_planned(study, thread.wake)
+    assert thread.close() == 3
+    with pytest.raises(TrackingError):
+        tracker.catch_up(study.record.paths)
+
+
+def test_the_way_out_of_an_old_file_store_exists(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mlflow", "migrate-filestore", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "--source" in done.stdout
+    assert "--target" in done.stdout
