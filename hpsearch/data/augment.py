@@ -146,12 +146,12 @@ def augment_batch(images: Tensor, masks: Tensor, changes: Changes, size: tuple[i
                 images, masks = _flip(images, flags, axis), _flip(masks, flags, axis)
         if not _changes_values(changes):
             return images, masks
-        planes = _as_planes(images)
+        planes = as_planes(images)
     planes = jitter_color_(planes, changes)
     if changes.blur is not None:
         planes = blur(planes, changes.blur, changes.blur_radius)
     if changes.noise is not None:
-        _add_noise_(planes, changes.noise, changes.noise_seed)
+        add_noise_(planes, changes.noise, changes.noise_seed)
     return planes, masks
 
 
@@ -174,17 +174,19 @@ def crop_by_index(batch: Tensor, top: Tensor, left: Tensor, size: tuple[int, int
     return windows[torch.arange(len(batch), device=batch.device), top, left]
 
 
-def jitter_color_(planes: Tensor, changes: Changes) -> Tensor:
+def jitter_color_(planes: Tensor, changes: Changes, mean_gray: Tensor | None = None) -> Tensor:
     """Brightness, contrast, saturation, then hue of (B, 3, H, W) float32 from 0 to 255, each clamped; overwrites it.
 
     The four are those of `torchvision.transforms.v2.functional` on floats, with a factor of its own for every image.
+    `mean_gray` (B,) is the mean `gray` after the change of brightness, for planes that are only a part of an image.
     """
     if changes.brightness is not None:
         planes.mul_(_each(changes.brightness)).clamp_(0, 255)
     if changes.contrast is not None:
-        _blend_(planes, _gray(planes).mean((2, 3), keepdim=True), changes.contrast)
+        mean = gray(planes).mean((2, 3), keepdim=True) if mean_gray is None else _each(mean_gray)
+        _blend_(planes, mean, changes.contrast)
     if changes.saturation is not None:
-        _blend_(planes, _gray(planes), changes.saturation)
+        _blend_(planes, gray(planes), changes.saturation)
     if changes.hue is not None:
         planes = _shift_hue(planes, changes.hue)
     return planes
@@ -214,7 +216,7 @@ def _changes_values(changes: Changes) -> bool:
     return any(kind is not None for kind in kinds)
 
 
-def _as_planes(images: Tensor) -> Tensor:
+def as_planes(images: Tensor) -> Tensor:
     """(B, H, W, 3) uint8 as (B, 3, H, W) float32, plane by plane in memory."""
     return images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
 
@@ -228,47 +230,54 @@ def _flip(batch: Tensor, flags: Tensor, axis: int) -> Tensor:
 
 def _warp(images: Tensor, masks: Tensor, changes: Changes, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Rotate, zoom, flip and crop in one go: bilinear for images, nearest for masks; mirrored beyond the border."""
-    grid = _source_grid(images, changes, size)
-    planes = F.grid_sample(_as_planes(images), grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    height, width = images.shape[1:3]
+    columns, rows = source_positions(changes, (height, width), size, images.device)
+    # From pixels to grid_sample's units: -1 and 1 are the outer edges.
+    grid = torch.stack((columns * (2 / width) - 1, rows * (2 / height) - 1), dim=-1)
+    planes = F.grid_sample(as_planes(images), grid, mode="bilinear", padding_mode="reflection", align_corners=False)
     truth = masks.to(torch.float32).unsqueeze(1)
     truth = F.grid_sample(truth, grid, mode="nearest", padding_mode="reflection", align_corners=False)
     return planes, truth.squeeze(1).to(torch.uint8)
 
 
-def _source_grid(images: Tensor, changes: Changes, size: tuple[int, int]) -> Tensor:
-    """Where each pixel of the output comes from, (B, h, w, 2) as x, y in grid_sample's units of -1 to 1.
+def source_positions(
+    changes: Changes,
+    from_size: tuple[int, int],
+    size: tuple[int, int],
+    device: torch.device,
+    window: tuple[slice, slice] = (slice(None), slice(None)),
+) -> tuple[Tensor, Tensor]:
+    """Where each pixel of the output comes from: x and y, each (B, h, w), in pixels from the image's corner.
 
     Seen from the centre of the output, a pixel at (x, y) comes from R(angle) (x, y) / zoom seen from the centre of
-    the crop. Computed by elements: a matrix product would be rounded to TF32 on a GPU.
+    the crop. `window`, rows and columns, asks for part of the output only. Computed by elements: a matrix product
+    would be rounded to TF32 on a GPU.
     """
-    n, height, width = images.shape[:3]
-    device = images.device
-    one = torch.ones(n, device=device)
+    height, width = from_size
+    given = (changes.rotate, changes.scale, changes.hflip, changes.vflip, changes.left)
+    one = torch.ones(next((len(value) for value in given if value is not None), 1), device=device)
     angle = torch.zeros_like(one) if changes.rotate is None else changes.rotate
     zoom = one if changes.scale is None else changes.scale
     cos, sin = torch.cos(angle) / zoom, torch.sin(angle) / zoom
     centre_x = one * (width / 2) if changes.left is None else changes.left + size[1] / 2
     centre_y = one * (height / 2) if changes.top is None else changes.top + size[0] / 2
-    x = torch.arange(size[1], device=device) + 0.5 - size[1] / 2
-    y = torch.arange(size[0], device=device) + 0.5 - size[0] / 2
+    x = (torch.arange(size[1], device=device) + 0.5 - size[1] / 2)[window[1]]
+    y = (torch.arange(size[0], device=device) + 0.5 - size[0] / 2)[window[0]]
     x = x * (one if changes.hflip is None else 1 - 2 * changes.hflip.float())[:, None]
     y = y * (one if changes.vflip is None else 1 - 2 * changes.vflip.float())[:, None]
 
-    def along(first: Tensor, second: Tensor, centre: Tensor, length: int) -> Tensor:
-        position = (first * x)[:, None, :] + (second * y)[:, :, None] + centre[:, None, None]
-        return position * (2 / length) - 1
+    def along(first: Tensor, second: Tensor, centre: Tensor) -> Tensor:
+        return (first[:, None] * x)[:, None, :] + (second[:, None] * y)[:, :, None] + centre[:, None, None]
 
-    columns = along(cos[:, None], -sin[:, None], centre_x, width)
-    rows = along(sin[:, None], cos[:, None], centre_y, height)
-    return torch.stack((columns, rows), dim=-1)
+    return along(cos, -sin, centre_x), along(sin, cos, centre_y)
 
 
 def _each(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1, 1)
 
 
-def _gray(planes: Tensor) -> Tensor:
-    """Grey of (B, 3, H, W) as (B, 1, H, W)."""
+def gray(planes: Tensor) -> Tensor:
+    """Grey of (B, 3, H, W) as (B, 1, H, W), as torchvision's colour changes weigh it."""
     red, green, blue = planes.unbind(1)
     return (red * _GRAY[0]).add_(green, alpha=_GRAY[1]).add_(blue, alpha=_GRAY[2]).unsqueeze(1)
 
@@ -301,7 +310,7 @@ def _shift_hue(planes: Tensor, shift: Tensor) -> Tensor:
     return turned
 
 
-def _add_noise_(planes: Tensor, sigma: Tensor, seed: int) -> None:
+def add_noise_(planes: Tensor, sigma: Tensor, seed: int) -> None:
     """Gaussian noise of `sigma` (B,) x 255, clamped. Drawn on the device: copying it there would cost more."""
     generator = torch.Generator(planes.device).manual_seed(seed)
     noise = torch.randn(planes.shape, device=planes.device, generator=generator)

@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torchvision.io import read_image, write_png
+
+from hpsearch.data import export_augmented as module
+from hpsearch.data.augment import Changes, augment_batch, draw_changes
+from hpsearch.data.config import AugmentConfig, DataConfig
+from hpsearch.data.export_augmented import augment_image, export_augmented
+from hpsearch.data.folds import make_folds, read_groups
+from hpsearch.data.layouts import Dataset, find_samples
+from hpsearch.data.sample import draw_sample
+from hpsearch.errors import ConfigError, DatasetError
+
+AUGMENT = AugmentConfig(hflip=0.5, rotate=20, brightness=0.2, contrast=0.2)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("export") / "ISIC-2017"
+    draw_sample(folder, n_train=3, n_val=1, n_test=2)
+    return folder
+
+
+@pytest.fixture
+def dataset(drawn: Path) -> Dataset:
+    return find_samples(DataConfig(root=str(drawn)))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def as_batch(height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A smooth image, (H, W, 3), and a mask, (H, W)."""
+    generator = torch.Generator().manual_seed(height)
+    coarse = torch.rand((1, 4, 5, 6), generator=generator)
+    planes = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1)[0]
+    return (planes[:3] * 255).to(torch.uint8).permute(1, 2, 0).contiguous(), (planes[3] > 0.5).to(torch.uint8)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        AugmentConfig(hflip=1, vflip=1),
+        AugmentConfig(hflip=0.5, rotate=180, scale=0.6),
+        AugmentConfig(hflip=0, brightness=0.5, contrast=0.5, saturation=0.5, hue=0.3),
+        AugmentConfig(hflip=0, blur=3),
+        AugmentConfig(hflip=1, rotate=90, scale=0.3, brightness=0.3, contrast=0.5, saturation=0.2, hue=0.1, blur=2),
+    ],
+    ids=["flips", "warps", "colours", "blur", "all"],
+)
+def test_an_image_in_parts_is_changed_like_a_batch_of_one(
+    config: AugmentConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "TILE", 16)
+    monkeypatch.setattr(module, "BAND_PIXELS", 500)
+    for seed, size in enumerate([(70, 61), (33, 90), (5, 12)]):
+        image, mask = as_batch(*size)
+        changes = draw_changes(config, 1, np.random.default_rng(seed), from_size=size, to_size=size)
+        expected, truth = augment_batch(image[None], mask[None], changes, size)
+        if expected.dtype != torch.uint8:
+            expected = expected.permute(0, 2, 3, 1)
+        changed, moved = augment_image(image, mask, changes)
+        assert changed.dtype == moved.dtype == torch.uint8
+        # Rounded to bytes between warp and colour, and once more at the end.
+        assert float((changed - expected[0].float()).abs().max()) <= 3
+        assert float((changed - expected[0].float()).abs().mean()) <= 0.8
+        # A pixel half-way between two neighbours may fall to either.
+        assert float((moved != truth[0]).float().mean()) < 0.01
+
+
+def test_noise_is_added_to_every_band_and_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BAND_PIXELS", 32 * 20)
+    image, mask = torch.full((60, 32, 3), 128, dtype=torch.uint8), torch.zeros((60, 32), dtype=torch.uint8)
+    changed, _ = augment_image(image, mask, Changes(noise=torch.tensor([0.1]), noise_seed=3))
+    bands = changed.float().split(20)
+    assert all(float(band.std()) > 5 for band in bands)
+    assert not torch.equal(bands[0], bands[1])
+
+
+def test_the_set_lies_beside_the_original_in_the_same_layout(dataset: Dataset, tmp_path: Path, drawn: Path) -> None:
+    assert export_augmented(dataset, AUGMENT, copies=2) == drawn.with_name("ISIC-2017_Aug")
+    found = find_samples(DataConfig(root=str(drawn.with_name("ISIC-2017_Aug"))))
+    assert found.layout == dataset.layout == "archive"
+    assert found.problems == ()
+    originals = [f"ISIC_000000{i}" for i in range(3)]
+    assert [each.id for each in found.split("train")] == sorted(
+        [*originals, *(f"{id}_aug{copy}" for id in originals for copy in (1, 2))]
+    )
+    for split in ("val", "test"):
+        assert [each.id for each in found.split(split)] == [each.id for each in dataset.split(split)]
+    for old, new in zip(dataset.split("val", "test"), found.split("val", "test"), strict=True):
+        assert new.image.read_bytes() == old.image.read_bytes()
+        assert new.mask.read_bytes() == old.mask.read_bytes()
+
+
+def test_changed_versions_keep_the_size_and_differ_in_image_and_mask(dataset: Dataset, tmp_path: Path) -> None:
+    found = find_samples(DataConfig(root=str(export_augmented(dataset, AUGMENT, target=tmp_path / "aug"))))
+    by_id = {each.id: each for each in found.samples}
+    for old in dataset.split("train"):
+        new = by_id[f"{old.id}_aug1"]
+        before, after = read_image(str(old.image)), read_image(str(new.image))
+        mask, moved = read_image(str(old.mask)), read_image(str(new.mask))
+        assert after.shape == before.shape
+        assert moved.shape == mask.shape
+        assert moved.unique().tolist() == [0, 255]
+        assert not torch.equal(after, before)
+        assert not torch.equal(moved, mask)
+
+
+def test_one_seed_gives_the_same_bytes_and_another_gives_others(dataset: Dataset, tmp_path: Path) -> None:
+    first = contents(export_augmented(dataset, AUGMENT, target=tmp_path / "a"))
+    assert contents(export_augmented(dataset, AUGMENT, target=tmp_path / "b")) == first
+    other = contents(export_augmented(dataset, AUGMENT, seed=1, target=tmp_path / "c"))
+    assert other.keys() == first.keys()
+    changed = {name for name in first if other[name] != first[name]}
+    assert changed == {name for name in first if "_aug" in name} | {"augmentation.json"}
+
+
+def test_groups_keep_every_version_in_the_fold_of_its_original(dataset: Dataset, tmp_path: Path) -> None:
+    target = export_augmented(dataset, AUGMENT, copies=2, target=tmp_path / "aug")
+    found = find_samples(DataConfig(root=str(target)))
+    pool = found.split("train", "val")
+    folds = make_folds(
+        [each.id for each in pool],
+        [each.split for each in pool],
+        [each.id for each in pool],
+        folds=2,
+        seed=0,
+        groups=read_groups(target / "groups.csv"),
+    )
+    fold = dict(zip(folds.ids, folds.fold_of, strict=True))
+    assert len(set(fold.values())) == 2
+    assert all(fold[each.id] == fold[each.id.split("_aug")[0]] for each in pool)
+
+
+def test_groups_of_patients_are_kept(dataset: Dataset, tmp_path: Path) -> None:
+    patients = {each.id: "anna" for each in dataset.samples}
+    target = export_augmented(dataset, AUGMENT, target=tmp_path / "aug", groups=patients)
+    rows = list(csv.reader((target / "groups.csv").read_text().splitlines()))
+    assert rows[0] == ["image", "original"]
+    assert len(rows) == 1 + 7
+    assert {group for _, group in rows[1:]} == {"anna"}
+
+
+def test_an_interrupted_export_continues_and_ends_the_same(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = contents(export_augmented(dataset, AUGMENT, target=tmp_path / "whole"))
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "n_cores", lambda: 1)
+    target = tmp_path / "aug"
+    with pytest.raises(KeyboardInterrupt):
+        export_augmented(dataset, AUGMENT, target=target, progress=interrupt)
+    assert not target.exists()
+    partial = tmp_path / ".aug.partial"
+    done = {path: path.stat().st_mtime_ns for path in partial.rglob("*_aug1.jpg")}
+    assert done
+    with pytest.raises(DatasetError, match="other settings"):
+        export_augmented(dataset, AUGMENT, seed=1, target=target)
+    (partial / ".torn.jpg.123.tmp").write_bytes(b"torn")
+    export_augmented(dataset, AUGMENT, target=target)
+    assert contents(target) == whole
+    assert all((target / path.relative_to(partial)).stat().st_mtime_ns == time for path, time in done.items())
+
+
+def test_a_folder_that_is_there_is_left_alone(dataset: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="exists already"):
+        export_augmented(dataset, AUGMENT, target=tmp_path)
+
+
+def test_changes_that_change_nothing_are_refused(dataset: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="changes nothing"):
+        export_augmented(dataset, AugmentConfig(hflip=0, crop=True), target=tmp_path / "aug")
+    with pytest.raises(ConfigError, match="copies must be at least 1"):
+        export_augmented(dataset, AUGMENT, copies=0, target=tmp_path / "aug")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_images_are_refused_or_left_out(drawn: Path, tmp_path: Path) -> None:
+    root = tmp_path / "ISIC-2017"
+    for name, content in contents(drawn).items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    broken = root / "ISIC-2017_Training_Data" / "ISIC_0000001.jpg"
+    broken.write_bytes(broken.read_bytes()[:500])
+    (root / "ISIC-2017_Training_Part1_GroundTruth" / "ISIC_0000002_segmentation.png").unlink()
+    dataset = find_samples(DataConfig(root=str(root)))
+    with pytest.raises(DatasetError, match="ISIC_0000002"):
+        export_augmented(dataset, AUGMENT, target=tmp_path / "aug")
+    target = export_augmented(dataset, AUGMENT, target=tmp_path / "aug", exclude_bad=True)
+    found = find_samples(DataConfig(root=str(target)))
+    assert [each.id for each in found.split("train")] == ["ISIC_0000000", "ISIC_0000000_aug1"]
+    assert found.problems == ()
+
+
+@pytest.fixture
+def own(drawn: Path, tmp_path: Path) -> Dataset:
+    """Six PNG images of one's own in one folder, their masks in another."""
+    for folder in ("photos", "m"):
+        (tmp_path / folder).mkdir()
+    for index, each in enumerate(find_samples(DataConfig(root=str(drawn))).samples):
+        write_png(read_image(str(each.image)), str(tmp_path / "photos" / f"lesion {index}.PNG"))
+        (tmp_path / "m" / f"lesion {index}_m.png").write_bytes(each.mask.read_bytes())
+    return find_samples(DataConfig(images=str(tmp_path / "photos"), masks=str(tmp_path / "m")))
+
+
+def test_folders_of_ones_own_become_one_folder_per_split(own: Dataset, tmp_path: Path) -> None:
+    target = export_augmented(own, AUGMENT)
+    assert target == tmp_path / "photos_Aug"
+    found = find_samples(DataConfig(root=str(target)))
+    assert found.layout == "splits"
+    test = {each.id for each in own.split("test")}
+    assert test
+    assert {each.id for each in found.split("test")} == test
+    train = {each.id for each in own.split("train")}
+    assert {each.id for each in found.split("train")} == train | {f"{id}_aug1" for id in train}
+    assert {each.image.suffix for each in found.samples} == {".PNG", ".png"}
+
+
+def test_an_original_with_the_name_of_a_copy_is_refused(own: Dataset, tmp_path: Path) -> None:
+    id = own.split("train")[0].id
+    (tmp_path / "photos" / f"{id}_aug1.PNG").write_bytes((tmp_path / "photos" / f"{id}.PNG").read_bytes())
+    (tmp_path / "m" / f"{id}_aug1_m.png").write_bytes((tmp_path / "m" / f"{id}_m.png").read_bytes())
+    config = DataConfig(images=str(tmp_path / "photos"), masks=str(tmp_path / "m"), test_share=0.1)
+    found = find_samples(config)
+    with pytest.raises(DatasetError, match="an original has the name of a copy"):
+        export_augmented(found, AUGMENT)
+
+
+def test_progress_counts_the_changed_versions(dataset: Dataset, tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    record: Callable[[int, int], None] = lambda done, total: calls.append((done, total))  # noqa: E731
+    export_augmented(dataset, AUGMENT, copies=2, target=tmp_path / "aug", progress=record)
+    assert calls == [(done, 6) for done in range(1, 7)]
