@@ -514,19 +514,19 @@ from tests.training.fakes import fit_arguments
 def recorded():
     return folder.epochs.stat().st_size if folder.epochs.exists() else 0
 
-folder = FitPaths(Path(sys.argv[1]))
+folder, seconds_an_epoch = FitPaths(Path(sys.argv[1])), float(sys.argv[2])
 instants, kills, status = random.Random(0), 0, None
 while status != 0:
     before = recorded()
     # A fork has torch loaded already, which takes longer than the fit.
     child = os.fork()
     if child == 0:
-        fit(**fit_arguments(train=TrainConfig(epochs=14, batch_size=4, lr=0.05)), paths=folder)
+        fit(**fit_arguments(train=TrainConfig(epochs=30, batch_size=4, lr=0.05)), paths=folder)
         os._exit(0)
     # However slow the machine is, each life gets an epoch further.
     while recorded() == before and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
         time.sleep(0.002)
-    time.sleep(instants.uniform(0, 0.1))
+    time.sleep(instants.uniform(0, 1.5 * seconds_an_epoch))
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     kills += status == signal.SIGKILL
@@ -536,10 +536,12 @@ print(kills)
 
 @pytest.mark.slow
 def test_killed_by_sigkill_at_random_instants_a_fit_ends_with_the_same_bytes(folder):
-    train = TrainConfig(epochs=14, batch_size=4, lr=0.05)
+    train = TrainConfig(epochs=30, batch_size=4, lr=0.05)
+    started = time.perf_counter()
     expected = fit(**fit_arguments(train=train))
+    seconds_an_epoch = (time.perf_counter() - started) / train.epochs
     output = subprocess.run(
-        [sys.executable, "-c", KILLED_FITS, str(folder.root)],
+        [sys.executable, "-c", KILLED_FITS, str(folder.root), str(seconds_an_epoch)],
         stdout=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         cwd=Path(__file__).parents[2],
@@ -549,7 +551,7 @@ def test_killed_by_sigkill_at_random_instants_a_fit_ends_with_the_same_bytes(fol
     assert int(output) >= 5
     result = fit(**fit_arguments(train=train), paths=folder)
     assert_equal(result, expected)
-    assert [row.epoch for row in recorded(folder)] == list(range(1, 15))
+    assert [row.epoch for row in recorded(folder)] == list(range(1, 31))
     finish(result, folder)
     files.remove_stale_temporaries(folder.root)
     names = ["counts.npy", "epochs.jsonl", "examples.npz", "fit.json", "scores.npy", "weights.safetensors"]
