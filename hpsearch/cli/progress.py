@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Mapping
@@ -66,6 +67,11 @@ class StudyProgress:
         self._trials = {trial.number: trial for trial in record.trials()}
         self._began = time.monotonic()
         config = record.config
+        if self._trials:
+            counted = sum(trial.outcome in COUNTED for trial in self._trials.values())
+            n_open = sum(trial.outcome is None for trial in self._trials.values())
+            goes_on = f", {n_open} goes on where it stopped" if n_open else ""
+            self._print(f"study {self._name} is continued: {counted} of {config.study.trials} trials done{goes_on}")
         on = plan.machine.get("device_name", plan.device)
         folds = "the fixed split" if config.study.folds == "fixed" else f"{config.study.folds} folds"
         self._print(
@@ -129,18 +135,18 @@ class StudyProgress:
             self._print(
                 f"tracking lacks {summary.undelivered} trials; they are on record: `hpsearch track` delivers them"
             )
-        here = "" if str(self._project.root) == "." else f" --out {self._project.root}"
         if summary.stopped:
             self._print(
                 f"stopped with {summary.n_counted} of {n_trials} trials: run the same command again to continue"
             )
         else:
             self._print(f"{summary.n_counted} of {n_trials} trials done. Next:")
-            self._print(f"  hpsearch final --best --study {self._name}{here}")
-            folder = "" if not here else f"cd {self._project.root} && "
+            self._print(f"  {command_line('final --best', self._name, self._project)}")
+            root = self._project.root
+            folder = "" if str(root) == "." else f"cd {shlex.quote(str(root))} && "
             if self._is_tracked:
                 self._print(f"  {folder}mlflow ui")
-            self._print(f"  hpsearch report --study {self._name}{here}")
+            self._print(f"  {command_line('report', self._name, self._project)}")
 
     def _best(self) -> TrialRecord | None:
         full = [trial for trial in self._trials.values() if trial.outcome == "full" and trial.value is not None]
@@ -169,8 +175,8 @@ class StudyProgress:
             scores = row["held_out"] or row["train"]
             table.add_row(
                 f"  trial {trial}",
-                f"fold {fold + 1}/{self._record.n_folds}",
-                f"epoch {row['epoch']}/{self._trials[trial].config['train']['epochs']}",
+                f"fold {fold} of {self._record.n_folds}",
+                f"epoch {row['epoch']} of {self._trials[trial].config['train']['epochs']}",
                 f"loss {row['train']['loss']:.3f}",
                 f"{config.study.metric} {scores[config.study.metric]:.4f}",
                 f"{row['images_per_s']:.0f} images/s",
@@ -185,6 +191,12 @@ class StudyProgress:
         if self._forecast is not None and self._forecast.total_s == self._forecast.total_s:
             return duration(max(0.0, self._forecast.total_s - (time.monotonic() - self._began)))
         return "?"
+
+
+def command_line(command: str, study: str, project: ProjectPaths) -> str:
+    """`hpsearch COMMAND --study STUDY`, with `--out` where it is needed, to be pasted into a shell."""
+    out = "" if str(project.root) == "." else f" --out {shlex.quote(str(project.root))}"
+    return f"hpsearch {command} --study {shlex.quote(study)}{out}"
 
 
 def describe_params(params: Mapping[str, Any]) -> str:

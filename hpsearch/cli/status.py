@@ -20,7 +20,7 @@ def command(project: ProjectPaths, study_name: str | None) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from hpsearch.cli.progress import describe_params, duration
+    from hpsearch.cli.progress import command_line, describe_params, duration
     from hpsearch.errors import StudyError
     from hpsearch.tuning import lock
     from hpsearch.tuning.status import study_status
@@ -50,10 +50,12 @@ def command(project: ProjectPaths, study_name: str | None) -> None:
         for fit in status.open_fits:
             console.print(
                 Text(
-                    f"  trial {fit.trial} fold {fit.fold + 1}/{status.n_folds} epoch {fit.epoch}/{fit.epochs}"
+                    f"  trial {fit.trial}, fold {fit.fold} of {status.n_folds}, epoch {fit.epoch} of {fit.epochs}:"
                     f"  {config.study.metric} {fit.score:.4f}"
                 )
             )
+        if not status.is_running and status.n_counted < config.study.trials:
+            console.print(Text(f"  go on with it: {command_line('study', name, project)}"))
         if study_name is None:
             continue
         table = Table("trial", "outcome", "value", "folds", "time", "parameters", "why", box=None, pad_edge=False)

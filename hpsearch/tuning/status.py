@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from hpsearch import plan as plans
 from hpsearch.config import StudyConfig
 from hpsearch.paths import ProjectPaths
+from hpsearch.plan import ExecutionPlan
 from hpsearch.tuning import lock
 from hpsearch.tuning.record import COUNTED, StudyRecord, TrialRecord
 
@@ -40,7 +43,7 @@ class StudyStatus:
     open_fits: tuple[OpenFit, ...]
     is_running: bool
     eta_s: float | None
-    """Seconds to go at the pace of the trials so far; None while nothing tells, or when it is done."""
+    """Seconds to go at the pace of the trials so far, at first by the measured steps; None when it does not run."""
 
 
 def study_status(project: ProjectPaths, name: str) -> StudyStatus:
@@ -64,12 +67,7 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
     n_counted = sum(trial.outcome in COUNTED for trial in trials)
     left = record.config.study.trials - n_counted
     is_running = lock.is_held(project.study(name))
-    eta_s = None
-    if is_running and n_counted and left > 0:
-        plan = record.plan() or {}
-        ended = sum(seconds[trial.number] for trial in trials if trial.outcome in COUNTED)
-        running = sum(seconds[trial.number] for trial in trials if trial.outcome is None)
-        eta_s = max(0.0, ended / n_counted * left - running) / max(1, len(plan.get("workers", [1])))
+    eta_s = _seconds_to_go(record, trials, seconds, left) if is_running and left > 0 else None
     return StudyStatus(
         name,
         record.config,
@@ -83,3 +81,19 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
         is_running,
         eta_s,
     )
+
+
+def _seconds_to_go(
+    record: StudyRecord, trials: Sequence[TrialRecord], seconds: Mapping[int, float], n_left: int
+) -> float | None:
+    table = record.plan()
+    if table is None:
+        return None
+    plan = ExecutionPlan.from_dict(table)
+    running = sum(seconds[trial.number] for trial in trials if trial.outcome is None)
+    ended = [seconds[trial.number] for trial in trials if trial.outcome in COUNTED]
+    if ended:
+        return max(0.0, sum(ended) / len(ended) * n_left - running) / len(plan.workers)
+    n_images = len(record.folds.ids) if record.has_folds else 0
+    total = plans.forecast(record.config, plan, n_images=n_images, n_trials=n_left, n_folds=record.n_folds).total_s
+    return max(0.0, total - running / len(plan.workers)) if n_images and total == total else None
