@@ -2,12 +2,15 @@
 
 OUT/
   hpsearch.db   mlflow.db   mlruns/         Optuna's and MLflow's, brought up to date from the record
+  test-looks.jsonl                          every scoring of a test set
   cache/<key>/                              decoded images, shared by all studies
   studies/<name>/                           the record of one study
     study.toml   plan.json   folds.json     settings, execution plan, fold of every image
     study.lock   holder.json   study.log    who runs it; one line per event
+    confirmation.json                       the configurations that are fitted once more, and of which it was chosen
     trials/0007/
       trial.json                            params, outcome, value, decisions
+      second.json   second2/                once more with other seeds: how that went, one fit of it
       fold2/                                one fit
         epochs.jsonl                        one line per epoch
         scores.npy                          (epochs, held-out images) float32, the study's metric
@@ -64,6 +67,11 @@ class ProjectPaths:
     @property
     def mlruns(self) -> Path:
         return self.root / "mlruns"
+
+    @property
+    def looks(self) -> Path:
+        """One line for every time that a test set was scored."""
+        return self.root / "test-looks.jsonl"
 
     @property
     def cache(self) -> Path:
@@ -127,6 +135,10 @@ class StudyPaths:
         return self.root / "stop"
 
     @property
+    def confirmation(self) -> Path:
+        return self.root / "confirmation.json"
+
+    @property
     def report(self) -> Path:
         return self.root / "report.html"
 
@@ -176,6 +188,13 @@ class TrialPaths:
 
     def fold(self, fold: int) -> FitPaths:
         return FitPaths(self.root / f"fold{fold}")
+
+    @property
+    def second(self) -> Path:
+        return self.root / "second.json"
+
+    def second_fold(self, fold: int) -> FitPaths:
+        return FitPaths(self.root / f"second{fold}")
 
 
 @dataclass(frozen=True)
@@ -269,6 +288,33 @@ class FinalPaths:
     @property
     def model(self) -> Path:
         return self.root / "model.safetensors"
+
+    @property
+    def choices(self) -> Path:
+        """What was decided out of fold about threshold, flips and cleaning, and on what grounds."""
+        return self.root / "choices.json"
+
+    @property
+    def chosen_counts(self) -> Path:
+        """tp, fp, fn, tn of the test images at the training size, of the model kept, by those choices."""
+        return self.root / "chosen_counts.npy"
+
+    @property
+    def ensemble(self) -> Path:
+        """Networks of the folds, kept to predict together."""
+        return self.root / "ensemble"
+
+    @property
+    def ensemble_counts(self) -> Path:
+        return self.root / "ensemble_counts.npy"
+
+    @property
+    def ensemble_official_counts(self) -> Path:
+        return self.root / "ensemble_official_counts.npy"
+
+    @property
+    def ensemble_masks(self) -> Path:
+        return self.root / "ensemble_masks"
 
     def seed(self, index: int) -> FitPaths:
         """The fit with the index-th seed (`final --seeds 3` makes three)."""

@@ -28,7 +28,8 @@ from hpsearch.paths import StudyPaths
 from hpsearch.report import trial_rows
 from hpsearch.report.trial_rows import CURVES, Case, CurvePoint
 from hpsearch.training.metrics import SCORES, PixelCounts
-from hpsearch.tuning.record import COUNTED, FitRecord, Outcome, StudyRecord, TrialRecord
+from hpsearch.tuning import confirmation
+from hpsearch.tuning.record import COUNTED, FitRecord, Outcome, SecondRecord, StudyRecord, TrialRecord
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class RunContent:
     """Everything that one run shall hold, but for its files."""
 
     key: str
-    """`study`, `trial 7` or `final trial-0007`: unique in the study."""
+    """`study`, `trial 7`, `second 7` or `final trial-0007`: unique in the study."""
     name: str
     began_ms: int
     """With the key it identifies the run: a study begun anew under an old name has other times."""
@@ -84,13 +85,18 @@ class RunContent:
 
 
 def run_keys(study: StudyPaths) -> list[str]:
-    """Keys of the trials and finals on record."""
+    """Keys of the trials, second fits and finals on record."""
     trials = [trial_key(number) for number in study.trial_numbers() if study.trial(number).trial.is_file()]
-    return [*trials, *(final_key(name) for name in final_names(study))]
+    seconds = [second_key(number) for number in study.trial_numbers() if study.trial(number).second.is_file()]
+    return [*trials, *seconds, *(final_key(name) for name in final_names(study))]
 
 
 def trial_key(number: int) -> str:
     return f"trial {number}"
+
+
+def second_key(number: int) -> str:
+    return f"second {number}"
 
 
 def final_key(name: str) -> str:
@@ -101,6 +107,8 @@ def key_of(tags: Mapping[str, str]) -> str | None:
     """The key of a run with these tags; None if it is none of ours."""
     if "hpsearch.trial" in tags:
         return f"trial {tags['hpsearch.trial']}"
+    if "hpsearch.second" in tags:
+        return f"second {tags['hpsearch.second']}"
     if "hpsearch.final" in tags:
         return f"final {tags['hpsearch.final']}"
     return "study" if "hpsearch.study" in tags else None
@@ -128,7 +136,12 @@ def study_run(record: StudyRecord, trials: Sequence[TrialRecord]) -> RunContent:
     ended = sorted(
         (trial for trial in trials if trial.ended_at is not None), key=lambda t: (t.ended_at or 0, t.number)
     )
-    is_over = len(ended) == len(trials) and sum(t.outcome in COUNTED for t in ended) >= config.study.trials
+    is_over = (
+        len(ended) == len(trials)
+        and sum(t.outcome in COUNTED for t in ended) >= config.study.trials
+        and confirmation.is_over(record)
+    )
+    ends = [trial.ended_at or 0 for trial in ended] + [second.ended_at or 0 for second in record.second_records()]
     search = {f"search.{name}": _text(dimension.to_toml()) for name, dimension in config.search}
     return RunContent(
         key="study",
@@ -143,7 +156,7 @@ def study_run(record: StudyRecord, trials: Sequence[TrialRecord]) -> RunContent:
         params=_params(config) | search,
         points=tuple(_progress(ended, config.study.metric)),
         status="FINISHED" if is_over else "RUNNING",
-        ended_ms=_ms(ended[-1].ended_at or 0) if is_over else None,
+        ended_ms=_ms(max(ends)) if is_over else None,
     )
 
 
@@ -169,12 +182,8 @@ def trial_run(record: StudyRecord, trial: TrialRecord) -> RunContent:
         "source": trial.source,
         "seed": str(record.config.study.seed),
         **_machine_tags(machine or (record.plan() or {}).get("machine", {})),
+        **_reason_and_code(trial.reason, trial.code),
     }
-    if trial.reason:
-        tags["reason"] = trial.reason[:1000]
-    if trial.code:
-        tags["version.hpsearch"], _, commit = trial.code.partition("+")
-        tags |= {"mlflow.source.git.commit": commit} if commit else {}
     return RunContent(
         key=trial_key(number),
         name=f"trial {number:04d}",
@@ -185,6 +194,40 @@ def trial_run(record: StudyRecord, trial: TrialRecord) -> RunContent:
         note=_trial_note(trial, points, metric),
         status=STATUSES[trial.outcome],
         ended_ms=None if trial.ended_at is None else _ms(trial.ended_at),
+    )
+
+
+def second_run(record: StudyRecord, second: SecondRecord) -> RunContent:
+    """The second fits of a trial, as far as they have come."""
+    trial, metric = record.trial(second.trial), record.config.study.metric
+    folds = [record.second_fit(trial.number, fold) for fold in range(record.n_folds)]
+    rows = [fit.epochs() for fit in folds]
+    points = [point for fold, each in enumerate(rows) for point in _curve_points(f"fold{fold}/", each)]
+    if second.ended_at is not None:
+        at = _ms(second.ended_at)
+        points += _summary(_cost([row for each in rows for row in each]), at)
+        if second.outcome == "full":
+            points += _summary(_cross_validation(folds, metric, None), at)
+    machine = next((summary["runtime"] for fit in folds if (summary := fit.summary()) is not None), None)
+    return RunContent(
+        key=second_key(trial.number),
+        name=f"trial {trial.number:04d}, second fits",
+        began_ms=_ms(second.began_at),
+        tags={
+            "hpsearch.study": record.name,
+            "hpsearch.second": str(trial.number),
+            "mlflow.source.name": "hpsearch study",
+            "outcome": f"second fits: {second.outcome or 'open'}",
+            "source": "confirmation",
+            "seed": str(record.config.study.seed),
+            **_machine_tags(machine or (record.plan() or {}).get("machine", {})),
+            **_reason_and_code(second.reason, second.code),
+        },
+        params=_params(trial.study_config),
+        points=tuple(points),
+        note=f"Trial {trial.number} fitted once more, on the same folds with other seeds\n\n{_searched(trial)}",
+        status=STATUSES[second.outcome],
+        ended_ms=None if second.ended_at is None else _ms(second.ended_at),
     )
 
 
@@ -255,6 +298,15 @@ def write_trial_files(record: StudyRecord, trial: TrialRecord, folder: Path) -> 
     result = f"{metric} {trial.value:.4f} out of fold" if trial.outcome == "full" else trial.outcome or "open"
     _write_curves(trial_rows.trial_curves(record, trial.number), f"{name}: {result}", folder)
     _write_panels(partial(trial_rows.trial_cases, record, trial.number), metric, f"{name}: held-out images", folder)
+
+
+def write_second_files(record: StudyRecord, number: int, folder: Path) -> None:
+    """trial.toml, second.json and a figure."""
+    trial = record.trial(number)
+    (folder / "trial.toml").write_text(trial.study_config.to_toml(), encoding="utf-8")
+    (folder / "second.json").write_bytes(record.paths.trial(number).second.read_bytes())
+    title = f"trial {number:04d} of {record.name}, second fits"
+    _write_curves(trial_rows.second_curves(record, number), title, folder)
 
 
 def write_final_files(record: StudyRecord, name: str, folder: Path) -> None:
@@ -393,6 +445,14 @@ def _machine_tags(machine: Mapping[str, Any]) -> dict[str, str]:
     versions = ("python", "torch", "numpy", "cuda", "cudnn", "torch_xla")
     tags = {tag: str(machine[name]) for name, tag in names.items() if name in machine}
     return tags | {f"version.{name}": str(machine[name]) for name in versions if name in machine}
+
+
+def _reason_and_code(reason: str, code: str) -> dict[str, str]:
+    tags = {"reason": reason[:1000]} if reason else {}
+    if code:
+        tags["version.hpsearch"], _, commit = code.partition("+")
+        tags |= {"mlflow.source.git.commit": commit} if commit else {}
+    return tags
 
 
 def _text(value: Any) -> str:

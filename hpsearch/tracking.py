@@ -378,6 +378,12 @@ class _Delivery:
                 partial(runs.trial_run, self.record, trial),
                 partial(runs.write_trial_files, self.record, trial),
             )
+        for second in self.record.second_records():
+            yield _Child(
+                runs.second_key(second.trial),
+                partial(runs.second_run, self.record, second),
+                partial(runs.write_second_files, self.record, second.trial),
+            )
         for name in runs.final_names(self.record.paths):
             yield _Child(
                 runs.final_key(name),

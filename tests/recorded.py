@@ -21,7 +21,7 @@ from hpsearch.data.layouts import Sample, Split
 from hpsearch.paths import FitPaths, ProjectPaths
 from hpsearch.training.metrics import PixelCounts, dice
 from hpsearch.training.rows import EpochRow, Scores
-from hpsearch.tuning.record import Outcome, StudyRecord, TrialRecord
+from hpsearch.tuning.record import Outcome, SecondRecord, Shortlist, StudyRecord, TrialRecord
 
 BEGAN_AT = 1_760_000_000.0
 EPOCH_S = 2.0
@@ -56,7 +56,7 @@ class FakeStudy:
             "train.lr=0.05",
             f"train.epochs={epochs}",
         ]
-        given += [f"study.folds={n_folds}", "study.trials=6", *SEARCH, *overrides]
+        given += [f"study.folds={n_folds}", "study.trials=6", "study.confirm=0", *SEARCH, *overrides]
         self.config: StudyConfig = configs.load(None, given)
         self.record = StudyRecord.create(self.project.study(name), self.config)
         ids = [f"ISIC_{i:07d}" for i in range(n_images)]
@@ -135,6 +135,26 @@ class FakeStudy:
         elif outcome in ("dropped", "diverged"):
             self.epoch(trial, 0)
         return self.end(trial, outcome)
+
+    def second(self, number: int) -> None:
+        """The second fits of that trial, a little worse than the first."""
+        trial = self.record.trial(number)
+        began_at, quality = self._tick(), trial_quality(trial) - 0.005
+        for fold in range(self.record.n_folds):
+            fit, held_out = self.record.second_fit(number, fold).paths, self.record.folds.held_out(fold)
+            for epoch in range(1, self.n_epochs + 1):
+                write_epoch(fit, epoch, self._tick(), quality, fold, held_out, self.n_epochs)
+            finish_fit(fit, quality, fold, held_out, self.config.data.height, self.machine)
+        self.record.write_second(
+            SecondRecord(trial=number, began_at=began_at, outcome="full", ended_at=self._tick(), code=trial.code)
+        )
+
+    def confirm(self, *numbers: int) -> None:
+        """Confirm the study with the second fits of these trials."""
+        for number in numbers:
+            self.second(number)
+        full = tuple(trial.number for trial in self.record.full_trials())
+        self.record.write_shortlist(Shortlist(numbers, full, self.config.study.confirm))
 
     def final(self, number: int, n_test: int = 12) -> None:
         """A finished `final` of that trial, one seed."""

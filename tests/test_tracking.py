@@ -71,6 +71,27 @@ class TestWhatIsLogged:
                     expected = [(row["epoch"], row[which][score], round(row["time"] * 1000)) for row in rows]
                     assert run.metrics[key] == expected
 
+    def test_second_fits_have_a_run_of_their_own_and_keep_the_study_open_until_they_are_there(
+        self, tmp_path: Path, empty_mlflow_db: Path, quick_figures: None
+    ) -> None:
+        study = make_study(tmp_path / "project", empty_mlflow_db, overrides=("study.confirm=2", "study.trials=2"))
+        study.trial("full")
+        study.trial("full")
+        before = deliver(study)
+        assert before["fake"].status == "RUNNING"
+        study.confirm(1, 0)
+        runs = deliver(study)
+        run = runs["trial 0001, second fits"]
+        rows = study.record.second_fit(1, 0).epochs()
+        assert run.metrics["fold0/dice"] == [
+            (row["epoch"], row["held_out"]["dice"], round(row["time"] * 1000)) for row in rows
+        ]
+        assert run.latest["cv/dice_mean"] == pytest.approx(study.record.second_out_of_fold(1).mean(), abs=1e-7)
+        assert (run.status, run.parent, run.params) == ("FINISHED", "fake", runs["trial 0001"].params)
+        assert runs["trial 0001"] == before["trial 0001"]
+        assert runs["fake"].status == "FINISHED"
+        assert deliver(study) == runs
+
     def test_five_folds_are_forty_metrics(self, tmp_path: Path, empty_mlflow_db: Path, quick_figures: None) -> None:
         study = make_study(tmp_path / "project", empty_mlflow_db, n_folds=5)
         study.trial("full")

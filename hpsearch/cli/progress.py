@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group
@@ -38,6 +38,8 @@ class StudyProgress:
         self._trials: dict[int, TrialRecord] = {}
         self._fits: dict[tuple[int, int], Mapping[str, Any]] = {}
         self._forecast: Forecast | None = None
+        self._second: tuple[int, int] | None = None
+        """Second fits done, and of how many."""
         self._began = time.monotonic()
         self._ended_here = 0
         self._live = Live(console=self._console, refresh_per_second=4, transient=True, get_renderable=self._render)
@@ -83,11 +85,12 @@ class StudyProgress:
             f"sampler {config.study.sampler}, pruner {config.study.pruner}"
         )
         if forecast.n_trials and forecast.total_s == forecast.total_s:
+            then = f", then up to {forecast.n_confirm} once more" if forecast.n_confirm else ""
             self._print(
-                f"{forecast.n_trials} trials to go: at most about {duration(forecast.total_s)} here, "
+                f"{forecast.n_trials} trials to go{then}: at most about {duration(forecast.total_s)} here, "
                 f"{duration(forecast.fit_s)} a fit, as measured; racing saves most of it"
                 if config.study.pruner == "race"
-                else f"{forecast.n_trials} trials to go: about {duration(forecast.total_s)} here, "
+                else f"{forecast.n_trials} trials to go{then}: about {duration(forecast.total_s)} here, "
                 f"{duration(forecast.fit_s)} a fit"
             )
         if forecast.total_s > LONG_S and plan.device == "cpu":
@@ -119,6 +122,12 @@ class StudyProgress:
         reason = f"  ({trial.reason})" if trial.outcome not in ("full",) and trial.reason else ""
         self._print(f"trial {trial.number} {trial.outcome} {value}{mark}{reason}  {describe_params(trial.params)}")
 
+    def confirming(self, trials: Sequence[int], done: int, total: int) -> None:
+        if self._second is None:
+            listed = ", ".join(map(str, trials))
+            self._print(f"the search is over; to tell luck from merit, trials {listed} are fitted once more")
+        self._second = done, total
+
     def said(self, text: str) -> None:
         self._print(text)
 
@@ -127,9 +136,10 @@ class StudyProgress:
         record = summary.record
         best, n_trials = record.best(), record.config.study.trials
         if best is not None:
+            both = ", both fits" if best.number in record.confirmed() else ""
             self._print(
-                f"best: trial {best.number}, {record.config.study.metric} {best.value:.4f} out of fold  "
-                f"{describe_params(best.params)}"
+                f"best: trial {best.number}, {record.config.study.metric} {record.worth(best):.4f} out of fold{both} "
+                f" {describe_params(best.params)}"
             )
         if summary.undelivered:
             self._print(
@@ -170,6 +180,9 @@ class StudyProgress:
         if best is not None:
             head += f"  best {best.value:.4f} (trial {best.number})"
         lines = [_bar(f"{head}  ETA {self._eta(counted)}", counted, config.study.trials)]
+        if self._second is not None:
+            done, total = self._second
+            lines = [_bar(f"{head}  second fits {done}/{total}", done, total)]
         table = Table.grid(padding=(0, 2))
         for (trial, fold), row in sorted(self._fits.items()):
             scores = row["held_out"] or row["train"]

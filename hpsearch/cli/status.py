@@ -41,20 +41,27 @@ def command(project: ProjectPaths, study_name: str | None) -> None:
         if status.best is not None:
             console.print(
                 Text(
-                    f"  best: trial {status.best.number}, {config.study.metric} {status.best.value:.4f}  "
+                    f"  best: trial {status.best.number}, {config.study.metric} {status.best_worth:.4f}"
+                    f"{' (both fits)' if status.is_confirmed else ''}  "
                     f"{describe_params(status.best.params)}"
                 )
             )
+        if status.shortlist:
+            listed = ", ".join(map(str, status.shortlist))
+            n_fits = len(status.shortlist) * status.n_folds
+            console.print(Text(f"  fitted once more: trials {listed}; {status.n_second}/{n_fits} second fits done"))
         if status.eta_s is not None:
             console.print(Text(f"  about {duration(status.eta_s)} to go"))
         for fit in status.open_fits:
+            fold = f"{'second fit, ' if fit.is_second else ''}fold {fit.fold} of {status.n_folds}"
             console.print(
                 Text(
-                    f"  trial {fit.trial}, fold {fit.fold} of {status.n_folds}, epoch {fit.epoch} of {fit.epochs}:"
+                    f"  trial {fit.trial}, {fold}, epoch {fit.epoch} of {fit.epochs}:"
                     f"  {config.study.metric} {fit.score:.4f}"
                 )
             )
-        if not status.is_running and status.n_counted < config.study.trials:
+        is_done = status.n_counted >= config.study.trials and (status.is_confirmed or not status.shortlist)
+        if not status.is_running and not is_done:
             console.print(Text(f"  go on with it: {command_line('study', name, project)}"))
         if study_name is None:
             continue

@@ -37,6 +37,11 @@ FOLDS = _Folds()
     type=click.Choice(["race", "median", "hyperband", "wilcoxon", "none"]),
     help="Rule that ends trials early.",
 )
+@click.option(
+    "--confirm",
+    type=click.IntRange(min=0),
+    help="Configurations to fit once more after the search, to rank by both fits; 0: none (default: 5).",
+)
 @click.option("--groups", metavar="FILE.csv", help="Patient or lesion of each image; a group stays in one fold.")
 @click.option("--group-duplicates", is_flag=True, help="Keep near-duplicate images in one fold.")
 @device_option

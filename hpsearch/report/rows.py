@@ -15,18 +15,13 @@ from hpsearch.errors import RecordError
 from hpsearch.models.shapes import n_parameters, why_impossible
 from hpsearch.paths import read_json
 from hpsearch.plan import ExecutionPlan, predicted_bytes
+from hpsearch.report.claims import Claims
 from hpsearch.report.statistics import (
     Corrected,
     Interval,
     Paired,
-    StudyScores,
     TrialStatistics,
     bootstrap_mean,
-    cheapest,
-    compare_trials,
-    corrected_estimate,
-    predict_test_mean,
-    tied_with_best,
     trial_statistics,
 )
 from hpsearch.training.metrics import SCORES, PixelCounts
@@ -52,7 +47,9 @@ class TrialRow:
     value: float | None
     """Mean if full, estimate if dropped."""
     statistics: TrialStatistics | None
-    """Of full trials."""
+    """Of full trials: of both their fits where they are confirmed."""
+    is_confirmed: bool
+    """Whether it was fitted once more, and both fits count."""
     epochs: tuple[int, ...]
     """Epochs done, by fold."""
     n_epochs: int
@@ -186,12 +183,12 @@ def study_rows(record: StudyRecord) -> StudyRows:
     Raises RecordError if the folder is damaged, or if the study has no folds yet.
     """
     trials = record.trials()
-    full = [trial.number for trial in trials if trial.outcome == "full"]
-    scores = study_scores(record, full) if full else None
-    statistics = dict(zip(full, trial_statistics(scores), strict=True)) if scores is not None else {}
-    rows = tuple(_trial_row(record, trial, statistics.get(trial.number)) for trial in trials)
+    claims = Claims.of(record)
+    statistics = dict(zip(claims.full, trial_statistics(claims.scores), strict=True)) if claims is not None else {}
+    confirmed = record.confirmed()
+    rows = tuple(_trial_row(record, trial, statistics.get(trial.number), confirmed) for trial in trials)
     results = _final_results(record)
-    winner = _winner(scores, full, rows, statistics, results) if scores is not None else None
+    winner = _winner(record, claims, statistics, results) if claims is not None else None
     ended = [row for row in rows if row.outcome in ("full", "dropped") and row.whole_s is not None]
     n_held_out = len(_held_out(record))
     return StudyRows(
@@ -208,17 +205,8 @@ def study_rows(record: StudyRecord) -> StudyRows:
         if ended
         else None,
         importances=importances(record),
-        finals=tuple(_final_row(record, name, result, scores, winner, trials) for name, result in results),
+        finals=tuple(_final_row(record, name, result, claims, trials) for name, result in results),
         repeat=_repeat(record),
-    )
-
-
-def study_scores(record: StudyRecord, full: Sequence[int]) -> StudyScores:
-    """Final scores of the full trials with these numbers, on the images that were held out."""
-    held_out = _held_out(record)
-    return StudyScores(
-        scores=np.stack([record.out_of_fold(number)[held_out] for number in full]),
-        fold_of=np.asarray(record.folds.fold_of, np.int64)[held_out],
     )
 
 
@@ -270,7 +258,9 @@ def _held_out(record: StudyRecord) -> npt.NDArray[np.int64]:
     return np.flatnonzero(np.asarray(record.folds.fold_of) >= 0)
 
 
-def _trial_row(record: StudyRecord, trial: TrialRecord, statistics: TrialStatistics | None) -> TrialRow:
+def _trial_row(
+    record: StudyRecord, trial: TrialRecord, statistics: TrialStatistics | None, confirmed: Sequence[int]
+) -> TrialRow:
     config = trial.study_config
     fits = [record.fit(trial.number, fold) for fold in range(record.n_folds)]
     epochs = [fit.epochs() for fit in fits]
@@ -286,6 +276,7 @@ def _trial_row(record: StudyRecord, trial: TrialRecord, statistics: TrialStatist
         params={name: get_setting(config, name) for name, _ in record.config.search},
         value=trial.value if statistics is None else statistics.mean,
         statistics=statistics,
+        is_confirmed=trial.number in confirmed,
         epochs=tuple(len(rows) for rows in epochs),
         n_epochs=config.train.epochs,
         n_finished=sum(fit.is_finished for fit in fits),
@@ -299,27 +290,25 @@ def _trial_row(record: StudyRecord, trial: TrialRecord, statistics: TrialStatist
 
 
 def _winner(
-    scores: StudyScores,
-    full: Sequence[int],
-    rows: Sequence[TrialRow],
+    record: StudyRecord,
+    claims: Claims,
     statistics: dict[int, TrialStatistics],
     results: Sequence[tuple[str, dict[str, Any]]],
 ) -> Winner:
-    corrected = corrected_estimate(scores)
-    number = full[corrected.trial]
-    tied = tied_with_best(scores)
-    seconds = {row.number: row.seconds for row in rows}
+    number = claims.winner
     n_test = next((int(result["n_test"]) for _, result in reversed(results) if result["trial"] == number), N_TEST)
+    predicted = claims.predicted(number, n_test=n_test)
+    assert predicted is not None
     return Winner(
         number=number,
         statistics=statistics[number],
-        corrected=corrected,
-        predicted=predict_test_mean(scores, corrected, n_test=n_test),
+        corrected=claims.corrected,
+        predicted=predicted,
         n_predicted=n_test,
-        gain=compare_trials(scores, corrected.trial, full.index(0)) if number != 0 and 0 in full else None,
-        tied=tuple(full[index] for index in tied),
-        cheapest=full[cheapest(tied, {index: seconds[number] for index, number in enumerate(full)})],
-        scores=scores.joint[corrected.trial],
+        gain=claims.gain(number),
+        tied=claims.tied,
+        cheapest=claims.cheapest_tied(record),
+        scores=claims.scores.joint[claims.corrected.trial],
     )
 
 
@@ -336,15 +325,12 @@ def _final_row(
     record: StudyRecord,
     name: str,
     result: dict[str, Any],
-    scores: StudyScores | None,
-    winner: Winner | None,
+    claims: Claims | None,
     trials: Sequence[TrialRecord],
 ) -> FinalRow:
     predicted = None
-    if scores is not None and winner is not None and result["trial"] == winner.number:
-        predicted = predict_test_mean(
-            scores, winner.corrected, n_test=result["n_test"], n_runs=max(1, result["n_seeds"])
-        )
+    if claims is not None:
+        predicted = claims.predicted(result["trial"], n_test=result["n_test"], n_runs=max(1, result["n_seeds"]))
     return FinalRow(
         name=name,
         trial=result["trial"],

@@ -55,6 +55,11 @@ def trial_curves(record: StudyRecord, number: int) -> list[CurvePoint]:
     return _curves((f"fold {fold}", record.fit(number, fold)) for fold in range(record.n_folds))
 
 
+def second_curves(record: StudyRecord, number: int) -> list[CurvePoint]:
+    """Every epoch of every second fit of a trial."""
+    return _curves((f"fold {fold}", record.second_fit(number, fold)) for fold in range(record.n_folds))
+
+
 def final_curves(final: FinalPaths, n_seeds: int) -> list[CurvePoint]:
     """Every epoch of the retrained networks."""
     return _curves((f"seed {index}", FitRecord(final.seed(index))) for index in range(n_seeds))

@@ -28,7 +28,7 @@ from hpsearch.errors import ConfigError, StorageError, StudyChangedError, StudyE
 from hpsearch.paths import ProjectPaths
 from hpsearch.plan import ExecutionPlan
 from hpsearch.tracking import Tracker, TrackingThread
-from hpsearch.tuning import lock, pruners
+from hpsearch.tuning import confirmation, lock, pruners
 from hpsearch.tuning.listener import Listener, Silent
 from hpsearch.tuning.planning import MachineChoice, make_plan
 from hpsearch.tuning.pruners import Pruner
@@ -194,12 +194,14 @@ class Coordinator:
 
     def forecast(self) -> plans.Forecast:
         """What is left to do, as far as measured steps tell."""
+        n_trials = max(0, self._record.config.study.trials - self.n_counted)
         return plans.forecast(
             self._record.config,
             self._plan,
             n_images=len(self._prepared.ids),
-            n_trials=max(0, self._record.config.study.trials - self.n_counted),
+            n_trials=n_trials,
             n_folds=self._record.n_folds,
+            n_confirm=confirmation.n_left(self._record, n_trials),
         )
 
     def run(self, workers: Workers) -> None:
@@ -216,8 +218,28 @@ class Coordinator:
             for event in workers.events(POLL_S):
                 self._hear(event)
             self._end_silent_fits()
+        if not self._stop.is_requested:
+            self._confirm()
         if self._stop.is_requested:
             logger.info("stopped; run the same command to continue")
+
+    def _confirm(self) -> None:
+        """Fit the few that may be the best once more."""
+
+        def keep_to_requests() -> None:
+            self._keep_to_budget()
+            self._heed_requests()
+
+        confirmation.Confirmation(
+            self._record,
+            str(self._prepared.cache_path.absolute()),
+            self._listener,
+            keep_to_requests=keep_to_requests,
+            is_stopping=lambda: self._stop.is_requested,
+            is_urgent=lambda: self._stop.is_urgent,
+            silence_limit=self._silence_limit,
+            wake_tracking=self._wake_tracking,
+        ).run(self._workers)
 
     def _has_work(self) -> bool:
         return bool(self._open) or self._wants_trials()
@@ -477,14 +499,17 @@ class Coordinator:
                 continue
             trial, fold = self._open[worker.job["trial"]], worker.job["fold"]
             rows = self._record.fit(trial.record.number, fold).epochs() if trial.fitting else []
-            folds = self._record.folds
-            expected = max((row["train_s"] + row["eval_s"] for row in rows), default=0.0) or self._plan.epoch_s(
-                trial.config, len(folds.train(fold)), len(folds.held_out(fold))
-            )
-            limit = max(SILENCE_MIN_S, SILENCE_FACTOR * expected)
+            limit = self._silence_limit(trial.config, fold, rows)
             if time.monotonic() - worker.heard_at > limit:
                 logger.warning("trial %d fold %d: no epoch for %.0f s", trial.record.number, fold, limit)
                 self._workers.kill(worker)
+
+    def _silence_limit(self, config: StudyConfig, fold: int, rows: list[dict[str, Any]]) -> float:
+        folds = self._record.folds
+        expected = max((row["train_s"] + row["eval_s"] for row in rows), default=0.0) or self._plan.epoch_s(
+            config, len(folds.train(fold)), len(folds.held_out(fold))
+        )
+        return max(SILENCE_MIN_S, SILENCE_FACTOR * expected)
 
     def _keep_to_budget(self) -> None:
         over = time.monotonic() - self._stop_at

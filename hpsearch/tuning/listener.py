@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from hpsearch.data.prepare import Prepared
@@ -28,6 +28,9 @@ class Listener(Protocol):
     def fold_ended(self, trial: int, fold: int, score: float) -> None: ...
 
     def trial_ended(self, trial: TrialRecord) -> None: ...
+
+    def confirming(self, trials: Sequence[int], done: int, total: int) -> None:
+        """The search is over; so many of the second fits of these trials are done."""
 
     def said(self, text: str) -> None:
         """One line about something else: a worker that died, tracking that is away."""
@@ -55,6 +58,9 @@ class Silent:
         pass
 
     def trial_ended(self, trial: TrialRecord) -> None:
+        pass
+
+    def confirming(self, trials: Sequence[int], done: int, total: int) -> None:
         pass
 
     def said(self, text: str) -> None:

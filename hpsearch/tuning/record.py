@@ -72,6 +72,36 @@ class TrialRecord:
         return {"format": FORMAT, **dataclasses.asdict(self)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class SecondRecord:
+    """The second fits of one full trial: the same folds with other seeds."""
+
+    trial: int
+    began_at: float
+    outcome: Literal["full", "diverged", "infeasible", "failed"] | None = None
+    """Anything but `full`: the configuration did not stand up to other seeds."""
+    reason: str = ""
+    ended_at: float | None = None
+    failures: dict[str, list[str]] = field(default_factory=dict)
+    """As in `TrialRecord`."""
+    code: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"format": FORMAT, **dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True)
+class Shortlist:
+    """The configurations that are fitted once more."""
+
+    trials: tuple[int, ...]
+    """Picked most often first."""
+    of: tuple[int, ...]
+    """The full trials that it was chosen from: with others it says nothing any more."""
+    count: int
+    """`study.confirm` when it was made."""
+
+
 @dataclass(frozen=True)
 class FitRecord:
     """One fit as its folder tells it; nothing is read before it is asked for."""
@@ -223,6 +253,9 @@ class StudyRecord:
     def fit(self, trial: int, fold: int) -> FitRecord:
         return FitRecord(self.paths.trial(trial).fold(fold))
 
+    def second_fit(self, trial: int, fold: int) -> FitRecord:
+        return FitRecord(self.paths.trial(trial).second_fold(fold))
+
     def finished_folds(self, trial: int) -> list[int]:
         """Folds of a trial whose fit is finished, ascending."""
         return [fold for fold in range(self.n_folds) if self.fit(trial, fold).is_finished]
@@ -232,7 +265,9 @@ class StudyRecord:
 
         RecordError if the file does not fit the folds: a wrong image order would be a silent lie.
         """
-        fit = self.fit(trial, fold)
+        return self._final_scores(self.fit(trial, fold), fold)
+
+    def _final_scores(self, fit: FitRecord, fold: int) -> npt.NDArray[np.float64]:
         scores = fit.scores()
         expected = len(self.folds.held_out(fold))
         if scores.shape[0] == 0 or scores.shape[1] != expected:
@@ -258,10 +293,80 @@ class StudyRecord:
         """Trials that were evaluated on all folds: the only ones that can win."""
         return [trial for trial in self.trials() if trial.outcome == "full"]
 
+    def shortlist(self) -> Shortlist | None:
+        """The configurations that are, or were, fitted once more; None before the first were chosen."""
+        if not self.paths.confirmation.is_file():
+            return None
+        table = paths.read_json(self.paths.confirmation)
+        try:
+            return Shortlist(tuple(table["trials"]), tuple(table["of"]), int(table["count"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise RecordError(f"{self.paths.confirmation} is damaged: {error}") from error
+
+    def write_shortlist(self, shortlist: Shortlist) -> None:
+        paths.write_json(self.paths.confirmation, {"format": FORMAT, **dataclasses.asdict(shortlist)})
+
+    def second(self, trial: int) -> SecondRecord | None:
+        """How the second fits of a trial went; None where none were begun."""
+        path = self.paths.trial(trial).second
+        if not path.is_file():
+            return None
+        table = paths.read_json(path)
+        try:
+            if table.pop("format") != FORMAT:
+                raise RecordError(f"{path} is of another version of hpsearch")
+            return SecondRecord(**table)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise RecordError(f"{path} is damaged: {error}") from error
+
+    def write_second(self, second: SecondRecord) -> None:
+        paths.write_json(self.paths.trial(second.trial).second, second.to_dict())
+
+    def second_records(self) -> list[SecondRecord]:
+        """Of all trials that were ever fitted once more, by number."""
+        found = (self.second(number) for number in self.trial_numbers())
+        return [second for second in found if second is not None]
+
+    def second_out_of_fold(self, trial: int) -> npt.NDArray[np.float64]:
+        """As `out_of_fold`, by the second fits of a trial whose second fits are all finished."""
+        result = np.full(len(self.folds.ids), np.nan)
+        for fold in range(self.n_folds):
+            result[self.folds.held_out(fold)] = self._final_scores(self.second_fit(trial, fold), fold)
+        return result
+
+    def confirmed(self) -> tuple[int, ...]:
+        """The shortlisted trials by number once all their second fits have ended, without those that failed.
+
+        Empty while second fits are missing, and after a full trial has come since: then the choice is as open as if
+        nothing had been confirmed.
+        """
+        shortlist = self.shortlist()
+        if shortlist is None or shortlist.of != tuple(trial.number for trial in self.full_trials()):
+            return ()
+        seconds = [self.second(number) for number in shortlist.trials]
+        if any(second is None or second.outcome is None for second in seconds):
+            return ()
+        return tuple(sorted(second.trial for second in seconds if second is not None and second.outcome == "full"))
+
+    def worth(self, trial: TrialRecord) -> float | None:
+        """What a trial is ranked by: the mean over both its fits where it is confirmed, else its value."""
+        if trial.number not in self.confirmed():
+            return trial.value
+        return self._mean_of_both(trial.number)
+
     def best(self) -> TrialRecord | None:
-        """The full trial with the highest value, the earlier one if two are equal."""
+        """The full trial that wins, the earlier one if two are equal.
+
+        By the mean of both fits among the confirmed; by value among all full trials where none is confirmed.
+        """
+        if numbers := self.confirmed():
+            return self.trial(max(numbers, key=lambda number: (self._mean_of_both(number), -number)))
         full = self.full_trials()
         return max(full, key=lambda trial: (cast("float", trial.value), -trial.number)) if full else None
+
+    def _mean_of_both(self, trial: int) -> float:
+        both = (self.out_of_fold(trial) + self.second_out_of_fold(trial)) / 2
+        return float(np.mean(both[~np.isnan(both)]))
 
 
 def study_record(project: ProjectPaths, name: str | None) -> StudyRecord:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hpsearch import plan as plans
 from hpsearch.config import StudyConfig
@@ -24,6 +25,7 @@ class OpenFit:
     epochs: int
     score: float
     """Held-out mean after the last epoch done."""
+    is_second: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,14 @@ class StudyStatus:
     seconds: dict[int, float]
     """Trial to the seconds of training and evaluation so far."""
     best: TrialRecord | None
+    best_worth: float | None
+    """What it is ranked by: the mean of both its fits where it is confirmed."""
+    shortlist: tuple[int, ...]
+    """Trials that are fitted once more, or were; empty before the search is over."""
+    n_second: int
+    """Their finished second fits."""
+    is_confirmed: bool
+    """Whether all of them are there, so that the ranking goes by both fits."""
     open_fits: tuple[OpenFit, ...]
     is_running: bool
     eta_s: float | None
@@ -59,15 +69,18 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
             rows = fit.epochs()
             spent += sum(row["train_s"] + row["eval_s"] for row in rows)
             if trial.outcome is None and rows and not fit.is_finished:
-                scores = rows[-1]["held_out"] or rows[-1]["train"]
-                epochs = trial.config["train"]["epochs"]
-                score = scores[record.config.study.metric]
-                open_fits.append(OpenFit(trial.number, fold, rows[-1]["epoch"], epochs, score))
+                open_fits.append(_open_fit(record, trial, fold, rows[-1]))
         seconds[trial.number] = spent
     n_counted = sum(trial.outcome in COUNTED for trial in trials)
     left = record.config.study.trials - n_counted
     is_running = lock.is_held(project.study(name))
     eta_s = _seconds_to_go(record, trials, seconds, left) if is_running and left > 0 else None
+    shortlist, n_second, second_s = _second_fits(record, trials, open_fits)
+    plan = record.plan()
+    if is_running and left <= 0 and plan is not None and n_second < len(shortlist) * record.n_folds:
+        whole = sum(seconds[number] for number in shortlist)
+        eta_s = max(0.0, whole - second_s) / len(ExecutionPlan.from_dict(plan).workers)
+    best = record.best()
     return StudyStatus(
         name,
         record.config,
@@ -76,7 +89,11 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
         record.n_folds,
         n_finished,
         seconds,
-        record.best(),
+        best,
+        record.worth(best) if best is not None else None,
+        shortlist,
+        n_second,
+        bool(record.confirmed()),
         tuple(open_fits),
         is_running,
         eta_s,
@@ -97,3 +114,30 @@ def _seconds_to_go(
     n_images = len(record.folds.ids) if record.has_folds else 0
     total = plans.forecast(record.config, plan, n_images=n_images, n_trials=n_left, n_folds=record.n_folds).total_s
     return max(0.0, total - running / len(plan.workers)) if n_images and total == total else None
+
+
+def _second_fits(
+    record: StudyRecord, trials: Sequence[TrialRecord], open_fits: list[OpenFit]
+) -> tuple[tuple[int, ...], int, float]:
+    """The shortlist while it stands, its finished second fits and their seconds; adds to `open_fits`."""
+    stored = record.shortlist()
+    full = [trial for trial in trials if trial.outcome == "full"]
+    if stored is None or stored.of != tuple(trial.number for trial in full):
+        return (), 0, 0.0
+    n_finished, seconds = 0, 0.0
+    for trial in full:
+        for fold in range(record.n_folds) if trial.number in stored.trials else ():
+            fit = record.second_fit(trial.number, fold)
+            rows = fit.epochs()
+            seconds += sum(row["train_s"] + row["eval_s"] for row in rows)
+            n_finished += fit.is_finished
+            if rows and not fit.is_finished:
+                open_fits.append(_open_fit(record, trial, fold, rows[-1], is_second=True))
+    return stored.trials, n_finished, seconds
+
+
+def _open_fit(
+    record: StudyRecord, trial: TrialRecord, fold: int, row: dict[str, Any], *, is_second: bool = False
+) -> OpenFit:
+    score = (row["held_out"] or row["train"])[record.config.study.metric]
+    return OpenFit(trial.number, fold, row["epoch"], trial.config["train"]["epochs"], score, is_second)
