@@ -96,6 +96,53 @@ def cache(project: ProjectPaths, settings: Settings, compare: bool) -> None:
     Console(highlight=False).print(table)
 
 
+@command.command("augment")
+@out_option
+@config_options
+@click.option("--copies", default=1, type=click.IntRange(min=1), help="Changed versions of each training image.")
+@click.option("--to", "target", type=click.Path(path_type=Path), help="Folder to write (default: DATA_Aug).")
+@click.option("--groups", metavar="FILE.csv", help="Patient or lesion of each image, to be kept in groups.csv.")
+def augment(project: ProjectPaths, settings: Settings, copies: int, target: Path | None) -> None:
+    """Write an augmented copy of a dataset beside it: ISIC-2017_Aug, in the same layout.
+
+    The changes are those of [augment]; --seed decides them. Interrupted, the same command continues.
+
+    \b
+        hpsearch data augment --data ISIC-2017 --copies 2 --set augment.rotate=20
+        hpsearch study --data ISIC-2017_Aug
+    """
+    from dataclasses import asdict
+
+    from hpsearch.data.export_augmented import export_augmented
+    from hpsearch.data.folds import groups_file, read_groups
+    from hpsearch.data.prepare import locate
+
+    config = settings.load()
+    dataset = locate(config.data, cache_folder(project, config.data.cache_dir))
+    groups = groups_file(config.data)
+    try:
+        folder = export_augmented(
+            dataset,
+            config.augment,
+            copies=copies,
+            seed=config.study.seed,
+            target=target,
+            groups=read_groups(groups) if groups else None,
+            exclude_bad=config.data.exclude_bad,
+            progress=counter("writing changed versions"),
+        )
+    except KeyboardInterrupt:
+        click.echo("\nstopped: run the same command again to continue", err=True)
+        raise
+    changes = ", ".join(f"{name} {value:g}" for name, value in asdict(config.augment).items() if value)
+    n_train = len(dataset.split("train"))
+    click.echo(
+        f"{folder}: {n_train} training images, {copies} changed version{'s' if copies > 1 else ''} of each ({changes}), "
+        f"{len(dataset.samples) - n_train} images for validation and test as they were"
+    )
+    click.echo(f"use it with --data {folder}: versions of one image stay in one fold")
+
+
 @command.command("sample")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--seed", default=0, help="Another seed draws other images.")

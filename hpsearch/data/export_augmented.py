@@ -5,8 +5,8 @@ and test split are hard links to the original files, or copies where the file sy
 complete and trains like any other. A folder of one's own images becomes one folder per split, which keeps its test
 split what it was.
 
-`groups.csv` names the original of every image: with `--groups`, a changed version never is in another fold than its
-original, which would teach the network what it is scored on.
+`groups.csv` names the original of every image, and a study of the set reads it: a changed version never is in another
+fold than its original, which would teach the network what it is scored on.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from hpsearch.data.augment import (
 from hpsearch.data.config import AugmentConfig, DataConfig
 from hpsearch.data.decode import BadImageError, MemoryGate, open_pair, read_pair
 from hpsearch.data.decoding import n_cores
+from hpsearch.data.folds import AUGMENTATION, AUGMENTED_GROUPS
 from hpsearch.data.integrity import refusal
 from hpsearch.data.layouts import Dataset, Sample, find_samples
 from hpsearch.errors import ConfigError, DatasetError
@@ -140,7 +141,7 @@ class _Job:
 
 def _begin(partial: Path, settings: dict[str, object]) -> None:
     """Make the folder, or recognise an export of the same settings that was interrupted."""
-    record = partial / "augmentation.json"
+    record = partial / AUGMENTATION
     if record.is_file():
         try:
             same = json.loads(record.read_text(encoding="utf-8")) == settings
@@ -262,7 +263,7 @@ def _save(path: Path, encoded: Tensor) -> None:
 def _write_groups(partial: Path, original: Mapping[Path, str], groups: Mapping[str, str]) -> None:
     """groups.csv: for every image that can be in a fold, its original or the group that the original has."""
     found = find_samples(DataConfig(root=str(partial)))
-    with atomic_write(partial / "groups.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    with atomic_write(partial / AUGMENTED_GROUPS) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["image", "original"])
         for sample in found.split("train", "val"):

@@ -13,8 +13,12 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from hpsearch.data.config import DataConfig
 from hpsearch.data.layouts import Split, without_ending
 from hpsearch.errors import ConfigError, DatasetError, RecordError
+
+AUGMENTATION, AUGMENTED_GROUPS = "augmentation.json", "groups.csv"
+"""What an augmented set holds beside its images: how it was made, and the original of each image."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,17 @@ def make_folds(
         for fold, (_, held_out) in enumerate(GroupKFold(folds).split(units, groups=labels)):
             fold_of[held_out] = fold
     return Folds(tuple(ids), tuple(fold_of.tolist()), folds, seed, "kfold" if groups is None else "groups")
+
+
+def groups_file(config: DataConfig) -> Path | None:
+    """The table of groups that `config` names, or that lies in an augmented set; None: every image by itself.
+
+    A changed version of an image that is trained on must not score the network, so such a set brings its groups along.
+    """
+    if config.groups:
+        return Path(config.groups).expanduser()
+    root = Path(config.root).expanduser()
+    return root / AUGMENTED_GROUPS if not config.images and (root / AUGMENTATION).is_file() else None
 
 
 def read_groups(path: Path) -> dict[str, str]:

@@ -214,9 +214,10 @@ def _listed_test_ids(config: DataConfig, samples: Sequence[Sample]) -> set[str]:
 
 def _drawn_test_ids(config: DataConfig, samples: Sequence[Sample]) -> set[str]:
     """About `test_share` of the ids; byte-equal images and images of one group fall on one side."""
-    from hpsearch.data.folds import connected, read_groups
+    from hpsearch.data.folds import connected, groups_file, read_groups
 
-    groups = read_groups(Path(config.groups)) if config.groups else None
+    table = groups_file(config)
+    groups = read_groups(table) if table else None
     units = connected([sample.id for sample in samples], same_bytes(samples), groups)
     members = defaultdict(list)
     for sample, unit in zip(samples, units, strict=True):

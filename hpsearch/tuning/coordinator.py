@@ -560,7 +560,8 @@ def _fix_folds(record: StudyRecord, prepared: Prepared, caches: Path) -> None:
             )
         return
     config = record.config
-    groups = fold_making.read_groups(Path(config.data.groups)) if config.data.groups else None
+    table = fold_making.groups_file(config.data)
+    groups = fold_making.read_groups(table) if table else None
     if config.data.group_duplicates:
         pairs = duplicates.find_in_dataset(config.data, caches, with_test=False)
         logger.info("%d near-duplicate pairs are kept in one fold each", len(pairs))
