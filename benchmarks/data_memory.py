@@ -49,7 +49,9 @@ def main() -> None:
             failed = failed or code != 0
             note = "" if code == 0 else f"  exit code {code}"
             seconds = time.monotonic() - began
-            print(f"{title:44}{seconds:9.1f}{largest / 2**20:13.0f} MiB{together / 2**20:10.0f} MiB{note}", flush=True)
+            print(
+                f"{title:44}{seconds:9.1f}{largest / 2**20:13.0f} MiB{together / 2**20:10.0f} MiB{note}", flush=True
+            )
     sys.exit(failed)
 
 

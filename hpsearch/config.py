@@ -28,8 +28,9 @@ SECTIONS: dict[str, type] = {
     "augment": AugmentConfig,
     "study": StudySettings,
 }
-NOT_SEARCHABLE = {f"data.{f.name}" for f in fields(DataConfig)} - {"data.size", "data.color", "data.match"}
-"""Settings of the data that every trial must share, so that its scores can be compared."""
+NOT_SEARCHABLE = {f"data.{f.name}" for f in fields(DataConfig)} - {"data.size", "data.color"}
+"""Settings of the data that every trial must share, so that its scores can be compared: images that are resized are
+scored as a whole, cropped ones on their middle."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,14 @@ class StudyConfig:
                 )
         if "data.size" in self.search and not self.study.eval_size:
             raise ConfigError(
-                "data.size is searched: set study.eval_size, the one size at which all trials are scored"
+                "data.size is searched: set study.eval_size, the one size at which all trials are scored, such as "
+                f"--set study.eval_size={self.data.height}"
+            )
+        is_cropped = self.data.match == "crop" or bool(self.data.cache_size)
+        if is_cropped and self.eval_size != (self.data.height, self.data.width):
+            raise ConfigError(
+                "study.eval_size needs data.match = resize and no data.cache_size: crops of two sizes show different "
+                "parts of an image, so that scores of one cannot be taken at the other"
             )
         if self.augment.crop and not self.data.cache_size:
             raise ConfigError("augment.crop needs data.cache_size, the size of the cached images to crop from")
@@ -71,6 +79,11 @@ class StudyConfig:
         if not size:
             return self.data.height, self.data.width
         return size if isinstance(size, tuple) else (size, size)
+
+    @property
+    def scored_data(self) -> DataConfig:
+        """The data at the size at which they are scored; where that is not set, as the network sees them."""
+        return dataclasses.replace(self.data, size=self.eval_size) if self.study.eval_size else self.data
 
     def with_params(self, params: Mapping[str, Any]) -> StudyConfig:
         """The configuration of one trial: `params` set, nothing left to search."""

@@ -20,7 +20,7 @@ import pandas as pd
 from hpsearch import paths
 from hpsearch.config import stable_seed
 from hpsearch.data.config import DataConfig
-from hpsearch.data.prepare import Prepared, locate, prepare_pool, prepare_test
+from hpsearch.data.prepare import Prepared, locate, prepare_test
 from hpsearch.errors import StudyError
 from hpsearch.paths import FinalPaths, FitPaths, ProjectPaths
 from hpsearch.report.statistics import Interval, Paired, bootstrap_mean, paired_difference
@@ -28,6 +28,7 @@ from hpsearch.scoring import COLUMNS, mask_name, read_mask, score_table, write_s
 from hpsearch.tracking import Tracker, TrackingThread
 from hpsearch.training.metrics import SCORES, PixelCounts
 from hpsearch.tuning import lock
+from hpsearch.tuning.caches import PoolCaches
 from hpsearch.tuning.coordinator import cache_root, log_file
 from hpsearch.tuning.planning import MachineChoice, make_plan
 from hpsearch.tuning.record import FORMAT, StudyRecord, TrialRecord, load_array, now, study_record
@@ -107,23 +108,25 @@ def run_final(
         config = chosen.study_config
         folder = record.paths.final(f"trial-{chosen.number:04d}")
         began_at = now()
-        seed = config.study.seed
-        pool = prepare_pool(config.data, cache_root(project, config), role="final", seed=seed)
-        test = prepare_test(config.data, cache_root(project, config))
+        caches = PoolCaches(record.config, cache_root(project, config), role="final")
+        pool = caches.scored
+        test = prepare_test(config.scored_data, cache_root(project, config))
+        seen = test if config.scored_data == config.data else prepare_test(config.data, cache_root(project, config))
         paths.write_text(folder.config, config.to_toml())
         on_epoch = on_epoch or (lambda index, row: True)
         # One network after another on the first device of the plan: this is a handful of fits.
         with Workers(record.paths.root) as workers:
-            plan = make_plan(record, pool, machine or MachineChoice(), workers)
+            plan = make_plan(record, caches, machine or MachineChoice(), workers)
             workers.become(plan.workers[:1])
             for index in range(n_seeds):
-                job = _fit_job(chosen, folder.seed(index), stable_seed(config.study.seed, "final", index), pool)
+                seed = stable_seed(config.study.seed, "final", index)
+                job = _fit_job(chosen, folder.seed(index), seed, caches)
                 if (
                     not folder.seed(index).fit.is_file()
                     and do(workers, job, on_epoch=partial(on_epoch, index)) is None
                 ):
                     return None
-                do(workers, _score_job(chosen, folder.seed(index), test))
+                do(workers, _score_job(chosen, folder.seed(index), seen, test))
             logger.info("scoring the masks of %d test images at their own resolution", test.n)
             shutil.rmtree(folder.masks, ignore_errors=True)
             do(workers, _official_job(folder, config.data, cache_root(project, config), test))
@@ -158,27 +161,30 @@ def _choose(record: StudyRecord, number: int | None) -> TrialRecord:
     return trial
 
 
-def _fit_job(trial: TrialRecord, fit: FitPaths, seed: int, pool: Prepared) -> dict[str, Any]:
+def _fit_job(trial: TrialRecord, fit: FitPaths, seed: int, caches: PoolCaches) -> dict[str, Any]:
     return {
         "job": "fit",
         "trial": trial.number,
         "fold": 0,
         "config": trial.config,
         "folder": str(fit.root.absolute()),
-        "cache": str(pool.cache_path.absolute()),
-        "train": list(range(pool.n)),
+        **caches.job(trial.study_config),
+        "train": list(range(caches.scored.n)),
         "held_out": [],
         "seed": seed,
         "keep_best": False,
     }
 
 
-def _score_job(trial: TrialRecord, fit: FitPaths, test: Prepared) -> dict[str, Any]:
+def _score_job(trial: TrialRecord, fit: FitPaths, seen: Prepared, test: Prepared) -> dict[str, Any]:
+    """`seen`: the test images as the network sees them; `test`: at the size at which they are scored."""
+    truth = {"truth": str(test.cache_path.absolute())} if seen.key != test.key else {}
     return {
         "job": "score",
         "config": trial.config,
         "weights": str(fit.weights.absolute()),
-        "cache": str(test.cache_path.absolute()),
+        "cache": str(seen.cache_path.absolute()),
+        **truth,
         "counts": str(fit.test_counts.absolute()),
         "examples": str(fit.examples.absolute()),
     }

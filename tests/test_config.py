@@ -59,6 +59,7 @@ def test_iou_is_another_name_of_jaccard() -> None:
         ("search.data.root=['a', 'b']", "data.root"),
         ("search.study.seed=[1, 2]", "study.seed"),
         ("search.data.size=[572, 256]", "study.eval_size"),
+        ("search.data.match=['resize', 'crop']", "data.match"),
         ("augment.crop=true", "data.cache_size"),
         ("no-equals-sign", "no-equals-sign"),
     ],
@@ -68,6 +69,13 @@ def test_what_cannot_be_is_refused_in_one_line_that_names_it(override: str, name
         configs.load(None, [override])
     assert names in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("cropping", [["data.match=crop"], ["augment.crop=true", "data.cache_size=640"]])
+def test_crops_cannot_be_scored_at_another_size(cropping: list[str]) -> None:
+    configs.load(None, [*cropping, "study.eval_size=572"])
+    with pytest.raises(ConfigError, match=r"study\.eval_size"):
+        configs.load(None, [*cropping, "study.eval_size=256"])
 
 
 def test_an_error_in_a_file_names_the_file(tmp_path: Path) -> None:

@@ -74,13 +74,16 @@ def cache(project: ProjectPaths, settings: Settings, compare: bool) -> None:
     from rich.table import Table
 
     from hpsearch.data.comparison import compare_caches
-    from hpsearch.data.prepare import prepare_pool
+    from hpsearch.tuning.caches import PoolCaches
 
-    config = settings.load().data
+    study = settings.load()
+    config = study.data
     root = cache_folder(project, config.cache_dir)
     if not compare:
-        prepared = prepare_pool(config, root, progress=counter("decoding images"))
-        click.echo(f"{prepared.n} images at {prepared.cache_path}, {prepared.seconds:.1f} s")
+        caches = PoolCaches(study, root, progress=counter("decoding images"))
+        caches.prepare_listed(study)
+        for prepared in caches.made:
+            click.echo(f"{prepared.n} images at {prepared.cache_path}, {prepared.seconds:.1f} s")
         return
     rows = compare_caches(config, root, progress=lambda kind: click.echo(f"measuring {kind}", err=True))
     table = Table("cache", "build", "epoch", "memory", "disk", "against decoding", box=None, pad_edge=False)
@@ -136,10 +139,9 @@ def augment(project: ProjectPaths, settings: Settings, copies: int, target: Path
         raise
     changes = ", ".join(f"{name} {value:g}" for name, value in asdict(config.augment).items() if value)
     n_train = len(dataset.split("train"))
-    click.echo(
-        f"{folder}: {n_train} training images, {copies} changed version{'s' if copies > 1 else ''} of each ({changes}), "
-        f"{len(dataset.samples) - n_train} images for validation and test as they were"
-    )
+    versions = f"{copies} changed version{'s' if copies > 1 else ''} of each ({changes})"
+    others = f"{len(dataset.samples) - n_train} images for validation and test as they were"
+    click.echo(f"{folder}: {n_train} training images, {versions}, {others}")
     click.echo(f"use it with --data {folder}: versions of one image stay in one fold")
 
 

@@ -263,7 +263,10 @@ def _save(path: Path, encoded: Tensor) -> None:
 def _write_groups(partial: Path, original: Mapping[Path, str], groups: Mapping[str, str]) -> None:
     """groups.csv: for every image that can be in a fold, its original or the group that the original has."""
     found = find_samples(DataConfig(root=str(partial)))
-    with atomic_write(partial / AUGMENTED_GROUPS) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    with (
+        atomic_write(partial / AUGMENTED_GROUPS) as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as file,
+    ):
         table = csv.writer(file)
         table.writerow(["image", "original"])
         for sample in found.split("train", "val"):

@@ -118,7 +118,7 @@ def make_folds(
 def groups_file(config: DataConfig) -> Path | None:
     """The table of groups that `config` names, or that lies in an augmented set; None: every image by itself.
 
-    A changed version of an image that is trained on must not score the network, so such a set brings its groups along.
+    A network that was trained on an image must not be scored on its changed versions: such a set brings its groups.
     """
     if config.groups:
         return Path(config.groups).expanduser()

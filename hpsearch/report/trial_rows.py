@@ -129,6 +129,10 @@ def _cases(fits: Sequence[FitRecord], all_scores: npt.NDArray[np.float64], cache
                 chosen[free[0]] = rank
     in_order = sorted(chosen, key=lambda i: (("best", "median", "worst").index(chosen[i]), -scores[i]))
     images, masks = cache.read(indices[in_order], held_out=True)
+    # From a cache of larger images, what is scored is their centre.
+    height, width = probabilities.shape[1:3]
+    top, left = max(0, (images.shape[1] - height) // 2), max(0, (images.shape[2] - width) // 2)
+    images, masks = (each[:, top : top + height, left : left + width] for each in (images, masks))
     if images.shape[1:3] != probabilities.shape[1:3]:
         raise CacheError(
             f"{cache.path} holds images of {images.shape[1:3]}, the examples are {probabilities.shape[1:3]}"

@@ -23,12 +23,13 @@ from hpsearch.data import duplicates
 from hpsearch.data import folds as fold_making
 from hpsearch.data.cache import open_cache
 from hpsearch.data.folds import Folds
-from hpsearch.data.prepare import Prepared, prepare_pool
+from hpsearch.data.prepare import Prepared
 from hpsearch.errors import ConfigError, StorageError, StudyChangedError, StudyError, WorkerError
 from hpsearch.paths import ProjectPaths
 from hpsearch.plan import ExecutionPlan
 from hpsearch.tracking import Tracker, TrackingThread
 from hpsearch.tuning import confirmation, lock, pruners
+from hpsearch.tuning.caches import PoolCaches
 from hpsearch.tuning.listener import Listener, Silent
 from hpsearch.tuning.planning import MachineChoice, make_plan
 from hpsearch.tuning.pruners import Pruner
@@ -111,9 +112,9 @@ def run_study(
         if study.toml.is_file():
             record = StudyRecord.open(study)
             record.update_config(config)
-        prepared = prepare_pool(
-            config.data, cache_root(project, config), seed=config.study.seed, progress=listener.preparing
-        )
+        caches = PoolCaches(config, cache_root(project, config), progress=listener.preparing)
+        caches.prepare_listed(config)
+        prepared = caches.scored
         listener.prepared(prepared)
         for note in prepared.notes:
             logger.info("data: %s", note)
@@ -124,10 +125,10 @@ def run_study(
         database = StudyDatabase(record, storage or sqlite_url(project.optuna_db))
         database.catch_up()
         with Workers(study.root) as workers:
-            plan = make_plan(record, prepared, machine or MachineChoice(), workers)
+            plan = make_plan(record, caches, machine or MachineChoice(), workers)
             workers.become(plan.workers)
             tracking = TrackingThread(tracker, study) if tracker is not None else None
-            coordinator = Coordinator(record, database, plan, prepared, listener, tracking, stop or Stop(), hours)
+            coordinator = Coordinator(record, database, plan, caches, listener, tracking, stop or Stop(), hours)
             listener.planned(record, plan, coordinator.forecast())
             try:
                 coordinator.run(workers)
@@ -162,7 +163,7 @@ class Coordinator:
         record: StudyRecord,
         database: StudyDatabase,
         plan: ExecutionPlan,
-        prepared: Prepared,
+        caches: PoolCaches,
         listener: Listener,
         tracking: TrackingThread | None,
         stop: Stop,
@@ -171,7 +172,7 @@ class Coordinator:
         self._record = record
         self._database = database
         self._plan = plan
-        self._prepared = prepared
+        self._caches = caches
         self._listener = listener
         self._tracking = tracking
         self._stop = stop
@@ -198,7 +199,7 @@ class Coordinator:
         return plans.forecast(
             self._record.config,
             self._plan,
-            n_images=len(self._prepared.ids),
+            n_images=self._caches.scored.n,
             n_trials=n_trials,
             n_folds=self._record.n_folds,
             n_confirm=confirmation.n_left(self._record, n_trials),
@@ -336,7 +337,7 @@ class Coordinator:
             "fold": fold,
             "config": trial.record.config,
             "folder": str(self._record.paths.trial(number).fold(fold).root.absolute()),
-            "cache": str(self._prepared.cache_path.absolute()),
+            **self._caches.job(trial.config),
             "train": folds.train(fold).tolist(),
             "held_out": folds.held_out(fold).tolist(),
             "seed": fit_seed(self._record.config, number, fold),

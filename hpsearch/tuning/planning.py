@@ -7,9 +7,9 @@ import logging
 from dataclasses import dataclass
 
 from hpsearch import plan as plans
-from hpsearch.data.prepare import Prepared
 from hpsearch.errors import RecordError
 from hpsearch.plan import ExecutionPlan
+from hpsearch.tuning.caches import PoolCaches
 from hpsearch.tuning.record import StudyRecord
 from hpsearch.tuning.workers import Workers, WorkerSettings, do
 
@@ -27,7 +27,7 @@ class MachineChoice:
     """Threads a worker; 0: all cores, shared among the workers."""
 
 
-def make_plan(record: StudyRecord, prepared: Prepared, choice: MachineChoice, workers: Workers) -> ExecutionPlan:
+def make_plan(record: StudyRecord, caches: PoolCaches, choice: MachineChoice, workers: Workers) -> ExecutionPlan:
     """The stored plan, or one that is measured now; what the user asks for explicitly overrides either."""
     stored = record.plan()
     if stored is not None:
@@ -47,20 +47,21 @@ def make_plan(record: StudyRecord, prepared: Prepared, choice: MachineChoice, wo
             plan = dataclasses.replace(plan, workers=settings)
             record.write_plan(plan.to_dict())
             return plan
-    plan = _measure_plan(record, prepared, choice, workers)
+    plan = _measure_plan(record, caches, choice, workers)
     record.write_plan(plan.to_dict())
     return plan
 
 
-def _measure_plan(record: StudyRecord, prepared: Prepared, choice: MachineChoice, workers: Workers) -> ExecutionPlan:
+def _measure_plan(record: StudyRecord, caches: PoolCaches, choice: MachineChoice, workers: Workers) -> ExecutionPlan:
     threads = choice.threads or max(1, plans.available_cores() // max(1, choice.n_workers))
     # The worker that measures is the first of those that train: it has torch loaded and the images open.
     workers.become([WorkerSettings(choice.device, threads)])
     job = {
         "job": "measure",
         "config": record.config.with_params({}).to_dict(),
-        "configs": [config.to_dict() for config in plans.measured_configs(record.config)],
-        "cache": str(prepared.cache_path.absolute()),
+        "steps": [
+            {"config": config.to_dict(), **caches.job(config)} for config in plans.measured_configs(record.config)
+        ],
     }
     message = do(workers, job)
     assert message is not None

@@ -118,6 +118,7 @@ class Session:
             augment=config.augment,
             normalization=normalization,
             size=size,
+            eval_size=config.eval_size,
             metric=config.study.metric,
             seed=job["seed"],
             runtime=self._runtime(config),
@@ -189,8 +190,9 @@ class Session:
         """Seconds of an image at each configuration, and what the machine is."""
         chosen = self._runtime(from_dict(job["config"]))
         steps = []
-        for config in map(from_dict, job["configs"]):
-            train_s, eval_s = self._measure_step(job, config)
+        for step in job["steps"]:
+            config = from_dict(step["config"])
+            train_s, eval_s = self._measure_step(step, config)
             steps.append({"flops": image_flops(config), "train_s": train_s, "eval_s": eval_s})
         memory = psutil.virtual_memory().available
         if chosen.device.type == "cuda":
@@ -241,6 +243,7 @@ class Session:
             augment=config.augment,
             normalization=Normalization((0.5,) * config.data.n_channels, (0.25,) * config.data.n_channels),
             size=(config.data.height, config.data.width),
+            eval_size=config.eval_size,
             metric=config.study.metric,
             seed=0,
             runtime=self._runtime(config),
@@ -258,6 +261,7 @@ class Session:
         if key not in self._data:
             # Another size or colour is another copy of the images on the device: keep one.
             self._data.clear()
+            self._caches = {path: cache for path, cache in self._caches.items() if path in key}
             self._data[key] = DeviceData(
                 self._cache(job["cache"]),
                 runtime.choose_device(self._device),
