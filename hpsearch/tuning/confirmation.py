@@ -18,6 +18,7 @@ import numpy as np
 from hpsearch.config import StudyConfig, stable_seed
 from hpsearch.errors import StorageError, WorkerError
 from hpsearch.report.statistics import select_for_confirmation
+from hpsearch.tuning.caches import PoolCaches
 from hpsearch.tuning.listener import Listener
 from hpsearch.tuning.record import SecondRecord, Shortlist, StudyRecord, TrialRecord, code_version, now
 from hpsearch.tuning.workers import DEATHS_PER_JOB, POLL_S, Event, Workers
@@ -78,7 +79,7 @@ class Confirmation:
     def __init__(
         self,
         record: StudyRecord,
-        cache: str,
+        caches: PoolCaches,
         listener: Listener,
         *,
         keep_to_requests: Callable[[], None],
@@ -87,9 +88,9 @@ class Confirmation:
         silence_limit: SilenceLimit,
         wake_tracking: Callable[[], None],
     ) -> None:
-        """`cache` is the folder of the decoded pool; `keep_to_requests` lets requests to stop be heard."""
+        """`keep_to_requests` lets requests to stop be heard."""
         self._record = record
-        self._cache = cache
+        self._caches = caches
         self._listener = listener
         self._keep_to_requests = keep_to_requests
         self._is_stopping = is_stopping
@@ -147,7 +148,7 @@ class Confirmation:
             "fold": fold,
             "config": self._trials[number].config,
             "folder": str(self._record.second_fit(number, fold).paths.root.absolute()),
-            "cache": self._cache,
+            **self._caches.job(self._trials[number].study_config),
             "train": folds.train(fold).tolist(),
             "held_out": folds.held_out(fold).tolist(),
             "seed": second_seed(self._record.config, number, fold),

@@ -233,7 +233,7 @@ class Coordinator:
 
         confirmation.Confirmation(
             self._record,
-            str(self._prepared.cache_path.absolute()),
+            self._caches,
             self._listener,
             keep_to_requests=keep_to_requests,
             is_stopping=lambda: self._stop.is_requested,
