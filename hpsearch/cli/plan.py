@@ -12,7 +12,7 @@ from hpsearch.errors import ConfigError
 from hpsearch.paths import ProjectPaths
 
 PRESETS = {"rtx4060": (8.0, "bf16"), "t4": (15.0, "fp16"), "h200": (140.0, "bf16")}
-"""Memory in GiB and precision of cards that the report names, and one more."""
+"""Memory in GiB, and precision where `train.amp` is auto, of the cards that the report names, and of one more."""
 
 
 @click.command("plan")
@@ -20,7 +20,9 @@ PRESETS = {"rtx4060": (8.0, "bf16"), "t4": (15.0, "fp16"), "h200": (140.0, "bf16
 @config_options
 @click.option("--memory", metavar="8GB", help="Say what fits a device with so much memory.")
 @click.option("--preset", type=click.Choice(list(PRESETS)), help="A card's memory and precision.")
-@click.option("--precision", type=click.Choice(["float32", "bf16", "fp16"]), help="Precision (default: float32).")
+@click.option(
+    "--precision", type=click.Choice(["float32", "bf16", "fp16"]), help="Default: train.amp, where auto the card's."
+)
 @click.option("--layers/--no-layers", default=True, help="Show every layer.")
 def command(
     project: ProjectPaths,
@@ -35,25 +37,28 @@ def command(
     For a search space its default and its corners are shown.
 
     \b
+        hpsearch plan --config report-fig14 --preset rtx4060
         hpsearch plan --set unet.base_channels=32 --set unet.norm=none --set unet.padding=valid --memory 8GB
     """
     from rich.console import Console
 
-    from hpsearch.cli.plan_tables import corner_table, describe_config, layer_table
+    from hpsearch.cli.plan_tables import Machine, corner_table, describe_config, impossible, layer_table
 
-    size, chosen = PRESETS[preset] if preset else (None, "float32")
+    size, native = PRESETS[preset] if preset else (None, "float32")
     if memory is not None:
         size = gibibytes(memory)
     config = settings.load()
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
-    used = precision or chosen
+    amp = {"off": "float32", "auto": native}.get(config.train.amp, config.train.amp)
+    # Every preset is a CUDA card, where group normalisation keeps more.
+    machine = Machine(precision or amp, size, "cuda" if preset else "cpu")
     default = config.with_params({})
-    for line in describe_config(default, used, size):
+    for line in describe_config(default, machine):
         console.print(line, markup=False, soft_wrap=True)
-    if layers:
-        console.print(layer_table(default, used))
+    if layers and not impossible(default):
+        console.print(layer_table(default, machine))
     if len(config.search):
-        console.print(corner_table(config, used, size))
+        console.print(corner_table(config, machine))
 
 
 def gibibytes(text: str) -> float:

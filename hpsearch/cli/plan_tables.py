@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
 
 from hpsearch.config import StudyConfig
 from hpsearch.errors import ConfigError
-from hpsearch.models.memory import MemoryEstimate, layer_costs, saved_activations, training_memory
+from hpsearch.models.memory import LayerCost, MemoryEstimate, layer_costs, saved_activations, training_memory
 from hpsearch.models.shapes import n_layers, n_objects, n_parameters, training_flops, why_impossible
+from hpsearch.plan import MEMORY_SHARE
 from hpsearch.tuning.config import Choice, Range
 
 MIB, GIB = 2**20, 2**30
@@ -18,26 +20,40 @@ REPORT_BYTES_PER_VALUE = 1
 """The report's own estimate counts one byte per value of every feature map."""
 
 
-def describe_config(config: StudyConfig, precision: str, memory_gib: float | None) -> list[str]:
+@dataclass(frozen=True)
+class Machine:
+    """What the tables suppose of the machine."""
+
+    precision: str = "float32"
+    memory_gib: float | None = None
+    device: str = "cpu"
+
+
+def describe_config(config: StudyConfig, machine: Machine) -> list[str]:
     """Everything about one configuration in a few lines."""
     unet, data, batch = config.unet, config.data, config.train.batch_size
     head = (
         f"UNet, base channels {unet.base_channels}, depth {unet.depth}, stacking {unet.stacking}, {unet.kernel_size}x"
         f"{unet.kernel_size} {unet.padding}, normalisation {unet.norm}; {data.height}x{data.width} {data.color}, "
-        f"batch {batch}, {precision}"
+        f"batch {batch}, {machine.precision}"
     )
     if reason := impossible(config):
         return [head, f"cannot be: {reason}"]
-    found = layer_costs(*_shape(config), batch_size=batch, precision=precision)  # type: ignore[arg-type]
+    found = _layer_costs(config, machine)
     interpolates = any(cost.layer.kind == "interpolation" for cost in found)
     count = n_parameters(unet, data.n_channels)
-    memory = _memory(config, precision)
-    saved = saved_activations(*_shape(config), batch_size=batch, precision=precision)  # type: ignore[arg-type]
+    memory = _memory(config, machine)
+    saved = saved_activations(
+        *_shape(config),
+        batch_size=batch,
+        precision=machine.precision,  # type: ignore[arg-type]
+        device=machine.device,  # type: ignore[arg-type]
+    )
     one_byte = sum(c.layer.channels * c.layer.height * c.layer.width for c in found) * batch * REPORT_BYTES_PER_VALUE
     lines = [
         head,
-        f"{n_objects(unet)} objects, {n_layers(unet, interpolation=interpolates)} layers"
-        + (" with the interpolation" if interpolates else ""),
+        f"{n_objects(unet)} objects: a stacked convolution, {unet.depth} down, {unet.depth} up, a 1x1 convolution; "
+        f"{n_layers(unet, interpolation=interpolates)} layers" + (" with the interpolation" if interpolates else ""),
         f"parameters {count / 1e6:.2f} M, {count * 4 / MIB:.1f} MiB in float32",
         f"training step {training_flops(*_shape(config)) / 1e9:.1f} GFLOP an image",
         f"saved for back-propagation {saved / GIB:.2f} GiB, with the weights {(saved + memory.weights) / GIB:.2f} GiB"
@@ -46,12 +62,13 @@ def describe_config(config: StudyConfig, precision: str, memory_gib: float | Non
         f"workspace {memory.workspace / GIB:.2f}, weights {memory.weights / GIB:.2f}, gradients "
         f"{memory.gradients / GIB:.2f}, optimizer {memory.optimizer / GIB:.2f}",
     ]
-    if memory_gib is not None:
-        lines.append(f"{'fits' if memory.total <= memory_gib * GIB else 'does not fit'} {memory_gib:g} GiB")
+    if machine.memory_gib is not None:
+        verdict = f"{_verdict(memory.total, machine.memory_gib)} {machine.memory_gib:g} GiB"
+        lines.append(f"{verdict}, of which a study leaves {1 - MEMORY_SHARE:.0%} free")
     return lines
 
 
-def layer_table(config: StudyConfig, precision: str) -> Table:
+def layer_table(config: StudyConfig, machine: Machine) -> Table:
     """Layer by layer: shape, parameters, FLOPs, activations."""
     columns = ("layer", "kind", "channels", "size", "parameters", "GFLOP", "activations, MiB")
     table = Table(*columns, box=None, pad_edge=False, header_style="bold")
@@ -60,8 +77,7 @@ def layer_table(config: StudyConfig, precision: str) -> Table:
         column.justify = "right"
     if impossible(config):
         return table
-    costs = layer_costs(*_shape(config), batch_size=config.train.batch_size, precision=precision)  # type: ignore[arg-type]
-    for cost in costs:
+    for cost in _layer_costs(config, machine):
         layer = cost.layer
         table.add_row(
             layer.name,
@@ -75,10 +91,11 @@ def layer_table(config: StudyConfig, precision: str) -> Table:
     return table
 
 
-def corner_table(config: StudyConfig, precision: str, memory_gib: float | None) -> Table:
+def corner_table(config: StudyConfig, machine: Machine) -> Table:
     """The corners of the search space, as far as they matter for size and memory."""
     names = [name for name, _ in config.search if not name.startswith("train.") or name == "train.batch_size"]
     sizes = [name.partition(".")[2] for name in names]
+    memory_gib = machine.memory_gib
     columns = [
         *sizes,
         "parameters, M",
@@ -100,14 +117,13 @@ def corner_table(config: StudyConfig, precision: str, memory_gib: float | None) 
         if reason:
             table.add_row(*shown, "", "", "cannot be", *([""] if memory_gib else []))
             continue
-        total = _memory(corner, precision).total
-        fits = ("fits" if total <= (memory_gib or 0) * GIB else "does not fit",) if memory_gib else ()
+        total = _memory(corner, machine).total
         table.add_row(
             *shown,
             f"{n_parameters(corner.unet, corner.data.n_channels) / 1e6:.2f}",
             f"{training_flops(*_shape(corner)) / 1e9:.2f}",
             f"{total / GIB:.2f}",
-            *fits,
+            *([_verdict(total, memory_gib)] if memory_gib else []),
         )
     return table
 
@@ -117,13 +133,28 @@ def impossible(config: StudyConfig) -> str | None:
     return why_impossible(*_shape(config), batch_size=config.train.batch_size)
 
 
-def _memory(config: StudyConfig, precision: str) -> MemoryEstimate:
+def _verdict(needed: int, memory_gib: float) -> str:
+    # The same rule by which a study decides what costs no training.
+    return "fits" if needed <= MEMORY_SHARE * memory_gib * GIB else "does not fit"
+
+
+def _memory(config: StudyConfig, machine: Machine) -> MemoryEstimate:
     return training_memory(
         *_shape(config),
         batch_size=config.train.batch_size,
-        precision=precision,  # type: ignore[arg-type]
+        precision=machine.precision,  # type: ignore[arg-type]
         optimizer=config.train.optimizer,
         momentum=config.train.momentum,
+        device=machine.device,  # type: ignore[arg-type]
+    )
+
+
+def _layer_costs(config: StudyConfig, machine: Machine) -> list[LayerCost]:
+    return layer_costs(
+        *_shape(config),
+        batch_size=config.train.batch_size,
+        precision=machine.precision,  # type: ignore[arg-type]
+        device=machine.device,  # type: ignore[arg-type]
     )
 
 

@@ -1,0 +1,225 @@
+"""What single choices are worth: the same short fits on real images with one setting changed, several seeds each.
+
+    python benchmarks/ablations.py ISIC-2017 --minutes 5      fits for five minutes; again: goes on
+    python benchmarks/ablations.py ISIC-2017 --report         tables of what is there
+
+Images come from the pool alone (training and validation split). Seed s shuffles it; the first images are held out and
+the next ones are trained on, the same for every arm: arms differ by their one setting and are compared seed by seed.
+A fit is scored after its last epoch. Each leaves one JSON file in `--out`, named by all that decides it: groups share
+fits, a stopped run goes on, and a changed setting is fitted anew.
+
+A table gives each arm's mean over the seeds of Dice, Jaccard and pixel accuracy with the 95 % interval of Student's t
+over seeds (another draw of images, another start), and the paired difference of Dice from the group's first arm with
+its interval. An interval that holds 0 says that so many seeds cannot tell the two apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import t as student
+
+from hpsearch import paths
+from hpsearch.config import StudyConfig, digest, load
+from hpsearch.data.batches import DeviceData
+from hpsearch.data.cache import open_cache
+from hpsearch.data.prepare import prepare_pool
+from hpsearch.errors import DivergedError
+from hpsearch.runtime import make_runtime
+from hpsearch.training.loop import fit
+from hpsearch.training.metrics import SCORES, PixelCounts
+
+BASE = (
+    "data.size=64", "unet.base_channels=8", "unet.depth=3", "train.epochs=10", "train.batch_size=16", "train.lr=0.05",
+)  # fmt: skip
+"""What all arms start from; for the rest hpsearch's defaults (`same`, batch normalisation, Xavier, BCE, flips)."""
+WIDE = ("data.size=128", "unet.base_channels=4", "unet.depth=2")
+"""A `valid` network here loses the same share as the report's: 128 -> 88, as 572 -> 388."""
+REPORT = ("train.momentum=0", "train.lr=0.01", "train.epochs=3", "unet.norm=none")
+"""The report's own schedule."""
+N_HELD_OUT = 400
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One configuration of a group; the first of a group is what the others are compared with."""
+
+    name: str
+    overrides: tuple[str, ...] = ()
+    n_train: int = 500
+
+    @property
+    def config(self) -> StudyConfig:
+        return load(None, [*BASE, *self.overrides])
+
+    def key(self, seed: int) -> str:
+        """All that decides the fit, as the stem of its file."""
+        table = self.config.to_dict()
+        decisive = {name: table[name] for name in ("unet", "train", "augment")}
+        decisive |= {name: table["data"][name] for name in ("size", "color", "match")}
+        return digest({**decisive, "n_train": self.n_train, "n_held_out": N_HELD_OUT, "seed": seed})
+
+
+GROUPS: dict[str, tuple[Arm, ...]] = {
+    "padding": (
+        Arm("valid, stretched (the report's)", (*WIDE, "unet.padding=valid")),
+        Arm("same", WIDE),
+    ),
+    "init": (
+        Arm("no norm, xavier + bilinear (the report's)", ("unet.norm=none",)),
+        Arm("no norm, torch's", ("unet.norm=none", "unet.init=torch")),
+    ),
+    "init with norm": (
+        Arm("batch norm, xavier + bilinear"),
+        Arm("batch norm, torch's", ("unet.init=torch",)),
+    ),
+    "init, report's schedule": (
+        Arm("xavier + bilinear (the report's)", REPORT),
+        Arm("torch's", (*REPORT, "unet.init=torch")),
+    ),
+    "norm": (
+        Arm("none (the report's)", ("unet.norm=none",)),
+        Arm("batch"),
+        Arm("group", ("unet.norm=group",)),
+        Arm("instance", ("unet.norm=instance",)),
+    ),
+    "loss": (
+        Arm("bce"),
+        Arm("dice", ("train.loss=dice",)),
+        Arm("jaccard", ("train.loss=jaccard",)),
+        Arm("bce+dice", ("train.loss=bce+dice",)),
+    ),
+    "images": (
+        Arm("250 images", n_train=250),
+        Arm("500 images"),
+        Arm("1000 images", n_train=1000),
+    ),
+    "epochs": (
+        Arm("5 epochs", ("train.epochs=5",)),
+        Arm("10 epochs"),
+        Arm("20 epochs", ("train.epochs=20",)),
+    ),
+    "color, 250 images": (
+        Arm("rgb", n_train=250),
+        Arm("grayscale", ("data.color=grayscale",), n_train=250),
+    ),
+    "color, 1000 images": (
+        Arm("rgb", n_train=1000),
+        Arm("grayscale", ("data.color=grayscale",), n_train=1000),
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", help="folder of the dataset, or sample")
+    parser.add_argument("--out", type=Path, default=Path("ablations"), help="folder of the results and the cache")
+    parser.add_argument("--only", nargs="+", choices=GROUPS, metavar="GROUP", help=", ".join(GROUPS))
+    parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--minutes", type=float, default=np.inf, help="begin no further fit after so long")
+    parser.add_argument("--report", action="store_true", help="fit nothing, print the tables")
+    arguments = parser.parse_args()
+    groups = {name: GROUPS[name] for name in arguments.only or GROUPS}
+    if not arguments.report:
+        n_left = run(groups, arguments.data, arguments.out, arguments.seeds, arguments.minutes)
+        print(f"{n_left} fits are left: run the same command again" if n_left else "all fits are done")
+    for name, arms in groups.items():
+        print("\n".join(["", f"{name}:", "", *table(arms, arguments.out, arguments.seeds)]))
+
+
+def run(groups: dict[str, tuple[Arm, ...]], root: str, out: Path, n_seeds: int, minutes: float) -> int:
+    """Do the fits that are missing, seed by seed, until `minutes` are over; gives how many are still to be done."""
+    missing = {
+        arm.key(seed): (arm, seed)
+        for seed in range(n_seeds)
+        for arms in groups.values()
+        for arm in arms
+        if not result_path(out, arm, seed).is_file()
+    }
+    began = time.monotonic()
+    for n_done, (arm, seed) in enumerate(missing.values()):
+        if time.monotonic() - began > 60 * minutes:
+            return len(missing) - n_done
+        result = fit_arm(arm, seed, root, out)
+        paths.write_json(result_path(out, arm, seed), result)
+        print(f"{arm.name}, seed {seed}: {result['dice']:.4f}, {result['seconds']:.0f} s", flush=True)
+    return 0
+
+
+def fit_arm(arm: Arm, seed: int, root: str, out: Path) -> dict[str, Any]:
+    """One fit: mean Dice, Jaccard, accuracy of its held-out images, its curves, its seconds."""
+    config = load(None, [*BASE, *arm.overrides, f"data.root={root}"])
+    prepared = prepare_pool(config.data, out / "cache")
+    order = np.random.default_rng(seed).permutation(prepared.n)
+    if prepared.n < N_HELD_OUT + arm.n_train:
+        raise SystemExit(f"{root} has {prepared.n} pool images, {arm.name} needs {N_HELD_OUT + arm.n_train}")
+    held_out, train = np.sort(order[:N_HELD_OUT]), np.sort(order[N_HELD_OUT : N_HELD_OUT + arm.n_train])
+    runtime = make_runtime(amp=config.train.amp, compile=config.train.compile)
+    data = DeviceData(open_cache(prepared.cache_path), runtime.device, color=config.data.color)
+    began = time.monotonic()
+    setting = {"arm": arm.name, "overrides": list(arm.overrides), "n_train": arm.n_train, "seed": seed}
+    try:
+        found = fit(
+            model_config=config.unet,
+            in_channels=config.data.n_channels,
+            data=data,
+            train_indices=train,
+            held_out_indices=held_out,
+            train=config.train,
+            augment=config.augment,
+            normalization=data.cache.normalization(train, config.data.color),
+            size=(config.data.height, config.data.width),
+            metric="dice",
+            seed=seed,
+            runtime=runtime,
+        )
+    except DivergedError:
+        # A diverged network is worth what predicting nothing is: 0 wherever there is a lesion.
+        return {**setting, "diverged": True, "dice": 0.0, "jaccard": 0.0, "accuracy": 0.0, "rows": [], "seconds": 0.0}
+    counts = PixelCounts.from_columns(found.counts)
+    scores = {name: float(np.mean(SCORES[name](counts))) for name in ("dice", "jaccard", "accuracy")}
+    rows = [row.to_dict() for row in found.rows]
+    return {**setting, "diverged": False, **scores, "rows": rows, "seconds": time.monotonic() - began}
+
+
+def result_path(out: Path, arm: Arm, seed: int) -> Path:
+    return out / "fits" / f"{arm.key(seed)}.json"
+
+
+def table(arms: Sequence[Arm], out: Path, n_seeds: int) -> Iterator[str]:
+    """A Markdown table of a group, over the seeds that all of its arms have."""
+    seeds = [seed for seed in range(n_seeds) if all(result_path(out, arm, seed).is_file() for arm in arms)]
+    if len(seeds) < 2:
+        yield f"{len(seeds)} seeds so far: no table"
+        return
+    yield f"| {len(seeds)} seeds | Dice | Jaccard | accuracy | Dice against the first | training ahead by |"
+    yield "| --- | ---: | ---: | ---: | ---: | ---: |"
+    reference: NDArray[np.float64] | None = None
+    for arm in arms:
+        results = [paths.read_json(result_path(out, arm, seed)) for seed in seeds]
+        scores = {name: np.array([each[name] for each in results]) for name in ("dice", "jaccard", "accuracy")}
+        cells = [interval(values) for values in scores.values()]
+        cells.append("" if reference is None else interval(scores["dice"] - reference, signed=True))
+        reference = scores["dice"] if reference is None else reference
+        last = [each["rows"][-1] for each in results if each["rows"]]
+        gap = np.mean([row["train"]["dice"] - row["held_out"]["dice"] for row in last]) if last else np.nan
+        n_diverged = sum(each["diverged"] for each in results)
+        yield f"| {arm.name}{f' ({n_diverged} diverged)' if n_diverged else ''} | {' | '.join(cells)} | {gap:+.4f} |"
+
+
+def interval(values: NDArray[np.float64], *, signed: bool = False) -> str:
+    """Mean and 95 % interval of Student's t."""
+    mean, half = values.mean(), student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    sign = "+" if signed else ""
+    return f"{mean:{sign}.4f} [{mean - half:{sign}.4f}, {mean + half:{sign}.4f}]"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import pytest
+from click.testing import CliRunner
+
+from hpsearch.cli import group
+from hpsearch.cli.plan import gibibytes
+from hpsearch.errors import ConfigError
+
+
+def plan(*arguments: str) -> str:
+    result = CliRunner().invoke(group, ["plan", *arguments], catch_exceptions=False)
+    assert result.exit_code == 0
+    return result.output
+
+
+def test_the_report_s_network_has_its_objects_and_layers() -> None:
+    shown = plan("--config", "report-fig14")
+    assert (
+        "10 objects: a stacked convolution, 4 down, 4 up, a 1x1 convolution; 28 layers with the interpolation"
+        in shown
+    )
+    rows = shown[shown.index("layer   ") :].splitlines()[1:]
+    assert len(rows) == 28
+    kinds = [row.split()[1] for row in rows]
+    counts = {kind: kinds.count(kind) for kind in set(kinds)}
+    assert counts == {"convolution": 18, "pool": 4, "up": 4, "head": 1, "interpolation": 1}
+    assert [row.split()[3] for row in rows][:3] == ["570x570", "568x568", "284x284"]
+    assert rows[-2].split()[3] == "388x388"
+
+
+def test_without_a_border_taken_away_there_are_27_layers() -> None:
+    shown = plan("--config", "report-fig14", "--set", "unet.padding=same", "--no-layers")
+    assert "27 layers\n" in shown
+
+
+@pytest.mark.parametrize(
+    ("changes", "saved", "verdict"),
+    [
+        ([], "5.50 GiB; at one byte a value, as the report estimates: 1.08 GiB", "fits 8 GiB"),
+        (["train.batch_size=64"], "21.90 GiB; at one byte a value, as the report estimates: 4.30", "does not fit 8"),
+        (
+            ["unet.base_channels=64"],
+            "10.99 GiB; at one byte a value, as the report estimates: 2.14",
+            "does not fit 8",
+        ),
+    ],
+)
+def test_the_report_s_memory_stands_beside_its_own_estimate(changes: list[str], saved: str, verdict: str) -> None:
+    sets = [word for change in changes for word in ("--set", change)]
+    shown = plan("--config", "report-fig14", "--preset", "rtx4060", "--no-layers", *sets)
+    assert saved in shown
+    assert f"\n{verdict}" in shown
+
+
+def test_a_preset_s_precision_holds_where_the_study_leaves_it_open() -> None:
+    assert ", fp16\n" in plan("--preset", "t4", "--no-layers").partition("10 objects")[0]
+    assert ", bf16\n" in plan("--preset", "rtx4060", "--no-layers").partition("10 objects")[0]
+    assert ", float32\n" in plan("--preset", "t4", "--no-layers", "--set", "train.amp=off").partition("10 objects")[0]
+    chosen = plan("--preset", "t4", "--no-layers", "--precision", "bf16").partition("10 objects")[0]
+    assert ", bf16\n" in chosen
+
+
+def test_what_cannot_be_is_said_in_one_line() -> None:
+    shown = plan("--config", "report-fig14", "--set", "data.size=96")
+    assert "cannot be: " in shown
+    assert "images must be at least 173x173" in shown
+    assert len(shown.splitlines()) == 2
+
+
+def test_memory_is_read_as_people_write_it() -> None:
+    assert gibibytes("8GB") == gibibytes("8 GiB") == gibibytes("8") == gibibytes("8192MB") == 8
+    with pytest.raises(ConfigError, match="--memory 'much'"):
+        gibibytes("much")
