@@ -270,7 +270,7 @@ def _convert(value: Any, annotation: Any, name: str) -> Any:
                 return _convert(value, option, name)
             except ConfigError:
                 continue
-        raise ConfigError(f"{name} must be {_describe(annotation)}, got {value!r}")
+        raise ConfigError(f"{name} must be {describe_type(annotation)}, got {value!r}")
     if get_origin(annotation) is tuple:
         if isinstance(value, list | tuple) and len(value) == len(options):
             return tuple(_convert(item, option, name) for item, option in zip(value, options, strict=True))
@@ -279,10 +279,11 @@ def _convert(value: Any, annotation: Any, name: str) -> Any:
             return float(value)
     elif isinstance(value, annotation) and (annotation is bool or not isinstance(value, bool)):
         return value
-    raise ConfigError(f"{name} must be {_describe(annotation)}, got {value!r}")
+    raise ConfigError(f"{name} must be {describe_type(annotation)}, got {value!r}")
 
 
-def _describe(annotation: Any) -> str:
+def describe_type(annotation: Any) -> str:
+    """What a setting of this annotated type can be, in words."""
     names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
     if annotation in names:
         return names[annotation]
@@ -290,7 +291,7 @@ def _describe(annotation: Any) -> str:
         return "[height, width]"
     if get_origin(annotation) is Literal:
         return " or ".join(repr(option) for option in get_args(annotation))
-    return " or ".join(_describe(option) for option in get_args(annotation))
+    return " or ".join(describe_type(option) for option in get_args(annotation))
 
 
 def _flatten_search(search: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,9 +25,11 @@ class TrainConfig:
     smooth: float = 1.0
     """Smoothing term of the Dice and Jaccard losses, in pixels."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
+    """SGD with momentum, or AdamW, which wants a learning rate near 0.001."""
     momentum: float = 0.9
     """Momentum of SGD; the report has none."""
     weight_decay: float = 0.0
+    """What both optimizers shrink the weights by."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Learning rate over the steps of the whole fit; cosine ends at 0."""
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"

@@ -26,6 +26,7 @@ class StudySettings:
     seed: int = 0
     """Seed of folds, suggestions and fits."""
     sampler: Literal["tpe", "random"] = "tpe"
+    """How configurations are suggested: by what trials have shown so far, or at random."""
     startup_trials: int = 10
     """Random trials before TPE models the space."""
     pruner: Literal["race", "median", "hyperband", "wilcoxon", "none"] = "race"

@@ -1,0 +1,150 @@
+"""Writes docs/reference.md: every command and every setting, from the code that reads them.
+
+python docs/make_reference.py             writes it anew
+python docs/make_reference.py --check     exit code 1 if it is not what the code says
+"""
+
+from __future__ import annotations
+
+import ast
+import collections
+import dataclasses
+import inspect
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import click
+
+from hpsearch.cli import COMMANDS, group
+from hpsearch.config import NOT_SEARCHABLE, SECTIONS, describe_type
+
+PATH = Path(__file__).with_name("reference.md")
+HEAD = """# Reference
+
+Every command with its options, and every setting of a study's TOML. Made from the code by
+`python docs/make_reference.py`.
+"""
+SHARED_BY = 4
+"""Options that so many commands have are described once, before the commands."""
+SETTINGS = """## Settings
+
+What a study's TOML can hold, section by section; any of them behind `--set section.key=value`. A setting that is left
+out has its default. An unknown key is an error that lists the known ones.
+
+The table `[search]` says what is searched: a setting's full name, and a list of values or a range.
+
+    [search]
+    "unet.depth" = { low = 2, high = 5 }
+    "train.lr" = { low = 1e-3, high = 3e-1, log = true }
+    "data.color" = ["rgb", "grayscale"]
+
+A range is of whole numbers if both ends are, and may have a `step`. What the TOML gives for a searched setting in its
+own section is trial 0. `--set` of a searched setting pins it. Settings marked with `-` cannot be searched, because
+trials must share them to be comparable.
+"""
+
+
+def reference() -> str:
+    """The whole page."""
+    commands = dict(all_commands())
+    counts = collections.Counter(option for command in commands.values() for option in options(command))
+    shared = [option for option, n in counts.items() if n >= SHARED_BY]
+    blocks = [HEAD, "## Commands\n", "Options that many commands have:\n", "\n".join([*_option_table(shared), ""])]
+    blocks += [describe_command(path, command, shared) for path, command in commands.items()]
+    blocks.append(SETTINGS)
+    blocks += [describe_section(section, cls) for section, cls in SECTIONS.items()]
+    return "\n".join(blocks)
+
+
+def all_commands() -> Iterator[tuple[str, click.Command]]:
+    """Every command that does something, by what one types."""
+    for name in COMMANDS:
+        command = group.get_command(click.Context(group), name)
+        assert command is not None
+        if isinstance(command, click.Group):
+            for sub_name, sub in command.commands.items():
+                yield f"hpsearch {name} {sub_name}", sub
+        else:
+            yield f"hpsearch {name}", command
+
+
+def options(command: click.Command) -> list[tuple[str, str]]:
+    """(How it is written, what it means) of each option."""
+    context = click.Context(command)
+    records = [
+        parameter.get_help_record(context)
+        for parameter in command.params
+        if isinstance(parameter, click.Option) and not parameter.hidden and parameter.name != "help"
+    ]
+    return [record for record in records if record is not None]
+
+
+def describe_command(path: str, command: click.Command, shared: list[tuple[str, str]]) -> str:
+    """A command's section."""
+    arguments = [
+        parameter.make_metavar(click.Context(command))
+        for parameter in command.params
+        if isinstance(parameter, click.Argument)
+    ]
+    # What click is told to show as it stands is indented, and so a code block here too.
+    text = [line for line in inspect.cleandoc(command.help or "").splitlines() if line != "\b"]
+    lines = [f"### `{' '.join([path, *arguments])}`", "", *text, ""]
+    own = [option for option in options(command) if option not in shared]
+    if own:
+        lines += [*_option_table(own), ""]
+    if common := [shown.split()[0] for shown, _ in options(command) if (shown, _) in shared]:
+        lines += [f"{'Also' if own else 'Options'}: {', '.join(f'`{name}`' for name in common)}.", ""]
+    return "\n".join(lines)
+
+
+def describe_section(section: str, cls: type) -> str:
+    """A section's table: setting, default, what it can be, meaning."""
+    lines = [f"### `[{section}]`", "", (cls.__doc__ or "").strip(), ""]
+    lines += ["| setting | default | | meaning |", "| --- | --- | --- | --- |"]
+    hints, meanings = get_type_hints(cls), attribute_docs(cls)
+    for field in dataclasses.fields(cls):
+        name = f"{section}.{field.name}"
+        fixed = " -" if section == "study" or name in NOT_SEARCHABLE else ""
+        default = _toml(field.default)
+        kind = describe_type(hints[field.name])
+        lines.append(f"| `{name}`{fixed} | `{default}` | {_cell(kind)} | {_cell(meanings[field.name])} |")
+    return "\n".join([*lines, ""])
+
+
+def attribute_docs(cls: type) -> dict[str, str]:
+    """The string below each field of a dataclass; KeyError, later, for a field that has none."""
+    (tree,) = ast.parse(inspect.getsource(cls)).body
+    assert isinstance(tree, ast.ClassDef)
+    found = {}
+    for field, text in zip(tree.body, tree.body[1:], strict=False):
+        if (
+            isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(text, ast.Expr)
+            and isinstance(text.value, ast.Constant)
+        ):
+            found[field.target.id] = inspect.cleandoc(str(text.value.value))
+    return found
+
+
+def _option_table(found: list[tuple[str, str]]) -> list[str]:
+    return ["| option | meaning |", "| --- | --- |", *(f"| `{_cell(a)}` | {_cell(b)} |" for a, b in found)]
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    made = reference()
+    if "--check" in sys.argv[1:]:
+        sys.exit(0 if PATH.read_text(encoding="utf-8") == made else f"{PATH} is not what the code says: make it anew")
+    PATH.write_text(made, encoding="utf-8")
