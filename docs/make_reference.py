@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import collections
 import dataclasses
+import importlib
 import inspect
 import sys
 from collections.abc import Iterator
@@ -17,15 +18,44 @@ from typing import Any, get_type_hints
 
 import click
 
+from hpsearch import EXPORTS
 from hpsearch.cli import COMMANDS, group
 from hpsearch.config import NOT_SEARCHABLE, SECTIONS, describe_type
 
-PATH = Path(__file__).with_name("reference.md")
 HEAD = """# Reference
 
 Every command with its options, and every setting of a study's TOML. Made from the code by
 `python docs/make_reference.py`.
 """
+API_HEAD = """# From Python
+
+What each command does is one function. Those of the upper table can be imported from `hpsearch` itself, which loads
+nothing until they are used; `examples/own_images.py` uses them from search to masks on images of one's own. Made from
+the code by `python docs/make_reference.py`.
+"""
+BEHIND = {
+    "study": "hpsearch.tuning.coordinator.run_study",
+    "final": "hpsearch.final.run_final",
+    "status": "hpsearch.tuning.status.study_status",
+    "plan": "hpsearch.models.memory.layer_costs, hpsearch.models.memory.training_memory",
+    "predict": "hpsearch.predict.predict_files",
+    "report": "hpsearch.report.html.write_report",
+    "track": "hpsearch.tracking.MlflowTracker.catch_up",
+    "data check": "hpsearch.data.integrity.check, hpsearch.data.duplicates.find_in_dataset",
+    "data cache": "hpsearch.data.prepare.prepare_pool, hpsearch.data.comparison.compare_caches",
+    "data sample": "hpsearch.data.sample.draw_sample",
+    "data download": "hpsearch.data.download.download",
+}
+"""Command to the functions that do it; `train` is a study of one trial, `stop` asks another process."""
+PARTS = (
+    "hpsearch.data.roles.RoleDataset",
+    "hpsearch.models.unet.UNet",
+    "hpsearch.training.loop.fit",
+    "hpsearch.training.losses.loss_function",
+    "hpsearch.training.checkpoint.load_weights",
+    "hpsearch.scoring.score_folder",
+)
+"""What is useful by itself, in a notebook or a training loop of one's own."""
 SHARED_BY = 4
 """Options that so many commands have are described once, before the commands."""
 SETTINGS = """## Settings
@@ -143,8 +173,73 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
+def api() -> str:
+    """The page of functions."""
+    blocks = [API_HEAD, "## From `hpsearch`\n"]
+    blocks += [describe_object(f"hpsearch.{name}", full_name) for name, full_name in EXPORTS.items()]
+    blocks += ["## Behind the commands\n", "| command | |", "| --- | --- |"]
+    for command, names in BEHIND.items():
+        blocks.append(f"| `hpsearch {command}` | {', '.join(f'`{name}`' for name in names.split(', '))} |")
+    shown = {name for names in BEHIND.values() for name in names.split(", ")} - set(EXPORTS.values())
+    blocks.append("")
+    blocks += [describe_object(name, name) for name in sorted(shown)]
+    blocks.append("## Parts\n")
+    blocks += [describe_object(name, name) for name in PARTS]
+    return "\n".join(blocks)
+
+
+def describe_object(shown: str, full_name: str) -> str:
+    """A function's or class's signature and docstring."""
+    found = find(full_name)
+    signature = inspect.signature(found)
+    parameters = [each.replace(annotation=_Text(each.annotation)) for each in signature.parameters.values()]
+    signature = signature.replace(parameters=parameters, return_annotation=_Text(signature.return_annotation))
+    text = inspect.getdoc(found)
+    assert text, full_name
+    return f"### `{shown}`\n\n```python\n{_wrapped(shown.rpartition('.')[2], str(signature))}\n```\n\n{text}\n"
+
+
+class _Text:
+    """An annotation that is shown as it is written."""
+
+    def __init__(self, annotation: Any) -> None:
+        self._annotation = annotation
+
+    def __repr__(self) -> str:
+        return self._annotation if isinstance(self._annotation, str) else inspect.formatannotation(self._annotation)
+
+
+def find(full_name: str) -> Any:
+    """The function, class or method of that full name."""
+    module, _, name = full_name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError:
+        module, _, owner = module.rpartition(".")
+        return getattr(getattr(importlib.import_module(module), owner), name)
+
+
+def _wrapped(name: str, signature: str) -> str:
+    """A signature with a parameter a line where it is long."""
+    if len(name) + len(signature) <= 100:
+        return name + signature
+    inside, _, result = signature[1:].rpartition(")")
+    parameters, depth, start = [], 0, 0
+    for place, letter in enumerate(inside):
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and depth == 0:
+            parameters.append(inside[start:place].strip())
+            start = place + 1
+    parameters.append(inside[start:].strip())
+    return "\n".join([f"{name}(", *(f"    {parameter}," for parameter in parameters), f"){result}"])
+
+
 if __name__ == "__main__":
-    made = reference()
-    if "--check" in sys.argv[1:]:
-        sys.exit(0 if PATH.read_text(encoding="utf-8") == made else f"{PATH} is not what the code says: make it anew")
-    PATH.write_text(made, encoding="utf-8")
+    stale = []
+    for page, make in (("reference.md", reference), ("api.md", api)):
+        path, made = Path(__file__).with_name(page), make()
+        if "--check" not in sys.argv[1:]:
+            path.write_text(made, encoding="utf-8")
+        elif path.read_text(encoding="utf-8") != made:
+            stale.append(page)
+    sys.exit(f"not what the code says: {', '.join(stale)}; make them anew" if stale else 0)

@@ -1,3 +1,58 @@
-"""Find the best UNet configuration for a segmentation dataset, and a number for it that can be published."""
+"""Find the best UNet configuration for a segmentation dataset, and a number for it that can be published.
+
+What each command does is one function; the names below lead there, and load what they need when they are first used.
+docs/api.md describes them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hpsearch.config import StudyConfig as StudyConfig
+    from hpsearch.config import load as load_config  # noqa: F401
+    from hpsearch.final import run_final as run_final
+    from hpsearch.paths import ProjectPaths as ProjectPaths
+    from hpsearch.predict import Predictor as Predictor
+    from hpsearch.predict import find_images as find_images
+    from hpsearch.predict import find_model as find_model
+    from hpsearch.predict import predict_files as predict_files
+    from hpsearch.report.html import write_report as write_report
+    from hpsearch.tracking import make_tracker as make_tracker
+    from hpsearch.tuning.coordinator import run_study as run_study
+    from hpsearch.tuning.planning import MachineChoice as MachineChoice
+    from hpsearch.tuning.record import study_record as study_record
+    from hpsearch.tuning.status import study_status as study_status
 
 __version__ = "0.1.0"
+
+EXPORTS = {
+    "load_config": "hpsearch.config.load",
+    "StudyConfig": "hpsearch.config.StudyConfig",
+    "ProjectPaths": "hpsearch.paths.ProjectPaths",
+    "MachineChoice": "hpsearch.tuning.planning.MachineChoice",
+    "run_study": "hpsearch.tuning.coordinator.run_study",
+    "study_status": "hpsearch.tuning.status.study_status",
+    "study_record": "hpsearch.tuning.record.study_record",
+    "run_final": "hpsearch.final.run_final",
+    "write_report": "hpsearch.report.html.write_report",
+    "make_tracker": "hpsearch.tracking.make_tracker",
+    "find_model": "hpsearch.predict.find_model",
+    "find_images": "hpsearch.predict.find_images",
+    "Predictor": "hpsearch.predict.Predictor",
+    "predict_files": "hpsearch.predict.predict_files",
+}
+"""Name here to the full name of what it is."""
+__all__ = ["EXPORTS", "__version__", *EXPORTS]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in EXPORTS:
+        raise AttributeError(f"module 'hpsearch' has no attribute {name!r}")
+    module, _, attribute = EXPORTS[name].rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hpsearch
+from hpsearch.data.sample import draw_sample
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("name", list(hpsearch.EXPORTS))
+def test_every_name_leads_to_something_documented(name: str) -> None:
+    found = getattr(hpsearch, name)
+    assert f"{found.__module__}.{found.__qualname__}" == hpsearch.EXPORTS[name]
+    assert inspect.getdoc(found)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'run_stduy'"):
+        hpsearch.run_stduy  # noqa: B018
+    assert "run_study" in dir(hpsearch)
+
+
+def test_importing_the_package_loads_nothing() -> None:
+    code = "import sys, hpsearch; print(sorted(name for name in sys.modules if name.startswith('hpsearch.')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.slow
+def test_the_example_searches_evaluates_and_predicts_on_ones_own_images(tmp_path: Path) -> None:
+    drawn = tmp_path / "drawn"
+    draw_sample(drawn, n_train=15, n_val=0, n_test=0)
+    folders = [drawn / "ISIC-2017_Training_Data", drawn / "ISIC-2017_Training_Part1_GroundTruth"]
+    smaller = ["--trials", "2", "--folds", "2", "--size", "32", "--epochs", "2", "--out", str(tmp_path / "project")]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples/own_images.py"), *map(str, folders), *smaller],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "best of 2 trials" in done.stdout
+    assert "on 3 images" in done.stdout
+    masks = sorted((tmp_path / "project/masks").glob("*_segmentation.png"))
+    assert len(masks) == 15
+    assert (tmp_path / "project/mlflow.db").is_file()
+    assert list((tmp_path / "project/studies/own").glob("**/report.html"))
