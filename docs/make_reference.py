@@ -43,6 +43,7 @@ BEHIND = {
     "track": "hpsearch.tracking.MlflowTracker.catch_up",
     "data check": "hpsearch.data.integrity.check, hpsearch.data.duplicates.find_in_dataset",
     "data cache": "hpsearch.data.prepare.prepare_pool, hpsearch.data.comparison.compare_caches",
+    "data augment": "hpsearch.data.export_augmented.export_augmented",
     "data sample": "hpsearch.data.sample.draw_sample",
     "data download": "hpsearch.data.download.download",
 }
