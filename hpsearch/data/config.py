@@ -60,7 +60,9 @@ class DataConfig:
             if len(sides) != 2 or (min(sides) < 8 and not (name == "cache_size" and value == 0)):
                 raise ConfigError(f"data.{name} must be one number or [height, width], each at least 8, got {value}")
         if bool(self.images) != bool(self.masks):
-            raise ConfigError("data.images and data.masks go together: give both folders or neither")
+            raise ConfigError(
+                "data.images and data.masks (--images, --masks) go together: give both; they may be one folder"
+            )
         if not 0 < self.test_share < 1:
             raise ConfigError(f"data.test_share must lie between 0 and 1, got {self.test_share}")
         for role in ("n_search_train", "n_search_validation", "n_final_train", "n_final_test"):

@@ -86,7 +86,7 @@ def export_augmented(
     if copies < 1:
         raise ConfigError(f"copies must be at least 1, got {copies}")
     if dataset.problems and not exclude_bad:
-        raise refusal(dataset.problems)
+        raise refusal(dataset.problems, dataset.flags)
     root = dataset.root.resolve()
     target = target or root.with_name(f"{root.name}_Aug")
     if target.exists():

@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from hpsearch.data.cache import Cache
 from hpsearch.data.decoding import Damage, Decoders, Facts, Job
+from hpsearch.data.folds import AUGMENTATION
 from hpsearch.data.layouts import Dataset, Problem, Sample, Split, file_sha256, same_bytes
 from hpsearch.errors import DatasetError
 
@@ -34,7 +35,7 @@ class CheckReport:
         lines = [f"{sum(self.counts.values())} pairs can be used: {usable}"]
         if self.sizes:
             low, high = min(self.sizes, key=lambda s: s[0] * s[1]), max(self.sizes, key=lambda s: s[0] * s[1])
-            lines.append(f"sizes from {low[0]}x{low[1]} to {high[0]}x{high[1]}")
+            lines.append(f"sizes (height x width) from {low[0]}x{low[1]} to {high[0]}x{high[1]}")
         lines += [f"error: {line}" for line in describe(self.errors)] or ["no errors"]
         return lines + [f"note: {line}" for line in describe(self.notes)]
 
@@ -69,7 +70,7 @@ def check(dataset: Dataset, *, progress: Callable[[int, int], None] | None = Non
     samples = [dataset.samples[i] for i in good]
     pool = [i for i in good if dataset.samples[i].split != "test"]
     notes = [
-        *count_notes(dataset),
+        *dataset_notes(dataset),
         *duplicates([dataset.samples[i] for i in pool], [facts[i] for i in pool]),
         *mask_notes(samples, [facts[i] for i in good]),
     ]
@@ -111,13 +112,20 @@ def leaks(pool: Sequence[Sample], test: Sequence[Sample]) -> list[Problem]:
     return found
 
 
-def count_notes(dataset: Dataset) -> list[Problem]:
-    """A note where a dataset in the archive's layout is not the official one."""
+def dataset_notes(dataset: Dataset) -> list[Problem]:
+    """Notes on the whole: an ISIC-2017 that is not the official one, or how one's own images were divided."""
     counts = {split: len(dataset.split(split)) for split in get_args(Split)}
-    if dataset.layout != "archive" or counts == OFFICIAL_COUNTS:
+    if dataset.layout == "folders":
+        text = (
+            f"set aside as the test split: {counts['test']} of these {sum(counts.values())} images, which the search "
+            "does not see and `final` is scored on (data.test_share, data.test_list)"
+        )
+        return [Problem("test split", "", (dataset.root,), text, "test")]
+    is_augmented = (dataset.root / AUGMENTATION).is_file()
+    if dataset.layout != "archive" or counts == OFFICIAL_COUNTS or is_augmented:
         return []
     got, official = ("/".join(str(n) for n in each.values()) for each in (counts, OFFICIAL_COUNTS))
-    text = f"{got} training, validation and test images; the official ISIC-2017 has {official}"
+    text = f"{got} training/validation/test pairs, where the official ISIC-2017 has {official}"
     return [Problem("counts", "", (dataset.root,), text, "train")]
 
 
@@ -155,24 +163,27 @@ def mask_notes(samples: Sequence[Sample], facts: Sequence[Facts]) -> list[Proble
 
 
 def describe(problems: Iterable[Problem]) -> list[str]:
-    """One line for each kind, which names the first few."""
+    """One line for each kind, which names the first few; what concerns no single image is a line by itself."""
     by_kind: dict[str, list[Problem]] = defaultdict(list)
     for problem in problems:
         by_kind[problem.kind].append(problem)
     lines = []
     for kind, members in by_kind.items():
+        if not members[0].id:
+            lines += [problem.text for problem in members]
+            continue
         named = "; ".join(problem.text for problem in members[:N_NAMED])
         more = f"; and {len(members) - N_NAMED} more" if len(members) > N_NAMED else ""
         lines.append(f"{kind} ({len(members)}): {named}{more}")
     return lines
 
 
-def refusal(problems: Sequence[Problem]) -> DatasetError:
-    """The one error that reports all of them."""
+def refusal(problems: Sequence[Problem], flags: str) -> DatasetError:
+    """The one error that reports all of them; `flags` is how the command line names the dataset."""
     n = len({(problem.split, problem.id) for problem in problems})
     return DatasetError(
-        f"{n} image{'s' if n > 1 else ''} cannot be used: {'. '.join(describe(problems))}. `hpsearch data check` "
-        "lists all; --exclude-bad leaves them out"
+        f"{n} image{'s' if n > 1 else ''} cannot be used: {'. '.join(describe(problems))}. "
+        f"`hpsearch data check {flags} --json` names all; --exclude-bad leaves them out"
     )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -43,7 +44,7 @@ _SPLIT_FOLDERS: Mapping[str, Split] = {
 _MASK_FOLDER = re.compile(r"mask|truth|label|segment|annotation|(^|[^a-z])gt([^a-z]|$)", re.IGNORECASE)
 _IMAGE_FOLDER = re.compile(r"image|img|data|input|photo", re.IGNORECASE)
 _MISSING = (
-    "no dataset in {root}: it needs {needs}. Give the folder of ISIC-2017 with --data DIR (`hpsearch data download` "
+    "no dataset in {root}: {needs}. Give the folder of ISIC-2017 with --data DIR (`hpsearch data download` "
     "says how to get it), your own with --images DIR --masks DIR, or use the built-in one with --data sample"
 )
 
@@ -80,6 +81,8 @@ class Dataset:
     """Files that could not be paired."""
     root: Path
     layout: Layout
+    flags: str = ""
+    """How the command line names it: `--data DIR`, or `--images DIR --masks DIR`."""
 
     def split(self, *splits: Split) -> tuple[Sample, ...]:
         """The samples of these splits, in the dataset's order."""
@@ -92,7 +95,12 @@ def find_samples(config: DataConfig) -> Dataset:
     Raises DatasetError, saying how to get one, where no layout is recognised or where two are.
     """
     if config.images:
-        return _own_folders(config)
+        flags = f"--images {shlex.quote(config.images)} --masks {shlex.quote(config.masks)}"
+        return replace(_own_folders(config), flags=flags)
+    return replace(_in_root(config), flags=f"--data {shlex.quote(config.root)}")
+
+
+def _in_root(config: DataConfig) -> Dataset:
     root = Path(config.root).expanduser()
     archive = _archive_folders(root)
     splits = _split_folders(root)
@@ -108,8 +116,28 @@ def find_samples(config: DataConfig) -> Dataset:
     nested = _archive_folders(root / "ISIC-2017") or _split_folders(root / "ISIC-2017")
     if nested:
         raise DatasetError(f"no dataset in {root}, but in {root / 'ISIC-2017'}: use --data {root / 'ISIC-2017'}")
-    needs = "ISIC-2017_Training_Data and ISIC-2017_Training_Part1_GroundTruth, or train, validation and test"
+    if own := _own_folders_in(root):
+        images, masks = (shlex.quote(str(path)) for path in own)
+        raise DatasetError(
+            f"{root} is not laid out like ISIC-2017, but looks like images and masks of your own: "
+            f"use --images {images} --masks {masks}"
+        )
+    if not root.is_dir():
+        raise DatasetError(_MISSING.format(root=root, needs="there is no such folder"))
+    needs = "it needs ISIC-2017_Training_Data and ISIC-2017_Training_Part1_GroundTruth, or train, validation and test"
     raise DatasetError(_MISSING.format(root=root, needs=needs))
+
+
+def _own_folders_in(root: Path) -> tuple[Path, Path] | None:
+    """Folders of images and of masks that someone may have meant by `root`: inside it, or itself."""
+    inside = _folders(root)
+    masks = [path for path in inside if _MASK_FOLDER.search(path.name) and _by_stem(path)]
+    images = [path for path in inside if path not in masks and _by_stem(path)]
+    if len(masks) == 1 and len(images) == 1:
+        return images[0], masks[0]
+    if root.is_dir() and (stems := _by_stem(root)) and _find_suffix(stems, stems, together=True):
+        return root, root
+    return None
 
 
 def _archive_folders(root: Path) -> dict[tuple[Split, str], Path]:
@@ -184,20 +212,45 @@ def _image_and_mask_folder(folder: Path) -> tuple[Path, Path]:
 
 def _own_folders(config: DataConfig) -> Dataset:
     images, masks = Path(config.images).expanduser(), Path(config.masks).expanduser()
-    for path in (images, masks):
+    for what, path in (("images", images), ("masks", masks)):
         if not path.is_dir():
-            raise DatasetError(f"{path} is not a folder")
+            raise DatasetError(f"{path} is not a folder: --{what} (data.{what}) must name one")
+        if not _by_stem(path):
+            raise DatasetError(
+                f"{path}, given as --{what}, holds no {', '.join(READABLE[:-1])} or {READABLE[-1]} file"
+            )
     samples, problems = _pairs(images, masks, "train", config.mask_suffix)
-    if not samples and not problems:
-        raise DatasetError(f"{images} holds no {' or '.join(READABLE)} file")
     if not samples:
-        raise DatasetError(
-            f"no name in {masks} goes with one in {images} (first problem: {problems[0].text}); if masks have more "
-            "in their names than their images, give it as data.mask_suffix"
-        )
+        raise DatasetError(f"no name in {masks} goes with one in {images}: {_advice_on_names(images, masks, config)}")
     test = _listed_test_ids(config, samples) if config.test_list else _drawn_test_ids(config, samples)
     split = [replace(sample, split="test") if sample.id in test else sample for sample in samples]
     return _dataset(split, problems, images, "folders")
+
+
+def _advice_on_names(images: Path, masks: Path, config: DataConfig) -> str:
+    """What to do where not one mask belongs to an image by its name."""
+    image, *_ = (path for paths in _by_stem(images).values() for path in paths)
+    names = _by_stem(masks)
+    mask, *_ = (path for paths in names.values() for path in paths)
+    if foreign := [path for path in (image, mask) if path.suffix.lower() in FOREIGN]:
+        return (
+            f"{foreign[0].name} is a {foreign[0].suffix.lower()} file, and only JPEG and PNG are read: convert them"
+        )
+    if config.mask_suffix:
+        return (
+            f"with data.mask_suffix = {config.mask_suffix} (taken literally) the mask of {image.name} is "
+            f"{image.stem}{config.mask_suffix}.png, but the masks have names like {mask.name}; left out, the suffix "
+            "is found by itself"
+        )
+    if masks.samefile(images):
+        return f"they are one folder, in which the mask of {image.name} would be {image.stem}_mask.png or the like"
+    in_front = [stem for stem in names if stem.endswith(image.stem.casefold())]
+    example = names[in_front[0]][0] if in_front else mask
+    return (
+        f"a mask is named like its image, with or without something behind (mask of {image.name}: {image.stem}.png "
+        f"or {image.stem}_mask.png), but the masks have names like {example.name}: rename them"
+        + (f" ({example.name} to {image.stem}{example.suffix})" if in_front else "")
+    )
 
 
 def _listed_test_ids(config: DataConfig, samples: Sequence[Sample]) -> set[str]:
@@ -323,7 +376,7 @@ def _find_suffix(images: Iterable[str], masks: Iterable[str], *, together: bool)
 
 def _dataset(samples: list[Sample], problems: list[Problem], root: Path, layout: Layout) -> Dataset:
     if not samples and not problems:
-        raise DatasetError(_MISSING.format(root=root, needs="images and masks, and its folders are empty"))
+        raise DatasetError(_MISSING.format(root=root, needs="its folders hold no images and masks"))
     # Folders of splits are often numbered each from 1: such ids get the split's name in front.
     n_splits = Counter(id for id, _ in {(sample.id, sample.split) for sample in samples})
     named = [

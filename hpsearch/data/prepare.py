@@ -14,7 +14,7 @@ from hpsearch.data.build import Progress, build_cache
 from hpsearch.data.cache import Index, Preparation, cache_key, open_cache
 from hpsearch.data.config import DataConfig
 from hpsearch.data.decoding import subprocess_environment
-from hpsearch.data.integrity import check_stored, count_notes, describe, duplicates, leaks, mask_notes, refusal
+from hpsearch.data.integrity import check_stored, dataset_notes, describe, duplicates, leaks, mask_notes, refusal
 from hpsearch.data.layouts import Dataset, Problem, Sample, Split, find_samples
 from hpsearch.data.sample import SAMPLE_VERSION
 from hpsearch.errors import DatasetError
@@ -118,6 +118,8 @@ class _Wanted:
     """What is known to be wrong before anything is decoded; such images are not among `samples`."""
     notes: tuple[Problem, ...]
     preparation: Preparation
+    what: str
+    """`training or validation`, or `test`."""
 
 
 def _pool(config: DataConfig, cache_root: Path, role: Role, seed: int) -> _Wanted:
@@ -141,7 +143,7 @@ def _pool(config: DataConfig, cache_root: Path, role: Role, seed: int) -> _Wante
         if problem.split == "test"
     )
     used = tuple(sample for sample in samples if sample.id not in out)
-    return _Wanted(dataset, used, (*unpaired, *leaked), later, preparation)
+    return _Wanted(dataset, used, (*unpaired, *leaked), later, preparation, "training or validation")
 
 
 def _test(config: DataConfig, cache_root: Path) -> _Wanted:
@@ -149,7 +151,7 @@ def _test(config: DataConfig, cache_root: Path) -> _Wanted:
     unpaired = tuple(problem for problem in dataset.problems if problem.split == "test")
     height, width = config.cached_size
     preparation = Preparation(height, width, ("centre crop" if config.match == "crop" else "resize",))
-    return _Wanted(dataset, _first(dataset.split("test"), config.n_final_test), unpaired, (), preparation)
+    return _Wanted(dataset, _first(dataset.split("test"), config.n_final_test), unpaired, (), preparation, "test")
 
 
 def _prepare(
@@ -157,20 +159,22 @@ def _prepare(
 ) -> Prepared:
     if not wanted.samples:
         if wanted.problems:
-            raise refusal(wanted.problems)
-        raise DatasetError(f"{wanted.dataset.root} has no such images: is a folder of a split missing or empty?")
+            raise refusal(wanted.problems, wanted.dataset.flags)
+        raise DatasetError(
+            f"{wanted.dataset.root} has no {wanted.what} images: is a folder of that split missing or empty?"
+        )
     # Everything is decoded before anything is refused, so that one message can report all of it; with --exclude-bad
     # the next start finds this cache.
     folder = build_cache(wanted.samples, wanted.preparation, config.cache, cache_root, progress=progress)
     index = Index.read(folder)
     problems = [*wanted.problems, *index.problems]
     if problems and not config.exclude_bad:
-        raise refusal(problems)
+        raise refusal(problems, wanted.dataset.flags)
     for problem in problems:
         logger.warning("left out (%s): %s", problem.kind, problem.text)
     notes = [*wanted.notes, *duplicates(index.samples, index.facts), *mask_notes(index.samples, index.facts)]
     if config.root != "sample":
-        notes = [*count_notes(wanted.dataset), *notes]
+        notes = [*dataset_notes(wanted.dataset), *notes]
     return Prepared(
         cache_path=folder,
         key=index.key,

@@ -127,11 +127,14 @@ class TestNotes:
     def test_counts_unlike_the_official_ones(self, write_dataset: WriteDataset) -> None:
         lines = check(find_samples(write_dataset())).summary()
         assert any(
-            "8/3/4 training, validation and test images; the official ISIC-2017 has 2000/150/600" in x for x in lines
+            x == "note: 8/3/4 training/validation/test pairs, where the official ISIC-2017 has 2000/150/600"
+            for x in lines
         )
 
     def test_own_folders_are_not_compared_with_the_official_counts(self, write_dataset: WriteDataset) -> None:
-        assert found(check(find_samples(write_dataset("folders"))), "counts") == []
+        report = check(find_samples(write_dataset("folders")))
+        assert found(report, "counts") == []
+        assert any("set aside as the test split: 4 of these 15 images" in line for line in report.summary())
 
     @pytest.mark.parametrize(("mask_of", "text"), [(9, "one mask"), (2, "2 masks")])
     def test_duplicates_in_the_pool(self, write_dataset: WriteDataset, mask_of: int, text: str) -> None:
@@ -190,10 +193,11 @@ def test_refusal_names_the_first_of_each_kind_and_the_way_out() -> None:
         return Problem(kind, f"i{i}", (), f"text {i}", "train")
 
     problems = [problem("missing mask", i) for i in range(5)] + [problem("sizes differ", 7)]
-    text = str(refusal(problems))
+    text = str(refusal(problems, "--data here"))
     assert text.startswith(
         "6 images cannot be used: missing mask (5): text 0; text 1; text 2; and 2 more. sizes differ"
     )
+    assert "`hpsearch data check --data here --json`" in text
     assert "--exclude-bad" in text
     assert "\n" not in text
     assert describe([]) == []

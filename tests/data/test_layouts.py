@@ -101,7 +101,7 @@ def test_nothing_there_says_how_to_get_a_dataset(tmp_path: Path) -> None:
 def test_empty_folders_are_no_dataset(tmp_path: Path) -> None:
     for name in ("ISIC-2017_Training_Data", "ISIC-2017_Training_Part1_GroundTruth"):
         (tmp_path / name).mkdir()
-    with pytest.raises(DatasetError, match="its folders are empty"):
+    with pytest.raises(DatasetError, match="its folders hold no images"):
         find_samples(DataConfig(root=str(tmp_path)))
 
 
@@ -185,11 +185,45 @@ def test_images_and_masks_can_lie_in_one_folder(tmp_path: Path, suffix: str) -> 
     assert [(problem.kind, problem.id) for problem in dataset.problems] == [("missing mask", "c")]
 
 
-def test_names_that_never_match_say_what_to_give(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("mask", "suffix", "advice"),
+    [
+        ("mask_a.png", "", r"rename them \(mask_a\.png to a\.png\)"),
+        ("outline7.png", "", r"mask of a\.jpg: a\.png or a_mask\.png\), but the masks have names like outline7\.png"),
+        ("a_mask.png", "_*", r"data\.mask_suffix = _\* \(taken literally\) the mask of a\.jpg is a_\*\.png"),
+        ("b.tif", "", r"b\.tif is a \.tif file, and only JPEG and PNG are read"),
+        ("notes.txt", "", r"outlines, given as --masks, holds no \.jpg, \.jpeg or \.png file"),
+    ],
+)
+def test_names_that_never_match_say_what_to_do(tmp_path: Path, mask: str, suffix: str, advice: str) -> None:
     touch(tmp_path / "photos", "a.jpg")
-    touch(tmp_path / "outlines", "mask_a.png")
-    with pytest.raises(DatasetError, match=r"data\.mask_suffix"):
-        find_samples(DataConfig(images=str(tmp_path / "photos"), masks=str(tmp_path / "outlines")))
+    touch(tmp_path / "outlines", mask)
+    config = DataConfig(images=str(tmp_path / "photos"), masks=str(tmp_path / "outlines"), mask_suffix=suffix)
+    with pytest.raises(DatasetError, match=advice):
+        find_samples(config)
+
+
+@pytest.mark.parametrize(
+    ("files", "images", "masks"),
+    [
+        (("a.jpg", "a_mask.png"), "", ""),
+        (("photos/a.jpg", "outlines_gt/a.png"), "/photos", "/outlines_gt"),
+    ],
+)
+def test_own_images_given_as_data_are_pointed_to_their_flags(
+    tmp_path: Path, files: tuple[str, ...], images: str, masks: str
+) -> None:
+    touch(tmp_path, *files)
+    with pytest.raises(DatasetError) as error:
+        find_samples(DataConfig(root=str(tmp_path)))
+    assert str(error.value).endswith(f"use --images {tmp_path}{images} --masks {tmp_path}{masks}")
+
+
+def test_a_dataset_knows_its_flags(tmp_path: Path) -> None:
+    touch(tmp_path, "my photos/a.jpg", "masks/a.png", "set/train/images/a.jpg", "set/train/masks/a.png")
+    own = find_samples(DataConfig(images=str(tmp_path / "my photos"), masks=str(tmp_path / "masks")))
+    assert own.flags == f"--images '{tmp_path}/my photos' --masks {tmp_path}/masks"
+    assert find_samples(DataConfig(root=str(tmp_path / "set"))).flags == f"--data {tmp_path}/set"
 
 
 def test_what_is_no_file_is_no_image(tmp_path: Path) -> None:
