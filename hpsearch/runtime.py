@@ -355,5 +355,8 @@ def _torch_xla() -> Any:
     try:
         import torch_xla
     except ImportError as error:
-        raise DeviceError("device xla needs the package torch_xla, which is not installed") from error
+        raise DeviceError(
+            "device xla needs the package torch_xla, which is not installed: it is the extra `xla`, and needs the "
+            "torch of its own version"
+        ) from error
     return torch_xla

@@ -3,14 +3,16 @@ from __future__ import annotations
 import re
 import runpy
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pytest
 
-from hpsearch.cli import group
+from hpsearch.cli import group, main
 from hpsearch.config import setting_names
+from hpsearch.data.sample import draw_sample
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "experiments/README.md", *(ROOT / "docs").glob("*.md")])
@@ -137,3 +139,44 @@ def test_what_the_feature_table_names_is_there(row: str) -> None:
     assert set(settings) <= set(setting_names())
     assert shown or settings, "a row says what to type"
     assert any(name.startswith(("tests/", "benchmarks/")) for name in files) or "experiments/README.md#" in line
+
+
+RUN = [
+    ("hpsearch data check --data ISIC-2017", ""),
+    ("hpsearch data check --data ISIC-2017 --duplicates", ""),
+    ("hpsearch data cache --data ISIC-2017", "--size 32"),
+    ("hpsearch plan --memory 8GB", ""),
+    ("hpsearch study --config isic2017-64 --data ISIC-2017 --trials 50 --folds 5", "--trials 2 --folds 2 {small}"),
+    ("hpsearch final --best --study isic2017-64", "--threads 1"),
+    ("hpsearch status", ""),
+    ("hpsearch status --study isic2017-64", ""),
+    ("hpsearch report --study isic2017-64", ""),
+    ("hpsearch predict photos --out-dir masks --overlays", "--threads 1"),
+    ("hpsearch track", ""),
+    (
+        "hpsearch train --config report-fig19 --data ISIC-2017 "
+        "--set data.size=96 --set unet.depth=2 --set unet.base_channels=8",
+        "--threads 1",
+    ),
+]
+"""Commands as the pages show them, in an order in which they can be typed, and what makes them small."""
+SMALL = "--set data.size=32 --set train.epochs=1 --set unet.base_channels=4 --set study.confirm=0 --threads 1"
+
+
+@pytest.mark.slow
+def test_commands_that_are_shown_do_what_they_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_mlflow_db: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = {" ".join(shlex.split(command, comments=True)) for _, command in ALL}
+    monkeypatch.chdir(tmp_path)
+    shutil.copyfile(empty_mlflow_db, "mlflow.db")
+    draw_sample(Path("ISIC-2017"), n_train=12, n_val=4, n_test=4)
+    shutil.copytree("ISIC-2017/ISIC-2017_Test_v2_Data", "photos")
+    for command, smaller in RUN:
+        assert command in shown
+        with pytest.raises(SystemExit) as ended:
+            main([*shlex.split(command)[1:], *smaller.format(small=SMALL).split()])
+        assert ended.value.code == 0, (command, capsys.readouterr())
+    assert len(list(Path("masks").glob("*_segmentation.png"))) == 4
+    assert Path("studies/isic2017-64/report.html").is_file()
+    assert Path("studies/train-report-fig19").is_dir()
