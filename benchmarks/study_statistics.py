@@ -2,6 +2,7 @@
 
     python benchmarks/study_statistics.py                     1000 studies a setting
     python benchmarks/study_statistics.py --trials 10 --images 500 --seeds 300 --shape skewed --confirm 0
+    python benchmarks/study_statistics.py --seed 1            1000 others
 
 A study is y[c, i] = mu[c] + a[i] + b[c, i] + r[c, fold(i)], sd of a 0.13, of b 0.07, of r and of mu over the trials
 as printed (`run`, `spread`); all are drawn anew for each study, so the images are a sample too. Up to five trials are
@@ -231,6 +232,9 @@ def summarise(setting: Setting, n_studies: int, seed: int = 0) -> Summary:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1000, help="studies a setting (1000)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the studies' own seeds: another gives other studies (0)"
+    )
     parser.add_argument("--trials", type=int, default=50)
     parser.add_argument("--images", type=int, default=2150)
     parser.add_argument("--folds", type=int, default=5)
@@ -239,7 +243,7 @@ def main() -> None:
     given = parser.parse_args()
     print(
         f"{given.seeds} studies a setting: {given.trials} full trials ({given.shape}), {given.images} images, "
-        f"{given.folds} folds, up to {given.confirm} confirmed"
+        f"{given.folds} folds, up to {given.confirm} confirmed, seed {given.seed}"
     )
     print(
         "spread    run |  naive  plain   ours (se)  no 2nd |  ours no 2nd predicted | images  total  folds-t  paired "
@@ -257,7 +261,7 @@ def main() -> None:
                 n_confirm=given.confirm,
                 shape=given.shape,
             )
-            summary = summarise(setting, given.seeds)
+            summary = summarise(setting, given.seeds, given.seed)
             failures += summary.failures()
             bias, covered = summary.bias * 1000, summary.covered * 100
             unselected, regret = summary.unselected * 100, summary.regret * 1000

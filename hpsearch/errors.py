@@ -12,6 +12,7 @@
     │   ├── StudyChangedError   fixed settings differ from those the study was begun with
     │   ├── StudyLockedError    another process holds the study
     │   └── RecordError         the study folder is damaged
+    ├── ExportError             a model that cannot be handed on, or would compute something else elsewhere
     ├── TrackingError           MLflow refuses or cannot be reached
     ├── StorageError            a file cannot be written: no space, no permission, a faulty disk
     └── WorkerError             a worker died or failed in a way that is not the configuration's fault
@@ -71,6 +72,10 @@ class StudyLockedError(StudyError):
 
 class RecordError(StudyError):
     """The study folder is damaged."""
+
+
+class ExportError(HpsearchError):
+    """A model that cannot be handed on to other programs, or would compute something else there."""
 
 
 class TrackingError(HpsearchError):

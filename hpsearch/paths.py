@@ -159,6 +159,10 @@ class StudyPaths:
     def finals(self) -> Path:
         return self.root / "final"
 
+    def trial_toml(self, number: int) -> Path:
+        """One trial's configuration, exported."""
+        return self.root / f"trial-{number:04d}.toml"
+
     def trial(self, number: int) -> TrialPaths:
         return TrialPaths(self.trials / f"{number:04d}")
 
@@ -315,6 +319,11 @@ class FinalPaths:
     @property
     def ensemble_masks(self) -> Path:
         return self.root / "ensemble_masks"
+
+    @property
+    def card(self) -> Path:
+        """What the model is, was trained on and scores, and what it is not for, in Markdown."""
+        return self.root / "model-card.md"
 
     def seed(self, index: int) -> FitPaths:
         """The fit with the index-th seed (`final --seeds 3` makes three)."""

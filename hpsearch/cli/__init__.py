@@ -24,6 +24,7 @@ COMMANDS = {
     "train": "Train one configuration, without a search.",
     "plan": "Shapes, parameters, memory and time of a configuration, before anything runs.",
     "predict": "Masks of any images at their own resolution, from a final model.",
+    "export": "A final model as ONNX, or the best configuration as a TOML that runs again.",
     "report": "One HTML file of what a study found, with its figures.",
     "track": "Bring MLflow up to date with the record.",
     "data": "Check, cache, augment, draw or download datasets.",
