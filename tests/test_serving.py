@@ -1,0 +1,131 @@
+"""hpsearch/serving.py: what MLflow loads gives the masks that `predict` writes, and brings all it needs along."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hpsearch import serving
+from hpsearch.errors import DatasetError, ExportError
+from hpsearch.predict import Predictor, find_images, predict_files
+from hpsearch.scoring import read_mask
+from hpsearch.training.checkpoint import load_weights, save_weights
+from tests.test_predict import noise, write_model
+
+FRESH = """
+import json, sys
+import numpy as np
+from PIL import Image
+import mlflow
+model = mlflow.pyfunc.load_model(sys.argv[1])
+paths = sys.argv[2:]
+masks = model.predict(paths)
+arrays = model.predict([np.asarray(Image.open(path).convert("RGB")) for path in paths])
+for path, mask, same in zip(paths, masks, arrays, strict=True):
+    assert np.array_equal(mask, same)
+    Image.fromarray(mask).save(path + ".mask.png")
+import hpsearch
+print(json.dumps([hpsearch.__file__, model.metadata.model_id, model.metadata.get_input_schema() is not None]))
+"""
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network that sees lesion and skin in `noise`."""
+    path = write_model(tmp_path_factory.mktemp("weights") / "model.safetensors", threshold=0.3)
+    logits = Predictor.load(path, device="cpu", threads=1).logits(tensor(noise(60, 50)))
+    model, info = load_weights(path)
+    assert model.head.bias is not None
+    with torch.no_grad():
+        model.head.bias += torch.tensor(0.3).logit() - logits.median()
+    save_weights(path, model, info)
+    return path
+
+
+@pytest.fixture(scope="module")
+def predictor(weights: Path) -> Predictor:
+    return Predictor.load(weights, device="cpu", threads=1)
+
+
+def tensor(pixels: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+@pytest.mark.slow
+def test_a_packed_model_gives_in_a_fresh_process_the_masks_that_predict_writes(
+    weights: Path, predictor: Predictor, tmp_path: Path
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number, shape in enumerate([(50, 70), (41, 20)]):
+        Image.fromarray(noise(*shape, seed=number)).save(photos / f"{number}.png")
+    images = find_images([photos])
+    predict_files(predictor, images, tmp_path / "masks")
+    serving.pack(weights, tmp_path / "packed", run_id="0" * 32, model_id="m-1")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH, str(tmp_path / "packed"), *map(str, images)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    package, model_id, has_signature = json.loads(done.stdout.splitlines()[-1])
+    # The code it was packed with, not what is installed.
+    assert Path(package).is_relative_to(tmp_path / "packed" / "code")
+    assert model_id == "m-1"
+    assert has_signature
+    for path in images:
+        written = read_mask(tmp_path / "masks" / f"{path.stem}_segmentation.png")
+        assert 0.02 < written.mean() < 0.98
+        assert np.array_equal(np.asarray(Image.open(f"{path}.mask.png")), np.where(written, 255, 0))
+    files = [path for path in (tmp_path / "packed").rglob("*") if path.is_file()]
+    assert (tmp_path / "packed" / "input_example.json").is_file()
+    assert not [path for path in files if path.suffix in (".pkl", ".pyc", ".pt")]
+
+
+def test_paths_arrays_and_lists_give_the_same_masks(predictor: Predictor, tmp_path: Path) -> None:
+    pixels = noise(60, 50)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    masks = serving.predict_masks(predictor, [str(tmp_path / "a.png"), tmp_path / "a.png", pixels, pixels.tolist()])
+    assert {(mask.dtype, mask.shape) for mask in masks} == {(np.dtype(np.uint8), (60, 50))}
+    assert set(np.unique(masks[0])) == {0, 255}
+    assert all(np.array_equal(mask, masks[0]) for mask in masks)
+
+
+def test_a_gray_array_is_taken_as_gray_light(predictor: Predictor) -> None:
+    gray = noise(40, 30)[..., 0]
+    one, three = serving.predict_masks(predictor, [gray, np.repeat(gray[..., None], 3, axis=2)])
+    assert np.array_equal(one, three)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((4, 5, 4), np.uint8),
+        np.zeros((4, 5, 3)),
+        np.full((4, 5, 3), 256),
+        np.full((4, 5, 3), -1),
+        np.zeros((0, 5, 3), np.uint8),
+        [[1, 2], [3]],
+        None,
+    ],
+)
+def test_what_is_no_image_is_refused_in_a_line(predictor: Predictor, image: object) -> None:
+    with pytest.raises(DatasetError, match=r"an image must be a path or an array \(H, W, 3\)"):
+        serving.predict_masks(predictor, [image])
+
+
+def test_a_file_that_cannot_be_packed_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"gone\.safetensors cannot be packed for MLflow"):
+        serving.pack(tmp_path / "gone.safetensors", tmp_path / "packed", run_id="0" * 32, model_id="m-1")
