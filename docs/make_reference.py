@@ -39,6 +39,7 @@ BEHIND = {
     "status": "hpsearch.tuning.status.study_status",
     "plan": "hpsearch.models.memory.layer_costs, hpsearch.models.memory.training_memory",
     "predict": "hpsearch.predict.predict_files",
+    "export": "hpsearch.export.export_onnx, hpsearch.export.export_toml",
     "report": "hpsearch.report.html.write_report",
     "track": "hpsearch.tracking.MlflowTracker.catch_up",
     "data check": "hpsearch.data.integrity.check, hpsearch.data.duplicates.find_in_dataset",
@@ -55,6 +56,7 @@ PARTS = (
     "hpsearch.training.losses.loss_function",
     "hpsearch.training.checkpoint.load_weights",
     "hpsearch.scoring.score_folder",
+    "hpsearch.serving.predict_masks",
 )
 """What is useful by itself, in a notebook or a training loop of one's own."""
 SHARED_BY = 4

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hpsearch.config import StudyConfig as StudyConfig
     from hpsearch.config import load as load_config  # noqa: F401
+    from hpsearch.export import export_onnx as export_onnx
+    from hpsearch.export import export_toml as export_toml
     from hpsearch.final import run_final as run_final
     from hpsearch.paths import ProjectPaths as ProjectPaths
     from hpsearch.predict import Predictor as Predictor
@@ -42,6 +44,8 @@ EXPORTS = {
     "find_images": "hpsearch.predict.find_images",
     "Predictor": "hpsearch.predict.Predictor",
     "predict_files": "hpsearch.predict.predict_files",
+    "export_onnx": "hpsearch.export.export_onnx",
+    "export_toml": "hpsearch.export.export_toml",
 }
 """Name here to the full name of what it is."""
 __all__ = ["EXPORTS", "__version__", *EXPORTS]

@@ -20,6 +20,7 @@ from hpsearch.data.batches import GRAY_WEIGHTS
 from hpsearch.errors import ExportError, StudyError
 from hpsearch.models.unet import UNet
 from hpsearch.paths import atomic_write, write_text
+from hpsearch.report.claims import Claims
 from hpsearch.training.checkpoint import WeightsInfo, load_weights
 from hpsearch.tuning.record import StudyRecord
 
@@ -61,15 +62,15 @@ def export_onnx(weights: Path, path: Path) -> float:
 
 
 def export_toml(record: StudyRecord, path: Path | None = None, *, number: int | None = None) -> Path:
-    """Write the best full trial of a study (or trial `number`) as a TOML that `hpsearch train --config` runs again.
+    """Write the winner of a study (or trial `number`) as a TOML that `hpsearch train` runs again.
 
     Without `path` into the study's folder. Gives the path. Raises StudyError where there is no such trial.
     """
     if number is None:
-        best = record.best()
-        if best is None:
+        claims = Claims.of(record)
+        if claims is None:
             raise StudyError(f"study {record.name!r} has no fully evaluated trial yet: name one with --trial")
-        number = best.number
+        number = claims.winner
     elif number not in record.trial_numbers():
         raise StudyError(f"study {record.name!r} has no trial {number}; it has {len(record.trial_numbers())}")
     trial, study = record.trial(number), record.config.study
