@@ -1,19 +1,29 @@
-"""Kill a study at random instants until it is done, and compare what it leaves with a study that was never touched.
+"""Disturb tiny studies in every way until they are done, and compare what they leave with one that was never touched.
 
-    python benchmarks/faults.py --studies 10 --kills 100          # SIGKILL of coordinator, workers, both
-    python benchmarks/faults.py --studies 3 --kills 20 --signals TERM INT STOP
+    python benchmarks/faults.py kills --studies 10 --kills 100      # SIGKILL of coordinator and workers
+    python benchmarks/faults.py signals --studies 4 --kills 40      # SIGTERM, SIGINT, SIGHUP, SIGSTOP and SIGCONT
+    python benchmarks/faults.py writes                              # every kind of write fails once, one a start
+    python benchmarks/faults.py full                                # a disk that fills up (needs the right to mount)
 
-Each study is tiny (16 drawn images at 32x32, one worker, TPE, race). Asserted for each: trials 0..n-1 finished, none
-twice; params, values, folds, per-image scores and weights equal to the byte; in MLflow one run per trial with every
-metric step once; no process and no temporary file left.
+Each study has 16 drawn images at 32x32, one worker, TPE, race. Asserted for each: trials 0..n-1 finished, none
+twice; params, values, verdicts, folds, per-image scores and weights equal to the byte; in Optuna and MLflow the same
+trials, runs and metric steps, each once; at most one epoch trained again per kill; no process and no temporary file
+left.
+
+Three kills of four are sent by the process to itself, at a line of a function that was drawn
+(`faulty/sitecustomize.py`), so that they fall into every phase whatever the speed of the machine; the others come
+from outside at any time.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
+import json
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -21,6 +31,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,48 +41,104 @@ import psutil
 from hpsearch.paths import ProjectPaths
 from hpsearch.tuning.record import StudyRecord
 
-MARK = "HPSEARCH_FAULTS_MARK"
-"""Environment variable by which the processes of one run are known."""
 NAME = "faults"
+FAULTY = Path(__file__).parent / "faulty"
+MARK = "HPSEARCH_FAULTS"
+"""Environment variable that names the folder of the faults of one study; its processes are known by it."""
+PATIENCE_S = 300.0
+"""A start that takes longer hangs."""
+SQUEEZED_KIB = (0, 8, 40, 100, 300, 600)
+"""What is left free on the disk that fills up, one after another."""
+
+PHASES: dict[str, tuple[tuple[str, str], ...]] = {
+    "start": (
+        ("coordinator", "tuning/lock.py:hold"),
+        ("coordinator", "data/build.py:_build"),
+        ("coordinator", "tuning/coordinator.py:run_study"),
+        ("coordinator", "tuning/coordinator.py:_fix_folds"),
+        ("coordinator", "tuning/study.py:__init__"),
+        ("coordinator", "tuning/study.py:catch_up"),
+        ("coordinator", "tuning/planning.py:_measure_plan"),
+        ("coordinator", "tuning/coordinator.py:_adopt_open_trials"),
+        ("worker", "training/loop.py:_resume_"),
+    ),
+    "ask": (
+        ("coordinator", "tuning/study.py:ask"),
+        ("coordinator", "tuning/search_space.py:suggest"),
+        ("coordinator", "tuning/search_space.py:_suggest"),
+        ("coordinator", "tuning/coordinator.py:_begin"),
+        ("coordinator", "tuning/coordinator.py:_hand_out"),
+    ),
+    "first epoch": (
+        ("worker", "tuning/worker.py:_fit"),
+        ("worker", "training/loop.py:_fit"),
+        ("worker", "training/loop.py:_train_epoch"),
+        ("worker", "training/loop.py:_evaluate_epoch"),
+        ("coordinator", "tuning/coordinator.py:_hear_epoch"),
+    ),
+    "checkpoint": (
+        ("worker", "training/checkpoint.py:save_latest"),
+        ("worker", "training/checkpoint.py:save_checkpoint"),
+        ("worker", "training/loop.py:save_array"),
+        ("worker", "paths.py:atomic_write"),
+        ("worker", "paths.py:append_line"),
+        ("coordinator", "tuning/coordinator.py:_judge"),
+    ),
+    "tell": (
+        ("coordinator", "tuning/coordinator.py:_end"),
+        ("coordinator", "tuning/coordinator.py:_clear"),
+        ("coordinator", "tuning/study.py:tell"),
+        ("coordinator", "tuning/record.py:write_trial"),
+        ("coordinator", "paths.py:atomic_write"),
+    ),
+    "logging": (
+        ("coordinator", "tracking.py:_deliver"),
+        ("coordinator", "tracking.py:_ensure"),
+        ("coordinator", "tracking.py:_read"),
+        ("coordinator", "tracking.py:_log_files"),
+        ("coordinator", "tracking.py:_set_status"),
+        ("coordinator", "tracked_runs.py:write_trial_files"),
+    ),
+    "end": (
+        ("worker", "training/loop.py:finish_fit"),
+        ("worker", "training/checkpoint.py:save_weights"),
+        ("worker", "training/loop.py:save_examples"),
+        ("coordinator", "tuning/coordinator.py:_settle"),
+        ("coordinator", "tracking.py:close"),
+        ("coordinator", "tuning/workers.py:close"),
+        ("coordinator", "cli/progress.py:summarise"),
+    ),
+}
+"""Where in the life of a study a signal can fall: role and function of hpsearch."""
+SIGNALS = {"KILL": signal.SIGKILL, "TERM": signal.SIGTERM, "INT": signal.SIGINT, "HUP": signal.SIGHUP}
 
 
 def main() -> int:
-    """Run the studies and print one table; exit code 1 if anything differs."""
+    """Run what was asked for and print one table; exit code 1 if anything differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--studies", type=int, default=10)
+    parser.add_argument("what", choices=["kills", "signals", "writes", "full"], nargs="?", default="kills")
+    parser.add_argument("--studies", type=int, default=10, help="at least so many")
     parser.add_argument("--kills", type=int, default=100, help="at least so many over all studies")
-    parser.add_argument("--signals", nargs="+", default=["KILL"], choices=["KILL", "TERM", "INT", "STOP"])
     parser.add_argument("--trials", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="hpsearch-faults-") as folder:
-        root = Path(folder)
-        data = draw_data(root)
-        print(f"{'study':>5} {'kills':>5} {'starts':>6} {'training':>9} {'result'}")
-        totals = Counter[str]()
-        references: dict[int, Untouched] = {}
-        for number in range(options.studies):
-            seed = number % 3
-            if seed not in references:
-                references[seed] = run_untouched(root / f"untouched{seed}", data, seed, options.trials)
-            left = max(1, -(-(options.kills - totals["kills"]) // (options.studies - number)))
-            outcome = run_killed(
-                root / f"killed{number}",
-                data,
-                references[seed],
-                seed=seed,
-                n_trials=options.trials,
-                n_kills=left,
-                signals=options.signals,
-                rng=random.Random(options.seed * 1000 + number),
-            )
-            totals["kills"] += outcome.n_kills
-            totals["differences"] += len(outcome.differences)
-            ratio = outcome.epochs_trained / references[seed].epochs_trained
-            result = "equal" if not outcome.differences else "; ".join(outcome.differences)
-            print(f"{number:5d} {outcome.n_kills:5d} {outcome.n_starts:6d} {ratio:8.2f}x {result}", flush=True)
-        print(f"{totals['kills']} kills over {options.studies} studies, {totals['differences']} differences")
-    return 1 if totals["differences"] else 0
+        place = Place.make(Path(folder), n_trials=options.trials)
+        if options.what in ("kills", "signals"):
+            names = ("KILL",) if options.what == "kills" else ("TERM", "INT", "HUP", "STOP")
+            outcomes = list(disturb_studies(place, options.studies, options.kills, names, options.seed))
+        elif options.what == "writes":
+            outcomes = [fail_every_write(place)]
+        else:
+            outcomes = [fill_the_disk(place)]
+    n_differences = sum(len(outcome.differences) for outcome in outcomes)
+    n_faults = sum(outcome.n_faults for outcome in outcomes)
+    phases = sum((outcome.phases for outcome in outcomes), Counter[str]())
+    print(", ".join(f"{name} {n}" for name, n in sorted(phases.items())))
+    print(f"{n_faults} faults over {len(outcomes)} studies in {time.monotonic() - began:.0f} s")
+    print(f"{n_differences} differences")
+    return 1 if n_differences else 0
 
 
 @dataclass(frozen=True)
@@ -80,25 +147,104 @@ class Untouched:
 
     left: dict[str, Any]
     seconds: float
-    epochs_trained: int
+    n_epochs: int
 
 
 @dataclass
-class Killed:
+class Place:
+    """Where the studies of one run lie, and what they share: images, an empty MLflow database, calm studies."""
+
+    root: Path
+    data: Path
+    mlflow_db: Path
+    n_trials: int
+    untouched: dict[int, Untouched] = field(default_factory=dict)
+
+    @classmethod
+    def make(cls, root: Path, *, n_trials: int, mlflow_db: Path | None = None) -> Place:
+        from hpsearch.data.sample import draw_sample
+
+        draw_sample(root / "data", n_train=12, n_val=4, n_test=4)
+        return cls(root, root / "data", mlflow_db or root / "mlflow.db", n_trials)
+
+    def reference(self, seed: int) -> Untouched:
+        """The study with that seed, left in peace."""
+        if seed not in self.untouched:
+            out = self.root / f"untouched{seed}"
+            began = time.monotonic()
+            ended = Disturbed(self, out, seed).start({"name": "nothing"})
+            if ended.code != 0:
+                raise SystemExit(f"the study does not even run undisturbed:\n{ended.text}")
+            if not self.mlflow_db.exists():
+                # Making one takes seconds; the others begin with an empty one.
+                copy_empty(out / "mlflow.db", self.mlflow_db)
+            self.untouched[seed] = Untouched(what_is_left(out), time.monotonic() - began, n_epochs(out))
+        return self.untouched[seed]
+
+
+@dataclass
+class Outcome:
     """How a disturbed study went."""
 
-    n_kills: int = 0
+    n_faults: int = 0
     n_starts: int = 0
-    epochs_trained: int = 0
+    n_epochs: int = 0
+    phases: Counter[str] = field(default_factory=Counter)
     differences: list[str] = field(default_factory=list)
 
 
-def draw_data(root: Path) -> Path:
-    """Sixteen drawn images to search on and four to test on."""
-    from hpsearch.data.sample import draw_sample
+@dataclass(frozen=True)
+class Ended:
+    """How one start of a study ended."""
 
-    draw_sample(root / "data", n_train=12, n_val=4, n_test=4)
-    return root / "data"
+    code: int
+    text: str
+    fired: bool
+
+
+@dataclass
+class Disturbed:
+    """One study in a folder of its own, started again and again."""
+
+    place: Place
+    out: Path
+    seed: int
+
+    @property
+    def faults(self) -> Path:
+        return self.out / "faults"
+
+    def start(self, request: dict[str, Any], meanwhile: Any = None) -> Ended:
+        """Run the study until it ends, by itself or by the fault; `meanwhile` hears of it again and again."""
+        if not self.out.is_dir():
+            self.out.mkdir(parents=True)
+            if self.place.mlflow_db.exists():
+                shutil.copy(self.place.mlflow_db, self.out / "mlflow.db")
+        (self.faults / "fired").mkdir(parents=True, exist_ok=True)
+        (self.faults / "request.json").write_text(json.dumps(request))
+        path = os.pathsep.join([str(FAULTY), os.environ.get("PYTHONPATH", "")])
+        environment = os.environ | {MARK: str(self.faults), "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+        log = self.faults / "output.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                command(self.out, self.place.data, self.seed, self.place.n_trials),
+                stdout=output,
+                stderr=output,
+                stdin=subprocess.DEVNULL,
+                env=environment,
+            )
+        deadline = time.monotonic() + PATIENCE_S
+        while process.poll() is None:
+            if meanwhile is not None:
+                meanwhile(process)
+            wake_stopped(process.pid)
+            if time.monotonic() > deadline:
+                process.kill()
+                process.wait()
+                return Ended(-999, "did not end", fired=False)
+            wait_at_most(process, 0.05)
+        text = log.read_text(errors="replace")
+        return Ended(process.returncode, text, (self.faults / "fired" / request["name"]).exists())
 
 
 def command(out: Path, data: Path, seed: int, n_trials: int) -> list[str]:
@@ -125,89 +271,210 @@ def command(out: Path, data: Path, seed: int, n_trials: int) -> list[str]:
     return [sys.executable, "-m", "hpsearch", *arguments, "--out", str(out), "--data", str(data), *flags]
 
 
-def run_untouched(out: Path, data: Path, seed: int, n_trials: int) -> Untouched:
-    """Run the study to its end in peace."""
-    began = time.monotonic()
-    subprocess.run(command(out, data, seed, n_trials), check=True, capture_output=True, timeout=900)
-    return Untouched(what_is_left(out), time.monotonic() - began, epochs_trained(out))
+def disturb_studies(
+    place: Place, n_studies: int, n_kills: int, names: Sequence[str], seed: int, prefix: str = "disturbed"
+) -> Iterator[Outcome]:
+    """Studies under signals, until there were as many studies and as many signals as asked for."""
+    print(f"{'study':>5} {'faults':>6} {'starts':>6} {'epochs':>7} result")
+    total = number = 0
+    while number < n_studies or total < n_kills:
+        share = max(1, -(-(n_kills - total) // max(1, n_studies - number)))
+        reference = place.reference(number % 3)
+        rng = random.Random(seed * 1000 + number)
+        outcome = disturb(
+            Disturbed(place, place.root / f"{prefix}{number}", number % 3), reference, share, names, rng
+        )
+        result = "equal" if not outcome.differences else "; ".join(outcome.differences)
+        epochs = f"{outcome.n_epochs}/{reference.n_epochs}"
+        print(f"{number:5d} {outcome.n_faults:6d} {outcome.n_starts:6d} {epochs:>7} {result}", flush=True)
+        yield outcome
+        total += outcome.n_faults
+        number += 1
 
 
-def run_killed(
-    out: Path,
-    data: Path,
-    reference: Untouched,
-    *,
-    seed: int,
-    n_trials: int,
-    n_kills: int,
-    signals: list[str],
-    rng: random.Random,
-) -> Killed:
-    """Run the study, killing as often as asked at random instants, then let it end; compare."""
-    outcome = Killed()
-    mark = f"{os.getpid()}-{out.name}"
-    environment = os.environ | {MARK: mark}
-    deadline = time.monotonic() + 60 + 40 * (n_kills + 1) + 10 * reference.seconds
-    out.mkdir(parents=True)
+def disturb(
+    study: Disturbed, reference: Untouched, n_faults: int, names: Sequence[str], rng: random.Random
+) -> Outcome:
+    """Start the study with a signal at a drawn instant, again and again until it is done; compare."""
+    outcome = Outcome()
+    order = list(PHASES)
+    rng.shuffle(order)
     while True:
         outcome.n_starts += 1
-        with (out / "output.log").open("ab") as log:
-            process = subprocess.Popen(
-                command(out, data, seed, n_trials), stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment
-            )
-        # Over the whole length of a start, its first imports and its last logging included.
-        span = reference.seconds * rng.choice([0.2, 0.5, 1.0])
-        if outcome.n_kills < n_kills:
-            wait_at_most(process, rng.uniform(0.0, span))
-            if process.poll() is None:
-                strike(process, rng.choice(signals), rng.choice(["coordinator", "worker", "both"]), rng)
-                outcome.n_kills += 1
-        while process.poll() is None and time.monotonic() < deadline:
-            if outcome.n_kills < n_kills and rng.random() < 0.3:
-                wait_at_most(process, rng.uniform(0.0, span))
-                if process.poll() is None:
-                    strike(process, rng.choice(signals), rng.choice(["coordinator", "worker"]), rng)
-                    outcome.n_kills += 1
-            wait_at_most(process, 0.5)
-        if process.poll() is None:
-            process.kill()
-            outcome.differences.append("did not end")
+        name = rng.choice(names)
+        request: dict[str, Any] = {"name": f"start{outcome.n_starts}"}
+        strike = None
+        if outcome.n_faults < n_faults and rng.random() < 0.75:
+            phase = order[outcome.n_starts % len(order)]
+            request |= draw_instant(phase, name, deaths_in_place(study.out) < 2, rng)
+        elif outcome.n_faults < n_faults:
+            phase = "any time"
+            strike = Strike(name, reference.seconds, deaths_in_place(study.out) < 2, rng)
+        ended = study.start(request, strike)
+        if ended.fired or (strike is not None and strike.is_done):
+            outcome.n_faults += 1
+            outcome.phases[phase] += 1
+        if problem := what_is_wrong(ended, name):
+            outcome.differences.append(problem)
             break
-        if process.returncode == 0 and outcome.n_kills >= n_kills:
+        # Once more from time to time: a study that is done must survive being started and killed too.
+        if ended.code == 0 and (outcome.n_faults >= n_faults or rng.random() < 0.7):
             break
-        if process.returncode == 0:
-            # Done before its share of kills was: what ended must also survive being started again and killed.
-            continue
-        if process.returncode == 1:
-            outcome.differences.append(f"error: {(out / 'output.log').read_text().strip().splitlines()[-1]}")
-            break
-    outcome.differences += compare(out, reference)
-    outcome.differences += leftovers(out, mark)
-    outcome.epochs_trained = epochs_trained(out)
+    outcome.n_epochs = n_epochs(study.out)
+    outcome.differences += compare(study.out, reference)
+    if outcome.n_epochs > reference.n_epochs + outcome.n_faults:
+        outcome.differences.append(f"{outcome.n_epochs} epochs were trained instead of {reference.n_epochs}")
     return outcome
 
 
-def strike(process: subprocess.Popen[bytes], name: str, target: str, rng: random.Random) -> None:
-    """Send one signal to the coordinator, to a worker of it, or to both. STOP is followed by CONT."""
-    victims = [] if target == "worker" else [process.pid]
+def draw_instant(phase: str, name: str, workers_too: bool, rng: random.Random) -> dict[str, Any]:
+    """A line of a function of that phase, and the signal to be sent there."""
+    places = [(role, function) for role, function in PHASES[phase] if workers_too or role != "worker"]
+    if not places:
+        places = [("coordinator", "tuning/coordinator.py:_hear")]
+    role, function = rng.choice(places)
+    number = signal.SIGSTOP if name == "STOP" else SIGNALS[name]
+    call, line = rng.choice([1, 1, 1, 2, 3]), rng.randrange(16)
+    return {"signal": int(number), "role": role, "function": function, "call": call, "line": line}
+
+
+@dataclass
+class Strike:
+    """A signal from outside at any time: to the coordinator, to a worker, or to both."""
+
+    name: str
+    span_s: float
+    workers_too: bool
+    rng: random.Random
+    is_done: bool = False
+    at: float = 0.0
+
+    def __call__(self, process: subprocess.Popen[bytes]) -> None:
+        if not self.at:
+            self.at = time.monotonic() + self.rng.uniform(0.0, self.span_s)
+            self.target = self.rng.choice(["coordinator", "worker", "both"] if self.workers_too else ["coordinator"])
+        if self.is_done or time.monotonic() < self.at:
+            return
+        victims = workers_of(process.pid) if self.target != "coordinator" else []
+        if self.target == "both" or not victims:
+            victims.append(process.pid)
+        self.is_done = True
+        for pid in victims:
+            send(pid, signal.SIGSTOP if self.name == "STOP" else SIGNALS[self.name])
+        if self.name == "STOP":
+            time.sleep(self.rng.uniform(0.1, 1.0))
+
+
+def what_is_wrong(ended: Ended, name: str) -> str | None:
+    """Why a start must not end like that; None if it may."""
+    expected = {0}
+    if name == "KILL":
+        expected.add(-signal.SIGKILL)
+    elif name != "STOP":
+        # Before Python listens to signals the system ends it.
+        expected |= {128 + SIGNALS[name], -SIGNALS[name]}
+    lines = ended.text.strip().splitlines() or ["no output"]
+    if ended.code not in expected:
+        return f"exit status {ended.code}: {lines[-1]}"
+    if "Traceback" in ended.text and "KeyboardInterrupt" not in ended.text:
+        return f"a traceback: {lines[-1]}"
+    return None
+
+
+def fail_every_write(place: Place, *, seed: int = 0, every: int = 1, numbers: Sequence[int] = ()) -> Outcome:
+    """Fail one write a start, each of another kind, until a start meets no new kind; then compare.
+
+    Of all kinds every so manyth is failed. `numbers` are the errors, in turn.
+    """
+    reference = place.reference(seed)
+    study = Disturbed(place, place.root / "writes", seed)
+    outcome = Outcome()
+    numbers = numbers or (errno.ENOSPC, errno.EIO, errno.EROFS)
+    done: list[str] = []
+    while True:
+        outcome.n_starts += 1
+        number = numbers[outcome.n_starts % len(numbers)]
+        request = {"name": f"start{outcome.n_starts}", "errno": number, "root": str(study.out), "done": done}
+        request["every"] = every
+        ended = study.start(request)
+        fired = [json.loads(line) for line in read_lines(study.faults / "fired.jsonl")]
+        done = list(dict.fromkeys(json.loads(line) for line in read_lines(study.faults / "seen.jsonl")))
+        if not ended.fired:
+            break
+        outcome.n_faults += 1
+        outcome.phases[errno.errorcode[number]] += 1
+        survived = ended.code == 0
+        last = (ended.text.strip().splitlines() or ["no output"])[-1]
+        print(f"{errno.errorcode[number]} at {fired[-1]}: {'survived' if survived else last}", flush=True)
+        if ended.code not in (0, 1) or "Traceback" in ended.text or not (survived or "cannot write" in last):
+            outcome.differences.append(
+                f"{errno.errorcode[number]} at {fired[-1]}: {ended.code}, {ended.text[-2000:]}"
+            )
+    if ended.code != 0:
+        outcome.differences.append(f"does not go on: {ended.text[-2000:]}")
+    outcome.differences += compare(study.out, reference)
+    return outcome
+
+
+def fill_the_disk(place: Place, *, seed: int = 0, squeezed_kib: Sequence[int] = SQUEEZED_KIB) -> Outcome:
+    """Let a disk of 64 MiB fill up while the study runs, again and again; make room, go on, compare."""
+    reference = place.reference(seed)
+    disk = place.root / "disk"
+    disk.mkdir()
+    outcome = Outcome()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], check=False).returncode:
+        print("no right to mount: left out")
+        return outcome
     try:
-        workers = [p.pid for p in psutil.Process(process.pid).children() if "hpsearch.tuning.worker" in p.cmdline()]
+        study = Disturbed(place, disk / "project", seed)
+        for kib in (*squeezed_kib, None):
+            outcome.n_starts += 1
+            filler = disk / "filler"
+            n_before = n_epochs(study.out)
+
+            def fill(_: object, kib: int | None = kib, filler: Path = filler, n_before: int = n_before) -> None:
+                if kib is not None and not filler.exists() and n_epochs(study.out) > n_before:
+                    filler.write_bytes(bytes(max(0, shutil.disk_usage(disk).free - kib * 1024)))
+
+            ended = study.start({"name": "nothing"}, fill)
+            is_full = filler.exists()
+            filler.unlink(missing_ok=True)
+            last = (ended.text.strip().splitlines() or ["no output"])[-1]
+            print(f"{'-' if kib is None else kib} KiB left: {ended.code}, {last}", flush=True)
+            if is_full:
+                outcome.n_faults += 1
+                outcome.phases["full disk"] += 1
+            if ended.code not in (0, 1) or "Traceback" in ended.text or (ended.code and "free" not in last):
+                outcome.differences.append(f"{kib} KiB left: {ended.code}, {ended.text[-2000:]}")
+        outcome.differences += compare(study.out, reference)
+    finally:
+        subprocess.run(["umount", str(disk)], check=False)
+    return outcome
+
+
+def workers_of(pid: int) -> list[int]:
+    """Worker processes of a coordinator."""
+    try:
+        return [p.pid for p in psutil.Process(pid).children() if "hpsearch.tuning.worker" in p.cmdline()]
     except psutil.Error:
-        workers = []
-    victims += workers if target != "coordinator" else []
-    number = getattr(signal, f"SIG{name}")
-    for pid in victims or [process.pid]:
+        return []
+
+
+def wake_stopped(pid: int) -> None:
+    """Let a coordinator and its workers go on where one was stopped."""
+    for each in (pid, *workers_of(pid)):
         try:
-            os.kill(pid, number)
-        except ProcessLookupError:
+            if psutil.Process(each).status() == psutil.STATUS_STOPPED:
+                send(each, signal.SIGCONT)
+        except psutil.Error:
             continue
-    if name == "STOP":
-        time.sleep(rng.uniform(0.1, 2.0))
-        for pid in victims or [process.pid]:
-            try:
-                os.kill(pid, signal.SIGCONT)
-            except ProcessLookupError:
-                continue
+
+
+def send(pid: int, number: signal.Signals) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return
 
 
 def wait_at_most(process: subprocess.Popen[bytes], seconds: float) -> None:
@@ -218,16 +485,49 @@ def wait_at_most(process: subprocess.Popen[bytes], seconds: float) -> None:
         return
 
 
+def deaths_in_place(out: Path) -> int:
+    """How often the worker of an open fold died without an epoch in between: the third time fails its trial."""
+    try:
+        record = StudyRecord.open(ProjectPaths(out).study(NAME))
+        return max(
+            (
+                sum(each.partition(":")[0] == died[-1].partition(":")[0] for each in died)
+                for trial in record.trials()
+                if trial.outcome is None
+                for died in trial.failures.values()
+            ),
+            default=0,
+        )
+    except Exception:
+        return 0
+
+
+def copy_empty(database: Path, target: Path) -> None:
+    """An MLflow database without what the study put there."""
+    shutil.copy(database, target)
+    with sqlite3.connect(target) as copy:
+        for table in ("metrics", "latest_metrics", "params", "tags", "runs", "experiment_tags"):
+            copy.execute(f"DELETE FROM {table}")
+        copy.execute("DELETE FROM experiments WHERE experiment_id != 0")
+
+
 def what_is_left(out: Path) -> dict[str, Any]:
-    """All that must not depend on how often a study was killed, by name."""
+    """All that must not depend on how often a study was disturbed, by name."""
     record = StudyRecord.open(ProjectPaths(out).study(NAME))
     left: dict[str, Any] = {"folds": record.folds.to_dict()}
     for trial in record.trials():
         left[f"trial {trial.number}"] = (trial.params, trial.outcome, trial.value, trial.reason, trial.decisions)
-        for fold in record.finished_folds(trial.number):
-            fit = record.fit(trial.number, fold).paths
-            left[f"trial {trial.number} fold {fold} scores"] = digest(fit.scores)
-            left[f"trial {trial.number} fold {fold} weights"] = digest(fit.weights)
+        for fold in range(record.n_folds):
+            fit = record.fit(trial.number, fold)
+            left[f"trial {trial.number} fold {fold}"] = {
+                "finished": fit.is_finished,
+                "scores": digest(fit.paths.scores),
+                "counts": digest(fit.paths.counts),
+                "weights": digest(fit.paths.weights),
+                "best": fit.paths.best.is_file(),
+                "checkpoints": fit.paths.last.is_file() or fit.paths.previous.is_file(),
+                "epochs": [(row["epoch"], row["train"], row["held_out"]) for row in fit.epochs()],
+            }
     left["optuna"] = optuna_rows(out / "hpsearch.db")
     left["mlflow"] = mlflow_rows(out / "mlflow.db")
     return left
@@ -238,10 +538,11 @@ def digest(path: Path) -> str | None:
 
 
 def optuna_rows(path: Path) -> list[Any]:
-    """(number, state, value) of every trial."""
+    """(number, state, value) and every param of every trial."""
     with sqlite3.connect(path) as database:
-        query = "SELECT number, state, value FROM trials LEFT JOIN trial_values USING (trial_id) ORDER BY number"
-        return database.execute(query).fetchall()
+        values = "SELECT number, state, value FROM trials LEFT JOIN trial_values USING (trial_id) ORDER BY number"
+        params = "SELECT number, param_name, param_value FROM trials JOIN trial_params USING (trial_id) ORDER BY 1, 2"
+        return database.execute(values).fetchall() + database.execute(params).fetchall()
 
 
 def mlflow_rows(path: Path) -> dict[str, Any]:
@@ -251,42 +552,44 @@ def mlflow_rows(path: Path) -> dict[str, Any]:
         runs = database.execute(
             "SELECT name, status FROM runs WHERE lifecycle_stage = 'active' ORDER BY name"
         ).fetchall()
+        params = database.execute(
+            "SELECT runs.name, key, value FROM params JOIN runs USING (run_uuid) ORDER BY 1, 2, 3"
+        ).fetchall()
         metrics = database.execute(
             "SELECT runs.name, key, step, value, COUNT(*) FROM metrics JOIN runs USING (run_uuid) "
             "GROUP BY runs.name, key, step, value ORDER BY runs.name, key, step"
         ).fetchall()
     kept = [(*row[:3], None if any(word in row[1] for word in timed) else row[3], row[4]) for row in metrics]
-    return {"runs": runs, "metrics": sorted(kept, key=repr)}
+    return {"runs": runs, "params": params, "metrics": sorted(kept, key=repr)}
 
 
 def compare(out: Path, reference: Untouched) -> list[str]:
-    """What differs from the study that nobody disturbed."""
+    """What differs from the study that nobody disturbed, and what was left behind."""
     try:
         left = what_is_left(out)
     except Exception as error:
-        return [f"unreadable: {error}"]
+        return [f"unreadable: {type(error).__name__} {error}"]
     names = sorted(set(left) | set(reference.left))
-    return [f"{name} differs" for name in names if left.get(name) != reference.left.get(name)]
-
-
-def leftovers(out: Path, mark: str) -> list[str]:
-    """Processes of the run that still live after a moment, and temporary files."""
-    time.sleep(1.0)
-    found = []
+    found = [f"{name} differs" for name in names if left.get(name) != reference.left.get(name)]
+    time.sleep(0.5)
+    mark = str(out / "faults")
     for process in psutil.process_iter():
         try:
             if process.pid != os.getpid() and process.environ().get(MARK) == mark:
-                found.append(f"process {process.pid} is left")
+                found.append(f"process {process.pid} is left: {process.cmdline()}")
         except psutil.Error:
             continue
-    found += [f"{path.name} is left" for path in out.rglob("*.tmp")]
-    return found
+    return found + [f"{path.name} is left" for path in (*out.rglob("*.tmp"), *out.rglob(".tracking"))]
 
 
-def epochs_trained(out: Path) -> int:
-    """Epochs that were trained, those done again included, as the study's log tells."""
-    log = ProjectPaths(out).study(NAME).log
-    return sum(" epoch " in line and ": loss" in line for line in log.read_text(errors="replace").splitlines())
+def n_epochs(out: Path) -> int:
+    """Epochs that were begun, those trained again and the steps of the measurement included."""
+    counted = out / "faults" / "epochs"
+    return counted.stat().st_size if counted.is_file() else 0
+
+
+def read_lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.is_file() else []
 
 
 if __name__ == "__main__":

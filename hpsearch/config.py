@@ -18,6 +18,7 @@ import tomli_w
 from hpsearch.data.config import AugmentConfig, DataConfig
 from hpsearch.errors import ConfigError
 from hpsearch.models.config import UNetConfig
+from hpsearch.paths import sha256_text
 from hpsearch.training.config import TrainConfig
 from hpsearch.tuning.config import SearchSpace, StudySettings, parse_dimension
 
@@ -28,6 +29,7 @@ SECTIONS: dict[str, type] = {
     "augment": AugmentConfig,
     "study": StudySettings,
 }
+_SEAL = "# written by hpsearch, sha256 "
 NOT_SEARCHABLE = {f"data.{f.name}" for f in fields(DataConfig)} - {"data.size", "data.color"}
 """Settings of the data that every trial must share, so that its scores can be compared: images that are resized are
 scored as a whole, cropped ones on their middle."""
@@ -101,6 +103,11 @@ class StudyConfig:
             del table["search"]
         return tomli_w.dumps(table)
 
+    def to_sealed_toml(self) -> str:
+        """`to_toml` below a line with its checksum, by which `load` knows a file that was torn or edited."""
+        text = self.to_toml()
+        return f"{_SEAL}{sha256_text(text)}\n{text}"
+
     def flat(self) -> dict[str, Any]:
         """Every setting by its full name (`unet.depth`), without the search space."""
         return {
@@ -119,7 +126,9 @@ def load(path: Path | None, overrides: Iterable[str] = ()) -> StudyConfig:
     table: dict[str, Any] = {}
     if path is not None:
         try:
-            table = tomllib.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            _check_sealed(text, path)
+            table = tomllib.loads(text)
         except FileNotFoundError as error:
             raise ConfigError(f"{path} does not exist") from error
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -132,6 +141,18 @@ def load(path: Path | None, overrides: Iterable[str] = ()) -> StudyConfig:
             # The file is good: what is wrong was given on the command line.
             raise
         raise ConfigError(f"{path}: {error}") from error
+
+
+def _check_sealed(text: str, path: Path) -> None:
+    first, _, rest = text.partition("\n")
+    is_sealed = first.startswith(_SEAL)
+    if is_sealed and first.removeprefix(_SEAL) != sha256_text(rest):
+        raise ConfigError(
+            f"{path} was changed since hpsearch wrote it: put it back from a copy, or, if the change is meant, "
+            "remove its first line"
+        )
+    if not is_sealed and not text.strip():
+        raise ConfigError(f"{path} is empty")
 
 
 def _is_valid(table: Mapping[str, Any]) -> bool:

@@ -11,6 +11,7 @@
     ├── StudyError              a study that is not there or cannot go on as asked
     │   ├── StudyChangedError   fixed settings differ from those the study was begun with
     │   ├── StudyLockedError    another process holds the study
+    │   ├── StoppedError        asked to stop before there was anything to keep
     │   └── RecordError         the study folder is damaged
     ├── ExportError             a model that cannot be handed on, or would compute something else elsewhere
     ├── TrackingError           MLflow refuses or cannot be reached
@@ -68,6 +69,15 @@ class StudyChangedError(StudyError):
 
 class StudyLockedError(StudyError):
     """Another process holds the study."""
+
+
+class StoppedError(StudyError):
+    """Asked to stop before there was anything to keep."""
+
+    def __init__(self, text: str, signal: int) -> None:
+        super().__init__(text)
+        self.signal = signal
+        """Number of the signal that asked, 0 if none did."""
 
 
 class RecordError(StudyError):

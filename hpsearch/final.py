@@ -103,7 +103,8 @@ def run_final(
     Raises StudyError if there is no such study or trial, DatasetError for data that cannot be used.
     """
     record = study_record(project, name)
-    with lock.hold(record.paths), log_file(record.paths.log):
+    with paths.refusals_named(record.paths.root), lock.hold(record.paths), log_file(record.paths.log):
+        record.verify()
         chosen = _choose(record, trial)
         config = chosen.study_config
         folder = record.paths.final(f"trial-{chosen.number:04d}")
@@ -131,7 +132,8 @@ def run_final(
             shutil.rmtree(folder.masks, ignore_errors=True)
             do(workers, _official_job(folder, config.data, cache_root(project, config), test))
         result = _evaluate(record, chosen, folder, n_seeds, pool, test)
-        shutil.copyfile(folder.seed(0).weights, folder.model)
+        with paths.atomic_write(folder.model) as temporary:
+            shutil.copyfile(folder.seed(0).weights, temporary)
         _write_table(folder, n_seeds, test)
         folder.submission.unlink(missing_ok=True)
         if submission:

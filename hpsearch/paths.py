@@ -25,6 +25,7 @@ OUT/
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -38,6 +39,14 @@ from typing import Any
 from hpsearch.errors import ConfigError, RecordError, StorageError
 
 _STUDY_NAME = re.compile(r"[^\W_][\w .+-]{0,79}")
+
+
+_CHECKSUM = "sha256"
+"""Key of the checksum in a JSON table."""
+_REFUSALS = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.ESTALE}
+)
+"""What a disk, or whoever keeps it, answers to who wants to write."""
 
 
 def check_study_name(name: str) -> str:
@@ -361,18 +370,33 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, whole or not at all. NaN and infinity are refused: they are not JSON."""
+    """Write `value` as indented JSON, whole or not at all. NaN and infinity are refused: they are not JSON.
+
+    A table gets a checksum, which `read_json` looks at and takes off.
+    """
+    if isinstance(value, dict):
+        value = {**value, _CHECKSUM: _checksum(json.loads(json.dumps(value, allow_nan=False)))}
     write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """The JSON value in `path`. RecordError, naming the file, if it is damaged or missing."""
+    """The JSON value in `path`. RecordError, naming the file, if it is damaged, edited or missing."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RecordError(f"{path} is missing") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise RecordError(f"{path} is damaged: {error}") from error
+    except OSError as error:
+        raise RecordError(f"{path} cannot be read: {error.strerror or error}") from error
+    if isinstance(value, dict) and _CHECKSUM in value and value.pop(_CHECKSUM) != _checksum(value):
+        raise RecordError(f"{path} was changed since it was written: put it back from a copy")
+    return value
+
+
+def sha256_text(text: str) -> str:
+    """SHA-256 of the UTF-8 of `text`, in hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def append_line(path: Path, line: str) -> None:
@@ -389,18 +413,35 @@ def append_line(path: Path, line: str) -> None:
 def remove_stale_temporaries(folder: Path) -> None:
     """Remove what `atomic_write` left below `folder` when its process was killed. Call it while holding the study."""
     for path in folder.rglob(".*.tmp"):
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()
 
 
 def storage_error(path: Path, error: OSError) -> StorageError:
-    """One line that says which file, why, and how much room is left."""
+    """One line that says which file, why, how much room is left, and what to do."""
     reason = os.strerror(error.errno) if error.errno else str(error)
-    text = f"cannot write {path}: {reason}"
+    try:
+        room = f"{free_bytes(path) / 2**20:.0f} MiB free there"
+    except OSError:
+        room = "how much is free there cannot be found out"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        text += f" ({free_bytes(path) / 2**20:.0f} MiB free there); make room and run the same command again"
+        advice = "make room and run the same command again"
     elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        text += "; choose another folder with --out, or give yourself the right to write there"
-    return StorageError(text)
+        advice = "choose another folder with --out, or give yourself the right to write there"
+    else:
+        advice = "see to the disk and run the same command again"
+    return StorageError(f"cannot write {path}: {reason} ({room}); {advice}")
+
+
+@contextmanager
+def refusals_named(folder: Path) -> Iterator[None]:
+    """Turn what a disk refuses in the block into a StorageError that names the file, or else `folder`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        raise storage_error(Path(os.fsdecode(error.filename or folder)), error) from error
 
 
 def free_bytes(path: Path) -> int:
@@ -409,6 +450,10 @@ def free_bytes(path: Path) -> int:
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return shutil.disk_usage(folder).free
+
+
+def _checksum(table: dict[str, Any]) -> str:
+    return sha256_text(json.dumps(table, sort_keys=True))
 
 
 def _sync_folder(folder: Path) -> None:

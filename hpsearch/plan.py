@@ -18,7 +18,7 @@ from hpsearch.config import StudyConfig
 from hpsearch.data.config import DataConfig
 from hpsearch.errors import ConfigError
 from hpsearch.models.memory import training_memory
-from hpsearch.models.shapes import training_flops, why_impossible
+from hpsearch.models.shapes import n_parameters, training_flops, why_impossible
 from hpsearch.tuning.config import Choice, Range
 from hpsearch.tuning.workers import WorkerSettings
 
@@ -128,6 +128,20 @@ def predicted_bytes(config: StudyConfig, plan: ExecutionPlan) -> int:
         momentum=config.train.momentum,
         device="cuda" if plan.device == "cuda" else "cpu",
     ).total
+
+
+def disk_bytes(config: StudyConfig, n_folds: int, n_workers: int) -> int:
+    """Most that the weights and checkpoints of a study take at one time, for the largest network of the space.
+
+    Weights and best weights stay for two trials and are there for the one that runs; each worker has two checkpoints
+    and writes a third.
+    """
+    slots = 2 if config.train.optimizer == "adamw" else 1
+    largest = max(
+        4 * n_parameters(candidate.unet, candidate.data.n_channels)
+        for candidate in (config.with_params({}), *sample_space(config, 64))
+    )
+    return largest * (3 * 2 * n_folds + 3 * n_workers * (1 + slots))
 
 
 def image_flops(config: StudyConfig) -> int:

@@ -121,7 +121,7 @@ def is_metric(key: str) -> bool:
 
 def notes(tags: Mapping[str, str]) -> dict[str, str]:
     """Of the tags of a run those that people have put there."""
-    ours = ("outcome", "reason", "source", "seed", "device", "processor", "precision", "threads")
+    ours = ("outcome", "reason", "source", "seed", "device", "processor", "precision", "threads", "micro_batch")
     return {
         key: value
         for key, value in tags.items()
@@ -184,6 +184,8 @@ def trial_run(record: StudyRecord, trial: TrialRecord) -> RunContent:
         **_machine_tags(machine or (record.plan() or {}).get("machine", {})),
         **_reason_and_code(trial.reason, trial.code),
     }
+    if trial.micro_batch is not None:
+        tags["micro_batch"] = str(trial.micro_batch)
     return RunContent(
         key=trial_key(number),
         name=f"trial {number:04d}",
@@ -398,7 +400,7 @@ def _progress(ended: Sequence[TrialRecord], metric: str) -> Iterator[Point]:
     for step, trial in enumerate(ended, start=1):
         counts[str(trial.outcome)] += 1
         at = _ms(trial.ended_at or 0)
-        if trial.outcome == "full" and trial.value is not None:
+        if trial.can_win and trial.value is not None:
             best = trial.value if best is None else max(best, trial.value)
         if best is not None:
             yield Point(f"study/best_{metric}", best, step, at)

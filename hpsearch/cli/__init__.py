@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from hpsearch import __version__
-from hpsearch.errors import HpsearchError
+from hpsearch.errors import HpsearchError, StoppedError
 
 COMMANDS = {
     "study": "Search for the best configuration; run again to continue.",
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(error.exit_code)
     except HpsearchError as error:
         click.echo(f"hpsearch: {error}", err=True)
-        sys.exit(1)
+        sys.exit(128 + error.signal if isinstance(error, StoppedError) and error.signal else 1)
     except BrokenPipeError:
         # `hpsearch status | head`: nobody reads on, which is no fault.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

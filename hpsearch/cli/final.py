@@ -63,7 +63,7 @@ def command(
         console.print(Text(f"{line} in training, {row['images_per_s']:.0f} images/s"))
         return not stop.is_requested
 
-    with stop_on_signals(stop, lambda text: console.print(Text(text))):
+    with stop_on_signals(stop):
         result = run_final(
             project,
             study_name,

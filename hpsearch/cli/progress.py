@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
 import time
@@ -159,13 +160,15 @@ class StudyProgress:
             self._print(f"  {command_line('report', self._name, self._project)}")
 
     def _best(self) -> TrialRecord | None:
-        full = [trial for trial in self._trials.values() if trial.outcome == "full" and trial.value is not None]
+        full = [trial for trial in self._trials.values() if trial.can_win]
         return max(full, key=lambda trial: (trial.value or 0.0, -trial.number)) if full else None
 
     def _print(self, text: str) -> None:
-        # Text, not markup: names and reasons may hold brackets.
-        self._console.print(Text(text))
-        sys.stdout.flush()
+        # The study does not end with its terminal, or with whoever read its output: all is in its log too.
+        with contextlib.suppress(OSError):
+            # Text, not markup: names and reasons may hold brackets.
+            self._console.print(Text(text))
+            sys.stdout.flush()
 
     def _render(self) -> Group:
         if self._images is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 from typing import Any
 
@@ -44,6 +46,11 @@ FOLDS = _Folds()
 )
 @click.option("--groups", metavar="FILE.csv", help="Patient or lesion of each image; a group stays in one fold.")
 @click.option("--group-duplicates", is_flag=True, help="Keep near-duplicate images in one fold.")
+@click.option(
+    "--allow-microbatch",
+    is_flag=True,
+    help="Train by parts of batches what does not fit the memory, also with batch normalisation: never the best.",
+)
 @device_option
 @click.option("--workers", type=click.IntRange(min=1), help="Worker processes (default: one a GPU, one on the CPU).")
 @click.option(
@@ -81,7 +88,7 @@ def command(
     stop = Stop()
     with (
         StudyProgress(name, project, is_tracked=tracking != "none") as progress,
-        stop_on_signals(stop, progress.said),
+        stop_on_signals(stop),
     ):
         summary = run_study(
             project,
@@ -101,14 +108,15 @@ def command(
 class stop_on_signals:  # noqa: N801 - reads as the statement it is used in
     """Turn SIGINT, SIGTERM and SIGHUP into requests to stop, for the block."""
 
-    def __init__(self, stop: Any, say: Any) -> None:
+    def __init__(self, stop: Any) -> None:
         self._stop = stop
-        self._say = say
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            self._before[number] = signal.signal(number, self._hear)
+            # Under `nohup` the end of the terminal is ignored, and shall stay so.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._hear)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
@@ -118,7 +126,7 @@ class stop_on_signals:  # noqa: N801 - reads as the statement it is used in
         # A scheduler that sends SIGTERM kills soon after: what is on disk is at most an epoch behind.
         at_once = number != signal.SIGINT
         self._stop.request(number, at_once=at_once)
-        if self._stop.is_urgent:
-            self._say("stopping now")
-        else:
-            self._say("stopping after this epoch; press Ctrl-C again to stop now")
+        text = "stopping now" if self._stop.is_urgent else "stopping after this epoch; press Ctrl-C again to stop now"
+        # The program was interrupted anywhere, perhaps while it prints, and the terminal may be gone: no print here.
+        with contextlib.suppress(OSError):
+            os.write(2, f"\n{text}\n".encode())

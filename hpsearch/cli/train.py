@@ -51,7 +51,7 @@ def command(
     stop = Stop()
     with (
         StudyProgress(name, project, is_tracked=tracking != "none") as progress,
-        stop_on_signals(stop, progress.said),
+        stop_on_signals(stop),
     ):
         summary = run_study(
             project,

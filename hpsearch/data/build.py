@@ -26,6 +26,7 @@ from hpsearch.data.cache import (
     image_file,
     memmap_files,
     npy_header,
+    open_cache,
 )
 from hpsearch.data.decoding import Damage, Decoders, Facts, Pixels
 from hpsearch.data.layouts import Problem, Sample
@@ -71,6 +72,24 @@ def build_cache(
     except OSError as error:
         raise storage_error(folder, error) from error
     return folder
+
+
+def is_damaged(folder: Path) -> bool:
+    """Whether pixels in the cache are not those that were decoded: all of it is read, which training does anyway."""
+    try:
+        cache = open_cache(folder) if Index.read(folder).kind in ("memmap", "files") else None
+        return cache is not None and bool(cache.damaged())
+    except CacheError:
+        return True
+
+
+def discard_cache(folder: Path) -> None:
+    """Remove a cache, so that the next who asks for it builds it."""
+    try:
+        with _alone(folder):
+            shutil.rmtree(folder)
+    except OSError as error:
+        raise storage_error(folder, error) from error
 
 
 def _choose_kind(key: str, n_bytes: int, cache_root: Path) -> Kind:

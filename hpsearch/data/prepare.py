@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from hpsearch.data.build import Progress, build_cache
+from hpsearch.data.build import Progress, build_cache, discard_cache, is_damaged
 from hpsearch.data.cache import Index, Preparation, cache_key, open_cache
 from hpsearch.data.config import DataConfig
 from hpsearch.data.decoding import subprocess_environment
@@ -166,6 +166,10 @@ def _prepare(
     # Everything is decoded before anything is refused, so that one message can report all of it; with --exclude-bad
     # the next start finds this cache.
     folder = build_cache(wanted.samples, wanted.preparation, config.cache, cache_root, progress=progress)
+    if is_damaged(folder):
+        logger.warning("%s is damaged; it is built again", folder)
+        discard_cache(folder)
+        folder = build_cache(wanted.samples, wanted.preparation, config.cache, cache_root, progress=progress)
     index = Index.read(folder)
     problems = [*wanted.problems, *index.problems]
     if problems and not config.exclude_bad:

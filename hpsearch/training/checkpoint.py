@@ -120,6 +120,7 @@ def save_weights(path: Path, model: UNet, info: WeightsInfo) -> None:
         "size": list(info.size),
         "extra": dict(info.extra),
     }
+    table["sha256"] = _checksum(table, tensors)
     # One key: safetensors writes several in an order that differs from process to process.
     content = safetensors.torch.save(tensors, {"hpsearch": json.dumps(table, sort_keys=True)})
     with paths.atomic_write(path) as temporary:
@@ -144,7 +145,10 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[UNet, 
     if text is None:
         raise CheckpointError(f"{path} holds weights, but not those of hpsearch: they do not say of which network")
     try:
-        info = _parse_info(json.loads(text))
+        table = json.loads(text)
+        if "sha256" in table and table.pop("sha256") != _checksum(table, tensors):
+            raise CheckpointError(f"{path} was changed since it was written: its checksum is wrong")
+        info = _parse_info(table)
     except (KeyError, TypeError, ValueError, ConfigError) as error:
         raise CheckpointError(f"{path} says wrong things about its network: {error}") from error
     model = UNet(info.model, info.in_channels)
@@ -171,6 +175,14 @@ def _encode(state: Mapping[str, Any]) -> bytes:
     torch.save({"format": FORMAT, **state}, buffer)
     payload = buffer.getvalue()
     return _MAGIC + hashlib.sha256(payload).digest() + payload
+
+
+def _checksum(table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of what a weights file says, and of its tensors by name, in hexadecimal."""
+    hashed = hashlib.sha256(json.dumps(table, sort_keys=True).encode())
+    for name in sorted(tensors):
+        hashed.update(name.encode() + tensors[name].flatten().view(torch.uint8).numpy().tobytes())
+    return hashed.hexdigest()
 
 
 def _parse_info(table: Any) -> WeightsInfo:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
+import io
 import logging
 import math
 import time
@@ -37,6 +37,7 @@ from hpsearch.training.losses import Loss, loss_function
 from hpsearch.training.metrics import SCORES, PixelCounts, count_pixels
 from hpsearch.training.rows import EpochRow as EpochRow
 from hpsearch.training.rows import Scores as Scores
+from hpsearch.training.rows import read_lines, to_line
 from hpsearch.training.schedule import lr_factor, make_optimizer, set_lr_
 
 logger = logging.getLogger(__name__)
@@ -227,11 +228,13 @@ def finish_fit(
     size: tuple[int, int],
     runtime: Runtime,
     extra: dict[str, Any] | None = None,
+    micro_batch: int | None = None,
 ) -> dict[str, Any]:
     """Write what stays of a fit, fit.json last, and remove its checkpoints; give what fit.json holds.
 
     weights.safetensors, scores.npy, counts.npy and examples.npz hold nothing of time or process: killed at any point,
-    doing it again from last.pt writes the same bytes. `extra` goes into the weights' own description.
+    doing it again from last.pt writes the same bytes. `extra` goes into the weights' own description; fit.json keeps
+    `micro_batch` where it changed the result.
     """
     model = result.model
     info = checkpoint.WeightsInfo(
@@ -262,6 +265,7 @@ def finish_fit(
         "epochs": len(rows),
         "value": float(np.mean(result.scores[-1], dtype=np.float64)) if len(held_out_indices) > 0 else None,
         "n_held_out": len(held_out_indices),
+        "micro_batch": None if microbatches_are_exact(model.config) else micro_batch,
         "seconds": train_s + eval_s,
         "train_s": train_s,
         "eval_s": eval_s,
@@ -319,9 +323,12 @@ def save_examples(
 
 
 def save_array(path: Path, array: npt.NDArray[Any]) -> None:
-    """Write one array as .npy, whole or not at all."""
-    with files.atomic_write(path) as temporary, temporary.open("wb") as file:
-        np.save(file, array, allow_pickle=False)
+    """Write one array as .npy, whole or not at all. Behind it, where NumPy does not look, comes its SHA-256."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    content = buffer.getvalue()
+    with files.atomic_write(path) as temporary:
+        temporary.write_bytes(content + hashlib.sha256(content).digest())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -464,7 +471,7 @@ def _fit(
                     paths.best, {"epoch": epoch, "score": progress.best_score(), "model": model.state_dict()}
                 )
             save_array(paths.scores, progress.scores_array())
-            files.append_line(paths.epochs, _line(row))
+            files.append_line(paths.epochs, to_line(row))
         stopped = on_epoch is not None and on_epoch(row, scores) == "stop"
     model.eval()
     return FitResult(
@@ -644,20 +651,19 @@ def _resume_(progress: _Progress, paths: FitPaths, task_digest: str, device: tor
     if progress.rows:
         save_array(paths.scores, progress.scores_array())
     if progress.rows or paths.epochs.exists():
-        files.write_text(paths.epochs, "".join(_line(row) + "\n" for row in progress.rows))
+        files.write_text(paths.epochs, "".join(to_line(row) + "\n" for row in progress.rows))
     return recorded
 
 
 def _recorded_rows(path: Path) -> dict[int, EpochRow]:
     """Rows of epochs.jsonl by epoch; lines that a crash tore or that make no sense are left out."""
     rows: dict[int, EpochRow] = {}
-    if path.is_file():
-        for line in path.read_bytes().split(b"\n"):
-            try:
-                row = EpochRow.from_dict(json.loads(line))
-            except (ValueError, TypeError, KeyError):
-                continue
-            rows.setdefault(row.epoch, row)
+    for table in read_lines(path.read_bytes())[0] if path.is_file() else []:
+        try:
+            row = EpochRow.from_dict(table)
+        except (TypeError, KeyError):
+            continue
+        rows.setdefault(row.epoch, row)
     return rows
 
 
@@ -669,7 +675,3 @@ def _as_recorded(row: EpochRow, recorded: EpochRow | None) -> EpochRow:
         return recorded
     # A device whose sums differ from run to run: what was found now, at the time it was first found.
     return dataclasses.replace(row, time=recorded.time)
-
-
-def _line(row: EpochRow) -> str:
-    return json.dumps(row.to_dict(), allow_nan=False)

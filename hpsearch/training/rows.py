@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -52,3 +54,30 @@ class EpochRow:
                 "held_out": None if held_out is None else Scores(**held_out),
             }
         )
+
+
+def to_line(row: EpochRow) -> str:
+    """The row as a line of epochs.jsonl, with its checksum."""
+    text = json.dumps(row.to_dict(), allow_nan=False)
+    return f'{text[:-1]}, "crc": {zlib.crc32(text.encode())}}}'
+
+
+def read_lines(content: bytes) -> tuple[list[dict[str, Any]], int]:
+    """Tables of the good lines of an epochs.jsonl, in order, without checksums, and how many whole lines are bad.
+
+    A last line without its end was torn by a crash; it counts for nothing.
+    """
+    *lines, _ = content.split(b"\n")
+    tables = [table for line in lines if (table := _read_line(line)) is not None]
+    return tables, len(lines) - len(tables)
+
+
+def _read_line(line: bytes) -> dict[str, Any] | None:
+    try:
+        table = json.loads(line)
+        if not isinstance(table, dict) or "epoch" not in table:
+            return None
+        crc = table.pop("crc", None)
+        return table if crc in (None, zlib.crc32(json.dumps(table).encode())) else None
+    except (ValueError, RecursionError):
+        return None

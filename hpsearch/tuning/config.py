@@ -33,6 +33,9 @@ class StudySettings:
     """Rule that ends a trial early."""
     eval_size: int | tuple[int, int] = 0
     """Size at which scores are computed; 0: `data.size`. Needed where `data.size` is searched."""
+    allow_microbatch: bool = False
+    """Whether a network with batch normalisation that does not fit the memory may be trained by parts of its batches:
+    another network, which can never be the best."""
     confirm: int = 5
     """Configurations that are fitted once more after the search, to rank and to correct; 0: none."""
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from hpsearch.config import StudyConfig, stable_seed
 from hpsearch.errors import StorageError, WorkerError
+from hpsearch.paths import remove_stale_temporaries
 from hpsearch.report.statistics import select_for_confirmation
 from hpsearch.tuning.caches import PoolCaches
 from hpsearch.tuning.listener import Listener
@@ -180,6 +181,12 @@ class Confirmation:
 
     def _hear_failure(self, number: int, fold: int, message: dict[str, Any]) -> None:
         """Once more from the checkpoint, unless this fold has ended its worker too often."""
+        fit = self._record.second_fit(number, fold)
+        remove_stale_temporaries(fit.paths.root)
+        if fit.is_finished:
+            # It died after its result.
+            self._end_if_finished(number)
+            return
         text = message["text"]
         if message.get("is_storage"):
             raise StorageError(text)
@@ -190,11 +197,12 @@ class Confirmation:
         )
         self._listener.said(f"second fit of trial {number}, fold {fold}: worker {text}")
         second = self._open[number]
-        deaths = [*second.failures.get(str(fold), []), text]
+        place = f"after epoch {len(fit.epochs())}: "
+        deaths = [*second.failures.get(str(fold), []), place + text]
         self._open[number] = dataclasses.replace(second, failures={**second.failures, str(fold): deaths})
         self._write(self._open[number])
-        if len(deaths) >= DEATHS_PER_JOB:
-            self._end(number, "failed", f"fold {fold} ended its worker {DEATHS_PER_JOB} times, the last time: {text}")
+        if sum(each.startswith(place) for each in deaths) >= DEATHS_PER_JOB:
+            self._end(number, "failed", f"fold {fold} ended its worker {DEATHS_PER_JOB} times {place}{text}")
 
     def _end_if_finished(self, number: int) -> None:
         if all(self._record.second_fit(number, fold).is_finished for fold in range(self._record.n_folds)):

@@ -24,8 +24,8 @@ from hpsearch.data import folds as fold_making
 from hpsearch.data.cache import open_cache
 from hpsearch.data.folds import Folds
 from hpsearch.data.prepare import Prepared
-from hpsearch.errors import ConfigError, StorageError, StudyChangedError, StudyError, WorkerError
-from hpsearch.paths import ProjectPaths
+from hpsearch.errors import ConfigError, StoppedError, StorageError, StudyChangedError, StudyError, WorkerError
+from hpsearch.paths import FitPaths, ProjectPaths
 from hpsearch.plan import ExecutionPlan
 from hpsearch.tracking import Tracker, TrackingThread
 from hpsearch.tuning import confirmation, lock, pruners
@@ -45,6 +45,8 @@ INFEASIBLE_PER_TRIAL = 10
 SILENCE_FACTOR = 10.0
 SILENCE_MIN_S = 300.0
 """A fit without an epoch for this many times the expected seconds, and at least so long, is taken for hanging."""
+SPARE_BYTES = 16 * 2**20
+"""Room for scores, figures and databases of a study."""
 GRACE_S = 15.0
 """How long a budget waits for the epoch to end before it stops the workers at once."""
 
@@ -105,14 +107,23 @@ def run_study(
     for data that cannot be used, StorageError when the disk refuses, WorkerError when workers cannot start.
     """
     study = project.study(name)
-    listener = listener or Silent()
-    with lock.hold(study), log_file(study.log):
-        paths.remove_stale_temporaries(study.root)
+    listener, stop = listener or Silent(), stop or Stop()
+
+    def check() -> None:
+        if stop.is_requested:
+            raise StoppedError("stopped before the first trial; run the same command again to continue", stop.signal)
+
+    def preparing(done: int, total: int) -> None:
+        check()
+        listener.preparing(done, total)
+
+    with paths.refusals_named(study.root), lock.hold(study), log_file(study.log):
         study.stop_request.unlink(missing_ok=True)
         if study.toml.is_file():
             record = StudyRecord.open(study)
+            record.verify()
             record.update_config(config)
-        caches = PoolCaches(config, cache_root(project, config), progress=listener.preparing)
+        caches = PoolCaches(config, cache_root(project, config), progress=preparing)
         caches.prepare_listed(config)
         prepared = caches.scored
         listener.prepared(prepared)
@@ -125,17 +136,27 @@ def run_study(
         database = StudyDatabase(record, storage or sqlite_url(project.optuna_db))
         database.catch_up()
         with Workers(study.root) as workers:
-            plan = make_plan(record, caches, machine or MachineChoice(), workers)
+            plan = make_plan(record, caches, machine or MachineChoice(), workers, check)
+            _require_space(record, plan)
             workers.become(plan.workers)
             tracking = TrackingThread(tracker, study) if tracker is not None else None
-            coordinator = Coordinator(record, database, plan, caches, listener, tracking, stop or Stop(), hours)
+            coordinator = Coordinator(record, database, plan, caches, listener, tracking, stop, hours)
             listener.planned(record, plan, coordinator.forecast())
             try:
                 coordinator.run(workers)
             finally:
                 workers.close()
-                undelivered = tracking.close() if tracking is not None else 0
+                # Whoever must end at once shall not wait for a server that does not answer.
+                undelivered = tracking.close(5.0 if stop.is_urgent else 30.0) if tracking is not None else 0
+                # Of workers that were ended while they wrote.
+                paths.remove_stale_temporaries(study.root)
         return StudySummary(record, coordinator.n_counted, coordinator.was_stopped, undelivered)
+
+
+def remove_checkpoints(fit: FitPaths) -> None:
+    """Remove what only an unfinished fit needs."""
+    for path in (fit.last, fit.previous):
+        path.unlink(missing_ok=True)
 
 
 def cache_root(project: ProjectPaths, config: StudyConfig) -> Path:
@@ -260,10 +281,12 @@ class Coordinator:
                 self._listener.trial_began(trial)
                 if trial.decisions and trial.decisions[-1]["drop"]:
                     self._open[trial.number].dropped = Verdict(**trial.decisions[-1])
-                self._judge_folds(self._open[trial.number])
-            elif trial.outcome != "full":
+                self._settle(self._open[trial.number])
+            else:
                 # A start that was killed between the record and the clearing left them.
                 self._clear(trial.number)
+            for fold in self._record.finished_folds(trial.number):
+                remove_checkpoints(self._record.paths.trial(trial.number).fold(fold))
 
     def _hand_out(self) -> None:
         for worker in self._workers.idle():
@@ -289,9 +312,13 @@ class Coordinator:
         return None
 
     def _next_fold(self, trial: _OpenTrial) -> int | None:
+        """The first unfinished fold that nobody fits; of a dropped trial only one that lacks no epoch."""
         for fold in range(self._record.n_folds):
             if fold not in trial.fitting and not self._record.fit(trial.record.number, fold).is_finished:
-                return fold
+                dropped = trial.dropped
+                # Dropped after the last epoch of a fold: that fold is finished, also where a death came between.
+                if dropped is None or (dropped.fold, dropped.epoch) == (fold, trial.config.train.epochs):
+                    return fold
         return None
 
     def _ask(self) -> _OpenTrial | None:
@@ -359,17 +386,14 @@ class Coordinator:
             logger.info("trial %d fold %d finished: %s %.4f", number, fold, self._record.config.study.metric, score)
             self._listener.fold_ended(number, fold, score)
             self._wake_tracking()
-            self._judge_folds(trial)
+            self._settle(trial)
         elif event.kind == "stopped":
-            if trial.dropped is not None:
-                self._end_when_idle(trial)
+            self._settle(trial)
         elif event.kind == "diverged":
             reason = f"{event.message['text']} of fold {fold}"
             self._end(trial.record, "diverged", reason=reason, constraint=1.0)
         elif event.kind == "out_of_memory":
             self._end(trial.record, "infeasible", reason=event.message["text"], constraint=1.0)
-        elif trial.dropped is not None:
-            self._end_when_idle(trial)
         else:
             self._hear_failure(trial, fold, event)
 
@@ -400,25 +424,35 @@ class Coordinator:
         if event.message.get("is_known"):
             raise WorkerError(f"trial {trial.record.number}, fold {fold}: {text}")
         number = trial.record.number
+        fit = self._record.fit(number, fold)
+        paths.remove_stale_temporaries(fit.paths.root)
         logger.warning("trial %d fold %d: worker %s\n%s", number, fold, text, event.message.get("traceback", ""))
         self._listener.said(f"trial {number}, fold {fold}: worker {text}")
-        failures = {**trial.record.failures}
-        failures[str(fold)] = [*failures.get(str(fold), []), text]
-        trial.record = dataclasses.replace(trial.record, failures=failures)
+        # Deaths that an epoch was won in between are the machine's fault, not the configuration's.
+        place = f"after epoch {len(fit.epochs())}: "
+        died = [*trial.record.failures.get(str(fold), []), place + text]
+        trial.record = dataclasses.replace(trial.record, failures={**trial.record.failures, str(fold): died})
         self._write(trial.record)
-        if len(failures[str(fold)]) >= DEATHS_PER_JOB:
-            reason = f"fold {fold} ended its worker {DEATHS_PER_JOB} times, the last time: {text}"
+        if fit.is_finished or trial.dropped is not None:
+            self._settle(trial)
+        elif sum(each.startswith(place) for each in died) >= DEATHS_PER_JOB:
+            reason = f"fold {fold} ended its worker {DEATHS_PER_JOB} times {place}{text}"
             self._end(trial.record, "failed", reason=reason)
             ended = [t for t in self._trials.values() if t.outcome in COUNTED]
             if len(ended) >= 3 and all(t.outcome == "failed" for t in ended):
                 raise WorkerError(f"every trial so far failed; {reason}")
 
-    def _judge_folds(self, trial: _OpenTrial) -> None:
-        """After a fold, or after a restart: end the trial if nothing of it is left to do."""
+    def _settle(self, trial: _OpenTrial) -> None:
+        """When a fit ended, however, or after a restart: end the trial if nothing of it is left to do."""
         number = trial.record.number
         if trial.dropped is not None:
-            self._end_when_idle(trial)
+            if not trial.fitting and self._next_fold(trial) is None:
+                self._end(trial.record, "dropped", value=trial.dropped.estimate, reason=trial.dropped.reason)
         elif len(self._record.finished_folds(number)) == self._record.n_folds:
+            summaries = [self._record.fit(number, fold).summary() or {} for fold in range(self._record.n_folds)]
+            parts = [summary["micro_batch"] for summary in summaries if summary.get("micro_batch")]
+            if parts:
+                trial.record = dataclasses.replace(trial.record, micro_batch=min(parts))
             self._end(trial.record, "full", value=self._record.value(number))
 
     def _judge(self, trial: _OpenTrial) -> None:
@@ -434,10 +468,6 @@ class Coordinator:
         self._write(trial.record)
         if verdict.drop:
             trial.dropped = verdict
-
-    def _end_when_idle(self, trial: _OpenTrial) -> None:
-        if not trial.fitting and trial.dropped is not None:
-            self._end(trial.record, "dropped", value=trial.dropped.estimate, reason=trial.dropped.reason)
 
     def _end(
         self,
@@ -465,13 +495,14 @@ class Coordinator:
 
     def _clear(self, number: int) -> None:
         """Remove checkpoints of ended trials; weights stay for the two best full trials only."""
-        full = [trial for trial in self._trials.values() if trial.outcome == "full" and trial.value is not None]
+        full = [trial for trial in self._trials.values() if trial.can_win]
         full.sort(key=lambda trial: (-(trial.value or 0.0), trial.number))
         kept = {trial.number for trial in full[:2]}
         for each in {number, *(trial.number for trial in full[2:4])} - kept:
             for fold in range(self._record.n_folds):
                 fit = self._record.paths.trial(each).fold(fold)
-                for path in (fit.weights, fit.best, fit.last, fit.previous):
+                remove_checkpoints(fit)
+                for path in (fit.weights, fit.best):
                     path.unlink(missing_ok=True)
 
     def _trial_scores(self, number: int) -> TrialScores:
@@ -489,7 +520,8 @@ class Coordinator:
     def _ended_scores(self) -> list[TrialScores]:
         """Those of the ended trials, by number; read once, so that what a pruner works out about them can be kept."""
         for trial in self._trials.values():
-            if trial.outcome in ("full", "dropped") and trial.number not in self._scores:
+            may_count = trial.can_win or trial.outcome == "dropped"
+            if may_count and trial.number not in self._scores:
                 self._scores[trial.number] = self._trial_scores(trial.number)
         return [self._scores[number] for number in sorted(self._scores)]
 
@@ -578,10 +610,37 @@ def _fix_folds(record: StudyRecord, prepared: Prepared, caches: Path) -> None:
     record.write_folds(folds, prepared.key)
 
 
+def _require_space(record: StudyRecord, plan: ExecutionPlan) -> None:
+    """StorageError if the disk has less room than the rest of the study will need: better now than in the night."""
+    root, settings = record.paths.root, record.config.study
+    needed = plans.disk_bytes(record.config, record.n_folds, len(plan.workers)) + SPARE_BYTES
+    there = sum(
+        path.stat().st_size for path in root.glob("trials/*/fold*/*.*") if path.suffix in (".pt", ".safetensors")
+    )
+    n_open = settings.trials - sum(trial.outcome in COUNTED for trial in record.trials())
+    free = paths.free_bytes(root)
+    if n_open > 0 and free < needed - there:
+        raise StorageError(
+            f"{root} has {free / 2**20:.0f} MiB free, the study may need {(needed - there) / 2**20:.0f} MiB more for "
+            "weights and checkpoints: make room, or choose another folder with --out"
+        )
+
+
+class _Quiet(logging.FileHandler):
+    """A log that a full disk keeps short: what matters is written elsewhere, and complains itself."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        pass
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 @contextlib.contextmanager
 def log_file(path: Path) -> Iterator[None]:
     """One line per event of hpsearch in `path`, appended, for the time of the block."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _Quiet(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     root = logging.getLogger("hpsearch")
     level = root.level

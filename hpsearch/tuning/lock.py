@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import filelock
 
@@ -25,17 +25,22 @@ def hold(study: StudyPaths) -> Iterator[None]:
     try:
         study.root.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(study.lock)
-        lock.acquire(timeout=0)
+        # Whoever only asks whether it is held holds it for an instant.
+        lock.acquire(timeout=1)
     except filelock.Timeout as error:
         raise StudyLockedError(f"study {study.name!r} is being run by {describe_holder(study)}") from error
     except OSError as error:
         raise paths.storage_error(study.lock, error) from error
     try:
+        # What the holder before left that was killed.
+        paths.remove_stale_temporaries(study.root)
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
         paths.write_json(study.holder, holder)
         yield
     finally:
-        study.holder.unlink(missing_ok=True)
+        # A lock that is free tells the same as a file that is gone.
+        with suppress(OSError):
+            study.holder.unlink(missing_ok=True)
         lock.release()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from hpsearch import plan as plans
@@ -27,16 +28,23 @@ class MachineChoice:
     """Threads a worker; 0: all cores, shared among the workers."""
 
 
-def make_plan(record: StudyRecord, caches: PoolCaches, choice: MachineChoice, workers: Workers) -> ExecutionPlan:
-    """The stored plan, or one that is measured now; what the user asks for explicitly overrides either."""
-    stored = record.plan()
-    if stored is not None:
-        try:
-            plan = ExecutionPlan.from_dict(stored)
-        except (KeyError, TypeError, ValueError) as error:
-            raise RecordError(
-                f"{record.paths.plan} is damaged ({error}): delete it, and it is measured anew"
-            ) from error
+def make_plan(
+    record: StudyRecord,
+    caches: PoolCaches,
+    choice: MachineChoice,
+    workers: Workers,
+    check: Callable[[], None] = lambda: None,
+) -> ExecutionPlan:
+    """The stored plan, or one that is measured now; what the user asks for explicitly overrides either.
+
+    `check` is called again and again meanwhile, and ends it by raising.
+    """
+    try:
+        stored = record.plan()
+        plan = ExecutionPlan.from_dict(stored) if stored is not None else None
+    except (RecordError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RecordError(f"{record.paths.plan} is damaged ({error}): delete it, and it is measured anew") from error
+    if plan is not None:
         wanted = choice.device.partition(":")[0]
         if wanted not in ("auto", plan.device):
             logger.info("the study moves from %s to %s", plan.device, wanted)
@@ -47,12 +55,14 @@ def make_plan(record: StudyRecord, caches: PoolCaches, choice: MachineChoice, wo
             plan = dataclasses.replace(plan, workers=settings)
             record.write_plan(plan.to_dict())
             return plan
-    plan = _measure_plan(record, caches, choice, workers)
+    plan = _measure_plan(record, caches, choice, workers, check)
     record.write_plan(plan.to_dict())
     return plan
 
 
-def _measure_plan(record: StudyRecord, caches: PoolCaches, choice: MachineChoice, workers: Workers) -> ExecutionPlan:
+def _measure_plan(
+    record: StudyRecord, caches: PoolCaches, choice: MachineChoice, workers: Workers, check: Callable[[], None]
+) -> ExecutionPlan:
     threads = choice.threads or max(1, plans.available_cores() // max(1, choice.n_workers))
     # The worker that measures is the first of those that train: it has torch loaded and the images open.
     workers.become([WorkerSettings(choice.device, threads)])
@@ -63,7 +73,7 @@ def _measure_plan(record: StudyRecord, caches: PoolCaches, choice: MachineChoice
             {"config": config.to_dict(), **caches.job(config)} for config in plans.measured_configs(record.config)
         ],
     }
-    message = do(workers, job)
+    message = do(workers, job, check=check)
     assert message is not None
     device = message["device"]
     settings = _share_out(choice.device if ":" in choice.device else device, choice, message["n_devices"])

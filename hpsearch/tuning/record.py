@@ -7,7 +7,8 @@ alone, so a tracking thread, a report and another process all see the same study
 from __future__ import annotations
 
 import dataclasses
-import json
+import hashlib
+import io
 import logging
 import os
 import subprocess
@@ -28,6 +29,7 @@ from hpsearch.config import StudyConfig
 from hpsearch.data.folds import Folds
 from hpsearch.errors import ConfigError, RecordError, StudyChangedError, StudyError
 from hpsearch.paths import FitPaths, ProjectPaths, StudyPaths
+from hpsearch.training.rows import read_lines
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +63,14 @@ class TrialRecord:
     """Every verdict of the pruner, in order."""
     failures: dict[str, list[str]] = field(default_factory=dict)
     """Fold to what its worker died of, one line per death."""
+    micro_batch: int | None = None
+    """Images at once where memory forced parts of batches and that changed the result: such a trial never wins."""
     code: str = ""
     """What began it, as `code_version` gives it."""
+
+    @property
+    def can_win(self) -> bool:
+        return self.outcome == "full" and self.micro_batch is None
 
     @property
     def study_config(self) -> StudyConfig:
@@ -109,17 +117,16 @@ class FitRecord:
     paths: FitPaths
 
     def epochs(self) -> list[dict[str, Any]]:
-        """Rows of epochs.jsonl in order; a line torn by a crash is left out."""
-        if not self.paths.epochs.is_file():
-            return []
-        rows = []
-        for line in self.paths.epochs.read_bytes().split(b"\n"):
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict) and "epoch" in row:
-                rows.append(row)
+        """Rows of epochs.jsonl in order; a line torn by a crash is left out.
+
+        RecordError if an epoch of a finished fit is missing. What is damaged in an unfinished one, its worker mends.
+        """
+        rows = read_lines(self.paths.epochs.read_bytes())[0] if self.paths.epochs.is_file() else []
+        summary = self.summary()
+        if summary is not None and len(rows) != summary["epochs"]:
+            raise RecordError(
+                f"{self.paths.epochs} is damaged: {len(rows)} of {summary['epochs']} epochs can be read"
+            )
         return rows
 
     def summary(self) -> dict[str, Any] | None:
@@ -137,6 +144,15 @@ class FitRecord:
         if not self.paths.scores.is_file():
             return np.zeros((0, 0), np.float32)
         return cast("npt.NDArray[np.float32]", load_array(self.paths.scores, ndim=2))
+
+    def verify(self) -> None:
+        """Read everything that is kept of a fit that nobody works on; RecordError names what is damaged."""
+        self.scores()
+        if self.is_finished:
+            self.epochs()
+            self.counts()
+        elif self.paths.epochs.is_file() and (n_bad := read_lines(self.paths.epochs.read_bytes())[1]):
+            raise RecordError(f"{self.paths.epochs} is damaged: {n_bad} lines cannot be read")
 
     def counts(self) -> npt.NDArray[np.int64]:
         """tp, fp, fn, tn of every held-out image after the last epoch, (held-out images, 4)."""
@@ -165,7 +181,7 @@ class StudyRecord:
     @classmethod
     def create(cls, study: StudyPaths, config: StudyConfig) -> StudyRecord:
         """Begin a study: its settings are written before anything else."""
-        paths.write_text(study.toml, config.to_toml())
+        paths.write_text(study.toml, config.to_sealed_toml())
         return cls(study, config)
 
     @property
@@ -212,7 +228,7 @@ class StudyRecord:
                 "give it the old ones, or begin another with --study NAME"
             )
         if config != self.config:
-            paths.write_text(self.paths.toml, config.to_toml())
+            paths.write_text(self.paths.toml, config.to_sealed_toml())
             self.config = config
 
     def plan(self) -> dict[str, Any] | None:
@@ -289,9 +305,25 @@ class StudyRecord:
             raise RecordError(f"trial {trial} of study {self.name!r} has no score for some images")
         return float(np.mean(scores[held_out]))
 
+    def verify(self) -> None:
+        """Read all of the ended trials; RecordError names what is damaged, before anything is concluded from it."""
+        for trial in self.trials():
+            if trial.outcome is None:
+                continue
+            second = self.second(trial.number)
+            for fold in range(self.n_folds):
+                self.fit(trial.number, fold).verify()
+                if second is not None and second.outcome is not None:
+                    self.second_fit(trial.number, fold).verify()
+            if trial.outcome == "full" and self.value(trial.number) != trial.value:
+                raise RecordError(
+                    f"the scores in {self.paths.trial(trial.number).root} are not those of the value on record, "
+                    f"{trial.value}: put them back from a copy"
+                )
+
     def full_trials(self) -> list[TrialRecord]:
-        """Trials that were evaluated on all folds: the only ones that can win."""
-        return [trial for trial in self.trials() if trial.outcome == "full"]
+        """Trials that were evaluated on all folds, as they were suggested: the only ones that can win."""
+        return [trial for trial in self.trials() if trial.can_win]
 
     def shortlist(self) -> Shortlist | None:
         """The configurations that are, or were, fitted once more; None before the first were chosen."""
@@ -426,11 +458,19 @@ def now() -> float:
 def load_array(path: Path, *, ndim: int) -> npt.NDArray[Any]:
     """The numbers in a .npy file. RecordError, naming it, if it is missing, damaged, or of another dimension."""
     try:
-        array = np.load(path, allow_pickle=False)
+        content = path.read_bytes()
+        file = io.BytesIO(content)
+        array = np.lib.format.read_array(file, allow_pickle=False)
     except FileNotFoundError as error:
         raise RecordError(f"{path} is missing") from error
-    except (ValueError, OSError, EOFError) as error:
+    except OSError as error:
+        raise RecordError(f"{path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:
+        # A damaged head of the file can say anything, and NumPy's reader fails in as many ways.
         raise RecordError(f"{path} is damaged: {error}") from error
+    checksum = content[file.tell() :]
+    if checksum not in (b"", hashlib.sha256(content[: file.tell()]).digest()):
+        raise RecordError(f"{path} was changed since it was written: its checksum is wrong")
     if array.ndim != ndim or array.dtype.kind not in "fi" or not np.isfinite(array).all():
         raise RecordError(f"{path} is damaged: it holds a {array.dtype} array of shape {array.shape}, or NaN")
-    return cast("npt.NDArray[Any]", array)
+    return array

@@ -5,7 +5,10 @@ from __future__ import annotations
 import datetime as dt
 import json
 import logging
+import sqlite3
 import warnings
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,10 @@ import sqlalchemy
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
-from sqlalchemy.exc import DatabaseError
+from sqlalchemy.exc import SQLAlchemyError
 
-from hpsearch.errors import RecordError, StudyError
+from hpsearch import paths
+from hpsearch.errors import RecordError, StorageError, StudyError
 from hpsearch.tuning.record import StudyRecord, TrialRecord
 from hpsearch.tuning.search_space import decode, default_params, distributions, encode, make_sampler, suggest
 
@@ -31,6 +35,10 @@ _STATES = {
 }
 
 
+_REFUSALS = ("disk is full", "disk I/O error", "readonly database", "unable to open", "is locked")
+"""What SQLite says where the disk, and not the file, is at fault."""
+
+
 class StudyDatabase:
     """Asks and tells one study. The record decides; this follows, and says so where the two disagree."""
 
@@ -40,33 +48,27 @@ class StudyDatabase:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._record = record
         self._space = record.config.search
+        self._url = url
         sampler = make_sampler(record.config, {0: default_params(record.config)})
-        try:
-            with _quiet():
-                self._study = optuna.create_study(
-                    storage=_storage(url),
-                    study_name=record.name,
-                    direction="maximize",
-                    sampler=sampler,
-                    load_if_exists=True,
-                )
-        except (DatabaseError, RuntimeError, optuna.exceptions.StorageInternalError) as error:
-            shown = sqlalchemy.make_url(url).render_as_string(hide_password=True)
-            reason = str(getattr(error, "orig", None) or error).splitlines()[0]
-            raise StudyError(
-                f"Optuna cannot use {shown}: {reason}. If the file is damaged, move it away and run the same command "
-                "again: it is rebuilt from the study folder"
-            ) from error
+        with self._errors_named(RuntimeError, sqlite3.Error), _quiet():
+            _check_sound(url)
+            self._study = optuna.create_study(
+                storage=_storage(url),
+                study_name=record.name,
+                direction="maximize",
+                sampler=sampler,
+                load_if_exists=True,
+            )
 
     def ask(self) -> tuple[int, dict[str, Any]]:
         """Number and params of a new trial. The suggestion depends on the database and the number alone."""
-        with _quiet():
+        with self._errors_named(), _quiet():
             trial = self._study.ask()
             return trial.number, suggest(trial, self._space)
 
     def adopt(self, number: int) -> dict[str, Any]:
         """Params of a trial that was found RUNNING; those that a crash left out are suggested again."""
-        with _quiet():
+        with self._errors_named(), _quiet():
             return suggest(self.trial(number), self._space)
 
     def trial(self, number: int) -> Trial:
@@ -75,7 +77,7 @@ class StudyDatabase:
 
     def running(self) -> list[int]:
         """Numbers of the trials that Optuna takes for running, ascending."""
-        return [trial.number for trial in self._study.get_trials(deepcopy=False) if trial.state == TrialState.RUNNING]
+        return [trial.number for trial in self._all() if trial.state == TrialState.RUNNING]
 
     def tell(self, record: TrialRecord) -> None:
         """Tell a trial's outcome; telling it again changes nothing."""
@@ -84,15 +86,15 @@ class StudyDatabase:
         trial = self.trial(record.number)
         if self._frozen(record.number).state.is_finished():
             return
-        trial.set_user_attr("outcome", record.outcome)
-        if record.reason:
-            trial.set_user_attr("reason", record.reason)
-        if record.decisions:
-            trial.set_user_attr("decisions", json.dumps(record.decisions[-1]))
-        if record.constraint > 0 and not trial.constraints:
-            trial.set_constraint("feasible", record.constraint)
         state = _STATES[record.outcome]
-        with _quiet():
+        with self._errors_named(), _quiet():
+            trial.set_user_attr("outcome", record.outcome)
+            if record.reason:
+                trial.set_user_attr("reason", record.reason)
+            if record.decisions:
+                trial.set_user_attr("decisions", json.dumps(record.decisions[-1]))
+            if record.constraint > 0 and not trial.constraints:
+                trial.set_constraint("feasible", record.constraint)
             self._study.tell(trial, record.value if state == TrialState.COMPLETE else None, state=state)
 
     def catch_up(self) -> None:
@@ -100,7 +102,7 @@ class StudyDatabase:
 
         Raises RecordError or StudyError, with the way out, where the two contradict each other.
         """
-        known = {trial.number: trial for trial in self._study.get_trials(deepcopy=False)}
+        known = {trial.number: trial for trial in self._all()}
         records = self._record.trials()
         for expected, record in enumerate(records):
             if record.number != expected:
@@ -124,14 +126,41 @@ class StudyDatabase:
 
     def finished(self) -> list[FrozenTrial]:
         """Optuna's own view of the finished trials, for importances."""
-        return [trial for trial in self._study.get_trials(deepcopy=False) if trial.state.is_finished()]
+        return [trial for trial in self._all() if trial.state.is_finished()]
 
     @property
     def optuna_study(self) -> optuna.Study:
         return self._study
 
+    def _all(self) -> list[FrozenTrial]:
+        # A database whose text was damaged fails in as many ways as there are texts.
+        with self._errors_named(ValueError, KeyError, TypeError, AttributeError):
+            return self._study.get_trials(deepcopy=False)
+
+    @contextmanager
+    def _errors_named(self, *damages: type[Exception]) -> Iterator[None]:
+        """Turn what the database, or one of `damages`, raises into an error that names the database and a way out."""
+        caught: tuple[type[Exception], ...] = (SQLAlchemyError, optuna.exceptions.StorageInternalError, *damages)
+        try:
+            yield
+        except caught as error:
+            cause = error.__cause__ if isinstance(error.__cause__, SQLAlchemyError) else error
+            reason = (str(getattr(cause, "orig", None) or cause).splitlines() or [type(cause).__name__])[0]
+            url = sqlalchemy.make_url(self._url)
+            shown = url.render_as_string(hide_password=True)
+            if url.database and any(refusal in reason for refusal in _REFUSALS):
+                room = paths.free_bytes(Path(url.database)) / 2**20
+                raise StorageError(
+                    f"cannot write {shown}: {reason} ({room:.0f} MiB free there); see to the disk and "
+                    "run the same command again"
+                ) from error
+            raise StudyError(
+                f"Optuna cannot use {shown}: {reason}. If the file is damaged, move it away and run the same command "
+                "again: it is rebuilt from the study folder"
+            ) from error
+
     def _frozen(self, number: int) -> FrozenTrial:
-        trials = self._study.get_trials(deepcopy=False)
+        trials = self._all()
         if not 0 <= number < len(trials):
             raise StudyError(f"Optuna's database has no trial {number} of study {self._record.name!r}")
         return trials[number]
@@ -152,15 +181,26 @@ class StudyDatabase:
         trial.datetime_start = dt.datetime.fromtimestamp(record.began_at)
         if record.ended_at is not None:
             trial.datetime_complete = dt.datetime.fromtimestamp(record.ended_at)
-        self._study.add_trial(trial)
+        with self._errors_named():
+            self._study.add_trial(trial)
 
     def _compare(self, trial: FrozenTrial, record: TrialRecord) -> None:
         params = {name: decode(value) for name, value in trial.params.items()}
-        differs = [name for name, value in params.items() if record.params.get(name) != value]
+        spaces = distributions(self._space)
+        differs = [
+            name
+            for name, value in params.items()
+            if record.params.get(name) != value or trial.distributions[name] != spaces.get(name)
+        ]
         told = trial.state.is_finished()
         expected = _STATES[record.outcome] if record.outcome else TrialState.RUNNING
         value = record.value if expected == TrialState.COMPLETE else None
-        if differs or (told and (trial.state != expected or trial.value != value)):
+        constraint = max((trial.constraints or {}).values(), default=0.0)
+        if (
+            differs
+            or (told and constraint != max(0.0, record.constraint))
+            or (told and (trial.state != expected or trial.value != value))
+        ):
             what = f"{differs[0]} = {params[differs[0]]!r}" if differs else f"{trial.state.name}, value {trial.value}"
             raise StudyError(
                 f"Optuna's database and {self._record.paths.trial(record.number).trial} disagree about trial "
@@ -172,6 +212,16 @@ class StudyDatabase:
 def sqlite_url(path: Path) -> str:
     """The SQLAlchemy URL of a database file, whatever characters its path has."""
     return sqlalchemy.URL.create("sqlite", database=str(path.absolute())).render_as_string(hide_password=False)
+
+
+def _check_sound(url: str) -> None:
+    """sqlite3.DatabaseError if SQLite finds its file damaged."""
+    path = sqlalchemy.make_url(url).database
+    if url.startswith("sqlite") and path and Path(path).is_file():
+        with closing(sqlite3.connect(path, timeout=60)) as database:
+            (found,) = database.execute("PRAGMA integrity_check(1)").fetchone()
+        if found != "ok":
+            raise sqlite3.DatabaseError(found)
 
 
 def _storage(url: str) -> RDBStorage:

@@ -6,6 +6,7 @@ each epoch, and may be killed at any instant. When its socket closes, the coordi
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
@@ -35,9 +36,19 @@ from hpsearch.paths import FitPaths, atomic_write
 from hpsearch.plan import image_flops
 from hpsearch.runtime import Runtime
 from hpsearch.training.checkpoint import load_weights
-from hpsearch.training.loop import evaluate, finish_fit, fit, save_array, save_examples
+from hpsearch.training.loop import (
+    FitResult,
+    evaluate,
+    finish_fit,
+    fit,
+    microbatches_are_exact,
+    save_array,
+    save_examples,
+)
 from hpsearch.training.metrics import SCORES, PixelCounts
 from hpsearch.training.rows import EpochRow
+
+logger = logging.getLogger(__name__)
 
 MEASURE_BUDGET_S = 1.0
 """Seconds after which a measured configuration needs no further step."""
@@ -53,6 +64,7 @@ def main() -> None:
     settings = json.loads(sys.argv[2])
     for name in (signal.SIGINT, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)
+    _end_with_parent()
     messages = _listen(connection)
 
     def send(message: dict[str, Any]) -> None:
@@ -108,24 +120,29 @@ class Session:
         data = self._device_data(job, config)
         normalization = data.cache.normalization(train, config.data.color)
         size = config.data.height, config.data.width
-        result = fit(
-            model_config=config.unet,
-            in_channels=config.data.n_channels,
-            data=data,
-            train_indices=train,
-            held_out_indices=held_out,
-            train=config.train,
-            augment=config.augment,
-            normalization=normalization,
-            size=size,
-            eval_size=config.eval_size,
-            metric=config.study.metric,
-            seed=job["seed"],
-            runtime=self._runtime(config),
-            paths=folder,
-            keep_best=job["keep_best"],
-            on_epoch=self._report_epoch,
-        )
+
+        def fit_in_parts(micro_batch: int | None) -> FitResult:
+            return fit(
+                model_config=config.unet,
+                in_channels=config.data.n_channels,
+                data=data,
+                train_indices=train,
+                held_out_indices=held_out,
+                train=config.train,
+                augment=config.augment,
+                normalization=normalization,
+                size=size,
+                eval_size=config.eval_size,
+                metric=config.study.metric,
+                seed=job["seed"],
+                runtime=self._runtime(config),
+                paths=folder,
+                keep_best=job["keep_best"],
+                micro_batch=micro_batch,
+                on_epoch=self._report_epoch,
+            )
+
+        result, micro_batch = fit_within_memory(fit_in_parts, config, folder)
         if result.stopped:
             return {"event": "stopped"}
         summary = finish_fit(
@@ -137,6 +154,7 @@ class Session:
             size=size,
             runtime=self._runtime(config),
             extra={"threshold": 0.5, "color": config.data.color, "match": config.data.match},
+            micro_batch=micro_batch,
         )
         return {"event": "finished", "summary": summary}
 
@@ -192,7 +210,12 @@ class Session:
         steps = []
         for step in job["steps"]:
             config = from_dict(step["config"])
-            train_s, eval_s = self._measure_step(step, config)
+            try:
+                train_s, eval_s = self._measure_step(step, config)
+            except OutOfMemoryError as error:
+                # A search may well know networks that are too large; in the study they end as infeasible.
+                logger.info("not measured: %s", error)
+                continue
             steps.append({"flops": image_flops(config), "train_s": train_s, "eval_s": eval_s})
         memory = psutil.virtual_memory().available
         if chosen.device.type == "cuda":
@@ -214,7 +237,10 @@ class Session:
         alone = self._time_batch(config, data, 1)
         if alone[0] > MEASURE_BUDGET_S or len(data) < config.train.batch_size:
             return alone
-        return self._time_batch(config, data, config.train.batch_size)
+        try:
+            return self._time_batch(config, data, config.train.batch_size)
+        except OutOfMemoryError:
+            return alone
 
     def _time_batch(self, config: StudyConfig, data: DeviceData, n_images: int) -> tuple[float, float]:
         """Seconds of an image in batches of `n_images`: the best of at least two steps after the first."""
@@ -276,8 +302,40 @@ class Session:
         return self._caches[path]
 
 
+def fit_within_memory(
+    fit_in_parts: Callable[[int | None], FitResult], config: StudyConfig, folder: FitPaths
+) -> tuple[FitResult, int | None]:
+    """A fit by whole batches, or by the largest halves of halves that fit; and how many images at once, None: all.
+
+    Parts are taken where the result is the same, or where `study.allow_microbatch` allows another one. Otherwise the
+    OutOfMemoryError is the caller's.
+    """
+    is_exact = microbatches_are_exact(config.unet)
+    micro_batch: int | None = None
+    while True:
+        try:
+            return fit_in_parts(micro_batch), micro_batch
+        except OutOfMemoryError as error:
+            n_images = micro_batch or config.train.batch_size
+            if n_images == 1 or not (is_exact or config.study.allow_microbatch):
+                raise
+            micro_batch = n_images // 2
+            logger.warning("%s; going on by parts of %d images", error, micro_batch)
+        if not is_exact:
+            # What was trained with other parts is another fit.
+            for path in (folder.last, folder.previous, folder.best, folder.epochs, folder.scores):
+                path.unlink(missing_ok=True)
+
+
 def _indices(values: list[int]) -> npt.NDArray[np.int64]:
     return np.asarray(values, dtype=np.int64)
+
+
+def _end_with_parent() -> None:
+    """Have the system kill this process when the coordinator dies, also while it is stopped and can hear nothing."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def _listen(connection: Connection) -> queue.Queue[dict[str, Any]]:

@@ -28,8 +28,10 @@ from hpsearch.errors import DeviceError, StorageError, StudyError, WorkerError
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.25
+PAUSE_S = 30.0
+"""A coordinator that has not looked at its workers for so long was not running."""
 DEATHS_PER_JOB = 3
-"""A job, or a fold's fit, that has ended its worker so often is given up."""
+"""A job, or a fold's fit, that has ended its worker so often without an epoch in between is given up."""
 START_TIMEOUT_S = 300.0
 """A worker that has not said `ready` by then is not coming: importing torch from a cold network disk is slow."""
 
@@ -80,6 +82,7 @@ class Workers:
         self._log_folder = log_folder
         self._failed_starts = 0
         self._workers: list[Worker] = []
+        self._asked_at = time.monotonic()
 
     def __enter__(self) -> Workers:
         return self
@@ -133,11 +136,20 @@ class Workers:
     def kill(self, worker: Worker) -> None:
         """End one worker at once; `events` reports its death and it is replaced."""
         _kill(worker.process)
+        # What it wrote last is written then. One that the system cannot end is noticed by its silence.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            worker.process.wait(10)
 
     def events(self, timeout_s: float) -> Iterator[Event]:
         """What the workers said within the timeout, in the order of their index. Dead workers are replaced."""
         by_connection = {worker.connection: worker for worker in self._workers}
+        # A coordinator that was stopped itself (SIGSTOP) must not take its workers' silence for theirs.
+        pause_s = time.monotonic() - self._asked_at
+        if pause_s > PAUSE_S:
+            for worker in self._workers:
+                worker.heard_at += pause_s
         ready = set(wait(list(by_connection), timeout_s))
+        self._asked_at = time.monotonic()
         for connection, worker in by_connection.items():
             if connection not in ready:
                 if not worker.is_ready and time.monotonic() - worker.heard_at > START_TIMEOUT_S:
@@ -165,7 +177,6 @@ class Workers:
     def _start(self, index: int, settings: WorkerSettings) -> Worker:
         ours, theirs = socket.socketpair()
         log = self._log_folder / f"worker{index}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
         # Thread counts decide floating-point bytes, and some libraries read them only from here.
         threads = str(settings.threads)
         environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
@@ -204,15 +215,18 @@ def do(
     job: Mapping[str, Any],
     *,
     on_epoch: Callable[[dict[str, Any]], bool] = lambda row: True,
+    check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any] | None:
     """Have the first worker do one job; its `finished` message, or None if `on_epoch` stopped it.
 
     `on_epoch` hears the row of every epoch and says whether to go on. When a worker dies, the next one goes on from
-    its checkpoint. Raises what the job raised, or WorkerError when it has ended three workers.
+    its checkpoint. `check` is called again and again, and ends the waiting by raising. Raises what the job raised, or
+    WorkerError when it has ended three workers without an epoch in between.
     """
-    deaths = 0
+    deaths = epochs = 0
     submitted = False
     while True:
+        check()
         if not submitted and (idle := workers.idle()):
             workers.submit(idle[0], job)
             submitted = True
@@ -222,6 +236,8 @@ def do(
             if event.kind == "stopped":
                 return None
             if event.kind == "epoch":
+                if event.message["row"]["epoch"] > epochs:
+                    deaths, epochs = 0, event.message["row"]["epoch"]
                 workers.reply(event.worker, go=on_epoch(event.message["row"]))
             elif event.kind == "diverged":
                 raise StudyError(event.message["text"])

@@ -1,0 +1,187 @@
+"""Injects faults into every Python process that has this folder on its PYTHONPATH, as `benchmarks/faults.py` asks.
+
+The folder that HPSEARCH_FAULTS names holds `request.json`, one fault for one start of a study, and takes what was
+done:
+
+    fired/NAME      the fault of that name was done, in whichever process came first; it is done once
+    epochs          a byte for every epoch that was trained, whatever became of it
+    seen.jsonl      the kinds of writes that have had their turn; fired.jsonl: those that failed
+
+A request is one of
+
+    {"name": ..., "signal": 9, "role": "coordinator", "function": "file.py:name", "call": 2, "line": 3}
+        the process sends itself the signal at that line event of that call of that function of hpsearch; with
+        "again": true every process does
+    {"name": ..., "errno": 5, "root": "/out", "done": [...], "every": 1}
+        the first write below root whose kind is not in `done` fails; of all kinds every so manyth is taken
+
+Nothing of this is in the product, which runs as it is installed.
+"""
+
+import errno
+import json
+import os
+import re
+import signal
+import sqlite3
+import sys
+import threading
+import zlib
+
+_FOLDER = os.environ.get("HPSEARCH_FAULTS")
+_ROLE = "worker" if "hpsearch.tuning.worker" in sys.orig_argv else "coordinator"
+_MINE = "hpsearch" in sys.orig_argv or _ROLE == "worker"
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+_SQL = re.compile(r"\s*(INSERT INTO|UPDATE|DELETE FROM|CREATE TABLE)\s+\W?(\w+)", re.IGNORECASE)
+
+
+def _claim(name):
+    """Whether this process is the one that does the fault of that name."""
+    try:
+        os.close(os.open(os.path.join(_FOLDER, "fired", name), os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        return False
+    return True
+
+
+def _note(file, content):
+    descriptor = os.open(os.path.join(_FOLDER, file), os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+    os.write(descriptor, content)
+    os.close(descriptor)
+
+
+def _trace_calls(request):
+    """Count trained epochs; send the signal at the line that was asked for."""
+    wanted_file, _, wanted_name = request.get("function", ":").partition(":")
+    left = {"calls": request.get("call", 0), "lines": request.get("line", 0)}
+
+    def strike():
+        if request.get("again") or _claim(request["name"]):
+            os.kill(os.getpid(), request["signal"])
+
+    def on_line(frame, event, _):
+        # Any event of this call: a line, its return, its exception.
+        left["lines"] -= 1
+        if left["lines"] == 0 or (event == "return" and left["lines"] > 0):
+            left["lines"] = -1
+            strike()
+        return on_line
+
+    def on_call(frame, event, _):
+        code = frame.f_code
+        is_epoch = code.co_name == "_train_epoch" and code.co_filename.endswith("training/loop.py")
+        # Those of the measurement before a study have no folder.
+        if is_epoch and frame.f_back.f_locals["paths"] is not None:
+            _note("epochs", b".")
+        if code.co_name != wanted_name or not code.co_filename.endswith(wanted_file):
+            return None
+        left["calls"] -= 1
+        if left["calls"] != 0 or request["role"] != _ROLE:
+            return None
+        if left["lines"] == 0:
+            strike()
+            return None
+        return on_line
+
+    threading.settrace(on_call)
+    sys.settrace(on_call)
+
+
+def _kind(path, root):
+    """What a file is, without the numbers of trials, folds, processes and runs."""
+    name = os.path.relpath(path, root)
+    name = re.sub(r"[0-9a-f]{24,}", "#", name)
+    return re.sub(r"\d+", "#", name)
+
+
+def _fail_writes(request):
+    root = os.path.abspath(request["root"])
+    done = set(request["done"])
+    faults = os.path.abspath(_FOLDER)
+
+    def write(action, path):
+        if not isinstance(path, str | bytes | os.PathLike):
+            return
+        path = os.path.abspath(os.fsdecode(path))
+        if not path.startswith(root + os.sep) or path.startswith(faults):
+            return
+        kind = f"{_ROLE} {action} {_kind(path, root)}"
+        if kind in done or os.path.exists(os.path.join(_FOLDER, "fired", request["name"])):
+            return
+        if zlib.crc32(kind.encode()) % request["every"] == 0:
+            if not _claim(request["name"]):
+                return
+            _note("seen.jsonl", json.dumps(kind).encode() + b"\n")
+            _note("fired.jsonl", json.dumps(kind).encode() + b"\n")
+            raise OSError(request["errno"], os.strerror(request["errno"]), path)
+        done.add(kind)
+        _note("seen.jsonl", json.dumps(kind).encode() + b"\n")
+
+    def hook(event, arguments):
+        if event == "open":
+            path, mode, flags = arguments
+            # `os.open` gives flags, `open` a mode.
+            if (set(mode) & set("wax+")) if isinstance(mode, str) else (flags or 0) & _WRITING:
+                write("open", path)
+        elif event == "os.rename":
+            write("rename", arguments[1])
+        elif event in ("os.remove", "os.rmdir"):
+            write("remove", arguments[0])
+        elif event == "os.mkdir":
+            write("mkdir", arguments[0])
+
+    plain_sync = os.fsync
+
+    def fsync(descriptor):
+        number = descriptor if isinstance(descriptor, int) else descriptor.fileno()
+        try:
+            path = os.readlink(f"/proc/self/fd/{number}")
+        except OSError:
+            path = None
+        write("fsync", path)
+        return plain_sync(descriptor)
+
+    os.fsync = fsync
+    plain_connect = sqlite3.connect
+
+    def connect(database, *arguments, **options):
+        class Cursor(sqlite3.Cursor):
+            def execute(self, sql, *values):
+                if statement := _SQL.match(sql):
+                    as_sqlite(f"sql {statement[1].upper()} {statement[2]} in", database)
+                return super().execute(sql, *values)
+
+        class Connection(sqlite3.Connection):
+            def cursor(self, factory=Cursor):
+                return super().cursor(factory)
+
+            def commit(self):
+                if self.in_transaction:
+                    as_sqlite("sql COMMIT in", database)
+                super().commit()
+
+        return plain_connect(database, *arguments, **{**options, "factory": Connection})
+
+    def as_sqlite(action, database):
+        try:
+            write(action, database)
+        except OSError as error:
+            full = error.errno == errno.ENOSPC
+            text = "database or disk is full" if full else "disk I/O error"
+            if error.errno == errno.EROFS:
+                text = "attempt to write a readonly database"
+            raise sqlite3.OperationalError(text) from None
+
+    sqlite3.connect = sqlite3.dbapi2.connect = connect
+    sys.addaudithook(hook)
+
+
+if _FOLDER and _MINE:
+    with open(os.path.join(_FOLDER, "request.json")) as _file:
+        _request = json.load(_file)
+    if "root" in _request:
+        _fail_writes(_request)
+    else:
+        _trace_calls(_request)
+    # A signal that was ignored by whoever started this would not show.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
