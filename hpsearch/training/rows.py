@@ -46,6 +46,8 @@ class EpochRow:
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> EpochRow:
+        """The row of such a table, or of a line of epochs.jsonl, whose checksum is left alone."""
+        table = {key: value for key, value in table.items() if key != "crc"}
         held_out = table["held_out"]
         return cls(
             **{
