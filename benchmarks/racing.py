@@ -50,7 +50,7 @@ from hpsearch.tuning.record import StudyRecord
 BETTER = 0.003
 """A trial is truly better than the incumbent if it is so by this much."""
 MODELS = [(spread, noise) for spread in (0.03, 0.01, 0.005) for noise in (0.003, 0.006, 0.012)]
-ALPHAS = (0.005, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4)
+ALPHAS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
 OTHER_SHAPES: dict[str, dict[str, float]] = {
     "2 folds": {"n_folds": 2},
     "3 folds": {"n_folds": 3},
@@ -138,7 +138,7 @@ def rules(n_epochs: int) -> dict[str, tuple[Callable[[], Pruner], float]]:
             1,
         ),
         "Wilcoxon, folds": (lambda: OptunaPruner(WilcoxonPruner, fold_means), 0.1),
-        "Wilcoxon, images": (lambda: OptunaPruner(WilcoxonPruner, images), 0.25),
+        "Wilcoxon, images": (lambda: OptunaPruner(WilcoxonPruner, images), 1),
     }
 
 
