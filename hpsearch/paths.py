@@ -143,6 +143,15 @@ class StudyPaths:
         """There while somebody asks the study to stop; holds `now` if it shall not wait for the epoch."""
         return self.root / "stop"
 
+    def trial_stop_request(self, number: int) -> Path:
+        """There while somebody asks that this trial end."""
+        return self.root / f"stop-trial-{number}"
+
+    @property
+    def enqueued(self) -> Path:
+        """Params that a user wants tried, in order."""
+        return self.root / "enqueued.json"
+
     @property
     def confirmation(self) -> Path:
         return self.root / "confirmation.json"

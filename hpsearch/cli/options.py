@@ -105,6 +105,7 @@ def config_options(command: Command) -> Command:
         flags["data.groups"] = rest.pop("groups", None)
         flags["data.group_duplicates"] = rest.pop("group_duplicates", None) or None
         flags["study.allow_microbatch"] = rest.pop("allow_microbatch", None) or None
+        flags["study.lookahead"] = rest.pop("lookahead", None)
         for setting in ("trials", "folds", "sampler", "pruner", "metric", "confirm"):
             flags[f"study.{setting}"] = rest.pop(setting, None)
         given = [f"{name}={_toml(value)}" for name, value in flags.items() if value is not None]

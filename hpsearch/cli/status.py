@@ -14,8 +14,12 @@ from hpsearch.paths import ProjectPaths
 @click.command("status")
 @out_option
 @study_option
-def command(project: ProjectPaths, study_name: str | None) -> None:
-    """Trials, outcomes, best so far, what runs now and when it will be done. Reads the record only."""
+@click.option("--trial", type=click.IntRange(min=0), metavar="N", help="Every decision on this trial.")
+def command(project: ProjectPaths, study_name: str | None, trial: int | None) -> None:
+    """Trials, outcomes, best so far, what runs now and when it will be done. Reads the record only.
+
+    With --study also every trial and why it ended; with --trial every decision of the pruner on one trial.
+    """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -25,6 +29,9 @@ def command(project: ProjectPaths, study_name: str | None) -> None:
     from hpsearch.tuning import lock
     from hpsearch.tuning.status import study_status
 
+    if trial is not None:
+        _show_decisions(project, study_name, trial)
+        return
     names = [study_name] if study_name else project.study_names()
     if not names:
         raise StudyError(
@@ -66,14 +73,48 @@ def command(project: ProjectPaths, study_name: str | None) -> None:
         if study_name is None:
             continue
         table = Table("trial", "outcome", "value", "folds", "time", "parameters", "why", box=None, pad_edge=False)
-        for trial in status.trials:
+        for each in status.trials:
             table.add_row(
-                str(trial.number),
-                trial.outcome or "open",
-                f"{trial.value:.4f}" if trial.value is not None else "",
-                f"{status.n_finished[trial.number]}/{status.n_folds}",
-                duration(status.seconds[trial.number]),
-                Text(describe_params(trial.params)),
-                Text(trial.reason),
+                str(each.number),
+                each.outcome or "open",
+                f"{each.value:.4f}" if each.value is not None else "",
+                f"{status.n_finished[each.number]}/{status.n_folds}",
+                duration(status.seconds[each.number]),
+                Text(describe_params(each.params)),
+                Text(each.reason),
             )
         console.print(table)
+
+
+def _show_decisions(project: ProjectPaths, study_name: str | None, number: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from hpsearch.cli.progress import describe_params
+    from hpsearch.errors import StudyError
+    from hpsearch.tuning.record import study_record
+
+    record = study_record(project, study_name)
+    if number not in record.trial_numbers():
+        raise StudyError(f"study {record.name!r} has no trial {number}")
+    trial = record.trial(number)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    value = "" if trial.value is None else f", {record.config.study.metric} {trial.value:.4f}"
+    ended = f"{trial.outcome or 'open'}{value}"
+    console.print(Text(f"trial {number} of study {record.name}: {ended}  {describe_params(trial.params)}"))
+    if not trial.decisions:
+        console.print(Text("  nothing was decided: the pruner had nothing to compare it with, or is off"))
+        return
+    table = Table("fold", "epoch", "d", "SE", "s", "p", "against", "estimate", "", box=None, pad_edge=False)
+    for decision in trial.decisions:
+        figures = [decision[name] for name in ("d", "se", "s", "p")]
+        table.add_row(
+            str(decision["fold"]),
+            str(decision["epoch"]),
+            *("" if figure is None else f"{figure:.2g}" for figure in figures),
+            "" if decision["against"] is None else str(decision["against"]),
+            f"{decision['estimate']:.4f}",
+            "dropped" if decision["drop"] else "goes on",
+        )
+    console.print(table)

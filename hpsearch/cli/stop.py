@@ -16,18 +16,33 @@ WAIT_S = 600.0
 @click.command("stop")
 @out_option
 @study_option
+@click.option("--trial", type=click.IntRange(min=0), metavar="N", help="End this trial alone, as if raced out.")
 @click.option("--now", is_flag=True, help="Do not wait for the end of the current epochs.")
-def command(project: ProjectPaths, study_name: str | None, now: bool) -> int:
-    """Ask the coordinator of a running study to stop with checkpoints, and wait until it has."""
+def command(project: ProjectPaths, study_name: str | None, trial: int | None, now: bool) -> int:
+    """Ask the coordinator of a running study to stop with checkpoints, and wait until it has.
+
+    \b
+        hpsearch stop --study isic2017-64
+        hpsearch stop --trial 7
+    """
     from hpsearch.errors import StudyError
     from hpsearch.paths import write_text
     from hpsearch.tuning import lock
     from hpsearch.tuning.record import study_record
 
-    study = study_record(project, study_name).paths
+    record = study_record(project, study_name)
+    study = record.paths
     if not lock.is_held(study):
         raise StudyError(f"study {study.name!r} is not running")
     holder = lock.describe_holder(study)
+    if trial is not None:
+        if trial not in record.trial_numbers():
+            raise StudyError(f"study {study.name!r} has no trial {trial} yet")
+        if (outcome := record.trial(trial).outcome) is not None:
+            raise StudyError(f"trial {trial} of study {study.name!r} has ended already: {outcome}")
+        write_text(study.trial_stop_request(trial), "stop")
+        click.echo(f"asked {holder} to end trial {trial} after its epoch; the study goes on")
+        return 0
     write_text(study.stop_request, "now" if now else "after this epoch")
     click.echo(f"asked {holder} to stop")
     began = time.monotonic()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 import click
@@ -24,6 +25,8 @@ class _Folds(click.ParamType[int | str]):
 
 
 FOLDS = _Folds()
+LOOKAHEAD = 4
+"""With --deterministic: as many trials as may run at a time."""
 
 
 @click.command("study")
@@ -57,6 +60,23 @@ FOLDS = _Folds()
     "--threads", type=click.IntRange(min=1), help="CPU threads of each worker (default: the cores, shared)."
 )
 @click.option("--hours", type=click.FloatRange(min=0, min_open=True), help="Stop, with checkpoints, after so long.")
+@click.option(
+    "--enqueue",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE.toml",
+    help="Try this configuration next; what the file does not say is as in the default one.",
+)
+@click.option(
+    "--deterministic",
+    "lookahead",
+    is_flag=True,
+    flag_value=LOOKAHEAD,
+    type=int,
+    default=None,
+    help=f"Suggest and decide in trial order, {LOOKAHEAD} trials behind (study.lookahead): the same study for any "
+    "number of workers.",
+)
 @click.option("--storage", metavar="URL", help="Optuna's database, as SQLAlchemy writes it (default: hpsearch.db).")
 @tracking_option
 def command(
@@ -67,6 +87,7 @@ def command(
     workers: int | None,
     threads: int | None,
     hours: float | None,
+    enqueue: tuple[Path, ...],
     storage: str | None,
     tracking: str | None,
 ) -> int:
@@ -81,6 +102,7 @@ def command(
     from hpsearch.cli.progress import StudyProgress
     from hpsearch.tracking import make_tracker
     from hpsearch.tuning.coordinator import Stop, run_study
+    from hpsearch.tuning.enqueue import read_params
     from hpsearch.tuning.planning import MachineChoice
 
     name = study_name or settings.name
@@ -100,6 +122,7 @@ def command(
             listener=progress,
             stop=stop,
             hours=hours,
+            enqueued=[read_params(path, config) for path in enqueue],
         )
     progress.summarise(summary)
     return 128 + stop.signal if stop.signal else 0

@@ -31,6 +31,9 @@ class StudySettings:
     """Random trials before TPE models the space."""
     pruner: Literal["race", "median", "hyperband", "wilcoxon", "none"] = "race"
     """Rule that ends a trial early."""
+    lookahead: int = 0
+    """L: trial n is suggested and judged by what became of the trials up to n - L, so that the number of workers does
+    not matter; 0: by all that is known."""
     eval_size: int | tuple[int, int] = 0
     """Size at which scores are computed; 0: `data.size`. Needed where `data.size` is searched."""
     allow_microbatch: bool = False
@@ -47,6 +50,13 @@ class StudySettings:
         for name in ("seed", "confirm", "startup_trials"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"study.{name} must be at least 0, got {getattr(self, name)}")
+        if self.lookahead < 0:
+            raise ConfigError(f"study.lookahead must be at least 0, got {self.lookahead}")
+        if self.lookahead and self.pruner not in ("race", "none"):
+            raise ConfigError(
+                f"study.lookahead (--deterministic) needs the pruner race or none: {self.pruner} goes by the order "
+                "in which trials report"
+            )
         sides = self.eval_size if isinstance(self.eval_size, tuple) else (self.eval_size,)
         if len(sides) > 2 or (self.eval_size != 0 and min(sides) < 8):
             raise ConfigError(

@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,12 @@ from hpsearch.errors import ConfigError, StoppedError, StorageError, StudyChange
 from hpsearch.paths import FitPaths, ProjectPaths
 from hpsearch.plan import ExecutionPlan
 from hpsearch.tracking import Tracker, TrackingThread
-from hpsearch.tuning import confirmation, lock, pruners
+from hpsearch.tuning import confirmation, enqueue, lock, pruners
 from hpsearch.tuning.caches import PoolCaches
 from hpsearch.tuning.listener import Listener, Silent
 from hpsearch.tuning.planning import MachineChoice, make_plan
 from hpsearch.tuning.pruners import Pruner
-from hpsearch.tuning.racing import TrialScores, Verdict
+from hpsearch.tuning.racing import TrialScores, Verdict, verdict_on_request
 from hpsearch.tuning.record import COUNTED, Outcome, StudyRecord, TrialRecord, code_version, now
 from hpsearch.tuning.study import StudyDatabase, sqlite_url
 from hpsearch.tuning.workers import DEATHS_PER_JOB, POLL_S, Event, Worker, Workers
@@ -97,11 +97,12 @@ def run_study(
     listener: Listener | None = None,
     stop: Stop | None = None,
     hours: float | None = None,
+    enqueued: Sequence[Mapping[str, Any]] = (),
 ) -> StudySummary:
     """Search until `config.study.trials` trials are evaluated, over all starts of the study `name`.
 
     Begins the study or goes on with it. `storage` is a SQLAlchemy URL (default: hpsearch.db in the project folder),
-    `hours` a budget after which it stops with checkpoints.
+    `hours` a budget after which it stops with checkpoints, `enqueued` params to try next, each once over all starts.
 
     Raises StudyLockedError if another process runs it, StudyChangedError if its fixed settings differ, DatasetError
     for data that cannot be used, StorageError when the disk refuses, WorkerError when workers cannot start.
@@ -118,7 +119,8 @@ def run_study(
         listener.preparing(done, total)
 
     with paths.refusals_named(study.root), lock.hold(study), log_file(study.log):
-        study.stop_request.unlink(missing_ok=True)
+        for request in (study.stop_request, *study.root.glob("stop-trial-*")):
+            request.unlink(missing_ok=True)
         if study.toml.is_file():
             record = StudyRecord.open(study)
             record.verify()
@@ -133,6 +135,8 @@ def run_study(
             # Only now: a first start that fails for its data leaves no study that binds the next one.
             record = StudyRecord.create(study, config)
         _fix_folds(record, prepared, cache_root(project, config))
+        for said in enqueue.add(record, enqueued):
+            listener.said(f"the configuration {said}")
         database = StudyDatabase(record, storage or sqlite_url(project.optuna_db))
         database.catch_up()
         with Workers(study.root) as workers:
@@ -269,11 +273,18 @@ class Coordinator:
     def _wants_trials(self) -> bool:
         return self.n_counted + len(self._open) < self._record.config.study.trials
 
+    def _may_ask(self) -> bool:
+        """Whether all that the next suggestion shall know of has ended."""
+        lookahead = self._record.config.study.lookahead
+        last = len(self._trials) - lookahead
+        return not lookahead or all(number > last for number in self._open)
+
     def _adopt_open_trials(self) -> None:
         """Take up every trial that an earlier start left open, under its number and with its params."""
         for number in self._database.running():
             if number not in self._trials:
-                self._begin(number, self._database.adopt(number))
+                wanted = enqueue.next_params(self._record, list(self._trials.values()))
+                self._begin(number, self._database.adopt(number, wanted), wanted)
         for trial in list(self._trials.values()):
             if trial.outcome is None:
                 self._open[trial.number] = _OpenTrial(trial, trial.study_config)
@@ -302,7 +313,7 @@ class Coordinator:
         for trial in self._open.values():
             if not trial.fitting and (fold := self._next_fold(trial)) is not None:
                 return trial, fold
-        while self._wants_trials():
+        while self._wants_trials() and self._may_ask():
             if (begun := self._ask()) is not None:
                 return begun, 0
         if not self._pruner.is_sequential:
@@ -330,9 +341,12 @@ class Coordinator:
                 f"{infeasible} suggested configurations were infeasible, the last one because "
                 f"{self._trials[last].reason}; make the search space smaller or data.size other"
             )
-        return self._begin(*self._database.ask())
+        wanted = enqueue.next_params(self._record, list(self._trials.values()))
+        return self._begin(*self._database.ask(wanted), wanted)
 
-    def _begin(self, number: int, params: dict[str, Any]) -> _OpenTrial | None:
+    def _begin(
+        self, number: int, params: dict[str, Any], enqueued: Mapping[str, Any] | None = None
+    ) -> _OpenTrial | None:
         try:
             config = self._record.config.with_params(params)
             reason = plans.why_infeasible(config, self._plan)
@@ -343,7 +357,7 @@ class Coordinator:
             params=params,
             config=config.to_dict(),
             began_at=now(),
-            source="default" if number == 0 else "sampler",
+            source="default" if number == 0 else "enqueued" if enqueue.is_same(params, enqueued) else "sampler",
             code=code_version(),
         )
         self._write(record)
@@ -458,9 +472,15 @@ class Coordinator:
     def _judge(self, trial: _OpenTrial) -> None:
         """Ask the pruner after an epoch, and keep what it says on record before anything follows from it."""
         candidate = self._trial_scores(trial.record.number)
-        verdict = self._pruner.judge(candidate, self._ended_scores(), self._record.folds)
-        if verdict is None:
-            return
+        others = self._ended_scores()
+        if lookahead := self._record.config.study.lookahead:
+            # What has ended besides depends on how many workers there are.
+            others = [each for each in others if each.number <= trial.record.number - lookahead]
+        verdict = self._pruner.judge(candidate, others, self._record.folds)
+        if verdict is not None:
+            self._keep_decision(trial, verdict)
+
+    def _keep_decision(self, trial: _OpenTrial, verdict: Verdict) -> None:
         decision = verdict.to_dict()
         # An epoch that was judged before a restart is not entered twice.
         before = [each for each in trial.record.decisions if _moment(each) < _moment(decision)]
@@ -562,6 +582,24 @@ class Coordinator:
             logger.info("stop was requested")
             self._listener.said("stop was requested from outside")
             self._stop.request(at_once=at_once)
+        for trial in list(self._open.values()):
+            request = self._record.paths.trial_stop_request(trial.record.number)
+            if request.exists():
+                self._stop_trial(trial)
+                request.unlink(missing_ok=True)
+
+    def _stop_trial(self, trial: _OpenTrial) -> None:
+        """Have a trial end as if it were raced out, with the value that its scores so far let one expect."""
+        number, reason = trial.record.number, "stopped on request"
+        logger.info("trial %d is to stop", number)
+        self._listener.said(f"trial {number} is stopped on request")
+        candidate = self._trial_scores(number)
+        if not candidate.scores:
+            self._end(trial.record, "failed", reason=f"{reason} before its first epoch")
+        elif trial.dropped is None:
+            verdict = verdict_on_request(candidate, self._ended_scores(), self._record.n_folds, reason)
+            self._keep_decision(trial, verdict)
+            self._settle(trial)
 
     def _write(self, trial: TrialRecord) -> None:
         self._record.write_trial(trial)

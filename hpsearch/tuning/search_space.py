@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.storages import InMemoryStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from hpsearch.config import StudyConfig, get_setting, stable_seed
 from hpsearch.tuning.config import Choice, Range, SearchSpace
+
+SAME_FACTOR = 1.2
+"""Two learning rates closer than this are one: what lies between them is less than what luck does to a fit."""
+SAME_SHARE = math.log(SAME_FACTOR) / math.log(1000)
+"""For other continuous settings, the share of the range that a factor of 1.2 has of three decades."""
+ATTEMPTS = 20
+"""Suggestions that are drawn before a repeated one is taken."""
 
 
 def distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
@@ -43,46 +55,113 @@ def decode(value: Any) -> Any:
 
 
 class ReplayableSampler(BaseSampler):
-    """Suggests from the history in the database and the trial's number alone.
+    """Suggests from the history in the database and the trial's number alone, and nothing twice.
 
     An ordinary sampler carries a random state from ask to ask, which is lost with the process: reopened with the
     same seed it repeats its suggestions, without one it cannot be repeated. Here each suggestion is made by a sampler
-    of its own, seeded from (study seed, trial number, parameter).
+    of its own, seeded from (study seed, trial number, parameter, attempt). What an earlier trial has had already
+    (`is_repeated`) is drawn again; where nothing else is found, as in a space of few configurations, it is repeated.
+
+    With `lookahead` L above 0 trial n is suggested from what became of the trials up to n - L. The later ones are
+    shown as running, whether they are or not, so that the number of workers makes no difference.
     """
 
     def __init__(
-        self, make: Callable[[int], BaseSampler], *, seed: int, fixed: Mapping[int, Mapping[str, Any]] | None = None
+        self,
+        make: Callable[[int], BaseSampler],
+        *,
+        seed: int,
+        space: SearchSpace,
+        fixed: Mapping[int, Mapping[str, Any]] | None = None,
+        lookahead: int = 0,
     ) -> None:
         self._make = make
         self._seed = seed
+        self._space = distributions(space)
         self._fixed = dict(fixed or {})
+        self._lookahead = lookahead
+        self._enqueued: Mapping[str, Any] = {}
+
+    @contextmanager
+    def giving(self, params: Mapping[str, Any] | None) -> Iterator[None]:
+        """For the block, any trial but the fixed ones gets these params."""
+        self._enqueued = params or {}
+        try:
+            yield
+        finally:
+            self._enqueued = {}
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        if trial.number in self._fixed:
+        if self._given(trial):
             return {}
-        return self._sampler(trial, "").infer_relative_search_space(study, trial)
+        return {name: each for name, each in self._space.items() if not each.single()}
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        if trial.number in self._fixed or not search_space:
+        if not search_space:
             return {}
-        return self._sampler(trial, "").sample_relative(study, trial, search_space)
+        trials = study.get_trials(deepcopy=False)
+        if self._lookahead:
+            study, trial = _as_of(trials, trial, trial.number - self._lookahead)
+            trials = study.get_trials(deepcopy=False)
+        earlier = trials[: trial.number]
+        for attempt in range(ATTEMPTS):
+            params = self._draw(study, trial, search_space, attempt)
+            if not is_repeated({**trial.params, **params}, earlier, self._space):
+                return params
+        return self._draw(study, trial, search_space, 0)
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        if param_name in self._fixed.get(trial.number, {}):
-            return encode(self._fixed[trial.number][param_name])
-        return self._sampler(trial, param_name).sample_independent(study, trial, param_name, param_distribution)
+        if param_name in (given := self._given(trial)):
+            return encode(given[param_name])
+        return RandomSampler(seed=self._seed_of(trial, param_name)).sample_independent(
+            study, trial, param_name, param_distribution
+        )
 
     def after_trial(
         self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
     ) -> None:
-        self._sampler(trial, "").after_trial(study, trial, state, values)
+        self._make(self._seed_of(trial, "")).after_trial(study, trial, state, values)
 
-    def _sampler(self, trial: FrozenTrial, param_name: str) -> BaseSampler:
-        return self._make(stable_seed(self._seed, trial.number, param_name))
+    def _given(self, trial: FrozenTrial) -> Mapping[str, Any]:
+        return self._fixed.get(trial.number) or self._enqueued
+
+    def _draw(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution], attempt: int
+    ) -> dict[str, Any]:
+        salt = (attempt,) if attempt else ()
+        # What has been repeated half of the times is hard to get away from: the rest is drawn blindly.
+        if attempt < ATTEMPTS // 2 and (
+            params := self._make(self._seed_of(trial, "", *salt)).sample_relative(study, trial, search_space)
+        ):
+            return params
+        return {
+            name: RandomSampler(seed=self._seed_of(trial, name, *salt)).sample_independent(study, trial, name, each)
+            for name, each in search_space.items()
+        }
+
+    def _seed_of(self, trial: FrozenTrial, *salt: Any) -> int:
+        return stable_seed(self._seed, trial.number, *salt)
+
+
+def is_repeated(
+    params: Mapping[str, Any], earlier: Sequence[FrozenTrial], space: Mapping[str, BaseDistribution]
+) -> bool:
+    """Whether an earlier trial had these params: all that is discrete equal, all that is continuous close.
+
+    `params` are as Optuna stores them. What was infeasible is so at any value of the continuous ones.
+    """
+    for trial in earlier:
+        if space.keys() <= trial.params.keys() and all(
+            _is_same(params[name], trial.params[name], each, trial.user_attrs.get("outcome") == "infeasible")
+            for name, each in space.items()
+            if name in params
+        ):
+            return True
+    return False
 
 
 def make_sampler(config: StudyConfig, fixed: Mapping[int, Mapping[str, Any]]) -> ReplayableSampler:
@@ -95,7 +174,36 @@ def make_sampler(config: StudyConfig, fixed: Mapping[int, Mapping[str, Any]]) ->
     def random(seed: int) -> BaseSampler:
         return RandomSampler(seed=seed)
 
-    return ReplayableSampler(tpe if settings.sampler == "tpe" else random, seed=settings.seed, fixed=fixed)
+    return ReplayableSampler(
+        tpe if settings.sampler == "tpe" else random,
+        seed=settings.seed,
+        space=config.search,
+        fixed=fixed,
+        lookahead=settings.lookahead,
+    )
+
+
+def _is_same(one: Any, other: Any, distribution: BaseDistribution, infeasible: bool) -> bool:
+    if not isinstance(distribution, FloatDistribution) or distribution.step is not None:
+        return bool(one == other)
+    if infeasible:
+        return True
+    if distribution.log:
+        return abs(math.log(one / other)) < math.log(SAME_FACTOR)
+    return bool(abs(one - other) < SAME_SHARE * (distribution.high - distribution.low))
+
+
+def _as_of(trials: Sequence[FrozenTrial], trial: FrozenTrial, last: int) -> tuple[Study, FrozenTrial]:
+    """A study in memory where the trials after `last` have not ended, and the trial in it."""
+    study = optuna.create_study(direction="maximize", storage=InMemoryStorage())
+    for each in trials[: trial.number + 1]:
+        shown = copy.copy(each)
+        if each.number > last:
+            shown.state, shown.values, shown.datetime_complete = TrialState.RUNNING, None, None
+            shown.user_attrs = {}
+            shown.system_attrs = {}
+        study.add_trial(shown)
+    return study, study.get_trials(deepcopy=False)[trial.number]
 
 
 def _suggest(trial: Trial, name: str, distribution: BaseDistribution) -> Any:

@@ -7,7 +7,7 @@ import json
 import logging
 import sqlite3
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,26 +49,29 @@ class StudyDatabase:
         self._record = record
         self._space = record.config.search
         self._url = url
-        sampler = make_sampler(record.config, {0: default_params(record.config)})
+        self._sampler = make_sampler(record.config, {0: default_params(record.config)})
         with self._errors_named(RuntimeError, sqlite3.Error), _quiet():
             _check_sound(url)
             self._study = optuna.create_study(
                 storage=_storage(url),
                 study_name=record.name,
                 direction="maximize",
-                sampler=sampler,
+                sampler=self._sampler,
                 load_if_exists=True,
             )
 
-    def ask(self) -> tuple[int, dict[str, Any]]:
-        """Number and params of a new trial. The suggestion depends on the database and the number alone."""
-        with self._errors_named(), _quiet():
+    def ask(self, enqueued: Mapping[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
+        """Number and params of a new trial: those given, but for trial 0, the default.
+
+        Without any given the suggestion depends on the database and the number alone.
+        """
+        with self._errors_named(), _quiet(), self._sampler.giving(enqueued):
             trial = self._study.ask()
             return trial.number, suggest(trial, self._space)
 
-    def adopt(self, number: int) -> dict[str, Any]:
-        """Params of a trial that was found RUNNING; those that a crash left out are suggested again."""
-        with self._errors_named(), _quiet():
+    def adopt(self, number: int, enqueued: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Params of a trial that was found RUNNING; those that a crash left out are given or suggested again."""
+        with self._errors_named(), _quiet(), self._sampler.giving(enqueued):
             return suggest(self.trial(number), self._space)
 
     def trial(self, number: int) -> Trial:
@@ -92,7 +95,7 @@ class StudyDatabase:
             if record.reason:
                 trial.set_user_attr("reason", record.reason)
             if record.decisions:
-                trial.set_user_attr("decisions", json.dumps(record.decisions[-1]))
+                trial.set_user_attr("decisions", json.dumps(record.decisions))
             if record.constraint > 0 and not trial.constraints:
                 trial.set_constraint("feasible", record.constraint)
             self._study.tell(trial, record.value if state == TrialState.COMPLETE else None, state=state)

@@ -7,13 +7,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
 
 from hpsearch.errors import DatasetError, StudyChangedError, StudyError, StudyLockedError
 from hpsearch.paths import ProjectPaths
-from hpsearch.tuning import lock
+from hpsearch.tuning import coordinator, lock
 from hpsearch.tuning.coordinator import Stop, StudySummary
 from hpsearch.tuning.listener import Silent
 from hpsearch.tuning.planning import MachineChoice
@@ -201,6 +202,72 @@ def test_any_number_of_workers_gives_the_same_values_and_trains_each_fold_once(d
     assert everything(one) == everything(two)
     lines = [line for line in two.paths.log.read_text().splitlines() if " finished: " in line]
     assert len(lines) == len({line.split("INFO")[1].split(" finished")[0] for line in lines}) == 10
+
+
+@pytest.mark.slow
+def test_a_deterministic_study_is_the_same_for_any_number_of_workers(dataset: Path, tmp_path: Path) -> None:
+    config = tiny_config(
+        dataset,
+        "study.lookahead=3",
+        "study.trials=9",
+        "study.folds=3",
+        "search.train.lr={low=1e-5, high=0.3, log=true}",
+    )
+    one, two, three = (
+        everything(run(tmp_path / str(n), config, machine=MachineChoice("cpu", n, 1)).record) for n in (1, 2, 3)
+    )
+    assert one == two == three
+    outcomes = [outcome for _, outcome, _, _ in one["trials"].values()]
+    assert outcomes[:3] == ["full"] * 3
+    assert "dropped" in outcomes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("late_s", [1, 100])
+def test_a_study_whose_hours_are_used_up_goes_on_as_if_it_had_had_more(
+    dataset: Path, tmp_path: Path, late_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(dataset, "study.trials=2", "train.epochs=3")
+    never = everything(run(tmp_path / "never", config).record)
+    passed_s = 0.0
+
+    class Clock(Silent):
+        """After the first epoch of fold 1 the hour is over: by little, or by more than there is patience for."""
+
+        def epoch_ended(self, trial: int, fold: int, row: object) -> None:
+            nonlocal passed_s
+            if (trial, fold) == (0, 1):
+                passed_s = 3600 + late_s
+
+    real = time.monotonic
+    with monkeypatch.context() as patch:
+        patch.setattr(coordinator, "time", SimpleNamespace(monotonic=lambda: real() + passed_s))
+        summary = run(tmp_path / "stopped", config, hours=1, listener=Clock())
+    assert summary.stopped
+    assert summary.n_counted == 0
+    assert 1 <= len(summary.record.fit(0, 1).epochs()) < 3
+    assert everything(run(tmp_path / "stopped", config, hours=10).record) == never
+
+
+def test_a_trial_that_is_stopped_on_request_ends_as_if_raced_out_and_the_study_goes_on(
+    dataset: Path, tmp_path: Path
+) -> None:
+    study = ProjectPaths(tmp_path).study("tiny")
+
+    class Asks(Silent):
+        def epoch_ended(self, trial: int, fold: int, row: object) -> None:
+            if trial == 0:
+                study.trial_stop_request(0).write_text("stop")
+
+    record = run(
+        tmp_path, tiny_config(dataset, "study.trials=2", "study.pruner=none", "train.epochs=3"), listener=Asks()
+    ).record
+    stopped, other = record.trials()
+    assert (stopped.outcome, stopped.reason, other.outcome) == ("dropped", "stopped on request", "full")
+    assert 0 <= (stopped.value or 0.0) <= 1
+    assert stopped.decisions[-1]["drop"]
+    assert not study.trial_stop_request(0).exists()
+    assert optuna_study(tmp_path).trials[0].value == stopped.value
 
 
 @pytest.mark.slow

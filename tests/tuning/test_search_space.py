@@ -2,10 +2,19 @@ from __future__ import annotations
 
 import optuna
 import pytest
+from optuna.trial import TrialState
 
 from hpsearch import config as configs
 from hpsearch.config import StudyConfig
-from hpsearch.tuning.search_space import decode, default_params, distributions, encode, make_sampler, suggest
+from hpsearch.tuning.search_space import (
+    SAME_FACTOR,
+    decode,
+    default_params,
+    distributions,
+    encode,
+    make_sampler,
+    suggest,
+)
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -79,3 +88,92 @@ def test_every_kind_of_dimension_has_its_distribution() -> None:
     assert isinstance(found["unet.stacking"], optuna.distributions.IntDistribution)
     assert found["unet.stacking"].step == 2
     assert isinstance(found["data.color"], optuna.distributions.CategoricalDistribution)
+
+
+TWO_NETWORKS = ["search.train.lr={low=1e-3, high=1e-1, log=true}", "search.unet.depth=[3, 4]"]
+
+
+def few(*overrides: str) -> StudyConfig:
+    # Setting the value pins the dimension, so the dimensions come last.
+    return configs.load(None, ["unet.depth=4", *TWO_NETWORKS, "study.startup_trials=4", *overrides])
+
+
+def test_no_suggestion_has_the_discrete_part_of_an_earlier_one_and_nearly_its_learning_rate() -> None:
+    found = search(few(), 25)
+    for number, params in enumerate(found):
+        for earlier in found[:number]:
+            if params["unet.depth"] == earlier["unet.depth"]:
+                ratio = float(params["train.lr"]) / float(earlier["train.lr"])  # type: ignore[arg-type]
+                assert not 1 / SAME_FACTOR < ratio < SAME_FACTOR
+
+
+def test_a_space_of_few_configurations_is_repeated_when_it_is_used_up() -> None:
+    config = configs.load(None, ["search.data.color=['rgb', 'grayscale']", "study.startup_trials=2"])
+    study = optuna.create_study(direction="maximize", sampler=make_sampler(config, {}))
+    colors = []
+    for _ in range(5):
+        trial = study.ask()
+        colors.append(suggest(trial, config.search)["data.color"])
+        study.tell(trial, 0.5)
+    assert set(colors[:2]) == {"rgb", "grayscale"}
+
+
+def _infeasible_of(sampler: str, n: int, seed: int) -> tuple[int, set[tuple[object, ...]]]:
+    """How many of the last 40 of `n` suggestions are infeasible, where the best ones lie next to what is."""
+    config = configs.load(
+        None,
+        [
+            "search.unet.base_channels={low=8, high=64, step=4}",
+            "search.train.batch_size={low=4, high=64, step=4}",
+            "search.train.lr={low=1e-3, high=1e-1, log=true}",
+            f"study.sampler={sampler}",
+            f"study.seed={seed}",
+        ],
+    )
+    study = optuna.create_study(direction="maximize", sampler=make_sampler(config, {}))
+    infeasible: list[bool] = []
+    networks = []
+    for _ in range(n):
+        trial = study.ask()
+        params = suggest(trial, config.search)
+        size = params["unet.base_channels"] * params["train.batch_size"] / 1000
+        infeasible.append(size > 1)
+        if size > 1:
+            networks.append((params["unet.base_channels"], params["train.batch_size"]))
+            trial.set_user_attr("outcome", "infeasible")
+            trial.set_constraint("feasible", size - 1)
+            study.tell(trial, state=TrialState.PRUNED)
+        else:
+            study.tell(trial, size - abs(params["train.lr"] - 0.02))
+    assert len(set(networks)) == len(networks)
+    return sum(infeasible[-40:]), set(networks)
+
+
+def test_tpe_suggests_fewer_infeasible_configurations_after_it_has_seen_some() -> None:
+    by_tpe, at_random = (
+        sum(_infeasible_of(sampler, 60, seed)[0] for seed in range(3)) for sampler in ("tpe", "random")
+    )
+    assert by_tpe < 0.75 * at_random
+
+
+def test_with_a_lookahead_what_became_of_the_last_trials_changes_nothing() -> None:
+    config = few("study.lookahead=3")
+
+    def run(told: int) -> dict[str, object]:
+        """Params of trial 10 when the trials before `told` have ended, the others being under way."""
+        study = optuna.create_study(direction="maximize", sampler=make_sampler(config, {}))
+        trials = []
+        for number in range(11):
+            trials.append(study.ask())
+            suggest(trials[-1], config.search)
+            if number >= 3:
+                study.tell(trials[number - 3], -abs(trials[number - 3].params["train.lr"] - 0.02))
+        fresh = optuna.create_study(direction="maximize", sampler=make_sampler(config, {}))
+        for each in study.get_trials()[:10]:
+            if each.number < told and not each.state.is_finished():
+                each.state, each.value = TrialState.COMPLETE, 0.9
+                each.datetime_complete = each.datetime_start
+            fresh.add_trial(each)
+        return suggest(fresh.ask(), config.search)
+
+    assert run(8) == run(9) == run(10)
