@@ -3,8 +3,8 @@
 One question is asked: is it plausible that the candidate is as good as the incumbent, the best *full* trial? If not,
 at a one-sided p below 0.15, the candidate is dropped. Few are better than the incumbent, most of them by little, and
 those that are better by much have a larger p: on generated studies 1.5 in 100 trials are dropped although they are
-better by 0.003, and p < 0.02, which drops 0.4, costs half as much again. y[c, i] is the score of image i from the fold model of trial c
-that had not seen it.
+better by 0.003, and p < 0.02, which drops 0.4, costs half as much again. y[c, i] is the score of image i from the
+fold model of trial c that had not seen it.
 
 **What is compared.** Images differ far more than configurations do, and folds have luck of their own. So the
 candidate is compared, on the very images it was scored on, with what a trial as good as the incumbent would score:
