@@ -1,4 +1,8 @@
-"""Retrain one configuration on the whole pool and evaluate it, once, on the test split."""
+"""Retrain one configuration on the whole pool and evaluate it on the test split, with what that is worth.
+
+What was promised comes from the study's claims (`report.claims`), the choices about threshold, flips, cleaning and
+ensemble from out-of-fold predictions (`choices`), and every look at the test set is accounted for (`looks`).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import dataclasses
 import io
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,15 +19,19 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from hpsearch import paths
+from hpsearch.choices import Choices, Chosen
 from hpsearch.config import stable_seed
 from hpsearch.data.config import DataConfig
+from hpsearch.data.duplicates import DuplicatePair, find_in_dataset
 from hpsearch.data.prepare import Prepared, locate, prepare_test
-from hpsearch.errors import StudyError
+from hpsearch.errors import StudyChangedError, StudyError
+from hpsearch.looks import Look, digest_of_test_set, first_look_of, looks_at, n_looks_before, note_look
 from hpsearch.paths import FinalPaths, FitPaths, ProjectPaths
-from hpsearch.report.statistics import Interval, Paired, bootstrap_mean, paired_difference
+from hpsearch.report import trial_rows
+from hpsearch.report.claims import Claims
+from hpsearch.report.statistics import Corrected, Interval, Paired, bootstrap_mean, paired_difference
 from hpsearch.scoring import COLUMNS, mask_name, read_mask, score_table, write_submission
 from hpsearch.tracking import Tracker, TrackingThread
 from hpsearch.training.metrics import SCORES, PixelCounts
@@ -49,18 +57,39 @@ class FinalResult:
     paths: FinalPaths
     metric: str
     cv: Interval
-    """Mean of the out-of-fold scores and its 95 % interval over images."""
+    """Mean of the out-of-fold scores, of both fits where it is confirmed, and its 95 % interval over images."""
     cv_fold_std: float
     """Standard deviation of the fold means."""
+    is_confirmed: bool
+    corrected: Corrected | None
+    """What the search claims of its winner; None if this is another trial."""
+    predicted: Interval | None
+    """What the search promised for so many test images: the mean with its 95 % prediction interval; None likewise."""
     test: dict[str, Interval]
-    """Score by name: mean over images, and over seeds, with its 95 % interval over images."""
+    """Score by name: mean over images, and over seeds, with its 95 % interval over images. As all trials are scored:
+    threshold 0.5, no flips, no cleaning."""
     per_seed: dict[str, tuple[float, ...]]
     """Score by name: the mean of each seed's network."""
     official: dict[str, Interval]
-    """Official score by name, at each image's own resolution, of the network that is kept (the first seed's): what
-    the challenge would give for its masks. Mean over images with its 95 % interval."""
+    """Official score by name, at each image's own resolution, of the network that is kept (the first seed's) with the
+    choices made for it. Mean over images with its 95 % interval."""
+    chosen: Chosen | None
+    """What was decided out of fold; None where no networks of the folds were kept."""
+    chosen_test: dict[str, Interval]
+    """Like `test`, of the network that is kept, by the choices; empty if none was taken."""
+    ensemble: EnsembleResult | None
+    looks: tuple[Look, ...]
+    """At this test set, this one last."""
+    n_looks_before: int
+    """Looks before the study began."""
+    n_trials_after: int
+    """Trials of the study that began after its first look."""
+    leaks: tuple[DuplicatePair, ...]
+    """Near-duplicates of which one is in the pool and one in the test split."""
+    without_leaks: float | None
+    """Mean of the study's metric over the test images that have none; None without leaks."""
     against_default: Paired | None
-    """It minus trial 0 on the same out-of-fold images; None for trial 0, or where that is not full."""
+    """It minus trial 0 on the same out-of-fold images, with run luck; None for trial 0, or if that is not full."""
     n_test: int
     n_pool: int
 
@@ -75,10 +104,40 @@ class FinalResult:
             "n_test": self.n_test,
             "cv": dataclasses.asdict(self.cv),
             "cv_fold_std": self.cv_fold_std,
-            "test": {name: dataclasses.asdict(interval) for name, interval in self.test.items()},
-            "official": {name: dataclasses.asdict(interval) for name, interval in self.official.items()},
+            "is_confirmed": self.is_confirmed,
+            "corrected": dataclasses.asdict(self.corrected) if self.corrected else None,
+            "predicted": dataclasses.asdict(self.predicted) if self.predicted else None,
+            "test": _tables(self.test),
+            "official": _tables(self.official),
             "per_seed": {name: list(values) for name, values in self.per_seed.items()},
+            "chosen": self.chosen.to_table() if self.chosen else None,
+            "chosen_test": _tables(self.chosen_test),
+            "ensemble": self.ensemble.to_table() if self.ensemble else None,
+            "test_set": self.looks[-1].test_set,
+            "n_looks": len(self.looks),
+            "leaks": [dataclasses.asdict(pair) for pair in self.leaks],
+            "without_leaks": self.without_leaks,
             "against_default": dataclasses.asdict(self.against_default) if self.against_default else None,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnsembleResult:
+    """The networks of the folds together, beside the network that was trained on the whole pool."""
+
+    n_networks: int
+    test: dict[str, Interval]
+    """As in `FinalResult.chosen_test`: by the choices, where any were taken."""
+    official: dict[str, Interval]
+    gain: Paired
+    """Of the study's metric over the network that is kept, on the same test images at the training size."""
+
+    def to_table(self) -> dict[str, Any]:
+        return {
+            "n_networks": self.n_networks,
+            "test": _tables(self.test),
+            "official": _tables(self.official),
+            "gain": dataclasses.asdict(self.gain),
         }
 
 
@@ -87,32 +146,44 @@ def run_final(
     name: str | None = None,
     *,
     trial: int | None = None,
+    cheapest_tied: bool = False,
     n_seeds: int = 1,
+    ensemble: bool = False,
     machine: MachineChoice | None = None,
     tracker: Tracker | None = None,
     on_epoch: OnEpoch | None = None,
     submission: bool = False,
 ) -> FinalResult | None:
-    """Train the best full trial of a study (or `trial`) on all pool images and score the test images.
+    """Train the winner of a study (or `trial`) on all pool images and score the test images.
 
-    Data and settings are the study's. Each of `n_seeds` networks is trained for as many epochs as the trial had;
-    stopped by `on_epoch` it gives None, and goes on from there the next time. The test split is read here and nowhere
-    else. The masks of the first network, at each image's own resolution, stay in the final's folder; `submission`
-    packs them into a zip as the challenge takes it.
+    Data and settings are the study's. `cheapest_tied` takes, of the trials that cannot be told from the best, the one
+    whose cross-validation took the least time. Each of `n_seeds` networks is trained for as many epochs as the trial
+    had; stopped by `on_epoch` it gives None, and goes on from there the next time. `ensemble` lets the networks of
+    the folds predict the test images too. The test split is read here and nowhere else, and every scoring of it is
+    entered into the account of looks. The masks at each image's own resolution, as `predict` would make them, stay in
+    the final's folder; `submission` packs them into a zip as the challenge takes it.
 
-    Raises StudyError if there is no such study or trial, DatasetError for data that cannot be used.
+    Raises StudyError if there is no such study or trial, or no networks for an ensemble; DatasetError for data that
+    cannot be used.
     """
     record = study_record(project, name)
     with paths.refusals_named(record.paths.root), lock.hold(record.paths), log_file(record.paths.log):
         record.verify()
-        chosen = _choose(record, trial)
+        chosen = _choose(record, trial, cheapest_tied)
         config = chosen.study_config
         folder = record.paths.final(f"trial-{chosen.number:04d}")
         began_at = now()
-        caches = PoolCaches(record.config, cache_root(project, config), role="final")
+        root = cache_root(project, config)
+        networks = fold_networks(record, chosen.number)
+        if ensemble and networks is None:
+            raise StudyError(
+                f"the networks of the folds of trial {chosen.number} were not kept, as they are for the best trials "
+                "only: there is nothing to make an ensemble of"
+            )
+        caches = PoolCaches(record.config, root, role="final")
         pool = caches.scored
-        test = prepare_test(config.scored_data, cache_root(project, config))
-        seen = test if config.scored_data == config.data else prepare_test(config.data, cache_root(project, config))
+        test = prepare_test(config.scored_data, root)
+        seen = test if config.scored_data == config.data else prepare_test(config.data, root)
         paths.write_text(folder.config, config.to_toml())
         on_epoch = on_epoch or (lambda index, row: True)
         # One network after another on the first device of the plan: this is a handful of fits.
@@ -127,18 +198,47 @@ def run_final(
                     and do(workers, job, on_epoch=partial(on_epoch, index)) is None
                 ):
                     return None
+            # Before the test split is looked at.
+            if networks is not None:
+                logger.info("choosing threshold, flips and cleaning by out-of-fold predictions")
+                searched = PoolCaches(record.config, root)
+                if searched.scored.ids != record.folds.ids:
+                    raise StudyChangedError(
+                        f"the images of study {record.name!r} have changed since it was begun: put the old ones back"
+                    )
+                do(workers, _choose_job(record, chosen, folder, networks, searched, ensemble=ensemble))
+            decided = Chosen.read(folder.choices) if folder.choices.is_file() else None
+            choices = decided.choices if decided is not None else Choices()
+            members = _members(folder, networks if ensemble else None)
+            copies = [(folder.seed(0).weights, folder.model), *members]
+            do(workers, _keep_job(copies, choices))
+            for index in range(n_seeds):
                 do(workers, _score_job(chosen, folder.seed(index), seen, test))
-            logger.info("scoring the masks of %d test images at their own resolution", test.n)
+            together = [target for _, target in members]
+            uses_ensemble = choices.ensemble and bool(together)
             shutil.rmtree(folder.masks, ignore_errors=True)
-            do(workers, _official_job(folder, config.data, cache_root(project, config), test))
-        result = _evaluate(record, chosen, folder, n_seeds, pool, test)
-        with paths.atomic_write(folder.model) as temporary:
-            shutil.copyfile(folder.seed(0).weights, temporary)
+            logger.info("scoring the masks of %d test images at their own resolution", test.n)
+            samples = _samples(config.data, root, test)
+            if choices != Choices():
+                do(workers, _count_job(chosen, choices, [folder.model], folder.chosen_counts, seen, test))
+            masks = None if uses_ensemble else folder.masks
+            do(workers, _official_job([folder.model], samples, masks, folder.official_counts))
+            if together:
+                do(workers, _count_job(chosen, choices, together, folder.ensemble_counts, seen, test))
+                masks = folder.masks if uses_ensemble else None
+                do(workers, _official_job(together, samples, masks, folder.ensemble_official_counts))
+        leaks = tuple(
+            pair
+            for pair in find_in_dataset(config.data, root, with_test=True, role="final")
+            if pair.across and {pair.a, pair.b} & set(test.ids)
+        )
+        result = _evaluate(record, chosen, folder, n_seeds, pool, test, decided, len(together), leaks)
+        note_look(project, result.looks[-1])
         _write_table(folder, n_seeds, test)
         folder.submission.unlink(missing_ok=True)
         if submission:
-            masks = ((image, read_mask(folder.masks / mask_name(image))) for image in test.ids)
-            write_submission(folder.submission, masks)
+            pairs = ((image, read_mask(folder.masks / mask_name(image))) for image in test.ids)
+            write_submission(folder.submission, pairs)
         _draw(record, folder, n_seeds, result, test)
         finished = {**result.to_dict(), "began_at": began_at, "ended_at": now(), "test_key": test.key}
         paths.write_json(folder.result, {**finished, "n_seeds": n_seeds, "runtime": plan.machine})
@@ -148,11 +248,38 @@ def run_final(
         return result
 
 
-def _choose(record: StudyRecord, number: int | None) -> TrialRecord:
+@dataclass(frozen=True)
+class FoldNetworks:
+    """For each fold a network that has not seen its held-out images, and maybe another of other seeds."""
+
+    source: str
+    """Which they are, for people."""
+    weights: tuple[Path, ...]
+    others: tuple[Path, ...]
+    """Empty where there is one network a fold."""
+
+
+def fold_networks(record: StudyRecord, number: int) -> FoldNetworks | None:
+    """Those of a trial's second fits, or of its first where the second were not kept; None if neither were."""
+    found = []
+    for source, fits in (("second fits", record.second_fit), ("first fits", record.fit)):
+        weights = tuple(fits(number, fold).paths.weights for fold in range(record.n_folds))
+        finished = all(fits(number, fold).is_finished for fold in range(record.n_folds))
+        if finished and all(path.is_file() for path in weights):
+            found.append((source, weights))
+    if not found:
+        return None
+    source, weights = found[0]
+    return FoldNetworks(f"{source} of trial {number}", weights, found[1][1] if len(found) > 1 else ())
+
+
+def _choose(record: StudyRecord, number: int | None, cheapest_tied: bool) -> TrialRecord:
     if number is None:
         best = record.best()
         if best is None:
             raise StudyError(f"study {record.name!r} has no fully evaluated trial yet: run `hpsearch study` first")
+        if cheapest_tied and (claims := Claims.of(record)) is not None:
+            return record.trial(claims.cheapest_tied(record))
         return best
     if number not in record.trial_numbers():
         raise StudyError(f"study {record.name!r} has no trial {number}; it has {len(record.trial_numbers())}")
@@ -161,6 +288,13 @@ def _choose(record: StudyRecord, number: int | None) -> TrialRecord:
         what = trial.outcome or "still open"
         raise StudyError(f"trial {number} of study {record.name!r} is {what}: only full trials can be final")
     return trial
+
+
+def _members(folder: FinalPaths, networks: FoldNetworks | None) -> list[tuple[Path, Path]]:
+    """(source, target) of the networks of an ensemble; what an earlier one left is removed."""
+    shutil.rmtree(folder.ensemble, ignore_errors=True)
+    sources = networks.weights if networks is not None else ()
+    return [(source, folder.ensemble / f"fold{fold}.safetensors") for fold, source in enumerate(sources)]
 
 
 def _fit_job(trial: TrialRecord, fit: FitPaths, seed: int, caches: PoolCaches) -> dict[str, Any]:
@@ -179,73 +313,193 @@ def _fit_job(trial: TrialRecord, fit: FitPaths, seed: int, caches: PoolCaches) -
 
 
 def _score_job(trial: TrialRecord, fit: FitPaths, seen: Prepared, test: Prepared) -> dict[str, Any]:
-    """`seen`: the test images as the network sees them; `test`: at the size at which they are scored."""
-    truth = {"truth": str(test.cache_path.absolute())} if seen.key != test.key else {}
     return {
         "job": "score",
         "config": trial.config,
         "weights": str(fit.weights.absolute()),
-        "cache": str(seen.cache_path.absolute()),
-        **truth,
+        **_test_caches(seen, test),
         "counts": str(fit.test_counts.absolute()),
         "examples": str(fit.examples.absolute()),
     }
 
 
-def _official_job(folder: FinalPaths, data: DataConfig, caches: Path, test: Prepared) -> dict[str, Any]:
-    # Where the files lie now: a cache outlives its dataset's folder.
+def _test_caches(seen: Prepared, test: Prepared) -> dict[str, str]:
+    """`seen`: the test images as the network sees them; `test`: at the size at which they are scored."""
+    truth = {"truth": str(test.cache_path.absolute())} if seen.key != test.key else {}
+    return {"cache": str(seen.cache_path.absolute()), **truth}
+
+
+def _choose_job(
+    record: StudyRecord,
+    trial: TrialRecord,
+    folder: FinalPaths,
+    networks: FoldNetworks,
+    caches: PoolCaches,
+    *,
+    ensemble: bool,
+) -> dict[str, Any]:
+    others: tuple[Path | None, ...] = networks.others or (None,) * len(networks.weights)
+    return {
+        "job": "choose",
+        "config": trial.config,
+        "metric": record.config.study.metric,
+        **caches.job(trial.study_config),
+        "networks": [
+            {
+                "weights": str(weights.absolute()),
+                "other": str(other.absolute()) if other else "",
+                "held_out": record.folds.held_out(fold).tolist(),
+            }
+            for fold, (weights, other) in enumerate(zip(networks.weights, others, strict=True))
+        ],
+        "source": networks.source,
+        "ensemble": ensemble,
+        "out": str(folder.choices.absolute()),
+    }
+
+
+def _keep_job(copies: Sequence[tuple[Path, Path]], choices: Choices) -> dict[str, Any]:
+    return {
+        "job": "keep",
+        "copies": [(str(source.absolute()), str(target.absolute())) for source, target in copies],
+        "choices": choices.to_table(),
+    }
+
+
+def _count_job(
+    trial: TrialRecord, choices: Choices, weights: Sequence[Path], counts: Path, seen: Prepared, test: Prepared
+) -> dict[str, Any]:
+    return {
+        "job": "count",
+        "config": trial.config,
+        **_test_caches(seen, test),
+        "weights": [str(path.absolute()) for path in weights],
+        "choices": choices.to_table(),
+        "counts": str(counts.absolute()),
+    }
+
+
+def _samples(data: DataConfig, caches: Path, test: Prepared) -> list[tuple[str, str, str]]:
+    """Id, image and mask of every test image, where the files lie now: a cache outlives its dataset's folder."""
     samples = {sample.id: sample for sample in locate(data, caches).split("test")}
+    return [(image, str(samples[image].image.absolute()), str(samples[image].mask.absolute())) for image in test.ids]
+
+
+def _official_job(
+    weights: Sequence[Path], samples: list[tuple[str, str, str]], masks: Path | None, counts: Path
+) -> dict[str, Any]:
     return {
         "job": "official",
-        "weights": str(folder.seed(0).weights.absolute()),
-        "samples": [
-            (image, str(samples[image].image.absolute()), str(samples[image].mask.absolute())) for image in test.ids
-        ],
-        "masks": str(folder.masks.absolute()),
-        "counts": str(folder.official_counts.absolute()),
+        "weights": [str(path.absolute()) for path in weights],
+        "samples": samples,
+        "masks": str(masks.absolute()) if masks is not None else "",
+        "counts": str(counts.absolute()),
     }
 
 
 def _evaluate(
-    record: StudyRecord, trial: TrialRecord, folder: FinalPaths, n_seeds: int, pool: Prepared, test: Prepared
+    record: StudyRecord,
+    trial: TrialRecord,
+    folder: FinalPaths,
+    n_seeds: int,
+    pool: Prepared,
+    test: Prepared,
+    chosen: Chosen | None,
+    n_members: int,
+    leaks: tuple[DuplicatePair, ...],
 ) -> FinalResult:
     metric = record.config.study.metric
+    claims = Claims.of(record)
+    assert claims is not None
+    out_of_fold = claims.scores.joint[claims.full.index(trial.number)]
+    fold_means = [float(out_of_fold[images].mean()) for images in claims.scores.folds]
     scores = {name: np.stack([_scores(folder.seed(index), name) for index in range(n_seeds)]) for name in SCORES}
-    out_of_fold = record.out_of_fold(trial.number)
-    seen = ~np.isnan(out_of_fold)
-    official = _official_table(folder, test)
-    fold_means = [float(np.mean(record.final_scores(trial.number, fold))) for fold in range(record.n_folds)]
+    by_choices = _means(folder.chosen_counts) if chosen is not None and chosen.choices != Choices() else {}
+    test_mean = bootstrap_mean(scores[metric].mean(axis=0))
+    leaked = np.isin(np.array(test.ids), [name for pair in leaks for name in (pair.a, pair.b)])
+    looks, n_before, n_after = _looks(record, trial, test, metric, test_mean.mean)
     return FinalResult(
         study=record.name,
         trial=trial,
         paths=folder,
         metric=metric,
-        cv=bootstrap_mean(out_of_fold[seen]),
+        cv=bootstrap_mean(out_of_fold),
         cv_fold_std=float(np.std(fold_means, ddof=1)) if len(fold_means) > 1 else 0.0,
+        is_confirmed=trial.number in record.confirmed(),
+        corrected=claims.corrected if trial.number == claims.winner else None,
+        predicted=claims.predicted(trial.number, n_test=test.n, n_runs=n_seeds),
         test={name: bootstrap_mean(values.mean(axis=0)) for name, values in scores.items()},
         per_seed={name: tuple(float(value) for value in values.mean(axis=1)) for name, values in scores.items()},
-        official={name: bootstrap_mean(official[name].to_numpy(np.float64)) for name in COLUMNS},
-        against_default=_against_default(record, trial.number, out_of_fold, seen),
+        official=_official(folder.official_counts, test),
+        chosen=chosen,
+        chosen_test=by_choices,
+        ensemble=_ensemble(folder, test, metric, n_members, has_choices=bool(by_choices)) if n_members else None,
+        looks=looks,
+        n_looks_before=n_before,
+        n_trials_after=n_after,
+        leaks=leaks,
+        without_leaks=float(scores[metric].mean(axis=0)[~leaked].mean()) if leaks and not leaked.all() else None,
+        against_default=claims.gain(trial.number),
         n_test=test.n,
         n_pool=pool.n,
     )
 
 
-def _against_default(
-    record: StudyRecord, number: int, out_of_fold: npt.NDArray[np.float64], seen: npt.NDArray[np.bool_]
-) -> Paired | None:
-    if number == 0 or record.trial(0).outcome != "full":
-        return None
-    return paired_difference(out_of_fold[seen], record.out_of_fold(0)[seen])
+def _looks(
+    record: StudyRecord, trial: TrialRecord, test: Prepared, metric: str, score: float
+) -> tuple[tuple[Look, ...], int, int]:
+    """All looks with this one at the end, those before the study began, and the study's trials after its first."""
+    project, trials = record.paths.project, record.trials()
+    look = Look(
+        test_set=digest_of_test_set(test.cache_path),
+        at=now(),
+        study=record.name,
+        study_began_at=trials[0].began_at,
+        trial=trial.number,
+        folder=str(project.root.absolute()),
+        n_images=test.n,
+        metric=metric,
+        score=score,
+    )
+    looks = (*looks_at(project, look.test_set), look)
+    first = first_look_of(looks, record.name, look.study_began_at) or look
+    return looks, n_looks_before(looks, look.study_began_at), sum(each.began_at > first.at for each in trials)
 
 
-def _scores(fit: FitPaths, name: str) -> npt.NDArray[np.float64]:
-    counts = load_array(fit.test_counts, ndim=2)
+def _ensemble(
+    folder: FinalPaths, test: Prepared, metric: str, n_networks: int, *, has_choices: bool
+) -> EnsembleResult:
+    alone = folder.chosen_counts if has_choices else folder.seed(0).test_counts
+    scores = [_score(load_array(path, ndim=2), metric) for path in (folder.ensemble_counts, alone)]
+    return EnsembleResult(
+        n_networks=n_networks,
+        test=_means(folder.ensemble_counts),
+        official=_official(folder.ensemble_official_counts, test),
+        gain=paired_difference(*scores),
+    )
+
+
+def _means(counts: Path) -> dict[str, Interval]:
+    """Every score's mean over the images of a file of counts."""
+    table = load_array(counts, ndim=2)
+    return {name: bootstrap_mean(_score(table, name)) for name in SCORES}
+
+
+def _official(counts: Path, test: Prepared) -> dict[str, Interval]:
+    table = score_table(test.ids, load_array(counts, ndim=2))
+    return {name: bootstrap_mean(table[name].to_numpy(np.float64)) for name in COLUMNS}
+
+
+def _tables(scores: dict[str, Interval]) -> dict[str, dict[str, float]]:
+    return {name: dataclasses.asdict(interval) for name, interval in scores.items()}
+
+
+def _score(counts: npt.NDArray[np.int64], name: str) -> npt.NDArray[np.float64]:
     return np.asarray(SCORES[name](PixelCounts.from_columns(counts)), np.float64)
 
 
-def _official_table(folder: FinalPaths, test: Prepared) -> pd.DataFrame:
-    return score_table(test.ids, load_array(folder.official_counts, ndim=2))
+def _scores(fit: FitPaths, name: str) -> npt.NDArray[np.float64]:
+    return _score(load_array(fit.test_counts, ndim=2), name)
 
 
 def _write_table(folder: FinalPaths, n_seeds: int, test: Prepared) -> None:
@@ -253,7 +507,7 @@ def _write_table(folder: FinalPaths, n_seeds: int, test: Prepared) -> None:
     columns = {
         name: np.mean([_scores(folder.seed(index), name) for index in range(n_seeds)], axis=0) for name in SCORES
     }
-    official = _official_table(folder, test)
+    official = score_table(test.ids, load_array(folder.official_counts, ndim=2))
     columns |= {f"official_{name}": official[name].to_numpy(np.float64) for name in COLUMNS}
     text = io.StringIO()
     writer = csv.writer(text)
@@ -265,7 +519,7 @@ def _write_table(folder: FinalPaths, n_seeds: int, test: Prepared) -> None:
 
 def _draw(record: StudyRecord, folder: FinalPaths, n_seeds: int, result: FinalResult, test: Prepared) -> None:
     """curves.png and panels.png."""
-    from hpsearch.report import figures, trial_rows
+    from hpsearch.report import figures
 
     title = f"{result.study}, trial {result.trial.number}, retrained"
     curves = figures.draw_curves(trial_rows.final_curves(folder, n_seeds), title=title)

@@ -6,6 +6,7 @@ import glob
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -17,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from hpsearch import runtime as devices
+from hpsearch.choices import Choices, clean_mask
 from hpsearch.data.batches import GRAY_WEIGHTS
 from hpsearch.data.decode import crop, read_image, resize
 from hpsearch.data.layouts import FOREIGN, READABLE
@@ -49,12 +51,14 @@ class Predictor:
     than its windows, are put side by side and averaged where they overlap; those of a `same` network, which knows
     least at its borders, overlap by at least a quarter and are blended.
 
-    Computes in float32 whatever the training did, so that the same file gives the same mask.
+    Threshold, flips and cleaning are as the weights file says (`choices`). Computes in float32 whatever the training
+    did, so that the same file gives the same mask.
     """
 
     def __init__(self, model: torch.nn.Module, info: WeightsInfo, runtime: Runtime, *, tiles: bool = False) -> None:
         self.info = info
         self.tiles = tiles
+        self.choices = Choices.from_table(info.extra)
         self._model = model
         self._runtime = runtime
         mean = torch.tensor(info.normalization.mean, dtype=torch.float64)
@@ -91,9 +95,8 @@ class Predictor:
             ) from error
 
     def mask(self, logits: Tensor) -> NDArray[np.bool_]:
-        """Where `logits` (H, W) are above the network's threshold, which is a probability of 0.5 unless set."""
-        threshold = torch.tensor(float(self.info.extra.get("threshold", 0.5)))
-        return np.asarray((logits > threshold.logit()).numpy())
+        """Where `logits` (H, W) are above the chosen threshold, cleaned if so chosen."""
+        return to_mask(logits, self.choices)
 
     def _whole(self, image: Tensor) -> Tensor:
         logits = self._run(resize(image, *self.info.size), interpolate=True)
@@ -123,8 +126,72 @@ class Predictor:
             channels = (red + green + blue)[None]
         images = torch.addcmul(self._shift, channels, self._factor)[None]
         images = images.to(self._runtime.device, memory_format=torch.channels_last)
-        logits: Tensor = self._model(images, interpolate=interpolate)
+        forward = partial(self._model, interpolate=interpolate)
+        logits: Tensor = mean_over_flips(forward, images) if self.choices.flips else forward(images)
         return logits[0, 0].float().cpu()
+
+
+class Ensemble:
+    """Several predictors whose logits are averaged; threshold and cleaning are the first one's."""
+
+    def __init__(self, members: Sequence[Predictor]) -> None:
+        self.members = tuple(members)
+        self.info = members[0].info
+        self.tiles = members[0].tiles
+
+    @classmethod
+    def load(
+        cls, weights: Sequence[Path], *, device: str = "auto", threads: int | None = None, tiles: bool | None = None
+    ) -> Self:
+        """The networks in these files; errors as in `Predictor.load`."""
+        return cls([Predictor.load(path, device=device, threads=threads, tiles=tiles) for path in weights])
+
+    def logits(self, image: Tensor) -> Tensor:
+        """As `Predictor.logits`."""
+        total = self.members[0].logits(image)
+        for member in self.members[1:]:
+            total = total + member.logits(image)
+        return total / len(self.members)
+
+    def mask(self, logits: Tensor) -> NDArray[np.bool_]:
+        """As `Predictor.mask`."""
+        return self.members[0].mask(logits)
+
+
+def load_predictor(
+    weights: Path,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    tiles: bool | None = None,
+    ensemble: bool | None = None,
+) -> Predictor | Ensemble:
+    """The network in `weights`, or the `ensemble` that `final --ensemble` left beside it; None: what `final` chose.
+
+    Errors as in `Predictor.load`; StudyError where an ensemble is wanted and there is none.
+    """
+    predictor = Predictor.load(weights, device=device, threads=threads, tiles=tiles)
+    folder = FinalPaths(weights.parent).ensemble
+    members = sorted(folder.glob("*.safetensors"))
+    if ensemble and not members:
+        raise StudyError(f"there is no ensemble in {folder}: `hpsearch final --ensemble` makes one")
+    if not members or not (predictor.choices.ensemble if ensemble is None else ensemble):
+        return predictor
+    return Ensemble.load(members, device=device, threads=threads, tiles=tiles)
+
+
+def to_mask(logits: Tensor, choices: Choices) -> NDArray[np.bool_]:
+    """Where `logits` (H, W) on the CPU are lesion by these choices."""
+    mask = np.asarray((logits > torch.tensor(choices.threshold).logit()).numpy())
+    return clean_mask(mask) if choices.clean else mask
+
+
+def mean_over_flips(forward: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """Mean of the logits of images (B, C, H, W) and of their three mirror images, mirrored back."""
+    total = forward(images)
+    for axes in ((-1,), (-2,), (-2, -1)):
+        total = total + forward(images.flip(axes)).flip(axes)
+    return total / 4
 
 
 @dataclass(frozen=True)
@@ -206,7 +273,7 @@ def find_images(inputs: Iterable[str | Path]) -> list[Path]:
 
 
 def predict_files(
-    predictor: Predictor,
+    predictor: Predictor | Ensemble,
     images: Sequence[Path],
     out_dir: Path,
     *,

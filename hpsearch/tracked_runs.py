@@ -254,6 +254,13 @@ def final_run(record: StudyRecord, name: str) -> RunContent:
             values |= {f"test/{score}_low": interval["low"], f"test/{score}_high": interval["high"]}
     for score, interval in result.get("official", {}).items():
         values |= {f"test/official/{score}": interval["mean"]}
+    for name in ("corrected", "predicted"):
+        if claimed := result.get(name):
+            values |= {f"cv/{metric}_{name}{end}": claimed[key] for key, end in _ENDS.items()}
+    if chosen := result.get("chosen_test"):
+        values |= {f"test/chosen/{metric}": chosen[metric]["mean"]}
+    if ensemble := result.get("ensemble"):
+        values |= {f"test/ensemble/{metric}": ensemble["test"][metric]["mean"]}
     trial = record.trial(result["trial"])
     config = trial.study_config
     return RunContent(
@@ -265,6 +272,7 @@ def final_run(record: StudyRecord, name: str) -> RunContent:
             "hpsearch.final": name,
             "mlflow.source.name": "hpsearch final",
             "outcome": "final",
+            **_account_tags(result),
             "seed": str(config.study.seed),
             **_machine_tags(result["runtime"]),
         },
@@ -447,6 +455,19 @@ def _machine_tags(machine: Mapping[str, Any]) -> dict[str, str]:
     versions = ("python", "torch", "numpy", "cuda", "cudnn", "torch_xla")
     tags = {tag: str(machine[name]) for name, tag in names.items() if name in machine}
     return tags | {f"version.{name}": str(machine[name]) for name in versions if name in machine}
+
+
+_ENDS = {"mean": "", "low": "_low", "high": "_high"}
+
+
+def _account_tags(result: Mapping[str, Any]) -> dict[str, str]:
+    """Which test set was scored, the how manieth look at it that was, and what was chosen out of fold."""
+    if "test_set" not in result:
+        return {}
+    tags = {"hpsearch.test_set": result["test_set"], "hpsearch.test_looks": str(result["n_looks"])}
+    if result["leaks"]:
+        tags["hpsearch.test_leaks"] = str(len(result["leaks"]))
+    return tags | ({"hpsearch.choices": _text(result["chosen"]["choices"])} if result["chosen"] else {})
 
 
 def _reason_and_code(reason: str, code: str) -> dict[str, str]:

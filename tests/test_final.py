@@ -7,17 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
+from hpsearch.choices import Choices, Chosen
 from hpsearch.cli.final import describe
 from hpsearch.config import stable_seed
 from hpsearch.errors import StudyError
 from hpsearch.final import FinalResult, run_final
 from hpsearch.paths import ProjectPaths
-from hpsearch.predict import Predictor, find_images, predict_files
+from hpsearch.predict import Ensemble, Predictor, find_images, load_predictor, predict_files
+from hpsearch.report.rows import study_rows
 from hpsearch.scoring import mask_name, official_scores, read_mask, score_folder
 from hpsearch.training.metrics import SCORES, PixelCounts
 from hpsearch.tuning.planning import MachineChoice
-from hpsearch.tuning.record import load_array
+from hpsearch.tuning.record import load_array, study_record
 from tests.tuning.studies import run, tiny_config, write_tiny_dataset
 
 MACHINE = MachineChoice("cpu", 1, 1)
@@ -26,14 +29,16 @@ MACHINE = MachineChoice("cpu", 1, 1)
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> ProjectPaths:
     root = tmp_path_factory.mktemp("final")
-    config = tiny_config(write_tiny_dataset(root), "study.pruner=none", "study.sampler=random", "study.trials=2")
+    config = tiny_config(
+        write_tiny_dataset(root), "study.pruner=none", "study.sampler=random", "study.trials=2", "study.confirm=2"
+    )
     run(root, config)
     return ProjectPaths(root)
 
 
 @pytest.fixture(scope="module")
 def result(project: ProjectPaths) -> FinalResult:
-    found = run_final(project, n_seeds=2, machine=MACHINE, submission=True)
+    found = run_final(project, n_seeds=2, machine=MACHINE, submission=True, ensemble=True)
     assert found is not None
     return found
 
@@ -60,7 +65,8 @@ def test_the_test_score_is_the_mean_over_images_and_seeds(result: FinalResult) -
 def test_each_seed_trains_another_network_for_as_many_epochs_as_the_trial(result: FinalResult) -> None:
     weights = [result.paths.seed(index).weights.read_bytes() for index in range(2)]
     assert weights[0] != weights[1]
-    assert result.paths.model.read_bytes() == weights[0]
+    kept, first = (safetensors.numpy.load_file(path) for path in (result.paths.model, result.paths.seed(0).weights))
+    assert all(np.array_equal(kept[name], tensor) for name, tensor in first.items())
     for index in range(2):
         rows = result.paths.seed(index).epochs.read_text().splitlines()
         assert [json.loads(row)["epoch"] for row in rows] == [1, 2]
@@ -98,7 +104,7 @@ def test_the_official_scores_are_those_of_the_submission_at_the_images_own_size(
 def test_predict_gives_the_masks_that_final_scored(
     project: ProjectPaths, result: FinalResult, tmp_path: Path
 ) -> None:
-    predictor = Predictor.load(result.paths.model, device="cpu", threads=1)
+    predictor = load_predictor(result.paths.model, device="cpu", threads=1)
     images = find_images([project.root / "ISIC-2017" / "ISIC-2017_Test_v2_Data"])
     assert predict_files(predictor, images, tmp_path) == {}
     for path in images:
@@ -117,8 +123,17 @@ def test_the_final_table_shows_both_kinds_of_score(result: FinalResult) -> None:
     assert any(str(result.paths.submission) in line for line in lines)
 
 
-def test_the_promise_is_the_trials_own_value(project: ProjectPaths, result: FinalResult) -> None:
-    assert result.trial.value == pytest.approx(result.cv.mean, abs=1e-9)
+def test_the_promise_is_the_mean_of_both_its_fits(project: ProjectPaths, result: FinalResult) -> None:
+    record = study_record(project, None)
+    assert result.is_confirmed
+    assert result.cv.mean == pytest.approx(record.worth(result.trial), abs=1e-9)
+    assert result.corrected is not None
+    assert result.predicted is not None
+    assert result.corrected.method == "confirmed"
+    assert result.predicted.mean == result.corrected.mean
+    assert result.predicted.high - result.predicted.low > result.corrected.high - result.corrected.low
+    text = "\n".join(describe(result))
+    assert f"[{result.predicted.low:.4f}, {result.predicted.high:.4f}]" in text
     if result.trial.number != 0:
         assert result.against_default is not None
 
@@ -128,3 +143,47 @@ def test_only_full_trials_can_be_final(project: ProjectPaths) -> None:
         run_final(project, trial=9, machine=MACHINE)
     with pytest.raises(StudyError, match="no study 'other'"):
         run_final(project, "other", machine=MACHINE)
+
+
+def test_choices_are_made_on_every_image_of_the_pool_out_of_fold(result: FinalResult) -> None:
+    chosen = Chosen.read(result.paths.choices)
+    assert chosen == result.chosen
+    assert chosen.n_images == 11
+    assert chosen.source == f"second fits of trial {result.trial.number}"
+    assert [each.name for each in chosen.decisions] == ["flips", "threshold", "clean", "ensemble"]
+    assert all(each.taken == (each.gain.low > 0) for each in chosen.decisions)
+    info = Predictor.load(result.paths.model, device="cpu", threads=1)
+    assert info.choices == chosen.choices
+    assert bool(result.chosen_test) == (chosen.choices != Choices())
+
+
+def test_the_ensemble_has_a_network_for_each_fold_and_is_shown_beside_the_one_kept(
+    project: ProjectPaths, result: FinalResult, tmp_path: Path
+) -> None:
+    assert result.ensemble is not None
+    assert result.ensemble.n_networks == 2
+    together = load_predictor(result.paths.model, device="cpu", threads=1, ensemble=True)
+    assert isinstance(together, Ensemble)
+    images = find_images([project.root / "ISIC-2017" / "ISIC-2017_Test_v2_Data"])
+    predict_files(together, images, tmp_path)
+    truths = project.root / "ISIC-2017" / "ISIC-2017_Test_v2_Part1_GroundTruth"
+    found = official_scores(score_folder(tmp_path, truths))
+    assert {name: interval.mean for name, interval in result.ensemble.official.items()} == pytest.approx(found)
+
+
+def test_every_look_at_the_test_set_is_counted_and_a_search_that_goes_on_after_one_is_marked(
+    project: ProjectPaths, result: FinalResult
+) -> None:
+    assert [look.trial for look in result.looks] == [result.trial.number]
+    assert (result.n_looks_before, result.n_trials_after) == (0, 0)
+    dataset = project.root / "ISIC-2017"
+    settings = ("study.pruner=none", "study.sampler=random", "study.trials=3", "study.confirm=0")
+    run(project.root, tiny_config(dataset, *settings))
+    again = run_final(project, trial=0, machine=MACHINE)
+    assert again is not None
+    assert (len(again.looks), again.n_trials_after) == (2, 1)
+    text = "\n".join(describe(again))
+    assert "scored 2 times" in text
+    assert "1 trials of this study began after its first look" in text
+    rows = study_rows(study_record(project, None))
+    assert {final.n_trials_after for final in rows.finals} == {1}

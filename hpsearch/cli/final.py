@@ -15,7 +15,13 @@ from hpsearch.paths import ProjectPaths
 @study_option
 @click.option("--best", is_flag=True, help="The best full trial (the default).")
 @click.option("--trial", type=click.IntRange(min=0), help="This trial instead.")
+@click.option(
+    "--cheapest-tied",
+    is_flag=True,
+    help="Of the trials that cannot be told from the best, the one that took the least time.",
+)
 @click.option("--seeds", default=1, type=click.IntRange(min=1), help="Networks to train, with different seeds.")
+@click.option("--ensemble", is_flag=True, help="Let the networks of the folds predict the test images too.")
 @device_option
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads (default: as in the study).")
 @click.option("--zip", "submission", is_flag=True, help="Pack the test masks into a zip, ready to submit.")
@@ -25,7 +31,9 @@ def command(
     study_name: str | None,
     best: bool,
     trial: int | None,
+    cheapest_tied: bool,
     seeds: int,
+    ensemble: bool,
     device: str,
     threads: int | None,
     submission: bool,
@@ -33,7 +41,8 @@ def command(
 ) -> int:
     """Retrain a configuration on the whole pool and evaluate it on the test split.
 
-    Shows what the search promised beside what the test set gave, and whether the search was worth it.
+    Shows what the search promised beside what the test set gave, and whether the search was worth it. Threshold,
+    flips at test time and cleaning of the masks are chosen by out-of-fold predictions, never by the test set.
 
     \b
         hpsearch final --best
@@ -50,8 +59,8 @@ def command(
     from hpsearch.tuning.coordinator import Stop
     from hpsearch.tuning.planning import MachineChoice
 
-    if best and trial is not None:
-        raise click.UsageError("--best and --trial exclude each other")
+    if best + cheapest_tied + (trial is not None) > 1:
+        raise click.UsageError("--best, --trial and --cheapest-tied exclude each other")
     console = Console(highlight=False, soft_wrap=True)
     stop = Stop()
 
@@ -68,7 +77,9 @@ def command(
             project,
             study_name,
             trial=trial,
+            cheapest_tied=cheapest_tied,
             n_seeds=seeds,
+            ensemble=ensemble,
             machine=MachineChoice(device, 0, threads or 0),
             tracker=make_tracker(project, tracking),
             on_epoch=on_epoch,
@@ -85,41 +96,36 @@ def command(
 def describe(result: Any) -> list[str]:
     """The final table, line by line."""
     from hpsearch.cli.progress import describe_params
+    from hpsearch.report import claimed_words
 
-    cv, metric = result.cv, result.metric
+    metric = result.metric
     lines = [
         "",
         f"study {result.study}, trial {result.trial.number}: {describe_params(result.trial.params)}",
         f"retrained on all {result.n_pool} pool images, evaluated on {result.n_test} test images",
         "",
         f"{'':36}mean    95 % interval",
-        f"{'cross-validation':21}{metric:>17}  {_interval(cv)}   sd of the folds {result.cv_fold_std:.4f}",
+        f"{'cross-validation':21}{metric:>17}  {_interval(result.cv)}   sd of the folds {result.cv_fold_std:.4f}"
+        + (", mean of two fits a fold" if result.is_confirmed else ""),
     ]
-    for title, scores in (("test, training size", result.test), ("test, official", result.official)):
+    if result.corrected is not None and result.corrected.method != "single":
+        lines.append(f"{'corrected for choice':21}{metric:>17}  {_interval(result.corrected)}")
+    if result.predicted is not None:
+        lines.append(f"{'predicted for test':21}{metric:>17}  {_interval(result.predicted)}")
+    tables = [("test, training size", result.test), ("test, official", result.official)]
+    if result.chosen_test:
+        tables.insert(1, ("test, with choices", {metric: result.chosen_test[metric]}))
+    if result.ensemble is not None:
+        tables.append((f"ensemble of {result.ensemble.n_networks}", {metric: result.ensemble.test[metric]}))
+        tables.append(("ensemble, official", result.ensemble.official))
+    for title, scores in tables:
         for name, interval in scores.items():
             lines.append(f"{title if name == next(iter(scores)) else '':21}{name:>17}  {_interval(interval)}")
-    if result.cv.high < result.test[metric].mean:
-        lines.append(
-            "the test result is above what cross-validation promised: its networks saw only part of the pool, this "
-            "one all of it; or the test images are easier"
-        )
-    elif result.test[metric].high < result.cv.low:
-        lines.append(
-            "the test result is below what cross-validation promised: the best of many trials looks better than it "
-            "is, or the test images are harder or of another kind"
-        )
     lines.append("official: at each image's own resolution, as the ISIC-2017 challenge scores; of the model kept")
     seeds = result.per_seed[metric]
     if len(seeds) > 1:
         lines.append(f"each network's test {metric}: " + ", ".join(f"{value:.4f}" for value in seeds))
-    gain = result.against_default
-    if gain is not None:
-        lines.append(
-            f"gain over trial 0 (the default), out of fold, paired: {gain.difference:+.4f} "
-            f"[{gain.low:+.4f}, {gain.high:+.4f}]"
-        )
-    elif result.trial.number == 0:
-        lines.append("this is trial 0, the default configuration: the search found nothing better")
+    lines += ["", *claimed_words.final_lines(result)]
     lines += ["", f"model, masks, scores of every image, figures: {result.paths.root}"]
     if result.paths.submission.is_file():
         lines.append(f"submission: {result.paths.submission}")

@@ -27,6 +27,11 @@ from hpsearch.paths import ProjectPaths
     default=None,
     help="By overlapping tiles at the image's own resolution, or the whole image resized (default: as trained).",
 )
+@click.option(
+    "--ensemble/--single",
+    default=None,
+    help="By the networks of the folds together, or by the retrained one (default: as `final` chose).",
+)
 @device_option
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads (default: all cores).")
 @out_option
@@ -40,6 +45,7 @@ def command(
     probabilities: bool,
     overlays: bool,
     tiles: bool | None,
+    ensemble: bool | None,
     device: str,
     threads: int | None,
 ) -> int:
@@ -55,15 +61,16 @@ def command(
     from rich.progress import Progress
     from rich.text import Text
 
-    from hpsearch.predict import Predictor, find_images, find_model, predict_files
+    from hpsearch.predict import Ensemble, find_images, find_model, load_predictor, predict_files
 
     console = Console(highlight=False, soft_wrap=True)
     images = find_images(files)
     weights = find_model(project, study_name, model)
-    predictor = Predictor.load(weights, device=device, threads=threads, tiles=tiles)
+    predictor = load_predictor(weights, device=device, threads=threads, tiles=tiles, ensemble=ensemble)
     how = "overlapping tiles" if predictor.tiles else "the whole image"
     height, width = predictor.info.size
-    console.print(Text(f"{len(images)} images, {weights}, {how} at {height}x{width}"))
+    what = f"ensemble of {len(predictor.members)}" if isinstance(predictor, Ensemble) else "one network"
+    console.print(Text(f"{len(images)} images, {weights} ({what}), {how} at {height}x{width}"))
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("predicting", total=len(images))
 

@@ -24,7 +24,7 @@ from hpsearch.data.build import Progress
 from hpsearch.data.cache import Cache, open_cache
 from hpsearch.data.config import DataConfig
 from hpsearch.data.layouts import Split
-from hpsearch.data.prepare import locate, prepare_pool, prepare_test
+from hpsearch.data.prepare import Role, locate, prepare_pool, prepare_test
 from hpsearch.errors import DatasetError
 from hpsearch.paths import atomic_write
 
@@ -95,6 +95,7 @@ def find_in_dataset(
     cache_root: Path,
     *,
     with_test: bool,
+    role: Role = "search",
     sheet: Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[DuplicatePair, ...]:
@@ -105,7 +106,7 @@ def find_in_dataset(
     """
     if config.match != "resize" or min(config.cached_size) < _SIDE:
         config = replace(config, match="resize", size=2 * _SIDE, cache_size=0)
-    caches = [open_cache(prepare_pool(config, cache_root, progress=progress).cache_path)]
+    caches = [open_cache(prepare_pool(config, cache_root, role=role, progress=progress).cache_path)]
     if with_test and locate(config, cache_root).split("test"):
         caches.append(open_cache(prepare_test(config, cache_root, progress=progress).cache_path))
     ids = [name for cache in caches for name in cache.ids]

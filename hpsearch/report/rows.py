@@ -10,8 +10,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from hpsearch.choices import Chosen
 from hpsearch.config import StudyConfig, get_setting
 from hpsearch.errors import RecordError
+from hpsearch.looks import Look, first_look_of, looks_at, n_looks_before
 from hpsearch.models.shapes import n_parameters, why_impossible
 from hpsearch.paths import read_json
 from hpsearch.plan import ExecutionPlan, predicted_bytes
@@ -90,6 +92,17 @@ class Winner:
     """Its out-of-fold score of every image that was held out."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class EnsembleRow:
+    """The networks of the folds together on the test split."""
+
+    n_networks: int
+    test: dict[str, Interval]
+    official: dict[str, Interval]
+    gain: Paired
+    """Of the study's metric over the network that is kept."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FinalRow:
     """A retrained configuration on the test split."""
@@ -111,7 +124,20 @@ class FinalRow:
     scores: Floats
     """The study's metric on every test image, mean over the networks."""
     n_trials_after: int
-    """Trials that began after this look at the test set."""
+    """Trials that began after the study's first look at the test set."""
+    n_looks_before: int
+    """Looks at this test set before the study began."""
+    looks: tuple[Look, ...]
+    """All known looks at this test set, in the order of time."""
+    chosen: Chosen | None
+    """What was decided out of fold; None where nothing was."""
+    chosen_test: dict[str, Interval]
+    """Like `test`, by the choices; empty where none was taken."""
+    ensemble: EnsembleRow | None
+    leaks: tuple[tuple[str, str], ...]
+    """Pairs of near-duplicates across pool and test."""
+    without_leaks: float | None
+    """Mean of the study's metric without their test images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,6 +357,11 @@ def _final_row(
     predicted = None
     if claims is not None:
         predicted = claims.predicted(result["trial"], n_test=result["n_test"], n_runs=max(1, result["n_seeds"]))
+    chosen, ensemble = result.get("chosen"), result.get("ensemble")
+    looks = tuple(looks_at(record.paths.project, result.get("test_set", "")))
+    began_at = trials[0].began_at
+    first = first_look_of(looks, record.name, began_at)
+    first_at = first.at if first is not None else result["ended_at"]
     return FinalRow(
         name=name,
         trial=result["trial"],
@@ -340,11 +371,29 @@ def _final_row(
         ended_at=result["ended_at"],
         cv={score: bootstrap_mean(values) for score, values in _out_of_fold(record, result["trial"]).items()},
         test={score: Interval(**result["test"][score]) for score in SCORES},
-        official={score: Interval(**each) for score, each in result.get("official", {}).items()},
+        official=_intervals(result.get("official", {})),
         predicted=predicted,
         scores=_test_scores(record, name),
-        n_trials_after=sum(trial.began_at > result["ended_at"] for trial in trials),
+        n_trials_after=sum(trial.began_at > first_at for trial in trials),
+        n_looks_before=n_looks_before(looks, began_at),
+        looks=looks,
+        chosen=Chosen.from_table(chosen) if chosen else None,
+        chosen_test=_intervals(result.get("chosen_test", {})),
+        ensemble=EnsembleRow(
+            n_networks=ensemble["n_networks"],
+            test=_intervals(ensemble["test"]),
+            official=_intervals(ensemble["official"]),
+            gain=Paired(**ensemble["gain"]),
+        )
+        if ensemble
+        else None,
+        leaks=tuple((pair["a"], pair["b"]) for pair in result.get("leaks", ())),
+        without_leaks=result.get("without_leaks"),
     )
+
+
+def _intervals(table: dict[str, dict[str, float]]) -> dict[str, Interval]:
+    return {score: Interval(**each) for score, each in table.items()}
 
 
 def _out_of_fold(record: StudyRecord, number: int) -> dict[str, Floats]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from hpsearch.report import claimed_words
 from hpsearch.report.rows import FinalRow, Repeat, StudyRows, TrialRow, Winner
 from hpsearch.report.statistics import Interval, Method, Paired, explain_test_mean
 from hpsearch.report.trial_rows import CurvePoint
@@ -84,12 +85,18 @@ def final(row: FinalRow, metric: str) -> list[str]:
         result.append(f"{said[0].upper()}{said[1:]}.")
     else:
         result.append("It is not the trial that the search would choose, so no prediction was made for it.")
-    if row.n_trials_after:
-        result.append(
-            f"Caution: {row.n_trials_after} trials began after this look at the test set. What the search found "
-            "since may owe something to it, and a later test result is no longer that of an unseen set."
+    more = claimed_words.describe_choices(row.chosen) if row.chosen is not None else []
+    if row.ensemble is not None:
+        more.append(
+            f"the {row.ensemble.n_networks} networks of the folds together score "
+            f"{interval(row.ensemble.test[metric])} on the same test images, "
+            f"{interval(row.ensemble.gain, signed=True)} over the network that was kept; that is for information, "
+            "since a choice by the test set would use it up"
         )
-    return result
+    more += claimed_words.describe_account(row.looks, row.n_looks_before, row.n_trials_after)
+    if row.leaks:
+        more.append(claimed_words.describe_leaks(row.leaks, row.test[metric].mean, row.without_leaks))
+    return [*result, *(f"{each[0].upper()}{each[1:]}." for each in more)]
 
 
 def race(rows: StudyRows) -> str:

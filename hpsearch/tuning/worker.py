@@ -27,6 +27,7 @@ import psutil
 import torch
 
 from hpsearch import runtime
+from hpsearch.choices import Choices
 from hpsearch.config import StudyConfig, from_dict
 from hpsearch.data.batches import DeviceData
 from hpsearch.data.cache import Cache, Normalization, open_cache
@@ -92,7 +93,15 @@ class Session:
 
     def do(self, job: dict[str, Any]) -> None:
         """Do one job and send how it ended: never an exception, unless the coordinator is gone."""
-        jobs = {"fit": self._fit, "measure": self._measure, "score": self._score, "official": self._official}
+        jobs = {
+            "fit": self._fit,
+            "measure": self._measure,
+            "score": self._score,
+            "official": self._official,
+            "choose": self._choose,
+            "keep": self._keep,
+            "count": self._count,
+        }
         try:
             message = jobs[job["job"]](job)
         except DivergedError as error:
@@ -187,22 +196,55 @@ class Session:
     def _official(self, job: dict[str, Any]) -> dict[str, Any]:
         """Masks of images at their own resolution, written, and their counts against the true masks."""
         # They bring pandas along, which no other job needs.
-        from hpsearch.predict import Predictor
+        from hpsearch.predict import Ensemble
         from hpsearch.scoring import count_mask, encode_mask, mask_name
 
-        predictor = Predictor.load(Path(job["weights"]), device=self._device, threads=self._threads)
+        predictor = Ensemble.load([Path(path) for path in job["weights"]], device=self._device, threads=self._threads)
         folder = Path(job["masks"])
         counts = []
         for name, image_path, mask_path in job["samples"]:
             image, mask = read_pair(Path(image_path), Path(mask_path))
             pred = predictor.mask(predictor.logits(image))
             counts.append(count_mask(pred, mask.numpy() > 0, name=name))
-            with atomic_write(folder / mask_name(name)) as temporary:
-                temporary.write_bytes(encode_mask(pred))
+            if job["masks"]:
+                with atomic_write(folder / mask_name(name)) as temporary:
+                    temporary.write_bytes(encode_mask(pred))
             # Before the next is decoded: one image alone may take hundreds of megabytes.
             del image, mask, pred
         save_array(Path(job["counts"]), np.array(counts, np.int64))
         return {"event": "finished", "summary": {"n_images": len(counts)}}
+
+    def _choose(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Threshold, flips, cleaning and ensemble by out-of-fold predictions."""
+        from hpsearch.tuning import choosing
+
+        config = from_dict(job["config"])
+        with (chosen := self._runtime(config)).active():
+            choosing.choose(job, self._device_data(job, config), chosen)
+        return {"event": "finished", "summary": {}}
+
+    def _keep(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Copies of weights that know the choices made for them."""
+        from hpsearch.tuning import choosing
+
+        for source, target in job["copies"]:
+            choosing.keep_model(Path(source), Path(target), Choices.from_table(job["choices"]))
+        return {"event": "finished", "summary": {}}
+
+    def _count(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Per-image counts by one network, or several together, under choices."""
+        from hpsearch.tuning import choosing
+
+        config = from_dict(job["config"])
+        with (chosen := self._runtime(config)).active():
+            choosing.count_by(
+                job,
+                self._device_data(job, config),
+                chosen,
+                Choices.from_table(job["choices"]),
+                [Path(path) for path in job["weights"]],
+            )
+        return {"event": "finished", "summary": {}}
 
     def _measure(self, job: dict[str, Any]) -> dict[str, Any]:
         """Seconds of an image at each configuration, and what the machine is."""

@@ -1,0 +1,108 @@
+"""Says in plain sentences what a final result is worth: promise, choices, ensemble, looks at the test set, leaks."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from hpsearch.choices import Chosen, Decision
+from hpsearch.looks import Look, describe_looks
+from hpsearch.report.statistics import Paired, explain_test_mean
+
+if TYPE_CHECKING:
+    from hpsearch.final import FinalResult
+
+N_NAMED = 5
+"""Pairs or looks that are named; the rest is counted."""
+
+
+def final_lines(result: FinalResult) -> list[str]:
+    """One sentence a line, for a terminal."""
+    metric = result.metric
+    if result.predicted is not None:
+        lines = [explain_test_mean(result.predicted, result.test[metric].mean)]
+    else:
+        lines = ["this is not the trial that the search would choose, so it promised nothing for it"]
+    gain = result.against_default
+    if gain is not None:
+        lines.append(f"gain over trial 0 (the default), out of fold, paired: {_gain(gain)}")
+    elif result.trial.number == 0:
+        lines.append("this is trial 0, the default configuration: the search found nothing better")
+    lines += describe_choices(result.chosen)
+    if result.ensemble is not None:
+        lines.append(
+            f"the {result.ensemble.n_networks} networks of the folds together, over the network kept, on the same "
+            f"test images: {_gain(result.ensemble.gain)}; that is for information: a choice by the test set would "
+            "use it up"
+        )
+    lines += describe_account(result.looks, result.n_looks_before, result.n_trials_after)
+    if result.leaks:
+        pairs = [(pair.a, pair.b) for pair in result.leaks]
+        lines.append(describe_leaks(pairs, result.test[metric].mean, result.without_leaks))
+    return lines
+
+
+def describe_choices(chosen: Chosen | None) -> list[str]:
+    """What was decided out of fold, with the numbers."""
+    if chosen is None:
+        return [
+            "threshold 0.5, no flips, no cleaning: no networks of this trial's folds were kept to choose otherwise by"
+        ]
+    listed = "; ".join(f"{_name(each)} {_gain(each.gain)}, {_verdict(each)}" for each in chosen.decisions)
+    return [f"choices by {chosen.n_images} out-of-fold predictions ({chosen.source}), gains: {listed}"]
+
+
+def describe_account(looks: Sequence[Look], n_before: int, n_after: int) -> list[str]:
+    """How often the test set was looked at, and what that did to the search."""
+    lines = []
+    if looks:
+        earlier = [f"{_day(look.at)} {look.study} trial {look.trial} ({look.score:.4f})" for look in looks[:-1]]
+        text = describe_looks(looks)
+        if earlier:
+            more = f" and {len(earlier) - N_NAMED} more" if len(earlier) > N_NAMED else ""
+            text += f"; before: {', '.join(earlier[-N_NAMED:])}{more}"
+        lines.append(text)
+    if n_before:
+        lines.append(
+            f"caution: it had been scored {n_before} time{'s' if n_before > 1 else ''} before this study began; what "
+            "was learned then may have gone into it"
+        )
+    if n_after:
+        lines.append(
+            f"caution: {n_after} trials of this study began after its first look at the test set: what they found "
+            "may owe something to it, and this result is no longer that of an unseen set"
+        )
+    return lines
+
+
+def describe_leaks(pairs: Sequence[tuple[str, str]], mean: float, without: float | None) -> str:
+    """Near-duplicates across pool and test, and what they do to the mean."""
+    named = ", ".join(f"{a} and {b}" for a, b in pairs[:N_NAMED])
+    more = f" and {len(pairs) - N_NAMED} more" if len(pairs) > N_NAMED else ""
+    n_pairs = f"{len(pairs)} near-duplicate pair{'s' if len(pairs) > 1 else ''}"
+    text = f"caution: {n_pairs} across pool and test: {named}{more}"
+    if without is not None:
+        text += f"; without those test images the mean is {without:.4f} instead of {mean:.4f}"
+    return text
+
+
+def _name(decision: Decision) -> str:
+    return {
+        "flips": "flips at test time",
+        "threshold": f"threshold {decision.value:g}",
+        "clean": "largest component, holes filled",
+        "ensemble": "two networks together",
+    }[decision.name]
+
+
+def _verdict(decision: Decision) -> str:
+    return "taken" if decision.taken else "not taken: no more than noise"
+
+
+def _gain(gain: Paired) -> str:
+    return f"{gain.difference:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]"
+
+
+def _day(at: float) -> str:
+    return dt.datetime.fromtimestamp(at, dt.UTC).strftime("%Y-%m-%d %H:%M UTC")
