@@ -284,8 +284,8 @@ def _choose(record: StudyRecord, number: int | None, cheapest_tied: bool) -> Tri
     if number not in record.trial_numbers():
         raise StudyError(f"study {record.name!r} has no trial {number}; it has {len(record.trial_numbers())}")
     trial = record.trial(number)
-    if trial.outcome != "full":
-        what = trial.outcome or "still open"
+    if not trial.can_win:
+        what = "one that memory changed" if trial.outcome == "full" else trial.outcome or "still open"
         raise StudyError(f"trial {number} of study {record.name!r} is {what}: only full trials can be final")
     return trial
 

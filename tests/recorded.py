@@ -156,8 +156,8 @@ class FakeStudy:
         full = tuple(trial.number for trial in self.record.full_trials())
         self.record.write_shortlist(Shortlist(numbers, full, self.config.study.confirm))
 
-    def final(self, number: int, n_test: int = 12) -> None:
-        """A finished `final` of that trial, one seed."""
+    def final(self, number: int, n_test: int = 12, **more: Any) -> None:
+        """A finished `final` of that trial, one seed; `more` goes into its result."""
         trial = self.record.trial(number)
         size, metric = self.config.data.height, self.config.study.metric
         ids = [f"ISIC_9{i:06d}" for i in range(n_test)]
@@ -189,6 +189,7 @@ class FakeStudy:
             "began_at": began_at,
             "ended_at": self._tick(),
             "test_key": TEST_KEY,
+            **more,
             "n_seeds": 1,
             "runtime": self.machine,
         }

@@ -237,6 +237,12 @@ def _notes(rows: StudyRows) -> Iterator[str]:
         yield (
             '<p class="note">The search went on after the test set had been scored: see <a href="#test">Test</a>.</p>'
         )
+    if any(final.n_looks_before for final in rows.finals):
+        yield (
+            '<p class="note">The test set had been scored before this study began: see <a href="#test">Test</a>.</p>'
+        )
+    if any(final.leaks for final in rows.finals):
+        yield '<p class="note">Pool and test share near-duplicates: see <a href="#test">Test</a>.</p>'
 
 
 def _answer(rows: StudyRows, pictures: Mapping[str, Picture]) -> Iterator[str]:
@@ -349,6 +355,12 @@ def _ranking(rows: StudyRows, pictures: Mapping[str, Picture]) -> Iterator[str]:
 
 
 def _standing(row: TrialRow, winner: Winner) -> str:
+    """`best`, `tied, cheapest`, and whether it was fitted once more."""
+    standing = _place(row, winner)
+    return ", ".join(each for each in (standing, "two fits" if row.is_confirmed else "") if each)
+
+
+def _place(row: TrialRow, winner: Winner) -> str:
     if row.number == winner.number:
         return "best, cheapest" if row.number == winner.cheapest and len(winner.tied) > 1 else "best"
     if row.number == winner.cheapest:
@@ -479,12 +491,17 @@ def _test_table(rows: StudyRows, final: FinalRow, *, with_published: bool) -> st
         "score",
         f"cross-validation, {rows.n_images} images",
         f"test, {final.n_test} images",
+        *(["test, with choices"] if final.chosen_test else []),
+        *([f"test, ensemble of {final.ensemble.n_networks}"] if final.ensemble else []),
         *(["test, original resolution"] if final.official else []),
         *(["challenge, 1st", "2nd", "3rd"] if with_published else []),
     ]
     lines = []
     for name in list(dict.fromkeys([*final.test, *final.official])):
-        at_size = [interval(scores[name]) if name in scores else "" for scores in (final.cv, final.test)]
+        tables = [final.cv, final.test]
+        tables += [final.chosen_test] if final.chosen_test else []
+        tables += [final.ensemble.test] if final.ensemble else []
+        at_size = [interval(scores[name]) if name in scores else "" for scores in tables]
         official = [interval(final.official[name]) if name in final.official else ""] if final.official else []
         published = ["" if number is None else f"{number:.3f}" for number in PUBLISHED.get(name, (None,) * 3)]
         lines.append([SCORES.get(name, name), *at_size, *official, *(published if with_published else [])])
@@ -492,7 +509,10 @@ def _test_table(rows: StudyRows, final: FinalRow, *, with_published: bool) -> st
         f"Means over images at {height}x{width} pixels, with 95 % intervals that hold the luck of the images alone."
     )
     if final.official:
-        text += " Original resolution: as the challenge scores, each mask at its image's own size, by one network."
+        text += (
+            " Original resolution: as the challenge scores, each mask at its image's own size, by one network"
+            f"{' with the choices made for it' if final.chosen_test else ''}."
+        )
     if with_published:
         text += (
             " For scale, the published results of the ISIC-2017 Part 1 challenge: of its official test set of 600 "

@@ -195,9 +195,11 @@ class StudyRows:
 
     @property
     def full(self) -> tuple[TrialRow, ...]:
-        """Full trials, best first; of equals the earlier."""
-        rows = [(row.statistics.mean, row) for row in self.trials if row.statistics is not None]
-        return tuple(row for _, row in sorted(rows, key=lambda each: (-each[0], each[1].number)))
+        """Full trials, the confirmed before the others, each best first; of equals the earlier."""
+        rows = [
+            (not row.is_confirmed, -row.statistics.mean, row) for row in self.trials if row.statistics is not None
+        ]
+        return tuple(row for *_, row in sorted(rows, key=lambda each: (each[0], each[1], each[2].number)))
 
     def trial(self, number: int) -> TrialRow:
         return next(row for row in self.trials if row.number == number)
@@ -397,10 +399,14 @@ def _intervals(table: dict[str, dict[str, float]]) -> dict[str, Interval]:
 
 
 def _out_of_fold(record: StudyRecord, number: int) -> dict[str, Floats]:
-    """Every score of every image that was held out, by the score's name, in the order of the folds."""
-    columns = np.concatenate([record.fit(number, fold).counts() for fold in range(record.n_folds)])
-    counts = PixelCounts.from_columns(columns)
-    return {name: np.asarray(score(counts), np.float64) for name, score in SCORES.items()}
+    """Every score of every image that was held out, by the score's name, in the order of the folds.
+
+    The mean over both fits of a confirmed trial.
+    """
+    fits = [record.fit, record.second_fit] if number in record.confirmed() else [record.fit]
+    tables = [np.concatenate([fit(number, fold).counts() for fold in range(record.n_folds)]) for fit in fits]
+    counts = [PixelCounts.from_columns(table) for table in tables]
+    return {name: np.mean([score(each) for each in counts], axis=0) for name, score in SCORES.items()}
 
 
 def _test_scores(record: StudyRecord, name: str) -> Floats:

@@ -137,8 +137,19 @@ def methods(rows: StudyRows) -> str:
         f"{'resized' if data.match == 'resize' else 'cropped'} to {data.height}x{data.width} pixels. A trial's value "
         f"is the mean over images of the {SCORES[rows.metric]} that each image got from the network that had not "
         f"seen it, after the last epoch; no epoch was picked by its score. {pruner} Only trials evaluated on all "
-        "folds could win. Intervals are 95 % intervals from a bootstrap over images that includes the spread from "
-        "run to run. The test split was not read during the search."
+        f"folds could win. {_confirmation(rows)}Intervals are 95 % intervals from a bootstrap over images that "
+        "includes the spread from run to run. The test split was not read during the search."
+    )
+
+
+def _confirmation(rows: StudyRows) -> str:
+    n_confirmed = sum(row.is_confirmed for row in rows.trials)
+    if not n_confirmed:
+        return ""
+    return (
+        f"When the search was over, the {n_confirmed} configurations that were best on most bootstrap samples of the "
+        "images were fitted once more on the same folds with other seeds, and the best of them by both fits was "
+        "taken. "
     )
 
 
@@ -220,11 +231,19 @@ def _chosen(rows: StudyRows, winner: Winner) -> str:
         text = f"Its plain mean on the {rows.n_images} validation images is {interval(winner.statistics.total)}"
     if corrected.method == "single":
         return f"{text}. {_CORRECTION['single']}"
+    what = "that"
+    if corrected.method == "confirmed":
+        n_confirmed = sum(row.is_confirmed for row in rows.trials)
+        text = (
+            f"The mean of its first fits is {corrected.naive:.4f}; the {n_confirmed} configurations that could be "
+            f"the best were then fitted once more; over both fits its mean is {interval(winner.statistics.total)}"
+        )
+        what = "that of the first"
     difference = corrected.naive - corrected.mean
     price = (
-        "having been picked as the best of many seems to have made no difference to that"
+        f"having been picked as the best of many seems to have made no difference to {what}"
         if abs(difference) < 0.00005
-        else f"having been picked as the best of many makes that {abs(difference):.4f} too "
+        else f"having been picked as the best of many makes {what} {abs(difference):.4f} too "
         f"{'high' if difference > 0 else 'low'}, as far as can be told"
     )
     return f"{text}; {price}. {_CORRECTION[corrected.method]}"

@@ -121,7 +121,7 @@ def _second_fits(
 ) -> tuple[tuple[int, ...], int, float]:
     """The shortlist while it stands, its finished second fits and their seconds; adds to `open_fits`."""
     stored = record.shortlist()
-    full = [trial for trial in trials if trial.outcome == "full"]
+    full = [trial for trial in trials if trial.can_win]
     if stored is None or stored.of != tuple(trial.number for trial in full):
         return (), 0, 0.0
     n_finished, seconds = 0, 0.0

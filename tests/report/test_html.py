@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from hpsearch.cli import group
 from hpsearch.data.folds import make_folds
 from hpsearch.data.layouts import Split
+from hpsearch.looks import Look, note_look
 from hpsearch.report.html import render, write_report
 from hpsearch.report.rows import study_rows
 from hpsearch.report.statistics import Interval
@@ -251,3 +252,74 @@ def test_the_command_says_where_the_report_lies(tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert str(study.record.paths.report) in result.output
     assert study.record.paths.report.is_file()
+
+
+def test_the_report_shows_what_was_confirmed_chosen_looked_at_and_leaked(tmp_path: Path) -> None:
+    study = FakeStudy(tmp_path, overrides=("study.confirm=2",))
+    study.trial(**{"train.lr": 0.04})
+    study.trial(**{"train.lr": 0.05, "unet.depth": 4})
+    study.confirm(1, 0)
+    gain = {"difference": 0.0123, "low": 0.0101, "high": 0.0145, "p": 0.001}
+    decisions = [{"name": "threshold", "value": 0.4, "gain": gain, "taken": True}]
+    decisions += [{"name": "clean", "value": True, "gain": {**gain, "low": -0.01}, "taken": False}]
+    choices = {"threshold": 0.4, "flips": False, "clean": False, "ensemble": False}
+    interval = {"mean": 0.87, "low": 0.86, "high": 0.88}
+    scores = {"dice": interval, "jaccard": interval}
+    study.final(
+        1,
+        test_set="0123",
+        chosen={"choices": choices, "decisions": decisions, "n_images": 20, "source": "second fits of trial 1"},
+        chosen_test=scores,
+        ensemble={"n_networks": 2, "test": scores, "official": scores, "gain": gain},
+        leaks=[{"a": "ISIC_1", "b": "ISIC_2", "split_a": "train", "split_b": "test", "similarity": 0.9}],
+        without_leaks=0.8611,
+    )
+    began_at = study.record.trial(0).began_at
+    look = Look(
+        test_set="0123",
+        at=began_at - 1,
+        study="earlier",
+        study_began_at=1.0,
+        trial=3,
+        folder="/somewhere",
+        n_images=12,
+        metric="dice",
+        score=0.85,
+    )
+    note_look(study.project, look)
+    note_look(study.project, dataclasses.replace(look, study="fake", study_began_at=began_at, at=study.clock, id="2"))
+    text = quick_report(study).text
+    assert "The mean of its first fits is" in text
+    assert "best, two fits" in text or "best, cheapest, two fits" in text
+    assert "the 2 configurations that were best on most bootstrap samples" in text
+    assert "threshold 0.4 +0.0123 [+0.0101, +0.0145], taken" in text
+    assert "largest component, holes filled +0.0123 [-0.0100, +0.0145], not taken" in text
+    assert "This test set has been scored 2 times, with 2 configurations" in text
+    assert "earlier trial 3 (0.8500)" in text
+    assert "it had been scored 1 time before this study began" in text
+    assert "The test set had been scored before this study began" in text
+    assert "1 near-duplicate pair across pool and test: ISIC_1 and ISIC_2; without those test images" in text
+    assert "test, ensemble of 2" in text
+    assert "test, with choices" in text
+
+
+def test_a_search_that_goes_on_after_a_look_stays_marked_when_final_is_run_again(tmp_path: Path) -> None:
+    study = FakeStudy(tmp_path)
+    study.trial()
+    look = Look(
+        test_set="4567",
+        at=study.clock,
+        study="fake",
+        study_began_at=study.record.trial(0).began_at,
+        trial=0,
+        folder="/somewhere",
+        n_images=12,
+        metric="dice",
+        score=0.85,
+    )
+    note_look(study.project, look)
+    study.trial()
+    study.final(1, test_set="4567")
+    (final,) = study_rows(study.record).finals
+    assert final.n_trials_after == 1
+    assert "1 trials of this study began after its first look" in quick_report(study).text

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hpsearch.choices import Choices, Chosen
+from hpsearch.data.batches import DeviceData
+from hpsearch.data.cache import Normalization, open_cache
+from hpsearch.models.config import UNetConfig
+from hpsearch.models.unet import UNet
+from hpsearch.predict import Ensemble, Predictor, load_predictor, mean_over_flips
+from hpsearch.runtime import Runtime, make_runtime
+from hpsearch.scoring import count_mask
+from hpsearch.training.checkpoint import WeightsInfo, load_weights, save_weights
+from hpsearch.tuning import choosing
+from tests.recorded import write_cache
+
+N, SIZE = 12, 16
+MODEL = UNetConfig(base_channels=2, depth=1, stacking=1, norm="none")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> DeviceData:
+    write_cache(tmp_path, "pool", [f"ISIC_{i:07d}" for i in range(N)], ["train"] * N, SIZE)
+    return DeviceData(open_cache(tmp_path / "pool-memmap"))
+
+
+@pytest.fixture
+def runtime() -> Runtime:
+    return make_runtime("cpu", amp="off", compile="off", threads=1)
+
+
+def network(path: Path, seed: int, **extra: Any) -> Path:
+    """A network that was never trained, with a normalisation of its own."""
+    model = UNet(MODEL, 3, seed=seed)
+    normalization = Normalization((0.5 + 0.01 * seed,) * 3, (0.25,) * 3)
+    info = WeightsInfo(model=MODEL, in_channels=3, normalization=normalization, size=(SIZE, SIZE), extra=extra)
+    save_weights(path, model, info)
+    return path
+
+
+def choose(
+    tmp_path: Path,
+    data: DeviceData,
+    runtime: Runtime,
+    *,
+    seeds: tuple[int, int] = (0, 1),
+    offset: float = 0.0,
+    ensemble: bool = False,
+) -> Chosen:
+    held_out = [list(range(fold, N, 2)) for fold in range(2)]
+    job = {
+        "metric": "dice",
+        "networks": [
+            {
+                "weights": str(network(tmp_path / f"first{fold}.safetensors", fold)),
+                "other": str(network(tmp_path / f"other{fold}.safetensors", fold + 7)),
+                "held_out": images,
+            }
+            for fold, images in enumerate(held_out)
+        ],
+        "source": "second fits of trial 7",
+        "ensemble": ensemble,
+        "out": str(tmp_path / "choices.json"),
+    }
+    choosing.choose(job, data, runtime)
+    return Chosen.read(tmp_path / "choices.json")
+
+
+def test_every_choice_is_made_on_all_held_out_images_and_is_on_record(
+    tmp_path: Path, data: DeviceData, runtime: Runtime
+) -> None:
+    chosen = choose(tmp_path, data, runtime, ensemble=True)
+    assert (chosen.n_images, chosen.source) == (N, "second fits of trial 7")
+    assert [each.name for each in chosen.decisions] == ["flips", "threshold", "clean", "ensemble"]
+    assert [each.name for each in choose(tmp_path, data, runtime).decisions][-1] == "clean"
+    assert choose(tmp_path, data, runtime) == choose(tmp_path, data, runtime)
+
+
+def test_a_threshold_and_a_cleaning_that_help_every_image_are_taken(
+    tmp_path: Path, data: DeviceData, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By networks that know every lesion but are never sure, and always see another one in a corner."""
+    _, info = load_weights(network(tmp_path / "probe.safetensors", 0))
+
+    def timid(images: Tensor) -> Tensor:
+        # The lesions of the fake cache are dark.
+        logits = torch.where(images.mean(dim=1, keepdim=True) < 0, -1.0, -4.0)
+        logits[:, :, :2, :2] = 4.0
+        return logits
+
+    monkeypatch.setattr(choosing, "load_weights", lambda path, device: (timid, info))
+    chosen = choose(tmp_path, data, runtime)
+    decisions = {each.name: each for each in chosen.decisions}
+    assert chosen.choices.clean
+    assert 0.1 <= chosen.choices.threshold < 0.27
+    assert decisions["threshold"].gain.difference > 0.5
+    assert decisions["clean"].gain.difference > 0
+
+
+def test_a_model_that_is_kept_knows_its_choices_and_without_any_is_the_file_it_was(tmp_path: Path) -> None:
+    source = network(tmp_path / "source.safetensors", 0, threshold=0.5, match="resize")
+    choosing.keep_model(source, tmp_path / "same.safetensors", Choices())
+    assert (tmp_path / "same.safetensors").read_bytes() == source.read_bytes()
+    choices = Choices(threshold=0.35, flips=True, clean=True)
+    choosing.keep_model(source, tmp_path / "kept.safetensors", choices)
+    predictor = Predictor.load(tmp_path / "kept.safetensors", device="cpu", threads=1)
+    assert predictor.choices == choices
+    assert predictor.info.extra["match"] == "resize"
+
+
+@pytest.mark.parametrize("choices", [Choices(), Choices(threshold=0.45, flips=True, clean=True)])
+def test_counts_are_those_of_the_masks_that_predict_makes(
+    tmp_path: Path, data: DeviceData, runtime: Runtime, choices: Choices
+) -> None:
+    """By one network and by several, each with its own normalisation."""
+    (tmp_path / "ensemble").mkdir()
+    kept = []
+    for seed, name in enumerate(("model", "ensemble/fold0", "ensemble/fold1")):
+        source = network(tmp_path / f"source{seed}.safetensors", seed)
+        kept.append(tmp_path / f"{name}.safetensors")
+        choosing.keep_model(source, kept[-1], choices)
+    images, masks = data.cache.read(np.arange(N))
+    for weights, ensemble in ((kept[:1], False), (kept[1:], True)):
+        choosing.count_by({"counts": str(tmp_path / "counts.npy")}, data, runtime, choices, weights)
+        predictor = load_predictor(kept[0], device="cpu", threads=1, ensemble=ensemble)
+        assert isinstance(predictor, Ensemble) == ensemble
+        for row, image, mask in zip(np.load(tmp_path / "counts.npy"), images, masks, strict=True):
+            pred = predictor.mask(predictor.logits(torch.from_numpy(image).permute(2, 0, 1)))
+            assert np.array_equal(row, count_mask(pred, mask > 0, name="image"))
+
+
+def test_the_mean_over_flips_is_the_same_for_every_mirror_image() -> None:
+    model = UNet(MODEL, 3, seed=0).eval()
+    images = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        mean = mean_over_flips(model, images)
+        for axes in ((-1,), (-2,), (-2, -1)):
+            assert torch.allclose(mean_over_flips(model, images.flip(axes)).flip(axes), mean, atol=1e-6)
+        assert not torch.allclose(mean, model(images), atol=1e-3)
+
+
+def test_an_ensemble_is_used_if_it_was_chosen_and_it_is_there(tmp_path: Path) -> None:
+    source = network(tmp_path / "source.safetensors", 0)
+    model = tmp_path / "model.safetensors"
+    choosing.keep_model(source, model, Choices(ensemble=True))
+    assert isinstance(load_predictor(model, device="cpu", threads=1), Predictor)
+    (tmp_path / "ensemble").mkdir()
+    network(tmp_path / "ensemble/fold0.safetensors", 1)
+    assert isinstance(load_predictor(model, device="cpu", threads=1), Ensemble)
+    assert isinstance(load_predictor(model, device="cpu", threads=1, ensemble=False), Predictor)
