@@ -86,7 +86,7 @@ def make_folds(
     `folds` = k: `sklearn.model_selection.KFold(k, shuffle=True, random_state=seed)` over the distinct images in the
     pool's order; byte-equal images follow the first of them. With `groups` (id to group) GroupKFold, where
     byte-equal images join the groups they are in. `fixed`: one fold that holds the validation split out, and with it
-    any training image that is byte-equal to one of that split.
+    any training image that is byte-equal to one of that split or of its group.
 
     Raises ConfigError where there are fewer distinct images or groups than folds, DatasetError where an image has
     no group.
@@ -94,7 +94,7 @@ def make_folds(
     if not len(ids) == len(splits) == len(sha256):
         raise ValueError(f"got {len(ids)} ids, {len(splits)} splits and {len(sha256)} hashes")
     if folds == "fixed":
-        return _fixed(ids, splits, sha256, seed)
+        return _fixed(ids, splits, connected(ids, sha256, groups), seed)
     units = np.array(connected(ids, sha256, groups))
     n_units = int(units.max(initial=-1)) + 1
     if n_units < folds:
@@ -183,9 +183,9 @@ def connected(ids: Sequence[str], sha256: Sequence[str], groups: Mapping[str, st
     return [numbers.setdefault(find(i), len(numbers)) for i in range(len(ids))]
 
 
-def _fixed(ids: Sequence[str], splits: Sequence[Split], sha256: Sequence[str], seed: int) -> Folds:
-    held_out = {content for content, split in zip(sha256, splits, strict=True) if split == "val"}
-    fold_of = tuple(0 if content in held_out else -1 for content in sha256)
+def _fixed(ids: Sequence[str], splits: Sequence[Split], units: Sequence[int], seed: int) -> Folds:
+    held_out = {unit for unit, split in zip(units, splits, strict=True) if split == "val"}
+    fold_of = tuple(0 if unit in held_out else -1 for unit in units)
     if not held_out or -1 not in fold_of:
         missing = "validation" if not held_out else "training"
         raise ConfigError(

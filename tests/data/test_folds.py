@@ -91,6 +91,12 @@ def test_fixed_trains_on_no_copy_of_a_validation_image() -> None:
     assert folds.train(0).tolist() == [0, 2]
 
 
+def test_fixed_trains_on_no_image_of_a_group_that_validates() -> None:
+    groups = dict(zip(ids(5), ["p", "q", "r", "q", "s"], strict=True))
+    folds = make_folds(ids(5), ["train"] * 3 + ["val"] * 2, ids(5), folds="fixed", seed=0, groups=groups)
+    assert folds.train(0).tolist() == [0, 2]
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_fixed_needs_both_splits(split: str) -> None:
     with pytest.raises(ConfigError, match="there are no"):

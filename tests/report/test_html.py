@@ -148,8 +148,7 @@ def test_all_that_is_needed_to_repeat_it_is_there(study: FakeStudy, page: Page) 
     folds = study.record.folds.to_dict()["digest"]
     for needed in (folds, POOL_KEY, "hpsearch study --config fake.toml --study fake", "torch 2.9.0"):
         assert needed in page.text
-    toml = study.record.paths.toml.read_text(encoding="utf-8")
-    assert toml in "".join(page.texts)
+    assert study.config.to_toml() in "".join(page.texts)
 
 
 def test_the_same_record_gives_the_same_page_and_figures(study: FakeStudy, page: Page) -> None:
