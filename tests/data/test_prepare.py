@@ -7,6 +7,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -256,11 +257,14 @@ class TestCrop:
         assert np.array_equal(few[:2], all_images[:2])
 
 
-def test_one_dataset_gives_equal_caches_and_folds_in_all_layouts(write_dataset: WriteDataset, tmp_path: Path) -> None:
+@pytest.mark.parametrize("match", ["resize", "crop"])
+def test_one_dataset_gives_equal_caches_and_folds_in_all_layouts(
+    write_dataset: WriteDataset, tmp_path: Path, match: Literal["resize", "crop"]
+) -> None:
     pairs = tiny_pairs(n_train=11, n_val=0)
     keys, contents, folds = set(), set(), set()
     for layout in ("archive", "splits", "folders"):
-        config = write_dataset(layout, pairs, size=16)
+        config = replace(write_dataset(layout, pairs, size=16), match=match)
         for prepared in (prepare_pool(config, tmp_path / layout), prepare_test(config, tmp_path / layout)):
             keys.add(prepared.key)
             contents.add(tuple((prepared.cache_path / name).read_bytes() for name in ("images.npy", "masks.npy")))
