@@ -83,6 +83,11 @@ class StudyConfig:
         return size if isinstance(size, tuple) else (size, size)
 
     @property
+    def sees_windows(self) -> bool:
+        """Whether the network is trained on windows of images, not on whole frames."""
+        return self.data.match == "crop" or self.augment.crop
+
+    @property
     def scored_data(self) -> DataConfig:
         """The data at the size at which they are scored; where that is not set, as the network sees them."""
         return dataclasses.replace(self.data, size=self.eval_size) if self.study.eval_size else self.data

@@ -88,10 +88,11 @@ def export_toml(record: StudyRecord, path: Path | None = None, *, number: int | 
 def describe(info: WeightsInfo) -> dict[str, str]:
     """What a user of the bare network has to know, by the key in the file's metadata."""
     height, width = info.size
-    is_crop = info.extra.get("match") == "crop"
+    is_crop = info.sees_windows
+    frame = info.extra.get("frame")
+    resolution = "at its own resolution" if frame is None else f"resized to {frame[0]}x{frame[1]} pixels"
     fit = (
-        f"cover the image, at its own resolution, by overlapping windows of {height}x{width} pixels, mirrored at its "
-        "borders"
+        f"cover the image, {resolution}, by overlapping windows of {height}x{width} pixels, mirrored at its borders"
         if is_crop
         else f"resize the whole image to {height}x{width} pixels, bilinear with antialiasing, and round to integers"
     )

@@ -24,7 +24,6 @@ from hpsearch.data.decode import crop, read_image, resize
 from hpsearch.data.layouts import FOREIGN, READABLE
 from hpsearch.errors import CheckpointError, DatasetError, OutOfMemoryError, StudyError
 from hpsearch.models import shapes
-from hpsearch.models.config import UNetConfig
 from hpsearch.paths import FinalPaths, ProjectPaths, atomic_write, read_json
 from hpsearch.runtime import Runtime, make_runtime
 from hpsearch.scoring import encode_mask, mask_name
@@ -46,10 +45,11 @@ class Predictor:
     """A network as `final` leaves it, made ready to predict images of any size.
 
     The whole image is resized as in training, and its logits are resized back bilinearly. With `tiles` the image
-    keeps its resolution and is seen through overlapping windows of the training size (Ronneberger et al. 2015,
-    Figure 2). Windows reach beyond the image, which goes on mirrored there. The outputs of a `valid` network, smaller
-    than its windows, are put side by side and averaged where they overlap; those of a `same` network, which knows
-    least at its borders, overlap by at least a quarter and are blended.
+    keeps its resolution (or has that of the frames from which `augment.crop` took its crops) and is seen through
+    overlapping windows of the training size (Ronneberger et al. 2015, Figure 2). Windows reach beyond the image,
+    which goes on mirrored there. The outputs of a `valid` network that was trained on windows, smaller than these,
+    are put side by side and averaged where they overlap. Those of other networks fill the window, if need be
+    stretched as in training; they know least at its borders, so they overlap by at least a quarter and are blended.
 
     Threshold, flips and cleaning are as the weights file says (`choices`). Computes in float32 whatever the training
     did, so that the same file gives the same mask.
@@ -71,7 +71,7 @@ class Predictor:
     def load(
         cls, weights: Path, *, device: str = "auto", threads: int | None = None, tiles: bool | None = None
     ) -> Self:
-        """The predictor for a weights file; by default it uses tiles if the network was trained on crops.
+        """The predictor for a weights file; by default it uses tiles if the network was trained on windows.
 
         Raises CheckpointError for a file that is not one of ours (a pickle is refused unread), DeviceError.
         """
@@ -79,14 +79,14 @@ class Predictor:
         model, info = load_weights(weights, runtime.device)
         model.to(memory_format=torch.channels_last)
         if tiles is None:
-            tiles = info.extra.get("match") == "crop"
+            tiles = info.sees_windows
         return cls(model, info, runtime, tiles=tiles)
 
     def logits(self, image: Tensor) -> Tensor:
         """Logits (H, W) float32 on the CPU of an RGB image (3, H, W) uint8."""
         try:
             with torch.inference_mode(), self._runtime.active():
-                return self._tiled(image) if self.tiles else self._whole(image)
+                return self._logits(image)
         except (RuntimeError, MemoryError) as error:
             if not devices.is_out_of_memory(error):
                 raise
@@ -98,21 +98,28 @@ class Predictor:
         """Where `logits` (H, W) are above the chosen threshold, cleaned if so chosen."""
         return to_mask(logits, self.choices)
 
-    def _whole(self, image: Tensor) -> Tensor:
-        logits = self._run(resize(image, *self.info.size), interpolate=True)
+    def _logits(self, image: Tensor) -> Tensor:
+        frame = self.info.extra.get("frame") if self.tiles else self.info.size
+        seen = image if frame is None else resize(image, *frame)
+        # One that says nothing about a window's border needs tiles for a whole frame too.
+        in_tiles = self.tiles or (self.info.sees_windows and self.info.model.padding == "valid")
+        logits = self._tiled(seen) if in_tiles else self._run(seen, interpolate=True)
+        if frame is None:
+            return logits
         return F.interpolate(logits[None, None], size=image.shape[1:], mode="bilinear", align_corners=False)[0, 0]
 
     def _tiled(self, image: Tensor) -> Tensor:
         height, width = image.shape[1:]
         config, size = self.info.model, self.info.size
-        margin = tile_margin(config)
-        out = tile_output(config, self.info.in_channels, size)
-        rows = tile_axis(height, out[0], blend=config.padding == "same")
-        columns = tile_axis(width, out[1], blend=config.padding == "same")
+        fills = config.padding == "same" or not self.info.sees_windows
+        margin = 0 if fills else shapes.output_margin(config)
+        out = size if fills else shapes.output_size(config, self.info.in_channels, size)
+        rows = tile_axis(height, out[0], blend=fills)
+        columns = tile_axis(width, out[1], blend=fills)
         total = torch.zeros(height, width)
         for row in rows:
             for column in columns:
-                logits = self._run(crop(image, row.start - margin, column.start - margin, *size), interpolate=False)
+                logits = self._run(crop(image, row.start - margin, column.start - margin, *size), interpolate=fills)
                 inside = logits[row.inside, column.inside]
                 total[row.covers, column.covers] += inside * row.weights[:, None] * column.weights
         return total
@@ -229,19 +236,6 @@ def tile_axis(length: int, out: int, *, blend: bool) -> list[Tile]:
         Tile(start, cover, inside, (window[inside] / total[cover]).float())
         for start, cover, inside in zip(starts, covers, insides, strict=True)
     ]
-
-
-def tile_margin(config: UNetConfig) -> int:
-    """Pixels between a window's upper left corner and that of the network's output in it: 92 for the paper's."""
-    if config.padding == "same":
-        return 0
-    return shapes.skip_offset(config, 0) + 2 * config.stacking * (config.kernel_size // 2)
-
-
-def tile_output(config: UNetConfig, in_channels: int, size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of what the network computes from a window of `size`: (388, 388) from (572, 572)."""
-    head = next(layer for layer in shapes.layers(config, in_channels, *size) if layer.kind == "head")
-    return head.height, head.width
 
 
 def find_images(inputs: Iterable[str | Path]) -> list[Path]:

@@ -18,9 +18,10 @@ from hpsearch.data.cache import Normalization
 from hpsearch.data.decode import read_image, resize
 from hpsearch.errors import CheckpointError, DatasetError, StudyError
 from hpsearch.models.config import UNetConfig
+from hpsearch.models.shapes import output_margin, output_size
 from hpsearch.models.unet import UNet
 from hpsearch.paths import ProjectPaths, write_json
-from hpsearch.predict import Predictor, find_images, find_model, predict_files, tile_axis, tile_margin, tile_output
+from hpsearch.predict import Predictor, find_images, find_model, predict_files, tile_axis
 from hpsearch.runtime import make_runtime
 from hpsearch.scoring import read_mask
 from hpsearch.training.checkpoint import WeightsInfo, load_weights, save_weights
@@ -30,7 +31,7 @@ RGB = Normalization((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
 
 
 class Echo(nn.Module):
-    """Returns the first channel of what it sees, of the size that the network of `config` would return."""
+    """Returns the first channel of what it sees, of the size that the network of `config`, unstretched, would."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -38,16 +39,17 @@ class Echo(nn.Module):
         self.seen: list[Tensor] = []
 
     def forward(self, images: Tensor, *, interpolate: bool) -> Tensor:
-        assert not interpolate
+        assert self.config.padding == "same" or not interpolate
         self.seen.append(images[0, 0].clone())
-        margin = tile_margin(self.config)
-        height, width = tile_output(self.config, images.shape[1], (images.shape[2], images.shape[3]))
+        margin = output_margin(self.config)
+        height, width = output_size(self.config, images.shape[1], (images.shape[2], images.shape[3]))
         return images[:, :1, margin : margin + height, margin : margin + width]
 
 
 def echo(config: UNetConfig, size: tuple[int, int]) -> tuple[Predictor, Echo]:
     """A predictor by tiles whose logits are the red channel / 255."""
-    info = WeightsInfo(model=config, in_channels=3, normalization=Normalization((0.0,) * 3, (1.0,) * 3), size=size)
+    plain = Normalization((0.0,) * 3, (1.0,) * 3)
+    info = WeightsInfo(model=config, in_channels=3, normalization=plain, size=size, extra={"match": "crop"})
     network = Echo(config)
     return Predictor(network, info, make_runtime("cpu", threads=1), tiles=True), network
 
@@ -108,8 +110,8 @@ def test_the_papers_tiles_are_four_of_572_at_the_corners_of_a_mirrored_696() -> 
 
 
 def test_the_papers_outputs_of_388_are_averaged_where_they_overlap() -> None:
-    assert tile_margin(PAPER) == 92
-    assert tile_output(PAPER, 3, (572, 572)) == (388, 388)
+    assert output_margin(PAPER) == 92
+    assert output_size(PAPER, 3, (572, 572)) == (388, 388)
     first, second = tile_axis(512, 388, blend=False)
     assert (first.start, second.start) == (0, 124)
     expected = torch.where(torch.arange(388) < 124, 1.0, 0.5)
@@ -136,14 +138,58 @@ def test_the_margin_is_where_a_valid_network_puts_its_output() -> None:
         nn.init.ones_(parameter) if parameter.dim() > 1 else nn.init.zeros_(parameter)
     images = torch.zeros(1, 1, 40, 40, dtype=torch.float64, requires_grad=True)
     output = network(images + 1, interpolate=False)
-    assert output.shape[-1] == tile_output(config, 1, (40, 40))[0]
+    assert output.shape[-1] == output_size(config, 1, (40, 40))[0]
     # The skip of the first stage is the finest path: without the decoder below it sees only around the margin.
-    margin = tile_margin(config)
+    margin = output_margin(config)
     with torch.no_grad():
         network.decoder[-1].up.weight.zero_()
     (gradient,) = torch.autograd.grad(network(images + 1, interpolate=False)[0, 0, 0, 0], images)
     rows = gradient[0, 0].abs().sum(1).nonzero().flatten()
     assert (int(rows.min()) + int(rows.max())) / 2 == margin
+
+
+def write_valid(path: Path, **extra: Any) -> Path:
+    """A small network without padding, made for images of 40 pixels, whose output is 28."""
+    config = UNetConfig(base_channels=2, depth=1, stacking=1, padding="valid", norm="none")
+    info = WeightsInfo(model=config, in_channels=3, normalization=RGB, size=(40, 40), extra=extra)
+    save_weights(path, UNet(config, 3, seed=3), info)
+    return path
+
+
+def test_what_was_stretched_in_training_is_stretched_in_tiles(tmp_path: Path) -> None:
+    weights = write_valid(tmp_path / "model.safetensors", match="resize")
+    image = as_tensor(noise(40, 40))
+    whole, tiled = (Predictor.load(weights, device="cpu", tiles=tiles).logits(image) for tiles in (False, True))
+    torch.testing.assert_close(tiled, whole)
+
+
+def test_what_was_trained_on_windows_is_never_stretched(tmp_path: Path) -> None:
+    weights = write_valid(tmp_path / "model.safetensors", match="crop")
+    image = as_tensor(noise(40, 40))
+    model, info = load_weights(weights)
+    (height, width), margin = output_size(info.model, 3, (40, 40)), output_margin(info.model)
+    # As much mirrored on each side as the network takes away: its output is then about the image itself.
+    padded = F.pad(image[None].float(), (margin,) * 4, mode="reflect")
+    mean, std = (torch.tensor(values).view(-1, 1, 1) * 255 for values in vars(RGB).values())
+    with torch.inference_mode():
+        corner = model(((padded - mean) / std)[..., :40, :40])
+    assert corner.shape[-2:] == (height, width)
+    for tiles in (False, True):
+        logits = Predictor.load(weights, device="cpu", tiles=tiles).logits(image)
+        assert logits.shape == (40, 40)
+        # Only the first of the windows reaches the corner.
+        torch.testing.assert_close(logits[:8, :8], corner[0, 0, :8, :8], atol=1e-4, rtol=1e-4)
+
+
+def test_windows_of_resized_frames_are_laid_over_the_resized_image(tmp_path: Path) -> None:
+    config = UNetConfig(base_channels=1, depth=1, stacking=1)
+    plain = Normalization((0.0,) * 3, (1.0,) * 3)
+    info = WeightsInfo(model=config, in_channels=3, normalization=plain, size=(32, 32), extra={"frame": [48, 64]})
+    predictor = Predictor(Echo(config), info, make_runtime("cpu", threads=1), tiles=True)
+    image = as_tensor(noise(120, 100))
+    small = resize(image, 48, 64)[0].float() / 255
+    expected = F.interpolate(small[None, None], size=(120, 100), mode="bilinear", align_corners=False)[0, 0]
+    torch.testing.assert_close(predictor.logits(image), expected)
 
 
 @pytest.mark.parametrize(("length", "out"), [(100, 40), (40, 40), (7, 40), (81, 40), (1000, 41)])

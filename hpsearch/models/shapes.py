@@ -110,6 +110,19 @@ def skip_offset(config: UNetConfig, stage: int) -> int:
     return 2 * lost
 
 
+def output_margin(config: UNetConfig) -> int:
+    """Pixels between an image's upper left corner and that of what the network computes of it: 92 for the paper's."""
+    if config.padding == "same":
+        return 0
+    return skip_offset(config, 0) + 2 * config.stacking * (config.kernel_size // 2)
+
+
+def output_size(config: UNetConfig, in_channels: int, size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of what the network computes of an image of `size`: (388, 388) of (572, 572)."""
+    head = next(layer for layer in layers(config, in_channels, *size) if layer.kind == "head")
+    return head.height, head.width
+
+
 def norm_groups(channels: int) -> int:
     """Groups of a group normalisation: as many as divide `channels`, at most 32, of at least 4 channels; else 1."""
     return max((n for n in range(1, min(32, channels // 4) + 1) if channels % n == 0), default=1)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from hpsearch.models.config import UNetConfig
 from hpsearch.models.init import initialize_
-from hpsearch.models.shapes import norm_groups, skip_offset
+from hpsearch.models.shapes import norm_groups, output_margin, skip_offset
 
 
 class UNet(nn.Module):
@@ -23,12 +23,14 @@ class UNet(nn.Module):
     Odd sizes: pooling rounds up, so that pixel i of a stage covers pixels 2i and 2i + 1 of the stage above, the last
     perhaps only one of them; up-sampled maps are then cut to the skip's size. With `same` every stage stays on the
     input's grid and the logits need no interpolation. With `valid` they cover the centre only (572 -> 388), and are
-    stretched to H x W, as the report's adaptive UNet does.
+    stretched to H x W, as the report's adaptive UNet does. Without `stretch` they are left as they are (B, 1, h, w):
+    they say something about the centre of the image, `margin` pixels away from its border, as in the paper.
     """
 
-    def __init__(self, config: UNetConfig, in_channels: int, *, seed: int = 0) -> None:
+    def __init__(self, config: UNetConfig, in_channels: int, *, seed: int = 0, stretch: bool = True) -> None:
         super().__init__()
         self.config = config
+        self.margin = 0 if stretch else output_margin(config)
         channels = [config.base_channels * 2**stage for stage in range(config.depth + 1)]
         # The constructors draw from the global generator; `initialize_` then draws what is used from the seed.
         with torch.random.fork_rng(devices=[]):
@@ -46,6 +48,7 @@ class UNet(nn.Module):
     def forward(self, images: Tensor, *, interpolate: bool = True) -> Tensor:
         """Logits (B, 1, H, W); without `interpolate` those that the network computed, smaller than H x W for `valid`.
 
+        So are they where the network is not made to stretch them.
         The report interpolates the last feature maps and then applies the 1x1 convolution. Both are linear and the
         interpolation's weights add up to 1, so that they commute: here the one map of logits is interpolated, which
         is the same function and saves base_channels - 1 maps of H x W.
@@ -60,7 +63,7 @@ class UNet(nn.Module):
             x = part(x, skips.pop())
         logits: Tensor = self.head(x)
         size = images.shape[-2:]
-        if interpolate and logits.shape[-2:] != size:
+        if interpolate and not self.margin and logits.shape[-2:] != size:
             logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
         return logits
 

@@ -108,6 +108,11 @@ class WeightsInfo:
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Whatever else the writer wants to keep; plain types."""
 
+    @property
+    def sees_windows(self) -> bool:
+        """Whether it was trained on windows of images: its output is then not stretched to the window's size."""
+        return self.extra.get("match") == "crop" or "frame" in self.extra
+
 
 def save_weights(path: Path, model: UNet, info: WeightsInfo) -> None:
     """Write a network as safetensors; the same network and info give the same bytes."""
@@ -151,7 +156,7 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[UNet, 
         info = _parse_info(table)
     except (KeyError, TypeError, ValueError, ConfigError) as error:
         raise CheckpointError(f"{path} says wrong things about its network: {error}") from error
-    model = UNet(info.model, info.in_channels)
+    model = UNet(info.model, info.in_channels, stretch=not info.sees_windows)
     load_state_(model, tensors, path)
     return model.to(device).eval(), info
 

@@ -27,7 +27,7 @@ from hpsearch.data.cache import Normalization
 from hpsearch.data.config import AugmentConfig
 from hpsearch.errors import CheckpointError, DeviceError, DivergedError, OutOfMemoryError
 from hpsearch.models.config import UNetConfig
-from hpsearch.models.shapes import training_flops
+from hpsearch.models.shapes import output_size, training_flops
 from hpsearch.models.unet import UNet
 from hpsearch.paths import FitPaths
 from hpsearch.runtime import Runtime
@@ -82,6 +82,7 @@ def fit(
     seed: int,
     runtime: Runtime,
     eval_size: tuple[int, int] | None = None,
+    stretch: bool = True,
     paths: FitPaths | None = None,
     keep_best: bool = False,
     micro_batch: int | None = None,
@@ -91,7 +92,8 @@ def fit(
     """Train a network for `train.epochs` epochs, scoring the held-out images after each.
 
     Images come at `size`; scores are computed at `eval_size` (None: `size`), which must be the size of the masks that
-    `data` serves for evaluation. `held_out_indices` may be empty.
+    `data` serves for evaluation. `held_out_indices` may be empty. Without `stretch`, which images that are windows
+    want, a `valid` network is trained and scored on the part of them that its output covers.
 
     With `paths` the fit resumes from its last good checkpoint, and ends as if it had never stopped: same weights and
     same scores, to the byte on a CPU under the same `runtime`. After each epoch come, in this order, the checkpoint,
@@ -116,6 +118,7 @@ def fit(
         normalization=normalization,
         size=size,
         eval_size=eval_size or size,
+        stretch=stretch,
         metric=metric,
         seed=seed,
         micro_batch=micro_batch,
@@ -183,15 +186,26 @@ def predict_logits(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits (B, 1, H, W) float32 and masks (B, 1, H, W) uint8 of `indices` in order, at the masks' size.
 
-    `model` is in evaluation mode, as its caller sets it.
+    `model` is in evaluation mode, as its caller sets it. Of one that says nothing about the border of an image, the
+    masks are without it.
     """
+    margin = model.margin if isinstance(model, UNet) else 0
     for batch in eval_batches(data, indices, batch_size=batch_size, normalization=normalization, size=size):
         with torch.inference_mode():
             with runtime.autocast():
                 logits = model(batch.images)
-            logits = resize_logits(logits.float(), (batch.masks.shape[-2], batch.masks.shape[-1]))
+            masks = _covered(batch.masks, logits, margin)
+            logits = resize_logits(logits.float(), (masks.shape[-2], masks.shape[-1]))
         runtime.end_step()
-        yield logits, batch.masks
+        yield logits, masks
+
+
+def _covered(masks: Tensor, logits: Tensor, margin: int) -> Tensor:
+    """The part of `masks` (B, 1, H, W) that `logits` (B, 1, h, w) of a network with that margin are about."""
+    if not margin:
+        return masks
+    height, width = logits.shape[-2:]
+    return masks[..., margin : margin + height, margin : margin + width]
 
 
 def resize_logits(logits: Tensor, size: tuple[int, int]) -> Tensor:
@@ -344,6 +358,7 @@ class _Task:
     normalization: Normalization
     size: tuple[int, int]
     eval_size: tuple[int, int]
+    stretch: bool
     metric: Literal["dice", "jaccard"]
     seed: int
     micro_batch: int | None
@@ -367,6 +382,8 @@ class _Task:
             del table["train"][name]
         if microbatches_are_exact(self.model_config):
             del table["micro_batch"]
+        if self.stretch or self.model_config.padding == "same":
+            del table["stretch"]
         return digest(table)
 
 
@@ -423,7 +440,7 @@ def _fit(
     clock: Callable[[], float],
 ) -> FitResult:
     train, device = task.train, runtime.device
-    model = UNet(task.model_config, task.in_channels, seed=task.seed)
+    model = UNet(task.model_config, task.in_channels, seed=task.seed, stretch=task.stretch)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     progress = _Progress(model, make_optimizer(train, model.parameters(), device), runtime.make_scaler())
     task_digest = task.digest(data.cache.key)
@@ -561,10 +578,11 @@ def _train_epoch(
         for part in _parts(batch, task.micro_batch):
             with runtime.autocast():
                 logits = forward(part.images)
-            value = loss(logits, part.masks) * (len(part.images) / len(batch.images))
+            masks = _covered(part.masks, logits, progress.model.margin)
+            value = loss(logits, masks) * (len(part.images) / len(batch.images))
             scaler.scale(value).backward()  # type: ignore[no-untyped-call]
             losses.append(value.detach() * len(batch.images))
-            counts.append(_count(logits.detach(), part.masks))
+            counts.append(_count(logits.detach(), masks))
         scaler.step(optimizer)
         scaler.update()
         runtime.end_step()
@@ -595,9 +613,12 @@ def _evaluate_epoch(
     )
     if not math.isfinite(held_out_loss):
         raise DivergedError(epoch, held_out_loss)
-    n_pixels, expected = int(counts[0].sum()), task.eval_size[0] * task.eval_size[1]
+    size = task.eval_size
+    if progress.model.margin:
+        size = output_size(task.model_config, task.in_channels, task.size)
+    n_pixels, expected = int(counts[0].sum()), size[0] * size[1]
     if n_pixels != expected:
-        raise ValueError(f"scores are wanted at {task.eval_size}, but the masks have {n_pixels} pixels")
+        raise ValueError(f"scores are wanted at {size}, but the masks have {n_pixels} pixels")
     progress.counts = counts
     scores = SCORES[task.metric](PixelCounts.from_columns(counts))
     return _mean_scores(counts, held_out_loss), scores.astype(np.float32)

@@ -142,6 +142,7 @@ class Session:
                 normalization=normalization,
                 size=size,
                 eval_size=config.eval_size,
+                stretch=not config.sees_windows,
                 metric=config.study.metric,
                 seed=job["seed"],
                 runtime=self._runtime(config),
@@ -162,7 +163,7 @@ class Session:
             normalization=normalization,
             size=size,
             runtime=self._runtime(config),
-            extra={"threshold": 0.5, "color": config.data.color, "match": config.data.match},
+            extra={"threshold": 0.5, "color": config.data.color, "match": config.data.match, **_frame(config)},
             micro_batch=micro_batch,
         )
         return {"event": "finished", "summary": summary}
@@ -312,6 +313,7 @@ class Session:
             normalization=Normalization((0.5,) * config.data.n_channels, (0.25,) * config.data.n_channels),
             size=(config.data.height, config.data.width),
             eval_size=config.eval_size,
+            stretch=not config.sees_windows,
             metric=config.study.metric,
             seed=0,
             runtime=self._runtime(config),
@@ -367,6 +369,12 @@ def fit_within_memory(
             # What was trained with other parts is another fit.
             for path in (folder.last, folder.previous, folder.best, folder.epochs, folder.scores):
                 path.unlink(missing_ok=True)
+
+
+def _frame(config: StudyConfig) -> dict[str, Any]:
+    """The size of the whole frames from which fresh crops were taken, where it is another than their own."""
+    is_frame = config.augment.crop and config.data.match == "resize"
+    return {"frame": list(config.data.cached_size)} if is_frame else {}
 
 
 def _indices(values: list[int]) -> npt.NDArray[np.int64]:

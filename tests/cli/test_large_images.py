@@ -1,3 +1,5 @@
+"""Images of 6748x4499 cost bounded anonymous memory in every process of every command."""
+
 from __future__ import annotations
 
 import importlib.util
@@ -16,6 +18,8 @@ LARGEST = (4499, 6748)
 """Height and width of the largest image of ISIC-2017: 30 million pixels."""
 LIMIT_BYTES = 2**30
 
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]
+
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
@@ -28,8 +32,11 @@ def benchmark() -> ModuleType:
     return module
 
 
-@pytest.fixture
-def peak_bytes(benchmark: ModuleType) -> Callable[..., int]:
+PeakBytes = Callable[..., int]
+
+
+@pytest.fixture(scope="module")
+def peak_bytes(benchmark: ModuleType) -> PeakBytes:
     """Anonymous memory of the largest process of a command that succeeds."""
 
     def run(*arguments: str) -> int:
@@ -58,26 +65,37 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_the_largest_images_cost_bounded_memory_everywhere(
-    root: Path, tmp_path: Path, peak_bytes: Callable[..., int]
-) -> None:
-    data, out = ["--data", str(root)], ["--out", str(tmp_path)]
+@pytest.fixture(scope="module")
+def project(root: Path, peak_bytes: PeakBytes) -> tuple[Path, int]:
+    """A project with a study of one trial over that data, and the peak of what made it."""
+    out = root.parent / "project"
     settings = ["unet.base_channels=2", "unet.depth=1", "unet.stacking=1", "train.epochs=1", "train.batch_size=2"]
     flags = [flag for setting in [*settings, "study.confirm=0"] for flag in ("--set", setting)]
-    once = ["--size", "256", "--trials", "1", "--folds", "2", "--threads", "1", "--study", "large"]
-    images = str(root / "ISIC-2017_Test_v2_Data")
-    commands = {
-        "check and duplicates": ["data", "check", "--duplicates", *data, *out],
-        "augment": ["data", "augment", *data, *out],
-        "cache, study, panels": ["study", *data, *out, *once, *flags],
-        "final": ["final", "--best", "--threads", "1", *out],
-        "report": ["report", *out],
-        "predict": ["predict", images, "--overlays", "--probabilities", "--out-dir", str(tmp_path / "whole"), *out],
-        "predict by tiles": ["predict", images, "--tiles", "--out-dir", str(tmp_path / "tiles"), *out],
-    }
-    peaks = {name: peak_bytes(*command) for name, command in commands.items()}
-    assert all(peak < LIMIT_BYTES for peak in peaks.values()), peaks
-    assert (tmp_path / "whole" / "ISIC_0000008_overlay.jpg").is_file()
-    assert Image.open(tmp_path / "tiles" / "ISIC_0000008_segmentation.png").size == LARGEST[::-1]
+    once = ["--size", "256", "--trials", "1", "--folds", "2", "--threads", "1"]
+    return out, peak_bytes("study", "--data", str(root), "--out", str(out), *once, *flags)
+
+
+def test_checking_them_and_their_duplicates(root: Path, tmp_path: Path, peak_bytes: PeakBytes) -> None:
+    peak = peak_bytes("data", "check", "--duplicates", "--data", str(root), "--out", str(tmp_path))
+    assert peak < LIMIT_BYTES
+
+
+def test_augmenting_them(root: Path, tmp_path: Path, peak_bytes: PeakBytes) -> None:
+    peak = peak_bytes("data", "augment", "--data", str(root), "--to", str(tmp_path / "more"), "--out", str(tmp_path))
+    assert peak < LIMIT_BYTES
+
+
+def test_caching_training_and_panels(project: tuple[Path, int]) -> None:
+    assert project[1] < LIMIT_BYTES
+
+
+def test_final_report_and_prediction(root: Path, project: tuple[Path, int], peak_bytes: PeakBytes) -> None:
+    out = ["--out", str(project[0])]
+    assert peak_bytes("final", "--best", "--threads", "1", *out) < LIMIT_BYTES
+    assert peak_bytes("report", *out) < LIMIT_BYTES
+    image = str(root / "ISIC-2017_Test_v2_Data" / "ISIC_0000008.jpg")
+    for tiles in ("--whole", "--tiles"):
+        masks = project[0] / tiles
+        predict = ["predict", image, tiles, "--overlays", "--probabilities", "--out-dir", str(masks), *out]
+        assert peak_bytes(*predict) < LIMIT_BYTES
+        assert Image.open(masks / "ISIC_0000008_segmentation.png").size == LARGEST[::-1]

@@ -16,7 +16,7 @@ ENDINGS = (".jpg", ".JPEG", ".png", ".JPG", ".PNG")
 
 @pytest.fixture
 def folders(tmp_path: Path) -> tuple[Path, Path]:
-    """Fifty images, 24 to 90 pixels a side, RGB and gray, under names of their own; masks of 0 and 1, or 0 and 255."""
+    """Fifty images, 24 to 90 pixels a side, RGB and gray, under names of their own; masks of 0 and 1 or 255."""
     photos, outlines = tmp_path / "my photos", tmp_path / "Umrisse"
     rng = np.random.default_rng(5)
     for folder in (photos, outlines):

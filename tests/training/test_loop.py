@@ -246,6 +246,23 @@ def test_scores_are_computed_at_the_size_of_the_truth():
     np.testing.assert_array_equal(((logits > 0) & (masks > 0)).sum((1, 2, 3)).numpy(), result.counts[:, 0])
 
 
+def test_windows_are_scored_where_the_output_of_a_valid_network_lies():
+    config = UNetConfig(base_channels=2, depth=1, stacking=1, padding="valid", norm="none")
+    data = make_data()
+    result = fit(**fit_arguments(model_config=config, data=data, stretch=False))
+    # 16 -> 14 | pool 7 -> 5 | up 10 -> 8: four pixels less on each side.
+    assert set(result.counts.sum(1)) == {8 * 8}
+    logits, masks = next(
+        predict_logits(
+            result.model, data, np.arange(13, 20), normalization=NORMALIZATION, size=(16, 16), runtime=FLOAT32
+        )
+    )
+    assert logits.shape == (7, 1, 8, 8)
+    np.testing.assert_array_equal(masks[:, 0].numpy(), data.cache.masks[13:20, 4:12, 4:12])
+    stretched = fit(**fit_arguments(model_config=config, data=data))
+    assert set(stretched.counts.sum(1)) == {16 * 16}
+
+
 def test_an_evaluation_size_that_the_masks_do_not_have_is_a_fault():
     with pytest.raises(ValueError, match="scores are wanted at"):
         fit(**fit_arguments(eval_size=(32, 32)))
