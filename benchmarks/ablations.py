@@ -33,11 +33,11 @@ from hpsearch.data.cache import open_cache
 from hpsearch.data.prepare import prepare_pool
 from hpsearch.errors import DivergedError
 from hpsearch.runtime import make_runtime
-from hpsearch.training.loop import fit
+from hpsearch.training.loop import evaluate, fit
 from hpsearch.training.metrics import SCORES, PixelCounts
 
 BASE = (
-    "data.size=64", "unet.base_channels=4", "unet.depth=3", "train.epochs=10", "train.batch_size=16", "train.lr=0.05",
+    "data.size=64", "unet.base_channels=4", "unet.depth=3", "train.epochs=8", "train.batch_size=16", "train.lr=0.05",
 )  # fmt: skip
 """What all arms start from; for the rest hpsearch's defaults (`same`, batch normalisation, Xavier, BCE, flips)."""
 WIDE = ("data.size=96", "unet.depth=2")
@@ -53,7 +53,7 @@ class Arm:
 
     name: str
     overrides: tuple[str, ...] = ()
-    n_train: int = 300
+    n_train: int = 240
 
     @property
     def config(self) -> StudyConfig:
@@ -97,14 +97,14 @@ GROUPS: dict[str, tuple[Arm, ...]] = {
         Arm("bce+dice", ("train.loss=bce+dice",)),
     ),
     "images": (
-        Arm("150 images", n_train=150),
-        Arm("300 images"),
-        Arm("900 images", n_train=900),
+        Arm("120 images", n_train=120),
+        Arm("240 images"),
+        Arm("480 images", n_train=480),
     ),
     "epochs": (
-        Arm("5 epochs", ("train.epochs=5",)),
-        Arm("10 epochs"),
-        Arm("20 epochs", ("train.epochs=20",)),
+        Arm("4 epochs", ("train.epochs=4",)),
+        Arm("8 epochs"),
+        Arm("16 epochs", ("train.epochs=16",)),
     ),
     "color": (
         Arm("rgb"),
@@ -120,17 +120,20 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=GROUPS, metavar="GROUP", help=", ".join(GROUPS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=np.inf, help="begin no further fit after so long")
+    parser.add_argument("--threads", type=int, help="of the processor (default: all cores)")
     parser.add_argument("--report", action="store_true", help="fit nothing, print the tables")
     arguments = parser.parse_args()
     groups = {name: GROUPS[name] for name in arguments.only or GROUPS}
     if not arguments.report:
-        n_left = run(groups, arguments.data, arguments.out, arguments.seeds, arguments.minutes)
+        n_left = run(groups, arguments.data, arguments.out, arguments.seeds, arguments.minutes, arguments.threads)
         print(f"{n_left} fits are left: run the same command again" if n_left else "all fits are done")
     for name, arms in groups.items():
         print("\n".join(["", f"{name}:", "", *table(arms, arguments.out, arguments.seeds)]))
 
 
-def run(groups: dict[str, tuple[Arm, ...]], root: str, out: Path, n_seeds: int, minutes: float) -> int:
+def run(
+    groups: dict[str, tuple[Arm, ...]], root: str, out: Path, n_seeds: int, minutes: float, threads: int | None
+) -> int:
     """Do the fits that are missing, seed by seed, until `minutes` are over; gives how many are still to be done."""
     missing = {
         arm.key(seed): (arm, seed)
@@ -146,22 +149,24 @@ def run(groups: dict[str, tuple[Arm, ...]], root: str, out: Path, n_seeds: int, 
         if result_path(out, arm, seed).is_file():
             # Another process did it meanwhile.
             continue
-        result = fit_arm(arm, seed, root, out)
+        result = fit_arm(arm, seed, root, out, threads)
         paths.write_json(result_path(out, arm, seed), result)
         print(f"{arm.name}, seed {seed}: {result['dice']:.4f}, {result['seconds']:.0f} s", flush=True)
     return 0
 
 
-def fit_arm(arm: Arm, seed: int, root: str, out: Path) -> dict[str, Any]:
-    """One fit: mean Dice, Jaccard, accuracy of its held-out images, its curves, its seconds."""
+def fit_arm(arm: Arm, seed: int, root: str, out: Path, threads: int | None = None) -> dict[str, Any]:
+    """One fit: mean Dice, Jaccard, accuracy of its held-out images, its training curves, its seconds."""
     config = load(None, [*BASE, *arm.overrides, f"data.root={root}"])
     prepared = prepare_pool(config.data, out / "cache")
     order = np.random.default_rng(seed).permutation(prepared.n)
     if prepared.n < N_HELD_OUT + arm.n_train:
         raise SystemExit(f"{root} has {prepared.n} pool images, {arm.name} needs {N_HELD_OUT + arm.n_train}")
     held_out, train = np.sort(order[:N_HELD_OUT]), np.sort(order[N_HELD_OUT : N_HELD_OUT + arm.n_train])
-    runtime = make_runtime(amp=config.train.amp, compile=config.train.compile)
+    runtime = make_runtime(amp=config.train.amp, compile=config.train.compile, threads=threads)
     data = DeviceData(open_cache(prepared.cache_path), runtime.device, color=config.data.color)
+    normalization = data.cache.normalization(train, config.data.color)
+    size = config.data.height, config.data.width
     began = time.monotonic()
     setting = {"arm": arm.name, "overrides": list(arm.overrides), "n_train": arm.n_train, "seed": seed}
     try:
@@ -170,11 +175,11 @@ def fit_arm(arm: Arm, seed: int, root: str, out: Path) -> dict[str, Any]:
             in_channels=config.data.n_channels,
             data=data,
             train_indices=train,
-            held_out_indices=held_out,
+            held_out_indices=np.zeros(0, np.int64),
             train=config.train,
             augment=config.augment,
-            normalization=data.cache.normalization(train, config.data.color),
-            size=(config.data.height, config.data.width),
+            normalization=normalization,
+            size=size,
             metric="dice",
             seed=seed,
             runtime=runtime,
@@ -182,7 +187,10 @@ def fit_arm(arm: Arm, seed: int, root: str, out: Path) -> dict[str, Any]:
     except DivergedError:
         # A diverged network is worth what predicting nothing is: 0 wherever there is a lesion.
         return {**setting, "diverged": True, "dice": 0.0, "jaccard": 0.0, "accuracy": 0.0, "rows": [], "seconds": 0.0}
-    counts = PixelCounts.from_columns(found.counts)
+    held_out_counts = evaluate(
+        found.model, data, held_out, normalization=normalization, size=size, runtime=runtime
+    ).counts
+    counts = PixelCounts.from_columns(held_out_counts)
     scores = {name: float(np.mean(SCORES[name](counts))) for name in ("dice", "jaccard", "accuracy")}
     rows = [row.to_dict() for row in found.rows]
     return {**setting, "diverged": False, **scores, "rows": rows, "seconds": time.monotonic() - began}
@@ -207,8 +215,8 @@ def table(arms: Sequence[Arm], out: Path, n_seeds: int) -> Iterator[str]:
         cells = [interval(values) for values in scores.values()]
         cells.append("" if reference is None else interval(scores["dice"] - reference, signed=True))
         reference = scores["dice"] if reference is None else reference
-        last = [each["rows"][-1] for each in results if each["rows"]]
-        gap = np.mean([row["train"]["dice"] - row["held_out"]["dice"] for row in last]) if last else np.nan
+        ahead = [each["rows"][-1]["train"]["dice"] - each["dice"] for each in results if each["rows"]]
+        gap = np.mean(ahead) if ahead else np.nan
         n_diverged = sum(each["diverged"] for each in results)
         yield f"| {arm.name}{f' ({n_diverged} diverged)' if n_diverged else ''} | {' | '.join(cells)} | {gap:+.4f} |"
 
