@@ -136,7 +136,7 @@ def load(path: Path | None, overrides: Iterable[str] = ()) -> StudyConfig:
             table = tomllib.loads(text)
         except FileNotFoundError as error:
             raise ConfigError(f"{path} does not exist") from error
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
             raise ConfigError(f"{path} cannot be read as TOML: {error}") from error
     overrides = list(overrides)
     try:
@@ -339,7 +339,7 @@ def _plain(section: Any) -> dict[str, Any]:
 def _parse_value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return text
 
 

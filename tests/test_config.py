@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import string
+import tempfile
 import tomllib
 from pathlib import Path
 
+import click
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hpsearch import config as configs
-from hpsearch.cli.options import config_path
+from hpsearch.cli.options import Settings, config_options, config_path
 from hpsearch.errors import ConfigError
 
 SHIPPED = sorted((Path(__file__).parents[1] / "experiments").glob("*.toml"))
@@ -119,3 +123,75 @@ def test_any_values_either_round_trip_or_are_refused_in_one_line(settings: dict[
         assert any(name.partition(".")[2] in str(error) for name in configs.setting_names())
         return
     assert configs.from_dict(tomllib.loads(config.to_toml())) == config
+
+
+VALUES = st.one_of(
+    st.sampled_from(["true", "[8, 16]", "{low=1, high=4}", "{low=0.1, high=1e3, log=true}", "rgb", "nan", "1e400"]),
+    st.integers(-5, 600).map(str),
+    st.floats().map(str),
+    st.text(max_size=12),
+    st.text("[{", min_size=1, max_size=3000),
+)
+
+
+@given(st.sampled_from([*configs.setting_names(), *(f"search.{name}" for name in configs.setting_names())]), VALUES)
+def test_what_set_is_given_either_round_trips_or_is_refused_in_one_line_that_names_it(name: str, value: str) -> None:
+    try:
+        config = configs.load(None, [f"{name}={value}"])
+    except ConfigError as error:
+        assert len(str(error).splitlines()) == 1
+        assert name.rpartition(".")[2] in str(error)
+        return
+    assert configs.from_dict(tomllib.loads(config.to_toml())) == config
+
+
+FLAGS = ["--seed", "--size", "--color", "--data", "--images", "--masks", "--set"]
+
+
+@given(st.lists(st.tuples(st.sampled_from(FLAGS), VALUES), max_size=4))
+def test_flags_give_a_configuration_or_one_line_that_names_what_is_wrong(given_flags: list[tuple[str, str]]) -> None:
+    heard: list[Settings] = []
+
+    @click.command()
+    @config_options
+    def command(settings: Settings) -> None:
+        heard.append(settings)
+
+    result = CliRunner().invoke(command, [f"{flag}={value}" for flag, value in given_flags])
+    if result.exit_code == 2:
+        assert any(flag in result.output for flag, _ in given_flags)
+        return
+    assert result.exit_code == 0, result.output
+    try:
+        config = configs.load(None, heard[0].overrides)
+    except ConfigError as error:
+        assert len(str(error).splitlines()) == 1
+        return
+    assert configs.from_dict(tomllib.loads(config.to_toml())) == config
+
+
+@given(st.one_of(st.binary(max_size=60), st.text(string.printable, max_size=60).map(str.encode)))
+def test_a_file_of_anything_is_a_configuration_or_named_in_one_line(content: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "mine.toml"
+        path.write_bytes(content)
+        try:
+            config = configs.load(path)
+        except ConfigError as error:
+            assert len(str(error).splitlines()) == 1
+            assert "mine.toml" in str(error)
+            return
+    assert configs.from_dict(tomllib.loads(config.to_toml())) == config
+
+
+def test_a_file_that_hpsearch_wrote_is_refused_once_it_was_edited(tmp_path: Path) -> None:
+    path = tmp_path / "study.toml"
+    text = configs.load(None, ["train.epochs=7"]).to_sealed_toml()
+    path.write_text(text)
+    assert configs.load(path).train.epochs == 7
+    for damaged in (text.replace("epochs = 7", "epochs = 8"), text[:-10], text[: text.index("[train]")]):
+        path.write_text(damaged)
+        with pytest.raises(ConfigError, match=r"study\.toml was changed since hpsearch wrote it"):
+            configs.load(path)
+    path.write_text(text.partition("\n")[2].replace("epochs = 7", "epochs = 8"))
+    assert configs.load(path).train.epochs == 8

@@ -63,7 +63,8 @@ def test_names_that_can_be_folders_are_studies(tmp_path: Path, name: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "name", ["", "..", "../x", "a/b", "/etc", ".hidden", "<script>", "a'b", 'a"b', "x" * 81, "a\n"]
+    "name",
+    ["", "..", "../x", "a/b", "/etc", ".hidden", "<script>", "a'b", 'a"b', "x" * 81, "a\n", "x); DROP TABLE t"],
 )
 def test_names_that_could_leave_the_folder_or_break_a_page_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="study name"):

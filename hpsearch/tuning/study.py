@@ -17,10 +17,11 @@ import sqlalchemy
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from hpsearch import paths
 from hpsearch.errors import RecordError, StorageError, StudyError
+from hpsearch.tracking import redact
 from hpsearch.tuning.record import StudyRecord, TrialRecord
 from hpsearch.tuning.search_space import decode, default_params, distributions, encode, make_sampler, suggest
 
@@ -50,7 +51,7 @@ class StudyDatabase:
         self._space = record.config.search
         self._url = url
         self._sampler = make_sampler(record.config, {0: default_params(record.config)})
-        with self._errors_named(RuntimeError, sqlite3.Error), _quiet():
+        with self._errors_named(RuntimeError, sqlite3.Error, ImportError), _quiet():
             _check_sound(url)
             self._study = optuna.create_study(
                 storage=_storage(url),
@@ -149,18 +150,22 @@ class StudyDatabase:
         except caught as error:
             cause = error.__cause__ if isinstance(error.__cause__, SQLAlchemyError) else error
             reason = (str(getattr(cause, "orig", None) or cause).splitlines() or [type(cause).__name__])[0]
-            url = sqlalchemy.make_url(self._url)
-            shown = url.render_as_string(hide_password=True)
-            if url.database and any(refusal in reason for refusal in _REFUSALS):
-                room = paths.free_bytes(Path(url.database)) / 2**20
+            shown, file = _shown(self._url)
+            if file is not None and any(refusal in reason for refusal in _REFUSALS):
+                room = paths.free_bytes(file) / 2**20
                 raise StorageError(
                     f"cannot write {shown}: {reason} ({room:.0f} MiB free there); see to the disk and "
                     "run the same command again"
                 ) from error
-            raise StudyError(
-                f"Optuna cannot use {shown}: {reason}. If the file is damaged, move it away and run the same command "
-                "again: it is rebuilt from the study folder"
-            ) from error
+            advice = (
+                ""
+                if file is None
+                else (
+                    ". If the file is damaged, move it away and run the same command again: it is rebuilt from the "
+                    "study folder"
+                )
+            )
+            raise StudyError(f"Optuna cannot use {shown}: {redact(reason)}{advice}") from error
 
     def _frozen(self, number: int) -> FrozenTrial:
         trials = self._all()
@@ -217,10 +222,23 @@ def sqlite_url(path: Path) -> str:
     return sqlalchemy.URL.create("sqlite", database=str(path.absolute())).render_as_string(hide_password=False)
 
 
+def _shown(url: str) -> tuple[str, Path | None]:
+    """The URL without its password, and the file that it names, if it does."""
+    try:
+        parsed = sqlalchemy.make_url(url)
+    except ArgumentError:
+        return (
+            "the database, whose address is not one of SQLAlchemy's (sqlite:///file, postgresql+psycopg://...)",
+            None,
+        )
+    is_file = parsed.get_backend_name() == "sqlite" and parsed.database
+    return parsed.render_as_string(hide_password=True), Path(parsed.database or "") if is_file else None
+
+
 def _check_sound(url: str) -> None:
     """sqlite3.DatabaseError if SQLite finds its file damaged."""
-    path = sqlalchemy.make_url(url).database
-    if url.startswith("sqlite") and path and Path(path).is_file():
+    _, path = _shown(url)
+    if path is not None and path.is_file():
         with closing(sqlite3.connect(path, timeout=60)) as database:
             (found,) = database.execute("PRAGMA integrity_check(1)").fetchone()
         if found != "ok":

@@ -1,0 +1,95 @@
+"""Names from outside, whatever they hold: they are text everywhere, and nothing is reachable from other machines."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+from pathlib import Path
+
+import psutil
+import pytest
+from PIL import Image
+
+from hpsearch import config as configs
+from hpsearch.errors import StudyError
+from hpsearch.paths import ProjectPaths
+from hpsearch.report.html import write_report
+from hpsearch.tracking import MlflowTracker
+from hpsearch.tuning.listener import Silent
+from hpsearch.tuning.record import StudyRecord
+from hpsearch.tuning.study import StudyDatabase
+from tests.data.conftest import tiny_pairs
+from tests.tracked import read
+from tests.tuning.studies import SETTINGS, run, tiny_config
+
+NAMES = (
+    "it's a lesion",
+    'a "quoted" one',
+    "<script>alert(1)<script>",
+    "x'); DROP TABLE trials;--",
+    "Größe ü 皮膚",
+    " two  spaces ",
+    "%s {0} $HOME `id`",
+    "-rf",
+    "a,b;c",
+    "plain",
+)
+
+
+class _Ports(Silent):
+    """Notes the addresses at which the study's processes listen."""
+
+    def __init__(self) -> None:
+        self.listening: set[str] = set()
+
+    def epoch_ended(self, trial: int, fold: int, row: object) -> None:
+        me = psutil.Process()
+        for process in (me, *me.children(recursive=True)):
+            for connection in process.net_connections("inet"):
+                if connection.status == psutil.CONN_LISTEN:
+                    self.listening.add(connection.laddr.ip)
+
+
+@pytest.mark.slow
+def test_names_are_text_from_the_images_to_the_report(tmp_path: Path, empty_mlflow_db: Path) -> None:
+    for folder in ("photos 'n' more", "outlines"):
+        (tmp_path / folder).mkdir()
+    for name, pair in zip(NAMES, tiny_pairs(len(NAMES), 0, 0), strict=True):
+        Image.fromarray(pair.image).save(tmp_path / "photos 'n' more" / f"{name}.png")
+        Image.fromarray(pair.mask).save(tmp_path / "outlines" / f"{name}.png")
+    project = ProjectPaths(tmp_path / "a project; 'quoted' ü")
+    project.root.mkdir()
+    shutil.copy(empty_mlflow_db, project.mlflow_db)
+    folders = [f"data.images='''{tmp_path}/photos 'n' more'''", f"data.masks='{tmp_path}/outlines'"]
+    config = configs.load(None, [*folders, *SETTINGS, "study.trials=1", "study.pruner=none"])
+    ports = _Ports()
+    record = run(project.root, config, name="Größe + ü 2", tracker=MlflowTracker(project), listener=ports).record
+
+    assert sorted(record.folds.ids) == sorted(NAMES)
+    assert record.trial(0).outcome == "full"
+    tracked = read(project, "Größe + ü 2")
+    table = next(content for run in tracked.values() for name, content in run.files.items() if name == "scores.csv")
+    text = table.decode() if isinstance(table, bytes) else str(table)
+    assert all(name.replace('"', '""') in text for name in NAMES)
+    with sqlite3.connect(project.optuna_db) as database:
+        assert database.execute("SELECT study_name FROM studies").fetchall() == [("Größe + ü 2",)]
+    page = write_report(record).read_text(encoding="utf-8")
+    assert "<script>alert" not in page
+    assert ports.listening <= {"127.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql+psycopg://user:s3cret@127.0.0.1:1/none",
+        "nosuch+driver://user:s3cret@127.0.0.1/none",
+        "user:s3cret@127.0.0.1",
+        "mysql+nosuch://user:s3cret@127.0.0.1/none",
+    ],
+)
+def test_a_database_that_cannot_be_used_is_named_without_its_credentials(tmp_path: Path, url: str) -> None:
+    record = StudyRecord.create(ProjectPaths(tmp_path).study("tiny"), tiny_config(tmp_path))
+    with pytest.raises(StudyError, match="Optuna cannot use") as caught:
+        StudyDatabase(record, url)
+    assert "s3cret" not in str(caught.value)
+    assert "\n" not in str(caught.value)
