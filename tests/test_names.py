@@ -54,14 +54,19 @@ class _Ports(Silent):
 def test_names_are_text_from_the_images_to_the_report(tmp_path: Path, empty_mlflow_db: Path) -> None:
     for folder in ("photos 'n' more", "outlines"):
         (tmp_path / folder).mkdir()
-    for name, pair in zip(NAMES, tiny_pairs(len(NAMES), 0, 0), strict=True):
+    tested = ("another 'one'", "the <last>")
+    for name, pair in zip((*NAMES, *tested), tiny_pairs(len(NAMES) + 2, 0, 0), strict=True):
         Image.fromarray(pair.image).save(tmp_path / "photos 'n' more" / f"{name}.png")
         Image.fromarray(pair.mask).save(tmp_path / "outlines" / f"{name}.png")
     project = ProjectPaths(tmp_path / "a project; 'quoted' ü")
     project.root.mkdir()
     shutil.copy(empty_mlflow_db, project.mlflow_db)
+    listed = tmp_path / "test list.txt"
+    listed.write_text("\n".join(tested))
     folders = [f"data.images='''{tmp_path}/photos 'n' more'''", f"data.masks='{tmp_path}/outlines'"]
-    config = configs.load(None, [*folders, *SETTINGS, "study.trials=1", "study.pruner=none"])
+    config = configs.load(
+        None, [*folders, *SETTINGS, "study.trials=1", "study.pruner=none", f"data.test_list={listed}"]
+    )
     ports = _Ports()
     record = run(project.root, config, name="Größe + ü 2", tracker=MlflowTracker(project), listener=ports).record
 
