@@ -184,6 +184,6 @@ def test_every_look_at_the_test_set_is_counted_and_a_search_that_goes_on_after_o
     assert (len(again.looks), again.n_trials_after) == (2, 1)
     text = "\n".join(describe(again))
     assert "scored 2 times" in text
-    assert "1 trials of this study began after its first look" in text
+    assert "1 trial of this study began after its first look" in text
     rows = study_rows(study_record(project, None))
     assert {final.n_trials_after for final in rows.finals} == {1}

@@ -205,7 +205,13 @@ class Confirmation:
             self._end(number, "failed", f"fold {fold} ended its worker {DEATHS_PER_JOB} times {place}{text}")
 
     def _end_if_finished(self, number: int) -> None:
-        if all(self._record.second_fit(number, fold).is_finished for fold in range(self._record.n_folds)):
+        fits = [self._record.second_fit(number, fold) for fold in range(self._record.n_folds)]
+        if not all(fit.is_finished for fit in fits):
+            return
+        if any((fit.summary() or {}).get("micro_batch") for fit in fits):
+            # Then it is another configuration that was fitted.
+            self._end(number, "infeasible", "memory forced parts of batches, which changed the result")
+        else:
             self._end(number, "full")
 
     def _end(

@@ -321,4 +321,4 @@ def test_a_search_that_goes_on_after_a_look_stays_marked_when_final_is_run_again
     study.final(1, test_set="4567")
     (final,) = study_rows(study.record).finals
     assert final.n_trials_after == 1
-    assert "1 trials of this study began after its first look" in quick_report(study).text
+    assert "1 trial of this study began after its first look" in quick_report(study).text
