@@ -71,7 +71,7 @@ def describe_account(looks: Sequence[Look], n_before: int, n_after: int) -> list
     if n_after:
         lines.append(
             f"caution: {n_after} trial{'s' if n_after > 1 else ''} of this study began after its first look at the "
-            "test set: what was found since may owe something to it, and this is no longer the result of an unseen set"
+            "test set: what was found since may owe something to it, and this result is not that of an unseen set"
         )
     return lines
 

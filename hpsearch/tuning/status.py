@@ -10,7 +10,7 @@ from hpsearch import plan as plans
 from hpsearch.config import StudyConfig
 from hpsearch.paths import ProjectPaths
 from hpsearch.plan import ExecutionPlan
-from hpsearch.tuning import lock
+from hpsearch.tuning import confirmation, lock
 from hpsearch.tuning.record import COUNTED, StudyRecord, TrialRecord
 
 
@@ -109,10 +109,16 @@ def _seconds_to_go(
     plan = ExecutionPlan.from_dict(table)
     running = sum(seconds[trial.number] for trial in trials if trial.outcome is None)
     ended = [seconds[trial.number] for trial in trials if trial.outcome in COUNTED]
+    n_confirm = confirmation.n_left(record, n_left)
     if ended:
-        return max(0.0, sum(ended) / len(ended) * n_left - running) / len(plan.workers)
+        # Those that are fitted once more are full ones; as long as there is none, the longest that ended must do.
+        full = [seconds[trial.number] for trial in trials if trial.can_win] or [max(ended)]
+        confirming = n_confirm * sum(full) / len(full)
+        return max(0.0, sum(ended) / len(ended) * n_left + confirming - running) / len(plan.workers)
     n_images = len(record.folds.ids) if record.has_folds else 0
-    total = plans.forecast(record.config, plan, n_images=n_images, n_trials=n_left, n_folds=record.n_folds).total_s
+    total = plans.forecast(
+        record.config, plan, n_images=n_images, n_trials=n_left, n_folds=record.n_folds, n_confirm=n_confirm
+    ).total_s
     return max(0.0, total - running / len(plan.workers)) if n_images and total == total else None
 
 
