@@ -113,6 +113,8 @@ PHASES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
 }
 """Where in the life of a study a signal can fall: role and function of hpsearch."""
+ONCE = ("data/build.py:_build", "tuning/coordinator.py:_fix_folds", "tuning/planning.py:_measure_plan")
+"""What only the first start of a study comes to."""
 SIGNALS = {"KILL": signal.SIGKILL, "TERM": signal.SIGTERM, "INT": signal.SIGINT, "HUP": signal.SIGHUP}
 
 
@@ -124,6 +126,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100, help="at least so many over all studies")
     parser.add_argument("--trials", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--every", type=int, default=1, help="of all kinds of writes, fail every so manyth only")
     options = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="hpsearch-faults-") as folder:
@@ -132,7 +135,7 @@ def main() -> int:
             names = ("KILL",) if options.what == "kills" else ("TERM", "INT", "HUP", "STOP")
             outcomes = list(disturb_studies(place, options.studies, options.kills, names, options.seed))
         elif options.what == "writes":
-            outcomes = [fail_every_write(place)]
+            outcomes = [fail_every_write(place, every=options.every)]
         else:
             outcomes = [fill_the_disk(place)]
     n_differences = sum(len(outcome.differences) for outcome in outcomes)
@@ -318,7 +321,7 @@ def disturb(
         strike = None
         if outcome.n_faults < n_faults and rng.random() < 0.75:
             phase = order[outcome.n_starts % len(order)]
-            request |= draw_instant(phase, name, deaths_in_place(study.out) < 2, rng)
+            request |= draw_instant(phase, name, deaths_in_place(study.out) < 2, rng, is_first=outcome.n_starts == 1)
         elif outcome.n_faults < n_faults:
             phase = "any time"
             strike = Strike(name, reference.seconds, deaths_in_place(study.out) < 2, rng)
@@ -341,14 +344,18 @@ def disturb(
     return outcome
 
 
-def draw_instant(phase: str, name: str, workers_too: bool, rng: random.Random) -> dict[str, Any]:
+def draw_instant(phase: str, name: str, workers_too: bool, rng: random.Random, *, is_first: bool) -> dict[str, Any]:
     """A line of a function of that phase, and the signal to be sent there."""
-    places = [(role, function) for role, function in PHASES[phase] if workers_too or role != "worker"]
+    places = [
+        (role, function)
+        for role, function in PHASES[phase]
+        if (workers_too or role != "worker") and (is_first or function not in ONCE)
+    ]
     if not places:
         places = [("coordinator", "tuning/coordinator.py:_hear")]
     role, function = rng.choice(places)
     number = signal.SIGSTOP if name == "STOP" else SIGNALS[name]
-    call, line = rng.choice([1, 1, 1, 2, 3]), rng.randrange(16)
+    call, line = rng.choice([1, 1, 1, 1, 2]), rng.randrange(16)
     return {"signal": int(number), "role": role, "function": function, "call": call, "line": line}
 
 

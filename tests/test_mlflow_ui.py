@@ -115,7 +115,7 @@ class Line:
 
     def __init__(self, port: int) -> None:
         self.trouble: Callable[[int], str] = lambda number: ""
-        """Of each request, by its number: `refuse` (500, not done), `lose` (done, but 500) or nothing."""
+        """Of each request, by its number: `refuse` (500, not done), `lose` (done, but 500), `delay` or nothing."""
         self.n_requests = 0
         self.n_troubles = 0
         line = self
@@ -128,6 +128,8 @@ class Line:
                 line.n_requests += 1
                 trouble = line.trouble(line.n_requests)
                 status, headers, content = 500, {}, b"{}"
+                if trouble == "delay":
+                    time.sleep(0.5)
                 if trouble != "refuse":
                     server = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
                     passed_on = {k: v for k, v in self.headers.items() if k.lower() not in ("host", "connection")}
@@ -211,9 +213,9 @@ def test_a_server_that_fails_is_killed_and_comes_back_ends_with_what_an_undistur
         servers.enter_context(mlflow_ui(tmp_path / "server", port))
 
         def disturb(study: FakeStudy) -> None:
-            """Refused requests at first, then lost answers, then no server at all, then a server again."""
+            """Refused requests at first, then lost and late answers, then no server at all, then a server again."""
             step = next(disturbances)
-            troubles = {1: "refuse", 4: "lose"}
+            troubles = {1: "refuse", 4: "lose", 6: "delay"}
             if step in troubles:
                 line.trouble = lambda number: troubles[step] if number % 3 == 0 else ""
             elif step == 8:

@@ -81,17 +81,30 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def load_latest(fit: FitPaths) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
-    """The newest good checkpoint of a fit, None if there is none, and one line for each that was passed over."""
+def load_latest(fit: FitPaths, digest: str | None = None) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
+    """The newest good checkpoint of a fit, None if there is none, and one line for each that was passed over.
+
+    One whose `digest` is not the one given is passed over too; CheckpointError if there is no other.
+    """
     passed_over: list[str] = []
+    is_foreign = False
     for path in (fit.last, fit.previous):
         if not path.exists():
             continue
         try:
-            return load_checkpoint(path), tuple(passed_over)
+            state = load_checkpoint(path)
+            if digest in (None, state.get("digest")):
+                return state, tuple(passed_over)
+            is_foreign = True
+            raise CheckpointError(f"{path} is of another configuration, other images or another seed")
         except CheckpointError as error:
             logger.warning("%s; it is passed over", error)
             passed_over.append(str(error))
+    if is_foreign:
+        raise CheckpointError(
+            f"{fit.root} holds a checkpoint of another configuration, other images or another seed; "
+            "remove that folder to begin this fit anew"
+        )
     return None, tuple(passed_over)
 
 

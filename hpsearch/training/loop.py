@@ -25,7 +25,7 @@ from hpsearch.config import digest
 from hpsearch.data.batches import Batch, DeviceData, eval_batches, n_train_batches, train_batches
 from hpsearch.data.cache import Normalization
 from hpsearch.data.config import AugmentConfig
-from hpsearch.errors import CheckpointError, DeviceError, DivergedError, OutOfMemoryError
+from hpsearch.errors import DeviceError, DivergedError, OutOfMemoryError
 from hpsearch.models.config import UNetConfig
 from hpsearch.models.shapes import output_size, training_flops
 from hpsearch.models.unet import UNet
@@ -659,13 +659,8 @@ def _resume_(progress: _Progress, paths: FitPaths, task_digest: str, device: tor
     Gives the rows that were recorded before, by epoch. CheckpointError if the checkpoint is that of another fit.
     """
     recorded = _recorded_rows(paths.epochs)
-    state, _ = checkpoint.load_latest(paths)
+    state, _ = checkpoint.load_latest(paths, task_digest)
     if state is not None:
-        if state["digest"] != task_digest:
-            raise CheckpointError(
-                f"{paths.root} holds a checkpoint of another configuration, other images or another seed; "
-                "remove that folder to begin this fit anew"
-            )
         progress.restore_(state, paths.last, device)
         logger.info("%s: resumed after epoch %d", paths.root, len(progress.rows))
     progress.rows = [_as_recorded(row, recorded.get(row.epoch)) for row in progress.rows]

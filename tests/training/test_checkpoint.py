@@ -262,3 +262,15 @@ def test_an_unwritable_folder_is_a_storage_error(model, tmp_path):
 def test_sha256_is_that_of_the_content(tmp_path):
     paths.write_text(tmp_path / "a", "abc")
     assert checkpoint.sha256(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
+
+
+def test_the_checkpoint_of_another_fit_is_passed_over_for_the_previous_and_never_continued(fit):
+    save_latest(fit, STATE)
+    save_latest(fit, {**STATE, "digest": "of another fit"})
+    state, passed_over = load_latest(fit, "ab")
+    assert state is not None
+    assert state["digest"] == "ab"
+    assert "another configuration" in passed_over[0]
+    save_latest(fit, {**STATE, "digest": "of another fit"})
+    with pytest.raises(CheckpointError, match="remove that folder"):
+        load_latest(fit, "ab")
