@@ -8,8 +8,10 @@ OUT/
     study.toml   plan.json   folds.json     settings, execution plan, fold of every image
     study.lock   holder.json   study.log    who runs it; one line per event
     confirmation.json                       the configurations that are fitted once more, and of which it was chosen
+    coordinators/<host>-<pid>-<n>/          of each coordinator, where several share the study: log, state.json
     trials/0007/
       trial.json                            params, outcome, value, decisions
+      taken.json                            there if its coordinator died: the trial that goes on with it
       second.json   second2/                once more with other seeds: how that went, one fit of it
       fold2/                                one fit
         epochs.jsonl                        one line per epoch
@@ -170,6 +172,15 @@ class StudyPaths:
         return self.root / ".tracking"
 
     @property
+    def sharing(self) -> Path:
+        """There where several coordinators share the study: database, heartbeat and grace."""
+        return self.root / "sharing.json"
+
+    @property
+    def coordinators(self) -> Path:
+        return self.root / "coordinators"
+
+    @property
     def trials(self) -> Path:
         return self.root / "trials"
 
@@ -207,6 +218,10 @@ class TrialPaths:
     @property
     def trial(self) -> Path:
         return self.root / "trial.json"
+
+    @property
+    def taken(self) -> Path:
+        return self.root / "taken.json"
 
     def fold(self, fold: int) -> FitPaths:
         return FitPaths(self.root / f"fold{fold}")

@@ -41,6 +41,7 @@ STATUSES: dict[Outcome | None, Status] = {
     "infeasible": "KILLED",
     "diverged": "FAILED",
     "failed": "FAILED",
+    "lost": "KILLED",
 }
 """MLflow has no pruned runs: what was ended early counts as killed."""
 
@@ -412,7 +413,7 @@ def _progress(ended: Sequence[TrialRecord], metric: str) -> Iterator[Point]:
             best = trial.value if best is None else max(best, trial.value)
         if best is not None:
             yield Point(f"study/best_{metric}", best, step, at)
-        for outcome in get_args(Outcome):
+        for outcome in (each for each in get_args(Outcome) if each != "lost" or counts[each]):
             yield Point(f"study/n_{outcome}", float(counts[outcome]), step, at)
 
 

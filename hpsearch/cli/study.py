@@ -77,7 +77,13 @@ LOOKAHEAD = 4
     help=f"Suggest and decide in trial order, {LOOKAHEAD} trials behind (study.lookahead): the same study for any "
     "number of workers.",
 )
-@click.option("--storage", metavar="URL", help="Optuna's database, as SQLAlchemy writes it (default: hpsearch.db).")
+@click.option(
+    "--storage",
+    metavar="URL",
+    help="Optuna's database (default: hpsearch.db); with postgresql+psycopg://... many machines share a study.",
+)
+@click.option("--heartbeat", type=click.IntRange(min=1), help="Seconds between signs of life, then (default: 30).")
+@click.option("--grace", type=click.IntRange(min=3), help="Silence after which a machine is dead (default: 120 s).")
 @tracking_option
 def command(
     project: ProjectPaths,
@@ -89,6 +95,8 @@ def command(
     hours: float | None,
     enqueue: tuple[Path, ...],
     storage: str | None,
+    heartbeat: int | None,
+    grace: int | None,
     tracking: str | None,
 ) -> int:
     """Search for the best configuration by cross-validation. The same command again continues.
@@ -102,6 +110,7 @@ def command(
     from hpsearch.cli.progress import StudyProgress
     from hpsearch.tracking import make_tracker
     from hpsearch.tuning.coordinator import Stop, run_study
+    from hpsearch.tuning.coordinators import Sharing
     from hpsearch.tuning.enqueue import read_params
     from hpsearch.tuning.planning import MachineChoice
 
@@ -123,6 +132,7 @@ def command(
             stop=stop,
             hours=hours,
             enqueued=[read_params(path, config) for path in enqueue],
+            sharing=Sharing.chosen(heartbeat, grace),
         )
     progress.summarise(summary)
     return 128 + stop.signal if stop.signal else 0

@@ -28,6 +28,7 @@ OUTCOMES = {
     "diverged": HELD_OUT,
     "failed": EXTRA,
     "infeasible": "#999999",
+    "lost": "#cccccc",
     "open": "#56B4E9",
 }
 """Colour of every outcome."""

@@ -28,14 +28,16 @@ from hpsearch.errors import ConfigError, StoppedError, StorageError, StudyChange
 from hpsearch.paths import FitPaths, ProjectPaths
 from hpsearch.plan import ExecutionPlan
 from hpsearch.tracking import Tracker, TrackingThread
-from hpsearch.tuning import confirmation, enqueue, lock, pruners
+from hpsearch.tuning import confirmation, enqueue, pruners, takeover
 from hpsearch.tuning.caches import PoolCaches
+from hpsearch.tuning.coordinators import Sharing
 from hpsearch.tuning.listener import Listener, Silent
+from hpsearch.tuning.ownership import Asked, Ownership, take_seat
 from hpsearch.tuning.planning import MachineChoice, make_plan
 from hpsearch.tuning.pruners import Pruner
 from hpsearch.tuning.racing import TrialScores, Verdict, verdict_on_request
 from hpsearch.tuning.record import COUNTED, Outcome, StudyRecord, TrialRecord, code_version, now
-from hpsearch.tuning.study import StudyDatabase, sqlite_url
+from hpsearch.tuning.study import sqlite_url
 from hpsearch.tuning.workers import DEATHS_PER_JOB, POLL_S, Event, Worker, Workers
 
 logger = logging.getLogger(__name__)
@@ -98,11 +100,14 @@ def run_study(
     stop: Stop | None = None,
     hours: float | None = None,
     enqueued: Sequence[Mapping[str, Any]] = (),
+    sharing: Sharing | None = None,
 ) -> StudySummary:
     """Search until `config.study.trials` trials are evaluated, over all starts of the study `name`.
 
     Begins the study or goes on with it. `storage` is a SQLAlchemy URL (default: hpsearch.db in the project folder),
     `hours` a budget after which it stops with checkpoints, `enqueued` params to try next, each once over all starts.
+    Where the storage is a server, any number of these may run at once on one project folder; `sharing` says how they
+    know who of them is dead.
 
     Raises StudyLockedError if another process runs it, StudyChangedError if its fixed settings differ, DatasetError
     for data that cannot be used, StorageError when the disk refuses, WorkerError when workers cannot start.
@@ -118,9 +123,11 @@ def run_study(
         check()
         listener.preparing(done, total)
 
-    with paths.refusals_named(study.root), lock.hold(study), log_file(study.log):
-        for request in (study.stop_request, *study.root.glob("stop-trial-*")):
-            request.unlink(missing_ok=True)
+    seat = take_seat(study, storage or sqlite_url(project.optuna_db), sharing)
+    with paths.refusals_named(study.root), seat.held(), log_file(seat.log):
+        if not seat.is_shared:
+            for request in (study.stop_request, *study.root.glob("stop-trial-*")):
+                request.unlink(missing_ok=True)
         if study.toml.is_file():
             record = StudyRecord.open(study)
             record.verify()
@@ -137,14 +144,13 @@ def run_study(
         _fix_folds(record, prepared, cache_root(project, config))
         for said in enqueue.add(record, enqueued):
             listener.said(f"the configuration {said}")
-        database = StudyDatabase(record, storage or sqlite_url(project.optuna_db))
-        database.catch_up()
-        with Workers(study.root) as workers:
+        with seat.trials(record) as ownership, Workers(seat.folder) as workers:
             plan = make_plan(record, caches, machine or MachineChoice(), workers, check)
             _require_space(record, plan)
             workers.become(plan.workers)
+            seat.prepared()
             tracking = TrackingThread(tracker, study) if tracker is not None else None
-            coordinator = Coordinator(record, database, plan, caches, listener, tracking, stop, hours)
+            coordinator = Coordinator(record, ownership, plan, caches, listener, tracking, stop, hours)
             listener.planned(record, plan, coordinator.forecast())
             try:
                 coordinator.run(workers)
@@ -153,7 +159,8 @@ def run_study(
                 # Whoever must end at once shall not wait for a server that does not answer.
                 undelivered = tracking.close(5.0 if stop.is_urgent else 30.0) if tracking is not None else 0
                 # Of workers that were ended while they wrote.
-                paths.remove_stale_temporaries(study.root)
+                if not seat.is_shared:
+                    paths.remove_stale_temporaries(study.root)
         return StudySummary(record, coordinator.n_counted, coordinator.was_stopped, undelivered)
 
 
@@ -186,7 +193,7 @@ class Coordinator:
     def __init__(
         self,
         record: StudyRecord,
-        database: StudyDatabase,
+        ownership: Ownership,
         plan: ExecutionPlan,
         caches: PoolCaches,
         listener: Listener,
@@ -195,7 +202,7 @@ class Coordinator:
         hours: float | None,
     ) -> None:
         self._record = record
-        self._database = database
+        self._ownership = ownership
         self._plan = plan
         self._caches = caches
         self._listener = listener
@@ -237,6 +244,7 @@ class Coordinator:
         while not self._stop.is_urgent:
             self._keep_to_budget()
             self._heed_requests()
+            self._look_around()
             if not self._stop.is_requested:
                 self._hand_out()
             if not workers.busy() and (self._stop.is_requested or not self._has_work()):
@@ -244,8 +252,9 @@ class Coordinator:
             for event in workers.events(POLL_S):
                 self._hear(event)
             self._end_silent_fits()
-        if not self._stop.is_requested:
-            self._confirm()
+        with self._ownership.confirming() as is_ours:
+            if is_ours and not self._stop.is_requested:
+                self._confirm()
         if self._stop.is_requested:
             logger.info("stopped; run the same command to continue")
 
@@ -268,10 +277,21 @@ class Coordinator:
         ).run(self._workers)
 
     def _has_work(self) -> bool:
-        return bool(self._open) or self._wants_trials()
+        return bool(self._open) or self._wants_trials() or not self._ownership.is_over()
 
     def _wants_trials(self) -> bool:
-        return self.n_counted + len(self._open) < self._record.config.study.trials
+        return self._ownership.wants_trial(self.n_counted + len(self._open))
+
+    def _look_around(self) -> None:
+        """What other coordinators of the study have done meanwhile."""
+        for number in self._ownership.lost():
+            logger.warning("trial %d was taken over by another coordinator", number)
+            self._listener.said(f"trial {number} was taken over by another coordinator")
+            opened = self._open.pop(number, None)
+            for worker in (opened.fitting if opened else {}).values():
+                self._workers.kill(worker)
+        for trial in self._ownership.others():
+            self._trials[trial.number] = trial
 
     def _may_ask(self) -> bool:
         """Whether all that the next suggestion shall know of has ended."""
@@ -281,23 +301,28 @@ class Coordinator:
 
     def _adopt_open_trials(self) -> None:
         """Take up every trial that an earlier start left open, under its number and with its params."""
-        for number in self._database.running():
+        for number in self._ownership.running():
             if number not in self._trials:
-                wanted = enqueue.next_params(self._record, list(self._trials.values()))
-                self._begin(number, self._database.adopt(number, wanted), wanted)
+                self._begin(self._ownership.adopt(number, self._enqueued()))
         for trial in list(self._trials.values()):
             if trial.outcome is None:
-                self._open[trial.number] = _OpenTrial(trial, trial.study_config)
-                logger.info("trial %d continues", trial.number)
-                self._listener.trial_began(trial)
-                if trial.decisions and trial.decisions[-1]["drop"]:
-                    self._open[trial.number].dropped = Verdict(**trial.decisions[-1])
-                self._settle(self._open[trial.number])
+                if not self._ownership.is_shared:
+                    self._go_on(trial)
             else:
                 # A start that was killed between the record and the clearing left them.
                 self._clear(trial.number)
             for fold in self._record.finished_folds(trial.number):
                 remove_checkpoints(self._record.paths.trial(trial.number).fold(fold))
+
+    def _go_on(self, trial: TrialRecord) -> _OpenTrial | None:
+        """Take up a trial that was begun before; None if nothing of it was left to do."""
+        self._open[trial.number] = _OpenTrial(trial, trial.study_config)
+        logger.info("trial %d continues", trial.number)
+        self._listener.trial_began(trial)
+        if trial.decisions and trial.decisions[-1]["drop"]:
+            self._open[trial.number].dropped = Verdict(**trial.decisions[-1])
+        self._settle(self._open[trial.number])
+        return self._open.get(trial.number)
 
     def _hand_out(self) -> None:
         for worker in self._workers.idle():
@@ -313,9 +338,9 @@ class Coordinator:
         for trial in self._open.values():
             if not trial.fitting and (fold := self._next_fold(trial)) is not None:
                 return trial, fold
-        while self._wants_trials() and self._may_ask():
-            if (begun := self._ask()) is not None:
-                return begun, 0
+        while self._wants_trials() and self._may_ask() and (asked := self._ask()) is not None:
+            if (begun := self._begin(asked)) is not None and (fold := self._next_fold(begun)) is not None:
+                return begun, fold
         if not self._pruner.is_sequential:
             for trial in self._open.values():
                 if trial.dropped is None and (fold := self._next_fold(trial)) is not None:
@@ -332,8 +357,8 @@ class Coordinator:
                     return fold
         return None
 
-    def _ask(self) -> _OpenTrial | None:
-        """Begin the trial that the sampler suggests; None if it is infeasible, which costs nothing."""
+    def _ask(self) -> Asked | None:
+        """The trial that the sampler suggests; None if there is none now."""
         infeasible = sum(trial.outcome == "infeasible" for trial in self._trials.values())
         if infeasible >= INFEASIBLE_PER_TRIAL * self._record.config.study.trials:
             last = max(t.number for t in self._trials.values() if t.outcome == "infeasible")
@@ -341,12 +366,17 @@ class Coordinator:
                 f"{infeasible} suggested configurations were infeasible, the last one because "
                 f"{self._trials[last].reason}; make the search space smaller or data.size other"
             )
-        wanted = enqueue.next_params(self._record, list(self._trials.values()))
-        return self._begin(*self._database.ask(wanted), wanted)
+        return self._ownership.ask(self._enqueued())
 
-    def _begin(
-        self, number: int, params: dict[str, Any], enqueued: Mapping[str, Any] | None = None
-    ) -> _OpenTrial | None:
+    def _enqueued(self) -> Mapping[str, Any] | None:
+        """What a user wants tried next."""
+        return enqueue.next_params(self._record, list(self._trials.values()))
+
+    def _begin(self, asked: Asked) -> _OpenTrial | None:
+        """Begin a trial, or go on with it; None if it is infeasible, which costs nothing."""
+        if (begun := takeover.take_up(self._record, asked)) is not None:
+            return self._take_up(begun)
+        number, params = asked.number, asked.params
         try:
             config = self._record.config.with_params(params)
             reason = plans.why_infeasible(config, self._plan)
@@ -357,8 +387,10 @@ class Coordinator:
             params=params,
             config=config.to_dict(),
             began_at=now(),
-            source="default" if number == 0 else "enqueued" if enqueue.is_same(params, enqueued) else "sampler",
+            source="default" if asked.place == 0 else "enqueued" if asked.is_enqueued else "sampler",
             code=code_version(),
+            draw=asked.draw,
+            owner=asked.owner,
         )
         self._write(record)
         if reason is not None:
@@ -369,6 +401,14 @@ class Coordinator:
         self._open[number] = _OpenTrial(record, config)
         self._wake_tracking()
         return self._open[number]
+
+    def _take_up(self, begun: takeover.TakenUp) -> _OpenTrial | None:
+        """Go on with a trial that another coordinator began."""
+        self._write(begun.trial)
+        if begun.outcome is None:
+            return self._go_on(begun.trial)
+        self._end(begun.trial, begun.outcome, value=begun.value, reason=begun.reason, constraint=begun.constraint)
+        return None
 
     def _fit_job(self, trial: _OpenTrial, fold: int) -> dict[str, Any]:
         number, folds = trial.record.number, self._record.folds
@@ -381,7 +421,7 @@ class Coordinator:
             **self._caches.job(trial.config),
             "train": folds.train(fold).tolist(),
             "held_out": folds.held_out(fold).tolist(),
-            "seed": fit_seed(self._record.config, number, fold),
+            "seed": fit_seed(self._record.config, trial.record.place, fold),
             "keep_best": True,
         }
 
@@ -424,6 +464,7 @@ class Coordinator:
             held_out[self._record.config.study.metric],
         )
         self._listener.epoch_ended(number, fold, row)
+        self._ownership.epoch_ended(number, fold, row["epoch"], len(self._record.folds.train(fold)))
         self._wake_tracking()
         if trial.dropped is None and trial.record.outcome is None:
             self._judge(trial)
@@ -503,7 +544,7 @@ class Coordinator:
             trial, outcome=outcome, value=value, reason=reason, constraint=constraint, ended_at=now()
         )
         self._write(ended)
-        self._database.tell(ended)
+        self._ownership.tell(ended)
         opened = self._open.pop(trial.number, None)
         for worker in (opened.fitting if opened else {}).values():
             self._workers.kill(worker)
@@ -576,9 +617,10 @@ class Coordinator:
     def _heed_requests(self) -> None:
         """`hpsearch stop` leaves a file, so that it works from another machine that shares the folder too."""
         request = self._record.paths.stop_request
-        if request.exists():
+        if request.exists() and self._ownership.is_meant(request):
             at_once = request.read_text().strip() == "now"
-            request.unlink(missing_ok=True)
+            if not self._ownership.is_shared:
+                request.unlink(missing_ok=True)
             logger.info("stop was requested")
             self._listener.said("stop was requested from outside")
             self._stop.request(at_once=at_once)
@@ -614,9 +656,9 @@ def _moment(decision: dict[str, Any]) -> tuple[int, int]:
     return decision["fold"], decision["epoch"]
 
 
-def fit_seed(config: StudyConfig, trial: int, fold: int) -> int:
-    """Seed of one fit: first weights, order and augmentation."""
-    return stable_seed(config.study.seed, "fit", trial, fold)
+def fit_seed(config: StudyConfig, place: int, fold: int) -> int:
+    """Seed of one fit of the trial at that place: first weights, order and augmentation."""
+    return stable_seed(config.study.seed, "fit", place, fold)
 
 
 def _fix_folds(record: StudyRecord, prepared: Prepared, caches: Path) -> None:

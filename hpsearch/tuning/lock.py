@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import filelock
@@ -14,14 +14,19 @@ import filelock
 from hpsearch import paths
 from hpsearch.errors import StudyLockedError
 from hpsearch.paths import StudyPaths
+from hpsearch.tuning import coordinators
+from hpsearch.tuning.coordinators import CoordinatorState
 
 
 @contextmanager
-def hold(study: StudyPaths) -> Iterator[None]:
+def hold(study: StudyPaths, *, among_others: bool = False) -> Iterator[None]:
     """Hold the study for the block. StudyLockedError, saying who holds it, if another process does.
 
-    The lock is the operating system's: it goes with its process, however that ends.
+    The lock is the operating system's: it goes with its process, however that ends. While coordinators share the
+    study, only one of them may have it, `among_others`.
     """
+    if not among_others and (others := coordinators.living(study)):
+        raise StudyLockedError(f"study {study.name!r} is being run by {_describe(others)}")
     try:
         study.root.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(study.lock)
@@ -33,7 +38,8 @@ def hold(study: StudyPaths) -> Iterator[None]:
         raise paths.storage_error(study.lock, error) from error
     try:
         # What the holder before left that was killed.
-        paths.remove_stale_temporaries(study.root)
+        if not among_others:
+            paths.remove_stale_temporaries(study.root)
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
         paths.write_json(study.holder, holder)
         yield
@@ -45,7 +51,9 @@ def hold(study: StudyPaths) -> Iterator[None]:
 
 
 def is_held(study: StudyPaths) -> bool:
-    """Whether a process holds the study now."""
+    """Whether a process holds the study now, or several share it."""
+    if coordinators.living(study):
+        return True
     if not study.lock.exists():
         return False
     lock = filelock.FileLock(study.lock)
@@ -62,9 +70,16 @@ def is_held(study: StudyPaths) -> bool:
 
 def describe_holder(study: StudyPaths) -> str:
     """`process 4711 on lab3 since 2026-11-23 14:05`, as far as it is known."""
+    if others := coordinators.living(study):
+        return _describe(others)
     try:
         holder = json.loads(study.holder.read_text(encoding="utf-8"))
         since = time.strftime("%Y-%m-%d %H:%M", time.localtime(holder["since"]))
         return f"process {holder['pid']} on {holder['host']} since {since}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
+
+
+def _describe(others: Sequence[CoordinatorState]) -> str:
+    first = f"process {others[0].pid} on {others[0].host}"
+    return first if len(others) == 1 else f"{first} and {len(others) - 1} more"

@@ -36,7 +36,8 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 """Version of the study folder; a folder of another version is refused, never guessed at."""
 
-Outcome = Literal["full", "dropped", "infeasible", "diverged", "failed"]
+Outcome = Literal["full", "dropped", "infeasible", "diverged", "failed", "lost"]
+"""`lost`: its coordinator died, and another one went on with it under a new number."""
 COUNTED: frozenset[Outcome] = frozenset({"full", "dropped", "diverged", "failed"})
 """Outcomes that use up one of `study.trials`."""
 
@@ -67,6 +68,17 @@ class TrialRecord:
     """Images at once where memory forced parts of batches and that changed the result: such a trial never wins."""
     code: str = ""
     """What began it, as `code_version` gives it."""
+    draw: int | None = None
+    """Its place among the suggestions where that is not its number."""
+    history: tuple[int, ...] = ()
+    """Numbers that it had before, each lost with its coordinator; the latest last."""
+    owner: str = ""
+    """Id of its coordinator, where several work on the study."""
+
+    @property
+    def place(self) -> int:
+        """Its place among the suggestions, which seeds its fits."""
+        return self.number if self.draw is None else self.draw
 
     @property
     def can_win(self) -> bool:
@@ -77,7 +89,14 @@ class TrialRecord:
         return configs.from_dict(self.config)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"format": FORMAT, **dataclasses.asdict(self)}
+        table = dataclasses.asdict(self)
+        shared = {name: table.pop(name) for name in ("draw", "history", "owner")}
+        # Of no use where one machine does it all.
+        return {
+            "format": FORMAT,
+            **table,
+            **{name: value for name, value in shared.items() if value not in (None, "", ())},
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,20 +263,33 @@ class StudyRecord:
         """Numbers of the trials whose suggestion is on record, ascending."""
         return [number for number in self.paths.trial_numbers() if self.paths.trial(number).trial.is_file()]
 
-    def trial(self, number: int) -> TrialRecord:
-        """RecordError, naming the file, if it is missing or damaged."""
+    def trial(self, number: int, *, as_lost: bool = True) -> TrialRecord:
+        """RecordError, naming the file, if it is missing or damaged.
+
+        One that another coordinator has taken over is lost, whatever it says itself; so it is not with `as_lost` off.
+        """
         path = self.paths.trial(number).trial
         table = paths.read_json(path)
         try:
             if table.pop("format") != FORMAT:
                 raise RecordError(f"{path} is of another version of hpsearch")
             table["decisions"] = tuple(table.get("decisions", ()))
+            table["history"] = tuple(table.get("history", ()))
             record = TrialRecord(**table)
         except (KeyError, TypeError, AttributeError) as error:
             raise RecordError(f"{path} is damaged: {error}") from error
         if record.number != number or record.outcome not in (None, *get_args(Outcome)):
             raise RecordError(f"{path} is damaged: it speaks of trial {record.number}, outcome {record.outcome}")
-        return record
+        return self._as_lost(record) if as_lost else record
+
+    def _as_lost(self, record: TrialRecord) -> TrialRecord:
+        if not (taken := self.paths.trial(record.number).taken).is_file():
+            return record
+        said = paths.read_json(taken)
+        reason = f"its coordinator fell silent; it goes on as trial {said['by']}"
+        return dataclasses.replace(
+            record, outcome="lost", value=None, reason=reason, ended_at=said["at"], constraint=0.0
+        )
 
     def trials(self) -> list[TrialRecord]:
         """All trials on record, by number."""
@@ -271,6 +303,10 @@ class StudyRecord:
 
     def second_fit(self, trial: int, fold: int) -> FitRecord:
         return FitRecord(self.paths.trial(trial).second_fold(fold))
+
+    def fits_begun(self, trial: int) -> list[int]:
+        """Folds of a trial that have a folder, ascending."""
+        return [fold for fold in range(self.n_folds) if self.paths.trial(trial).fold(fold).root.is_dir()]
 
     def finished_folds(self, trial: int) -> list[int]:
         """Folds of a trial whose fit is finished, ascending."""
@@ -308,7 +344,7 @@ class StudyRecord:
     def verify(self) -> None:
         """Read all of the ended trials; RecordError names what is damaged, before anything is concluded from it."""
         for trial in self.trials():
-            if trial.outcome is None:
+            if trial.outcome in (None, "lost"):
                 continue
             second = self.second(trial.number)
             for fold in range(self.n_folds):

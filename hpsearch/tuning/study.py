@@ -8,7 +8,7 @@ import logging
 import sqlite3
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,13 @@ from hpsearch.tuning.search_space import decode, default_params, distributions, 
 
 logger = logging.getLogger(__name__)
 
-_STATES = {
+STATES = {
     "full": TrialState.COMPLETE,
     "dropped": TrialState.COMPLETE,
     "infeasible": TrialState.PRUNED,
     "diverged": TrialState.PRUNED,
     "failed": TrialState.FAIL,
+    "lost": TrialState.FAIL,
 }
 
 
@@ -43,18 +44,22 @@ _REFUSALS = ("disk is full", "disk I/O error", "readonly database", "unable to o
 class StudyDatabase:
     """Asks and tells one study. The record decides; this follows, and says so where the two disagree."""
 
-    def __init__(self, record: StudyRecord, url: str) -> None:
-        """Open the study at the SQLAlchemy URL, or begin it. StudyError if the database cannot be used."""
+    def __init__(self, record: StudyRecord, storage: str | RDBStorage) -> None:
+        """Open the study at the SQLAlchemy URL, or begin it. StudyError if the database cannot be used.
+
+        Of a storage that is open already the errors stay as they are, here and later.
+        """
         # Its notes on every new study and trial are ours to give.
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._record = record
         self._space = record.config.search
-        self._url = url
+        self._url = storage if isinstance(storage, str) else None
         self._sampler = make_sampler(record.config, {0: default_params(record.config)})
         with self._errors_named(RuntimeError, sqlite3.Error, ImportError), _quiet():
-            _check_sound(url)
+            if isinstance(storage, str):
+                _check_sound(storage)
             self._study = optuna.create_study(
-                storage=_storage(url),
+                storage=_storage(storage) if isinstance(storage, str) else storage,
                 study_name=record.name,
                 direction="maximize",
                 sampler=self._sampler,
@@ -69,6 +74,10 @@ class StudyDatabase:
         with self._errors_named(), _quiet(), self._sampler.giving(enqueued):
             trial = self._study.ask()
             return trial.number, suggest(trial, self._space)
+
+    def giving(self, enqueued: Mapping[str, Any] | None) -> AbstractContextManager[None]:
+        """For the block, suggestions are those params, if there are any."""
+        return self._sampler.giving(enqueued)
 
     def adopt(self, number: int, enqueued: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Params of a trial that was found RUNNING; those that a crash left out are given or suggested again."""
@@ -90,7 +99,7 @@ class StudyDatabase:
         trial = self.trial(record.number)
         if self._frozen(record.number).state.is_finished():
             return
-        state = _STATES[record.outcome]
+        state = STATES[record.outcome]
         with self._errors_named(), _quiet():
             trial.set_user_attr("outcome", record.outcome)
             if record.reason:
@@ -128,6 +137,15 @@ class StudyDatabase:
                     "on from the folders that are there"
                 )
 
+    def rebuild(self) -> None:
+        """Fill an empty database from a record that several coordinators share, and that lacks what they lost."""
+        records = {record.number: record for record in self._record.trials()}
+        for number in range(max(records, default=-1) + 1):
+            if number in records:
+                self._add(records[number])
+            else:
+                self._study.add_trial(create_trial(state=TrialState.FAIL, user_attrs={"outcome": "unknown"}))
+
     def finished(self) -> list[FrozenTrial]:
         """Optuna's own view of the finished trials, for importances."""
         return [trial for trial in self._all() if trial.state.is_finished()]
@@ -148,6 +166,9 @@ class StudyDatabase:
         try:
             yield
         except caught as error:
+            if self._url is None:
+                # Whoever brought the storage knows what to make of it.
+                raise
             cause = error.__cause__ if isinstance(error.__cause__, SQLAlchemyError) else error
             reason = (str(getattr(cause, "orig", None) or cause).splitlines() or [type(cause).__name__])[0]
             shown, file = _shown(self._url)
@@ -174,8 +195,8 @@ class StudyDatabase:
         return trials[number]
 
     def _add(self, record: TrialRecord) -> None:
-        state = TrialState.RUNNING if record.outcome is None else _STATES[record.outcome]
-        attributes = {"outcome": record.outcome, "reason": record.reason} if record.outcome else {}
+        state = TrialState.RUNNING if record.outcome is None else STATES[record.outcome]
+        attributes = {"outcome": record.outcome, "reason": record.reason, "owner": record.owner}
         spaces = distributions(self._space)
         with _quiet():
             trial = create_trial(
@@ -184,6 +205,9 @@ class StudyDatabase:
                 params={name: encode(record.params[name]) for name in spaces},
                 distributions=spaces,
                 user_attrs={key: value for key, value in attributes.items() if value},
+                system_attrs={"failed_trial": record.history[0], "retry_history": list(record.history)}
+                if record.history
+                else None,
                 constraints={"feasible": record.constraint} if record.constraint > 0 else None,
             )
         trial.datetime_start = dt.datetime.fromtimestamp(record.began_at)
@@ -201,7 +225,7 @@ class StudyDatabase:
             if record.params.get(name) != value or trial.distributions[name] != spaces.get(name)
         ]
         told = trial.state.is_finished()
-        expected = _STATES[record.outcome] if record.outcome else TrialState.RUNNING
+        expected = STATES[record.outcome] if record.outcome else TrialState.RUNNING
         value = record.value if expected == TrialState.COMPLETE else None
         constraint = max((trial.constraints or {}).values(), default=0.0)
         if (

@@ -1,0 +1,661 @@
+"""One coordinator's share of a study that several coordinators work on: asked, told and kept alive in a database.
+
+The database is the arbiter. A trial belongs to whoever set it RUNNING, for as long as its heartbeats come; the first
+to finish or to fail it has the last word, and whatever another says later is refused. One thread does all the
+talking, so that a database that is slow, or away for minutes, holds up no training: what there is to tell waits, and
+what was asked for comes when it comes.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import filelock
+import optuna
+import sqlalchemy
+from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
+from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
+
+from hpsearch.errors import ConfigError, RecordError, StudyError, StudyLockedError
+from hpsearch.paths import StudyPaths
+from hpsearch.tuning import coordinators, lock
+from hpsearch.tuning.chains import (
+    AsIfNobodyDied,
+    Chain,
+    chain_of,
+    chains,
+    history,
+    is_begun,
+    is_superfluous,
+    is_told,
+    n_taken,
+    without_retry,
+)
+from hpsearch.tuning.coordinators import Sharing
+from hpsearch.tuning.enqueue import is_same
+from hpsearch.tuning.ownership import Asked, Ownership, Params
+from hpsearch.tuning.record import StudyRecord, TrialRecord
+from hpsearch.tuning.search_space import decode, suggest
+from hpsearch.tuning.study import StudyDatabase
+
+logger = logging.getLogger(__name__)
+
+VIEW_S = 1.0
+"""How old the view of the database may be while there is nothing to do."""
+ASK_S = 0.25
+"""How long to wait for a trial before going on without one."""
+RETRY_S = 2.0
+"""Pause before a database that is away is tried again."""
+CLOSE_S = 30.0
+"""How long to try to tell the last results when the coordinator ends."""
+READ_S = 60.0
+"""How long to wait, at the end, for the files of others' trials to be seen."""
+AWAY = (SQLAlchemyError, StorageInternalError)
+"""What a database raises that is away, or too busy."""
+
+T = TypeVar("T")
+
+
+class SharedSeat:
+    """A coordinator's seat at a study that others work on too."""
+
+    is_shared = True
+
+    def __init__(self, study: StudyPaths, url: str, sharing: Sharing | None) -> None:
+        """`sharing` None: as the study is shared already, or else as `Sharing` has it."""
+        self._study = study
+        self._url = url
+        self._wanted = sharing
+        self._preparing = ExitStack()
+        self.folder = coordinators.new_folder(study)
+        self.log = self.folder / "study.log"
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        with self._preparing:
+            self._prepare()
+            yield
+
+    def prepared(self) -> None:
+        self._preparing.close()
+
+    @contextmanager
+    def trials(self, record: StudyRecord) -> Iterator[Ownership]:
+        sharing = coordinators.read_sharing(self._study)
+        assert sharing is not None
+        if record.config.study.lookahead:
+            raise StudyError(
+                "--deterministic (study.lookahead) is for one machine: several share a study in whatever order they "
+                "come; leave it out"
+            )
+        with _quiet():
+            storage = open_storage(self._url, sharing)
+            database = StudyDatabase(record, storage)
+        _bring_back(database, record)
+        shared = Shared(record, database, storage, sharing, self.folder)
+        try:
+            yield shared
+        finally:
+            shared.close()
+
+    def _prepare(self) -> None:
+        study = self._study
+        made = (study.sharing, study.toml, study.folds, study.plan)
+        if not all(path.is_file() for path in made):
+            # By whoever comes first; the others wait, unless it is a coordinator that wants no company.
+            said = False
+            while True:
+                try:
+                    self._preparing.enter_context(lock.hold(study, among_others=True))
+                    break
+                except StudyLockedError as error:
+                    if not study.sharing.is_file():
+                        raise
+                    if not said:
+                        logger.info("waits while another coordinator prepares the study: %s", error)
+                    said = True
+                    time.sleep(0.5)
+        sharing = coordinators.read_sharing(study)
+        if sharing is None:
+            shown = sqlalchemy.make_url(self._url).render_as_string(hide_password=True)
+            coordinators.write_sharing(study, self._wanted or Sharing(), shown)
+        elif self._wanted not in (None, sharing):
+            raise StudyError(
+                f"study {study.name!r} is shared with a heartbeat every {sharing.heartbeat_s} s and a grace period "
+                f"of {sharing.grace_s} s, which all its coordinators must keep to; they are in {study.sharing}"
+            )
+
+
+class Shared:
+    """This coordinator's trials among those of all."""
+
+    is_shared = True
+
+    def __init__(
+        self, record: StudyRecord, database: StudyDatabase, storage: RDBStorage, sharing: Sharing, folder: Path
+    ) -> None:
+        """Begins at once to talk to the database; `close` ends it."""
+        self._record = record
+        self._database = database
+        self._storage = storage
+        self._sharing = sharing
+        self._folder = folder
+        self._study = database.optuna_study
+        self._study.sampler = AsIfNobodyDied(self._study.sampler, [name for name, _ in record.config.search])
+        with _quiet():
+            self._retry = RetryHeartbeatStaleTrialCallback()
+        # Shared with the coordinator's thread, behind the lock.
+        self._lock = threading.Condition()
+        self._is_wanted = False
+        self._enqueued: Params | None = None
+        self._box: deque[Asked] = deque()
+        self._pending: deque[TrialRecord] = deque()
+        self._lost: list[int] = []
+        self._unread: set[int] = set()
+        self._refused: set[int] = set()
+        """Those of the unread that were this coordinator's: what it recorded itself says nothing."""
+        self._may_ask = True
+        self._is_over = False
+        self._over_since = 0.0
+        self._closing = False
+        self._state = coordinators.new_state(folder)
+        # The thread's own.
+        self._own: dict[int, int] = {}
+        """Number to Optuna's id of the trials that are this coordinator's."""
+        self._seen: set[int] = set()
+        """Trials of others that were told and that the coordinator has heard of, or will."""
+        self._trials: list[FrozenTrial] = []
+        self._viewed_at = -1e9
+        self._next_beat = -1e9
+        self._beat_ok = time.monotonic()
+        self._steady_since = time.monotonic()
+        """Since when this coordinator has been in touch: who was not may take others for dead that could not beat."""
+        self._silent: dict[int, float] = {}
+        """Trials without any heartbeat, or failed without a retry, and when that was first seen."""
+        self._is_away = False
+        self._failure: BaseException | None = None
+        self._write_state()
+        self._heard_at = (folder / "state.json").stat().st_mtime
+        if _uptime_s(storage) > sharing.grace_s:
+            self._steady_since -= sharing.grace_s
+        self._thread = threading.Thread(target=self._run, name="database", daemon=True)
+        self._thread.start()
+
+    def running(self) -> Sequence[int]:
+        return ()
+
+    def adopt(self, number: int, enqueued: Params | None) -> Asked:
+        raise AssertionError("what a coordinator began is taken over by another, or by its next start as one")
+
+    def wants_trial(self, n_taken: int) -> bool:
+        # How many are taken is for the database to say: others take them too.
+        return bool(self._box) or self._may_ask
+
+    def ask(self, enqueued: Params | None) -> Asked | None:
+        with self._lock:
+            if not self._box:
+                self._enqueued = enqueued
+                self._is_wanted = True
+                self._lock.notify_all()
+                self._lock.wait_for(lambda: self._box or not self._is_wanted, ASK_S)
+            return self._box.popleft() if self._box else None
+
+    def tell(self, trial: TrialRecord) -> None:
+        with self._lock:
+            self._pending.append(trial)
+            self._state = dataclasses.replace(
+                self._state,
+                n_trials=self._state.n_trials + (trial.outcome != "infeasible"),
+                fits=tuple(fit for fit in self._state.fits if fit["trial"] != trial.number),
+            )
+            self._lock.notify_all()
+
+    def lost(self) -> Sequence[int]:
+        if self._failure is not None:
+            raise self._failure
+        with self._lock:
+            lost, self._lost = self._lost, []
+            gone = set(lost)
+            fits = tuple(fit for fit in self._state.fits if fit["trial"] not in gone)
+            self._state = dataclasses.replace(self._state, fits=fits)
+        return lost
+
+    def is_over(self) -> bool:
+        with self._lock:
+            waited = time.monotonic() - self._over_since > READ_S
+            return self._is_over and not self._pending and (waited or not self._unread)
+
+    def others(self) -> list[TrialRecord]:
+        with self._lock:
+            numbers = sorted(self._unread)
+        read = []
+        for number in numbers:
+            # Told is told, but on a network disk its files may come later.
+            trial = _read_ended(self._record, number)
+            if trial is not None and (number not in self._refused or trial.outcome == "lost"):
+                read.append(trial)
+        with self._lock:
+            self._unread -= {trial.number for trial in read}
+        return read
+
+    @contextmanager
+    def confirming(self) -> Iterator[bool]:
+        """Whoever is there first; the others have nothing left to do."""
+        alone = filelock.FileLock(self._record.paths.confirmation.with_suffix(".lock"))
+        try:
+            alone.acquire(timeout=0)
+        except filelock.Timeout:
+            logger.info("another coordinator fits the shortlist once more")
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            alone.release()
+
+    def is_meant(self, request: Path) -> bool:
+        # It stays there for the others. By the clock of the disk, which is that of all.
+        with suppress(OSError):
+            if (asked_at := request.stat().st_mtime) > self._heard_at:
+                self._heard_at = asked_at
+                return True
+        return False
+
+    def epoch_ended(self, trial: int, fold: int, epoch: int, n_images: int) -> None:
+        with self._lock:
+            others = [fit for fit in self._state.fits if (fit["trial"], fit["fold"]) != (trial, fold)]
+            self._state = dataclasses.replace(
+                self._state,
+                n_epochs=self._state.n_epochs + 1,
+                n_images=self._state.n_images + n_images,
+                fits=(*others, {"trial": trial, "fold": fold, "epoch": epoch}),
+            )
+
+    def close(self) -> None:
+        """Tell what is left and let go of what has not ended, so that others go on with it at once."""
+        with self._lock:
+            self._closing = True
+            self._lock.notify_all()
+        self._thread.join(CLOSE_S)
+        if self._thread.is_alive() or self._is_away:
+            logger.warning(
+                "the database is away: %d ended trials are on record and not told; another start goes on with them",
+                len(self._pending),
+            )
+
+    def _run(self) -> None:
+        try:
+            self._talk()
+        except BaseException as error:
+            # Raised where it is seen, in the coordinator's own thread.
+            self._failure = error
+
+    def _talk(self) -> None:
+        with _quiet():
+            give_up_at = None
+            while True:
+                with self._lock:
+                    is_closing = self._closing
+                if is_closing and give_up_at is None:
+                    give_up_at = time.monotonic() + CLOSE_S / 2
+                try:
+                    self._round()
+                    if is_closing:
+                        self._let_go()
+                except AWAY as error:
+                    self._note_away(error)
+                    if give_up_at is not None and time.monotonic() > give_up_at:
+                        return
+                    pause = min(RETRY_S, self._sharing.heartbeat_s)
+                else:
+                    self._note_back()
+                    if is_closing:
+                        return
+                    pause = min(VIEW_S, max(0.01, self._next_beat - time.monotonic()))
+                with self._lock:
+                    busy = not self._is_away and (self._pending or (self._is_wanted and self._may_ask))
+                    if not busy and self._closing == is_closing:
+                        self._lock.wait(pause)
+
+    def _round(self) -> None:
+        if time.monotonic() >= self._next_beat:
+            self._beat()
+        while True:
+            with self._lock:
+                if not self._pending:
+                    break
+                trial = self._pending[0]
+            is_ours = self._tell(trial)
+            with self._lock:
+                self._pending.popleft()
+                if not is_ours:
+                    self._note_lost(trial.number)
+            self._own.pop(trial.number, None)
+            self._seen.add(trial.number)
+            self._look()
+        with self._lock:
+            is_wanted = self._is_wanted and not self._closing
+        if is_wanted:
+            asked = self._ask()
+            with self._lock:
+                self._is_wanted = False
+                if asked is not None:
+                    self._box.append(asked)
+                self._lock.notify_all()
+        elif time.monotonic() - self._viewed_at > VIEW_S:
+            self._look()
+
+    def _note_lost(self, number: int) -> None:
+        logger.warning("trial %d was taken over: what became of it here counts for nothing", number)
+        self._lost.append(number)
+        self._refused.add(number)
+        self._unread.add(number)
+
+    # What others do.
+
+    def _look(self) -> list[Chain]:
+        """Read what is new in the database, and work out what follows from it."""
+        self._trials = self._study.get_trials(deepcopy=False)
+        self._viewed_at = time.monotonic()
+        found = chains(self._trials)
+        n_trials = self._record.config.study.trials
+        states = [chain.state for chain in found]
+        waits = any(trial.state == TrialState.WAITING and is_begun(trial) for trial in self._trials)
+        told = {trial.number for trial in self._trials if is_told(trial)} - self._seen - set(self._own)
+        with self._lock:
+            told -= {trial.number for trial in self._pending}
+            self._may_ask = waits or states.count("open") + states.count("counted") < n_trials
+            is_over = states.count("counted") >= n_trials and "open" not in states and not self._own
+            if is_over and not self._is_over:
+                self._over_since = time.monotonic()
+            self._is_over = is_over
+            self._unread |= told
+        self._seen |= told
+        return found
+
+    def _ask(self) -> Asked | None:
+        """A trial to begin, or one to go on with; None if all are taken."""
+        found = self._look()
+        enqueued = self._enqueued
+        if any(is_same(_decoded(trial.params), enqueued) for trial in self._trials):
+            # Another coordinator has just begun it.
+            enqueued = None
+        trial = self._pop()
+        if trial is None:
+            if n_taken(found) >= self._record.config.study.trials:
+                return None
+            trial = self._study.ask()
+        number, trial_id = trial.number, trial._trial_id
+        self._storage.record_heartbeat(trial_id)
+        found = self._look()
+        chain = chain_of(found, number)
+        frozen = self._trials[number]
+        try:
+            if history(frozen):
+                if is_superfluous(chain, number):
+                    trial.set_user_attr("outcome", "superfluous")
+                    self._study.tell(trial, state=TrialState.FAIL)
+                    return None
+            elif not is_begun(frozen) and n_taken(found, chain.draw) >= self._record.config.study.trials:
+                # Somebody else was faster. It keeps its place among the suggestions, should one turn out infeasible.
+                self._storage.set_trial_state_values(trial_id, TrialState.WAITING)
+                return None
+            trial.set_user_attr("owner", self._state.id)
+            with self._database.giving(enqueued):
+                params = suggest(trial, self._record.config.search)
+        except (UpdateFinishedTrialError, ValueError):
+            # Taken for dead before it had begun.
+            return None
+        self._own[number] = trial_id
+        draw = chain.draw if chain.draw != number else None
+        return Asked(number, params, draw, history(frozen), self._state.id, is_same(params, enqueued))
+
+    def _pop(self) -> Trial | None:
+        """A trial that somebody began and that waits to be gone on with, set RUNNING for this coordinator."""
+        for trial in self._trials:
+            if trial.state == TrialState.WAITING and is_begun(trial):
+                # First, for its old heartbeat would make it a dead one.
+                self._storage.record_heartbeat(trial._trial_id)
+                try:
+                    if self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
+                        return Trial(self._study, trial._trial_id)
+                except UpdateFinishedTrialError:
+                    continue
+        return None
+
+    def _tell(self, record: TrialRecord) -> bool:
+        """Whether the trial was still this coordinator's to tell."""
+        self._look()
+        frozen = self._trials[record.number]
+        if not frozen.state.is_finished() and frozen.user_attrs.get("owner") == self._state.id:
+            try:
+                self._database.tell(record)
+            except (UpdateFinishedTrialError, ValueError):
+                logger.debug("trial %d was finished while it was told", record.number)
+            self._look()
+            frozen = self._trials[record.number]
+        # Where only the answer was lost, it was told by us.
+        return is_told(frozen) and frozen.user_attrs.get("owner") == self._state.id
+
+    def _let_go(self) -> None:
+        """Put back what has not ended: whoever is next goes on with it, under its number."""
+        with self._lock:
+            self._box.clear()
+        for number, trial_id in list(self._own.items()):
+            try:
+                self._storage.set_trial_state_values(trial_id, TrialState.WAITING)
+                logger.info("let go of trial %d", number)
+            except UpdateFinishedTrialError:
+                logger.info("trial %d was taken over", number)
+            del self._own[number]
+        self._state = dataclasses.replace(self._state, left_at=time.time(), fits=())
+        self._write_state()
+
+    # Who lives.
+
+    def _beat(self) -> None:
+        """Say that this coordinator lives, and see who does not any more."""
+        now = time.monotonic()
+        self._next_beat = now + self._sharing.heartbeat_s
+        try:
+            for trial_id in self._own.values():
+                self._storage.record_heartbeat(trial_id)
+            self._look()
+        except AWAY:
+            self._write_state()
+            raise
+        if now - self._beat_ok > self._sharing.grace_s / 2:
+            # Nor could the others, perhaps: they get the time to say that they live.
+            self._steady_since = now
+        self._beat_ok = now
+        self._state = dataclasses.replace(self._state, beat_at=time.time())
+        self._write_state()
+        for number in list(self._own):
+            trial = self._trials[number]
+            if trial.state.is_finished() and not is_told(trial):
+                del self._own[number]
+                with self._lock:
+                    self._box = deque(asked for asked in self._box if asked.number != number)
+                    self._note_lost(number)
+        if now - self._steady_since >= self._sharing.grace_s:
+            self._fail_the_dead()
+
+    def _fail_the_dead(self) -> None:
+        """Queue again what the dead had: by Optuna's heartbeats, and what died before its first."""
+        fail_stale_trials(self._study)
+        beaten = self._beaten()
+        unbeaten = [
+            trial
+            for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+            if trial._trial_id not in beaten
+        ]
+        for trial in self._silent_for(unbeaten, self._sharing.grace_s):
+            try:
+                self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+            except UpdateFinishedTrialError:
+                continue
+            self._retry(self._study, copy.deepcopy(trial))
+        # Whoever failed a trial may have died before it was queued again.
+        alone = without_retry(self._study.get_trials(deepcopy=False))
+        for trial in self._silent_for(alone, self._sharing.heartbeat_s):
+            self._retry(self._study, copy.deepcopy(trial))
+        self._silent = {
+            trial_id: since
+            for trial_id, since in self._silent.items()
+            if trial_id in {trial._trial_id for trial in (*unbeaten, *alone)}
+        }
+        self._look()
+
+    def _silent_for(self, trials: Sequence[FrozenTrial], seconds: float) -> list[FrozenTrial]:
+        """Those seen like this for so long, by this clock: their start is by that of another machine."""
+        now = time.monotonic()
+        return [trial for trial in trials if now - self._silent.setdefault(trial._trial_id, now) >= seconds]
+
+    def _beaten(self) -> set[int]:
+        """Ids of the running trials that ever had a heartbeat."""
+        query = sqlalchemy.text(
+            "SELECT trial_heartbeats.trial_id FROM trial_heartbeats JOIN trials USING (trial_id) "
+            "WHERE trials.study_id = :study AND trials.state = 'RUNNING'"
+        )
+        with self._storage.engine.connect() as connection:
+            return {row[0] for row in connection.execute(query, {"study": self._study._study_id})}
+
+    def _note_away(self, error: Exception) -> None:
+        if not self._is_away:
+            logger.warning("the database is away; training goes on, and it is told later: %s", _reason(error))
+        self._is_away = True
+
+    def _note_back(self) -> None:
+        if self._is_away:
+            logger.info("the database is back")
+        self._is_away = False
+
+    def _write_state(self) -> None:
+        with self._lock:
+            self._state = dataclasses.replace(self._state, seen_at=time.time())
+            state = self._state
+        coordinators.write_state(self._folder, state)
+
+
+def open_storage(url: str, sharing: Sharing) -> RDBStorage:
+    """Optuna's storage at the URL, its tables made if they are not there.
+
+    Raises ConfigError if its driver is not installed, StudyError if the database cannot be used.
+    """
+
+    def make() -> RDBStorage:
+        return RDBStorage(
+            url,
+            engine_kwargs=_engine_settings(url, max(2000, 500 * sharing.heartbeat_s)),
+            heartbeat_interval=sharing.heartbeat_s,
+            grace_period=sharing.grace_s,
+            heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
+        )
+
+    try:
+        return _again_if_refused(make)
+    except (ImportError, sqlalchemy.exc.NoSuchModuleError) as error:
+        shown = sqlalchemy.make_url(url).drivername
+        raise ConfigError(
+            f"--storage {shown}://...: its driver is not installed; `pip install hpsearch[distributed]` brings "
+            "that of postgresql+psycopg://"
+        ) from error
+    except (SQLAlchemyError, RuntimeError, StorageInternalError) as error:
+        shown = sqlalchemy.make_url(url).render_as_string(hide_password=True)
+        raise StudyError(f"Optuna cannot use {shown}: {_reason(error)}") from error
+
+
+def _again_if_refused(make: Callable[[], T]) -> T:
+    """Two that make the same tables at the same instant get into each other's way: once more, and they are there."""
+    for attempt in range(5):
+        try:
+            return make()
+        except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.ProgrammingError):
+            time.sleep(0.2 * (attempt + 1))
+    return make()
+
+
+def _engine_settings(url: str, patience_ms: int) -> dict[str, Any]:
+    if not url.startswith("postgresql"):
+        return {"pool_pre_ping": True}
+    # A server that does not answer is noticed soon; and a coordinator that is suspended in the midst of a transaction
+    # gives back what it has locked, for the others wait for it.
+    options = f"-c idle_in_transaction_session_timeout={patience_ms} -c lock_timeout={patience_ms}"
+    arguments = {
+        "connect_timeout": 5,
+        "keepalives_idle": 10,
+        "keepalives_interval": 5,
+        "keepalives_count": 3,
+        "tcp_user_timeout": 20000,
+        "options": options,
+    }
+    return {"pool_pre_ping": True, "connect_args": arguments}
+
+
+def _uptime_s(storage: RDBStorage) -> float:
+    """Seconds since the server started: before that, nobody could tell it anything. 0 where that cannot be known."""
+    if storage.engine.name != "postgresql":
+        return 0.0
+    query = "SELECT EXTRACT(EPOCH FROM now() - pg_postmaster_start_time())"
+    try:
+        with storage.engine.connect() as connection:
+            return float(connection.execute(sqlalchemy.text(query)).scalar_one())
+    except SQLAlchemyError:
+        return 0.0
+
+
+def _bring_back(database: StudyDatabase, record: StudyRecord) -> None:
+    """Make a database that was deleted anew from the record."""
+    known = len(database.optuna_study.get_trials(deepcopy=False))
+    numbers = record.trial_numbers()
+    if numbers and known == 0:
+        logger.info("the database lacks the study: it is made anew from the record")
+        database.rebuild()
+    elif numbers and numbers[-1] >= known:
+        raise RecordError(
+            f"the database holds {known} trials of study {record.name!r}, its folder goes up to trial {numbers[-1]}: "
+            "give the database that it was begun with, or an empty one, which is made anew from the folder"
+        )
+
+
+def _decoded(params: Params) -> dict[str, Any]:
+    return {name: decode(value) for name, value in params.items()}
+
+
+def _read_ended(record: StudyRecord, number: int) -> TrialRecord | None:
+    """An ended trial with all its files; None while one of them is not to be seen."""
+    if not record.paths.trial(number).trial.is_file():
+        return None
+    trial = record.trial(number)
+    if trial.outcome is None:
+        return None
+    if trial.outcome == "full" and len(record.finished_folds(number)) < record.n_folds:
+        return None
+    return trial
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what a database says; it names no password."""
+    return str(getattr(error, "orig", None) or error.__cause__ or error).strip().partition("\n")[0]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Optuna's notes on heartbeats and on what is experimental: what is relied on is tested."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        warnings.filterwarnings("ignore", "Heartbeat of storage is supposed")
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        yield
