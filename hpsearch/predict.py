@@ -255,7 +255,10 @@ def find_images(inputs: Iterable[str | Path]) -> list[Path]:
         else:
             images = [path]
         if not images:
-            raise DatasetError(f"{each} holds no images ({', '.join(READABLE)})")
+            if path.is_dir():
+                way_out = f"; '{path}/**/*' takes those in the folders below"
+                raise DatasetError(f"{each} holds no images ({', '.join(READABLE)}){way_out}")
+            raise DatasetError(f"{each} matches no images ({', '.join(READABLE)})")
         found |= dict.fromkeys(images)
     by_stem: dict[str, Path] = {}
     for path in found:

@@ -276,6 +276,7 @@ def test_bad_files_are_named_and_passed_over(tmp_path: Path, capsys: pytest.Capt
     assert "3 of 4 files could not be read" in said
     for name in ("broken.jpg", "scan.bmp", "gone.png"):
         assert f"\n  {tmp_path if name == 'gone.png' else photos}/{name}\n" in said
+    assert f"passed over: there is no file {tmp_path}/gone.png\n" in said
     assert "note.txt" not in said
 
 
@@ -316,8 +317,11 @@ def test_images_are_found_in_files_folders_and_globs(tmp_path: Path) -> None:
     names = [path.name for path in find_images([tmp_path / "b.jpg", tmp_path, f"{tmp_path}/**/*.jp*g"])]
     assert names == ["b.jpg", "a.PNG", "c.jpeg"]
     assert find_images([tmp_path / "a_segmentation.png"]) == [tmp_path / "a_segmentation.png"]
-    with pytest.raises(DatasetError, match="holds no images"):
+    with pytest.raises(DatasetError, match="matches no images"):
         find_images([f"{tmp_path}/*.tiff"])
+    (tmp_path / "deeper").mkdir()
+    with pytest.raises(DatasetError, match=r"deeper/\*\*/\*' takes those in the folders below"):
+        find_images([tmp_path / "deeper"])
 
 
 def test_two_images_for_one_mask_are_refused(tmp_path: Path) -> None:

@@ -70,7 +70,9 @@ def command(
     how = "overlapping tiles" if predictor.tiles else "the whole image"
     height, width = predictor.info.size
     what = f"ensemble of {len(predictor.members)}" if isinstance(predictor, Ensemble) else "one network"
-    console.print(Text(f"{len(images)} images, {weights} ({what}), {how} at {height}x{width}"))
+    console.print(
+        Text(f"{len(images)} image{'s' if len(images) > 1 else ''}, {weights} ({what}), {how} at {height}x{width}")
+    )
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("predicting", total=len(images))
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import queue
+import re
 import signal
 import sys
 import threading
@@ -232,6 +233,8 @@ def _header(path: Path) -> tuple[Header, int]:
             except ValueError:
                 # Long EXIF and colour profiles can come before the size.
                 header = read_header(head + file.read(LONG_HEAD_BYTES))
+    except FileNotFoundError as error:
+        raise BadImageError("unreadable file", f"there is no file {path}") from error
     except OSError as error:
         raise BadImageError("unreadable file", f"{path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
@@ -289,7 +292,8 @@ def _decode(path: Path, data: bytearray, header: Header, mode: ImageReadMode, *,
         else:
             pixels = decode_png(encoded, mode)
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        # The decoders say first where in their own sources they are.
+        reason = re.sub(r"^\w+, \S+:\d+, ", "", str(error).splitlines()[0])
         if "allocate" in reason:
             # Too little memory is no damage of the image.
             raise

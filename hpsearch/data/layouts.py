@@ -336,7 +336,7 @@ def _pairs(images: Path, masks: Path, split: Split, suffix: str) -> tuple[list[S
             problems.append(Problem("unknown format", name, tuple(foreign), text, split))
         elif len(paths) > 1 or len(partners) > 1:
             files = paths if len(paths) > 1 else partners
-            text = f"{files[0]} and {files[1].name} have one name: which of them is meant?"
+            text = f"{files[0]} and {files[1].name} have one name: keep one of them"
             problems.append(Problem("two files of one name", name, tuple(files), text, split))
         elif not partners:
             text = f"{paths[0]} has no mask {name}{suffix}.png in {masks}"
