@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import logging
 import shutil
 import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,8 @@ REQUIREMENTS = (
 """What `hpsearch.predict` imports; a packed model asks for the versions that are installed here."""
 WEIGHTS = "weights"
 """Name of the one artifact of a packed model."""
+MODEL = "lesion_masks"
+"""Name of a packed model beside its run."""
 
 _ENTRY = '''"""What MLflow runs to load the model."""
 
@@ -112,7 +115,7 @@ def save(weights: Path, folder: Path, *, run_id: str | None = None, model_id: st
     versions = [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in REQUIREMENTS]
     with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        entry = Path(temporary) / "lesion_masks.py"
+        entry = Path(temporary) / f"{MODEL}.py"
         entry.write_text(_ENTRY, encoding="utf-8")
         mlflow.pyfunc.save_model(
             folder,
@@ -142,6 +145,48 @@ def pack(weights: Path, folder: Path, *, run_id: str, model_id: str) -> None:
     if done.returncode != 0:
         said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise ExportError(f"{weights} cannot be packed for MLflow: {said[-1][:300]}")
+
+
+def register(
+    client: Any,
+    weights: Path,
+    folder: Path,
+    *,
+    experiment_id: str,
+    run_id: str,
+    name: str,
+    tags: Mapping[str, str],
+    description: str,
+) -> None:
+    """Pack the model of a run and make it the next version of the registered model `name`; nothing if it is one.
+
+    `client` is an MlflowClient, `folder` a place for the packed model. What an attempt that failed has left is
+    removed first, so that any number of attempts ends with one version. Raises ExportError, and MLflow's own errors.
+    """
+    from mlflow.entities import LoggedModelOutput
+
+    if client.search_model_versions(f"run_id = '{run_id}'"):
+        return
+    for left in client.search_logged_models([experiment_id], filter_string=f"source_run_id = '{run_id}'"):
+        client.delete_logged_model(left.model_id)
+    model = client.create_logged_model(experiment_id, name=MODEL, source_run_id=run_id, model_type="segmentation")
+    pack(weights, folder, run_id=run_id, model_id=model.model_id)
+    client.log_model_artifacts(model.model_id, str(folder))
+    client.finalize_logged_model(model.model_id, "READY")
+    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+    if not client.search_registered_models(f"name = '{name}'"):
+        client.create_registered_model(name, tags={"hpsearch.study": name}, description="Networks that `final` made.")
+    # Not `models:/...`: MLflow would look for that where its global address points, not where this client does.
+    version = client.create_model_version(
+        name,
+        model.artifact_location,
+        run_id=run_id,
+        tags=dict(tags),
+        description=description,
+        model_id=model.model_id,
+    )
+    linked = json.dumps([{"name": name, "version": version.version}])
+    client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": linked})
 
 
 def _pixels(image: Any) -> npt.NDArray[np.uint8]:

@@ -47,6 +47,12 @@ MAX_METRICS, MAX_PARAMS = 1000, 100
 """MLflow's limits for one request; that of tags is that of params."""
 DELIVERED = "hpsearch.delivered"
 """Tag of a run to which nothing will be added: the digest of what it holds."""
+MODEL_ADDRESSES = (
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
+"""Where MLflow's database keeps the addresses of models, beside those of runs."""
 VIEW = "hpsearch"
 """Name, in addresses, of the saved view of the runs table: `#/experiments/ID/runs?viewStateShareKey=hpsearch`."""
 
@@ -289,6 +295,8 @@ class _Child:
     key: str
     content: Callable[[], RunContent]
     write_files: Callable[[Path], None]
+    weights: Path | None = None
+    """The model to be registered."""
 
 
 class _Delivery:
@@ -322,7 +330,7 @@ class _Delivery:
             self._current.discard(child.key)
             try:
                 content = child.content()
-                self._deliver(content, {"mlflow.parentRunId": parent.id}, child.write_files, stopped)
+                self._deliver(content, {"mlflow.parentRunId": parent.id}, child.write_files, stopped, child.weights)
             except Exception as error:
                 if _is_away(error):
                     raise
@@ -353,6 +361,9 @@ class _Delivery:
                 n_kept += 1
                 continue
             self._client.delete_run(run.id)
+            # The run that takes its place registers its model anew.
+            for version in self._client.search_model_versions(f"run_id = '{run.id}'"):
+                self._client.delete_model_version(version.name, version.version)
             del self._runs[identity]
             if content is None:
                 n_removed += 1
@@ -389,6 +400,7 @@ class _Delivery:
                 runs.final_key(name),
                 partial(runs.final_run, self.record, name),
                 partial(runs.write_final_files, self.record, name),
+                self.record.paths.final(name).model,
             )
 
     def _read(self, study: RunContent) -> None:
@@ -450,8 +462,9 @@ class _Delivery:
         more_tags: Mapping[str, str],
         write_files: Callable[[Path], None],
         stopped: bool,
+        weights: Path | None = None,
     ) -> None:
-        """Bring one run up to date: params, tags, metrics; and when all is there, files, status and end."""
+        """Bring one run up to date: params, tags, metrics; and when all is there, files, model, status and end."""
         from mlflow.entities import Metric, Param, RunTag
 
         run = self._ensure(content, more_tags)
@@ -475,6 +488,8 @@ class _Delivery:
             there.update((point.key, point.step) for point in points)
         if content.is_complete or (content.key == "study" and not run.has_files):
             self._log_files(run, write_files)
+        if content.is_complete and weights is not None and weights.is_file():
+            self._register(run, content, weights)
         self._set_status(run, content, stopped)
         if content.is_complete:
             last_tags = {DELIVERED: digest}
@@ -507,16 +522,37 @@ class _Delivery:
             run.status = status
 
     def _log_files(self, run: _Run, write_files: Callable[[Path], None]) -> None:
-        # A folder of the study's own, so that what a killed process leaves there is known and goes with the next.
+        with self._folder() as folder:
+            write_files(folder)
+            self._client.log_artifacts(run.id, str(folder))
+        run.has_files = True
+
+    def _register(self, run: _Run, content: RunContent, weights: Path) -> None:
+        """The model of a final as a version of the registered model that is named like the study."""
+        from hpsearch import serving
+
+        with self._folder() as folder:
+            serving.register(
+                self._client,
+                weights,
+                folder / serving.MODEL,
+                experiment_id=self._experiment_id,
+                run_id=run.id,
+                name=self.record.name,
+                tags={key: content.tags[key] for key in ("hpsearch.study", "hpsearch.final")},
+                description=f"{content.note}\n\nFor research; not a medical device.",
+            )
+
+    @contextmanager
+    def _folder(self) -> Iterator[Path]:
+        """An empty folder of the study's own: what a killed process leaves there is known and goes with the next."""
         folder = self.record.paths.tracking
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         try:
-            write_files(folder)
-            self._client.log_artifacts(run.id, str(folder))
+            yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        run.has_files = True
 
     def _contradicts(self, run: _Run, content: RunContent) -> bool:
         """Whether the run holds something of ours that the record does not."""
@@ -638,6 +674,11 @@ def _repair_moved(project: ProjectPaths, name: str) -> None:
             "WHERE experiment_id = ? AND substr(artifact_uri, 1, ?) = ?",
             (here, len(before) + 1, number, len(before), before),
         )
+        for table, column in MODEL_ADDRESSES:
+            database.execute(
+                f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",
+                (here, len(before) + 1, len(before) + 1, f"{before}/"),
+            )
     logger.info("the project was moved: the files of study %r are now looked for in %s", name, project.mlruns)
 
 
