@@ -30,6 +30,7 @@ from hpsearch.errors import StudyChangedError, StudyError
 from hpsearch.looks import Look, digest_of_test_set, first_look_of, looks_at, n_looks_before, note_look
 from hpsearch.paths import FinalPaths, FitPaths, ProjectPaths
 from hpsearch.report import trial_rows
+from hpsearch.report.card import model_card
 from hpsearch.report.claims import Claims
 from hpsearch.report.statistics import Corrected, Interval, Paired, bootstrap_mean, paired_difference
 from hpsearch.scoring import COLUMNS, mask_name, read_mask, score_table, write_submission
@@ -242,6 +243,7 @@ def run_final(
         _draw(record, folder, n_seeds, result, test)
         finished = {**result.to_dict(), "began_at": began_at, "ended_at": now(), "test_key": test.key}
         paths.write_json(folder.result, {**finished, "n_seeds": n_seeds, "runtime": plan.machine})
+        paths.write_text(folder.card, model_card(record, folder.root.name))
         logger.info("final of trial %d: test %s %.4f", chosen.number, result.metric, result.test[result.metric].mean)
         if tracker is not None:
             TrackingThread(tracker, record.paths).close()

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import logging
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -286,10 +287,18 @@ def final_run(record: StudyRecord, name: str) -> RunContent:
 
 
 def write_study_files(record: StudyRecord, folder: Path) -> None:
-    """Settings, plan and folds, as the study folder has them."""
+    """Settings, plan and folds, as the study folder has them, and the report if there is one."""
     for path in (record.paths.toml, record.paths.plan, record.paths.folds):
         if path.is_file():
             (folder / path.name).write_bytes(path.read_bytes())
+    write_report_files(record, folder)
+
+
+def write_report_files(record: StudyRecord, folder: Path) -> None:
+    """The report and its figures, as the study folder has them; nothing where there is none."""
+    if record.paths.report.is_file():
+        shutil.copyfile(record.paths.report, folder / record.paths.report.name)
+        shutil.copytree(record.paths.figures, folder / record.paths.figures.name)
 
 
 def write_trial_files(record: StudyRecord, trial: TrialRecord, folder: Path) -> None:
@@ -323,7 +332,7 @@ def write_second_files(record: StudyRecord, number: int, folder: Path) -> None:
 def write_final_files(record: StudyRecord, name: str, folder: Path) -> None:
     """The configuration, the result and the score of every test image, as the study folder has them; two figures."""
     final = record.paths.final(name)
-    for path in (final.config, final.result, final.table):
+    for path in (final.config, final.result, final.table, final.card):
         if path.is_file():
             (folder / path.name).write_bytes(path.read_bytes())
     result = paths.read_json(final.result)

@@ -71,6 +71,9 @@ class Tracker(Protocol):
     def undelivered(self, study: StudyPaths) -> int:
         """Trials and finals on record of which something may be missing, as far as known without asking."""
 
+    def log_report(self, study: StudyPaths) -> None:
+        """Keep the study's report and its figures with the study. TrackingError if that cannot be now."""
+
 
 class NullTracker:
     """Tracks nothing."""
@@ -80,6 +83,9 @@ class NullTracker:
 
     def undelivered(self, study: StudyPaths) -> int:
         return 0
+
+    def log_report(self, study: StudyPaths) -> None:
+        pass
 
 
 def make_tracker(project: ProjectPaths, uri: str | None = None) -> Tracker:
@@ -221,6 +227,15 @@ class MlflowTracker:
         """See `Tracker`. Before MLflow has been reached that is every trial on record."""
         return len(set(runs.run_keys(study)) - self._current.get(study.name, set()))
 
+    def log_report(self, study: StudyPaths) -> None:
+        """See `Tracker`. Adds files to the study's own run and touches nothing else, so the study may be running."""
+        if self._uri is None and not self._project.mlflow_db.is_file():
+            raise TrackingError(
+                f"nothing is tracked in {self._project.root} yet: `hpsearch track` delivers the record"
+            )
+        with self._failing_as_tracking_error(study):
+            self._delivery(study).log_report()
+
     def rebuild(self, study: StudyPaths) -> Rebuilt:
         """Make MLflow equal to the record, also after the project folder was moved.
 
@@ -343,6 +358,19 @@ class _Delivery:
         self._deliver(study, {}, partial(runs.write_study_files, self.record), stopped)
         if failures:
             raise failures[0]
+
+    def log_report(self) -> None:
+        """Put the report and its figures into the files of the study's run."""
+        name = self.record.name
+        found = self._client.get_experiment_by_name(name)
+        search = partial(self._client.search_runs, [found.experiment_id] if found else [], max_results=1000)
+        parents = [run for run in _pages(search) if runs.key_of(run.data.tags) == "study"] if found else []
+        if not parents:
+            raise TrackingError(f"study {name!r} is not in MLflow yet: `hpsearch track` delivers it")
+        parent = max(parents, key=lambda run: int(run.info.start_time))
+        with self._folder() as folder:
+            runs.write_report_files(self.record, folder)
+            self._client.log_artifacts(parent.info.run_id, str(folder))
 
     def reconcile(self) -> Rebuilt:
         """Take out of MLflow what contradicts the record, and take nothing else for delivered."""

@@ -80,6 +80,8 @@ def test_what_final_prints_is_on_record(result: FinalResult) -> None:
     assert table["trial"] == result.trial.number
     assert result.paths.panels.read_bytes().startswith(b"\x89PNG")
     assert result.paths.curves.read_bytes().startswith(b"\x89PNG")
+    card = result.paths.card.read_text(encoding="utf-8")
+    assert f"{result.official['jaccard'].mean:.4f}" in card
 
 
 def test_the_official_scores_are_those_of_the_submission_at_the_images_own_size(

@@ -245,6 +245,28 @@ class TestWhatIsLogged:
         study.fold(trial, 0)
         assert {run.status for run in deliver(study).values()} == {"RUNNING"}
 
+    def test_the_report_is_kept_with_the_study_also_when_it_comes_late_or_anew(self, study: FakeStudy) -> None:
+        study.trial("full")
+        files = deliver(study)["fake"].files
+        paths.write_text(study.record.paths.report, "<p>first</p>")
+        paths.write_text(study.record.paths.figures / "race.png", "a figure")
+        tracker = MlflowTracker(study.project)
+        tracker.log_report(study.record.paths)
+        with_report = read(study.project)["fake"].files
+        assert set(with_report) == {*files, "report.html", "figures/race.png"}
+        paths.write_text(study.record.paths.report, "<p>second</p>")
+        tracker.log_report(study.record.paths)
+        assert read(study.project)["fake"].files["report.html"] == b"<p>second</p>"
+        study.project.mlflow_db.unlink()
+        shutil.rmtree(study.project.mlruns)
+        assert deliver(study)["fake"].files["report.html"] == b"<p>second</p>"
+
+    def test_the_report_of_a_study_that_is_not_tracked_waits_for_it(self, study: FakeStudy) -> None:
+        study.trial("full")
+        paths.write_text(study.record.paths.report, "<p></p>")
+        with pytest.raises(TrackingError, match="`hpsearch track` delivers it"):
+            MlflowTracker(study.project).log_report(study.record.paths)
+
     def test_figures_are_left_out_where_the_images_are_gone(self, study: FakeStudy) -> None:
         study.trial("full")
         shutil.rmtree(study.project.cache)

@@ -71,7 +71,7 @@ def read_files(reader: Any, info: Any) -> dict[str, bytes]:
     if info.artifact_uri.startswith("file:"):
         # As `mlflow` would, but at once.
         folder = Path(unquote(urlparse(info.artifact_uri).path))
-        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*")}
+        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     items = reader.list_artifacts(info.run_id)
     return {item.path: Path(reader.download_artifacts(info.run_id, item.path)).read_bytes() for item in items}
 

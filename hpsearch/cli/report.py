@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import click
 
-from hpsearch.cli.options import out_option, study_option
+from hpsearch.cli.options import out_option, study_option, tracking_option
 from hpsearch.paths import ProjectPaths
 
 
 @click.command("report")
 @out_option
 @study_option
-def command(project: ProjectPaths, study_name: str | None) -> None:
+@tracking_option
+def command(project: ProjectPaths, study_name: str | None, tracking: str | None) -> None:
     """Write a study's report as one HTML file, and its figures as PNG and PDF. It may still be running.
+
+    MLflow gets both too, as files of the study's run.
 
     \b
         hpsearch report
         hpsearch report --study isic2017-64
     """
+    from hpsearch.errors import TrackingError
     from hpsearch.report.html import write_report
+    from hpsearch.tracking import make_tracker
     from hpsearch.tuning.record import study_record
 
     record = study_record(project, study_name)
     click.echo(f"report: {write_report(record)}")
     click.echo(f"figures: {record.paths.figures}")
+    try:
+        make_tracker(project, tracking).log_report(record.paths)
+    except TrackingError as error:
+        # The report is there; MLflow may lag.
+        click.echo(f"not in MLflow: {error}")

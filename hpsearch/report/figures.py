@@ -27,7 +27,7 @@ from hpsearch.report.trial_rows import CURVES, Case, CurvePoint
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 TRAIN, HELD_OUT = "#0072B2", "#D55E00"
 RIGHT, MISSED, EXTRA = "#009E73", "#E69F00", "#CC79A7"
-INK, PALE = "#222222", "#777777"
+INK, PALE = "#222222", "#6a6a6a"
 FONT = "DejaVu Sans"
 """Comes with matplotlib, so that figures look the same everywhere."""
 
@@ -41,7 +41,7 @@ def draw_curves(points: Sequence[CurvePoint], *, title: str) -> Figure:
     gap by which training is ahead; its size after the last epoch is written beside it. A gap that keeps growing is
     overfitting. A dotted line marks the epoch that was best held out, where that is not the last one.
     """
-    figure = _figure(11.0, 7.2, title)
+    figure = new_figure(11.0, 7.2, title)
     # Room at the right of each column for the size of its gap.
     grid = {"left": 0.06, "right": 0.92, "top": 0.88, "bottom": 0.13, "wspace": 0.3, "hspace": 0.2}
     axes = figure.subplots(2, 2, sharex=True, gridspec_kw=grid)
@@ -63,15 +63,15 @@ def draw_curves(points: Sequence[CurvePoint], *, title: str) -> Figure:
 def draw_panels(cases: Sequence[Case], *, metric: str, title: str) -> Figure:
     """One row for each case: image, mask, prediction, and both over the image. All images are of one size."""
     if not cases:
-        figure = _figure(8.0, 2.0, title)
-        _write(figure.text(0.02, 0.45, "no examples were kept", color=PALE))
+        figure = new_figure(8.0, 2.0, title)
+        literally(figure.text(0.02, 0.45, "no examples were kept", color=PALE))
         return figure
     image_height, image_width = cases[0].mask.shape
     cell = 6.2 / 4
     row = cell * image_height / image_width
     left, top, bottom = 1.7, 0.85, 0.5
     height = top + row * len(cases) + bottom
-    figure = _figure(8.0, height, title)
+    figure = new_figure(8.0, height, title)
     # One picture in one axes: twenty-four axes would take ten times as long.
     axis = figure.add_axes((left / 8.0, bottom / height, 4 * cell / 8.0, row * len(cases) / height))
     axis.set_axis_off()
@@ -81,11 +81,11 @@ def draw_panels(cases: Sequence[Case], *, metric: str, title: str) -> Figure:
     for number, case in enumerate(cases):
         middle = bottom + row * (len(cases) - number - 0.5)
         score = f"{NAMES.get(metric, metric)} {case.score:.3f}\n{_shortened(case.image_id)}"
-        _write(figure.text(0.02, (middle + 0.16) / height, case.rank, weight="bold", color=INK))
-        _write(figure.text(0.02, (middle + 0.08) / height, score, size=8.5, color=INK, va="top"))
+        literally(figure.text(0.02, (middle + 0.16) / height, case.rank, weight="bold", color=INK))
+        literally(figure.text(0.02, (middle + 0.08) / height, score, size=8.5, color=INK, va="top"))
     for number, name in enumerate(("image", "mask", "prediction", "both")):
         x, y = (left + cell * (number + 0.5)) / 8.0, 1 - (top - 0.08) / height
-        _write(figure.text(x, y, name, ha="center", size=10, color=INK))
+        literally(figure.text(x, y, name, ha="center", size=10, color=INK))
     labels = {RIGHT: "lesion, found", MISSED: "lesion, missed", EXTRA: "no lesion, but predicted"}
     _legend(figure, [Patch(color=color, lw=0, label=label) for color, label in labels.items()])
     return figure
@@ -98,12 +98,32 @@ def to_png(figure: Figure, *, dpi: int = 110) -> bytes:
     return buffer.getvalue()
 
 
+def new_figure(width: float, height: float, title: str) -> Figure:
+    """An empty figure of that size in inches, with an Agg canvas."""
+    figure = Figure(figsize=(width, height), facecolor="white")
+    FigureCanvasAgg(figure)
+    literally(figure.text(0.02, 1 - 0.32 / height, title, size=13, weight="bold", color=INK, va="center"))
+    return figure
+
+
+def literally(text: Text) -> None:
+    """Take the text literally: names from outside may hold dollar signs, and letters that the font lacks."""
+    text.set_parse_math(False)
+    text.set_fontfamily(FONT)
+    text.set_text(
+        "".join(
+            letter if letter.isspace() or ord(letter) in _letters() else "\N{REPLACEMENT CHARACTER}"
+            for letter in text.get_text()
+        )
+    )
+
+
 def _draw_curve(axis: Axes, points: Sequence[CurvePoint], score: str) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(color="#e6e6e6", lw=0.7)
     axis.set_axisbelow(True)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    _write(axis.set_title(NAMES[score], loc="left", size=11, color=INK))
+    literally(axis.set_title(NAMES[score], loc="left", size=11, color=INK))
     axis.tick_params(colors=INK, labelsize=9, labelfontfamily=FONT)
     means = {}
     for which, color in (("train", TRAIN), ("held_out", HELD_OUT)):
@@ -132,7 +152,7 @@ def _mark_gap(
     axis.fill_between(epochs, train, held_out, where=(gaps > 0).tolist(), color=HELD_OUT, alpha=0.16, lw=0)
     # In axis coordinates the text stays beside the curves whatever their range.
     middle = (train[-1] + held_out[-1]) / 2
-    _write(
+    literally(
         axis.annotate(
             f"gap\n{gaps[-1]:+.3f}",
             xy=(1.0, middle),
@@ -185,32 +205,13 @@ def _overlay(case: Case) -> npt.NDArray[np.uint8]:
     return result.round().astype(np.uint8)
 
 
-def _figure(width: float, height: float, title: str) -> Figure:
-    figure = Figure(figsize=(width, height), facecolor="white")
-    FigureCanvasAgg(figure)
-    _write(figure.text(0.02, 1 - 0.32 / height, title, size=13, weight="bold", color=INK, va="center"))
-    return figure
-
-
 def _legend(figure: Figure, handles: Sequence[Any]) -> None:
     legend = figure.legend(
         handles=handles, loc="lower left", bbox_to_anchor=(0.015, 0.005), ncols=len(handles), frameon=False
     )
     for text in legend.get_texts():
         text.set_color(INK)
-        _write(text)
-
-
-def _write(text: Text) -> None:
-    """Take the text literally: names from outside may hold dollar signs, and letters that the font lacks."""
-    text.set_parse_math(False)
-    text.set_fontfamily(FONT)
-    text.set_text(
-        "".join(
-            letter if letter.isspace() or ord(letter) in _letters() else "\N{REPLACEMENT CHARACTER}"
-            for letter in text.get_text()
-        )
-    )
+        literally(text)
 
 
 @cache

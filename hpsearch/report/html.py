@@ -73,6 +73,9 @@ footer { font-size: 13px; border-top: 1px solid var(--line); }
   body { font-size: 10.5pt; }
   main, header, footer { max-width: none; padding-left: 0; padding-right: 0; }
   nav { display: none; }
+  .card { flex-basis: 130px; padding: 8px 10px; }
+  .card .number { font-size: 20px; }
+  .card dt, .card .range { font-size: 8pt; }
   h2, h3 { break-after: avoid; }
   tr { break-inside: avoid; }
   .scroll { overflow: visible; }

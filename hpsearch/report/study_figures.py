@@ -17,21 +17,21 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from hpsearch.report.figures import EXTRA, FONT, HELD_OUT, INK, MISSED, NAMES, PALE, RIGHT, TRAIN, _figure, _write
+from hpsearch.report.figures import FONT, HELD_OUT, INK, NAMES, PALE, RIGHT, TRAIN, literally, new_figure
 from hpsearch.report.rows import Floats, TrialRow, pareto_front, position, show_value
 from hpsearch.report.statistics import Interval
 from hpsearch.tuning.config import Choice, Range
 
 OUTCOMES = {
     "full": TRAIN,
-    "dropped": MISSED,
+    "dropped": "#B87A00",
     "diverged": HELD_OUT,
-    "failed": EXTRA,
-    "infeasible": "#999999",
-    "lost": "#cccccc",
-    "open": "#56B4E9",
+    "failed": "#B5578F",
+    "infeasible": "#7A7A7A",
+    "lost": "#8C6D5A",
+    "open": "#3A8FC2",
 }
-"""Colour of every outcome."""
+"""Colour of every outcome: each at least 3 to 1 against white, so that thin marks are seen."""
 
 MAX_RANKED = 25
 """Trials in the ranking's figure; the table has all."""
@@ -82,7 +82,7 @@ def draw_ranking(full: Sequence[TrialRow], tied: Sequence[int], cheapest: int, *
 
 def draw_race(trials: Sequence[TrialRow], n_folds: int, *, metric: str) -> Figure:
     """Above, every trial's mean or estimate and the best mean so far; below, how many folds were paid for it."""
-    figure = _figure(11.0, 5.6, "")
+    figure = new_figure(11.0, 5.6, "")
     grid = {"left": 0.075, "right": 0.985, "top": 0.98, "bottom": 0.155, "hspace": 0.1, "height_ratios": [3, 2]}
     above, below = figure.subplots(2, 1, sharex=True, gridspec_kw=grid)
     for axis in (above, below):
@@ -138,7 +138,7 @@ def draw_slices(
     n_columns = min(3, len(dimensions))
     n_rows = -(-len(dimensions) // n_columns)
     height = 0.75 + 2.7 * n_rows
-    figure = _figure(11.0, height, "")
+    figure = new_figure(11.0, height, "")
     grid = {"left": 0.075, "right": 0.985, "top": 1 - 0.15 / height, "bottom": 1.0 / height}
     axes = figure.subplots(
         n_rows, n_columns, sharey=True, squeeze=False, gridspec_kw={**grid, "wspace": 0.08, "hspace": 0.42}
@@ -211,7 +211,7 @@ def draw_parallel(
 
 def draw_costs(full: Sequence[TrialRow], best: int | None, *, metric: str) -> Figure:
     """Mean against time, memory and size of the network, with the trials that none beats in both joined by a line."""
-    figure = _figure(11.0, 3.9, "")
+    figure = new_figure(11.0, 3.9, "")
     grid = {"left": 0.075, "right": 0.985, "top": 0.97, "bottom": 0.27, "wspace": 0.1}
     axes = figure.subplots(1, 3, sharey=True, gridspec_kw=grid)
     values = [trial.value or 0.0 for trial in full]
@@ -314,7 +314,7 @@ def _scale(axis: Axes, dimension: Choice | Range) -> None:
         places = [_coordinate(dimension, value) for value in dimension.values]
         axis.set_xticks(places, [show_value(value) for value in dimension.values])
         for text in axis.get_xticklabels():
-            _write(text)
+            literally(text)
         axis.set_xlim(min(places) - 0.5, max(places) + 0.5)
         return
     low, high = float(dimension.low), float(dimension.high)
@@ -380,7 +380,7 @@ def _single(
     width: float, height: float, *, left: float, bottom: float, top: float, right: float = 0.2
 ) -> tuple[Figure, Axes]:
     """A figure of one axes with margins in inches."""
-    figure = _figure(width, height, "")
+    figure = new_figure(width, height, "")
     box = (left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height)
     axis = figure.add_axes(box)
     _plain(axis)
@@ -400,17 +400,17 @@ def _no_y(axis: Axes) -> None:
 
 
 def _x_label(axis: Axes, text: str) -> None:
-    _write(axis.set_xlabel(text, color=INK, size=10))
+    literally(axis.set_xlabel(text, color=INK, size=10))
 
 
 def _y_label(axis: Axes, text: str) -> None:
-    _write(axis.set_ylabel(text, color=INK, size=10))
+    literally(axis.set_ylabel(text, color=INK, size=10))
 
 
 def _label(axis: Axes, text: str, x: float, y: float, dx: float, dy: float, **style: Any) -> None:
     """Text beside a point, moved by (dx, dy) points."""
     style = {"color": INK, "size": 10, **style}
-    _write(
+    literally(
         axis.annotate(text, xy=(x, y), xytext=(dx, dy), textcoords="offset points", annotation_clip=False, **style)
     )
 
@@ -423,4 +423,4 @@ def _legend_below(figure: Figure, handles: Sequence[Any]) -> None:
     )
     for text in legend.get_texts():
         text.set_color(INK)
-        _write(text)
+        literally(text)

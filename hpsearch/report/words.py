@@ -14,6 +14,7 @@ from hpsearch.report import claimed_words
 from hpsearch.report.rows import FinalRow, Repeat, StudyRows, TrialRow, Winner
 from hpsearch.report.statistics import Interval, Method, Paired, explain_test_mean
 from hpsearch.report.trial_rows import CurvePoint
+from hpsearch.tuning import racing
 
 SCORES = {
     "dice": "Dice",
@@ -127,8 +128,7 @@ def methods(rows: StudyRows) -> str:
     sampler = {"tpe": "a tree-structured Parzen estimator (Optuna)", "random": "random search"}[study.sampler]
     pruner = {
         "race": "A paired racing test against the best fully evaluated trial, on the same images, ended trials that "
-        "could "
-        "no longer win (one-sided p < 0.02).",
+        f"were unlikely to win (one-sided p < {racing.ALPHA:g}).",
         "none": "No trial was ended early.",
     }.get(study.pruner, f"The pruner {study.pruner} ended trials early.")
     return (

@@ -2,16 +2,21 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 from hpsearch.cli import group
 from hpsearch.data.folds import make_folds
 from hpsearch.data.layouts import Split
 from hpsearch.looks import Look, note_look
+from hpsearch.report import figures, html, study_figures
 from hpsearch.report.html import render, write_report
 from hpsearch.report.rows import study_rows
 from hpsearch.report.statistics import Interval
@@ -237,11 +242,70 @@ def test_one_full_trial_is_reported_without_a_choice_and_without_the_images_that
 
 @pytest.mark.slow
 def test_fifty_trials_stay_under_5_mb(tmp_path: Path) -> None:
-    study = FakeStudy(tmp_path, epochs=1)
+    # Larger than the cells of the gallery, so that every picture in it is as large as it can be.
+    study = FakeStudy(tmp_path, epochs=1, size=256)
     for number in range(50):
         study.trial("full" if number % 3 == 0 else "dropped")
+    study.final(0)
     write_report(study.record)
     assert study.record.paths.report.stat().st_size < 5 * 2**20
+
+
+def luminance(color: str) -> float:
+    """Relative luminance of `#rrggbb` or `#rgb` (WCAG 2.2)."""
+    digits = color[1:] if len(color) == 7 else "".join(2 * digit for digit in color[1:])
+    parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_black_on_white_is_the_largest_contrast() -> None:
+    assert contrast("#000", "#ffffff") == pytest.approx(21)
+
+
+def test_texts_and_marks_stand_out_from_what_is_behind_them() -> None:
+    named = dict(re.findall(r"--(\w+): (#[0-9a-f]{3,6})", html._CSS))
+    backgrounds = ["#fff", named["wash"], "#f6f6f6", "#fff6ec"]
+    for text in (named["ink"], named["pale"], named["blue"], figures.INK, figures.PALE):
+        assert all(contrast(text, behind) >= 4.5 for behind in backgrounds), text
+    for mark in (figures.TRAIN, figures.HELD_OUT, figures.RIGHT, *study_figures.OUTCOMES.values()):
+        assert contrast(mark, "#fff") >= 3, mark
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def said_by_chromium(page: Path, picture: Path) -> list[str]:
+    """What the page writes to the console, refused requests included; `picture` shows it at 1280 pixels."""
+    assert CHROMIUM is not None
+    command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    command += ["--enable-logging=stderr", f"--user-data-dir={picture.parent / 'profile'}"]
+    command += ["--window-size=1280,6000", f"--screenshot={picture}", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
+    return [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
+def test_a_browser_shows_the_page_without_a_complaint(study: FakeStudy, page: Page, tmp_path: Path) -> None:
+    report_file = study.record.paths.report
+    assert said_by_chromium(report_file, tmp_path / "report.png") == []
+    with Image.open(tmp_path / "report.png") as picture:
+        assert picture.width == 1280
+        rows = np.asarray(picture.convert("L"))
+    # Nothing reaches the right edge: no table or figure is wider than the window.
+    assert (rows[:, -8:] > 250).all()
+    assert (rows < 100).any(axis=1).mean() > 0.2
+    # A page that asks for something does complain.
+    asking = tmp_path / "asking.html"
+    text = report_file.read_text(encoding="utf-8")
+    asking.write_text(text.replace("</main>", '<img src="http://127.0.0.1:9/x.png" alt=""></main>'), encoding="utf-8")
+    assert said_by_chromium(asking, tmp_path / "asking.png")
 
 
 def test_the_command_says_where_the_report_lies(tmp_path: Path) -> None:
@@ -251,6 +315,9 @@ def test_the_command_says_where_the_report_lies(tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert str(study.record.paths.report) in result.output
     assert study.record.paths.report.is_file()
+    # Nobody tracks here, and the report makes no database.
+    assert "not in MLflow: nothing is tracked" in result.output
+    assert not study.project.mlflow_db.exists()
 
 
 def test_the_report_shows_what_was_confirmed_chosen_looked_at_and_leaked(tmp_path: Path) -> None:

@@ -1,0 +1,60 @@
+"""hpsearch/report/card.py: what a model is, scores and is not for."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from hpsearch.report.card import model_card, render
+from hpsearch.report.rows import study_rows
+from hpsearch.report.statistics import Interval
+from tests.recorded import POOL_KEY, FakeStudy
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> FakeStudy:
+    study = FakeStudy(tmp_path_factory.mktemp("card"), overrides=('data.root="/some/where/skin|photos"',))
+    study.trial(**{"train.lr": 0.002})
+    study.trial(**{"train.lr": 0.05, "unet.depth": 4})
+    study.final(1)
+    study.final(0)
+    return study
+
+
+def test_the_card_says_what_the_model_is_and_what_it_was_trained_on(study: FakeStudy) -> None:
+    card = model_card(study.record, "trial-0001")
+    assert card.startswith("# fake, trial 1: ")
+    assert "8 base channels, depth 4, 2 convolutions a stage" in card
+    assert "RGB, 16x16 pixels (the whole image resized)" in card
+    assert "learning rate 0.05" in card
+    assert "all 20 images of the pool" in card
+    assert POOL_KEY in card
+    # The folder's name without what a table would break at, and not where it lies.
+    assert "`skin/photos`" in card
+    assert "/some/where" not in card
+
+
+def test_scores_stand_with_their_intervals_and_the_promise(study: FakeStudy) -> None:
+    rows = study_rows(study.record)
+    (final,) = [final for final in rows.finals if final.trial == 1]
+    assert rows.winner is not None
+    card = model_card(study.record, "trial-0001")
+    test = final.test["dice"]
+    assert f"{test.mean:.4f} [{test.low:.4f}, {test.high:.4f}]" in card
+    assert "test, original resolution" not in card
+    official = {"jaccard": Interval(0.71, 0.7, 0.72), "threshold_jaccard": Interval(0.61, 0.6, 0.62)}
+    with_official = render(rows, dataclasses.replace(final, official=official), study.config)
+    assert "| test, original resolution |" in with_official
+    assert "| Threshold Jaccard (0.65) |  |  | 0.6100 [0.6000, 0.6200] |" in with_official
+    corrected = rows.winner.corrected
+    assert f"The search promised Dice {corrected.mean:.4f} [{corrected.low:.4f}" in card
+    assert "The search promised" not in model_card(study.record, "trial-0000")
+
+
+def test_every_card_names_the_limits(study: FakeStudy) -> None:
+    assert "**not a medical device**" in model_card(study.record, "trial-0000")
+    rows = study_rows(study.record)
+    assert "drawn, not photographed" not in render(rows, rows.finals[0], study.config)
+    drawn = dataclasses.replace(study.config, data=dataclasses.replace(study.config.data, root="sample"))
+    assert "drawn, not photographed" in render(rows, rows.finals[0], drawn)
