@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from hpsearch import __version__
+from hpsearch.choices import Choices
 from hpsearch.data.batches import GRAY_WEIGHTS
 from hpsearch.errors import ExportError, StudyError
 from hpsearch.models.unet import UNet
@@ -106,7 +107,10 @@ def describe(info: WeightsInfo) -> dict[str, str]:
         if is_crop
         else "resize the logits to the image's own size, bilinear with half-pixel centres (align_corners false)"
     )
-    threshold = float(info.extra.get("threshold", 0.5))
+    choices = Choices.from_table(info.extra)
+    flips = "average the logits over the image and its three mirror images, mirrored back; " if choices.flips else ""
+    clean = "; keep the largest component and fill its holes" if choices.clean else ""
+    ensemble = "; `final` predicts with an ensemble, of which this is not one" if choices.ensemble else ""
     table = {
         "model": vars(info.model),
         "in_channels": info.in_channels,
@@ -121,7 +125,10 @@ def describe(info: WeightsInfo) -> dict[str, str]:
             f"{_listed(info.normalization.mean)} and divide by the standard deviation "
             f"{_listed(info.normalization.std)}, channel by channel; float32, (batch, channel, row, column)"
         ),
-        "postprocessing": f"{back}; a pixel is lesion where the sigmoid of its logit is above {threshold:g}",
+        "postprocessing": (
+            f"{flips}{back}; a pixel is lesion where the sigmoid of its logit is above {choices.threshold:g}"
+            f"{clean}{ensemble}"
+        ),
         "limits": "for research; not a medical device",
         "hpsearch": json.dumps(table, sort_keys=True),
     }

@@ -29,10 +29,12 @@ import numpy as np
 import numpy.typing as npt
 
 import hpsearch
+from hpsearch.choices import Choices
 from hpsearch.errors import DatasetError, ExportError
+from hpsearch.paths import FinalPaths
 
 if TYPE_CHECKING:
-    from hpsearch.predict import Predictor
+    from hpsearch.predict import Ensemble, Predictor
 
 REQUIREMENTS = (
     "mlflow",
@@ -46,8 +48,8 @@ REQUIREMENTS = (
     "tomli-w",
 )
 """What `hpsearch.predict` imports; a packed model asks for the versions that are installed here."""
-WEIGHTS = "weights"
-"""Name of the one artifact of a packed model."""
+ARTIFACT = "final"
+"""Name of the one artifact of a packed model: a folder like that of `final`, with its weights alone."""
 MODEL = "lesion_masks"
 """Name of a packed model beside its run."""
 
@@ -61,7 +63,7 @@ mlflow.models.set_model(make_model())
 '''
 
 
-def predict_masks(predictor: Predictor, images: Sequence[Any]) -> list[npt.NDArray[np.uint8]]:
+def predict_masks(predictor: Predictor | Ensemble, images: Sequence[Any]) -> list[npt.NDArray[np.uint8]]:
     """The masks of images, paths or arrays (H, W, 3) or (H, W) of 0 to 255: uint8 (H, W), 0 and 255, each.
 
     Raises DatasetError for a file that cannot be read, and for an array that is no such image.
@@ -92,9 +94,9 @@ def make_model() -> Any:
             """Masks of lesions, from paths or arrays."""
 
             def load_context(self, context: Any) -> None:
-                from hpsearch.predict import Predictor
+                from hpsearch.predict import load_predictor
 
-                self._predictor = Predictor.load(Path(context.artifacts[WEIGHTS]))
+                self._predictor = load_predictor(FinalPaths(Path(context.artifacts[ARTIFACT])).model)
 
             def predict(
                 self, context: Any, model_input: list[Any], params: dict[str, Any] | None = None
@@ -107,7 +109,8 @@ def make_model() -> Any:
 def save(weights: Path, folder: Path, *, run_id: str | None = None, model_id: str | None = None) -> None:
     """Write `folder`, which must not exist: the packed model of a weights file, with signature and input example.
 
-    The example is drawn, no photograph. With ids the model says of which run and logged model it is.
+    Threshold, flips, cleaning and ensemble are those that `final` chose, as for `hpsearch predict`. The example is
+    drawn, no photograph. With ids the model says of which run and logged model it is.
     """
     import mlflow.pyfunc
     from mlflow.models import Model
@@ -115,12 +118,14 @@ def save(weights: Path, folder: Path, *, run_id: str | None = None, model_id: st
     versions = [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in REQUIREMENTS]
     with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        final = FinalPaths(Path(temporary) / ARTIFACT)
+        _copy_weights(weights, final)
         entry = Path(temporary) / f"{MODEL}.py"
         entry.write_text(_ENTRY, encoding="utf-8")
         mlflow.pyfunc.save_model(
             folder,
             python_model=str(entry),
-            artifacts={WEIGHTS: str(weights)},
+            artifacts={ARTIFACT: str(final.root)},
             code_paths=[str(Path(hpsearch.__file__).parent)],
             input_example=[_example().tolist()],
             pip_requirements=versions,
@@ -187,6 +192,20 @@ def register(
     )
     linked = json.dumps([{"name": name, "version": version.version}])
     client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": linked})
+
+
+def _copy_weights(weights: Path, final: FinalPaths) -> None:
+    """The network in `weights`, and the ensemble beside it where `final` chose that to predict."""
+    from hpsearch.training.checkpoint import load_weights
+
+    _, info = load_weights(weights)
+    files = {final.model: weights}
+    if Choices.from_table(info.extra).ensemble:
+        members = FinalPaths(weights.parent).ensemble
+        files |= {final.ensemble / path.name: path for path in members.glob("*.safetensors")}
+    for target, source in files.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
 
 
 def _pixels(image: Any) -> npt.NDArray[np.uint8]:

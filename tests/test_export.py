@@ -169,6 +169,19 @@ def test_a_network_of_crops_says_that_it_wants_windows(tmp_path: Path) -> None:
     assert "blended" in said["postprocessing"]
 
 
+def test_what_final_chose_is_said(tmp_path: Path) -> None:
+    config = UNetConfig(base_channels=2, depth=1)
+    _, plain = load_weights(write_model(tmp_path / "a.safetensors", config))
+    said = export.describe(plain)["postprocessing"]
+    assert "above 0.5" in said
+    assert not any(word in said for word in ("mirror", "component", "ensemble"))
+    choices = {"threshold": 0.35, "flips": True, "clean": True, "ensemble": True}
+    _, chosen = load_weights(write_model(tmp_path / "b.safetensors", config, **choices))
+    said = export.describe(chosen)["postprocessing"]
+    assert "above 0.35" in said
+    assert all(word in said for word in ("three mirror images", "largest component", "ensemble"))
+
+
 def test_what_computes_something_else_is_not_written(
     exported: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,8 @@ from PIL import Image
 
 from hpsearch import serving
 from hpsearch.errors import DatasetError, ExportError
-from hpsearch.predict import Predictor, find_images, predict_files
+from hpsearch.paths import FinalPaths
+from hpsearch.predict import Ensemble, Predictor, find_images, load_predictor, predict_files
 from hpsearch.scoring import read_mask
 from hpsearch.training.checkpoint import load_weights, save_weights
 from tests.test_predict import noise, write_model
@@ -124,6 +125,18 @@ def test_a_gray_array_is_taken_as_gray_light(predictor: Predictor) -> None:
 def test_what_is_no_image_is_refused_in_a_line(predictor: Predictor, image: object) -> None:
     with pytest.raises(DatasetError, match=r"an image must be a path or an array \(H, W, 3\)"):
         serving.predict_masks(predictor, [image])
+
+
+@pytest.mark.parametrize("is_chosen", [True, False])
+def test_an_ensemble_travels_along_where_it_was_chosen(tmp_path: Path, is_chosen: bool) -> None:
+    weights = write_model(tmp_path / "final" / "model.safetensors", ensemble=is_chosen)
+    for fold in range(2):
+        write_model(tmp_path / "final" / "ensemble" / f"fold{fold}.safetensors")
+    packed = FinalPaths(tmp_path / "packed")
+    serving._copy_weights(weights, packed)
+    assert packed.model.read_bytes() == weights.read_bytes()
+    assert isinstance(load_predictor(packed.model, device="cpu"), Ensemble if is_chosen else Predictor)
+    assert packed.ensemble.is_dir() == is_chosen
 
 
 def test_a_file_that_cannot_be_packed_is_named(tmp_path: Path) -> None:
