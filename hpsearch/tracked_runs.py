@@ -256,9 +256,9 @@ def final_run(record: StudyRecord, name: str) -> RunContent:
             values |= {f"test/{score}_low": interval["low"], f"test/{score}_high": interval["high"]}
     for score, interval in result.get("official", {}).items():
         values |= {f"test/official/{score}": interval["mean"]}
-    for name in ("corrected", "predicted"):
-        if claimed := result.get(name):
-            values |= {f"cv/{metric}_{name}{end}": claimed[key] for key, end in _ENDS.items()}
+    for claim in ("corrected", "predicted"):
+        if claimed := result.get(claim):
+            values |= {f"cv/{metric}_{claim}{end}": claimed[key] for key, end in _ENDS.items()}
     if chosen := result.get("chosen_test"):
         values |= {f"test/chosen/{metric}": chosen[metric]["mean"]}
     if ensemble := result.get("ensemble"):
