@@ -10,7 +10,7 @@ from typing import Any
 from hpsearch import config as configs
 from hpsearch import paths
 from hpsearch.config import SECTIONS, StudyConfig, get_setting
-from hpsearch.errors import ConfigError
+from hpsearch.errors import ConfigError, RecordError
 from hpsearch.tuning.record import CHANGEABLE, StudyRecord, TrialRecord
 from hpsearch.tuning.search_space import default_params, encode
 
@@ -57,13 +57,19 @@ def add(record: StudyRecord, wanted: Sequence[Mapping[str, Any]]) -> list[str]:
             entries.append(dict(params))
             said.append("is enqueued")
     if wanted:
-        paths.write_json(record.paths.enqueued, entries)
+        paths.write_json(record.paths.enqueued, {"params": entries})
     return said
 
 
 def read(record: StudyRecord) -> list[dict[str, Any]]:
     """All that was ever enqueued, in order."""
-    return list(paths.read_json(record.paths.enqueued)) if record.paths.enqueued.is_file() else []
+    if not record.paths.enqueued.is_file():
+        return []
+    table = paths.read_json(record.paths.enqueued)
+    try:
+        return list(table["params"])
+    except (KeyError, TypeError) as error:
+        raise RecordError(f"{record.paths.enqueued} is damaged: {error}") from error
 
 
 def next_params(record: StudyRecord, trials: Sequence[TrialRecord]) -> dict[str, Any] | None:

@@ -64,4 +64,4 @@ def test_enqueued_configurations_come_next_in_their_order(tmp_path: Path) -> Non
     told = optuna.load_study(study_name="tiny", storage=f"sqlite:///{tmp_path / 'hpsearch.db'}").trials
     assert [trial.params for trial in told[1:]] == wanted
     assert {trial.state.name for trial in told} == {"COMPLETE"}
-    assert json.loads(record.paths.enqueued.read_text()) == wanted
+    assert json.loads(record.paths.enqueued.read_text())["params"] == wanted
