@@ -65,13 +65,13 @@ def test_where_it_is_allowed_parts_of_batches_begin_the_fit_anew(tmp_path: Path)
 
 @pytest.fixture
 def fault_in_every_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Has every worker send itself a signal in the first training epoch that it begins."""
+    """Has every worker send itself a signal when it begins a fit."""
 
     def arrange(number: signal.Signals) -> None:
         (tmp_path / "faults" / "fired").mkdir(parents=True)
         request = {"name": "always", "again": True, "signal": int(number), "role": "worker", "call": 1, "line": 1}
         (tmp_path / "faults" / "request.json").write_text(
-            json.dumps({**request, "function": "training/loop.py:_evaluate_epoch"})
+            json.dumps({**request, "function": "training/loop.py:_resume_"})
         )
         monkeypatch.setenv("HPSEARCH_FAULTS", str(tmp_path / "faults"))
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(FAULTY), os.environ.get("PYTHONPATH", "")]))
