@@ -29,15 +29,15 @@ def test_a_study_that_is_killed_again_and_again_ends_as_if_it_had_not_been(place
 
 
 def test_a_study_that_is_signalled_stops_and_goes_on(place: faults.Place) -> None:
-    outcomes = list(faults.disturb_studies(place, 1, 5, ("TERM", "INT", "HUP", "STOP"), seed=3, prefix="signalled"))
+    outcomes = list(faults.disturb_studies(place, 1, 4, ("TERM", "INT", "HUP", "STOP"), seed=3, prefix="signalled"))
     assert differences(outcomes) == []
-    assert sum(outcome.n_faults for outcome in outcomes) >= 5
+    assert sum(outcome.n_faults for outcome in outcomes) >= 4
 
 
 def test_a_write_that_fails_is_named_or_survived_and_costs_nothing(place: faults.Place) -> None:
-    outcome = faults.fail_every_write(place, every=14)
+    outcome = faults.fail_every_write(place, every=18)
     assert outcome.differences == []
-    assert outcome.n_faults >= 5
+    assert outcome.n_faults >= 3
 
 
 def test_a_disk_that_fills_up_is_named_and_costs_nothing(place: faults.Place) -> None:
@@ -49,6 +49,6 @@ def test_a_disk_that_fills_up_is_named_and_costs_nothing(place: faults.Place) ->
     ):
         pytest.skip("no right to mount")
     subprocess.run(["umount", str(probe)], check=True)
-    outcome = faults.fill_the_disk(place, squeezed_kib=(0, 60))
+    outcome = faults.fill_the_disk(place, squeezed_kib=(40,))
     assert outcome.differences == []
-    assert outcome.n_faults == 2
+    assert outcome.n_faults == 1
