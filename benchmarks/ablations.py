@@ -42,8 +42,6 @@ BASE = (
 """What all arms start from; for the rest hpsearch's defaults (`same`, batch normalisation, Xavier, BCE, flips)."""
 WIDE = ("data.size=96", "unet.depth=2")
 """A `valid` network here loses about the same share as the report's: 96 -> 56, as 572 -> 388."""
-REPORT = ("train.momentum=0", "train.lr=0.01", "train.epochs=3", "unet.norm=none")
-"""The report's own schedule."""
 N_HELD_OUT = 300
 
 
@@ -79,10 +77,6 @@ GROUPS: dict[str, tuple[Arm, ...]] = {
     "init with norm": (
         Arm("batch norm, xavier + bilinear"),
         Arm("batch norm, torch's", ("unet.init=torch",)),
-    ),
-    "init, report's schedule": (
-        Arm("xavier + bilinear (the report's)", REPORT),
-        Arm("torch's", (*REPORT, "unet.init=torch")),
     ),
     "norm": (
         Arm("none (the report's)", ("unet.norm=none",)),
