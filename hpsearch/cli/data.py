@@ -82,8 +82,8 @@ def cache(project: ProjectPaths, settings: Settings, compare: bool) -> None:
     if not compare:
         caches = PoolCaches(study, root, progress=counter("decoding images"))
         caches.prepare_listed(study)
-        for prepared in caches.made:
-            click.echo(f"{prepared.n} images at {prepared.cache_path}, {prepared.seconds:.1f} s")
+        for (height, width), prepared in caches.made.items():
+            click.echo(f"{prepared.n} images, {height}x{width}: {prepared.cache_path}, {prepared.seconds:.1f} s")
         return
     rows = compare_caches(config, root, progress=lambda kind: click.echo(f"measuring {kind}", err=True))
     table = Table("cache", "build", "epoch", "memory", "disk", "against decoding", box=None, pad_edge=False)

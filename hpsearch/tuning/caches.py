@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 from hpsearch.config import StudyConfig
@@ -35,9 +36,9 @@ class PoolCaches:
             self._prepared(dataclasses.replace(config.data, size=size))
 
     @property
-    def made(self) -> tuple[Prepared, ...]:
-        """Those that are ready, in the order in which they were wanted."""
-        return tuple(self._by_size.values())
+    def made(self) -> Mapping[tuple[int, int], Prepared]:
+        """Those that are ready, by height and width, in the order in which they were wanted."""
+        return self._by_size
 
     def job(self, config: StudyConfig) -> dict[str, str]:
         """What a worker has to be told to train `config`: `cache`, and `truth` where scores have another size."""
