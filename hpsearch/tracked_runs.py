@@ -38,13 +38,13 @@ Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 STATUSES: dict[Outcome | None, Status] = {
     None: "RUNNING",
     "full": "FINISHED",
-    "dropped": "KILLED",
-    "infeasible": "KILLED",
+    "dropped": "FINISHED",
+    "infeasible": "FINISHED",
     "diverged": "FAILED",
     "failed": "FAILED",
     "lost": "KILLED",
 }
-"""MLflow has no pruned runs: what was ended early counts as killed."""
+"""What ended as it should is finished, a dropped trial too: the tag `outcome` says how. Killed was cut off."""
 
 
 @dataclass(frozen=True)

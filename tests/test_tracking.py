@@ -127,8 +127,8 @@ class TestWhatIsLogged:
         ("outcome", "status"),
         [
             ("full", "FINISHED"),
-            ("dropped", "KILLED"),
-            ("infeasible", "KILLED"),
+            ("dropped", "FINISHED"),
+            ("infeasible", "FINISHED"),
             ("diverged", "FAILED"),
             ("failed", "FAILED"),
         ],
@@ -728,5 +728,5 @@ class TestThread:
             thread.wake()
         assert thread.close(120) == 0
         through_thread = read(study.project)
-        assert {run.status for name, run in through_thread.items() if name != "fake"} == {"FINISHED", "KILLED"}
+        assert {run.status for name, run in through_thread.items() if name != "fake"} == {"FINISHED"}
         assert through_thread == deliver(study, stopped=True)
