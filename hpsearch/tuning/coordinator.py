@@ -157,7 +157,7 @@ def run_study(
             finally:
                 workers.close()
                 # Whoever must end at once shall not wait for a server that does not answer.
-                undelivered = tracking.close(5.0 if stop.is_urgent else 30.0) if tracking is not None else 0
+                undelivered = tracking.close(5.0 if stop.is_urgent else 60.0) if tracking is not None else 0
                 # Of workers that were ended while they wrote.
                 if not seat.is_shared:
                     paths.remove_stale_temporaries(study.root)

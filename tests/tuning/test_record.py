@@ -87,6 +87,37 @@ def test_only_full_trials_can_be_best_and_the_earlier_of_equals_is(record: Study
     assert best.number == 1
 
 
+def test_a_trial_that_memory_forced_into_parts_of_batches_never_wins(record: StudyRecord) -> None:
+    record.write_trial(trial(record, 0, outcome="full", value=0.7))
+    record.write_trial(trial(record, 1, outcome="full", value=0.9, micro_batch=4))
+    best = record.best()
+    assert best is not None
+    assert best.number == 0
+
+
+def test_scores_that_are_not_those_of_the_value_on_record_are_noticed(record: StudyRecord) -> None:
+    evaluate(record, 0, np.linspace(0.5, 0.6, 12))
+    for fold in range(3):
+        fit = record.fit(0, fold).paths
+        np.save(fit.counts, np.ones((4, 4), np.int64))
+        paths.append_line(fit.epochs, '{"epoch": 1}')
+        paths.write_json(fit.fit, {"value": 0.5, "epochs": 1})
+    record.write_trial(trial(record, 0, outcome="full", value=record.value(0)))
+    record.verify()
+    fit = record.fit(0, 1).paths
+    np.save(fit.scores, np.load(fit.scores) + np.float32(0.001))
+    with pytest.raises(RecordError, match="not those of the value on record"):
+        record.verify()
+
+
+def test_an_edited_file_is_named(record: StudyRecord) -> None:
+    record.write_trial(trial(record, 0, outcome="full", value=0.75))
+    path = record.paths.trial(0).trial
+    path.write_text(path.read_text().replace("0.75", "0.85"))
+    with pytest.raises(RecordError, match=r"trial\.json was changed since it was written"):
+        record.trial(0)
+
+
 def test_a_torn_line_of_epochs_is_left_out(record: StudyRecord) -> None:
     fit = record.fit(0, 0)
     fit.paths.root.mkdir(parents=True)
