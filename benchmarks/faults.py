@@ -403,34 +403,31 @@ def what_is_wrong(ended: Ended, name: str) -> str | None:
 
 
 def fail_every_write(place: Place, *, seed: int = 0, every: int = 1, numbers: Sequence[int] = ()) -> Outcome:
-    """Fail one write a start, each of another kind, until a start meets no new kind; then compare.
+    """Fail the first write of every kind, until a start meets no new kind; then compare.
 
-    Of all kinds every so manyth is failed. `numbers` are the errors, in turn.
+    Of all kinds every so manyth is failed. `numbers` are the errors, one a start, in turn.
     """
     reference = place.reference(seed)
     study = Disturbed(place, place.root / "writes", seed)
     outcome = Outcome()
     numbers = numbers or (errno.ENOSPC, errno.EIO, errno.EROFS)
-    done: list[str] = []
     while True:
         outcome.n_starts += 1
         number = numbers[outcome.n_starts % len(numbers)]
-        request = {"name": f"start{outcome.n_starts}", "errno": number, "root": str(study.out), "done": done}
-        request["every"] = every
+        request = {"name": "write", "errno": number, "root": str(study.out), "every": every}
+        n_before = len(read_lines(study.faults / "fired.jsonl"))
         ended = study.start(request)
-        fired = [json.loads(line) for line in read_lines(study.faults / "fired.jsonl")]
-        done = list(dict.fromkeys(json.loads(line) for line in read_lines(study.faults / "seen.jsonl")))
-        if not ended.fired:
+        fired = [json.loads(line) for line in read_lines(study.faults / "fired.jsonl")[n_before:]]
+        if not fired:
             break
-        outcome.n_faults += 1
-        outcome.phases[errno.errorcode[number]] += 1
+        outcome.n_faults += len(fired)
+        outcome.phases[errno.errorcode[number]] += len(fired)
         survived = ended.code == 0
         last = (ended.text.strip().splitlines() or ["no output"])[-1]
-        print(f"{errno.errorcode[number]} at {fired[-1]}: {'survived' if survived else last}", flush=True)
+        where = f"{errno.errorcode[number]} at {', '.join(fired)}"
+        print(f"{where}: {'survived' if survived else last}", flush=True)
         if ended.code not in (0, 1) or "Traceback" in ended.text or not (survived or "cannot write" in last):
-            outcome.differences.append(
-                f"{errno.errorcode[number]} at {fired[-1]}: {ended.code}, {ended.text[-2000:]}"
-            )
+            outcome.differences.append(f"{where}: {ended.code}, {ended.text[-2000:]}")
     if ended.code != 0 or (LAGS in ended.text and study.finish().code != 0):
         outcome.differences.append(f"does not go on: {ended.text[-2000:]}")
     outcome.differences += compare(study.out, reference)

@@ -5,15 +5,15 @@ done:
 
     fired/NAME      the fault of that name was done, in whichever process came first; it is done once
     epochs          a byte for every epoch that was trained, whatever became of it
-    seen.jsonl      the kinds of writes that have had their turn; fired.jsonl: those that failed
+    fired.jsonl     the kinds of writes that have failed
 
 A request is one of
 
     {"name": ..., "signal": 9, "role": "coordinator", "function": "file.py:name", "call": 2, "line": 3}
         the process sends itself the signal at that line event of that call of that function of hpsearch; with
         "again": true every process does
-    {"name": ..., "errno": 5, "root": "/out", "done": [...], "every": 1}
-        the first write below root whose kind is not in `done` fails; of all kinds every so manyth is taken
+    {"name": ..., "errno": 5, "root": "/out", "every": 1}
+        the first write of every kind below root fails, once over all starts; of all kinds every so manyth is taken
 
 Nothing of this is in the product, which runs as it is installed.
 """
@@ -96,7 +96,6 @@ def _kind(path, root):
 
 def _fail_writes(request):
     root = os.path.abspath(request["root"])
-    done = set(request["done"])
     faults = os.path.abspath(_FOLDER)
 
     def write(action, path):
@@ -106,16 +105,10 @@ def _fail_writes(request):
         if not path.startswith(root + os.sep) or path.startswith(faults):
             return
         kind = f"{_ROLE} {action} {_kind(path, root)}"
-        if kind in done or os.path.exists(os.path.join(_FOLDER, "fired", request["name"])):
-            return
-        if zlib.crc32(kind.encode()) % request["every"] == 0:
-            if not _claim(request["name"]):
-                return
-            _note("seen.jsonl", json.dumps(kind).encode() + b"\n")
+        number = zlib.crc32(kind.encode())
+        if number % request["every"] == 0 and _claim(f"{number:08x}"):
             _note("fired.jsonl", json.dumps(kind).encode() + b"\n")
             raise OSError(request["errno"], os.strerror(request["errno"]), path)
-        done.add(kind)
-        _note("seen.jsonl", json.dumps(kind).encode() + b"\n")
 
     def hook(event, arguments):
         if event == "open":
