@@ -134,16 +134,16 @@ class TrackingThread:
         """Something new is on record. Returns at once."""
         self._woken.set()
 
-    def close(self, timeout_s: float = 30.0) -> int:
+    def close(self, timeout_s: float = 30.0, give_up: Callable[[], bool] = lambda: False) -> int:
         """Deliver what is left and end; the number of trials of which something is not delivered.
 
-        Waits as long as it gets on, and gives up after `timeout_s` without progress.
+        Waits as long as it gets on, and gives up after `timeout_s` without progress, or when `give_up` says so.
         """
         self._closing.set()
         self._woken.set()
         left = self._tracker.undelivered(self._study)
         give_up_at = time.monotonic() + timeout_s
-        while self._thread.is_alive() and time.monotonic() < give_up_at:
+        while self._thread.is_alive() and time.monotonic() < give_up_at and not give_up():
             self._thread.join(0.2)
             if (now_left := self._tracker.undelivered(self._study)) < left:
                 left, give_up_at = now_left, time.monotonic() + timeout_s

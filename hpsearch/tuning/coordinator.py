@@ -49,6 +49,9 @@ SILENCE_MIN_S = 300.0
 """A fit without an epoch for this many times the expected seconds, and at least so long, is taken for hanging."""
 SPARE_BYTES = 16 * 2**20
 """Room for scores, figures and databases of a study."""
+LAST_DELIVERY_S = 180.0
+URGENT_DELIVERY_S = 5.0
+"""How long the end of a study waits for the next trial to reach MLflow, and where it must end at once."""
 GRACE_S = 15.0
 """How long a budget waits for the epoch to end before it stops the workers at once."""
 
@@ -156,8 +159,7 @@ def run_study(
                 coordinator.run(workers)
             finally:
                 workers.close()
-                # Whoever must end at once shall not wait for a server that does not answer.
-                undelivered = tracking.close(5.0 if stop.is_urgent else 60.0) if tracking is not None else 0
+                undelivered = _deliver_the_rest(tracking, stop) if tracking is not None else 0
                 # Of workers that were ended while they wrote.
                 if not seat.is_shared:
                     paths.remove_stale_temporaries(study.root)
@@ -704,6 +706,13 @@ def _require_space(record: StudyRecord, plan: ExecutionPlan) -> None:
             f"{root} has {free / 2**20:.0f} MiB free, the study may need {(needed - there) / 2**20:.0f} MiB more for "
             "weights and checkpoints: make room, or choose another folder with --out"
         )
+
+
+def _deliver_the_rest(tracking: TrackingThread, stop: Stop) -> int:
+    # Whoever must end at once shall not wait for a server that does not answer; a slow machine may take its time.
+    if stop.is_urgent:
+        return tracking.close(URGENT_DELIVERY_S)
+    return tracking.close(LAST_DELIVERY_S, lambda: stop.is_urgent)
 
 
 class _Quiet(logging.FileHandler):
