@@ -13,8 +13,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import tomli_w
-
 from hpsearch.data.config import AugmentConfig, DataConfig
 from hpsearch.errors import ConfigError
 from hpsearch.models.config import UNetConfig
@@ -103,6 +101,9 @@ class StudyConfig:
 
     def to_toml(self) -> str:
         """TOML that `load` reads back as an equal configuration."""
+        # Here, not above: a fit needs no TOML.
+        import tomli_w
+
         table = self.to_dict()
         if not table["search"]:
             del table["search"]

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -129,6 +127,9 @@ class WeightsInfo:
 
 def save_weights(path: Path, model: UNet, info: WeightsInfo) -> None:
     """Write a network as safetensors; the same network and info give the same bytes."""
+    # Here, not above: a fit that keeps no weights needs torch alone.
+    import safetensors.torch
+
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     table = {
         "format": WEIGHTS_FORMAT,
@@ -150,6 +151,8 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[UNet, 
 
     Raises CheckpointError if the file is missing, torn, foreign (a pickle is refused unread) or contradicts itself.
     """
+    import safetensors
+
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get("hpsearch")

@@ -22,6 +22,8 @@ FLOAT32 = Runtime(device=torch.device("cpu"), precision="float32", compile="off"
 class FakeCache:
     """Bright discs on a dark ground with noise, and their masks."""
 
+    has_held_out_view = False
+
     def __init__(self, n: int = 20, size: tuple[int, int] = (16, 16), key: str = "fake") -> None:
         generator = np.random.default_rng(7)
         height, width = size
