@@ -1,12 +1,13 @@
 """Training images a second of one fit: `hpsearch` beside what people would write or pick instead.
 
-    python benchmarks/throughput.py                 all three sizes, about 25 minutes on two cores
+    python benchmarks/throughput.py                 all three sizes, about 15 minutes on two quiet cores
     python benchmarks/throughput.py --sizes 64      one of them, about 5
+    python benchmarks/throughput.py --clock cpu --threads 1     where others work on the machine too
     python benchmarks/throughput.py --quick         a minute: shows that it works, its figures mean nothing
 
-Needs the packages of `pip install "hpsearch[benchmarks]"`; a side whose package is missing is left out.
+Needs the packages of `pip install "hpsearch[bench]"`; a side whose package is missing is left out.
 
-Every side trains the same network (hpsearch's UNet) with the same loss (binary cross-entropy), optimizer (SGD with
+Every side trains the same network (the UNet of hpsearch) with the same loss (binary cross-entropy), optimizer (SGD,
 momentum) and batch size (16) on the same small JPEGs, drawn by `hpsearch.data.sample` unless `--data` names a folder
 in the archive layout of ISIC-2017, at the same size, with random horizontal flips:
 
@@ -14,17 +15,20 @@ in the archive layout of ISIC-2017, at the same size, with random horizontal fli
     plain      a Dataset that decodes, resizes and normalises each JPEG in each epoch, a DataLoader with as many
                workers as threads (persistent), a loop that reads the loss after each step
     monai      CacheDataset with its dictionary transforms, everything but the flip cached; its DataLoader without
-               workers, which is faster here than with them
+               workers and its tensors without metadata, which is faster here than with them
     lightning  Trainer on decoded, normalised tensors in memory: its loop at its best; no logger, no checkpoints
 
-    float32    as written
+    float32    as written; the network's layers are torch's own
     bf16       the line their tutorials add: torch.autocast around the forward pass, precision="bf16-mixed"
-    bf16+cl    two lines more that they do not have: model and images .to(memory_format=torch.channels_last)
+    bf16+cl    what they do not have: model and images .to(memory_format=torch.channels_last), and the layers of
+               hpsearch, which are made for that layout
 
 Each side is a process of its own, trained for one epoch in turn, round after round, so that whatever else the machine
 does falls on all alike; the first round is not counted. Given are the median of the rounds, the lowest and highest,
-how many times as fast hpsearch is in float32 and in bf16, and the share of the measured rate of matrix products in
-that precision which the network's arithmetic makes up (FLOPs of the training step x images/s).
+how many times as fast hpsearch is in float32 and in bf16 (the median of the ratios within a round), and the share of
+the measured rate of matrix products in that precision which the network's arithmetic makes up (FLOPs of the training
+step x images/s). `--clock cpu` gives images by second of the processor, data loaders' included, instead of by second
+of the clock: for one thread on a shared machine, where the clock tells what the others did.
 """
 
 from __future__ import annotations
@@ -47,6 +51,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 BATCH_SIZE = 16
 LR, MOMENTUM = 0.05, 0.9
 
@@ -63,9 +69,9 @@ class Problem:
 
 
 PROBLEMS = {
-    64: Problem(64, 8, 3, 640),
-    128: Problem(128, 16, 4, 160),
-    256: Problem(256, 16, 4, 64),
+    64: Problem(64, 8, 3, 320),
+    128: Problem(128, 16, 4, 96),
+    256: Problem(256, 16, 4, 48),
 }
 QUICK = Problem(32, 4, 2, 64)
 
@@ -91,13 +97,15 @@ class Job:
     threads: int
     device: str
     rounds: int
+    clock: str
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder in the archive layout; default: drawn images")
     parser.add_argument("--sizes", type=int, nargs="+", choices=sorted(PROBLEMS), default=sorted(PROBLEMS))
-    parser.add_argument("--rounds", type=int, default=5, help="counted rounds")
+    parser.add_argument("--rounds", type=int, default=7, help="counted rounds")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--quick", action="store_true")
@@ -111,9 +119,10 @@ def main() -> None:
     rounds = 1 if arguments.quick else arguments.rounds
     with tempfile.TemporaryDirectory() as work:
         data = arguments.data or draw(Path(work) / "ISIC-2017", max(problem.n_images for problem in problems))
-        print_machine(arguments.device, arguments.threads, arguments.data, rounds)
+        print_machine(arguments.device, arguments.threads, arguments.data, rounds, arguments.clock)
         for problem in problems:
-            compare(problem, data, Path(work) / "cache", rounds, arguments.threads, arguments.device)
+            machine = {"threads": arguments.threads, "device": arguments.device, "clock": arguments.clock}
+            compare(problem, data, Path(work) / "cache", rounds, machine)
 
 
 def draw(folder: Path, n_images: int) -> Path:
@@ -124,7 +133,7 @@ def draw(folder: Path, n_images: int) -> Path:
     return folder
 
 
-def print_machine(device: str, threads: int, data: Path | None, rounds: int) -> None:
+def print_machine(device: str, threads: int, data: Path | None, rounds: int, clock: str) -> None:
     """What a reader must know to compare: date, machine, versions, settings."""
     program = "import json; from hpsearch import runtime; "
     program += f"print(json.dumps(runtime.describe(runtime.make_runtime({device!r}, threads={threads}))))"
@@ -132,10 +141,11 @@ def print_machine(device: str, threads: int, data: Path | None, rounds: int) -> 
     installed = [name for name in ("torch", "monai", "lightning") if importlib.util.find_spec(name)]
     versions = [f"{name} {importlib.metadata.version(name)}" for name in installed]
     print(f"{datetime.date.today()}, {found['device_name']}, {threads} threads, {found['platform']}")
-    print(f"{', '.join(versions)}; {data or 'drawn images'}; batch {BATCH_SIZE}; median of {rounds} rounds\n")
+    images = data.name if data else "drawn images"
+    print(f"{', '.join(versions)}; {images}; batch {BATCH_SIZE}; median of {rounds} rounds, {clock} clock\n")
 
 
-def compare(problem: Problem, data: Path, cache: Path, rounds: int, threads: int, device: str) -> None:
+def compare(problem: Problem, data: Path, cache: Path, rounds: int, machine: dict[str, Any]) -> None:
     """Run all sides at one size in turn and print their table."""
     processes = {}
     for side, (package, precisions) in SIDES.items():
@@ -143,7 +153,7 @@ def compare(problem: Problem, data: Path, cache: Path, rounds: int, threads: int
             print(f"{side} is left out: {package} is not installed")
             continue
         for precision in precisions:
-            job = Job(side, precision, problem, str(data), str(cache), threads, device, rounds)
+            job = Job(side, precision, problem, str(data), str(cache), rounds=rounds, **machine)
             process = Process(job)
             # One after another, so that the cache is built once; the reply comes after the uncounted round.
             process.ask()
@@ -170,7 +180,10 @@ def compare(problem: Problem, data: Path, cache: Path, rounds: int, threads: int
         if side == "matmul":
             continue
         rate = median[side, precision]
-        ratios = [median["hpsearch", ours] / rate for ours in ("float32", "bf16")]
+        ratios = [
+            statistics.median(a / b for a, b in zip(rates["hpsearch", ours], values, strict=True))
+            for ours in ("float32", "bf16")
+        ]
         share = rate * flops / median["matmul", precision.removesuffix("+cl")]
         print(
             f"{side:12}{precision:10}{rate:10.1f}{min(values):9.1f}{max(values):9.1f}"
@@ -184,7 +197,7 @@ class Process:
 
     def __init__(self, job: Job) -> None:
         command = [sys.executable, __file__, "--job", json.dumps(asdict(job))]
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (open as long as the process)  # noqa: SIM115 (closed with the job)
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (open as long as the process)
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
         )
@@ -215,21 +228,30 @@ class Process:
 class Turn:
     """Waits until the side may work and tells how fast it did."""
 
-    def __init__(self, device: str) -> None:
-        self._device = device
+    def __init__(self, job: Job) -> None:
+        self._device = job.device
+        self._by_cpu = job.clock == "cpu"
+        self._process = psutil.Process()
         self._began = 0.0
+
+    def now(self) -> float:
+        """Seconds: of the clock, or of the processor for this process and those it started."""
+        if not self._by_cpu:
+            return time.perf_counter()
+        children = [child.cpu_times() for child in self._process.children(recursive=True)]
+        return time.process_time() + sum(times.user + times.system for times in children)
 
     def begin(self) -> None:
         if not sys.stdin.readline():
             os._exit(0)
-        self._began = time.perf_counter()
+        self._began = self.now()
 
     def end(self, amount: float) -> None:
         import torch
 
         if self._device == "cuda":
             torch.cuda.synchronize()
-        print(f"rate {amount / (time.perf_counter() - self._began)}", flush=True)
+        print(f"rate {amount / (self.now() - self._began)}", flush=True)
 
 
 def serve(job: Job) -> None:
@@ -246,7 +268,7 @@ def serve(job: Job) -> None:
         "lightning": run_lightning,
         "matmul": run_matmul,
     }
-    sides[job.side](job, Turn(job.device))
+    sides[job.side](job, Turn(job))
 
 
 def run_hpsearch(job: Job, turn: Turn) -> None:
@@ -293,10 +315,11 @@ def run_hpsearch(job: Job, turn: Turn) -> None:
 
 def run_plain(job: Job, turn: Turn) -> None:
     import torch
+    from alternatives import JpegDataset, find_pairs
     from torch.utils.data import DataLoader
 
     loader = DataLoader(
-        JpegDataset(job),  # type: ignore[arg-type]
+        JpegDataset(find_pairs(job.data, "train", job.problem.n_images), job.problem.size),  # type: ignore[arg-type]
         batch_size=BATCH_SIZE,
         shuffle=True,
         drop_last=True,
@@ -309,30 +332,11 @@ def run_plain(job: Job, turn: Turn) -> None:
 
 def run_monai(job: Job, turn: Turn) -> None:
     import torch
-    from monai.data import CacheDataset, DataLoader
-    from monai.transforms import (
-        AsDiscreted,
-        Compose,
-        LoadImaged,
-        NormalizeIntensityd,
-        RandFlipd,
-        Resized,
-        ScaleIntensityd,
-    )
+    from alternatives import find_pairs, monai_flips, monai_pairs
+    from monai.data import DataLoader, Dataset
 
-    size = (job.problem.size, job.problem.size)
-    transforms = Compose(
-        [
-            LoadImaged(keys=["image", "mask"], ensure_channel_first=True),
-            Resized(keys=["image", "mask"], spatial_size=size, mode=["area", "nearest"]),
-            ScaleIntensityd(keys="mask"),
-            AsDiscreted(keys="mask", threshold=0.5),
-            NormalizeIntensityd(keys="image", channel_wise=True),
-            RandFlipd(keys=["image", "mask"], prob=0.5, spatial_axis=0),
-        ]
-    )
-    items = [{"image": str(image), "mask": str(mask)} for image, mask in find_pairs(job)]
-    dataset = CacheDataset(items, transforms, cache_rate=1.0, num_workers=job.threads, progress=False)
+    pairs = find_pairs(job.data, "train", job.problem.n_images)
+    dataset = Dataset(monai_pairs(pairs, job.problem.size, job.threads), monai_flips())
     loader = DataLoader(dataset, batch_size=BATCH_SIZE, shuffle=True, drop_last=True, num_workers=0)
 
     def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -375,6 +379,7 @@ def run_lightning(job: Job, turn: Turn) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     import lightning
     import torch
+    from alternatives import JpegDataset, find_pairs
     from torch.utils.data import DataLoader, TensorDataset
 
     channels_last = job.precision.endswith("+cl")
@@ -408,9 +413,10 @@ def run_lightning(job: Job, turn: Turn) -> None:
         def on_train_epoch_end(self, *_: Any) -> None:
             turn.end(job.problem.n_images // BATCH_SIZE * BATCH_SIZE)
 
-    decoded = JpegDataset(job, flips=False)
-    pairs = [decoded[i] for i in range(len(decoded))]
-    dataset = TensorDataset(torch.stack([pair[0] for pair in pairs]), torch.stack([pair[1] for pair in pairs]))
+    pairs = find_pairs(job.data, "train", job.problem.n_images)
+    decoded = JpegDataset(pairs, job.problem.size, flips=False)
+    images, masks = zip(*(decoded[i] for i in range(len(decoded))), strict=True)
+    dataset = TensorDataset(torch.stack(images), torch.stack(masks))
     trainer = lightning.Trainer(
         accelerator="gpu" if job.device == "cuda" else "cpu",
         devices=1,
@@ -431,61 +437,27 @@ def run_matmul(job: Job, turn: Turn) -> None:
 
     n = 8192 if job.device == "cuda" else 2048
     dtype = torch.bfloat16 if job.precision == "bf16" else torch.float32
-    a, b = (torch.randn(n, n, device=job.device, dtype=dtype) for _ in range(2))
+    a, b, out = (torch.randn(n, n, device=job.device, dtype=dtype) for _ in range(3))
     while True:
         turn.begin()
         began, done = time.perf_counter(), 0
         while time.perf_counter() - began < 0.5:
             for _ in range(50 if job.device == "cuda" else 1):
-                torch.mm(a, b)
+                torch.mm(a, b, out=out)
                 done += 1
         turn.end(2.0 * n**3 * done)
 
 
-class JpegDataset:
-    """Decodes, resizes, flips and normalises one pair at a time, as a tutorial would."""
-
-    def __init__(self, job: Job, *, flips: bool = True) -> None:
-        from torchvision.transforms import v2
-
-        self._pairs = find_pairs(job)
-        size = [job.problem.size, job.problem.size]
-        self._image_size = v2.Resize(size, antialias=True)
-        self._mask_size = v2.Resize(size, interpolation=v2.InterpolationMode.NEAREST)
-        self._normalize = v2.Normalize([0.7, 0.6, 0.55], [0.15, 0.15, 0.16])
-        self._flips = flips
-
-    def __len__(self) -> int:
-        return len(self._pairs)
-
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
-        import torch
-        from torchvision.io import ImageReadMode, decode_image
-
-        image_path, mask_path = self._pairs[index]
-        image = self._image_size(decode_image(str(image_path), ImageReadMode.RGB))
-        mask = self._mask_size(decode_image(str(mask_path), ImageReadMode.GRAY))
-        image = self._normalize(image.float() / 255)
-        mask = (mask > 127).float()
-        if self._flips and torch.rand(()) < 0.5:
-            image, mask = image.flip(-1), mask.flip(-1)
-        return image, mask
-
-
 def make_model(job: Job) -> Any:
+    """The network of torch's own layers; where channels-last is added, hpsearch's too, which are made for it."""
+    from alternatives import plain_unet
+
     from hpsearch.models.config import UNetConfig
     from hpsearch.models.unet import UNet
 
-    return UNet(UNetConfig(base_channels=job.problem.base_channels, depth=job.problem.depth), 3).to(job.device)
-
-
-def find_pairs(job: Job) -> list[tuple[Path, Path]]:
-    """The first `n_images` training images and their masks."""
-    from hpsearch.data.config import DataConfig
-    from hpsearch.data.layouts import find_samples
-
-    samples = find_samples(DataConfig(root=job.data)).split("train")[: job.problem.n_images]
-    return [(sample.image, sample.mask) for sample in samples]
+    config = UNetConfig(base_channels=job.problem.base_channels, depth=job.problem.depth)
+    model = UNet(config, 3) if job.precision.endswith("+cl") else plain_unet(config)
+    return model.to(job.device)
 
 
 if __name__ == "__main__":

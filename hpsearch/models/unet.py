@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from hpsearch.models.config import UNetConfig
 from hpsearch.models.init import initialize_
-from hpsearch.models.shapes import norm_groups, output_margin, skip_offset
+from hpsearch.models.norms import make_norm
+from hpsearch.models.shapes import output_margin, skip_offset
 
 
 class UNet(nn.Module):
@@ -90,7 +91,7 @@ class ConvolutionBlock(nn.Module):
             # These two subtract each channel's mean, and any bias with it.
             bias=config.norm not in ("batch", "instance"),
         )
-        self.norm = _norm(config, out_channels)
+        self.norm = make_norm(config, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         # In place: neither the convolution nor the normalisation needs its own output for its gradient.
@@ -142,32 +143,3 @@ class UpSampling(nn.ConvTranspose2d):
         x = F.linear(x.permute(0, 2, 3, 1), taps.t(), self.bias.repeat(4))
         x = x.view(batch, height, width, 2, 2, self.out_channels).transpose(2, 3)
         return x.reshape(batch, 2 * height, 2 * width, self.out_channels).permute(0, 3, 1, 2)
-
-
-class GroupNorm(nn.GroupNorm):
-    """Group normalisation of maps in channels_last. On CUDA autocast makes it float32; the result is as x is."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        # The kernels want each channel's pixels side by side: two copies, and on the CPU still 10 to 35 % off a step.
-        return super().forward(x.contiguous()).to(x.dtype, memory_format=torch.channels_last)
-
-
-class InstanceNorm(nn.InstanceNorm2d):
-    """Instance normalisation of maps in channels_last."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if len(x) == 1:
-            # One image is a batch of its own; torch's instance normalisation gives it wrong gradients in this layout.
-            return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
-        # It would leave the layout its kernels want, and every convolution after it would have to change it back.
-        return super().forward(x).contiguous(memory_format=torch.channels_last)
-
-
-def _norm(config: UNetConfig, channels: int) -> nn.Module:
-    if config.norm == "batch":
-        return nn.BatchNorm2d(channels)
-    if config.norm == "group":
-        return GroupNorm(norm_groups(channels), channels)
-    if config.norm == "instance":
-        return InstanceNorm(channels, affine=True)
-    return nn.Identity()

@@ -1,0 +1,154 @@
+"""Normalisation layers as the UNet needs them: for maps in channels_last, also of few channels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from hpsearch.models.config import UNetConfig
+from hpsearch.models.shapes import norm_groups
+
+LANES = 64
+"""Numbers that torch's kernels for channels_last are given side by side: whole vectors of any processor and type."""
+NARROW_BYTES = 16
+"""Most bytes a pixel for which maps are taken for wider ones: with more it takes as long either way."""
+NARROW_NUMBERS = 2**16
+"""Fewest numbers in the maps for which that pays."""
+
+
+def make_norm(config: UNetConfig, channels: int) -> nn.Module:
+    """The normalisation that follows a convolution."""
+    if config.norm == "batch":
+        return BatchNorm(channels)
+    if config.norm == "group":
+        return GroupNorm(norm_groups(channels), channels)
+    if config.norm == "instance":
+        return InstanceNorm(channels, affine=True)
+    return nn.Identity()
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch normalisation, on the CPU up to three times as fast as torch's where there are few channels.
+
+    torch's kernels for channels_last work along the channels and use vectors only where those fill one. So maps of 8
+    channels are taken for maps of `LANES` channels and an eighth of the pixels, which is the same memory; the 8
+    statistics of a channel are then joined. The results differ by rounding alone.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _is_narrow(x):
+            return super().forward(x)
+        assert self.num_batches_tracked is not None
+        if not self.training:
+            repeats = LANES // x.shape[1]
+            given = (self.running_mean, self.running_var, self.weight, self.bias)
+            mean, var, weight, bias = (value.repeat(repeats) for value in given if value is not None)
+            return _narrow(F.batch_norm(_wide(x), mean, var, weight, bias, eps=self.eps), x)
+        y: Tensor
+        y, mean, var = _NarrowBatchNorm.apply(x, self.weight, self.bias, self.eps)  # type: ignore[no-untyped-call]
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.momentum is not None
+        with torch.no_grad():
+            n = x.numel() / x.shape[1]
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * (n / (n - 1)), self.momentum)
+        return y
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation of maps in channels_last. On CUDA autocast makes it float32; the result is as x is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The kernels want each channel's pixels side by side: two copies, and on the CPU still 10 to 35 % off a step.
+        return super().forward(x.contiguous()).to(x.dtype, memory_format=torch.channels_last)
+
+
+class InstanceNorm(nn.InstanceNorm2d):
+    """Instance normalisation of maps in channels_last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) == 1:
+            # One image is a batch of its own; torch's instance normalisation gives it wrong gradients in this layout.
+            return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
+        # It would leave the layout its kernels want, and every convolution after it would have to change it back.
+        return super().forward(x).contiguous(memory_format=torch.channels_last)
+
+
+class _NarrowBatchNorm(torch.autograd.Function):
+    """Batch normalisation in training of (B, C, H, W), and mean and biased variance (C,) float32 of its channels."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        wide, repeats = _wide(x), LANES // x.shape[1]
+        # The unused running statistics decide that the result is float32.
+        unused = weight.new_zeros(LANES)
+        means, variances = torch.ops.aten.batch_norm_update_stats(wide, unused, unused.clone(), 0.0)
+        mean = means.view(repeats, -1).mean(0)
+        var = variances.view(repeats, -1).mean(0) + means.view(repeats, -1).var(0, correction=0)
+        y = torch.empty_like(x)
+        _scaled(wide, (weight, bias, mean, var), eps, out=_wide(y))
+        ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt())
+        ctx.mark_non_differentiable(mean, var)
+        return y, mean, var
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor, Tensor, Tensor, None]:
+        """With x' = (x - mean) / std: grad_x = weight / std (grad - mean(grad) - x' mean(grad x'))."""
+        x, weight, mean, inverse_std = ctx.saved_tensors
+        wide, repeats = _wide(x), LANES // x.shape[1]
+        grads = _wide(grad.to(x.dtype, memory_format=torch.channels_last))
+        one, n = torch.ones_like(mean), x.numel() // x.shape[1]
+        lanes = [value.repeat(repeats) for value in (one, mean, one)]
+        _, products, sums = torch.ops.aten.native_batch_norm_backward(
+            grads, wide, *lanes, None, None, False, 0.0, [False, True, True]
+        )
+        grad_bias = sums.view(repeats, -1).sum(0)
+        grad_weight = products.view(repeats, -1).sum(0) * inverse_std
+        scale = weight * inverse_std
+        slope = -scale * inverse_std * grad_weight / n
+        shift = -scale * grad_bias / n - slope * mean
+        zero = torch.zeros_like(one)
+        # scale x grad + shift + slope x, each factor in float32
+        grad_x = _scaled(grads, (scale, shift, zero, one), 0.0).add_(_scaled(wide, (slope, zero, zero, one), 0.0))
+        return _narrow(grad_x, x), grad_weight, grad_bias, None
+
+
+def _is_narrow(x: Tensor) -> bool:
+    channels = x.shape[1]
+    return (
+        x.device.type == "cpu"
+        and channels * x.element_size() <= NARROW_BYTES
+        and LANES % channels == 0
+        and x.numel() >= NARROW_NUMBERS
+        and x.numel() % LANES == 0
+        and x.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def _wide(x: Tensor) -> Tensor:
+    """The memory of (B, C, H, W) in channels_last as (1, LANES, B * H * W * C / LANES, 1) in channels_last."""
+    return x.permute(0, 2, 3, 1).reshape(1, -1, 1, LANES).permute(0, 3, 1, 2)
+
+
+def _narrow(wide: Tensor, like: Tensor) -> Tensor:
+    """What `_wide` was made of, of the shape of `like`."""
+    batch, channels, height, width = like.shape
+    return wide.permute(0, 2, 3, 1).reshape(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _scaled(
+    wide: Tensor, by_channel: tuple[Tensor, Tensor, Tensor, Tensor], eps: float, *, out: Tensor | None = None
+) -> Tensor:
+    """(wide - mean) / sqrt(var + eps) * weight + bias in one pass; weight, bias, mean and var are (C,) float32."""
+    weight, bias, mean, var = (value.repeat(LANES // len(value)) for value in by_channel)
+    out = torch.empty_like(wide) if out is None else out
+    unused = mean.new_empty((0,)), mean.new_empty((0,))
+    torch.native_batch_norm(wide, weight, bias, mean, var, False, 0.0, eps, out=(out, *unused))
+    return out
