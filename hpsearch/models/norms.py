@@ -49,7 +49,7 @@ class BatchNorm(nn.BatchNorm2d):
             mean, var, weight, bias = (value.repeat(repeats) for value in given if value is not None)
             return _narrow(F.batch_norm(_wide(x), mean, var, weight, bias, eps=self.eps), x)
         y: Tensor
-        y, mean, var = _NarrowBatchNorm.apply(x, self.weight, self.bias, self.eps)  # type: ignore[no-untyped-call]
+        y, mean, var = _NarrowBatchNorm.apply(x, self.weight, self.bias, self.eps)
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.momentum is not None
@@ -98,7 +98,7 @@ class _NarrowBatchNorm(torch.autograd.Function):
         return y, mean, var
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor, Tensor, Tensor, None]:
         """With x' = (x - mean) / std: grad_x = weight / std (grad - mean(grad) - x' mean(grad x'))."""
         x, weight, mean, inverse_std = ctx.saved_tensors
