@@ -187,10 +187,10 @@ def run_final(
         seen = test if config.scored_data == config.data else prepare_test(config.data, root)
         paths.write_text(folder.config, config.to_toml())
         on_epoch = on_epoch or (lambda index, row: True)
-        # One network after another on the first device of the plan: this is a handful of fits.
+        # One network after another on the first device of the plan, which no other worker shares here.
         with Workers(record.paths.root) as workers:
             plan = make_plan(record, caches, machine or MachineChoice(), workers)
-            workers.become(plan.workers[:1])
+            workers.become([plan.alone])
             for index in range(n_seeds):
                 seed = stable_seed(config.study.seed, "final", index)
                 job = _fit_job(chosen, folder.seed(index), seed, caches)

@@ -50,6 +50,14 @@ class ExecutionPlan:
     machine: Mapping[str, Any] = field(default_factory=dict)
     """Processor, versions, cores: for the record."""
 
+    @property
+    def alone(self) -> WorkerSettings:
+        """What a single fit is given: the first device, and the threads of all workers that share it."""
+        first = self.workers[0]
+        return WorkerSettings(
+            first.device, sum(worker.threads for worker in self.workers if worker.device == first.device)
+        )
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "device": self.device,

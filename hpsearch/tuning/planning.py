@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hpsearch import plan as plans
+from hpsearch.config import StudyConfig
 from hpsearch.errors import RecordError
-from hpsearch.plan import ExecutionPlan
+from hpsearch.plan import MEMORY_SHARE, ExecutionPlan
 from hpsearch.tuning.caches import PoolCaches
 from hpsearch.tuning.record import StudyRecord
-from hpsearch.tuning.workers import Workers, WorkerSettings, do
+from hpsearch.tuning.workers import Workers, WorkerSettings, do, do_each
 
 logger = logging.getLogger(__name__)
+
+MOST_SHARING = 4
+"""Workers that may share a device: the more there are, the less a trial has learnt from those before it."""
+WORTH_SHARING = 1.15
+"""How many times the images a second more workers must make: with one, a search is repeatable to the byte."""
+SHARING_STEP_S = 1.0
+"""A step that takes one thread longer fills a device by itself; and to measure it would hold up the search."""
+WINDOW_S = 1.0
+"""Seconds, at least, in which workers that share a device are watched."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +34,9 @@ class MachineChoice:
 
     device: str = "auto"
     n_workers: int = 0
-    """0: one per GPU, or one on the CPU."""
+    """0: as many for each GPU, or for the CPU, as were measured to train most images a second."""
     threads: int = 0
-    """Threads a worker; 0: all cores, shared among the workers."""
+    """Threads a worker; 0: all cores, shared among the workers. Given without `n_workers`: one a device."""
 
 
 def make_plan(
@@ -64,29 +75,95 @@ def _measure_plan(
     record: StudyRecord, caches: PoolCaches, choice: MachineChoice, workers: Workers, check: Callable[[], None]
 ) -> ExecutionPlan:
     threads = choice.threads or max(1, plans.available_cores() // max(1, choice.n_workers))
-    # The worker that measures is the first of those that train: it has torch loaded and the images open.
-    workers.become([WorkerSettings(choice.device, threads)])
+    configs = plans.measured_configs(record.config)
+    # The workers that measure are the first of those that train: they have torch loaded and the images open.
+    sharing = 1
+    rates: dict[int, float] = {}
+    if configs and not choice.n_workers and not choice.threads:
+        rates = _sharing_rates({"config": configs[0].to_dict(), **caches.job(configs[0])}, choice, workers, check)
+        sharing = choose_sharing(rates)
+        threads = max(1, plans.available_cores() // sharing)
+    else:
+        workers.become([WorkerSettings(choice.device, threads)])
     job = {
         "job": "measure",
         "config": record.config.with_params({}).to_dict(),
-        "steps": [
-            {"config": config.to_dict(), **caches.job(config)} for config in plans.measured_configs(record.config)
-        ],
+        "threads": threads,
+        "steps": [{"config": config.to_dict(), **caches.job(config)} for config in configs],
     }
     message = do(workers, job, check=check)
     assert message is not None
     device = message["device"]
-    settings = _share_out(choice.device if ":" in choice.device else device, choice, message["n_devices"])
-    workers.settle(settings[0].device)
-    n_sharing = max(1, len(settings) // message["n_devices"])
-    return ExecutionPlan(
+    found = choice.device if ":" in choice.device else device
+    n_devices = 1 if ":" in found else message["n_devices"]
+    plan = ExecutionPlan(
         device=device,
         precision=message["precision"],
-        workers=settings,
-        memory_bytes=message["memory_bytes"] // n_sharing,
+        workers=_share_out(found, choice, n_devices),
+        memory_bytes=message["memory_bytes"] // max(1, choice.n_workers // n_devices),
         steps=tuple(plans.MeasuredStep(**step) for step in message["steps"]),
         machine=message["machine"],
     )
+    while sharing > 1:
+        shared = dataclasses.replace(
+            plan,
+            workers=_share_out(found, dataclasses.replace(choice, n_workers=sharing * n_devices), n_devices),
+            memory_bytes=plan.memory_bytes // sharing,
+        )
+        # All that the search may suggest shall still fit, as far as it fits the device at all.
+        if all(_fits(config, shared) or not _fits(config, plan) for config in configs):
+            plan = shared
+            break
+        sharing //= 2
+    for worker in workers:
+        # What was told `auto` has found its device.
+        workers.settle(plan.workers[0].device, worker)
+    if rates:
+        measured = ", ".join(f"{n} x {max(1, plans.available_cores() // n)}: {rate:.1f}" for n, rate in rates.items())
+        logger.info("images a second by workers x threads on a device: %s", measured)
+        plan = dataclasses.replace(plan, machine={**plan.machine, "images_per_s": measured})
+    return plan
+
+
+def choose_sharing(rates: dict[int, float]) -> int:
+    """How many workers shall share a device, given the images a second that so many make together."""
+    chosen = min(rates, default=1)
+    for n in sorted(rates):
+        if rates[n] >= WORTH_SHARING * rates[chosen]:
+            chosen = n
+    return chosen
+
+
+def _sharing_rates(
+    step: dict[str, object], choice: MachineChoice, workers: Workers, check: Callable[[], None]
+) -> dict[int, float]:
+    """Images a second that 1, 2, ... workers make of one configuration on one device, in all; empty if unknown.
+
+    They are watched in the same window of time, so that what they take from each other counts, and what other
+    programs take from threads that wait for each other.
+    """
+    cores = plans.available_cores()
+    counts = [n for n in (1, 2, 4) if n <= min(cores, MOST_SHARING)]
+    # All begin to import torch at the same time. The first keeps its threads if it stays alone.
+    settings = [WorkerSettings(choice.device, cores)]
+    workers.become(settings + [WorkerSettings(choice.device, cores // counts[-1])] * (counts[-1] - 1))
+    job = {"job": "rate", **step}
+    first = do_each(workers, [{**job, "threads": 1, "begin": 0.0, "end": 0.0}] * counts[-1], check=check)
+    if first is None or max(float(message["step_s"]) for message in first) > SHARING_STEP_S:
+        return {}
+    window_s = max(WINDOW_S, 4 * max(float(message["step_s"]) for message in first))
+    rates = {}
+    for n in counts:
+        begin = time.time() + 0.2
+        window = {"threads": cores // n, "begin": begin, "end": begin + window_s}
+        messages: Sequence[dict[str, object]] | None = do_each(workers, [{**job, **window}] * n, check=check)
+        if messages is not None:
+            rates[n] = sum(float(str(message["images_per_s"])) for message in messages)
+    return rates
+
+
+def _fits(config: StudyConfig, plan: ExecutionPlan) -> bool:
+    return plans.predicted_bytes(config, plan) <= plan.memory_bytes * MEMORY_SHARE
 
 
 def _share_out(device: str, choice: MachineChoice, n_devices: int) -> tuple[WorkerSettings, ...]:

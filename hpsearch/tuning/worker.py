@@ -39,6 +39,7 @@ from hpsearch.runtime import Runtime
 from hpsearch.training.checkpoint import load_weights
 from hpsearch.training.loop import (
     FitResult,
+    OnEpoch,
     evaluate,
     finish_fit,
     fit,
@@ -96,6 +97,7 @@ class Session:
         jobs = {
             "fit": self._fit,
             "measure": self._measure,
+            "rate": self._rate,
             "score": self._score,
             "official": self._official,
             "choose": self._choose,
@@ -249,12 +251,12 @@ class Session:
 
     def _measure(self, job: dict[str, Any]) -> dict[str, Any]:
         """Seconds of an image at each configuration, and what the machine is."""
-        chosen = self._runtime(from_dict(job["config"]))
+        chosen = self._runtime(from_dict(job["config"]), job["threads"])
         steps = []
         for step in job["steps"]:
             config = from_dict(step["config"])
             try:
-                train_s, eval_s = self._measure_step(step, config)
+                train_s, eval_s = self._measure_step({**step, "threads": job["threads"]}, config)
             except OutOfMemoryError as error:
                 # A search may well know networks that are too large; in the study they end as infeasible.
                 logger.info("not measured: %s", error)
@@ -277,24 +279,16 @@ class Session:
         """Seconds of an image in training and in evaluation."""
         data = self._device_data(job, config)
         # One image first: at full size on a CPU even that takes seconds, and then it has to do.
-        alone = self._time_batch(config, data, 1)
+        alone = self._time_batch(config, data, 1, job["threads"])
         if alone[0] > MEASURE_BUDGET_S or len(data) < config.train.batch_size:
             return alone
         try:
-            return self._time_batch(config, data, config.train.batch_size)
+            return self._time_batch(config, data, config.train.batch_size, job["threads"])
         except OutOfMemoryError:
             return alone
 
-    def _time_batch(self, config: StudyConfig, data: DeviceData, n_images: int) -> tuple[float, float]:
+    def _time_batch(self, config: StudyConfig, data: DeviceData, n_images: int, threads: int) -> tuple[float, float]:
         """Seconds of an image in batches of `n_images`: the best of at least two steps after the first."""
-        changes: dict[str, Any] = {"train.batch_size": n_images, "train.epochs": 8, "train.compile": "off"}
-        # What diverges in training must not do so here: only the time is wanted.
-        changes["train.lr"] = 1e-9
-        if n_images == 1 and config.unet.norm in ("batch", "instance"):
-            # Their statistics need more than one value a channel.
-            changes["unet.norm"] = "group"
-        config = config.with_params(changes)
-        images = np.arange(n_images, dtype=np.int64)
         seconds: list[tuple[float, float]] = []
         began = time.perf_counter()
 
@@ -302,6 +296,53 @@ class Session:
             seconds.append((row.train_s, row.eval_s))
             return "stop" if len(seconds) > 2 and time.perf_counter() - began > MEASURE_BUDGET_S else "go"
 
+        self._step_repeatedly(config, data, n_images, threads, stop_in_time, max_steps=8)
+        return min(each[0] for each in seconds[1:]) / n_images, min(each[1] for each in seconds[1:]) / n_images
+
+    def _rate(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Images a second of training between two instants, and the seconds of the fastest step.
+
+        Only steps that ended between `begin` and `end` (Unix times) count; there are at least two steps in all.
+        """
+        config = from_dict(job["config"])
+        data = self._device_data(job, config)
+        n_images = min(config.train.batch_size, len(data))
+        ends: list[float] = []
+        seconds: list[float] = []
+
+        def watch(row: EpochRow, _: object) -> Literal["go", "stop"]:
+            seconds.append(row.train_s)
+            if job["begin"] <= row.time <= job["end"]:
+                ends.append(row.time)
+            return "stop" if len(seconds) > 1 and row.time > job["end"] else "go"
+
+        self._step_repeatedly(config, data, n_images, job["threads"], watch, max_steps=100_000)
+        rate = n_images * (len(ends) - 1) / (ends[-1] - ends[0]) if len(ends) > 1 else 0.0
+        return {"event": "finished", "images_per_s": rate, "step_s": min(seconds)}
+
+    def _step_repeatedly(
+        self,
+        config: StudyConfig,
+        data: DeviceData,
+        n_images: int,
+        threads: int,
+        on_epoch: OnEpoch,
+        *,
+        max_steps: int,
+    ) -> None:
+        """Fit `config` to the first `n_images` in one batch, again and again, until `on_epoch` stops it."""
+        changes: dict[str, Any] = {
+            "train.batch_size": n_images,
+            "train.epochs": max_steps,
+            "train.compile": "off",
+            # What diverges in training must not do so here: only the time is wanted.
+            "train.lr": 1e-9,
+        }
+        if n_images == 1 and config.unet.norm in ("batch", "instance"):
+            # Their statistics need more than one value a channel.
+            changes["unet.norm"] = "group"
+        config = config.with_params(changes)
+        images = np.arange(n_images, dtype=np.int64)
         fit(
             model_config=config.unet,
             in_channels=config.data.n_channels,
@@ -316,14 +357,14 @@ class Session:
             stretch=not config.sees_windows,
             metric=config.study.metric,
             seed=0,
-            runtime=self._runtime(config),
-            on_epoch=stop_in_time,
+            runtime=self._runtime(config, threads),
+            on_epoch=on_epoch,
         )
-        return min(each[0] for each in seconds[1:]) / n_images, min(each[1] for each in seconds[1:]) / n_images
 
-    def _runtime(self, config: StudyConfig) -> Runtime:
+    def _runtime(self, config: StudyConfig, threads: int = 0) -> Runtime:
+        """How the worker computes; with other `threads` than its own only to measure."""
         return runtime.make_runtime(
-            self._device, amp=config.train.amp, compile=config.train.compile, threads=self._threads
+            self._device, amp=config.train.amp, compile=config.train.compile, threads=threads or self._threads
         )
 
     def _device_data(self, job: dict[str, Any], config: StudyConfig) -> DeviceData:

@@ -108,9 +108,9 @@ class Workers:
                 kept[index] = self._start(index, wanted)
         self._workers = kept
 
-    def settle(self, device: str) -> None:
-        """Note which device the first worker found when it was told `auto`."""
-        self._workers[0].settings = dataclasses.replace(self._workers[0].settings, device=device)
+    def settle(self, device: str, worker: Worker) -> None:
+        """Note which device a worker found when it was told `auto`."""
+        worker.settings = dataclasses.replace(worker.settings, device=device)
 
     def idle(self) -> list[Worker]:
         """Workers that are ready and have no job, by index."""
@@ -251,6 +251,30 @@ def do(
                 logger.warning("%s: worker %s", job["job"], event.message["text"])
                 if deaths >= DEATHS_PER_JOB:
                     raise WorkerError(f"{job['job']} ended its worker {deaths} times: {event.message['text']}")
+
+
+def do_each(
+    workers: Workers, jobs: Sequence[Mapping[str, Any]], *, check: Callable[[], None] = lambda: None
+) -> list[dict[str, Any]] | None:
+    """Have as many workers as there are jobs do one each at the same time, once all are ready.
+
+    Their `finished` messages in the order of the jobs, or None if any of them failed or died.
+    """
+    while len(workers.idle()) < len(workers):
+        check()
+        for _ in workers.events(POLL_S):
+            pass
+    for worker, job in zip(workers.idle(), jobs, strict=False):
+        workers.submit(worker, job)
+    messages: dict[int, dict[str, Any]] = {}
+    while workers.busy():
+        check()
+        for event in workers.events(POLL_S):
+            if event.kind == "finished":
+                messages[event.worker.index] = event.message
+            elif event.kind != "ready":
+                logger.warning("worker %d could not be measured: %s", event.worker.index, event.message["text"])
+    return [messages[index] for index in sorted(messages)] if len(messages) == len(jobs) else None
 
 
 def _raise(message: Mapping[str, Any]) -> NoReturn:
