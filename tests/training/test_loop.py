@@ -617,6 +617,7 @@ def test_auto_compiles_long_fits_on_cuda_only(device, size, expected, monkeypatc
         size=(size, size),
         eval_size=(size, size),
         micro_batch=None,
+        stretch=True,
     )
     names = {part.name for part in dataclasses.fields(loop._Task)}
     task = loop._Task(**{name: value for name, value in arguments.items() if name in names})
