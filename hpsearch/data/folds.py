@@ -189,7 +189,8 @@ def _fixed(ids: Sequence[str], splits: Sequence[Split], units: Sequence[int], se
     if not held_out or -1 not in fold_of:
         missing = "validation" if not held_out else "training"
         raise ConfigError(
-            f"study.folds = 'fixed' needs a training and a validation split: there are no {missing} images"
+            f"study.folds = 'fixed' needs a training and a validation split: there are no {missing} images; give "
+            "a number of folds instead (--folds 5)"
         )
     return Folds(tuple(ids), fold_of, 1, seed, "fixed")
 

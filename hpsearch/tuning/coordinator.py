@@ -142,8 +142,11 @@ def run_study(
         for note in prepared.notes:
             logger.info("data: %s", note)
         if not study.toml.is_file():
-            # Only now: a first start that fails for its data leaves no study that binds the next one.
+            # Only now: a first start that fails for its data or folds leaves no study that binds the next one.
+            folds = _make_folds(config, prepared, cache_root(project, config))
             record = StudyRecord.create(study, config)
+            if not record.has_folds:
+                record.write_folds(folds, prepared.key)
         _fix_folds(record, prepared, cache_root(project, config))
         for said in enqueue.add(record, enqueued):
             listener.said(f"the configuration {said}")
@@ -674,14 +677,17 @@ def _fix_folds(record: StudyRecord, prepared: Prepared, caches: Path) -> None:
                 "back, or begin another study with --study NAME"
             )
         return
-    config = record.config
+    record.write_folds(_make_folds(record.config, prepared, caches), prepared.key)
+
+
+def _make_folds(config: StudyConfig, prepared: Prepared, caches: Path) -> Folds:
     table = fold_making.groups_file(config.data)
     groups = fold_making.read_groups(table) if table else None
     if config.data.group_duplicates:
         pairs = duplicates.find_in_dataset(config.data, caches, with_test=False)
         logger.info("%d near-duplicate pairs are kept in one fold each", len(pairs))
         groups = duplicates.groups_of(pairs, prepared.ids, groups)
-    folds: Folds = fold_making.make_folds(
+    return fold_making.make_folds(
         prepared.ids,
         prepared.splits,
         open_cache(prepared.cache_path).sha256,
@@ -689,7 +695,6 @@ def _fix_folds(record: StudyRecord, prepared: Prepared, caches: Path) -> None:
         seed=config.study.seed,
         groups=groups,
     )
-    record.write_folds(folds, prepared.key)
 
 
 def _require_space(record: StudyRecord, plan: ExecutionPlan) -> None:

@@ -12,13 +12,14 @@ from types import SimpleNamespace
 import optuna
 import pytest
 
-from hpsearch.errors import DatasetError, StudyChangedError, StudyError, StudyLockedError
+from hpsearch.errors import ConfigError, DatasetError, StudyChangedError, StudyError, StudyLockedError
 from hpsearch.paths import ProjectPaths
 from hpsearch.tuning import coordinator, lock
 from hpsearch.tuning.coordinator import Stop, StudySummary
 from hpsearch.tuning.listener import Silent
 from hpsearch.tuning.planning import MachineChoice
 from hpsearch.tuning.record import StudyRecord
+from tests.data.conftest import tiny_pairs, write_pairs
 from tests.tuning.studies import everything, mean_of_out_of_fold, run, tiny_config, write_tiny_dataset
 
 
@@ -160,6 +161,14 @@ def test_a_second_command_on_one_study_is_refused_and_told_who_holds_it(dataset:
 def test_a_start_that_fails_for_its_data_binds_nothing(tmp_path: Path) -> None:
     with pytest.raises(DatasetError):
         run(tmp_path, tiny_config(tmp_path / "nowhere"))
+    assert ProjectPaths(tmp_path).study_names() == []
+
+
+def test_a_start_that_fails_for_its_folds_binds_nothing(tmp_path: Path) -> None:
+    root = tmp_path / "ISIC-2017"
+    write_pairs(root, "archive", tiny_pairs(4, 0, 2))
+    with pytest.raises(ConfigError, match="--folds 5"):
+        run(tmp_path, tiny_config(root, "study.folds=fixed"))
     assert ProjectPaths(tmp_path).study_names() == []
 
 
