@@ -15,11 +15,12 @@ import logging
 import os
 import re
 import shutil
+import socket
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -57,6 +58,22 @@ VIEW = "hpsearch"
 """Name, in addresses, of the saved view of the runs table: `#/experiments/ID/runs?viewStateShareKey=hpsearch`."""
 
 T = TypeVar("T")
+
+
+class Share(Protocol):
+    """What of a study this process delivers, where several work on it. All of it, where there is none."""
+
+    def delivers(self, trial: int) -> bool:
+        """Whether that trial's run is this process's."""
+
+    def leads(self) -> bool:
+        """Whether the run of the study itself, and the finals, are."""
+
+    def is_last(self) -> bool:
+        """Whether nobody else works on the study."""
+
+    def alone(self) -> AbstractContextManager[Any]:
+        """For the block, nobody else makes the study's experiment and run."""
 
 
 class Tracker(Protocol):
@@ -197,6 +214,8 @@ class MlflowTracker:
         """Raises TrackingError for a file store. Imports no MLflow."""
         self._project = ProjectPaths(project.root.absolute())
         self._uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or None
+        self.share: Share | None = None
+        """Set where several processes deliver one study, before the first delivery."""
         self._deliveries: dict[str, _Delivery] = {}
         self._current: dict[str, set[str]] = {}
         """Keys of the runs of each study that lacked nothing when last seen."""
@@ -225,7 +244,11 @@ class MlflowTracker:
 
     def undelivered(self, study: StudyPaths) -> int:
         """See `Tracker`. Before MLflow has been reached that is every trial on record."""
-        return len(set(runs.run_keys(study)) - self._current.get(study.name, set()))
+        keys = set(runs.run_keys(study))
+        if self.share is not None:
+            share = self.share
+            keys = {key for key in keys if (trial := runs.trial_of(key)) is not None and share.delivers(trial)}
+        return len(keys - self._current.get(study.name, set()))
 
     def log_report(self, study: StudyPaths) -> None:
         """See `Tracker`. Adds files to the study's own run and touches nothing else, so the study may be running."""
@@ -267,7 +290,7 @@ class MlflowTracker:
         if study.name not in self._deliveries:
             client = self._connect(study)
             current = self._current.setdefault(study.name, set())
-            self._deliveries[study.name] = _Delivery(client, record, self._artifact_root(study), current)
+            self._deliveries[study.name] = _Delivery(client, record, self._artifact_root(study), current, self.share)
         self._deliveries[study.name].record = record
         return self._deliveries[study.name]
 
@@ -317,8 +340,16 @@ class _Child:
 class _Delivery:
     """One study in MLflow: what is there already, and how to add the rest. Thrown away after any failure."""
 
-    def __init__(self, client: Any, record: StudyRecord, artifact_root: str | None, current: set[str]) -> None:
+    def __init__(
+        self,
+        client: Any,
+        record: StudyRecord,
+        artifact_root: str | None,
+        current: set[str],
+        share: Share | None = None,
+    ) -> None:
         """`current` is kept up to date with the keys of the trials and finals that lack nothing."""
+        self._share = share
         self.record = record
         self._client = client
         self._artifact_root = artifact_root
@@ -336,8 +367,9 @@ class _Delivery:
         if not trials:
             return
         study = runs.study_run(self.record, trials)
-        self._read(study)
-        parent = self._ensure(study, {})
+        with self._share.alone() if self._share is not None and not self._experiment_id else nullcontext():
+            self._read(study)
+            parent = self._ensure(study, {})
         failures: list[Exception] = []
         for child in self._children(trials):
             if child.key in self._complete:
@@ -355,7 +387,11 @@ class _Delivery:
                 self._current.add(child.key)
                 if content.is_complete:
                     self._complete.add(child.key)
-        self._deliver(study, {}, partial(runs.write_study_files, self.record), stopped)
+        if self._share is None:
+            self._deliver(study, {}, partial(runs.write_study_files, self.record), stopped)
+        elif stopped or self._share.leads():
+            is_last = stopped and self._share.is_last()
+            self._deliver(study, {}, partial(runs.write_study_files, self.record), is_last)
         if failures:
             raise failures[0]
 
@@ -411,7 +447,10 @@ class _Delivery:
         return trials
 
     def _children(self, trials: Sequence[TrialRecord]) -> Iterator[_Child]:
+        share = self._share
         for trial in trials:
+            if share is not None and not share.delivers(trial.number):
+                continue
             yield _Child(
                 runs.trial_key(trial.number),
                 partial(runs.trial_run, self.record, trial),
@@ -423,7 +462,7 @@ class _Delivery:
                 partial(runs.second_run, self.record, second),
                 partial(runs.write_second_files, self.record, second.trial),
             )
-        for name in runs.final_names(self.record.paths):
+        for name in runs.final_names(self.record.paths) if share is None or share.leads() else ():
             yield _Child(
                 runs.final_key(name),
                 partial(runs.final_run, self.record, name),
@@ -447,15 +486,18 @@ class _Delivery:
             )
             for run in others:
                 self._client.delete_run(run.info.run_id)
-            self._runs[identity] = _Run(
-                id=kept.info.run_id,
-                tags=dict(kept.data.tags),
-                params=dict(kept.data.params),
-                metric_keys=tuple(kept.data.metrics),
-                status=kept.info.status,
-                ended_ms=kept.info.end_time,
-            )
+            self._remember(identity, kept)
         self._experiment_id = experiment_id
+
+    def _remember(self, identity: tuple[str, int], run: Any) -> None:
+        self._runs[identity] = _Run(
+            id=run.info.run_id,
+            tags=dict(run.data.tags),
+            params=dict(run.data.params),
+            metric_keys=tuple(run.data.metrics),
+            status=run.info.status,
+            ended_ms=run.info.end_time,
+        )
 
     def _find_experiment(self, study: RunContent) -> str:
         name = self.record.name
@@ -476,6 +518,8 @@ class _Delivery:
     def _ensure(self, content: RunContent, more_tags: Mapping[str, str]) -> _Run:
         """The run of that content, made if it is not there."""
         identity = content.key, content.began_ms
+        if identity not in self._runs and self._share is not None:
+            self._look_up(content)
         if identity not in self._runs:
             tags = {**content.tags, **more_tags}
             made = self._client.create_run(
@@ -483,6 +527,15 @@ class _Delivery:
             )
             self._runs[identity] = _Run(made.info.run_id, tags, points=set())
         return self._runs[identity]
+
+    def _look_up(self, content: RunContent) -> None:
+        """Find a run that another process has made since MLflow was read."""
+        name = next((key for key in runs.IDENTIFYING if key in content.tags), "hpsearch.study")
+        value = content.tags[name]
+        search = partial(self._client.search_runs, [self._experiment_id], f"tags.`{name}` = '{value}'")
+        for run in _pages(partial(search, max_results=100)):
+            if runs.key_of(run.data.tags) == content.key and run.info.start_time == content.began_ms:
+                self._remember((content.key, content.began_ms), run)
 
     def _deliver(
         self,
@@ -575,6 +628,8 @@ class _Delivery:
     def _folder(self) -> Iterator[Path]:
         """An empty folder of the study's own: what a killed process leaves there is known and goes with the next."""
         folder = self.record.paths.tracking
+        if self._share is not None:
+            folder = folder.with_name(f"{folder.name}-{socket.gethostname()}-{os.getpid()}")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         try:

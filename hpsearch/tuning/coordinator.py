@@ -155,6 +155,7 @@ def run_study(
             _require_space(record, plan)
             workers.become(plan.workers)
             seat.prepared()
+            ownership.share_out(tracker)
             tracking = TrackingThread(tracker, study) if tracker is not None else None
             coordinator = Coordinator(record, ownership, plan, caches, listener, tracking, stop, hours)
             listener.planned(record, plan, coordinator.forecast())

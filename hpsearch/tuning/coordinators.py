@@ -132,6 +132,6 @@ def read_sharing(study: StudyPaths) -> Sharing | None:
     return Sharing(int(table["heartbeat_s"]), int(table["grace_s"]))
 
 
-def write_sharing(study: StudyPaths, sharing: Sharing, storage: str) -> None:
-    """`storage` is the database's address without its password."""
-    paths.write_json(study.sharing, {"storage": storage, **dataclasses.asdict(sharing)})
+def write_sharing(study: StudyPaths, sharing: Sharing, storage: str, began_at: float) -> None:
+    """`storage` is the database's address without its password; `began_at` is when the study was begun."""
+    paths.write_json(study.sharing, {"storage": storage, "began_at": began_at, **dataclasses.asdict(sharing)})

@@ -16,7 +16,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +30,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from hpsearch.errors import ConfigError, RecordError, StudyError, StudyLockedError
 from hpsearch.paths import StudyPaths
+from hpsearch.tracking import MlflowTracker, Tracker
 from hpsearch.tuning import coordinators, lock
 from hpsearch.tuning.chains import (
     AsIfNobodyDied,
@@ -46,7 +47,7 @@ from hpsearch.tuning.chains import (
 from hpsearch.tuning.coordinators import Sharing
 from hpsearch.tuning.enqueue import is_same
 from hpsearch.tuning.ownership import Asked, Ownership, Params
-from hpsearch.tuning.record import StudyRecord, TrialRecord
+from hpsearch.tuning.record import StudyRecord, TrialRecord, now
 from hpsearch.tuning.search_space import decode, suggest
 from hpsearch.tuning.study import StudyDatabase
 
@@ -130,7 +131,9 @@ class SharedSeat:
         sharing = coordinators.read_sharing(study)
         if sharing is None:
             shown = sqlalchemy.make_url(self._url).render_as_string(hide_password=True)
-            coordinators.write_sharing(study, self._wanted or Sharing(), shown)
+            trials = StudyRecord.open(study).trials() if study.toml.is_file() else []
+            began_at = min((trial.began_at for trial in trials), default=now())
+            coordinators.write_sharing(study, self._wanted or Sharing(), shown, began_at)
         elif self._wanted not in (None, sharing):
             raise StudyError(
                 f"study {study.name!r} is shared with a heartbeat every {sharing.heartbeat_s} s and a grace period "
@@ -264,6 +267,10 @@ class Shared:
             yield True
         finally:
             alone.release()
+
+    def share_out(self, tracker: Tracker | None) -> None:
+        if isinstance(tracker, MlflowTracker):
+            tracker.share = TrackingShare(self._record, self._state.id)
 
     def is_meant(self, request: Path) -> bool:
         # It stays there for the others. By the clock of the disk, which is that of all.
@@ -547,6 +554,47 @@ class Shared:
             self._state = dataclasses.replace(self._state, seen_at=time.time())
             state = self._state
         coordinators.write_state(self._folder, state)
+
+
+class TrackingShare:
+    """What a coordinator delivers to MLflow: its own trials, and the eldest also those of the dead and the gone."""
+
+    def __init__(self, record: StudyRecord, owner: str) -> None:
+        self._record = record
+        self._owner = owner
+        self._owners: dict[int, str] = {}
+        """Of the ended trials."""
+        self._living: tuple[str, ...] = ()
+        self._looked_at = -1e9
+
+    def delivers(self, trial: int) -> bool:
+        owner = self._owner_of(trial)
+        return owner == self._owner or (self.leads() and owner not in self._look())
+
+    def leads(self) -> bool:
+        return next(iter(self._look()), self._owner) == self._owner
+
+    def is_last(self) -> bool:
+        return set(self._look()) <= {self._owner}
+
+    def alone(self) -> AbstractContextManager[Any]:
+        return filelock.FileLock(self._record.paths.tracking.with_suffix(".lock"))
+
+    def _owner_of(self, number: int) -> str:
+        if number not in self._owners:
+            trial = self._record.trial(number)
+            if trial.outcome is None:
+                # Whoever lets go of it is followed by another.
+                return trial.owner
+            self._owners[number] = trial.owner
+        return self._owners[number]
+
+    def _look(self) -> tuple[str, ...]:
+        """Ids of those who live, the eldest first."""
+        if time.monotonic() - self._looked_at > VIEW_S:
+            self._living = tuple(state.id for state in coordinators.living(self._record.paths))
+            self._looked_at = time.monotonic()
+        return self._living
 
 
 def open_storage(url: str, sharing: Sharing) -> RDBStorage:
