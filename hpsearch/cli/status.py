@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections import Counter
+from typing import TYPE_CHECKING
 
 import click
 
 from hpsearch.cli.options import out_option, study_option
 from hpsearch.paths import ProjectPaths
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from hpsearch.tuning.status import StudyStatus
 
 
 @click.command("status")
@@ -67,6 +74,8 @@ def command(project: ProjectPaths, study_name: str | None, trial: int | None) ->
                     f"  {config.study.metric} {fit.score:.4f}"
                 )
             )
+        if status.coordinators:
+            console.print(_coordinators_table(status))
         is_done = status.n_counted >= config.study.trials and (status.is_confirmed or not status.shortlist)
         if not status.is_running and not is_done:
             console.print(Text(f"  go on with it: {command_line('study', name, project)}"))
@@ -84,6 +93,24 @@ def command(project: ProjectPaths, study_name: str | None, trial: int | None) ->
                 Text(each.reason),
             )
         console.print(table)
+
+
+def _coordinators_table(status: StudyStatus) -> Table:
+    """Who runs what, when it was last heard of, and how fast it is."""
+    from rich.table import Table
+
+    from hpsearch.cli.progress import duration
+
+    now = time.time()
+    table = Table("  machine", "process", "has", "last heartbeat", "trials", "trials/hour", "images/s", box=None)
+    for each in status.coordinators:
+        has = ", ".join(f"{fit['trial']}/{fit['fold']}" for fit in each.fits) or "nothing"
+        beat = f"{duration(max(0.0, now - each.beat_at))} ago" if each.beat_at is not None else "none yet"
+        if status.sharing is not None and not each.is_living(status.sharing, now):
+            beat += ", taken for dead"
+        rate = f"{each.trials_per_hour:.1f}", f"{each.images_per_s:.1f}"
+        table.add_row(f"  {each.host}", str(each.pid), f"trial/fold {has}", beat, str(each.n_trials), *rate)
+    return table
 
 
 def _show_decisions(project: ProjectPaths, study_name: str | None, number: int) -> None:

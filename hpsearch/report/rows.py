@@ -27,8 +27,9 @@ from hpsearch.report.statistics import (
     trial_statistics,
 )
 from hpsearch.training.metrics import SCORES, PixelCounts
-from hpsearch.tuning import lock
+from hpsearch.tuning import coordinators, lock
 from hpsearch.tuning.config import Choice, Range
+from hpsearch.tuning.coordinators import CoordinatorState
 from hpsearch.tuning.importance import importances
 from hpsearch.tuning.record import COUNTED, Outcome, StudyRecord, TrialRecord
 
@@ -188,6 +189,8 @@ class StudyRows:
     finals: tuple[FinalRow, ...]
     """In the order in which they ended."""
     repeat: Repeat
+    coordinators: tuple[CoordinatorState, ...] = ()
+    """Those that have had a part in it, where several share the study."""
 
     @property
     def metric(self) -> str:
@@ -235,6 +238,7 @@ def study_rows(record: StudyRecord) -> StudyRows:
         importances=importances(record),
         finals=tuple(_final_row(record, name, result, claims, trials) for name, result in results),
         repeat=_repeat(record),
+        coordinators=tuple(coordinators.states(record.paths)),
     )
 
 

@@ -308,6 +308,9 @@ class Shared:
         except BaseException as error:
             # Raised where it is seen, in the coordinator's own thread.
             self._failure = error
+        finally:
+            self._storage.remove_session()
+            self._storage.engine.dispose()
 
     def _talk(self) -> None:
         with _quiet():
@@ -613,7 +616,8 @@ def open_storage(url: str, sharing: Sharing) -> RDBStorage:
         )
 
     try:
-        return _again_if_refused(make)
+        with _quiet():
+            return _again_if_refused(make)
     except (ImportError, sqlalchemy.exc.NoSuchModuleError) as error:
         shown = sqlalchemy.make_url(url).drivername
         raise ConfigError(

@@ -10,7 +10,8 @@ from hpsearch import plan as plans
 from hpsearch.config import StudyConfig
 from hpsearch.paths import ProjectPaths
 from hpsearch.plan import ExecutionPlan
-from hpsearch.tuning import confirmation, lock
+from hpsearch.tuning import confirmation, coordinators, lock
+from hpsearch.tuning.coordinators import CoordinatorState, Sharing
 from hpsearch.tuning.record import COUNTED, StudyRecord, TrialRecord
 
 
@@ -54,6 +55,9 @@ class StudyStatus:
     is_running: bool
     eta_s: float | None
     """Seconds to go at the pace of the trials so far, at first by the measured steps; None when it does not run."""
+    coordinators: tuple[CoordinatorState, ...] = ()
+    """Those that work on it now, or died with a trial at hand, where several share the study."""
+    sharing: Sharing | None = None
 
 
 def study_status(project: ProjectPaths, name: str) -> StudyStatus:
@@ -81,6 +85,8 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
         whole = sum(seconds[number] for number in shortlist)
         eta_s = max(0.0, whole - second_s) / len(ExecutionPlan.from_dict(plan).workers)
     best = record.best()
+    sharing, states = coordinators.read_sharing(record.paths), coordinators.states(record.paths)
+    living = [state for state in states if sharing is not None and state.is_living(sharing)]
     return StudyStatus(
         name,
         record.config,
@@ -96,7 +102,9 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
         bool(record.confirmed()),
         tuple(open_fits),
         is_running,
-        eta_s,
+        eta_s / max(1, len(living)) if eta_s is not None else None,
+        tuple(state for state in states if state.left_at is None and (state in living or state.fits)),
+        sharing,
     )
 
 

@@ -1,0 +1,185 @@
+"""Coordinators of a shared study as one starts them, a process each; what may happen to them; what must be left."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil
+
+from hpsearch.config import StudyConfig
+from hpsearch.paths import ProjectPaths
+from hpsearch.tuning import chains
+from hpsearch.tuning.record import StudyRecord
+from tests.servers import MlflowServer, Postgres
+from tests.tuning.studies import tiny_config
+
+SPACE = (
+    # Wide enough for a repeated suggestion, which would be drawn again, to be out of the question.
+    "search.train.lr={low=0.0001, high=0.3, log=true}",
+    "search.unet.depth=[1, 2]",
+    "search.unet.base_channels=[2, 3, 4]",
+    "search.augment.hflip={low=0.0, high=1.0}",
+    "search.train.momentum={low=0.0, high=0.95}",
+)
+N_TRIALS = 24
+HEARTBEAT_S, GRACE_S = 1, 8
+
+
+def config(dataset: Path) -> StudyConfig:
+    """24 tiny trials by random search, which any number of machines must do alike."""
+    return tiny_config(dataset, *SPACE, "study.sampler=random", "study.pruner=none", f"study.trials={N_TRIALS}")
+
+
+class Machines:
+    """Processes that run the same command on one project folder. Use as a context manager."""
+
+    def __init__(self, project: Path, dataset: Path, storage: str, tracking: str) -> None:
+        self._project = project
+        project.mkdir(parents=True, exist_ok=True)
+        settings = project / "tiny.toml"
+        settings.write_text(config(dataset).to_toml(), encoding="utf-8")
+        self._command = [sys.executable, "-m", "hpsearch", "study", "--config", str(settings), "--out", str(project)]
+        self._command += ["--storage", storage, "--tracking", tracking, "--workers", "1", "--threads", "1"]
+        self._command += ["--device", "cpu", "--heartbeat", str(HEARTBEAT_S), "--grace", str(GRACE_S)]
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Machines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+    @property
+    def record(self) -> StudyRecord:
+        return StudyRecord.open(ProjectPaths(self._project).study("tiny"))
+
+    def start(self) -> subprocess.Popen[bytes]:
+        with (self._project / f"output{len(self.processes)}.log").open("wb") as log:
+            process = subprocess.Popen(self._command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        self.processes.append(process)
+        return process
+
+    def living(self) -> list[subprocess.Popen[bytes]]:
+        return [process for process in self.processes if process.poll() is None]
+
+    def n_ended(self) -> int:
+        """Trials that have ended, as far as the folder tells."""
+        with contextlib.suppress(Exception):
+            return sum(trial.outcome not in (None, "lost") for trial in self.record.trials())
+        return 0
+
+    def output(self) -> str:
+        return "\n".join(path.read_text() for path in sorted(self._project.glob("output*.log")))[-6000:]
+
+
+def disturb(
+    machines: Machines,
+    postgres: Postgres,
+    mlflow: MlflowServer,
+    *,
+    n_kills: int,
+    rng: random.Random,
+    n_machines: int = 3,
+    say: Callable[[str], None] = lambda text: None,
+) -> Counter[str]:
+    """Run the study on so many machines to its end, while they are killed and replaced, one is suspended for longer
+    than the grace period, and both servers crash twice. What happens goes by the trials that have ended, so that it
+    happens on a machine of any speed.
+    """
+    happened: Counter[str] = Counter()
+    events = ["kill"] * n_kills + ["stop", "postgres", "postgres", "mlflow", "mlflow"]
+    rng.shuffle(events)
+    for _ in range(n_machines):
+        machines.start()
+    deadline = time.monotonic() + 120 + 60 * len(events)
+    while machines.living() or events:
+        assert time.monotonic() < deadline, machines.output()
+        for process in machines.processes:
+            assert process.poll() in (None, 0, -signal.SIGKILL), machines.output()
+        while len(machines.living()) < n_machines and machines.n_ended() < N_TRIALS:
+            machines.start()
+        if not machines.living():
+            break
+        # Spread over the trials; at the end whatever is left at once.
+        due = N_TRIALS * (sum(happened.values()) + 1) / (len(events) + sum(happened.values()) + 1)
+        if events and machines.n_ended() + 1 >= min(due, N_TRIALS - 2):
+            event = events.pop()
+            say(f"{machines.n_ended():3d} trials ended: {event}")
+            happened[event] += 1
+            _cause(event, machines, postgres, mlflow, rng)
+        time.sleep(rng.uniform(0.1, 0.5))
+    return happened
+
+
+def _cause(event: str, machines: Machines, postgres: Postgres, mlflow: MlflowServer, rng: random.Random) -> None:
+    if event in ("postgres", "mlflow"):
+        server = postgres if event == "postgres" else mlflow
+        server.stop()
+        time.sleep(2)
+        server.start()
+        return
+    # Any of them, those that are only just starting too.
+    process = rng.choice(machines.living())
+    if event == "kill":
+        process.kill()
+        process.wait()
+        return
+    family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
+    for number, pause in ((signal.SIGSTOP, GRACE_S + 3 * HEARTBEAT_S), (signal.SIGCONT, 0)):
+        for pid in family:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        time.sleep(pause)
+
+
+def values(record: StudyRecord) -> dict[int, Any]:
+    """Params and value of every configuration that was finished, by its place among the suggestions."""
+    found: dict[int, Any] = {}
+    for trial in record.trials():
+        if trial.outcome != "lost":
+            assert trial.outcome == "full", trial
+            assert trial.place not in found, f"configuration {trial.place} was finished twice"
+            found[trial.place] = (trial.params, trial.value)
+    return found
+
+
+def check_database(storage: str) -> list[optuna.trial.FrozenTrial]:
+    trials = optuna.load_study(study_name="tiny", storage=storage).get_trials()
+    states = [chain.state for chain in chains.chains(trials)]
+    assert states.count("counted") == N_TRIALS
+    assert "open" not in states
+    assert not [trial.number for trial in trials if trial.state == optuna.trial.TrialState.RUNNING]
+    for chain in chains.chains(trials):
+        assert sum(map(chains.is_told, chain.members)) <= 1
+    return trials
+
+
+def finished_runs(tracking: str) -> Counter[str]:
+    """How many finished runs MLflow has of each trial that ended full, and one for the study."""
+    import mlflow
+
+    client = mlflow.MlflowClient(tracking_uri=tracking)
+    experiment = client.get_experiment_by_name("tiny")
+    assert experiment is not None
+    found = client.search_runs([experiment.experiment_id], max_results=1000)
+    studies = [each for each in found if "hpsearch.trial" not in each.data.tags]
+    assert len(studies) == 1
+    assert studies[0].info.status == "FINISHED"
+    assert {each.data.tags["mlflow.parentRunId"] for each in found if each not in studies} == {studies[0].info.run_id}
+    per_trial = Counter(each.data.tags["hpsearch.trial"] for each in found if each not in studies)
+    assert set(per_trial.values()) == {1}, per_trial
+    return Counter(each.data.tags["outcome"] for each in found if each not in studies)
