@@ -326,6 +326,9 @@ class Shared:
                         self._let_go()
                 except AWAY as error:
                     self._note_away(error)
+                    # A session whose connection broke in the midst of a transaction never recovers by itself.
+                    self._storage.remove_session()
+                    self._storage.engine.dispose()
                     if give_up_at is not None and time.monotonic() > give_up_at:
                         return
                     pause = min(RETRY_S, self._sharing.heartbeat_s)

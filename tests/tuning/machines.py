@@ -34,6 +34,8 @@ SPACE = (
 )
 N_TRIALS = 24
 HEARTBEAT_S, GRACE_S = 1, 8
+NERVOUS = ("--heartbeat", str(HEARTBEAT_S), "--grace", str(GRACE_S))
+"""On a busy machine this takes the living for dead too, which must do no harm either."""
 
 
 def config(dataset: Path) -> StudyConfig:
@@ -44,14 +46,15 @@ def config(dataset: Path) -> StudyConfig:
 class Machines:
     """Processes that run the same command on one project folder. Use as a context manager."""
 
-    def __init__(self, project: Path, dataset: Path, storage: str, tracking: str) -> None:
+    def __init__(self, project: Path, dataset: Path, storage: str, tracking: str, *sharing: str) -> None:
+        """`sharing` are the flags that say who is taken for dead."""
         self._project = project
         project.mkdir(parents=True, exist_ok=True)
         settings = project / "tiny.toml"
         settings.write_text(config(dataset).to_toml(), encoding="utf-8")
         self._command = [sys.executable, "-m", "hpsearch", "study", "--config", str(settings), "--out", str(project)]
         self._command += ["--storage", storage, "--tracking", tracking, "--workers", "1", "--threads", "1"]
-        self._command += ["--device", "cpu", "--heartbeat", str(HEARTBEAT_S), "--grace", str(GRACE_S)]
+        self._command += ["--device", "cpu", *sharing]
         self.processes: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Machines:
@@ -158,7 +161,11 @@ def values(record: StudyRecord) -> dict[int, Any]:
 
 
 def check_database(storage: str) -> list[optuna.trial.FrozenTrial]:
-    trials = optuna.load_study(study_name="tiny", storage=storage).get_trials()
+    """All trials of the database, where each configuration has ended once and nothing runs."""
+    opened = optuna.storages.RDBStorage(storage)
+    trials = optuna.load_study(study_name="tiny", storage=opened).get_trials()
+    opened.remove_session()
+    opened.engine.dispose()
     states = [chain.state for chain in chains.chains(trials)]
     assert states.count("counted") == N_TRIALS
     assert "open" not in states

@@ -11,7 +11,7 @@ import pytest
 from hpsearch.tuning import chains, coordinators
 from hpsearch.tuning.record import StudyRecord
 from tests.servers import MlflowServer, Postgres
-from tests.tuning.machines import N_TRIALS, Machines, check_database, config, disturb, finished_runs, values
+from tests.tuning.machines import N_TRIALS, NERVOUS, Machines, check_database, config, disturb, finished_runs, values
 from tests.tuning.studies import run, write_tiny_dataset
 
 
@@ -64,7 +64,7 @@ def test_kills_suspensions_and_crashed_servers_lose_nothing_and_finish_nothing_t
     storage = postgres.create("faults-optuna")
     with (
         MlflowServer(tmp_path / "mlflow", postgres.create("faults-mlflow")) as mlflow,
-        Machines(tmp_path / "project", dataset, storage, mlflow.address) as machines,
+        Machines(tmp_path / "project", dataset, storage, mlflow.address, *NERVOUS) as machines,
     ):
         # The long form has more kills: `python benchmarks/distributed.py faults`.
         happened = disturb(machines, postgres, mlflow, n_kills=4, rng=random.Random(0))
