@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import errno
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -207,7 +208,6 @@ class Ended:
 
     code: int
     text: str
-    fired: bool
 
 
 @dataclass
@@ -222,7 +222,7 @@ class Disturbed:
     def faults(self) -> Path:
         return self.out / "faults"
 
-    def start(self, request: dict[str, Any], meanwhile: Any = None) -> Ended:
+    def start(self, request: dict[str, Any] | list[dict[str, Any]], meanwhile: Any = None) -> Ended:
         """Run the study until it ends, by itself or by the fault; `meanwhile` hears of it again and again."""
         if not self.out.is_dir():
             self.out.mkdir(parents=True)
@@ -248,15 +248,14 @@ class Disturbed:
             if time.monotonic() > deadline:
                 process.kill()
                 process.wait()
-                return Ended(-999, "did not end", fired=False)
+                return Ended(-999, "did not end")
             wait_at_most(process, 0.05)
-        text = log.read_text(errors="replace")
-        return Ended(process.returncode, text, (self.faults / "fired" / request["name"]).exists())
+        return Ended(process.returncode, log.read_text(errors="replace"))
 
     def finish(self) -> Ended:
         """Start it undisturbed until it is done and, on a slow machine, MLflow has all of it."""
         for _ in range(5):
-            ended = self.start({"name": "nothing"})
+            ended = self.start([])
             if ended.code != 0 or LAGS not in ended.text:
                 break
         return ended
@@ -312,21 +311,26 @@ def disturb(
 ) -> Outcome:
     """Start the study with a signal at a drawn instant, again and again until it is done; compare."""
     outcome = Outcome()
-    order = list(PHASES)
-    rng.shuffle(order)
+    order = itertools.cycle(rng.sample(list(PHASES), len(PHASES)))
     while True:
         outcome.n_starts += 1
         name = rng.choice(names)
-        request: dict[str, Any] = {"name": f"start{outcome.n_starts}"}
+        # A third death of a worker without an epoch in between would rightly fail its trial.
+        n_workers = 2 - deaths_in_place(study.out)
+        requests: list[dict[str, Any]] = []
         strike = None
-        if outcome.n_faults < n_faults and rng.random() < 0.75:
-            phase = order[outcome.n_starts % len(order)]
-            request |= draw_instant(phase, name, deaths_in_place(study.out) < 2, rng, is_first=outcome.n_starts == 1)
+        if outcome.n_faults < n_faults and rng.random() < 0.8:
+            is_first = outcome.n_starts == 1
+            for number, role in enumerate(["worker"] * rng.randint(0, max(0, n_workers)) + ["coordinator"]):
+                phase = next(order)
+                instant = draw_instant(phase, role, name, rng, is_first=is_first)
+                requests.append({"name": f"start{outcome.n_starts}.{number} {phase}", **instant})
         elif outcome.n_faults < n_faults:
-            phase = "any time"
-            strike = Strike(name, reference.seconds, deaths_in_place(study.out) < 2, rng)
-        ended = study.start(request, strike)
-        if ended.fired or (strike is not None and strike.is_done):
+            strike = Strike(name, reference.seconds, n_workers > 0, rng)
+        ended = study.start(requests, strike)
+        fired = [path.name for path in (study.faults / "fired").glob(f"start{outcome.n_starts}.*")]
+        struck = ["any time"] if strike is not None and strike.is_done else []
+        for phase in (*(each.partition(" ")[2] for each in fired), *struck):
             outcome.n_faults += 1
             outcome.phases[phase] += 1
         if problem := what_is_wrong(ended, name):
@@ -344,19 +348,14 @@ def disturb(
     return outcome
 
 
-def draw_instant(phase: str, name: str, workers_too: bool, rng: random.Random, *, is_first: bool) -> dict[str, Any]:
-    """A line of a function of that phase, and the signal to be sent there."""
+def draw_instant(phase: str, role: str, name: str, rng: random.Random, *, is_first: bool) -> dict[str, Any]:
+    """A line of a function of that phase that processes of that role come to, and the signal to be sent there."""
     places = [
-        (role, function)
-        for role, function in PHASES[phase]
-        if (workers_too or role != "worker") and (is_first or function not in ONCE)
-    ]
-    if not places:
-        places = [("coordinator", "tuning/coordinator.py:_hear")]
-    role, function = rng.choice(places)
+        function for whose, function in PHASES[phase] if whose == role and (is_first or function not in ONCE)
+    ] or [function for functions in PHASES.values() for whose, function in functions if whose == role]
     number = signal.SIGSTOP if name == "STOP" else SIGNALS[name]
     call, line = rng.choice([1, 1, 1, 1, 2]), rng.randrange(16)
-    return {"signal": int(number), "role": role, "function": function, "call": call, "line": line}
+    return {"signal": int(number), "role": role, "function": rng.choice(places), "call": call, "line": line}
 
 
 @dataclass
@@ -454,7 +453,7 @@ def fill_the_disk(place: Place, *, seed: int = 0, squeezed_kib: Sequence[int] = 
                 if kib is not None and not filler.exists() and n_epochs(study.out) > n_before:
                     filler.write_bytes(bytes(max(0, shutil.disk_usage(disk).free - kib * 1024)))
 
-            ended = study.start({"name": "nothing"}, fill)
+            ended = study.start([], fill)
             is_full = filler.exists()
             filler.unlink(missing_ok=True)
             last = (ended.text.strip().splitlines() or ["no output"])[-1]

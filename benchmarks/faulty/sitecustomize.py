@@ -9,9 +9,9 @@ done:
 
 A request is one of
 
-    {"name": ..., "signal": 9, "role": "coordinator", "function": "file.py:name", "call": 2, "line": 3}
-        the process sends itself the signal at that line event of that call of that function of hpsearch; with
-        "again": true every process does
+    [{"name": ..., "signal": 9, "role": "coordinator", "function": "file.py:name", "call": 2, "line": 3}, ...]
+        each process takes the first that is for its role and has not been done, and sends itself the signal at that
+        line event of that call of that function of hpsearch; with "again": true every process does
     {"name": ..., "errno": 5, "root": "/out", "every": 1}
         the first write of every kind below root fails, once over all starts; of all kinds every so manyth is taken
 
@@ -76,7 +76,7 @@ def _trace_calls(request):
         if code.co_name != wanted_name or not code.co_filename.endswith(wanted_file):
             return None
         left["calls"] -= 1
-        if left["calls"] != 0 or request["role"] != _ROLE:
+        if left["calls"] != 0:
             return None
         if left["lines"] == 0:
             strike()
@@ -172,9 +172,11 @@ def _fail_writes(request):
 if _FOLDER and _MINE:
     with open(os.path.join(_FOLDER, "request.json")) as _file:
         _request = json.load(_file)
-    if "root" in _request:
+    if isinstance(_request, dict):
         _fail_writes(_request)
     else:
-        _trace_calls(_request)
+        _fired = os.listdir(os.path.join(_FOLDER, "fired"))
+        _left = [each for each in _request if each["role"] == _ROLE and each["name"] not in _fired]
+        _trace_calls(_left[0] if _left else {})
     # A signal that was ignored by whoever started this would not show.
     signal.signal(signal.SIGINT, signal.default_int_handler)
