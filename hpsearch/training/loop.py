@@ -598,7 +598,8 @@ def _evaluate_epoch(
     progress.model.eval()
     if len(task.held_out_indices) == 0:
         # Nothing else would notice a last step that ruined the weights.
-        if not all(bool(parameter.isfinite().all()) for parameter in progress.model.parameters()):
+        finite = torch.stack([parameter.isfinite().all() for parameter in progress.model.parameters()])
+        if not bool(finite.all()):
             raise DivergedError(epoch, math.nan)
         return None, np.zeros(0, np.float32)
     counts, held_out_loss = evaluate(

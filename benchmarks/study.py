@@ -1,0 +1,269 @@
+"""Wall-clock of one and the same study: `hpsearch` with and without racing, and Optuna with MONAI in a loop.
+
+    python benchmarks/study.py --data DIR             DIR in the archive layout; about 8 minutes on two cores
+    python benchmarks/study.py --data DIR --rounds 5  five times in turn, the median of each side
+    python benchmarks/study.py --quick                drawn images, a minute or two: shows that it works
+
+All sides evaluate the same configurations (those that `hpsearch --sampler random` suggests; the other side is given
+them by `enqueue_trial`) on the same images at 64x64, by cross-validation with as many folds and epochs, and log to
+MLflow in an SQLite file:
+
+    hpsearch   the command `hpsearch study`, from images that are not decoded yet to its end, checkpoints and record
+               included, without second fits (`--confirm 0`); `--pruner none`, then `--pruner race`
+    monai      what people write: an Optuna study in SQLite, CacheDataset filled once for all folds, DataLoader,
+               the UNet of torch's own layers in bf16 and channels-last, SGD with a cosine schedule, DiceMetric of the
+               held-out images and mlflow.log_metrics after each epoch; no checkpoints, so what dies is lost
+
+Given are the seconds of the clock, those of the processors, how many times as long a side takes as hpsearch without
+and with racing, the best value and its trial, and how far the values of the same configurations lie apart.
+Needs the packages of `pip install "hpsearch[bench]"`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpsearch import runtime as devices
+from hpsearch.paths import ProjectPaths
+from hpsearch.tuning.record import StudyRecord
+
+SIZE = 64
+NAME = "study"
+SIDES = ("none", "race", "monai")
+TITLES = {"none": "hpsearch, no racing", "race": "hpsearch, racing", "monai": "Optuna + MONAI"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """How one side did once."""
+
+    wall_s: float
+    cpu_s: float
+    values: dict[int, float]
+    """Trial to value, of those evaluated on all folds."""
+
+    @property
+    def best(self) -> int:
+        return max(self.values, key=self.values.__getitem__)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder in the archive layout; default: drawn images")
+    parser.add_argument("--images", type=int, default=300)
+    parser.add_argument("--trials", type=int, default=8)
+    parser.add_argument("--folds", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=0, help="one worker of so many; default: each side's choice")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--monai", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.monai:
+        run_monai(arguments, json.loads(arguments.monai))
+        return
+    if missing := [name for name in ("monai",) if importlib.util.find_spec(name) is None]:
+        raise SystemExit(f'{missing[0]} is not installed: pip install "hpsearch[bench]"')
+    if arguments.quick:
+        arguments.images, arguments.trials, arguments.folds, arguments.epochs = 40, 2, 2, 2
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        data = arguments.data or draw(work / "ISIC-2017", arguments.images)
+        names = ("torch", "optuna", "mlflow", "monai")
+        versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+        threads = f"{arguments.threads} threads" if arguments.threads else f"{devices.available_cores()} cores"
+        print(f"{datetime.date.today()}, {devices.processor_name()}, {threads}; {versions}")
+        images = data.name if arguments.data else "drawn images"
+        print(f"{images}, {arguments.images} of them at {SIZE}x{SIZE}; {arguments.trials} trials,", end=" ")
+        print(f"{arguments.folds} folds, {arguments.epochs} epochs, {arguments.rounds} round(s)\n", flush=True)
+        results: dict[str, list[Result]] = {side: [] for side in SIDES}
+        params: list[dict[str, Any]] = []
+        for number in range(arguments.rounds):
+            for side in SIDES:
+                project = work / f"{side}{number}"
+                if side == "monai":
+                    results[side].append(time_monai(arguments, data, project, params))
+                else:
+                    results[side].append(time_hpsearch(arguments, data, project, side))
+                    params = params or read_params(project)
+        print_table(results)
+
+
+def draw(folder: Path, n_images: int) -> Path:
+    """Small JPEGs and masks in the archive layout, drawn in a process of its own."""
+    program = "import sys, pathlib; from hpsearch.data.sample import draw_sample; "
+    program += f"draw_sample(pathlib.Path(sys.argv[1]), n_train={n_images}, n_val=2, n_test=2)"
+    subprocess.run([sys.executable, "-c", program, str(folder)], check=True)
+    return folder
+
+
+def print_table(results: dict[str, list[Result]]) -> None:
+    """One line a side, medians over rounds."""
+    wall = {side: statistics.median(each.wall_s for each in found) for side, found in results.items()}
+    cpu = {side: statistics.median(each.cpu_s for each in found) for side, found in results.items()}
+    print(f"{'':22}{'clock':>9}{'CPU':>9}{'of no racing':>14}{'of racing':>11}{'by CPU':>14}  best value")
+    for side, found in results.items():
+        best = found[0].best
+        print(
+            f"{TITLES[side]:22}{wall[side]:8.1f}s{cpu[side]:8.1f}s{wall[side] / wall['none']:13.2f}x"
+            f"{wall[side] / wall['race']:10.2f}x{cpu[side] / cpu['none']:7.2f}x{cpu[side] / cpu['race']:5.2f}x"
+            f"  {found[0].values[best]:.4f} (trial {best})"
+        )
+    ours, theirs = results["none"][0].values, results["monai"][0].values
+    apart = [theirs[trial] - ours[trial] for trial in sorted(set(ours) & set(theirs))]
+    print(f"values of the same configurations, MONAI minus hpsearch: mean {statistics.mean(apart):+.4f}", end=", ")
+    print(f"standard deviation {statistics.stdev(apart) if len(apart) > 1 else 0.0:.4f}")
+
+
+def timed(command: list[str], log: Path) -> tuple[float, float]:
+    """Seconds of the clock and of the processors that a command takes, with all processes it starts and ends."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    began = time.perf_counter()
+    with log.open("w") as output:
+        done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT)
+    wall_s = time.perf_counter() - began
+    if done.returncode != 0:
+        raise SystemExit(f"{' '.join(command[:6])} ... ended with {done.returncode}:\n{log.read_text()[-3000:]}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return wall_s, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def time_hpsearch(arguments: argparse.Namespace, data: Path, project: Path, pruner: str) -> Result:
+    """`hpsearch study`, once."""
+    project.mkdir()
+    command = [sys.executable, "-m", "hpsearch", "study", "--config", "isic2017-64", "--study", NAME]
+    command += ["--data", str(data), "--out", str(project), "--seed", str(arguments.seed), "--confirm", "0"]
+    command += ["--trials", str(arguments.trials), "--folds", str(arguments.folds), "--sampler", "random"]
+    command += ["--pruner", pruner]
+    if arguments.threads:
+        command += ["--workers", "1", "--threads", str(arguments.threads)]
+    values = ["data.color=rgb", f"data.size={SIZE}", f"train.epochs={arguments.epochs}"]
+    values += [f"data.n_search_train={arguments.images}", "data.n_search_validation=1"]
+    wall_s, cpu_s = timed(command + [part for value in values for part in ("--set", value)], project / "output.txt")
+    record = StudyRecord.open(ProjectPaths(project).study(NAME))
+    return Result(wall_s, cpu_s, {t.number: t.value for t in record.trials() if t.outcome == "full" and t.value})
+
+
+def read_params(project: Path) -> list[dict[str, Any]]:
+    """The params of all trials in their order."""
+    return [dict(trial.params) for trial in StudyRecord.open(ProjectPaths(project).study(NAME)).trials()]
+
+
+def time_monai(arguments: argparse.Namespace, data: Path, project: Path, params: list[dict[str, Any]]) -> Result:
+    """The loop of Optuna and MONAI, once, in a process of its own."""
+    project.mkdir()
+    told = {"data": str(data), "project": str(project), "params": params}
+    command = [sys.executable, __file__, "--monai", json.dumps(told), "--images", str(arguments.images)]
+    command += ["--folds", str(arguments.folds), "--epochs", str(arguments.epochs), "--seed", str(arguments.seed)]
+    command += ["--threads", str(arguments.threads)]
+    wall_s, cpu_s = timed(command, project / "output.txt")
+    values = json.loads((project / "values.json").read_text())
+    return Result(wall_s, cpu_s, {int(trial): value for trial, value in values.items()})
+
+
+def run_monai(arguments: argparse.Namespace, told: dict[str, Any]) -> None:
+    """What people write."""
+    warnings.simplefilter("ignore")
+    import mlflow
+    import numpy as np
+    import optuna
+    import torch
+    from alternatives import find_pairs, monai_flips, monai_pairs, plain_unet
+    from monai.data import DataLoader, Dataset
+    from monai.metrics import DiceMetric
+    from sklearn.model_selection import KFold
+    from torch.utils.data import Subset
+
+    from hpsearch.models.config import UNetConfig
+
+    threads = arguments.threads or devices.available_cores()
+    torch.set_num_threads(threads)
+    torch.manual_seed(arguments.seed)
+    use_bf16 = devices.cpu_computes_bf16()
+    pairs = find_pairs(told["data"], "train", arguments.images) + find_pairs(told["data"], "val", 1)
+    cached = monai_pairs(pairs, SIZE, threads)
+    folds = list(KFold(arguments.folds, shuffle=True, random_state=arguments.seed).split(np.arange(len(pairs))))
+    mlflow.set_tracking_uri(f"sqlite:///{told['project']}/mlflow.db")
+    mlflow.set_experiment(NAME)
+
+    def train_fold(trial: optuna.Trial, fold: int, lr: float, batch_size: int, config: UNetConfig) -> list[float]:
+        train, held_out = (Subset(cached, indices.tolist()) for indices in folds[fold])
+        train_loader = DataLoader(
+            Dataset(train, monai_flips()), batch_size=batch_size, shuffle=True, drop_last=True, num_workers=0
+        )
+        held_out_loader = DataLoader(held_out, batch_size=32, num_workers=0)
+        model = plain_unet(config).to(memory_format=torch.channels_last)
+        optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, arguments.epochs * len(train_loader))
+        loss_function = torch.nn.BCEWithLogitsLoss()
+        scores: list[float] = []
+        for epoch in range(arguments.epochs):
+            model.train()
+            total = 0.0
+            for batch in train_loader:
+                images = batch["image"].to(memory_format=torch.channels_last)
+                optimizer.zero_grad()
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=use_bf16):
+                    loss = loss_function(model(images), batch["mask"])
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                total += loss.item()
+            model.eval()
+            metric = DiceMetric(reduction="none", ignore_empty=False)
+            with torch.no_grad():
+                for batch in held_out_loader:
+                    images = batch["image"].to(memory_format=torch.channels_last)
+                    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=use_bf16):
+                        logits = model(images)
+                    metric((logits > 0).float(), batch["mask"])
+            scores = metric.aggregate().flatten().tolist()
+            mlflow.log_metrics(
+                {f"fold{fold}_loss": total / len(train_loader), f"fold{fold}_dice": float(np.mean(scores))},
+                step=epoch,
+            )
+        return scores
+
+    def objective(trial: optuna.Trial) -> float:
+        config = UNetConfig(
+            base_channels=trial.suggest_categorical("unet.base_channels", [4, 8, 16]),
+            depth=trial.suggest_int("unet.depth", 2, 4),
+            stacking=trial.suggest_int("unet.stacking", 1, 3),
+        )
+        lr = trial.suggest_float("train.lr", 1e-3, 3e-1, log=True)
+        batch_size = trial.suggest_categorical("train.batch_size", [8, 16, 32])
+        with mlflow.start_run():
+            mlflow.log_params(trial.params)
+            scores = [
+                score for fold in range(arguments.folds) for score in train_fold(trial, fold, lr, batch_size, config)
+            ]
+            mlflow.log_metric("dice", float(np.mean(scores)))
+        return float(np.mean(scores))
+
+    study = optuna.create_study(storage=f"sqlite:///{told['project']}/optuna.db", direction="maximize")
+    for params in told["params"]:
+        study.enqueue_trial(params)
+    study.optimize(objective, n_trials=len(told["params"]))
+    values = {trial.number: trial.value for trial in study.trials}
+    (Path(told["project"]) / "values.json").write_text(json.dumps(values))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    main()
