@@ -33,7 +33,7 @@ from hpsearch.tuning.caches import PoolCaches
 from hpsearch.tuning.coordinators import Sharing
 from hpsearch.tuning.listener import Listener, Silent
 from hpsearch.tuning.ownership import Asked, Ownership, take_seat
-from hpsearch.tuning.planning import MachineChoice, make_plan
+from hpsearch.tuning.planning import MachineChoice, first_workers, make_plan
 from hpsearch.tuning.pruners import Pruner
 from hpsearch.tuning.racing import TrialScores, Verdict, verdict_on_request
 from hpsearch.tuning.record import COUNTED, Outcome, StudyRecord, TrialRecord, code_version, now
@@ -116,7 +116,7 @@ def run_study(
     for data that cannot be used, StorageError when the disk refuses, WorkerError when workers cannot start.
     """
     study = project.study(name)
-    listener, stop = listener or Silent(), stop or Stop()
+    listener, stop, machine = listener or Silent(), stop or Stop(), machine or MachineChoice()
 
     def check() -> None:
         if stop.is_requested:
@@ -127,7 +127,7 @@ def run_study(
         listener.preparing(done, total)
 
     seat = take_seat(study, storage or sqlite_url(project.optuna_db), sharing)
-    with paths.refusals_named(study.root), seat.held(), log_file(seat.log):
+    with paths.refusals_named(study.root), seat.held(), log_file(seat.log), Workers(seat.folder) as workers:
         if not seat.is_shared:
             for request in (study.stop_request, *study.root.glob("stop-trial-*")):
                 request.unlink(missing_ok=True)
@@ -135,6 +135,8 @@ def run_study(
             record = StudyRecord.open(study)
             record.verify()
             record.update_config(config)
+        # While they import torch, the images are looked at.
+        workers.become(first_workers(record if study.toml.is_file() else None, machine))
         caches = PoolCaches(config, cache_root(project, config), progress=preparing)
         caches.prepare_listed(config)
         prepared = caches.scored
@@ -150,8 +152,8 @@ def run_study(
         _fix_folds(record, prepared, cache_root(project, config))
         for said in enqueue.add(record, enqueued):
             listener.said(f"the configuration {said}")
-        with seat.trials(record) as ownership, Workers(seat.folder) as workers:
-            plan = make_plan(record, caches, machine or MachineChoice(), workers, check)
+        with seat.trials(record) as ownership:
+            plan = make_plan(record, caches, machine, workers, check)
             _require_space(record, plan)
             workers.become(plan.workers)
             seat.prepared()

@@ -24,7 +24,7 @@ WORTH_SHARING = 1.15
 """How many times the images a second more workers must make: with one, a search is repeatable to the byte."""
 SHARING_STEP_S = 1.0
 """A step that takes one thread longer fills a device by itself; and to measure it would hold up the search."""
-WINDOW_S = 1.0
+WINDOW_S = 0.6
 """Seconds, at least, in which workers that share a device are watched."""
 
 
@@ -39,6 +39,19 @@ class MachineChoice:
     """Threads a worker; 0: all cores, shared among the workers. Given without `n_workers`: one a device."""
 
 
+def first_workers(record: StudyRecord | None, choice: MachineChoice) -> tuple[WorkerSettings, ...]:
+    """The workers that `make_plan` will want first, to be started while there is other work: they import torch."""
+    plan = _stored_plan(record, choice) if record is not None else None
+    if plan is not None:
+        return plan.workers
+    cores = plans.available_cores()
+    if choice.n_workers or choice.threads:
+        return (WorkerSettings(choice.device, choice.threads or max(1, cores // max(1, choice.n_workers))),)
+    # The first keeps its threads if it stays alone.
+    most = _counts(cores)[-1]
+    return (WorkerSettings(choice.device, cores), *[WorkerSettings(choice.device, cores // most)] * (most - 1))
+
+
 def make_plan(
     record: StudyRecord,
     caches: PoolCaches,
@@ -50,41 +63,47 @@ def make_plan(
 
     `check` is called again and again meanwhile, and ends it by raising.
     """
+    plan = _stored_plan(record, choice)
+    if plan is None:
+        plan = _measure_plan(record, caches, choice, workers, check)
+    if plan.to_dict() != record.plan():
+        record.write_plan(plan.to_dict())
+    return plan
+
+
+def _stored_plan(record: StudyRecord, choice: MachineChoice) -> ExecutionPlan | None:
+    """The plan on record as `choice` changes it; None if there is none, or only one for another kind of device."""
     try:
         stored = record.plan()
         plan = ExecutionPlan.from_dict(stored) if stored is not None else None
     except (RecordError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise RecordError(f"{record.paths.plan} is damaged ({error}): delete it, and it is measured anew") from error
-    if plan is not None:
-        wanted = choice.device.partition(":")[0]
-        if wanted not in ("auto", plan.device):
-            logger.info("the study moves from %s to %s", plan.device, wanted)
-        elif not choice.n_workers and not choice.threads:
-            return plan
-        elif wanted in ("auto", plan.device):
-            settings = _share_out(plan.device, choice, len({worker.device for worker in plan.workers}))
-            plan = dataclasses.replace(plan, workers=settings)
-            record.write_plan(plan.to_dict())
-            return plan
-    plan = _measure_plan(record, caches, choice, workers, check)
-    record.write_plan(plan.to_dict())
+    if plan is None:
+        return None
+    wanted = choice.device.partition(":")[0]
+    if wanted not in ("auto", plan.device):
+        logger.info("the study moves from %s to %s", plan.device, wanted)
+        return None
+    if choice.n_workers or choice.threads:
+        settings = _share_out(plan.device, choice, len({worker.device for worker in plan.workers}))
+        plan = dataclasses.replace(plan, workers=settings)
     return plan
 
 
 def _measure_plan(
     record: StudyRecord, caches: PoolCaches, choice: MachineChoice, workers: Workers, check: Callable[[], None]
 ) -> ExecutionPlan:
-    threads = choice.threads or max(1, plans.available_cores() // max(1, choice.n_workers))
-    configs = plans.measured_configs(record.config)
+    first = first_workers(None, choice)
     # The workers that measure are the first of those that train: they have torch loaded and the images open.
+    workers.become(first)
+    threads = first[0].threads
+    configs = plans.measured_configs(record.config)
     sharing = 1
     rates: dict[int, float] = {}
     if configs and not choice.n_workers and not choice.threads:
-        rates = _sharing_rates({"config": configs[0].to_dict(), **caches.job(configs[0])}, choice, workers, check)
+        rates = _sharing_rates({"config": configs[0].to_dict(), **caches.job(configs[0])}, workers, check)
         sharing = choose_sharing(rates)
         threads = max(1, plans.available_cores() // sharing)
-    else:
-        workers.become([WorkerSettings(choice.device, threads)])
     job = {
         "job": "measure",
         "config": record.config.with_params({}).to_dict(),
@@ -134,24 +153,24 @@ def choose_sharing(rates: dict[int, float]) -> int:
     return chosen
 
 
-def _sharing_rates(
-    step: dict[str, object], choice: MachineChoice, workers: Workers, check: Callable[[], None]
-) -> dict[int, float]:
+def _counts(cores: int) -> list[int]:
+    """How many workers might share a device."""
+    return [n for n in (1, 2, 4) if n <= min(cores, MOST_SHARING)]
+
+
+def _sharing_rates(step: dict[str, object], workers: Workers, check: Callable[[], None]) -> dict[int, float]:
     """Images a second that 1, 2, ... workers make of one configuration on one device, in all; empty if unknown.
 
     They are watched in the same window of time, so that what they take from each other counts, and what other
     programs take from threads that wait for each other.
     """
     cores = plans.available_cores()
-    counts = [n for n in (1, 2, 4) if n <= min(cores, MOST_SHARING)]
-    # All begin to import torch at the same time. The first keeps its threads if it stays alone.
-    settings = [WorkerSettings(choice.device, cores)]
-    workers.become(settings + [WorkerSettings(choice.device, cores // counts[-1])] * (counts[-1] - 1))
+    counts = _counts(cores)
     job = {"job": "rate", **step}
     first = do_each(workers, [{**job, "threads": 1, "begin": 0.0, "end": 0.0}] * counts[-1], check=check)
     if first is None or max(float(message["step_s"]) for message in first) > SHARING_STEP_S:
         return {}
-    window_s = max(WINDOW_S, 4 * max(float(message["step_s"]) for message in first))
+    window_s = max(WINDOW_S, 6 * max(float(message["step_s"]) for message in first))
     rates = {}
     for n in counts:
         begin = time.time() + 0.2

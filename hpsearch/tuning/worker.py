@@ -52,7 +52,7 @@ from hpsearch.training.rows import EpochRow
 
 logger = logging.getLogger(__name__)
 
-MEASURE_BUDGET_S = 1.0
+MEASURE_BUDGET_S = 0.5
 """Seconds after which a measured configuration needs no further step."""
 
 Send = Callable[[dict[str, Any]], None]
