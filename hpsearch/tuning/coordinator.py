@@ -52,7 +52,7 @@ SPARE_BYTES = 16 * 2**20
 LAST_DELIVERY_S = 180.0
 URGENT_DELIVERY_S = 5.0
 """How long the end of a study waits for the next trial to reach MLflow, and where it must end at once."""
-GRACE_S = 15.0
+GRACE_S = 12.0
 """How long a budget waits for the epoch to end before it stops the workers at once."""
 
 
@@ -115,6 +115,7 @@ def run_study(
     Raises StudyLockedError if another process runs it, StudyChangedError if its fixed settings differ, DatasetError
     for data that cannot be used, StorageError when the disk refuses, WorkerError when workers cannot start.
     """
+    stop_at = time.monotonic() + hours * 3600 if hours is not None else math.inf
     study = project.study(name)
     listener, stop, machine = listener or Silent(), stop or Stop(), machine or MachineChoice()
 
@@ -159,7 +160,7 @@ def run_study(
             seat.prepared()
             ownership.share_out(tracker)
             tracking = TrackingThread(tracker, study) if tracker is not None else None
-            coordinator = Coordinator(record, ownership, plan, caches, listener, tracking, stop, hours)
+            coordinator = Coordinator(record, ownership, plan, caches, listener, tracking, stop, stop_at)
             listener.planned(record, plan, coordinator.forecast())
             try:
                 coordinator.run(workers)
@@ -207,8 +208,9 @@ class Coordinator:
         listener: Listener,
         tracking: TrackingThread | None,
         stop: Stop,
-        hours: float | None,
+        stop_at: float,
     ) -> None:
+        """`stop_at` is when the budget is used up, as `time.monotonic` counts."""
         self._record = record
         self._ownership = ownership
         self._plan = plan
@@ -216,7 +218,7 @@ class Coordinator:
         self._listener = listener
         self._tracking = tracking
         self._stop = stop
-        self._stop_at = time.monotonic() + hours * 3600 if hours is not None else math.inf
+        self._stop_at = stop_at
         self._pruner: Pruner = pruners.make_pruner(record.config)
         self._workers: Workers
         self._open: dict[int, _OpenTrial] = {}
