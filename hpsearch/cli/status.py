@@ -135,12 +135,12 @@ def _show_decisions(project: ProjectPaths, study_name: str | None, number: int) 
         return
     table = Table("fold", "epoch", "d", "SE", "s", "p", "against", "estimate", "", box=None, pad_edge=False)
     for decision in trial.decisions:
-        figures = [decision[name] for name in ("d", "se", "s", "p")]
+        figures = [decision.get(name) for name in ("d", "se", "s", "p")]
         table.add_row(
             str(decision["fold"]),
             str(decision["epoch"]),
             *("" if figure is None else f"{figure:.2g}" for figure in figures),
-            "" if decision["against"] is None else str(decision["against"]),
+            "" if decision.get("against") is None else str(decision["against"]),
             f"{decision['estimate']:.4f}",
             "dropped" if decision["drop"] else "goes on",
         )

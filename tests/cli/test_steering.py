@@ -1,0 +1,58 @@
+"""What a second terminal can see of a study's race, and ask of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from click.testing import CliRunner
+
+from hpsearch.cli import group
+from hpsearch.errors import HpsearchError
+from hpsearch.tuning import lock
+from hpsearch.tuning.racing import Verdict
+from tests.recorded import FakeStudy
+
+
+def output_of(*arguments: str) -> str:
+    result = CliRunner().invoke(group, arguments)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_status_of_a_trial_shows_every_decision(tmp_path: Path) -> None:
+    study = FakeStudy(tmp_path)
+    study.trial()
+    raced = study.trial("dropped")
+    kept = Verdict(
+        drop=False, estimate=0.7, fold=0, epoch=1, reason="kept", d=0.012, se=0.02, s=0.006, p=0.29, against=0
+    )
+    dropped = dataclasses.replace(kept, drop=True, epoch=3, estimate=0.6543, d=0.11, se=0.03, p=0.0004)
+    study.record.write_trial(dataclasses.replace(raced, decisions=(kept.to_dict(), dropped.to_dict())))
+    lines = output_of("status", "--out", str(tmp_path), "--trial", "1").splitlines()
+    assert lines[0].startswith("trial 1 of study fake: dropped, dice 0.6100")
+    assert lines[2].split() == ["0", "1", "0.012", "0.02", "0.006", "0.29", "0", "0.7000", "goes", "on"]
+    assert lines[3].split() == ["0", "3", "0.11", "0.03", "0.006", "0.0004", "0", "0.6543", "dropped"]
+    assert "nothing was decided" in output_of("status", "--out", str(tmp_path), "--trial", "0")
+
+
+def refusal_of(*arguments: str) -> str:
+    result = CliRunner().invoke(group, arguments)
+    assert isinstance(result.exception, HpsearchError)
+    return str(result.exception)
+
+
+def test_stop_of_a_trial_asks_the_running_study_and_refuses_what_cannot_be_stopped(
+    tmp_path: Path,
+) -> None:
+    study = FakeStudy(tmp_path)
+    study.trial()
+    study.begin()
+    here = ("stop", "--out", str(tmp_path), "--trial")
+    assert "is not running" in refusal_of(*here, "1")
+    with lock.hold(study.record.paths):
+        assert "trial 0 of study 'fake' has ended already: full" in refusal_of(*here, "0")
+        assert "has no trial 7 yet" in refusal_of(*here, "7")
+        output_of(*here, "1")
+    assert study.record.paths.trial_stop_request(1).is_file()
+    assert not study.record.paths.stop_request.exists()
