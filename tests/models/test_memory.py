@@ -283,3 +283,34 @@ def test_predicted_peak_is_within_a_tenth_of_measured_memory(
     ).total
     assert predicted > 1e9
     assert predicted == pytest.approx(_measured(config, size, batch_size, precision, optimizer, True), rel=0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("config", "size", "batch_size", "precision"),
+    [
+        (UNetConfig(base_channels=16, depth=4, padding="valid", norm="none"), 572, 8, "float32"),
+        (UNetConfig(base_channels=32, depth=4), 256, 32, "bf16"),
+        (UNetConfig(base_channels=16, depth=3, stacking=3, norm="group"), 256, 32, "bf16"),
+    ],
+    ids=repr,
+)
+def test_predicted_peak_is_within_a_tenth_of_what_cuda_allocates(
+    config: UNetConfig, size: int, batch_size: int, precision: Precision
+) -> None:
+    device = torch.device("cuda")
+    model = UNet(config, 3).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = torch.rand(batch_size, 3, size, size, device=device).to(memory_format=torch.channels_last)
+    masks = torch.rand(batch_size, 1, size, size, device=device).round().byte()
+    stepper = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=True)
+    for _ in range(3):
+        torch.cuda.reset_peak_memory_stats()
+        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
+            logits = model(images)
+        torch.nn.functional.binary_cross_entropy_with_logits(logits.float(), masks.float()).backward()
+        stepper.step()
+        stepper.zero_grad()
+    predicted = training_memory(
+        config, 3, size, size, batch_size=batch_size, precision=precision, device="cuda"
+    ).total
+    assert predicted == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.1)

@@ -151,9 +151,9 @@ def _infeasible_of(sampler: str, n: int, seed: int) -> tuple[int, set[tuple[obje
 
 def test_tpe_suggests_fewer_infeasible_configurations_after_it_has_seen_some() -> None:
     by_tpe, at_random = (
-        sum(_infeasible_of(sampler, 60, seed)[0] for seed in range(3)) for sampler in ("tpe", "random")
+        sum(_infeasible_of(sampler, 60, seed)[0] for seed in range(6)) for sampler in ("tpe", "random")
     )
-    assert by_tpe < 0.75 * at_random
+    assert by_tpe < 0.8 * at_random
 
 
 def test_with_a_lookahead_what_became_of_the_last_trials_changes_nothing() -> None:
