@@ -26,7 +26,7 @@ from hpsearch.config import stable_seed
 from hpsearch.data.config import DataConfig
 from hpsearch.data.duplicates import DuplicatePair, find_in_dataset
 from hpsearch.data.prepare import Prepared, locate, prepare_test
-from hpsearch.errors import StudyChangedError, StudyError
+from hpsearch.errors import RecordError, StudyChangedError, StudyError
 from hpsearch.looks import Look, digest_of_test_set, first_look_of, looks_at, n_looks_before, note_look
 from hpsearch.paths import FinalPaths, FitPaths, ProjectPaths
 from hpsearch.report import trial_rows
@@ -228,11 +228,7 @@ def run_final(
                 do(workers, _count_job(chosen, choices, together, folder.ensemble_counts, seen, test))
                 masks = folder.masks if uses_ensemble else None
                 do(workers, _official_job(together, samples, masks, folder.ensemble_official_counts))
-        leaks = tuple(
-            pair
-            for pair in find_in_dataset(config.data, root, with_test=True, role="final")
-            if pair.across and {pair.a, pair.b} & set(test.ids)
-        )
+        leaks = _leaks(config.data, root, pool, test)
         result = _evaluate(record, chosen, folder, n_seeds, pool, test, decided, len(together), leaks)
         note_look(project, result.looks[-1])
         _write_table(folder, n_seeds, test)
@@ -445,6 +441,21 @@ def _evaluate(
         n_test=test.n,
         n_pool=pool.n,
     )
+
+
+def _leaks(data: DataConfig, root: Path, pool: Prepared, test: Prepared) -> tuple[DuplicatePair, ...]:
+    """Near-duplicates across pool and test. Found once for these images, since thousands take minutes."""
+    known = root / f"near-duplicates-{pool.key}-{test.key}.json"
+    if known.is_file():
+        try:
+            return tuple(DuplicatePair(**pair) for pair in paths.read_json(known)["across"])
+        except (RecordError, KeyError, TypeError) as error:
+            logger.warning("%s; looked for anew", error)
+    logger.info("looking for near-duplicates across pool and test")
+    pairs = find_in_dataset(data, root, with_test=True, role="final")
+    across = tuple(pair for pair in pairs if pair.across and {pair.a, pair.b} & set(test.ids))
+    paths.write_json(known, {"across": [dataclasses.asdict(pair) for pair in across]})
+    return across
 
 
 def _looks(

@@ -184,6 +184,9 @@ def test_every_look_at_the_test_set_is_counted_and_a_search_that_goes_on_after_o
     again = run_final(project, trial=0, machine=MACHINE)
     assert again is not None
     assert (len(again.looks), again.n_trials_after) == (2, 1)
+    # Near-duplicates were looked for once: the images are the same.
+    assert len(list(project.cache.glob("near-duplicates-*.json"))) == 1
+    assert again.leaks == result.leaks
     text = "\n".join(describe(again))
     assert "scored 2 times" in text
     assert "1 trial of this study began after its first look" in text
