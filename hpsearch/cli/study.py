@@ -55,7 +55,7 @@ LOOKAHEAD = 4
     help="Train by parts of batches what does not fit the memory, also with batch normalisation: never the best.",
 )
 @device_option
-@click.option("--workers", type=click.IntRange(min=1), help="Worker processes (default: one a GPU, one on the CPU).")
+@click.option("--workers", type=click.IntRange(min=1), help="Worker processes (default: measured, 1 to 4 a device).")
 @click.option(
     "--threads", type=click.IntRange(min=1), help="CPU threads of each worker (default: the cores, shared)."
 )
