@@ -170,7 +170,11 @@ def eval_batches(
         if data.truth is None:
             masks = masks[:, top : top + height, left : left + width]
         else:
-            masks = torch.from_numpy(data.truth.read(batch, held_out=True)[1]).to(data.device)
+            masks = torch.from_numpy(data.truth.read(batch, held_out=True)[1])
+            if data.device.type == "cuda":
+                # From there the copy is queued behind the work of before; from other memory it would be waited for.
+                masks = masks.pin_memory()
+            masks = masks.to(data.device, non_blocking=True)
         yield Batch(finish(images), masks.unsqueeze(1))
 
 
