@@ -55,7 +55,6 @@ class CoordinatorState:
     """Its last heartbeat that the database took."""
     left_at: float | None = None
     """When it ended, having let go of its trials."""
-    n_workers: int = 0
     n_trials: int = 0
     """Trials that ended with it."""
     n_epochs: int = 0

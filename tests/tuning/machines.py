@@ -8,9 +8,11 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,9 @@ NERVOUS = ("--heartbeat", str(HEARTBEAT_S), "--grace", str(GRACE_S))
 
 def config(dataset: Path) -> StudyConfig:
     """24 tiny trials by random search, which any number of machines must do alike."""
-    return tiny_config(dataset, *SPACE, "study.sampler=random", "study.pruner=none", f"study.trials={N_TRIALS}")
+    return tiny_config(
+        dataset, *SPACE, "study.sampler=random", "study.pruner=none", f"study.trials={N_TRIALS}", "train.epochs=15"
+    )
 
 
 class Machines:
@@ -106,47 +110,51 @@ def disturb(
     happened: Counter[str] = Counter()
     events = ["kill"] * n_kills + ["stop", "postgres", "postgres", "mlflow", "mlflow"]
     rng.shuffle(events)
-    for _ in range(n_machines):
-        machines.start()
-    deadline = time.monotonic() + 120 + 60 * len(events)
-    while machines.living() or events:
-        assert time.monotonic() < deadline, machines.output()
-        for process in machines.processes:
-            assert process.poll() in (None, 0, -signal.SIGKILL), machines.output()
-        while len(machines.living()) < n_machines and machines.n_ended() < N_TRIALS:
+    # Over the first two thirds: what is caused takes its time, and meanwhile the study goes on.
+    due = [N_TRIALS * 2 * (place + 1) // (3 * len(events)) for place in range(len(events))]
+    locks = {"postgres": threading.Lock(), "mlflow": threading.Lock()}
+    with ThreadPoolExecutor() as background:
+        for _ in range(n_machines):
             machines.start()
-        if not machines.living():
-            break
-        # Spread over the trials; at the end whatever is left at once.
-        due = N_TRIALS * (sum(happened.values()) + 1) / (len(events) + sum(happened.values()) + 1)
-        if events and machines.n_ended() + 1 >= min(due, N_TRIALS - 2):
-            event = events.pop()
-            say(f"{machines.n_ended():3d} trials ended: {event}")
-            happened[event] += 1
-            _cause(event, machines, postgres, mlflow, rng)
-        time.sleep(rng.uniform(0.1, 0.5))
+        deadline = time.monotonic() + 120 + 60 * len(events)
+        while machines.living():
+            assert time.monotonic() < deadline, machines.output()
+            for process in machines.processes:
+                assert process.poll() in (None, 0, -signal.SIGKILL), machines.output()
+            n_ended = machines.n_ended()
+            while len(machines.living()) < n_machines and n_ended < N_TRIALS:
+                machines.start()
+            while events and due[sum(happened.values())] <= n_ended + 1:
+                event = events.pop()
+                say(f"{n_ended:3d} trials ended: {event}")
+                happened[event] += 1
+                if event in locks:
+                    background.submit(_restart, postgres if event == "postgres" else mlflow, locks[event])
+                elif living := machines.living():
+                    # Any of them, those that are only just starting too.
+                    process = rng.choice(living)
+                    background.submit(_suspend, process.pid) if event == "stop" else process.kill()
+            time.sleep(rng.uniform(0.05, 0.2))
+    # What a server lacked that was away at the very end, the next start delivers.
+    assert machines.start().wait(300) == 0, machines.output()
     return happened
 
 
-def _cause(event: str, machines: Machines, postgres: Postgres, mlflow: MlflowServer, rng: random.Random) -> None:
-    if event in ("postgres", "mlflow"):
-        server = postgres if event == "postgres" else mlflow
+def _restart(server: Postgres | MlflowServer, lock: threading.Lock) -> None:
+    with lock:
         server.stop()
         time.sleep(2)
         server.start()
-        return
-    # Any of them, those that are only just starting too.
-    process = rng.choice(machines.living())
-    if event == "kill":
-        process.kill()
-        process.wait()
-        return
-    family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
-    for number, pause in ((signal.SIGSTOP, GRACE_S + 3 * HEARTBEAT_S), (signal.SIGCONT, 0)):
-        for pid in family:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-        time.sleep(pause)
+
+
+def _suspend(pid: int) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
+        for number, pause in ((signal.SIGSTOP, GRACE_S + 3 * HEARTBEAT_S), (signal.SIGCONT, 0)):
+            for each in family:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(each, number)
+            time.sleep(pause)
 
 
 def values(record: StudyRecord) -> dict[int, Any]:

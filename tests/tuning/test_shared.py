@@ -14,13 +14,15 @@ import pytest
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
-from hpsearch.errors import StudyError
+from hpsearch.cli import main
+from hpsearch.errors import StudyError, StudyLockedError
 from hpsearch.paths import ProjectPaths
-from hpsearch.tuning import chains, coordinators, shared
+from hpsearch.tuning import chains, coordinators, lock, shared
 from hpsearch.tuning.coordinators import Sharing
 from hpsearch.tuning.ownership import Asked, SoleSeat, take_seat
 from hpsearch.tuning.record import Outcome, StudyRecord, TrialRecord, now
 from hpsearch.tuning.shared import Shared, open_storage
+from hpsearch.tuning.status import study_status
 from hpsearch.tuning.study import StudyDatabase
 from tests.servers import Postgres
 from tests.tuning.studies import tiny_config
@@ -246,6 +248,29 @@ def test_a_deleted_database_is_made_anew_from_the_record(
         shared._bring_back(database, study.record)
     assert [trial.state for trial in study.trials()] == [TrialState.PRUNED, TrialState.RUNNING]
     assert ask(study.join()).history == (1,)
+
+
+def test_status_shows_who_has_what_and_how_fast_it_is(
+    make_study: Callable[..., Study], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = make_study(3)
+    member = study.join()
+    study.end(member, study.begin(ask(member)), 0.5)
+    study.begin(ask(member))
+    member.epoch_ended(1, 0, 2, n_images=300)
+    wait_for(lambda: member._state.beat_at is not None)
+    member._write_state()
+    (state,) = study_status(ProjectPaths(tmp_path), "tiny").coordinators
+    assert state.fits == ({"trial": 1, "fold": 0, "epoch": 2},)
+    assert (state.n_trials, state.n_epochs, state.n_images) == (1, 1, 300)
+    assert state.trials_per_hour > 0
+    with pytest.raises(SystemExit, match="0"):
+        main(["status", "--out", str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert f"run by process {state.pid} on {state.host}" in shown
+    assert "trial/fold 1/0" in shown
+    with pytest.raises(StudyLockedError, match=f"process {state.pid}"), lock.hold(study.record.paths):
+        pass
 
 
 def test_a_shared_study_is_not_run_on_a_file_beside(make_study: Callable[..., Study], tmp_path: Path) -> None:
