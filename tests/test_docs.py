@@ -146,7 +146,10 @@ RUN = [
     ("hpsearch data check --data ISIC-2017 --duplicates", ""),
     ("hpsearch data cache --data ISIC-2017", "--size 32"),
     ("hpsearch plan --memory 8GB", ""),
-    ("hpsearch study --config isic2017-64 --data ISIC-2017 --trials 50 --folds 5", "--trials 2 --folds 2 {small}"),
+    (
+        "hpsearch study --config isic2017-64 --data ISIC-2017 --trials 50 --folds 5",
+        "--trials 2 --folds 2 --tracking none {small}",
+    ),
     ("hpsearch final --best --study isic2017-64", "--threads 1 --tracking none"),
     ("hpsearch status", ""),
     ("hpsearch status --study isic2017-64", ""),
@@ -159,9 +162,11 @@ RUN = [
         "--threads 1 --tracking none",
     ),
 ]
-"""Commands as the pages show them, in an order in which they can be typed, and what makes them small."""
-SMALL = "--set data.size=32 --set train.epochs=1 --set unet.base_channels=4 --set study.confirm=0 --threads 1 --tracking none"
-"""With `track` as the one that delivers: in one process, that of an earlier command might still be under way."""
+"""Commands as the pages show them, in an order in which they can be typed, and what makes them small.
+
+Only `track` delivers to MLflow: in one process, what an earlier command delivers might still be under way.
+"""
+SMALL = "--set data.size=32 --set train.epochs=1 --set unet.base_channels=4 --set study.confirm=0 --threads 1"
 
 
 @pytest.mark.slow
