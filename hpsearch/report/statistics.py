@@ -141,9 +141,31 @@ class StudyScores:
     @cached_property
     def run_luck(self) -> RunLuck:
         """From the trials near the best: a collapsed configuration has a spread of its own, many times larger."""
+        return RunLuck(*run_spread(self._near_by_fold()))
+
+    @cached_property
+    def run_luck_ahead(self) -> RunLuck:
+        """What to expect of the next network: without the race's floor, and joined with what second fits moved.
+
+        The race must not take luck for merit, so it believes in no less than its floor. A prediction that did the
+        same would be too wide. Half the mean square of the moves of a fold's mean from first to second fit, images'
+        own part off, estimates s^2 with a degree of freedom for every move.
+        """
+        sd, df = run_spread(self._near_by_fold(), floor=0.0)
+        total, weight = df * sd**2, df
+        moves = self.second_fits - self.scores[list(self.confirmed)]
+        for images in self.folds:
+            # A fold of one image cannot tell its own luck from the fold's.
+            if len(images) > 1:
+                of_fold = moves[:, images]
+                total += float((of_fold.mean(axis=1) ** 2 - of_fold.var(axis=1, ddof=1) / len(images)).sum()) / 2
+                weight += len(moves)
+        return RunLuck(math.sqrt(max(0.0, total / weight)), weight)
+
+    def _near_by_fold(self) -> list[Floats]:
         means = self.scores.mean(axis=1)
         near = self.scores[means >= means.max() - NEAR]
-        return RunLuck(*run_spread([near[:, images] for images in self.folds]))
+        return [near[:, images] for images in self.folds]
 
     def run_variance(self) -> Floats:
         """Variance of each trial's joint mean by run luck, (trials,)."""
@@ -371,8 +393,9 @@ def predict_test_mean(study: StudyScores, corrected: Corrected, *, n_test: int, 
         + corrected.choice_variance
         + float(study.scores[corrected.trial].var(ddof=1)) / n_test
     )
-    runs = corrected.run_variance + study.run_luck.variance / n_runs
-    half = _half_width(images, study.n_images - 1, runs, study.run_luck.df)
+    ahead = study.run_luck_ahead
+    runs = corrected.run_variance / study.run_luck.variance * ahead.variance + ahead.variance / n_runs
+    half = _half_width(images, study.n_images - 1, runs, ahead.df)
     return Interval(corrected.mean, corrected.mean - half, corrected.mean + half)
 
 

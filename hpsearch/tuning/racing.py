@@ -247,7 +247,7 @@ def _yardstick(full: tuple[TrialScores, ...], n_folds: int) -> Yardstick:
     return Yardstick(incumbent, near, scores, *run_spread(finals))
 
 
-def run_spread(finals: Sequence[Scores]) -> tuple[float, float]:
+def run_spread(finals: Sequence[Scores], *, floor: float = S_FLOOR) -> tuple[float, float]:
     """s and its degrees of freedom, from the final scores (trials, images) of every fold.
 
     Two-way analysis of variance of the fold means without interaction, then images' part off. The trials' mean
@@ -263,7 +263,7 @@ def run_spread(finals: Sequence[Scores]) -> tuple[float, float]:
     mean_square = float(np.median(per_trial)) / (1 - 2 / (9 * (n_folds - 1))) ** 3
     df = MEDIAN_EFFICIENCY * (n_trials - 1) * (n_folds - 1)
     variance = (S_GUESS_DF * S_GUESS**2 + df * (mean_square - _image_part(finals))) / (S_GUESS_DF + df)
-    return math.sqrt(max(S_FLOOR**2, variance)), S_GUESS_DF + df
+    return math.sqrt(max(floor**2, variance)), S_GUESS_DF + df
 
 
 def _image_part(finals: Sequence[Scores]) -> float:

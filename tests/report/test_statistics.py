@@ -36,6 +36,7 @@ from hpsearch.report.statistics import (
     tied_with_best,
     trial_statistics,
 )
+from hpsearch.tuning.racing import S_FLOOR
 
 
 def study(
@@ -340,6 +341,21 @@ def test_prediction_adds_the_luck_of_test_images_and_of_retraining() -> None:
     predicted = predict_test_mean(made, known, n_test=600, n_runs=2)
     assert predicted.mean == 0.84
     assert predicted.high - 0.84 == pytest.approx(1.97 * math.sqrt(variance), rel=0.01)
+
+
+@pytest.mark.parametrize("run", [0.006, 0.02])
+def test_second_fits_tell_of_the_luck_ahead_what_first_fits_tell(run: float) -> None:
+    found = [
+        study([0.8] * 12, run=run, n_images=3000, n_folds=10, n_confirm=10, seed=seed).run_luck_ahead.sd
+        for seed in range(4)
+    ]
+    assert np.mean(found) == pytest.approx(run, rel=0.15)
+
+
+def test_luck_ahead_has_no_floor() -> None:
+    made = study([0.8] * 40, run=0.0, n_images=4000, n_confirm=5)
+    assert made.run_luck.sd == S_FLOOR
+    assert made.run_luck_ahead.sd < 0.6 * S_FLOOR
 
 
 def test_more_test_images_and_more_runs_narrow_the_prediction() -> None:
