@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import statistics
 import subprocess
@@ -158,7 +159,7 @@ def run_member(project: Path, url: str, seconds: float) -> int:
             coordinating.Silent(),
             None,
             coordinating.Stop(),
-            None,
+            math.inf,
         )
         (project / f"ready-{coordinators.os.getpid()}").touch()
         while not (project / "go").exists():
