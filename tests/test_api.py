@@ -33,6 +33,7 @@ def test_importing_the_package_loads_nothing() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_example_searches_evaluates_and_predicts_on_ones_own_images(tmp_path: Path) -> None:
     drawn = tmp_path / "drawn"
     draw_sample(drawn, n_train=15, n_val=0, n_test=0)

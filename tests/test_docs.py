@@ -170,6 +170,7 @@ SMALL = "--set data.size=32 --set train.epochs=1 --set unet.base_channels=4 --se
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_commands_that_are_shown_do_what_they_say(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_mlflow_db: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
