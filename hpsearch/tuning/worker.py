@@ -302,7 +302,7 @@ class Session:
     def _rate(self, job: dict[str, Any]) -> dict[str, Any]:
         """Images a second of training between two instants, and the seconds of the fastest step.
 
-        Only steps that ended between `begin` and `end` (Unix times) count; there are at least two steps in all.
+        Steps that ended between `begin` and `end` (Unix times) count, and later ones until there are two.
         """
         config = from_dict(job["config"])
         data = self._device_data(job, config)
@@ -312,12 +312,12 @@ class Session:
 
         def watch(row: EpochRow, _: object) -> Literal["go", "stop"]:
             seconds.append(row.train_s)
-            if job["begin"] <= row.time <= job["end"]:
+            if row.time >= job["begin"] and (row.time <= job["end"] or len(ends) < 2):
                 ends.append(row.time)
-            return "stop" if len(seconds) > 1 and row.time > job["end"] else "go"
+            return "stop" if len(ends) > 1 and row.time > job["end"] else "go"
 
         self._step_repeatedly(config, data, n_images, job["threads"], watch, max_steps=100_000)
-        rate = n_images * (len(ends) - 1) / (ends[-1] - ends[0]) if len(ends) > 1 else 0.0
+        rate = n_images * (len(ends) - 1) / max(ends[-1] - ends[0], 1e-3)
         return {"event": "finished", "images_per_s": rate, "step_s": min(seconds)}
 
     def _step_repeatedly(
