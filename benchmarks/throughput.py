@@ -20,8 +20,8 @@ in the archive layout of ISIC-2017, at the same size, with random horizontal fli
 
     float32    as written; the network's layers are torch's own
     bf16       the line their tutorials add: torch.autocast around the forward pass, precision="bf16-mixed"
-    bf16+cl    what they do not have: model and images .to(memory_format=torch.channels_last), and the layers of
-               hpsearch, which are made for that layout
+    bf16+cl    two lines that they do not have: model and images .to(memory_format=torch.channels_last)
+    +layers    and with the layers of hpsearch, which are made for that layout: what is left is the loop around them
 
 Each side is a process of its own, trained for one epoch in turn, round after round, so that whatever else the machine
 does falls on all alike; the first round is not counted. Given are the median of the rounds, the lowest and highest,
@@ -78,8 +78,8 @@ QUICK = Problem(32, 4, 2, 64)
 SIDES = {
     "hpsearch": (None, ("float32", "bf16")),
     "plain": (None, ("float32", "bf16", "bf16+cl")),
-    "monai": ("monai", ("float32", "bf16", "bf16+cl")),
-    "lightning": ("lightning", ("float32", "bf16", "bf16+cl")),
+    "monai": ("monai", ("float32", "bf16", "bf16+cl", "bf16+cl+layers")),
+    "lightning": ("lightning", ("float32", "bf16", "bf16+cl", "bf16+cl+layers")),
     "matmul": (None, ("float32", "bf16")),
 }
 """Side to the package it needs and the precisions it runs in."""
@@ -175,7 +175,7 @@ def compare(problem: Problem, data: Path, cache: Path, rounds: int, machine: dic
     print(f"{flops / 1e9:.2f} GFLOP an image, {problem.n_images} images an epoch")
     for precision in ("float32", "bf16"):
         print(f"matrix products in {precision}: {median['matmul', precision] / 1e9:.0f} GFLOP/s")
-    print(f"{'':22}{'images/s':>10}{'lowest':>9}{'highest':>9}{'ours f32':>10}{'ours bf16':>11}{'of matmul':>11}")
+    print(f"{'':27}{'images/s':>10}{'lowest':>9}{'highest':>9}{'ours f32':>10}{'ours bf16':>11}{'of matmul':>11}")
     for (side, precision), values in rates.items():
         if side == "matmul":
             continue
@@ -184,9 +184,9 @@ def compare(problem: Problem, data: Path, cache: Path, rounds: int, machine: dic
             statistics.median(a / b for a, b in zip(rates["hpsearch", ours], values, strict=True))
             for ours in ("float32", "bf16")
         ]
-        share = rate * flops / median["matmul", precision.removesuffix("+cl")]
+        share = rate * flops / median["matmul", precision.partition("+")[0]]
         print(
-            f"{side:12}{precision:10}{rate:10.1f}{min(values):9.1f}{max(values):9.1f}"
+            f"{side:12}{precision:15}{rate:10.1f}{min(values):9.1f}{max(values):9.1f}"
             f"{ratios[0]:9.2f}x{ratios[1]:10.2f}x{share:10.0%}"
         )
     print()
@@ -351,7 +351,7 @@ def train_plainly(job: Job, turn: Turn, batches: Callable[[], Iterator[Any]], lo
     import torch
 
     model = make_model(job)
-    if job.precision.endswith("+cl"):
+    if "+cl" in job.precision:
         model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
     while True:
@@ -360,7 +360,7 @@ def train_plainly(job: Job, turn: Turn, batches: Callable[[], Iterator[Any]], lo
         total, n_images = 0.0, 0
         for images, masks in batches():
             images, masks = images.to(job.device), masks.to(job.device)
-            if job.precision.endswith("+cl"):
+            if "+cl" in job.precision:
                 images = images.to(memory_format=torch.channels_last)
             optimizer.zero_grad()
             is_bf16 = job.precision.startswith("bf16")
@@ -382,7 +382,7 @@ def run_lightning(job: Job, turn: Turn) -> None:
     from alternatives import JpegDataset, find_pairs
     from torch.utils.data import DataLoader, TensorDataset
 
-    channels_last = job.precision.endswith("+cl")
+    channels_last = "+cl" in job.precision
 
     class Module(lightning.LightningModule):
         def __init__(self) -> None:
@@ -449,14 +449,14 @@ def run_matmul(job: Job, turn: Turn) -> None:
 
 
 def make_model(job: Job) -> Any:
-    """The network of torch's own layers; where channels-last is added, hpsearch's too, which are made for it."""
+    """The network of torch's own layers, or of hpsearch's where they are added."""
     from alternatives import plain_unet
 
     from hpsearch.models.config import UNetConfig
     from hpsearch.models.unet import UNet
 
     config = UNetConfig(base_channels=job.problem.base_channels, depth=job.problem.depth)
-    model = UNet(config, 3) if job.precision.endswith("+cl") else plain_unet(config)
+    model = UNet(config, 3) if job.precision.endswith("+layers") else plain_unet(config)
     return model.to(job.device)
 
 
