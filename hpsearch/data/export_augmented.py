@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -43,8 +42,8 @@ from hpsearch.data.decoding import n_cores
 from hpsearch.data.folds import AUGMENTATION, AUGMENTED_GROUPS
 from hpsearch.data.integrity import refusal
 from hpsearch.data.layouts import Dataset, Sample, find_samples
-from hpsearch.errors import ConfigError, DatasetError
-from hpsearch.paths import atomic_write, remove_stale_temporaries, write_json
+from hpsearch.errors import ConfigError, DatasetError, RecordError
+from hpsearch.paths import atomic_write, read_json, remove_stale_temporaries, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -144,8 +143,8 @@ def _begin(partial: Path, settings: dict[str, object]) -> None:
     record = partial / AUGMENTATION
     if record.is_file():
         try:
-            same = json.loads(record.read_text(encoding="utf-8")) == settings
-        except (OSError, ValueError):
+            same = read_json(record) == settings
+        except RecordError:
             same = False
         if not same:
             raise DatasetError(

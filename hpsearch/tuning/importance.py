@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import optuna
-from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 from optuna.trial import create_trial
 
 from hpsearch.config import get_setting
@@ -25,6 +24,9 @@ def importances(record: StudyRecord) -> dict[str, float]:
     trials = [trial for trial in record.trials() if trial.outcome in ("full", "dropped") and trial.value is not None]
     if not spaces or len(trials) < MIN_TRIALS or len({trial.value for trial in trials}) < 2:
         return {}
+    # The forest takes long to load, and a final asks for it only at its end.
+    from optuna.importance import FanovaImportanceEvaluator, get_param_importances
+
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(direction="maximize")
     for trial in trials:

@@ -286,7 +286,7 @@ def test_pool_alone_is_read_from_the_cache_of_the_study_if_that_holds_whole_fram
 ):
     asked = []
 
-    def prepare(config: DataConfig, root: Path, *, progress: object) -> Prepared:
+    def prepare(config: DataConfig, root: Path, *, role: str, progress: object) -> Prepared:
         asked.append(config)
         return Prepared(tiny_cache.path, tiny_cache.key, tiny_cache.ids, tiny_cache.splits, (), (), 0.0)
 
