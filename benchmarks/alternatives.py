@@ -18,6 +18,8 @@ from hpsearch.models.unet import UNet, UpSampling
 
 Pair = tuple[Path, Path]
 """Files of an image and its mask."""
+MEAN, STD = (0.7, 0.6, 0.55), (0.15, 0.15, 0.16)
+"""Of images / 255, by channel; about those of ISIC-2017."""
 
 
 def plain_unet(config: UNetConfig, in_channels: int = 3, *, seed: int = 0) -> UNet:
@@ -45,7 +47,7 @@ class JpegDataset:
         self._pairs = pairs
         self._image_size = v2.Resize([size, size], antialias=True)
         self._mask_size = v2.Resize([size, size], interpolation=v2.InterpolationMode.NEAREST)
-        self._normalize = v2.Normalize([0.7, 0.6, 0.55], [0.15, 0.15, 0.16])
+        self._normalize = v2.Normalize(list(MEAN), list(STD))
         self._flips = flips
 
     def __len__(self) -> int:
@@ -82,7 +84,13 @@ def monai_pairs(pairs: list[Pair], size: int, n_threads: int) -> Any:
             Resized(keys=keys, spatial_size=(size, size), mode=["area", "nearest"]),
             ScaleIntensityd(keys="mask"),
             AsDiscreted(keys="mask", threshold=0.5),
-            NormalizeIntensityd(keys="image", channel_wise=True),
+            # The same numbers for all images, as the other sides have them, so that scores can be compared.
+            NormalizeIntensityd(
+                keys="image",
+                subtrahend=[255 * value for value in MEAN],
+                divisor=[255 * value for value in STD],
+                channel_wise=True,
+            ),
         ]
     )
     items = [{"image": str(image), "mask": str(mask)} for image, mask in pairs]
