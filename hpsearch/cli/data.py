@@ -6,11 +6,15 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from hpsearch.cli.options import Settings, config_options, out_option
 from hpsearch.paths import ProjectPaths
+
+if TYPE_CHECKING:
+    from hpsearch.data.integrity import CheckReport
 
 
 @click.group("data")
@@ -36,7 +40,7 @@ def check(project: ProjectPaths, settings: Settings, as_json: bool, full: bool, 
     root = cache_folder(project, config.cache_dir)
     report = integrity.check(locate(config, root), progress=None if as_json else counter("checking images"))
     result = report.to_dict()
-    lines = report.summary()
+    lines = []
     problems = len(report.errors)
     if full and not report.errors:
         folders, changed = check_contents(config, root)
@@ -60,8 +64,30 @@ def check(project: ProjectPaths, settings: Settings, as_json: bool, full: bool, 
             for p in pairs
         ]
         lines.append(f"{len(pairs)} near-duplicate pairs" + (f", see {sheet}" if pairs else ""))
-    click.echo(json.dumps(result, indent=1) if as_json else "\n".join(lines))
+    if as_json:
+        click.echo(json.dumps(result, indent=1))
+    else:
+        _print_report(report)
+        click.echo("\n".join(lines), nl=bool(lines))
     return 1 if problems else 0
+
+
+def _print_report(report: CheckReport) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    for line in report.overview():
+        console.print(Text(line))
+    if not report.errors:
+        console.print("no errors")
+    table = Table("", "kind", "number", "which", box=None, pad_edge=False)
+    for level, kind, n, texts in report.rows():
+        more = [f"and {n - len(texts)} more (--json names all)"] if n > len(texts) else []
+        table.add_row(level, kind, str(n), Text("\n".join([*texts, *more])))
+    if table.row_count:
+        console.print(table)
 
 
 @command.command("cache")

@@ -31,13 +31,25 @@ class CheckReport:
 
     def summary(self) -> list[str]:
         """Lines to print."""
+        lines = [*self.overview(), *(f"error: {line}" for line in describe(self.errors))]
+        return lines + ([] if self.errors else ["no errors"]) + [f"note: {line}" for line in describe(self.notes)]
+
+    def overview(self) -> list[str]:
+        """What can be used, in a line or two."""
         usable = ", ".join(f"{n} {split}" for split, n in self.counts.items())
         lines = [f"{sum(self.counts.values())} pairs can be used: {usable}"]
         if self.sizes:
             low, high = min(self.sizes, key=lambda s: s[0] * s[1]), max(self.sizes, key=lambda s: s[0] * s[1])
             lines.append(f"sizes (height x width) from {low[0]}x{low[1]} to {high[0]}x{high[1]}")
-        lines += [f"error: {line}" for line in describe(self.errors)] or ["no errors"]
-        return lines + [f"note: {line}" for line in describe(self.notes)]
+        return lines
+
+    def rows(self) -> list[tuple[str, str, int, list[str]]]:
+        """Of every kind of problem: `error` or `note`, the kind, how many, and the texts of the first few."""
+        return [
+            (level, kind, len(members), [problem.text for problem in members[:N_NAMED]])
+            for level, problems in (("error", self.errors), ("note", self.notes))
+            for kind, members in _by_kind(problems).items()
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types."""
@@ -164,11 +176,8 @@ def mask_notes(samples: Sequence[Sample], facts: Sequence[Facts]) -> list[Proble
 
 def describe(problems: Iterable[Problem]) -> list[str]:
     """One line for each kind, which names the first few; what concerns no single image is a line by itself."""
-    by_kind: dict[str, list[Problem]] = defaultdict(list)
-    for problem in problems:
-        by_kind[problem.kind].append(problem)
     lines = []
-    for kind, members in by_kind.items():
+    for kind, members in _by_kind(problems).items():
         if not members[0].id:
             lines += [problem.text for problem in members]
             continue
@@ -176,6 +185,13 @@ def describe(problems: Iterable[Problem]) -> list[str]:
         more = f"; and {len(members) - N_NAMED} more" if len(members) > N_NAMED else ""
         lines.append(f"{kind} ({len(members)}): {named}{more}")
     return lines
+
+
+def _by_kind(problems: Iterable[Problem]) -> dict[str, list[Problem]]:
+    by_kind: dict[str, list[Problem]] = defaultdict(list)
+    for problem in problems:
+        by_kind[problem.kind].append(problem)
+    return by_kind
 
 
 def refusal(problems: Sequence[Problem], flags: str) -> DatasetError:
