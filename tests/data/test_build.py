@@ -223,7 +223,7 @@ class TestChoice:
 
 
 BUILDER = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from hpsearch.data.build import build_cache
 from hpsearch.data.cache import Preparation
@@ -234,6 +234,8 @@ def slow(done, total):
     print("image", flush=True)
     time.sleep(float(sys.argv[3]))
 
+# A shell starts what runs in the background with this signal ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 pool = find_samples(DataConfig(root=sys.argv[1])).split("train", "val")
 print(build_cache(pool, Preparation(24, 40, ("resize",)), "memmap", Path(sys.argv[2]), progress=slow))
 """
