@@ -18,6 +18,7 @@ from outside at any time.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import hashlib
 import itertools
@@ -451,7 +452,9 @@ def fill_the_disk(place: Place, *, seed: int = 0, squeezed_kib: Sequence[int] = 
 
             def fill(_: object, kib: int | None = kib, filler: Path = filler, n_before: int = n_before) -> None:
                 if kib is not None and not filler.exists() and n_epochs(study.out) > n_before:
-                    filler.write_bytes(bytes(max(0, shutil.disk_usage(disk).free - kib * 1024)))
+                    # The study writes meanwhile: what was free may be gone, and then the disk is full, too.
+                    with contextlib.suppress(OSError):
+                        filler.write_bytes(bytes(max(0, shutil.disk_usage(disk).free - kib * 1024)))
 
             ended = study.start([], fill)
             is_full = filler.exists()
@@ -467,7 +470,7 @@ def fill_the_disk(place: Place, *, seed: int = 0, squeezed_kib: Sequence[int] = 
             study.finish()
         outcome.differences += compare(study.out, reference)
     finally:
-        subprocess.run(["umount", str(disk)], check=False)
+        subprocess.run(["umount", "--lazy", str(disk)], check=False)
     return outcome
 
 
