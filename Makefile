@@ -3,13 +3,14 @@
 #   make study       environment, then the main job on the built-in sample data
 #   make test        environment, lint, types, tests (at most 10 minutes on 2 cores)
 #   make test-slow   what is marked slow: faults, servers (at most 30 minutes)
+#   make test-distributed   machines that die while they share a study; wants a machine of its own
 
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := .venv.stamp
 
-.PHONY: env study lint test test-slow clean
+.PHONY: env study lint test test-slow test-distributed clean
 
 env: $(STAMP)
 
@@ -35,6 +36,9 @@ test: lint
 
 test-slow: env
 	$(BIN)/pytest -m 'slow and not gpu'
+
+test-distributed: env
+	$(BIN)/pytest -m distributed
 
 clean:
 	rm -rf sample-study .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -56,7 +56,7 @@ def test_three_machines_finish_a_study_as_one_does(
     assert "secret" not in "".join(path.read_text() for path in record.paths.root.rglob("*.log"))
 
 
-@pytest.mark.slow
+@pytest.mark.distributed
 @pytest.mark.timeout(1200)
 def test_kills_suspensions_and_crashed_servers_lose_nothing_and_finish_nothing_twice(
     dataset: Path, alone: StudyRecord, postgres: Postgres, tmp_path: Path
