@@ -112,4 +112,5 @@ def test_predicting_them(
     image = str(root / "ISIC-2017_Test_v2_Data" / "ISIC_0000008.jpg")
     where = ["--out", str(final[0]), "--out-dir", str(tmp_path)]
     assert peak_bytes("predict", image, tiles, "--overlays", "--probabilities", *where) < LIMIT_BYTES
-    assert Image.open(tmp_path / "ISIC_0000008_segmentation.png").size == LARGEST[::-1]
+    with Image.open(tmp_path / "ISIC_0000008_segmentation.png") as mask:
+        assert mask.size == LARGEST[::-1]
