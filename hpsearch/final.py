@@ -36,7 +36,7 @@ from hpsearch.report.statistics import Corrected, Interval, Paired, bootstrap_me
 from hpsearch.scoring import COLUMNS, mask_name, read_mask, score_table, write_submission
 from hpsearch.tracking import Tracker, TrackingThread
 from hpsearch.training.metrics import SCORES, PixelCounts
-from hpsearch.tuning import lock
+from hpsearch.tuning import fits, lock
 from hpsearch.tuning.caches import PoolCaches
 from hpsearch.tuning.coordinator import cache_root, log_file
 from hpsearch.tuning.planning import MachineChoice, make_plan
@@ -193,7 +193,9 @@ def run_final(
             workers.become([plan.alone])
             for index in range(n_seeds):
                 seed = stable_seed(config.study.seed, "final", index)
-                job = _fit_job(chosen, folder.seed(index), seed, caches)
+                job = fits.fit_job(
+                    chosen, 0, folder.seed(index), caches, train=list(range(caches.scored.n)), held_out=[], seed=seed
+                )
                 if (
                     not folder.seed(index).fit.is_file()
                     and do(workers, job, on_epoch=partial(on_epoch, index)) is None
@@ -260,9 +262,9 @@ class FoldNetworks:
 def fold_networks(record: StudyRecord, number: int) -> FoldNetworks | None:
     """Those of a trial's second fits, or of its first where the second were not kept; None if neither were."""
     found = []
-    for source, fits in (("second fits", record.second_fit), ("first fits", record.fit)):
-        weights = tuple(fits(number, fold).paths.weights for fold in range(record.n_folds))
-        finished = all(fits(number, fold).is_finished for fold in range(record.n_folds))
+    for source, fit_of in (("second fits", record.second_fit), ("first fits", record.fit)):
+        weights = tuple(fit_of(number, fold).paths.weights for fold in range(record.n_folds))
+        finished = all(fit_of(number, fold).is_finished for fold in range(record.n_folds))
         if finished and all(path.is_file() for path in weights):
             found.append((source, weights))
     if not found:
@@ -293,21 +295,6 @@ def _members(folder: FinalPaths, networks: FoldNetworks | None) -> list[tuple[Pa
     shutil.rmtree(folder.ensemble, ignore_errors=True)
     sources = networks.weights if networks is not None else ()
     return [(source, folder.ensemble / f"fold{fold}.safetensors") for fold, source in enumerate(sources)]
-
-
-def _fit_job(trial: TrialRecord, fit: FitPaths, seed: int, caches: PoolCaches) -> dict[str, Any]:
-    return {
-        "job": "fit",
-        "trial": trial.number,
-        "fold": 0,
-        "config": trial.config,
-        "folder": str(fit.root.absolute()),
-        **caches.job(trial.study_config),
-        "train": list(range(caches.scored.n)),
-        "held_out": [],
-        "seed": seed,
-        "keep_best": False,
-    }
 
 
 def _score_job(trial: TrialRecord, fit: FitPaths, seen: Prepared, test: Prepared) -> dict[str, Any]:

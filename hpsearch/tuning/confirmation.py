@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import time
 from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
 
 from hpsearch.config import StudyConfig, stable_seed
-from hpsearch.errors import StorageError, WorkerError
-from hpsearch.paths import remove_stale_temporaries
 from hpsearch.report.statistics import select_for_confirmation
+from hpsearch.tuning import fits
 from hpsearch.tuning.caches import PoolCaches
 from hpsearch.tuning.listener import Listener
 from hpsearch.tuning.record import SecondRecord, Shortlist, StudyRecord, TrialRecord, code_version, now
-from hpsearch.tuning.workers import DEATHS_PER_JOB, POLL_S, Event, Workers
+from hpsearch.tuning.workers import POLL_S, Event, Workers
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +124,7 @@ class Confirmation:
                 break
             for event in workers.events(POLL_S):
                 self._hear(event, chosen)
-            self._end_silent_fits()
+            fits.end_silent(workers, self._silence_limit_of)
         self._clear(chosen)
 
     def _hand_out(self, chosen: Shortlist) -> None:
@@ -142,19 +140,10 @@ class Confirmation:
             self._workers.submit(worker, self._job(number, fold))
 
     def _job(self, number: int, fold: int) -> dict[str, Any]:
-        folds = self._record.folds
-        return {
-            "job": "fit",
-            "trial": number,
-            "fold": fold,
-            "config": self._trials[number].config,
-            "folder": str(self._record.second_fit(number, fold).paths.root.absolute()),
-            **self._caches.job(self._trials[number].study_config),
-            "train": folds.train(fold).tolist(),
-            "held_out": folds.held_out(fold).tolist(),
-            "seed": second_seed(self._record.config, number, fold),
-            "keep_best": False,
-        }
+        folder = self._record.second_fit(number, fold).paths
+        seed = second_seed(self._record.config, number, fold)
+        trial = self._trials[number]
+        return fits.fold_job(self._record, trial, fold, folder, self._caches, seed=seed, keep_best=False)
 
     def _hear(self, event: Event, chosen: Shortlist) -> None:
         if event.job is None or event.job["trial"] not in self._open:
@@ -181,34 +170,23 @@ class Confirmation:
 
     def _hear_failure(self, number: int, fold: int, message: dict[str, Any]) -> None:
         """Once more from the checkpoint, unless this fold has ended its worker too often."""
-        fit = self._record.second_fit(number, fold)
-        remove_stale_temporaries(fit.paths.root)
+        what, fit = f"second fit of trial {number}, fold {fold}", self._record.second_fit(number, fold)
+        second = self._open[number]
+        failures, reason = fits.count_death(fit, fold, second.failures, message, what)
+        self._listener.said(f"{what}: worker {message['text']}")
+        self._open[number] = dataclasses.replace(second, failures=failures)
+        self._write(self._open[number])
         if fit.is_finished:
             # It died after its result.
             self._end_if_finished(number)
-            return
-        text = message["text"]
-        if message.get("is_storage"):
-            raise StorageError(text)
-        if message.get("is_known"):
-            raise WorkerError(f"second fit of trial {number}, fold {fold}: {text}")
-        logger.warning(
-            "second fit of trial %d, fold %d: worker %s\n%s", number, fold, text, message.get("traceback", "")
-        )
-        self._listener.said(f"second fit of trial {number}, fold {fold}: worker {text}")
-        second = self._open[number]
-        place = f"after epoch {len(fit.epochs())}: "
-        deaths = [*second.failures.get(str(fold), []), place + text]
-        self._open[number] = dataclasses.replace(second, failures={**second.failures, str(fold): deaths})
-        self._write(self._open[number])
-        if sum(each.startswith(place) for each in deaths) >= DEATHS_PER_JOB:
-            self._end(number, "failed", f"fold {fold} ended its worker {DEATHS_PER_JOB} times {place}{text}")
+        elif reason:
+            self._end(number, "failed", reason)
 
     def _end_if_finished(self, number: int) -> None:
-        fits = [self._record.second_fit(number, fold) for fold in range(self._record.n_folds)]
-        if not all(fit.is_finished for fit in fits):
+        seconds = [self._record.second_fit(number, fold) for fold in range(self._record.n_folds)]
+        if not all(fit.is_finished for fit in seconds):
             return
-        if any((fit.summary() or {}).get("micro_batch") for fit in fits):
+        if any((fit.summary() or {}).get("micro_batch") for fit in seconds):
             # Then it is another configuration that was fitted.
             self._end(number, "infeasible", "memory forced parts of batches, which changed the result")
         else:
@@ -241,16 +219,11 @@ class Confirmation:
         )
         self._listener.confirming(chosen.trials, n_done, len(chosen.trials) * n_folds)
 
-    def _end_silent_fits(self) -> None:
-        for worker in self._workers.busy():
-            if worker.job is None or worker.job["trial"] not in self._open:
-                continue
-            number, fold = worker.job["trial"], worker.job["fold"]
-            rows = self._record.second_fit(number, fold).epochs()
-            limit = self._silence_limit(self._trials[number].study_config, fold, rows)
-            if time.monotonic() - worker.heard_at > limit:
-                logger.warning("second fit of trial %d, fold %d: no epoch for %.0f s", number, fold, limit)
-                self._workers.kill(worker)
+    def _silence_limit_of(self, number: int, fold: int) -> float | None:
+        if number not in self._open:
+            return None
+        rows = self._record.second_fit(number, fold).epochs()
+        return self._silence_limit(self._trials[number].study_config, fold, rows)
 
     def _clear(self, chosen: Shortlist) -> None:
         """Once all is confirmed, keep the second networks of the best and of the one behind it only."""
@@ -261,9 +234,7 @@ class Confirmation:
         kept = sorted(confirmed, key=lambda number: (-worth[number], number))[:N_KEPT]
         for second in self._record.second_records():
             for fold in range(self._record.n_folds) if second.trial not in kept else ():
-                fit = self._record.second_fit(second.trial, fold).paths
-                for path in (fit.weights, fit.best, fit.last, fit.previous):
-                    path.unlink(missing_ok=True)
+                fits.remove_networks(self._record.second_fit(second.trial, fold).paths)
 
 
 def second_seed(config: StudyConfig, trial: int, fold: int) -> int:

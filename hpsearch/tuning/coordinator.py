@@ -25,10 +25,10 @@ from hpsearch.data.cache import open_cache
 from hpsearch.data.folds import Folds
 from hpsearch.data.prepare import Prepared
 from hpsearch.errors import ConfigError, StoppedError, StorageError, StudyChangedError, StudyError, WorkerError
-from hpsearch.paths import FitPaths, ProjectPaths
+from hpsearch.paths import ProjectPaths
 from hpsearch.plan import ExecutionPlan
 from hpsearch.tracking import Tracker, TrackingThread
-from hpsearch.tuning import confirmation, enqueue, pruners, takeover
+from hpsearch.tuning import confirmation, enqueue, fits, pruners, takeover
 from hpsearch.tuning.caches import PoolCaches
 from hpsearch.tuning.coordinators import Sharing
 from hpsearch.tuning.listener import Listener, Silent
@@ -38,7 +38,7 @@ from hpsearch.tuning.pruners import Pruner
 from hpsearch.tuning.racing import TrialScores, Verdict, verdict_on_request
 from hpsearch.tuning.record import COUNTED, Outcome, StudyRecord, TrialRecord, code_version, now
 from hpsearch.tuning.study import sqlite_url
-from hpsearch.tuning.workers import DEATHS_PER_JOB, POLL_S, Event, Worker, Workers
+from hpsearch.tuning.workers import POLL_S, Event, Worker, Workers
 
 logger = logging.getLogger(__name__)
 
@@ -173,12 +173,6 @@ def run_study(
         return StudySummary(record, coordinator.n_counted, coordinator.was_stopped, undelivered)
 
 
-def remove_checkpoints(fit: FitPaths) -> None:
-    """Remove what only an unfinished fit needs."""
-    for path in (fit.last, fit.previous):
-        path.unlink(missing_ok=True)
-
-
 def cache_root(project: ProjectPaths, config: StudyConfig) -> Path:
     """Where the decoded images of a study lie."""
     return Path(config.data.cache_dir) if config.data.cache_dir else project.cache
@@ -261,7 +255,7 @@ class Coordinator:
                 break
             for event in workers.events(POLL_S):
                 self._hear(event)
-            self._end_silent_fits()
+            fits.end_silent(workers, self._silence_limit_of)
         with self._ownership.confirming() as is_ours:
             if is_ours and not self._stop.is_requested:
                 self._confirm()
@@ -322,7 +316,7 @@ class Coordinator:
                 # A start that was killed between the record and the clearing left them.
                 self._clear(trial.number)
             for fold in self._record.finished_folds(trial.number):
-                remove_checkpoints(self._record.paths.trial(trial.number).fold(fold))
+                fits.remove_checkpoints(self._record.paths.trial(trial.number).fold(fold))
 
     def _go_on(self, trial: TrialRecord) -> _OpenTrial | None:
         """Take up a trial that was begun before; None if nothing of it was left to do."""
@@ -421,19 +415,9 @@ class Coordinator:
         return None
 
     def _fit_job(self, trial: _OpenTrial, fold: int) -> dict[str, Any]:
-        number, folds = trial.record.number, self._record.folds
-        return {
-            "job": "fit",
-            "trial": number,
-            "fold": fold,
-            "config": trial.record.config,
-            "folder": str(self._record.paths.trial(number).fold(fold).root.absolute()),
-            **self._caches.job(trial.config),
-            "train": folds.train(fold).tolist(),
-            "held_out": folds.held_out(fold).tolist(),
-            "seed": fit_seed(self._record.config, trial.record.place, fold),
-            "keep_best": True,
-        }
+        folder = self._record.paths.trial(trial.record.number).fold(fold)
+        seed = fit_seed(self._record.config, trial.record.place, fold)
+        return fits.fold_job(self._record, trial.record, fold, folder, self._caches, seed=seed, keep_best=True)
 
     def _hear(self, event: Event) -> None:
         if event.job is None or event.job["trial"] not in self._open:
@@ -483,25 +467,14 @@ class Coordinator:
 
     def _hear_failure(self, trial: _OpenTrial, fold: int, event: Event) -> None:
         """A worker died or raised: once more from the checkpoint, unless this fold has done it too often."""
-        text = event.message["text"]
-        if event.message.get("is_storage"):
-            raise StorageError(text)
-        if event.message.get("is_known"):
-            raise WorkerError(f"trial {trial.record.number}, fold {fold}: {text}")
-        number = trial.record.number
-        fit = self._record.fit(number, fold)
-        paths.remove_stale_temporaries(fit.paths.root)
-        logger.warning("trial %d fold %d: worker %s\n%s", number, fold, text, event.message.get("traceback", ""))
-        self._listener.said(f"trial {number}, fold {fold}: worker {text}")
-        # Deaths that an epoch was won in between are the machine's fault, not the configuration's.
-        place = f"after epoch {len(fit.epochs())}: "
-        died = [*trial.record.failures.get(str(fold), []), place + text]
-        trial.record = dataclasses.replace(trial.record, failures={**trial.record.failures, str(fold): died})
+        what, fit = f"trial {trial.record.number}, fold {fold}", self._record.fit(trial.record.number, fold)
+        failures, reason = fits.count_death(fit, fold, trial.record.failures, event.message, what)
+        self._listener.said(f"{what}: worker {event.message['text']}")
+        trial.record = dataclasses.replace(trial.record, failures=failures)
         self._write(trial.record)
         if fit.is_finished or trial.dropped is not None:
             self._settle(trial)
-        elif sum(each.startswith(place) for each in died) >= DEATHS_PER_JOB:
-            reason = f"fold {fold} ended its worker {DEATHS_PER_JOB} times {place}{text}"
+        elif reason:
             self._end(trial.record, "failed", reason=reason)
             ended = [t for t in self._trials.values() if t.outcome in COUNTED]
             if len(ended) >= 3 and all(t.outcome == "failed" for t in ended):
@@ -571,10 +544,7 @@ class Coordinator:
         kept = {trial.number for trial in full[:2]}
         for each in {number, *(trial.number for trial in full[2:4])} - kept:
             for fold in range(self._record.n_folds):
-                fit = self._record.paths.trial(each).fold(fold)
-                remove_checkpoints(fit)
-                for path in (fit.weights, fit.best):
-                    path.unlink(missing_ok=True)
+                fits.remove_networks(self._record.paths.trial(each).fold(fold))
 
     def _trial_scores(self, number: int) -> TrialScores:
         """Per-image scores after every epoch of every fold that was begun."""
@@ -596,17 +566,9 @@ class Coordinator:
                 self._scores[trial.number] = self._trial_scores(trial.number)
         return [self._scores[number] for number in sorted(self._scores)]
 
-    def _end_silent_fits(self) -> None:
-        """A worker that shows no epoch for far longer than it should is taken for hanging, and ended."""
-        for worker in self._workers.busy():
-            if worker.job is None or worker.job["trial"] not in self._open:
-                continue
-            trial, fold = self._open[worker.job["trial"]], worker.job["fold"]
-            rows = self._record.fit(trial.record.number, fold).epochs() if trial.fitting else []
-            limit = self._silence_limit(trial.config, fold, rows)
-            if time.monotonic() - worker.heard_at > limit:
-                logger.warning("trial %d fold %d: no epoch for %.0f s", trial.record.number, fold, limit)
-                self._workers.kill(worker)
+    def _silence_limit_of(self, number: int, fold: int) -> float | None:
+        trial = self._open.get(number)
+        return self._silence_limit(trial.config, fold, self._record.fit(number, fold).epochs()) if trial else None
 
     def _silence_limit(self, config: StudyConfig, fold: int, rows: list[dict[str, Any]]) -> float:
         folds = self._record.folds
