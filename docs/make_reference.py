@@ -1,4 +1,4 @@
-"""Writes docs/reference.md: every command and every setting, from the code that reads them.
+"""Writes the pages of docs/ that the code itself says: every command and setting, every function, every file.
 
 python docs/make_reference.py             writes it anew
 python docs/make_reference.py --check     exit code 1 if it is not what the code says
@@ -32,6 +32,10 @@ API_HEAD = """# From Python
 What each command does is one function. Those of the upper table can be imported from `hpsearch` itself, which loads
 nothing until they are used; `examples/own_images.py` uses them from search to masks on images of one's own. Made from
 the code by `python docs/make_reference.py`.
+"""
+FILES_HEAD = """# Every file
+
+What each module owns, in its own words. Made from the code by `python docs/make_reference.py`.
 """
 BEHIND = {
     "study": "hpsearch.tuning.coordinator.run_study",
@@ -191,6 +195,30 @@ def api() -> str:
     return "\n".join(blocks)
 
 
+def files() -> str:
+    """The page of files: a table for each folder, a line for each module that says what it owns."""
+    root = Path(__file__).parents[1]
+    folders = collections.defaultdict(list)
+    for top in ("hpsearch", "benchmarks", "docs", "examples"):
+        for path in sorted((root / top).rglob("*.py")):
+            folders[path.parent.relative_to(root).as_posix()].append(path)
+    for path in sorted((root / "experiments").glob("*.toml")):
+        folders["experiments"].append(path)
+    blocks = [FILES_HEAD]
+    for folder, paths in folders.items():
+        rows = [f"| `{path.name}` | {_cell(_first_line(path))} |" for path in paths]
+        blocks.append("\n".join([f"## {folder}", "", "| file | |", "| --- | --- |", *rows, ""]))
+    return "\n".join(blocks)
+
+
+def _first_line(path: Path) -> str:
+    """What a file says of itself first."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".toml":
+        return text.partition("\n")[0].lstrip("# ")
+    return (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
+
+
 def describe_object(shown: str, full_name: str) -> str:
     """A function's or class's signature and docstring."""
     found = find(full_name)
@@ -239,7 +267,7 @@ def _wrapped(name: str, signature: str) -> str:
 
 if __name__ == "__main__":
     stale = []
-    for page, make in (("reference.md", reference), ("api.md", api)):
+    for page, make in (("reference.md", reference), ("api.md", api), ("files.md", files)):
         path, made = Path(__file__).with_name(page), make()
         if "--check" not in sys.argv[1:]:
             path.write_text(made, encoding="utf-8")

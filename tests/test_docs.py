@@ -81,7 +81,7 @@ def test_a_command_that_cannot_be_typed_would_be_noticed() -> None:
 
 def test_the_reference_is_what_the_code_says() -> None:
     script = runpy.run_path(str(ROOT / "docs/make_reference.py"))
-    for page in ("reference", "api"):
+    for page in ("reference", "api", "files"):
         stored = (ROOT / f"docs/{page}.md").read_text(encoding="utf-8")
         assert stored == script[page](), "run `python docs/make_reference.py`"
 
