@@ -443,7 +443,7 @@ def remove_stale_temporaries(folder: Path) -> None:
 
 def storage_error(path: Path, error: OSError) -> StorageError:
     """One line that says which file, why, how much room is left, and what to do."""
-    reason = os.strerror(error.errno) if error.errno else str(error)
+    reason = error.strerror or str(error)
     try:
         room = f"{free_bytes(path) / 2**20:.0f} MiB free there"
     except OSError:

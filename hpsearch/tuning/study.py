@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import errno
 import json
 import logging
 import sqlite3
@@ -20,7 +21,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from hpsearch import paths
-from hpsearch.errors import RecordError, StorageError, StudyError
+from hpsearch.errors import RecordError, StudyError
 from hpsearch.tracking import redact
 from hpsearch.tuning.record import StudyRecord, TrialRecord
 from hpsearch.tuning.search_space import decode, default_params, distributions, encode, make_sampler, suggest
@@ -37,8 +38,14 @@ STATES = {
 }
 
 
-_REFUSALS = ("disk is full", "disk I/O error", "readonly database", "unable to open", "is locked")
-"""What SQLite says where the disk, and not the file, is at fault."""
+_REFUSALS = {
+    "disk is full": errno.ENOSPC,
+    "readonly database": errno.EROFS,
+    "disk I/O error": errno.EIO,
+    "unable to open": errno.EIO,
+    "is locked": errno.EIO,
+}
+"""What SQLite says where the disk, and not the file, is at fault; the system's number for what to do about it."""
 
 
 class StudyDatabase:
@@ -172,12 +179,9 @@ class StudyDatabase:
             cause = error.__cause__ if isinstance(error.__cause__, SQLAlchemyError) else error
             reason = (str(getattr(cause, "orig", None) or cause).splitlines() or [type(cause).__name__])[0]
             shown, file = _shown(self._url)
-            if file is not None and any(refusal in reason for refusal in _REFUSALS):
-                room = paths.free_bytes(file) / 2**20
-                raise StorageError(
-                    f"cannot write {shown}: {reason} ({room:.0f} MiB free there); see to the disk and "
-                    "run the same command again"
-                ) from error
+            refusal = next((number for said, number in _REFUSALS.items() if said in reason), None)
+            if file is not None and refusal is not None:
+                raise paths.storage_error(file, OSError(refusal, reason)) from error
             advice = (
                 ""
                 if file is None
