@@ -140,13 +140,13 @@ def main() -> int:
             outcomes = [fail_every_write(place, every=options.every)]
         else:
             outcomes = [fill_the_disk(place)]
-    n_differences = sum(len(outcome.differences) for outcome in outcomes)
+    differences = [difference for outcome in outcomes for difference in outcome.differences]
     n_faults = sum(outcome.n_faults for outcome in outcomes)
     phases = sum((outcome.phases for outcome in outcomes), Counter[str]())
     print(", ".join(f"{name} {n}" for name, n in sorted(phases.items())))
     print(f"{n_faults} faults over {len(outcomes)} studies in {time.monotonic() - began:.0f} s")
-    print(f"{n_differences} differences")
-    return 1 if n_differences else 0
+    print("\n".join([*differences, f"{len(differences)} differences"]))
+    return 1 if differences else 0
 
 
 @dataclass(frozen=True)
