@@ -84,6 +84,10 @@ GROUPS: dict[str, tuple[Arm, ...]] = {
         Arm("group", ("unet.norm=group",)),
         Arm("instance", ("unet.norm=instance",)),
     ),
+    "input norm": (
+        Arm("the pool's mean and deviation"),
+        Arm("each image's own too", ("unet.input_norm=image",)),
+    ),
     "loss": (
         Arm("bce"),
         Arm("dice", ("train.loss=dice",)),

@@ -100,7 +100,7 @@ def as_exported(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "in_channels", "size"),
     [
-        (UNetConfig(base_channels=4, depth=2), 3, (48, 40)),
+        (UNetConfig(base_channels=4, depth=2, input_norm="image"), 3, (48, 40)),
         (UNetConfig(base_channels=4, depth=2, padding="valid", norm="none"), 3, (61, 75)),
         (UNetConfig(base_channels=4, depth=2, norm="group"), 1, (37, 50)),
     ],

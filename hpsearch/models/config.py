@@ -24,6 +24,8 @@ class UNetConfig:
     """`valid` is the paper's: every convolution takes a border away."""
     norm: Literal["none", "batch", "group", "instance"] = "batch"
     """Normalisation after each convolution; the report has none."""
+    input_norm: Literal["none", "image"] = "none"
+    """`image`: each image is standardised once more, channel by channel, by its own mean and deviation."""
     init: Literal["xavier", "torch"] = "xavier"
     """`xavier`: Xavier convolutions, bilinear transposed ones (the report's); `torch`: torch's defaults."""
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from hpsearch.models.config import UNetConfig
 from hpsearch.models.init import initialize_
-from hpsearch.models.norms import make_norm
+from hpsearch.models.norms import ImageNorm, make_norm
 from hpsearch.models.shapes import output_margin, skip_offset
 
 
@@ -32,6 +32,7 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         self.margin = 0 if stretch else output_margin(config)
+        self.input_norm = ImageNorm() if config.input_norm == "image" else nn.Identity()
         channels = [config.base_channels * 2**stage for stage in range(config.depth + 1)]
         # The constructors draw from the global generator; `initialize_` then draws what is used from the seed.
         with torch.random.fork_rng(devices=[]):
@@ -55,7 +56,7 @@ class UNet(nn.Module):
         is the same function and saves base_channels - 1 maps of H x W.
         """
         skips = []
-        x = images
+        x = self.input_norm(images)
         for part in self.encoder:
             x = part(x)
             skips.append(x)

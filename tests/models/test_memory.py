@@ -45,6 +45,7 @@ def _cases() -> list[Case]:
                 stacking=draw.randint(1, 3),
                 padding=padding,  # type: ignore[arg-type]
                 norm=norm,  # type: ignore[arg-type]
+                input_norm="image" if found % 2 else "none",
             )
             size = draw.choice([32, 37, 64, 97, 128] if small else [32, 64, 128, 250, 256, 388, 572])
             batch_size = draw.choice([1, 2, 5] if small else [1, 2, 7, 16, 32])

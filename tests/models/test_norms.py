@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hpsearch.models.norms import LANES, BatchNorm
+from hpsearch.models.norms import LANES, BatchNorm, ImageNorm
 
 NARROW = [(torch.float32, 2), (torch.float32, 4), (torch.bfloat16, 4), (torch.bfloat16, 8)]
 """Types and channels that do not fill a vector."""
@@ -102,3 +102,23 @@ def test_maps_that_gain_nothing_are_left_to_torch(x: Tensor) -> None:
 def test_the_lanes_are_whole_vectors_of_every_processor() -> None:
     # 64 bytes are the widest vectors there are; bf16 takes 2 of them a number.
     assert LANES * 2 % 64 == 0
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_image_is_standardised_by_itself(channels: int) -> None:
+    x = maps(channels, size=45)[..., :31]
+    x[1] *= 7
+    x[2] += 3
+    double = x.double()
+    mean, std = double.mean((2, 3), keepdim=True), double.std((2, 3), keepdim=True, correction=0)
+    found = ImageNorm()(x)
+    assert (found - (double - mean) / std).abs().max() < 1e-3
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    half = ImageNorm()(x.to(torch.bfloat16))
+    assert half.dtype == torch.bfloat16
+    assert (half - found).abs().max() < 0.05
+
+
+def test_an_image_of_one_colour_becomes_nothing() -> None:
+    flat = torch.full((2, 3, 20, 20), 1.7).contiguous(memory_format=torch.channels_last)
+    assert ImageNorm()(flat).abs().max() < 1e-3

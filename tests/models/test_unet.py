@@ -190,3 +190,13 @@ def test_compiled_network_is_the_same_function(norm: str, padding: str) -> None:
     expected = model(images)
     compiled = torch.compile(model)
     assert torch.allclose(compiled(images), expected, atol=1e-4)
+
+
+def test_standardised_images_are_all_that_the_network_sees_of_exposure() -> None:
+    images = _images(2, 3, 32, 32)
+    exposed = images * torch.tensor([0.5, 1.5, 3.0]).view(3, 1, 1) - torch.tensor([1.0, 0.0, 2.0]).view(3, 1, 1)
+    found = {}
+    for input_norm in ("none", "image"):
+        model = UNet(UNetConfig(base_channels=4, depth=2, input_norm=input_norm), 3).eval()  # type: ignore[arg-type]
+        found[input_norm] = (model(images) - model(exposed)).abs().max()
+    assert found["image"] < 0.01 < found["none"]
