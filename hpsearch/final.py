@@ -66,6 +66,8 @@ class FinalResult:
     """What the search claims of its winner; None if this is another trial."""
     predicted: Interval | None
     """What the search promised for so many test images: the mean with its 95 % prediction interval; None likewise."""
+    eval_size: tuple[int, int]
+    """Height and width at which `test` is scored, as all trials were (`study.eval_size`, else `data.size`)."""
     test: dict[str, Interval]
     """Score by name: mean over images, and over seeds, with its 95 % interval over images. As all trials are scored:
     threshold 0.5, no flips, no cleaning."""
@@ -108,6 +110,7 @@ class FinalResult:
             "is_confirmed": self.is_confirmed,
             "corrected": dataclasses.asdict(self.corrected) if self.corrected else None,
             "predicted": dataclasses.asdict(self.predicted) if self.predicted else None,
+            "eval_size": list(self.eval_size),
             "test": _tables(self.test),
             "official": _tables(self.official),
             "per_seed": {name: list(values) for name, values in self.per_seed.items()},
@@ -131,7 +134,7 @@ class EnsembleResult:
     """As in `FinalResult.chosen_test`: by the choices, where any were taken."""
     official: dict[str, Interval]
     gain: Paired
-    """Of the study's metric over the network that is kept, on the same test images at the training size."""
+    """Of the study's metric over the network that is kept, on the same test images at `FinalResult.eval_size`."""
 
     def to_table(self) -> dict[str, Any]:
         return {
@@ -177,10 +180,7 @@ def run_final(
         root = cache_root(project, config)
         networks = fold_networks(record, chosen.number)
         if ensemble and networks is None:
-            raise StudyError(
-                f"the networks of the folds of trial {chosen.number} were not kept, as they are for the best trials "
-                "only: there is nothing to make an ensemble of"
-            )
+            raise StudyError(_why_no_ensemble(record, chosen.number))
         caches = PoolCaches(record.config, root, role="final")
         pool = caches.scored
         test = prepare_test(config.scored_data, root)
@@ -273,6 +273,16 @@ def fold_networks(record: StudyRecord, number: int) -> FoldNetworks | None:
     return FoldNetworks(f"{source} of trial {number}", weights, found[1][1] if len(found) > 1 else ())
 
 
+def _why_no_ensemble(record: StudyRecord, number: int) -> str:
+    having = [trial.number for trial in record.full_trials() if fold_networks(record, trial.number) is not None]
+    others = f"take --trial {' or '.join(map(str, having))}, or " if having else ""
+    return (
+        f"the networks of the folds of trial {number} were not kept, as they are for the best trials only: {others}"
+        f"fit its folds again (`hpsearch export --toml FILE --trial {number}`, then `hpsearch train --config FILE "
+        f"--folds {record.config.study.folds}`) and take the final of that study"
+    )
+
+
 def _choose(record: StudyRecord, number: int | None, cheapest_tied: bool) -> TrialRecord:
     if number is None:
         best = record.best()
@@ -281,9 +291,7 @@ def _choose(record: StudyRecord, number: int | None, cheapest_tied: bool) -> Tri
         if cheapest_tied and (claims := Claims.of(record)) is not None:
             return record.trial(claims.cheapest_tied(record))
         return best
-    if number not in record.trial_numbers():
-        raise StudyError(f"study {record.name!r} has no trial {number}; it has {len(record.trial_numbers())}")
-    trial = record.trial(number)
+    trial = record.known_trial(number)
     if not trial.can_win:
         what = "one that memory changed" if trial.outcome == "full" else trial.outcome or "still open"
         raise StudyError(f"trial {number} of study {record.name!r} is {what}: only full trials can be final")
@@ -413,6 +421,7 @@ def _evaluate(
         is_confirmed=trial.number in record.confirmed(),
         corrected=claims.corrected if trial.number == claims.winner else None,
         predicted=claims.predicted(trial.number, n_test=test.n, n_runs=n_seeds),
+        eval_size=record.config.eval_size,
         test={name: bootstrap_mean(values.mean(axis=0)) for name, values in scores.items()},
         per_seed={name: tuple(float(value) for value in values.mean(axis=1)) for name, values in scores.items()},
         official=_official(folder.official_counts, test),

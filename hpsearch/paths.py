@@ -333,7 +333,7 @@ class FinalPaths:
 
     @property
     def chosen_counts(self) -> Path:
-        """tp, fp, fn, tn of the test images at the training size, of the model kept, by those choices."""
+        """tp, fp, fn, tn of the test images at the size of evaluation, of the model kept, by those choices."""
         return self.root / "chosen_counts.npy"
 
     @property

@@ -228,7 +228,7 @@ def test_any_trial_can_be_exported_and_one_that_is_not_there_cannot(tmp_path: Pa
     dropped = study.trial("dropped")
     path = export_toml(study.record, tmp_path / "mine.toml", number=0)
     assert configs.load(path, ()) == dropped.study_config
-    with pytest.raises(StudyError, match="no trial 4; it has 1"):
+    with pytest.raises(StudyError, match="no trial 4: its last is trial 0"):
         export_toml(study.record, number=4)
 
 

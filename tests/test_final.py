@@ -13,7 +13,7 @@ from hpsearch.choices import Choices, Chosen
 from hpsearch.cli.final import describe
 from hpsearch.config import stable_seed
 from hpsearch.errors import StudyError
-from hpsearch.final import FinalResult, run_final
+from hpsearch.final import FinalResult, fold_networks, run_final
 from hpsearch.paths import ProjectPaths
 from hpsearch.predict import Ensemble, Predictor, find_images, load_predictor, predict_files
 from hpsearch.report.rows import study_rows
@@ -117,7 +117,7 @@ def test_predict_gives_the_masks_that_final_scored(
 def test_the_final_table_shows_both_kinds_of_score(result: FinalResult) -> None:
     lines = describe(result)
     for title, interval in (
-        ("test, training size", result.test["dice"]),
+        ("test at 32x32", result.test["dice"]),
         ("test, official", result.official["accuracy"]),
     ):
         (line,) = (line for line in lines if line.startswith(title))
@@ -145,6 +145,26 @@ def test_only_full_trials_can_be_final(project: ProjectPaths) -> None:
         run_final(project, trial=9, machine=MACHINE)
     with pytest.raises(StudyError, match="no study 'other'"):
         run_final(project, "other", machine=MACHINE)
+
+
+def test_an_ensemble_without_networks_says_which_trials_have_them_and_how_to_get_some(
+    project: ProjectPaths, result: FinalResult
+) -> None:
+    record = study_record(project, None)
+    (other,) = {0, 1} - {result.trial.number}
+    networks = fold_networks(record, other)
+    assert networks is not None
+    hidden = [path.rename(path.with_suffix(".hidden")) for path in (*networks.weights, *networks.others)]
+    try:
+        with pytest.raises(StudyError) as refused:
+            run_final(project, trial=other, ensemble=True, machine=MACHINE)
+    finally:
+        for path in hidden:
+            path.rename(path.with_suffix(".safetensors"))
+    said = str(refused.value)
+    assert f"take --trial {result.trial.number}, or fit its folds again" in said
+    assert f"hpsearch export --toml FILE --trial {other}" in said
+    assert "hpsearch train --config FILE --folds 2" in said
 
 
 def test_choices_are_made_on_every_image_of_the_pool_out_of_fold(result: FinalResult) -> None:

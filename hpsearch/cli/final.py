@@ -112,7 +112,8 @@ def describe(result: Any) -> list[str]:
         lines.append(f"{'corrected for choice':21}{metric:>17}  {_interval(result.corrected)}")
     if result.predicted is not None:
         lines.append(f"{'predicted for test':21}{metric:>17}  {_interval(result.predicted)}")
-    tables = [("test, training size", result.test), ("test, official", result.official)]
+    height, width = result.eval_size
+    tables = [(f"test at {height}x{width}", result.test), ("test, official", result.official)]
     if result.chosen_test:
         tables.insert(1, ("test, with choices", {metric: result.chosen_test[metric]}))
     if result.ensemble is not None:

@@ -18,6 +18,7 @@ from rich.text import Text
 from hpsearch.data.prepare import Prepared
 from hpsearch.paths import ProjectPaths
 from hpsearch.plan import ExecutionPlan, Forecast, describe_data
+from hpsearch.report.words import command_line, duration
 from hpsearch.tuning.coordinator import StudySummary
 from hpsearch.tuning.record import COUNTED, StudyRecord, TrialRecord
 
@@ -143,9 +144,9 @@ class StudyProgress:
                 f" {describe_params(best.params)}"
             )
         if summary.undelivered:
-            self._print(
-                f"tracking lacks {summary.undelivered} trials; they are on record: `hpsearch track` delivers them"
-            )
+            n = summary.undelivered
+            lacking = "1 trial; it is" if n == 1 else f"{n} trials; they are"
+            self._print(f"tracking lacks {lacking} on record, and `hpsearch track` delivers what is missing")
         if summary.stopped:
             self._print(
                 f"stopped with {summary.n_counted} of {n_trials} trials: run the same command again to continue"
@@ -209,32 +210,12 @@ class StudyProgress:
         return "?"
 
 
-def command_line(command: str, study: str, project: ProjectPaths) -> str:
-    """`hpsearch COMMAND --study STUDY`, with `--out` where it is needed, to be pasted into a shell."""
-    out = "" if str(project.root) == "." else f" --out {shlex.quote(str(project.root))}"
-    return f"hpsearch {command} --study {shlex.quote(study)}{out}"
-
-
 def describe_params(params: Mapping[str, Any]) -> str:
     """`base_channels=8 depth=3 lr=0.0123`: the settings by their last name."""
     return " ".join(
         f"{name.partition('.')[2]}={value:.3g}" if isinstance(value, float) else f"{name.partition('.')[2]}={value}"
         for name, value in params.items()
     )
-
-
-def duration(seconds: float) -> str:
-    """`45 s`, `12 min`, `3 h 20 min`, `2 days 4 h`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 90:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 36:
-        return f"{hours} h {minutes:02d} min"
-    days, hours = divmod(hours, 24)
-    return f"{days} days {hours} h"
 
 
 def _bar(text: str, done: int, total: int) -> Table:

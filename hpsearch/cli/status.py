@@ -31,8 +31,9 @@ def command(project: ProjectPaths, study_name: str | None, trial: int | None) ->
     from rich.table import Table
     from rich.text import Text
 
-    from hpsearch.cli.progress import command_line, describe_params, duration
+    from hpsearch.cli.progress import describe_params
     from hpsearch.errors import StudyError
+    from hpsearch.report.words import command_line, duration
     from hpsearch.tuning import lock
     from hpsearch.tuning.status import study_status
 
@@ -99,7 +100,7 @@ def _coordinators_table(status: StudyStatus) -> Table:
     """Who runs what, when it was last heard of, and how fast it is."""
     from rich.table import Table
 
-    from hpsearch.cli.progress import duration
+    from hpsearch.report.words import duration
 
     now = time.time()
     table = Table("  machine", "process", "has", "last heartbeat", "trials", "trials/hour", "images/s", box=None)
@@ -119,13 +120,10 @@ def _show_decisions(project: ProjectPaths, study_name: str | None, number: int) 
     from rich.text import Text
 
     from hpsearch.cli.progress import describe_params
-    from hpsearch.errors import StudyError
     from hpsearch.tuning.record import study_record
 
     record = study_record(project, study_name)
-    if number not in record.trial_numbers():
-        raise StudyError(f"study {record.name!r} has no trial {number}")
-    trial = record.trial(number)
+    trial = record.known_trial(number)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     value = "" if trial.value is None else f", {record.config.study.metric} {trial.value:.4f}"
     ended = f"{trial.outcome or 'open'}{value}"

@@ -36,9 +36,7 @@ def command(project: ProjectPaths, study_name: str | None, trial: int | None, no
         raise StudyError(f"study {study.name!r} is not running")
     holder = lock.describe_holder(study)
     if trial is not None:
-        if trial not in record.trial_numbers():
-            raise StudyError(f"study {study.name!r} has no trial {trial} yet")
-        if (outcome := record.trial(trial).outcome) is not None:
+        if (outcome := record.known_trial(trial).outcome) is not None:
             raise StudyError(f"trial {trial} of study {study.name!r} has ended already: {outcome}")
         write_text(study.trial_stop_request(trial), "stop")
         click.echo(f"asked {holder} to end trial {trial} after its epoch; the study goes on")

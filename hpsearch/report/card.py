@@ -11,7 +11,6 @@ from hpsearch.config import StudyConfig
 from hpsearch.models.shapes import n_parameters
 from hpsearch.report import words
 from hpsearch.report.rows import FinalRow, StudyRows, study_rows
-from hpsearch.report.statistics import Interval
 from hpsearch.tuning.record import StudyRecord
 
 LIMITS = (
@@ -88,8 +87,7 @@ def _table(rows: StudyRows, final: FinalRow) -> Iterator[str]:
 
 def _estimate(rows: StudyRows) -> str:
     assert rows.winner is not None
-    corrected = rows.winner.corrected
-    estimate = words.interval(Interval(corrected.mean, corrected.low, corrected.high))
+    estimate = words.interval(rows.winner.corrected.interval)
     return (
         f"The search promised {words.SCORES[rows.metric]} {estimate} on new images like these, with the price of "
         f"having been chosen among {len(rows.full)} taken off."

@@ -49,7 +49,7 @@ def describe_choices(chosen: Chosen | None) -> list[str]:
         return [
             "threshold 0.5, no flips, no cleaning: no networks of this trial's folds were kept to choose otherwise by"
         ]
-    listed = "; ".join(f"{_name(each)} {_gain(each.gain)}, {_verdict(each)}" for each in chosen.decisions)
+    listed = "; ".join(f"{_name(each)}: {_gain(each.gain)}, {_verdict(each)}" for each in chosen.decisions)
     return [f"choices by {chosen.n_images} out-of-fold predictions ({chosen.source}), gains: {listed}"]
 
 

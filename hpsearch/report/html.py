@@ -211,7 +211,6 @@ def _read_cases(record: StudyRecord, number: int) -> list[trial_rows.Case] | Non
 
 
 def _estimates(rows: StudyRows, winner: Winner) -> list[tuple[str, Interval]]:
-    corrected = Interval(winner.corrected.mean, winner.corrected.low, winner.corrected.high)
     final = _final_of(rows, winner.number)
     predicted = final.predicted if final is not None and final.predicted is not None else winner.predicted
     result = [
@@ -219,7 +218,7 @@ def _estimates(rows: StudyRows, winner: Winner) -> list[tuple[str, Interval]]:
             "cross-validation, plain" if rows.config.study.folds != "fixed" else "validation, plain",
             winner.statistics.total,
         ),
-        ("corrected for the choice", corrected),
+        ("corrected for the choice", winner.corrected.interval),
         (f"predicted for {winner.n_predicted} test images", predicted),
     ]
     return result if final is None else [*result, (f"test, {final.n_test} images", final.test[rows.metric])]
@@ -282,9 +281,8 @@ def _answer(rows: StudyRows, pictures: Mapping[str, Picture]) -> Iterator[str]:
 
 def _cards(rows: StudyRows, winner: Winner) -> Iterator[str]:
     score, corrected = SCORES[rows.metric], winner.corrected
-    estimate = Interval(corrected.mean, corrected.low, corrected.high)
     name = "Corrected estimate" if corrected.method != "single" else "Estimate"
-    yield _card(f"{name}, {score}", f"{corrected.mean:.4f}", _range(estimate))
+    yield _card(f"{name}, {score}", f"{corrected.mean:.4f}", _range(corrected.interval))
     yield _card("Plain cross-validation mean", f"{winner.statistics.mean:.4f}", _range(winner.statistics.total))
     final = _final_of(rows, winner.number)
     if final is not None:
@@ -477,10 +475,10 @@ def _cases(rows: StudyRows, pictures: Mapping[str, Picture]) -> Iterator[str]:
 
 def _test(rows: StudyRows, pictures: Mapping[str, Picture]) -> Iterator[str]:
     if not rows.finals:
-        command = f"hpsearch final --best --study {rows.name}"
+        command = escape(words.command_line("final --best", rows.name))
         yield (
             "<p>The test set has not been scored in this study. "
-            f"<code>{escape(command)}</code> retrains the best configuration and does it.</p>"
+            f"<code>{command}</code> retrains the best configuration and does it.</p>"
         )
     is_sample = rows.config.data.root == "sample" and not rows.config.data.images
     for final in rows.finals:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from hpsearch.paths import ProjectPaths
 from hpsearch.report import claimed_words
 from hpsearch.report.rows import FinalRow, Repeat, StudyRows, TrialRow, Winner
 from hpsearch.report.statistics import Interval, Method, Paired, explain_test_mean
@@ -63,10 +64,9 @@ def answer(rows: StudyRows) -> list[str]:
         if n_full > 1
         else f"Trial {winner.number} is the only configuration that was evaluated fully."
     )
-    corrected = Interval(winner.corrected.mean, winner.corrected.low, winner.corrected.high)
     first += (
-        f" On new images like these its {score} is estimated at {interval(corrected)}, where the brackets hold the "
-        "95 % interval."
+        f" On new images like these its {score} is estimated at {interval(winner.corrected.interval)}, where the "
+        "brackets hold the 95 % interval."
     )
     result = [first, _chosen(rows, winner), _gain(winner)]
     if n_full > 1:
@@ -170,13 +170,12 @@ def gap(points: Sequence[CurvePoint], metric: str) -> str:
 
 
 def commands(rows: StudyRows) -> list[tuple[str, str]]:
-    """(command, what it does) of what repeats the study; NAME.toml holds the settings below."""
-    name = shlex.quote(rows.name)
+    """(command, what it does) of what repeats the study, in any folder; NAME.toml holds the settings below."""
     toml = shlex.quote(f"{rows.name}.toml")
-    result = [(f"hpsearch study --config {toml} --study {name}", "the search")]
+    result = [(command_line(f"study --config {toml}", rows.name), "the search")]
     for row in rows.finals:
         seeds = f" --seeds {row.n_seeds}" if row.n_seeds > 1 else ""
-        result.append((f"hpsearch final --study {name} --trial {row.trial}{seeds}", "retraining and test"))
+        result.append((command_line(f"final --trial {row.trial}{seeds}", rows.name), "retraining and test"))
     if rows.winner is not None:
         params = rows.trial(rows.winner.number).params
         pinned = "".join(f" --set {shlex.quote(f'{key}={_toml(value)}')}" for key, value in params.items())
@@ -187,6 +186,13 @@ def commands(rows: StudyRows) -> list[tuple[str, str]]:
             )
         )
     return result
+
+
+def command_line(command: str, study: str, project: ProjectPaths | None = None) -> str:
+    """`hpsearch COMMAND --study STUDY`, to be pasted into a shell; with `--out` where the project is not here."""
+    root = "." if project is None else str(project.root)
+    out = "" if root == "." else f" --out {shlex.quote(root)}"
+    return f"hpsearch {command} --study {shlex.quote(study)}{out}"
 
 
 def facts(repeat: Repeat) -> list[tuple[str, str]]:
@@ -218,10 +224,17 @@ def interval(value: Interval | Paired, *, signed: bool = False) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`45 s`, `12 min`, `3.4 h`."""
+    """`45 s`, `12 min`, `3 h 20 min`, `2 days 4 h`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 36:
+        return f"{hours} h {minutes:02d} min"
+    days, hours = divmod(hours, 24)
+    return f"{days} days {hours} h"
 
 
 def _chosen(rows: StudyRows, winner: Winner) -> str:

@@ -282,6 +282,14 @@ class StudyRecord:
             raise RecordError(f"{path} is damaged: it speaks of trial {record.number}, outcome {record.outcome}")
         return self._as_lost(record) if as_lost else record
 
+    def known_trial(self, number: int) -> TrialRecord:
+        """A trial that a user names: StudyError if the study has none of that number."""
+        numbers = self.trial_numbers()
+        if number not in numbers:
+            known = f"its last is trial {numbers[-1]}" if numbers else "it has none yet"
+            raise StudyError(f"study {self.name!r} has no trial {number}: {known}")
+        return self.trial(number)
+
     def _as_lost(self, record: TrialRecord) -> TrialRecord:
         if not (taken := self.paths.trial(record.number).taken).is_file():
             return record

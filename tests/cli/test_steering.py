@@ -52,7 +52,7 @@ def test_stop_of_a_trial_asks_the_running_study_and_refuses_what_cannot_be_stopp
     assert "is not running" in refusal_of(*here, "1")
     with lock.hold(study.record.paths):
         assert "trial 0 of study 'fake' has ended already: full" in refusal_of(*here, "0")
-        assert "has no trial 7 yet" in refusal_of(*here, "7")
+        assert "has no trial 7" in refusal_of(*here, "7")
         output_of(*here, "1")
     assert study.record.paths.trial_stop_request(1).is_file()
     assert not study.record.paths.stop_request.exists()
