@@ -150,12 +150,14 @@ def _memory(config: StudyConfig, machine: Machine) -> MemoryEstimate:
 
 
 def _layer_costs(config: StudyConfig, machine: Machine) -> list[LayerCost]:
-    return layer_costs(
+    """Of the layers that are run: a network that is trained on windows stretches nothing, as in the paper."""
+    costs = layer_costs(
         *_shape(config),
         batch_size=config.train.batch_size,
         precision=machine.precision,  # type: ignore[arg-type]
         device=machine.device,  # type: ignore[arg-type]
     )
+    return [cost for cost in costs if not (config.sees_windows and cost.layer.kind == "interpolation")]
 
 
 def _shape(config: StudyConfig) -> tuple[Any, int, int, int]:

@@ -34,6 +34,16 @@ def test_without_a_border_taken_away_there_are_27_layers() -> None:
     assert "27 layers\n" in shown
 
 
+@pytest.mark.parametrize("windows", [("data.match=crop",), ("augment.crop=true", "data.cache_size=700")])
+def test_a_network_that_is_trained_on_windows_has_27_layers_and_no_interpolation(windows: tuple[str, ...]) -> None:
+    sets = [word for change in windows for word in ("--set", change)]
+    shown = plan("--config", "report-fig14", *sets)
+    assert "27 layers\n" in shown
+    rows = shown[shown.index("layer   ") :].splitlines()[1:]
+    assert len(rows) == 27
+    assert rows[-1].split()[1:4] == ["head", "1", "388x388"]
+
+
 @pytest.mark.parametrize(
     ("changes", "saved", "verdict"),
     [
