@@ -4,9 +4,9 @@
     python benchmarks/study_statistics.py --trials 10 --images 500 --seeds 300 --shape skewed --confirm 0
     python benchmarks/study_statistics.py --seed 1            1000 others
 
-A study is y[c, i] = mu[c] + a[i] + b[c, i] + r[c, fold(i)], sd of a 0.13, of b 0.07, of r and of mu over the trials
-as printed (`run`, `spread`); all are drawn anew for each study, so the images are a sample too. Up to five trials are
-confirmed: the same a and b, another r. The truth is mu of the trial that was chosen by both fits.
+A study is y[c, i] = mu[c] + a[i] + b[c, i] + r[c, fold(i)], mu about 0.8, sd of a 0.13, of b 0.07, of r and of mu
+over the trials as printed (`run`, `spread`); all are drawn anew for each study, so the images are a sample too. Up to
+five trials are confirmed: the same a and b, another r. The truth is mu of the trial that was chosen by both fits.
 
 Printed for each setting (in units of 0.001 where it is a score):
 
@@ -56,7 +56,7 @@ from hpsearch.report.statistics import (
 Floats = NDArray[np.float64]
 Shape = Literal["normal", "skewed"]
 
-SD_IMAGE, SD_CONFIGURATION = 0.13, 0.07
+MEAN, SD_IMAGE, SD_CONFIGURATION = 0.8, 0.13, 0.07
 RUNS, SPREADS = (0.0, 0.006, 0.010), (0.0, 0.01)
 N_BAGS = 200
 """Enough for a mean over bags; the product takes more, for percentiles."""
@@ -83,9 +83,10 @@ def generate(setting: Setting, rng: np.random.Generator) -> tuple[StudyScores, F
     """A study, confirmed by the real selection, and mu of its trials."""
     shape = (setting.n_trials, setting.n_images)
     if setting.shape == "normal":
-        mu = setting.spread * rng.standard_normal(setting.n_trials)
+        mu = MEAN + setting.spread * rng.standard_normal(setting.n_trials)
     else:
-        mu = -setting.spread / 2 * np.abs(rng.standard_cauchy(setting.n_trials))
+        # None below 0.1: a mean of scores is none.
+        mu = np.maximum(0.1, MEAN - setting.spread / 2 * np.abs(rng.standard_cauchy(setting.n_trials)))
     fold_of = rng.permutation(np.arange(setting.n_images) % setting.n_folds)
     without_luck = rng.standard_normal(shape, np.float32).astype(np.float64)
     without_luck *= SD_CONFIGURATION

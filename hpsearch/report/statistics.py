@@ -16,6 +16,12 @@ of the bag share, stays in. So the winners are fitted once more with new seeds, 
 choice (`corrected_estimate`): the first fits in the bag make a shortlist, the first fits and the second fits of the
 other folds choose from it, and the second fit of the fold scores the images that are out of the bag. Without second
 fits, whole folds are left out of the choice instead, since run luck is not shared between folds.
+
+**Where intervals end.** Every score lies in [0, 1], so means do too, and differences of them in [-1, 1]. With few
+images an interval that is as wide as its coverage needs would go beyond: it is cut there. The truth never lies in
+what is cut off, so that the coverage stays what it was, and the estimate always lies inside, so that nothing becomes
+empty (the truncation of Newcombe, Statistics in Medicine 17, 1998, for proportions; Mandelkern, Statistical Science
+17, 2002, on bounded parameters at large).
 """
 
 from __future__ import annotations
@@ -24,7 +30,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +61,11 @@ class Interval:
     mean: float
     low: float
     high: float
+
+    @classmethod
+    def of_scores(cls, mean: float, low: float, high: float) -> Self:
+        """Of a mean of scores: cut to [0, 1]."""
+        return cls(mean, *_cut(mean, low, high, least=0.0))
 
 
 @dataclass(frozen=True)
@@ -178,7 +189,7 @@ class StudyScores:
 def bootstrap_mean(scores: Floats, *, run_variance: float = 0.0, run_df: float = math.inf, seed: int = 0) -> Interval:
     """Mean of scores (n,) with its 95 % interval: bootstrap over images, and run luck if its variance is given."""
     low, high = np.quantile(_draws(scores, run_variance, run_df, seed), _TAILS)
-    return Interval(float(np.mean(scores)), float(low), float(high))
+    return Interval.of_scores(float(np.mean(scores)), float(low), float(high))
 
 
 def paired_difference(
@@ -194,7 +205,8 @@ def paired_difference(
     low, high = np.quantile(draws, _TAILS)
     beyond = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
     p = min(1.0, 2 * (beyond + 1) / (len(draws) + 1))
-    return Paired(float(difference.mean()), float(low), float(high), p)
+    mean = float(difference.mean())
+    return Paired(mean, *_cut(mean, float(low), float(high), least=-1.0), p)
 
 
 def corrected_t(fold_means: Floats) -> Interval | None:
@@ -208,7 +220,7 @@ def corrected_t(fold_means: Floats) -> Interval | None:
         return None
     mean = float(fold_means.mean())
     half = _t(k - 1) * math.sqrt((1 / k + 1 / (k - 1)) * float(fold_means.var(ddof=1)))
-    return Interval(mean, mean - half, mean + half)
+    return Interval.of_scores(mean, mean - half, mean + half)
 
 
 # Trials
@@ -344,6 +356,11 @@ class Corrected:
     """`confirmed` and `folds` take image luck and run luck off; `images`, with one fold and no second fits, only the
     first: plain BBC-CV; `single`: there was no choice."""
 
+    @property
+    def interval(self) -> Interval:
+        """The estimate with its interval alone."""
+        return Interval(self.mean, self.low, self.high)
+
 
 def corrected_estimate(study: StudyScores, *, n_bags: int = N_BAGS, seed: int = 0) -> Corrected:
     """The winner's mean, corrected for having been chosen, with a 95 % interval.
@@ -368,12 +385,13 @@ def corrected_estimate(study: StudyScores, *, n_bags: int = N_BAGS, seed: int = 
     image_variance = float(scores.var(ddof=1)) / n if n > 1 else 0.0
     mean = float(scores.mean())
     half = _half_width(image_variance + choice_variance, n - 1, run_variance, luck.df)
+    interval = Interval.of_scores(mean, mean - half, mean + half)
     return Corrected(
         trial=trial,
         naive=float(study.scores[trial].mean()),
         mean=mean,
-        low=mean - half,
-        high=mean + half,
+        low=interval.low,
+        high=interval.high,
         image_variance=image_variance,
         run_variance=run_variance,
         choice_variance=choice_variance,
@@ -396,7 +414,7 @@ def predict_test_mean(study: StudyScores, corrected: Corrected, *, n_test: int, 
     ahead = study.run_luck_ahead
     runs = corrected.run_variance / study.run_luck.variance * ahead.variance + ahead.variance / n_runs
     half = _half_width(images, study.n_images - 1, runs, ahead.df)
-    return Interval(corrected.mean, corrected.mean - half, corrected.mean + half)
+    return Interval.of_scores(corrected.mean, corrected.mean - half, corrected.mean + half)
 
 
 def explain_test_mean(predicted: Interval, result: float) -> str:
@@ -539,6 +557,11 @@ def _half_width(image_variance: float, image_df: float, run_variance: float, run
     if total == 0:
         return 0.0
     return _t(total**2 / (image_variance**2 / image_df + run_variance**2 / run_df)) * math.sqrt(total)
+
+
+def _cut(mean: float, low: float, high: float, *, least: float) -> tuple[float, float]:
+    """The ends of an interval, cut to [least, 1]; the mean stays inside, also where it was rounded beyond."""
+    return min(mean, max(low, least)), max(mean, min(high, 1.0))
 
 
 def _t(df: float) -> float:

@@ -85,6 +85,36 @@ def test_constant_scores_have_an_interval_of_no_width() -> None:
     assert bootstrap_mean(np.full(30, 0.75)) == Interval(0.75, 0.75, 0.75)
 
 
+def test_no_interval_leaves_what_scores_can_be() -> None:
+    low, high = bootstrap_mean(np.array([0.0, 0.0, 0.0, 0.06])), bootstrap_mean(np.array([1.0, 1.0, 0.97]))
+    # Without the cut they would go on: the spread of few images is made as wide as its coverage needs.
+    assert (low.low, high.high) == (0.0, 1.0)
+    assert low.low <= low.mean <= low.high < 0.1
+    folds = corrected_t(np.array([0.1, 0.5]))
+    assert folds == Interval(0.3, 0.0, 1.0)
+    apart = paired_difference(np.array([1.0, 1.0, 0.4]), np.zeros(3))
+    assert (apart.high, apart.low > 0) == (1.0, True)
+    few = StudyScores(scores=np.array([[0.1, 0.0, 0.2, 0.0], [0.0, 0.1, 0.0, 0.1]]), fold_of=np.arange(4) % 2)
+    ours = corrected_estimate(few)
+    predicted = predict_test_mean(few, ours, n_test=2)
+    assert (ours.low, predicted.low) == (0.0, 0.0)
+    assert 0 < ours.mean < ours.high < predicted.high < 1
+
+
+def test_cutting_takes_away_only_what_scores_cannot_be() -> None:
+    rng = np.random.default_rng(0)
+    n_cut = 0
+    for _ in range(30):
+        scores = rng.beta(1, rng.choice([0.2, 5]), 6)
+        ours = bootstrap_mean(scores)
+        # Half as wide and about the middle, the same interval stays whole.
+        whole = bootstrap_mean(scores / 2 + 0.25)
+        low, high = 2 * (whole.low - 0.25), 2 * (whole.high - 0.25)
+        assert (ours.low, ours.high) == pytest.approx((max(0, low), min(1, high)), abs=1e-5)
+        n_cut += low < 0 or high > 1
+    assert n_cut > 2
+
+
 def test_an_interval_needs_two_images() -> None:
     with pytest.raises(StudyError, match="at least 2 images, got 1"):
         bootstrap_mean(np.array([0.5]))
@@ -102,9 +132,9 @@ def test_corrected_t_is_wider_than_students_by_the_overlap_of_training_sets() ->
 
 
 def test_corrected_t_works_with_two_folds_and_not_with_one() -> None:
-    two = corrected_t(np.array([0.7, 0.8]))
+    two = corrected_t(np.array([0.74, 0.75]))
     assert two is not None
-    assert two.high - two.mean == pytest.approx(12.7062 * math.sqrt(1.5 * 0.005), rel=1e-4)
+    assert two.high - two.mean == pytest.approx(12.7062 * math.sqrt(1.5 * 0.00005), rel=1e-4)
     assert corrected_t(np.array([0.7])) is None
 
 
