@@ -38,6 +38,7 @@ from hpsearch.tuning import coordinators, shared
 from hpsearch.tuning.coordinators import Sharing
 from hpsearch.tuning.record import StudyRecord, TrialRecord, now
 from hpsearch.tuning.search_space import distributions, suggest
+from hpsearch.tuning.shared_storage import open_storage, quiet
 from hpsearch.tuning.study import StudyDatabase
 from hpsearch.tuning.workers import Event
 from tests.servers import MlflowServer, Postgres
@@ -247,8 +248,8 @@ class _Ours:
 
     def __init__(self, project: Path, url: str, n_trials: int, sampler: str) -> None:
         self.record = make_study(project, n_trials, sampler)
-        with shared._quiet():
-            storage = shared.open_storage(url, Sharing())
+        with quiet():
+            storage = open_storage(url, Sharing())
             self._database = StudyDatabase(self.record, storage)
         folder = coordinators.new_folder(self.record.paths)
         self.shared = shared.Shared(self.record, self._database, storage, Sharing(), folder)
@@ -256,17 +257,19 @@ class _Ours:
         with self.shared._lock:
             self.shared._lock.notify_all()
         self.shared._thread.join()
+        self.shared._closing = False
         self._rng = random.Random(0)
 
     def fill(self, size: int) -> None:
         fill(self._database.optuna_study, self.record, size, self._rng, owner="somebody")
 
     def time_one(self) -> tuple[float, float]:
-        with shared._quiet():
+        with quiet():
             began = time.perf_counter()
-            asked = self.shared._ask()
+            self.shared._is_wanted = True
+            self.shared._round()
             asked_s = time.perf_counter() - began
-            assert asked is not None
+            asked = self.shared._box.popleft()
             trial = TrialRecord(
                 number=asked.number,
                 params=asked.params,
@@ -277,7 +280,8 @@ class _Ours:
                 ended_at=now(),
             )
             began = time.perf_counter()
-            self.shared._tell(trial)
+            self.shared.tell(trial)
+            self.shared._round()
             return asked_s, time.perf_counter() - began
 
 
@@ -294,7 +298,7 @@ class _Plain:
             if settings.sampler == "tpe"
             else optuna.samplers.RandomSampler(seed=0)
         )
-        with shared._quiet():
+        with quiet():
             storage = optuna.storages.RDBStorage(url, heartbeat_interval=30)
             self._study = optuna.create_study(storage=storage, study_name=NAME, direction="maximize", sampler=sampler)
         self._rng = random.Random(0)
@@ -310,7 +314,7 @@ class _Plain:
             marks.append(time.perf_counter())
             return self._rng.random()
 
-        with shared._quiet():
+        with quiet():
             began = time.perf_counter()
             self._study.optimize(objective, n_trials=1)
         return marks[0] - began, time.perf_counter() - marks[0]

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Container, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
-from optuna.storages import InMemoryStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
@@ -111,27 +109,33 @@ def without_retry(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
 
 
 class AsIfNobodyDied(BaseSampler):
-    """Shows a sampler the chains instead of the trials, numbered by their draw; so it suggests what it would have."""
+    """Shows a sampler the chains instead of the trials, numbered by their draw; so it suggests what it would have.
+
+    The trials are read once for each suggestion: a sampler looks at them again and again, and every look at a
+    database costs as much as the one before.
+    """
 
     def __init__(self, sampler: BaseSampler, names: Collection[str]) -> None:
         """`names` are those of the params that every trial gets."""
         self._sampler = sampler
         self._names = set(names)
+        self._shown: tuple[Study, FrozenTrial] | None = None
+        self._shown_id = -1
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        if set(trial.params) != self._names:
-            _await_earlier(study, trial, self._names)
-        return self._sampler.infer_relative_search_space(*_as_if_nobody_died(study, trial))
+        # The first that Optuna asks for of a trial.
+        self._shown = None
+        return self._sampler.infer_relative_search_space(*self._show(study, trial))
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        return self._sampler.sample_relative(*_as_if_nobody_died(study, trial), search_space)
+        return self._sampler.sample_relative(*self._show(study, trial), search_space)
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        shown, shown_trial = _as_if_nobody_died(study, trial)
+        shown, shown_trial = self._show(study, trial)
         return self._sampler.sample_independent(shown, shown_trial, param_name, param_distribution)
 
     def after_trial(
@@ -139,27 +143,52 @@ class AsIfNobodyDied(BaseSampler):
     ) -> None:
         self._sampler.after_trial(study, trial, state, values)
 
+    def _show(self, study: Study, trial: FrozenTrial) -> tuple[Study, FrozenTrial]:
+        if self._shown is None or self._shown_id != trial._trial_id:
+            trials = study.get_trials(deepcopy=False)
+            if set(trial.params) != self._names:
+                trials = _with_earlier(study, trials, trial, self._names)
+            self._shown = _as_if_nobody_died(study, trials, trial)
+            self._shown_id = trial._trial_id
+        return self._shown
 
-def _as_if_nobody_died(study: Study, trial: FrozenTrial) -> tuple[Study, FrozenTrial]:
-    trials = study.get_trials(deepcopy=False)
+
+class _AtOneMoment(Study):
+    """A study with the trials that it had at one moment, or is to look as if it had had."""
+
+    def __init__(self, study: Study, trials: list[FrozenTrial]) -> None:
+        # Not by its own constructor, which asks the database for what is known.
+        self.__dict__.update(study.__dict__)
+        self._trials = trials
+
+    def _get_trials(
+        self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
+    ) -> list[FrozenTrial]:
+        found = [trial for trial in self._trials if states is None or trial.state in states]
+        return copy.deepcopy(found) if deepcopy else found
+
+
+def _as_if_nobody_died(study: Study, trials: list[FrozenTrial], trial: FrozenTrial) -> tuple[Study, FrozenTrial]:
     if not any(history(each) for each in trials):
-        return study, trial
+        return _AtOneMoment(study, trials), trial
+    shown = []
     found = chains(trials)
-    shown = optuna.create_study(direction=study.direction, storage=InMemoryStorage(), sampler=study.sampler)
     for chain in found:
         member = copy.copy(chain.result)
+        member.number = chain.draw
         if member.state == TrialState.FAIL and not is_told(member):
             member.state, member.datetime_complete = TrialState.WAITING, None
-        member.system_attrs = {}
-        shown.add_trial(member)
-    return shown, shown.get_trials(deepcopy=False)[chain_of(found, trial.number).draw]
+        shown.append(member)
+    return _AtOneMoment(study, shown), shown[chain_of(found, trial.number).draw]
 
 
-def _await_earlier(study: Study, trial: FrozenTrial, names: set[str]) -> None:
-    """Until all earlier trials have their params, as the sampler may look at them; not for a dead coordinator's."""
+def _with_earlier(study: Study, trials: list[FrozenTrial], trial: FrozenTrial, names: set[str]) -> list[FrozenTrial]:
+    """The trials once all earlier ones have their params, as the sampler may look at them; a dead one's may lack."""
     deadline = time.monotonic() + EARLIER_S
     while time.monotonic() < deadline and any(
         each.number < trial.number and each.state == TrialState.RUNNING and set(each.params) != names
-        for each in study.get_trials(deepcopy=False)
+        for each in trials
     ):
         time.sleep(POLL_S)
+        trials = study.get_trials(deepcopy=False)
+    return trials

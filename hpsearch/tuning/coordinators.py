@@ -52,7 +52,7 @@ class CoordinatorState:
     seen_at: float
     """When it wrote this."""
     beat_at: float | None = None
-    """Its last heartbeat that the database took."""
+    """When the database last answered it, at each heartbeat."""
     left_at: float | None = None
     """When it ended, having let go of its trials."""
     n_trials: int = 0

@@ -3,7 +3,7 @@
 The database is the arbiter. A trial belongs to whoever set it RUNNING, for as long as its heartbeats come; the first
 to finish or to fail it has the last word, and whatever another says later is refused. One thread does all the
 talking, so that a database that is slow, or away for minutes, holds up no training: what there is to tell waits, and
-what was asked for comes when it comes.
+what was asked for comes when it comes. Heartbeats have a thread of their own (`heartbeat.py`).
 """
 
 from __future__ import annotations
@@ -13,22 +13,19 @@ import dataclasses
 import logging
 import threading
 import time
-import warnings
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import filelock
-import optuna
 import sqlalchemy
-from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.trial import FrozenTrial, Trial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
 
-from hpsearch.errors import ConfigError, RecordError, StudyError, StudyLockedError
+from hpsearch.errors import RecordError, StudyError, StudyLockedError
 from hpsearch.paths import StudyPaths
 from hpsearch.tracking import MlflowTracker, Tracker
 from hpsearch.tuning import coordinators, lock
@@ -46,10 +43,13 @@ from hpsearch.tuning.chains import (
 )
 from hpsearch.tuning.coordinators import Sharing
 from hpsearch.tuning.enqueue import is_same
+from hpsearch.tuning.heartbeat import Heart
 from hpsearch.tuning.ownership import Asked, Ownership, Params
 from hpsearch.tuning.record import StudyRecord, TrialRecord, now
 from hpsearch.tuning.search_space import decode, suggest
+from hpsearch.tuning.shared_storage import AWAY, RETRY_S, beaten, n_by_state, open_storage, quiet, reason, uptime_s
 from hpsearch.tuning.study import StudyDatabase
+from hpsearch.tuning.tracking_share import TrackingShare
 
 logger = logging.getLogger(__name__)
 
@@ -57,16 +57,10 @@ VIEW_S = 1.0
 """How old the view of the database may be while there is nothing to do."""
 ASK_S = 0.25
 """How long to wait for a trial before going on without one."""
-RETRY_S = 2.0
-"""Pause before a database that is away is tried again."""
 CLOSE_S = 30.0
 """How long to try to tell the last results when the coordinator ends."""
 READ_S = 60.0
 """How long to wait, at the end, for the files of others' trials to be seen."""
-AWAY = (SQLAlchemyError, StorageInternalError)
-"""What a database raises that is away, or too busy."""
-
-T = TypeVar("T")
 
 
 class SharedSeat:
@@ -101,7 +95,7 @@ class SharedSeat:
                 "--deterministic (study.lookahead) is for one machine: several share a study in whatever order they "
                 "come; leave it out"
             )
-        with _quiet():
+        with quiet():
             storage = open_storage(self._url, sharing)
             database = StudyDatabase(record, storage)
         _bring_back(database, record)
@@ -157,7 +151,7 @@ class Shared:
         self._folder = folder
         self._study = database.optuna_study
         self._study.sampler = AsIfNobodyDied(self._study.sampler, [name for name, _ in record.config.search])
-        with _quiet():
+        with quiet():
             self._retry = RetryHeartbeatStaleTrialCallback()
         # Shared with the coordinator's thread, behind the lock.
         self._lock = threading.Condition()
@@ -180,9 +174,11 @@ class Shared:
         self._seen: set[int] = set()
         """Trials of others that were told and that the coordinator has heard of, or will."""
         self._trials: list[FrozenTrial] = []
-        self._viewed_at = -1e9
-        self._next_beat = -1e9
-        self._beat_ok = time.monotonic()
+        self._n_by_state: Counter[str] = Counter()
+        self._looked_at = self._next_watch = -1e9
+        self._must_look = True
+        """Whether this coordinator did something since it looked."""
+        self._in_touch_at = time.monotonic()
         self._steady_since = time.monotonic()
         """Since when this coordinator has been in touch: who was not may take others for dead that could not beat."""
         self._silent: dict[int, float] = {}
@@ -191,8 +187,9 @@ class Shared:
         self._failure: BaseException | None = None
         self._write_state()
         self._heard_at = (folder / "state.json").stat().st_mtime
-        if _uptime_s(storage) > sharing.grace_s:
+        if uptime_s(storage) > sharing.grace_s:
             self._steady_since -= sharing.grace_s
+        self._heart = Heart(storage, sharing.heartbeat_s)
         self._thread = threading.Thread(target=self._run, name="database", daemon=True)
         self._thread.start()
 
@@ -309,11 +306,12 @@ class Shared:
             # Raised where it is seen, in the coordinator's own thread.
             self._failure = error
         finally:
+            self._heart.stop()
             self._storage.remove_session()
             self._storage.engine.dispose()
 
     def _talk(self) -> None:
-        with _quiet():
+        with quiet():
             give_up_at = None
             while True:
                 with self._lock:
@@ -336,28 +334,24 @@ class Shared:
                     self._note_back()
                     if is_closing:
                         return
-                    pause = min(VIEW_S, max(0.01, self._next_beat - time.monotonic()))
+                    pause = min(VIEW_S, max(0.01, self._next_watch - time.monotonic()))
                 with self._lock:
                     busy = not self._is_away and (self._pending or (self._is_wanted and self._may_ask))
                     if not busy and self._closing == is_closing:
                         self._lock.wait(pause)
 
     def _round(self) -> None:
-        if time.monotonic() >= self._next_beat:
-            self._beat()
-        while True:
-            with self._lock:
-                if not self._pending:
-                    break
-                trial = self._pending[0]
+        if time.monotonic() >= self._next_watch:
+            self._watch()
+        while (trial := self._next_to_tell()) is not None:
             is_ours = self._tell(trial)
+            self._disown(trial.number)
             with self._lock:
                 self._pending.popleft()
                 if not is_ours:
                     self._note_lost(trial.number)
-            self._own.pop(trial.number, None)
             self._seen.add(trial.number)
-            self._look()
+            self._must_look = True
         with self._lock:
             is_wanted = self._is_wanted and not self._closing
         if is_wanted:
@@ -367,8 +361,16 @@ class Shared:
                 if asked is not None:
                     self._box.append(asked)
                 self._lock.notify_all()
-        elif time.monotonic() - self._viewed_at > VIEW_S:
-            self._look()
+        elif self._must_look or time.monotonic() - self._looked_at >= VIEW_S:
+            self._glance()
+
+    def _next_to_tell(self) -> TrialRecord | None:
+        with self._lock:
+            return self._pending[0] if self._pending else None
+
+    def _disown(self, number: int) -> None:
+        self._own.pop(number, None)
+        self._heart.keep(self._own.values())
 
     def _note_lost(self, number: int) -> None:
         logger.warning("trial %d was taken over: what became of it here counts for nothing", number)
@@ -378,19 +380,27 @@ class Shared:
 
     # What others do.
 
+    def _glance(self) -> None:
+        """Look if there is anything to see."""
+        if self._must_look or n_by_state(self._storage, self._study._study_id) != self._n_by_state:
+            self._look()
+        else:
+            self._looked_at = time.monotonic()
+
     def _look(self) -> list[Chain]:
         """Read what is new in the database, and work out what follows from it."""
         self._trials = self._study.get_trials(deepcopy=False)
-        self._viewed_at = time.monotonic()
+        self._looked_at, self._must_look = time.monotonic(), False
+        self._n_by_state = Counter(trial.state.name for trial in self._trials)
         found = chains(self._trials)
         n_trials = self._record.config.study.trials
-        states = [chain.state for chain in found]
+        states = Counter(chain.state for chain in found)
         waits = any(trial.state == TrialState.WAITING and is_begun(trial) for trial in self._trials)
         told = {trial.number for trial in self._trials if is_told(trial)} - self._seen - set(self._own)
         with self._lock:
             told -= {trial.number for trial in self._pending}
-            self._may_ask = waits or states.count("open") + states.count("counted") < n_trials
-            is_over = states.count("counted") >= n_trials and "open" not in states and not self._own
+            self._may_ask = waits or states["open"] + states["counted"] < n_trials
+            is_over = states["counted"] >= n_trials and not states["open"] and not self._own
             if is_over and not self._is_over:
                 self._over_since = time.monotonic()
             self._is_over = is_over
@@ -401,36 +411,44 @@ class Shared:
     def _ask(self) -> Asked | None:
         """A trial to begin, or one to go on with; None if all are taken."""
         found = self._look()
+        try:
+            if (trial := self._pop()) is None:
+                if n_taken(found) >= self._record.config.study.trials:
+                    return None
+                trial = self._study.ask()
+                self._heart.take(trial._trial_id)
+            return self._claim(trial)
+        except (UpdateFinishedTrialError, ValueError) as error:
+            logger.debug("a trial was taken for dead before it had begun: %s", error)
+            return None
+        finally:
+            # Whatever went wrong: nothing may beat for a trial that nobody has.
+            self._heart.keep(self._own.values())
+
+    def _claim(self, trial: Trial) -> Asked | None:
+        """Make a trial that was just set RUNNING this coordinator's; None if it is one too many.
+
+        Raises UpdateFinishedTrialError or ValueError if others failed it meanwhile.
+        """
+        found = self._look()
+        number, trial_id = trial.number, trial._trial_id
+        chain, frozen = chain_of(found, number), self._trials[number]
+        if history(frozen):
+            if is_superfluous(chain, number):
+                trial.set_user_attr("outcome", "superfluous")
+                self._study.tell(trial, state=TrialState.FAIL)
+                return None
+        elif not is_begun(frozen) and n_taken(found, chain.draw) >= self._record.config.study.trials:
+            # Somebody else was faster. It keeps its place among the suggestions, should one turn out infeasible.
+            self._storage.set_trial_state_values(trial_id, TrialState.WAITING)
+            return None
+        trial.set_user_attr("owner", self._state.id)
         enqueued = self._enqueued
-        if any(is_same(_decoded(trial.params), enqueued) for trial in self._trials):
+        if enqueued and any(is_same(_decoded(each.params), enqueued) for each in self._trials):
             # Another coordinator has just begun it.
             enqueued = None
-        trial = self._pop()
-        if trial is None:
-            if n_taken(found) >= self._record.config.study.trials:
-                return None
-            trial = self._study.ask()
-        number, trial_id = trial.number, trial._trial_id
-        self._storage.record_heartbeat(trial_id)
-        found = self._look()
-        chain = chain_of(found, number)
-        frozen = self._trials[number]
-        try:
-            if history(frozen):
-                if is_superfluous(chain, number):
-                    trial.set_user_attr("outcome", "superfluous")
-                    self._study.tell(trial, state=TrialState.FAIL)
-                    return None
-            elif not is_begun(frozen) and n_taken(found, chain.draw) >= self._record.config.study.trials:
-                # Somebody else was faster. It keeps its place among the suggestions, should one turn out infeasible.
-                self._storage.set_trial_state_values(trial_id, TrialState.WAITING)
-                return None
-            trial.set_user_attr("owner", self._state.id)
-            with self._database.giving(enqueued):
-                params = suggest(trial, self._record.config.search)
-        except (UpdateFinishedTrialError, ValueError):
-            # Taken for dead before it had begun.
-            return None
+        with self._database.giving(enqueued):
+            params = suggest(trial, self._record.config.search)
         self._own[number] = trial_id
         draw = chain.draw if chain.draw != number else None
         return Asked(number, params, draw, history(frozen), self._state.id, is_same(params, enqueued))
@@ -440,26 +458,22 @@ class Shared:
         for trial in self._trials:
             if trial.state == TrialState.WAITING and is_begun(trial):
                 # First, for its old heartbeat would make it a dead one.
-                self._storage.record_heartbeat(trial._trial_id)
-                try:
+                self._heart.take(trial._trial_id)
+                with suppress(UpdateFinishedTrialError):
                     if self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
                         return Trial(self._study, trial._trial_id)
-                except UpdateFinishedTrialError:
-                    continue
         return None
 
     def _tell(self, record: TrialRecord) -> bool:
         """Whether the trial was still this coordinator's to tell."""
-        self._look()
-        frozen = self._trials[record.number]
-        if not frozen.state.is_finished() and frozen.user_attrs.get("owner") == self._state.id:
-            try:
-                self._database.tell(record)
-            except (UpdateFinishedTrialError, ValueError):
-                logger.debug("trial %d was finished while it was told", record.number)
-            self._look()
-            frozen = self._trials[record.number]
+        try:
+            # What still runs is this coordinator's: whoever takes it for dead fails it, for good.
+            if self._database.tell(record):
+                return True
+        except (UpdateFinishedTrialError, ValueError):
+            logger.debug("trial %d was finished while it was told", record.number)
         # Where only the answer was lost, it was told by us.
+        frozen = self._database.frozen(record.number)
         return is_told(frozen) and frozen.user_attrs.get("owner") == self._state.id
 
     def _let_go(self) -> None:
@@ -472,82 +486,65 @@ class Shared:
                 logger.info("let go of trial %d", number)
             except UpdateFinishedTrialError:
                 logger.info("trial %d was taken over", number)
-            del self._own[number]
+            self._disown(number)
         self._state = dataclasses.replace(self._state, left_at=time.time(), fits=())
         self._write_state()
 
     # Who lives.
 
-    def _beat(self) -> None:
-        """Say that this coordinator lives, and see who does not any more."""
+    def _watch(self) -> None:
+        """See who does not live any more, and whether others took this coordinator for dead."""
         now = time.monotonic()
-        self._next_beat = now + self._sharing.heartbeat_s
+        self._next_watch = now + self._sharing.heartbeat_s
+        if now - self._in_touch_at > self._sharing.grace_s / 2:
+            # Nor could the others be, perhaps: they get the time to say that they live.
+            self._steady_since = now
+        is_steady = now - self._steady_since >= self._sharing.grace_s
         try:
-            for trial_id in self._own.values():
-                self._storage.record_heartbeat(trial_id)
+            if is_steady:
+                fail_stale_trials(self._study)
             self._look()
+            if is_steady:
+                self._fail_the_silent()
         except AWAY:
             self._write_state()
             raise
-        if now - self._beat_ok > self._sharing.grace_s / 2:
-            # Nor could the others, perhaps: they get the time to say that they live.
-            self._steady_since = now
-        self._beat_ok = now
+        self._in_touch_at = now
         self._state = dataclasses.replace(self._state, beat_at=time.time())
         self._write_state()
         for number in list(self._own):
             trial = self._trials[number]
             if trial.state.is_finished() and not is_told(trial):
-                del self._own[number]
+                self._disown(number)
                 with self._lock:
                     self._box = deque(asked for asked in self._box if asked.number != number)
                     self._note_lost(number)
-        if now - self._steady_since >= self._sharing.grace_s:
-            self._fail_the_dead()
 
-    def _fail_the_dead(self) -> None:
-        """Queue again what the dead had: by Optuna's heartbeats, and what died before its first."""
-        fail_stale_trials(self._study)
-        beaten = self._beaten()
+    def _fail_the_silent(self) -> None:
+        """Queue again what Optuna's heartbeats say nothing of: what died before its first, or before its retry."""
+        beating = beaten(self._storage, self._study._study_id)
         unbeaten = [
-            trial
-            for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-            if trial._trial_id not in beaten
+            trial for trial in self._trials if trial.state == TrialState.RUNNING and trial._trial_id not in beating
         ]
         for trial in self._silent_for(unbeaten, self._sharing.grace_s):
-            try:
+            with suppress(UpdateFinishedTrialError):
                 self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
-            except UpdateFinishedTrialError:
-                continue
-            self._retry(self._study, copy.deepcopy(trial))
+                self._retry(self._study, copy.deepcopy(trial))
         # Whoever failed a trial may have died before it was queued again.
-        alone = without_retry(self._study.get_trials(deepcopy=False))
+        alone = without_retry(self._trials)
         for trial in self._silent_for(alone, self._sharing.heartbeat_s):
             self._retry(self._study, copy.deepcopy(trial))
-        self._silent = {
-            trial_id: since
-            for trial_id, since in self._silent.items()
-            if trial_id in {trial._trial_id for trial in (*unbeaten, *alone)}
-        }
-        self._look()
+        silent = {trial._trial_id for trial in (*unbeaten, *alone)}
+        self._silent = {trial_id: since for trial_id, since in self._silent.items() if trial_id in silent}
 
     def _silent_for(self, trials: Sequence[FrozenTrial], seconds: float) -> list[FrozenTrial]:
         """Those seen like this for so long, by this clock: their start is by that of another machine."""
         now = time.monotonic()
         return [trial for trial in trials if now - self._silent.setdefault(trial._trial_id, now) >= seconds]
 
-    def _beaten(self) -> set[int]:
-        """Ids of the running trials that ever had a heartbeat."""
-        query = sqlalchemy.text(
-            "SELECT trial_heartbeats.trial_id FROM trial_heartbeats JOIN trials USING (trial_id) "
-            "WHERE trials.study_id = :study AND trials.state = 'RUNNING'"
-        )
-        with self._storage.engine.connect() as connection:
-            return {row[0] for row in connection.execute(query, {"study": self._study._study_id})}
-
     def _note_away(self, error: Exception) -> None:
         if not self._is_away:
-            logger.warning("the database is away; training goes on, and it is told later: %s", _reason(error))
+            logger.warning("the database is away; training goes on, and it is told later: %s", reason(error))
         self._is_away = True
 
     def _note_back(self) -> None:
@@ -560,115 +557,6 @@ class Shared:
             self._state = dataclasses.replace(self._state, seen_at=time.time())
             state = self._state
         coordinators.write_state(self._folder, state)
-
-
-class TrackingShare:
-    """What a coordinator delivers to MLflow: its own trials, and the eldest also those of the dead and the gone."""
-
-    def __init__(self, record: StudyRecord, owner: str) -> None:
-        self._record = record
-        self._owner = owner
-        self._owners: dict[int, str] = {}
-        """Of the ended trials."""
-        self._living: tuple[str, ...] = ()
-        self._looked_at = -1e9
-
-    def delivers(self, trial: int) -> bool:
-        owner = self._owner_of(trial)
-        return owner == self._owner or (self.leads() and owner not in self._look())
-
-    def leads(self) -> bool:
-        return next(iter(self._look()), self._owner) == self._owner
-
-    def is_last(self) -> bool:
-        return set(self._look()) <= {self._owner}
-
-    def alone(self) -> AbstractContextManager[Any]:
-        return filelock.FileLock(self._record.paths.tracking.with_suffix(".lock"))
-
-    def _owner_of(self, number: int) -> str:
-        if number not in self._owners:
-            trial = self._record.trial(number)
-            if trial.outcome is None:
-                # Whoever lets go of it is followed by another.
-                return trial.owner
-            self._owners[number] = trial.owner
-        return self._owners[number]
-
-    def _look(self) -> tuple[str, ...]:
-        """Ids of those who live, the eldest first."""
-        if time.monotonic() - self._looked_at > VIEW_S:
-            self._living = tuple(state.id for state in coordinators.living(self._record.paths))
-            self._looked_at = time.monotonic()
-        return self._living
-
-
-def open_storage(url: str, sharing: Sharing) -> RDBStorage:
-    """Optuna's storage at the URL, its tables made if they are not there.
-
-    Raises ConfigError if its driver is not installed, StudyError if the database cannot be used.
-    """
-
-    def make() -> RDBStorage:
-        return RDBStorage(
-            url,
-            engine_kwargs=_engine_settings(url, max(2000, 500 * sharing.heartbeat_s)),
-            heartbeat_interval=sharing.heartbeat_s,
-            grace_period=sharing.grace_s,
-            heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
-        )
-
-    try:
-        with _quiet():
-            return _again_if_refused(make)
-    except (ImportError, sqlalchemy.exc.NoSuchModuleError) as error:
-        shown = sqlalchemy.make_url(url).drivername
-        raise ConfigError(
-            f"--storage {shown}://...: its driver is not installed; `pip install hpsearch[distributed]` brings "
-            "that of postgresql+psycopg://"
-        ) from error
-    except (SQLAlchemyError, RuntimeError, StorageInternalError) as error:
-        shown = sqlalchemy.make_url(url).render_as_string(hide_password=True)
-        raise StudyError(f"Optuna cannot use {shown}: {_reason(error)}") from error
-
-
-def _again_if_refused(make: Callable[[], T]) -> T:
-    """Two that make the same tables at the same instant get into each other's way: once more, and they are there."""
-    for attempt in range(5):
-        try:
-            return make()
-        except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.ProgrammingError):
-            time.sleep(0.2 * (attempt + 1))
-    return make()
-
-
-def _engine_settings(url: str, patience_ms: int) -> dict[str, Any]:
-    if not url.startswith("postgresql"):
-        return {"pool_pre_ping": True}
-    # A server that does not answer is noticed soon; and a coordinator that is suspended in the midst of a transaction
-    # gives back what it has locked, for the others wait for it.
-    options = f"-c idle_in_transaction_session_timeout={patience_ms} -c lock_timeout={patience_ms}"
-    arguments = {
-        "connect_timeout": 5,
-        "keepalives_idle": 10,
-        "keepalives_interval": 5,
-        "keepalives_count": 3,
-        "tcp_user_timeout": 20000,
-        "options": options,
-    }
-    return {"pool_pre_ping": True, "connect_args": arguments}
-
-
-def _uptime_s(storage: RDBStorage) -> float:
-    """Seconds since the server started: before that, nobody could tell it anything. 0 where that cannot be known."""
-    if storage.engine.name != "postgresql":
-        return 0.0
-    query = "SELECT EXTRACT(EPOCH FROM now() - pg_postmaster_start_time())"
-    try:
-        with storage.engine.connect() as connection:
-            return float(connection.execute(sqlalchemy.text(query)).scalar_one())
-    except SQLAlchemyError:
-        return 0.0
 
 
 def _bring_back(database: StudyDatabase, record: StudyRecord) -> None:
@@ -699,18 +587,3 @@ def _read_ended(record: StudyRecord, number: int) -> TrialRecord | None:
     if trial.outcome == "full" and len(record.finished_folds(number)) < record.n_folds:
         return None
     return trial
-
-
-def _reason(error: Exception) -> str:
-    """The first line of what a database says; it names no password."""
-    return str(getattr(error, "orig", None) or error.__cause__ or error).strip().partition("\n")[0]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Optuna's notes on heartbeats and on what is experimental: what is relied on is tested."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        warnings.filterwarnings("ignore", "Heartbeat of storage is supposed")
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        yield

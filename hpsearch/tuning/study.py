@@ -15,7 +15,7 @@ from typing import Any
 
 import optuna
 import sqlalchemy
-from optuna.exceptions import ExperimentalWarning
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
@@ -46,6 +46,8 @@ _REFUSALS = {
     "is locked": errno.EIO,
 }
 """What SQLite says where the disk, and not the file, is at fault; the system's number for what to do about it."""
+_DAMAGES = (ValueError, KeyError, TypeError, AttributeError)
+"""How a database whose text was damaged fails: in as many ways as there are texts."""
 
 
 class StudyDatabase:
@@ -93,29 +95,36 @@ class StudyDatabase:
 
     def trial(self, number: int) -> Trial:
         """Optuna's handle of a trial, for reports and attributes, whoever asked for it."""
-        return Trial(self._study, self._frozen(number)._trial_id)
+        return Trial(self._study, self.frozen(number)._trial_id)
+
+    def frozen(self, number: int) -> FrozenTrial:
+        """A trial as it is in the database, read without all the others."""
+        trial_id = self._id(number)
+        with self._errors_named(*_DAMAGES):
+            return self._study._storage.get_trial(trial_id)
 
     def running(self) -> list[int]:
         """Numbers of the trials that Optuna takes for running, ascending."""
         return [trial.number for trial in self._all() if trial.state == TrialState.RUNNING]
 
-    def tell(self, record: TrialRecord) -> None:
-        """Tell a trial's outcome; telling it again changes nothing."""
+    def tell(self, record: TrialRecord) -> bool:
+        """Tell a trial's outcome, and say whether that was news: a trial that was told before stays as it is."""
         if record.outcome is None:
             raise ValueError(f"trial {record.number} has no outcome to tell")
-        trial = self.trial(record.number)
-        if self._frozen(record.number).state.is_finished():
-            return
-        state = STATES[record.outcome]
+        storage, trial_id, state = self._study._storage, self._id(record.number), STATES[record.outcome]
         with self._errors_named(), _quiet():
-            trial.set_user_attr("outcome", record.outcome)
+            try:
+                storage.set_trial_user_attr(trial_id, "outcome", record.outcome)
+            except UpdateFinishedTrialError:
+                return False
             if record.reason:
-                trial.set_user_attr("reason", record.reason)
+                storage.set_trial_user_attr(trial_id, "reason", record.reason)
             if record.decisions:
-                trial.set_user_attr("decisions", json.dumps(record.decisions))
-            if record.constraint > 0 and not trial.constraints:
+                storage.set_trial_user_attr(trial_id, "decisions", json.dumps(record.decisions))
+            if record.constraint > 0 and not (trial := self.trial(record.number)).constraints:
                 trial.set_constraint("feasible", record.constraint)
-            self._study.tell(trial, record.value if state == TrialState.COMPLETE else None, state=state)
+            self._study.tell(record.number, record.value if state == TrialState.COMPLETE else None, state=state)
+        return True
 
     def catch_up(self) -> None:
         """Bring the database up to date with the record: add what it lacks, tell what it was not told.
@@ -162,8 +171,7 @@ class StudyDatabase:
         return self._study
 
     def _all(self) -> list[FrozenTrial]:
-        # A database whose text was damaged fails in as many ways as there are texts.
-        with self._errors_named(ValueError, KeyError, TypeError, AttributeError):
+        with self._errors_named(*_DAMAGES):
             return self._study.get_trials(deepcopy=False)
 
     @contextmanager
@@ -192,11 +200,12 @@ class StudyDatabase:
             )
             raise StudyError(f"Optuna cannot use {shown}: {redact(reason)}{advice}") from error
 
-    def _frozen(self, number: int) -> FrozenTrial:
-        trials = self._all()
-        if not 0 <= number < len(trials):
-            raise StudyError(f"Optuna's database has no trial {number} of study {self._record.name!r}")
-        return trials[number]
+    def _id(self, number: int) -> int:
+        with self._errors_named():
+            try:
+                return self._study._storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number)
+            except KeyError as error:
+                raise StudyError(f"Optuna's database has no trial {number} of study {self._record.name!r}") from error
 
     def _add(self, record: TrialRecord) -> None:
         state = TrialState.RUNNING if record.outcome is None else STATES[record.outcome]

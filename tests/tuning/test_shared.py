@@ -21,7 +21,8 @@ from hpsearch.tuning import chains, coordinators, lock, shared
 from hpsearch.tuning.coordinators import Sharing
 from hpsearch.tuning.ownership import Asked, SoleSeat, take_seat
 from hpsearch.tuning.record import Outcome, StudyRecord, TrialRecord, now
-from hpsearch.tuning.shared import Shared, open_storage
+from hpsearch.tuning.shared import Shared
+from hpsearch.tuning.shared_storage import open_storage, quiet
 from hpsearch.tuning.status import study_status
 from hpsearch.tuning.study import StudyDatabase
 from tests.servers import Postgres
@@ -51,7 +52,7 @@ class Study:
         self._members: list[Shared] = []
 
     def join(self) -> Shared:
-        with shared._quiet():
+        with quiet():
             storage = open_storage(self.url, self._sharing)
             database = StudyDatabase(self.record, storage)
         folder = coordinators.new_folder(self.record.paths)
@@ -61,7 +62,7 @@ class Study:
     @contextmanager
     def database(self) -> Iterator[tuple[RDBStorage, StudyDatabase]]:
         """The study's database as nobody's."""
-        with shared._quiet():
+        with quiet():
             storage = open_storage(self.url, self._sharing)
             try:
                 yield storage, StudyDatabase(self.record, storage)
@@ -111,6 +112,7 @@ def make_study(postgres: Postgres, tmp_path: Path) -> Iterator[Callable[..., Stu
 
 def die(member: Shared) -> None:
     """End a coordinator as SIGKILL would: it lets go of nothing."""
+    member._heart.stop()
     member._own.clear()
     member.close()
 
