@@ -4,6 +4,7 @@ import datetime as dt
 from typing import Any
 
 import optuna
+import pytest
 from optuna.samplers import RandomSampler
 from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
@@ -92,6 +93,44 @@ def test_suggestions_are_those_of_a_study_in_which_nobody_died() -> None:
             study.add_trial(_retry(study.get_trials()[1]))
         got.append(_ask(study).suggest_float("x", 0.0, 1.0))
     assert got == expected
+
+
+def test_a_suggestion_reads_the_trials_once_however_often_the_sampler_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    study = _study()
+    study.add_trials([full(0), full(1)])
+    asked = _ask(study)
+    read = []
+    get_all_trials = study._storage.get_all_trials
+    monkeypatch.setattr(study._storage, "get_all_trials", lambda *a, **k: read.append(1) or get_all_trials(*a, **k))
+    study.sampler = AsIfNobodyDied(_Curious(), ["x"])
+    asked.suggest_float("x", 0.0, 1.0)
+    assert len(read) == 1
+
+
+def test_what_was_infeasible_is_seen_to_be_so_after_a_death() -> None:
+    study = _study()
+    infeasible = full(0)
+    infeasible.system_attrs = create_trial(value=0.0, constraints={"feasible": 2.0}).system_attrs
+    study.add_trials([infeasible, lost(1)])
+    study.add_trial(_retry(study.get_trials()[1]))
+    curious = _Curious()
+    study.sampler = AsIfNobodyDied(curious, ["x"])
+    _ask(study).suggest_float("x", 0.0, 1.0)
+    assert [trial.constraints for trial in curious.seen[:2]] == [{"feasible": 2.0}, {}]
+
+
+class _Curious(RandomSampler):
+    """Looks at all trials whenever it may."""
+
+    seen: tuple[FrozenTrial, ...] = ()
+
+    def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, Any]:
+        self.seen = tuple(study.get_trials())
+        return {}
+
+    def sample_independent(self, study: Any, trial: Any, param_name: str, param_distribution: Any) -> float:
+        self.seen = tuple(study._get_trials(deepcopy=False, use_cache=True))
+        return 0.5
 
 
 class _ByNumber(RandomSampler):
