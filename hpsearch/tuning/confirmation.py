@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 N_KEPT = 2
 """Confirmed trials whose second networks are kept: they predict the images that they have not seen."""
 
-SilenceLimit = Callable[[StudyConfig, int, list[dict[str, Any]]], float]
-"""Seconds without an epoch that mean a hanging fit, from its configuration, fold and rows so far."""
+EpochSeconds = Callable[[StudyConfig, int, list[dict[str, Any]]], float]
+"""Seconds that an epoch of a fit should take, from its configuration, fold and rows so far."""
 
 
 def n_left(record: StudyRecord, n_trials: int) -> int:
@@ -84,7 +84,7 @@ class Confirmation:
         keep_to_requests: Callable[[], None],
         is_stopping: Callable[[], bool],
         is_urgent: Callable[[], bool],
-        silence_limit: SilenceLimit,
+        epoch_s: EpochSeconds,
         wake_tracking: Callable[[], None],
     ) -> None:
         """`keep_to_requests` lets requests to stop be heard."""
@@ -94,7 +94,7 @@ class Confirmation:
         self._keep_to_requests = keep_to_requests
         self._is_stopping = is_stopping
         self._is_urgent = is_urgent
-        self._silence_limit = silence_limit
+        self._epoch_s_of = epoch_s
         self._wake_tracking = wake_tracking
         self._workers: Workers
         self._open: dict[int, SecondRecord] = {}
@@ -124,7 +124,7 @@ class Confirmation:
                 break
             for event in workers.events(POLL_S):
                 self._hear(event, chosen)
-            fits.end_silent(workers, self._silence_limit_of)
+            fits.end_silent(workers, self._epoch_s)
         self._clear(chosen)
 
     def _hand_out(self, chosen: Shortlist) -> None:
@@ -219,11 +219,11 @@ class Confirmation:
         )
         self._listener.confirming(chosen.trials, n_done, len(chosen.trials) * n_folds)
 
-    def _silence_limit_of(self, number: int, fold: int) -> float | None:
+    def _epoch_s(self, number: int, fold: int) -> float | None:
         if number not in self._open:
             return None
         rows = self._record.second_fit(number, fold).epochs()
-        return self._silence_limit(self._trials[number].study_config, fold, rows)
+        return self._epoch_s_of(self._trials[number].study_config, fold, rows)
 
     def _clear(self, chosen: Shortlist) -> None:
         """Once all is confirmed, keep the second networks of the best and of the one behind it only."""

@@ -44,9 +44,6 @@ logger = logging.getLogger(__name__)
 
 INFEASIBLE_PER_TRIAL = 10
 """Infeasible suggestions that are free, for each trial asked for."""
-SILENCE_FACTOR = 10.0
-SILENCE_MIN_S = 300.0
-"""A fit without an epoch for this many times the expected seconds, and at least so long, is taken for hanging."""
 SPARE_BYTES = 16 * 2**20
 """Room for scores, figures and databases of a study."""
 LAST_DELIVERY_S = 180.0
@@ -255,7 +252,7 @@ class Coordinator:
                 break
             for event in workers.events(POLL_S):
                 self._hear(event)
-            fits.end_silent(workers, self._silence_limit_of)
+            fits.end_silent(workers, self._epoch_s)
         with self._ownership.confirming() as is_ours:
             if is_ours and not self._stop.is_requested:
                 self._confirm()
@@ -276,7 +273,7 @@ class Coordinator:
             keep_to_requests=keep_to_requests,
             is_stopping=lambda: self._stop.is_requested,
             is_urgent=lambda: self._stop.is_urgent,
-            silence_limit=self._silence_limit,
+            epoch_s=self._epoch_s_of,
             wake_tracking=self._wake_tracking,
         ).run(self._workers)
 
@@ -566,16 +563,16 @@ class Coordinator:
                 self._scores[trial.number] = self._trial_scores(trial.number)
         return [self._scores[number] for number in sorted(self._scores)]
 
-    def _silence_limit_of(self, number: int, fold: int) -> float | None:
+    def _epoch_s(self, number: int, fold: int) -> float | None:
         trial = self._open.get(number)
-        return self._silence_limit(trial.config, fold, self._record.fit(number, fold).epochs()) if trial else None
+        return self._epoch_s_of(trial.config, fold, self._record.fit(number, fold).epochs()) if trial else None
 
-    def _silence_limit(self, config: StudyConfig, fold: int, rows: list[dict[str, Any]]) -> float:
+    def _epoch_s_of(self, config: StudyConfig, fold: int, rows: list[dict[str, Any]]) -> float:
+        """Seconds of the longest epoch of a fit so far; before the first, those that the plan foresees."""
         folds = self._record.folds
-        expected = max((row["train_s"] + row["eval_s"] for row in rows), default=0.0) or self._plan.epoch_s(
+        return max((row["train_s"] + row["eval_s"] for row in rows), default=0.0) or self._plan.epoch_s(
             config, len(folds.train(fold)), len(folds.held_out(fold))
         )
-        return max(SILENCE_MIN_S, SILENCE_FACTOR * expected)
 
     def _keep_to_budget(self) -> None:
         over = time.monotonic() - self._stop_at

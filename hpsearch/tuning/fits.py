@@ -15,6 +15,9 @@ from hpsearch.tuning.workers import DEATHS_PER_JOB, Workers
 
 logger = logging.getLogger(__name__)
 
+SILENCE_FACTOR = 10.0
+SILENCE_MIN_S = 300.0
+"""A fit without an epoch for so many times the seconds it should take, and at least so long, is taken for hanging."""
 Failures = dict[str, list[str]]
 """Fold to what was said of each death of a worker that fitted it."""
 
@@ -82,17 +85,19 @@ def count_death(
     return {**failures, str(fold): deaths}, reason
 
 
-def end_silent(workers: Workers, limit_of: Callable[[int, int], float | None]) -> None:
-    """End every worker that shows no epoch for longer than its fit should, and is thus taken for hanging.
+def end_silent(workers: Workers, epoch_s: Callable[[int, int], float | None]) -> None:
+    """End every worker that shows no epoch for so long that its fit must be hanging.
 
-    `limit_of(trial, fold)` gives the seconds, None for a fit that nobody waits for.
+    `epoch_s(trial, fold)` gives the seconds that an epoch should take, None for a fit that nobody waits for.
     """
     for worker in workers.busy():
-        if worker.job is None:
+        silence_s = time.monotonic() - worker.heard_at
+        if worker.job is None or silence_s <= SILENCE_MIN_S:
             continue
-        limit = limit_of(worker.job["trial"], worker.job["fold"])
-        if limit is not None and time.monotonic() - worker.heard_at > limit:
-            logger.warning("trial %d fold %d: no epoch for %.0f s", worker.job["trial"], worker.job["fold"], limit)
+        number, fold = worker.job["trial"], worker.job["fold"]
+        expected_s = epoch_s(number, fold)
+        if expected_s is not None and silence_s > SILENCE_FACTOR * expected_s:
+            logger.warning("trial %d fold %d: no epoch for %.0f s", number, fold, silence_s)
             workers.kill(worker)
 
 
