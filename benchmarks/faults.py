@@ -537,7 +537,7 @@ def what_is_left(out: Path) -> dict[str, Any]:
                 "scores": digest(fit.paths.scores),
                 "counts": digest(fit.paths.counts),
                 "weights": digest(fit.paths.weights),
-                "best": fit.paths.best.is_file(),
+                "best": digest(fit.paths.best),
                 "checkpoints": fit.paths.last.is_file() or fit.paths.previous.is_file(),
                 "epochs": [(row["epoch"], row["train"], row["held_out"]) for row in fit.epochs()],
             }

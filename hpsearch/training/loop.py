@@ -96,10 +96,10 @@ def fit(
     want, a `valid` network is trained and scored on the part of them that its output covers.
 
     With `paths` the fit resumes from its last good checkpoint, and ends as if it had never stopped: same weights and
-    same scores, to the byte on a CPU under the same `runtime`. After each epoch come, in this order, the checkpoint,
+    same scores, to the byte on a CPU under the same `runtime`. After each epoch come, in this order, with
+    `keep_best` and if its held-out mean is the best so far best.pt, which nothing here reads; the checkpoint,
     scores.npy, the line in epochs.jsonl, `on_epoch`. A fit that resumes first calls `on_epoch` again for the last
-    epoch it has, since whoever was killed may not have judged it. With `keep_best`, best.pt holds the weights of the
-    epoch with the best held-out mean; nothing here reads it.
+    epoch it has, since whoever was killed may not have judged it.
 
     `micro_batch` sums gradients over parts of a batch of at most so many images, to need less memory. The result is
     the same but for rounding where there is no batch normalisation (`microbatches_are_exact`); elsewhere the
@@ -482,11 +482,12 @@ def _fit(
         progress.rows.append(row)
         progress.scores.append(scores)
         if paths is not None:
-            checkpoint.save_latest(paths, progress.to_state(task_digest, device))
             if keep_best and progress.best_score() > best_before:
+                # Before the checkpoint: who dies in between trains this epoch again, and keeps it again.
                 checkpoint.save_checkpoint(
                     paths.best, {"epoch": epoch, "score": progress.best_score(), "model": model.state_dict()}
                 )
+            checkpoint.save_latest(paths, progress.to_state(task_digest, device))
             save_array(paths.scores, progress.scores_array())
             files.append_line(paths.epochs, to_line(row))
         stopped = on_epoch is not None and on_epoch(row, scores) == "stop"

@@ -50,6 +50,13 @@ def unkilled() -> FitResult:
     return fit(**fit_arguments())
 
 
+@pytest.fixture(scope="module")
+def best_of_unkilled(tmp_path_factory) -> bytes:
+    paths = FitPaths(tmp_path_factory.mktemp("unkilled") / "fold0")
+    fit(**fit_arguments(), paths=paths, keep_best=True)
+    return paths.best.read_bytes()
+
+
 @pytest.fixture
 def folder(tmp_path) -> FitPaths:
     return FitPaths(tmp_path / "fold0")
@@ -407,20 +414,24 @@ def test_finishing_again_after_a_kill_writes_the_same_bytes(folder, monkeypatch)
 
 
 @pytest.mark.parametrize("epoch", [1, 2, 3])
-@pytest.mark.parametrize("where", ["checkpoint", "scores", "line", "on_epoch"])
-def test_killed_anywhere_in_any_epoch_a_fit_ends_with_the_same_bytes(epoch, where, folder, unkilled, monkeypatch):
+@pytest.mark.parametrize("where", ["checkpoint", "after checkpoint", "scores", "line", "on_epoch"])
+def test_killed_anywhere_in_any_epoch_a_fit_ends_with_the_same_bytes(
+    epoch, where, folder, unkilled, best_of_unkilled, monkeypatch
+):
     calls = {"n": 0}
 
     def dying(function):
         def call(*args, **kwargs):
             calls["n"] += 1
             if calls["n"] == epoch:
+                if where.startswith("after"):
+                    function(*args, **kwargs)
                 raise Killed
             return function(*args, **kwargs)
 
         return call
 
-    if where == "checkpoint":
+    if where.endswith("checkpoint"):
         monkeypatch.setattr(checkpoint, "save_latest", dying(checkpoint.save_latest))
     elif where == "scores":
         monkeypatch.setattr(loop, "save_array", dying(loop.save_array))
@@ -428,14 +439,14 @@ def test_killed_anywhere_in_any_epoch_a_fit_ends_with_the_same_bytes(epoch, wher
         monkeypatch.setattr(files, "append_line", dying(files.append_line))
     on_epoch = dying(lambda *_: "go") if where == "on_epoch" else None
     with pytest.raises(Killed):
-        fit(**fit_arguments(), paths=folder, on_epoch=on_epoch)
+        fit(**fit_arguments(), paths=folder, keep_best=True, on_epoch=on_epoch)
     monkeypatch.undo()
 
     before = recorded(folder) if folder.epochs.exists() else []
     trained = []
     train_epoch = loop._train_epoch
     monkeypatch.setattr(loop, "_train_epoch", lambda *args: trained.append(args[-1]) or train_epoch(*args))
-    result = fit(**fit_arguments(), paths=folder)
+    result = fit(**fit_arguments(), paths=folder, keep_best=True)
     assert_equal(result, unkilled)
     first = epoch if where == "checkpoint" else epoch + 1
     assert trained == list(range(first, 4)), "only an epoch without a checkpoint is done again"
@@ -443,6 +454,7 @@ def test_killed_anywhere_in_any_epoch_a_fit_ends_with_the_same_bytes(epoch, wher
     assert tuple(rows) == result.rows
     assert rows[: len(before)] == before
     np.testing.assert_array_equal(np.load(folder.scores), unkilled.scores)
+    assert folder.best.read_bytes() == best_of_unkilled
 
 
 def test_a_finished_fit_is_not_trained_again(folder, unkilled, monkeypatch):
