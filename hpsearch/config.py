@@ -57,14 +57,20 @@ class StudyConfig:
                 "data.size is searched: set study.eval_size, the one size at which all trials are scored, such as "
                 f"--set study.eval_size={self.data.height}"
             )
+        size = self.data.height, self.data.width
         is_cropped = self.data.match == "crop" or bool(self.data.cache_size)
-        if is_cropped and self.eval_size != (self.data.height, self.data.width):
+        if is_cropped and self.eval_size != size:
             raise ConfigError(
                 "study.eval_size needs data.match = resize and no data.cache_size: crops of two sizes show different "
                 "parts of an image, so that scores of one cannot be taken at the other"
             )
         if self.augment.crop and not self.data.cache_size:
             raise ConfigError("augment.crop needs data.cache_size, the size of the cached images to crop from")
+        if self.data.cached_size != size and not self.augment.crop:
+            raise ConfigError(
+                f"data.cache_size = {self.data.cache_size} is for augment.crop, which is off: without it the network "
+                f"sees whole images, of data.size = {self.data.size}"
+            )
         if self.augment.crop and (
             self.data.cached_size[0] < self.data.height or self.data.cached_size[1] < self.data.width
         ):

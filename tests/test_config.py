@@ -65,6 +65,7 @@ def test_iou_is_another_name_of_jaccard() -> None:
         ("search.data.size=[572, 256]", "study.eval_size"),
         ("search.data.match=['resize', 'crop']", "data.match"),
         ("augment.crop=true", "data.cache_size"),
+        ("data.cache_size=640", "augment.crop"),
         ("no-equals-sign", "no-equals-sign"),
     ],
 )

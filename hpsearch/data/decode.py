@@ -263,7 +263,10 @@ def _decode_image(path: Path, data: bytearray, header: Header, *, turned: bool) 
     """RGB (3, H, W) uint8: grey is repeated, CMYK converted, transparency dropped, 16 bits cut to 8."""
     image = _decode(path, data, header, ImageReadMode.RGB, turned=turned)
     if image.dtype == torch.uint16:
-        image = torch.from_numpy((image.numpy() >> 8).astype(np.uint8))
+        deep = image.numpy()
+        # In place: `Header.decode_bytes` counts on no second copy of all 16 bits.
+        deep >>= 8
+        image = torch.from_numpy(deep.astype(np.uint8))
     return image
 
 

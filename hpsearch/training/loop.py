@@ -25,9 +25,9 @@ from hpsearch.config import digest
 from hpsearch.data.batches import Batch, DeviceData, eval_batches, n_train_batches, train_batches
 from hpsearch.data.cache import Normalization
 from hpsearch.data.config import AugmentConfig
-from hpsearch.errors import DeviceError, DivergedError, OutOfMemoryError
+from hpsearch.errors import ConfigError, DeviceError, DivergedError, OutOfMemoryError
 from hpsearch.models.config import UNetConfig
-from hpsearch.models.shapes import output_size, training_flops
+from hpsearch.models.shapes import output_size, training_flops, why_impossible
 from hpsearch.models.unet import UNet
 from hpsearch.paths import FitPaths
 from hpsearch.runtime import Runtime
@@ -101,12 +101,13 @@ def fit(
     scores.npy, the line in epochs.jsonl, `on_epoch`. A fit that resumes first calls `on_epoch` again for the last
     epoch it has, since whoever was killed may not have judged it.
 
-    `micro_batch` sums gradients over parts of a batch of at most so many images, to need less memory. The result is
-    the same but for rounding where there is no batch normalisation (`microbatches_are_exact`); elsewhere the
-    statistics are those of the parts.
+    `micro_batch` sums gradients over parts of a batch of at most so many images (`part_sizes`), to need less memory.
+    The result is the same but for rounding where there is no batch normalisation (`microbatches_are_exact`);
+    elsewhere the statistics are those of the parts.
 
-    Raises DivergedError when a loss is NaN or infinite, found at the end of its epoch; OutOfMemoryError when memory
-    ran out, all of it given back; CheckpointError when `paths` holds the checkpoint of another fit.
+    Raises ConfigError when the network cannot be trained at `size` on so few images at once; DivergedError when a
+    loss is NaN or infinite, found at the end of its epoch; OutOfMemoryError when memory ran out, all of it given
+    back; CheckpointError when `paths` holds the checkpoint of another fit.
     """
     task = _Task(
         model_config=model_config,
@@ -123,6 +124,9 @@ def fit(
         seed=seed,
         micro_batch=micro_batch,
     )
+    n_images = min(task.part_sizes)
+    if reason := why_impossible(model_config, in_channels, *size, batch_size=n_images):
+        raise ConfigError(f"with {n_images} image{'s' if n_images > 1 else ''} at once: {reason}")
     # What an earlier fit left behind would count towards this one's peak.
     devices.trim_memory(runtime.device)
     try:
@@ -230,6 +234,16 @@ def eval_batch_size(batch_size: int, size: tuple[int, int], device: torch.device
 def microbatches_are_exact(config: UNetConfig) -> bool:
     """Whether gradients summed over parts of a batch are those of the whole batch, rounding aside."""
     return config.norm != "batch"
+
+
+def part_sizes(n_images: int, micro_batch: int | None) -> list[int]:
+    """Images in each part of a batch of `n_images` whose parts shall have at most `micro_batch` (None: one part).
+
+    As equal as can be: 5 by 4 is 3 and 2, since of 4 and 1 the last would be normalised by a single image.
+    """
+    n_parts = math.ceil(n_images / micro_batch) if micro_batch else 1
+    smaller, n_larger = divmod(n_images, n_parts)
+    return [smaller + 1] * n_larger + [smaller] * (n_parts - n_larger)
 
 
 def finish_fit(
@@ -366,6 +380,11 @@ class _Task:
     @property
     def steps_per_epoch(self) -> int:
         return n_train_batches(len(self.train_indices), self.train.batch_size)
+
+    @property
+    def part_sizes(self) -> list[int]:
+        """Images that go through the network at once, one part of a step after the other."""
+        return part_sizes(max(1, min(self.train.batch_size, len(self.train_indices))), self.micro_batch)
 
     def digest(self, data_key: str) -> str:
         """A hash that a checkpoint carries, so that it is never continued as another fit."""
@@ -512,7 +531,7 @@ def _is_compiled(task: _Task, runtime: Runtime) -> bool:
         raise DeviceError(reason)
     if runtime.compile != "auto":
         return runtime.compile == "on"
-    n_images = task.train.epochs * task.steps_per_epoch * task.train.batch_size
+    n_images = task.train.epochs * task.steps_per_epoch * sum(task.part_sizes)
     flops = n_images * training_flops(task.model_config, task.in_channels, *task.size)
     return reason is None and runtime.device.type == "cuda" and flops >= COMPILED_FLOPS
 
@@ -524,8 +543,7 @@ def _compiled(model: UNet, task: _Task, runtime: Runtime) -> Forward:
     """
     compiled = torch.compile(model, dynamic=False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    n_images = min(task.train.batch_size, task.micro_batch or task.train.batch_size)
-    images = torch.zeros(n_images, task.in_channels, *task.size, device=runtime.device)
+    images = torch.zeros(task.part_sizes[0], task.in_channels, *task.size, device=runtime.device)
     model.train()
     try:
         with runtime.autocast():
@@ -576,7 +594,7 @@ def _train_epoch(
         lr = train.lr * lr_factor(train, step, n_steps)
         set_lr_(optimizer, lr)
         optimizer.zero_grad(set_to_none=True)
-        for part in _parts(batch, task.micro_batch):
+        for part in _parts(batch, task.part_sizes):
             with runtime.autocast():
                 logits = forward(part.images)
             masks = _covered(part.masks, logits, progress.model.margin)
@@ -626,14 +644,8 @@ def _evaluate_epoch(
     return _mean_scores(counts, held_out_loss), scores.astype(np.float32)
 
 
-def _parts(batch: Batch, micro_batch: int | None) -> Iterator[Batch]:
-    if micro_batch is None or micro_batch >= len(batch.images):
-        yield batch
-        return
-    for images, masks in zip(
-        torch.split(batch.images, micro_batch), torch.split(batch.masks, micro_batch), strict=True
-    ):
-        yield Batch(images, masks)
+def _parts(batch: Batch, sizes: list[int]) -> Iterator[Batch]:
+    return map(Batch, torch.split(batch.images, sizes), torch.split(batch.masks, sizes))
 
 
 def _count(logits: Tensor, masks: Tensor) -> Tensor:

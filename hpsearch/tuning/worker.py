@@ -33,6 +33,7 @@ from hpsearch.data.batches import DeviceData
 from hpsearch.data.cache import Cache, Normalization, open_cache
 from hpsearch.data.decode import read_pair
 from hpsearch.errors import DivergedError, HpsearchError, OutOfMemoryError, StorageError
+from hpsearch.models.shapes import why_impossible
 from hpsearch.paths import FitPaths, atomic_write
 from hpsearch.plan import image_flops
 from hpsearch.runtime import Runtime
@@ -44,6 +45,7 @@ from hpsearch.training.loop import (
     finish_fit,
     fit,
     microbatches_are_exact,
+    part_sizes,
     save_array,
     save_examples,
 )
@@ -392,8 +394,8 @@ def fit_within_memory(
 ) -> tuple[FitResult, int | None]:
     """A fit by whole batches, or by the largest halves of halves that fit; and how many images at once, None: all.
 
-    Parts are taken where the result is the same, or where `study.allow_microbatch` allows another one. Otherwise the
-    OutOfMemoryError is the caller's.
+    Parts are taken where the result is the same, or where `study.allow_microbatch` allows another one and they are
+    not too small for batch normalisation. Otherwise the OutOfMemoryError is the caller's.
     """
     is_exact = microbatches_are_exact(config.unet)
     micro_batch: int | None = None
@@ -405,6 +407,10 @@ def fit_within_memory(
             if n_images == 1 or not (is_exact or config.study.allow_microbatch):
                 raise
             micro_batch = n_images // 2
+            smallest = min(part_sizes(config.train.batch_size, micro_batch))
+            size = config.data.height, config.data.width
+            if why_impossible(config.unet, config.data.n_channels, *size, batch_size=smallest):
+                raise
             logger.warning("%s; going on by parts of %d images", error, micro_batch)
         if not is_exact:
             # What was trained with other parts is another fit.

@@ -18,7 +18,7 @@ from hpsearch import paths as files
 from hpsearch import runtime as devices
 from hpsearch.data.batches import eval_batches, train_batches
 from hpsearch.data.config import AugmentConfig
-from hpsearch.errors import CheckpointError, DeviceError, DivergedError, OutOfMemoryError
+from hpsearch.errors import CheckpointError, ConfigError, DeviceError, DivergedError, OutOfMemoryError
 from hpsearch.models.config import UNetConfig
 from hpsearch.models.unet import UNet
 from hpsearch.paths import FitPaths
@@ -33,6 +33,7 @@ from hpsearch.training.loop import (
     finish_fit,
     fit,
     microbatches_are_exact,
+    part_sizes,
     predict_logits,
     resize_logits,
 )
@@ -764,6 +765,29 @@ def test_micro_batches_give_another_result_with_batch_normalization(unkilled):
     parts = fit(**fit_arguments(micro_batch=2))
     name = "encoder.0.0.norm.running_var"
     assert not torch.allclose(parts.model.state_dict()[name], unkilled.model.state_dict()[name], rtol=1e-3)
+
+
+@pytest.mark.parametrize(("n_images", "micro_batch"), [(16, None), (16, 16), (16, 5), (5, 4), (7, 2), (3, 1), (2, 8)])
+def test_parts_of_a_batch_are_as_equal_as_can_be(n_images, micro_batch):
+    sizes = part_sizes(n_images, micro_batch)
+    assert sum(sizes) == n_images
+    assert max(sizes) <= (micro_batch or n_images)
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_part_of_one_image_is_not_normalised_by_a_single_pixel():
+    model = UNetConfig(base_channels=2, depth=4, stacking=1)
+    train = TrainConfig(epochs=1, batch_size=5, lr=0.05)
+    result = fit(**fit_arguments(model_config=model, train=train, micro_batch=4))
+    assert math.isfinite(result.rows[-1].train.loss)
+
+
+@pytest.mark.parametrize("changes", [{"train_indices": np.arange(1)}, {"micro_batch": 1}])
+def test_a_network_that_one_image_cannot_train_is_refused_in_a_sentence(changes):
+    # 16x16 is a single pixel after four halvings.
+    model = UNetConfig(base_channels=2, depth=4, stacking=1)
+    with pytest.raises(ConfigError, match=r"with 1 image at once: encoder\.4.* has a map of 1x1"):
+        fit(**fit_arguments(model_config=model, **changes))
 
 
 def test_the_state_of_the_generators_is_in_the_checkpoint(folder):

@@ -64,6 +64,15 @@ def test_where_it_is_allowed_parts_of_batches_begin_the_fit_anew(tmp_path: Path)
     assert not folder.last.exists()
 
 
+def test_parts_too_small_for_batch_normalisation_are_not_tried(tmp_path: Path) -> None:
+    # Three halvings of 8 x 8 leave a single pixel, of which one image has no variance.
+    config = tiny_config(tmp_path, "study.allow_microbatch=true", "data.size=8", "unet.depth=3", "train.batch_size=5")
+    asked: list[int | None] = []
+    with pytest.raises(OutOfMemoryError):
+        fit_within_memory(fit_of_at_most(0, 5, asked), config, FitPaths(tmp_path))
+    assert asked == [None]
+
+
 @pytest.fixture
 def fault_in_every_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Has every worker send itself a signal when it begins a fit."""
