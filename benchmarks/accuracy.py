@@ -17,7 +17,6 @@ beside twice its standard error.
 from __future__ import annotations
 
 import argparse
-import datetime
 import math
 import os
 import statistics
@@ -27,10 +26,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from alternatives import plain_unet
-from torch.nn import functional as F
+from alternatives import plain_unet, train_epoch
+from setting import describe_machine
 
-from hpsearch import runtime as devices
 from hpsearch.data.batches import DeviceData
 from hpsearch.data.cache import Cache, Normalization, open_cache
 from hpsearch.data.config import AugmentConfig, DataConfig
@@ -61,8 +59,7 @@ def main() -> None:
         pool = open_cache(prepare_pool(config, Path(folder)).cache_path)
         test = open_cache(prepare_test(config, Path(folder)).cache_path)
         indices = np.arange(min(len(pool), arguments.images or len(pool)), dtype=np.int64)
-        about = devices.describe(fast)
-        print(f"{datetime.date.today()}, {about['device_name']}, {fast.threads} threads, torch {about['torch']}")
+        print(describe_machine(threads=fast.threads))
         print(
             f"{Path(arguments.data).name}: {len(indices)} trained on, {len(test)} scored, {arguments.size} pixels,",
             end=" ",
@@ -143,16 +140,8 @@ def train_plain(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, train.epochs * n_steps)
     for _ in range(train.epochs):
         order = torch.randperm(len(indices))
-        for rows in order.split(train.batch_size)[:n_steps]:
-            flipped = [torch.rand(()) < FLIP for _ in rows]
-            x = torch.stack(
-                [images[i].flip(-1) if flip else images[i] for i, flip in zip(rows, flipped, strict=True)]
-            )
-            y = torch.stack([masks[i].flip(-1) if flip else masks[i] for i, flip in zip(rows, flipped, strict=True)])
-            optimizer.zero_grad()
-            F.binary_cross_entropy_with_logits(model(x), y).backward()
-            optimizer.step()
-            schedule.step()
+        batches = (flipped(images, masks, rows) for rows in order.split(train.batch_size)[:n_steps])
+        train_epoch(model, batches, optimizer, schedule=schedule)
     model.eval()
     images, masks = to_tensors(test, np.arange(len(test)), normalization)
     scores = []
@@ -164,6 +153,15 @@ def train_plain(
             scores.append(torch.stack((2 * iou / (1 + iou), iou), 1))
     mean = torch.cat(scores).double().mean(0)
     return float(mean[0]), float(mean[1])
+
+
+def flipped(images: torch.Tensor, masks: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch of these rows, about half of its pairs mirrored left to right."""
+    pairs = [
+        (images[i].flip(-1), masks[i].flip(-1)) if torch.rand(()) < FLIP else (images[i], masks[i]) for i in rows
+    ]
+    x, y = zip(*pairs, strict=True)
+    return torch.stack(x), torch.stack(y)
 
 
 def to_tensors(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,34 @@ class JpegDataset:
         if self._flips and torch.rand(()) < 0.5:
             image, mask = image.flip(-1), mask.flip(-1)
         return image, mask
+
+
+def train_epoch(
+    model: nn.Module,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    optimizer: torch.optim.Optimizer,
+    *,
+    schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
+    device: str = "cpu",
+    layout: torch.memory_format = torch.contiguous_format,
+    bf16: bool = False,
+) -> tuple[float, int]:
+    """One epoch of the loop of the tutorials, with binary cross-entropy: the mean loss of a step, and images."""
+    loss_function = nn.BCEWithLogitsLoss()
+    model.train()
+    losses, n_images = [], 0
+    for images, masks in batches:
+        images, masks = images.to(device, memory_format=layout), masks.to(device)
+        optimizer.zero_grad()
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=bf16):
+            loss = loss_function(model(images), masks)
+        loss.backward()
+        optimizer.step()
+        if schedule is not None:
+            schedule.step()
+        losses.append(loss.item())
+        n_images += len(images)
+    return sum(losses) / len(losses), n_images
 
 
 def monai_pairs(pairs: list[Pair], size: int, n_threads: int) -> Any:

@@ -156,9 +156,14 @@ def print_steps(runtime: Runtime, sizes: Sizes, peak: float) -> None:
             except OutOfMemoryError as error:
                 print(f"{base:4} {batch_size:5} {error}")
                 break
-        fastest = max(rates, key=rates.__getitem__)
-        if devices.why_no_compile(runtime.device) is None and runtime.device.type == "cuda":
-            print_step(dataclasses.replace(runtime, compile="on"), sizes, config, fastest, peak)
+        # None where not even the smallest batch fits.
+        fastest = max(rates, key=rates.__getitem__, default=None)
+        if fastest and runtime.device.type == "cuda" and devices.why_no_compile(runtime.device) is None:
+            try:
+                print_step(dataclasses.replace(runtime, compile="on"), sizes, config, fastest, peak)
+            except DeviceError as error:
+                # Also OutOfMemoryError: the compiler takes memory of its own.
+                print(f"{base:4} {fastest:5} {'yes':>8} {str(error).splitlines()[0]}")
     print()
 
 

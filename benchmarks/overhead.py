@@ -16,7 +16,6 @@ training and its evaluation took; what lies between is given by where it lies:
 from __future__ import annotations
 
 import argparse
-import datetime
 import os
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from setting import describe_machine, draw_images
 
 from hpsearch.paths import ProjectPaths
 from hpsearch.tuning.record import StudyRecord
@@ -80,26 +80,17 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         project = Path(folder)
-        data = arguments.data or draw(project / "ISIC-2017", arguments.images)
+        data = arguments.data or draw_images(project / "ISIC-2017", arguments.images)
         images = data.name if arguments.data else "drawn images"
         subprocess.run([*hpsearch("data", "cache"), *settings(arguments, data, project)], check=True, stdout=DEVNULL)
-        import torch
-
-        print(f"{datetime.date.today()}, torch {torch.__version__}, {arguments.threads} threads; {images}, ", end="")
-        print(f"{arguments.images} of them, 64x64, base 8, {arguments.folds} folds of {arguments.epochs} epochs\n")
+        print(describe_machine(threads=arguments.threads))
+        print(f"{images}, {arguments.images} of them, 64x64, base 8,", end=" ")
+        print(f"{arguments.folds} folds of {arguments.epochs} epochs\n")
         for title, trials in (("new study", arguments.trials), ("continued", arguments.trials + 1)):
             print_run(title, start(arguments, data, project, trials))
 
 
 DEVNULL = subprocess.DEVNULL
-
-
-def draw(folder: Path, n_images: int) -> Path:
-    """Small JPEGs and masks in the archive layout, drawn in a process of its own."""
-    program = "import sys, pathlib; from hpsearch.data.sample import draw_sample; "
-    program += f"draw_sample(pathlib.Path(sys.argv[1]), n_train={n_images}, n_val=2, n_test=2)"
-    subprocess.run([sys.executable, "-c", program, str(folder)], check=True)
-    return folder
 
 
 def hpsearch(*command: str) -> list[str]:

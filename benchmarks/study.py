@@ -22,8 +22,6 @@ Needs the packages of `pip install "hpsearch[bench]"`.
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -37,6 +35,8 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from setting import describe_machine, draw_images
 
 from hpsearch import runtime as devices
 from hpsearch.paths import ProjectPaths
@@ -84,11 +84,8 @@ def main() -> None:
         arguments.images, arguments.trials, arguments.folds, arguments.epochs = 40, 2, 2, 2
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        data = arguments.data or draw(work / "ISIC-2017", arguments.images)
-        names = ("torch", "optuna", "mlflow", "monai")
-        versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
-        threads = f"{arguments.threads} threads" if arguments.threads else f"{devices.available_cores()} cores"
-        print(f"{datetime.date.today()}, {devices.processor_name()}, {threads}; {versions}")
+        data = arguments.data or draw_images(work / "ISIC-2017", arguments.images)
+        print(describe_machine(("torch", "optuna", "mlflow", "monai"), threads=arguments.threads or None))
         images = data.name if arguments.data else "drawn images"
         print(f"{images}, {arguments.images} of them at {SIZE}x{SIZE}; {arguments.trials} trials,", end=" ")
         print(f"{arguments.folds} folds, {arguments.epochs} epochs, {arguments.rounds} round(s)\n", flush=True)
@@ -103,14 +100,6 @@ def main() -> None:
                     results[side].append(time_hpsearch(arguments, data, project, side))
                     params = params or read_params(project)
         print_table(results)
-
-
-def draw(folder: Path, n_images: int) -> Path:
-    """Small JPEGs and masks in the archive layout, drawn in a process of its own."""
-    program = "import sys, pathlib; from hpsearch.data.sample import draw_sample; "
-    program += f"draw_sample(pathlib.Path(sys.argv[1]), n_train={n_images}, n_val=2, n_test=2)"
-    subprocess.run([sys.executable, "-c", program, str(folder)], check=True)
-    return folder
 
 
 def print_table(results: dict[str, list[Result]]) -> None:
@@ -184,7 +173,7 @@ def run_monai(arguments: argparse.Namespace, told: dict[str, Any]) -> None:
     import numpy as np
     import optuna
     import torch
-    from alternatives import find_pairs, monai_flips, monai_pairs, plain_unet
+    from alternatives import find_pairs, monai_flips, monai_pairs, plain_unet, train_epoch
     from monai.data import DataLoader, Dataset
     from monai.metrics import DiceMetric
     from sklearn.model_selection import KFold
@@ -211,20 +200,12 @@ def run_monai(arguments: argparse.Namespace, told: dict[str, Any]) -> None:
         model = plain_unet(config).to(memory_format=torch.channels_last)
         optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, arguments.epochs * len(train_loader))
-        loss_function = torch.nn.BCEWithLogitsLoss()
         scores: list[float] = []
         for epoch in range(arguments.epochs):
-            model.train()
-            total = 0.0
-            for batch in train_loader:
-                images = batch["image"].to(memory_format=torch.channels_last)
-                optimizer.zero_grad()
-                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=use_bf16):
-                    loss = loss_function(model(images), batch["mask"])
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                total += loss.item()
+            batches = ((batch["image"], batch["mask"]) for batch in train_loader)
+            mean_loss, _ = train_epoch(
+                model, batches, optimizer, schedule=schedule, layout=torch.channels_last, bf16=use_bf16
+            )
             model.eval()
             metric = DiceMetric(reduction="none", ignore_empty=False)
             with torch.no_grad():
@@ -235,7 +216,7 @@ def run_monai(arguments: argparse.Namespace, told: dict[str, Any]) -> None:
                     metric((logits > 0).float(), batch["mask"])
             scores = metric.aggregate().flatten().tolist()
             mlflow.log_metrics(
-                {f"fold{fold}_loss": total / len(train_loader), f"fold{fold}_dice": float(np.mean(scores))},
+                {f"fold{fold}_loss": mean_loss, f"fold{fold}_dice": float(np.mean(scores))},
                 step=epoch,
             )
         return scores

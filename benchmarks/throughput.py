@@ -34,8 +34,6 @@ of the clock: for one thread on a shared machine, where the clock tells what the
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -46,12 +44,12 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+from setting import describe_machine, draw_images
 
 BATCH_SIZE = 16
 LR, MOMENTUM = 0.05, 0.9
@@ -118,31 +116,14 @@ def main() -> None:
     problems = [QUICK] if arguments.quick else [PROBLEMS[size] for size in arguments.sizes]
     rounds = 1 if arguments.quick else arguments.rounds
     with tempfile.TemporaryDirectory() as work:
-        data = arguments.data or draw(Path(work) / "ISIC-2017", max(problem.n_images for problem in problems))
-        print_machine(arguments.device, arguments.threads, arguments.data, rounds, arguments.clock)
+        data = arguments.data or draw_images(Path(work) / "ISIC-2017", max(problem.n_images for problem in problems))
+        packages = ("torch", "monai", "lightning")
+        print(describe_machine(packages, device=arguments.device, threads=arguments.threads))
+        images = arguments.data.name if arguments.data else "drawn images"
+        print(f"{images}; batch {BATCH_SIZE}; median of {rounds} rounds, {arguments.clock} clock\n")
         for problem in problems:
             machine = {"threads": arguments.threads, "device": arguments.device, "clock": arguments.clock}
             compare(problem, data, Path(work) / "cache", rounds, machine)
-
-
-def draw(folder: Path, n_images: int) -> Path:
-    """Small JPEGs and masks in the archive layout, drawn in a process of its own."""
-    program = "import sys, pathlib; from hpsearch.data.sample import draw_sample; "
-    program += f"draw_sample(pathlib.Path(sys.argv[1]), n_train={n_images}, n_val=2, n_test=2)"
-    subprocess.run([sys.executable, "-c", program, str(folder)], check=True)
-    return folder
-
-
-def print_machine(device: str, threads: int, data: Path | None, rounds: int, clock: str) -> None:
-    """What a reader must know to compare: date, machine, versions, settings."""
-    program = "import json; from hpsearch import runtime; "
-    program += f"print(json.dumps(runtime.describe(runtime.make_runtime({device!r}, threads={threads}))))"
-    found = json.loads(subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.PIPE).stdout)
-    installed = [name for name in ("torch", "monai", "lightning") if importlib.util.find_spec(name)]
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in installed]
-    print(f"{datetime.date.today()}, {found['device_name']}, {threads} threads, {found['platform']}")
-    images = data.name if data else "drawn images"
-    print(f"{', '.join(versions)}; {images}; batch {BATCH_SIZE}; median of {rounds} rounds, {clock} clock\n")
 
 
 def compare(problem: Problem, data: Path, cache: Path, rounds: int, machine: dict[str, Any]) -> None:
@@ -314,7 +295,6 @@ def run_hpsearch(job: Job, turn: Turn) -> None:
 
 
 def run_plain(job: Job, turn: Turn) -> None:
-    import torch
     from alternatives import JpegDataset, find_pairs
     from torch.utils.data import DataLoader
 
@@ -327,7 +307,7 @@ def run_plain(job: Job, turn: Turn) -> None:
         persistent_workers=True,
         pin_memory=job.device == "cuda",
     )
-    train_plainly(job, turn, lambda: iter(loader), torch.nn.BCEWithLogitsLoss())
+    train_plainly(job, turn, lambda: iter(loader))
 
 
 def run_monai(job: Job, turn: Turn) -> None:
@@ -343,33 +323,23 @@ def run_monai(job: Job, turn: Turn) -> None:
         for batch in loader:
             yield batch["image"], batch["mask"]
 
-    train_plainly(job, turn, batches, torch.nn.BCEWithLogitsLoss())
+    train_plainly(job, turn, batches)
 
 
-def train_plainly(job: Job, turn: Turn, batches: Callable[[], Iterator[Any]], loss_function: Any) -> None:
-    """The loop of the tutorials; `bf16` adds autocast, `+cl` the two lines that name channels_last."""
+def train_plainly(job: Job, turn: Turn, batches: Callable[[], Iterator[Any]]) -> None:
+    """Epoch after epoch of the loop of the tutorials; `bf16` adds autocast, `+cl` channels_last."""
     import torch
+    from alternatives import train_epoch
 
     model = make_model(job)
-    if "+cl" in job.precision:
-        model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
+    layout = torch.channels_last if "+cl" in job.precision else torch.contiguous_format
+    model.to(memory_format=layout)
     while True:
         turn.begin()
-        model.train()
-        total, n_images = 0.0, 0
-        for images, masks in batches():
-            images, masks = images.to(job.device), masks.to(job.device)
-            if "+cl" in job.precision:
-                images = images.to(memory_format=torch.channels_last)
-            optimizer.zero_grad()
-            is_bf16 = job.precision.startswith("bf16")
-            with torch.autocast(job.device, dtype=torch.bfloat16) if is_bf16 else nullcontext():
-                loss = loss_function(model(images), masks)
-            loss.backward()
-            optimizer.step()
-            total += loss.item()
-            n_images += len(images)
+        _, n_images = train_epoch(
+            model, batches(), optimizer, device=job.device, layout=layout, bf16=job.precision.startswith("bf16")
+        )
         turn.end(n_images)
 
 
