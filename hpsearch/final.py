@@ -293,8 +293,13 @@ def _choose(record: StudyRecord, number: int | None, cheapest_tied: bool) -> Tri
         return best
     trial = record.known_trial(number)
     if not trial.can_win:
-        what = "one that memory changed" if trial.outcome == "full" else trial.outcome or "still open"
-        raise StudyError(f"trial {number} of study {record.name!r} is {what}: only full trials can be final")
+        what = {"full": "was changed by memory that ran out", None: "is still open"}.get(
+            trial.outcome, f"ended as {trial.outcome}"
+        )
+        raise StudyError(
+            f"trial {number} of study {record.name!r} {what}: only trials that were evaluated on all folds can be "
+            "final"
+        )
     return trial
 
 

@@ -242,8 +242,8 @@ def find_images(inputs: Iterable[str | Path]) -> list[Path]:
     """The images that files, folders and globs name, each once, in the order given and sorted within each.
 
     A file is taken as it is. Of a folder (without the folders in it) and of a glob (`**` is any depth) the images are
-    taken, not superpixels and not what was predicted before. DatasetError for a folder or glob without any, and for
-    two images that would write the same files.
+    taken, not superpixels and not what was predicted before. DatasetError for a folder or glob without any, where not
+    one of the files is there, and for two images that would write the same files.
     """
     found: dict[Path, None] = {}
     for each in inputs:
@@ -260,6 +260,8 @@ def find_images(inputs: Iterable[str | Path]) -> list[Path]:
                 raise DatasetError(f"{each} holds no images ({', '.join(READABLE)}){way_out}")
             raise DatasetError(f"{each} matches no images ({', '.join(READABLE)})")
         found |= dict.fromkeys(images)
+    if not any(path.is_file() for path in found):
+        raise DatasetError(f"there is no file {next(iter(found), 'to predict')}")
     by_stem: dict[str, Path] = {}
     for path in found:
         # Case does not tell files apart on every disk.
@@ -336,8 +338,10 @@ def find_model(project: ProjectPaths, study: str | None, model: str | None) -> P
             )
         return max(finals, key=lambda final: float(read_json(final.result)["ended_at"])).model
     path = Path(model).expanduser()
-    if not path.is_dir():
+    if path.is_file():
         return path
+    if not path.exists():
+        raise CheckpointError(f"there is no model {path}: name a folder that `hpsearch final` made, or a file")
     folder = FinalPaths(path)
     for weights in (folder.model, path / "weights.safetensors"):
         if weights.is_file():

@@ -287,8 +287,24 @@ def test_a_command_without_bad_files_ends_well(tmp_path: Path, capsys: pytest.Ca
         # The folder of a final is as good as the file in it.
         main(["predict", f"{tmp_path}/*.png", "--model", str(tmp_path), "--out-dir", str(tmp_path / "m"), "--tiles"])
     assert caught.value.code == 0
-    assert "1 masks in" in capsys.readouterr().out
+    assert "\n1 mask in" in capsys.readouterr().out
     assert (tmp_path / "m" / "a_segmentation.png").is_file()
+
+
+def test_a_single_file_or_a_model_that_is_not_there_is_named_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.fromarray(noise(30, 40)).save(tmp_path / "a.png")
+    for arguments, said in (
+        ((f"{tmp_path}/b.png", "--model", f"{tmp_path}/no"), f"hpsearch: there is no file {tmp_path}/b.png\n"),
+        ((f"{tmp_path}/a.png", "--model", f"{tmp_path}/no"), f"hpsearch: there is no model {tmp_path}/no: name a"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(["predict", *arguments])
+        captured = capsys.readouterr()
+        assert (caught.value.code, captured.out) == (1, "")
+        assert captured.err.startswith(said)
+        assert captured.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("kind", ["pickle", "torch"])

@@ -25,7 +25,12 @@ Command = Callable[..., Any]
 def out_option(command: Command) -> Command:
     """`--out`, as the project it names."""
 
-    @click.option("--out", default=".", type=click.Path(path_type=Path), help="Project folder (default: here).")
+    @click.option(
+        "--out",
+        default=".",
+        type=click.Path(path_type=Path, file_okay=False),
+        help="Project folder (default: here).",
+    )
     @functools.wraps(command)
     def with_project(out: Path, **rest: Any) -> Any:
         return command(project=ProjectPaths(out), **rest)

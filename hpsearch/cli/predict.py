@@ -18,7 +18,10 @@ from hpsearch.paths import ProjectPaths
     help="A folder of `final`, or a weights file (default: the study's latest final).",
 )
 @click.option(
-    "--out-dir", default="masks", type=click.Path(path_type=Path), help="Where the masks go (default: masks)."
+    "--out-dir",
+    default="masks",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where the masks go (default: masks).",
 )
 @click.option("--probabilities", is_flag=True, help="Write probabilities too, as 8-bit PNG.")
 @click.option("--overlays", is_flag=True, help="Write each image with the outline of its mask too.")
@@ -73,7 +76,7 @@ def command(
     console.print(
         Text(f"{len(images)} image{'s' if len(images) > 1 else ''}, {weights} ({what}), {how} at {height}x{width}")
     )
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("predicting", total=len(images))
 
         def on_image(done: int, total: int, path: Path, reason: str | None) -> None:
@@ -84,7 +87,8 @@ def command(
         bad = predict_files(
             predictor, images, out_dir, probabilities=probabilities, overlays=overlays, on_image=on_image
         )
-    console.print(Text(f"{len(images) - len(bad)} masks in {out_dir}"))
+    n_masks = len(images) - len(bad)
+    console.print(Text(f"{n_masks} mask{'s' if n_masks != 1 else ''} in {out_dir}"))
     if bad:
         console.print(Text(f"{len(bad)} of {len(images)} files could not be read:"))
         for path in bad:

@@ -34,6 +34,7 @@ def command(project: ProjectPaths, study_name: str | None, trial: int | None) ->
     from hpsearch.cli.progress import describe_params
     from hpsearch.errors import StudyError
     from hpsearch.report.words import command_line, duration
+    from hpsearch.tracked_runs import final_names
     from hpsearch.tuning import lock
     from hpsearch.tuning.status import study_status
 
@@ -80,6 +81,8 @@ def command(project: ProjectPaths, study_name: str | None, trial: int | None) ->
         is_done = status.n_counted >= config.study.trials and (status.is_confirmed or not status.shortlist)
         if not status.is_running and not is_done:
             console.print(Text(f"  go on with it: {command_line('study', name, project)}"))
+        elif not status.is_running and status.best is not None and not final_names(project.study(name)):
+            console.print(Text(f"  next: {command_line('final --best', name, project)}"))
         if study_name is None:
             continue
         table = Table("trial", "outcome", "value", "folds", "time", "parameters", "why", box=None, pad_edge=False)

@@ -34,7 +34,9 @@ LOOKAHEAD = 4
 @config_options
 @study_option
 @click.option("--trials", type=int, help="Trials to have evaluated, over all starts (study.trials).")
-@click.option("--folds", type=FOLDS, help="k of the cross-validation, or `fixed` for the 2000/150 split.")
+@click.option(
+    "--folds", type=FOLDS, metavar="k|fixed", help="k of the cross-validation, or `fixed` for the 2000/150 split."
+)
 @click.option("--metric", type=click.Choice(["dice", "jaccard", "iou"]), help="Score whose mean is a trial's value.")
 @click.option("--sampler", type=click.Choice(["tpe", "random"]), help="How configurations are suggested.")
 @click.option(
@@ -63,7 +65,7 @@ LOOKAHEAD = 4
 @click.option(
     "--enqueue",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
     metavar="FILE.toml",
     help="Try this configuration next; what the file does not say is as in the default one.",
 )

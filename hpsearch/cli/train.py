@@ -16,7 +16,11 @@ from hpsearch.paths import ProjectPaths
 @config_options
 @study_option
 @click.option(
-    "--folds", type=FOLDS, default="fixed", help="k, or `fixed` (default) for training and validation split."
+    "--folds",
+    type=FOLDS,
+    default="fixed",
+    metavar="k|fixed",
+    help="k, or `fixed` (default) for training and validation split.",
 )
 @device_option
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads (default: all cores).")

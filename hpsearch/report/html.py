@@ -57,6 +57,7 @@ figcaption { font-size: 14px; max-width: 88ch; margin-top: 6px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13px; margin: 14px 0; font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-size: 14px; padding-bottom: 6px; max-width: 88ch; }
+caption.short { white-space: nowrap; }
 th, td { padding: 4px 10px 4px 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
 td { white-space: nowrap; }
 td.long { white-space: normal; overflow-wrap: anywhere; }
@@ -213,14 +214,11 @@ def _read_cases(record: StudyRecord, number: int) -> list[trial_rows.Case] | Non
 def _estimates(rows: StudyRows, winner: Winner) -> list[tuple[str, Interval]]:
     final = _final_of(rows, winner.number)
     predicted = final.predicted if final is not None and final.predicted is not None else winner.predicted
-    result = [
-        (
-            "cross-validation, plain" if rows.config.study.folds != "fixed" else "validation, plain",
-            winner.statistics.total,
-        ),
-        ("corrected for the choice", winner.corrected.interval),
-        (f"predicted for {winner.n_predicted} test images", predicted),
-    ]
+    plain = "cross-validation, plain" if rows.config.study.folds != "fixed" else "validation, plain"
+    result = [(plain, winner.statistics.total)]
+    if winner.corrected.method != "single":
+        result.append(("corrected for the choice", winner.corrected.interval))
+    result.append((f"predicted for {winner.n_predicted} test images", predicted))
     return result if final is None else [*result, (f"test, {final.n_test} images", final.test[rows.metric])]
 
 
@@ -237,6 +235,12 @@ def _notes(rows: StudyRows) -> Iterator[str]:
         yield '<p class="note">The study is running: this is what it has reached so far.</p>'
     if rows.config.data.root == "sample" and not rows.config.data.images:
         yield '<p class="note">The images are drawn, not real: the numbers say nothing about real ones.</p>'
+    if rows.second_fits is not None:
+        done, total = rows.second_fits
+        yield (
+            '<p class="note">The best are fitted once more, to tell luck from merit: '
+            f"{done} of {total} fits are done. Until all are, everything here goes by the first fits alone.</p>"
+        )
     if any(final.n_trials_after for final in rows.finals):
         yield (
             '<p class="note">The search went on after the test set had been scored: see <a href="#test">Test</a>.</p>'
@@ -258,6 +262,10 @@ def _answer(rows: StudyRows, pictures: Mapping[str, Picture]) -> Iterator[str]:
     if final is not None:
         yield from _paragraphs(words.final(final, rows.metric))
     if winner is None:
+        if not rows.is_running:
+            more = f" --trials {rows.n_counted + 1}" if rows.n_counted >= rows.config.study.trials else ""
+            command = escape(words.command_line(f"study{more}", rows.name))
+            yield f"<p><code>{command}</code> goes on with the search.</p>"
         return
     estimates = "; ".join(f"{name} {interval(value)}" for name, value in _estimates(rows, winner))
     yield _figure(
@@ -283,7 +291,8 @@ def _cards(rows: StudyRows, winner: Winner) -> Iterator[str]:
     score, corrected = SCORES[rows.metric], winner.corrected
     name = "Corrected estimate" if corrected.method != "single" else "Estimate"
     yield _card(f"{name}, {score}", f"{corrected.mean:.4f}", _range(corrected.interval))
-    yield _card("Plain cross-validation mean", f"{winner.statistics.mean:.4f}", _range(winner.statistics.total))
+    if corrected.method != "single":
+        yield _card("Plain cross-validation mean", f"{winner.statistics.mean:.4f}", _range(winner.statistics.total))
     final = _final_of(rows, winner.number)
     if final is not None:
         test = final.test[rows.metric]
@@ -378,8 +387,8 @@ def _race(rows: StudyRows, pictures: Mapping[str, Picture]) -> Iterator[str]:
         "race",
         f"Every trial's mean or estimate, and the folds it was trained on. {words.progress(rows)}.",
         "Above: means of full trials (filled), estimates of dropped ones (hollow), and the best mean so far; "
-        "triangles lie below the axis. Below: folds trained, in colour how the trial ended; crosses cost no "
-        "training.",
+        "triangles lie below the axis. Below: folds trained, in colour how the trial ended; crosses: not one "
+        "epoch was trained.",
     )
     others = [row for row in rows.trials if row.outcome != "full"]
     if others:
@@ -474,7 +483,9 @@ def _cases(rows: StudyRows, pictures: Mapping[str, Picture]) -> Iterator[str]:
 
 
 def _test(rows: StudyRows, pictures: Mapping[str, Picture]) -> Iterator[str]:
-    if not rows.finals:
+    if rows.winner is None and not rows.finals:
+        yield "<p>The test set is scored once a configuration has been evaluated on all folds.</p>"
+    elif not rows.finals:
         command = escape(words.command_line("final --best", rows.name))
         yield (
             "<p>The test set has not been scored in this study. "
@@ -578,8 +589,7 @@ def _table(
     *,
     shaded: Sequence[bool] = (),
 ) -> str:
-    """A table of texts. The first `heads` cells of a line are its headings; columns of numbers are set to the "
-    "right."""
+    """A table of texts; the first cell of a line is its heading, and columns of numbers are set to the right."""
     numeric = [all(_is_number(line[column]) for line in lines) for column in range(len(head))]
     ends = [' class="n"' if each else "" for each in numeric]
     top = ""
@@ -594,8 +604,10 @@ def _table(
         )
         opening = '<tr class="tied">' if shaded and shaded[number] else "<tr>"
         body.append(f"{opening}{cells}</tr>")
+    # A narrow table would break its caption into many lines.
+    short = ' class="short"' if len(caption) < 90 else ""
     return (
-        f'<div class="scroll" tabindex="0">\n<table>\n<caption>{escape(caption)}</caption>\n{top}<tbody>\n'
+        f'<div class="scroll" tabindex="0">\n<table>\n<caption{short}>{escape(caption)}</caption>\n{top}<tbody>\n'
         + "\n".join(body)
         + "\n</tbody>\n</table>\n</div>\n"
     )

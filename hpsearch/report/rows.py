@@ -185,6 +185,8 @@ class StudyRows:
     """None while no trial is full."""
     race: Race | None
     """None while no trial is full or dropped."""
+    second_fits: tuple[int, int] | None
+    """Second fits done, and of how many, while some are missing; None before and after."""
     importances: dict[str, float]
     finals: tuple[FinalRow, ...]
     """In the order in which they ended."""
@@ -235,6 +237,7 @@ def study_rows(record: StudyRecord) -> StudyRows:
         race=Race(spent_s=sum(r.seconds for r in ended), whole_s=sum(r.whole_s or 0 for r in ended))
         if ended
         else None,
+        second_fits=_second_fits(record),
         importances=importances(record),
         finals=tuple(_final_row(record, name, result, claims, trials) for name, result in results),
         repeat=_repeat(record),
@@ -319,6 +322,17 @@ def _trial_row(
         reason=trial.reason,
         dropped_at=(verdict["fold"], verdict["epoch"]) if trial.outcome == "dropped" and verdict else None,
     )
+
+
+def _second_fits(record: StudyRecord) -> tuple[int, int] | None:
+    shortlist = record.shortlist()
+    if shortlist is None or shortlist.of != tuple(trial.number for trial in record.full_trials()):
+        return None
+    ended = {second.trial for second in record.second_records() if second.outcome is not None}
+    if ended.issuperset(shortlist.trials):
+        return None
+    fits = [record.second_fit(number, fold) for number in shortlist.trials for fold in range(record.n_folds)]
+    return sum(fit.is_finished for fit in fits), len(fits)
 
 
 def _winner(

@@ -33,6 +33,8 @@ OUTCOMES = {
 }
 """Colour of every outcome: each at least 3 to 1 against white, so that thin marks are seen."""
 
+MIN_PLACES = 8
+"""Trials that the race's axis has room for at least."""
 MAX_RANKED = 25
 """Trials in the ranking's figure; the table has all."""
 
@@ -99,6 +101,10 @@ def draw_race(trials: Sequence[TrialRow], n_folds: int, *, metric: str) -> Figur
         above.plot([x for x, _ in steps], [y for _, y in steps], color=INK, lw=1.2, drawstyle="steps-post", zorder=1)
     if known:
         _set_floor(above, floor)
+    else:
+        above.set_yticks([])
+        middle = {"xycoords": "axes fraction", "ha": "center", "va": "center", "color": PALE}
+        _label(above, "no trial has a mean or an estimate", 0.5, 0.5, 0, 0, **middle)
     _y_label(above, NAMES[metric])
     for trial in trials:
         below.bar(trial.number, sum(trial.epochs) / trial.n_epochs, width=0.8, color=OUTCOMES[trial.outcome], lw=0)
@@ -107,6 +113,9 @@ def draw_race(trials: Sequence[TrialRow], n_folds: int, *, metric: str) -> Figur
     below.set_ylim(0, n_folds * 1.04)
     below.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5, min_n_ticks=1))
     below.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    first, last = trials[0].number, trials[-1].number
+    # Few trials are not drawn as walls.
+    below.set_xlim(first - 0.6, max(last, first + MIN_PLACES - 1) + 0.6)
     _y_label(below, "folds trained")
     _x_label(below, "trial")
     seen = [outcome for outcome in OUTCOMES if any(trial.outcome == outcome for trial in trials)]

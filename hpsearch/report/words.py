@@ -57,7 +57,11 @@ def answer(rows: StudyRows) -> list[str]:
     """The paragraphs of the answer."""
     winner = rows.winner
     if winner is None:
-        return ["No configuration has been evaluated on all folds yet, so there is no best one and no number for it."]
+        if rows.n_counted < rows.config.study.trials:
+            so_far = "No configuration has been evaluated on all folds yet"
+        else:
+            so_far = f"None of the {rows.n_counted} trials was evaluated on all folds (the race says why)"
+        return [f"{so_far}, so there is no best one and no number for it."]
     score, n_full = SCORES[rows.metric], len(rows.full)
     first = (
         f"Trial {winner.number} is the best of {n_full} configurations that were evaluated fully."
@@ -105,15 +109,18 @@ def race(rows: StudyRows) -> str:
     judged = [row for row in rows.trials if row.outcome in ("full", "dropped")]
     dropped = [row for row in judged if row.outcome == "dropped"]
     if rows.race is None:
-        return "No trial has been judged yet."
+        return "No trial has come so far as to be judged."
     if not dropped:
+        if len(judged) == 1:
+            return "The only trial that was judged was trained to the end."
         return f"None of the {len(judged)} trials was dropped: all were trained to the end."
     early = sum(row.dropped_at is not None and sum(row.epochs) < row.n_epochs for row in dropped)
     share = len(dropped) / len(judged)
     return (
-        f"{len(dropped)} of {len(judged)} trials ({share:.0%}) were dropped before their last fold, {early} of them "
-        f"inside their first. They and the full ones took {duration(rows.race.spent_s)} of training, "
-        f"{rows.race.share:.0%} of the {duration(rows.race.whole_s)} that all folds of all of them would have taken."
+        f"{len(dropped)} of {len(judged)} trials ({share:.0%}) {'was' if len(dropped) == 1 else 'were'} dropped "
+        f"before the last fold, {early} inside the first. Dropped and full ones took "
+        f"{duration(rows.race.spent_s)} of training, {rows.race.share:.0%} of the {duration(rows.race.whole_s)} that "
+        "all their folds would have taken."
     )
 
 

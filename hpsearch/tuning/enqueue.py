@@ -23,7 +23,9 @@ def read_params(path: Path, config: StudyConfig) -> dict[str, Any]:
     """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"--enqueue {path} cannot be read: {error.strerror or error}") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"--enqueue {path} cannot be read as TOML: {error}") from error
     try:
         wanted = _merged(config, table)

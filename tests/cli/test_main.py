@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from hpsearch.cli import COMMANDS, group, main
+from tests.recorded import FakeStudy
 
 HEAVY = {"torch", "torchvision", "mlflow", "optuna", "sklearn", "pandas", "matplotlib", "scipy", "numpy"}
 
@@ -59,6 +60,33 @@ def test_an_error_is_one_line_and_exit_code_1(tmp_path: Path, capsys: pytest.Cap
 def test_a_wrong_flag_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code("study", "--trails", "5") == 2
     assert "--trials" in capsys.readouterr().err
+
+
+def test_a_file_in_place_of_a_folder_and_a_file_that_is_not_there_are_usage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "notes").write_text("no folder")
+    assert exit_code("status", "--out", str(tmp_path / "notes")) == 2
+    assert "is a file" in capsys.readouterr().err
+    assert exit_code("study", "--out", str(tmp_path), "--enqueue", str(tmp_path / "no.toml")) == 2
+    assert "no.toml' does not exist" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["notes"]
+
+
+def test_status_names_the_next_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = FakeStudy(tmp_path)
+
+    def said() -> str:
+        assert exit_code("status", "--out", str(tmp_path)) == 0
+        return capsys.readouterr().out
+
+    study.trial()
+    assert f"go on with it: hpsearch study --study fake --out {tmp_path}\n" in said()
+    for _ in range(5):
+        study.trial("dropped")
+    assert f"next: hpsearch final --best --study fake --out {tmp_path}\n" in said()
+    study.final(0)
+    assert "hpsearch" not in said()
 
 
 def test_an_unknown_setting_lists_the_known_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,7 @@ from hpsearch.report.html import render, write_report
 from hpsearch.report.rows import study_rows
 from hpsearch.report.statistics import Interval
 from hpsearch.tuning import lock
+from hpsearch.tuning.record import Shortlist
 from tests.recorded import POOL_KEY, FakeStudy
 
 VOID = {"meta", "link", "img", "br", "hr"}
@@ -200,9 +201,33 @@ def test_a_study_without_a_full_trial_shows_its_race_and_no_answer(tmp_path: Pat
     study = FakeStudy(tmp_path)
     study.trial("diverged")
     page = report(study)
-    assert "no best one" in page.text
+    assert "No configuration has been evaluated on all folds yet, so there is no best one" in page.text
+    assert "hpsearch study --study fake goes on with the search." in page.text
+    assert "The test set is scored once a configuration has been evaluated on all folds." in page.text
+    assert "hpsearch final" not in page.text
     assert len(page.images) == 1
     assert "the training loss became nan" in page.text
+
+
+def test_a_study_that_ended_without_a_full_trial_says_how_to_go_on(tmp_path: Path) -> None:
+    study = FakeStudy(tmp_path)
+    for _ in range(6):
+        study.trial("failed")
+    text = quick_report(study).text
+    assert "None of the 6 trials was evaluated on all folds" in text
+    assert "hpsearch study --trials 7 --study fake goes on with the search." in text
+
+
+def test_a_study_whose_second_fits_are_incomplete_says_by_what_it_goes(tmp_path: Path) -> None:
+    study = FakeStudy(tmp_path)
+    study.trial()
+    study.trial()
+    assert "fitted once more" not in quick_report(study).text
+    study.second(1)
+    study.record.write_shortlist(Shortlist((0, 1), (0, 1), 2))
+    assert "2 of 4 fits are done. Until all are, everything here goes by the first fits" in quick_report(study).text
+    study.second(0)
+    assert "fits are done" not in quick_report(study).text
 
 
 def test_a_running_study_says_so(tmp_path: Path) -> None:
@@ -234,6 +259,9 @@ def test_one_full_trial_is_reported_without_a_choice_and_without_the_images_that
         path.rmdir() if path.is_dir() else path.unlink()
     page = report(study)
     assert "Trial 0 is the only configuration that was evaluated fully." in page.text
+    assert "The only trial that was judged was trained to the end." in page.text
+    # There was no choice to correct for: one number, once.
+    assert "Plain cross-validation mean" not in page.text
     assert "The test set has not been scored in this study." in page.text
     assert "the decoded images were removed" in page.text
     assert "figure-curves" in page.ids

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from hpsearch.paths import ProjectPaths
 from hpsearch.report.claims import Claims
 from hpsearch.report.rows import study_rows
 from hpsearch.report.statistics import select_for_confirmation
@@ -19,6 +23,7 @@ from hpsearch.tuning.status import study_status
 from tests.recorded import FakeStudy
 from tests.tuning.studies import everything, run, tiny_config, write_tiny_dataset
 
+ROOT = Path(__file__).parents[2]
 ALWAYS_FULL = ("study.sampler=random", "study.pruner=none")
 
 
@@ -187,3 +192,64 @@ def test_second_fits_that_were_stopped_go_on_as_if_they_had_not_been(
     assert done.best() is not None
     first_began = next(each for each in done.second_records() if each.trial == second.trial)
     assert first_began.began_at == second.began_at
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+
+from hpsearch.tuning.listener import Silent
+from tests.tuning.studies import run, tiny_config
+
+
+class Dying(Silent):
+    is_confirming = False
+
+    def confirming(self, trials, done, total):
+        self.is_confirming = True
+
+    def __getattribute__(self, name):
+        if name == deadly and object.__getattribute__(self, "is_confirming"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getattribute__(name)
+
+
+dataset, project, deadly, *settings = sys.argv[1:]
+run(Path(project), tiny_config(Path(dataset), *settings), listener=Dying())
+"""
+"""A study whose coordinator is killed when it tells its listener something, once second fits have begun."""
+
+
+def outcome(record: StudyRecord) -> dict[str, bytes | None]:
+    """Every file of the trials, with its bytes where those hold no time."""
+    files = (path for path in record.paths.trials.rglob("*") if path.is_file())
+    is_timeless = {".npy", ".safetensors"}
+    return {
+        path.relative_to(record.paths.root).as_posix(): path.read_bytes() if path.suffix in is_timeless else None
+        for path in files
+    }
+
+
+@pytest.mark.slow
+def test_second_fits_end_in_the_same_bytes_however_often_the_coordinator_was_killed(
+    confirmed: StudySummary, dataset: Path, tmp_path: Path
+) -> None:
+    """Killed after an epoch, after a fold, and after the last fit of a trial, each time going on from the last."""
+    settings = (*ALWAYS_FULL, "study.confirm=2")
+    n_epochs = []
+    for deadly in ("epoch_ended", "fold_ended", "said"):
+        command = [sys.executable, "-c", KILLED, str(dataset), str(tmp_path), deadly, *settings]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        n_epochs.append(sum(len(path.read_text().splitlines()) for path in tmp_path.rglob("second*/epochs.jsonl")))
+        assert StudyRecord.open(ProjectPaths(tmp_path).study("tiny")).confirmed() == ()
+    assert 1 <= n_epochs[0] <= n_epochs[1] <= n_epochs[2] < 8
+    record = run(tmp_path, tiny_config(dataset, *settings)).record
+    never = confirmed.record
+    assert everything(record) == everything(never)
+    assert outcome(record) == outcome(never)
+    assert record.paths.confirmation.read_bytes() == never.paths.confirmation.read_bytes()
+    best = record.best()
+    assert best is not None
+    assert best.number == (never.best() or best).number
+    assert record.worth(best) == never.worth(best)
