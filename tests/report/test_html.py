@@ -387,7 +387,7 @@ def test_the_report_shows_what_was_confirmed_chosen_looked_at_and_leaked(tmp_pat
     assert "best, two fits" in text or "best, cheapest, two fits" in text
     assert "the 2 configurations that were best on most bootstrap samples" in text
     assert "threshold 0.4: +0.0123 [+0.0101, +0.0145], taken" in text
-    assert "largest component, holes filled +0.0123 [-0.0100, +0.0145], not taken" in text
+    assert "largest component, holes filled: +0.0123 [-0.0100, +0.0145], not taken" in text
     assert "This test set has been scored 2 times, with 2 configurations" in text
     assert "earlier trial 3 (0.8500)" in text
     assert "it had been scored 1 time before this study began" in text
