@@ -12,20 +12,25 @@
 from __future__ import annotations
 
 import argparse
+import datetime as dt
+import json
 import math
+import os
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
+import sqlalchemy
+from optuna.storages._rdb import models
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -100,19 +105,25 @@ def study_config(n_trials: int, sampler: str = "tpe") -> configs.StudyConfig:
 
 def measure_speed(counts: list[int], seconds: float, rounds: int) -> int:
     """Trials that sleep so long, so many a coordinator; the share of linear, from all ready to the last told."""
-    print(f"{'coordinators':>12} {'trials':>6} {'seconds':>8} {'ideal':>7} {'of linear':>9}")
+    print(f"{'coordinators':>12} {'trials':>6} {'seconds':>8} {'ideal':>7} {'of linear':>9} {'CPU ms a trial':>14}")
     with Postgres() as server:
         for count in counts:
             url = server.create(f"speed{count}")
             with tempfile.TemporaryDirectory(prefix="hpsearch-distributed-") as folder:
-                spent = sleep_together(Path(folder), url, count, seconds, rounds)
+                spent, cpu_s = sleep_together(Path(folder), url, count, seconds, rounds)
             ideal = rounds * seconds
-            print(f"{count:12d} {count * rounds:6d} {spent:8.2f} {ideal:7.1f} {ideal / spent:9.1%}", flush=True)
+            per_trial = f"{1000 * cpu_s / (count * rounds):14.0f}"
+            print(
+                f"{count:12d} {count * rounds:6d} {spent:8.2f} {ideal:7.1f} {ideal / spent:9.1%} {per_trial}",
+                flush=True,
+            )
     return 0
 
 
-def sleep_together(project: Path, url: str, count: int, seconds: float, rounds: int) -> float:
-    """Seconds from the moment when all coordinators are ready until the last trial was told."""
+def sleep_together(project: Path, url: str, count: int, seconds: float, rounds: int) -> tuple[float, float]:
+    """Seconds from the moment when all coordinators are ready until the last trial was told; those of the processor
+    that all coordinators used in between, the database's not counted.
+    """
     make_study(project, count * rounds)
     command = [sys.executable, __file__, "member", str(project), url, str(seconds)]
     members = [subprocess.Popen(command) for _ in range(count)]
@@ -131,7 +142,8 @@ def sleep_together(project: Path, url: str, count: int, seconds: float, rounds: 
     complete = [trial for trial in trials if trial.state == optuna.trial.TrialState.COMPLETE]
     if len(complete) != count * rounds:
         raise RuntimeError(f"{len(complete)} trials were told, not {count * rounds}")
-    return max(trial.datetime_complete.timestamp() for trial in complete if trial.datetime_complete) - began
+    spent = max(trial.datetime_complete.timestamp() for trial in complete if trial.datetime_complete) - began
+    return spent, sum(float(path.read_text()) for path in project.glob("spent-*"))
 
 
 def make_study(project: Path, n_trials: int, sampler: str = "tpe") -> StudyRecord:
@@ -162,10 +174,12 @@ def run_member(project: Path, url: str, seconds: float) -> int:
             coordinating.Stop(),
             math.inf,
         )
-        (project / f"ready-{coordinators.os.getpid()}").touch()
+        (project / f"ready-{os.getpid()}").touch()
         while not (project / "go").exists():
             time.sleep(0.01)
+        began = time.process_time()
         loop.run(workers)  # type: ignore[arg-type]
+        (project / f"spent-{os.getpid()}").write_text(str(time.process_time() - began))
     return 0
 
 
@@ -227,20 +241,60 @@ class SleepingWorkers:
 # Asking
 
 
+@dataclass(frozen=True)
+class Cost:
+    """Of one ask or tell."""
+
+    seconds: float
+    cpu_s: float
+    """Of this process; the database has its own."""
+    n_statements: int
+
+    def __str__(self) -> str:
+        return f"{1000 * self.seconds:8.1f} {1000 * self.cpu_s:6.1f} {self.n_statements:4d}"
+
+
+class Meter:
+    """What was spent since it was last read."""
+
+    def __init__(self) -> None:
+        self._last = Cost(time.perf_counter(), time.process_time(), 0)
+        self._n_statements = 0
+        sqlalchemy.event.listen(sqlalchemy.Engine, "before_cursor_execute", self._count)
+
+    def read(self) -> Cost:
+        before, self._last = self._last, Cost(time.perf_counter(), time.process_time(), self._n_statements)
+        return Cost(
+            self._last.seconds - before.seconds,
+            self._last.cpu_s - before.cpu_s,
+            self._last.n_statements - before.n_statements,
+        )
+
+    def _count(self, *_: Any) -> None:
+        self._n_statements += 1
+
+
 def measure_asking(n_trials: int, sampler: str) -> int:
-    """Milliseconds of ask and tell in a study of so many trials, ours and plain Optuna's, the median of ten each."""
-    print(f"{'trials':>6} {'ask':>8} {'tell':>8} {'plain ask':>10} {'plain tell':>11}   (ms, sampler {sampler})")
+    """Cost of ask and tell in a study of so many trials, ours and plain Optuna's, the median of ten each."""
+    names = ("ask", "tell", "plain ask", "plain tell")
+    print(f"{'trials':>6} " + " | ".join(f"{name:>20}" for name in names))
+    print(f"{'':6} " + " | ".join(f"{'ms':>8} {'CPU':>6} {'SQL':>4}" for _ in names) + f"   sampler {sampler}")
+    meter = Meter()
     with Postgres() as server, tempfile.TemporaryDirectory(prefix="hpsearch-distributed-") as folder:
         ours = _Ours(Path(folder), server.create("ours"), n_trials + 100, sampler)
         plain = _Plain(ours.record, server.create("plain"))
         for size in [size for size in (0, 100, 250, 500, 1000, 2000, 5000) if size <= n_trials]:
             ours.fill(size)
             plain.fill(size)
-            times = [[*ours.time_one(), *plain.time_one()] for _ in range(10)]
-            ask, tell, plain_ask, plain_tell = (1000 * statistics.median(each) for each in zip(*times, strict=True))
-            print(f"{size:6d} {ask:8.1f} {tell:8.1f} {plain_ask:10.1f} {plain_tell:11.1f}", flush=True)
+            costs = [[*ours.cost_of_one(meter), *plain.cost_of_one(meter)] for _ in range(10)]
+            print(f"{size:6d} " + " | ".join(str(_median(each)) for each in zip(*costs, strict=True)), flush=True)
         ours.shared.close()
     return 0
+
+
+def _median(costs: Sequence[Cost]) -> Cost:
+    seconds, cpu_s = statistics.median(c.seconds for c in costs), statistics.median(c.cpu_s for c in costs)
+    return Cost(seconds, cpu_s, round(statistics.median(c.n_statements for c in costs)))
 
 
 class _Ours:
@@ -263,12 +317,12 @@ class _Ours:
     def fill(self, size: int) -> None:
         fill(self._database.optuna_study, self.record, size, self._rng, owner="somebody")
 
-    def time_one(self) -> tuple[float, float]:
+    def cost_of_one(self, meter: Meter) -> tuple[Cost, Cost]:
         with quiet():
-            began = time.perf_counter()
+            meter.read()
             self.shared._is_wanted = True
             self.shared._round()
-            asked_s = time.perf_counter() - began
+            asking = meter.read()
             asked = self.shared._box.popleft()
             trial = TrialRecord(
                 number=asked.number,
@@ -279,10 +333,10 @@ class _Ours:
                 value=self._rng.random(),
                 ended_at=now(),
             )
-            began = time.perf_counter()
+            meter.read()
             self.shared.tell(trial)
             self.shared._round()
-            return asked_s, time.perf_counter() - began
+            return asking, meter.read()
 
 
 class _Plain:
@@ -306,34 +360,65 @@ class _Plain:
     def fill(self, size: int) -> None:
         fill(self._study, self._record, size, self._rng)
 
-    def time_one(self) -> tuple[float, float]:
-        marks: list[float] = []
+    def cost_of_one(self, meter: Meter) -> tuple[Cost, Cost]:
+        asking: list[Cost] = []
 
         def objective(trial: optuna.Trial) -> float:
             suggest(trial, self._record.config.search)
-            marks.append(time.perf_counter())
+            asking.append(meter.read())
             return self._rng.random()
 
         with quiet():
-            began = time.perf_counter()
+            meter.read()
             self._study.optimize(objective, n_trials=1)
-        return marks[0] - began, time.perf_counter() - marks[0]
+        return asking[0], meter.read()
 
 
 def fill(study: optuna.Study, record: StudyRecord, size: int, rng: random.Random, owner: str = "") -> None:
-    """Add told trials until there are so many."""
-
+    """Add told trials until there are so many, by whole tables: one by one it takes a quarter of an hour."""
     spaces = distributions(record.config.search)
     scratch = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=size))
     attributes = {"outcome": "full", "owner": owner} if owner else {}
-    missing = size - len(study.get_trials(deepcopy=False))
-    made = []
-    for _ in range(max(0, missing)):
-        params = scratch.ask(spaces).params
-        made.append(
-            optuna.trial.create_trial(params=params, distributions=spaces, value=rng.random(), user_attrs=attributes)
-        )
-    study.add_trials(made)
+    first = len(study.get_trials(deepcopy=False))
+    began = dt.datetime.now()
+    storage: Any = study._storage
+    with storage._backend.engine.begin() as connection:
+        ids: list[int] = [
+            connection.execute(
+                sqlalchemy.insert(models.TrialModel).values(
+                    number=number,
+                    study_id=study._study_id,
+                    state=optuna.trial.TrialState.COMPLETE,
+                    datetime_start=began,
+                    datetime_complete=began,
+                )
+            ).inserted_primary_key[0]
+            for number in range(first, size)
+        ]
+        tables: dict[Any, list[dict[str, Any]]] = {
+            models.TrialParamModel: [
+                {
+                    "trial_id": trial_id,
+                    "param_name": name,
+                    "param_value": spaces[name].to_internal_repr(value),
+                    "distribution_json": optuna.distributions.distribution_to_json(spaces[name]),
+                }
+                for trial_id in ids
+                for name, value in scratch.ask(spaces).params.items()
+            ],
+            models.TrialValueModel: [
+                {"trial_id": trial_id, "objective": 0, "value": rng.random(), "value_type": "FINITE"}
+                for trial_id in ids
+            ],
+            models.TrialUserAttributeModel: [
+                {"trial_id": trial_id, "key": key, "value_json": json.dumps(value)}
+                for trial_id in ids
+                for key, value in attributes.items()
+            ],
+        }
+        for table, rows in tables.items():
+            if rows:
+                connection.execute(sqlalchemy.insert(table), rows)
 
 
 # Faults
@@ -382,8 +467,6 @@ def silences(storage: str) -> list[float]:
     """Seconds from the last heartbeat of every trial that was taken over until it was failed, by the server's clock
     and this machine's, which are the same here.
     """
-    import sqlalchemy
-
     query = (
         "SELECT EXTRACT(EPOCH FROM trials.datetime_complete - trial_heartbeats.heartbeat) FROM trials "
         "JOIN trial_heartbeats USING (trial_id) WHERE state = 'FAIL' ORDER BY 1"
