@@ -47,7 +47,18 @@ from hpsearch.tuning.heartbeat import Heart
 from hpsearch.tuning.ownership import Asked, Ownership, Params
 from hpsearch.tuning.record import StudyRecord, TrialRecord, now
 from hpsearch.tuning.search_space import decode, suggest
-from hpsearch.tuning.shared_storage import AWAY, RETRY_S, beaten, n_by_state, open_storage, quiet, reason, uptime_s
+from hpsearch.tuning.shared_storage import (
+    AWAY,
+    RETRY_S,
+    beaten,
+    n_by_state,
+    open_storage,
+    patiently,
+    quiet,
+    reason,
+    refusals_named,
+    uptime_s,
+)
 from hpsearch.tuning.study import StudyDatabase
 from hpsearch.tuning.tracking_share import TrackingShare
 
@@ -57,6 +68,8 @@ VIEW_S = 1.0
 """How old the view of the database may be while there is nothing to do."""
 ASK_S = 0.25
 """How long to wait for a trial before going on without one."""
+START_S = 60.0
+"""How long a coordinator that joins others waits for a database that is away."""
 CLOSE_S = 30.0
 """How long to try to tell the last results when the coordinator ends."""
 READ_S = 60.0
@@ -74,6 +87,7 @@ class SharedSeat:
         self._url = url
         self._wanted = sharing
         self._preparing = ExitStack()
+        self._is_joining = True
         self.folder = coordinators.new_folder(study)
         self.log = self.folder / "study.log"
 
@@ -95,10 +109,16 @@ class SharedSeat:
                 "--deterministic (study.lookahead) is for one machine: several share a study in whatever order they "
                 "come; leave it out"
             )
-        with quiet():
-            storage = open_storage(self._url, sharing)
-            database = StudyDatabase(record, storage)
-        _bring_back(database, record)
+
+        def opened() -> tuple[RDBStorage, StudyDatabase]:
+            with refusals_named(self._url):
+                storage = open_storage(self._url, sharing)
+                database = StudyDatabase(record, storage)
+                _bring_back(database, record)
+                return storage, database
+
+        # Who is the first hears at once that the address is wrong.
+        storage, database = patiently(opened, START_S if self._is_joining else 0.0)
         shared = Shared(record, database, storage, sharing, self.folder)
         try:
             yield shared
@@ -128,6 +148,7 @@ class SharedSeat:
             trials = StudyRecord.open(study).trials() if study.toml.is_file() else []
             began_at = min((trial.began_at for trial in trials), default=now())
             coordinators.write_sharing(study, self._wanted or Sharing(), shown, began_at)
+            self._is_joining = False
         elif self._wanted not in (None, sharing):
             raise StudyError(
                 f"study {study.name!r} is shared with a heartbeat every {sharing.heartbeat_s} s and a grace period "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections import Counter
@@ -18,9 +19,10 @@ from sqlalchemy.exc import SQLAlchemyError
 from hpsearch.errors import ConfigError, StudyError
 from hpsearch.tuning.coordinators import Sharing
 
+logger = logging.getLogger(__name__)
+
 AWAY = (SQLAlchemyError, StorageInternalError)
 """What a database raises that is away, or too busy."""
-
 RETRY_S = 2.0
 """Pause before a database that is away is tried again."""
 
@@ -36,15 +38,22 @@ def open_storage(url: str, sharing: Sharing) -> RDBStorage:
     def make() -> RDBStorage:
         return RDBStorage(
             url,
-            engine_kwargs=_engine_settings(url, max(2000, 500 * sharing.heartbeat_s)),
+            engine_kwargs=_engine_settings(url, max(5000, 250 * sharing.grace_s)),
             heartbeat_interval=sharing.heartbeat_s,
             grace_period=sharing.grace_s,
             heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
         )
 
+    with refusals_named(url):
+        return _again_if_refused(make)
+
+
+@contextmanager
+def refusals_named(url: str) -> Iterator[None]:
+    """Turn what the database raises into a ConfigError or StudyError that names it, without its password."""
     try:
         with quiet():
-            return _again_if_refused(make)
+            yield
     except (ImportError, sqlalchemy.exc.NoSuchModuleError) as error:
         shown = sqlalchemy.make_url(url).drivername
         raise ConfigError(
@@ -54,6 +63,19 @@ def open_storage(url: str, sharing: Sharing) -> RDBStorage:
     except (SQLAlchemyError, RuntimeError, StorageInternalError) as error:
         shown = sqlalchemy.make_url(url).render_as_string(hide_password=True)
         raise StudyError(f"Optuna cannot use {shown}: {reason(error)}") from error
+
+
+def patiently(make: Callable[[], T], seconds: float) -> T:
+    """What `make` gives, tried again for so long while it raises a StudyError because the database is away."""
+    give_up_at = time.monotonic() + seconds
+    while True:
+        try:
+            return make()
+        except StudyError as error:
+            if not isinstance(error.__cause__, AWAY) or time.monotonic() >= give_up_at:
+                raise
+            logger.warning("tries again for %.0f s: %s", give_up_at - time.monotonic(), error)
+            time.sleep(RETRY_S)
 
 
 def uptime_s(storage: RDBStorage) -> float:

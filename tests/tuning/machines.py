@@ -21,7 +21,7 @@ import psutil
 
 from hpsearch.config import StudyConfig
 from hpsearch.paths import ProjectPaths
-from hpsearch.tuning import chains
+from hpsearch.tuning import chains, coordinators
 from hpsearch.tuning.record import StudyRecord
 from tests.servers import MlflowServer, Postgres
 from tests.tuning.studies import tiny_config
@@ -83,6 +83,11 @@ class Machines:
     def living(self) -> list[subprocess.Popen[bytes]]:
         return [process for process in self.processes if process.poll() is None]
 
+    def are_at_work(self) -> bool:
+        """Whether one has been in touch with the database, as that of a first start must be there."""
+        study = ProjectPaths(self._project).study("tiny")
+        return any(state.beat_at is not None for state in coordinators.states(study))
+
     def n_ended(self) -> int:
         """Trials that have ended, as far as the folder tells."""
         with contextlib.suppress(Exception):
@@ -124,7 +129,7 @@ def disturb(
             n_ended = machines.n_ended()
             while len(machines.living()) < n_machines and n_ended < N_TRIALS:
                 machines.start()
-            while events and due[sum(happened.values())] <= n_ended + 1:
+            while events and machines.are_at_work() and due[sum(happened.values())] <= n_ended + 1:
                 event = events.pop()
                 say(f"{n_ended:3d} trials ended: {event}")
                 happened[event] += 1

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from hpsearch.tuning import chains, coordinators, lock, shared
 from hpsearch.tuning.coordinators import Sharing
 from hpsearch.tuning.ownership import Asked, SoleSeat, take_seat
 from hpsearch.tuning.record import Outcome, StudyRecord, TrialRecord, now
-from hpsearch.tuning.shared import Shared
+from hpsearch.tuning.shared import Shared, SharedSeat
 from hpsearch.tuning.shared_storage import open_storage, quiet
 from hpsearch.tuning.status import study_status
 from hpsearch.tuning.study import StudyDatabase
@@ -280,6 +281,28 @@ def test_a_shared_study_is_not_run_on_a_file_beside(make_study: Callable[..., St
     with pytest.raises(StudyError, match="is shared through a database"):
         take_seat(study.record.paths, f"sqlite:///{tmp_path / 'hpsearch.db'}")
     assert isinstance(take_seat(ProjectPaths(tmp_path).study("other"), "sqlite:///x.db"), SoleSeat)
+
+
+def test_who_joins_others_waits_for_a_database_that_is_away_and_the_first_does_not(
+    make_study: Callable[..., Study], postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # On a busy machine the server takes its time.
+    monkeypatch.setattr(shared, "START_S", 600.0)
+    study = make_study(1)
+    joining = SharedSeat(study.record.paths, study.url, None)
+    with study.database(), joining.held():
+        postgres.stop()
+        back = threading.Timer(1.0, postgres.start)
+        back.start()
+        try:
+            with joining.trials(study.record) as ownership:
+                assert wait_for(lambda: ownership.ask(None)).number == 0
+        finally:
+            back.join()
+    study.record.paths.sharing.unlink()
+    first = SharedSeat(study.record.paths, "postgresql+psycopg://me@127.0.0.1:1/optuna", None)
+    with first.held(), pytest.raises(StudyError, match=r"127\.0\.0\.1:1"), first.trials(study.record):
+        pass
 
 
 def test_an_address_that_does_not_answer_is_named_without_its_password() -> None:
