@@ -57,7 +57,7 @@ def test_three_machines_finish_a_study_as_one_does(
 
 
 @pytest.mark.distributed
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)
 def test_kills_suspensions_and_crashed_servers_lose_nothing_and_finish_nothing_twice(
     dataset: Path, alone: StudyRecord, postgres: Postgres, tmp_path: Path
 ) -> None:
