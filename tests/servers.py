@@ -19,7 +19,8 @@ from typing import Any
 
 import psutil
 
-START_S = 120.0
+START_S = 600.0
+"""A server that has not answered for so long is taken to hang, on a machine of any speed."""
 
 
 class Postgres:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,7 @@ def disturb(
     # Over the first two thirds: what is caused takes its time, and meanwhile the study goes on.
     due = [N_TRIALS * 2 * (place + 1) // (3 * len(events)) for place in range(len(events))]
     locks = {"postgres": threading.Lock(), "mlflow": threading.Lock()}
+    under_way: list[Future[None]] = []
     with ThreadPoolExecutor() as background:
         for _ in range(n_machines):
             machines.start()
@@ -137,12 +138,18 @@ def disturb(
                 say(f"{n_ended:3d} trials ended: {event}")
                 happened[event] += 1
                 if event in locks:
-                    background.submit(_restart, postgres if event == "postgres" else mlflow, locks[event])
+                    server = postgres if event == "postgres" else mlflow
+                    under_way.append(background.submit(_restart, server, locks[event]))
                 elif living := machines.living():
                     # Any of them, those that are only just starting too.
                     process = rng.choice(living)
-                    background.submit(_suspend, process.pid) if event == "stop" else process.kill()
+                    if event == "stop":
+                        under_way.append(background.submit(_suspend, process.pid))
+                    else:
+                        process.kill()
             time.sleep(rng.uniform(0.05, 0.2))
+    for each in under_way:
+        each.result()
     # What a server lacked that was away at the very end, the next start delivers.
     assert machines.start().wait(STALL_S) == 0, machines.output()
     return happened
