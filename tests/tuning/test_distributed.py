@@ -33,7 +33,7 @@ def postgres() -> Iterator[Postgres]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_three_machines_finish_a_study_as_one_does(
     dataset: Path, alone: StudyRecord, postgres: Postgres, tmp_path: Path
 ) -> None:
@@ -44,7 +44,7 @@ def test_three_machines_finish_a_study_as_one_does(
     ):
         for _ in range(3):
             machines.start()
-        assert [process.wait(500) for process in machines.processes] == [0, 0, 0], machines.output()
+        assert [process.wait(900) for process in machines.processes] == [0, 0, 0], machines.output()
         record = machines.record
         assert values(record) == values(alone)
         trials = check_database(storage)
