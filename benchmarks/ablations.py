@@ -38,8 +38,11 @@ from hpsearch.training.metrics import SCORES, PixelCounts
 
 BASE = (
     "data.size=64", "unet.base_channels=4", "unet.depth=3", "train.epochs=8", "train.batch_size=16", "train.lr=0.05",
+    "unet.input_norm=none", "train.loss=bce",
 )  # fmt: skip
-"""What all arms start from; for the rest hpsearch's defaults (`same`, batch normalisation, Xavier, BCE, flips)."""
+"""What all arms start from; for the rest hpsearch's defaults (`same`, batch normalisation, Xavier, flips)."""
+LONGER = ("unet.base_channels=8", "train.epochs=10")
+"""A network and a fit about as the searches at 64x64 have them, for what became defaults."""
 WIDE = ("data.size=96", "unet.depth=2")
 """A `valid` network here loses about the same share as the report's: 96 -> 56, as 572 -> 388."""
 N_HELD_OUT = 300
@@ -84,9 +87,15 @@ GROUPS: dict[str, tuple[Arm, ...]] = {
         Arm("group", ("unet.norm=group",)),
         Arm("instance", ("unet.norm=instance",)),
     ),
-    "input norm": (
-        Arm("the pool's mean and deviation"),
-        Arm("each image's own too", ("unet.input_norm=image",)),
+    "defaults": (
+        Arm("bce", LONGER, n_train=1000),
+        Arm("bce+dice", (*LONGER, "train.loss=bce+dice"), n_train=1000),
+        Arm("bce, each image standardised", (*LONGER, "unet.input_norm=image"), n_train=1000),
+        Arm(
+            "bce+dice, each image standardised",
+            (*LONGER, "unet.input_norm=image", "train.loss=bce+dice"),
+            n_train=1000,
+        ),
     ),
     "loss": (
         Arm("bce"),

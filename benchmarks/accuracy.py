@@ -52,8 +52,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     fast = make_runtime("cpu", threads=arguments.threads)
-    train = TrainConfig(epochs=arguments.epochs, batch_size=16, lr=0.05, momentum=0.9)
-    network = UNetConfig(base_channels=8, depth=3)
+    train = TrainConfig(epochs=arguments.epochs, batch_size=16, lr=0.05, momentum=0.9, loss="bce")
+    network = UNetConfig(base_channels=8, depth=3, input_norm="none")
     with tempfile.TemporaryDirectory() as folder:
         config = DataConfig(root=arguments.data, size=arguments.size, exclude_bad=True)
         pool = open_cache(prepare_pool(config, Path(folder)).cache_path)

@@ -195,7 +195,9 @@ def print_step(runtime: Runtime, sizes: Sizes, config: UNetConfig, batch_size: i
 def print_report_epoch(runtime: Runtime, sizes: Sizes, peak: float) -> None:
     """The report's epoch: training and scoring in seconds."""
     n_train, n_held_out = sizes.report_images
-    config = UNetConfig(base_channels=sizes.report_base, depth=sizes.depth, padding="valid", norm="none")
+    config = UNetConfig(
+        base_channels=sizes.report_base, depth=sizes.depth, padding="valid", norm="none", input_norm="none"
+    )
     rate, seconds, memory = measure_fit(runtime, config, sizes.size, sizes.batches[0], n_train, n_held_out)
     share = training_flops(config, 3, sizes.size, sizes.size) * rate / peak
     print(

@@ -142,7 +142,14 @@ def time_hpsearch(arguments: argparse.Namespace, data: Path, project: Path, prun
     command += ["--pruner", pruner]
     if arguments.threads:
         command += ["--workers", "1", "--threads", str(arguments.threads)]
-    values = ["data.color=rgb", f"data.size={SIZE}", f"train.epochs={arguments.epochs}"]
+    # The loss and the images as the other side has them.
+    values = [
+        "train.loss=bce",
+        "unet.input_norm=none",
+        "data.color=rgb",
+        f"data.size={SIZE}",
+        f"train.epochs={arguments.epochs}",
+    ]
     values += [f"data.n_search_train={arguments.images}", "data.n_search_validation=1"]
     wall_s, cpu_s = timed(command + [part for value in values for part in ("--set", value)], project / "output.txt")
     record = StudyRecord.open(ProjectPaths(project).study(NAME))
@@ -226,6 +233,7 @@ def run_monai(arguments: argparse.Namespace, told: dict[str, Any]) -> None:
             base_channels=trial.suggest_categorical("unet.base_channels", [4, 8, 16]),
             depth=trial.suggest_int("unet.depth", 2, 4),
             stacking=trial.suggest_int("unet.stacking", 1, 3),
+            input_norm="none",
         )
         lr = trial.suggest_float("train.lr", 1e-3, 3e-1, log=True)
         batch_size = trial.suggest_categorical("train.batch_size", [8, 16, 32])

@@ -149,7 +149,7 @@ def compare(problem: Problem, data: Path, cache: Path, rounds: int, machine: dic
     from hpsearch.models.config import UNetConfig
     from hpsearch.models.shapes import training_flops
 
-    config = UNetConfig(base_channels=problem.base_channels, depth=problem.depth)
+    config = UNetConfig(base_channels=problem.base_channels, depth=problem.depth, input_norm="none")
     flops = training_flops(config, 3, problem.size, problem.size)
     median = {key: statistics.median(values) for key, values in rates.items()}
     print(f"{problem.size}x{problem.size}, base {problem.base_channels}, depth {problem.depth}, ", end="")
@@ -277,13 +277,13 @@ def run_hpsearch(job: Job, turn: Turn) -> None:
 
     turn.begin()
     fit(
-        model_config=UNetConfig(base_channels=problem.base_channels, depth=problem.depth),
+        model_config=UNetConfig(base_channels=problem.base_channels, depth=problem.depth, input_norm="none"),
         in_channels=3,
         data=DeviceData(cache, job.device),
         train_indices=indices,
         held_out_indices=indices[:0],
         # One epoch more than is asked for: the last turn ends by the closed input.
-        train=TrainConfig(epochs=job.rounds + 2, batch_size=BATCH_SIZE, lr=LR, momentum=MOMENTUM),
+        train=TrainConfig(epochs=job.rounds + 2, batch_size=BATCH_SIZE, lr=LR, momentum=MOMENTUM, loss="bce"),
         augment=AugmentConfig(hflip=0.5),
         normalization=cache.normalization(indices, "rgb"),
         size=(problem.size, problem.size),
@@ -425,7 +425,7 @@ def make_model(job: Job) -> Any:
     from hpsearch.models.config import UNetConfig
     from hpsearch.models.unet import UNet
 
-    config = UNetConfig(base_channels=job.problem.base_channels, depth=job.problem.depth)
+    config = UNetConfig(base_channels=job.problem.base_channels, depth=job.problem.depth, input_norm="none")
     model = UNet(config, 3) if job.precision.endswith("+layers") else plain_unet(config)
     return model.to(job.device)
 

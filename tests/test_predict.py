@@ -26,7 +26,7 @@ from hpsearch.runtime import make_runtime
 from hpsearch.scoring import read_mask
 from hpsearch.training.checkpoint import WeightsInfo, load_weights, save_weights
 
-PAPER = UNetConfig(base_channels=64, depth=4, stacking=2, padding="valid", norm="none")
+PAPER = UNetConfig(base_channels=64, depth=4, stacking=2, padding="valid", norm="none", input_norm="none")
 RGB = Normalization((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
 
 
@@ -67,7 +67,7 @@ def as_tensor(pixels: NDArray[np.uint8]) -> Tensor:
 
 def write_model(path: Path, *, size: tuple[int, int] = (32, 32), color: str = "rgb", **extra: Any) -> Path:
     """A small network with random weights, which predicts some lesion and some skin."""
-    config = UNetConfig(base_channels=2, depth=2, stacking=1, norm="none")
+    config = UNetConfig(base_channels=2, depth=2, stacking=1, norm="none", input_norm="none")
     n_channels = 3 if color == "rgb" else 1
     normalization = RGB if color == "rgb" else Normalization((0.45,), (0.2,))
     info = WeightsInfo(model=config, in_channels=n_channels, normalization=normalization, size=size, extra=extra)
@@ -132,7 +132,7 @@ def test_a_network_that_returns_its_input_gives_back_any_image_by_tiles(
 
 def test_the_margin_is_where_a_valid_network_puts_its_output() -> None:
     # All weights 1 and a kernel of 3: the output's first pixel is what is centred on the margin.
-    config = UNetConfig(base_channels=1, depth=2, stacking=1, padding="valid", norm="none")
+    config = UNetConfig(base_channels=1, depth=2, stacking=1, padding="valid", norm="none", input_norm="none")
     network = UNet(config, 1).double().eval()
     for parameter in network.parameters():
         nn.init.ones_(parameter) if parameter.dim() > 1 else nn.init.zeros_(parameter)
@@ -150,7 +150,7 @@ def test_the_margin_is_where_a_valid_network_puts_its_output() -> None:
 
 def write_valid(path: Path, **extra: Any) -> Path:
     """A small network without padding, made for images of 40 pixels, whose output is 28."""
-    config = UNetConfig(base_channels=2, depth=1, stacking=1, padding="valid", norm="none")
+    config = UNetConfig(base_channels=2, depth=1, stacking=1, padding="valid", norm="none", input_norm="none")
     info = WeightsInfo(model=config, in_channels=3, normalization=RGB, size=(40, 40), extra=extra)
     save_weights(path, UNet(config, 3, seed=3), info)
     return path

@@ -24,8 +24,9 @@ class UNetConfig:
     """`valid` is the paper's: every convolution takes a border away."""
     norm: Literal["none", "batch", "group", "instance"] = "batch"
     """Normalisation after each convolution; the report has none."""
-    input_norm: Literal["none", "image"] = "none"
-    """`image`: each image is standardised once more, channel by channel, by its own mean and deviation."""
+    input_norm: Literal["none", "image"] = "image"
+    """`image`: each image is standardised once more by its own mean and deviation, by channel; the report has
+    `none`."""
     init: Literal["xavier", "torch"] = "xavier"
     """`xavier`: Xavier convolutions, bilinear transposed ones (the report's); `torch`: torch's defaults."""
 

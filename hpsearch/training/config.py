@@ -20,8 +20,8 @@ class TrainConfig:
     """Images a step."""
     lr: float = 0.01
     """Learning rate at the start."""
-    loss: str = "bce"
-    """`bce`, `dice`, `jaccard`, or a sum such as `bce+dice`."""
+    loss: str = "bce+dice"
+    """`bce` (the report's), `dice`, `jaccard`, or a sum such as `bce+dice`."""
     smooth: float = 1.0
     """Smoothing term of the Dice and Jaccard losses, in pixels."""
     optimizer: Literal["sgd", "adamw"] = "sgd"

@@ -103,7 +103,7 @@ def _blocks(height: int, width: int, side: int) -> Tensor:
 @pytest.mark.parametrize("stacking", [1, 2])
 def test_every_pixel_comes_back_to_its_place_through_the_bottom(height: int, width: int, stacking: int) -> None:
     images = _blocks(height, width, 8)
-    model = _identity(UNetConfig(base_channels=2, depth=3, stacking=stacking, norm="none"))
+    model = _identity(UNetConfig(base_channels=2, depth=3, stacking=stacking, norm="none", input_norm="none"))
     assert torch.equal(model(images), images)
 
 
@@ -111,7 +111,7 @@ def test_every_pixel_comes_back_to_its_place_through_the_bottom(height: int, wid
 def test_unpadded_network_keeps_what_it_computes_on_the_images_grid(side: int) -> None:
     # Blocks begin at 6, where the windows of the third pooling do: 2 pixels go, then 2 * 2, then 4 * 2, modulo 8.
     images = _blocks(side + 2, side + 2, 8)[..., 2:, 2:]
-    model = _identity(UNetConfig(base_channels=2, depth=3, norm="none", padding="valid"))
+    model = _identity(UNetConfig(base_channels=2, depth=3, norm="none", input_norm="none", padding="valid"))
     logits = model(images, interpolate=False)
     rows, columns = logits.shape[-2:]
     # 2 * (1 + 2 + 4) on the way down, 8 * 2 at the bottom, 2 * (4 + 2 + 1) on the way up.
@@ -121,7 +121,7 @@ def test_unpadded_network_keeps_what_it_computes_on_the_images_grid(side: int) -
 
 def test_odd_images_get_the_logits_of_the_even_image_that_continues_them() -> None:
     whole = _images(1, 1, 64, 64)
-    model = UNet(UNetConfig(base_channels=2, depth=2, norm="none"), in_channels=1)
+    model = UNet(UNetConfig(base_channels=2, depth=2, norm="none", input_norm="none"), in_channels=1)
     odd = model(whole[..., :51, :49])
     # The network sees 20 pixels far, and up to 3 more by the windows of its poolings.
     assert torch.allclose(odd[..., :27, :25], model(whole)[..., :27, :25], atol=1e-6)

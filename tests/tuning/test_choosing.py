@@ -21,7 +21,7 @@ from hpsearch.tuning import choosing
 from tests.recorded import write_cache
 
 N, SIZE = 12, 16
-MODEL = UNetConfig(base_channels=2, depth=1, stacking=1, norm="none")
+MODEL = UNetConfig(base_channels=2, depth=1, stacking=1, norm="none", input_norm="none")
 
 
 @pytest.fixture
