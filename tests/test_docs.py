@@ -56,7 +56,11 @@ ALL = sorted({(path.relative_to(ROOT).as_posix(), each) for path in [*PAGES, *ST
 
 
 @pytest.mark.parametrize(("page", "command"), ALL)
-def test_every_command_that_is_shown_can_be_typed(page: str, command: str) -> None:
+def test_every_command_that_is_shown_can_be_typed(
+    page: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my.toml").touch()
     # `hpsearch data check|cache` and the like name several commands at once, a pipe is the shell's.
     first, *rest = SHELL.split(command) if not page.endswith(".toml") else [command]
     context = parse(first)
