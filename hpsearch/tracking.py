@@ -122,6 +122,14 @@ def redact(text: str) -> str:
     return re.sub(r"(?i)([?&][^=&\s]*(?:password|passwd|secret|token|key)[^=&\s]*=)[^&\s]+", r"\1***", text)
 
 
+_THREAD = "tracking"
+
+
+def is_delivering() -> bool:
+    """Whether a tracking thread still runs in this process, also one that nobody waits for any more."""
+    return any(thread.name == _THREAD for thread in threading.enumerate())
+
+
 class TrackingThread:
     """Keeps MLflow up to date in the background, and goes on trying where it cannot be reached."""
 
@@ -144,7 +152,7 @@ class TrackingThread:
         self._closing = threading.Event()
         self._n_failures = 0
         # A daemon: a server that does not answer shall not keep the process from ending.
-        self._thread = threading.Thread(target=self._run, name="tracking", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=_THREAD, daemon=True)
         self._thread.start()
 
     def wake(self) -> None:

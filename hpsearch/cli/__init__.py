@@ -6,6 +6,7 @@ Nothing heavy is imported before a command runs, so that `--help` answers at onc
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import signal
 import sys
@@ -63,18 +64,30 @@ def group() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line: exit code 0 done, 1 an error in one line, 2 usage, 128 + signal if interrupted."""
+    code = _run(arguments)
+    tracking = sys.modules.get("hpsearch.tracking")
+    if tracking is not None and tracking.is_delivering():
+        # Delivery to a server that does not answer. Python would end it wherever it is, and in C++ that is an abort.
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _run(arguments: list[str] | None) -> int:
     try:
         result: Any = group.main(args=arguments, prog_name="hpsearch", standalone_mode=False)
     except click.exceptions.Abort:
-        sys.exit(128 + signal.SIGINT)
+        return 128 + signal.SIGINT
     except click.ClickException as error:
         error.show()
-        sys.exit(error.exit_code)
+        return error.exit_code
     except HpsearchError as error:
         click.echo(f"hpsearch: {error}", err=True)
-        sys.exit(128 + error.signal if isinstance(error, StoppedError) and error.signal else 1)
+        return 128 + error.signal if isinstance(error, StoppedError) and error.signal else 1
     except BrokenPipeError:
         # `hpsearch status | head`: nobody reads on, which is no fault.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    sys.exit(result if isinstance(result, int) else 0)
+        return 0
+    return result if isinstance(result, int) else 0

@@ -105,3 +105,20 @@ def test_missing_data_says_how_to_get_some(
     assert "ISIC-2017" in error
     assert "--data sample" in error
     assert "hpsearch data download" in error
+
+
+def test_a_delivery_that_nobody_waits_for_is_left_without_python_taking_it_apart() -> None:
+    """Python would end its thread in the midst of C++ code, which aborts the process."""
+    script = (
+        "import atexit, threading, time\n"
+        "from hpsearch import cli, tracking\n"
+        "atexit.register(print, 'taken apart')\n"
+        "thread = threading.Thread(target=time.sleep, args=(60,), name=tracking._THREAD, daemon=True)\n"
+        "if {delivering}: thread.start()\n"
+        "cli.main(['--version'])\n"
+    )
+    for delivering in (False, True):
+        command = [sys.executable, "-c", script.format(delivering=delivering)]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        assert "hpsearch" in ended.stdout
+        assert ("taken apart" in ended.stdout) is not delivering
