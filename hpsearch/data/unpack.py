@@ -17,7 +17,7 @@ from hpsearch.paths import free_bytes, storage_error
 _MAX_RATIO = 10  # photographs hardly shrink in an archive: what grows by more is no dataset
 _MAX_FILES = 100_000
 _CHUNK = 1 << 18
-_READ_ERRORS = (
+ZIP_ERRORS = (
     zipfile.BadZipFile,
     zlib.error,
     struct.error,
@@ -87,7 +87,7 @@ def _opened(path: Path) -> zipfile.ZipFile:
     """The archive, its list of files complete as far as can be told."""
     try:
         source = zipfile.ZipFile(path)
-    except _READ_ERRORS as error:
+    except ZIP_ERRORS as error:
         raise DamagedArchiveError(_one_line(error)) from error
     # A damaged length in the list swallows the files after it, which zipfile does not notice.
     n_files, told = len(source.infolist()), _n_files(path)
@@ -118,7 +118,7 @@ def _content(source: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[bytes]:
             while chunk := file.read(_CHUNK):
                 done += len(chunk)
                 yield chunk
-    except _READ_ERRORS as error:
+    except ZIP_ERRORS as error:
         raise DamagedArchiveError(f"{info.filename}: {_one_line(error)}") from error
     if done != info.file_size:
         raise DamagedArchiveError(f"{info.filename} has {done} bytes instead of {info.file_size}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpsearch.data.cache import Cache, Index, NoCache, open_cache
+from hpsearch.data.unpack import ZIP_ERRORS
 from hpsearch.errors import CacheError, RecordError
 from hpsearch.paths import FinalPaths
 from hpsearch.tuning.record import FitRecord, StudyRecord
@@ -158,5 +158,5 @@ def _read_examples(fit: FitRecord) -> dict[str, npt.NDArray[Any]] | None:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as table:
             return {name: table[name] for name in ("indices", "scores", "probabilities")}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (*ZIP_ERRORS, KeyError) as error:
         raise RecordError(f"{path} is damaged: {error}") from error

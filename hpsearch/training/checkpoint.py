@@ -167,7 +167,9 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[UNet, 
         raise CheckpointError(f"{path} holds weights, but not those of hpsearch: they do not say of which network")
     try:
         table = json.loads(text)
-        if "sha256" in table and table.pop("sha256") != _checksum(table, tensors):
+        # The text as well: two texts can be read as one table.
+        as_written = json.dumps(table, sort_keys=True) == text
+        if table.pop("sha256", None) != _checksum(table, tensors) or not as_written:
             raise CheckpointError(f"{path} was changed since it was written: its checksum is wrong")
         info = _parse_info(table)
     except (KeyError, TypeError, ValueError, ConfigError) as error:

@@ -49,11 +49,11 @@ def cut(share: float) -> Damage:
 def flip(share: float) -> Damage:
     """One bit of one byte, so that a digit stays a digit."""
 
-    def damage(content: bytes) -> bytes:
-        at = int(len(content) * share)
-        return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :] if content else b"\x01"
+    return lambda content: flip_at(int(len(content) * share), content) if content else b"\x01"
 
-    return damage
+
+def flip_at(at: int, content: bytes) -> bytes:
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
 
 
 DAMAGES = {
@@ -165,7 +165,23 @@ def test_the_way_out_of_damage_works(sound: Path, dataset: Path, tmp_path: Path)
 def test_weights_that_were_changed_are_refused(sound: Path, tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     content = (sound / FILES["weights"]).read_bytes()
-    for share in np.linspace(0, 1, 50, endpoint=False):
-        path.write_bytes(flip(float(share))(content))
+    about_the_network = range(content.index(b'{"__metadata__"'), content.index(b'"},"') + 4)
+    for at in [*about_the_network, *np.linspace(0, len(content), 50, endpoint=False, dtype=int)]:
+        path.write_bytes(flip_at(at, content))
         with pytest.raises(CheckpointError):
             load_weights(path)
+
+
+def test_examples_that_were_changed_are_named(sound: Path, dataset: Path, tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    shutil.copytree(sound, project)
+    record = StudyRecord.open(ProjectPaths(project).study("tiny"))
+    as_they_are = [str(vars(case)) for case in trial_cases(record, 0)]
+    (path,) = project.glob(FILES["examples"])
+    content = path.read_bytes()
+    for at in np.linspace(0, len(content), 200, endpoint=False, dtype=int):
+        path.write_bytes(flip_at(at, content))
+        try:
+            assert [str(vars(case)) for case in trial_cases(record, 0)] == as_they_are, at
+        except RecordError as error:
+            assert "examples.npz is damaged" in str(error), at
