@@ -23,6 +23,7 @@ import numpy.typing as npt
 from hpsearch import paths
 from hpsearch.choices import Choices, Chosen
 from hpsearch.config import stable_seed
+from hpsearch.data.build import Progress
 from hpsearch.data.config import DataConfig
 from hpsearch.data.duplicates import DuplicatePair, find_in_dataset
 from hpsearch.data.prepare import Prepared, locate, prepare_test
@@ -156,6 +157,8 @@ def run_final(
     machine: MachineChoice | None = None,
     tracker: Tracker | None = None,
     on_epoch: OnEpoch | None = None,
+    on_decoded: Progress | None = None,
+    on_step: Callable[[str], None] | None = None,
     submission: bool = False,
 ) -> FinalResult | None:
     """Train the winner of a study (or `trial`) on all pool images and score the test images.
@@ -165,11 +168,18 @@ def run_final(
     had; stopped by `on_epoch` it gives None, and goes on from there the next time. `ensemble` lets the networks of
     the folds predict the test images too. The test split is read here and nowhere else, and every scoring of it is
     entered into the account of looks. The masks at each image's own resolution, as `predict` would make them, stay in
-    the final's folder; `submission` packs them into a zip as the challenge takes it.
+    the final's folder; `submission` packs them into a zip as the challenge takes it. `on_decoded(done, total)` counts
+    images that are decoded where they are not yet, and `on_step` hears in words what comes next.
 
     Raises StudyError if there is no such study or trial, or no networks for an ensemble; DatasetError for data that
     cannot be used.
     """
+
+    def say(text: str) -> None:
+        logger.info(text)
+        if on_step is not None:
+            on_step(text)
+
     record = study_record(project, name)
     with paths.refusals_named(record.paths.root), lock.hold(record.paths), log_file(record.paths.log):
         record.verify()
@@ -181,10 +191,10 @@ def run_final(
         networks = fold_networks(record, chosen.number)
         if ensemble and networks is None:
             raise StudyError(_why_no_ensemble(record, chosen.number))
-        caches = PoolCaches(record.config, root, role="final")
+        caches = PoolCaches(record.config, root, role="final", progress=on_decoded)
         pool = caches.scored
-        test = prepare_test(config.scored_data, root)
-        seen = test if config.scored_data == config.data else prepare_test(config.data, root)
+        test = prepare_test(config.scored_data, root, progress=on_decoded)
+        seen = test if config.scored_data == config.data else prepare_test(config.data, root, progress=on_decoded)
         paths.write_text(folder.config, config.to_toml())
         on_epoch = on_epoch or (lambda index, row: True)
         # One network after another on the first device of the plan, which no other worker shares here.
@@ -196,14 +206,15 @@ def run_final(
                 job = fits.fit_job(
                     chosen, 0, folder.seed(index), caches, train=list(range(caches.scored.n)), held_out=[], seed=seed
                 )
-                if (
-                    not folder.seed(index).fit.is_file()
-                    and do(workers, job, on_epoch=partial(on_epoch, index)) is None
-                ):
+                if folder.seed(index).fit.is_file():
+                    say(f"network {index + 1} of {n_seeds} has been trained")
+                    continue
+                say(f"training network {index + 1} of {n_seeds} on {pool.n} images")
+                if do(workers, job, on_epoch=partial(on_epoch, index)) is None:
                     return None
             # Before the test split is looked at.
             if networks is not None:
-                logger.info("choosing threshold, flips and cleaning by out-of-fold predictions")
+                say("choosing threshold, flips and cleaning by out-of-fold predictions")
                 searched = PoolCaches(record.config, root)
                 if searched.scored.ids != record.folds.ids:
                     raise StudyChangedError(
@@ -220,7 +231,7 @@ def run_final(
             together = [target for _, target in members]
             uses_ensemble = choices.ensemble and bool(together)
             shutil.rmtree(folder.masks, ignore_errors=True)
-            logger.info("scoring the masks of %d test images at their own resolution", test.n)
+            say(f"scoring the masks of {test.n} test images at their own resolution")
             samples = _samples(config.data, root, test)
             if choices != Choices():
                 do(workers, _count_job(chosen, choices, [folder.model], folder.chosen_counts, seen, test))
@@ -244,6 +255,7 @@ def run_final(
         paths.write_text(folder.card, model_card(record, folder.root.name))
         logger.info("final of trial %d: test %s %.4f", chosen.number, result.metric, result.test[result.metric].mean)
         if tracker is not None:
+            say("delivering to MLflow")
             TrackingThread(tracker, record.paths).close()
         return result
 

@@ -53,6 +53,7 @@ def command(
     from rich.console import Console
     from rich.text import Text
 
+    from hpsearch.cli.progress import DecodingLines
     from hpsearch.cli.study import stop_on_signals
     from hpsearch.final import run_final
     from hpsearch.tracking import make_tracker
@@ -63,6 +64,9 @@ def command(
         raise click.UsageError("--best, --trial and --cheapest-tied exclude each other")
     console = Console(highlight=False, soft_wrap=True)
     stop = Stop()
+
+    def show(text: str) -> None:
+        console.print(Text(text))
 
     def on_epoch(index: int, row: dict[str, Any]) -> bool:
         scores = row["train"]
@@ -83,6 +87,8 @@ def command(
             machine=MachineChoice(device, 0, threads or 0),
             tracker=make_tracker(project, tracking),
             on_epoch=on_epoch,
+            on_decoded=DecodingLines(show),
+            on_step=show,
             submission=submission,
         )
     if result is None:

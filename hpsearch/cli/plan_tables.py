@@ -54,13 +54,13 @@ def describe_config(config: StudyConfig, machine: Machine) -> list[str]:
         head,
         f"{n_objects(unet)} objects: a stacked convolution, {unet.depth} down, {unet.depth} up, a 1x1 convolution; "
         f"{n_layers(unet, interpolation=interpolates)} layers" + (" with the interpolation" if interpolates else ""),
-        f"parameters {count / 1e6:.2f} M, {count * 4 / MIB:.1f} MiB in float32",
-        f"training step {training_flops(*_shape(config)) / 1e9:.1f} GFLOP an image",
-        f"saved for back-propagation {saved / GIB:.2f} GiB, with the weights {(saved + memory.weights) / GIB:.2f} GiB"
-        f"; at one byte a value, as the report estimates: {one_byte / GIB:.2f} GiB",
-        f"peak of a training step {memory.total / GIB:.2f} GiB: activations {memory.activations / GIB:.2f}, "
-        f"workspace {memory.workspace / GIB:.2f}, weights {memory.weights / GIB:.2f}, gradients "
-        f"{memory.gradients / GIB:.2f}, optimizer {memory.optimizer / GIB:.2f}",
+        f"parameters {_rounded(count / 1e6)} M, {_size(count * 4)} in float32",
+        f"training step {_rounded(training_flops(*_shape(config)) / 1e9)} GFLOP an image",
+        f"saved for back-propagation {_size(saved)}, with the weights {_size(saved + memory.weights)}"
+        f"; at one byte a value, as the report estimates: {_size(one_byte)}",
+        f"peak of a training step {_size(memory.total)}: activations {_size(memory.activations)}, "
+        f"workspace {_size(memory.workspace)}, weights {_size(memory.weights)}, gradients "
+        f"{_size(memory.gradients)}, optimizer {_size(memory.optimizer)}",
     ]
     if machine.memory_gib is not None:
         verdict = f"{_verdict(memory.total, machine.memory_gib)} {machine.memory_gib:g} GiB"
@@ -120,9 +120,9 @@ def corner_table(config: StudyConfig, machine: Machine) -> Table:
         total = _memory(corner, machine).total
         table.add_row(
             *shown,
-            f"{n_parameters(corner.unet, corner.data.n_channels) / 1e6:.2f}",
-            f"{training_flops(*_shape(corner)) / 1e9:.2f}",
-            f"{total / GIB:.2f}",
+            _rounded(n_parameters(corner.unet, corner.data.n_channels) / 1e6),
+            _rounded(training_flops(*_shape(corner)) / 1e9),
+            _rounded(total / GIB),
             *([_verdict(total, memory_gib)] if memory_gib else []),
         )
     return table
@@ -131,6 +131,16 @@ def corner_table(config: StudyConfig, machine: Machine) -> Table:
 def impossible(config: StudyConfig) -> str | None:
     """Why a configuration cannot exist at its size; None if it can."""
     return why_impossible(*_shape(config), batch_size=config.train.batch_size)
+
+
+def _size(n_bytes: float) -> str:
+    """`5.50 GiB`, or `7.3 MiB` of what is small."""
+    return f"{n_bytes / GIB:.2f} GiB" if n_bytes >= GIB / 10 else f"{_rounded(n_bytes / MIB)} MiB"
+
+
+def _rounded(value: float) -> str:
+    """Two decimals, or two digits of what these would make nothing of."""
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
 def _verdict(needed: int, memory_gib: float) -> str:

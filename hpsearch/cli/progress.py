@@ -6,7 +6,7 @@ import contextlib
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group
@@ -24,6 +24,21 @@ from hpsearch.tuning.record import COUNTED, StudyRecord, TrialRecord
 
 LONG_S = 36 * 3600.0
 """A search that is foreseen to take longer is worth a word before it begins."""
+
+
+class DecodingLines:
+    """Prints how many images are decoded, a few times in all; called as `progress(done, total)` of the caches."""
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        self._show = show
+        self._next = 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        if done == 1:
+            self._next = 0.0
+        if done >= self._next * total:
+            self._show(f"decoding images: {done} of {total}")
+            self._next = (done * 4 // total + 1) / 4
 
 
 class StudyProgress:
@@ -44,6 +59,7 @@ class StudyProgress:
         """Second fits done, and of how many."""
         self._began = time.monotonic()
         self._ended_here = 0
+        self._say_decoded = DecodingLines(self._print)
         self._live = Live(console=self._console, refresh_per_second=4, transient=True, get_renderable=self._render)
 
     def __enter__(self) -> StudyProgress:
@@ -56,6 +72,8 @@ class StudyProgress:
 
     def preparing(self, done: int, total: int) -> None:
         self._images = (done, total)
+        if not self._is_live:
+            self._say_decoded(done, total)
 
     def prepared(self, prepared: Prepared) -> None:
         self._images = None

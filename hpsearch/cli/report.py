@@ -29,6 +29,8 @@ def command(project: ProjectPaths, study_name: str | None, tracking: str | None)
     record = study_record(project, study_name)
     click.echo(f"report: {write_report(record)}")
     click.echo(f"figures: {record.paths.figures}")
+    if tracking != "none":
+        click.echo("delivering both to MLflow")
     try:
         make_tracker(project, tracking).log_report(record.paths)
     except TrackingError as error:

@@ -32,10 +32,10 @@ def command(project: ProjectPaths, study_name: str | None, trial: int | None) ->
     from rich.text import Text
 
     from hpsearch.cli.progress import describe_params
-    from hpsearch.errors import StudyError
     from hpsearch.report.words import command_line, duration
     from hpsearch.tracked_runs import final_names
     from hpsearch.tuning import lock
+    from hpsearch.tuning.record import no_study
     from hpsearch.tuning.status import study_status
 
     if trial is not None:
@@ -43,9 +43,7 @@ def command(project: ProjectPaths, study_name: str | None, trial: int | None) ->
         return
     names = [study_name] if study_name else project.study_names()
     if not names:
-        raise StudyError(
-            f"there is no study in {project.root}: begin one with `hpsearch study`, or name the folder (--out)"
-        )
+        raise no_study(project)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     for name in names:
         status = study_status(project, name)

@@ -15,14 +15,14 @@ from hpsearch.paths import ProjectPaths
 @click.option("--rebuild", is_flag=True, help="Also mend what contradicts the record, and paths of a moved project.")
 def command(project: ProjectPaths, study_name: str | None, tracking: str | None, rebuild: bool) -> int:
     """Deliver to MLflow what is on record and not there yet, of one study or of all."""
-    from hpsearch.errors import StudyError, TrackingError
+    from hpsearch.errors import TrackingError
     from hpsearch.tracking import MlflowTracker, make_tracker
     from hpsearch.tuning import lock
-    from hpsearch.tuning.record import study_record
+    from hpsearch.tuning.record import no_study, study_record
 
     names = [study_name] if study_name else project.study_names()
     if not names:
-        raise StudyError(f"there is no study in {project.root}: name the project folder (--out)")
+        raise no_study(project)
     tracker = make_tracker(project, tracking)
     if not isinstance(tracker, MlflowTracker):
         raise TrackingError("--tracking none tracks nothing: leave it out, or give a URI")

@@ -24,7 +24,15 @@ from hpsearch.data import folds as fold_making
 from hpsearch.data.cache import open_cache
 from hpsearch.data.folds import Folds
 from hpsearch.data.prepare import Prepared
-from hpsearch.errors import ConfigError, StoppedError, StorageError, StudyChangedError, StudyError, WorkerError
+from hpsearch.errors import (
+    CacheError,
+    ConfigError,
+    StoppedError,
+    StorageError,
+    StudyChangedError,
+    StudyError,
+    WorkerError,
+)
 from hpsearch.paths import ProjectPaths
 from hpsearch.plan import ExecutionPlan
 from hpsearch.tracking import Tracker, TrackingThread
@@ -135,8 +143,13 @@ def run_study(
             record.update_config(config)
         # While they import torch, the images are looked at.
         workers.become(first_workers(record if study.toml.is_file() else None, machine))
-        caches = PoolCaches(config, cache_root(project, config), progress=preparing)
-        caches.prepare_listed(config)
+        try:
+            caches = PoolCaches(config, cache_root(project, config), progress=preparing)
+            caches.prepare_listed(config)
+        except CacheError:
+            # A signal to stop may have ended the process that decodes, too.
+            check()
+            raise
         prepared = caches.scored
         listener.prepared(prepared)
         for note in prepared.notes:
@@ -151,6 +164,8 @@ def run_study(
         for said in enqueue.add(record, enqueued):
             listener.said(f"the configuration {said}")
         with seat.trials(record) as ownership:
+            if not study.plan.is_file():
+                listener.said("measuring how fast this machine trains")
             plan = make_plan(record, caches, machine, workers, check)
             _require_space(record, plan)
             workers.become(plan.workers)

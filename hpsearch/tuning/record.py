@@ -191,7 +191,9 @@ class StudyRecord:
         """The study in an existing folder. StudyError if there is none, RecordError if it is damaged."""
         if not study.toml.is_file():
             known = ", ".join(study.project.study_names()) or "none"
-            raise StudyError(f"there is no study {study.name!r} in {study.project.root}; studies there: {known}")
+            raise StudyError(
+                f"there is no study {study.name!r} in {study.project.root.absolute()}; studies there: {known}"
+            )
         try:
             return cls(study, configs.load(study.toml))
         except ConfigError as error:
@@ -445,15 +447,19 @@ class StudyRecord:
         return float(np.mean(both[~np.isnan(both)]))
 
 
+def no_study(project: ProjectPaths) -> StudyError:
+    """The error of a project folder that holds no study."""
+    root = project.root.absolute()
+    return StudyError(f"there is no study in {root}: begin one with `hpsearch study`, or name the folder (--out)")
+
+
 def study_record(project: ProjectPaths, name: str | None) -> StudyRecord:
     """The study `name`, or the only one there is; StudyError lists them if the choice is not clear."""
     if name is not None:
         return StudyRecord.open(project.study(name))
     names = project.study_names()
     if not names:
-        raise StudyError(
-            f"there is no study in {project.root}: begin one with `hpsearch study`, or name the folder (--out)"
-        )
+        raise no_study(project)
     if len(names) > 1:
         raise StudyError(f"several studies in {project.root}: {', '.join(names)}; choose one with --study NAME")
     return StudyRecord.open(project.study(names[0]))

@@ -12,7 +12,15 @@ from types import SimpleNamespace
 import optuna
 import pytest
 
-from hpsearch.errors import ConfigError, DatasetError, StudyChangedError, StudyError, StudyLockedError
+from hpsearch.errors import (
+    CacheError,
+    ConfigError,
+    DatasetError,
+    StoppedError,
+    StudyChangedError,
+    StudyError,
+    StudyLockedError,
+)
 from hpsearch.paths import ProjectPaths
 from hpsearch.tuning import coordinator, lock
 from hpsearch.tuning.coordinator import Stop, StudySummary
@@ -309,3 +317,19 @@ def test_a_worker_that_is_killed_costs_an_epoch_and_changes_nothing(dataset: Pat
     assert killed.is_set()
     assert everything(record) == never
     assert StudyRecord.open(record.paths).trial(0).failures
+
+
+@pytest.mark.parametrize(("signal_number", "error"), [(15, StoppedError), (0, CacheError)])
+def test_a_signal_that_also_ends_the_process_that_decodes_reads_as_a_stop(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signal_number: int, error: type[Exception]
+) -> None:
+    stop = Stop()
+
+    def caches(*_: object, **__: object) -> None:
+        if signal_number:
+            stop.request(signal_number)
+        raise CacheError("the process that decodes ended by signal 15")
+
+    monkeypatch.setattr(coordinator, "PoolCaches", caches)
+    with pytest.raises(error):
+        run(tmp_path, tiny_config(dataset), stop=stop)
