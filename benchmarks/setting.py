@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hpsearch import runtime as devices
+from hpsearch.cores import available_cores
 
 
 def describe_machine(packages: Sequence[str] = ("torch",), *, device: str = "cpu", threads: int | None = None) -> str:
@@ -18,7 +19,7 @@ def describe_machine(packages: Sequence[str] = ("torch",), *, device: str = "cpu
     about = devices.describe(devices.make_runtime(device, threads=threads))
     installed = [name for name in packages if importlib.util.find_spec(name)]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in installed)
-    cores = f"{devices.available_cores()} cores" if threads is None else f"{threads} threads"
+    cores = f"{available_cores()} cores" if threads is None else f"{threads} threads"
     return f"{datetime.date.today()}, {about['device_name']}, {cores}, {about['platform']}; {versions}"
 
 

@@ -39,6 +39,7 @@ from typing import Any
 from setting import describe_machine, draw_images
 
 from hpsearch import runtime as devices
+from hpsearch.cores import available_cores
 from hpsearch.paths import ProjectPaths
 from hpsearch.tuning.record import StudyRecord
 
@@ -188,7 +189,7 @@ def run_monai(arguments: argparse.Namespace, told: dict[str, Any]) -> None:
 
     from hpsearch.models.config import UNetConfig
 
-    threads = arguments.threads or devices.available_cores()
+    threads = arguments.threads or available_cores()
     torch.set_num_threads(threads)
     torch.manual_seed(arguments.seed)
     use_bf16 = devices.cpu_computes_bf16()

@@ -17,7 +17,7 @@ import torch
 
 from hpsearch import __version__
 from hpsearch.choices import Choices
-from hpsearch.data.batches import GRAY_WEIGHTS
+from hpsearch.data.config import GRAY_WEIGHTS
 from hpsearch.errors import ExportError, StudyError
 from hpsearch.models.unet import UNet
 from hpsearch.paths import atomic_write, write_text

@@ -7,7 +7,6 @@ thread counts and precision decide the bytes of the results. Imports no torch.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -209,11 +208,6 @@ def measured_configs(config: StudyConfig) -> list[StudyConfig]:
         return []
     by_cost = sorted(candidates, key=image_flops)
     return list({image_flops(chosen): chosen for chosen in (candidates[0], by_cost[0], by_cost[-1])}.values())
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe_data(data: DataConfig) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hpsearch import runtime as devices
 from hpsearch.choices import Choices, clean_mask
-from hpsearch.data.batches import GRAY_WEIGHTS
+from hpsearch.data.config import GRAY_WEIGHTS
 from hpsearch.data.decode import crop, read_image, resize
 from hpsearch.data.layouts import FOREIGN, READABLE
 from hpsearch.errors import CheckpointError, DatasetError, OutOfMemoryError, StudyError

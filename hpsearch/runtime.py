@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from hpsearch.cores import available_cores
 from hpsearch.errors import DeviceError
 
 Precision = Literal["float32", "bf16", "fp16"]
@@ -171,13 +172,6 @@ def cpu_computes_bf16() -> bool:
         return False
     flags = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
     return flags is not None and not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags[1].split())
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def describe(runtime: Runtime) -> dict[str, str]:

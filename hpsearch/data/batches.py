@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hpsearch.data.augment import augment_batch, draw_changes
-from hpsearch.data.config import AugmentConfig, Color
+from hpsearch.data.config import GRAY_WEIGHTS, AugmentConfig, Color
 from hpsearch.errors import CacheError, DatasetError
 
 if TYPE_CHECKING:
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 RESIDENT_SHARE = 0.25
 """Share of a GPU's free memory that the images may take for good; the rest is the network's."""
-GRAY_WEIGHTS = (0.299, 0.587, 0.114)
-"""Luma of ITU-R BT.601, for R, G, B."""
 
 
 class Batch(NamedTuple):

@@ -26,7 +26,7 @@ from typing import Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from hpsearch.data.config import Color
+from hpsearch.data.config import GRAY_WEIGHTS, Color
 from hpsearch.data.decoding import Damage, Decoders, Facts, Job, Pixels, View
 from hpsearch.data.layouts import Problem, Sample, Split
 from hpsearch.errors import CacheError
@@ -37,7 +37,6 @@ Kind = Literal["memmap", "files", "memory", "none"]
 INDEX = "index.json"
 END_BYTES = 64 * 2**10
 """What is read of each end of a file for the key."""
-GRAY = np.array([0.299, 0.587, 0.114])
 """Luma of ITU-R BT.601, for R, G, B."""
 
 
@@ -209,7 +208,8 @@ class Cache(ABC):
         mean = np.array([r, g, b])
         covariance = np.array([[rr, rg, rb], [rg, gg, gb], [rb, gb, bb]]) - np.outer(mean, mean)
         if color == "grayscale":
-            means, variances = [float(GRAY @ mean)], [float(GRAY @ covariance @ GRAY)]
+            gray = np.array(GRAY_WEIGHTS)
+            means, variances = [float(gray @ mean)], [float(gray @ covariance @ gray)]
         else:
             means, variances = mean.tolist(), covariance.diagonal().tolist()
         return Normalization(

@@ -9,6 +9,9 @@ from hpsearch.errors import ConfigError
 
 Color = Literal["rgb", "grayscale"]
 
+GRAY_WEIGHTS = (0.299, 0.587, 0.114)
+"""Of red, green and blue in grayscale: luma of ITU-R BT.601."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import hpsearch
+from hpsearch.cores import available_cores
 from hpsearch.errors import CacheError
 
 View = Literal["resize", "random crop", "centre crop"]
@@ -79,7 +80,7 @@ class Decoders:
     """A subprocess that decodes with `n_threads` threads; a context manager."""
 
     def __init__(self, n_threads: int | None = None) -> None:
-        self._n_threads = n_threads or n_cores()
+        self._n_threads = n_threads or available_cores()
         self._process: subprocess.Popen[bytes] | None = None
         self._stderr: IO[bytes] | None = None
 
@@ -172,13 +173,6 @@ class Decoders:
         how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
         why = f" ({last[0]})" if last else ""
         return CacheError(f"the process that decodes ended {how}{why} while it read {', '.join(files) or 'nothing'}")
-
-
-def n_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def subprocess_environment() -> dict[str, str]:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from hpsearch.data.build import Progress
 from hpsearch.data.cache import Cache, open_cache
-from hpsearch.data.config import DataConfig
+from hpsearch.data.config import GRAY_WEIGHTS, DataConfig
 from hpsearch.data.layouts import Split
 from hpsearch.data.prepare import Role, locate, prepare_pool, prepare_test
 from hpsearch.errors import DatasetError
@@ -235,7 +235,7 @@ def _thumbnails(images: NDArray[np.uint8]) -> NDArray[np.float32]:
     sums = lines[:, :, 0].astype(np.uint16) + lines[:, :, 1] + lines[:, :, 2] + lines[:, :, 3]
     boxes = sums.reshape(len(images), _SIDE, -1, 3)[:, :, columns].reshape(len(images), _SIDE, _SIDE, 4, 3)
     sums = boxes[:, :, :, 0] + boxes[:, :, :, 1] + boxes[:, :, :, 2] + boxes[:, :, :, 3]
-    gray: NDArray[np.float32] = sums.astype(np.float32) @ np.array([0.299, 0.587, 0.114], dtype=np.float32) / 16
+    gray: NDArray[np.float32] = sums.astype(np.float32) @ np.array(GRAY_WEIGHTS, dtype=np.float32) / 16
     return gray
 
 

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.io import encode_jpeg, encode_png
 
+from hpsearch.cores import available_cores
 from hpsearch.data.augment import (
     Changes,
     add_noise_,
@@ -38,7 +39,6 @@ from hpsearch.data.augment import (
 )
 from hpsearch.data.config import AugmentConfig, DataConfig
 from hpsearch.data.decode import BadImageError, MemoryGate, open_pair, read_pair
-from hpsearch.data.decoding import n_cores
 from hpsearch.data.folds import AUGMENTATION, AUGMENTED_GROUPS
 from hpsearch.data.integrity import refusal
 from hpsearch.data.layouts import Dataset, Sample, find_samples
@@ -212,7 +212,7 @@ def _write_all(
     gate = MemoryGate(WORKING_BYTES)
     n_threads = torch.get_num_threads()
     # One thread an image: decoding and encoding, half of the work, cannot be divided.
-    pool = ThreadPoolExecutor(n_cores(), initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(available_cores(), initializer=torch.set_num_threads, initargs=(1,))
     try:
         futures: list[tuple[_Job, Future[None]]] = [(job, pool.submit(_write, job, augment, gate)) for job in jobs]
         for done, (job, future) in enumerate(futures, start=1):

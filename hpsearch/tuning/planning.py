@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from hpsearch import plan as plans
 from hpsearch.config import StudyConfig
+from hpsearch.cores import available_cores
 from hpsearch.errors import RecordError
 from hpsearch.plan import MEMORY_SHARE, ExecutionPlan
 from hpsearch.tuning.caches import PoolCaches
@@ -44,7 +45,7 @@ def first_workers(record: StudyRecord | None, choice: MachineChoice) -> tuple[Wo
     plan = _stored_plan(record, choice) if record is not None else None
     if plan is not None:
         return plan.workers
-    cores = plans.available_cores()
+    cores = available_cores()
     if choice.n_workers or choice.threads:
         return (WorkerSettings(choice.device, choice.threads or max(1, cores // max(1, choice.n_workers))),)
     # The first keeps its threads if it stays alone.
@@ -103,7 +104,7 @@ def _measure_plan(
     if configs and not choice.n_workers and not choice.threads:
         rates = _sharing_rates({"config": configs[0].to_dict(), **caches.job(configs[0])}, workers, check)
         sharing = choose_sharing(rates)
-        threads = max(1, plans.available_cores() // sharing)
+        threads = max(1, available_cores() // sharing)
     job = {
         "job": "measure",
         "config": record.config.with_params({}).to_dict(),
@@ -138,7 +139,7 @@ def _measure_plan(
         # What was told `auto` has found its device.
         workers.settle(plan.workers[0].device, worker)
     if rates:
-        measured = ", ".join(f"{n} x {max(1, plans.available_cores() // n)}: {rate:.1f}" for n, rate in rates.items())
+        measured = ", ".join(f"{n} x {max(1, available_cores() // n)}: {rate:.1f}" for n, rate in rates.items())
         logger.info("images a second by workers x threads on a device: %s", measured)
         plan = dataclasses.replace(plan, machine={**plan.machine, "images_per_s": measured})
     return plan
@@ -164,7 +165,7 @@ def _sharing_rates(step: dict[str, object], workers: Workers, check: Callable[[]
     They are watched in the same window of time, so that what they take from each other counts, and what other
     programs take from threads that wait for each other.
     """
-    cores = plans.available_cores()
+    cores = available_cores()
     counts = _counts(cores)
     job = {"job": "rate", **step}
     first = do_each(workers, [{**job, "threads": 1, "begin": 0.0, "end": 0.0}] * counts[-1], check=check)
@@ -189,6 +190,6 @@ def _share_out(device: str, choice: MachineChoice, n_devices: int) -> tuple[Work
     """A worker for each device, or as many as wanted, taking turns on the devices; the cores shared among them."""
     kind, _, index = device.partition(":")
     n_workers = choice.n_workers or (n_devices if kind == "cuda" and not index else 1)
-    threads = choice.threads or max(1, plans.available_cores() // n_workers)
+    threads = choice.threads or max(1, available_cores() // n_workers)
     names = [device] if kind != "cuda" or index else [f"cuda:{number}" for number in range(n_devices)]
     return tuple(WorkerSettings(names[number % len(names)], threads) for number in range(n_workers))

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from hpsearch.data.config import DataConfig
-from hpsearch.data.decoding import Damage, Decoders, Facts, Job, n_cores
+from hpsearch.data.decoding import Damage, Decoders, Facts, Job
 from hpsearch.data.layouts import find_samples
 from hpsearch.errors import CacheError
 
@@ -103,7 +103,3 @@ def test_whoever_prepares_data_loads_no_torch() -> None:
     modules = "layouts, integrity, decoding, cache, build, folds, prepare, comparison"
     code = f"import sys; from hpsearch.data import {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def test_all_cores_are_used() -> None:
-    assert n_cores() == len(psutil.Process().cpu_affinity()) if sys.platform == "linux" else n_cores() >= 1

@@ -158,7 +158,7 @@ def test_an_interrupted_export_continues_and_ends_the_same(
     def interrupt(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "n_cores", lambda: 1)
+    monkeypatch.setattr(module, "available_cores", lambda: 1)
     target = tmp_path / "aug"
     with pytest.raises(KeyboardInterrupt):
         export_augmented(dataset, AUGMENT, target=target, progress=interrupt)

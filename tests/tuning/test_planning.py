@@ -84,7 +84,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> MakePlan:
     def make(
         machine: Machine, choice: MachineChoice | None = None, *overrides: str, cores: int = 2
     ) -> tuple[ExecutionPlan, Machine]:
-        monkeypatch.setattr(plans, "available_cores", lambda: cores)
+        monkeypatch.setattr(planning, "available_cores", lambda: cores)
         monkeypatch.setattr(planning, "do", machine.do)
         monkeypatch.setattr(planning, "do_each", machine.do_each)
         record = FakeRecord(tiny_config(Path("data"), *overrides))
@@ -172,7 +172,7 @@ def test_a_single_fit_gets_the_threads_of_all_that_share_its_device() -> None:
 def test_a_study_measures_how_to_share_the_cores_and_keeps_to_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plans, "available_cores", lambda: 2)
+    monkeypatch.setattr(planning, "available_cores", lambda: 2)
     config = tiny_config(write_tiny_dataset(tmp_path), "study.trials=1")
     summary = run(tmp_path, config, machine=MachineChoice())
     plan = ExecutionPlan.from_dict(summary.record.plan() or {})
