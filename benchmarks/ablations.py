@@ -33,7 +33,8 @@ from hpsearch.data.cache import open_cache
 from hpsearch.data.prepare import prepare_pool
 from hpsearch.errors import DivergedError
 from hpsearch.runtime import make_runtime
-from hpsearch.training.loop import evaluate, fit
+from hpsearch.training.evaluation import evaluate
+from hpsearch.training.loop import fit
 from hpsearch.training.metrics import SCORES, PixelCounts
 
 BASE = (

@@ -36,7 +36,8 @@ from hpsearch.data.prepare import prepare_pool, prepare_test
 from hpsearch.models.config import UNetConfig
 from hpsearch.runtime import Runtime, make_runtime
 from hpsearch.training.config import TrainConfig
-from hpsearch.training.loop import evaluate, fit
+from hpsearch.training.evaluation import evaluate
+from hpsearch.training.loop import fit
 from hpsearch.training.metrics import PixelCounts, dice, jaccard
 
 FLIP = 0.5

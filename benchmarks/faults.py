@@ -84,7 +84,7 @@ PHASES: dict[str, tuple[tuple[str, str], ...]] = {
     "checkpoint": (
         ("worker", "training/checkpoint.py:save_latest"),
         ("worker", "training/checkpoint.py:save_checkpoint"),
-        ("worker", "training/loop.py:save_array"),
+        ("worker", "training/checkpoint.py:save_array"),
         ("worker", "paths.py:atomic_write"),
         ("worker", "paths.py:append_line"),
         ("coordinator", "tuning/coordinator.py:_judge"),
@@ -105,9 +105,9 @@ PHASES: dict[str, tuple[tuple[str, str], ...]] = {
         ("coordinator", "tracked_runs.py:write_trial_files"),
     ),
     "end": (
-        ("worker", "training/loop.py:finish_fit"),
+        ("worker", "training/finish.py:finish_fit"),
         ("worker", "training/checkpoint.py:save_weights"),
-        ("worker", "training/loop.py:save_examples"),
+        ("worker", "training/finish.py:save_examples"),
         ("coordinator", "tuning/coordinator.py:_settle"),
         ("coordinator", "tracking.py:close"),
         ("coordinator", "tuning/workers.py:close"),

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -185,6 +187,15 @@ def load_state_(model: UNet, tensors: Mapping[str, Tensor], source: Path) -> Non
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise CheckpointError(f"{source} holds the weights of another network than its configuration says") from error
+
+
+def save_array(path: Path, array: npt.NDArray[Any]) -> None:
+    """Write one array as .npy, whole or not at all. Behind it, where NumPy does not look, comes its SHA-256."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    content = buffer.getvalue()
+    with paths.atomic_write(path) as temporary:
+        temporary.write_bytes(content + hashlib.sha256(content).digest())
 
 
 def sha256(path: Path) -> str:

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hpsearch import paths as files
 from hpsearch import runtime as devices
 from hpsearch.config import digest
-from hpsearch.data.batches import Batch, DeviceData, eval_batches, n_train_batches, train_batches
+from hpsearch.data.batches import Batch, DeviceData, n_train_batches, train_batches
 from hpsearch.data.cache import Normalization
 from hpsearch.data.config import AugmentConfig
 from hpsearch.errors import ConfigError, DeviceError, DivergedError, OutOfMemoryError
@@ -32,9 +30,11 @@ from hpsearch.models.unet import UNet
 from hpsearch.paths import FitPaths
 from hpsearch.runtime import Runtime
 from hpsearch.training import checkpoint
+from hpsearch.training.checkpoint import save_array
 from hpsearch.training.config import TrainConfig
+from hpsearch.training.evaluation import Forward, Indices, count, covered, eval_batch_size, evaluate, fetch
 from hpsearch.training.losses import Loss, loss_function
-from hpsearch.training.metrics import SCORES, PixelCounts, count_pixels
+from hpsearch.training.metrics import SCORES, PixelCounts
 from hpsearch.training.rows import EpochRow as EpochRow
 from hpsearch.training.rows import Scores as Scores
 from hpsearch.training.rows import read_lines, to_line
@@ -42,8 +42,6 @@ from hpsearch.training.schedule import lr_factor, make_optimizer, set_lr_
 
 logger = logging.getLogger(__name__)
 
-Indices = npt.NDArray[np.int64]
-Forward = Callable[[Tensor], Tensor]
 OnEpoch = Callable[[EpochRow, npt.NDArray[np.float32]], Literal["go", "stop"]]
 """Hears each epoch's row and the held-out scores (n,) float32; "stop" ends the fit after this epoch."""
 
@@ -141,96 +139,6 @@ def fit(
     raise OutOfMemoryError(f"training on {runtime.device} ran out of memory: {reason}")
 
 
-class Evaluation(NamedTuple):
-    """What a network does on some images."""
-
-    counts: npt.NDArray[np.int64]
-    """tp, fp, fn, tn of every image, (n, 4)."""
-    loss: float
-    """Mean over images; NaN where no loss was asked for."""
-
-
-def evaluate(
-    model: Forward,
-    data: DeviceData,
-    indices: Indices,
-    *,
-    normalization: Normalization,
-    size: tuple[int, int],
-    runtime: Runtime,
-    batch_size: int = 16,
-    loss: Loss | None = None,
-) -> Evaluation:
-    """Compare the predictions for `indices`, in that order, with the masks that `data` serves, at their size.
-
-    `model` is in evaluation mode, as its caller sets it. Nothing depends on `batch_size`, rounding aside. The device
-    is waited for once, at the end.
-    """
-    losses: list[Tensor] = []
-    counts: list[Tensor] = []
-    for logits, masks in predict_logits(
-        model, data, indices, normalization=normalization, size=size, runtime=runtime, batch_size=batch_size
-    ):
-        counts.append(_count(logits, masks))
-        if loss is not None:
-            losses.append(loss(logits, masks) * len(masks))
-    all_counts, total = _fetch(counts, losses)
-    return Evaluation(all_counts, total / len(indices))
-
-
-def predict_logits(
-    model: Forward,
-    data: DeviceData,
-    indices: Indices,
-    *,
-    normalization: Normalization,
-    size: tuple[int, int],
-    runtime: Runtime,
-    batch_size: int = 16,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits (B, 1, H, W) float32 and masks (B, 1, H, W) uint8 of `indices` in order, at the masks' size.
-
-    `model` is in evaluation mode, as its caller sets it. Of one that says nothing about the border of an image, the
-    masks are without it.
-    """
-    margin = model.margin if isinstance(model, UNet) else 0
-    for batch in eval_batches(data, indices, batch_size=batch_size, normalization=normalization, size=size):
-        with torch.inference_mode():
-            with runtime.autocast():
-                logits = model(batch.images)
-            masks = _covered(batch.masks, logits, margin)
-            logits = resize_logits(logits.float(), (masks.shape[-2], masks.shape[-1]))
-        runtime.end_step()
-        yield logits, masks
-
-
-def _covered(masks: Tensor, logits: Tensor, margin: int) -> Tensor:
-    """The part of `masks` (B, 1, H, W) that `logits` (B, 1, h, w) of a network with that margin are about."""
-    if not margin:
-        return masks
-    height, width = logits.shape[-2:]
-    return masks[..., margin : margin + height, margin : margin + width]
-
-
-def resize_logits(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Logits (B, 1, H, W) at `size`: bilinear, averaging where it shrinks; untouched if they have that size."""
-    if logits.shape[-2:] == size:
-        return logits
-    return F.interpolate(logits, size=size, mode="bilinear", align_corners=False, antialias=True)
-
-
-def eval_batch_size(batch_size: int, size: tuple[int, int], device: torch.device) -> int:
-    """Images at once in evaluation.
-
-    A GPU takes four training batches, since no activations are kept, and of small images as many as make a million
-    pixels. A processor takes what keeps a stage's maps near its caches: at 64x64, 32 images are 10 % faster than 16.
-    """
-    n_pixels = size[0] * size[1]
-    if device.type == "cuda":
-        return max(4 * batch_size, 2**20 // n_pixels)
-    return max(batch_size, 2**17 // n_pixels)
-
-
 def microbatches_are_exact(config: UNetConfig) -> bool:
     """Whether gradients summed over parts of a batch are those of the whole batch, rounding aside."""
     return config.norm != "batch"
@@ -244,119 +152,6 @@ def part_sizes(n_images: int, micro_batch: int | None) -> list[int]:
     n_parts = math.ceil(n_images / micro_batch) if micro_batch else 1
     smaller, n_larger = divmod(n_images, n_parts)
     return [smaller + 1] * n_larger + [smaller] * (n_parts - n_larger)
-
-
-def finish_fit(
-    result: FitResult,
-    paths: FitPaths,
-    *,
-    data: DeviceData,
-    held_out_indices: Indices,
-    normalization: Normalization,
-    size: tuple[int, int],
-    runtime: Runtime,
-    extra: dict[str, Any] | None = None,
-    micro_batch: int | None = None,
-) -> dict[str, Any]:
-    """Write what stays of a fit, fit.json last, and remove its checkpoints; give what fit.json holds.
-
-    weights.safetensors, scores.npy, counts.npy and examples.npz hold nothing of time or process: killed at any point,
-    doing it again from last.pt writes the same bytes. `extra` goes into the weights' own description; fit.json keeps
-    `micro_batch` where it changed the result.
-    """
-    model = result.model
-    info = checkpoint.WeightsInfo(
-        model=model.config,
-        in_channels=data.n_channels,
-        normalization=normalization,
-        size=size,
-        extra=extra or {},
-    )
-    checkpoint.save_weights(paths.weights, model, info)
-    save_array(paths.scores, result.scores)
-    save_array(paths.counts, result.counts)
-    if len(held_out_indices) > 0:
-        save_examples(
-            paths.examples,
-            model,
-            data,
-            held_out_indices,
-            result.scores[-1],
-            normalization=normalization,
-            size=size,
-            runtime=runtime,
-        )
-    rows = result.rows
-    train_s, eval_s = sum(row.train_s for row in rows), sum(row.eval_s for row in rows)
-    summary = {
-        "format": 1,
-        "epochs": len(rows),
-        "value": float(np.mean(result.scores[-1], dtype=np.float64)) if len(held_out_indices) > 0 else None,
-        "n_held_out": len(held_out_indices),
-        "micro_batch": None if microbatches_are_exact(model.config) else micro_batch,
-        "seconds": train_s + eval_s,
-        "train_s": train_s,
-        "eval_s": eval_s,
-        "images_per_s": sum(row.images_per_s * row.train_s for row in rows) / train_s,
-        "peak_bytes": max(row.peak_bytes for row in rows),
-        "scores_sha256": checkpoint.sha256(paths.scores),
-        "weights_sha256": checkpoint.sha256(paths.weights),
-        "runtime": devices.describe(runtime),
-    }
-    files.write_json(paths.fit, summary)
-    for path in (paths.last, paths.previous):
-        path.unlink(missing_ok=True)
-    return summary
-
-
-def save_examples(
-    path: Path,
-    model: Forward,
-    data: DeviceData,
-    indices: Indices,
-    scores: npt.NDArray[np.floating[Any]],
-    *,
-    normalization: Normalization,
-    size: tuple[int, int],
-    runtime: Runtime,
-    n_each: int = 2,
-) -> None:
-    """Keep what `model` makes of the `n_each` worst, median and best images by `scores` (n,), in this order.
-
-    The .npz has `indices` (m,) int64 in `data`, `scores` (m,) and `probabilities` (m, H, W) uint8, 255 for certainly
-    lesion.
-    """
-    order = np.argsort(scores, kind="stable")
-    middle = max(0, (len(order) - n_each + 1) // 2)
-    # Fewer images than that are kept once each.
-    ranks = np.unique([*range(n_each), *range(middle, middle + n_each), *range(len(order) - n_each, len(order))])
-    chosen = order[ranks[(ranks >= 0) & (ranks < len(order))]]
-    with runtime.active():
-        probabilities = [
-            logits.sigmoid().mul(255).round().to(torch.uint8).squeeze(1).cpu().numpy()
-            for logits, _ in predict_logits(
-                model,
-                data,
-                indices[chosen],
-                batch_size=len(chosen),
-                normalization=normalization,
-                size=size,
-                runtime=runtime,
-            )
-        ]
-    with files.atomic_write(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(
-            file, indices=indices[chosen], scores=scores[chosen], probabilities=np.concatenate(probabilities)
-        )
-
-
-def save_array(path: Path, array: npt.NDArray[Any]) -> None:
-    """Write one array as .npy, whole or not at all. Behind it, where NumPy does not look, comes its SHA-256."""
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    content = buffer.getvalue()
-    with files.atomic_write(path) as temporary:
-        temporary.write_bytes(content + hashlib.sha256(content).digest())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -597,16 +392,16 @@ def _train_epoch(
         for part in _parts(batch, task.part_sizes):
             with runtime.autocast():
                 logits = forward(part.images)
-            masks = _covered(part.masks, logits, progress.model.margin)
+            masks = covered(part.masks, logits, progress.model.margin)
             value = loss(logits, masks) * (len(part.images) / len(batch.images))
             scaler.scale(value).backward()  # type: ignore[no-untyped-call]
             losses.append(value.detach() * len(batch.images))
-            counts.append(_count(logits.detach(), masks))
+            counts.append(count(logits.detach(), masks))
         scaler.step(optimizer)
         scaler.update()
         runtime.end_step()
         step += 1
-    all_counts, total = _fetch(counts, losses)
+    all_counts, total = fetch(counts, losses)
     return _mean_scores(all_counts, total / len(all_counts)), len(all_counts), lr
 
 
@@ -646,20 +441,6 @@ def _evaluate_epoch(
 
 def _parts(batch: Batch, sizes: list[int]) -> Iterator[Batch]:
     return map(Batch, torch.split(batch.images, sizes), torch.split(batch.masks, sizes))
-
-
-def _count(logits: Tensor, masks: Tensor) -> Tensor:
-    """tp, fp, fn, tn of each image, (B, 4) int64 on the device; lesion is where the probability is above a half."""
-    return torch.stack(count_pixels(logits > 0, masks), dim=1)
-
-
-def _fetch(counts: list[Tensor], losses: list[Tensor]) -> tuple[npt.NDArray[np.int64], float]:
-    """All counts (n, 4) and the sum of the losses, NaN without any: here the processor waits for the device."""
-    table: npt.NDArray[np.int64] = torch.cat(counts).cpu().numpy()
-    if not losses:
-        return table, math.nan
-    # Summed on the CPU, where there is float64 whatever the device.
-    return table, float(torch.stack(losses).cpu().double().sum())
 
 
 def _mean_scores(counts: npt.NDArray[np.int64], loss: float) -> Scores:

@@ -30,8 +30,8 @@ from hpsearch.data.batches import DeviceData
 from hpsearch.paths import write_json
 from hpsearch.predict import mean_over_flips
 from hpsearch.runtime import Runtime
-from hpsearch.training.checkpoint import WeightsInfo, load_weights, save_weights
-from hpsearch.training.loop import Forward, predict_logits, save_array
+from hpsearch.training.checkpoint import WeightsInfo, load_weights, save_array, save_weights
+from hpsearch.training.evaluation import Forward, predict_logits
 from hpsearch.training.metrics import SCORES, PixelCounts, count_pixels
 
 CHUNK = 32

@@ -37,17 +37,15 @@ from hpsearch.models.shapes import why_impossible
 from hpsearch.paths import FitPaths, atomic_write
 from hpsearch.plan import image_flops
 from hpsearch.runtime import Runtime
-from hpsearch.training.checkpoint import load_weights
+from hpsearch.training.checkpoint import load_weights, save_array
+from hpsearch.training.evaluation import evaluate
+from hpsearch.training.finish import finish_fit, save_examples
 from hpsearch.training.loop import (
     FitResult,
     OnEpoch,
-    evaluate,
-    finish_fit,
     fit,
     microbatches_are_exact,
     part_sizes,
-    save_array,
-    save_examples,
 )
 from hpsearch.training.metrics import SCORES, PixelCounts
 from hpsearch.training.rows import EpochRow

@@ -25,17 +25,14 @@ from hpsearch.paths import FitPaths
 from hpsearch.training import checkpoint, loop
 from hpsearch.training.checkpoint import load_weights
 from hpsearch.training.config import TrainConfig
+from hpsearch.training.evaluation import eval_batch_size, evaluate, predict_logits, resize_logits
+from hpsearch.training.finish import finish_fit
 from hpsearch.training.loop import (
     EpochRow,
     FitResult,
-    eval_batch_size,
-    evaluate,
-    finish_fit,
     fit,
     microbatches_are_exact,
     part_sizes,
-    predict_logits,
-    resize_logits,
 )
 from hpsearch.training.losses import loss_function
 from hpsearch.training.metrics import PixelCounts, dice, jaccard

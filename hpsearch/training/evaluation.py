@@ -1,0 +1,127 @@
+"""Evaluation of a network: its logits on cached images, and the pixel counts of each; sizes of batches for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hpsearch.data.batches import DeviceData, eval_batches
+from hpsearch.data.cache import Normalization
+from hpsearch.models.unet import UNet
+from hpsearch.runtime import Runtime
+from hpsearch.training.losses import Loss
+from hpsearch.training.metrics import count_pixels
+
+Indices = npt.NDArray[np.int64]
+Forward = Callable[[Tensor], Tensor]
+
+
+class Evaluation(NamedTuple):
+    """What a network does on some images."""
+
+    counts: npt.NDArray[np.int64]
+    """tp, fp, fn, tn of every image, (n, 4)."""
+    loss: float
+    """Mean over images; NaN where no loss was asked for."""
+
+
+def evaluate(
+    model: Forward,
+    data: DeviceData,
+    indices: Indices,
+    *,
+    normalization: Normalization,
+    size: tuple[int, int],
+    runtime: Runtime,
+    batch_size: int = 16,
+    loss: Loss | None = None,
+) -> Evaluation:
+    """Compare the predictions for `indices`, in that order, with the masks that `data` serves, at their size.
+
+    `model` is in evaluation mode, as its caller sets it. Nothing depends on `batch_size`, rounding aside. The device
+    is waited for once, at the end.
+    """
+    losses: list[Tensor] = []
+    counts: list[Tensor] = []
+    for logits, masks in predict_logits(
+        model, data, indices, normalization=normalization, size=size, runtime=runtime, batch_size=batch_size
+    ):
+        counts.append(count(logits, masks))
+        if loss is not None:
+            losses.append(loss(logits, masks) * len(masks))
+    all_counts, total = fetch(counts, losses)
+    return Evaluation(all_counts, total / len(indices))
+
+
+def predict_logits(
+    model: Forward,
+    data: DeviceData,
+    indices: Indices,
+    *,
+    normalization: Normalization,
+    size: tuple[int, int],
+    runtime: Runtime,
+    batch_size: int = 16,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits (B, 1, H, W) float32 and masks (B, 1, H, W) uint8 of `indices` in order, at the masks' size.
+
+    `model` is in evaluation mode, as its caller sets it. Of one that says nothing about the border of an image, the
+    masks are without it.
+    """
+    margin = model.margin if isinstance(model, UNet) else 0
+    for batch in eval_batches(data, indices, batch_size=batch_size, normalization=normalization, size=size):
+        with torch.inference_mode():
+            with runtime.autocast():
+                logits = model(batch.images)
+            masks = covered(batch.masks, logits, margin)
+            logits = resize_logits(logits.float(), (masks.shape[-2], masks.shape[-1]))
+        runtime.end_step()
+        yield logits, masks
+
+
+def covered(masks: Tensor, logits: Tensor, margin: int) -> Tensor:
+    """The part of `masks` (B, 1, H, W) that `logits` (B, 1, h, w) of a network with that margin are about."""
+    if not margin:
+        return masks
+    height, width = logits.shape[-2:]
+    return masks[..., margin : margin + height, margin : margin + width]
+
+
+def resize_logits(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Logits (B, 1, H, W) at `size`: bilinear, averaging where it shrinks; untouched if they have that size."""
+    if logits.shape[-2:] == size:
+        return logits
+    return F.interpolate(logits, size=size, mode="bilinear", align_corners=False, antialias=True)
+
+
+def eval_batch_size(batch_size: int, size: tuple[int, int], device: torch.device) -> int:
+    """Images at once in evaluation.
+
+    A GPU takes four training batches, since no activations are kept, and of small images as many as make a million
+    pixels. A processor takes what keeps a stage's maps near its caches: at 64x64, 32 images are 10 % faster than 16.
+    """
+    n_pixels = size[0] * size[1]
+    if device.type == "cuda":
+        return max(4 * batch_size, 2**20 // n_pixels)
+    return max(batch_size, 2**17 // n_pixels)
+
+
+def count(logits: Tensor, masks: Tensor) -> Tensor:
+    """tp, fp, fn, tn of each image, (B, 4) int64 on the device; lesion is where the probability is above a half."""
+    return torch.stack(count_pixels(logits > 0, masks), dim=1)
+
+
+def fetch(counts: list[Tensor], losses: list[Tensor]) -> tuple[npt.NDArray[np.int64], float]:
+    """All counts (n, 4) and the sum of the losses, NaN without any: here the processor waits for the device."""
+    table: npt.NDArray[np.int64] = torch.cat(counts).cpu().numpy()
+    if not losses:
+        return table, math.nan
+    # Summed on the CPU, where there is float64 whatever the device.
+    return table, float(torch.stack(losses).cpu().double().sum())

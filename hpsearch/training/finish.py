@@ -1,0 +1,124 @@
+"""What stays of a fit that is done: its weights, scores, counts and examples, and fit.json last."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hpsearch import paths as files
+from hpsearch import runtime as devices
+from hpsearch.data.batches import DeviceData
+from hpsearch.data.cache import Normalization
+from hpsearch.paths import FitPaths
+from hpsearch.runtime import Runtime
+from hpsearch.training.checkpoint import WeightsInfo, save_array, save_weights, sha256
+from hpsearch.training.evaluation import Forward, Indices, predict_logits
+from hpsearch.training.loop import FitResult, microbatches_are_exact
+
+
+def finish_fit(
+    result: FitResult,
+    paths: FitPaths,
+    *,
+    data: DeviceData,
+    held_out_indices: Indices,
+    normalization: Normalization,
+    size: tuple[int, int],
+    runtime: Runtime,
+    extra: dict[str, Any] | None = None,
+    micro_batch: int | None = None,
+) -> dict[str, Any]:
+    """Write what stays of a fit, fit.json last, and remove its checkpoints; give what fit.json holds.
+
+    weights.safetensors, scores.npy, counts.npy and examples.npz hold nothing of time or process: killed at any point,
+    doing it again from last.pt writes the same bytes. `extra` goes into the weights' own description; fit.json keeps
+    `micro_batch` where it changed the result.
+    """
+    model = result.model
+    info = WeightsInfo(
+        model=model.config,
+        in_channels=data.n_channels,
+        normalization=normalization,
+        size=size,
+        extra=extra or {},
+    )
+    save_weights(paths.weights, model, info)
+    save_array(paths.scores, result.scores)
+    save_array(paths.counts, result.counts)
+    if len(held_out_indices) > 0:
+        save_examples(
+            paths.examples,
+            model,
+            data,
+            held_out_indices,
+            result.scores[-1],
+            normalization=normalization,
+            size=size,
+            runtime=runtime,
+        )
+    rows = result.rows
+    train_s, eval_s = sum(row.train_s for row in rows), sum(row.eval_s for row in rows)
+    summary = {
+        "format": 1,
+        "epochs": len(rows),
+        "value": float(np.mean(result.scores[-1], dtype=np.float64)) if len(held_out_indices) > 0 else None,
+        "n_held_out": len(held_out_indices),
+        "micro_batch": None if microbatches_are_exact(model.config) else micro_batch,
+        "seconds": train_s + eval_s,
+        "train_s": train_s,
+        "eval_s": eval_s,
+        "images_per_s": sum(row.images_per_s * row.train_s for row in rows) / train_s,
+        "peak_bytes": max(row.peak_bytes for row in rows),
+        "scores_sha256": sha256(paths.scores),
+        "weights_sha256": sha256(paths.weights),
+        "runtime": devices.describe(runtime),
+    }
+    files.write_json(paths.fit, summary)
+    for path in (paths.last, paths.previous):
+        path.unlink(missing_ok=True)
+    return summary
+
+
+def save_examples(
+    path: Path,
+    model: Forward,
+    data: DeviceData,
+    indices: Indices,
+    scores: npt.NDArray[np.floating[Any]],
+    *,
+    normalization: Normalization,
+    size: tuple[int, int],
+    runtime: Runtime,
+    n_each: int = 2,
+) -> None:
+    """Keep what `model` makes of the `n_each` worst, median and best images by `scores` (n,), in this order.
+
+    The .npz has `indices` (m,) int64 in `data`, `scores` (m,) and `probabilities` (m, H, W) uint8, 255 for certainly
+    lesion.
+    """
+    order = np.argsort(scores, kind="stable")
+    middle = max(0, (len(order) - n_each + 1) // 2)
+    # Fewer images than that are kept once each.
+    ranks = np.unique([*range(n_each), *range(middle, middle + n_each), *range(len(order) - n_each, len(order))])
+    chosen = order[ranks[(ranks >= 0) & (ranks < len(order))]]
+    with runtime.active():
+        probabilities = [
+            logits.sigmoid().mul(255).round().to(torch.uint8).squeeze(1).cpu().numpy()
+            for logits, _ in predict_logits(
+                model,
+                data,
+                indices[chosen],
+                batch_size=len(chosen),
+                normalization=normalization,
+                size=size,
+                runtime=runtime,
+            )
+        ]
+    with files.atomic_write(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(
+            file, indices=indices[chosen], scores=scores[chosen], probabilities=np.concatenate(probabilities)
+        )
