@@ -194,7 +194,7 @@ def test_inference_takes_less_than_training() -> None:
 
 
 MEASURE = """
-import ctypes, json, sys, threading, time
+import ctypes, json, sys
 import torch
 from torch.nn import functional as F
 from hpsearch.models.config import UNetConfig
@@ -203,9 +203,9 @@ from hpsearch.models.unet import UNet
 config, size, batch_size, precision, optimizer, training = json.loads(sys.argv[1])
 config = UNetConfig(**config)
 
-def anonymous():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+def status(name):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
 
 def steps(n, config, batch_size):
     model = UNet(config, 3).to(memory_format=torch.channels_last)
@@ -229,20 +229,10 @@ torch.set_num_threads(1)
 # Kernels are compiled and libraries initialised in a first, small run.
 steps(1, UNetConfig(**{**json.loads(sys.argv[1])[0], "base_channels": 1}), 2)
 ctypes.CDLL(None).malloc_trim(0)
-before = peak = anonymous()
-done = threading.Event()
-
-def watch():
-    global peak
-    while not done.wait(0.002):
-        peak = max(peak, anonymous())
-
-watcher = threading.Thread(target=watch)
-watcher.start()
+before = status("RssAnon")
 steps(3, config, batch_size)
-done.set()
-watcher.join()
-print(peak - before)
+# The highest resident memory, as the kernel keeps it, less the mapped files in it: a thread that looks may look away.
+print(status("VmHWM") - status("RssFile") - before)
 """
 
 
