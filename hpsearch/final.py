@@ -33,7 +33,14 @@ from hpsearch.paths import FinalPaths, FitPaths, ProjectPaths
 from hpsearch.report import trial_rows
 from hpsearch.report.card import model_card
 from hpsearch.report.claims import Claims
-from hpsearch.report.statistics import Corrected, Interval, Paired, bootstrap_mean, paired_difference
+from hpsearch.report.statistics import (
+    Corrected,
+    Interval,
+    Paired,
+    bootstrap_mean,
+    paired_difference,
+    trial_statistics,
+)
 from hpsearch.scoring import COLUMNS, mask_name, read_mask, score_table, write_submission
 from hpsearch.tracking import Tracker, TrackingThread
 from hpsearch.training.metrics import SCORES, PixelCounts
@@ -421,7 +428,8 @@ def _evaluate(
     metric = record.config.study.metric
     claims = Claims.of(record)
     assert claims is not None
-    out_of_fold = claims.scores.joint[claims.full.index(trial.number)]
+    row = claims.full.index(trial.number)
+    out_of_fold = claims.scores.joint[row]
     fold_means = [float(out_of_fold[images].mean()) for images in claims.scores.folds]
     scores = {name: np.stack([_scores(folder.seed(index), name) for index in range(n_seeds)]) for name in SCORES}
     by_choices = _means(folder.chosen_counts) if chosen is not None and chosen.choices != Choices() else {}
@@ -433,7 +441,7 @@ def _evaluate(
         trial=trial,
         paths=folder,
         metric=metric,
-        cv=bootstrap_mean(out_of_fold),
+        cv=trial_statistics(claims.scores)[row].total,
         cv_fold_std=float(np.std(fold_means, ddof=1)) if len(fold_means) > 1 else 0.0,
         is_confirmed=trial.number in record.confirmed(),
         corrected=claims.corrected if trial.number == claims.winner else None,

@@ -145,7 +145,8 @@ class StudyProgress:
     def confirming(self, trials: Sequence[int], done: int, total: int) -> None:
         if self._second is None:
             listed = ", ".join(map(str, trials))
-            self._print(f"the search is over; to tell luck from merit, trials {listed} are fitted once more")
+            those = f"trial {listed} is" if len(trials) == 1 else f"trials {listed} are"
+            self._print(f"the search is over; to tell luck from merit, {those} fitted once more")
         self._second = done, total
 
     def said(self, text: str) -> None:

@@ -32,6 +32,7 @@ def command(project: ProjectPaths, study_name: str | None, trial: int | None) ->
     from rich.text import Text
 
     from hpsearch.cli.progress import describe_params
+    from hpsearch.paths import read_json
     from hpsearch.report.words import command_line, duration
     from hpsearch.tracked_runs import final_names
     from hpsearch.tuning import lock
@@ -63,7 +64,8 @@ def command(project: ProjectPaths, study_name: str | None, trial: int | None) ->
         if status.shortlist:
             listed = ", ".join(map(str, status.shortlist))
             n_fits = len(status.shortlist) * status.n_folds
-            console.print(Text(f"  fitted once more: trials {listed}; {status.n_second}/{n_fits} second fits done"))
+            those = f"trial{'s' if len(status.shortlist) > 1 else ''} {listed}"
+            console.print(Text(f"  fitted once more: {those}; {status.n_second}/{n_fits} second fits done"))
         if status.eta_s is not None:
             console.print(Text(f"  about {duration(status.eta_s)} to go"))
         for fit in status.open_fits:
@@ -79,8 +81,16 @@ def command(project: ProjectPaths, study_name: str | None, trial: int | None) ->
         is_done = status.n_counted >= config.study.trials and (status.is_confirmed or not status.shortlist)
         if not status.is_running and not is_done:
             console.print(Text(f"  go on with it: {command_line('study', name, project)}"))
-        elif not status.is_running and status.best is not None and not final_names(project.study(name)):
+        finals = final_names(project.study(name))
+        if not status.is_running and is_done and status.best is not None and not finals:
             console.print(Text(f"  next: {command_line('final --best', name, project)}"))
+        for final in finals:
+            folder = project.study(name).final(final)
+            result = read_json(folder.result)
+            score = result["test"][result["metric"]]["mean"]
+            console.print(
+                Text(f"  final of trial {result['trial']}: test {result['metric']} {score:.4f}, in {folder.root}")
+            )
         if study_name is None:
             continue
         table = Table("trial", "outcome", "value", "folds", "time", "parameters", "why", box=None, pad_edge=False)

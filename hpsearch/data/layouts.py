@@ -45,7 +45,7 @@ _MASK_FOLDER = re.compile(r"mask|truth|label|segment|annotation|(^|[^a-z])gt([^a
 _IMAGE_FOLDER = re.compile(r"image|img|data|input|photo", re.IGNORECASE)
 _MISSING = (
     "no dataset in {root}: {needs}. Give the folder of ISIC-2017 with --data DIR (`hpsearch data download` "
-    "says how to get it), your own with --images DIR --masks DIR, or use the built-in one with --data sample"
+    "fetches it), your own with --images DIR --masks DIR, or use the built-in one with --data sample"
 )
 
 

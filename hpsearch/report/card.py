@@ -89,8 +89,8 @@ def _estimate(rows: StudyRows) -> str:
     assert rows.winner is not None
     estimate = words.interval(rows.winner.corrected.interval)
     return (
-        f"The search promised {words.SCORES[rows.metric]} {estimate} on new images like these, with the price of "
-        f"having been chosen among {len(rows.full)} taken off."
+        f"The search promised {words.SCORES[rows.metric]} {estimate} on new images like these, corrected for having "
+        f"been chosen among {len(rows.full)}."
     )
 
 

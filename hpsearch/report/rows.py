@@ -230,7 +230,10 @@ def study_rows(record: StudyRecord) -> StudyRows:
         n_folds=record.n_folds,
         n_images=n_held_out,
         is_running=lock.is_held(record.paths),
-        updated_at=max((trial.ended_at or trial.began_at for trial in trials), default=0.0),
+        updated_at=max(
+            [trial.ended_at or trial.began_at for trial in trials] + [result["ended_at"] for _, result in results],
+            default=0.0,
+        ),
         n_counted=sum(trial.outcome in COUNTED for trial in trials),
         trials=rows,
         winner=winner,

@@ -153,15 +153,15 @@ def _confirmation(rows: StudyRows) -> str:
     n_confirmed = sum(row.is_confirmed for row in rows.trials)
     if not n_confirmed:
         return ""
+    those, was = ("configuration", "was") if n_confirmed == 1 else (f"{n_confirmed} configurations", "were")
     return (
-        f"When the search was over, the {n_confirmed} configurations that were best on most bootstrap samples of the "
-        "images were fitted once more on the same folds with other seeds, and the best of them by both fits was "
-        "taken. "
+        f"When the search was over, the {those} that {was} best on most bootstrap samples of the images {was} fitted "
+        "once more on the same folds with other seeds, and the best by both fits was taken. "
     )
 
 
 def gap(points: Sequence[CurvePoint], metric: str) -> str:
-    """By how much training is ahead of held-out images, at half time and at the end; empty without epochs."""
+    """How far training is above or below held-out images, at half time and at the end; empty without epochs."""
     ahead: dict[int, list[float]] = {}
     for point in points:
         if point.score == metric and point.held_out is not None:
@@ -170,9 +170,10 @@ def gap(points: Sequence[CurvePoint], metric: str) -> str:
         return ""
     last = max(ahead)
     half = max(1, last // 2)
-    text = f"After epoch {last} training is ahead of held-out images by {np.mean(ahead[last]):+.4f} {SCORES[metric]}"
+    difference = f"{SCORES[metric]} of training minus that of held-out images"
+    text = f"After epoch {last} the {difference} is {np.mean(ahead[last]):+.4f}"
     if half < last:
-        text += f", after epoch {half} by {np.mean(ahead[half]):+.4f}"
+        text += f", after epoch {half} it was {np.mean(ahead[half]):+.4f}"
     return text + ". A gap that keeps growing is overfitting."
 
 
@@ -254,18 +255,24 @@ def _chosen(rows: StudyRows, winner: Winner) -> str:
     what = "that"
     if corrected.method == "confirmed":
         n_confirmed = sum(row.is_confirmed for row in rows.trials)
+        those = "this configuration was" if n_confirmed == 1 else f"the {n_confirmed} that could be the best were"
         text = (
-            f"The mean of its first fits is {corrected.naive:.4f}; the {n_confirmed} configurations that could be "
-            f"the best were then fitted once more; over both fits its mean is {interval(winner.statistics.total)}"
+            f"The mean of its first fits is {corrected.naive:.4f}; {those} then fitted once more; over both fits its "
+            f"mean is {interval(winner.statistics.total)}"
         )
         what = "that of the first"
     difference = corrected.naive - corrected.mean
-    price = (
-        f"having been picked as the best of many seems to have made no difference to {what}"
-        if abs(difference) < 0.00005
-        else f"having been picked as the best of many makes {what} {abs(difference):.4f} too "
-        f"{'high' if difference > 0 else 'low'}, as far as can be told"
-    )
+    if difference >= 0.00005:
+        price = (
+            f"having been picked as the best of many makes {what} {difference:.4f} too high, as far as can be told"
+        )
+    elif difference > -0.00005:
+        price = f"having been picked as the best of many seems to have made no difference to {what}"
+    else:
+        price = (
+            f"no luck of having been picked shows: with other seeds it came out higher than {what}, by "
+            f"{-difference:.4f} on the estimate, which is luck of a run too"
+        )
     return f"{text}; {price}. {_CORRECTION[corrected.method]}"
 
 
