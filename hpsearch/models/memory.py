@@ -39,7 +39,7 @@ _ALLOWANCE = 0.05
 """What the kernels' scratch memory and the allocator's gaps add to the tensors, but for training on the CPU."""
 _OWN_MEMORY = 32 * 2**20
 """Blocks of at least so many bytes are not on glibc's heap, once it has adapted to the sizes that it sees."""
-_GAPS = {"none": 0.15, "batch": 0.15, "group": 0.5, "instance": 0.5}
+_GAPS = {"none": 0.15, "batch": 0.15, "group": 0.6, "instance": 0.5}
 """Of the heap, beside what is in use at its fullest, as measured: the latter two copy whole maps in between."""
 
 
