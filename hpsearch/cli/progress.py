@@ -97,7 +97,7 @@ class StudyProgress:
         on = plan.machine.get("device_name", plan.device)
         folds = "the fixed split" if config.study.folds == "fixed" else f"{config.study.folds} folds"
         self._print(
-            f"study {self._name}: {config.study.trials} trials x {folds} x {config.train.epochs} epochs on "
+            f"study {self._name}: {_trials(config.study.trials)} x {folds} x {config.train.epochs} epochs on "
             f"{forecast.n_images} images ({describe_data(config.data)})"
         )
         self._print(
@@ -107,10 +107,10 @@ class StudyProgress:
         if forecast.n_trials and forecast.total_s == forecast.total_s:
             then = f", then up to {forecast.n_confirm} once more" if forecast.n_confirm else ""
             self._print(
-                f"{forecast.n_trials} trials to go{then}: at most about {duration(forecast.total_s)} here, "
+                f"{_trials(forecast.n_trials)} to go{then}: at most about {duration(forecast.total_s)} here, "
                 f"{duration(forecast.fit_s)} a fit, as measured; racing saves most of it"
                 if config.study.pruner == "race"
-                else f"{forecast.n_trials} trials to go{then}: about {duration(forecast.total_s)} here, "
+                else f"{_trials(forecast.n_trials)} to go{then}: about {duration(forecast.total_s)} here, "
                 f"{duration(forecast.fit_s)} a fit"
             )
         if forecast.total_s > LONG_S and plan.device == "cpu":
@@ -122,7 +122,7 @@ class StudyProgress:
     def trial_began(self, trial: TrialRecord) -> None:
         self._trials[trial.number] = trial
         if not self._is_live:
-            self._print(f"trial {trial.number}: {describe_params(trial.params)}")
+            self._print(f"trial {trial.number}: {describe_params(trial.params) or 'the configuration as given'}")
 
     def epoch_ended(self, trial: int, fold: int, row: Mapping[str, Any]) -> None:
         self._fits[trial, fold] = row
@@ -235,6 +235,10 @@ def describe_params(params: Mapping[str, Any]) -> str:
         f"{name.partition('.')[2]}={value:.3g}" if isinstance(value, float) else f"{name.partition('.')[2]}={value}"
         for name, value in params.items()
     )
+
+
+def _trials(n: int) -> str:
+    return f"{n} trial{'s' if n != 1 else ''}"
 
 
 def _bar(text: str, done: int, total: int) -> Table:
