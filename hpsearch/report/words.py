@@ -135,7 +135,7 @@ def methods(rows: StudyRows) -> str:
     sampler = {"tpe": "a tree-structured Parzen estimator (Optuna)", "random": "random search"}[study.sampler]
     pruner = {
         "race": "A paired racing test against the best fully evaluated trial, on the same images, ended trials that "
-        f"were unlikely to win (one-sided p < {racing.ALPHA:g}).",
+        f"were unlikely to be better by {racing.MATTERS:g} (one-sided p < {racing.ALPHA:g}).",
         "none": "No trial was ended early.",
     }.get(study.pruner, f"The pruner {study.pruner} ended trials early.")
     return (

@@ -1,10 +1,10 @@
 """Decides from the scores on record whether a trial can still win: the racing rule.
 
-One question is asked: is it plausible that the candidate is as good as the incumbent, the best *full* trial? If not,
-at a one-sided p below 0.15, the candidate is dropped. Few are better than the incumbent, most of them by little, and
-those that are better by much have a larger p: on generated studies 1.5 in 100 trials are dropped although they are
-better by 0.003, and p < 0.02, which drops 0.4, costs half as much again. y[c, i] is the score of image i from the
-fold model of trial c that had not seen it.
+One question is asked: is it plausible that the candidate is better than the incumbent, the best *full* trial, by as
+much as matters, 0.003? If not, at a one-sided p below 0.1, the candidate is dropped. So a tie ends too, as soon as it
+is known to be one: where the search draws near its optimum, most suggestions tie, and folds spent on them teach
+nothing. Few are better than the incumbent, most of them by little: on generated studies 1.6 in 100 trials are dropped
+although they are better by 0.003. y[c, i] is the score of image i from the fold model of trial c that had not seen it.
 
 **What is compared.** Images differ far more than configurations do, and folds have luck of their own. So the
 candidate is compared, on the very images it was scored on, with what a trial as good as the incumbent would score:
@@ -29,7 +29,8 @@ test's var(d) / n + 2 s^2 / k.
 part. At first there are too few trials to tell, so the estimate starts from a guess of 0.006 that weighs as much as 4
 degrees of freedom (nine in ten such guesses lie between 0.004 and 0.014). Only near trials count: a collapsed
 configuration has a run-to-run spread of its own, many times larger. mean d / SE is referred to Student's t with
-Satterthwaite's degrees of freedom, so that knowing s badly makes the rule cautious, not bold.
+Satterthwaite's degrees of freedom, so that knowing s badly makes the rule cautious, not bold; with 0.003 added to mean d, since that
+much better is what the candidate is supposed to be.
 
 **Inside the first fold** the score after the last epoch is not known, but how far it may still rise is limited. With
 w the share of the schedule's summed learning rate that is spent, the candidate is given the better of two
@@ -40,7 +41,7 @@ continuations from its best epoch so far (scores jump about while the learning r
 - *It is late.* Some curves lie flat, then jump. At best it rises from now on as the fastest near trial did from the
   start, with the learning rate that is left.
 
-Then the same test is made as if the fold were finished, at a fiftieth of the p, because it is made after every epoch
+Then the same test is made as if the fold were finished, at 3 % of the p, because it is made after every epoch
 and the limits are not laws. A trial is thus never dropped for being slow, only for being too late.
 """
 
@@ -58,9 +59,11 @@ from scipy.special import stdtr
 
 from hpsearch.data.folds import Folds
 
-ALPHA = 0.15
+ALPHA = 0.1
 """A trial is dropped at a one-sided p below this."""
-INSIDE = 0.02
+MATTERS = 0.003
+"""Being better than the incumbent by less is not worth the folds."""
+INSIDE = 0.03
 """Part of it that counts inside the first fold."""
 NEAR = 0.05
 """Full trials whose value is within this of the incumbent's tell what its kind scores."""
@@ -126,7 +129,7 @@ class Verdict:
     s: float | None = None
     """Standard deviation of a fold's mean from run to run."""
     p: float | None = None
-    """One-sided: how probable so large a mean d is if the candidate is as good."""
+    """One-sided: how probable so large a mean d is if the candidate is better by `MATTERS`."""
     against: int | None = None
     """Number of the incumbent."""
 
@@ -215,7 +218,7 @@ def compare(candidate: TrialScores, others: Sequence[TrialScores], n_folds: int)
         d=float(d.mean()),
         se=se,
         s=yardstick.s,
-        p=float(stdtr(df, -d.mean() / se)),
+        p=float(stdtr(df, -(d.mean() + MATTERS) / se)),
         against=yardstick.incumbent.number,
     )
 

@@ -16,6 +16,7 @@ from hpsearch.data.folds import Folds
 from hpsearch.tuning.racing import (
     ALPHA,
     INSIDE,
+    MATTERS,
     NEAR,
     S_FLOOR,
     S_GUESS,
@@ -75,7 +76,7 @@ def test_beside_a_single_full_trial_the_test_is_the_paired_one(rng: np.random.Ge
         df = (images + runs) ** 2 / (images**2 / (d.size - 1) + runs**2 / S_GUESS_DF)
         assert found.d == pytest.approx(d.mean(), abs=1e-7)
         assert found.se == pytest.approx(math.sqrt(images + runs), rel=1e-5)
-        assert found.p == pytest.approx(stats.t.sf(d.mean() / math.sqrt(images + runs), df), rel=1e-4)
+        assert found.p == pytest.approx(stats.t.sf((d.mean() + MATTERS) / math.sqrt(images + runs), df), rel=1e-4)
         assert found.estimate == pytest.approx(incumbent.value - d.mean(), abs=1e-7)
         assert (found.s, found.against, found.fold, found.epoch) == (S_GUESS, 3, k - 1, 1)
 
@@ -167,7 +168,7 @@ def test_of_two_equal_full_trials_the_earlier_is_the_incumbent() -> None:
 
 
 @pytest.mark.parametrize("sizes", [[310] * 5, [2] * 10, [7, 6], [10, 10, 11]])
-def test_equal_constant_trials_are_never_dropped(sizes: list[int]) -> None:
+def test_equal_constant_trials_are_not_dropped_inside_the_first_fold(sizes: list[int]) -> None:
     curve = np.array([1.0, 1.0, 1.0, 1.0])
     same = [np.full(size, 0.7) for size in sizes]
     others = [trial(number, same, curve) for number in range(6)]
@@ -177,9 +178,20 @@ def test_equal_constant_trials_are_never_dropped(sizes: list[int]) -> None:
             verdict = judge(until(candidate, 0, epoch), others_seen, folds_of(sizes))
             assert not verdict.drop
             assert verdict.p is not None
-            assert verdict.p >= 0.5 - 1e-6
-        for fold in range(1, len(sizes) - 1):
-            assert not judge(until(candidate, fold), others_seen, folds_of(sizes)).drop
+            assert verdict.se is not None
+            assert verdict.p >= stats.norm.sf(MATTERS / verdict.se) - 1e-6
+
+
+def test_a_tie_is_dropped_once_it_is_known_to_be_one_and_what_is_better_is_not() -> None:
+    # Six equal full trials: the spread from run to run is known to be small.
+    sizes = [400] * 10
+    same = [np.full(size, 0.7) for size in sizes]
+    full = [trial(number, same) for number in range(6)]
+    tie = [judge(until(trial(9, same), fold), full, folds_of(sizes)).drop for fold in range(9)]
+    assert not tie[0]
+    assert tie[-1]
+    better = trial(9, [scores + 2 * MATTERS for scores in same])
+    assert not any(judge(until(better, fold), full, folds_of(sizes)).drop for fold in range(9))
 
 
 def test_scores_that_are_all_zero_break_nothing() -> None:
@@ -272,10 +284,10 @@ def test_a_trial_that_is_better_by_much_is_dropped_at_most_twice_in_a_hundred(
 
 
 @pytest.mark.parametrize(("n_folds", "size"), SHAPES)
-def test_all_looks_together_err_less_than_twice_as_often_as_one_may(
+def test_all_looks_together_err_less_than_three_times_as_often_as_one_may(
     n_folds: int, size: int, rng: np.random.Generator
 ) -> None:
-    assert drops_of_a_better_one(n_folds, size, 0.003, rng) <= 200 * 2 * ALPHA
+    assert drops_of_a_better_one(n_folds, size, 0.003, rng) <= 200 * 3 * ALPHA
 
 
 @pytest.mark.parametrize(("n_folds", "size"), [(5, 4), (10, 2)])
