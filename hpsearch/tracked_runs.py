@@ -358,6 +358,11 @@ def write_final_files(record: StudyRecord, name: str, folder: Path) -> None:
     _write_panels(cases, metric, f"{title}: test images", folder)
 
 
+def import_figures() -> None:
+    """Load what draws while folds run, so that the end of the study does not wait for it."""
+    from hpsearch.report import figures  # noqa: F401
+
+
 def _write_curves(points: Sequence[CurvePoint], title: str, folder: Path) -> None:
     if points:
         # Half a second to import: not for `--help`, and not before there is something to draw.

@@ -400,6 +400,8 @@ class _Delivery:
         elif stopped or self._share.leads():
             is_last = stopped and self._share.is_last()
             self._deliver(study, {}, partial(runs.write_study_files, self.record), is_last)
+        if not stopped:
+            runs.import_figures()
         if failures:
             raise failures[0]
 
