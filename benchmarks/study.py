@@ -2,6 +2,8 @@
 
     python benchmarks/study.py --data DIR             DIR in the archive layout; about 8 minutes on two cores
     python benchmarks/study.py --data DIR --rounds 5  five times in turn, the median of each side
+    python benchmarks/study.py --data DIR --trials 50 --sides race monai
+                                                      a longer search, without the side that need not be timed again
     python benchmarks/study.py --quick                drawn images, a minute or two: shows that it works
 
 All sides evaluate the same configurations (those that `hpsearch --sampler random` suggests; the other side is given
@@ -73,12 +75,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=0, help="one worker of so many; default: each side's choice")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--monai", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.monai:
         run_monai(arguments, json.loads(arguments.monai))
         return
+    if arguments.sides == ["monai"]:
+        parser.error("the configurations are those that hpsearch suggests: give one of its sides as well")
     if missing := [name for name in ("monai",) if importlib.util.find_spec(name) is None]:
         raise SystemExit(f'{missing[0]} is not installed: pip install "hpsearch[bench]"')
     if arguments.quick:
@@ -90,16 +95,17 @@ def main() -> None:
         images = data.name if arguments.data else "drawn images"
         print(f"{images}, {arguments.images} of them at {SIZE}x{SIZE}; {arguments.trials} trials,", end=" ")
         print(f"{arguments.folds} folds, {arguments.epochs} epochs, {arguments.rounds} round(s)\n", flush=True)
-        results: dict[str, list[Result]] = {side: [] for side in SIDES}
+        results: dict[str, list[Result]] = {side: [] for side in SIDES if side in arguments.sides}
         params: list[dict[str, Any]] = []
         for number in range(arguments.rounds):
-            for side in SIDES:
+            for side in results:
                 project = work / f"{side}{number}"
                 if side == "monai":
                     results[side].append(time_monai(arguments, data, project, params))
                 else:
                     results[side].append(time_hpsearch(arguments, data, project, side))
                     params = params or read_params(project)
+                print(f"round {number + 1}, {TITLES[side]}: {results[side][-1].wall_s:.1f} s", flush=True)
         print_table(results)
 
 
@@ -107,15 +113,22 @@ def print_table(results: dict[str, list[Result]]) -> None:
     """One line a side, medians over rounds."""
     wall = {side: statistics.median(each.wall_s for each in found) for side, found in results.items()}
     cpu = {side: statistics.median(each.cpu_s for each in found) for side, found in results.items()}
-    print(f"{'':22}{'clock':>9}{'CPU':>9}{'of no racing':>14}{'of racing':>11}{'by CPU':>14}  best value")
+
+    def ratio(seconds: dict[str, float], side: str, to: str) -> str:
+        return f"{seconds[side] / seconds[to]:.2f}x" if to in seconds else "-"
+
+    print(f"\n{'':22}{'clock':>9}{'CPU':>9}{'of no racing':>14}{'of racing':>11}{'by CPU':>14}  best value")
     for side, found in results.items():
         best = found[0].best
         print(
-            f"{TITLES[side]:22}{wall[side]:8.1f}s{cpu[side]:8.1f}s{wall[side] / wall['none']:13.2f}x"
-            f"{wall[side] / wall['race']:10.2f}x{cpu[side] / cpu['none']:7.2f}x{cpu[side] / cpu['race']:5.2f}x"
+            f"{TITLES[side]:22}{wall[side]:8.1f}s{cpu[side]:8.1f}s{ratio(wall, side, 'none'):>14}"
+            f"{ratio(wall, side, 'race'):>11}{ratio(cpu, side, 'none'):>8}{ratio(cpu, side, 'race'):>6}"
             f"  {found[0].values[best]:.4f} (trial {best})"
         )
-    ours, theirs = results["none"][0].values, results["monai"][0].values
+    if "monai" not in results or len(results) == 1:
+        return
+    ours = results.get("none", results.get("race", []))[0].values
+    theirs = results["monai"][0].values
     apart = [theirs[trial] - ours[trial] for trial in sorted(set(ours) & set(theirs))]
     print(f"values of the same configurations, MONAI minus hpsearch: mean {statistics.mean(apart):+.4f}", end=", ")
     print(f"standard deviation {statistics.stdev(apart) if len(apart) > 1 else 0.0:.4f}")
