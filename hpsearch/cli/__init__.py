@@ -5,6 +5,8 @@ Nothing heavy is imported before a command runs, so that `--help` answers at onc
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib
 import logging
 import os
@@ -64,6 +66,8 @@ def group() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line: exit code 0 done, 1 an error in one line, 2 usage, 128 + signal if interrupted."""
+    # Else Python, as it ends, looks for cycles among all that MLflow has loaded: most of a second.
+    atexit.register(gc.freeze)
     code = _run(arguments)
     tracking = sys.modules.get("hpsearch.tracking")
     if tracking is not None and tracking.is_delivering():
