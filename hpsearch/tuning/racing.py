@@ -4,7 +4,8 @@ One question is asked: is it plausible that the candidate is better than the inc
 much as matters, 0.003? If not, at a one-sided p below 0.1, the candidate is dropped. So a tie ends too, as soon as it
 is known to be one: where the search draws near its optimum, most suggestions tie, and folds spent on them teach
 nothing. Few are better than the incumbent, most of them by little: on generated studies 1.6 in 100 trials are dropped
-although they are better by 0.003. y[c, i] is the score of image i from the fold model of trial c that had not seen it.
+although they are better by 0.003. y[c, i] is the score of image i from the fold model of trial c that had not seen
+it.
 
 **What is compared.** Images differ far more than configurations do, and folds have luck of their own. So the
 candidate is compared, on the very images it was scored on, with what a trial as good as the incumbent would score:
@@ -29,8 +30,8 @@ test's var(d) / n + 2 s^2 / k.
 part. At first there are too few trials to tell, so the estimate starts from a guess of 0.006 that weighs as much as 4
 degrees of freedom (nine in ten such guesses lie between 0.004 and 0.014). Only near trials count: a collapsed
 configuration has a run-to-run spread of its own, many times larger. mean d / SE is referred to Student's t with
-Satterthwaite's degrees of freedom, so that knowing s badly makes the rule cautious, not bold; with 0.003 added to mean d, since that
-much better is what the candidate is supposed to be.
+Satterthwaite's degrees of freedom, so that knowing s badly makes the rule cautious, not bold; with 0.003 added to
+mean d, since that much better is what the candidate is supposed to be.
 
 **Inside the first fold** the score after the last epoch is not known, but how far it may still rise is limited. With
 w the share of the schedule's summed learning rate that is spent, the candidate is given the better of two
