@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -350,17 +350,32 @@ class Coordinator:
             self._workers.submit(worker, self._fit_job(trial, fold))
 
     def _next_fit(self) -> tuple[_OpenTrial, int] | None:
-        """What an idle worker shall do: go on with a trial, begin one, or help with another fold of one."""
+        """What an idle worker shall do: go on with a trial, begin one, or help with another fold of one.
+
+        In a race all help with the first trial, since nothing can be dropped before one is full; and later with those
+        that have survived a fold, where none is left to begin.
+        """
         for trial in self._open.values():
             if not trial.fitting and (fold := self._next_fold(trial)) is not None:
                 return trial, fold
+        is_first = self._pruner.is_sequential and not any(trial.can_win for trial in self._trials.values())
+        if is_first and (task := self._help(list(self._open.values())[:1])) is not None:
+            return task
         while self._wants_trials() and self._may_ask() and (asked := self._ask()) is not None:
             if (begun := self._begin(asked)) is not None and (fold := self._next_fold(begun)) is not None:
                 return begun, fold
-        if not self._pruner.is_sequential:
-            for trial in self._open.values():
-                if trial.dropped is None and (fold := self._next_fold(trial)) is not None:
-                    return trial, fold
+        if self._pruner.is_sequential:
+            return self._help([t for t in self._open.values() if self._record.finished_folds(t.record.number)])
+        return self._help(self._open.values())
+
+    def _help(self, trials: Iterable[_OpenTrial]) -> tuple[_OpenTrial, int] | None:
+        """Another fold of one of these trials, beside those that are being fitted."""
+        if not self._pruner.takes_any_fold or (self._pruner.is_sequential and self._record.config.study.lookahead):
+            # How far the others are when one is judged would depend on the number of workers.
+            return None
+        for trial in trials:
+            if trial.dropped is None and (fold := self._next_fold(trial)) is not None:
+                return trial, fold
         return None
 
     def _next_fold(self, trial: _OpenTrial) -> int | None:
@@ -473,7 +488,7 @@ class Coordinator:
         self._ownership.epoch_ended(number, fold, row["epoch"], len(self._record.folds.train(fold)))
         self._wake_tracking()
         if trial.dropped is None and trial.record.outcome is None:
-            self._judge(trial)
+            self._judge(trial, fold)
         go = trial.dropped is None and number in self._open and not self._stop.is_requested
         self._workers.reply(worker, go=go)
 
@@ -505,9 +520,12 @@ class Coordinator:
                 trial.record = dataclasses.replace(trial.record, micro_batch=min(parts))
             self._end(trial.record, "full", value=self._record.value(number))
 
-    def _judge(self, trial: _OpenTrial) -> None:
-        """Ask the pruner after an epoch, and keep what it says on record before anything follows from it."""
+    def _judge(self, trial: _OpenTrial, fold: int) -> None:
+        """Ask the pruner after an epoch of this fold; keep what it says on record before anything follows from it."""
         candidate = self._trial_scores(trial.record.number)
+        # Without what others do beside it: a fold that they have not finished tells of no end.
+        scores = {each: candidate.scores[each] for each in candidate.finished if each != fold}
+        candidate = dataclasses.replace(candidate, scores={**scores, fold: candidate.scores[fold]})
         others = self._ended_scores()
         if lookahead := self._record.config.study.lookahead:
             # What has ended besides depends on how many workers there are.
@@ -519,7 +537,7 @@ class Coordinator:
     def _keep_decision(self, trial: _OpenTrial, verdict: Verdict) -> None:
         decision = verdict.to_dict()
         # An epoch that was judged before a restart is not entered twice.
-        before = [each for each in trial.record.decisions if _moment(each) < _moment(decision)]
+        before = [each for each in trial.record.decisions if not _is_at_or_after(each, decision)]
         trial.record = dataclasses.replace(trial.record, decisions=(*before, decision))
         self._write(trial.record)
         if verdict.drop:
@@ -636,8 +654,9 @@ class Coordinator:
             self._tracking.wake()
 
 
-def _moment(decision: dict[str, Any]) -> tuple[int, int]:
-    return decision["fold"], decision["epoch"]
+def _is_at_or_after(decision: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether the decision was made at the same epoch as the other, or at a later one of the same fold."""
+    return bool(decision["fold"] == other["fold"] and decision["epoch"] >= other["epoch"])
 
 
 def fit_seed(config: StudyConfig, place: int, fold: int) -> int:

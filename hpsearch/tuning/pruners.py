@@ -24,10 +24,14 @@ class Pruner(Protocol):
 
     @property
     def is_sequential(self) -> bool:
-        """Whether the folds of a trial must run one after another."""
+        """Whether the folds of a trial are to run one after another where there are other trials to run."""
+
+    @property
+    def takes_any_fold(self) -> bool:
+        """Whether it can judge by whichever folds are finished, not only by the first ones."""
 
     def judge(self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds) -> Verdict | None:
-        """Asked after every epoch of the candidate's last begun fold; None where the rule has nothing to say.
+        """Asked after every epoch, which is that of `candidate.latest`; None where the rule has nothing to say.
 
         `others` are all other trials that have scores, in whatever order: ended or not, full or not.
         """
@@ -52,6 +56,7 @@ class NoPruner:
     """Every trial is evaluated on all folds."""
 
     is_sequential = False
+    takes_any_fold = True
 
     def judge(self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds) -> None:
         return None
@@ -88,6 +93,7 @@ class OptunaPruner:
     """
 
     is_sequential = True
+    takes_any_fold = False
 
     def __init__(self, make: Callable[[], BasePruner], reports: Callable[[TrialScores, Folds], list[Report]]) -> None:
         """`make` gives the pruner, fresh; `reports` what it is told, one report for each time it is asked."""
@@ -116,7 +122,7 @@ class OptunaPruner:
             self._bring_up_to_date(trial, folds)
         self._bring_up_to_date(candidate, folds)
         drop = self._answers[candidate.number][n_reports - 1]
-        fold = max(candidate.scores)
+        fold = candidate.latest
         epoch = len(candidate.scores[fold])
         where = f"at epoch {epoch} of fold {fold}" if epoch < candidate.n_epochs else f"after fold {fold}"
         reason = f"{where}: {'dropped' if drop else 'kept'} by Optuna's {self._name}"
@@ -144,8 +150,7 @@ class OptunaPruner:
 
 
 def _an_epoch_ago(trial: TrialScores) -> TrialScores:
-    last = max(trial.scores)
-    scores = {**trial.scores, last: trial.scores[last][:-1]}
+    scores = {**trial.scores, trial.latest: trial.scores[trial.latest][:-1]}
     return TrialScores(
         trial.number, {fold: each for fold, each in scores.items() if len(each)}, trial.n_epochs, trial.schedule
     )

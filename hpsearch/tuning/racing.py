@@ -84,7 +84,7 @@ class TrialScores:
 
     number: int
     scores: Mapping[int, NDArray[np.float32]]
-    """Fold to the per-image scores after every epoch so far, (epochs >= 1, held-out images)."""
+    """Fold to the per-image scores after every epoch so far, (epochs >= 1, held-out images); the latest fold last."""
     n_epochs: int
     """Epochs of a whole fit."""
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -93,6 +93,11 @@ class TrialScores:
     def curves(self) -> dict[int, Scores]:
         """Fold to the mean score after every epoch so far, (epochs,)."""
         return {fold: scores.mean(axis=1, dtype=np.float64) for fold, scores in self.scores.items()}
+
+    @property
+    def latest(self) -> int:
+        """The fold that the latest epoch is of."""
+        return list(self.scores)[-1]
 
     @cached_property
     def finished(self) -> tuple[int, ...]:
@@ -142,7 +147,7 @@ class Race:
     """The racing rule as a pruner. A pure function of its arguments: what is on record decides."""
 
     is_sequential = True
-    """The folds of a trial run one after another."""
+    takes_any_fold = True
 
     def __init__(self, alpha: float = ALPHA) -> None:
         self.alpha = alpha
@@ -153,7 +158,7 @@ class Race:
         Of the other trials only the full ones count. None where there is nothing to say: no trial is full yet, the
         candidate itself is, or it is inside a later fold.
         """
-        fold = max(candidate.scores)
+        fold = candidate.latest
         epoch = len(candidate.scores[fold])
         is_inside = epoch < candidate.n_epochs
         found = None if is_inside and candidate.finished else compare(candidate, others, folds.k)
@@ -167,7 +172,7 @@ class Race:
 
 def verdict_on_request(candidate: TrialScores, others: Sequence[TrialScores], n_folds: int, reason: str) -> Verdict:
     """The verdict on a candidate with scores that somebody wants to end: dropped, with what is known of it so far."""
-    fold = max(candidate.scores)
+    fold = candidate.latest
     epoch = len(candidate.scores[fold])
     if (found := compare(candidate, others, n_folds)) is not None:
         return Verdict(drop=True, fold=fold, epoch=epoch, reason=reason, **found._asdict())

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import optuna
 import pytest
 
+from hpsearch.data.folds import Folds
 from hpsearch.errors import (
     CacheError,
     ConfigError,
@@ -26,7 +30,8 @@ from hpsearch.tuning import coordinator, lock
 from hpsearch.tuning.coordinator import Stop, StudySummary
 from hpsearch.tuning.listener import Silent
 from hpsearch.tuning.planning import MachineChoice
-from hpsearch.tuning.record import StudyRecord
+from hpsearch.tuning.racing import Race, TrialScores, Verdict
+from hpsearch.tuning.record import StudyRecord, TrialRecord
 from tests.data.conftest import tiny_pairs, write_pairs
 from tests.tuning.studies import everything, mean_of_out_of_fold, run, tiny_config, write_tiny_dataset
 
@@ -219,6 +224,60 @@ def test_any_number_of_workers_gives_the_same_values_and_trains_each_fold_once(d
     assert everything(one) == everything(two)
     lines = [line for line in two.paths.log.read_text().splitlines() if " finished: " in line]
     assert len(lines) == len({line.split("INFO")[1].split(" finished")[0] for line in lines}) == 10
+
+
+@pytest.mark.slow
+def test_in_a_race_workers_help_with_the_first_trial_and_with_survivors_when_none_is_left_to_begin(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coordinator.pruners, "make_pruner", lambda _: Race(alpha=0.0))
+    begun: list[tuple[int, int, list[int]]] = []
+    make_job = coordinator.fits.fold_job
+
+    def fold_job(record: StudyRecord, trial: TrialRecord, fold: int, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        begun.append((trial.number, fold, record.finished_folds(trial.number)))
+        return make_job(record, trial, fold, *args, **kwargs)
+
+    hand_out = coordinator.Coordinator._hand_out
+
+    def once_both_have_started(self: coordinator.Coordinator) -> None:
+        if begun or len(list(self._workers.idle())) == len(self._plan.workers):
+            hand_out(self)
+
+    monkeypatch.setattr(coordinator.fits, "fold_job", fold_job)
+    monkeypatch.setattr(coordinator.Coordinator, "_hand_out", once_both_have_started)
+    config = tiny_config(dataset, "study.sampler=random", "study.trials=2", "study.folds=3")
+    two = run(tmp_path / "two", config, machine=MachineChoice("cpu", 2, 1)).record
+    # Both workers at once, then whoever is done first; the other one begins trial 1.
+    assert begun[:2] == [(0, 0, []), (0, 1, [])]
+    assert begun[2][:2] == (0, 2)
+    assert begun[3] == (1, 0, [])
+    # Nobody helped before its first fold was done.
+    assert begun[4:] == [(1, 1, [0]), (1, 2, [0])]
+    one = run(tmp_path / "one", config).record
+    assert everything(one)["scores"] == everything(two)["scores"]
+    assert [trial.value for trial in one.trials()] == [trial.value for trial in two.trials()]
+
+
+@pytest.mark.slow
+def test_a_survivor_that_is_dropped_while_others_help_ends_whole(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Late(Race):
+        def judge(self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds) -> Verdict | None:
+            verdict = super().judge(candidate, others, folds)
+            drop = candidate.number == 1 and len(candidate.finished) == 2
+            return None if verdict is None else dataclasses.replace(verdict, drop=drop)
+
+    monkeypatch.setattr(coordinator.pruners, "make_pruner", lambda _: Late())
+    config = tiny_config(dataset, "study.trials=2", "study.folds=4")
+    record = run(tmp_path, config, machine=MachineChoice("cpu", 3, 1)).record
+    dropped = record.trial(1)
+    assert dropped.outcome == "dropped"
+    assert [decision["drop"] for decision in dropped.decisions][-1]
+    assert 2 <= len(record.finished_folds(1)) <= 4
+    assert not list(record.paths.root.rglob("last.pt"))
+    assert optuna_study(tmp_path).trials[1].value == dropped.value
 
 
 @pytest.mark.slow

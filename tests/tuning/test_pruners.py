@@ -142,6 +142,7 @@ def test_each_name_makes_its_rule() -> None:
     assert isinstance(pruner_of("none"), NoPruner)
     assert all(isinstance(pruner_of(name), OptunaPruner) for name in ("median", "hyperband", "wilcoxon"))
     assert [name for name in NAMES if not pruner_of(name).is_sequential] == ["none"]
+    assert sorted(name for name in NAMES if pruner_of(name).takes_any_fold) == ["none", "race"]
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,18 @@ def test_nothing_is_said_without_a_full_trial_nor_about_one_nor_inside_a_later_f
     assert Race().judge(until(whole, 1), [other], FOLDS) is not None
 
 
+def test_the_verdict_is_on_the_latest_fold_and_the_same_whatever_order_the_folds_ended_in(
+    rng: np.random.Generator,
+) -> None:
+    whole, other = (trial(number, images_of(rng, SIZES)) for number in (0, 1))
+    last_2, last_0 = (
+        judge(TrialScores(0, {fold: whole.scores[fold] for fold in order}, 1), [other], FOLDS)
+        for order in ((0, 3, 2), (2, 3, 0))
+    )
+    assert (last_2.fold, last_0.fold) == (2, 0)
+    assert (last_2.d, last_2.se, last_2.p, last_2.estimate) == (last_0.d, last_0.se, last_0.p, last_0.estimate)
+
+
 def test_the_verdict_depends_on_neither_order_nor_identity_of_the_others(rng: np.random.Generator) -> None:
     curve = np.array([0.6, 0.8, 1.0])
     finals = [images_of(rng, SIZES) for _ in range(6)]
