@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shlex
 import sys
 import time
@@ -21,6 +22,7 @@ from hpsearch.plan import ExecutionPlan, Forecast, describe_data
 from hpsearch.report.words import command_line, duration
 from hpsearch.tuning.coordinator import StudySummary
 from hpsearch.tuning.record import COUNTED, StudyRecord, TrialRecord
+from hpsearch.tuning.status import study_status
 
 LONG_S = 36 * 3600.0
 """A search that is foreseen to take longer is worth a word before it begins."""
@@ -54,11 +56,10 @@ class StudyProgress:
         self._images: tuple[int, int] | None = None
         self._trials: dict[int, TrialRecord] = {}
         self._fits: dict[tuple[int, int], Mapping[str, Any]] = {}
-        self._forecast: Forecast | None = None
+        self._to_go: tuple[float, float] | None = None
+        """Seconds to go, and when that was reckoned."""
         self._second: tuple[int, int] | None = None
         """Second fits done, and of how many."""
-        self._began = time.monotonic()
-        self._ended_here = 0
         self._say_decoded = DecodingLines(self._print)
         self._live = Live(console=self._console, refresh_per_second=4, transient=True, get_renderable=self._render)
 
@@ -85,9 +86,9 @@ class StudyProgress:
             )
 
     def planned(self, record: StudyRecord, plan: ExecutionPlan, forecast: Forecast) -> None:
-        self._record, self._forecast = record, forecast
+        self._record = record
         self._trials = {trial.number: trial for trial in record.trials()}
-        self._began = time.monotonic()
+        self._to_go = (forecast.total_s, time.monotonic()) if math.isfinite(forecast.total_s) else None
         config = record.config
         if self._trials:
             counted = sum(trial.outcome in COUNTED for trial in self._trials.values())
@@ -136,7 +137,7 @@ class StudyProgress:
         self._trials[trial.number] = trial
         for key in [key for key in self._fits if key[0] == trial.number]:
             del self._fits[key]
-        self._ended_here += trial.outcome in COUNTED
+        self._reckon()
         value = f"{trial.value:.4f}" if trial.value is not None else "-"
         mark = "  best so far" if self._best() is trial else ""
         reason = f"  ({trial.reason})" if trial.outcome not in ("full",) and trial.reason else ""
@@ -148,6 +149,7 @@ class StudyProgress:
             those = f"trial {listed} is" if len(trials) == 1 else f"trials {listed} are"
             self._print(f"the search is over; to tell luck from merit, {those} fitted once more")
         self._second = done, total
+        self._reckon()
 
     def said(self, text: str) -> None:
         self._print(text)
@@ -202,10 +204,11 @@ class StudyProgress:
         head = f"study {self._name}  {counted}/{config.study.trials} trials"
         if best is not None:
             head += f"  best {best.value:.4f} (trial {best.number})"
-        lines = [_bar(f"{head}  ETA {self._eta(counted)}", counted, config.study.trials)]
+        done, total = counted, config.study.trials
         if self._second is not None:
             done, total = self._second
-            lines = [_bar(f"{head}  second fits {done}/{total}", done, total)]
+            head += f"  second fits {done}/{total}"
+        lines = [_bar(f"{head}  ETA {self._eta()}", done, total)]
         table = Table.grid(padding=(0, 2))
         for (trial, fold), row in sorted(self._fits.items()):
             scores = row["held_out"] or row["train"]
@@ -219,14 +222,16 @@ class StudyProgress:
             )
         return Group(*lines, table)
 
-    def _eta(self, counted: int) -> str:
-        assert self._record is not None
-        left = self._record.config.study.trials - counted
-        if self._ended_here:
-            return duration(left * (time.monotonic() - self._began) / self._ended_here)
-        if self._forecast is not None and self._forecast.total_s == self._forecast.total_s:
-            return duration(max(0.0, self._forecast.total_s - (time.monotonic() - self._began)))
-        return "?"
+    def _reckon(self) -> None:
+        """How long it will still take, by what has been recorded so far."""
+        if self._is_live and (seconds := study_status(self._project, self._name).eta_s) is not None:
+            self._to_go = seconds, time.monotonic()
+
+    def _eta(self) -> str:
+        if self._to_go is None:
+            return "?"
+        seconds, reckoned_at = self._to_go
+        return duration(max(0.0, seconds - (time.monotonic() - reckoned_at)))
 
 
 def describe_params(params: Mapping[str, Any]) -> str:

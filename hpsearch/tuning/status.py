@@ -119,9 +119,10 @@ def _seconds_to_go(
     ended = [seconds[trial.number] for trial in trials if trial.outcome in COUNTED]
     n_confirm = confirmation.n_left(record, n_left)
     if ended:
-        # Those that are fitted once more are full ones; as long as there is none, the longest that ended must do.
-        full = [seconds[trial.number] for trial in trials if trial.can_win] or [max(ended)]
-        confirming = n_confirm * sum(full) / len(full)
+        # The best full ones are fitted once more; as long as there is none, the longest that ended must do.
+        best = sorted((trial for trial in trials if trial.can_win), key=lambda trial: -(trial.value or 0.0))
+        again = [seconds[trial.number] for trial in best[:n_confirm]] or [max(ended)]
+        confirming = n_confirm * sum(again) / len(again)
         return max(0.0, sum(ended) / len(ended) * n_left + confirming - running) / len(plan.workers)
     n_images = len(record.folds.ids) if record.has_folds else 0
     total = plans.forecast(

@@ -1,8 +1,17 @@
 from __future__ import annotations
 
-import pytest
+import io
+from pathlib import Path
 
-from hpsearch.cli.progress import DecodingLines
+import pytest
+from rich.console import Console
+
+from hpsearch.cli.progress import DecodingLines, StudyProgress
+from hpsearch.plan import ExecutionPlan, Forecast
+from hpsearch.report.words import duration
+from hpsearch.tuning import status as statuses
+from hpsearch.tuning.status import study_status
+from tests.recorded import FakeStudy
 
 
 @pytest.mark.parametrize(
@@ -16,3 +25,32 @@ def test_decoding_is_said_in_a_few_lines(total: int, shown: list[int]) -> None:
         for done in range(1, total + 1):
             show(done, total)
         assert lines == [f"decoding images: {done} of {total}" for done in shown]
+
+
+def test_the_display_reckons_the_time_to_go_as_status_does_with_the_second_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(statuses.lock, "is_held", lambda _: True)
+    fake = FakeStudy(tmp_path, overrides=("study.confirm=2",))
+    progress = StudyProgress("fake", fake.project)
+    progress._is_live = True
+    plan = ExecutionPlan.from_dict(fake.record.plan() or {})
+    forecast = Forecast(n_trials=6, n_confirm=2, n_folds=2, epochs=3, n_images=20, fit_s=600.0, total_s=7200.0)
+    progress.planned(fake.record, plan, forecast)
+    assert "ETA 2 h" in shown_by(progress)
+
+    ended = [fake.trial(), fake.trial("dropped"), fake.trial()]
+    for trial in ended:
+        progress.trial_ended(trial)
+    status = study_status(fake.project, "fake")
+    of_full = [status.seconds[trial.number] for trial in ended if trial.outcome == "full"]
+    # One worker; three of six trials to go, then two once more.
+    expected_s = sum(status.seconds.values()) / 3 * 3 + sum(of_full) / 2 * 2
+    assert status.eta_s == pytest.approx(expected_s)
+    assert f"ETA {duration(expected_s)}" in shown_by(progress)
+
+
+def shown_by(progress: StudyProgress) -> str:
+    out = io.StringIO()
+    Console(file=out, width=200).print(progress._render())
+    return out.getvalue()
