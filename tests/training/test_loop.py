@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpsearch import paths as files
 from hpsearch import runtime as devices
@@ -289,6 +290,42 @@ def test_a_gpu_evaluates_more_images_at_once_than_it_trains_on():
 
 
 # --- what a fit writes --------------------------------------------------------------------------------------------
+
+
+class ValueReads(TorchDispatchMode):
+    """Counts the operations that a device would have to be waited for: those whose result depends on values."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+        self.n += not tags.isdisjoint(func.tags)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("norm", ["batch", "group", "instance", "none"])
+def test_no_step_and_no_evaluated_batch_asks_for_a_value(norm, optimizer, monkeypatch):
+    """What `test_loop_on_cuda.py` asks CUDA itself, without a GPU: nothing between two epochs makes anyone wait."""
+    monkeypatch.setattr(loop, "eval_batch_size", lambda *_: 4)
+
+    def n_reads(n_images: int) -> int:
+        augment = AugmentConfig(
+            hflip=0.5, vflip=0.5, brightness=0.2, contrast=0.2, hue=0.1, rotate=10, blur=1, noise=0.1
+        )
+        arguments = fit_arguments(
+            data=make_data(FakeCache(n=2 * n_images)),
+            model_config=UNetConfig(base_channels=2, depth=1, stacking=1, norm=norm),
+            train=TrainConfig(epochs=2, batch_size=4, optimizer=optimizer, loss="bce+dice+jaccard"),
+            augment=augment,
+            train_indices=np.arange(n_images),
+            held_out_indices=np.arange(n_images, 2 * n_images),
+        )
+        with ValueReads() as reads:
+            fit(**arguments)
+        return reads.n
+
+    assert n_reads(24) == n_reads(8)
 
 
 def test_after_each_epoch_come_checkpoint_scores_line_and_call_in_this_order(folder):
