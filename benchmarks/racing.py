@@ -50,7 +50,7 @@ from hpsearch.tuning.record import StudyRecord
 BETTER = 0.003
 """A trial is truly better than the incumbent if it is so by this much."""
 MODELS = [(spread, noise) for spread in (0.03, 0.01, 0.005) for noise in (0.003, 0.006, 0.012)]
-ALPHAS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
+ALPHAS = (0.02, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4)
 LOOKAHEADS = (2, 4, 8)
 """What `hpsearch study --deterministic` costs: 4 is what it takes."""
 OTHER_SHAPES: dict[str, dict[str, float]] = {

@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import resource
 import statistics
@@ -130,8 +131,9 @@ def print_table(results: dict[str, list[Result]]) -> None:
     ours = results.get("none", results.get("race", []))[0].values
     theirs = results["monai"][0].values
     apart = [theirs[trial] - ours[trial] for trial in sorted(set(ours) & set(theirs))]
-    print(f"values of the same configurations, MONAI minus hpsearch: mean {statistics.mean(apart):+.4f}", end=", ")
-    print(f"standard deviation {statistics.stdev(apart) if len(apart) > 1 else 0.0:.4f}")
+    spread = statistics.stdev(apart) if len(apart) > 1 else math.nan
+    print(f"values of {len(apart)} configurations, MONAI minus hpsearch: mean {statistics.mean(apart):+.4f}", end=" ")
+    print(f"(standard error {spread / math.sqrt(len(apart)):.4f}), standard deviation {spread:.4f}")
 
 
 def timed(command: list[str], log: Path) -> tuple[float, float]:
@@ -218,7 +220,9 @@ def run_monai(arguments: argparse.Namespace, told: dict[str, Any]) -> None:
             Dataset(train, monai_flips()), batch_size=batch_size, shuffle=True, drop_last=True, num_workers=0
         )
         held_out_loader = DataLoader(held_out, batch_size=32, num_workers=0)
-        model = plain_unet(config).to(memory_format=torch.channels_last)
+        # Each fit starts from weights of its own, as ours do: one start for all would be one piece of luck for all.
+        seed = (arguments.seed * 1000 + trial.number) * arguments.folds + fold
+        model = plain_unet(config, seed=seed).to(memory_format=torch.channels_last)
         optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, arguments.epochs * len(train_loader))
         scores: list[float] = []
