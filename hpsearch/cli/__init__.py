@@ -66,8 +66,7 @@ def group() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line: exit code 0 done, 1 an error in one line, 2 usage, 128 + signal if interrupted."""
-    # Else Python, as it ends, looks for cycles among all that MLflow has loaded: most of a second.
-    atexit.register(gc.freeze)
+    atexit.register(_leave_cycles)
     code = _run(arguments)
     tracking = sys.modules.get("hpsearch.tracking")
     if tracking is not None and tracking.is_delivering():
@@ -77,6 +76,13 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _leave_cycles() -> None:
+    """Spare Python, as it ends, the search for cycles among all that MLflow has loaded: most of a second."""
+    # What torch brings along (triton) reports its own objects as leaked unless they are found.
+    if "torch" not in sys.modules:
+        gc.freeze()
 
 
 def _run(arguments: list[str] | None) -> int:
