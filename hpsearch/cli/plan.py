@@ -7,8 +7,9 @@ import sys
 
 import click
 
-from hpsearch.cli.options import Settings, config_options, out_option
-from hpsearch.errors import ConfigError
+from hpsearch.cli.options import Settings, config_options, device_option, out_option
+from hpsearch.config import StudyConfig
+from hpsearch.errors import ConfigError, DatasetError
 from hpsearch.paths import ProjectPaths
 
 PRESETS = {"rtx4060": (8.0, "bf16"), "t4": (15.0, "fp16"), "h200": (140.0, "bf16")}
@@ -24,6 +25,10 @@ PRESETS = {"rtx4060": (8.0, "bf16"), "t4": (15.0, "fp16"), "h200": (140.0, "bf16
     "--precision", type=click.Choice(["float32", "bf16", "fp16"]), help="Default: train.amp, where auto the card's."
 )
 @click.option("--layers/--no-layers", default=True, help="Show every layer.")
+@click.option(
+    "--measure", is_flag=True, help="Measure steps here, on drawn images, and say how long the study will take."
+)
+@device_option
 def command(
     project: ProjectPaths,
     settings: Settings,
@@ -31,14 +36,18 @@ def command(
     preset: str | None,
     precision: str | None,
     layers: bool,
+    measure: bool,
+    device: str,
 ) -> None:
     """Layer shapes, parameters, FLOPs, memory, and what fits: by arithmetic, in an instant, without torch.
 
-    For a search space its default and its corners are shown.
+    For a search space its default and its corners are shown. With --measure also how long the study will take on this
+    machine, from a few measured steps: that loads torch, and takes some seconds.
 
     \b
         hpsearch plan --config report-fig14 --preset rtx4060
         hpsearch plan --set unet.base_channels=32 --set unet.norm=none --set unet.padding=valid --memory 8GB
+        hpsearch plan --config isic2017-64 --no-layers --measure
     """
     from rich.console import Console
 
@@ -59,6 +68,47 @@ def command(
         console.print(layer_table(default, machine))
     if len(config.search):
         console.print(corner_table(config, machine))
+    if measure:
+        for line in time_of_study(config, device):
+            console.print(line, markup=False, soft_wrap=True)
+
+
+OFFICIAL_POOL = 2150
+"""Images of the pool where there is no dataset yet to count."""
+
+
+def time_of_study(config: StudyConfig, device: str) -> list[str]:
+    """How long a study of `config` would take here, in a few lines."""
+    from hpsearch import plan as plans
+    from hpsearch.cli.progress import describe_forecast
+    from hpsearch.data.layouts import find_samples
+    from hpsearch.tuning.planning import MachineChoice, measure_drawn
+
+    data, study = config.data, config.study
+    try:
+        found = find_samples(data)
+        counts = [len(found.split("train")), len(found.split("val"))]
+        limits = [data.n_search_train, data.n_search_validation]
+        n_images = sum(min(n, limit or n) for n, limit in zip(counts, limits, strict=True))
+        where = f"in {data.images or data.root}"
+    except DatasetError:
+        n_images, where = OFFICIAL_POOL, f"as ISIC-2017 has, since there is no dataset in {data.images or data.root}"
+    plan = measure_drawn(config, MachineChoice(device))
+    forecast = plans.forecast(
+        config,
+        plan,
+        n_images=n_images,
+        n_trials=study.trials,
+        n_folds=1 if study.folds == "fixed" else study.folds,
+        n_confirm=0 if study.folds == "fixed" else min(study.confirm, study.trials),
+    )
+    folds = "the fixed split" if study.folds == "fixed" else f"{study.folds} folds"
+    on = plan.machine.get("device_name", plan.device)
+    return [
+        f"on {on}, {plan.precision}, {len(plan.workers)} worker(s) x {plan.workers[0].threads} thread(s); {folds} x "
+        f"{config.train.epochs} epochs, {n_images} images {where}",
+        describe_forecast(study.pruner, forecast),
+    ]
 
 
 def gibibytes(text: str) -> float:

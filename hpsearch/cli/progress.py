@@ -93,7 +93,9 @@ class StudyProgress:
         if self._trials:
             counted = sum(trial.outcome in COUNTED for trial in self._trials.values())
             n_open = sum(trial.outcome is None for trial in self._trials.values())
-            goes_on = f", {n_open} goes on where it stopped" if n_open else ""
+            goes_on = (
+                f", {n_open} {'goes on where it' if n_open == 1 else 'go on where they'} stopped" if n_open else ""
+            )
             self._print(f"study {self._name} is continued: {counted} of {config.study.trials} trials done{goes_on}")
         on = plan.machine.get("device_name", plan.device)
         folds = "the fixed split" if config.study.folds == "fixed" else f"{config.study.folds} folds"
@@ -105,15 +107,8 @@ class StudyProgress:
             f"on {on}, {plan.precision}, {len(plan.workers)} worker(s) x {plan.workers[0].threads} thread(s); "
             f"sampler {config.study.sampler}, pruner {config.study.pruner}"
         )
-        if forecast.n_trials and forecast.total_s == forecast.total_s:
-            then = f", then up to {forecast.n_confirm} once more" if forecast.n_confirm else ""
-            self._print(
-                f"{_trials(forecast.n_trials)} to go{then}: at most about {duration(forecast.total_s)} here, "
-                f"{duration(forecast.fit_s)} a fit, as measured; racing saves most of it"
-                if config.study.pruner == "race"
-                else f"{_trials(forecast.n_trials)} to go{then}: about {duration(forecast.total_s)} here, "
-                f"{duration(forecast.fit_s)} a fit"
-            )
+        if forecast.n_trials and math.isfinite(forecast.total_s):
+            self._print(describe_forecast(config.study.pruner, forecast))
         if forecast.total_s > LONG_S and plan.device == "cpu":
             self._print(
                 "that is long: stop with Ctrl-C and take `--config isic2017-64`, the same search at 64x64 (hours), "
@@ -232,6 +227,17 @@ class StudyProgress:
             return "?"
         seconds, reckoned_at = self._to_go
         return duration(max(0.0, seconds - (time.monotonic() - reckoned_at)))
+
+
+def describe_forecast(pruner: str, forecast: Forecast) -> str:
+    """How long a search will take, in a sentence."""
+    then = f", then up to {forecast.n_confirm} once more" if forecast.n_confirm else ""
+    most, saved = ("at most about", "; racing saves most of it") if pruner == "race" else ("about", "")
+    fit = duration(forecast.fit_s) if forecast.fit_s >= 10 else f"{forecast.fit_s:.1f} s"
+    return (
+        f"{_trials(forecast.n_trials)} to go{then}: {most} {duration(forecast.total_s)} of training here, "
+        f"{fit} a fit, as measured{saved}"
+    )
 
 
 def describe_params(params: Mapping[str, Any]) -> str:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from hpsearch import plan as plans
 from hpsearch.config import StudyConfig
 from hpsearch.cores import available_cores
-from hpsearch.errors import RecordError
+from hpsearch.data.config import DataConfig
+from hpsearch.data.sample import draw_sample
+from hpsearch.errors import ConfigError, RecordError
+from hpsearch.paths import ProjectPaths
 from hpsearch.plan import MEMORY_SHARE, ExecutionPlan
 from hpsearch.tuning.caches import PoolCaches
 from hpsearch.tuning.record import StudyRecord
@@ -25,6 +30,8 @@ WORTH_SHARING = 1.15
 """How many times the images a second more workers must make: with one, a search is repeatable to the byte."""
 SHARING_STEP_S = 1.0
 """A step that takes one thread longer fills a device by itself; and to measure it would hold up the search."""
+MOST_DRAWN = 64
+"""Images that are drawn to measure by, at most; larger batches are measured by smaller ones."""
 WINDOW_S = 0.6
 """Seconds, at least, in which workers that share a device are watched."""
 
@@ -70,6 +77,23 @@ def make_plan(
     if plan.to_dict() != record.plan():
         record.write_plan(plan.to_dict())
     return plan
+
+
+def measure_drawn(config: StudyConfig, choice: MachineChoice) -> ExecutionPlan:
+    """The plan that a study of `config` would have here, measured on drawn images; nothing of it is kept."""
+    batch_sizes = [each.train.batch_size for each in plans.measured_configs(config)]
+    if not batch_sizes:
+        raise ConfigError("no configuration of this search can exist at this size, so there is no step to measure")
+    with tempfile.TemporaryDirectory(prefix="hpsearch-") as name, Workers(Path(name)) as workers:
+        folder = Path(name)
+        draw_sample(folder / "drawn", n_train=min(MOST_DRAWN, max(batch_sizes)), n_val=1, n_test=1)
+        # Of the data only what decides how large the images are.
+        kept = ("size", "color", "match", "cache_size")
+        data = DataConfig(root=str(folder / "drawn"), **{name: getattr(config.data, name) for name in kept})
+        drawn = dataclasses.replace(config, data=data)
+        workers.become(first_workers(None, choice))
+        caches = PoolCaches(drawn, folder / "cache")
+        return make_plan(StudyRecord.create(ProjectPaths(folder).study("drawn"), drawn), caches, choice, workers)
 
 
 def _stored_plan(record: StudyRecord, choice: MachineChoice) -> ExecutionPlan | None:

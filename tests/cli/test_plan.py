@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from click.testing import CliRunner
 
+from hpsearch import config as configs
 from hpsearch.cli import group
-from hpsearch.cli.plan import gibibytes
+from hpsearch.cli.plan import gibibytes, time_of_study
 from hpsearch.errors import ConfigError
 
 
@@ -82,3 +86,17 @@ def test_memory_is_read_as_people_write_it() -> None:
     assert gibibytes("8GB") == gibibytes("8 GiB") == gibibytes("8") == gibibytes("8192MB") == 8
     with pytest.raises(ConfigError, match="--memory 'much'"):
         gibibytes("much")
+
+
+@pytest.mark.slow
+def test_measured_steps_tell_how_long_the_study_will_take(tmp_path: Path) -> None:
+    settings = ["data.size=32", "unet.base_channels=2", "unet.depth=1", "train.epochs=2"]
+    chosen = [part for value in (*settings, f'data.root="{tmp_path}"') for part in ("--set", value)]
+    text = plan(*chosen, "--set", "search.unet.depth=[1, 2]", "--no-layers", "--measure")
+    assert "2150 images as ISIC-2017 has, since there is no dataset in" in text
+    assert re.search(r"50 trials to go, then up to 5 once more: at most about .* of training here, .* a fit", text)
+
+
+def test_where_nothing_can_exist_there_is_nothing_to_measure() -> None:
+    with pytest.raises(ConfigError, match="no step to measure"):
+        time_of_study(configs.load(None, ["data.size=16", "unet.depth=9"]), "cpu")
