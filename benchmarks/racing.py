@@ -1,6 +1,7 @@
 """What racing saves and what it loses: replays whole studies, trial by trial, through the real code of every rule.
 
-    python benchmarks/racing.py                            recorded study and generated ones, about 15 minutes
+    python benchmarks/racing.py                            generated studies, and the recorded one that lies beside
+                                                           the folder HPSEARCH_ISIC_ROOT; about 15 minutes
     python benchmarks/racing.py --quick                    the same with a tenth of the replays
     python benchmarks/racing.py --study OUT/studies/NAME   also a study recorded by `hpsearch study --pruner none`
 
@@ -296,10 +297,13 @@ def main() -> None:
     n_orders, n_generated, n_seeds = (
         max(2, round(part * n)) for n in (options.orders, options.generated, options.seeds)
     )
+    n_seeds = max(len(MODELS), n_seeds)
     began = time.monotonic()
     path = options.recorded
     if path is None and (root := os.environ.get("HPSEARCH_ISIC_ROOT")):
         path = Path(root).parent / "recorded-study.npz"
+    if path is None:
+        print("no recorded study: give --recorded or --study, or set HPSEARCH_ISIC_ROOT to the folder beside it")
     for study in [*([recorded(path)] if path else []), *map(from_folder, options.study)]:
         print(f"\n{study.name}: {len(study.trials)} trials, {n_orders} orders")
         compare_rules(partial(_same, study), n_orders)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +16,14 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from hpsearch.tuning.status import StudyStatus
+
+LEGEND = (
+    "d: how far the trial is behind the best full one (`against`), on the same images; below 0 it is ahead.",
+    "Inside the first fold it is that of its most favourable continuation.",
+    "SE: standard error of d. s: spread of a fold's mean from run to run.",
+    "p: how probable so large a d is if the trial is better by 0.003. Only the race decides by these.",
+)
+"""What the columns of a trial's decisions mean."""
 
 
 @click.command("status")
@@ -139,10 +147,13 @@ def _show_decisions(project: ProjectPaths, study_name: str | None, number: int) 
     value = "" if trial.value is None else f", {record.config.study.metric} {trial.value:.4f}"
     ended = f"{trial.outcome or 'open'}{value}"
     console.print(Text(f"trial {number} of study {record.name}: {ended}  {describe_params(trial.params)}"))
+    if trial.reason:
+        console.print(Text(f"  {trial.reason}"))
     if not trial.decisions:
-        console.print(Text("  nothing was decided: the pruner had nothing to compare it with, or is off"))
+        if trial.outcome != "infeasible":
+            console.print(Text("  nothing was decided: the pruner had nothing to compare it with, or is off"))
         return
-    table = Table("fold", "epoch", "d", "SE", "s", "p", "against", "estimate", "", box=None, pad_edge=False)
+    table = Table("fold", "epoch", "d", "SE", "s", "p", "against", "estimate", "decision", box=None, pad_edge=False)
     for decision in trial.decisions:
         figures = [decision.get(name) for name in ("d", "se", "s", "p")]
         table.add_row(
@@ -151,6 +162,15 @@ def _show_decisions(project: ProjectPaths, study_name: str | None, number: int) 
             *("" if figure is None else f"{figure:.2g}" for figure in figures),
             "" if decision.get("against") is None else str(decision["against"]),
             f"{decision['estimate']:.4f}",
-            "dropped" if decision["drop"] else "goes on",
+            Text(_decided(decision)),
         )
     console.print(table)
+    for line in LEGEND:
+        console.print(Text(f"  {line}"))
+
+
+def _decided(decision: dict[str, Any]) -> str:
+    """What followed, and by whose word where that was not the race's."""
+    verdict = "dropped" if decision["drop"] else "goes on"
+    # The race's reason says again what the columns say.
+    return verdict if "±" in decision["reason"] else f"{verdict}: {decision['reason'].rpartition(': ')[2]}"

@@ -391,6 +391,9 @@ class Coordinator:
     def _ask(self) -> Asked | None:
         """The trial that the sampler suggests; None if there is none now."""
         infeasible = sum(trial.outcome == "infeasible" for trial in self._trials.values())
+        if infeasible and not len(self._record.config.search):
+            reason = next(t.reason for t in self._trials.values() if t.outcome == "infeasible")
+            raise StudyError(f"the configuration is infeasible, and there is no search for another: {reason}")
         if infeasible >= INFEASIBLE_PER_TRIAL * self._record.config.study.trials:
             last = max(t.number for t in self._trials.values() if t.outcome == "infeasible")
             raise StudyError(

@@ -25,15 +25,37 @@ def test_status_of_a_trial_shows_every_decision(tmp_path: Path) -> None:
     study.trial()
     raced = study.trial("dropped")
     kept = Verdict(
-        drop=False, estimate=0.7, fold=0, epoch=1, reason="kept", d=0.012, se=0.02, s=0.006, p=0.29, against=0
+        drop=False,
+        estimate=0.7,
+        fold=0,
+        epoch=1,
+        reason="after: 0.01 ± 0.02",
+        d=0.012,
+        se=0.02,
+        s=0.006,
+        p=0.29,
+        against=0,
     )
     dropped = dataclasses.replace(kept, drop=True, epoch=3, estimate=0.6543, d=0.11, se=0.03, p=0.0004)
     study.record.write_trial(dataclasses.replace(raced, decisions=(kept.to_dict(), dropped.to_dict())))
     lines = output_of("status", "--out", str(tmp_path), "--trial", "1").splitlines()
     assert lines[0].startswith("trial 1 of study fake: dropped, dice 0.6100")
-    assert lines[2].split() == ["0", "1", "0.012", "0.02", "0.006", "0.29", "0", "0.7000", "goes", "on"]
-    assert lines[3].split() == ["0", "3", "0.11", "0.03", "0.006", "0.0004", "0", "0.6543", "dropped"]
+    assert lines[1].strip() == raced.reason
+    assert lines[3].split() == ["0", "1", "0.012", "0.02", "0.006", "0.29", "0", "0.7000", "goes", "on"]
+    assert lines[4].split() == ["0", "3", "0.11", "0.03", "0.006", "0.0004", "0", "0.6543", "dropped"]
+    assert lines[5].strip().startswith("d: how far the trial is behind")
     assert "nothing was decided" in output_of("status", "--out", str(tmp_path), "--trial", "0")
+    others = dataclasses.replace(kept, reason="at epoch 1 of fold 0: kept by Optuna's MedianPruner")
+    study.record.write_trial(dataclasses.replace(raced, decisions=(others.to_dict(),)))
+    assert "goes on: kept by Optuna's MedianPruner" in output_of("status", "--out", str(tmp_path), "--trial", "1")
+
+
+def test_status_of_an_infeasible_trial_says_why(tmp_path: Path) -> None:
+    study = FakeStudy(tmp_path)
+    study.trial("infeasible")
+    shown = output_of("status", "--out", str(tmp_path), "--trial", "0")
+    assert "needs about 9.1 GiB" in shown
+    assert "nothing was decided" not in shown
 
 
 def refusal_of(*arguments: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import optuna
 import pytest
 
+from hpsearch import config as configs
 from hpsearch.data.folds import Folds
 from hpsearch.errors import (
     CacheError,
@@ -145,6 +146,13 @@ def test_configurations_that_cannot_be_cost_no_training_and_are_free(dataset: Pa
 def test_a_search_space_without_a_feasible_configuration_ends_with_a_reason(dataset: Path, tmp_path: Path) -> None:
     config = tiny_config(dataset, "unet.padding=valid", "unet.depth=4", "search.unet.depth=[4, 5]", "study.trials=1")
     with pytest.raises(StudyError, match="10 suggested configurations were infeasible"):
+        run(tmp_path, config)
+
+
+def test_without_a_search_an_infeasible_configuration_ends_at_once(dataset: Path, tmp_path: Path) -> None:
+    config = tiny_config(dataset, "unet.depth=9", "train.lr=0.01", "study.pruner=none")
+    config = dataclasses.replace(config, search=configs.load(None, ["data.size=32"]).search)
+    with pytest.raises(StudyError, match=r"infeasible, and there is no search for another: .* cannot halve"):
         run(tmp_path, config)
 
 
