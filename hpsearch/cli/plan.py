@@ -69,7 +69,7 @@ def command(
     if len(config.search):
         console.print(corner_table(config, machine))
     if measure:
-        for line in time_of_study(config, device):
+        for line in time_of_study(config, project, device):
             console.print(line, markup=False, soft_wrap=True)
 
 
@@ -77,20 +77,17 @@ OFFICIAL_POOL = 2150
 """Images of the pool where there is no dataset yet to count."""
 
 
-def time_of_study(config: StudyConfig, device: str) -> list[str]:
+def time_of_study(config: StudyConfig, project: ProjectPaths, device: str) -> list[str]:
     """How long a study of `config` would take here, in a few lines."""
     from hpsearch import plan as plans
     from hpsearch.cli.progress import describe_forecast
-    from hpsearch.data.layouts import find_samples
+    from hpsearch.data.prepare import count_pool
+    from hpsearch.tuning.coordinator import cache_root
     from hpsearch.tuning.planning import MachineChoice, measure_drawn
 
     data, study = config.data, config.study
     try:
-        found = find_samples(data)
-        counts = [len(found.split("train")), len(found.split("val"))]
-        limits = [data.n_search_train, data.n_search_validation]
-        n_images = sum(min(n, limit or n) for n, limit in zip(counts, limits, strict=True))
-        where = f"in {data.images or data.root}"
+        n_images, where = count_pool(data, cache_root(project, config)), f"in {data.images or data.root}"
     except DatasetError:
         n_images, where = OFFICIAL_POOL, f"as ISIC-2017 has, since there is no dataset in {data.images or data.root}"
     plan = measure_drawn(config, MachineChoice(device))

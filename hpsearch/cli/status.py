@@ -17,14 +17,6 @@ if TYPE_CHECKING:
 
     from hpsearch.tuning.status import StudyStatus
 
-LEGEND = (
-    "d: how far the trial is behind the best full one (`against`), on the same images; below 0 it is ahead.",
-    "Inside the first fold it is that of its most favourable continuation.",
-    "SE: standard error of d. s: spread of a fold's mean from run to run.",
-    "p: how probable so large a d is if the trial is better by 0.003. Only the race decides by these.",
-)
-"""What the columns of a trial's decisions mean."""
-
 
 @click.command("status")
 @out_option
@@ -139,6 +131,7 @@ def _show_decisions(project: ProjectPaths, study_name: str | None, number: int) 
     from rich.text import Text
 
     from hpsearch.cli.progress import describe_params
+    from hpsearch.tuning.racing import MATTERS
     from hpsearch.tuning.record import study_record
 
     record = study_record(project, study_name)
@@ -165,7 +158,12 @@ def _show_decisions(project: ProjectPaths, study_name: str | None, number: int) 
             Text(_decided(decision)),
         )
     console.print(table)
-    for line in LEGEND:
+    for line in (
+        "d: how far the trial is behind the best full one (`against`), on the same images; below 0 it is ahead.",
+        "Inside the first fold it is that of its most favourable continuation.",
+        "SE: standard error of d. s: spread of a fold's mean from run to run.",
+        f"p: how probable so large a d is if the trial is better by {MATTERS:g}. Only the race decides by these.",
+    ):
         console.print(Text(f"  {line}"))
 
 

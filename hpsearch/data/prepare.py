@@ -65,6 +65,11 @@ def prepare_pool(
     return _prepare(config, _pool(config, cache_root, role, seed), cache_root, progress, start)
 
 
+def count_pool(config: DataConfig, cache_root: Path) -> int:
+    """How many images the search will have, before any is decoded. DatasetError if there is no dataset."""
+    return len(_pool(config, cache_root, "search", 0).samples)
+
+
 def prepare_test(config: DataConfig, cache_root: Path, *, progress: Progress | None = None) -> Prepared:
     """The cache of the test split, sorted by id, the first `n_final_test` of it; errors as in `prepare_pool`."""
     start = time.monotonic()

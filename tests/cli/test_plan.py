@@ -10,6 +10,7 @@ from hpsearch import config as configs
 from hpsearch.cli import group
 from hpsearch.cli.plan import gibibytes, time_of_study
 from hpsearch.errors import ConfigError
+from hpsearch.paths import ProjectPaths
 
 
 def plan(*arguments: str) -> str:
@@ -97,6 +98,6 @@ def test_measured_steps_tell_how_long_the_study_will_take(tmp_path: Path) -> Non
     assert re.search(r"50 trials to go, then up to 5 once more: at most about .* of training here, .* a fit", text)
 
 
-def test_where_nothing_can_exist_there_is_nothing_to_measure() -> None:
+def test_where_nothing_can_exist_there_is_nothing_to_measure(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no step to measure"):
-        time_of_study(configs.load(None, ["data.size=16", "unet.depth=9"]), "cpu")
+        time_of_study(configs.load(None, ["data.size=16", "unet.depth=9"]), ProjectPaths(tmp_path), "cpu")
