@@ -4,13 +4,14 @@
 #   make test        environment, lint, types, tests (at most 10 minutes on 2 cores)
 #   make test-slow   what is marked slow: faults, servers (at most 30 minutes)
 #   make test-distributed   machines that die while they share a study; wants a machine of its own
+#   make compare BASE=<commit>   whether small studies still give the same results, to the byte
 
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := .venv.stamp
 
-.PHONY: env study lint test test-slow test-distributed clean
+.PHONY: env study lint test test-slow test-distributed compare clean
 
 env: $(STAMP)
 
@@ -40,6 +41,9 @@ test-slow: env
 
 test-distributed: env
 	$(BIN)/pytest -m distributed
+
+compare: env
+	$(BIN)/python benchmarks/compare.py $(BASE)
 
 clean:
 	rm -rf sample-study .mypy_cache .ruff_cache .pytest_cache .hypothesis
