@@ -77,12 +77,12 @@ def check(dataset: Dataset, *, progress: Callable[[int, int], None] | None = Non
     for number, found in sorted(damage.items()):
         sample = dataset.samples[number]
         errors.append(Problem(found.kind, sample.id, (sample.image, sample.mask), found.text, sample.split))
-    errors += leaks(dataset.split("train", "val"), dataset.split("test"))
     good = sorted(facts)
     samples = [dataset.samples[i] for i in good]
     pool = [i for i in good if dataset.samples[i].split != "test"]
     notes = [
         *dataset_notes(dataset),
+        *shared_images(dataset.split("train", "val"), dataset.split("test")),
         *duplicates([dataset.samples[i] for i in pool], [facts[i] for i in pool]),
         *mask_notes(samples, [facts[i] for i in good]),
     ]
@@ -108,19 +108,27 @@ def check_stored(cache: Cache) -> list[Problem]:
     ]
 
 
-def leaks(pool: Sequence[Sample], test: Sequence[Sample]) -> list[Problem]:
-    """An error for each image of the pool that is byte-equal to one of the test split: its score would be no test."""
-    both = [*pool, *test]
-    labels = same_bytes(both)
-    in_test = dict(zip(labels[len(pool) :], test, strict=True))
+def shared_images(pool: Sequence[Sample], test: Sequence[Sample]) -> list[Problem]:
+    """Return a note for each image of the pool that is byte-equal to images of the test split.
+
+    ISIC-2017 as it is published has such a pair, so it is no error: `final` also gives the test mean without them.
+    """
+    labels = same_bytes([*pool, *test])
+    in_test: dict[str, list[Sample]] = defaultdict(list)
+    for sample, label in zip(test, labels[len(pool) :], strict=True):
+        in_test[label].append(sample)
     found = []
     for sample, label in zip(pool, labels, strict=False):
-        if label in in_test:
-            other = in_test[label]
-            text = f"{sample.image} of the pool and {other.image} of the test split are one image"
-            found.append(
-                Problem("image in pool and test", sample.id, (sample.image, other.image), text, sample.split)
+        if others := in_test.get(label):
+            named = ", ".join(other.id for other in others[:N_NAMED]) + (", ..." if len(others) > N_NAMED else "")
+            masks = {file_sha256(each.mask) for each in (sample, *others)}
+            text = (
+                f"{sample.id} of the pool is the same file as {named} of the test split"
+                + (", with another mask" if len(masks) > 1 else "")
+                + "; `final` also gives the test mean without such images"
             )
+            files = (sample.image, *(other.image for other in others))
+            found.append(Problem("image in pool and test", sample.id, files, text, sample.split))
     return found
 
 

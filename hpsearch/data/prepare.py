@@ -14,7 +14,15 @@ from hpsearch.data.build import Progress, build_cache, discard_cache, is_damaged
 from hpsearch.data.cache import Index, Preparation, cache_key, open_cache
 from hpsearch.data.config import DataConfig
 from hpsearch.data.decoding import subprocess_environment
-from hpsearch.data.integrity import check_stored, dataset_notes, describe, duplicates, leaks, mask_notes, refusal
+from hpsearch.data.integrity import (
+    check_stored,
+    dataset_notes,
+    describe,
+    duplicates,
+    mask_notes,
+    refusal,
+    shared_images,
+)
 from hpsearch.data.layouts import Dataset, Problem, Sample, Split, find_samples
 from hpsearch.data.sample import SAMPLE_VERSION
 from hpsearch.errors import DatasetError
@@ -134,9 +142,7 @@ def _pool(config: DataConfig, cache_root: Path, role: Role, seed: int) -> _Wante
         samples = (*_first(train, config.n_search_train), *_first(val, config.n_search_validation))
     else:
         samples = _first((*train, *val), config.n_final_train)
-    leaked = leaks(samples, dataset.split("test"))
-    out = {problem.id for problem in leaked}
-    unpaired = [problem for problem in dataset.problems if problem.split != "test"]
+    unpaired = tuple(problem for problem in dataset.problems if problem.split != "test")
     height, width = config.cached_size
     preparation = Preparation(height, width, ("resize",))
     if config.match == "crop":
@@ -147,8 +153,8 @@ def _pool(config: DataConfig, cache_root: Path, role: Role, seed: int) -> _Wante
         for problem in dataset.problems
         if problem.split == "test"
     )
-    used = tuple(sample for sample in samples if sample.id not in out)
-    return _Wanted(dataset, used, (*unpaired, *leaked), later, preparation, "training or validation")
+    notes = (*shared_images(samples, dataset.split("test")), *later)
+    return _Wanted(dataset, samples, unpaired, notes, preparation, "training or validation")
 
 
 def _test(config: DataConfig, cache_root: Path) -> _Wanted:

@@ -95,15 +95,6 @@ class TestErrors:
         assert found(report, "absurd size") == ["ISIC_0000000"]
         assert "100000x100000" in report.errors[0].text
 
-    def test_one_image_in_pool_and_test(self, write_dataset: WriteDataset) -> None:
-        config = write_dataset()
-        shutil.copy(image_and_mask(config, 12)[0], image_and_mask(config, 9)[0])
-        shutil.copy(image_and_mask(config, 12)[1], image_and_mask(config, 9)[1])
-        report = check(find_samples(config))
-        # The pool's is left out: the test split stays what others are scored on.
-        assert found(report, "image in pool and test") == ["ISIC_0000009"]
-        assert report.errors[0].files == (image_and_mask(config, 9)[0], image_and_mask(config, 12)[0])
-
     def test_all_kinds_are_reported_together(self, write_dataset: WriteDataset) -> None:
         config = write_dataset()
         image_and_mask(config, 0)[1].unlink()
@@ -160,6 +151,22 @@ class TestNotes:
         report = check(find_samples(config))
         assert report.errors == ()
         assert found(report, "duplicate image") == []
+
+    @pytest.mark.parametrize("other_mask", [False, True])
+    def test_images_in_pool_and_test(self, write_dataset: WriteDataset, other_mask: bool) -> None:
+        config = write_dataset()
+        for number in (3, 9, 13):
+            for which in (0, 1):
+                shutil.copy(image_and_mask(config, 12)[which], image_and_mask(config, number)[which])
+        if other_mask:
+            rewrite(image_and_mask(config, 9)[1], lambda mask: 255 - mask)
+        report = check(find_samples(config))
+        assert report.errors == ()
+        shared = [problem for problem in report.notes if problem.kind == "image in pool and test"]
+        assert [problem.id for problem in shared] == ["ISIC_0000003", "ISIC_0000009"]
+        assert shared[1].files == tuple(image_and_mask(config, number)[0] for number in (9, 12, 13))
+        assert "ISIC_0000009 of the pool is the same file as ISIC_0000012, ISIC_0000013" in shared[1].text
+        assert [("another mask" in problem.text) for problem in shared] == [False, other_mask]
 
     @pytest.mark.parametrize(("value", "kind"), [(0, "empty mask"), (255, "full mask")])
     def test_empty_and_full_masks(self, write_dataset: WriteDataset, value: int, kind: str) -> None:
