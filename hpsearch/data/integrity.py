@@ -12,6 +12,7 @@ from hpsearch.data.decoding import Damage, Decoders, Facts, Job
 from hpsearch.data.folds import AUGMENTATION
 from hpsearch.data.layouts import Dataset, Problem, Sample, Split, file_sha256, same_bytes
 from hpsearch.errors import DatasetError
+from hpsearch.user_files import printable
 
 OFFICIAL_COUNTS: dict[Split, int] = {"train": 2000, "val": 150, "test": 600}
 N_NAMED = 3
@@ -216,6 +217,6 @@ def _plain(problem: Problem) -> dict[str, Any]:
         "kind": problem.kind,
         "id": problem.id,
         "split": problem.split,
-        "files": [str(path) for path in problem.files],
+        "files": [printable(path) for path in problem.files],
         "text": problem.text,
     }

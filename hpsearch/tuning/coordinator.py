@@ -683,7 +683,7 @@ def _fix_folds(record: StudyRecord, prepared: Prepared, caches: Path) -> None:
 
 def _make_folds(config: StudyConfig, prepared: Prepared, caches: Path) -> Folds:
     table = fold_making.groups_file(config.data)
-    groups = fold_making.read_groups(table) if table else None
+    groups: Mapping[str, str] | None = fold_making.read_groups(table) if table else None
     if config.data.group_duplicates:
         pairs = duplicates.find_in_dataset(config.data, caches, with_test=False)
         logger.info("%d near-duplicate pairs are kept in one fold each", len(pairs))
