@@ -207,6 +207,8 @@ def run_final(
         caches = PoolCaches(record.config, root, role="final", progress=on_decoded)
         pool = caches.scored
         test = prepare_test(config.scored_data, root, progress=on_decoded)
+        for note in test.notes:
+            say(f"note on the test split: {note}")
         seen = test if config.scored_data == config.data else prepare_test(config.data, root, progress=on_decoded)
         paths.write_text(folder.config, config.to_toml())
         on_epoch = on_epoch or (lambda index, row: True)

@@ -89,6 +89,18 @@ def folder_fault(path: Path) -> str:
         return f"{printable(path)} is no path: {error}"
 
 
+def file_fault(path: Path) -> str:
+    """Say why `path` cannot be opened as a file; empty if it can."""
+    try:
+        with path.open("rb"):
+            return ""
+    except FileNotFoundError:
+        return broken_link(path) or f"there is no file {printable(path)}"
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        return broken_link(path) or f"{printable(path)} cannot be read: {reason}"
+
+
 def list_folder(path: Path, error: type[HpsearchError]) -> list[Path]:
     """Return what is in the folder `path`, sorted; raise `error`, saying why, if it cannot be listed."""
     try:

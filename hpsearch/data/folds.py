@@ -117,6 +117,27 @@ def make_folds(
     return Folds(tuple(ids), tuple(fold_of.tolist()), folds, seed, "kfold" if groups is None else "groups")
 
 
+def lesion_notes(folds: Folds, has_lesion: Sequence[bool]) -> list[str]:
+    """Return a note for each fold whose held-out images have no lesion; `has_lesion` is (n,), in the pool's order.
+
+    Raises DatasetError for a fold without a lesion in any image that it trains on: its fit could learn nothing.
+    """
+    notes = []
+    for fold in range(folds.k):
+        train, held_out = folds.train(fold), folds.held_out(fold)
+        if not any(has_lesion[i] for i in train):
+            raise DatasetError(
+                f"fold {fold + 1} of {folds.k} would train on {len(train)} images without any lesion: use another "
+                "number of folds (--folds), another --seed, or more images with lesions"
+            )
+        if not any(has_lesion[i] for i in held_out):
+            notes.append(
+                f"fold {fold + 1} of {folds.k} is scored on {len(held_out)} images without any lesion: its Dice "
+                "only counts false positives, that is how many of them are predicted to be free of lesions"
+            )
+    return notes
+
+
 class Groups(Mapping[str, str]):
     """The group of each image, found by its id whatever the Unicode form and case of the name in the table."""
 

@@ -15,13 +15,17 @@ from hpsearch.data.cache import Index, Preparation, cache_key, open_cache
 from hpsearch.data.config import DataConfig
 from hpsearch.data.decoding import subprocess_environment
 from hpsearch.data.integrity import (
+    SWAPPED,
     check_stored,
     dataset_notes,
     describe,
     duplicates,
+    lesion_fault,
     mask_notes,
+    no_lesion_to_find,
     refusal,
     shared_images,
+    were_swapped,
 )
 from hpsearch.data.layouts import Dataset, Problem, Sample, Split, find_samples
 from hpsearch.data.sample import SAMPLE_VERSION
@@ -48,6 +52,8 @@ class Prepared:
     excluded: tuple[str, ...]
     """Ids of the images that `data.exclude_bad` left out; the log says why."""
     seconds: float
+    fault: str = ""
+    """Why nothing can be learned from these images, such as masks that are all empty; empty if something can."""
 
     @property
     def n(self) -> int:
@@ -176,7 +182,12 @@ def _prepare(
         )
     # Everything is decoded before anything is refused, so that one message can report all of it; with --exclude-bad
     # the next start finds this cache.
-    folder = build_cache(wanted.samples, wanted.preparation, config.cache, cache_root, progress=progress)
+    try:
+        folder = build_cache(wanted.samples, wanted.preparation, config.cache, cache_root, progress=progress)
+    except DatasetError as error:
+        if were_swapped(wanted.dataset, wanted.samples):
+            raise DatasetError(f"{error}. {SWAPPED}") from error
+        raise
     if is_damaged(folder):
         logger.warning("%s is damaged; it is built again", folder)
         discard_cache(folder)
@@ -184,10 +195,17 @@ def _prepare(
     index = Index.read(folder)
     problems = [*wanted.problems, *index.problems]
     if problems and not config.exclude_bad:
-        raise refusal(problems, wanted.dataset.flags)
+        damaged = {problem.id for problem in index.problems}
+        swapped = were_swapped(wanted.dataset, [sample for sample in wanted.samples if sample.id in damaged])
+        raise refusal(problems, wanted.dataset.flags, SWAPPED if swapped else "")
     for problem in problems:
         logger.warning("left out (%s): %s", problem.kind, problem.text)
-    notes = [*wanted.notes, *duplicates(index.samples, index.facts), *mask_notes(index.samples, index.facts)]
+    size = config.cached_size
+    notes = [*wanted.notes, *duplicates(index.samples, index.facts)]
+    notes += mask_notes(index.samples, index.facts, size, is_cropped=config.match == "crop")
+    fault = lesion_fault(index.facts, size) if wanted.what != "test" else ""
+    if wanted.what == "test":
+        notes += no_lesion_to_find(wanted.dataset, index.facts, size)
     if config.root != "sample":
         notes = [*dataset_notes(wanted.dataset), *notes]
     return Prepared(
@@ -198,6 +216,7 @@ def _prepare(
         notes=tuple(describe(notes)),
         excluded=tuple(dict.fromkeys(problem.id for problem in problems)),
         seconds=time.monotonic() - start,
+        fault=fault,
     )
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.model_selection import KFold
 
-from hpsearch.data.folds import Folds, connected, make_folds, read_groups
+from hpsearch.data.folds import Folds, connected, lesion_notes, make_folds, read_groups
 from hpsearch.errors import ConfigError, DatasetError, RecordError
 
 
@@ -140,6 +140,15 @@ def test_folds_are_a_partition_that_splits_no_unit(
         assert not {hashes[i] for i in train} & {hashes[i] for i in held_out}
         if groups is not None:
             assert not {groups[names[i]] for i in train} & {groups[names[i]] for i in held_out}
+
+
+def test_a_fold_that_trains_on_no_lesion_is_refused_and_one_that_is_scored_on_none_is_noted() -> None:
+    folds = Folds(tuple("abcdef"), (0, 0, 1, 1, 2, 2), 3, 0, "kfold")
+    assert lesion_notes(folds, [True, False, True, False, False, True]) == []
+    (note,) = lesion_notes(folds, [True, False, False, True, False, False])
+    assert note.startswith("fold 3 of 3 is scored on 2 images without any lesion")
+    with pytest.raises(DatasetError, match="fold 2 of 3 would train on 4 images without any lesion"):
+        lesion_notes(folds, [False, False, True, True, False, False])
 
 
 def test_folds_survive_json() -> None:

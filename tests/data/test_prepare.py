@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hpsearch.config import load
 from hpsearch.data import build, prepare
 from hpsearch.data.cache import open_cache
 from hpsearch.data.config import DataConfig
@@ -20,6 +21,7 @@ from hpsearch.data.folds import make_folds
 from hpsearch.data.layouts import Layout
 from hpsearch.data.prepare import Prepared, check_contents, locate, prepare_pool, prepare_test
 from hpsearch.errors import DatasetError
+from hpsearch.tuning.caches import PoolCaches
 
 from .conftest import WriteDataset, draw_pair, pair_paths, tiny_pairs
 
@@ -207,6 +209,60 @@ def test_an_image_that_pool_and_test_share_is_kept_in_both_and_named(
     assert (prepared.n, prepared.excluded, prepare_test(config, root).n) == (11, (), 4)
     (note,) = (note for note in prepared.notes if note.startswith("image in pool and test (1)"))
     assert "ISIC_0000002 of the pool is the same file as ISIC_0000013 of the test split" in note
+
+
+class TestMasks:
+    @pytest.mark.parametrize("fill", [0, 255])
+    def test_a_pool_in_which_there_is_nothing_to_learn_says_so(
+        self, write_dataset: WriteDataset, root: Path, fill: int
+    ) -> None:
+        pairs = [replace(pair, mask=np.full_like(pair.mask, fill)) for pair in tiny_pairs()]
+        config = replace(load(None, ["study.folds=2"]), data=write_dataset(pairs=pairs, size=16))
+        for role in ("search", "final"):
+            with pytest.raises(DatasetError, match="11 masks of training and validation .* nothing to learn"):
+                PoolCaches(config, root, role=role)
+        pairs[3] = tiny_pairs()[3]
+        config = replace(config, data=write_dataset(pairs=pairs, size=16))
+        assert PoolCaches(config, root).scored.fault == ""
+
+    def test_lesions_that_vanish_are_counted_at_every_size(self, write_dataset: WriteDataset, root: Path) -> None:
+        pairs = tiny_pairs()
+        for number in (2, 5, 13):
+            pairs[number] = replace(pairs[number], mask=np.zeros_like(pairs[number].mask))
+            pairs[number].mask[20:22, 20:22] = 255
+        data = write_dataset(pairs=pairs, size=90)
+        config = replace(load(None, ["study.folds=2", "data.size=90", "search.data.size=[8, 90]"]), data=data)
+        caches = PoolCaches(config, root)
+        assert not any("vanishing" in note for note in caches.notes)
+        caches.prepare_listed(config)
+        (note,) = (note for note in caches.notes if "vanishing" in note)
+        assert note.startswith("vanishing lesion (2): ISIC_0000002 has 4 lesion pixels at")
+        assert "none at 8x8; ISIC_0000005 has" in note
+        assert len(caches.notes) == len(set(caches.notes))
+        small = prepare_test(replace(data, size=8), root)
+        assert any(note.startswith("vanishing lesion (1): ISIC_0000013") for note in small.notes)
+
+    def test_a_test_split_without_any_lesion_is_a_note(self, write_dataset: WriteDataset, root: Path) -> None:
+        pairs = [
+            replace(pair, mask=np.zeros_like(pair.mask)) if pair.split == "test" else pair for pair in tiny_pairs()
+        ]
+        config = write_dataset(pairs=pairs, size=16)
+        prepared = prepare_test(config, root)
+        assert prepared.fault == ""
+        assert any(note.startswith("none of the 4 test masks has a lesion at 16x16") for note in prepared.notes)
+        assert not any("none of the" in note for note in prepare_pool(config, root).notes)
+
+    @pytest.mark.parametrize("n_usable", [0, 3])
+    def test_swapped_folders_are_asked_about(self, write_dataset: WriteDataset, root: Path, n_usable: int) -> None:
+        config = write_dataset("folders", size=16)
+        for path in Path(config.masks).iterdir():
+            path.rename(path.with_name(path.name.replace("_outline", "")))
+        for number in range(n_usable):
+            shutil.copy(f"{config.masks}/ISIC_{number:07d}.png", f"{config.images}/ISIC_{number:07d}.png")
+        swapped = replace(config, images=config.masks, masks=config.images)
+        with pytest.raises(DatasetError, match=r"were --images and --masks swapped\?") as error:
+            prepare_pool(swapped, root)
+        assert "\n" not in str(error.value)
 
 
 class TestChanges:
