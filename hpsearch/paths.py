@@ -63,9 +63,9 @@ def check_study_name(name: str) -> str:
 
 
 def study_name_of(folder: Path) -> str:
-    """Return a study's name for the images in `folder`: its name, with what a study cannot be called replaced."""
+    """Return a study's name for the images in `folder`: its name, fit for `train-NAME` too."""
     name = unicodedata.normalize("NFC", folder.name)
-    return re.sub(r"[^\w .+-]+", "_", name).lstrip(" ._+-")[:80].rstrip(" .") or "images"
+    return re.sub(r"[^\w .+-]+", "_", name).lstrip(" ._+-")[:74].rstrip(" .") or "images"
 
 
 @dataclass(frozen=True)

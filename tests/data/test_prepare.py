@@ -219,7 +219,7 @@ class TestMasks:
         pairs = [replace(pair, mask=np.full_like(pair.mask, fill)) for pair in tiny_pairs()]
         config = replace(load(None, ["study.folds=2"]), data=write_dataset(pairs=pairs, size=16))
         for role in ("search", "final"):
-            with pytest.raises(DatasetError, match="11 masks of training and validation .* nothing to learn"):
+            with pytest.raises(DatasetError, match=r"11 masks of training and validation .* nothing to learn"):
                 PoolCaches(config, root, role=role)
         pairs[3] = tiny_pairs()[3]
         config = replace(config, data=write_dataset(pairs=pairs, size=16))
@@ -231,7 +231,7 @@ class TestMasks:
             pairs[number] = replace(pairs[number], mask=np.zeros_like(pairs[number].mask))
             pairs[number].mask[20:22, 20:22] = 255
         data = write_dataset(pairs=pairs, size=90)
-        config = replace(load(None, ["study.folds=2", "data.size=90", "search.data.size=[8, 90]"]), data=data)
+        config = replace(load(None, ["study.eval_size=90", "data.size=90", "search.data.size=[8, 90]"]), data=data)
         caches = PoolCaches(config, root)
         assert not any("vanishing" in note for note in caches.notes)
         caches.prepare_listed(config)
