@@ -218,8 +218,10 @@ def test_every_look_at_the_test_set_is_counted_and_a_search_that_goes_on_after_o
     dataset = project.root / "ISIC-2017"
     settings = ("study.pruner=none", "study.sampler=random", "study.trials=3", "study.confirm=0")
     run(project.root, tiny_config(dataset, *settings))
-    again = run_final(project, trial=0, machine=MACHINE)
+    steps: list[str] = []
+    again = run_final(project, trial=0, machine=MACHINE, on_step=steps.append)
     assert again is not None
+    assert any(step.startswith("note on the test split: 8/3/4 training/validation/test pairs") for step in steps)
     assert (len(again.looks), again.n_trials_after) == (2, 1)
     # Near-duplicates were looked for once: the images are the same.
     assert len(list(project.cache.glob("near-duplicates-*.json"))) == 1

@@ -229,9 +229,10 @@ def lesion_fault(facts: Sequence[Facts], size: tuple[int, int] | None) -> str:
     if n and not any(_shown(fact, size)[0] for fact in facts):
         n_vanish = sum(fact.foreground > 0 for fact in facts)
         if n_vanish:
+            others = f", and the other {n - n_vanish} are empty" if n_vanish < n else ""
             return (
-                f"none of the {n} masks of training and validation has a lesion{at}: {n - n_vanish} are empty, and "
-                f"the lesions of {n_vanish} vanish at that size. Choose a larger data.size"
+                f"none of the {n} masks of training and validation has a lesion{at}: the lesions of {n_vanish} "
+                f"vanish at that size{others}. Choose a larger data.size"
             )
         return (
             f"none of the {n} masks of training and validation has a lesion, so there is nothing to learn: check "

@@ -229,7 +229,7 @@ class TestNothingToLearn:
             rewrite(image_and_mask(config, number)[1], with_one_pixel)
         (error,) = check(find_samples(config), size=(8, 8)).errors
         assert (
-            "at 8x8: 7 are empty, and the lesions of 4 vanish at that size. Choose a larger data.size" in error.text
+            "at 8x8: the lesions of 4 vanish at that size, and the other 7 are empty. Choose a larger" in error.text
         )
         assert check(find_samples(config)).errors == ()
 

@@ -217,6 +217,7 @@ def test_names_that_never_match_say_what_to_do(tmp_path: Path, mask: str, suffix
     ("files", "images", "masks"),
     [
         (("a.jpg", "a_mask.png"), "", ""),
+        (("a.JFIF", "a_mask.png"), "", ""),
         (("photos/a.jpg", "outlines_gt/a.png"), "/photos", "/outlines_gt"),
     ],
 )
