@@ -19,6 +19,7 @@ from hpsearch.models.config import UNetConfig
 from hpsearch.paths import sha256_text
 from hpsearch.training.config import TrainConfig
 from hpsearch.tuning.config import SearchSpace, StudySettings, parse_dimension
+from hpsearch.user_files import read_text
 
 SECTIONS: dict[str, type] = {
     "data": DataConfig,
@@ -137,13 +138,11 @@ def load(path: Path | None, overrides: Iterable[str] = ()) -> StudyConfig:
     """
     table: dict[str, Any] = {}
     if path is not None:
+        text = read_text(path, "", ConfigError)
+        _check_sealed(text, path)
         try:
-            text = path.read_text(encoding="utf-8")
-            _check_sealed(text, path)
             table = tomllib.loads(text)
-        except FileNotFoundError as error:
-            raise ConfigError(f"{path} does not exist") from error
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise ConfigError(f"{path} cannot be read as TOML: {error}") from error
     overrides = list(overrides)
     try:

@@ -96,13 +96,19 @@ class FinalResult:
     n_trials_after: int
     """Trials of the study that began after its first look."""
     leaks: tuple[DuplicatePair, ...]
-    """Near-duplicates of which one is in the pool and one in the test split."""
+    """Byte-equal images and near-duplicates of which one is in the pool and one in the test split."""
     without_leaks: float | None
-    """Mean of the study's metric over the test images that have none; None without leaks."""
+    """Mean of the study's metric over the test images that have none; None without leaks, or if all have one."""
     against_default: Paired | None
     """It minus trial 0 on the same out-of-fold images, with run luck; None for trial 0, or if that is not full."""
     n_test: int
     n_pool: int
+
+    @property
+    def n_leaked(self) -> int:
+        """Number of test images that are in `leaks`."""
+        sides = [(pair.a, pair.split_a) for pair in self.leaks] + [(pair.b, pair.split_b) for pair in self.leaks]
+        return len({name for name, split in sides if split == "test"})
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -201,6 +207,8 @@ def run_final(
         caches = PoolCaches(record.config, root, role="final", progress=on_decoded)
         pool = caches.scored
         test = prepare_test(config.scored_data, root, progress=on_decoded)
+        for note in test.notes:
+            say(f"note on the test split: {note}")
         seen = test if config.scored_data == config.data else prepare_test(config.data, root, progress=on_decoded)
         paths.write_text(folder.config, config.to_toml())
         on_epoch = on_epoch or (lambda index, row: True)
@@ -465,7 +473,7 @@ def _evaluate(
 
 
 def _leaks(data: DataConfig, root: Path, pool: Prepared, test: Prepared) -> tuple[DuplicatePair, ...]:
-    """Near-duplicates across pool and test. Found once for these images, since thousands take minutes."""
+    """Duplicates and near-duplicates across pool and test. Found once per dataset: thousands take minutes."""
     known = root / f"near-duplicates-{pool.key}-{test.key}.json"
     if known.is_file():
         try:

@@ -32,6 +32,7 @@ import json
 import os
 import re
 import shutil
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -59,6 +60,12 @@ def check_study_name(name: str) -> str:
             "at most 80, beginning with a letter or digit"
         )
     return name
+
+
+def study_name_of(folder: Path) -> str:
+    """Return a study's name for the images in `folder`: its name, fit for `train-NAME` too."""
+    name = unicodedata.normalize("NFC", folder.name)
+    return re.sub(r"[^\w .+-]+", "_", name).lstrip(" ._+-")[:74].rstrip(" .") or "images"
 
 
 @dataclass(frozen=True)

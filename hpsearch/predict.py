@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,7 @@ from hpsearch import runtime as devices
 from hpsearch.choices import Choices, clean_mask
 from hpsearch.data.config import GRAY_WEIGHTS
 from hpsearch.data.decode import crop, read_image, resize
-from hpsearch.data.layouts import FOREIGN, READABLE
+from hpsearch.data.layouts import FOREIGN, READABLE, may_be_file
 from hpsearch.errors import CheckpointError, DatasetError, OutOfMemoryError, StudyError
 from hpsearch.models import shapes
 from hpsearch.paths import FinalPaths, ProjectPaths, atomic_write, read_json
@@ -29,6 +30,7 @@ from hpsearch.runtime import Runtime, make_runtime
 from hpsearch.scoring import encode_mask, mask_name
 from hpsearch.training.checkpoint import WeightsInfo, load_weights
 from hpsearch.tuning.record import study_record
+from hpsearch.user_files import file_fault, list_folder, name_key, user_path
 
 BLEND_OVERLAP = 0.25
 """Least share of a tile's side that the next one sees too, where tiles are blended."""
@@ -242,30 +244,32 @@ def find_images(inputs: Iterable[str | Path]) -> list[Path]:
     """The images that files, folders and globs name, each once, in the order given and sorted within each.
 
     A file is taken as it is. Of a folder (without the folders in it) and of a glob (`**` is any depth) the images are
-    taken, not superpixels and not what was predicted before. DatasetError for a folder or glob without any, where not
-    one of the files is there, and for two images that would write the same files.
+    taken, links to nothing too, so that they are named, but not superpixels and not what was predicted before.
+    DatasetError for a folder that cannot be listed, for a folder or glob without images, where not one of the files
+    is there, and for two images that would write the same files.
     """
     found: dict[Path, None] = {}
     for each in inputs:
-        path = Path(each).expanduser()
-        if path.is_dir():
-            images = _images_among(path.iterdir())
-        elif glob.has_magic(str(each)) and not path.exists():
+        path = user_path(str(each))
+        if os.path.isdir(path):
+            images = _images_among(list_folder(path, DatasetError))
+        elif glob.has_magic(str(each)) and not os.path.lexists(path):
             images = _images_among(map(Path, glob.glob(str(path), recursive=True)))
         else:
             images = [path]
         if not images:
-            if path.is_dir():
+            if os.path.isdir(path):
                 way_out = f"; '{path}/**/*' takes those in the folders below"
                 raise DatasetError(f"{each} holds no images ({', '.join(READABLE)}){way_out}")
             raise DatasetError(f"{each} matches no images ({', '.join(READABLE)})")
         found |= dict.fromkeys(images)
-    if not any(path.is_file() for path in found):
-        raise DatasetError(f"there is no file {next(iter(found), 'to predict')}")
+    if not any(os.path.isfile(path) for path in found):
+        first = next(iter(found), None)
+        raise DatasetError(file_fault(first) if first is not None else "there is no file to predict")
     by_stem: dict[str, Path] = {}
     for path in found:
-        # Case does not tell files apart on every disk.
-        first = by_stem.setdefault(path.stem.lower(), path)
+        # Neither case nor Unicode form tells files apart on every disk.
+        first = by_stem.setdefault(name_key(path.stem), path)
         if first != path:
             raise DatasetError(f"{first} and {path} would write the same files: predict them into different folders")
     return list(found)
@@ -337,10 +341,10 @@ def find_model(project: ProjectPaths, study: str | None, model: str | None) -> P
                 f"study {record.name!r} has no final model yet: run `hpsearch final`, or name one (--model)"
             )
         return max(finals, key=lambda final: float(read_json(final.result)["ended_at"])).model
-    path = Path(model).expanduser()
-    if path.is_file():
+    path = user_path(model)
+    if os.path.isfile(path):
         return path
-    if not path.exists():
+    if not os.path.isdir(path):
         raise CheckpointError(f"there is no model {path}: name a folder that `hpsearch final` made, or a file")
     folder = FinalPaths(path)
     for weights in (folder.model, path / "weights.safetensors"):
@@ -357,7 +361,7 @@ def _images_among(paths: Iterable[Path]) -> list[Path]:
         if path.suffix.lower() in READABLE + FOREIGN
         and not path.name.startswith(".")
         and not path.stem.lower().endswith(_MADE_BY_US)
-        and path.is_file()
+        and may_be_file(path)
     )
 
 

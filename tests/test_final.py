@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -29,9 +30,11 @@ MACHINE = MachineChoice("cpu", 1, 1)
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> ProjectPaths:
     root = tmp_path_factory.mktemp("final")
-    config = tiny_config(
-        write_tiny_dataset(root), "study.pruner=none", "study.sampler=random", "study.trials=2", "study.confirm=2"
-    )
+    dataset = write_tiny_dataset(root)
+    for kind, ending in (("Data", ".png"), ("Part1_GroundTruth", "_segmentation.png")):
+        shared = dataset / f"ISIC-2017_Training_{kind}" / f"ISIC_0000003{ending}"
+        shutil.copy(shared, dataset / f"ISIC-2017_Test_v2_{kind}" / f"ISIC_0000012{ending}")
+    config = tiny_config(dataset, "study.pruner=none", "study.sampler=random", "study.trials=2", "study.confirm=2")
     run(root, config)
     return ProjectPaths(root)
 
@@ -101,6 +104,20 @@ def test_the_official_scores_are_those_of_the_submission_at_the_images_own_size(
         assert np.array_equal(read_mask(tmp_path / name), read_mask(result.paths.masks / name))
     with result.paths.table.open() as file:
         assert [float(row["official_dice"]) for row in csv.DictReader(file)] == pytest.approx(table["dice"], abs=1e-6)
+
+
+def test_an_image_shared_by_pool_and_test_is_named_beside_the_test_mean_without_it(result: FinalResult) -> None:
+    (pair,) = (pair for pair in result.leaks if pair.similarity == 1)
+    assert (pair.a, pair.b, pair.split_a, pair.split_b) == ("ISIC_0000003", "ISIC_0000012", "train", "test")
+    leaked = {pair.b for pair in result.leaks}
+    with result.paths.table.open() as file:
+        clean = [float(row["dice"]) for row in csv.DictReader(file) if row["image"] not in leaked]
+    assert result.n_leaked == 4 - len(clean) == len(leaked)
+    assert result.without_leaks == pytest.approx(np.mean(clean), abs=1e-5)
+    lines = describe(result)
+    (line,) = (line for line in lines if line.startswith("test, no duplicates"))
+    assert f"{result.without_leaks:.4f}  over {len(clean)} images" in line
+    assert any("ISIC_0000003 and ISIC_0000012" in line for line in lines)
 
 
 def test_predict_gives_the_masks_that_final_scored(
@@ -201,8 +218,10 @@ def test_every_look_at_the_test_set_is_counted_and_a_search_that_goes_on_after_o
     dataset = project.root / "ISIC-2017"
     settings = ("study.pruner=none", "study.sampler=random", "study.trials=3", "study.confirm=0")
     run(project.root, tiny_config(dataset, *settings))
-    again = run_final(project, trial=0, machine=MACHINE)
+    steps: list[str] = []
+    again = run_final(project, trial=0, machine=MACHINE, on_step=steps.append)
     assert again is not None
+    assert any(step.startswith("note on the test split: 8/3/4 training/validation/test pairs") for step in steps)
     assert (len(again.looks), again.n_trials_after) == (2, 1)
     # Near-duplicates were looked for once: the images are the same.
     assert len(list(project.cache.glob("near-duplicates-*.json"))) == 1

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -267,17 +268,34 @@ def test_bad_files_are_named_and_passed_over(tmp_path: Path, capsys: pytest.Capt
     (photos / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no more")
     (photos / "note.txt").write_text("not an image")
     Image.fromarray(noise(30, 30)).save(photos / "scan.bmp")
+    (photos / "link.jpg").symlink_to("nowhere.jpg")
     arguments = [str(photos), str(tmp_path / "gone.png"), "--model", str(weights), "--device", "cpu"]
     with pytest.raises(SystemExit) as caught:
         main(["predict", *arguments, "--out-dir", str(tmp_path / "masks")])
     assert caught.value.code == 1
     said = capsys.readouterr().out
     assert [path.name for path in (tmp_path / "masks").iterdir()] == ["good_segmentation.png"]
-    assert "3 of 4 files could not be read" in said
-    for name in ("broken.jpg", "scan.bmp", "gone.png"):
+    assert "4 of 5 files could not be read" in said
+    for name in ("broken.jpg", "scan.bmp", "link.jpg", "gone.png"):
         assert f"\n  {tmp_path if name == 'gone.png' else photos}/{name}\n" in said
     assert f"passed over: there is no file {tmp_path}/gone.png\n" in said
+    assert f"passed over: {photos}/link.jpg is a link to nowhere.jpg, which is not there\n" in said
+    assert "scan.bmp cannot be decoded: it is neither JPEG nor PNG: convert it" in said
     assert "note.txt" not in said
+
+
+def test_names_of_any_bytes_are_predicted_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = write_model(tmp_path / "model.safetensors")
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    good, bad = (photos / os.fsdecode(name) for name in (b"l\xe9sion.jfif", b"tw\xf6\nlines.png"))
+    Image.fromarray(noise(30, 30)).save(good, format="JPEG")
+    bad.write_bytes(b"no image")
+    with pytest.raises(SystemExit) as caught:
+        main(["predict", str(photos), "--model", str(weights), "--device", "cpu", "--out-dir", str(tmp_path / "m")])
+    assert caught.value.code == 1
+    assert [path.name for path in (tmp_path / "m").iterdir()] == [os.fsdecode(b"l\xe9sion_segmentation.png")]
+    assert f"\n  {photos}/tw\\xf6\\nlines.png\n" in capsys.readouterr().out
 
 
 def test_a_command_without_bad_files_ends_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -346,6 +364,10 @@ def test_two_images_for_one_mask_are_refused(tmp_path: Path) -> None:
         (tmp_path / folder / "a.png").touch()
     with pytest.raises(DatasetError, match="would write the same files"):
         find_images([tmp_path / "x", tmp_path / "y"])
+    for name in ("é.png", "e\u0301.PNG"):
+        (tmp_path / name).touch()
+    with pytest.raises(DatasetError, match="would write the same files"):
+        find_images([tmp_path])
 
 
 def test_without_a_model_the_latest_final_of_the_study_is_taken(tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ Nothing heavy is imported before a command runs, so that `--help` answers at onc
 from __future__ import annotations
 
 import atexit
+import errno
 import gc
 import importlib
+import io
 import logging
 import os
 import signal
@@ -18,6 +20,7 @@ import click
 
 from hpsearch import __version__
 from hpsearch.errors import HpsearchError, StoppedError
+from hpsearch.user_files import printable
 
 COMMANDS = {
     "study": "Search for the best configuration; run again to continue.",
@@ -32,6 +35,10 @@ COMMANDS = {
     "track": "Bring MLflow up to date with the record.",
     "data": "Check, cache, augment, draw or download datasets.",
 }
+
+
+_USER_ERRORS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+"""What the system says of paths that cannot be used: the user can mend them, so they end as one line."""
 
 
 class _Lazy(click.Group):
@@ -67,6 +74,10 @@ def group() -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line: exit code 0 done, 1 an error in one line, 2 usage, 128 + signal if interrupted."""
     atexit.register(_leave_cycles)
+    for stream in (sys.stdout, sys.stderr):
+        # A name that the terminal cannot show is no reason to fail.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     code = _run(arguments)
     tracking = sys.modules.get("hpsearch.tracking")
     if tracking is not None and tracking.is_delivering():
@@ -100,4 +111,9 @@ def _run(arguments: list[str] | None) -> int:
         # `hpsearch status | head`: nobody reads on, which is no fault.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in _USER_ERRORS or error.filename is None:
+            raise
+        click.echo(f"hpsearch: {printable(str(error.filename))}: {error.strerror}", err=True)
+        return 1
     return result if isinstance(result, int) else 0

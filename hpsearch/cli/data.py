@@ -38,7 +38,9 @@ def check(project: ProjectPaths, settings: Settings, as_json: bool, full: bool, 
 
     config = settings.load().data
     root = cache_folder(project, config.cache_dir)
-    report = integrity.check(locate(config, root), progress=None if as_json else counter("checking images"))
+    size = config.cached_size if config.match == "resize" else None
+    progress = None if as_json else counter("checking images")
+    report = integrity.check(locate(config, root), size=size, progress=progress)
     result = report.to_dict()
     lines = []
     problems = len(report.errors)

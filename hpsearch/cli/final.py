@@ -128,6 +128,10 @@ def describe(result: Any) -> list[str]:
     for title, scores in tables:
         for name, interval in scores.items():
             lines.append(f"{title if name == next(iter(scores)) else '':21}{name:>17}  {_interval(interval)}")
+    if result.leaks:
+        n_left = result.n_test - result.n_leaked
+        value = f"{result.without_leaks:.4f}  over {n_left} images" if n_left else "none left"
+        lines.append(f"{'test, no duplicates':21}{metric:>17}  {value}")
     lines.append("official: at each image's own resolution, as the ISIC-2017 challenge scores; of the model kept")
     seeds = result.per_seed[metric]
     if len(seeds) > 1:

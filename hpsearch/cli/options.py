@@ -14,7 +14,8 @@ import click
 from hpsearch import config as configs
 from hpsearch.config import StudyConfig
 from hpsearch.errors import ConfigError
-from hpsearch.paths import ProjectPaths
+from hpsearch.paths import ProjectPaths, study_name_of
+from hpsearch.user_files import broken_link, require_usable_path
 
 SHIPPED = (Path(__file__).parents[1] / "experiments", Path(__file__).parents[2] / "experiments")
 """Where the shipped studies lie: inside an installed package, or beside it in a checkout."""
@@ -33,6 +34,9 @@ def out_option(command: Command) -> Command:
     )
     @functools.wraps(command)
     def with_project(out: Path, **rest: Any) -> Any:
+        require_usable_path(out, ConfigError)
+        if link := broken_link(out):
+            raise ConfigError(f"--out: {link}")
         return command(project=ProjectPaths(out), **rest)
 
     return with_project
@@ -59,7 +63,11 @@ class Settings:
     @property
     def name(self) -> str:
         """The study's name where none is given: the folder of one's own images, else the TOML file's stem."""
-        return Path(self.images).name if self.images and self.config_file is None else self.path.stem
+        if self.images is None or self.config_file is not None:
+            return self.path.stem
+        folder = Path(self.images)
+        require_usable_path(folder, ConfigError)
+        return study_name_of(folder.absolute())
 
     @property
     def path(self) -> Path:

@@ -8,6 +8,7 @@ import click
 
 from hpsearch.cli.options import device_option, out_option, study_option
 from hpsearch.paths import ProjectPaths
+from hpsearch.user_files import printable
 
 
 @click.command("predict")
@@ -82,7 +83,7 @@ def command(
         def on_image(done: int, total: int, path: Path, reason: str | None) -> None:
             progress.update(task, completed=done, description=f"predicting {done}/{total}")
             if reason is not None:
-                progress.console.print(Text(f"passed over: {reason}"))
+                progress.console.print(Text(f"passed over: {printable(reason)}"))
 
         bad = predict_files(
             predictor, images, out_dir, probabilities=probabilities, overlays=overlays, on_image=on_image
@@ -92,5 +93,5 @@ def command(
     if bad:
         console.print(Text(f"{len(bad)} of {len(images)} files could not be read:"))
         for path in bad:
-            console.print(Text(f"  {path}"))
+            console.print(Text(f"  {printable(path)}"))
     return 1 if bad else 0

@@ -56,9 +56,10 @@ def build_cache(
     """
     key = cache_key(samples, preparation)
     n_bytes = len(samples) * preparation.image_bytes
-    chosen = _choose_kind(key, n_bytes, cache_root) if kind == "auto" else kind
-    folder = cache_root / f"{key}-{chosen}"
+    folder = cache_root
     try:
+        chosen = _choose_kind(key, n_bytes, cache_root) if kind == "auto" else kind
+        folder = cache_root / f"{key}-{chosen}"
         if _is_ready(folder, samples):
             # Without the lock: a cache that is shared may lie where this user cannot write.
             return folder

@@ -31,8 +31,8 @@ from hpsearch.data.decoding import Damage, Decoders, Facts, Job, Pixels, View
 from hpsearch.data.layouts import Problem, Sample, Split
 from hpsearch.errors import CacheError
 
-CACHE_VERSION = 1
-"""Changes whenever the same files and preparation would give other bytes."""
+CACHE_VERSION = 2
+"""Changes whenever the same files and preparation would give other bytes or another index."""
 Kind = Literal["memmap", "files", "memory", "none"]
 INDEX = "index.json"
 END_BYTES = 64 * 2**10

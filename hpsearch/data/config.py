@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hpsearch.errors import ConfigError
+from hpsearch.user_files import printable, text_fault
 
 Color = Literal["rgb", "grayscale"]
 
@@ -62,6 +63,9 @@ class DataConfig:
             sides = value if isinstance(value, tuple) else (value, value)
             if len(sides) != 2 or (min(sides) < 8 and not (name == "cache_size" and value == 0)):
                 raise ConfigError(f"data.{name} must be one number or [height, width], each at least 8, got {value}")
+        for name in ("root", "images", "masks", "test_list", "cache_dir", "groups"):
+            if fault := text_fault(getattr(self, name)):
+                raise ConfigError(f"data.{name}: the path {printable(getattr(self, name))} {fault}: rename it")
         if bool(self.images) != bool(self.masks):
             raise ConfigError(
                 "data.images and data.masks (--images, --masks) go together: give both; they may be one folder"

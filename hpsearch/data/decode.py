@@ -29,6 +29,7 @@ from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 from hpsearch.data.decoding import Damage, Facts, Job, Pixels
 from hpsearch.data.headers import MAX_PIXELS, Header, read_header
 from hpsearch.errors import DatasetError
+from hpsearch.user_files import file_fault
 
 BYTES_IN_FLIGHT = 400 * 2**20
 """Decoded pixels that all threads hold together, unless a single image has more."""
@@ -159,7 +160,7 @@ def decode_job(pair: OpenPair, job: Job) -> tuple[Facts, list[Pixels]]:
     data = _content(pair.image_path)
     image_sha256 = hashlib.sha256(data).hexdigest() if job.measure else ""
     image = _decode_image(pair.image_path, data, pair.image, turned=pair.turned)
-    images = _views(image, job, is_mask=False)
+    images = _views(image, job, is_mask=False) if job.send else []
     # The mask is decoded when the image's pixels are gone.
     del data, image
     data = _content(pair.mask_path)
@@ -167,10 +168,11 @@ def decode_job(pair: OpenPair, job: Job) -> tuple[Facts, list[Pixels]]:
     mask = _decode_mask(pair.mask_path, data, pair.mask)
     masks = _views(mask, job, is_mask=True)
     foreground = int(mask.count_nonzero())
+    view_foreground = int(masks[0].count_nonzero()) if masks else -1
     del data, mask
     pixels = [
         (np.ascontiguousarray(image.permute(1, 2, 0).numpy()), np.ascontiguousarray(mask.numpy()))
-        for image, mask in zip(images, masks, strict=True)
+        for image, mask in zip(images, masks if job.send else [], strict=True)
     ]
     crc = 0
     for arrays in pixels:
@@ -185,6 +187,7 @@ def decode_job(pair: OpenPair, job: Job) -> tuple[Facts, list[Pixels]]:
         orientation=1 if pair.turned else pair.image.orientation,
         moments=_moments(pixels[0][0]) if pixels and job.measure else (),
         crc=crc,
+        view_foreground=view_foreground,
     )
     return facts, pixels
 
@@ -233,10 +236,9 @@ def _header(path: Path) -> tuple[Header, int]:
             except ValueError:
                 # Long EXIF and colour profiles can come before the size.
                 header = read_header(head + file.read(LONG_HEAD_BYTES))
-    except FileNotFoundError as error:
-        raise BadImageError("unreadable file", f"there is no file {path}") from error
     except OSError as error:
-        raise BadImageError("unreadable file", f"{path} cannot be read: {error.strerror or error}") from error
+        text = file_fault(path) or f"{path} cannot be read: {error.strerror or error}"
+        raise BadImageError("unreadable file", text) from error
     except ValueError as error:
         raise BadImageError("undecodable file", f"{path} cannot be decoded: {error}") from error
     if header.height * header.width > MAX_PIXELS:

@@ -46,6 +46,8 @@ class Job:
     """Decides where the random crop lies."""
     measure: bool = True
     """Whether hashes and moments are wanted too."""
+    send: bool = True
+    """Whether the pixels of the views are wanted, or only what is counted in them."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class Facts:
     """Sums over the pixels of the first view: R, G, B, RR, GG, BB, RG, RB, GB. Empty without views."""
     crc: int
     """CRC-32 of the bytes of all views."""
+    view_foreground: int = -1
+    """Lesion pixels of the mask in the first view; -1 without views."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,8 @@ class Decoders:
                     result = Damage(**answer["damage"])
                 else:
                     result = Facts(**{**answer["facts"], "moments": tuple(answer["facts"]["moments"])})
-                    pixels = [_read_pixels(process.stdout, jobs[number]) for _ in jobs[number].views]
+                    if jobs[number].send:
+                        pixels = [_read_pixels(process.stdout, jobs[number]) for _ in jobs[number].views]
                 n_done += 1
                 yield number, result, pixels
         finally:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -73,8 +74,8 @@ def find_near_duplicates(
     """Pairs within the pool and across pool and test, most similar first; `a` comes before `b` in `ids`.
 
     `images` is one source or several one after another (pool, test), whole frames at one size (64 x 64 is enough), in
-    the order of `ids` and `splits`. Byte-equal images have a similarity of 1. Pairs within the test split leak
-    nothing and are left out. Takes about 20 KB of memory an image.
+    the order of `ids` and `splits`. Copies have a similarity of 1 unless they are flat. Pairs within the test split
+    leak nothing and are left out. Takes about 20 KB of memory an image.
     """
     fingerprints, details = _describe(_sources(images))
     if not len(ids) == len(splits) == len(details):
@@ -87,7 +88,7 @@ def find_near_duplicates(
             for i, j, value in zip(a, b, _similarity(details[a], _turned(details[b], orientation)), strict=True):
                 if value >= threshold:
                     pairs.append(DuplicatePair(ids[i], ids[j], splits[i], splits[j], min(1.0, float(value))))
-    return tuple(sorted(pairs, key=lambda pair: (-pair.similarity, pair.a, pair.b)))
+    return _most_similar_first(pairs)
 
 
 def find_in_dataset(
@@ -101,6 +102,7 @@ def find_in_dataset(
 ) -> tuple[DuplicatePair, ...]:
     """`find_near_duplicates` of the dataset that `config` names; `write_contact_sheet` of them to `sheet`, if any.
 
+    Byte-equal images are pairs of similarity 1, also where they have no fine structure to be compared by.
     Reads the caches that a study of `config` reads, if they hold whole frames of 64 x 64 or more, else small ones
     made for this. The search says `with_test=False`: the test split is then not read. Errors as in `prepare_pool`.
     """
@@ -110,10 +112,37 @@ def find_in_dataset(
     if with_test and locate(config, cache_root).split("test"):
         caches.append(open_cache(prepare_test(config, cache_root, progress=progress).cache_path))
     ids = [name for cache in caches for name in cache.ids]
-    pairs = find_near_duplicates(caches, ids, [split for cache in caches for split in cache.splits])
+    splits = [split for cache in caches for split in cache.splits]
+    equal = _byte_equal(ids, splits, [sha256 for cache in caches for sha256 in cache.sha256])
+    known = {(pair.a, pair.b) for pair in equal}
+    near = [pair for pair in find_near_duplicates(caches, ids, splits) if (pair.a, pair.b) not in known]
+    pairs = _most_similar_first([*equal, *near])
     if sheet is not None and pairs:
         write_contact_sheet(sheet, pairs, caches, ids)
     return pairs
+
+
+def _most_similar_first(pairs: Iterable[DuplicatePair]) -> tuple[DuplicatePair, ...]:
+    return tuple(sorted(pairs, key=lambda pair: (-pair.similarity, pair.a, pair.b)))
+
+
+def _byte_equal(ids: Sequence[str], splits: Sequence[Split], sha256: Sequence[str]) -> list[DuplicatePair]:
+    """Return pairs of equal `sha256`, enough of them that each image which has a copy is in one.
+
+    Every copy is paired with the first copy in the pool, and every pool image with the first copy in the test split,
+    so that the number of pairs grows with the images and not with their square.
+    """
+    copies: dict[str, list[int]] = defaultdict(list)
+    for i, content in enumerate(sha256):
+        copies[content].append(i)
+    found = set()
+    for members in copies.values():
+        pool = [i for i in members if splits[i] != "test"]
+        test = [i for i in members if splits[i] == "test"]
+        found |= {(pool[0], other) for other in [*pool[1:], *test] if pool}
+        found |= {(other, test[0]) for other in pool if test}
+    pairs = ((min(pair), max(pair)) for pair in sorted(found))
+    return [DuplicatePair(ids[i], ids[j], splits[i], splits[j], 1.0) for i, j in pairs]
 
 
 def groups_of(

@@ -41,9 +41,10 @@ from hpsearch.data.config import AugmentConfig, DataConfig
 from hpsearch.data.decode import BadImageError, MemoryGate, open_pair, read_pair
 from hpsearch.data.folds import AUGMENTATION, AUGMENTED_GROUPS
 from hpsearch.data.integrity import refusal
-from hpsearch.data.layouts import Dataset, Sample, find_samples
+from hpsearch.data.layouts import JPEG, Dataset, Sample, find_samples
 from hpsearch.errors import ConfigError, DatasetError, RecordError
 from hpsearch.paths import atomic_write, read_json, remove_stale_temporaries, write_json
+from hpsearch.user_files import name_key
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +167,7 @@ def _places(dataset: Dataset, copies: int) -> Iterator[tuple[Sample, Path, Path,
             if copy:
                 # A mask is what its image's name is followed by.
                 rest = mask.stem[len(image.stem) :]
-                is_jpeg = image.suffix.lower() in (".jpg", ".jpeg")
+                is_jpeg = image.suffix.lower() in JPEG
                 places = (
                     image.with_name(f"{image.stem}_aug{copy}{image.suffix if is_jpeg else '.png'}"),
                     mask.with_name(f"{image.stem}_aug{copy}{rest}.png"),
@@ -174,7 +175,7 @@ def _places(dataset: Dataset, copies: int) -> Iterator[tuple[Sample, Path, Path,
             else:
                 places = image, mask
             for place in places:
-                key = str(place.with_suffix("")).casefold()
+                key = name_key(str(place.with_suffix("")))
                 if key in taken:
                     raise DatasetError(f"there would be two files {place}: an original has the name of a copy")
                 taken.add(key)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from hpsearch.data.config import DataConfig
 from hpsearch.data.layouts import Split, without_ending
 from hpsearch.errors import ConfigError, DatasetError, RecordError
+from hpsearch.user_files import name_key, read_text, user_path
 
 AUGMENTATION, AUGMENTED_GROUPS = "augmentation.json", "groups.csv"
 """What an augmented set holds beside its images: how it was made, and the original of each image."""
@@ -115,27 +117,64 @@ def make_folds(
     return Folds(tuple(ids), tuple(fold_of.tolist()), folds, seed, "kfold" if groups is None else "groups")
 
 
+def lesion_notes(folds: Folds, has_lesion: Sequence[bool]) -> list[str]:
+    """Return a note for each fold whose held-out images have no lesion; `has_lesion` is (n,), in the pool's order.
+
+    Raises DatasetError for a fold without a lesion in any image that it trains on: its fit could learn nothing.
+    """
+    notes = []
+    for fold in range(folds.k):
+        train, held_out = folds.train(fold), folds.held_out(fold)
+        if not any(has_lesion[i] for i in train):
+            raise DatasetError(
+                f"fold {fold + 1} of {folds.k} would train on {len(train)} images without any lesion: use another "
+                "number of folds (--folds), another --seed, or more images with lesions"
+            )
+        if not any(has_lesion[i] for i in held_out):
+            notes.append(
+                f"fold {fold + 1} of {folds.k} is scored on {len(held_out)} images without any lesion: its Dice "
+                "only counts false positives, that is how many of them are predicted to be free of lesions"
+            )
+    return notes
+
+
+class Groups(Mapping[str, str]):
+    """The group of each image, found by its id whatever the Unicode form and case of the name in the table."""
+
+    def __init__(self, group_of: Mapping[str, str]) -> None:
+        self._by_key = {name_key(name): (name, group) for name, group in group_of.items()}
+
+    def __getitem__(self, id: str) -> str:
+        return self._by_key[name_key(id)][1]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, _ in self._by_key.values())
+
+    def __len__(self) -> int:
+        return len(self._by_key)
+
+
 def groups_file(config: DataConfig) -> Path | None:
     """The table of groups that `config` names, or that lies in an augmented set; None: every image by itself.
 
     A network that was trained on an image must not be scored on its changed versions: such a set brings its groups.
     """
     if config.groups:
-        return Path(config.groups).expanduser()
-    root = Path(config.root).expanduser()
+        return user_path(config.groups)
+    root = user_path(config.root)
     return root / AUGMENTED_GROUPS if not config.images and (root / AUGMENTATION).is_file() else None
 
 
-def read_groups(path: Path) -> dict[str, str]:
+def read_groups(path: Path) -> Groups:
     """Id to group, from a CSV with the column `image` and one other (patient, lesion).
 
     A name ending such as `.jpg` in the column `image` is dropped. Raises DatasetError, naming the line, for whatever
     else is in it.
     """
+    text = read_text(path, "groups", DatasetError)
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.reader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        rows = list(csv.reader(io.StringIO(text)))
+    except csv.Error as error:
         raise DatasetError(f"groups {path} cannot be read: {error}") from error
     header = [name.strip() for name in rows[0]] if rows else []
     if len(header) != 2 or "image" not in header:
@@ -143,16 +182,17 @@ def read_groups(path: Path) -> dict[str, str]:
             f"groups {path} must have two columns, image and one other, got {', '.join(header) or 'none'}"
         )
     image = header.index("image")
-    groups: dict[str, str] = {}
+    groups: dict[str, tuple[str, str]] = {}
     for number, row in enumerate(rows[1:], start=2):
         if not any(cell.strip() for cell in row):
             continue
         if len(row) != 2 or not row[0].strip() or not row[1].strip():
             raise DatasetError(f"groups {path}, line {number}: needs an image and its group, got {','.join(row)!r}")
         name, group = without_ending(row[image].strip()), row[1 - image].strip()
-        if groups.setdefault(name, group) != group:
-            raise DatasetError(f"groups {path}, line {number}: {name} is in group {groups[name]!r} and in {group!r}")
-    return groups
+        _, known = groups.setdefault(name_key(name), (name, group))
+        if known != group:
+            raise DatasetError(f"groups {path}, line {number}: {name} is in group {known!r} and in {group!r}")
+    return Groups(dict(groups.values()))
 
 
 def connected(ids: Sequence[str], sha256: Sequence[str], groups: Mapping[str, str] | None) -> list[int]:

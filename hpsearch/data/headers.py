@@ -45,7 +45,7 @@ def read_header(data: bytes | bytearray) -> Header:
             return _jpeg(data)
     except (struct.error, IndexError) as error:
         raise ValueError("its header breaks off") from error
-    raise ValueError("it is empty" if not data else "it is neither JPEG nor PNG")
+    raise ValueError("it is empty" if not data else "it is neither JPEG nor PNG: convert it to one of them")
 
 
 def _png(data: bytes | bytearray) -> Header:

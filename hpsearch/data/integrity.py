@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from hpsearch.data.cache import Cache
-from hpsearch.data.decoding import Damage, Decoders, Facts, Job
+from hpsearch.data.decoding import Damage, Decoders, Facts, Job, View
 from hpsearch.data.folds import AUGMENTATION
 from hpsearch.data.layouts import Dataset, Problem, Sample, Split, file_sha256, same_bytes
 from hpsearch.errors import DatasetError
+from hpsearch.user_files import printable
 
 OFFICIAL_COUNTS: dict[Split, int] = {"train": 2000, "val": 150, "test": 600}
 N_NAMED = 3
 """Images of each kind of problem that a message names."""
+SWAPPED = "were --images and --masks swapped? Most pairs can be used only the other way round"
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,19 @@ class CheckReport:
         }
 
 
-def check(dataset: Dataset, *, progress: Callable[[int, int], None] | None = None) -> CheckReport:
-    """Everything that is wrong with `dataset` or worth knowing, after decoding all of it in a subprocess."""
-    jobs = [Job(str(sample.image), str(sample.mask)) for sample in dataset.samples]
+def check(
+    dataset: Dataset,
+    *,
+    size: tuple[int, int] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> CheckReport:
+    """Everything that is wrong with `dataset` or worth knowing, after decoding all of it in a subprocess.
+
+    With `size` (height, width) also which masks lose their lesion when they are resized to it.
+    """
+    views: tuple[View, ...] = ("resize",) if size else ()
+    height, width = size or (0, 0)
+    jobs = [Job(str(s.image), str(s.mask), views, height, width, send=False) for s in dataset.samples]
     facts: dict[int, Facts] = {}
     damage: dict[int, Damage] = {}
     with Decoders() as decoders:
@@ -73,18 +85,25 @@ def check(dataset: Dataset, *, progress: Callable[[int, int], None] | None = Non
                 facts[number] = result
             if progress is not None:
                 progress(len(facts) + len(damage), len(jobs))
-    errors = list(dataset.problems)
+    errors = []
+    if were_swapped(dataset, [dataset.samples[number] for number in sorted(damage)]):
+        errors.append(Problem("swapped folders", "", (dataset.root,), SWAPPED, "train"))
+    errors += dataset.problems
     for number, found in sorted(damage.items()):
         sample = dataset.samples[number]
         errors.append(Problem(found.kind, sample.id, (sample.image, sample.mask), found.text, sample.split))
-    errors += leaks(dataset.split("train", "val"), dataset.split("test"))
     good = sorted(facts)
     samples = [dataset.samples[i] for i in good]
     pool = [i for i in good if dataset.samples[i].split != "test"]
+    test = [facts[i] for i in good if dataset.samples[i].split == "test"]
+    if fault := lesion_fault([facts[i] for i in pool], size):
+        errors.append(Problem("nothing to learn", "", (dataset.root,), fault, "train"))
     notes = [
         *dataset_notes(dataset),
+        *shared_images(dataset.split("train", "val"), dataset.split("test")),
         *duplicates([dataset.samples[i] for i in pool], [facts[i] for i in pool]),
-        *mask_notes(samples, [facts[i] for i in good]),
+        *mask_notes(samples, [facts[i] for i in good], size),
+        *no_lesion_to_find(dataset, test, size),
     ]
     counts = {split: sum(sample.split == split for sample in samples) for split in get_args(Split)}
     return CheckReport(counts, tuple(errors), tuple(notes), tuple((facts[i].height, facts[i].width) for i in good))
@@ -108,19 +127,27 @@ def check_stored(cache: Cache) -> list[Problem]:
     ]
 
 
-def leaks(pool: Sequence[Sample], test: Sequence[Sample]) -> list[Problem]:
-    """An error for each image of the pool that is byte-equal to one of the test split: its score would be no test."""
-    both = [*pool, *test]
-    labels = same_bytes(both)
-    in_test = dict(zip(labels[len(pool) :], test, strict=True))
+def shared_images(pool: Sequence[Sample], test: Sequence[Sample]) -> list[Problem]:
+    """Return a note for each image of the pool that is byte-equal to images of the test split.
+
+    ISIC-2017 as it is published has such a pair, so it is no error: `final` also gives the test mean without them.
+    """
+    labels = same_bytes([*pool, *test])
+    in_test: dict[str, list[Sample]] = defaultdict(list)
+    for sample, label in zip(test, labels[len(pool) :], strict=True):
+        in_test[label].append(sample)
     found = []
     for sample, label in zip(pool, labels, strict=False):
-        if label in in_test:
-            other = in_test[label]
-            text = f"{sample.image} of the pool and {other.image} of the test split are one image"
-            found.append(
-                Problem("image in pool and test", sample.id, (sample.image, other.image), text, sample.split)
+        if others := in_test.get(label):
+            named = ", ".join(other.id for other in others[:N_NAMED]) + (", ..." if len(others) > N_NAMED else "")
+            masks = {file_sha256(each.mask) for each in (sample, *others)}
+            text = (
+                f"{sample.id} of the pool is the same file as {named} of the test split"
+                + (", with another mask" if len(masks) > 1 else "")
+                + "; `final` also gives the test mean without such images"
             )
+            files = (sample.image, *(other.image for other in others))
+            found.append(Problem("image in pool and test", sample.id, files, text, sample.split))
     return found
 
 
@@ -158,10 +185,28 @@ def duplicates(samples: Sequence[Sample], facts: Sequence[Facts]) -> list[Proble
     return found
 
 
-def mask_notes(samples: Sequence[Sample], facts: Sequence[Facts]) -> list[Problem]:
-    """A note for each mask without or full of lesion, and for each orientation that was passed over."""
+def mask_notes(
+    samples: Sequence[Sample],
+    facts: Sequence[Facts],
+    size: tuple[int, int] | None = None,
+    *,
+    is_cropped: bool = False,
+) -> list[Problem]:
+    """A note for each mask without or full of lesion, now or at `size`, and each EXIF orientation passed over."""
+    at = f"{'in its crop of' if is_cropped else 'at'} {size[0]}x{size[1]}" if size else ""
     found = []
     for sample, fact in zip(samples, facts, strict=True):
+        has_lesion, has_skin = fact.foreground > 0, fact.foreground < fact.height * fact.width
+        if size and fact.view_foreground in (0, size[0] * size[1]) and has_lesion and has_skin:
+            kind = "vanishing lesion"
+            text = f"{sample.id} has {fact.foreground} lesion pixels at {fact.height}x{fact.width} and none {at}"
+            if fact.view_foreground:
+                kind = "vanishing skin"
+                n_skin = fact.height * fact.width - fact.foreground
+                text = (
+                    f"{sample.id} has {n_skin} pixels beside the lesion at {fact.height}x{fact.width} and none {at}"
+                )
+            found.append(Problem(kind, sample.id, (sample.mask,), text, sample.split))
         if fact.foreground in (0, fact.height * fact.width):
             what = "empty" if fact.foreground == 0 else "full"
             text = f"{sample.mask} is {what}: no pixel is {'lesion' if what == 'empty' else 'skin'}"
@@ -172,6 +217,62 @@ def mask_notes(samples: Sequence[Sample], facts: Sequence[Facts]) -> list[Proble
             )
             found.append(Problem("EXIF orientation", sample.id, (sample.image,), text, sample.split))
     return found
+
+
+def lesion_fault(facts: Sequence[Facts], size: tuple[int, int] | None) -> str:
+    """Say why a network cannot learn from these pairs: no mask has a lesion, or none has anything else.
+
+    With `size` (height, width) the masks count as they are at that size. Empty if something can be learned, or if
+    there are no pairs.
+    """
+    n, at = len(facts), f" at {size[0]}x{size[1]}" if size else ""
+    if n and not any(_shown(fact, size)[0] for fact in facts):
+        n_vanish = sum(fact.foreground > 0 for fact in facts)
+        if n_vanish:
+            others = f", and the other {n - n_vanish} are empty" if n_vanish < n else ""
+            return (
+                f"none of the {n} masks of training and validation has a lesion{at}: the lesions of {n_vanish} "
+                f"vanish at that size{others}. Choose a larger data.size"
+            )
+        return (
+            f"none of the {n} masks of training and validation has a lesion, so there is nothing to learn: check "
+            "that they are the right masks"
+        )
+    if n and not any(_shown(fact, size)[1] for fact in facts):
+        return (
+            f"all {n} masks of training and validation are nothing but lesion{at}, so there is nothing to learn: "
+            "check that they are the right masks"
+        )
+    return ""
+
+
+def no_lesion_to_find(dataset: Dataset, facts: Sequence[Facts], size: tuple[int, int] | None) -> list[Problem]:
+    """Return a note if not one mask of the test split has a lesion."""
+    if not facts or any(_shown(fact, size)[0] for fact in facts):
+        return []
+    at = f" at {size[0]}x{size[1]}" if size else ""
+    text = (
+        f"none of the {len(facts)} test masks has a lesion{at}: Dice then only counts false positives, that is how "
+        "many images are predicted to be free of lesions"
+    )
+    return [Problem("no lesion in the test split", "", (dataset.root,), text, "test")]
+
+
+def _shown(fact: Facts, size: tuple[int, int] | None) -> tuple[bool, bool]:
+    """Whether a mask shows lesion, and anything else, at `size` or, without one, as it is stored."""
+    if size is None:
+        return fact.foreground > 0, fact.foreground < fact.height * fact.width
+    return fact.view_foreground > 0, fact.view_foreground < size[0] * size[1]
+
+
+def were_swapped(dataset: Dataset, damaged: Sequence[Sample]) -> bool:
+    """Whether a user's two folders were exchanged: most pairs cannot be used, but some of those can the other way."""
+    if dataset.layout != "folders" or 2 * len(damaged) <= len(dataset.samples):
+        return False
+    some = damaged[:: max(1, len(damaged) // N_NAMED)][:N_NAMED]
+    with Decoders() as decoders:
+        turned = list(decoders.decode([Job(str(sample.mask), str(sample.image)) for sample in some]))
+    return all(isinstance(result, Facts) for _, result, _ in turned)
 
 
 def describe(problems: Iterable[Problem]) -> list[str]:
@@ -194,11 +295,12 @@ def _by_kind(problems: Iterable[Problem]) -> dict[str, list[Problem]]:
     return by_kind
 
 
-def refusal(problems: Sequence[Problem], flags: str) -> DatasetError:
+def refusal(problems: Sequence[Problem], flags: str, question: str = "") -> DatasetError:
     """The one error that reports all of them; `flags` is how the command line names the dataset."""
     n = len({(problem.split, problem.id) for problem in problems})
+    said = ". ".join([*describe(problems), *([question] if question else [])])
     return DatasetError(
-        f"{n} image{'s' if n > 1 else ''} cannot be used: {'. '.join(describe(problems))}. "
+        f"{n} image{'s' if n > 1 else ''} cannot be used: {said}. "
         f"`hpsearch data check {flags} --json` names all; --exclude-bad leaves them out"
     )
 
@@ -208,6 +310,6 @@ def _plain(problem: Problem) -> dict[str, Any]:
         "kind": problem.kind,
         "id": problem.id,
         "split": problem.split,
-        "files": [str(path) for path in problem.files],
+        "files": [printable(path) for path in problem.files],
         "text": problem.text,
     }

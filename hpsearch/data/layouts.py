@@ -1,4 +1,4 @@
-"""Finds the pairs of image and mask, in the archive's layout, one folder per split, or folders of one's own.
+"""Find the pairs of image and mask, in the archive's layout, one folder per split, or folders of one's own.
 
     archive   ROOT/ISIC-2017_Training_Data and ROOT/ISIC-2017_Training_Part1_GroundTruth, ..._Validation_...,
               ..._Test_v2_...
@@ -12,24 +12,42 @@ images of one's own are found before a test share is drawn, so that no copy of a
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shlex
+import stat
+import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 from hpsearch.data.config import DataConfig
 from hpsearch.errors import DatasetError
+from hpsearch.user_files import (
+    broken_link,
+    folder_fault,
+    list_folder,
+    name_fault,
+    name_key,
+    printable,
+    read_text,
+    require_usable_path,
+    user_path,
+)
 
 Split = Literal["train", "val", "test"]
 Layout = Literal["archive", "splits", "folders"]
 
-READABLE = (".jpg", ".jpeg", ".png")
+JPEG = (".jpg", ".jpeg", ".jpe", ".jfif")
+READABLE = (*JPEG, ".png")
 """Name endings (lower case) of the images that can be decoded."""
-FOREIGN = (".bmp", ".tif", ".tiff", ".gif", ".webp", ".heic", ".jp2", ".dcm")
-"""Name endings of images that cannot: named as damage instead of passed over."""
+FOREIGN = (
+    *(".bmp", ".dib", ".tif", ".tiff", ".gif", ".webp", ".heic", ".heif", ".avif", ".jp2", ".j2k", ".jxl"),
+    *(".dcm", ".dicom", ".svg", ".psd", ".tga", ".ppm", ".pgm", ".pbm", ".dng"),
+)
+"""Name endings of images that cannot: named as errors instead of passed over."""
 
 _ARCHIVE_FOLDER = re.compile(r"isic-2017_(training|validation|test|test_v2)_(data|part1_groundtruth)", re.IGNORECASE)
 _ARCHIVE_SPLIT: Mapping[str, Split] = {"training": "train", "validation": "val", "test": "test", "test_v2": "test"}
@@ -54,6 +72,7 @@ class Sample:
     """One image with its mask."""
 
     id: str
+    """The stem of the image's name in Unicode form NFC."""
     image: Path
     mask: Path
     split: Split
@@ -101,7 +120,8 @@ def find_samples(config: DataConfig) -> Dataset:
 
 
 def _in_root(config: DataConfig) -> Dataset:
-    root = Path(config.root).expanduser()
+    root = user_path(config.root)
+    require_usable_path(root, DatasetError)
     archive = _archive_folders(root)
     splits = _split_folders(root)
     if archive and splits:
@@ -122,8 +142,8 @@ def _in_root(config: DataConfig) -> Dataset:
             f"{root} is not laid out like ISIC-2017, but looks like images and masks of your own: "
             f"use --images {images} --masks {masks}"
         )
-    if not root.is_dir():
-        raise DatasetError(_MISSING.format(root=root, needs="there is no such folder"))
+    if fault := folder_fault(root):
+        raise DatasetError(_MISSING.format(root=root, needs=fault))
     needs = "it needs ISIC-2017_Training_Data and ISIC-2017_Training_Part1_GroundTruth, or train, validation and test"
     raise DatasetError(_MISSING.format(root=root, needs=needs))
 
@@ -131,11 +151,11 @@ def _in_root(config: DataConfig) -> Dataset:
 def _own_folders_in(root: Path) -> tuple[Path, Path] | None:
     """Folders of images and of masks that someone may have meant by `root`: inside it, or itself."""
     inside = _folders(root)
-    masks = [path for path in inside if _MASK_FOLDER.search(path.name) and _by_stem(path)]
-    images = [path for path in inside if path not in masks and _by_stem(path)]
+    masks = [path for path in inside if _MASK_FOLDER.search(path.name) and _by_key(path)]
+    images = [path for path in inside if path not in masks and _by_key(path)]
     if len(masks) == 1 and len(images) == 1:
         return images[0], masks[0]
-    if root.is_dir() and (stems := _by_stem(root)) and _find_suffix(stems, stems, together=True):
+    if not folder_fault(root) and (stems := _by_key(root)) and _find_suffix(stems, stems, together=True):
         return root, root
     return None
 
@@ -150,7 +170,7 @@ def _archive_folders(root: Path) -> dict[tuple[Split, str], Path]:
                 raise DatasetError(f"{root} holds both {found[key].name} and {path.name}: keep one of them")
             # Unpacking an archive into a folder of its own name nests it once.
             inner = path / path.name
-            found[key] = inner if inner.is_dir() else path
+            found[key] = path if folder_fault(inner) else inner
     return found
 
 
@@ -211,31 +231,36 @@ def _image_and_mask_folder(folder: Path) -> tuple[Path, Path]:
 
 
 def _own_folders(config: DataConfig) -> Dataset:
-    images, masks = Path(config.images).expanduser(), Path(config.masks).expanduser()
+    images, masks = user_path(config.images), user_path(config.masks)
     for what, path in (("images", images), ("masks", masks)):
-        if not path.is_dir():
-            raise DatasetError(f"{path} is not a folder: --{what} (data.{what}) must name one")
-        if not _by_stem(path):
-            raise DatasetError(
-                f"{path}, given as --{what}, holds no {', '.join(READABLE[:-1])} or {READABLE[-1]} file"
-            )
-    samples, problems = _pairs(images, masks, "train", config.mask_suffix)
-    if not samples:
-        raise DatasetError(f"no name in {masks} goes with one in {images}: {_advice_on_names(images, masks, config)}")
-    test = _listed_test_ids(config, samples) if config.test_list else _drawn_test_ids(config, samples)
-    split = [replace(sample, split="test") if sample.id in test else sample for sample in samples]
-    return _dataset(split, problems, images, "folders")
+        require_usable_path(path, DatasetError)
+        if fault := folder_fault(path):
+            raise DatasetError(f"{fault}: --{what} (data.{what}) must name a folder")
+        if not _by_key(path):
+            raise DatasetError(f"{path}, given as --{what}, holds no JPEG or PNG file ({', '.join(READABLE)})")
+    is_chosen = bool(config.mask_suffix)
+    samples, problems = _pairs(images, masks, "train", config.mask_suffix, is_chosen=is_chosen)
+    if not samples and all(len(problem.files) == 1 for problem in problems):
+        swapped, _ = _pairs(masks, images, "train", config.mask_suffix)
+        advice = "were --images and --masks swapped?" if swapped else _advice_on_names(images, masks, config)
+        raise DatasetError(f"no name in {masks} goes with one in {images}: {advice}")
+    ids = [sample.id for sample in samples] + [problem.id for problem in problems]
+    test = _listed_test_ids(config, ids) if config.test_list else _drawn_test_ids(config, samples)
+    return _dataset(
+        [replace(sample, split="test") if sample.id in test else sample for sample in samples],
+        [replace(problem, split="test") if problem.id in test else problem for problem in problems],
+        images,
+        "folders",
+    )
 
 
 def _advice_on_names(images: Path, masks: Path, config: DataConfig) -> str:
     """What to do where not one mask belongs to an image by its name."""
-    image, *_ = (path for paths in _by_stem(images).values() for path in paths)
-    names = _by_stem(masks)
+    image, *_ = (path for paths in _by_key(images).values() for path in paths)
+    names = _by_key(masks)
     mask, *_ = (path for paths in names.values() for path in paths)
     if foreign := [path for path in (image, mask) if path.suffix.lower() in FOREIGN]:
-        return (
-            f"{foreign[0].name} is a {foreign[0].suffix.lower()} file, and only JPEG and PNG are read: convert them"
-        )
+        return _unsupported(foreign[0])
     if config.mask_suffix:
         return (
             f"with data.mask_suffix = {config.mask_suffix} (taken literally) the mask of {image.name} is "
@@ -244,7 +269,7 @@ def _advice_on_names(images: Path, masks: Path, config: DataConfig) -> str:
         )
     if masks.samefile(images):
         return f"they are one folder, in which the mask of {image.name} would be {image.stem}_mask.png or the like"
-    in_front = [stem for stem in names if stem.endswith(image.stem.casefold())]
+    in_front = [stem for stem in names if stem.endswith(name_key(image.stem))]
     example = names[in_front[0]][0] if in_front else mask
     return (
         f"a mask is named like its image, with or without something behind (mask of {image.name}: {image.stem}.png "
@@ -253,14 +278,19 @@ def _advice_on_names(images: Path, masks: Path, config: DataConfig) -> str:
     )
 
 
-def _listed_test_ids(config: DataConfig, samples: Sequence[Sample]) -> set[str]:
-    path = Path(config.test_list).expanduser()
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"data.test_list {path} cannot be read: {error}") from error
-    listed = {without_ending(line.strip()) for line in lines if line.strip()}
-    if unknown := sorted(listed - {sample.id for sample in samples}):
+def _listed_test_ids(config: DataConfig, ids: Iterable[str]) -> set[str]:
+    """Return the ids in the test list; raise DatasetError where it lists anything else."""
+    path = user_path(config.test_list)
+    names = [line.strip() for line in read_text(path, "data.test_list", DatasetError).split("\n")]
+    by_key = {name_key(id): id for id in ids}
+    listed, unknown = set(), []
+    for name in filter(None, names):
+        key = name_key(name) if name_key(name) in by_key else name_key(without_ending(name))
+        if key in by_key:
+            listed.add(by_key[key])
+        else:
+            unknown.append(name)
+    if unknown:
         raise DatasetError(f"{path} lists {unknown[0]!r} ({len(unknown)} such), which is no image with a mask")
     return listed
 
@@ -318,48 +348,139 @@ def _length(path: Path) -> int:
         return -1
 
 
-def _pairs(images: Path, masks: Path, split: Split, suffix: str) -> tuple[list[Sample], list[Problem]]:
-    """Images and masks whose stems match, and what is left over. An empty `suffix` is found."""
-    problems: list[Problem] = []
-    image_files = _by_stem(images)
-    mask_files = image_files if images.samefile(masks) else _by_stem(masks)
-    suffix = suffix.casefold() or _find_suffix(image_files, mask_files, together=images.samefile(masks))
-    if images.samefile(masks):
-        image_files = {stem: paths for stem, paths in image_files.items() if not suffix or not stem.endswith(suffix)}
-        mask_files = {stem: paths for stem, paths in mask_files.items() if suffix and stem.endswith(suffix)}
+def _pairs(
+    images: Path, masks: Path, split: Split, suffix: str, *, is_chosen: bool = False
+) -> tuple[list[Sample], list[Problem]]:
+    """Images and masks whose stems match, and what is left over. An empty `suffix` is found.
+
+    `is_chosen` says that the user chose the suffix, perhaps among those of several masks.
+    """
+    image_files, mask_files = _by_key(images), _by_key(masks)
+    together = images.samefile(masks)
+    suffix = name_key(suffix) or _find_suffix(image_files, mask_files, together=together)
+    if together:
+        all_files = image_files
+        image_files = {key: paths for key, paths in all_files.items() if not suffix or not key.endswith(suffix)}
+        # In one folder a second mask looks like an image: its name has to say more.
+        for key in [key for key in image_files if key + suffix not in all_files]:
+            if suffix and (owner := _owner(key, suffix, image_files)) and _says_mask(key[len(owner) :], suffix):
+                del image_files[key]
+        mask_files = {key: paths for key, paths in all_files.items() if key not in image_files and suffix}
+    further = _further_masks(image_files, mask_files, suffix, is_chosen=is_chosen)
     pairs: list[Sample] = []
-    for stem, paths in image_files.items():
-        name = paths[0].stem
-        partners = mask_files.pop(stem + suffix, [])
-        if foreign := [path for path in (*paths, *partners) if path.suffix.lower() in FOREIGN]:
-            text = f"{foreign[0]} is a {foreign[0].suffix.lower()} file: only JPEG and PNG are read"
-            problems.append(Problem("unknown format", name, tuple(foreign), text, split))
+    problems: list[Problem] = []
+    for key, paths in image_files.items():
+        id = unicodedata.normalize("NFC", paths[0].stem)
+        partners = mask_files.pop(key + suffix, [])
+        others = [path for other in further.get(key, ()) for path in mask_files.pop(other)]
+        files = (*paths, *partners, *others)
+        if problem := _unusable(id, files, split):
+            problems.append(problem)
         elif len(paths) > 1 or len(partners) > 1:
-            files = paths if len(paths) > 1 else partners
-            text = f"{files[0]} and {files[1].name} have one name: keep one of them"
-            problems.append(Problem("two files of one name", name, tuple(files), text, split))
+            same = paths if len(paths) > 1 else partners
+            text = f"{same[0]} and {same[1].name} have one name (but for case, Unicode form or ending): keep one"
+            problems.append(Problem("two files of one name", id, tuple(same), text, split))
         elif not partners:
-            text = f"{paths[0]} has no mask {name}{suffix}.png in {masks}"
-            problems.append(Problem("missing mask", name, tuple(paths), text, split))
+            there = f" (only {', '.join(path.name for path in others)})" if others else ""
+            text = f"{paths[0]} has no mask {id}{suffix}.png in {masks}{there}"
+            problems.append(Problem("missing mask", id, (*paths, *others), text, split))
+        elif others:
+            named = f"{', '.join(path.name for path in (*partners, *others[:-1]))} and {others[-1].name}"
+            text = f"{paths[0]} has {1 + len(others)} masks, {named}: join them into one, or keep one"
+            problems.append(Problem("several masks", id, files, text, split))
         else:
-            pairs.append(Sample(name, paths[0], partners[0], split))
-    for stem, paths in mask_files.items():
-        name = paths[0].stem
-        if stem.endswith(suffix):
-            name = name[: len(name) - len(suffix)]
-        text = f"{paths[0]} has no image {name}.jpg in {images}"
-        problems.append(Problem("missing image", name, tuple(paths), text, split))
+            pairs.append(Sample(id, paths[0], partners[0], split))
+    for paths in mask_files.values():
+        id = unicodedata.normalize("NFC", paths[0].stem)
+        if suffix and name_key(id[-len(suffix) :]) == suffix:
+            id = id[: -len(suffix)]
+        text = f"{paths[0]} has no image {id}.jpg in {images}"
+        missing = Problem("missing image", id, tuple(paths), text, split)
+        problems.append(_unusable(id, paths, split) or missing)
     return pairs, problems
 
 
-def _by_stem(folder: Path) -> dict[str, list[Path]]:
-    """Image files by the stem of their name without regard to case, sorted; superpixels and hidden files are none."""
-    found: dict[str, list[Path]] = defaultdict(list)
-    for path in sorted(folder.iterdir()):
-        is_image = path.suffix.lower() in (*READABLE, *FOREIGN) and not path.name.startswith(".")
-        if is_image and not path.stem.lower().endswith("_superpixels") and path.is_file():
-            found[path.stem.casefold()].append(path)
+def _unusable(id: str, files: Sequence[Path], split: Split) -> Problem | None:
+    """Return what is wrong with these files of one image, as far as names and links tell."""
+    for path in files:
+        if fault := name_fault(path.stem):
+            text = f"{printable(path)}: its name {fault}: rename it"
+            return Problem("unusable name", printable(id), tuple(files), text, split)
+    for path in files:
+        if fault := broken_link(path):
+            return Problem("dangling link", id, tuple(files), fault, split)
+    for path in files:
+        if path.suffix.lower() in FOREIGN:
+            return Problem("unknown format", id, tuple(files), _unsupported(path), split)
+    return None
+
+
+def _unsupported(path: Path) -> str:
+    return f"{path} is a {path.suffix.lower()} file, which cannot be read: convert it to PNG or JPEG"
+
+
+def _further_masks(
+    images: Collection[str], masks: Iterable[str], suffix: str, *, is_chosen: bool
+) -> dict[str, list[str]]:
+    """Return the keys of the masks that an image has beside the one of its name and `suffix`, by the image's key.
+
+    A mask that belongs to no image by its name is another mask of the image whose stem it begins with, as
+    `x_mask_1.png` is of `x.png`. Where images are named like that too (`x.png` and `x_2.png`), a mask `x_3.png`
+    lacks its image instead, unless its name says that it is a mask. A suffix that was chosen says which of
+    several masks counts: only those that begin with it are more of the same.
+    """
+    found: dict[str, list[str]] = defaultdict(list)
+    extend: bool | None = None
+    for key in masks:
+        if (key.endswith(suffix) and key[: len(key) - len(suffix)] in images) or not (
+            owner := _owner(key, suffix, images)
+        ):
+            continue
+        rest = key[len(owner) :]
+        if is_chosen and not rest.startswith(suffix):
+            continue
+        if not _says_mask(rest, suffix):
+            if extend is None:
+                extend = any(_owner(image, suffix, images) for image in images)
+            if extend:
+                continue
+        found[owner].append(key)
     return found
+
+
+def _owner(key: str, suffix: str, images: Container[str]) -> str | None:
+    """Return the longest image key that `key` begins with, up to `suffix` or the end of a word (not im1 of im10)."""
+    for end in range(len(key) - 1, 0, -1):
+        if key[:end] in images and ((suffix and key.startswith(suffix, end)) or not key[end].isalnum()):
+            return key[:end]
+    return None
+
+
+def _says_mask(rest: str, suffix: str) -> bool:
+    """Whether the rest of a name says that the file is a mask, by a word for it or by `suffix` in front."""
+    return bool(suffix and rest.startswith(suffix)) or bool(_MASK_FOLDER.search(rest.removesuffix(suffix)))
+
+
+def _by_key(folder: Path) -> dict[str, list[Path]]:
+    """Image files by `name_key` of their stem, sorted; superpixels and hidden files are none.
+
+    A link to nothing, or a file that cannot be looked at, is among them, so that it is named and not passed over.
+    """
+    found: dict[str, list[Path]] = defaultdict(list)
+    for path in list_folder(folder, DatasetError):
+        key = name_key(path.stem)
+        is_image = path.suffix.lower() in (*READABLE, *FOREIGN) and not path.name.startswith(".")
+        if is_image and not key.endswith("_superpixels") and may_be_file(path):
+            found[key].append(path)
+    return found
+
+
+def may_be_file(path: Path) -> bool:
+    """Whether `path` is a file, or a link or name that cannot be followed and may have been meant as one."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return True
 
 
 def _find_suffix(images: Iterable[str], masks: Iterable[str], *, together: bool) -> str:
@@ -378,9 +499,10 @@ def _dataset(samples: list[Sample], problems: list[Problem], root: Path, layout:
     if not samples and not problems:
         raise DatasetError(_MISSING.format(root=root, needs="its folders hold no images and masks"))
     # Folders of splits are often numbered each from 1: such ids get the split's name in front.
-    n_splits = Counter(id for id, _ in {(sample.id, sample.split) for sample in samples})
+    n_splits = Counter(key for key, _ in {(name_key(sample.id), sample.split) for sample in samples})
     named = [
-        replace(sample, id=f"{sample.split}-{sample.id}") if n_splits[sample.id] > 1 else sample for sample in samples
+        replace(sample, id=f"{sample.split}-{sample.id}") if n_splits[name_key(sample.id)] > 1 else sample
+        for sample in samples
     ]
     order = get_args(Split)
     named.sort(key=lambda sample: (order.index(sample.split), sample.id))
@@ -389,6 +511,8 @@ def _dataset(samples: list[Sample], problems: list[Problem], root: Path, layout:
 
 
 def _folders(root: Path) -> list[Path]:
-    if not root.is_dir():
+    """Folders in `root`, sorted; links to nothing too, so that one which is needed is named when it is listed."""
+    if not os.path.isdir(root):
         return []
-    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    inside = [path for path in list_folder(root, DatasetError) if not path.name.startswith(".")]
+    return [path for path in inside if os.path.isdir(path) or (not path.suffix and broken_link(path))]

@@ -14,7 +14,19 @@ from hpsearch.data.build import Progress, build_cache, discard_cache, is_damaged
 from hpsearch.data.cache import Index, Preparation, cache_key, open_cache
 from hpsearch.data.config import DataConfig
 from hpsearch.data.decoding import subprocess_environment
-from hpsearch.data.integrity import check_stored, dataset_notes, describe, duplicates, leaks, mask_notes, refusal
+from hpsearch.data.integrity import (
+    SWAPPED,
+    check_stored,
+    dataset_notes,
+    describe,
+    duplicates,
+    lesion_fault,
+    mask_notes,
+    no_lesion_to_find,
+    refusal,
+    shared_images,
+    were_swapped,
+)
 from hpsearch.data.layouts import Dataset, Problem, Sample, Split, find_samples
 from hpsearch.data.sample import SAMPLE_VERSION
 from hpsearch.errors import DatasetError
@@ -40,6 +52,8 @@ class Prepared:
     excluded: tuple[str, ...]
     """Ids of the images that `data.exclude_bad` left out; the log says why."""
     seconds: float
+    fault: str = ""
+    """Why nothing can be learned from these images, such as masks that are all empty; empty if something can."""
 
     @property
     def n(self) -> int:
@@ -134,9 +148,7 @@ def _pool(config: DataConfig, cache_root: Path, role: Role, seed: int) -> _Wante
         samples = (*_first(train, config.n_search_train), *_first(val, config.n_search_validation))
     else:
         samples = _first((*train, *val), config.n_final_train)
-    leaked = leaks(samples, dataset.split("test"))
-    out = {problem.id for problem in leaked}
-    unpaired = [problem for problem in dataset.problems if problem.split != "test"]
+    unpaired = tuple(problem for problem in dataset.problems if problem.split != "test")
     height, width = config.cached_size
     preparation = Preparation(height, width, ("resize",))
     if config.match == "crop":
@@ -147,8 +159,8 @@ def _pool(config: DataConfig, cache_root: Path, role: Role, seed: int) -> _Wante
         for problem in dataset.problems
         if problem.split == "test"
     )
-    used = tuple(sample for sample in samples if sample.id not in out)
-    return _Wanted(dataset, used, (*unpaired, *leaked), later, preparation, "training or validation")
+    notes = (*shared_images(samples, dataset.split("test")), *later)
+    return _Wanted(dataset, samples, unpaired, notes, preparation, "training or validation")
 
 
 def _test(config: DataConfig, cache_root: Path) -> _Wanted:
@@ -170,7 +182,12 @@ def _prepare(
         )
     # Everything is decoded before anything is refused, so that one message can report all of it; with --exclude-bad
     # the next start finds this cache.
-    folder = build_cache(wanted.samples, wanted.preparation, config.cache, cache_root, progress=progress)
+    try:
+        folder = build_cache(wanted.samples, wanted.preparation, config.cache, cache_root, progress=progress)
+    except DatasetError as error:
+        if were_swapped(wanted.dataset, wanted.samples):
+            raise DatasetError(f"{error}. {SWAPPED}") from error
+        raise
     if is_damaged(folder):
         logger.warning("%s is damaged; it is built again", folder)
         discard_cache(folder)
@@ -178,10 +195,17 @@ def _prepare(
     index = Index.read(folder)
     problems = [*wanted.problems, *index.problems]
     if problems and not config.exclude_bad:
-        raise refusal(problems, wanted.dataset.flags)
+        damaged = {problem.id for problem in index.problems}
+        swapped = were_swapped(wanted.dataset, [sample for sample in wanted.samples if sample.id in damaged])
+        raise refusal(problems, wanted.dataset.flags, SWAPPED if swapped else "")
     for problem in problems:
         logger.warning("left out (%s): %s", problem.kind, problem.text)
-    notes = [*wanted.notes, *duplicates(index.samples, index.facts), *mask_notes(index.samples, index.facts)]
+    size = config.cached_size
+    notes = [*wanted.notes, *duplicates(index.samples, index.facts)]
+    notes += mask_notes(index.samples, index.facts, size, is_cropped=config.match == "crop")
+    fault = lesion_fault(index.facts, size) if wanted.what != "test" else ""
+    if wanted.what == "test":
+        notes += no_lesion_to_find(wanted.dataset, index.facts, size)
     if config.root != "sample":
         notes = [*dataset_notes(wanted.dataset), *notes]
     return Prepared(
@@ -192,6 +216,7 @@ def _prepare(
         notes=tuple(describe(notes)),
         excluded=tuple(dict.fromkeys(problem.id for problem in problems)),
         seconds=time.monotonic() - start,
+        fault=fault,
     )
 
 

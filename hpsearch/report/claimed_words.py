@@ -77,10 +77,10 @@ def describe_account(looks: Sequence[Look], n_before: int, n_after: int) -> list
 
 
 def describe_leaks(pairs: Sequence[tuple[str, str]], mean: float, without: float | None) -> str:
-    """Near-duplicates across pool and test, and what they do to the mean."""
+    """Name the images that pool and test share, and say what they do to the test mean."""
     named = ", ".join(f"{a} and {b}" for a, b in pairs[:N_NAMED])
     more = f" and {len(pairs) - N_NAMED} more" if len(pairs) > N_NAMED else ""
-    n_pairs = f"{len(pairs)} near-duplicate pair{'s' if len(pairs) > 1 else ''}"
+    n_pairs = f"{len(pairs)} pair{'s' if len(pairs) > 1 else ''} of duplicates or near-duplicates"
     text = f"caution: {n_pairs} across pool and test: {named}{more}"
     if without is not None:
         text += f"; without those test images the mean is {without:.4f} instead of {mean:.4f}"

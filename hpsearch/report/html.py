@@ -250,7 +250,7 @@ def _notes(rows: StudyRows) -> Iterator[str]:
             '<p class="note">The test set had been scored before this study began: see <a href="#test">Test</a>.</p>'
         )
     if any(final.leaks for final in rows.finals):
-        yield '<p class="note">Pool and test share near-duplicates: see <a href="#test">Test</a>.</p>'
+        yield '<p class="note">Pool and test share duplicates or near-duplicates: see <a href="#test">Test</a>.</p>'
 
 
 def _answer(rows: StudyRows, pictures: Mapping[str, Picture]) -> Iterator[str]:

@@ -136,7 +136,7 @@ class FinalRow:
     """Like `test`, by the choices; empty where none was taken."""
     ensemble: EnsembleRow | None
     leaks: tuple[tuple[str, str], ...]
-    """Pairs of near-duplicates across pool and test."""
+    """Pairs of duplicates and near-duplicates across pool and test."""
     without_leaks: float | None
     """Mean of the study's metric without their test images."""
 

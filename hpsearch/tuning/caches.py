@@ -10,7 +10,7 @@ from hpsearch.config import StudyConfig
 from hpsearch.data.build import Progress
 from hpsearch.data.config import DataConfig
 from hpsearch.data.prepare import Prepared, Role, prepare_pool
-from hpsearch.errors import CacheError
+from hpsearch.errors import CacheError, DatasetError
 from hpsearch.tuning.config import Choice
 
 
@@ -20,7 +20,10 @@ class PoolCaches:
     def __init__(
         self, config: StudyConfig, root: Path, *, role: Role = "search", progress: Progress | None = None
     ) -> None:
-        """Prepare the cache that trials are scored by. Raises as `prepare_pool` does, then and later."""
+        """Prepare the cache that trials are scored by. Raises as `prepare_pool` does, then and later.
+
+        DatasetError too if nothing can be learned from its masks.
+        """
         self._root = root
         self._role = role
         self._seed = config.study.seed
@@ -28,6 +31,8 @@ class PoolCaches:
         self._by_size: dict[tuple[int, int], Prepared] = {}
         self.scored = self._prepared(config.scored_data)
         """The pool at the size at which it is scored: its images, its notes, the masks of every evaluation."""
+        if self.scored.fault:
+            raise DatasetError(self.scored.fault)
 
     def prepare_listed(self, config: StudyConfig) -> None:
         """Make those of all sizes that the search of `config` lists; of a range there may be too many to make now."""
@@ -39,6 +44,11 @@ class PoolCaches:
     def made(self) -> Mapping[tuple[int, int], Prepared]:
         """Those that are ready, by height and width, in the order in which they were wanted."""
         return self._by_size
+
+    @property
+    def notes(self) -> list[str]:
+        """Notes on the data at all sizes that are ready, each once."""
+        return list(dict.fromkeys(note for prepared in self._by_size.values() for note in prepared.notes))
 
     def job(self, config: StudyConfig) -> dict[str, str]:
         """What a worker has to be told to train `config`: `cache`, and `truth` where scores have another size."""

@@ -150,13 +150,16 @@ def run_study(
             # A signal to stop may have ended the process that decodes, too.
             check()
             raise
-        prepared = caches.scored
+        prepared = dataclasses.replace(caches.scored, notes=tuple(caches.notes))
         listener.prepared(prepared)
         for note in prepared.notes:
             logger.info("data: %s", note)
         if not study.toml.is_file():
             # Only now: a first start that fails for its data or folds leaves no study that binds the next one.
             folds = _make_folds(config, prepared, cache_root(project, config))
+            facts = open_cache(prepared.cache_path).index.facts
+            for note in fold_making.lesion_notes(folds, [each.view_foreground > 0 for each in facts]):
+                listener.said(f"note: {note}")
             record = StudyRecord.create(study, config)
             if not record.has_folds:
                 record.write_folds(folds, prepared.key)
@@ -683,7 +686,7 @@ def _fix_folds(record: StudyRecord, prepared: Prepared, caches: Path) -> None:
 
 def _make_folds(config: StudyConfig, prepared: Prepared, caches: Path) -> Folds:
     table = fold_making.groups_file(config.data)
-    groups = fold_making.read_groups(table) if table else None
+    groups: Mapping[str, str] | None = fold_making.read_groups(table) if table else None
     if config.data.group_duplicates:
         pairs = duplicates.find_in_dataset(config.data, caches, with_test=False)
         logger.info("%d near-duplicate pairs are kept in one fold each", len(pairs))

@@ -13,6 +13,7 @@ from hpsearch.config import SECTIONS, StudyConfig, get_setting
 from hpsearch.errors import ConfigError, RecordError
 from hpsearch.tuning.record import CHANGEABLE, StudyRecord, TrialRecord
 from hpsearch.tuning.search_space import default_params, encode
+from hpsearch.user_files import read_text
 
 
 def read_params(path: Path, config: StudyConfig) -> dict[str, Any]:
@@ -21,11 +22,10 @@ def read_params(path: Path, config: StudyConfig) -> dict[str, Any]:
     Raises ConfigError, naming file and key, for what is unknown, lies outside the search, or is not searched and
     differs from the study's.
     """
+    text = read_text(path, "--enqueue", ConfigError)
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--enqueue {path} cannot be read: {error.strerror or error}") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"--enqueue {path} cannot be read as TOML: {error}") from error
     try:
         wanted = _merged(config, table)

@@ -314,6 +314,20 @@ def real_images(root: Path) -> tuple[NDArray[np.uint8], list[str], list[str]]:
     return np.stack(images), ids, splits
 
 
+@pytest.mark.usefixtures("one_decoder")
+def test_byte_equal_images_are_pairs_however_flat_and_however_many(write_dataset: WriteDataset, tmp_path):
+    """Fifteen flat copies: twelve in the pool, three in the test split."""
+    flat = np.full((64, 64, 3), 200, dtype=np.uint8)
+    mask = np.eye(64, dtype=np.uint8) * 255
+    pairs = [Pair(f"{number:02d}", "test" if number > 11 else "train", flat, mask) for number in range(15)]
+    found = find_in_dataset(write_dataset(pairs=pairs, size=64), tmp_path / "cache", with_test=True)
+    assert {pair.similarity for pair in found} == {1.0}
+    across = {name for pair in found if pair.across for name in (pair.a, pair.b)}
+    assert across == {pair.id for pair in pairs}
+    assert len(set(groups_of(found, [pair.id for pair in pairs]).values())) == 1
+    assert len(found) < 30
+
+
 @pytest.mark.slow
 def test_dataset_without_a_test_split_is_searched_as_well(
     write_dataset: WriteDataset, pairs_with_duplicates, tmp_path

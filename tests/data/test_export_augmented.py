@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torchvision.io import read_image, write_png
+from torchvision.io import read_image, write_jpeg, write_png
 
 from hpsearch.data import export_augmented as module
 from hpsearch.data.augment import Changes, augment_batch, draw_changes
@@ -226,6 +226,18 @@ def test_folders_of_ones_own_become_one_folder_per_split(own: Dataset, tmp_path:
     train = {each.id for each in own.split("train")}
     assert {each.id for each in found.split("train")} == train | {f"{id}_aug1" for id in train}
     assert {each.image.suffix for each in found.samples} == {".PNG", ".png"}
+
+
+def test_jpegs_of_every_ending_keep_it(own: Dataset, tmp_path: Path) -> None:
+    for sample in own.samples:
+        write_jpeg(read_image(str(sample.image)), str(sample.image.with_suffix(".jfif")))
+        sample.image.unlink()
+    config = DataConfig(images=str(tmp_path / "photos"), masks=str(tmp_path / "m"))
+    written = find_samples(DataConfig(root=str(export_augmented(find_samples(config), AUGMENT))))
+    assert len(written.samples) > 6
+    for sample in written.samples:
+        assert sample.image.suffix == ".jfif"
+        assert sample.image.read_bytes().startswith(b"\xff\xd8\xff")
 
 
 def test_an_original_with_the_name_of_a_copy_is_refused(own: Dataset, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.model_selection import KFold
 
-from hpsearch.data.folds import Folds, connected, make_folds, read_groups
+from hpsearch.data.folds import Folds, connected, lesion_notes, make_folds, read_groups
 from hpsearch.errors import ConfigError, DatasetError, RecordError
 
 
@@ -142,6 +142,15 @@ def test_folds_are_a_partition_that_splits_no_unit(
             assert not {groups[names[i]] for i in train} & {groups[names[i]] for i in held_out}
 
 
+def test_a_fold_that_trains_on_no_lesion_is_refused_and_one_that_is_scored_on_none_is_noted() -> None:
+    folds = Folds(tuple("abcdef"), (0, 0, 1, 1, 2, 2), 3, 0, "kfold")
+    assert lesion_notes(folds, [True, False, True, False, False, True]) == []
+    (note,) = lesion_notes(folds, [True, False, False, True, False, False])
+    assert note.startswith("fold 3 of 3 is scored on 2 images without any lesion")
+    with pytest.raises(DatasetError, match="fold 2 of 3 would train on 4 images without any lesion"):
+        lesion_notes(folds, [False, False, True, True, False, False])
+
+
 def test_folds_survive_json() -> None:
     folds = make_folds(ids(10), ["train"] * 10, ids(10), folds=3, seed=2)
     assert Folds.from_dict(json.loads(json.dumps(folds.to_dict()))) == folds
@@ -187,5 +196,5 @@ def test_damaged_groups_are_refused(tmp_path: Path, text: str, message: str) -> 
 
 
 def test_groups_that_are_not_there_are_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="cannot be read"):
+    with pytest.raises(DatasetError, match=r"groups .*none\.csv does not exist"):
         read_groups(tmp_path / "none.csv")

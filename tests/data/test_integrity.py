@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from hpsearch.data.config import DataConfig
 from hpsearch.data.integrity import CheckReport, check, check_stored, describe, refusal
 from hpsearch.data.layouts import Problem, find_samples
 
-from .conftest import WriteDataset, pair_paths
+from .conftest import WriteDataset, pair_paths, tiny_pairs
 
 pytestmark = pytest.mark.usefixtures("one_decoder")
 
@@ -95,15 +97,6 @@ class TestErrors:
         assert found(report, "absurd size") == ["ISIC_0000000"]
         assert "100000x100000" in report.errors[0].text
 
-    def test_one_image_in_pool_and_test(self, write_dataset: WriteDataset) -> None:
-        config = write_dataset()
-        shutil.copy(image_and_mask(config, 12)[0], image_and_mask(config, 9)[0])
-        shutil.copy(image_and_mask(config, 12)[1], image_and_mask(config, 9)[1])
-        report = check(find_samples(config))
-        # The pool's is left out: the test split stays what others are scored on.
-        assert found(report, "image in pool and test") == ["ISIC_0000009"]
-        assert report.errors[0].files == (image_and_mask(config, 9)[0], image_and_mask(config, 12)[0])
-
     def test_all_kinds_are_reported_together(self, write_dataset: WriteDataset) -> None:
         config = write_dataset()
         image_and_mask(config, 0)[1].unlink()
@@ -161,6 +154,22 @@ class TestNotes:
         assert report.errors == ()
         assert found(report, "duplicate image") == []
 
+    @pytest.mark.parametrize("other_mask", [False, True])
+    def test_images_in_pool_and_test(self, write_dataset: WriteDataset, other_mask: bool) -> None:
+        config = write_dataset()
+        for number in (3, 9, 13):
+            for which in (0, 1):
+                shutil.copy(image_and_mask(config, 12)[which], image_and_mask(config, number)[which])
+        if other_mask:
+            rewrite(image_and_mask(config, 9)[1], lambda mask: 255 - mask)
+        report = check(find_samples(config))
+        assert report.errors == ()
+        shared = [problem for problem in report.notes if problem.kind == "image in pool and test"]
+        assert [problem.id for problem in shared] == ["ISIC_0000003", "ISIC_0000009"]
+        assert shared[1].files == tuple(image_and_mask(config, number)[0] for number in (9, 12, 13))
+        assert "ISIC_0000009 of the pool is the same file as ISIC_0000012, ISIC_0000013" in shared[1].text
+        assert [("another mask" in problem.text) for problem in shared] == [False, other_mask]
+
     @pytest.mark.parametrize(("value", "kind"), [(0, "empty mask"), (255, "full mask")])
     def test_empty_and_full_masks(self, write_dataset: WriteDataset, value: int, kind: str) -> None:
         config = write_dataset()
@@ -168,6 +177,19 @@ class TestNotes:
         report = check(find_samples(config))
         assert report.errors == ()
         assert found(report, kind) == ["ISIC_0000004"]
+
+    def test_lesions_that_vanish_at_the_size_of_training(self, write_dataset: WriteDataset) -> None:
+        config = write_dataset()
+        for number, value in ((4, 0), (12, 0), (5, 255)):
+            rewrite(image_and_mask(config, number)[1], lambda mask: with_one_pixel(np.full_like(mask, value)))  # noqa: B023
+        report = check(find_samples(config), size=(8, 8))
+        assert report.errors == ()
+        assert found(report, "vanishing lesion") == ["ISIC_0000004", "ISIC_0000012"]
+        assert found(report, "vanishing skin") == ["ISIC_0000005"]
+        assert any(
+            "ISIC_0000004 has 1 lesion pixels at" in line and "none at 8x8" in line for line in report.summary()
+        )
+        assert found(check(find_samples(config)), "vanishing lesion") == []
 
     def test_orientation_that_was_passed_over(self, write_dataset: WriteDataset) -> None:
         config = write_dataset()
@@ -177,6 +199,81 @@ class TestNotes:
         Image.open(path).save(path.with_suffix(".jpg"), exif=exif)
         path.unlink()
         assert found(check(find_samples(config)), "EXIF orientation") == ["ISIC_0000004"]
+
+
+class TestNothingToLearn:
+    """A pool without any lesion, or with nothing else."""
+
+    def fill(self, config: DataConfig, numbers: Iterable[int], value: int) -> None:
+        for number in numbers:
+            rewrite(image_and_mask(config, number)[1], lambda mask: np.full_like(mask, value))
+
+    @pytest.mark.parametrize(
+        ("value", "text"),
+        [(0, "none of the 11 masks of training and validation has a lesion"), (255, "all 11 masks .* nothing but")],
+    )
+    def test_a_pool_of_one_kind_of_mask_is_an_error(self, write_dataset: WriteDataset, value: int, text: str) -> None:
+        config = write_dataset()
+        self.fill(config, range(10), value)
+        assert check(find_samples(config), size=(32, 32)).errors == ()
+        self.fill(config, [10], value)
+        for size in ((32, 32), None):
+            (error,) = check(find_samples(config), size=size).errors
+            assert error.kind == "nothing to learn"
+            assert re.search(text, error.text)
+
+    def test_a_pool_whose_lesions_all_vanish_is_an_error_with_both_counts(self, write_dataset: WriteDataset) -> None:
+        config = write_dataset()
+        self.fill(config, range(11), 0)
+        for number in range(4):
+            rewrite(image_and_mask(config, number)[1], with_one_pixel)
+        (error,) = check(find_samples(config), size=(8, 8)).errors
+        assert (
+            "at 8x8: the lesions of 4 vanish at that size, and the other 7 are empty. Choose a larger" in error.text
+        )
+        assert check(find_samples(config)).errors == ()
+
+    def test_a_test_split_without_lesions_is_a_note(self, write_dataset: WriteDataset) -> None:
+        config = write_dataset()
+        self.fill(config, range(11, 15), 0)
+        report = check(find_samples(config), size=(32, 32))
+        assert report.errors == ()
+        assert [note.text for note in report.notes if note.kind == "no lesion in the test split"] == [
+            "none of the 4 test masks has a lesion at 32x32: Dice then only counts false positives, that is how many "
+            "images are predicted to be free of lesions"
+        ]
+
+
+@pytest.mark.parametrize("n_good", [0, 3])
+def test_swapped_folders_are_asked_about_where_most_pairs_fit_only_the_other_way(
+    write_dataset: WriteDataset, n_good: int
+) -> None:
+    config = write_dataset("folders", [replace(pair, id=f"{i:02d}") for i, pair in enumerate(tiny_pairs())])
+    for path in Path(config.masks).iterdir():
+        path.rename(path.with_name(path.name.replace("_outline", "")))
+    for number in range(n_good):
+        photo = Path(config.images) / f"{number:02d}.png"
+        Image.fromarray(np.eye(60, dtype=np.uint8)).save(photo)
+        Image.fromarray(np.eye(60, dtype=np.uint8)).save(Path(config.masks) / photo.name)
+    assert not any(error.kind == "swapped folders" for error in check(find_samples(config)).errors)
+    swapped = replace(config, images=config.masks, masks=config.images)
+    first, *rest = check(find_samples(swapped)).errors
+    assert (first.kind, len(rest)) == ("swapped folders", 15 - n_good)
+    assert first.text.startswith("were --images and --masks swapped?")
+
+
+def test_masks_that_are_damaged_are_not_taken_for_swapped_folders(write_dataset: WriteDataset) -> None:
+    config = write_dataset("folders")
+    for path in Path(config.masks).iterdir():
+        rewrite(path, lambda mask: mask // 2 + np.arange(mask.size).reshape(mask.shape).astype(np.uint8) % 100)
+    errors = check(find_samples(config)).errors
+    assert {error.kind for error in errors} == {"mask of many values"}
+
+
+def with_one_pixel(mask: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+    mask = mask.copy()
+    mask[20, 20] = 255 - mask[20, 20]
+    return mask
 
 
 def test_report_is_plain_json(write_dataset: WriteDataset) -> None:

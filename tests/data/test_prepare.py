@@ -13,12 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hpsearch.config import load
 from hpsearch.data import build, prepare
 from hpsearch.data.cache import open_cache
 from hpsearch.data.config import DataConfig
 from hpsearch.data.folds import make_folds
+from hpsearch.data.layouts import Layout
 from hpsearch.data.prepare import Prepared, check_contents, locate, prepare_pool, prepare_test
 from hpsearch.errors import DatasetError
+from hpsearch.tuning.caches import PoolCaches
 
 from .conftest import WriteDataset, draw_pair, pair_paths, tiny_pairs
 
@@ -110,7 +113,7 @@ class TestRoles:
 
 class TestRefusal:
     def damage(self, config: DataConfig) -> DataConfig:
-        """A missing mask (1), an undecodable image (4), another's mask (9) and a test image in the pool (10)."""
+        """A missing mask (1), an undecodable image (4) and another's mask (9); image 10 is a test image too."""
         paths(config, 1)[1].unlink()
         paths(config, 4)[0].write_bytes(b"no image")
         Image.fromarray(np.zeros((7, 9), np.uint8)).save(paths(config, 9)[1])
@@ -120,10 +123,11 @@ class TestRefusal:
 
     def test_all_damage_is_refused_in_one_message(self, write_dataset: WriteDataset, root: Path) -> None:
         config = self.damage(write_dataset(size=16))
-        with pytest.raises(DatasetError, match="4 images cannot be used") as error:
+        with pytest.raises(DatasetError, match="3 images cannot be used") as error:
             prepare_pool(config, root)
-        for kind in ("missing mask (1)", "undecodable file (1)", "sizes differ (1)", "image in pool and test (1)"):
+        for kind in ("missing mask (1)", "undecodable file (1)", "sizes differ (1)"):
             assert kind in str(error.value)
+        assert "image in pool and test" not in str(error.value)
         assert all(f"ISIC_000000{i}" in str(error.value) for i in (1, 4, 9))
         assert "--exclude-bad" in str(error.value)
 
@@ -144,10 +148,10 @@ class TestRefusal:
         config = replace(self.damage(write_dataset(size=16)), exclude_bad=True)
         with caplog.at_level(logging.WARNING):
             prepared = prepare_pool(config, root)
-        assert numbers(prepared) == [0, 2, 3, 5, 6, 7, 8]
-        assert sorted(prepared.excluded) == [f"ISIC_{i:07d}" for i in (1, 4, 9, 10)]
-        assert sum(message.startswith("left out (") for message in caplog.messages) == 4
-        # The test split keeps the image that it shared with the pool.
+        # Both keep the image that they share.
+        assert numbers(prepared) == [0, 2, 3, 5, 6, 7, 8, 10]
+        assert sorted(prepared.excluded) == [f"ISIC_{i:07d}" for i in (1, 4, 9)]
+        assert sum(message.startswith("left out (") for message in caplog.messages) == 3
         assert numbers(prepare_test(config, root)) == [11, 12, 13, 14]
 
     def test_leaving_out_decodes_nothing_again(
@@ -157,7 +161,7 @@ class TestRefusal:
         with pytest.raises(DatasetError):
             prepare_pool(config, root)
         monkeypatch.setattr(build, "Decoders", lambda: pytest.fail("it was decoded again"))
-        assert prepare_pool(replace(config, exclude_bad=True), root).n == 7
+        assert prepare_pool(replace(config, exclude_bad=True), root).n == 8
 
     def test_mended_image_is_taken_in(self, write_dataset: WriteDataset, root: Path) -> None:
         config = write_dataset(size=16)
@@ -191,6 +195,74 @@ class TestRefusal:
             paths(config, number)[1].unlink()
         with pytest.raises(DatasetError, match=r"11 images cannot be used: missing mask \(11\)"):
             prepare_pool(replace(config, exclude_bad=True), root)
+
+
+@pytest.mark.parametrize("exclude_bad", [False, True])
+@pytest.mark.parametrize("layout", ["archive", "splits", "folders"])
+def test_an_image_that_pool_and_test_share_is_kept_in_both_and_named(
+    write_dataset: WriteDataset, root: Path, layout: Layout, exclude_bad: bool
+) -> None:
+    pairs = tiny_pairs()
+    pairs[13] = replace(pairs[13], image=pairs[2].image, mask=pairs[2].mask)
+    config = replace(write_dataset(layout, pairs, size=16), exclude_bad=exclude_bad)
+    prepared = prepare_pool(config, root)
+    assert (prepared.n, prepared.excluded, prepare_test(config, root).n) == (11, (), 4)
+    (note,) = (note for note in prepared.notes if note.startswith("image in pool and test (1)"))
+    assert "ISIC_0000002 of the pool is the same file as ISIC_0000013 of the test split" in note
+
+
+class TestMasks:
+    @pytest.mark.parametrize("fill", [0, 255])
+    def test_a_pool_in_which_there_is_nothing_to_learn_says_so(
+        self, write_dataset: WriteDataset, root: Path, fill: int
+    ) -> None:
+        pairs = [replace(pair, mask=np.full_like(pair.mask, fill)) for pair in tiny_pairs()]
+        config = replace(load(None, ["study.folds=2"]), data=write_dataset(pairs=pairs, size=16))
+        for role in ("search", "final"):
+            with pytest.raises(DatasetError, match=r"11 masks of training and validation .* nothing to learn"):
+                PoolCaches(config, root, role=role)
+        pairs[3] = tiny_pairs()[3]
+        config = replace(config, data=write_dataset(pairs=pairs, size=16))
+        assert PoolCaches(config, root).scored.fault == ""
+
+    def test_lesions_that_vanish_are_counted_at_every_size(self, write_dataset: WriteDataset, root: Path) -> None:
+        pairs = tiny_pairs()
+        for number in (2, 5, 13):
+            pairs[number] = replace(pairs[number], mask=np.zeros_like(pairs[number].mask))
+            pairs[number].mask[20:22, 20:22] = 255
+        data = write_dataset(pairs=pairs, size=90)
+        config = replace(load(None, ["study.eval_size=90", "data.size=90", "search.data.size=[8, 90]"]), data=data)
+        caches = PoolCaches(config, root)
+        assert not any("vanishing" in note for note in caches.notes)
+        caches.prepare_listed(config)
+        (note,) = (note for note in caches.notes if "vanishing" in note)
+        assert note.startswith("vanishing lesion (2): ISIC_0000002 has 4 lesion pixels at")
+        assert "none at 8x8; ISIC_0000005 has" in note
+        assert len(caches.notes) == len(set(caches.notes))
+        small = prepare_test(replace(data, size=8), root)
+        assert any(note.startswith("vanishing lesion (1): ISIC_0000013") for note in small.notes)
+
+    def test_a_test_split_without_any_lesion_is_a_note(self, write_dataset: WriteDataset, root: Path) -> None:
+        pairs = [
+            replace(pair, mask=np.zeros_like(pair.mask)) if pair.split == "test" else pair for pair in tiny_pairs()
+        ]
+        config = write_dataset(pairs=pairs, size=16)
+        prepared = prepare_test(config, root)
+        assert prepared.fault == ""
+        assert any(note.startswith("none of the 4 test masks has a lesion at 16x16") for note in prepared.notes)
+        assert not any("none of the" in note for note in prepare_pool(config, root).notes)
+
+    @pytest.mark.parametrize("n_usable", [0, 3])
+    def test_swapped_folders_are_asked_about(self, write_dataset: WriteDataset, root: Path, n_usable: int) -> None:
+        config = write_dataset("folders", size=16)
+        for path in Path(config.masks).iterdir():
+            path.rename(path.with_name(path.name.replace("_outline", "")))
+        for number in range(n_usable):
+            shutil.copy(f"{config.masks}/ISIC_{number:07d}.png", f"{config.images}/ISIC_{number:07d}.png")
+        swapped = replace(config, images=config.masks, masks=config.images)
+        with pytest.raises(DatasetError, match=r"were --images and --masks swapped\?") as error:
+            prepare_pool(swapped, root)
+        assert "\n" not in str(error.value)
 
 
 class TestChanges:

@@ -392,7 +392,10 @@ def test_the_report_shows_what_was_confirmed_chosen_looked_at_and_leaked(tmp_pat
     assert "earlier trial 3 (0.8500)" in text
     assert "it had been scored 1 time before this study began" in text
     assert "The test set had been scored before this study began" in text
-    assert "1 near-duplicate pair across pool and test: ISIC_1 and ISIC_2; without those test images" in text
+    assert (
+        "1 pair of duplicates or near-duplicates across pool and test: ISIC_1 and ISIC_2; without those test images"
+        in text
+    )
     assert "test, ensemble of 2" in text
     assert "test, with choices" in text
 

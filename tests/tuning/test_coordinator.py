@@ -193,6 +193,23 @@ def test_a_start_that_fails_for_its_folds_binds_nothing(tmp_path: Path) -> None:
     assert ProjectPaths(tmp_path).study_names() == []
 
 
+@pytest.mark.parametrize(
+    ("with_lesion", "reason"),
+    [([], "none of the 4 masks .* has a lesion"), ([0], "fold . of 2 would train on 2 images without any lesion")],
+)
+def test_a_start_that_could_learn_nothing_binds_nothing(
+    tmp_path: Path, with_lesion: Sequence[int], reason: str
+) -> None:
+    pairs = [
+        pair if number in with_lesion else dataclasses.replace(pair, mask=pair.mask * 0)
+        for number, pair in enumerate(tiny_pairs(4, 0, 2))
+    ]
+    write_pairs(tmp_path / "ISIC-2017", "archive", pairs)
+    with pytest.raises(DatasetError, match=reason):
+        run(tmp_path, tiny_config(tmp_path / "ISIC-2017"))
+    assert ProjectPaths(tmp_path).study_names() == []
+
+
 def test_the_coordinator_imports_no_torch() -> None:
     code = "import sys, hpsearch.tuning.coordinator, hpsearch.final; print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", f"import json\n{code}"], capture_output=True, text=True, check=True)
