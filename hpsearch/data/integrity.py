@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_args
 
 from hpsearch.data.cache import Cache
+from hpsearch.data.config import DataConfig
 from hpsearch.data.decoding import Damage, Decoders, Facts, Job
 from hpsearch.data.folds import AUGMENTATION
 from hpsearch.data.layouts import Dataset, Problem, Sample, Split, file_sha256, same_bytes
+from hpsearch.data.survey import decide_reading, value_notes
 from hpsearch.errors import DatasetError
 
 OFFICIAL_COUNTS: dict[Split, int] = {"train": 2000, "val": 150, "test": 600}
@@ -60,12 +63,22 @@ class CheckReport:
         }
 
 
-def check(dataset: Dataset, *, progress: Callable[[int, int], None] | None = None) -> CheckReport:
-    """Everything that is wrong with `dataset` or worth knowing, after decoding all of it in a subprocess."""
-    jobs = [Job(str(sample.image), str(sample.mask)) for sample in dataset.samples]
+def check(
+    dataset: Dataset,
+    *,
+    config: DataConfig | None = None,
+    cache_root: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> CheckReport:
+    """Everything that is wrong with `dataset` or worth knowing, after decoding all of it in a subprocess.
+
+    Files are read as `config` says, and a survey of them is kept in `cache_root`, if any.
+    """
     facts: dict[int, Facts] = {}
     damage: dict[int, Damage] = {}
     with Decoders() as decoders:
+        decision = decide_reading(dataset, config or DataConfig(), cache_root, decoders)
+        jobs = [Job(str(s.image), str(s.mask), reading=decision.reading) for s in dataset.samples]
         for number, result, _ in decoders.decode(jobs):
             if isinstance(result, Damage):
                 damage[number] = result
@@ -83,8 +96,10 @@ def check(dataset: Dataset, *, progress: Callable[[int, int], None] | None = Non
     pool = [i for i in good if dataset.samples[i].split != "test"]
     notes = [
         *dataset_notes(dataset),
+        *decision.notes,
         *duplicates([dataset.samples[i] for i in pool], [facts[i] for i in pool]),
         *mask_notes(samples, [facts[i] for i in good]),
+        *value_notes(samples, [facts[i] for i in good]),
     ]
     counts = {split: sum(sample.split == split for sample in samples) for split in get_args(Split)}
     return CheckReport(counts, tuple(errors), tuple(notes), tuple((facts[i].height, facts[i].width) for i in good))
@@ -159,18 +174,13 @@ def duplicates(samples: Sequence[Sample], facts: Sequence[Facts]) -> list[Proble
 
 
 def mask_notes(samples: Sequence[Sample], facts: Sequence[Facts]) -> list[Problem]:
-    """A note for each mask without or full of lesion, and for each orientation that was passed over."""
+    """A note for each mask without lesion or full of it."""
     found = []
     for sample, fact in zip(samples, facts, strict=True):
         if fact.foreground in (0, fact.height * fact.width):
             what = "empty" if fact.foreground == 0 else "full"
             text = f"{sample.mask} is {what}: no pixel is {'lesion' if what == 'empty' else 'skin'}"
             found.append(Problem(f"{what} mask", sample.id, (sample.mask,), text, sample.split))
-        if fact.orientation != 1:
-            text = (
-                f"{sample.image} has EXIF orientation {fact.orientation}; its mask fits the pixels as they are stored"
-            )
-            found.append(Problem("EXIF orientation", sample.id, (sample.image,), text, sample.split))
     return found
 
 

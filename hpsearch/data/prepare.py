@@ -13,10 +13,12 @@ from typing import Literal
 from hpsearch.data.build import Progress, build_cache, discard_cache, is_damaged
 from hpsearch.data.cache import Index, Preparation, cache_key, open_cache
 from hpsearch.data.config import DataConfig
-from hpsearch.data.decoding import subprocess_environment
+from hpsearch.data.decoding import Decoders, subprocess_environment
 from hpsearch.data.integrity import check_stored, dataset_notes, describe, duplicates, leaks, mask_notes, refusal
 from hpsearch.data.layouts import Dataset, Problem, Sample, Split, find_samples
+from hpsearch.data.reading import PLAIN_READING, Reading
 from hpsearch.data.sample import SAMPLE_VERSION
+from hpsearch.data.survey import decide_reading, value_notes
 from hpsearch.errors import DatasetError
 
 logger = logging.getLogger(__name__)
@@ -40,6 +42,8 @@ class Prepared:
     excluded: tuple[str, ...]
     """Ids of the images that `data.exclude_bad` left out; the log says why."""
     seconds: float
+    reading: Reading = PLAIN_READING
+    """How the files become pixels."""
 
     @property
     def n(self) -> int:
@@ -86,7 +90,8 @@ def check_contents(config: DataConfig, cache_root: Path, *, seed: int = 0) -> tu
     folders = []
     for each in wanted:
         if each.samples:
-            key = cache_key(each.samples, each.preparation)
+            reading = decide_reading(each.dataset, config, cache_root).reading
+            key = cache_key(each.samples, replace(each.preparation, reading=reading))
             # The pools of both roles are one where nothing limits them.
             folders += [path for path in sorted(cache_root.glob(f"{key}-*")) if path not in folders]
     return folders, [problem for folder in folders for problem in check_stored(open_cache(folder))]
@@ -168,20 +173,31 @@ def _prepare(
         raise DatasetError(
             f"{wanted.dataset.root} has no {wanted.what} images: is a folder of that split missing or empty?"
         )
-    # Everything is decoded before anything is refused, so that one message can report all of it; with --exclude-bad
-    # the next start finds this cache.
-    folder = build_cache(wanted.samples, wanted.preparation, config.cache, cache_root, progress=progress)
-    if is_damaged(folder):
-        logger.warning("%s is damaged; it is built again", folder)
-        discard_cache(folder)
-        folder = build_cache(wanted.samples, wanted.preparation, config.cache, cache_root, progress=progress)
+    with Decoders() as decoders:
+        decision = decide_reading(wanted.dataset, config, cache_root, decoders)
+        preparation = replace(wanted.preparation, reading=decision.reading)
+
+        def build() -> Path:
+            return build_cache(
+                wanted.samples, preparation, config.cache, cache_root, decoders=decoders, progress=progress
+            )
+
+        # Everything is decoded before anything is refused, so that one message can report all of it; with
+        # --exclude-bad the next start finds this cache.
+        folder = build()
+        if is_damaged(folder):
+            logger.warning("%s is damaged; it is built again", folder)
+            discard_cache(folder)
+            folder = build()
     index = Index.read(folder)
     problems = [*wanted.problems, *index.problems]
     if problems and not config.exclude_bad:
         raise refusal(problems, wanted.dataset.flags)
     for problem in problems:
         logger.warning("left out (%s): %s", problem.kind, problem.text)
-    notes = [*wanted.notes, *duplicates(index.samples, index.facts), *mask_notes(index.samples, index.facts)]
+    notes = [*wanted.notes, *decision.notes]
+    for noted in (duplicates, mask_notes, value_notes):
+        notes += noted(index.samples, index.facts)
     if config.root != "sample":
         notes = [*dataset_notes(wanted.dataset), *notes]
     return Prepared(
@@ -192,6 +208,7 @@ def _prepare(
         notes=tuple(describe(notes)),
         excluded=tuple(dict.fromkeys(problem.id for problem in problems)),
         seconds=time.monotonic() - start,
+        reading=decision.reading,
     )
 
 

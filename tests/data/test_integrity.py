@@ -169,15 +169,6 @@ class TestNotes:
         assert report.errors == ()
         assert found(report, kind) == ["ISIC_0000004"]
 
-    def test_orientation_that_was_passed_over(self, write_dataset: WriteDataset) -> None:
-        config = write_dataset()
-        path = image_and_mask(config, 4)[0]
-        exif = Image.Exif()
-        exif[0x0112] = 3
-        Image.open(path).save(path.with_suffix(".jpg"), exif=exif)
-        path.unlink()
-        assert found(check(find_samples(config)), "EXIF orientation") == ["ISIC_0000004"]
-
 
 def test_report_is_plain_json(write_dataset: WriteDataset) -> None:
     config = write_dataset()
