@@ -87,6 +87,23 @@ def pair_paths(root: Path, layout: Layout, id: str, split: Split) -> tuple[Path,
     return root / "photos" / f"{id}.png", root / "outlines" / f"{id}_outline.png"
 
 
+def write_oriented(path: Path, upright: NDArray[np.generic], orientation: int) -> None:
+    """Write pixels (H, W) or (H, W, channels) stored so that this EXIF orientation turns them upright again."""
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.swapaxes(0, 1),
+        6: np.rot90(upright),
+        7: upright[::-1, ::-1].swapaxes(0, 1),
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif, quality=98, subsampling=0)
+
+
 def encode_png(
     samples: NDArray[np.generic], depth: int, color: int, chunks: Iterable[tuple[bytes, bytes]] = ()
 ) -> bytes:
