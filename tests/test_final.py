@@ -8,19 +8,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
+from PIL import Image
 
 from hpsearch.choices import Choices, Chosen
 from hpsearch.cli.final import describe
 from hpsearch.config import stable_seed
+from hpsearch.data.cache import open_cache
+from hpsearch.data.decode import resize
+from hpsearch.data.prepare import prepare_pool
 from hpsearch.errors import StudyError
 from hpsearch.final import FinalResult, fold_networks, run_final
 from hpsearch.paths import ProjectPaths
 from hpsearch.predict import Ensemble, Predictor, find_images, load_predictor, predict_files
 from hpsearch.report.rows import study_rows
 from hpsearch.scoring import mask_name, official_scores, read_mask, score_folder
+from hpsearch.training.checkpoint import load_weights
 from hpsearch.training.metrics import SCORES, PixelCounts
 from hpsearch.tuning.planning import MachineChoice
 from hpsearch.tuning.record import load_array, study_record
+from tests.data.conftest import tiny_pairs, write_oriented
 from tests.tuning.studies import run, tiny_config, write_tiny_dataset
 
 MACHINE = MachineChoice("cpu", 1, 1)
@@ -28,10 +35,14 @@ MACHINE = MachineChoice("cpu", 1, 1)
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> ProjectPaths:
+    """A study of images with all EXIF orientations, some with more than 8 bits; masks are drawn on what people see."""
     root = tmp_path_factory.mktemp("final")
-    config = tiny_config(
-        write_tiny_dataset(root), "study.pruner=none", "study.sampler=random", "study.trials=2", "study.confirm=2"
-    )
+    dataset = write_tiny_dataset(root)
+    for number, path in enumerate(sorted(dataset.glob("*_Data/*.png"))):
+        with Image.open(path) as image:
+            pixels = np.array(image)
+        write_oriented(path, pixels, number % 8 + 1, deep=number % 3 == 0)
+    config = tiny_config(dataset, "study.pruner=none", "study.sampler=random", "study.trials=2", "study.confirm=2")
     run(root, config)
     return ProjectPaths(root)
 
@@ -101,6 +112,18 @@ def test_the_official_scores_are_those_of_the_submission_at_the_images_own_size(
         assert np.array_equal(read_mask(tmp_path / name), read_mask(result.paths.masks / name))
     with result.paths.table.open() as file:
         assert [float(row["official_dice"]) for row in csv.DictReader(file)] == pytest.approx(table["dice"], abs=1e-6)
+
+
+def test_networks_are_trained_on_what_people_see_and_know_how_it_was_read(
+    project: ProjectPaths, result: FinalResult
+) -> None:
+    seen = open_cache(prepare_pool(study_record(project, None).config.data, project.cache).cache_path)
+    for pair, image in zip(tiny_pairs(), seen.images, strict=False):
+        upright = torch.from_numpy(pair.image).permute(2, 0, 1)
+        assert np.array_equal(image, resize(upright, 32, 32).permute(1, 2, 0).numpy())
+    weights = [result.paths.model, *sorted(result.paths.ensemble.iterdir()), result.paths.seed(1).weights]
+    for path in weights:
+        assert load_weights(path)[1].extra["reading"] == {"exif": "apply", "max_value": 4095}
 
 
 def test_predict_gives_the_masks_that_final_scored(

@@ -87,8 +87,11 @@ def pair_paths(root: Path, layout: Layout, id: str, split: Split) -> tuple[Path,
     return root / "photos" / f"{id}.png", root / "outlines" / f"{id}_outline.png"
 
 
-def write_oriented(path: Path, upright: NDArray[np.generic], orientation: int) -> None:
-    """Write pixels (H, W) or (H, W, channels) stored so that this EXIF orientation turns them upright again."""
+def write_oriented(path: Path, upright: NDArray[np.generic], orientation: int, *, deep: bool = False) -> None:
+    """Write pixels (H, W) or (H, W, channels) stored so that this EXIF orientation turns them upright again.
+
+    `deep`: as PNG of three channels of 12 bits, which hold the same eight above four others.
+    """
     stored = {
         1: upright,
         2: upright[:, ::-1],
@@ -101,7 +104,11 @@ def write_oriented(path: Path, upright: NDArray[np.generic], orientation: int) -
     }[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
-    Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif, quality=98, subsampling=0)
+    if deep:
+        chunk = (b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))
+        path.write_bytes(encode_png(stored.astype(np.uint16) * 16 + 15, 16, 2, [chunk]))
+    else:
+        Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif, quality=98, subsampling=0)
 
 
 def encode_png(
