@@ -35,7 +35,7 @@ MACHINE = MachineChoice("cpu", 1, 1)
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> ProjectPaths:
-    """A study of images with all EXIF orientations, some with more than 8 bits; masks are drawn on what people see."""
+    """A study of images with all EXIF orientations, some of 12 bits; the masks are drawn on what people see."""
     root = tmp_path_factory.mktemp("final")
     dataset = write_tiny_dataset(root)
     for number, path in enumerate(sorted(dataset.glob("*_Data/*.png"))):

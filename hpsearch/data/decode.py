@@ -227,6 +227,7 @@ def decode_job(pair: OpenPair, job: Job) -> tuple[Facts, list[Pixels]]:
         mask_values=values,
         largest=largest,
         is_constant=is_constant,
+        is_oriented=any(header is not None and header.orientation > 1 for header in (pair.image, pair.mask)),
     )
     return facts, pixels
 

@@ -74,6 +74,8 @@ class Facts:
     """Largest value of an image of more than 8 bits, before it is scaled; 0 for others."""
     is_constant: bool = False
     """Whether all pixels of the image are of one colour. False where it was not asked for (`Job.measure`)."""
+    is_oriented: bool = False
+    """Whether image or mask has an EXIF orientation other than upright."""
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any]) -> Self:

@@ -13,7 +13,7 @@ from hpsearch.data.config import DataConfig
 from hpsearch.data.decoding import Damage, Decoders, Facts, Job
 from hpsearch.data.folds import AUGMENTATION
 from hpsearch.data.layouts import Dataset, Problem, Sample, Split, file_sha256, same_bytes
-from hpsearch.data.survey import decide_reading, value_notes
+from hpsearch.data.survey import decide_reading, reading_notes
 from hpsearch.errors import DatasetError
 
 OFFICIAL_COUNTS: dict[Split, int] = {"train": 2000, "val": 150, "test": 600}
@@ -99,7 +99,7 @@ def check(
         *decision.notes,
         *duplicates([dataset.samples[i] for i in pool], [facts[i] for i in pool]),
         *mask_notes(samples, [facts[i] for i in good]),
-        *value_notes(samples, [facts[i] for i in good]),
+        *reading_notes(samples, [facts[i] for i in good], decision.reading),
     ]
     counts = {split: sum(sample.split == split for sample in samples) for split in get_args(Split)}
     return CheckReport(counts, tuple(errors), tuple(notes), tuple((facts[i].height, facts[i].width) for i in good))

@@ -18,7 +18,7 @@ from hpsearch.data.integrity import check_stored, dataset_notes, describe, dupli
 from hpsearch.data.layouts import Dataset, Problem, Sample, Split, find_samples
 from hpsearch.data.reading import PLAIN_READING, Reading
 from hpsearch.data.sample import SAMPLE_VERSION
-from hpsearch.data.survey import decide_reading, value_notes
+from hpsearch.data.survey import decide_reading, reading_notes
 from hpsearch.errors import DatasetError
 
 logger = logging.getLogger(__name__)
@@ -195,9 +195,8 @@ def _prepare(
         raise refusal(problems, wanted.dataset.flags)
     for problem in problems:
         logger.warning("left out (%s): %s", problem.kind, problem.text)
-    notes = [*wanted.notes, *decision.notes]
-    for noted in (duplicates, mask_notes, value_notes):
-        notes += noted(index.samples, index.facts)
+    notes = [*wanted.notes, *duplicates(index.samples, index.facts), *mask_notes(index.samples, index.facts)]
+    notes += [*decision.notes, *reading_notes(index.samples, index.facts, decision.reading)]
     if config.root != "sample":
         notes = [*dataset_notes(wanted.dataset), *notes]
     return Prepared(

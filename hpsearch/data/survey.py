@@ -126,13 +126,21 @@ def decide(found: Survey, config: DataConfig, dataset: Dataset) -> Decision:
     return Decision(reading, tuple(Problem(kind, "", (dataset.root,), text, "train") for kind, text in texts))
 
 
-def value_notes(samples: Sequence[Sample], facts: Sequence[Facts]) -> list[Problem]:
-    """Notes that count the masks whose values are not gray with 0 as background, and one for each constant image."""
+def reading_notes(samples: Sequence[Sample], facts: Sequence[Facts], reading: Reading) -> list[Problem]:
+    """What decoding showed: constant images, oriented test images, and masks other than gray with background 0."""
     notes = [
         Problem("constant image", s.id, (s.image,), f"{s.image} has one colour only, once decoded", s.split)
         for s, fact in zip(samples, facts, strict=True)
         if fact.is_constant
     ]
+    # Those of the pool are in the notes of the decision.
+    oriented = [s for s, fact in zip(samples, facts, strict=True) if fact.is_oriented and s.split == "test"]
+    if oriented:
+        text = (
+            f"{len(oriented)} test pair{'s have' if len(oriented) > 1 else ' has'} an EXIF orientation; it is "
+            f"{'applied' if reading.turns else 'ignored'} {reading.exif_reason}, such as {oriented[0].image}"
+        )
+        notes.append(Problem("EXIF orientation", "", tuple(s.image for s in oriented), text, "test"))
     members: dict[tuple[str, ...], list[Sample]] = {}
     for sample, fact in zip(samples, facts, strict=True):
         is_usual = all(value.isdecimal() for value in fact.mask_values) and fact.mask_values[0] == "0"

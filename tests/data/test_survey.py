@@ -188,11 +188,19 @@ class TestOrientation:
             orient(config, number, 3)
         prepared = prepare_pool(config, tmp_path)
         assert np.array_equal(open_cache(prepared.cache_path).images, upright)
-        (note,) = prepared.notes[-1:]
+        (note,) = (note for note in prepared.notes if "EXIF" in note)
         assert "it is applied by default, as no size tells" in note
         ignored = prepare_pool(replace(config, exif="ignore"), tmp_path)
         assert ignored.key != prepared.key
         assert np.array_equal(open_cache(ignored.cache_path).images[:, ::-1, ::-1], upright)
+
+    def test_oriented_test_images_are_mentioned_too(self, write_dataset: WriteDataset, tmp_path: Path) -> None:
+        config = write_dataset(size=32)
+        orient(config, 12, 2)
+        assert not any("EXIF" in note for note in prepare_pool(config, tmp_path).notes)
+        text = f"1 test pair has an EXIF orientation; it is applied by default, such as {files(config, 12)[0]}"
+        assert kinds(config)["EXIF orientation"] == text
+        assert text in prepare_test(config, tmp_path).notes
 
     def test_an_augmented_copy_is_read_as_it_was_made(self, write_dataset: WriteDataset, tmp_path: Path) -> None:
         config = write_dataset(pairs=of_size(48, 48))
