@@ -119,7 +119,7 @@ def describe(info: WeightsInfo) -> dict[str, str]:
     return {
         "producer": f"hpsearch {__version__}",
         "preprocessing": (
-            f"RGB, 8 bits a channel; {fit}; {gray}divide by 255; subtract the mean "
+            f"{_decoding(info)}; {fit}; {gray}divide by 255; subtract the mean "
             f"{_listed(info.normalization.mean)} and divide by the standard deviation "
             f"{_listed(info.normalization.std)}, channel by channel; float32, (batch, channel, row, column)"
         ),
@@ -130,6 +130,21 @@ def describe(info: WeightsInfo) -> dict[str, str]:
         "limits": "for research; not a medical device",
         "hpsearch": json.dumps(table, sort_keys=True),
     }
+
+
+def _decoding(info: WeightsInfo) -> str:
+    """How the file of an image becomes pixels."""
+    reading = info.reading
+    turn = (
+        "turned upright by its EXIF orientation" if reading.turns else "as its pixels are stored, whatever its EXIF"
+    )
+    deep = (
+        f"of images with more than 8 bits the values 0 to {reading.max_value}, times 256, divided by "
+        f"{reading.max_value + 1} and rounded down"
+        if reading.max_value
+        else "images with more than 8 bits were not seen"
+    )
+    return f"the image {turn}; RGB, 8 bits a channel ({deep}), transparency dropped"
 
 
 def _exported(model: UNet, info: WeightsInfo) -> Any:

@@ -251,11 +251,11 @@ def run_final(
             if choices != Choices():
                 do(workers, _count_job(chosen, choices, [folder.model], folder.chosen_counts, seen, test))
             masks = None if uses_ensemble else folder.masks
-            do(workers, _official_job([folder.model], samples, masks, folder.official_counts))
+            do(workers, _official_job([folder.model], test, samples, masks, folder.official_counts))
             if together:
                 do(workers, _count_job(chosen, choices, together, folder.ensemble_counts, seen, test))
                 masks = folder.masks if uses_ensemble else None
-                do(workers, _official_job(together, samples, masks, folder.ensemble_official_counts))
+                do(workers, _official_job(together, test, samples, masks, folder.ensemble_official_counts))
         leaks = _leaks(config.data, root, pool, test)
         result = _evaluate(record, chosen, folder, n_seeds, pool, test, decided, len(together), leaks)
         note_look(project, result.looks[-1])
@@ -411,11 +411,12 @@ def _samples(data: DataConfig, caches: Path, test: Prepared) -> list[tuple[str, 
 
 
 def _official_job(
-    weights: Sequence[Path], samples: list[tuple[str, str, str]], masks: Path | None, counts: Path
+    weights: Sequence[Path], test: Prepared, samples: list[tuple[str, str, str]], masks: Path | None, counts: Path
 ) -> dict[str, Any]:
     return {
         "job": "official",
         "weights": [str(path.absolute()) for path in weights],
+        "reading": test.reading.to_table(),
         "samples": samples,
         "masks": str(masks.absolute()) if masks is not None else "",
         "counts": str(counts.absolute()),

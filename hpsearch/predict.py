@@ -293,7 +293,7 @@ def predict_files(
     bad: dict[Path, str] = {}
     for done, path in enumerate(images, 1):
         try:
-            image = read_image(path)
+            image = read_image(path, predictor.info.reading)
         except DatasetError as error:
             bad[path] = str(error)
         else:

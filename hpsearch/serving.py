@@ -75,7 +75,7 @@ def predict_masks(predictor: Predictor | Ensemble, images: Sequence[Any]) -> lis
     masks = []
     for image in images:
         if isinstance(image, str | Path):
-            tensor = read_image(Path(image))
+            tensor = read_image(Path(image), predictor.info.reading)
         else:
             tensor = torch.from_numpy(np.ascontiguousarray(_pixels(image).transpose(2, 0, 1)))
         masks.append(np.multiply(predictor.mask(predictor.logits(tensor)), 255, dtype=np.uint8))

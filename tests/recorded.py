@@ -288,7 +288,7 @@ def write_cache(root: Path, key: str, ids: list[str], splits: list[Split], size:
         Sample(id=id, image=Path(f"{id}.jpg"), mask=Path(f"{id}.png"), split=split)
         for id, split in zip(ids, splits, strict=True)
     )
-    facts = Facts(size, size, "0" * 64, "0" * 64, size, 1, (0,) * 9, 0, size)
+    facts = Facts(size, size, "0" * 64, "0" * 64, size, (0,) * 9, 0, size)
     folder = root / f"{key}-memmap"
     folder.mkdir(parents=True, exist_ok=True)
     index = Index(key, "memmap", preparation, samples, (facts,) * len(ids), ())

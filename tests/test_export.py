@@ -18,6 +18,7 @@ from hpsearch import export
 from hpsearch.cli import main
 from hpsearch.data.cache import Normalization
 from hpsearch.data.decode import resize
+from hpsearch.data.reading import Reading
 from hpsearch.errors import CheckpointError, ExportError, StudyError
 from hpsearch.export import TOLERANCE, export_onnx, export_toml
 from hpsearch.models.config import UNetConfig
@@ -137,6 +138,7 @@ def test_onnx_and_its_metadata_are_enough_to_get_the_mask_that_predict_gives(exp
     assert table["extra"] == {"threshold": 0.4, "trial": 7}
     # As the sentences say, step by step.
     assert "resize the whole image to 48x40 pixels" in said["preprocessing"]
+    assert "as its pixels are stored, whatever its EXIF" in said["preprocessing"]
     small = resize(IMAGE, *table["size"]).numpy().astype(np.float64)
     assert "weights 0.299, 0.587, 0.114" in said["preprocessing"]
     gray = np.tensordot([0.299, 0.587, 0.114], small, 1)
@@ -159,6 +161,24 @@ def test_onnx_takes_batches_of_any_size(exported: tuple[Path, Path]) -> None:
     images = np.random.default_rng(2).normal(0, 1, (5, 1, *info.size)).astype(np.float32)
     with torch.inference_mode():
         assert np.abs(run(path, images) - model(torch.from_numpy(images)).numpy()).max() <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("reading", "turn", "deep"),
+    [
+        (Reading(), "turned upright by its EXIF orientation", "images with more than 8 bits were not seen"),
+        (Reading("ignore", max_value=4095), "as its pixels are stored", "0 to 4095, times 256, divided by 4096"),
+    ],
+)
+def test_the_metadata_say_how_files_became_pixels(tmp_path: Path, reading: Reading, turn: str, deep: str) -> None:
+    config = UNetConfig(base_channels=2, depth=1)
+    weights = write_model(tmp_path / "model.safetensors", config, reading=reading.for_images())
+    _, info = load_weights(weights)
+    assert info.reading == reading
+    said = export.describe(info)
+    assert turn in said["preprocessing"]
+    assert deep in said["preprocessing"]
+    assert json.loads(said["hpsearch"])["extra"]["reading"] == {"exif": reading.exif, "max_value": reading.max_value}
 
 
 def test_a_network_of_crops_says_that_it_wants_windows(tmp_path: Path) -> None:

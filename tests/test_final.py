@@ -9,19 +9,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
+from PIL import Image
 
 from hpsearch.choices import Choices, Chosen
 from hpsearch.cli.final import describe
 from hpsearch.config import stable_seed
+from hpsearch.data.cache import open_cache
+from hpsearch.data.decode import resize
+from hpsearch.data.prepare import prepare_pool
 from hpsearch.errors import StudyError
 from hpsearch.final import FinalResult, fold_networks, run_final
 from hpsearch.paths import ProjectPaths
 from hpsearch.predict import Ensemble, Predictor, find_images, load_predictor, predict_files
 from hpsearch.report.rows import study_rows
 from hpsearch.scoring import mask_name, official_scores, read_mask, score_folder
+from hpsearch.training.checkpoint import load_weights
 from hpsearch.training.metrics import SCORES, PixelCounts
 from hpsearch.tuning.planning import MachineChoice
 from hpsearch.tuning.record import load_array, study_record
+from tests.data.conftest import tiny_pairs, write_oriented
 from tests.tuning.studies import run, tiny_config, write_tiny_dataset
 
 MACHINE = MachineChoice("cpu", 1, 1)
@@ -29,8 +36,13 @@ MACHINE = MachineChoice("cpu", 1, 1)
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> ProjectPaths:
+    """A study of images with all EXIF orientations, some of 12 bits; the masks are drawn on what people see."""
     root = tmp_path_factory.mktemp("final")
     dataset = write_tiny_dataset(root)
+    for number, path in enumerate(sorted(dataset.glob("*_Data/*.png"))):
+        with Image.open(path) as image:
+            pixels = np.array(image)
+        write_oriented(path, pixels, number % 8 + 1, deep=number % 3 == 0)
     for kind, ending in (("Data", ".png"), ("Part1_GroundTruth", "_segmentation.png")):
         shared = dataset / f"ISIC-2017_Training_{kind}" / f"ISIC_0000003{ending}"
         shutil.copy(shared, dataset / f"ISIC-2017_Test_v2_{kind}" / f"ISIC_0000012{ending}")
@@ -118,6 +130,18 @@ def test_an_image_shared_by_pool_and_test_is_named_beside_the_test_mean_without_
     (line,) = (line for line in lines if line.startswith("test, no duplicates"))
     assert f"{result.without_leaks:.4f}  over {len(clean)} images" in line
     assert any("ISIC_0000003 and ISIC_0000012" in line for line in lines)
+
+
+def test_networks_are_trained_on_what_people_see_and_know_how_it_was_read(
+    project: ProjectPaths, result: FinalResult
+) -> None:
+    seen = open_cache(prepare_pool(study_record(project, None).config.data, project.cache).cache_path)
+    for pair, image in zip(tiny_pairs(), seen.images, strict=False):
+        upright = torch.from_numpy(pair.image).permute(2, 0, 1)
+        assert np.array_equal(image, resize(upright, 32, 32).permute(1, 2, 0).numpy())
+    weights = [result.paths.model, *sorted(result.paths.ensemble.iterdir()), result.paths.seed(1).weights]
+    for path in weights:
+        assert load_weights(path)[1].extra["reading"] == {"exif": "apply", "max_value": 4095}
 
 
 def test_predict_gives_the_masks_that_final_scored(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hpsearch.cli import main
 from hpsearch.data.cache import Normalization
 from hpsearch.data.decode import read_image, resize
+from hpsearch.data.reading import PLAIN_READING
 from hpsearch.errors import CheckpointError, DatasetError, StudyError
 from hpsearch.models.config import UNetConfig
 from hpsearch.models.shapes import output_margin, output_size
@@ -246,9 +247,9 @@ def test_masks_have_the_images_own_size_and_two_values(tmp_path: Path) -> None:
         f"{stem}_{what}" for stem in ("a", "b") for what in ("overlay.jpg", "probability.png", "segmentation.png")
     ]
     for path in images:
-        image = read_image(path)
+        image = read_image(path, PLAIN_READING)
         mask, probability = (
-            read_image(tmp_path / "out" / f"{path.stem}_{what}.png")[0].numpy()
+            read_image(tmp_path / "out" / f"{path.stem}_{what}.png", PLAIN_READING)[0].numpy()
             for what in ("segmentation", "probability")
         )
         assert mask.shape == image.shape[1:]
@@ -257,7 +258,7 @@ def test_masks_have_the_images_own_size_and_two_values(tmp_path: Path) -> None:
         assert np.array_equal(mask > 0, predictor.mask(logits))
         assert np.array_equal(read_mask(tmp_path / "out" / f"{path.stem}_segmentation.png"), mask > 0)
         assert np.array_equal(probability, np.rint(logits.sigmoid().numpy() * 255))
-        assert read_image(tmp_path / "out" / f"{path.stem}_overlay.jpg").shape == image.shape
+        assert read_image(tmp_path / "out" / f"{path.stem}_overlay.jpg", PLAIN_READING).shape == image.shape
 
 
 def test_bad_files_are_named_and_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

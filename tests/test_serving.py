@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -14,11 +16,15 @@ import torch
 from PIL import Image
 
 from hpsearch import serving
+from hpsearch.data.decode import decode_job, open_job
+from hpsearch.data.decoding import Job
+from hpsearch.data.reading import Reading
 from hpsearch.errors import DatasetError, ExportError
 from hpsearch.paths import FinalPaths
 from hpsearch.predict import Ensemble, Predictor, find_images, load_predictor, predict_files
 from hpsearch.scoring import read_mask
 from hpsearch.training.checkpoint import load_weights, save_weights
+from tests.data.conftest import write_oriented
 from tests.test_predict import noise, write_model
 
 FRESH = """
@@ -102,6 +108,58 @@ def test_paths_arrays_and_lists_give_the_same_masks(predictor: Predictor, tmp_pa
     assert {(mask.dtype, mask.shape) for mask in masks} == {(np.dtype(np.uint8), (60, 50))}
     assert set(np.unique(masks[0])) == {0, 255}
     assert all(np.array_equal(mask, masks[0]) for mask in masks)
+
+
+@pytest.mark.parametrize("exif", ["apply", "ignore"])
+@pytest.mark.parametrize("format", ["png", "jpg"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photo_is_seen_as_in_training_by_predict_and_by_the_served_model(
+    weights: Path, tmp_path: Path, orientation: int, format: str, exif: Literal["apply", "ignore"]
+) -> None:
+    model, info = load_weights(weights)
+    reading = Reading(exif)
+    path = tmp_path / "model.safetensors"
+    save_weights(path, model, replace(info, extra={**info.extra, "reading": reading.for_images()}))
+    predictor = Predictor.load(path, device="cpu", threads=1)
+    upright, photo = noise(60, 50), tmp_path / f"a.{format}"
+    write_oriented(photo, upright, orientation)
+    # The image as a cache holds it: where the mask that was trained on was drawn.
+    size = (50, 60) if exif == "ignore" and orientation >= 5 else (60, 50)
+    Image.fromarray(np.zeros(size, np.uint8)).save(tmp_path / "m.png")
+    job = Job(str(photo), str(tmp_path / "m.png"), ("resize",), *size, reading=reading)
+    _, [(trained_on, _)] = decode_job(open_job(job), job)
+    if exif == "apply" and format == "png":
+        assert np.array_equal(trained_on, upright)
+    expected = np.multiply(predictor.mask(predictor.logits(tensor(trained_on))), 255, dtype=np.uint8)
+    assert predict_files(predictor, [photo], tmp_path / "out") == {}
+    with Image.open(tmp_path / "out" / "a_segmentation.png") as mask:
+        assert np.array_equal(np.array(mask), expected)
+    (served,) = serving.predict_masks(predictor, [str(photo)])
+    assert np.array_equal(served, expected)
+
+
+def test_weights_of_version_0_1_see_an_image_as_they_did(predictor: Predictor, tmp_path: Path) -> None:
+    assert "reading" not in predictor.info.extra
+    upright = noise(60, 50)
+    write_oriented(tmp_path / "a.png", upright, 6)
+    (mask,) = serving.predict_masks(predictor, [tmp_path / "a.png"])
+    (stored,) = serving.predict_masks(predictor, [np.ascontiguousarray(np.rot90(upright))])
+    assert np.array_equal(mask, stored)
+    deep = upright[..., 0].astype(np.uint16) * 256 + 255
+    Image.fromarray(deep).save(tmp_path / "b.png")
+    masks = serving.predict_masks(predictor, [tmp_path / "b.png", upright[..., 0]])
+    assert np.array_equal(masks[0], masks[1])
+
+
+def test_a_photo_above_full_scale_is_refused_and_named(weights: Path, tmp_path: Path) -> None:
+    model, info = load_weights(weights)
+    path = tmp_path / "model.safetensors"
+    extra = {**info.extra, "reading": Reading(max_value=4095).for_images()}
+    save_weights(path, model, replace(info, extra=extra))
+    predictor = Predictor.load(path, device="cpu", threads=1)
+    Image.fromarray(np.full((20, 30), 4096, np.uint16)).save(tmp_path / "a.png")
+    bad = predict_files(predictor, [tmp_path / "a.png"], tmp_path / "out")
+    assert "has the value 4096, above the full scale of 4095" in bad[tmp_path / "a.png"]
 
 
 def test_a_gray_array_is_taken_as_gray_light(predictor: Predictor) -> None:

@@ -38,9 +38,8 @@ def check(project: ProjectPaths, settings: Settings, as_json: bool, full: bool, 
 
     config = settings.load().data
     root = cache_folder(project, config.cache_dir)
-    size = config.cached_size if config.match == "resize" else None
     progress = None if as_json else counter("checking images")
-    report = integrity.check(locate(config, root), size=size, progress=progress)
+    report = integrity.check(locate(config, root), config=config, cache_root=root, progress=progress)
     result = report.to_dict()
     lines = []
     problems = len(report.errors)
@@ -147,9 +146,11 @@ def augment(project: ProjectPaths, settings: Settings, copies: int, target: Path
     from hpsearch.data.export_augmented import export_augmented
     from hpsearch.data.folds import groups_file, read_groups
     from hpsearch.data.prepare import locate
+    from hpsearch.data.survey import decide_reading
 
     config = settings.load()
-    dataset = locate(config.data, cache_folder(project, config.data.cache_dir))
+    root = cache_folder(project, config.data.cache_dir)
+    dataset = locate(config.data, root)
     groups = groups_file(config.data)
     try:
         folder = export_augmented(
@@ -159,6 +160,7 @@ def augment(project: ProjectPaths, settings: Settings, copies: int, target: Path
             seed=config.study.seed,
             target=target,
             groups=read_groups(groups) if groups else None,
+            reading=decide_reading(dataset, config.data, root).reading,
             exclude_bad=config.data.exclude_bad,
             progress=counter("writing changed versions"),
         )

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Literal
@@ -47,6 +47,7 @@ def build_cache(
     kind: Literal["auto", "memmap", "files", "memory", "none"],
     cache_root: Path,
     *,
+    decoders: Decoders | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """The folder of the cache of these samples below `cache_root`; it is built if it is not there.
@@ -69,7 +70,8 @@ def build_cache(
                 _remove_left_behind(folder)
                 if chosen in ("memmap", "files"):
                     _require_space(n_bytes, cache_root)
-                _build(samples, preparation, chosen, key, folder, progress)
+                with nullcontext(decoders) if decoders is not None else Decoders() as decoding:
+                    _build(samples, preparation, chosen, key, folder, decoding, progress)
     except OSError as error:
         raise storage_error(folder, error) from error
     return folder
@@ -184,6 +186,7 @@ def _build(
     kind: Kind,
     key: str,
     folder: Path,
+    decoders: Decoders,
     progress: Progress | None,
 ) -> None:
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -192,7 +195,7 @@ def _build(
         facts: dict[int, Facts] = {}
         problems: dict[int, Problem] = {}
         jobs = [preparation.job(sample) for sample in samples]
-        with Decoders() as decoders, _WRITERS[kind](temporary, preparation, len(samples)) as writer:
+        with _WRITERS[kind](temporary, preparation, len(samples)) as writer:
             for number, result, pixels in decoders.decode(jobs):
                 sample = samples[number]
                 if isinstance(result, Damage):

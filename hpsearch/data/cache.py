@@ -29,10 +29,13 @@ from numpy.typing import NDArray
 from hpsearch.data.config import GRAY_WEIGHTS, Color
 from hpsearch.data.decoding import Damage, Decoders, Facts, Job, Pixels, View
 from hpsearch.data.layouts import Problem, Sample, Split
+from hpsearch.data.reading import PLAIN_READING, Reading
 from hpsearch.errors import CacheError
 
-CACHE_VERSION = 2
-"""Changes whenever the same files and preparation would give other bytes or another index."""
+KEY_VERSION = 1
+"""Changes when the same files and preparation would give other pixels: then no study can go on with its data."""
+INDEX_VERSION = 2
+"""Changes with what an index holds: caches of another version are built again."""
 Kind = Literal["memmap", "files", "memory", "none"]
 INDEX = "index.json"
 END_BYTES = 64 * 2**10
@@ -50,6 +53,8 @@ class Preparation:
     """What is kept of each image: the first is trained on, the last scores it when it is held out."""
     seed: int = 0
     """Decides, with the id, where a random crop lies."""
+    reading: Reading = PLAIN_READING
+    """How the files become pixels."""
 
     @property
     def image_bytes(self) -> int:
@@ -58,7 +63,13 @@ class Preparation:
 
     def job(self, sample: Sample) -> Job:
         return Job(
-            str(sample.image), str(sample.mask), self.views, self.height, self.width, f"{self.seed}:{sample.id}"
+            str(sample.image),
+            str(sample.mask),
+            self.views,
+            self.height,
+            self.width,
+            f"{self.seed}:{sample.id}",
+            reading=self.reading,
         )
 
 
@@ -77,7 +88,7 @@ class Index:
     def write(self, path: Path) -> None:
         content = json.dumps(
             {
-                "version": CACHE_VERSION,
+                "version": INDEX_VERSION,
                 "key": self.key,
                 "kind": self.kind,
                 "preparation": asdict(self.preparation),
@@ -105,9 +116,13 @@ class Index:
         if end or hashlib.sha256(content.encode()).hexdigest() != checksum:
             raise CacheError(f"{path} was changed since it was written")
         table = json.loads(content)
-        if table["version"] != CACHE_VERSION:
-            raise CacheError(f"{path} is of version {table['version']}, this program reads {CACHE_VERSION}")
-        preparation = {**table["preparation"], "views": tuple(table["preparation"]["views"])}
+        if table["version"] != INDEX_VERSION:
+            raise CacheError(f"{path} is of version {table['version']}, this program reads {INDEX_VERSION}")
+        preparation = {
+            **table["preparation"],
+            "views": tuple(table["preparation"]["views"]),
+            "reading": Reading.from_table(table["preparation"]["reading"]),
+        }
         return cls(
             key=table["key"],
             kind=table["kind"],
@@ -116,7 +131,7 @@ class Index:
                 Sample(id=s["id"], image=Path(s["image"]), mask=Path(s["mask"]), split=s["split"])
                 for s in table["samples"]
             ),
-            facts=tuple(Facts(**{**facts, "moments": tuple(facts["moments"])}) for facts in table["facts"]),
+            facts=tuple(Facts.from_table(facts) for facts in table["facts"]),
             problems=tuple(
                 Problem(**{**p, "files": tuple(Path(path) for path in p["files"])}) for p in table["problems"]
             ),
@@ -331,12 +346,19 @@ def open_cache(path: Path) -> Cache:
 
 
 def cache_key(samples: Sequence[Sample], preparation: Preparation) -> str:
-    """24 hexadecimal digits that change with the preparation and with any image or mask, but not with where they lie.
+    """24 hexadecimal digits that change with the preparation and with any file, but not with where the files lie."""
+    table = asdict(preparation)
+    del table["reading"]
+    return files_key([KEY_VERSION, table, *preparation.reading.key()], samples)
+
+
+def files_key(head: object, samples: Sequence[Sample]) -> str:
+    """24 hexadecimal digits that change with `head` (plain types) and with any image or mask.
 
     Of each file the length and both ends are read, so that an image replaced since the cache was built is noticed at
     every start without reading the whole dataset.
     """
-    digest = hashlib.sha256(json.dumps([CACHE_VERSION, asdict(preparation)]).encode())
+    digest = hashlib.sha256(json.dumps(head).encode())
     with ThreadPoolExecutor(16) as threads:
         images = threads.map(_fingerprint, [sample.image for sample in samples])
         masks = threads.map(_fingerprint, [sample.mask for sample in samples])

@@ -36,6 +36,11 @@ class DataConfig:
     """Channels that the network sees; both come from the same cache."""
     match: Literal["resize", "crop"] = "resize"
     """How an image is brought to `size`."""
+    exif: Literal["auto", "apply", "ignore"] = "auto"
+    """EXIF orientation of the files; `auto`: as the sizes in the pool prove, applied where they prove nothing."""
+    max_value: int = 0
+    """Value that becomes 255 in images of more than 8 bits; 0: the least of 255, 1023, 4095, 16383, 65535 that fits
+    the pool."""
     cache: Literal["auto", "memory", "files", "memmap", "none"] = "auto"
     """Where decoded images are kept."""
     cache_size: int | tuple[int, int] = 0
@@ -72,6 +77,8 @@ class DataConfig:
             )
         if not 0 < self.test_share < 1:
             raise ConfigError(f"data.test_share must lie between 0 and 1, got {self.test_share}")
+        if self.max_value and not 255 <= self.max_value <= 65535:
+            raise ConfigError(f"data.max_value must be 0 (found) or lie between 255 and 65535, got {self.max_value}")
         for role in ("n_search_train", "n_search_validation", "n_final_train", "n_final_test"):
             if getattr(self, role) < 0:
                 raise ConfigError(f"data.{role} must be 0 (all) or more, got {getattr(self, role)}")

@@ -7,11 +7,13 @@ decoding.py. Threads suffice: the decoders and the resize release Python's lock,
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import queue
 import re
 import signal
+import struct
 import sys
 import threading
 import zlib
@@ -22,21 +24,20 @@ from typing import IO, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
 from hpsearch.data.decoding import Damage, Facts, Job, Pixels
 from hpsearch.data.headers import MAX_PIXELS, Header, read_header
+from hpsearch.data.masks import MaskError, find_lesion
+from hpsearch.data.reading import Reading
 from hpsearch.errors import DatasetError
 from hpsearch.user_files import file_fault
 
 BYTES_IN_FLIGHT = 400 * 2**20
 """Decoded pixels that all threads hold together, unless a single image has more."""
-HEAD_BYTES = 64 * 2**10
-"""What is read of a file to learn its size."""
-LONG_HEAD_BYTES = 16 * 2**20
-"""What is read more where that was not enough."""
 BAND_BYTES = 16 * 2**20
 """Pixels that are resized at once."""
 
@@ -49,28 +50,26 @@ class BadImageError(Exception):
         self.kind = kind
 
 
-def read_image(path: Path) -> Tensor:
-    """The image as RGB (3, H, W) uint8, as its pixels are stored: an EXIF orientation is passed over.
-
-    DatasetError if it cannot be decoded.
-    """
+def read_image(path: Path, reading: Reading) -> Tensor:
+    """The image as RGB (3, H, W) uint8, read as the images of the dataset were. DatasetError if it cannot be."""
     try:
         header, _ = _header(path)
-        return _decode_image(path, _content(path), header, turned=False)
+        return _decode_image(path, _content(path), header, reading)[0]
     except BadImageError as error:
         raise DatasetError(str(error)) from error
 
 
-def read_pair(image_path: Path, mask_path: Path) -> tuple[Tensor, Tensor]:
+def read_pair(image_path: Path, mask_path: Path, reading: Reading) -> tuple[Tensor, Tensor]:
     """The image (3, H, W) uint8 and its mask (H, W) uint8 of 0 and 1, at their original size.
 
-    An EXIF orientation that lays the image on its side is applied where only the turned image has the mask's size:
-    the mask was then drawn on the upright image. DatasetError, naming the file, for damage.
+    DatasetError, naming the file, if one of them cannot be used.
     """
     try:
-        pair = open_pair(image_path, mask_path)
-        image = _decode_image(image_path, _content(image_path), pair.image, turned=pair.turned)
-        return image, _decode_mask(mask_path, _content(mask_path), pair.mask)
+        pair = open_pair(image_path, mask_path, reading)
+        assert pair.image is not None
+        assert pair.mask is not None
+        image, _ = _decode_image(image_path, _content(image_path), pair.image, reading)
+        return image, _decode_mask(mask_path, _content(mask_path), pair.mask, reading)[0]
     except BadImageError as error:
         raise DatasetError(str(error)) from error
 
@@ -122,54 +121,95 @@ def crop_corner(size: tuple[int, int], wanted: tuple[int, int], rng: np.random.G
     return corner[0], corner[1]
 
 
-def open_pair(image_path: Path, mask_path: Path) -> OpenPair:
-    """What the two headers say, checked before anything is decoded. BadImageError if the pair cannot be used."""
+def open_pair(image_path: Path, mask_path: Path, reading: Reading) -> OpenPair:
+    """Read the two headers and compare the sizes. BadImageError if the pair cannot be used."""
     image, image_bytes = _header(image_path)
     mask, mask_bytes = _header(mask_path)
-    size = mask.height, mask.width
-    turned = size != (image.height, image.width)
-    if turned and size != image.turned_size:
-        raise BadImageError(
-            "sizes differ", f"{mask_path} is {mask.height}x{mask.width}, its image is {image.height}x{image.width}"
-        )
-    return OpenPair(image_path, mask_path, image, mask, turned, max(image_bytes, mask_bytes))
+    size, mask_size = image.size(upright=reading.turns), mask.size(upright=reading.turns)
+    if size != mask_size:
+        text = f"{mask_path} is {mask_size[0]}x{mask_size[1]}, its image is {size[0]}x{size[1]}"
+        if image.size(upright=not reading.turns) == mask.size(upright=not reading.turns):
+            done, otherwise = ("applied", "ignored") if reading.turns else ("ignored", "applied")
+            text += (
+                f". The EXIF orientation ({image.orientation} of the image, {mask.orientation} of the mask) is "
+                f"{done} {reading.exif_reason}, and this pair fits only if it is {otherwise}: correct the tag, or "
+                "set data.exif"
+            )
+        raise BadImageError("sizes differ", text)
+    return OpenPair(image_path, mask_path, reading, image, mask, max(image_bytes, mask_bytes))
 
 
 @dataclass(frozen=True)
 class OpenPair:
-    """A pair whose headers fit together."""
+    """A pair whose headers fit together; either file may be left out."""
 
     image_path: Path
     mask_path: Path
-    image: Header
-    mask: Header
-    turned: bool
-    """Whether the mask belongs to the image with its EXIF orientation applied."""
+    reading: Reading
+    image: Header | None
+    mask: Header | None
     file_bytes: int
     """Length of the larger file."""
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        header = self.image or self.mask
+        assert header is not None
+        return header.size(upright=self.reading.turns)
+
     def working_bytes(self, job: Job) -> int:
         """Memory that `decode_job` takes, about: one file, its pixels, those at the new width, and the views."""
-        pixels = max(self.image.decode_bytes(3), self.mask.decode_bytes(3))
-        squeezed = 3 * max(self.mask.height, self.mask.width) * job.width
-        return self.file_bytes + pixels + squeezed + 2 * len(job.views) * job.height * job.width * 4
+        pixels = [0]
+        if self.image is not None:
+            # Turning takes two copies.
+            pixels.append(
+                self.image.decode_bytes(3) * (3 if self.reading.turns and self.image.orientation > 1 else 1)
+            )
+        if self.mask is not None:
+            # And three of one byte a pixel, for what is where.
+            pixels.append(self.mask.decode_bytes(self.mask.channels) + 3 * self.mask.height * self.mask.width)
+        squeezed = 3 * max(self.size) * job.width
+        return self.file_bytes + max(pixels) + squeezed + 2 * len(job.views) * job.height * job.width * 4
+
+
+def open_job(job: Job) -> OpenPair:
+    """The files that `job` asks for, with headers that fit together. BadImageError if they cannot be used."""
+    image_path, mask_path = Path(job.image), Path(job.mask)
+    if job.parts == "both":
+        return open_pair(image_path, mask_path, job.reading)
+    if job.parts == "image":
+        image, n_bytes = _header(image_path)
+        return OpenPair(image_path, mask_path, job.reading, image, None, n_bytes)
+    mask, n_bytes = _header(mask_path)
+    return OpenPair(image_path, mask_path, job.reading, None, mask, n_bytes)
 
 
 def decode_job(pair: OpenPair, job: Job) -> tuple[Facts, list[Pixels]]:
     """What `job` asks for. BadImageError if the pair cannot be used."""
-    data = _content(pair.image_path)
-    image_sha256 = hashlib.sha256(data).hexdigest() if job.measure else ""
-    image = _decode_image(pair.image_path, data, pair.image, turned=pair.turned)
-    images = _views(image, job, is_mask=False) if job.send else []
-    # The mask is decoded when the image's pixels are gone.
-    del data, image
-    data = _content(pair.mask_path)
-    mask_sha256 = hashlib.sha256(data).hexdigest() if job.measure else ""
-    mask = _decode_mask(pair.mask_path, data, pair.mask)
-    masks = _views(mask, job, is_mask=True)
-    foreground = int(mask.count_nonzero())
+    reading, size = pair.reading, pair.size
+    images: list[Tensor] = []
+    masks: list[Tensor] = []
+    image_sha256 = mask_sha256 = ""
+    largest = foreground = 0
+    is_constant = False
+    values: tuple[str, ...] = ()
+    if pair.image is not None:
+        data = _content(pair.image_path)
+        image_sha256 = hashlib.sha256(data).hexdigest() if job.measure else ""
+        image, largest = _decode_image(pair.image_path, data, pair.image, reading)
+        is_constant = job.measure and _is_constant(image)
+        images = _views(image, job, is_mask=False) if job.send else []
+        # The mask is decoded when the image's pixels are gone.
+        del data, image
+    if pair.mask is not None:
+        data = _content(pair.mask_path)
+        mask_sha256 = hashlib.sha256(data).hexdigest() if job.measure else ""
+        mask, values = _decode_mask(pair.mask_path, data, pair.mask, reading)
+        masks = _views(mask, job, is_mask=True)
+        foreground = int(mask.count_nonzero())
+        del data, mask
     view_foreground = int(masks[0].count_nonzero()) if masks else -1
-    del data, mask
     pixels = [
         (np.ascontiguousarray(image.permute(1, 2, 0).numpy()), np.ascontiguousarray(mask.numpy()))
         for image, mask in zip(images, masks if job.send else [], strict=True)
@@ -179,15 +219,18 @@ def decode_job(pair: OpenPair, job: Job) -> tuple[Facts, list[Pixels]]:
         for array in arrays:
             crc = zlib.crc32(array.data, crc)
     facts = Facts(
-        height=pair.mask.height,
-        width=pair.mask.width,
+        height=size[0],
+        width=size[1],
         image_sha256=image_sha256,
         mask_sha256=mask_sha256,
         foreground=foreground,
-        orientation=1 if pair.turned else pair.image.orientation,
         moments=_moments(pixels[0][0]) if pixels and job.measure else (),
         crc=crc,
         view_foreground=view_foreground,
+        mask_values=values,
+        largest=largest,
+        is_constant=is_constant,
+        is_oriented=any(header is not None and header.orientation > 1 for header in (pair.image, pair.mask)),
     )
     return facts, pixels
 
@@ -230,12 +273,7 @@ def _header(path: Path) -> tuple[Header, int]:
     try:
         with path.open("rb") as file:
             length = os.fstat(file.fileno()).st_size
-            head = file.read(HEAD_BYTES)
-            try:
-                header = read_header(head)
-            except ValueError:
-                # Long EXIF and colour profiles can come before the size.
-                header = read_header(head + file.read(LONG_HEAD_BYTES))
+            header = read_header(file)
     except OSError as error:
         text = file_fault(path) or f"{path} cannot be read: {error.strerror or error}"
         raise BadImageError("unreadable file", text) from error
@@ -261,41 +299,70 @@ def _content(path: Path) -> bytearray:
     return data
 
 
-def _decode_image(path: Path, data: bytearray, header: Header, *, turned: bool) -> Tensor:
-    """RGB (3, H, W) uint8: grey is repeated, CMYK converted, transparency dropped, 16 bits cut to 8."""
-    image = _decode(path, data, header, ImageReadMode.RGB, turned=turned)
+def _decode_image(path: Path, data: bytearray, header: Header, reading: Reading) -> tuple[Tensor, int]:
+    """RGB (3, H, W) uint8: gray is repeated, CMYK converted, transparency dropped.
+
+    Of images with more than 8 bits also the largest value, before it is scaled; else 0.
+    """
+    image = _decode(path, data, header, ImageReadMode.RGB)
+    largest = 0
     if image.dtype == torch.uint16:
-        deep = image.numpy()
-        # In place: `Header.decode_bytes` counts on no second copy of all 16 bits.
-        deep >>= 8
-        image = torch.from_numpy(deep.astype(np.uint8))
-    return image
+        image, largest = _to_eight_bits(path, image.numpy(), reading.max_value)
+    return upright(image, header.orientation if reading.turns else 1), largest
 
 
-def _decode_mask(path: Path, data: bytearray, header: Header) -> Tensor:
-    """(H, W) uint8 of 0 and 1: of two values the larger is 1; a single one is 1 unless it is 0."""
-    mask = _decode(path, data, header, ImageReadMode.GRAY, turned=False)[0].numpy()
-    low, high = mask.min(), mask.max()
-    n_other = mask.size - np.count_nonzero(mask == low) - (np.count_nonzero(mask == high) if low < high else 0)
-    if n_other:
-        values = sorted({int(value) for row in mask for value in np.unique(row)})
-        shown = ", ".join([*map(str, values[:4]), *(["..."] if len(values) > 4 else [])])
+def _to_eight_bits(path: Path, deep: NDArray[np.uint16], max_value: int) -> tuple[Tensor, int]:
+    """`deep` with 0..max_value divided evenly among 0..255, rounded down, and its largest value before that."""
+    largest = int(deep.max())
+    if not max_value:
         raise BadImageError(
-            "mask of many values",
-            f"{path} has {len(values)} values ({shown}), a mask has two: save it as PNG, not as JPEG, and without "
-            "smooth borders",
+            "unknown full scale",
+            f"{path} has 16 bits a channel, but no training or validation image has more than 8, so nothing says "
+            "which of its values is full scale: convert it to 8 bits, or train with data.max_value",
         )
-    return torch.from_numpy((mask == high).view(np.uint8) if high > 0 else np.zeros(mask.shape, np.uint8))
+    if largest > max_value:
+        raise BadImageError(
+            "value above full scale",
+            f"{path} has the value {largest}, above the full scale of {max_value} that the training and validation "
+            "images have (data.max_value)",
+        )
+    image = np.empty(deep.shape, np.uint8)
+    # In bands: `Header.decode_bytes` does not count on a whole copy of 32 bits.
+    n_rows = max(1, BAND_BYTES // (12 * deep.shape[-1]))
+    for top in range(0, deep.shape[1], n_rows):
+        rows = slice(top, top + n_rows)
+        image[:, rows] = deep[:, rows].astype(np.uint32) * 256 // (max_value + 1)
+    return torch.from_numpy(image), largest
 
 
-def _decode(path: Path, data: bytearray, header: Header, mode: ImageReadMode, *, turned: bool) -> Tensor:
+def _decode_mask(path: Path, data: bytearray, header: Header, reading: Reading) -> tuple[Tensor, tuple[str, ...]]:
+    """(H, W) uint8 of 0 and 1, and its values in the file as text: background and lesion, or the only one."""
+    if header.palette:
+        samples = _palette_indices(path, data)[None]
+    else:
+        # Four channels in a JPEG are CMYK, in a PNG there is transparency among them.
+        is_cmyk = header.format == "jpeg" and header.channels == 4
+        samples = _decode(path, data, header, ImageReadMode.RGB if is_cmyk else ImageReadMode.UNCHANGED).numpy()
+    try:
+        mask, values = find_lesion(samples, header, background=reading.background, lesion=reading.lesion)
+    except MaskError as error:
+        raise BadImageError(error.kind, f"{path} {error}") from error
+    return upright(torch.from_numpy(mask.view(np.uint8)), header.orientation if reading.turns else 1), values
+
+
+def _palette_indices(path: Path, data: bytearray) -> NDArray[np.uint8]:
+    """(H, W). By Pillow: torchvision gives the colours, or for less than 8 bits nothing that makes sense."""
+    try:
+        with PngImageFile(io.BytesIO(data)) as image:
+            return np.array(image, np.uint8)
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
+        raise BadImageError("undecodable file", f"{path} cannot be decoded: {error}") from error
+
+
+def _decode(path: Path, data: bytearray, header: Header, mode: ImageReadMode) -> Tensor:
     try:
         encoded = torch.frombuffer(data, dtype=torch.uint8)
-        pixels: Tensor
-        if header.format == "jpeg":
-            pixels = decode_jpeg(encoded, mode, apply_exif_orientation=turned)
-        else:
-            pixels = decode_png(encoded, mode)
+        pixels: Tensor = decode_jpeg(encoded, mode) if header.format == "jpeg" else decode_png(encoded, mode)
     except RuntimeError as error:
         # The decoders say first where in their own sources they are.
         reason = re.sub(r"^\w+, \S+:\d+, ", "", str(error).splitlines()[0])
@@ -303,10 +370,24 @@ def _decode(path: Path, data: bytearray, header: Header, mode: ImageReadMode, *,
             # Too little memory is no damage of the image.
             raise
         raise BadImageError("undecodable file", f"{path} cannot be decoded: {reason}") from error
-    size = header.turned_size if turned else (header.height, header.width)
-    if pixels.shape[1:] != size:
+    if pixels.shape[1:] != (header.height, header.width):
         raise BadImageError("undecodable file", f"{path} changed while it was read")
     return pixels
+
+
+def upright(pixels: Tensor, orientation: int) -> Tensor:
+    """`pixels` (..., H, W) turned by an EXIF orientation from 1 (as it is) to 8 (TIFF 6.0, Orientation)."""
+    if orientation >= 5:
+        pixels = pixels.transpose(-2, -1)
+    axes = {2: [-1], 3: [-2, -1], 4: [-2], 6: [-1], 7: [-2, -1], 8: [-2]}.get(orientation, [])
+    # In order: how pixels lie in memory decides how the resize rounds.
+    return (pixels.flip(axes) if axes else pixels).contiguous()
+
+
+def _is_constant(image: Tensor) -> bool:
+    """Whether all pixels of (C, H, W) are of one colour."""
+    first = image[:, :1, :1]
+    return bool((image[:, ::16, ::16] == first).all()) and bool((image == first).all())
 
 
 def _views(pixels: Tensor, job: Job, *, is_mask: bool) -> list[Tensor]:
@@ -373,9 +454,9 @@ def _work(
         while (message := jobs.get()) is not None:
             number = message.pop("number")
             _answer(answers, lock, {"number": number, "begun": True}, [])
-            job = Job(**message)
+            job = Job(**{**message, "reading": Reading.from_table(message["reading"])})
             try:
-                pair = open_pair(Path(job.image), Path(job.mask))
+                pair = open_job(job)
                 # Until the answer is out: a parent that is slow to take it shall not let answers pile up here.
                 with gate.admitted(pair.working_bytes(job)):
                     facts, pixels = decode_job(pair, job)

@@ -13,17 +13,18 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Literal, Self
+from typing import IO, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 import hpsearch
 from hpsearch.cores import available_cores
+from hpsearch.data.reading import PLAIN_READING, Reading
 from hpsearch.errors import CacheError
 
 View = Literal["resize", "random crop", "centre crop"]
@@ -48,6 +49,9 @@ class Job:
     """Whether hashes and moments are wanted too."""
     send: bool = True
     """Whether the pixels of the views are wanted, or only what is counted in them."""
+    reading: Reading = PLAIN_READING
+    parts: Literal["both", "image", "mask"] = "both"
+    """Which of the two files is decoded; one alone has no views."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +66,25 @@ class Facts:
     """Of the files' content."""
     foreground: int
     """Lesion pixels of the original mask."""
-    orientation: int
-    """EXIF orientation, where it was passed over; 1 otherwise."""
     moments: tuple[int, ...]
     """Sums over the pixels of the first view: R, G, B, RR, GG, BB, RG, RB, GB. Empty without views."""
     crc: int
     """CRC-32 of the bytes of all views."""
     view_foreground: int = -1
     """Lesion pixels of the mask in the first view; -1 without views."""
+    mask_values: tuple[str, ...] = ()
+    """The mask's values as text (masks.MaskValue): background and lesion, or the only one."""
+    largest: int = 0
+    """Largest value of an image of more than 8 bits, before it is scaled; 0 for others."""
+    is_constant: bool = False
+    """Whether all pixels of the image are of one colour. False where it was not asked for (`Job.measure`)."""
+    is_oriented: bool = False
+    """Whether image or mask has an EXIF orientation other than upright."""
+
+    @classmethod
+    def from_table(cls, table: Mapping[str, Any]) -> Self:
+        """Facts that were written as JSON."""
+        return cls(**{**table, "moments": tuple(table["moments"]), "mask_values": tuple(table["mask_values"])})
 
 
 @dataclass(frozen=True)
@@ -124,7 +139,7 @@ class Decoders:
                 if "damage" in answer:
                     result = Damage(**answer["damage"])
                 else:
-                    result = Facts(**{**answer["facts"], "moments": tuple(answer["facts"]["moments"])})
+                    result = Facts.from_table(answer["facts"])
                     if jobs[number].send:
                         pixels = [_read_pixels(process.stdout, jobs[number]) for _ in jobs[number].views]
                 n_done += 1

@@ -42,6 +42,8 @@ from hpsearch.data.decode import BadImageError, MemoryGate, open_pair, read_pair
 from hpsearch.data.folds import AUGMENTATION, AUGMENTED_GROUPS
 from hpsearch.data.integrity import refusal
 from hpsearch.data.layouts import JPEG, Dataset, Sample, find_samples
+from hpsearch.data.reading import Reading
+from hpsearch.data.survey import decide_reading
 from hpsearch.errors import ConfigError, DatasetError, RecordError
 from hpsearch.paths import atomic_write, read_json, remove_stale_temporaries, write_json
 from hpsearch.user_files import name_key
@@ -66,6 +68,7 @@ def export_augmented(
     seed: int = 0,
     target: Path | None = None,
     groups: Mapping[str, str] | None = None,
+    reading: Reading | None = None,
     exclude_bad: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
@@ -75,7 +78,9 @@ def export_augmented(
     until then the files, each whole, lie in a hidden folder beside it, and the same call continues there. What
     happens to an image depends on `seed`, its id and the number of the copy only. `augment.crop` is passed over:
     images keep their size; blur is in pixels of the original. `groups` (id to patient or lesion) goes into
-    groups.csv. `progress(done, total)` counts changed versions.
+    groups.csv. `reading` says how files become pixels (default: decided as DataConfig's defaults say); it is kept
+    with the new dataset, whose originals are read as their changed versions were. `progress(done, total)` counts
+    changed versions.
 
     Raises ConfigError when `augment` changes nothing, DatasetError when the folder is there already, an unfinished
     export was begun with other settings, or images are damaged (`exclude_bad` leaves them out), and StorageError.
@@ -92,7 +97,10 @@ def export_augmented(
     if target.exists():
         raise DatasetError(f"{target} exists already: remove it, or name another folder, to have it written again")
     partial = target.with_name(f".{target.name}.partial")
+    reading = reading or decide_reading(dataset, DataConfig()).reading
     settings = {"of": root.name, "copies": copies, "seed": seed, "augment": asdict(augment)}
+    if reading.key():
+        settings["reading"] = reading.for_images()
     _begin(partial, settings)
     placed = list(_places(dataset, copies))
     for sample, image, mask, copy in placed:
@@ -104,7 +112,7 @@ def export_augmented(
         for sample, image, mask, copy in placed
         if copy > 0
     ]
-    damaged = _write_all(jobs, augment, exclude_bad, progress)
+    damaged = _write_all(jobs, augment, reading, exclude_bad, progress)
     for sample, image, mask, _ in placed:
         if sample.id in damaged:
             (partial / image).unlink(missing_ok=True)
@@ -206,7 +214,11 @@ def _seed(seed: int, id: str, copy: int) -> int:
 
 
 def _write_all(
-    jobs: list[_Job], augment: AugmentConfig, exclude_bad: bool, progress: Callable[[int, int], None] | None
+    jobs: list[_Job],
+    augment: AugmentConfig,
+    reading: Reading,
+    exclude_bad: bool,
+    progress: Callable[[int, int], None] | None,
 ) -> set[str]:
     """Do the jobs on all cores; the ids of the images that are damaged, if those shall be left out."""
     damaged: set[str] = set()
@@ -215,7 +227,9 @@ def _write_all(
     # One thread an image: decoding and encoding, half of the work, cannot be divided.
     pool = ThreadPoolExecutor(available_cores(), initializer=torch.set_num_threads, initargs=(1,))
     try:
-        futures: list[tuple[_Job, Future[None]]] = [(job, pool.submit(_write, job, augment, gate)) for job in jobs]
+        futures: list[tuple[_Job, Future[None]]] = [
+            (job, pool.submit(_write, job, augment, reading, gate)) for job in jobs
+        ]
         for done, (job, future) in enumerate(futures, start=1):
             try:
                 future.result()
@@ -232,18 +246,17 @@ def _write_all(
     return damaged
 
 
-def _write(job: _Job, augment: AugmentConfig, gate: MemoryGate) -> None:
+def _write(job: _Job, augment: AugmentConfig, reading: Reading, gate: MemoryGate) -> None:
     """Write one changed version, the image last: where it is, its mask is."""
     if job.image.exists():
         return
     try:
-        header = open_pair(job.sample.image, job.sample.mask).mask
+        height, width = open_pair(job.sample.image, job.sample.mask, reading).size
     except BadImageError as error:
         raise DatasetError(str(error)) from error
-    height, width = header.height, header.width
     # As they are decoded, as rows of pixels, and changed.
     with gate.admitted(3 * 4 * height * width):
-        pixels, mask = read_pair(job.sample.image, job.sample.mask)
+        pixels, mask = read_pair(job.sample.image, job.sample.mask, reading)
         changes = draw_changes(
             augment, 1, np.random.default_rng(job.seed), from_size=(height, width), to_size=(height, width)
         )

@@ -1,90 +1,130 @@
-"""Reads from the first bytes of a JPEG or PNG what it will cost to decode, before anything is decoded."""
+"""Read what a JPEG or PNG says about itself, such as its size and EXIF orientation, before anything is decoded."""
 
 from __future__ import annotations
 
+import io
 import struct
 from dataclasses import dataclass
-from typing import Literal
+from typing import IO, Literal
 
 MAX_PIXELS = 100_000_000
 """Images that claim more are taken for damaged or hostile; the largest of ISIC-2017 has 30 million."""
 
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+_PALETTE = 3
 _EXIF_ORIENTATION = 0x0112
+_EXIF_MARK = b"Exif\0\0"
+_EXIF_TYPES = {1: "B", 3: "H", 4: "I"}
+_LONGEST_HEAD = 16 * 2**20
+"""Bytes of a JPEG within which its size must be found."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself."""
+    """Size, channels and orientation of an image file."""
 
     format: Literal["jpeg", "png"]
     height: int
     width: int
     """Of the pixels as they are stored, before any orientation."""
+    channels: int = 3
+    """Channels in the file: 1 for a palette; transparency that a PNG names apart (tRNS) does not count."""
+    depth: int = 8
+    """Bits of a channel."""
     orientation: int = 1
-    """The EXIF orientation of a JPEG: 1 is upright, 5 to 8 lie on their side."""
+    """The EXIF orientation: 1 is upright, 5 to 8 lie on their side."""
     wide: bool = False
     """16 bits a channel (PNG), or all coefficients held until the end (progressive JPEG)."""
+    palette: bool = False
+    transparent: tuple[int, ...] | None = None
+    """The one gray value or colour of a PNG that is transparent (tRNS without a palette)."""
 
-    @property
-    def turned_size(self) -> tuple[int, int]:
-        """Height and width once the orientation is applied."""
-        return (self.width, self.height) if self.orientation >= 5 else (self.height, self.width)
+    def size(self, *, upright: bool) -> tuple[int, int]:
+        """Height and width, as stored or with the orientation applied."""
+        return (self.width, self.height) if upright and self.orientation >= 5 else (self.height, self.width)
 
     def decode_bytes(self, channels: int) -> int:
         """Memory that decoding to `channels` takes, about."""
         return self.height * self.width * channels * (3 if self.wide else 1)
 
 
-def read_header(data: bytes | bytearray) -> Header:
-    """The header of a whole file's content. ValueError, saying why, if it is neither JPEG nor PNG or breaks off."""
+def read_header(source: bytes | bytearray | IO[bytes]) -> Header:
+    """The header of a file, or of its whole content.
+
+    ValueError, saying why, if it is neither JPEG nor PNG or breaks off. Only the few bytes that matter are read.
+    """
+    file = io.BytesIO(source) if isinstance(source, bytes | bytearray) else source
+    start = _up_to(file, 0, 8)
     try:
-        if data[:8] == b"\x89PNG\r\n\x1a\n":
-            return _png(data)
-        if data[:3] == b"\xff\xd8\xff":
-            return _jpeg(data)
-    except (struct.error, IndexError) as error:
+        if start == b"\x89PNG\r\n\x1a\n":
+            return _png(file)
+        if start[:3] == b"\xff\xd8\xff":
+            return _jpeg(file)
+    except (EOFError, struct.error) as error:
         raise ValueError("its header breaks off") from error
-    raise ValueError("it is empty" if not data else "it is neither JPEG nor PNG: convert it to one of them")
+    raise ValueError("it is empty" if not start else "it is neither JPEG nor PNG: convert it to one of them")
 
 
-def _png(data: bytes | bytearray) -> Header:
-    if data[12:16] != b"IHDR":
+def _png(file: IO[bytes]) -> Header:
+    """Walk over the chunks (PNG, third edition, 5.3): eXIf may come before the pixels or after them."""
+    if _exactly(file, 12, 4) != b"IHDR":
         raise ValueError("its header is damaged")
-    width, height, depth, color = struct.unpack_from(">IIBB", data, 16)
-    if color not in _PNG_CHANNELS or not width or not height:
+    width, height, depth, color = struct.unpack(">IIBB", _exactly(file, 16, 10))
+    if color not in _PNG_CHANNELS or depth not in (1, 2, 4, 8, 16) or not width or not height:
         raise ValueError("its header is damaged")
-    return Header("png", height, width, wide=depth == 16)
+    orientation, transparent = None, None
+    at = 33
+    while len(start := _up_to(file, at, 8)) == 8 and start[4:] != b"IEND" and start[4:].isalpha():
+        length, kind = struct.unpack(">I4s", start)
+        if kind == b"eXIf" and orientation is None:
+            orientation = _exif_orientation(_up_to(file, at + 8, length))
+        if kind == b"tRNS" and color in (0, 2):
+            content = _up_to(file, at + 8, min(length, 2 * _PNG_CHANNELS[color]))
+            transparent = tuple(value for (value,) in struct.iter_unpack(">H", content[: len(content) // 2 * 2]))
+        at += 12 + length
+    return Header(
+        "png",
+        height,
+        width,
+        _PNG_CHANNELS[color],
+        depth,
+        orientation or 1,
+        wide=depth == 16,
+        palette=color == _PALETTE,
+        transparent=transparent if transparent and len(transparent) == _PNG_CHANNELS[color] else None,
+    )
 
 
-def _jpeg(data: bytes | bytearray) -> Header:
+def _jpeg(file: IO[bytes]) -> Header:
     """Walk over the segments up to the frame header (ITU-T T.81, B.1)."""
-    orientation, at = 1, 2
-    while True:
-        if data[at] != 0xFF:
+    orientation, at = None, 2
+    while at < _LONGEST_HEAD:
+        mark, marker = _exactly(file, at, 2)
+        if mark != 0xFF:
             raise ValueError("its header is damaged")
-        marker = data[at + 1]
         if marker == 0xFF:  # a fill byte
             at += 1
             continue
         if 0xD0 <= marker <= 0xD8 or marker == 0x01:  # markers without content
             at += 2
             continue
-        (length,) = struct.unpack_from(">H", data, at + 2)
         if marker in (0xD9, 0xDA):
             raise ValueError("its header names no size")
+        (length,) = struct.unpack(">H", _exactly(file, at + 2, 2))
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height, width = struct.unpack_from(">HH", data, at + 5)
+            depth, height, width, channels = struct.unpack(">BHHB", _exactly(file, at + 4, 6))
             if not width or not height:
                 raise ValueError("its header names no size")
-            return Header("jpeg", height, width, orientation, wide=marker not in (0xC0, 0xC1))
-        if marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
-            orientation = _exif_orientation(bytes(data[at + 10 : at + 2 + length])) or orientation
+            return Header("jpeg", height, width, channels, depth, orientation or 1, wide=marker not in (0xC0, 0xC1))
+        if marker == 0xE1 and orientation is None and _up_to(file, at + 4, 6) == _EXIF_MARK:
+            orientation = _exif_orientation(_up_to(file, at + 4, length - 2))
         at += 2 + length
+    raise EOFError
 
 
-def _exif_orientation(tiff: bytes) -> int | None:
+def _exif_orientation(exif: bytes) -> int | None:
     """The orientation in the first directory of a TIFF block; None if there is none or it makes no sense."""
+    tiff = exif.removeprefix(_EXIF_MARK)
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
     if order is None:
         return None
@@ -92,10 +132,24 @@ def _exif_orientation(tiff: bytes) -> int | None:
         (directory,) = struct.unpack_from(order + "I", tiff, 4)
         (n_entries,) = struct.unpack_from(order + "H", tiff, directory)
         for entry in range(n_entries):
-            tag, _, _, value = struct.unpack_from(order + "HHIH", tiff, directory + 2 + 12 * entry)
-            if tag == _EXIF_ORIENTATION:
+            at = directory + 2 + 12 * entry
+            tag, kind = struct.unpack_from(order + "HH", tiff, at)
+            if tag == _EXIF_ORIENTATION and kind in _EXIF_TYPES:
+                (value,) = struct.unpack_from(order + _EXIF_TYPES[kind], tiff, at + 8)
                 return value if 1 <= value <= 8 else None
     except struct.error:
         # Damaged EXIF says nothing about the pixels, and decoders pass over it.
         return None
     return None
+
+
+def _exactly(file: IO[bytes], at: int, n: int) -> bytes:
+    content = _up_to(file, at, n)
+    if len(content) < n:
+        raise EOFError
+    return content
+
+
+def _up_to(file: IO[bytes], at: int, n: int) -> bytes:
+    file.seek(at)
+    return file.read(max(0, n))

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_args
 
 from hpsearch.data.cache import Cache
+from hpsearch.data.config import DataConfig
 from hpsearch.data.decoding import Damage, Decoders, Facts, Job, View
 from hpsearch.data.folds import AUGMENTATION
 from hpsearch.data.layouts import Dataset, Problem, Sample, Split, file_sha256, same_bytes
+from hpsearch.data.survey import decide_reading, reading_notes
 from hpsearch.errors import DatasetError
 from hpsearch.user_files import printable
 
@@ -65,19 +68,26 @@ class CheckReport:
 def check(
     dataset: Dataset,
     *,
-    size: tuple[int, int] | None = None,
+    config: DataConfig | None = None,
+    cache_root: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> CheckReport:
-    """Everything that is wrong with `dataset` or worth knowing, after decoding all of it in a subprocess.
+    """Decode all of `dataset` in a subprocess and return what is wrong with it and what is worth knowing.
 
-    With `size` (height, width) also which masks lose their lesion when they are resized to it.
+    Files are read as `config` says, and a survey of them is kept in `cache_root`, if any. With `config` the report
+    also has the masks that lose their lesion when they are resized to `data.size`.
     """
+    size = config.cached_size if config is not None and config.match == "resize" else None
     views: tuple[View, ...] = ("resize",) if size else ()
     height, width = size or (0, 0)
-    jobs = [Job(str(s.image), str(s.mask), views, height, width, send=False) for s in dataset.samples]
     facts: dict[int, Facts] = {}
     damage: dict[int, Damage] = {}
     with Decoders() as decoders:
+        decision = decide_reading(dataset, config or DataConfig(), cache_root, decoders)
+        jobs = [
+            Job(str(s.image), str(s.mask), views, height, width, send=False, reading=decision.reading)
+            for s in dataset.samples
+        ]
         for number, result, _ in decoders.decode(jobs):
             if isinstance(result, Damage):
                 damage[number] = result
@@ -100,10 +110,12 @@ def check(
         errors.append(Problem("nothing to learn", "", (dataset.root,), fault, "train"))
     notes = [
         *dataset_notes(dataset),
+        *decision.notes,
         *shared_images(dataset.split("train", "val"), dataset.split("test")),
         *duplicates([dataset.samples[i] for i in pool], [facts[i] for i in pool]),
         *mask_notes(samples, [facts[i] for i in good], size),
         *no_lesion_to_find(dataset, test, size),
+        *reading_notes(samples, [facts[i] for i in good], decision.reading),
     ]
     counts = {split: sum(sample.split == split for sample in samples) for split in get_args(Split)}
     return CheckReport(counts, tuple(errors), tuple(notes), tuple((facts[i].height, facts[i].width) for i in good))
@@ -192,7 +204,7 @@ def mask_notes(
     *,
     is_cropped: bool = False,
 ) -> list[Problem]:
-    """A note for each mask without or full of lesion, now or at `size`, and each EXIF orientation passed over."""
+    """Return a note for each mask without lesion or full of it, in the file or once it is brought to `size`."""
     at = f"{'in its crop of' if is_cropped else 'at'} {size[0]}x{size[1]}" if size else ""
     found = []
     for sample, fact in zip(samples, facts, strict=True):
@@ -211,11 +223,6 @@ def mask_notes(
             what = "empty" if fact.foreground == 0 else "full"
             text = f"{sample.mask} is {what}: no pixel is {'lesion' if what == 'empty' else 'skin'}"
             found.append(Problem(f"{what} mask", sample.id, (sample.mask,), text, sample.split))
-        if fact.orientation != 1:
-            text = (
-                f"{sample.image} has EXIF orientation {fact.orientation}; its mask fits the pixels as they are stored"
-            )
-            found.append(Problem("EXIF orientation", sample.id, (sample.image,), text, sample.split))
     return found
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 from hpsearch.data.build import Progress, build_cache, discard_cache, is_damaged
 from hpsearch.data.cache import Index, Preparation, cache_key, open_cache
 from hpsearch.data.config import DataConfig
-from hpsearch.data.decoding import subprocess_environment
+from hpsearch.data.decoding import Decoders, subprocess_environment
 from hpsearch.data.integrity import (
     SWAPPED,
     check_stored,
@@ -28,7 +28,9 @@ from hpsearch.data.integrity import (
     were_swapped,
 )
 from hpsearch.data.layouts import Dataset, Problem, Sample, Split, find_samples
+from hpsearch.data.reading import PLAIN_READING, Reading
 from hpsearch.data.sample import SAMPLE_VERSION
+from hpsearch.data.survey import decide_reading, reading_notes
 from hpsearch.errors import DatasetError
 
 logger = logging.getLogger(__name__)
@@ -54,6 +56,8 @@ class Prepared:
     seconds: float
     fault: str = ""
     """Why nothing can be learned from these images, such as masks that are all empty; empty if something can."""
+    reading: Reading = PLAIN_READING
+    """How the files become pixels."""
 
     @property
     def n(self) -> int:
@@ -100,7 +104,8 @@ def check_contents(config: DataConfig, cache_root: Path, *, seed: int = 0) -> tu
     folders = []
     for each in wanted:
         if each.samples:
-            key = cache_key(each.samples, each.preparation)
+            reading = decide_reading(each.dataset, config, cache_root).reading
+            key = cache_key(each.samples, replace(each.preparation, reading=reading))
             # The pools of both roles are one where nothing limits them.
             folders += [path for path in sorted(cache_root.glob(f"{key}-*")) if path not in folders]
     return folders, [problem for folder in folders for problem in check_stored(open_cache(folder))]
@@ -180,18 +185,27 @@ def _prepare(
         raise DatasetError(
             f"{wanted.dataset.root} has no {wanted.what} images: is a folder of that split missing or empty?"
         )
-    # Everything is decoded before anything is refused, so that one message can report all of it; with --exclude-bad
-    # the next start finds this cache.
-    try:
-        folder = build_cache(wanted.samples, wanted.preparation, config.cache, cache_root, progress=progress)
-    except DatasetError as error:
-        if were_swapped(wanted.dataset, wanted.samples):
-            raise DatasetError(f"{error}. {SWAPPED}") from error
-        raise
-    if is_damaged(folder):
-        logger.warning("%s is damaged; it is built again", folder)
-        discard_cache(folder)
-        folder = build_cache(wanted.samples, wanted.preparation, config.cache, cache_root, progress=progress)
+    with Decoders() as decoders:
+        decision = decide_reading(wanted.dataset, config, cache_root, decoders)
+        preparation = replace(wanted.preparation, reading=decision.reading)
+
+        def build() -> Path:
+            return build_cache(
+                wanted.samples, preparation, config.cache, cache_root, decoders=decoders, progress=progress
+            )
+
+        # Everything is decoded before anything is refused, so that one message can report all of it; with
+        # --exclude-bad the next start finds this cache.
+        try:
+            folder = build()
+        except DatasetError as error:
+            if were_swapped(wanted.dataset, wanted.samples):
+                raise DatasetError(f"{error}. {SWAPPED}") from error
+            raise
+        if is_damaged(folder):
+            logger.warning("%s is damaged; it is built again", folder)
+            discard_cache(folder)
+            folder = build()
     index = Index.read(folder)
     problems = [*wanted.problems, *index.problems]
     if problems and not config.exclude_bad:
@@ -203,6 +217,7 @@ def _prepare(
     size = config.cached_size
     notes = [*wanted.notes, *duplicates(index.samples, index.facts)]
     notes += mask_notes(index.samples, index.facts, size, is_cropped=config.match == "crop")
+    notes += [*decision.notes, *reading_notes(index.samples, index.facts, decision.reading)]
     fault = lesion_fault(index.facts, size) if wanted.what != "test" else ""
     if wanted.what == "test":
         notes += no_lesion_to_find(wanted.dataset, index.facts, size)
@@ -217,6 +232,7 @@ def _prepare(
         excluded=tuple(dict.fromkeys(problem.id for problem in problems)),
         seconds=time.monotonic() - start,
         fault=fault,
+        reading=decision.reading,
     )
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from hpsearch import paths
 from hpsearch.data.cache import Normalization
+from hpsearch.data.reading import READING_0_1, Reading
 from hpsearch.errors import CheckpointError, ConfigError
 from hpsearch.models.config import UNetConfig
 from hpsearch.models.unet import UNet
@@ -125,6 +126,11 @@ class WeightsInfo:
     def sees_windows(self) -> bool:
         """Whether it was trained on windows of images: its output is then not stretched to the window's size."""
         return self.extra.get("match") == "crop" or "frame" in self.extra
+
+    @property
+    def reading(self) -> Reading:
+        """How the files of the images that it was trained on became pixels."""
+        return Reading.from_table(self.extra["reading"]) if "reading" in self.extra else READING_0_1
 
 
 def save_weights(path: Path, model: UNet, info: WeightsInfo) -> None:

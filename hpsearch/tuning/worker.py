@@ -32,6 +32,7 @@ from hpsearch.config import StudyConfig, from_dict
 from hpsearch.data.batches import DeviceData
 from hpsearch.data.cache import Cache, Normalization, open_cache
 from hpsearch.data.decode import read_pair
+from hpsearch.data.reading import Reading
 from hpsearch.errors import DivergedError, HpsearchError, OutOfMemoryError, StorageError
 from hpsearch.models.shapes import why_impossible
 from hpsearch.paths import FitPaths, atomic_write
@@ -165,7 +166,13 @@ class Session:
             normalization=normalization,
             size=size,
             runtime=self._runtime(config),
-            extra={"threshold": 0.5, "color": config.data.color, "match": config.data.match, **_frame(config)},
+            extra={
+                "threshold": 0.5,
+                "color": config.data.color,
+                "match": config.data.match,
+                "reading": data.cache.index.preparation.reading.for_images(),
+                **_frame(config),
+            },
             micro_batch=micro_batch,
         )
         return {"event": "finished", "summary": summary}
@@ -203,10 +210,10 @@ class Session:
         from hpsearch.scoring import count_mask, encode_mask, mask_name
 
         predictor = Ensemble.load([Path(path) for path in job["weights"]], device=self._device, threads=self._threads)
-        folder = Path(job["masks"])
+        folder, reading = Path(job["masks"]), Reading.from_table(job["reading"])
         counts = []
         for name, image_path, mask_path in job["samples"]:
-            image, mask = read_pair(Path(image_path), Path(mask_path))
+            image, mask = read_pair(Path(image_path), Path(mask_path), reading)
             pred = predictor.mask(predictor.logits(image))
             counts.append(count_mask(pred, mask.numpy() > 0, name=name))
             if job["masks"]:

@@ -7,6 +7,8 @@ the seconds that the decoding subprocess takes to start: all tests that ask for 
 
 from __future__ import annotations
 
+import struct
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from hpsearch.data import build, cache, integrity
+from hpsearch.data import build, cache, integrity, prepare, survey
 from hpsearch.data.cache import Cache, open_cache
 from hpsearch.data.config import DataConfig
 from hpsearch.data.decoding import Decoders
@@ -85,6 +87,55 @@ def pair_paths(root: Path, layout: Layout, id: str, split: Split) -> tuple[Path,
     return root / "photos" / f"{id}.png", root / "outlines" / f"{id}_outline.png"
 
 
+def write_oriented(path: Path, upright: NDArray[np.generic], orientation: int, *, deep: bool = False) -> None:
+    """Write pixels (H, W) or (H, W, channels) stored so that this EXIF orientation turns them upright again.
+
+    `deep`: as PNG of three channels of 12 bits, which hold the same eight above four others.
+    """
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.swapaxes(0, 1),
+        6: np.rot90(upright),
+        7: upright[::-1, ::-1].swapaxes(0, 1),
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    if deep:
+        chunk = (b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))
+        path.write_bytes(encode_png(stored.astype(np.uint16) * 16 + 15, 16, 2, [chunk]))
+    else:
+        Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif, quality=98, subsampling=0)
+
+
+def encode_png(
+    samples: NDArray[np.generic], depth: int, color: int, chunks: Iterable[tuple[bytes, bytes]] = ()
+) -> bytes:
+    """A PNG of any sort, with these samples (H, W) or (H, W, channels) as they are; `chunks` before the pixels.
+
+    `color` is the colour type: 0 gray, 2 RGB, 3 palette, 4 gray and alpha, 6 RGBA. With less than 8 bits the width
+    must fill whole bytes.
+    """
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    height, width = samples.shape[:2]
+    rows = samples.reshape(height, -1)
+    if depth < 8:
+        per_byte = 8 // depth
+        weights = 2 ** (depth * np.arange(per_byte)[::-1])
+        rows = (rows.reshape(height, -1, per_byte) * weights).sum(-1)
+    lines = rows.astype(">u2" if depth == 16 else np.uint8)
+    content = b"".join(b"\0" + line.tobytes() for line in lines)
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(content)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(kind, part) for kind, part in parts)
+
+
 WriteDataset = Callable[..., DataConfig]
 
 
@@ -125,7 +176,7 @@ def one_decoder(decoding_process: Decoders, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def share_decoder(shared: Decoders, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (build, cache, integrity):
+    for module in (build, cache, integrity, prepare, survey):
         monkeypatch.setattr(module, "Decoders", lambda: SharedDecoders(shared))
 
 

@@ -20,6 +20,7 @@ from hpsearch.data.config import DataConfig
 from hpsearch.data.decode import crop, crop_corner, read_pair, resize, resize_mask
 from hpsearch.data.decoding import Decoders
 from hpsearch.data.layouts import Sample, file_sha256, find_samples
+from hpsearch.data.reading import PLAIN_READING
 from hpsearch.errors import CacheError
 
 from .conftest import share_decoder
@@ -61,14 +62,14 @@ class TestEveryKind:
         assert cache.ids == tuple(sample.id for sample in pool)
         assert cache.splits == ("train",) * 8 + ("val",) * 3
         assert cache.sha256 == tuple(file_sha256(sample.image) for sample in pool)
-        sizes = [read_pair(sample.image, sample.mask)[1].shape for sample in pool]
+        sizes = [read_pair(sample.image, sample.mask, PLAIN_READING)[1].shape for sample in pool]
         assert cache.original_sizes.tolist() == [list(size) for size in sizes]
 
     def test_holds_what_decoding_gives(self, caches: dict[Preparation, Cache], pool: tuple[Sample, ...]) -> None:
         images, masks = caches[RESIZE].read(np.arange(len(pool)))
         assert (images.dtype, masks.dtype) == (np.uint8, np.uint8)
         for sample, cached_image, cached_mask in zip(pool, images, masks, strict=True):
-            image, mask = read_pair(sample.image, sample.mask)
+            image, mask = read_pair(sample.image, sample.mask, PLAIN_READING)
             assert np.array_equal(cached_image, resize(image, 24, 40).permute(1, 2, 0).numpy())
             assert np.array_equal(cached_mask, resize_mask(mask, 24, 40).numpy())
 
@@ -103,7 +104,7 @@ class TestEveryKind:
     ) -> None:
         images, masks = caches[CROP].read(np.arange(len(pool)), held_out=True)
         for sample, cached_image, cached_mask in zip(pool, images, masks, strict=True):
-            image, mask = read_pair(sample.image, sample.mask)
+            image, mask = read_pair(sample.image, sample.mask, PLAIN_READING)
             corner = crop_corner((mask.shape[0], mask.shape[1]), (48, 56), None)
             assert np.array_equal(cached_image, crop(image, *corner, 48, 56).permute(1, 2, 0).numpy())
             assert np.array_equal(cached_mask, crop(mask, *corner, 48, 56).numpy())
@@ -256,7 +257,7 @@ class TestDamage:
             open_cache(folder)
 
     def test_index_of_another_version_is_refused(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("hpsearch.data.cache.CACHE_VERSION", 99)
+        monkeypatch.setattr("hpsearch.data.cache.INDEX_VERSION", 99)
         with pytest.raises(CacheError, match=r"is of version \d+, this program reads 99"):
             open_cache(folder)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import struct
 import sys
 import zlib
@@ -50,13 +49,6 @@ def unreadable(image: Path, mask: Path) -> None:
     image.symlink_to("/proc/self/mem")
 
 
-def in_test_too(image: Path, mask: Path) -> None:
-    number = 12 if image.stem.endswith("2") else 13
-    root = image.parents[1]
-    for ours, theirs in zip((image, mask), pair_paths(root, "archive", f"ISIC_{number:07d}", "test"), strict=True):
-        shutil.copy(theirs, ours)
-
-
 DAMAGE: dict[str, tuple[str, Callable[[Path, Path], object]]] = {
     "no mask": ("missing mask", lambda image, mask: mask.unlink()),
     "no image": ("missing image", lambda image, mask: image.unlink()),
@@ -76,7 +68,6 @@ DAMAGE: dict[str, tuple[str, Callable[[Path, Path], object]]] = {
         lambda image, mask: Image.open(mask).resize((20, 21), Image.Resampling.NEAREST).save(mask),
     ),
     "smooth mask": ("mask of many values", blurred),
-    "pool and test": ("image in pool and test", in_test_too),
 }
 
 

@@ -7,12 +7,13 @@ import struct
 import threading
 import zlib
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.nn.functional import interpolate
 
 from hpsearch.data import decode
@@ -22,6 +23,7 @@ from hpsearch.data.decode import (
     crop,
     crop_corner,
     decode_job,
+    open_job,
     open_pair,
     read_image,
     read_pair,
@@ -29,9 +31,10 @@ from hpsearch.data.decode import (
     resize_mask,
 )
 from hpsearch.data.decoding import Facts, Job, Pixels
+from hpsearch.data.reading import PLAIN_READING, Reading
 from hpsearch.errors import DatasetError
 
-from .conftest import draw_pair
+from .conftest import draw_pair, encode_png
 
 
 def smooth(height: int, width: int, channels: int = 3) -> NDArray[np.uint8]:
@@ -51,7 +54,7 @@ def run(
     image: Path, mask: Path, *views: str, size: tuple[int, int] = (16, 24), seed: str = ""
 ) -> tuple[Facts, list[Pixels]]:
     job = Job(str(image), str(mask), views, *size, seed)  # type: ignore[arg-type]
-    return decode_job(open_pair(image, mask), job)
+    return decode_job(open_job(job), job)
 
 
 def pair(tmp_path: Path, height: int = 40, width: int = 60) -> tuple[Path, Path]:
@@ -66,65 +69,110 @@ class TestReading:
     def test_jpeg_of_any_colours_becomes_rgb(self, tmp_path: Path, mode: str, progressive: bool) -> None:
         picture = Image.fromarray(smooth(50, 70)).convert(mode)
         picture.save(tmp_path / "a.jpg", quality=98, progressive=progressive)
-        read = read_image(tmp_path / "a.jpg")
+        read = read_image(tmp_path / "a.jpg", PLAIN_READING)
         assert (read.shape, read.dtype) == ((3, 50, 70), torch.uint8)
         expected = np.asarray(picture.convert("RGB")).astype(int)
         assert np.abs(read.permute(1, 2, 0).numpy().astype(int) - expected).mean() < 3
 
     def test_png_is_read_without_loss(self, tmp_path: Path) -> None:
         picture = smooth(50, 70)
-        read = read_image(save(tmp_path / "a.png", picture))
+        read = read_image(save(tmp_path / "a.png", picture), PLAIN_READING)
         assert np.array_equal(read.permute(1, 2, 0).numpy(), picture)
 
     @pytest.mark.parametrize("mode", ["RGBA", "P", "L", "LA"])
     def test_png_of_any_colours_becomes_rgb(self, tmp_path: Path, mode: str) -> None:
         picture = Image.fromarray(smooth(20, 30)).convert(mode)
         picture.save(tmp_path / "a.png")
-        read = read_image(tmp_path / "a.png")
+        read = read_image(tmp_path / "a.png", PLAIN_READING)
         assert np.array_equal(read.permute(1, 2, 0).numpy(), np.asarray(picture.convert("RGB")))
 
-    def test_sixteen_bits_are_cut_to_eight(self, tmp_path: Path) -> None:
-        deep = np.arange(600, dtype=np.uint16).reshape(20, 30) * 100
-        read = read_image(save(tmp_path / "a.png", deep))
-        assert np.array_equal(read[0].numpy(), (deep >> 8).astype(np.uint8))
+    @pytest.mark.parametrize("bits", [1, 2, 4])
+    @pytest.mark.parametrize("palette", [False, True])
+    def test_few_bits_are_gray_levels_or_colours(self, tmp_path: Path, bits: int, palette: bool) -> None:
+        samples = np.random.default_rng(0).integers(0, 2**bits, (20, 32), dtype=np.uint8)
+        colors = np.random.default_rng(1).integers(0, 256, (2**bits, 3), dtype=np.uint8)
+        chunks = [(b"PLTE", colors.tobytes())] if palette else []
+        (tmp_path / "a.png").write_bytes(encode_png(samples, bits, 3 if palette else 0, chunks))
+        expected = colors[samples] if palette else np.repeat(samples[..., None] * (255 // (2**bits - 1)), 3, 2)
+        read = read_image(tmp_path / "a.png", PLAIN_READING).permute(1, 2, 0).numpy()
+        assert np.array_equal(read, expected)
 
     def test_content_counts_and_not_the_name(self, tmp_path: Path) -> None:
         picture = smooth(20, 30)
         save(tmp_path / "a.png", picture).rename(tmp_path / "a.jpg")
-        assert np.array_equal(read_image(tmp_path / "a.jpg").permute(1, 2, 0).numpy(), picture)
+        assert np.array_equal(read_image(tmp_path / "a.jpg", PLAIN_READING).permute(1, 2, 0).numpy(), picture)
+
+
+class TestMoreThanEightBits:
+    @pytest.mark.parametrize("channels", [1, 2, 3, 4])
+    @pytest.mark.parametrize(("max_value", "shift"), [(255, 0), (1023, 2), (4095, 4), (16383, 6), (65535, 8)])
+    def test_full_scale_is_divided_evenly(self, tmp_path: Path, channels: int, max_value: int, shift: int) -> None:
+        deep = np.random.default_rng(0).integers(0, max_value + 1, (20, 30, channels), dtype=np.uint16)
+        deep[0, :2, 0] = 0, max_value
+        (tmp_path / "a.png").write_bytes(encode_png(deep, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels]))
+        read = read_image(tmp_path / "a.png", Reading(max_value=max_value)).permute(1, 2, 0).numpy()
+        colors = deep[..., :3] if channels > 2 else np.repeat(deep[..., :1], 3, 2)
+        assert np.array_equal(read, colors >> shift)
+        assert (read[0, 0, 0], read[0, 1, 0]) == (0, 255)
+
+    def test_any_full_scale_becomes_255(self, tmp_path: Path) -> None:
+        path = save(tmp_path / "a.png", np.arange(3001, dtype=np.uint16)[None])
+        read = read_image(path, Reading(max_value=3000))[0, 0].tolist()
+        assert read == [value * 256 // 3001 for value in range(3001)]
+        assert (read[0], read[-1]) == (0, 255)
+
+    def test_bands_leave_no_trace(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = save(tmp_path / "a.png", np.arange(600, dtype=np.uint16).reshape(20, 30) * 100)
+        whole = read_image(path, Reading(max_value=65535))
+        monkeypatch.setattr(decode, "BAND_BYTES", 12 * 30 * 3)
+        assert torch.equal(read_image(path, Reading(max_value=65535)), whole)
+
+    def test_value_above_full_scale_is_refused_with_both_values(self, tmp_path: Path) -> None:
+        path = save(tmp_path / "a.png", np.array([[0, 5000]], np.uint16))
+        with pytest.raises(DatasetError, match=r"a\.png has the value 5000, above the full scale of 4095"):
+            read_image(path, Reading(max_value=4095))
+
+    def test_unknown_full_scale_is_refused(self, tmp_path: Path) -> None:
+        path = save(tmp_path / "a.png", np.array([[0, 200]], np.uint16))
+        with pytest.raises(DatasetError, match=r"a\.png has 16 bits a channel, but no training or validation image"):
+            read_image(path, PLAIN_READING)
+
+    def test_eight_bits_are_as_they_are(self, tmp_path: Path) -> None:
+        path = save(tmp_path / "a.png", smooth(20, 30))
+        assert torch.equal(read_image(path, Reading(max_value=4095)), read_image(path, PLAIN_READING))
 
 
 class TestMasks:
-    @pytest.mark.parametrize(
-        ("values", "mode"),
-        [((0, 255), None), ((0, 1), None), ((100, 200), None), ((0, 255), "1"), ((0, 255), "RGB"), ((0, 255), "P")],
-    )
-    def test_larger_of_two_values_is_the_lesion(
-        self, tmp_path: Path, values: tuple[int, int], mode: str | None
-    ) -> None:
-        inside = draw_pair("a", "train", np.random.default_rng(0), size=(40, 60)).mask > 0
-        image = save(tmp_path / "a.png", smooth(40, 60))
-        mask = save(tmp_path / "m.png", np.where(inside, values[1], values[0]).astype(np.uint8), mode)
-        read = read_pair(image, mask)[1]
-        assert (read.dtype, read.shape) == (torch.uint8, (40, 60))
-        assert np.array_equal(read.numpy(), inside)
-
-    def test_mask_of_sixteen_bits(self, tmp_path: Path) -> None:
-        inside = np.eye(40, 60) > 0
-        image = save(tmp_path / "a.png", smooth(40, 60))
-        assert np.array_equal(read_pair(image, save(tmp_path / "m.png", inside.astype(np.uint16)))[1].numpy(), inside)
+    """The rule itself is tested in test_masks.py."""
 
     @pytest.mark.parametrize(("value", "expected"), [(0, 0), (1, 1), (128, 1), (255, 1)])
     def test_mask_of_one_value_is_empty_or_full(self, tmp_path: Path, value: int, expected: int) -> None:
         image = save(tmp_path / "a.png", smooth(20, 30))
         mask = save(tmp_path / "m.png", np.full((20, 30), value, np.uint8))
-        assert set(read_pair(image, mask)[1].unique().tolist()) == {expected}
+        assert set(read_pair(image, mask, PLAIN_READING)[1].unique().tolist()) == {expected}
 
     def test_mask_of_three_values_is_damage(self, tmp_path: Path) -> None:
         values = np.zeros((20, 30), np.uint8)
         values[3:9], values[5, 5] = 255, 128
+        image, mask = save(tmp_path / "a.png", smooth(20, 30)), save(tmp_path / "m.png", values)
         with pytest.raises(DatasetError, match=r"m\.png has 3 values \(0, 128, 255\), a mask has two"):
-            read_pair(save(tmp_path / "a.png", smooth(20, 30)), save(tmp_path / "m.png", values))
+            read_pair(image, mask, PLAIN_READING)
+
+    @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+    def test_jpeg_mask_of_exactly_two_values(self, tmp_path: Path, mode: str) -> None:
+        inside = np.zeros((32, 48), bool)
+        inside[8:24, 16:32] = True
+        image = save(tmp_path / "a.png", smooth(32, 48))
+        mask = save(tmp_path / "m.jpg", np.where(inside, 255, 0).astype(np.uint8), mode, quality=100, subsampling=0)
+        assert np.array_equal(read_pair(image, mask, PLAIN_READING)[1].numpy(), inside)
+
+    def test_palette_that_breaks_off_is_damage(self, tmp_path: Path) -> None:
+        values = np.random.default_rng(0).integers(0, 2, (64, 64), dtype=np.uint8)
+        image, mask = save(tmp_path / "a.png", smooth(64, 64)), tmp_path / "m.png"
+        content = encode_png(values, 8, 3, [(b"PLTE", bytes(6))])
+        mask.write_bytes(content[: len(content) // 2])
+        with pytest.raises(DatasetError, match=r"m\.png cannot be decoded"):
+            read_pair(image, mask, PLAIN_READING)
 
 
 class TestDamage:
@@ -132,7 +180,7 @@ class TestDamage:
         image = save(tmp_path / "a.png", smooth(20, 30))
         mask = save(tmp_path / "m.png", np.zeros((20, 31), np.uint8))
         with pytest.raises(DatasetError, match=r"m\.png is 20x31, its image is 20x30"):
-            read_pair(image, mask)
+            read_pair(image, mask, PLAIN_READING)
 
     @pytest.mark.parametrize("format", ["jpg", "png"])
     @pytest.mark.parametrize("share", [0, 0.02, 0.5, 0.95])
@@ -141,23 +189,23 @@ class TestDamage:
         data = path.read_bytes()
         path.write_bytes(data[: int(len(data) * share)])
         with pytest.raises(DatasetError, match=rf"a\.{format} cannot be decoded"):
-            read_image(path)
+            read_image(path, PLAIN_READING)
 
     def test_text_is_undecodable(self, tmp_path: Path) -> None:
         (tmp_path / "a.jpg").write_text("<html>404</html>")
         with pytest.raises(DatasetError, match=r"a\.jpg cannot be decoded: it is neither JPEG nor PNG"):
-            read_image(tmp_path / "a.jpg")
+            read_image(tmp_path / "a.jpg", PLAIN_READING)
 
     def test_a_decoders_reason_is_given_without_its_own_sources(self, tmp_path: Path) -> None:
         path = save(tmp_path / "a.jpg", smooth(40, 50))
         path.write_bytes(path.read_bytes()[:-200])
         with pytest.raises(DatasetError, match=r"a\.jpg cannot be decoded: [A-Z]") as error:
-            read_image(path)
+            read_image(path, PLAIN_READING)
         assert ".cpp" not in str(error.value)
 
     def test_file_that_is_not_there_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(DatasetError, match=r"there is no file .*a\.jpg"):
-            read_image(tmp_path / "a.jpg")
+            read_image(tmp_path / "a.jpg", PLAIN_READING)
 
     def test_absurd_size_is_refused_before_anything_is_decoded(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -167,18 +215,18 @@ class TestDamage:
         (tmp_path / "a.png").write_bytes(png)
         monkeypatch.setattr(decode, "decode_png", lambda *_: pytest.fail("it was decoded"))
         with pytest.raises(DatasetError, match="50000x60000 pixels"):
-            read_image(tmp_path / "a.png")
+            read_image(tmp_path / "a.png", PLAIN_READING)
 
     def test_size_behind_a_long_description_is_found(self, tmp_path: Path) -> None:
         path = save(tmp_path / "a.jpg", smooth(20, 30))
         comment = b"\xff\xfe" + struct.pack(">H", 65000) + bytes(64998)
         data = path.read_bytes()
         path.write_bytes(data[:2] + 3 * comment + data[2:])
-        assert read_image(path).shape == (3, 20, 30)
+        assert read_image(path, PLAIN_READING).shape == (3, 20, 30)
 
     def test_kinds_of_damage_have_names(self, tmp_path: Path) -> None:
         with pytest.raises(BadImageError) as error:
-            open_pair(tmp_path / "none.png", tmp_path / "none.png")
+            open_pair(tmp_path / "none.png", tmp_path / "none.png", PLAIN_READING)
         assert error.value.kind == "unreadable file"
 
     def test_too_little_memory_is_no_damage(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,29 +235,66 @@ class TestDamage:
 
         monkeypatch.setattr(decode, "decode_png", fail)
         with pytest.raises(RuntimeError, match="allocate"):
-            read_image(save(tmp_path / "a.png", smooth(20, 30)))
+            read_image(save(tmp_path / "a.png", smooth(20, 30)), PLAIN_READING)
 
 
 class TestOrientation:
-    def sideways(self, tmp_path: Path) -> Path:
-        """40 rows of 60 stored pixels that EXIF turns into 60 rows of 40."""
+    def oriented(self, tmp_path: Path, orientation: int, format: str = "png", name: str = "a") -> Path:
+        """40 rows of 60 stored pixels."""
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        return save(tmp_path / f"{name}.{format}", smooth(40, 60), exif=exif, quality=98)
+
+    @pytest.mark.parametrize("format", ["png", "jpg"])
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    def test_it_is_applied_as_viewers_do(self, tmp_path: Path, format: str, orientation: int) -> None:
+        path = self.oriented(tmp_path, orientation, format)
+        with Image.open(path) as stored:
+            expected = np.asarray(ImageOps.exif_transpose(stored)).astype(int)
+        read = read_image(path, PLAIN_READING).permute(1, 2, 0).numpy().astype(int)
+        assert read.shape == expected.shape
+        # No two JPEG decoders agree in every pixel.
+        assert np.abs(read - expected).mean() < (0.5 if format == "jpg" else 1e-9)
+
+    @pytest.mark.parametrize("format", ["png", "jpg"])
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    def test_it_is_ignored(self, tmp_path: Path, format: str, orientation: int) -> None:
+        read = read_image(self.oriented(tmp_path, orientation, format), Reading("ignore"))
+        assert torch.equal(read, read_image(self.oriented(tmp_path, 1, format, "b"), PLAIN_READING))
+
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    def test_a_turned_image_is_cached_as_its_upright_copy(self, tmp_path: Path, orientation: int) -> None:
+        path = self.oriented(tmp_path, orientation)
+        upright = read_image(path, PLAIN_READING).permute(1, 2, 0).numpy()
+        copy = save(tmp_path / "upright.png", upright)
+        mask = save(tmp_path / "m.png", np.zeros(upright.shape[:2], np.uint8))
+        facts, [(pixels, _)] = run(path, mask, "resize")
+        _, [(expected, _)] = run(copy, mask, "resize")
+        assert np.array_equal(pixels, expected)
+        assert (facts.height, facts.width) == upright.shape[:2]
+
+    def test_a_masks_own_orientation_is_treated_the_same_way(self, tmp_path: Path) -> None:
+        inside = draw_pair("a", "train", np.random.default_rng(0), size=(40, 60)).mask
         exif = Image.Exif()
         exif[0x0112] = 6
-        return save(tmp_path / "a.jpg", smooth(40, 60), exif=exif, quality=98)
+        mask = save(tmp_path / "m.png", inside, exif=exif)
+        image = self.oriented(tmp_path, 6)
+        assert np.array_equal(read_pair(image, mask, PLAIN_READING)[1].numpy() * 255, np.rot90(inside, -1))
+        assert np.array_equal(read_pair(image, mask, Reading("ignore"))[1].numpy() * 255, inside)
 
-    def test_it_is_passed_over_where_the_mask_fits_the_stored_pixels(self, tmp_path: Path) -> None:
-        image, mask = self.sideways(tmp_path), save(tmp_path / "m.png", np.zeros((40, 60), np.uint8))
-        assert read_pair(image, mask)[0].shape == (3, 40, 60)
-        assert run(image, mask)[0].orientation == 6
-
-    def test_it_is_applied_where_only_the_turned_image_fits(self, tmp_path: Path) -> None:
-        image, mask = self.sideways(tmp_path), save(tmp_path / "m.png", np.zeros((60, 40), np.uint8))
-        turned = read_pair(image, mask)[0]
-        expected = np.rot90(smooth(40, 60), -1).astype(int)
-        assert np.abs(turned.permute(1, 2, 0).numpy().astype(int) - expected).mean() < 3
-        facts, pixels = run(image, mask, "resize")
-        assert (facts.height, facts.width, facts.orientation) == (60, 40, 1)
-        assert pixels[0][0].shape == (16, 24, 3)
+    @pytest.mark.parametrize(
+        ("exif", "size", "text"),
+        [
+            ("apply", (40, 60), "applied by default, and this pair fits only if it is ignored"),
+            ("ignore", (60, 40), "ignored by default, and this pair fits only if it is applied"),
+        ],
+    )
+    def test_a_pair_against_the_decision_is_refused(
+        self, tmp_path: Path, exif: Literal["apply", "ignore"], size: tuple[int, int], text: str
+    ) -> None:
+        mask = save(tmp_path / "m.png", np.zeros(size, np.uint8))
+        with pytest.raises(DatasetError, match=rf"orientation \(6 of the image, 1 of the mask\) is {text}"):
+            read_pair(self.oriented(tmp_path, 6), mask, Reading(exif))
 
 
 class TestResize:
@@ -317,6 +402,14 @@ class TestJobs:
         expected = [x.sum() for x in (r, g, b, r * r, g * g, b * b, r * g, r * b, g * b)]
         assert list(facts.moments) == [int(x) for x in expected]
 
+    @pytest.mark.parametrize("color", [(205, 160, 140), (0, 0, 0)])
+    def test_an_image_of_one_colour_is_constant(self, tmp_path: Path, color: tuple[int, int, int]) -> None:
+        image = np.full((40, 60, 3), color, np.uint8)
+        mask = save(tmp_path / "m.png", np.zeros((40, 60), np.uint8))
+        assert run(save(tmp_path / "a.png", image), mask)[0].is_constant
+        image[39, 59, 2] += 1
+        assert not run(save(tmp_path / "a.png", image), mask)[0].is_constant
+
     def test_without_views_it_is_only_checked(self, tmp_path: Path) -> None:
         image, mask = pair(tmp_path)
         facts, pixels = run(image, mask)
@@ -326,7 +419,7 @@ class TestJobs:
     def test_unmeasured_pixels_are_the_same(self, tmp_path: Path) -> None:
         image, mask = pair(tmp_path)
         job = Job(str(image), str(mask), ("resize",), 16, 24, measure=False)
-        facts, _ = decode_job(open_pair(image, mask), job)
+        facts, _ = decode_job(open_job(job), job)
         assert facts.crc == run(image, mask, "resize")[0].crc
         assert (facts.moments, facts.image_sha256) == ((), "")
 

@@ -18,6 +18,8 @@ from hpsearch.data.layouts import Dataset, find_samples
 from hpsearch.data.sample import draw_sample
 from hpsearch.errors import ConfigError, DatasetError
 
+pytestmark = pytest.mark.usefixtures("one_decoder")
+
 AUGMENT = AugmentConfig(hflip=0.5, rotate=20, brightness=0.2, contrast=0.2)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -25,42 +26,79 @@ def encode(mode: str, format: str, **options: object) -> bytes:
 @pytest.mark.parametrize("progressive", [False, True])
 def test_size_of_a_jpeg(mode: str, progressive: bool) -> None:
     header = read_header(encode(mode, "JPEG", progressive=progressive))
-    assert header == Header("jpeg", 20, 30, wide=progressive)
+    assert header == Header("jpeg", 20, 30, {"L": 1, "RGB": 3, "CMYK": 4}[mode], wide=progressive)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "I;16"])
-def test_size_of_a_png(mode: str) -> None:
-    assert read_header(encode(mode, "PNG")) == Header("png", 20, 30, wide=mode == "I;16")
+@pytest.mark.parametrize(
+    ("mode", "channels", "depth"),
+    [("1", 1, 1), ("L", 1, 8), ("P", 1, 1), ("LA", 2, 8), ("RGB", 3, 8), ("RGBA", 4, 8), ("I;16", 1, 16)],
+)
+def test_size_and_channels_of_a_png(mode: str, channels: int, depth: int) -> None:
+    expected = Header("png", 20, 30, channels, depth, wide=depth == 16, palette=mode == "P")
+    assert read_header(encode(mode, "PNG")) == expected
 
 
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_orientation_of_a_jpeg(orientation: int) -> None:
+def test_orientation(format: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    header = read_header(encode("RGB", "JPEG", exif=exif))
+    header = read_header(encode("RGB", format, exif=exif))
     assert header.orientation == orientation
-    assert header.turned_size == ((30, 20) if orientation >= 5 else (20, 30))
+    assert header.size(upright=True) == ((30, 20) if orientation >= 5 else (20, 30))
+    assert header.size(upright=False) == (20, 30)
 
 
+def tiff(order: str, *, orientation: int = 6, kind: str = "H") -> bytes:
+    """A TIFF block that says nothing but an orientation; `kind` is its type: H short, I long, B byte."""
+    entry = struct.pack(order + "HHI" + kind, 0x0112, {"H": 3, "I": 4, "B": 1}[kind], 1, orientation).ljust(12, b"\0")
+    return (b"II" if order == "<" else b"MM") + struct.pack(order + "HIH", 42, 8, 1) + entry
+
+
+def with_exif(exif: bytes, format: str, *, at_end: bool = False) -> bytes:
+    """A picture with this EXIF block; in a PNG before its pixels or after them."""
+    image = encode("RGB", format)
+    if format == "JPEG":
+        segment = b"Exif\0\0" + exif
+        return image[:2] + b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment + image[2:]
+    chunk = struct.pack(">I", len(exif)) + b"eXIf" + exif + struct.pack(">I", zlib.crc32(b"eXIf" + exif))
+    at = len(image) - 12 if at_end else 33
+    return image[:at] + chunk + image[at:]
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
 @pytest.mark.parametrize("order", ["<", ">"])
-def test_orientation_in_either_byte_order(order: str) -> None:
-    mark = b"II" if order == "<" else b"MM"
-    tiff = mark + struct.pack(order + "HIHHHIHH", 42, 8, 1, 0x0112, 3, 1, 6, 0)
-    segment = b"Exif\0\0" + tiff
-    jpeg = encode("RGB", "JPEG")
-    assert (
-        read_header(jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment + jpeg[2:]).orientation
-        == 6
-    )
+@pytest.mark.parametrize("kind", ["H", "I", "B"])
+def test_orientation_in_either_byte_order(format: str, order: str, kind: str) -> None:
+    assert read_header(with_exif(tiff(order, kind=kind), format)).orientation == 6
 
 
-def test_damaged_exif_means_upright() -> None:
-    segment = b"Exif\0\0II*\0\xff\xff\xff\xff"
+@pytest.mark.parametrize("mark", [b"", b"Exif\0\0"])
+def test_orientation_behind_the_pixels_of_a_png(mark: bytes) -> None:
+    assert read_header(with_exif(mark + tiff("<"), "PNG", at_end=True)).orientation == 6
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+@pytest.mark.parametrize("exif", [b"II*\0\xff\xff\xff\xff", b"", b"MM", tiff("<", orientation=9), tiff(">")[:-8]])
+def test_damaged_exif_means_upright(format: str, exif: bytes) -> None:
+    assert read_header(with_exif(exif, format)).orientation == 1
+
+
+def test_only_the_bytes_that_matter_are_read() -> None:
+    class Counted(io.BytesIO):
+        n_read = 0
+
+        def read(self, size: int | None = -1, /) -> bytes:
+            content = super().read(size)
+            self.n_read += len(content)
+            return content
+
+    comment = b"\xff\xfe" + struct.pack(">H", 65000) + bytes(64998)
     jpeg = encode("RGB", "JPEG")
-    assert (
-        read_header(jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment + jpeg[2:]).orientation
-        == 1
-    )
+    for content in (jpeg[:2] + 3 * comment + jpeg[2:], encode("RGB", "PNG") + bytes(2**20)):
+        file = Counted(content)
+        assert read_header(file).size(upright=True) == (20, 30)
+        assert file.n_read < 400
 
 
 @pytest.mark.parametrize("data", [b"", b"GIF89a", b"not an image", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"])
