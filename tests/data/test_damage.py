@@ -50,11 +50,10 @@ def unreadable(image: Path, mask: Path) -> None:
     image.symlink_to("/proc/self/mem")
 
 
-def in_test_too(image: Path, mask: Path) -> None:
-    number = 12 if image.stem.endswith("2") else 13
-    root = image.parents[1]
-    for ours, theirs in zip((image, mask), pair_paths(root, "archive", f"ISIC_{number:07d}", "test"), strict=True):
-        shutil.copy(theirs, ours)
+def dangling(image: Path, mask: Path) -> None:
+    for path in (image, mask):
+        path.unlink()
+        path.symlink_to("nowhere.png")
 
 
 DAMAGE: dict[str, tuple[str, Callable[[Path, Path], object]]] = {
@@ -76,7 +75,8 @@ DAMAGE: dict[str, tuple[str, Callable[[Path, Path], object]]] = {
         lambda image, mask: Image.open(mask).resize((20, 21), Image.Resampling.NEAREST).save(mask),
     ),
     "smooth mask": ("mask of many values", blurred),
-    "pool and test": ("image in pool and test", in_test_too),
+    "links to nothing": ("dangling link", dangling),
+    "second mask": ("several masks", lambda image, mask: shutil.copy(mask, mask.with_stem(f"{mask.stem}_1"))),
 }
 
 
