@@ -355,6 +355,8 @@ def _pairs(
 
     `is_chosen` says that the user chose the suffix, perhaps among those of several masks.
     """
+    for folder in (images, masks):
+        require_usable_path(folder, DatasetError)
     image_files, mask_files = _by_key(images), _by_key(masks)
     together = images.samefile(masks)
     suffix = name_key(suffix) or _find_suffix(image_files, mask_files, together=together)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import struct
 import sys
 import zlib
@@ -49,6 +50,12 @@ def unreadable(image: Path, mask: Path) -> None:
     image.symlink_to("/proc/self/mem")
 
 
+def dangling(image: Path, mask: Path) -> None:
+    for path in (image, mask):
+        path.unlink()
+        path.symlink_to("nowhere.png")
+
+
 DAMAGE: dict[str, tuple[str, Callable[[Path, Path], object]]] = {
     "no mask": ("missing mask", lambda image, mask: mask.unlink()),
     "no image": ("missing image", lambda image, mask: image.unlink()),
@@ -68,6 +75,8 @@ DAMAGE: dict[str, tuple[str, Callable[[Path, Path], object]]] = {
         lambda image, mask: Image.open(mask).resize((20, 21), Image.Resampling.NEAREST).save(mask),
     ),
     "smooth mask": ("mask of many values", blurred),
+    "links to nothing": ("dangling link", dangling),
+    "second mask": ("several masks", lambda image, mask: shutil.copy(mask, mask.with_stem(f"{mask.stem}_1"))),
 }
 
 

@@ -26,7 +26,7 @@ def touch(root: Path, *names: str) -> None:
     """Files whose names are all that matters."""
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(name.encode())
+        (root / name).write_bytes(os.fsencode(name))
 
 
 def found(dataset: Dataset) -> dict[str, list[str]]:
@@ -413,6 +413,11 @@ class TestNames:
         with pytest.raises(DatasetError, match=r"the folder name l\\xe9sions is not UTF-8: rename it") as error:
             find_samples(DataConfig(root=".") if where == "root" else DataConfig(**folders))  # type: ignore[arg-type]
         str(error.value).encode()
+
+    def test_a_folder_inside_whose_name_is_not_utf_8_is_named_in_one_line(self, tmp_path: Path) -> None:
+        touch(tmp_path, f"train/{os.fsdecode(b'im' + bytes([0xE9]) + b'ges')}/a.png", "train/masks/a.png")
+        with pytest.raises(DatasetError, match=r"the folder name im\\xe9ges is not UTF-8: rename it"):
+            find_samples(DataConfig(root=str(tmp_path)))
 
     @pytest.mark.parametrize("ending", [".jfif", ".JFIF", ".jpe", ".JPG", ".Jpeg"])
     def test_all_endings_of_jpeg_are_read(self, tmp_path: Path, ending: str) -> None:
