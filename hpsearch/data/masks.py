@@ -85,6 +85,9 @@ def find_lesion(
     at = int(first.argmin())
     one = _value(samples, 0, header)
     if first.flat[at]:
+        if str(one) in lesion and str(one) in background:
+            text = f"has the value {one} only, which is lesion in as many masks of the dataset as it is background in"
+            raise MaskError("masks disagree", f"{text}: save all masks with the same two values")
         if str(one) in lesion or (str(one) not in background and not one.is_nothing):
             return first, (str(one),)
         return np.zeros_like(first), (str(one),)
@@ -102,8 +105,8 @@ def find_lesion(
         )
         raise MaskError(
             "masks disagree",
-            f"has the values {background_value} and {lesion_value}, of which {value} would be {here}; in most masks "
-            f"of the dataset that have it, {value} is {there}: save all masks with the same two values",
+            f"has the values {background_value} and {lesion_value}, of which {value} would be {here}; in at least as "
+            f"many other masks of the dataset {value} is {there}: save all masks with the same two values",
         )
     return first if lesion_value is one else second, (str(background_value), str(lesion_value))
 

@@ -115,8 +115,9 @@ def decide(found: Survey, config: DataConfig, dataset: Dataset) -> Decision:
         exif_reason=reason,
         n_oriented=found.n_oriented,
         max_value=max_value,
-        background=tuple(sorted(value for value, n in votes.items() if n < 0)),
-        lesion=tuple(sorted(value for value, n in votes.items() if n > 0)),
+        # A value of which as many masks say one as the other is in both: each of these masks is an error.
+        background=tuple(sorted(value for value, n in votes.items() if n <= 0)),
+        lesion=tuple(sorted(value for value, n in votes.items() if n >= 0)),
     )
     texts = []
     if found.n_oriented:

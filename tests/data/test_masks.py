@@ -233,8 +233,8 @@ class TestOneValue:
 @pytest.mark.parametrize(
     ("background", "lesion", "text"),
     [
-        (1, 2, r"has the values 1 and 2, of which 1 would be background; .* 1 is lesion"),
-        (-1, 0, r"has the values 0 and 1, of which 1 would be lesion; .* 1 is background"),
+        (1, 2, r"has the values 1 and 2, of which 1 would be background; .* masks of the dataset 1 is lesion"),
+        (-1, 0, r"has the values 0 and 1, of which 1 would be lesion; .* masks of the dataset 1 is background"),
     ],
 )
 def test_masks_that_disagree_are_refused(tmp_path: Path, background: int, lesion: int, text: str) -> None:

@@ -111,9 +111,9 @@ class TestDecision:
         assert f"from 1 to {highest}: full scale is 3000, as data.max_value says" in decision.notes[0].text
 
     def test_a_value_is_what_most_masks_say(self, dataset: Dataset) -> None:
-        found = Survey(masks=(("0", "1", 1), ("1", "2", 3), ("0", "255", 2)))
+        found = Survey(masks=(("0", "1", 1), ("1", "2", 3), ("0", "255", 2), ("255", "300", 2)))
         reading = decide(found, DataConfig(), dataset).reading
-        assert (reading.background, reading.lesion) == (("0", "1"), ("2", "255"))
+        assert (reading.background, reading.lesion) == (("0", "1", "255"), ("2", "255", "300"))
 
     def test_nothing_special_is_nothing_to_say(self, dataset: Dataset) -> None:
         decision = decide_reading(dataset, DataConfig())
@@ -335,6 +335,17 @@ class TestMasks:
         Image.fromarray(pixels_of(path) + 1).save(path)
         report = check(find_samples(config))
         assert [(problem.kind, problem.id) for problem in report.errors] == [("masks disagree", "ISIC_0000004")]
+
+    def test_where_as_many_masks_say_one_thing_as_the_other_all_are_errors(self, write_dataset: WriteDataset) -> None:
+        config = write_dataset()
+        self.paint(config, lambda inside: inside.astype(np.uint8))
+        for number in range(15):
+            path = files(config, number)[1]
+            mask = pixels_of(path)
+            Image.fromarray(np.ones_like(mask) if number == 0 else mask + number % 2).save(path)
+        report = check(find_samples(config))
+        assert {problem.kind for problem in report.errors} == {"masks disagree"}
+        assert len(report.errors) == 15
 
 
 class TestMemory:
