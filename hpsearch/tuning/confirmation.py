@@ -227,11 +227,10 @@ class Confirmation:
 
     def _clear(self, chosen: Shortlist) -> None:
         """Once all is confirmed, keep the second networks of the best and of the one behind it only."""
-        confirmed = self._record.confirmed()
-        if not confirmed:
+        standing = self._record.standing()
+        if not standing.confirmed:
             return
-        worth = {number: self._record.worth(self._record.trial(number)) or 0.0 for number in confirmed}
-        kept = sorted(confirmed, key=lambda number: (-worth[number], number))[:N_KEPT]
+        kept = [number for number in standing.ranking if number in standing.confirmed][:N_KEPT]
         for second in self._record.second_records():
             for fold in range(self._record.n_folds) if second.trial not in kept else ():
                 fits.remove_networks(self._record.second_fit(second.trial, fold).paths)

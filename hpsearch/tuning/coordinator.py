@@ -35,6 +35,7 @@ from hpsearch.errors import (
 )
 from hpsearch.paths import ProjectPaths
 from hpsearch.plan import ExecutionPlan
+from hpsearch.stats.best import rank
 from hpsearch.tracking import Tracker, TrackingThread
 from hpsearch.tuning import confirmation, enqueue, fits, pruners, takeover
 from hpsearch.tuning.caches import PoolCaches
@@ -572,10 +573,9 @@ class Coordinator:
 
     def _clear(self, number: int) -> None:
         """Remove checkpoints of ended trials; weights stay for the two best full trials only."""
-        full = [trial for trial in self._trials.values() if trial.can_win]
-        full.sort(key=lambda trial: (-(trial.value or 0.0), trial.number))
-        kept = {trial.number for trial in full[:2]}
-        for each in {number, *(trial.number for trial in full[2:4])} - kept:
+        values = {trial.number: trial.value or 0.0 for trial in self._record.contenders(self._trials.values())}
+        ranking = rank(values)
+        for each in {number, *ranking[2:4]} - set(ranking[:2]):
             for fold in range(self._record.n_folds):
                 fits.remove_networks(self._record.paths.trial(each).fold(fold))
 
