@@ -30,7 +30,7 @@ from hpsearch.report import trial_rows
 from hpsearch.report.trial_rows import CURVES, Case, CurvePoint
 from hpsearch.training.metrics import SCORES, PixelCounts
 from hpsearch.tuning import confirmation
-from hpsearch.tuning.record import COUNTED, FitRecord, Outcome, SecondRecord, StudyRecord, TrialRecord
+from hpsearch.tuning.record import FitRecord, Outcome, SecondRecord, StudyRecord, TrialRecord
 
 logger = logging.getLogger(__name__)
 
@@ -146,11 +146,7 @@ def study_run(record: StudyRecord, trials: Sequence[TrialRecord]) -> RunContent:
     ended = sorted(
         (trial for trial in trials if trial.ended_at is not None), key=lambda t: (t.ended_at or 0, t.number)
     )
-    is_over = (
-        len(ended) == len(trials)
-        and sum(t.outcome in COUNTED for t in ended) >= config.study.trials
-        and confirmation.is_over(record)
-    )
+    is_over = record.is_searched(trials) and confirmation.is_over(record)
     ends = [trial.ended_at or 0 for trial in ended] + [second.ended_at or 0 for second in record.second_records()]
     search = {f"search.{name}": _text(dimension.to_toml()) for name, dimension in config.search}
     return RunContent(

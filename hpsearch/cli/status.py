@@ -53,12 +53,11 @@ def command(project: ProjectPaths, study_name: str | None, trial: int | None) ->
         counts = ", ".join(f"{n} {outcome}" for outcome, n in sorted(outcomes.items())) or "none ended"
         held = f"run by {lock.describe_holder(project.study(name))}" if status.is_running else "not running"
         console.print(Text(f"study {name}: {status.n_counted}/{config.study.trials} trials ({counts}); {held}"))
-        if status.best is not None:
+        if (best := status.best) is not None:
             console.print(
                 Text(
-                    f"  best: trial {status.best.number}, {config.study.metric} {status.values[status.best.number]:.4f}"
-                    f"{' (both fits)' if status.is_confirmed else ''}  "
-                    f"{describe_params(status.best.params)}"
+                    f"  best: trial {best.number}, {config.study.metric} {status.values[best.number]:.4f}"
+                    f"{' (both fits)' if status.is_confirmed else ''}  {describe_params(best.params)}"
                 )
             )
         if status.shortlist:

@@ -86,8 +86,9 @@ class Confirmation:
         is_urgent: Callable[[], bool],
         epoch_s: EpochSeconds,
         wake_tracking: Callable[[], None],
+        show_ranking: Callable[[], None],
     ) -> None:
-        """`keep_to_requests` lets requests to stop be heard."""
+        """`keep_to_requests` lets requests to stop be heard; `show_ranking` brings Optuna's database up to date."""
         self._record = record
         self._caches = caches
         self._listener = listener
@@ -96,6 +97,7 @@ class Confirmation:
         self._is_urgent = is_urgent
         self._epoch_s_of = epoch_s
         self._wake_tracking = wake_tracking
+        self._show_ranking = show_ranking
         self._workers: Workers
         self._open: dict[int, SecondRecord] = {}
         self._trials: dict[int, TrialRecord] = {}
@@ -197,6 +199,7 @@ class Confirmation:
     ) -> None:
         second = dataclasses.replace(self._open.pop(number), outcome=outcome, reason=reason, ended_at=now())
         self._write(second)
+        self._show_ranking()
         for worker in self._workers.busy():
             if worker.job is not None and worker.job["trial"] == number:
                 self._workers.kill(worker)

@@ -402,27 +402,33 @@ class StudyRecord:
 
     def configuration(self, params: Mapping[str, Any]) -> tuple[Any, ...]:
         """Return a key that params share if they are the same configuration; a missing one has its default."""
-        search = self.config.search
-        return search.key({name: params.get(name, get_setting(self.config, name)) for name, _ in search})
+        names = [name for name, _ in self.config.search]
+        return self.config.search.key(
+            {name: params[name] if name in params else get_setting(self.config, name) for name in names}
+        )
 
     def is_default(self, trial: TrialRecord) -> bool:
         """Whether the trial has the default configuration, as trial 0 has."""
         return self.configuration(trial.params) == self.configuration({})
 
-    def is_used_up(self, trials: Iterable[TrialRecord]) -> bool:
-        """Whether these trials have had every configuration of the search space."""
+    def n_unused(self, trials: Iterable[TrialRecord]) -> int | None:
+        """Return how many configurations of the search space none of these trials has had; None if without end."""
         n_configurations = self.config.search.n_configurations
-        return n_configurations is not None and n_configurations <= len(
-            {self.configuration(trial.params) for trial in trials}
-        )
+        if n_configurations is None:
+            return None
+        return max(0, n_configurations - len({self.configuration(trial.params) for trial in trials}))
+
+    def n_left(self, trials: Sequence[TrialRecord]) -> int:
+        """Return how many trials are still to be evaluated at most, with these on record; open ones count."""
+        n_left = max(0, self.config.study.trials - sum(trial.outcome in COUNTED for trial in trials))
+        n_unused = self.n_unused(trials)
+        if n_unused is None:
+            return n_left
+        return min(n_left, n_unused + sum(trial.outcome is None for trial in trials))
 
     def is_searched(self, trials: Sequence[TrialRecord]) -> bool:
         """Whether the search is over, with these as all its trials: replicates may still be missing."""
-        if any(trial.outcome is None for trial in trials):
-            return False
-        return sum(trial.outcome in COUNTED for trial in trials) >= self.config.study.trials or self.is_used_up(
-            trials
-        )
+        return all(trial.outcome is not None for trial in trials) and self.n_left(trials) == 0
 
     def shortlist(self) -> Shortlist | None:
         """The configurations that are, or were, fitted once more; None before the first were chosen."""
@@ -490,12 +496,18 @@ class StudyRecord:
                 ended = [second for second in seconds if second is not None]
                 confirmed = sorted(second.trial for second in ended if second.outcome == "full")
                 failed = [second.trial for second in ended if second.outcome != "full"]
-        for number in confirmed:
-            both = (self.out_of_fold(number) + self.second_out_of_fold(number)) / 2
-            values[number] = float(np.mean(both[~np.isnan(both)]))
+        values |= {number: cast("float", self.mean_of_fits(number)) for number in confirmed}
         others = [number for number in values if number not in confirmed and number not in failed]
         ranking = [number for group in (confirmed, others, failed) for number in rank({n: values[n] for n in group})]
         return Standing(tuple(ranking), values, tuple(confirmed))
+
+    def mean_of_fits(self, trial: int) -> float | None:
+        """Mean over all held-out images and both fits of a trial; None while it has no complete second fits."""
+        second = self.second(trial)
+        if second is None or second.outcome != "full":
+            return None
+        both = (self.out_of_fold(trial) + self.second_out_of_fold(trial)) / 2
+        return float(np.mean(both[~np.isnan(both)]))
 
     def worth(self, trial: TrialRecord) -> float | None:
         """What a trial is ranked by: the mean over both its fits where it is confirmed, else its value."""

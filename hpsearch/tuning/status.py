@@ -78,7 +78,7 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
                 open_fits.append(_open_fit(record, trial, fold, rows[-1]))
         seconds[trial.number] = spent
     n_counted = sum(trial.outcome in COUNTED for trial in trials)
-    left = 0 if record.is_searched(trials) else record.config.study.trials - n_counted
+    left = record.n_left(trials)
     is_running = lock.is_held(project.study(name))
     eta_s = _seconds_to_go(record, trials, seconds, left) if is_running and left > 0 else None
     shortlist, n_second, second_s = _second_fits(record, trials, open_fits)
