@@ -145,6 +145,11 @@ class Standing:
     def winner(self) -> int | None:
         return self.ranking[0] if self.ranking else None
 
+    @property
+    def best_value(self) -> float | None:
+        """The value that ranks the winner."""
+        return self.values[self.ranking[0]] if self.ranking else None
+
 
 @dataclass(frozen=True)
 class FitRecord:
