@@ -62,6 +62,8 @@ class Point:
     step: int
     time_ms: int
     """Unix time in milliseconds: that of the record, so that sending it twice is sending it once."""
+    is_revision: bool = False
+    """Whether it takes the place of an earlier point of its key and step: of those MLflow shows the latest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +209,8 @@ def trial_run(record: StudyRecord, trial: TrialRecord, standing: Standing) -> Ru
             if (ranked_at := _ranked_at(record, standing)) is not None and record.mean_of_fits(number) is not None:
                 second = [record.second_fit(number, fold) for fold in range(record.n_folds)]
                 both = _cross_validation([folds, second], metric, standing.values.get(number))
-                points += _summary(both if number in standing.confirmed else first, _ms(ranked_at))
+                now = both if number in standing.confirmed else first
+                points += [Point(key, value, 0, _ms(ranked_at), is_revision=True) for key, value in now.items()]
                 means = {key: value for key, value in first.items() if key.endswith("_mean")}
                 points += _summary({f"{key[:-5]}_first": value for key, value in means.items()}, _ms(ranked_at))
         elif trial.value is not None:
@@ -499,7 +502,7 @@ def _progress(record: StudyRecord, ended: Sequence[TrialRecord], standing: Stand
             yield Point(f"study/n_{outcome}", float(counts[outcome]), step, _ms(at))
     if confirmed_at is not None and standing.best_value is not None:
         n_before = sum((trial.ended_at or 0) < confirmed_at for trial in ended)
-        yield Point(key, standing.best_value, n_before, _ms(confirmed_at))
+        yield Point(key, standing.best_value, n_before, _ms(confirmed_at), is_revision=True)
 
 
 def _study_note(record: StudyRecord, trials: Sequence[TrialRecord], standing: Standing) -> str:

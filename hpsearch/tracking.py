@@ -615,7 +615,13 @@ class _Delivery:
             self._client.log_batch(run.id, tags=[RunTag(key, value) for key, value in new_tags.items()])
             run.tags.update(new_tags)
         there = self._points(run)
-        new_points = [point for point in content.points if _place(point) not in there]
+        steps = {place[:2] for place in there}
+        new_points = [
+            point
+            for point in content.points
+            # An epoch that was done again has another time, and is still the same epoch.
+            if (_place(point) not in there if point.is_revision else (point.key, point.step) not in steps)
+        ]
         for points in _chunks(new_points, MAX_METRICS):
             metrics = [Metric(point.key, point.value, point.time_ms, point.step) for point in points]
             self._client.log_batch(run.id, metrics=metrics)
