@@ -56,7 +56,7 @@ class Ownership(Protocol):
     def adopt(self, number: int, enqueued: Params | None) -> Asked:
         """One of them; what a crash left out of its params comes from those that a user wants tried next."""
 
-    def wants_trial(self, n_taken: int, n_unused: int | None) -> bool:
+    def wants_trial(self, n_taken: int, n_unused: int | None = None) -> bool:
         """Whether a trial may be begun, where `n_taken` on record count or are open. Returns at once.
 
         `n_unused` configurations have been tried by none of them; None: without end.
@@ -178,7 +178,7 @@ class Sole:
         params = self._database.adopt(number, enqueued)
         return Asked(number, params, is_enqueued=is_same(params, enqueued))
 
-    def wants_trial(self, n_taken: int, n_unused: int | None) -> bool:
+    def wants_trial(self, n_taken: int, n_unused: int | None = None) -> bool:
         return n_taken < self._record.config.study.trials and n_unused != 0
 
     def ask(self, enqueued: Params | None) -> Asked:

@@ -222,7 +222,7 @@ class Shared:
     def adopt(self, number: int, enqueued: Params | None) -> Asked:
         raise AssertionError("what a coordinator began is taken over by another, or by its next start as one")
 
-    def wants_trial(self, n_taken: int, n_unused: int | None) -> bool:
+    def wants_trial(self, n_taken: int, n_unused: int | None = None) -> bool:
         # How many are taken is for the database to say: others take them too.
         return bool(self._box) or self._may_ask
 

@@ -82,9 +82,8 @@ def test_a_copy_does_not_lose_against_its_twin(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(pruners, "make_pruner", lambda config: _Drops())
     # As if another coordinator had begun the same configuration at the same time.
     monkeypatch.setattr(StudyRecord, "n_unused", lambda self, trials: None)
-    config = finite(write_tiny_dataset(tmp_path), "study.trials=3", "study.sampler=random")
+    config = finite(write_tiny_dataset(tmp_path), "study.trials=5", "study.sampler=random")
     trials = run(tmp_path, config).record.trials()
-    assert len({trial.params["unet.depth"] for trial in trials[:2]}) == 2
-    assert trials[2].params in (trials[0].params, trials[1].params)
+    assert sum(trial.params["unet.depth"] == 1 for trial in trials) > 1
     outcomes = {1: "full", 2: "dropped"}
     assert [trial.outcome for trial in trials] == [outcomes[trial.params["unet.depth"]] for trial in trials]
