@@ -21,7 +21,6 @@ from hpsearch.data.config import GRAY_WEIGHTS
 from hpsearch.errors import ExportError, StudyError
 from hpsearch.models.unet import UNet
 from hpsearch.paths import atomic_write, write_text
-from hpsearch.report.claims import Claims
 from hpsearch.training.checkpoint import WeightsInfo, load_weights
 from hpsearch.tuning.record import StudyRecord
 
@@ -68,13 +67,12 @@ def export_toml(record: StudyRecord, path: Path | None = None, *, number: int | 
     Without `path` into the study's folder. Gives the path. Raises StudyError where there is no such trial.
     """
     if number is None:
-        claims = Claims.of(record)
-        if claims is None:
+        number = record.standing().winner
+        if number is None:
             raise StudyError(f"study {record.name!r} has no fully evaluated trial yet: name one with --trial")
-        number = claims.winner
     trial, study = record.known_trial(number), record.config.study
     path = path or record.paths.trial_toml(number)
-    value = f", {study.metric} {trial.value:.4f} out of fold" if trial.outcome == "full" else ""
+    value = f", {study.metric} {record.worth(trial):.4f} out of fold" if trial.outcome == "full" else ""
     head = (
         f"# Trial {number} of study {record.name}: {trial.outcome or 'open'}{value}.\n"
         f"# Begun by hpsearch {trial.code or __version__}.\n#\n"

@@ -101,6 +101,12 @@ class FinalResult:
     """Mean of the study's metric over the test images that have none; None without leaks, or if all have one."""
     against_default: Paired | None
     """It minus trial 0 on the same out-of-fold images, with run luck; None for trial 0, or if that is not full."""
+    winner: int
+    """Number of the study's best trial."""
+    winner_against_default: Paired | None
+    """The best trial minus trial 0, likewise."""
+    is_default: bool
+    """Whether it has the default configuration."""
     n_test: int
     n_pool: int
 
@@ -116,6 +122,7 @@ class FinalResult:
             "study": self.study,
             "trial": self.trial.number,
             "params": self.trial.params,
+            "winner": self.winner,
             "metric": self.metric,
             "n_pool": self.n_pool,
             "n_test": self.n_test,
@@ -181,7 +188,8 @@ def run_final(
     had; stopped by `on_epoch` it gives None, and goes on from there the next time. `ensemble` lets the networks of
     the folds predict the test images too. The test split is read here and nowhere else, and every scoring of it is
     entered into the account of looks. The masks at each image's own resolution, as `predict` would make them, stay in
-    the final's folder; `submission` packs them into a zip as the challenge takes it. `on_decoded(done, total)` counts
+    the final's folder; asked again for a result that is there, it evaluates nothing and counts no evaluation.
+    `submission` packs them into a zip as the challenge takes it. `on_decoded(done, total)` counts
     images that are decoded where they are not yet, and `on_step` hears in words what comes next.
 
     Raises StudyError if there is no such study or trial, or no networks for an ensemble; DatasetError for data that
@@ -210,6 +218,15 @@ def run_final(
         for note in test.notes:
             say(f"note on the test split: {note}")
         seen = test if config.scored_data == config.data else prepare_test(config.data, root, progress=on_decoded)
+        if _is_stored(folder, pool, test, n_seeds=n_seeds, ensemble=ensemble):
+            say(f"trial {chosen.number} was evaluated on these images before; this is the stored result")
+            decided = Chosen.read(folder.choices) if folder.choices.is_file() else None
+            n_members = len(list(folder.ensemble.glob("*.safetensors"))) if ensemble else 0
+            leaks = _leaks(config.data, root, pool, test)
+            result = _evaluate(record, chosen, folder, n_seeds, pool, test, decided, n_members, leaks)
+            if submission:
+                _write_submission(folder, test)
+            return dataclasses.replace(result, looks=result.looks[:-1])
         paths.write_text(folder.config, config.to_toml())
         on_epoch = on_epoch or (lambda index, row: True)
         # One network after another on the first device of the plan, which no other worker shares here.
@@ -262,10 +279,10 @@ def run_final(
         _write_table(folder, n_seeds, test)
         folder.submission.unlink(missing_ok=True)
         if submission:
-            pairs = ((image, read_mask(folder.masks / mask_name(image))) for image in test.ids)
-            write_submission(folder.submission, pairs)
+            _write_submission(folder, test)
         _draw(record, folder, n_seeds, result, test)
-        finished = {**result.to_dict(), "began_at": began_at, "ended_at": now(), "test_key": test.key}
+        finished = {**result.to_dict(), "began_at": began_at, "ended_at": now()}
+        finished |= {"pool_key": pool.key, "test_key": test.key}
         paths.write_json(folder.result, {**finished, "n_seeds": n_seeds, "runtime": plan.machine})
         paths.write_text(folder.card, model_card(record, folder.root.name))
         logger.info("final of trial %d: test %s %.4f", chosen.number, result.metric, result.test[result.metric].mean)
@@ -327,7 +344,35 @@ def _choose(record: StudyRecord, number: int | None, cheapest_tied: bool) -> Tri
             f"trial {number} of study {record.name!r} {what}: only trials that were evaluated on all folds can be "
             "final"
         )
+    configuration = record.configuration(trial.params)
+    same = next(each for each in record.full_trials() if record.configuration(each.params) == configuration)
+    if same.number != number:
+        raise StudyError(
+            f"trial {number} of study {record.name!r} is a copy of trial {same.number}, which stands for both: take "
+            f"--trial {same.number}"
+        )
     return trial
+
+
+def _is_stored(folder: FinalPaths, pool: Prepared, test: Prepared, *, n_seeds: int, ensemble: bool) -> bool:
+    """Whether the folder holds the whole result of these images, for so many seeds."""
+    if not folder.result.is_file():
+        return False
+    table = paths.read_json(folder.result)
+    wanted = {"pool_key": pool.key, "test_key": test.key, "n_seeds": n_seeds}
+    if any(table.get(key) != value for key, value in wanted.items()):
+        return False
+    if (table.get("ensemble") is not None) != ensemble:
+        return False
+    files = [
+        folder.model,
+        folder.table,
+        folder.official_counts,
+        *(folder.seed(i).test_counts for i in range(n_seeds)),
+    ]
+    files += [folder.chosen_counts] if table.get("chosen_test") else []
+    files += [folder.ensemble_counts, folder.ensemble_official_counts] if ensemble else []
+    return all(path.is_file() for path in (*files, *(folder.masks / mask_name(image) for image in test.ids)))
 
 
 def _members(folder: FinalPaths, networks: FoldNetworks | None) -> list[tuple[Path, Path]]:
@@ -468,6 +513,9 @@ def _evaluate(
         leaks=leaks,
         without_leaks=float(scores[metric].mean(axis=0)[~leaked].mean()) if leaks and not leaked.all() else None,
         against_default=claims.gain(trial.number),
+        winner=claims.winner,
+        winner_against_default=claims.gain(claims.winner),
+        is_default=record.is_default(trial),
         n_test=test.n,
         n_pool=pool.n,
     )
@@ -558,6 +606,11 @@ def _write_table(folder: FinalPaths, n_seeds: int, test: Prepared) -> None:
     for row, image in enumerate(test.ids):
         writer.writerow([image, *(f"{values[row]:.6f}" for values in columns.values())])
     paths.write_text(folder.table, text.getvalue())
+
+
+def _write_submission(folder: FinalPaths, test: Prepared) -> None:
+    pairs = ((image, read_mask(folder.masks / mask_name(image))) for image in test.ids)
+    write_submission(folder.submission, pairs)
 
 
 def _draw(record: StudyRecord, folder: FinalPaths, n_seeds: int, result: FinalResult, test: Prepared) -> None:

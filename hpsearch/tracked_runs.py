@@ -30,13 +30,17 @@ from hpsearch.report import trial_rows
 from hpsearch.report.trial_rows import CURVES, Case, CurvePoint
 from hpsearch.training.metrics import SCORES, PixelCounts
 from hpsearch.tuning import confirmation
-from hpsearch.tuning.record import COUNTED, FitRecord, Outcome, SecondRecord, StudyRecord, TrialRecord
+from hpsearch.tuning.record import FitRecord, Outcome, SecondRecord, Standing, StudyRecord, TrialRecord
 
 logger = logging.getLogger(__name__)
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 IDENTIFYING = ("hpsearch.trial", "hpsearch.final")
 """Tags that tell the runs of a study apart."""
+WINNER, RANK = "winner", "rank"
+"""Tags of trials: `true` on the winner alone; the place in the study's ranking, with zeros in front to sort by."""
+NOTE, OUR_NOTE = "mlflow.note.content", "hpsearch.note"
+"""Tag with a run's description, and that with the digest of the description that hpsearch wrote last."""
 STATUSES: dict[Outcome | None, Status] = {
     None: "RUNNING",
     "full": "FINISHED",
@@ -58,6 +62,8 @@ class Point:
     step: int
     time_ms: int
     """Unix time in milliseconds: that of the record, so that sending it twice is sending it once."""
+    is_revision: bool = False
+    """Whether it takes the place of an earlier point of its key and step: of those MLflow shows the latest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,26 +137,31 @@ def is_metric(key: str) -> bool:
 
 def notes(tags: Mapping[str, str]) -> dict[str, str]:
     """Of the tags of a run those that people have put there."""
-    ours = ("outcome", "reason", "source", "seed", "device", "processor", "precision", "threads", "micro_batch")
+    ours = {"outcome", "reason", "source", "seed", "device", "processor", "precision", "threads", "micro_batch"}
+    ours |= {WINNER, RANK}
     return {
         key: value
         for key, value in tags.items()
-        if key == "mlflow.note.content"
+        if (key == NOTE and tags.get(OUR_NOTE) != digest(value))
         or (key not in ours and not key.startswith(("mlflow.", "hpsearch.", "version.")))
     }
 
 
+def ranking_tags(standing: Standing) -> dict[int, dict[str, str]]:
+    """Return the tags WINNER and RANK of every trial that can win."""
+    result = {number: {RANK: f"{place:04d}"} for place, number in enumerate(standing.ranking, start=1)}
+    if standing.winner is not None:
+        result[standing.winner][WINNER] = "true"
+    return result
+
+
 def study_run(record: StudyRecord, trials: Sequence[TrialRecord]) -> RunContent:
     """The parent: the study's own settings, and after each trial the best value and how many ended how."""
-    config = record.config
+    config, standing = record.config, record.standing(trials)
     ended = sorted(
         (trial for trial in trials if trial.ended_at is not None), key=lambda t: (t.ended_at or 0, t.number)
     )
-    is_over = (
-        len(ended) == len(trials)
-        and sum(t.outcome in COUNTED for t in ended) >= config.study.trials
-        and confirmation.is_over(record)
-    )
+    is_over = record.is_searched(trials) and confirmation.is_over(record)
     ends = [trial.ended_at or 0 for trial in ended] + [second.ended_at or 0 for second in record.second_records()]
     search = {f"search.{name}": _text(dimension.to_toml()) for name, dimension in config.search}
     return RunContent(
@@ -164,7 +175,8 @@ def study_run(record: StudyRecord, trials: Sequence[TrialRecord]) -> RunContent:
             **_machine_tags((record.plan() or {}).get("machine", {})),
         },
         params=_params(config) | search,
-        points=tuple(_progress(ended, config.study.metric)),
+        points=tuple(_progress(record, ended, standing)),
+        note=_study_note(record, trials, standing),
         status="FINISHED" if is_over else "RUNNING",
         ended_ms=_ms(max(ends)) if is_over else None,
     )
@@ -177,8 +189,13 @@ def _began_at(record: StudyRecord, trials: Sequence[TrialRecord]) -> float:
     return min(trial.began_at for trial in trials)
 
 
-def trial_run(record: StudyRecord, trial: TrialRecord) -> RunContent:
-    """A trial, as far as it has come."""
+def trial_run_began_ms(trial: TrialRecord) -> int:
+    """The time by which, with its key, a trial's run is found again."""
+    return _ms(trial.began_at)
+
+
+def trial_run(record: StudyRecord, trial: TrialRecord, standing: Standing) -> RunContent:
+    """A trial, as far as it has come. Its means are those that rank it: over both fits once it is confirmed."""
     number, metric = trial.number, record.config.study.metric
     folds = [record.fit(number, fold) for fold in range(record.n_folds)]
     rows = [fit.epochs() for fit in folds]
@@ -187,7 +204,15 @@ def trial_run(record: StudyRecord, trial: TrialRecord) -> RunContent:
         at = _ms(trial.ended_at)
         points += _summary(_cost([row for each in rows for row in each]), at)
         if trial.outcome == "full":
-            points += _summary(_cross_validation(folds, metric, trial.value), at)
+            first = _cross_validation([folds], metric, trial.value)
+            points += _summary(first, at)
+            if (ranked_at := _ranked_at(record, standing)) is not None and record.mean_of_fits(number) is not None:
+                second = [record.second_fit(number, fold) for fold in range(record.n_folds)]
+                both = _cross_validation([folds, second], metric, standing.values.get(number))
+                now = both if number in standing.confirmed else first
+                points += [Point(key, value, 0, _ms(ranked_at), is_revision=True) for key, value in now.items()]
+                means = {key: value for key, value in first.items() if key.endswith("_mean")}
+                points += _summary({f"{key[:-5]}_first": value for key, value in means.items()}, _ms(ranked_at))
         elif trial.value is not None:
             points += _summary({"cv/estimate": trial.value}, at)
     machine = next((summary["runtime"] for fit in folds if (summary := fit.summary()) is not None), None)
@@ -206,11 +231,11 @@ def trial_run(record: StudyRecord, trial: TrialRecord) -> RunContent:
     return RunContent(
         key=trial_key(number),
         name=f"trial {number:04d}",
-        began_ms=_ms(trial.began_at),
+        began_ms=trial_run_began_ms(trial),
         tags=tags,
         params=_params(trial.study_config),
         points=tuple(points),
-        note=_trial_note(trial, points, metric),
+        note=_trial_note(trial, points, metric, standing),
         status=STATUSES[trial.outcome],
         ended_ms=None if trial.ended_at is None else _ms(trial.ended_at),
     )
@@ -226,7 +251,7 @@ def second_run(record: StudyRecord, second: SecondRecord) -> RunContent:
         at = _ms(second.ended_at)
         points += _summary(_cost([row for each in rows for row in each]), at)
         if second.outcome == "full":
-            points += _summary(_cross_validation(folds, metric, None), at)
+            points += _summary(_cross_validation([folds], metric, None), at)
     machine = next((summary["runtime"] for fit in folds if (summary := fit.summary()) is not None), None)
     return RunContent(
         key=second_key(trial.number),
@@ -400,16 +425,39 @@ def _scores(counts: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[np.float64]]
     return {name: np.asarray(score(columns), np.float64) for name, score in SCORES.items()}
 
 
-def _cross_validation(folds: Sequence[FitRecord], metric: str, value: float | None) -> dict[str, float]:
-    """Means over all held-out images; of Dice and Jaccard the standard deviation of the fold means too."""
-    by_fold = [_scores(fit.counts()) for fit in folds]
+def _cross_validation(fits: Sequence[Sequence[FitRecord]], metric: str, value: float | None) -> dict[str, float]:
+    """Means over all held-out images and over the fits of each fold; of Dice and Jaccard the spread of the folds too.
+
+    `fits` holds the folds of the first fits, and those of the second where they count.
+    """
+    by_fold = [
+        {name: np.mean([scores[name] for scores in each], axis=0) for name in SCORES}
+        for each in zip(*([_scores(fit.counts()) for fit in folds] for folds in fits), strict=True)
+    ]
     result = {}
     for name in SCORES:
         result[f"cv/{name}_mean"] = float(np.mean(np.concatenate([scores[name] for scores in by_fold])))
-        if name in ("dice", "jaccard") and len(folds) > 1:
+        if name in ("dice", "jaccard") and len(by_fold) > 1:
             result[f"cv/{name}_std"] = float(np.std([np.mean(scores[name]) for scores in by_fold], ddof=1))
     # The value is a mean of float32 scores: the run shows the number that the search went by.
     return result if value is None else result | {f"cv/{metric}_mean": value}
+
+
+def _ranked_at(record: StudyRecord, standing: Standing) -> float | None:
+    """Return when the values that rank refitted trials last changed; None before they ever did.
+
+    That is when the last replicate ended, or when the first full trial came after them and opened the choice again.
+    """
+    shortlist = record.shortlist()
+    if shortlist is None:
+        return None
+    ends = {trial.number: trial.ended_at or 0.0 for trial in record.full_trials()}
+    if standing.confirmed:
+        seconds = [record.second(number) for number in shortlist.trials]
+        ended = [second.ended_at or 0.0 for second in seconds if second is not None]
+        # Later than what opened the choice before: MLflow takes the latest of equal steps.
+        return max([*ended, *ends.values()]) + 0.001
+    return min((end for number, end in ends.items() if number not in shortlist.of), default=None)
 
 
 def _cost(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -431,26 +479,50 @@ def _curve_points(prefix: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[Po
                 yield Point(f"{prefix}{score}", row["held_out"][score], row["epoch"], _ms(row["time"]))
 
 
-def _progress(ended: Sequence[TrialRecord], metric: str) -> Iterator[Point]:
-    """After each trial that ended: the best value so far, and how many ended how. The step counts ended trials."""
-    best: float | None = None
+def _progress(record: StudyRecord, ended: Sequence[TrialRecord], standing: Standing) -> Iterator[Point]:
+    """After each trial that ended: the best value so far, and how many ended how. The step counts ended trials.
+
+    The end of the replicates has the step of the last trial before it.
+    """
+    key = f"study/best_{record.config.study.metric}"
+    confirmed_at = _ranked_at(record, standing) if standing.confirmed else None
+    contenders = {trial.number for trial in record.contenders(ended)}
+    values: dict[int, float] = {}
     counts: Counter[str] = Counter()
     for step, trial in enumerate(ended, start=1):
         counts[str(trial.outcome)] += 1
-        at = _ms(trial.ended_at or 0)
-        if trial.can_win and trial.value is not None:
-            best = trial.value if best is None else max(best, trial.value)
+        at = trial.ended_at or 0
+        if trial.number in contenders and trial.value is not None:
+            values[trial.number] = trial.value
+        is_confirmed = confirmed_at is not None and at >= confirmed_at
+        best = standing.best_value if is_confirmed else max(values.values(), default=None)
         if best is not None:
-            yield Point(f"study/best_{metric}", best, step, at)
+            yield Point(key, best, step, _ms(at))
         for outcome in (each for each in get_args(Outcome) if each != "lost" or counts[each]):
-            yield Point(f"study/n_{outcome}", float(counts[outcome]), step, at)
+            yield Point(f"study/n_{outcome}", float(counts[outcome]), step, _ms(at))
+    if confirmed_at is not None and standing.best_value is not None:
+        n_before = sum((trial.ended_at or 0) < confirmed_at for trial in ended)
+        yield Point(key, standing.best_value, n_before, _ms(confirmed_at), is_revision=True)
 
 
-def _trial_note(trial: TrialRecord, points: Sequence[Point], metric: str) -> str:
+def _study_note(record: StudyRecord, trials: Sequence[TrialRecord], standing: Standing) -> str:
+    """The winner, its value and its settings."""
+    winner = next((trial for trial in trials if trial.number == standing.winner), None)
+    if winner is None or standing.best_value is None:
+        return ""
+    fits = ", mean of two fits" if winner.number in standing.confirmed else ""
+    value = f"{record.config.study.metric.capitalize()} **{standing.best_value:.4f}** out of fold{fits}"
+    return f"Best: **trial {winner.number}**, {value}\n\n{_searched(winner)}"
+
+
+def _trial_note(trial: TrialRecord, points: Sequence[Point], metric: str, standing: Standing) -> str:
     if trial.outcome != "full" or trial.value is None:
         return f"**{trial.outcome}**{_told(trial.value, metric)}: {trial.reason}\n\n{_searched(trial)}"
-    spread = next((f", {point.value:.4f} between folds" for point in points if point.key == f"cv/{metric}_std"), "")
-    return f"{metric.capitalize()} **{trial.value:.4f}** out of fold{spread}\n\n{_searched(trial)}"
+    spreads = [point.value for point in points if point.key == f"cv/{metric}_std"]
+    spread = f", {spreads[-1]:.4f} between folds" if spreads else ""
+    value = standing.values.get(trial.number, trial.value)
+    fits = f", mean of two fits (the first: {trial.value:.4f})" if trial.number in standing.confirmed else ""
+    return f"{metric.capitalize()} **{value:.4f}** out of fold{fits}{spread}\n\n{_searched(trial)}"
 
 
 def _told(value: float | None, metric: str) -> str:

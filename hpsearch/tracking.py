@@ -30,10 +30,11 @@ from urllib.parse import quote
 from filelock import FileLock
 
 from hpsearch import tracked_runs as runs
+from hpsearch.config import digest
 from hpsearch.errors import HpsearchError, TrackingError
 from hpsearch.paths import ProjectPaths, StudyPaths, atomic_write
-from hpsearch.tracked_runs import RunContent
-from hpsearch.tuning.record import StudyRecord, TrialRecord
+from hpsearch.tracked_runs import Point, RunContent
+from hpsearch.tuning.record import Standing, StudyRecord, TrialRecord
 
 logger = logging.getLogger(__name__)
 
@@ -326,8 +327,8 @@ class _Run:
     tags: dict[str, str]
     params: dict[str, str] = field(default_factory=dict)
     metric_keys: tuple[str, ...] = ()
-    points: set[tuple[str, int]] | None = None
-    """Key and step of every metric that it has; None: not read yet."""
+    points: set[tuple[str, int, int]] | None = None
+    """Key, step and time of every metric that it has; None: not read yet."""
     status: str = "RUNNING"
     ended_ms: int | None = None
     has_files: bool = False
@@ -368,18 +369,22 @@ class _Delivery:
         self._complete: set[str] = set()
         """Keys of the runs to which nothing will be added."""
         self._ended: dict[int, TrialRecord] = {}
+        self._standing: Standing | None = None
+        """The ranking that the runs show."""
 
     def catch_up(self, stopped: bool) -> None:
         """Deliver everything that is missing; raises the first error once the other runs were delivered."""
         trials = self._trials()
         if not trials:
             return
+        standing = self.record.standing(trials)
         study = runs.study_run(self.record, trials)
         with self._share.alone() if self._share is not None and not self._experiment_id else nullcontext():
             self._read(study)
             parent = self._ensure(study, {})
+        self._reopen(standing)
         failures: list[Exception] = []
-        for child in self._children(trials):
+        for child in self._children(trials, standing):
             if child.key in self._complete:
                 continue
             self._current.discard(child.key)
@@ -395,15 +400,50 @@ class _Delivery:
                 self._current.add(child.key)
                 if content.is_complete:
                     self._complete.add(child.key)
-        if self._share is None:
-            self._deliver(study, {}, partial(runs.write_study_files, self.record), stopped)
-        elif stopped or self._share.leads():
-            is_last = stopped and self._share.is_last()
+        if self._share is None or stopped or self._share.leads():
+            self._show_ranking(trials, standing)
+            is_last = stopped and (self._share is None or self._share.is_last())
             self._deliver(study, {}, partial(runs.write_study_files, self.record), is_last)
         if not stopped:
             runs.import_figures()
         if failures:
             raise failures[0]
+
+    def _reopen(self, standing: Standing) -> None:
+        """Deliver again the trials whose value changed after they had ended."""
+        before = self._standing
+        for number, value in standing.values.items():
+            if before is not None and (
+                before.values.get(number) != value or (number in before.confirmed) != (number in standing.confirmed)
+            ):
+                self._complete.discard(runs.trial_key(number))
+
+    def _show_ranking(self, trials: Sequence[TrialRecord], standing: Standing) -> None:
+        """Tag the winner, and it alone, and every trial that can win with its place."""
+        from mlflow.entities import RunTag
+
+        if standing == self._standing:
+            return
+        began_ms = {trial.number: runs.trial_run_began_ms(trial) for trial in trials}
+        shown: dict[str, tuple[_Run, dict[str, str]]] = {}
+        for number, tags in runs.ranking_tags(standing).items():
+            run = self._known(runs.trial_key(number), {"hpsearch.trial": str(number)}, began_ms[number])
+            if run is not None:
+                shown[run.id] = run, tags
+        # By MLflow's word: another process may have tagged a run since this one read it.
+        search = partial(self._client.search_runs, [self._experiment_id], f"tags.{runs.WINNER} = 'true'")
+        for found in _pages(partial(search, max_results=100)):
+            if found.info.run_id not in shown or runs.WINNER not in shown[found.info.run_id][1]:
+                self._client.delete_tag(found.info.run_id, runs.WINNER)
+        for run, tags in shown.values():
+            if runs.WINNER not in tags:
+                run.tags.pop(runs.WINNER, None)
+            if new := [RunTag(key, value) for key, value in tags.items() if run.tags.get(key) != value]:
+                self._client.log_batch(run.id, tags=new)
+                run.tags.update(tags)
+        if len(shown) == len(standing.ranking):
+            # Else another process has not made all runs yet.
+            self._standing = standing
 
     def log_report(self) -> None:
         """Put the report and its figures into the files of the study's run."""
@@ -423,9 +463,10 @@ class _Delivery:
         trials = self._trials()
         wanted: dict[tuple[str, int], RunContent] = {}
         if trials:
+            standing = self.record.standing(trials)
             study = runs.study_run(self.record, trials)
             self._read(study)
-            contents = [study, *(child.content() for child in self._children(trials))]
+            contents = [study, *(child.content() for child in self._children(trials, standing))]
             wanted = {(content.key, content.began_ms): content for content in contents}
         n_kept = n_replaced = n_removed = 0
         for identity, run in list(self._runs.items()):
@@ -456,14 +497,14 @@ class _Delivery:
             trials.append(trial)
         return trials
 
-    def _children(self, trials: Sequence[TrialRecord]) -> Iterator[_Child]:
+    def _children(self, trials: Sequence[TrialRecord], standing: Standing) -> Iterator[_Child]:
         share = self._share
         for trial in trials:
             if share is not None and not share.delivers(trial.number):
                 continue
             yield _Child(
                 runs.trial_key(trial.number),
-                partial(runs.trial_run, self.record, trial),
+                partial(runs.trial_run, self.record, trial, standing),
                 partial(runs.write_trial_files, self.record, trial),
             )
         for second in self.record.second_records():
@@ -527,25 +568,24 @@ class _Delivery:
 
     def _ensure(self, content: RunContent, more_tags: Mapping[str, str]) -> _Run:
         """The run of that content, made if it is not there."""
-        identity = content.key, content.began_ms
-        if identity not in self._runs and self._share is not None:
-            self._look_up(content)
-        if identity not in self._runs:
+        run = self._known(content.key, content.tags, content.began_ms)
+        if run is None:
             tags = {**content.tags, **more_tags}
             made = self._client.create_run(
                 self._experiment_id, start_time=content.began_ms, tags=tags, run_name=content.name
             )
-            self._runs[identity] = _Run(made.info.run_id, tags, points=set())
-        return self._runs[identity]
+            run = self._runs[content.key, content.began_ms] = _Run(made.info.run_id, tags, points=set())
+        return run
 
-    def _look_up(self, content: RunContent) -> None:
-        """Find a run that another process has made since MLflow was read."""
-        name = next((key for key in runs.IDENTIFYING if key in content.tags), "hpsearch.study")
-        value = content.tags[name]
-        search = partial(self._client.search_runs, [self._experiment_id], f"tags.`{name}` = '{value}'")
-        for run in _pages(partial(search, max_results=100)):
-            if runs.key_of(run.data.tags) == content.key and run.info.start_time == content.began_ms:
-                self._remember((content.key, content.began_ms), run)
+    def _known(self, key: str, tags: Mapping[str, str], began_ms: int) -> _Run | None:
+        """The run of that key and start, with those identifying tags; also one made since MLflow was read."""
+        if (key, began_ms) not in self._runs and self._share is not None:
+            name = next((each for each in runs.IDENTIFYING if each in tags), "hpsearch.study")
+            search = partial(self._client.search_runs, [self._experiment_id], f"tags.`{name}` = '{tags[name]}'")
+            for run in _pages(partial(search, max_results=100)):
+                if runs.key_of(run.data.tags) == key and run.info.start_time == began_ms:
+                    self._remember((key, began_ms), run)
+        return self._runs.get((key, began_ms))
 
     def _deliver(
         self,
@@ -560,9 +600,12 @@ class _Delivery:
 
         run = self._ensure(content, more_tags)
         tags = {**content.tags, **more_tags}
+        if content.key == "study":
+            # Of a run that grows, what a person reads first grows too.
+            tags |= _new_note(run, content)
         new_tags = {key: value for key, value in tags.items() if run.tags.get(key) != value}
-        digest = content.digest if content.is_complete else ""
-        if content.is_complete and run.tags.get(DELIVERED) == digest and not new_tags:
+        delivered = content.digest if content.is_complete else ""
+        if content.is_complete and run.tags.get(DELIVERED) == delivered and not new_tags:
             return
         new_params = {key: value for key, value in content.params.items() if key not in run.params}
         for items in _chunks(list(new_params.items()), MAX_PARAMS):
@@ -572,28 +615,31 @@ class _Delivery:
             self._client.log_batch(run.id, tags=[RunTag(key, value) for key, value in new_tags.items()])
             run.tags.update(new_tags)
         there = self._points(run)
-        new_points = [point for point in content.points if (point.key, point.step) not in there]
+        steps = {place[:2] for place in there}
+        new_points = [
+            point
+            for point in content.points
+            # An epoch that was done again has another time, and is still the same epoch.
+            if (_place(point) not in there if point.is_revision else (point.key, point.step) not in steps)
+        ]
         for points in _chunks(new_points, MAX_METRICS):
             metrics = [Metric(point.key, point.value, point.time_ms, point.step) for point in points]
             self._client.log_batch(run.id, metrics=metrics)
-            there.update((point.key, point.step) for point in points)
+            there.update(map(_place, points))
         if content.is_complete or (content.key == "study" and not run.has_files):
             self._log_files(run, write_files)
         if content.is_complete and weights is not None and weights.is_file():
             self._register(run, content, weights)
         self._set_status(run, content, stopped)
         if content.is_complete:
-            last_tags = {DELIVERED: digest}
-            if content.note and "mlflow.note.content" not in run.tags:
-                # Somebody may have written one already.
-                last_tags["mlflow.note.content"] = content.note
+            last_tags = {DELIVERED: delivered, **_new_note(run, content)}
             self._client.log_batch(run.id, tags=[RunTag(key, value) for key, value in last_tags.items()])
             run.tags.update(last_tags)
 
-    def _points(self, run: _Run) -> set[tuple[str, int]]:
-        """Key and step of every metric of the run."""
+    def _points(self, run: _Run) -> set[tuple[str, int, int]]:
+        """Key, step and time of every metric of the run."""
         if run.points is None:
-            run.points = {(metric.key, metric.step) for metric in self._history(run)}
+            run.points = {(metric.key, metric.step, metric.timestamp) for metric in self._history(run)}
         return run.points
 
     def _history(self, run: _Run) -> Iterator[Any]:
@@ -651,29 +697,46 @@ class _Delivery:
         """Whether the run holds something of ours that the record does not."""
         if any(run.params.get(key, value) != value for key, value in content.params.items()):
             return True
-        wanted = {(point.key, point.step): (point.value, point.time_ms) for point in content.points}
-        seen: set[tuple[str, int]] = set()
+        wanted = {_place(point): point.value for point in content.points}
+        seen: set[tuple[str, int, int]] = set()
         for metric in self._history(run):
-            place = metric.key, metric.step
+            place = metric.key, metric.step, metric.timestamp
             if runs.is_metric(metric.key):
-                if place in seen or wanted.get(place) != (metric.value, metric.timestamp):
+                if place in seen or wanted.get(place) != metric.value:
                     return True
                 seen.add(place)
         run.points = seen
         return False
 
 
+def _place(point: Point) -> tuple[str, int, int]:
+    """Return what tells the points of a run apart: sent twice it is still one."""
+    return point.key, point.step, point.time_ms
+
+
+def _new_note(run: _Run, content: RunContent) -> dict[str, str]:
+    """Return the tags that give a run its description, empty where it has that or a person's own."""
+    there = run.tags.get(runs.NOTE)
+    if not content.note or there == content.note:
+        return {}
+    if there is not None and run.tags.get(runs.OUR_NOTE) != digest(there):
+        return {}
+    return {runs.NOTE: content.note, runs.OUR_NOTE: digest(content.note)}
+
+
 def _experiment_tags(record: StudyRecord, experiment_id: str, began_ms: int) -> dict[str, str]:
-    """What makes MLflow's own page of the study readable: a note, and a view of the runs sorted by value."""
+    """What makes MLflow's own page of the study readable: a note, and a view of the runs with the winner first."""
     metric = record.config.study.metric
-    columns = [
+    columns = [f"tags.`{runs.RANK}`", f"tags.`{runs.WINNER}`"]
+    columns += [
         f"metrics.`{name}`" for name in (f"cv/{metric}_mean", f"cv/{metric}_std", f"test/{metric}", "cost/seconds")
     ]
     columns += [f"params.`{name}`" for name, _ in record.config.search]
     columns += ["tags.`outcome`"]
-    state = {"orderByKey": f"metrics.`cv/{metric}_mean`", "orderByAsc": False, "selectedColumns": columns}
+    # By the mean a trial that was not fitted again, or a run of second fits, may come before the winner.
+    state = {"orderByKey": f"tags.`{runs.RANK}`", "orderByAsc": True, "selectedColumns": columns}
     view = {
-        "name": f"Trials by {metric.capitalize()}",
+        "name": "Trials, best first",
         "createdAt": began_ms,
         "updatedAt": began_ms,
         "state": json.dumps(state),

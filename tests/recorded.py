@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -136,10 +138,10 @@ class FakeStudy:
             self.epoch(trial, 0)
         return self.end(trial, outcome)
 
-    def second(self, number: int) -> None:
-        """The second fits of that trial, a little worse than the first."""
+    def second(self, number: int, gain: float = -0.005) -> None:
+        """The second fits of that trial, by so much better than the first."""
         trial = self.record.trial(number)
-        began_at, quality = self._tick(), trial_quality(trial) - 0.005
+        began_at, quality = self._tick(), trial_quality(trial) + gain
         for fold in range(self.record.n_folds):
             fit, held_out = self.record.second_fit(number, fold).paths, self.record.folds.held_out(fold)
             for epoch in range(1, self.n_epochs + 1):
@@ -149,10 +151,10 @@ class FakeStudy:
             SecondRecord(trial=number, began_at=began_at, outcome="full", ended_at=self._tick(), code=trial.code)
         )
 
-    def confirm(self, *numbers: int) -> None:
+    def confirm(self, *numbers: int, gains: Mapping[int, float] = MappingProxyType({})) -> None:
         """Confirm the study with the second fits of these trials."""
         for number in numbers:
-            self.second(number)
+            self.second(number, gains.get(number, -0.005))
         full = tuple(trial.number for trial in self.record.full_trials())
         self.record.write_shortlist(Shortlist(numbers, full, self.config.study.confirm))
 

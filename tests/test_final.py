@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import shutil
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,10 +22,12 @@ from hpsearch.data.cache import open_cache
 from hpsearch.data.decode import resize
 from hpsearch.data.prepare import prepare_pool
 from hpsearch.errors import StudyError
-from hpsearch.final import FinalResult, fold_networks, run_final
-from hpsearch.paths import ProjectPaths
+from hpsearch.final import FinalResult, _is_stored, fold_networks, run_final
+from hpsearch.paths import FinalPaths, ProjectPaths
 from hpsearch.predict import Ensemble, Predictor, find_images, load_predictor, predict_files
+from hpsearch.report.claimed_words import final_lines
 from hpsearch.report.rows import study_rows
+from hpsearch.report.statistics import Paired
 from hpsearch.scoring import mask_name, official_scores, read_mask, score_folder
 from hpsearch.training.checkpoint import load_weights
 from hpsearch.training.metrics import SCORES, PixelCounts
@@ -181,6 +186,47 @@ def test_the_promise_is_the_mean_of_both_its_fits(project: ProjectPaths, result:
         assert result.against_default is not None
 
 
+def test_a_final_of_the_default_says_whether_the_search_found_better(result: FinalResult) -> None:
+    gain = Paired(0.02, 0.01, 0.03, 0.001)
+    other = dataclasses.replace(result, predicted=None, against_default=gain, is_default=False, winner=5)
+    default = dataclasses.replace(other, against_default=None, is_default=True, winner_against_default=gain)
+    assert any("trial 5, the best that the search found, gains +0.0200" in line for line in final_lines(default))
+    assert not any("nothing better" in line for line in final_lines(default))
+    found = dataclasses.replace(default, winner=default.trial.number, winner_against_default=None)
+    assert "this is the default configuration: the search found nothing better" in final_lines(found)
+    assert any("gain over trial 0 (the default)" in line for line in final_lines(other))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_seeds": 1},
+        {"ensemble": False},
+        {"pool": SimpleNamespace(key="other")},
+        {"test": SimpleNamespace(key="other", ids=())},
+        {"missing": "test.csv"},
+        {"missing": "final.json"},
+        {"missing": "masks"},
+        {},
+    ],
+)
+def test_only_a_whole_result_of_the_same_images_is_taken_as_it_is(
+    result: FinalResult, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    folder = FinalPaths(tmp_path / "final")
+    shutil.copytree(result.paths.root, folder.root)
+    if missing := change.pop("missing", None):
+        path = folder.root / missing
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        change = {"missing": missing}
+    table = json.loads(result.paths.result.read_text())
+    pool, test = SimpleNamespace(key=table["pool_key"]), SimpleNamespace(key=table["test_key"])
+    test.ids = tuple(f"ISIC_{number:07d}" for number in range(11, 15))
+    given = {"pool": pool, "test": test, "n_seeds": 2, "ensemble": True}
+    asked = {key: value for key, value in change.items() if key in given}
+    assert _is_stored(folder, **{**given, **asked}) is (not change)
+
+
 def test_only_full_trials_can_be_final(project: ProjectPaths) -> None:
     with pytest.raises(StudyError, match="no trial 9"):
         run_final(project, trial=9, machine=MACHINE)
@@ -250,6 +296,13 @@ def test_every_look_at_the_test_set_is_counted_and_a_search_that_goes_on_after_o
     # Near-duplicates were looked for once: the images are the same.
     assert len(list(project.cache.glob("near-duplicates-*.json"))) == 1
     assert again.leaks == result.leaks
+    # The same again is the stored result, and no evaluation; the zip is made of the stored masks.
+    said: list[str] = []
+    stored = run_final(project, trial=0, machine=MACHINE, submission=True, on_step=said.append)
+    assert stored == again
+    assert said == ["trial 0 was evaluated on these images before; this is the stored result"]
+    assert len(project.looks.read_text().splitlines()) == 2
+    assert stored.paths.submission.is_file()
     text = "\n".join(describe(again))
     assert "scored 2 times" in text
     assert "1 trial of this study began after its first look" in text

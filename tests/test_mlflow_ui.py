@@ -18,11 +18,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import optuna
 import psutil
 import pytest
 
 from hpsearch.errors import TrackingError
 from hpsearch.tracking import MlflowTracker, TrackingThread
+from hpsearch.tuning.study import StudyDatabase, sqlite_url
 from tests.recorded import FakeStudy
 from tests.tracked import Run, read
 
@@ -108,6 +110,52 @@ def test_a_plain_mlflow_ui_in_the_project_folder_shows_every_trial(
             f"{address}/get-artifact?path=curves.png&run_uuid={run_id}", timeout=60
         ) as answer:
             assert answer.read().startswith(b"\x89PNG")
+
+
+def test_after_a_refit_that_changes_the_winner_the_saved_view_begins_with_it_as_optuna_does(
+    tmp_path: Path,
+    empty_mlflow_db: Path,
+) -> None:
+    shutil.copy(empty_mlflow_db, tmp_path / "mlflow.db")
+    study = FakeStudy(tmp_path, n_images=40, overrides=("study.confirm=2", "study.trials=4"))
+    for lr in (0.01, 0.05, 0.045, 0.04):
+        study.trial(**{"train.lr": lr, "unet.depth": 4, "unet.base_channels": 16})
+    record = study.record
+    with mlflow_ui(tmp_path, free_port()) as address:
+        tracker = MlflowTracker(study.project, address)
+        for winner in (1, 2):
+            if winner == 2:
+                # Trial 3 was not fitted again and has the highest mean of all.
+                study.confirm(1, 2, gains={1: -0.08, 2: -0.02})
+                assert record.standing().values[3] > record.standing().values[2]
+            tracker.catch_up(record.paths)
+            StudyDatabase(record, sqlite_url(study.project.optuna_db)).catch_up()
+            worth = record.standing().values[winner]
+            experiments = ask(address, "experiments/search", max_results=10)["experiments"]
+            (experiment,) = [each for each in experiments if each["name"] == "fake"]
+            tags = {each["key"]: each["value"] for each in experiment["tags"]}
+            view = json.loads(json.loads(tags["mlflow.sharedViewState.hpsearch"])["state"])
+            order = f"{view['orderByKey']} {'ASC' if view['orderByAsc'] else 'DESC'}"
+            runs = ask(address, "runs/search", experiment_ids=[experiment["experiment_id"]], order_by=[order])["runs"]
+            assert runs[0]["info"]["run_name"] == f"trial {winner:04d}"
+            metrics = {each["key"]: each["value"] for each in runs[0]["data"]["metrics"]}
+            assert metrics["cv/dice_mean"] == worth
+            is_winner = [
+                run["info"]["run_name"]
+                for run in runs
+                if {"key": "winner", "value": "true"} in run["data"].get("tags", [])
+            ]
+            assert is_winner == [f"trial {winner:04d}"]
+            (parent,) = [run for run in runs if run["info"]["run_name"] == "fake"]
+            of_study = {each["key"]: each["value"] for each in parent["data"]["metrics"]}
+            assert of_study["study/best_dice"] == worth
+            note = next(each["value"] for each in parent["data"]["tags"] if each["key"] == "mlflow.note.content")
+            assert f"trial {winner}" in note
+            # As optuna-dashboard reads it, with a storage of its own.
+            storage = optuna.storages.RDBStorage(sqlite_url(study.project.optuna_db))
+            best = storage.get_best_trial(storage.get_study_id_from_name("fake"))
+            assert (best.number, best.value) == (winner, worth)
+        assert metrics["cv/dice_first"] == record.trial(2).value
 
 
 class Line:

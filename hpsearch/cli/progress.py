@@ -55,6 +55,8 @@ class StudyProgress:
         self._record: StudyRecord | None = None
         self._images: tuple[int, int] | None = None
         self._trials: dict[int, TrialRecord] = {}
+        self._best: tuple[int, float] | None = None
+        """Number of the best trial so far and what it is ranked by."""
         self._fits: dict[tuple[int, int], Mapping[str, Any]] = {}
         self._to_go: tuple[float, float] | None = None
         """Seconds to go, and when that was reckoned."""
@@ -88,6 +90,7 @@ class StudyProgress:
     def planned(self, record: StudyRecord, plan: ExecutionPlan, forecast: Forecast) -> None:
         self._record = record
         self._trials = {trial.number: trial for trial in record.trials()}
+        self._rank()
         self._to_go = (forecast.total_s, time.monotonic()) if math.isfinite(forecast.total_s) else None
         config = record.config
         if self._trials:
@@ -132,9 +135,10 @@ class StudyProgress:
         self._trials[trial.number] = trial
         for key in [key for key in self._fits if key[0] == trial.number]:
             del self._fits[key]
+        self._rank()
         self._reckon()
         value = f"{trial.value:.4f}" if trial.value is not None else "-"
-        mark = "  best so far" if self._best() is trial else ""
+        mark = "  best so far" if self._best is not None and self._best[0] == trial.number else ""
         reason = f"  ({trial.reason})" if trial.outcome not in ("full",) and trial.reason else ""
         self._print(f"trial {trial.number} {trial.outcome} {value}{mark}{reason}  {describe_params(trial.params)}")
 
@@ -144,20 +148,22 @@ class StudyProgress:
             those = f"trial {listed} is" if len(trials) == 1 else f"trials {listed} are"
             self._print(f"the search is over; to tell luck from merit, {those} fitted once more")
         self._second = done, total
+        self._rank()
         self._reckon()
 
     def said(self, text: str) -> None:
+        self._rank()
         self._print(text)
 
     def summarise(self, summary: StudySummary) -> None:
         """The result and the next step."""
         record = summary.record
-        best, n_trials = record.best(), record.config.study.trials
-        if best is not None:
-            both = ", both fits" if best.number in record.confirmed() else ""
+        standing, n_trials = record.standing(), record.config.study.trials
+        if (winner := standing.winner) is not None:
+            both = ", both fits" if winner in standing.confirmed else ""
             self._print(
-                f"best: trial {best.number}, {record.config.study.metric} {record.worth(best):.4f} out of fold{both} "
-                f" {describe_params(best.params)}"
+                f"best: trial {winner}, {record.config.study.metric} {standing.values[winner]:.4f} out of fold{both} "
+                f" {describe_params(record.trial(winner).params)}"
             )
         if summary.undelivered:
             n = summary.undelivered
@@ -176,9 +182,10 @@ class StudyProgress:
                 self._print(f"  {folder}mlflow ui")
             self._print(f"  {command_line('report', self._name, self._project)}")
 
-    def _best(self) -> TrialRecord | None:
-        full = [trial for trial in self._trials.values() if trial.can_win]
-        return max(full, key=lambda trial: (trial.value or 0.0, -trial.number)) if full else None
+    def _rank(self) -> None:
+        if self._record is not None:
+            standing = self._record.standing()
+            self._best = None if standing.winner is None else (standing.winner, standing.values[standing.winner])
 
     def _print(self, text: str) -> None:
         # The study does not end with its terminal, or with whoever read its output: all is in its log too.
@@ -195,10 +202,9 @@ class StudyProgress:
             return Group(Text("getting ready"))
         config = self._record.config
         counted = sum(trial.outcome in COUNTED for trial in self._trials.values())
-        best = self._best()
         head = f"study {self._name}  {counted}/{config.study.trials} trials"
-        if best is not None:
-            head += f"  best {best.value:.4f} (trial {best.number})"
+        if self._best is not None:
+            head += f"  best {self._best[1]:.4f} (trial {self._best[0]})"
         done, total = counted, config.study.trials
         if self._second is not None:
             done, total = self._second

@@ -53,12 +53,11 @@ def command(project: ProjectPaths, study_name: str | None, trial: int | None) ->
         counts = ", ".join(f"{n} {outcome}" for outcome, n in sorted(outcomes.items())) or "none ended"
         held = f"run by {lock.describe_holder(project.study(name))}" if status.is_running else "not running"
         console.print(Text(f"study {name}: {status.n_counted}/{config.study.trials} trials ({counts}); {held}"))
-        if status.best is not None:
+        if (best := status.best) is not None:
             console.print(
                 Text(
-                    f"  best: trial {status.best.number}, {config.study.metric} {status.best_worth:.4f}"
-                    f"{' (both fits)' if status.is_confirmed else ''}  "
-                    f"{describe_params(status.best.params)}"
+                    f"  best: trial {best.number}, {config.study.metric} {status.values[best.number]:.4f}"
+                    f"{' (both fits)' if status.is_confirmed else ''}  {describe_params(best.params)}"
                 )
             )
         if status.shortlist:
@@ -78,11 +77,10 @@ def command(project: ProjectPaths, study_name: str | None, trial: int | None) ->
             )
         if status.coordinators:
             console.print(_coordinators_table(status))
-        is_done = status.n_counted >= config.study.trials and (status.is_confirmed or not status.shortlist)
-        if not status.is_running and not is_done:
+        if not status.is_running and not status.is_over:
             console.print(Text(f"  go on with it: {command_line('study', name, project)}"))
         finals = final_names(project.study(name))
-        if not status.is_running and is_done and status.best is not None and not finals:
+        if not status.is_running and status.is_over and status.best is not None and not finals:
             console.print(Text(f"  next: {command_line('final --best', name, project)}"))
         for final in finals:
             folder = project.study(name).final(final)
@@ -95,10 +93,11 @@ def command(project: ProjectPaths, study_name: str | None, trial: int | None) ->
             continue
         table = Table("trial", "outcome", "value", "folds", "time", "parameters", "why", box=None, pad_edge=False)
         for each in status.trials:
+            value = status.values.get(each.number, each.value)
             table.add_row(
                 str(each.number),
                 each.outcome or "open",
-                f"{each.value:.4f}" if each.value is not None else "",
+                f"{value:.4f}" if value is not None else "",
                 f"{status.n_finished[each.number]}/{status.n_folds}",
                 duration(status.seconds[each.number]),
                 Text(describe_params(each.params)),
@@ -137,7 +136,8 @@ def _show_decisions(project: ProjectPaths, study_name: str | None, number: int) 
     record = study_record(project, study_name)
     trial = record.known_trial(number)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-    value = "" if trial.value is None else f", {record.config.study.metric} {trial.value:.4f}"
+    worth = record.worth(trial)
+    value = "" if worth is None else f", {record.config.study.metric} {worth:.4f}"
     ended = f"{trial.outcome or 'open'}{value}"
     console.print(Text(f"trial {number} of study {record.name}: {ended}  {describe_params(trial.params)}"))
     if trial.reason:

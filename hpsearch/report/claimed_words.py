@@ -24,11 +24,16 @@ def final_lines(result: FinalResult) -> list[str]:
         lines = [explain_test_mean(result.predicted, result.test[metric].mean)]
     else:
         lines = ["this is not the trial that the search would choose, so it promised nothing for it"]
-    gain = result.against_default
-    if gain is not None:
+    gain, of_winner = result.against_default, result.winner_against_default
+    if result.is_default and result.trial.number == result.winner:
+        lines.append("this is the default configuration: the search found nothing better")
+    elif result.is_default and of_winner is not None:
+        lines.append(
+            f"this is the default configuration: trial {result.winner}, the best that the search found, gains "
+            f"{_gain(of_winner)} over it, out of fold, paired"
+        )
+    elif gain is not None:
         lines.append(f"gain over trial 0 (the default), out of fold, paired: {_gain(gain)}")
-    elif result.trial.number == 0:
-        lines.append("this is trial 0, the default configuration: the search found nothing better")
     lines += describe_choices(result.chosen)
     if result.ensemble is not None:
         lines.append(

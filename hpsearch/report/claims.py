@@ -29,12 +29,14 @@ def study_scores(record: StudyRecord, full: Sequence[int]) -> StudyScores:
     """
     fold_of = np.asarray(record.folds.fold_of, np.int64)
     held_out = np.flatnonzero(fold_of >= 0)
-    confirmed = [number for number in record.confirmed() if number in full]
+    standing = record.standing()
+    confirmed = [number for number in standing.confirmed if number in full]
     return StudyScores(
         scores=np.stack([record.out_of_fold(number)[held_out] for number in full]),
         fold_of=fold_of[held_out],
         confirmed=tuple(full.index(number) for number in confirmed),
         second=np.stack([record.second_out_of_fold(number)[held_out] for number in confirmed]) if confirmed else None,
+        winner=None if standing.winner not in full else full.index(standing.winner),
     )
 
 
@@ -79,7 +81,7 @@ class Claims:
         return predict_test_mean(self.scores, self.corrected, n_test=n_test, n_runs=n_runs)
 
     def gain(self, trial: int) -> Paired | None:
-        """Over trial 0 on the same images; None for trial 0, and where that is not full."""
+        """Over trial 0 on the same images; None for trial 0 itself, and where that is not full."""
         if trial == 0 or 0 not in self.full:
             return None
         return compare_trials(self.scores, self.full.index(trial), self.full.index(0))

@@ -83,6 +83,8 @@ class Winner:
     predicted: Interval
     """Mean on `n_predicted` new images after retraining, with a 95 % prediction interval."""
     n_predicted: int
+    is_default: bool
+    """Whether it has the default configuration: trial 0, or a copy of it."""
     gain: Paired | None
     """Over trial 0; None if it is trial 0, or that is not full."""
     tied: tuple[int, ...]
@@ -181,6 +183,8 @@ class StudyRows:
     n_counted: int
     """Trials that count toward `study.trials`."""
     trials: tuple[TrialRow, ...]
+    ranking: tuple[int, ...]
+    """Numbers of the trials that can win, best first."""
     winner: Winner | None
     """None while no trial is full."""
     race: Race | None
@@ -200,11 +204,9 @@ class StudyRows:
 
     @property
     def full(self) -> tuple[TrialRow, ...]:
-        """Full trials, the confirmed before the others, each best first; of equals the earlier."""
-        rows = [
-            (not row.is_confirmed, -row.statistics.mean, row) for row in self.trials if row.statistics is not None
-        ]
-        return tuple(row for *_, row in sorted(rows, key=lambda each: (each[0], each[1], each[2].number)))
+        """The trials that can win, best first."""
+        rows = {row.number: row for row in self.trials}
+        return tuple(rows[number] for number in self.ranking)
 
     def trial(self, number: int) -> TrialRow:
         return next(row for row in self.trials if row.number == number)
@@ -218,7 +220,8 @@ def study_rows(record: StudyRecord) -> StudyRows:
     trials = record.trials()
     claims = Claims.of(record)
     statistics = dict(zip(claims.full, trial_statistics(claims.scores), strict=True)) if claims is not None else {}
-    confirmed = record.confirmed()
+    standing = record.standing(trials)
+    confirmed = standing.confirmed
     rows = tuple(_trial_row(record, trial, statistics.get(trial.number), confirmed) for trial in trials)
     results = _final_results(record)
     winner = _winner(record, claims, statistics, results) if claims is not None else None
@@ -236,6 +239,7 @@ def study_rows(record: StudyRecord) -> StudyRows:
         ),
         n_counted=sum(trial.outcome in COUNTED for trial in trials),
         trials=rows,
+        ranking=standing.ranking,
         winner=winner,
         race=Race(spent_s=sum(r.seconds for r in ended), whole_s=sum(r.whole_s or 0 for r in ended))
         if ended
@@ -354,6 +358,7 @@ def _winner(
         corrected=claims.corrected,
         predicted=predicted,
         n_predicted=n_test,
+        is_default=record.is_default(record.trial(number)),
         gain=claims.gain(number),
         tied=claims.tied,
         cheapest=claims.cheapest_tied(record),

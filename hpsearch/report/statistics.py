@@ -37,6 +37,7 @@ from numpy.typing import NDArray
 from scipy.special import stdtrit
 
 from hpsearch.errors import StudyError
+from hpsearch.stats.best import rank
 from hpsearch.tuning.racing import NEAR, run_spread
 
 Floats = NDArray[np.float64]
@@ -103,6 +104,8 @@ class StudyScores:
     """Rows of `scores` that were fitted a second time, with new seeds."""
     second: Floats | None = None
     """Their second fits on the same folds, (confirmed, images)."""
+    winner: int | None = None
+    """Row of the trial that the study names as best; None: the best by these scores (`chosen`)."""
 
     def __post_init__(self) -> None:
         shape = self.scores.shape
@@ -301,7 +304,7 @@ def tied_with_best(study: StudyScores, *, seed: int = 0) -> tuple[int, ...]:
     noise += size * np.sqrt(run_variance[contenders]) * rng.standard_normal(noise.shape)
     allowed = np.quantile(noise.max(axis=1, keepdims=True) - noise, LEVEL, axis=0)
     tied = contenders[means[best] - means[contenders] <= allowed]
-    return tuple(int(trial) for trial in sorted(tied, key=lambda trial: (-means[trial], trial)))
+    return tuple(rank({int(trial): float(means[trial]) for trial in tied}))
 
 
 def cheapest(tied: Sequence[int], costs: Mapping[int, float]) -> int:
@@ -329,10 +332,11 @@ def select_for_confirmation(
 
 
 def chosen(study: StudyScores) -> int:
-    """The winner: the best of the confirmed trials by both their fits; without those, the best of all."""
+    """Return the row of the winner: the best of the confirmed trials by both their fits; without those, of all."""
+    if study.winner is not None:
+        return study.winner
     means = study.joint.mean(axis=1)
-    among = study.confirmed or range(study.n_trials)
-    return int(max(among, key=lambda trial: (means[trial], -trial)))
+    return rank({row: float(means[row]) for row in study.confirmed or range(study.n_trials)})[0]
 
 
 @dataclass(frozen=True)

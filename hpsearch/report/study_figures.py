@@ -91,11 +91,13 @@ def draw_race(trials: Sequence[TrialRow], n_folds: int, *, metric: str) -> Figur
         _plain(axis)
     known = [trial for trial in trials if trial.value is not None]
     floor = _floor([trial.value for trial in known if trial.value is not None])
-    best: list[tuple[int, float]] = []
     for trial in known:
         _point(above, trial.number, trial.value or 0.0, floor, trial.outcome)
-        if trial.outcome == "full":
-            best.append((trial.number, max(trial.value or 0.0, best[-1][1] if best else -np.inf)))
+    # Once trials were fitted again, only those can win.
+    contenders = [trial for trial in trials if trial.statistics is not None]
+    contenders = [trial for trial in contenders if trial.is_confirmed] or contenders
+    means = [trial.statistics.mean for trial in contenders if trial.statistics is not None]
+    best = list(zip((trial.number for trial in contenders), np.maximum.accumulate(means or [0.0]), strict=False))
     if best:
         steps = [*best, (trials[-1].number, best[-1][1])]
         above.plot([x for x, _ in steps], [y for _, y in steps], color=INK, lw=1.2, drawstyle="steps-post", zorder=1)

@@ -277,9 +277,9 @@ def _chosen(rows: StudyRows, winner: Winner) -> str:
 
 
 def _gain(winner: Winner) -> str:
+    if winner.is_default:
+        return "It is the default configuration: nothing better was found so far."
     if winner.gain is None:
-        if winner.number == 0:
-            return "It is trial 0, the default configuration: nothing better was found so far."
         return "The default configuration (trial 0) was not evaluated fully, so the gain over it is not known."
     is_sure = winner.gain.low > 0
     return (

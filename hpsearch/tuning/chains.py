@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Collection, Container, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from hpsearch.tuning.search_space import AtOneMoment
 from hpsearch.tuning.study import STATES
 
 EARLIER_S = 2.0
@@ -71,7 +72,10 @@ def is_begun(trial: FrozenTrial) -> bool:
 def is_told(trial: FrozenTrial) -> bool:
     """Whether its coordinator told what became of it; one that was failed for its silence may have tried to."""
     outcome = trial.user_attrs.get("outcome")
-    return outcome in STATES and outcome != "lost" and trial.state == STATES[outcome]
+    if outcome not in STATES or outcome == "lost" or not trial.state.is_finished():
+        return False
+    # A full trial is shown as pruned where it leads and cannot win.
+    return (trial.state == TrialState.FAIL) == (STATES[outcome] == TrialState.FAIL)
 
 
 def n_taken(found: Sequence[Chain], before: int | None = None) -> int:
@@ -153,24 +157,9 @@ class AsIfNobodyDied(BaseSampler):
         return self._shown
 
 
-class _AtOneMoment(Study):
-    """A study with the trials that it had at one moment, or is to look as if it had had."""
-
-    def __init__(self, study: Study, trials: list[FrozenTrial]) -> None:
-        # Not by its own constructor, which asks the database for what is known.
-        self.__dict__.update(study.__dict__)
-        self._trials = trials
-
-    def _get_trials(
-        self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
-    ) -> list[FrozenTrial]:
-        found = [trial for trial in self._trials if states is None or trial.state in states]
-        return copy.deepcopy(found) if deepcopy else found
-
-
 def _as_if_nobody_died(study: Study, trials: list[FrozenTrial], trial: FrozenTrial) -> tuple[Study, FrozenTrial]:
     if not any(history(each) for each in trials):
-        return _AtOneMoment(study, trials), trial
+        return AtOneMoment(study, trials), trial
     shown = []
     found = chains(trials)
     for chain in found:
@@ -179,7 +168,7 @@ def _as_if_nobody_died(study: Study, trials: list[FrozenTrial], trial: FrozenTri
         if member.state == TrialState.FAIL and not is_told(member):
             member.state, member.datetime_complete = TrialState.WAITING, None
         shown.append(member)
-    return _AtOneMoment(study, shown), shown[chain_of(found, trial.number).draw]
+    return AtOneMoment(study, shown), shown[chain_of(found, trial.number).draw]
 
 
 def _with_earlier(study: Study, trials: list[FrozenTrial], trial: FrozenTrial, names: set[str]) -> list[FrozenTrial]:

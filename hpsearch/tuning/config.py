@@ -70,6 +70,15 @@ class Choice:
 
     values: tuple[Any, ...]
 
+    @property
+    def n_values(self) -> int | None:
+        """Number of values."""
+        return len(self.values)
+
+    def key(self, value: Any) -> Any:
+        """Return what two equal values share; JSON turns pairs into lists."""
+        return tuple(value) if isinstance(value, list) else value
+
     def contains(self, value: Any) -> bool:
         return value in self.values
 
@@ -89,6 +98,20 @@ class Range:
     @property
     def is_int(self) -> bool:
         return isinstance(self.low, int) and isinstance(self.high, int)
+
+    @property
+    def n_values(self) -> int | None:
+        """Number of values; None if there is one between any two of them."""
+        if self.low == self.high:
+            return 1
+        if self.step is None:
+            return int(self.high - self.low) + 1 if self.is_int else None
+        # As Optuna has it: the range ends at the last step inside it.
+        return math.floor((self.high - self.low) / self.step + 1e-9) + 1
+
+    def key(self, value: Any) -> Any:
+        """Return what two equal values share: with a step their place, since `low + 2 * step` may round."""
+        return value if self.step is None or value is None else round((value - self.low) / self.step)
 
     def contains(self, value: Any) -> bool:
         if isinstance(value, str | bool | tuple) or not self.low <= value <= self.high:
@@ -122,6 +145,16 @@ class SearchSpace:
 
     def __contains__(self, name: str) -> bool:
         return name in self.dimensions
+
+    @property
+    def n_configurations(self) -> int | None:
+        """Number of different configurations; None if they are without end."""
+        counts = [dimension.n_values for dimension in self.dimensions.values()]
+        return None if None in counts else math.prod(count for count in counts if count is not None)
+
+    def key(self, params: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Return a key that two sets of params share if they are the same configuration."""
+        return tuple(dimension.key(params.get(name)) for name, dimension in self.dimensions.items())
 
     def without(self, name: str) -> SearchSpace:
         """The space with `name` pinned."""

@@ -86,8 +86,9 @@ class Confirmation:
         is_urgent: Callable[[], bool],
         epoch_s: EpochSeconds,
         wake_tracking: Callable[[], None],
+        show_ranking: Callable[[], None],
     ) -> None:
-        """`keep_to_requests` lets requests to stop be heard."""
+        """`keep_to_requests` lets requests to stop be heard; `show_ranking` brings Optuna's database up to date."""
         self._record = record
         self._caches = caches
         self._listener = listener
@@ -96,6 +97,7 @@ class Confirmation:
         self._is_urgent = is_urgent
         self._epoch_s_of = epoch_s
         self._wake_tracking = wake_tracking
+        self._show_ranking = show_ranking
         self._workers: Workers
         self._open: dict[int, SecondRecord] = {}
         self._trials: dict[int, TrialRecord] = {}
@@ -197,6 +199,7 @@ class Confirmation:
     ) -> None:
         second = dataclasses.replace(self._open.pop(number), outcome=outcome, reason=reason, ended_at=now())
         self._write(second)
+        self._show_ranking()
         for worker in self._workers.busy():
             if worker.job is not None and worker.job["trial"] == number:
                 self._workers.kill(worker)
@@ -227,11 +230,10 @@ class Confirmation:
 
     def _clear(self, chosen: Shortlist) -> None:
         """Once all is confirmed, keep the second networks of the best and of the one behind it only."""
-        confirmed = self._record.confirmed()
-        if not confirmed:
+        standing = self._record.standing()
+        if not standing.confirmed:
             return
-        worth = {number: self._record.worth(self._record.trial(number)) or 0.0 for number in confirmed}
-        kept = sorted(confirmed, key=lambda number: (-worth[number], number))[:N_KEPT]
+        kept = [number for number in standing.ranking if number in standing.confirmed][:N_KEPT]
         for second in self._record.second_records():
             for fold in range(self._record.n_folds) if second.trial not in kept else ():
                 fits.remove_networks(self._record.second_fit(second.trial, fold).paths)

@@ -35,6 +35,7 @@ from hpsearch.errors import (
 )
 from hpsearch.paths import ProjectPaths
 from hpsearch.plan import ExecutionPlan
+from hpsearch.stats.best import rank
 from hpsearch.tracking import Tracker, TrackingThread
 from hpsearch.tuning import confirmation, enqueue, fits, pruners, takeover
 from hpsearch.tuning.caches import PoolCaches
@@ -246,7 +247,7 @@ class Coordinator:
 
     def forecast(self) -> plans.Forecast:
         """What is left to do, as far as measured steps tell."""
-        n_trials = max(0, self._record.config.study.trials - self.n_counted)
+        n_trials = self._record.n_left(list(self._trials.values()))
         return plans.forecast(
             self._record.config,
             self._plan,
@@ -271,11 +272,37 @@ class Coordinator:
             for event in workers.events(POLL_S):
                 self._hear(event)
             fits.end_silent(workers, self._epoch_s)
+        if not self._stop.is_requested:
+            self._note_used_up()
         with self._ownership.confirming() as is_ours:
             if is_ours and not self._stop.is_requested:
                 self._confirm()
         if self._stop.is_requested:
             logger.info("stopped; run the same command to continue")
+
+    def _note_used_up(self) -> None:
+        """Say so if the search ends before its trials are there; StudyError if nothing in the space is feasible."""
+        trials, config = list(self._trials.values()), self._record.config
+        if self.n_counted >= config.study.trials or self._record.n_unused(trials) != 0:
+            return
+        n_configurations = config.search.n_configurations
+        if all(trial.outcome == "infeasible" for trial in trials):
+            reason = trials[-1].reason
+            if not len(config.search):
+                raise StudyError(f"the configuration is infeasible, and there is no search for another: {reason}")
+            raise StudyError(
+                f"all {n_configurations} configurations of the search are infeasible, the last because {reason}: "
+                "widen it or change data.size"
+            )
+        which = (
+            "its only configuration has" if n_configurations == 1 else f"all {n_configurations} configurations have"
+        )
+        text = (
+            f"the search space is used up: {which} been tried, so the search ends with {self.n_counted} of "
+            f"{config.study.trials} trials"
+        )
+        logger.info("%s", text)
+        self._listener.said(text)
 
     def _confirm(self) -> None:
         """Fit the few that may be the best once more."""
@@ -293,13 +320,15 @@ class Coordinator:
             is_urgent=lambda: self._stop.is_urgent,
             epoch_s=self._epoch_s_of,
             wake_tracking=self._wake_tracking,
+            show_ranking=self._ownership.show_ranking,
         ).run(self._workers)
 
     def _has_work(self) -> bool:
         return bool(self._open) or self._wants_trials() or not self._ownership.is_over()
 
     def _wants_trials(self) -> bool:
-        return self._ownership.wants_trial(self.n_counted + len(self._open))
+        n_unused = self._record.n_unused(self._trials.values())
+        return self._ownership.wants_trial(self.n_counted + len(self._open), n_unused)
 
     def _look_around(self) -> None:
         """What other coordinators of the study have done meanwhile."""
@@ -394,9 +423,6 @@ class Coordinator:
     def _ask(self) -> Asked | None:
         """The trial that the sampler suggests; None if there is none now."""
         infeasible = sum(trial.outcome == "infeasible" for trial in self._trials.values())
-        if infeasible and not len(self._record.config.search):
-            reason = next(t.reason for t in self._trials.values() if t.outcome == "infeasible")
-            raise StudyError(f"the configuration is infeasible, and there is no search for another: {reason}")
         if infeasible >= INFEASIBLE_PER_TRIAL * self._record.config.study.trials:
             last = max(t.number for t in self._trials.values() if t.outcome == "infeasible")
             raise StudyError(
@@ -536,6 +562,8 @@ class Coordinator:
         if lookahead := self._record.config.study.lookahead:
             # What has ended besides depends on how many workers there are.
             others = [each for each in others if each.number <= trial.record.number - lookahead]
+        # A copy must not lose against itself.
+        others = [each for each in others if self._trials[each.number].params != trial.record.params]
         verdict = self._pruner.judge(candidate, others, self._record.folds)
         if verdict is not None:
             self._keep_decision(trial, verdict)
@@ -575,10 +603,9 @@ class Coordinator:
 
     def _clear(self, number: int) -> None:
         """Remove checkpoints of ended trials; weights stay for the two best full trials only."""
-        full = [trial for trial in self._trials.values() if trial.can_win]
-        full.sort(key=lambda trial: (-(trial.value or 0.0), trial.number))
-        kept = {trial.number for trial in full[:2]}
-        for each in {number, *(trial.number for trial in full[2:4])} - kept:
+        values = {trial.number: trial.value or 0.0 for trial in self._record.contenders(self._trials.values())}
+        ranking = rank(values)
+        for each in {number, *ranking[2:4]} - set(ranking[:2]):
             for fold in range(self._record.n_folds):
                 fits.remove_networks(self._record.paths.trial(each).fold(fold))
 

@@ -56,14 +56,20 @@ class Ownership(Protocol):
     def adopt(self, number: int, enqueued: Params | None) -> Asked:
         """One of them; what a crash left out of its params comes from those that a user wants tried next."""
 
-    def wants_trial(self, n_taken: int) -> bool:
-        """Whether a trial may be begun, where `n_taken` on record count or are open. Returns at once."""
+    def wants_trial(self, n_taken: int, n_unused: int | None = None) -> bool:
+        """Whether a trial may be begun, where `n_taken` on record count or are open. Returns at once.
+
+        `n_unused` configurations have been tried by none of them; None: without end.
+        """
 
     def ask(self, enqueued: Params | None) -> Asked | None:
         """A trial to begin, with the params that a user wants tried next, or to go on with; None: not now."""
 
     def tell(self, trial: TrialRecord) -> None:
         """A trial of this coordinator has ended and is on record."""
+
+    def show_ranking(self) -> None:
+        """Replicates have changed how the trials rank: bring the database up to date."""
 
     def lost(self) -> Sequence[int]:
         """Own trials that others have taken over since this was last asked."""
@@ -172,8 +178,8 @@ class Sole:
         params = self._database.adopt(number, enqueued)
         return Asked(number, params, is_enqueued=is_same(params, enqueued))
 
-    def wants_trial(self, n_taken: int) -> bool:
-        return n_taken < self._record.config.study.trials
+    def wants_trial(self, n_taken: int, n_unused: int | None = None) -> bool:
+        return n_taken < self._record.config.study.trials and n_unused != 0
 
     def ask(self, enqueued: Params | None) -> Asked:
         number, params = self._database.ask(enqueued)
@@ -181,6 +187,11 @@ class Sole:
 
     def tell(self, trial: TrialRecord) -> None:
         self._database.tell(trial)
+        if trial.outcome == "full":
+            self._database.show_ranking()
+
+    def show_ranking(self) -> None:
+        self._database.show_ranking()
 
     def lost(self) -> Sequence[int]:
         return ()

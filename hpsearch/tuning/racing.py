@@ -59,6 +59,7 @@ from numpy.typing import NDArray
 from scipy.special import stdtr
 
 from hpsearch.data.folds import Folds
+from hpsearch.stats.best import rank
 
 ALPHA = 0.1
 """A trial is dropped at a one-sided p below this."""
@@ -248,7 +249,8 @@ class Yardstick(NamedTuple):
 @lru_cache(maxsize=4)
 def _yardstick(full: tuple[TrialScores, ...], n_folds: int) -> Yardstick:
     # Cached because it changes only when a trial becomes full, and is asked for after every epoch.
-    incumbent = max(full, key=lambda trial: (trial.value, -trial.number))
+    by_number = {trial.number: trial for trial in full}
+    incumbent = by_number[rank({number: trial.value for number, trial in by_number.items()})[0]]
     near = tuple(trial for trial in full if trial.value >= incumbent.value - NEAR)
     finals = [np.stack([trial.scores[fold][-1] for trial in near]).astype(float) for fold in range(n_folds)]
     values = np.array([[trial.value] for trial in near])

@@ -13,7 +13,7 @@ import logging
 import os
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -25,10 +25,11 @@ import numpy.typing as npt
 import hpsearch
 from hpsearch import config as configs
 from hpsearch import paths
-from hpsearch.config import StudyConfig
+from hpsearch.config import StudyConfig, get_setting
 from hpsearch.data.folds import Folds
 from hpsearch.errors import ConfigError, RecordError, StudyChangedError, StudyError
 from hpsearch.paths import FitPaths, ProjectPaths, StudyPaths
+from hpsearch.stats.best import rank
 from hpsearch.training.rows import read_lines
 
 logger = logging.getLogger(__name__)
@@ -127,6 +128,27 @@ class Shortlist:
     """The full trials that it was chosen from: with others it says nothing any more."""
     count: int
     """`study.confirm` when it was made."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How the trials of a study stand at one moment. Every view shows this ranking and no other."""
+
+    ranking: tuple[int, ...]
+    """Numbers of the contenders, best first."""
+    values: dict[int, float]
+    """Contender to the value that ranks it: the mean over both its fits if it is confirmed, else over its first."""
+    confirmed: tuple[int, ...]
+    """The contenders whose second fits count, by number: while there are any, one of them wins."""
+
+    @property
+    def winner(self) -> int | None:
+        return self.ranking[0] if self.ranking else None
+
+    @property
+    def best_value(self) -> float | None:
+        """The value that ranks the winner."""
+        return self.values[self.ranking[0]] if self.ranking else None
 
 
 @dataclass(frozen=True)
@@ -368,8 +390,50 @@ class StudyRecord:
                 )
 
     def full_trials(self) -> list[TrialRecord]:
-        """Trials that were evaluated on all folds, as they were suggested: the only ones that can win."""
-        return [trial for trial in self.trials() if trial.can_win]
+        """Trials that can win, by number: evaluated on all folds, as they were suggested, and no copy of another."""
+        return self.contenders(self.trials())
+
+    def contenders(self, trials: Iterable[TrialRecord]) -> list[TrialRecord]:
+        """Return those of the trials that can win, by number.
+
+        Equal configurations are one: the earliest full trial stands for it, and later copies cannot win. Otherwise
+        the luckiest of several runs of one configuration would stand for it.
+        """
+        found: dict[tuple[Any, ...], TrialRecord] = {}
+        for trial in sorted(trials, key=lambda trial: trial.number):
+            if trial.can_win:
+                found.setdefault(self.configuration(trial.params), trial)
+        return list(found.values())
+
+    def configuration(self, params: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Return a key that params share if they are the same configuration; a missing one has its default."""
+        names = [name for name, _ in self.config.search]
+        return self.config.search.key(
+            {name: params[name] if name in params else get_setting(self.config, name) for name in names}
+        )
+
+    def is_default(self, trial: TrialRecord) -> bool:
+        """Whether the trial has the default configuration, as trial 0 has."""
+        return self.configuration(trial.params) == self.configuration({})
+
+    def n_unused(self, trials: Iterable[TrialRecord]) -> int | None:
+        """Return how many configurations of the search space none of these trials has had; None if without end."""
+        n_configurations = self.config.search.n_configurations
+        if n_configurations is None:
+            return None
+        return max(0, n_configurations - len({self.configuration(trial.params) for trial in trials}))
+
+    def n_left(self, trials: Sequence[TrialRecord]) -> int:
+        """Return how many trials are still to be evaluated at most, with these on record; open ones count."""
+        n_left = max(0, self.config.study.trials - sum(trial.outcome in COUNTED for trial in trials))
+        n_unused = self.n_unused(trials)
+        if n_unused is None:
+            return n_left
+        return min(n_left, n_unused + sum(trial.outcome is None for trial in trials))
+
+    def is_searched(self, trials: Sequence[TrialRecord]) -> bool:
+        """Whether the search is over, with these as all its trials: replicates may still be missing."""
+        return all(trial.outcome is not None for trial in trials) and self.n_left(trials) == 0
 
     def shortlist(self) -> Shortlist | None:
         """The configurations that are, or were, fitted once more; None before the first were chosen."""
@@ -418,33 +482,46 @@ class StudyRecord:
         Empty while second fits are missing, and after a full trial has come since: then the choice is as open as if
         nothing had been confirmed.
         """
+        return self.standing().confirmed
+
+    def standing(self, trials: Iterable[TrialRecord] | None = None) -> Standing:
+        """Return the ranking of the trials that can win, among `trials` where they were read already.
+
+        Confirmed trials come first, by the mean over both their fits; then those that were not fitted again, by their
+        value; last those whose configuration failed with other seeds. The earlier of equal trials comes first.
+        """
+        full = self.full_trials() if trials is None else self.contenders(trials)
+        values = {trial.number: cast("float", trial.value) for trial in full}
+        confirmed: list[int] = []
+        failed: list[int] = []
         shortlist = self.shortlist()
-        if shortlist is None or shortlist.of != tuple(trial.number for trial in self.full_trials()):
-            return ()
-        seconds = [self.second(number) for number in shortlist.trials]
-        if any(second is None or second.outcome is None for second in seconds):
-            return ()
-        return tuple(sorted(second.trial for second in seconds if second is not None and second.outcome == "full"))
+        if shortlist is not None and shortlist.of == tuple(values):
+            seconds = [self.second(number) for number in shortlist.trials]
+            if all(second is not None and second.outcome is not None for second in seconds):
+                ended = [second for second in seconds if second is not None]
+                confirmed = sorted(second.trial for second in ended if second.outcome == "full")
+                failed = [second.trial for second in ended if second.outcome != "full"]
+        values |= {number: cast("float", self.mean_of_fits(number)) for number in confirmed}
+        others = [number for number in values if number not in confirmed and number not in failed]
+        ranking = [number for group in (confirmed, others, failed) for number in rank({n: values[n] for n in group})]
+        return Standing(tuple(ranking), values, tuple(confirmed))
+
+    def mean_of_fits(self, trial: int) -> float | None:
+        """Mean over all held-out images and both fits of a trial; None while it has no complete second fits."""
+        second = self.second(trial)
+        if second is None or second.outcome != "full":
+            return None
+        both = (self.out_of_fold(trial) + self.second_out_of_fold(trial)) / 2
+        return float(np.mean(both[~np.isnan(both)]))
 
     def worth(self, trial: TrialRecord) -> float | None:
         """What a trial is ranked by: the mean over both its fits where it is confirmed, else its value."""
-        if trial.number not in self.confirmed():
-            return trial.value
-        return self._mean_of_both(trial.number)
+        return self.standing().values.get(trial.number, trial.value)
 
     def best(self) -> TrialRecord | None:
-        """The full trial that wins, the earlier one if two are equal.
-
-        By the mean of both fits among the confirmed; by value among all full trials where none is confirmed.
-        """
-        if numbers := self.confirmed():
-            return self.trial(max(numbers, key=lambda number: (self._mean_of_both(number), -number)))
-        full = self.full_trials()
-        return max(full, key=lambda trial: (cast("float", trial.value), -trial.number)) if full else None
-
-    def _mean_of_both(self, trial: int) -> float:
-        both = (self.out_of_fold(trial) + self.second_out_of_fold(trial)) / 2
-        return float(np.mean(both[~np.isnan(both)]))
+        """The trial that wins (`standing`); None while none is full."""
+        winner = self.standing().winner
+        return None if winner is None else self.trial(winner)
 
 
 def no_study(project: ProjectPaths) -> StudyError:

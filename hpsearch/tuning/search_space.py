@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import optuna
+import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
-from optuna.storages import InMemoryStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
@@ -23,7 +23,12 @@ SAME_FACTOR = 1.2
 SAME_SHARE = math.log(SAME_FACTOR) / math.log(1000)
 """For other continuous settings, the share of the range that a factor of 1.2 has of three decades."""
 ATTEMPTS = 20
-"""Suggestions that are drawn before a repeated one is taken."""
+"""Suggestions that are drawn before an unused configuration is looked for by enumeration."""
+MAX_ENUMERATED = 100_000
+"""Configurations of a search space that is enumerated."""
+SEARCH_VALUE = "search_value"
+"""User attribute of an ended trial: the value that the search learns from. It is the mean over the first fits of a
+full trial, and the estimate of a dropped one. Optuna's own value is what the trial is ranked by."""
 
 
 def distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
@@ -60,7 +65,9 @@ class ReplayableSampler(BaseSampler):
     An ordinary sampler carries a random state from ask to ask, which is lost with the process: reopened with the
     same seed it repeats its suggestions, without one it cannot be repeated. Here each suggestion is made by a sampler
     of its own, seeded from (study seed, trial number, parameter, attempt). What an earlier trial has had already
-    (`is_repeated`) is drawn again; where nothing else is found, as in a space of few configurations, it is repeated.
+    (`is_repeated`) is drawn again. A finite space is repeated only once all its configurations are used up.
+
+    Trials are shown to it with their `SEARCH_VALUE`, so replicates change no suggestion.
 
     With `lookahead` L above 0 trial n is suggested from what became of the trials up to n - L. The later ones are
     shown as running, whether they are or not, so that the number of workers makes no difference.
@@ -101,16 +108,15 @@ class ReplayableSampler(BaseSampler):
     ) -> dict[str, Any]:
         if not search_space:
             return {}
-        trials = study.get_trials(deepcopy=False)
+        trials = [_as_searched(each) for each in study.get_trials(deepcopy=False)]
         if self._lookahead:
-            study, trial = _as_of(trials, trial, trial.number - self._lookahead)
-            trials = study.get_trials(deepcopy=False)
-        earlier = trials[: trial.number]
+            trials = [_as_of(each, trial.number - self._lookahead) for each in trials[: trial.number + 1]]
+        study, earlier = AtOneMoment(study, trials), trials[: trial.number]
         for attempt in range(ATTEMPTS):
             params = self._draw(study, trial, search_space, attempt)
             if not is_repeated({**trial.params, **params}, earlier, self._space):
                 return params
-        return self._draw(study, trial, search_space, 0)
+        return self._unused(trial, search_space, earlier) or self._draw(study, trial, search_space, 0)
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -142,6 +148,26 @@ class ReplayableSampler(BaseSampler):
             name: RandomSampler(seed=self._seed_of(trial, name, *salt)).sample_independent(study, trial, name, each)
             for name, each in search_space.items()
         }
+
+    def _unused(
+        self, trial: FrozenTrial, search_space: Mapping[str, BaseDistribution], earlier: Sequence[FrozenTrial]
+    ) -> dict[str, Any]:
+        """Return a configuration of a finite space that no earlier trial has had; empty if there is none."""
+        grids = [_grid(each) for each in search_space.values()]
+        if any(grid is None for grid in grids) or math.prod(len(grid or ()) for grid in grids) > MAX_ENUMERATED:
+            return {}
+
+        def key(params: Mapping[str, Any]) -> tuple[Any, ...]:
+            return tuple(_place(params.get(name), each) for name, each in search_space.items())
+
+        had = {key(each.params) for each in earlier}
+        found = [
+            dict(zip(search_space, values, strict=True)) for values in itertools.product(*(g or () for g in grids))
+        ]
+        unused = [params for params in found if key({**params, **trial.params}) not in had]
+        if not unused:
+            return {}
+        return unused[int(np.random.default_rng(self._seed_of(trial, "unused")).integers(len(unused)))]
 
     def _seed_of(self, trial: FrozenTrial, *salt: Any) -> int:
         return stable_seed(self._seed, trial.number, *salt)
@@ -185,7 +211,7 @@ def make_sampler(config: StudyConfig, fixed: Mapping[int, Mapping[str, Any]]) ->
 
 def _is_same(one: Any, other: Any, distribution: BaseDistribution, infeasible: bool) -> bool:
     if not isinstance(distribution, FloatDistribution) or distribution.step is not None:
-        return bool(one == other)
+        return bool(_place(one, distribution) == _place(other, distribution))
     if infeasible:
         return True
     if distribution.log:
@@ -193,17 +219,60 @@ def _is_same(one: Any, other: Any, distribution: BaseDistribution, infeasible: b
     return bool(abs(one - other) < SAME_SHARE * (distribution.high - distribution.low))
 
 
-def _as_of(trials: Sequence[FrozenTrial], trial: FrozenTrial, last: int) -> tuple[Study, FrozenTrial]:
-    """A study in memory where the trials after `last` have not ended, and the trial in it."""
-    study = optuna.create_study(direction="maximize", storage=InMemoryStorage())
-    for each in trials[: trial.number + 1]:
-        shown = copy.copy(each)
-        if each.number > last:
-            shown.state, shown.values, shown.datetime_complete = TrialState.RUNNING, None, None
-            shown.user_attrs = {}
-            shown.system_attrs = {}
-        study.add_trial(shown)
-    return study, study.get_trials(deepcopy=False)[trial.number]
+def _grid(distribution: BaseDistribution) -> list[Any] | None:
+    """Return all values of a distribution; None for a continuous one."""
+    if isinstance(distribution, CategoricalDistribution):
+        return list(distribution.choices)
+    if isinstance(distribution, IntDistribution):
+        return list(range(distribution.low, distribution.high + 1, distribution.step))
+    assert isinstance(distribution, FloatDistribution)
+    if distribution.step is None:
+        return [distribution.low] if distribution.single() else None
+    n_steps = round((distribution.high - distribution.low) / distribution.step)
+    return [distribution.low + step * distribution.step for step in range(n_steps + 1)]
+
+
+def _place(value: Any, distribution: BaseDistribution) -> Any:
+    """Return what equal values share: of a float with a step its place, since `low + 2 * step` may round."""
+    if isinstance(distribution, FloatDistribution) and distribution.step is not None and value is not None:
+        return round((value - distribution.low) / distribution.step)
+    return value
+
+
+class AtOneMoment(Study):
+    """A study with the trials that it had at one moment, or is to look as if it had had."""
+
+    def __init__(self, study: Study, trials: list[FrozenTrial]) -> None:
+        # Not by its own constructor, which asks the database for what is known.
+        self.__dict__.update(study.__dict__)
+        self._trials = trials
+
+    def _get_trials(
+        self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
+    ) -> list[FrozenTrial]:
+        found = [trial for trial in self._trials if states is None or trial.state in states]
+        return copy.deepcopy(found) if deepcopy else found
+
+
+def _as_searched(trial: FrozenTrial) -> FrozenTrial:
+    """Return the trial with the value that the search learns from, whatever it is ranked by."""
+    value = trial.user_attrs.get(SEARCH_VALUE)
+    if value is None or trial.state not in (TrialState.COMPLETE, TrialState.PRUNED):
+        return trial
+    shown = copy.copy(trial)
+    shown.state, shown.values = TrialState.COMPLETE, [value]
+    return shown
+
+
+def _as_of(trial: FrozenTrial, last: int) -> FrozenTrial:
+    """Return the trial as it looks before its end is known, if it comes after trial `last`."""
+    if trial.number <= last:
+        return trial
+    shown = copy.copy(trial)
+    shown.state, shown.values, shown.datetime_complete = TrialState.RUNNING, None, None
+    shown.user_attrs = {}
+    shown.system_attrs = {}
+    return shown
 
 
 def _suggest(trial: Trial, name: str, distribution: BaseDistribution) -> Any:

@@ -184,6 +184,8 @@ class Shared:
         self._unread: set[int] = set()
         self._refused: set[int] = set()
         """Those of the unread that were this coordinator's: what it recorded itself says nothing."""
+        self._is_misranked = False
+        """Whether the database may not show the ranking of the record."""
         self._may_ask = True
         self._is_over = False
         self._over_since = 0.0
@@ -220,7 +222,7 @@ class Shared:
     def adopt(self, number: int, enqueued: Params | None) -> Asked:
         raise AssertionError("what a coordinator began is taken over by another, or by its next start as one")
 
-    def wants_trial(self, n_taken: int) -> bool:
+    def wants_trial(self, n_taken: int, n_unused: int | None = None) -> bool:
         # How many are taken is for the database to say: others take them too.
         return bool(self._box) or self._may_ask
 
@@ -241,6 +243,11 @@ class Shared:
                 n_trials=self._state.n_trials + (trial.outcome != "infeasible"),
                 fits=tuple(fit for fit in self._state.fits if fit["trial"] != trial.number),
             )
+            self._lock.notify_all()
+
+    def show_ranking(self) -> None:
+        with self._lock:
+            self._is_misranked = True
             self._lock.notify_all()
 
     def lost(self) -> Sequence[int]:
@@ -371,8 +378,17 @@ class Shared:
                 self._pending.popleft()
                 if not is_ours:
                     self._note_lost(trial.number)
+                self._is_misranked |= trial.outcome == "full"
             self._seen.add(trial.number)
             self._must_look = True
+        if self._is_misranked:
+            with self._lock:
+                self._is_misranked = False
+            try:
+                self._database.show_ranking()
+            except AWAY:
+                self.show_ranking()
+                raise
         with self._lock:
             is_wanted = self._is_wanted and not self._closing
         if is_wanted:
@@ -420,8 +436,9 @@ class Shared:
         told = {trial.number for trial in self._trials if is_told(trial)} - self._seen - set(self._own)
         with self._lock:
             told -= {trial.number for trial in self._pending}
-            self._may_ask = waits or states["open"] + states["counted"] < n_trials
-            is_over = states["counted"] >= n_trials and not states["open"] and not self._own
+            self._may_ask = waits or (states["open"] + states["counted"] < n_trials and not self._is_used_up())
+            is_enough = states["counted"] >= n_trials or self._is_used_up()
+            is_over = is_enough and not states["open"] and not self._own
             if is_over and not self._is_over:
                 self._over_since = time.monotonic()
             self._is_over = is_over
@@ -429,12 +446,19 @@ class Shared:
         self._seen |= told
         return found
 
+    def _is_used_up(self) -> bool:
+        """Whether the trials in the database have had every configuration of the search space."""
+        n_configurations = self._record.config.search.n_configurations
+        return n_configurations is not None and n_configurations <= len(
+            {self._record.configuration(_decoded(trial.params)) for trial in self._trials if is_begun(trial)}
+        )
+
     def _ask(self) -> Asked | None:
         """A trial to begin, or one to go on with; None if all are taken."""
         found = self._look()
         try:
             if (trial := self._pop()) is None:
-                if n_taken(found) >= self._record.config.study.trials:
+                if n_taken(found) >= self._record.config.study.trials or self._is_used_up():
                     return None
                 trial = self._study.ask()
                 self._heart.take(trial._trial_id)

@@ -43,8 +43,8 @@ class StudyStatus:
     seconds: dict[int, float]
     """Trial to the seconds of training and evaluation so far."""
     best: TrialRecord | None
-    best_worth: float | None
-    """What it is ranked by: the mean of both its fits where it is confirmed."""
+    values: dict[int, float]
+    """What each trial that can win is ranked by: the mean of both its fits where it is confirmed."""
     shortlist: tuple[int, ...]
     """Trials that are fitted once more, or were; empty before the search is over."""
     n_second: int
@@ -52,6 +52,8 @@ class StudyStatus:
     is_confirmed: bool
     """Whether all of them are there, so that the ranking goes by both fits."""
     open_fits: tuple[OpenFit, ...]
+    is_over: bool
+    """Whether nothing is left to do."""
     is_running: bool
     eta_s: float | None
     """Seconds to go at the pace of the trials so far, at first by the measured steps; None when it does not run."""
@@ -76,7 +78,7 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
                 open_fits.append(_open_fit(record, trial, fold, rows[-1]))
         seconds[trial.number] = spent
     n_counted = sum(trial.outcome in COUNTED for trial in trials)
-    left = record.config.study.trials - n_counted
+    left = record.n_left(trials)
     is_running = lock.is_held(project.study(name))
     eta_s = _seconds_to_go(record, trials, seconds, left) if is_running and left > 0 else None
     shortlist, n_second, second_s = _second_fits(record, trials, open_fits)
@@ -84,7 +86,7 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
     if is_running and left <= 0 and plan is not None and n_second < len(shortlist) * record.n_folds:
         whole = sum(seconds[number] for number in shortlist)
         eta_s = max(0.0, whole - second_s) / len(ExecutionPlan.from_dict(plan).workers)
-    best = record.best()
+    standing = record.standing(trials)
     sharing, states = coordinators.read_sharing(record.paths), coordinators.states(record.paths)
     living = [state for state in states if sharing is not None and state.is_living(sharing)]
     return StudyStatus(
@@ -95,12 +97,13 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
         record.n_folds,
         n_finished,
         seconds,
-        best,
-        record.worth(best) if best is not None else None,
+        next((trial for trial in trials if trial.number == standing.winner), None),
+        standing.values,
         shortlist,
         n_second,
-        bool(record.confirmed()),
+        bool(standing.confirmed),
         tuple(open_fits),
+        record.is_searched(trials) and confirmation.is_over(record),
         is_running,
         eta_s / max(1, len(living)) if eta_s is not None else None,
         tuple(state for state in states if state.left_at is None and (state in living or state.fits)),
@@ -120,8 +123,8 @@ def _seconds_to_go(
     n_confirm = confirmation.n_left(record, n_left)
     if ended:
         # The best full ones are fitted once more; as long as there is none, the longest that ended must do.
-        best = sorted((trial for trial in trials if trial.can_win), key=lambda trial: -(trial.value or 0.0))
-        again = [seconds[trial.number] for trial in best[:n_confirm]] or [max(ended)]
+        ranking = record.standing(trials).ranking
+        again = [seconds[number] for number in ranking[:n_confirm]] or [max(ended)]
         confirming = n_confirm * sum(again) / len(again)
         return max(0.0, sum(ended) / len(ended) * n_left + confirming - running) / len(plan.workers)
     n_images = len(record.folds.ids) if record.has_folds else 0
@@ -136,7 +139,7 @@ def _second_fits(
 ) -> tuple[tuple[int, ...], int, float]:
     """The shortlist while it stands, its finished second fits and their seconds; adds to `open_fits`."""
     stored = record.shortlist()
-    full = [trial for trial in trials if trial.can_win]
+    full = record.contenders(trials)
     if stored is None or stored.of != tuple(trial.number for trial in full):
         return (), 0, 0.0
     n_finished, seconds = 0, 0.0

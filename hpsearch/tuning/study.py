@@ -1,4 +1,9 @@
-"""One study in Optuna's database: asked, told, and brought up to date from the record."""
+"""One study in Optuna's database: asked, told, and brought up to date from the record.
+
+Optuna's best trial is the winner of the study with the value that ranks it, so that `optuna-dashboard` shows what the
+terminal shows. Full trials are COMPLETE, dropped ones PRUNED. The sampler learns from another number, `SEARCH_VALUE`,
+which replicates do not change.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +27,24 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from hpsearch import paths
 from hpsearch.errors import RecordError, StudyError
+from hpsearch.stats.best import rank
 from hpsearch.tracking import redact
-from hpsearch.tuning.record import StudyRecord, TrialRecord
-from hpsearch.tuning.search_space import decode, default_params, distributions, encode, make_sampler, suggest
+from hpsearch.tuning.record import Standing, StudyRecord, TrialRecord
+from hpsearch.tuning.search_space import (
+    SEARCH_VALUE,
+    decode,
+    default_params,
+    distributions,
+    encode,
+    make_sampler,
+    suggest,
+)
 
 logger = logging.getLogger(__name__)
 
 STATES = {
     "full": TrialState.COMPLETE,
-    "dropped": TrialState.COMPLETE,
+    "dropped": TrialState.PRUNED,
     "infeasible": TrialState.PRUNED,
     "diverged": TrialState.PRUNED,
     "failed": TrialState.FAIL,
@@ -67,8 +81,9 @@ class StudyDatabase:
         with self._errors_named(RuntimeError, sqlite3.Error, ImportError), _quiet():
             if isinstance(storage, str):
                 _check_sound(storage)
+            self._storage = _storage(storage) if isinstance(storage, str) else storage
             self._study = optuna.create_study(
-                storage=_storage(storage) if isinstance(storage, str) else storage,
+                storage=self._storage,
                 study_name=record.name,
                 direction="maximize",
                 sampler=self._sampler,
@@ -117,6 +132,8 @@ class StudyDatabase:
                 storage.set_trial_user_attr(trial_id, "outcome", record.outcome)
             except UpdateFinishedTrialError:
                 return False
+            if record.value is not None:
+                storage.set_trial_user_attr(trial_id, SEARCH_VALUE, record.value)
             if record.reason:
                 storage.set_trial_user_attr(trial_id, "reason", record.reason)
             if record.decisions:
@@ -145,6 +162,7 @@ class StudyDatabase:
                 self._compare(known[record.number], record)
                 if record.outcome is not None:
                     self.tell(record)
+        self.show_ranking()
         for number, trial in known.items():
             if number >= len(records) and trial.state.is_finished():
                 raise RecordError(
@@ -161,6 +179,38 @@ class StudyDatabase:
                 self._add(records[number])
             else:
                 self._study.add_trial(create_trial(state=TrialState.FAIL, user_attrs={"outcome": "unknown"}))
+        self.show_ranking()
+
+    def show_ranking(self) -> None:
+        """Make Optuna's values and its best trial those of the study's ranking, in one transaction.
+
+        Replicates, and full trials that come after them, change what ended trials are ranked by. Optuna has no call
+        that changes an ended trial, and a study that is deleted and made anew loses the notes that people put on it,
+        so this writes to its tables. This process may still see what it read before; nothing here goes by it.
+        """
+        records = {record.number: record for record in self._record.trials() if record.outcome in ("full", "dropped")}
+        standing = self._record.standing(records.values())
+        with self._errors_named(), self._storage.engine.begin() as connection:
+
+            def execute(statement: str, **values: Any) -> Any:
+                return connection.execute(sqlalchemy.text(statement), values)
+
+            learned = {row[0] for row in execute(_WITH_ATTRIBUTE, key=SEARCH_VALUE)}
+            for trial_id, number, state, value in execute(_ENDED, study=self._study._study_id).all():
+                if number not in records:
+                    continue
+                wanted_state, wanted = _as_ranked(records[number], standing)
+                if state != wanted_state.name:
+                    # A literal: PostgreSQL takes no text for its enumeration.
+                    execute(f"UPDATE trials SET state = '{wanted_state.name}' WHERE trial_id = :id", id=trial_id)
+                if wanted is None and value is not None:
+                    execute("DELETE FROM trial_values WHERE trial_id = :id", id=trial_id)
+                elif wanted != value:
+                    execute("UPDATE trial_values SET value = :value WHERE trial_id = :id", value=wanted, id=trial_id)
+                if trial_id not in learned:
+                    # A trial that an earlier version of hpsearch has told.
+                    said = json.dumps(records[number].value)
+                    execute(_ADD_ATTRIBUTE, id=trial_id, key=SEARCH_VALUE, said=said)
 
     def finished(self) -> list[FrozenTrial]:
         """Optuna's own view of the finished trials, for importances."""
@@ -209,7 +259,12 @@ class StudyDatabase:
 
     def _add(self, record: TrialRecord) -> None:
         state = TrialState.RUNNING if record.outcome is None else STATES[record.outcome]
-        attributes = {"outcome": record.outcome, "reason": record.reason, "owner": record.owner}
+        attributes = {
+            "outcome": record.outcome,
+            "reason": record.reason,
+            "owner": record.owner,
+            SEARCH_VALUE: record.value,
+        }
         spaces = distributions(self._space)
         with _quiet():
             trial = create_trial(
@@ -217,7 +272,7 @@ class StudyDatabase:
                 value=record.value if state == TrialState.COMPLETE else None,
                 params={name: encode(record.params[name]) for name in spaces},
                 distributions=spaces,
-                user_attrs={key: value for key, value in attributes.items() if value},
+                user_attrs={key: value for key, value in attributes.items() if value not in (None, "")},
                 system_attrs={"failed_trial": record.history[0], "retry_history": list(record.history)}
                 if record.history
                 else None,
@@ -237,14 +292,10 @@ class StudyDatabase:
             for name, value in params.items()
             if record.params.get(name) != value or trial.distributions[name] != spaces.get(name)
         ]
-        told = trial.state.is_finished()
-        expected = STATES[record.outcome] if record.outcome else TrialState.RUNNING
-        value = record.value if expected == TrialState.COMPLETE else None
         constraint = max((trial.constraints or {}).values(), default=0.0)
-        if (
-            differs
-            or (told and constraint != max(0.0, record.constraint))
-            or (told and (trial.state != expected or trial.value != value))
+        if differs or (
+            trial.state.is_finished()
+            and (constraint != max(0.0, record.constraint) or not self._may_have_told(trial, record))
         ):
             what = f"{differs[0]} = {params[differs[0]]!r}" if differs else f"{trial.state.name}, value {trial.value}"
             raise StudyError(
@@ -252,6 +303,43 @@ class StudyDatabase:
                 f"{record.number} ({what} in the database): one of them was edited. Restore that one, or delete the "
                 "database: it is rebuilt from the study folder"
             )
+
+    def _may_have_told(self, trial: FrozenTrial, record: TrialRecord) -> bool:
+        """Whether this trial's state and value are those of the record, now or before the ranking changed."""
+        if record.outcome == "dropped":
+            # Earlier versions of hpsearch told the estimate of a dropped trial as its value.
+            return trial.state in (TrialState.PRUNED, TrialState.COMPLETE) and trial.value in (None, record.value)
+        if record.outcome == "full":
+            return trial.state in (TrialState.PRUNED, TrialState.COMPLETE) and trial.value in (
+                record.value,
+                self._record.mean_of_fits(record.number),
+            )
+        return record.outcome is not None and trial.state == STATES[record.outcome]
+
+
+_ENDED = (
+    "SELECT trials.trial_id, trials.number, trials.state, trial_values.value FROM trials "
+    "LEFT JOIN trial_values ON trial_values.trial_id = trials.trial_id "
+    "WHERE trials.study_id = :study AND trials.state IN ('COMPLETE', 'PRUNED')"
+)
+_WITH_ATTRIBUTE = "SELECT trial_id FROM trial_user_attributes WHERE key = :key"
+_ADD_ATTRIBUTE = "INSERT INTO trial_user_attributes (trial_id, key, value_json) VALUES (:id, :key, :said)"
+
+
+def _as_ranked(record: TrialRecord, standing: Standing) -> tuple[TrialState, float | None]:
+    """Return state and value of a full or dropped trial.
+
+    Optuna takes the highest value of all COMPLETE trials for the best. A trial that would come before the winner by
+    that rule, as one that was not fitted again may, is PRUNED with its value.
+    """
+    if record.outcome == "dropped":
+        return TrialState.PRUNED, None
+    value = standing.values.get(record.number, record.value)
+    winner = standing.winner
+    if value is None or winner is None:
+        return TrialState.PRUNED, value
+    leads = rank({record.number: value, winner: standing.values[winner]})[0] == record.number
+    return (TrialState.PRUNED if leads and record.number != winner else TrialState.COMPLETE), value
 
 
 def sqlite_url(path: Path) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import optuna
 import pytest
 
 from hpsearch.paths import ProjectPaths
@@ -20,6 +21,7 @@ from hpsearch.tuning.listener import Silent
 from hpsearch.tuning.planning import MachineChoice
 from hpsearch.tuning.record import SecondRecord, Shortlist, StudyRecord
 from hpsearch.tuning.status import study_status
+from hpsearch.tuning.study import sqlite_url
 from tests.recorded import FakeStudy
 from tests.tuning.studies import everything, run, tiny_config, write_tiny_dataset
 
@@ -37,6 +39,11 @@ def confirmed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> StudyS
     """A study of three full trials, of which up to two were fitted once more; not to be changed."""
     config = tiny_config(dataset, *ALWAYS_FULL, "study.confirm=2")
     return run(tmp_path_factory.mktemp("confirmed"), config)
+
+
+def optunas(record: StudyRecord) -> optuna.Study:
+    """The study as Optuna has it."""
+    return optuna.load_study(study_name=record.name, storage=sqlite_url(record.paths.project.optuna_db))
 
 
 def second_scores(record: StudyRecord) -> dict[tuple[int, int], bytes]:
@@ -80,6 +87,8 @@ def test_the_best_is_the_confirmed_one_with_the_highest_mean_over_both_fits(conf
     rows = study_rows(record)
     assert [row.number for row in rows.trials if row.is_confirmed] == list(record.confirmed())
     assert rows.trial(best.number).value == pytest.approx(both[best.number], abs=1e-12)
+    assert optunas(record).best_trial.number == best.number
+    assert optunas(record).best_value == record.worth(best)
 
 
 def test_confirmation_changes_nothing_of_the_search(confirmed: StudySummary, dataset: Path, tmp_path: Path) -> None:
@@ -113,6 +122,7 @@ def test_a_study_that_goes_on_uses_the_second_fits_that_are_there(dataset: Path,
     # The third trial has opened the choice again.
     assert searched.confirmed() == ()
     assert searched.best() == max(searched.trials(), key=lambda trial: trial.value or 0)
+    assert [trial.value for trial in optunas(searched).trials] == [trial.value for trial in searched.trials()]
     three = run(tmp_path, tiny_config(dataset, *ALWAYS_FULL, "study.trials=3", "study.confirm=3")).record
     assert set(three.confirmed()) >= set(two.confirmed()) & set(three.confirmed())
     assert three.confirmed()

@@ -40,7 +40,7 @@ def evaluate(record: StudyRecord, number: int, scores: np.ndarray, n_folds: int 
 
 
 def trial(record: StudyRecord, number: int, **changes: object) -> TrialRecord:
-    params = {"unet.depth": 3}
+    params = {"unet.depth": 2 + number % 3}
     base = {"params": params, "config": record.config.with_params(params).to_dict(), "began_at": 1.5}
     return TrialRecord(number=number, **{**base, **changes})  # type: ignore[arg-type]
 
@@ -49,7 +49,7 @@ def test_a_trial_reads_back_as_it_was_written(record: StudyRecord) -> None:
     written = trial(record, 0, outcome="dropped", value=0.1 + 0.2, decisions=({"fold": 0, "epoch": 1},), ended_at=2.5)
     record.write_trial(written)
     assert record.trial(0) == written
-    assert record.trial(0).study_config.unet.depth == 3
+    assert record.trial(0).study_config.unet.depth == 2
 
 
 def test_the_value_is_the_mean_over_images_not_over_folds(tmp_path: Path) -> None:

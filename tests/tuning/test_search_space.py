@@ -107,15 +107,71 @@ def test_no_suggestion_has_the_discrete_part_of_an_earlier_one_and_nearly_its_le
                 assert not 1 / SAME_FACTOR < ratio < SAME_FACTOR
 
 
-def test_a_space_of_few_configurations_is_repeated_when_it_is_used_up() -> None:
-    config = configs.load(None, ["search.data.color=['rgb', 'grayscale']", "study.startup_trials=2"])
-    study = optuna.create_study(direction="maximize", sampler=make_sampler(config, {}))
-    colors = []
-    for _ in range(5):
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_a_finite_space_is_repeated_only_once_every_configuration_was_suggested(sampler: str) -> None:
+    """Also one whose steps round: 0.1 + 2 * 0.1 is not the 0.3 of the default configuration."""
+    config = configs.load(
+        None,
+        [
+            "train.momentum=0.3",
+            "search.data.color=['rgb', 'grayscale']",
+            "search.unet.depth={low=2, high=4}",
+            "search.train.momentum={low=0.1, high=0.5, step=0.1}",
+            "study.startup_trials=4",
+            f"study.sampler={sampler}",
+        ],
+    )
+    assert config.search.n_configurations == 2 * 3 * 5
+    study = optuna.create_study(direction="maximize", sampler=make_sampler(config, {0: default_params(config)}))
+    found = []
+    for _ in range(31):
         trial = study.ask()
-        colors.append(suggest(trial, config.search)["data.color"])
+        found.append(config.search.key(suggest(trial, config.search)))
         study.tell(trial, 0.5)
-    assert set(colors[:2]) == {"rgb", "grayscale"}
+    assert len(set(found[:30])) == 30
+    assert found[30] in found[:30]
+
+
+@pytest.mark.parametrize(
+    ("dimensions", "expected"),
+    [
+        ((), 1),
+        (("search.unet.depth=[2, 3]", "search.data.color=['rgb', 'grayscale']"), 4),
+        (("search.unet.depth={low=2, high=5, step=2}",), 2),
+        (("search.train.batch_size={low=4, high=16, log=true}",), 13),
+        (("search.train.lr={low=0.01, high=0.01}", "search.unet.depth=[4]"), 1),
+        (("search.train.lr={low=0.01, high=0.02}", "search.unet.depth=[4]"), None),
+    ],
+)
+def test_the_configurations_of_a_space_are_counted(dimensions: tuple[str, ...], expected: int | None) -> None:
+    given = ["unet.depth=4" if "[4]" in str(dimensions) else "unet.depth=2", "train.batch_size=8", "train.lr=0.01"]
+    assert configs.load(None, [*given, *dimensions]).search.n_configurations == expected
+
+
+def test_the_search_learns_from_first_fits_and_estimates_whatever_the_trials_are_ranked_by() -> None:
+    """The same suggestion before and after replicates, and where estimates are not shown as values."""
+
+    def next_params(shown: bool) -> dict[str, object]:
+        study = optuna.create_study(direction="maximize", sampler=make_sampler(few(), {}))
+        for each in _told(few(), 8):
+            each.user_attrs = {"search_value": each.value}
+            if shown and each.number % 2:
+                each.values = [1.0 - each.values[0]]
+            elif shown:
+                each.state, each.values = TrialState.PRUNED, None
+            study.add_trial(each)
+        return suggest(study.ask(), few().search)
+
+    assert next_params(shown=True) == next_params(shown=False)
+
+
+def _told(config: StudyConfig, n: int) -> list[optuna.trial.FrozenTrial]:
+    study = optuna.create_study(direction="maximize", sampler=make_sampler(config, {}))
+    for _ in range(n):
+        trial = study.ask()
+        suggest(trial, config.search)
+        study.tell(trial, 0.5 - abs(trial.params["train.lr"] - 0.02))
+    return study.get_trials()
 
 
 def _infeasible_of(sampler: str, n: int, seed: int) -> tuple[int, set[tuple[object, ...]]]:

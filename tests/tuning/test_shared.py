@@ -15,6 +15,7 @@ import pytest
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
+from hpsearch import paths
 from hpsearch.cli import main
 from hpsearch.errors import StudyError, StudyLockedError
 from hpsearch.paths import ProjectPaths
@@ -147,6 +148,24 @@ def test_coordinators_share_out_exactly_the_trials_that_are_wanted(make_study: C
     assert Counter(trial.state for trial in study.trials() if trial.state != TrialState.WAITING) == {
         TrialState.PRUNED: 5
     }
+
+
+def test_the_best_trial_of_a_shared_database_is_the_winner(make_study: Callable[..., Study]) -> None:
+    """Also where another full trial, which memory changed, has a higher value: it counts and cannot win."""
+    study = make_study(2)
+    member = study.join()
+    for value, micro_batch in ((0.8, 2), (0.7, None)):
+        trial = study.begin(ask(member))
+        ended = replace(trial, outcome="full", value=value, micro_batch=micro_batch, ended_at=now())
+        study.record.write_trial(ended)
+        for fold in range(2):
+            paths.write_json(study.record.fit(trial.number, fold).paths.fit, {})
+        member.tell(ended)
+    wait_for(lambda: [trial.state.name for trial in study.trials()] == ["PRUNED", "COMPLETE"])
+    with study.database() as (_, database):
+        best = database.optuna_study.best_trial
+    assert (best.number, best.value) == (1, 0.7) == (study.record.standing().winner, 0.7)
+    wait_for(lambda: (member.others(), member.is_over())[1])
 
 
 def test_an_infeasible_trial_makes_room_for_another(make_study: Callable[..., Study]) -> None:
