@@ -1,4 +1,7 @@
-"""Workers that are threads of the test's own process: they start at once, and what they are told can be watched."""
+"""Workers that are threads of the test's own process: they start at once, and what they are told can be watched.
+
+Images are decoded in one subprocess and figures are not drawn, so that a study of a few fits takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,15 @@ from typing import Any
 import pytest
 
 from hpsearch.config import StudyConfig
+from hpsearch.data.decoding import Decoders
 from hpsearch.paths import ProjectPaths
 from hpsearch.plan import ExecutionPlan
 from hpsearch.tuning import worker
 from hpsearch.tuning.coordinator import StudySummary
 from hpsearch.tuning.record import StudyRecord
 from hpsearch.tuning.workers import Worker, Workers, WorkerSettings
+from tests.conftest import draw_quickly
+from tests.data.conftest import share_decoder
 from tests.tuning.studies import run
 
 PLAN = ExecutionPlan(device="cpu", precision="float32", workers=(WorkerSettings(),), memory_bytes=2**33)
@@ -53,7 +59,9 @@ def workers_in_process() -> Iterator[Watched]:
         watched.fits.append(arguments)
         return fit(**arguments)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, Decoders(2) as decoders:
+        share_decoder(decoders, patch)
+        draw_quickly(patch)
         patch.setattr(Workers, "_start", _start)
         patch.setattr(Workers, "submit", submit_and_note)
         patch.setattr(worker, "fit", fit_and_note)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import optuna
 import pytest
 
-from hpsearch.config import StudyConfig
+from hpsearch.config import StudyConfig, stable_seed
 from hpsearch.data.cache import open_cache
 from hpsearch.errors import OutOfMemoryError
 from hpsearch.final import FinalResult, run_final
@@ -29,6 +29,8 @@ from hpsearch.training import loop
 from hpsearch.training.checkpoint import load_checkpoint, load_weights
 from hpsearch.training.evaluation import Evaluation
 from hpsearch.tuning import worker
+from hpsearch.tuning.confirmation import second_seed
+from hpsearch.tuning.coordinator import fit_seed
 from hpsearch.tuning.racing import TrialScores
 from hpsearch.tuning.record import StudyRecord
 from tests.tuning.in_process import Watched, run_planned, workers_in_process
@@ -159,6 +161,13 @@ def test_no_two_fits_of_a_study_share_a_seed(seen: Run) -> None:
     seeds = [fit["seed"] for fit in (*seen.fits, *seen.final_fits)]
     assert len(seeds) == 20
     assert len(set(seeds)) == len(seeds)
+
+
+def test_all_fits_of_a_study_with_another_seed_have_other_seeds(seen: Run, config: StudyConfig) -> None:
+    other = dataclasses.replace(config, study=dataclasses.replace(config.study, seed=1))
+    seeds = {seed(other, trial, fold) for seed in (fit_seed, second_seed) for trial in range(3) for fold in range(3)}
+    assert seeds.isdisjoint(fit["seed"] for fit in seen.fits)
+    assert [fit["seed"] for fit in seen.final_fits] == [stable_seed(0, "final", index) for index in range(2)]
 
 
 def test_the_last_epoch_counts_though_an_earlier_one_was_better(seen: Run) -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import optuna
 import pytest
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from hpsearch import config as configs
 from hpsearch.config import StudyConfig
@@ -156,11 +156,25 @@ def test_tpe_suggests_fewer_infeasible_configurations_after_it_has_seen_some() -
     assert by_tpe < 0.8 * at_random
 
 
+def _end_full(trial: FrozenTrial) -> None:
+    trial.state, trial.value = TrialState.COMPLETE, 0.9
+    trial.user_attrs = {"outcome": "full"}
+
+
+def _end_infeasible(trial: FrozenTrial) -> None:
+    # Params that are infeasible are not drawn again at any learning rate.
+    trial.state, trial.user_attrs = TrialState.PRUNED, {"outcome": "infeasible"}
+    trial.set_constraint("feasible", 0.5)
+
+
+_END = {"full": _end_full, "infeasible": _end_infeasible}
+
+
 def test_with_a_lookahead_what_became_of_the_last_trials_changes_nothing() -> None:
     config = few("study.lookahead=3")
 
-    def run(told: int) -> dict[str, object]:
-        """Params of trial 10 when the trials before `told` have ended, the others being under way."""
+    def run(told: int, how: str) -> dict[str, object]:
+        """Params of trial 10 when the trials before `told` have ended so, the others being under way."""
         study = optuna.create_study(direction="maximize", sampler=make_sampler(config, {}))
         trials = []
         for number in range(11):
@@ -171,9 +185,11 @@ def test_with_a_lookahead_what_became_of_the_last_trials_changes_nothing() -> No
         fresh = optuna.create_study(direction="maximize", sampler=make_sampler(config, {}))
         for each in study.get_trials()[:10]:
             if each.number < told and not each.state.is_finished():
-                each.state, each.value = TrialState.COMPLETE, 0.9
+                _END[how](each)
                 each.datetime_complete = each.datetime_start
             fresh.add_trial(each)
         return suggest(fresh.ask(), config.search)
 
-    assert run(8) == run(9) == run(10)
+    under_way = run(8, "full")
+    for how in _END:
+        assert run(9, how) == run(10, how) == under_way
