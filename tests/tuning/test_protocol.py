@@ -218,6 +218,8 @@ def test_the_second_networks_of_the_two_best_are_kept_and_no_others(seen: Run) -
 
 def test_choices_are_made_on_images_that_no_network_asked_has_been_trained_on(seen: Run) -> None:
     (job,) = seen.watched.of("choose")
+    assert seen.final.chosen is not None
+    assert seen.final.chosen.n_images == len(POOL)
     trained_on = {str(fit["paths"].weights): set(fit["train_indices"].tolist()) for fit in seen.fits}
     assert len(job["networks"]) == 3
     for fold, network in enumerate(job["networks"]):
@@ -235,6 +237,14 @@ def test_the_final_is_trained_on_the_whole_pool_and_scored_on_the_test_split(see
     (test,) = (open_cache(Path(cache)).ids for cache in scored)
     assert len(test) == 4
     assert set(pool).isdisjoint(test)
+
+
+def test_the_gain_over_the_default_is_that_of_any_other_trial(seen: Run) -> None:
+    claims = Claims.of(seen.record)
+    assert claims is not None
+    assert claims.gain(0) is None
+    assert claims.gain(1) is not None
+    assert (seen.final.against_default is None) == (seen.final.trial.number == 0)
 
 
 def test_a_fit_that_is_raced_is_judged_by_all_its_epochs_in_their_order(seen: Run) -> None:

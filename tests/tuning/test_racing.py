@@ -327,7 +327,7 @@ def test_the_efficiency_of_the_median_is_that_of_chi_squares_of_4_degrees_of_fre
 def test_the_guess_weighs_4_degrees_of_freedom_beside_those_of_the_residuals(n_trials: int, n_folds: int) -> None:
     # Trials that differ in nothing else than their mean leave no residual.
     values = np.linspace(0.7, 0.8, n_trials)[:, None]
-    s, df = run_spread([np.repeat(values, 6, axis=1)] * n_folds, floor=0.0)
+    s, df = run_spread([np.repeat(values, 6, axis=1)] * n_folds)
     evidence = MEDIAN_EFFICIENCY * (n_trials - 1) * (n_folds - 1)
     assert df == pytest.approx(4 + evidence)
     assert s == pytest.approx(0.006 * math.sqrt(4 / (4 + evidence)))
@@ -339,7 +339,7 @@ def test_few_trials_do_not_make_the_runs_look_steady(n_trials: int, rng: np.rand
     noise, squares = 0.02, []
     for _ in range(1500):
         means = 0.8 + noise * rng.standard_normal((5, n_trials, 1))
-        s, df = run_spread(list(np.repeat(means, 2, axis=2)), floor=0.0)
+        s, df = run_spread(list(np.repeat(means, 2, axis=2)))
         squares.append((s**2 * df - S_GUESS_DF * S_GUESS**2) / (df - S_GUESS_DF))
     assert 1.0 < np.mean(squares) / noise**2 < 1.3
 
