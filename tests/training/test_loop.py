@@ -517,6 +517,25 @@ def test_killed_anywhere_in_any_epoch_a_fit_ends_with_the_same_bytes(
     assert folder.best.read_bytes() == best_of_unkilled
 
 
+def test_who_draws_from_the_global_generators_goes_on_as_if_there_had_been_no_stop(folder, monkeypatch):
+    drawn = []
+
+    def drawing(config):
+        def compute(logits, masks):
+            drawn.append((float(torch.rand(())), float(np.random.random())))
+            return loss_function(config)(logits, masks)
+
+        return compute
+
+    monkeypatch.setattr(loop, "loss_function", drawing)
+    fit(**fit_arguments())
+    expected = drawn.copy()
+    drawn.clear()
+    fit(**fit_arguments(), paths=folder, on_epoch=lambda *_: "stop")
+    fit(**fit_arguments(), paths=folder)
+    assert drawn == expected
+
+
 def test_a_finished_fit_is_not_trained_again(folder, unkilled, monkeypatch):
     fit(**fit_arguments(), paths=folder)
     monkeypatch.setattr(loop, "_train_epoch", lambda *_: pytest.fail("an epoch was trained"))
