@@ -83,7 +83,7 @@ def test_the_threshold_with_the_best_mean_is_found_and_its_gain_is_not_that_of_t
 
 
 def test_one_fold_is_split_for_the_threshold() -> None:
-    """As by several networks: chosen on the other parts, so that the best of noise gains nothing."""
+    """Each part is scored by the threshold that the other parts choose, so noise gains nothing."""
     one = np.zeros(40, np.int64)
     flat = np.tile(scores(0)[:40], (len(THRESHOLDS), 1))
     found = choose_threshold(flat, one)
@@ -119,7 +119,7 @@ def test_a_hole_that_touches_the_outside_at_corners_alone_is_filled() -> None:
     assert np.array_equal(clean_mask(ring), filled)
 
 
-def test_of_two_largest_components_the_first_stays() -> None:
+def test_the_first_of_two_largest_components_is_kept() -> None:
     mask = np.array([[0, 1, 1, 0, 1], [0, 0, 0, 0, 1], [1, 0, 0, 0, 0]], bool)
     expected = np.zeros_like(mask)
     expected[0, 1:3] = True

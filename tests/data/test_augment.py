@@ -243,7 +243,7 @@ def test_noise_has_the_deviation_of_its_image() -> None:
     deviations = (changed - 128).std((1, 2, 3)) / 255
     torch.testing.assert_close(deviations, torch.tensor([0.02, 0.1]), rtol=0.03, atol=0)
     assert torch.equal(changed, augment_batch(images, images[..., 0] * 0, changes, (64, 64))[0])
-    # It is the camera's: not blurred with what the camera sees.
+    # Noise is added after the blur.
     blurred = Changes(noise=changes.noise, noise_seed=5, blur=torch.tensor([2.0, 2.0]), blur_radius=6)
     torch.testing.assert_close(augment_batch(images, images[..., 0] * 0, blurred, (64, 64))[0], changed)
     other = augment_batch(images, images[..., 0] * 0, Changes(noise=changes.noise, noise_seed=6), (64, 64))[0]

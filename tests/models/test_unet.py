@@ -203,7 +203,7 @@ def test_standardised_images_are_all_that_the_network_sees_of_exposure() -> None
 
 
 def test_the_skip_comes_before_the_map_that_is_up_sampled() -> None:
-    """As in weights that were kept: a stack's first input channels are those of the skip."""
+    """Stored weights rely on it: the first input channels of a stack are those of the skip."""
     up = Up(UNetConfig(base_channels=2, depth=1), 4, 2, offset=1)
     joined: list[Tensor] = []
     up.stack.register_forward_pre_hook(lambda _, given: joined.append(given[0]))

@@ -281,7 +281,7 @@ def test_logits_of_the_right_size_are_untouched_and_others_interpolated():
     torch.testing.assert_close(larger, F.interpolate(logits, size=(16, 12), mode="bilinear"), rtol=1e-5, atol=1e-5)
     flat = resize_logits(torch.full((1, 1, 9, 9), 2.0), (4, 4))
     torch.testing.assert_close(flat, torch.full((1, 1, 4, 4), 2.0))
-    # Averaged where it shrinks: of stripes nearly nothing is left, whatever pixels lie at the new ones' centres.
+    # Shrinking averages: stripes nearly cancel, whichever pixels lie at the centres of the new ones.
     stripes = torch.tensor([3.0, -3.0, 3.0, -3.0, -3.0]).repeat(4).expand(1, 1, 20, 20)
     assert float(resize_logits(stripes, (4, 4)).abs().max()) < 1.5
 
@@ -517,7 +517,7 @@ def test_killed_anywhere_in_any_epoch_a_fit_ends_with_the_same_bytes(
     assert folder.best.read_bytes() == best_of_unkilled
 
 
-def test_who_draws_from_the_global_generators_goes_on_as_if_there_had_been_no_stop(folder, monkeypatch):
+def test_draws_from_the_global_generators_continue_after_a_resume(folder, monkeypatch):
     drawn = []
 
     def drawing(config):

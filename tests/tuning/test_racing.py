@@ -147,7 +147,7 @@ def test_the_incumbent_is_the_best_after_the_last_epoch() -> None:
     assert judge(until(fell, 0, 1), [rose], folds_of(sizes)).epoch == 1
 
 
-def test_trials_that_are_worse_by_more_than_a_twentieth_are_no_yardstick(rng: np.random.Generator) -> None:
+def test_full_trials_that_are_worse_by_more_than_a_twentieth_are_ignored(rng: np.random.Generator) -> None:
     base = images_of(rng, SIZES)
     full = [trial(0, base), trial(1, [scores - 0.01 for scores in images_of(rng, SIZES)])]
     candidate = until(trial(9, images_of(rng, SIZES)), 1)
@@ -157,7 +157,7 @@ def test_trials_that_are_worse_by_more_than_a_twentieth_are_no_yardstick(rng: np
 
 
 def test_an_estimate_is_a_score() -> None:
-    """Also of a trial that collapsed on an easy fold, or did wonders on a hard one."""
+    """Even for a trial that collapsed on an easy fold, or was nearly perfect on a hard one."""
     incumbent = trial(0, [np.full(4, 0.99), np.full(4, 0.2)])
     for fold, score, expected in ((0, 0.05, 0.0), (1, 0.95, 1.0)):
         found = compare(TrialScores(1, {fold: np.full((1, 4), score, np.float32)}, 1), [incumbent], 2)
@@ -318,7 +318,7 @@ def test_s_is_the_run_noise_beyond_what_the_images_explain(noise: float, rng: np
 
 
 def test_the_efficiency_of_the_median_is_that_of_chi_squares_of_4_degrees_of_freedom() -> None:
-    # Of n values the mean has the variance 2 / (4 n), the median 1 / (4 n density^2), relative to its value.
+    # Relative variance of n values: 2 / (4 n) for the mean, 1 / (4 n median^2 density^2) for the median.
     median = stats.chi2.median(4)
     assert pytest.approx(2 * (median * stats.chi2.pdf(median, 4)) ** 2, abs=0.005) == MEDIAN_EFFICIENCY
 
@@ -334,8 +334,8 @@ def test_the_guess_weighs_4_degrees_of_freedom_beside_those_of_the_residuals(n_t
 
 
 @pytest.mark.parametrize("n_trials", [2, 3, 4, 6])
-def test_few_trials_do_not_make_the_runs_look_steady(n_trials: int, rng: np.random.Generator) -> None:
-    """Of up to six trials the estimate is 7 to 21 % too large, as the median of few is, and never too small."""
+def test_run_noise_is_not_underestimated_from_few_trials(n_trials: int, rng: np.random.Generator) -> None:
+    """The median of two to six mean squares is 7 to 21 % too large, never too small."""
     noise, squares = 0.02, []
     for _ in range(1500):
         means = 0.8 + noise * rng.standard_normal((5, n_trials, 1))
@@ -344,7 +344,7 @@ def test_few_trials_do_not_make_the_runs_look_steady(n_trials: int, rng: np.rand
     assert 1.0 < np.mean(squares) / noise**2 < 1.3
 
 
-def test_of_a_few_images_their_whole_part_is_taken_off(rng: np.random.Generator) -> None:
+def test_the_image_part_is_unbiased_for_few_images(rng: np.random.Generator) -> None:
     finals = [[0.1 * rng.standard_normal((3, 3)) for _ in range(4)] for _ in range(2000)]
     assert np.mean([racing._image_part(each) for each in finals]) == pytest.approx(0.1**2 / 3, rel=0.05)
 
@@ -467,11 +467,11 @@ def test_a_flat_start_is_forgiven_until_it_is_too_late(rng: np.random.Generator)
 @pytest.mark.parametrize(
     ("now", "curves", "at_best", "typically"),
     [
-        # Half of the learning rate is spent: 0.3 / 0.5. The near ones had come to 0.75 and 0.625 of their ends.
+        # Half of the learning rate is spent: 0.3 / 0.5. The near trials had reached 0.75 and 0.625 of their ends.
         ((0.2, 0.3), ((0.3, 0.6, 0.9, 0.8), (0.2, 0.5, 0.7, 0.8)), 0.6, 0.3 / 0.6875),
-        # One near trial had come to 0.4 only: 0.3 / 0.4. Its best so far counts, not its latest.
+        # One near trial had reached only 0.4 of its end: 0.3 / 0.4. Its best epoch so far counts, not its latest.
         ((0.2, 0.3), ((0.32, 0.1, 0.9, 0.8), (0.2, 0.7, 0.7, 0.8)), 0.75, 0.3 / 0.6375),
-        # Flat so far: in the half that is left the fastest near trial had made 0.875 of its end, of 0.8.
+        # Flat so far: the fastest near trial made 0.875 of its end (0.8) in half of the epochs.
         ((0.1, 0.05), ((0.3, 0.6, 0.9, 0.8), (0.2, 0.7, 0.7, 0.8)), 0.7, 0.1 / 0.8125),
     ],
 )
@@ -490,7 +490,7 @@ def test_a_first_fold_may_go_on_as_slowly_or_as_late_as_near_trials_did(
     assert found.estimate == pytest.approx(typically, abs=1e-6)
 
 
-def test_of_a_near_trial_with_fewer_epochs_the_part_that_had_surely_passed_is_compared() -> None:
+def test_the_same_part_of_a_near_trial_with_fewer_epochs_is_rounded_down() -> None:
     """Half of 3 epochs is 1 and not 2."""
     near = TrialScores(
         0, {f: np.outer((0.4, 0.8, 0.8), np.ones(4)).astype(np.float32) for f in (0, 1)}, 3, "constant"

@@ -167,7 +167,7 @@ def _end_full(trial: FrozenTrial) -> None:
 
 
 def _end_infeasible(trial: FrozenTrial) -> None:
-    # Params that are infeasible are not drawn again at any learning rate.
+    # An infeasible network is not suggested again at any learning rate.
     trial.state, trial.user_attrs = TrialState.PRUNED, {"outcome": "infeasible"}
     trial.set_constraint("feasible", 0.5)
 
@@ -235,7 +235,7 @@ def test_a_lookahead_shows_nothing_of_what_became_of_later_trials() -> None:
         assert (shown.user_attrs, shown.system_attrs) == ({}, {})
 
 
-def test_of_a_linear_range_no_two_suggestions_are_closer_than_a_fortieth() -> None:
+def test_suggestions_of_a_linear_range_differ_by_more_than_a_fortieth() -> None:
     config = configs.load(None, ["search.train.momentum={low=0.1, high=0.9}", "study.startup_trials=3"])
     study = optuna.create_study(direction="maximize", sampler=make_sampler(config, {}))
     found: list[float] = []
@@ -246,14 +246,14 @@ def test_of_a_linear_range_no_two_suggestions_are_closer_than_a_fortieth() -> No
     assert min(above - below for below, above in itertools.pairwise(sorted(found))) > 0.8 / 40
 
 
-def test_the_first_suggestions_are_drawn_at_random_and_then_learnt() -> None:
+def test_suggestions_are_random_for_the_startup_trials_only() -> None:
     at_random, learnt = (search(space(n_startup=n), 8) for n in (100, 4))
     assert learnt[:4] == at_random[:4]
     assert learnt[4:] != at_random[4:]
 
 
-def test_a_trial_that_is_under_way_is_taken_for_a_bad_one() -> None:
-    """So that several workers do not all try the same."""
+def test_a_running_trial_influences_the_next_suggestion() -> None:
+    """Otherwise several workers would try the same configuration."""
     config = space()
     suggested = []
     for under_way in ({"train.lr": 2e-4, "unet.depth": 2}, {"train.lr": 9e-2, "unet.depth": 5}):
