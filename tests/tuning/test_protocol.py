@@ -7,7 +7,7 @@ rise, then fall in the last epoch, so that the best epoch is never the last.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ import optuna
 import pytest
 
 from hpsearch.config import StudyConfig, stable_seed
+from hpsearch.data.batches import DeviceData
 from hpsearch.data.cache import open_cache
+from hpsearch.data.folds import Folds
 from hpsearch.errors import OutOfMemoryError
 from hpsearch.final import FinalResult, run_final
 from hpsearch.models.unet import UNet
@@ -27,12 +29,12 @@ from hpsearch.report.claims import Claims
 from hpsearch.report.rows import study_rows
 from hpsearch.training import loop
 from hpsearch.training.checkpoint import load_checkpoint, load_weights
-from hpsearch.training.evaluation import Evaluation
-from hpsearch.tuning import worker
+from hpsearch.training.evaluation import Evaluation, evaluate
+from hpsearch.tuning import pruners, worker
 from hpsearch.tuning.confirmation import second_seed
 from hpsearch.tuning.coordinator import fit_seed
 from hpsearch.tuning.racing import TrialScores
-from hpsearch.tuning.record import StudyRecord
+from hpsearch.tuning.record import StudyRecord, load_array
 from tests.tuning.in_process import Watched, run_planned, workers_in_process
 from tests.tuning.studies import tiny_config, write_tiny_dataset
 
@@ -46,6 +48,8 @@ SETTINGS = (
     "study.trials=3",
     "study.confirm=3",
     f"train.epochs={len(QUALITY)}",
+    "train.loss=dice",
+    "augment.vflip=0.25",
 )
 
 
@@ -144,6 +148,17 @@ def test_no_fit_is_trained_on_an_image_that_scores_it(seen: Run) -> None:
             assert sorted(held_out) == sorted(POOL)
 
 
+def test_every_fit_has_the_configuration_of_its_trial(seen: Run) -> None:
+    jobs = seen.watched.of("fit")
+    assert len({trial.params["train.lr"] for trial in seen.record.trials()}) == 3
+    for job, fit in zip(jobs, (*seen.fits, *seen.final_fits), strict=False):
+        config = seen.record.trial(job["trial"]).study_config
+        assert (fit["model_config"], fit["train"], fit["augment"]) == (config.unet, config.train, config.augment)
+        assert (fit["size"], fit["eval_size"], fit["metric"]) == ((32, 32), (32, 32), "dice")
+        assert (fit["in_channels"], fit["stretch"], fit["micro_batch"]) == (3, True, None)
+    assert {job["trial"] for job in jobs[len(seen.fits) :]} == {seen.final.trial.number}
+
+
 def test_images_are_normalised_by_those_trained_on(seen: Run) -> None:
     for fit in (*seen.fits, *seen.final_fits):
         pixels = fit["data"].cache.images.astype(np.float64) / 255
@@ -237,6 +252,17 @@ def test_the_final_is_trained_on_the_whole_pool_and_scored_on_the_test_split(see
     (test,) = (open_cache(Path(cache)).ids for cache in scored)
     assert len(test) == 4
     assert set(pool).isdisjoint(test)
+    for index, fit in enumerate(seen.final_fits):
+        model, _ = load_weights(fit["paths"].weights)
+        expected = evaluate(
+            model,
+            DeviceData(open_cache(Path(*scored))),
+            np.arange(4),
+            normalization=fit["normalization"],
+            size=(32, 32),
+            runtime=fit["runtime"],
+        )
+        assert np.array_equal(load_array(seen.final.paths.seed(index).test_counts, ndim=2), expected.counts)
 
 
 def test_the_gain_over_the_default_is_that_of_any_other_trial(seen: Run) -> None:
@@ -281,3 +307,39 @@ def test_a_fit_in_parts_of_batches_that_changed_the_result_cannot_win(
     outcomes = {each.trial: each.outcome for each in record.second_records()}
     assert outcomes == ({0: "full", 1: "infeasible", 2: "full"} if second else {0: "full", 2: "full"})
     assert record.confirmed() == (0, 2)
+
+
+class _Notes:
+    """A pruner that drops nothing and notes what it was asked."""
+
+    is_sequential = True
+    takes_any_fold = True
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[TrialScores, list[int]]] = []
+
+    def judge(self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds) -> None:
+        self.asked.append((candidate, [trial.number for trial in others]))
+
+
+@pytest.mark.parametrize("lookahead", [0, 2])
+def test_a_trial_is_judged_after_every_epoch_beside_the_ended_trials_that_its_lookahead_shows(
+    config: StudyConfig, tmp_path: Path, lookahead: int
+) -> None:
+    notes, falling = _Notes(), FallingScores()
+    settings = dataclasses.replace(config.study, pruner="race", lookahead=lookahead, folds=2, trials=4, confirm=0)
+    with workers_in_process(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pruners, "make_pruner", lambda _: notes)
+        patch.setattr(loop, "evaluate", falling)
+        run_planned(tmp_path, dataclasses.replace(config, study=settings))
+    seen = iter(notes.asked)
+    for trial in range(4):
+        for fold in range(2):
+            for epoch in range(1, len(QUALITY) + 1):
+                candidate, others = next(seen)
+                assert (candidate.number, candidate.latest) == (trial, fold)
+                assert others == list(range(trial if lookahead == 0 else max(0, trial - lookahead + 1)))
+                assert candidate.finished == tuple(range(fold + (epoch == len(QUALITY))))
+                scripted = [dice_of(each) for each in falling.counts[2 * trial + fold][:epoch]]
+                np.testing.assert_allclose(candidate.scores[fold], scripted, atol=1e-6)
+    assert next(seen, None) is None
