@@ -42,8 +42,12 @@ def empty_mlflow_db(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def quick_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures that are drawn in no time: for tests of where they go."""
+    draw_quickly(monkeypatch)
+
+
+def draw_quickly(patch: pytest.MonkeyPatch) -> None:
     from hpsearch.report import figures
 
-    monkeypatch.setattr(figures, "to_png", lambda figure: b"a figure")
-    monkeypatch.setattr(figures, "draw_curves", lambda points, title: None)
-    monkeypatch.setattr(figures, "draw_panels", lambda cases, metric, title: None)
+    patch.setattr(figures, "to_png", lambda figure: b"a figure")
+    patch.setattr(figures, "draw_curves", lambda points, title: None)
+    patch.setattr(figures, "draw_panels", lambda cases, metric, title: None)

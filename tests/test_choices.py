@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -14,6 +16,7 @@ from hpsearch.choices import (
     clean_mask,
 )
 from hpsearch.errors import RecordError
+from hpsearch.report.statistics import paired_difference
 
 NETWORKS = np.repeat(np.arange(5), 60)
 
@@ -35,6 +38,27 @@ def test_what_gains_nothing_is_seldom_taken() -> None:
     ]
     # One-sided 2.5 % of 80 is 2.
     assert sum(each.taken for each in taken) <= 6
+
+
+def test_cleaning_is_taken_if_it_helps_and_not_if_it_harms() -> None:
+    plain = scores(0)
+    better = plain + 0.004 + scores(1, 0.0) * 0.05
+    assert choose_cleaning(plain, better, NETWORKS).taken
+    assert not choose_cleaning(better, plain, NETWORKS).taken
+
+
+def test_how_sure_a_gain_is_counts_the_spread_between_networks_beyond_that_of_their_images() -> None:
+    gains = np.array([0.1, 0.2, 0.3, 0.0, 0.1, 0.2, 0.1, 0.4, 0.7])
+    network_of = np.repeat(np.arange(3), 3)
+    # Means 0.2, 0.1, 0.4 have the variance 0.07 / 3; those of their images are 0.01, 0.01 and 0.09, by three each.
+    between = 0.07 / 3 - (0.01 + 0.01 + 0.09) / 3 / 3
+    expected = paired_difference(gains, np.zeros(9), run_variance=between / 3, run_df=2)
+    found = Decision.make("flips", True, gains, network_of).gain
+    assert dataclasses.astuple(found) == pytest.approx(dataclasses.astuple(expected))
+    # Networks that differ by less than their images explain add nothing.
+    alike = np.array([0.1, 0.7, 0.0, 0.4, 0.2, 0.1, 0.3, 0.1, 0.2])
+    found = Decision.make("flips", True, alike, network_of).gain
+    assert found == paired_difference(alike, np.zeros(9), run_variance=0.0, run_df=2)
 
 
 def test_a_gain_of_one_network_alone_is_not_taken() -> None:
@@ -59,10 +83,15 @@ def test_the_threshold_with_the_best_mean_is_found_and_its_gain_is_not_that_of_t
 
 
 def test_one_fold_is_split_for_the_threshold() -> None:
+    """Each part is scored by the threshold that the other parts choose, so noise gains nothing."""
     one = np.zeros(40, np.int64)
     flat = np.tile(scores(0)[:40], (len(THRESHOLDS), 1))
     found = choose_threshold(flat, one)
     assert (found.value, found.taken, found.gain.difference) == (0.5, False, 0.0)
+    noise = [np.random.default_rng(seed).normal(0.8, 0.05, (len(THRESHOLDS), len(one))) for seed in range(60)]
+    honest = np.mean([choose_threshold(each, one).gain.difference for each in noise])
+    naive = np.mean([each.mean(1).max() - each[THRESHOLDS.index(0.5)].mean() for each in noise])
+    assert abs(honest) < 0.004 < 0.01 < naive
 
 
 def test_cleaning_keeps_the_largest_component_and_fills_its_holes() -> None:
@@ -81,6 +110,19 @@ def test_cleaning_keeps_the_largest_component_and_fills_its_holes() -> None:
     # Joined at a corner.
     expected[4, 4] = True
     # A corner is no way out of a hole, and none into it.
+    assert np.array_equal(clean_mask(mask), expected)
+
+
+def test_a_hole_that_touches_the_outside_at_corners_alone_is_filled() -> None:
+    ring = np.array([[0, 1, 1, 0], [1, 0, 0, 1], [1, 0, 0, 1], [0, 1, 1, 0]], bool)
+    filled = np.array([[0, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1], [0, 1, 1, 0]], bool)
+    assert np.array_equal(clean_mask(ring), filled)
+
+
+def test_the_first_of_two_largest_components_is_kept() -> None:
+    mask = np.array([[0, 1, 1, 0, 1], [0, 0, 0, 0, 1], [1, 0, 0, 0, 0]], bool)
+    expected = np.zeros_like(mask)
+    expected[0, 1:3] = True
     assert np.array_equal(clean_mask(mask), expected)
 
 

@@ -23,7 +23,15 @@ from hpsearch.models.config import UNetConfig
 from hpsearch.models.shapes import output_margin, output_size
 from hpsearch.models.unet import UNet
 from hpsearch.paths import ProjectPaths, write_json
-from hpsearch.predict import Predictor, find_images, find_model, predict_files, tile_axis
+from hpsearch.predict import (
+    OUTLINE,
+    Predictor,
+    draw_outline,
+    find_images,
+    find_model,
+    predict_files,
+    tile_axis,
+)
 from hpsearch.runtime import make_runtime
 from hpsearch.scoring import read_mask
 from hpsearch.training.checkpoint import WeightsInfo, load_weights, save_weights
@@ -206,6 +214,31 @@ def test_the_shares_of_all_tiles_add_up_to_one(length: int, out: int, blend: boo
     if blend:
         overlaps = [a.covers.stop - b.covers.start for a, b in itertools.pairwise(tiles)]
         assert all(overlap >= out / 4 for overlap in overlaps)
+
+
+def test_blended_windows_count_the_less_the_nearer_their_border() -> None:
+    first, second = tile_axis(60, 40, blend=True)
+    # 20 pixels are in both: the first loses in equal steps what the second gains.
+    assert bool((first.weights[:20] == 1).all())
+    assert bool((first.weights[20:].diff() < 0).all())
+    torch.testing.assert_close(first.weights[20:], second.weights[:20].flip(0))
+    assert float(first.weights[20]) == pytest.approx(20 / 21)
+
+
+def test_an_image_smaller_than_a_window_lies_in_its_middle() -> None:
+    (tile,) = tile_axis(20, 32, blend=True)
+    assert (tile.start, tile.covers, tile.inside) == (-6, slice(0, 20), slice(6, 26))
+
+
+def test_an_outline_is_the_inner_border_of_the_mask() -> None:
+    image = as_tensor(noise(12, 12))
+    mask = np.zeros((12, 12), bool)
+    mask[3:9, 2:10] = True
+    drawn = draw_outline(image, mask)
+    border = mask.copy()
+    border[4:8, 3:9] = False
+    assert (drawn[border] == OUTLINE).all()
+    assert np.array_equal(drawn[~border], image.permute(1, 2, 0).numpy()[~border])
 
 
 @pytest.mark.parametrize("color", ["rgb", "grayscale"])

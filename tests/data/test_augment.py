@@ -140,6 +140,14 @@ def test_any_rotation_agrees_with_torchvision_inside() -> None:
         torch.testing.assert_close(each[:, 13:27, 8:22], expected[:, 13:27, 8:22], atol=0.05, rtol=0)
 
 
+def test_beyond_its_border_an_image_goes_on_mirrored() -> None:
+    images, masks = torch.full((2, 12, 10, 3), 200, dtype=torch.uint8), torch.ones((2, 12, 10), dtype=torch.uint8)
+    changes = Changes(rotate=torch.tensor([0.7, -2.0]), scale=torch.tensor([0.6, 0.8]))
+    moved, truth = augment_batch(images, masks, changes, (12, 10))
+    torch.testing.assert_close(moved, torch.full((2, 3, 12, 10), 200.0))
+    assert torch.equal(truth, masks)
+
+
 def test_zoom_by_two_enlarges_the_middle() -> None:
     images = torch.zeros((1, 16, 16, 3), dtype=torch.uint8)
     images[:, 6:10, 6:10] = 255
@@ -235,6 +243,9 @@ def test_noise_has_the_deviation_of_its_image() -> None:
     deviations = (changed - 128).std((1, 2, 3)) / 255
     torch.testing.assert_close(deviations, torch.tensor([0.02, 0.1]), rtol=0.03, atol=0)
     assert torch.equal(changed, augment_batch(images, images[..., 0] * 0, changes, (64, 64))[0])
+    # Noise is added after the blur.
+    blurred = Changes(noise=changes.noise, noise_seed=5, blur=torch.tensor([2.0, 2.0]), blur_radius=6)
+    torch.testing.assert_close(augment_batch(images, images[..., 0] * 0, blurred, (64, 64))[0], changed)
     other = augment_batch(images, images[..., 0] * 0, Changes(noise=changes.noise, noise_seed=6), (64, 64))[0]
     assert not torch.equal(changed, other)
 
@@ -268,8 +279,11 @@ def test_draws_lie_within_their_limits_and_use_them() -> None:
         span = high - low
         assert low - 1e-6 <= float(values.min()) <= low + 0.01 * span, name
         assert high - 0.01 * span <= float(values.max()) <= high + 1e-6, name
-    assert changes.hflip is not None
-    assert 0.45 < float(changes.hflip.float().mean()) < 0.55
+    assert changes.blur_radius == 5
+    flips = draw(AugmentConfig(hflip=0.2, vflip=0.7), 2000, 0, (8, 8), (8, 8))
+    for flags, probability in ((flips.hflip, 0.2), (flips.vflip, 0.7)):
+        assert flags is not None
+        assert float(flags.float().mean()) == pytest.approx(probability, abs=0.04)
 
 
 def test_part_of_the_changes_is_that_of_those_images() -> None:

@@ -49,8 +49,9 @@ class FakeCache:
     def read(
         self, indices: NDArray[np.int64], *, held_out: bool = False
     ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        images = self.centre if held_out and self.centre is not None else self.images
-        return images[indices], self.masks[indices]
+        if held_out and self.centre is not None:
+            return self.centre[indices], 1 - self.masks[indices]
+        return self.images[indices], self.masks[indices]
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,15 @@ def test_seed_and_epoch_alone_decide_an_epoch() -> None:
     assert same(first, epoch_of(data, epoch=5, augment=FULL))
     assert not same(first, epoch_of(data, epoch=6, augment=FULL))
     assert not same(first, epoch_of(data, epoch=5, seed=4, augment=FULL))
+    assert not same(first, epoch_of(data, epoch=4, seed=4, augment=FULL))
+
+
+def test_what_happens_to_an_image_does_not_depend_on_the_size_of_batches() -> None:
+    data = DeviceData(make_cache(n=12))
+    moved = replace(FULL, noise=0)
+    few, many = (epoch_of(data, n=12, batch_size=n, augment=moved) for n in (3, 12))
+    torch.testing.assert_close(torch.cat([batch.images for batch in few]), many[0].images)
+    assert torch.equal(torch.cat([batch.masks for batch in few]), many[0].masks)
 
 
 def test_drawing_batches_leaves_the_global_generators_alone() -> None:
@@ -227,6 +237,7 @@ def test_images_are_scored_as_they_are_held_out_and_trained_on_as_they_are_not()
     (scored,) = eval_batches(data, np.arange(10), batch_size=10, normalization=Statistics(), size=(8, 12))
     (trained,) = epoch_of(data, batch_size=10)
     assert torch.equal(scored.images, ToInput(data, Statistics())(torch.from_numpy(cache.centre)))
+    assert torch.equal(scored.masks[:, 0], torch.from_numpy(1 - cache.masks))
     order = which([trained], cache)
     assert torch.equal(trained.images, ToInput(data, Statistics())(torch.from_numpy(cache.images[order])))
 
@@ -261,6 +272,9 @@ def test_masks_for_evaluation_come_from_the_cache_of_their_size() -> None:
     batches = list(eval_batches(data, np.array([4, 2, 6]), batch_size=2, normalization=Statistics(), size=(8, 12)))
     assert batches[0].images.shape == (2, 3, 8, 12)
     assert torch.equal(torch.cat([batch.masks for batch in batches])[:, 0], torch.from_numpy(large.masks[[4, 2, 6]]))
+    large.centre = 255 - large.images
+    (cropped,) = eval_batches(data, np.array([4]), batch_size=2, normalization=Statistics(), size=(8, 12))
+    assert torch.equal(cropped.masks[:, 0], torch.from_numpy(1 - large.masks[[4]]))
     with pytest.raises(CacheError, match="other images"):
         DeviceData(small, truth=make_cache(n=9))
 

@@ -42,6 +42,12 @@ def test_interpolation_keeps_a_constant(kernel_size: int, stride: int) -> None:
     assert torch.allclose(up[..., kernel_size:-kernel_size, kernel_size:-kernel_size], torch.tensor(3.0))
 
 
+def test_each_output_channel_is_the_mean_of_the_input_channels_of_its_number() -> None:
+    shown = F.conv_transpose2d(torch.arange(6.0).view(1, 6, 1, 1), interpolation_weight(6, 2, 2, 2), stride=2)
+    # 0, 2, 4 and 1, 3, 5
+    assert torch.equal(shown[0, :, 0, 0], torch.tensor([2.0, 3.0]))
+
+
 def test_channels_that_do_not_share_out_are_refused() -> None:
     with pytest.raises(ValueError, match="5 channels to 2"):
         interpolation_weight(5, 2, kernel_size=2, stride=2)

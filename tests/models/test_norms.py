@@ -119,6 +119,13 @@ def test_every_image_is_standardised_by_itself(channels: int) -> None:
     assert (half - found).abs().max() < 0.05
 
 
+def test_an_image_that_is_nearly_of_one_colour_is_not_blown_up() -> None:
+    """At a deviation of 0.01, where images run from 0 to 1 before normalisation, half of the variance is eps."""
+    x = 0.3 + 0.01 * torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(8, 8)[None, None]
+    found = ImageNorm()(x.contiguous(memory_format=torch.channels_last))
+    assert float(found.std(correction=0)) == pytest.approx(0.5**0.5, rel=1e-3)
+
+
 def test_an_image_of_one_colour_becomes_nothing() -> None:
     flat = torch.full((2, 3, 20, 20), 1.7).contiguous(memory_format=torch.channels_last)
     assert ImageNorm()(flat).abs().max() < 1e-3

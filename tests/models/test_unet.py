@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from hpsearch.models.config import UNetConfig
 from hpsearch.models.shapes import why_impossible
-from hpsearch.models.unet import ConvolutionBlock, UNet, UpSampling
+from hpsearch.models.unet import ConvolutionBlock, UNet, Up, UpSampling
 
 
 def _images(*shape: int, seed: int = 0) -> Tensor:
@@ -200,3 +200,14 @@ def test_standardised_images_are_all_that_the_network_sees_of_exposure() -> None
         model = UNet(UNetConfig(base_channels=4, depth=2, input_norm=input_norm), 3).eval()  # type: ignore[arg-type]
         found[input_norm] = (model(images) - model(exposed)).abs().max()
     assert found["image"] < 0.01 < found["none"]
+
+
+def test_the_skip_comes_before_the_map_that_is_up_sampled() -> None:
+    """Stored weights rely on it: the first input channels of a stack are those of the skip."""
+    up = Up(UNetConfig(base_channels=2, depth=1), 4, 2, offset=1)
+    joined: list[Tensor] = []
+    up.stack.register_forward_pre_hook(lambda _, given: joined.append(given[0]))
+    x, skip = _images(1, 4, 3, 3), _images(1, 2, 8, 7, seed=1)
+    up(x, skip)
+    assert torch.equal(joined[0][:, :2], skip[..., 1:7, 1:7])
+    assert torch.equal(joined[0][:, 2:], up.up(x))

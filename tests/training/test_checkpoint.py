@@ -200,6 +200,20 @@ def test_weights_are_read_back_with_all_that_is_needed_to_use_them(model, tmp_pa
     torch.testing.assert_close(loaded(images), model.eval()(images), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("extra", "sees_windows"),
+    [({}, False), ({"match": "resize"}, False), ({"match": "crop"}, True), ({"frame": [9, 9]}, True)],
+)
+def test_a_network_of_windows_is_loaded_without_stretching(extra, sees_windows, tmp_path):
+    config = UNetConfig(base_channels=2, depth=1, stacking=1, padding="valid", norm="none")
+    info = WeightsInfo(model=config, in_channels=3, normalization=NORMALIZATION, size=(16, 16), extra=extra)
+    save_weights(tmp_path / "w.safetensors", UNet(config, 3), info)
+    network, found = load_weights(tmp_path / "w.safetensors")
+    assert found.sees_windows == sees_windows
+    assert network(torch.zeros(1, 3, 16, 16)).shape[-1] == (8 if sees_windows else 16)
+    assert not network.training
+
+
 def test_equal_weights_give_equal_bytes(model, tmp_path):
     save_weights(tmp_path / "a.safetensors", model, INFO)
     save_weights(tmp_path / "b.safetensors", model.to(memory_format=torch.channels_last), INFO)

@@ -238,16 +238,16 @@ def test_counts_are_those_of_the_logits_above_zero(unkilled):
 
 
 def test_scores_are_computed_at_the_size_of_the_truth():
-    truth = FakeCache(size=(32, 32))
+    truth = FakeCache(size=(32, 24))
     data = make_data(truth=truth)
-    result = fit(**fit_arguments(data=data, eval_size=(32, 32)))
-    assert set(result.counts.sum(1)) == {32 * 32}
+    result = fit(**fit_arguments(data=data, eval_size=(32, 24)))
+    assert set(result.counts.sum(1)) == {32 * 24}
     logits, masks = next(
         predict_logits(
             result.model, data, np.arange(13, 20), normalization=NORMALIZATION, size=(16, 16), runtime=FLOAT32
         )
     )
-    assert logits.shape == masks.shape == (7, 1, 32, 32)
+    assert logits.shape == masks.shape == (7, 1, 32, 24)
     np.testing.assert_array_equal(masks[:, 0].numpy(), truth.masks[13:20])
     np.testing.assert_array_equal(((logits > 0) & (masks > 0)).sum((1, 2, 3)).numpy(), result.counts[:, 0])
 
@@ -281,6 +281,9 @@ def test_logits_of_the_right_size_are_untouched_and_others_interpolated():
     torch.testing.assert_close(larger, F.interpolate(logits, size=(16, 12), mode="bilinear"), rtol=1e-5, atol=1e-5)
     flat = resize_logits(torch.full((1, 1, 9, 9), 2.0), (4, 4))
     torch.testing.assert_close(flat, torch.full((1, 1, 4, 4), 2.0))
+    # Shrinking averages: stripes nearly cancel, whichever pixels lie at the centres of the new ones.
+    stripes = torch.tensor([3.0, -3.0, 3.0, -3.0, -3.0]).repeat(4).expand(1, 1, 20, 20)
+    assert float(resize_logits(stripes, (4, 4)).abs().max()) < 1.5
 
 
 def test_a_gpu_evaluates_more_images_at_once_than_it_trains_on():
@@ -405,6 +408,28 @@ def test_finish_leaves_weights_scores_counts_examples_and_the_summary(folder):
     np.testing.assert_array_equal(evaluation.counts, result.counts)
 
 
+def test_the_summary_and_the_examples_are_those_of_all_epochs_or_of_the_last(folder, unkilled):
+    rows = [
+        dataclasses.replace(row, train_s=seconds, eval_s=0.5, images_per_s=rate, peak_bytes=peak)
+        for row, seconds, rate, peak in zip(
+            unkilled.rows, (1.0, 2.0, 5.0), (10.0, 20.0, 30.0), (5, 9, 7), strict=True
+        )
+    ]
+    scores = np.array([np.arange(7), np.arange(7)[::-1] + 9, [3, 1, 2, 0, 6, 5, 4]], np.float32)
+    summary = finish(dataclasses.replace(unkilled, rows=tuple(rows), scores=scores), folder)
+    assert (summary["train_s"], summary["eval_s"], summary["peak_bytes"]) == (8.0, 1.5, 9)
+    assert summary["images_per_s"] == pytest.approx((10 * 1 + 20 * 2 + 30 * 5) / 8)
+    assert summary["value"] == 3
+    with np.load(folder.examples) as examples:
+        np.testing.assert_array_equal(examples["indices"] - 13, [3, 1, 0, 6, 5, 4])
+
+
+@pytest.mark.parametrize(("norm", "expected"), [("batch", 2), ("instance", None)])
+def test_parts_of_batches_are_on_record_where_they_changed_the_result(norm, expected, folder):
+    result = fit(**fit_arguments(model_config=UNetConfig(base_channels=2, depth=1, norm=norm), micro_batch=2))
+    assert finish(result, folder, micro_batch=2)["micro_batch"] == expected
+
+
 def test_examples_are_the_worst_the_median_and_the_best_held_out_images(folder):
     result = fit(**fit_arguments())
     finish(result, folder)
@@ -490,6 +515,25 @@ def test_killed_anywhere_in_any_epoch_a_fit_ends_with_the_same_bytes(
     assert rows[: len(before)] == before
     np.testing.assert_array_equal(np.load(folder.scores), unkilled.scores)
     assert folder.best.read_bytes() == best_of_unkilled
+
+
+def test_draws_from_the_global_generators_continue_after_a_resume(folder, monkeypatch):
+    drawn = []
+
+    def drawing(config):
+        def compute(logits, masks):
+            drawn.append((float(torch.rand(())), float(np.random.random())))
+            return loss_function(config)(logits, masks)
+
+        return compute
+
+    monkeypatch.setattr(loop, "loss_function", drawing)
+    fit(**fit_arguments())
+    expected = drawn.copy()
+    drawn.clear()
+    fit(**fit_arguments(), paths=folder, on_epoch=lambda *_: "stop")
+    fit(**fit_arguments(), paths=folder)
+    assert drawn == expected
 
 
 def test_a_finished_fit_is_not_trained_again(folder, unkilled, monkeypatch):

@@ -220,3 +220,24 @@ def test_an_unfinished_fold_is_reported_by_its_epochs_alone() -> None:
     assert [list(report) for report in epochs_of_first_fold(partly, FOLDS)] == [[1], [2]]
     assert images(partly, FOLDS) == []
     assert fold_means(partly, FOLDS) == []
+
+
+def falling(number: int = 0) -> TrialScores:
+    """A full trial whose last epoch is worse than the one before."""
+    curve = np.array([0.5, 0.6, 0.9, 0.7])[None, :, None]
+    scores = (curve + 0.01 * np.arange(20).reshape(2, 1, 10)).astype(np.float32)
+    return TrialScores(number, {0: scores[0], 1: scores[1]}, N_EPOCHS)
+
+
+def test_the_last_epoch_of_a_fold_is_reported_though_an_earlier_one_was_better() -> None:
+    whole = falling()
+    assert fold_means(whole, FOLDS) == [{0: pytest.approx(0.745)}, {1: pytest.approx(0.845)}]
+    first, second = images(whole, FOLDS)
+    assert list(first.values()) == pytest.approx(whole.scores[0][3].tolist())
+    assert list(second.values()) == pytest.approx(whole.scores[1][3].tolist())
+
+
+def test_a_trial_without_a_full_one_beside_it_is_worth_its_last_epoch() -> None:
+    verdict = pruner_of("median").judge(TrialScores(0, {0: falling().scores[0]}, N_EPOCHS + 1), [], FOLDS)
+    assert verdict is not None
+    assert verdict.estimate == pytest.approx(0.745)

@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from hpsearch.data.folds import Folds
+from hpsearch.tuning import racing
 from hpsearch.tuning.racing import (
     ALPHA,
     INSIDE,
     MATTERS,
+    MEDIAN_EFFICIENCY,
     NEAR,
     S_FLOOR,
     S_GUESS,
@@ -26,6 +28,7 @@ from hpsearch.tuning.racing import (
     Verdict,
     compare,
     run_spread,
+    verdict_on_request,
 )
 
 
@@ -67,10 +70,11 @@ SIZES = [40, 40, 40, 40, 40]
 FOLDS = folds_of(SIZES)
 
 
-def test_beside_a_single_full_trial_the_test_is_the_paired_one(rng: np.random.Generator) -> None:
-    incumbent, candidate = (trial(number, images_of(rng, SIZES)) for number in (3, 5))
+@pytest.mark.parametrize("sizes", [SIZES, [3] * 5])
+def test_beside_a_single_full_trial_the_test_is_the_paired_one(sizes: list[int], rng: np.random.Generator) -> None:
+    incumbent, candidate = (trial(number, images_of(rng, sizes)) for number in (3, 5))
     for k in (1, 2, 4):
-        found = judge(until(candidate, k - 1), [incumbent], FOLDS)
+        found = judge(until(candidate, k - 1), [incumbent], folds_of(sizes))
         d = np.concatenate([incumbent.scores[f][-1] - candidate.scores[f][-1] for f in range(k)]).astype(float)
         images, runs = d.var(ddof=1) / d.size, 2 * S_GUESS**2 / k
         df = (images + runs) ** 2 / (images**2 / (d.size - 1) + runs**2 / S_GUESS_DF)
@@ -97,6 +101,68 @@ def test_se_counts_the_luck_of_candidate_incumbent_and_near_trials() -> None:
         assert found is not None
         # Constant scores leave no image noise, so only the runs' part remains.
         assert found.se == pytest.approx(found.s * math.sqrt(1 / k + 1 / 4 + (1 / k - 1 / 4) / 3), rel=1e-6)
+
+
+def test_se_counts_the_images_of_candidate_incumbent_and_near_trials(rng: np.random.Generator) -> None:
+    sizes = [5, 8, 20]
+    near = [trial(number, images_of(rng, sizes)) for number in range(3)]
+    candidate = trial(9, images_of(rng, sizes))
+    for k, n in ((1, 5), (2, 13)):
+        found = compare(until(candidate, k - 1), near, 3)
+        assert found is not None
+        offsets = [np.mean([each.scores[f][-1] - each.value for each in near], axis=0) for f in range(k)]
+        best = max(each.value for each in near)
+        d = best + np.concatenate(offsets) - np.concatenate([candidate.scores[f][-1] for f in range(k)])
+        images = d.var(ddof=1) * 3 / 4 * (1 / n + 1 / 33 + (1 / n - 1 / 33) / 3)
+        runs = found.s**2 * (1 / k + 1 / 3 + (1 / k - 1 / 3) / 3)
+        assert found.d == pytest.approx(d.mean(), abs=1e-6)
+        assert found.se == pytest.approx(math.sqrt(images + runs), rel=1e-5)
+
+
+FALLS = np.array([0.6, 1.1, 1.0])
+"""A curve whose best epoch is not its last."""
+
+
+def test_the_last_epoch_counts_though_an_earlier_one_was_better(rng: np.random.Generator) -> None:
+    finals = [images_of(rng, SIZES, mean) for mean in (0.78, 0.79, 0.775)]
+    for fold in range(4):
+        falling, level = (
+            compare(until(trial(9, finals[2], curve), fold), [trial(n, finals[n], curve) for n in (0, 1)], 5)
+            for curve in (FALLS, np.ones(3))
+        )
+        assert falling is not None
+        assert level is not None
+        assert tuple(falling) == pytest.approx(tuple(level), rel=1e-3)
+
+
+def test_the_incumbent_is_the_best_after_the_last_epoch() -> None:
+    sizes = [4, 4]
+    fell = trial(0, [np.full(4, 0.78)] * 2, np.array([0.5, 1.2, 1.0]))
+    rose = trial(1, [np.full(4, 0.80)] * 2, np.array([0.5, 0.9, 1.0]))
+    found = compare(until(trial(2, [np.full(4, 0.7)] * 2, FALLS), 0), [fell, rose], 2)
+    assert found is not None
+    assert found.against == 1
+    assert found.d == pytest.approx(0.1, abs=1e-6)
+    assert fell.value == pytest.approx(0.78)
+    assert judge(until(fell, 0, 1), [rose], folds_of(sizes)).epoch == 1
+
+
+def test_full_trials_that_are_worse_by_more_than_a_twentieth_are_ignored(rng: np.random.Generator) -> None:
+    base = images_of(rng, SIZES)
+    full = [trial(0, base), trial(1, [scores - 0.01 for scores in images_of(rng, SIZES)])]
+    candidate = until(trial(9, images_of(rng, SIZES)), 1)
+    near, far = (trial(2, [scores - by for scores in reversed(base)]) for by in (0.04, 0.06))
+    assert judge(candidate, [*full, far], FOLDS) == judge(candidate, full, FOLDS)
+    assert judge(candidate, [*full, near], FOLDS) != judge(candidate, full, FOLDS)
+
+
+def test_an_estimate_is_a_score() -> None:
+    """Even for a trial that collapsed on an easy fold, or was nearly perfect on a hard one."""
+    incumbent = trial(0, [np.full(4, 0.99), np.full(4, 0.2)])
+    for fold, score, expected in ((0, 0.05, 0.0), (1, 0.95, 1.0)):
+        found = compare(TrialScores(1, {fold: np.full((1, 4), score, np.float32)}, 1), [incumbent], 2)
+        assert found is not None
+        assert found.estimate == expected
 
 
 def test_se_is_the_spread_of_mean_d(rng: np.random.Generator) -> None:
@@ -251,6 +317,38 @@ def test_s_is_the_run_noise_beyond_what_the_images_explain(noise: float, rng: np
     assert np.mean(s**2) == pytest.approx(weight * S_GUESS**2 + (1 - weight) * noise**2, rel=0.1)
 
 
+def test_the_efficiency_of_the_median_is_that_of_chi_squares_of_4_degrees_of_freedom() -> None:
+    # Relative variance of n values: 2 / (4 n) for the mean, 1 / (4 n median^2 density^2) for the median.
+    median = stats.chi2.median(4)
+    assert pytest.approx(2 * (median * stats.chi2.pdf(median, 4)) ** 2, abs=0.005) == MEDIAN_EFFICIENCY
+
+
+@pytest.mark.parametrize(("n_trials", "n_folds"), [(2, 2), (3, 5), (8, 3)])
+def test_the_guess_weighs_4_degrees_of_freedom_beside_those_of_the_residuals(n_trials: int, n_folds: int) -> None:
+    # Trials that differ in nothing else than their mean leave no residual.
+    values = np.linspace(0.7, 0.8, n_trials)[:, None]
+    s, df = run_spread([np.repeat(values, 6, axis=1)] * n_folds)
+    evidence = MEDIAN_EFFICIENCY * (n_trials - 1) * (n_folds - 1)
+    assert df == pytest.approx(4 + evidence)
+    assert s == pytest.approx(0.006 * math.sqrt(4 / (4 + evidence)))
+
+
+@pytest.mark.parametrize("n_trials", [2, 3, 4, 6])
+def test_run_noise_is_not_underestimated_from_few_trials(n_trials: int, rng: np.random.Generator) -> None:
+    """The median of two to six mean squares is 7 to 21 % too large, never too small."""
+    noise, squares = 0.02, []
+    for _ in range(1500):
+        means = 0.8 + noise * rng.standard_normal((5, n_trials, 1))
+        s, df = run_spread(list(np.repeat(means, 2, axis=2)))
+        squares.append((s**2 * df - S_GUESS_DF * S_GUESS**2) / (df - S_GUESS_DF))
+    assert 1.0 < np.mean(squares) / noise**2 < 1.3
+
+
+def test_the_image_part_is_unbiased_for_few_images(rng: np.random.Generator) -> None:
+    finals = [[0.1 * rng.standard_normal((3, 3)) for _ in range(4)] for _ in range(2000)]
+    assert np.mean([racing._image_part(each) for each in finals]) == pytest.approx(0.1**2 / 3, rel=0.05)
+
+
 def test_s_without_evidence_is_the_guess_and_has_a_floor(rng: np.random.Generator) -> None:
     assert run_spread([np.ones((1, 5))] * 3) == (S_GUESS, S_GUESS_DF)
     assert run_spread([np.ones((4, 5))]) == (S_GUESS, S_GUESS_DF)
@@ -366,6 +464,43 @@ def test_a_flat_start_is_forgiven_until_it_is_too_late(rng: np.random.Generator)
     assert all(dropped[12:])
 
 
+@pytest.mark.parametrize(
+    ("now", "curves", "at_best", "typically"),
+    [
+        # Half of the learning rate is spent: 0.3 / 0.5. The near trials had reached 0.75 and 0.625 of their ends.
+        ((0.2, 0.3), ((0.3, 0.6, 0.9, 0.8), (0.2, 0.5, 0.7, 0.8)), 0.6, 0.3 / 0.6875),
+        # One near trial had reached only 0.4 of its end: 0.3 / 0.4. Its best epoch so far counts, not its latest.
+        ((0.2, 0.3), ((0.32, 0.1, 0.9, 0.8), (0.2, 0.7, 0.7, 0.8)), 0.75, 0.3 / 0.6375),
+        # Flat so far: the fastest near trial made 0.875 of its end (0.8) in half of the epochs.
+        ((0.1, 0.05), ((0.3, 0.6, 0.9, 0.8), (0.2, 0.7, 0.7, 0.8)), 0.7, 0.1 / 0.8125),
+    ],
+)
+def test_a_first_fold_may_go_on_as_slowly_or_as_late_as_near_trials_did(
+    now: tuple[float, ...], curves: tuple[tuple[float, ...], ...], at_best: float, typically: float
+) -> None:
+    """By hand, at a constant learning rate, after 2 of 4 epochs; scores are the same for all images."""
+    near = [
+        TrialScores(n, {f: np.outer(curve, np.ones(4)).astype(np.float32) for f in (0, 1)}, 4, "constant")
+        for n, curve in enumerate(curves)
+    ]
+    candidate = TrialScores(9, {0: np.outer(now, np.ones(4)).astype(np.float32)}, 4, "constant")
+    found = compare(candidate, near, 2)
+    assert found is not None
+    assert found.d == pytest.approx(0.8 - at_best, abs=1e-6)
+    assert found.estimate == pytest.approx(typically, abs=1e-6)
+
+
+def test_the_same_part_of_a_near_trial_with_fewer_epochs_is_rounded_down() -> None:
+    """Half of 3 epochs is 1 and not 2."""
+    near = TrialScores(
+        0, {f: np.outer((0.4, 0.8, 0.8), np.ones(4)).astype(np.float32) for f in (0, 1)}, 3, "constant"
+    )
+    candidate = TrialScores(9, {0: np.full((2, 4), 0.3, np.float32)}, 4, "constant")
+    found = compare(candidate, [near], 2)
+    assert found is not None
+    assert found.estimate == pytest.approx(0.3 / 0.5, abs=1e-6)
+
+
 def test_a_hopeless_trial_ends_inside_its_first_fold_with_a_modest_estimate(rng: np.random.Generator) -> None:
     curve = np.array([0.8, 0.95, 0.98, 0.99, 1.0])
     base = images_of(rng, SIZES)
@@ -406,3 +541,10 @@ def test_a_fixed_split_races_on_epochs_alone(rng: np.random.Generator) -> None:
     hopeless = trial(1, [0.3 * scores for scores in base], curve)
     assert judge(until(hopeless, 0, 2), [incumbent], folds).drop
     assert Race().judge(hopeless, [incumbent], folds) is None
+
+
+def test_a_trial_that_is_stopped_before_any_is_full_is_worth_its_last_epoch() -> None:
+    candidate = trial(3, [np.full(4, 0.6), np.full(4, 0.8)], FALLS)
+    verdict = verdict_on_request(candidate, [], 3, "stopped on request")
+    assert (verdict.drop, verdict.fold, verdict.epoch) == (True, 1, 3)
+    assert verdict.estimate == pytest.approx(0.7, abs=1e-6)

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import itertools
+
 import optuna
 import pytest
-from optuna.trial import TrialState
+from optuna.samplers import RandomSampler
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from hpsearch import config as configs
 from hpsearch.config import StudyConfig
 from hpsearch.tuning.search_space import (
     SAME_FACTOR,
+    ReplayableSampler,
     decode,
     default_params,
     distributions,
@@ -28,8 +32,9 @@ SPACE = [
 ]
 
 
-def space(sampler: str = "tpe", seed: int = 0) -> StudyConfig:
-    return configs.load(None, [*SPACE, f"study.sampler={sampler}", f"study.seed={seed}", "study.startup_trials=4"])
+def space(sampler: str = "tpe", seed: int = 0, n_startup: int = 4) -> StudyConfig:
+    settings = [f"study.sampler={sampler}", f"study.seed={seed}", f"study.startup_trials={n_startup}"]
+    return configs.load(None, [*SPACE, *settings])
 
 
 def search(config: StudyConfig, n: int, *, interrupt_at: int | None = None) -> list[dict[str, object]]:
@@ -212,11 +217,25 @@ def test_tpe_suggests_fewer_infeasible_configurations_after_it_has_seen_some() -
     assert by_tpe < 0.8 * at_random
 
 
+def _end_full(trial: FrozenTrial) -> None:
+    trial.state, trial.value = TrialState.COMPLETE, 0.9
+    trial.user_attrs = {"outcome": "full"}
+
+
+def _end_infeasible(trial: FrozenTrial) -> None:
+    # An infeasible network is not suggested again at any learning rate.
+    trial.state, trial.user_attrs = TrialState.PRUNED, {"outcome": "infeasible"}
+    trial.set_constraint("feasible", 0.5)
+
+
+_END = {"full": _end_full, "infeasible": _end_infeasible}
+
+
 def test_with_a_lookahead_what_became_of_the_last_trials_changes_nothing() -> None:
     config = few("study.lookahead=3")
 
-    def run(told: int) -> dict[str, object]:
-        """Params of trial 10 when the trials before `told` have ended, the others being under way."""
+    def run(told: int, how: str) -> dict[str, object]:
+        """Params of trial 10 when the trials before `told` have ended so, the others being under way."""
         study = optuna.create_study(direction="maximize", sampler=make_sampler(config, {}))
         trials = []
         for number in range(11):
@@ -227,9 +246,81 @@ def test_with_a_lookahead_what_became_of_the_last_trials_changes_nothing() -> No
         fresh = optuna.create_study(direction="maximize", sampler=make_sampler(config, {}))
         for each in study.get_trials()[:10]:
             if each.number < told and not each.state.is_finished():
-                each.state, each.value = TrialState.COMPLETE, 0.9
+                _END[how](each)
                 each.datetime_complete = each.datetime_start
             fresh.add_trial(each)
         return suggest(fresh.ask(), config.search)
 
-    assert run(8) == run(9) == run(10)
+    under_way = run(8, "full")
+    for how in _END:
+        assert run(9, how) == run(10, how) == under_way
+
+
+class _Spy(RandomSampler):
+    """Notes the trials that it is shown."""
+
+    def __init__(self) -> None:
+        super().__init__(seed=0)
+        self.shown: list[FrozenTrial] = []
+
+    def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: object) -> dict[str, object]:
+        self.shown = study.get_trials()
+        return {}
+
+
+def test_a_lookahead_shows_nothing_of_what_became_of_later_trials() -> None:
+    """Neither values nor attributes: an outcome, a reason, a constraint."""
+    config, spy = few(), _Spy()
+    sampler = ReplayableSampler(lambda seed: spy, seed=0, space=config.search, lookahead=3)
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    for number in range(6):
+        trial = study.ask()
+        suggest(trial, config.search)
+        if number < 5:
+            trial.set_user_attr("outcome", "full")
+            trial.set_constraint("feasible", -1.0)
+            study.tell(trial, 0.1 * number)
+    told = study.get_trials()
+    assert [each.number for each in spy.shown] == list(range(6))
+    assert [each.params for each in spy.shown[:5]] == [each.params for each in told[:5]]
+    for shown, each in zip(spy.shown[:3], told, strict=False):
+        assert (shown.state, shown.value) == (TrialState.COMPLETE, each.value)
+        assert (shown.user_attrs, shown.system_attrs) == (each.user_attrs, each.system_attrs)
+    for shown in spy.shown[3:]:
+        assert (shown.state, shown.values, shown.datetime_complete) == (TrialState.RUNNING, None, None)
+        assert (shown.user_attrs, shown.system_attrs) == ({}, {})
+
+
+def test_suggestions_of_a_linear_range_differ_by_more_than_a_fortieth() -> None:
+    config = configs.load(None, ["search.train.momentum={low=0.1, high=0.9}", "study.startup_trials=3"])
+    study = optuna.create_study(direction="maximize", sampler=make_sampler(config, {}))
+    found: list[float] = []
+    for _ in range(14):
+        trial = study.ask()
+        found.append(suggest(trial, config.search)["train.momentum"])
+        study.tell(trial, -abs(found[-1] - 0.7))
+    assert min(above - below for below, above in itertools.pairwise(sorted(found))) > 0.8 / 40
+
+
+def test_suggestions_are_random_for_the_startup_trials_only() -> None:
+    at_random, learnt = (search(space(n_startup=n), 8) for n in (100, 4))
+    assert learnt[:4] == at_random[:4]
+    assert learnt[4:] != at_random[4:]
+
+
+def test_a_running_trial_influences_the_next_suggestion() -> None:
+    """Otherwise several workers would try the same configuration."""
+    config = space()
+    suggested = []
+    for under_way in ({"train.lr": 2e-4, "unet.depth": 2}, {"train.lr": 9e-2, "unet.depth": 5}):
+        study = optuna.create_study(direction="maximize", sampler=make_sampler(config, {}))
+        for _ in range(8):
+            trial = study.ask()
+            params = suggest(trial, config.search)
+            study.tell(trial, -abs(params["unet.depth"] - 4) - abs(params["train.lr"] - 0.02))
+        params = {"data.color": "rgb", "train.batch_size": 16, **under_way}
+        study.add_trial(
+            create_trial(state=TrialState.RUNNING, params=params, distributions=distributions(config.search))
+        )
+        suggested.append(suggest(study.ask(), config.search))
+    assert suggested[0] != suggested[1]
