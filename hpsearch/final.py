@@ -27,7 +27,7 @@ from hpsearch.data.build import Progress
 from hpsearch.data.config import DataConfig
 from hpsearch.data.duplicates import DuplicatePair, find_in_dataset
 from hpsearch.data.prepare import Prepared, locate, prepare_test
-from hpsearch.errors import RecordError, StudyChangedError, StudyError
+from hpsearch.errors import RecordError, StoppedError, StudyChangedError, StudyError
 from hpsearch.looks import Look, digest_of_test_set, first_look_of, looks_at, n_looks_before, note_look
 from hpsearch.paths import FinalPaths, FitPaths, ProjectPaths
 from hpsearch.report import trial_rows
@@ -46,8 +46,8 @@ from hpsearch.tracking import Tracker, TrackingThread
 from hpsearch.training.metrics import SCORES, PixelCounts
 from hpsearch.tuning import fits, lock
 from hpsearch.tuning.caches import PoolCaches
-from hpsearch.tuning.coordinator import cache_root, log_file
-from hpsearch.tuning.planning import MachineChoice, make_plan
+from hpsearch.tuning.coordinator import Stop, cache_root, log_file
+from hpsearch.tuning.planning import MachineChoice, plan_for_one_fit
 from hpsearch.tuning.record import FORMAT, StudyRecord, TrialRecord, load_array, now, study_record
 from hpsearch.tuning.workers import Workers, do
 
@@ -167,6 +167,7 @@ def run_final(
     on_decoded: Progress | None = None,
     on_step: Callable[[str], None] | None = None,
     submission: bool = False,
+    stop: Stop | None = None,
 ) -> FinalResult | None:
     """Train the winner of a study (or `trial`) on all pool images and score the test images.
 
@@ -176,11 +177,25 @@ def run_final(
     the folds predict the test images too. The test split is read here and nowhere else, and every scoring of it is
     entered into the account of looks. The masks at each image's own resolution, as `predict` would make them, stay in
     the final's folder; `submission` packs them into a zip as the challenge takes it. `on_decoded(done, total)` counts
-    images that are decoded where they are not yet, and `on_step` hears in words what comes next.
+    images that are decoded where they are not yet, and `on_step` hears in words what comes next. A request of `stop`
+    ends it after the current epoch, or at once where none is trained.
 
     Raises StudyError if there is no such study or trial, or no networks for an ensemble; DatasetError for data that
-    cannot be used.
+    cannot be used; StoppedError when `stop` ended it.
     """
+    stop = stop or Stop()
+
+    def check() -> None:
+        if stop.is_urgent or (stop.is_requested and stop.epoch_left_s() is None):
+            raise StoppedError("stopped; run the same command again to continue", stop.signal)
+
+    def decoded(done: int, total: int) -> None:
+        check()
+        if on_decoded is not None:
+            on_decoded(done, total)
+
+    def hear_epoch(index: int, row: dict[str, Any]) -> bool:
+        return (on_epoch is None or on_epoch(index, row)) and not stop.is_requested
 
     def say(text: str) -> None:
         logger.info(text)
@@ -198,16 +213,16 @@ def run_final(
         networks = fold_networks(record, chosen.number)
         if ensemble and networks is None:
             raise StudyError(_why_no_ensemble(record, chosen.number))
-        caches = PoolCaches(record.config, root, role="final", progress=on_decoded)
+        caches = PoolCaches(record.config, root, role="final", progress=decoded)
         pool = caches.scored
-        test = prepare_test(config.scored_data, root, progress=on_decoded)
-        seen = test if config.scored_data == config.data else prepare_test(config.data, root, progress=on_decoded)
+        test = prepare_test(config.scored_data, root, progress=decoded)
+        seen = test if config.scored_data == config.data else prepare_test(config.data, root, progress=decoded)
         paths.write_text(folder.config, config.to_toml())
-        on_epoch = on_epoch or (lambda index, row: True)
         # One network after another on the first device of the plan, which no other worker shares here.
-        with Workers(record.paths.root) as workers:
-            plan = make_plan(record, caches, machine or MachineChoice(), workers)
-            workers.become([plan.alone])
+        with Workers(record.paths.root, check) as workers:
+            plan = plan_for_one_fit(record, caches, machine or MachineChoice(), workers)
+            workers.become(plan.workers)
+            stop.epoch_left_s = workers.epoch_left_s
             for index in range(n_seeds):
                 seed = stable_seed(config.study.seed, "final", index)
                 job = fits.fit_job(
@@ -217,7 +232,8 @@ def run_final(
                     say(f"network {index + 1} of {n_seeds} has been trained")
                     continue
                 say(f"training network {index + 1} of {n_seeds} on {pool.n} images")
-                if do(workers, job, on_epoch=partial(on_epoch, index)) is None:
+                if do(workers, job, on_epoch=partial(hear_epoch, index)) is None:
+                    check()
                     return None
             # Before the test split is looked at.
             if networks is not None:

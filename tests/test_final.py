@@ -1,26 +1,31 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import zipfile
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import safetensors.numpy
 
 from hpsearch.choices import Choices, Chosen
 from hpsearch.cli.final import describe
 from hpsearch.config import stable_seed
-from hpsearch.errors import StudyError
+from hpsearch.errors import StoppedError, StudyError
 from hpsearch.final import FinalResult, fold_networks, run_final
 from hpsearch.paths import ProjectPaths
+from hpsearch.plan import ExecutionPlan
 from hpsearch.predict import Ensemble, Predictor, find_images, load_predictor, predict_files
 from hpsearch.report.rows import study_rows
 from hpsearch.scoring import mask_name, official_scores, read_mask, score_folder
 from hpsearch.training.metrics import SCORES, PixelCounts
+from hpsearch.tuning.coordinator import Stop
 from hpsearch.tuning.planning import MachineChoice
 from hpsearch.tuning.record import load_array, study_record
+from hpsearch.tuning.workers import WorkerSettings
 from tests.tuning.studies import run, tiny_config, write_tiny_dataset
 
 MACHINE = MachineChoice("cpu", 1, 1)
@@ -138,6 +143,37 @@ def test_the_promise_is_the_mean_of_both_its_fits(project: ProjectPaths, result:
     assert f"[{result.predicted.low:.4f}, {result.predicted.high:.4f}]" in text
     if result.trial.number != 0:
         assert result.against_default is not None
+
+
+def test_final_trains_with_the_threads_that_the_studys_plan_says(project: ProjectPaths, result: FinalResult) -> None:
+    record = study_record(project, None)
+    plan = ExecutionPlan.from_dict(record.plan() or {})
+    record.write_plan(dataclasses.replace(plan, workers=(WorkerSettings("cpu", 1),) * 2, alone_threads=0).to_dict())
+    (other,) = {0, 1} - {result.trial.number}
+    threads = []
+
+    def stop_at_once(index: int, row: object) -> bool:
+        trainers = [child.environ() for child in psutil.Process().children() if "worker" in " ".join(child.cmdline())]
+        threads.extend(environment["OMP_NUM_THREADS"] for environment in trainers)
+        return False
+
+    assert run_final(project, trial=other, machine=MachineChoice(), on_epoch=stop_at_once) is None
+    assert threads == ["1"]
+
+
+def test_a_final_that_is_told_to_stop_at_once_ends_with_its_checkpoint(
+    project: ProjectPaths, result: FinalResult
+) -> None:
+    (other,) = {0, 1} - {result.trial.number}
+    stop = Stop()
+
+    def stop_now(index: int, row: object) -> bool:
+        stop.request(at_once=True)
+        return True
+
+    with pytest.raises(StoppedError, match="run the same command again"):
+        run_final(project, trial=other, n_seeds=2, machine=MACHINE, on_epoch=stop_now, stop=stop)
+    assert not (result.paths.root.parent / f"trial-{other:04d}" / "final.json").exists()
 
 
 def test_only_full_trials_can_be_final(project: ProjectPaths) -> None:

@@ -58,9 +58,7 @@ LOOKAHEAD = 4
 )
 @device_option
 @click.option("--workers", type=click.IntRange(min=1), help="Worker processes (default: measured, 1 to 4 a device).")
-@click.option(
-    "--threads", type=click.IntRange(min=1), help="CPU threads of each worker (default: the cores, shared)."
-)
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of each worker (default: measured).")
 @click.option("--hours", type=click.FloatRange(min=0, min_open=True), help="Stop, with checkpoints, after so long.")
 @click.option(
     "--enqueue",
@@ -160,8 +158,16 @@ class stop_on_signals:  # noqa: N801 - reads as the statement it is used in
     def _hear(self, number: int, _frame: object) -> None:
         # A scheduler that sends SIGTERM kills soon after: what is on disk is at most an epoch behind.
         at_once = number != signal.SIGINT
+        left_s = self._stop.epoch_left_s()
         self._stop.request(number, at_once=at_once)
-        text = "stopping now" if self._stop.is_urgent else "stopping after this epoch; press Ctrl-C again to stop now"
+        if self._stop.is_urgent:
+            text = "Stopping now"
+        elif left_s is None:
+            text = "Stopping"
+        else:
+            # NaN: no epoch of this configuration has ended yet.
+            about = f" (about {max(1, round(left_s))} s)" if left_s == left_s else ""
+            text = f"Finishing the current epoch{about}; press Ctrl-C again to stop now"
         # The program was interrupted anywhere, perhaps while it prints, and the terminal may be gone: no print here.
         with contextlib.suppress(OSError):
             os.write(2, f"\n{text}\n".encode())

@@ -23,7 +23,7 @@ from hpsearch.paths import ProjectPaths
     help="k, or `fixed` (default) for training and validation split.",
 )
 @device_option
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads (default: all cores).")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads (default: measured).")
 @tracking_option
 def command(
     project: ProjectPaths,

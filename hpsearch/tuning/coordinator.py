@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,8 @@ class Stop:
         self.requests = 0
         self.signal = 0
         """Number of the signal that asked, 0 if none did."""
+        self.epoch_left_s: Callable[[], float | None] = lambda: None
+        """Seconds until the epochs being trained end; NaN if not known, None if none is trained."""
 
     def request(self, signal_number: int = 0, *, at_once: bool = False) -> None:
         """May be called from a signal handler or another thread."""
@@ -133,7 +135,7 @@ def run_study(
         listener.preparing(done, total)
 
     seat = take_seat(study, storage or sqlite_url(project.optuna_db), sharing)
-    with paths.refusals_named(study.root), seat.held(), log_file(seat.log), Workers(seat.folder) as workers:
+    with paths.refusals_named(study.root), seat.held(), log_file(seat.log), Workers(seat.folder, check) as workers:
         if not seat.is_shared:
             for request in (study.stop_request, *study.root.glob("stop-trial-*")):
                 request.unlink(missing_ok=True)
@@ -141,6 +143,7 @@ def run_study(
             record = StudyRecord.open(study)
             record.verify()
             record.update_config(config)
+        stop.epoch_left_s = workers.epoch_left_s
         # While they import torch, the images are looked at.
         workers.become(first_workers(record if study.toml.is_file() else None, machine))
         try:
@@ -166,7 +169,7 @@ def run_study(
         with seat.trials(record) as ownership:
             if not study.plan.is_file():
                 listener.said("measuring how fast this machine trains")
-            plan = make_plan(record, caches, machine, workers, check)
+            plan = make_plan(record, caches, machine, workers)
             _require_space(record, plan)
             workers.become(plan.workers)
             seat.prepared()

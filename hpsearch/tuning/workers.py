@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -78,11 +79,15 @@ class Event:
 class Workers:
     """Worker processes, none at first. Use as a context manager: on leaving none is left running."""
 
-    def __init__(self, log_folder: Path) -> None:
+    def __init__(self, log_folder: Path, check: Callable[[], None] = lambda: None) -> None:
+        """`check` is called again and again while `do` and `do_each` wait, and ends the waiting by raising."""
+        self.check = check
         self._log_folder = log_folder
         self._failed_starts = 0
         self._workers: list[Worker] = []
         self._asked_at = time.monotonic()
+        self._epoch_s: dict[int, float] = {}
+        """Trial to the seconds of its last epoch, of whichever fold."""
 
     def __enter__(self) -> Workers:
         return self
@@ -133,6 +138,17 @@ class Workers:
         with contextlib.suppress(OSError):
             _send(worker.connection, {"go": go})
 
+    def epoch_left_s(self) -> float | None:
+        """Return the seconds until the epochs being trained end; NaN if not known, None if none is trained."""
+        now = time.monotonic()
+        jobs = [(worker.job, now - worker.heard_at) for worker in self._workers if worker.job is not None]
+        left = [
+            max(0.0, self._epoch_s.get(job["trial"], math.nan) - spent_s)
+            for job, spent_s in jobs
+            if job["job"] == "fit"
+        ]
+        return max(left, key=lambda each: (each != each, each)) if left else None
+
     def kill(self, worker: Worker) -> None:
         """End one worker at once; `events` reports its death and it is replaced."""
         _kill(worker.process)
@@ -167,6 +183,8 @@ class Workers:
                 self._failed_starts = 0
             elif message["event"] != "epoch":
                 worker.job = None
+            elif job is not None:
+                self._epoch_s[job["trial"]] = message["row"]["train_s"] + message["row"]["eval_s"]
             yield Event(worker, message["event"], job, message)
 
     def close(self) -> None:
@@ -215,18 +233,17 @@ def do(
     job: Mapping[str, Any],
     *,
     on_epoch: Callable[[dict[str, Any]], bool] = lambda row: True,
-    check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any] | None:
     """Have the first worker do one job; its `finished` message, or None if `on_epoch` stopped it.
 
     `on_epoch` hears the row of every epoch and says whether to go on. When a worker dies, the next one goes on from
-    its checkpoint. `check` is called again and again, and ends the waiting by raising. Raises what the job raised, or
-    WorkerError when it has ended three workers without an epoch in between.
+    its checkpoint. Raises what the job raised, or WorkerError when it has ended three workers without an epoch in
+    between.
     """
     deaths = epochs = 0
     submitted = False
     while True:
-        check()
+        workers.check()
         if not submitted and (idle := workers.idle()):
             workers.submit(idle[0], job)
             submitted = True
@@ -253,22 +270,20 @@ def do(
                     raise WorkerError(f"{job['job']} ended its worker {deaths} times: {event.message['text']}")
 
 
-def do_each(
-    workers: Workers, jobs: Sequence[Mapping[str, Any]], *, check: Callable[[], None] = lambda: None
-) -> list[dict[str, Any]] | None:
+def do_each(workers: Workers, jobs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
     """Have as many workers as there are jobs do one each at the same time, once all are ready.
 
     Their `finished` messages in the order of the jobs, or None if any of them failed or died.
     """
     while len(workers.idle()) < len(workers):
-        check()
+        workers.check()
         for _ in workers.events(POLL_S):
             pass
     for worker, job in zip(workers.idle(), jobs, strict=False):
         workers.submit(worker, job)
     messages: dict[int, dict[str, Any]] = {}
     while workers.busy():
-        check()
+        workers.check()
         for event in workers.events(POLL_S):
             if event.kind == "finished":
                 messages[event.worker.index] = event.message
