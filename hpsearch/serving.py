@@ -6,7 +6,7 @@ it takes is a list of images: paths, or arrays (H, W, 3) of RGB, 8 bits a channe
 
     mlflow.pyfunc.load_model("models:/isic2017/1").predict(["photo.jpg"])
 
-`python -m hpsearch.serving WEIGHTS FOLDER` packs one in a process of its own (`pack`): MLflow tries the model out
+`pack` runs this module in a process of its own: MLflow tries the model out
 while it saves it, which needs torch, and the process that tracks a study has none.
 """
 
@@ -18,7 +18,6 @@ import json
 import logging
 import shutil
 import subprocess
-import sys
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -29,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 import hpsearch
+from hpsearch import subprocesses
 from hpsearch.choices import Choices
 from hpsearch.errors import DatasetError, ExportError
 from hpsearch.paths import FinalPaths
@@ -140,9 +140,11 @@ def pack(weights: Path, folder: Path, *, run_id: str, model_id: str) -> None:
     """`save` in a process of its own; ExportError, with its last words, if it fails."""
     if not weights.is_file():
         raise ExportError(f"{weights} cannot be packed for MLflow: it is missing")
-    command = [sys.executable, "-m", "hpsearch.serving", str(weights), str(folder)]
     done = subprocess.run(
-        [*command, "--run-id", run_id, "--model-id", model_id],
+        subprocesses.command(
+            "hpsearch.serving", str(weights), str(folder), "--run-id", run_id, "--model-id", model_id
+        ),
+        env=subprocesses.environment(),
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,

@@ -1,8 +1,8 @@
 """Worker processes from the coordinator's side: started, handed jobs, heard, replaced when they die.
 
-A worker is `python -m hpsearch.tuning.worker`, not a child of `multiprocessing`: it works from a notebook and from an
-unguarded script, and the coordinator's memory is not copied into it. Messages are JSON objects over a socket pair, so
-nothing is ever unpickled.
+A worker runs `hpsearch.tuning.worker` in a process of its own, not a child of `multiprocessing`: it works from a
+notebook and from an unguarded script, and the coordinator's memory is not copied into it. Messages are JSON objects
+over a socket pair, so nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -12,11 +12,9 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +22,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NoReturn
 
+from hpsearch import subprocesses
 from hpsearch.errors import DeviceError, StorageError, StudyError, WorkerError
 
 logger = logging.getLogger(__name__)
@@ -197,15 +196,13 @@ class Workers:
         log = self._log_folder / f"worker{index}.log"
         # Thread counts decide floating-point bytes, and some libraries read them only from here.
         threads = str(settings.threads)
-        environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-        command = [sys.executable, "-m", "hpsearch.tuning.worker", str(theirs.fileno()), json.dumps(vars(settings))]
         with log.open("wb") as output:
             process = subprocess.Popen(
-                command,
+                subprocesses.command("hpsearch.tuning.worker", str(theirs.fileno()), json.dumps(vars(settings))),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env=environment,
+                env=subprocesses.environment(OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads),
                 pass_fds=[theirs.fileno()],
                 # Ctrl-C on the terminal is the coordinator's to hear; a worker ends when its socket closes.
                 start_new_session=True,
