@@ -53,6 +53,8 @@ ARTIFACT = "final"
 MODEL = "lesion_masks"
 """Name of a packed model beside its run."""
 
+_NO_ID = "m-00000000000000000000000000000000"
+"""Stands for the id that MLflow gives a model, until it is known."""
 _ENTRY = '''"""What MLflow runs to load the model."""
 
 import mlflow
@@ -167,20 +169,29 @@ def register(
 ) -> None:
     """Pack the model of a run and make it the next version of the registered model `name`; nothing if it is one.
 
-    `client` is an MlflowClient, `folder` a place for the packed model. What an attempt that failed has left is
-    removed first, so that any number of attempts ends with one version. Raises ExportError, and MLflow's own errors.
+    `client` is an MlflowClient, `folder` a place for the packed model. MLflow is asked for nothing before the model is
+    packed, and what an attempt that failed has left there is used again: any number of attempts ends with one model,
+    its files and one version. Raises ExportError, and MLflow's own errors.
     """
     from mlflow.entities import LoggedModelOutput
 
     if client.search_model_versions(f"run_id = '{run_id}'"):
         return
-    for left in client.search_logged_models([experiment_id], filter_string=f"source_run_id = '{run_id}'"):
-        client.delete_logged_model(left.model_id)
-    model = client.create_logged_model(experiment_id, name=MODEL, source_run_id=run_id, model_type="segmentation")
-    pack(weights, folder, run_id=run_id, model_id=model.model_id)
+    pack(weights, folder, run_id=run_id, model_id=_NO_ID)
+    left = client.search_logged_models([experiment_id], filter_string=f"source_run_id = '{run_id}'")
+    model = (
+        left[0]
+        if left
+        else client.create_logged_model(experiment_id, name=MODEL, source_run_id=run_id, model_type="segmentation")
+    )
+    description_file = folder / "MLmodel"
+    packed = description_file.read_text(encoding="utf-8")
+    description_file.write_text(packed.replace(_NO_ID, model.model_id), encoding="utf-8")
     client.log_model_artifacts(model.model_id, str(folder))
     client.finalize_logged_model(model.model_id, "READY")
-    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+    outputs = client.get_run(run_id).outputs
+    if model.model_id not in [each.model_id for each in (outputs.model_outputs if outputs else [])]:
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name, tags={"hpsearch.study": name}, description="Networks that `final` made.")
     # Not `models:/...`: MLflow would look for that where its global address points, not where this client does.
