@@ -46,7 +46,7 @@ from hpsearch.tracking import Tracker, TrackingThread
 from hpsearch.training.metrics import SCORES, PixelCounts
 from hpsearch.tuning import fits, lock
 from hpsearch.tuning.caches import PoolCaches
-from hpsearch.tuning.coordinator import Stop, cache_root, log_file
+from hpsearch.tuning.coordinator import Stop, cache_root, deliver_the_rest, log_file
 from hpsearch.tuning.planning import MachineChoice, plan_for_one_fit
 from hpsearch.tuning.record import FORMAT, StudyRecord, TrialRecord, load_array, now, study_record
 from hpsearch.tuning.workers import Workers, do
@@ -103,6 +103,10 @@ class FinalResult:
     """It minus trial 0 on the same out-of-fold images, with run luck; None for trial 0, or if that is not full."""
     n_test: int
     n_pool: int
+    undelivered: int = 0
+    """Number of MLflow runs that lack something; it is on record."""
+    tracking_error: str = ""
+    """Why MLflow could not be brought up to date; empty if it is."""
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -279,7 +283,8 @@ def run_final(
         logger.info("final of trial %d: test %s %.4f", chosen.number, result.metric, result.test[result.metric].mean)
         if tracker is not None:
             say("delivering to MLflow")
-            TrackingThread(tracker, record.paths).close()
+            undelivered, error = deliver_the_rest(TrackingThread(tracker, record.paths), stop)
+            result = dataclasses.replace(result, undelivered=undelivered, tracking_error=error)
         return result
 
 

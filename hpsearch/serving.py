@@ -169,9 +169,9 @@ def register(
 ) -> None:
     """Pack the model of a run and make it the next version of the registered model `name`; nothing if it is one.
 
-    `client` is an MlflowClient, `folder` a place for the packed model. MLflow is asked for nothing before the model is
-    packed, and what an attempt that failed has left there is used again: any number of attempts ends with one model,
-    its files and one version. Raises ExportError, and MLflow's own errors.
+    `client` is an MlflowClient, `folder` a place for the packed model. The model is packed before MLflow is asked for
+    anything, and what a failed attempt left in MLflow is used again: any number of attempts ends with one model, its
+    files and one version. Raises ExportError, and MLflow's own errors.
     """
     from mlflow.entities import LoggedModelOutput
 

@@ -14,7 +14,7 @@ import safetensors.numpy
 from hpsearch.choices import Choices, Chosen
 from hpsearch.cli.final import describe
 from hpsearch.config import stable_seed
-from hpsearch.errors import StoppedError, StudyError
+from hpsearch.errors import StoppedError, StudyError, TrackingError
 from hpsearch.final import FinalResult, fold_networks, run_final
 from hpsearch.paths import ProjectPaths
 from hpsearch.plan import ExecutionPlan
@@ -26,6 +26,7 @@ from hpsearch.tuning.coordinator import Stop
 from hpsearch.tuning.planning import MachineChoice
 from hpsearch.tuning.record import load_array, study_record
 from hpsearch.tuning.workers import WorkerSettings
+from tests.test_tracking import FakeTracker
 from tests.tuning.studies import run, tiny_config, write_tiny_dataset
 
 MACHINE = MachineChoice("cpu", 1, 1)
@@ -237,8 +238,10 @@ def test_every_look_at_the_test_set_is_counted_and_a_search_that_goes_on_after_o
     dataset = project.root / "ISIC-2017"
     settings = ("study.pruner=none", "study.sampler=random", "study.trials=3", "study.confirm=0")
     run(project.root, tiny_config(dataset, *settings))
-    again = run_final(project, trial=0, machine=MACHINE)
+    again = run_final(project, trial=0, machine=MACHINE, tracker=FakeTracker(*[TrackingError("away")] * 9))
     assert again is not None
+    assert again.undelivered > 0
+    assert again.tracking_error == "away"
     assert (len(again.looks), again.n_trials_after) == (2, 1)
     # Near-duplicates were looked for once: the images are the same.
     assert len(list(project.cache.glob("near-duplicates-*.json"))) == 1

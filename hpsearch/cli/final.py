@@ -51,7 +51,7 @@ def command(
     from rich.console import Console
     from rich.text import Text
 
-    from hpsearch.cli.progress import DecodingLines
+    from hpsearch.cli.progress import DecodingLines, undelivered
     from hpsearch.cli.study import stop_on_signals
     from hpsearch.final import run_final
     from hpsearch.tracking import make_tracker
@@ -94,6 +94,8 @@ def command(
     assert result is not None
     for line in describe(result):
         console.print(Text(line))
+    if result.undelivered:
+        show(undelivered(result.study, project, tracking, result.tracking_error))
     return 0
 
 

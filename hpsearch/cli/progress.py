@@ -20,6 +20,7 @@ from hpsearch.data.prepare import Prepared
 from hpsearch.paths import ProjectPaths
 from hpsearch.plan import ExecutionPlan, Forecast, describe_data
 from hpsearch.report.words import command_line, duration
+from hpsearch.tracking import redact
 from hpsearch.tuning.coordinator import StudySummary
 from hpsearch.tuning.record import COUNTED, StudyRecord, TrialRecord
 from hpsearch.tuning.status import study_status
@@ -46,9 +47,10 @@ class DecodingLines:
 class StudyProgress:
     """Shows a running study. Use as a context manager, and as the study's Listener."""
 
-    def __init__(self, name: str, project: ProjectPaths, *, is_tracked: bool = True) -> None:
+    def __init__(self, name: str, project: ProjectPaths, tracking: str | None = None) -> None:
+        """`tracking` is the option `--tracking`."""
         self._name = name
-        self._is_tracked = is_tracked
+        self._tracking = tracking
         self._project = project
         self._console = Console(highlight=False, soft_wrap=True)
         self._is_live = self._console.is_terminal
@@ -159,10 +161,6 @@ class StudyProgress:
                 f"best: trial {best.number}, {record.config.study.metric} {record.worth(best):.4f} out of fold{both} "
                 f" {describe_params(best.params)}"
             )
-        if summary.undelivered:
-            n = summary.undelivered
-            lacking = "1 trial; it is" if n == 1 else f"{n} trials; they are"
-            self._print(f"tracking lacks {lacking} on record, and `hpsearch track` delivers what is missing")
         if summary.stopped:
             self._print(
                 f"stopped with {summary.n_counted} of {n_trials} trials: run the same command again to continue"
@@ -172,9 +170,11 @@ class StudyProgress:
             self._print(f"  {command_line('final --best', self._name, self._project)}")
             root = self._project.root
             folder = "" if str(root) == "." else f"cd {shlex.quote(str(root))} && "
-            if self._is_tracked:
+            if self._tracking != "none":
                 self._print(f"  {folder}mlflow ui")
             self._print(f"  {command_line('report', self._name, self._project)}")
+        if summary.undelivered:
+            self._print(undelivered(self._name, self._project, self._tracking, summary.tracking_error))
 
     def _best(self) -> TrialRecord | None:
         full = [trial for trial in self._trials.values() if trial.can_win]
@@ -227,6 +227,15 @@ class StudyProgress:
             return "?"
         seconds, reckoned_at = self._to_go
         return duration(max(0.0, seconds - (time.monotonic() - reckoned_at)))
+
+
+def undelivered(study: str, project: ProjectPaths, tracking: str | None, error: str) -> str:
+    """Say that MLflow lacks something of a study, why, and which command delivers it; `tracking` is `--tracking`."""
+    retry = command_line("track", study, project)
+    if tracking is not None:
+        retry += f" --tracking {shlex.quote(redact(tracking))}"
+    because = f" ({error})" if error else ""
+    return f"MLflow is not up to date{because}. Everything is on record; deliver it with: {retry}"
 
 
 def describe_forecast(pruner: str, forecast: Forecast) -> str:

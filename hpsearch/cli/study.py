@@ -118,7 +118,7 @@ def command(
     config = settings.load(project.study(name).toml)
     stop = Stop()
     with (
-        StudyProgress(name, project, is_tracked=tracking != "none") as progress,
+        StudyProgress(name, project, tracking) as progress,
         stop_on_signals(stop),
     ):
         summary = run_study(

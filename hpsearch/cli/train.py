@@ -54,7 +54,7 @@ def command(
     config = dataclasses.replace(config, study=one, search=SearchSpace())
     stop = Stop()
     with (
-        StudyProgress(name, project, is_tracked=tracking != "none") as progress,
+        StudyProgress(name, project, tracking) as progress,
         stop_on_signals(stop),
     ):
         summary = run_study(

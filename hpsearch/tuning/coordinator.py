@@ -95,7 +95,9 @@ class StudySummary:
     stopped: bool
     """Whether it was asked to stop before it was done."""
     undelivered: int
-    """Trials and metrics that tracking could not deliver; they are on record."""
+    """Number of MLflow runs that lack something; it is on record."""
+    tracking_error: str = ""
+    """Why MLflow could not be brought up to date; empty if it is."""
 
 
 def run_study(
@@ -181,11 +183,11 @@ def run_study(
                 coordinator.run(workers)
             finally:
                 workers.close()
-                undelivered = _deliver_the_rest(tracking, stop) if tracking is not None else 0
+                undelivered, error = deliver_the_rest(tracking, stop) if tracking is not None else (0, "")
                 # Of workers that were ended while they wrote.
                 if not seat.is_shared:
                     paths.remove_stale_temporaries(study.root)
-        return StudySummary(record, coordinator.n_counted, coordinator.was_stopped, undelivered)
+        return StudySummary(record, coordinator.n_counted, coordinator.was_stopped, undelivered, error)
 
 
 def cache_root(project: ProjectPaths, config: StudyConfig) -> Path:
@@ -717,11 +719,12 @@ def _require_space(record: StudyRecord, plan: ExecutionPlan) -> None:
         )
 
 
-def _deliver_the_rest(tracking: TrackingThread, stop: Stop) -> int:
-    # Whoever must end at once shall not wait for a server that does not answer; a slow machine may take its time.
+def deliver_the_rest(tracking: TrackingThread, stop: Stop) -> tuple[int, str]:
+    """Bring MLflow up to date and end tracking; return how many runs lack something, and why."""
+    # Whoever must end at once must not wait for a server that does not answer; a slow machine may take its time.
     if stop.is_urgent:
-        return tracking.close(URGENT_DELIVERY_S)
-    return tracking.close(LAST_DELIVERY_S, lambda: stop.is_urgent)
+        return tracking.close(URGENT_DELIVERY_S), tracking.error
+    return tracking.close(LAST_DELIVERY_S, lambda: stop.is_urgent), tracking.error
 
 
 class _Quiet(logging.FileHandler):
