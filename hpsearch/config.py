@@ -100,6 +100,10 @@ class StudyConfig:
         """The configuration of one trial: `params` set, nothing left to search."""
         return _replace(dataclasses.replace(self, search=SearchSpace()), params)
 
+    def absolute(self) -> StudyConfig:
+        """Return the same configuration with absolute paths, so that its data are found from any folder."""
+        return dataclasses.replace(self, data=self.data.absolute())
+
     def to_dict(self) -> dict[str, Any]:
         """Plain types only; `from_dict` gives an equal configuration."""
         sections = {name: _plain(getattr(self, name)) for name in SECTIONS}

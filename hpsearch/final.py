@@ -211,6 +211,8 @@ def run_final(
         record.verify()
         chosen = _choose(record, trial, cheapest_tied)
         config = chosen.study_config
+        # A trial remembers where the images were when it began.
+        config = dataclasses.replace(config, data=config.data.located_as(record.config.data))
         folder = record.paths.final(f"trial-{chosen.number:04d}")
         began_at = now()
         root = cache_root(project, config)

@@ -61,11 +61,22 @@ def check_study_name(name: str) -> str:
     return name
 
 
+def absolute(path: str | os.PathLike[str]) -> Path:
+    """Return `path` from the root of the file system: `~` is the home folder, and links stay as they are."""
+    plain = Path(path).expanduser().absolute()
+    short = Path(os.path.normpath(plain))
+    # `link/..` is the parent of the link's target, which taking both out of the path would miss.
+    return short if short.resolve() == plain.resolve() else plain
+
+
 @dataclass(frozen=True)
 class ProjectPaths:
     """The folder that `--out` names: databases, artifacts, caches and all studies."""
 
     root: Path
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        object.__setattr__(self, "root", Path(root))
 
     @property
     def optuna_db(self) -> Path:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -35,10 +36,11 @@ MACHINE = MachineChoice("cpu", 1, 1)
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> ProjectPaths:
     root = tmp_path_factory.mktemp("final")
-    config = tiny_config(
-        write_tiny_dataset(root), "study.pruner=none", "study.sampler=random", "study.trials=2", "study.confirm=2"
-    )
-    run(root, config)
+    write_tiny_dataset(root)
+    settings = ("study.pruner=none", "study.sampler=random", "study.trials=2", "study.confirm=2")
+    # The data are given by a relative path; everything after the search happens in another folder.
+    with contextlib.chdir(root):
+        run(Path(), tiny_config(Path("ISIC-2017"), *settings))
     return ProjectPaths(root)
 
 

@@ -14,7 +14,7 @@ import click
 from hpsearch import config as configs
 from hpsearch.config import StudyConfig
 from hpsearch.errors import ConfigError
-from hpsearch.paths import ProjectPaths
+from hpsearch.paths import ProjectPaths, absolute
 
 SHIPPED = (Path(__file__).parents[1] / "experiments", Path(__file__).parents[2] / "experiments")
 """Where the shipped studies lie: inside an installed package, or beside it in a checkout."""
@@ -59,7 +59,7 @@ class Settings:
     @property
     def name(self) -> str:
         """The study's name where none is given: the folder of one's own images, else the TOML file's stem."""
-        return Path(self.images).name if self.images and self.config_file is None else self.path.stem
+        return absolute(self.images).name if self.images and self.config_file is None else self.path.stem
 
     @property
     def path(self) -> Path:

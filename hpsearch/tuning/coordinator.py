@@ -124,6 +124,7 @@ def run_study(
     Raises StudyLockedError if another process runs it, StudyChangedError if its fixed settings differ, DatasetError
     for data that cannot be used, StorageError when the disk refuses, WorkerError when workers cannot start.
     """
+    config = config.absolute()
     stop_at = time.monotonic() + hours * 3600 if hours is not None else math.inf
     study = project.study(name)
     listener, stop, machine = listener or Silent(), stop or Stop(), machine or MachineChoice()
@@ -144,7 +145,7 @@ def run_study(
         if study.toml.is_file():
             record = StudyRecord.open(study)
             record.verify()
-            record.update_config(config)
+            record.check_config(config)
         stop.epoch_left_s = workers.epoch_left_s
         # While they import torch, the images are looked at.
         workers.become(first_workers(record if study.toml.is_file() else None, machine))
@@ -165,7 +166,9 @@ def run_study(
             record = StudyRecord.create(study, config)
             if not record.has_folds:
                 record.write_folds(folds, prepared.key)
-        _fix_folds(record, prepared, cache_root(project, config))
+        _fix_folds(record, config, prepared, cache_root(project, config))
+        # Only now: a folder that does not hold the study's images must not be remembered as theirs.
+        record.update_config(config)
         for said in enqueue.add(record, enqueued):
             listener.said(f"the configuration {said}")
         with seat.trials(record) as ownership:
@@ -672,18 +675,19 @@ def fit_seed(config: StudyConfig, place: int, fold: int) -> int:
     return stable_seed(config.study.seed, "fit", place, fold)
 
 
-def _fix_folds(record: StudyRecord, prepared: Prepared, caches: Path) -> None:
+def _fix_folds(record: StudyRecord, config: StudyConfig, prepared: Prepared, caches: Path) -> None:
     """Make the folds of a new study; make sure that an old one still has the images they were made from."""
     if record.has_folds:
+        data = config.data
         if record.folds.ids != prepared.ids or record.data_key() != prepared.key:
             before, after = set(record.folds.ids), set(prepared.ids)
             what = f"{len(before - after)} are gone, {len(after - before)} are new" if before != after else "content"
             raise StudyChangedError(
-                f"the images of study {record.name!r} have changed since it was begun ({what}): put the old ones "
-                "back, or begin another study with --study NAME"
+                f"the images in {data.images or data.root} are not those that study {record.name!r} was begun with "
+                f"({what}): put the old ones back, or begin another study with --study NAME"
             )
         return
-    record.write_folds(_make_folds(record.config, prepared, caches), prepared.key)
+    record.write_folds(_make_folds(config, prepared, caches), prepared.key)
 
 
 def _make_folds(config: StudyConfig, prepared: Prepared, caches: Path) -> Folds:

@@ -195,7 +195,8 @@ class StudyRecord:
                 f"there is no study {study.name!r} in {study.project.root.absolute()}; studies there: {known}"
             )
         try:
-            return cls(study, configs.load(study.toml))
+            # Studies of version 0.1 may hold relative paths: they are found from the folder where they were begun.
+            return cls(study, configs.load(study.toml).absolute())
         except ConfigError as error:
             raise RecordError(f"the study's own settings are damaged: {error}") from error
 
@@ -237,18 +238,19 @@ class StudyRecord:
         paths.write_json(self.paths.folds, {"format": FORMAT, "data_key": data_key, "folds": folds.to_dict()})
         self._folds = folds
 
-    def update_config(self, config: StudyConfig) -> None:
-        """Take over the settings that may change under a study (`changeable`); refuse the others.
-
-        Raises StudyChangedError, listing every setting that differs.
-        """
+    def check_config(self, config: StudyConfig) -> None:
+        """Raise StudyChangedError, listing every setting that differs and may not (`CHANGEABLE` may)."""
         if differences := fixed_differences(self.config, config):
             lines = "; ".join(f"{key}: {ours!r} in the study, {theirs!r} now" for key, ours, theirs in differences)
             raise StudyChangedError(
                 f"study {self.name!r} was begun with other settings ({lines}); "
                 "give it the old ones, or begin another with --study NAME"
             )
-        if config != self.config:
+
+    def update_config(self, config: StudyConfig) -> None:
+        """Take over the settings that may change under a study; refuse the others as `check_config` does."""
+        self.check_config(config)
+        if config.to_sealed_toml() != self.paths.toml.read_text(encoding="utf-8"):
             paths.write_text(self.paths.toml, config.to_sealed_toml())
             self.config = config
 
@@ -467,8 +469,10 @@ def study_record(project: ProjectPaths, name: str | None) -> StudyRecord:
 
 CHANGEABLE = frozenset(
     {"study.trials", "study.confirm", "data.cache", "data.cache_dir", "data.n_final_train", "data.n_final_test"}
+    | {"data.root", "data.images", "data.masks", "data.test_list"}
 )
-"""Settings that may change between two starts of a study: none of them changes what a trial is worth."""
+"""Settings that may change between two starts of a study: none of them changes the score of a trial. Images that lie
+elsewhere must be the same ones (`StudyRecord.data_key`)."""
 
 
 def fixed_differences(ours: StudyConfig, theirs: StudyConfig) -> list[tuple[str, Any, Any]]:

@@ -158,6 +158,20 @@ def test_the_budget_may_change_under_a_study_and_nothing_else(record: StudyRecor
         record.update_config(configs.load(None, ["search.unet.depth=[2, 4]", "study.folds=3"]))
 
 
+def test_relative_paths_of_an_older_study_are_those_of_the_folder_it_is_continued_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = configs.load(None, [*OVERRIDES, "data.root=photos", "data.groups=lists/patients.csv"])
+    record = StudyRecord.create(ProjectPaths(tmp_path).study("old"), config)
+    opened = StudyRecord.open(record.paths)
+    assert opened.config.data.root == str(tmp_path / "photos")
+    assert opened.config.data.groups == str(tmp_path / "lists" / "patients.csv")
+    opened.update_config(opened.config)
+    monkeypatch.chdir("/")
+    assert StudyRecord.open(record.paths).config == opened.config
+
+
 def test_the_only_study_needs_no_name_and_several_are_listed(tmp_path: Path) -> None:
     project = ProjectPaths(tmp_path)
     with pytest.raises(StudyError, match="hpsearch study"):
