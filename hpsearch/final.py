@@ -190,6 +190,7 @@ def run_final(
     stop = stop or Stop()
 
     def check() -> None:
+        stop.heed(record.paths)
         if stop.is_urgent or (stop.is_requested and stop.epoch_left_s() is None):
             raise StoppedError("stopped; run the same command again to continue", stop.signal)
 
@@ -208,6 +209,7 @@ def run_final(
 
     record = study_record(project, name)
     with paths.refusals_named(record.paths.root), lock.hold(record.paths), log_file(record.paths.log):
+        record.paths.stop_request.unlink(missing_ok=True)
         record.verify()
         chosen = _choose(record, trial, cheapest_tied)
         config = chosen.study_config

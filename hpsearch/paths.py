@@ -31,6 +31,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -372,6 +373,13 @@ class FinalPaths:
     def seed(self, index: int) -> FitPaths:
         """The fit with the index-th seed (`final --seeds 3` makes three)."""
         return FitPaths(self.root / f"seed{index}")
+
+
+def command_line(command: str, study: str, project: ProjectPaths | None = None) -> str:
+    """Return `hpsearch COMMAND --study STUDY` for a shell, with `--out` where the project is not `.`."""
+    root = "." if project is None else str(project.root)
+    out = "" if root == "." else f" --out {shlex.quote(root)}"
+    return f"hpsearch {command} --study {shlex.quote(study)}{out}"
 
 
 @contextmanager

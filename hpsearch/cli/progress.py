@@ -17,9 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from hpsearch.data.prepare import Prepared
-from hpsearch.paths import ProjectPaths
+from hpsearch.paths import ProjectPaths, command_line
 from hpsearch.plan import ExecutionPlan, Forecast, describe_data
-from hpsearch.report.words import command_line, duration
+from hpsearch.report.words import duration
 from hpsearch.tracking import redact
 from hpsearch.tuning.coordinator import StudySummary
 from hpsearch.tuning.record import COUNTED, StudyRecord, TrialRecord

@@ -264,7 +264,7 @@ def _answer(rows: StudyRows, pictures: Mapping[str, Picture]) -> Iterator[str]:
     if winner is None:
         if not rows.is_running:
             more = f" --trials {rows.n_counted + 1}" if rows.n_counted >= rows.config.study.trials else ""
-            command = escape(words.command_line(f"study{more}", rows.name))
+            command = escape(paths.command_line(f"study{more}", rows.name))
             yield f"<p><code>{command}</code> goes on with the search.</p>"
         return
     estimates = "; ".join(f"{name} {interval(value)}" for name, value in _estimates(rows, winner))
@@ -486,7 +486,7 @@ def _test(rows: StudyRows, pictures: Mapping[str, Picture]) -> Iterator[str]:
     if rows.winner is None and not rows.finals:
         yield "<p>The test set is scored once a configuration has been evaluated on all folds.</p>"
     elif not rows.finals:
-        command = escape(words.command_line("final --best", rows.name))
+        command = escape(paths.command_line("final --best", rows.name))
         yield (
             "<p>The test set has not been scored in this study. "
             f"<code>{command}</code> retrains the best configuration and does it.</p>"

@@ -23,7 +23,7 @@ from hpsearch.data import duplicates
 from hpsearch.data import folds as fold_making
 from hpsearch.data.cache import open_cache
 from hpsearch.data.folds import Folds
-from hpsearch.data.prepare import Prepared
+from hpsearch.data.prepare import Prepared, count_pool
 from hpsearch.errors import (
     CacheError,
     ConfigError,
@@ -33,7 +33,7 @@ from hpsearch.errors import (
     StudyError,
     WorkerError,
 )
-from hpsearch.paths import ProjectPaths
+from hpsearch.paths import ProjectPaths, StudyPaths
 from hpsearch.plan import ExecutionPlan
 from hpsearch.tracking import Tracker, TrackingThread
 from hpsearch.tuning import confirmation, enqueue, fits, pruners, takeover
@@ -75,6 +75,13 @@ class Stop:
         """May be called from a signal handler or another thread."""
         self.requests += 2 if at_once else 1
         self.signal = self.signal or signal_number
+
+    def heed(self, study: StudyPaths, *, keep: bool = False) -> None:
+        """Take over a request that `hpsearch stop` left in the study's folder; `keep` leaves it there for others."""
+        if study.stop_request.exists():
+            self.request(at_once=study.stop_request.read_text().strip() == "now")
+            if not keep:
+                study.stop_request.unlink(missing_ok=True)
 
     @property
     def is_requested(self) -> bool:
@@ -146,6 +153,8 @@ def run_study(
             record = StudyRecord.open(study)
             record.verify()
             record.check_config(config)
+        else:
+            _require_folds(config, cache_root(project, config))
         stop.epoch_left_s = workers.epoch_left_s
         # While they import torch, the images are looked at.
         workers.become(first_workers(record if study.toml.is_file() else None, machine))
@@ -631,12 +640,9 @@ class Coordinator:
         """`hpsearch stop` leaves a file, so that it works from another machine that shares the folder too."""
         request = self._record.paths.stop_request
         if request.exists() and self._ownership.is_meant(request):
-            at_once = request.read_text().strip() == "now"
-            if not self._ownership.is_shared:
-                request.unlink(missing_ok=True)
             logger.info("stop was requested")
             self._listener.said("stop was requested from outside")
-            self._stop.request(at_once=at_once)
+            self._stop.heed(self._record.paths, keep=self._ownership.is_shared)
         for trial in list(self._open.values()):
             request = self._record.paths.trial_stop_request(trial.record.number)
             if request.exists():
@@ -688,6 +694,18 @@ def _fix_folds(record: StudyRecord, config: StudyConfig, prepared: Prepared, cac
             )
         return
     record.write_folds(_make_folds(config, prepared, caches), prepared.key)
+
+
+def _require_folds(config: StudyConfig, caches: Path) -> None:
+    """Raise, before any image is decoded, what is wrong with the groups or makes so many folds impossible."""
+    table = fold_making.groups_file(config.data)
+    groups = fold_making.read_groups(table) if table else None
+    n_images = count_pool(config.data, caches)
+    # Without any image the data are at fault, and decoding says why.
+    if config.study.folds != "fixed" and n_images:
+        fold_making.require_enough(n_images, config.study.folds, "images with a mask")
+        if groups is not None:
+            fold_making.require_enough(len(set(groups.values())), config.study.folds, "groups")
 
 
 def _make_folds(config: StudyConfig, prepared: Prepared, caches: Path) -> Folds:

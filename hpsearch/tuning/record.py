@@ -30,6 +30,7 @@ from hpsearch.data.folds import Folds
 from hpsearch.errors import ConfigError, RecordError, StudyChangedError, StudyError
 from hpsearch.paths import FitPaths, ProjectPaths, StudyPaths
 from hpsearch.training.rows import read_lines
+from hpsearch.tuning import lock
 
 logger = logging.getLogger(__name__)
 
@@ -456,14 +457,21 @@ def no_study(project: ProjectPaths) -> StudyError:
 
 
 def study_record(project: ProjectPaths, name: str | None) -> StudyRecord:
-    """The study `name`, or the only one there is; StudyError lists them if the choice is not clear."""
+    """Return the study `name`; without one, the only study there is, or the only one that runs.
+
+    Raises StudyError, listing the studies, where that leaves a choice.
+    """
     if name is not None:
         return StudyRecord.open(project.study(name))
     names = project.study_names()
     if not names:
         raise no_study(project)
     if len(names) > 1:
-        raise StudyError(f"several studies in {project.root}: {', '.join(names)}; choose one with --study NAME")
+        running = lock.running_studies(project)
+        if len(running) != 1:
+            listed = ", ".join(f"{each} (running)" if each in running else each for each in names)
+            raise StudyError(f"several studies in {project.root}: {listed}; choose one with --study NAME")
+        names = running
     return StudyRecord.open(project.study(names[0]))
 
 

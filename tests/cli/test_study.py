@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from hpsearch.cli import group
+from hpsearch.data import build
+from hpsearch.errors import HpsearchError
 from hpsearch.paths import ProjectPaths
+from hpsearch.tuning import lock
 from hpsearch.tuning import status as statuses
 from hpsearch.tuning.coordinator import Stop
 from hpsearch.tuning.listener import Silent
+from hpsearch.tuning.record import StudyRecord
 from hpsearch.tuning.status import study_status
 from tests.tuning.studies import run, tiny_config, write_tiny_dataset
 
@@ -18,6 +23,49 @@ def output_of(*arguments: str) -> str:
     result = CliRunner().invoke(group, arguments)
     assert result.exit_code == 0, result.output
     return result.output
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--data", "nowhere"], "nowhere: there is no such folder"),
+        (["--images", "nowhere", "--masks", "photos"], "nowhere is not a folder: --images"),
+        (["--images", "photos", "--masks", "nowhere"], "nowhere is not a folder: --masks"),
+        (["--data", "data", "--groups", "nowhere.csv"], "nowhere.csv cannot be read"),
+        (["--data", "data", "--groups", "one.csv", "--folds", "2"], "folds = 2, but there are only 1 groups"),
+        (["--data", "data", "--folds", "12"], "folds = 12, but there are only 11 images with a mask"),
+        (["--config", "nowhere.toml", "--study", "a"], "nowhere.toml does not exist"),
+        (["--data", "data", "--set", "data.cache_dir=one.csv"], "one.csv"),
+    ],
+)
+def test_a_first_start_with_a_wrong_path_or_too_many_folds_decodes_nothing_and_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(build, "Decoders", None)
+    write_tiny_dataset(tmp_path).rename(tmp_path / "data")
+    (tmp_path / "photos").mkdir()
+    shutil.copy(next((tmp_path / "data").rglob("ISIC_0000001.*")), tmp_path / "photos")
+    (tmp_path / "one.csv").write_text("image,patient\n" + "".join(f"ISIC_{n:07d},p\n" for n in range(15)))
+    before = sorted(tmp_path.rglob("*"))
+    result = CliRunner().invoke(group, ["study", "--out", "new", "--tracking", "none", "--threads", "1", *flags])
+    assert isinstance(result.exception, HpsearchError), result.output
+    assert said in str(result.exception)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_status_shows_the_study_that_runs_and_names_the_others(tmp_path: Path) -> None:
+    project = ProjectPaths(tmp_path)
+    for name in ("one", "two"):
+        StudyRecord.create(project.study(name), tiny_config(tmp_path))
+    shown = output_of("status", "--out", str(tmp_path))
+    assert "study one:" in shown
+    assert "study two:" in shown
+    with lock.hold(project.study("two")):
+        shown = output_of("status", "--out", str(tmp_path))
+    assert "study one:" not in shown
+    assert "study two: 0/3 trials (none ended); run by process" in shown
+    assert "not running: one (--study NAME shows one)" in shown
 
 
 class _StopAfterAnEpoch(Silent):
