@@ -219,7 +219,11 @@ def apply_overrides(table: Mapping[str, Any], overrides: Iterable[str]) -> dict[
         name, equals, text = override.partition("=")
         section, dot, key = name.strip().partition(".")
         if not equals or not dot or not key:
-            raise ConfigError(f"--set {override!r}: write section.key=value, such as train.lr=0.01")
+            meant = [each for each in setting_names() if each.endswith(f".{name.strip()}")]
+            raise ConfigError(
+                f"--set {override!r}: write section.key=value, such as {meant[0] if meant else 'train.lr'}="
+                f"{text.strip() if meant and equals else '0.01'}"
+            )
         value = _parse_value(text.strip())
         if section == "search":
             search = _flatten_search(result.get("search", {}))
@@ -356,6 +360,8 @@ def _parse_value(text: str) -> Any:
 
 def _unknown(name: str, known: Iterable[str], kind: str) -> str:
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=1)
+    # The right key behind another section, or one that is spelled nearly right.
+    elsewhere = [each for each in setting_names() if each.rpartition(".")[2] == name.rpartition(".")[2]]
+    close = elsewhere or difflib.get_close_matches(name, known, n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""
     return f"unknown {kind} {name!r}{hint}; known: {', '.join(known)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import json
 from collections.abc import Callable
@@ -131,8 +132,10 @@ def config_path(name: str) -> Path:
         if (folder / f"{name}.toml").is_file():
             return folder / f"{name}.toml"
     shipped = sorted({path.stem for folder in SHIPPED for path in folder.glob("*.toml")})
+    close = difflib.get_close_matches(name, shipped, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
     raise ConfigError(
-        f"--config {name}: there is no such file, and no shipped study of that name ({', '.join(shipped)})"
+        f"--config {name}: there is no such file, and no shipped study of that name ({', '.join(shipped)}){hint}"
     )
 
 
