@@ -78,7 +78,8 @@ The table `[search]` says what is searched: a setting's full name, and a list of
     "data.color" = ["rgb", "grayscale"]
 
 A range is of whole numbers if both ends are, and may have a `step`. What the TOML gives for a searched setting in its
-own section is trial 0. `--set` of a searched setting pins it. Settings marked with `-` cannot be searched, because
+own section is trial 0. `--set` of a searched setting pins it; `--set 'search.unet.depth=[2, 3]'` changes a range, and
+moves trial 0 into it if it lies outside. Settings marked with `-` cannot be searched, because
 trials must share them to be comparable.
 """
 

@@ -67,11 +67,17 @@ class Settings:
         """The TOML file to start from: the one given, else the shipped default."""
         return config_path(self.config_file or ("sample" if self.is_sample else "isic2017"))
 
-    def load(self, base: Path | None = None) -> StudyConfig:
-        """The configuration; without `--config`, on top of the TOML at `base` if there is one."""
-        if self.config_file is None and base is not None and base.is_file():
-            return configs.load(base, self.overrides)
-        return configs.load(self.path, self.overrides)
+    def load(self, base: Path | None = None, *, is_searched: bool = False) -> StudyConfig:
+        """The configuration; without `--config`, on top of the TOML at `base` if there is one.
+
+        If it `is_searched`, what the overrides change in the search space is printed.
+        """
+        path = base if self.config_file is None and base is not None and base.is_file() else self.path
+        notes: list[str] = []
+        config = configs.load(path, self.overrides, on_note=notes.append)
+        for note in notes if is_searched else ():
+            click.echo(f"note: {note}")
+        return config
 
 
 def config_options(command: Command) -> Command:

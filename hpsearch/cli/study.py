@@ -115,7 +115,7 @@ def command(
     from hpsearch.tuning.planning import MachineChoice
 
     name = study_name or settings.name
-    config = settings.load(project.study(name).toml)
+    config = settings.load(project.study(name).toml, is_searched=True)
     stop = Stop()
     with (
         StudyProgress(name, project, tracking) as progress,
