@@ -68,6 +68,8 @@ def command(project: ProjectPaths, study_name: str | None, trial: int | None) ->
             n_fits = len(status.shortlist) * status.n_folds
             those = f"trial{'s' if len(status.shortlist) > 1 else ''} {listed}"
             console.print(Text(f"  fitted once more: {those}; {status.n_second}/{n_fits} second fits done"))
+        for warning in status.warnings:
+            console.print(Text(f"  warning: {warning}"))
         if status.eta_s is not None:
             console.print(Text(f"  about {duration(status.eta_s)} to go"))
         for fit in status.open_fits:

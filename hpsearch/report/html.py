@@ -241,6 +241,8 @@ def _notes(rows: StudyRows) -> Iterator[str]:
             '<p class="note">The best are fitted once more, to tell luck from merit: '
             f"{done} of {total} fits are done. Until all are, everything here goes by the first fits alone.</p>"
         )
+    for warning in rows.warnings:
+        yield f'<p class="note">{escape(warning)}.</p>'
     if any(final.n_trials_after for final in rows.finals):
         yield (
             '<p class="note">The search went on after the test set had been scored: see <a href="#test">Test</a>.</p>'

@@ -38,6 +38,7 @@ from hpsearch.plan import ExecutionPlan
 from hpsearch.tracking import Tracker, TrackingThread
 from hpsearch.tuning import confirmation, enqueue, fits, pruners, takeover
 from hpsearch.tuning.caches import PoolCaches
+from hpsearch.tuning.constant import ConstantWarnings
 from hpsearch.tuning.coordinators import Sharing
 from hpsearch.tuning.listener import Listener, Silent
 from hpsearch.tuning.ownership import Asked, Ownership, take_seat
@@ -248,6 +249,7 @@ class Coordinator:
         self._scores: dict[int, TrialScores] = {}
         """Scores of the ended trials, read once."""
         self._trials = {trial.number: trial for trial in record.trials()}
+        self._constant = ConstantWarnings(record, listener.said)
 
     @property
     def n_counted(self) -> int:
@@ -480,6 +482,7 @@ class Coordinator:
             score = event.message["summary"]["value"]
             logger.info("trial %d fold %d finished: %s %.4f", number, fold, self._record.config.study.metric, score)
             self._listener.fold_ended(number, fold, score)
+            self._constant.check(number)
             self._wake_tracking()
             self._settle(trial)
         elif event.kind == "stopped":
