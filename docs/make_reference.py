@@ -54,7 +54,6 @@ BEHIND = {
 }
 """Command to the functions that do it; `train` is a study of one trial, `stop` asks another process."""
 PARTS = (
-    "hpsearch.data.roles.RoleDataset",
     "hpsearch.models.unet.UNet",
     "hpsearch.training.loop.fit",
     "hpsearch.training.losses.loss_function",
@@ -228,7 +227,18 @@ def describe_object(shown: str, full_name: str) -> str:
     signature = signature.replace(parameters=parameters, return_annotation=_Text(signature.return_annotation))
     text = inspect.getdoc(found)
     assert text, full_name
-    return f"### `{shown}`\n\n```python\n{_wrapped(shown.rpartition('.')[2], str(signature))}\n```\n\n{text}\n"
+    block = f"### `{shown}`\n\n```python\n{_wrapped(shown.rpartition('.')[2], str(signature))}\n```\n\n{text}\n"
+    return "\n".join([block, *_field_table(found)]) if inspect.isclass(found) else block
+
+
+def _field_table(cls: type) -> list[str]:
+    """What each public field of a class holds, where its source says so."""
+    fields = {name: text for name, text in attribute_docs(cls).items() if not name.startswith("_")}
+    if dataclasses.is_dataclass(cls):
+        fields = {field.name: fields[field.name] for field in dataclasses.fields(cls)}
+    if not fields:
+        return []
+    return ["| field | |", "| --- | --- |", *(f"| `{name}` | {_cell(text)} |" for name, text in fields.items()), ""]
 
 
 class _Text:

@@ -38,11 +38,17 @@ class StudyConfig:
     """Everything that decides what a study does: five sections and the search space."""
 
     data: DataConfig = field(default_factory=DataConfig)
+    """Which images, at which size, and how they are kept."""
     unet: UNetConfig = field(default_factory=UNetConfig)
+    """The network."""
     train: TrainConfig = field(default_factory=TrainConfig)
+    """How it is trained."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """Random changes of training batches."""
     study: StudySettings = field(default_factory=StudySettings)
+    """The protocol and the budget."""
     search: SearchSpace = field(default_factory=SearchSpace)
+    """Which settings are searched, and over which values."""
 
     def __post_init__(self) -> None:
         for name, dimension in self.search:
@@ -135,7 +141,7 @@ class StudyConfig:
 
 
 def load(
-    path: Path | None, overrides: Iterable[str] = (), *, on_note: Callable[[str], None] = lambda note: None
+    path: Path | None, overrides: Iterable[str] = (), *, on_note: Callable[[str], None] | None = None
 ) -> StudyConfig:
     """The configuration in the TOML file at `path` (None: all defaults) with `section.key=value` overrides.
 
@@ -212,7 +218,7 @@ def from_dict(table: Mapping[str, Any]) -> StudyConfig:
 
 
 def apply_overrides(
-    table: Mapping[str, Any], overrides: Iterable[str], *, on_note: Callable[[str], None] = lambda note: None
+    table: Mapping[str, Any], overrides: Iterable[str], *, on_note: Callable[[str], None] | None = None
 ) -> dict[str, Any]:
     """`table` with each `section.key=value` set; setting a searched key pins it.
 
@@ -220,6 +226,7 @@ def apply_overrides(
     `search.unet.depth=[2,3]` sets a dimension of the space; a default that lies outside it, and was not given by an
     override too, moves to the nearest value inside. Both are told to `on_note`.
     """
+    note = on_note or (lambda text: None)
     given: set[str] = set()
     narrowed: dict[str, str] = {}
     result = {name: dict(value) if isinstance(value, Mapping) else value for name, value in table.items()}
@@ -247,14 +254,14 @@ def apply_overrides(
             search = _flatten_search(result["search"])
             if (was := search.pop(name.strip(), None)) is not None:
                 values = f"{was['low']} to {was['high']}" if isinstance(was, Mapping) else was
-                on_note(f"{name.strip()} = {value!r} is the same in all trials, not searched ({values} otherwise)")
+                note(f"{name.strip()} = {value!r} is the same in all trials, not searched ({values} otherwise)")
             result["search"] = search
     for name in [each for each in narrowed if each in result["search"] and each not in given]:
-        _move_default(result, name, narrowed[name], on_note)
+        _move_default(result, name, narrowed[name], note)
     return result
 
 
-def _move_default(table: dict[str, Any], name: str, shown: str, on_note: Callable[[str], None]) -> None:
+def _move_default(table: dict[str, Any], name: str, shown: str, note: Callable[[str], None]) -> None:
     """Move the default of a searched setting into its dimension if it lies outside."""
     section, _, key = name.partition(".")
     dimension = parse_dimension(name, table["search"][name])
@@ -263,7 +270,7 @@ def _move_default(table: dict[str, Any], name: str, shown: str, on_note: Callabl
     if not dimension.contains(default):
         moved = dimension.nearest(default)
         table[section] = {**table.get(section, {}), key: moved}
-        on_note(f"search.{name} = {shown} leaves out the default {default!r}: trial 0 takes {moved!r} instead")
+        note(f"search.{name} = {shown} leaves out the default {default!r}: trial 0 takes {moved!r} instead")
 
 
 def get_setting(config: StudyConfig, name: str) -> Any:

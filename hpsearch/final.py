@@ -62,14 +62,19 @@ class FinalResult:
     """What the search promised beside what the test split gave."""
 
     study: str
+    """Name of the study."""
     trial: TrialRecord
+    """The trial whose configuration was retrained."""
     paths: FinalPaths
+    """The files of the final: model, masks, table of scores, figures."""
     metric: str
+    """The study's metric, `dice` or `jaccard`."""
     cv: Interval
     """Mean of the out-of-fold scores, of both fits where it is confirmed, and its 95 % interval over images."""
     cv_fold_std: float
     """Standard deviation of the fold means."""
     is_confirmed: bool
+    """Whether the trial was fitted twice, so that `cv` is the mean over both fits."""
     corrected: Corrected | None
     """What the search claims of its winner; None if this is another trial."""
     predicted: Interval | None
@@ -89,6 +94,7 @@ class FinalResult:
     chosen_test: dict[str, Interval]
     """Like `test`, of the network that is kept, by the choices; empty if none was taken."""
     ensemble: EnsembleResult | None
+    """The networks of the folds together; None unless they were asked for."""
     looks: tuple[Look, ...]
     """At this test set, this one last."""
     n_looks_before: int
@@ -102,7 +108,9 @@ class FinalResult:
     against_default: Paired | None
     """It minus trial 0 on the same out-of-fold images, with run luck; None for trial 0, or if that is not full."""
     n_test: int
+    """Number of test images."""
     n_pool: int
+    """Number of pool images that the networks were trained on."""
     undelivered: int = 0
     """Number of MLflow runs that lack something; it is on record."""
     tracking_error: str = ""

@@ -75,6 +75,7 @@ class ProjectPaths:
     """The folder that `--out` names: databases, artifacts, caches and all studies."""
 
     root: Path
+    """The folder itself, given as a path or a string."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         object.__setattr__(self, "root", Path(root))

@@ -95,9 +95,10 @@ class Stop:
 
 @dataclass(frozen=True)
 class StudySummary:
-    """How a start of a study ended."""
+    """How a call of `run_study` ended."""
 
     record: StudyRecord
+    """The study's folder: trials, scores, folds."""
     n_counted: int
     """Trials that count toward `study.trials`, over all starts."""
     stopped: bool

@@ -43,6 +43,7 @@ class MachineChoice:
     """What the user wants of the machine; what is left open is measured or found out."""
 
     device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:N`, `mps` or `xla`."""
     n_workers: int = 0
     """Worker processes; 0: as many per GPU, or on the CPU, as train the most images per second (measured)."""
     threads: int = 0

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import shutil
+import signal
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from hpsearch.cli import group
+from hpsearch.cli.study import stop_on_signals
 from hpsearch.data import build
 from hpsearch.errors import HpsearchError
 from hpsearch.paths import ProjectPaths
@@ -68,11 +72,38 @@ def test_status_shows_the_study_that_runs_and_names_the_others(tmp_path: Path) -
     assert "not running: one (--study NAME shows one)" in shown
 
 
+@pytest.mark.parametrize(
+    ("left_s", "said"),
+    [
+        (12.4, "Finishing the current epoch (about 12 s); press Ctrl-C again to stop now"),
+        (0.0, "Finishing the current epoch (about 1 s); press Ctrl-C again to stop now"),
+        (float("nan"), "Finishing the current epoch; press Ctrl-C again to stop now"),
+        (None, "Stopping"),
+    ],
+)
+def test_ctrl_c_says_at_once_how_long_the_epoch_lasts_and_how_to_stop_now(
+    left_s: float | None, said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    stop = Stop()
+    stop.epoch_left_s = lambda: left_s
+    with stop_on_signals(stop):
+        signal.raise_signal(signal.SIGINT)
+        assert capfd.readouterr().err.strip() == said
+        assert stop.is_requested
+        assert not stop.is_urgent
+        signal.raise_signal(signal.SIGINT)
+        assert capfd.readouterr().err.strip() == "Stopping now"
+        assert stop.is_urgent
+
+
 class _StopAfterAnEpoch(Silent):
     def __init__(self, stop: Stop) -> None:
         self._stop = stop
+        self.left_s: list[float | None] = []
 
-    def epoch_ended(self, trial: int, fold: int, row: object) -> None:
+    def epoch_ended(self, trial: int, fold: int, row: Mapping[str, Any]) -> None:
+        self.left_s.append(self._stop.epoch_left_s())
+        self.epoch_s = row["train_s"] + row["eval_s"]
         self._stop.request()
 
 
@@ -82,7 +113,14 @@ def test_a_stopped_study_says_what_it_has_and_how_to_go_on_and_that_it_goes_on(
     project = tmp_path / "a project"
     stop = Stop()
     config = tiny_config(write_tiny_dataset(tmp_path), "study.trials=1", "study.pruner=none")
-    run(project, config, stop=stop, listener=_StopAfterAnEpoch(stop))
+    assert stop.epoch_left_s() is None
+    listener = _StopAfterAnEpoch(stop)
+    run(project, config, stop=stop, listener=listener)
+    # The next epoch is expected to last as long as the one that has just ended.
+    (left_s,) = listener.left_s
+    assert left_s is not None
+    assert 0 <= left_s <= listener.epoch_s
+    assert stop.epoch_left_s() is None
 
     shown = output_of("status", "--out", str(project))
     assert "study tiny: 0/1 trials (none ended); not running" in shown
