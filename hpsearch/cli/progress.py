@@ -16,6 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from hpsearch.cli.streams import write_to_stderr
 from hpsearch.data.prepare import Prepared
 from hpsearch.paths import ProjectPaths, command_line
 from hpsearch.plan import ExecutionPlan, Forecast, describe_data
@@ -62,6 +63,7 @@ class StudyProgress:
         """Seconds to go, and when that was reckoned."""
         self._second: tuple[int, int] | None = None
         """Second fits done, and of how many."""
+        self._interruption = ""
         self._say_decoded = DecodingLines(self._print)
         self._live = Live(console=self._console, refresh_per_second=4, transient=True, get_renderable=self._render)
 
@@ -151,6 +153,14 @@ class StudyProgress:
     def said(self, text: str) -> None:
         self._print(text)
 
+    def interrupted(self, text: str) -> None:
+        """Show what follows from a signal. Called in its handler, which may have interrupted a print: so no print."""
+        if self._is_live:
+            # The next refresh shows it; a line written between two would be overwritten.
+            self._interruption = text
+        else:
+            write_to_stderr(text)
+
     def summarise(self, summary: StudySummary) -> None:
         """The result and the next step."""
         record = summary.record
@@ -190,9 +200,9 @@ class StudyProgress:
     def _render(self) -> Group:
         if self._images is not None:
             done, total = self._images
-            return Group(_bar(f"decoding images {done}/{total}", done, total))
+            return Group(_bar(f"decoding images {done}/{total}", done, total), *self._last_lines())
         if self._record is None:
-            return Group(Text("getting ready"))
+            return Group(Text("getting ready"), *self._last_lines())
         config = self._record.config
         counted = sum(trial.outcome in COUNTED for trial in self._trials.values())
         best = self._best()
@@ -215,7 +225,10 @@ class StudyProgress:
                 f"{config.study.metric} {scores[config.study.metric]:.4f}",
                 f"{row['images_per_s']:.0f} images/s",
             )
-        return Group(*lines, table)
+        return Group(*lines, table, *self._last_lines())
+
+    def _last_lines(self) -> list[Text]:
+        return [Text(self._interruption, style="bold")] if self._interruption else []
 
     def _reckon(self) -> None:
         """How long it will still take, by what has been recorded so far."""

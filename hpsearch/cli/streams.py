@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
@@ -26,6 +27,12 @@ def protect() -> None:
             os.open(os.devnull, os.O_RDWR)
     sys.stdout = _protected(sys.stdout, sys.__stdout__, 1)
     sys.stderr = _protected(sys.stderr, sys.__stderr__, 2)
+
+
+def write_to_stderr(text: str) -> None:
+    """Write a line of its own to standard error; safe in a signal handler, even one that interrupts a print."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"\n{text}\n".encode())
 
 
 def _protected(stream: TextIO | None, original: TextIO | None, descriptor: int) -> TextIO:

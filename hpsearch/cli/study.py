@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from hpsearch.cli.options import Settings, config_options, device_option, out_option, study_option, tracking_option
+from hpsearch.cli.streams import write_to_stderr
 from hpsearch.paths import ProjectPaths
+
+if TYPE_CHECKING:
+    from hpsearch.tuning.coordinator import Stop
 
 
 class _Folds(click.ParamType[int | str]):
@@ -119,7 +122,7 @@ def command(
     stop = Stop()
     with (
         StudyProgress(name, project, tracking) as progress,
-        stop_on_signals(stop),
+        stop_on_signals(stop, progress.interrupted),
     ):
         summary = run_study(
             project,
@@ -141,8 +144,10 @@ def command(
 class stop_on_signals:  # noqa: N801 - reads as the statement it is used in
     """Turn SIGINT, SIGTERM and SIGHUP into requests to stop, for the block."""
 
-    def __init__(self, stop: Any) -> None:
+    def __init__(self, stop: Stop, say: Callable[[str], None] | None = None) -> None:
+        """`say` shows what follows from a signal, wherever that interrupted the program; by default on stderr."""
         self._stop = stop
+        self._say = say or write_to_stderr
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> None:
@@ -168,6 +173,4 @@ class stop_on_signals:  # noqa: N801 - reads as the statement it is used in
             # NaN: no epoch of this configuration has ended yet.
             about = f" (about {max(1, round(left_s))} s)" if left_s == left_s else ""
             text = f"Finishing the current epoch{about}; press Ctrl-C again to stop now"
-        # The program was interrupted anywhere, perhaps while it prints, and the terminal may be gone: no print here.
-        with contextlib.suppress(OSError):
-            os.write(2, f"\n{text}\n".encode())
+        self._say(text)

@@ -55,7 +55,7 @@ def command(
     stop = Stop()
     with (
         StudyProgress(name, project, tracking) as progress,
-        stop_on_signals(stop),
+        stop_on_signals(stop, progress.interrupted),
     ):
         summary = run_study(
             project,

@@ -64,6 +64,19 @@ def test_a_study_whose_tracking_failed_ends_with_why_and_the_command_that_retrie
     assert last.endswith(retry)
 
 
+def test_what_follows_from_ctrl_c_is_part_of_the_live_display_which_would_overwrite_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    progress = StudyProgress("fake", FakeStudy(tmp_path).project)
+    progress.interrupted("Finishing the current epoch")
+    assert capfd.readouterr().err == "\nFinishing the current epoch\n"
+    progress._is_live = True
+    assert "Finishing" not in shown_by(progress)
+    progress.interrupted("Finishing the current epoch")
+    assert "Finishing the current epoch" in shown_by(progress)
+    assert capfd.readouterr().err == ""
+
+
 def shown_by(progress: StudyProgress) -> str:
     out = io.StringIO()
     Console(file=out, width=200).print(progress._render())
