@@ -69,11 +69,13 @@ def describe(record: StudyRecord, fits: Sequence[ConstantFit]) -> list[str]:
         numbers = sorted({fit.trial for fit in fits if fit.kind == kind})
         places = []
         for number in numbers:
-            folds = sorted({fit.fold + 1 for fit in fits if fit.kind == kind and fit.trial == number})
-            places.append(f"trial {number} (fold{'s' if len(folds) > 1 else ''} {', '.join(map(str, folds))})")
+            folds = {fit.fold for fit in fits if fit.kind == kind and fit.trial == number}
+            places.append(f"trial {number} ({len(folds)} of {record.n_folds} folds)")
         if numbers:
             configs = [record.trial(number).config for number in numbers]
-            lines.append(f"{', '.join(places)}: predicts {kind} on all held-out images. {likely_causes(configs)}")
+            lines.append(
+                f"{', '.join(places)}: the network predicts {kind} on all held-out images. {likely_causes(configs)}"
+            )
     return lines
 
 

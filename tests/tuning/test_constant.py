@@ -58,8 +58,11 @@ def test_status_and_report_name_the_trials_and_the_likely_causes(tmp_path: Path)
     train, unet = study.record.config.train, study.record.config.unet
     lr = study.record.trial(1).config["train"]["lr"]
     for text in (shown, page):
-        assert "trial 1 (folds 1, 2): predicts no lesion on all held-out images. Likely causes: the learning" in text
-        assert "trial 2 (fold 1): predicts nothing but lesion on all held-out images." in text
+        assert (
+            "trial 1 (2 of 2 folds): the network predicts no lesion on all held-out images. Likely causes: the learning"
+            in text
+        )
+        assert "trial 2 (1 of 2 folds): the network predicts nothing but lesion on all held-out images." in text
         assert f"train.lr = {lr}" in text
         assert f"train.loss = {train.loss}" in text
         assert f"unet.norm = {unet.norm}; unet.input_norm = {unet.input_norm}" in text
@@ -77,7 +80,7 @@ def test_a_running_study_says_it_once_per_trial(tmp_path: Path) -> None:
         set_counts(study, 0, fold, 0, 0, 5, 95)
         warnings.check(0)
     (line,) = said
-    assert line.startswith("warning: trial 0 (fold 1): predicts no lesion")
+    assert line.startswith("warning: trial 0 (1 of 2 folds): the network predicts no lesion")
 
 
 class _Said(Silent):
@@ -101,4 +104,6 @@ def test_a_study_whose_network_finds_nothing_says_so(tmp_path: Path) -> None:
     heard = _Said()
     run(tmp_path, tiny_config(root, "study.trials=1", "train.loss=bce", "train.epochs=3"), listener=heard)
     (line,) = [text for text in heard.texts if text.startswith("warning: ")]
-    assert line.startswith("warning: trial 0 (fold 1): predicts no lesion on all held-out images. Likely causes")
+    assert line.startswith(
+        "warning: trial 0 (1 of 2 folds): the network predicts no lesion on all held-out images. Likely causes"
+    )
