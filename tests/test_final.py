@@ -164,14 +164,18 @@ def test_final_trains_with_the_threads_that_the_studys_plan_says(project: Projec
     assert threads == ["1"]
 
 
+@pytest.mark.parametrize("asked_by", ["signal", "hpsearch stop"])
 def test_a_final_that_is_told_to_stop_at_once_ends_with_its_checkpoint(
-    project: ProjectPaths, result: FinalResult
+    project: ProjectPaths, result: FinalResult, asked_by: str
 ) -> None:
     (other,) = {0, 1} - {result.trial.number}
     stop = Stop()
 
     def stop_now(index: int, row: object) -> bool:
-        stop.request(at_once=True)
+        if asked_by == "signal":
+            stop.request(at_once=True)
+        else:
+            study_record(project, None).paths.stop_request.write_text("now")
         return True
 
     with pytest.raises(StoppedError, match="run the same command again"):

@@ -58,10 +58,7 @@ def test_status_and_report_name_the_trials_and_the_likely_causes(tmp_path: Path)
     train, unet = study.record.config.train, study.record.config.unet
     lr = study.record.trial(1).config["train"]["lr"]
     for text in (shown, page):
-        assert (
-            "trial 1 (2 of 2 folds): the network predicts no lesion on all held-out images. Likely causes: the learning"
-            in text
-        )
+        assert "trial 1 (2 of 2 folds): the network predicts no lesion on all held-out images. Likely causes" in text
         assert "trial 2 (1 of 2 folds): the network predicts nothing but lesion on all held-out images." in text
         assert f"train.lr = {lr}" in text
         assert f"train.loss = {train.loss}" in text
