@@ -54,7 +54,6 @@ BEHIND = {
 }
 """Command to the functions that do it; `train` is a study of one trial, `stop` asks another process."""
 PARTS = (
-    "hpsearch.data.roles.RoleDataset",
     "hpsearch.models.unet.UNet",
     "hpsearch.training.loop.fit",
     "hpsearch.training.losses.loss_function",
@@ -78,7 +77,8 @@ The table `[search]` says what is searched: a setting's full name, and a list of
     "data.color" = ["rgb", "grayscale"]
 
 A range is of whole numbers if both ends are, and may have a `step`. What the TOML gives for a searched setting in its
-own section is trial 0. `--set` of a searched setting pins it. Settings marked with `-` cannot be searched, because
+own section is trial 0. `--set` of a searched setting pins it; `--set 'search.unet.depth=[2, 3]'` changes a range, and
+moves trial 0 into it if it lies outside. Settings marked with `-` cannot be searched, because
 trials must share them to be comparable.
 """
 
@@ -227,7 +227,18 @@ def describe_object(shown: str, full_name: str) -> str:
     signature = signature.replace(parameters=parameters, return_annotation=_Text(signature.return_annotation))
     text = inspect.getdoc(found)
     assert text, full_name
-    return f"### `{shown}`\n\n```python\n{_wrapped(shown.rpartition('.')[2], str(signature))}\n```\n\n{text}\n"
+    block = f"### `{shown}`\n\n```python\n{_wrapped(shown.rpartition('.')[2], str(signature))}\n```\n\n{text}\n"
+    return "\n".join([block, *_field_table(found)]) if inspect.isclass(found) else block
+
+
+def _field_table(cls: type) -> list[str]:
+    """What each public field of a class holds, where its source says so."""
+    fields = {name: text for name, text in attribute_docs(cls).items() if not name.startswith("_")}
+    if dataclasses.is_dataclass(cls):
+        fields = {field.name: fields[field.name] for field in dataclasses.fields(cls)}
+    if not fields:
+        return []
+    return ["| field | |", "| --- | --- |", *(f"| `{name}` | {_cell(text)} |" for name, text in fields.items()), ""]
 
 
 class _Text:

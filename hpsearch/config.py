@@ -8,7 +8,7 @@ import hashlib
 import json
 import tomllib
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -39,11 +39,17 @@ class StudyConfig:
     """Everything that decides what a study does: five sections and the search space."""
 
     data: DataConfig = field(default_factory=DataConfig)
+    """Which images, at which size, and how they are kept."""
     unet: UNetConfig = field(default_factory=UNetConfig)
+    """The network."""
     train: TrainConfig = field(default_factory=TrainConfig)
+    """How it is trained."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """Random changes of training batches."""
     study: StudySettings = field(default_factory=StudySettings)
+    """The protocol and the budget."""
     search: SearchSpace = field(default_factory=SearchSpace)
+    """Which settings are searched, and over which values."""
 
     def __post_init__(self) -> None:
         for name, dimension in self.search:
@@ -101,6 +107,10 @@ class StudyConfig:
         """The configuration of one trial: `params` set, nothing left to search."""
         return _replace(dataclasses.replace(self, search=SearchSpace()), params)
 
+    def absolute(self) -> StudyConfig:
+        """Return the same configuration with absolute paths, so that its data are found from any folder."""
+        return dataclasses.replace(self, data=self.data.absolute())
+
     def to_dict(self) -> dict[str, Any]:
         """Plain types only; `from_dict` gives an equal configuration."""
         sections = {name: _plain(getattr(self, name)) for name in SECTIONS}
@@ -131,10 +141,13 @@ class StudyConfig:
         }
 
 
-def load(path: Path | None, overrides: Iterable[str] = ()) -> StudyConfig:
+def load(
+    path: Path | None, overrides: Iterable[str] = (), *, on_note: Callable[[str], None] | None = None
+) -> StudyConfig:
     """The configuration in the TOML file at `path` (None: all defaults) with `section.key=value` overrides.
 
-    Raises ConfigError, naming the file and the key, for whatever is unknown or cannot be.
+    `on_note` is called with a sentence for each override that does more than it says (`apply_overrides`). Raises
+    ConfigError, naming the file and the key, for whatever is unknown or cannot be.
     """
     table: dict[str, Any] = {}
     if path is not None:
@@ -146,7 +159,7 @@ def load(path: Path | None, overrides: Iterable[str] = ()) -> StudyConfig:
             raise ConfigError(f"{path} cannot be read as TOML: {error}") from error
     overrides = list(overrides)
     try:
-        return from_dict(apply_overrides(table, overrides))
+        return from_dict(apply_overrides(table, overrides, on_note=on_note))
     except ConfigError as error:
         if path is None or (overrides and _is_valid(table)):
             # The file is good: what is wrong was given on the command line.
@@ -203,31 +216,60 @@ def from_dict(table: Mapping[str, Any]) -> StudyConfig:
     return config
 
 
-def apply_overrides(table: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+def apply_overrides(
+    table: Mapping[str, Any], overrides: Iterable[str], *, on_note: Callable[[str], None] | None = None
+) -> dict[str, Any]:
     """`table` with each `section.key=value` set; setting a searched key pins it.
 
     Values are TOML (`0.01`, `true`, `[256, 192]`); what is not TOML is a string (`rgb`).
-    `search.unet.depth=[2,3]` sets a dimension of the space.
+    `search.unet.depth=[2,3]` sets a dimension of the space; a default that lies outside it, and was not given by an
+    override too, moves to the nearest value inside. Both are told to `on_note`.
     """
+    note = on_note or (lambda text: None)
+    given: set[str] = set()
+    narrowed: dict[str, str] = {}
     result = {name: dict(value) if isinstance(value, Mapping) else value for name, value in table.items()}
     for override in overrides:
         name, equals, text = override.partition("=")
         section, dot, key = name.strip().partition(".")
         if not equals or not dot or not key:
-            raise ConfigError(f"--set {override!r}: write section.key=value, such as train.lr=0.01")
+            meant = [each for each in setting_names() if each.endswith(f".{name.strip()}")]
+            raise ConfigError(
+                f"--set {override!r}: write section.key=value, such as {meant[0] if meant else 'train.lr'}="
+                f"{text.strip() if meant and equals else '0.01'}"
+            )
         value = _parse_value(text.strip())
         if section == "search":
             search = _flatten_search(result.get("search", {}))
             result["search"] = {**search, key: value}
+            _annotation(key)
+            narrowed[key] = text.strip()
             continue
         _annotation(name.strip())
         result.setdefault(section, {})
         result[section][key] = value
+        given.add(name.strip())
         if "search" in result:
             search = _flatten_search(result["search"])
-            search.pop(name.strip(), None)
+            if (was := search.pop(name.strip(), None)) is not None:
+                values = f"{was['low']} to {was['high']}" if isinstance(was, Mapping) else was
+                note(f"{name.strip()} = {value!r} is the same in all trials, not searched ({values} otherwise)")
             result["search"] = search
+    for name in [each for each in narrowed if each in result["search"] and each not in given]:
+        _move_default(result, name, narrowed[name], note)
     return result
+
+
+def _move_default(table: dict[str, Any], name: str, shown: str, note: Callable[[str], None]) -> None:
+    """Move the default of a searched setting into its dimension if it lies outside."""
+    section, _, key = name.partition(".")
+    dimension = parse_dimension(name, table["search"][name])
+    default = table.get(section, {}).get(key, getattr(SECTIONS[section](), key))
+    default = tuple(default) if isinstance(default, list) else default
+    if not dimension.contains(default):
+        moved = dimension.nearest(default)
+        table[section] = {**table.get(section, {}), key: moved}
+        note(f"search.{name} = {shown} leaves out the default {default!r}: trial 0 takes {moved!r} instead")
 
 
 def get_setting(config: StudyConfig, name: str) -> Any:
@@ -351,6 +393,8 @@ def _parse_value(text: str) -> Any:
 
 def _unknown(name: str, known: Iterable[str], kind: str) -> str:
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=1)
+    # The right key behind another section, or one that is spelled nearly right.
+    elsewhere = [each for each in setting_names() if each.rpartition(".")[2] == name.rpartition(".")[2]]
+    close = elsewhere or difflib.get_close_matches(name, known, n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""
     return f"unknown {kind} {name!r}{hint}; known: {', '.join(known)}"

@@ -27,7 +27,7 @@ from hpsearch.data.build import Progress
 from hpsearch.data.config import DataConfig
 from hpsearch.data.duplicates import DuplicatePair, find_in_dataset
 from hpsearch.data.prepare import Prepared, locate, prepare_test
-from hpsearch.errors import RecordError, StudyChangedError, StudyError
+from hpsearch.errors import RecordError, StoppedError, StudyChangedError, StudyError
 from hpsearch.looks import Look, digest_of_test_set, first_look_of, looks_at, n_looks_before, note_look
 from hpsearch.paths import FinalPaths, FitPaths, ProjectPaths
 from hpsearch.report import trial_rows
@@ -46,8 +46,8 @@ from hpsearch.tracking import Tracker, TrackingThread
 from hpsearch.training.metrics import SCORES, PixelCounts
 from hpsearch.tuning import fits, lock
 from hpsearch.tuning.caches import PoolCaches
-from hpsearch.tuning.coordinator import cache_root, log_file
-from hpsearch.tuning.planning import MachineChoice, make_plan
+from hpsearch.tuning.coordinator import Stop, cache_root, deliver_the_rest, log_file
+from hpsearch.tuning.planning import MachineChoice, plan_for_one_fit
 from hpsearch.tuning.record import FORMAT, StudyRecord, TrialRecord, load_array, now, study_record
 from hpsearch.tuning.workers import Workers, do
 
@@ -62,14 +62,19 @@ class FinalResult:
     """What the search promised beside what the test split gave."""
 
     study: str
+    """Name of the study."""
     trial: TrialRecord
+    """The trial whose configuration was retrained."""
     paths: FinalPaths
+    """The files of the final: model, masks, table of scores, figures."""
     metric: str
+    """The study's metric, `dice` or `jaccard`."""
     cv: Interval
     """Mean of the out-of-fold scores, of both fits where it is confirmed, and its 95 % interval over images."""
     cv_fold_std: float
     """Standard deviation of the fold means."""
     is_confirmed: bool
+    """Whether the trial was fitted twice, so that `cv` is the mean over both fits."""
     corrected: Corrected | None
     """What the search claims of its winner; None if this is another trial."""
     predicted: Interval | None
@@ -89,6 +94,7 @@ class FinalResult:
     chosen_test: dict[str, Interval]
     """Like `test`, of the network that is kept, by the choices; empty if none was taken."""
     ensemble: EnsembleResult | None
+    """The networks of the folds together; None unless they were asked for."""
     looks: tuple[Look, ...]
     """At this test set, this one last."""
     n_looks_before: int
@@ -108,7 +114,13 @@ class FinalResult:
     is_default: bool
     """Whether it has the default configuration."""
     n_test: int
+    """Number of test images."""
     n_pool: int
+    """Number of pool images that the networks were trained on."""
+    undelivered: int = 0
+    """Number of MLflow runs that lack something; it is on record."""
+    tracking_error: str = ""
+    """Why MLflow could not be brought up to date; empty if it is."""
 
     @property
     def n_leaked(self) -> int:
@@ -180,6 +192,7 @@ def run_final(
     on_decoded: Progress | None = None,
     on_step: Callable[[str], None] | None = None,
     submission: bool = False,
+    stop: Stop | None = None,
 ) -> FinalResult | None:
     """Train the winner of a study (or `trial`) on all pool images and score the test images.
 
@@ -190,11 +203,26 @@ def run_final(
     entered into the account of looks. The masks at each image's own resolution, as `predict` would make them, stay in
     the final's folder; asked again for a result that is there, it evaluates nothing and counts no evaluation.
     `submission` packs them into a zip as the challenge takes it. `on_decoded(done, total)` counts
-    images that are decoded where they are not yet, and `on_step` hears in words what comes next.
+    images that are decoded where they are not yet, and `on_step` hears in words what comes next. A request of `stop`
+    ends it after the current epoch, or at once where none is trained.
 
     Raises StudyError if there is no such study or trial, or no networks for an ensemble; DatasetError for data that
-    cannot be used.
+    cannot be used; StoppedError when `stop` ended it.
     """
+    stop = stop or Stop()
+
+    def check() -> None:
+        stop.heed(record.paths)
+        if stop.is_urgent or (stop.is_requested and stop.epoch_left_s() is None):
+            raise StoppedError("stopped; run the same command again to continue", stop.signal)
+
+    def decoded(done: int, total: int) -> None:
+        check()
+        if on_decoded is not None:
+            on_decoded(done, total)
+
+    def hear_epoch(index: int, row: dict[str, Any]) -> bool:
+        return (on_epoch is None or on_epoch(index, row)) and not stop.is_requested
 
     def say(text: str) -> None:
         logger.info(text)
@@ -203,21 +231,24 @@ def run_final(
 
     record = study_record(project, name)
     with paths.refusals_named(record.paths.root), lock.hold(record.paths), log_file(record.paths.log):
+        record.paths.stop_request.unlink(missing_ok=True)
         record.verify()
         chosen = _choose(record, trial, cheapest_tied)
         config = chosen.study_config
+        # A trial remembers where the images were when it began.
+        config = dataclasses.replace(config, data=config.data.located_as(record.config.data))
         folder = record.paths.final(f"trial-{chosen.number:04d}")
         began_at = now()
         root = cache_root(project, config)
         networks = fold_networks(record, chosen.number)
         if ensemble and networks is None:
             raise StudyError(_why_no_ensemble(record, chosen.number))
-        caches = PoolCaches(record.config, root, role="final", progress=on_decoded)
+        caches = PoolCaches(record.config, root, role="final", progress=decoded)
         pool = caches.scored
-        test = prepare_test(config.scored_data, root, progress=on_decoded)
+        test = prepare_test(config.scored_data, root, progress=decoded)
         for note in test.notes:
             say(f"note on the test split: {note}")
-        seen = test if config.scored_data == config.data else prepare_test(config.data, root, progress=on_decoded)
+        seen = test if config.scored_data == config.data else prepare_test(config.data, root, progress=decoded)
         if _is_stored(folder, pool, test, n_seeds=n_seeds, ensemble=ensemble):
             say(f"trial {chosen.number} was evaluated on these images before; this is the stored result")
             decided = Chosen.read(folder.choices) if folder.choices.is_file() else None
@@ -228,11 +259,11 @@ def run_final(
                 _write_submission(folder, test)
             return dataclasses.replace(result, looks=result.looks[:-1])
         paths.write_text(folder.config, config.to_toml())
-        on_epoch = on_epoch or (lambda index, row: True)
         # One network after another on the first device of the plan, which no other worker shares here.
-        with Workers(record.paths.root) as workers:
-            plan = make_plan(record, caches, machine or MachineChoice(), workers)
-            workers.become([plan.alone])
+        with Workers(record.paths.root, check) as workers:
+            plan = plan_for_one_fit(record, caches, machine or MachineChoice(), workers)
+            workers.become(plan.workers)
+            stop.epoch_left_s = workers.epoch_left_s
             for index in range(n_seeds):
                 seed = stable_seed(config.study.seed, "final", index)
                 job = fits.fit_job(
@@ -242,7 +273,8 @@ def run_final(
                     say(f"network {index + 1} of {n_seeds} has been trained")
                     continue
                 say(f"training network {index + 1} of {n_seeds} on {pool.n} images")
-                if do(workers, job, on_epoch=partial(on_epoch, index)) is None:
+                if do(workers, job, on_epoch=partial(hear_epoch, index)) is None:
+                    check()
                     return None
             # Before the test split is looked at.
             if networks is not None:
@@ -288,7 +320,8 @@ def run_final(
         logger.info("final of trial %d: test %s %.4f", chosen.number, result.metric, result.test[result.metric].mean)
         if tracker is not None:
             say("delivering to MLflow")
-            TrackingThread(tracker, record.paths).close()
+            undelivered, error = deliver_the_rest(TrackingThread(tracker, record.paths), stop)
+            result = dataclasses.replace(result, undelivered=undelivered, tracking_error=error)
         return result
 
 

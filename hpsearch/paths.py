@@ -31,6 +31,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import unicodedata
 from collections.abc import Iterator
@@ -68,11 +69,23 @@ def study_name_of(folder: Path) -> str:
     return re.sub(r"[^\w .+-]+", "_", name).lstrip(" ._+-")[:74].rstrip(" .") or "images"
 
 
+def absolute(path: str | os.PathLike[str]) -> Path:
+    """Return `path` from the root of the file system: `~` is the home folder, and links stay as they are."""
+    plain = Path(path).expanduser().absolute()
+    short = Path(os.path.normpath(plain))
+    # `link/..` is the parent of the link's target, which taking both out of the path would miss.
+    return short if short.resolve() == plain.resolve() else plain
+
+
 @dataclass(frozen=True)
 class ProjectPaths:
     """The folder that `--out` names: databases, artifacts, caches and all studies."""
 
     root: Path
+    """The folder itself, given as a path or a string."""
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        object.__setattr__(self, "root", Path(root))
 
     @property
     def optuna_db(self) -> Path:
@@ -368,6 +381,13 @@ class FinalPaths:
     def seed(self, index: int) -> FitPaths:
         """The fit with the index-th seed (`final --seeds 3` makes three)."""
         return FitPaths(self.root / f"seed{index}")
+
+
+def command_line(command: str, study: str, project: ProjectPaths | None = None) -> str:
+    """Return `hpsearch COMMAND --study STUDY` for a shell, with `--out` where the project is not `.`."""
+    root = "." if project is None else str(project.root)
+    out = "" if root == "." else f" --out {shlex.quote(root)}"
+    return f"hpsearch {command} --study {shlex.quote(study)}{out}"
 
 
 @contextmanager

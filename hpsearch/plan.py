@@ -48,14 +48,18 @@ class ExecutionPlan:
     steps: tuple[MeasuredStep, ...] = ()
     machine: Mapping[str, Any] = field(default_factory=dict)
     """Processor, versions, cores: for the record."""
+    alone_threads: int = 0
+    """Threads with which a single fit trained fastest; 0: not measured."""
 
     @property
     def alone(self) -> WorkerSettings:
-        """What a single fit is given: the first device, and the threads of all workers that share it."""
+        """Device and threads of a fit that runs by itself: those of the only worker, else the fastest measured.
+
+        Where that was not measured, a fit gets what each of several workers gets: on a machine with other load, more
+        threads can be many times slower.
+        """
         first = self.workers[0]
-        return WorkerSettings(
-            first.device, sum(worker.threads for worker in self.workers if worker.device == first.device)
-        )
+        return first if len(self.workers) == 1 else WorkerSettings(first.device, self.alone_threads or first.threads)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -65,6 +69,7 @@ class ExecutionPlan:
             "memory_bytes": self.memory_bytes,
             "steps": [vars(step) for step in self.steps],
             "machine": dict(self.machine),
+            "alone_threads": self.alone_threads,
         }
 
     @classmethod
@@ -77,6 +82,7 @@ class ExecutionPlan:
             memory_bytes=int(table["memory_bytes"]),
             steps=tuple(MeasuredStep(**step) for step in table["steps"]),
             machine=table["machine"],
+            alone_threads=int(table.get("alone_threads", 0)),
         )
 
     def epoch_s(self, config: StudyConfig, n_train: int, n_held_out: int) -> float:

@@ -6,7 +6,7 @@ it takes is a list of images: paths, or arrays (H, W, 3) of RGB, 8 bits a channe
 
     mlflow.pyfunc.load_model("models:/isic2017/1").predict(["photo.jpg"])
 
-`python -m hpsearch.serving WEIGHTS FOLDER` packs one in a process of its own (`pack`): MLflow tries the model out
+`pack` runs this module in a process of its own: MLflow tries the model out
 while it saves it, which needs torch, and the process that tracks a study has none.
 """
 
@@ -18,7 +18,6 @@ import json
 import logging
 import shutil
 import subprocess
-import sys
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -29,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 import hpsearch
+from hpsearch import subprocesses
 from hpsearch.choices import Choices
 from hpsearch.errors import DatasetError, ExportError
 from hpsearch.paths import FinalPaths
@@ -53,6 +53,8 @@ ARTIFACT = "final"
 MODEL = "lesion_masks"
 """Name of a packed model beside its run."""
 
+_NO_ID = "m-00000000000000000000000000000000"
+"""Stands for the id that MLflow gives a model, until it is known."""
 _ENTRY = '''"""What MLflow runs to load the model."""
 
 import mlflow
@@ -140,9 +142,11 @@ def pack(weights: Path, folder: Path, *, run_id: str, model_id: str) -> None:
     """`save` in a process of its own; ExportError, with its last words, if it fails."""
     if not weights.is_file():
         raise ExportError(f"{weights} cannot be packed for MLflow: it is missing")
-    command = [sys.executable, "-m", "hpsearch.serving", str(weights), str(folder)]
     done = subprocess.run(
-        [*command, "--run-id", run_id, "--model-id", model_id],
+        subprocesses.command(
+            "hpsearch.serving", str(weights), str(folder), "--run-id", run_id, "--model-id", model_id
+        ),
+        env=subprocesses.environment(),
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
@@ -165,20 +169,29 @@ def register(
 ) -> None:
     """Pack the model of a run and make it the next version of the registered model `name`; nothing if it is one.
 
-    `client` is an MlflowClient, `folder` a place for the packed model. What an attempt that failed has left is
-    removed first, so that any number of attempts ends with one version. Raises ExportError, and MLflow's own errors.
+    `client` is an MlflowClient, `folder` a place for the packed model. The model is packed before MLflow is asked for
+    anything, and what a failed attempt left in MLflow is used again: any number of attempts ends with one model, its
+    files and one version. Raises ExportError, and MLflow's own errors.
     """
     from mlflow.entities import LoggedModelOutput
 
     if client.search_model_versions(f"run_id = '{run_id}'"):
         return
-    for left in client.search_logged_models([experiment_id], filter_string=f"source_run_id = '{run_id}'"):
-        client.delete_logged_model(left.model_id)
-    model = client.create_logged_model(experiment_id, name=MODEL, source_run_id=run_id, model_type="segmentation")
-    pack(weights, folder, run_id=run_id, model_id=model.model_id)
+    pack(weights, folder, run_id=run_id, model_id=_NO_ID)
+    left = client.search_logged_models([experiment_id], filter_string=f"source_run_id = '{run_id}'")
+    model = (
+        left[0]
+        if left
+        else client.create_logged_model(experiment_id, name=MODEL, source_run_id=run_id, model_type="segmentation")
+    )
+    description_file = folder / "MLmodel"
+    packed = description_file.read_text(encoding="utf-8")
+    description_file.write_text(packed.replace(_NO_ID, model.model_id), encoding="utf-8")
     client.log_model_artifacts(model.model_id, str(folder))
     client.finalize_logged_model(model.model_id, "READY")
-    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+    outputs = client.get_run(run_id).outputs
+    if model.model_id not in [each.model_id for each in (outputs.model_outputs if outputs else [])]:
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name, tags={"hpsearch.study": name}, description="Networks that `final` made.")
     # Not `models:/...`: MLflow would look for that where its global address points, not where this client does.

@@ -152,6 +152,8 @@ class TrackingThread:
         self._woken = threading.Event()
         self._closing = threading.Event()
         self._n_failures = 0
+        self.error = ""
+        """Why the last delivery failed; empty if it did not."""
         # A daemon: a server that does not answer shall not keep the process from ending.
         self._thread = threading.Thread(target=self._run, name=_THREAD, daemon=True)
         self._thread.start()
@@ -161,7 +163,7 @@ class TrackingThread:
         self._woken.set()
 
     def close(self, timeout_s: float = 30.0, give_up: Callable[[], bool] = lambda: False) -> int:
-        """Deliver what is left and end; the number of trials of which something is not delivered.
+        """Deliver what is left and end; return the number of runs of which something is not delivered.
 
         Waits as long as it gets on, and gives up after `timeout_s` without progress, or when `give_up` says so.
         """
@@ -173,7 +175,11 @@ class TrackingThread:
             self._thread.join(0.2)
             if (now_left := self._tracker.undelivered(self._study)) < left:
                 left, give_up_at = now_left, time.monotonic() + timeout_s
-        return self._tracker.undelivered(self._study)
+        left = self._tracker.undelivered(self._study)
+        if left and self._thread.is_alive():
+            self.error = self.error or "MLflow does not answer"
+        # The run of the study itself may lack something, too.
+        return max(left, 1) if self.error else left
 
     def _run(self) -> None:
         while True:
@@ -194,6 +200,7 @@ class TrackingThread:
             self._tracker.catch_up(self._study, stopped=is_last)
         except Exception as error:
             self._n_failures = min(self._n_failures + 1, 20)
+            self.error = str(error) or type(error).__name__
             if self._n_failures == 1:
                 # A fault of hpsearch shows where it is, but ends no training.
                 details = None if isinstance(error, HpsearchError) else error
@@ -202,6 +209,7 @@ class TrackingThread:
             if self._n_failures:
                 logger.info("tracking has caught up")
             self._n_failures = 0
+            self.error = ""
 
 
 @dataclass(frozen=True)
@@ -262,9 +270,7 @@ class MlflowTracker:
     def log_report(self, study: StudyPaths) -> None:
         """See `Tracker`. Adds files to the study's own run and touches nothing else, so the study may be running."""
         if self._uri is None and not self._project.mlflow_db.is_file():
-            raise TrackingError(
-                f"nothing is tracked in {self._project.root} yet: `hpsearch track` delivers the record"
-            )
+            raise TrackingError(f"nothing is tracked in {self._project.root} yet")
         with self._failing_as_tracking_error(study):
             self._delivery(study).log_report()
 
@@ -452,7 +458,7 @@ class _Delivery:
         search = partial(self._client.search_runs, [found.experiment_id] if found else [], max_results=1000)
         parents = [run for run in _pages(search) if runs.key_of(run.data.tags) == "study"] if found else []
         if not parents:
-            raise TrackingError(f"study {name!r} is not in MLflow yet: `hpsearch track` delivers it")
+            raise TrackingError(f"study {name!r} is not in MLflow yet")
         parent = max(parents, key=lambda run: int(run.info.start_time))
         with self._folder() as folder:
             runs.write_report_files(self.record, folder)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,17 @@ def test_every_name_leads_to_something_documented(name: str) -> None:
     found = getattr(hpsearch, name)
     assert f"{found.__module__}.{found.__qualname__}" == hpsearch.EXPORTS[name]
     assert inspect.getdoc(found)
+
+
+@pytest.mark.parametrize("name", ["RoleDataset", "DataConfig", "FinalResult", "StudySummary", "StudyConfig"])
+def test_every_field_of_what_is_given_or_returned_is_described_on_the_page(name: str) -> None:
+    found = getattr(hpsearch, name)
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    section = page.partition(f"### `hpsearch.{name}`")[2].partition("\n### ")[0]
+    public = [field for field in found.__annotations__ if not field.startswith("_")]
+    assert len(public) > 2
+    described = dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", section, re.MULTILINE))
+    assert list(described) == public
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

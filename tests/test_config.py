@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hpsearch import config as configs
 from hpsearch.cli.options import Settings, config_options, config_path
 from hpsearch.errors import ConfigError
+from hpsearch.tuning.config import Choice, Range
 
 SHIPPED = sorted((Path(__file__).parents[1] / "experiments").glob("*.toml"))
 
@@ -23,6 +24,66 @@ def test_shipped_studies_load_and_round_trip(path: Path) -> None:
     config = configs.load(path)
     assert configs.from_dict(tomllib.loads(config.to_toml())) == config
     assert configs.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "name", "moved"),
+    [
+        ("search.unet.base_channels=[4, 8]", "unet.base_channels", 8),
+        ("search.unet.base_channels={low=20, high=40, step=8}", "unet.base_channels", 20),
+        ("search.unet.depth={low=1, high=2}", "unet.depth", 2),
+        ("search.train.lr={low=1e-4, high=1e-3, log=true}", "train.lr", 1e-3),
+        ('search.data.color=["grayscale"]', "data.color", "grayscale"),
+        ("search.data.size=[[64, 48], [32, 24]]", "data.size", (64, 48)),
+    ],
+)
+def test_a_range_given_on_the_command_line_moves_the_default_into_it(override: str, name: str, moved: object) -> None:
+    base = ["unet.base_channels=16", "unet.depth=4", "train.lr=0.05", "study.eval_size=64"]
+    table = configs.load(None, base).to_dict()
+    notes: list[str] = []
+    config = configs.from_dict(configs.apply_overrides(table, [override], on_note=notes.append))
+    assert configs.get_setting(config, name) == moved
+    (note,) = notes
+    assert note.startswith(f"search.{name} = ")
+    assert f"trial 0 takes {moved!r} instead" in note
+
+
+def test_a_range_that_holds_the_default_says_nothing() -> None:
+    notes: list[str] = []
+    config = configs.load(None, ["search.unet.depth=[1, 4]"], on_note=notes.append)
+    assert config.unet.depth == 4
+    assert notes == []
+
+
+def test_a_default_that_is_given_too_is_not_moved() -> None:
+    with pytest.raises(ConfigError, match=r"unet\.depth = 4 lies outside"):
+        configs.load(None, ["unet.depth=4", "search.unet.depth=[1, 2]"])
+    with pytest.raises(ConfigError, match=r"unet\.depth = 4 lies outside"):
+        configs.from_dict({"search": {"unet.depth": [1, 2]}})
+    assert configs.load(None, ["search.unet.depth=[1, 2]", "unet.depth=4"]).unet.depth == 4
+
+
+def test_a_dimension_knows_its_value_nearest_to_any_other() -> None:
+    stepped = Range(low=2, high=9, step=3)
+    assert [stepped.nearest(value) for value in (0, 4, 9, 20)] == [2, 5, 8, 8]
+    assert all(stepped.contains(stepped.nearest(value)) for value in range(20))
+    assert Range(low=0.0, high=1.0, step=0.3).nearest(0.99) == pytest.approx(0.9)
+    assert Range(low=1, high=3).nearest(True) == 1
+    assert Choice((2, 4, 8)).nearest(3) == 2
+    assert Choice((True, False)).nearest(1) is True
+
+
+def test_pinning_a_searched_setting_is_told() -> None:
+    notes: list[str] = []
+    search = ["search.unet.depth={low=2, high=5}", "search.train.batch_size=[8, 16]"]
+    config = configs.load(
+        None, [*search, "unet.depth=3", "train.epochs=2", "train.batch_size=8"], on_note=notes.append
+    )
+    assert len(config.search) == 0
+    assert notes == [
+        "unet.depth = 3 is the same in all trials, not searched (2 to 5 otherwise)",
+        "train.batch_size = 8 is the same in all trials, not searched ([8, 16] otherwise)",
+    ]
 
 
 def test_setting_a_searched_key_pins_it() -> None:
@@ -59,7 +120,6 @@ def test_iou_is_another_name_of_jaccard() -> None:
         ("search.unet.depth=[]", "search.unet.depth"),
         ("search.unet.depth=[2, 2]", "search.unet.depth"),
         ("search.unet.depth=[0, 4]", "unet.depth"),
-        ("search.unet.depth=[2, 3]", "unet.depth"),
         ("search.data.root=['a', 'b']", "data.root"),
         ("search.study.seed=[1, 2]", "study.seed"),
         ("search.data.size=[572, 256]", "study.eval_size"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import safetensors.numpy
 import torch
@@ -20,9 +22,10 @@ from hpsearch.cli.final import describe
 from hpsearch.data.cache import open_cache
 from hpsearch.data.decode import resize
 from hpsearch.data.prepare import prepare_pool
-from hpsearch.errors import StudyError
+from hpsearch.errors import StoppedError, StudyError, TrackingError
 from hpsearch.final import FinalResult, _is_stored, fold_networks, run_final
 from hpsearch.paths import FinalPaths, ProjectPaths
+from hpsearch.plan import ExecutionPlan
 from hpsearch.predict import Ensemble, Predictor, find_images, load_predictor, predict_files
 from hpsearch.report.claimed_words import final_lines
 from hpsearch.report.rows import study_rows
@@ -30,9 +33,12 @@ from hpsearch.report.statistics import Paired
 from hpsearch.scoring import mask_name, official_scores, read_mask, score_folder
 from hpsearch.training.checkpoint import load_weights
 from hpsearch.training.metrics import SCORES, PixelCounts
+from hpsearch.tuning.coordinator import Stop
 from hpsearch.tuning.planning import MachineChoice
 from hpsearch.tuning.record import load_array, study_record
+from hpsearch.tuning.workers import WorkerSettings
 from tests.data.conftest import tiny_pairs, write_oriented
+from tests.test_tracking import FakeTracker
 from tests.tuning.studies import run, tiny_config, write_tiny_dataset
 
 MACHINE = MachineChoice("cpu", 1, 1)
@@ -50,8 +56,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> ProjectPaths:
     for kind, ending in (("Data", ".png"), ("Part1_GroundTruth", "_segmentation.png")):
         shared = dataset / f"ISIC-2017_Training_{kind}" / f"ISIC_0000003{ending}"
         shutil.copy(shared, dataset / f"ISIC-2017_Test_v2_{kind}" / f"ISIC_0000012{ending}")
-    config = tiny_config(dataset, "study.pruner=none", "study.sampler=random", "study.trials=2", "study.confirm=2")
-    run(root, config)
+    settings = ("study.pruner=none", "study.sampler=random", "study.trials=2", "study.confirm=2")
+    # The data are given by a relative path; everything after the search happens in another folder.
+    with contextlib.chdir(root):
+        run(Path(), tiny_config(Path("ISIC-2017"), *settings))
     return ProjectPaths(root)
 
 
@@ -224,6 +232,41 @@ def test_only_a_whole_result_of_the_same_images_is_taken_as_it_is(
     assert _is_stored(folder, **{**given, **asked}) is (not change)
 
 
+def test_final_trains_with_the_threads_that_the_studys_plan_says(project: ProjectPaths, result: FinalResult) -> None:
+    record = study_record(project, None)
+    plan = ExecutionPlan.from_dict(record.plan() or {})
+    record.write_plan(dataclasses.replace(plan, workers=(WorkerSettings("cpu", 1),) * 2, alone_threads=0).to_dict())
+    (other,) = {0, 1} - {result.trial.number}
+    threads = []
+
+    def stop_at_once(index: int, row: object) -> bool:
+        trainers = [child.environ() for child in psutil.Process().children() if "worker" in " ".join(child.cmdline())]
+        threads.extend(environment["OMP_NUM_THREADS"] for environment in trainers)
+        return False
+
+    assert run_final(project, trial=other, machine=MachineChoice(), on_epoch=stop_at_once) is None
+    assert threads == ["1"]
+
+
+@pytest.mark.parametrize("asked_by", ["signal", "hpsearch stop"])
+def test_a_final_that_is_told_to_stop_at_once_ends_with_its_checkpoint(
+    project: ProjectPaths, result: FinalResult, asked_by: str
+) -> None:
+    (other,) = {0, 1} - {result.trial.number}
+    stop = Stop()
+
+    def stop_now(index: int, row: object) -> bool:
+        if asked_by == "signal":
+            stop.request(at_once=True)
+        else:
+            study_record(project, None).paths.stop_request.write_text("now")
+        return True
+
+    with pytest.raises(StoppedError, match="run the same command again"):
+        run_final(project, trial=other, n_seeds=2, machine=MACHINE, on_epoch=stop_now, stop=stop)
+    assert not (result.paths.root.parent / f"trial-{other:04d}" / "final.json").exists()
+
+
 def test_only_full_trials_can_be_final(project: ProjectPaths) -> None:
     with pytest.raises(StudyError, match="no trial 9"):
         run_final(project, trial=9, machine=MACHINE)
@@ -285,9 +328,12 @@ def test_every_look_at_the_test_set_is_counted_and_a_search_that_goes_on_after_o
     settings = ("study.pruner=none", "study.sampler=random", "study.trials=3", "study.confirm=0")
     run(project.root, tiny_config(dataset, *settings))
     steps: list[str] = []
-    again = run_final(project, trial=0, machine=MACHINE, on_step=steps.append)
+    tracker = FakeTracker(*[TrackingError("away")] * 9)
+    again = run_final(project, trial=0, machine=MACHINE, on_step=steps.append, tracker=tracker)
     assert again is not None
     assert any(step.startswith("note on the test split: 8/3/4 training/validation/test pairs") for step in steps)
+    assert again.undelivered > 0
+    assert again.tracking_error == "away"
     assert (len(again.looks), again.n_trials_after) == (2, 1)
     # Near-duplicates were looked for once: the images are the same.
     assert len(list(project.cache.glob("near-duplicates-*.json"))) == 1
@@ -295,8 +341,8 @@ def test_every_look_at_the_test_set_is_counted_and_a_search_that_goes_on_after_o
     # The same again is the stored result, and no evaluation; the zip is made of the stored masks.
     said: list[str] = []
     stored = run_final(project, trial=0, machine=MACHINE, submission=True, on_step=said.append)
-    assert stored == again
-    assert said == ["trial 0 was evaluated on these images before; this is the stored result"]
+    assert stored == dataclasses.replace(again, undelivered=0, tracking_error="")
+    assert said[-1] == "trial 0 was evaluated on these images before; this is the stored result"
     assert len(project.looks.read_text().splitlines()) == 2
     assert stored.paths.submission.is_file()
     text = "\n".join(describe(again))

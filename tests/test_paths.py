@@ -47,6 +47,26 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.rglob("*.*")] == ["trial.json"]
 
 
+def test_a_project_is_named_by_a_string_too(tmp_path: Path) -> None:
+    assert ProjectPaths(str(tmp_path)) == ProjectPaths(tmp_path)
+    assert ProjectPaths(str(tmp_path)).study("one").toml == tmp_path / "studies" / "one" / "study.toml"
+
+
+def test_an_absolute_path_leads_where_the_relative_one_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "link").symlink_to(tmp_path / "far" / "away")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert paths.absolute("photos") == tmp_path / "here" / "photos"
+    assert paths.absolute("../far/./photos/") == tmp_path / "far" / "photos"
+    assert paths.absolute("~/photos") == tmp_path / "photos"
+    assert paths.absolute(".") == tmp_path / "here"
+    # A link may be pointed elsewhere later, so it stays; `..` behind one is not its parent folder here.
+    assert paths.absolute("link") == tmp_path / "here" / "link"
+    assert paths.absolute("link/..").resolve() == tmp_path / "far"
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'{"a": 1}}'])
 def test_damaged_json_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "file.json"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import pytest
 from PIL import Image
 
 from hpsearch import serving
-from hpsearch.errors import TrackingError
+from hpsearch.errors import ExportError, TrackingError
 from hpsearch.paths import ProjectPaths
 from hpsearch.predict import Predictor, find_images, predict_files
 from hpsearch.tracking import MlflowTracker
@@ -127,6 +128,30 @@ def test_a_request_that_fails_leaves_one_version_in_the_end(
     (model,) = models(study)
     assert version.source == model.artifact_location
     assert str(model.status) in ("READY", "LoggedModelStatus.READY")
+    (run,) = [run for run in all_runs(study.project) if run.info.run_name == "final of trial 0000"]
+    assert [output.model_id for output in run.outputs.model_outputs] == [model.model_id]
+    assert model_folders(study) == [Path(version.source.removeprefix("file://")).parent]
+
+
+def model_folders(study: FakeStudy) -> list[Path]:
+    """Folders in which MLflow keeps the files of models."""
+    return list((study.project.mlruns / "fake" / "models").glob("*"))
+
+
+def test_a_model_that_cannot_be_packed_leaves_nothing_in_mlflow(
+    study: FakeStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ExportError("it cannot be packed")
+
+    for _ in range(2):
+        with monkeypatch.context() as patched:
+            patched.setattr(serving, "pack", fail)
+            with pytest.raises(ExportError):
+                deliver(study)
+    with sqlite3.connect(study.project.mlflow_db) as database:
+        assert database.execute("SELECT count(*) FROM logged_models").fetchone() == (0,)
+    assert model_folders(study) == versions(study.project) == []
 
 
 @pytest.mark.usefixtures("quick_pack")

@@ -673,6 +673,7 @@ class TestThread:
             for _ in range(4):
                 assert tracker.attempted.acquire(timeout=60)
             assert thread.close() == 0
+        assert thread.error == ""
         assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
         assert "away" in caplog.text
         assert "Traceback" not in caplog.text
@@ -682,7 +683,15 @@ class TestThread:
         thread = TrackingThread(tracker, StudyPaths(tmp_path), retry_s=600)
         assert tracker.attempted.acquire(timeout=60)
         assert thread.close() == 3
+        assert thread.error == "away"
         assert tracker.attempts == [False, True]
+
+    def test_a_last_delivery_that_fails_is_missing_something_also_where_no_trial_is(self, tmp_path: Path) -> None:
+        """The run of the study itself is no trial."""
+        tracker = FakeTracker(TrackingError("away"), TrackingError("away"))
+        thread = TrackingThread(tracker, StudyPaths(tmp_path), retry_s=600)
+        assert tracker.attempted.acquire(timeout=60)
+        assert thread.close() == 1
 
     def test_a_fault_in_the_tracker_ends_nothing_and_shows_where_it_is(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -700,6 +709,7 @@ class TestThread:
         tracker.catch_up = lambda study, stopped=False: answer.wait(60) and None  # type: ignore[method-assign]
         thread = TrackingThread(tracker, StudyPaths(tmp_path))
         assert thread.close(0.1) == 1
+        assert "does not answer" in thread.error
         answer.set()
 
     def test_closing_waits_as_long_as_it_gets_on(self, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Nothing heavy is imported before a command runs, so that `--help` answers at onc
 from __future__ import annotations
 
 import atexit
+import difflib
 import errno
 import gc
 import importlib
@@ -19,6 +20,7 @@ from typing import Any
 import click
 
 from hpsearch import __version__
+from hpsearch.cli import streams
 from hpsearch.errors import HpsearchError, StoppedError
 from hpsearch.user_files import printable
 
@@ -41,7 +43,21 @@ _USER_ERRORS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errn
 """What the system says of paths that cannot be used: the user can mend them, so they end as one line."""
 
 
-class _Lazy(click.Group):
+class Suggesting(click.Group):
+    """A group that names the closest command where there is none of that name."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        known = self.list_commands(ctx)
+        if args and args[0] not in known and not args[0].startswith("-"):
+            close = difflib.get_close_matches(args[0].lower(), known, n=1, cutoff=0.5)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            ctx.fail(f"No such command {args[0]!r}.{hint} Commands: {', '.join(known)}.")
+        return super().resolve_command(ctx, args)
+
+
+class _Lazy(Suggesting):
     """Imports a command's module only when that command is run."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -73,6 +89,7 @@ def group() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line: exit code 0 done, 1 an error in one line, 2 usage, 128 + signal if interrupted."""
+    streams.protect()
     atexit.register(_leave_cycles)
     for stream in (sys.stdout, sys.stderr):
         # A name that the terminal cannot show is no reason to fail.
@@ -107,10 +124,6 @@ def _run(arguments: list[str] | None) -> int:
     except HpsearchError as error:
         click.echo(f"hpsearch: {error}", err=True)
         return 128 + error.signal if isinstance(error, StoppedError) and error.signal else 1
-    except BrokenPipeError:
-        # `hpsearch status | head`: nobody reads on, which is no fault.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as error:
         if error.errno not in _USER_ERRORS or error.filename is None:
             raise

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from hpsearch.cli import Suggesting
 from hpsearch.cli.options import Settings, config_options, out_option
 from hpsearch.paths import ProjectPaths
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from hpsearch.data.integrity import CheckReport
 
 
-@click.group("data")
+@click.group("data", cls=Suggesting)
 def command() -> None:
     """Check, cache, augment, draw or download datasets."""
 

@@ -23,7 +23,7 @@ from hpsearch.paths import ProjectPaths
 @click.option("--seeds", default=1, type=click.IntRange(min=1), help="Networks to train, with different seeds.")
 @click.option("--ensemble", is_flag=True, help="Let the networks of the folds predict the test images too.")
 @device_option
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads (default: as in the study).")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads (default: as measured for the study).")
 @click.option("--zip", "submission", is_flag=True, help="Pack the test masks into a zip, ready to submit.")
 @tracking_option
 def command(
@@ -48,12 +48,10 @@ def command(
         hpsearch final --best
         hpsearch final --trial 17 --seeds 3
     """
-    import signal
-
     from rich.console import Console
     from rich.text import Text
 
-    from hpsearch.cli.progress import DecodingLines
+    from hpsearch.cli.progress import DecodingLines, undelivered
     from hpsearch.cli.study import stop_on_signals
     from hpsearch.final import run_final
     from hpsearch.tracking import make_tracker
@@ -74,7 +72,7 @@ def command(
             f"network {index + 1}/{seeds}, epoch {row['epoch']}: loss {scores['loss']:.4f}, Dice {scores['dice']:.4f}"
         )
         console.print(Text(f"{line} in training, {row['images_per_s']:.0f} images/s"))
-        return not stop.is_requested
+        return True
 
     with stop_on_signals(stop):
         result = run_final(
@@ -90,12 +88,14 @@ def command(
             on_decoded=DecodingLines(show),
             on_step=show,
             submission=submission,
+            stop=stop,
         )
-    if result is None:
-        console.print("stopped: run the same command again to continue")
-        return 128 + (stop.signal or signal.SIGINT)
+    # It is None only where `on_epoch` asks for it.
+    assert result is not None
     for line in describe(result):
         console.print(Text(line))
+    if result.undelivered:
+        show(undelivered(result.study, project, tracking, result.tracking_error))
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import json
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import click
 from hpsearch import config as configs
 from hpsearch.config import StudyConfig
 from hpsearch.errors import ConfigError
-from hpsearch.paths import ProjectPaths, study_name_of
+from hpsearch.paths import ProjectPaths, absolute, study_name_of
 from hpsearch.user_files import broken_link, require_usable_path
 
 SHIPPED = (Path(__file__).parents[1] / "experiments", Path(__file__).parents[2] / "experiments")
@@ -65,20 +66,26 @@ class Settings:
         """The study's name where none is given: the folder of one's own images, else the TOML file's stem."""
         if self.images is None or self.config_file is not None:
             return self.path.stem
-        folder = Path(self.images)
+        folder = absolute(self.images)
         require_usable_path(folder, ConfigError)
-        return study_name_of(folder.absolute())
+        return study_name_of(folder)
 
     @property
     def path(self) -> Path:
         """The TOML file to start from: the one given, else the shipped default."""
         return config_path(self.config_file or ("sample" if self.is_sample else "isic2017"))
 
-    def load(self, base: Path | None = None) -> StudyConfig:
-        """The configuration; without `--config`, on top of the TOML at `base` if there is one."""
-        if self.config_file is None and base is not None and base.is_file():
-            return configs.load(base, self.overrides)
-        return configs.load(self.path, self.overrides)
+    def load(self, base: Path | None = None, *, is_searched: bool = False) -> StudyConfig:
+        """The configuration; without `--config`, on top of the TOML at `base` if there is one.
+
+        If it `is_searched`, what the overrides change in the search space is printed.
+        """
+        path = base if self.config_file is None and base is not None and base.is_file() else self.path
+        notes: list[str] = []
+        config = configs.load(path, self.overrides, on_note=notes.append)
+        for note in notes if is_searched else ():
+            click.echo(f"note: {note}")
+        return config
 
 
 def config_options(command: Command) -> Command:
@@ -139,8 +146,10 @@ def config_path(name: str) -> Path:
         if (folder / f"{name}.toml").is_file():
             return folder / f"{name}.toml"
     shipped = sorted({path.stem for folder in SHIPPED for path in folder.glob("*.toml")})
+    close = difflib.get_close_matches(name, shipped, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
     raise ConfigError(
-        f"--config {name}: there is no such file, and no shipped study of that name ({', '.join(shipped)})"
+        f"--config {name}: there is no such file, and no shipped study of that name ({', '.join(shipped)}){hint}"
     )
 
 

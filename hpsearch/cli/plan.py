@@ -56,7 +56,7 @@ def command(
     size, native = PRESETS[preset] if preset else (None, "float32")
     if memory is not None:
         size = gibibytes(memory)
-    config = settings.load()
+    config = settings.load(is_searched=True)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
     amp = {"off": "float32", "auto": native}.get(config.train.amp, config.train.amp)
     # Every preset is a CUDA card, where group normalisation keeps more.

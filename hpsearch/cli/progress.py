@@ -16,10 +16,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from hpsearch.cli.streams import write_to_stderr
 from hpsearch.data.prepare import Prepared
-from hpsearch.paths import ProjectPaths
+from hpsearch.paths import ProjectPaths, command_line
 from hpsearch.plan import ExecutionPlan, Forecast, describe_data
-from hpsearch.report.words import command_line, duration
+from hpsearch.report.words import duration
+from hpsearch.tracking import redact
 from hpsearch.tuning.coordinator import StudySummary
 from hpsearch.tuning.record import COUNTED, StudyRecord, TrialRecord
 from hpsearch.tuning.status import study_status
@@ -46,9 +48,10 @@ class DecodingLines:
 class StudyProgress:
     """Shows a running study. Use as a context manager, and as the study's Listener."""
 
-    def __init__(self, name: str, project: ProjectPaths, *, is_tracked: bool = True) -> None:
+    def __init__(self, name: str, project: ProjectPaths, tracking: str | None = None) -> None:
+        """`tracking` is the option `--tracking`."""
         self._name = name
-        self._is_tracked = is_tracked
+        self._tracking = tracking
         self._project = project
         self._console = Console(highlight=False, soft_wrap=True)
         self._is_live = self._console.is_terminal
@@ -62,6 +65,7 @@ class StudyProgress:
         """Seconds to go, and when that was reckoned."""
         self._second: tuple[int, int] | None = None
         """Second fits done, and of how many."""
+        self._interruption = ""
         self._say_decoded = DecodingLines(self._print)
         self._live = Live(console=self._console, refresh_per_second=4, transient=True, get_renderable=self._render)
 
@@ -155,6 +159,14 @@ class StudyProgress:
         self._rank()
         self._print(text)
 
+    def interrupted(self, text: str) -> None:
+        """Show what follows from a signal. Called in its handler, which may have interrupted a print: so no print."""
+        if self._is_live:
+            # The next refresh shows it; a line written between two would be overwritten.
+            self._interruption = text
+        else:
+            write_to_stderr(text)
+
     def summarise(self, summary: StudySummary) -> None:
         """The result and the next step."""
         record = summary.record
@@ -165,10 +177,6 @@ class StudyProgress:
                 f"best: trial {winner}, {record.config.study.metric} {standing.values[winner]:.4f} out of fold{both} "
                 f" {describe_params(record.trial(winner).params)}"
             )
-        if summary.undelivered:
-            n = summary.undelivered
-            lacking = "1 trial; it is" if n == 1 else f"{n} trials; they are"
-            self._print(f"tracking lacks {lacking} on record, and `hpsearch track` delivers what is missing")
         if summary.stopped:
             self._print(
                 f"stopped with {summary.n_counted} of {n_trials} trials: run the same command again to continue"
@@ -178,9 +186,11 @@ class StudyProgress:
             self._print(f"  {command_line('final --best', self._name, self._project)}")
             root = self._project.root
             folder = "" if str(root) == "." else f"cd {shlex.quote(str(root))} && "
-            if self._is_tracked:
+            if self._tracking != "none":
                 self._print(f"  {folder}mlflow ui")
             self._print(f"  {command_line('report', self._name, self._project)}")
+        if summary.undelivered:
+            self._print(undelivered(self._name, self._project, self._tracking, summary.tracking_error))
 
     def _rank(self) -> None:
         if self._record is not None:
@@ -197,9 +207,9 @@ class StudyProgress:
     def _render(self) -> Group:
         if self._images is not None:
             done, total = self._images
-            return Group(_bar(f"decoding images {done}/{total}", done, total))
+            return Group(_bar(f"decoding images {done}/{total}", done, total), *self._last_lines())
         if self._record is None:
-            return Group(Text("getting ready"))
+            return Group(Text("getting ready"), *self._last_lines())
         config = self._record.config
         counted = sum(trial.outcome in COUNTED for trial in self._trials.values())
         head = f"study {self._name}  {counted}/{config.study.trials} trials"
@@ -221,7 +231,10 @@ class StudyProgress:
                 f"{config.study.metric} {scores[config.study.metric]:.4f}",
                 f"{row['images_per_s']:.0f} images/s",
             )
-        return Group(*lines, table)
+        return Group(*lines, table, *self._last_lines())
+
+    def _last_lines(self) -> list[Text]:
+        return [Text(self._interruption, style="bold")] if self._interruption else []
 
     def _reckon(self) -> None:
         """How long it will still take, by what has been recorded so far."""
@@ -233,6 +246,15 @@ class StudyProgress:
             return "?"
         seconds, reckoned_at = self._to_go
         return duration(max(0.0, seconds - (time.monotonic() - reckoned_at)))
+
+
+def undelivered(study: str, project: ProjectPaths, tracking: str | None, error: str) -> str:
+    """Say that MLflow lacks something of a study, why, and which command delivers it; `tracking` is `--tracking`."""
+    retry = command_line("track", study, project)
+    if tracking is not None:
+        retry += f" --tracking {shlex.quote(redact(tracking))}"
+    because = f" ({error})" if error else ""
+    return f"MLflow is not up to date{because}. Everything is on record; deliver it with: {retry}"
 
 
 def describe_forecast(pruner: str, forecast: Forecast) -> str:

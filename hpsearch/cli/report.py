@@ -21,6 +21,7 @@ def command(project: ProjectPaths, study_name: str | None, tracking: str | None)
         hpsearch report
         hpsearch report --study isic2017-64
     """
+    from hpsearch.cli.progress import undelivered
     from hpsearch.errors import TrackingError
     from hpsearch.report.html import write_report
     from hpsearch.tracking import make_tracker
@@ -35,4 +36,4 @@ def command(project: ProjectPaths, study_name: str | None, tracking: str | None)
         make_tracker(project, tracking).log_report(record.paths)
     except TrackingError as error:
         # The report is there; MLflow may lag.
-        click.echo(f"not in MLflow: {error}")
+        click.echo(f"{undelivered(record.name, project, tracking, str(error))}, then run this command again")

@@ -25,15 +25,16 @@ if TYPE_CHECKING:
 def command(project: ProjectPaths, study_name: str | None, trial: int | None) -> None:
     """Trials, outcomes, best so far, what runs now and when it will be done. Reads the record only.
 
-    With --study also every trial and why it ended; with --trial every decision of the pruner on one trial.
+    Where there are several studies, those that run are shown, or all if none runs. With --study also every trial and
+    why it ended; with --trial every decision of the pruner on one trial.
     """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from hpsearch.cli.progress import describe_params
-    from hpsearch.paths import read_json
-    from hpsearch.report.words import command_line, duration
+    from hpsearch.paths import command_line, read_json
+    from hpsearch.report.words import duration
     from hpsearch.tracked_runs import final_names
     from hpsearch.tuning import lock
     from hpsearch.tuning.record import no_study
@@ -42,7 +43,8 @@ def command(project: ProjectPaths, study_name: str | None, trial: int | None) ->
     if trial is not None:
         _show_decisions(project, study_name, trial)
         return
-    names = [study_name] if study_name else project.study_names()
+    every = project.study_names()
+    names = [study_name] if study_name else lock.running_studies(project) or every
     if not names:
         raise no_study(project)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
@@ -65,6 +67,8 @@ def command(project: ProjectPaths, study_name: str | None, trial: int | None) ->
             n_fits = len(status.shortlist) * status.n_folds
             those = f"trial{'s' if len(status.shortlist) > 1 else ''} {listed}"
             console.print(Text(f"  fitted once more: {those}; {status.n_second}/{n_fits} second fits done"))
+        for warning in status.warnings:
+            console.print(Text(f"  warning: {warning}"))
         if status.eta_s is not None:
             console.print(Text(f"  about {duration(status.eta_s)} to go"))
         for fit in status.open_fits:
@@ -104,6 +108,8 @@ def command(project: ProjectPaths, study_name: str | None, trial: int | None) ->
                 Text(each.reason),
             )
         console.print(table)
+    if not study_name and (others := [name for name in every if name not in names]):
+        console.print(Text(f"not running: {', '.join(others)} (--study NAME shows one)"))
 
 
 def _coordinators_table(status: StudyStatus) -> Table:

@@ -19,7 +19,9 @@ WAIT_S = 600.0
 @click.option("--trial", type=click.IntRange(min=0), metavar="N", help="End this trial alone, as if raced out.")
 @click.option("--now", is_flag=True, help="Do not wait for the end of the current epochs.")
 def command(project: ProjectPaths, study_name: str | None, trial: int | None, now: bool) -> int:
-    """Ask the coordinator of a running study to stop with checkpoints, and wait until it has.
+    """Ask a running study, or a running final of it, to stop with checkpoints, and wait until it has.
+
+    Where there are several studies, the one that runs is meant.
 
     \b
         hpsearch stop --study isic2017-64

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from hpsearch.cli.options import Settings, config_options, device_option, out_option, study_option, tracking_option
+from hpsearch.cli.streams import write_to_stderr
 from hpsearch.paths import ProjectPaths
+
+if TYPE_CHECKING:
+    from hpsearch.tuning.coordinator import Stop
 
 
 class _Folds(click.ParamType[int | str]):
@@ -58,9 +61,7 @@ LOOKAHEAD = 4
 )
 @device_option
 @click.option("--workers", type=click.IntRange(min=1), help="Worker processes (default: measured, 1 to 4 a device).")
-@click.option(
-    "--threads", type=click.IntRange(min=1), help="CPU threads of each worker (default: the cores, shared)."
-)
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of each worker (default: measured).")
 @click.option("--hours", type=click.FloatRange(min=0, min_open=True), help="Stop, with checkpoints, after so long.")
 @click.option(
     "--enqueue",
@@ -117,11 +118,11 @@ def command(
     from hpsearch.tuning.planning import MachineChoice
 
     name = study_name or settings.name
-    config = settings.load(project.study(name).toml)
+    config = settings.load(project.study(name).toml, is_searched=True)
     stop = Stop()
     with (
-        StudyProgress(name, project, is_tracked=tracking != "none") as progress,
-        stop_on_signals(stop),
+        StudyProgress(name, project, tracking) as progress,
+        stop_on_signals(stop, progress.interrupted),
     ):
         summary = run_study(
             project,
@@ -143,8 +144,10 @@ def command(
 class stop_on_signals:  # noqa: N801 - reads as the statement it is used in
     """Turn SIGINT, SIGTERM and SIGHUP into requests to stop, for the block."""
 
-    def __init__(self, stop: Any) -> None:
+    def __init__(self, stop: Stop, say: Callable[[str], None] | None = None) -> None:
+        """`say` shows what follows from a signal, wherever that interrupted the program; by default on stderr."""
         self._stop = stop
+        self._say = say or write_to_stderr
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> None:
@@ -160,8 +163,14 @@ class stop_on_signals:  # noqa: N801 - reads as the statement it is used in
     def _hear(self, number: int, _frame: object) -> None:
         # A scheduler that sends SIGTERM kills soon after: what is on disk is at most an epoch behind.
         at_once = number != signal.SIGINT
+        left_s = self._stop.epoch_left_s()
         self._stop.request(number, at_once=at_once)
-        text = "stopping now" if self._stop.is_urgent else "stopping after this epoch; press Ctrl-C again to stop now"
-        # The program was interrupted anywhere, perhaps while it prints, and the terminal may be gone: no print here.
-        with contextlib.suppress(OSError):
-            os.write(2, f"\n{text}\n".encode())
+        if self._stop.is_urgent:
+            text = "Stopping now"
+        elif left_s is None:
+            text = "Stopping"
+        else:
+            # NaN: no epoch of this configuration has ended yet.
+            about = f" (about {max(1, round(left_s))} s)" if left_s == left_s else ""
+            text = f"Finishing the current epoch{about}; press Ctrl-C again to stop now"
+        self._say(text)

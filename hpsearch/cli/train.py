@@ -23,7 +23,7 @@ from hpsearch.paths import ProjectPaths
     help="k, or `fixed` (default) for training and validation split.",
 )
 @device_option
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads (default: all cores).")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads (default: measured).")
 @tracking_option
 def command(
     project: ProjectPaths,
@@ -54,8 +54,8 @@ def command(
     config = dataclasses.replace(config, study=one, search=SearchSpace())
     stop = Stop()
     with (
-        StudyProgress(name, project, is_tracked=tracking != "none") as progress,
-        stop_on_signals(stop),
+        StudyProgress(name, project, tracking) as progress,
+        stop_on_signals(stop, progress.interrupted),
     ):
         summary = run_study(
             project,

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from hpsearch import subprocesses
 from hpsearch.data.cache import Kind, open_cache
 from hpsearch.data.config import DataConfig
 from hpsearch.data.decoding import subprocess_environment
@@ -97,7 +98,7 @@ def measure_reading(path: Path, batch_size: int, *, n_epochs: int = 2) -> dict[s
 
 def _read_in_own_process(path: Path, batch_size: int) -> dict[str, float]:
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "hpsearch.data.comparison", str(path), str(batch_size)],
+        subprocesses.command("hpsearch.data.comparison", str(path), str(batch_size)),
         env=subprocess_environment(),
         stdout=subprocess.PIPE,
         check=True,

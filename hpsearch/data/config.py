@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from hpsearch.errors import ConfigError
+from hpsearch.paths import absolute
 from hpsearch.user_files import printable, text_fault
 
 Color = Literal["rgb", "grayscale"]
+LOCATIONS = ("root", "images", "masks", "test_list", "groups", "cache_dir")
+"""Settings of the data that name a file or folder."""
 
 GRAY_WEIGHTS = (0.299, 0.587, 0.114)
 """Of red, green and blue in grayscale: luma of ITU-R BT.601."""
@@ -82,6 +85,19 @@ class DataConfig:
         for role in ("n_search_train", "n_search_validation", "n_final_train", "n_final_test"):
             if getattr(self, role) < 0:
                 raise ConfigError(f"data.{role} must be 0 (all) or more, got {getattr(self, role)}")
+
+    def absolute(self) -> DataConfig:
+        """Return the same data with absolute paths, so that they are found from any folder."""
+        # `root` may be no folder, or one that is not read.
+        is_root_read = self.root != "sample" and not self.images
+        names = [name for name in LOCATIONS if getattr(self, name) and (name != "root" or is_root_read)]
+        changed: dict[str, Any] = {name: str(absolute(getattr(self, name))) for name in names}
+        return replace(self, **changed)
+
+    def located_as(self, other: DataConfig) -> DataConfig:
+        """Return the same data at the paths of `other`."""
+        named: dict[str, Any] = {name: getattr(other, name) for name in LOCATIONS}
+        return replace(self, **named)
 
     @property
     def height(self) -> int:

@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-import hpsearch
+from hpsearch import subprocesses
 from hpsearch.cores import available_cores
 from hpsearch.data.reading import PLAIN_READING, Reading
 from hpsearch.errors import CacheError
@@ -176,7 +173,7 @@ class Decoders:
             # A file, not a pipe: nobody would read a pipe while the subprocess works.
             self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the subprocess
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "hpsearch.data.decode", str(self._n_threads)],
+                subprocesses.command("hpsearch.data.decode", str(self._n_threads)),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._stderr,
@@ -196,18 +193,14 @@ class Decoders:
 
 
 def subprocess_environment() -> dict[str, str]:
-    """For a subprocess that imports this package, wherever it was imported from, and brings its own threads."""
-    package = str(Path(hpsearch.__file__).parent.parent)
-    inherited = os.environ.get("PYTHONPATH", "")
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(part for part in (package, inherited) if part),
-        "OMP_NUM_THREADS": "1",
-        "MKL_NUM_THREADS": "1",
+    """Return the environment of a subprocess that decodes with threads of its own."""
+    return subprocesses.environment(
+        OMP_NUM_THREADS="1",
+        MKL_NUM_THREADS="1",
         # glibc would keep the memory of the largest images, once for each arena; blocks of their own are given back.
-        "MALLOC_ARENA_MAX": "2",
-        "MALLOC_MMAP_THRESHOLD_": str(2**20),
-    }
+        MALLOC_ARENA_MAX="2",
+        MALLOC_MMAP_THRESHOLD_=str(2**20),
+    )
 
 
 def _feed(stdin: IO[bytes], jobs: Iterable[Job]) -> None:

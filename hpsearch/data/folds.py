@@ -99,9 +99,7 @@ def make_folds(
         return _fixed(ids, splits, connected(ids, sha256, groups), seed)
     units = np.array(connected(ids, sha256, groups))
     n_units = int(units.max(initial=-1)) + 1
-    if n_units < folds:
-        what = "distinct images" if groups is None else "groups"
-        raise ConfigError(f"study.folds = {folds}, but there are only {n_units} {what}")
+    require_enough(n_units, folds, "distinct images" if groups is None else "groups")
     # scikit-learn is slow to import and not needed to read folds.
     from sklearn.model_selection import GroupKFold, KFold
 
@@ -152,6 +150,13 @@ class Groups(Mapping[str, str]):
 
     def __len__(self) -> int:
         return len(self._by_key)
+
+
+def require_enough(n: int, folds: int, what: str) -> None:
+    """Raise ConfigError where `n` images or groups are fewer than the folds."""
+    if n < folds:
+        advice = f"take fewer folds (--folds {n})" if n > 1 else "more are needed"
+        raise ConfigError(f"study.folds = {folds}, but there are only {n} {what}: {advice}")
 
 
 def groups_file(config: DataConfig) -> Path | None:

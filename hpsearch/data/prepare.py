@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import subprocess
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from hpsearch import subprocesses
 from hpsearch.data.build import Progress, build_cache, discard_cache, is_damaged
 from hpsearch.data.cache import Index, Preparation, cache_key, open_cache
 from hpsearch.data.config import DataConfig
@@ -36,8 +36,6 @@ from hpsearch.errors import DatasetError
 logger = logging.getLogger(__name__)
 
 Role = Literal["search", "final"]
-# In a process of its own: drawing needs torch's encoders, which the caller shall not load.
-_DRAW = "import sys, pathlib, hpsearch.data.sample as s; s.draw_sample(pathlib.Path(sys.argv[1]))"
 
 
 @dataclass(frozen=True)
@@ -118,8 +116,9 @@ def locate(config: DataConfig, cache_root: Path) -> Dataset:
     folder = cache_root / f"sample-{SAMPLE_VERSION}" / "ISIC-2017"
     if not folder.is_dir():
         logger.info("drawing the sample dataset in %s", folder)
+        # In a process of its own: drawing needs torch's encoders, which the caller must not load.
         done = subprocess.run(
-            [sys.executable, "-P", "-c", _DRAW, str(folder)],
+            subprocesses.command("hpsearch.data.sample", str(folder)),
             env=subprocess_environment(),
             capture_output=True,
             text=True,

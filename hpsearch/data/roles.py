@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 from hpsearch.data.batches import DeviceData, ToInput
 from hpsearch.data.cache import Normalization, open_cache
-from hpsearch.data.config import DataConfig
+from hpsearch.data.config import Color, DataConfig
 from hpsearch.data.prepare import Prepared, prepare_pool, prepare_test
 from hpsearch.errors import ConfigError, DatasetError
 
@@ -41,8 +41,7 @@ class RoleDataset(Dataset[tuple[Tensor, Tensor]]):
     """The images and masks of one role, decoded once into a cache and read from it.
 
         from torch.utils.data import DataLoader
-        from hpsearch.data.config import DataConfig
-        from hpsearch.data.roles import RoleDataset
+        from hpsearch import DataConfig, RoleDataset
 
         config = DataConfig(root="ISIC-2017", size=256)
         train = RoleDataset("search-train", config, n=500)
@@ -58,6 +57,17 @@ class RoleDataset(Dataset[tuple[Tensor, Tensor]]):
 
     Raises DatasetError where images are missing or damaged, or the role has none.
     """
+
+    role: Role
+    """The role, as given."""
+    color: Color
+    """Channels of the images, `rgb` or `grayscale`."""
+    cache_path: Path
+    """The cache that is read."""
+    ids: tuple[str, ...]
+    """Name of each image, in the order of the dataset."""
+    normalization: Normalization
+    """Mean and standard deviation of each channel, by which images are normalised."""
 
     def __init__(
         self,
@@ -83,7 +93,6 @@ class RoleDataset(Dataset[tuple[Tensor, Tensor]]):
         self.color = config.color
         self.cache_path = prepared.cache_path
         self.ids = tuple(prepared.ids[i] for i in self._indices)
-        """Name of each image."""
         self._opened: tuple[int, DeviceData] | None = None
         self.normalization = normalization or self._training_normalization(config, cache_root)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -198,3 +199,7 @@ def _write(folder: Path, name: str, id: str, image: Bytes, mask: Bytes, size: Si
     masks.mkdir(exist_ok=True)
     write_jpeg(pixels, str(images / f"{id}.jpg"), quality=90)
     write_png(truth, str(masks / f"{id}_segmentation.png"))
+
+
+if __name__ == "__main__":
+    draw_sample(Path(sys.argv[1]))

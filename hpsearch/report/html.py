@@ -241,6 +241,8 @@ def _notes(rows: StudyRows) -> Iterator[str]:
             '<p class="note">The best are fitted once more, to tell luck from merit: '
             f"{done} of {total} fits are done. Until all are, everything here goes by the first fits alone.</p>"
         )
+    for warning in rows.warnings:
+        yield f'<p class="note">{escape(warning)}.</p>'
     if any(final.n_trials_after for final in rows.finals):
         yield (
             '<p class="note">The search went on after the test set had been scored: see <a href="#test">Test</a>.</p>'
@@ -264,7 +266,7 @@ def _answer(rows: StudyRows, pictures: Mapping[str, Picture]) -> Iterator[str]:
     if winner is None:
         if not rows.is_running:
             more = f" --trials {rows.n_counted + 1}" if rows.n_counted >= rows.config.study.trials else ""
-            command = escape(words.command_line(f"study{more}", rows.name))
+            command = escape(paths.command_line(f"study{more}", rows.name))
             yield f"<p><code>{command}</code> goes on with the search.</p>"
         return
     estimates = "; ".join(f"{name} {interval(value)}" for name, value in _estimates(rows, winner))
@@ -486,7 +488,7 @@ def _test(rows: StudyRows, pictures: Mapping[str, Picture]) -> Iterator[str]:
     if rows.winner is None and not rows.finals:
         yield "<p>The test set is scored once a configuration has been evaluated on all folds.</p>"
     elif not rows.finals:
-        command = escape(words.command_line("final --best", rows.name))
+        command = escape(paths.command_line("final --best", rows.name))
         yield (
             "<p>The test set has not been scored in this study. "
             f"<code>{command}</code> retrains the best configuration and does it.</p>"

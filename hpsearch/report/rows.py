@@ -27,7 +27,7 @@ from hpsearch.report.statistics import (
     trial_statistics,
 )
 from hpsearch.training.metrics import SCORES, PixelCounts
-from hpsearch.tuning import coordinators, lock
+from hpsearch.tuning import constant, coordinators, lock
 from hpsearch.tuning.config import Choice, Range
 from hpsearch.tuning.coordinators import CoordinatorState
 from hpsearch.tuning.importance import importances
@@ -195,6 +195,8 @@ class StudyRows:
     finals: tuple[FinalRow, ...]
     """In the order in which they ended."""
     repeat: Repeat
+    warnings: tuple[str, ...] = ()
+    """Sentences about trials whose network predicts one class only, with the likely causes."""
     coordinators: tuple[CoordinatorState, ...] = ()
     """Those that have had a part in it, where several share the study."""
 
@@ -248,6 +250,7 @@ def study_rows(record: StudyRecord) -> StudyRows:
         importances=importances(record),
         finals=tuple(_final_row(record, name, result, claims, trials) for name, result in results),
         repeat=_repeat(record),
+        warnings=tuple(constant.describe(record, constant.find_constant_fits(record, record.trial_numbers()))),
         coordinators=tuple(coordinators.states(record.paths)),
     )
 

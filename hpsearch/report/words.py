@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hpsearch.paths import ProjectPaths
+from hpsearch.paths import command_line
 from hpsearch.report import claimed_words
 from hpsearch.report.rows import FinalRow, Repeat, StudyRows, TrialRow, Winner
 from hpsearch.report.statistics import Interval, Method, Paired, explain_test_mean
@@ -194,13 +194,6 @@ def commands(rows: StudyRows) -> list[tuple[str, str]]:
             )
         )
     return result
-
-
-def command_line(command: str, study: str, project: ProjectPaths | None = None) -> str:
-    """`hpsearch COMMAND --study STUDY`, to be pasted into a shell; with `--out` where the project is not here."""
-    root = "." if project is None else str(project.root)
-    out = "" if root == "." else f" --out {shlex.quote(root)}"
-    return f"hpsearch {command} --study {shlex.quote(study)}{out}"
 
 
 def facts(repeat: Repeat) -> list[tuple[str, str]]:

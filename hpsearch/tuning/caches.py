@@ -25,6 +25,7 @@ class PoolCaches:
         DatasetError too if nothing can be learned from its masks.
         """
         self._root = root
+        self._data = config.data
         self._role = role
         self._seed = config.study.seed
         self._progress = progress
@@ -60,7 +61,10 @@ class PoolCaches:
 
     def _prepared(self, data: DataConfig) -> Prepared:
         if data.cached_size not in self._by_size:
-            found = prepare_pool(data, self._root, role=self._role, seed=self._seed, progress=self._progress)
+            # A trial remembers where the images were when it began.
+            found = prepare_pool(
+                data.located_as(self._data), self._root, role=self._role, seed=self._seed, progress=self._progress
+            )
             if self._by_size and found.ids != self.scored.ids:
                 raise CacheError("the images changed while they were decoded: start again")
             self._by_size[data.cached_size] = found

@@ -82,6 +82,12 @@ class Choice:
     def contains(self, value: Any) -> bool:
         return value in self.values
 
+    def nearest(self, value: Any) -> Any:
+        """Return the value that is closest to a number, the smaller of two; the first one for anything else."""
+        if not all(_is_number(each) for each in (value, *self.values)):
+            return self.values[0]
+        return min(self.values, key=lambda each: (abs(each - value), each))
+
     def to_toml(self) -> Any:
         return [list(value) if isinstance(value, tuple) else value for value in self.values]
 
@@ -121,6 +127,16 @@ class Range:
         if self.step is None:
             return True
         return math.isclose(round((value - self.low) / self.step) * self.step, value - self.low, abs_tol=1e-12)
+
+    def nearest(self, value: Any) -> int | float:
+        """Return the value of the range that is closest to a number; `low` for anything else."""
+        if not _is_number(value):
+            return self.low
+        inside = min(max(value, self.low), self.high)
+        if self.step is not None:
+            n_steps = min(round((inside - self.low) / self.step), int((self.high - self.low) / self.step + 1e-9))
+            inside = self.low + n_steps * self.step
+        return round(inside) if self.is_int else float(inside)
 
     def to_toml(self) -> Any:
         table: dict[str, Any] = {"low": self.low, "high": self.high}
@@ -162,6 +178,10 @@ class SearchSpace:
 
     def to_toml(self) -> dict[str, Any]:
         return {name: dimension.to_toml() for name, dimension in self.dimensions.items()}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def parse_dimension(name: str, value: Any) -> Choice | Range:

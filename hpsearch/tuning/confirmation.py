@@ -18,6 +18,7 @@ from hpsearch.config import StudyConfig, stable_seed
 from hpsearch.report.statistics import select_for_confirmation
 from hpsearch.tuning import fits
 from hpsearch.tuning.caches import PoolCaches
+from hpsearch.tuning.constant import ConstantWarnings
 from hpsearch.tuning.listener import Listener
 from hpsearch.tuning.record import SecondRecord, Shortlist, StudyRecord, TrialRecord, code_version, now
 from hpsearch.tuning.workers import POLL_S, Event, Workers
@@ -101,6 +102,7 @@ class Confirmation:
         self._workers: Workers
         self._open: dict[int, SecondRecord] = {}
         self._trials: dict[int, TrialRecord] = {}
+        self._constant = ConstantWarnings(record, listener.said)
 
     def run(self, workers: Workers) -> None:
         """Fit what is missing. Returns when all is there, or after the current epochs once it is asked to stop."""
@@ -161,6 +163,7 @@ class Confirmation:
             score = event.message["summary"]["value"]
             logger.info("second fit of trial %d, fold %d finished: %.4f", number, fold, score)
             self._listener.fold_ended(number, fold, score)
+            self._constant.check(number)
             self._end_if_finished(number)
             self._tell_progress(chosen)
         elif event.kind == "diverged":

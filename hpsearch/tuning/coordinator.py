@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from hpsearch.data import duplicates
 from hpsearch.data import folds as fold_making
 from hpsearch.data.cache import open_cache
 from hpsearch.data.folds import Folds
-from hpsearch.data.prepare import Prepared
+from hpsearch.data.prepare import Prepared, count_pool
 from hpsearch.errors import (
     CacheError,
     ConfigError,
@@ -33,12 +33,13 @@ from hpsearch.errors import (
     StudyError,
     WorkerError,
 )
-from hpsearch.paths import ProjectPaths
+from hpsearch.paths import ProjectPaths, StudyPaths
 from hpsearch.plan import ExecutionPlan
 from hpsearch.stats.best import rank
 from hpsearch.tracking import Tracker, TrackingThread
 from hpsearch.tuning import confirmation, enqueue, fits, pruners, takeover
 from hpsearch.tuning.caches import PoolCaches
+from hpsearch.tuning.constant import ConstantWarnings
 from hpsearch.tuning.coordinators import Sharing
 from hpsearch.tuning.listener import Listener, Silent
 from hpsearch.tuning.ownership import Asked, Ownership, take_seat
@@ -69,11 +70,20 @@ class Stop:
         self.requests = 0
         self.signal = 0
         """Number of the signal that asked, 0 if none did."""
+        self.epoch_left_s: Callable[[], float | None] = lambda: None
+        """Seconds until the epochs being trained end; NaN if not known, None if none is trained."""
 
     def request(self, signal_number: int = 0, *, at_once: bool = False) -> None:
         """May be called from a signal handler or another thread."""
         self.requests += 2 if at_once else 1
         self.signal = self.signal or signal_number
+
+    def heed(self, study: StudyPaths, *, keep: bool = False) -> None:
+        """Take over a request that `hpsearch stop` left in the study's folder; `keep` leaves it there for others."""
+        if study.stop_request.exists():
+            self.request(at_once=study.stop_request.read_text().strip() == "now")
+            if not keep:
+                study.stop_request.unlink(missing_ok=True)
 
     @property
     def is_requested(self) -> bool:
@@ -86,15 +96,18 @@ class Stop:
 
 @dataclass(frozen=True)
 class StudySummary:
-    """How a start of a study ended."""
+    """How a call of `run_study` ended."""
 
     record: StudyRecord
+    """The study's folder: trials, scores, folds."""
     n_counted: int
     """Trials that count toward `study.trials`, over all starts."""
     stopped: bool
     """Whether it was asked to stop before it was done."""
     undelivered: int
-    """Trials and metrics that tracking could not deliver; they are on record."""
+    """Number of MLflow runs that lack something; it is on record."""
+    tracking_error: str = ""
+    """Why MLflow could not be brought up to date; empty if it is."""
 
 
 def run_study(
@@ -121,6 +134,7 @@ def run_study(
     Raises StudyLockedError if another process runs it, StudyChangedError if its fixed settings differ, DatasetError
     for data that cannot be used, StorageError when the disk refuses, WorkerError when workers cannot start.
     """
+    config = config.absolute()
     stop_at = time.monotonic() + hours * 3600 if hours is not None else math.inf
     study = project.study(name)
     listener, stop, machine = listener or Silent(), stop or Stop(), machine or MachineChoice()
@@ -134,14 +148,17 @@ def run_study(
         listener.preparing(done, total)
 
     seat = take_seat(study, storage or sqlite_url(project.optuna_db), sharing)
-    with paths.refusals_named(study.root), seat.held(), log_file(seat.log), Workers(seat.folder) as workers:
+    with paths.refusals_named(study.root), seat.held(), log_file(seat.log), Workers(seat.folder, check) as workers:
         if not seat.is_shared:
             for request in (study.stop_request, *study.root.glob("stop-trial-*")):
                 request.unlink(missing_ok=True)
         if study.toml.is_file():
             record = StudyRecord.open(study)
             record.verify()
-            record.update_config(config)
+            record.check_config(config)
+        else:
+            _require_folds(config, cache_root(project, config))
+        stop.epoch_left_s = workers.epoch_left_s
         # While they import torch, the images are looked at.
         workers.become(first_workers(record if study.toml.is_file() else None, machine))
         try:
@@ -164,13 +181,15 @@ def run_study(
             record = StudyRecord.create(study, config)
             if not record.has_folds:
                 record.write_folds(folds, prepared.key)
-        _fix_folds(record, prepared, cache_root(project, config))
+        _fix_folds(record, config, prepared, cache_root(project, config))
+        # Only now: a folder that does not hold the study's images must not be remembered as theirs.
+        record.update_config(config)
         for said in enqueue.add(record, enqueued):
             listener.said(f"the configuration {said}")
         with seat.trials(record) as ownership:
             if not study.plan.is_file():
                 listener.said("measuring how fast this machine trains")
-            plan = make_plan(record, caches, machine, workers, check)
+            plan = make_plan(record, caches, machine, workers)
             _require_space(record, plan)
             workers.become(plan.workers)
             seat.prepared()
@@ -182,11 +201,11 @@ def run_study(
                 coordinator.run(workers)
             finally:
                 workers.close()
-                undelivered = _deliver_the_rest(tracking, stop) if tracking is not None else 0
+                undelivered, error = deliver_the_rest(tracking, stop) if tracking is not None else (0, "")
                 # Of workers that were ended while they wrote.
                 if not seat.is_shared:
                     paths.remove_stale_temporaries(study.root)
-        return StudySummary(record, coordinator.n_counted, coordinator.was_stopped, undelivered)
+        return StudySummary(record, coordinator.n_counted, coordinator.was_stopped, undelivered, error)
 
 
 def cache_root(project: ProjectPaths, config: StudyConfig) -> Path:
@@ -235,6 +254,7 @@ class Coordinator:
         self._scores: dict[int, TrialScores] = {}
         """Scores of the ended trials, read once."""
         self._trials = {trial.number: trial for trial in record.trials()}
+        self._constant = ConstantWarnings(record, listener.said)
 
     @property
     def n_counted(self) -> int:
@@ -492,6 +512,7 @@ class Coordinator:
             score = event.message["summary"]["value"]
             logger.info("trial %d fold %d finished: %s %.4f", number, fold, self._record.config.study.metric, score)
             self._listener.fold_ended(number, fold, score)
+            self._constant.check(number)
             self._wake_tracking()
             self._settle(trial)
         elif event.kind == "stopped":
@@ -653,12 +674,9 @@ class Coordinator:
         """`hpsearch stop` leaves a file, so that it works from another machine that shares the folder too."""
         request = self._record.paths.stop_request
         if request.exists() and self._ownership.is_meant(request):
-            at_once = request.read_text().strip() == "now"
-            if not self._ownership.is_shared:
-                request.unlink(missing_ok=True)
             logger.info("stop was requested")
             self._listener.said("stop was requested from outside")
-            self._stop.request(at_once=at_once)
+            self._stop.heed(self._record.paths, keep=self._ownership.is_shared)
         for trial in list(self._open.values()):
             request = self._record.paths.trial_stop_request(trial.record.number)
             if request.exists():
@@ -697,18 +715,31 @@ def fit_seed(config: StudyConfig, place: int, fold: int) -> int:
     return stable_seed(config.study.seed, "fit", place, fold)
 
 
-def _fix_folds(record: StudyRecord, prepared: Prepared, caches: Path) -> None:
+def _fix_folds(record: StudyRecord, config: StudyConfig, prepared: Prepared, caches: Path) -> None:
     """Make the folds of a new study; make sure that an old one still has the images they were made from."""
     if record.has_folds:
+        data = config.data
         if record.folds.ids != prepared.ids or record.data_key() != prepared.key:
             before, after = set(record.folds.ids), set(prepared.ids)
             what = f"{len(before - after)} are gone, {len(after - before)} are new" if before != after else "content"
             raise StudyChangedError(
-                f"the images of study {record.name!r} have changed since it was begun ({what}): put the old ones "
-                "back, or begin another study with --study NAME"
+                f"the images in {data.images or data.root} are not those that study {record.name!r} was begun with "
+                f"({what}): put the old ones back, or begin another study with --study NAME"
             )
         return
-    record.write_folds(_make_folds(record.config, prepared, caches), prepared.key)
+    record.write_folds(_make_folds(config, prepared, caches), prepared.key)
+
+
+def _require_folds(config: StudyConfig, caches: Path) -> None:
+    """Raise, before any image is decoded, what is wrong with the groups or makes so many folds impossible."""
+    table = fold_making.groups_file(config.data)
+    groups = fold_making.read_groups(table) if table else None
+    n_images = count_pool(config.data, caches)
+    # Without any image the data are at fault, and decoding says why.
+    if config.study.folds != "fixed" and n_images:
+        fold_making.require_enough(n_images, config.study.folds, "images with a mask")
+        if groups is not None:
+            fold_making.require_enough(len(set(groups.values())), config.study.folds, "groups")
 
 
 def _make_folds(config: StudyConfig, prepared: Prepared, caches: Path) -> Folds:
@@ -744,11 +775,12 @@ def _require_space(record: StudyRecord, plan: ExecutionPlan) -> None:
         )
 
 
-def _deliver_the_rest(tracking: TrackingThread, stop: Stop) -> int:
-    # Whoever must end at once shall not wait for a server that does not answer; a slow machine may take its time.
+def deliver_the_rest(tracking: TrackingThread, stop: Stop) -> tuple[int, str]:
+    """Bring MLflow up to date and end tracking; return how many runs lack something, and why."""
+    # Whoever must end at once must not wait for a server that does not answer; a slow machine may take its time.
     if stop.is_urgent:
-        return tracking.close(URGENT_DELIVERY_S)
-    return tracking.close(LAST_DELIVERY_S, lambda: stop.is_urgent)
+        return tracking.close(URGENT_DELIVERY_S), tracking.error
+    return tracking.close(LAST_DELIVERY_S, lambda: stop.is_urgent), tracking.error
 
 
 class _Quiet(logging.FileHandler):

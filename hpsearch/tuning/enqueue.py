@@ -31,7 +31,7 @@ def read_params(path: Path, config: StudyConfig) -> dict[str, Any]:
         wanted = _merged(config, table)
     except ConfigError as error:
         raise ConfigError(f"--enqueue {path}: {error}") from error
-    before, after = config.flat(), wanted.flat()
+    before, after = config.absolute().flat(), wanted.absolute().flat()
     for name, value in after.items():
         if name in config.search:
             dimension = config.search.dimensions[name]

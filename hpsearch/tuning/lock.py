@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ import filelock
 
 from hpsearch import paths
 from hpsearch.errors import StudyLockedError
-from hpsearch.paths import StudyPaths
+from hpsearch.paths import ProjectPaths, StudyPaths, command_line
 from hpsearch.tuning import coordinators
 from hpsearch.tuning.coordinators import CoordinatorState
 
@@ -23,17 +24,19 @@ def hold(study: StudyPaths, *, among_others: bool = False) -> Iterator[None]:
     """Hold the study for the block. StudyLockedError, saying who holds it, if another process does.
 
     The lock is the operating system's: it goes with its process, however that ends. While coordinators share the
-    study, only one of them may have it, `among_others`.
+    study, only one of them may have it, `among_others`. Folders that were made for a study are removed if it has no
+    settings at the end of the block.
     """
-    if not among_others and (others := coordinators.living(study)):
-        raise StudyLockedError(f"study {study.name!r} is being run by {_describe(others)}")
+    if not among_others and coordinators.living(study):
+        raise _locked(study)
+    made = [path for path in (study.project.root, study.project.studies, study.root) if not path.exists()]
     try:
         study.root.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(study.lock)
         # Whoever only asks whether it is held holds it for an instant.
         lock.acquire(timeout=1)
     except filelock.Timeout as error:
-        raise StudyLockedError(f"study {study.name!r} is being run by {describe_holder(study)}") from error
+        raise _locked(study) from error
     except OSError as error:
         raise paths.storage_error(study.lock, error) from error
     try:
@@ -47,7 +50,20 @@ def hold(study: StudyPaths, *, among_others: bool = False) -> Iterator[None]:
         # A lock that is free tells the same as a file that is gone.
         with suppress(OSError):
             study.holder.unlink(missing_ok=True)
+        is_empty = study.root in made and not study.toml.is_file()
+        if is_empty:
+            # While it is locked, so that nobody else has begun the study meanwhile.
+            shutil.rmtree(study.root, ignore_errors=True)
         lock.release()
+        for path in reversed(made) if is_empty else ():
+            # Others may have put something there.
+            with suppress(OSError):
+                path.rmdir()
+
+
+def running_studies(project: ProjectPaths) -> list[str]:
+    """Return the names of the studies here that a process holds now, sorted."""
+    return [name for name in project.study_names() if is_held(project.study(name))]
 
 
 def is_held(study: StudyPaths) -> bool:
@@ -78,6 +94,13 @@ def describe_holder(study: StudyPaths) -> str:
         return f"process {holder['pid']} on {holder['host']} since {since}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
+
+
+def _locked(study: StudyPaths) -> StudyLockedError:
+    status, stop = (command_line(each, study.name, study.project) for each in ("status", "stop"))
+    return StudyLockedError(
+        f"study {study.name!r} is being run by {describe_holder(study)}: see it with `{status}`, end it with `{stop}`"
+    )
 
 
 def _describe(others: Sequence[CoordinatorState]) -> str:

@@ -31,6 +31,7 @@ from hpsearch.errors import ConfigError, RecordError, StudyChangedError, StudyEr
 from hpsearch.paths import FitPaths, ProjectPaths, StudyPaths
 from hpsearch.stats.best import rank
 from hpsearch.training.rows import read_lines
+from hpsearch.tuning import lock
 
 logger = logging.getLogger(__name__)
 
@@ -217,7 +218,8 @@ class StudyRecord:
                 f"there is no study {study.name!r} in {study.project.root.absolute()}; studies there: {known}"
             )
         try:
-            return cls(study, configs.load(study.toml))
+            # Studies of version 0.1 may hold relative paths: they are found from the folder where they were begun.
+            return cls(study, configs.load(study.toml).absolute())
         except ConfigError as error:
             raise RecordError(f"the study's own settings are damaged: {error}") from error
 
@@ -259,18 +261,19 @@ class StudyRecord:
         paths.write_json(self.paths.folds, {"format": FORMAT, "data_key": data_key, "folds": folds.to_dict()})
         self._folds = folds
 
-    def update_config(self, config: StudyConfig) -> None:
-        """Take over the settings that may change under a study (`changeable`); refuse the others.
-
-        Raises StudyChangedError, listing every setting that differs.
-        """
+    def check_config(self, config: StudyConfig) -> None:
+        """Raise StudyChangedError, listing every setting that differs and may not (`CHANGEABLE` may)."""
         if differences := fixed_differences(self.config, config):
             lines = "; ".join(f"{key}: {ours!r} in the study, {theirs!r} now" for key, ours, theirs in differences)
             raise StudyChangedError(
                 f"study {self.name!r} was begun with other settings ({lines}); "
                 "give it the old ones, or begin another with --study NAME"
             )
-        if config != self.config:
+
+    def update_config(self, config: StudyConfig) -> None:
+        """Take over the settings that may change under a study; refuse the others as `check_config` does."""
+        self.check_config(config)
+        if config.to_sealed_toml() != self.paths.toml.read_text(encoding="utf-8"):
             paths.write_text(self.paths.toml, config.to_sealed_toml())
             self.config = config
 
@@ -531,21 +534,30 @@ def no_study(project: ProjectPaths) -> StudyError:
 
 
 def study_record(project: ProjectPaths, name: str | None) -> StudyRecord:
-    """The study `name`, or the only one there is; StudyError lists them if the choice is not clear."""
+    """Return the study `name`; without one, the only study there is, or the only one that runs.
+
+    Raises StudyError, listing the studies, where that leaves a choice.
+    """
     if name is not None:
         return StudyRecord.open(project.study(name))
     names = project.study_names()
     if not names:
         raise no_study(project)
     if len(names) > 1:
-        raise StudyError(f"several studies in {project.root}: {', '.join(names)}; choose one with --study NAME")
+        running = lock.running_studies(project)
+        if len(running) != 1:
+            listed = ", ".join(f"{each} (running)" if each in running else each for each in names)
+            raise StudyError(f"several studies in {project.root}: {listed}; choose one with --study NAME")
+        names = running
     return StudyRecord.open(project.study(names[0]))
 
 
 CHANGEABLE = frozenset(
     {"study.trials", "study.confirm", "data.cache", "data.cache_dir", "data.n_final_train", "data.n_final_test"}
+    | {"data.root", "data.images", "data.masks", "data.test_list"}
 )
-"""Settings that may change between two starts of a study: none of them changes what a trial is worth."""
+"""Settings that may change between two starts of a study: none of them changes the score of a trial. Images that lie
+elsewhere must be the same ones (`StudyRecord.data_key`)."""
 
 
 def fixed_differences(ours: StudyConfig, theirs: StudyConfig) -> list[tuple[str, Any, Any]]:

@@ -10,7 +10,7 @@ from hpsearch import plan as plans
 from hpsearch.config import StudyConfig
 from hpsearch.paths import ProjectPaths
 from hpsearch.plan import ExecutionPlan
-from hpsearch.tuning import confirmation, coordinators, lock
+from hpsearch.tuning import confirmation, constant, coordinators, lock
 from hpsearch.tuning.coordinators import CoordinatorState, Sharing
 from hpsearch.tuning.record import COUNTED, StudyRecord, TrialRecord
 
@@ -57,6 +57,8 @@ class StudyStatus:
     is_running: bool
     eta_s: float | None
     """Seconds to go at the pace of the trials so far, at first by the measured steps; None when it does not run."""
+    warnings: tuple[str, ...] = ()
+    """Sentences about trials whose network predicts one class only, with the likely causes."""
     coordinators: tuple[CoordinatorState, ...] = ()
     """Those that work on it now, or died with a trial at hand, where several share the study."""
     sharing: Sharing | None = None
@@ -106,6 +108,7 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
         record.is_searched(trials) and confirmation.is_over(record),
         is_running,
         eta_s / max(1, len(living)) if eta_s is not None else None,
+        tuple(constant.describe(record, constant.find_constant_fits(record, n_finished))),
         tuple(state for state in states if state.left_at is None and (state in living or state.fits)),
         sharing,
     )

@@ -1,8 +1,8 @@
 """Worker processes from the coordinator's side: started, handed jobs, heard, replaced when they die.
 
-A worker is `python -m hpsearch.tuning.worker`, not a child of `multiprocessing`: it works from a notebook and from an
-unguarded script, and the coordinator's memory is not copied into it. Messages are JSON objects over a socket pair, so
-nothing is ever unpickled.
+A worker runs `hpsearch.tuning.worker` in a process of its own, not a child of `multiprocessing`: it works from a
+notebook and from an unguarded script, and the coordinator's memory is not copied into it. Messages are JSON objects
+over a socket pair, so nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ import contextlib
 import dataclasses
 import json
 import logging
-import os
+import math
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NoReturn
 
+from hpsearch import subprocesses
 from hpsearch.errors import DeviceError, StorageError, StudyError, WorkerError
 
 logger = logging.getLogger(__name__)
@@ -78,11 +78,15 @@ class Event:
 class Workers:
     """Worker processes, none at first. Use as a context manager: on leaving none is left running."""
 
-    def __init__(self, log_folder: Path) -> None:
+    def __init__(self, log_folder: Path, check: Callable[[], None] = lambda: None) -> None:
+        """`check` is called again and again while `do` and `do_each` wait, and ends the waiting by raising."""
+        self.check = check
         self._log_folder = log_folder
         self._failed_starts = 0
         self._workers: list[Worker] = []
         self._asked_at = time.monotonic()
+        self._epoch_s: dict[int, float] = {}
+        """Trial to the seconds of its last epoch, of whichever fold."""
 
     def __enter__(self) -> Workers:
         return self
@@ -133,6 +137,17 @@ class Workers:
         with contextlib.suppress(OSError):
             _send(worker.connection, {"go": go})
 
+    def epoch_left_s(self) -> float | None:
+        """Return the seconds until the epochs being trained end; NaN if not known, None if none is trained."""
+        now = time.monotonic()
+        jobs = [(worker.job, now - worker.heard_at) for worker in self._workers if worker.job is not None]
+        left = [
+            max(0.0, self._epoch_s.get(job["trial"], math.nan) - spent_s)
+            for job, spent_s in jobs
+            if job["job"] == "fit"
+        ]
+        return max(left, key=lambda each: (each != each, each)) if left else None
+
     def kill(self, worker: Worker) -> None:
         """End one worker at once; `events` reports its death and it is replaced."""
         _kill(worker.process)
@@ -167,6 +182,8 @@ class Workers:
                 self._failed_starts = 0
             elif message["event"] != "epoch":
                 worker.job = None
+            elif job is not None:
+                self._epoch_s[job["trial"]] = message["row"]["train_s"] + message["row"]["eval_s"]
             yield Event(worker, message["event"], job, message)
 
     def close(self) -> None:
@@ -179,15 +196,13 @@ class Workers:
         log = self._log_folder / f"worker{index}.log"
         # Thread counts decide floating-point bytes, and some libraries read them only from here.
         threads = str(settings.threads)
-        environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-        command = [sys.executable, "-m", "hpsearch.tuning.worker", str(theirs.fileno()), json.dumps(vars(settings))]
         with log.open("wb") as output:
             process = subprocess.Popen(
-                command,
+                subprocesses.command("hpsearch.tuning.worker", str(theirs.fileno()), json.dumps(vars(settings))),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env=environment,
+                env=subprocesses.environment(OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads),
                 pass_fds=[theirs.fileno()],
                 # Ctrl-C on the terminal is the coordinator's to hear; a worker ends when its socket closes.
                 start_new_session=True,
@@ -215,18 +230,17 @@ def do(
     job: Mapping[str, Any],
     *,
     on_epoch: Callable[[dict[str, Any]], bool] = lambda row: True,
-    check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any] | None:
     """Have the first worker do one job; its `finished` message, or None if `on_epoch` stopped it.
 
     `on_epoch` hears the row of every epoch and says whether to go on. When a worker dies, the next one goes on from
-    its checkpoint. `check` is called again and again, and ends the waiting by raising. Raises what the job raised, or
-    WorkerError when it has ended three workers without an epoch in between.
+    its checkpoint. Raises what the job raised, or WorkerError when it has ended three workers without an epoch in
+    between.
     """
     deaths = epochs = 0
     submitted = False
     while True:
-        check()
+        workers.check()
         if not submitted and (idle := workers.idle()):
             workers.submit(idle[0], job)
             submitted = True
@@ -253,22 +267,20 @@ def do(
                     raise WorkerError(f"{job['job']} ended its worker {deaths} times: {event.message['text']}")
 
 
-def do_each(
-    workers: Workers, jobs: Sequence[Mapping[str, Any]], *, check: Callable[[], None] = lambda: None
-) -> list[dict[str, Any]] | None:
+def do_each(workers: Workers, jobs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
     """Have as many workers as there are jobs do one each at the same time, once all are ready.
 
     Their `finished` messages in the order of the jobs, or None if any of them failed or died.
     """
     while len(workers.idle()) < len(workers):
-        check()
+        workers.check()
         for _ in workers.events(POLL_S):
             pass
     for worker, job in zip(workers.idle(), jobs, strict=False):
         workers.submit(worker, job)
     messages: dict[int, dict[str, Any]] = {}
     while workers.busy():
-        check()
+        workers.check()
         for event in workers.events(POLL_S):
             if event.kind == "finished":
                 messages[event.worker.index] = event.message

@@ -62,6 +62,34 @@ def test_a_wrong_flag_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None
     assert "--trials" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        (("stdy",), "'study'"),
+        (("Final", "--best"), "'final'"),
+        (("data", "chek"), "'check'"),
+        (("status", "--studdy", "x"), "'--study'"),
+        (("study", "--set", "unet.dpeth=3"), "unet.depth"),
+        (("study", "--set", "unet.lr=0.1"), "train.lr"),
+        (("study", "--set", "lr=0.1"), "such as train.lr=0.1"),
+        (("study", "--set", "search.unet.dpeth=[1, 2]"), "unet.depth"),
+        (("study", "--config", "isic2107"), "did you mean isic2017"),
+    ],
+)
+def test_a_typing_error_gets_a_suggestion(
+    typed: tuple[str, ...], meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code(*typed) in (1, 2)
+    assert meant in capsys.readouterr().err
+
+
+def test_a_command_that_is_like_none_lists_all(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("xyz") == 2
+    error = capsys.readouterr().err
+    assert "Did you mean" not in error
+    assert all(name in error for name in COMMANDS)
+
+
 def test_a_file_in_place_of_a_folder_and_a_file_that_is_not_there_are_usage(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

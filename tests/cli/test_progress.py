@@ -10,6 +10,7 @@ from hpsearch.cli.progress import DecodingLines, StudyProgress
 from hpsearch.plan import ExecutionPlan, Forecast
 from hpsearch.report.words import duration
 from hpsearch.tuning import status as statuses
+from hpsearch.tuning.coordinator import StudySummary
 from hpsearch.tuning.status import study_status
 from tests.recorded import FakeStudy
 
@@ -48,6 +49,32 @@ def test_the_display_reckons_the_time_to_go_as_status_does_with_the_second_fits(
     expected_s = sum(status.seconds.values()) / 3 * 3 + sum(of_full) / 2 * 2
     assert status.eta_s == pytest.approx(expected_s)
     assert f"ETA {duration(expected_s)}" in shown_by(progress)
+
+
+def test_a_study_whose_tracking_failed_ends_with_why_and_the_command_that_retries(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = FakeStudy(tmp_path / "a project")
+    fake.trial()
+    summary = StudySummary(fake.record, 1, False, 3, "the server is away")
+    StudyProgress("fake", fake.project, "http://user:secret@lab:5000").summarise(summary)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("MLflow is not up to date (the server is away)")
+    retry = f"hpsearch track --study fake --out '{tmp_path}/a project' --tracking 'http://***@lab:5000'"
+    assert last.endswith(retry)
+
+
+def test_what_follows_from_ctrl_c_is_part_of_the_live_display_which_would_overwrite_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    progress = StudyProgress("fake", FakeStudy(tmp_path).project)
+    progress.interrupted("Finishing the current epoch")
+    assert capfd.readouterr().err == "\nFinishing the current epoch\n"
+    progress._is_live = True
+    assert "Finishing" not in shown_by(progress)
+    progress.interrupted("Finishing the current epoch")
+    assert "Finishing the current epoch" in shown_by(progress)
+    assert capfd.readouterr().err == ""
 
 
 def shown_by(progress: StudyProgress) -> str:

@@ -1,12 +1,20 @@
 from __future__ import annotations
 
+import shutil
+import signal
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from hpsearch.cli import group
+from hpsearch.cli.study import stop_on_signals
+from hpsearch.data.decoding import Decoders
+from hpsearch.errors import HpsearchError
 from hpsearch.paths import ProjectPaths
+from hpsearch.tuning import lock
 from hpsearch.tuning import status as statuses
 from hpsearch.tuning.coordinator import Stop
 from hpsearch.tuning.listener import Silent
@@ -22,11 +30,81 @@ def output_of(*arguments: str) -> str:
     return result.output
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--data", "nowhere"], "there is no folder"),
+        (["--images", "nowhere", "--masks", "photos"], "nowhere: --images (data.images) must name a folder"),
+        (["--images", "photos", "--masks", "nowhere"], "nowhere: --masks (data.masks) must name a folder"),
+        (["--data", "data", "--groups", "nowhere.csv"], "nowhere.csv does not exist"),
+        (["--data", "data", "--groups", "one.csv", "--folds", "2"], "folds = 2, but there are only 1 groups"),
+        (["--data", "data", "--folds", "12"], "folds = 12, but there are only 11 images with a mask"),
+        (["--config", "nowhere.toml", "--study", "a"], "nowhere.toml does not exist"),
+        (["--data", "data", "--set", "data.cache_dir=one.csv"], "one.csv"),
+    ],
+)
+def test_a_first_start_with_a_wrong_path_or_too_many_folds_decodes_nothing_and_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Decoders, "_started", None)
+    write_tiny_dataset(tmp_path).rename(tmp_path / "data")
+    (tmp_path / "photos").mkdir()
+    shutil.copy(next((tmp_path / "data").rglob("ISIC_0000001.*")), tmp_path / "photos")
+    (tmp_path / "one.csv").write_text("image,patient\n" + "".join(f"ISIC_{n:07d},p\n" for n in range(15)))
+    before = sorted(tmp_path.rglob("*"))
+    result = CliRunner().invoke(group, ["study", "--out", "new", "--tracking", "none", "--threads", "1", *flags])
+    assert isinstance(result.exception, HpsearchError), result.output
+    assert said in str(result.exception)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_status_shows_the_study_that_runs_and_names_the_others(tmp_path: Path) -> None:
+    project = ProjectPaths(tmp_path)
+    for name in ("one", "two"):
+        StudyRecord.create(project.study(name), tiny_config(tmp_path))
+    shown = output_of("status", "--out", str(tmp_path))
+    assert "study one:" in shown
+    assert "study two:" in shown
+    with lock.hold(project.study("two")):
+        shown = output_of("status", "--out", str(tmp_path))
+    assert "study one:" not in shown
+    assert "study two: 0/3 trials (none ended); run by process" in shown
+    assert "not running: one (--study NAME shows one)" in shown
+
+
+@pytest.mark.parametrize(
+    ("left_s", "said"),
+    [
+        (12.4, "Finishing the current epoch (about 12 s); press Ctrl-C again to stop now"),
+        (0.0, "Finishing the current epoch (about 1 s); press Ctrl-C again to stop now"),
+        (float("nan"), "Finishing the current epoch; press Ctrl-C again to stop now"),
+        (None, "Stopping"),
+    ],
+)
+def test_ctrl_c_says_at_once_how_long_the_epoch_lasts_and_how_to_stop_now(
+    left_s: float | None, said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    stop = Stop()
+    stop.epoch_left_s = lambda: left_s
+    with stop_on_signals(stop):
+        signal.raise_signal(signal.SIGINT)
+        assert capfd.readouterr().err.strip() == said
+        assert stop.is_requested
+        assert not stop.is_urgent
+        signal.raise_signal(signal.SIGINT)
+        assert capfd.readouterr().err.strip() == "Stopping now"
+        assert stop.is_urgent
+
+
 class _StopAfterAnEpoch(Silent):
     def __init__(self, stop: Stop) -> None:
         self._stop = stop
+        self.left_s: list[float | None] = []
 
-    def epoch_ended(self, trial: int, fold: int, row: object) -> None:
+    def epoch_ended(self, trial: int, fold: int, row: Mapping[str, Any]) -> None:
+        self.left_s.append(self._stop.epoch_left_s())
+        self.epoch_s = row["train_s"] + row["eval_s"]
         self._stop.request()
 
 
@@ -36,8 +114,15 @@ def test_a_stopped_study_says_what_it_has_and_how_to_go_on_and_that_it_goes_on(
     project = tmp_path / "a project"
     stop = Stop()
     config = tiny_config(write_tiny_dataset(tmp_path), "study.trials=1", "study.pruner=none")
+    assert stop.epoch_left_s() is None
+    listener = _StopAfterAnEpoch(stop)
     with workers_in_process():
-        run(project, config, stop=stop, listener=_StopAfterAnEpoch(stop))
+        run(project, config, stop=stop, listener=listener)
+    # The next epoch is expected to last as long as the one that has just ended.
+    (left_s,) = listener.left_s
+    assert left_s is not None
+    assert 0 <= left_s <= listener.epoch_s
+    assert stop.epoch_left_s() is None
 
     shown = output_of("status", "--out", str(project))
     assert "study tiny: 0/1 trials (none ended); not running" in shown

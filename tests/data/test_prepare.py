@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -413,7 +414,8 @@ class TestSample:
         assert prepared.notes == ()
 
     def test_failure_to_draw_it_says_why(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(prepare, "_DRAW", "raise SystemExit('no room')")
+        failing = [sys.executable, "-c", "raise SystemExit('no room')"]
+        monkeypatch.setattr(prepare.subprocesses, "command", lambda *_: failing)
         with pytest.raises(DatasetError, match=r"could not be drawn in .*: no room"):
             locate(DataConfig(root="sample"), root)
 

@@ -127,6 +127,20 @@ def test_a_study_refuses_other_settings_other_images_and_an_edited_database(tmp_
         run(tmp_path, tiny_config(dataset, "study.trials=2"))
 
 
+def test_a_study_goes_on_with_images_that_were_moved_and_remembers_no_folder_of_others(tmp_path: Path) -> None:
+    dataset = write_tiny_dataset(tmp_path)
+    record = run(tmp_path, tiny_config(dataset, "study.trials=1")).record
+    moved = dataset.rename(tmp_path / "moved")
+    others = write_tiny_dataset(tmp_path / "others")
+    for path in others.rglob("ISIC_0000003*"):
+        path.unlink()
+    with pytest.raises(StudyChangedError, match=f"the images in {others} are not those"):
+        run(tmp_path, tiny_config(others, "study.trials=1"))
+    assert StudyRecord.open(record.paths).config.data.root == str(dataset)
+    assert run(tmp_path, tiny_config(moved, "study.trials=1")).n_counted == 1
+    assert StudyRecord.open(record.paths).config.data.root == str(moved)
+
+
 def test_configurations_that_cannot_be_cost_no_training_and_are_free(dataset: Path, tmp_path: Path) -> None:
     config = tiny_config(
         dataset, "unet.padding=valid", "search.unet.depth=[1, 4]", "study.sampler=random", "study.seed=3"

@@ -44,6 +44,33 @@ def test_a_second_process_is_told_who_holds_the_study(tmp_path: Path, holder: su
         pass
 
 
+def test_a_locked_study_names_the_commands_that_show_and_end_it(tmp_path: Path) -> None:
+    study = ProjectPaths(tmp_path / "a project").study("mine")
+    with lock.hold(study), pytest.raises(StudyLockedError) as refused, lock.hold(study):
+        pass
+    for command in ("status", "stop"):
+        assert f"`hpsearch {command} --study mine --out '{tmp_path}/a project'`" in str(refused.value)
+
+
+def test_a_study_without_settings_leaves_no_folder_that_was_made_for_it(tmp_path: Path) -> None:
+    study = ProjectPaths(tmp_path / "new").study("mine")
+    with lock.hold(study):
+        (study.root / "study.log").write_text("a line")
+    assert list(tmp_path.iterdir()) == []
+    with lock.hold(study):
+        study.project.cache.mkdir()
+    # Decoded images were worth something.
+    assert [path.name for path in study.project.root.iterdir()] == ["cache"]
+    for text in ("begun", "continued"):
+        with lock.hold(study):
+            study.toml.write_text(text)
+    assert study.toml.read_text() == "continued"
+    (study.project.study("other").root).mkdir()
+    with lock.hold(study.project.study("other")):
+        pass
+    assert study.project.study("other").root.is_dir()
+
+
 def test_a_dead_holder_does_not_block(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
     study = ProjectPaths(tmp_path).study("mine")
     os.kill(holder.pid, signal.SIGKILL)

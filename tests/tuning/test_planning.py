@@ -11,7 +11,7 @@ from hpsearch.config import StudyConfig
 from hpsearch.plan import ExecutionPlan
 from hpsearch.tuning import planning
 from hpsearch.tuning.caches import PoolCaches
-from hpsearch.tuning.planning import MachineChoice, choose_sharing, make_plan
+from hpsearch.tuning.planning import MachineChoice, choose_sharing, fastest_alone, make_plan, plan_for_one_fit
 from hpsearch.tuning.record import StudyRecord
 from hpsearch.tuning.workers import Workers, WorkerSettings
 from tests.tuning.studies import run, tiny_config, write_tiny_dataset
@@ -53,13 +53,18 @@ class Machine:
     """Answers what is measured of a machine that does not exist."""
 
     def __init__(
-        self, rates: Mapping[int, float], *, device: str = "cpu", n_devices: int = 1, memory_bytes: int = 64 * GIB
+        self,
+        rates: Mapping[int | tuple[int, int], float],
+        *,
+        device: str = "cpu",
+        n_devices: int = 1,
+        memory_bytes: int = 64 * GIB,
     ) -> None:
         self.rates = rates
         self.step_s = 0.05
         self.found = {"device": device, "n_devices": n_devices, "memory_bytes": memory_bytes, "precision": "bf16"}
         self.threads: list[tuple[int, int]] = []
-        """Workers and threads a worker in the order in which they were watched."""
+        """Workers and threads per worker in the order in which they were watched."""
 
     def do(self, workers: Workers, job: Mapping[str, Any], **_: Any) -> dict[str, Any]:
         steps = [{"flops": 10**9, "train_s": 1e-3, "eval_s": 5e-4}]
@@ -69,9 +74,8 @@ class Machine:
         if jobs[0]["end"] == 0.0:
             return [{"step_s": self.step_s}] * len(jobs)
         self.threads.append((len(jobs), jobs[0]["threads"]))
-        if len(jobs) not in self.rates:
-            return None
-        return [{"images_per_s": self.rates[len(jobs)] / len(jobs)}] * len(jobs)
+        rate = self.rates.get(self.threads[-1], self.rates.get(len(jobs)))
+        return None if rate is None else [{"images_per_s": rate / len(jobs)}] * len(jobs)
 
 
 MakePlan = Callable[..., tuple[ExecutionPlan, Machine]]
@@ -98,11 +102,18 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> MakePlan:
 
 
 def test_more_workers_must_be_worth_it() -> None:
-    assert choose_sharing({1: 100.0, 2: 110.0}) == 1
-    assert choose_sharing({1: 100.0, 2: 120.0}) == 2
-    assert choose_sharing({1: 100.0, 2: 120.0, 4: 130.0}) == 2
-    assert choose_sharing({1: 100.0, 2: 110.0, 4: 130.0}) == 4
+    assert choose_sharing({(1, 4): 100.0, (2, 2): 110.0}) == 1
+    assert choose_sharing({(1, 4): 100.0, (2, 2): 120.0}) == 2
+    assert choose_sharing({(1, 4): 100.0, (2, 2): 120.0, (4, 1): 130.0}) == 2
+    assert choose_sharing({(1, 4): 100.0, (2, 2): 110.0, (4, 1): 130.0}) == 4
     assert choose_sharing({}) == 1
+
+
+def test_a_single_fit_gets_the_threads_that_one_worker_trained_fastest_with() -> None:
+    assert fastest_alone({(1, 2): 3.0, (2, 1): 90.0}, 2) == 1
+    assert fastest_alone({(1, 16): 100.0, (2, 8): 180.0, (4, 4): 250.0}, 16) == 16
+    assert fastest_alone({(1, 2): 50.0, (1, 1): 50.0}, 2) == 2
+    assert fastest_alone({}, 8) == 8
 
 
 def test_two_workers_of_one_thread_replace_one_of_two_where_they_are_faster(planned: MakePlan) -> None:
@@ -126,12 +137,20 @@ def test_many_cores_are_shared_by_four_workers_at_most(planned: MakePlan) -> Non
 
 
 def test_what_the_user_asks_for_is_not_measured(planned: MakePlan) -> None:
-    plan, machine = planned(Machine({1: 1.0, 2: 9.0}), MachineChoice("cpu", 1, 0))
-    assert plan.workers == (WorkerSettings("cpu", 2),)
-    assert machine.threads == []
-    plan, _ = planned(Machine({1: 9.0, 2: 1.0}), MachineChoice("cpu", 2, 1))
+    plan, machine = planned(Machine({1: 9.0, 2: 1.0}), MachineChoice("cpu", 2, 1))
     assert plan.workers == (WorkerSettings("cpu", 1),) * 2
     assert plan.memory_bytes == 32 * GIB
+    assert machine.threads == []
+
+
+@pytest.mark.parametrize(("rates", "threads"), [({(1, 4): 1.0, (1, 2): 9.0, (1, 1): 8.0}, 2), ({(1, 4): 9.0}, 4)])
+def test_the_threads_of_a_single_worker_are_measured(
+    planned: MakePlan, rates: dict[int | tuple[int, int], float], threads: int
+) -> None:
+    plan, machine = planned(Machine(rates), MachineChoice("cpu", 1, 0), cores=4)
+    assert machine.threads == [(1, 4), (1, 2), (1, 1)]
+    assert plan.workers == (WorkerSettings("cpu", threads),)
+    assert plan.alone == plan.workers[0]
 
 
 def test_a_long_step_fills_the_device_by_itself(planned: MakePlan) -> None:
@@ -160,12 +179,41 @@ def test_workers_that_cannot_be_measured_are_not_used(planned: MakePlan) -> None
     assert len(plan.workers) == 2
 
 
-def test_a_single_fit_gets_the_threads_of_all_that_share_its_device() -> None:
-    def alone(*workers: WorkerSettings) -> WorkerSettings:
-        return ExecutionPlan(device="cpu", precision="bf16", workers=workers, memory_bytes=GIB).alone
+def test_a_plan_without_a_measured_single_fit_gives_it_what_each_worker_gets() -> None:
+    def alone(*workers: WorkerSettings, **measured: int) -> WorkerSettings:
+        return ExecutionPlan(device="cpu", precision="bf16", workers=workers, memory_bytes=GIB, **measured).alone
 
-    assert alone(WorkerSettings("cpu", 1), WorkerSettings("cpu", 1)) == WorkerSettings("cpu", 2)
-    assert alone(WorkerSettings("cuda:0", 3), WorkerSettings("cuda:1", 3)) == WorkerSettings("cuda:0", 3)
+    two = WorkerSettings("cuda:0", 3), WorkerSettings("cuda:1", 3)
+    assert alone(*two) == two[0]
+    assert alone(*two, alone_threads=6) == WorkerSettings("cuda:0", 6)
+    assert alone(WorkerSettings("cpu", 1), alone_threads=6) == WorkerSettings("cpu", 1)
+
+
+def test_a_stored_plan_keeps_its_threads_when_one_worker_is_wanted(planned: MakePlan) -> None:
+    rates = {1: 3.0, 2: 90.0}
+    stored, _ = planned(Machine(rates))
+    assert stored.workers == (WorkerSettings("cpu", 1),) * 2
+    record = FakeRecord(tiny_config(Path("data")))
+    record.write_plan(stored.to_dict())
+    caches = cast("PoolCaches", FakeCaches())
+    for choice in (MachineChoice("cpu", 1), MachineChoice("cpu", 2), MachineChoice()):
+        plan = make_plan(cast("StudyRecord", record), caches, choice, FakeWorkers())
+        assert set(plan.workers) == {WorkerSettings("cpu", 1)}
+
+
+def test_a_final_that_is_given_threads_leaves_the_studys_plan_as_it_is(planned: MakePlan) -> None:
+    stored, _ = planned(Machine({1: 100.0, 2: 190.0}))
+    record = FakeRecord(tiny_config(Path("data")))
+    record.write_plan(stored.to_dict())
+
+    def workers_of(choice: MachineChoice) -> tuple[WorkerSettings, ...]:
+        return plan_for_one_fit(
+            cast("StudyRecord", record), cast("PoolCaches", FakeCaches()), choice, FakeWorkers()
+        ).workers
+
+    assert workers_of(MachineChoice()) == (WorkerSettings("cpu", 2),)
+    assert workers_of(MachineChoice(threads=3)) == (WorkerSettings("cpu", 3),)
+    assert record.written == stored.to_dict()
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from hpsearch import paths
 from hpsearch.data.folds import make_folds
 from hpsearch.errors import RecordError, StudyChangedError, StudyError
 from hpsearch.paths import ProjectPaths
+from hpsearch.tuning import lock
 from hpsearch.tuning.record import StudyRecord, TrialRecord, study_record
 
 OVERRIDES = ["search.unet.depth=[2, 3, 4]", "study.folds=3", "study.trials=4"]
@@ -158,6 +159,20 @@ def test_the_budget_may_change_under_a_study_and_nothing_else(record: StudyRecor
         record.update_config(configs.load(None, ["search.unet.depth=[2, 4]", "study.folds=3"]))
 
 
+def test_relative_paths_of_an_older_study_are_those_of_the_folder_it_is_continued_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = configs.load(None, [*OVERRIDES, "data.root=photos", "data.groups=lists/patients.csv"])
+    record = StudyRecord.create(ProjectPaths(tmp_path).study("old"), config)
+    opened = StudyRecord.open(record.paths)
+    assert opened.config.data.root == str(tmp_path / "photos")
+    assert opened.config.data.groups == str(tmp_path / "lists" / "patients.csv")
+    opened.update_config(opened.config)
+    monkeypatch.chdir("/")
+    assert StudyRecord.open(record.paths).config == opened.config
+
+
 def test_the_only_study_needs_no_name_and_several_are_listed(tmp_path: Path) -> None:
     project = ProjectPaths(tmp_path)
     with pytest.raises(StudyError, match="hpsearch study"):
@@ -169,3 +184,17 @@ def test_the_only_study_needs_no_name_and_several_are_listed(tmp_path: Path) -> 
         study_record(project, None)
     with pytest.raises(StudyError, match="three"):
         study_record(project, "three")
+
+
+def test_of_several_studies_the_one_that_runs_is_meant(tmp_path: Path) -> None:
+    project = ProjectPaths(tmp_path)
+    for name in ("one", "two", "three"):
+        make_record(project, name)
+    with lock.hold(project.study("two")):
+        assert study_record(project, None).name == "two"
+        assert study_record(project, "one").name == "one"
+        with (
+            lock.hold(project.study("one")),
+            pytest.raises(StudyError, match=r"one \(running\), three, two \(running\); choose one with --study NAME"),
+        ):
+            study_record(project, None)

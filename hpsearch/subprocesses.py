@@ -1,0 +1,50 @@
+"""Start Python subprocesses that import this very package, and nothing from the current folder.
+
+A `random.py` or a folder named `hpsearch` in the folder where somebody works must not be imported in place of the
+real one. So a subprocess runs this file, isolated from the current folder by `-P`; it loads the package from where
+it lies, then runs one of its modules as `python -m` would.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+_FILE = os.path.abspath(__file__)
+
+
+def command(module: str, *arguments: str) -> list[str]:
+    """Return the command that runs a module of this package, such as `hpsearch.tuning.worker`, with arguments."""
+    return [sys.executable, "-P", _FILE, module, *arguments]
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """Return this process's environment with `changes`, in which no Python process imports from the current folder.
+
+    That holds for subprocesses of the subprocess too. Relative entries of PYTHONPATH become absolute; those that
+    name the current folder (`.` or nothing) are left out.
+    """
+    entries = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    others = [os.path.abspath(entry) for entry in entries if os.path.normpath(entry) != "."]
+    return {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(others), **changes}
+
+
+def _main() -> None:
+    import importlib.util
+    import runpy
+
+    folder = os.path.dirname(_FILE)
+    spec = importlib.util.spec_from_file_location(
+        "hpsearch", os.path.join(folder, "__init__.py"), submodule_search_locations=[folder]
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    package = importlib.util.module_from_spec(spec)
+    sys.modules["hpsearch"] = package
+    spec.loader.exec_module(package)
+    del sys.argv[0]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    _main()
