@@ -26,7 +26,7 @@ def final_lines(result: FinalResult) -> list[str]:
         lines = ["this is not the trial that the search would choose, so it promised nothing for it"]
     gain = result.against_default
     if gain is not None:
-        lines.append(f"gain over trial 0 (the default), out of fold, paired: {_gain(gain)}")
+        lines.append(f"gain over trial 0 (the default), out of fold, corrected for selection: {_gain(gain)}")
     elif result.trial.number == 0:
         lines.append("this is trial 0, the default configuration: the search found nothing better")
     lines += describe_choices(result.chosen)

@@ -127,6 +127,8 @@ def test_the_answer_names_the_winner_its_numbers_and_the_test_result(study: Fake
     numbers = [winner.corrected.mean, winner.statistics.mean, rows.finals[0].test["dice"].mean]
     assert all(f"{number:.4f}" in answer for number in numbers)
     assert gain in answer
+    assert "corrected for selection" in answer
+    assert "The interval does not cover two things" in answer
 
 
 def test_those_who_were_dropped_are_listed_with_when_and_why(page: Page) -> None:
@@ -249,7 +251,7 @@ def test_a_fixed_split_is_named_as_such(tmp_path: Path) -> None:
     study.trial(**{"train.lr": 0.05})
     page = report(study)
     assert "one fixed split, 8 images held out" in page.text
-    assert "takes off the luck of the images, not that of the runs" in page.text
+    assert "a standard deviation of 0.006 is assumed, and the interval does not cover a larger one" in page.text
 
 
 def test_one_full_trial_is_reported_without_a_choice_and_without_the_images_that_were_removed(tmp_path: Path) -> None:
