@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-SCALE = 0.35
+SCALE = 0.3
 """Scale of the half-Cauchy prior of tau (Gelman, Bayesian Analysis 1, 2006), in standard errors of a trial's mean."""
 N_GRID = 40
 """Grid points of tau, denser towards 0."""

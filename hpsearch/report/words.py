@@ -94,7 +94,7 @@ def final(row: FinalRow, metric: str) -> list[str]:
             f"{interval(row.ensemble.gain, signed=True)} over the network that was kept; that is for information, "
             "since a choice by the test set would use it up"
         )
-    more += claimed_words.describe_account(row.looks, row.n_looks_before, row.n_trials_after)
+    more += claimed_words.describe_account(row.look, row.looks, row.n_looks_before, row.n_trials_after)
     if row.leaks:
         more.append(claimed_words.describe_leaks(row.leaks, row.test[metric].mean, row.without_leaks))
     return [*result, *(f"{each[0].upper()}{each[1:]}." for each in more)]

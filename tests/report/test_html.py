@@ -390,9 +390,9 @@ def test_the_report_shows_what_was_confirmed_chosen_looked_at_and_leaked(tmp_pat
     assert "the 2 configurations that were best on most bootstrap samples" in text
     assert "threshold 0.4: +0.0123 [+0.0101, +0.0145], taken" in text
     assert "largest component, holes filled: +0.0123 [-0.0100, +0.0145], not taken" in text
-    assert "This test set has been scored 2 times, with 2 configurations" in text
+    assert "These 12 test images had been evaluated before: 1 evaluation of 1 configuration" in text
     assert "earlier trial 3 (0.8500)" in text
-    assert "it had been scored 1 time before this study began" in text
+    assert "1 evaluation came before this study began" in text
     assert "The test set had been scored before this study began" in text
     assert "1 near-duplicate pair across pool and test: ISIC_1 and ISIC_2; without those test images" in text
     assert "test, ensemble of 2" in text
@@ -418,4 +418,4 @@ def test_a_search_that_goes_on_after_a_look_stays_marked_when_final_is_run_again
     study.final(1, test_set="4567")
     (final,) = study_rows(study.record).finals
     assert final.n_trials_after == 1
-    assert "1 trial of this study began after its first look" in quick_report(study).text
+    assert "1 trial of this study began after its first evaluation" in quick_report(study).text
