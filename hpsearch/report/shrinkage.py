@@ -40,18 +40,19 @@ class Contrast(NamedTuple):
     """Posterior variance beyond the noise of the weighted sum: it is not known how far the trials truly differ."""
 
 
-class _Fit(NamedTuple):
-    """The model at one tau."""
+class _Fits(NamedTuple):
+    """The model at each tau of a grid."""
 
-    tau: float
-    share: float
-    """Posterior probability."""
+    tau: Floats
+    """(grid,)"""
+    share: Floats
+    """Posterior probability, (grid,)."""
     conditional: Floats
-    """Variance of each mu given f: 1 / (1 / tau^2 + sum of precisions), (trials,); 0 where a trial is left out."""
+    """Variance of each mu given f, 1 / (1 / tau^2 + sum of precisions), (grid, trials); 0 if a trial is left out."""
     information: Floats
-    """Inverse covariance of f, (folds, folds)."""
+    """Inverse covariance of f, (grid, folds, folds)."""
     level: Floats
-    """Posterior mean of f, (folds,)."""
+    """Posterior mean of f, (grid, folds)."""
 
 
 def posterior_contrast(
@@ -68,35 +69,30 @@ def posterior_contrast(
     """
     total = precision.sum(axis=1)
     guides, fits = _fit_guides(means, precision, reference, 1 / math.sqrt(total[trial]))
-    weights, values, choice_variance = np.zeros_like(means), [], 0.0
-    for fit in fits:
-        # Given f, a trial's mu is conditional * sum(precision * (z - f)).
-        variance = fit.conditional[trial] if guides[trial] else 1 / total[trial]
-        own = precision[trial] * variance
-        other = fold_share if reference is None else precision[reference] / total[reference]
-        by_fold = np.linalg.solve(fit.information, other - own)
-        spread_over = precision * guides[:, None] * by_fold
-        each = spread_over - precision * (fit.conditional * spread_over.sum(axis=1))[:, None]
-        each[trial] += own
-        if reference is not None:
-            each[reference] -= other
-            variance += 1 / total[reference]
-        variance += float((other - own) @ by_fold)
-        noise = float((each**2 / np.where(precision > 0, precision, np.inf)).sum())
-        choice_variance += fit.share * max(0.0, variance - noise)
-        weights += fit.share * each
-        values.append(float((each * means).sum()))
-    shares = np.array([fit.share for fit in fits])
-    choice_variance += float(shares @ (np.array(values) - shares @ values) ** 2)
-    return Contrast(weights, float(choice_variance))
+    # Given f, a trial's mu is conditional * sum(precision * (z - f)).
+    variance = fits.conditional[:, trial] if guides[trial] else np.full(len(fits.tau), 1 / total[trial])
+    own = precision[trial] * variance[:, None]
+    other = fold_share if reference is None else precision[reference] / total[reference]
+    by_fold = np.linalg.solve(fits.information, (other - own)[:, :, None])[:, :, 0]
+    each = (precision * guides[:, None]) * by_fold[:, None]
+    each -= precision * (fits.conditional * each.sum(axis=2))[:, :, None]
+    each[:, trial] += own
+    variance = variance + ((other - own) * by_fold).sum(axis=1)
+    if reference is not None:
+        each[:, reference] -= other
+        variance += 1 / total[reference]
+    noise = (each**2 / np.where(precision > 0, precision, np.inf)).sum(axis=(1, 2))
+    values = (each * means).sum(axis=(1, 2))
+    choice_variance = fits.share @ (np.maximum(0, variance - noise) + (values - fits.share @ values) ** 2)
+    return Contrast(np.tensordot(fits.share, each, axes=1), float(choice_variance))
 
 
 def _fit_guides(
     means: Floats, precision: Floats, reference: int | None, se: float
-) -> tuple[NDArray[np.bool_], list[_Fit]]:
+) -> tuple[NDArray[np.bool_], _Fits]:
     """Fit the model to the trials that tell how trials spread: all but the reference and those far below.
 
-    Returns which trials those are, (trials,), and the fitted model at each tau of the grid.
+    Returns which trials those are, (trials,), and the fitted model.
     """
     total = precision.sum(axis=1)
     is_eligible = np.arange(len(means)) != (-1 if reference is None else reference)
@@ -114,28 +110,25 @@ def _fit_guides(
         fits = _fit(means, precision, found, top=2 * float(np.ptp(height[found])) + 4 * se, se=se)
         if (found == guides).all():
             break
-        guides, level = found, sum((fit.share * fit.level for fit in fits), np.zeros(means.shape[1]))
+        guides, level = found, fits.share @ fits.level
     return guides, fits
 
 
-def _fit(means: Floats, precision: Floats, guides: NDArray[np.bool_], *, top: float, se: float) -> list[_Fit]:
-    """The model at each tau from 0 to `top` with its posterior probability."""
+def _fit(means: Floats, precision: Floats, guides: NDArray[np.bool_], *, top: float, se: float) -> _Fits:
+    """Fit the model at each tau from 0 to `top`."""
     z, w = means[guides], precision[guides]
     total = w.sum(axis=1)
-    grid = top * np.linspace(0, 1, N_GRID) ** 1.5
-    log_posterior = np.log(np.gradient(grid)) - np.log1p((grid / (SCALE * se)) ** 2)
-    found = []
-    for index, tau in enumerate(grid):
-        conditional = tau**2 / (1 + tau**2 * total)
-        information = np.diag(w.sum(axis=0)) - (w * conditional[:, None]).T @ w
-        level = np.linalg.solve(information, (w * z).sum(axis=0) - ((w * z).sum(axis=1) * conditional) @ w)
-        residual = w * (z - level)
-        misfit = float((residual * (z - level)).sum() - conditional @ residual.sum(axis=1) ** 2)
-        log_det = float(np.log1p(tau**2 * total).sum() + np.linalg.slogdet(information)[1])
-        log_posterior[index] -= (misfit + log_det) / 2
-        everyone = np.zeros(len(means))
-        everyone[guides] = conditional
-        found.append(_Fit(float(tau), 0.0, everyone, information, level))
-    shares = np.exp(log_posterior - log_posterior.max())
-    shares /= shares.sum()
-    return [fit._replace(share=float(share)) for fit, share in zip(found, shares, strict=True)]
+    tau = top * np.linspace(0, 1, N_GRID) ** 1.5
+    ratio = tau[:, None] ** 2 * total
+    conditional = np.zeros((N_GRID, len(means)))
+    conditional[:, guides] = pull = ratio / (1 + ratio) / total
+    information = np.diag(w.sum(axis=0)) - np.einsum("gc,ck,cl->gkl", pull, w, w, optimize=True)
+    right = (w * z).sum(axis=0) - (pull * (w * z).sum(axis=1)) @ w
+    level = np.linalg.solve(information, right[:, :, None])[:, :, 0]
+    residual = z - level[:, None]
+    misfit = (w * residual**2).sum(axis=(1, 2)) - (pull * (w * residual).sum(axis=2) ** 2).sum(axis=1)
+    log_det = np.log1p(ratio).sum(axis=1) + np.linalg.slogdet(information)[1]
+    log_prior = np.log(np.gradient(tau)) - np.log1p((tau / (SCALE * se)) ** 2)
+    log_posterior = log_prior - (misfit + log_det) / 2
+    share = np.exp(log_posterior - log_posterior.max())
+    return _Fits(tau, share / share.sum(), conditional, information, level)

@@ -33,9 +33,9 @@ _CORRECTION = (
     "further. Dropped trials count with the folds they finished."
 )
 _NOT_COVERED = (
-    "The interval does not cover two things: with many configurations that are all equally good the gain is "
-    "overestimated slightly (by about {bias} for this number of images), and so it is where a few equally good ones "
-    "lie far above all others."
+    "The interval does not cover three things: where many configurations are all equally good, the gain is "
+    "overestimated slightly (by about {bias} for this number of images); where a few equally good ones lie far above "
+    "all others, by up to 0.003; and runs of this configuration may vary more than those of the others."
 )
 FEW_IMAGES = 1000
 """Below this many images the correction is less exact (benchmarks/study_statistics.py)."""

@@ -128,7 +128,7 @@ def test_the_answer_names_the_winner_its_numbers_and_the_test_result(study: Fake
     assert all(f"{number:.4f}" in answer for number in numbers)
     assert gain in answer
     assert "corrected for selection" in answer
-    assert "The interval does not cover two things" in answer
+    assert "The interval does not cover three things" in answer
 
 
 def test_those_who_were_dropped_are_listed_with_when_and_why(page: Page) -> None:

@@ -10,11 +10,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from scipy import stats
 
 from hpsearch.errors import StudyError
@@ -321,10 +323,9 @@ def test_the_posterior_is_that_of_the_normal_model_when_the_spread_is_known(monk
     share, tau = np.array([0.5, 0.3, 0.2]), 0.007
     everyone = np.arange(6)
 
-    def only_tau(means: Floats, precision: Floats, guides: Floats, *, top: float, se: float) -> list[object]:
-        grid = np.linspace(0, 1, shrinkage.N_GRID) ** 1.5
-        found = fit(means, precision, guides, top=tau / grid[20], se=se)
-        return [found[20]._replace(share=1.0)]
+    def only_tau(means: Floats, precision: Floats, guides: NDArray[np.bool_], *, top: float, se: float) -> Any:
+        fits = fit(means, precision, guides, top=tau / (20 / (shrinkage.N_GRID - 1)) ** 1.5, se=se)
+        return fits._replace(share=np.eye(shrinkage.N_GRID)[20])
 
     fit = shrinkage._fit
     monkeypatch.setattr(shrinkage, "_fit", only_tau)
