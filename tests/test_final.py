@@ -20,7 +20,7 @@ from hpsearch.data.config import DataConfig
 from hpsearch.data.prepare import Prepared
 from hpsearch.errors import StudyError
 from hpsearch.final import FinalResult, fold_networks, run_final
-from hpsearch.looks import find_look, n_seen
+from hpsearch.looks import find_look, n_seen, user_account
 from hpsearch.paths import ProjectPaths
 from hpsearch.predict import Ensemble, Predictor, find_images, load_predictor, predict_files
 from hpsearch.report.rows import study_rows
@@ -208,7 +208,11 @@ def test_an_evaluation_that_is_killed_midway_and_one_of_a_few_images_are_counted
     found = find_look(project, noted.id)
     assert found is not None
     assert found.score == pytest.approx(result.test["dice"].mean)
-    # The same study in another project folder; the user's account knows both.
+    # The same study in another project folder; the user's account, of which this test has a copy, knows both.
+    account = user_account()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    user_account().parent.mkdir()
+    user_account().write_text(account.read_text())
     other = ProjectPaths(tmp_path / "other")
     shutil.copytree(project.root, other.root)
     other.looks.unlink()
@@ -225,11 +229,11 @@ def test_an_evaluation_that_is_killed_midway_and_one_of_a_few_images_are_counted
         return prepare_test(dataclasses.replace(data, n_final_test=2), root, **more)
 
     do, prepare_test = final.do, final.prepare_test
-    monkeypatch.setattr(final, "do", kill_at_the_first_score)
-    monkeypatch.setattr(final, "prepare_test", prepare_two)
-    with pytest.raises(KilledError):
-        run_final(other, machine=MACHINE, n_seeds=2)
-    monkeypatch.undo()
+    with monkeypatch.context() as killing:
+        killing.setattr(final, "do", kill_at_the_first_score)
+        killing.setattr(final, "prepare_test", prepare_two)
+        with pytest.raises(KilledError):
+            run_final(other, machine=MACHINE, n_seeds=2)
     whole = run_final(other, machine=MACHINE, n_seeds=2)
     assert whole is not None
     assert [(look.n_images, look.score is None) for look in whole.looks] == [(4, False), (2, True), (4, True)]

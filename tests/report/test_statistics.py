@@ -80,6 +80,13 @@ def test_run_luck_widens_an_interval_as_variances_add() -> None:
     assert with_luck.high - with_luck.low > 1.3 * (alone.high - alone.low)
 
 
+def test_a_run_variance_that_is_hardly_known_widens_an_interval_by_students_t() -> None:
+    scores = np.linspace(0.5, 0.5001, 50)
+    known, hardly = (bootstrap_mean(scores, run_variance=0.01**2, run_df=df) for df in (math.inf, 4.0))
+    assert (known.high - known.low) / 2 == pytest.approx(0.0196, rel=0.05)
+    assert (hardly.high - hardly.low) / 2 == pytest.approx(0.0278, rel=0.1)
+
+
 def test_the_same_seed_gives_the_same_interval_and_another_seed_another() -> None:
     scores = np.random.default_rng(0).random(50)
     assert bootstrap_mean(scores, seed=3) == bootstrap_mean(scores, seed=3)
@@ -205,6 +212,26 @@ def test_one_fold_and_one_trial_have_statistics() -> None:
 def test_the_tied_set_is_everything_when_all_are_equal_and_only_the_best_when_it_is_far_ahead() -> None:
     assert set(tied_with_best(study([0.8] * 8, n_images=2000))) == set(range(8))
     assert tied_with_best(study([0.9] + [0.7] * 7, n_images=2000)) == (0,)
+
+
+def test_image_noise_alone_ties_equal_trials() -> None:
+    assert len(tied_with_best(study([0.8] * 30, run=0.0, n_images=200))) >= 20
+
+
+def test_trials_that_agree_on_every_image_are_told_apart_by_a_small_gap() -> None:
+    rng = np.random.default_rng(0)
+    hard = 0.8 + 0.1 * rng.standard_normal(4000)
+    scores = hard - np.array([[0.0], [0.01], [0.012], [0.013]]) + 0.002 * rng.standard_normal((4, 4000))
+    # Taken one by one, each mean is known to 0.0016 only.
+    assert tied_with_best(StudyScores(scores=scores, fold_of=np.arange(4000) % 20)) == (0,)
+
+
+@pytest.mark.parametrize(("gap", "tied"), [(0.016, (0, 1)), (0.020, (0,))])
+def test_a_gap_that_ties_grows_with_the_uncertainty_about_runs(gap: float, tied: tuple[int, ...]) -> None:
+    # One fold: s is the guess with 4 degrees of freedom. The one-sided 95 % point is 2.13 times sqrt(2) s = 0.0181,
+    # where a normal distribution would give 0.0140.
+    scores = np.random.default_rng(0).random(50) / 2 + np.array([[gap], [0.0]])
+    assert tied_with_best(StudyScores(scores=scores, fold_of=np.zeros(50, np.int64))) == tied
 
 
 def test_the_tied_set_begins_with_the_best_mean() -> None:
@@ -349,6 +376,27 @@ def test_the_posterior_is_that_of_the_normal_model_when_the_spread_is_known(monk
         assert ours.choice_variance + noise == pytest.approx(variance, rel=1e-6)
         # Moving a fold's level moves the estimate by the fold's share, and no gain at all.
         assert ours.weights.sum(axis=0) == pytest.approx(share if reference is None else np.zeros(3), abs=1e-9)
+
+
+def test_the_choice_variance_holds_that_the_spread_of_trials_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    means = 0.8 + 0.01 * rng.standard_normal((6, 3))
+    precision, share, fit = np.full((6, 3), 1 / 0.006**2), np.full(3, 1 / 3), shrinkage._fit
+    found = []
+    for at in ([5], [25], [5, 25]):
+
+        def evenly_at(*given: Any, at: list[int] = at, **more: Any) -> Any:
+            return fit(*given, **more)._replace(share=np.isin(np.arange(shrinkage.N_GRID), at) / len(at))
+
+        monkeypatch.setattr(shrinkage, "_fit", evenly_at)
+        monkeypatch.setattr(shrinkage, "MAX_ROUNDS", 1)
+        found.append(posterior_contrast(means, precision, share, int(means.mean(axis=1).argmax())))
+    narrow, wide, either = found
+    assert np.allclose(either.weights, (narrow.weights + wide.weights) / 2)
+    apart = ((narrow.weights - wide.weights) * means).sum()
+    expected = (narrow.choice_variance + wide.choice_variance) / 2 + (apart / 2) ** 2
+    assert either.choice_variance == pytest.approx(expected)
+    assert abs(apart) > 0.001
 
 
 def test_a_long_tail_of_bad_trials_does_not_hide_that_the_good_ones_are_equal() -> None:
