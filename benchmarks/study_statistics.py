@@ -1,39 +1,45 @@
-"""Whether the report's statistics keep their promises: generated studies whose truth is known, through the real code.
+"""Check the report's statistics on generated studies whose truth is known, through the code that the product uses.
 
-    python benchmarks/study_statistics.py                     1000 studies a setting
-    python benchmarks/study_statistics.py --trials 10 --images 500 --seeds 300 --shape skewed --confirm 0
-    python benchmarks/study_statistics.py --seed 1            1000 others
+    python benchmarks/study_statistics.py             400 studies a setting, up to 15 minutes on one core
+    python benchmarks/study_statistics.py --quick     40 studies a setting, about 1 minute
+    python benchmarks/study_statistics.py --runs 0 0.006 0.010 --spreads 0 0.01 --noise normal --images 2150
+    python benchmarks/study_statistics.py --shape skewed --trials 12 --confirm 0 --seed 1
 
-A study is y[c, i] = mu[c] + a[i] + b[c, i] + r[c, fold(i)], mu about 0.8, sd of a 0.13, of b 0.07, of r and of mu
-over the trials as printed (`run`, `spread`); all are drawn anew for each study, so the images are a sample too. Up to
-five trials are confirmed: the same a and b, another r. The truth is mu of the trial that was chosen by both fits.
+A study is y[c, i] = mu[c] + a[i] + b[c, i] + r[c, fold(i)], mu about 0.8, sd of a 0.13, of b 0.07, of r 0.006
+(`run`), of mu over the trials as printed (`spread`). Everything is drawn anew for each study, so the images are a
+sample too. `normal`: all parts are normal. `t3`: b and r follow Student's t with 3 degrees of freedom, scaled to the
+same sd; b is larger on some images than on others (log-normal, sigma 0.5), b and r are larger for some trials (sigma
+0.25). `race`: trials come one after another, and the racing rule ends them after a fold as in a study. Up to five of
+the trials that finish are confirmed: the same a and b, another r. The truth is mu of the trial that is then chosen,
+and for the gain mu of it less that of trial 0. A gain is only claimed where trial 0 is not chosen.
 
-Printed for each setting (in units of 0.001 where it is a score):
+Columns (scores in units of 0.001, shares in %):
 
-    bias      mean error of the naive best; of plain BBC-CV; of the corrected estimate with second fits; of the one
-              without them
-    cover     share of studies whose 95 % interval holds the truth: of the corrected estimate with and without second
-              fits, of a trial that nobody selected (image bootstrap, with run luck, corrected resampled t), of the
-              difference of two such trials; whose prediction interval holds the test mean of a retrained network
-    regret    mu of the truly best trial less mu of the chosen one: without and with second fits
-    tied      share of studies whose tied set holds the truly best trial (with spread 0 all are equal, and one drawn
-              beforehand counts), the set's mean size, that of an oracle, the ratio, and the size of a second oracle.
-              The first is the same rule told the true noise. The second, which no rule can be, knows the whole
-              setting: it allows the one gap that holds the best in exactly 95 % of these very studies.
+    full      trials that finished all folds
+    mean      of the chosen trial: bias of the first fits' mean, bias of the corrected estimate, coverage of its 95 %
+              interval, coverage of the prediction interval for the test mean of a retrained network
+    gain      of the chosen trial over trial 0: bias of the plain paired difference and how often its interval holds
+              the truth; bias of the corrected gain with its standard error, coverage, share of studies that are told
+              that the gain is more than chance, and of those where that is false (the true gain is 0 or less)
+    regret    mu of the truly best trial less that of the chosen one
+    tied      how often the tied set holds the truly best of the full trials (of equals one drawn at random), and its
+              size as a multiple of an oracle's: the same rule told the true noise
 
-The last line says whether the targets are met: |bias| of the corrected estimate at most 1, its coverage and that of
-the prediction interval 93 to 97 %, the best in the tied set at least 95 % of the time, its size at most 1.5 times the
-first oracle's. With N studies a share of 95 % has a standard error of sqrt(0.0475 / N): 0.7 % for 1000.
+The last lines name the targets that are missed by more than two standard errors: |bias| of both corrected estimates
+at most 1, all coverages of these 93 to 97 %, false gains at most 4 %; the best in the tied set at least 95 % of the
+time and (without the race) a set of at most 1.5 times the oracle's. With N studies a share of 95 % has a standard
+error of sqrt(0.0475 / N): 1.1 % for 400.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,127 +47,169 @@ from numpy.typing import NDArray
 from hpsearch.report.statistics import (
     HOPELESS,
     LEVEL,
-    Interval,
     StudyScores,
-    bootstrap_mean,
     chosen,
-    compare_trials,
     corrected_estimate,
-    corrected_t,
+    corrected_gain,
     predict_test_mean,
     select_for_confirmation,
     tied_with_best,
 )
+from hpsearch.tuning.racing import ALPHA, TrialScores, compare
 
 Floats = NDArray[np.float64]
+Noise = Literal["normal", "t3"]
 Shape = Literal["normal", "skewed"]
 
 MEAN, SD_IMAGE, SD_CONFIGURATION = 0.8, 0.13, 0.07
-RUNS, SPREADS = (0.0, 0.006, 0.010), (0.0, 0.01)
 N_BAGS = 200
-"""Enough for a mean over bags; the product takes more, for percentiles."""
-EVERY = 5
-"""Intervals from percentiles need many bags: they are asked for in each fifth study."""
+"""Bootstrap samples that select the trials to confirm."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What studies are drawn from."""
+    """Distribution that studies are drawn from."""
 
     spread: float
-    run: float
+    run: float = 0.006
+    noise: Noise = "normal"
+    race: bool = False
     n_trials: int = 50
     n_images: int = 2150
     n_folds: int = 5
     n_confirm: int = 5
     n_test: int = 600
     shape: Shape = "normal"
-    """`skewed`: most trials near the best, and a long tail of bad ones, as searches leave them."""
+    """Of mu over the trials. `skewed`: most near the best, and a long tail of bad ones, as searches leave them."""
 
 
-def generate(setting: Setting, rng: np.random.Generator) -> tuple[StudyScores, Floats]:
-    """A study, confirmed by the real selection, and mu of its trials."""
-    shape = (setting.n_trials, setting.n_images)
+class Study(NamedTuple):
+    """A generated study and its truth."""
+
+    scores: StudyScores
+    mu: Floats
+    """Truth of the full trials, (full,); the first is trial 0."""
+    test_mean: Floats
+    """A retrained network's mean on new images, for each full trial, (full,)."""
+
+
+def generate(setting: Setting, rng: np.random.Generator) -> Study:
+    """Draw a study, race it if wanted, and confirm it by the real selection."""
+    n_trials, n_images, n_folds = setting.n_trials, setting.n_images, setting.n_folds
     if setting.shape == "normal":
-        mu = MEAN + setting.spread * rng.standard_normal(setting.n_trials)
+        mu = MEAN + setting.spread * rng.standard_normal(n_trials)
     else:
         # None below 0.1: a mean of scores is none.
-        mu = np.maximum(0.1, MEAN - setting.spread / 2 * np.abs(rng.standard_cauchy(setting.n_trials)))
-    fold_of = rng.permutation(np.arange(setting.n_images) % setting.n_folds)
-    without_luck = rng.standard_normal(shape, np.float32).astype(np.float64)
-    without_luck *= SD_CONFIGURATION
-    without_luck += mu[:, None] + SD_IMAGE * rng.standard_normal(setting.n_images)
-    luck = setting.run * rng.standard_normal((2, setting.n_trials, setting.n_folds))
-    study = StudyScores(scores=without_luck + luck[0][:, fold_of], fold_of=fold_of)
-    if setting.n_confirm:
+        mu = np.maximum(0.1, MEAN - setting.spread / 2 * np.abs(rng.standard_cauchy(n_trials)))
+    fold_of = rng.permutation(np.arange(n_images) % n_folds)
+    of_images = rng.standard_normal((n_trials, n_images), np.float32)
+    runs = rng.standard_normal((2, n_trials, n_folds))
+    if setting.noise == "t3":
+        of_image, of_trial = _uneven(rng, n_images, 0.5), _uneven(rng, n_trials, 0.25)[:, None]
+        of_images /= np.sqrt(rng.chisquare(3, of_images.shape))
+        of_images *= of_image * of_trial
+        runs = rng.standard_t(3, runs.shape) / np.sqrt(3) * of_trial
+    without_runs = SD_CONFIGURATION * of_images.astype(np.float64)
+    without_runs += mu[:, None] + SD_IMAGE * rng.standard_normal(n_images)
+    first = without_runs + setting.run * runs[0][:, fold_of]
+    n_finished = race(first, fold_of, n_folds) if setting.race else np.full(n_trials, n_folds)
+    full = np.flatnonzero(n_finished == n_folds)
+    dropped = np.where(fold_of < n_finished[:, None], first, np.nan)[n_finished < n_folds]
+    study = StudyScores(scores=first[full], fold_of=fold_of, dropped=dropped)
+    if setting.n_confirm and len(full) > 1 and n_folds > 1:
         best = select_for_confirmation(study.scores, setting.n_confirm, n_bags=N_BAGS)
-        rows = list(best)
-        study = replace(study, confirmed=best, second=without_luck[rows] + luck[1][rows][:, fold_of])
-    return study, mu
-
-
-@dataclass(frozen=True)
-class Row:
-    """One study's figures."""
-
-    bias: tuple[float, ...]
-    covered: tuple[bool, ...]
-    regret: tuple[float, float]
-    tied: tuple[float, float, float]
-    """Whether the best is in; sizes of ours and of the oracle that knows the noise."""
-    gaps: Floats
-    """How far each trial lies behind the best mean, (trials,); the truly best first."""
-    unselected: tuple[bool, ...] | None
-
-
-def evaluate(setting: Setting, rng: np.random.Generator, *, with_percentiles: bool) -> Row:
-    study, mu = generate(setting, rng)
-    once = replace(study, confirmed=(), second=None)
-    winner, winner_once = chosen(study), chosen(once)
-    corrected = corrected_estimate(study, n_bags=N_BAGS)
-    without = corrected_estimate(once, n_bags=N_BAGS)
-    plain = corrected_estimate(replace(once, fold_of=np.zeros_like(study.fold_of)), n_bags=N_BAGS)
-    predicted = predict_test_mean(study, corrected, n_test=setting.n_test)
+        rows = full[list(best)]
+        study = replace(study, confirmed=best, second=without_runs[rows] + setting.run * runs[1][rows][:, fold_of])
     sd_test_mean = np.sqrt((SD_IMAGE**2 + SD_CONFIGURATION**2) / setting.n_test + setting.run**2)
-    test_mean = mu[winner] + sd_test_mean * rng.standard_normal()
-    best = int(mu.argmax())
-    means = study.joint.mean(axis=1)
+    return Study(study, mu[full], mu[full] + sd_test_mean * rng.standard_normal(len(full)))
+
+
+def _uneven(rng: np.random.Generator, n: int, sigma: float) -> Floats:
+    """Log-normal standard deviations with a mean square of 1, (n,)."""
+    return np.exp(sigma * rng.standard_normal(n) - sigma**2)
+
+
+def race(scores: Floats, fold_of: NDArray[np.int64], n_folds: int) -> NDArray[np.int64]:
+    """Run trials one after another and end them after a fold by the racing rule; return finished folds, (trials,).
+
+    A fit has one epoch here, so that no trial ends inside its first fold.
+    """
+    folds = [np.flatnonzero(fold_of == fold) for fold in range(n_folds)]
+    scores = scores.astype(np.float32)
+    n_finished, full = np.full(len(scores), n_folds), []
+    for number in range(len(scores)):
+        seen: dict[int, NDArray[np.float32]] = {}
+        for fold, images in enumerate(folds):
+            seen = {**seen, fold: scores[number, images][None]}
+            candidate = TrialScores(number, seen, 1)
+            found = compare(candidate, full, n_folds)
+            if found is not None and found.p < ALPHA:
+                n_finished[number] = fold + 1
+                break
+        else:
+            full.append(candidate)
+    return n_finished
+
+
+class Row(NamedTuple):
+    """One study's figures; scores in units of 1, NaN where trial 0 was chosen and no gain is claimed."""
+
+    n_full: float
+    naive: float
+    mean: float
+    covered: float
+    predicted: float
+    plain_gain: float
+    plain_covered: float
+    gain: float
+    gain_covered: float
+    sure: float
+    false: float
+    regret: float
+    holds_best: float
+    size: float
+    oracle_size: float
+
+
+def evaluate(setting: Setting, rng: np.random.Generator) -> Row:
+    """Draw one study and compare its claims with the truth."""
+    study, mu, test_mean = generate(setting, rng)
+    winner, corrected = chosen(study), corrected_estimate(study)
+    predicted = predict_test_mean(study, corrected, n_test=setting.n_test)
     tied = tied_with_best(study)
-    unselected = None
-    if with_percentiles:
-        # The folds' images and runs are exchangeable between trials, so nobody selected trials 0 and 1.
-        scores, run_variance = once.scores[0], float(once.run_variance()[0])
-        fold_means = np.array([scores[images].mean() for images in once.folds])
-        difference = compare_trials(once, 0, 1)
-        unselected = (
-            _holds(bootstrap_mean(scores), mu[0]),
-            _holds(bootstrap_mean(scores, run_variance=run_variance, run_df=once.run_luck.df), mu[0]),
-            _holds(corrected_t(fold_means), mu[0]),
-            difference.low <= mu[0] - mu[1] <= difference.high,
-        )
-    gaps = means.max() - means
+    best = int(rng.choice(np.flatnonzero(mu == mu.max())))
+    gains = [np.nan] * 6
+    if winner != 0:
+        truth, gain = mu[winner] - mu[0], corrected_gain(study, winner)
+        difference = study.joint[winner] - study.joint[0]
+        variance = difference.var(ddof=1) / study.n_images + study.run_variances[[0, winner]].sum()
+        error = float(difference.mean() - truth)
+        gains = [
+            error,
+            abs(error) <= 1.96 * np.sqrt(variance),
+            gain.difference - truth,
+            gain.low <= truth <= gain.high,
+            gain.low > 0,
+            gain.low > 0 and truth <= 0,
+        ]
     return Row(
-        bias=(
-            once.scores[winner_once].mean() - mu[winner_once],
-            plain.mean - mu[winner_once],
-            corrected.mean - mu[winner],
-            without.mean - mu[winner_once],
-        ),
-        covered=(_holds(corrected, mu[winner]), _holds(without, mu[winner_once]), _holds(predicted, test_mean)),
-        regret=(mu[best] - mu[winner_once], mu[best] - mu[winner]),
-        tied=(best in tied, len(tied), float(_oracle_size(setting, study, gaps))),
-        gaps=np.concatenate([[gaps[best]], np.delete(gaps, best)]),
-        unselected=unselected,
+        study.n_trials,
+        corrected.naive - mu[winner],
+        corrected.mean - mu[winner],
+        corrected.low <= mu[winner] <= corrected.high,
+        predicted.low <= test_mean[winner] <= predicted.high,
+        *gains,
+        mu[best] - mu[winner],
+        best in tied,
+        len(tied),
+        _oracle_size(setting, study),
     )
 
 
-def _holds(interval: Interval | None, truth: float) -> bool:
-    assert interval is not None
-    return bool(interval.low <= truth <= interval.high)
-
-
-def _oracle_size(setting: Setting, study: StudyScores, gaps: Floats) -> int:
+def _oracle_size(setting: Setting, study: StudyScores) -> int:
     """Size of the tied set by the product's rule when it knows the noise."""
+    means = study.joint.mean(axis=1)
+    gaps = means.max() - means
     variance = SD_CONFIGURATION**2 / setting.n_images + setting.run**2 / setting.n_folds / study.n_fits
     contends = gaps <= HOPELESS * np.sqrt(variance + variance[gaps.argmin()])
     n_fits = study.n_fits[contends]
@@ -181,101 +229,102 @@ def _oracle_gaps(setting: Setting, n_once: int, n_twice: int) -> Floats:
 
 @dataclass(frozen=True)
 class Summary:
-    """Means over the studies of one setting; scores in units of 1."""
+    """Means over the studies of one setting."""
 
     setting: Setting
     n_studies: int
-    bias: Floats
-    bias_error: Floats
-    covered: Floats
-    regret: Floats
-    contains: float
-    sizes: Floats
-    """Ours, oracle of the noise, oracle of the setting."""
-    unselected: Floats
+    mean: Row
+    error: Row
+    """Standard errors of `mean`."""
 
-    def failures(self) -> Iterator[str]:
-        where = f"spread {self.setting.spread}, run {self.setting.run}"
-        if abs(self.bias[2]) > 0.001:
-            yield f"{where}: bias {self.bias[2]:+.4f}"
-        for name, share in (("estimate", self.covered[0]), ("prediction", self.covered[2])):
-            if not 0.93 <= share <= 0.97:
+    def missed(self) -> Iterator[str]:
+        """Targets that are missed by more than two standard errors, in words."""
+        of, mean, error = self.setting, self.mean, self.error
+        where = f"{of.noise}, {of.n_images} images, spread {of.spread:g}, run {of.run:g}{', race' if of.race else ''}"
+        for name, bias, se in (("mean", mean.mean, error.mean), ("gain", mean.gain, error.gain)):
+            if abs(bias) > 0.001 + 2 * se:
+                yield f"{where}: bias of the {name} {bias:+.4f}"
+        # The standard error of a share that is as it should be, since one that is 100 % shows none.
+        chance = 2 * np.sqrt(LEVEL * (1 - LEVEL) / self.n_studies)
+        for name, share in (("mean", mean.covered), ("prediction", mean.predicted), ("gain", mean.gain_covered)):
+            if not 0.93 - chance <= share <= 0.97 + chance:
                 yield f"{where}: coverage of the {name} {share:.1%}"
-        if self.contains < 0.95:
-            yield f"{where}: the tied set holds the best {self.contains:.1%} of the time"
-        if self.sizes[0] > 1.5 * self.sizes[1]:
-            yield f"{where}: the tied set is {self.sizes[0] / self.sizes[1]:.2f} times the oracle's"
+        if mean.false > 0.04 + chance:
+            yield f"{where}: false gains {mean.false:.1%}"
+        if mean.holds_best < LEVEL - chance:
+            yield f"{where}: the tied set holds the best {mean.holds_best:.1%} of the time"
+        if not of.race and mean.size > 1.5 * mean.oracle_size:
+            yield f"{where}: the tied set is {mean.size / mean.oracle_size:.2f} times the oracle's"
 
 
 def summarise(setting: Setting, n_studies: int, seed: int = 0) -> Summary:
-    """Means over `n_studies` studies, each from a seed of its own."""
-    rows = [
-        evaluate(setting, np.random.default_rng([seed, number]), with_percentiles=number % EVERY == 0)
-        for number in range(n_studies)
-    ]
-    bias = np.array([row.bias for row in rows])
-    tied = np.array([row.tied for row in rows])
-    gaps = np.array([row.gaps for row in rows])
-    fixed_gap = np.quantile(gaps[:, 0], LEVEL)
+    """Evaluate `n_studies` studies, each from a seed of its own."""
+    rows = np.array([evaluate(setting, np.random.default_rng([seed, number])) for number in range(n_studies)], float)
+    counts = np.maximum(1, (~np.isnan(rows)).sum(axis=0))
     return Summary(
-        setting=setting,
-        n_studies=n_studies,
-        bias=bias.mean(axis=0),
-        bias_error=bias.std(axis=0) / np.sqrt(n_studies),
-        covered=np.mean([row.covered for row in rows], axis=0),
-        regret=np.mean([row.regret for row in rows], axis=0),
-        contains=float(tied[:, 0].mean()),
-        sizes=np.array([tied[:, 1].mean(), tied[:, 2].mean(), (gaps <= fixed_gap).sum(axis=1).mean()]),
-        unselected=np.mean([row.unselected for row in rows if row.unselected is not None], axis=0),
+        setting, n_studies, Row(*np.nanmean(rows, axis=0)), Row(*(np.nanstd(rows, axis=0) / np.sqrt(counts)))
+    )
+
+
+HEAD = (
+    "noise  images spread   run race full | naive  mean cover pred. | plain cover  gain  (se) cover  sure false "
+    "| regret |  tied  size"
+)
+
+
+def line(found: Summary) -> str:
+    """One line of the table."""
+    of, mean = found.setting, found.mean
+    return (
+        f"{of.noise:6s} {of.n_images:6d} {of.spread:6.3f} {of.run:5.3f} {'yes' if of.race else 'no':>4s} "
+        f"{mean.n_full:4.1f} | {1000 * mean.naive:5.2f} {1000 * mean.mean:5.2f} {100 * mean.covered:5.1f} "
+        f"{100 * mean.predicted:5.1f} | {1000 * mean.plain_gain:5.2f} {100 * mean.plain_covered:5.1f} "
+        f"{1000 * mean.gain:5.2f} ({1000 * found.error.gain:.2f}) {100 * mean.gain_covered:5.1f} "
+        f"{100 * mean.sure:5.1f} {100 * mean.false:5.1f} | {1000 * mean.regret:6.2f} | {100 * mean.holds_best:5.1f} "
+        f"{mean.size / mean.oracle_size:5.2f}"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=1000, help="studies a setting (1000)")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the studies' own seeds: another gives other studies (0)"
-    )
+    parser.add_argument("--studies", type=int, default=400, help="studies a setting (400)")
+    parser.add_argument("--quick", action="store_true", help="40 studies a setting")
+    parser.add_argument("--seed", type=int, default=0, help="of the studies' own seeds: another gives others (0)")
+    parser.add_argument("--noise", nargs="+", choices=("normal", "t3"), default=("normal", "t3"))
+    parser.add_argument("--images", nargs="+", type=int, default=(2150, 400))
+    parser.add_argument("--spreads", nargs="+", type=float, default=(0.0, 0.003, 0.01, 0.02))
+    parser.add_argument("--runs", nargs="+", type=float, default=(0.006,))
+    parser.add_argument("--race", nargs="+", choices=("no", "yes"), default=("no", "yes"))
     parser.add_argument("--trials", type=int, default=50)
-    parser.add_argument("--images", type=int, default=2150)
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--confirm", type=int, default=5)
     parser.add_argument("--shape", choices=("normal", "skewed"), default="normal", help="of mu over the trials")
     given = parser.parse_args()
+    n_studies = 40 if given.quick else given.studies
     print(
-        f"{given.seeds} studies a setting: {given.trials} full trials ({given.shape}), {given.images} images, "
-        f"{given.folds} folds, up to {given.confirm} confirmed, seed {given.seed}"
+        f"{n_studies} studies a setting: {given.trials} trials ({given.shape}), {given.folds} folds, "
+        f"up to {given.confirm} confirmed, seed {given.seed}\n{HEAD}"
     )
-    print(
-        "spread    run |  naive  plain   ours (se)  no 2nd |  ours no 2nd predicted | images  total  folds-t  paired "
-        "| regret once both |  tied   size oracle ratio setting's"
-    )
-    failures, began = [], time.perf_counter()
-    for spread in SPREADS:
-        for run in RUNS:
-            setting = Setting(
-                spread=spread,
-                run=run,
-                n_trials=given.trials,
-                n_images=given.images,
-                n_folds=given.folds,
-                n_confirm=given.confirm,
-                shape=given.shape,
-            )
-            summary = summarise(setting, given.seeds, given.seed)
-            failures += summary.failures()
-            bias, covered = summary.bias * 1000, summary.covered * 100
-            unselected, regret = summary.unselected * 100, summary.regret * 1000
-            sizes = summary.sizes
-            print(
-                f"{spread:6.3f} {run:6.3f} | {bias[0]:6.2f} {bias[1]:6.2f} {bias[2]:6.2f} "
-                f"({summary.bias_error[2] * 1000:.2f}) {bias[3]:6.2f} | {covered[0]:5.1f} {covered[1]:6.1f} "
-                f"{covered[2]:9.1f} | {unselected[0]:6.1f} {unselected[1]:6.1f} {unselected[2]:8.1f} "
-                f"{unselected[3]:7.1f} | {regret[0]:11.2f} {regret[1]:4.2f} | {summary.contains * 100:5.1f} "
-                f"{sizes[0]:6.1f} {sizes[1]:6.1f} {sizes[0] / sizes[1]:5.2f} {sizes[2]:9.1f}",
-                flush=True,
-            )
-    print("; ".join(failures) or "every target is met", f"({time.perf_counter() - began:.0f} s)")
+    missed, began = [], time.perf_counter()
+    for racing, noise, n_images, run, spread in itertools.product(
+        given.race, given.noise, given.images, given.runs, given.spreads
+    ):
+        setting = Setting(
+            spread=spread,
+            run=run,
+            noise=noise,
+            race=racing == "yes",
+            n_trials=given.trials,
+            n_images=n_images,
+            n_folds=given.folds,
+            n_confirm=given.confirm,
+            shape=given.shape,
+        )
+        found = summarise(setting, n_studies, given.seed)
+        missed += found.missed()
+        print(line(found), flush=True)
+    print("\n".join(["missed:", *missed]) if missed else "every target is met")
+    print(f"({time.perf_counter() - began:.0f} s)")
 
 
 if __name__ == "__main__":

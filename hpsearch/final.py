@@ -1,7 +1,8 @@
 """Retrain one configuration on the whole pool and evaluate it on the test split, with what that is worth.
 
 What was promised comes from the study's claims (`report.claims`), the choices about threshold, flips, cleaning and
-ensemble from out-of-fold predictions (`choices`), and every look at the test set is accounted for (`looks`).
+ensemble from out-of-fold predictions (`choices`), and every evaluation of test images is entered into an account
+before it begins (`looks`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,16 @@ from hpsearch.data.config import DataConfig
 from hpsearch.data.duplicates import DuplicatePair, find_in_dataset
 from hpsearch.data.prepare import Prepared, locate, prepare_test
 from hpsearch.errors import RecordError, StoppedError, StudyChangedError, StudyError
-from hpsearch.looks import Look, digest_of_test_set, first_look_of, looks_at, n_looks_before, note_look
+from hpsearch.looks import (
+    Look,
+    TestImages,
+    begin_look,
+    end_look,
+    find_look,
+    first_look_of,
+    looks_at,
+    n_looks_before,
+)
 from hpsearch.paths import FinalPaths, FitPaths, ProjectPaths
 from hpsearch.report import trial_rows
 from hpsearch.report.card import model_card
@@ -95,12 +105,14 @@ class FinalResult:
     """Like `test`, of the network that is kept, by the choices; empty if none was taken."""
     ensemble: EnsembleResult | None
     """The networks of the folds together; None unless they were asked for."""
+    look: Look
+    """This evaluation of the test images, as it is on account."""
     looks: tuple[Look, ...]
-    """At this test set, this one last."""
+    """All known evaluations of any of these test images, this one included, in the order of time."""
     n_looks_before: int
-    """Looks before the study began."""
+    """Evaluations before the study began."""
     n_trials_after: int
-    """Trials of the study that began after its first look."""
+    """Trials of the study that began after its first evaluation of these images."""
     leaks: tuple[DuplicatePair, ...]
     """Byte-equal images and near-duplicates of which one is in the pool and one in the test split."""
     without_leaks: float | None
@@ -150,7 +162,8 @@ class FinalResult:
             "chosen": self.chosen.to_table() if self.chosen else None,
             "chosen_test": _tables(self.chosen_test),
             "ensemble": self.ensemble.to_table() if self.ensemble else None,
-            "test_set": self.looks[-1].test_set,
+            "test_set": self.look.test_set,
+            "look": self.look.id,
             "n_looks": len(self.looks),
             "leaks": [dataclasses.asdict(pair) for pair in self.leaks],
             "without_leaks": self.without_leaks,
@@ -199,10 +212,10 @@ def run_final(
     Data and settings are the study's. `cheapest_tied` takes, of the trials that cannot be told from the best, the one
     whose cross-validation took the least time. Each of `n_seeds` networks is trained for as many epochs as the trial
     had; stopped by `on_epoch` it gives None, and goes on from there the next time. `ensemble` lets the networks of
-    the folds predict the test images too. The test split is read here and nowhere else, and every scoring of it is
-    entered into the account of looks. The masks at each image's own resolution, as `predict` would make them, stay in
-    the final's folder; asked again for a result that is there, it evaluates nothing and counts no evaluation.
-    `submission` packs them into a zip as the challenge takes it. `on_decoded(done, total)` counts
+    the folds predict the test images too. The test split is read here and nowhere else, and every evaluation of it
+    is entered into an account before it begins. The masks at each image's own resolution, as `predict` would make
+    them, stay in the final's folder; asked again for a result that is there, it evaluates nothing and counts no
+    evaluation. `submission` packs the masks into a zip as the challenge takes it. `on_decoded(done, total)` counts
     images that are decoded where they are not yet, and `on_step` hears in words what comes next. A request of `stop`
     ends it after the current epoch, or at once where none is trained.
 
@@ -249,15 +262,15 @@ def run_final(
         for note in test.notes:
             say(f"note on the test split: {note}")
         seen = test if config.scored_data == config.data else prepare_test(config.data, root, progress=decoded)
-        if _is_stored(folder, pool, test, n_seeds=n_seeds, ensemble=ensemble):
+        stored_look = _stored_look(project, folder)
+        if stored_look is not None and _is_stored(folder, pool, test, n_seeds=n_seeds, ensemble=ensemble):
             say(f"trial {chosen.number} was evaluated on these images before; this is the stored result")
             decided = Chosen.read(folder.choices) if folder.choices.is_file() else None
             n_members = len(list(folder.ensemble.glob("*.safetensors"))) if ensemble else 0
             leaks = _leaks(config.data, root, pool, test)
-            result = _evaluate(record, chosen, folder, n_seeds, pool, test, decided, n_members, leaks)
             if submission:
                 _write_submission(folder, test)
-            return dataclasses.replace(result, looks=result.looks[:-1])
+            return _evaluate(record, chosen, folder, n_seeds, pool, test, decided, n_members, leaks, stored_look)
         paths.write_text(folder.config, config.to_toml())
         # One network after another on the first device of the plan, which no other worker shares here.
         with Workers(record.paths.root, check) as workers:
@@ -290,6 +303,7 @@ def run_final(
             members = _members(folder, networks if ensemble else None)
             copies = [(folder.seed(0).weights, folder.model), *members]
             do(workers, _keep_job(copies, choices))
+            look = _begin_look(record, chosen, test)
             for index in range(n_seeds):
                 do(workers, _score_job(chosen, folder.seed(index), seen, test))
             together = [target for _, target in members]
@@ -306,8 +320,9 @@ def run_final(
                 masks = folder.masks if uses_ensemble else None
                 do(workers, _official_job(together, test, samples, masks, folder.ensemble_official_counts))
         leaks = _leaks(config.data, root, pool, test)
-        result = _evaluate(record, chosen, folder, n_seeds, pool, test, decided, len(together), leaks)
-        note_look(project, result.looks[-1])
+        result = _evaluate(record, chosen, folder, n_seeds, pool, test, decided, len(together), leaks, look)
+        look = end_look(project, look, result.test[result.metric].mean)
+        result = dataclasses.replace(result, look=look, looks=looks_at(project, look))
         _write_table(folder, n_seeds, test)
         folder.submission.unlink(missing_ok=True)
         if submission:
@@ -511,6 +526,7 @@ def _evaluate(
     chosen: Chosen | None,
     n_members: int,
     leaks: tuple[DuplicatePair, ...],
+    look: Look,
 ) -> FinalResult:
     metric = record.config.study.metric
     claims = Claims.of(record)
@@ -520,9 +536,9 @@ def _evaluate(
     fold_means = [float(out_of_fold[images].mean()) for images in claims.scores.folds]
     scores = {name: np.stack([_scores(folder.seed(index), name) for index in range(n_seeds)]) for name in SCORES}
     by_choices = _means(folder.chosen_counts) if chosen is not None and chosen.choices != Choices() else {}
-    test_mean = bootstrap_mean(scores[metric].mean(axis=0))
     leaked = np.isin(np.array(test.ids), [name for pair in leaks for name in (pair.a, pair.b)])
-    looks, n_before, n_after = _looks(record, trial, test, metric, test_mean.mean)
+    trials, looks = record.trials(), looks_at(record.paths.project, look)
+    first = first_look_of(looks, record.name, trials[0].began_at) or look
     return FinalResult(
         study=record.name,
         trial=trial,
@@ -540,9 +556,10 @@ def _evaluate(
         chosen=chosen,
         chosen_test=by_choices,
         ensemble=_ensemble(folder, test, metric, n_members, has_choices=bool(by_choices)) if n_members else None,
+        look=look,
         looks=looks,
-        n_looks_before=n_before,
-        n_trials_after=n_after,
+        n_looks_before=n_looks_before(looks, trials[0].began_at),
+        n_trials_after=sum(each.began_at > first.at for each in trials),
         leaks=leaks,
         without_leaks=float(scores[metric].mean(axis=0)[~leaked].mean()) if leaks and not leaked.all() else None,
         against_default=claims.gain(trial.number),
@@ -569,25 +586,23 @@ def _leaks(data: DataConfig, root: Path, pool: Prepared, test: Prepared) -> tupl
     return across
 
 
-def _looks(
-    record: StudyRecord, trial: TrialRecord, test: Prepared, metric: str, score: float
-) -> tuple[tuple[Look, ...], int, int]:
-    """All looks with this one at the end, those before the study began, and the study's trials after its first."""
-    project, trials = record.paths.project, record.trials()
-    look = Look(
-        test_set=digest_of_test_set(test.cache_path),
+def _stored_look(project: ProjectPaths, folder: FinalPaths) -> Look | None:
+    """Return the evaluation that the result in `folder` comes from; None without a result or an account of it."""
+    return find_look(project, str(paths.read_json(folder.result).get("look"))) if folder.result.is_file() else None
+
+
+def _begin_look(record: StudyRecord, trial: TrialRecord, test: Prepared) -> Look:
+    project = record.paths.project
+    return begin_look(
+        project,
+        TestImages.in_cache(test.cache_path),
         at=now(),
         study=record.name,
-        study_began_at=trials[0].began_at,
+        study_began_at=record.trial(record.trial_numbers()[0]).began_at,
         trial=trial.number,
         folder=str(project.root.absolute()),
-        n_images=test.n,
-        metric=metric,
-        score=score,
+        metric=record.config.study.metric,
     )
-    looks = (*looks_at(project, look.test_set), look)
-    first = first_look_of(looks, record.name, look.study_began_at) or look
-    return looks, n_looks_before(looks, look.study_began_at), sum(each.began_at > first.at for each in trials)
 
 
 def _ensemble(

@@ -1,8 +1,9 @@
-"""Keeps account of every look at a test set: how often, when and with what it was scored.
+"""Keep account of every evaluation of test images: how often, when and with what they were scored.
 
-A test set that has been looked at often is a second validation set. Looks are kept in the project folder, and in the
-user's state folder too, so that another project folder does not forget them. A test set is known by the content of
-its files, not by their names or place.
+A test set that has been evaluated often is a second validation set. An evaluation is entered before it begins, so
+that one that is killed counts too. It is entered into the project folder and into the user's state folder, so that it
+is known in other project folders. Images are identified one by one by the content of their files, so that an
+evaluation of a few of them counts for these few.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """One scoring of a test set."""
+    """One evaluation of test images."""
 
     test_set: str
-    """Digest of its content, as `digest_of_test_set` gives it."""
+    """Digest of all images and masks together. Version 0.1 knew test sets by this alone."""
     at: float
-    """Unix time in seconds."""
+    """Unix time in seconds when it began."""
     study: str
     study_began_at: float
     """When its first trial began: with the name it tells studies apart, wherever their folder is moved."""
@@ -42,59 +43,121 @@ class Look:
     """Of the project, absolute, as it was then."""
     n_images: int
     metric: str
-    score: float
+    score: float | None = None
+    """Mean over the images; None if the evaluation did not end."""
+    images: tuple[str, ...] = ()
+    """Digest of each image's file; empty in entries of version 0.1."""
+    includes: tuple[str, ...] = ()
+    """`test_set` of entries of version 0.1 that evaluated the first of these images."""
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
+    @property
+    def configuration(self) -> tuple[str, float, int]:
+        return self.study, self.study_began_at, self.trial
 
-def digest_of_test_set(cache_folder: Path) -> str:
-    """Digest of the images and masks in a cache of the test split: 16 hexadecimal digits, in any order."""
-    facts = Index.read(cache_folder).facts
-    lines = sorted(f"{each.image_sha256} {each.mask_sha256}" for each in facts)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+@dataclass(frozen=True)
+class TestImages:
+    """The images and masks of a test split, by content."""
+
+    hashes: tuple[tuple[str, str], ...]
+    """SHA-256 of each image and of its mask."""
+
+    __test__ = False  # not a test case, whatever its name
+
+    @classmethod
+    def in_cache(cls, folder: Path) -> TestImages:
+        """Those in a cache of the test split."""
+        return cls(tuple((each.image_sha256, each.mask_sha256) for each in Index.read(folder).facts))
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """Digest of each image's file, 12 hexadecimal digits."""
+        return tuple(image[:12] for image, _ in self.hashes)
+
+    def digest(self, n: int | None = None) -> str:
+        """Digest of the first n pairs, or of all, in any order: 16 hexadecimal digits."""
+        lines = sorted(f"{image} {mask}" for image, mask in self.hashes[:n])
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def begin_look(project: ProjectPaths, test: TestImages, **facts: Any) -> Look:
+    """Enter an evaluation of these images that is about to begin; `facts` are the other fields of `Look`."""
+    old = {look.test_set: look.n_images for look in _entries(project) if not look.images}
+    includes = tuple(digest for digest, n in old.items() if n < len(test.hashes) and test.digest(n) == digest)
+    look = Look(test_set=test.digest(), images=test.images, n_images=len(test.hashes), includes=includes, **facts)
+    note_look(project, look)
+    return look
+
+
+def end_look(project: ProjectPaths, look: Look, score: float) -> Look:
+    """Enter the mean score of an evaluation that ended."""
+    _append(project, {"id": look.id, "score": score})
+    return dataclasses.replace(look, score=score)
 
 
 def note_look(project: ProjectPaths, look: Look) -> None:
-    """Enter a look into the project's account and the user's. Only the first has to be writable."""
-    line = json.dumps(dataclasses.asdict(look))
-    paths.append_line(project.looks, line)
-    state = user_account()
-    try:
-        state.parent.mkdir(parents=True, exist_ok=True)
-        paths.append_line(state, line)
-    except (OSError, StorageError) as error:
-        logger.info("this look at the test set is on record in the project folder only: %s", error)
+    """Enter an evaluation into the project's account and the user's. Only the first has to be writable."""
+    _append(project, dataclasses.asdict(look))
 
 
-def looks_at(project: ProjectPaths, test_set: str) -> list[Look]:
-    """Every known look at a test set, in the order of time. Lines that make no sense are left out."""
-    found: dict[str, Look] = {}
-    for path in (project.looks, user_account()):
-        for table in _read(path):
-            try:
-                look = Look(**table)
-            except TypeError:
-                continue
-            if look.test_set == test_set:
-                found.setdefault(look.id, look)
-    return sorted(found.values(), key=lambda look: (look.at, look.id))
+def find_look(project: ProjectPaths, id: str) -> Look | None:
+    """The evaluation of that id."""
+    return next((look for look in _entries(project) if look.id == id), None)
 
 
-def describe_looks(looks: Sequence[Look]) -> str:
-    """How often a test set was looked at, and with how many configurations."""
-    if len(looks) < 2:
-        return "this is the first look at this test set"
-    configurations = {(look.study, look.study_began_at, look.trial) for look in looks}
-    times = f"this test set has been scored {len(looks)} times, with {len(configurations)} configuration"
-    return times + ("s" if len(configurations) > 1 else "")
+def looks_at(project: ProjectPaths, look: Look) -> tuple[Look, ...]:
+    """Every known evaluation of any of this one's images, itself included, in the order of time."""
+    others = [each for each in _entries(project) if each.id != look.id and n_shared(each, look)]
+    return tuple(sorted((*others, look), key=lambda each: (each.at, each.id)))
+
+
+def n_shared(a: Look, b: Look) -> int:
+    """How many images two evaluations share, as far as is known.
+
+    Entries of version 0.1 do not name their images. They share all with an entry of the same test set or with one
+    that includes it, and as many as possible with others of the same study, whose images never change.
+    """
+    if a.images and b.images:
+        return len(set(a.images) & set(b.images))
+    if not a.test_set or not b.test_set:
+        return 0
+    if a.test_set == b.test_set or a.test_set in b.includes or b.test_set in a.includes:
+        return min(a.n_images, b.n_images)
+    of_one_study = (a.study, a.study_began_at) == (b.study, b.study_began_at)
+    return min(a.n_images, b.n_images) if of_one_study else 0
+
+
+def n_seen(look: Look, others: Sequence[Look]) -> int:
+    """How many of an evaluation's images any of the others evaluated, as far as is known."""
+    named = {image for other in others for image in other.images} & set(look.images)
+    return max([len(named), *(n_shared(look, other) for other in others)])
+
+
+def describe_looks(look: Look, looks: Sequence[Look]) -> str:
+    """How often an evaluation's images had been evaluated before, given all evaluations of any of them."""
+    earlier = looks[: looks.index(look)]
+    n_later = len(looks) - len(earlier) - 1
+    if not earlier:
+        text = f"this is the first evaluation of these {_count(look.n_images, 'test image')}"
+    else:
+        n = n_seen(look, earlier)
+        which = "" if n == look.n_images else f"{n} of "
+        configurations = len({each.configuration for each in earlier})
+        text = (
+            f"{which}these {_count(look.n_images, 'test image')} had been evaluated before: "
+            f"{_count(len(earlier), 'evaluation')} of {_count(configurations, 'configuration')}"
+        )
+    return text + (f"; {_count(n_later, 'evaluation')} came later" if n_later else "")
 
 
 def first_look_of(looks: Sequence[Look], study: str, study_began_at: float) -> Look | None:
-    """The first time that this study scored the test set; what it found later may owe something to that."""
+    """The first time that this study evaluated the images; what it found later may owe something to that."""
     return next((look for look in looks if (look.study, look.study_began_at) == (study, study_began_at)), None)
 
 
 def n_looks_before(looks: Sequence[Look], study_began_at: float) -> int:
-    """How often the test set had been scored before a study began."""
+    """How often the images had been evaluated before a study began."""
     return sum(look.at < study_began_at for look in looks)
 
 
@@ -105,17 +168,48 @@ def user_account() -> Path:
     return root / "hpsearch" / "test-looks.jsonl"
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def _append(project: ProjectPaths, table: dict[str, Any]) -> None:
+    line = json.dumps(table)
+    paths.append_line(project.looks, line)
+    state = user_account()
+    try:
+        state.parent.mkdir(parents=True, exist_ok=True)
+        paths.append_line(state, line)
+    except (OSError, StorageError) as error:
+        logger.info("this evaluation of the test set is on record in the project folder only: %s", error)
+
+
+def _entries(project: ProjectPaths) -> list[Look]:
+    """All evaluations in both accounts with their scores. Lines that cannot be understood are skipped."""
+    found: dict[str, Look] = {}
+    for path in (project.looks, user_account()):
+        for table in _tables(path):
+            if table.keys() == {"id", "score"}:
+                if table["id"] in found:
+                    found[table["id"]] = dataclasses.replace(found[table["id"]], score=table["score"])
+                continue
+            lists = {name: tuple(table.get(name, ())) for name in ("images", "includes")}
+            try:
+                look = Look(**{**table, **lists})
+            except TypeError:
+                continue
+            found.setdefault(look.id, look)
+    return list(found.values())
+
+
+def _tables(path: Path) -> Iterator[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return []
-    tables = []
+        return
     for line in lines:
         try:
             table = json.loads(line)
         except ValueError:
             continue
         if isinstance(table, dict):
-            tables.append(table)
-    return tables
+            yield table
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"

@@ -17,13 +17,16 @@ import safetensors.numpy
 import torch
 from PIL import Image
 
+from hpsearch import final
 from hpsearch.choices import Choices, Chosen
 from hpsearch.cli.final import describe
 from hpsearch.data.cache import open_cache
+from hpsearch.data.config import DataConfig
 from hpsearch.data.decode import resize
-from hpsearch.data.prepare import prepare_pool
+from hpsearch.data.prepare import Prepared, prepare_pool
 from hpsearch.errors import StoppedError, StudyError, TrackingError
 from hpsearch.final import FinalResult, _is_stored, fold_networks, run_final
+from hpsearch.looks import find_look, n_seen, user_account
 from hpsearch.paths import FinalPaths, ProjectPaths
 from hpsearch.plan import ExecutionPlan
 from hpsearch.predict import Ensemble, Predictor, find_images, load_predictor, predict_files
@@ -319,6 +322,49 @@ def test_the_ensemble_has_a_network_for_each_fold_and_is_shown_beside_the_one_ke
     assert {name: interval.mean for name, interval in result.ensemble.official.items()} == pytest.approx(found)
 
 
+def test_an_evaluation_that_is_killed_midway_and_one_of_a_few_images_are_counted(
+    project: ProjectPaths, result: FinalResult, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert result.look.score is None
+    (noted,) = result.looks
+    found = find_look(project, noted.id)
+    assert found is not None
+    assert found.score == pytest.approx(result.test["dice"].mean)
+    # The same study in another project folder; the user's account, of which this test has a copy, knows both.
+    account = user_account()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    user_account().parent.mkdir()
+    user_account().write_text(account.read_text())
+    other = ProjectPaths(tmp_path / "other")
+    shutil.copytree(project.root, other.root)
+    other.looks.unlink()
+
+    class KilledError(Exception):
+        pass
+
+    def kill_at_the_first_score(workers: object, job: dict[str, Any], **more: Any) -> Any:
+        if job["job"] == "score":
+            raise KilledError
+        return do(workers, job, **more)
+
+    def prepare_two(data: DataConfig, root: Path, **more: Any) -> Prepared:
+        return prepare_test(dataclasses.replace(data, n_final_test=2), root, **more)
+
+    do, prepare_test = final.do, final.prepare_test
+    with monkeypatch.context() as killing:
+        killing.setattr(final, "do", kill_at_the_first_score)
+        killing.setattr(final, "prepare_test", prepare_two)
+        with pytest.raises(KilledError):
+            run_final(other, machine=MACHINE, n_seeds=2)
+    whole = run_final(other, machine=MACHINE, n_seeds=2)
+    assert whole is not None
+    assert [(look.n_images, look.score is None) for look in whole.looks] == [(4, False), (2, True), (4, True)]
+    assert n_seen(whole.look, whole.looks[1:2]) == 2
+    text = "\n".join(describe(whole))
+    assert "these 4 test images had been evaluated before: 2 evaluations of 1 configuration" in text
+    assert "(did not end)" in text
+
+
 def test_every_look_at_the_test_set_is_counted_and_a_search_that_goes_on_after_one_is_marked(
     project: ProjectPaths, result: FinalResult
 ) -> None:
@@ -346,7 +392,7 @@ def test_every_look_at_the_test_set_is_counted_and_a_search_that_goes_on_after_o
     assert len(project.looks.read_text().splitlines()) == 2
     assert stored.paths.submission.is_file()
     text = "\n".join(describe(again))
-    assert "scored 2 times" in text
-    assert "1 trial of this study began after its first look" in text
+    assert "4 test images had been evaluated before: 1 evaluation of 1 configuration" in text
+    assert "1 trial of this study began after its first evaluation" in text
     rows = study_rows(study_record(project, None))
     assert {final.n_trials_after for final in rows.finals} == {1}

@@ -1,4 +1,4 @@
-"""Says in plain sentences what a final result is worth: promise, choices, ensemble, looks at the test set, leaks."""
+"""Describe a final result in sentences: prediction, choices, ensemble, evaluations of the test images, leaks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from hpsearch.final import FinalResult
 
 N_NAMED = 5
-"""Pairs or looks that are named; the rest is counted."""
+"""Pairs or evaluations that are named; the rest is counted."""
 
 
 def final_lines(result: FinalResult) -> list[str]:
@@ -30,10 +30,10 @@ def final_lines(result: FinalResult) -> list[str]:
     elif result.is_default and of_winner is not None:
         lines.append(
             f"this is the default configuration: trial {result.winner}, the best that the search found, gains "
-            f"{_gain(of_winner)} over it, out of fold, paired"
+            f"{_gain(of_winner)} over it, out of fold, corrected for selection"
         )
     elif gain is not None:
-        lines.append(f"gain over trial 0 (the default), out of fold, paired: {_gain(gain)}")
+        lines.append(f"gain over trial 0 (the default), out of fold, corrected for selection: {_gain(gain)}")
     lines += describe_choices(result.chosen)
     if result.ensemble is not None:
         lines.append(
@@ -41,7 +41,7 @@ def final_lines(result: FinalResult) -> list[str]:
             f"test images: {_gain(result.ensemble.gain)}; that is for information: a choice by the test set would "
             "use it up"
         )
-    lines += describe_account(result.looks, result.n_looks_before, result.n_trials_after)
+    lines += describe_account(result.look, result.looks, result.n_looks_before, result.n_trials_after)
     if result.leaks:
         pairs = [(pair.a, pair.b) for pair in result.leaks]
         lines.append(describe_leaks(pairs, result.test[metric].mean, result.without_leaks))
@@ -58,25 +58,27 @@ def describe_choices(chosen: Chosen | None) -> list[str]:
     return [f"choices by {chosen.n_images} out-of-fold predictions ({chosen.source}), gains: {listed}"]
 
 
-def describe_account(looks: Sequence[Look], n_before: int, n_after: int) -> list[str]:
-    """How often the test set was looked at, and what that did to the search."""
-    lines = []
-    if looks:
-        earlier = [f"{_day(look.at)} {look.study} trial {look.trial} ({look.score:.4f})" for look in looks[:-1]]
-        text = describe_looks(looks)
-        if earlier:
-            more = f" and {len(earlier) - N_NAMED} more" if len(earlier) > N_NAMED else ""
-            text += f"; before: {', '.join(earlier[-N_NAMED:])}{more}"
-        lines.append(text)
+def describe_account(look: Look, looks: Sequence[Look], n_before: int, n_after: int) -> list[str]:
+    """How often the test images were evaluated, and how that bears on the search."""
+    text = describe_looks(look, looks)
+    if earlier := looks[: looks.index(look)]:
+        listed = [
+            f"{_day(each.at)} {each.study} trial {each.trial} "
+            + (f"({each.score:.4f})" if each.score is not None else "(did not end)")
+            for each in earlier
+        ]
+        more = f" and {len(listed) - N_NAMED} more" if len(listed) > N_NAMED else ""
+        text += f": {', '.join(listed[-N_NAMED:])}{more}"
+    lines = [text]
     if n_before:
         lines.append(
-            f"caution: it had been scored {n_before} time{'s' if n_before > 1 else ''} before this study began; what "
-            "was learned then may have gone into it"
+            f"caution: {n_before} evaluation{'s' if n_before > 1 else ''} came before this study began; the search "
+            "may have been set up by what was learned from them"
         )
     if n_after:
         lines.append(
-            f"caution: {n_after} trial{'s' if n_after > 1 else ''} of this study began after its first look at the "
-            "test set: what was found since may owe something to it, and this result is not that of an unseen set"
+            f"caution: {n_after} trial{'s' if n_after > 1 else ''} of this study began after its first evaluation of "
+            "these test images; the search may have used what it showed, so this is not a result on unseen images"
         )
     return lines
 

@@ -14,8 +14,8 @@ from hpsearch.report.statistics import (
     Paired,
     StudyScores,
     cheapest,
-    compare_trials,
     corrected_estimate,
+    corrected_gain,
     predict_test_mean,
     tied_with_best,
 )
@@ -23,20 +23,23 @@ from hpsearch.tuning.record import StudyRecord
 
 
 def study_scores(record: StudyRecord, full: Sequence[int]) -> StudyScores:
-    """Final scores of the full trials with these numbers, on the images that were held out.
+    """Return the final scores of the full trials with these numbers, on the images that were held out.
 
-    With the second fits once the study is confirmed.
+    Second fits are included once the study is confirmed, dropped trials with the folds that they finished.
     """
     fold_of = np.asarray(record.folds.fold_of, np.int64)
     held_out = np.flatnonzero(fold_of >= 0)
     standing = record.standing()
     confirmed = [number for number in standing.confirmed if number in full]
+    dropped = [record.out_of_fold(trial.number)[held_out] for trial in record.trials() if trial.outcome == "dropped"]
+    dropped = [scores for scores in dropped if np.isfinite(scores).any()]
     return StudyScores(
         scores=np.stack([record.out_of_fold(number)[held_out] for number in full]),
         fold_of=fold_of[held_out],
         confirmed=tuple(full.index(number) for number in confirmed),
         second=np.stack([record.second_out_of_fold(number)[held_out] for number in confirmed]) if confirmed else None,
         winner=None if standing.winner not in full else full.index(standing.winner),
+        dropped=np.stack(dropped) if dropped else None,
     )
 
 
@@ -81,10 +84,10 @@ class Claims:
         return predict_test_mean(self.scores, self.corrected, n_test=n_test, n_runs=n_runs)
 
     def gain(self, trial: int) -> Paired | None:
-        """Over trial 0 on the same images; None for trial 0 itself, and where that is not full."""
+        """Return its gain over trial 0, corrected for selection; None for trial 0, and where that is not full."""
         if trial == 0 or 0 not in self.full:
             return None
-        return compare_trials(self.scores, self.full.index(trial), self.full.index(0))
+        return corrected_gain(self.scores, self.full.index(trial), self.full.index(0))
 
 
 def cross_validation_s(record: StudyRecord, number: int) -> float:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from hpsearch.choices import Chosen
 from hpsearch.config import StudyConfig, get_setting
 from hpsearch.errors import RecordError
-from hpsearch.looks import Look, first_look_of, looks_at, n_looks_before
+from hpsearch.looks import Look, find_look, first_look_of, looks_at, n_looks_before
 from hpsearch.models.shapes import n_parameters, why_impossible
 from hpsearch.paths import read_json
 from hpsearch.plan import ExecutionPlan, predicted_bytes
@@ -127,11 +127,13 @@ class FinalRow:
     scores: Floats
     """The study's metric on every test image, mean over the networks."""
     n_trials_after: int
-    """Trials that began after the study's first look at the test set."""
+    """Trials that began after the study's first evaluation of the test images."""
     n_looks_before: int
-    """Looks at this test set before the study began."""
+    """Evaluations of any of these test images before the study began."""
+    look: Look
+    """This evaluation; as far as final.json tells where it is not on account any more."""
     looks: tuple[Look, ...]
-    """All known looks at this test set, in the order of time."""
+    """All known evaluations of any of these test images, this one included, in the order of time."""
     chosen: Chosen | None
     """What was decided out of fold; None where nothing was."""
     chosen_test: dict[str, Interval]
@@ -389,10 +391,10 @@ def _final_row(
     if claims is not None:
         predicted = claims.predicted(result["trial"], n_test=result["n_test"], n_runs=max(1, result["n_seeds"]))
     chosen, ensemble = result.get("chosen"), result.get("ensemble")
-    looks = tuple(looks_at(record.paths.project, result.get("test_set", "")))
     began_at = trials[0].began_at
-    first = first_look_of(looks, record.name, began_at)
-    first_at = first.at if first is not None else result["ended_at"]
+    look = _look(record, result, began_at)
+    looks = looks_at(record.paths.project, look)
+    first = first_look_of(looks, record.name, began_at) or look
     return FinalRow(
         name=name,
         trial=result["trial"],
@@ -405,8 +407,9 @@ def _final_row(
         official=_intervals(result.get("official", {})),
         predicted=predicted,
         scores=_test_scores(record, name),
-        n_trials_after=sum(trial.began_at > first_at for trial in trials),
+        n_trials_after=sum(trial.began_at > first.at for trial in trials),
         n_looks_before=n_looks_before(looks, began_at),
+        look=look,
         looks=looks,
         chosen=Chosen.from_table(chosen) if chosen else None,
         chosen_test=_intervals(result.get("chosen_test", {})),
@@ -421,6 +424,27 @@ def _final_row(
         leaks=tuple((pair["a"], pair["b"]) for pair in result.get("leaks", ())),
         without_leaks=result.get("without_leaks"),
     )
+
+
+def _look(record: StudyRecord, result: dict[str, Any], study_began_at: float) -> Look:
+    """A final's entry in the account. Version 0.1 did not write down which it is."""
+    project = record.paths.project
+    if (found := find_look(project, result.get("look", ""))) is not None:
+        return found
+    known = Look(
+        test_set=result.get("test_set", ""),
+        at=result["ended_at"],
+        study=record.name,
+        study_began_at=study_began_at,
+        trial=result["trial"],
+        folder=str(project.root.absolute()),
+        n_images=result["n_test"],
+        metric=result["metric"],
+        score=result["test"][result["metric"]]["mean"],
+        id="",
+    )
+    same = (look for look in looks_at(project, known) if look.id and look.test_set == known.test_set)
+    return next((look for look in same if look.configuration == known.configuration), known)
 
 
 def _intervals(table: dict[str, dict[str, float]]) -> dict[str, Interval]:

@@ -1,27 +1,25 @@
-"""How sure the numbers of a study are: intervals, comparisons, ties, and the price of having picked the best of many.
+"""Estimate how sure a study's numbers are: intervals, comparisons, ties, and the bias of picking the best of many.
 
-**What a mean is made of.** With y[c, i] the score of image i by the fold model of trial c that had not seen it,
+**Model.** With y[c, i] the score of image i by the fold model of trial c that had not seen it,
 
     y[c, i] = mu[c] + a[i] + b[c, i] + r[c, fold of i]
 
-mu is what one wants to know; a says how hard the image is, the same for all trials; b is what this configuration
-makes of this image; r is run luck: fitting the same fold again with another seed moves all of its images together.
-More images average a and b away, but r only averages over folds and fits. Its standard deviation s is the race's
-(`racing.run_spread`), so that race and report speak of one thing.
+mu[c] is the quantity of interest; a is the difficulty of the image, shared by all trials; b is the effect of this
+configuration on this image (variance g^2); r is run-to-run variation (variance s^2): refitting the same fold with
+another seed moves all of its images together. More images average a and b out, but r averages only over folds and
+fits.
 
-**What the winner is worth.** The best of many means is too good, by image luck and by run luck. Bootstrap
-bias-corrected cross-validation (BBC-CV: Tsamardinos, Greasidou and Borboudakis, Machine Learning 107, 2018) repeats
-the choice on bags of images and scores what it chose on the images out of the bag. Run luck, which images in and out
-of the bag share, stays in. So the winners are fitted once more with new seeds, and each bag repeats the whole
-choice (`corrected_estimate`): the first fits in the bag make a shortlist, the first fits and the second fits of the
-other folds choose from it, and the second fit of the fold scores the images that are out of the bag. Without second
-fits, whole folds are left out of the choice instead, since run luck is not shared between folds.
+**Selection bias.** The best of many means is too high, and a trial that survived the race was lucky in its early
+folds. Both follow from the same data, so a posterior mean corrects for both at once: what was selected, and why, does
+not change a posterior (Rubin, Biometrika 63, 1976, on ignorable mechanisms; Efron, JASA 106, 2011, on selection
+bias). The trials' mu are taken to be normal about a common mean with standard deviation tau, which the study itself
+tells (empirical Bayes; Morris, JASA 78, 1983). Where tau is small against the noise, the winner is pulled to the mean
+of all trials; where it is large, the winner keeps its own mean. Dropped trials enter with the folds they finished.
+benchmarks/study_statistics.py checks bias and coverage on studies whose truth is known.
 
-**Where intervals end.** Every score lies in [0, 1], so means do too, and differences of them in [-1, 1]. With few
-images an interval that is as wide as its coverage needs would go beyond: it is cut there. The truth never lies in
-what is cut off, so that the coverage stays what it was, and the estimate always lies inside, so that nothing becomes
-empty (the truncation of Newcombe, Statistics in Medicine 17, 1998, for proportions; Mandelkern, Statistical Science
-17, 2002, on bounded parameters at large).
+**Limits.** Scores lie in [0, 1], hence means too, and differences in [-1, 1]. Intervals that would extend beyond are
+cut there. The truth never lies in the part cut off, so coverage does not change, and the estimate stays inside
+(Newcombe, Statistics in Medicine 17, 1998; Mandelkern, Statistical Science 17, 2002).
 """
 
 from __future__ import annotations
@@ -30,18 +28,19 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtrit
+from scipy.special import stdtr, stdtrit
 
 from hpsearch.errors import StudyError
+from hpsearch.report.shrinkage import posterior_contrast
 from hpsearch.stats.best import rank
-from hpsearch.tuning.racing import NEAR, run_spread
+from hpsearch.tuning.racing import NEAR, S_GUESS, S_GUESS_DF, fold_mean_squares
 
 Floats = NDArray[np.float64]
-Method = Literal["single", "confirmed", "folds", "images"]
+Method = Literal["single", "first", "confirmed"]
 
 LEVEL = 0.95
 """Nominal coverage of every interval, and of the set that is tied with the best."""
@@ -51,6 +50,8 @@ N_DRAWS = 2000
 """Draws of the noise that decides how large a gap between tied trials may be."""
 HOPELESS = 4.0
 """Standard errors behind the best from which on a trial is no contender: one-sided p below 0.0001."""
+LIMIT = 8.0
+"""A trial's run-to-run mean square counts at most this many medians, so that one collapsed fold does not decide."""
 _BLOCK = 2**23
 """Entries of a block of bags: 32 MiB."""
 
@@ -80,21 +81,21 @@ class Paired:
 
 
 @dataclass(frozen=True)
-class RunLuck:
-    """How far a fold's mean moves when the same fit is run again with another seed."""
+class RunVariance:
+    """Variance of a fold's mean between runs of the same fit with different seeds."""
 
-    sd: float
+    variance: float
     df: float
-    """Degrees of freedom that the estimate is worth."""
+    """Degrees of freedom of the estimate."""
 
     @property
-    def variance(self) -> float:
-        return self.sd**2
+    def sd(self) -> float:
+        return math.sqrt(self.variance)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StudyScores:
-    """The final scores of a study's full trials on the images that were held out."""
+    """The final scores of a study's trials on the images that were held out."""
 
     scores: Floats
     """First fits, (trials, images)."""
@@ -106,6 +107,8 @@ class StudyScores:
     """Their second fits on the same folds, (confirmed, images)."""
     winner: int | None = None
     """Row of the trial that the study names as best; None: the best by these scores (`chosen`)."""
+    dropped: Floats | None = None
+    """First fits of the trials that the race ended, (dropped, images); NaN on folds they did not finish."""
 
     def __post_init__(self) -> None:
         shape = self.scores.shape
@@ -119,6 +122,8 @@ class StudyScores:
             self.confirmed
         ):
             raise ValueError(f"second fits of shape {self.second_fits.shape} are not those of {self.confirmed}")
+        if self.dropped is not None and self.dropped.shape[1:] != shape[1:]:
+            raise ValueError(f"dropped trials of shape {self.dropped.shape} do not go with {shape[1]} images")
 
     @property
     def n_trials(self) -> int:
@@ -153,37 +158,57 @@ class StudyScores:
         return joint
 
     @cached_property
-    def run_luck(self) -> RunLuck:
-        """From the trials near the best: a collapsed configuration has a spread of its own, many times larger."""
-        return RunLuck(*run_spread(self._near_by_fold()))
+    def near(self) -> Floats:
+        """First fits of the trials within 0.05 of the best, at least of two, (near, images).
+
+        A collapsed configuration spreads many times as far from run to run and from image to image.
+        """
+        means = self.scores.mean(axis=1)
+        n_near = max(2, int((means >= means.max() - NEAR).sum()))
+        return self.scores[np.argsort(-means, kind="stable")[:n_near]]
 
     @cached_property
-    def run_luck_ahead(self) -> RunLuck:
-        """What to expect of the next network: without the race's floor, and joined with what second fits moved.
+    def runs(self) -> RunVariance:
+        """s^2, pooled by degrees of freedom from the prior guess of the race, first fits, and second fits.
 
-        The race must not take luck for merit, so it believes in no less than its floor. A prediction that did the
-        same would be too wide. Half the mean square of the moves of a fold's mean from first to second fit, images'
-        own part off, estimates s^2 with a degree of freedom for every move.
+        First fits: mean squares of the near trials' fold means after trial and fold effects, each limited to
+        `LIMIT` medians, less the images' part. Second fits: half the variance over folds of how far a fold's mean
+        moved from first to second fit, less the images' part; a trial's mean move is left out, because trials were
+        confirmed for a high first fit.
         """
-        sd, df = run_spread(self._near_by_fold(), floor=0.0)
-        total, weight = df * sd**2, df
-        moves = self.second_fits - self.scores[list(self.confirmed)]
-        for images in self.folds:
-            # A fold of one image cannot tell its own luck from the fold's.
-            if len(images) > 1:
-                of_fold = moves[:, images]
-                total += float((of_fold.mean(axis=1) ** 2 - of_fold.var(axis=1, ddof=1) / len(images)).sum()) / 2
-                weight += len(moves)
-        return RunLuck(math.sqrt(max(0.0, total / weight)), weight)
+        k, n_near = len(self.folds), len(self.near)
+        total, df = S_GUESS_DF * S_GUESS**2, S_GUESS_DF
+        if k < 2:
+            return RunVariance(total / df, df)
+        if n_near > 1:
+            squares, images = fold_mean_squares([self.near[:, fold] for fold in self.folds])
+            first_df = (n_near - 1) * (k - 1)
+            total += first_df * (float(np.minimum(squares, LIMIT * np.median(squares)).mean()) - images)
+            df += first_df
+        # A fold of one image cannot tell its own move from the image's.
+        if self.confirmed and min(map(len, self.folds)) > 1:
+            moves = self.second_fits - self.scores[list(self.confirmed)]
+            means = np.stack([moves[:, fold].mean(axis=1) for fold in self.folds], axis=1)
+            images_part = np.mean([moves[:, fold].var(axis=1, ddof=1) / len(fold) for fold in self.folds], axis=0)
+            second_df = (k - 1) * len(moves)
+            total += second_df * float((means.var(axis=1, ddof=1) - images_part).mean()) / 2
+            df += second_df
+        return RunVariance(max(0.0, total / df), df)
 
-    def _near_by_fold(self) -> list[Floats]:
-        means = self.scores.mean(axis=1)
-        near = self.scores[means >= means.max() - NEAR]
-        return [near[:, images] for images in self.folds]
+    @cached_property
+    def image_spread(self) -> float:
+        """g^2: variance of a trial's score of an image after trial, fold and image effects, from the near trials."""
+        squares, df = 0.0, 0
+        for fold in self.folds:
+            residual = self.near[:, fold] - self.near[:, fold].mean(axis=1, keepdims=True)
+            squares += float(((residual - residual.mean(axis=0)) ** 2).sum())
+            df += (len(self.near) - 1) * (len(fold) - 1)
+        return squares / df if df else 0.0
 
-    def run_variance(self) -> Floats:
-        """Variance of each trial's joint mean by run luck, (trials,)."""
-        return self.run_luck.variance / (len(self.folds) * self.n_fits)
+    @property
+    def run_variances(self) -> Floats:
+        """Run-to-run variance of each trial's joint mean, (trials,): s^2 / (folds x fits)."""
+        return self.runs.variance / (len(self.folds) * self.n_fits)
 
 
 # One mean, two means
@@ -248,7 +273,7 @@ class TrialStatistics:
 
 def trial_statistics(study: StudyScores, *, seed: int = 0) -> list[TrialStatistics]:
     """One entry for each trial, in the study's order."""
-    run_variance = study.run_variance()
+    run_variance = study.run_variances
     rows = []
     for trial, scores in enumerate(study.joint):
         fold_means = np.array([scores[images].mean() for images in study.folds])
@@ -259,24 +284,12 @@ def trial_statistics(study: StudyScores, *, seed: int = 0) -> list[TrialStatisti
                 sd_folds=float(fold_means.std(ddof=1)) if len(fold_means) > 1 else 0.0,
                 images=bootstrap_mean(scores, seed=seed),
                 total=bootstrap_mean(
-                    scores, run_variance=float(run_variance[trial]), run_df=study.run_luck.df, seed=seed
+                    scores, run_variance=float(run_variance[trial]), run_df=study.runs.df, seed=seed
                 ),
                 folds=corrected_t(fold_means),
             )
         )
     return rows
-
-
-def compare_trials(study: StudyScores, first: int, second: int, *, seed: int = 0) -> Paired:
-    """Configuration `first` minus configuration `second` on the same images, run luck included."""
-    run_variance = study.run_variance()
-    return paired_difference(
-        study.joint[first],
-        study.joint[second],
-        run_variance=float(run_variance[first] + run_variance[second]),
-        run_df=study.run_luck.df,
-        seed=seed,
-    )
 
 
 def tied_with_best(study: StudyScores, *, seed: int = 0) -> tuple[int, ...]:
@@ -288,7 +301,7 @@ def tied_with_best(study: StudyScores, *, seed: int = 0) -> tuple[int, ...]:
     aside first: collapsed ones have so much noise that, taken for equals, they would tie everything.
     """
     rng = np.random.default_rng(seed)
-    luck, means, run_variance = study.run_luck, study.joint.mean(axis=1), study.run_variance()
+    runs, means, run_variance = study.runs, study.joint.mean(axis=1), study.run_variances
     centred = study.joint - means[:, None]
     covariance = centred @ centred.T / (study.n_images - 1) / study.n_images
     best = int(means.argmax())
@@ -300,7 +313,7 @@ def tied_with_best(study: StudyScores, *, seed: int = 0) -> tuple[int, ...]:
     # Eigenvectors, because equal rows make the covariance singular.
     values, vectors = np.linalg.eigh(covariance[np.ix_(contenders, contenders)])
     noise = (rng.standard_normal((N_DRAWS, len(contenders))) * np.sqrt(np.maximum(values, 0))) @ vectors.T
-    size = np.sqrt(luck.df / rng.chisquare(luck.df, (N_DRAWS, 1)))
+    size = np.sqrt(runs.df / rng.chisquare(runs.df, (N_DRAWS, 1)))
     noise += size * np.sqrt(run_variance[contenders]) * rng.standard_normal(noise.shape)
     allowed = np.quantile(noise.max(axis=1, keepdims=True) - noise, LEVEL, axis=0)
     tied = contenders[means[best] - means[contenders] <= allowed]
@@ -341,11 +354,11 @@ def chosen(study: StudyScores) -> int:
 
 @dataclass(frozen=True)
 class Corrected:
-    """What the chosen configuration is worth, with the price of the choice taken off."""
+    """The winner's mean, corrected for having been selected."""
 
     trial: int
     naive: float
-    """Its first fits' mean: too good."""
+    """Mean of its first fits: too high on average."""
     mean: float
     low: float
     high: float
@@ -353,12 +366,11 @@ class Corrected:
     image_variance: float
     """Of the estimate, because the images are a sample."""
     run_variance: float
-    """Of the estimate, because every fit was luckier or less lucky than another seed would be."""
+    """Of the estimate, because every fit would come out differently with another seed."""
     choice_variance: float
-    """Of the estimate, because the choices came to several configurations, and the winner is one of them."""
+    """Of the estimate, because it is not known how much of the winner's lead over the other trials is real."""
     method: Method
-    """`confirmed` and `folds` take image luck and run luck off; `images`, with one fold and no second fits, only the
-    first: plain BBC-CV; `single`: there was no choice."""
+    """`single`: nothing was selected; `first`: selected by first fits alone; `confirmed`: by both fits."""
 
     @property
     def interval(self) -> Interval:
@@ -366,66 +378,63 @@ class Corrected:
         return Interval(self.mean, self.low, self.high)
 
 
-def corrected_estimate(study: StudyScores, *, n_bags: int = N_BAGS, seed: int = 0) -> Corrected:
-    """The winner's mean, corrected for having been chosen, with a 95 % interval.
-
-    Every image gets the mean score by those networks that choices which did not know it came to; the estimate is the
-    mean over images. Half of the choices with second fits go by the first fits alone, which underrates a choice by
-    both, and half by both, which the image luck of having been confirmed overrates. benchmarks/study_statistics.py
-    shows what it is good for; without second fits the interval is too narrow where run luck is large.
-    """
-    method, weights = _weights(study, n_bags, seed)
-    rows = np.concatenate([study.scores, study.second_fits])
-    total = weights.sum(axis=0)
-    seen = total > 0  # With few images and few bags, one may never be out of a bag.
-    shares = weights[:, seen] / total[seen]
-    scores = (shares * rows[:, seen]).sum(axis=0)
-    n, luck = len(scores), study.run_luck
-    # Run luck is one number for each row and fold; it enters with the row's share of the fold's images.
-    by_fold = np.array([shares[:, study.fold_of[seen] == fold].sum(axis=1) / n for fold in np.unique(study.fold_of)])
-    run_variance = luck.variance * float((by_fold**2).sum())
-    trial = chosen(study)
-    choice_variance = _choice_variance(study, by_fold.sum(axis=0), trial)
-    image_variance = float(scores.var(ddof=1)) / n if n > 1 else 0.0
-    mean = float(scores.mean())
-    half = _half_width(image_variance + choice_variance, n - 1, run_variance, luck.df)
-    interval = Interval.of_scores(mean, mean - half, mean + half)
+def corrected_estimate(study: StudyScores) -> Corrected:
+    """Return the winner's mean, corrected for selection and the race, with a 95 % interval."""
+    trial, n = chosen(study), study.n_images
+    found = _posterior(study, trial)
+    half = _half_width(found.image_variance + found.choice_variance, n - 1, found.run_variance, study.runs.df)
+    interval = Interval.of_scores(found.mean, found.mean - half, found.mean + half)
     return Corrected(
         trial=trial,
         naive=float(study.scores[trial].mean()),
-        mean=mean,
+        mean=found.mean,
         low=interval.low,
         high=interval.high,
-        image_variance=image_variance,
-        run_variance=run_variance,
-        choice_variance=choice_variance,
-        method=method,
+        image_variance=found.image_variance,
+        run_variance=found.run_variance,
+        choice_variance=found.choice_variance,
+        method="single" if study.n_trials == 1 else "confirmed" if study.confirmed else "first",
     )
 
 
-def predict_test_mean(study: StudyScores, corrected: Corrected, *, n_test: int, n_runs: int = 1) -> Interval:
-    """What the retrained winner will score on `n_test` new images, with a 95 % prediction interval.
+def corrected_gain(study: StudyScores, trial: int, reference: int = 0) -> Paired:
+    """Return how much better `trial` is than `reference`, corrected for selection, with a 95 % interval and p.
 
-    It holds the uncertainty of the estimate, the luck of the draw of the test images, and the run luck of `n_runs`
-    retrained networks whose scores are averaged. It takes the test images to be drawn like the pool, and a network
-    trained on the whole pool to be as good as those that lacked a fold.
+    The reference was in the study whatever its score, so it is not pulled to the other trials and does not tell how
+    they spread. p is two-sided, of no difference (Student's t with Satterthwaite's degrees of freedom).
+    """
+    found = _posterior(study, trial, reference)
+    images = found.image_variance + found.choice_variance
+    half = _half_width(images, study.n_images - 1, found.run_variance, study.runs.df)
+    se = math.sqrt(images + found.run_variance)
+    df = _satterthwaite(images, study.n_images - 1, found.run_variance, study.runs.df)
+    p = 2 * float(stdtr(df, -abs(found.mean) / se)) if se > 0 else float(found.mean == 0)
+    ends = _cut(found.mean, found.mean - half, found.mean + half, least=-1.0)
+    return Paired(found.mean, *ends, max(p, float(np.finfo(float).tiny)))
+
+
+def predict_test_mean(study: StudyScores, corrected: Corrected, *, n_test: int, n_runs: int = 1) -> Interval:
+    """Return the retrained winner's expected mean on `n_test` new images, with a 95 % prediction interval.
+
+    The variance is that of the estimate, plus that of a mean over `n_test` images, plus that of `n_runs` retrained
+    networks whose scores are averaged. It assumes test images drawn like the pool, and a network trained on the whole
+    pool to be as good as those that lacked a fold.
     """
     images = (
         corrected.image_variance
         + corrected.choice_variance
         + float(study.scores[corrected.trial].var(ddof=1)) / n_test
     )
-    ahead = study.run_luck_ahead
-    runs = corrected.run_variance / study.run_luck.variance * ahead.variance + ahead.variance / n_runs
-    half = _half_width(images, study.n_images - 1, runs, ahead.df)
+    runs = corrected.run_variance + study.runs.variance / n_runs
+    half = _half_width(images, study.n_images - 1, runs, study.runs.df)
     return Interval.of_scores(corrected.mean, corrected.mean - half, corrected.mean + half)
 
 
 def explain_test_mean(predicted: Interval, result: float) -> str:
-    """One sentence on a test result beside what was predicted."""
-    predicted_range = f"the predicted [{predicted.low:.4f}, {predicted.high:.4f}]"
+    """Compare a test result with its prediction, in one sentence."""
+    predicted_range = f"the 95 % prediction interval [{predicted.low:.4f}, {predicted.high:.4f}]"
     if predicted.low <= result <= predicted.high:
-        return f"the test mean {result:.4f} lies within {predicted_range}: the search kept its promise"
+        return f"the test mean {result:.4f} lies within {predicted_range}, as the search predicted"
     side, causes = (
         (
             "above",
@@ -440,70 +449,49 @@ def explain_test_mean(predicted: Interval, result: float) -> str:
         )
     )
     return (
-        f"the test mean {result:.4f} lies {side} {predicted_range}, as chance does in 1 of 40 studies; else {causes}"
+        f"the test mean {result:.4f} lies {side} {predicted_range}, which is expected by chance in 2.5 % of studies; "
+        f"possible reasons: {causes}"
     )
 
 
-def _weights(study: StudyScores, n_bags: int, seed: int) -> tuple[Method, Floats]:
-    """How often each row (first fits, then second fits) scores each image, (rows, images)."""
-    weights = np.zeros((study.n_trials + len(study.confirmed), study.n_images))
-    if study.n_trials == 1:
-        return "single", weights + 1
-    if study.confirmed:
-        _repeat_choice_with_second_fits(study, weights, n_bags, seed)
-        return "confirmed", weights
-    if len(study.folds) > 1:
-        _repeat_choice_without_a_fold(study, weights, n_bags, seed)
-        return "folds", weights
-    centred = _centred(study.scores)
-    for bags in _bags(study.n_images, seed, n_bags):
-        picks = (bags @ centred.T).argmax(axis=1)
-        weights += _one_hot(picks, study.n_trials).T @ (bags == 0)
-    return "images", weights
+class _Estimate(NamedTuple):
+    mean: float
+    image_variance: float
+    run_variance: float
+    choice_variance: float
 
 
-def _repeat_choice_with_second_fits(study: StudyScores, weights: Floats, n_bags: int, seed: int) -> None:
-    n_trials, confirmed = study.n_trials, list(study.confirmed)
-    row_of = np.full(n_trials, -1)
-    row_of[confirmed] = np.arange(len(confirmed))
-    centred = _centred(study.scores)
-    second = np.asarray(study.second_fits - study.scores.mean(axis=0), np.float32)
-    for bags in _bags(study.n_images, seed, n_bags):
-        out = (bags == 0).astype(np.float32)
-        first_in = bags @ centred.T / study.n_images
-        picks = first_in.argmax(axis=1)
-        # A bag whose best trial was not confirmed is scored by that trial's first fit: leaving such bags out would
-        # favour the confirmed, which the out-of-bag images helped to become so.
-        outside = row_of[picks] < 0
-        weights[:n_trials] += _one_hot(picks[outside], n_trials).T @ out[outside]
-        bags, out, first_in, picks = bags[~outside], out[~outside], first_in[~outside], picks[~outside]
-        sums = [bags[:, images] @ second[:, images].T for images in study.folds]
-        sizes = [bags[:, images].sum(axis=1, keepdims=True) for images in study.folds]
-        by_first = _one_hot(row_of[picks], len(confirmed))
-        for fold, images in enumerate(study.folds):
-            votes = first_in[:, confirmed] + (sum(sums) - sums[fold]) / np.maximum(sum(sizes) - sizes[fold], 1)
-            by_both = _one_hot(votes.argmax(axis=1), len(confirmed))
-            weights[n_trials:, images] += (by_first + by_both).T @ out[:, images] / 2
+def _posterior(study: StudyScores, trial: int, reference: int | None = None) -> _Estimate:
+    """Posterior mean of a trial's mean, or of its lead over `reference`, and the parts of its variance.
 
-
-def _repeat_choice_without_a_fold(study: StudyScores, weights: Floats, n_bags: int, seed: int) -> None:
-    centred = _centred(study.scores)
-    for bags in _bags(study.n_images, seed, n_bags):
-        sums = [bags[:, images] @ centred[:, images].T for images in study.folds]
-        for fold, images in enumerate(study.folds):
-            picks = (sum(sums) - sums[fold]).argmax(axis=1)
-            weights[:, images] += np.bincount(picks, minlength=study.n_trials)[:, None]
-
-
-def _choice_variance(study: StudyScores, shares: Floats, winner: int) -> float:
-    """Mean squared distance from the winner of the trials that choices came to, given each row's share of them.
-
-    At most what run luck makes of the winner's mean: the rest of the distance is image luck, which bags take off.
+    The weights of `posterior_contrast` apply to fold means, and so to the scores of single images. The variance of
+    these weighted scores over images is used instead of the model's g^2, so that it also holds for images that differ
+    in how far trials disagree, and for trials that resemble each other.
     """
-    by_trial = shares[: study.n_trials].copy()
-    by_trial[list(study.confirmed)] += shares[study.n_trials :]
-    means = study.joint.mean(axis=1)
-    return min(float(by_trial @ (means - means[winner]) ** 2), float(study.run_variance()[winner]))
+    sizes = np.array([len(fold) for fold in study.folds])
+    dropped = np.zeros((0, study.n_images)) if study.dropped is None else study.dropped
+    scores = np.concatenate([study.joint, dropped])
+    n_fits = np.concatenate([study.n_fits, np.ones(len(dropped))])[:, None]
+    means = np.stack([scores[:, fold].mean(axis=1) for fold in study.folds], axis=1)
+    # The floor keeps the arithmetic finite where all scores are equal.
+    variance = np.maximum(study.image_spread / sizes + study.runs.variance / n_fits, 1e-14)
+    known = np.isfinite(means)
+    if study.n_trials == 1:
+        weights, choice_variance = np.zeros_like(means), 0.0
+        weights[trial] = sizes / study.n_images
+    else:
+        weights, choice_variance = posterior_contrast(
+            np.where(known, means, 0), np.where(known, 1 / variance, 0), sizes / study.n_images, trial, reference
+        )
+    weighted = np.zeros(study.n_images)
+    for index, fold in enumerate(study.folds):
+        weighted[fold] = weights[:, index] * (study.n_images / sizes[index]) @ np.nan_to_num(scores[:, fold])
+    return _Estimate(
+        mean=float(weighted.mean()),
+        image_variance=float(weighted.var(ddof=1)) / study.n_images,
+        run_variance=study.runs.variance * float((weights**2 / n_fits).sum()),
+        choice_variance=choice_variance,
+    )
 
 
 # Bootstrap and Student's t
@@ -551,16 +539,16 @@ def _centred(scores: Floats) -> NDArray[np.float32]:
     return np.asarray(scores - scores.mean(axis=0), np.float32)
 
 
-def _one_hot(picks: NDArray[np.int64], n: int) -> NDArray[np.float32]:
-    return np.eye(n, dtype=np.float32)[picks]
+def _satterthwaite(image_variance: float, image_df: float, run_variance: float, run_df: float) -> float:
+    """Degrees of freedom of a sum of two estimated variances (Satterthwaite, Biometrics Bulletin 2, 1946)."""
+    total = image_variance + run_variance
+    return total**2 / (image_variance**2 / image_df + run_variance**2 / run_df) if total > 0 else math.inf
 
 
 def _half_width(image_variance: float, image_df: float, run_variance: float, run_df: float) -> float:
-    """Half of a 95 % interval from two variances, with Satterthwaite's degrees of freedom."""
+    """Half of a 95 % interval from two variances."""
     total = image_variance + run_variance
-    if total == 0:
-        return 0.0
-    return _t(total**2 / (image_variance**2 / image_df + run_variance**2 / run_df)) * math.sqrt(total)
+    return _t(_satterthwaite(image_variance, image_df, run_variance, run_df)) * math.sqrt(total) if total > 0 else 0.0
 
 
 def _cut(mean: float, low: float, high: float, *, least: float) -> tuple[float, float]:

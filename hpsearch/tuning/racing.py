@@ -258,23 +258,32 @@ def _yardstick(full: tuple[TrialScores, ...], n_folds: int) -> Yardstick:
     return Yardstick(incumbent, near, scores, *run_spread(finals))
 
 
-def run_spread(finals: Sequence[Scores], *, floor: float = S_FLOOR) -> tuple[float, float]:
+def run_spread(finals: Sequence[Scores]) -> tuple[float, float]:
     """s and its degrees of freedom, from the final scores (trials, images) of every fold.
 
-    Two-way analysis of variance of the fold means without interaction, then images' part off. The trials' mean
-    squares are joined by their median, so that one that collapsed on one fold does not decide; dividing by
-    (1 - 2 / 9 df)^3, the median of chi^2 / df (Wilson and Hilferty), makes that unbiased.
+    The trials' mean squares are joined by their median, so that one that collapsed on one fold does not decide;
+    dividing by (1 - 2 / 9 df)^3, the median of chi^2 / df (Wilson and Hilferty), makes that unbiased.
     """
     n_trials, n_folds = len(finals[0]), len(finals)
     if n_trials < 2 or n_folds < 2:
         return S_GUESS, S_GUESS_DF
-    means = np.stack([final.mean(axis=1) for final in finals], axis=1)
-    residual = means - means.mean(axis=1, keepdims=True) - means.mean(axis=0) + means.mean()
-    per_trial = (residual**2).sum(axis=1) * n_trials / (n_trials - 1) / (n_folds - 1)
+    per_trial, image_part = fold_mean_squares(finals)
     mean_square = float(np.median(per_trial)) / (1 - 2 / (9 * (n_folds - 1))) ** 3
     df = MEDIAN_EFFICIENCY * (n_trials - 1) * (n_folds - 1)
-    variance = (S_GUESS_DF * S_GUESS**2 + df * (mean_square - _image_part(finals))) / (S_GUESS_DF + df)
-    return math.sqrt(max(floor**2, variance)), S_GUESS_DF + df
+    variance = (S_GUESS_DF * S_GUESS**2 + df * (mean_square - image_part)) / (S_GUESS_DF + df)
+    return math.sqrt(max(S_FLOOR**2, variance)), S_GUESS_DF + df
+
+
+def fold_mean_squares(finals: Sequence[Scores]) -> tuple[Scores, float]:
+    """Each trial's mean square of fold means, (trials,), and the part of it that comes from the images.
+
+    finals: the final scores (trials, images) of every fold, at least two trials and two folds. Two-way analysis of
+    variance of the fold means without interaction; a mean square estimates s^2 plus the images' part.
+    """
+    n_trials, n_folds = len(finals[0]), len(finals)
+    means = np.stack([final.mean(axis=1) for final in finals], axis=1)
+    residual = means - means.mean(axis=1, keepdims=True) - means.mean(axis=0) + means.mean()
+    return (residual**2).sum(axis=1) * n_trials / (n_trials - 1) / (n_folds - 1), _image_part(finals)
 
 
 def _image_part(finals: Sequence[Scores]) -> float:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from hpsearch.report.claims import Claims, cross_validation_s
+from hpsearch.report.statistics import corrected_gain
 from tests.recorded import FakeStudy
 
 
@@ -29,11 +30,10 @@ def test_claims_go_by_the_numbers_of_the_full_trials(study: FakeStudy) -> None:
     claims = claims_of(study)
     assert claims.full == (0, 2, 3)
     assert claims.winner == 2
-    assert claims.corrected.method == "folds"
+    assert claims.corrected.method == "first"
     gain = claims.gain(2)
     assert gain is not None
-    expected = study.record.value(2) - study.record.value(0)
-    assert gain.difference == pytest.approx(expected, abs=1e-9)
+    assert gain == corrected_gain(claims.scores, claims.full.index(2), 0)
     assert claims.gain(0) is None
 
 
@@ -49,6 +49,18 @@ def test_second_fits_enter_once_the_study_is_confirmed(study: FakeStudy) -> None
     # A full trial that came later opens the choice again.
     study.trial()
     assert claims_of(study).scores.confirmed == ()
+
+
+def test_dropped_trials_count_with_the_folds_that_they_finished(study: FakeStudy) -> None:
+    assert claims_of(study).scores.dropped is None
+    for outcome in ("dropped", "failed"):
+        trial = study.begin()
+        study.fold(trial, 1)
+        study.end(trial, outcome)
+    (dropped,) = claims_of(study).scores.dropped
+    held_out = study.record.folds.held_out(1)
+    assert np.isfinite(dropped).sum() == len(held_out)
+    assert np.array_equal(dropped[held_out], study.record.final_scores(4, 1))
 
 
 def test_a_promise_is_made_for_the_winner_alone_and_is_wider_for_fewer_test_images(study: FakeStudy) -> None:

@@ -127,6 +127,8 @@ def test_the_answer_names_the_winner_its_numbers_and_the_test_result(study: Fake
     numbers = [winner.corrected.mean, winner.statistics.mean, rows.finals[0].test["dice"].mean]
     assert all(f"{number:.4f}" in answer for number in numbers)
     assert gain in answer
+    assert "corrected for selection" in answer
+    assert "The interval does not cover three things" in answer
 
 
 def test_those_who_were_dropped_are_listed_with_when_and_why(page: Page) -> None:
@@ -249,7 +251,7 @@ def test_a_fixed_split_is_named_as_such(tmp_path: Path) -> None:
     study.trial(**{"train.lr": 0.05})
     page = report(study)
     assert "one fixed split, 8 images held out" in page.text
-    assert "takes off the luck of the images, not that of the runs" in page.text
+    assert "a standard deviation of 0.006 is assumed, and the interval does not cover a larger one" in page.text
 
 
 def test_one_full_trial_is_reported_without_a_choice_and_without_the_images_that_were_removed(tmp_path: Path) -> None:
@@ -389,9 +391,9 @@ def test_the_report_shows_what_was_confirmed_chosen_looked_at_and_leaked(tmp_pat
     assert "the 2 configurations that were best on most bootstrap samples" in text
     assert "threshold 0.4: +0.0123 [+0.0101, +0.0145], taken" in text
     assert "largest component, holes filled: +0.0123 [-0.0100, +0.0145], not taken" in text
-    assert "This test set has been scored 2 times, with 2 configurations" in text
+    assert "These 12 test images had been evaluated before: 1 evaluation of 1 configuration" in text
     assert "earlier trial 3 (0.8500)" in text
-    assert "it had been scored 1 time before this study began" in text
+    assert "1 evaluation came before this study began" in text
     assert "The test set had been scored before this study began" in text
     assert (
         "1 pair of duplicates or near-duplicates across pool and test: ISIC_1 and ISIC_2; without those test images"
@@ -420,4 +422,4 @@ def test_a_search_that_goes_on_after_a_look_stays_marked_when_final_is_run_again
     study.final(1, test_set="4567")
     (final,) = study_rows(study.record).finals
     assert final.n_trials_after == 1
-    assert "1 trial of this study began after its first look" in quick_report(study).text
+    assert "1 trial of this study began after its first evaluation" in quick_report(study).text
