@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,22 @@ def test_a_model_is_packed_beside_a_folder_that_is_named_like_the_package(hostil
     write_model(tmp_path / "model.safetensors")
     serving.pack(tmp_path / "model.safetensors", tmp_path / "packed", run_id="0" * 32, model_id="m-1")
     assert (tmp_path / "packed" / "MLmodel").is_file()
+
+
+def test_a_subprocess_runs_the_package_that_starts_it(tmp_path: Path) -> None:
+    """One that is not installed, or another one than the installed: a checkout that was put on sys.path."""
+    package = tmp_path / "checkout" / "hpsearch"
+    package.mkdir(parents=True)
+    for name in ("__init__.py", "subprocesses.py"):
+        shutil.copy(Path(subprocesses.__file__).parent / name, package)
+    (package / "where.py").write_text("import hpsearch, sys; print(hpsearch.__file__, sys.argv[1])")
+    starting = (
+        f"import subprocess, sys; sys.path.insert(0, {str(package.parent)!r})\n"
+        "from hpsearch import subprocesses\n"
+        "subprocess.run(subprocesses.command('hpsearch.where', 'an argument'), env=subprocesses.environment())"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", starting], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{package / '__init__.py'} an argument\n"
 
 
 def test_python_m_hpsearch_imports_nothing_from_the_current_folder(hostile: Path) -> None:

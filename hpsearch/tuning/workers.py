@@ -139,14 +139,12 @@ class Workers:
 
     def epoch_left_s(self) -> float | None:
         """Return the seconds until the epochs being trained end; NaN if not known, None if none is trained."""
+        fits = [worker for worker in self._workers if worker.job is not None and worker.job["job"] == "fit"]
+        expected = [self._epoch_s.get(worker.job["trial"], math.nan) for worker in fits if worker.job is not None]
+        if not fits or any(map(math.isnan, expected)):
+            return math.nan if fits else None
         now = time.monotonic()
-        jobs = [(worker.job, now - worker.heard_at) for worker in self._workers if worker.job is not None]
-        left = [
-            max(0.0, self._epoch_s.get(job["trial"], math.nan) - spent_s)
-            for job, spent_s in jobs
-            if job["job"] == "fit"
-        ]
-        return max(left, key=lambda each: (each != each, each)) if left else None
+        return max(max(0.0, s - (now - worker.heard_at)) for s, worker in zip(expected, fits, strict=True))
 
     def kill(self, worker: Worker) -> None:
         """End one worker at once; `events` reports its death and it is replaced."""

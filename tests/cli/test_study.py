@@ -121,7 +121,7 @@ def test_a_stopped_study_says_what_it_has_and_how_to_go_on_and_that_it_goes_on(
     # The next epoch is expected to last as long as the one that has just ended.
     (left_s,) = listener.left_s
     assert left_s is not None
-    assert 0 <= left_s <= listener.epoch_s
+    assert 0 < left_s <= listener.epoch_s
     assert stop.epoch_left_s() is None
 
     shown = output_of("status", "--out", str(project))
