@@ -6,6 +6,7 @@ rise, then fall in the last epoch, so that the best epoch is never the last.
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -35,8 +36,9 @@ from hpsearch.tuning.confirmation import second_seed
 from hpsearch.tuning.coordinator import fit_seed
 from hpsearch.tuning.racing import TrialScores
 from hpsearch.tuning.record import StudyRecord, load_array
+from tests.data.conftest import tiny_pairs, write_pairs
 from tests.tuning.in_process import Watched, run_planned, workers_in_process
-from tests.tuning.studies import tiny_config, write_tiny_dataset
+from tests.tuning.studies import tiny_config
 
 QUALITY = (0.5, 0.9, 0.7)
 """Mean Dice of the held-out images after each epoch."""
@@ -102,7 +104,12 @@ class Run:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_dataset(tmp_path_factory.mktemp("data"))
+    """Test image 12 is nearly training image 3."""
+    root = tmp_path_factory.mktemp("data") / "ISIC-2017"
+    pairs = tiny_pairs()
+    pairs[12] = dataclasses.replace(pairs[12], image=pairs[3].image // 4 * 4, mask=pairs[3].mask)
+    write_pairs(root, "archive", pairs)
+    return root
 
 
 @pytest.fixture(scope="module")
@@ -263,6 +270,18 @@ def test_the_final_is_trained_on_the_whole_pool_and_scored_on_the_test_split(see
             runtime=fit["runtime"],
         )
         assert np.array_equal(load_array(seen.final.paths.seed(index).test_counts, ndim=2), expected.counts)
+
+
+def test_the_mean_without_leaked_images_is_that_of_the_others(seen: Run) -> None:
+    leaked = {name for pair in seen.final.leaks for name in (pair.a, pair.b)}
+    assert {"ISIC_0000003", "ISIC_0000012"} <= leaked
+    with seen.final.paths.table.open() as file:
+        scores = {row["image"]: float(row["dice"]) for row in csv.DictReader(file)}
+    clean = [score for image, score in scores.items() if image not in leaked]
+    assert 0 < len(clean) < len(scores) == 4
+    assert seen.final.without_leaks == pytest.approx(np.mean(clean), abs=1e-5)
+    assert seen.final.test["dice"].mean == pytest.approx(np.mean(list(scores.values())), abs=1e-5)
+    assert seen.final.without_leaks != pytest.approx(seen.final.test["dice"].mean, abs=1e-3)
 
 
 def test_the_gain_over_the_default_is_that_of_any_other_trial(seen: Run) -> None:
