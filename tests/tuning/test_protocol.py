@@ -32,6 +32,7 @@ from hpsearch.training import loop
 from hpsearch.training.checkpoint import load_checkpoint, load_weights
 from hpsearch.training.evaluation import Evaluation, evaluate
 from hpsearch.tuning import pruners, worker
+from hpsearch.tuning.config import SearchSpace
 from hpsearch.tuning.confirmation import second_seed
 from hpsearch.tuning.coordinator import fit_seed
 from hpsearch.tuning.racing import TrialScores
@@ -51,6 +52,8 @@ SETTINGS = (
     "study.confirm=3",
     f"train.epochs={len(QUALITY)}",
     "train.loss=dice",
+    # Else each image would be standardised again, and the pool's normalisation would hardly matter.
+    "unet.input_norm=none",
     "augment.vflip=0.25",
 )
 
@@ -362,3 +365,20 @@ def test_a_trial_is_judged_after_every_epoch_beside_the_ended_trials_that_its_lo
                 scripted = [dice_of(each) for each in falling.counts[2 * trial + fold][:epoch]]
                 np.testing.assert_allclose(candidate.scores[fold], scripted, atol=1e-6)
     assert next(seen, None) is None
+
+
+def test_the_images_of_a_group_are_never_in_two_folds(config: StudyConfig, tmp_path: Path) -> None:
+    groups = tmp_path / "patients.csv"
+    groups.write_text("image,patient\n" + "".join(f"ISIC_{i:07d},{i % 4}\n" for i in sorted(POOL)))
+    settings = dataclasses.replace(config.study, trials=1, confirm=0)
+    grouped = dataclasses.replace(
+        config, study=settings, data=dataclasses.replace(config.data, groups=str(groups)), search=SearchSpace()
+    )
+    with workers_in_process() as watched, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "evaluate", FallingScores())
+        record = run_planned(tmp_path, grouped).record
+    assert record.folds.method == "groups"
+    for fit in watched.fits:
+        train, held_out = ({image % 4 for image in fit[f"{of}_indices"].tolist()} for of in ("train", "held_out"))
+        assert train.isdisjoint(held_out)
+        assert train | held_out == set(range(4))
