@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.model_selection import KFold
 
-from hpsearch.data.folds import Folds, connected, lesion_notes, make_folds, read_groups
+from hpsearch.data.config import DataConfig
+from hpsearch.data.folds import (
+    AUGMENTATION,
+    AUGMENTED_GROUPS,
+    Folds,
+    connected,
+    groups_file,
+    lesion_notes,
+    make_folds,
+    read_groups,
+)
 from hpsearch.errors import ConfigError, DatasetError, RecordError
 
 
@@ -175,6 +186,15 @@ def test_groups_are_read_from_either_column(tmp_path: Path) -> None:
     path = tmp_path / "groups.csv"
     path.write_text("patient,image\r\np1,ISIC_1\r\np1,ISIC_2.jpg\r\n\r\np2, ISIC_3 \r\n", encoding="utf-8-sig")
     assert read_groups(path) == {"ISIC_1": "p1", "ISIC_2": "p1", "ISIC_3": "p2"}
+
+
+def test_an_augmented_set_brings_its_groups_and_a_setting_overrides_them(tmp_path: Path) -> None:
+    config = DataConfig(root=str(tmp_path))
+    assert groups_file(config) is None
+    (tmp_path / AUGMENTATION).write_text("{}")
+    assert groups_file(config) == tmp_path / AUGMENTED_GROUPS
+    assert groups_file(replace(config, groups="patients.csv")) == Path("patients.csv")
+    assert groups_file(replace(config, images="photos", masks="outlines")) is None
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,13 @@ def test_batch_normalisation_of_single_values_is_possible_with_two_images() -> N
         UNet(config, 3)(torch.zeros(1, 3, 16, 16))
 
 
+def test_group_normalisation_of_a_single_pixel_is_possible_with_several_channels_a_group() -> None:
+    # 4 -> 2 -> 1, with 8 groups of 4 channels at the bottom.
+    config = UNetConfig(base_channels=8, depth=2, norm="group")
+    assert why_impossible(config, 3, 4, 4, batch_size=1) is None
+    UNet(config, 3).train()(torch.rand(1, 3, 4, 4)).sum().backward()
+
+
 def test_vanishing_maps_have_no_layers() -> None:
     with pytest.raises(ValueError, match="cannot halve a map of 1x1"):
         layers(UNetConfig(padding="valid"), 3, 64, 64)

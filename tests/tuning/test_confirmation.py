@@ -4,7 +4,7 @@ import dataclasses
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from hpsearch.tuning.record import SecondRecord, Shortlist, StudyRecord
 from hpsearch.tuning.status import study_status
 from hpsearch.tuning.study import sqlite_url
 from tests.recorded import FakeStudy
+from tests.tuning.in_process import workers_in_process
 from tests.tuning.studies import everything, run, tiny_config, write_tiny_dataset
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +39,14 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def confirmed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> StudySummary:
     """A study of three full trials, of which up to two were fitted once more; not to be changed."""
     config = tiny_config(dataset, *ALWAYS_FULL, "study.confirm=2")
-    return run(tmp_path_factory.mktemp("confirmed"), config)
+    with workers_in_process():
+        return run(tmp_path_factory.mktemp("confirmed"), config)
+
+
+@pytest.fixture
+def in_process() -> Iterator[None]:
+    with workers_in_process():
+        yield
 
 
 def optunas(record: StudyRecord) -> optuna.Study:
@@ -91,6 +99,7 @@ def test_the_best_is_the_confirmed_one_with_the_highest_mean_over_both_fits(conf
     assert optunas(record).best_value == record.worth(best)
 
 
+@pytest.mark.usefixtures("in_process")
 def test_confirmation_changes_nothing_of_the_search(confirmed: StudySummary, dataset: Path, tmp_path: Path) -> None:
     without = run(tmp_path, tiny_config(dataset, *ALWAYS_FULL)).record
     assert without.confirmed() == ()
@@ -98,6 +107,7 @@ def test_confirmation_changes_nothing_of_the_search(confirmed: StudySummary, dat
     assert everything(without) == everything(confirmed.record)
 
 
+@pytest.mark.usefixtures("in_process")
 def test_the_same_study_again_makes_the_same_second_fits(
     confirmed: StudySummary, dataset: Path, tmp_path: Path
 ) -> None:
@@ -111,6 +121,7 @@ def test_no_checkpoint_of_a_second_fit_stays(confirmed: StudySummary) -> None:
     assert not list(confirmed.record.paths.root.rglob("last.pt"))
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_study_that_goes_on_uses_the_second_fits_that_are_there(dataset: Path, tmp_path: Path) -> None:
     """Also where it is confirmed anew because the search went on or another number is wanted."""
     two = run(tmp_path, tiny_config(dataset, *ALWAYS_FULL, "study.trials=2", "study.confirm=1")).record

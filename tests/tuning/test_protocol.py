@@ -6,6 +6,7 @@ rise, then fall in the last epoch, so that the best epoch is never the last.
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,12 +32,14 @@ from hpsearch.training import loop
 from hpsearch.training.checkpoint import load_checkpoint, load_weights
 from hpsearch.training.evaluation import Evaluation, evaluate
 from hpsearch.tuning import pruners, worker
+from hpsearch.tuning.config import SearchSpace
 from hpsearch.tuning.confirmation import second_seed
 from hpsearch.tuning.coordinator import fit_seed
 from hpsearch.tuning.racing import TrialScores
 from hpsearch.tuning.record import StudyRecord, load_array
+from tests.data.conftest import tiny_pairs, write_pairs
 from tests.tuning.in_process import Watched, run_planned, workers_in_process
-from tests.tuning.studies import tiny_config, write_tiny_dataset
+from tests.tuning.studies import tiny_config
 
 QUALITY = (0.5, 0.9, 0.7)
 """Mean Dice of the held-out images after each epoch."""
@@ -49,6 +52,8 @@ SETTINGS = (
     "study.confirm=3",
     f"train.epochs={len(QUALITY)}",
     "train.loss=dice",
+    # Else each image would be standardised again, and the pool's normalisation would hardly matter.
+    "unet.input_norm=none",
     "augment.vflip=0.25",
 )
 
@@ -102,7 +107,12 @@ class Run:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_dataset(tmp_path_factory.mktemp("data"))
+    """Test image 12 is nearly training image 3."""
+    root = tmp_path_factory.mktemp("data") / "ISIC-2017"
+    pairs = tiny_pairs()
+    pairs[12] = dataclasses.replace(pairs[12], image=pairs[3].image // 4 * 4, mask=pairs[3].mask)
+    write_pairs(root, "archive", pairs)
+    return root
 
 
 @pytest.fixture(scope="module")
@@ -265,6 +275,18 @@ def test_the_final_is_trained_on_the_whole_pool_and_scored_on_the_test_split(see
         assert np.array_equal(load_array(seen.final.paths.seed(index).test_counts, ndim=2), expected.counts)
 
 
+def test_the_mean_without_leaked_images_is_that_of_the_others(seen: Run) -> None:
+    leaked = {name for pair in seen.final.leaks for name in (pair.a, pair.b)}
+    assert {"ISIC_0000003", "ISIC_0000012"} <= leaked
+    with seen.final.paths.table.open() as file:
+        scores = {row["image"]: float(row["dice"]) for row in csv.DictReader(file)}
+    clean = [score for image, score in scores.items() if image not in leaked]
+    assert 0 < len(clean) < len(scores) == 4
+    assert seen.final.without_leaks == pytest.approx(np.mean(clean), abs=1e-5)
+    assert seen.final.test["dice"].mean == pytest.approx(np.mean(list(scores.values())), abs=1e-5)
+    assert seen.final.without_leaks != pytest.approx(seen.final.test["dice"].mean, abs=1e-3)
+
+
 def test_the_gain_over_the_default_is_that_of_any_other_trial(seen: Run) -> None:
     claims = Claims.of(seen.record)
     assert claims is not None
@@ -343,3 +365,20 @@ def test_a_trial_is_judged_after_every_epoch_beside_the_ended_trials_that_its_lo
                 scripted = [dice_of(each) for each in falling.counts[2 * trial + fold][:epoch]]
                 np.testing.assert_allclose(candidate.scores[fold], scripted, atol=1e-6)
     assert next(seen, None) is None
+
+
+def test_the_images_of_a_group_are_never_in_two_folds(config: StudyConfig, tmp_path: Path) -> None:
+    groups = tmp_path / "patients.csv"
+    groups.write_text("image,patient\n" + "".join(f"ISIC_{i:07d},{i % 4}\n" for i in sorted(POOL)))
+    settings = dataclasses.replace(config.study, trials=1, confirm=0)
+    grouped = dataclasses.replace(
+        config, study=settings, data=dataclasses.replace(config.data, groups=str(groups)), search=SearchSpace()
+    )
+    with workers_in_process() as watched, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "evaluate", FallingScores())
+        record = run_planned(tmp_path, grouped).record
+    assert record.folds.method == "groups"
+    for fit in watched.fits:
+        train, held_out = ({image % 4 for image in fit[f"{of}_indices"].tolist()} for of in ("train", "held_out"))
+        assert train.isdisjoint(held_out)
+        assert train | held_out == set(range(4))
