@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from dataclasses import asdict
+from typing import Any
 
 import pytest
 import torch
@@ -191,6 +192,80 @@ def test_inference_takes_less_than_training() -> None:
     config = UNetConfig(base_channels=8)
     training = training_memory(config, 3, 128, 128, batch_size=4, precision="bf16", momentum=0).total
     assert inference_memory(config, 3, 128, 128, batch_size=4, precision="bf16") < training / 2
+
+
+VALID = UNetConfig(base_channels=4, depth=3, padding="valid", norm="none")
+PREDICTED = [
+    # The networks that are measured below, by slow tests and on a GPU: what was found to be right within a tenth.
+    (UNetConfig(base_channels=4, depth=3), 256, 64, "float32", "sgd", "cpu", 1_596_178_642),
+    (UNetConfig(base_channels=4, depth=2, stacking=1, norm="none"), 571, 20, "float32", "sgd", "cpu", 1_198_860_542),
+    (
+        UNetConfig(base_channels=4, depth=3, padding="valid", norm="none"),
+        572,
+        16,
+        "float32",
+        "adamw",
+        "cpu",
+        1_175_830_710,
+    ),
+    (UNetConfig(base_channels=8, depth=3), 256, 48, "bf16", "sgd", "cpu", 1_308_000_980),
+    (UNetConfig(base_channels=4, depth=3, stacking=3, norm="group"), 256, 64, "bf16", "sgd", "cpu", 1_409_855_547),
+    (UNetConfig(base_channels=4, depth=3, norm="instance"), 256, 64, "float32", "sgd", "cpu", 1_699_140_230),
+    (UNetConfig(base_channels=64, depth=5), 64, 1, "float32", "adamw", "cpu", 2_228_987_460),
+    (
+        UNetConfig(base_channels=16, depth=4, padding="valid", norm="none"),
+        572,
+        8,
+        "float32",
+        "sgd",
+        "cuda",
+        1_749_651_603,
+    ),
+    (UNetConfig(base_channels=32, depth=4), 256, 32, "bf16", "sgd", "cuda", 3_417_606_877),
+    (UNetConfig(base_channels=16, depth=3, stacking=3, norm="group"), 256, 32, "bf16", "sgd", "cuda", 2_894_560_145),
+    # Small ones, whose peak is elsewhere.
+    (UNetConfig(base_channels=2, depth=1, stacking=1, norm="group"), 33, 1, "float32", "sgd", "cpu", 176_128),
+    (
+        UNetConfig(base_channels=1, depth=1, stacking=1, norm="none", kernel_size=1),
+        64,
+        2,
+        "float32",
+        "sgd",
+        "cuda",
+        464_680,
+    ),
+    (UNetConfig(base_channels=4, depth=4, norm="instance"), 48, 3, "bf16", "sgd", "cpu", 3_555_946),
+]
+
+
+@pytest.mark.parametrize(
+    ("config", "size", "batch_size", "precision", "optimizer", "device", "n_bytes"), PREDICTED, ids=repr
+)
+def test_predictions_are_those_that_agreed_with_measured_memory(
+    config: UNetConfig, size: int, batch_size: int, precision: Any, optimizer: Any, device: Any, n_bytes: int
+) -> None:
+    """To the byte. If the arithmetic changes on purpose: run the slow and GPU tests, then update these numbers."""
+    settings = {"batch_size": batch_size, "precision": precision, "optimizer": optimizer, "device": device}
+    assert training_memory(config, 3, size, size, **settings).total == n_bytes
+
+
+INFERRED = [
+    (UNetConfig(base_channels=8, depth=3), 256, 48, "float32", 727_172_111),
+    (UNetConfig(base_channels=8, depth=3, padding="valid", norm="none"), 256, 48, "bf16", 222_143_802),
+    (UNetConfig(base_channels=8, depth=3, norm="group"), 128, 4, "bf16", 10_261_799),
+    (UNetConfig(base_channels=8, depth=1, stacking=1, norm="instance"), 128, 4, "float32", 15_151_891),
+    (UNetConfig(base_channels=16, depth=5, norm="instance"), 32, 1, "bf16", 49_282_638),
+    (UNetConfig(base_channels=4, depth=2, stacking=1, norm="none"), 64, 2, "float32", 738_011),
+    (UNetConfig(base_channels=1, depth=4, stacking=1, padding="valid", norm="none"), 100, 2, "float32", 416_044),
+    (UNetConfig(base_channels=1, depth=3, stacking=1, padding="valid", norm="batch"), 64, 1, "float32", 90_136),
+]
+
+
+@pytest.mark.parametrize(("config", "size", "batch_size", "precision", "n_bytes"), INFERRED, ids=repr)
+def test_predictions_of_inference_stay(
+    config: UNetConfig, size: int, batch_size: int, precision: Any, n_bytes: int
+) -> None:
+    assert inference_memory(config, 3, size, size, batch_size=batch_size, precision=precision) == n_bytes
 
 
 MEASURE = """

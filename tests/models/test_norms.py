@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hpsearch.models import norms
 from hpsearch.models.norms import LANES, BatchNorm, ImageNorm
 
 NARROW = [(torch.float32, 2), (torch.float32, 4), (torch.bfloat16, 4), (torch.bfloat16, 8)]
@@ -129,3 +130,15 @@ def test_an_image_that_is_nearly_of_one_colour_is_not_blown_up() -> None:
 def test_an_image_of_one_colour_becomes_nothing() -> None:
     flat = torch.full((2, 3, 20, 20), 1.7).contiguous(memory_format=torch.channels_last)
     assert ImageNorm()(flat).abs().max() < 1e-3
+    # In float32 the variance of large numbers can come out below 0.
+    assert bool(ImageNorm()(1868.39208984375 * torch.ones(1, 1, 20, 20)).isfinite().all())
+
+
+def test_the_variance_that_is_kept_is_the_unbiased_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norms, "NARROW_NUMBERS", 64)
+    x = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    x = x.contiguous(memory_format=torch.channels_last)
+    ours, theirs = BatchNorm(4), nn.BatchNorm2d(4)
+    assert is_ours(copy.deepcopy(ours), x)
+    ours(x), theirs(x)
+    torch.testing.assert_close(ours.running_var, theirs.running_var)

@@ -270,6 +270,14 @@ def test_the_mean_over_flips_is_the_same_for_every_mirror_image() -> None:
         assert not torch.allclose(mean, model(images), atol=1e-3)
 
 
+def test_an_ensemble_has_the_mean_logits_of_its_members(tmp_path: Path, data: DeviceData) -> None:
+    paths = [network(tmp_path / f"{seed}.safetensors", seed) for seed in range(3)]
+    image = torch.from_numpy(data.cache.read(np.arange(1))[0][0]).permute(2, 0, 1)
+    members = [Predictor.load(path, device="cpu", threads=1).logits(image) for path in paths]
+    found = Ensemble.load(paths, device="cpu", threads=1).logits(image)
+    torch.testing.assert_close(found, torch.stack(members).mean(0))
+
+
 def test_an_ensemble_is_used_if_it_was_chosen_and_it_is_there(tmp_path: Path) -> None:
     source = network(tmp_path / "source.safetensors", 0)
     model = tmp_path / "model.safetensors"

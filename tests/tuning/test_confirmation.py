@@ -147,6 +147,8 @@ def test_the_fixed_split_a_single_full_trial_and_confirm_0_are_not_confirmed(tmp
     study.trial()
     assert not confirmation.is_over(study.record)
     assert confirmation.n_left(study.record, 0) == 5
+    # Of six trials no more than six can be.
+    assert confirmation.n_left(FakeStudy(tmp_path, "other", overrides=("study.confirm=9",)).record, 2) == 6
     for setting in ({"confirm": 0}, {"folds": "fixed"}):
         config = dataclasses.replace(
             study.config,

@@ -242,14 +242,16 @@ def test_the_second_networks_of_the_two_best_are_kept_and_no_others(seen: Run) -
 
 
 def test_choices_are_made_on_images_that_no_network_asked_has_been_trained_on(seen: Run) -> None:
+    record, trial = seen.record, seen.final.trial.number
     (job,) = seen.watched.of("choose")
     assert seen.final.chosen is not None
     assert seen.final.chosen.n_images == len(POOL)
     trained_on = {str(fit["paths"].weights): set(fit["train_indices"].tolist()) for fit in seen.fits}
     assert len(job["networks"]) == 3
     for fold, network in enumerate(job["networks"]):
-        assert network["held_out"] == seen.record.folds.held_out(fold).tolist()
-        assert network["weights"] != network["other"]
+        assert network["held_out"] == record.folds.held_out(fold).tolist()
+        second, first = (fit_of(trial, fold).paths.weights for fit_of in (record.second_fit, record.fit))
+        assert (network["weights"], network["other"]) == (str(second.absolute()), str(first.absolute()))
         for weights in (network["weights"], network["other"]):
             assert trained_on[weights] == POOL - set(network["held_out"])
 

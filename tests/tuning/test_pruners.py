@@ -145,6 +145,18 @@ def test_each_name_makes_its_rule() -> None:
     assert sorted(name for name in NAMES if pruner_of(name).takes_any_fold) == ["none", "race"]
 
 
+def test_hyperband_knows_how_many_epochs_a_fit_has() -> None:
+    whole = trials(30)
+
+    def dropped(pruner: Pruner) -> dict[int, int]:
+        return {trial.number: len(trial.scores[0]) for trial, _ in run(pruner, whole) if not trial.is_full(2)}
+
+    def of(max_resource: int) -> Pruner:
+        return OptunaPruner(lambda: HyperbandPruner(max_resource=max_resource), epochs_of_first_fold)
+
+    assert dropped(pruner_of("hyperband")) == dropped(of(N_EPOCHS)) != dropped(of(1))
+
+
 @pytest.mark.parametrize(
     "make",
     [
