@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-SCALE = 0.3
+SCALE = 0.4
 """Scale of the half-Cauchy prior of tau (Gelman, Bayesian Analysis 1, 2006), in standard errors of a trial's mean."""
 N_GRID = 40
 """Grid points of tau, denser towards 0."""
-TAIL, NOISE = 1.0, 2.0
+TAIL, NOISE = 0.7, 1.5
 """A trial does not tell how the others spread if it lies more than `NOISE` standard errors further below their median
 than `TAIL` times the distance that the best lies above: searches leave a long tail of bad trials."""
 MAX_ROUNDS = 5

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from hpsearch.errors import StudyError
-from hpsearch.report import shrinkage
+from hpsearch.report import shrinkage, statistics
 from hpsearch.report.shrinkage import posterior_contrast
 from hpsearch.report.statistics import (
     Corrected,
@@ -323,9 +323,9 @@ def test_selection_bias_is_taken_off_the_winners_mean_and_off_its_gain(n_folds: 
         mean.append(ours.mean - 0.8)
         if ours.trial != 0:
             gain.append(corrected_gain(made, ours.trial).difference)
-    assert np.mean(plain) > 0.008
-    assert abs(np.mean(mean)) < 0.0045
-    assert abs(np.mean(gain)) < 0.0045
+    assert np.mean(plain) > 0.01
+    assert abs(np.mean(mean)) < 0.4 * np.mean(plain)
+    assert abs(np.mean(gain)) < 0.4 * np.mean(plain)
 
 
 def test_the_luck_that_took_a_trial_through_the_race_is_taken_off() -> None:
@@ -403,7 +403,7 @@ def test_a_long_tail_of_bad_trials_does_not_hide_that_the_good_ones_are_equal() 
     good = study([0.8] * 30, run=0.006, n_images=1000)
     bad = study([0.76, 0.7, 0.6, 0.4, 0.1, 0.74, 0.3, 0.5], run=0.006, n_images=1000, seed=1)
     with_bad = replace(good, scores=np.concatenate([good.scores, bad.scores]))
-    assert corrected_estimate(with_bad).mean == pytest.approx(corrected_estimate(good).mean, abs=5e-4)
+    assert corrected_estimate(with_bad).mean == pytest.approx(corrected_estimate(good).mean, abs=1e-3)
 
 
 def test_a_trial_far_below_the_others_is_not_pulled_up_to_them() -> None:
@@ -482,13 +482,33 @@ def test_a_second_fit_halves_the_run_variance() -> None:
     assert ratio == pytest.approx(corrected_estimate(made).run_variance / made.runs.variance / 2, rel=0.1)
 
 
+def test_the_model_weighs_a_fold_mean_by_its_images_and_its_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = replace(study([0.8] * 6, run=0.01, n_images=500), confirmed=(1,), second=np.full((1, 500), 0.8))
+    made = replace(made, dropped=np.where(made.fold_of == 2, made.scores[:1], np.nan))
+    given = []
+
+    def spy(means: Floats, precision: Floats, *more: Any) -> Any:
+        given.append(precision)
+        return posterior_contrast(means, precision, *more)
+
+    monkeypatch.setattr(statistics, "posterior_contrast", spy)
+    corrected_estimate(made)
+    once = 1 / (made.image_spread / 100 + made.runs.variance)
+    twice = 1 / (made.image_spread / 100 + made.runs.variance / 2)
+    expected = np.full((7, 5), once)
+    expected[1], expected[6] = twice, [0, 0, once, 0, 0]
+    assert np.allclose(given, [expected])
+    # The generated sd of a configuration on an image.
+    assert made.image_spread == pytest.approx(0.07**2, rel=0.1)
+
+
 def test_no_p_is_zero() -> None:
     rng = np.random.default_rng(0)
     first = rng.random(50)
     # 2000 draws cannot tell less than 2 / 2001.
     assert paired_difference(first + 1e-3, first).p == pytest.approx(2 / 2001)
-    made = study([0.1, 0.95, 0.9], n_images=5000)
-    assert corrected_gain(made, 1).p > 0
+    # 300 standard errors.
+    assert corrected_gain(study([0.1, *[0.9] * 40], n_images=4000), 1).p > 0
     constant = StudyScores(scores=np.array([[0.5] * 10, [0.9] * 10, [0.9] * 10]), fold_of=np.arange(10) % 2)
     assert 0 < corrected_gain(constant, 1).p < 0.05
 
@@ -586,6 +606,15 @@ def test_second_fits_alone_tell_the_run_variance_of_an_only_trial() -> None:
     # That all folds moved alike is selection, not run-to-run variance.
     moved = replace(made, second=second - 0.3)
     assert moved.runs.variance == pytest.approx(made.runs.variance)
+
+
+def test_what_images_do_to_a_second_fit_is_not_taken_for_runs() -> None:
+    rng = np.random.default_rng(0)
+    first = rng.random((1, 2000))
+    second = first + 0.1 * rng.standard_normal((1, 2000))
+    made = StudyScores(scores=first, fold_of=np.arange(2000) % 20, confirmed=(0,), second=second)
+    # The moves of a fold's mean have a variance of 0.1^2 / 100; half of it would be an s of 0.0071.
+    assert made.runs.sd < 0.005
 
 
 def test_a_fold_that_collapsed_does_not_decide_the_run_variance() -> None:
