@@ -263,7 +263,7 @@ class TestWhatIsLogged:
     def test_the_report_of_a_study_that_is_not_tracked_waits_for_it(self, study: FakeStudy) -> None:
         study.trial("full")
         paths.write_text(study.record.paths.report, "<p></p>")
-        with pytest.raises(TrackingError, match="`hpsearch track` delivers it"):
+        with pytest.raises(TrackingError, match="study 'fake' is not in MLflow yet"):
             MlflowTracker(study.project).log_report(study.record.paths)
 
     def test_figures_are_left_out_where_the_images_are_gone(self, study: FakeStudy) -> None:

@@ -32,6 +32,7 @@ from hpsearch.data.reading import PLAIN_READING, Reading
 from hpsearch.data.sample import SAMPLE_VERSION
 from hpsearch.data.survey import decide_reading, reading_notes
 from hpsearch.errors import DatasetError
+from hpsearch.paths import storage_error
 
 logger = logging.getLogger(__name__)
 
@@ -184,6 +185,11 @@ def _prepare(
         raise DatasetError(
             f"{wanted.dataset.root} has no {wanted.what} images: is a folder of that split missing or empty?"
         )
+    try:
+        # Before any image is decoded: a folder that cannot be made ends the command at once.
+        cache_root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(cache_root, error) from error
     with Decoders() as decoders:
         decision = decide_reading(wanted.dataset, config, cache_root, decoders)
         preparation = replace(wanted.preparation, reading=decision.reading)
