@@ -108,7 +108,7 @@ def describe(result: Any) -> list[str]:
     lines = [
         "",
         f"study {result.study}, trial {result.trial.number}: {describe_params(result.trial.params)}",
-        f"retrained on all {result.n_pool} pool images, evaluated on {result.n_test} test images",
+        f"retrained on {result.n_pool} pool images, evaluated on {result.n_test} test images",
         "",
         f"{'':36}mean    95 % interval",
         f"{'cross-validation':21}{metric:>17}  {_interval(result.cv)}   sd of the folds {result.cv_fold_std:.4f}"

@@ -87,9 +87,10 @@ class StudyProgress:
         for note in prepared.notes:
             self._print(f"note: {note}")
         if prepared.excluded:
-            self._print(
-                f"left out {len(prepared.excluded)} images with errors: {', '.join(prepared.excluded[:5])} ..."
-            )
+            n = len(prepared.excluded)
+            more = ", ..." if n > 5 else ""
+            named = ", ".join(prepared.excluded[:5]) + more
+            self._print(f"left out {n} image{'s' if n > 1 else ''} with errors: {named}")
 
     def planned(self, record: StudyRecord, plan: ExecutionPlan, forecast: Forecast) -> None:
         self._record = record

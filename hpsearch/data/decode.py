@@ -30,7 +30,7 @@ from torch.nn.functional import interpolate
 from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
 from hpsearch.data.decoding import Damage, Facts, Job, Pixels
-from hpsearch.data.headers import MAX_PIXELS, Header, read_header
+from hpsearch.data.headers import MAX_PIXELS, Header, read_header, verify_png
 from hpsearch.data.masks import MaskError, find_lesion
 from hpsearch.data.reading import Reading
 from hpsearch.errors import DatasetError
@@ -323,8 +323,8 @@ def _to_eight_bits(path: Path, deep: NDArray[np.uint16], max_value: int) -> tupl
     if largest > max_value:
         raise BadImageError(
             "value above full scale",
-            f"{path} has the value {largest}, above the full scale of {max_value} that the training and validation "
-            "images have (data.max_value)",
+            f"{path} has the value {largest}, above the full scale of {max_value} with which training and validation "
+            "images are read (data.max_value)",
         )
     image = np.empty(deep.shape, np.uint8)
     # In bands: `Header.decode_bytes` does not count on a whole copy of 32 bits.
@@ -359,13 +359,22 @@ def _palette_indices(path: Path, data: bytearray) -> NDArray[np.uint8]:
         raise BadImageError("undecodable file", f"{path} cannot be decoded: {error}") from error
 
 
+def _verify(path: Path, data: bytearray) -> None:
+    try:
+        verify_png(data)
+    except (ValueError, struct.error) as error:
+        raise BadImageError("undecodable file", f"{path} cannot be decoded: {error}") from error
+
+
 def _decode(path: Path, data: bytearray, header: Header, mode: ImageReadMode) -> Tensor:
+    if header.format == "png":
+        _verify(path, data)
     try:
         encoded = torch.frombuffer(data, dtype=torch.uint8)
         pixels: Tensor = decode_jpeg(encoded, mode) if header.format == "jpeg" else decode_png(encoded, mode)
     except RuntimeError as error:
         # The decoders say first where in their own sources they are.
-        reason = re.sub(r"^\w+, \S+:\d+, ", "", str(error).splitlines()[0])
+        reason = re.sub(r"^\S+, \S+:\d+, ", "", str(error).splitlines()[0])
         if "allocate" in reason:
             # Too little memory is no damage of the image.
             raise

@@ -124,7 +124,7 @@ class Decoders:
             while n_done < len(jobs):
                 line = process.stdout.readline()
                 if not line.endswith(b"\n"):
-                    raise self._death([jobs[number].image for number in sorted(working)])
+                    raise self._death([jobs[number].image or jobs[number].mask for number in sorted(working)])
                 answer = json.loads(line)
                 number = answer["number"]
                 if "begun" in answer:

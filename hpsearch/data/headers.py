@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import io
 import struct
+import zlib
 from dataclasses import dataclass
 from typing import IO, Literal
 
 MAX_PIXELS = 100_000_000
 """Images that claim more are taken for damaged or hostile; the largest of ISIC-2017 has 30 million."""
 
+_PIECE_BYTES = 2**20
+"""Pixels that are inflated at once to check them."""
+_LAST_PNG_FILTER = 4
+_PNG_CRITICAL = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
+_PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
+"""Bits of a sample that there are, by colour type."""
+_ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+"""First column and row, and the distances between columns and rows, of each pass of an interlaced PNG."""
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 _PALETTE = 3
 _EXIF_ORIENTATION = 0x0112
@@ -65,12 +74,82 @@ def read_header(source: bytes | bytearray | IO[bytes]) -> Header:
     raise ValueError("it is empty" if not start else "it is neither JPEG nor PNG: convert it to one of them")
 
 
+def verify_png(data: bytes | bytearray) -> None:
+    """Check a PNG before it is decoded: libpng's errors end the process in torchvision 0.29.
+
+    Raises ValueError, saying what is damaged: a chunk that is unknown but critical or has a wrong CRC, no palette,
+    pixels that cannot be inflated, fewer of them than the header says, or a row with an unknown filter (PNG, third
+    edition, 5.3, 7.2 and 9.2).
+    """
+    view, at = memoryview(data), 8
+    inflate, rows, needs_palette = zlib.decompressobj(), None, False
+    while at + 12 <= len(view):
+        length, kind = struct.unpack_from(">I4s", view, at)
+        content = view[at + 8 : at + 8 + length]
+        if len(content) < length or at + 12 + length > len(view):
+            raise ValueError(f"it breaks off in its chunk {kind.decode('latin-1')}")
+        (crc,) = struct.unpack_from(">I", view, at + 8 + length)
+        is_critical = not kind[0] & 0x20
+        if is_critical and kind not in _PNG_CRITICAL:
+            raise ValueError(f"its chunk {kind.decode('latin-1')} is unknown")
+        if (is_critical or kind == b"tRNS") and zlib.crc32(content, zlib.crc32(kind)) != crc:
+            raise ValueError(f"its chunk {kind.decode('latin-1')} has a wrong checksum")
+        if kind == b"IHDR":
+            rows = _PngRows(content)
+            needs_palette = content[9] == _PALETTE
+        if kind == b"PLTE":
+            needs_palette = False
+        if kind == b"IDAT" and needs_palette:
+            raise ValueError("it has no palette")
+        if kind == b"IDAT" and rows is not None and not inflate.eof:
+            try:
+                piece = inflate.decompress(content, _PIECE_BYTES)
+                while piece:
+                    rows.add(piece)
+                    piece = inflate.decompress(inflate.unconsumed_tail, _PIECE_BYTES)
+            except zlib.error as error:
+                raise ValueError(f"its pixels cannot be inflated: {error}") from error
+        if kind == b"IEND":
+            break
+        at += 12 + length
+    if rows is None or rows.n_missing > 0:
+        raise ValueError("it has fewer pixels than its header says")
+
+
+class _PngRows:
+    """Counts the bytes of a PNG's rows, and checks the filter that each row begins with, as they are inflated."""
+
+    def __init__(self, header: memoryview) -> None:
+        width, height, depth, color, _, _, interlace = struct.unpack_from(">IIBBBBB", header)
+        bits = depth * _PNG_CHANNELS.get(color, 1)
+        passes = _ADAM7 if interlace else ((0, 0, 1, 1),)
+        sizes = [(-(-(width - x) // dx), -(-(height - y) // dy)) for x, y, dx, dy in passes]
+        # Number of rows and bytes of a row with its filter, for each pass that has pixels.
+        self._passes = [(n_rows, 1 + (columns * bits + 7) // 8) for columns, n_rows in sizes if columns > 0 < n_rows]
+        self._at = 0
+        self.n_missing = sum(n_rows * n_bytes for n_rows, n_bytes in self._passes)
+
+    def add(self, piece: bytes) -> None:
+        """Take the next inflated bytes. ValueError for a filter that there is not."""
+        self.n_missing -= len(piece)
+        while piece and self._passes:
+            n_rows, n_bytes = self._passes[0]
+            part = piece[: n_rows * n_bytes - self._at]
+            if max(part[-self._at % n_bytes :: n_bytes], default=0) > _LAST_PNG_FILTER:
+                raise ValueError("it has a row with an unknown filter")
+            self._at += len(part)
+            piece = piece[len(part) :]
+            if self._at == n_rows * n_bytes:
+                del self._passes[0]
+                self._at = 0
+
+
 def _png(file: IO[bytes]) -> Header:
     """Walk over the chunks (PNG, third edition, 5.3): eXIf may come before the pixels or after them."""
     if _exactly(file, 12, 4) != b"IHDR":
         raise ValueError("its header is damaged")
     width, height, depth, color = struct.unpack(">IIBB", _exactly(file, 16, 10))
-    if color not in _PNG_CHANNELS or depth not in (1, 2, 4, 8, 16) or not width or not height:
+    if depth not in _PNG_DEPTHS.get(color, ()) or not width or not height:
         raise ValueError("its header is damaged")
     orientation, transparent = None, None
     at = 33

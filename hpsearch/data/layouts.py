@@ -292,6 +292,9 @@ def _listed_test_ids(config: DataConfig, ids: Iterable[str]) -> set[str]:
             unknown.append(name)
     if unknown:
         raise DatasetError(f"{path} lists {unknown[0]!r} ({len(unknown)} such), which is no image with a mask")
+    if not 0 < len(listed) < len(by_key):
+        what = "none" if not listed else "all"
+        raise DatasetError(f"{path} lists {what} of the {len(by_key)} images: a search and a test need some each")
     return listed
 
 
@@ -392,7 +395,10 @@ def _pairs(
             problems.append(Problem("several masks", id, files, text, split))
         else:
             pairs.append(Sample(id, paths[0], partners[0], split))
-    for paths in mask_files.values():
+    for key, paths in mask_files.items():
+        if is_chosen and not key.endswith(suffix) and _owner(key, suffix, image_files):
+            # Masks of another kind, such as those of other attributes, beside those that were chosen.
+            continue
         id = unicodedata.normalize("NFC", paths[0].stem)
         if suffix and name_key(id[-len(suffix) :]) == suffix:
             id = id[: -len(suffix)]

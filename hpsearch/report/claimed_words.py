@@ -104,7 +104,9 @@ def _name(decision: Decision) -> str:
 
 
 def _verdict(decision: Decision) -> str:
-    return "taken" if decision.taken else "not taken: no more than noise"
+    if decision.taken:
+        return "taken"
+    return "not taken: a loss" if decision.gain.high < 0 else "not taken: no more than noise"
 
 
 def _gain(gain: Paired) -> str:

@@ -82,7 +82,7 @@ def final(row: FinalRow, metric: str) -> list[str]:
     """What the test set said about what was promised."""
     networks = "one network" if row.n_seeds == 1 else f"{row.n_seeds} networks"
     result = [
-        f"Trial {row.trial} was retrained on all {row.n_pool} pool images ({networks}) and evaluated on {row.n_test} "
+        f"Trial {row.trial} was retrained on {row.n_pool} pool images ({networks}) and evaluated on {row.n_test} "
         f"test images: {SCORES[metric]} {interval(row.test[metric])}."
     ]
     if row.predicted is not None:

@@ -48,7 +48,7 @@ def test_study_and_final_of_fifty_own_images(
     assert exit_code("study", *own, *command, *flags) == 0
     assert exit_code("final", "--best", "--out", str(tmp_path), "--tracking", "none") == 0
     said = capsys.readouterr().out
-    assert "retrained on all 40 pool images, evaluated on 10 test images" in said
+    assert "retrained on 40 pool images, evaluated on 10 test images" in said
 
     (result,) = tmp_path.glob("studies/my photos/final/*/final.json")
     assert json.loads(result.read_text())["n_test"] == 10

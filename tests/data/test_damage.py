@@ -44,6 +44,13 @@ def blurred(image: Path, mask: Path) -> None:
     Image.fromarray(pixels).save(mask)
 
 
+def flip_a_bit(path: Path) -> None:
+    """In the compressed pixels, which libpng's decoder does not survive."""
+    content = bytearray(path.read_bytes())
+    content[content.index(b"IDAT") + 20] ^= 4
+    path.write_bytes(content)
+
+
 def unreadable(image: Path, mask: Path) -> None:
     # A regular file that can be opened, and answers every reading of its first byte with an error.
     image.unlink()
@@ -69,6 +76,8 @@ DAMAGE: dict[str, tuple[str, Callable[[Path, Path], object]]] = {
     "image cut short": ("undecodable file", lambda image, mask: image.write_bytes(image.read_bytes()[:-40])),
     "text named as an image": ("undecodable file", lambda image, mask: image.write_text("404 not found")),
     "mask cut short": ("undecodable file", lambda image, mask: mask.write_bytes(mask.read_bytes()[:-40])),
+    "flipped bit in an image": ("undecodable file", lambda image, mask: flip_a_bit(image)),
+    "flipped bit in a mask": ("undecodable file", lambda image, mask: flip_a_bit(mask)),
     "bomb": ("absurd size", absurd),
     "mask of another size": (
         "sizes differ",

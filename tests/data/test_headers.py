@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from hpsearch.data.headers import Header, read_header
+from hpsearch.data.headers import Header, read_header, verify_png
 
 
 def encode(mode: str, format: str, **options: object) -> bytes:
@@ -123,3 +125,65 @@ def test_damaged_bytes_give_a_header_or_a_value_error(start: bytes, cut: int, ch
         return
     assert header.height > 0
     assert header.width > 0
+
+
+class TestVerifyPng:
+    """What libpng would end the process for is found before it is decoded."""
+
+    def png(self, mode: str, **options: Any) -> bytes:
+        file = io.BytesIO()
+        pixels = np.random.default_rng(0).integers(0, 256, (13, 11, 4)).astype(np.uint8)
+        Image.fromarray(pixels).convert(mode).save(file, "PNG", **options)
+        return file.getvalue()
+
+    @staticmethod
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    def file(self, *chunks: tuple[bytes, bytes]) -> bytes:
+        return b"\x89PNG\r\n\x1a\n" + b"".join(self.chunk(*each) for each in chunks)
+
+    @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
+    def test_sound_files_are_sound(self, mode: str) -> None:
+        if mode == "I;16":
+            file = io.BytesIO()
+            Image.fromarray(np.arange(35, dtype=np.uint16).reshape(5, 7)).save(file, "PNG")
+            verify_png(file.getvalue())
+        else:
+            verify_png(self.png(mode))
+
+    def test_an_interlaced_file_is_sound(self) -> None:
+        # 3x3 gray pixels: passes 1, 4, 5, 6 and 7 of Adam7 have pixels, one row of each but two of the sixth.
+        rows = b"\0a" + b"\0b" + b"\0cc" + b"\0d\0e" + b"\0fff"
+        header = struct.pack(">IIBBBBB", 3, 3, 8, 0, 0, 0, 1)
+        for pixels, is_sound in ((rows, True), (rows[:-1], False)):
+            file = self.file((b"IHDR", header), (b"IDAT", zlib.compress(pixels)), (b"IEND", b""))
+            with contextlib.nullcontext() if is_sound else pytest.raises(ValueError, match="fewer pixels"):
+                verify_png(file)
+
+    @pytest.mark.parametrize("mode", ["L", "RGB"])
+    def test_no_flipped_bit_in_what_is_decoded_goes_unnoticed(self, mode: str) -> None:
+        sound = self.png(mode)
+        for place in range(8, len(sound) - 12):  # up to IEND
+            damaged = bytearray(sound)
+            damaged[place] ^= 1 << place % 8
+            with pytest.raises((ValueError, struct.error)):
+                verify_png(damaged)
+
+    @pytest.mark.parametrize(
+        ("color", "chunks", "text"),
+        [
+            (0, [(b"IDAT", zlib.compress(b"\0ab" * 2))], ""),
+            (0, [(b"IDAT", zlib.compress(b"\0ab"))], "fewer pixels than its header says"),
+            (0, [(b"IDAT", zlib.compress(b"\5ab" * 2))], "a row with an unknown filter"),
+            (0, [(b"IDAT", zlib.compress(b"\0ab\5ab"))], "a row with an unknown filter"),
+            (0, [(b"IDAT", b"no deflate")], "cannot be inflated"),
+            (3, [(b"IDAT", zlib.compress(b"\0ab" * 2))], "it has no palette"),
+            (0, [(b"ABCD", b""), (b"IDAT", zlib.compress(b"\0ab" * 2))], "its chunk ABCD is unknown"),
+        ],
+    )
+    def test_what_a_writer_got_wrong_is_named(self, color: int, chunks: list[tuple[bytes, bytes]], text: str) -> None:
+        header = struct.pack(">IIBBBBB", 2, 2, 8, color, 0, 0, 0)
+        file = self.file((b"IHDR", header), *chunks, (b"IEND", b""))
+        with pytest.raises(ValueError, match=text) if text else contextlib.nullcontext():
+            verify_png(file)

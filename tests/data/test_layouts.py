@@ -177,7 +177,7 @@ def test_own_suffix_can_be_given(tmp_path: Path) -> None:
     config = DataConfig(images=str(tmp_path / "photos"), masks=str(tmp_path / "outlines"), mask_suffix="_two")
     dataset = find_samples(config)
     assert {sample.mask.name for sample in dataset.samples} == {"a_two.png", "b_two.png"}
-    assert {problem.kind for problem in dataset.problems} == {"missing image"}
+    assert dataset.problems == ()
 
 
 @pytest.mark.parametrize("suffix", ["", "_mask"])
@@ -566,3 +566,15 @@ def test_swapped_folders_are_asked_about(tmp_path: Path) -> None:
     touch(tmp_path, "masks/a.jpg", "masks/b.jpg", "images/a_segmentation.png", "images/b_segmentation.png")
     with pytest.raises(DatasetError, match=r"were --images and --masks swapped\?"):
         own(tmp_path)
+
+
+@pytest.mark.parametrize(("n_listed", "text"), [(0, "lists none of the 3 images"), (3, "lists all of the 3 images")])
+def test_a_test_list_of_no_image_or_of_every_image_is_refused(tmp_path: Path, n_listed: int, text: str) -> None:
+    touch(tmp_path / "photos", "a.jpg", "b.jpg", "c.jpg")
+    touch(tmp_path / "outlines", "a.png", "b.png", "c.png")
+    (tmp_path / "list.txt").write_text("\n".join("abc"[:n_listed]))
+    config = DataConfig(
+        images=str(tmp_path / "photos"), masks=str(tmp_path / "outlines"), test_list=str(tmp_path / "list.txt")
+    )
+    with pytest.raises(DatasetError, match=text):
+        find_samples(config)
