@@ -253,7 +253,7 @@ def apply_overrides(
             search = _flatten_search(result["search"])
             if (was := search.pop(name.strip(), None)) is not None:
                 values = f"{was['low']} to {was['high']}" if isinstance(was, Mapping) else was
-                note(f"{name.strip()} = {value!r} is the same in all trials, not searched ({values} otherwise)")
+                note(f"{name.strip()} = {value!r} is pinned and no longer searched (the range was {values})")
             result["search"] = search
     for name in [each for each in narrowed if each in result["search"] and each not in given]:
         _move_default(result, name, narrowed[name], note)

@@ -23,7 +23,10 @@ def final_lines(result: FinalResult) -> list[str]:
     if result.predicted is not None:
         lines = [explain_test_mean(result.predicted, result.test[metric].mean)]
     else:
-        lines = ["this is not the trial that the search would choose, so it promised nothing for it"]
+        lines = [
+            f"trial {result.trial.number} is not the winner of the search (trial {result.winner} is), so there is no "
+            "prediction to compare its test mean with"
+        ]
     gain, of_winner = result.against_default, result.winner_against_default
     if result.is_default and result.trial.number == result.winner:
         lines.append("this is the default configuration: the search found nothing better")

@@ -37,7 +37,7 @@ def test_the_report_s_network_has_its_objects_and_layers() -> None:
 def test_what_overrides_change_in_the_search_is_said_first() -> None:
     sets = ["--set", "search.unet.base_channels=[4, 8]", "--set", "train.lr=0.1"]
     first, second, *_ = plan("--config", "isic2017-64", "--no-layers", *sets).splitlines()
-    assert first == "note: train.lr = 0.1 is the same in all trials, not searched (0.001 to 0.3 otherwise)"
+    assert first == "note: train.lr = 0.1 is pinned and no longer searched (the range was 0.001 to 0.3)"
     assert second.startswith("UNet, base channels 8")
 
 
