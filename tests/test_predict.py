@@ -418,6 +418,8 @@ def test_without_a_model_the_latest_final_of_the_study_is_taken(tmp_path: Path) 
         write_json(final.result, {"ended_at": ended_at})
         write_model(final.model)
     assert find_model(project, None, None) == study.final("trial-0003").model
+    write_json(study.final("trial-0007").result, {"ended_at": 300.0})
+    assert find_model(project, None, None) == study.final("trial-0007").model
     assert find_model(project, None, str(study.final("trial-0007").root)) == study.final("trial-0007").model
     with pytest.raises(CheckpointError, match="holds no model"):
         find_model(project, None, str(study.finals))

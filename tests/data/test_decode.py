@@ -311,6 +311,11 @@ class TestResize:
         ours = resize(torch.from_numpy(picture).permute(2, 0, 1), *size).permute(1, 2, 0).numpy().astype(int)
         assert np.abs(ours - other).max() <= 1
 
+    def test_a_pixel_of_which_half_is_lesion_is_lesion(self) -> None:
+        stripes = torch.tensor([1, 0], dtype=torch.uint8).repeat(16, 8)
+        small = resize_mask(stripes, 16, 8)
+        assert bool((small[:, 1:-1] == 1).all())
+
     def test_bands_leave_no_trace(self, monkeypatch: pytest.MonkeyPatch) -> None:
         image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 50, 70), dtype=np.uint8))
         whole = resize(image, 20, 30)

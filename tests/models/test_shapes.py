@@ -20,6 +20,7 @@ from hpsearch.models.shapes import (
     n_objects,
     n_parameters,
     norm_groups,
+    skip_offset,
     training_flops,
     why_impossible,
 )
@@ -97,6 +98,14 @@ def test_the_papers_network_by_hand() -> None:
     assert [layer.height for layer in found] == [*encoder, *decoder, 388, 572]
     assert [layer.channels for layer in found if layer.kind == "up"] == [512, 256, 128, 64]
     assert sum(layer.n_parameters for layer in found) == 31_031_745
+
+
+def test_skips_are_cropped_as_in_the_paper() -> None:
+    """From 568, 280, 136 and 64 pixels a side to 392, 200, 104 and 56, in the centre."""
+    config = UNetConfig(padding="valid", norm="none")
+    assert [skip_offset(config, stage) for stage in range(4)] == [
+        (have - want) // 2 for have, want in ((568, 392), (280, 200), (136, 104), (64, 56))
+    ]
 
 
 def test_the_report_counts_10_objects_and_27_layers_28_with_the_interpolation() -> None:

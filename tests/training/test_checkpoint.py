@@ -230,6 +230,16 @@ def test_torn_weights_are_refused(model, tmp_path):
             load_weights(path)
 
 
+def test_a_changed_weight_is_noticed(model, tmp_path):
+    path = tmp_path / "w.safetensors"
+    save_weights(path, model, INFO)
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="checksum is wrong"):
+        load_weights(path)
+
+
 def test_missing_weights_are_an_error_that_names_them(tmp_path):
     with pytest.raises(CheckpointError, match=r"none\.safetensors"):
         load_weights(tmp_path / "none.safetensors")

@@ -831,8 +831,10 @@ def test_other_errors_keep_their_traceback(monkeypatch):
 def test_micro_batches_give_the_same_result_without_batch_normalization(norm):
     model = UNetConfig(base_channels=4, depth=1, stacking=1, norm=norm)
     assert microbatches_are_exact(model)
-    whole = fit(**fit_arguments(model_config=model))
-    parts = fit(**fit_arguments(model_config=model, micro_batch=3))
+    # Parts of three and of two.
+    train = TrainConfig(epochs=3, batch_size=5, lr=0.05, loss="bce+dice")
+    whole = fit(**fit_arguments(model_config=model, train=train))
+    parts = fit(**fit_arguments(model_config=model, train=train, micro_batch=3))
     for name, tensor in whole.model.state_dict().items():
         torch.testing.assert_close(parts.model.state_dict()[name], tensor, rtol=1e-3, atol=1e-5)
     assert parts.rows[-1].train.loss == pytest.approx(whole.rows[-1].train.loss, rel=1e-3)
