@@ -138,8 +138,8 @@ def reading_notes(samples: Sequence[Sample], facts: Sequence[Facts], reading: Re
     oriented = [s for s, fact in zip(samples, facts, strict=True) if fact.is_oriented and s.split == "test"]
     if oriented:
         text = (
-            f"{len(oriented)} test pair{'s have' if len(oriented) > 1 else ' has'} an EXIF orientation; it is "
-            f"{'applied' if reading.turns else 'ignored'} {reading.exif_reason}, such as {oriented[0].image}"
+            f"{len(oriented)} test pair{'s have' if len(oriented) > 1 else ' has'} an EXIF orientation (the first is "
+            f"{oriented[0].image}); it is {'applied' if reading.turns else 'ignored'} {reading.exif_reason}"
         )
         notes.append(Problem("EXIF orientation", "", tuple(s.image for s in oriented), text, "test"))
     members: dict[tuple[str, ...], list[Sample]] = {}

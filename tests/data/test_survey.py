@@ -198,7 +198,8 @@ class TestOrientation:
         config = write_dataset(size=32)
         orient(config, 12, 2)
         assert not any("EXIF" in note for note in prepare_pool(config, tmp_path).notes)
-        text = f"1 test pair has an EXIF orientation; it is applied by default, such as {files(config, 12)[0]}"
+        image = files(config, 12)[0]
+        text = f"1 test pair has an EXIF orientation (the first is {image}); it is applied by default"
         assert kinds(config)["EXIF orientation"] == text
         assert text in prepare_test(config, tmp_path).notes
 
