@@ -40,7 +40,7 @@ COMMANDS = {
 
 
 _USER_ERRORS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENOTDIR)
-"""What the system says of paths that cannot be used: the user can mend them, so they end as one line."""
+"""System errors about unusable paths. The user can fix the path, so they end as one line without a traceback."""
 
 
 class Suggesting(click.Group):

@@ -777,7 +777,7 @@ def _require_space(record: StudyRecord, plan: ExecutionPlan) -> None:
 
 def deliver_the_rest(tracking: TrackingThread, stop: Stop) -> tuple[int, str]:
     """Bring MLflow up to date and end tracking; return how many runs lack something, and why."""
-    # Whoever must end at once must not wait for a server that does not answer; a slow machine may take its time.
+    # A process that must end at once must not wait for a server that does not answer.
     if stop.is_urgent:
         return tracking.close(URGENT_DELIVERY_S), tracking.error
     return tracking.close(LAST_DELIVERY_S, lambda: stop.is_urgent), tracking.error

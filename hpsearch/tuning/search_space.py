@@ -28,7 +28,7 @@ MAX_ENUMERATED = 100_000
 """Configurations of a search space that is enumerated."""
 SEARCH_VALUE = "search_value"
 """User attribute of an ended trial: the value that the search learns from. It is the mean over the first fits of a
-full trial, and the estimate of a dropped one. Optuna's own value is what the trial is ranked by."""
+full trial, and the estimate of a dropped one. Optuna's own value is the one that ranks the trial."""
 
 
 def distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
