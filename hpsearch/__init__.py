@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from hpsearch.paths import ProjectPaths as ProjectPaths
     from hpsearch.report.html import write_report as write_report
     from hpsearch.search.autotune import MachineChoice as MachineChoice
-    from hpsearch.search.coordinator import StudySummary as StudySummary
-    from hpsearch.search.coordinator import run_study as run_study
+    from hpsearch.study import StudySummary as StudySummary
+    from hpsearch.study import run_study as run_study
     from hpsearch.search.status import study_status as study_status
     from hpsearch.store.record import study_record as study_record
     from hpsearch.tracking import make_tracker as make_tracker
@@ -39,8 +39,8 @@ EXPORTS = {
     "DataConfig": "hpsearch.config.data.DataConfig",
     "ProjectPaths": "hpsearch.paths.ProjectPaths",
     "MachineChoice": "hpsearch.search.autotune.MachineChoice",
-    "run_study": "hpsearch.search.coordinator.run_study",
-    "StudySummary": "hpsearch.search.coordinator.StudySummary",
+    "run_study": "hpsearch.study.run_study",
+    "StudySummary": "hpsearch.study.StudySummary",
     "study_status": "hpsearch.search.status.study_status",
     "study_record": "hpsearch.store.record.study_record",
     "run_final": "hpsearch.final.run_final",

@@ -26,10 +26,10 @@ from hpsearch.config import stable_seed
 from hpsearch.config.data import DataConfig
 from hpsearch.data.build import Progress
 from hpsearch.data.duplicates import DuplicatePair, find_in_dataset
-from hpsearch.data.pool_caches import PoolCaches
+from hpsearch.data.pool_caches import PoolCaches, cache_root
 from hpsearch.data.prepare import Prepared, locate, prepare_test
 from hpsearch.errors import RecordError, StoppedError, StudyChangedError, StudyError
-from hpsearch.inference.postprocessing import Choices, Chosen
+from hpsearch.inference.postprocessing import Choices, Chosen, FoldNetwork
 from hpsearch.inference.scoring import COLUMNS, mask_name, read_mask, score_table, write_submission
 from hpsearch.paths import FinalPaths, FitPaths, ProjectPaths
 from hpsearch.report import trial_rows
@@ -44,8 +44,10 @@ from hpsearch.report.statistics import (
     trial_statistics,
 )
 from hpsearch.search.autotune import MachineChoice, plan_for_one_fit
-from hpsearch.search.coordinator import Stop, cache_root, deliver_the_rest, log_file
+from hpsearch.search.fit_jobs import pool_job
+from hpsearch.search.stopping import Stop
 from hpsearch.store import lock
+from hpsearch.store.log import log_file
 from hpsearch.store.record import FORMAT, StudyRecord, TrialRecord, load_array, now, study_record
 from hpsearch.store.test_set_log import (
     Look,
@@ -57,15 +59,27 @@ from hpsearch.store.test_set_log import (
     looks_at,
     n_looks_before,
 )
-from hpsearch.tracking import Tracker, TrackingThread
+from hpsearch.study import close_view
 from hpsearch.training.metrics import SCORES, PixelCounts
-from hpsearch.workers import jobs as fits
-from hpsearch.workers.local_pool import Workers, do
+from hpsearch.training.rows import EpochRow
+from hpsearch.views import Tracker, ViewThread
+from hpsearch.workers.jobs import (
+    CachePaths,
+    CountJob,
+    ImageFiles,
+    KeepJob,
+    OfficialScoreJob,
+    ScoreJob,
+    SelectPostprocessingJob,
+    WeightsCopy,
+)
+from hpsearch.workers.local_pool import LocalPool
+from hpsearch.workers.loop import run_job
 
 logger = logging.getLogger(__name__)
 
-OnEpoch = Callable[[int, dict[str, Any]], bool]
-"""Hears (seed index, row of epochs.jsonl) after every epoch, and says whether to go on."""
+OnEpoch = Callable[[int, EpochRow], bool]
+"""Called with (index of the seed, row) after every epoch; returns whether to go on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,7 +240,7 @@ def run_final(
     stop = stop or Stop()
 
     def check() -> None:
-        stop.heed(record.paths)
+        stop.poll(record.paths)
         if stop.is_urgent or (stop.is_requested and stop.epoch_left_s() is None):
             raise StoppedError("stopped; run the same command again to continue", stop.signal)
 
@@ -235,7 +249,7 @@ def run_final(
         if on_decoded is not None:
             on_decoded(done, total)
 
-    def hear_epoch(index: int, row: dict[str, Any]) -> bool:
+    def go_on(index: int, row: EpochRow) -> bool:
         return (on_epoch is None or on_epoch(index, row)) and not stop.is_requested
 
     def say(text: str) -> None:
@@ -274,20 +288,19 @@ def run_final(
             return _evaluate(record, chosen, folder, n_seeds, pool, test, decided, n_members, leaks, stored_look)
         paths.write_text(folder.config, config.to_toml())
         # One network after another on the first device of the plan, which no other worker shares here.
-        with Workers(record.paths.root, check) as workers:
-            plan = plan_for_one_fit(record, caches, machine or MachineChoice(), workers)
-            workers.become(plan.workers)
-            stop.epoch_left_s = workers.epoch_left_s
+        with LocalPool(record.paths.root) as pool_of_one:
+            plan = plan_for_one_fit(record, caches, machine or MachineChoice(), pool_of_one, check)
+            pool_of_one.resize(plan.workers)
+            stop.epoch_left_s = pool_of_one.epoch_left_s
+            do = partial(run_job, pool_of_one, check=check)
             for index in range(n_seeds):
                 seed = stable_seed(config.study.seed, "final", index)
-                job = fits.fit_job(
-                    chosen, 0, folder.seed(index), caches, train=list(range(caches.scored.n)), held_out=[], seed=seed
-                )
+                job = pool_job(chosen, config, folder.seed(index), caches, seed=seed)
                 if folder.seed(index).fit.is_file():
                     say(f"network {index + 1} of {n_seeds} has been trained")
                     continue
                 say(f"training network {index + 1} of {n_seeds} on {pool.n} images")
-                if do(workers, job, on_epoch=partial(hear_epoch, index)) is None:
+                if do(job, on_epoch=partial(go_on, index)) is None:
                     check()
                     return None
             # Before the test split is looked at.
@@ -298,28 +311,28 @@ def run_final(
                     raise StudyChangedError(
                         f"the images of study {record.name!r} have changed since it was begun: put the old ones back"
                     )
-                do(workers, _choose_job(record, chosen, folder, networks, searched, ensemble=ensemble))
+                do(_select_job(record, chosen, folder, networks, searched, ensemble=ensemble))
             decided = Chosen.read(folder.choices) if folder.choices.is_file() else None
             choices = decided.choices if decided is not None else Choices()
             members = _members(folder, networks if ensemble else None)
-            copies = [(folder.seed(0).weights, folder.model), *members]
-            do(workers, _keep_job(copies, choices))
+            copies = (WeightsCopy(folder.seed(0).weights, folder.model), *members)
+            do(KeepJob(copies=copies, postprocessing=choices))
             look = _begin_look(record, chosen, test)
             for index in range(n_seeds):
-                do(workers, _score_job(chosen, folder.seed(index), seen, test))
-            together = [target for _, target in members]
+                do(_score_job(chosen, folder.seed(index), seen, test))
+            together = [copy.target for copy in members]
             uses_ensemble = choices.ensemble and bool(together)
             shutil.rmtree(folder.masks, ignore_errors=True)
             say(f"scoring the masks of {test.n} test images at their own resolution")
             samples = _samples(config.data, root, test)
             if choices != Choices():
-                do(workers, _count_job(chosen, choices, [folder.model], folder.chosen_counts, seen, test))
+                do(_count_job(chosen, choices, [folder.model], folder.chosen_counts, seen, test))
             masks = None if uses_ensemble else folder.masks
-            do(workers, _official_job([folder.model], test, samples, masks, folder.official_counts))
+            do(_official_job([folder.model], test, samples, masks, folder.official_counts))
             if together:
-                do(workers, _count_job(chosen, choices, together, folder.ensemble_counts, seen, test))
+                do(_count_job(chosen, choices, together, folder.ensemble_counts, seen, test))
                 masks = folder.masks if uses_ensemble else None
-                do(workers, _official_job(together, test, samples, masks, folder.ensemble_official_counts))
+                do(_official_job(together, test, samples, masks, folder.ensemble_official_counts))
         leaks = _leaks(config.data, root, pool, test)
         result = _evaluate(record, chosen, folder, n_seeds, pool, test, decided, len(together), leaks, look)
         look = end_look(project, look, result.test[result.metric].mean)
@@ -336,7 +349,7 @@ def run_final(
         logger.info("final of trial %d: test %s %.4f", chosen.number, result.metric, result.test[result.metric].mean)
         if tracker is not None:
             say("delivering to MLflow")
-            undelivered, error = deliver_the_rest(TrackingThread(tracker, record.paths), stop)
+            undelivered, error = close_view(ViewThread(tracker.view(record.paths)), stop)
             result = dataclasses.replace(result, undelivered=undelivered, tracking_error=error)
         return result
 
@@ -424,31 +437,29 @@ def _is_stored(folder: FinalPaths, pool: Prepared, test: Prepared, *, n_seeds: i
     return all(path.is_file() for path in (*files, *(folder.masks / mask_name(image) for image in test.ids)))
 
 
-def _members(folder: FinalPaths, networks: FoldNetworks | None) -> list[tuple[Path, Path]]:
-    """(source, target) of the networks of an ensemble; what an earlier one left is removed."""
+def _members(folder: FinalPaths, networks: FoldNetworks | None) -> list[WeightsCopy]:
+    """Return the networks of an ensemble and where they go; those of an earlier one are removed."""
     shutil.rmtree(folder.ensemble, ignore_errors=True)
     sources = networks.weights if networks is not None else ()
-    return [(source, folder.ensemble / f"fold{fold}.safetensors") for fold, source in enumerate(sources)]
+    return [WeightsCopy(source, folder.ensemble / f"fold{fold}.safetensors") for fold, source in enumerate(sources)]
 
 
-def _score_job(trial: TrialRecord, fit: FitPaths, seen: Prepared, test: Prepared) -> dict[str, Any]:
-    return {
-        "job": "score",
-        "config": trial.config,
-        "weights": str(fit.weights.absolute()),
-        **_test_caches(seen, test),
-        "counts": str(fit.test_counts.absolute()),
-        "examples": str(fit.examples.absolute()),
-    }
+def _score_job(trial: TrialRecord, fit: FitPaths, seen: Prepared, test: Prepared) -> ScoreJob:
+    return ScoreJob(
+        config=trial.study_config,
+        weights=fit.weights,
+        caches=_test_caches(seen, test),
+        counts=fit.test_counts,
+        examples=fit.examples,
+    )
 
 
-def _test_caches(seen: Prepared, test: Prepared) -> dict[str, str]:
-    """`seen`: the test images as the network sees them; `test`: at the size at which they are scored."""
-    truth = {"truth": str(test.cache_path.absolute())} if seen.key != test.key else {}
-    return {"cache": str(seen.cache_path.absolute()), **truth}
+def _test_caches(seen: Prepared, test: Prepared) -> CachePaths:
+    """Return the test images as the network sees them, and at the size at which they are scored."""
+    return CachePaths(seen.cache_path, test.cache_path if seen.key != test.key else None)
 
 
-def _choose_job(
+def _select_job(
     record: StudyRecord,
     trial: TrialRecord,
     folder: FinalPaths,
@@ -456,65 +467,44 @@ def _choose_job(
     caches: PoolCaches,
     *,
     ensemble: bool,
-) -> dict[str, Any]:
+) -> SelectPostprocessingJob:
     others: tuple[Path | None, ...] = networks.others or (None,) * len(networks.weights)
-    return {
-        "job": "choose",
-        "config": trial.config,
-        "metric": record.config.study.metric,
-        **caches.job(trial.study_config),
-        "networks": [
-            {
-                "weights": str(weights.absolute()),
-                "other": str(other.absolute()) if other else "",
-                "held_out": record.folds.held_out(fold).tolist(),
-            }
+    return SelectPostprocessingJob(
+        config=trial.study_config,
+        metric=record.config.study.metric,
+        caches=CachePaths(*caches.paths(trial.study_config)),
+        networks=tuple(
+            FoldNetwork(weights, other, tuple(record.folds.held_out(fold).tolist()))
             for fold, (weights, other) in enumerate(zip(networks.weights, others, strict=True))
-        ],
-        "source": networks.source,
-        "ensemble": ensemble,
-        "out": str(folder.choices.absolute()),
-    }
-
-
-def _keep_job(copies: Sequence[tuple[Path, Path]], choices: Choices) -> dict[str, Any]:
-    return {
-        "job": "keep",
-        "copies": [(str(source.absolute()), str(target.absolute())) for source, target in copies],
-        "choices": choices.to_table(),
-    }
+        ),
+        source=networks.source,
+        ensemble=ensemble,
+        out=folder.choices,
+    )
 
 
 def _count_job(
     trial: TrialRecord, choices: Choices, weights: Sequence[Path], counts: Path, seen: Prepared, test: Prepared
-) -> dict[str, Any]:
-    return {
-        "job": "count",
-        "config": trial.config,
-        **_test_caches(seen, test),
-        "weights": [str(path.absolute()) for path in weights],
-        "choices": choices.to_table(),
-        "counts": str(counts.absolute()),
-    }
+) -> CountJob:
+    return CountJob(
+        config=trial.study_config,
+        caches=_test_caches(seen, test),
+        weights=tuple(weights),
+        postprocessing=choices,
+        counts=counts,
+    )
 
 
-def _samples(data: DataConfig, caches: Path, test: Prepared) -> list[tuple[str, str, str]]:
-    """Id, image and mask of every test image, where the files lie now: a cache outlives its dataset's folder."""
+def _samples(data: DataConfig, caches: Path, test: Prepared) -> tuple[ImageFiles, ...]:
+    """Return the files of every test image, where they lie now: a cache outlives its dataset's folder."""
     samples = {sample.id: sample for sample in locate(data, caches).split("test")}
-    return [(image, str(samples[image].image.absolute()), str(samples[image].mask.absolute())) for image in test.ids]
+    return tuple(ImageFiles(image, samples[image].image, samples[image].mask) for image in test.ids)
 
 
 def _official_job(
-    weights: Sequence[Path], test: Prepared, samples: list[tuple[str, str, str]], masks: Path | None, counts: Path
-) -> dict[str, Any]:
-    return {
-        "job": "official",
-        "weights": [str(path.absolute()) for path in weights],
-        "reading": test.reading.to_table(),
-        "samples": samples,
-        "masks": str(masks.absolute()) if masks is not None else "",
-        "counts": str(counts.absolute()),
-    }
+    weights: Sequence[Path], test: Prepared, images: tuple[ImageFiles, ...], masks: Path | None, counts: Path
+) -> OfficialScoreJob:
+    return OfficialScoreJob(weights=tuple(weights), reading=test.reading, images=images, masks=masks, counts=counts)
 
 
 def _evaluate(

@@ -55,7 +55,7 @@ def command(
     from hpsearch.cli.study import stop_on_signals
     from hpsearch.final import run_final
     from hpsearch.search.autotune import MachineChoice
-    from hpsearch.search.coordinator import Stop
+    from hpsearch.search.stopping import Stop
     from hpsearch.tracking import make_tracker
 
     if best + cheapest_tied + (trial is not None) > 1:

@@ -82,7 +82,7 @@ def time_of_study(config: StudyConfig, project: ProjectPaths, device: str) -> li
     from hpsearch.cli.progress import describe_forecast
     from hpsearch.data.prepare import count_pool
     from hpsearch.search.autotune import MachineChoice, measure_drawn
-    from hpsearch.search.coordinator import cache_root
+    from hpsearch.data.pool_caches import cache_root
     from hpsearch.workers import plan as plans
 
     data, study = config.data, config.study

@@ -20,7 +20,7 @@ from hpsearch.cli.streams import write_to_stderr
 from hpsearch.data.prepare import Prepared
 from hpsearch.paths import ProjectPaths, command_line
 from hpsearch.report.words import duration
-from hpsearch.search.coordinator import StudySummary
+from hpsearch.study import StudySummary
 from hpsearch.search.status import study_status
 from hpsearch.store.record import COUNTED, StudyRecord, TrialRecord
 from hpsearch.tracking import redact

@@ -14,7 +14,7 @@ from hpsearch.cli.streams import write_to_stderr
 from hpsearch.paths import ProjectPaths
 
 if TYPE_CHECKING:
-    from hpsearch.search.coordinator import Stop
+    from hpsearch.search.stopping import Stop
 
 
 class _Folds(click.ParamType[int | str]):
@@ -112,7 +112,8 @@ def command(
     """
     from hpsearch.cli.progress import StudyProgress
     from hpsearch.search.autotune import MachineChoice
-    from hpsearch.search.coordinator import Stop, run_study
+    from hpsearch.search.stopping import Stop
+    from hpsearch.study import run_study
     from hpsearch.search.enqueue import read_params
     from hpsearch.tracking import make_tracker
     from hpsearch.tuning.coordinators import Sharing

@@ -45,7 +45,8 @@ def command(
     from hpsearch.cli.progress import StudyProgress
     from hpsearch.config.search import SearchSpace
     from hpsearch.search.autotune import MachineChoice
-    from hpsearch.search.coordinator import Stop, run_study
+    from hpsearch.search.stopping import Stop
+    from hpsearch.study import run_study
     from hpsearch.tracking import make_tracker
 
     name = study_name or f"train-{settings.name}"

@@ -116,6 +116,11 @@ class StudyConfig:
         sections = {name: _plain(getattr(self, name)) for name in SECTIONS}
         return {**sections, "search": self.search.to_toml()}
 
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> StudyConfig:
+        """Return the configuration in a nested mapping of sections; ConfigError names the key that is wrong."""
+        return from_dict(table)
+
     def to_toml(self) -> str:
         """TOML that `load` reads back as an equal configuration."""
         # Here, not above: a fit needs no TOML.

@@ -12,6 +12,12 @@ from hpsearch.config.search import Choice
 from hpsearch.data.build import Progress
 from hpsearch.data.prepare import Prepared, Role, prepare_pool
 from hpsearch.errors import CacheError, DatasetError
+from hpsearch.paths import ProjectPaths
+
+
+def cache_root(project: ProjectPaths, config: StudyConfig) -> Path:
+    """Return the folder of a study's decoded images."""
+    return Path(config.data.cache_dir) if config.data.cache_dir else project.cache
 
 
 class PoolCaches:
@@ -51,13 +57,10 @@ class PoolCaches:
         """Notes on the data at all sizes that are ready, each once."""
         return list(dict.fromkeys(note for prepared in self._by_size.values() for note in prepared.notes))
 
-    def job(self, config: StudyConfig) -> dict[str, str]:
-        """What a worker has to be told to train `config`: `cache`, and `truth` where scores have another size."""
+    def paths(self, config: StudyConfig) -> tuple[Path, Path | None]:
+        """Return the cache that `config` trains on, and the one that it is scored on if that has another size."""
         cache = self._prepared(config.data)
-        job = {"cache": str(cache.cache_path.absolute())}
-        if cache.key != self.scored.key:
-            job["truth"] = str(self.scored.cache_path.absolute())
-        return job
+        return cache.cache_path, self.scored.cache_path if cache.key != self.scored.key else None
 
     def _prepared(self, data: DataConfig) -> Prepared:
         if data.cached_size not in self._by_size:

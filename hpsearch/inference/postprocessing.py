@@ -51,6 +51,17 @@ class Choices:
 
 
 @dataclass(frozen=True)
+class FoldNetwork:
+    """The networks of one fold, which have not seen its held-out images."""
+
+    weights: Path
+    other: Path | None
+    """A network of the same configuration with other seeds; None if there is none."""
+    held_out: tuple[int, ...]
+    """Indices of the images in the cache."""
+
+
+@dataclass(frozen=True)
 class Decision:
     """One choice, with what it gains out of fold over going without it."""
 

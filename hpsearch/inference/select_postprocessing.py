@@ -1,15 +1,11 @@
-"""A worker's part of `final` after training: what out-of-fold predictions say about choices, and the scores by them.
-
-Needs torch: only workers import it.
-"""
+"""Select post-processing by out-of-fold predictions, and count pixels after it. Needs torch: workers import it."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,33 +18,33 @@ from hpsearch.inference.postprocessing import (
     Choices,
     Chosen,
     Decision,
+    FoldNetwork,
     choose_cleaning,
     choose_flips,
     choose_threshold,
     clean_mask,
 )
 from hpsearch.inference.predictor import mean_over_flips
-from hpsearch.paths import write_json
-from hpsearch.training.checkpoint import WeightsInfo, load_weights, save_array, save_weights
+from hpsearch.training.checkpoint import WeightsInfo, load_weights, save_weights
 from hpsearch.training.evaluation import Forward, predict_logits
 from hpsearch.training.metrics import SCORES, PixelCounts, count_pixels
 from hpsearch.training.runtime import Runtime
 
 CHUNK = 32
-"""Test images whose logits an ensemble sums up at a time."""
+"""Images whose logits an ensemble sums up at a time."""
 
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
 
 
-def choose(job: Mapping[str, Any], data: DeviceData, runtime: Runtime) -> None:
-    """Decide on flips, threshold, cleaning and ensemble by out-of-fold predictions; into the JSON file `job["out"]`.
+def select(
+    folds: Sequence[FoldNetwork], data: DeviceData, runtime: Runtime, *, metric: str, source: str, ensemble: bool
+) -> Chosen:
+    """Decide on flips, threshold, cleaning and, where `ensemble` is set, on predicting with all networks together.
 
-    `job["networks"]` has for each fold the `weights` of its network, those of a network with other seeds (`other`,
-    may be empty), and the images that both have not seen (`held_out`).
+    Each decision is made on top of those taken before. `source` says which networks these are, for people.
     """
-    folds = job["networks"]
-    chooser = _Chooser(data, runtime, job["metric"], folds)
+    chooser = _Chooser(data, runtime, metric, folds)
     choices = Choices()
     by_flips = {flips: chooser.scores_by_threshold(flips=flips) for flips in (False, True)}
     middle = THRESHOLDS.index(0.5)
@@ -60,17 +56,16 @@ def choose(job: Mapping[str, Any], data: DeviceData, runtime: Runtime) -> None:
     clean = choose_cleaning(plain, cleaned, chooser.network_of)
     choices = dataclasses.replace(choices, clean=clean.taken)
     decisions = [flips, threshold, clean]
-    if job["ensemble"] and all(fold["other"] for fold in folds):
+    if ensemble and all(fold.other for fold in folds):
         alone, together = chooser.scores_alone_and_together(choices)
         both = Decision.make("ensemble", True, together - alone, chooser.network_of)
         choices = dataclasses.replace(choices, ensemble=both.taken)
         decisions.append(both)
-    found = Chosen(choices, tuple(decisions), len(plain), job["source"])
-    write_json(Path(job["out"]), found.to_table())
+    return Chosen(choices, tuple(decisions), len(plain), source)
 
 
 def keep_model(source: Path, target: Path, choices: Choices) -> None:
-    """Copy weights, with the choices that go with them entered."""
+    """Copy weights, with the post-processing selected for them entered."""
     model, info = load_weights(source, torch.device("cpu"))
     table = {**info.extra, **choices.to_table()}
     if choices == Choices():
@@ -79,31 +74,23 @@ def keep_model(source: Path, target: Path, choices: Choices) -> None:
     save_weights(target, model, dataclasses.replace(info, extra=table))
 
 
-def count_by(
-    job: Mapping[str, Any], data: DeviceData, runtime: Runtime, choices: Choices, weights: Sequence[Path]
-) -> None:
-    """Per-image counts (n, 4) of all images by the mean logits of these networks, into `job["counts"]`."""
+def count_pixels_of(
+    weights: Sequence[Path], images: NDArray[np.int64], choices: Choices, data: DeviceData, runtime: Runtime
+) -> Counts:
+    """Return tp, fp, fn, tn of these images, (n, 4) int64, by the mean logits of the networks in `weights`."""
     networks = [load_weights(path, runtime.device) for path in weights]
-    counts = []
-    for start in range(0, len(data), CHUNK):
-        images = np.arange(start, min(start + CHUNK, len(data)), dtype=np.int64)
-        total, masks = _mean_logits(networks, data, images, runtime, flips=choices.flips)
-        preds = total > _logit(choices.threshold)
-        counts.append(_count(_clean(preds) if choices.clean else preds, masks))
-    save_array(Path(job["counts"]), np.concatenate(counts))
+    return _counts(networks, images, choices, data, runtime)
 
 
 class _Chooser:
     """Scores of every held-out image by the network that had not seen it, under different choices."""
 
-    def __init__(self, data: DeviceData, runtime: Runtime, metric: str, folds: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, data: DeviceData, runtime: Runtime, metric: str, folds: Sequence[FoldNetwork]) -> None:
         self._data = data
         self._runtime = runtime
         self._metric = metric
         self._folds = folds
-        self.network_of = np.concatenate(
-            [np.full(len(fold["held_out"]), number) for number, fold in enumerate(folds)]
-        )
+        self.network_of = np.concatenate([np.full(len(fold.held_out), number) for number, fold in enumerate(folds)])
 
     def scores_by_threshold(self, *, flips: bool) -> Floats:
         """(thresholds, n)."""
@@ -126,33 +113,42 @@ class _Chooser:
         """The mean of two networks' scores, and the score of their mean logits, (n,) each."""
         alone, together = [], []
         for fold in self._folds:
-            networks = [load_weights(Path(fold[name]), self._runtime.device) for name in ("weights", "other")]
-            held_out = np.asarray(fold["held_out"], np.int64)
-            scores = [self._score(self._counts([network], held_out, choices)) for network in networks]
-            alone.append((scores[0] + scores[1]) / 2)
-            together.append(self._score(self._counts(networks, held_out, choices)))
+            networks = [
+                load_weights(path, self._runtime.device) for path in (fold.weights, fold.other) if path is not None
+            ]
+            held_out = np.asarray(fold.held_out, np.int64)
+            first, second, both = (
+                self._score(_counts(chosen, held_out, choices, self._data, self._runtime))
+                for chosen in (networks[:1], networks[1:], networks)
+            )
+            alone.append((first + second) / 2)
+            together.append(both)
         return np.concatenate(alone), np.concatenate(together)
-
-    def _counts(
-        self, networks: Sequence[tuple[Forward, WeightsInfo]], images: NDArray[np.int64], choices: Choices
-    ) -> Counts:
-        counts = []
-        for start in range(0, len(images), CHUNK):
-            here = images[start : start + CHUNK]
-            total, masks = _mean_logits(networks, self._data, here, self._runtime, flips=choices.flips)
-            preds = total > _logit(choices.threshold)
-            counts.append(_count(_clean(preds) if choices.clean else preds, masks))
-        return np.concatenate(counts)
 
     def _predictions(self, *, flips: bool) -> Iterator[tuple[Tensor, Tensor]]:
         for fold in self._folds:
-            network = load_weights(Path(fold["weights"]), self._runtime.device)
-            yield from _logits(
-                network, self._data, np.asarray(fold["held_out"], np.int64), self._runtime, flips=flips
-            )
+            network = load_weights(fold.weights, self._runtime.device)
+            held_out = np.asarray(fold.held_out, np.int64)
+            yield from _logits(network, self._data, held_out, self._runtime, flips=flips)
 
     def _score(self, counts: Counts) -> Floats:
         return np.asarray(SCORES[self._metric](PixelCounts.from_columns(counts)), np.float64)
+
+
+def _counts(
+    networks: Sequence[tuple[Forward, WeightsInfo]],
+    images: NDArray[np.int64],
+    choices: Choices,
+    data: DeviceData,
+    runtime: Runtime,
+) -> Counts:
+    counts = []
+    for start in range(0, len(images), CHUNK):
+        here = images[start : start + CHUNK]
+        total, masks = _mean_logits(networks, data, here, runtime, flips=choices.flips)
+        preds = total > _logit(choices.threshold)
+        counts.append(_count(_clean(preds) if choices.clean else preds, masks))
+    return np.concatenate(counts)
 
 
 def _logits(

@@ -1,4 +1,4 @@
-"""Makes a study's execution plan: devices, workers and threads, by what the user wants and what a worker measures."""
+"""Choose devices, workers and threads of a study: what the user asks for, and measurements for the rest."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +19,11 @@ from hpsearch.errors import ConfigError, RecordError
 from hpsearch.paths import ProjectPaths
 from hpsearch.store.record import StudyRecord
 from hpsearch.workers import plan as plans
-from hpsearch.workers.local_pool import Workers, WorkerSettings, do, do_each
+from hpsearch.workers.jobs import CachePaths, MeasureJob, Measurement, Rate, RateJob, StepToMeasure
+from hpsearch.workers.local_pool import LocalPool
+from hpsearch.workers.loop import run_job, run_jobs_together
 from hpsearch.workers.plan import MEMORY_SHARE, ExecutionPlan
+from hpsearch.workers.pool import WorkerPool, WorkerSettings
 
 logger = logging.getLogger(__name__)
 
@@ -68,19 +71,27 @@ def make_plan(
     record: StudyRecord,
     caches: PoolCaches,
     choice: MachineChoice,
-    workers: Workers,
+    pool: WorkerPool,
+    check: Callable[[], None] = lambda: None,
 ) -> ExecutionPlan:
-    """The stored plan, or one that is measured now; what the user asks for explicitly overrides either."""
+    """Return the stored plan, or one that is measured now; what the user asks for explicitly overrides either.
+
+    `check` is called again and again while something is measured, and ends it by raising.
+    """
     plan = _stored_plan(record, choice)
     if plan is None:
-        plan = _measure_plan(record, caches, choice, workers)
+        plan = _measure_plan(record, caches, choice, pool, check)
     if plan.to_dict() != record.plan():
         record.write_plan(plan.to_dict())
     return plan
 
 
 def plan_for_one_fit(
-    record: StudyRecord, caches: PoolCaches, choice: MachineChoice, workers: Workers
+    record: StudyRecord,
+    caches: PoolCaches,
+    choice: MachineChoice,
+    pool: WorkerPool,
+    check: Callable[[], None] = lambda: None,
 ) -> ExecutionPlan:
     """The study's plan with one worker, which trains a single fit as fast as was measured.
 
@@ -89,7 +100,7 @@ def plan_for_one_fit(
     choice = dataclasses.replace(choice, n_workers=0)
     plan = _stored_plan(record, choice)
     if plan is None:
-        plan = _measure_plan(record, caches, choice, workers)
+        plan = _measure_plan(record, caches, choice, pool, check)
         if record.plan() is None:
             record.write_plan(plan.to_dict())
     return dataclasses.replace(
@@ -102,16 +113,16 @@ def measure_drawn(config: StudyConfig, choice: MachineChoice) -> ExecutionPlan:
     batch_sizes = [each.train.batch_size for each in plans.measured_configs(config)]
     if not batch_sizes:
         raise ConfigError("no configuration of this search can exist at this size, so there is no step to measure")
-    with tempfile.TemporaryDirectory(prefix="hpsearch-") as name, Workers(Path(name)) as workers:
+    with tempfile.TemporaryDirectory(prefix="hpsearch-") as name, LocalPool(Path(name)) as pool:
         folder = Path(name)
         draw_sample(folder / "drawn", n_train=min(MOST_DRAWN, max(batch_sizes)), n_val=1, n_test=1)
         # Of the data only what decides how large the images are.
         kept = ("size", "color", "match", "cache_size")
         data = DataConfig(root=str(folder / "drawn"), **{name: getattr(config.data, name) for name in kept})
         drawn = dataclasses.replace(config, data=data)
-        workers.become(first_workers(None, choice))
+        pool.resize(first_workers(None, choice))
         caches = PoolCaches(drawn, folder / "cache")
-        return make_plan(StudyRecord.create(ProjectPaths(folder).study("drawn"), drawn), caches, choice, workers)
+        return make_plan(StudyRecord.create(ProjectPaths(folder).study("drawn"), drawn), caches, choice, pool)
 
 
 def _stored_plan(record: StudyRecord, choice: MachineChoice) -> ExecutionPlan | None:
@@ -135,38 +146,45 @@ def _stored_plan(record: StudyRecord, choice: MachineChoice) -> ExecutionPlan | 
     return plan
 
 
-def _measure_plan(record: StudyRecord, caches: PoolCaches, choice: MachineChoice, workers: Workers) -> ExecutionPlan:
+def _measure_plan(
+    record: StudyRecord,
+    caches: PoolCaches,
+    choice: MachineChoice,
+    pool: WorkerPool,
+    check: Callable[[], None],
+) -> ExecutionPlan:
     first = first_workers(None, choice)
     # The workers that measure are the first of those that train: they have torch loaded and the images open.
-    workers.become(first)
+    pool.resize(first)
     threads = alone = first[0].threads
     configs = plans.measured_configs(record.config)
     sharing = 1
     rates: dict[Shares, float] = {}
     if configs and choice.n_workers <= 1 and not choice.threads:
         shares = _single_shares(alone) if choice.n_workers else _equal_shares(alone)
-        rates = _rates({"config": configs[0].to_dict(), **caches.job(configs[0])}, shares, workers)
+        rates = _rates(_step(configs[0], caches), shares, pool, check)
         alone = fastest_alone(rates, alone)
         sharing = 1 if choice.n_workers else choose_sharing(rates)
         threads = max(1, available_cores() // sharing) if sharing > 1 else alone
-    job = {
-        "job": "measure",
-        "config": record.config.with_params({}).to_dict(),
-        "threads": threads,
-        "steps": [{"config": config.to_dict(), **caches.job(config)} for config in configs],
-    }
-    message = do(workers, job)
-    assert message is not None
-    device = message["device"]
+    job = MeasureJob(
+        config=record.config.with_params({}),
+        threads=threads,
+        steps=tuple(_step(config, caches) for config in configs),
+    )
+    finished = run_job(pool, job, check=check)
+    assert finished is not None
+    measured = finished.result
+    assert isinstance(measured, Measurement)
+    device = measured.device
     found = choice.device if ":" in choice.device else device
-    n_devices = 1 if ":" in found else message["n_devices"]
+    n_devices = 1 if ":" in found else measured.n_devices
     plan = ExecutionPlan(
         device=device,
-        precision=message["precision"],
+        precision=measured.precision,
         workers=_share_out(found, choice, n_devices, alone),
-        memory_bytes=message["memory_bytes"] // max(1, choice.n_workers // n_devices),
-        steps=tuple(plans.MeasuredStep(**step) for step in message["steps"]),
-        machine=message["machine"],
+        memory_bytes=measured.memory_bytes // max(1, choice.n_workers // n_devices),
+        steps=measured.steps,
+        machine=measured.machine,
         alone_threads=alone,
     )
     while sharing > 1:
@@ -180,13 +198,11 @@ def _measure_plan(record: StudyRecord, caches: PoolCaches, choice: MachineChoice
             plan = shared
             break
         sharing //= 2
-    for worker in workers:
-        # What was told `auto` has found its device.
-        workers.settle(plan.workers[0].device, worker)
+    pool.set_device(plan.workers[0].device)
     if rates:
-        measured = ", ".join(f"{n} x {n_threads}: {rate:.1f}" for (n, n_threads), rate in rates.items())
-        logger.info("images per second by workers x threads on a device: %s", measured)
-        plan = dataclasses.replace(plan, machine={**plan.machine, "images_per_s": measured})
+        listed = ", ".join(f"{n} x {n_threads}: {rate:.1f}" for (n, n_threads), rate in rates.items())
+        logger.info("images per second by workers x threads on a device: %s", listed)
+        plan = dataclasses.replace(plan, machine={**plan.machine, "images_per_s": listed})
     return plan
 
 
@@ -218,26 +234,35 @@ def _single_shares(cores: int) -> list[Shares]:
     return [(1, max(1, cores >> halvings)) for halvings in range(cores.bit_length())]
 
 
-def _rates(step: dict[str, object], shares: Sequence[Shares], workers: Workers) -> dict[Shares, float]:
-    """Images per second that so many workers with so many threads train on one device in all; empty if unknown.
+def _rates(
+    step: StepToMeasure, shares: Sequence[Shares], pool: WorkerPool, check: Callable[[], None]
+) -> dict[Shares, float]:
+    """Return the images per second that so many workers with so many threads train on one device together.
 
     The workers are watched in the same window of time, so that what they take from each other counts, and what other
-    programs take from threads that wait for each other.
+    programs take from threads that wait for each other. Empty if it could not be measured.
     """
     most = max(n for n, _ in shares)
-    job = {"job": "rate", **step}
-    first = do_each(workers, [{**job, "threads": 1, "begin": 0.0, "end": 0.0}] * most)
-    if first is None or max(float(message["step_s"]) for message in first) > SHARING_STEP_S:
+    first = _rates_together(pool, [RateJob(step=step, threads=1)] * most, check)
+    if first is None or max(rate.step_s for rate in first) > SHARING_STEP_S:
         return {}
-    window_s = max(WINDOW_S, 6 * max(float(message["step_s"]) for message in first))
+    window_s = max(WINDOW_S, 6 * max(rate.step_s for rate in first))
     rates = {}
     for n, threads in shares:
         begin = time.time() + 0.2
-        window = {"threads": threads, "begin": begin, "end": begin + window_s}
-        messages: Sequence[dict[str, object]] | None = do_each(workers, [{**job, **window}] * n)
-        if messages is not None:
-            rates[n, threads] = sum(float(str(message["images_per_s"])) for message in messages)
+        job = RateJob(step=step, threads=threads, begin=begin, end=begin + window_s)
+        if (found := _rates_together(pool, [job] * n, check)) is not None:
+            rates[n, threads] = sum(rate.images_per_s for rate in found)
     return rates
+
+
+def _rates_together(pool: WorkerPool, jobs: Sequence[RateJob], check: Callable[[], None]) -> list[Rate] | None:
+    results = run_jobs_together(pool, jobs, check)
+    return None if results is None else [result for result in results if isinstance(result, Rate)]
+
+
+def _step(config: StudyConfig, caches: PoolCaches) -> StepToMeasure:
+    return StepToMeasure(config, CachePaths(*caches.paths(config)))
 
 
 def _fits(config: StudyConfig, plan: ExecutionPlan) -> bool:

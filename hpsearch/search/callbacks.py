@@ -1,17 +1,18 @@
-"""What a running study tells whoever watches it: a terminal, a log, a test."""
+"""Callbacks of a running study: for a terminal, a log, a test."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 from hpsearch.data.prepare import Prepared
 from hpsearch.store.record import StudyRecord, TrialRecord
+from hpsearch.training.rows import EpochRow
 from hpsearch.workers.plan import ExecutionPlan, Forecast
 
 
-class Listener(Protocol):
-    """Hears what happens, in order, from the coordinator's thread. Must return at once."""
+class StudyCallback(Protocol):
+    """Called by the coordinator's thread for each thing that happens, in order. Must return at once."""
 
     def preparing(self, done: int, total: int) -> None:
         """Images decoded so far."""
@@ -23,21 +24,21 @@ class Listener(Protocol):
 
     def trial_began(self, trial: TrialRecord) -> None: ...
 
-    def epoch_ended(self, trial: int, fold: int, row: Mapping[str, Any]) -> None: ...
+    def epoch_ended(self, trial: int, fold: int, row: EpochRow) -> None: ...
 
     def fold_ended(self, trial: int, fold: int, score: float) -> None: ...
 
     def trial_ended(self, trial: TrialRecord) -> None: ...
 
-    def confirming(self, trials: Sequence[int], done: int, total: int) -> None:
-        """The search is over; so many of the second fits of these trials are done."""
+    def replicating(self, trials: Sequence[int], done: int, total: int) -> None:
+        """The search is over; `done` of `total` refits of these trials are finished."""
 
-    def said(self, text: str) -> None:
-        """One line about something else: a worker that died, tracking that is away."""
+    def message(self, text: str) -> None:
+        """One line about something else: a worker that died, an MLflow server that does not answer."""
 
 
-class Silent:
-    """A Listener that hears nothing."""
+class NullCallback:
+    """A StudyCallback that does nothing."""
 
     def preparing(self, done: int, total: int) -> None:
         pass
@@ -51,7 +52,7 @@ class Silent:
     def trial_began(self, trial: TrialRecord) -> None:
         pass
 
-    def epoch_ended(self, trial: int, fold: int, row: Mapping[str, Any]) -> None:
+    def epoch_ended(self, trial: int, fold: int, row: EpochRow) -> None:
         pass
 
     def fold_ended(self, trial: int, fold: int, score: float) -> None:
@@ -60,8 +61,8 @@ class Silent:
     def trial_ended(self, trial: TrialRecord) -> None:
         pass
 
-    def confirming(self, trials: Sequence[int], done: int, total: int) -> None:
+    def replicating(self, trials: Sequence[int], done: int, total: int) -> None:
         pass
 
-    def said(self, text: str) -> None:
+    def message(self, text: str) -> None:
         pass

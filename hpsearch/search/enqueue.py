@@ -11,7 +11,7 @@ from hpsearch import config as configs
 from hpsearch import paths
 from hpsearch.config import SECTIONS, StudyConfig, get_setting
 from hpsearch.errors import ConfigError, RecordError
-from hpsearch.search.samplers import default_params, encode
+from hpsearch.search.space import default_params, encode
 from hpsearch.store.record import CHANGEABLE, StudyRecord, TrialRecord
 from hpsearch.user_files import read_text
 

@@ -6,7 +6,7 @@ import optuna
 from optuna.trial import create_trial
 
 from hpsearch.config import get_setting
-from hpsearch.search.samplers import distributions, encode
+from hpsearch.search.space import distributions, encode
 from hpsearch.store.record import StudyRecord
 
 MIN_TRIALS = 8

@@ -589,6 +589,19 @@ def code_version() -> str:
     return f"{hpsearch.__version__}+{commit}" if done.returncode == 0 and commit else hpsearch.__version__
 
 
+def remove_checkpoints(fit: FitPaths) -> None:
+    """Remove what only an unfinished fit needs."""
+    for path in (fit.last, fit.previous):
+        path.unlink(missing_ok=True)
+
+
+def remove_networks(fit: FitPaths) -> None:
+    """Remove every network of a fit; its scores stay."""
+    remove_checkpoints(fit)
+    for path in (fit.weights, fit.best):
+        path.unlink(missing_ok=True)
+
+
 def now() -> float:
     """Unix time in seconds, rounded to the millisecond that MLflow keeps."""
     return round(time.time(), 3)

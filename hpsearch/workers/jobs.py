@@ -1,114 +1,296 @@
-"""What first, second and final fits have in common: the job, what their deaths mean, their silence, their files."""
+"""Jobs that a worker runs and reports that it sends back, as frozen dataclasses. Imports no torch."""
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
-from hpsearch.data.pool_caches import PoolCaches
-from hpsearch.errors import StorageError, WorkerError
-from hpsearch.paths import FitPaths, remove_stale_temporaries
-from hpsearch.store.record import FitRecord, StudyRecord, TrialRecord
-from hpsearch.workers.local_pool import DEATHS_PER_JOB, Workers
-
-logger = logging.getLogger(__name__)
-
-SILENCE_FACTOR = 10.0
-SILENCE_MIN_S = 300.0
-"""A fit without an epoch for so many times the seconds it should take, and at least so long, is taken for hanging."""
-Failures = dict[str, list[str]]
-"""Fold to what was said of each death of a worker that fitted it."""
+from hpsearch.config import StudyConfig
+from hpsearch.data.reading import Reading
+from hpsearch.inference.postprocessing import Choices, FoldNetwork
+from hpsearch.training.rows import EpochRow
+from hpsearch.typed_json import from_json, to_json
 
 
-def fold_job(
-    record: StudyRecord,
-    trial: TrialRecord,
-    fold: int,
-    folder: FitPaths,
-    caches: PoolCaches,
-    *,
-    seed: int,
-    keep_best: bool,
-) -> dict[str, Any]:
-    """What a worker has to be told to fit a fold of a trial."""
-    held_out, train = record.folds.held_out(fold).tolist(), record.folds.train(fold).tolist()
-    return fit_job(trial, fold, folder, caches, train=train, held_out=held_out, seed=seed, keep_best=keep_best)
+@dataclass(frozen=True)
+class CachePaths:
+    """The decoded images of a job."""
+
+    images: Path
+    """Cache of the images at the size that the network sees."""
+    truth: Path | None = None
+    """Cache at the size at which they are scored; None if that is the same one."""
 
 
-def fit_job(
-    trial: TrialRecord,
-    fold: int,
-    folder: FitPaths,
-    caches: PoolCaches,
-    *,
-    train: list[int],
-    held_out: list[int],
-    seed: int,
-    keep_best: bool = False,
-) -> dict[str, Any]:
-    """What a worker has to be told to fit a trial's configuration to the images `train`, by index in the pool."""
-    return {
-        "job": "fit",
-        "trial": trial.number,
-        "fold": fold,
-        "config": trial.config,
-        "folder": str(folder.root.absolute()),
-        **caches.job(trial.study_config),
-        "train": train,
-        "held_out": held_out,
-        "seed": seed,
-        "keep_best": keep_best,
-    }
+@dataclass(frozen=True, kw_only=True)
+class FitJob:
+    """Train one network, with a checkpoint after each epoch, and score it on the held-out images."""
+
+    trial: int
+    fold: int
+    config: StudyConfig
+    folder: Path
+    caches: CachePaths
+    train: tuple[int, ...]
+    """Indices of the training images in the cache."""
+    held_out: tuple[int, ...]
+    """Indices of the held-out images; empty for a final fit."""
+    seed: int
+    replicate: int = 0
+    """0: the first fit of this fold; 1: the second one, with another seed."""
+    keep_best: bool = False
+    """Whether the weights of the best epoch are kept too."""
+
+    kind: ClassVar[str] = "fit"
 
 
-def count_death(
-    fit: FitRecord, fold: int, failures: Failures, message: Mapping[str, Any], what: str
-) -> tuple[Failures, str]:
-    """Enter that the worker of a fit died or raised: the failures with this one, and why it is the last, or "".
+@dataclass(frozen=True)
+class FitScore:
+    """Result of a FitJob."""
 
-    `what` names the fit in messages. Deaths that an epoch was won in between are the machine's fault, not the
-    configuration's. Raises StorageError and WorkerError where another try would end alike.
-    """
-    text = message["text"]
-    if message.get("is_storage"):
-        raise StorageError(text)
-    if message.get("is_known"):
-        raise WorkerError(f"{what}: {text}")
-    logger.warning("%s: worker %s\n%s", what, text, message.get("traceback", ""))
-    remove_stale_temporaries(fit.paths.root)
-    place = f"after epoch {len(fit.epochs())}: "
-    deaths = [*failures.get(str(fold), []), place + text]
-    is_last = sum(each.startswith(place) for each in deaths) >= DEATHS_PER_JOB
-    reason = f"fold {fold} ended its worker {DEATHS_PER_JOB} times {place}{text}" if is_last else ""
-    return {**failures, str(fold): deaths}, reason
+    value: float | None
+    """Mean score over the held-out images after the last epoch; None without held-out images."""
 
 
-def end_silent(workers: Workers, epoch_s: Callable[[int, int], float | None]) -> None:
-    """End every worker that shows no epoch for so long that its fit must be hanging.
+@dataclass(frozen=True, kw_only=True)
+class ScoreJob:
+    """Write the per-image pixel counts of one network on all images of a cache, and a few examples."""
 
-    `epoch_s(trial, fold)` gives the seconds that an epoch should take, None for a fit that nobody waits for.
-    """
-    for worker in workers.busy():
-        silence_s = time.monotonic() - worker.heard_at
-        if worker.job is None or silence_s <= SILENCE_MIN_S:
-            continue
-        number, fold = worker.job["trial"], worker.job["fold"]
-        expected_s = epoch_s(number, fold)
-        if expected_s is not None and silence_s > SILENCE_FACTOR * expected_s:
-            logger.warning("trial %d fold %d: no epoch for %.0f s", number, fold, silence_s)
-            workers.kill(worker)
+    config: StudyConfig
+    weights: Path
+    caches: CachePaths
+    counts: Path
+    examples: Path
+
+    kind: ClassVar[str] = "score"
 
 
-def remove_checkpoints(fit: FitPaths) -> None:
-    """Remove what only an unfinished fit needs."""
-    for path in (fit.last, fit.previous):
-        path.unlink(missing_ok=True)
+@dataclass(frozen=True)
+class ImageFiles:
+    """An image and its mask as files."""
+
+    name: str
+    image: Path
+    mask: Path
 
 
-def remove_networks(fit: FitPaths) -> None:
-    """Remove every network of a fit; what it scored stays."""
-    remove_checkpoints(fit)
-    for path in (fit.weights, fit.best):
-        path.unlink(missing_ok=True)
+@dataclass(frozen=True, kw_only=True)
+class OfficialScoreJob:
+    """Predict masks at the images' own resolution and count their pixels against the true masks."""
+
+    weights: tuple[Path, ...]
+    """One network, or several that predict by their mean logits."""
+    reading: Reading
+    images: tuple[ImageFiles, ...]
+    masks: Path | None
+    """Folder for the predicted masks; None to write none."""
+    counts: Path
+
+    kind: ClassVar[str] = "official"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectPostprocessingJob:
+    """Select threshold, test-time flips, cleaning and ensemble by out-of-fold predictions."""
+
+    config: StudyConfig
+    metric: str
+    caches: CachePaths
+    networks: tuple[FoldNetwork, ...]
+    source: str
+    """Which networks these are, for people."""
+    ensemble: bool
+    """Whether the ensemble is considered."""
+    out: Path
+    """JSON file for the decisions."""
+
+    kind: ClassVar[str] = "choose"
+
+
+@dataclass(frozen=True)
+class WeightsCopy:
+    """A weights file and where its copy goes."""
+
+    source: Path
+    target: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepJob:
+    """Copy weights, with the post-processing selected for them entered."""
+
+    copies: tuple[WeightsCopy, ...]
+    postprocessing: Choices
+
+    kind: ClassVar[str] = "keep"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountJob:
+    """Write the per-image pixel counts of one network, or of several by their mean logits, after post-processing."""
+
+    config: StudyConfig
+    caches: CachePaths
+    weights: tuple[Path, ...]
+    postprocessing: Choices
+    counts: Path
+
+    kind: ClassVar[str] = "count"
+
+
+@dataclass(frozen=True)
+class StepToMeasure:
+    """A configuration whose training step is timed, and its images."""
+
+    config: StudyConfig
+    caches: CachePaths
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureJob:
+    """Time the training step of each configuration, and describe the machine."""
+
+    config: StudyConfig
+    threads: int
+    steps: tuple[StepToMeasure, ...]
+
+    kind: ClassVar[str] = "measure"
+
+
+@dataclass(frozen=True)
+class MeasuredStep:
+    """Seconds of one image at one configuration, measured on the device."""
+
+    flops: int
+    """Of the training step of one image."""
+    train_s: float
+    eval_s: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Result of a MeasureJob."""
+
+    device: str
+    n_devices: int
+    precision: str
+    """What autocast computes in where `train.amp` is auto: float32, bf16 or fp16."""
+    memory_bytes: int
+    """Free memory of the device."""
+    steps: tuple[MeasuredStep, ...]
+    machine: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RateJob:
+    """Count the images per second that are trained between two times (Unix time in seconds)."""
+
+    step: StepToMeasure
+    threads: int
+    begin: float = 0.0
+    end: float = 0.0
+
+    kind: ClassVar[str] = "rate"
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Result of a RateJob."""
+
+    images_per_s: float
+    step_s: float
+    """Seconds of the fastest step."""
+
+
+Job = FitJob | ScoreJob | OfficialScoreJob | SelectPostprocessingJob | KeepJob | CountJob | MeasureJob | RateJob
+JOBS: dict[str, type[Job]] = {
+    cls.kind: cls
+    for cls in (
+        FitJob,
+        ScoreJob,
+        OfficialScoreJob,
+        SelectPostprocessingJob,
+        KeepJob,
+        CountJob,
+        MeasureJob,
+        RateJob,
+    )
+}
+Result = FitScore | Measurement | Rate | None
+_RESULTS: dict[str, type[Any]] = {"fit": FitScore, "measure": Measurement, "rate": Rate}
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The worker has started and waits for a job."""
+
+
+@dataclass(frozen=True)
+class EpochEnded:
+    """An epoch of a fit has ended and its checkpoint is written. The worker waits for the answer: go on, or stop."""
+
+    row: EpochRow
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The job is done."""
+
+    result: Result = None
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """The fit was stopped after an epoch, as it was told to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed:
+    """The job ended without a result."""
+
+    reason: Literal["diverged", "out_of_memory", "error", "died"]
+    """`error`: an exception; `died`: the process ended."""
+    text: str
+    is_storage: bool = False
+    """Whether a file could not be written."""
+    is_known: bool = False
+    """Whether it is an error that a user can mend, so that another try would end in the same way."""
+    traceback: str = ""
+
+
+Report = Ready | EpochEnded | Finished | Stopped | Failed
+_REPORTS: dict[str, type[Any]] = {
+    "ready": Ready,
+    "epoch": EpochEnded,
+    "finished": Finished,
+    "stopped": Stopped,
+    "failed": Failed,
+}
+
+
+def job_to_json(job: Job) -> dict[str, Any]:
+    """Return a table that `job_from_json` reads."""
+    return {"job": job.kind, **to_json(job)}
+
+
+def job_from_json(table: Mapping[str, Any]) -> Job:
+    """Return the job in a table of `job_to_json`."""
+    return from_json(JOBS[table["job"]], table)
+
+
+def report_to_json(report: Report) -> dict[str, Any]:
+    """Return a table that `report_from_json` reads."""
+    kind = next(name for name, cls in _REPORTS.items() if cls is type(report))
+    return {"report": kind, **to_json(report)}
+
+
+def report_from_json(table: Mapping[str, Any], job: Job | None) -> Report:
+    """Return the report in a table of `report_to_json`; `job` is the job that it is about."""
+    if table["report"] == "finished":
+        result = table["result"]
+        cls = _RESULTS.get(job.kind) if job is not None else None
+        return Finished(from_json(cls, result) if cls is not None and result is not None else None)
+    report: Report = from_json(_REPORTS[table["report"]], table)
+    return report

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -19,20 +19,12 @@ from hpsearch.config.search import Choice, Range
 from hpsearch.errors import ConfigError
 from hpsearch.models.memory import training_memory
 from hpsearch.models.shapes import n_parameters, training_flops, why_impossible
-from hpsearch.workers.local_pool import WorkerSettings
+from hpsearch.typed_json import from_json, to_json
+from hpsearch.workers.jobs import MeasuredStep
+from hpsearch.workers.pool import WorkerSettings
 
 MEMORY_SHARE = 0.9
 """Share of a device's memory that a fit may be predicted to need: the prediction is good to a tenth."""
-
-
-@dataclass(frozen=True)
-class MeasuredStep:
-    """Seconds of one image at one configuration, measured on the device."""
-
-    flops: int
-    """Of the training step of one image."""
-    train_s: float
-    eval_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,28 +54,13 @@ class ExecutionPlan:
         return first if len(self.workers) == 1 else WorkerSettings(first.device, self.alone_threads or first.threads)
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "device": self.device,
-            "precision": self.precision,
-            "workers": [vars(worker) for worker in self.workers],
-            "memory_bytes": self.memory_bytes,
-            "steps": [vars(step) for step in self.steps],
-            "machine": dict(self.machine),
-            "alone_threads": self.alone_threads,
-        }
+        """Return plain types only; `from_dict` gives an equal plan."""
+        return {field.name: to_json(getattr(self, field.name)) for field in fields(self)}
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> ExecutionPlan:
-        """The plan in a mapping as `to_dict` gives it; KeyError or TypeError if it is damaged."""
-        return cls(
-            device=table["device"],
-            precision=table["precision"],
-            workers=tuple(WorkerSettings(**worker) for worker in table["workers"]),
-            memory_bytes=int(table["memory_bytes"]),
-            steps=tuple(MeasuredStep(**step) for step in table["steps"]),
-            machine=table["machine"],
-            alone_threads=int(table.get("alone_threads", 0)),
-        )
+        """Return the plan in a mapping as `to_dict` gives it; KeyError, TypeError or ValueError if it is damaged."""
+        return from_json(cls, table)
 
     def epoch_s(self, config: StudyConfig, n_train: int, n_held_out: int) -> float:
         """Expected seconds of one epoch of `config`; NaN where nothing was measured."""

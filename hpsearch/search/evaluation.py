@@ -1,0 +1,74 @@
+"""The open fits of a trial or of its replicate: which folds are finished, running, or still to be fitted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hpsearch.config import StudyConfig
+from hpsearch.search.racing import Verdict
+from hpsearch.search.scheduler import OpenFits
+from hpsearch.store.record import FitRecord, SecondRecord, StudyRecord, TrialRecord
+
+
+@dataclass
+class Evaluation:
+    """A trial, or its replicate, that is being evaluated."""
+
+    study: StudyRecord
+    trial: TrialRecord
+    config: StudyConfig
+    replicate: SecondRecord | None = None
+    """The replicate's record; None for the trial itself."""
+    running: set[int] = field(default_factory=set)
+    """Folds that a worker fits now."""
+    pruned: Verdict | None = None
+    """The decision to prune it, until its fits have stopped."""
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Number of the trial, and of the replicate."""
+        return self.trial.number, int(self.replicate is not None)
+
+    @property
+    def name(self) -> str:
+        """The trial or replicate in messages."""
+        return f"{'the refit of ' if self.replicate is not None else ''}trial {self.trial.number}"
+
+    @property
+    def failures(self) -> dict[str, list[str]]:
+        """Fold to one line per death of a worker that fitted it."""
+        return (self.trial if self.replicate is None else self.replicate).failures
+
+    def fit(self, fold: int) -> FitRecord:
+        """Return the record of one of its fits."""
+        return (self.study.fit if self.replicate is None else self.study.second_fit)(self.trial.number, fold)
+
+    def finished_folds(self) -> frozenset[int]:
+        """Return the folds whose fit is finished."""
+        return frozenset(fold for fold in range(self.study.n_folds) if self.fit(fold).is_finished)
+
+    def open_fits(self) -> OpenFits:
+        """Return it as the scheduler sees it."""
+        pruned, n_epochs = self.pruned, self.config.train.epochs
+        return OpenFits(
+            self.trial.number,
+            int(self.replicate is not None),
+            self.finished_folds(),
+            frozenset(self.running),
+            is_pruned=pruned is not None,
+            # Pruned after the last epoch: the fit is finished, even if its worker dies in between.
+            resumable=pruned.fold if pruned is not None and pruned.epoch == n_epochs else None,
+        )
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing of it is left to do."""
+        fits = self.open_fits()
+        if self.pruned is not None:
+            return not fits.running and fits.next_fold(self.study.n_folds) is None
+        return len(fits.finished) == self.study.n_folds
+
+    def micro_batch(self) -> int | None:
+        """Return the smallest part of a batch that memory forced and that changed the result; None if none did."""
+        summaries = [self.fit(fold).summary() or {} for fold in range(self.study.n_folds)]
+        return min((each["micro_batch"] for each in summaries if each.get("micro_batch")), default=None)

@@ -1,0 +1,44 @@
+"""The samplers that `study.sampler` can name: one module each, found by its name.
+
+A sampler's module has a function `make(config, seed)` that returns a sampler of Optuna. A sampler that stores its
+state in the attributes of trials sets `IS_REPLAYED = True`: its earlier suggestions are then made again, to restore
+the state. One that cannot handle categorical settings sets `IS_NUMERIC = True`: those are drawn at random.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+from optuna.distributions import CategoricalDistribution
+from optuna.samplers import BaseSampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial
+
+from hpsearch.config import StudyConfig
+from hpsearch.search.space import Distributions
+
+
+def make_sampler(config: StudyConfig, seed: int) -> BaseSampler:
+    """Return the sampler that `study.sampler` names, seeded."""
+    sampler: BaseSampler = _module(config).make(config, seed)
+    return sampler
+
+
+def is_replayed(config: StudyConfig) -> bool:
+    """Return whether the sampler's earlier suggestions have to be made again to restore its state."""
+    return bool(getattr(_module(config), "IS_REPLAYED", False))
+
+
+def sample(
+    config: StudyConfig, sampler: BaseSampler, study: Study, trial: FrozenTrial, space: Distributions
+) -> dict[str, Any]:
+    """Return what the sampler suggests for `trial`; settings that it leaves out are missing."""
+    if getattr(_module(config), "IS_NUMERIC", False):
+        space = {name: each for name, each in space.items() if not isinstance(each, CategoricalDistribution)}
+    return sampler.sample_relative(study, trial, dict(space))
+
+
+def _module(config: StudyConfig) -> ModuleType:
+    return importlib.import_module(f"hpsearch.search.samplers.{config.study.sampler}")

@@ -1,0 +1,10 @@
+"""Gaussian process with expected improvement, as Optuna implements it."""
+
+from optuna.samplers import GPSampler
+
+from hpsearch.config import StudyConfig
+
+
+def make(config: StudyConfig, seed: int) -> GPSampler:
+    """Return the sampler; `study.startup_trials` trials are random."""
+    return GPSampler(seed=seed, n_startup_trials=config.study.startup_trials, warn_independent_sampling=False)

@@ -1,0 +1,111 @@
+"""The search space in Optuna's terms, and back."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+
+from hpsearch.config import StudyConfig, get_setting
+from hpsearch.config.search import Choice, Range, SearchSpace
+
+Distributions = Mapping[str, BaseDistribution]
+"""Setting to Optuna's distribution of it."""
+
+SAME_FACTOR = 1.2
+"""Two learning rates closer than this count as equal: they differ by less than two runs of one configuration do."""
+SAME_SHARE = math.log(SAME_FACTOR) / math.log(1000)
+"""For other continuous settings, the share of the range that a factor of 1.2 has of three decades."""
+MAX_ENUMERATED = 100_000
+"""Largest number of configurations that is enumerated."""
+
+
+def distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
+    """Return Optuna's distribution of every dimension, by the setting's name."""
+    return {name: _distribution(dimension) for name, dimension in space}
+
+
+def default_params(config: StudyConfig) -> dict[str, Any]:
+    """Return the default configuration as params: those of trial 0."""
+    return {name: get_setting(config, name) for name, _ in config.search}
+
+
+def encode(value: Any) -> Any:
+    """Return a setting's value as Optuna can store it: a (height, width) pair becomes `256x192`."""
+    return "x".join(map(str, value)) if isinstance(value, tuple | list) else value
+
+
+def decode(value: Any) -> Any:
+    """Return the setting's value that `encode` was given."""
+    if isinstance(value, str) and value.count("x") == 1 and all(part.isdecimal() for part in value.split("x")):
+        height, width = value.split("x")
+        return int(height), int(width)
+    return value
+
+
+def single_value(distribution: BaseDistribution) -> Any:
+    """Return the only value of a distribution that has just one."""
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices[0]
+    assert isinstance(distribution, IntDistribution | FloatDistribution)
+    return distribution.low
+
+
+def is_same(one: Any, other: Any, distribution: BaseDistribution, *, any_float: bool = False) -> bool:
+    """Return whether two values count as equal: discrete ones if they are, continuous ones if they are close.
+
+    With `any_float`, all values of a continuous setting count as equal.
+    """
+    if not isinstance(distribution, FloatDistribution) or distribution.step is not None:
+        return bool(_place(one, distribution) == _place(other, distribution))
+    if any_float:
+        return True
+    if distribution.log:
+        return abs(math.log(one / other)) < math.log(SAME_FACTOR)
+    return bool(abs(one - other) < SAME_SHARE * (distribution.high - distribution.low))
+
+
+def unused_params(space: Distributions, used: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return all params of a finite space that are not in `used`; empty for one that is infinite or very large."""
+    grids = [_grid(each) for each in space.values()]
+    if any(grid is None for grid in grids) or math.prod(len(grid or ()) for grid in grids) > MAX_ENUMERATED:
+        return []
+
+    def key(params: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(_place(params.get(name), each) for name, each in space.items())
+
+    taken = {key(params) for params in used}
+    found = (dict(zip(space, values, strict=True)) for values in itertools.product(*(g or () for g in grids)))
+    return [params for params in found if key(params) not in taken]
+
+
+def _grid(distribution: BaseDistribution) -> list[Any] | None:
+    """Return all values of a distribution; None for a continuous one."""
+    if isinstance(distribution, CategoricalDistribution):
+        return list(distribution.choices)
+    if isinstance(distribution, IntDistribution):
+        return list(range(distribution.low, distribution.high + 1, distribution.step))
+    assert isinstance(distribution, FloatDistribution)
+    if distribution.step is None:
+        return [distribution.low] if distribution.single() else None
+    n_steps = round((distribution.high - distribution.low) / distribution.step)
+    return [distribution.low + step * distribution.step for step in range(n_steps + 1)]
+
+
+def _place(value: Any, distribution: BaseDistribution) -> Any:
+    """Return what equal values share: the step number of a float with a step, because `low + 2 * step` may round."""
+    if isinstance(distribution, FloatDistribution) and distribution.step is not None and value is not None:
+        return round((value - distribution.low) / distribution.step)
+    return value
+
+
+def _distribution(dimension: Choice | Range) -> BaseDistribution:
+    if isinstance(dimension, Choice):
+        return CategoricalDistribution([encode(value) for value in dimension.values])
+    if dimension.is_int:
+        step = 1 if dimension.step is None else int(dimension.step)
+        return IntDistribution(int(dimension.low), int(dimension.high), log=dimension.log, step=step)
+    return FloatDistribution(dimension.low, dimension.high, log=dimension.log, step=dimension.step)

@@ -1,0 +1,284 @@
+"""`run_study`: prepare the data, measure the machine, run the search, and keep the views up to date."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpsearch import paths
+from hpsearch.config import StudyConfig
+from hpsearch.data import duplicates
+from hpsearch.data import folds as fold_making
+from hpsearch.data.cache import open_cache
+from hpsearch.data.folds import Folds
+from hpsearch.data.pool_caches import PoolCaches, cache_root
+from hpsearch.data.prepare import Prepared, count_pool
+from hpsearch.errors import CacheError, StorageError, StudyChangedError
+from hpsearch.paths import ProjectPaths, StudyPaths
+from hpsearch.search import enqueue, replicates
+from hpsearch.search.autotune import MachineChoice, first_workers, make_plan
+from hpsearch.search.callbacks import NullCallback, StudyCallback
+from hpsearch.search.coordinator import Coordinator
+from hpsearch.search.optuna_view import OptunaView
+from hpsearch.search.stopping import Budget, Stop
+from hpsearch.store import lock
+from hpsearch.store.log import log_file
+from hpsearch.store.record import COUNTED, StudyRecord
+from hpsearch.views import Tracker, ViewThread
+from hpsearch.workers import plan as plans
+from hpsearch.workers.local_pool import LocalPool
+from hpsearch.workers.loop import run
+from hpsearch.workers.plan import ExecutionPlan
+
+logger = logging.getLogger(__name__)
+
+SPARE_BYTES = 16 * 2**20
+"""Room for scores, figures and databases of a study."""
+LAST_UPDATE_S = 180.0
+URGENT_UPDATE_S = 5.0
+"""How long the end of a study waits for the next trial to reach a view, and where it must end at once."""
+
+
+@dataclass(frozen=True)
+class StudySummary:
+    """How a call of `run_study` ended."""
+
+    record: StudyRecord
+    """The study's folder: trials, scores, folds."""
+    n_counted: int
+    """Trials that count toward `study.trials`, over all starts."""
+    stopped: bool
+    """Whether it was asked to stop before it was done."""
+    undelivered: int
+    """Number of MLflow runs that lack something; it is on record."""
+    tracking_error: str = ""
+    """Why MLflow could not be brought up to date; empty if it is."""
+
+
+def run_study(
+    project: ProjectPaths,
+    name: str,
+    config: StudyConfig,
+    *,
+    machine: MachineChoice | None = None,
+    tracker: Tracker | None = None,
+    callback: StudyCallback | None = None,
+    stop: Stop | None = None,
+    hours: float | None = None,
+    enqueued: Sequence[Mapping[str, Any]] = (),
+) -> StudySummary:
+    """Search until `config.study.trials` trials are evaluated, over all starts of the study `name`.
+
+    Begins the study or continues it. `hours` is a budget after which it stops with checkpoints, `enqueued` are params
+    to try next, each once over all starts.
+
+    Raises StudyLockedError if another process runs it, StudyChangedError if its fixed settings differ, DatasetError
+    for data that cannot be used, StorageError when the disk refuses, WorkerError when workers cannot start.
+    """
+    config = config.absolute()
+    study = project.study(name)
+    callback, stop, machine = callback or NullCallback(), stop or Stop(), machine or MachineChoice()
+    budget = Budget(hours, stop, callback.message)
+
+    def check() -> None:
+        stop.check("stopped before the first trial; run the same command again to continue")
+
+    with (
+        paths.refusals_named(study.root),
+        lock.hold(study),
+        log_file(study.log),
+        LocalPool(study.root) as pool,
+    ):
+        for request in (study.stop_request, *study.root.glob("stop-trial-*")):
+            request.unlink(missing_ok=True)
+        record = _open_record(study, config)
+        stop.epoch_left_s = pool.epoch_left_s
+        # Workers import torch while the images are checked.
+        pool.resize(first_workers(record, machine))
+        caches = _prepare(project, config, callback, check)
+        record = record or _create_record(study, config, caches, callback)
+        _check_images(record, config, caches.scored)
+        # Only now: a folder that does not hold the study's images must not be remembered as theirs.
+        record.update_config(config)
+        for text in enqueue.add(record, enqueued):
+            callback.message(f"the configuration {text}")
+        if not study.plan.is_file():
+            callback.message("measuring how fast this machine trains")
+        plan = make_plan(record, caches, machine, pool, check)
+        _require_space(record, plan)
+        pool.resize(plan.workers)
+        with _views(study, tracker, stop) as views:
+            coordinator = Coordinator(record, pool, plan, caches, callback, stop, budget, views.wake)
+            callback.planned(record, plan, forecast(record, plan, caches.scored.n))
+            try:
+                coordinator.resume()
+                run(pool, coordinator)
+            finally:
+                pool.close()
+        if stop.is_requested:
+            logger.info("stopped; run the same command to continue")
+        # Workers that were killed while they wrote may have left some.
+        paths.remove_stale_temporaries(study.root)
+        return StudySummary(record, coordinator.n_counted, stop.is_requested, views.n_behind, views.error)
+
+
+def forecast(record: StudyRecord, plan: ExecutionPlan, n_images: int) -> plans.Forecast:
+    """Return what is left to do in a study, as far as measured steps tell."""
+    n_trials = record.n_left(record.trials())
+    return plans.forecast(
+        record.config,
+        plan,
+        n_images=n_images,
+        n_trials=n_trials,
+        n_folds=record.n_folds,
+        n_confirm=replicates.n_left(record, n_trials),
+    )
+
+
+def close_view(view: ViewThread, stop: Stop) -> tuple[int, str]:
+    """Update a view a last time and end its thread; return the number of items that it lacks, and why."""
+    # A process that must end at once does not wait for a server that does not answer.
+    if stop.is_urgent:
+        return view.close(URGENT_UPDATE_S), view.error
+    return view.close(LAST_UPDATE_S, lambda: stop.is_urgent), view.error
+
+
+@dataclass
+class _Views:
+    """The views of a running study, and what they lack when they are closed."""
+
+    threads: Sequence[ViewThread]
+    n_behind: int = 0
+    error: str = ""
+
+    def wake(self) -> None:
+        for thread in self.threads:
+            thread.wake()
+
+
+@contextmanager
+def _views(study: StudyPaths, tracker: Tracker | None, stop: Stop) -> Iterator[_Views]:
+    """Keep Optuna's database and MLflow up to date in the background for the time of the block."""
+    optuna_thread = ViewThread(OptunaView(study))
+    tracker_thread = ViewThread(tracker.view(study)) if tracker is not None else None
+    views = _Views([thread for thread in (optuna_thread, tracker_thread) if thread is not None])
+    try:
+        yield views
+    finally:
+        close_view(optuna_thread, stop)
+        if optuna_thread.error:
+            logger.warning("Optuna's database is not up to date: %s", optuna_thread.error)
+        if tracker_thread is not None:
+            views.n_behind, views.error = close_view(tracker_thread, stop)
+
+
+def _open_record(study: StudyPaths, config: StudyConfig) -> StudyRecord | None:
+    """Return the record of a study that exists, checked; None if it is to be begun."""
+    if not study.toml.is_file():
+        _require_folds(config, cache_root(study.project, config))
+        return None
+    record = StudyRecord.open(study)
+    record.verify()
+    record.check_config(config)
+    return record
+
+
+def _prepare(
+    project: ProjectPaths, config: StudyConfig, callback: StudyCallback, check: Callable[[], None]
+) -> PoolCaches:
+    """Decode the images where they are not yet."""
+
+    def decoded(done: int, total: int) -> None:
+        check()
+        callback.preparing(done, total)
+
+    try:
+        caches = PoolCaches(config, cache_root(project, config), progress=decoded)
+        caches.prepare_listed(config)
+    except CacheError:
+        # A signal to stop may have ended the process that decodes, too.
+        check()
+        raise
+    callback.prepared(dataclasses.replace(caches.scored, notes=tuple(caches.notes)))
+    for note in caches.notes:
+        logger.info("data: %s", note)
+    return caches
+
+
+def _create_record(
+    study: StudyPaths, config: StudyConfig, caches: PoolCaches, callback: StudyCallback
+) -> StudyRecord:
+    """Begin a study. Only now: a first start that fails for its data leaves no study that binds the next one."""
+    prepared = caches.scored
+    folds = _make_folds(config, prepared, cache_root(study.project, config))
+    facts = open_cache(prepared.cache_path).index.facts
+    for note in fold_making.lesion_notes(folds, [each.view_foreground > 0 for each in facts]):
+        callback.message(f"note: {note}")
+    record = StudyRecord.create(study, config)
+    if not record.has_folds:
+        record.write_folds(folds, prepared.key)
+    return record
+
+
+def _check_images(record: StudyRecord, config: StudyConfig, prepared: Prepared) -> None:
+    """Raise StudyChangedError if the images are not those that the folds were made from."""
+    if not record.has_folds:
+        record.write_folds(_make_folds(config, prepared, cache_root(record.paths.project, config)), prepared.key)
+    if record.folds.ids == prepared.ids and record.data_key() == prepared.key:
+        return
+    before, after = set(record.folds.ids), set(prepared.ids)
+    what = f"{len(before - after)} are gone, {len(after - before)} are new" if before != after else "content"
+    raise StudyChangedError(
+        f"the images in {config.data.images or config.data.root} are not those that study {record.name!r} was begun "
+        f"with ({what}): put the old ones back, or begin another study with --study NAME"
+    )
+
+
+def _require_folds(config: StudyConfig, caches: Path) -> None:
+    """Raise DatasetError, before any image is decoded, if the groups are wrong or so many folds are impossible."""
+    table = fold_making.groups_file(config.data)
+    groups = fold_making.read_groups(table) if table else None
+    n_images = count_pool(config.data, caches)
+    # Without any image, decoding says what is wrong.
+    if config.study.folds != "fixed" and n_images:
+        fold_making.require_enough(n_images, config.study.folds, "images with a mask")
+        if groups is not None:
+            fold_making.require_enough(len(set(groups.values())), config.study.folds, "groups")
+
+
+def _make_folds(config: StudyConfig, prepared: Prepared, caches: Path) -> Folds:
+    table = fold_making.groups_file(config.data)
+    groups: Mapping[str, str] | None = fold_making.read_groups(table) if table else None
+    if config.data.group_duplicates:
+        pairs = duplicates.find_in_dataset(config.data, caches, with_test=False)
+        logger.info("%d near-duplicate pairs are kept in one fold each", len(pairs))
+        groups = duplicates.groups_of(pairs, prepared.ids, groups)
+    return fold_making.make_folds(
+        prepared.ids,
+        prepared.splits,
+        open_cache(prepared.cache_path).sha256,
+        folds=config.study.folds,
+        seed=config.study.seed,
+        groups=groups,
+    )
+
+
+def _require_space(record: StudyRecord, plan: ExecutionPlan) -> None:
+    """Raise StorageError if the disk has less room than the rest of the study will need."""
+    root, settings = record.paths.root, record.config.study
+    needed = plans.disk_bytes(record.config, record.n_folds, len(plan.workers)) + SPARE_BYTES
+    there = sum(
+        path.stat().st_size for path in root.glob("trials/*/fold*/*.*") if path.suffix in (".pt", ".safetensors")
+    )
+    n_open = settings.trials - sum(trial.outcome in COUNTED for trial in record.trials())
+    free = paths.free_bytes(root)
+    if n_open > 0 and free < needed - there:
+        raise StorageError(
+            f"{root} has {free / 2**20:.0f} MiB free, the study may need {(needed - there) / 2**20:.0f} MiB more for "
+            "weights and checkpoints: make room, or choose another folder with --out"
+        )

@@ -1,0 +1,75 @@
+"""Convert frozen dataclasses to JSON tables and back, directed by their annotations."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+
+def to_json(value: Any) -> Any:
+    """Return plain types only: dataclasses become tables, tuples lists, paths absolute strings.
+
+    A class with a method `to_dict` decides itself what it becomes.
+    """
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    if dataclasses.is_dataclass(value):
+        return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Path):
+        return str(value.absolute())
+    if isinstance(value, Mapping):
+        return {key: to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    return value
+
+
+def from_json(cls: type[T], table: Mapping[str, Any]) -> T:
+    """Return the dataclass that `to_json` turned into `table`.
+
+    Keys that the class does not know are ignored: a later version wrote them. Fields that the table lacks keep their
+    defaults. Raises KeyError, TypeError or ValueError where a field without a default is missing or a part is of
+    another kind.
+    """
+    hints = _hints(cast("Hashable", cls))
+    return cls(**{name: _decode(hint, table[name]) for name, hint in hints.items() if name in table})
+
+
+@cache
+def _hints(cls: Any) -> dict[str, Any]:
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
+
+
+def _decode(annotation: Any, value: Any) -> Any:
+    if value is None:
+        return None
+    origin = get_origin(annotation)
+    if origin in (Union, types.UnionType):
+        options = [option for option in get_args(annotation) if option is not type(None)]
+        return _decode(options[0], value) if len(options) == 1 else value
+    if origin is tuple:
+        return _decode_tuple(get_args(annotation), value)
+    if origin is dict:
+        return {key: _decode(get_args(annotation)[1], item) for key, item in value.items()}
+    if annotation is Path:
+        return Path(value)
+    if hasattr(annotation, "from_dict"):
+        return annotation.from_dict(value)
+    if dataclasses.is_dataclass(annotation):
+        return from_json(cast("type[Any]", annotation), value)
+    return value
+
+
+def _decode_tuple(items: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
+    if isinstance(value, str):
+        raise TypeError(f"a list was expected, not {value!r}")
+    if len(items) == 2 and items[1] is Ellipsis:
+        return tuple(_decode(items[0], item) for item in value)
+    return tuple(_decode(item, part) for item, part in zip(items, value, strict=True))
