@@ -32,10 +32,10 @@ from hpsearch.data.batches import DeviceData
 from hpsearch.data.cache import open_cache
 from hpsearch.data.prepare import prepare_pool
 from hpsearch.errors import DivergedError
-from hpsearch.runtime import make_runtime
 from hpsearch.training.evaluation import evaluate
 from hpsearch.training.loop import fit
 from hpsearch.training.metrics import SCORES, PixelCounts
+from hpsearch.training.runtime import make_runtime
 
 BASE = (
     "data.size=64", "unet.base_channels=4", "unet.depth=3", "train.epochs=8", "train.batch_size=16", "train.lr=0.05",

@@ -29,16 +29,16 @@ import torch
 from alternatives import plain_unet, train_epoch
 from setting import describe_machine
 
+from hpsearch.config.data import AugmentConfig, DataConfig
+from hpsearch.config.model import UNetConfig
+from hpsearch.config.train import TrainConfig
 from hpsearch.data.batches import DeviceData
 from hpsearch.data.cache import Cache, Normalization, open_cache
-from hpsearch.data.config import AugmentConfig, DataConfig
 from hpsearch.data.prepare import prepare_pool, prepare_test
-from hpsearch.models.config import UNetConfig
-from hpsearch.runtime import Runtime, make_runtime
-from hpsearch.training.config import TrainConfig
 from hpsearch.training.evaluation import evaluate
 from hpsearch.training.loop import fit
 from hpsearch.training.metrics import PixelCounts, dice, jaccard
+from hpsearch.training.runtime import Runtime, make_runtime
 
 FLIP = 0.5
 

@@ -11,9 +11,9 @@ from torch import nn
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
-from hpsearch.data.config import DataConfig
+from hpsearch.config.data import DataConfig
+from hpsearch.config.model import UNetConfig
 from hpsearch.data.layouts import find_samples
-from hpsearch.models.config import UNetConfig
 from hpsearch.models.norms import BatchNorm
 from hpsearch.models.unet import UNet, UpSampling
 

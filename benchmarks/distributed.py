@@ -37,15 +37,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from hpsearch import config as configs
 from hpsearch import paths
 from hpsearch.paths import FitPaths, ProjectPaths
-from hpsearch.plan import ExecutionPlan, WorkerSettings
-from hpsearch.tuning import coordinator as coordinating
+from hpsearch.search import coordinator as coordinating
+from hpsearch.search.optuna_view import StudyDatabase
+from hpsearch.search.samplers import distributions, suggest
+from hpsearch.store.record import StudyRecord, TrialRecord, now
 from hpsearch.tuning import coordinators, shared
 from hpsearch.tuning.coordinators import Sharing
-from hpsearch.tuning.record import StudyRecord, TrialRecord, now
-from hpsearch.tuning.search_space import distributions, suggest
 from hpsearch.tuning.shared_storage import open_storage, quiet
-from hpsearch.tuning.study import StudyDatabase
-from hpsearch.tuning.workers import Event
+from hpsearch.workers.local_pool import Event
+from hpsearch.workers.plan import ExecutionPlan, WorkerSettings
 from tests.servers import MlflowServer, Postgres
 
 NAME = "sleeping"
@@ -426,6 +426,7 @@ def fill(study: optuna.Study, record: StudyRecord, size: int, rng: random.Random
 
 def measure_faults(n_kills: int, seed: int) -> int:
     """Disturb three machines in every way; print what happened, what is left, and how long takeovers took."""
+    from tests.search.studies import run, write_tiny_dataset
     from tests.tuning.machines import (
         GRACE_S,
         HEARTBEAT_S,
@@ -438,7 +439,6 @@ def measure_faults(n_kills: int, seed: int) -> int:
         finished_runs,
         values,
     )
-    from tests.tuning.studies import run, write_tiny_dataset
 
     with tempfile.TemporaryDirectory(prefix="hpsearch-distributed-") as folder, Postgres() as server:
         root = Path(folder)

@@ -18,9 +18,9 @@ from pathlib import Path
 
 from hpsearch import paths
 from hpsearch.paths import ProjectPaths, StudyPaths
-from hpsearch.tuning.coordinator import run_study
-from hpsearch.tuning.planning import MachineChoice
-from hpsearch.tuning.record import StudyRecord, TrialRecord
+from hpsearch.search.autotune import MachineChoice
+from hpsearch.search.coordinator import run_study
+from hpsearch.store.record import StudyRecord, TrialRecord
 
 
 def best_dropped(record: StudyRecord, n: int) -> list[TrialRecord]:

@@ -42,7 +42,7 @@ import psutil
 
 from hpsearch import tracking
 from hpsearch.paths import ProjectPaths
-from hpsearch.tuning.record import StudyRecord
+from hpsearch.store.record import StudyRecord
 
 NAME = "faults"
 FAULTY = Path(__file__).parent / "faulty"
@@ -57,29 +57,29 @@ SQUEEZED_KIB = (0, 8, 40, 100, 300, 600)
 
 PHASES: dict[str, tuple[tuple[str, str], ...]] = {
     "start": (
-        ("coordinator", "tuning/lock.py:hold"),
+        ("coordinator", "store/lock.py:hold"),
         ("coordinator", "data/build.py:_build"),
-        ("coordinator", "tuning/coordinator.py:run_study"),
-        ("coordinator", "tuning/coordinator.py:_fix_folds"),
-        ("coordinator", "tuning/study.py:__init__"),
-        ("coordinator", "tuning/study.py:catch_up"),
-        ("coordinator", "tuning/planning.py:_measure_plan"),
-        ("coordinator", "tuning/coordinator.py:_adopt_open_trials"),
+        ("coordinator", "search/coordinator.py:run_study"),
+        ("coordinator", "search/coordinator.py:_fix_folds"),
+        ("coordinator", "search/optuna_view.py:__init__"),
+        ("coordinator", "search/optuna_view.py:catch_up"),
+        ("coordinator", "search/autotune.py:_measure_plan"),
+        ("coordinator", "search/coordinator.py:_adopt_open_trials"),
         ("worker", "training/loop.py:_resume_"),
     ),
     "ask": (
-        ("coordinator", "tuning/study.py:ask"),
-        ("coordinator", "tuning/search_space.py:suggest"),
-        ("coordinator", "tuning/search_space.py:_suggest"),
-        ("coordinator", "tuning/coordinator.py:_begin"),
-        ("coordinator", "tuning/coordinator.py:_hand_out"),
+        ("coordinator", "search/optuna_view.py:ask"),
+        ("coordinator", "search/samplers.py:suggest"),
+        ("coordinator", "search/samplers.py:_suggest"),
+        ("coordinator", "search/coordinator.py:_begin"),
+        ("coordinator", "search/coordinator.py:_hand_out"),
     ),
     "first epoch": (
-        ("worker", "tuning/worker.py:_fit"),
+        ("worker", "workers/process.py:_fit"),
         ("worker", "training/loop.py:_fit"),
         ("worker", "training/loop.py:_train_epoch"),
         ("worker", "training/loop.py:_evaluate_epoch"),
-        ("coordinator", "tuning/coordinator.py:_hear_epoch"),
+        ("coordinator", "search/coordinator.py:_hear_epoch"),
     ),
     "checkpoint": (
         ("worker", "training/checkpoint.py:save_latest"),
@@ -87,13 +87,13 @@ PHASES: dict[str, tuple[tuple[str, str], ...]] = {
         ("worker", "training/checkpoint.py:save_array"),
         ("worker", "paths.py:atomic_write"),
         ("worker", "paths.py:append_line"),
-        ("coordinator", "tuning/coordinator.py:_judge"),
+        ("coordinator", "search/coordinator.py:_judge"),
     ),
     "tell": (
-        ("coordinator", "tuning/coordinator.py:_end"),
-        ("coordinator", "tuning/coordinator.py:_clear"),
-        ("coordinator", "tuning/study.py:tell"),
-        ("coordinator", "tuning/record.py:write_trial"),
+        ("coordinator", "search/coordinator.py:_end"),
+        ("coordinator", "search/coordinator.py:_clear"),
+        ("coordinator", "search/optuna_view.py:tell"),
+        ("coordinator", "store/record.py:write_trial"),
         ("coordinator", "paths.py:atomic_write"),
     ),
     "logging": (
@@ -108,14 +108,14 @@ PHASES: dict[str, tuple[tuple[str, str], ...]] = {
         ("worker", "training/finish.py:finish_fit"),
         ("worker", "training/checkpoint.py:save_weights"),
         ("worker", "training/finish.py:save_examples"),
-        ("coordinator", "tuning/coordinator.py:_settle"),
+        ("coordinator", "search/coordinator.py:_settle"),
         ("coordinator", "tracking.py:close"),
-        ("coordinator", "tuning/workers.py:close"),
+        ("coordinator", "workers/local_pool.py:close"),
         ("coordinator", "cli/progress.py:summarise"),
     ),
 }
 """Where in the life of a study a signal can fall: role and function of hpsearch."""
-ONCE = ("data/build.py:_build", "tuning/coordinator.py:_fix_folds", "tuning/planning.py:_measure_plan")
+ONCE = ("data/build.py:_build", "search/coordinator.py:_fix_folds", "search/autotune.py:_measure_plan")
 """What only the first start of a study comes to."""
 SIGNALS = {"KILL": signal.SIGKILL, "TERM": signal.SIGTERM, "INT": signal.SIGINT, "HUP": signal.SIGHUP}
 
@@ -477,7 +477,7 @@ def fill_the_disk(place: Place, *, seed: int = 0, squeezed_kib: Sequence[int] = 
 def workers_of(pid: int) -> list[int]:
     """Worker processes of a coordinator."""
     try:
-        return [p.pid for p in psutil.Process(pid).children() if "hpsearch.tuning.worker" in p.cmdline()]
+        return [p.pid for p in psutil.Process(pid).children() if "hpsearch.workers.process" in p.cmdline()]
     except psutil.Error:
         return []
 

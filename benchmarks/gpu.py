@@ -34,18 +34,18 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from hpsearch import runtime as devices
+from hpsearch.config.data import AugmentConfig
+from hpsearch.config.model import UNetConfig
+from hpsearch.config.train import TrainConfig
 from hpsearch.data.batches import DeviceData
 from hpsearch.data.cache import Normalization
-from hpsearch.data.config import AugmentConfig
 from hpsearch.errors import DeviceError, OutOfMemoryError
-from hpsearch.models.config import UNetConfig
 from hpsearch.models.memory import training_memory
 from hpsearch.models.shapes import training_flops
-from hpsearch.runtime import Runtime
-from hpsearch.training.config import TrainConfig
+from hpsearch.training import runtime as devices
 from hpsearch.training.loop import fit
 from hpsearch.training.rows import EpochRow
+from hpsearch.training.runtime import Runtime
 
 WARM_UP = 2
 """Epochs that are not counted."""

@@ -28,7 +28,7 @@ import numpy as np
 from setting import describe_machine, draw_images
 
 from hpsearch.paths import ProjectPaths
-from hpsearch.tuning.record import StudyRecord
+from hpsearch.store.record import StudyRecord
 
 NAME = "overhead"
 

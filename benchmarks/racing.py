@@ -44,9 +44,9 @@ from optuna.pruners import HyperbandPruner, MedianPruner, SuccessiveHalvingPrune
 
 from hpsearch.data.folds import Folds
 from hpsearch.paths import StudyPaths
-from hpsearch.tuning.pruners import NoPruner, OptunaPruner, Pruner, epochs_of_first_fold, fold_means, images
-from hpsearch.tuning.racing import Race, TrialScores
-from hpsearch.tuning.record import StudyRecord
+from hpsearch.search.pruners import NoPruner, OptunaPruner, Pruner, epochs_of_first_fold, fold_means, images
+from hpsearch.search.racing import Race, TrialScores
+from hpsearch.store.record import StudyRecord
 
 BETTER = 0.003
 """A trial is truly better than the incumbent if it is so by this much."""

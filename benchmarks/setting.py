@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpsearch import runtime as devices
 from hpsearch.cores import available_cores
+from hpsearch.training import runtime as devices
 
 
 def describe_machine(packages: Sequence[str] = ("torch",), *, device: str = "cpu", threads: int | None = None) -> str:

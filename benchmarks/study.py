@@ -41,10 +41,10 @@ from typing import Any
 
 from setting import describe_machine, draw_images
 
-from hpsearch import runtime as devices
 from hpsearch.cores import available_cores
 from hpsearch.paths import ProjectPaths
-from hpsearch.tuning.record import StudyRecord
+from hpsearch.store.record import StudyRecord
+from hpsearch.training import runtime as devices
 
 SIZE = 64
 NAME = "study"
@@ -202,7 +202,7 @@ def run_monai(arguments: argparse.Namespace, told: dict[str, Any]) -> None:
     from sklearn.model_selection import KFold
     from torch.utils.data import Subset
 
-    from hpsearch.models.config import UNetConfig
+    from hpsearch.config.model import UNetConfig
 
     threads = arguments.threads or available_cores()
     torch.set_num_threads(threads)

@@ -55,7 +55,7 @@ from hpsearch.report.statistics import (
     select_for_confirmation,
     tied_with_best,
 )
-from hpsearch.tuning.racing import ALPHA, TrialScores, compare
+from hpsearch.search.racing import ALPHA, TrialScores, compare
 
 Floats = NDArray[np.float64]
 Noise = Literal["normal", "t3"]

@@ -146,7 +146,7 @@ def compare(problem: Problem, data: Path, cache: Path, rounds: int, machine: dic
     for process in processes.values():
         process.end()
 
-    from hpsearch.models.config import UNetConfig
+    from hpsearch.config.model import UNetConfig
     from hpsearch.models.shapes import training_flops
 
     config = UNetConfig(base_channels=problem.base_channels, depth=problem.depth, input_norm="none")
@@ -255,14 +255,14 @@ def serve(job: Job) -> None:
 def run_hpsearch(job: Job, turn: Turn) -> None:
     import numpy as np
 
+    from hpsearch.config.data import AugmentConfig, DataConfig
+    from hpsearch.config.model import UNetConfig
+    from hpsearch.config.train import TrainConfig
     from hpsearch.data.batches import DeviceData
     from hpsearch.data.cache import open_cache
-    from hpsearch.data.config import AugmentConfig, DataConfig
     from hpsearch.data.prepare import prepare_pool
-    from hpsearch.models.config import UNetConfig
-    from hpsearch.runtime import make_runtime
-    from hpsearch.training.config import TrainConfig
     from hpsearch.training.loop import fit
+    from hpsearch.training.runtime import make_runtime
 
     problem = job.problem
     config = DataConfig(root=job.data, size=problem.size, n_search_train=problem.n_images, exclude_bad=True)
@@ -422,7 +422,7 @@ def make_model(job: Job) -> Any:
     """The network of torch's own layers, or of hpsearch's where they are added."""
     from alternatives import plain_unet
 
-    from hpsearch.models.config import UNetConfig
+    from hpsearch.config.model import UNetConfig
     from hpsearch.models.unet import UNet
 
     config = UNetConfig(base_channels=job.problem.base_channels, depth=job.problem.depth, input_norm="none")

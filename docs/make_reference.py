@@ -38,12 +38,12 @@ FILES_HEAD = """# Every file
 What each module owns, in its own words. Made from the code by `python docs/make_reference.py`.
 """
 BEHIND = {
-    "study": "hpsearch.tuning.coordinator.run_study",
+    "study": "hpsearch.search.coordinator.run_study",
     "final": "hpsearch.final.run_final",
-    "status": "hpsearch.tuning.status.study_status",
+    "status": "hpsearch.search.status.study_status",
     "plan": "hpsearch.models.memory.layer_costs, hpsearch.models.memory.training_memory",
-    "predict": "hpsearch.predict.predict_files",
-    "export": "hpsearch.export.export_onnx, hpsearch.export.export_toml",
+    "predict": "hpsearch.inference.predictor.predict_files",
+    "export": "hpsearch.inference.export.export_onnx, hpsearch.inference.export.export_toml",
     "report": "hpsearch.report.html.write_report",
     "track": "hpsearch.tracking.MlflowTracker.catch_up",
     "data check": "hpsearch.data.integrity.check, hpsearch.data.duplicates.find_in_dataset",
@@ -58,7 +58,7 @@ PARTS = (
     "hpsearch.training.loop.fit",
     "hpsearch.training.losses.loss_function",
     "hpsearch.training.checkpoint.load_weights",
-    "hpsearch.scoring.score_folder",
+    "hpsearch.inference.scoring.score_folder",
     "hpsearch.serving.predict_masks",
 )
 """What is useful by itself, in a notebook or a training loop of one's own."""

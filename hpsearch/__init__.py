@@ -12,48 +12,48 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hpsearch.config import StudyConfig as StudyConfig
     from hpsearch.config import load as load_config  # noqa: F401
-    from hpsearch.data.config import DataConfig as DataConfig
-    from hpsearch.data.roles import RoleDataset as RoleDataset
-    from hpsearch.export import export_onnx as export_onnx
-    from hpsearch.export import export_toml as export_toml
+    from hpsearch.config.data import DataConfig as DataConfig
+    from hpsearch.data.torch_datasets import RoleDataset as RoleDataset
     from hpsearch.final import FinalResult as FinalResult
     from hpsearch.final import run_final as run_final
+    from hpsearch.inference.export import export_onnx as export_onnx
+    from hpsearch.inference.export import export_toml as export_toml
+    from hpsearch.inference.predictor import Predictor as Predictor
+    from hpsearch.inference.predictor import find_images as find_images
+    from hpsearch.inference.predictor import find_model as find_model
+    from hpsearch.inference.predictor import predict_files as predict_files
     from hpsearch.paths import ProjectPaths as ProjectPaths
-    from hpsearch.predict import Predictor as Predictor
-    from hpsearch.predict import find_images as find_images
-    from hpsearch.predict import find_model as find_model
-    from hpsearch.predict import predict_files as predict_files
     from hpsearch.report.html import write_report as write_report
+    from hpsearch.search.autotune import MachineChoice as MachineChoice
+    from hpsearch.search.coordinator import StudySummary as StudySummary
+    from hpsearch.search.coordinator import run_study as run_study
+    from hpsearch.search.status import study_status as study_status
+    from hpsearch.store.record import study_record as study_record
     from hpsearch.tracking import make_tracker as make_tracker
-    from hpsearch.tuning.coordinator import StudySummary as StudySummary
-    from hpsearch.tuning.coordinator import run_study as run_study
-    from hpsearch.tuning.planning import MachineChoice as MachineChoice
-    from hpsearch.tuning.record import study_record as study_record
-    from hpsearch.tuning.status import study_status as study_status
 
 __version__ = "0.1.0"
 
 EXPORTS = {
     "load_config": "hpsearch.config.load",
     "StudyConfig": "hpsearch.config.StudyConfig",
-    "DataConfig": "hpsearch.data.config.DataConfig",
+    "DataConfig": "hpsearch.config.data.DataConfig",
     "ProjectPaths": "hpsearch.paths.ProjectPaths",
-    "MachineChoice": "hpsearch.tuning.planning.MachineChoice",
-    "run_study": "hpsearch.tuning.coordinator.run_study",
-    "StudySummary": "hpsearch.tuning.coordinator.StudySummary",
-    "study_status": "hpsearch.tuning.status.study_status",
-    "study_record": "hpsearch.tuning.record.study_record",
+    "MachineChoice": "hpsearch.search.autotune.MachineChoice",
+    "run_study": "hpsearch.search.coordinator.run_study",
+    "StudySummary": "hpsearch.search.coordinator.StudySummary",
+    "study_status": "hpsearch.search.status.study_status",
+    "study_record": "hpsearch.store.record.study_record",
     "run_final": "hpsearch.final.run_final",
     "FinalResult": "hpsearch.final.FinalResult",
     "write_report": "hpsearch.report.html.write_report",
     "make_tracker": "hpsearch.tracking.make_tracker",
-    "find_model": "hpsearch.predict.find_model",
-    "find_images": "hpsearch.predict.find_images",
-    "Predictor": "hpsearch.predict.Predictor",
-    "predict_files": "hpsearch.predict.predict_files",
-    "RoleDataset": "hpsearch.data.roles.RoleDataset",
-    "export_onnx": "hpsearch.export.export_onnx",
-    "export_toml": "hpsearch.export.export_toml",
+    "find_model": "hpsearch.inference.predictor.find_model",
+    "find_images": "hpsearch.inference.predictor.find_images",
+    "Predictor": "hpsearch.inference.predictor.Predictor",
+    "predict_files": "hpsearch.inference.predictor.predict_files",
+    "RoleDataset": "hpsearch.data.torch_datasets.RoleDataset",
+    "export_onnx": "hpsearch.inference.export.export_onnx",
+    "export_toml": "hpsearch.inference.export.export_toml",
 }
 """Name here to the full name of what it is."""
 __all__ = ["EXPORTS", "__version__", *EXPORTS]

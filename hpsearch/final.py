@@ -22,23 +22,15 @@ import numpy as np
 import numpy.typing as npt
 
 from hpsearch import paths
-from hpsearch.choices import Choices, Chosen
 from hpsearch.config import stable_seed
+from hpsearch.config.data import DataConfig
 from hpsearch.data.build import Progress
-from hpsearch.data.config import DataConfig
 from hpsearch.data.duplicates import DuplicatePair, find_in_dataset
+from hpsearch.data.pool_caches import PoolCaches
 from hpsearch.data.prepare import Prepared, locate, prepare_test
 from hpsearch.errors import RecordError, StoppedError, StudyChangedError, StudyError
-from hpsearch.looks import (
-    Look,
-    TestImages,
-    begin_look,
-    end_look,
-    find_look,
-    first_look_of,
-    looks_at,
-    n_looks_before,
-)
+from hpsearch.inference.postprocessing import Choices, Chosen
+from hpsearch.inference.scoring import COLUMNS, mask_name, read_mask, score_table, write_submission
 from hpsearch.paths import FinalPaths, FitPaths, ProjectPaths
 from hpsearch.report import trial_rows
 from hpsearch.report.card import model_card
@@ -51,15 +43,24 @@ from hpsearch.report.statistics import (
     paired_difference,
     trial_statistics,
 )
-from hpsearch.scoring import COLUMNS, mask_name, read_mask, score_table, write_submission
+from hpsearch.search.autotune import MachineChoice, plan_for_one_fit
+from hpsearch.search.coordinator import Stop, cache_root, deliver_the_rest, log_file
+from hpsearch.store import lock
+from hpsearch.store.record import FORMAT, StudyRecord, TrialRecord, load_array, now, study_record
+from hpsearch.store.test_set_log import (
+    Look,
+    TestImages,
+    begin_look,
+    end_look,
+    find_look,
+    first_look_of,
+    looks_at,
+    n_looks_before,
+)
 from hpsearch.tracking import Tracker, TrackingThread
 from hpsearch.training.metrics import SCORES, PixelCounts
-from hpsearch.tuning import fits, lock
-from hpsearch.tuning.caches import PoolCaches
-from hpsearch.tuning.coordinator import Stop, cache_root, deliver_the_rest, log_file
-from hpsearch.tuning.planning import MachineChoice, plan_for_one_fit
-from hpsearch.tuning.record import FORMAT, StudyRecord, TrialRecord, load_array, now, study_record
-from hpsearch.tuning.workers import Workers, do
+from hpsearch.workers import jobs as fits
+from hpsearch.workers.local_pool import Workers, do
 
 logger = logging.getLogger(__name__)
 

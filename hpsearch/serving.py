@@ -29,12 +29,12 @@ import numpy.typing as npt
 
 import hpsearch
 from hpsearch import subprocesses
-from hpsearch.choices import Choices
 from hpsearch.errors import DatasetError, ExportError
+from hpsearch.inference.postprocessing import Choices
 from hpsearch.paths import FinalPaths
 
 if TYPE_CHECKING:
-    from hpsearch.predict import Ensemble, Predictor
+    from hpsearch.inference.predictor import Ensemble, Predictor
 
 REQUIREMENTS = (
     "mlflow",
@@ -47,7 +47,7 @@ REQUIREMENTS = (
     "safetensors",
     "tomli-w",
 )
-"""What `hpsearch.predict` imports; a packed model asks for the versions that are installed here."""
+"""What `hpsearch.inference.predictor` imports; a packed model asks for the versions that are installed here."""
 ARTIFACT = "final"
 """Name of the one artifact of a packed model: a folder like that of `final`, with its weights alone."""
 MODEL = "lesion_masks"
@@ -96,7 +96,7 @@ def make_model() -> Any:
             """Masks of lesions, from paths or arrays."""
 
             def load_context(self, context: Any) -> None:
-                from hpsearch.predict import load_predictor
+                from hpsearch.inference.predictor import load_predictor
 
                 self._predictor = load_predictor(FinalPaths(Path(context.artifacts[ARTIFACT])).model)
 

@@ -14,7 +14,7 @@ _FILE = os.path.abspath(__file__)
 
 
 def command(module: str, *arguments: str) -> list[str]:
-    """Return the command that runs a module of this package, such as `hpsearch.tuning.worker`, with arguments."""
+    """Return the command that runs a module of this package, such as `hpsearch.workers.process`, with arguments."""
     return [sys.executable, "-P", _FILE, module, *arguments]
 
 

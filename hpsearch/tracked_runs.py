@@ -28,9 +28,9 @@ from hpsearch.errors import CacheError
 from hpsearch.paths import StudyPaths
 from hpsearch.report import trial_rows
 from hpsearch.report.trial_rows import CURVES, Case, CurvePoint
+from hpsearch.search import replicates as confirmation
+from hpsearch.store.record import FitRecord, Outcome, SecondRecord, Standing, StudyRecord, TrialRecord
 from hpsearch.training.metrics import SCORES, PixelCounts
-from hpsearch.tuning import confirmation
-from hpsearch.tuning.record import FitRecord, Outcome, SecondRecord, Standing, StudyRecord, TrialRecord
 
 logger = logging.getLogger(__name__)
 

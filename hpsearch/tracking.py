@@ -33,8 +33,8 @@ from hpsearch import tracked_runs as runs
 from hpsearch.config import digest
 from hpsearch.errors import HpsearchError, TrackingError
 from hpsearch.paths import ProjectPaths, StudyPaths, atomic_write
+from hpsearch.store.record import Standing, StudyRecord, TrialRecord
 from hpsearch.tracked_runs import Point, RunContent
-from hpsearch.tuning.record import Standing, StudyRecord, TrialRecord
 
 logger = logging.getLogger(__name__)
 

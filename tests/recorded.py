@@ -17,13 +17,13 @@ from hpsearch import config as configs
 from hpsearch import paths
 from hpsearch.config import StudyConfig
 from hpsearch.data.cache import INDEX, Index, Preparation, memmap_files
-from hpsearch.data.decoding import Facts
+from hpsearch.data.decode_pool import Facts
 from hpsearch.data.folds import Folds
 from hpsearch.data.layouts import Sample, Split
 from hpsearch.paths import FitPaths, ProjectPaths
+from hpsearch.store.record import Outcome, SecondRecord, Shortlist, StudyRecord, TrialRecord
 from hpsearch.training.metrics import PixelCounts, dice
 from hpsearch.training.rows import EpochRow, Scores
-from hpsearch.tuning.record import Outcome, SecondRecord, Shortlist, StudyRecord, TrialRecord
 
 BEGAN_AT = 1_760_000_000.0
 EPOCH_S = 2.0

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from hpsearch import config as configs
 from hpsearch.cli.options import Settings, config_options, config_path
+from hpsearch.config.search import Choice, Range
 from hpsearch.errors import ConfigError
-from hpsearch.tuning.config import Choice, Range
 
 SHIPPED = sorted((Path(__file__).parents[1] / "experiments").glob("*.toml"))
 

@@ -18,31 +18,31 @@ import torch
 from PIL import Image
 
 from hpsearch import final
-from hpsearch.choices import Choices, Chosen
 from hpsearch.cli.final import describe
+from hpsearch.config.data import DataConfig
 from hpsearch.data.cache import open_cache
-from hpsearch.data.config import DataConfig
 from hpsearch.data.decode import resize
 from hpsearch.data.prepare import Prepared, prepare_pool
 from hpsearch.errors import StoppedError, StudyError, TrackingError
 from hpsearch.final import FinalResult, _is_stored, fold_networks, run_final
-from hpsearch.looks import find_look, n_seen, user_account
+from hpsearch.inference.postprocessing import Choices, Chosen
+from hpsearch.inference.predictor import Ensemble, Predictor, find_images, load_predictor, predict_files
+from hpsearch.inference.scoring import mask_name, official_scores, read_mask, score_folder
 from hpsearch.paths import FinalPaths, ProjectPaths
-from hpsearch.plan import ExecutionPlan
-from hpsearch.predict import Ensemble, Predictor, find_images, load_predictor, predict_files
 from hpsearch.report.claimed_words import final_lines
 from hpsearch.report.rows import study_rows
 from hpsearch.report.statistics import Paired
-from hpsearch.scoring import mask_name, official_scores, read_mask, score_folder
+from hpsearch.search.autotune import MachineChoice
+from hpsearch.search.coordinator import Stop
+from hpsearch.store.record import load_array, study_record
+from hpsearch.store.test_set_log import find_look, n_seen, user_account
 from hpsearch.training.checkpoint import load_weights
 from hpsearch.training.metrics import SCORES, PixelCounts
-from hpsearch.tuning.coordinator import Stop
-from hpsearch.tuning.planning import MachineChoice
-from hpsearch.tuning.record import load_array, study_record
-from hpsearch.tuning.workers import WorkerSettings
+from hpsearch.workers.local_pool import WorkerSettings
+from hpsearch.workers.plan import ExecutionPlan
 from tests.data.conftest import tiny_pairs, write_oriented
+from tests.search.studies import run, tiny_config, write_tiny_dataset
 from tests.test_tracking import FakeTracker
-from tests.tuning.studies import run, tiny_config, write_tiny_dataset
 
 MACHINE = MachineChoice("cpu", 1, 1)
 

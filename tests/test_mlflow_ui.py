@@ -23,8 +23,8 @@ import psutil
 import pytest
 
 from hpsearch.errors import TrackingError
+from hpsearch.search.optuna_view import StudyDatabase, sqlite_url
 from hpsearch.tracking import MlflowTracker, TrackingThread
-from hpsearch.tuning.study import StudyDatabase, sqlite_url
 from tests.recorded import FakeStudy
 from tests.tracked import Run, read
 

@@ -14,13 +14,13 @@ from hpsearch import config as configs
 from hpsearch.errors import StudyError
 from hpsearch.paths import ProjectPaths
 from hpsearch.report.html import write_report
+from hpsearch.search.callbacks import Silent
+from hpsearch.search.optuna_view import StudyDatabase
+from hpsearch.store.record import StudyRecord
 from hpsearch.tracking import MlflowTracker
-from hpsearch.tuning.listener import Silent
-from hpsearch.tuning.record import StudyRecord
-from hpsearch.tuning.study import StudyDatabase
 from tests.data.conftest import tiny_pairs
+from tests.search.studies import SETTINGS, run, tiny_config
 from tests.tracked import read
-from tests.tuning.studies import SETTINGS, run, tiny_config
 
 NAMES = (
     "it's a lesion",

@@ -17,11 +17,11 @@ from PIL import Image
 
 from hpsearch import serving
 from hpsearch.errors import ExportError, TrackingError
+from hpsearch.inference.predictor import Predictor, find_images, predict_files
 from hpsearch.paths import ProjectPaths
-from hpsearch.predict import Predictor, find_images, predict_files
 from hpsearch.tracking import MlflowTracker
+from tests.inference.test_predictor import noise, write_model
 from tests.recorded import FakeStudy
-from tests.test_predict import noise, write_model
 from tests.tracked import all_runs, client
 
 REQUESTS = (

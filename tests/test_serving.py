@@ -17,15 +17,15 @@ from PIL import Image
 
 from hpsearch import serving
 from hpsearch.data.decode import decode_job, open_job
-from hpsearch.data.decoding import Job
+from hpsearch.data.decode_pool import Job
 from hpsearch.data.reading import Reading
 from hpsearch.errors import DatasetError, ExportError
+from hpsearch.inference.predictor import Ensemble, Predictor, find_images, load_predictor, predict_files
+from hpsearch.inference.scoring import read_mask
 from hpsearch.paths import FinalPaths
-from hpsearch.predict import Ensemble, Predictor, find_images, load_predictor, predict_files
-from hpsearch.scoring import read_mask
 from hpsearch.training.checkpoint import load_weights, save_weights
 from tests.data.conftest import write_oriented
-from tests.test_predict import noise, write_model
+from tests.inference.test_predictor import noise, write_model
 
 FRESH = """
 import json, sys

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from hpsearch import serving, subprocesses
-from hpsearch.data.decoding import Decoders, Facts, Job
-from hpsearch.tuning.workers import Workers, WorkerSettings, do
+from hpsearch.data.decode_pool import Decoders, Facts, Job
+from hpsearch.workers.local_pool import Workers, WorkerSettings, do
 from tests.data.conftest import tiny_pairs, write_pairs
-from tests.test_predict import write_model
+from tests.inference.test_predictor import write_model
 
 SHADOWING = ("random", "json", "numpy", "torch", "mlflow", "click")
 

@@ -23,8 +23,8 @@ from hpsearch import config as configs
 from hpsearch import paths, tracking
 from hpsearch.errors import HpsearchError, RecordError, TrackingError
 from hpsearch.paths import ProjectPaths, StudyPaths
+from hpsearch.store.record import Outcome
 from hpsearch.tracking import MlflowTracker, NullTracker, TrackingThread, make_tracker, redact
-from hpsearch.tuning.record import Outcome
 from tests.recorded import FakeStudy
 from tests.tracked import Run, all_runs, client, read, rows_in
 

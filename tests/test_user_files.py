@@ -12,10 +12,10 @@ import pytest
 
 from hpsearch import config as configs
 from hpsearch.cli import main
-from hpsearch.data.config import DataConfig
+from hpsearch.config.data import DataConfig
 from hpsearch.errors import ConfigError, DatasetError
 from hpsearch.paths import study_name_of
-from hpsearch.tuning.enqueue import read_params
+from hpsearch.search.enqueue import read_params
 from hpsearch.user_files import (
     broken_link,
     file_fault,

@@ -13,11 +13,11 @@ from hpsearch.cli.progress import StudyProgress
 from hpsearch.report import words
 from hpsearch.report.claims import Claims
 from hpsearch.report.rows import study_rows
+from hpsearch.search.coordinator import StudySummary
+from hpsearch.search.optuna_view import StudyDatabase, sqlite_url
+from hpsearch.search.status import study_status
+from hpsearch.store.record import SecondRecord, Shortlist, StudyRecord
 from hpsearch.tracking import MlflowTracker
-from hpsearch.tuning.coordinator import StudySummary
-from hpsearch.tuning.record import SecondRecord, Shortlist, StudyRecord
-from hpsearch.tuning.status import study_status
-from hpsearch.tuning.study import StudyDatabase, sqlite_url
 from tests.recorded import FakeStudy
 from tests.tracked import client, read
 
@@ -274,7 +274,7 @@ class TestEqualConfigurations:
         assert optunas_best(record) == (0, record.trial(0).value)
 
     def test_a_copy_is_not_fitted_again(self, twins: FakeStudy) -> None:
-        from hpsearch.tuning import confirmation
+        from hpsearch.search import replicates as confirmation
 
         chosen = confirmation.shortlist(twins.record)
         assert chosen is not None

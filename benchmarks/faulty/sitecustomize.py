@@ -29,7 +29,7 @@ import threading
 import zlib
 
 _FOLDER = os.environ.get("HPSEARCH_FAULTS")
-_ROLE = "worker" if "hpsearch.tuning.worker" in sys.orig_argv else "coordinator"
+_ROLE = "worker" if "hpsearch.workers.process" in sys.orig_argv else "coordinator"
 _MINE = "hpsearch" in sys.orig_argv or _ROLE == "worker"
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _SQL = re.compile(r"\s*(INSERT INTO|UPDATE|DELETE FROM|CREATE TABLE)\s+\W?(\w+)", re.IGNORECASE)

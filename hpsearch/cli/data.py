@@ -102,7 +102,7 @@ def cache(project: ProjectPaths, settings: Settings, compare: bool) -> None:
     from rich.table import Table
 
     from hpsearch.data.comparison import compare_caches
-    from hpsearch.tuning.caches import PoolCaches
+    from hpsearch.data.pool_caches import PoolCaches
 
     study = settings.load()
     config = study.data
@@ -202,8 +202,8 @@ def sample(folder: Path, seed: int, n_train: int, n_val: int, n_test: int, n_lar
 @click.option("--no-check", is_flag=True, help="Leave out the check of the dataset at the end.")
 def download(folder: Path, only: tuple[str, ...], base_url: str | None, remove_archives: bool, no_check: bool) -> int:
     """Get the archives of ISIC-2017 Part 1 into FOLDER, unpack and check them. Run again to continue."""
+    from hpsearch.config.data import DataConfig
     from hpsearch.data import integrity
-    from hpsearch.data.config import DataConfig
     from hpsearch.data.download import OFFICIAL, DownloadProgress
     from hpsearch.data.download import download as fetch
     from hpsearch.data.layouts import find_samples

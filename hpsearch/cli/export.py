@@ -55,9 +55,9 @@ def command(
     if onnx is None and toml is None:
         raise click.UsageError("say what to export: --onnx, --toml or both")
 
-    from hpsearch.export import export_onnx, export_toml
-    from hpsearch.predict import find_model
-    from hpsearch.tuning.record import study_record
+    from hpsearch.inference.export import export_onnx, export_toml
+    from hpsearch.inference.predictor import find_model
+    from hpsearch.store.record import study_record
 
     if toml is not None:
         record = study_record(project, study_name)

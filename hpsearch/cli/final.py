@@ -54,9 +54,9 @@ def command(
     from hpsearch.cli.progress import DecodingLines, undelivered
     from hpsearch.cli.study import stop_on_signals
     from hpsearch.final import run_final
+    from hpsearch.search.autotune import MachineChoice
+    from hpsearch.search.coordinator import Stop
     from hpsearch.tracking import make_tracker
-    from hpsearch.tuning.coordinator import Stop
-    from hpsearch.tuning.planning import MachineChoice
 
     if best + cheapest_tied + (trial is not None) > 1:
         raise click.UsageError("--best, --trial and --cheapest-tied exclude each other")

@@ -79,11 +79,11 @@ OFFICIAL_POOL = 2150
 
 def time_of_study(config: StudyConfig, project: ProjectPaths, device: str) -> list[str]:
     """How long a study of `config` would take here, in a few lines."""
-    from hpsearch import plan as plans
     from hpsearch.cli.progress import describe_forecast
     from hpsearch.data.prepare import count_pool
-    from hpsearch.tuning.coordinator import cache_root
-    from hpsearch.tuning.planning import MachineChoice, measure_drawn
+    from hpsearch.search.autotune import MachineChoice, measure_drawn
+    from hpsearch.search.coordinator import cache_root
+    from hpsearch.workers import plan as plans
 
     data, study = config.data, config.study
     try:

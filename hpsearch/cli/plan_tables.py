@@ -9,11 +9,11 @@ from typing import Any
 from rich.table import Table
 
 from hpsearch.config import StudyConfig
+from hpsearch.config.search import Choice, Range
 from hpsearch.errors import ConfigError
 from hpsearch.models.memory import LayerCost, MemoryEstimate, layer_costs, saved_activations, training_memory
 from hpsearch.models.shapes import n_layers, n_objects, n_parameters, training_flops, why_impossible
-from hpsearch.plan import MEMORY_SHARE
-from hpsearch.tuning.config import Choice, Range
+from hpsearch.workers.plan import MEMORY_SHARE
 
 MIB, GIB = 2**20, 2**30
 REPORT_BYTES_PER_VALUE = 1

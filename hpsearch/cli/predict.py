@@ -65,7 +65,7 @@ def command(
     from rich.progress import Progress
     from rich.text import Text
 
-    from hpsearch.predict import Ensemble, find_images, find_model, load_predictor, predict_files
+    from hpsearch.inference.predictor import Ensemble, find_images, find_model, load_predictor, predict_files
 
     console = Console(highlight=False, soft_wrap=True)
     images = find_images(files)

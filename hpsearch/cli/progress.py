@@ -19,12 +19,12 @@ from rich.text import Text
 from hpsearch.cli.streams import write_to_stderr
 from hpsearch.data.prepare import Prepared
 from hpsearch.paths import ProjectPaths, command_line
-from hpsearch.plan import ExecutionPlan, Forecast, describe_data
 from hpsearch.report.words import duration
+from hpsearch.search.coordinator import StudySummary
+from hpsearch.search.status import study_status
+from hpsearch.store.record import COUNTED, StudyRecord, TrialRecord
 from hpsearch.tracking import redact
-from hpsearch.tuning.coordinator import StudySummary
-from hpsearch.tuning.record import COUNTED, StudyRecord, TrialRecord
-from hpsearch.tuning.status import study_status
+from hpsearch.workers.plan import ExecutionPlan, Forecast, describe_data
 
 LONG_S = 36 * 3600.0
 """A search that is foreseen to take longer is worth a word before it begins."""

@@ -24,8 +24,8 @@ def command(project: ProjectPaths, study_name: str | None, tracking: str | None)
     from hpsearch.cli.progress import undelivered
     from hpsearch.errors import TrackingError
     from hpsearch.report.html import write_report
+    from hpsearch.store.record import study_record
     from hpsearch.tracking import make_tracker
-    from hpsearch.tuning.record import study_record
 
     record = study_record(project, study_name)
     click.echo(f"report: {write_report(record)}")

@@ -15,7 +15,7 @@ from hpsearch.paths import ProjectPaths
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from hpsearch.tuning.status import StudyStatus
+    from hpsearch.search.status import StudyStatus
 
 
 @click.command("status")
@@ -35,10 +35,10 @@ def command(project: ProjectPaths, study_name: str | None, trial: int | None) ->
     from hpsearch.cli.progress import describe_params
     from hpsearch.paths import command_line, read_json
     from hpsearch.report.words import duration
+    from hpsearch.search.status import study_status
+    from hpsearch.store import lock
+    from hpsearch.store.record import no_study
     from hpsearch.tracked_runs import final_names
-    from hpsearch.tuning import lock
-    from hpsearch.tuning.record import no_study
-    from hpsearch.tuning.status import study_status
 
     if trial is not None:
         _show_decisions(project, study_name, trial)
@@ -136,8 +136,8 @@ def _show_decisions(project: ProjectPaths, study_name: str | None, number: int) 
     from rich.text import Text
 
     from hpsearch.cli.progress import describe_params
-    from hpsearch.tuning.racing import MATTERS
-    from hpsearch.tuning.record import study_record
+    from hpsearch.search.racing import MATTERS
+    from hpsearch.store.record import study_record
 
     record = study_record(project, study_name)
     trial = record.known_trial(number)

@@ -29,8 +29,8 @@ def command(project: ProjectPaths, study_name: str | None, trial: int | None, no
     """
     from hpsearch.errors import StudyError
     from hpsearch.paths import write_text
-    from hpsearch.tuning import lock
-    from hpsearch.tuning.record import study_record
+    from hpsearch.store import lock
+    from hpsearch.store.record import study_record
 
     record = study_record(project, study_name)
     study = record.paths

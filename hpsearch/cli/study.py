@@ -14,7 +14,7 @@ from hpsearch.cli.streams import write_to_stderr
 from hpsearch.paths import ProjectPaths
 
 if TYPE_CHECKING:
-    from hpsearch.tuning.coordinator import Stop
+    from hpsearch.search.coordinator import Stop
 
 
 class _Folds(click.ParamType[int | str]):
@@ -111,11 +111,11 @@ def command(
         hpsearch study --images photos --masks masks --set data.size=128
     """
     from hpsearch.cli.progress import StudyProgress
+    from hpsearch.search.autotune import MachineChoice
+    from hpsearch.search.coordinator import Stop, run_study
+    from hpsearch.search.enqueue import read_params
     from hpsearch.tracking import make_tracker
-    from hpsearch.tuning.coordinator import Stop, run_study
     from hpsearch.tuning.coordinators import Sharing
-    from hpsearch.tuning.enqueue import read_params
-    from hpsearch.tuning.planning import MachineChoice
 
     name = study_name or settings.name
     config = settings.load(project.study(name).toml, is_searched=True)

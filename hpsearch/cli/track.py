@@ -16,9 +16,9 @@ from hpsearch.paths import ProjectPaths
 def command(project: ProjectPaths, study_name: str | None, tracking: str | None, rebuild: bool) -> int:
     """Deliver to MLflow what is on record and not there yet, of one study or of all."""
     from hpsearch.errors import TrackingError
+    from hpsearch.store import lock
+    from hpsearch.store.record import no_study, study_record
     from hpsearch.tracking import MlflowTracker, make_tracker
-    from hpsearch.tuning import lock
-    from hpsearch.tuning.record import no_study, study_record
 
     names = [study_name] if study_name else project.study_names()
     if not names:

@@ -43,10 +43,10 @@ def command(
         hpsearch train --config isic2017-64 --set train.epochs=30 --folds 5
     """
     from hpsearch.cli.progress import StudyProgress
+    from hpsearch.config.search import SearchSpace
+    from hpsearch.search.autotune import MachineChoice
+    from hpsearch.search.coordinator import Stop, run_study
     from hpsearch.tracking import make_tracker
-    from hpsearch.tuning.config import SearchSpace
-    from hpsearch.tuning.coordinator import Stop, run_study
-    from hpsearch.tuning.planning import MachineChoice
 
     name = study_name or f"train-{settings.name}"
     config = settings.load(project.study(name).toml)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hpsearch.data.config import AugmentConfig
+from hpsearch.config.data import AugmentConfig
 from hpsearch.errors import CacheError
 
 _KINDS = (

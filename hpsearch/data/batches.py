@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hpsearch.config.data import GRAY_WEIGHTS, AugmentConfig, Color
 from hpsearch.data.augment import augment_batch, draw_changes
-from hpsearch.data.config import GRAY_WEIGHTS, AugmentConfig, Color
 from hpsearch.errors import CacheError, DatasetError
 
 if TYPE_CHECKING:

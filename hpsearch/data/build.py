@@ -28,7 +28,7 @@ from hpsearch.data.cache import (
     npy_header,
     open_cache,
 )
-from hpsearch.data.decoding import Damage, Decoders, Facts, Pixels
+from hpsearch.data.decode_pool import Damage, Decoders, Facts, Pixels
 from hpsearch.data.layouts import Problem, Sample
 from hpsearch.errors import CacheError, DatasetError
 from hpsearch.paths import atomic_write, free_bytes, storage_error

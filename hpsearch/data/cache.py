@@ -26,8 +26,8 @@ from typing import Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from hpsearch.data.config import GRAY_WEIGHTS, Color
-from hpsearch.data.decoding import Damage, Decoders, Facts, Job, Pixels, View
+from hpsearch.config.data import GRAY_WEIGHTS, Color
+from hpsearch.data.decode_pool import Damage, Decoders, Facts, Job, Pixels, View
 from hpsearch.data.layouts import Problem, Sample, Split
 from hpsearch.data.reading import PLAIN_READING, Reading
 from hpsearch.errors import CacheError

@@ -16,9 +16,9 @@ import numpy as np
 import psutil
 
 from hpsearch import subprocesses
+from hpsearch.config.data import DataConfig
 from hpsearch.data.cache import Kind, open_cache
-from hpsearch.data.config import DataConfig
-from hpsearch.data.decoding import subprocess_environment
+from hpsearch.data.decode_pool import subprocess_environment
 from hpsearch.data.prepare import locate, prepare_pool
 
 KINDS: tuple[Kind, ...] = ("memmap", "files", "memory", "none")

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
-from hpsearch.data.decoding import Damage, Facts, Job, Pixels
+from hpsearch.data.decode_pool import Damage, Facts, Job, Pixels
 from hpsearch.data.headers import MAX_PIXELS, Header, read_header, verify_png
 from hpsearch.data.masks import MaskError, find_lesion
 from hpsearch.data.reading import Reading

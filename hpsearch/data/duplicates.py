@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from hpsearch.config.data import GRAY_WEIGHTS, DataConfig
 from hpsearch.data.build import Progress
 from hpsearch.data.cache import Cache, open_cache
-from hpsearch.data.config import GRAY_WEIGHTS, DataConfig
 from hpsearch.data.layouts import Split
 from hpsearch.data.prepare import Role, locate, prepare_pool, prepare_test
 from hpsearch.errors import DatasetError

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.io import encode_jpeg, encode_png
 
+from hpsearch.config.data import AugmentConfig, DataConfig
 from hpsearch.cores import available_cores
 from hpsearch.data.augment import (
     Changes,
@@ -37,7 +38,6 @@ from hpsearch.data.augment import (
     jitter_color_,
     source_positions,
 )
-from hpsearch.data.config import AugmentConfig, DataConfig
 from hpsearch.data.decode import BadImageError, MemoryGate, open_pair, read_pair
 from hpsearch.data.folds import AUGMENTATION, AUGMENTED_GROUPS
 from hpsearch.data.integrity import refusal

@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from hpsearch.data.config import DataConfig
+from hpsearch.config.data import DataConfig
 from hpsearch.data.layouts import Split, without_ending
 from hpsearch.errors import ConfigError, DatasetError, RecordError
 from hpsearch.user_files import name_key, read_text, user_path

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from hpsearch.config.data import DataConfig
 from hpsearch.data.cache import Cache
-from hpsearch.data.config import DataConfig
-from hpsearch.data.decoding import Damage, Decoders, Facts, Job, View
+from hpsearch.data.decode_pool import Damage, Decoders, Facts, Job, View
 from hpsearch.data.folds import AUGMENTATION
 from hpsearch.data.layouts import Dataset, Problem, Sample, Split, file_sha256, same_bytes
 from hpsearch.data.survey import decide_reading, reading_notes

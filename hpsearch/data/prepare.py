@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Literal
 
 from hpsearch import subprocesses
+from hpsearch.config.data import DataConfig
 from hpsearch.data.build import Progress, build_cache, discard_cache, is_damaged
 from hpsearch.data.cache import Index, Preparation, cache_key, open_cache
-from hpsearch.data.config import DataConfig
-from hpsearch.data.decoding import Decoders, subprocess_environment
+from hpsearch.data.decode_pool import Decoders, subprocess_environment
 from hpsearch.data.integrity import (
     SWAPPED,
     check_stored,

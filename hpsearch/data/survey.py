@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from hpsearch import paths
+from hpsearch.config.data import DataConfig
 from hpsearch.data.cache import files_key
-from hpsearch.data.config import DataConfig
-from hpsearch.data.decoding import Decoders, Facts, Job
+from hpsearch.data.decode_pool import Decoders, Facts, Job
 from hpsearch.data.folds import AUGMENTATION
 from hpsearch.data.headers import Header, read_header
 from hpsearch.data.layouts import Dataset, Problem, Sample

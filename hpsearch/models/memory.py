@@ -29,7 +29,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from hpsearch.models.config import UNetConfig
+from hpsearch.config.model import UNetConfig
 from hpsearch.models.shapes import Layer, layers, norm_groups
 
 Precision = Literal["float32", "bf16", "fp16"]

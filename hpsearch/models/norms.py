@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from hpsearch.models.config import UNetConfig
+from hpsearch.config.model import UNetConfig
 from hpsearch.models.shapes import norm_groups
 
 LANES = 64

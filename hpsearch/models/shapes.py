@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from hpsearch.models.config import UNetConfig
+from hpsearch.config.model import UNetConfig
 
 Kind = Literal["convolution", "pool", "up", "head", "interpolation"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hpsearch.models.config import UNetConfig
+from hpsearch.config.model import UNetConfig
 from hpsearch.models.init import initialize_
 from hpsearch.models.norms import ImageNorm, make_norm
 from hpsearch.models.shapes import output_margin, skip_offset

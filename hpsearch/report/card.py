@@ -11,7 +11,7 @@ from hpsearch.config import StudyConfig
 from hpsearch.models.shapes import n_parameters
 from hpsearch.report import words
 from hpsearch.report.rows import FinalRow, StudyRows, study_rows
-from hpsearch.tuning.record import StudyRecord
+from hpsearch.store.record import StudyRecord
 
 LIMITS = (
     "It is **not a medical device**: it was not tested for any clinical use, and must not inform a diagnosis or a "

@@ -6,9 +6,9 @@ import datetime as dt
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hpsearch.choices import Chosen, Decision
-from hpsearch.looks import Look, describe_looks
+from hpsearch.inference.postprocessing import Chosen, Decision
 from hpsearch.report.statistics import Paired, explain_test_mean
+from hpsearch.store.test_set_log import Look, describe_looks
 
 if TYPE_CHECKING:
     from hpsearch.final import FinalResult

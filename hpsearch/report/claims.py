@@ -19,7 +19,7 @@ from hpsearch.report.statistics import (
     predict_test_mean,
     tied_with_best,
 )
-from hpsearch.tuning.record import StudyRecord
+from hpsearch.store.record import StudyRecord
 
 
 def study_scores(record: StudyRecord, full: Sequence[int]) -> StudyScores:

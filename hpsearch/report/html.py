@@ -16,7 +16,7 @@ from hpsearch.report import trial_rows, words
 from hpsearch.report.rows import FinalRow, StudyRows, TrialRow, Winner, describe_dimension, show_value, study_rows
 from hpsearch.report.statistics import Interval
 from hpsearch.report.words import SCORES, interval
-from hpsearch.tuning.record import StudyRecord
+from hpsearch.store.record import StudyRecord
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,13 +10,12 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from hpsearch.choices import Chosen
 from hpsearch.config import StudyConfig, get_setting
+from hpsearch.config.search import Choice, Range
 from hpsearch.errors import RecordError
-from hpsearch.looks import Look, find_look, first_look_of, looks_at, n_looks_before
+from hpsearch.inference.postprocessing import Chosen
 from hpsearch.models.shapes import n_parameters, why_impossible
 from hpsearch.paths import read_json
-from hpsearch.plan import ExecutionPlan, predicted_bytes
 from hpsearch.report.claims import Claims
 from hpsearch.report.statistics import (
     Corrected,
@@ -26,12 +25,15 @@ from hpsearch.report.statistics import (
     bootstrap_mean,
     trial_statistics,
 )
+from hpsearch.search import constant_predictions as constant
+from hpsearch.search.importance import importances
+from hpsearch.store import lock
+from hpsearch.store.record import COUNTED, Outcome, StudyRecord, TrialRecord
+from hpsearch.store.test_set_log import Look, find_look, first_look_of, looks_at, n_looks_before
 from hpsearch.training.metrics import SCORES, PixelCounts
-from hpsearch.tuning import constant, coordinators, lock
-from hpsearch.tuning.config import Choice, Range
+from hpsearch.tuning import coordinators
 from hpsearch.tuning.coordinators import CoordinatorState
-from hpsearch.tuning.importance import importances
-from hpsearch.tuning.record import COUNTED, Outcome, StudyRecord, TrialRecord
+from hpsearch.workers.plan import ExecutionPlan, predicted_bytes
 
 Floats = npt.NDArray[np.float64]
 

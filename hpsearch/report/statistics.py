@@ -36,8 +36,8 @@ from scipy.special import stdtr, stdtrit
 
 from hpsearch.errors import StudyError
 from hpsearch.report.shrinkage import posterior_contrast
+from hpsearch.search.racing import NEAR, S_GUESS, S_GUESS_DF, fold_mean_squares
 from hpsearch.stats.best import rank
-from hpsearch.tuning.racing import NEAR, S_GUESS, S_GUESS_DF, fold_mean_squares
 
 Floats = NDArray[np.float64]
 Method = Literal["single", "first", "confirmed"]

@@ -17,10 +17,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, NullLocator
 
+from hpsearch.config.search import Choice, Range
 from hpsearch.report.figures import FONT, HELD_OUT, INK, NAMES, PALE, RIGHT, TRAIN, literally, new_figure
 from hpsearch.report.rows import Floats, TrialRow, pareto_front, position, show_value
 from hpsearch.report.statistics import Interval
-from hpsearch.tuning.config import Choice, Range
 
 OUTCOMES = {
     "full": TRAIN,

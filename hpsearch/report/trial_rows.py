@@ -14,7 +14,7 @@ from hpsearch.data.cache import Cache, Index, NoCache, open_cache
 from hpsearch.data.unpack import ZIP_ERRORS
 from hpsearch.errors import CacheError, RecordError
 from hpsearch.paths import FinalPaths
-from hpsearch.tuning.record import FitRecord, StudyRecord
+from hpsearch.store.record import FitRecord, StudyRecord
 
 CURVES = ("loss", "dice", "jaccard", "accuracy")
 """What every epoch is scored by, in training and held out."""

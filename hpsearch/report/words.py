@@ -15,7 +15,7 @@ from hpsearch.report import claimed_words
 from hpsearch.report.rows import FinalRow, Repeat, StudyRows, TrialRow, Winner
 from hpsearch.report.statistics import Interval, Paired, explain_test_mean
 from hpsearch.report.trial_rows import CurvePoint
-from hpsearch.tuning import racing
+from hpsearch.search import racing
 
 SCORES = {
     "dice": "Dice",

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from hpsearch import paths
+from hpsearch.config.model import UNetConfig
 from hpsearch.data.cache import Normalization
 from hpsearch.data.reading import READING_0_1, Reading
 from hpsearch.errors import CheckpointError, ConfigError
-from hpsearch.models.config import UNetConfig
 from hpsearch.models.unet import UNet
 from hpsearch.paths import FitPaths
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from hpsearch.data.batches import DeviceData, eval_batches
 from hpsearch.data.cache import Normalization
 from hpsearch.models.unet import UNet
-from hpsearch.runtime import Runtime
 from hpsearch.training.losses import Loss
 from hpsearch.training.metrics import count_pixels
+from hpsearch.training.runtime import Runtime
 
 Indices = npt.NDArray[np.int64]
 Forward = Callable[[Tensor], Tensor]

@@ -10,14 +10,14 @@ import numpy.typing as npt
 import torch
 
 from hpsearch import paths as files
-from hpsearch import runtime as devices
 from hpsearch.data.batches import DeviceData
 from hpsearch.data.cache import Normalization
 from hpsearch.paths import FitPaths
-from hpsearch.runtime import Runtime
+from hpsearch.training import runtime as devices
 from hpsearch.training.checkpoint import WeightsInfo, save_array, save_weights, sha256
 from hpsearch.training.evaluation import Forward, Indices, predict_logits
 from hpsearch.training.loop import FitResult, microbatches_are_exact
+from hpsearch.training.runtime import Runtime
 
 
 def finish_fit(

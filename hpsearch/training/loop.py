@@ -18,26 +18,26 @@ import torch
 from torch import Tensor
 
 from hpsearch import paths as files
-from hpsearch import runtime as devices
 from hpsearch.config import digest
+from hpsearch.config.data import AugmentConfig
+from hpsearch.config.model import UNetConfig
+from hpsearch.config.train import TrainConfig
 from hpsearch.data.batches import Batch, DeviceData, n_train_batches, train_batches
 from hpsearch.data.cache import Normalization
-from hpsearch.data.config import AugmentConfig
 from hpsearch.errors import ConfigError, DeviceError, DivergedError, OutOfMemoryError
-from hpsearch.models.config import UNetConfig
 from hpsearch.models.shapes import output_size, training_flops, why_impossible
 from hpsearch.models.unet import UNet
 from hpsearch.paths import FitPaths
-from hpsearch.runtime import Runtime
 from hpsearch.training import checkpoint
+from hpsearch.training import runtime as devices
 from hpsearch.training.checkpoint import save_array
-from hpsearch.training.config import TrainConfig
 from hpsearch.training.evaluation import Forward, Indices, count, covered, eval_batch_size, evaluate, fetch
 from hpsearch.training.losses import Loss, loss_function
 from hpsearch.training.metrics import SCORES, PixelCounts
 from hpsearch.training.rows import EpochRow as EpochRow
 from hpsearch.training.rows import Scores as Scores
 from hpsearch.training.rows import read_lines, to_line
+from hpsearch.training.runtime import Runtime
 from hpsearch.training.schedule import lr_factor, make_optimizer, set_lr_
 
 logger = logging.getLogger(__name__)

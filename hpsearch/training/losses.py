@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hpsearch.training.config import TrainConfig
+from hpsearch.config.train import TrainConfig
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(logits (B, 1, H, W) of any float type, masks (B, 1, H, W) of 0 and 1) -> scalar float32."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from hpsearch.training.config import TrainConfig
+from hpsearch.config.train import TrainConfig
 
 
 def lr_factor(config: TrainConfig, step: int, n_steps: int) -> float:

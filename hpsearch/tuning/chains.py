@@ -18,8 +18,8 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from hpsearch.tuning.search_space import AtOneMoment
-from hpsearch.tuning.study import STATES
+from hpsearch.search.optuna_view import STATES
+from hpsearch.search.samplers import AtOneMoment
 
 EARLIER_S = 2.0
 """How long a suggestion waits for the params of those before it, which another coordinator is just writing."""

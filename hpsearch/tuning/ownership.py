@@ -13,12 +13,12 @@ from sqlalchemy.exc import ArgumentError
 
 from hpsearch.errors import StudyError
 from hpsearch.paths import StudyPaths
+from hpsearch.search.enqueue import is_same
+from hpsearch.search.optuna_view import StudyDatabase
+from hpsearch.store import lock
+from hpsearch.store.record import StudyRecord, TrialRecord
 from hpsearch.tracking import Tracker
-from hpsearch.tuning import lock
 from hpsearch.tuning.coordinators import Sharing
-from hpsearch.tuning.enqueue import is_same
-from hpsearch.tuning.record import StudyRecord, TrialRecord
-from hpsearch.tuning.study import StudyDatabase
 
 Params = Mapping[str, Any]
 

@@ -27,8 +27,13 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from hpsearch.errors import RecordError, StudyError, StudyLockedError
 from hpsearch.paths import StudyPaths
+from hpsearch.search.enqueue import is_same
+from hpsearch.search.optuna_view import StudyDatabase
+from hpsearch.search.samplers import decode, suggest
+from hpsearch.store import lock
+from hpsearch.store.record import StudyRecord, TrialRecord, now
 from hpsearch.tracking import MlflowTracker, Tracker
-from hpsearch.tuning import coordinators, lock
+from hpsearch.tuning import coordinators
 from hpsearch.tuning.chains import (
     AsIfNobodyDied,
     Chain,
@@ -42,11 +47,8 @@ from hpsearch.tuning.chains import (
     without_retry,
 )
 from hpsearch.tuning.coordinators import Sharing
-from hpsearch.tuning.enqueue import is_same
 from hpsearch.tuning.heartbeat import Heart
 from hpsearch.tuning.ownership import Asked, Ownership, Params
-from hpsearch.tuning.record import StudyRecord, TrialRecord, now
-from hpsearch.tuning.search_space import decode, suggest
 from hpsearch.tuning.shared_storage import (
     AWAY,
     RETRY_S,
@@ -59,7 +61,6 @@ from hpsearch.tuning.shared_storage import (
     refusals_named,
     uptime_s,
 )
-from hpsearch.tuning.study import StudyDatabase
 from hpsearch.tuning.tracking_share import TrackingShare
 
 logger = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 from hpsearch import paths
 from hpsearch.errors import RecordError, StorageError
 from hpsearch.paths import FitPaths
-from hpsearch.tuning.record import Outcome, StudyRecord, TrialRecord, code_version, now
-from hpsearch.tuning.workers import DEATHS_PER_JOB
+from hpsearch.store.record import Outcome, StudyRecord, TrialRecord, code_version, now
+from hpsearch.workers.local_pool import DEATHS_PER_JOB
 
 if TYPE_CHECKING:
     from hpsearch.tuning.ownership import Asked

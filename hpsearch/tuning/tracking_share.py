@@ -8,8 +8,8 @@ from typing import Any
 
 import filelock
 
+from hpsearch.store.record import StudyRecord
 from hpsearch.tuning import coordinators
-from hpsearch.tuning.record import StudyRecord
 
 VIEW_S = 1.0
 """How old the view of who lives may be."""

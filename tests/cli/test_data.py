@@ -5,7 +5,7 @@ from pathlib import Path
 from click.testing import CliRunner
 
 from hpsearch.cli import group
-from tests.tuning.studies import write_tiny_dataset
+from tests.search.studies import write_tiny_dataset
 
 
 def test_check_shows_a_table_by_kind_with_the_first_files(tmp_path: Path) -> None:

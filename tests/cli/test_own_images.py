@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hpsearch.scoring import read_mask
+from hpsearch.inference.scoring import read_mask
 from tests.cli.test_main import exit_code
 from tests.data.conftest import draw_pair
 

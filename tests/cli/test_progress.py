@@ -7,11 +7,11 @@ import pytest
 from rich.console import Console
 
 from hpsearch.cli.progress import DecodingLines, StudyProgress
-from hpsearch.plan import ExecutionPlan, Forecast
 from hpsearch.report.words import duration
-from hpsearch.tuning import status as statuses
-from hpsearch.tuning.coordinator import StudySummary
-from hpsearch.tuning.status import study_status
+from hpsearch.search import status as statuses
+from hpsearch.search.coordinator import StudySummary
+from hpsearch.search.status import study_status
+from hpsearch.workers.plan import ExecutionPlan, Forecast
 from tests.recorded import FakeStudy
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.test_main import exit_code
-from tests.tuning.studies import write_tiny_dataset
+from tests.search.studies import write_tiny_dataset
 
 
 @pytest.mark.slow

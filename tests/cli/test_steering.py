@@ -9,8 +9,8 @@ from click.testing import CliRunner
 
 from hpsearch.cli import group
 from hpsearch.errors import HpsearchError
-from hpsearch.tuning import lock
-from hpsearch.tuning.racing import Verdict
+from hpsearch.search.racing import Verdict
+from hpsearch.store import lock
 from tests.recorded import FakeStudy
 
 

@@ -11,17 +11,17 @@ from click.testing import CliRunner
 
 from hpsearch.cli import group
 from hpsearch.cli.study import stop_on_signals
-from hpsearch.data.decoding import Decoders
+from hpsearch.data.decode_pool import Decoders
 from hpsearch.errors import HpsearchError
 from hpsearch.paths import ProjectPaths
-from hpsearch.tuning import lock
-from hpsearch.tuning import status as statuses
-from hpsearch.tuning.coordinator import Stop
-from hpsearch.tuning.listener import Silent
-from hpsearch.tuning.record import StudyRecord
-from hpsearch.tuning.status import study_status
-from tests.tuning.in_process import workers_in_process
-from tests.tuning.studies import run, tiny_config, write_tiny_dataset
+from hpsearch.search import status as statuses
+from hpsearch.search.callbacks import Silent
+from hpsearch.search.coordinator import Stop
+from hpsearch.search.status import study_status
+from hpsearch.store import lock
+from hpsearch.store.record import StudyRecord
+from tests.search.in_process import workers_in_process
+from tests.search.studies import run, tiny_config, write_tiny_dataset
 
 
 def output_of(*arguments: str) -> str:

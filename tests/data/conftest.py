@@ -19,10 +19,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from hpsearch.config.data import DataConfig
 from hpsearch.data import build, cache, integrity, prepare, survey
 from hpsearch.data.cache import Cache, open_cache
-from hpsearch.data.config import DataConfig
-from hpsearch.data.decoding import Decoders
+from hpsearch.data.decode_pool import Decoders
 from hpsearch.data.layouts import Layout, Split
 from hpsearch.data.prepare import prepare_pool
 

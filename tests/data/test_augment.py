@@ -12,8 +12,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as reference
 
+from hpsearch.config.data import AugmentConfig
 from hpsearch.data.augment import Changes, augment_batch, blur, crop, crop_by_index, draw_changes, jitter_color_
-from hpsearch.data.config import AugmentConfig
 from hpsearch.errors import CacheError
 
 EVERYTHING = AugmentConfig(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from hpsearch.config.data import AugmentConfig
 from hpsearch.data.batches import (
     Batch,
     DeviceData,
@@ -16,7 +17,6 @@ from hpsearch.data.batches import (
     to_gray,
     train_batches,
 )
-from hpsearch.data.config import AugmentConfig
 from hpsearch.errors import CacheError, DatasetError
 
 PLAIN = AugmentConfig(hflip=0)

@@ -16,11 +16,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from hpsearch.config.data import DataConfig
 from hpsearch.data import build
 from hpsearch.data.build import build_cache
 from hpsearch.data.cache import INDEX, Index, Kind, Preparation, open_cache
-from hpsearch.data.config import DataConfig
-from hpsearch.data.decoding import Decoders
+from hpsearch.data.decode_pool import Decoders
 from hpsearch.data.layouts import Sample, find_samples
 from hpsearch.errors import CacheError, DatasetError, StorageError
 
@@ -227,7 +227,7 @@ import signal, sys, time
 from pathlib import Path
 from hpsearch.data.build import build_cache
 from hpsearch.data.cache import Preparation
-from hpsearch.data.config import DataConfig
+from hpsearch.config.data import DataConfig
 from hpsearch.data.layouts import find_samples
 
 def slow(done, total):

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
+from hpsearch.config.data import DataConfig
 from hpsearch.data.build import build_cache
 from hpsearch.data.cache import INDEX, Cache, Kind, Preparation, cache_key, open_cache
-from hpsearch.data.config import DataConfig
 from hpsearch.data.decode import crop, crop_corner, read_pair, resize, resize_mask
-from hpsearch.data.decoding import Decoders
+from hpsearch.data.decode_pool import Decoders
 from hpsearch.data.layouts import Sample, file_sha256, find_samples
 from hpsearch.data.reading import PLAIN_READING
 from hpsearch.errors import CacheError

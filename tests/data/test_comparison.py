@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from hpsearch.config.data import DataConfig
 from hpsearch.data.cache import Cache
 from hpsearch.data.comparison import compare_caches, measure_reading
-from hpsearch.data.config import DataConfig
 
 
 def test_reading_is_measured(tiny_cache: Cache) -> None:

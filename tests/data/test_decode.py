@@ -30,7 +30,7 @@ from hpsearch.data.decode import (
     resize,
     resize_mask,
 )
-from hpsearch.data.decoding import Facts, Job, Pixels
+from hpsearch.data.decode_pool import Facts, Job, Pixels
 from hpsearch.data.reading import PLAIN_READING, Reading
 from hpsearch.errors import DatasetError
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from hpsearch.config.data import DataConfig
 from hpsearch.data import download as module
-from hpsearch.data.config import DataConfig
 from hpsearch.data.download import ARCHIVES, OFFICIAL, DownloadProgress, download
 from hpsearch.data.layouts import find_samples
 from hpsearch.errors import ConfigError, DatasetError, StorageError

@@ -9,9 +9,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from hpsearch.config.data import DataConfig
 from hpsearch.data import duplicates
 from hpsearch.data.cache import Cache
-from hpsearch.data.config import DataConfig
 from hpsearch.data.duplicates import (
     DuplicatePair,
     find_in_dataset,

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.model_selection import KFold
 
-from hpsearch.data.config import DataConfig
+from hpsearch.config.data import DataConfig
 from hpsearch.data.folds import (
     AUGMENTATION,
     AUGMENTED_GROUPS,

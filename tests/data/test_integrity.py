@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hpsearch.config.data import DataConfig
 from hpsearch.data.build import build_cache
 from hpsearch.data.cache import Preparation, open_cache
-from hpsearch.data.config import DataConfig
 from hpsearch.data.integrity import CheckReport, check, check_stored, describe, refusal
 from hpsearch.data.layouts import Problem, find_samples
 

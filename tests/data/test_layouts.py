@@ -12,7 +12,7 @@ from unicodedata import normalize
 
 import pytest
 
-from hpsearch.data.config import DataConfig
+from hpsearch.config.data import DataConfig
 from hpsearch.data.folds import read_groups
 from hpsearch.data.layouts import Dataset, Layout, find_samples
 from hpsearch.errors import DatasetError

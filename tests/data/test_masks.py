@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hpsearch.data.decode import BadImageError, decode_job, open_job
-from hpsearch.data.decoding import Facts, Job
+from hpsearch.data.decode_pool import Facts, Job
 from hpsearch.data.reading import PLAIN_READING, Reading
 
 from .conftest import draw_pair, encode_png

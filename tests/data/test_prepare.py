@@ -15,14 +15,14 @@ import pytest
 from PIL import Image
 
 from hpsearch.config import load
+from hpsearch.config.data import DataConfig
 from hpsearch.data import build, prepare
 from hpsearch.data.cache import open_cache
-from hpsearch.data.config import DataConfig
 from hpsearch.data.folds import make_folds
 from hpsearch.data.layouts import Layout
+from hpsearch.data.pool_caches import PoolCaches
 from hpsearch.data.prepare import Prepared, check_contents, locate, prepare_pool, prepare_test
 from hpsearch.errors import DatasetError
-from hpsearch.tuning.caches import PoolCaches
 
 from .conftest import WriteDataset, draw_pair, pair_paths, tiny_pairs
 

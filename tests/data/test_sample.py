@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from torchvision.io import read_image
 
+from hpsearch.config.data import DataConfig
 from hpsearch.data import sample
-from hpsearch.data.config import DataConfig
 from hpsearch.data.layouts import find_samples
 from hpsearch.data.sample import LARGE_SIZE, Bytes, draw_pair, draw_sample
 from hpsearch.errors import DatasetError, StorageError

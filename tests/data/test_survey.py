@@ -14,9 +14,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from hpsearch.config.data import AugmentConfig, DataConfig
 from hpsearch.data import survey as module
 from hpsearch.data.cache import Preparation, _fingerprint, cache_key, open_cache
-from hpsearch.data.config import AugmentConfig, DataConfig
 from hpsearch.data.export_augmented import export_augmented
 from hpsearch.data.integrity import check
 from hpsearch.data.layouts import Dataset, find_samples

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hpsearch.models.config import UNetConfig
+from hpsearch.config.model import UNetConfig
 from hpsearch.models.init import initialize_, interpolation_weight
 from hpsearch.models.unet import UNet
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from hpsearch.models.config import UNetConfig
+from hpsearch.config.model import UNetConfig
 from hpsearch.models.memory import (
     Precision,
     inference_memory,
@@ -272,7 +272,7 @@ MEASURE = """
 import ctypes, json, sys
 import torch
 from torch.nn import functional as F
-from hpsearch.models.config import UNetConfig
+from hpsearch.config.model import UNetConfig
 from hpsearch.models.unet import UNet
 
 config, size, batch_size, precision, optimizer, training = json.loads(sys.argv[1])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hpsearch.models.config import UNetConfig
+from hpsearch.config.model import UNetConfig
 from hpsearch.models.shapes import why_impossible
 from hpsearch.models.unet import ConvolutionBlock, UNet, Up, UpSampling
 

@@ -15,13 +15,13 @@ from PIL import Image
 from hpsearch.cli import group
 from hpsearch.data.folds import make_folds
 from hpsearch.data.layouts import Split
-from hpsearch.looks import Look, note_look
 from hpsearch.report import figures, html, study_figures
 from hpsearch.report.html import render, write_report
 from hpsearch.report.rows import study_rows
 from hpsearch.report.statistics import Interval
-from hpsearch.tuning import lock
-from hpsearch.tuning.record import Shortlist
+from hpsearch.store import lock
+from hpsearch.store.record import Shortlist
+from hpsearch.store.test_set_log import Look, note_look
 from tests.recorded import POOL_KEY, FakeStudy
 
 VOID = {"meta", "link", "img", "br", "hr"}

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hpsearch.config.search import Choice, Range
 from hpsearch.errors import RecordError
 from hpsearch.report.rows import N_TEST, describe_dimension, pareto_front, position, study_rows
-from hpsearch.tuning.config import Choice, Range
-from hpsearch.tuning.importance import MIN_TRIALS
+from hpsearch.search.importance import MIN_TRIALS
 from tests.recorded import FakeStudy
 
 FIT_S = 1.75

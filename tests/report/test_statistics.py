@@ -41,7 +41,7 @@ from hpsearch.report.statistics import (
     tied_with_best,
     trial_statistics,
 )
-from hpsearch.tuning.racing import S_GUESS, S_GUESS_DF
+from hpsearch.search.racing import S_GUESS, S_GUESS_DF
 
 
 def study(

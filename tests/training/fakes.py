@@ -8,12 +8,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hpsearch.config.data import AugmentConfig
+from hpsearch.config.model import UNetConfig
+from hpsearch.config.train import TrainConfig
 from hpsearch.data.batches import DeviceData
 from hpsearch.data.cache import Normalization
-from hpsearch.data.config import AugmentConfig
-from hpsearch.models.config import UNetConfig
-from hpsearch.runtime import Runtime
-from hpsearch.training.config import TrainConfig
+from hpsearch.training.runtime import Runtime
 
 NORMALIZATION = Normalization(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 FLOAT32 = Runtime(device=torch.device("cpu"), precision="float32", compile="off", threads=1)

@@ -9,8 +9,8 @@ import safetensors.torch
 import torch
 
 from hpsearch import paths
+from hpsearch.config.model import UNetConfig
 from hpsearch.errors import CheckpointError, StorageError
-from hpsearch.models.config import UNetConfig
 from hpsearch.models.unet import UNet
 from hpsearch.paths import FitPaths
 from hpsearch.training import checkpoint

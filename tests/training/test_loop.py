@@ -16,16 +16,16 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpsearch import paths as files
-from hpsearch import runtime as devices
+from hpsearch.config.data import AugmentConfig
+from hpsearch.config.model import UNetConfig
+from hpsearch.config.train import TrainConfig
 from hpsearch.data.batches import eval_batches, train_batches
-from hpsearch.data.config import AugmentConfig
 from hpsearch.errors import CheckpointError, ConfigError, DeviceError, DivergedError, OutOfMemoryError
-from hpsearch.models.config import UNetConfig
 from hpsearch.models.unet import UNet
 from hpsearch.paths import FitPaths
 from hpsearch.training import checkpoint, loop
+from hpsearch.training import runtime as devices
 from hpsearch.training.checkpoint import load_weights
-from hpsearch.training.config import TrainConfig
 from hpsearch.training.evaluation import eval_batch_size, evaluate, predict_logits, resize_logits
 from hpsearch.training.finish import finish_fit
 from hpsearch.training.loop import (
@@ -615,7 +615,7 @@ import os, random, signal, sys, time
 from pathlib import Path
 
 from hpsearch.paths import FitPaths
-from hpsearch.training.config import TrainConfig
+from hpsearch.config.train import TrainConfig
 from hpsearch.training.loop import fit
 from tests.training.fakes import fit_arguments
 

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from hpsearch import runtime as devices
-from hpsearch.data.config import AugmentConfig
+from hpsearch.config.data import AugmentConfig
+from hpsearch.config.model import UNetConfig
+from hpsearch.config.train import TrainConfig
 from hpsearch.errors import OutOfMemoryError
-from hpsearch.models.config import UNetConfig
 from hpsearch.paths import FitPaths
-from hpsearch.runtime import make_runtime
-from hpsearch.training.config import TrainConfig
+from hpsearch.training import runtime as devices
 from hpsearch.training.loop import fit
+from hpsearch.training.runtime import make_runtime
 from tests.training.fakes import FakeCache, fit_arguments, make_data
 
 pytestmark = pytest.mark.gpu

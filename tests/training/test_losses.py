@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from hpsearch.training.config import TrainConfig
+from hpsearch.config.train import TrainConfig
 from hpsearch.training.losses import loss_function
 
 

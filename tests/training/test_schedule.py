@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from hpsearch.training.config import TrainConfig
+from hpsearch.config.train import TrainConfig
 from hpsearch.training.schedule import lr_factor, make_optimizer, set_lr_
 
 CPU = torch.device("cpu")

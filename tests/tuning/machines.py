@@ -21,10 +21,10 @@ import psutil
 
 from hpsearch.config import StudyConfig
 from hpsearch.paths import ProjectPaths
+from hpsearch.store.record import StudyRecord
 from hpsearch.tuning import chains, coordinators
-from hpsearch.tuning.record import StudyRecord
+from tests.search.studies import tiny_config
 from tests.servers import MlflowServer, Postgres
-from tests.tuning.studies import tiny_config
 
 SPACE = (
     # Wide enough for a repeated suggestion, which would be drawn again, to be out of the question.

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from hpsearch.store.record import StudyRecord
 from hpsearch.tuning import chains, coordinators
-from hpsearch.tuning.record import StudyRecord
+from tests.search.studies import run, write_tiny_dataset
 from tests.servers import MlflowServer, Postgres
 from tests.tuning.machines import N_TRIALS, NERVOUS, Machines, check_database, config, disturb, finished_runs, values
-from tests.tuning.studies import run, write_tiny_dataset
 
 
 @pytest.fixture(scope="module")

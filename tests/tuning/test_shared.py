@@ -19,16 +19,17 @@ from hpsearch import paths
 from hpsearch.cli import main
 from hpsearch.errors import StudyError, StudyLockedError
 from hpsearch.paths import ProjectPaths
-from hpsearch.tuning import chains, coordinators, lock, shared
+from hpsearch.search.optuna_view import StudyDatabase
+from hpsearch.search.status import study_status
+from hpsearch.store import lock
+from hpsearch.store.record import Outcome, StudyRecord, TrialRecord, now
+from hpsearch.tuning import chains, coordinators, shared
 from hpsearch.tuning.coordinators import Sharing
 from hpsearch.tuning.ownership import Asked, SoleSeat, take_seat
-from hpsearch.tuning.record import Outcome, StudyRecord, TrialRecord, now
 from hpsearch.tuning.shared import Shared, SharedSeat
 from hpsearch.tuning.shared_storage import open_storage, quiet
-from hpsearch.tuning.status import study_status
-from hpsearch.tuning.study import StudyDatabase
+from tests.search.studies import tiny_config
 from tests.servers import Postgres
-from tests.tuning.studies import tiny_config
 
 CALM = Sharing()
 NERVOUS = Sharing(1, 3)

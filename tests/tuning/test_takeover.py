@@ -8,10 +8,10 @@ import pytest
 
 from hpsearch import paths
 from hpsearch.paths import ProjectPaths
+from hpsearch.store.record import StudyRecord, TrialRecord
 from hpsearch.tuning import takeover
 from hpsearch.tuning.ownership import Asked
-from hpsearch.tuning.record import StudyRecord, TrialRecord
-from tests.tuning.studies import tiny_config
+from tests.search.studies import tiny_config
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""Predict with trained networks: tiles, post-processing, official scores, export."""

@@ -1,0 +1,193 @@
+"""Hands a model or a configuration to other programs: ONNX, checked against torch, and a TOML that runs again."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import shlex
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hpsearch import __version__
+from hpsearch.config.data import GRAY_WEIGHTS
+from hpsearch.errors import ExportError, StudyError
+from hpsearch.inference.postprocessing import Choices
+from hpsearch.models.unet import UNet
+from hpsearch.paths import atomic_write, write_text
+from hpsearch.store.record import StudyRecord
+from hpsearch.training.checkpoint import WeightsInfo, load_weights
+
+logger = logging.getLogger(__name__)
+
+TOLERANCE = 1e-4
+"""Largest difference that is allowed between a logit of ONNX Runtime and one of torch."""
+INPUT, OUTPUT = "images", "logits"
+"""Names in the graph: float32 (batch, channels, H, W) and (batch, 1, H, W), of any batch size."""
+
+_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+def export_onnx(weights: Path, path: Path) -> float:
+    """Write the network of a weights file as ONNX, once ONNX Runtime computes the same; the largest difference seen.
+
+    Input and output are as INPUT and OUTPUT say, H and W those of the training. The file's metadata say in words
+    what comes before and after the network (`preprocessing`, `postprocessing`) and hold all of the weights file's own
+    (`hpsearch`, JSON). The file appears only when it was checked on batches of one and three.
+
+    Raises CheckpointError for a file that is not one of ours, ExportError where a package is missing (the extra
+    `onnx`) or the results differ by more than TOLERANCE.
+    """
+    if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
+        raise ExportError(f"exporting to ONNX needs {', '.join(missing)}: pip install 'hpsearch[onnx]'")
+    model, info = load_weights(weights)
+    with warnings.catch_warnings():
+        # The exporter speaks of its own insides.
+        warnings.simplefilter("ignore")
+        proto = _exported(model, info)
+    for key, value in describe(info).items():
+        entry = proto.metadata_props.add()
+        entry.key, entry.value = key, value
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(proto.SerializeToString())
+        difference = _check(temporary, model, info)
+    logger.info("%s: ONNX Runtime and torch differ by at most %.1e", path, difference)
+    return difference
+
+
+def export_toml(record: StudyRecord, path: Path | None = None, *, number: int | None = None) -> Path:
+    """Write the winner of a study (or trial `number`) as a TOML that `hpsearch train` runs again.
+
+    Without `path` into the study's folder. Gives the path. Raises StudyError where there is no such trial.
+    """
+    if number is None:
+        number = record.standing().winner
+        if number is None:
+            raise StudyError(f"study {record.name!r} has no fully evaluated trial yet: name one with --trial")
+    trial, study = record.known_trial(number), record.config.study
+    path = path or record.paths.trial_toml(number)
+    value = f", {study.metric} {record.worth(trial):.4f} out of fold" if trial.outcome == "full" else ""
+    head = (
+        f"# Trial {number} of study {record.name}: {trial.outcome or 'open'}{value}.\n"
+        f"# Begun by hpsearch {trial.code or __version__}.\n#\n"
+        f"#     hpsearch train --config {shlex.quote(path.name)} --folds {study.folds}\n\n"
+    )
+    write_text(path, head + trial.study_config.to_toml())
+    return path
+
+
+def describe(info: WeightsInfo) -> dict[str, str]:
+    """What a user of the bare network has to know, by the key in the file's metadata."""
+    height, width = info.size
+    is_crop = info.sees_windows
+    frame = info.extra.get("frame")
+    resolution = "at its own resolution" if frame is None else f"resized to {frame[0]}x{frame[1]} pixels"
+    fit = (
+        f"cover the image, {resolution}, by overlapping windows of {height}x{width} pixels, mirrored at its borders"
+        if is_crop
+        else f"resize the whole image to {height}x{width} pixels, bilinear with antialiasing, and round to integers"
+    )
+    gray = (
+        f"make one channel of red, green and blue by the weights {', '.join(map(str, GRAY_WEIGHTS))}; "
+        if info.in_channels == 1
+        else ""
+    )
+    back = (
+        "put the windows' logits side by side, blended where they overlap"
+        if is_crop
+        else "resize the logits to the image's own size, bilinear with half-pixel centres (align_corners false)"
+    )
+    choices = Choices.from_table(info.extra)
+    flips = "average the logits over the image and its three mirror images, mirrored back; " if choices.flips else ""
+    clean = "; keep the largest component and fill its holes" if choices.clean else ""
+    ensemble = "; `final` predicts with an ensemble, of which this is not one" if choices.ensemble else ""
+    table = {
+        "model": vars(info.model),
+        "in_channels": info.in_channels,
+        "normalization": {"mean": list(info.normalization.mean), "std": list(info.normalization.std)},
+        "size": list(info.size),
+        "extra": dict(info.extra),
+    }
+    return {
+        "producer": f"hpsearch {__version__}",
+        "preprocessing": (
+            f"{_decoding(info)}; {fit}; {gray}divide by 255; subtract the mean "
+            f"{_listed(info.normalization.mean)} and divide by the standard deviation "
+            f"{_listed(info.normalization.std)}, channel by channel; float32, (batch, channel, row, column)"
+        ),
+        "postprocessing": (
+            f"{flips}{back}; a pixel is lesion where the sigmoid of its logit is above {choices.threshold:g}"
+            f"{clean}{ensemble}"
+        ),
+        "limits": "for research; not a medical device",
+        "hpsearch": json.dumps(table, sort_keys=True),
+    }
+
+
+def _decoding(info: WeightsInfo) -> str:
+    """How the file of an image becomes pixels."""
+    reading = info.reading
+    turn = (
+        "turned upright by its EXIF orientation" if reading.turns else "as its pixels are stored, whatever its EXIF"
+    )
+    deep = (
+        f"of images with more than 8 bits the values 0 to {reading.max_value}, times 256, divided by "
+        f"{reading.max_value + 1} and rounded down"
+        if reading.max_value
+        else "images with more than 8 bits were not seen"
+    )
+    return f"the image {turn}; RGB, 8 bits a channel ({deep}), transparency dropped"
+
+
+def _exported(model: UNet, info: WeightsInfo) -> Any:
+    """The network as an ONNX model of any batch size."""
+    # Traced with two: a batch of one would be taken for a constant.
+    images = torch.zeros(2, info.in_channels, *info.size)
+    program = torch.onnx.export(
+        model,
+        (images,),
+        dynamo=True,
+        input_names=[INPUT],
+        output_names=[OUTPUT],
+        dynamic_shapes={INPUT: {0: "batch"}},
+        verbose=False,
+    )
+    assert program is not None
+    return program.model_proto
+
+
+def _check(path: Path, model: UNet, info: WeightsInfo) -> float:
+    """The largest difference between the file in ONNX Runtime and torch; ExportError above TOLERANCE."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    worst = 0.0
+    for n_images in (1, 3):
+        images = _noise((n_images, info.in_channels, *info.size))
+        with torch.inference_mode():
+            expected = model(torch.from_numpy(images)).numpy()
+        (found,) = session.run([OUTPUT], {INPUT: images})
+        worst = max(worst, float(np.abs(found - expected).max()))
+    if not worst <= TOLERANCE:
+        raise ExportError(
+            f"the exported network differs from torch's by {worst:.1e}, which is more than {TOLERANCE:.0e}: "
+            f"{path.name} was not written"
+        )
+    return worst
+
+
+def _noise(shape: Sequence[int]) -> npt.NDArray[np.float32]:
+    """What normalised images look like to the arithmetic: mean 0, standard deviation 1."""
+    return np.random.default_rng(0).standard_normal(shape, np.float32)
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.9g}" for value in values)

@@ -1,0 +1,381 @@
+"""Predicts masks at each image's own resolution, from the image resized as a whole or by overlapping tiles."""
+
+from __future__ import annotations
+
+import glob
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from hpsearch.config.data import GRAY_WEIGHTS
+from hpsearch.data.decode import crop, read_image, resize
+from hpsearch.data.layouts import FOREIGN, READABLE, may_be_file
+from hpsearch.errors import CheckpointError, DatasetError, OutOfMemoryError, StudyError
+from hpsearch.inference.postprocessing import Choices, clean_mask
+from hpsearch.inference.scoring import encode_mask, mask_name
+from hpsearch.models import shapes
+from hpsearch.paths import FinalPaths, ProjectPaths, atomic_write, read_json
+from hpsearch.store.record import study_record
+from hpsearch.training import runtime as devices
+from hpsearch.training.checkpoint import WeightsInfo, load_weights
+from hpsearch.training.runtime import Runtime, make_runtime
+from hpsearch.user_files import file_fault, list_folder, name_key, user_path
+
+BLEND_OVERLAP = 0.25
+"""Least share of a tile's side that the next one sees too, where tiles are blended."""
+OUTLINE = (0, 255, 0)
+"""Colour of the mask's border in an overlay; skin and lesions have none of it."""
+
+_MADE_BY_US = ("_segmentation", "_probability", "_overlay", "_superpixels")
+
+OnImage = Callable[[int, int, Path, str | None], None]
+"""Hears (done, of how many, image, why it was passed over if it was) after every image."""
+
+
+class Predictor:
+    """A network as `final` leaves it, made ready to predict images of any size.
+
+    The whole image is resized as in training, and its logits are resized back bilinearly. With `tiles` the image
+    keeps its resolution (or has that of the frames from which `augment.crop` took its crops) and is seen through
+    overlapping windows of the training size (Ronneberger et al. 2015, Figure 2). Windows reach beyond the image,
+    which goes on mirrored there. The outputs of a `valid` network that was trained on windows, smaller than these,
+    are put side by side and averaged where they overlap. Those of other networks fill the window, if need be
+    stretched as in training; they know least at its borders, so they overlap by at least a quarter and are blended.
+
+    Threshold, flips and cleaning are as the weights file says (`choices`). Computes in float32 whatever the training
+    did, so that the same file gives the same mask.
+    """
+
+    def __init__(self, model: torch.nn.Module, info: WeightsInfo, runtime: Runtime, *, tiles: bool = False) -> None:
+        self.info = info
+        self.tiles = tiles
+        self.choices = Choices.from_table(info.extra)
+        self._model = model
+        self._runtime = runtime
+        mean = torch.tensor(info.normalization.mean, dtype=torch.float64)
+        std = torch.tensor(info.normalization.std, dtype=torch.float64)
+        # (x / 255 - mean) / std = x * factor + shift, as in training.
+        self._factor = (1 / (255 * std)).float().view(-1, 1, 1)
+        self._shift = (-mean / std).float().view(-1, 1, 1)
+
+    @classmethod
+    def load(
+        cls, weights: Path, *, device: str = "auto", threads: int | None = None, tiles: bool | None = None
+    ) -> Self:
+        """The predictor for a weights file; by default it uses tiles if the network was trained on windows.
+
+        Raises CheckpointError for a file that is not one of ours (a pickle is refused unread), DeviceError.
+        """
+        runtime = make_runtime(device, amp="off", compile="off", threads=threads)
+        model, info = load_weights(weights, runtime.device)
+        model.to(memory_format=torch.channels_last)
+        if tiles is None:
+            tiles = info.sees_windows
+        return cls(model, info, runtime, tiles=tiles)
+
+    def logits(self, image: Tensor) -> Tensor:
+        """Logits (H, W) float32 on the CPU of an RGB image (3, H, W) uint8."""
+        try:
+            with torch.inference_mode(), self._runtime.active():
+                return self._logits(image)
+        except (RuntimeError, MemoryError) as error:
+            if not devices.is_out_of_memory(error):
+                raise
+            raise OutOfMemoryError(
+                f"{self._runtime.device} has too little memory to predict {self.info.size[0]}x{self.info.size[1]}"
+            ) from error
+
+    def mask(self, logits: Tensor) -> NDArray[np.bool_]:
+        """Where `logits` (H, W) are above the chosen threshold, cleaned if so chosen."""
+        return to_mask(logits, self.choices)
+
+    def _logits(self, image: Tensor) -> Tensor:
+        frame = self.info.extra.get("frame") if self.tiles else self.info.size
+        seen = image if frame is None else resize(image, *frame)
+        # One that says nothing about a window's border needs tiles for a whole frame too.
+        in_tiles = self.tiles or (self.info.sees_windows and self.info.model.padding == "valid")
+        logits = self._tiled(seen) if in_tiles else self._run(seen, interpolate=True)
+        if frame is None:
+            return logits
+        return F.interpolate(logits[None, None], size=image.shape[1:], mode="bilinear", align_corners=False)[0, 0]
+
+    def _tiled(self, image: Tensor) -> Tensor:
+        height, width = image.shape[1:]
+        config, size = self.info.model, self.info.size
+        fills = config.padding == "same" or not self.info.sees_windows
+        margin = 0 if fills else shapes.output_margin(config)
+        out = size if fills else shapes.output_size(config, self.info.in_channels, size)
+        rows = tile_axis(height, out[0], blend=fills)
+        columns = tile_axis(width, out[1], blend=fills)
+        total = torch.zeros(height, width)
+        for row in rows:
+            for column in columns:
+                logits = self._run(crop(image, row.start - margin, column.start - margin, *size), interpolate=fills)
+                inside = logits[row.inside, column.inside]
+                total[row.covers, column.covers] += inside * row.weights[:, None] * column.weights
+        return total
+
+    def _run(self, pixels: Tensor, *, interpolate: bool) -> Tensor:
+        """The network's logits (h, w) on the CPU for pixels (3, h, w) uint8."""
+        channels = pixels.to(torch.float32)
+        if self.info.in_channels == 1:
+            # Elementwise, as in training.
+            red, green, blue = (weight * channel for weight, channel in zip(GRAY_WEIGHTS, channels, strict=True))
+            channels = (red + green + blue)[None]
+        images = torch.addcmul(self._shift, channels, self._factor)[None]
+        images = images.to(self._runtime.device, memory_format=torch.channels_last)
+        forward = partial(self._model, interpolate=interpolate)
+        logits: Tensor = mean_over_flips(forward, images) if self.choices.flips else forward(images)
+        return logits[0, 0].float().cpu()
+
+
+class Ensemble:
+    """Several predictors whose logits are averaged; threshold and cleaning are the first one's."""
+
+    def __init__(self, members: Sequence[Predictor]) -> None:
+        self.members = tuple(members)
+        self.info = members[0].info
+        self.tiles = members[0].tiles
+
+    @classmethod
+    def load(
+        cls, weights: Sequence[Path], *, device: str = "auto", threads: int | None = None, tiles: bool | None = None
+    ) -> Self:
+        """The networks in these files; errors as in `Predictor.load`."""
+        return cls([Predictor.load(path, device=device, threads=threads, tiles=tiles) for path in weights])
+
+    def logits(self, image: Tensor) -> Tensor:
+        """As `Predictor.logits`."""
+        total = self.members[0].logits(image)
+        for member in self.members[1:]:
+            total = total + member.logits(image)
+        return total / len(self.members)
+
+    def mask(self, logits: Tensor) -> NDArray[np.bool_]:
+        """As `Predictor.mask`."""
+        return self.members[0].mask(logits)
+
+
+def load_predictor(
+    weights: Path,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    tiles: bool | None = None,
+    ensemble: bool | None = None,
+) -> Predictor | Ensemble:
+    """The network in `weights`, or the `ensemble` that `final --ensemble` left beside it; None: what `final` chose.
+
+    Errors as in `Predictor.load`; StudyError where an ensemble is wanted and there is none.
+    """
+    predictor = Predictor.load(weights, device=device, threads=threads, tiles=tiles)
+    folder = FinalPaths(weights.parent).ensemble
+    members = sorted(folder.glob("*.safetensors"))
+    if ensemble and not members:
+        raise StudyError(f"there is no ensemble in {folder}: `hpsearch final --ensemble` makes one")
+    if not members or not (predictor.choices.ensemble if ensemble is None else ensemble):
+        return predictor
+    return Ensemble.load(members, device=device, threads=threads, tiles=tiles)
+
+
+def to_mask(logits: Tensor, choices: Choices) -> NDArray[np.bool_]:
+    """Where `logits` (H, W) on the CPU are lesion by these choices."""
+    mask = np.asarray((logits > torch.tensor(choices.threshold).logit()).numpy())
+    return clean_mask(mask) if choices.clean else mask
+
+
+def mean_over_flips(forward: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """Mean of the logits of images (B, C, H, W) and of their three mirror images, mirrored back."""
+    total = forward(images)
+    for axes in ((-1,), (-2,), (-2, -1)):
+        total = total + forward(images.flip(axes)).flip(axes)
+    return total / 4
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One window along one axis."""
+
+    start: int
+    """First pixel of its output in the image; below 0 where the image is smaller than the output."""
+    covers: slice
+    """Pixels of the image that it says something about."""
+    inside: slice
+    """Those pixels in its output."""
+    weights: Tensor
+    """Its share of each of them, float32; the shares of all tiles add up to 1."""
+
+
+def tile_axis(length: int, out: int, *, blend: bool) -> list[Tile]:
+    """Windows whose outputs of `out` pixels cover an axis of `length`, evenly spaced from one end to the other.
+
+    As few as will do: 512 pixels and outputs of 388 make two, 124 apart. With `blend` neighbours overlap by at least
+    `BLEND_OVERLAP`, and a tile counts the less the nearer its border; else they are averaged.
+    """
+    step = max(1, out - math.ceil(out * BLEND_OVERLAP)) if blend else out
+    n = max(1, math.ceil((length - out) / step) + 1)
+    # One that is larger than the image has it in its middle, as crops in training have.
+    starts = [(length - out) // 2] if n == 1 else [round(i * (length - out) / (n - 1)) for i in range(n)]
+    ramp = torch.arange(1, out + 1, dtype=torch.float64)
+    window = torch.minimum(ramp, ramp.flip(0)) if blend else torch.ones_like(ramp)
+    covers = [slice(max(0, start), min(length, start + out)) for start in starts]
+    insides = [slice(cover.start - start, cover.stop - start) for cover, start in zip(covers, starts, strict=True)]
+    total = torch.zeros(length, dtype=torch.float64)
+    for cover, inside in zip(covers, insides, strict=True):
+        total[cover] += window[inside]
+    return [
+        Tile(start, cover, inside, (window[inside] / total[cover]).float())
+        for start, cover, inside in zip(starts, covers, insides, strict=True)
+    ]
+
+
+def find_images(inputs: Iterable[str | Path]) -> list[Path]:
+    """The images that files, folders and globs name, each once, in the order given and sorted within each.
+
+    A file is taken as it is. Of a folder (without the folders in it) and of a glob (`**` is any depth) the images are
+    taken, links to nothing too, so that they are named, but not superpixels and not what was predicted before.
+    DatasetError for a folder that cannot be listed, for a folder or glob without images, where not one of the files
+    is there, and for two images that would write the same files.
+    """
+    found: dict[Path, None] = {}
+    for each in inputs:
+        path = user_path(str(each))
+        if os.path.isdir(path):
+            images = _images_among(list_folder(path, DatasetError))
+        elif glob.has_magic(str(each)) and not os.path.lexists(path):
+            images = _images_among(map(Path, glob.glob(str(path), recursive=True)))
+        else:
+            images = [path]
+        if not images:
+            if os.path.isdir(path):
+                way_out = f"; '{path}/**/*' takes those in the folders below"
+                raise DatasetError(f"{each} holds no images ({', '.join(READABLE)}){way_out}")
+            raise DatasetError(f"{each} matches no images ({', '.join(READABLE)})")
+        found |= dict.fromkeys(images)
+    if not any(os.path.isfile(path) for path in found):
+        first = next(iter(found), None)
+        raise DatasetError(file_fault(first) if first is not None else "there is no file to predict")
+    by_stem: dict[str, Path] = {}
+    for path in found:
+        # Neither case nor Unicode form tells files apart on every disk.
+        first = by_stem.setdefault(name_key(path.stem), path)
+        if first != path:
+            raise DatasetError(f"{first} and {path} would write the same files: predict them into different folders")
+    return list(found)
+
+
+def predict_files(
+    predictor: Predictor | Ensemble,
+    images: Sequence[Path],
+    out_dir: Path,
+    *,
+    probabilities: bool = False,
+    overlays: bool = False,
+    on_image: OnImage | None = None,
+) -> dict[Path, str]:
+    """Write `<stem>_segmentation.png` (0 and 255) for every image into `out_dir`.
+
+    `probabilities` adds `<stem>_probability.png`, 8 bits, 255 for certainly lesion; `overlays` adds
+    `<stem>_overlay.jpg`, the image with the mask's border drawn. One image is in memory at a time. Gives the images
+    that could not be read, and why. Raises StorageError if a file cannot be written.
+    """
+    bad: dict[Path, str] = {}
+    for done, path in enumerate(images, 1):
+        try:
+            image = read_image(path, predictor.info.reading)
+        except DatasetError as error:
+            bad[path] = str(error)
+        else:
+            logits = predictor.logits(image)
+            mask = predictor.mask(logits)
+            _write(out_dir / mask_name(path.stem), encode_mask(mask))
+            if probabilities:
+                _save_image(out_dir / f"{path.stem}_probability.png", _to_bytes(logits))
+            if overlays:
+                _save_image(out_dir / f"{path.stem}_overlay.jpg", draw_outline(image, mask))
+            # Before the next image is decoded: one alone may take hundreds of megabytes.
+            del image, logits, mask
+        if on_image is not None:
+            on_image(done, len(images), path, bad.get(path))
+    return bad
+
+
+def draw_outline(image: Tensor, mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """The image (3, H, W) uint8 with the inner border of `mask` (H, W) in OUTLINE, as (H, W, 3).
+
+    The line is as thick as it takes to be seen when the image is looked at as a whole.
+    """
+    pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+    thickness = max(1, round(max(mask.shape) / 400))
+    inner = mask.copy()
+    inner[thickness:] &= mask[:-thickness]
+    inner[:-thickness] &= mask[thickness:]
+    inner[:, thickness:] &= mask[:, :-thickness]
+    inner[:, :-thickness] &= mask[:, thickness:]
+    pixels[mask & ~inner] = OUTLINE
+    return pixels
+
+
+def find_model(project: ProjectPaths, study: str | None, model: str | None) -> Path:
+    """The weights file that `model` names, itself or by its folder; without it, that of the study's latest final.
+
+    StudyError where there is none.
+    """
+    if model is None:
+        record = study_record(project, study)
+        folders = record.paths.finals.iterdir() if record.paths.finals.is_dir() else iter(())
+        finals = [final for final in map(FinalPaths, folders) if final.result.is_file() and final.model.is_file()]
+        if not finals:
+            raise StudyError(
+                f"study {record.name!r} has no final model yet: run `hpsearch final`, or name one (--model)"
+            )
+        return max(finals, key=lambda final: float(read_json(final.result)["ended_at"])).model
+    path = user_path(model)
+    if os.path.isfile(path):
+        return path
+    if not os.path.isdir(path):
+        raise CheckpointError(f"there is no model {path}: name a folder that `hpsearch final` made, or a file")
+    folder = FinalPaths(path)
+    for weights in (folder.model, path / "weights.safetensors"):
+        if weights.is_file():
+            return weights
+    raise CheckpointError(f"{path} holds no {folder.model.name}: name a folder that `hpsearch final` made, or a file")
+
+
+def _images_among(paths: Iterable[Path]) -> list[Path]:
+    # Files in formats that cannot be read are taken too: they end as bad files with a name, not as silence.
+    return sorted(
+        path
+        for path in paths
+        if path.suffix.lower() in READABLE + FOREIGN
+        and not path.name.startswith(".")
+        and not path.stem.lower().endswith(_MADE_BY_US)
+        and may_be_file(path)
+    )
+
+
+def _to_bytes(logits: Tensor) -> NDArray[np.uint8]:
+    """Probabilities (H, W) of which 255 is 1, in the memory of `logits`, which is used up."""
+    with torch.inference_mode():
+        return np.asarray(logits.sigmoid_().mul_(255).round_().to(torch.uint8).numpy())
+
+
+def _save_image(path: Path, pixels: NDArray[np.uint8]) -> None:
+    with atomic_write(path, sync=False) as temporary:
+        Image.fromarray(pixels).save(temporary, "JPEG" if path.suffix == ".jpg" else "PNG", quality=90)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with atomic_write(path, sync=False) as temporary:
+        temporary.write_bytes(content)

@@ -1,0 +1,1 @@
+"""Search: suggestions, pruning, replicates, the coordinator's loop."""

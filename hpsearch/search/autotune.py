@@ -1,0 +1,259 @@
+"""Makes a study's execution plan: devices, workers and threads, by what the user wants and what a worker measures."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpsearch.config import StudyConfig
+from hpsearch.config.data import DataConfig
+from hpsearch.cores import available_cores
+from hpsearch.data.pool_caches import PoolCaches
+from hpsearch.data.sample import draw_sample
+from hpsearch.errors import ConfigError, RecordError
+from hpsearch.paths import ProjectPaths
+from hpsearch.store.record import StudyRecord
+from hpsearch.workers import plan as plans
+from hpsearch.workers.local_pool import Workers, WorkerSettings, do, do_each
+from hpsearch.workers.plan import MEMORY_SHARE, ExecutionPlan
+
+logger = logging.getLogger(__name__)
+
+MOST_SHARING = 4
+"""Workers that may share a device: the more there are, the less a trial has learnt from those before it."""
+WORTH_SHARING = 1.15
+"""How many times the images a second more workers must make: with one, a search is repeatable to the byte."""
+SHARING_STEP_S = 1.0
+"""A step that takes one thread longer fills a device by itself; and to measure it would hold up the search."""
+MOST_DRAWN = 64
+"""Images that are drawn to measure by, at most; larger batches are measured by smaller ones."""
+WINDOW_S = 0.6
+"""Seconds, at least, in which workers that share a device are watched."""
+Shares = tuple[int, int]
+"""Workers on a device, and threads of each."""
+
+
+@dataclass(frozen=True)
+class MachineChoice:
+    """What the user wants of the machine; what is left open is measured or found out."""
+
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:N`, `mps` or `xla`."""
+    n_workers: int = 0
+    """Worker processes; 0: as many per GPU, or on the CPU, as train the most images per second (measured)."""
+    threads: int = 0
+    """Threads per worker; 0: measured where there is one worker, else the cores are shared equally. Given without
+    `n_workers`, there is one worker per device."""
+
+
+def first_workers(record: StudyRecord | None, choice: MachineChoice) -> tuple[WorkerSettings, ...]:
+    """The workers that `make_plan` will want first, to be started while there is other work: they import torch."""
+    plan = _stored_plan(record, choice) if record is not None else None
+    if plan is not None:
+        return plan.workers
+    cores = available_cores()
+    if choice.n_workers or choice.threads:
+        return (WorkerSettings(choice.device, choice.threads or max(1, cores // max(1, choice.n_workers))),)
+    # The first keeps its threads if it stays alone.
+    most, _ = _equal_shares(cores)[-1]
+    return (WorkerSettings(choice.device, cores), *[WorkerSettings(choice.device, cores // most)] * (most - 1))
+
+
+def make_plan(
+    record: StudyRecord,
+    caches: PoolCaches,
+    choice: MachineChoice,
+    workers: Workers,
+) -> ExecutionPlan:
+    """The stored plan, or one that is measured now; what the user asks for explicitly overrides either."""
+    plan = _stored_plan(record, choice)
+    if plan is None:
+        plan = _measure_plan(record, caches, choice, workers)
+    if plan.to_dict() != record.plan():
+        record.write_plan(plan.to_dict())
+    return plan
+
+
+def plan_for_one_fit(
+    record: StudyRecord, caches: PoolCaches, choice: MachineChoice, workers: Workers
+) -> ExecutionPlan:
+    """The study's plan with one worker, which trains a single fit as fast as was measured.
+
+    It is measured, and stored, if the study has none. `choice` overrides device and threads for this fit alone.
+    """
+    choice = dataclasses.replace(choice, n_workers=0)
+    plan = _stored_plan(record, choice)
+    if plan is None:
+        plan = _measure_plan(record, caches, choice, workers)
+        if record.plan() is None:
+            record.write_plan(plan.to_dict())
+    return dataclasses.replace(
+        plan, workers=(plan.alone,), machine={**plan.machine, "threads": str(plan.alone.threads)}
+    )
+
+
+def measure_drawn(config: StudyConfig, choice: MachineChoice) -> ExecutionPlan:
+    """The plan that a study of `config` would have here, measured on drawn images; nothing of it is kept."""
+    batch_sizes = [each.train.batch_size for each in plans.measured_configs(config)]
+    if not batch_sizes:
+        raise ConfigError("no configuration of this search can exist at this size, so there is no step to measure")
+    with tempfile.TemporaryDirectory(prefix="hpsearch-") as name, Workers(Path(name)) as workers:
+        folder = Path(name)
+        draw_sample(folder / "drawn", n_train=min(MOST_DRAWN, max(batch_sizes)), n_val=1, n_test=1)
+        # Of the data only what decides how large the images are.
+        kept = ("size", "color", "match", "cache_size")
+        data = DataConfig(root=str(folder / "drawn"), **{name: getattr(config.data, name) for name in kept})
+        drawn = dataclasses.replace(config, data=data)
+        workers.become(first_workers(None, choice))
+        caches = PoolCaches(drawn, folder / "cache")
+        return make_plan(StudyRecord.create(ProjectPaths(folder).study("drawn"), drawn), caches, choice, workers)
+
+
+def _stored_plan(record: StudyRecord, choice: MachineChoice) -> ExecutionPlan | None:
+    """The plan on record as `choice` changes it; None if there is none, or only one for another kind of device."""
+    try:
+        stored = record.plan()
+        plan = ExecutionPlan.from_dict(stored) if stored is not None else None
+    except (RecordError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RecordError(f"{record.paths.plan} is damaged ({error}): delete it, and it is measured anew") from error
+    if plan is None:
+        return None
+    wanted = choice.device.partition(":")[0]
+    if wanted not in ("auto", plan.device):
+        logger.info("the study moves from %s to %s", plan.device, wanted)
+        return None
+    if choice.n_workers == 1 and not choice.threads:
+        plan = dataclasses.replace(plan, workers=(plan.alone,))
+    elif choice.threads or choice.n_workers not in (0, len(plan.workers)):
+        settings = _share_out(plan.device, choice, len({worker.device for worker in plan.workers}))
+        plan = dataclasses.replace(plan, workers=settings)
+    return plan
+
+
+def _measure_plan(record: StudyRecord, caches: PoolCaches, choice: MachineChoice, workers: Workers) -> ExecutionPlan:
+    first = first_workers(None, choice)
+    # The workers that measure are the first of those that train: they have torch loaded and the images open.
+    workers.become(first)
+    threads = alone = first[0].threads
+    configs = plans.measured_configs(record.config)
+    sharing = 1
+    rates: dict[Shares, float] = {}
+    if configs and choice.n_workers <= 1 and not choice.threads:
+        shares = _single_shares(alone) if choice.n_workers else _equal_shares(alone)
+        rates = _rates({"config": configs[0].to_dict(), **caches.job(configs[0])}, shares, workers)
+        alone = fastest_alone(rates, alone)
+        sharing = 1 if choice.n_workers else choose_sharing(rates)
+        threads = max(1, available_cores() // sharing) if sharing > 1 else alone
+    job = {
+        "job": "measure",
+        "config": record.config.with_params({}).to_dict(),
+        "threads": threads,
+        "steps": [{"config": config.to_dict(), **caches.job(config)} for config in configs],
+    }
+    message = do(workers, job)
+    assert message is not None
+    device = message["device"]
+    found = choice.device if ":" in choice.device else device
+    n_devices = 1 if ":" in found else message["n_devices"]
+    plan = ExecutionPlan(
+        device=device,
+        precision=message["precision"],
+        workers=_share_out(found, choice, n_devices, alone),
+        memory_bytes=message["memory_bytes"] // max(1, choice.n_workers // n_devices),
+        steps=tuple(plans.MeasuredStep(**step) for step in message["steps"]),
+        machine=message["machine"],
+        alone_threads=alone,
+    )
+    while sharing > 1:
+        shared = dataclasses.replace(
+            plan,
+            workers=_share_out(found, dataclasses.replace(choice, n_workers=sharing * n_devices), n_devices),
+            memory_bytes=plan.memory_bytes // sharing,
+        )
+        # All that the search may suggest shall still fit, as far as it fits the device at all.
+        if all(_fits(config, shared) or not _fits(config, plan) for config in configs):
+            plan = shared
+            break
+        sharing //= 2
+    for worker in workers:
+        # What was told `auto` has found its device.
+        workers.settle(plan.workers[0].device, worker)
+    if rates:
+        measured = ", ".join(f"{n} x {n_threads}: {rate:.1f}" for (n, n_threads), rate in rates.items())
+        logger.info("images per second by workers x threads on a device: %s", measured)
+        plan = dataclasses.replace(plan, machine={**plan.machine, "images_per_s": measured})
+    return plan
+
+
+def choose_sharing(rates: Mapping[Shares, float]) -> int:
+    """How many workers should share a device, given the images per second that each number of them trains in all."""
+    by_number = {n: rate for (n, _), rate in rates.items()}
+    chosen = min(by_number, default=1)
+    for n in sorted(by_number):
+        if by_number[n] >= WORTH_SHARING * by_number[chosen]:
+            chosen = n
+    return chosen
+
+
+def fastest_alone(rates: Mapping[Shares, float], default: int) -> int:
+    """Threads with which one fit trains fastest: what each of several workers trained counts too.
+
+    `default` where nothing was measured.
+    """
+    return max(rates, key=lambda share: (rates[share] / share[0], share[1]), default=(1, default))[1]
+
+
+def _equal_shares(cores: int) -> list[Shares]:
+    """All cores shared equally among 1, 2, ... workers on a device."""
+    return [(n, cores // n) for n in (1, 2, 4) if n <= min(cores, MOST_SHARING)]
+
+
+def _single_shares(cores: int) -> list[Shares]:
+    """One worker with all cores, half of them, and so on down to one."""
+    return [(1, max(1, cores >> halvings)) for halvings in range(cores.bit_length())]
+
+
+def _rates(step: dict[str, object], shares: Sequence[Shares], workers: Workers) -> dict[Shares, float]:
+    """Images per second that so many workers with so many threads train on one device in all; empty if unknown.
+
+    The workers are watched in the same window of time, so that what they take from each other counts, and what other
+    programs take from threads that wait for each other.
+    """
+    most = max(n for n, _ in shares)
+    job = {"job": "rate", **step}
+    first = do_each(workers, [{**job, "threads": 1, "begin": 0.0, "end": 0.0}] * most)
+    if first is None or max(float(message["step_s"]) for message in first) > SHARING_STEP_S:
+        return {}
+    window_s = max(WINDOW_S, 6 * max(float(message["step_s"]) for message in first))
+    rates = {}
+    for n, threads in shares:
+        begin = time.time() + 0.2
+        window = {"threads": threads, "begin": begin, "end": begin + window_s}
+        messages: Sequence[dict[str, object]] | None = do_each(workers, [{**job, **window}] * n)
+        if messages is not None:
+            rates[n, threads] = sum(float(str(message["images_per_s"])) for message in messages)
+    return rates
+
+
+def _fits(config: StudyConfig, plan: ExecutionPlan) -> bool:
+    return plans.predicted_bytes(config, plan) <= plan.memory_bytes * MEMORY_SHARE
+
+
+def _share_out(
+    device: str, choice: MachineChoice, n_devices: int, most_threads: int = 0
+) -> tuple[WorkerSettings, ...]:
+    """One worker per device, or as many as chosen, taking turns on the devices; the cores shared equally.
+
+    No worker gets more than `most_threads` unless `choice` says so; 0: no such limit.
+    """
+    kind, _, index = device.partition(":")
+    n_workers = choice.n_workers or (n_devices if kind == "cuda" and not index else 1)
+    cores = available_cores()
+    threads = choice.threads or max(1, min(cores // n_workers, most_threads or cores))
+    names = [device] if kind != "cuda" or index else [f"cuda:{number}" for number in range(n_devices)]
+    return tuple(WorkerSettings(names[number % len(names)], threads) for number in range(n_workers))

@@ -1,0 +1,36 @@
+"""How much of the variation between trials each searched setting explains."""
+
+from __future__ import annotations
+
+import optuna
+from optuna.trial import create_trial
+
+from hpsearch.config import get_setting
+from hpsearch.search.samplers import distributions, encode
+from hpsearch.store.record import StudyRecord
+
+MIN_TRIALS = 8
+"""With fewer a forest describes chance."""
+
+
+def importances(record: StudyRecord) -> dict[str, float]:
+    """Share of the values' variance by setting, the largest first; empty where nothing can be said.
+
+    fANOVA (Hutter, Hoos and Leyton-Brown, ICML 2014) as Optuna computes it, over full trials and the estimates of
+    dropped ones. It speaks of the whole space: a setting whose bad values ruin everything counts for much, even if
+    its good values are all alike.
+    """
+    spaces = distributions(record.config.search)
+    trials = [trial for trial in record.trials() if trial.outcome in ("full", "dropped") and trial.value is not None]
+    if not spaces or len(trials) < MIN_TRIALS or len({trial.value for trial in trials}) < 2:
+        return {}
+    # The forest takes long to load, and a final asks for it only at its end.
+    from optuna.importance import FanovaImportanceEvaluator, get_param_importances
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(direction="maximize")
+    for trial in trials:
+        params = {name: encode(get_setting(trial.study_config, name)) for name in spaces}
+        study.add_trial(create_trial(value=trial.value, params=params, distributions=spaces))
+    found = get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0))
+    return {name: float(share) for name, share in found.items()}

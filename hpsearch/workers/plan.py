@@ -1,0 +1,247 @@
+"""The execution plan of a study (devices, workers, threads, speed) and what it lets one foresee: time and memory.
+
+What is measured to choose the plan is measured once and stored with the study; every continuation uses it, because
+thread counts and precision decide the bytes of the results. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from hpsearch.config import StudyConfig
+from hpsearch.config.data import DataConfig
+from hpsearch.config.search import Choice, Range
+from hpsearch.errors import ConfigError
+from hpsearch.models.memory import training_memory
+from hpsearch.models.shapes import n_parameters, training_flops, why_impossible
+from hpsearch.workers.local_pool import WorkerSettings
+
+MEMORY_SHARE = 0.9
+"""Share of a device's memory that a fit may be predicted to need: the prediction is good to a tenth."""
+
+
+@dataclass(frozen=True)
+class MeasuredStep:
+    """Seconds of one image at one configuration, measured on the device."""
+
+    flops: int
+    """Of the training step of one image."""
+    train_s: float
+    eval_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutionPlan:
+    """How a study is run on this machine."""
+
+    device: str
+    precision: str
+    """What autocast computes in where `train.amp` is auto: float32, bf16 or fp16."""
+    workers: tuple[WorkerSettings, ...]
+    memory_bytes: int
+    """Memory of the device that one worker may use."""
+    steps: tuple[MeasuredStep, ...] = ()
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    """Processor, versions, cores: for the record."""
+    alone_threads: int = 0
+    """Threads with which a single fit trained fastest; 0: not measured."""
+
+    @property
+    def alone(self) -> WorkerSettings:
+        """Device and threads of a fit that runs by itself: those of the only worker, else the fastest measured.
+
+        Where that was not measured, a fit gets what each of several workers gets: on a machine with other load, more
+        threads can be many times slower.
+        """
+        first = self.workers[0]
+        return first if len(self.workers) == 1 else WorkerSettings(first.device, self.alone_threads or first.threads)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "device": self.device,
+            "precision": self.precision,
+            "workers": [vars(worker) for worker in self.workers],
+            "memory_bytes": self.memory_bytes,
+            "steps": [vars(step) for step in self.steps],
+            "machine": dict(self.machine),
+            "alone_threads": self.alone_threads,
+        }
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> ExecutionPlan:
+        """The plan in a mapping as `to_dict` gives it; KeyError or TypeError if it is damaged."""
+        return cls(
+            device=table["device"],
+            precision=table["precision"],
+            workers=tuple(WorkerSettings(**worker) for worker in table["workers"]),
+            memory_bytes=int(table["memory_bytes"]),
+            steps=tuple(MeasuredStep(**step) for step in table["steps"]),
+            machine=table["machine"],
+            alone_threads=int(table.get("alone_threads", 0)),
+        )
+
+    def epoch_s(self, config: StudyConfig, n_train: int, n_held_out: int) -> float:
+        """Expected seconds of one epoch of `config`; NaN where nothing was measured."""
+        if not self.steps:
+            return math.nan
+        flops = image_flops(config)
+        train_s = _interpolate([(step.flops, step.train_s) for step in self.steps], flops)
+        eval_s = _interpolate([(step.flops, step.eval_s) for step in self.steps], flops)
+        return n_train * train_s + n_held_out * eval_s
+
+    def fit_s(self, config: StudyConfig, n_train: int, n_held_out: int) -> float:
+        """Expected seconds of one fit of `config`."""
+        return config.train.epochs * self.epoch_s(config, n_train, n_held_out)
+
+
+@dataclass(frozen=True)
+class Infeasible:
+    """Why a configuration costs no training."""
+
+    reason: str
+    excess: float
+    """Above 0: how far the limit is exceeded, as the sampler's constraint (1 for what cannot exist at all)."""
+
+
+def why_infeasible(config: StudyConfig, plan: ExecutionPlan) -> Infeasible | None:
+    """None if `config` can be trained under `plan`; otherwise the reason in one sentence."""
+    data = config.data
+    if reason := why_impossible(
+        config.unet, data.n_channels, data.height, data.width, batch_size=config.train.batch_size
+    ):
+        return Infeasible(reason, 1.0)
+    needed = predicted_bytes(config, plan)
+    available = plan.memory_bytes * MEMORY_SHARE
+    if needed > available:
+        return Infeasible(
+            f"needs about {needed / 2**30:.1f} GiB for a training step, this device has {available / 2**30:.1f} GiB",
+            needed / available - 1.0,
+        )
+    return None
+
+
+def predicted_bytes(config: StudyConfig, plan: ExecutionPlan) -> int:
+    """Predicted peak memory of a training step of `config` on the plan's device."""
+    amp = config.train.amp
+    precision = {"off": "float32", "auto": plan.precision}.get(amp, amp)
+    data = config.data
+    return training_memory(
+        config.unet,
+        data.n_channels,
+        data.height,
+        data.width,
+        batch_size=config.train.batch_size,
+        precision=precision,  # type: ignore[arg-type]
+        optimizer=config.train.optimizer,
+        momentum=config.train.momentum,
+        device="cuda" if plan.device == "cuda" else "cpu",
+    ).total
+
+
+def disk_bytes(config: StudyConfig, n_folds: int, n_workers: int) -> int:
+    """Most that the weights and checkpoints of a study take at one time, for the largest network of the space.
+
+    Weights and best weights stay for two trials and are there for the one that runs; each worker has two checkpoints
+    and writes a third.
+    """
+    slots = 2 if config.train.optimizer == "adamw" else 1
+    largest = max(
+        4 * n_parameters(candidate.unet, candidate.data.n_channels)
+        for candidate in (config.with_params({}), *sample_space(config, 64))
+    )
+    return largest * (3 * 2 * n_folds + 3 * n_workers * (1 + slots))
+
+
+def image_flops(config: StudyConfig) -> int:
+    """FLOPs of the training step of one image; 0 for a configuration that cannot exist."""
+    data = config.data
+    if why_impossible(config.unet, data.n_channels, data.height, data.width):
+        return 0
+    return training_flops(config.unet, data.n_channels, data.height, data.width)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a search is about to do."""
+
+    n_trials: int
+    n_confirm: int
+    """Configurations that are fitted once more when the search is over, at most."""
+    n_folds: int
+    epochs: int
+    n_images: int
+    fit_s: float
+    """Expected seconds of a fit, the mean over the search space."""
+    total_s: float
+    """Wall-clock of the whole search without racing, on all workers, second fits included."""
+
+
+def forecast(
+    config: StudyConfig, plan: ExecutionPlan, *, n_images: int, n_trials: int, n_folds: int, n_confirm: int = 0
+) -> Forecast:
+    """Expected cost of `n_trials` drawn from the search space at random, from the measured steps."""
+    n_held_out = n_images // n_folds if n_folds > 1 else 0
+    candidates = [candidate for candidate in sample_space(config, 64) if why_infeasible(candidate, plan) is None]
+    seconds = [plan.fit_s(candidate, n_images - n_held_out, n_held_out) for candidate in candidates or [config]]
+    fit_s = float(np.mean(seconds))
+    total_s = fit_s * (n_trials + n_confirm) * n_folds / max(1, len(plan.workers))
+    return Forecast(n_trials, n_confirm, n_folds, config.train.epochs, n_images, fit_s, total_s)
+
+
+def sample_space(config: StudyConfig, n: int, seed: int = 0) -> list[StudyConfig]:
+    """`n` configurations drawn evenly from the search space; those that contradict themselves are left out."""
+    generator = np.random.default_rng(seed)
+    found = []
+    for _ in range(n if len(config.search) else 1):
+        try:
+            found.append(config.with_params({name: _draw(dim, generator) for name, dim in config.search}))
+        except ConfigError:
+            continue
+    return found
+
+
+def measured_configs(config: StudyConfig) -> list[StudyConfig]:
+    """What to measure before a study: the default, the cheapest and the dearest that can exist; at most three."""
+    candidates = [
+        candidate for candidate in (config.with_params({}), *sample_space(config, 64)) if image_flops(candidate)
+    ]
+    if not candidates:
+        return []
+    by_cost = sorted(candidates, key=image_flops)
+    return list({image_flops(chosen): chosen for chosen in (candidates[0], by_cost[0], by_cost[-1])}.values())
+
+
+def describe_data(data: DataConfig) -> str:
+    """The data in a few words: `ISIC-2017, 572x572 rgb`."""
+    return f"{data.images or data.root}, {data.height}x{data.width} {data.color}"
+
+
+def _draw(dimension: Choice | Range, generator: np.random.Generator) -> Any:
+    if isinstance(dimension, Choice):
+        return dimension.values[int(generator.integers(len(dimension.values)))]
+    low, high = dimension.low, dimension.high
+    if dimension.log:
+        value = math.exp(generator.uniform(math.log(low), math.log(high)))
+    elif dimension.step is not None:
+        value = low + dimension.step * int(generator.integers(int((high - low) / dimension.step + 1e-9) + 1))
+    else:
+        value = generator.uniform(low, high + 1) if dimension.is_int else generator.uniform(low, high)
+    return min(max(int(value), int(low)), int(high)) if dimension.is_int else min(max(float(value), low), high)
+
+
+def _interpolate(points: Sequence[tuple[int, float]], flops: int) -> float:
+    """Seconds at `flops` between measured points, linear in the logarithms; in proportion to FLOPs beyond them."""
+    known = sorted(points)
+    if flops <= 0:
+        return 0.0
+    x, y = np.log([f for f, _ in known]), np.log([s for _, s in known])
+    at = math.log(flops)
+    if at > x[-1]:
+        return float(np.exp(y[-1] + at - x[-1]))
+    # Below the smallest the fixed costs of a step rule: it gets no cheaper.
+    return float(np.exp(np.interp(at, x, y)))

@@ -1,0 +1,105 @@
+"""The decoding subprocess answers for every job, says which file it died of, and ends with its parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from hpsearch.config.data import DataConfig
+from hpsearch.data.decode_pool import Damage, Decoders, Facts, Job
+from hpsearch.data.layouts import find_samples
+from hpsearch.errors import CacheError
+
+
+@pytest.fixture
+def jobs(tiny_archive: Path) -> list[Job]:
+    samples = find_samples(DataConfig(root=str(tiny_archive))).samples
+    return [Job(str(s.image), str(s.mask), ("random crop", "resize"), 24, 16, s.id) for s in samples]
+
+
+def test_every_job_is_answered_with_its_pixels(decoding_process: Decoders, jobs: list[Job]) -> None:
+    answers = {number: (facts, pixels) for number, facts, pixels in decoding_process.decode(jobs)}
+    assert sorted(answers) == list(range(len(jobs)))
+    for facts, pixels in answers.values():
+        assert isinstance(facts, Facts)
+        assert [(image.shape, mask.shape) for image, mask in pixels] == [((24, 16, 3), (24, 16))] * 2
+        assert all(set(np.unique(mask)) <= {0, 1} for _, mask in pixels)
+
+
+def test_the_same_jobs_give_the_same_bytes(decoding_process: Decoders, jobs: list[Job]) -> None:
+    first, second = (
+        {number: [array.tobytes() for pair in pixels for array in pair] for number, _, pixels in answers}
+        for answers in (decoding_process.decode(jobs), decoding_process.decode(jobs))
+    )
+    assert first == second
+
+
+def test_damage_is_an_answer_too(decoding_process: Decoders, jobs: list[Job], tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_text("no image")
+    bad = Job(str(tmp_path / "a.jpg"), jobs[0].mask)
+    answers = {number: facts for number, facts, _ in decoding_process.decode([jobs[0], bad, jobs[1]])}
+    assert isinstance(answers[1], Damage)
+    assert answers[1].kind == "undecodable file"
+    assert isinstance(answers[0], Facts)
+    assert isinstance(answers[2], Facts)
+
+
+@pytest.mark.slow
+def test_answers_that_were_not_awaited_are_not_taken_for_others(jobs: list[Job]) -> None:
+    with Decoders(1) as decoders:
+        for _ in decoders.decode(jobs):
+            break
+        assert decoders.pid is None
+        again = {number: facts for number, facts, _ in decoders.decode(jobs[:1])}
+    assert list(again) == [0]
+
+
+@pytest.mark.slow
+def test_death_names_the_file_that_was_read(tmp_path: Path, jobs: list[Job]) -> None:
+    # A pipe that nobody writes to holds the reader up, as a hung disk would.
+    os.mkfifo(tmp_path / "hung.jpg")
+    with Decoders(1) as decoders:
+        answers = decoders.decode([jobs[0], Job(str(tmp_path / "hung.jpg"), jobs[0].mask)])
+        next(answers)
+        assert decoders.pid is not None
+        process = psutil.Process(decoders.pid)
+        # Once it is open for writing, somebody reads it.
+        with (tmp_path / "hung.jpg").open("wb"):
+            os.kill(process.pid, signal.SIGKILL)
+        with pytest.raises(CacheError, match=r"ended by signal 9 while it read .*hung\.jpg"):
+            next(answers)
+    assert not process.is_running()
+
+
+@pytest.mark.slow
+def test_subprocess_ends_when_its_parent_does(jobs: list[Job]) -> None:
+    parent = (
+        "import sys, time\n"
+        "from hpsearch.data.decode_pool import Decoders, Job\n"
+        "decoders = Decoders(1)\n"
+        "answers = decoders.decode([Job(*sys.argv[1:])])\n"
+        "next(answers)\n"
+        "print(decoders.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", parent, jobs[0].image, jobs[0].mask], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        child = psutil.Process(int(process.stdout.readline()))
+        process.kill()
+    psutil.wait_procs([child], timeout=30)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+def test_whoever_prepares_data_loads_no_torch() -> None:
+    modules = "layouts, integrity, decoding, cache, build, folds, prepare, comparison"
+    code = f"import sys; from hpsearch.data import {modules}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

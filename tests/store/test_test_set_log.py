@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpsearch.paths import ProjectPaths
+from hpsearch.store.test_set_log import (
+    Look,
+    TestImages,
+    begin_look,
+    describe_looks,
+    end_look,
+    find_look,
+    first_look_of,
+    looks_at,
+    n_looks_before,
+    n_seen,
+    note_look,
+    user_account,
+)
+from tests.recorded import write_cache
+
+LOOK = Look(
+    test_set="0123",
+    at=100.0,
+    study="mine",
+    study_began_at=50.0,
+    trial=7,
+    folder="/somewhere",
+    n_images=600,
+    metric="dice",
+    score=0.86,
+)
+
+
+@pytest.fixture(autouse=True)
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return tmp_path / "state"
+
+
+def look(at: float, **changes: Any) -> Look:
+    return dataclasses.replace(LOOK, at=at, id=str(at), **changes)
+
+
+def pairs(*numbers: int) -> TestImages:
+    return TestImages(tuple((f"{number:064d}"[::-1], f"{number + 1000:064d}") for number in numbers))
+
+
+def begin(project: ProjectPaths, test: TestImages, at: float, **changes: Any) -> Look:
+    facts = {"at": at, "study": "mine", "study_began_at": 50.0, "trial": 7, "folder": "/x", "metric": "dice"}
+    return begin_look(project, test, **{**facts, **changes})
+
+
+def as_in_0_1(project: ProjectPaths, test: TestImages, at: float, **changes: Any) -> None:
+    """An entry with the fields that version 0.1 wrote."""
+    entry = dataclasses.asdict(look(at, test_set=test.digest(), n_images=len(test.hashes), **changes))
+    del entry["images"], entry["includes"]
+    with project.looks.open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def test_a_look_is_remembered_in_the_project_and_by_the_user(tmp_path: Path) -> None:
+    here, there = ProjectPaths(tmp_path / "here"), ProjectPaths(tmp_path / "there")
+    here.root.mkdir()
+    there.root.mkdir()
+    note_look(here, look(1))
+    note_look(there, look(2))
+    assert [each.at for each in looks_at(here, look(3))] == [1, 2, 3]
+    user_account().unlink()
+    assert [each.at for each in looks_at(here, look(3))] == [1, 3]
+    assert len(looks_at(here, look(3, test_set="4567", study="other"))) == 1
+
+
+def test_a_state_folder_that_cannot_be_written_to_costs_nothing(
+    tmp_path: Path, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state.write_text("a file where a folder should be")
+    project = ProjectPaths(tmp_path)
+    note_look(project, look(1))
+    monkeypatch.delenv("XDG_STATE_HOME")
+    monkeypatch.setenv("HOME", "/nowhere")
+    note_look(project, look(2))
+    assert [each.at for each in looks_at(project, look(2))] == [1, 2]
+
+
+def test_torn_and_foreign_lines_are_passed_over(tmp_path: Path) -> None:
+    project = ProjectPaths(tmp_path)
+    note_look(project, look(1))
+    with project.looks.open("a") as file:
+        file.write('{"test_set": "0123", "at"\n[1]\n{"test_set": "0123"}\n{"id": "unknown", "score": 1}\n')
+    note_look(project, look(2))
+    assert [each.at for each in looks_at(project, look(2))] == [1, 2]
+
+
+def test_looks_of_a_study_are_told_from_those_of_others() -> None:
+    looks = [look(10), look(20, study="other"), look(60), look(70, trial=3)]
+    first = first_look_of(looks[1:], "mine", 50.0)
+    assert first is not None
+    assert first.at == 60
+    assert first_look_of(looks, "mine", 51.0) is None
+    assert n_looks_before(looks, 50.0) == 2
+
+
+def test_an_evaluation_of_a_few_images_is_one_of_those_images(tmp_path: Path) -> None:
+    project = ProjectPaths(tmp_path)
+    few = begin(project, pairs(*range(50)), 1.0)
+    other = begin(project, pairs(*range(900, 940)), 2.0)
+    whole = begin(project, pairs(*range(600)), 3.0, trial=8)
+    looks = looks_at(project, whole)
+    assert looks == (few, whole)
+    assert n_seen(whole, looks[:1]) == 50
+    assert (
+        describe_looks(whole, looks)
+        == "50 of these 600 test images had been evaluated before: 1 evaluation of 1 configuration"
+    )
+    # Afterwards the few were evaluated with all of them.
+    again = begin(project, pairs(*range(49, -1, -1)), 4.0)
+    looks = looks_at(project, again)
+    assert looks == (few, whole, again)
+    assert (
+        describe_looks(again, looks)
+        == "these 50 test images had been evaluated before: 2 evaluations of 2 configurations"
+    )
+    assert (
+        describe_looks(few, looks) == "this is the first evaluation of these 50 test images; 2 evaluations came later"
+    )
+    assert looks_at(project, other) == (other,)
+
+
+def test_images_seen_in_several_evaluations_count_once(tmp_path: Path) -> None:
+    project = ProjectPaths(tmp_path)
+    first, second = begin(project, pairs(1, 2, 3), 1.0), begin(project, pairs(3, 4), 2.0)
+    assert n_seen(begin(project, pairs(*range(10)), 3.0), [first, second]) == 4
+
+
+def test_an_evaluation_counts_before_it_has_a_score(tmp_path: Path) -> None:
+    project = ProjectPaths(tmp_path)
+    killed = begin(project, pairs(1, 2), 1.0)
+    later = begin(project, pairs(1, 2), 2.0)
+    assert [each.score for each in looks_at(project, later)] == [None, None]
+    ended = end_look(project, later, 0.875)
+    assert ended == find_look(project, later.id)
+    assert [(each.id, each.score) for each in looks_at(project, ended)] == [(killed.id, None), (later.id, 0.875)]
+    project.looks.unlink()
+    assert find_look(project, later.id) == ended
+    assert find_look(project, "") is None
+
+
+def test_an_image_is_known_by_its_file_whatever_its_mask(tmp_path: Path) -> None:
+    project = ProjectPaths(tmp_path)
+    first = begin(project, TestImages((("a" * 64, "b" * 64),)), 1.0)
+    assert looks_at(project, begin(project, TestImages((("a" * 64, "c" * 64),)), 2.0, study="other"))[0] == first
+
+
+def test_entries_of_version_0_1_are_still_counted(tmp_path: Path) -> None:
+    project = ProjectPaths(tmp_path)
+    test = pairs(*range(30))
+    as_in_0_1(project, test, 1.0, study="same images")
+    as_in_0_1(project, pairs(*range(10)), 2.0, study="the first ten", trial=3)
+    as_in_0_1(project, pairs(*range(40, 50)), 3.0, study="other images")
+    as_in_0_1(project, pairs(*range(20, 25)), 4.0)
+    mine = begin(project, test, 5.0)
+    looks = looks_at(project, mine)
+    assert [each.at for each in looks] == [1, 2, 4, 5]
+    assert [n_seen(mine, [each]) for each in looks[:3]] == [30, 10, 5]
+    # What a later study needs to recognise the ten stays on account.
+    assert [each.at for each in looks_at(project, begin(project, test, 6.0, study="later"))] == [1, 2, 5, 6]
+    assert find_look(project, "2.0").images == ()
+
+
+def test_a_test_set_is_known_by_its_content_not_by_its_names(tmp_path: Path) -> None:
+    for key in ("a", "b"):
+        write_cache(tmp_path, key, [f"{key}{i}" for i in range(4)], ["test"] * 4, 16)
+    write_cache(tmp_path, "c", ["a0", "a1", "a2"], ["test"] * 3, 16)
+    first, second, third = (TestImages.in_cache(tmp_path / f"{key}-memmap") for key in "abc")
+    assert first.digest() == second.digest() != third.digest()
+    assert first.digest(3) == third.digest()
+    assert first.images == second.images
+    assert len(first.images[0]) == 12
