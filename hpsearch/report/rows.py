@@ -27,9 +27,8 @@ from hpsearch.report.statistics import (
     trial_statistics,
 )
 from hpsearch.training.metrics import SCORES, PixelCounts
-from hpsearch.tuning import constant, coordinators, lock
+from hpsearch.tuning import constant, lock
 from hpsearch.tuning.config import Choice, Range
-from hpsearch.tuning.coordinators import CoordinatorState
 from hpsearch.tuning.importance import importances
 from hpsearch.tuning.record import COUNTED, Outcome, StudyRecord, TrialRecord
 
@@ -199,8 +198,6 @@ class StudyRows:
     repeat: Repeat
     warnings: tuple[str, ...] = ()
     """Sentences about trials whose network predicts one class only, with the likely causes."""
-    coordinators: tuple[CoordinatorState, ...] = ()
-    """Those that have had a part in it, where several share the study."""
 
     @property
     def metric(self) -> str:
@@ -253,7 +250,6 @@ def study_rows(record: StudyRecord) -> StudyRows:
         finals=tuple(_final_row(record, name, result, claims, trials) for name, result in results),
         repeat=_repeat(record),
         warnings=tuple(constant.describe(record, constant.find_constant_fits(record, record.trial_numbers()))),
-        coordinators=tuple(coordinators.states(record.paths)),
     )
 
 

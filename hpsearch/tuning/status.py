@@ -10,8 +10,7 @@ from hpsearch import plan as plans
 from hpsearch.config import StudyConfig
 from hpsearch.paths import ProjectPaths
 from hpsearch.plan import ExecutionPlan
-from hpsearch.tuning import confirmation, constant, coordinators, lock
-from hpsearch.tuning.coordinators import CoordinatorState, Sharing
+from hpsearch.tuning import confirmation, constant, lock
 from hpsearch.tuning.record import COUNTED, StudyRecord, TrialRecord
 
 
@@ -59,9 +58,6 @@ class StudyStatus:
     """Seconds to go at the pace of the trials so far, at first by the measured steps; None when it does not run."""
     warnings: tuple[str, ...] = ()
     """Sentences about trials whose network predicts one class only, with the likely causes."""
-    coordinators: tuple[CoordinatorState, ...] = ()
-    """Those that work on it now, or died with a trial at hand, where several share the study."""
-    sharing: Sharing | None = None
 
 
 def study_status(project: ProjectPaths, name: str) -> StudyStatus:
@@ -89,8 +85,6 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
         whole = sum(seconds[number] for number in shortlist)
         eta_s = max(0.0, whole - second_s) / len(ExecutionPlan.from_dict(plan).workers)
     standing = record.standing(trials)
-    sharing, states = coordinators.read_sharing(record.paths), coordinators.states(record.paths)
-    living = [state for state in states if sharing is not None and state.is_living(sharing)]
     return StudyStatus(
         name,
         record.config,
@@ -107,10 +101,8 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
         tuple(open_fits),
         record.is_searched(trials) and confirmation.is_over(record),
         is_running,
-        eta_s / max(1, len(living)) if eta_s is not None else None,
+        eta_s,
         tuple(constant.describe(record, constant.find_constant_fits(record, n_finished))),
-        tuple(state for state in states if state.left_at is None and (state in living or state.fits)),
-        sharing,
     )
 
 
