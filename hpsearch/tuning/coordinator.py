@@ -287,7 +287,6 @@ class Coordinator:
             fits.end_silent(workers, self._epoch_s)
         if not self._stop.is_requested:
             self._note_used_up()
-        if not self._stop.is_requested:
             self._confirm()
         if self._stop.is_requested:
             logger.info("stopped; run the same command to continue")

@@ -110,7 +110,7 @@ class StudyDatabase:
     def tell(self, record: TrialRecord) -> None:
         """Store the outcome of an ended trial. A trial that was told before stays as it is."""
         assert record.outcome is not None
-        storage, trial_id, state = self._storage, self._id(record.number), STATES[record.outcome]
+        storage, trial_id, state = self._study._storage, self._id(record.number), STATES[record.outcome]
         with self._errors_named(), _quiet():
             try:
                 storage.set_trial_user_attr(trial_id, "outcome", record.outcome)
@@ -210,17 +210,13 @@ class StudyDatabase:
     def _id(self, number: int) -> int:
         with self._errors_named():
             try:
-                return self._storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number)
+                return self._study._storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number)
             except KeyError as error:
                 raise StudyError(f"Optuna's database has no trial {number} of study {self._record.name!r}") from error
 
     def _add(self, record: TrialRecord) -> None:
         state = TrialState.RUNNING if record.outcome is None else STATES[record.outcome]
-        attributes = {
-            "outcome": record.outcome,
-            "reason": record.reason,
-            SEARCH_VALUE: record.value,
-        }
+        attributes = {"outcome": record.outcome, "reason": record.reason, SEARCH_VALUE: record.value}
         spaces = distributions(self._space)
         with _quiet():
             trial = create_trial(
