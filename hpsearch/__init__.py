@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from hpsearch.paths import ProjectPaths as ProjectPaths
     from hpsearch.report.html import write_report as write_report
     from hpsearch.search.autotune import MachineChoice as MachineChoice
-    from hpsearch.study import StudySummary as StudySummary
-    from hpsearch.study import run_study as run_study
     from hpsearch.search.status import study_status as study_status
     from hpsearch.store.record import study_record as study_record
+    from hpsearch.study import StudySummary as StudySummary
+    from hpsearch.study import run_study as run_study
     from hpsearch.tracking import make_tracker as make_tracker
 
 __version__ = "0.1.0"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from hpsearch.cli.options import device_option, out_option, study_option, tracking_option
 from hpsearch.paths import ProjectPaths
+
+if TYPE_CHECKING:
+    from hpsearch.training.rows import EpochRow
 
 
 @click.command("final")
@@ -66,12 +69,9 @@ def command(
     def show(text: str) -> None:
         console.print(Text(text))
 
-    def on_epoch(index: int, row: dict[str, Any]) -> bool:
-        scores = row["train"]
-        line = (
-            f"network {index + 1}/{seeds}, epoch {row['epoch']}: loss {scores['loss']:.4f}, Dice {scores['dice']:.4f}"
-        )
-        console.print(Text(f"{line} in training, {row['images_per_s']:.0f} images/s"))
+    def on_epoch(index: int, row: EpochRow) -> bool:
+        line = f"network {index + 1}/{seeds}, epoch {row.epoch}: loss {row.train.loss:.4f}, Dice {row.train.dice:.4f}"
+        console.print(Text(f"{line} in training, {row.images_per_s:.0f} images/s"))
         return True
 
     with stop_on_signals(stop):

@@ -80,9 +80,9 @@ OFFICIAL_POOL = 2150
 def time_of_study(config: StudyConfig, project: ProjectPaths, device: str) -> list[str]:
     """How long a study of `config` would take here, in a few lines."""
     from hpsearch.cli.progress import describe_forecast
+    from hpsearch.data.pool_caches import cache_root
     from hpsearch.data.prepare import count_pool
     from hpsearch.search.autotune import MachineChoice, measure_drawn
-    from hpsearch.data.pool_caches import cache_root
     from hpsearch.workers import plan as plans
 
     data, study = config.data, config.study

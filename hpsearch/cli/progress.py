@@ -20,10 +20,11 @@ from hpsearch.cli.streams import write_to_stderr
 from hpsearch.data.prepare import Prepared
 from hpsearch.paths import ProjectPaths, command_line
 from hpsearch.report.words import duration
-from hpsearch.study import StudySummary
 from hpsearch.search.status import study_status
 from hpsearch.store.record import COUNTED, StudyRecord, TrialRecord
+from hpsearch.study import StudySummary
 from hpsearch.tracking import redact
+from hpsearch.training.rows import EpochRow
 from hpsearch.workers.plan import ExecutionPlan, Forecast, describe_data
 
 LONG_S = 36 * 3600.0
@@ -46,7 +47,7 @@ class DecodingLines:
 
 
 class StudyProgress:
-    """Shows a running study. Use as a context manager, and as the study's Listener."""
+    """Shows a running study. Use as a context manager, and as the study's callback."""
 
     def __init__(self, name: str, project: ProjectPaths, tracking: str | None = None) -> None:
         """`tracking` is the option `--tracking`."""
@@ -60,7 +61,7 @@ class StudyProgress:
         self._trials: dict[int, TrialRecord] = {}
         self._best: tuple[int, float] | None = None
         """Number of the best trial so far and what it is ranked by."""
-        self._fits: dict[tuple[int, int], Mapping[str, Any]] = {}
+        self._fits: dict[tuple[int, int], EpochRow] = {}
         self._to_go: tuple[float, float] | None = None
         """Seconds to go, and when that was reckoned."""
         self._second: tuple[int, int] | None = None
@@ -128,7 +129,7 @@ class StudyProgress:
         if not self._is_live:
             self._print(f"trial {trial.number}: {describe_params(trial.params) or 'the configuration as given'}")
 
-    def epoch_ended(self, trial: int, fold: int, row: Mapping[str, Any]) -> None:
+    def epoch_ended(self, trial: int, fold: int, row: EpochRow) -> None:
         self._fits[trial, fold] = row
 
     def fold_ended(self, trial: int, fold: int, score: float) -> None:
@@ -147,16 +148,16 @@ class StudyProgress:
         reason = f"  ({trial.reason})" if trial.outcome not in ("full",) and trial.reason else ""
         self._print(f"trial {trial.number} {trial.outcome} {value}{mark}{reason}  {describe_params(trial.params)}")
 
-    def confirming(self, trials: Sequence[int], done: int, total: int) -> None:
+    def replicating(self, trials: Sequence[int], done: int, total: int) -> None:
         if self._second is None:
             listed = ", ".join(map(str, trials))
-            those = f"trial {listed} is" if len(trials) == 1 else f"trials {listed} are"
-            self._print(f"the search is over; to tell luck from merit, {those} fitted once more")
+            those = f"trial {listed}" if len(trials) == 1 else f"the top candidates (trials {listed})"
+            self._print(f"the search is over; refitting {those} with new seeds")
         self._second = done, total
         self._rank()
         self._reckon()
 
-    def said(self, text: str) -> None:
+    def message(self, text: str) -> None:
         self._rank()
         self._print(text)
 
@@ -219,18 +220,18 @@ class StudyProgress:
         done, total = counted, config.study.trials
         if self._second is not None:
             done, total = self._second
-            head += f"  second fits {done}/{total}"
+            head += f"  refits {done}/{total}"
         lines = [_bar(f"{head}  ETA {self._eta()}", done, total)]
         table = Table.grid(padding=(0, 2))
         for (trial, fold), row in sorted(self._fits.items()):
-            scores = row["held_out"] or row["train"]
+            scores = row.held_out or row.train
             table.add_row(
                 f"  trial {trial}",
                 f"fold {fold} of {self._record.n_folds}",
-                f"epoch {row['epoch']} of {self._trials[trial].config['train']['epochs']}",
-                f"loss {row['train']['loss']:.3f}",
-                f"{config.study.metric} {scores[config.study.metric]:.4f}",
-                f"{row['images_per_s']:.0f} images/s",
+                f"epoch {row.epoch} of {self._trials[trial].config['train']['epochs']}",
+                f"loss {row.train.loss:.3f}",
+                f"{config.study.metric} {getattr(scores, config.study.metric):.4f}",
+                f"{row.images_per_s:.0f} images/s",
             )
         return Group(*lines, table, *self._last_lines())
 
@@ -260,11 +261,12 @@ def undelivered(study: str, project: ProjectPaths, tracking: str | None, error: 
 
 def describe_forecast(pruner: str, forecast: Forecast) -> str:
     """How long a search will take, in a sentence."""
-    then = f", then up to {forecast.n_confirm} once more" if forecast.n_confirm else ""
+    n = forecast.n_confirm
+    then = f", then up to {n} refit{'s' if n > 1 else ''}" if n else ""
     most, saved = ("at most about", "; racing saves most of it") if pruner == "race" else ("about", "")
     fit = duration(forecast.fit_s) if forecast.fit_s >= 10 else f"{forecast.fit_s:.1f} s"
     return (
-        f"{_trials(forecast.n_trials)} to go{then}: {most} {duration(forecast.total_s)} of training here, "
+        f"{_trials(forecast.n_trials)}{then}: {most} {duration(forecast.total_s)} of training here, "
         f"{fit} a fit, as measured{saved}"
     )
 

@@ -64,7 +64,7 @@ def command(
             config,
             machine=MachineChoice(device, 1, threads or 0),
             tracker=make_tracker(project, tracking),
-            listener=progress,
+            callback=progress,
             stop=stop,
         )
     progress.summarise(summary)

@@ -294,7 +294,8 @@ class Coordinator:
             end = self._ledger.end_trial
             end(evaluation.trial, outcome, value=value, reason=reason, constraint=constraint)
         else:
-            assert outcome != "dropped" and outcome != "lost"
+            assert outcome != "dropped"
+            assert outcome != "lost"
             self._ledger.end_replicate(evaluation.replicate, outcome, reason)
             if not self._open:
                 replicates.remove_unneeded_networks(self._record)

@@ -191,7 +191,7 @@ def _intermediate_values(record: StudyRecord, trial: TrialRecord) -> dict[int, f
     n_epochs = trial.study_config.train.epochs
     return {
         fold * n_epochs + epoch: float(scores.mean())
-        for fold in record.fits_begun(trial.number)
+        for fold in range(record.n_folds)
         for epoch, scores in enumerate(record.fit(trial.number, fold).scores(), start=1)
     }
 
