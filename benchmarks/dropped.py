@@ -19,8 +19,8 @@ from pathlib import Path
 from hpsearch import paths
 from hpsearch.paths import ProjectPaths, StudyPaths
 from hpsearch.search.autotune import MachineChoice
-from hpsearch.search.coordinator import run_study
 from hpsearch.store.record import StudyRecord, TrialRecord
+from hpsearch.study import run_study
 
 
 def best_dropped(record: StudyRecord, n: int) -> list[TrialRecord]:

@@ -38,7 +38,7 @@ FILES_HEAD = """# Every file
 What each module owns, in its own words. Made from the code by `python docs/make_reference.py`.
 """
 BEHIND = {
-    "study": "hpsearch.search.coordinator.run_study",
+    "study": "hpsearch.study.run_study",
     "final": "hpsearch.final.run_final",
     "status": "hpsearch.search.status.study_status",
     "plan": "hpsearch.models.memory.layer_costs, hpsearch.models.memory.training_memory",

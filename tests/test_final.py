@@ -33,7 +33,7 @@ from hpsearch.report.claimed_words import final_lines
 from hpsearch.report.rows import study_rows
 from hpsearch.report.statistics import Paired
 from hpsearch.search.autotune import MachineChoice
-from hpsearch.search.coordinator import Stop
+from hpsearch.search.stopping import Stop
 from hpsearch.store.record import load_array, study_record
 from hpsearch.store.test_set_log import find_look, n_seen, user_account
 from hpsearch.training.checkpoint import load_weights

@@ -13,7 +13,7 @@ from PIL import Image
 from hpsearch import config as configs
 from hpsearch.paths import ProjectPaths
 from hpsearch.report.html import write_report
-from hpsearch.search.callbacks import Silent
+from hpsearch.search.callbacks import NullCallback
 from hpsearch.tracking import MlflowTracker
 from tests.data.conftest import tiny_pairs
 from tests.search.studies import SETTINGS, run
@@ -33,7 +33,7 @@ NAMES = (
 )
 
 
-class _Ports(Silent):
+class _Ports(NullCallback):
     """Notes the addresses at which the study's processes listen."""
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ def test_names_are_text_from_the_images_to_the_report(tmp_path: Path, empty_mlfl
         None, [*folders, *SETTINGS, "study.trials=1", "study.pruner=none", f"data.test_list={listed}"]
     )
     ports = _Ports()
-    record = run(project.root, config, name="Größe + ü 2", tracker=MlflowTracker(project), listener=ports).record
+    record = run(project.root, config, name="Größe + ü 2", tracker=MlflowTracker(project), callback=ports).record
 
     assert sorted(record.folds.ids) == sorted(NAMES)
     assert record.trial(0).outcome == "full"

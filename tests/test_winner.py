@@ -13,10 +13,10 @@ from hpsearch.cli.progress import StudyProgress
 from hpsearch.report import words
 from hpsearch.report.claims import Claims
 from hpsearch.report.rows import study_rows
-from hpsearch.search.coordinator import StudySummary
-from hpsearch.search.optuna_view import StudyDatabase, sqlite_url
+from hpsearch.search.optuna_view import OptunaView, sqlite_url
 from hpsearch.search.status import study_status
 from hpsearch.store.record import SecondRecord, Shortlist, StudyRecord
+from hpsearch.study import StudySummary
 from hpsearch.tracking import MlflowTracker
 from tests.recorded import FakeStudy
 from tests.tracked import client, read
@@ -64,7 +64,7 @@ def told(capsys: pytest.CaptureFixture[str], record: StudyRecord) -> str:
 
 def assert_one_winner(study: FakeStudy, number: int, capsys: pytest.CaptureFixture[str]) -> None:
     record = study.record
-    StudyDatabase(record).catch_up()
+    OptunaView(record.paths).update()
     MlflowTracker(study.project).catch_up(record.paths)
     best = record.best()
     assert best is not None
@@ -180,7 +180,7 @@ def test_every_refitted_trial_that_failed_leaves_the_best_of_the_others(study: F
             SecondRecord(trial=number, began_at=1.0, ended_at=2.0, outcome="diverged", reason="nan")
         )
     study.record.write_shortlist(Shortlist((1, 2), (0, 1, 2, 3), 2))
-    StudyDatabase(study.record).catch_up()
+    OptunaView(study.record.paths).update()
     assert study.record.standing().ranking == (3, 0, 1, 2)
     assert optunas_best(study.record)[0] == 3
 

@@ -104,7 +104,7 @@ def test_a_file_in_place_of_a_folder_and_a_file_that_is_not_there_are_usage(
 def test_status_names_the_next_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study = FakeStudy(tmp_path)
 
-    def said() -> str:
+    def message() -> str:
         assert exit_code("status", "--out", str(tmp_path)) == 0
         return capsys.readouterr().out
 

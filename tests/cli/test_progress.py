@@ -9,8 +9,8 @@ from rich.console import Console
 from hpsearch.cli.progress import DecodingLines, StudyProgress
 from hpsearch.report.words import duration
 from hpsearch.search import status as statuses
-from hpsearch.search.coordinator import StudySummary
 from hpsearch.search.status import study_status
+from hpsearch.study import StudySummary
 from hpsearch.workers.plan import ExecutionPlan, Forecast
 from tests.recorded import FakeStudy
 

@@ -15,9 +15,9 @@ from hpsearch.data.decode_pool import Decoders
 from hpsearch.errors import HpsearchError
 from hpsearch.paths import ProjectPaths
 from hpsearch.search import status as statuses
-from hpsearch.search.callbacks import Silent
-from hpsearch.search.coordinator import Stop
+from hpsearch.search.callbacks import NullCallback
 from hpsearch.search.status import study_status
+from hpsearch.search.stopping import Stop
 from hpsearch.store import lock
 from hpsearch.store.record import StudyRecord
 from tests.search.in_process import workers_in_process
@@ -105,7 +105,7 @@ def test_ctrl_c_says_at_once_how_long_the_epoch_lasts_and_how_to_stop_now(
         assert stop.is_urgent
 
 
-class _StopAfterAnEpoch(Silent):
+class _StopAfterAnEpoch(NullCallback):
     def __init__(self, stop: Stop) -> None:
         self._stop = stop
         self.left_s: list[float | None] = []
@@ -125,7 +125,7 @@ def test_a_stopped_study_says_what_it_has_and_how_to_go_on_and_that_it_goes_on(
     assert stop.epoch_left_s() is None
     listener = _StopAfterAnEpoch(stop)
     with workers_in_process():
-        run(project, config, stop=stop, listener=listener)
+        run(project, config, stop=stop, callback=listener)
     # The next epoch is expected to last as long as the one that has just ended.
     (left_s,) = listener.left_s
     assert left_s is not None

@@ -15,8 +15,8 @@ from hpsearch.final import run_final
 from hpsearch.paths import ProjectPaths
 from hpsearch.report import trial_rows
 from hpsearch.search.autotune import MachineChoice
-from hpsearch.search.callbacks import Silent
-from hpsearch.search.coordinator import Stop
+from hpsearch.search.callbacks import NullCallback
+from hpsearch.search.stopping import Stop
 from hpsearch.store.record import StudyRecord, load_array
 from tests.data.conftest import decoding_process as decoding_process
 from tests.data.conftest import one_decoder as one_decoder
@@ -105,13 +105,13 @@ def test_a_stopped_search_of_sizes_goes_on_as_if_it_had_not_stopped(
 ) -> None:
     stop = Stop()
 
-    class StopLater(Silent):
+    class StopLater(NullCallback):
         def fold_ended(self, trial: int, fold: int, score: float) -> None:
             if trial == 1:
                 stop.request()
 
     config = searched_sizes(dataset, "study.trials=4")
-    assert run(tmp_path, config, stop=stop, listener=StopLater()).stopped
+    assert run(tmp_path, config, stop=stop, callback=StopLater()).stopped
     run(tmp_path, config)
     assert everything(record_in(tmp_path)) == everything(record_in(project))
 

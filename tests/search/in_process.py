@@ -21,8 +21,8 @@ import pytest
 from hpsearch.config import StudyConfig
 from hpsearch.data.decode_pool import Decoders
 from hpsearch.paths import ProjectPaths
-from hpsearch.search.coordinator import StudySummary
 from hpsearch.store.record import StudyRecord
+from hpsearch.study import StudySummary
 from hpsearch.workers import process as worker
 from hpsearch.workers.local_pool import Worker, Workers, WorkerSettings
 from hpsearch.workers.plan import ExecutionPlan

@@ -11,8 +11,8 @@ from hpsearch import config as configs
 from hpsearch.config import StudyConfig
 from hpsearch.paths import ProjectPaths
 from hpsearch.search.autotune import MachineChoice
-from hpsearch.search.coordinator import StudySummary, run_study
 from hpsearch.store.record import StudyRecord
+from hpsearch.study import StudySummary, run_study
 from tests.data.conftest import tiny_pairs, write_pairs
 
 SETTINGS = (

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from hpsearch.cli import group
 from hpsearch.report.html import write_report
-from hpsearch.search.callbacks import Silent
+from hpsearch.search.callbacks import NullCallback
 from hpsearch.search.constant_predictions import ConstantWarnings, constant_prediction
 from tests.data.conftest import Pair, tiny_pairs, write_pairs
 from tests.recorded import FakeStudy
@@ -80,11 +80,11 @@ def test_a_running_study_says_it_once_per_trial(tmp_path: Path) -> None:
     assert line.startswith("warning: trial 0 (1 of 2 folds): the network predicts no lesion")
 
 
-class _Said(Silent):
+class _Said(NullCallback):
     def __init__(self) -> None:
         self.texts: list[str] = []
 
-    def said(self, text: str) -> None:
+    def message(self, text: str) -> None:
         self.texts.append(text)
 
 
@@ -99,7 +99,7 @@ def test_a_study_whose_network_finds_nothing_says_so(tmp_path: Path) -> None:
     root = tmp_path / "ISIC-2017"
     write_pairs(root, "archive", [hidden_lesion(pair) for pair in tiny_pairs()])
     heard = _Said()
-    run(tmp_path, tiny_config(root, "study.trials=1", "train.loss=bce", "train.epochs=3"), listener=heard)
+    run(tmp_path, tiny_config(root, "study.trials=1", "train.loss=bce", "train.epochs=3"), callback=heard)
     (line,) = [text for text in heard.texts if text.startswith("warning: ")]
     assert line.startswith(
         "warning: trial 0 (1 of 2 folds): the network predicts no lesion on all held-out images. Likely causes"

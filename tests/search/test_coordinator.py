@@ -31,12 +31,13 @@ from hpsearch.errors import (
 from hpsearch.paths import ProjectPaths
 from hpsearch.search import coordinator
 from hpsearch.search.autotune import MachineChoice
-from hpsearch.search.callbacks import Silent
-from hpsearch.search.coordinator import Stop, StudySummary
+from hpsearch.search.callbacks import NullCallback
 from hpsearch.search.racing import Race, TrialScores, Verdict
 from hpsearch.search.status import study_status
+from hpsearch.search.stopping import Stop
 from hpsearch.store import lock
 from hpsearch.store.record import StudyRecord, TrialRecord
+from hpsearch.study import StudySummary
 from tests.data.conftest import tiny_pairs, write_pairs
 from tests.search.studies import everything, mean_of_counted_dice, run, tiny_config, write_tiny_dataset
 
@@ -254,7 +255,7 @@ def test_the_coordinator_imports_no_torch() -> None:
     assert not {"torch", "torchvision", "matplotlib", "click", "rich"} & loaded
 
 
-class _StopAfter(Silent):
+class _StopAfter(NullCallback):
     """Asks to stop after so many epochs."""
 
     def __init__(self, stop: Stop, n_epochs: int) -> None:
@@ -272,7 +273,7 @@ def test_a_stopped_study_goes_on_as_if_it_had_not_stopped(dataset: Path, tmp_pat
     config = tiny_config(dataset, "study.trials=4")
     never = everything(run(tmp_path / "never", config).record)
     stop = Stop()
-    summary = run(tmp_path / "stopped", config, stop=stop, listener=_StopAfter(stop, n_epochs))
+    summary = run(tmp_path / "stopped", config, stop=stop, callback=_StopAfter(stop, n_epochs))
     assert summary.stopped
     assert everything(run(tmp_path / "stopped", config).record) == never
 
@@ -369,7 +370,7 @@ def test_a_study_whose_hours_are_used_up_goes_on_as_if_it_had_had_more(
     never = everything(run(tmp_path / "never", config).record)
     passed_s = 0.0
 
-    class Clock(Silent):
+    class Clock(NullCallback):
         """After the first epoch of fold 1 the hour is over: by little, or by more than there is patience for."""
 
         def epoch_ended(self, trial: int, fold: int, row: object) -> None:
@@ -380,7 +381,7 @@ def test_a_study_whose_hours_are_used_up_goes_on_as_if_it_had_had_more(
     real = time.monotonic
     with monkeypatch.context() as patch:
         patch.setattr(coordinator, "time", SimpleNamespace(monotonic=lambda: real() + passed_s))
-        summary = run(tmp_path / "stopped", config, hours=1, listener=Clock())
+        summary = run(tmp_path / "stopped", config, hours=1, callback=Clock())
     assert summary.stopped
     assert summary.n_counted == 0
     assert 1 <= len(summary.record.fit(0, 1).epochs()) < 3
@@ -392,13 +393,13 @@ def test_a_trial_that_is_stopped_on_request_ends_as_if_raced_out_and_the_study_g
 ) -> None:
     study = ProjectPaths(tmp_path).study("tiny")
 
-    class Asks(Silent):
+    class Asks(NullCallback):
         def epoch_ended(self, trial: int, fold: int, row: object) -> None:
             if trial == 0:
                 study.trial_stop_request(0).write_text("stop")
 
     record = run(
-        tmp_path, tiny_config(dataset, "study.trials=2", "study.pruner=none", "train.epochs=3"), listener=Asks()
+        tmp_path, tiny_config(dataset, "study.trials=2", "study.pruner=none", "train.epochs=3"), callback=Asks()
     ).record
     stopped, other = record.trials()
     assert (stopped.outcome, stopped.reason, other.outcome) == ("dropped", "stopped on request", "full")
@@ -416,7 +417,7 @@ def test_a_worker_that_is_killed_costs_an_epoch_and_changes_nothing(dataset: Pat
     never = everything(run(tmp_path / "never", config).record)
     killed = threading.Event()
 
-    class Killer(Silent):
+    class Killer(NullCallback):
         def epoch_ended(self, trial: int, fold: int, row: object) -> None:
             if not killed.is_set() and fold == 1:
                 killed.set()
@@ -436,7 +437,7 @@ def test_a_worker_that_is_killed_costs_an_epoch_and_changes_nothing(dataset: Pat
             if "hpsearch.workers.process" in " ".join(child.cmdline())
         ]
 
-    record = run(tmp_path / "killed", config, listener=Killer()).record
+    record = run(tmp_path / "killed", config, callback=Killer()).record
     assert killed.is_set()
     assert everything(record) == never
     assert StudyRecord.open(record.paths).trial(0).failures

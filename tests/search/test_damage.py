@@ -127,7 +127,7 @@ def test_an_open_fit_goes_on_from_what_is_sound_of_it(dataset: Path, tmp_path: P
     config = tiny_config(dataset, "study.trials=1", "train.epochs=4")
     never = everything(run(tmp_path / "never", config).record)
     stop = Stop()
-    record = run(tmp_path / "stopped", config, stop=stop, listener=_StopAfter(stop, 3)).record
+    record = run(tmp_path / "stopped", config, stop=stop, callback=_StopAfter(stop, 3)).record
     fit = record.fit(0, 0).paths
     for path in (fit.epochs, fit.scores):
         path.write_bytes(DAMAGES["changed in the middle"](path.read_bytes()))

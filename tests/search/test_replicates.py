@@ -17,11 +17,12 @@ from hpsearch.report.rows import study_rows
 from hpsearch.report.statistics import select_for_confirmation
 from hpsearch.search import replicates as confirmation
 from hpsearch.search.autotune import MachineChoice
-from hpsearch.search.callbacks import Silent
-from hpsearch.search.coordinator import Stop, StudySummary
+from hpsearch.search.callbacks import NullCallback
 from hpsearch.search.optuna_view import sqlite_url
 from hpsearch.search.status import study_status
+from hpsearch.search.stopping import Stop
 from hpsearch.store.record import SecondRecord, Shortlist, StudyRecord
+from hpsearch.study import StudySummary
 from tests.recorded import FakeStudy
 from tests.search.in_process import workers_in_process
 from tests.search.studies import everything, run, tiny_config, write_tiny_dataset
@@ -180,14 +181,14 @@ def test_status_counts_second_fits(confirmed: StudySummary, tmp_path: Path) -> N
     assert status.is_confirmed
 
 
-class _Confirming(Silent):
+class _Confirming(NullCallback):
     """Notes the progress of second fits, and asks to stop in the first of them."""
 
     def __init__(self, stop: Stop) -> None:
         self.stop = stop
         self.progress: list[tuple[int, int]] = []
 
-    def confirming(self, trials: Sequence[int], done: int, total: int) -> None:
+    def replicating(self, trials: Sequence[int], done: int, total: int) -> None:
         self.progress.append((done, total))
 
     def epoch_ended(self, trial: int, fold: int, row: object) -> None:
@@ -204,7 +205,7 @@ def test_second_fits_that_were_stopped_go_on_as_if_they_had_not_been(
     stop = Stop()
     listener = _Confirming(stop)
     machine = MachineChoice("cpu", n_workers, 1)
-    summary = run(tmp_path, config, stop=stop, listener=listener, machine=machine)
+    summary = run(tmp_path, config, stop=stop, callback=listener, machine=machine)
     assert summary.stopped
     assert summary.record.confirmed() == ()
     (second, *_) = summary.record.second_records()
@@ -220,14 +221,14 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 
-from hpsearch.search.callbacks import Silent
+from hpsearch.search.callbacks import NullCallback
 from tests.search.studies import run, tiny_config
 
 
-class Dying(Silent):
+class Dying(NullCallback):
     is_confirming = False
 
-    def confirming(self, trials, done, total):
+    def replicating(self, trials, done, total):
         self.is_confirming = True
 
     def __getattribute__(self, name):
@@ -237,7 +238,7 @@ class Dying(Silent):
 
 
 dataset, project, deadly, *settings = sys.argv[1:]
-run(Path(project), tiny_config(Path(dataset), *settings), listener=Dying())
+run(Path(project), tiny_config(Path(dataset), *settings), callback=Dying())
 """
 """A study whose coordinator is killed when it tells its listener something, once second fits have begun."""
 

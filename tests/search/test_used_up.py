@@ -13,7 +13,7 @@ from hpsearch.config import StudyConfig
 from hpsearch.data.folds import Folds
 from hpsearch.errors import StudyError
 from hpsearch.search import pruners
-from hpsearch.search.callbacks import Silent
+from hpsearch.search.callbacks import NullCallback
 from hpsearch.search.pruners import NoPruner
 from hpsearch.search.racing import TrialScores, Verdict
 from hpsearch.search.status import study_status
@@ -29,11 +29,11 @@ def finite(dataset: Path, *overrides: str) -> StudyConfig:
     return configs.load(None, [f'data.root="{dataset}"', *given, *overrides])
 
 
-class _Heard(Silent):
+class _Heard(NullCallback):
     def __init__(self) -> None:
         self.texts: list[str] = []
 
-    def said(self, text: str) -> None:
+    def message(self, text: str) -> None:
         self.texts.append(text)
 
 
@@ -42,7 +42,7 @@ def test_a_search_space_that_is_used_up_ends_the_search_and_the_refits_follow(
 ) -> None:
     config = finite(write_tiny_dataset(tmp_path), "study.confirm=2")
     heard = _Heard()
-    summary = run(tmp_path, config, listener=heard)
+    summary = run(tmp_path, config, callback=heard)
     record = summary.record
     assert [trial.params for trial in record.trials()] == [{"unet.depth": 1}, {"unet.depth": 2}]
     message = (
@@ -55,7 +55,7 @@ def test_a_search_space_that_is_used_up_ends_the_search_and_the_refits_follow(
     assert study_run(record, record.trials()).status == "FINISHED"
     StudyProgress(record.name, record.paths.project).summarise(summary)
     assert "2 of 6 trials done. Next:" in capsys.readouterr().out
-    again = run(tmp_path, config, listener=_Heard())
+    again = run(tmp_path, config, callback=_Heard())
     assert len(again.record.trials()) == 2
 
 
