@@ -3,7 +3,6 @@
 #   make study       environment, then the main job on the built-in sample data
 #   make test        environment, lint, types, tests (at most 10 minutes on 2 cores)
 #   make test-slow   what is marked slow: faults, servers (at most 30 minutes)
-#   make test-distributed   machines that die while they share a study; wants a machine of its own
 #   make compare BASE=<commit>   whether small studies still give the same results, to the byte
 
 PYTHON ?= python3.11
@@ -11,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := .venv.stamp
 
-.PHONY: env study lint test test-slow test-distributed compare clean
+.PHONY: env study lint test test-slow compare clean
 
 env: $(STAMP)
 
@@ -38,9 +37,6 @@ test: lint
 
 test-slow: env
 	$(BIN)/pytest -m 'slow and not gpu'
-
-test-distributed: env
-	$(BIN)/pytest -m distributed
 
 compare: env
 	$(BIN)/python benchmarks/compare.py $(BASE)

@@ -8,10 +8,9 @@ OUT/
     study.toml   plan.json   folds.json     settings, execution plan, fold of every image
     study.lock   holder.json   study.log    who runs it; one line per event
     confirmation.json                       the configurations that are fitted once more, and of which it was chosen
-    coordinators/<host>-<pid>-<n>/          of each coordinator, where several share the study: log, state.json
     trials/0007/
       trial.json                            params, outcome, value, decisions
-      taken.json                            there if its coordinator died: the trial that goes on with it
+      taken.json                            only from version 0.1: the trial that continued this one elsewhere
       second.json   second2/                once more with other seeds: how that went, one fit of it
       fold2/                                one fit
         epochs.jsonl                        one line per epoch
@@ -192,15 +191,6 @@ class StudyPaths:
         return self.root / ".tracking"
 
     @property
-    def sharing(self) -> Path:
-        """There where several coordinators share the study: database, heartbeat and grace."""
-        return self.root / "sharing.json"
-
-    @property
-    def coordinators(self) -> Path:
-        return self.root / "coordinators"
-
-    @property
     def trials(self) -> Path:
         return self.root / "trials"
 
@@ -241,6 +231,7 @@ class TrialPaths:
 
     @property
     def taken(self) -> Path:
+        """Written by version 0.1 where another coordinator continued the trial under a new number."""
         return self.root / "taken.json"
 
     def fold(self, fold: int) -> FitPaths:

@@ -35,8 +35,6 @@ from hpsearch.training.metrics import SCORES, PixelCounts
 logger = logging.getLogger(__name__)
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
-IDENTIFYING = ("hpsearch.trial", "hpsearch.final")
-"""Tags that tell the runs of a study apart."""
 WINNER, RANK = "winner", "rank"
 """Tags of trials: `true` on the winner alone; the place in the study's ranking, with zeros in front to sort by."""
 NOTE, OUR_NOTE = "mlflow.note.content", "hpsearch.note"
@@ -113,12 +111,6 @@ def final_key(name: str) -> str:
     return f"final {name}"
 
 
-def trial_of(key: str) -> int | None:
-    """The number in a key of `trial_key`; None for another key."""
-    kind, _, number = key.partition(" ")
-    return int(number) if kind == "trial" and number.isdecimal() else None
-
-
 def key_of(tags: Mapping[str, str]) -> str | None:
     """The key of a run with these tags; None if it is none of ours."""
     if "hpsearch.trial" in tags:
@@ -167,7 +159,7 @@ def study_run(record: StudyRecord, trials: Sequence[TrialRecord]) -> RunContent:
     return RunContent(
         key="study",
         name=record.name,
-        began_ms=_ms(_began_at(record, trials)),
+        began_ms=_ms(min(trial.began_at for trial in trials)),
         tags={
             "hpsearch.study": record.name,
             "mlflow.source.name": "hpsearch study",
@@ -180,13 +172,6 @@ def study_run(record: StudyRecord, trials: Sequence[TrialRecord]) -> RunContent:
         status="FINISHED" if is_over else "RUNNING",
         ended_ms=_ms(max(ends)) if is_over else None,
     )
-
-
-def _began_at(record: StudyRecord, trials: Sequence[TrialRecord]) -> float:
-    """Of those who share a study one may not see the trial that another began first."""
-    if record.paths.sharing.is_file():
-        return float(paths.read_json(record.paths.sharing)["began_at"])
-    return min(trial.began_at for trial in trials)
 
 
 def trial_run_began_ms(trial: TrialRecord) -> int:

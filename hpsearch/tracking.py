@@ -15,12 +15,11 @@ import logging
 import os
 import re
 import shutil
-import socket
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -59,22 +58,6 @@ VIEW = "hpsearch"
 """Name, in addresses, of the saved view of the runs table: `#/experiments/ID/runs?viewStateShareKey=hpsearch`."""
 
 T = TypeVar("T")
-
-
-class Share(Protocol):
-    """What of a study this process delivers, where several work on it. All of it, where there is none."""
-
-    def delivers(self, trial: int) -> bool:
-        """Whether that trial's run is this process's."""
-
-    def leads(self) -> bool:
-        """Whether the run of the study itself, and the finals, are."""
-
-    def is_last(self) -> bool:
-        """Whether nobody else works on the study."""
-
-    def alone(self) -> AbstractContextManager[Any]:
-        """For the block, nobody else makes the study's experiment and run."""
 
 
 class Tracker(Protocol):
@@ -231,8 +214,6 @@ class MlflowTracker:
         """Raises TrackingError for a file store. Imports no MLflow."""
         self._project = ProjectPaths(project.root.absolute())
         self._uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or None
-        self.share: Share | None = None
-        """Set where several processes deliver one study, before the first delivery."""
         self._deliveries: dict[str, _Delivery] = {}
         self._current: dict[str, set[str]] = {}
         """Keys of the runs of each study that lacked nothing when last seen."""
@@ -261,11 +242,7 @@ class MlflowTracker:
 
     def undelivered(self, study: StudyPaths) -> int:
         """See `Tracker`. Before MLflow has been reached that is every trial on record."""
-        keys = set(runs.run_keys(study))
-        if self.share is not None:
-            share = self.share
-            keys = {key for key in keys if (trial := runs.trial_of(key)) is not None and share.delivers(trial)}
-        return len(keys - self._current.get(study.name, set()))
+        return len(set(runs.run_keys(study)) - self._current.get(study.name, set()))
 
     def log_report(self, study: StudyPaths) -> None:
         """See `Tracker`. Adds files to the study's own run and touches nothing else, so the study may be running."""
@@ -305,7 +282,7 @@ class MlflowTracker:
         if study.name not in self._deliveries:
             client = self._connect(study)
             current = self._current.setdefault(study.name, set())
-            self._deliveries[study.name] = _Delivery(client, record, self._artifact_root(study), current, self.share)
+            self._deliveries[study.name] = _Delivery(client, record, self._artifact_root(study), current)
         self._deliveries[study.name].record = record
         return self._deliveries[study.name]
 
@@ -361,10 +338,8 @@ class _Delivery:
         record: StudyRecord,
         artifact_root: str | None,
         current: set[str],
-        share: Share | None = None,
     ) -> None:
         """`current` is kept up to date with the keys of the trials and finals that lack nothing."""
-        self._share = share
         self.record = record
         self._client = client
         self._artifact_root = artifact_root
@@ -385,9 +360,8 @@ class _Delivery:
             return
         standing = self.record.standing(trials)
         study = runs.study_run(self.record, trials)
-        with self._share.alone() if self._share is not None and not self._experiment_id else nullcontext():
-            self._read(study)
-            parent = self._ensure(study, {})
+        self._read(study)
+        parent = self._ensure(study, {})
         self._reopen(standing)
         failures: list[Exception] = []
         for child in self._children(trials, standing):
@@ -406,10 +380,8 @@ class _Delivery:
                 self._current.add(child.key)
                 if content.is_complete:
                     self._complete.add(child.key)
-        if self._share is None or stopped or self._share.leads():
-            self._show_ranking(trials, standing)
-            is_last = stopped and (self._share is None or self._share.is_last())
-            self._deliver(study, {}, partial(runs.write_study_files, self.record), is_last)
+        self._show_ranking(trials, standing)
+        self._deliver(study, {}, partial(runs.write_study_files, self.record), stopped)
         if not stopped:
             runs.import_figures()
         if failures:
@@ -433,7 +405,7 @@ class _Delivery:
         began_ms = {trial.number: runs.trial_run_began_ms(trial) for trial in trials}
         shown: dict[str, tuple[_Run, dict[str, str]]] = {}
         for number, tags in runs.ranking_tags(standing).items():
-            run = self._known(runs.trial_key(number), {"hpsearch.trial": str(number)}, began_ms[number])
+            run = self._runs.get((runs.trial_key(number), began_ms[number]))
             if run is not None:
                 shown[run.id] = run, tags
         # By MLflow's word: another process may have tagged a run since this one read it.
@@ -447,9 +419,7 @@ class _Delivery:
             if new := [RunTag(key, value) for key, value in tags.items() if run.tags.get(key) != value]:
                 self._client.log_batch(run.id, tags=new)
                 run.tags.update(tags)
-        if len(shown) == len(standing.ranking):
-            # Else another process has not made all runs yet.
-            self._standing = standing
+        self._standing = standing
 
     def log_report(self) -> None:
         """Put the report and its figures into the files of the study's run."""
@@ -504,10 +474,7 @@ class _Delivery:
         return trials
 
     def _children(self, trials: Sequence[TrialRecord], standing: Standing) -> Iterator[_Child]:
-        share = self._share
         for trial in trials:
-            if share is not None and not share.delivers(trial.number):
-                continue
             yield _Child(
                 runs.trial_key(trial.number),
                 partial(runs.trial_run, self.record, trial, standing),
@@ -519,7 +486,7 @@ class _Delivery:
                 partial(runs.second_run, self.record, second),
                 partial(runs.write_second_files, self.record, second.trial),
             )
-        for name in runs.final_names(self.record.paths) if share is None or share.leads() else ():
+        for name in runs.final_names(self.record.paths):
             yield _Child(
                 runs.final_key(name),
                 partial(runs.final_run, self.record, name),
@@ -574,7 +541,7 @@ class _Delivery:
 
     def _ensure(self, content: RunContent, more_tags: Mapping[str, str]) -> _Run:
         """The run of that content, made if it is not there."""
-        run = self._known(content.key, content.tags, content.began_ms)
+        run = self._runs.get((content.key, content.began_ms))
         if run is None:
             tags = {**content.tags, **more_tags}
             made = self._client.create_run(
@@ -582,16 +549,6 @@ class _Delivery:
             )
             run = self._runs[content.key, content.began_ms] = _Run(made.info.run_id, tags, points=set())
         return run
-
-    def _known(self, key: str, tags: Mapping[str, str], began_ms: int) -> _Run | None:
-        """The run of that key and start, with those identifying tags; also one made since MLflow was read."""
-        if (key, began_ms) not in self._runs and self._share is not None:
-            name = next((each for each in runs.IDENTIFYING if each in tags), "hpsearch.study")
-            search = partial(self._client.search_runs, [self._experiment_id], f"tags.`{name}` = '{tags[name]}'")
-            for run in _pages(partial(search, max_results=100)):
-                if runs.key_of(run.data.tags) == key and run.info.start_time == began_ms:
-                    self._remember((key, began_ms), run)
-        return self._runs.get((key, began_ms))
 
     def _deliver(
         self,
@@ -690,8 +647,6 @@ class _Delivery:
     def _folder(self) -> Iterator[Path]:
         """An empty folder of the study's own: what a killed process leaves there is known and goes with the next."""
         folder = self.record.paths.tracking
-        if self._share is not None:
-            folder = folder.with_name(f"{folder.name}-{socket.gethostname()}-{os.getpid()}")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         try:

@@ -129,7 +129,7 @@ def test_after_a_refit_that_changes_the_winner_the_saved_view_begins_with_it_as_
                 study.confirm(1, 2, gains={1: -0.08, 2: -0.02})
                 assert record.standing().values[3] > record.standing().values[2]
             tracker.catch_up(record.paths)
-            StudyDatabase(record, sqlite_url(study.project.optuna_db)).catch_up()
+            StudyDatabase(record).catch_up()
             worth = record.standing().values[winner]
             experiments = ask(address, "experiments/search", max_results=10)["experiments"]
             (experiment,) = [each for each in experiments if each["name"] == "fake"]

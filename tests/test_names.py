@@ -11,15 +11,12 @@ import pytest
 from PIL import Image
 
 from hpsearch import config as configs
-from hpsearch.errors import StudyError
 from hpsearch.paths import ProjectPaths
 from hpsearch.report.html import write_report
 from hpsearch.search.callbacks import Silent
-from hpsearch.search.optuna_view import StudyDatabase
-from hpsearch.store.record import StudyRecord
 from hpsearch.tracking import MlflowTracker
 from tests.data.conftest import tiny_pairs
-from tests.search.studies import SETTINGS, run, tiny_config
+from tests.search.studies import SETTINGS, run
 from tests.tracked import read
 
 NAMES = (
@@ -81,20 +78,3 @@ def test_names_are_text_from_the_images_to_the_report(tmp_path: Path, empty_mlfl
     page = write_report(record).read_text(encoding="utf-8")
     assert "<script>alert" not in page
     assert ports.listening <= {"127.0.0.1"}
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "postgresql+psycopg://user:s3cret@127.0.0.1:1/none",
-        "nosuch+driver://user:s3cret@127.0.0.1/none",
-        "user:s3cret@127.0.0.1",
-        "mysql+nosuch://user:s3cret@127.0.0.1/none",
-    ],
-)
-def test_a_database_that_cannot_be_used_is_named_without_its_credentials(tmp_path: Path, url: str) -> None:
-    record = StudyRecord.create(ProjectPaths(tmp_path).study("tiny"), tiny_config(tmp_path))
-    with pytest.raises(StudyError, match="Optuna cannot use") as caught:
-        StudyDatabase(record, url)
-    assert "s3cret" not in str(caught.value)
-    assert "\n" not in str(caught.value)

@@ -64,7 +64,7 @@ def told(capsys: pytest.CaptureFixture[str], record: StudyRecord) -> str:
 
 def assert_one_winner(study: FakeStudy, number: int, capsys: pytest.CaptureFixture[str]) -> None:
     record = study.record
-    StudyDatabase(record, sqlite_url(study.project.optuna_db)).catch_up()
+    StudyDatabase(record).catch_up()
     MlflowTracker(study.project).catch_up(record.paths)
     best = record.best()
     assert best is not None
@@ -180,13 +180,13 @@ def test_every_refitted_trial_that_failed_leaves_the_best_of_the_others(study: F
             SecondRecord(trial=number, began_at=1.0, ended_at=2.0, outcome="diverged", reason="nan")
         )
     study.record.write_shortlist(Shortlist((1, 2), (0, 1, 2, 3), 2))
-    StudyDatabase(study.record, sqlite_url(study.project.optuna_db)).catch_up()
+    StudyDatabase(study.record).catch_up()
     assert study.record.standing().ranking == (3, 0, 1, 2)
     assert optunas_best(study.record)[0] == 3
 
 
 def database(study: FakeStudy) -> StudyDatabase:
-    return StudyDatabase(study.record, sqlite_url(study.project.optuna_db))
+    return StudyDatabase(study.record)
 
 
 def test_optuna_keeps_its_trials_and_what_people_wrote_when_the_ranking_changes(study: FakeStudy) -> None:

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from hpsearch.cli.options import out_option, study_option
 from hpsearch.paths import ProjectPaths
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from hpsearch.search.status import StudyStatus
 
 
 @click.command("status")
@@ -79,8 +73,6 @@ def command(project: ProjectPaths, study_name: str | None, trial: int | None) ->
                     f"  {config.study.metric} {fit.score:.4f}"
                 )
             )
-        if status.coordinators:
-            console.print(_coordinators_table(status))
         if not status.is_running and not status.is_over:
             console.print(Text(f"  go on with it: {command_line('study', name, project)}"))
         finals = final_names(project.study(name))
@@ -110,24 +102,6 @@ def command(project: ProjectPaths, study_name: str | None, trial: int | None) ->
         console.print(table)
     if not study_name and (others := [name for name in every if name not in names]):
         console.print(Text(f"not running: {', '.join(others)} (--study NAME shows one)"))
-
-
-def _coordinators_table(status: StudyStatus) -> Table:
-    """Who runs what, when it was last heard of, and how fast it is."""
-    from rich.table import Table
-
-    from hpsearch.report.words import duration
-
-    now = time.time()
-    table = Table("  machine", "process", "has", "last heartbeat", "trials", "trials/hour", "images/s", box=None)
-    for each in status.coordinators:
-        has = ", ".join(f"{fit['trial']}/{fit['fold']}" for fit in each.fits) or "nothing"
-        beat = f"{duration(max(0.0, now - each.beat_at))} ago" if each.beat_at is not None else "none yet"
-        if status.sharing is not None and not each.is_living(status.sharing, now):
-            beat += ", taken for dead"
-        rate = f"{each.trials_per_hour:.1f}", f"{each.images_per_s:.1f}"
-        table.add_row(f"  {each.host}", str(each.pid), f"trial/fold {has}", beat, str(each.n_trials), *rate)
-    return table
 
 
 def _show_decisions(project: ProjectPaths, study_name: str | None, number: int) -> None:

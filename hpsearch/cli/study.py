@@ -27,6 +27,15 @@ class _Folds(click.ParamType[int | str]):
         return text if text == "fixed" else int(text)
 
 
+def _refuse_removed_option(_ctx: click.Context, _param: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        raise click.UsageError(
+            "--storage, --heartbeat and --grace were removed: one process runs a study, and Optuna's database is "
+            "hpsearch.db in the project folder. Leave them out to run or continue the study on one machine; a later "
+            "version uses many machines with --cluster."
+        )
+
+
 FOLDS = _Folds()
 LOOKAHEAD = 4
 """With --deterministic: as many trials as may run at a time."""
@@ -80,13 +89,7 @@ LOOKAHEAD = 4
     help=f"Suggest and decide in trial order, {LOOKAHEAD} trials behind (study.lookahead): the same study for any "
     "number of workers.",
 )
-@click.option(
-    "--storage",
-    metavar="URL",
-    help="Optuna's database (default: hpsearch.db); with postgresql+psycopg://... many machines share a study.",
-)
-@click.option("--heartbeat", type=click.IntRange(min=1), help="Seconds between signs of life, then (default: 30).")
-@click.option("--grace", type=click.IntRange(min=3), help="Silence after which a machine is dead (default: 120 s).")
+@click.option("--storage", "--heartbeat", "--grace", hidden=True, expose_value=False, callback=_refuse_removed_option)
 @tracking_option
 def command(
     project: ProjectPaths,
@@ -97,9 +100,6 @@ def command(
     threads: int | None,
     hours: float | None,
     enqueue: tuple[Path, ...],
-    storage: str | None,
-    heartbeat: int | None,
-    grace: int | None,
     tracking: str | None,
 ) -> int:
     """Search for the best configuration by cross-validation. The same command again continues.
@@ -115,7 +115,6 @@ def command(
     from hpsearch.search.coordinator import Stop, run_study
     from hpsearch.search.enqueue import read_params
     from hpsearch.tracking import make_tracker
-    from hpsearch.tuning.coordinators import Sharing
 
     name = study_name or settings.name
     config = settings.load(project.study(name).toml, is_searched=True)
@@ -130,12 +129,10 @@ def command(
             config,
             machine=MachineChoice(device, workers or 0, threads or 0),
             tracker=make_tracker(project, tracking),
-            storage=storage,
             listener=progress,
             stop=stop,
             hours=hours,
             enqueued=[read_params(path, config) for path in enqueue],
-            sharing=Sharing.chosen(heartbeat, grace),
         )
     progress.summarise(summary)
     return 128 + stop.signal if stop.signal else 0

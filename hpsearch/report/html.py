@@ -136,10 +136,8 @@ def render(rows: StudyRows, pictures: Mapping[str, Picture], *, gap: str = "") -
         ("test", "Test", _test(rows, pictures)),
         ("repeat", "How to repeat it", _repeat(rows)),
     ]
-    if rows.coordinators:
-        sections.insert(-1, ("machines", "Machines", _machines(rows)))
     if rows.winner is None:
-        sections = [each for each in sections if each[0] in ("answer", "race", "test", "machines", "repeat")]
+        sections = [each for each in sections if each[0] in ("answer", "race", "test", "repeat")]
     links = "".join(f'<a href="#{key}">{title}</a>' for key, title, _ in sections)
     body = "\n".join(
         f'<section aria-labelledby="{key}">\n<h2 id="{key}">{title}</h2>\n{"".join(content)}\n</section>'
@@ -546,23 +544,6 @@ def _repeat(rows: StudyRows) -> Iterator[str]:
     facts = [("seed", str(rows.config.study.seed)), ("hpsearch", __version__), *words.facts(rows.repeat)]
     yield _table("What the numbers depend on beside the settings.", ["", ""], [list(each) for each in facts])
     yield f"<h3>Settings: {escape(rows.name)}.toml</h3>\n<pre><code>{escape(rows.repeat.toml)}</code></pre>"
-
-
-def _machines(rows: StudyRows) -> Iterator[str]:
-    lines = [
-        [
-            each.host,
-            str(each.pid),
-            _time(each.since),
-            _time(each.beat_at) if each.beat_at is not None else "none",
-            str(each.n_trials),
-            f"{each.trials_per_hour:.1f}",
-            f"{each.images_per_s:.1f}",
-        ]
-        for each in rows.coordinators
-    ]
-    head = ["machine", "process", "since", "last heartbeat", "trials", "trials/hour", "images/s"]
-    yield _table("Every coordinator that had a part in the study; images a second over all its time.", head, lines)
 
 
 # Elements

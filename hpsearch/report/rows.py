@@ -31,8 +31,6 @@ from hpsearch.store import lock
 from hpsearch.store.record import COUNTED, Outcome, StudyRecord, TrialRecord
 from hpsearch.store.test_set_log import Look, find_look, first_look_of, looks_at, n_looks_before
 from hpsearch.training.metrics import SCORES, PixelCounts
-from hpsearch.tuning import coordinators
-from hpsearch.tuning.coordinators import CoordinatorState
 from hpsearch.workers.plan import ExecutionPlan, predicted_bytes
 
 Floats = npt.NDArray[np.float64]
@@ -201,8 +199,6 @@ class StudyRows:
     repeat: Repeat
     warnings: tuple[str, ...] = ()
     """Sentences about trials whose network predicts one class only, with the likely causes."""
-    coordinators: tuple[CoordinatorState, ...] = ()
-    """Those that have had a part in it, where several share the study."""
 
     @property
     def metric(self) -> str:
@@ -255,7 +251,6 @@ def study_rows(record: StudyRecord) -> StudyRows:
         finals=tuple(_final_row(record, name, result, claims, trials) for name, result in results),
         repeat=_repeat(record),
         warnings=tuple(constant.describe(record, constant.find_constant_fits(record, record.trial_numbers()))),
-        coordinators=tuple(coordinators.states(record.paths)),
     )
 
 

@@ -39,15 +39,13 @@ from hpsearch.search import replicates as confirmation
 from hpsearch.search.autotune import MachineChoice, first_workers, make_plan
 from hpsearch.search.callbacks import Listener, Silent
 from hpsearch.search.constant_predictions import ConstantWarnings
-from hpsearch.search.optuna_view import sqlite_url
+from hpsearch.search.optuna_view import StudyDatabase
 from hpsearch.search.pruners import Pruner
 from hpsearch.search.racing import TrialScores, Verdict, verdict_on_request
 from hpsearch.stats.best import rank
+from hpsearch.store import lock
 from hpsearch.store.record import COUNTED, Outcome, StudyRecord, TrialRecord, code_version, now
 from hpsearch.tracking import Tracker, TrackingThread
-from hpsearch.tuning import takeover
-from hpsearch.tuning.coordinators import Sharing
-from hpsearch.tuning.ownership import Asked, Ownership, take_seat
 from hpsearch.workers import jobs as fits
 from hpsearch.workers import plan as plans
 from hpsearch.workers.local_pool import POLL_S, Event, Worker, Workers
@@ -81,12 +79,11 @@ class Stop:
         self.requests += 2 if at_once else 1
         self.signal = self.signal or signal_number
 
-    def heed(self, study: StudyPaths, *, keep: bool = False) -> None:
-        """Take over a request that `hpsearch stop` left in the study's folder; `keep` leaves it there for others."""
+    def heed(self, study: StudyPaths) -> None:
+        """Read and remove the request that `hpsearch stop` leaves in the study's folder, if there is one."""
         if study.stop_request.exists():
             self.request(at_once=study.stop_request.read_text().strip() == "now")
-            if not keep:
-                study.stop_request.unlink(missing_ok=True)
+            study.stop_request.unlink(missing_ok=True)
 
     @property
     def is_requested(self) -> bool:
@@ -120,19 +117,15 @@ def run_study(
     *,
     machine: MachineChoice | None = None,
     tracker: Tracker | None = None,
-    storage: str | None = None,
     listener: Listener | None = None,
     stop: Stop | None = None,
     hours: float | None = None,
     enqueued: Sequence[Mapping[str, Any]] = (),
-    sharing: Sharing | None = None,
 ) -> StudySummary:
     """Search until `config.study.trials` trials are evaluated, over all starts of the study `name`.
 
-    Begins the study or goes on with it. `storage` is a SQLAlchemy URL (default: hpsearch.db in the project folder),
-    `hours` a budget after which it stops with checkpoints, `enqueued` params to try next, each once over all starts.
-    Where the storage is a server, any number of these may run at once on one project folder; `sharing` says how they
-    know who of them is dead.
+    Begins the study or continues it. `hours` is a budget after which it stops with checkpoints, `enqueued` are params
+    to try next, each once over all starts.
 
     Raises StudyLockedError if another process runs it, StudyChangedError if its fixed settings differ, DatasetError
     for data that cannot be used, StorageError when the disk refuses, WorkerError when workers cannot start.
@@ -150,11 +143,14 @@ def run_study(
         check()
         listener.preparing(done, total)
 
-    seat = take_seat(study, storage or sqlite_url(project.optuna_db), sharing)
-    with paths.refusals_named(study.root), seat.held(), log_file(seat.log), Workers(seat.folder, check) as workers:
-        if not seat.is_shared:
-            for request in (study.stop_request, *study.root.glob("stop-trial-*")):
-                request.unlink(missing_ok=True)
+    with (
+        paths.refusals_named(study.root),
+        lock.hold(study),
+        log_file(study.log),
+        Workers(study.root, check) as workers,
+    ):
+        for request in (study.stop_request, *study.root.glob("stop-trial-*")):
+            request.unlink(missing_ok=True)
         if study.toml.is_file():
             record = StudyRecord.open(study)
             record.verify()
@@ -189,25 +185,23 @@ def run_study(
         record.update_config(config)
         for said in enqueue.add(record, enqueued):
             listener.said(f"the configuration {said}")
-        with seat.trials(record) as ownership:
-            if not study.plan.is_file():
-                listener.said("measuring how fast this machine trains")
-            plan = make_plan(record, caches, machine, workers)
-            _require_space(record, plan)
-            workers.become(plan.workers)
-            seat.prepared()
-            ownership.share_out(tracker)
-            tracking = TrackingThread(tracker, study) if tracker is not None else None
-            coordinator = Coordinator(record, ownership, plan, caches, listener, tracking, stop, stop_at)
-            listener.planned(record, plan, coordinator.forecast())
-            try:
-                coordinator.run(workers)
-            finally:
-                workers.close()
-                undelivered, error = deliver_the_rest(tracking, stop) if tracking is not None else (0, "")
-                # Of workers that were ended while they wrote.
-                if not seat.is_shared:
-                    paths.remove_stale_temporaries(study.root)
+        database = StudyDatabase(record)
+        database.catch_up()
+        if not study.plan.is_file():
+            listener.said("measuring how fast this machine trains")
+        plan = make_plan(record, caches, machine, workers)
+        _require_space(record, plan)
+        workers.become(plan.workers)
+        tracking = TrackingThread(tracker, study) if tracker is not None else None
+        coordinator = Coordinator(record, database, plan, caches, listener, tracking, stop, stop_at)
+        listener.planned(record, plan, coordinator.forecast())
+        try:
+            coordinator.run(workers)
+        finally:
+            workers.close()
+            undelivered, error = deliver_the_rest(tracking, stop) if tracking is not None else (0, "")
+            # Workers that were killed while they wrote may have left some.
+            paths.remove_stale_temporaries(study.root)
         return StudySummary(record, coordinator.n_counted, coordinator.was_stopped, undelivered, error)
 
 
@@ -234,7 +228,7 @@ class Coordinator:
     def __init__(
         self,
         record: StudyRecord,
-        ownership: Ownership,
+        database: StudyDatabase,
         plan: ExecutionPlan,
         caches: PoolCaches,
         listener: Listener,
@@ -244,7 +238,7 @@ class Coordinator:
     ) -> None:
         """`stop_at` is when the budget is used up, as `time.monotonic` counts."""
         self._record = record
-        self._ownership = ownership
+        self._database = database
         self._plan = plan
         self._caches = caches
         self._listener = listener
@@ -287,7 +281,6 @@ class Coordinator:
         while not self._stop.is_urgent:
             self._keep_to_budget()
             self._heed_requests()
-            self._look_around()
             if not self._stop.is_requested:
                 self._hand_out()
             if not workers.busy() and (self._stop.is_requested or not self._has_work()):
@@ -297,9 +290,7 @@ class Coordinator:
             fits.end_silent(workers, self._epoch_s)
         if not self._stop.is_requested:
             self._note_used_up()
-        with self._ownership.confirming() as is_ours:
-            if is_ours and not self._stop.is_requested:
-                self._confirm()
+            self._confirm()
         if self._stop.is_requested:
             logger.info("stopped; run the same command to continue")
 
@@ -343,26 +334,16 @@ class Coordinator:
             is_urgent=lambda: self._stop.is_urgent,
             epoch_s=self._epoch_s_of,
             wake_tracking=self._wake_tracking,
-            show_ranking=self._ownership.show_ranking,
+            show_ranking=self._database.show_ranking,
         ).run(self._workers)
 
     def _has_work(self) -> bool:
-        return bool(self._open) or self._wants_trials() or not self._ownership.is_over()
+        return bool(self._open) or self._wants_trials()
 
     def _wants_trials(self) -> bool:
-        n_unused = self._record.n_unused(self._trials.values())
-        return self._ownership.wants_trial(self.n_counted + len(self._open), n_unused)
-
-    def _look_around(self) -> None:
-        """What other coordinators of the study have done meanwhile."""
-        for number in self._ownership.lost():
-            logger.warning("trial %d was taken over by another coordinator", number)
-            self._listener.said(f"trial {number} was taken over by another coordinator")
-            opened = self._open.pop(number, None)
-            for worker in (opened.fitting if opened else {}).values():
-                self._workers.kill(worker)
-        for trial in self._ownership.others():
-            self._trials[trial.number] = trial
+        """Return whether another trial may begin: the count is not reached and a configuration is unused."""
+        n_taken = self.n_counted + len(self._open)
+        return n_taken < self._record.config.study.trials and self._record.n_unused(self._trials.values()) != 0
 
     def _may_ask(self) -> bool:
         """Whether all that the next suggestion shall know of has ended."""
@@ -371,29 +352,28 @@ class Coordinator:
         return not lookahead or all(number > last for number in self._open)
 
     def _adopt_open_trials(self) -> None:
-        """Take up every trial that an earlier start left open, under its number and with its params."""
-        for number in self._ownership.running():
+        """Continue every trial that an earlier start left open, under its number and with its params."""
+        for number in self._database.running():
             if number not in self._trials:
-                self._begin(self._ownership.adopt(number, self._enqueued()))
+                enqueued = self._enqueued()
+                self._begin(number, self._database.adopt(number, enqueued), enqueued)
         for trial in list(self._trials.values()):
             if trial.outcome is None:
-                if not self._ownership.is_shared:
-                    self._go_on(trial)
+                self._go_on(trial)
             else:
                 # A start that was killed between the record and the clearing left them.
                 self._clear(trial.number)
             for fold in self._record.finished_folds(trial.number):
                 fits.remove_checkpoints(self._record.paths.trial(trial.number).fold(fold))
 
-    def _go_on(self, trial: TrialRecord) -> _OpenTrial | None:
-        """Take up a trial that was begun before; None if nothing of it was left to do."""
+    def _go_on(self, trial: TrialRecord) -> None:
+        """Continue a trial that an earlier start began, or end it if all its folds are finished."""
         self._open[trial.number] = _OpenTrial(trial, trial.study_config)
         logger.info("trial %d continues", trial.number)
         self._listener.trial_began(trial)
         if trial.decisions and trial.decisions[-1]["drop"]:
             self._open[trial.number].dropped = Verdict(**trial.decisions[-1])
         self._settle(self._open[trial.number])
-        return self._open.get(trial.number)
 
     def _hand_out(self) -> None:
         for worker in self._workers.idle():
@@ -416,8 +396,8 @@ class Coordinator:
         is_first = self._pruner.is_sequential and not any(trial.can_win for trial in self._trials.values())
         if is_first and (task := self._help(list(self._open.values())[:1])) is not None:
             return task
-        while self._wants_trials() and self._may_ask() and (asked := self._ask()) is not None:
-            if (begun := self._begin(asked)) is not None and (fold := self._next_fold(begun)) is not None:
+        while self._wants_trials() and self._may_ask():
+            if (begun := self._begin_next()) is not None and (fold := self._next_fold(begun)) is not None:
                 return begun, fold
         if self._pruner.is_sequential:
             return self._help([t for t in self._open.values() if self._record.finished_folds(t.record.number)])
@@ -443,8 +423,8 @@ class Coordinator:
                     return fold
         return None
 
-    def _ask(self) -> Asked | None:
-        """The trial that the sampler suggests; None if there is none now."""
+    def _begin_next(self) -> _OpenTrial | None:
+        """Begin the next enqueued trial, or the one that the sampler suggests; None if it is infeasible."""
         infeasible = sum(trial.outcome == "infeasible" for trial in self._trials.values())
         if infeasible >= INFEASIBLE_PER_TRIAL * self._record.config.study.trials:
             last = max(t.number for t in self._trials.values() if t.outcome == "infeasible")
@@ -452,17 +432,16 @@ class Coordinator:
                 f"{infeasible} suggested configurations were infeasible, the last one because "
                 f"{self._trials[last].reason}; make the search space smaller or data.size other"
             )
-        return self._ownership.ask(self._enqueued())
+        enqueued = self._enqueued()
+        number, params = self._database.ask(enqueued)
+        return self._begin(number, params, enqueued)
 
     def _enqueued(self) -> Mapping[str, Any] | None:
-        """What a user wants tried next."""
+        """Return the params that a user wants tried next; None if there are none."""
         return enqueue.next_params(self._record, list(self._trials.values()))
 
-    def _begin(self, asked: Asked) -> _OpenTrial | None:
-        """Begin a trial, or go on with it; None if it is infeasible, which costs nothing."""
-        if (begun := takeover.take_up(self._record, asked)) is not None:
-            return self._take_up(begun)
-        number, params = asked.number, asked.params
+    def _begin(self, number: int, params: dict[str, Any], enqueued: Mapping[str, Any] | None) -> _OpenTrial | None:
+        """Record a new trial and open it; None if it is infeasible, which costs no training."""
         try:
             config = self._record.config.with_params(params)
             reason = plans.why_infeasible(config, self._plan)
@@ -473,10 +452,8 @@ class Coordinator:
             params=params,
             config=config.to_dict(),
             began_at=now(),
-            source="default" if asked.place == 0 else "enqueued" if asked.is_enqueued else "sampler",
+            source="default" if number == 0 else "enqueued" if enqueue.is_same(params, enqueued) else "sampler",
             code=code_version(),
-            draw=asked.draw,
-            owner=asked.owner,
         )
         self._write(record)
         if reason is not None:
@@ -487,14 +464,6 @@ class Coordinator:
         self._open[number] = _OpenTrial(record, config)
         self._wake_tracking()
         return self._open[number]
-
-    def _take_up(self, begun: takeover.TakenUp) -> _OpenTrial | None:
-        """Go on with a trial that another coordinator began."""
-        self._write(begun.trial)
-        if begun.outcome is None:
-            return self._go_on(begun.trial)
-        self._end(begun.trial, begun.outcome, value=begun.value, reason=begun.reason, constraint=begun.constraint)
-        return None
 
     def _fit_job(self, trial: _OpenTrial, fold: int) -> dict[str, Any]:
         folder = self._record.paths.trial(trial.record.number).fold(fold)
@@ -541,7 +510,6 @@ class Coordinator:
             held_out[self._record.config.study.metric],
         )
         self._listener.epoch_ended(number, fold, row)
-        self._ownership.epoch_ended(number, fold, row["epoch"], len(self._record.folds.train(fold)))
         self._wake_tracking()
         if trial.dropped is None and trial.record.outcome is None:
             self._judge(trial, fold)
@@ -615,7 +583,9 @@ class Coordinator:
             trial, outcome=outcome, value=value, reason=reason, constraint=constraint, ended_at=now()
         )
         self._write(ended)
-        self._ownership.tell(ended)
+        self._database.tell(ended)
+        if outcome == "full":
+            self._database.show_ranking()
         opened = self._open.pop(trial.number, None)
         for worker in (opened.fitting if opened else {}).values():
             self._workers.kill(worker)
@@ -674,12 +644,12 @@ class Coordinator:
             self._stop.request(at_once=True)
 
     def _heed_requests(self) -> None:
-        """`hpsearch stop` leaves a file, so that it works from another machine that shares the folder too."""
+        """Act on the files that `hpsearch stop` leaves in the study's folder, possibly from another machine."""
         request = self._record.paths.stop_request
-        if request.exists() and self._ownership.is_meant(request):
+        if request.exists():
             logger.info("stop was requested")
             self._listener.said("stop was requested from outside")
-            self._stop.heed(self._record.paths, keep=self._ownership.is_shared)
+            self._stop.heed(self._record.paths)
         for trial in list(self._open.values()):
             request = self._record.paths.trial_stop_request(trial.record.number)
             if request.exists():

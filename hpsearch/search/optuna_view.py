@@ -1,4 +1,4 @@
-"""One study in Optuna's database: asked, told, and brought up to date from the record.
+"""Optuna's database of one study: suggests params, stores outcomes, and follows the record.
 
 Optuna's best trial is the winner of the study with the value that ranks it, so that `optuna-dashboard` shows what the
 terminal shows. Full trials are COMPLETE, dropped ones PRUNED. The sampler learns from another number, `SEARCH_VALUE`,
@@ -14,7 +14,7 @@ import logging
 import sqlite3
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import sqlalchemy
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 
 from hpsearch import paths
 from hpsearch.errors import RecordError, StudyError
@@ -38,7 +38,6 @@ from hpsearch.search.samplers import (
 )
 from hpsearch.stats.best import rank
 from hpsearch.store.record import Standing, StudyRecord, TrialRecord
-from hpsearch.tracking import redact
 
 logger = logging.getLogger(__name__)
 
@@ -65,23 +64,23 @@ _DAMAGES = (ValueError, KeyError, TypeError, AttributeError)
 
 
 class StudyDatabase:
-    """Asks and tells one study. The record decides; this follows, and says so where the two disagree."""
+    """One study in Optuna's database. The record decides; the database follows, and a contradiction is an error."""
 
-    def __init__(self, record: StudyRecord, storage: str | RDBStorage) -> None:
-        """Open the study at the SQLAlchemy URL, or begin it. StudyError if the database cannot be used.
+    def __init__(self, record: StudyRecord) -> None:
+        """Open the study in the project's `hpsearch.db`, or begin it there.
 
-        Of a storage that is open already the errors stay as they are, here and later.
+        Raises StudyError if the database cannot be used, StorageError if the disk refuses.
         """
-        # Its notes on every new study and trial are ours to give.
+        # hpsearch logs its own line for every new study and trial.
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._record = record
         self._space = record.config.search
-        self._url = storage if isinstance(storage, str) else None
+        self._path = record.paths.project.optuna_db.absolute()
         self._sampler = make_sampler(record.config, {0: default_params(record.config)})
-        with self._errors_named(RuntimeError, sqlite3.Error, ImportError), _quiet():
-            if isinstance(storage, str):
-                _check_sound(storage)
-            self._storage = _storage(storage) if isinstance(storage, str) else storage
+        with self._errors_named(RuntimeError, sqlite3.Error), _quiet():
+            _check_sound(self._path)
+            # A minute outlasts a slow disk or a copy being made of the file.
+            self._storage = RDBStorage(sqlite_url(self._path), engine_kwargs={"connect_args": {"timeout": 60}})
             self._study = optuna.create_study(
                 storage=self._storage,
                 study_name=record.name,
@@ -91,57 +90,41 @@ class StudyDatabase:
             )
 
     def ask(self, enqueued: Mapping[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
-        """Number and params of a new trial: those given, but for trial 0, the default.
+        """Return number and params of a new trial: the default for trial 0, else those enqueued or suggested.
 
-        Without any given the suggestion depends on the database and the number alone.
+        A suggestion depends on the database and the number alone.
         """
         with self._errors_named(), _quiet(), self._sampler.giving(enqueued):
             trial = self._study.ask()
             return trial.number, suggest(trial, self._space)
 
-    def giving(self, enqueued: Mapping[str, Any] | None) -> AbstractContextManager[None]:
-        """For the block, suggestions are those params, if there are any."""
-        return self._sampler.giving(enqueued)
-
     def adopt(self, number: int, enqueued: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Params of a trial that was found RUNNING; those that a crash left out are given or suggested again."""
+        """Return the params of a RUNNING trial; those that a crash left out are enqueued or suggested ones."""
         with self._errors_named(), _quiet(), self._sampler.giving(enqueued):
-            return suggest(self.trial(number), self._space)
-
-    def trial(self, number: int) -> Trial:
-        """Optuna's handle of a trial, for reports and attributes, whoever asked for it."""
-        return Trial(self._study, self.frozen(number)._trial_id)
-
-    def frozen(self, number: int) -> FrozenTrial:
-        """A trial as it is in the database, read without all the others."""
-        trial_id = self._id(number)
-        with self._errors_named(*_DAMAGES):
-            return self._study._storage.get_trial(trial_id)
+            return suggest(Trial(self._study, self._id(number)), self._space)
 
     def running(self) -> list[int]:
-        """Numbers of the trials that Optuna takes for running, ascending."""
+        """Return the numbers of the RUNNING trials, ascending."""
         return [trial.number for trial in self._all() if trial.state == TrialState.RUNNING]
 
-    def tell(self, record: TrialRecord) -> bool:
-        """Tell a trial's outcome, and say whether that was news: a trial that was told before stays as it is."""
-        if record.outcome is None:
-            raise ValueError(f"trial {record.number} has no outcome to tell")
+    def tell(self, record: TrialRecord) -> None:
+        """Store the outcome of an ended trial. A trial that was told before stays as it is."""
+        assert record.outcome is not None
         storage, trial_id, state = self._study._storage, self._id(record.number), STATES[record.outcome]
         with self._errors_named(), _quiet():
             try:
                 storage.set_trial_user_attr(trial_id, "outcome", record.outcome)
             except UpdateFinishedTrialError:
-                return False
+                return
             if record.value is not None:
                 storage.set_trial_user_attr(trial_id, SEARCH_VALUE, record.value)
             if record.reason:
                 storage.set_trial_user_attr(trial_id, "reason", record.reason)
             if record.decisions:
                 storage.set_trial_user_attr(trial_id, "decisions", json.dumps(record.decisions))
-            if record.constraint > 0 and not (trial := self.trial(record.number)).constraints:
+            if record.constraint > 0 and not (trial := Trial(self._study, trial_id)).constraints:
                 trial.set_constraint("feasible", record.constraint)
             self._study.tell(record.number, record.value if state == TrialState.COMPLETE else None, state=state)
-        return True
 
     def catch_up(self) -> None:
         """Bring the database up to date with the record: add what it lacks, tell what it was not told.
@@ -171,16 +154,6 @@ class StudyDatabase:
                     "on from the folders that are there"
                 )
 
-    def rebuild(self) -> None:
-        """Fill an empty database from a record that several coordinators share, and that lacks what they lost."""
-        records = {record.number: record for record in self._record.trials()}
-        for number in range(max(records, default=-1) + 1):
-            if number in records:
-                self._add(records[number])
-            else:
-                self._study.add_trial(create_trial(state=TrialState.FAIL, user_attrs={"outcome": "unknown"}))
-        self.show_ranking()
-
     def show_ranking(self) -> None:
         """Make Optuna's values and its best trial those of the study's ranking, in one transaction.
 
@@ -201,8 +174,9 @@ class StudyDatabase:
                     continue
                 wanted_state, wanted = _as_ranked(records[number], standing)
                 if state != wanted_state.name:
-                    # A literal: PostgreSQL takes no text for its enumeration.
-                    execute(f"UPDATE trials SET state = '{wanted_state.name}' WHERE trial_id = :id", id=trial_id)
+                    execute(
+                        "UPDATE trials SET state = :state WHERE trial_id = :id", state=wanted_state.name, id=trial_id
+                    )
                 if wanted is None and value is not None:
                     execute("DELETE FROM trial_values WHERE trial_id = :id", id=trial_id)
                 elif wanted != value:
@@ -212,43 +186,26 @@ class StudyDatabase:
                     said = json.dumps(records[number].value)
                     execute(_ADD_ATTRIBUTE, id=trial_id, key=SEARCH_VALUE, said=said)
 
-    def finished(self) -> list[FrozenTrial]:
-        """Optuna's own view of the finished trials, for importances."""
-        return [trial for trial in self._all() if trial.state.is_finished()]
-
-    @property
-    def optuna_study(self) -> optuna.Study:
-        return self._study
-
     def _all(self) -> list[FrozenTrial]:
         with self._errors_named(*_DAMAGES):
             return self._study.get_trials(deepcopy=False)
 
     @contextmanager
     def _errors_named(self, *damages: type[Exception]) -> Iterator[None]:
-        """Turn what the database, or one of `damages`, raises into an error that names the database and a way out."""
+        """Turn errors of the database, and `damages`, into one that names the file and says what to do."""
         caught: tuple[type[Exception], ...] = (SQLAlchemyError, optuna.exceptions.StorageInternalError, *damages)
         try:
             yield
         except caught as error:
-            if self._url is None:
-                # Whoever brought the storage knows what to make of it.
-                raise
             cause = error.__cause__ if isinstance(error.__cause__, SQLAlchemyError) else error
             reason = (str(getattr(cause, "orig", None) or cause).splitlines() or [type(cause).__name__])[0]
-            shown, file = _shown(self._url)
             refusal = next((number for said, number in _REFUSALS.items() if said in reason), None)
-            if file is not None and refusal is not None:
-                raise paths.storage_error(file, OSError(refusal, reason)) from error
-            advice = (
-                ""
-                if file is None
-                else (
-                    ". If the file is damaged, move it away and run the same command again: it is rebuilt from the "
-                    "study folder"
-                )
-            )
-            raise StudyError(f"Optuna cannot use {shown}: {redact(reason)}{advice}") from error
+            if refusal is not None:
+                raise paths.storage_error(self._path, OSError(refusal, reason)) from error
+            raise StudyError(
+                f"Optuna cannot use {self._path}: {reason}. If the file is damaged, move it away and run the same "
+                "command again: it is rebuilt from the study folder"
+            ) from error
 
     def _id(self, number: int) -> int:
         with self._errors_named():
@@ -259,12 +216,7 @@ class StudyDatabase:
 
     def _add(self, record: TrialRecord) -> None:
         state = TrialState.RUNNING if record.outcome is None else STATES[record.outcome]
-        attributes = {
-            "outcome": record.outcome,
-            "reason": record.reason,
-            "owner": record.owner,
-            SEARCH_VALUE: record.value,
-        }
+        attributes = {"outcome": record.outcome, "reason": record.reason, SEARCH_VALUE: record.value}
         spaces = distributions(self._space)
         with _quiet():
             trial = create_trial(
@@ -273,9 +225,6 @@ class StudyDatabase:
                 params={name: encode(record.params[name]) for name in spaces},
                 distributions=spaces,
                 user_attrs={key: value for key, value in attributes.items() if value not in (None, "")},
-                system_attrs={"failed_trial": record.history[0], "retry_history": list(record.history)}
-                if record.history
-                else None,
                 constraints={"feasible": record.constraint} if record.constraint > 0 else None,
             )
         trial.datetime_start = dt.datetime.fromtimestamp(record.began_at)
@@ -343,37 +292,17 @@ def _as_ranked(record: TrialRecord, standing: Standing) -> tuple[TrialState, flo
 
 
 def sqlite_url(path: Path) -> str:
-    """The SQLAlchemy URL of a database file, whatever characters its path has."""
+    """Return the SQLAlchemy URL of a database file, whatever characters its path has."""
     return sqlalchemy.URL.create("sqlite", database=str(path.absolute())).render_as_string(hide_password=False)
 
 
-def _shown(url: str) -> tuple[str, Path | None]:
-    """The URL without its password, and the file that it names, if it does."""
-    try:
-        parsed = sqlalchemy.make_url(url)
-    except ArgumentError:
-        return (
-            "the database, whose address is not one of SQLAlchemy's (sqlite:///file, postgresql+psycopg://...)",
-            None,
-        )
-    is_file = parsed.get_backend_name() == "sqlite" and parsed.database
-    return parsed.render_as_string(hide_password=True), Path(parsed.database or "") if is_file else None
-
-
-def _check_sound(url: str) -> None:
-    """sqlite3.DatabaseError if SQLite finds its file damaged."""
-    _, path = _shown(url)
-    if path is not None and path.is_file():
+def _check_sound(path: Path) -> None:
+    """Raise sqlite3.DatabaseError if SQLite finds the file damaged."""
+    if path.is_file():
         with closing(sqlite3.connect(path, timeout=60)) as database:
             (found,) = database.execute("PRAGMA integrity_check(1)").fetchone()
         if found != "ok":
             raise sqlite3.DatabaseError(found)
-
-
-def _storage(url: str) -> RDBStorage:
-    # A minute is far beyond any write of ours; it outlasts a slow disk or a copy being made of the file.
-    arguments = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
-    return RDBStorage(url, engine_kwargs=arguments)
 
 
 class _quiet(warnings.catch_warnings):  # noqa: N801 - used like the context manager it is

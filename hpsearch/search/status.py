@@ -12,8 +12,6 @@ from hpsearch.search import constant_predictions as constant
 from hpsearch.search import replicates as confirmation
 from hpsearch.store import lock
 from hpsearch.store.record import COUNTED, StudyRecord, TrialRecord
-from hpsearch.tuning import coordinators
-from hpsearch.tuning.coordinators import CoordinatorState, Sharing
 from hpsearch.workers import plan as plans
 from hpsearch.workers.plan import ExecutionPlan
 
@@ -62,9 +60,6 @@ class StudyStatus:
     """Seconds to go at the pace of the trials so far, at first by the measured steps; None when it does not run."""
     warnings: tuple[str, ...] = ()
     """Sentences about trials whose network predicts one class only, with the likely causes."""
-    coordinators: tuple[CoordinatorState, ...] = ()
-    """Those that work on it now, or died with a trial at hand, where several share the study."""
-    sharing: Sharing | None = None
 
 
 def study_status(project: ProjectPaths, name: str) -> StudyStatus:
@@ -92,8 +87,6 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
         whole = sum(seconds[number] for number in shortlist)
         eta_s = max(0.0, whole - second_s) / len(ExecutionPlan.from_dict(plan).workers)
     standing = record.standing(trials)
-    sharing, states = coordinators.read_sharing(record.paths), coordinators.states(record.paths)
-    living = [state for state in states if sharing is not None and state.is_living(sharing)]
     return StudyStatus(
         name,
         record.config,
@@ -110,10 +103,8 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
         tuple(open_fits),
         record.is_searched(trials) and confirmation.is_over(record),
         is_running,
-        eta_s / max(1, len(living)) if eta_s is not None else None,
+        eta_s,
         tuple(constant.describe(record, constant.find_constant_fits(record, n_finished))),
-        tuple(state for state in states if state.left_at is None and (state in living or state.fits)),
-        sharing,
     )
 
 

@@ -1,4 +1,4 @@
-"""One coordinator a study: a lock that dies with its holder, and a file that says who that is."""
+"""The lock of a study, which one process can hold at a time, and the file that names its holder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import filelock
@@ -15,44 +15,38 @@ import filelock
 from hpsearch import paths
 from hpsearch.errors import StudyLockedError
 from hpsearch.paths import ProjectPaths, StudyPaths, command_line
-from hpsearch.tuning import coordinators
-from hpsearch.tuning.coordinators import CoordinatorState
 
 
 @contextmanager
-def hold(study: StudyPaths, *, among_others: bool = False) -> Iterator[None]:
-    """Hold the study for the block. StudyLockedError, saying who holds it, if another process does.
+def hold(study: StudyPaths) -> Iterator[None]:
+    """Hold the study's lock for the block. Raises StudyLockedError, which names the holder, if it is taken.
 
-    The lock is the operating system's: it goes with its process, however that ends. While coordinators share the
-    study, only one of them may have it, `among_others`. Folders that were made for a study are removed if it has no
-    settings at the end of the block.
+    The operating system releases the lock when the process ends, however it ends. Folders created here are removed if
+    the study has no settings at the end of the block.
     """
-    if not among_others and coordinators.living(study):
-        raise _locked(study)
     made = [path for path in (study.project.root, study.project.studies, study.root) if not path.exists()]
     try:
         study.root.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(study.lock)
-        # Whoever only asks whether it is held holds it for an instant.
+        # `is_held` holds the lock for an instant.
         lock.acquire(timeout=1)
     except filelock.Timeout as error:
         raise _locked(study) from error
     except OSError as error:
         raise paths.storage_error(study.lock, error) from error
     try:
-        # What the holder before left that was killed.
-        if not among_others:
-            paths.remove_stale_temporaries(study.root)
+        # A holder that was killed may have left some.
+        paths.remove_stale_temporaries(study.root)
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
         paths.write_json(study.holder, holder)
         yield
     finally:
-        # A lock that is free tells the same as a file that is gone.
+        # A file that stays behind does no harm: the free lock counts.
         with suppress(OSError):
             study.holder.unlink(missing_ok=True)
         is_empty = study.root in made and not study.toml.is_file()
         if is_empty:
-            # While it is locked, so that nobody else has begun the study meanwhile.
+            # Before the lock is released: no other process can have begun the study.
             shutil.rmtree(study.root, ignore_errors=True)
         lock.release()
         for path in reversed(made) if is_empty else ():
@@ -67,9 +61,7 @@ def running_studies(project: ProjectPaths) -> list[str]:
 
 
 def is_held(study: StudyPaths) -> bool:
-    """Whether a process holds the study now, or several share it."""
-    if coordinators.living(study):
-        return True
+    """Return whether a process holds the study's lock."""
     if not study.lock.exists():
         return False
     lock = filelock.FileLock(study.lock)
@@ -78,16 +70,14 @@ def is_held(study: StudyPaths) -> bool:
     except filelock.Timeout:
         return True
     except OSError:
-        # A folder that one may only read, somebody else's study: believe what its holder wrote.
+        # The folder is read-only for this user, so the lock cannot be tried: trust the holder's file.
         return study.holder.exists()
     lock.release()
     return False
 
 
 def describe_holder(study: StudyPaths) -> str:
-    """`process 4711 on lab3 since 2026-11-23 14:05`, as far as it is known."""
-    if others := coordinators.living(study):
-        return _describe(others)
+    """Return `process 4711 on lab3 since 2026-11-23 14:05`, or `another process` if the file cannot be read."""
     try:
         holder = json.loads(study.holder.read_text(encoding="utf-8"))
         since = time.strftime("%Y-%m-%d %H:%M", time.localtime(holder["since"]))
@@ -101,8 +91,3 @@ def _locked(study: StudyPaths) -> StudyLockedError:
     return StudyLockedError(
         f"study {study.name!r} is being run by {describe_holder(study)}: see it with `{status}`, end it with `{stop}`"
     )
-
-
-def _describe(others: Sequence[CoordinatorState]) -> str:
-    first = f"process {others[0].pid} on {others[0].host}"
-    return first if len(others) == 1 else f"{first} and {len(others) - 1} more"

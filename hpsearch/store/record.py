@@ -39,7 +39,7 @@ FORMAT = 1
 """Version of the study folder; a folder of another version is refused, never guessed at."""
 
 Outcome = Literal["full", "dropped", "infeasible", "diverged", "failed", "lost"]
-"""`lost`: its coordinator died, and another one went on with it under a new number."""
+"""`lost` only in studies of version 0.1: another coordinator continued the trial under a new number."""
 COUNTED: frozenset[Outcome] = frozenset({"full", "dropped", "diverged", "failed"})
 """Outcomes that use up one of `study.trials`."""
 
@@ -71,15 +71,11 @@ class TrialRecord:
     code: str = ""
     """What began it, as `code_version` gives it."""
     draw: int | None = None
-    """Its place among the suggestions where that is not its number."""
-    history: tuple[int, ...] = ()
-    """Numbers that it had before, each lost with its coordinator; the latest last."""
-    owner: str = ""
-    """Id of its coordinator, where several work on the study."""
+    """Place among the suggestions, set by version 0.1 on a trial that continues a lost one."""
 
     @property
     def place(self) -> int:
-        """Its place among the suggestions, which seeds its fits."""
+        """Place among the suggestions, which seeds the fits."""
         return self.number if self.draw is None else self.draw
 
     @property
@@ -92,13 +88,9 @@ class TrialRecord:
 
     def to_dict(self) -> dict[str, Any]:
         table = dataclasses.asdict(self)
-        shared = {name: table.pop(name) for name in ("draw", "history", "owner")}
-        # Of no use where one machine does it all.
-        return {
-            "format": FORMAT,
-            **table,
-            **{name: value for name, value in shared.items() if value not in (None, "", ())},
-        }
+        if self.draw is None:
+            del table["draw"]
+        return {"format": FORMAT, **table}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,10 +282,10 @@ class StudyRecord:
         """Numbers of the trials whose suggestion is on record, ascending."""
         return [number for number in self.paths.trial_numbers() if self.paths.trial(number).trial.is_file()]
 
-    def trial(self, number: int, *, as_lost: bool = True) -> TrialRecord:
-        """RecordError, naming the file, if it is missing or damaged.
+    def trial(self, number: int) -> TrialRecord:
+        """Read a trial. Raises RecordError, which names the file, if it is missing or damaged.
 
-        One that another coordinator has taken over is lost, whatever it says itself; so it is not with `as_lost` off.
+        A trial with a `taken.json` of version 0.1 is `lost`, whatever its own file says.
         """
         path = self.paths.trial(number).trial
         table = paths.read_json(path)
@@ -301,13 +293,16 @@ class StudyRecord:
             if table.pop("format") != FORMAT:
                 raise RecordError(f"{path} is of another version of hpsearch")
             table["decisions"] = tuple(table.get("decisions", ()))
-            table["history"] = tuple(table.get("history", ()))
+            for name in ("history", "owner"):
+                # Of version 0.1.
+                table.pop(name, None)
             record = TrialRecord(**table)
         except (KeyError, TypeError, AttributeError) as error:
             raise RecordError(f"{path} is damaged: {error}") from error
         if record.number != number or record.outcome not in (None, *get_args(Outcome)):
             raise RecordError(f"{path} is damaged: it speaks of trial {record.number}, outcome {record.outcome}")
-        return self._as_lost(record) if as_lost else record
+        taken = self.paths.trial(number).taken
+        return _as_lost(record, paths.read_json(taken)) if taken.is_file() else record
 
     def known_trial(self, number: int) -> TrialRecord:
         """A trial that a user names: StudyError if the study has none of that number."""
@@ -316,15 +311,6 @@ class StudyRecord:
             known = f"its last is trial {numbers[-1]}" if numbers else "it has none yet"
             raise StudyError(f"study {self.name!r} has no trial {number}: {known}")
         return self.trial(number)
-
-    def _as_lost(self, record: TrialRecord) -> TrialRecord:
-        if not (taken := self.paths.trial(record.number).taken).is_file():
-            return record
-        said = paths.read_json(taken)
-        reason = f"its coordinator fell silent; it goes on as trial {said['by']}"
-        return dataclasses.replace(
-            record, outcome="lost", value=None, reason=reason, ended_at=said["at"], constraint=0.0
-        )
 
     def trials(self) -> list[TrialRecord]:
         """All trials on record, by number."""
@@ -338,10 +324,6 @@ class StudyRecord:
 
     def second_fit(self, trial: int, fold: int) -> FitRecord:
         return FitRecord(self.paths.trial(trial).second_fold(fold))
-
-    def fits_begun(self, trial: int) -> list[int]:
-        """Folds of a trial that have a folder, ascending."""
-        return [fold for fold in range(self.n_folds) if self.paths.trial(trial).fold(fold).root.is_dir()]
 
     def finished_folds(self, trial: int) -> list[int]:
         """Folds of a trial whose fit is finished, ascending."""
@@ -525,6 +507,11 @@ class StudyRecord:
         """The trial that wins (`standing`); None while none is full."""
         winner = self.standing().winner
         return None if winner is None else self.trial(winner)
+
+
+def _as_lost(trial: TrialRecord, taken: Mapping[str, Any]) -> TrialRecord:
+    reason = f"continued as trial {taken['by']} by another coordinator"
+    return dataclasses.replace(trial, outcome="lost", value=None, reason=reason, ended_at=taken["at"], constraint=0.0)
 
 
 def no_study(project: ProjectPaths) -> StudyError:

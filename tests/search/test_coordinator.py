@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ import optuna
 import pytest
 
 from hpsearch import config as configs
+from hpsearch import paths
 from hpsearch.data.folds import Folds
 from hpsearch.errors import (
     CacheError,
@@ -32,6 +34,7 @@ from hpsearch.search.autotune import MachineChoice
 from hpsearch.search.callbacks import Silent
 from hpsearch.search.coordinator import Stop, StudySummary
 from hpsearch.search.racing import Race, TrialScores, Verdict
+from hpsearch.search.status import study_status
 from hpsearch.store import lock
 from hpsearch.store.record import StudyRecord, TrialRecord
 from tests.data.conftest import tiny_pairs, write_pairs
@@ -110,6 +113,24 @@ def test_a_finished_study_goes_on_to_more_trials_and_rebuilds_a_deleted_database
     after = optuna_study(tmp_path).trials
     assert summary.n_counted == len(after) == 2
     assert (after[0].params, after[0].value, after[0].state) == (before[0].params, before[0].value, before[0].state)
+
+
+def test_a_study_that_several_coordinators_of_version_0_1_shared_continues_alone(
+    dataset: Path, tmp_path: Path
+) -> None:
+    record = run(tmp_path, tiny_config(dataset, "study.trials=1")).record
+    before = record.trial(0)
+    shutil.copytree(record.paths.trial(0).root, record.paths.trial(1).root)
+    of_0_1 = {**before.to_dict(), "number": 1, "draw": 0, "history": [0], "owner": "lab-4711-0"}
+    paths.write_json(record.paths.trial(1).trial, of_0_1)
+    paths.write_json(record.paths.trial(0).taken, {"by": 1, "at": before.ended_at})
+    (tmp_path / "hpsearch.db").unlink()
+    again = run(tmp_path, tiny_config(dataset, "study.trials=2")).record
+    assert [trial.outcome for trial in again.trials()[:2]] == ["lost", "full"]
+    assert again.trial(1).value == before.value
+    assert [trial.state.name for trial in optuna_study(tmp_path).trials[:2]] == ["FAIL", "COMPLETE"]
+    status = study_status(again.paths.project, "tiny")
+    assert (len(status.trials), status.n_counted) == (3, 2)
 
 
 def test_a_study_refuses_other_settings_other_images_and_an_edited_database(tmp_path: Path) -> None:

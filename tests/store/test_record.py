@@ -53,6 +53,24 @@ def test_a_trial_reads_back_as_it_was_written(record: StudyRecord) -> None:
     assert record.trial(0).study_config.unet.depth == 2
 
 
+def test_a_trial_that_another_coordinator_of_version_0_1_continued_is_lost(record: StudyRecord) -> None:
+    record.write_trial(trial(record, 0, outcome="full", value=0.9, ended_at=2.5))
+    paths.write_json(record.paths.trial(0).taken, {"by": 1, "at": 2.0})
+    lost = record.trial(0)
+    assert (lost.outcome, lost.value, lost.ended_at) == ("lost", None, 2.0)
+    assert "trial 1" in lost.reason
+    assert record.best() is None
+
+
+def test_a_trial_that_continued_a_lost_one_keeps_its_place(record: StudyRecord) -> None:
+    of_0_1 = {**trial(record, 1).to_dict(), "draw": 0, "history": [0], "owner": "lab-4711-0"}
+    paths.write_json(record.paths.trial(1).trial, of_0_1)
+    assert record.trial(1).place == 0
+    record.write_trial(record.trial(1))
+    assert record.trial(1).place == 0
+    assert trial(record, 1).place == 1
+
+
 def test_the_value_is_the_mean_over_images_not_over_folds(tmp_path: Path) -> None:
     record = make_record(ProjectPaths(tmp_path), "uneven")
     ids = record.folds.ids[:11]

@@ -1,1 +1,0 @@
-"""The search: study, record, coordinator, workers, racing. The only place that knows Optuna."""
