@@ -37,7 +37,7 @@ def from_json(cls: type[T], table: Mapping[str, Any]) -> T:
     defaults. Raises KeyError, TypeError or ValueError where a field without a default is missing or a part is of
     another kind.
     """
-    hints = _hints(cls)
+    hints = _hints(cast("Any", cls))
     return cls(**{name: _decode(hint, table[name]) for name, hint in hints.items() if name in table})
 
 

@@ -38,8 +38,9 @@ from hpsearch.store.record import load_array, study_record
 from hpsearch.store.test_set_log import find_look, n_seen, user_account
 from hpsearch.training.checkpoint import load_weights
 from hpsearch.training.metrics import SCORES, PixelCounts
-from hpsearch.workers.local_pool import WorkerSettings
+from hpsearch.workers.jobs import Job, ScoreJob
 from hpsearch.workers.plan import ExecutionPlan
+from hpsearch.workers.pool import WorkerPool, WorkerSettings
 from tests.data.conftest import tiny_pairs, write_oriented
 from tests.search.studies import run, tiny_config, write_tiny_dataset
 from tests.test_tracking import FakeTracker
@@ -342,17 +343,17 @@ def test_an_evaluation_that_is_killed_midway_and_one_of_a_few_images_are_counted
     class KilledError(Exception):
         pass
 
-    def kill_at_the_first_score(workers: object, job: dict[str, Any], **more: Any) -> Any:
-        if job["job"] == "score":
+    def kill_at_the_first_score(pool: WorkerPool, job: Job, **more: Any) -> Any:
+        if isinstance(job, ScoreJob):
             raise KilledError
-        return do(workers, job, **more)
+        return run_job(pool, job, **more)
 
     def prepare_two(data: DataConfig, root: Path, **more: Any) -> Prepared:
         return prepare_test(dataclasses.replace(data, n_final_test=2), root, **more)
 
-    do, prepare_test = final.do, final.prepare_test
+    run_job, prepare_test = final.run_job, final.prepare_test
     with monkeypatch.context() as killing:
-        killing.setattr(final, "do", kill_at_the_first_score)
+        killing.setattr(final, "run_job", kill_at_the_first_score)
         killing.setattr(final, "prepare_test", prepare_two)
         with pytest.raises(KilledError):
             run_final(other, machine=MACHINE, n_seeds=2)

@@ -12,7 +12,11 @@ import pytest
 
 from hpsearch import serving, subprocesses
 from hpsearch.data.decode_pool import Decoders, Facts, Job
-from hpsearch.workers.local_pool import Workers, WorkerSettings, do
+from hpsearch.inference.postprocessing import Choices
+from hpsearch.workers.jobs import Finished, KeepJob
+from hpsearch.workers.local_pool import LocalPool
+from hpsearch.workers.loop import run_job
+from hpsearch.workers.pool import WorkerSettings
 from tests.data.conftest import tiny_pairs, write_pairs
 from tests.inference.test_predictor import write_model
 
@@ -32,9 +36,9 @@ def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_worker_imports_nothing_from_the_current_folder(hostile: Path, tmp_path: Path) -> None:
-    with Workers(tmp_path) as workers:
-        workers.become([WorkerSettings("cpu", 1)])
-        assert do(workers, {"job": "keep", "copies": [], "choices": {}}) == {"event": "finished", "summary": {}}
+    with LocalPool(tmp_path) as pool:
+        pool.resize([WorkerSettings("cpu", 1)])
+        assert run_job(pool, KeepJob(copies=(), postprocessing=Choices())) == Finished()
 
 
 def test_the_decoder_imports_nothing_from_the_current_folder(hostile: Path, tmp_path: Path) -> None:

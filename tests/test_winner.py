@@ -185,50 +185,49 @@ def test_every_refitted_trial_that_failed_leaves_the_best_of_the_others(study: F
     assert optunas_best(study.record)[0] == 3
 
 
-def database(study: FakeStudy) -> StudyDatabase:
-    return StudyDatabase(study.record)
+def update(study: FakeStudy) -> None:
+    OptunaView(study.record.paths).update()
 
 
 def test_optuna_keeps_its_trials_and_what_people_wrote_when_the_ranking_changes(study: FakeStudy) -> None:
-    database(study).catch_up()
+    update(study)
     url = sqlite_url(study.project.optuna_db)
     before = optuna.load_study(study_name="fake", storage=url)
     before.set_user_attr("note", "mine")
     refit(study)
-    database(study).show_ranking()
+    update(study)
     after = optuna.load_study(study_name="fake", storage=url)
     assert after.user_attrs == {"note": "mine"}
     assert [trial._trial_id for trial in after.trials] == [trial._trial_id for trial in before.trials]
     states = [trial.state.name for trial in after.trials]
     # Trial 3 is above the winner and was not fitted again: Optuna would take it for the best.
     assert states == ["COMPLETE", "COMPLETE", "COMPLETE", "PRUNED", "PRUNED"]
-    learned = [trial.user_attrs["search_value"] for trial in after.trials]
-    assert learned == [trial.value for trial in study.record.trials()]
+    assert after.trials[4].user_attrs["estimate"] == study.record.trial(4).value
+    assert after.trials[4].value is None
 
 
 def test_a_database_of_version_0_1_is_brought_up_to_date(study: FakeStudy) -> None:
-    """It has the estimate of a dropped trial as a value, and no attribute that the search learns from."""
-    database(study).catch_up()
+    """It shows the estimate of a pruned trial as a value."""
+    update(study)
     storage = optuna.storages.RDBStorage(sqlite_url(study.project.optuna_db))
     with storage.engine.begin() as connection:
-        connection.exec_driver_sql("DELETE FROM trial_user_attributes WHERE key = 'search_value'")
         connection.exec_driver_sql("UPDATE trials SET state = 'COMPLETE' WHERE number = 4")
         connection.exec_driver_sql(
             "INSERT INTO trial_values (trial_id, objective, value, value_type) "
             "SELECT trial_id, 0, 0.61, 'FINITE' FROM trials WHERE number = 4"
         )
     refit(study)
-    database(study).catch_up()
+    update(study)
     assert optunas_best(study.record)[0] == 2
     trial = optuna.load_study(study_name="fake", storage=sqlite_url(study.project.optuna_db)).trials[4]
-    assert (trial.state.name, trial.value, trial.user_attrs["search_value"]) == ("PRUNED", None, 0.61)
+    assert (trial.state.name, trial.value) == ("PRUNED", None)
 
 
 def test_a_trial_that_memory_changed_is_never_optunas_best(study: FakeStudy) -> None:
     import dataclasses
 
     study.record.write_trial(dataclasses.replace(study.record.trial(1), micro_batch=2))
-    database(study).catch_up()
+    update(study)
     assert optunas_best(study.record)[0] == study.record.standing().winner == 2
 
 
@@ -243,7 +242,7 @@ def test_equal_values_go_to_the_earlier_trial_in_optuna_too(tmp_path: Path) -> N
         study.end(trial)
     values = [trial.value for trial in study.record.trials()]
     assert len(set(values)) == 1
-    database(study).catch_up()
+    update(study)
     assert optunas_best(study.record)[0] == study.record.standing().winner == 0
 
 
@@ -270,7 +269,7 @@ class TestEqualConfigurations:
         text = " ".join(words.answer(study_rows(record)))
         assert "It is the default configuration: nothing better was found so far." in text
         assert "gains" not in text
-        database(twins).catch_up()
+        update(twins)
         assert optunas_best(record) == (0, record.trial(0).value)
 
     def test_a_copy_is_not_fitted_again(self, twins: FakeStudy) -> None:

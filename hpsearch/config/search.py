@@ -25,7 +25,7 @@ class StudySettings:
     """Per-image score whose mean is a trial's value."""
     seed: int = 0
     """Seed of folds, suggestions and fits."""
-    sampler: Literal["tpe", "random"] = "tpe"
+    sampler: Literal["tpe", "random", "cmaes", "gp"] = "tpe"
     """How configurations are suggested: by what trials have shown so far, or at random."""
     startup_trials: int = 10
     """Random trials before TPE models the space."""

@@ -15,22 +15,19 @@ from hpsearch.errors import WorkerError
 from hpsearch.search import failures, replicates
 from hpsearch.search.callbacks import StudyCallback
 from hpsearch.search.constant_predictions import ConstantWarnings
-from hpsearch.search.evaluation import Evaluation
+from hpsearch.search.evaluation import Evaluation, study_state
 from hpsearch.search.fit_jobs import fold_job
 from hpsearch.search.judging import Judge
 from hpsearch.search.ledger import Ledger
 from hpsearch.search.new_trials import next_trial, used_up
 from hpsearch.search.racing import Verdict
-from hpsearch.search.scheduler import Fit, MakeShortlist, StudyState, Suggest, next_action
+from hpsearch.search.scheduler import Fit, MakeShortlist, Suggest, next_action
 from hpsearch.search.stopping import Budget, Stop
 from hpsearch.store.record import (
     COUNTED,
     Outcome,
-    SecondRecord,
     StudyRecord,
     TrialRecord,
-    code_version,
-    now,
     remove_checkpoints,
 )
 from hpsearch.training.rows import EpochRow
@@ -108,7 +105,9 @@ class Coordinator:
     def next_job(self) -> Job | None:
         """Carry out what the scheduler says until that is a fit; None if nothing can begin now."""
         while not self._stop.is_requested:
-            match next_action(self._state()):
+            trials, pruner = self._ledger.trials, self._judge.pruner
+            state = study_state(self._record, trials, self._open.values(), pruner, self._has_shortlist)
+            match next_action(state):
                 case Fit(number, fold, replicate):
                     evaluation = self._open[number, replicate]
                     evaluation.running.add(fold)
@@ -144,23 +143,6 @@ class Coordinator:
             case Failed():
                 self._on_death(evaluation, job.fold, event.report)
 
-    def _state(self) -> StudyState:
-        pruner, study = self._judge.pruner, self._record.config.study
-        fits = [evaluation.open_fits() for evaluation in self._open.values()]
-        return StudyState(
-            n_folds=self._record.n_folds,
-            n_trials=study.trials,
-            n_counted=self.n_counted,
-            n_suggested=len(self._ledger.trials),
-            n_unused=self._record.n_unused(self._ledger.trials.values()),
-            has_complete=any(trial.can_win for trial in self._ledger.trials.values()),
-            open=tuple(each for each in fits if not each.replicate),
-            replicates=tuple(each for each in fits if each.replicate) if self._has_shortlist else None,
-            lookahead=study.lookahead,
-            folds_in_turn=pruner.is_sequential,
-            judges_any_fold=pruner.takes_any_fold,
-        )
-
     def _begin_trial(self) -> None:
         """Record the next enqueued or suggested trial, and open it if it is feasible."""
         trial, config, infeasible = next_trial(self._record, self._ledger.trials, self._plan)
@@ -187,20 +169,15 @@ class Coordinator:
         if text := used_up(self._record, self._ledger.trials):
             logger.info("%s", text)
             self._callback.message(text)
-        chosen = replicates.shortlist(self._record)
         self._has_shortlist = True
-        for number in chosen.trials if chosen is not None else ():
-            second = self._record.second(number)
-            if second is not None and second.outcome is not None:
-                continue
-            second = second or SecondRecord(trial=number, began_at=now(), code=code_version())
-            trial = self._ledger.trials[number]
+        for second in replicates.open_replicates(self._record):
+            trial = self._ledger.trials[second.trial]
             evaluation = Evaluation(self._record, trial, trial.study_config, second)
             self._open[evaluation.key] = evaluation
             self._ledger.write_replicate(second)
             self._end_if_finished(evaluation)
         if self._open:
-            self._report_replicates()
+            self._callback.replicating(*replicates.progress(self._record))
         else:
             replicates.remove_unneeded_networks(self._record)
 
@@ -227,19 +204,15 @@ class Coordinator:
         self._wake_views()
         self._end_if_finished(evaluation)
         if evaluation.replicate is not None:
-            self._report_replicates()
+            self._callback.replicating(*replicates.progress(self._record))
 
     def _on_death(self, evaluation: Evaluation, fold: int, failure: Failed) -> None:
         """Try the fit again from its checkpoint, unless this fold has ended its worker too often."""
         what, fit = f"{evaluation.name}, fold {fold}", evaluation.fit(fold)
         found, reason = failures.count_death(fit, fold, evaluation.failures, failure, what)
         self._callback.message(f"{what}: worker {failure.text}")
-        if evaluation.replicate is None:
-            evaluation.trial = dataclasses.replace(evaluation.trial, failures=found)
-            self._ledger.write(evaluation.trial)
-        else:
-            evaluation.replicate = dataclasses.replace(evaluation.replicate, failures=found)
-            self._ledger.write_replicate(evaluation.replicate)
+        evaluation.set_failures(found)
+        self._ledger.write_evaluation(evaluation)
         if fit.is_finished or evaluation.pruned is not None:
             self._end_if_finished(evaluation)
         elif reason:
@@ -267,17 +240,8 @@ class Coordinator:
 
     def _record_decision(self, evaluation: Evaluation, decision: Verdict) -> None:
         """Record a pruner's decision before anything follows from it."""
-        table = decision.to_dict()
-        # An epoch that was judged before a restart is not entered twice.
-        before = [
-            each
-            for each in evaluation.trial.decisions
-            if each["fold"] != decision.fold or each["epoch"] < decision.epoch
-        ]
-        evaluation.trial = dataclasses.replace(evaluation.trial, decisions=(*before, table))
+        evaluation.add_decision(decision)
         self._ledger.write(evaluation.trial)
-        if decision.drop:
-            evaluation.pruned = decision
 
     def _end(
         self,
@@ -315,18 +279,10 @@ class Coordinator:
             self._record_decision(evaluation, decision)
             self._end_if_finished(evaluation)
 
-    def _report_replicates(self) -> None:
-        chosen = self._record.shortlist()
-        assert chosen is not None
-        n_folds = self._record.n_folds
-        fits = [self._record.second_fit(number, fold) for number in chosen.trials for fold in range(n_folds)]
-        self._callback.replicating(chosen.trials, sum(fit.is_finished for fit in fits), len(fits))
-
     def _expected_epoch_s(self, job: FitJob) -> float | None:
         """Return the seconds that an epoch of a fit should take; None if its trial has ended."""
         evaluation = self._open.get((job.trial, job.replicate))
         if evaluation is None:
             return None
-        rows = evaluation.fit(job.fold).epochs()
-        longest = max((row["train_s"] + row["eval_s"] for row in rows), default=0.0)
-        return longest or self._plan.epoch_s(evaluation.config, len(job.train), len(job.held_out))
+        longest_s = evaluation.longest_epoch_s(job.fold)
+        return longest_s or self._plan.epoch_s(evaluation.config, len(job.train), len(job.held_out))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from hpsearch.config import StudyConfig
+from hpsearch.search.pruners import Pruner
 from hpsearch.search.racing import Verdict
-from hpsearch.search.scheduler import OpenFits
-from hpsearch.store.record import FitRecord, SecondRecord, StudyRecord, TrialRecord
+from hpsearch.search.scheduler import OpenFits, StudyState
+from hpsearch.store.record import COUNTED, FitRecord, SecondRecord, StudyRecord, TrialRecord
 
 
 @dataclass
@@ -72,3 +75,47 @@ class Evaluation:
         """Return the smallest part of a batch that memory forced and that changed the result; None if none did."""
         summaries = [self.fit(fold).summary() or {} for fold in range(self.study.n_folds)]
         return min((each["micro_batch"] for each in summaries if each.get("micro_batch")), default=None)
+
+    def set_failures(self, failures: dict[str, list[str]]) -> None:
+        """Enter the deaths of workers."""
+        if self.replicate is None:
+            self.trial = dataclasses.replace(self.trial, failures=failures)
+        else:
+            self.replicate = dataclasses.replace(self.replicate, failures=failures)
+
+    def add_decision(self, decision: Verdict) -> None:
+        """Enter a pruner's decision. An epoch that was judged before a restart is not entered twice."""
+        before = [
+            each for each in self.trial.decisions if each["fold"] != decision.fold or each["epoch"] < decision.epoch
+        ]
+        self.trial = dataclasses.replace(self.trial, decisions=(*before, decision.to_dict()))
+        if decision.drop:
+            self.pruned = decision
+
+    def longest_epoch_s(self, fold: int) -> float:
+        """Return the seconds of the longest epoch of a fit so far; 0 before its first."""
+        return max((row["train_s"] + row["eval_s"] for row in self.fit(fold).epochs()), default=0.0)
+
+
+def study_state(
+    record: StudyRecord,
+    trials: Mapping[int, TrialRecord],
+    evaluations: Iterable[Evaluation],
+    pruner: Pruner,
+    has_shortlist: bool,
+) -> StudyState:
+    """Return a running study as the scheduler sees it."""
+    fits = [evaluation.open_fits() for evaluation in evaluations]
+    return StudyState(
+        n_folds=record.n_folds,
+        n_trials=record.config.study.trials,
+        n_counted=sum(trial.outcome in COUNTED for trial in trials.values()),
+        n_suggested=len(trials),
+        n_unused=record.n_unused(trials.values()),
+        has_complete=any(trial.can_win for trial in trials.values()),
+        open=tuple(each for each in fits if not each.replicate),
+        replicates=tuple(each for each in fits if each.replicate) if has_shortlist else None,
+        lookahead=record.config.study.lookahead,
+        folds_in_turn=pruner.is_sequential,
+        judges_any_fold=pruner.takes_any_fold,
+    )

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 
 from hpsearch.search.callbacks import StudyCallback
+from hpsearch.search.evaluation import Evaluation
 from hpsearch.stats.best import rank
 from hpsearch.store.record import COUNTED, Outcome, SecondRecord, StudyRecord, TrialRecord, now, remove_networks
 
@@ -41,6 +42,13 @@ class Ledger:
         """Write a new replicate, or a changed one."""
         self._record.write_second(second)
         self._wake_views()
+
+    def write_evaluation(self, evaluation: Evaluation) -> None:
+        """Write what has changed in an open trial or replicate."""
+        if evaluation.replicate is None:
+            self.write(evaluation.trial)
+        else:
+            self.write_replicate(evaluation.replicate)
 
     def end_trial(
         self, trial: TrialRecord, outcome: Outcome, *, value: float | None, reason: str, constraint: float

@@ -11,7 +11,7 @@ import logging
 import numpy as np
 
 from hpsearch.report.statistics import select_for_confirmation
-from hpsearch.store.record import Shortlist, StudyRecord, remove_networks
+from hpsearch.store.record import SecondRecord, Shortlist, StudyRecord, code_version, now, remove_networks
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,17 @@ def shortlist(record: StudyRecord) -> Shortlist | None:
     return chosen
 
 
+def open_replicates(record: StudyRecord) -> list[SecondRecord]:
+    """Return the replicates that have not ended, in the order of the shortlist; new ones are not written yet."""
+    chosen = shortlist(record)
+    found = []
+    for number in chosen.trials if chosen is not None else ():
+        second = record.second(number) or SecondRecord(trial=number, began_at=now(), code=code_version())
+        if second.outcome is None:
+            found.append(second)
+    return found
+
+
 def is_over(record: StudyRecord) -> bool:
     """Return whether no replicate is left to fit once the search itself is over."""
     study = record.config.study
@@ -59,6 +70,14 @@ def is_over(record: StudyRecord) -> bool:
         and (stored.of, stored.count) == (complete, study.confirm)
         and all((second := record.second(number)) is not None and second.outcome for number in stored.trials)
     )
+
+
+def progress(record: StudyRecord) -> tuple[tuple[int, ...], int, int]:
+    """Return the trials on the shortlist, their refits that are finished, and all their refits."""
+    chosen = record.shortlist()
+    trials = chosen.trials if chosen is not None else ()
+    fits = [record.second_fit(number, fold) for number in trials for fold in range(record.n_folds)]
+    return trials, sum(fit.is_finished for fit in fits), len(fits)
 
 
 def remove_unneeded_networks(record: StudyRecord) -> None:

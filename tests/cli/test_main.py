@@ -109,12 +109,12 @@ def test_status_names_the_next_step(tmp_path: Path, capsys: pytest.CaptureFixtur
         return capsys.readouterr().out
 
     study.trial()
-    assert f"go on with it: hpsearch study --study fake --out {tmp_path}\n" in said()
+    assert f"go on with it: hpsearch study --study fake --out {tmp_path}\n" in message()
     for _ in range(5):
         study.trial("dropped")
-    assert f"next: hpsearch final --best --study fake --out {tmp_path}\n" in said()
+    assert f"next: hpsearch final --best --study fake --out {tmp_path}\n" in message()
     study.final(0)
-    assert "hpsearch" not in said()
+    assert "hpsearch" not in message()
 
 
 def test_an_unknown_setting_lists_the_known_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,9 +2,7 @@ from __future__ import annotations
 
 import shutil
 import signal
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -20,6 +18,7 @@ from hpsearch.search.status import study_status
 from hpsearch.search.stopping import Stop
 from hpsearch.store import lock
 from hpsearch.store.record import StudyRecord
+from hpsearch.training.rows import EpochRow
 from tests.search.in_process import workers_in_process
 from tests.search.studies import run, tiny_config, write_tiny_dataset
 
@@ -110,9 +109,9 @@ class _StopAfterAnEpoch(NullCallback):
         self._stop = stop
         self.left_s: list[float | None] = []
 
-    def epoch_ended(self, trial: int, fold: int, row: Mapping[str, Any]) -> None:
+    def epoch_ended(self, trial: int, fold: int, row: EpochRow) -> None:
         self.left_s.append(self._stop.epoch_left_s())
-        self.epoch_s = row["train_s"] + row["eval_s"]
+        self.epoch_s = row.train_s + row.eval_s
         self._stop.request()
 
 

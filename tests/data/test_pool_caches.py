@@ -123,10 +123,11 @@ def test_sizes_of_a_range_are_cached_when_a_trial_wants_them(
     caches = PoolCaches(config, tmp_path)
     caches.prepare_listed(config)
     assert sizes_in(tmp_path) == [(32, 32)]
-    assert set(caches.job(config.with_params({}))) == {"cache"}
-    job = caches.job(config.with_params({"data.size": 17}))
+    assert caches.paths(config.with_params({}))[1] is None
+    _, truth = caches.paths(config.with_params({"data.size": 17}))
     assert sizes_in(tmp_path) == [(17, 17), (32, 32)]
-    assert Index.read(Path(job["truth"])).preparation.height == 32
+    assert truth is not None
+    assert Index.read(truth).preparation.height == 32
 
 
 def test_a_search_of_sizes_without_a_size_to_score_at_says_what_to_set(dataset: Path) -> None:

@@ -9,12 +9,12 @@ import contextlib
 import json
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -23,36 +23,39 @@ from hpsearch.data.decode_pool import Decoders
 from hpsearch.paths import ProjectPaths
 from hpsearch.store.record import StudyRecord
 from hpsearch.study import StudySummary
-from hpsearch.workers import process as worker
-from hpsearch.workers.local_pool import Worker, Workers, WorkerSettings
+from hpsearch.workers import fit_task, process
+from hpsearch.workers.jobs import Job
+from hpsearch.workers.local_pool import LocalPool, LocalWorker
 from hpsearch.workers.plan import ExecutionPlan
+from hpsearch.workers.pool import Worker, WorkerSettings
 from tests.conftest import draw_quickly
 from tests.data.conftest import share_decoder
 from tests.search.studies import run
 
+JobT = TypeVar("JobT")
 PLAN = ExecutionPlan(device="cpu", precision="float32", workers=(WorkerSettings(),), memory_bytes=2**33)
 
 
 @dataclass
 class Watched:
-    """What the coordinator told its workers, and with which arguments they called `fit`; both in order."""
+    """The jobs that workers were given, and the arguments with which they called `fit`; both in order."""
 
-    jobs: list[dict[str, Any]] = field(default_factory=list)
+    jobs: list[Job] = field(default_factory=list)
     fits: list[dict[str, Any]] = field(default_factory=list)
 
-    def of(self, kind: str) -> list[dict[str, Any]]:
-        """The jobs of one kind: `fit`, `choose`, ..."""
-        return [job for job in self.jobs if job["job"] == kind]
+    def of(self, cls: type[JobT]) -> list[JobT]:
+        """Return the jobs of one class."""
+        return [job for job in self.jobs if isinstance(job, cls)]
 
 
 @contextmanager
 def workers_in_process() -> Iterator[Watched]:
     """For the block, every worker is a thread of this process that does real jobs."""
     watched = Watched()
-    submit, fit = Workers.submit, worker.fit
+    submit, fit = LocalPool.submit, fit_task.fit
 
-    def submit_and_note(self: Workers, to: Worker, job: Mapping[str, Any]) -> None:
-        watched.jobs.append(dict(job))
+    def submit_and_note(self: LocalPool, to: Worker, job: Job) -> None:
+        watched.jobs.append(job)
         submit(self, to, job)
 
     def fit_and_note(**arguments: Any) -> Any:
@@ -62,9 +65,9 @@ def workers_in_process() -> Iterator[Watched]:
     with pytest.MonkeyPatch.context() as patch, Decoders(2) as decoders:
         share_decoder(decoders, patch)
         draw_quickly(patch)
-        patch.setattr(Workers, "_start", _start)
-        patch.setattr(Workers, "submit", submit_and_note)
-        patch.setattr(worker, "fit", fit_and_note)
+        patch.setattr(LocalPool, "_start", _start)
+        patch.setattr(LocalPool, "submit", submit_and_note)
+        patch.setattr(fit_task, "fit", fit_and_note)
         yield watched
 
 
@@ -105,15 +108,12 @@ class _Thread:
         def send(message: dict[str, Any]) -> None:
             connection.send_bytes(json.dumps(message).encode())
 
-        def hear() -> dict[str, Any]:
+        def receive() -> dict[str, Any]:
             message: dict[str, Any] = json.loads(connection.recv_bytes())
             return message
 
-        session = worker.Session(self._settings.device, self._settings.threads, send, hear)
         try:
-            send({"event": "ready"})
-            while True:
-                session.do(hear())
+            process.serve(self._settings, send, receive)
         except (EOFError, OSError):
             # The coordinator is gone.
             pass
@@ -123,7 +123,7 @@ class _Thread:
             self._socket.close()
 
 
-def _start(self: Workers, index: int, settings: WorkerSettings) -> Worker:
+def _start(self: LocalPool, index: int, settings: WorkerSettings) -> LocalWorker:
     ours, theirs = socket.socketpair()
-    process: Any = _Thread(theirs, settings)
-    return Worker(index, settings, process, Connection(ours.detach()), self._log_folder / f"worker{index}.log")
+    thread: Any = _Thread(theirs, settings)
+    return LocalWorker(index, settings, thread, Connection(ours.detach()), self._log_folder / f"worker{index}.log")

@@ -12,8 +12,10 @@ from hpsearch.search import autotune as planning
 from hpsearch.search.autotune import MachineChoice, choose_sharing, fastest_alone, make_plan, plan_for_one_fit
 from hpsearch.store.record import StudyRecord
 from hpsearch.workers import plan as plans
-from hpsearch.workers.local_pool import Workers, WorkerSettings
+from hpsearch.workers.jobs import Finished, Job, MeasuredStep, Measurement, Rate, RateJob
+from hpsearch.workers.local_pool import LocalPool
 from hpsearch.workers.plan import ExecutionPlan
+from hpsearch.workers.pool import WorkerSettings
 from tests.search.studies import run, tiny_config, write_tiny_dataset
 
 GIB = 2**30
@@ -34,18 +36,18 @@ class FakeRecord:
 
 
 class FakeCaches:
-    def job(self, config: StudyConfig) -> dict[str, str]:
-        return {"cache": "somewhere"}
+    def paths(self, config: StudyConfig) -> tuple[Path, Path | None]:
+        return Path("somewhere"), None
 
 
-class FakeWorkers(Workers):
+class FakePool(LocalPool):
     """Notes which workers were wanted; starts none."""
 
     def __init__(self) -> None:
         super().__init__(Path())
         self.wanted: list[list[WorkerSettings]] = []
 
-    def become(self, settings: Sequence[WorkerSettings]) -> None:
+    def resize(self, settings: Sequence[WorkerSettings]) -> None:
         self.wanted.append(list(settings))
 
 
@@ -62,20 +64,26 @@ class Machine:
     ) -> None:
         self.rates = rates
         self.step_s = 0.05
-        self.found = {"device": device, "n_devices": n_devices, "memory_bytes": memory_bytes, "precision": "bf16"}
+        self.found = Measurement(
+            device=device,
+            n_devices=n_devices,
+            memory_bytes=memory_bytes,
+            precision="bf16",
+            steps=(MeasuredStep(10**9, 1e-3, 5e-4),),
+            machine={"torch": "2.15"},
+        )
         self.threads: list[tuple[int, int]] = []
         """Workers and threads per worker in the order in which they were watched."""
 
-    def do(self, workers: Workers, job: Mapping[str, Any], **_: Any) -> dict[str, Any]:
-        steps = [{"flops": 10**9, "train_s": 1e-3, "eval_s": 5e-4}]
-        return {"event": "finished", **self.found, "steps": steps, "machine": {"torch": "2.15"}}
+    def run_job(self, pool: LocalPool, job: Job, **_: Any) -> Finished:
+        return Finished(self.found)
 
-    def do_each(self, workers: Workers, jobs: Sequence[Mapping[str, Any]], **_: Any) -> list[dict[str, Any]] | None:
-        if jobs[0]["end"] == 0.0:
-            return [{"step_s": self.step_s}] * len(jobs)
-        self.threads.append((len(jobs), jobs[0]["threads"]))
+    def run_jobs_together(self, pool: LocalPool, jobs: Sequence[RateJob], check: object) -> list[Rate] | None:
+        if jobs[0].end == 0.0:
+            return [Rate(0.0, self.step_s)] * len(jobs)
+        self.threads.append((len(jobs), jobs[0].threads))
         rate = self.rates.get(self.threads[-1], self.rates.get(len(jobs)))
-        return None if rate is None else [{"images_per_s": rate / len(jobs)}] * len(jobs)
+        return None if rate is None else [Rate(rate / len(jobs), self.step_s)] * len(jobs)
 
 
 MakePlan = Callable[..., tuple[ExecutionPlan, Machine]]
@@ -89,11 +97,11 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> MakePlan:
         machine: Machine, choice: MachineChoice | None = None, *overrides: str, cores: int = 2
     ) -> tuple[ExecutionPlan, Machine]:
         monkeypatch.setattr(planning, "available_cores", lambda: cores)
-        monkeypatch.setattr(planning, "do", machine.do)
-        monkeypatch.setattr(planning, "do_each", machine.do_each)
+        monkeypatch.setattr(planning, "run_job", machine.run_job)
+        monkeypatch.setattr(planning, "run_jobs_together", machine.run_jobs_together)
         record = FakeRecord(tiny_config(Path("data"), *overrides))
         plan = make_plan(
-            cast("StudyRecord", record), cast("PoolCaches", FakeCaches()), choice or MachineChoice(), FakeWorkers()
+            cast("StudyRecord", record), cast("PoolCaches", FakeCaches()), choice or MachineChoice(), FakePool()
         )
         assert record.written == plan.to_dict()
         return plan, machine
@@ -197,7 +205,7 @@ def test_a_stored_plan_keeps_its_threads_when_one_worker_is_wanted(planned: Make
     record.write_plan(stored.to_dict())
     caches = cast("PoolCaches", FakeCaches())
     for choice in (MachineChoice("cpu", 1), MachineChoice("cpu", 2), MachineChoice()):
-        plan = make_plan(cast("StudyRecord", record), caches, choice, FakeWorkers())
+        plan = make_plan(cast("StudyRecord", record), caches, choice, FakePool())
         assert set(plan.workers) == {WorkerSettings("cpu", 1)}
 
 
@@ -208,7 +216,7 @@ def test_a_final_that_is_given_threads_leaves_the_studys_plan_as_it_is(planned: 
 
     def workers_of(choice: MachineChoice) -> tuple[WorkerSettings, ...]:
         return plan_for_one_fit(
-            cast("StudyRecord", record), cast("PoolCaches", FakeCaches()), choice, FakeWorkers()
+            cast("StudyRecord", record), cast("PoolCaches", FakeCaches()), choice, FakePool()
         ).workers
 
     assert workers_of(MachineChoice()) == (WorkerSettings("cpu", 2),)

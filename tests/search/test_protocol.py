@@ -30,14 +30,14 @@ from hpsearch.paths import ProjectPaths
 from hpsearch.report.claims import Claims
 from hpsearch.report.rows import study_rows
 from hpsearch.search import pruners
-from hpsearch.search.coordinator import fit_seed
+from hpsearch.search.fit_jobs import fit_seed, replicate_seed
 from hpsearch.search.racing import TrialScores
-from hpsearch.search.replicates import second_seed
 from hpsearch.store.record import StudyRecord, load_array
 from hpsearch.training import loop
 from hpsearch.training.checkpoint import load_checkpoint, load_weights
 from hpsearch.training.evaluation import Evaluation, evaluate
-from hpsearch.workers import process as worker
+from hpsearch.workers import fit_task
+from hpsearch.workers.jobs import FitJob, ScoreJob, SelectPostprocessingJob
 from tests.data.conftest import tiny_pairs, write_pairs
 from tests.search.in_process import Watched, run_planned, workers_in_process
 from tests.search.studies import tiny_config
@@ -141,14 +141,14 @@ def test_every_configuration_is_fitted_to_each_fold_twice(seen: Run) -> None:
 
 
 def test_no_fit_is_trained_on_an_image_that_scores_it(seen: Run) -> None:
-    jobs = seen.watched.of("fit")[: len(seen.fits)]
+    jobs = seen.watched.of(FitJob)[: len(seen.fits)]
     for job, fit in zip(jobs, seen.fits, strict=True):
         train, held_out = fit["train_indices"].tolist(), fit["held_out_indices"].tolist()
-        assert (train, held_out) == (job["train"], job["held_out"])
+        assert (train, held_out) == (list(job.train), list(job.held_out))
         assert len(set(train)) == len(train)
         assert set(train).isdisjoint(held_out)
         assert set(train) | set(held_out) == POOL
-        assert held_out == seen.record.folds.held_out(job["fold"]).tolist()
+        assert held_out == seen.record.folds.held_out(job.fold).tolist()
     for second in (False, True):
         for trial in range(3):
             held_out = [
@@ -160,14 +160,14 @@ def test_no_fit_is_trained_on_an_image_that_scores_it(seen: Run) -> None:
 
 
 def test_every_fit_has_the_configuration_of_its_trial(seen: Run) -> None:
-    jobs = seen.watched.of("fit")
+    jobs = seen.watched.of(FitJob)
     assert len({trial.params["train.lr"] for trial in seen.record.trials()}) == 3
     for job, fit in zip(jobs, (*seen.fits, *seen.final_fits), strict=False):
-        config = seen.record.trial(job["trial"]).study_config
+        config = seen.record.trial(job.trial).study_config
         assert (fit["model_config"], fit["train"], fit["augment"]) == (config.unet, config.train, config.augment)
         assert (fit["size"], fit["eval_size"], fit["metric"]) == ((32, 32), (32, 32), "dice")
         assert (fit["in_channels"], fit["stretch"], fit["micro_batch"]) == (3, True, None)
-    assert {job["trial"] for job in jobs[len(seen.fits) :]} == {seen.final.trial.number}
+    assert {job.trial for job in jobs[len(seen.fits) :]} == {seen.final.trial.number}
 
 
 def test_images_are_normalised_by_those_trained_on(seen: Run) -> None:
@@ -191,7 +191,9 @@ def test_no_two_fits_of_a_study_share_a_seed(seen: Run) -> None:
 
 def test_all_fits_of_a_study_with_another_seed_have_other_seeds(seen: Run, config: StudyConfig) -> None:
     other = dataclasses.replace(config, study=dataclasses.replace(config.study, seed=1))
-    seeds = {seed(other, trial, fold) for seed in (fit_seed, second_seed) for trial in range(3) for fold in range(3)}
+    seeds = {
+        seed(other, trial, fold) for seed in (fit_seed, replicate_seed) for trial in range(3) for fold in range(3)
+    }
     assert seeds.isdisjoint(fit["seed"] for fit in seen.fits)
     assert [fit["seed"] for fit in seen.final_fits] == [stable_seed(0, "final", index) for index in range(2)]
 
@@ -244,32 +246,32 @@ def test_the_second_networks_of_the_two_best_are_kept_and_no_others(seen: Run) -
 
 def test_choices_are_made_on_images_that_no_network_asked_has_been_trained_on(seen: Run) -> None:
     record, trial = seen.record, seen.final.trial.number
-    (job,) = seen.watched.of("choose")
+    (job,) = seen.watched.of(SelectPostprocessingJob)
     assert seen.final.chosen is not None
     assert seen.final.chosen.n_images == len(POOL)
     trained_on = {str(fit["paths"].weights): set(fit["train_indices"].tolist()) for fit in seen.fits}
-    assert len(job["networks"]) == 3
-    for fold, network in enumerate(job["networks"]):
-        assert network["held_out"] == record.folds.held_out(fold).tolist()
+    assert len(job.networks) == 3
+    for fold, network in enumerate(job.networks):
+        assert list(network.held_out) == record.folds.held_out(fold).tolist()
         second, first = (fit_of(trial, fold).paths.weights for fit_of in (record.second_fit, record.fit))
-        assert (network["weights"], network["other"]) == (str(second.absolute()), str(first.absolute()))
-        for weights in (network["weights"], network["other"]):
-            assert trained_on[weights] == POOL - set(network["held_out"])
+        assert (network.weights, network.other) == (second.absolute(), first.absolute())
+        for weights in (network.weights, network.other):
+            assert trained_on[str(weights)] == POOL - set(network.held_out)
 
 
 def test_the_final_is_trained_on_the_whole_pool_and_scored_on_the_test_split(seen: Run) -> None:
     assert [sorted(fit["train_indices"].tolist()) for fit in seen.final_fits] == [sorted(POOL)] * 2
     assert [len(fit["held_out_indices"]) for fit in seen.final_fits] == [0, 0]
-    pool = open_cache(Path(seen.watched.of("fit")[-1]["cache"])).ids
-    scored = {job["cache"] for job in seen.watched.of("score")}
-    (test,) = (open_cache(Path(cache)).ids for cache in scored)
+    pool = open_cache(seen.watched.of(FitJob)[-1].caches.images).ids
+    scored = {job.caches.images for job in seen.watched.of(ScoreJob)}
+    (test,) = (open_cache(cache).ids for cache in scored)
     assert len(test) == 4
     assert set(pool).isdisjoint(test)
     for index, fit in enumerate(seen.final_fits):
         model, _ = load_weights(fit["paths"].weights)
         expected = evaluate(
             model,
-            DeviceData(open_cache(Path(*scored))),
+            DeviceData(open_cache(*scored)),
             np.arange(4),
             normalization=fit["normalization"],
             size=(32, 32),
@@ -311,7 +313,7 @@ def test_a_fit_in_parts_of_batches_that_changed_the_result_cannot_win(
     config: StudyConfig, tmp_path: Path, second: bool
 ) -> None:
     """Where memory suffices for two images at once in one fold of trial 1: of its first fits, or of its second."""
-    fit = worker.fit
+    fit = fit_task.fit
     project = ProjectPaths(tmp_path)
     trial = project.study("tiny").trial(1)
     short_of_memory = (trial.second_fold(2) if second else trial.fold(2)).root.absolute()
@@ -323,7 +325,7 @@ def test_a_fit_in_parts_of_batches_that_changed_the_result_cannot_win(
 
     changed = dataclasses.replace(config.study, allow_microbatch=True)
     with workers_in_process(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "fit", fit_within_memory)
+        patch.setattr(fit_task, "fit", fit_within_memory)
         patch.setattr(loop, "evaluate", FallingScores())
         record = run_planned(tmp_path, dataclasses.replace(config, study=changed)).record
     assert [each.outcome for each in record.trials()] == ["full"] * 3

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hpsearch.search.scheduler import (
+    Action,
+    Done,
+    Fit,
+    MakeShortlist,
+    OpenFits,
+    StudyState,
+    Suggest,
+    Wait,
+    next_action,
+)
+
+NEW = StudyState(n_folds=3, n_trials=4, n_counted=0, n_suggested=0, n_unused=None, has_complete=False)
+"""A study that has just begun."""
+RACING = replace(NEW, n_counted=2, n_suggested=2, has_complete=True)
+OVER = replace(NEW, n_counted=4, n_suggested=4, has_complete=True)
+
+
+def fits(trial: int, finished: tuple[int, ...] = (), running: tuple[int, ...] = (), replicate: int = 0) -> OpenFits:
+    return OpenFits(trial, replicate, frozenset(finished), frozenset(running))
+
+
+def simulate(state: StudyState, n_workers: int) -> list[Action]:
+    """Run a study in which every fit takes one round and no trial is pruned, and return the actions."""
+    found: list[Action] = []
+    while True:
+        started: list[Fit] = []
+        while len(started) < n_workers:
+            action = next_action(state)
+            if isinstance(action, Fit):
+                started.append(action)
+                running = tuple(
+                    replace(each, running=each.running | {action.fold})
+                    if (each.trial, each.replicate) == (action.trial, action.replicate)
+                    else each
+                    for each in (*state.open, *(state.replicates or ()))
+                )
+                state = _with(state, running)
+            elif isinstance(action, Suggest):
+                state = replace(state, n_suggested=state.n_suggested + 1, open=(*state.open, fits(state.n_suggested)))
+            elif isinstance(action, MakeShortlist):
+                state = replace(state, replicates=(fits(1, replicate=1), fits(0, replicate=1)))
+            else:
+                break
+            found.append(action)
+        if not started:
+            return found
+        ended = tuple(
+            replace(each, finished=each.finished | each.running, running=frozenset())
+            for each in (*state.open, *(state.replicates or ()))
+        )
+        left = tuple(each for each in ended if len(each.finished) < state.n_folds)
+        n_complete = sum(len(each.finished) == state.n_folds and not each.replicate for each in ended)
+        state = _with(state, left)
+        state = replace(state, n_counted=state.n_counted + n_complete, has_complete=state.n_counted + n_complete > 0)
+
+
+def _with(state: StudyState, all_fits: tuple[OpenFits, ...]) -> StudyState:
+    return replace(
+        state,
+        open=tuple(each for each in all_fits if not each.replicate),
+        replicates=tuple(each for each in all_fits if each.replicate) if state.replicates is not None else None,
+    )
+
+
+def test_a_study_begins_with_a_suggestion() -> None:
+    assert next_action(NEW) == Suggest()
+
+
+def test_one_worker_fits_the_folds_of_a_trial_one_after_another() -> None:
+    expected = [Suggest(), Fit(0, 0), Fit(0, 1), Fit(0, 2), Suggest(), Fit(1, 0)]
+    assert simulate(NEW, 1)[:6] == expected
+
+
+def test_every_fold_of_every_trial_and_replicate_is_fitted_once() -> None:
+    for n_workers in (1, 2, 5, 20):
+        for folds_in_turn in (True, False):
+            found = [
+                each
+                for each in simulate(replace(NEW, folds_in_turn=folds_in_turn), n_workers)
+                if isinstance(each, Fit)
+            ]
+            trials = [(trial, fold, 0) for trial in range(4) for fold in range(3)]
+            refits = [(trial, fold, 1) for trial in range(2) for fold in range(3)]
+            assert sorted((each.trial, each.fold, each.replicate) for each in found) == sorted(trials + refits)
+
+
+def test_all_workers_fit_the_first_trial_until_it_is_complete() -> None:
+    state = replace(NEW, n_suggested=1, open=(fits(0, running=(0,)),))
+    assert next_action(state) == Fit(0, 1)
+    assert next_action(replace(state, judges_any_fold=False)) == Suggest()
+
+
+def test_a_trial_that_nobody_fits_comes_before_a_new_one() -> None:
+    state = replace(RACING, n_suggested=4, open=(fits(2, running=(0,)), fits(3, finished=(0,))))
+    assert next_action(state) == Fit(3, 1)
+
+
+def test_a_trial_with_a_finished_fold_is_helped_when_no_trial_is_left_to_begin() -> None:
+    state = replace(RACING, n_suggested=4, open=(fits(2, running=(0,)), fits(3, finished=(0,), running=(1,))))
+    assert next_action(state) == Fit(3, 2)
+    assert next_action(replace(state, lookahead=2)) == Wait()
+
+
+def test_without_a_race_every_open_trial_is_helped() -> None:
+    state = replace(RACING, n_suggested=4, folds_in_turn=False, open=(fits(2, running=(0,)), fits(3, running=(0,))))
+    assert next_action(state) == Fit(2, 1)
+
+
+def test_a_pruned_trial_is_not_helped_and_only_a_complete_fold_of_it_is_finished() -> None:
+    pruned = replace(fits(2), is_pruned=True)
+    assert next_action(replace(OVER, n_counted=3, open=(pruned,))) == Wait()
+    assert next_action(replace(OVER, n_counted=3, open=(replace(pruned, resumable=1),))) == Fit(2, 1)
+
+
+def test_a_used_up_space_ends_the_search() -> None:
+    assert next_action(replace(RACING, n_unused=1)) == Suggest()
+    assert next_action(replace(RACING, n_unused=0)) == MakeShortlist()
+
+
+def test_open_trials_count_toward_the_trials_wanted() -> None:
+    state = replace(RACING, n_suggested=4, open=(fits(2, running=(0,)), fits(3, running=(0,))))
+    assert not state.wants_trials
+    assert replace(state, n_trials=5).wants_trials
+
+
+def test_with_a_lookahead_a_suggestion_waits_for_the_trials_that_it_learns_from() -> None:
+    state = replace(
+        RACING, lookahead=2, n_suggested=5, n_trials=9, open=(fits(3, running=(0,)), fits(4, running=(0,)))
+    )
+    assert next_action(state) == Wait()
+    assert next_action(replace(state, open=(fits(4, running=(0,)),))) == Suggest()
+
+
+def test_replicates_come_when_every_trial_has_ended() -> None:
+    waiting = replace(OVER, n_counted=3, open=(fits(3, running=(2,), finished=(0, 1)),))
+    assert next_action(waiting) == Wait()
+    assert next_action(OVER) == MakeShortlist()
+
+
+def test_replicates_are_fitted_in_the_order_of_the_shortlist() -> None:
+    listed = (fits(2, replicate=1, running=(0, 1, 2)), fits(0, replicate=1, finished=(0,)))
+    assert next_action(replace(OVER, replicates=listed)) == Fit(0, 1, replicate=1)
+    assert next_action(replace(OVER, replicates=listed[:1])) == Wait()
+    assert next_action(replace(OVER, replicates=())) == Done()
