@@ -68,7 +68,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def head(self, status: int, headers: dict[str, str]) -> None:
         self.send_response(status)
-        for name, value in {**headers, **self.mirror.headers}.items():
+        # Announced, because a client that reused the connection would race with its end.
+        for name, value in {"Connection": "close", **headers, **self.mirror.headers}.items():
             if value:
                 self.send_header(name, value)
         self.end_headers()
