@@ -446,8 +446,14 @@ def read_json(path: Path) -> Any:
 
 
 def sha256_text(text: str) -> str:
-    """SHA-256 of the UTF-8 of `text`, in hexadecimal."""
+    """Return the SHA-256 of `text` as UTF-8, in hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def append_line(path: Path, line: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from hpsearch.data.config import DataConfig
 from hpsearch.data.layouts import Split, without_ending
 from hpsearch.errors import ConfigError, DatasetError, RecordError
+from hpsearch.paths import sha256_text
 from hpsearch.user_files import name_key, read_text, user_path
 
 AUGMENTATION, AUGMENTED_GROUPS = "augmentation.json", "groups.csv"
@@ -238,5 +238,4 @@ def _fixed(ids: Sequence[str], splits: Sequence[Split], units: Sequence[int], se
 
 
 def _digest(table: Mapping[str, Any]) -> str:
-    text = json.dumps(table, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return sha256_text(json.dumps(table, sort_keys=True, separators=(",", ":")))
