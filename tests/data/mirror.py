@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 Behaviour = Callable[["Handler", bytes], None]
 """Answers one GET for these bytes."""
@@ -88,7 +89,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         *,
         status: int | None = None,
         content_range: str | None = None,
-        length: int | None = None,
+        length: int | Literal[""] | None = None,
     ) -> None:
         """Answer as a server should that begins at `begin`, but with this `body`, and what else is given."""
         status = status or (206 if begin else 200)

@@ -124,6 +124,16 @@ def test_a_wrong_range_is_discarded_and_the_whole_file_requested(mirror, tmp_pat
     assert [asked for _, asked in mirror.gets()] == ["", "bytes=1000-", ""]
 
 
+def test_a_rest_of_unknown_length_that_ends_early_is_continued(mirror, tmp_path):
+    def ends_early(handler: Handler, content: bytes) -> None:
+        handler.answer(content, 1000, content[1000:3000], length="")
+
+    mirror.behaviours.extend([breaks_off_after(1000), ends_early])
+    fetch(mirror, tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == CONTENT
+    assert [asked for _, asked in mirror.gets()] == ["", "bytes=1000-", "bytes=3000-"]
+
+
 def test_part_that_nobody_asked_for_is_not_taken(mirror, tmp_path):
     mirror.behaviours.append(lambda handler, content: handler.answer(content, 0, content, status=206))
     fetch(mirror, tmp_path / "file")
