@@ -346,3 +346,7 @@ def test_duplicates_planted_among_real_images_are_found_and_nothing_else():
     assert sum(right) / len(right) >= 0.95
     known = {frozenset(known_pair) for known_pair in KNOWN_PAIRS} - {frozenset(p) for p in names(pairs)}
     assert not {found for found in known if found <= set(ids)}
+
+
+def test_a_group_is_named_after_its_smallest_id_in_any_order():
+    assert groups_of([pair("c", "a")], ["c", "b", "a"]) == {"a": "a", "b": "b", "c": "a"}
