@@ -128,7 +128,9 @@ def unpack(path: Path, folder: Path, report: Step) -> None:
             )
         try:
             for name, info in files.items():
-                _write(work / name, _content(archive, info))
+                with _damage_named(name):
+                    content = archive.read(info)
+                _write(work / name, content)
                 done += info.file_size
                 report(done, total)
             work.replace(folder)
@@ -268,11 +270,6 @@ def _files(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
         raise DatasetError(f"{path} holds no files; remove the archive")
     has_top = len({parts[0] for parts in names}) == 1 and all(len(parts) > 1 for parts in names)
     return {"/".join(parts[has_top:]): info for parts, info in names.items()}
-
-
-def _content(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
-    with _damage_named(info.filename):
-        return archive.read(info)
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import requests
 import urllib3
@@ -22,7 +21,6 @@ from hpsearch.paths import read_json, storage_error, write_json
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 Report = Callable[[int, int], None]
 """Progress callback, called with (bytes on disk, bytes of the whole file)."""
 
@@ -87,12 +85,11 @@ class Downloader:
 
     def size(self, url: str) -> int | None:
         """Return the file's size in bytes, None if the server does not tell it. DatasetError if there is no file."""
-
-        def attempt() -> int | None:
+        try:
             with self._request("HEAD", url, {}) as response:
-                return None if response.status_code in (405, 501) else _content_length(response)
-
-        return self._retry(url, attempt, lambda: 0)
+                return _content_length(response) if response.status_code == 200 else None
+        except _RetryableError:
+            return None
 
     def download(self, url: str, path: Path, report: Report) -> None:
         """Write the file at `url` to `path`. An incomplete file is kept, and the next call continues it.
@@ -103,7 +100,7 @@ class Downloader:
         part = part_of(path)
         note = path.with_name(f"{path.name}.part.json")
         try:
-            version = self._retry(url, lambda: self._receive(url, part, note, report), lambda: _size(part))
+            version = self._receive_all(url, part, note, report)
             if version.md5 and _md5(part) != version.md5:
                 part.unlink()
                 raise DamagedFileError("its MD5 is not the one that the server announced")
@@ -112,16 +109,16 @@ class Downloader:
         except OSError as error:
             raise storage_error(path, error) from error
 
-    def _retry(self, url: str, attempt: Callable[[], T], n_bytes: Callable[[], int]) -> T:
-        """Return what `attempt` returns. Repeat it while it raises _RetryableError and retries are left."""
+    def _receive_all(self, url: str, part: Path, note: Path, report: Report) -> _Version:
+        """Repeat `_receive` until `part` is complete. DatasetError if no retries are left."""
         policy, furthest = self._policy, 0
         while True:
             try:
-                return attempt()
+                return self._receive(url, part, note, report)
             except _RetryableError as error:
                 logger.warning("%s: %s; retrying", url, error)
-                if n_bytes() > furthest:
-                    policy, furthest = self._policy, n_bytes()
+                if _size(part) > furthest:
+                    policy, furthest = self._policy, _size(part)
                     continue
                 try:
                     policy = policy.increment(error=error)
