@@ -21,6 +21,23 @@
 Any other exception is a fault in `hpsearch` and keeps its traceback.
 """
 
+import struct
+import zipfile
+import zlib
+
+ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    ValueError,
+    OverflowError,
+    OSError,
+)
+"""Exceptions that `zipfile`, and numpy for .npz files, raise on damaged bytes."""
+
 
 class HpsearchError(Exception):
     """Base of all errors that end as one line on the terminal."""

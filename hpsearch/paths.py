@@ -1,25 +1,25 @@
-"""Names every file that hpsearch writes, and writes them whole or not at all.
+"""Name every file that hpsearch writes, and write files atomically.
 
 OUT/
   hpsearch.db   mlflow.db   mlruns/         Optuna's and MLflow's, brought up to date from the record
-  test-looks.jsonl                          every scoring of a test set
+  test-looks.jsonl                          every evaluation of a test set
   cache/<key>/                              decoded images, shared by all studies
   studies/<name>/                           the record of one study
     study.toml   plan.json   folds.json     settings, execution plan, fold of every image
     study.lock   holder.json   study.log    who runs it; one line per event
-    confirmation.json                       the configurations that are fitted once more, and of which it was chosen
+    confirmation.json                       the refitted top candidates and the selection among them
     trials/0007/
       trial.json                            params, outcome, value, decisions
       taken.json                            only from version 0.1: the trial that continued this one elsewhere
-      second.json   second2/                once more with other seeds: how that went, one fit of it
+      second.json   second2/                the refit with other seeds: its result, one of its fits
       fold2/                                one fit
         epochs.jsonl                        one line per epoch
         scores.npy                          (epochs, held-out images) float32, the study's metric
         counts.npy                          (held-out images, 4) int64: tp, fp, fn, tn after the last epoch
         examples.npz                        a few held-out predictions for the panels
-        last.pt   previous.pt   best.pt     checkpoints, gone when the fit is done (best.pt stays)
+        last.pt   previous.pt   best.pt     checkpoints, removed after the fit (best.pt stays)
         weights.safetensors                 the network after the last epoch
-        fit.json                            appears last: the fit is finished
+        fit.json                            written last: the fit is complete
     final/<run>/                            a retrained configuration, its test scores and model
 """
 
@@ -49,11 +49,11 @@ _CHECKSUM = "sha256"
 _REFUSALS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.ESTALE}
 )
-"""What a disk, or whoever keeps it, answers to who wants to write."""
+"""Error numbers of a disk or file server that refuses to write."""
 
 
 def check_study_name(name: str) -> str:
-    """`name` itself if it can be a folder everywhere; ConfigError otherwise."""
+    """Return `name` if it can be a folder name on every system. Raise ConfigError otherwise."""
     if not _STUDY_NAME.fullmatch(name) or name.endswith((" ", ".")):
         raise ConfigError(
             f"study name {name!r} cannot be a folder name: use letters, digits, '.', '_', '-', '+' and spaces, "
@@ -63,69 +63,81 @@ def check_study_name(name: str) -> str:
 
 
 def study_name_of(folder: Path) -> str:
-    """Return a study's name for the images in `folder`: its name, fit for `train-NAME` too."""
+    """Return a study name made from the name of `folder`, short enough for `train-NAME`."""
     name = unicodedata.normalize("NFC", folder.name)
     return re.sub(r"[^\w .+-]+", "_", name).lstrip(" ._+-")[:74].rstrip(" .") or "images"
 
 
 def absolute(path: str | os.PathLike[str]) -> Path:
-    """Return `path` from the root of the file system: `~` is the home folder, and links stay as they are."""
+    """Return `path` from the root of the file system. `~` is the home folder, and links are not resolved."""
     plain = Path(path).expanduser().absolute()
     short = Path(os.path.normpath(plain))
-    # `link/..` is the parent of the link's target, which taking both out of the path would miss.
+    # `link/..` is the parent of the link's target, so normpath must not remove both.
     return short if short.resolve() == plain.resolve() else plain
 
 
 @dataclass(frozen=True)
-class ProjectPaths:
+class _Folder:
+    """A folder with files of known names."""
+
+    root: Path
+
+
+class _Entry:
+    """A class attribute that gives the path of a file or folder below an instance's root."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, folder: _Folder, owner: type | None = None) -> Path:
+        return folder.root / self._name
+
+
+class ProjectPaths(_Folder):
     """The folder that `--out` names: databases, artifacts, caches and all studies."""
 
     root: Path
     """The folder itself, given as a path or a string."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        object.__setattr__(self, "root", Path(root))
+        super().__init__(Path(root))
 
-    @property
-    def optuna_db(self) -> Path:
-        return self.root / "hpsearch.db"
-
-    @property
-    def mlflow_db(self) -> Path:
-        return self.root / "mlflow.db"
-
-    @property
-    def mlruns(self) -> Path:
-        return self.root / "mlruns"
-
-    @property
-    def looks(self) -> Path:
-        """One line for every time that a test set was scored."""
-        return self.root / "test-looks.jsonl"
-
-    @property
-    def cache(self) -> Path:
-        return self.root / "cache"
-
-    @property
-    def studies(self) -> Path:
-        return self.root / "studies"
+    optuna_db = _Entry("hpsearch.db")
+    mlflow_db = _Entry("mlflow.db")
+    mlruns = _Entry("mlruns")
+    looks = _Entry("test-looks.jsonl")
+    """One line for each evaluation of a test set."""
+    cache = _Entry("cache")
+    studies = _Entry("studies")
 
     def study(self, name: str) -> StudyPaths:
         return StudyPaths(self.studies / check_study_name(name))
 
     def study_names(self) -> list[str]:
-        """Names of the studies that were begun here, sorted."""
-        if not self.studies.is_dir():
-            return []
-        return sorted(path.name for path in self.studies.iterdir() if (path / "study.toml").is_file())
+        """Return the names of the studies in this project, sorted."""
+        return sorted(path.parent.name for path in self.studies.glob("*/study.toml"))
 
 
-@dataclass(frozen=True)
-class StudyPaths:
+class StudyPaths(_Folder):
     """The record of one study."""
 
-    root: Path
+    toml = _Entry("study.toml")
+    plan = _Entry("plan.json")
+    folds = _Entry("folds.json")
+    lock = _Entry("study.lock")
+    holder = _Entry("holder.json")
+    log = _Entry("study.log")
+    stop_request = _Entry("stop")
+    """Exists while a stop of the study is requested; contains `now` for a stop before the end of the epoch."""
+    enqueued = _Entry("enqueued.json")
+    """Params that a user wants tried, in order."""
+    confirmation = _Entry("confirmation.json")
+    report = _Entry("report.html")
+    figures = _Entry("figures")
+    tracking = _Entry(".tracking")
+    """Files on their way to MLflow, removed after the upload."""
+    trials = _Entry("trials")
+    finals = _Entry("final")
 
     @property
     def name(self) -> str:
@@ -135,78 +147,19 @@ class StudyPaths:
     def project(self) -> ProjectPaths:
         return ProjectPaths(self.root.parent.parent)
 
-    @property
-    def toml(self) -> Path:
-        return self.root / "study.toml"
-
-    @property
-    def plan(self) -> Path:
-        return self.root / "plan.json"
-
-    @property
-    def folds(self) -> Path:
-        return self.root / "folds.json"
-
-    @property
-    def lock(self) -> Path:
-        return self.root / "study.lock"
-
-    @property
-    def holder(self) -> Path:
-        return self.root / "holder.json"
-
-    @property
-    def log(self) -> Path:
-        return self.root / "study.log"
-
-    @property
-    def stop_request(self) -> Path:
-        """There while somebody asks the study to stop; holds `now` if it shall not wait for the epoch."""
-        return self.root / "stop"
-
     def trial_stop_request(self, number: int) -> Path:
-        """There while somebody asks that this trial end."""
+        """Return the file that exists while a stop of this trial is requested."""
         return self.root / f"stop-trial-{number}"
 
-    @property
-    def enqueued(self) -> Path:
-        """Params that a user wants tried, in order."""
-        return self.root / "enqueued.json"
-
-    @property
-    def confirmation(self) -> Path:
-        return self.root / "confirmation.json"
-
-    @property
-    def report(self) -> Path:
-        return self.root / "report.html"
-
-    @property
-    def figures(self) -> Path:
-        return self.root / "figures"
-
-    @property
-    def tracking(self) -> Path:
-        """Files on their way to MLflow; gone when they are there."""
-        return self.root / ".tracking"
-
-    @property
-    def trials(self) -> Path:
-        return self.root / "trials"
-
-    @property
-    def finals(self) -> Path:
-        return self.root / "final"
-
     def trial_toml(self, number: int) -> Path:
-        """One trial's configuration, exported."""
+        """Return the file for the exported configuration of a trial."""
         return self.root / f"trial-{number:04d}.toml"
 
     def trial(self, number: int) -> TrialPaths:
         return TrialPaths(self.trials / f"{number:04d}")
 
     def trial_numbers(self) -> list[int]:
-        """Numbers of the trials that have a folder, ascending."""
+        """Return the numbers of the trials that have a folder, ascending."""
         if not self.trials.is_dir():
             return []
         return sorted(int(path.name) for path in self.trials.iterdir() if path.name.isdecimal())
@@ -215,162 +168,68 @@ class StudyPaths:
         return FinalPaths(self.finals / run)
 
 
-@dataclass(frozen=True)
-class TrialPaths:
-    """One trial: what was suggested, what came out, and a folder for each fold."""
+class TrialPaths(_Folder):
+    """One trial: what was suggested, its result, and a folder for each fold."""
 
-    root: Path
+    trial = _Entry("trial.json")
+    taken = _Entry("taken.json")
+    second = _Entry("second.json")
 
     @property
     def number(self) -> int:
         return int(self.root.name)
 
-    @property
-    def trial(self) -> Path:
-        return self.root / "trial.json"
-
-    @property
-    def taken(self) -> Path:
-        """Written by version 0.1 where another coordinator continued the trial under a new number."""
-        return self.root / "taken.json"
-
     def fold(self, fold: int) -> FitPaths:
         return FitPaths(self.root / f"fold{fold}")
-
-    @property
-    def second(self) -> Path:
-        return self.root / "second.json"
 
     def second_fold(self, fold: int) -> FitPaths:
         return FitPaths(self.root / f"second{fold}")
 
 
-@dataclass(frozen=True)
-class FitPaths:
+class FitPaths(_Folder):
     """One fit: a configuration trained once on one set of images."""
 
-    root: Path
-
-    @property
-    def epochs(self) -> Path:
-        return self.root / "epochs.jsonl"
-
-    @property
-    def scores(self) -> Path:
-        return self.root / "scores.npy"
-
-    @property
-    def counts(self) -> Path:
-        return self.root / "counts.npy"
-
-    @property
-    def test_counts(self) -> Path:
-        """Of a final fit: tp, fp, fn, tn of every test image."""
-        return self.root / "test_counts.npy"
-
-    @property
-    def examples(self) -> Path:
-        return self.root / "examples.npz"
-
-    @property
-    def last(self) -> Path:
-        return self.root / "last.pt"
-
-    @property
-    def previous(self) -> Path:
-        return self.root / "previous.pt"
-
-    @property
-    def best(self) -> Path:
-        return self.root / "best.pt"
-
-    @property
-    def weights(self) -> Path:
-        return self.root / "weights.safetensors"
-
-    @property
-    def fit(self) -> Path:
-        return self.root / "fit.json"
+    epochs = _Entry("epochs.jsonl")
+    scores = _Entry("scores.npy")
+    counts = _Entry("counts.npy")
+    test_counts = _Entry("test_counts.npy")
+    """Of a final fit: tp, fp, fn, tn of every test image."""
+    examples = _Entry("examples.npz")
+    last = _Entry("last.pt")
+    previous = _Entry("previous.pt")
+    best = _Entry("best.pt")
+    weights = _Entry("weights.safetensors")
+    fit = _Entry("fit.json")
 
 
-@dataclass(frozen=True)
-class FinalPaths:
-    """One retrained configuration and what it gave on the test split."""
+class FinalPaths(_Folder):
+    """One retrained configuration and its results on the test split."""
 
-    root: Path
-
-    @property
-    def result(self) -> Path:
-        return self.root / "final.json"
-
-    @property
-    def config(self) -> Path:
-        return self.root / "config.toml"
-
-    @property
-    def table(self) -> Path:
-        return self.root / "test.csv"
-
-    @property
-    def masks(self) -> Path:
-        """Predicted masks of the test images at their own resolution, named as the challenge names them."""
-        return self.root / "masks"
-
-    @property
-    def official_counts(self) -> Path:
-        """tp, fp, fn, tn of those masks."""
-        return self.root / "official_counts.npy"
-
-    @property
-    def submission(self) -> Path:
-        return self.root / "submission.zip"
-
-    @property
-    def panels(self) -> Path:
-        return self.root / "panels.png"
-
-    @property
-    def curves(self) -> Path:
-        return self.root / "curves.png"
-
-    @property
-    def model(self) -> Path:
-        return self.root / "model.safetensors"
-
-    @property
-    def choices(self) -> Path:
-        """What was decided out of fold about threshold, flips and cleaning, and on what grounds."""
-        return self.root / "choices.json"
-
-    @property
-    def chosen_counts(self) -> Path:
-        """tp, fp, fn, tn of the test images at the size of evaluation, of the model kept, by those choices."""
-        return self.root / "chosen_counts.npy"
-
-    @property
-    def ensemble(self) -> Path:
-        """Networks of the folds, kept to predict together."""
-        return self.root / "ensemble"
-
-    @property
-    def ensemble_counts(self) -> Path:
-        return self.root / "ensemble_counts.npy"
-
-    @property
-    def ensemble_official_counts(self) -> Path:
-        return self.root / "ensemble_official_counts.npy"
-
-    @property
-    def ensemble_masks(self) -> Path:
-        return self.root / "ensemble_masks"
-
-    @property
-    def card(self) -> Path:
-        """What the model is, was trained on and scores, and what it is not for, in Markdown."""
-        return self.root / "model-card.md"
+    result = _Entry("final.json")
+    config = _Entry("config.toml")
+    table = _Entry("test.csv")
+    masks = _Entry("masks")
+    """Predicted masks of the test images at their own resolution, named as in the challenge."""
+    official_counts = _Entry("official_counts.npy")
+    """tp, fp, fn, tn of those masks."""
+    submission = _Entry("submission.zip")
+    panels = _Entry("panels.png")
+    curves = _Entry("curves.png")
+    model = _Entry("model.safetensors")
+    choices = _Entry("choices.json")
+    """The post-processing selected on out-of-fold predictions: threshold, flips and cleaning, with the scores."""
+    chosen_counts = _Entry("chosen_counts.npy")
+    """tp, fp, fn, tn of the test images at evaluation size, for the kept model with that post-processing."""
+    ensemble = _Entry("ensemble")
+    """Networks of the folds, kept to predict together."""
+    ensemble_counts = _Entry("ensemble_counts.npy")
+    ensemble_official_counts = _Entry("ensemble_official_counts.npy")
+    ensemble_masks = _Entry("ensemble_masks")
+    card = _Entry("model-card.md")
+    """The model card in Markdown: what the model is, its training data, scores and limits."""
 
     def seed(self, index: int) -> FitPaths:
-        """The fit with the index-th seed (`final --seeds 3` makes three)."""
+        """Return the fit with the index-th seed (`final --seeds 3` makes three)."""
         return FitPaths(self.root / f"seed{index}")
 
 
@@ -385,8 +244,8 @@ def command_line(command: str, study: str, project: ProjectPaths | None = None) 
 def atomic_write(path: Path, *, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` when the block succeeds.
 
-    The name carries the process id, so that a file left by a killed process is known as such
-    (`remove_stale_temporaries`). Raises StorageError, naming path and free space, when the disk refuses.
+    The temporary name contains the process id. `remove_stale_temporaries` removes what a killed process left.
+    Raises StorageError, which names the path and the free space, if writing fails.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -406,15 +265,15 @@ def atomic_write(path: Path, *, sync: bool = True) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8, whole or not at all."""
+    """Write `text` as UTF-8 atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, whole or not at all. NaN and infinity are refused: they are not JSON.
+    """Write `value` as indented JSON atomically. Raise ValueError for NaN and infinity, which JSON lacks.
 
-    A table gets a checksum, which `read_json` looks at and takes off.
+    A table gets a checksum, which `read_json` verifies and removes.
     """
     if isinstance(value, dict):
         value = {**value, _CHECKSUM: _checksum(json.loads(json.dumps(value, allow_nan=False)))}
@@ -422,7 +281,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON value in `path`. RecordError, naming the file, if it is damaged, edited or missing."""
+    """Return the JSON value in `path`. Raise RecordError, naming the file, if it is damaged, edited or missing."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -437,12 +296,18 @@ def read_json(path: Path) -> Any:
 
 
 def sha256_text(text: str) -> str:
-    """SHA-256 of the UTF-8 of `text`, in hexadecimal."""
+    """Return the SHA-256 of `text` as UTF-8, in hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def append_line(path: Path, line: str) -> None:
-    """Append one line and sync it. A line torn by a crash has no newline and is recognised by that."""
+    """Append one line and sync it. A line that a crash cut off has no newline."""
     try:
         with path.open("ab") as file:
             file.write(line.encode() + b"\n")
@@ -453,31 +318,31 @@ def append_line(path: Path, line: str) -> None:
 
 
 def remove_stale_temporaries(folder: Path) -> None:
-    """Remove what `atomic_write` left below `folder` when its process was killed. Call it while holding the study."""
+    """Remove the temporary files that killed processes left below `folder`. The caller must hold the study's lock."""
     for path in folder.rglob(".*.tmp"):
         with suppress(OSError):
             path.unlink()
 
 
 def storage_error(path: Path, error: OSError) -> StorageError:
-    """One line that says which file, why, how much room is left, and what to do."""
+    """Return an error of one line with the file, the reason, the free space, and what to do."""
     reason = error.strerror or str(error)
     try:
         room = f"{free_bytes(path) / 2**20:.0f} MiB free there"
     except OSError:
-        room = "how much is free there cannot be found out"
+        room = "free space unknown"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        advice = "make room and run the same command again"
+        advice = "free some space and run the same command again"
     elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        advice = "choose another folder with --out, or give yourself the right to write there"
+        advice = "choose another folder with --out, or get the permission to write there"
     else:
-        advice = "see to the disk and run the same command again"
+        advice = "check the disk and run the same command again"
     return StorageError(f"cannot write {path}: {reason} ({room}); {advice}")
 
 
 @contextmanager
 def refusals_named(folder: Path) -> Iterator[None]:
-    """Turn what a disk refuses in the block into a StorageError that names the file, or else `folder`."""
+    """Turn the write errors of a disk in the block into a StorageError that names the file, or else `folder`."""
     try:
         yield
     except OSError as error:
@@ -487,7 +352,7 @@ def refusals_named(folder: Path) -> Iterator[None]:
 
 
 def free_bytes(path: Path) -> int:
-    """Free space on the disk that holds `path`, or will."""
+    """Return the free space on the disk of `path`, which need not exist yet."""
     folder = path
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
@@ -499,7 +364,7 @@ def _checksum(table: dict[str, Any]) -> str:
 
 
 def _sync_folder(folder: Path) -> None:
-    # The rename itself is only durable once the folder is.
+    # A rename is durable only after its folder is synced.
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -27,7 +27,10 @@ LAYERS = (
     Layer(("errors", "paths", "user_files", "cores", "subprocesses")),
     Layer(("config",), ("tomli_w",)),
     Layer(("models",), ("torch",)),
-    Layer(("data",), ("numpy", "torch", "torchvision", "PIL", "sklearn", "scipy", "psutil", "filelock")),
+    Layer(
+        ("data",),
+        ("numpy", "torch", "torchvision", "PIL", "sklearn", "scipy", "psutil", "filelock", "requests", "urllib3"),
+    ),
     Layer(("training",), ("numpy", "torch", "torch_xla", "safetensors")),
     Layer(("stats",), ("numpy", "scipy")),
     Layer(("store",), ("numpy", "filelock")),
@@ -48,11 +51,9 @@ NOT_YET_IN_ORDER = {
 }
 """Upward imports that are still to be removed. No new ones are added."""
 TOO_LONG = {
-    "data/cache.py": 443,
-    "data/decode.py": 500,
+    "data/cache.py": 444,
     "data/layouts.py": 530,
     "final.py": 680,
-    "paths.py": 520,
     "report/html.py": 640,
     "report/rows.py": 490,
     "report/statistics.py": 560,

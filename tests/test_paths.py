@@ -21,6 +21,12 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [each.name for each in path.parent.iterdir()] == ["file.json"]
 
 
+def test_sha256_is_that_of_the_content(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("abc")
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert paths.sha256_file(tmp_path / "a") == paths.sha256_text("abc") == expected
+
+
 def test_nan_is_not_json(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         paths.write_json(tmp_path / "file.json", float("nan"))

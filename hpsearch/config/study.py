@@ -287,7 +287,7 @@ def get_setting(config: StudyConfig, name: str) -> Any:
 def digest(value: Any) -> str:
     """A short stable hash of plain types: 16 hexadecimal digits of SHA-256 over canonical JSON."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return sha256_text(text)[:16]
 
 
 def stable_seed(*parts: int | str) -> int:

@@ -31,6 +31,7 @@ from hpsearch.data.decode_pool import Damage, Decoders, Facts, Job, Pixels, View
 from hpsearch.data.layouts import Problem, Sample, Split
 from hpsearch.data.reading import PLAIN_READING, Reading
 from hpsearch.errors import CacheError
+from hpsearch.paths import sha256_text
 
 KEY_VERSION = 1
 """Changes when the same files and preparation would give other pixels: then no study can go on with its data."""
@@ -99,7 +100,7 @@ class Index:
                 "problems": [{**asdict(p), "files": [str(path) for path in p.files]} for p in self.problems],
             }
         )
-        text = json.dumps({"sha256": hashlib.sha256(content.encode()).hexdigest()}) + "\n" + content + "\n"
+        text = json.dumps({"sha256": sha256_text(content)}) + "\n" + content + "\n"
         path.write_text(text, encoding="utf-8")
 
     @classmethod
@@ -113,7 +114,7 @@ class Index:
             raise CacheError(f"{folder} is no cache: it has no {INDEX}") from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CacheError(f"{path} is damaged: {error}") from error
-        if end or hashlib.sha256(content.encode()).hexdigest() != checksum:
+        if end or sha256_text(content) != checksum:
             raise CacheError(f"{path} was changed since it was written")
         table = json.loads(content)
         if table["version"] != INDEX_VERSION:

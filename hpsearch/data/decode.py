@@ -1,25 +1,15 @@
-"""Decodes an image and its mask, checks them, and brings them to the cached size.
-
-As a module (`python -m hpsearch.data.decode N`) it does so with N threads for the process that started it, see
-decoding.py. Threads suffice: the decoders and the resize release Python's lock, and the libraries are loaded once.
-"""
+"""Decode an image and its mask, check them, and bring them to the cached size."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
-import queue
 import re
-import signal
 import struct
-import sys
-import threading
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
 import torch
@@ -29,15 +19,13 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
-from hpsearch.data.decode_pool import Damage, Facts, Job, Pixels
+from hpsearch.data.decode_pool import Facts, Job, Pixels
 from hpsearch.data.headers import MAX_PIXELS, Header, read_header, verify_png
 from hpsearch.data.masks import MaskError, find_lesion
 from hpsearch.data.reading import Reading
 from hpsearch.errors import DatasetError
 from hpsearch.user_files import file_fault
 
-BYTES_IN_FLIGHT = 400 * 2**20
-"""Decoded pixels that all threads hold together, unless a single image has more."""
 BAND_BYTES = 16 * 2**20
 """Pixels that are resized at once."""
 
@@ -235,39 +223,6 @@ def decode_job(pair: OpenPair, job: Job) -> tuple[Facts, list[Pixels]]:
     return facts, pixels
 
 
-class MemoryGate:
-    """Lets threads in as long as what they hold together stays within a limit; one alone always gets in."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        self.limit_bytes = limit_bytes
-        self._held_bytes = 0
-        self._changed = threading.Condition()
-
-    def admitted(self, n_bytes: int) -> _Admission:
-        """A context within which `n_bytes` count as held."""
-        return _Admission(self, n_bytes)
-
-    def change(self, n_bytes: int) -> None:
-        """Hold `n_bytes` more, once there is room, or release them if negative."""
-        with self._changed:
-            if n_bytes > 0:
-                self._changed.wait_for(lambda: not self._held_bytes or self._held_bytes + n_bytes <= self.limit_bytes)
-            self._held_bytes += n_bytes
-            self._changed.notify_all()
-
-
-class _Admission:
-    def __init__(self, gate: MemoryGate, n_bytes: int) -> None:
-        self._gate = gate
-        self._n_bytes = n_bytes
-
-    def __enter__(self) -> None:
-        self._gate.change(self._n_bytes)
-
-    def __exit__(self, *_: object) -> None:
-        self._gate.change(-self._n_bytes)
-
-
 def _header(path: Path) -> tuple[Header, int]:
     """Header and length of a file whose decoding is affordable."""
     try:
@@ -433,64 +388,3 @@ def _moments(image: NDArray[np.uint8]) -> tuple[int, ...]:
         sums += values.sum(0)
         products += values.T @ values
     return tuple(int(n) for n in (*sums, *products.diagonal(), products[0, 1], products[0, 2], products[1, 2]))
-
-
-def _serve(n_threads: int) -> None:
-    """Answer the jobs on standard input until it ends."""
-    # Ctrl-C reaches the whole process group; the parent decides what becomes of this process.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    # What a library prints must not come between the answers.
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    jobs: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-    gate, lock = MemoryGate(BYTES_IN_FLIGHT), threading.Lock()
-    threads = [threading.Thread(target=_work, args=(jobs, answers, gate, lock)) for _ in range(n_threads)]
-    for thread in threads:
-        thread.start()
-    for line in sys.stdin.buffer:
-        jobs.put(json.loads(line))
-    for _ in threads:
-        jobs.put(None)
-    for thread in threads:
-        thread.join()
-
-
-def _work(
-    jobs: queue.SimpleQueue[dict[str, Any] | None], answers: IO[bytes], gate: MemoryGate, lock: threading.Lock
-) -> None:
-    try:
-        while (message := jobs.get()) is not None:
-            number = message.pop("number")
-            _answer(answers, lock, {"number": number, "begun": True}, [])
-            job = Job(**{**message, "reading": Reading.from_table(message["reading"])})
-            try:
-                pair = open_job(job)
-                # Until the answer is out: a parent that is slow to take it shall not let answers pile up here.
-                with gate.admitted(pair.working_bytes(job)):
-                    facts, pixels = decode_job(pair, job)
-                    _answer(answers, lock, {"number": number, "facts": asdict(facts)}, pixels)
-                    del pixels
-            except BadImageError as error:
-                _answer(answers, lock, {"number": number, "damage": asdict(Damage(error.kind, str(error)))}, [])
-    except BrokenPipeError:
-        # Whoever asked is gone.
-        os._exit(1)
-    except BaseException:
-        # A thread that dies alone would leave the parent waiting for ever.
-        sys.excepthook(*sys.exc_info())
-        sys.stderr.flush()
-        os._exit(70)
-
-
-def _answer(answers: IO[bytes], lock: threading.Lock, answer: dict[str, Any], pixels: list[Pixels]) -> None:
-    with lock:
-        answers.write(json.dumps(answer).encode() + b"\n")
-        for arrays in pixels:
-            for array in arrays:
-                answers.write(array.data)
-        answers.flush()
-
-
-if __name__ == "__main__":
-    _serve(int(sys.argv[1]))

@@ -1,19 +1,19 @@
-"""Decodes images in a subprocess with all cores, so that the caller loads no torch and no damaged file can end it.
+"""Decode images in a subprocess, so that the caller loads no torch and no damaged file can end it.
 
-The subprocess (decode.py) reads one JSON line per image and answers with one JSON line, followed by the
-pixels as bytes.
+The subprocess (decode_worker.py) reads pickled jobs and answers each with two pickled tuples: number, result, pixels.
+The first has the result None and says that the job begins, so that the files are known if the process dies.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import pickle
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from types import TracebackType
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import IO, Any, Literal, Self
 
 import numpy as np
@@ -37,30 +37,30 @@ class Job:
     image: str
     mask: str
     views: tuple[View, ...] = ()
-    """What to make of it; nothing: it is only checked."""
+    """Views to make. Without views the pair is only checked."""
     height: int = 0
     width: int = 0
     crop_seed: str = ""
-    """Decides where the random crop lies."""
+    """Seed of the place of the random crop."""
     measure: bool = True
-    """Whether hashes and moments are wanted too."""
+    """Whether to compute hashes and moments."""
     send: bool = True
-    """Whether the pixels of the views are wanted, or only what is counted in them."""
+    """Whether to return the pixels of the views, or only their counts."""
     reading: Reading = PLAIN_READING
     parts: Literal["both", "image", "mask"] = "both"
-    """Which of the two files is decoded; one alone has no views."""
+    """Which of the two files to decode. One alone has no views."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a pair once it was decoded."""
+    """Facts about a decoded pair."""
 
     height: int
     width: int
     """Original size."""
     image_sha256: str
     mask_sha256: str
-    """Of the files' content."""
+    """SHA-256 of the files' content."""
     foreground: int
     """Lesion pixels of the original mask."""
     moments: tuple[int, ...]
@@ -80,7 +80,7 @@ class Facts:
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any]) -> Self:
-        """Facts that were written as JSON."""
+        """Return the facts in a table that was read from JSON."""
         return cls(**{**table, "moments": tuple(table["moments"]), "mask_values": tuple(table["mask_values"])})
 
 
@@ -92,26 +92,21 @@ class Damage:
     text: str
 
 
-class Decoders:
-    """A subprocess that decodes with `n_threads` threads; a context manager."""
+class Decoders(AbstractContextManager["Decoders"]):
+    """A subprocess that decodes with `n_threads` threads. Leaving the context ends it."""
 
     def __init__(self, n_threads: int | None = None) -> None:
         self._n_threads = n_threads or available_cores()
         self._process: subprocess.Popen[bytes] | None = None
         self._stderr: IO[bytes] | None = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def decode(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Facts | Damage, list[Pixels]]]:
-        """The number of each job, what became of it, and the pixels of its views; in the order they are done.
+        """Yield the number of each job, its result and the pixels of its views, in the order of completion.
 
-        Raises CacheError, naming the files that were being read, when the subprocess dies.
+        Raises CacheError, naming the files that were being read, if the subprocess dies.
         """
         process = self._started()
         assert process.stdin is not None
@@ -122,41 +117,32 @@ class Decoders:
         n_done = 0
         try:
             while n_done < len(jobs):
-                line = process.stdout.readline()
-                if not line.endswith(b"\n"):
-                    raise self._death([jobs[number].image or jobs[number].mask for number in sorted(working)])
-                answer = json.loads(line)
-                number = answer["number"]
-                if "begun" in answer:
+                try:
+                    number, result, pixels = pickle.load(process.stdout)
+                except (EOFError, pickle.UnpicklingError):
+                    raise self._death([jobs[n].image or jobs[n].mask for n in sorted(working)]) from None
+                if result is None:
                     working.add(number)
                     continue
                 working.discard(number)
-                result: Facts | Damage
-                pixels: list[Pixels] = []
-                if "damage" in answer:
-                    result = Damage(**answer["damage"])
-                else:
-                    result = Facts.from_table(answer["facts"])
-                    if jobs[number].send:
-                        pixels = [_read_pixels(process.stdout, jobs[number]) for _ in jobs[number].views]
                 n_done += 1
                 yield number, result, pixels
         finally:
             if n_done == len(jobs):
                 feeder.join()
             else:
-                # Answers that nobody waits for would be taken for those to the next jobs.
+                # Otherwise the remaining answers would be taken for those to the next jobs.
                 self.close()
 
     def close(self) -> None:
-        """End the subprocess, whatever it is doing."""
+        """End the subprocess, also while it works."""
         process, self._process = self._process, None
         if process is not None:
             process.kill()
             process.wait()
             for stream in (process.stdin, process.stdout):
                 if stream is not None:
-                    # Jobs that were not read any more: nobody wants them.
+                    # Closing flushes jobs that the subprocess did not read.
                     with contextlib.suppress(BrokenPipeError):
                         stream.close()
         stderr, self._stderr = self._stderr, None
@@ -165,15 +151,15 @@ class Decoders:
 
     @property
     def pid(self) -> int | None:
-        """The subprocess, if one runs."""
+        """Process id of the subprocess, None if there is none."""
         return None if self._process is None else self._process.pid
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None:
-            # A file, not a pipe: nobody would read a pipe while the subprocess works.
+            # A file and not a pipe, because nobody reads while the subprocess works.
             self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the subprocess
             self._process = subprocess.Popen(
-                subprocesses.command("hpsearch.data.decode", str(self._n_threads)),
+                subprocesses.command("hpsearch.data.decode_worker", str(self._n_threads)),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._stderr,
@@ -197,30 +183,15 @@ def subprocess_environment() -> dict[str, str]:
     return subprocesses.environment(
         OMP_NUM_THREADS="1",
         MKL_NUM_THREADS="1",
-        # glibc would keep the memory of the largest images, once for each arena; blocks of their own are given back.
+        # glibc would keep the memory of the largest images in every arena. It returns blocks that it maps separately.
         MALLOC_ARENA_MAX="2",
         MALLOC_MMAP_THRESHOLD_=str(2**20),
     )
 
 
-def _feed(stdin: IO[bytes], jobs: Iterable[Job]) -> None:
-    try:
-        for number, job in enumerate(jobs):
-            stdin.write(json.dumps({"number": number, **asdict(job)}).encode() + b"\n")
+def _feed(stdin: IO[bytes], jobs: Sequence[Job]) -> None:
+    # If the subprocess died or was closed, the reader of its answers raises the error.
+    with contextlib.suppress(BrokenPipeError, ValueError):
+        for each in enumerate(jobs):
+            pickle.dump(each, stdin)
         stdin.flush()
-    except (BrokenPipeError, ValueError):
-        # The subprocess died or was closed: whoever reads its answers says so.
-        pass
-
-
-def _read_pixels(stdout: IO[bytes], job: Job) -> Pixels:
-    image = np.empty((job.height, job.width, 3), np.uint8)
-    mask = np.empty((job.height, job.width), np.uint8)
-    for array in (image, mask):
-        view = array.data.cast("B")
-        while view:
-            n = stdout.readinto(view)  # type: ignore[attr-defined]
-            if not n:
-                raise CacheError("the process that decodes ended in the middle of an image")
-            view = view[n:]
-    return image, mask

@@ -1,29 +1,31 @@
-"""Fetches the official archives of ISIC-2017 Part 1 and unpacks them, each whole or not at all.
+"""Download the official archives of ISIC-2017 Part 1 and unpack them.
 
 folder/
-  ISIC-2017_Training_Data.zip.part          what has come so far: the next start goes on from there
-  ISIC-2017_Training_Data.zip.part.json     which version of the file that is
-  ISIC-2017_Training_Data.zip               all of it; one that was fetched by hand is taken as well
-  .ISIC-2017_Training_Data.unpacking/       while it is unpacked
-  ISIC-2017_Training_Data/                  unpacked; the CRC of every file was right
-  .download.lock                            held while a download runs
+  ISIC-2017_Training_Data.zip.part          bytes received so far: the next start continues after them
+  ISIC-2017_Training_Data.zip.part.json     the version of the file on the server that they belong to
+  ISIC-2017_Training_Data.zip               the whole archive, downloaded here or by hand
+  .ISIC-2017_Training_Data.unpacking/       exists while the archive is unpacked
+  ISIC-2017_Training_Data/                  unpacked, with the CRC of every file verified
+  .download.lock                            locked while a download runs
 """
 
 from __future__ import annotations
 
 import logging
+import os
+import shutil
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Literal
 
 from filelock import FileLock, Timeout
 
+from hpsearch.data.http_download import DamagedFileError, Downloader, check_address, part_of
 from hpsearch.data.layouts import Split
-from hpsearch.data.transfer import Fetcher, WrongDigestError, check_address, part_of
-from hpsearch.data.unpack import DamagedArchiveError, differences, unpack
-from hpsearch.errors import ConfigError, DatasetError, StorageError
+from hpsearch.errors import ZIP_ERRORS, ConfigError, DatasetError, StorageError
 from hpsearch.paths import free_bytes, storage_error
 
 logger = logging.getLogger(__name__)
@@ -32,32 +34,32 @@ OFFICIAL = "https://isic-challenge-data.s3.amazonaws.com/2017/"
 """The challenge's public bucket."""
 
 
+_PARTS: dict[str, Split] = {"Training": "train", "Validation": "val", "Test_v2": "test"}
+
+
 @dataclass(frozen=True)
 class Archive:
-    """One file of the challenge."""
+    """One archive of the challenge, named like the folder that it is unpacked into."""
 
-    name: str
-    """Its name on the server; without `.zip` that of the folder that it is unpacked into."""
+    folder: str
     split: Split
 
     @property
-    def folder(self) -> str:
-        return self.name.removesuffix(".zip")
+    def name(self) -> str:
+        """File name on the server."""
+        return f"{self.folder}.zip"
 
 
-ARCHIVES = (
-    Archive("ISIC-2017_Training_Data.zip", "train"),
-    Archive("ISIC-2017_Training_Part1_GroundTruth.zip", "train"),
-    Archive("ISIC-2017_Validation_Data.zip", "val"),
-    Archive("ISIC-2017_Validation_Part1_GroundTruth.zip", "val"),
-    Archive("ISIC-2017_Test_v2_Data.zip", "test"),
-    Archive("ISIC-2017_Test_v2_Part1_GroundTruth.zip", "test"),
+ARCHIVES = tuple(
+    Archive(f"ISIC-2017_{part}_{content}", split)
+    for part, split in _PARTS.items()
+    for content in ("Data", "Part1_GroundTruth")
 )
 
 
 @dataclass(frozen=True)
 class DownloadProgress:
-    """How far one archive is."""
+    """Progress of one archive."""
 
     archive: Archive
     step: Literal["download", "unpack"]
@@ -66,6 +68,8 @@ class DownloadProgress:
 
 
 Report = Callable[[DownloadProgress], None]
+Step = Callable[[int, int], None]
+"""Progress callback of one step, called with (done, total) in bytes."""
 
 
 def download(
@@ -79,32 +83,72 @@ def download(
     backoff_s: float = 1.0,
     timeout_s: float = 60.0,
 ) -> tuple[Path, ...]:
-    """Get archives from below `base_url` and unpack them in `folder`; the folders that they were unpacked into.
+    """Download archives from below `base_url`, unpack them in `folder` and return the unpacked folders.
 
-    `only` names splits (`train`, `val`, `test`) or archives. What is there is not fetched again: an unpacked folder,
-    an archive, the first part of one. Broken connections are taken up again as `transfer.Fetcher` says; an archive
-    that came damaged is fetched once more. Archives stay beside the folders, so that nothing is ever fetched twice,
-    unless `keep_archives` is False: then each is removed when its folder is there.
+    `only` names splits (`train`, `val`, `test`) or archives. Unpacked folders, archives and partial archives that
+    exist are used and not downloaded again. Failed attempts are retried as `http_download.Downloader` says, and a
+    damaged archive is downloaded once more. Archives stay beside their folders unless `keep_archives` is False.
 
-    Raises ConfigError for an unknown name or address; DatasetError when the server does not give the files, or gives
-    damaged or harmful ones; StorageError when there is no room, before anything is fetched if the sizes are known.
+    Raises ConfigError for an unknown name or address, DatasetError if the server does not deliver the files or
+    delivers damaged or harmful ones, and StorageError if there is not enough free space. The space is checked before
+    the first download if the server tells the sizes.
     """
-    archives = _chosen(only)
+    archives = _selected(only)
     base_url = check_address(base_url).rstrip("/") + "/"
-    fetcher = Fetcher(retries=retries, backoff_s=backoff_s, timeout_s=timeout_s)
+    downloader = Downloader(retries=retries, backoff_s=backoff_s, timeout_s=timeout_s)
     folder = folder.expanduser()
     with _locked(folder):
         wanted = [archive for archive in archives if not _is_unpacked(folder, archive)]
-        _check_room(folder, wanted, base_url, fetcher, keep_archives=keep_archives)
+        _check_free_space(folder, wanted, base_url, downloader, keep_archives=keep_archives)
         for archive in archives:
             if archive in wanted:
-                _bring(folder, archive, base_url, fetcher, progress)
+                _download_and_unpack(folder, archive, base_url, downloader, progress)
             if not keep_archives:
                 (folder / archive.name).unlink(missing_ok=True)
     return tuple(folder / archive.folder for archive in archives)
 
 
-def _chosen(only: Sequence[str] | None) -> list[Archive]:
+def unpack(path: Path, folder: Path, report: Step) -> None:
+    """Unpack the zip archive `path` into the new folder `folder`, without the top folder that all its files share.
+
+    The CRC of every file is verified. Files are written to a hidden folder, which is renamed at the end.
+
+    Raises DamagedFileError for damaged bytes, DatasetError for an archive that is harmful or has no files, and
+    StorageError if there is not enough free space.
+    """
+    work = folder.with_name(f".{folder.name}.unpacking")
+    shutil.rmtree(work, ignore_errors=True)
+    with _opened(path) as archive:
+        files = _files(archive, path)
+        total, done = sum(info.file_size for info in files.values()), 0
+        if total > (free := free_bytes(folder)):
+            raise StorageError(
+                f"{folder.parent} has {free / 2**20:.0f} MiB free, but the files in {path.name} need "
+                f"{total / 2**20:.0f} MiB"
+            )
+        try:
+            for name, info in files.items():
+                with _damage_named(name):
+                    content = archive.read(info)
+                _write(work / name, content)
+                done += info.file_size
+                report(done, total)
+            work.replace(folder)
+        except OSError as error:
+            raise storage_error(folder, error) from error
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def differences(path: Path, folder: Path) -> list[str]:
+    """Return the names of the files in the archive `path` that `folder` lacks or has with another size."""
+    with _opened(path) as archive:
+        files = _files(archive, path)
+    sizes = {name: (folder / name).stat().st_size for name in files if (folder / name).is_file()}
+    return [name for name, info in files.items() if sizes.get(name) != info.file_size]
+
+
+def _selected(only: Sequence[str] | None) -> list[Archive]:
     if only is None:
         return list(ARCHIVES)
     names = [name.removesuffix(".zip") for name in only]
@@ -129,75 +173,108 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _is_unpacked(folder: Path, archive: Archive) -> bool:
-    """Whether the archive's folder is there. DatasetError if it is not what the archive beside it holds."""
+    """Whether the archive's folder exists. DatasetError if it differs from the archive beside it."""
     target, path = folder / archive.folder, folder / archive.name
     if not target.is_dir() or not any(target.iterdir()):
         return False
-    if path.is_file():
-        try:
-            missing = differences(path, target)
-        except DamagedArchiveError as error:
-            logger.warning("%s is damaged (%s), but %s is there", path, error, target)
-            return True
-        if missing:
-            raise DatasetError(
-                f"{target} is not what {path.name} holds: {len(missing)} files are missing or of another size "
-                f"({missing[0]}); move the folder away to have it unpacked again"
-            )
+    try:
+        missing = differences(path, target) if path.is_file() else []
+    except DamagedFileError as error:
+        logger.warning("%s is damaged (%s), but %s exists and is used", path, error, target)
+        return True
+    if missing:
+        raise DatasetError(
+            f"{target} differs from {path.name}: {len(missing)} files are missing or have another size "
+            f"({missing[0]}); move the folder away to unpack it again"
+        )
     return True
 
 
-def _check_room(
-    folder: Path, wanted: Sequence[Archive], base_url: str, fetcher: Fetcher, *, keep_archives: bool
+def _check_free_space(
+    folder: Path, wanted: Sequence[Archive], base_url: str, downloader: Downloader, *, keep_archives: bool
 ) -> None:
-    """StorageError if the disk cannot hold what is to come. Images are taken to be as large unpacked as packed."""
-    used = peak = 0
+    """Raise StorageError if the disk cannot hold the archives and, at about the same size, their files."""
+    unpacked, missing = [0], [0]
     for archive in wanted:
-        path, part = folder / archive.name, part_of(folder / archive.name)
-        if path.is_file():
-            size, missing = path.stat().st_size, 0
-        else:
-            told = fetcher.size(base_url + archive.name)
-            if told is None:
-                continue
-            size, missing = told, max(0, told - part.stat().st_size) if part.is_file() else told
-        used += missing + size
-        peak = max(peak, used)
-        if not keep_archives:
-            used -= size
-    free = free_bytes(folder)
-    if peak > free:
+        path = folder / archive.name
+        size = path.stat().st_size if path.is_file() else downloader.size(base_url + archive.name) or 0
+        have = next((file.stat().st_size for file in (path, part_of(path)) if file.is_file()), 0)
+        unpacked.append(size)
+        missing.append(max(0, size - have))
+    needed = sum(unpacked) + (sum(missing) if keep_archives else max(missing))
+    if needed > (free := free_bytes(folder)):
         raise StorageError(
-            f"{folder} has {free / 2**30:.1f} GiB free, and the archives with what is in them need "
-            f"{peak / 2**30:.1f} GiB: choose another disk, or fewer of them"
+            f"{folder} has {free / 2**30:.1f} GiB free, but the archives and their files need {needed / 2**30:.1f} "
+            "GiB: choose another disk, or fewer archives with --only"
         )
 
 
-def _bring(folder: Path, archive: Archive, base_url: str, fetcher: Fetcher, progress: Report | None) -> None:
-    """Have `archive` unpacked, from the file that is there or from the server."""
+def _download_and_unpack(
+    folder: Path, archive: Archive, base_url: str, downloader: Downloader, progress: Report | None
+) -> None:
+    """Unpack the archive that exists or the downloaded one. A damaged archive is downloaded again once."""
 
-    def report(step: Literal["download", "unpack"]) -> Callable[[int, int], None]:
-        def tell(done: int, total: int) -> None:
-            if progress is not None:
-                progress(DownloadProgress(archive, step, done, total))
+    def report(step: Literal["download", "unpack"]) -> Step:
+        return lambda done, total: progress(DownloadProgress(archive, step, done, total)) if progress else None
 
-        return tell
-
-    path, target, url = folder / archive.name, folder / archive.folder, base_url + archive.name
-    if path.is_file():
+    path, url = folder / archive.name, base_url + archive.name
+    attempts = 0
+    while True:
         try:
-            unpack(path, target, report("unpack"))
+            if not path.is_file():
+                attempts += 1
+                downloader.download(url, path, report("download"))
+            unpack(path, folder / archive.folder, report("unpack"))
             return
-        except DamagedArchiveError as error:
-            logger.warning("%s is damaged (%s) and is fetched again", path, error)
-    for attempt in (1, 2):
-        try:
-            # A server that mixes up pieces gives damaged archives: the second time it is asked for none.
-            fetcher.fetch(url, path, report("download"), in_pieces=attempt == 1)
-            unpack(path, target, report("unpack"))
-            return
-        except (WrongDigestError, DamagedArchiveError) as error:
+        except DamagedFileError as error:
             path.unlink(missing_ok=True)
-            if attempt == 2:
-                raise DatasetError(f"{url} came damaged twice: {error}") from error
-            logger.warning("%s came damaged (%s) and is fetched again", url, error)
+            if attempts == 2:
+                raise DatasetError(f"{url} was damaged after two downloads: {error}") from error
+            logger.warning("%s is damaged (%s); downloading it again", path, error)
+
+
+@contextmanager
+def _damage_named(name: str) -> Iterator[None]:
+    """Turn what `zipfile` raises on damaged bytes in the block into a DamagedFileError."""
+    try:
+        yield
+    except ZIP_ERRORS as error:
+        raise DamagedFileError(f"{name}: {' '.join(str(error).split()) or type(error).__name__}") from error
+
+
+def _opened(path: Path) -> zipfile.ZipFile:
+    """Open an archive and check that its directory is complete. Raise DamagedFileError otherwise."""
+    with _damage_named(path.name), path.open("rb") as file:
+        archive = zipfile.ZipFile(path)
+        file.seek(-22, os.SEEK_END)
+        end = file.read()
+    # A damaged length in the directory hides the files after it, and zipfile does not compare their number.
+    n_files, told = len(archive.infolist()), int.from_bytes(end[10:12], "little")
+    if end.startswith(b"PK\x05\x06") and told not in (n_files, 0xFFFF):
+        archive.close()
+        raise DamagedFileError(f"its directory has {n_files} files instead of {told}")
+    return archive
+
+
+def _files(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
+    """Return the files to unpack by their name in the folder. DatasetError if a name leads out of it."""
+    names = {}
+    for info in archive.infolist():
+        # Windows' rules are the strictest: they know drives and the backslash.
+        name = PureWindowsPath(info.filename)
+        if name.anchor or ".." in name.parts:
+            raise DatasetError(f"{path} holds {info.filename!r}, a path outside its folder; remove the archive")
+        if not info.is_dir() and "__MACOSX" not in name.parts and not name.name.startswith("."):
+            names[name.parts] = info
+    if not names:
+        raise DatasetError(f"{path} holds no files; remove the archive")
+    has_top = len({parts[0] for parts in names}) == 1 and all(len(parts) > 1 for parts in names)
+    return {"/".join(parts[has_top:]): info for parts, info in names.items()}
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

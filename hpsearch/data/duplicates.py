@@ -11,8 +11,6 @@ Another photograph of the same lesion is *not* found: that takes a table of pati
 
 from __future__ import annotations
 
-import struct
-import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,10 +18,12 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from hpsearch.config.data import GRAY_WEIGHTS, DataConfig
 from hpsearch.data.build import Progress
 from hpsearch.data.cache import Cache, open_cache
+from hpsearch.data.folds import connected_components
 from hpsearch.data.layouts import Split
 from hpsearch.data.prepare import Role, locate, prepare_pool, prepare_test
 from hpsearch.errors import DatasetError
@@ -148,36 +148,23 @@ def _byte_equal(ids: Sequence[str], splits: Sequence[Split], sha256: Sequence[st
 def groups_of(
     pairs: Iterable[DuplicatePair], ids: Iterable[str], groups: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """The group of each of `ids`: images that `pairs` connect, also over others, share one.
+    """Return the group of each of `ids`. Images that `pairs` connect, directly or through others, share a group.
 
-    A group is named by the smallest id in it. With `groups` (a lesion or patient for each id) those are joined too:
-    two patients that share a duplicate become one group. DatasetError where they lack an image.
+    A group is named after the smallest id in it. `groups` (a lesion or patient for each id) connects images too:
+    two patients that share a duplicate become one group. Raises DatasetError if `groups` lacks an image.
     """
-    parent: dict[str, str] = {}
-
-    def root(name: str) -> str:
-        while (above := parent.setdefault(name, name)) != name:
-            parent[name] = parent[above]
-            name = above
-        return name
-
-    def join(one: str, other: str) -> None:
-        low, high = sorted((root(one), root(other)))
-        parent[high] = low
-
     wanted = sorted(set(ids))
-    for pair in pairs:
-        join(pair.a, pair.b)
-    representative: dict[str, str] = {}
-    for name in wanted:
-        if groups is not None:
-            if name not in groups:
-                raise DatasetError(f"the groups name no group for image {name}")
-            join(name, representative.setdefault(groups[name], name))
-    smallest: dict[str, str] = {}
-    for name in wanted:
-        smallest.setdefault(root(name), name)
-    return {name: smallest[root(name)] for name in wanted}
+    edges = [(pair.a, pair.b) for pair in pairs]
+    if groups is not None:
+        if missing := [name for name in wanted if name not in groups]:
+            raise DatasetError(f"the groups name no group for image {missing[0]}")
+        first: dict[str, str] = {}
+        edges += [(name, first.setdefault(groups[name], name)) for name in wanted]
+    number = {name: i for i, name in enumerate(dict.fromkeys([*wanted, *(name for edge in edges for name in edge)]))}
+    components = connected_components(len(number), [(number[a], number[b]) for a, b in edges])
+    # Names are sorted, so the first of a component is its smallest.
+    smallest: dict[int, str] = {}
+    return {name: smallest.setdefault(components[number[name]], name) for name in wanted}
 
 
 def write_contact_sheet(
@@ -211,20 +198,7 @@ def write_contact_sheet(
         left = gap + number % columns * (2 * side + gap)
         sheet[top : top + side, left : left + 2 * side] = np.concatenate([tile(pair.a), tile(pair.b)], axis=1)
     with atomic_write(path) as temporary:
-        temporary.write_bytes(_png(sheet))
-
-
-def _png(image: NDArray[np.uint8]) -> bytes:
-    """(H, W, 3) as a PNG file (RFC 2083), written out here so that no caller has to load torch for it."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    height, width, _ = image.shape
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    lines = np.concatenate([np.zeros((height, 1), np.uint8), image.reshape(height, -1)], axis=1)
-    content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines.tobytes())) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + content
+        Image.fromarray(sheet).save(temporary, "PNG")
 
 
 def _sources(images: Images | Sequence[Images]) -> list[Images]:

@@ -38,10 +38,11 @@ from hpsearch.data.augment import (
     jitter_color_,
     source_positions,
 )
-from hpsearch.data.decode import BadImageError, MemoryGate, open_pair, read_pair
+from hpsearch.data.decode import BadImageError, open_pair, read_pair
 from hpsearch.data.folds import AUGMENTATION, AUGMENTED_GROUPS
 from hpsearch.data.integrity import refusal
 from hpsearch.data.layouts import JPEG, Dataset, Sample, find_samples
+from hpsearch.data.memory_gate import MemoryGate
 from hpsearch.data.reading import Reading
 from hpsearch.data.survey import decide_reading
 from hpsearch.errors import ConfigError, DatasetError, RecordError

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from hpsearch.config.data import DataConfig
 from hpsearch.data.layouts import Split, without_ending
 from hpsearch.errors import ConfigError, DatasetError, RecordError
+from hpsearch.paths import sha256_text
 from hpsearch.user_files import name_key, read_text, user_path
 
 AUGMENTATION, AUGMENTED_GROUPS = "augmentation.json", "groups.csv"
@@ -201,31 +201,28 @@ def read_groups(path: Path) -> Groups:
 
 
 def connected(ids: Sequence[str], sha256: Sequence[str], groups: Mapping[str, str] | None) -> list[int]:
-    """The unit of each image, (n,), numbered by first appearance: images of one group or of equal bytes share one.
+    """Return the unit of each image, numbered by first appearance.
 
-    Raises DatasetError where `groups` lacks an image.
+    Images of one group or of equal bytes share a unit. Raises DatasetError if `groups` lacks an image.
     """
-    parent = list(range(len(ids)))
+    if groups is not None and (missing := [id for id in ids if id not in groups]):
+        raise DatasetError(f"the groups name no group for image {missing[0]}")
+    first: dict[tuple[str, str], int] = {}
+    edges = [(i, first.setdefault(("bytes", content), i)) for i, content in enumerate(sha256)]
+    if groups is not None:
+        edges += [(i, first.setdefault(("group", groups[id]), i)) for i, id in enumerate(ids)]
+    return connected_components(len(ids), edges)
 
-    def find(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
 
-    first: dict[Hashable, int] = {}
-    for i, (id, content) in enumerate(zip(ids, sha256, strict=True)):
-        labels: list[Hashable] = [("bytes", content)]
-        if groups is not None:
-            if id not in groups:
-                raise DatasetError(f"the groups name no group for image {id}")
-            labels.append(("group", groups[id]))
-        for label in labels:
-            # The smaller index becomes the root, so that units keep the order of their first images.
-            a, b = sorted((find(i), find(first.setdefault(label, i))))
-            parent[b] = a
+def connected_components(n: int, edges: Sequence[tuple[int, int]]) -> list[int]:
+    """Return the component of each of the nodes 0 to n - 1, numbered by first appearance."""
+    # scipy is slow to import and not needed to read folds.
+    from scipy.sparse import coo_array, csgraph
+
+    a, b = np.array(edges, dtype=np.int64).reshape(-1, 2).T
+    _, labels = csgraph.connected_components(coo_array((np.ones(len(a)), (a, b)), shape=(n, n)), directed=False)
     numbers: dict[int, int] = {}
-    return [numbers.setdefault(find(i), len(numbers)) for i in range(len(ids))]
+    return [numbers.setdefault(label, len(numbers)) for label in labels.tolist()]
 
 
 def _fixed(ids: Sequence[str], splits: Sequence[Split], units: Sequence[int], seed: int) -> Folds:
@@ -241,5 +238,4 @@ def _fixed(ids: Sequence[str], splits: Sequence[Split], units: Sequence[int], se
 
 
 def _digest(table: Mapping[str, Any]) -> str:
-    text = json.dumps(table, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return sha256_text(json.dumps(table, sort_keys=True, separators=(",", ":")))

@@ -11,7 +11,6 @@ images of one's own are found before a test share is drawn, so that no copy of a
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shlex
@@ -25,6 +24,7 @@ from typing import Literal, get_args
 
 from hpsearch.config.data import DataConfig
 from hpsearch.errors import DatasetError
+from hpsearch.paths import sha256_file, sha256_text
 from hpsearch.user_files import (
     broken_link,
     folder_fault,
@@ -309,7 +309,7 @@ def _drawn_test_ids(config: DataConfig, samples: Sequence[Sample]) -> set[str]:
     for sample, unit in zip(samples, units, strict=True):
         members[unit].append(sample.id)
     # Ranked by a hash of the names, so that an added image moves few others between the splits.
-    ranked = sorted(members.values(), key=lambda ids: hashlib.sha256(f"0:{ids[0]}".encode()).digest())
+    ranked = sorted(members.values(), key=lambda ids: sha256_text(f"0:{ids[0]}"))
     wanted = max(1, round(config.test_share * len(samples)))
     test: set[str] = set()
     for ids in ranked:
@@ -335,12 +335,11 @@ def same_bytes(samples: Sequence[Sample]) -> list[str]:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of the content, hexadecimal; of a file that cannot be read, a label that no other has."""
+    """Return the SHA-256 of a file's content in hexadecimal, and a unique label for a file that cannot be read."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_file(path)
     except OSError:
-        # The decoding says that and why it cannot be read.
+        # Decoding the file reports the reason.
         return f"unreadable {path}"
 
 

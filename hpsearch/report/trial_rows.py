@@ -11,8 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpsearch.data.cache import Cache, Index, NoCache, open_cache
-from hpsearch.data.unpack import ZIP_ERRORS
-from hpsearch.errors import CacheError, RecordError
+from hpsearch.errors import ZIP_ERRORS, CacheError, RecordError
 from hpsearch.paths import FinalPaths
 from hpsearch.store.record import FitRecord, StudyRecord
 

@@ -9,7 +9,6 @@ evaluation of a few of them counts for these few.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 import os
@@ -22,7 +21,7 @@ from typing import Any
 from hpsearch import paths
 from hpsearch.data.cache import Index
 from hpsearch.errors import StorageError
-from hpsearch.paths import ProjectPaths
+from hpsearch.paths import ProjectPaths, sha256_text
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +77,7 @@ class TestImages:
     def digest(self, n: int | None = None) -> str:
         """Digest of the first n pairs, or of all, in any order: 16 hexadecimal digits."""
         lines = sorted(f"{image} {mask}" for image, mask in self.hashes[:n])
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+        return sha256_text("\n".join(lines))[:16]
 
 
 def begin_look(project: ProjectPaths, test: TestImages, **facts: Any) -> Look:

@@ -204,12 +204,6 @@ def save_array(path: Path, array: npt.NDArray[Any]) -> None:
         temporary.write_bytes(content + hashlib.sha256(content).digest())
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _encode(state: Mapping[str, Any]) -> bytes:
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)

@@ -14,7 +14,7 @@ from hpsearch.data.batches import DeviceData
 from hpsearch.data.cache import Normalization
 from hpsearch.paths import FitPaths
 from hpsearch.training import runtime as devices
-from hpsearch.training.checkpoint import WeightsInfo, save_array, save_weights, sha256
+from hpsearch.training.checkpoint import WeightsInfo, save_array, save_weights
 from hpsearch.training.evaluation import Forward, Indices, predict_logits
 from hpsearch.training.loop import FitResult, microbatches_are_exact
 from hpsearch.training.runtime import Runtime
@@ -73,8 +73,8 @@ def finish_fit(
         "eval_s": eval_s,
         "images_per_s": sum(row.images_per_s * row.train_s for row in rows) / train_s,
         "peak_bytes": max(row.peak_bytes for row in rows),
-        "scores_sha256": sha256(paths.scores),
-        "weights_sha256": sha256(paths.weights),
+        "scores_sha256": files.sha256_file(paths.scores),
+        "weights_sha256": files.sha256_file(paths.weights),
         "runtime": devices.describe(runtime),
     }
     files.write_json(paths.fit, summary)

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 Behaviour = Callable[["Handler", bytes], None]
 """Answers one GET for these bytes."""
@@ -68,7 +69,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def head(self, status: int, headers: dict[str, str]) -> None:
         self.send_response(status)
-        for name, value in {**headers, **self.mirror.headers}.items():
+        # Announced, because a client that reused the connection would race with its end.
+        for name, value in {"Connection": "close", **headers, **self.mirror.headers}.items():
             if value:
                 self.send_header(name, value)
         self.end_headers()
@@ -87,7 +89,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         *,
         status: int | None = None,
         content_range: str | None = None,
-        length: int | None = None,
+        length: int | Literal[""] | None = None,
     ) -> None:
         """Answer as a server should that begins at `begin`, but with this `body`, and what else is given."""
         status = status or (206 if begin else 200)

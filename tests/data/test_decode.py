@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import struct
-import threading
 import zlib
 from pathlib import Path
 from typing import Literal
@@ -19,7 +18,6 @@ from torch.nn.functional import interpolate
 from hpsearch.data import decode
 from hpsearch.data.decode import (
     BadImageError,
-    MemoryGate,
     crop,
     crop_corner,
     decode_job,
@@ -427,38 +425,3 @@ class TestJobs:
         facts, _ = decode_job(open_job(job), job)
         assert facts.crc == run(image, mask, "resize")[0].crc
         assert (facts.moments, facts.image_sha256) == ((), "")
-
-
-class TestMemoryGate:
-    def test_what_exceeds_the_limit_alone_gets_in_alone(self) -> None:
-        gate = MemoryGate(100)
-        with gate.admitted(500):
-            waiting = threading.Thread(target=gate.change, args=(1,))
-            waiting.start()
-            waiting.join(0.05)
-            assert waiting.is_alive()
-        waiting.join(10)
-        assert not waiting.is_alive()
-
-    def test_what_fits_gets_in_together_and_what_exceeds_waits_for_room(self) -> None:
-        gate = MemoryGate(100)
-        let_go, held = threading.Event(), threading.Barrier(3)
-
-        def hold(n_bytes: int) -> None:
-            with gate.admitted(n_bytes):
-                held.wait(10)
-                let_go.wait(10)
-
-        holders = [threading.Thread(target=hold, args=(n_bytes,)) for n_bytes in (60, 40)]
-        for each in holders:
-            each.start()
-        # Raises if one of them had to wait for the other.
-        held.wait(5)
-        waiting = threading.Thread(target=gate.change, args=(1,))
-        waiting.start()
-        waiting.join(0.05)
-        assert waiting.is_alive()
-        let_go.set()
-        for each in (*holders, waiting):
-            each.join(10)
-            assert not each.is_alive()

@@ -19,7 +19,6 @@ from tests.data.mirror import (
     breaks_off_after,
     claims_range,
     damages_byte,
-    sends_other_bytes_than_announced,
     serve,
 )
 
@@ -132,7 +131,7 @@ def test_mirror_may_lie_below_a_path(mirror, folder, slash):
 
 
 def test_address_that_is_none_is_refused(folder):
-    with pytest.raises(ConfigError, match="no address to download from"):
+    with pytest.raises(ConfigError, match="is not a download address"):
         download(folder, base_url="/some/folder")
     assert not folder.exists()
 
@@ -184,7 +183,7 @@ def test_twenty_random_breaks_and_lies_end_in_byte_equal_files(mirror, folder, s
         mirror.behaviours.append(breaks_off_after(rng.randrange(1, 6000), reset=rng.random() < 0.5))
         if rng.random() < 0.5:
             mirror.behaviours.append(rng.choice([answers(500), answers(503), claims_range("bytes 5-{last}/{size}")]))
-    get(mirror, folder)
+    get(mirror, folder, retries=40)
     assert unpacked(folder) == FILES
     assert {name: (folder / name).read_bytes() for name in zips(folder)} == ZIPS
     assert not mirror.behaviours
@@ -233,7 +232,7 @@ def test_archive_that_came_damaged_is_fetched_once_more(mirror, folder):
 def test_archive_that_always_comes_damaged_ends_in_one_line(mirror, folder):
     mirror.behaviours.extend(5 * [damages_byte(5000)])
     with pytest.raises(
-        DatasetError, match=r"Validation_Data\.zip came damaged twice: .*ISIC_\d+\.jpg.*CRC"
+        DatasetError, match=r"Validation_Data\.zip was damaged after two downloads: .*ISIC_\d+\.jpg.*CRC"
     ) as caught:
         get(mirror, folder, VAL[0])
     assert "\n" not in str(caught.value)
@@ -242,29 +241,22 @@ def test_archive_that_always_comes_damaged_ends_in_one_line(mirror, folder):
     assert zips(folder) == []
 
 
-def test_server_that_mixes_up_pieces_is_asked_for_whole_files(mirror, folder):
-    mirror.behaviours.extend(2 * [breaks_off_after(9000), sends_other_bytes_than_announced])
-    get(mirror, folder, VAL[0])
-    assert unpacked(folder) == {VAL[0]: FILES[VAL[0]]}
-    assert [asked for _, asked in mirror.gets()] == ["", "bytes=9000-", "", ""]
-
-
 def test_file_that_is_no_archive_ends_in_one_line(mirror, folder):
     mirror.files[f"{VAL[0]}.zip"] = b"The bucket has moved."
-    with pytest.raises(DatasetError, match="came damaged twice: File is not a zip file"):
+    with pytest.raises(DatasetError, match=r"damaged after two downloads: .*File is not a zip file"):
         get(mirror, folder, VAL[0])
 
 
 def test_missing_archive_is_known_before_any_is_fetched(mirror, folder):
     del mirror.files[f"{VAL[1]}.zip"]
-    with pytest.raises(DatasetError, match=r"Part1_GroundTruth\.zip cannot be fetched: the server answers 404"):
+    with pytest.raises(DatasetError, match=r"Part1_GroundTruth\.zip: the server sent 404"):
         get(mirror, folder, "val")
     assert mirror.gets() == []
 
 
 def test_harmful_archive_is_not_unpacked_and_not_fetched_again(mirror, folder):
     mirror.files[f"{VAL[0]}.zip"] = packed("..", {"outside.jpg": b"x"})
-    with pytest.raises(DatasetError, match="a name that leads elsewhere"):
+    with pytest.raises(DatasetError, match="a path outside its folder"):
         get(mirror, folder, VAL[0])
     assert len(mirror.gets()) == 1
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
@@ -275,7 +267,7 @@ def test_folder_that_is_not_what_its_archive_holds_is_an_error(mirror, folder):
     get(mirror, folder, "val")
     missing = folder / VAL[0] / next(iter(FILES[VAL[0]]))
     missing.unlink()
-    with pytest.raises(DatasetError, match=rf"1 files are missing or of another size \({missing.name}\); move the"):
+    with pytest.raises(DatasetError, match=rf"1 files are missing or have another size \({missing.name}\); move the"):
         get(mirror, folder, "val")
 
 
@@ -297,10 +289,10 @@ def test_empty_folder_counts_as_none(mirror, folder):
 @pytest.mark.parametrize("keep", [True, False])
 def test_missing_room_is_said_before_anything_is_fetched(mirror, folder, monkeypatch, keep):
     sizes = [len(ZIPS[f"{name}.zip"]) for name in VAL]
-    # Kept, all archives lie beside all folders; else the last one beside them.
-    needed = 2 * sum(sizes) if keep else max(2 * sizes[0], sizes[0] + 2 * sizes[1])
+    # Kept, all archives lie beside all folders; else one at a time.
+    needed = 2 * sum(sizes) if keep else sum(sizes) + max(sizes)
     monkeypatch.setattr(module, "free_bytes", lambda path: needed - 1)
-    with pytest.raises(StorageError, match=r"has 0\.0 GiB free, and the archives with what is in them need 0\.0 GiB"):
+    with pytest.raises(StorageError, match=r"has 0\.0 GiB free, but the archives and their files need 0\.0 GiB"):
         get(mirror, folder, "val", keep_archives=keep)
     assert mirror.gets() == []
     monkeypatch.setattr(module, "free_bytes", lambda path: needed)

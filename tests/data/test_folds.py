@@ -19,6 +19,7 @@ from hpsearch.data.folds import (
     AUGMENTED_GROUPS,
     Folds,
     connected,
+    connected_components,
     groups_file,
     lesion_notes,
     make_folds,
@@ -218,3 +219,9 @@ def test_damaged_groups_are_refused(tmp_path: Path, text: str, message: str) -> 
 def test_groups_that_are_not_there_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"groups .*none\.csv does not exist"):
         read_groups(tmp_path / "none.csv")
+
+
+def test_components_are_numbered_by_first_appearance() -> None:
+    assert connected_components(6, [(4, 1), (1, 3), (2, 2)]) == [0, 1, 2, 1, 1, 3]
+    assert connected_components(3, []) == [0, 1, 2]
+    assert connected_components(0, []) == []

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from hpsearch.data import unpack as module
-from hpsearch.data.unpack import DamagedArchiveError, differences, unpack
+from hpsearch.data import download as module
+from hpsearch.data.download import differences, unpack
+from hpsearch.data.http_download import DamagedFileError
 from hpsearch.errors import DatasetError, StorageError
 
 FILES = {f"ISIC_{number:07d}.jpg": random.Random(number).randbytes(3000 + number) for number in range(5)}
@@ -83,89 +84,55 @@ def inside(tmp_path: Path, request: pytest.FixtureRequest) -> None:
         "../outside.jpg",
         "Data/../../outside.jpg",
         "/tmp/outside.jpg",
-        "Data//outside.jpg",
-        "Data/./outside.jpg",
         "..",
         "C:/outside.jpg",
         "Data/..\\..\\outside.jpg",
-        "Data/line\nbreak.jpg",
-        "Data/\u202egpj.exe",
     ],
 )
 def test_name_that_leads_elsewhere_is_refused(tmp_path, name):
     both = {f"Data/{each}": content for each, content in FILES.items()} | {name: b"x"}
-    refused(tmp_path, packed(both, top=""), "a name that leads elsewhere")
+    refused(tmp_path, packed(both, top=""), "a path outside its folder")
 
 
-def with_mode(name: str, mode: int) -> bytes:
-    memory = io.BytesIO()
-    with zipfile.ZipFile(memory, "w") as file:
-        info = zipfile.ZipInfo(name)
-        info.create_system = 3
-        info.external_attr = mode << 16
-        file.writestr(info, b"/etc/passwd")
-    return memory.getvalue()
-
-
-@pytest.mark.parametrize("kind", [stat.S_IFLNK, stat.S_IFIFO, stat.S_IFCHR, stat.S_IFDIR])
-def test_link_or_device_is_refused(tmp_path, kind):
-    refused(tmp_path, with_mode("Data/a.jpg", kind | 0o644), "no ordinary file")
-
-
-def test_folder_that_is_a_link_is_refused(tmp_path):
-    refused(tmp_path, with_mode("Data/", stat.S_IFLNK | 0o777), "no ordinary file")
-
-
-def test_absurd_growth_is_refused(tmp_path):
-    refused(tmp_path, packed({"a.jpg": bytes(10_000_000)}), "would unpack to 10 MiB, 10 times its size and more")
-
-
-def test_absurd_number_of_files_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_MAX_FILES", 4)
-    refused(tmp_path, packed(FILES), "holds 5 files, too many")
-
-
-def test_encrypted_file_is_refused(tmp_path):
+def test_an_encrypted_file_counts_as_damage(tmp_path):
     archive = bytearray(packed({"a.jpg": FILES["ISIC_0000000.jpg"]}, top=""))
     archive[6] |= 1
     archive[archive.rindex(b"PK\x01\x02") + 8] |= 1
-    refused(tmp_path, bytes(archive), "'a.jpg' encrypted")
+    with pytest.raises(DamagedFileError, match=r"a\.jpg.* is encrypted"):
+        unpacked(tmp_path, bytes(archive))
 
 
-def test_more_than_one_folder_is_refused(tmp_path):
+def test_a_link_is_unpacked_as_a_plain_file(tmp_path):
+    memory = io.BytesIO()
+    with zipfile.ZipFile(memory, "w") as file:
+        info = zipfile.ZipInfo("Data/a.jpg")
+        info.create_system, info.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
+        file.writestr(info, b"/etc/passwd")
+    link = unpacked(tmp_path, memory.getvalue()) / "a.jpg"
+    assert not link.is_symlink()
+    assert link.read_bytes() == b"/etc/passwd"
+
+
+def test_several_top_folders_stay(tmp_path):
     files = {"Data/a.jpg": b"abc", "Other/b.jpg": b"abc"}
-    refused(tmp_path, packed(files, top=""), "holds 2 folders of files instead of one")
+    assert contents(unpacked(tmp_path, packed(files, top=""))) == files
 
 
 def test_archive_without_files_is_refused(tmp_path):
-    refused(tmp_path, packed({}), "holds 0 folders of files instead of one")
-
-
-@pytest.mark.parametrize("files", [("a.jpg", "A.JPG"), ("a", "A/b.jpg"), ("x/a.jpg", "X/A.jpg")])
-def test_names_that_fall_together_are_refused(tmp_path, files):
-    refused(tmp_path, packed(dict.fromkeys(files, b"abc")), "names fall together")
-
-
-@pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_name_that_is_there_twice_is_refused(tmp_path):
-    memory = io.BytesIO()
-    with zipfile.ZipFile(memory, "w") as file:
-        file.writestr("Data/a.jpg", b"abc")
-        file.writestr("Data/a.jpg", b"abcd")
-    refused(tmp_path, memory.getvalue(), "twice")
+    refused(tmp_path, packed({}), "holds no files")
 
 
 def test_damaged_byte_is_found_by_the_crc_and_nothing_is_left(tmp_path):
     archive = bytearray(packed(FILES, method=zipfile.ZIP_STORED))
     archive[archive.index(FILES["ISIC_0000004.jpg"]) + 100] ^= 1
-    with pytest.raises(DamagedArchiveError, match=r"ISIC_0000004\.jpg.*CRC"):
+    with pytest.raises(DamagedFileError, match=r"ISIC_0000004\.jpg.*CRC"):
         unpacked(tmp_path, bytes(archive))
     assert [path.name for path in tmp_path.iterdir()] == ["Data.zip"]
 
 
 @pytest.mark.parametrize("length", [0, 1, 21, 22, 100, 5000, 15000])
 def test_archive_cut_short_is_damaged(tmp_path, length):
-    with pytest.raises(DamagedArchiveError):
+    with pytest.raises(DamagedFileError):
         unpacked(tmp_path, packed(FILES)[:length])
     assert [path.name for path in tmp_path.iterdir()] == ["Data.zip"]
 
@@ -184,14 +151,14 @@ def test_any_damage_is_found_or_does_no_harm(tmp_path):
         folder.mkdir()
         try:
             found = contents(unpacked(folder, bytes(archive)))
-        except (DamagedArchiveError, DatasetError) as error:
+        except (DamagedFileError, DatasetError) as error:
             outcomes.add(type(error))
             assert [path.name for path in folder.iterdir()] == ["Data.zip"]
         else:
             outcomes.add(None)
             assert sorted(found.values()) == sorted(FILES.values())
     # Only a name can change unnoticed: no CRC covers it.
-    assert outcomes == {None, DamagedArchiveError, DatasetError}
+    assert outcomes == {None, DamagedFileError}
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(str(number) for number in range(200))
 
 
@@ -199,11 +166,11 @@ def test_file_that_the_list_swallows_is_missed(tmp_path):
     archive = bytearray(packed(FILES))
     comment_length = archive.index(b"PK\x01\x02", archive.index(b"PK\x01\x02") + 1) + 32
     archive[comment_length] = 67  # the length of one entry
-    with pytest.raises(DamagedArchiveError, match="its list has 5 files instead of 6"):
+    with pytest.raises(DamagedFileError, match="its directory has 5 files instead of 6"):
         unpacked(tmp_path, bytes(archive))
 
 
-def test_large_archive_tells_the_number_of_its_files_elsewhere(tmp_path, monkeypatch):
+def test_an_archive_with_a_zip64_directory_is_unpacked(tmp_path, monkeypatch):
     monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 2)
     archive = packed(FILES)
     assert b"PK\x06\x06" in archive
@@ -238,7 +205,7 @@ def test_folder_with_files_in_it_is_not_replaced(tmp_path):
 
 def test_missing_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "free_bytes", lambda path: 2**13)
-    with pytest.raises(StorageError, match=r"has 0 MiB free, and what Data\.zip holds takes 0 MiB"):
+    with pytest.raises(StorageError, match=r"has 0 MiB free, but the files in Data\.zip need 0 MiB"):
         unpacked(tmp_path, packed(FILES))
     assert [path.name for path in tmp_path.iterdir()] == ["Data.zip"]
 
@@ -264,5 +231,5 @@ def test_differences_are_missing_files_and_other_sizes(tmp_path):
 
 def test_differences_of_something_that_is_no_archive_are_unknown(tmp_path):
     (tmp_path / "Data.zip").write_bytes(b"<html>")
-    with pytest.raises(DamagedArchiveError):
+    with pytest.raises(DamagedFileError):
         differences(tmp_path / "Data.zip", tmp_path)
