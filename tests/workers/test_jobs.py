@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import json
+import typing
+from pathlib import Path
+
+import pytest
+
+from hpsearch import config as configs
+from hpsearch.data.reading import Reading
+from hpsearch.inference.postprocessing import Choices, FoldNetwork
+from hpsearch.training.rows import EpochRow, Scores
+from hpsearch.workers.jobs import (
+    JOBS,
+    CachePaths,
+    CountJob,
+    EpochEnded,
+    Failed,
+    Finished,
+    FitJob,
+    FitScore,
+    ImageFiles,
+    Job,
+    KeepJob,
+    MeasuredStep,
+    MeasureJob,
+    Measurement,
+    OfficialScoreJob,
+    Rate,
+    RateJob,
+    Ready,
+    Report,
+    ScoreJob,
+    SelectPostprocessingJob,
+    StepToMeasure,
+    Stopped,
+    WeightsCopy,
+    job_from_json,
+    job_to_json,
+    report_from_json,
+    report_to_json,
+)
+
+CONFIG = configs.load(None, ["data.size=[32, 48]"]).with_params({})
+CACHES = CachePaths(Path("/cache/a"), Path("/cache/b"))
+FILE = Path("/out/file")
+STEP = StepToMeasure(CONFIG, CachePaths(Path("/cache/a")))
+FIT = FitJob(
+    trial=3, fold=1, config=CONFIG, folder=FILE, caches=CACHES, train=(0, 2), held_out=(1,), seed=7, replicate=1
+)
+EVERY_JOB: tuple[Job, ...] = (
+    FIT,
+    ScoreJob(config=CONFIG, weights=FILE, caches=CACHES, counts=FILE, examples=FILE),
+    OfficialScoreJob(
+        weights=(FILE, FILE),
+        reading=Reading(lesion=("1",)),
+        images=(ImageFiles("x", FILE, FILE),),
+        masks=None,
+        counts=FILE,
+    ),
+    SelectPostprocessingJob(
+        config=CONFIG,
+        metric="dice",
+        caches=CACHES,
+        networks=(FoldNetwork(FILE, None, (1, 2)), FoldNetwork(FILE, FILE, (0,))),
+        source="refits of trial 3",
+        ensemble=True,
+        out=FILE,
+    ),
+    KeepJob(copies=(WeightsCopy(FILE, FILE),), postprocessing=Choices(threshold=0.4, clean=True)),
+    CountJob(config=CONFIG, caches=CACHES, weights=(FILE,), postprocessing=Choices(), counts=FILE),
+    MeasureJob(config=CONFIG, threads=2, steps=(STEP,)),
+    RateJob(step=STEP, threads=1, begin=1.5, end=2.5),
+)
+ROW = EpochRow(
+    epoch=1,
+    time=1.0,
+    train=Scores(0.5, 0.6, 0.7, 0.8),
+    held_out=None,
+    lr=0.1,
+    train_s=1.0,
+    eval_s=0.5,
+    images_per_s=10.0,
+    peak_bytes=1,
+)
+MEASUREMENT = Measurement("cuda", 2, "bf16", 10**9, (MeasuredStep(10, 0.1, 0.05),), {"torch": "2"})
+EVERY_REPORT: tuple[tuple[Report, Job | None], ...] = (
+    (Ready(), None),
+    (EpochEnded(ROW), FIT),
+    (Finished(FitScore(0.8)), FIT),
+    (Finished(FitScore(None)), FIT),
+    (Finished(MEASUREMENT), EVERY_JOB[6]),
+    (Finished(Rate(100.0, 0.1)), EVERY_JOB[7]),
+    (Finished(), EVERY_JOB[1]),
+    (Stopped(), FIT),
+    (Failed(reason="error", text="disk full", is_storage=True, is_known=True), FIT),
+)
+
+
+def test_every_kind_of_job_is_tried_here() -> None:
+    assert {type(job) for job in EVERY_JOB} == set(typing.get_args(Job)) == set(JOBS.values())
+
+
+@pytest.mark.parametrize("job", EVERY_JOB, ids=lambda job: job.kind)
+def test_a_job_survives_the_way_to_the_worker(job: Job) -> None:
+    assert job_from_json(json.loads(json.dumps(job_to_json(job)))) == job
+
+
+@pytest.mark.parametrize(("report", "job"), EVERY_REPORT, ids=lambda each: type(each).__name__)
+def test_a_report_survives_the_way_back(report: Report, job: Job | None) -> None:
+    assert report_from_json(json.loads(json.dumps(report_to_json(report))), job) == report
