@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from hpsearch.predict import find_model as find_model
     from hpsearch.predict import predict_files as predict_files
     from hpsearch.report.html import write_report as write_report
-    from hpsearch.tracking import make_tracker as make_tracker
+    from hpsearch.tracking.mlflow_view import make_tracker as make_tracker
     from hpsearch.tuning.coordinator import StudySummary as StudySummary
     from hpsearch.tuning.coordinator import run_study as run_study
     from hpsearch.tuning.planning import MachineChoice as MachineChoice
@@ -46,7 +46,7 @@ EXPORTS = {
     "run_final": "hpsearch.final.run_final",
     "FinalResult": "hpsearch.final.FinalResult",
     "write_report": "hpsearch.report.html.write_report",
-    "make_tracker": "hpsearch.tracking.make_tracker",
+    "make_tracker": "hpsearch.tracking.mlflow_view.make_tracker",
     "find_model": "hpsearch.predict.find_model",
     "find_images": "hpsearch.predict.find_images",
     "Predictor": "hpsearch.predict.Predictor",

@@ -52,7 +52,6 @@ from hpsearch.report.statistics import (
     trial_statistics,
 )
 from hpsearch.scoring import COLUMNS, mask_name, read_mask, score_table, write_submission
-from hpsearch.tracking import Tracker, TrackingThread
 from hpsearch.training.metrics import SCORES, PixelCounts
 from hpsearch.tuning import fits, lock
 from hpsearch.tuning.caches import PoolCaches
@@ -60,6 +59,7 @@ from hpsearch.tuning.coordinator import Stop, cache_root, deliver_the_rest, log_
 from hpsearch.tuning.planning import MachineChoice, plan_for_one_fit
 from hpsearch.tuning.record import FORMAT, StudyRecord, TrialRecord, load_array, now, study_record
 from hpsearch.tuning.workers import Workers, do
+from hpsearch.views import Tracker, ViewThread
 
 logger = logging.getLogger(__name__)
 
@@ -335,7 +335,7 @@ def run_final(
         logger.info("final of trial %d: test %s %.4f", chosen.number, result.metric, result.test[result.metric].mean)
         if tracker is not None:
             say("delivering to MLflow")
-            undelivered, error = deliver_the_rest(TrackingThread(tracker, record.paths), stop)
+            undelivered, error = deliver_the_rest(ViewThread(tracker.view(record.paths)), stop)
             result = dataclasses.replace(result, undelivered=undelivered, tracking_error=error)
         return result
 

@@ -187,11 +187,6 @@ class StudyPaths:
         return self.root / "figures"
 
     @property
-    def tracking(self) -> Path:
-        """Files on their way to MLflow; gone when they are there."""
-        return self.root / ".tracking"
-
-    @property
     def sharing(self) -> Path:
         """There where several coordinators share the study: database, heartbeat and grace."""
         return self.root / "sharing.json"
@@ -223,6 +218,10 @@ class StudyPaths:
 
     def final(self, run: str) -> FinalPaths:
         return FinalPaths(self.finals / run)
+
+    def final_names(self) -> list[str]:
+        """Return the sorted names of the finals that have a result."""
+        return sorted(path.name for path in self.finals.glob("*") if self.final(path.name).result.is_file())
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from hpsearch.tuning.listener import Silent
 from hpsearch.tuning.record import StudyRecord
 from hpsearch.tuning.study import StudyDatabase
 from tests.data.conftest import tiny_pairs
-from tests.tracked import read
+from tests.tracking.tracked import read
 from tests.tuning.studies import SETTINGS, run, tiny_config
 
 NAMES = (

@@ -18,10 +18,10 @@ from rich.text import Text
 
 from hpsearch.cli.streams import write_to_stderr
 from hpsearch.data.prepare import Prepared
+from hpsearch.errors import redact
 from hpsearch.paths import ProjectPaths, command_line
 from hpsearch.plan import ExecutionPlan, Forecast, describe_data
 from hpsearch.report.words import duration
-from hpsearch.tracking import redact
 from hpsearch.tuning.coordinator import StudySummary
 from hpsearch.tuning.record import COUNTED, StudyRecord, TrialRecord
 from hpsearch.tuning.status import study_status

@@ -35,7 +35,6 @@ def command(project: ProjectPaths, study_name: str | None, trial: int | None) ->
     from hpsearch.cli.progress import describe_params
     from hpsearch.paths import command_line, read_json
     from hpsearch.report.words import duration
-    from hpsearch.tracked_runs import final_names
     from hpsearch.tuning import lock
     from hpsearch.tuning.record import no_study
     from hpsearch.tuning.status import study_status
@@ -83,7 +82,7 @@ def command(project: ProjectPaths, study_name: str | None, trial: int | None) ->
             console.print(_coordinators_table(status))
         if not status.is_running and not status.is_over:
             console.print(Text(f"  go on with it: {command_line('study', name, project)}"))
-        finals = final_names(project.study(name))
+        finals = project.study(name).final_names()
         if not status.is_running and status.is_over and status.best is not None and not finals:
             console.print(Text(f"  next: {command_line('final --best', name, project)}"))
         for final in finals:

@@ -36,7 +36,6 @@ from hpsearch.errors import (
 from hpsearch.paths import ProjectPaths, StudyPaths
 from hpsearch.plan import ExecutionPlan
 from hpsearch.stats.best import rank
-from hpsearch.tracking import Tracker, TrackingThread
 from hpsearch.tuning import confirmation, enqueue, fits, pruners, takeover
 from hpsearch.tuning.caches import PoolCaches
 from hpsearch.tuning.constant import ConstantWarnings
@@ -49,6 +48,7 @@ from hpsearch.tuning.racing import TrialScores, Verdict, verdict_on_request
 from hpsearch.tuning.record import COUNTED, Outcome, StudyRecord, TrialRecord, code_version, now
 from hpsearch.tuning.study import sqlite_url
 from hpsearch.tuning.workers import POLL_S, Event, Worker, Workers
+from hpsearch.views import Tracker, ViewThread
 
 logger = logging.getLogger(__name__)
 
@@ -193,8 +193,7 @@ def run_study(
             _require_space(record, plan)
             workers.become(plan.workers)
             seat.prepared()
-            ownership.share_out(tracker)
-            tracking = TrackingThread(tracker, study) if tracker is not None else None
+            tracking = ViewThread(tracker.view(study)) if tracker is not None else None
             coordinator = Coordinator(record, ownership, plan, caches, listener, tracking, stop, stop_at)
             listener.planned(record, plan, coordinator.forecast())
             try:
@@ -235,7 +234,7 @@ class Coordinator:
         plan: ExecutionPlan,
         caches: PoolCaches,
         listener: Listener,
-        tracking: TrackingThread | None,
+        tracking: ViewThread | None,
         stop: Stop,
         stop_at: float,
     ) -> None:
@@ -775,9 +774,9 @@ def _require_space(record: StudyRecord, plan: ExecutionPlan) -> None:
         )
 
 
-def deliver_the_rest(tracking: TrackingThread, stop: Stop) -> tuple[int, str]:
-    """Bring MLflow up to date and end tracking; return how many runs lack something, and why."""
-    # A process that must end at once must not wait for a server that does not answer.
+def deliver_the_rest(tracking: ViewThread, stop: Stop) -> tuple[int, str]:
+    """Update the view a last time and end its thread; return the number of items that it lacks, and why."""
+    # A process that must end at once does not wait for a server that does not answer.
     if stop.is_urgent:
         return tracking.close(URGENT_DELIVERY_S), tracking.error
     return tracking.close(LAST_DELIVERY_S, lambda: stop.is_urgent), tracking.error

@@ -13,7 +13,6 @@ from sqlalchemy.exc import ArgumentError
 
 from hpsearch.errors import StudyError
 from hpsearch.paths import StudyPaths
-from hpsearch.tracking import Tracker
 from hpsearch.tuning import lock
 from hpsearch.tuning.coordinators import Sharing
 from hpsearch.tuning.enqueue import is_same
@@ -82,9 +81,6 @@ class Ownership(Protocol):
 
     def confirming(self) -> AbstractContextManager[bool]:
         """Whether the second fits are this coordinator's to make, for the block."""
-
-    def share_out(self, tracker: Tracker | None) -> None:
-        """Have the tracker deliver what is this coordinator's to deliver."""
 
     def is_meant(self, request: Path) -> bool:
         """Whether the request in that file is to this coordinator, and new."""
@@ -204,9 +200,6 @@ class Sole:
 
     def confirming(self) -> AbstractContextManager[bool]:
         return nullcontext(True)
-
-    def share_out(self, tracker: Tracker | None) -> None:
-        pass
 
     def is_meant(self, request: Path) -> bool:
         return True

@@ -27,7 +27,6 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from hpsearch.errors import RecordError, StudyError, StudyLockedError
 from hpsearch.paths import StudyPaths
-from hpsearch.tracking import MlflowTracker, Tracker
 from hpsearch.tuning import coordinators, lock
 from hpsearch.tuning.chains import (
     AsIfNobodyDied,
@@ -60,7 +59,6 @@ from hpsearch.tuning.shared_storage import (
     uptime_s,
 )
 from hpsearch.tuning.study import StudyDatabase
-from hpsearch.tuning.tracking_share import TrackingShare
 
 logger = logging.getLogger(__name__)
 
@@ -292,10 +290,6 @@ class Shared:
             yield True
         finally:
             alone.release()
-
-    def share_out(self, tracker: Tracker | None) -> None:
-        if isinstance(tracker, MlflowTracker):
-            tracker.share = TrackingShare(self._record, self._state.id)
 
     def is_meant(self, request: Path) -> bool:
         # It stays there for the others. By the clock of the disk, which is that of all.

@@ -26,9 +26,8 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from hpsearch import paths
-from hpsearch.errors import RecordError, StudyError
+from hpsearch.errors import RecordError, StudyError, redact
 from hpsearch.stats.best import rank
-from hpsearch.tracking import redact
 from hpsearch.tuning.record import Standing, StudyRecord, TrialRecord
 from hpsearch.tuning.search_space import (
     SEARCH_VALUE,
