@@ -27,6 +27,8 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
 }
 """Environment variables that are set for MLflow unless the user has set them."""
+REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST")
+"""Error codes with which MLflow refuses one request."""
 
 
 class MlflowServer:
@@ -57,20 +59,18 @@ class MlflowServer:
         """Whether anything can have been tracked: false while the project has no database."""
         return self._uri is not None or self.project.mlflow_db.is_file()
 
-    def connect(self, experiment: str) -> Any:
-        """Return an MlflowClient. Creates the project's database if it is missing."""
-        mlflow = import_mlflow()
-        if self._uri is not None:
-            return mlflow.MlflowClient(tracking_uri=self._uri)
-        uri = create_database(self.project)
-        _repair_moved(self.project, experiment)
-        return mlflow.MlflowClient(tracking_uri=uri)
+    def connect(self, experiment: str) -> tuple[Any, str | None]:
+        """Return an MlflowClient and the address of the folder for the files of an experiment.
 
-    def artifact_root(self, experiment: str) -> str | None:
-        """Return the address of the folder for the files of an experiment; None if the server chooses one."""
-        if self._uri is not None and self._uri.partition(":")[0] in ("http", "https", "databricks", "uc"):
-            return None
-        return _artifact_root(self.project, experiment)
+        Creates the project's database if it is missing. The address is None if the server chooses the folder.
+        """
+        mlflow, root = import_mlflow(), (self.project.mlruns / experiment).as_uri()
+        if self._uri is not None:
+            is_server = self._uri.partition(":")[0] in ("http", "https", "databricks", "uc")
+            return mlflow.MlflowClient(tracking_uri=self._uri), None if is_server else root
+        uri = create_database(self.project)
+        _repair_moved(self.project.mlflow_db, experiment, root)
+        return mlflow.MlflowClient(tracking_uri=uri), root
 
 
 def import_mlflow() -> Any:
@@ -111,8 +111,10 @@ def is_external(error: Exception) -> bool:
     return isinstance(error, MlflowException | SQLAlchemyError | sqlite3.Error | OSError | ImportError)
 
 
-def _artifact_root(project: ProjectPaths, experiment: str) -> str:
-    return (project.mlruns / experiment).as_uri()
+def is_outage(error: Exception) -> bool:
+    """Return whether MLflow as a whole cannot be used, so that requests for other runs would fail too."""
+    is_refusal = getattr(error, "error_code", "") in REFUSALS
+    return is_external(error) and not is_refusal and not isinstance(error, OSError)
 
 
 def _refuse_file_store(mlruns: Path) -> None:
@@ -139,14 +141,13 @@ def _sqlite_uri(path: Path) -> str:
     return uri
 
 
-def _repair_moved(project: ProjectPaths, experiment: str) -> None:
-    """Correct the addresses of the files of an experiment after its project was moved or copied.
+def _repair_moved(database_file: Path, experiment: str, root: str) -> None:
+    """Set the addresses of the files of an experiment to `root` after its project was moved or copied.
 
     MLflow stores absolute addresses and has no request that changes them. Without this correction a copied project
     would write into the original.
     """
-    root = _artifact_root(project, experiment)
-    with closing(sqlite3.connect(project.mlflow_db, timeout=20)) as database, database:
+    with closing(sqlite3.connect(database_file, timeout=20)) as database, database:
         found = database.execute(
             "SELECT experiment_id, artifact_location FROM experiments WHERE name = ?", (experiment,)
         ).fetchone()
@@ -160,4 +161,4 @@ def _repair_moved(project: ProjectPaths, experiment: str) -> None:
                 f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",
                 (root, len(old) + 1, len(old) + 1, f"{old}/"),
             )
-    logger.info("the project was moved: the files of study %r are now expected in %s", experiment, project.mlruns)
+    logger.info("the project was moved: the files of study %r are now expected in %s", experiment, root)

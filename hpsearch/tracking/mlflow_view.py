@@ -15,7 +15,7 @@ from hpsearch.errors import TrackingError, redact
 from hpsearch.paths import ProjectPaths, StudyPaths
 from hpsearch.tracking import run_files, runs
 from hpsearch.tracking.experiment import Experiment, Rebuilt, find_study_run
-from hpsearch.tracking.mlflow_server import MlflowServer, is_external
+from hpsearch.tracking.mlflow_server import MlflowServer, is_external, is_outage
 from hpsearch.tuning.record import StudyRecord, TrialRecord
 
 
@@ -55,7 +55,7 @@ class MlflowView:
     def update(self, *, is_last: bool = False) -> None:
         """Log everything that is on record and missing in MLflow. Restores a deleted experiment or run.
 
-        With `is_last`, open runs get the status KILLED. The first error in a record is raised after the other runs
+        With `is_last`, open runs get the status KILLED. An error that concerns one run is raised after the other runs
         were logged.
         """
         if is_last and self._has_failed:
@@ -92,7 +92,7 @@ class MlflowView:
         if not self._server.has_data:
             raise TrackingError(f"nothing is tracked in {self._server.project.root} yet")
         with self._tracking_errors():
-            client = self._server.connect(self._study.name)
+            client, _ = self._server.connect(self._study.name)
             run_id = find_study_run(client, self._study.name)
             if run_id is None:
                 raise TrackingError(f"study {self._study.name!r} is not in MLflow yet")
@@ -117,9 +117,9 @@ class MlflowView:
             try:
                 experiment.deliver(source, source.read(), parent_tag, is_last=is_last)
             except Exception as error:
-                if is_external(error):
+                if is_outage(error):
                     raise
-                # A damaged trial must not keep the other runs back.
+                # A damaged trial or a run that MLflow refuses must not keep the other runs back.
                 failures.append(error)
             else:
                 self._up_to_date.add(source.key)
@@ -133,8 +133,8 @@ class MlflowView:
     def _open_experiment(self, record: StudyRecord, began_ms: int) -> Experiment:
         """Return the experiment as read before; read it if it was discarded."""
         if self._experiment is None:
-            client, root = self._server.connect(record.name), self._server.artifact_root(record.name)
-            self._experiment = Experiment(client, record, began_ms, root)
+            client, artifact_root = self._server.connect(record.name)
+            self._experiment = Experiment(client, record, began_ms, artifact_root)
         return self._experiment
 
     def _trials(self, record: StudyRecord) -> list[TrialRecord]:

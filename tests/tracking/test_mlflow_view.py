@@ -215,6 +215,29 @@ class TestRepair:
         assert runs["trial 0002"].status == "FINISHED"
         assert view.n_behind() == 1
 
+    def test_a_run_that_mlflow_refuses_does_not_keep_back_the_others(
+        self, study: FakeStudy, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+        from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+
+        for _ in range(3):
+            study.trial("full")
+        original = MlflowClient.create_run
+
+        def create_run(*args: Any, **options: Any) -> Any:
+            if args[-1] == "trial 0001":
+                raise MlflowException("its name is too long", INVALID_PARAMETER_VALUE)
+            return original(*args, **options)
+
+        monkeypatch.setattr(MlflowClient, "create_run", create_run)
+        view = view_of(study)
+        with pytest.raises(TrackingError, match="its name is too long"):
+            view.update()
+        assert set(read(study.project)) == {"fake", "trial 0000", "trial 0002"}
+        assert view.n_behind() == 1
+
     def test_nothing_is_left_in_the_study_folder(self, study: FakeStudy) -> None:
         study.trial("full")
         before = sorted(study.record.paths.root.rglob("*"))
