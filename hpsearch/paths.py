@@ -187,6 +187,11 @@ class StudyPaths:
         return self.root / "figures"
 
     @property
+    def tracking(self) -> Path:
+        """Temporary folder for files on their way to MLflow."""
+        return self.root / ".tracking"
+
+    @property
     def sharing(self) -> Path:
         """There where several coordinators share the study: database, heartbeat and grace."""
         return self.root / "sharing.json"

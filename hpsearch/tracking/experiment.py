@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from hpsearch.config import StudyConfig
@@ -64,6 +65,7 @@ class Experiment:
     def __init__(self, client: Any, record: StudyRecord, began_ms: int, artifact_root: str | None) -> None:
         """Open the experiment and read its runs. Creates a missing experiment and restores a deleted one."""
         self._client = client
+        self._folder = record.paths.tracking
         self._id = self._open(record, began_ms, artifact_root)
         self._runs = self._read(record.name)
         self._current: dict[str, Run] = {}
@@ -164,16 +166,16 @@ class Experiment:
 
     def _log_files(self, run: Run, source: RunSource, content: RunContent) -> None:
         """Upload the files of a run; register the model of a final."""
-        with TemporaryDirectory() as folder:
-            source.write_files(Path(folder))
-            self._client.log_artifacts(run.id, folder)
+        with temporary_folder(self._folder) as folder:
+            source.write_files(folder)
+            self._client.log_artifacts(run.id, str(folder))
         run.has_files = True
         if content.is_complete and source.weights is not None and source.weights.is_file():
             # `pack` runs this module as a program, so no other module imports it at its start.
             from hpsearch.tracking import mlflow_model
 
-            with TemporaryDirectory() as folder:
-                mlflow_model.register(self._client, source.weights, Path(folder), self._id, run.id, content)
+            with temporary_folder(self._folder) as folder:
+                mlflow_model.register(self._client, source.weights, folder, self._id, run.id, content)
 
     def _set_status(self, run: Run, content: RunContent, is_last: bool) -> None:
         status = "KILLED" if is_last and not content.is_complete else content.status
@@ -246,6 +248,17 @@ def find_study_run(client: Any, study: str) -> str | None:
     runs = pages(client, experiment.experiment_id) if experiment is not None else ()
     parents = [run.info for run in runs if key_of(run.data.tags) == "study"]
     return max(parents, key=lambda info: int(info.start_time)).run_id if parents else None
+
+
+@contextmanager
+def temporary_folder(folder: Path) -> Iterator[Path]:
+    """Provide an empty folder and delete it afterwards. A fixed path, so leftovers of a killed process go too."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def pages(client: Any, experiment_id: str, filter_string: str = "") -> Iterator[Any]:

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from hpsearch.errors import TrackingError, redact
 from hpsearch.paths import ProjectPaths, StudyPaths
 from hpsearch.tracking import run_files, runs
-from hpsearch.tracking.experiment import Experiment, Rebuilt, find_study_run
+from hpsearch.tracking.experiment import Experiment, Rebuilt, find_study_run, temporary_folder
 from hpsearch.tracking.mlflow_server import MlflowServer, is_external, is_outage
 from hpsearch.tuning.record import StudyRecord, TrialRecord
 
@@ -96,9 +94,9 @@ class MlflowView:
             run_id = find_study_run(client, self._study.name)
             if run_id is None:
                 raise TrackingError(f"study {self._study.name!r} is not in MLflow yet")
-            with TemporaryDirectory() as folder:
-                run_files.write_report_files(self._study, Path(folder))
-                client.log_artifacts(run_id, folder)
+            with temporary_folder(self._study.tracking) as folder:
+                run_files.write_report_files(self._study, folder)
+                client.log_artifacts(run_id, str(folder))
 
     def _update(self, record: StudyRecord, is_last: bool) -> None:
         trials = self._trials(record)

@@ -240,9 +240,10 @@ class TestRepair:
 
     def test_nothing_is_left_in_the_study_folder(self, study: FakeStudy) -> None:
         study.trial("full")
-        before = sorted(study.record.paths.root.rglob("*"))
-        deliver(study)
-        assert sorted(study.record.paths.root.rglob("*")) == before
+        study.record.paths.tracking.mkdir()
+        (study.record.paths.tracking / "left by a process that was killed").touch()
+        assert "left by a process that was killed" not in deliver(study)["trial 0000"].files
+        assert not study.record.paths.tracking.exists()
 
     def test_an_experiment_of_version_0_1_is_continued(
         self, tmp_path: Path, empty_mlflow_db: Path, quick_figures: None
