@@ -19,8 +19,15 @@ from hpsearch.config import StudyConfig, digest
 from hpsearch.paths import StudyPaths
 from hpsearch.tracking import notes, run_files
 from hpsearch.tracking.metrics import CrossValidation, Point, milliseconds, points_of
-from hpsearch.tuning import confirmation
-from hpsearch.tuning.record import FitRecord, Outcome, SecondRecord, Standing, StudyRecord, TrialRecord
+from hpsearch.tuning.record import (
+    FitRecord,
+    Outcome,
+    SecondRecord,
+    Standing,
+    StudyRecord,
+    TrialRecord,
+    has_all_refits,
+)
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 STATUSES: dict[str | None, Status] = {None: "RUNNING", "diverged": "FAILED", "failed": "FAILED", "lost": "KILLED"}
@@ -140,7 +147,7 @@ def ranking_tags(standing: Standing) -> dict[str, dict[str, str]]:
 
 def study_run(record: StudyRecord, trials: Sequence[TrialRecord], standing: Standing) -> RunContent:
     """Return the parent run: the settings of the study, its best value and counts of outcomes after each trial."""
-    is_over = record.is_searched(trials) and confirmation.is_over(record)
+    is_over = record.is_searched(trials) and has_all_refits(record)
     ends = [trial.ended_at or 0 for trial in trials] + [second.ended_at or 0 for second in record.second_records()]
     search = {f"search.{name}": notes.text_of(dimension.to_toml()) for name, dimension in record.config.search}
     return RunContent(

@@ -12,7 +12,7 @@ from hpsearch.paths import ProjectPaths
 from hpsearch.plan import ExecutionPlan
 from hpsearch.tuning import confirmation, constant, coordinators, lock
 from hpsearch.tuning.coordinators import CoordinatorState, Sharing
-from hpsearch.tuning.record import COUNTED, StudyRecord, TrialRecord
+from hpsearch.tuning.record import COUNTED, StudyRecord, TrialRecord, has_all_refits
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
         n_second,
         bool(standing.confirmed),
         tuple(open_fits),
-        record.is_searched(trials) and confirmation.is_over(record),
+        record.is_searched(trials) and has_all_refits(record),
         is_running,
         eta_s / max(1, len(living)) if eta_s is not None else None,
         tuple(constant.describe(record, constant.find_constant_fits(record, n_finished))),
