@@ -57,8 +57,8 @@ from hpsearch.store.test_set_log import (
     looks_at,
     n_looks_before,
 )
-from hpsearch.tracking import Tracker, TrackingThread
 from hpsearch.training.metrics import SCORES, PixelCounts
+from hpsearch.views import Tracker, ViewThread
 from hpsearch.workers import jobs as fits
 from hpsearch.workers.local_pool import Workers, do
 
@@ -336,7 +336,7 @@ def run_final(
         logger.info("final of trial %d: test %s %.4f", chosen.number, result.metric, result.test[result.metric].mean)
         if tracker is not None:
             say("delivering to MLflow")
-            undelivered, error = deliver_the_rest(TrackingThread(tracker, record.paths), stop)
+            undelivered, error = deliver_the_rest(ViewThread(tracker.view(record.paths)), stop)
             result = dataclasses.replace(result, undelivered=undelivered, tracking_error=error)
         return result
 

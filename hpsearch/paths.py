@@ -188,7 +188,7 @@ class StudyPaths:
 
     @property
     def tracking(self) -> Path:
-        """Files on their way to MLflow; gone when they are there."""
+        """Temporary folder for files on their way to MLflow."""
         return self.root / ".tracking"
 
     @property
@@ -223,6 +223,10 @@ class StudyPaths:
 
     def final(self, run: str) -> FinalPaths:
         return FinalPaths(self.finals / run)
+
+    def final_names(self) -> list[str]:
+        """Return the sorted names of the finals that have a result."""
+        return sorted(path.name for path in self.finals.glob("*") if self.final(path.name).result.is_file())
 
 
 @dataclass(frozen=True)

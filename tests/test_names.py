@@ -20,7 +20,7 @@ from hpsearch.store.record import StudyRecord
 from hpsearch.tracking import MlflowTracker
 from tests.data.conftest import tiny_pairs
 from tests.search.studies import SETTINGS, run, tiny_config
-from tests.tracked import read
+from tests.tracking.tracked import read
 
 NAMES = (
     "it's a lesion",

@@ -44,10 +44,10 @@ from hpsearch.search.pruners import Pruner
 from hpsearch.search.racing import TrialScores, Verdict, verdict_on_request
 from hpsearch.stats.best import rank
 from hpsearch.store.record import COUNTED, Outcome, StudyRecord, TrialRecord, code_version, now
-from hpsearch.tracking import Tracker, TrackingThread
 from hpsearch.tuning import takeover
 from hpsearch.tuning.coordinators import Sharing
 from hpsearch.tuning.ownership import Asked, Ownership, take_seat
+from hpsearch.views import Tracker, ViewThread
 from hpsearch.workers import jobs as fits
 from hpsearch.workers import plan as plans
 from hpsearch.workers.local_pool import POLL_S, Event, Worker, Workers
@@ -196,8 +196,7 @@ def run_study(
             _require_space(record, plan)
             workers.become(plan.workers)
             seat.prepared()
-            ownership.share_out(tracker)
-            tracking = TrackingThread(tracker, study) if tracker is not None else None
+            tracking = ViewThread(tracker.view(study)) if tracker is not None else None
             coordinator = Coordinator(record, ownership, plan, caches, listener, tracking, stop, stop_at)
             listener.planned(record, plan, coordinator.forecast())
             try:
@@ -238,7 +237,7 @@ class Coordinator:
         plan: ExecutionPlan,
         caches: PoolCaches,
         listener: Listener,
-        tracking: TrackingThread | None,
+        tracking: ViewThread | None,
         stop: Stop,
         stop_at: float,
     ) -> None:
@@ -778,9 +777,9 @@ def _require_space(record: StudyRecord, plan: ExecutionPlan) -> None:
         )
 
 
-def deliver_the_rest(tracking: TrackingThread, stop: Stop) -> tuple[int, str]:
-    """Bring MLflow up to date and end tracking; return how many runs lack something, and why."""
-    # A process that must end at once must not wait for a server that does not answer.
+def deliver_the_rest(tracking: ViewThread, stop: Stop) -> tuple[int, str]:
+    """Update the view a last time and end its thread; return the number of items that it lacks, and why."""
+    # A process that must end at once does not wait for a server that does not answer.
     if stop.is_urgent:
         return tracking.close(URGENT_DELIVERY_S), tracking.error
     return tracking.close(LAST_DELIVERY_S, lambda: stop.is_urgent), tracking.error

@@ -26,7 +26,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from hpsearch import paths
-from hpsearch.errors import RecordError, StudyError
+from hpsearch.errors import RecordError, StudyError, redact
 from hpsearch.search.samplers import (
     SEARCH_VALUE,
     decode,
@@ -38,7 +38,6 @@ from hpsearch.search.samplers import (
 )
 from hpsearch.stats.best import rank
 from hpsearch.store.record import Standing, StudyRecord, TrialRecord
-from hpsearch.tracking import redact
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,15 @@ from hpsearch.data.pool_caches import PoolCaches
 from hpsearch.report.statistics import select_for_confirmation
 from hpsearch.search.callbacks import Listener
 from hpsearch.search.constant_predictions import ConstantWarnings
-from hpsearch.store.record import SecondRecord, Shortlist, StudyRecord, TrialRecord, code_version, now
+from hpsearch.store.record import (
+    SecondRecord,
+    Shortlist,
+    StudyRecord,
+    TrialRecord,
+    code_version,
+    has_all_refits,
+    now,
+)
 from hpsearch.workers import jobs as fits
 from hpsearch.workers.local_pool import POLL_S, Event, Workers
 
@@ -35,7 +43,7 @@ EpochSeconds = Callable[[StudyConfig, int, list[dict[str, Any]]], float]
 def n_left(record: StudyRecord, n_trials: int) -> int:
     """Configurations to be fitted once more when `n_trials` are still to come, at most: fewer may be picked."""
     study = record.config.study
-    if study.folds == "fixed" or study.trials < 2 or (n_trials == 0 and is_over(record)):
+    if study.folds == "fixed" or study.trials < 2 or (n_trials == 0 and has_all_refits(record)):
         return 0
     return min(study.confirm, study.trials)
 
@@ -57,20 +65,6 @@ def shortlist(record: StudyRecord) -> Shortlist | None:
     record.write_shortlist(chosen)
     logger.info("to be fitted once more: trials %s", ", ".join(map(str, chosen.trials)))
     return chosen
-
-
-def is_over(record: StudyRecord) -> bool:
-    """Whether nothing is left to confirm once the search itself is over."""
-    study = record.config.study
-    full = [trial.number for trial in record.full_trials()]
-    if study.folds == "fixed" or study.confirm == 0 or len(full) < 2:
-        return True
-    stored = record.shortlist()
-    return (
-        stored is not None
-        and (stored.of, stored.count) == (tuple(full), study.confirm)
-        and all((second := record.second(number)) is not None and second.outcome for number in stored.trials)
-    )
 
 
 class Confirmation:

@@ -17,7 +17,6 @@ from hpsearch.search.enqueue import is_same
 from hpsearch.search.optuna_view import StudyDatabase
 from hpsearch.store import lock
 from hpsearch.store.record import StudyRecord, TrialRecord
-from hpsearch.tracking import Tracker
 from hpsearch.tuning.coordinators import Sharing
 
 Params = Mapping[str, Any]
@@ -82,9 +81,6 @@ class Ownership(Protocol):
 
     def confirming(self) -> AbstractContextManager[bool]:
         """Whether the second fits are this coordinator's to make, for the block."""
-
-    def share_out(self, tracker: Tracker | None) -> None:
-        """Have the tracker deliver what is this coordinator's to deliver."""
 
     def is_meant(self, request: Path) -> bool:
         """Whether the request in that file is to this coordinator, and new."""
@@ -204,9 +200,6 @@ class Sole:
 
     def confirming(self) -> AbstractContextManager[bool]:
         return nullcontext(True)
-
-    def share_out(self, tracker: Tracker | None) -> None:
-        pass
 
     def is_meant(self, request: Path) -> bool:
         return True

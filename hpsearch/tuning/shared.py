@@ -32,7 +32,6 @@ from hpsearch.search.optuna_view import StudyDatabase
 from hpsearch.search.samplers import decode, suggest
 from hpsearch.store import lock
 from hpsearch.store.record import StudyRecord, TrialRecord, now
-from hpsearch.tracking import MlflowTracker, Tracker
 from hpsearch.tuning import coordinators
 from hpsearch.tuning.chains import (
     AsIfNobodyDied,
@@ -61,7 +60,6 @@ from hpsearch.tuning.shared_storage import (
     refusals_named,
     uptime_s,
 )
-from hpsearch.tuning.tracking_share import TrackingShare
 
 logger = logging.getLogger(__name__)
 
@@ -293,10 +291,6 @@ class Shared:
             yield True
         finally:
             alone.release()
-
-    def share_out(self, tracker: Tracker | None) -> None:
-        if isinstance(tracker, MlflowTracker):
-            tracker.share = TrackingShare(self._record, self._state.id)
 
     def is_meant(self, request: Path) -> bool:
         # It stays there for the others. By the clock of the disk, which is that of all.

@@ -1,0 +1,120 @@
+"""Keep the views of a study, such as its runs in MLflow, up to date with its record in background threads.
+
+The study folder is the record; a view is derived from it and may lag behind. Training never waits for a view.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from hpsearch.errors import HpsearchError
+from hpsearch.paths import StudyPaths
+
+logger = logging.getLogger(__name__)
+
+
+class View(Protocol):
+    """One view of one study. It reads the study folder and nothing else."""
+
+    @property
+    def name(self) -> str:
+        """Name of the view in messages, such as `MLflow`."""
+
+    def update(self, *, is_last: bool = False) -> None:
+        """Add everything that is on record and missing in the view.
+
+        `is_last` says that nobody works on the study any more. Raises HpsearchError if that is impossible now;
+        the next call continues, and nothing is added twice.
+        """
+
+    def n_behind(self) -> int:
+        """Return the number of items on record that the view may lack, without asking the view's server."""
+
+
+class Tracker(Protocol):
+    """Creates the view of any study; `make_tracker` returns one."""
+
+    def view(self, study: StudyPaths) -> View:
+        """Return the view of a study. Connects to nothing yet."""
+
+
+class ViewThread(threading.Thread):
+    """Background thread that keeps one view up to date and retries with increasing pauses after failures."""
+
+    def __init__(self, view: View, *, pause_s: float = 1.0, retry_s: float = 1.0, max_retry_s: float = 300.0) -> None:
+        """Start at once. Pause `pause_s` after an update; after the n-th failure in a row `retry_s * 2**(n - 1)`."""
+        # A daemon thread, so that a server that does not answer cannot keep the process alive.
+        super().__init__(name=f"view: {view.name}", daemon=True)
+        self._view = view
+        self._pause_s = pause_s
+        self._retry_s = retry_s
+        self._max_retry_s = max_retry_s
+        self._woken = threading.Event()
+        self._closing = threading.Event()
+        self._n_failures = 0
+        self.error = ""
+        """Reason why the last update failed; empty if it succeeded."""
+        self.start()
+
+    def wake(self) -> None:
+        """Tell the thread that there is something new on record. Returns at once."""
+        self._woken.set()
+
+    def close(self, timeout_s: float = 30.0, give_up: Callable[[], bool] = lambda: False) -> int:
+        """Update the view a last time, end the thread and return the number of items that the view lacks.
+
+        Waits while the view makes progress. Stops waiting after `timeout_s` without progress, or when `give_up`
+        returns true.
+        """
+        self._closing.set()
+        self._woken.set()
+        n_behind = self._view.n_behind()
+        give_up_at = time.monotonic() + timeout_s
+        while self.is_alive() and time.monotonic() < give_up_at and not give_up():
+            self.join(0.2)
+            if (n_now := self._view.n_behind()) < n_behind:
+                n_behind, give_up_at = n_now, time.monotonic() + timeout_s
+        n_behind = self._view.n_behind()
+        if n_behind and self.is_alive():
+            self.error = self.error or f"{self._view.name} does not answer"
+        # After an error, the view may also lack something that `n_behind` does not count.
+        return max(n_behind, 1) if self.error else n_behind
+
+    def run(self) -> None:
+        while True:
+            # Clear before reading `_closing`: `close` sets `_closing` first, so its wake-up cannot be lost.
+            self._woken.clear()
+            is_last = self._closing.is_set()
+            self._update(is_last)
+            if is_last:
+                return
+            if self._n_failures:
+                self._closing.wait(min(self._retry_s * 2 ** (self._n_failures - 1), self._max_retry_s))
+            else:
+                self._closing.wait(self._pause_s)
+                self._woken.wait()
+
+    def _update(self, is_last: bool) -> None:
+        try:
+            self._view.update(is_last=is_last)
+        except Exception as error:
+            self._n_failures = min(self._n_failures + 1, 20)
+            self.error = str(error) or type(error).__name__
+            if self._n_failures == 1:
+                # An unexpected error is a fault in hpsearch: log its traceback, but let the training continue.
+                details = None if isinstance(error, HpsearchError) else error
+                logger.warning("%s is not up to date, retrying: %s", self._view.name, error, exc_info=details)
+        else:
+            if self._n_failures:
+                logger.info("%s is up to date again", self._view.name)
+            self._n_failures = 0
+            self.error = ""
+
+
+def is_updating() -> bool:
+    """Return whether a view is still being updated in this process, including threads that nobody waits for."""
+    return any(isinstance(thread, ViewThread) for thread in threading.enumerate())
