@@ -40,15 +40,15 @@ from typing import Any
 
 import psutil
 
-from hpsearch import tracking
 from hpsearch.paths import ProjectPaths
 from hpsearch.store.record import StudyRecord
+from hpsearch.tracking import mlflow_server
 
 NAME = "faults"
 FAULTY = Path(__file__).parent / "faulty"
 MARK = "HPSEARCH_FAULTS"
 """Environment variable that names the folder of the faults of one study; its processes are known by it."""
-LAGS = "tracking lacks"
+LAGS = "MLflow is not up to date"
 """What a study says at its end where MLflow was too slow."""
 PATIENCE_S = 600.0
 """A start that takes longer hangs."""
@@ -97,19 +97,19 @@ PHASES: dict[str, tuple[tuple[str, str], ...]] = {
         ("coordinator", "paths.py:atomic_write"),
     ),
     "logging": (
-        ("coordinator", "tracking.py:_deliver"),
-        ("coordinator", "tracking.py:_ensure"),
-        ("coordinator", "tracking.py:_read"),
-        ("coordinator", "tracking.py:_log_files"),
-        ("coordinator", "tracking.py:_set_status"),
-        ("coordinator", "tracked_runs.py:write_trial_files"),
+        ("coordinator", "tracking/experiment.py:deliver"),
+        ("coordinator", "tracking/experiment.py:ensure"),
+        ("coordinator", "tracking/experiment.py:_read"),
+        ("coordinator", "tracking/experiment.py:_log_files"),
+        ("coordinator", "tracking/experiment.py:_set_status"),
+        ("coordinator", "tracking/run_files.py:write_trial_files"),
     ),
     "end": (
         ("worker", "training/finish.py:finish_fit"),
         ("worker", "training/checkpoint.py:save_weights"),
         ("worker", "training/finish.py:save_examples"),
         ("coordinator", "search/coordinator.py:_settle"),
-        ("coordinator", "tracking.py:close"),
+        ("coordinator", "views.py:close"),
         ("coordinator", "workers/local_pool.py:close"),
         ("coordinator", "cli/progress.py:summarise"),
     ),
@@ -175,8 +175,8 @@ class Place:
         draw_sample(root / "data", n_train=12, n_val=4, n_test=4)
         if mlflow_db is None:
             # Making one takes seconds: all studies begin with a copy.
-            tracking._import_mlflow()
-            tracking._project_database(ProjectPaths(root))
+            mlflow_server.import_mlflow()
+            mlflow_server.create_database(ProjectPaths(root))
             mlflow_db = root / "mlflow.db"
         return cls(root, root / "data", mlflow_db, n_trials)
 

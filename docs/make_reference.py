@@ -45,7 +45,7 @@ BEHIND = {
     "predict": "hpsearch.inference.predictor.predict_files",
     "export": "hpsearch.inference.export.export_onnx, hpsearch.inference.export.export_toml",
     "report": "hpsearch.report.html.write_report",
-    "track": "hpsearch.tracking.MlflowTracker.catch_up",
+    "track": "hpsearch.tracking.MlflowView.update, hpsearch.tracking.MlflowView.rebuild",
     "data check": "hpsearch.data.integrity.check, hpsearch.data.duplicates.find_in_dataset",
     "data cache": "hpsearch.data.prepare.prepare_pool, hpsearch.data.comparison.compare_caches",
     "data augment": "hpsearch.data.export_augmented.export_augmented",
@@ -59,7 +59,7 @@ PARTS = (
     "hpsearch.training.losses.loss_function",
     "hpsearch.training.checkpoint.load_weights",
     "hpsearch.inference.scoring.score_folder",
-    "hpsearch.serving.predict_masks",
+    "hpsearch.tracking.mlflow_model.predict_masks",
 )
 """What is useful by itself, in a notebook or a training loop of one's own."""
 SHARED_BY = 4

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from hpsearch.store.record import study_record as study_record
     from hpsearch.study import StudySummary as StudySummary
     from hpsearch.study import run_study as run_study
-    from hpsearch.tracking import make_tracker as make_tracker
+    from hpsearch.tracking.mlflow_view import make_tracker as make_tracker
 
 __version__ = "0.1.0"
 
@@ -46,7 +46,7 @@ EXPORTS = {
     "run_final": "hpsearch.final.run_final",
     "FinalResult": "hpsearch.final.FinalResult",
     "write_report": "hpsearch.report.html.write_report",
-    "make_tracker": "hpsearch.tracking.make_tracker",
+    "make_tracker": "hpsearch.tracking.mlflow_view.make_tracker",
     "find_model": "hpsearch.inference.predictor.find_model",
     "find_images": "hpsearch.inference.predictor.find_images",
     "Predictor": "hpsearch.inference.predictor.Predictor",

@@ -21,6 +21,7 @@
 Any other exception is a fault in `hpsearch` and keeps its traceback.
 """
 
+import re
 import struct
 import zipfile
 import zlib
@@ -115,3 +116,9 @@ class StorageError(HpsearchError):
 
 class WorkerError(HpsearchError):
     """A worker died or failed in a way that is not the configuration's fault."""
+
+
+def redact(text: str) -> str:
+    """Return `text` with the credentials of every address in it replaced by `***`."""
+    text = re.sub(r"(?<=://)(?:[^:/@\s]*:\S*|[^/\s]*)@", "***@", text)
+    return re.sub(r"(?i)([?&][^=&\s]*(?:password|passwd|secret|token|key)[^=&\s]*=)[^&\s]+", r"\1***", text)

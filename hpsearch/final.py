@@ -347,7 +347,7 @@ def run_final(
         paths.write_json(folder.result, {**finished, "n_seeds": n_seeds, "runtime": plan.machine})
         paths.write_text(folder.card, model_card(record, folder.root.name))
         logger.info("final of trial %d: test %s %.4f", chosen.number, result.metric, result.test[result.metric].mean)
-        if hasattr(tracker, "view"):
+        if tracker is not None:
             say("delivering to MLflow")
             undelivered, error = close_view(ViewThread(tracker.view(record.paths)), stop)
             result = dataclasses.replace(result, undelivered=undelivered, tracking_error=error)

@@ -167,6 +167,10 @@ class StudyPaths(_Folder):
     def final(self, run: str) -> FinalPaths:
         return FinalPaths(self.finals / run)
 
+    def final_names(self) -> list[str]:
+        """Return the sorted names of the finals that have a result."""
+        return sorted(path.name for path in self.finals.glob("*") if self.final(path.name).result.is_file())
+
 
 class TrialPaths(_Folder):
     """One trial: what was suggested, its result, and a folder for each fold."""

@@ -165,7 +165,7 @@ class _Views:
 def _views(study: StudyPaths, tracker: Tracker | None, stop: Stop) -> Iterator[_Views]:
     """Keep Optuna's database and MLflow up to date in the background for the time of the block."""
     optuna_thread = ViewThread(OptunaView(study))
-    tracker_thread = ViewThread(tracker.view(study)) if hasattr(tracker, "view") else None
+    tracker_thread = ViewThread(tracker.view(study)) if tracker is not None else None
     views = _Views([thread for thread in (optuna_thread, tracker_thread) if thread is not None])
     try:
         yield views

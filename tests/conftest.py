@@ -30,12 +30,12 @@ def own_state_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def empty_mlflow_db(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow database without runs, to be copied into a project as `mlflow.db`: making one takes seconds."""
-    from hpsearch import tracking
     from hpsearch.paths import ProjectPaths
+    from hpsearch.tracking import mlflow_server
 
     project = ProjectPaths(tmp_path_factory.mktemp("mlflow"))
-    tracking._import_mlflow()
-    tracking._project_database(project)
+    mlflow_server.import_mlflow()
+    mlflow_server.create_database(project)
     return project.mlflow_db
 
 

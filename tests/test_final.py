@@ -43,7 +43,7 @@ from hpsearch.workers.plan import ExecutionPlan
 from hpsearch.workers.pool import WorkerPool, WorkerSettings
 from tests.data.conftest import tiny_pairs, write_oriented
 from tests.search.studies import run, tiny_config, write_tiny_dataset
-from tests.test_tracking import FakeTracker
+from tests.test_views import FakeView
 
 MACHINE = MachineChoice("cpu", 1, 1)
 
@@ -375,7 +375,7 @@ def test_every_look_at_the_test_set_is_counted_and_a_search_that_goes_on_after_o
     settings = ("study.pruner=none", "study.sampler=random", "study.trials=3", "study.confirm=0")
     run(project.root, tiny_config(dataset, *settings))
     steps: list[str] = []
-    tracker = FakeTracker(*[TrackingError("away")] * 9)
+    tracker = FakeView(*[TrackingError("away")] * 9)
     again = run_final(project, trial=0, machine=MACHINE, on_step=steps.append, tracker=tracker)
     assert again is not None
     assert any(step.startswith("note on the test split: 8/3/4 training/validation/test pairs") for step in steps)

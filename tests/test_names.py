@@ -17,7 +17,7 @@ from hpsearch.search.callbacks import NullCallback
 from hpsearch.tracking import MlflowTracker
 from tests.data.conftest import tiny_pairs
 from tests.search.studies import SETTINGS, run
-from tests.tracked import read
+from tests.tracking.tracked import read
 
 NAMES = (
     "it's a lesion",

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from hpsearch import serving, subprocesses
+from hpsearch import subprocesses
 from hpsearch.data.decode_pool import Decoders, Facts, Job
 from hpsearch.inference.postprocessing import Choices
+from hpsearch.tracking import mlflow_model
 from hpsearch.workers.jobs import Finished, KeepJob
 from hpsearch.workers.local_pool import LocalPool
 from hpsearch.workers.loop import run_job
@@ -52,16 +53,16 @@ def test_the_decoder_imports_nothing_from_the_current_folder(hostile: Path, tmp_
 
 
 def test_packing_a_model_imports_nothing_from_the_current_folder(hostile: Path) -> None:
-    command = subprocesses.command("hpsearch.serving", "--help")
+    command = subprocesses.command("hpsearch.tracking.mlflow_model", "gone.safetensors", "packed", "run", "model")
     done = subprocess.run(command, env=subprocesses.environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "--model-id" in done.stdout
+    assert "imported from the current folder" not in done.stderr
+    assert "gone.safetensors" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow
 def test_a_model_is_packed_beside_a_folder_that_is_named_like_the_package(hostile: Path, tmp_path: Path) -> None:
     write_model(tmp_path / "model.safetensors")
-    serving.pack(tmp_path / "model.safetensors", tmp_path / "packed", run_id="0" * 32, model_id="m-1")
+    mlflow_model.pack(tmp_path / "model.safetensors", tmp_path / "packed", run_id="0" * 32, model_id="m-1")
     assert (tmp_path / "packed" / "MLmodel").is_file()
 
 

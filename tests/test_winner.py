@@ -17,9 +17,8 @@ from hpsearch.search.optuna_view import OptunaView, sqlite_url
 from hpsearch.search.status import study_status
 from hpsearch.store.record import SecondRecord, Shortlist, StudyRecord
 from hpsearch.study import StudySummary
-from hpsearch.tracking import MlflowTracker
 from tests.recorded import FakeStudy
-from tests.tracked import client, read
+from tests.tracking.tracked import client, read, view_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
@@ -65,7 +64,7 @@ def told(capsys: pytest.CaptureFixture[str], record: StudyRecord) -> str:
 def assert_one_winner(study: FakeStudy, number: int, capsys: pytest.CaptureFixture[str]) -> None:
     record = study.record
     OptunaView(record.paths).update()
-    MlflowTracker(study.project).catch_up(record.paths)
+    view_of(study).update()
     best = record.best()
     assert best is not None
     worth = record.worth(best)
@@ -91,7 +90,7 @@ def assert_one_winner(study: FakeStudy, number: int, capsys: pytest.CaptureFixtu
     for trial in record.full_trials():
         run = runs[f"trial {trial.number:04d}"]
         assert latest(run.metrics["cv/dice_mean"]) == record.worth(trial)
-        assert f"**{record.worth(trial):.4f}** out of fold" in run.tags["mlflow.note.content"]
+        assert f"ut-of-fold dice **{record.worth(trial):.4f}**" in run.tags["mlflow.note.content"]
     assert latest(runs["fake"].metrics["study/best_dice"]) == worth
     note = runs["fake"].tags["mlflow.note.content"]
     assert f"trial {number}" in note
@@ -146,29 +145,29 @@ def test_mlflow_rebuilt_has_one_winner_and_no_stale_note(
     run = next(run for run in client(study.project).search_runs(["1"]) if run.info.run_name == "trial 0002")
     client(study.project).log_metric(run.info.run_id, "cv/dice_mean", 0.99, step=7)
     refit(study)
-    rebuilt = MlflowTracker(study.project).rebuild(study.record.paths)
+    rebuilt = view_of(study).rebuild()
     assert rebuilt.n_replaced == 1
     assert_one_winner(study, 2, capsys)
 
 
 def test_the_description_that_somebody_wrote_stays(study: FakeStudy) -> None:
-    MlflowTracker(study.project).catch_up(study.record.paths)
+    view_of(study).update()
     reader = client(study.project)
     names = ("fake", "trial 0002")
     for run in reader.search_runs(["1"]):
         if run.info.run_name in names:
             reader.set_tag(run.info.run_id, "mlflow.note.content", "mine")
     refit(study)
-    MlflowTracker(study.project).catch_up(study.record.paths)
+    view_of(study).update()
     runs = read(study.project)
     assert [runs[name].tags["mlflow.note.content"] for name in names] == ["mine", "mine"]
 
 
-def test_a_tracker_that_saw_the_first_winner_moves_the_tag(study: FakeStudy) -> None:
-    tracker = MlflowTracker(study.project)
-    tracker.catch_up(study.record.paths)
+def test_a_view_that_showed_the_first_winner_moves_the_tag(study: FakeStudy) -> None:
+    view = view_of(study)
+    view.update()
     refit(study)
-    tracker.catch_up(study.record.paths)
+    view.update()
     runs = read(study.project)
     assert [name for name, run in runs.items() if "winner" in run.tags] == ["trial 0002"]
     assert latest(runs["trial 0002"].metrics["cv/dice_mean"]) == study.record.standing().values[2]

@@ -96,9 +96,9 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     code = _run(arguments)
-    tracking = sys.modules.get("hpsearch.tracking")
-    if tracking is not None and tracking.is_delivering():
-        # Delivery to a server that does not answer. Python would end it wherever it is, and in C++ that is an abort.
+    views = sys.modules.get("hpsearch.views")
+    if views is not None and views.is_updating():
+        # A server does not answer. Python would interrupt the thread anywhere, and within C++ code that is an abort.
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()

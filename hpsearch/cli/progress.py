@@ -18,12 +18,12 @@ from rich.text import Text
 
 from hpsearch.cli.streams import write_to_stderr
 from hpsearch.data.prepare import Prepared
+from hpsearch.errors import redact
 from hpsearch.paths import ProjectPaths, command_line
 from hpsearch.report.words import duration
 from hpsearch.search.status import study_status
 from hpsearch.store.record import COUNTED, StudyRecord, TrialRecord
 from hpsearch.study import StudySummary
-from hpsearch.tracking import redact
 from hpsearch.training.rows import EpochRow
 from hpsearch.workers.plan import ExecutionPlan, Forecast, describe_data
 

@@ -30,10 +30,12 @@ def command(project: ProjectPaths, study_name: str | None, tracking: str | None)
     record = study_record(project, study_name)
     click.echo(f"report: {write_report(record)}")
     click.echo(f"figures: {record.paths.figures}")
-    if tracking != "none":
-        click.echo("delivering both to MLflow")
+    if tracking == "none":
+        return
     try:
-        make_tracker(project, tracking).log_report(record.paths)
+        if (tracker := make_tracker(project, tracking)) is not None:
+            click.echo("adding both to MLflow")
+            tracker.view(record.paths).log_report()
     except TrackingError as error:
-        # The report is there; MLflow may lag.
+        # The report is written; MLflow may lag behind.
         click.echo(f"{undelivered(record.name, project, tracking, str(error))}, then run this command again")

@@ -32,7 +32,6 @@ def command(project: ProjectPaths, study_name: str | None, trial: int | None) ->
     from hpsearch.search.status import study_status
     from hpsearch.store import lock
     from hpsearch.store.record import no_study
-    from hpsearch.tracked_runs import final_names
 
     if trial is not None:
         _show_decisions(project, study_name, trial)
@@ -75,7 +74,7 @@ def command(project: ProjectPaths, study_name: str | None, trial: int | None) ->
             )
         if not status.is_running and not status.is_over:
             console.print(Text(f"  go on with it: {command_line('study', name, project)}"))
-        finals = final_names(project.study(name))
+        finals = project.study(name).final_names()
         if not status.is_running and status.is_over and status.best is not None and not finals:
             console.print(Text(f"  next: {command_line('final --best', name, project)}"))
         for final in finals:

@@ -11,7 +11,15 @@ import logging
 import numpy as np
 
 from hpsearch.report.statistics import select_for_confirmation
-from hpsearch.store.record import SecondRecord, Shortlist, StudyRecord, code_version, now, remove_networks
+from hpsearch.store.record import (
+    SecondRecord,
+    Shortlist,
+    StudyRecord,
+    code_version,
+    has_all_refits,
+    now,
+    remove_networks,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +30,7 @@ N_KEPT = 2
 def n_left(record: StudyRecord, n_trials: int) -> int:
     """Return how many configurations are to be replicated at most, when `n_trials` trials are still to come."""
     study = record.config.study
-    if study.folds == "fixed" or study.trials < 2 or (n_trials == 0 and is_over(record)):
+    if study.folds == "fixed" or study.trials < 2 or (n_trials == 0 and has_all_refits(record)):
         return 0
     return min(study.confirm, study.trials)
 
@@ -56,20 +64,6 @@ def open_replicates(record: StudyRecord) -> list[SecondRecord]:
         if second.outcome is None:
             found.append(second)
     return found
-
-
-def is_over(record: StudyRecord) -> bool:
-    """Return whether no replicate is left to fit once the search itself is over."""
-    study = record.config.study
-    complete = tuple(trial.number for trial in record.full_trials())
-    if study.folds == "fixed" or study.confirm == 0 or len(complete) < 2:
-        return True
-    stored = record.shortlist()
-    return (
-        stored is not None
-        and (stored.of, stored.count) == (complete, study.confirm)
-        and all((second := record.second(number)) is not None and second.outcome for number in stored.trials)
-    )
 
 
 def progress(record: StudyRecord) -> tuple[tuple[int, ...], int, int]:

@@ -11,7 +11,7 @@ from hpsearch.paths import ProjectPaths
 from hpsearch.search import constant_predictions as constant
 from hpsearch.search import replicates as confirmation
 from hpsearch.store import lock
-from hpsearch.store.record import COUNTED, StudyRecord, TrialRecord
+from hpsearch.store.record import COUNTED, StudyRecord, TrialRecord, has_all_refits
 from hpsearch.workers import plan as plans
 from hpsearch.workers.plan import ExecutionPlan
 
@@ -101,7 +101,7 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
         n_second,
         bool(standing.confirmed),
         tuple(open_fits),
-        record.is_searched(trials) and confirmation.is_over(record),
+        record.is_searched(trials) and has_all_refits(record),
         is_running,
         eta_s,
         tuple(constant.describe(record, constant.find_constant_fits(record, n_finished))),

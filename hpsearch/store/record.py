@@ -514,6 +514,20 @@ def _as_lost(trial: TrialRecord, taken: Mapping[str, Any]) -> TrialRecord:
     return dataclasses.replace(trial, outcome="lost", value=None, reason=reason, ended_at=taken["at"], constraint=0.0)
 
 
+def has_all_refits(record: StudyRecord) -> bool:
+    """Return whether no refit is missing once the search itself is over."""
+    study = record.config.study
+    full = [trial.number for trial in record.full_trials()]
+    if study.folds == "fixed" or study.confirm == 0 or len(full) < 2:
+        return True
+    stored = record.shortlist()
+    return (
+        stored is not None
+        and (stored.of, stored.count) == (tuple(full), study.confirm)
+        and all((second := record.second(number)) is not None and second.outcome for number in stored.trials)
+    )
+
+
 def no_study(project: ProjectPaths) -> StudyError:
     """The error of a project folder that holds no study."""
     root = project.root.absolute()

@@ -138,11 +138,12 @@ def test_missing_data_says_how_to_get_some(
 def test_a_delivery_that_nobody_waits_for_is_left_without_python_taking_it_apart() -> None:
     """Python would end its thread in the midst of C++ code, which aborts the process."""
     script = (
-        "import atexit, threading, time\n"
-        "from hpsearch import cli, tracking\n"
+        "import atexit, time\n"
+        "from types import SimpleNamespace\n"
+        "from hpsearch import cli, views\n"
         "atexit.register(print, 'taken apart')\n"
-        "thread = threading.Thread(target=time.sleep, args=(60,), name=tracking._THREAD, daemon=True)\n"
-        "if {delivering}: thread.start()\n"
+        "view = SimpleNamespace(name='MLflow', update=lambda is_last: time.sleep(60))\n"
+        "if {delivering}: views.ViewThread(view)\n"
         "cli.main(['--version'])\n"
     )
     for delivering in (False, True):

@@ -21,7 +21,7 @@ from hpsearch.search.callbacks import NullCallback
 from hpsearch.search.optuna_view import sqlite_url
 from hpsearch.search.status import study_status
 from hpsearch.search.stopping import Stop
-from hpsearch.store.record import SecondRecord, Shortlist, StudyRecord
+from hpsearch.store.record import SecondRecord, Shortlist, StudyRecord, has_all_refits
 from hpsearch.study import StudySummary
 from tests.recorded import FakeStudy
 from tests.search.in_process import workers_in_process
@@ -144,9 +144,9 @@ def test_the_fixed_split_a_single_full_trial_and_confirm_0_are_not_confirmed(tmp
     study = FakeStudy(tmp_path, overrides=("study.confirm=5",))
     study.trial()
     assert confirmation.shortlist(study.record) is None
-    assert confirmation.is_over(study.record)
+    assert has_all_refits(study.record)
     study.trial()
-    assert not confirmation.is_over(study.record)
+    assert not has_all_refits(study.record)
     assert confirmation.n_left(study.record, 0) == 5
     # Of six trials no more than six can be.
     assert confirmation.n_left(FakeStudy(tmp_path, "other", overrides=("study.confirm=9",)).record, 2) == 6
@@ -157,7 +157,7 @@ def test_the_fixed_split_a_single_full_trial_and_confirm_0_are_not_confirmed(tmp
         )
         record = StudyRecord(study.record.paths, config)
         assert confirmation.shortlist(record) is None
-        assert confirmation.is_over(record)
+        assert has_all_refits(record)
         assert confirmation.n_left(record, 3) == 0
 
 

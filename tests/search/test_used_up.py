@@ -18,7 +18,7 @@ from hpsearch.search.pruners import NoPruner
 from hpsearch.search.racing import TrialScores, Verdict
 from hpsearch.search.status import study_status
 from hpsearch.store.record import StudyRecord
-from hpsearch.tracked_runs import study_run
+from hpsearch.tracking.runs import study_run
 from tests.search.studies import SETTINGS, run, write_tiny_dataset
 
 
@@ -52,7 +52,7 @@ def test_a_search_space_that_is_used_up_ends_the_search_and_the_refits_follow(
     assert record.standing().confirmed
     status = study_status(record.paths.project, record.name)
     assert status.is_over
-    assert study_run(record, record.trials()).status == "FINISHED"
+    assert study_run(record, record.trials(), record.standing()).status == "FINISHED"
     StudyProgress(record.name, record.paths.project).summarise(summary)
     assert "2 of 6 trials done. Next:" in capsys.readouterr().out
     again = run(tmp_path, config, callback=_Heard())

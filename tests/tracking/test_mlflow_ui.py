@@ -24,9 +24,10 @@ import pytest
 
 from hpsearch.errors import TrackingError
 from hpsearch.search.optuna_view import OptunaView, sqlite_url
-from hpsearch.tracking import MlflowTracker, TrackingThread
+from hpsearch.tracking import MlflowTracker
+from hpsearch.views import ViewThread
 from tests.recorded import FakeStudy
-from tests.tracked import Run, read
+from tests.tracking.tracked import Run, read, view_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -87,7 +88,7 @@ def test_a_plain_mlflow_ui_in_the_project_folder_shows_every_trial(
     for outcome in ("full", "dropped", "infeasible", "diverged", "failed", "full"):
         study.trial(outcome)  # type: ignore[arg-type]
     study.final(0)
-    MlflowTracker(study.project).catch_up(study.record.paths)
+    view_of(study).update()
     with mlflow_ui(tmp_path, free_port()) as address:
         experiments = ask(address, "experiments/search", max_results=10)["experiments"]
         (number,) = [each["experiment_id"] for each in experiments if each["name"] == "fake"]
@@ -122,20 +123,20 @@ def test_after_a_refit_that_changes_the_winner_the_saved_view_begins_with_it_as_
         study.trial(**{"train.lr": lr, "unet.depth": 4, "unet.base_channels": 16})
     record = study.record
     with mlflow_ui(tmp_path, free_port()) as address:
-        tracker = MlflowTracker(study.project, address)
+        view = view_of(study, address)
         for winner in (1, 2):
             if winner == 2:
                 # Trial 3 was not fitted again and has the highest mean of all.
                 study.confirm(1, 2, gains={1: -0.08, 2: -0.02})
                 assert record.standing().values[3] > record.standing().values[2]
-            tracker.catch_up(record.paths)
+            view.update()
             OptunaView(record.paths).update()
             worth = record.standing().values[winner]
             experiments = ask(address, "experiments/search", max_results=10)["experiments"]
             (experiment,) = [each for each in experiments if each["name"] == "fake"]
             tags = {each["key"]: each["value"] for each in experiment["tags"]}
-            view = json.loads(json.loads(tags["mlflow.sharedViewState.hpsearch"])["state"])
-            order = f"{view['orderByKey']} {'ASC' if view['orderByAsc'] else 'DESC'}"
+            state = json.loads(json.loads(tags["mlflow.sharedViewState.hpsearch"])["state"])
+            order = f"{state['orderByKey']} {'ASC' if state['orderByAsc'] else 'DESC'}"
             runs = ask(address, "runs/search", experiment_ids=[experiment["experiment_id"]], order_by=[order])["runs"]
             assert runs[0]["info"]["run_name"] == f"trial {winner:04d}"
             metrics = {each["key"]: each["value"] for each in runs[0]["data"]["metrics"]}
@@ -224,9 +225,7 @@ def as_planned(study: FakeStudy, between: Callable[[], None]) -> None:
 
 def track(project: Path, uri: str | None, between: Callable[[FakeStudy], None]) -> FakeStudy:
     study = FakeStudy(project)
-    thread = TrackingThread(
-        MlflowTracker(study.project, uri), study.record.paths, pause_s=0, retry_s=0.05, longest_retry_s=0.5
-    )
+    thread = ViewThread(view_of(study, uri), pause_s=0, retry_s=0.05, max_retry_s=0.5)
 
     def step() -> None:
         thread.wake()
@@ -279,7 +278,7 @@ def test_a_server_that_fails_is_killed_and_comes_back_ends_with_what_an_undistur
         found = read(stormy.project, uri=line.address)
         line.close()
     assert without_files_that_name_a_place(found) == without_files_that_name_a_place(expected)
-    assert "tracking lags behind" in caplog.text
+    assert "MLflow is not up to date, retrying" in caplog.text
 
 
 @pytest.mark.usefixtures("quick_figures")
@@ -288,11 +287,11 @@ def test_without_a_server_the_study_goes_on_and_says_what_is_missing(
 ) -> None:
     study = FakeStudy(tmp_path)
     tracker = MlflowTracker(study.project, f"http://127.0.0.1:{free_port()}")
-    thread = TrackingThread(tracker, study.record.paths, pause_s=0)
+    thread = ViewThread(tracker.view(study.record.paths), pause_s=0)
     as_planned(study, thread.wake)
     assert thread.close() == 3
     with pytest.raises(TrackingError):
-        tracker.catch_up(study.record.paths)
+        tracker.view(study.record.paths).update()
 
 
 def test_the_way_out_of_an_old_file_store_exists(tmp_path: Path) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import shutil
 import sqlite3
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
 from hpsearch.paths import ProjectPaths
+from hpsearch.tracking import MlflowTracker, MlflowView
+from tests.recorded import FakeStudy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +34,24 @@ class Run:
     @functools.cached_property
     def latest(self) -> dict[str, float]:
         return {key: values[-1][1] for key, values in self.metrics.items()}
+
+
+def make_study(project: Path, empty_mlflow_db: Path, **options: Any) -> FakeStudy:
+    """Return an empty study in a new project that has a database."""
+    project.mkdir(parents=True)
+    shutil.copy(empty_mlflow_db, project / "mlflow.db")
+    return FakeStudy(project, **options)
+
+
+def view_of(study: FakeStudy, uri: str | None = None) -> MlflowView:
+    """Return a new view of the study, as a new process has it."""
+    return MlflowTracker(study.project, uri).view(study.record.paths)
+
+
+def deliver(study: FakeStudy, *, is_last: bool = False) -> dict[str, Run]:
+    """Update MLflow as a new process would; return what it has then."""
+    view_of(study).update(is_last=is_last)
+    return read(study.project)
 
 
 def client(project: ProjectPaths) -> Any:

@@ -1,4 +1,4 @@
-"""hpsearch/serving.py with a real MLflow: the final's model is registered, once, under the study's name."""
+"""The model of a final is registered with a real MLflow, once, under the study's name."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hpsearch import serving
 from hpsearch.errors import ExportError, TrackingError
 from hpsearch.inference.predictor import Predictor, find_images, predict_files
 from hpsearch.paths import ProjectPaths
-from hpsearch.tracking import MlflowTracker
+from hpsearch.tracking import MlflowTracker, mlflow_model
 from tests.inference.test_predictor import noise, write_model
 from tests.recorded import FakeStudy
-from tests.tracked import all_runs, client
+from tests.tracking.tracked import all_runs, client, view_of
 
 REQUESTS = (
     "create_logged_model",
@@ -57,12 +56,12 @@ def quick_pack(monkeypatch: pytest.MonkeyPatch) -> None:
         shutil.copy(weights, folder / "model.safetensors")
         (folder / "MLmodel").write_text(f"run_id: {run_id}\nmodel_id: {model_id}\n", encoding="utf-8")
 
-    monkeypatch.setattr(serving, "pack", pack)
+    monkeypatch.setattr(mlflow_model, "pack", pack)
 
 
 def deliver(study: FakeStudy) -> None:
-    """Catch up with a tracker of its own, as a new process would."""
-    MlflowTracker(study.project).catch_up(study.record.paths)
+    """Update MLflow as a new process would."""
+    view_of(study).update()
 
 
 def versions(project: ProjectPaths) -> list[Any]:
@@ -146,7 +145,7 @@ def test_a_model_that_cannot_be_packed_leaves_nothing_in_mlflow(
 
     for _ in range(2):
         with monkeypatch.context() as patched:
-            patched.setattr(serving, "pack", fail)
+            patched.setattr(mlflow_model, "pack", fail)
             with pytest.raises(ExportError):
                 deliver(study)
     with sqlite3.connect(study.project.mlflow_db) as database:
@@ -160,7 +159,7 @@ def test_the_models_of_a_project_that_was_copied_are_its_own(study: FakeStudy, t
     there = ProjectPaths(tmp_path / "another place")
     shutil.copytree(study.project.root, there.root)
     shutil.rmtree(study.project.root)
-    MlflowTracker(there).catch_up(there.study("fake"))
+    MlflowTracker(there).view(there.study("fake")).update()
     (version,) = versions(there)
     assert version.source.startswith((there.mlruns / "fake").as_uri())
     assert client(there).get_model_version_download_uri("fake", "1") == version.source
@@ -171,7 +170,7 @@ def test_rebuilding_a_final_that_contradicts_the_record_registers_its_model_anew
     deliver(study)
     (run,) = [run for run in all_runs(study.project) if run.info.run_name == "final of trial 0000"]
     client(study.project).log_metric(run.info.run_id, "test/dice", 0.99, step=7)
-    MlflowTracker(study.project).rebuild(study.record.paths)
+    view_of(study).rebuild()
     (version,) = versions(study.project)
     assert version.run_id != run.info.run_id
 

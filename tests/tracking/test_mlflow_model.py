@@ -1,4 +1,4 @@
-"""hpsearch/serving.py: what MLflow loads gives the masks that `predict` writes, and brings all it needs along."""
+"""The model that MLflow loads gives the masks that `predict` writes, and contains all that it needs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import pytest
 import torch
 from PIL import Image
 
-from hpsearch import serving
 from hpsearch.data.decode import decode_job, open_job
 from hpsearch.data.decode_pool import Job
 from hpsearch.data.reading import Reading
@@ -23,6 +22,7 @@ from hpsearch.errors import DatasetError, ExportError
 from hpsearch.inference.predictor import Ensemble, Predictor, find_images, load_predictor, predict_files
 from hpsearch.inference.scoring import read_mask
 from hpsearch.paths import FinalPaths
+from hpsearch.tracking import mlflow_model
 from hpsearch.training.checkpoint import load_weights, save_weights
 from tests.data.conftest import write_oriented
 from tests.inference.test_predictor import noise, write_model
@@ -76,7 +76,7 @@ def test_a_packed_model_gives_in_a_fresh_process_the_masks_that_predict_writes(
         Image.fromarray(noise(*shape, seed=number)).save(photos / f"{number}.png")
     images = find_images([photos])
     predict_files(predictor, images, tmp_path / "masks")
-    serving.pack(weights, tmp_path / "packed", run_id="0" * 32, model_id="m-1")
+    mlflow_model.pack(weights, tmp_path / "packed", run_id="0" * 32, model_id="m-1")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, "-c", FRESH, str(tmp_path / "packed"), *map(str, images)],
@@ -104,7 +104,9 @@ def test_a_packed_model_gives_in_a_fresh_process_the_masks_that_predict_writes(
 def test_paths_arrays_and_lists_give_the_same_masks(predictor: Predictor, tmp_path: Path) -> None:
     pixels = noise(60, 50)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    masks = serving.predict_masks(predictor, [str(tmp_path / "a.png"), tmp_path / "a.png", pixels, pixels.tolist()])
+    masks = mlflow_model.predict_masks(
+        predictor, [str(tmp_path / "a.png"), tmp_path / "a.png", pixels, pixels.tolist()]
+    )
     assert {(mask.dtype, mask.shape) for mask in masks} == {(np.dtype(np.uint8), (60, 50))}
     assert set(np.unique(masks[0])) == {0, 255}
     assert all(np.array_equal(mask, masks[0]) for mask in masks)
@@ -134,7 +136,7 @@ def test_a_photo_is_seen_as_in_training_by_predict_and_by_the_served_model(
     assert predict_files(predictor, [photo], tmp_path / "out") == {}
     with Image.open(tmp_path / "out" / "a_segmentation.png") as mask:
         assert np.array_equal(np.array(mask), expected)
-    (served,) = serving.predict_masks(predictor, [str(photo)])
+    (served,) = mlflow_model.predict_masks(predictor, [str(photo)])
     assert np.array_equal(served, expected)
 
 
@@ -142,12 +144,12 @@ def test_weights_of_version_0_1_see_an_image_as_they_did(predictor: Predictor, t
     assert "reading" not in predictor.info.extra
     upright = noise(60, 50)
     write_oriented(tmp_path / "a.png", upright, 6)
-    (mask,) = serving.predict_masks(predictor, [tmp_path / "a.png"])
-    (stored,) = serving.predict_masks(predictor, [np.ascontiguousarray(np.rot90(upright))])
+    (mask,) = mlflow_model.predict_masks(predictor, [tmp_path / "a.png"])
+    (stored,) = mlflow_model.predict_masks(predictor, [np.ascontiguousarray(np.rot90(upright))])
     assert np.array_equal(mask, stored)
     deep = upright[..., 0].astype(np.uint16) * 256 + 255
     Image.fromarray(deep).save(tmp_path / "b.png")
-    masks = serving.predict_masks(predictor, [tmp_path / "b.png", upright[..., 0]])
+    masks = mlflow_model.predict_masks(predictor, [tmp_path / "b.png", upright[..., 0]])
     assert np.array_equal(masks[0], masks[1])
 
 
@@ -164,7 +166,7 @@ def test_a_photo_above_full_scale_is_refused_and_named(weights: Path, tmp_path: 
 
 def test_a_gray_array_is_taken_as_gray_light(predictor: Predictor) -> None:
     gray = noise(40, 30)[..., 0]
-    one, three = serving.predict_masks(predictor, [gray, np.repeat(gray[..., None], 3, axis=2)])
+    one, three = mlflow_model.predict_masks(predictor, [gray, np.repeat(gray[..., None], 3, axis=2)])
     assert np.array_equal(one, three)
 
 
@@ -182,7 +184,7 @@ def test_a_gray_array_is_taken_as_gray_light(predictor: Predictor) -> None:
 )
 def test_what_is_no_image_is_refused_in_a_line(predictor: Predictor, image: object) -> None:
     with pytest.raises(DatasetError, match=r"an image must be a path or an array \(H, W, 3\)"):
-        serving.predict_masks(predictor, [image])
+        mlflow_model.predict_masks(predictor, [image])
 
 
 @pytest.mark.parametrize("is_chosen", [True, False])
@@ -191,7 +193,7 @@ def test_an_ensemble_travels_along_where_it_was_chosen(tmp_path: Path, is_chosen
     for fold in range(2):
         write_model(tmp_path / "final" / "ensemble" / f"fold{fold}.safetensors")
     packed = FinalPaths(tmp_path / "packed")
-    serving._copy_weights(weights, packed)
+    mlflow_model._copy_weights(weights, packed)
     assert packed.model.read_bytes() == weights.read_bytes()
     assert isinstance(load_predictor(packed.model, device="cpu"), Ensemble if is_chosen else Predictor)
     assert packed.ensemble.is_dir() == is_chosen
@@ -199,4 +201,4 @@ def test_an_ensemble_travels_along_where_it_was_chosen(tmp_path: Path, is_chosen
 
 def test_a_file_that_cannot_be_packed_is_named(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"gone\.safetensors cannot be packed for MLflow"):
-        serving.pack(tmp_path / "gone.safetensors", tmp_path / "packed", run_id="0" * 32, model_id="m-1")
+        mlflow_model.pack(tmp_path / "gone.safetensors", tmp_path / "packed", run_id="0" * 32, model_id="m-1")

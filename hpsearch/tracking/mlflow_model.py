@@ -1,0 +1,229 @@
+"""Pack the model of a final for MLflow: a pyfunc model without pickle that turns images into masks.
+
+The model contains this package and its weights (safetensors). It takes a list of images: paths, or RGB arrays
+(H, W, 3) of 8 bits per channel. It returns the masks that `hpsearch predict` writes: uint8 (H, W), 0 and 255, each of
+the size of its image.
+
+    mlflow.pyfunc.load_model("models:/isic2017/1").predict(["photo.jpg"])
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+import hpsearch
+from hpsearch import subprocesses
+from hpsearch.errors import DatasetError, ExportError
+from hpsearch.inference.postprocessing import Choices
+from hpsearch.paths import FinalPaths
+
+if TYPE_CHECKING:
+    from hpsearch.inference.predictor import Ensemble, Predictor
+    from hpsearch.tracking.runs import RunContent
+
+REQUIREMENTS = ("mlflow", "torch", "torchvision", "numpy", "pandas", "pillow", "psutil", "safetensors", "tomli-w")
+"""Packages that a packed model needs, in the versions that are installed here."""
+ARTIFACT = "final"
+"""Name of the only artifact of a packed model: the folder of a final with nothing but its weights."""
+MODEL = "lesion_masks"
+"""Name of a packed model in its run."""
+
+_NO_ID = "m-00000000000000000000000000000000"
+"""Placeholder for the id of the model, which MLflow assigns after packing."""
+_ENTRY = '''"""Entry point of the model in MLflow."""
+
+import mlflow
+
+from hpsearch.tracking.mlflow_model import make_model
+
+mlflow.models.set_model(make_model())
+'''
+
+
+def predict_masks(predictor: Predictor | Ensemble, images: Sequence[Any]) -> list[npt.NDArray[np.uint8]]:
+    """Return the mask of each image, uint8 (H, W) with values 0 and 255.
+
+    An image is a path, or an array (H, W, 3) or (H, W) of 0 to 255. Raises DatasetError for an unreadable file and
+    for an array that is not an image.
+    """
+    import torch
+
+    from hpsearch.data.decode import read_image
+
+    masks = []
+    for image in images:
+        if isinstance(image, str | Path):
+            tensor = read_image(Path(image), predictor.info.reading)
+        else:
+            tensor = torch.from_numpy(np.ascontiguousarray(_pixels(image).transpose(2, 0, 1)))
+        masks.append(np.multiply(predictor.mask(predictor.logits(tensor)), 255, dtype=np.uint8))
+    return masks
+
+
+def make_model() -> Any:
+    """Return the model for `mlflow.models.set_model`; its `predict` is `predict_masks`."""
+    from mlflow.pyfunc import PythonModel
+
+    with warnings.catch_warnings():
+        # MLflow warns that it does not check the items of a `list[Any]`; `predict_masks` does.
+        warnings.filterwarnings("ignore", message=".*Any type hint")
+
+        class LesionMasks(PythonModel):  # type: ignore[misc]
+            """Masks of lesions from paths or arrays."""
+
+            def load_context(self, context: Any) -> None:
+                from hpsearch.inference.predictor import load_predictor
+
+                self._predictor = load_predictor(FinalPaths(Path(context.artifacts[ARTIFACT])).model)
+
+            def predict(
+                self, context: Any, model_input: list[Any], params: dict[str, Any] | None = None
+            ) -> list[Any]:
+                return predict_masks(self._predictor, model_input)
+
+    return LesionMasks()
+
+
+def pack(weights: Path, folder: Path, *, run_id: str, model_id: str) -> None:
+    """Pack a weights file into the new folder `folder`, in a process of its own.
+
+    MLflow runs the model while it saves it, which needs torch; the process that tracks a study has not loaded it.
+    Raises ExportError with the last line of the process's output.
+    """
+    if not weights.is_file():
+        raise ExportError(f"{weights} cannot be packed for MLflow: it is missing")
+    done = subprocess.run(
+        subprocesses.command("hpsearch.tracking.mlflow_model", str(weights), str(folder), run_id, model_id),
+        env=subprocesses.environment(),
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise ExportError(f"{weights} cannot be packed for MLflow: {lines[-1][:300]}")
+
+
+def register(client: Any, weights: Path, folder: Path, experiment_id: str, run_id: str, content: RunContent) -> None:
+    """Pack the model of a final's run and make it the next version of the registered model with the study's name.
+
+    `client` is an MlflowClient, `folder` an existing temporary folder. Nothing happens if the run has a version. The
+    model is packed before the first request, and the results of a failed attempt are used again: any number of
+    attempts ends with one model, its files and one version. Raises ExportError and MLflow's own errors.
+    """
+    from mlflow.entities import LoggedModelOutput
+
+    if client.search_model_versions(f"run_id = '{run_id}'"):
+        return
+    packed, study = folder / MODEL, content.tags["hpsearch.study"]
+    pack(weights, packed, run_id=run_id, model_id=_NO_ID)
+    models = client.search_logged_models([experiment_id], filter_string=f"source_run_id = '{run_id}'") or [
+        client.create_logged_model(experiment_id, name=MODEL, source_run_id=run_id, model_type="segmentation")
+    ]
+    model = models[0]
+    text = (packed / "MLmodel").read_text(encoding="utf-8")
+    (packed / "MLmodel").write_text(text.replace(_NO_ID, model.model_id), encoding="utf-8")
+    client.log_model_artifacts(model.model_id, str(packed))
+    client.finalize_logged_model(model.model_id, "READY")
+    outputs = client.get_run(run_id).outputs
+    if model.model_id not in [each.model_id for each in (outputs.model_outputs if outputs else [])]:
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+    if not client.search_registered_models(f"name = '{study}'"):
+        description = "Networks of the finals of this study."
+        client.create_registered_model(study, tags={"hpsearch.study": study}, description=description)
+    version = client.create_model_version(
+        study,
+        # Not `models:/...`, which MLflow would look up at its global address instead of this client's.
+        model.artifact_location,
+        run_id=run_id,
+        tags={key: content.tags[key] for key in ("hpsearch.study", "hpsearch.final")},
+        description=f"{content.note}\n\nFor research; not a medical device.",
+        model_id=model.model_id,
+    )
+    linked = json.dumps([{"name": study, "version": version.version}])
+    client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": linked})
+
+
+def _save(weights: Path, folder: Path, run_id: str, model_id: str) -> None:
+    """Write the packed model with signature and input example, for the run and the logged model with these ids.
+
+    Its threshold, test-time augmentation, post-processing and ensemble are those that `final` selected, as in
+    `hpsearch predict`. The example is a drawing, not a photograph.
+    """
+    import mlflow.pyfunc
+    from mlflow.models import Model
+
+    versions = [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in REQUIREMENTS]
+    with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        final = FinalPaths(Path(temporary) / ARTIFACT)
+        _copy_weights(weights, final)
+        entry = Path(temporary) / f"{MODEL}.py"
+        entry.write_text(_ENTRY, encoding="utf-8")
+        mlflow.pyfunc.save_model(
+            folder,
+            python_model=str(entry),
+            artifacts={ARTIFACT: str(final.root)},
+            code_paths=[str(Path(hpsearch.__file__).parent)],
+            input_example=[_example().tolist()],
+            pip_requirements=versions,
+            mlflow_model=Model(run_id=run_id, model_id=model_id, model_uuid=model_id),
+            metadata={"task": "lesion segmentation", "limits": "for research; not a medical device"},
+        )
+    for path in list(folder.rglob("__pycache__")):
+        shutil.rmtree(path)
+
+
+def _copy_weights(weights: Path, final: FinalPaths) -> None:
+    """Copy the network in `weights`, and the ensemble beside it if `final` selected that for prediction."""
+    from hpsearch.training.checkpoint import load_weights
+
+    _, info = load_weights(weights)
+    files = {final.model: weights}
+    if Choices.from_table(info.extra).ensemble:
+        members = FinalPaths(weights.parent).ensemble
+        files |= {final.ensemble / path.name: path for path in members.glob("*.safetensors")}
+    for target, source in files.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+
+
+def _pixels(image: Any) -> npt.NDArray[np.uint8]:
+    """Convert an array, or nested lists from JSON, to (H, W, 3) uint8."""
+    try:
+        array = np.asarray(image)
+    except ValueError as error:
+        raise DatasetError(f"an image must be a path or an array (H, W, 3): {error}") from error
+    is_image = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)
+    if not (is_image and array.size and array.dtype.kind in "ui" and array.min() >= 0 and array.max() <= 255):
+        raise DatasetError(
+            "an image must be a path or an array (H, W, 3) or (H, W) of whole numbers from 0 to 255, got "
+            f"{array.dtype} of shape {array.shape}"
+        )
+    pixels = array.astype(np.uint8)
+    return pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2)
+
+
+def _example(side: int = 32) -> npt.NDArray[np.uint8]:
+    """Draw a dark disc on skin, (side, side, 3)."""
+    rows, columns = np.mgrid[:side, :side] - (side - 1) / 2
+    is_lesion = np.hypot(rows, columns) < side / 4
+    return np.where(is_lesion[..., None], (96, 60, 50), (214, 165, 140)).astype(np.uint8)
+
+
+if __name__ == "__main__":
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    _save(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])

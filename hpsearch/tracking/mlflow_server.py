@@ -1,0 +1,164 @@
+"""Find the MLflow database or server of a project and connect to it.
+
+Importing this module imports no MLflow.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from filelock import FileLock
+
+from hpsearch.errors import TrackingError, redact
+from hpsearch.paths import ProjectPaths, atomic_write
+
+logger = logging.getLogger(__name__)
+
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    # MLflow would repeat a request whose answer was lost and create a second run. We look first.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+}
+"""Environment variables that are set for MLflow unless the user has set them."""
+REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST")
+"""Error codes with which MLflow refuses one request."""
+
+
+class MlflowServer:
+    """Tracking server or database that the runs of a project go to."""
+
+    def __init__(self, project: ProjectPaths, uri: str | None = None) -> None:
+        """Take `uri`, else MLFLOW_TRACKING_URI, else mlflow.db in the project folder, where `mlflow ui` looks for it.
+
+        Connects to nothing yet. Raises TrackingError for a file store, which MLflow no longer writes.
+        """
+        self.project = ProjectPaths(project.root.absolute())
+        self._uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or None
+        if self._uri is None:
+            _refuse_file_store(self.project.mlruns)
+        elif self._uri.startswith("file:") or ("://" not in self._uri and self._uri not in ("databricks", "uc")):
+            raise TrackingError(
+                f"cannot track to {redact(self._uri)}: MLflow no longer writes to folders; give a database, such as "
+                "sqlite:////path/to/mlflow.db, or the address of a server"
+            )
+
+    @property
+    def uri(self) -> str:
+        """Tracking URI without credentials."""
+        return redact(self._uri or f"sqlite:///{self.project.mlflow_db}")
+
+    @property
+    def has_data(self) -> bool:
+        """Whether anything can have been tracked: false while the project has no database."""
+        return self._uri is not None or self.project.mlflow_db.is_file()
+
+    def connect(self, experiment: str) -> tuple[Any, str | None]:
+        """Return an MlflowClient and the address of the folder for the files of an experiment.
+
+        Creates the project's database if it is missing. The address is None if the server chooses the folder.
+        """
+        mlflow, root = import_mlflow(), (self.project.mlruns / experiment).as_uri()
+        if self._uri is not None:
+            is_server = self._uri.partition(":")[0] in ("http", "https", "databricks", "uc")
+            return mlflow.MlflowClient(tracking_uri=self._uri), None if is_server else root
+        uri = create_database(self.project)
+        _repair_moved(self.project.mlflow_db, experiment, root)
+        return mlflow.MlflowClient(tracking_uri=uri), root
+
+
+def import_mlflow() -> Any:
+    """Return the module mlflow, imported with `ENVIRONMENT`."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import mlflow
+
+    # This logger prints a traceback for every error that MLflow raises, and every step of creating a database.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    return mlflow
+
+
+def create_database(project: ProjectPaths) -> str:
+    """Create the project's MLflow database, completely or not at all, unless it exists; return its URI."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    path, root = project.mlflow_db, project.mlruns.as_uri()
+    uri = _sqlite_uri(path)
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f".{path.name}.lock")):
+            for stale in path.parent.glob(f".{path.name}.*.tmp*"):
+                stale.unlink(missing_ok=True)
+            if not path.is_file():
+                with atomic_write(path) as temporary:
+                    SqlAlchemyStore(_sqlite_uri(temporary), root).engine.dispose()
+        # MLflow reuses connections within a process; those to a deleted database would lose all writes.
+        SqlAlchemyStore(uri, root).engine.dispose()
+    return uri
+
+
+def is_external(error: Exception) -> bool:
+    """Return whether an error comes from MLflow, its database, the network or the disk, not from hpsearch."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return isinstance(error, MlflowException | SQLAlchemyError | sqlite3.Error | OSError | ImportError)
+
+
+def is_outage(error: Exception) -> bool:
+    """Return whether MLflow as a whole cannot be used, so that requests for other runs would fail too."""
+    is_refusal = getattr(error, "error_code", "") in REFUSALS
+    return is_external(error) and not is_refusal and not isinstance(error, OSError)
+
+
+def _refuse_file_store(mlruns: Path) -> None:
+    """Raise TrackingError if `mlruns` is a file store of an earlier MLflow: `mlflow ui` does not start beside it."""
+    if any(path.parent.name.isdigit() for path in mlruns.glob("*/meta.yaml")):
+        raise TrackingError(
+            f"{mlruns} contains runs in the format of MLflow before 3.13, and `mlflow ui` does not start beside "
+            f"them. Convert them with `mlflow migrate-filestore --source {mlruns} --target "
+            f"sqlite:///{mlruns.parent}/mlflow.db` and move {mlruns} away, or choose another folder with --out"
+        )
+
+
+def _sqlite_uri(path: Path) -> str:
+    """Return the SQLAlchemy URI of a file. Raises TrackingError for a path that SQLAlchemy would misread."""
+    from sqlalchemy.engine import make_url
+
+    uri = f"sqlite:///{path}"
+    # Quoting the path does not help: MLflow creates a folder with the quoted name.
+    if make_url(uri).database != str(path):
+        raise TrackingError(
+            f"MLflow's database cannot be in {path.parent}, because of the '?' or '%' in its name; "
+            "choose another folder with --out"
+        )
+    return uri
+
+
+def _repair_moved(database_file: Path, experiment: str, root: str) -> None:
+    """Set the addresses of the files of an experiment to `root` after its project was moved or copied.
+
+    MLflow stores absolute addresses and has no request that changes them. Without this correction a copied project
+    would write into the original.
+    """
+    with closing(sqlite3.connect(database_file, timeout=20)) as database, database:
+        found = database.execute(
+            "SELECT experiment_id, artifact_location FROM experiments WHERE name = ?", (experiment,)
+        ).fetchone()
+        if found is None or found[1] == root or not str(found[1]).endswith(f"/mlruns/{quote(experiment)}"):
+            return
+        number, old = found
+        database.execute("UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?", (root, number))
+        addresses = {"runs": "artifact_uri", "logged_models": "artifact_location", "model_versions": "source"}
+        for table, column in (*addresses.items(), ("model_versions", "storage_location")):
+            database.execute(
+                f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",
+                (root, len(old) + 1, len(old) + 1, f"{old}/"),
+            )
+    logger.info("the project was moved: the files of study %r are now expected in %s", experiment, root)

@@ -1,0 +1,348 @@
+"""Define what each MLflow run of a study contains: its params, metrics, tags and description.
+
+The study is one run; its trials, their refits and the finals are child runs. The content of a run is a pure function
+of the record: the same record gives the same params, metrics, times and tags. This module imports no MLflow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from hpsearch import paths
+from hpsearch.config import StudyConfig, digest
+from hpsearch.paths import StudyPaths
+from hpsearch.store.record import (
+    FitRecord,
+    Outcome,
+    SecondRecord,
+    Standing,
+    StudyRecord,
+    TrialRecord,
+    has_all_refits,
+)
+from hpsearch.tracking import notes, run_files
+from hpsearch.tracking.metrics import CrossValidation, Point, milliseconds, points_of
+
+Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
+STATUSES: dict[str | None, Status] = {None: "RUNNING", "diverged": "FAILED", "failed": "FAILED", "lost": "KILLED"}
+"""Outcome of a trial to the status of its run. All others are finished; the tag `outcome` says how."""
+IDENTIFYING_TAGS = {"hpsearch.trial": "trial", "hpsearch.second": "second", "hpsearch.final": "final"}
+"""Tag that identifies a child run of a study, to the first word of the run's key."""
+WINNER, RANK = "winner", "rank"
+"""Tags of trials: `true` for the winner alone; the place in the ranking, zero-padded so that it sorts as text."""
+OUR_TAGS = frozenset(
+    {
+        "outcome",
+        "reason",
+        "source",
+        "seed",
+        "device",
+        "processor",
+        "precision",
+        "threads",
+        "micro_batch",
+        WINNER,
+        RANK,
+    }
+)
+"""Tags that hpsearch writes, besides those with a prefix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunContent:
+    """Everything that one run contains, except for its files."""
+
+    key: str
+    """`study`, `trial 7`, `second 7` (the refit of trial 7) or `final trial-0007`: unique within the study."""
+    name: str
+    began_ms: int
+    """Identifies the run together with `key`: a new study with the name of a deleted one has other times."""
+    tags: dict[str, str]
+    params: dict[str, str] = field(default_factory=dict)
+    points: tuple[Point, ...] = ()
+    note: str = ""
+    """Description in Markdown."""
+    status: Status = "RUNNING"
+    ended_ms: int | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing will be added."""
+        return self.ended_ms is not None
+
+    @property
+    def digest(self) -> str:
+        """Digest of the whole content."""
+        return digest(dataclasses.asdict(self))
+
+
+@dataclass(frozen=True)
+class RunSource:
+    """A run that belongs into MLflow, and the functions that read its content from the record."""
+
+    key: str
+    version: object
+    """Value that changes whenever the content of an ended run changes."""
+    read: Callable[[], RunContent]
+    write_files: Callable[[Path], None]
+    weights: Path | None = None
+    """Weights file of the model to register."""
+
+
+def key_of(tags: Mapping[str, str]) -> str | None:
+    """Return the key of the run with these tags; None if hpsearch did not create it."""
+    for tag, kind in IDENTIFYING_TAGS.items():
+        if tag in tags:
+            return f"{kind} {tags[tag]}"
+    return "study" if "hpsearch.study" in tags else None
+
+
+def run_keys(study: StudyPaths) -> set[str]:
+    """Return the keys of all child runs that are on record."""
+    numbers = study.trial_numbers()
+    trials = {f"trial {number}" for number in numbers if study.trial(number).trial.is_file()}
+    refits = {f"second {number}" for number in numbers if study.trial(number).second.is_file()}
+    return trials | refits | {f"final {name}" for name in study.final_names()}
+
+
+def run_sources(record: StudyRecord, trials: Sequence[TrialRecord], standing: Standing) -> Iterator[RunSource]:
+    """Return the sources of all runs: the study first, then its trials, refits and finals."""
+    read, write = partial(study_run, record, trials, standing), partial(run_files.write_study_files, record)
+    yield RunSource("study", standing, read, write)
+    for trial in trials:
+        version = trial, standing.values.get(trial.number), trial.number in standing.confirmed
+        write = partial(run_files.write_trial_files, record, trial)
+        yield RunSource(f"trial {trial.number}", version, partial(trial_run, record, trial, standing), write)
+    for second in record.second_records():
+        write = partial(run_files.write_refit_files, record, second.trial)
+        yield RunSource(f"second {second.trial}", second, partial(refit_run, record, second), write)
+    for name in record.paths.final_names():
+        read, write = partial(final_run, record, name), partial(run_files.write_final_files, record, name)
+        yield RunSource(f"final {name}", name, read, write, record.paths.final(name).model)
+
+
+def people_tags(tags: Mapping[str, str]) -> dict[str, str]:
+    """Return those tags of a run that people have added, their own description included."""
+    return {
+        key: value
+        for key, value in tags.items()
+        if (key == notes.NOTE and not notes.is_ours(tags))
+        or (key not in OUR_TAGS and not key.startswith(("mlflow.", "hpsearch.", "version.")))
+    }
+
+
+def ranking_tags(standing: Standing) -> dict[str, dict[str, str]]:
+    """Return the tags `WINNER` and `RANK` of every trial that can win, by the key of its run."""
+    result = {f"trial {number}": {RANK: f"{place:04d}"} for place, number in enumerate(standing.ranking, start=1)}
+    if standing.winner is not None:
+        result[f"trial {standing.winner}"][WINNER] = "true"
+    return result
+
+
+def study_run(record: StudyRecord, trials: Sequence[TrialRecord], standing: Standing) -> RunContent:
+    """Return the parent run: the settings of the study, its best value and counts of outcomes after each trial."""
+    is_over = record.is_searched(trials) and has_all_refits(record)
+    ends = [trial.ended_at or 0 for trial in trials] + [second.ended_at or 0 for second in record.second_records()]
+    search = {f"search.{name}": notes.text_of(dimension.to_toml()) for name, dimension in record.config.search}
+    return RunContent(
+        key="study",
+        name=record.name,
+        began_ms=milliseconds(_began_at(record, trials)),
+        tags=_common_tags(record, "hpsearch study", None),
+        params=_params(record.config) | search,
+        points=tuple(_progress(record, trials, standing)),
+        note=notes.study_note(record.config.study.metric, trials, standing),
+        status="FINISHED" if is_over else "RUNNING",
+        ended_ms=milliseconds(max(ends)) if is_over else None,
+    )
+
+
+def trial_run(record: StudyRecord, trial: TrialRecord, standing: Standing) -> RunContent:
+    """Return the run of a trial as far as it has come.
+
+    Its cross-validation means are the values that rank it: means over first fits and refits once these count.
+    """
+    number, metric = trial.number, record.config.study.metric
+    fits = [record.fit(number, fold) for fold in range(record.n_folds)]
+    points: list[Point] = []
+    if trial.outcome == "full":
+        points = _value_points(record, trial, fits, standing)
+    elif trial.ended_at is not None:
+        points = points_of("estimate", trial, trial.ended_at)
+    tags = {"hpsearch.trial": str(number), "outcome": trial.outcome or "open", "source": trial.source}
+    if trial.micro_batch is not None:
+        tags["micro_batch"] = str(trial.micro_batch)
+    note = notes.trial_note(trial, points, metric, standing)
+    return _fits_run(record, trial, trial, fits, f"trial {number:04d}", tags, points, note)
+
+
+def refit_run(record: StudyRecord, second: SecondRecord) -> RunContent:
+    """Return the run of the refit of a trial as far as it has come."""
+    trial = record.trial(second.trial)
+    fits = [record.second_fit(trial.number, fold) for fold in range(record.n_folds)]
+    points: list[Point] = []
+    if second.outcome == "full":
+        cross_validation = CrossValidation.read([fits], None)
+        points = points_of("cross-validation", cross_validation, second.ended_at or 0, record.config.study.metric)
+    tags = {"hpsearch.second": str(trial.number), "outcome": f"refit: {second.outcome or 'open'}"}
+    tags |= {"source": "confirmation"}
+    note = f"Refit of trial {trial.number}: the same folds with new seeds\n\n{notes.searched_params(trial)}"
+    return _fits_run(record, trial, second, fits, f"trial {trial.number:04d}, refit", tags, points, note)
+
+
+def _fits_run(
+    record: StudyRecord,
+    trial: TrialRecord,
+    attempt: TrialRecord | SecondRecord,
+    fits: Sequence[FitRecord],
+    name: str,
+    tags: dict[str, str],
+    points: Sequence[Point],
+    note: str,
+) -> RunContent:
+    """Return the run of one fit per fold with the configuration of a trial: `attempt` is the trial or its refit."""
+    machine = next((summary["runtime"] for fit in fits if (summary := fit.summary()) is not None), None)
+    version, _, commit = attempt.code.partition("+")
+    found = {"reason": attempt.reason[:1000], "version.hpsearch": version, "mlflow.source.git.commit": commit}
+    tags |= {tag: value for tag, value in found.items() if value}
+    return RunContent(
+        key=key_of(tags) or "",
+        name=name,
+        began_ms=milliseconds(attempt.began_at),
+        tags=_common_tags(record, "hpsearch study", machine) | tags,
+        params=_params(trial.study_config),
+        points=(*_fit_points("fold", fits, attempt.ended_at), *points),
+        note=note,
+        status=STATUSES.get(attempt.outcome, "FINISHED"),
+        ended_ms=None if attempt.ended_at is None else milliseconds(attempt.ended_at),
+    )
+
+
+def final_run(record: StudyRecord, name: str) -> RunContent:
+    """Return the run of a final: the estimates of the search beside the scores on the test images."""
+    folder = record.paths.final(name)
+    result = paths.read_json(folder.result)
+    trial, ended_at = record.trial(result["trial"]), result["ended_at"]
+    fits = [FitRecord(folder.seed(index)) for index in range(result["n_seeds"])]
+    tags = _common_tags(record, "hpsearch final", result["runtime"]) | _test_set_tags(result)
+    params = {"final.trial": str(trial.number), "final.n_seeds": str(result["n_seeds"])}
+    return RunContent(
+        key=f"final {name}",
+        name=f"final of trial {trial.number:04d}",
+        began_ms=milliseconds(result["began_at"]),
+        tags=tags | {"hpsearch.final": name, "outcome": "final"},
+        params=_params(trial.study_config) | params,
+        points=(*_fit_points("seed", fits, ended_at), *points_of("final", result, ended_at, result["metric"])),
+        note=notes.final_note(result, trial),
+        status="FINISHED",
+        ended_ms=milliseconds(ended_at),
+    )
+
+
+def _began_at(record: StudyRecord, trials: Sequence[TrialRecord]) -> float:
+    # Version 0.1 could share a study between machines; the run of such a study began with the sharing.
+    shared = record.paths.root / "sharing.json"
+    if shared.is_file():
+        return float(paths.read_json(shared)["began_at"])
+    return min(trial.began_at for trial in trials)
+
+
+def _fit_points(prefix: str, fits: Sequence[FitRecord], ended_at: float | None) -> Iterator[Point]:
+    """Return the metrics of every epoch of every fit and, once the run has ended, the cost of training."""
+    rows = [fit.epochs() for fit in fits]
+    for index, each in enumerate(rows):
+        for row in each:
+            yield from points_of("epoch", row, row["time"], prefix=f"{prefix}{index}/", step=row["epoch"])
+    if ended_at is not None and any(rows):
+        yield from points_of("training", [row for each in rows for row in each], ended_at)
+
+
+def _value_points(
+    record: StudyRecord, trial: TrialRecord, fits: Sequence[FitRecord], standing: Standing
+) -> list[Point]:
+    """Return the cross-validation metrics of a complete trial, revised when its refit counts or counts no more."""
+    number, metric = trial.number, record.config.study.metric
+    first = CrossValidation.read([fits], trial.value)
+    points = points_of("cross-validation", first, trial.ended_at or 0, metric)
+    ranked_at = _ranked_at(record, standing)
+    if ranked_at is None or record.mean_of_fits(number) is None:
+        return points
+    now = first
+    if number in standing.confirmed:
+        refits = [record.second_fit(number, fold) for fold in range(record.n_folds)]
+        now = CrossValidation.read([fits, refits], standing.values.get(number))
+    points += points_of("cross-validation", now, ranked_at, metric, is_revision=True)
+    return points + points_of("first fits", first, ranked_at, metric)
+
+
+def _ranked_at(record: StudyRecord, standing: Standing) -> float | None:
+    """Return when the values that rank refitted trials last changed; None before they ever did.
+
+    That is when the last refit ended, or when the first complete trial after them ended and reopened the choice.
+    """
+    shortlist = record.shortlist()
+    if shortlist is None:
+        return None
+    ends = {trial.number: trial.ended_at or 0.0 for trial in record.full_trials()}
+    if standing.confirmed:
+        seconds = [record.second(number) for number in shortlist.trials]
+        ended = [second.ended_at or 0.0 for second in seconds if second is not None]
+        # Later than the trial that reopened the choice before: of equal steps MLflow shows the latest.
+        return max([*ended, *ends.values()]) + 0.001
+    return min((end for number, end in ends.items() if number not in shortlist.of), default=None)
+
+
+def _progress(record: StudyRecord, trials: Sequence[TrialRecord], standing: Standing) -> Iterator[Point]:
+    """Return the metrics of the study after each ended trial; the step is the number of ended trials.
+
+    The end of the refits has the step of the last trial before it.
+    """
+    ended = [(trial.ended_at, trial.number, trial) for trial in trials if trial.ended_at is not None]
+    metric = record.config.study.metric
+    refitted_at = _ranked_at(record, standing) if standing.confirmed else None
+    can_win = {trial.number for trial in record.contenders(trials)}
+    values: list[float] = []
+    n: Counter[str] = Counter({outcome: 0 for outcome in get_args(Outcome) if outcome != "lost"})
+    n_before = 0
+    for step, (at, number, trial) in enumerate(sorted(ended), start=1):
+        n[str(trial.outcome)] += 1
+        if number in can_win and trial.value is not None:
+            values.append(trial.value)
+        is_refitted = refitted_at is not None and at >= refitted_at
+        n_before += not is_refitted
+        best = standing.best_value if is_refitted else max(values, default=None)
+        yield from points_of("study", {"best": best, "n": n}, at, metric, step=step)
+    if refitted_at is not None:
+        state = {"best": standing.best_value}
+        yield from points_of("study", state, refitted_at, metric, step=n_before, is_revision=True)
+
+
+def _params(config: StudyConfig) -> dict[str, str]:
+    return {name: notes.text_of(value) for name, value in config.flat().items()}
+
+
+def _common_tags(record: StudyRecord, command: str, machine: Mapping[str, Any] | None) -> dict[str, str]:
+    """Return the tags of every run: study, seed, command, machine (default: that of the plan) and versions."""
+    if machine is None:
+        machine = (record.plan() or {}).get("machine", {})
+    names = {"device": "device", "device_name": "processor", "precision": "precision", "threads": "threads"}
+    names |= {name: f"version.{name}" for name in ("python", "torch", "numpy", "cuda", "cudnn", "torch_xla")}
+    tags = {tag: str(machine[name]) for name, tag in names.items() if name in machine}
+    seed = str(record.config.study.seed)
+    return tags | {"hpsearch.study": record.name, "seed": seed, "mlflow.source.name": command}
+
+
+def _test_set_tags(result: Mapping[str, Any]) -> dict[str, str]:
+    """Return which test set was evaluated, how often that had happened, and the post-processing in use."""
+    if "test_set" not in result:
+        return {}
+    tags = {"hpsearch.test_set": result["test_set"], "hpsearch.test_looks": str(result["n_looks"])}
+    if result["leaks"]:
+        tags["hpsearch.test_leaks"] = str(len(result["leaks"]))
+    return tags | ({"hpsearch.choices": notes.text_of(result["chosen"]["choices"])} if result["chosen"] else {})

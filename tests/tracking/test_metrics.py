@@ -1,0 +1,56 @@
+"""The table of metrics and what a metric is computed from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hpsearch.tracking import metrics
+from hpsearch.tracking.metrics import METRICS, CrossValidation, Point, is_metric, points_of
+
+
+def test_an_entry_of_the_table_is_a_metric(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = {**METRICS, "final": {"test/{metric}_twice": lambda result: 2 * result["x"], "test/y": "a.{metric}"}}
+    monkeypatch.setattr(metrics, "METRICS", table)
+    points = points_of("final", {"x": 0.25, "a": {"dice": 1}}, 3.5, "dice")
+    assert points == [Point("test/dice_twice", 0.5, 0, 3500), Point("test/y", 1.0, 0, 3500)]
+
+
+@pytest.mark.parametrize("source", [{}, {"cv": None}, {"cv": {}}, {"cv": {"mean": None}}])
+def test_a_metric_that_is_missing_in_its_source_is_not_logged(source: dict[str, Any]) -> None:
+    assert points_of("final", source, 0.0, "dice") == []
+
+
+def test_every_metric_of_the_table_is_known_as_ours() -> None:
+    names = [name for kind, entries in METRICS.items() if kind != "epoch" for name in entries]
+    names += [f"{prefix}/{name}" for prefix in ("fold0", "fold12", "seed0") for name in METRICS["epoch"]]
+    assert all(is_metric(name.format(metric="dice")) for name in names)
+    assert not is_metric("my/own")
+    assert not is_metric("folds/dice")
+
+
+def test_cross_validation_weighs_every_image_equally_and_spreads_over_folds() -> None:
+    folds = ({"dice": np.array([0.2, 0.4, 0.6])}, {"dice": np.array([1.0])})
+    cross_validation = CrossValidation(folds, value=None)
+    assert cross_validation.mean("dice") == pytest.approx(0.55)
+    assert cross_validation.std("dice") == pytest.approx(np.std([0.4, 1.0], ddof=1))
+    assert CrossValidation(folds[:1], value=None).std("dice") is None
+
+
+def test_the_recorded_value_replaces_the_mean_of_its_metric() -> None:
+    scores = dict.fromkeys(("dice", "jaccard", "accuracy", "sensitivity", "specificity"), np.array([0.5]))
+    points = points_of("cross-validation", CrossValidation((scores,), value=0.123), 0.0, "jaccard")
+    values = {point.key: point.value for point in points}
+    assert (values["cv/jaccard_mean"], values["cv/dice_mean"]) == (0.123, 0.5)
+    assert len(values) == len(points)
+
+
+def test_the_speed_of_training_is_weighted_by_time() -> None:
+    rows = [
+        {"train_s": 1.0, "eval_s": 0.5, "images_per_s": 100.0, "peak_bytes": 2**20},
+        {"train_s": 3.0, "eval_s": 0.5, "images_per_s": 200.0, "peak_bytes": 3 * 2**20},
+    ]
+    values = {point.key: point.value for point in points_of("training", rows, 0.0)}
+    assert values == {"cost/seconds": 5.0, "cost/images_per_s": 175.0, "cost/peak_memory_mib": 3.0}
