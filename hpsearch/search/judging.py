@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from hpsearch.search.pruners import Pruner, make_pruner
+from hpsearch.search import pruners
+from hpsearch.search.pruners import Pruner
 from hpsearch.search.racing import TrialScores, Verdict, verdict_on_request
 from hpsearch.store.record import StudyRecord, TrialRecord
 
@@ -15,7 +16,7 @@ class Judge:
 
     def __init__(self, record: StudyRecord, trials: Mapping[int, TrialRecord]) -> None:
         """`trials` are all trials by number, kept up to date by the caller."""
-        self.pruner: Pruner = make_pruner(record.config)
+        self.pruner: Pruner = pruners.make_pruner(record.config)
         self._record = record
         self._trials = trials
         self._scores: dict[int, TrialScores] = {}

@@ -11,14 +11,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import optuna
 import pytest
 
 from hpsearch import config as configs
-from hpsearch import paths
+from hpsearch import paths, study
 from hpsearch.data.folds import Folds
+from hpsearch.data.pool_caches import PoolCaches
 from hpsearch.errors import (
     CacheError,
     ConfigError,
@@ -29,15 +29,18 @@ from hpsearch.errors import (
     StudyLockedError,
 )
 from hpsearch.paths import ProjectPaths
-from hpsearch.search import coordinator
+from hpsearch.search import coordinator, pruners, stopping
 from hpsearch.search.autotune import MachineChoice
 from hpsearch.search.callbacks import NullCallback
+from hpsearch.search.coordinator import Coordinator
+from hpsearch.search.evaluation import Evaluation
 from hpsearch.search.racing import Race, TrialScores, Verdict
 from hpsearch.search.status import study_status
 from hpsearch.search.stopping import Stop
 from hpsearch.store import lock
-from hpsearch.store.record import StudyRecord, TrialRecord
+from hpsearch.store.record import StudyRecord
 from hpsearch.study import StudySummary
+from hpsearch.workers.jobs import FitJob, Job
 from tests.data.conftest import tiny_pairs, write_pairs
 from tests.search.studies import everything, mean_of_counted_dice, run, tiny_config, write_tiny_dataset
 
@@ -292,22 +295,19 @@ def test_any_number_of_workers_gives_the_same_values_and_trains_each_fold_once(d
 def test_in_a_race_workers_help_with_the_first_trial_and_with_survivors_when_none_is_left_to_begin(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(coordinator.pruners, "make_pruner", lambda _: Race(alpha=0.0))
+    monkeypatch.setattr(pruners, "make_pruner", lambda _: Race(alpha=0.0))
     begun: list[tuple[int, int, list[int]]] = []
-    make_job = coordinator.fits.fold_job
+    make_job, next_job = coordinator.fold_job, Coordinator.next_job
 
-    def fold_job(record: StudyRecord, trial: TrialRecord, fold: int, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        begun.append((trial.number, fold, record.finished_folds(trial.number)))
-        return make_job(record, trial, fold, *args, **kwargs)
+    def fold_job(evaluation: Evaluation, fold: int, caches: PoolCaches) -> FitJob:
+        begun.append((evaluation.trial.number, fold, sorted(evaluation.finished_folds())))
+        return make_job(evaluation, fold, caches)
 
-    hand_out = coordinator.Coordinator._hand_out
+    def once_both_have_started(self: Coordinator) -> Job | None:
+        return next_job(self) if begun or len(self._pool.idle()) == len(self._plan.workers) else None
 
-    def once_both_have_started(self: coordinator.Coordinator) -> None:
-        if begun or len(list(self._workers.idle())) == len(self._plan.workers):
-            hand_out(self)
-
-    monkeypatch.setattr(coordinator.fits, "fold_job", fold_job)
-    monkeypatch.setattr(coordinator.Coordinator, "_hand_out", once_both_have_started)
+    monkeypatch.setattr(coordinator, "fold_job", fold_job)
+    monkeypatch.setattr(Coordinator, "next_job", once_both_have_started)
     config = tiny_config(dataset, "study.sampler=random", "study.trials=2", "study.folds=3")
     two = run(tmp_path / "two", config, machine=MachineChoice("cpu", 2, 1)).record
     # Both workers at once, then whoever is done first; the other one begins trial 1.
@@ -331,7 +331,7 @@ def test_a_survivor_that_is_dropped_while_others_help_ends_whole(
             drop = candidate.number == 1 and len(candidate.finished) == 2
             return None if verdict is None else dataclasses.replace(verdict, drop=drop)
 
-    monkeypatch.setattr(coordinator.pruners, "make_pruner", lambda _: Late())
+    monkeypatch.setattr(pruners, "make_pruner", lambda _: Late())
     config = tiny_config(dataset, "study.trials=2", "study.folds=4")
     record = run(tmp_path, config, machine=MachineChoice("cpu", 3, 1)).record
     dropped = record.trial(1)
@@ -340,7 +340,7 @@ def test_a_survivor_that_is_dropped_while_others_help_ends_whole(
     assert 2 <= len(record.finished_folds(1)) <= 4
     assert not list(record.paths.root.rglob("last.pt"))
     told = optuna_study(tmp_path).trials[1]
-    assert (told.state.name, told.value, told.user_attrs["search_value"]) == ("PRUNED", None, dropped.value)
+    assert (told.state.name, told.value, told.user_attrs["estimate"]) == ("PRUNED", None, dropped.value)
 
 
 @pytest.mark.slow
@@ -380,7 +380,7 @@ def test_a_study_whose_hours_are_used_up_goes_on_as_if_it_had_had_more(
 
     real = time.monotonic
     with monkeypatch.context() as patch:
-        patch.setattr(coordinator, "time", SimpleNamespace(monotonic=lambda: real() + passed_s))
+        patch.setattr(stopping, "time", SimpleNamespace(monotonic=lambda: real() + passed_s))
         summary = run(tmp_path / "stopped", config, hours=1, callback=Clock())
     assert summary.stopped
     assert summary.n_counted == 0
@@ -408,7 +408,7 @@ def test_a_trial_that_is_stopped_on_request_ends_as_if_raced_out_and_the_study_g
     assert not study.trial_stop_request(0).exists()
     told = optuna_study(tmp_path).trials[0]
     # An estimate is nothing that was measured: Optuna must not take it for a value.
-    assert (told.state.name, told.value, told.user_attrs["search_value"]) == ("PRUNED", None, stopped.value)
+    assert (told.state.name, told.value, told.user_attrs["estimate"]) == ("PRUNED", None, stopped.value)
 
 
 @pytest.mark.slow
@@ -454,6 +454,6 @@ def test_a_signal_that_also_ends_the_process_that_decodes_reads_as_a_stop(
             stop.request(signal_number)
         raise CacheError("the process that decodes ended by signal 15")
 
-    monkeypatch.setattr(coordinator, "PoolCaches", caches)
+    monkeypatch.setattr(study, "PoolCaches", caches)
     with pytest.raises(error):
         run(tmp_path, tiny_config(dataset), stop=stop)
