@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from hpsearch.errors import RecordError
 from hpsearch.paths import read_json
-from hpsearch.report.statistics import Paired, paired_difference
+from hpsearch.stats.intervals import Paired, paired_difference
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]

@@ -1,6 +1,6 @@
 """Retrain one configuration on the whole pool and evaluate it on the test split, with what that is worth.
 
-What was promised comes from the study's claims (`report.claims`), the choices about threshold, flips, cleaning and
+The predictions come from `report.estimates`, the choices about threshold, flips, cleaning and
 ensemble from out-of-fold predictions (`choices`), and every evaluation of test images is entered into an account
 before it begins (`looks`).
 """
@@ -42,16 +42,10 @@ from hpsearch.looks import (
 from hpsearch.paths import FinalPaths, FitPaths, ProjectPaths
 from hpsearch.report import trial_rows
 from hpsearch.report.card import model_card
-from hpsearch.report.claims import Claims
-from hpsearch.report.statistics import (
-    Corrected,
-    Interval,
-    Paired,
-    bootstrap_mean,
-    paired_difference,
-    trial_statistics,
-)
+from hpsearch.report.estimates import Estimates
 from hpsearch.scoring import COLUMNS, mask_name, read_mask, score_table, write_submission
+from hpsearch.stats.intervals import Interval, Paired, bootstrap_mean, paired_difference
+from hpsearch.stats.selection import Corrected
 from hpsearch.tracking import Tracker, TrackingThread
 from hpsearch.training.metrics import SCORES, PixelCounts
 from hpsearch.tuning import fits, lock
@@ -86,7 +80,7 @@ class FinalResult:
     is_confirmed: bool
     """Whether the trial was fitted twice, so that `cv` is the mean over both fits."""
     corrected: Corrected | None
-    """What the search claims of its winner; None if this is another trial."""
+    """The winner's corrected mean; None if this is another trial."""
     predicted: Interval | None
     """What the search promised for so many test images: the mean with its 95 % prediction interval; None likewise."""
     eval_size: tuple[int, int]
@@ -380,8 +374,8 @@ def _choose(record: StudyRecord, number: int | None, cheapest_tied: bool) -> Tri
         best = record.best()
         if best is None:
             raise StudyError(f"study {record.name!r} has no fully evaluated trial yet: run `hpsearch study` first")
-        if cheapest_tied and (claims := Claims.of(record)) is not None:
-            return record.trial(claims.cheapest_tied(record))
+        if cheapest_tied and (estimates := Estimates.of(record)) is not None:
+            return record.trial(estimates.cheapest_tied(record))
         return best
     trial = record.known_trial(number)
     if not trial.can_win:
@@ -529,11 +523,8 @@ def _evaluate(
     look: Look,
 ) -> FinalResult:
     metric = record.config.study.metric
-    claims = Claims.of(record)
-    assert claims is not None
-    row = claims.full.index(trial.number)
-    out_of_fold = claims.scores.joint[row]
-    fold_means = [float(out_of_fold[images].mean()) for images in claims.scores.folds]
+    estimates = Estimates.of(record)
+    assert estimates is not None
     scores = {name: np.stack([_scores(folder.seed(index), name) for index in range(n_seeds)]) for name in SCORES}
     by_choices = _means(folder.chosen_counts) if chosen is not None and chosen.choices != Choices() else {}
     leaked = np.isin(np.array(test.ids), [name for pair in leaks for name in (pair.a, pair.b)])
@@ -544,11 +535,11 @@ def _evaluate(
         trial=trial,
         paths=folder,
         metric=metric,
-        cv=trial_statistics(claims.scores)[row].total,
-        cv_fold_std=float(np.std(fold_means, ddof=1)) if len(fold_means) > 1 else 0.0,
+        cv=estimates.statistics[trial.number].total,
+        cv_fold_std=estimates.statistics[trial.number].sd_folds,
         is_confirmed=trial.number in record.confirmed(),
-        corrected=claims.corrected if trial.number == claims.winner else None,
-        predicted=claims.predicted(trial.number, n_test=test.n, n_runs=n_seeds),
+        corrected=estimates.corrected if trial.number == estimates.winner else None,
+        predicted=estimates.predicted(trial.number, n_test=test.n, n_runs=n_seeds),
         eval_size=record.config.eval_size,
         test={name: bootstrap_mean(values.mean(axis=0)) for name, values in scores.items()},
         per_seed={name: tuple(float(value) for value in values.mean(axis=1)) for name, values in scores.items()},
@@ -562,9 +553,9 @@ def _evaluate(
         n_trials_after=sum(each.began_at > first.at for each in trials),
         leaks=leaks,
         without_leaks=float(scores[metric].mean(axis=0)[~leaked].mean()) if leaks and not leaked.all() else None,
-        against_default=claims.gain(trial.number),
-        winner=claims.winner,
-        winner_against_default=claims.gain(claims.winner),
+        against_default=estimates.gain(trial.number),
+        winner=estimates.winner,
+        winner_against_default=estimates.gain(estimates.winner),
         is_default=record.is_default(trial),
         n_test=test.n,
         n_pool=pool.n,

@@ -16,7 +16,7 @@ from hpsearch.choices import (
     clean_mask,
 )
 from hpsearch.errors import RecordError
-from hpsearch.report.statistics import paired_difference
+from hpsearch.stats.intervals import paired_difference
 
 NETWORKS = np.repeat(np.arange(5), 60)
 

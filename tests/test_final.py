@@ -32,8 +32,8 @@ from hpsearch.plan import ExecutionPlan
 from hpsearch.predict import Ensemble, Predictor, find_images, load_predictor, predict_files
 from hpsearch.report.claimed_words import final_lines
 from hpsearch.report.rows import study_rows
-from hpsearch.report.statistics import Paired
 from hpsearch.scoring import mask_name, official_scores, read_mask, score_folder
+from hpsearch.stats.intervals import Paired
 from hpsearch.training.checkpoint import load_weights
 from hpsearch.training.metrics import SCORES, PixelCounts
 from hpsearch.tuning.coordinator import Stop

@@ -11,7 +11,7 @@ import pytest
 
 from hpsearch.cli.progress import StudyProgress
 from hpsearch.report import words
-from hpsearch.report.claims import Claims
+from hpsearch.report.estimates import Estimates
 from hpsearch.report.rows import study_rows
 from hpsearch.tracking import MlflowTracker
 from hpsearch.tuning.coordinator import StudySummary
@@ -80,9 +80,9 @@ def assert_one_winner(study: FakeStudy, number: int, capsys: pytest.CaptureFixtu
     assert rows.winner is not None
     assert (rows.winner.number, rows.full[0].number) == (number, number)
     assert rows.winner.statistics.mean == pytest.approx(worth, abs=1e-12)
-    claims = Claims.of(record)
-    assert claims is not None
-    assert claims.winner == number
+    estimates = Estimates.of(record)
+    assert estimates is not None
+    assert estimates.winner == number
     assert optunas_best(record) == (number, worth)
     runs = read(study.project)
     assert [name for name, run in runs.items() if "winner" in run.tags] == [f"trial {number:04d}"]
@@ -264,9 +264,9 @@ class TestEqualConfigurations:
     def test_the_earlier_of_two_stands_for_both_and_gains_nothing_over_itself(self, twins: FakeStudy) -> None:
         record = twins.record
         assert record.standing().ranking == (0, 2)
-        claims = Claims.of(record)
-        assert claims is not None
-        assert (claims.winner, claims.full, claims.gain(0)) == (0, (0, 2), None)
+        estimates = Estimates.of(record)
+        assert estimates is not None
+        assert (estimates.winner, estimates.complete, estimates.gain(0)) == (0, (0, 2), None)
         text = " ".join(words.answer(study_rows(record)))
         assert "It is the default configuration: nothing better was found so far." in text
         assert "gains" not in text

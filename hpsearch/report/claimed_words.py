@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from hpsearch.choices import Chosen, Decision
 from hpsearch.looks import Look, describe_looks
-from hpsearch.report.statistics import Paired, explain_test_mean
+from hpsearch.stats.intervals import Interval, Paired
 
 if TYPE_CHECKING:
     from hpsearch.final import FinalResult
@@ -95,6 +95,30 @@ def describe_leaks(pairs: Sequence[tuple[str, str]], mean: float, without: float
     if without is not None:
         text += f"; without those test images the mean is {without:.4f} instead of {mean:.4f}"
     return text
+
+
+def explain_test_mean(predicted: Interval, result: float) -> str:
+    """Compare a test result with its prediction, in one sentence."""
+    predicted_range = f"the 95 % prediction interval [{predicted.low:.4f}, {predicted.high:.4f}]"
+    if predicted.low <= result <= predicted.high:
+        return f"the test mean {result:.4f} lies within {predicted_range}, as the search predicted"
+    side, causes = (
+        (
+            "above",
+            "the test images are easier than the pool's, near-copies of pool images are among them, or training on "
+            "the whole pool helped more than expected",
+        )
+        if result > predicted.high
+        else (
+            "below",
+            "the test images are harder than the pool's or of another origin, the pool's folds share near-copies or "
+            "patients, or the retraining went wrong",
+        )
+    )
+    return (
+        f"the test mean {result:.4f} lies {side} {predicted_range}, which is expected by chance in 2.5 % of studies; "
+        f"possible reasons: {causes}"
+    )
 
 
 def _name(decision: Decision) -> str:

@@ -14,8 +14,8 @@ from hpsearch import __version__, paths
 from hpsearch.errors import CacheError
 from hpsearch.report import trial_rows, words
 from hpsearch.report.rows import FinalRow, StudyRows, TrialRow, Winner, describe_dimension, show_value, study_rows
-from hpsearch.report.statistics import Interval
 from hpsearch.report.words import SCORES, interval
+from hpsearch.stats.intervals import Interval
 from hpsearch.tuning.record import StudyRecord
 
 if TYPE_CHECKING:

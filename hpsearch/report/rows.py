@@ -17,15 +17,10 @@ from hpsearch.looks import Look, find_look, first_look_of, looks_at, n_looks_bef
 from hpsearch.models.shapes import n_parameters, why_impossible
 from hpsearch.paths import read_json
 from hpsearch.plan import ExecutionPlan, predicted_bytes
-from hpsearch.report.claims import Claims
-from hpsearch.report.statistics import (
-    Corrected,
-    Interval,
-    Paired,
-    TrialStatistics,
-    bootstrap_mean,
-    trial_statistics,
-)
+from hpsearch.report.estimates import Estimates
+from hpsearch.stats.intervals import Interval, Paired, bootstrap_mean
+from hpsearch.stats.selection import Corrected
+from hpsearch.stats.study_scores import TrialStatistics
 from hpsearch.training.metrics import SCORES, PixelCounts
 from hpsearch.tuning import constant, coordinators, lock
 from hpsearch.tuning.config import Choice, Range
@@ -222,8 +217,8 @@ def study_rows(record: StudyRecord) -> StudyRows:
     Raises RecordError if the folder is damaged, or if the study has no folds yet.
     """
     trials = record.trials()
-    claims = Claims.of(record)
-    statistics = dict(zip(claims.full, trial_statistics(claims.scores), strict=True)) if claims is not None else {}
+    claims = Estimates.of(record)
+    statistics = claims.statistics if claims is not None else {}
     standing = record.standing(trials)
     confirmed = standing.confirmed
     rows = tuple(_trial_row(record, trial, statistics.get(trial.number), confirmed) for trial in trials)
@@ -349,7 +344,7 @@ def _second_fits(record: StudyRecord) -> tuple[int, int] | None:
 
 def _winner(
     record: StudyRecord,
-    claims: Claims,
+    claims: Estimates,
     statistics: dict[int, TrialStatistics],
     results: Sequence[tuple[str, dict[str, Any]]],
 ) -> Winner:
@@ -384,7 +379,7 @@ def _final_row(
     record: StudyRecord,
     name: str,
     result: dict[str, Any],
-    claims: Claims | None,
+    claims: Estimates | None,
     trials: Sequence[TrialRecord],
 ) -> FinalRow:
     predicted = None

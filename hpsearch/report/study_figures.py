@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 from hpsearch.report.figures import FONT, HELD_OUT, INK, NAMES, PALE, RIGHT, TRAIN, literally, new_figure
 from hpsearch.report.rows import Floats, TrialRow, pareto_front, position, show_value
-from hpsearch.report.statistics import Interval
+from hpsearch.stats.intervals import Interval
 from hpsearch.tuning.config import Choice, Range
 
 OUTCOMES = {

@@ -13,8 +13,9 @@ import numpy as np
 from hpsearch.paths import command_line
 from hpsearch.report import claimed_words
 from hpsearch.report.rows import FinalRow, Repeat, StudyRows, TrialRow, Winner
-from hpsearch.report.statistics import Interval, Paired, explain_test_mean
 from hpsearch.report.trial_rows import CurvePoint
+from hpsearch.stats.intervals import Interval, Paired
+from hpsearch.stats.run_variance import S_GUESS
 from hpsearch.tuning import racing
 
 SCORES = {
@@ -86,7 +87,7 @@ def final(row: FinalRow, metric: str) -> list[str]:
         f"test images: {SCORES[metric]} {interval(row.test[metric])}."
     ]
     if row.predicted is not None:
-        said = explain_test_mean(row.predicted, row.test[metric].mean)
+        said = claimed_words.explain_test_mean(row.predicted, row.test[metric].mean)
         result.append(f"{said[0].upper()}{said[1:]}.")
     else:
         result.append("It is not the trial that the search would choose, so no prediction was made for it.")
@@ -265,7 +266,7 @@ def _chosen(rows: StudyRows, winner: Winner) -> str:
     text = f"{text}; {price}. {_CORRECTION}"
     if rows.n_folds == 1:
         text += (
-            f" One fold does not show how much runs differ: a standard deviation of {racing.S_GUESS:g} is assumed, "
+            f" One fold does not show how much runs differ: a standard deviation of {S_GUESS:g} is assumed, "
             "and the interval does not cover a larger one."
         )
     return text

@@ -1,8 +1,8 @@
 """Fits the configurations that may be the best once more, with new seeds on the same folds, when the search is over.
 
-The best of many first fits was lucky in its images and in its runs. A second fit of the few that bootstrap selection
-picks most tells the luck of the runs from merit (`report.statistics`). What is fitted again, and how it went, is on
-record like every trial: stopped or killed, the same command goes on; second fits that are there are used again.
+The best of many first fits is too high on average. Replicate fits of the few trials that bootstrap selection picks
+most often separate run-to-run variance from real effects (`stats.selection`). The shortlist and its fits are on
+record like every trial: after a stop or a kill, the same command continues, and finished replicate fits are reused.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from hpsearch.config import StudyConfig, stable_seed
-from hpsearch.report.statistics import select_for_confirmation
+from hpsearch.stats.selection import select_for_replication
 from hpsearch.tuning import fits
 from hpsearch.tuning.caches import PoolCaches
 from hpsearch.tuning.constant import ConstantWarnings
@@ -52,7 +52,7 @@ def shortlist(record: StudyRecord) -> Shortlist | None:
     stored = record.shortlist()
     if stored is not None and (stored.of, stored.count) == (full, count):
         return stored
-    picked = select_for_confirmation(np.stack([record.out_of_fold(number) for number in full]), count)
+    picked = select_for_replication(np.stack([record.out_of_fold(number) for number in full]), count)
     chosen = Shortlist(tuple(full[index] for index in picked), full, count)
     record.write_shortlist(chosen)
     logger.info("to be fitted once more: trials %s", ", ".join(map(str, chosen.trials)))

@@ -45,7 +45,7 @@ from hpsearch.tuning.listener import Listener, Silent
 from hpsearch.tuning.ownership import Asked, Ownership, take_seat
 from hpsearch.tuning.planning import MachineChoice, first_workers, make_plan
 from hpsearch.tuning.pruners import Pruner
-from hpsearch.tuning.racing import TrialScores, Verdict, verdict_on_request
+from hpsearch.tuning.racing import PruneDecision, TrialScores, decide
 from hpsearch.tuning.record import COUNTED, Outcome, StudyRecord, TrialRecord, code_version, now
 from hpsearch.tuning.study import sqlite_url
 from hpsearch.tuning.workers import POLL_S, Event, Worker, Workers
@@ -221,7 +221,7 @@ class _OpenTrial:
     config: StudyConfig
     fitting: dict[int, Worker] = field(default_factory=dict)
     """Fold to the worker that fits it."""
-    dropped: Verdict | None = None
+    dropped: PruneDecision | None = None
     """Set while its worker is still to stop."""
 
 
@@ -388,7 +388,7 @@ class Coordinator:
         logger.info("trial %d continues", trial.number)
         self._listener.trial_began(trial)
         if trial.decisions and trial.decisions[-1]["drop"]:
-            self._open[trial.number].dropped = Verdict(**trial.decisions[-1])
+            self._open[trial.number].dropped = PruneDecision(**trial.decisions[-1])
         self._settle(self._open[trial.number])
         return self._open.get(trial.number)
 
@@ -589,7 +589,7 @@ class Coordinator:
         if verdict is not None:
             self._keep_decision(trial, verdict)
 
-    def _keep_decision(self, trial: _OpenTrial, verdict: Verdict) -> None:
+    def _keep_decision(self, trial: _OpenTrial, verdict: PruneDecision) -> None:
         decision = verdict.to_dict()
         # An epoch that was judged before a restart is not entered twice.
         before = [each for each in trial.record.decisions if not _is_at_or_after(each, decision)]
@@ -692,7 +692,7 @@ class Coordinator:
         if not candidate.scores:
             self._end(trial.record, "failed", reason=f"{reason} before its first epoch")
         elif trial.dropped is None:
-            verdict = verdict_on_request(candidate, self._ended_scores(), self._record.n_folds, reason)
+            verdict = decide(True, candidate, self._ended_scores(), self._record.n_folds, reason)
             self._keep_decision(trial, verdict)
             self._settle(trial)
 

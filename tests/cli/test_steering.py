@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from hpsearch.cli import group
 from hpsearch.errors import HpsearchError
 from hpsearch.tuning import lock
-from hpsearch.tuning.racing import Verdict
+from hpsearch.tuning.racing import PruneDecision
 from tests.recorded import FakeStudy
 
 
@@ -24,7 +24,7 @@ def test_status_of_a_trial_shows_every_decision(tmp_path: Path) -> None:
     study = FakeStudy(tmp_path)
     study.trial()
     raced = study.trial("dropped")
-    kept = Verdict(
+    kept = PruneDecision(
         drop=False,
         estimate=0.7,
         fold=0,

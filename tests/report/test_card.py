@@ -8,7 +8,7 @@ import pytest
 
 from hpsearch.report.card import model_card, render
 from hpsearch.report.rows import study_rows
-from hpsearch.report.statistics import Interval
+from hpsearch.stats.intervals import Interval
 from tests.recorded import POOL_KEY, FakeStudy
 
 

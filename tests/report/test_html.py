@@ -19,7 +19,7 @@ from hpsearch.looks import Look, note_look
 from hpsearch.report import figures, html, study_figures
 from hpsearch.report.html import render, write_report
 from hpsearch.report.rows import study_rows
-from hpsearch.report.statistics import Interval
+from hpsearch.stats.intervals import Interval
 from hpsearch.tuning import lock
 from hpsearch.tuning.record import Shortlist
 from tests.recorded import POOL_KEY, FakeStudy

@@ -31,7 +31,7 @@ from hpsearch.tuning import coordinator, lock
 from hpsearch.tuning.coordinator import Stop, StudySummary
 from hpsearch.tuning.listener import Silent
 from hpsearch.tuning.planning import MachineChoice
-from hpsearch.tuning.racing import Race, TrialScores, Verdict
+from hpsearch.tuning.racing import PruneDecision, Race, TrialScores
 from hpsearch.tuning.record import StudyRecord, TrialRecord
 from tests.data.conftest import tiny_pairs, write_pairs
 from tests.tuning.studies import everything, mean_of_counted_dice, run, tiny_config, write_tiny_dataset
@@ -303,7 +303,7 @@ def test_a_survivor_that_is_dropped_while_others_help_ends_whole(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Late(Race):
-        def judge(self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds) -> Verdict | None:
+        def judge(self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds) -> PruneDecision | None:
             verdict = super().judge(candidate, others, folds)
             drop = candidate.number == 1 and len(candidate.finished) == 2
             return None if verdict is None else dataclasses.replace(verdict, drop=drop)

@@ -16,7 +16,7 @@ from hpsearch.tracked_runs import study_run
 from hpsearch.tuning import pruners
 from hpsearch.tuning.listener import Silent
 from hpsearch.tuning.pruners import NoPruner
-from hpsearch.tuning.racing import TrialScores, Verdict
+from hpsearch.tuning.racing import PruneDecision, TrialScores
 from hpsearch.tuning.record import StudyRecord
 from hpsearch.tuning.status import study_status
 from tests.tuning.studies import SETTINGS, run, write_tiny_dataset
@@ -72,10 +72,10 @@ class _Drops(NoPruner):
 
     def judge(  # type: ignore[override]
         self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds
-    ) -> Verdict | None:
+    ) -> PruneDecision | None:
         if not any(other.is_full(folds.k) for other in others):
             return None
-        return Verdict(drop=True, estimate=0.1, fold=candidate.latest, epoch=1, reason="lost")
+        return PruneDecision(drop=True, estimate=0.1, fold=candidate.latest, epoch=1, reason="lost")
 
 
 def test_a_copy_does_not_lose_against_its_twin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
