@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from hpsearch.predict import find_images as find_images
     from hpsearch.predict import find_model as find_model
     from hpsearch.predict import predict_files as predict_files
-    from hpsearch.report.html import write_report as write_report
+    from hpsearch.report.page import write_report as write_report
     from hpsearch.tracking import make_tracker as make_tracker
     from hpsearch.tuning.coordinator import StudySummary as StudySummary
     from hpsearch.tuning.coordinator import run_study as run_study
@@ -45,7 +45,7 @@ EXPORTS = {
     "study_record": "hpsearch.tuning.record.study_record",
     "run_final": "hpsearch.final.run_final",
     "FinalResult": "hpsearch.final.FinalResult",
-    "write_report": "hpsearch.report.html.write_report",
+    "write_report": "hpsearch.report.page.write_report",
     "make_tracker": "hpsearch.tracking.make_tracker",
     "find_model": "hpsearch.predict.find_model",
     "find_images": "hpsearch.predict.find_images",

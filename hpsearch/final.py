@@ -43,6 +43,7 @@ from hpsearch.paths import FinalPaths, FitPaths, ProjectPaths
 from hpsearch.report import trial_rows
 from hpsearch.report.card import model_card
 from hpsearch.report.estimates import Estimates
+from hpsearch.report.finals import EnsembleResult, FinalScores
 from hpsearch.scoring import COLUMNS, mask_name, read_mask, score_table, write_submission
 from hpsearch.stats.intervals import Interval, Paired, bootstrap_mean, paired_difference
 from hpsearch.stats.selection import Corrected
@@ -62,8 +63,8 @@ OnEpoch = Callable[[int, dict[str, Any]], bool]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinalResult:
-    """What the search promised beside what the test split gave."""
+class FinalResult(FinalScores):
+    """Test scores of a retrained configuration beside the estimates of the search."""
 
     study: str
     """Name of the study."""
@@ -74,55 +75,25 @@ class FinalResult:
     metric: str
     """The study's metric, `dice` or `jaccard`."""
     cv: Interval
-    """Mean of the out-of-fold scores, of both fits where it is confirmed, and its 95 % interval over images."""
+    """Mean of the out-of-fold scores, over both fits if it was replicated, with its 95 % interval."""
     cv_fold_std: float
     """Standard deviation of the fold means."""
     is_confirmed: bool
     """Whether the trial was fitted twice, so that `cv` is the mean over both fits."""
     corrected: Corrected | None
-    """The winner's corrected mean; None if this is another trial."""
-    predicted: Interval | None
-    """What the search promised for so many test images: the mean with its 95 % prediction interval; None likewise."""
+    """The winner's mean, corrected for selection; None if this is another trial."""
     eval_size: tuple[int, int]
     """Height and width at which `test` is scored, as all trials were (`study.eval_size`, else `data.size`)."""
-    test: dict[str, Interval]
-    """Score by name: mean over images, and over seeds, with its 95 % interval over images. As all trials are scored:
-    threshold 0.5, no flips, no cleaning."""
     per_seed: dict[str, tuple[float, ...]]
     """Score by name: the mean of each seed's network."""
-    official: dict[str, Interval]
-    """Official score by name, at each image's own resolution, of the network that is kept (the first seed's) with the
-    choices made for it. Mean over images with its 95 % interval."""
-    chosen: Chosen | None
-    """What was decided out of fold; None where no networks of the folds were kept."""
-    chosen_test: dict[str, Interval]
-    """Like `test`, of the network that is kept, by the choices; empty if none was taken."""
-    ensemble: EnsembleResult | None
-    """The networks of the folds together; None unless they were asked for."""
-    look: Look
-    """This evaluation of the test images, as it is on account."""
-    looks: tuple[Look, ...]
-    """All known evaluations of any of these test images, this one included, in the order of time."""
-    n_looks_before: int
-    """Evaluations before the study began."""
-    n_trials_after: int
-    """Trials of the study that began after its first evaluation of these images."""
-    leaks: tuple[DuplicatePair, ...]
-    """Byte-equal images and near-duplicates of which one is in the pool and one in the test split."""
-    without_leaks: float | None
-    """Mean of the study's metric over the test images that have none; None without leaks, or if all have one."""
     against_default: Paired | None
-    """It minus trial 0 on the same out-of-fold images, with run luck; None for trial 0, or if that is not full."""
+    """Its gain over trial 0, corrected for selection; None for trial 0, or if that is not complete."""
     winner: int
     """Number of the study's best trial."""
     winner_against_default: Paired | None
-    """The best trial minus trial 0, likewise."""
+    """The gain of the best trial over trial 0, likewise."""
     is_default: bool
     """Whether it has the default configuration."""
-    n_test: int
-    """Number of test images."""
-    n_pool: int
-    """Number of pool images that the networks were trained on."""
     undelivered: int = 0
     """Number of MLflow runs that lack something; it is on record."""
     tracking_error: str = ""
@@ -135,54 +106,25 @@ class FinalResult:
         return len({name for name, split in sides if split == "test"})
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the content of final.json, without its times."""
+        table = dataclasses.asdict(self)
         return {
             "format": FORMAT,
-            "study": self.study,
             "trial": self.trial.number,
             "params": self.trial.params,
-            "winner": self.winner,
-            "metric": self.metric,
-            "n_pool": self.n_pool,
-            "n_test": self.n_test,
-            "cv": dataclasses.asdict(self.cv),
-            "cv_fold_std": self.cv_fold_std,
-            "is_confirmed": self.is_confirmed,
-            "corrected": dataclasses.asdict(self.corrected) if self.corrected else None,
-            "predicted": dataclasses.asdict(self.predicted) if self.predicted else None,
-            "eval_size": list(self.eval_size),
-            "test": _tables(self.test),
-            "official": _tables(self.official),
-            "per_seed": {name: list(values) for name, values in self.per_seed.items()},
-            "chosen": self.chosen.to_table() if self.chosen else None,
-            "chosen_test": _tables(self.chosen_test),
-            "ensemble": self.ensemble.to_table() if self.ensemble else None,
             "test_set": self.look.test_set,
             "look": self.look.id,
             "n_looks": len(self.looks),
-            "leaks": [dataclasses.asdict(pair) for pair in self.leaks],
-            "without_leaks": self.without_leaks,
-            "against_default": dataclasses.asdict(self.against_default) if self.against_default else None,
+            **{name: table[name] for name in STORED},
         }
 
 
-@dataclass(frozen=True, kw_only=True)
-class EnsembleResult:
-    """The networks of the folds together, beside the network that was trained on the whole pool."""
-
-    n_networks: int
-    test: dict[str, Interval]
-    """As in `FinalResult.chosen_test`: by the choices, where any were taken."""
-    official: dict[str, Interval]
-    gain: Paired
-    """Of the study's metric over the network that is kept, on the same test images at `FinalResult.eval_size`."""
-
-    def to_table(self) -> dict[str, Any]:
-        return {
-            "n_networks": self.n_networks,
-            "test": _tables(self.test),
-            "official": _tables(self.official),
-            "gain": dataclasses.asdict(self.gain),
-        }
+STORED = (
+    *("study", "winner", "metric", "n_pool", "n_test", "cv", "cv_fold_std", "is_confirmed", "corrected", "predicted"),
+    *("eval_size", "test", "official", "per_seed", "chosen", "chosen_test", "ensemble", "leaks", "without_leaks"),
+    "against_default",
+)
+"""Fields of `FinalResult` that final.json holds under their own names."""
 
 
 def run_final(
@@ -618,10 +560,6 @@ def _means(counts: Path) -> dict[str, Interval]:
 def _official(counts: Path, test: Prepared) -> dict[str, Interval]:
     table = score_table(test.ids, load_array(counts, ndim=2))
     return {name: bootstrap_mean(table[name].to_numpy(np.float64)) for name in COLUMNS}
-
-
-def _tables(scores: dict[str, Interval]) -> dict[str, dict[str, float]]:
-    return {name: dataclasses.asdict(interval) for name, interval in scores.items()}
 
 
 def _score(counts: npt.NDArray[np.int64], name: str) -> npt.NDArray[np.float64]:

@@ -13,7 +13,7 @@ from PIL import Image
 from hpsearch import config as configs
 from hpsearch.errors import StudyError
 from hpsearch.paths import ProjectPaths
-from hpsearch.report.html import write_report
+from hpsearch.report.page import write_report
 from hpsearch.tracking import MlflowTracker
 from hpsearch.tuning.listener import Silent
 from hpsearch.tuning.record import StudyRecord

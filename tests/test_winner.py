@@ -10,7 +10,7 @@ import optuna
 import pytest
 
 from hpsearch.cli.progress import StudyProgress
-from hpsearch.report import words
+from hpsearch.report import text as sentences
 from hpsearch.report.estimates import Estimates
 from hpsearch.report.rows import study_rows
 from hpsearch.tracking import MlflowTracker
@@ -78,7 +78,7 @@ def assert_one_winner(study: FakeStudy, number: int, capsys: pytest.CaptureFixtu
     assert status.values[number] == worth
     rows = study_rows(record)
     assert rows.winner is not None
-    assert (rows.winner.number, rows.full[0].number) == (number, number)
+    assert (rows.winner.number, rows.complete[0].number) == (number, number)
     assert rows.winner.statistics.mean == pytest.approx(worth, abs=1e-12)
     estimates = Estimates.of(record)
     assert estimates is not None
@@ -267,8 +267,8 @@ class TestEqualConfigurations:
         estimates = Estimates.of(record)
         assert estimates is not None
         assert (estimates.winner, estimates.complete, estimates.gain(0)) == (0, (0, 2), None)
-        text = " ".join(words.answer(study_rows(record)))
-        assert "It is the default configuration: nothing better was found so far." in text
+        text = " ".join(sentences.answer(study_rows(record)))
+        assert "It is the default configuration: the search has found nothing better so far." in text
         assert "gains" not in text
         database(twins).catch_up()
         assert optunas_best(record) == (0, record.trial(0).value)
@@ -283,7 +283,7 @@ class TestEqualConfigurations:
 
     def test_a_copy_of_a_default_that_was_not_evaluated_fully_is_the_default_too(self, twins: FakeStudy) -> None:
         twins.record.write_trial(_with(twins.record.trial(0), outcome="failed", value=None))
-        text = " ".join(words.answer(study_rows(twins.record)))
+        text = " ".join(sentences.answer(study_rows(twins.record)))
         assert "Trial 1 is the best" in text
         assert "It is the default configuration" in text
 

@@ -167,7 +167,7 @@ class Confirmation:
             self._end_if_finished(number)
             self._tell_progress(chosen)
         elif event.kind == "diverged":
-            self._end(number, "diverged", f"{event.message['text']} of fold {fold}, second fit")
+            self._end(number, "diverged", f"{event.message['text']} of fold {fold + 1}, replicate fit")
         elif event.kind == "out_of_memory":
             self._end(number, "infeasible", event.message["text"])
         elif event.kind in ("died", "error"):
@@ -175,7 +175,7 @@ class Confirmation:
 
     def _hear_failure(self, number: int, fold: int, message: dict[str, Any]) -> None:
         """Once more from the checkpoint, unless this fold has ended its worker too often."""
-        what, fit = f"second fit of trial {number}, fold {fold}", self._record.second_fit(number, fold)
+        what, fit = f"replicate fit of trial {number}, fold {fold + 1}", self._record.second_fit(number, fold)
         second = self._open[number]
         failures, reason = fits.count_death(fit, fold, second.failures, message, what)
         self._listener.said(f"{what}: worker {message['text']}")

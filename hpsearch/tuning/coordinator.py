@@ -518,7 +518,7 @@ class Coordinator:
         elif event.kind == "stopped":
             self._settle(trial)
         elif event.kind == "diverged":
-            reason = f"{event.message['text']} of fold {fold}"
+            reason = f"{event.message['text']} of fold {fold + 1}"
             self._end(trial.record, "diverged", reason=reason, constraint=1.0)
         elif event.kind == "out_of_memory":
             self._end(trial.record, "infeasible", reason=event.message["text"], constraint=1.0)
@@ -547,7 +547,7 @@ class Coordinator:
 
     def _hear_failure(self, trial: _OpenTrial, fold: int, event: Event) -> None:
         """A worker died or raised: once more from the checkpoint, unless this fold has done it too often."""
-        what, fit = f"trial {trial.record.number}, fold {fold}", self._record.fit(trial.record.number, fold)
+        what, fit = f"trial {trial.record.number}, fold {fold + 1}", self._record.fit(trial.record.number, fold)
         failures, reason = fits.count_death(fit, fold, trial.record.failures, event.message, what)
         self._listener.said(f"{what}: worker {event.message['text']}")
         trial.record = dataclasses.replace(trial.record, failures=failures)

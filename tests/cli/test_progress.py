@@ -8,7 +8,7 @@ from rich.console import Console
 
 from hpsearch.cli.progress import DecodingLines, StudyProgress
 from hpsearch.plan import ExecutionPlan, Forecast
-from hpsearch.report.words import duration
+from hpsearch.report.formats import duration
 from hpsearch.tuning import status as statuses
 from hpsearch.tuning.coordinator import StudySummary
 from hpsearch.tuning.status import study_status
