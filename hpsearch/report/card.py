@@ -7,8 +7,8 @@ from pathlib import Path
 
 from hpsearch.config import StudyConfig
 from hpsearch.models.shapes import n_parameters
+from hpsearch.report import final_text, tables, templating, text
 from hpsearch.report.finals import FinalRow
-from hpsearch.report.page import environment
 from hpsearch.report.rows import StudyRows, study_rows
 from hpsearch.tuning.record import StudyRecord
 
@@ -25,21 +25,21 @@ def model_card(record: StudyRecord, name: str) -> str:
 
 def render(rows: StudyRows, final: FinalRow, config: StudyConfig) -> str:
     """Return the card of a final with its configuration."""
-    return (
-        environment()
-        .get_template("card.md.jinja")
-        .render(
-            rows=rows,
-            final=final,
-            config=config,
-            name=_literal(rows.name),
-            # Only the folder's own name: where it lies is private.
-            dataset=_literal(Path(config.data.images or config.data.root).name),
-            n_parameters=n_parameters(config.unet, config.data.n_channels),
-        )
+    return templating.render(
+        "card.md.jinja",
+        rows=rows,
+        final=final,
+        config=config,
+        name=_literal(rows.name),
+        # Only the folder's own name: where it lies is private.
+        dataset=_literal(Path(config.data.images or config.data.root).name),
+        n_parameters=n_parameters(config.unet, config.data.n_channels),
+        methods=text.methods(rows),
+        table=tables.final_scores(rows, final),
+        sentences=final_text.describe_final(final, rows.metric, rows.winner.number if rows.winner else None),
     )
 
 
-def _literal(text: str) -> str:
+def _literal(name: str) -> str:
     """Escape everything that Markdown would interpret."""
-    return html.escape(text).replace("`", "'").replace("|", "/").replace("\n", " ")
+    return html.escape(name).replace("`", "'").replace("|", "/").replace("\n", " ")

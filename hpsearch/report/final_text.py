@@ -24,6 +24,12 @@ def introduce(final: FinalRow, metric: str) -> str:
     )
 
 
+def describe_final(final: FinalRow, metric: str, winner: int | None) -> list[str]:
+    """Return all sentences about a final; `winner` is the winner of the search."""
+    comparison = compare(final.predicted, final.test[metric].mean, winner)
+    return [introduce(final, metric), comparison, *describe(final, metric)]
+
+
 def describe(final: FinalScores, metric: str) -> list[str]:
     """Return the sentences about a final that follow its prediction (`compare`)."""
     lines = [describe_postprocessing(final.chosen)]

@@ -5,19 +5,17 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hpsearch import __version__, paths
+from hpsearch import paths
 from hpsearch.errors import CacheError
-from hpsearch.report import final_text, formats, tables, text
+from hpsearch.report import final_text, tables, templating, text
 from hpsearch.report.rows import StudyRows, study_rows
 from hpsearch.report.trial_rows import Case, CurvePoint, trial_cases, trial_curves
 from hpsearch.tuning.record import StudyRecord
 
 if TYPE_CHECKING:
-    from jinja2 import Environment
     from matplotlib.figure import Figure
 
 DPI = 150
@@ -65,26 +63,8 @@ def render(rows: StudyRows, pictures: Mapping[str, Picture], *, gap: str = "") -
 
     pictures: by name, as `write_report` draws them. gap: the sentence on overfitting.
     """
-    template = environment().get_template("report.html.jinja")
-    return template.render(rows=rows, pictures=pictures, gap=gap)
-
-
-@cache
-def environment() -> Environment:
-    """Return the Jinja2 environment of the report's templates, which know the modules of sentences and tables."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
-
-    made = Environment(
-        loader=PackageLoader("hpsearch.report"),
-        autoescape=select_autoescape(["html.jinja"]),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=StrictUndefined,
-    )
-    made.globals |= {"version": __version__, "text": text, "final_text": final_text, "tables": tables}
-    made.globals |= {"formats": formats, "command_line": paths.command_line}
-    return made
+    values = {"text": text, "final_text": final_text, "tables": tables}
+    return templating.render("report.html.jinja", rows=rows, pictures=pictures, gap=gap, **values)
 
 
 def _read_cases(record: StudyRecord, number: int | None) -> list[Case]:

@@ -93,18 +93,6 @@ class Race:
         return self.spent_s / self.whole_s
 
 
-@dataclass(frozen=True, kw_only=True)
-class Repeat:
-    """What is needed to repeat the study."""
-
-    toml: str
-    data_key: str
-    folds_digest: str
-    folds_method: str
-    machine: dict[str, str]
-    """Device, precision, threads and versions."""
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StudyRows:
     """Everything that the report of a study shows."""
@@ -131,7 +119,11 @@ class StudyRows:
     importances: dict[str, float]
     finals: tuple[FinalRow, ...]
     """In the order in which they ended."""
-    repeat: Repeat
+    data_key: str
+    folds: str
+    """Method and digest of the folds."""
+    machine: dict[str, str]
+    """Device, precision, threads and versions."""
     warnings: tuple[str, ...] = ()
     """Sentences about trials whose network predicts one class only, with the likely causes."""
 
@@ -152,6 +144,11 @@ class StudyRows:
     def complete(self) -> tuple[TrialRow, ...]:
         """The trials that can win, best first."""
         return tuple(self.trial(number) for number in self.standing.ranking)
+
+    @property
+    def n_replicated(self) -> int:
+        """Number of trials that were refitted with new seeds."""
+        return len(self.standing.confirmed)
 
     def trial(self, number: int) -> TrialRow:
         return next(row for row in self.trials if row.number == number)
@@ -188,7 +185,9 @@ def study_rows(record: StudyRecord) -> StudyRows:
         replicates=_replicates(record),
         importances=importances(record),
         finals=finals,
-        repeat=_repeat(record),
+        data_key=record.data_key(),
+        folds=f"{record.folds.method}, SHA-256 {record.folds.to_dict()['digest']}",
+        machine={name: str(value) for name, value in ((record.plan() or {}).get("machine") or {}).items()},
         warnings=tuple(constant.describe(record, constant.find_constant_fits(record, record.trial_numbers()))),
     )
 
@@ -258,15 +257,4 @@ def _winner(record: StudyRecord, estimates: Estimates, finals: Sequence[FinalRow
         tied=estimates.tied,
         cheapest=estimates.cheapest_tied(record),
         scores=estimates.scores.joint[estimates.corrected.trial],
-    )
-
-
-def _repeat(record: StudyRecord) -> Repeat:
-    folds = record.folds
-    return Repeat(
-        toml=record.config.to_toml(),
-        data_key=record.data_key(),
-        folds_digest=str(folds.to_dict()["digest"]),
-        folds_method=folds.method,
-        machine={name: str(value) for name, value in ((record.plan() or {}).get("machine") or {}).items()},
     )

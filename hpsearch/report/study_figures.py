@@ -130,7 +130,7 @@ def _draw_values(axis: Axes, trials: Sequence[TrialRow], leaders: Sequence[tuple
     known = [trial for trial in trials if trial.value is not None]
     floor = floor_of([trial.value or 0.0 for trial in known])
     for trial in known:
-        _point(axis, trial.number, trial.value or 0.0, floor, trial.outcome)
+        _point(axis, trial.number, trial, floor)
     if leaders:
         steps = [*leaders, (trials[-1].number, leaders[-1][1])]
         axis.plot([x for x, _ in steps], [y for _, y in steps], color=INK, lw=1.2, drawstyle="steps-post", zorder=1)
@@ -185,14 +185,11 @@ def draw_slices(
         n_rows, n_columns, sharey=True, squeeze=False, gridspec_kw={**grid, "wspace": 0.08, "hspace": 0.42}
     )
     known = [trial for trial in trials if trial.value is not None]
-    floor = floor_of([trial.value for trial in known if trial.value is not None])
+    floor = floor_of([trial.value or 0.0 for trial in known])
     for axis, (name, dimension) in zip(axes.flat, dimensions.items(), strict=False):
         style(axis)
         for trial in known:
-            x = coordinate(dimension, trial.params[name])
-            _point(axis, x, trial.value or 0.0, floor, trial.outcome, size=5)
-            if trial.number == best:
-                _ring(axis, x, trial.value or 0.0)
+            _point(axis, coordinate(dimension, trial.params[name]), trial, floor, best=best)
         scale(axis, dimension)
         x_label(axis, name)
     for axis in axes.flat[len(dimensions) :]:
@@ -224,8 +221,7 @@ def draw_parallel(
         heights = [position(dimension, trial.params[name]) for name, dimension in dimensions.items()]
         heights.append((max(trial.value or 0.0, floor) - floor) / span)
         is_best = trial.number == best
-        good = heights[-1]
-        color = HELD_OUT if is_best else (0.0, 0.447, 0.698, 0.12 + 0.7 * good**2)
+        color = HELD_OUT if is_best else (0.0, 0.447, 0.698, 0.12 + 0.7 * heights[-1] ** 2)
         axis.plot(range(last + 1), heights, color=color, lw=2.6 if is_best else 1.2, zorder=3 if is_best else 1)
     posts = [[(x, 0.0), (x, 1.0)] for x in range(last + 1)]
     axis.add_collection(LineCollection(posts, colors=INK, linewidths=0.9, zorder=2))
@@ -253,20 +249,17 @@ def draw_costs(complete: Sequence[TrialRow], best: int, *, metric: str) -> Figur
     figure = new_figure(11.0, 3.9)
     grid = {"left": 0.075, "right": 0.985, "top": 0.97, "bottom": 0.27, "wspace": 0.1}
     axes = figure.subplots(1, 3, sharey=True, gridspec_kw=grid)
-    values = [trial.value or 0.0 for trial in complete]
-    floor = floor_of(values)
-    costs: list[tuple[str, list[float | None]]] = [
-        ("seconds of cross-validation", [trial.seconds for trial in complete]),
-        ("memory of a training step, MiB (predicted)", [_mebi(trial.memory_bytes) for trial in complete]),
-        ("parameters of the network", [None if t.n_parameters is None else float(t.n_parameters) for t in complete]),
+    floor = floor_of([trial.value or 0.0 for trial in complete])
+    costs = [
+        ("seconds of cross-validation", [t.seconds for t in complete]),
+        ("memory of a training step, MiB (predicted)", [(t.memory_bytes or 0) / 2**20 for t in complete]),
+        ("parameters of the network", [float(t.n_parameters or 0) for t in complete]),
     ]
     for axis, (name, column) in zip(axes.flat, costs, strict=True):
         style(axis)
         kept = [(cost, trial) for cost, trial in zip(column, complete, strict=True) if cost]
         for cost, trial in kept:
-            _point(axis, cost, trial.value or 0.0, floor, trial.outcome, size=5)
-            if trial.number == best:
-                _ring(axis, cost, trial.value or 0.0)
+            _point(axis, cost, trial, floor, best=best)
         front = pareto_front([cost for cost, _ in kept], [trial.value or 0.0 for _, trial in kept])
         corners = [(kept[i][0], max(kept[i][1].value or 0.0, floor)) for i in front]
         axis.plot([x for x, _ in corners], [y for _, y in corners], color=RIGHT, lw=1.6, drawstyle="steps-post")
@@ -312,15 +305,13 @@ def pareto_front(costs: Sequence[float], values: Sequence[float]) -> list[int]:
     return front
 
 
-def _point(axis: Axes, x: float, value: float, floor: float, outcome: str, *, size: float = 6) -> None:
-    """Draw a point, or a triangle on the floor for a value below it."""
-    color, is_below = OUTCOMES[outcome], value < floor
-    face = color if outcome == "full" else "white"
-    axis.plot([x], [max(value, floor)], "v" if is_below else "o", color=color, mfc=face, mew=1.3, ms=size, zorder=3)
-
-
-def _ring(axis: Axes, x: float, value: float) -> None:
-    axis.plot([x], [value], "o", mfc="none", mec=INK, mew=1.4, ms=11, zorder=4)
+def _point(axis: Axes, x: float, trial: TrialRow, floor: float, *, best: int | None = None) -> None:
+    """Draw a trial as a point, or as a triangle on the floor if its value is below; a ring marks the best."""
+    value, color = trial.value or 0.0, OUTCOMES[trial.outcome]
+    face, marker = (color if trial.outcome == "full" else "white"), ("v" if value < floor else "o")
+    axis.plot([x], [max(value, floor)], marker, color=color, mfc=face, mew=1.3, ms=5.5, zorder=3)
+    if trial.number == best:
+        axis.plot([x], [value], "o", mfc="none", mec=INK, mew=1.4, ms=11, zorder=4)
 
 
 def _ring_handle(best: int) -> Line2D:
@@ -336,7 +327,3 @@ def _ticks(dimension: Choice | Range) -> Sequence[Any]:
     low, high = float(dimension.low), float(dimension.high)
     middle = (low * high) ** 0.5 if dimension.log else (low + high) / 2
     return [dimension.low, float(f"{middle:.2g}"), dimension.high]
-
-
-def _mebi(n_bytes: int | None) -> float | None:
-    return None if n_bytes is None else n_bytes / 2**20

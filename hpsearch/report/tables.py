@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hpsearch import __version__
@@ -131,24 +131,21 @@ def final_scores(rows: StudyRows, final: FinalRow, *, with_published: bool = Fal
 
 def facts(rows: StudyRows) -> Table:
     """Return what the results depend on besides the settings."""
-    lines = (("seed", str(rows.config.study.seed)), ("hpsearch", __version__), *text.facts(rows.repeat))
-    return Table(("", ""), lines)
+    names = {"device_name": "processor", "platform": "operating system"}
+    machine = ((names.get(name, name), value) for name, value in rows.machine.items())
+    study = (("seed", str(rows.config.study.seed)), ("hpsearch", __version__))
+    return Table(("", ""), (*study, ("folds", rows.folds), ("data key", rows.data_key), *machine))
 
 
 def _place(row: TrialRow, winner: Winner) -> str:
     """Return `best`, `tied, cheapest`, `tied, two fits`."""
-    return ", ".join(_labels(row, winner))
-
-
-def _labels(row: TrialRow, winner: Winner) -> Iterator[str]:
-    if row.number == winner.number:
-        yield "best"
-    elif row.number in winner.tied:
-        yield "tied"
-    if row.number == winner.cheapest and len(winner.tied) > 1:
-        yield "cheapest"
-    if row.is_replicated:
-        yield "two fits"
+    labels = {
+        "best": row.number == winner.number,
+        "tied": row.number in winner.tied and row.number != winner.number,
+        "cheapest": row.number == winner.cheapest and len(winner.tied) > 1,
+        "two fits": row.is_replicated,
+    }
+    return ", ".join(name for name, applies in labels.items() if applies)
 
 
 def _is_number(cell: str) -> bool:

@@ -11,30 +11,12 @@ from typing import Any
 import numpy as np
 
 from hpsearch.paths import command_line
-from hpsearch.report.formats import SCORES, count, duration, interval, number, outcome_name
-from hpsearch.report.rows import Repeat, StudyRows, TrialRow, Winner
+from hpsearch.report.formats import SCORES, count, duration, number, outcome_name
+from hpsearch.report.rows import StudyRows, TrialRow
+from hpsearch.report.templating import paragraphs
 from hpsearch.report.trial_rows import CurvePoint
 from hpsearch.stats.run_variance import S_GUESS
 from hpsearch.tuning.racing import ALPHA, MATTERS
-
-CORRECTION = (
-    "The correction assumes that the true means of the configurations are normally distributed. The best one is "
-    "pulled towards their common mean: the smaller the differences between configurations compared with the noise of "
-    "images and runs, the stronger the pull. Pruned trials count with the folds that they finished."
-)
-NOT_COVERED = (
-    "The interval does not cover three things: if many configurations are equally good, the gain is overestimated by "
-    "0.001 to 0.002; if a few equally good ones are far better than all others, by up to 0.003; and runs of this "
-    "configuration may vary more than those of the others."
-)
-FEW_IMAGES_TEXT = (
-    "With so few images the interval contains the true gain in about 91 to 97 % of studies. If no configuration is "
-    "better than any other, up to 6 % of studies report a gain."
-)
-FEW_IMAGES = 1000
-"""Below this many images the correction is less exact (benchmarks/study_statistics.py)."""
-N_LISTED = 10
-"""Number of tied trials that are named; the rest is counted."""
 
 
 def progress(rows: StudyRows) -> str:
@@ -53,22 +35,7 @@ def about(rows: StudyRows) -> str:
 
 def answer(rows: StudyRows) -> list[str]:
     """Return the paragraphs about the best configuration."""
-    winner = rows.winner
-    if winner is None:
-        if rows.n_counted < rows.config.study.trials:
-            return ["No configuration has been evaluated on all folds yet, so there is no best one."]
-        n_trials = count(rows.n_counted, "trial")
-        return [f"None of the {n_trials} was evaluated on all folds (see “The race”), so there is no best one."]
-    n_complete = len(rows.complete)
-    which = f"the best of {n_complete} configurations" if n_complete > 1 else "the only configuration"
-    paragraphs = [
-        f"Trial {winner.number} is {which} that {'were' if n_complete > 1 else 'was'} evaluated on all folds. On new "
-        f"images from the same source its {SCORES[rows.metric]} is estimated at "
-        f"{interval(winner.corrected.interval)}. Brackets give 95 % intervals.",
-        _correction(rows, winner),
-        _gain(rows, winner),
-    ]
-    return [*paragraphs, _tied(rows, winner)] if n_complete > 1 else paragraphs
+    return paragraphs("answer.txt.jinja", rows=rows, s_guess=S_GUESS)
 
 
 def race(rows: StudyRows) -> str:
@@ -92,28 +59,7 @@ def race(rows: StudyRows) -> str:
 
 def methods(rows: StudyRows) -> str:
     """Return a paragraph for the methods section of a paper."""
-    study, data = rows.config.study, rows.config.data
-    protocol = (
-        f"on one fixed split with {rows.n_images} validation images"
-        if rows.is_fixed_split
-        else f"by {rows.n_folds}-fold cross-validation on {rows.n_images} images, with the same folds for every trial"
-    )
-    sampler = {"tpe": "a tree-structured Parzen estimator (Optuna)", "random": "random search"}[study.sampler]
-    pruner = {
-        "race": "Trials were pruned by a paired racing test against the best complete trial on the same images if "
-        f"they were unlikely to be better by {MATTERS:g} (one-sided p < {ALPHA:g}).",
-        "none": "No trial was pruned.",
-    }.get(study.pruner, f"Trials were pruned by Optuna's {study.pruner} pruner.")
-    return (
-        f"The hyperparameters of a UNet were searched by {sampler} with seed {study.seed}, starting from the default "
-        f"configuration. Each trial was evaluated {protocol}. Images and masks were "
-        f"{'resized' if data.match == 'resize' else 'cropped'} to {data.height}x{data.width} pixels. The value of a "
-        f"trial is the mean over images of the out-of-fold {SCORES[rows.metric]} after the last epoch; no epoch was "
-        f"selected by its score. {pruner} Only trials evaluated on all folds could win. {_replication(rows)}"
-        "Intervals are 95 % intervals over images and runs. The winner's mean and its gain over the default "
-        "are corrected for selection: they are posterior means in a mixed model of all trials' fold means (empirical "
-        "Bayes). The search did not read the test split."
-    )
+    return " ".join(paragraphs("methods.txt.jinja", rows=rows, matters=MATTERS, alpha=ALPHA))
 
 
 def gap(points: Sequence[CurvePoint], metric: str) -> str:
@@ -154,14 +100,6 @@ def continue_command(rows: StudyRows) -> str:
     return command_line(f"study{more}", rows.name)
 
 
-def facts(repeat: Repeat) -> list[tuple[str, str]]:
-    """Return (name, value) of what the results depend on besides the settings."""
-    names = {"device_name": "processor", "platform": "operating system"}
-    machine = [(names.get(name, name), value) for name, value in repeat.machine.items()]
-    folds = [("folds", f"{repeat.folds_method}, SHA-256 {repeat.folds_digest}"), ("data key", repeat.data_key)]
-    return [*folds, *machine]
-
-
 def stopped_at(row: TrialRow, n_folds: int) -> str:
     """Return where a trial ended: `fold 2, epoch 3 of 10`."""
     if row.pruned_at is not None:
@@ -179,80 +117,6 @@ def stopped_at(row: TrialRow, n_folds: int) -> str:
 def reason(row: TrialRow) -> str:
     """Return why a trial ended. The place of pruning is left out, because `stopped_at` gives it."""
     return row.reason.rpartition(": ")[2] if row.outcome == "dropped" else row.reason
-
-
-def _replication(rows: StudyRows) -> str:
-    n_replicated = sum(row.is_replicated for row in rows.trials)
-    if not n_replicated:
-        return ""
-    those, were = ("configuration", "was") if n_replicated == 1 else (f"{n_replicated} configurations", "were")
-    return (
-        f"After the search, the {those} that {were} best on most bootstrap samples of the images {were} refitted on "
-        "the same folds with new seeds, and the best by both fits was selected. "
-    )
-
-
-def _correction(rows: StudyRows, winner: Winner) -> str:
-    corrected, mean = winner.corrected, "that mean"
-    plain = f"mean on the {rows.n_images} validation images" if rows.is_fixed_split else "cross-validation mean"
-    text = f"Its plain {plain} is {interval(winner.statistics.total)}"
-    if corrected.method == "single":
-        return f"{text}. Only one configuration is complete, so there is no selection bias to correct."
-    if corrected.method == "confirmed":
-        n_replicated = sum(row.is_replicated for row in rows.trials)
-        those = "this configuration was" if n_replicated == 1 else f"the {n_replicated} best candidates were"
-        mean = "the mean of its first fits"
-        text = (
-            f"The mean of its first fits is {corrected.naive:.4f}; {those} then refitted with new seeds, and the "
-            f"mean over both fits is {interval(winner.statistics.total)}"
-        )
-    bias = corrected.naive - corrected.mean
-    if bias >= 0.00005:
-        effect = f"being selected as the best of many makes {mean} too high by an estimated {bias:.4f}"
-    elif bias > -0.00005:
-        effect = f"there is no sign of selection bias in {mean}"
-    else:
-        effect = f"the corrected estimate is {-bias:.4f} higher than {mean}, so there is no sign of selection bias"
-    text = f"{text}; {effect}. {CORRECTION}"
-    if rows.n_folds == 1:
-        text += (
-            " One fold does not show how much runs differ: a standard deviation of "
-            f"{S_GUESS:g} is assumed, and the interval does not cover a larger one."
-        )
-    return text
-
-
-def _gain(rows: StudyRows, winner: Winner) -> str:
-    if winner.is_default:
-        return "It is the default configuration: the search has found nothing better so far."
-    if winner.gain is None:
-        return "The default configuration (trial 0) was not evaluated on all folds, so the gain over it is unknown."
-    meaning = (
-        "more than chance explains."
-        if winner.gain.low > 0
-        else "this may be chance, so the default may be equally good."
-    )
-    few = f" {FEW_IMAGES_TEXT}" if rows.n_images < FEW_IMAGES else ""
-    return (
-        "Its gain over the default configuration (trial 0), on the same images and corrected for selection, is "
-        f"{interval(winner.gain, signed=True)} (p = {winner.gain.p:.2g}): {meaning} {NOT_COVERED}{few}"
-    )
-
-
-def _tied(rows: StudyRows, winner: Winner) -> str:
-    others = [trial for trial in winner.tied if trial != winner.number]
-    if not others:
-        return "With 95 % confidence it is the best: no other configuration is tied with it."
-    listed = ", ".join(map(str, others[:N_LISTED]))
-    more = f" and {len(others) - N_LISTED} more" if len(others) > N_LISTED else ""
-    text = (
-        f"{len(winner.tied)} of {len(rows.complete)} configurations cannot be distinguished from the best with 95 % "
-        f"confidence: trial {winner.number} and trial{'s' if len(others) > 1 else ''} {listed}{more}."
-    )
-    if winner.cheapest == winner.number:
-        return f"{text} Trial {winner.number} is also the cheapest of them."
-    share = rows.trial(winner.cheapest).seconds / rows.trial(winner.number).seconds
-    return f"{text} The cheapest of them is trial {winner.cheapest}, which took {share:.0%} of the time of the best."
 
 
 def _toml(value: Any) -> str:
