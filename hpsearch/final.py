@@ -145,18 +145,18 @@ def run_final(
 ) -> FinalResult | None:
     """Train the winner of a study (or `trial`) on all pool images and score the test images.
 
-    Data and settings are the study's. `cheapest_tied` takes, of the trials that cannot be told from the best, the one
-    whose cross-validation took the least time. Each of `n_seeds` networks is trained for as many epochs as the trial
-    had; stopped by `on_epoch` it gives None, and goes on from there the next time. `ensemble` lets the networks of
-    the folds predict the test images too. The test split is read here and nowhere else, and every evaluation of it
-    is entered into an account before it begins. The masks at each image's own resolution, as `predict` would make
-    them, stay in the final's folder; asked again for a result that is there, it evaluates nothing and counts no
-    evaluation. `submission` packs the masks into a zip as the challenge takes it. `on_decoded(done, total)` counts
-    images that are decoded where they are not yet, and `on_step` hears in words what comes next. A request of `stop`
-    ends it after the current epoch, or at once where none is trained.
+    Data and settings are those of the study. `cheapest_tied` selects the fastest of the trials that cannot be
+    distinguished from the best. Each of `n_seeds` networks is trained for as many epochs as the trial. If
+    `on_epoch` returns False, the result is None, and the next call continues from there. `ensemble` also evaluates
+    the ensemble of the fold networks. No other function reads the test split, and every evaluation is recorded
+    before it begins. The masks at each image's own resolution, as `predict` would write them, stay in the final's
+    folder. If the result is stored already, it is returned without another evaluation. `submission` packs the masks
+    into a zip for the challenge. `on_decoded(done, total)` reports the progress of decoding, and `on_step(text)`
+    the next step. A request of `stop` ends the call after the current epoch, or at once if no network is being
+    trained.
 
-    Raises StudyError if there is no such study or trial, or no networks for an ensemble; DatasetError for data that
-    cannot be used; StoppedError when `stop` ended it.
+    Raises StudyError if there is no such study or trial, or no networks for an ensemble; DatasetError if the data
+    cannot be used; StoppedError if `stop` ended the call.
     """
     stop = stop or Stop()
 

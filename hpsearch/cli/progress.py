@@ -150,9 +150,8 @@ class StudyProgress:
 
     def confirming(self, trials: Sequence[int], done: int, total: int) -> None:
         if self._second is None:
-            listed = ", ".join(map(str, trials))
-            those = f"trial {listed} is" if len(trials) == 1 else f"trials {listed} are"
-            self._print(f"the search is over; to tell luck from merit, {those} fitted once more")
+            listed = ("trial " if len(trials) == 1 else "trials ") + ", ".join(map(str, trials))
+            self._print(f"search finished; refitting the top candidates ({listed}) with new seeds")
         self._second = done, total
         self._rank()
         self._reckon()
@@ -220,7 +219,7 @@ class StudyProgress:
         done, total = counted, config.study.trials
         if self._second is not None:
             done, total = self._second
-            head += f"  second fits {done}/{total}"
+            head += f"  refits {done}/{total}"
         lines = [_bar(f"{head}  ETA {self._eta()}", done, total)]
         table = Table.grid(padding=(0, 2))
         for (trial, fold), row in sorted(self._fits.items()):

@@ -19,8 +19,6 @@ from hpsearch.stats.intervals import Floats, Interval, Paired, bootstrap_mean
 from hpsearch.training.metrics import SCORES, PixelCounts
 from hpsearch.tuning.record import StudyRecord, TrialRecord
 
-Table = dict[str, dict[str, float]]
-
 
 @dataclass(frozen=True, kw_only=True)
 class EnsembleResult:
@@ -101,7 +99,7 @@ def final_rows(
     return tuple(_final_row(record, name, result, estimates, trials) for name, result in results)
 
 
-def intervals(table: Table) -> dict[str, Interval]:
+def intervals(table: Mapping[str, Mapping[str, float]]) -> dict[str, Interval]:
     """Read intervals by score from JSON."""
     return {score: Interval(**each) for score, each in table.items()}
 

@@ -63,8 +63,8 @@ def render(rows: StudyRows, pictures: Mapping[str, Picture], *, gap: str = "") -
 
     pictures: by name, as `write_report` draws them. gap: the sentence on overfitting.
     """
-    values = {"text": text, "final_text": final_text, "tables": tables}
-    return templating.render("report.html.jinja", rows=rows, pictures=pictures, gap=gap, **values)
+    modules = {"text": text, "final_text": final_text, "tables": tables}
+    return templating.render("report.html.jinja", rows=rows, pictures=pictures, gap=gap, **modules)
 
 
 def _read_cases(record: StudyRecord, number: int | None) -> list[Case]:
