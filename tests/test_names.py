@@ -13,7 +13,7 @@ from PIL import Image
 from hpsearch import config as configs
 from hpsearch.errors import StudyError
 from hpsearch.paths import ProjectPaths
-from hpsearch.report.html import write_report
+from hpsearch.report.page import write_report
 from hpsearch.search.callbacks import Silent
 from hpsearch.search.optuna_view import StudyDatabase
 from hpsearch.store.record import StudyRecord

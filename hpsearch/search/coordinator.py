@@ -41,7 +41,7 @@ from hpsearch.search.callbacks import Listener, Silent
 from hpsearch.search.constant_predictions import ConstantWarnings
 from hpsearch.search.optuna_view import sqlite_url
 from hpsearch.search.pruners import Pruner
-from hpsearch.search.racing import TrialScores, Verdict, verdict_on_request
+from hpsearch.search.racing import PruneDecision, TrialScores, decide
 from hpsearch.stats.best import rank
 from hpsearch.store.record import COUNTED, Outcome, StudyRecord, TrialRecord, code_version, now
 from hpsearch.tracking import Tracker, TrackingThread
@@ -224,7 +224,7 @@ class _OpenTrial:
     config: StudyConfig
     fitting: dict[int, Worker] = field(default_factory=dict)
     """Fold to the worker that fits it."""
-    dropped: Verdict | None = None
+    dropped: PruneDecision | None = None
     """Set while its worker is still to stop."""
 
 
@@ -391,7 +391,7 @@ class Coordinator:
         logger.info("trial %d continues", trial.number)
         self._listener.trial_began(trial)
         if trial.decisions and trial.decisions[-1]["drop"]:
-            self._open[trial.number].dropped = Verdict(**trial.decisions[-1])
+            self._open[trial.number].dropped = PruneDecision(**trial.decisions[-1])
         self._settle(self._open[trial.number])
         return self._open.get(trial.number)
 
@@ -521,7 +521,7 @@ class Coordinator:
         elif event.kind == "stopped":
             self._settle(trial)
         elif event.kind == "diverged":
-            reason = f"{event.message['text']} of fold {fold}"
+            reason = f"{event.message['text']} of fold {fold + 1}"
             self._end(trial.record, "diverged", reason=reason, constraint=1.0)
         elif event.kind == "out_of_memory":
             self._end(trial.record, "infeasible", reason=event.message["text"], constraint=1.0)
@@ -550,7 +550,7 @@ class Coordinator:
 
     def _hear_failure(self, trial: _OpenTrial, fold: int, event: Event) -> None:
         """A worker died or raised: once more from the checkpoint, unless this fold has done it too often."""
-        what, fit = f"trial {trial.record.number}, fold {fold}", self._record.fit(trial.record.number, fold)
+        what, fit = f"trial {trial.record.number}, fold {fold + 1}", self._record.fit(trial.record.number, fold)
         failures, reason = fits.count_death(fit, fold, trial.record.failures, event.message, what)
         self._listener.said(f"{what}: worker {event.message['text']}")
         trial.record = dataclasses.replace(trial.record, failures=failures)
@@ -592,7 +592,7 @@ class Coordinator:
         if verdict is not None:
             self._keep_decision(trial, verdict)
 
-    def _keep_decision(self, trial: _OpenTrial, verdict: Verdict) -> None:
+    def _keep_decision(self, trial: _OpenTrial, verdict: PruneDecision) -> None:
         decision = verdict.to_dict()
         # An epoch that was judged before a restart is not entered twice.
         before = [each for each in trial.record.decisions if not _is_at_or_after(each, decision)]
@@ -695,7 +695,7 @@ class Coordinator:
         if not candidate.scores:
             self._end(trial.record, "failed", reason=f"{reason} before its first epoch")
         elif trial.dropped is None:
-            verdict = verdict_on_request(candidate, self._ended_scores(), self._record.n_folds, reason)
+            verdict = decide(True, candidate, self._ended_scores(), self._record.n_folds, reason)
             self._keep_decision(trial, verdict)
             self._settle(trial)
 

@@ -1,8 +1,8 @@
 """Fits the configurations that may be the best once more, with new seeds on the same folds, when the search is over.
 
-The best of many first fits was lucky in its images and in its runs. A second fit of the few that bootstrap selection
-picks most tells the luck of the runs from merit (`report.statistics`). What is fitted again, and how it went, is on
-record like every trial: stopped or killed, the same command goes on; second fits that are there are used again.
+The best of many first fits is too high on average. Replicate fits of the few trials that bootstrap selection picks
+most often separate run-to-run variance from real effects (`stats.selection`). The shortlist and its fits are on
+record like every trial: after a stop or a kill, the same command continues, and finished replicate fits are reused.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import numpy as np
 
 from hpsearch.config import StudyConfig, stable_seed
 from hpsearch.data.pool_caches import PoolCaches
-from hpsearch.report.statistics import select_for_confirmation
 from hpsearch.search.callbacks import Listener
 from hpsearch.search.constant_predictions import ConstantWarnings
+from hpsearch.stats.selection import select_for_replication
 from hpsearch.store.record import SecondRecord, Shortlist, StudyRecord, TrialRecord, code_version, now
 from hpsearch.workers import jobs as fits
 from hpsearch.workers.local_pool import POLL_S, Event, Workers
@@ -52,7 +52,7 @@ def shortlist(record: StudyRecord) -> Shortlist | None:
     stored = record.shortlist()
     if stored is not None and (stored.of, stored.count) == (full, count):
         return stored
-    picked = select_for_confirmation(np.stack([record.out_of_fold(number) for number in full]), count)
+    picked = select_for_replication(np.stack([record.out_of_fold(number) for number in full]), count)
     chosen = Shortlist(tuple(full[index] for index in picked), full, count)
     record.write_shortlist(chosen)
     logger.info("to be fitted once more: trials %s", ", ".join(map(str, chosen.trials)))
@@ -167,7 +167,7 @@ class Confirmation:
             self._end_if_finished(number)
             self._tell_progress(chosen)
         elif event.kind == "diverged":
-            self._end(number, "diverged", f"{event.message['text']} of fold {fold}, second fit")
+            self._end(number, "diverged", f"{event.message['text']} of fold {fold + 1}, replicate fit")
         elif event.kind == "out_of_memory":
             self._end(number, "infeasible", event.message["text"])
         elif event.kind in ("died", "error"):
@@ -175,7 +175,7 @@ class Confirmation:
 
     def _hear_failure(self, number: int, fold: int, message: dict[str, Any]) -> None:
         """Once more from the checkpoint, unless this fold has ended its worker too often."""
-        what, fit = f"second fit of trial {number}, fold {fold}", self._record.second_fit(number, fold)
+        what, fit = f"replicate fit of trial {number}, fold {fold + 1}", self._record.second_fit(number, fold)
         second = self._open[number]
         failures, reason = fits.count_death(fit, fold, second.failures, message, what)
         self._listener.said(f"{what}: worker {message['text']}")

@@ -81,7 +81,7 @@ def count_death(
     place = f"after epoch {len(fit.epochs())}: "
     deaths = [*failures.get(str(fold), []), place + text]
     is_last = sum(each.startswith(place) for each in deaths) >= DEATHS_PER_JOB
-    reason = f"fold {fold} ended its worker {DEATHS_PER_JOB} times {place}{text}" if is_last else ""
+    reason = f"fold {fold + 1} ended its worker {DEATHS_PER_JOB} times {place}{text}" if is_last else ""
     return {**failures, str(fold): deaths}, reason
 
 
