@@ -74,9 +74,8 @@ CLOCK = ("began_at", "ended_at", "time", "seconds", "train_s", "eval_s", "images
 MACHINE = ("runtime", "machine", "peak_bytes", "code")
 REPEATED = ("sha256", "crc", "scores_sha256", "weights_sha256", "config", "format")
 """Checksums of what is compared itself, and the settings, which gain keys."""
-RANDOM = ("look",)
-"""The random id under which an evaluation of the test set is entered."""
-IGNORED = frozenset([*CLOCK, *MACHINE, *REPEATED, *RANDOM, "reason", "test_set"])
+IGNORED = frozenset([*CLOCK, *MACHINE, *REPEATED, "reason", "test_set", "look"])
+"""Also texts, and the random id of an evaluation of the test images."""
 
 
 def main() -> int:

@@ -44,18 +44,18 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hpsearch.report.statistics import (
+from hpsearch.search.racing import ALPHA, TrialScores, compare
+from hpsearch.stats.intervals import LEVEL
+from hpsearch.stats.selection import (
     HOPELESS,
-    LEVEL,
-    StudyScores,
-    chosen,
+    best_row,
     corrected_estimate,
     corrected_gain,
     predict_test_mean,
-    select_for_confirmation,
+    select_for_replication,
     tied_with_best,
 )
-from hpsearch.search.racing import ALPHA, TrialScores, compare
+from hpsearch.stats.study_scores import StudyScores
 
 Floats = NDArray[np.float64]
 Noise = Literal["normal", "t3"]
@@ -63,7 +63,7 @@ Shape = Literal["normal", "skewed"]
 
 MEAN, SD_IMAGE, SD_CONFIGURATION = 0.8, 0.13, 0.07
 N_BAGS = 200
-"""Bootstrap samples that select the trials to confirm."""
+"""Bootstrap samples that select the trials to replicate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,11 +115,13 @@ def generate(setting: Setting, rng: np.random.Generator) -> Study:
     n_finished = race(first, fold_of, n_folds) if setting.race else np.full(n_trials, n_folds)
     full = np.flatnonzero(n_finished == n_folds)
     dropped = np.where(fold_of < n_finished[:, None], first, np.nan)[n_finished < n_folds]
-    study = StudyScores(scores=first[full], fold_of=fold_of, dropped=dropped)
+    study = StudyScores(scores=first[full], fold_of=fold_of, pruned=dropped)
     if setting.n_confirm and len(full) > 1 and n_folds > 1:
-        best = select_for_confirmation(study.scores, setting.n_confirm, n_bags=N_BAGS)
+        best = select_for_replication(study.scores, setting.n_confirm, n_bags=N_BAGS)
         rows = full[list(best)]
-        study = replace(study, confirmed=best, second=without_runs[rows] + setting.run * runs[1][rows][:, fold_of])
+        study = replace(
+            study, replicated=best, replicates=without_runs[rows] + setting.run * runs[1][rows][:, fold_of]
+        )
     sd_test_mean = np.sqrt((SD_IMAGE**2 + SD_CONFIGURATION**2) / setting.n_test + setting.run**2)
     return Study(study, mu[full], mu[full] + sd_test_mean * rng.standard_normal(len(full)))
 
@@ -174,7 +176,7 @@ class Row(NamedTuple):
 def evaluate(setting: Setting, rng: np.random.Generator) -> Row:
     """Draw one study and compare its claims with the truth."""
     study, mu, test_mean = generate(setting, rng)
-    winner, corrected = chosen(study), corrected_estimate(study)
+    winner, corrected = best_row(study), corrected_estimate(study)
     predicted = predict_test_mean(study, corrected, n_test=setting.n_test)
     tied = tied_with_best(study)
     best = int(rng.choice(np.flatnonzero(mu == mu.max())))

@@ -44,7 +44,7 @@ BEHIND = {
     "plan": "hpsearch.models.memory.layer_costs, hpsearch.models.memory.training_memory",
     "predict": "hpsearch.inference.predictor.predict_files",
     "export": "hpsearch.inference.export.export_onnx, hpsearch.inference.export.export_toml",
-    "report": "hpsearch.report.html.write_report",
+    "report": "hpsearch.report.page.write_report",
     "track": "hpsearch.tracking.MlflowView.update, hpsearch.tracking.MlflowView.rebuild",
     "data check": "hpsearch.data.integrity.check, hpsearch.data.duplicates.find_in_dataset",
     "data cache": "hpsearch.data.prepare.prepare_pool, hpsearch.data.comparison.compare_caches",
@@ -151,10 +151,12 @@ def describe_section(section: str, cls: type) -> str:
 
 
 def attribute_docs(cls: type) -> dict[str, str]:
-    """The string below each field of a dataclass; KeyError, later, for a field that has none."""
+    """Return the string below each field of a dataclass and its bases; fields without one are missing."""
     (tree,) = ast.parse(inspect.getsource(cls)).body
     assert isinstance(tree, ast.ClassDef)
-    found = {}
+    found: dict[str, str] = {}
+    for base in cls.__bases__:
+        found |= attribute_docs(base) if dataclasses.is_dataclass(base) else {}
     for field, text in zip(tree.body, tree.body[1:], strict=False):
         if (
             isinstance(field, ast.AnnAssign)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from hpsearch.inference.predictor import find_model as find_model
     from hpsearch.inference.predictor import predict_files as predict_files
     from hpsearch.paths import ProjectPaths as ProjectPaths
-    from hpsearch.report.html import write_report as write_report
+    from hpsearch.report.page import write_report as write_report
     from hpsearch.search.autotune import MachineChoice as MachineChoice
     from hpsearch.search.status import study_status as study_status
     from hpsearch.store.record import study_record as study_record
@@ -45,7 +45,7 @@ EXPORTS = {
     "study_record": "hpsearch.store.record.study_record",
     "run_final": "hpsearch.final.run_final",
     "FinalResult": "hpsearch.final.FinalResult",
-    "write_report": "hpsearch.report.html.write_report",
+    "write_report": "hpsearch.report.page.write_report",
     "make_tracker": "hpsearch.tracking.mlflow_view.make_tracker",
     "find_model": "hpsearch.inference.predictor.find_model",
     "find_images": "hpsearch.inference.predictor.find_images",

@@ -1,6 +1,6 @@
 """Retrain one configuration on the whole pool and evaluate it on the test split, with what that is worth.
 
-What was promised comes from the study's claims (`report.claims`), the choices about threshold, flips, cleaning and
+The predictions come from `report.estimates`, the choices about threshold, flips, cleaning and
 ensemble from out-of-fold predictions (`choices`), and every evaluation of test images is entered into an account
 before it begins (`looks`).
 """
@@ -34,18 +34,13 @@ from hpsearch.inference.scoring import COLUMNS, mask_name, read_mask, score_tabl
 from hpsearch.paths import FinalPaths, FitPaths, ProjectPaths
 from hpsearch.report import trial_rows
 from hpsearch.report.card import model_card
-from hpsearch.report.claims import Claims
-from hpsearch.report.statistics import (
-    Corrected,
-    Interval,
-    Paired,
-    bootstrap_mean,
-    paired_difference,
-    trial_statistics,
-)
+from hpsearch.report.estimates import Estimates
+from hpsearch.report.finals import EnsembleResult, FinalScores
 from hpsearch.search.autotune import MachineChoice, plan_for_one_fit
 from hpsearch.search.fit_jobs import pool_job
 from hpsearch.search.stopping import Stop
+from hpsearch.stats.intervals import Interval, Paired, bootstrap_mean, paired_difference
+from hpsearch.stats.selection import Corrected
 from hpsearch.store import lock
 from hpsearch.store.log import log_file
 from hpsearch.store.record import FORMAT, StudyRecord, TrialRecord, load_array, now, study_record
@@ -83,8 +78,8 @@ OnEpoch = Callable[[int, EpochRow], bool]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinalResult:
-    """What the search promised beside what the test split gave."""
+class FinalResult(FinalScores):
+    """Test scores of a retrained configuration beside the estimates of the search."""
 
     study: str
     """Name of the study."""
@@ -95,55 +90,25 @@ class FinalResult:
     metric: str
     """The study's metric, `dice` or `jaccard`."""
     cv: Interval
-    """Mean of the out-of-fold scores, of both fits where it is confirmed, and its 95 % interval over images."""
+    """Mean of the out-of-fold scores, over both fits if it was replicated, with its 95 % interval."""
     cv_fold_std: float
     """Standard deviation of the fold means."""
     is_confirmed: bool
     """Whether the trial was fitted twice, so that `cv` is the mean over both fits."""
     corrected: Corrected | None
-    """What the search claims of its winner; None if this is another trial."""
-    predicted: Interval | None
-    """What the search promised for so many test images: the mean with its 95 % prediction interval; None likewise."""
+    """The winner's mean, corrected for selection; None if this is another trial."""
     eval_size: tuple[int, int]
     """Height and width at which `test` is scored, as all trials were (`study.eval_size`, else `data.size`)."""
-    test: dict[str, Interval]
-    """Score by name: mean over images, and over seeds, with its 95 % interval over images. As all trials are scored:
-    threshold 0.5, no flips, no cleaning."""
     per_seed: dict[str, tuple[float, ...]]
     """Score by name: the mean of each seed's network."""
-    official: dict[str, Interval]
-    """Official score by name, at each image's own resolution, of the network that is kept (the first seed's) with the
-    choices made for it. Mean over images with its 95 % interval."""
-    chosen: Chosen | None
-    """What was decided out of fold; None where no networks of the folds were kept."""
-    chosen_test: dict[str, Interval]
-    """Like `test`, of the network that is kept, by the choices; empty if none was taken."""
-    ensemble: EnsembleResult | None
-    """The networks of the folds together; None unless they were asked for."""
-    look: Look
-    """This evaluation of the test images, as it is on account."""
-    looks: tuple[Look, ...]
-    """All known evaluations of any of these test images, this one included, in the order of time."""
-    n_looks_before: int
-    """Evaluations before the study began."""
-    n_trials_after: int
-    """Trials of the study that began after its first evaluation of these images."""
-    leaks: tuple[DuplicatePair, ...]
-    """Byte-equal images and near-duplicates of which one is in the pool and one in the test split."""
-    without_leaks: float | None
-    """Mean of the study's metric over the test images that have none; None without leaks, or if all have one."""
     against_default: Paired | None
-    """It minus trial 0 on the same out-of-fold images, with run luck; None for trial 0, or if that is not full."""
+    """Its gain over trial 0, corrected for selection; None for trial 0, or if that is not complete."""
     winner: int
     """Number of the study's best trial."""
     winner_against_default: Paired | None
-    """The best trial minus trial 0, likewise."""
+    """The gain of the best trial over trial 0, likewise."""
     is_default: bool
     """Whether it has the default configuration."""
-    n_test: int
-    """Number of test images."""
-    n_pool: int
-    """Number of pool images that the networks were trained on."""
     undelivered: int = 0
     """Number of MLflow runs that lack something; it is on record."""
     tracking_error: str = ""
@@ -156,54 +121,25 @@ class FinalResult:
         return len({name for name, split in sides if split == "test"})
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the content of final.json, without its times."""
+        table = dataclasses.asdict(self)
         return {
             "format": FORMAT,
-            "study": self.study,
             "trial": self.trial.number,
             "params": self.trial.params,
-            "winner": self.winner,
-            "metric": self.metric,
-            "n_pool": self.n_pool,
-            "n_test": self.n_test,
-            "cv": dataclasses.asdict(self.cv),
-            "cv_fold_std": self.cv_fold_std,
-            "is_confirmed": self.is_confirmed,
-            "corrected": dataclasses.asdict(self.corrected) if self.corrected else None,
-            "predicted": dataclasses.asdict(self.predicted) if self.predicted else None,
-            "eval_size": list(self.eval_size),
-            "test": _tables(self.test),
-            "official": _tables(self.official),
-            "per_seed": {name: list(values) for name, values in self.per_seed.items()},
-            "chosen": self.chosen.to_table() if self.chosen else None,
-            "chosen_test": _tables(self.chosen_test),
-            "ensemble": self.ensemble.to_table() if self.ensemble else None,
             "test_set": self.look.test_set,
             "look": self.look.id,
             "n_looks": len(self.looks),
-            "leaks": [dataclasses.asdict(pair) for pair in self.leaks],
-            "without_leaks": self.without_leaks,
-            "against_default": dataclasses.asdict(self.against_default) if self.against_default else None,
+            **{name: table[name] for name in STORED},
         }
 
 
-@dataclass(frozen=True, kw_only=True)
-class EnsembleResult:
-    """The networks of the folds together, beside the network that was trained on the whole pool."""
-
-    n_networks: int
-    test: dict[str, Interval]
-    """As in `FinalResult.chosen_test`: by the choices, where any were taken."""
-    official: dict[str, Interval]
-    gain: Paired
-    """Of the study's metric over the network that is kept, on the same test images at `FinalResult.eval_size`."""
-
-    def to_table(self) -> dict[str, Any]:
-        return {
-            "n_networks": self.n_networks,
-            "test": _tables(self.test),
-            "official": _tables(self.official),
-            "gain": dataclasses.asdict(self.gain),
-        }
+STORED = (
+    *("study", "winner", "metric", "n_pool", "n_test", "cv", "cv_fold_std", "is_confirmed", "corrected", "predicted"),
+    *("eval_size", "test", "official", "per_seed", "chosen", "chosen_test", "ensemble", "leaks", "without_leaks"),
+    "against_default",
+)
+"""Fields of `FinalResult` that final.json holds under their own names."""
 
 
 def run_final(
@@ -224,18 +160,18 @@ def run_final(
 ) -> FinalResult | None:
     """Train the winner of a study (or `trial`) on all pool images and score the test images.
 
-    Data and settings are the study's. `cheapest_tied` takes, of the trials that cannot be told from the best, the one
-    whose cross-validation took the least time. Each of `n_seeds` networks is trained for as many epochs as the trial
-    had; stopped by `on_epoch` it gives None, and goes on from there the next time. `ensemble` lets the networks of
-    the folds predict the test images too. The test split is read here and nowhere else, and every evaluation of it
-    is entered into an account before it begins. The masks at each image's own resolution, as `predict` would make
-    them, stay in the final's folder; asked again for a result that is there, it evaluates nothing and counts no
-    evaluation. `submission` packs the masks into a zip as the challenge takes it. `on_decoded(done, total)` counts
-    images that are decoded where they are not yet, and `on_step` hears in words what comes next. A request of `stop`
-    ends it after the current epoch, or at once where none is trained.
+    Data and settings are those of the study. `cheapest_tied` selects the fastest of the trials that cannot be
+    distinguished from the best. Each of `n_seeds` networks is trained for as many epochs as the trial. If
+    `on_epoch` returns False, the result is None, and the next call continues from there. `ensemble` also evaluates
+    the ensemble of the fold networks. No other function reads the test split, and every evaluation is recorded
+    before it begins. The masks at each image's own resolution, as `predict` would write them, stay in the final's
+    folder. If the result is stored already, it is returned without another evaluation. `submission` packs the masks
+    into a zip for the challenge. `on_decoded(done, total)` reports the progress of decoding, and `on_step(text)`
+    the next step. A request of `stop` ends the call after the current epoch, or at once if no network is being
+    trained.
 
-    Raises StudyError if there is no such study or trial, or no networks for an ensemble; DatasetError for data that
-    cannot be used; StoppedError when `stop` ended it.
+    Raises StudyError if there is no such study or trial, or no networks for an ensemble; DatasetError if the data
+    cannot be used; StoppedError if `stop` ended the call.
     """
     stop = stop or Stop()
 
@@ -394,8 +330,8 @@ def _choose(record: StudyRecord, number: int | None, cheapest_tied: bool) -> Tri
         best = record.best()
         if best is None:
             raise StudyError(f"study {record.name!r} has no fully evaluated trial yet: run `hpsearch study` first")
-        if cheapest_tied and (claims := Claims.of(record)) is not None:
-            return record.trial(claims.cheapest_tied(record))
+        if cheapest_tied and (estimates := Estimates.of(record)) is not None:
+            return record.trial(estimates.cheapest_tied(record))
         return best
     trial = record.known_trial(number)
     if not trial.can_win:
@@ -520,11 +456,8 @@ def _evaluate(
     look: Look,
 ) -> FinalResult:
     metric = record.config.study.metric
-    claims = Claims.of(record)
-    assert claims is not None
-    row = claims.full.index(trial.number)
-    out_of_fold = claims.scores.joint[row]
-    fold_means = [float(out_of_fold[images].mean()) for images in claims.scores.folds]
+    estimates = Estimates.of(record)
+    assert estimates is not None
     scores = {name: np.stack([_scores(folder.seed(index), name) for index in range(n_seeds)]) for name in SCORES}
     by_choices = _means(folder.chosen_counts) if chosen is not None and chosen.choices != Choices() else {}
     leaked = np.isin(np.array(test.ids), [name for pair in leaks for name in (pair.a, pair.b)])
@@ -535,11 +468,11 @@ def _evaluate(
         trial=trial,
         paths=folder,
         metric=metric,
-        cv=trial_statistics(claims.scores)[row].total,
-        cv_fold_std=float(np.std(fold_means, ddof=1)) if len(fold_means) > 1 else 0.0,
+        cv=estimates.statistics[trial.number].total,
+        cv_fold_std=estimates.statistics[trial.number].sd_folds,
         is_confirmed=trial.number in record.confirmed(),
-        corrected=claims.corrected if trial.number == claims.winner else None,
-        predicted=claims.predicted(trial.number, n_test=test.n, n_runs=n_seeds),
+        corrected=estimates.corrected if trial.number == estimates.winner else None,
+        predicted=estimates.predicted(trial.number, n_test=test.n, n_runs=n_seeds),
         eval_size=record.config.eval_size,
         test={name: bootstrap_mean(values.mean(axis=0)) for name, values in scores.items()},
         per_seed={name: tuple(float(value) for value in values.mean(axis=1)) for name, values in scores.items()},
@@ -553,9 +486,9 @@ def _evaluate(
         n_trials_after=sum(each.began_at > first.at for each in trials),
         leaks=leaks,
         without_leaks=float(scores[metric].mean(axis=0)[~leaked].mean()) if leaks and not leaked.all() else None,
-        against_default=claims.gain(trial.number),
-        winner=claims.winner,
-        winner_against_default=claims.gain(claims.winner),
+        against_default=estimates.gain(trial.number),
+        winner=estimates.winner,
+        winner_against_default=estimates.gain(estimates.winner),
         is_default=record.is_default(trial),
         n_test=test.n,
         n_pool=pool.n,
@@ -618,10 +551,6 @@ def _means(counts: Path) -> dict[str, Interval]:
 def _official(counts: Path, test: Prepared) -> dict[str, Interval]:
     table = score_table(test.ids, load_array(counts, ndim=2))
     return {name: bootstrap_mean(table[name].to_numpy(np.float64)) for name in COLUMNS}
-
-
-def _tables(scores: dict[str, Interval]) -> dict[str, dict[str, float]]:
-    return {name: dataclasses.asdict(interval) for name, interval in scores.items()}
 
 
 def _score(counts: npt.NDArray[np.int64], name: str) -> npt.NDArray[np.float64]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 import subprocess
@@ -26,7 +27,8 @@ def test_every_field_of_what_is_given_or_returned_is_described_on_the_page(name:
     found = getattr(hpsearch, name)
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     section = page.partition(f"### `hpsearch.{name}`")[2].partition("\n### ")[0]
-    public = [field for field in found.__annotations__ if not field.startswith("_")]
+    names = [field.name for field in dataclasses.fields(found)] if dataclasses.is_dataclass(found) else None
+    public = [name for name in names or found.__annotations__ if not name.startswith("_")]
     assert len(public) > 2
     described = dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", section, re.MULTILINE))
     assert list(described) == public

@@ -29,11 +29,10 @@ from hpsearch.inference.postprocessing import Choices, Chosen
 from hpsearch.inference.predictor import Ensemble, Predictor, find_images, load_predictor, predict_files
 from hpsearch.inference.scoring import mask_name, official_scores, read_mask, score_folder
 from hpsearch.paths import FinalPaths, ProjectPaths
-from hpsearch.report.claimed_words import final_lines
 from hpsearch.report.rows import study_rows
-from hpsearch.report.statistics import Paired
 from hpsearch.search.autotune import MachineChoice
 from hpsearch.search.stopping import Stop
+from hpsearch.stats.intervals import Paired
 from hpsearch.store.record import load_array, study_record
 from hpsearch.store.test_set_log import find_look, n_seen, user_account
 from hpsearch.training.checkpoint import load_weights
@@ -143,7 +142,7 @@ def test_an_image_shared_by_pool_and_test_is_named_beside_the_test_mean_without_
     assert result.without_leaks == pytest.approx(np.mean(clean), abs=1e-5)
     lines = describe(result)
     (line,) = (line for line in lines if line.startswith("test, no duplicates"))
-    assert f"{result.without_leaks:.4f}  over {len(clean)} images" in line
+    assert f"{result.without_leaks:.4f}  on {len(clean)} images" in line
     assert any("ISIC_0000003 and ISIC_0000012" in line for line in lines)
 
 
@@ -181,7 +180,7 @@ def test_the_final_table_shows_both_kinds_of_score(result: FinalResult) -> None:
     assert any(str(result.paths.submission) in line for line in lines)
 
 
-def test_the_promise_is_the_mean_of_both_its_fits(project: ProjectPaths, result: FinalResult) -> None:
+def test_the_prediction_is_the_mean_of_both_fits(project: ProjectPaths, result: FinalResult) -> None:
     record = study_record(project, None)
     assert result.is_confirmed
     assert result.cv.mean == pytest.approx(record.worth(result.trial), abs=1e-9)
@@ -199,11 +198,13 @@ def test_a_final_of_the_default_says_whether_the_search_found_better(result: Fin
     gain = Paired(0.02, 0.01, 0.03, 0.001)
     other = dataclasses.replace(result, predicted=None, against_default=gain, is_default=False, winner=5)
     default = dataclasses.replace(other, against_default=None, is_default=True, winner_against_default=gain)
-    assert any("trial 5, the best that the search found, gains +0.0200" in line for line in final_lines(default))
-    assert not any("nothing better" in line for line in final_lines(default))
+    assert any(
+        "The gain of trial 5, the best of the search, over it is +0.0200" in line for line in describe(default)
+    )
+    assert not any("nothing better" in line for line in describe(default))
     found = dataclasses.replace(default, winner=default.trial.number, winner_against_default=None)
-    assert "this is the default configuration: the search found nothing better" in final_lines(found)
-    assert any("gain over trial 0 (the default)" in line for line in final_lines(other))
+    assert "This is the default configuration: the search found nothing better." in describe(found)
+    assert any("The gain over the default (trial 0) is +0.0200" in line for line in describe(other))
 
 
 @pytest.mark.parametrize(
@@ -362,8 +363,8 @@ def test_an_evaluation_that_is_killed_midway_and_one_of_a_few_images_are_counted
     assert [(look.n_images, look.score is None) for look in whole.looks] == [(4, False), (2, True), (4, False)]
     assert n_seen(whole.look, whole.looks[1:2]) == 2
     text = "\n".join(describe(whole))
-    assert "these 4 test images had been evaluated before: 2 evaluations of 1 configuration" in text
-    assert "(did not end)" in text
+    assert "These 4 test images had been evaluated before: 2 evaluations of 1 configuration" in text
+    assert "(not finished)" in text
 
 
 def test_every_look_at_the_test_set_is_counted_and_a_search_that_goes_on_after_one_is_marked(

@@ -12,7 +12,7 @@ from PIL import Image
 
 from hpsearch import config as configs
 from hpsearch.paths import ProjectPaths
-from hpsearch.report.html import write_report
+from hpsearch.report.page import write_report
 from hpsearch.search.callbacks import NullCallback
 from hpsearch.tracking import MlflowTracker
 from tests.data.conftest import tiny_pairs

@@ -10,8 +10,8 @@ import optuna
 import pytest
 
 from hpsearch.cli.progress import StudyProgress
-from hpsearch.report import words
-from hpsearch.report.claims import Claims
+from hpsearch.report import text as sentences
+from hpsearch.report.estimates import Estimates
 from hpsearch.report.rows import study_rows
 from hpsearch.search.optuna_view import OptunaView, sqlite_url
 from hpsearch.search.status import study_status
@@ -77,11 +77,11 @@ def assert_one_winner(study: FakeStudy, number: int, capsys: pytest.CaptureFixtu
     assert status.values[number] == worth
     rows = study_rows(record)
     assert rows.winner is not None
-    assert (rows.winner.number, rows.full[0].number) == (number, number)
+    assert (rows.winner.number, rows.complete[0].number) == (number, number)
     assert rows.winner.statistics.mean == pytest.approx(worth, abs=1e-12)
-    claims = Claims.of(record)
-    assert claims is not None
-    assert claims.winner == number
+    estimates = Estimates.of(record)
+    assert estimates is not None
+    assert estimates.winner == number
     assert optunas_best(record) == (number, worth)
     runs = read(study.project)
     assert [name for name, run in runs.items() if "winner" in run.tags] == [f"trial {number:04d}"]
@@ -262,11 +262,11 @@ class TestEqualConfigurations:
     def test_the_earlier_of_two_stands_for_both_and_gains_nothing_over_itself(self, twins: FakeStudy) -> None:
         record = twins.record
         assert record.standing().ranking == (0, 2)
-        claims = Claims.of(record)
-        assert claims is not None
-        assert (claims.winner, claims.full, claims.gain(0)) == (0, (0, 2), None)
-        text = " ".join(words.answer(study_rows(record)))
-        assert "It is the default configuration: nothing better was found so far." in text
+        estimates = Estimates.of(record)
+        assert estimates is not None
+        assert (estimates.winner, estimates.complete, estimates.gain(0)) == (0, (0, 2), None)
+        text = " ".join(sentences.answer(study_rows(record)))
+        assert "It is the default configuration: the search has found nothing better so far." in text
         assert "gains" not in text
         update(twins)
         assert optunas_best(record) == (0, record.trial(0).value)
@@ -281,7 +281,7 @@ class TestEqualConfigurations:
 
     def test_a_copy_of_a_default_that_was_not_evaluated_fully_is_the_default_too(self, twins: FakeStudy) -> None:
         twins.record.write_trial(_with(twins.record.trial(0), outcome="failed", value=None))
-        text = " ".join(words.answer(study_rows(twins.record)))
+        text = " ".join(sentences.answer(study_rows(twins.record)))
         assert "Trial 1 is the best" in text
         assert "It is the default configuration" in text
 

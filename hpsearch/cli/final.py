@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import click
 
@@ -10,21 +11,23 @@ from hpsearch.cli.options import device_option, out_option, study_option, tracki
 from hpsearch.paths import ProjectPaths
 
 if TYPE_CHECKING:
+    from hpsearch.final import FinalResult
+    from hpsearch.stats.intervals import Interval
     from hpsearch.training.rows import EpochRow
 
 
 @click.command("final")
 @out_option
 @study_option
-@click.option("--best", is_flag=True, help="The best full trial (the default).")
+@click.option("--best", is_flag=True, help="The best complete trial (the default).")
 @click.option("--trial", type=click.IntRange(min=0), help="This trial instead.")
 @click.option(
     "--cheapest-tied",
     is_flag=True,
-    help="Of the trials that cannot be told from the best, the one that took the least time.",
+    help="The fastest of the trials that cannot be distinguished from the best.",
 )
 @click.option("--seeds", default=1, type=click.IntRange(min=1), help="Networks to train, with different seeds.")
-@click.option("--ensemble", is_flag=True, help="Let the networks of the folds predict the test images too.")
+@click.option("--ensemble", is_flag=True, help="Also evaluate the ensemble of the fold networks on the test images.")
 @device_option
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads (default: as measured for the study).")
 @click.option("--zip", "submission", is_flag=True, help="Pack the test masks into a zip, ready to submit.")
@@ -44,8 +47,8 @@ def command(
 ) -> int:
     """Retrain a configuration on the whole pool and evaluate it on the test split.
 
-    Shows what the search promised beside what the test set gave, and whether the search was worth it. Threshold,
-    flips at test time and cleaning of the masks are chosen by out-of-fold predictions, never by the test set.
+    Shows the estimates of the search beside the test result, and the gain of the search. The threshold, test-time
+    augmentation and cleaning of the masks are selected on out-of-fold predictions, never on the test set.
 
     \b
         hpsearch final --best
@@ -99,49 +102,72 @@ def command(
     return 0
 
 
-def describe(result: Any) -> list[str]:
-    """The final table, line by line."""
+def describe(result: FinalResult) -> list[str]:
+    """Return the lines that the command prints: the table of scores, what they mean, and where the files are."""
     from hpsearch.cli.progress import describe_params
-    from hpsearch.report import claimed_words
 
-    metric = result.metric
     lines = [
         "",
         f"study {result.study}, trial {result.trial.number}: {describe_params(result.trial.params)}",
         f"retrained on {result.n_pool} pool images, evaluated on {result.n_test} test images",
         "",
-        f"{'':36}mean    95 % interval",
-        f"{'cross-validation':21}{metric:>17}  {_interval(result.cv)}   sd of the folds {result.cv_fold_std:.4f}"
-        + (", mean of two fits a fold" if result.is_confirmed else ""),
+        *_table(result),
+        "official: at each image's own resolution, scored as in the ISIC-2017 challenge; of the model that is kept",
     ]
-    if result.corrected is not None and result.corrected.method != "single":
-        lines.append(f"{'corrected for choice':21}{metric:>17}  {_interval(result.corrected)}")
-    if result.predicted is not None:
-        lines.append(f"{'predicted for test':21}{metric:>17}  {_interval(result.predicted)}")
-    height, width = result.eval_size
-    tables = [(f"test at {height}x{width}", result.test), ("test, official", result.official)]
-    if result.chosen_test:
-        tables.insert(1, ("test, with choices", {metric: result.chosen_test[metric]}))
-    if result.ensemble is not None:
-        tables.append((f"ensemble of {result.ensemble.n_networks}", {metric: result.ensemble.test[metric]}))
-        tables.append(("ensemble, official", result.ensemble.official))
-    for title, scores in tables:
-        for name, interval in scores.items():
-            lines.append(f"{title if name == next(iter(scores)) else '':21}{name:>17}  {_interval(interval)}")
-    if result.leaks:
-        n_left = result.n_test - result.n_leaked
-        value = f"{result.without_leaks:.4f}  over {n_left} images" if n_left else "none left"
-        lines.append(f"{'test, no duplicates':21}{metric:>17}  {value}")
-    lines.append("official: at each image's own resolution, as the ISIC-2017 challenge scores; of the model kept")
-    seeds = result.per_seed[metric]
+    seeds = result.per_seed[result.metric]
     if len(seeds) > 1:
-        lines.append(f"each network's test {metric}: " + ", ".join(f"{value:.4f}" for value in seeds))
-    lines += ["", *claimed_words.final_lines(result)]
-    lines += ["", f"model, masks, scores of every image, figures: {result.paths.root}"]
+        lines.append(f"test {result.metric} of each network: " + ", ".join(f"{value:.4f}" for value in seeds))
+    lines += ["", *_sentences(result), "", f"model, masks, scores of every image, figures: {result.paths.root}"]
     if result.paths.submission.is_file():
         lines.append(f"submission: {result.paths.submission}")
     return lines
 
 
-def _interval(interval: Any) -> str:
-    return f"{interval.mean:.4f}  [{interval.low:.4f}, {interval.high:.4f}]"
+def _table(result: FinalResult) -> Iterator[str]:
+    metric = result.metric
+    yield f"{'':36}mean    95 % interval"
+    fits = ", mean of two fits per fold" if result.is_confirmed else ""
+    more = f"   sd of the folds {result.cv_fold_std:.4f}{fits}"
+    yield _line("cross-validation", metric, result.cv) + more
+    if result.corrected is not None and result.corrected.method != "single":
+        yield _line("corrected", metric, result.corrected.interval)
+    if result.predicted is not None:
+        yield _line("predicted for test", metric, result.predicted)
+    height, width = result.eval_size
+    blocks = {f"test at {height}x{width}": result.test}
+    if result.chosen_test:
+        blocks["test, post-processed"] = {metric: result.chosen_test[metric]}
+    blocks["test, official"] = result.official
+    if result.ensemble is not None:
+        blocks[f"ensemble of {result.ensemble.n_networks}"] = {metric: result.ensemble.test[metric]}
+        blocks["ensemble, official"] = result.ensemble.official
+    for title, scores in blocks.items():
+        for row, (name, interval) in enumerate(scores.items()):
+            yield _line("" if row else title, name, interval)
+    if result.leaks:
+        n_left = result.n_test - result.n_leaked
+        value = f"{result.without_leaks:.4f}  on {n_left} images" if n_left else "no image left"
+        yield f"{'test, no duplicates':21}{metric:>17}  {value}"
+
+
+def _line(title: str, name: str, interval: Interval) -> str:
+    return f"{title:21}{name:>17}  {interval.mean:.4f}  [{interval.low:.4f}, {interval.high:.4f}]"
+
+
+def _sentences(result: FinalResult) -> Iterator[str]:
+    from hpsearch.report import final_text
+    from hpsearch.report.formats import interval
+
+    yield final_text.compare(result.predicted, result.test[result.metric].mean, result.winner)
+    gain, of_winner = result.against_default, result.winner_against_default
+    if result.is_default and result.trial.number == result.winner:
+        yield "This is the default configuration: the search found nothing better."
+    elif result.is_default and of_winner is not None:
+        yield (
+            f"This is the default configuration. The gain of trial {result.winner}, the best of the search, over "
+            f"it is {interval(of_winner, signed=True)} out of fold, corrected for selection."
+        )
+    elif gain is not None:
+        text = interval(gain, signed=True)
+        yield f"The gain over the default (trial 0) is {text} out of fold, corrected for selection."
+    yield from final_text.describe(result, result.metric)

@@ -82,6 +82,7 @@ def time_of_study(config: StudyConfig, project: ProjectPaths, device: str) -> li
     from hpsearch.cli.progress import describe_forecast
     from hpsearch.data.pool_caches import cache_root
     from hpsearch.data.prepare import count_pool
+    from hpsearch.report.formats import count
     from hpsearch.search.autotune import MachineChoice, measure_drawn
     from hpsearch.workers import plan as plans
 
@@ -103,7 +104,7 @@ def time_of_study(config: StudyConfig, project: ProjectPaths, device: str) -> li
     on = plan.machine.get("device_name", plan.device)
     return [
         f"on {on}, {plan.precision}, {len(plan.workers)} worker(s) x {plan.workers[0].threads} thread(s); {folds} x "
-        f"{config.train.epochs} epochs, {n_images} images {where}",
+        f"{count(config.train.epochs, 'epoch')}, {n_images} images {where}",
         describe_forecast(study.pruner, forecast),
     ]
 

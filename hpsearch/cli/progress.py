@@ -20,7 +20,7 @@ from hpsearch.cli.streams import write_to_stderr
 from hpsearch.data.prepare import Prepared
 from hpsearch.errors import redact
 from hpsearch.paths import ProjectPaths, command_line
-from hpsearch.report.words import duration
+from hpsearch.report.formats import count, duration, outcome_name
 from hpsearch.search.status import study_status
 from hpsearch.store.record import COUNTED, StudyRecord, TrialRecord
 from hpsearch.study import StudySummary
@@ -109,8 +109,8 @@ class StudyProgress:
         on = plan.machine.get("device_name", plan.device)
         folds = "the fixed split" if config.study.folds == "fixed" else f"{config.study.folds} folds"
         self._print(
-            f"study {self._name}: {_trials(config.study.trials)} x {folds} x {config.train.epochs} epochs on "
-            f"{forecast.n_images} images ({describe_data(config.data)})"
+            f"study {self._name}: {count(config.study.trials, 'trial')} x {folds} x "
+            f"{count(config.train.epochs, 'epoch')} on {forecast.n_images} images ({describe_data(config.data)})"
         )
         self._print(
             f"on {on}, {plan.precision}, {len(plan.workers)} worker(s) x {plan.workers[0].threads} thread(s); "
@@ -135,7 +135,7 @@ class StudyProgress:
     def fold_ended(self, trial: int, fold: int, score: float) -> None:
         self._fits.pop((trial, fold), None)
         if not self._is_live:
-            self._print(f"trial {trial}, fold {fold}: {score:.4f}")
+            self._print(f"trial {trial}, fold {fold + 1}: {score:.4f}")
 
     def trial_ended(self, trial: TrialRecord) -> None:
         self._trials[trial.number] = trial
@@ -145,14 +145,14 @@ class StudyProgress:
         self._reckon()
         value = f"{trial.value:.4f}" if trial.value is not None else "-"
         mark = "  best so far" if self._best is not None and self._best[0] == trial.number else ""
-        reason = f"  ({trial.reason})" if trial.outcome not in ("full",) and trial.reason else ""
-        self._print(f"trial {trial.number} {trial.outcome} {value}{mark}{reason}  {describe_params(trial.params)}")
+        reason = f"  ({trial.reason})" if trial.outcome != "full" and trial.reason else ""
+        outcome = outcome_name(trial.outcome or "open")
+        self._print(f"trial {trial.number} {outcome} {value}{mark}{reason}  {describe_params(trial.params)}")
 
     def replicating(self, trials: Sequence[int], done: int, total: int) -> None:
         if self._second is None:
-            listed = ", ".join(map(str, trials))
-            those = f"trial {listed}" if len(trials) == 1 else f"the top candidates (trials {listed})"
-            self._print(f"the search is over; refitting {those} with new seeds")
+            listed = ("trial " if len(trials) == 1 else "trials ") + ", ".join(map(str, trials))
+            self._print(f"search finished; refitting the top candidates ({listed}) with new seeds")
         self._second = done, total
         self._rank()
         self._reckon()
@@ -227,7 +227,7 @@ class StudyProgress:
             scores = row.held_out or row.train
             table.add_row(
                 f"  trial {trial}",
-                f"fold {fold} of {self._record.n_folds}",
+                f"fold {fold + 1} of {self._record.n_folds}",
                 f"epoch {row.epoch} of {self._trials[trial].config['train']['epochs']}",
                 f"loss {row.train.loss:.3f}",
                 f"{config.study.metric} {getattr(scores, config.study.metric):.4f}",
@@ -260,13 +260,12 @@ def undelivered(study: str, project: ProjectPaths, tracking: str | None, error: 
 
 
 def describe_forecast(pruner: str, forecast: Forecast) -> str:
-    """How long a search will take, in a sentence."""
-    n = forecast.n_confirm
-    then = f", then up to {n} refit{'s' if n > 1 else ''}" if n else ""
+    """Return how long a search will take, in a sentence."""
+    then = f", then up to {count(forecast.n_confirm, 'refit')}" if forecast.n_confirm else ""
     most, saved = ("at most about", "; racing saves most of it") if pruner == "race" else ("about", "")
     fit = duration(forecast.fit_s) if forecast.fit_s >= 10 else f"{forecast.fit_s:.1f} s"
     return (
-        f"{_trials(forecast.n_trials)}{then}: {most} {duration(forecast.total_s)} of training here, "
+        f"{count(forecast.n_trials, 'trial')} left{then}: {most} {duration(forecast.total_s)} of training here, "
         f"{fit} a fit, as measured{saved}"
     )
 
@@ -277,10 +276,6 @@ def describe_params(params: Mapping[str, Any]) -> str:
         f"{name.partition('.')[2]}={value:.3g}" if isinstance(value, float) else f"{name.partition('.')[2]}={value}"
         for name, value in params.items()
     )
-
-
-def _trials(n: int) -> str:
-    return f"{n} trial{'s' if n != 1 else ''}"
 
 
 def _bar(text: str, done: int, total: int) -> Table:

@@ -23,7 +23,7 @@ def command(project: ProjectPaths, study_name: str | None, tracking: str | None)
     """
     from hpsearch.cli.progress import undelivered
     from hpsearch.errors import TrackingError
-    from hpsearch.report.html import write_report
+    from hpsearch.report.page import write_report
     from hpsearch.store.record import study_record
     from hpsearch.tracking import make_tracker
 

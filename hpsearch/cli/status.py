@@ -28,7 +28,7 @@ def command(project: ProjectPaths, study_name: str | None, trial: int | None) ->
 
     from hpsearch.cli.progress import describe_params
     from hpsearch.paths import command_line, read_json
-    from hpsearch.report.words import duration
+    from hpsearch.report.formats import duration, outcome_name
     from hpsearch.search.status import study_status
     from hpsearch.store import lock
     from hpsearch.store.record import no_study
@@ -44,7 +44,7 @@ def command(project: ProjectPaths, study_name: str | None, trial: int | None) ->
     for name in names:
         status = study_status(project, name)
         config = status.config
-        outcomes = Counter(trial.outcome for trial in status.trials if trial.outcome)
+        outcomes = Counter(outcome_name(trial.outcome) for trial in status.trials if trial.outcome)
         counts = ", ".join(f"{n} {outcome}" for outcome, n in sorted(outcomes.items())) or "none ended"
         held = f"run by {lock.describe_holder(project.study(name))}" if status.is_running else "not running"
         console.print(Text(f"study {name}: {status.n_counted}/{config.study.trials} trials ({counts}); {held}"))
@@ -59,13 +59,13 @@ def command(project: ProjectPaths, study_name: str | None, trial: int | None) ->
             listed = ", ".join(map(str, status.shortlist))
             n_fits = len(status.shortlist) * status.n_folds
             those = f"trial{'s' if len(status.shortlist) > 1 else ''} {listed}"
-            console.print(Text(f"  fitted once more: {those}; {status.n_second}/{n_fits} second fits done"))
+            console.print(Text(f"  refitted with new seeds: {those}; {status.n_second}/{n_fits} fits done"))
         for warning in status.warnings:
             console.print(Text(f"  warning: {warning}"))
         if status.eta_s is not None:
             console.print(Text(f"  about {duration(status.eta_s)} to go"))
         for fit in status.open_fits:
-            fold = f"{'second fit, ' if fit.is_second else ''}fold {fit.fold} of {status.n_folds}"
+            fold = f"{'replicate, ' if fit.is_second else ''}fold {fit.fold + 1} of {status.n_folds}"
             console.print(
                 Text(
                     f"  trial {fit.trial}, {fold}, epoch {fit.epoch} of {fit.epochs}:"
@@ -91,7 +91,7 @@ def command(project: ProjectPaths, study_name: str | None, trial: int | None) ->
             value = status.values.get(each.number, each.value)
             table.add_row(
                 str(each.number),
-                each.outcome or "open",
+                outcome_name(each.outcome or "open"),
                 f"{value:.4f}" if value is not None else "",
                 f"{status.n_finished[each.number]}/{status.n_folds}",
                 duration(status.seconds[each.number]),
@@ -109,6 +109,7 @@ def _show_decisions(project: ProjectPaths, study_name: str | None, number: int) 
     from rich.text import Text
 
     from hpsearch.cli.progress import describe_params
+    from hpsearch.report.formats import outcome_name
     from hpsearch.search.racing import MATTERS
     from hpsearch.store.record import study_record
 
@@ -117,7 +118,7 @@ def _show_decisions(project: ProjectPaths, study_name: str | None, number: int) 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     worth = record.worth(trial)
     value = "" if worth is None else f", {record.config.study.metric} {worth:.4f}"
-    ended = f"{trial.outcome or 'open'}{value}"
+    ended = f"{outcome_name(trial.outcome or 'open')}{value}"
     console.print(Text(f"trial {number} of study {record.name}: {ended}  {describe_params(trial.params)}"))
     if trial.reason:
         console.print(Text(f"  {trial.reason}"))
@@ -129,7 +130,7 @@ def _show_decisions(project: ProjectPaths, study_name: str | None, number: int) 
     for decision in trial.decisions:
         figures = [decision.get(name) for name in ("d", "se", "s", "p")]
         table.add_row(
-            str(decision["fold"]),
+            str(decision["fold"] + 1),
             str(decision["epoch"]),
             *("" if figure is None else f"{figure:.2g}" for figure in figures),
             "" if decision.get("against") is None else str(decision["against"]),
@@ -138,16 +139,16 @@ def _show_decisions(project: ProjectPaths, study_name: str | None, number: int) 
         )
     console.print(table)
     for line in (
-        "d: how far the trial is behind the best full one (`against`), on the same images; below 0 it is ahead.",
-        "Inside the first fold it is that of its most favourable continuation.",
-        "SE: standard error of d. s: spread of a fold's mean from run to run.",
-        f"p: how probable so large a d is if the trial is better by {MATTERS:g}. Only the race decides by these.",
+        "d: how far the trial is below the best complete trial (`against`) on the same images; negative if above.",
+        "Inside the first fold, d is that of the best-case curve of the trial.",
+        "SE: standard error of d. s: run-to-run standard deviation of a fold's mean.",
+        f"p: probability of such a large d if the trial is better by {MATTERS:g}. Only the race uses it.",
     ):
         console.print(Text(f"  {line}"))
 
 
 def _decided(decision: dict[str, Any]) -> str:
-    """What followed, and by whose word where that was not the race's."""
-    verdict = "dropped" if decision["drop"] else "goes on"
-    # The race's reason says again what the columns say.
-    return verdict if "±" in decision["reason"] else f"{verdict}: {decision['reason'].rpartition(': ')[2]}"
+    """Return the decision, with its reason unless the columns of the race give it."""
+    outcome = "pruned" if decision["drop"] else "continues"
+    # The reason of the race repeats the columns.
+    return outcome if "±" in decision["reason"] else f"{outcome}: {decision['reason'].rpartition(': ')[2]}"

@@ -59,7 +59,7 @@ LOOKAHEAD = 4
 @click.option(
     "--confirm",
     type=click.IntRange(min=0),
-    help="Configurations to fit once more after the search, to rank by both fits; 0: none (default: 5).",
+    help="Top configurations to refit with new seeds after the search and rank by both fits; 0: none (default: 5).",
 )
 @click.option("--groups", metavar="FILE.csv", help="Patient or lesion of each image; a group stays in one fold.")
 @click.option("--group-duplicates", is_flag=True, help="Keep near-duplicate images in one fold.")

@@ -1,6 +1,7 @@
-"""Owns what is decided about a prediction after training: threshold, flips at test time, cleaning of the mask.
+"""Select the post-processing of a prediction: threshold, test-time augmentation, cleaning of the mask.
 
-Each choice is made on out-of-fold predictions alone and taken only if its gain is more than noise. Imports no torch.
+Every decision uses out-of-fold predictions only, and an option is used only if its gain exceeds the noise. Imports no
+torch.
 """
 
 from __future__ import annotations
@@ -16,33 +17,34 @@ from numpy.typing import NDArray
 
 from hpsearch.errors import RecordError
 from hpsearch.paths import read_json
-from hpsearch.report.statistics import Paired, paired_difference
+from hpsearch.stats.intervals import Paired, paired_difference
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 THRESHOLDS = tuple(round(0.1 + 0.05 * step, 2) for step in range(17))
-"""Probabilities above which a pixel may be taken for lesion: 0.1 to 0.9."""
+"""Candidates for the probability above which a pixel is lesion: 0.1 to 0.9."""
 N_PARTS = 5
-"""Parts of the images that choose for each other where there is only one fold."""
+"""Number of parts of the images that select the threshold for each other if there is only one fold."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
-    """How probabilities become a mask. The defaults are what every trial is scored by."""
+    """How probabilities become a mask. Every trial is scored with the defaults."""
 
     threshold: float = 0.5
     """Probability above which a pixel is lesion."""
     flips: bool = False
-    """Whether logits are the mean over the image and its three mirror images."""
+    """Whether the logits are averaged over the image and its three mirror images (test-time augmentation)."""
     clean: bool = False
     """Whether only the largest component is kept, with its holes filled."""
     ensemble: bool = False
-    """Whether the networks of the folds predict together, instead of the one that was trained on the whole pool."""
+    """Whether the ensemble of the fold networks predicts instead of the network that was trained on the whole
+    pool."""
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any]) -> Choices:
-        """From whatever else a weights file says of itself; what it does not say stays at its default."""
+        """Read the choices from the metadata of a weights file; missing ones keep their defaults."""
         names = [each.name for each in dataclasses.fields(cls)]
         return cls(**{name: table[name] for name in names if name in table})
 
@@ -63,20 +65,21 @@ class FoldNetwork:
 
 @dataclass(frozen=True)
 class Decision:
-    """One choice, with what it gains out of fold over going without it."""
+    """One decision, with the out-of-fold gain of the option."""
 
     name: str
-    """What was considered: `flips`, `threshold`, `clean` or `ensemble`."""
+    """The option: `flips`, `threshold`, `clean` or `ensemble`."""
     value: bool | float
-    """What it would be set to."""
+    """The value of the option if it is used."""
     gain: Paired
     taken: bool
 
     @classmethod
     def make(cls, name: str, value: bool | float, gains: Floats, network_of: NDArray[np.int64]) -> Decision:
-        """Taken if the mean of `gains` (n,) of the images, by the networks `network_of` (n,), is surely above 0.
+        """Use the option if the lower end of the 95 % interval of its mean gain is above 0.
 
-        Surely: the lower end of the 95 % interval, which holds the luck of the images and the networks'.
+        gains: (n,), of the images. network_of: (n,), the network that predicted each image. The interval covers
+        images and networks.
         """
         parts = [gains[network_of == network] for network in np.unique(network_of)]
         variance, df = 0.0, 1.0
@@ -94,19 +97,19 @@ class Decision:
 
 @dataclass(frozen=True)
 class Chosen:
-    """All decisions about one final, and what follows from them."""
+    """All decisions about one final, and the resulting choices."""
 
     choices: Choices
     decisions: tuple[Decision, ...]
-    """In the order in which they were made, each on top of those taken before."""
+    """In the order in which they were made, each with the options used so far."""
     n_images: int
-    """Out-of-fold images that they rest on."""
+    """Number of out-of-fold images that they are based on."""
     source: str
-    """The networks that predicted them: `second fits of trial 7`."""
+    """The networks that predicted these images: `second fits of trial 7`."""
 
     @classmethod
     def read(cls, path: Path) -> Chosen:
-        """What a worker decided. RecordError if the file is damaged."""
+        """Read the decisions of a worker. Raises RecordError if the file is damaged."""
         return cls.from_table(read_json(path))
 
     @classmethod
@@ -122,15 +125,15 @@ class Chosen:
 
 
 def choose_flips(plain: Floats, flipped: Floats, network_of: NDArray[np.int64]) -> Decision:
-    """Whether to predict with flips, from the images' scores (n,) at a threshold of 0.5 without and with them."""
+    """Decide on test-time augmentation from the images' scores (n,) at threshold 0.5 without and with it."""
     return Decision.make("flips", True, flipped - plain, network_of)
 
 
 def choose_threshold(scores: Floats, network_of: NDArray[np.int64]) -> Decision:
-    """The best of THRESHOLDS, from the images' scores (thresholds, n).
+    """Select the best of `THRESHOLDS` from the images' scores (thresholds, n).
 
-    Its gain over 0.5 is measured by thresholds that the other networks' images chose, so that having picked the best
-    of many costs nothing.
+    The gain over 0.5 is measured with thresholds that were selected on the other networks' images, so that it has no
+    selection bias.
     """
     plain = scores[THRESHOLDS.index(0.5)]
     parts = network_of if len(np.unique(network_of)) > 1 else np.arange(len(network_of)) % N_PARTS
@@ -142,16 +145,16 @@ def choose_threshold(scores: Floats, network_of: NDArray[np.int64]) -> Decision:
 
 
 def choose_cleaning(plain: Floats, cleaned: Floats, network_of: NDArray[np.int64]) -> Decision:
-    """Whether to keep the largest component only, from the images' scores (n,) without and with that."""
+    """Decide on cleaning from the images' scores (n,) without and with it."""
     return Decision.make("clean", True, cleaned - plain, network_of)
 
 
 def clean_mask(mask: Mask) -> Mask:
-    """The largest of the 8-connected components of a mask (H, W), the first of equal ones, with its holes filled.
+    """Return the largest 8-connected component of a mask (H, W) with its holes filled; of equal ones the first.
 
-    A hole is background from which no path of neighbours in rows and columns leads to the border.
+    A hole is background that is not 4-connected to the border.
     """
-    # A tenth of a second to import, which few commands need.
+    # scipy.ndimage takes a tenth of a second to import, and few commands need it.
     from scipy import ndimage
 
     labels, n = ndimage.label(mask, structure=np.ones((3, 3), np.int8))
@@ -166,6 +169,6 @@ def clean_mask(mask: Mask) -> Mask:
 
 
 def _best(scores: Floats) -> int:
-    """Index of the threshold with the best mean; of equal ones that nearest to a half."""
+    """Return the index of the threshold with the best mean; of equal ones the nearest to 0.5."""
     means = scores.mean(axis=1)
     return max(range(len(means)), key=lambda index: (means[index], -abs(THRESHOLDS[index] - 0.5)))

@@ -1,1 +1,1 @@
-"""From a study to typed rows, from rows to statistics and figures, from both to one HTML page."""
+"""Report of a study: typed rows from the record, then figures, tables, sentences, the page and the model card."""

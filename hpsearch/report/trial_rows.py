@@ -1,4 +1,4 @@
-"""Reads from the record what the figures of one trial show, as plain typed rows. Knows no drawing."""
+"""Read from the record what the figures of one trial show, as typed rows. Knows no drawing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hpsearch.paths import FinalPaths
 from hpsearch.store.record import FitRecord, StudyRecord
 
 CURVES = ("loss", "dice", "jaccard", "accuracy")
-"""What every epoch is scored by, in training and held out."""
+"""Scores of every epoch, on training and on held-out images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,19 +24,19 @@ class CurvePoint:
     """One score of one fit after one epoch."""
 
     fit: str
-    """`fold 0`, or `seed 0` where nothing is held out."""
+    """`fold 1`, or `network 1` if nothing is held out."""
     score: str
     """One of CURVES."""
     epoch: int
     """From 1."""
     train: float
     held_out: float | None
-    """None where nothing is held out."""
+    """None if nothing is held out."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Case:
-    """One image that a network had not seen, with what it made of it."""
+    """One image that the network had not seen, with its prediction."""
 
     rank: Literal["best", "median", "worst"]
     image_id: str
@@ -44,30 +44,30 @@ class Case:
     image: npt.NDArray[np.uint8]
     """(H, W, 3)."""
     mask: npt.NDArray[np.bool_]
-    """The truth, (H, W)."""
+    """Ground truth, (H, W)."""
     pred: npt.NDArray[np.bool_]
     """(H, W)."""
 
 
 def trial_curves(record: StudyRecord, number: int) -> list[CurvePoint]:
-    """Every epoch of every fold of a trial, finished or not."""
-    return _curves((f"fold {fold}", record.fit(number, fold)) for fold in range(record.n_folds))
+    """Return every epoch of every fold of a trial, finished or not."""
+    return _curves((f"fold {fold + 1}", record.fit(number, fold)) for fold in range(record.n_folds))
 
 
 def second_curves(record: StudyRecord, number: int) -> list[CurvePoint]:
-    """Every epoch of every second fit of a trial."""
-    return _curves((f"fold {fold}", record.second_fit(number, fold)) for fold in range(record.n_folds))
+    """Return every epoch of every replicate fit of a trial."""
+    return _curves((f"fold {fold + 1}", record.second_fit(number, fold)) for fold in range(record.n_folds))
 
 
 def final_curves(final: FinalPaths, n_seeds: int) -> list[CurvePoint]:
-    """Every epoch of the retrained networks."""
-    return _curves((f"seed {index}", FitRecord(final.seed(index))) for index in range(n_seeds))
+    """Return every epoch of the retrained networks."""
+    return _curves((f"network {index + 1}", FitRecord(final.seed(index))) for index in range(n_seeds))
 
 
 def trial_cases(record: StudyRecord, number: int, *, n_each: int = 2) -> list[Case]:
-    """The best, median and worst held-out images among the examples that a trial's finished folds kept.
+    """Return the best, median and worst held-out images among the examples that a trial's finished folds kept.
 
-    Empty where there are none. CacheError if the decoded images are gone or damaged.
+    Empty if there are none. Raises CacheError if the decoded images are gone or damaged.
     """
     fits = [record.fit(number, fold) for fold in record.finished_folds(number)]
     scores = record.out_of_fold(number)
@@ -75,7 +75,7 @@ def trial_cases(record: StudyRecord, number: int, *, n_each: int = 2) -> list[Ca
 
 
 def final_cases(record: StudyRecord, final: FinalPaths, test_key: str, *, n_each: int = 2) -> list[Case]:
-    """The same for the test images that the first retrained network was scored on."""
+    """Return the best, median and worst test images of the first retrained network."""
     fit = FitRecord(final.seed(0))
     examples = _read_examples(fit)
     scores = examples["scores"].astype(np.float64) if examples else np.zeros(0)
@@ -83,12 +83,12 @@ def final_cases(record: StudyRecord, final: FinalPaths, test_key: str, *, n_each
 
 
 def cached(record: StudyRecord, key: str) -> Cache:
-    """The decoded images of that key. CacheError if they are gone or damaged."""
+    """Open the cache of decoded images with that key. Raises CacheError if it is gone or damaged."""
     settings = record.config.data
     root = Path(settings.cache_dir) if settings.cache_dir else record.paths.project.cache
     for folder in sorted(root.glob(f"{key}-*")):
         index = Index.read(folder)
-        # That kind would decode the whole pool for a handful of images.
+        # A cache in memory would decode the whole pool for a few images.
         return NoCache(folder, index) if index.kind == "memory" else open_cache(folder)
     raise CacheError(f"{root} no longer holds the decoded images {key}")
 
@@ -109,7 +109,7 @@ def _curves(fits: Iterable[tuple[str, FitRecord]]) -> list[CurvePoint]:
 
 
 def _cases(fits: Sequence[FitRecord], all_scores: npt.NDArray[np.float64], cache: Cache, n_each: int) -> list[Case]:
-    """`n_each` of each rank; fewer where there are not so many examples, none twice."""
+    """Return `n_each` cases of each rank, or fewer if there are too few examples; no image twice."""
     tables = [examples for fit in fits if (examples := _read_examples(fit)) is not None]
     if not tables:
         return []
@@ -128,7 +128,7 @@ def _cases(fits: Sequence[FitRecord], all_scores: npt.NDArray[np.float64], cache
                 chosen[free[0]] = rank
     in_order = sorted(chosen, key=lambda i: (("best", "median", "worst").index(chosen[i]), -scores[i]))
     images, masks = cache.read(indices[in_order], held_out=True)
-    # From a cache of larger images, what is scored is their centre.
+    # If the cached images are larger, their centre is scored.
     height, width = probabilities.shape[1:3]
     top, left = max(0, (images.shape[1] - height) // 2), max(0, (images.shape[2] - width) // 2)
     images, masks = (each[:, top : top + height, left : left + width] for each in (images, masks))
@@ -150,7 +150,7 @@ def _cases(fits: Sequence[FitRecord], all_scores: npt.NDArray[np.float64], cache
 
 
 def _read_examples(fit: FitRecord) -> dict[str, npt.NDArray[Any]] | None:
-    """indices (m,), scores (m,), probabilities (m, H, W) of examples.npz; None where there are none."""
+    """Read indices (m,), scores (m,), probabilities (m, H, W) from examples.npz; None if there are none."""
     path = fit.paths.examples
     if not path.is_file():
         return None

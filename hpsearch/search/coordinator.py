@@ -20,7 +20,7 @@ from hpsearch.search.fit_jobs import fold_job
 from hpsearch.search.judging import Judge
 from hpsearch.search.ledger import Ledger
 from hpsearch.search.new_trials import next_trial, used_up
-from hpsearch.search.racing import Verdict
+from hpsearch.search.racing import PruneDecision
 from hpsearch.search.scheduler import Fit, MakeShortlist, Suggest, next_action
 from hpsearch.search.stopping import Budget, Stop
 from hpsearch.store.record import (
@@ -137,7 +137,7 @@ class Coordinator:
             case Stopped():
                 self._end_if_finished(evaluation)
             case Failed(reason="diverged", text=text):
-                self._end(evaluation, "diverged", reason=f"{text} of fold {job.fold}", constraint=1.0)
+                self._end(evaluation, "diverged", reason=f"{text} of fold {job.fold + 1}", constraint=1.0)
             case Failed(reason="out_of_memory", text=text):
                 self._end(evaluation, "infeasible", reason=text, constraint=1.0)
             case Failed():
@@ -161,7 +161,7 @@ class Coordinator:
         logger.info("trial %d continues", trial.number)
         self._callback.trial_began(trial)
         if trial.decisions and trial.decisions[-1]["drop"]:
-            evaluation.pruned = Verdict(**trial.decisions[-1])
+            evaluation.pruned = PruneDecision(**trial.decisions[-1])
         self._end_if_finished(evaluation)
 
     def _end_search(self) -> None:
@@ -208,7 +208,7 @@ class Coordinator:
 
     def _on_death(self, evaluation: Evaluation, fold: int, failure: Failed) -> None:
         """Try the fit again from its checkpoint, unless this fold has ended its worker too often."""
-        what, fit = f"{evaluation.name}, fold {fold}", evaluation.fit(fold)
+        what, fit = f"{evaluation.name}, fold {fold + 1}", evaluation.fit(fold)
         found, reason = failures.count_death(fit, fold, evaluation.failures, failure, what)
         self._callback.message(f"{what}: worker {failure.text}")
         evaluation.set_failures(found)
@@ -238,7 +238,7 @@ class Coordinator:
             # Another configuration was fitted.
             self._end(evaluation, "infeasible", reason="memory forced parts of batches, which changed the result")
 
-    def _record_decision(self, evaluation: Evaluation, decision: Verdict) -> None:
+    def _record_decision(self, evaluation: Evaluation, decision: PruneDecision) -> None:
         """Record a pruner's decision before anything follows from it."""
         evaluation.add_decision(decision)
         self._ledger.write(evaluation.trial)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from hpsearch.config import StudyConfig
 from hpsearch.search.pruners import Pruner
-from hpsearch.search.racing import Verdict
+from hpsearch.search.racing import PruneDecision
 from hpsearch.search.scheduler import OpenFits, StudyState
 from hpsearch.store.record import COUNTED, FitRecord, SecondRecord, StudyRecord, TrialRecord
 
@@ -24,7 +24,7 @@ class Evaluation:
     """The replicate's record; None for the trial itself."""
     running: set[int] = field(default_factory=set)
     """Folds that a worker fits now."""
-    pruned: Verdict | None = None
+    pruned: PruneDecision | None = None
     """The decision to prune it, until its fits have stopped."""
 
     @property
@@ -83,7 +83,7 @@ class Evaluation:
         else:
             self.replicate = dataclasses.replace(self.replicate, failures=failures)
 
-    def add_decision(self, decision: Verdict) -> None:
+    def add_decision(self, decision: PruneDecision) -> None:
         """Enter a pruner's decision. An epoch that was judged before a restart is not entered twice."""
         before = [
             each for each in self.trial.decisions if each["fold"] != decision.fold or each["epoch"] < decision.epoch

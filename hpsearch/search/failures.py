@@ -37,7 +37,7 @@ def count_death(fit: FitRecord, fold: int, failures: Failures, failure: Failed, 
     place = f"after epoch {len(fit.epochs())}: "
     deaths = [*failures.get(str(fold), []), place + failure.text]
     is_last = sum(each.startswith(place) for each in deaths) >= DEATHS_PER_JOB
-    reason = f"fold {fold} ended its worker {DEATHS_PER_JOB} times {place}{failure.text}" if is_last else ""
+    reason = f"fold {fold + 1} ended its worker {DEATHS_PER_JOB} times {place}{failure.text}" if is_last else ""
     return {**failures, str(fold): deaths}, reason
 
 

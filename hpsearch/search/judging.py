@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from hpsearch.search import pruners
 from hpsearch.search.pruners import Pruner
-from hpsearch.search.racing import TrialScores, Verdict, verdict_on_request
+from hpsearch.search.racing import PruneDecision, TrialScores, decide
 from hpsearch.store.record import StudyRecord, TrialRecord
 
 
@@ -21,7 +21,7 @@ class Judge:
         self._trials = trials
         self._scores: dict[int, TrialScores] = {}
 
-    def judge(self, trial: TrialRecord, fold: int) -> Verdict | None:
+    def judge(self, trial: TrialRecord, fold: int) -> PruneDecision | None:
         """Return what the pruner decides after an epoch of this fold; None where it has nothing to say."""
         candidate = self._scores_of(trial.number)
         # Other folds that are fitted at the same time do not count: how far they are depends on chance.
@@ -35,12 +35,12 @@ class Judge:
         others = [each for each in others if self._trials[each.number].params != trial.params]
         return self.pruner.judge(candidate, others, self._record.folds)
 
-    def decision_on_request(self, trial: TrialRecord, reason: str) -> Verdict | None:
+    def decision_on_request(self, trial: TrialRecord, reason: str) -> PruneDecision | None:
         """Return the decision to prune a trial that a user stops; None if it has no scores yet."""
         candidate = self._scores_of(trial.number)
         if not candidate.scores:
             return None
-        return verdict_on_request(candidate, self._ended_scores(), self._record.n_folds, reason)
+        return decide(True, candidate, self._ended_scores(), self._record.n_folds, reason)
 
     def _scores_of(self, number: int) -> TrialScores:
         """Return the per-image scores after every epoch of every fold that was begun."""

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
-import numpy as np
 import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, WilcoxonPruner
@@ -16,7 +15,7 @@ from optuna.storages import InMemoryStorage
 
 from hpsearch.config import StudyConfig
 from hpsearch.data.folds import Folds
-from hpsearch.search.racing import Race, TrialScores, Verdict, compare
+from hpsearch.search.racing import PruneDecision, Race, TrialScores, decide
 
 
 class Pruner(Protocol):
@@ -30,7 +29,7 @@ class Pruner(Protocol):
     def takes_any_fold(self) -> bool:
         """Whether it can judge by whichever folds are finished, not only by the first ones."""
 
-    def judge(self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds) -> Verdict | None:
+    def judge(self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds) -> PruneDecision | None:
         """Asked after every epoch, which is that of `candidate.latest`; None where the rule has nothing to say.
 
         `others` are all other trials that have scores, in whatever order: ended or not, full or not.
@@ -114,7 +113,7 @@ class OptunaPruner:
         """Trial number to what was answered to each of its reports."""
         self._told: set[int] = set()
 
-    def judge(self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds) -> Verdict | None:
+    def judge(self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds) -> PruneDecision | None:
         n_reports = len(self._reports(candidate, folds))
         if candidate.is_full(folds.k) or n_reports == len(self._reports(_an_epoch_ago(candidate), folds)):
             return None
@@ -122,15 +121,10 @@ class OptunaPruner:
             self._bring_up_to_date(trial, folds)
         self._bring_up_to_date(candidate, folds)
         drop = self._answers[candidate.number][n_reports - 1]
-        fold = candidate.latest
-        epoch = len(candidate.scores[fold])
-        where = f"at epoch {epoch} of fold {fold}" if epoch < candidate.n_epochs else f"after fold {fold}"
-        reason = f"{where}: {'dropped' if drop else 'kept'} by Optuna's {self._name}"
-        found = compare(candidate, others, folds.k)
-        if found is not None:
-            return Verdict(drop=drop, fold=fold, epoch=epoch, reason=reason, **found._asdict())
-        so_far = np.concatenate([scores[-1] for scores in candidate.scores.values()]).mean(dtype=np.float64)
-        return Verdict(drop=drop, estimate=float(so_far), fold=fold, epoch=epoch, reason=reason)
+        fold, epoch = candidate.latest + 1, len(candidate.scores[candidate.latest])
+        where = f"in fold {fold} at epoch {epoch}" if epoch < candidate.n_epochs else f"after fold {fold}"
+        reason = f"{where}: {'pruned' if drop else 'kept'} by Optuna's {self._name}"
+        return decide(drop, candidate, others, folds.k, reason)
 
     def _bring_up_to_date(self, trial: TrialScores, folds: Folds) -> None:
         """Report what is new, ask after each report, and tell the value of a full trial."""

@@ -10,7 +10,7 @@ import logging
 
 import numpy as np
 
-from hpsearch.report.statistics import select_for_confirmation
+from hpsearch.stats.selection import select_for_replication
 from hpsearch.store.record import (
     SecondRecord,
     Shortlist,
@@ -48,7 +48,7 @@ def shortlist(record: StudyRecord) -> Shortlist | None:
     stored = record.shortlist()
     if stored is not None and (stored.of, stored.count) == (complete, count):
         return stored
-    picked = select_for_confirmation(np.stack([record.out_of_fold(number) for number in complete]), count)
+    picked = select_for_replication(np.stack([record.out_of_fold(number) for number in complete]), count)
     chosen = Shortlist(tuple(complete[index] for index in picked), complete, count)
     record.write_shortlist(chosen)
     logger.info("to be refitted: trials %s", ", ".join(map(str, chosen.trials)))

@@ -1,1 +1,1 @@
-"""Statistics of a study: which trial is best. Knows neither the record nor any view of it."""
+"""Statistics of a study: best trial, intervals, run-to-run variance, selection bias. Knows numpy and scipy only."""

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from hpsearch.cli.progress import DecodingLines, StudyProgress
-from hpsearch.report.words import duration
+from hpsearch.report.formats import duration
 from hpsearch.search import status as statuses
 from hpsearch.search.status import study_status
 from hpsearch.study import StudySummary

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from hpsearch.cli import group
 from hpsearch.errors import HpsearchError
-from hpsearch.search.racing import Verdict
+from hpsearch.search.racing import PruneDecision
 from hpsearch.store import lock
 from tests.recorded import FakeStudy
 
@@ -24,7 +24,7 @@ def test_status_of_a_trial_shows_every_decision(tmp_path: Path) -> None:
     study = FakeStudy(tmp_path)
     study.trial()
     raced = study.trial("dropped")
-    kept = Verdict(
+    kept = PruneDecision(
         drop=False,
         estimate=0.7,
         fold=0,
@@ -39,15 +39,15 @@ def test_status_of_a_trial_shows_every_decision(tmp_path: Path) -> None:
     dropped = dataclasses.replace(kept, drop=True, epoch=3, estimate=0.6543, d=0.11, se=0.03, p=0.0004)
     study.record.write_trial(dataclasses.replace(raced, decisions=(kept.to_dict(), dropped.to_dict())))
     lines = output_of("status", "--out", str(tmp_path), "--trial", "1").splitlines()
-    assert lines[0].startswith("trial 1 of study fake: dropped, dice 0.6100")
+    assert lines[0].startswith("trial 1 of study fake: pruned, dice 0.6100")
     assert lines[1].strip() == raced.reason
-    assert lines[3].split() == ["0", "1", "0.012", "0.02", "0.006", "0.29", "0", "0.7000", "goes", "on"]
-    assert lines[4].split() == ["0", "3", "0.11", "0.03", "0.006", "0.0004", "0", "0.6543", "dropped"]
-    assert lines[5].strip().startswith("d: how far the trial is behind")
+    assert lines[3].split() == ["1", "1", "0.012", "0.02", "0.006", "0.29", "0", "0.7000", "continues"]
+    assert lines[4].split() == ["1", "3", "0.11", "0.03", "0.006", "0.0004", "0", "0.6543", "pruned"]
+    assert lines[5].strip().startswith("d: how far the trial is below")
     assert "nothing was decided" in output_of("status", "--out", str(tmp_path), "--trial", "0")
-    others = dataclasses.replace(kept, reason="at epoch 1 of fold 0: kept by Optuna's MedianPruner")
+    others = dataclasses.replace(kept, reason="in fold 1 at epoch 1: kept by Optuna's MedianPruner")
     study.record.write_trial(dataclasses.replace(raced, decisions=(others.to_dict(),)))
-    assert "goes on: kept by Optuna's MedianPruner" in output_of("status", "--out", str(tmp_path), "--trial", "1")
+    assert "continues: kept by Optuna's MedianPruner" in output_of("status", "--out", str(tmp_path), "--trial", "1")
 
 
 def test_status_of_an_infeasible_trial_says_why(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_stop_of_a_trial_asks_the_running_study_and_refuses_what_cannot_be_stopp
     here = ("stop", "--out", str(tmp_path), "--trial")
     assert "is not running" in refusal_of(*here, "1")
     with lock.hold(study.record.paths):
-        assert "trial 0 of study 'fake' has ended already: full" in refusal_of(*here, "0")
+        assert "trial 0 of study 'fake' has ended already: complete" in refusal_of(*here, "0")
         assert "has no trial 7" in refusal_of(*here, "7")
         output_of(*here, "1")
     assert study.record.paths.trial_stop_request(1).is_file()

@@ -133,7 +133,7 @@ def test_a_stopped_study_says_what_it_has_and_how_to_go_on_and_that_it_goes_on(
 
     shown = output_of("status", "--out", str(project))
     assert "study tiny: 0/1 trials (none ended); not running" in shown
-    assert "trial 0, fold 0 of 2, epoch 1 of 2:" in shown
+    assert "trial 0, fold 1 of 2, epoch 1 of 2:" in shown
     assert f"go on with it: hpsearch study --study tiny --out '{project}'" in shown
 
     # As another terminal would see it while it runs, with no trial ended yet: by what the plan measured.

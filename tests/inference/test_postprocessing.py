@@ -16,7 +16,7 @@ from hpsearch.inference.postprocessing import (
     choose_threshold,
     clean_mask,
 )
-from hpsearch.report.statistics import paired_difference
+from hpsearch.stats.intervals import paired_difference
 
 NETWORKS = np.repeat(np.arange(5), 60)
 

@@ -8,7 +8,7 @@ import pytest
 
 from hpsearch.report.card import model_card, render
 from hpsearch.report.rows import study_rows
-from hpsearch.report.statistics import Interval
+from hpsearch.stats.intervals import Interval
 from tests.recorded import POOL_KEY, FakeStudy
 
 
@@ -25,7 +25,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> FakeStudy:
 def test_the_card_says_what_the_model_is_and_what_it_was_trained_on(study: FakeStudy) -> None:
     card = model_card(study.record, "trial-0001")
     assert card.startswith("# fake, trial 1: ")
-    assert "8 base channels, depth 4, 2 convolutions a stage" in card
+    assert "8 base channels, depth 4, 2 convolutions per stage" in card
     assert "RGB, 16x16 pixels (the whole image resized)" in card
     assert "learning rate 0.05" in card
     assert "all 20 images of the pool" in card
@@ -35,7 +35,7 @@ def test_the_card_says_what_the_model_is_and_what_it_was_trained_on(study: FakeS
     assert "/some/where" not in card
 
 
-def test_scores_stand_with_their_intervals_and_the_promise(study: FakeStudy) -> None:
+def test_scores_have_intervals_and_the_estimate_of_the_search(study: FakeStudy) -> None:
     rows = study_rows(study.record)
     (final,) = [final for final in rows.finals if final.trial == 1]
     assert rows.winner is not None
@@ -48,8 +48,8 @@ def test_scores_stand_with_their_intervals_and_the_promise(study: FakeStudy) -> 
     assert "| test, original resolution |" in with_official
     assert "| Threshold Jaccard (0.65) |  |  | 0.6100 [0.6000, 0.6200] |" in with_official
     corrected = rows.winner.corrected
-    assert f"The search promised Dice {corrected.mean:.4f} [{corrected.low:.4f}" in card
-    assert "The search promised" not in model_card(study.record, "trial-0000")
+    assert f"The search estimated a Dice of {corrected.mean:.4f} [{corrected.low:.4f}" in card
+    assert "The search estimated" not in model_card(study.record, "trial-0000")
 
 
 def test_every_card_names_the_limits(study: FakeStudy) -> None:
@@ -57,4 +57,4 @@ def test_every_card_names_the_limits(study: FakeStudy) -> None:
     rows = study_rows(study.record)
     assert "drawn, not photographed" not in render(rows, rows.finals[0], study.config)
     drawn = dataclasses.replace(study.config, data=dataclasses.replace(study.config.data, root="sample"))
-    assert "drawn, not photographed" in render(rows, rows.finals[0], drawn)
+    assert "drawn, not photographed" in render(dataclasses.replace(rows, config=drawn), rows.finals[0], drawn)

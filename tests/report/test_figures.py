@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from hpsearch.report import figures
+from hpsearch.report import axes, figures
 from hpsearch.report.trial_rows import CURVES, Case, CurvePoint
 
 
@@ -64,8 +64,8 @@ def picture(figure: Figure) -> np.ndarray:
 def test_training_and_held_out_are_drawn_together_as_means_over_the_fits() -> None:
     figure = figures.draw_curves(curves((0.4, 0.6, 0.5), n_fits=3), title="t")
     lines = thick_lines(axis_of(figure, "Dice"))
-    assert lines[figures.TRAIN] == pytest.approx([1.5, 1.7, 1.9])
-    assert lines[figures.HELD_OUT] == pytest.approx([1.4, 1.6, 1.5])
+    assert lines[axes.TRAIN] == pytest.approx([1.5, 1.7, 1.9])
+    assert lines[axes.HELD_OUT] == pytest.approx([1.4, 1.6, 1.5])
 
 
 def test_a_fit_that_was_cut_short_does_not_bend_the_mean() -> None:
@@ -73,7 +73,7 @@ def test_a_fit_that_was_cut_short_does_not_bend_the_mean() -> None:
         CurvePoint(fit="fold 1", score=score, epoch=1, train=9.0, held_out=9.0) for score in CURVES
     ]
     lines = thick_lines(axis_of(figures.draw_curves(points, title="t"), "Dice"))
-    assert lines[figures.HELD_OUT] == pytest.approx([0.4, 0.6, 0.5])
+    assert lines[axes.HELD_OUT] == pytest.approx([0.4, 0.6, 0.5])
 
 
 @pytest.mark.parametrize(("name", "gap"), [("Dice", "+0.400"), ("Jaccard", "+0.400"), ("Loss", "-0.400")])
@@ -92,7 +92,7 @@ def test_the_best_held_out_epoch_is_marked_where_it_is_not_the_last() -> None:
 
 def test_a_fit_with_nothing_held_out_has_no_gap() -> None:
     figure = figures.draw_curves(curves((None, None, None)), title="t")
-    assert list(thick_lines(axis_of(figure, "Loss"))) == [figures.TRAIN]
+    assert list(thick_lines(axis_of(figure, "Loss"))) == [axes.TRAIN]
     assert not axis_of(figure, "Loss").texts
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["training"]
 
@@ -123,9 +123,9 @@ def test_panels_color_what_was_found_missed_and_invented() -> None:
     }
     assert seen["right"] == "#000000"
     for name, color, share in (
-        ("found", figures.RIGHT, 0.3),
-        ("missed", figures.MISSED, 0.75),
-        ("invented", figures.EXTRA, 0.75),
+        ("found", axes.RIGHT, 0.3),
+        ("missed", axes.MISSED, 0.75),
+        ("invented", axes.EXTRA, 0.75),
     ):
         expected = [round(int(color[i : i + 2], 16) * share) for i in (1, 3, 5)]
         assert [int(seen[name][i : i + 2], 16) for i in (1, 3, 5)] == expected

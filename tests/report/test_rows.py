@@ -2,12 +2,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from hpsearch.config.search import Choice, Range
 from hpsearch.errors import RecordError
-from hpsearch.report.rows import N_TEST, describe_dimension, pareto_front, position, study_rows
+from hpsearch.report.rows import N_TEST, study_rows
 from hpsearch.search.importance import MIN_TRIALS
 from tests.recorded import FakeStudy
 
@@ -38,7 +36,7 @@ def test_every_trial_becomes_a_row_with_what_it_cost(study: FakeStudy) -> None:
     assert rows.trials[2].seconds == pytest.approx(FIT_S)
     assert rows.trials[2].whole_s == pytest.approx(6 * FIT_S)
     assert rows.trials[3].whole_s is None
-    assert rows.trials[2].dropped_at == (0, 1)
+    assert rows.trials[2].pruned_at == (0, 1)
     assert rows.n_counted == 5
     assert not rows.is_running
 
@@ -132,41 +130,3 @@ def test_a_damaged_table_of_test_scores_is_named(tmp_path: Path) -> None:
     study.record.paths.final("trial-0000").table.write_text("image,dice\nISIC_1,good\n")
     with pytest.raises(RecordError, match=r"test\.csv"):
         study_rows(study.record)
-
-
-def test_no_point_of_the_pareto_front_is_beaten_and_every_other_is() -> None:
-    rng = np.random.default_rng(0)
-    costs, values = rng.integers(1, 9, 40).tolist(), rng.integers(1, 9, 40).tolist()
-    front = pareto_front(costs, values)
-
-    def is_beaten(i: int) -> bool:
-        return any(
-            costs[j] <= costs[i] and values[j] >= values[i] and (costs[j], values[j]) != (costs[i], values[i])
-            for j in range(40)
-        )
-
-    assert not any(is_beaten(i) for i in front)
-    corners = {(costs[i], values[i]) for i in front}
-    assert all(is_beaten(i) or (costs[i], values[i]) in corners for i in range(40))
-    assert [costs[i] for i in front] == sorted(costs[i] for i in front)
-
-
-@pytest.mark.parametrize(
-    ("dimension", "value", "place"),
-    [
-        (Range(low=2, high=4), 3, 0.5),
-        (Range(low=0.001, high=0.1, log=True), 0.01, 0.5),
-        (Range(low=3, high=3), 3, 0.5),
-        (Choice(("rgb", "grayscale")), "grayscale", 1.0),
-        (Choice((8,)), 8, 0.5),
-        (Choice(((64, 48), (96, 72), (128, 96))), [96, 72], 0.5),
-    ],
-)
-def test_a_value_has_its_place_in_its_dimension(dimension: Choice | Range, value: object, place: float) -> None:
-    assert position(dimension, value) == pytest.approx(place)
-
-
-def test_a_dimension_is_described_as_people_write_it() -> None:
-    assert describe_dimension(Range(low=0.001, high=0.3, log=True)) == "0.001 to 0.3, logarithmic"
-    assert describe_dimension(Range(low=2, high=8, step=2)) == "2 to 8 in steps of 2"
-    assert describe_dimension(Choice(((64, 48), (96, 72)))) == "64x48, 96x72"

@@ -24,7 +24,7 @@ def test_curves_have_every_score_of_every_epoch_of_every_fold(study: FakeStudy) 
     points = trial_curves(study.record, 0)
     assert len(points) == 2 * study.n_epochs * 4
     row = study.record.fit(0, 1).epochs()[2]
-    (point,) = [p for p in points if (p.fit, p.epoch, p.score) == ("fold 1", 3, "jaccard")]
+    (point,) = [p for p in points if (p.fit, p.epoch, p.score) == ("fold 2", 3, "jaccard")]
     assert (point.train, point.held_out) == (row["train"]["jaccard"], row["held_out"]["jaccard"])
 
 

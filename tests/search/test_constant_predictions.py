@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from hpsearch.cli import group
-from hpsearch.report.html import write_report
+from hpsearch.report.page import write_report
 from hpsearch.search.callbacks import NullCallback
 from hpsearch.search.constant_predictions import ConstantWarnings, constant_prediction
 from tests.data.conftest import Pair, tiny_pairs, write_pairs

@@ -34,7 +34,7 @@ from hpsearch.search.autotune import MachineChoice
 from hpsearch.search.callbacks import NullCallback
 from hpsearch.search.coordinator import Coordinator
 from hpsearch.search.evaluation import Evaluation
-from hpsearch.search.racing import Race, TrialScores, Verdict
+from hpsearch.search.racing import PruneDecision, Race, TrialScores
 from hpsearch.search.status import study_status
 from hpsearch.search.stopping import Stop
 from hpsearch.store import lock
@@ -326,7 +326,7 @@ def test_a_survivor_that_is_dropped_while_others_help_ends_whole(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Late(Race):
-        def judge(self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds) -> Verdict | None:
+        def judge(self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds) -> PruneDecision | None:
             verdict = super().judge(candidate, others, folds)
             drop = candidate.number == 1 and len(candidate.finished) == 2
             return None if verdict is None else dataclasses.replace(verdict, drop=drop)

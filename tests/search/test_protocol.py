@@ -27,7 +27,7 @@ from hpsearch.errors import OutOfMemoryError
 from hpsearch.final import FinalResult, run_final
 from hpsearch.models.unet import UNet
 from hpsearch.paths import ProjectPaths
-from hpsearch.report.claims import Claims
+from hpsearch.report.estimates import Estimates
 from hpsearch.report.rows import study_rows
 from hpsearch.search import pruners
 from hpsearch.search.fit_jobs import fit_seed, replicate_seed
@@ -201,8 +201,8 @@ def test_all_fits_of_a_study_with_another_seed_have_other_seeds(seen: Run, confi
 def test_the_last_epoch_counts_though_an_earlier_one_was_better(seen: Run) -> None:
     record = seen.record
     told = optuna.load_study(study_name="tiny", storage=f"sqlite:///{record.paths.project.optuna_db}").trials
-    claims = Claims.of(record)
-    assert claims is not None
+    estimates = Estimates.of(record)
+    assert estimates is not None
     rows = study_rows(record)
     for trial in range(3):
         scores = np.full((2, 11), np.nan)
@@ -221,7 +221,7 @@ def test_the_last_epoch_counts_though_an_earlier_one_was_better(seen: Run) -> No
         np.testing.assert_allclose(record.second_out_of_fold(trial), scores[1], atol=1e-6)
         assert record.trial(trial).value == pytest.approx(scores[0].mean(), abs=1e-6)
         assert record.worth(record.trial(trial)) == told[trial].value == pytest.approx(scores.mean(), abs=1e-6)
-        np.testing.assert_allclose(claims.scores.joint[trial], scores.mean(0), atol=1e-6)
+        np.testing.assert_allclose(estimates.scores.joint[trial], scores.mean(0), atol=1e-6)
         assert rows.trial(trial).value == pytest.approx(scores.mean(), abs=1e-6)
 
 
@@ -293,10 +293,10 @@ def test_the_mean_without_leaked_images_is_that_of_the_others(seen: Run) -> None
 
 
 def test_the_gain_over_the_default_is_that_of_any_other_trial(seen: Run) -> None:
-    claims = Claims.of(seen.record)
-    assert claims is not None
-    assert claims.gain(0) is None
-    assert claims.gain(1) is not None
+    estimates = Estimates.of(seen.record)
+    assert estimates is not None
+    assert estimates.gain(0) is None
+    assert estimates.gain(1) is not None
     assert (seen.final.against_default is None) == (seen.final.trial.number == 0)
 
 

@@ -25,7 +25,7 @@ from hpsearch.search.pruners import (
     images,
     make_pruner,
 )
-from hpsearch.search.racing import Race, TrialScores, Verdict
+from hpsearch.search.racing import PruneDecision, Race, TrialScores
 
 N_EPOCHS = 4
 # Fold 0 holds the images at even places out, fold 1 those at odd places.
@@ -61,9 +61,9 @@ def stages(whole: TrialScores) -> list[TrialScores]:
     return result
 
 
-def run(pruner: Pruner, whole: list[TrialScores]) -> list[tuple[TrialScores, Verdict | None]]:
+def run(pruner: Pruner, whole: list[TrialScores]) -> list[tuple[TrialScores, PruneDecision | None]]:
     """Each trial as far as it came, and the last that was said of it."""
-    ended: list[tuple[TrialScores, Verdict | None]] = []
+    ended: list[tuple[TrialScores, PruneDecision | None]] = []
     for each in whole:
         last = None
         for candidate in stages(each):

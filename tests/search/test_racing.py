@@ -13,23 +13,17 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from hpsearch.data.folds import Folds
-from hpsearch.search import racing
 from hpsearch.search.racing import (
     ALPHA,
     INSIDE,
     MATTERS,
-    MEDIAN_EFFICIENCY,
-    NEAR,
-    S_FLOOR,
-    S_GUESS,
-    S_GUESS_DF,
+    PruneDecision,
     Race,
     TrialScores,
-    Verdict,
     compare,
-    run_spread,
-    verdict_on_request,
+    decide,
 )
+from hpsearch.stats.run_variance import NEAR, S_GUESS, S_GUESS_DF
 
 
 @pytest.fixture
@@ -60,7 +54,7 @@ def images_of(rng: np.random.Generator, sizes: list[int], mean: float = 0.8) -> 
     return [mean + 0.05 * rng.standard_normal(size) for size in sizes]
 
 
-def judge(candidate: TrialScores, others: list[TrialScores], folds: Folds) -> Verdict:
+def judge(candidate: TrialScores, others: list[TrialScores], folds: Folds) -> PruneDecision:
     verdict = Race().judge(candidate, others, folds)
     assert verdict is not None
     return verdict
@@ -86,14 +80,14 @@ def test_beside_a_single_full_trial_the_test_is_the_paired_one(sizes: list[int],
 
 
 def test_near_trials_tell_how_hard_the_images_are() -> None:
-    # The incumbent was lucky in fold 0: 0.04 above what it scores elsewhere, while the other near trial was not.
+    # The incumbent scores 0.04 higher in fold 0 than elsewhere; the other near trial does not.
     incumbent = trial(0, [np.full(10, 0.84), np.full(10, 0.80)])
     near = trial(1, [np.full(10, 0.80), np.full(10, 0.80)])
     found = judge(until(trial(2, [np.full(10, 0.81), np.full(10, 0.81)]), 0), [incumbent, near], folds_of([10, 10]))
     assert found.d == pytest.approx(0.82 + (0.02 + 0.0) / 2 - 0.81)
 
 
-def test_se_counts_the_luck_of_candidate_incumbent_and_near_trials() -> None:
+def test_se_counts_the_error_of_candidate_incumbent_and_near_trials() -> None:
     near = [trial(number, [np.full(10, 0.8) for _ in range(4)]) for number in range(3)]
     candidate = trial(9, [np.full(10, 0.8) for _ in range(4)])
     for k in (1, 2, 3):
@@ -288,10 +282,10 @@ def test_a_fold_of_one_image_says_nothing() -> None:
 def test_verdicts_are_json() -> None:
     same = [np.full(4, 0.5), np.full(4, 0.5)]
     verdict = judge(until(trial(9, same), 0), [trial(0, same)], folds_of([4, 4]))
-    assert Verdict(**json.loads(json.dumps(verdict.to_dict(), allow_nan=False))) == verdict
+    assert PruneDecision(**json.loads(json.dumps(verdict.to_dict(), allow_nan=False))) == verdict
 
 
-# How s is known
+# The estimate of s
 
 
 def simulated(
@@ -307,60 +301,6 @@ def simulated(
 
 def trials_of(finals: list[NDArray[np.float64]]) -> list[TrialScores]:
     return [trial(number, [final[number] for final in finals]) for number in range(len(finals[0]))]
-
-
-@pytest.mark.parametrize("noise", [0.006, 0.012])
-def test_s_is_the_run_noise_beyond_what_the_images_explain(noise: float, rng: np.random.Generator) -> None:
-    found = [run_spread(simulated(rng, np.full(12, 0.8), [150] * 5, noise)) for _ in range(150)]
-    s, df = np.array(found).T
-    weight = S_GUESS_DF / df[0]
-    assert np.mean(s**2) == pytest.approx(weight * S_GUESS**2 + (1 - weight) * noise**2, rel=0.1)
-
-
-def test_the_efficiency_of_the_median_is_that_of_chi_squares_of_4_degrees_of_freedom() -> None:
-    # Relative variance of n values: 2 / (4 n) for the mean, 1 / (4 n median^2 density^2) for the median.
-    median = stats.chi2.median(4)
-    assert pytest.approx(2 * (median * stats.chi2.pdf(median, 4)) ** 2, abs=0.005) == MEDIAN_EFFICIENCY
-
-
-@pytest.mark.parametrize(("n_trials", "n_folds"), [(2, 2), (3, 5), (8, 3)])
-def test_the_guess_weighs_4_degrees_of_freedom_beside_those_of_the_residuals(n_trials: int, n_folds: int) -> None:
-    # Trials that differ in nothing else than their mean leave no residual.
-    values = np.linspace(0.7, 0.8, n_trials)[:, None]
-    s, df = run_spread([np.repeat(values, 6, axis=1)] * n_folds)
-    evidence = MEDIAN_EFFICIENCY * (n_trials - 1) * (n_folds - 1)
-    assert df == pytest.approx(4 + evidence)
-    assert s == pytest.approx(0.006 * math.sqrt(4 / (4 + evidence)))
-
-
-@pytest.mark.parametrize("n_trials", [2, 3, 4, 6])
-def test_run_noise_is_not_underestimated_from_few_trials(n_trials: int, rng: np.random.Generator) -> None:
-    """The median of two to six mean squares is 7 to 21 % too large, never too small."""
-    noise, squares = 0.02, []
-    for _ in range(1500):
-        means = 0.8 + noise * rng.standard_normal((5, n_trials, 1))
-        s, df = run_spread(list(np.repeat(means, 2, axis=2)))
-        squares.append((s**2 * df - S_GUESS_DF * S_GUESS**2) / (df - S_GUESS_DF))
-    assert 1.0 < np.mean(squares) / noise**2 < 1.3
-
-
-def test_the_image_part_is_unbiased_for_few_images(rng: np.random.Generator) -> None:
-    finals = [[0.1 * rng.standard_normal((3, 3)) for _ in range(4)] for _ in range(2000)]
-    assert np.mean([racing._image_part(each) for each in finals]) == pytest.approx(0.1**2 / 3, rel=0.05)
-
-
-def test_s_without_evidence_is_the_guess_and_has_a_floor(rng: np.random.Generator) -> None:
-    assert run_spread([np.ones((1, 5))] * 3) == (S_GUESS, S_GUESS_DF)
-    assert run_spread([np.ones((4, 5))]) == (S_GUESS, S_GUESS_DF)
-    s, _ = run_spread([np.full((40, 5), 0.8)] * 10)
-    assert s == S_FLOOR
-
-
-def test_one_collapsed_fold_does_not_decide_s(rng: np.random.Generator) -> None:
-    finals = simulated(rng, np.full(9, 0.8), [150] * 5, 0.006)
-    clean, _ = run_spread(finals)
-    finals[2][4] -= 0.2
-    assert run_spread(finals)[0] < 2.5 * clean
 
 
 def test_near_trials_alone_decide_s(rng: np.random.Generator) -> None:
@@ -545,6 +485,6 @@ def test_a_fixed_split_races_on_epochs_alone(rng: np.random.Generator) -> None:
 
 def test_a_trial_that_is_stopped_before_any_is_full_is_worth_its_last_epoch() -> None:
     candidate = trial(3, [np.full(4, 0.6), np.full(4, 0.8)], FALLS)
-    verdict = verdict_on_request(candidate, [], 3, "stopped on request")
+    verdict = decide(True, candidate, [], 3, "stopped on request")
     assert (verdict.drop, verdict.fold, verdict.epoch) == (True, 1, 3)
     assert verdict.estimate == pytest.approx(0.7, abs=1e-6)

@@ -12,15 +12,15 @@ import optuna
 import pytest
 
 from hpsearch.paths import ProjectPaths
-from hpsearch.report.claims import Claims
+from hpsearch.report.estimates import Estimates
 from hpsearch.report.rows import study_rows
-from hpsearch.report.statistics import select_for_confirmation
 from hpsearch.search import replicates as confirmation
 from hpsearch.search.autotune import MachineChoice
 from hpsearch.search.callbacks import NullCallback
 from hpsearch.search.optuna_view import sqlite_url
 from hpsearch.search.status import study_status
 from hpsearch.search.stopping import Stop
+from hpsearch.stats.selection import select_for_replication
 from hpsearch.store.record import SecondRecord, Shortlist, StudyRecord, has_all_refits
 from hpsearch.study import StudySummary
 from tests.recorded import FakeStudy
@@ -69,7 +69,7 @@ def test_those_that_bootstrap_selection_picks_most_are_fitted_once_more_on_the_s
 ) -> None:
     record = confirmed.record
     first = np.stack([record.out_of_fold(number) for number in range(3)])
-    picked = select_for_confirmation(first, 2)
+    picked = select_for_replication(first, 2)
     shortlist = record.shortlist()
     assert shortlist is not None
     assert shortlist.trials == picked
@@ -89,12 +89,12 @@ def test_the_best_is_the_confirmed_one_with_the_highest_mean_over_both_fits(conf
     assert best is not None
     assert best.number == max(both, key=lambda number: (both[number], -number))
     assert record.worth(best) == pytest.approx(both[best.number], abs=1e-12)
-    claims = Claims.of(record)
-    assert claims is not None
-    assert claims.winner == best.number
-    assert claims.corrected.method == "confirmed"
+    estimates = Estimates.of(record)
+    assert estimates is not None
+    assert estimates.winner == best.number
+    assert estimates.corrected.method == "confirmed"
     rows = study_rows(record)
-    assert [row.number for row in rows.trials if row.is_confirmed] == list(record.confirmed())
+    assert [row.number for row in rows.trials if row.is_replicated] == list(record.confirmed())
     assert rows.trial(best.number).value == pytest.approx(both[best.number], abs=1e-12)
     assert optunas(record).best_trial.number == best.number
     assert optunas(record).best_value == record.worth(best)

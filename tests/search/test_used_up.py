@@ -15,7 +15,7 @@ from hpsearch.errors import StudyError
 from hpsearch.search import pruners
 from hpsearch.search.callbacks import NullCallback
 from hpsearch.search.pruners import NoPruner
-from hpsearch.search.racing import TrialScores, Verdict
+from hpsearch.search.racing import PruneDecision, TrialScores
 from hpsearch.search.status import study_status
 from hpsearch.store.record import StudyRecord
 from hpsearch.tracking.runs import study_run
@@ -72,10 +72,10 @@ class _Drops(NoPruner):
 
     def judge(  # type: ignore[override]
         self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds
-    ) -> Verdict | None:
+    ) -> PruneDecision | None:
         if not any(other.is_full(folds.k) for other in others):
             return None
-        return Verdict(drop=True, estimate=0.1, fold=candidate.latest, epoch=1, reason="lost")
+        return PruneDecision(drop=True, estimate=0.1, fold=candidate.latest, epoch=1, reason="lost")
 
 
 def test_a_copy_does_not_lose_against_its_twin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

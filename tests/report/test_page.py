@@ -4,6 +4,7 @@ import dataclasses
 import re
 import shutil
 import subprocess
+import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,10 +16,10 @@ from PIL import Image
 from hpsearch.cli import group
 from hpsearch.data.folds import make_folds
 from hpsearch.data.layouts import Split
-from hpsearch.report import figures, html, study_figures
-from hpsearch.report.html import render, write_report
+from hpsearch.report import axes, study_figures
+from hpsearch.report.page import render, write_report
 from hpsearch.report.rows import study_rows
-from hpsearch.report.statistics import Interval
+from hpsearch.stats.intervals import Interval
 from hpsearch.store import lock
 from hpsearch.store.record import Shortlist
 from hpsearch.store.test_set_log import Look, note_look
@@ -129,11 +130,11 @@ def test_the_answer_names_the_winner_its_numbers_and_the_test_result(study: Fake
     assert gain in answer
     assert "corrected for selection" in answer
     assert "The interval does not cover three things" in answer
-    assert "With so few images it holds the true gain in about 91 to 97 % of studies" in answer
+    assert "With so few images the interval contains the true gain in about 91 to 97 % of studies" in answer
 
 
-def test_those_who_were_dropped_are_listed_with_when_and_why(page: Page) -> None:
-    assert "dropped fold 0, epoch 1 of 3 0.6100 2 s d 0.21 over trial 0" in page.text
+def test_pruned_trials_are_listed_with_place_and_reason(page: Page) -> None:
+    assert "pruned fold 1, epoch 1 of 3 0.6100 2 s d 0.21 over trial 0" in page.text
     assert "infeasible before the first epoch 0 s needs about 9.1 GiB" in page.text
 
 
@@ -205,8 +206,8 @@ def test_a_study_without_a_full_trial_shows_its_race_and_no_answer(tmp_path: Pat
     study.trial("diverged")
     page = report(study)
     assert "No configuration has been evaluated on all folds yet, so there is no best one" in page.text
-    assert "hpsearch study --study fake goes on with the search." in page.text
-    assert "The test set is scored once a configuration has been evaluated on all folds." in page.text
+    assert "hpsearch study --study fake continues the search." in page.text
+    assert "The test set can be evaluated once a configuration has been evaluated on all folds." in page.text
     assert "hpsearch final" not in page.text
     assert len(page.images) == 1
     assert "the training loss became nan" in page.text
@@ -218,17 +219,17 @@ def test_a_study_that_ended_without_a_full_trial_says_how_to_go_on(tmp_path: Pat
         study.trial("failed")
     text = quick_report(study).text
     assert "None of the 6 trials was evaluated on all folds" in text
-    assert "hpsearch study --trials 7 --study fake goes on with the search." in text
+    assert "hpsearch study --trials 7 --study fake continues the search." in text
 
 
-def test_a_study_whose_second_fits_are_incomplete_says_by_what_it_goes(tmp_path: Path) -> None:
+def test_a_study_with_missing_replicates_says_that_it_uses_the_first_fits(tmp_path: Path) -> None:
     study = FakeStudy(tmp_path)
     study.trial()
     study.trial()
-    assert "fitted once more" not in quick_report(study).text
+    assert "being refitted" not in quick_report(study).text
     study.second(1)
     study.record.write_shortlist(Shortlist((0, 1), (0, 1), 2))
-    assert "2 of 4 fits are done. Until all are, everything here goes by the first fits" in quick_report(study).text
+    assert "2 of 4 fits are done. Until then, everything on this page uses the first fits" in quick_report(study).text
     study.second(0)
     assert "fits are done" not in quick_report(study).text
 
@@ -251,7 +252,7 @@ def test_a_fixed_split_is_named_as_such(tmp_path: Path) -> None:
     study.trial(**{"train.lr": 0.002})
     study.trial(**{"train.lr": 0.05})
     page = report(study)
-    assert "one fixed split, 8 images held out" in page.text
+    assert "one fixed split, 8 held-out images" in page.text
     assert "a standard deviation of 0.006 is assumed, and the interval does not cover a larger one" in page.text
 
 
@@ -261,14 +262,22 @@ def test_one_full_trial_is_reported_without_a_choice_and_without_the_images_that
     for path in sorted(study.project.cache.rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
     page = report(study)
-    assert "Trial 0 is the only configuration that was evaluated fully." in page.text
-    assert "The only trial that was judged was trained to the end." in page.text
+    assert "Trial 0 is the only configuration that was evaluated on all folds." in page.text
+    assert "The only trial was trained on all folds." in page.text
     # There was no choice to correct for: one number, once.
     assert "Plain cross-validation mean" not in page.text
-    assert "The test set has not been scored in this study." in page.text
+    assert "The test set has not been evaluated in this study." in page.text
     assert "the decoded images were removed" in page.text
     assert "figure-curves" in page.ids
     assert "figure-cases" not in page.ids
+
+
+def test_templates_are_part_of_the_package() -> None:
+    root = Path(__file__).parents[2]
+    patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    folder = root / "hpsearch/report"
+    shipped = {path for pattern in patterns["hpsearch.report"] for path in folder.glob(pattern)}
+    assert {path for path in folder.rglob("*") if path.suffix in (".jinja", ".css")} == shipped != set()
 
 
 @pytest.mark.slow
@@ -300,11 +309,12 @@ def test_black_on_white_is_the_largest_contrast() -> None:
 
 
 def test_texts_and_marks_stand_out_from_what_is_behind_them() -> None:
-    named = dict(re.findall(r"--(\w+): (#[0-9a-f]{3,6})", html._CSS))
+    css = (Path(axes.__file__).parent / "templates/report.css").read_text(encoding="utf-8")
+    named = dict(re.findall(r"--(\w+): (#[0-9a-f]{3,6})", css))
     backgrounds = ["#fff", named["wash"], "#f6f6f6", "#fff6ec"]
-    for text in (named["ink"], named["pale"], named["blue"], figures.INK, figures.PALE):
+    for text in (named["ink"], named["pale"], named["blue"], axes.INK, axes.PALE):
         assert all(contrast(text, behind) >= 4.5 for behind in backgrounds), text
-    for mark in (figures.TRAIN, figures.HELD_OUT, figures.RIGHT, *study_figures.OUTCOMES.values()):
+    for mark in (axes.TRAIN, axes.HELD_OUT, axes.RIGHT, *study_figures.OUTCOMES.values()):
         assert contrast(mark, "#fff") >= 3, mark
 
 
@@ -390,18 +400,21 @@ def test_the_report_shows_what_was_confirmed_chosen_looked_at_and_leaked(tmp_pat
     assert "The mean of its first fits is" in text
     assert "best, two fits" in text or "best, cheapest, two fits" in text
     assert "the 2 configurations that were best on most bootstrap samples" in text
-    assert "threshold 0.4: +0.0123 [+0.0101, +0.0145], taken" in text
-    assert "largest component, holes filled: +0.0123 [-0.0100, +0.0145], not taken" in text
-    assert "These 12 test images had been evaluated before: 1 evaluation of 1 configuration" in text
-    assert "earlier trial 3 (0.8500)" in text
-    assert "1 evaluation came before this study began" in text
-    assert "The test set had been scored before this study began" in text
+    assert "threshold 0.4: +0.0123 [+0.0101, +0.0145], used" in text
     assert (
-        "1 pair of duplicates or near-duplicates across pool and test: ISIC_1 and ISIC_2; without those test images"
+        "largest component with holes filled: +0.0123 [\N{MINUS SIGN}0.0100, +0.0145], not used (within noise)"
         in text
     )
+    assert "These 12 test images had been evaluated before: 1 evaluation of 1 configuration" in text
+    assert "earlier trial 3 (0.8500)" in text
+    assert "1 evaluation took place before this study began" in text
+    assert "The test set had been evaluated before this study began" in text
+    leaks = (
+        "pool and test share 1 pair of duplicates or near-duplicates: ISIC_1 and ISIC_2. Without those test images"
+    )
+    assert leaks in text
     assert "test, ensemble of 2" in text
-    assert "test, with choices" in text
+    assert "test, post-processed" in text
 
 
 def test_a_search_that_goes_on_after_a_look_stays_marked_when_final_is_run_again(tmp_path: Path) -> None:

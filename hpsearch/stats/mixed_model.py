@@ -5,7 +5,7 @@ The mean scores of trial c on fold k are modelled as
     z[c, k] = f[k] + mu[c] + e[c, k],      e[c, k] ~ N(0, 1 / precision[c, k]),      mu[c] ~ N(0, tau^2)
 
 with f[k], the level of the fold, flat. A posterior does not depend on which trial was selected, nor on which trials
-the race ended after which fold, because both were decided by the data in the model (Rubin, Biometrika 63, 1976;
+racing pruned after which fold, because both were decided by the data in the model (Rubin, Biometrika 63, 1976;
 Efron, JASA 106, 2011). The trials' standard deviation tau comes from the study itself (empirical Bayes; Morris, JASA
 78, 1983): where it is small against the noise, a trial's mean is pulled to that of all trials.
 """
@@ -25,10 +25,10 @@ SCALE = 0.4
 N_GRID = 40
 """Grid points of tau, denser towards 0."""
 TAIL, NOISE = 0.7, 1.5
-"""A trial does not tell how the others spread if it lies more than `NOISE` standard errors further below their median
-than `TAIL` times the distance that the best lies above: searches leave a long tail of bad trials."""
+"""A trial does not inform tau if it lies more than `NOISE` standard errors further below the median than `TAIL` times
+the distance of the best above it: searches leave a long tail of bad trials."""
 MAX_ROUNDS = 5
-"""Rounds of leaving such trials out."""
+"""Rounds of excluding such trials."""
 
 
 class Contrast(NamedTuple):
@@ -37,7 +37,7 @@ class Contrast(NamedTuple):
     weights: Floats
     """(trials, folds)"""
     choice_variance: float
-    """Posterior variance beyond the noise of the weighted sum: it is not known how far the trials truly differ."""
+    """Posterior variance beyond the noise of the weighted sum: how far the trials truly differ is uncertain."""
 
 
 class _Fits(NamedTuple):
@@ -48,7 +48,7 @@ class _Fits(NamedTuple):
     share: Floats
     """Posterior probability, (grid,)."""
     conditional: Floats
-    """Variance of each mu given f, 1 / (1 / tau^2 + sum of precisions), (grid, trials); 0 if a trial is left out."""
+    """Variance of each mu given f, 1 / (1 / tau^2 + sum of precisions), (grid, trials); 0 for excluded trials."""
     information: Floats
     """Inverse covariance of f, (grid, folds, folds)."""
     level: Floats
@@ -61,8 +61,8 @@ def posterior_contrast(
     """Return the posterior mean of a trial's mean over all images, or of its lead over `reference`.
 
     means, precision: (trials, folds); precision 0 where a trial did not finish a fold. fold_share: (folds,), share of
-    the images. `trial` and `reference` have finished all folds. The reference's mu is flat, since it was in the study
-    whatever its score, and so is that of a trial far below the others; neither informs f or tau.
+    the images. `trial` and `reference` have finished all folds. The prior of the reference's mu is flat, because it
+    is in the study whatever its score. So is that of a trial far below the others. Neither informs f or tau.
 
     For a given tau everything is normal, and the posterior mean is linear in z (Henderson's mixed-model equations;
     Robinson, Statistical Science 6, 1991); weights and variances are averaged over the posterior of tau.
@@ -90,9 +90,9 @@ def posterior_contrast(
 def _fit_guides(
     means: Floats, precision: Floats, reference: int | None, se: float
 ) -> tuple[NDArray[np.bool_], _Fits]:
-    """Fit the model to the trials that tell how trials spread: all but the reference and those far below.
+    """Fit the model to the trials that inform tau: all except the reference and those far below.
 
-    Returns which trials those are, (trials,), and the fitted model.
+    Returns a mask of these trials, (trials,), and the fitted model.
     """
     total = precision.sum(axis=1)
     is_eligible = np.arange(len(means)) != (-1 if reference is None else reference)

@@ -1,0 +1,149 @@
+"""Compute intervals of means and of paired differences: bootstrap over images, Student's t over folds.
+
+Scores lie in [0, 1], so means do too, and differences lie in [-1, 1]. Intervals that would extend beyond are cut
+there. The true value never lies in the part that is cut off, so the coverage does not change (Newcombe, Statistics in
+Medicine 17, 1998; Mandelkern, Statistical Science 17, 2002).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import stdtrit
+
+from hpsearch.errors import StudyError
+
+Floats = NDArray[np.float64]
+
+LEVEL = 0.95
+"""Nominal coverage of every interval."""
+N_BAGS = 2000
+"""Bootstrap samples of the images."""
+_TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
+_BLOCK = 2**23
+"""Entries of one block of bootstrap counts: 32 MiB."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    @classmethod
+    def of_scores(cls, mean: float, low: float, high: float) -> Self:
+        """Return the interval of a mean of scores, cut to [0, 1]."""
+        return cls(mean, *cut(mean, low, high, least=0.0))
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Mean difference on the same images, its 95 % interval, and the two-sided p-value of no difference."""
+
+    difference: float
+    low: float
+    high: float
+    p: float
+
+
+def bootstrap_mean(scores: Floats, *, run_variance: float = 0.0, run_df: float = math.inf, seed: int = 0) -> Interval:
+    """Return the mean of scores (n,) with its 95 % interval: bootstrap over images, plus the run-to-run variance."""
+    low, high = np.quantile(_draws(scores, run_variance, run_df, seed), _TAILS)
+    return Interval.of_scores(float(np.mean(scores)), float(low), float(high))
+
+
+def paired_difference(
+    first: Floats, second: Floats, *, run_variance: float = 0.0, run_df: float = math.inf, seed: int = 0
+) -> Paired:
+    """Return the mean of first minus second, (n,) each on the same images, with its bootstrap interval.
+
+    Without a run-to-run variance the result holds for these two networks, with one for the two configurations. p is
+    twice the share of draws beyond 0, and never smaller than the number of draws can resolve.
+    """
+    difference = first - second
+    draws = _draws(difference, run_variance, run_df, seed)
+    low, high = np.quantile(draws, _TAILS)
+    beyond = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
+    p = min(1.0, 2 * (beyond + 1) / (len(draws) + 1))
+    mean = float(difference.mean())
+    return Paired(mean, *cut(mean, float(low), float(high), least=-1.0), p)
+
+
+def corrected_t(fold_means: Floats) -> Interval | None:
+    """Return the mean of k fold means with the corrected resampled t interval; None for one fold.
+
+    The folds' training sets overlap, so their means are not independent: the variance counts 1/k + 1/(k - 1) times
+    instead of 1/k (Nadeau and Bengio, Machine Learning 52, 2003). The interval is wide for few folds.
+    """
+    k = len(fold_means)
+    if k < 2:
+        return None
+    mean = float(fold_means.mean())
+    half = _t(k - 1) * math.sqrt((1 / k + 1 / (k - 1)) * float(fold_means.var(ddof=1)))
+    return Interval.of_scores(mean, mean - half, mean + half)
+
+
+def bootstrap_counts(n_images: int, seed: int, n_bags: int = N_BAGS) -> Iterator[NDArray[np.float32]]:
+    """Yield blocks of bootstrap samples: how often each image is in each sample, (samples, n_images)."""
+    size = max(1, _BLOCK // n_images)
+    for start in range(0, n_bags, size):
+        yield _count_block(n_images, seed, start, min(size, n_bags - start))
+
+
+def satterthwaite(image_variance: float, image_df: float, run_variance: float, run_df: float) -> float:
+    """Return the degrees of freedom of a sum of two estimated variances.
+
+    Satterthwaite, Biometrics Bulletin 2, 1946.
+    """
+    total = image_variance + run_variance
+    return total**2 / (image_variance**2 / image_df + run_variance**2 / run_df) if total > 0 else math.inf
+
+
+def half_width(image_variance: float, image_df: float, run_variance: float, run_df: float) -> float:
+    """Return half the width of the 95 % interval of an estimate with these two variances."""
+    total = image_variance + run_variance
+    return _t(satterthwaite(image_variance, image_df, run_variance, run_df)) * math.sqrt(total) if total > 0 else 0.0
+
+
+def cut(mean: float, low: float, high: float, *, least: float) -> tuple[float, float]:
+    """Return the ends of an interval, cut to [least, 1]. The mean stays inside even if rounding moved it beyond."""
+    return min(mean, max(low, least)), max(mean, min(high, 1.0))
+
+
+@lru_cache(maxsize=1)
+def _count_block(n_images: int, seed: int, start: int, size: int) -> NDArray[np.float32]:
+    # Cached because all statistics of a study use the same bootstrap samples.
+    drawn = np.random.default_rng([seed, start]).integers(0, n_images, (size, n_images))
+    drawn += n_images * np.arange(size)[:, None]
+    counts = np.bincount(drawn.ravel(), minlength=size * n_images).reshape(size, n_images).astype(np.float32)
+    counts.flags.writeable = False
+    return counts
+
+
+def _draws(scores: Floats, run_variance: float, run_df: float, seed: int) -> Floats:
+    """Return the means of bootstrap samples of scores (n,), each shifted by a draw of the run-to-run error."""
+    n = len(scores)
+    if n < 2:
+        raise StudyError(f"an interval needs at least 2 images, got {n}")
+    mean = float(np.mean(scores))
+    centred = (scores - mean).astype(np.float32)
+    draws = np.concatenate([counts @ centred for counts in bootstrap_counts(n, seed)]).astype(np.float64) / n
+    # The variance of a sample about its own mean is too small by the factor (n - 1) / n.
+    draws *= math.sqrt(n / (n - 1))
+    if run_variance > 0:
+        rng = np.random.default_rng([seed, 1])
+        shift = rng.standard_normal(len(draws)) if math.isinf(run_df) else rng.standard_t(run_df, len(draws))
+        draws += math.sqrt(run_variance) * shift
+    return mean + draws
+
+
+def _t(df: float) -> float:
+    return float(stdtrit(df, _TAILS[1]))

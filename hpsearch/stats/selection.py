@@ -1,0 +1,215 @@
+"""Compare the trials of a study, and correct the selected one for selection bias.
+
+The best of many means is too high on average, and a trial that survived racing had favourable early folds. Both
+effects are in the same data, so one posterior mean corrects for both: a posterior does not depend on which trial was
+selected or why (Rubin, Biometrika 63, 1976, on ignorable mechanisms; Efron, JASA 106, 2011, on selection bias).
+`mixed_model` holds the model. Its standard deviation of the trials' true means, tau, is estimated from the study
+itself (empirical Bayes; Morris, JASA 78, 1983). If tau is small compared with the noise, the winner is pulled to the
+mean of all trials; if it is large, the winner keeps its own mean. Pruned trials enter with the folds that they
+finished. benchmarks/study_statistics.py checks bias and coverage on studies whose true means are known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+from scipy.special import stdtr
+
+from hpsearch.stats.best import rank
+from hpsearch.stats.intervals import (
+    LEVEL,
+    N_BAGS,
+    Floats,
+    Interval,
+    Paired,
+    bootstrap_counts,
+    cut,
+    half_width,
+    satterthwaite,
+)
+from hpsearch.stats.mixed_model import posterior_contrast
+from hpsearch.stats.study_scores import StudyScores
+
+Method = Literal["single", "first", "confirmed"]
+
+N_DRAWS = 2000
+"""Draws of the noise that determine how large a gap between tied trials may be."""
+HOPELESS = 4.0
+"""Trials that lie more than this many standard errors below the best cannot tie with it: one-sided p below 0.0001."""
+
+
+def tied_with_best(study: StudyScores, *, seed: int = 0) -> tuple[int, ...]:
+    """Return the trials that include the truly best one with 95 % confidence, best mean first.
+
+    Subset selection (Gupta, Technometrics 7, 1965): a trial is out if it lies further below the best mean than the
+    highest of equal trials would lead it in 95 of 100 studies. The noise is drawn from the observed covariance of the
+    images between trials, and from a run-to-run variance that is itself uncertain. Trials far below the best are
+    excluded first: collapsed trials are so noisy that, treated as equals, they would tie everything.
+    """
+    rng = np.random.default_rng(seed)
+    runs, means, run_variance = study.runs, study.joint.mean(axis=1), study.run_variances
+    centred = study.joint - means[:, None]
+    covariance = centred @ centred.T / (study.n_images - 1) / study.n_images
+    best = int(means.argmax())
+    own = np.diagonal(covariance) + run_variance
+    contenders = np.flatnonzero(
+        means[best] - means <= HOPELESS * np.sqrt(np.maximum(own + own[best] - 2 * covariance[best], 0))
+    )
+    contenders = np.union1d(contenders, [best])
+    # Eigenvectors, because equal rows make the covariance singular.
+    values, vectors = np.linalg.eigh(covariance[np.ix_(contenders, contenders)])
+    noise = (rng.standard_normal((N_DRAWS, len(contenders))) * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    size = np.sqrt(runs.df / rng.chisquare(runs.df, (N_DRAWS, 1)))
+    noise += size * np.sqrt(run_variance[contenders]) * rng.standard_normal(noise.shape)
+    allowed = np.quantile(noise.max(axis=1, keepdims=True) - noise, LEVEL, axis=0)
+    tied = contenders[means[best] - means[contenders] <= allowed]
+    return tuple(rank({int(trial): float(means[trial]) for trial in tied}))
+
+
+def cheapest(tied: Sequence[int], costs: Mapping[int, float]) -> int:
+    """Return the tied trial with the lowest cost; of equal costs the better trial, which is earlier in `tied`."""
+    return min(tied, key=lambda trial: costs[trial])
+
+
+def select_for_replication(scores: Floats, count: int = 5, *, n_bags: int = N_BAGS, seed: int = 0) -> tuple[int, ...]:
+    """Return up to `count` trials that are best on the most bootstrap samples of the images, most often first.
+
+    scores: (trials, images) of the complete trials' first fits. Trials that are best on no sample are left out.
+    """
+    # What all trials share does not affect the choice, and would cost float32 precision.
+    centred = np.asarray(scores - scores.mean(axis=0), np.float32)
+    wins = np.zeros(len(scores), np.int64)
+    for counts in bootstrap_counts(scores.shape[1], seed, n_bags):
+        wins += np.bincount((counts @ centred.T).argmax(axis=1), minlength=len(scores))
+    means = scores.mean(axis=1)
+    order = sorted(np.flatnonzero(wins), key=lambda trial: (-wins[trial], -means[trial], trial))
+    return tuple(int(trial) for trial in order[:count])
+
+
+def best_row(study: StudyScores) -> int:
+    """Return the row of the winner: the best of the replicated trials by both fits; if there are none, of all."""
+    if study.winner is not None:
+        return study.winner
+    means = study.joint.mean(axis=1)
+    return rank({row: float(means[row]) for row in study.replicated or range(study.n_trials)})[0]
+
+
+@dataclass(frozen=True)
+class Corrected:
+    """The winner's mean, corrected for selection bias."""
+
+    trial: int
+    naive: float
+    """Mean of its first fits: too high on average."""
+    mean: float
+    low: float
+    high: float
+    """Ends of the 95 % interval of its true mean over such images and over runs."""
+    image_variance: float
+    """Variance of the estimate because the images are a sample."""
+    run_variance: float
+    """Variance of the estimate because every fit would come out differently with another seed."""
+    choice_variance: float
+    """Variance of the estimate because the real part of the winner's lead over the other trials is uncertain."""
+    method: Method
+    """`single`: one trial, nothing was selected; `first`: selected by first fits; `confirmed`: by both fits."""
+
+    @property
+    def interval(self) -> Interval:
+        return Interval(self.mean, self.low, self.high)
+
+
+def corrected_estimate(study: StudyScores) -> Corrected:
+    """Return the winner's mean, corrected for selection and racing, with a 95 % interval."""
+    trial, n = best_row(study), study.n_images
+    found = _posterior(study, trial)
+    half = half_width(found.image_variance + found.choice_variance, n - 1, found.run_variance, study.runs.df)
+    interval = Interval.of_scores(found.mean, found.mean - half, found.mean + half)
+    return Corrected(
+        trial=trial,
+        naive=float(study.scores[trial].mean()),
+        mean=found.mean,
+        low=interval.low,
+        high=interval.high,
+        image_variance=found.image_variance,
+        run_variance=found.run_variance,
+        choice_variance=found.choice_variance,
+        method="single" if study.n_trials == 1 else "confirmed" if study.replicated else "first",
+    )
+
+
+def corrected_gain(study: StudyScores, trial: int, reference: int = 0) -> Paired:
+    """Return how much better `trial` is than `reference`, corrected for selection, with a 95 % interval and p-value.
+
+    The reference is in the study whatever its score, so it is not pulled to the other trials and does not inform
+    their spread. The p-value is two-sided, of no difference (Student's t with Satterthwaite's degrees of freedom).
+    """
+    found = _posterior(study, trial, reference)
+    images = found.image_variance + found.choice_variance
+    half = half_width(images, study.n_images - 1, found.run_variance, study.runs.df)
+    se = math.sqrt(images + found.run_variance)
+    df = satterthwaite(images, study.n_images - 1, found.run_variance, study.runs.df)
+    p = 2 * float(stdtr(df, -abs(found.mean) / se)) if se > 0 else float(found.mean == 0)
+    ends = cut(found.mean, found.mean - half, found.mean + half, least=-1.0)
+    return Paired(found.mean, *ends, max(p, float(np.finfo(float).tiny)))
+
+
+def predict_test_mean(study: StudyScores, corrected: Corrected, *, n_test: int, n_runs: int = 1) -> Interval:
+    """Return the retrained winner's expected mean on `n_test` new images, with a 95 % prediction interval.
+
+    The variance is that of the estimate, plus that of a mean over `n_test` images, plus that of `n_runs` retrained
+    networks whose scores are averaged. The prediction assumes that the test images come from the same distribution as
+    the pool, and that a network trained on the whole pool is as good as the fold networks.
+    """
+    images = (
+        corrected.image_variance
+        + corrected.choice_variance
+        + float(study.scores[corrected.trial].var(ddof=1)) / n_test
+    )
+    runs = corrected.run_variance + study.runs.variance / n_runs
+    half = half_width(images, study.n_images - 1, runs, study.runs.df)
+    return Interval.of_scores(corrected.mean, corrected.mean - half, corrected.mean + half)
+
+
+class _Estimate(NamedTuple):
+    mean: float
+    image_variance: float
+    run_variance: float
+    choice_variance: float
+
+
+def _posterior(study: StudyScores, trial: int, reference: int | None = None) -> _Estimate:
+    """Return the posterior mean of a trial's mean, or of its lead over `reference`, and the parts of its variance.
+
+    The weights of `posterior_contrast` apply to fold means, and therefore to the scores of single images. The
+    variance of these weighted scores over images replaces the model's g^2, so that it also holds for images that
+    differ in how much trials disagree, and for trials that resemble each other.
+    """
+    sizes = np.array([len(fold) for fold in study.folds])
+    pruned = np.zeros((0, study.n_images)) if study.pruned is None else study.pruned
+    scores = np.concatenate([study.joint, pruned])
+    n_fits = np.concatenate([study.n_fits, np.ones(len(pruned))])[:, None]
+    means = np.stack([scores[:, fold].mean(axis=1) for fold in study.folds], axis=1)
+    # The floor keeps the arithmetic finite if all scores are equal.
+    variance = np.maximum(study.image_variance / sizes + study.runs.variance / n_fits, 1e-14)
+    known = np.isfinite(means)
+    if study.n_trials == 1:
+        weights, choice_variance = np.zeros_like(means), 0.0
+        weights[trial] = sizes / study.n_images
+    else:
+        weights, choice_variance = posterior_contrast(
+            np.where(known, means, 0), np.where(known, 1 / variance, 0), sizes / study.n_images, trial, reference
+        )
+    weighted = np.zeros(study.n_images)
+    for index, fold in enumerate(study.folds):
+        weighted[fold] = weights[:, index] * (study.n_images / sizes[index]) @ np.nan_to_num(scores[:, fold])
+    return _Estimate(
+        mean=float(weighted.mean()),
+        image_variance=float(weighted.var(ddof=1)) / study.n_images,
+        run_variance=study.runs.variance * float((weights**2 / n_fits).sum()),
+        choice_variance=choice_variance,
+    )

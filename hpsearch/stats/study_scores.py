@@ -1,0 +1,166 @@
+"""Hold the per-image scores of a study's trials, and summarise each trial.
+
+With y[c, i] the score of image i by the fold model of trial c that had not seen it,
+
+    y[c, i] = mu[c] + a[i] + b[c, i] + r[c, fold of i]
+
+mu[c] is the quantity of interest; a is the difficulty of the image, shared by all trials; b is the effect of this
+configuration on this image (variance g^2); r is run-to-run variation (variance s^2): refitting the same fold with
+another seed moves all of its images together. More images average a and b out, but r averages only over folds and
+fits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpsearch.errors import StudyError
+from hpsearch.stats.intervals import Floats, Interval, bootstrap_mean, corrected_t
+from hpsearch.stats.run_variance import NEAR, S_GUESS, S_GUESS_DF, RunVariance, fold_mean_squares, image_variance
+
+LIMIT = 8.0
+"""A trial's run-to-run mean square counts at most this many medians, so that one collapsed fold has little effect."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StudyScores:
+    """The final scores of a study's trials on the held-out images."""
+
+    scores: Floats
+    """First fits, (trials, images)."""
+    fold_of: NDArray[np.int64]
+    """Fold of every image, (images,)."""
+    replicated: tuple[int, ...] = ()
+    """Rows of `scores` that were refitted with new seeds."""
+    replicates: Floats | None = None
+    """Their replicate fits on the same folds, (replicated, images)."""
+    winner: int | None = None
+    """Row of the trial that the study names as best; None: the best by these scores (`selection.best_row`)."""
+    pruned: Floats | None = None
+    """First fits of the pruned trials, (pruned, images); NaN on folds that they did not finish."""
+
+    def __post_init__(self) -> None:
+        shape = self.scores.shape
+        if len(shape) != 2 or shape[0] < 1 or self.fold_of.shape != shape[1:]:
+            raise ValueError(f"scores of shape {shape} do not match folds of shape {self.fold_of.shape}")
+        if shape[1] < 2:
+            raise StudyError(f"statistics need at least 2 images, got {shape[1]}")
+        replicates = self._replicates
+        if not np.isfinite(self.scores).all() or not np.isfinite(replicates).all():
+            raise ValueError("a complete trial needs a finite score for every image")
+        if replicates.shape != (len(set(self.replicated)), shape[1]) or len(replicates) < len(self.replicated):
+            raise ValueError(f"replicates of shape {replicates.shape} do not match the trials {self.replicated}")
+        if self.pruned is not None and self.pruned.shape[1:] != shape[1:]:
+            raise ValueError(f"pruned trials of shape {self.pruned.shape} do not match {shape[1]} images")
+
+    @property
+    def n_trials(self) -> int:
+        return len(self.scores)
+
+    @property
+    def n_images(self) -> int:
+        return len(self.fold_of)
+
+    @cached_property
+    def folds(self) -> tuple[NDArray[np.int64], ...]:
+        """Indices of the images of each fold."""
+        return tuple(np.flatnonzero(self.fold_of == fold) for fold in np.unique(self.fold_of))
+
+    @property
+    def _replicates(self) -> Floats:
+        return np.zeros((0, self.n_images)) if self.replicates is None else self.replicates
+
+    @cached_property
+    def n_fits(self) -> NDArray[np.int64]:
+        """Fits of every fold by trial, (trials,): 1, or 2 if replicated."""
+        n_fits = np.ones(self.n_trials, np.int64)
+        n_fits[list(self.replicated)] = 2
+        return n_fits
+
+    @cached_property
+    def joint(self) -> Floats:
+        """Mean over the fits of every trial, (trials, images)."""
+        joint = self.scores.astype(np.float64)
+        joint[list(self.replicated)] += self._replicates
+        joint /= self.n_fits[:, None]
+        return joint
+
+    @cached_property
+    def near(self) -> list[Floats]:
+        """First fits of the trials near the best (`NEAR`), at least of two: (near, images) of every fold."""
+        means = self.scores.mean(axis=1)
+        n_near = max(2, int((means >= means.max() - NEAR).sum()))
+        near = self.scores[np.argsort(-means, kind="stable")[:n_near]]
+        return [near[:, fold] for fold in self.folds]
+
+    @cached_property
+    def runs(self) -> RunVariance:
+        """s^2, pooled by degrees of freedom from racing's prior guess, first fits and replicates.
+
+        First fits: mean squares of the near trials' fold means after trial and fold effects, each limited to
+        `LIMIT` medians, less the images' part. Replicates: half the variance over folds of the shift of a fold's mean
+        from first to replicate fit, less the images' part; a trial's mean shift is left out, because trials were
+        selected for a high first fit.
+        """
+        k, n_near = len(self.folds), len(self.near[0])
+        total, df = S_GUESS_DF * S_GUESS**2, S_GUESS_DF
+        if k < 2:
+            return RunVariance(total / df, df)
+        if n_near > 1:
+            squares, images = fold_mean_squares(self.near)
+            first_df = (n_near - 1) * (k - 1)
+            total += first_df * (float(np.minimum(squares, LIMIT * np.median(squares)).mean()) - images)
+            df += first_df
+        # In a fold of one image, the shift of the fold cannot be separated from that of the image.
+        if self.replicated and min(map(len, self.folds)) > 1:
+            shifts = self._replicates - self.scores[list(self.replicated)]
+            means = np.stack([shifts[:, fold].mean(axis=1) for fold in self.folds], axis=1)
+            images_part = np.mean([shifts[:, fold].var(axis=1, ddof=1) / len(fold) for fold in self.folds], axis=0)
+            replicate_df = (k - 1) * len(shifts)
+            total += replicate_df * float((means.var(axis=1, ddof=1) - images_part).mean()) / 2
+            df += replicate_df
+        return RunVariance(max(0.0, total / df), df)
+
+    @cached_property
+    def image_variance(self) -> float:
+        """g^2: variance of a trial's score of an image after trial, fold and image effects, from the near trials."""
+        return image_variance(self.near)
+
+    @property
+    def run_variances(self) -> Floats:
+        """Run-to-run variance of each trial's joint mean, (trials,): s^2 / (folds x fits)."""
+        return self.runs.variance / (len(self.folds) * self.n_fits)
+
+
+@dataclass(frozen=True)
+class TrialStatistics:
+    """Mean and spread of one complete trial."""
+
+    mean: float
+    """Over images, and over both fits if it was replicated."""
+    sd_folds: float
+    """Standard deviation of the fold means; 0 for one fold."""
+    total: Interval
+    """Interval of the configuration: bootstrap over images, plus the run-to-run variance."""
+    folds: Interval | None
+    """Corrected resampled t over folds; None for one fold."""
+
+
+def trial_statistics(study: StudyScores, *, seed: int = 0) -> list[TrialStatistics]:
+    """Return the statistics of each trial, in the order of the study."""
+    rows = []
+    for scores, run_variance in zip(study.joint, study.run_variances, strict=True):
+        fold_means = np.array([scores[images].mean() for images in study.folds])
+        rows.append(
+            TrialStatistics(
+                mean=float(scores.mean()),
+                sd_folds=float(fold_means.std(ddof=1)) if len(fold_means) > 1 else 0.0,
+                total=bootstrap_mean(scores, run_variance=float(run_variance), run_df=study.runs.df, seed=seed),
+                folds=corrected_t(fold_means),
+            )
+        )
+    return rows

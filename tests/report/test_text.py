@@ -1,0 +1,109 @@
+"""hpsearch/report/text.py: sentences about a study that say what its rows hold."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from hpsearch.report import text
+from hpsearch.report.rows import StudyRows, study_rows
+from hpsearch.report.trial_rows import CurvePoint
+from hpsearch.stats.intervals import Paired
+from tests.recorded import FakeStudy
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> StudyRows:
+    study = FakeStudy(tmp_path_factory.mktemp("text"))
+    study.trial(**{"train.lr": 0.03})
+    study.trial(**{"train.lr": 0.05, "unet.depth": 4})
+    study.trial("dropped")
+    study.trial("infeasible")
+    return study_rows(study.record)
+
+
+def changed(rows: StudyRows, **fields: Any) -> str:
+    """The answer for a winner with other fields."""
+    assert rows.winner is not None
+    return " ".join(text.answer(dataclasses.replace(rows, winner=dataclasses.replace(rows.winner, **fields))))
+
+
+def point(fit: str, epoch: int, train: float, held_out: float | None) -> CurvePoint:
+    return CurvePoint(fit=fit, score="dice", epoch=epoch, train=train, held_out=held_out)
+
+
+def test_progress_counts_trials_by_outcome(rows: StudyRows) -> None:
+    assert text.progress(rows) == "3 of 6 trials: 2 complete, 1 pruned, 1 infeasible"
+
+
+def test_places_count_folds_and_epochs_from_1(rows: StudyRows) -> None:
+    assert text.stopped_at(rows.trials[2], rows.n_folds) == "fold 1, epoch 1 of 3"
+    in_second = dataclasses.replace(rows.trials[2], pruned_at=None, epochs=(3, 2), n_finished=1)
+    assert text.stopped_at(in_second, rows.n_folds) == "fold 2, epoch 2 of 3"
+    assert text.stopped_at(rows.trials[3], rows.n_folds) == "before the first epoch"
+    assert text.stopped_at(rows.trials[0], rows.n_folds) == "all folds"
+
+
+def test_the_reason_of_a_pruned_trial_has_no_place_in_any_version(rows: StudyRows) -> None:
+    for place in ("after fold 0", "at epoch 1 of fold 0, if it went on at its best", "after fold 1"):
+        pruned = dataclasses.replace(rows.trials[2], reason=f"{place}: 0.11 ± 0.03 below trial 0, p = 0.01")
+        assert text.reason(pruned) == "0.11 ± 0.03 below trial 0, p = 0.01"
+    failed = dataclasses.replace(rows.trials[2], outcome="failed", reason="fold 1: it died")
+    assert text.reason(failed) == "fold 1: it died"
+
+
+@pytest.mark.parametrize(
+    ("low", "meaning"), [(0.01, "more than chance explains."), (-0.01, "the default may be equally good.")]
+)
+def test_a_gain_is_explained_by_its_interval(rows: StudyRows, low: float, meaning: str) -> None:
+    assert meaning in changed(rows, gain=Paired(0.02, low, 0.05, 0.03))
+
+
+def test_an_unknown_gain_and_a_default_that_wins_are_said(rows: StudyRows) -> None:
+    assert "was not evaluated on all folds, so the gain over it is unknown." in changed(rows, gain=None)
+    assert "the search has found nothing better so far." in changed(rows, is_default=True)
+
+
+def test_ties_are_named_up_to_ten_and_the_cheapest_with_its_share_of_the_time(rows: StudyRows) -> None:
+    assert "no other configuration is tied with it." in changed(rows, tied=(1,))
+    assert "trial 1 and trial 0. Trial 1 is also the cheapest of them." in changed(rows, tied=(1, 0), cheapest=1)
+    half = dataclasses.replace(rows.trials[0], seconds=rows.trials[1].seconds / 2)
+    faster = dataclasses.replace(rows, trials=(half, *rows.trials[1:]))
+    assert "is trial 0, which took 50% of the time of the best." in changed(faster, tied=(1, 0), cheapest=0)
+    many = changed(rows, tied=(1, *range(10, 22)), cheapest=1)
+    assert "trial 1 and trials 10, 11, 12, 13, 14, 15, 16, 17, 18, 19 and 2 more." in many
+
+
+def test_the_selection_bias_is_the_first_mean_less_the_corrected_one(rows: StudyRows) -> None:
+    assert rows.winner is not None
+    corrected = rows.winner.corrected
+    for naive, sentence in (
+        (0.01, "by an estimated 0.0100."),
+        (0.0, "there is no sign of selection bias in that mean."),
+    ):
+        assert sentence in changed(rows, corrected=dataclasses.replace(corrected, naive=corrected.mean + naive))
+    higher = dataclasses.replace(corrected, naive=corrected.mean - 0.02)
+    assert "the corrected estimate is 0.0200 higher than that mean" in changed(rows, corrected=higher)
+
+
+def test_the_gap_is_the_mean_over_folds_at_half_time_and_at_the_end() -> None:
+    points = [point(f"fold {f}", e, 0.5 + 0.1 * e, 0.5) for f in (1, 2) for e in (1, 2, 3, 4)]
+    assert "After epoch 4, the Dice on training images minus that on held-out images is +0.4000" in text.gap(
+        points, "dice"
+    )
+    assert "after epoch 2 it was +0.2000" in text.gap(points, "dice")
+    assert text.gap([point("network 1", 1, 0.5, None)], "dice") == ""
+
+
+def test_the_methods_name_the_pruner_and_the_replicates(rows: StudyRows) -> None:
+    assert "paired racing test" in text.methods(rows)
+    assert "refitted" not in text.methods(rows)
+    study = dataclasses.replace(rows.config.study, pruner="median")
+    other = dataclasses.replace(rows, config=dataclasses.replace(rows.config, study=study))
+    assert "Trials were pruned by Optuna's median pruner." in text.methods(other)
+    replicated = dataclasses.replace(rows, standing=dataclasses.replace(rows.standing, confirmed=(1,)))
+    assert "the configuration that was best on most bootstrap samples of the images was refitted" in text.methods(
+        replicated
+    )
