@@ -54,7 +54,6 @@ bench: env ## run the short form of the benchmarks
 	$(BIN)/python benchmarks/throughput.py --quick
 	$(BIN)/python benchmarks/study.py --quick
 	$(BIN)/python benchmarks/study_statistics.py --quick
-	$(BIN)/python benchmarks/racing.py --quick
 
 clean: ## remove the sample study and the caches of the tools
 	rm -rf sample-study .mypy_cache .ruff_cache .pytest_cache .hypothesis
