@@ -114,6 +114,7 @@ def test_every_link_leads_somewhere(path: Path) -> None:
 
 
 NOT_WRITTEN_YET = {
+    "hpsearch/models/costs.py",
     "hpsearch/models/network.py",
     "hpsearch/models/networks",
     "hpsearch/report/columns.py",
@@ -150,6 +151,21 @@ def test_every_file_that_a_page_names_exists(path: Path) -> None:
 def test_a_name_without_a_file_would_be_noticed() -> None:
     text = "`hpsearch/none.py`, `tests/stats/`, `hpsearch/training/losses/NAME.py` and `hpsearch study`"
     assert named_files(text) == {"hpsearch/none.py", "tests/stats", "hpsearch/training/losses"}
+
+
+EXAMPLES = re.findall(
+    r"^```python\n# (hpsearch/\S+\.py)\n(.*?)^```",
+    (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"),
+    re.M | re.S,
+)
+"""File and source of each module that is shown whole."""
+
+
+@pytest.mark.parametrize(("file", "source"), EXAMPLES, ids=[file for file, _ in EXAMPLES])
+def test_the_modules_that_contributing_shows_can_be_imported(file: str, source: str) -> None:
+    namespace: dict[str, object] = {}
+    exec(compile(source, file, "exec"), namespace)
+    assert {"loss", "make", "build"} & set(namespace)
 
 
 def test_the_table_of_layers_has_every_package_in_the_order_that_is_enforced() -> None:
