@@ -13,9 +13,11 @@ import pytest
 from hpsearch.cli import group, main
 from hpsearch.config import setting_names
 from hpsearch.data.sample import draw_sample
+from tests.test_architecture import LAYERS
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", ROOT / "experiments/README.md", *(ROOT / "docs").glob("*.md")])
+TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "ARCHITECTURE.md")]
+PAGES = sorted([*TOP, ROOT / "experiments/README.md", *(ROOT / "docs").glob("*.md")])
 STUDIES = sorted((ROOT / "experiments").glob("*.toml"))
 SHELL = re.compile(r"[|;&<>]")
 ROWS = [f"R{number}" for number in range(1, 26)]
@@ -109,6 +111,68 @@ def test_every_link_leads_somewhere(path: Path) -> None:
         assert page.exists(), target
         if anchor:
             assert anchor in anchors(page), target
+
+
+NOT_WRITTEN_YET = {
+    "hpsearch/models/costs.py",
+    "hpsearch/models/network.py",
+    "hpsearch/models/networks",
+    "hpsearch/report/columns.py",
+    "hpsearch/search/pruners",
+    "hpsearch/search/samplers",
+    "hpsearch/search/scheduler.py",
+    "hpsearch/search/suggest.py",
+    "hpsearch/study.py",
+    "hpsearch/tracking",
+    "hpsearch/tracking/metrics.py",
+    "hpsearch/training/losses",
+    "hpsearch/views.py",
+    "hpsearch/workers/loop.py",
+    "hpsearch/workers/pool.py",
+    "tests/report/test_columns.py",
+    "tests/tracking/test_metrics.py",
+}
+"""Files that the pages name already, and that are still to be written."""
+
+
+def named_files(text: str) -> set[str]:
+    """Return the files and folders of the repository in a page's code spans; for `FOLDER/NAME.py` the folder."""
+    names = re.findall(r"`((?:hpsearch|tests|benchmarks|docs|examples|experiments)/[\w./-]*)", text)
+    return {name.rstrip("/").removesuffix("/NAME.py") for name in names}
+
+
+# The log of the experiments names files of its time.
+@pytest.mark.parametrize("path", [page for page in PAGES if page.parent.name != "experiments"], ids=lambda p: p.name)
+def test_every_file_that_a_page_names_exists(path: Path) -> None:
+    names = named_files(path.read_text(encoding="utf-8")) - NOT_WRITTEN_YET
+    assert [name for name in sorted(names) if not (ROOT / name).exists()] == []
+
+
+def test_a_name_without_a_file_would_be_noticed() -> None:
+    text = "`hpsearch/none.py`, `tests/stats/`, `hpsearch/training/losses/NAME.py` and `hpsearch study`"
+    assert named_files(text) == {"hpsearch/none.py", "tests/stats", "hpsearch/training/losses"}
+
+
+EXAMPLES = re.findall(
+    r"^```python\n# (hpsearch/\S+\.py)\n(.*?)^```",
+    (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"),
+    re.M | re.S,
+)
+"""File and source of each module that is shown whole."""
+
+
+@pytest.mark.parametrize(("file", "source"), EXAMPLES, ids=[file for file, _ in EXAMPLES])
+def test_the_modules_that_contributing_shows_can_be_imported(file: str, source: str) -> None:
+    namespace: dict[str, object] = {}
+    exec(compile(source, file, "exec"), namespace)
+    assert {"loss", "make", "build"} & set(namespace)
+
+
+def test_the_table_of_layers_has_every_package_in_the_order_that_is_enforced() -> None:
+    rows = re.findall(r"^\| (`\w+/`) \|", (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8"), re.MULTILINE)
+    shown = [row.strip("`/") for row in rows]
+    enforced = [name for layer in LAYERS for name in layer.names if (ROOT / "hpsearch" / name).is_dir()]
+    assert [name for name in shown if name in enforced] == enforced
 
 
 def anchors(page: Path) -> set[str]:
