@@ -17,14 +17,16 @@ import safetensors.numpy
 import torch
 from PIL import Image
 
-from hpsearch import final
 from hpsearch.cli.final import describe
 from hpsearch.config.data import DataConfig
 from hpsearch.data.cache import open_cache
 from hpsearch.data.decode import resize
 from hpsearch.data.prepare import Prepared, prepare_pool
 from hpsearch.errors import StoppedError, StudyError, TrackingError
-from hpsearch.final import FinalResult, _is_stored, fold_networks, run_final
+from hpsearch.final import FinalResult, run_final
+from hpsearch.final import run as final_run
+from hpsearch.final.fold_networks import fold_networks
+from hpsearch.final.result import is_stored
 from hpsearch.inference.postprocessing import Choices, Chosen
 from hpsearch.inference.predictor import Ensemble, Predictor, find_images, load_predictor, predict_files
 from hpsearch.inference.scoring import mask_name, official_scores, read_mask, score_folder
@@ -234,7 +236,7 @@ def test_only_a_whole_result_of_the_same_images_is_taken_as_it_is(
     test.ids = tuple(f"ISIC_{number:07d}" for number in range(11, 15))
     given = {"pool": pool, "test": test, "n_seeds": 2, "ensemble": True}
     asked = {key: value for key, value in change.items() if key in given}
-    assert _is_stored(folder, **{**given, **asked}) is (not change)
+    assert is_stored(folder, **{**given, **asked}) is (not change)
 
 
 def test_final_trains_with_the_threads_that_the_studys_plan_says(project: ProjectPaths, result: FinalResult) -> None:
@@ -352,10 +354,10 @@ def test_an_evaluation_that_is_killed_midway_and_one_of_a_few_images_are_counted
     def prepare_two(data: DataConfig, root: Path, **more: Any) -> Prepared:
         return prepare_test(dataclasses.replace(data, n_final_test=2), root, **more)
 
-    run_job, prepare_test = final.run_job, final.prepare_test
+    run_job, prepare_test = final_run.run_job, final_run.prepare_test
     with monkeypatch.context() as killing:
-        killing.setattr(final, "run_job", kill_at_the_first_score)
-        killing.setattr(final, "prepare_test", prepare_two)
+        killing.setattr(final_run, "run_job", kill_at_the_first_score)
+        killing.setattr(final_run, "prepare_test", prepare_two)
         with pytest.raises(KilledError):
             run_final(other, machine=MACHINE, n_seeds=2)
     whole = run_final(other, machine=MACHINE, n_seeds=2)

@@ -85,3 +85,9 @@ def test_the_citation_has_version_and_license_of_the_package() -> None:
     assert f"\nlicense: {project['license']}\n" in citation
     assert project["version"] == __version__
     assert (ROOT / "LICENSE").read_text(encoding="utf-8").startswith(f"{project['license']} License")
+
+
+def test_every_package_is_installed() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "hpsearch").rglob("__init__.py")}
+    assert set(listed) == found | {"hpsearch.experiments"}

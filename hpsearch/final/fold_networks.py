@@ -1,0 +1,72 @@
+"""The networks of a trial's folds that were kept, and which trial a final retrains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpsearch.errors import StudyError
+from hpsearch.report.estimates import Estimates
+from hpsearch.store.record import StudyRecord, TrialRecord
+
+
+@dataclass(frozen=True)
+class FoldNetworks:
+    """For each fold a network that has not seen its held-out images, and maybe another of other seeds."""
+
+    source: str
+    """Which they are, for people."""
+    weights: tuple[Path, ...]
+    others: tuple[Path, ...]
+    """Empty where there is one network a fold."""
+
+
+def fold_networks(record: StudyRecord, number: int) -> FoldNetworks | None:
+    """Those of a trial's second fits, or of its first where the second were not kept; None if neither were."""
+    found = []
+    for source, fit_of in (("second fits", record.second_fit), ("first fits", record.fit)):
+        weights = tuple(fit_of(number, fold).paths.weights for fold in range(record.n_folds))
+        finished = all(fit_of(number, fold).is_finished for fold in range(record.n_folds))
+        if finished and all(path.is_file() for path in weights):
+            found.append((source, weights))
+    if not found:
+        return None
+    source, weights = found[0]
+    return FoldNetworks(f"{source} of trial {number}", weights, found[1][1] if len(found) > 1 else ())
+
+
+def why_no_ensemble(record: StudyRecord, number: int) -> str:
+    having = [trial.number for trial in record.full_trials() if fold_networks(record, trial.number) is not None]
+    others = f"take --trial {' or '.join(map(str, having))}, or " if having else ""
+    return (
+        f"the networks of the folds of trial {number} were not kept, as they are for the best trials only: {others}"
+        f"fit its folds again (`hpsearch export --toml FILE --trial {number}`, then `hpsearch train --config FILE "
+        f"--folds {record.config.study.folds}`) and take the final of that study"
+    )
+
+
+def choose_trial(record: StudyRecord, number: int | None, cheapest_tied: bool) -> TrialRecord:
+    if number is None:
+        best = record.best()
+        if best is None:
+            raise StudyError(f"study {record.name!r} has no fully evaluated trial yet: run `hpsearch study` first")
+        if cheapest_tied and (estimates := Estimates.of(record)) is not None:
+            return record.trial(estimates.cheapest_tied(record))
+        return best
+    trial = record.known_trial(number)
+    if not trial.can_win:
+        what = {"full": "was changed by memory that ran out", None: "is still open"}.get(
+            trial.outcome, f"ended as {trial.outcome}"
+        )
+        raise StudyError(
+            f"trial {number} of study {record.name!r} {what}: only trials that were evaluated on all folds can be "
+            "final"
+        )
+    configuration = record.configuration(trial.params)
+    same = next(each for each in record.full_trials() if record.configuration(each.params) == configuration)
+    if same.number != number:
+        raise StudyError(
+            f"trial {number} of study {record.name!r} is a copy of trial {same.number}, which stands for both: take "
+            f"--trial {same.number}"
+        )
+    return trial
