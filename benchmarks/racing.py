@@ -44,7 +44,9 @@ from optuna.pruners import HyperbandPruner, MedianPruner, SuccessiveHalvingPrune
 
 from hpsearch.data.folds import Folds
 from hpsearch.paths import StudyPaths
-from hpsearch.search.pruners import NoPruner, OptunaPruner, Pruner, epochs_of_first_fold, fold_means, images
+from hpsearch.search.optuna_pruner import OptunaPruner, epochs_of_first_fold, fold_means, images
+from hpsearch.search.pruners import Pruner
+from hpsearch.search.pruners.none import NoPruner
 from hpsearch.search.racing import Race, TrialScores
 from hpsearch.store.record import StudyRecord
 

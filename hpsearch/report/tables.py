@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from hpsearch import __version__
 from hpsearch.report import text
+from hpsearch.report.columns import COLUMNS
 from hpsearch.report.finals import FinalRow
-from hpsearch.report.formats import SCORES, bounds, dimension, duration, interval, number, outcome_name, setting
-from hpsearch.report.rows import StudyRows, TrialRow, Winner
+from hpsearch.report.formats import SCORES, dimension, duration, interval, number, outcome_name, setting
+from hpsearch.report.rows import StudyRows
 from hpsearch.stats.intervals import Interval
 
 PUBLISHED: dict[str, tuple[float | None, ...]] = {
@@ -64,28 +65,12 @@ def best_configuration(rows: StudyRows) -> Table:
 
 
 def ranking(rows: StudyRows) -> Table:
-    """Return all complete trials, best first; those tied with the best are shaded."""
-    winner, names = rows.winner, [name for name, _ in rows.config.search]
-    assert winner is not None
-    settings = (name.partition(".")[2].replace("_", " ") for name in names)
-    head = ("trial", "", *settings, "mean", "95 % interval", "sd of folds", "over folds (t)", "time")
-    lines = []
-    for row in rows.complete:
-        assert row.statistics is not None
-        folds = row.statistics.folds
-        lines.append(
-            (
-                str(row.number),
-                _place(row, winner),
-                *(setting(row.params[name]) for name in names),
-                number(row.statistics.mean),
-                bounds(row.statistics.total),
-                number(row.statistics.sd_folds) if folds is not None else "",
-                bounds(folds) if folds is not None else "",
-                duration(row.seconds),
-            )
-        )
-    return Table(head, tuple(lines), tuple(row.number in winner.tied for row in rows.complete))
+    """Return all complete trials, best first, with the columns of `COLUMNS`; those tied with the best are shaded."""
+    assert rows.winner is not None
+    columns = [column for group in COLUMNS for column in (group(rows) if callable(group) else (group,))]
+    lines = tuple(tuple(column.cell(row, rows) for column in columns) for row in rows.complete)
+    heads = tuple(column.heading for column in columns)
+    return Table(heads, lines, tuple(row.number in rows.winner.tied for row in rows.complete))
 
 
 def incomplete_trials(rows: StudyRows) -> Table:
@@ -135,17 +120,6 @@ def facts(rows: StudyRows) -> Table:
     machine = ((names.get(name, name), value) for name, value in rows.machine.items())
     study = (("seed", str(rows.config.study.seed)), ("hpsearch", __version__))
     return Table(("", ""), (*study, ("folds", rows.folds), ("data key", rows.data_key), *machine))
-
-
-def _place(row: TrialRow, winner: Winner) -> str:
-    """Return `best`, `tied, cheapest`, `tied, two fits`."""
-    labels = {
-        "best": row.number == winner.number,
-        "tied": row.number in winner.tied and row.number != winner.number,
-        "cheapest": row.number == winner.cheapest and len(winner.tied) > 1,
-        "two fits": row.is_replicated,
-    }
-    return ", ".join(name for name, applies in labels.items() if applies)
 
 
 def _is_number(cell: str) -> bool:

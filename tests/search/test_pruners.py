@@ -16,15 +16,9 @@ from hpsearch.config import StudyConfig
 from hpsearch.config.search import StudySettings
 from hpsearch.config.train import TrainConfig
 from hpsearch.data.folds import Folds
-from hpsearch.search.pruners import (
-    NoPruner,
-    OptunaPruner,
-    Pruner,
-    epochs_of_first_fold,
-    fold_means,
-    images,
-    make_pruner,
-)
+from hpsearch.search.optuna_pruner import OptunaPruner, epochs_of_first_fold, fold_means, images
+from hpsearch.search.pruners import Pruner, make_pruner
+from hpsearch.search.pruners.none import NoPruner
 from hpsearch.search.racing import PruneDecision, Race, TrialScores
 
 N_EPOCHS = 4

@@ -14,7 +14,7 @@ from hpsearch.data.folds import Folds
 from hpsearch.errors import StudyError
 from hpsearch.search import pruners
 from hpsearch.search.callbacks import NullCallback
-from hpsearch.search.pruners import NoPruner
+from hpsearch.search.pruners.none import NoPruner
 from hpsearch.search.racing import PruneDecision, TrialScores
 from hpsearch.search.status import study_status
 from hpsearch.store.record import StudyRecord

@@ -1,82 +1,34 @@
-"""Owns the choice of the rule that ends trials early: our race, Optuna's own pruners, or none."""
+"""Use a pruner of Optuna, through Optuna's API, on the scores of a study."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 import optuna
-from optuna.exceptions import ExperimentalWarning
-from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, WilcoxonPruner
+from optuna.pruners import BasePruner
 from optuna.samplers import RandomSampler
 from optuna.storages import InMemoryStorage
 
-from hpsearch.config import StudyConfig
 from hpsearch.data.folds import Folds
-from hpsearch.search.racing import PruneDecision, Race, TrialScores, decide
-
-
-class Pruner(Protocol):
-    """A rule that ends trials early. What is on record decides, so a restart changes nothing."""
-
-    @property
-    def is_sequential(self) -> bool:
-        """Whether the folds of a trial are to run one after another where there are other trials to run."""
-
-    @property
-    def takes_any_fold(self) -> bool:
-        """Whether it can judge by whichever folds are finished, not only by the first ones."""
-
-    def judge(self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds) -> PruneDecision | None:
-        """Asked after every epoch, which is that of `candidate.latest`; None where the rule has nothing to say.
-
-        `others` are all other trials that have scores, in whatever order: ended or not, full or not.
-        """
-
-
-def make_pruner(config: StudyConfig) -> Pruner:
-    """The rule that `study.pruner` names."""
-    match config.study.pruner:
-        case "race":
-            return Race()
-        case "median":
-            return OptunaPruner(MedianPruner, epochs_of_first_fold)
-        case "hyperband":
-            return OptunaPruner(lambda: HyperbandPruner(max_resource=config.train.epochs), epochs_of_first_fold)
-        case "wilcoxon":
-            return OptunaPruner(WilcoxonPruner, images)
-        case "none":
-            return NoPruner()
-
-
-class NoPruner:
-    """Every trial is evaluated on all folds."""
-
-    is_sequential = False
-    takes_any_fold = True
-
-    def judge(self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds) -> None:
-        return None
-
+from hpsearch.search.racing import PruneDecision, TrialScores, decide
+from hpsearch.search.suggest import quiet
 
 Report = dict[int, float]
-"""Step to value: what is reported to Optuna before it is asked once."""
+"""Step to value: what is reported to Optuna before its pruner is asked once."""
 
 
 def epochs_of_first_fold(trial: TrialScores, folds: Folds) -> list[Report]:
-    """The mean score after every epoch of fold 0; step = epoch, from 1."""
+    """Return the mean score after every epoch of fold 0; step = epoch, from 1."""
     return [{epoch: float(mean)} for epoch, mean in enumerate(trial.curves.get(0, ()), start=1)]
 
 
 def fold_means(trial: TrialScores, folds: Folds) -> list[Report]:
-    """The mean score of every finished fold; step = fold."""
+    """Return the mean score of every finished fold; step = fold."""
     return [{fold: float(trial.curves[fold][-1])} for fold in trial.finished]
 
 
 def images(trial: TrialScores, folds: Folds) -> list[Report]:
-    """The score of every held-out image of every finished fold, a fold at a time; step = place in the pool."""
+    """Return the score of every held-out image of each finished fold; step = index in the pool."""
     return [
         dict(zip(folds.held_out(fold).tolist(), trial.scores[fold][-1].tolist(), strict=True))
         for fold in trial.finished
@@ -86,18 +38,17 @@ def images(trial: TrialScores, folds: Folds) -> list[Report]:
 class OptunaPruner:
     """One of Optuna's pruners, through Optuna's API.
 
-    It sees a study of its own in memory, where only full trials are COMPLETE and only reports count. In the study's
-    database dropped trials are COMPLETE too, with an estimate for a value, which teaches the sampler, but would
-    change what these pruners compare with. Built up from the record, this study is the same after a restart.
+    The pruner sees a study in memory in which complete trials are COMPLETE and only reports count. That study is
+    built from the recorded scores, so it is the same after a restart.
     """
 
     is_sequential = True
     takes_any_fold = False
 
     def __init__(self, make: Callable[[], BasePruner], reports: Callable[[TrialScores, Folds], list[Report]]) -> None:
-        """`make` gives the pruner, fresh; `reports` what it is told, one report for each time it is asked."""
+        """`make` returns a new pruner; `reports` returns one report for each time that the pruner is asked."""
         self._reports = reports
-        with _quiet():
+        with quiet():
             pruner = make()
             # The study's name decides Hyperband's brackets, so it is fixed.
             self._study = optuna.create_study(
@@ -127,7 +78,7 @@ class OptunaPruner:
         return decide(drop, candidate, others, folds.k, reason)
 
     def _bring_up_to_date(self, trial: TrialScores, folds: Folds) -> None:
-        """Report what is new, ask after each report, and tell the value of a full trial."""
+        """Report what is new, ask after each report, and tell the value of a complete trial."""
         if trial.number in self._told:
             return
         while len(self._trials) <= trial.number:
@@ -148,16 +99,3 @@ def _an_epoch_ago(trial: TrialScores) -> TrialScores:
     return TrialScores(
         trial.number, {fold: each for fold, each in scores.items() if len(each)}, trial.n_epochs, trial.schedule
     )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Optuna's notes on what is experimental and on a study in memory that is nobody's business."""
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)
-            yield
-    finally:
-        optuna.logging.set_verbosity(verbosity)

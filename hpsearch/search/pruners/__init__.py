@@ -1,0 +1,38 @@
+"""The pruners that `study.pruner` can name: one module each, found by its name.
+
+A pruner's module has a function `make(config)` that returns an object with the methods of `Pruner`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Protocol
+
+from hpsearch.config import StudyConfig
+from hpsearch.data.folds import Folds
+from hpsearch.search.racing import PruneDecision, TrialScores
+
+
+class Pruner(Protocol):
+    """A rule that ends trials early. It decides from recorded scores alone, so a restart changes nothing."""
+
+    @property
+    def is_sequential(self) -> bool:
+        """Whether the folds of a trial are fitted one after another, as long as other trials can be fitted."""
+
+    @property
+    def takes_any_fold(self) -> bool:
+        """Whether it can judge a trial by any finished folds, not only by the first ones."""
+
+    def judge(self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds) -> PruneDecision | None:
+        """Return a decision after an epoch, the last one of fold `candidate.latest`; None if there is none to make.
+
+        `others` are all other trials that have scores, in any order: ended or not, complete or not.
+        """
+
+
+def make_pruner(config: StudyConfig) -> Pruner:
+    """Return the pruner that `study.pruner` names."""
+    pruner: Pruner = importlib.import_module(f"hpsearch.search.pruners.{config.study.pruner}").make(config)
+    return pruner

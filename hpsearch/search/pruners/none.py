@@ -1,0 +1,24 @@
+"""No pruner: every trial is evaluated on all folds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hpsearch.config import StudyConfig
+from hpsearch.data.folds import Folds
+from hpsearch.search.racing import TrialScores
+
+
+def make(config: StudyConfig) -> NoPruner:
+    """Return the pruner."""
+    return NoPruner()
+
+
+class NoPruner:
+    """Never prunes."""
+
+    is_sequential = False
+    takes_any_fold = True
+
+    def judge(self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds) -> None:
+        return None
