@@ -36,6 +36,7 @@ from hpsearch.training.evaluation import evaluate
 from hpsearch.training.loop import fit
 from hpsearch.training.metrics import SCORES, PixelCounts
 from hpsearch.training.runtime import make_runtime
+from hpsearch.typed_json import to_json
 
 BASE = (
     "data.size=64", "unet.base_channels=4", "unet.depth=3", "train.epochs=8", "train.batch_size=16", "train.lr=0.05",
@@ -200,7 +201,7 @@ def fit_arm(arm: Arm, seed: int, root: str, out: Path, threads: int | None = Non
     ).counts
     counts = PixelCounts.from_columns(held_out_counts)
     scores = {name: float(np.mean(SCORES[name](counts))) for name in ("dice", "jaccard", "accuracy")}
-    rows = [row.to_dict() for row in found.rows]
+    rows = [to_json(row) for row in found.rows]
     return {**setting, "diverged": False, **scores, "rows": rows, "seconds": time.monotonic() - began}
 
 

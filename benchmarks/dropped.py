@@ -19,13 +19,14 @@ from pathlib import Path
 from hpsearch import paths
 from hpsearch.paths import ProjectPaths, StudyPaths
 from hpsearch.search.autotune import MachineChoice
-from hpsearch.store.record import StudyRecord, TrialRecord
+from hpsearch.store.record import StudyRecord
+from hpsearch.store.trials import TrialRecord
 from hpsearch.study import run_study
 
 
 def best_dropped(record: StudyRecord, n: int) -> list[TrialRecord]:
     """The `n` dropped trials with the highest estimates, best first."""
-    dropped = [trial for trial in record.trials() if trial.outcome == "dropped"]
+    dropped = [trial for trial in record.trials() if trial.outcome == "pruned"]
     return sorted(dropped, key=lambda trial: (-(trial.value or 0.0), trial.number))[:n]
 
 

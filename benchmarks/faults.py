@@ -539,7 +539,7 @@ def what_is_left(out: Path) -> dict[str, Any]:
                 "weights": digest(fit.paths.weights),
                 "best": digest(fit.paths.best),
                 "checkpoints": fit.paths.last.is_file() or fit.paths.previous.is_file(),
-                "epochs": [(row["epoch"], row["train"], row["held_out"]) for row in fit.epochs()],
+                "epochs": [(row.epoch, row.train, row.held_out) for row in fit.epochs()],
             }
     left["optuna"] = optuna_rows(out / "hpsearch.db")
     left["mlflow"] = mlflow_rows(out / "mlflow.db")

@@ -125,7 +125,7 @@ def start(arguments: argparse.Namespace, data: Path, project: Path, trials: int)
     ended_at = time.time()
     record = StudyRecord.open(ProjectPaths(project).study(NAME))
     epochs = [
-        Epoch(trial, fold, row["time"], row["train_s"] + row["eval_s"])
+        Epoch(trial, fold, row.time, row.seconds)
         for trial in record.trial_numbers()
         for fold in range(record.n_folds)
         for row in record.fit(trial, fold).epochs()

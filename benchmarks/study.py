@@ -170,7 +170,7 @@ def time_hpsearch(arguments: argparse.Namespace, data: Path, project: Path, prun
     values += [f"data.n_search_train={arguments.images}", "data.n_search_validation=1"]
     wall_s, cpu_s = timed(command + [part for value in values for part in ("--set", value)], project / "output.txt")
     record = StudyRecord.open(ProjectPaths(project).study(NAME))
-    return Result(wall_s, cpu_s, {t.number: t.value for t in record.trials() if t.outcome == "full" and t.value})
+    return Result(wall_s, cpu_s, {t.number: t.value for t in record.trials() if t.outcome == "complete" and t.value})
 
 
 def read_params(project: Path) -> list[dict[str, Any]]:

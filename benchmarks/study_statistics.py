@@ -77,7 +77,7 @@ class Setting:
     n_trials: int = 50
     n_images: int = 2150
     n_folds: int = 5
-    n_confirm: int = 5
+    n_replicates: int = 5
     n_test: int = 600
     shape: Shape = "normal"
     """Of mu over the trials. `skewed`: most near the best, and a long tail of bad ones, as searches leave them."""
@@ -116,8 +116,8 @@ def generate(setting: Setting, rng: np.random.Generator) -> Study:
     full = np.flatnonzero(n_finished == n_folds)
     dropped = np.where(fold_of < n_finished[:, None], first, np.nan)[n_finished < n_folds]
     study = StudyScores(scores=first[full], fold_of=fold_of, pruned=dropped)
-    if setting.n_confirm and len(full) > 1 and n_folds > 1:
-        best = select_for_replication(study.scores, setting.n_confirm, n_bags=N_BAGS)
+    if setting.n_replicates and len(full) > 1 and n_folds > 1:
+        best = select_for_replication(study.scores, setting.n_replicates, n_bags=N_BAGS)
         rows = full[list(best)]
         study = replace(
             study, replicated=best, replicates=without_runs[rows] + setting.run * runs[1][rows][:, fold_of]
@@ -319,7 +319,7 @@ def main() -> None:
             n_trials=given.trials,
             n_images=n_images,
             n_folds=given.folds,
-            n_confirm=given.confirm,
+            n_replicates=given.confirm,
             shape=given.shape,
         )
         found = summarise(setting, n_studies, given.seed)

@@ -186,7 +186,7 @@ class TrialPaths(_Folder):
     def fold(self, fold: int) -> FitPaths:
         return FitPaths(self.root / f"fold{fold}")
 
-    def second_fold(self, fold: int) -> FitPaths:
+    def replicate_fold(self, fold: int) -> FitPaths:
         return FitPaths(self.root / f"second{fold}")
 
 

@@ -28,7 +28,8 @@ from hpsearch.search.optuna_view import OptunaView
 from hpsearch.search.stopping import Budget, Stop
 from hpsearch.store import lock
 from hpsearch.store.log import log_file
-from hpsearch.store.record import COUNTED, StudyRecord
+from hpsearch.store.record import StudyRecord
+from hpsearch.store.trials import COUNTED
 from hpsearch.views import Tracker, ViewThread
 from hpsearch.workers import plan as plans
 from hpsearch.workers.local_pool import LocalPool
@@ -136,7 +137,7 @@ def forecast(record: StudyRecord, plan: ExecutionPlan, n_images: int) -> plans.F
         n_images=n_images,
         n_trials=n_trials,
         n_folds=record.n_folds,
-        n_confirm=replicates.n_left(record, n_trials),
+        n_replicates=replicates.n_left(record, n_trials),
     )
 
 

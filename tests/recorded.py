@@ -21,9 +21,11 @@ from hpsearch.data.decode_pool import Facts
 from hpsearch.data.folds import Folds
 from hpsearch.data.layouts import Sample, Split
 from hpsearch.paths import FitPaths, ProjectPaths
-from hpsearch.store.record import Outcome, SecondRecord, Shortlist, StudyRecord, TrialRecord
+from hpsearch.store.record import StudyRecord
+from hpsearch.store.trials import Outcome, ReplicateRecord, Shortlist, TrialRecord
 from hpsearch.training.metrics import PixelCounts, dice
 from hpsearch.training.rows import EpochRow, Scores
+from hpsearch.typed_json import to_json
 
 BEGAN_AT = 1_760_000_000.0
 EPOCH_S = 2.0
@@ -33,7 +35,7 @@ SEARCH = (
     "search.unet.base_channels=[4, 8, 16]",
     "search.train.lr={low=0.001, high=0.3, log=true}",
 )
-OUTCOMES: tuple[Outcome, ...] = ("full", "full", "dropped", "infeasible", "diverged", "failed")
+OUTCOMES: tuple[Outcome, ...] = ("complete", "complete", "pruned", "infeasible", "diverged", "failed")
 
 
 class FakeStudy:
@@ -110,52 +112,54 @@ class FakeStudy:
         while not self.record.fit(trial.number, fold).is_finished:
             self.epoch(trial, fold)
 
-    def end(self, trial: TrialRecord, outcome: Outcome = "full") -> TrialRecord:
+    def end(self, trial: TrialRecord, outcome: Outcome = "complete") -> TrialRecord:
         """End a trial as it is; `full` needs all folds."""
         verdict = {"drop": True, "estimate": 0.61, "fold": 0, "epoch": 1, "reason": "d 0.21 over trial 0", "p": 0.001}
-        reasons = {"dropped": "d 0.21 over trial 0", "diverged": "the training loss became nan", "failed": "it died"}
+        reasons = {"pruned": "d 0.21 over trial 0", "diverged": "the training loss became nan", "failed": "it died"}
         reasons["infeasible"] = "needs about 9.1 GiB for a training step, this device has 8.0 GiB"
-        values = {"full": lambda: self.record.value(trial.number), "dropped": lambda: 0.61}
+        values = {"complete": lambda: self.record.value(trial.number), "pruned": lambda: 0.61}
         ended = dataclasses.replace(
             trial,
             outcome=outcome,
             value=values[outcome]() if outcome in values else None,
             reason=reasons.get(outcome, ""),
             ended_at=self._tick(),
-            decisions=(verdict,) if outcome == "dropped" else (),
+            decisions=(verdict,) if outcome == "pruned" else (),
             failures={"0": ["was killed by signal 9"] * 3} if outcome == "failed" else {},
         )
         self.record.write_trial(ended)
         return ended
 
-    def trial(self, outcome: Outcome = "full", **params: Any) -> TrialRecord:
+    def trial(self, outcome: Outcome = "complete", **params: Any) -> TrialRecord:
         """A whole trial that ends so: dropped and diverged ones in their first fold."""
         trial = self.begin(**params)
-        if outcome == "full":
+        if outcome == "complete":
             for fold in range(self.record.n_folds):
                 self.fold(trial, fold)
-        elif outcome in ("dropped", "diverged"):
+        elif outcome in ("pruned", "diverged"):
             self.epoch(trial, 0)
         return self.end(trial, outcome)
 
-    def second(self, number: int, gain: float = -0.005) -> None:
+    def replicate(self, number: int, gain: float = -0.005) -> None:
         """The second fits of that trial, by so much better than the first."""
         trial = self.record.trial(number)
         began_at, quality = self._tick(), trial_quality(trial) + gain
         for fold in range(self.record.n_folds):
-            fit, held_out = self.record.second_fit(number, fold).paths, self.record.folds.held_out(fold)
+            fit, held_out = self.record.replicate_fit(number, fold).paths, self.record.folds.held_out(fold)
             for epoch in range(1, self.n_epochs + 1):
                 write_epoch(fit, epoch, self._tick(), quality, fold, held_out, self.n_epochs)
             finish_fit(fit, quality, fold, held_out, self.config.data.height, self.machine)
-        self.record.write_second(
-            SecondRecord(trial=number, began_at=began_at, outcome="full", ended_at=self._tick(), code=trial.code)
+        self.record.write_replicate(
+            ReplicateRecord(
+                trial=number, began_at=began_at, outcome="complete", ended_at=self._tick(), code=trial.code
+            )
         )
 
     def confirm(self, *numbers: int, gains: Mapping[int, float] = MappingProxyType({})) -> None:
         """Confirm the study with the second fits of these trials."""
         for number in numbers:
-            self.second(number, gains.get(number, -0.005))
-        full = tuple(trial.number for trial in self.record.full_trials())
+            self.replicate(number, gains.get(number, -0.005))
+        full = tuple(trial.number for trial in self.record.complete_trials())
         self.record.write_shortlist(Shortlist(numbers, full, self.config.study.confirm))
 
     def final(self, number: int, n_test: int = 12, **more: Any) -> None:
@@ -237,7 +241,7 @@ def write_epoch(
     )
     fit.root.mkdir(parents=True, exist_ok=True)
     with fit.epochs.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row.to_dict()) + "\n")
+        file.write(json.dumps(to_json(row)) + "\n")
     if len(held_out):
         before = np.load(fit.scores) if fit.scores.is_file() else np.zeros((0, len(held_out)), np.float32)
         scores = image_scores(quality, fold, len(held_out), 32) * progress

@@ -48,11 +48,10 @@ TOO_LONG = {
     "config/study.py": 405,
     "data/cache.py": 444,
     "data/layouts.py": 530,
-    "store/record.py": 630,
     "training/loop.py": 490,
 }
 """Files that are still to be divided, and how long they may be until then."""
-LARGE_CLASSES = {"store/record.py"}
+LARGE_CLASSES: set[str] = set()
 """Files with a class that is still to be divided."""
 
 FILES = [path for path in sorted(ROOT.rglob("*.py")) if path != ROOT / "__init__.py"]

@@ -27,7 +27,7 @@ from hpsearch.final import FinalResult, run_final
 from hpsearch.final import run as final_run
 from hpsearch.final.fold_networks import fold_networks
 from hpsearch.final.result import is_stored
-from hpsearch.inference.postprocessing import Choices, Chosen
+from hpsearch.inference.postprocessing import Postprocessing, SelectedPostprocessing
 from hpsearch.inference.predictor import Ensemble, Predictor, find_images, load_predictor, predict_files
 from hpsearch.inference.scoring import mask_name, official_scores, read_mask, score_folder
 from hpsearch.paths import FinalPaths, ProjectPaths
@@ -35,8 +35,9 @@ from hpsearch.report.rows import study_rows
 from hpsearch.search.autotune import MachineChoice
 from hpsearch.search.stopping import Stop
 from hpsearch.stats.intervals import Paired
-from hpsearch.store.record import load_array, study_record
-from hpsearch.store.test_set_log import find_look, n_seen, user_account
+from hpsearch.store.fits import load_array
+from hpsearch.store.record import study_record
+from hpsearch.store.test_set_log import find_evaluation, n_seen, user_account
 from hpsearch.training.checkpoint import load_weights
 from hpsearch.training.metrics import SCORES, PixelCounts
 from hpsearch.workers.jobs import Job, ScoreJob
@@ -302,14 +303,14 @@ def test_an_ensemble_without_networks_says_which_trials_have_them_and_how_to_get
 
 
 def test_choices_are_on_record_and_in_the_weights_file(result: FinalResult) -> None:
-    chosen = Chosen.read(result.paths.choices)
+    chosen = SelectedPostprocessing.read(result.paths.choices)
     assert chosen == result.chosen
     assert chosen.source == f"second fits of trial {result.trial.number}"
     assert [each.name for each in chosen.decisions] == ["flips", "threshold", "clean", "ensemble"]
     assert all(each.taken == (each.gain.low > 0) for each in chosen.decisions)
     info = Predictor.load(result.paths.model, device="cpu", threads=1)
     assert info.choices == chosen.choices
-    assert bool(result.chosen_test) == (chosen.choices != Choices())
+    assert bool(result.chosen_test) == (chosen.choices != Postprocessing())
 
 
 def test_the_ensemble_has_a_network_for_each_fold_and_is_shown_beside_the_one_kept(
@@ -331,7 +332,7 @@ def test_an_evaluation_that_is_killed_midway_and_one_of_a_few_images_are_counted
 ) -> None:
     (noted,) = result.looks
     assert noted == result.look
-    found = find_look(project, noted.id)
+    found = find_evaluation(project, noted.id)
     assert found is not None
     assert found.score == pytest.approx(result.test["dice"].mean)
     # The same study in another project folder; the user's account, of which this test has a copy, knows both.
@@ -373,7 +374,7 @@ def test_every_look_at_the_test_set_is_counted_and_a_search_that_goes_on_after_o
     project: ProjectPaths, result: FinalResult
 ) -> None:
     assert [look.trial for look in result.looks] == [result.trial.number]
-    assert (result.n_looks_before, result.n_trials_after) == (0, 0)
+    assert (result.n_evaluations_before, result.n_trials_after) == (0, 0)
     dataset = project.root / "ISIC-2017"
     settings = ("study.pruner=none", "study.sampler=random", "study.trials=3", "study.confirm=0")
     run(project.root, tiny_config(dataset, *settings))

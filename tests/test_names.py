@@ -68,7 +68,7 @@ def test_names_are_text_from_the_images_to_the_report(tmp_path: Path, empty_mlfl
     record = run(project.root, config, name="Größe + ü 2", tracker=MlflowTracker(project), callback=ports).record
 
     assert sorted(record.folds.ids) == sorted(NAMES)
-    assert record.trial(0).outcome == "full"
+    assert record.trial(0).outcome == "complete"
     tracked = read(project, "Größe + ü 2")
     table = next(content for run in tracked.values() for name, content in run.files.items() if name == "scores.csv")
     text = table.decode() if isinstance(table, bytes) else str(table)

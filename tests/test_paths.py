@@ -40,7 +40,7 @@ def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_told_with_the_room_that_is_left(tmp_path: Path) -> None:
-    error = paths.storage_error(tmp_path / "file", OSError(errno.ENOSPC, "full"))
+    error = paths.storage_error(tmp_path / "file", OSError(errno.ENOSPC, "complete"))
     assert str(tmp_path / "file") in str(error)
     assert "MiB free" in str(error)
 

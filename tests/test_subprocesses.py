@@ -12,7 +12,7 @@ import pytest
 
 from hpsearch import subprocesses
 from hpsearch.data.decode_pool import Decoders, Facts, Job
-from hpsearch.inference.postprocessing import Choices
+from hpsearch.inference.postprocessing import Postprocessing
 from hpsearch.tracking import mlflow_model
 from hpsearch.workers.jobs import Finished, KeepJob
 from hpsearch.workers.local_pool import LocalPool
@@ -39,7 +39,7 @@ def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_worker_imports_nothing_from_the_current_folder(hostile: Path, tmp_path: Path) -> None:
     with LocalPool(tmp_path) as pool:
         pool.resize([WorkerSettings("cpu", 1)])
-        assert run_job(pool, KeepJob(copies=(), postprocessing=Choices())) == Finished()
+        assert run_job(pool, KeepJob(copies=(), postprocessing=Postprocessing())) == Finished()
 
 
 def test_the_decoder_imports_nothing_from_the_current_folder(hostile: Path, tmp_path: Path) -> None:

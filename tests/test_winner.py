@@ -15,7 +15,8 @@ from hpsearch.report.estimates import Estimates
 from hpsearch.report.rows import study_rows
 from hpsearch.search.optuna_view import OptunaView, sqlite_url
 from hpsearch.search.status import study_status
-from hpsearch.store.record import SecondRecord, Shortlist, StudyRecord
+from hpsearch.store.record import StudyRecord
+from hpsearch.store.trials import ReplicateRecord, Shortlist
 from hpsearch.study import StudySummary
 from tests.recorded import FakeStudy
 from tests.tracking.tracked import client, read, view_of
@@ -32,7 +33,7 @@ def study(tmp_path: Path, empty_mlflow_db: Path, quick_figures: None) -> FakeStu
     study.trial(**{"train.lr": 0.01, "unet.depth": 3, "unet.base_channels": 8})
     for lr in (0.05, 0.045, 0.04):
         study.trial(**{"train.lr": lr, "unet.depth": 4, "unet.base_channels": 16})
-    study.trial("dropped")
+    study.trial("pruned")
     return study
 
 
@@ -87,7 +88,7 @@ def assert_one_winner(study: FakeStudy, number: int, capsys: pytest.CaptureFixtu
     assert [name for name, run in runs.items() if "winner" in run.tags] == [f"trial {number:04d}"]
     winner = runs[f"trial {number:04d}"]
     assert (winner.tags["winner"], winner.tags["rank"]) == ("true", "0001")
-    for trial in record.full_trials():
+    for trial in record.complete_trials():
         run = runs[f"trial {trial.number:04d}"]
         assert latest(run.metrics["cv/dice_mean"]) == record.worth(trial)
         assert f"ut-of-fold dice **{record.worth(trial):.4f}**" in run.tags["mlflow.note.content"]
@@ -120,7 +121,7 @@ def test_a_refit_changes_the_winner_everywhere_and_a_trial_that_comes_after_it_o
     assert latest(run.metrics["cv/jaccard_mean"]) < latest(run.metrics["cv/jaccard_first"])
     # Nothing of it is lost or said twice by another start.
     assert_one_winner(study, 2, capsys)
-    study.trial("dropped")
+    study.trial("pruned")
     assert_one_winner(study, 2, capsys)
     study.trial(**{"train.lr": 0.3, "unet.depth": 2, "unet.base_channels": 4})
     assert_one_winner(study, 1, capsys)
@@ -175,8 +176,8 @@ def test_a_view_that_showed_the_first_winner_moves_the_tag(study: FakeStudy) -> 
 
 def test_every_refitted_trial_that_failed_leaves_the_best_of_the_others(study: FakeStudy) -> None:
     for number in (1, 2):
-        study.record.write_second(
-            SecondRecord(trial=number, began_at=1.0, ended_at=2.0, outcome="diverged", reason="nan")
+        study.record.write_replicate(
+            ReplicateRecord(trial=number, began_at=1.0, ended_at=2.0, outcome="diverged", reason="nan")
         )
     study.record.write_shortlist(Shortlist((1, 2), (0, 1, 2, 3), 2))
     OptunaView(study.record.paths).update()

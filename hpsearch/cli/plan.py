@@ -98,7 +98,7 @@ def time_of_study(config: StudyConfig, project: ProjectPaths, device: str) -> li
         n_images=n_images,
         n_trials=study.trials,
         n_folds=1 if study.folds == "fixed" else study.folds,
-        n_confirm=0 if study.folds == "fixed" else min(study.confirm, study.trials),
+        n_replicates=0 if study.folds == "fixed" else min(study.confirm, study.trials),
     )
     folds = "the fixed split" if study.folds == "fixed" else f"{study.folds} folds"
     on = plan.machine.get("device_name", plan.device)

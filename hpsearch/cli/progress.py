@@ -22,7 +22,8 @@ from hpsearch.errors import redact
 from hpsearch.paths import ProjectPaths, command_line
 from hpsearch.report.formats import count, duration, outcome_name
 from hpsearch.search.status import study_status
-from hpsearch.store.record import COUNTED, StudyRecord, TrialRecord
+from hpsearch.store.record import StudyRecord
+from hpsearch.store.trials import COUNTED, TrialRecord
 from hpsearch.study import StudySummary
 from hpsearch.training.rows import EpochRow
 from hpsearch.workers.plan import ExecutionPlan, Forecast, describe_data
@@ -145,7 +146,7 @@ class StudyProgress:
         self._reckon()
         value = f"{trial.value:.4f}" if trial.value is not None else "-"
         mark = "  best so far" if self._best is not None and self._best[0] == trial.number else ""
-        reason = f"  ({trial.reason})" if trial.outcome != "full" and trial.reason else ""
+        reason = f"  ({trial.reason})" if trial.outcome != "complete" and trial.reason else ""
         outcome = outcome_name(trial.outcome or "open")
         self._print(f"trial {trial.number} {outcome} {value}{mark}{reason}  {describe_params(trial.params)}")
 
@@ -224,7 +225,7 @@ class StudyProgress:
         lines = [_bar(f"{head}  ETA {self._eta()}", done, total)]
         table = Table.grid(padding=(0, 2))
         for (trial, fold), row in sorted(self._fits.items()):
-            scores = row.held_out or row.train
+            scores = row.scores
             table.add_row(
                 f"  trial {trial}",
                 f"fold {fold + 1} of {self._record.n_folds}",
@@ -261,7 +262,7 @@ def undelivered(study: str, project: ProjectPaths, tracking: str | None, error: 
 
 def describe_forecast(pruner: str, forecast: Forecast) -> str:
     """Return how long a search will take, in a sentence."""
-    then = f", then up to {count(forecast.n_confirm, 'refit')}" if forecast.n_confirm else ""
+    then = f", then up to {count(forecast.n_replicates, 'refit')}" if forecast.n_replicates else ""
     most, saved = ("at most about", "; racing saves most of it") if pruner == "race" else ("about", "")
     fit = duration(forecast.fit_s) if forecast.fit_s >= 10 else f"{forecast.fit_s:.1f} s"
     return (

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from hpsearch.errors import StudyError
 from hpsearch.report.estimates import Estimates
-from hpsearch.store.record import StudyRecord, TrialRecord
+from hpsearch.store.record import StudyRecord
+from hpsearch.store.trials import TrialRecord
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class FoldNetworks:
 def fold_networks(record: StudyRecord, number: int) -> FoldNetworks | None:
     """Those of a trial's second fits, or of its first where the second were not kept; None if neither were."""
     found = []
-    for source, fit_of in (("second fits", record.second_fit), ("first fits", record.fit)):
+    for source, fit_of in (("second fits", record.replicate_fit), ("first fits", record.fit)):
         weights = tuple(fit_of(number, fold).paths.weights for fold in range(record.n_folds))
         finished = all(fit_of(number, fold).is_finished for fold in range(record.n_folds))
         if finished and all(path.is_file() for path in weights):
@@ -36,7 +37,7 @@ def fold_networks(record: StudyRecord, number: int) -> FoldNetworks | None:
 
 
 def why_no_ensemble(record: StudyRecord, number: int) -> str:
-    having = [trial.number for trial in record.full_trials() if fold_networks(record, trial.number) is not None]
+    having = [trial.number for trial in record.complete_trials() if fold_networks(record, trial.number) is not None]
     others = f"take --trial {' or '.join(map(str, having))}, or " if having else ""
     return (
         f"the networks of the folds of trial {number} were not kept, as they are for the best trials only: {others}"
@@ -55,7 +56,7 @@ def choose_trial(record: StudyRecord, number: int | None, cheapest_tied: bool) -
         return best
     trial = record.known_trial(number)
     if not trial.can_win:
-        what = {"full": "was changed by memory that ran out", None: "is still open"}.get(
+        what = {"complete": "was changed by memory that ran out", None: "is still open"}.get(
             trial.outcome, f"ended as {trial.outcome}"
         )
         raise StudyError(
@@ -63,7 +64,7 @@ def choose_trial(record: StudyRecord, number: int | None, cheapest_tied: bool) -
             "final"
         )
     configuration = record.configuration(trial.params)
-    same = next(each for each in record.full_trials() if record.configuration(each.params) == configuration)
+    same = next(each for each in record.complete_trials() if record.configuration(each.params) == configuration)
     if same.number != number:
         raise StudyError(
             f"trial {number} of study {record.name!r} is a copy of trial {same.number}, which stands for both: take "

@@ -10,9 +10,10 @@ from hpsearch.config.data import DataConfig
 from hpsearch.data.pool_caches import PoolCaches
 from hpsearch.data.prepare import Prepared, locate
 from hpsearch.final.fold_networks import FoldNetworks
-from hpsearch.inference.postprocessing import Choices, FoldNetwork
+from hpsearch.inference.postprocessing import FoldNetwork, Postprocessing
 from hpsearch.paths import FinalPaths, FitPaths
-from hpsearch.store.record import StudyRecord, TrialRecord
+from hpsearch.store.record import StudyRecord
+from hpsearch.store.trials import TrialRecord
 from hpsearch.workers.jobs import (
     CachePaths,
     CountJob,
@@ -71,7 +72,7 @@ def select_job(
 
 
 def count_job(
-    trial: TrialRecord, choices: Choices, weights: Sequence[Path], counts: Path, seen: Prepared, test: Prepared
+    trial: TrialRecord, choices: Postprocessing, weights: Sequence[Path], counts: Path, seen: Prepared, test: Prepared
 ) -> CountJob:
     return CountJob(
         config=trial.study_config,

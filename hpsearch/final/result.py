@@ -18,7 +18,7 @@ from hpsearch.config.data import DataConfig
 from hpsearch.data.duplicates import DuplicatePair, find_in_dataset
 from hpsearch.data.prepare import Prepared
 from hpsearch.errors import RecordError
-from hpsearch.inference.postprocessing import Choices, Chosen
+from hpsearch.inference.postprocessing import Postprocessing, SelectedPostprocessing
 from hpsearch.inference.scoring import COLUMNS, mask_name, read_mask, score_table, write_submission
 from hpsearch.paths import FinalPaths, FitPaths, ProjectPaths
 from hpsearch.report import trial_rows
@@ -26,14 +26,16 @@ from hpsearch.report.estimates import Estimates
 from hpsearch.report.finals import EnsembleResult, FinalScores
 from hpsearch.stats.intervals import Interval, Paired, bootstrap_mean, paired_difference
 from hpsearch.stats.selection import Corrected
-from hpsearch.store.record import FORMAT, StudyRecord, TrialRecord, load_array
+from hpsearch.store.fits import load_array
+from hpsearch.store.record import StudyRecord
 from hpsearch.store.test_set_log import (
-    Look,
-    find_look,
-    first_look_of,
-    looks_at,
-    n_looks_before,
+    LoggedEvaluation,
+    evaluations_of,
+    find_evaluation,
+    first_evaluation_of,
+    n_evaluations_before,
 )
+from hpsearch.store.trials import FORMAT, TrialRecord
 from hpsearch.training.metrics import SCORES, PixelCounts
 
 logger = logging.getLogger(__name__)
@@ -125,9 +127,11 @@ def is_stored(folder: FinalPaths, pool: Prepared, test: Prepared, *, n_seeds: in
     return all(path.is_file() for path in (*files, *(folder.masks / mask_name(image) for image in test.ids)))
 
 
-def stored_look(project: ProjectPaths, folder: FinalPaths) -> Look | None:
+def stored_look(project: ProjectPaths, folder: FinalPaths) -> LoggedEvaluation | None:
     """Return the evaluation that the result in `folder` comes from; None without a result or an account of it."""
-    return find_look(project, str(paths.read_json(folder.result).get("look"))) if folder.result.is_file() else None
+    return (
+        find_evaluation(project, str(paths.read_json(folder.result).get("look"))) if folder.result.is_file() else None
+    )
 
 
 def evaluate(
@@ -137,19 +141,19 @@ def evaluate(
     n_seeds: int,
     pool: Prepared,
     test: Prepared,
-    chosen: Chosen | None,
+    chosen: SelectedPostprocessing | None,
     n_members: int,
     leaks: tuple[DuplicatePair, ...],
-    look: Look,
+    look: LoggedEvaluation,
 ) -> FinalResult:
     metric = record.config.study.metric
     estimates = Estimates.of(record)
     assert estimates is not None
     scores = {name: np.stack([_scores(folder.seed(index), name) for index in range(n_seeds)]) for name in SCORES}
-    by_choices = _means(folder.chosen_counts) if chosen is not None and chosen.choices != Choices() else {}
+    by_choices = _means(folder.chosen_counts) if chosen is not None and chosen.choices != Postprocessing() else {}
     leaked = np.isin(np.array(test.ids), [name for pair in leaks for name in (pair.a, pair.b)])
-    trials, looks = record.trials(), looks_at(record.paths.project, look)
-    first = first_look_of(looks, record.name, trials[0].began_at) or look
+    trials, looks = record.trials(), evaluations_of(record.paths.project, look)
+    first = first_evaluation_of(looks, record.name, trials[0].began_at) or look
     return FinalResult(
         study=record.name,
         trial=trial,
@@ -169,7 +173,7 @@ def evaluate(
         ensemble=_ensemble(folder, test, metric, n_members, has_choices=bool(by_choices)) if n_members else None,
         look=look,
         looks=looks,
-        n_looks_before=n_looks_before(looks, trials[0].began_at),
+        n_evaluations_before=n_evaluations_before(looks, trials[0].began_at),
         n_trials_after=sum(each.began_at > first.at for each in trials),
         leaks=leaks,
         without_leaks=float(scores[metric].mean(axis=0)[~leaked].mean()) if leaks and not leaked.all() else None,

@@ -33,7 +33,7 @@ from hpsearch.final.result import (
     stored_look,
     write_table,
 )
-from hpsearch.inference.postprocessing import Choices, Chosen
+from hpsearch.inference.postprocessing import Postprocessing, SelectedPostprocessing
 from hpsearch.paths import ProjectPaths
 from hpsearch.report.card import model_card
 from hpsearch.search.autotune import MachineChoice, plan_for_one_fit
@@ -41,14 +41,16 @@ from hpsearch.search.fit_jobs import pool_job
 from hpsearch.search.stopping import Stop
 from hpsearch.store import lock
 from hpsearch.store.log import log_file
-from hpsearch.store.record import StudyRecord, TrialRecord, now, study_record
+from hpsearch.store.record import StudyRecord, study_record
 from hpsearch.store.test_set_log import (
-    Look,
+    LoggedEvaluation,
     TestImages,
-    begin_look,
-    end_look,
-    looks_at,
+    begin_evaluation,
+    end_evaluation,
+    evaluations_of,
 )
+from hpsearch.store.trials import TrialRecord
+from hpsearch.store.versions import now
 from hpsearch.study import close_view
 from hpsearch.training.rows import EpochRow
 from hpsearch.views import Tracker, ViewThread
@@ -213,8 +215,8 @@ class _Final:
             look = self._begin_look()
             self._score(do, choices, [copy.target for copy in networks])
         result = self._evaluate(len(networks), look)
-        look = end_look(self._record.paths.project, look, result.test[result.metric].mean)
-        result = dataclasses.replace(result, look=look, looks=looks_at(self._record.paths.project, look))
+        look = end_evaluation(self._record.paths.project, look, result.test[result.metric].mean)
+        result = dataclasses.replace(result, look=look, looks=evaluations_of(self._record.paths.project, look))
         self._write(result, began_at, plan.machine)
         return result
 
@@ -234,7 +236,7 @@ class _Final:
                 return False
         return True
 
-    def _select(self, do: Callable[..., Finished | None]) -> Choices:
+    def _select(self, do: Callable[..., Finished | None]) -> Postprocessing:
         """Select post-processing by out-of-fold predictions, if the networks of the folds were kept."""
         record = self._record
         if self._networks is not None:
@@ -246,12 +248,12 @@ class _Final:
                 )
             do(select_job(record, self._trial, self.folder, self._networks, searched, ensemble=self._uses_ensemble))
         chosen = self._chosen()
-        return chosen.choices if chosen is not None else Choices()
+        return chosen.choices if chosen is not None else Postprocessing()
 
-    def _chosen(self) -> Chosen | None:
-        return Chosen.read(self.folder.choices) if self.folder.choices.is_file() else None
+    def _chosen(self) -> SelectedPostprocessing | None:
+        return SelectedPostprocessing.read(self.folder.choices) if self.folder.choices.is_file() else None
 
-    def _score(self, do: Callable[..., Finished | None], choices: Choices, together: list[Path]) -> None:
+    def _score(self, do: Callable[..., Finished | None], choices: Postprocessing, together: list[Path]) -> None:
         """Write counts and masks of the test images, by the retrained networks and by those of the folds together."""
         trial, folder, seen, test = self._trial, self.folder, self._seen, self.test
         for index in range(self._n_seeds):
@@ -259,7 +261,7 @@ class _Final:
         shutil.rmtree(folder.masks, ignore_errors=True)
         self._progress.say(f"scoring the masks of {test.n} test images at their own resolution")
         images = samples(self._config.data, self._root, test)
-        if choices != Choices():
+        if choices != Postprocessing():
             do(count_job(trial, choices, [folder.model], folder.chosen_counts, seen, test))
         by_ensemble = choices.ensemble and bool(together)
         masks = None if by_ensemble else folder.masks
@@ -269,10 +271,10 @@ class _Final:
             masks = folder.masks if by_ensemble else None
             do(official_job(together, test, images, masks, folder.ensemble_official_counts))
 
-    def _begin_look(self) -> Look:
+    def _begin_look(self) -> LoggedEvaluation:
         """Enter the evaluation into the test-set log."""
         project = self._record.paths.project
-        return begin_look(
+        return begin_evaluation(
             project,
             TestImages.in_cache(self.test.cache_path),
             at=now(),
@@ -283,7 +285,7 @@ class _Final:
             metric=self._record.config.study.metric,
         )
 
-    def _evaluate(self, n_members: int, look: Look) -> FinalResult:
+    def _evaluate(self, n_members: int, look: LoggedEvaluation) -> FinalResult:
         pool = self._caches.scored
         found = leaks(self._config.data, self._root, pool, self.test)
         return evaluate(

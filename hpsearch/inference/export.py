@@ -18,7 +18,7 @@ import torch
 from hpsearch import __version__
 from hpsearch.config.data import GRAY_WEIGHTS
 from hpsearch.errors import ExportError, StudyError
-from hpsearch.inference.postprocessing import Choices
+from hpsearch.inference.postprocessing import Postprocessing
 from hpsearch.models.unet import UNet
 from hpsearch.paths import atomic_write, write_text
 from hpsearch.store.record import StudyRecord
@@ -72,7 +72,7 @@ def export_toml(record: StudyRecord, path: Path | None = None, *, number: int | 
             raise StudyError(f"study {record.name!r} has no fully evaluated trial yet: name one with --trial")
     trial, study = record.known_trial(number), record.config.study
     path = path or record.paths.trial_toml(number)
-    value = f", {study.metric} {record.worth(trial):.4f} out of fold" if trial.outcome == "full" else ""
+    value = f", {study.metric} {record.worth(trial):.4f} out of fold" if trial.outcome == "complete" else ""
     head = (
         f"# Trial {number} of study {record.name}: {trial.outcome or 'open'}{value}.\n"
         f"# Begun by hpsearch {trial.code or __version__}.\n#\n"
@@ -103,7 +103,7 @@ def describe(info: WeightsInfo) -> dict[str, str]:
         if is_crop
         else "resize the logits to the image's own size, bilinear with half-pixel centres (align_corners false)"
     )
-    choices = Choices.from_table(info.extra)
+    choices = Postprocessing.from_table(info.extra)
     flips = "average the logits over the image and its three mirror images, mirrored back; " if choices.flips else ""
     clean = "; keep the largest component and fill its holes" if choices.clean else ""
     ensemble = "; `final` predicts with an ensemble, of which this is not one" if choices.ensemble else ""

@@ -29,7 +29,7 @@ N_PARTS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choices:
+class Postprocessing:
     """How probabilities become a mask. Every trial is scored with the defaults."""
 
     threshold: float = 0.5
@@ -43,7 +43,7 @@ class Choices:
     pool."""
 
     @classmethod
-    def from_table(cls, table: Mapping[str, Any]) -> Choices:
+    def from_table(cls, table: Mapping[str, Any]) -> Postprocessing:
         """Read the choices from the metadata of a weights file; missing ones keep their defaults."""
         names = [each.name for each in dataclasses.fields(cls)]
         return cls(**{name: table[name] for name in names if name in table})
@@ -96,10 +96,10 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class SelectedPostprocessing:
     """All decisions about one final, and the resulting choices."""
 
-    choices: Choices
+    choices: Postprocessing
     decisions: tuple[Decision, ...]
     """In the order in which they were made, each with the options used so far."""
     n_images: int
@@ -108,15 +108,15 @@ class Chosen:
     """The networks that predicted these images: `second fits of trial 7`."""
 
     @classmethod
-    def read(cls, path: Path) -> Chosen:
+    def read(cls, path: Path) -> SelectedPostprocessing:
         """Read the decisions of a worker. Raises RecordError if the file is damaged."""
         return cls.from_table(read_json(path))
 
     @classmethod
-    def from_table(cls, table: Mapping[str, Any]) -> Chosen:
+    def from_table(cls, table: Mapping[str, Any]) -> SelectedPostprocessing:
         try:
             decisions = tuple(Decision(**{**each, "gain": Paired(**each["gain"])}) for each in table["decisions"])
-            return cls(Choices(**table["choices"]), decisions, table["n_images"], table["source"])
+            return cls(Postprocessing(**table["choices"]), decisions, table["n_images"], table["source"])
         except (KeyError, TypeError) as error:
             raise RecordError(f"the choices on record are damaged: {error}") from error
 
@@ -124,12 +124,12 @@ class Chosen:
         return dataclasses.asdict(self)
 
 
-def choose_flips(plain: Floats, flipped: Floats, network_of: NDArray[np.int64]) -> Decision:
+def select_flips(plain: Floats, flipped: Floats, network_of: NDArray[np.int64]) -> Decision:
     """Decide on test-time augmentation from the images' scores (n,) at threshold 0.5 without and with it."""
     return Decision.make("flips", True, flipped - plain, network_of)
 
 
-def choose_threshold(scores: Floats, network_of: NDArray[np.int64]) -> Decision:
+def select_threshold(scores: Floats, network_of: NDArray[np.int64]) -> Decision:
     """Select the best of `THRESHOLDS` from the images' scores (thresholds, n).
 
     The gain over 0.5 is measured with thresholds that were selected on the other networks' images, so that it has no
@@ -144,7 +144,7 @@ def choose_threshold(scores: Floats, network_of: NDArray[np.int64]) -> Decision:
     return Decision.make("threshold", THRESHOLDS[_best(scores)], gains, network_of)
 
 
-def choose_cleaning(plain: Floats, cleaned: Floats, network_of: NDArray[np.int64]) -> Decision:
+def select_cleaning(plain: Floats, cleaned: Floats, network_of: NDArray[np.int64]) -> Decision:
     """Decide on cleaning from the images' scores (n,) without and with it."""
     return Decision.make("clean", True, cleaned - plain, network_of)
 

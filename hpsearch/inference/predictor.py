@@ -22,7 +22,7 @@ from hpsearch.config.data import GRAY_WEIGHTS
 from hpsearch.data.decode import crop, read_image, resize
 from hpsearch.data.layouts import FOREIGN, READABLE, may_be_file
 from hpsearch.errors import CheckpointError, DatasetError, OutOfMemoryError, StudyError
-from hpsearch.inference.postprocessing import Choices, clean_mask
+from hpsearch.inference.postprocessing import Postprocessing, clean_mask
 from hpsearch.inference.scoring import encode_mask, mask_name
 from hpsearch.models import shapes
 from hpsearch.paths import FinalPaths, ProjectPaths, atomic_write, read_json
@@ -60,7 +60,7 @@ class Predictor:
     def __init__(self, model: torch.nn.Module, info: WeightsInfo, runtime: Runtime, *, tiles: bool = False) -> None:
         self.info = info
         self.tiles = tiles
-        self.choices = Choices.from_table(info.extra)
+        self.choices = Postprocessing.from_table(info.extra)
         self._model = model
         self._runtime = runtime
         mean = torch.tensor(info.normalization.mean, dtype=torch.float64)
@@ -189,7 +189,7 @@ def load_predictor(
     return Ensemble.load(members, device=device, threads=threads, tiles=tiles)
 
 
-def to_mask(logits: Tensor, choices: Choices) -> NDArray[np.bool_]:
+def to_mask(logits: Tensor, choices: Postprocessing) -> NDArray[np.bool_]:
     """Where `logits` (H, W) on the CPU are lesion by these choices."""
     mask = np.asarray((logits > torch.tensor(choices.threshold).logit()).numpy())
     return clean_mask(mask) if choices.clean else mask

@@ -15,14 +15,14 @@ from torch import Tensor
 from hpsearch.data.batches import DeviceData
 from hpsearch.inference.postprocessing import (
     THRESHOLDS,
-    Choices,
-    Chosen,
     Decision,
     FoldNetwork,
-    choose_cleaning,
-    choose_flips,
-    choose_threshold,
+    Postprocessing,
+    SelectedPostprocessing,
     clean_mask,
+    select_cleaning,
+    select_flips,
+    select_threshold,
 )
 from hpsearch.inference.predictor import mean_over_flips
 from hpsearch.training.checkpoint import WeightsInfo, load_weights, save_weights
@@ -39,21 +39,21 @@ Counts = NDArray[np.int64]
 
 def select(
     folds: Sequence[FoldNetwork], data: DeviceData, runtime: Runtime, *, metric: str, source: str, ensemble: bool
-) -> Chosen:
+) -> SelectedPostprocessing:
     """Decide on flips, threshold, cleaning and, where `ensemble` is set, on predicting with all networks together.
 
     Each decision is made on top of those taken before. `source` says which networks these are, for people.
     """
     chooser = _Chooser(data, runtime, metric, folds)
-    choices = Choices()
+    choices = Postprocessing()
     by_flips = {flips: chooser.scores_by_threshold(flips=flips) for flips in (False, True)}
     middle = THRESHOLDS.index(0.5)
-    flips = choose_flips(by_flips[False][middle], by_flips[True][middle], chooser.network_of)
+    flips = select_flips(by_flips[False][middle], by_flips[True][middle], chooser.network_of)
     choices = dataclasses.replace(choices, flips=flips.taken)
-    threshold = choose_threshold(by_flips[choices.flips], chooser.network_of)
+    threshold = select_threshold(by_flips[choices.flips], chooser.network_of)
     choices = dataclasses.replace(choices, threshold=float(threshold.value) if threshold.taken else 0.5)
     plain, cleaned = chooser.scores_without_and_with_cleaning(choices)
-    clean = choose_cleaning(plain, cleaned, chooser.network_of)
+    clean = select_cleaning(plain, cleaned, chooser.network_of)
     choices = dataclasses.replace(choices, clean=clean.taken)
     decisions = [flips, threshold, clean]
     if ensemble and all(fold.other for fold in folds):
@@ -61,21 +61,21 @@ def select(
         both = Decision.make("ensemble", True, together - alone, chooser.network_of)
         choices = dataclasses.replace(choices, ensemble=both.taken)
         decisions.append(both)
-    return Chosen(choices, tuple(decisions), len(plain), source)
+    return SelectedPostprocessing(choices, tuple(decisions), len(plain), source)
 
 
-def keep_model(source: Path, target: Path, choices: Choices) -> None:
+def keep_model(source: Path, target: Path, choices: Postprocessing) -> None:
     """Copy weights, with the post-processing selected for them entered."""
     model, info = load_weights(source, torch.device("cpu"))
     table = {**info.extra, **choices.to_table()}
-    if choices == Choices():
+    if choices == Postprocessing():
         # As training left it, to the byte.
         table = dict(info.extra)
     save_weights(target, model, dataclasses.replace(info, extra=table))
 
 
 def count_pixels_of(
-    weights: Sequence[Path], images: NDArray[np.int64], choices: Choices, data: DeviceData, runtime: Runtime
+    weights: Sequence[Path], images: NDArray[np.int64], choices: Postprocessing, data: DeviceData, runtime: Runtime
 ) -> Counts:
     """Return tp, fp, fn, tn of these images, (n, 4) int64, by the mean logits of the networks in `weights`."""
     networks = [load_weights(path, runtime.device) for path in weights]
@@ -100,7 +100,7 @@ class _Chooser:
         ]
         return self._score(np.concatenate(counts, axis=1))
 
-    def scores_without_and_with_cleaning(self, choices: Choices) -> tuple[Floats, Floats]:
+    def scores_without_and_with_cleaning(self, choices: Postprocessing) -> tuple[Floats, Floats]:
         """(n,) each."""
         counts: tuple[list[Counts], list[Counts]] = ([], [])
         for logits, masks in self._predictions(flips=choices.flips):
@@ -109,7 +109,7 @@ class _Chooser:
             counts[1].append(_count(_clean(preds), masks))
         return self._score(np.concatenate(counts[0])), self._score(np.concatenate(counts[1]))
 
-    def scores_alone_and_together(self, choices: Choices) -> tuple[Floats, Floats]:
+    def scores_alone_and_together(self, choices: Postprocessing) -> tuple[Floats, Floats]:
         """The mean of two networks' scores, and the score of their mean logits, (n,) each."""
         alone, together = [], []
         for fold in self._folds:
@@ -138,7 +138,7 @@ class _Chooser:
 def _counts(
     networks: Sequence[tuple[Forward, WeightsInfo]],
     images: NDArray[np.int64],
-    choices: Choices,
+    choices: Postprocessing,
     data: DeviceData,
     runtime: Runtime,
 ) -> Counts:

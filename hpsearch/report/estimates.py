@@ -30,13 +30,13 @@ def study_scores(record: StudyRecord, complete: Sequence[int]) -> StudyScores:
     held_out = np.flatnonzero(fold_of >= 0)
     standing = record.standing()
     replicated = [number for number in standing.confirmed if number in complete]
-    pruned = [record.out_of_fold(trial.number)[held_out] for trial in record.trials() if trial.outcome == "dropped"]
+    pruned = [record.out_of_fold(trial.number)[held_out] for trial in record.trials() if trial.outcome == "pruned"]
     pruned = [scores for scores in pruned if np.isfinite(scores).any()]
     return StudyScores(
         scores=np.stack([record.out_of_fold(number)[held_out] for number in complete]),
         fold_of=fold_of[held_out],
         replicated=tuple(complete.index(number) for number in replicated),
-        replicates=np.stack([record.second_out_of_fold(n)[held_out] for n in replicated]) if replicated else None,
+        replicates=np.stack([record.replicate_out_of_fold(n)[held_out] for n in replicated]) if replicated else None,
         winner=complete.index(standing.winner) if standing.winner in complete else None,
         pruned=np.stack(pruned) if pruned else None,
     )
@@ -53,7 +53,7 @@ class Estimates:
     @classmethod
     def of(cls, record: StudyRecord) -> Estimates | None:
         """Return the estimates of a study; None while no trial is complete."""
-        complete = tuple(trial.number for trial in record.full_trials())
+        complete = tuple(trial.number for trial in record.complete_trials())
         return cls(complete, study_scores(record, complete)) if complete else None
 
     @cached_property
@@ -97,4 +97,4 @@ class Estimates:
 def cross_validation_s(record: StudyRecord, number: int) -> float:
     """Return the seconds of training and evaluation of a trial's first fits."""
     fits = (record.fit(number, fold) for fold in range(record.n_folds))
-    return float(sum(row["train_s"] + row["eval_s"] for fit in fits for row in fit.epochs()))
+    return float(sum(row.seconds for fit in fits for row in fit.epochs()))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hpsearch.data.duplicates import DuplicatePair
-from hpsearch.inference.postprocessing import Chosen, Decision
+from hpsearch.inference.postprocessing import Decision, SelectedPostprocessing
 from hpsearch.report.finals import EnsembleResult, FinalRow, FinalScores
 from hpsearch.report.formats import SCORES, count, interval, timestamp
 from hpsearch.stats.intervals import Interval
-from hpsearch.store.test_set_log import Look, describe_looks
+from hpsearch.store.test_set_log import LoggedEvaluation, describe_looks
 
 N_NAMED = 5
 """Pairs or evaluations that are named; the rest is counted."""
@@ -35,7 +35,7 @@ def describe(final: FinalScores, metric: str) -> list[str]:
     lines = [describe_postprocessing(final.chosen)]
     if final.ensemble is not None:
         lines.append(describe_ensemble(final.ensemble, metric))
-    lines += describe_evaluations(final.look, final.looks, final.n_looks_before, final.n_trials_after)
+    lines += describe_evaluations(final.look, final.looks, final.n_evaluations_before, final.n_trials_after)
     if final.leaks:
         lines.append(describe_leaks(final.leaks, final.test[metric].mean, final.without_leaks))
     return lines
@@ -68,7 +68,7 @@ def compare(predicted: Interval | None, result: float, winner: int | None) -> st
     )
 
 
-def describe_postprocessing(chosen: Chosen | None) -> str:
+def describe_postprocessing(chosen: SelectedPostprocessing | None) -> str:
     """Return what was decided on out-of-fold predictions, with the gains."""
     if chosen is None:
         return (
@@ -90,7 +90,9 @@ def describe_ensemble(ensemble: EnsembleResult, metric: str) -> str:
     )
 
 
-def describe_evaluations(look: Look, looks: Sequence[Look], n_before: int, n_after: int) -> list[str]:
+def describe_evaluations(
+    look: LoggedEvaluation, looks: Sequence[LoggedEvaluation], n_before: int, n_after: int
+) -> list[str]:
     """Return how often the test images were evaluated, and which evaluations may have affected the search."""
     text = describe_looks(look, looks)
     if earlier := looks[: looks.index(look)]:

@@ -11,12 +11,19 @@ import numpy as np
 
 from hpsearch.data.duplicates import DuplicatePair
 from hpsearch.errors import RecordError
-from hpsearch.inference.postprocessing import Chosen
+from hpsearch.inference.postprocessing import SelectedPostprocessing
 from hpsearch.paths import read_json
 from hpsearch.report.estimates import Estimates
 from hpsearch.stats.intervals import Floats, Interval, Paired, bootstrap_mean
-from hpsearch.store.record import StudyRecord, TrialRecord
-from hpsearch.store.test_set_log import Look, find_look, first_look_of, looks_at, n_looks_before
+from hpsearch.store.record import StudyRecord
+from hpsearch.store.test_set_log import (
+    LoggedEvaluation,
+    evaluations_of,
+    find_evaluation,
+    first_evaluation_of,
+    n_evaluations_before,
+)
+from hpsearch.store.trials import TrialRecord
 from hpsearch.training.metrics import SCORES, PixelCounts
 
 
@@ -53,17 +60,17 @@ class FinalScores:
     post-processing. Mean over images with its 95 % interval; empty if they were not computed."""
     predicted: Interval | None
     """Prediction of the search for this many test images, with its 95 % interval; None if it is not the winner."""
-    chosen: Chosen | None
+    chosen: SelectedPostprocessing | None
     """Post-processing selected on out-of-fold predictions; None if no fold networks were kept."""
     chosen_test: dict[str, Interval]
     """Like `test`, of the network that is kept, with the selected post-processing; empty if there is none."""
     ensemble: EnsembleResult | None
     """The ensemble of the fold networks; None unless it was asked for."""
-    look: Look
+    look: LoggedEvaluation
     """This evaluation of the test images, as recorded in the account of test-set evaluations."""
-    looks: tuple[Look, ...]
+    looks: tuple[LoggedEvaluation, ...]
     """All known evaluations of any of these test images, this one included, in the order of time."""
-    n_looks_before: int
+    n_evaluations_before: int
     """Number of evaluations before the study began."""
     n_trials_after: int
     """Number of trials of the study that began after its first evaluation of these images."""
@@ -110,8 +117,8 @@ def _final_row(
     trial, n_test, n_seeds = result["trial"], result["n_test"], result["n_seeds"]
     began_at = trials[0].began_at
     look = _look(record, result, began_at)
-    looks = looks_at(record.paths.project, look)
-    first = first_look_of(looks, record.name, began_at) or look
+    looks = evaluations_of(record.paths.project, look)
+    first = first_evaluation_of(looks, record.name, began_at) or look
     chosen, ensemble = result.get("chosen"), result.get("ensemble")
     return FinalRow(
         name=name,
@@ -126,10 +133,10 @@ def _final_row(
         predicted=estimates.predicted(trial, n_test=n_test, n_runs=max(1, n_seeds)) if estimates else None,
         scores=_test_scores(record, name),
         n_trials_after=sum(each.began_at > first.at for each in trials),
-        n_looks_before=n_looks_before(looks, began_at),
+        n_evaluations_before=n_evaluations_before(looks, began_at),
         look=look,
         looks=looks,
-        chosen=Chosen.from_table(chosen) if chosen else None,
+        chosen=SelectedPostprocessing.from_table(chosen) if chosen else None,
         chosen_test=intervals(result.get("chosen_test", {})),
         ensemble=EnsembleResult.from_table(ensemble) if ensemble else None,
         leaks=tuple(DuplicatePair(**pair) for pair in result.get("leaks", ())),
@@ -137,12 +144,12 @@ def _final_row(
     )
 
 
-def _look(record: StudyRecord, result: dict[str, Any], study_began_at: float) -> Look:
+def _look(record: StudyRecord, result: dict[str, Any], study_began_at: float) -> LoggedEvaluation:
     """Return a final's entry in the account of evaluations. Version 0.1 did not record which entry it is."""
     project = record.paths.project
-    if (found := find_look(project, result.get("look", ""))) is not None:
+    if (found := find_evaluation(project, result.get("look", ""))) is not None:
         return found
-    known = Look(
+    known = LoggedEvaluation(
         test_set=result.get("test_set", ""),
         at=result["ended_at"],
         study=record.name,
@@ -154,13 +161,13 @@ def _look(record: StudyRecord, result: dict[str, Any], study_began_at: float) ->
         score=result["test"][result["metric"]]["mean"],
         id="",
     )
-    same = (look for look in looks_at(project, known) if look.id and look.test_set == known.test_set)
+    same = (look for look in evaluations_of(project, known) if look.id and look.test_set == known.test_set)
     return next((look for look in same if look.configuration == known.configuration), known)
 
 
 def _out_of_fold(record: StudyRecord, number: int) -> dict[str, Floats]:
     """Return every score of every held-out image by name, in the order of the folds; the mean over both fits."""
-    fits = [record.fit, record.second_fit] if number in record.confirmed() else [record.fit]
+    fits = [record.fit, record.replicate_fit] if number in record.confirmed() else [record.fit]
     tables = [np.concatenate([fit(number, fold).counts() for fold in range(record.n_folds)]) for fit in fits]
     counts = [PixelCounts.from_columns(table) for table in tables]
     return {name: np.mean([score(each) for each in counts], axis=0) for name, score in SCORES.items()}

@@ -17,7 +17,7 @@ SCORES = {
     "specificity": "Specificity",
 }
 """Name of every score, in the order of tables."""
-OUTCOMES = {"full": "complete", "dropped": "pruned", "lost": "orphaned"}
+OUTCOMES = {"complete": "complete", "pruned": "pruned", "orphaned": "orphaned"}
 """Name of the outcomes that are recorded under a word of version 0.1."""
 
 

@@ -18,7 +18,8 @@ from hpsearch.stats.intervals import Floats, Interval, Paired
 from hpsearch.stats.selection import Corrected
 from hpsearch.stats.study_scores import TrialStatistics
 from hpsearch.store import lock
-from hpsearch.store.record import COUNTED, Outcome, Standing, StudyRecord, TrialRecord
+from hpsearch.store.record import StudyRecord
+from hpsearch.store.trials import COUNTED, Outcome, Standing, TrialRecord
 from hpsearch.workers.plan import ExecutionPlan, predicted_bytes
 
 N_TEST = 600
@@ -201,7 +202,7 @@ def _trial_row(
     fits = [record.fit(trial.number, fold) for fold in range(record.n_folds)]
     epochs = [fit.epochs() for fit in fits]
     n_done = sum(len(rows) for rows in epochs)
-    seconds = float(sum(row["train_s"] + row["eval_s"] for rows in epochs for row in rows))
+    seconds = float(sum(row.seconds for rows in epochs for row in rows))
     decision = next((each for each in reversed(trial.decisions) if each.get("drop")), None)
     is_possible = why_impossible(config.unet, data.n_channels, data.height, data.width) is None
     plan = record.plan()
@@ -220,12 +221,12 @@ def _trial_row(
         memory_bytes=predicted_bytes(config, ExecutionPlan.from_dict(plan)) if is_possible and plan else None,
         n_parameters=n_parameters(config.unet, data.n_channels) if is_possible else None,
         reason=trial.reason,
-        pruned_at=(decision["fold"], decision["epoch"]) if trial.outcome == "dropped" and decision else None,
+        pruned_at=(decision["fold"], decision["epoch"]) if trial.outcome == "pruned" and decision else None,
     )
 
 
 def _race(rows: Sequence[TrialRow]) -> Race | None:
-    ended = [row for row in rows if row.outcome in ("full", "dropped") and row.whole_s is not None]
+    ended = [row for row in rows if row.outcome in ("complete", "pruned") and row.whole_s is not None]
     if not ended:
         return None
     return Race(spent_s=sum(row.seconds for row in ended), whole_s=sum(row.whole_s or 0 for row in ended))
@@ -233,12 +234,12 @@ def _race(rows: Sequence[TrialRow]) -> Race | None:
 
 def _replicates(record: StudyRecord) -> tuple[int, int] | None:
     shortlist = record.shortlist()
-    if shortlist is None or shortlist.of != tuple(trial.number for trial in record.full_trials()):
+    if shortlist is None or shortlist.of != tuple(trial.number for trial in record.complete_trials()):
         return None
-    ended = {second.trial for second in record.second_records() if second.outcome is not None}
+    ended = {second.trial for second in record.replicate_records() if second.outcome is not None}
     if ended.issuperset(shortlist.trials):
         return None
-    fits = [record.second_fit(number, fold) for number in shortlist.trials for fold in range(record.n_folds)]
+    fits = [record.replicate_fit(number, fold) for number in shortlist.trials for fold in range(record.n_folds)]
     return sum(fit.is_finished for fit in fits), len(fits)
 
 

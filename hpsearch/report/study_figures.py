@@ -42,12 +42,12 @@ from hpsearch.report.rows import TrialRow
 from hpsearch.stats.intervals import Floats, Interval
 
 OUTCOMES = {
-    "full": TRAIN,
-    "dropped": "#B87A00",
+    "complete": TRAIN,
+    "pruned": "#B87A00",
     "diverged": HELD_OUT,
     "failed": "#B5578F",
     "infeasible": "#7A7A7A",
-    "lost": "#8C6D5A",
+    "orphaned": "#8C6D5A",
     "open": "#3A8FC2",
 }
 """Colour of every outcome, with a contrast of at least 3 to 1 against white, so that thin marks are visible."""
@@ -197,8 +197,8 @@ def draw_slices(
     set_floor(axes.flat[0], floor)
     for axis in axes[:, 0]:
         y_label(axis, NAMES[metric])
-    seen = [outcome for outcome in ("full", "dropped") if any(trial.outcome == outcome for trial in known)]
-    names = {"full": "complete: mean", "dropped": "pruned: estimate"}
+    seen = [outcome for outcome in ("complete", "pruned") if any(trial.outcome == outcome for trial in known)]
+    names = {"complete": "complete: mean", "pruned": "pruned: estimate"}
     handles = [Line2D([], [], color=OUTCOMES[each], marker="o", lw=0, label=names[each]) for each in seen]
     handles.append(_ring_handle(best))
     legend_below(figure, handles)
@@ -308,7 +308,7 @@ def pareto_front(costs: Sequence[float], values: Sequence[float]) -> list[int]:
 def _point(axis: Axes, x: float, trial: TrialRow, floor: float, *, best: int | None = None) -> None:
     """Draw a trial as a point, or as a triangle on the floor if its value is below; a ring marks the best."""
     value, color = trial.value or 0.0, OUTCOMES[trial.outcome]
-    face, marker = (color if trial.outcome == "full" else "white"), ("v" if value < floor else "o")
+    face, marker = (color if trial.outcome == "complete" else "white"), ("v" if value < floor else "o")
     axis.plot([x], [max(value, floor)], marker, color=color, mfc=face, mew=1.3, ms=5.5, zorder=3)
     if trial.number == best:
         axis.plot([x], [value], "o", mfc="none", mec=INK, mew=1.4, ms=11, zorder=4)

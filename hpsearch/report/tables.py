@@ -87,7 +87,7 @@ def incomplete_trials(rows: StudyRows) -> Table:
                 text.reason(row),
             )
             for row in rows.trials
-            if row.outcome != "full"
+            if row.outcome != "complete"
         ),
     )
 

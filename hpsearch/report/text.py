@@ -40,8 +40,8 @@ def answer(rows: StudyRows) -> list[str]:
 
 def race(rows: StudyRows) -> str:
     """Return what pruning saved."""
-    ended = [row for row in rows.trials if row.outcome in ("full", "dropped")]
-    pruned = [row for row in ended if row.outcome == "dropped"]
+    ended = [row for row in rows.trials if row.outcome in ("complete", "pruned")]
+    pruned = [row for row in ended if row.outcome == "pruned"]
     if rows.race is None:
         return "No trial has reached a pruning decision yet."
     if not pruned:
@@ -116,7 +116,7 @@ def stopped_at(row: TrialRow, n_folds: int) -> str:
 
 def reason(row: TrialRow) -> str:
     """Return why a trial ended. The place of pruning is left out, because `stopped_at` gives it."""
-    return row.reason.rpartition(": ")[2] if row.outcome == "dropped" else row.reason
+    return row.reason.rpartition(": ")[2] if row.outcome == "pruned" else row.reason
 
 
 def _toml(value: Any) -> str:

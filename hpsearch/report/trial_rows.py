@@ -13,7 +13,8 @@ import numpy.typing as npt
 from hpsearch.data.cache import Cache, Index, NoCache, open_cache
 from hpsearch.errors import ZIP_ERRORS, CacheError, RecordError
 from hpsearch.paths import FinalPaths
-from hpsearch.store.record import FitRecord, StudyRecord
+from hpsearch.store.fits import FitRecord
+from hpsearch.store.record import StudyRecord
 
 CURVES = ("loss", "dice", "jaccard", "accuracy")
 """Scores of every epoch, on training and on held-out images."""
@@ -56,7 +57,7 @@ def trial_curves(record: StudyRecord, number: int) -> list[CurvePoint]:
 
 def second_curves(record: StudyRecord, number: int) -> list[CurvePoint]:
     """Return every epoch of every replicate fit of a trial."""
-    return _curves((f"fold {fold + 1}", record.second_fit(number, fold)) for fold in range(record.n_folds))
+    return _curves((f"fold {fold + 1}", record.replicate_fit(number, fold)) for fold in range(record.n_folds))
 
 
 def final_curves(final: FinalPaths, n_seeds: int) -> list[CurvePoint]:
@@ -98,9 +99,9 @@ def _curves(fits: Iterable[tuple[str, FitRecord]]) -> list[CurvePoint]:
         CurvePoint(
             fit=name,
             score=score,
-            epoch=row["epoch"],
-            train=row["train"][score],
-            held_out=row["held_out"][score] if row["held_out"] is not None else None,
+            epoch=row.epoch,
+            train=getattr(row.train, score),
+            held_out=getattr(row.held_out, score) if row.held_out is not None else None,
         )
         for name, fit in fits
         for row in fit.epochs()

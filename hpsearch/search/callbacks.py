@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from hpsearch.data.prepare import Prepared
-from hpsearch.store.record import StudyRecord, TrialRecord
+from hpsearch.store.record import StudyRecord
+from hpsearch.store.trials import TrialRecord
 from hpsearch.training.rows import EpochRow
 from hpsearch.workers.plan import ExecutionPlan, Forecast
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hpsearch.store.record import FitRecord, StudyRecord
+from hpsearch.store.fits import FitRecord
+from hpsearch.store.record import StudyRecord
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ class ConstantWarnings:
         self._told: set[int] = set()
 
     def check(self, number: int) -> None:
-        """Look at a trial of which a fit has just finished."""
+        """LoggedEvaluation at a trial of which a fit has just finished."""
         found = find_constant_fits(self._record, [number]) if number not in self._told else ()
         for line in describe(self._record, found):
             self._told.add(number)
@@ -56,7 +57,7 @@ def find_constant_fits(record: StudyRecord, trials: Iterable[int]) -> tuple[Cons
     return tuple(
         ConstantFit(number, fold, is_second, kind)
         for number in trials
-        for is_second, fit_of in ((False, record.fit), (True, record.second_fit))
+        for is_second, fit_of in ((False, record.fit), (True, record.replicate_fit))
         for fold in range(record.n_folds)
         if (kind := constant_prediction(fit_of(number, fold)))
     )

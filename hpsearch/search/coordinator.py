@@ -23,13 +23,9 @@ from hpsearch.search.new_trials import next_trial, used_up
 from hpsearch.search.racing import PruneDecision
 from hpsearch.search.scheduler import Fit, MakeShortlist, Suggest, next_action
 from hpsearch.search.stopping import Budget, Stop
-from hpsearch.store.record import (
-    COUNTED,
-    Outcome,
-    StudyRecord,
-    TrialRecord,
-    remove_checkpoints,
-)
+from hpsearch.store.fits import remove_checkpoints
+from hpsearch.store.record import StudyRecord
+from hpsearch.store.trials import COUNTED, Outcome, TrialRecord
 from hpsearch.training.rows import EpochRow
 from hpsearch.workers.jobs import EpochEnded, Failed, Finished, FitJob, FitScore, Job, Stopped
 from hpsearch.workers.plan import ExecutionPlan
@@ -89,7 +85,7 @@ class Coordinator:
                 remove_checkpoints(self._record.fit(trial.number, fold).paths)
 
     def poll(self) -> bool:
-        """Look at requests, the budget and hanging fits; return False if the study must end at once."""
+        """LoggedEvaluation at requests, the budget and hanging fits; return False if the study must end at once."""
         self._budget.poll()
         if self._stop.poll(self._record.paths):
             logger.info("stop was requested")
@@ -184,7 +180,7 @@ class Coordinator:
     def _on_epoch(self, evaluation: Evaluation, fold: int, row: EpochRow) -> bool:
         """Record what follows from an epoch, and return whether the fit goes on."""
         number, metric = evaluation.trial.number, self._record.config.study.metric
-        score = getattr(row.held_out or row.train, metric)
+        score = getattr(row.scores, metric)
         text = "%s fold %d epoch %d: loss %.4f, %s %.4f"
         logger.info(text, evaluation.name, fold, row.epoch, row.train.loss, metric, score)
         self._callback.epoch_ended(number, fold, row)
@@ -226,14 +222,14 @@ class Coordinator:
         if not evaluation.is_finished:
             return
         if evaluation.pruned is not None:
-            self._end(evaluation, "dropped", value=evaluation.pruned.estimate, reason=evaluation.pruned.reason)
+            self._end(evaluation, "pruned", value=evaluation.pruned.estimate, reason=evaluation.pruned.reason)
             return
         micro_batch = evaluation.micro_batch()
         if evaluation.replicate is None:
             evaluation.trial = dataclasses.replace(evaluation.trial, micro_batch=micro_batch)
-            self._end(evaluation, "full", value=self._record.value(evaluation.trial.number))
+            self._end(evaluation, "complete", value=self._record.value(evaluation.trial.number))
         elif micro_batch is None:
-            self._end(evaluation, "full")
+            self._end(evaluation, "complete")
         else:
             # Another configuration was fitted.
             self._end(evaluation, "infeasible", reason="memory forced parts of batches, which changed the result")
@@ -258,8 +254,8 @@ class Coordinator:
             end = self._ledger.end_trial
             end(evaluation.trial, outcome, value=value, reason=reason, constraint=constraint)
         else:
-            assert outcome != "dropped"
-            assert outcome != "lost"
+            assert outcome != "pruned"
+            assert outcome != "orphaned"
             self._ledger.end_replicate(evaluation.replicate, outcome, reason)
             if not self._open:
                 replicates.remove_unneeded_networks(self._record)

@@ -12,7 +12,9 @@ from hpsearch import paths
 from hpsearch.config import SECTIONS, StudyConfig, get_setting
 from hpsearch.errors import ConfigError, RecordError
 from hpsearch.search.space import default_params, encode
-from hpsearch.store.record import CHANGEABLE, StudyRecord, TrialRecord
+from hpsearch.store.files import CHANGEABLE
+from hpsearch.store.record import StudyRecord
+from hpsearch.store.trials import TrialRecord
 from hpsearch.user_files import read_text
 
 

@@ -10,7 +10,9 @@ from hpsearch.config import StudyConfig
 from hpsearch.search.pruners import Pruner
 from hpsearch.search.racing import PruneDecision
 from hpsearch.search.scheduler import OpenFits, StudyState
-from hpsearch.store.record import COUNTED, FitRecord, SecondRecord, StudyRecord, TrialRecord
+from hpsearch.store.fits import FitRecord
+from hpsearch.store.record import StudyRecord
+from hpsearch.store.trials import COUNTED, ReplicateRecord, TrialRecord
 
 
 @dataclass
@@ -20,7 +22,7 @@ class Evaluation:
     study: StudyRecord
     trial: TrialRecord
     config: StudyConfig
-    replicate: SecondRecord | None = None
+    replicate: ReplicateRecord | None = None
     """The replicate's record; None for the trial itself."""
     running: set[int] = field(default_factory=set)
     """Folds that a worker fits now."""
@@ -44,7 +46,7 @@ class Evaluation:
 
     def fit(self, fold: int) -> FitRecord:
         """Return the record of one of its fits."""
-        return (self.study.fit if self.replicate is None else self.study.second_fit)(self.trial.number, fold)
+        return (self.study.fit if self.replicate is None else self.study.replicate_fit)(self.trial.number, fold)
 
     def finished_folds(self) -> frozenset[int]:
         """Return the folds whose fit is finished."""
@@ -94,7 +96,7 @@ class Evaluation:
 
     def longest_epoch_s(self, fold: int) -> float:
         """Return the seconds of the longest epoch of a fit so far; 0 before its first."""
-        return max((row["train_s"] + row["eval_s"] for row in self.fit(fold).epochs()), default=0.0)
+        return max((row.seconds for row in self.fit(fold).epochs()), default=0.0)
 
 
 def study_state(

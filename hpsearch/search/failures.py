@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from hpsearch.errors import StorageError, WorkerError
 from hpsearch.paths import remove_stale_temporaries
-from hpsearch.store.record import FitRecord
+from hpsearch.store.fits import FitRecord
 from hpsearch.workers.jobs import Failed, FitJob
 from hpsearch.workers.loop import DEATHS_PER_JOB
 from hpsearch.workers.pool import WorkerPool

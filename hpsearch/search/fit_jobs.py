@@ -6,7 +6,7 @@ from hpsearch.config import StudyConfig, stable_seed
 from hpsearch.data.pool_caches import PoolCaches
 from hpsearch.paths import FitPaths
 from hpsearch.search.evaluation import Evaluation
-from hpsearch.store.record import TrialRecord
+from hpsearch.store.trials import TrialRecord
 from hpsearch.workers.jobs import CachePaths, FitJob
 
 

@@ -21,7 +21,9 @@ def importances(record: StudyRecord) -> dict[str, float]:
     its good values are all alike.
     """
     spaces = distributions(record.config.search)
-    trials = [trial for trial in record.trials() if trial.outcome in ("full", "dropped") and trial.value is not None]
+    trials = [
+        trial for trial in record.trials() if trial.outcome in ("complete", "pruned") and trial.value is not None
+    ]
     if not spaces or len(trials) < MIN_TRIALS or len({trial.value for trial in trials}) < 2:
         return {}
     # The forest takes long to load, and a final asks for it only at its end.

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from hpsearch.search import pruners
 from hpsearch.search.pruners import Pruner
 from hpsearch.search.racing import PruneDecision, TrialScores, decide
-from hpsearch.store.record import StudyRecord, TrialRecord
+from hpsearch.store.record import StudyRecord
+from hpsearch.store.trials import TrialRecord
 
 
 class Judge:
@@ -57,7 +58,7 @@ class Judge:
     def _ended_scores(self) -> list[TrialScores]:
         """Return the scores of the ended trials by number, as the same objects each time: pruners cache by them."""
         for trial in self._trials.values():
-            may_count = trial.can_win or trial.outcome == "dropped"
+            may_count = trial.can_win or trial.outcome == "pruned"
             if may_count and trial.number not in self._scores:
                 self._scores[trial.number] = self._scores_of(trial.number)
         return [self._scores[number] for number in sorted(self._scores)]

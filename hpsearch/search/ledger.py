@@ -12,7 +12,10 @@ import numpy as np
 from hpsearch.search.callbacks import StudyCallback
 from hpsearch.search.evaluation import Evaluation
 from hpsearch.stats.best import rank
-from hpsearch.store.record import COUNTED, Outcome, SecondRecord, StudyRecord, TrialRecord, now, remove_networks
+from hpsearch.store.fits import remove_networks
+from hpsearch.store.record import StudyRecord
+from hpsearch.store.trials import COUNTED, Outcome, ReplicateRecord, TrialRecord
+from hpsearch.store.versions import now
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +41,9 @@ class Ledger:
         self.trials[trial.number] = trial
         self._wake_views()
 
-    def write_replicate(self, second: SecondRecord) -> None:
+    def write_replicate(self, second: ReplicateRecord) -> None:
         """Write a new replicate, or a changed one."""
-        self._record.write_second(second)
+        self._record.write_replicate(second)
         self._wake_views()
 
     def write_evaluation(self, evaluation: Evaluation) -> None:
@@ -64,13 +67,13 @@ class Ledger:
         self._callback.trial_ended(ended)
 
     def end_replicate(
-        self, second: SecondRecord, outcome: Literal["full", "diverged", "infeasible", "failed"], reason: str
+        self, second: ReplicateRecord, outcome: Literal["complete", "diverged", "infeasible", "failed"], reason: str
     ) -> None:
         """Record how a replicate ended."""
         number = second.trial
         self.write_replicate(dataclasses.replace(second, outcome=outcome, reason=reason, ended_at=now()))
-        if outcome == "full":
-            score = float(np.nanmean(self._record.second_out_of_fold(number)))
+        if outcome == "complete":
+            score = float(np.nanmean(self._record.replicate_out_of_fold(number)))
             text = f"trial {number} refitted: {score:.4f}, first fit {self.trials[number].value:.4f}"
         else:
             text = f"trial {number} refitted: {outcome} ({reason}), so it cannot win"

@@ -9,7 +9,9 @@ from hpsearch.config import StudyConfig
 from hpsearch.errors import ConfigError, StudyError
 from hpsearch.search import enqueue
 from hpsearch.search.suggest import suggest
-from hpsearch.store.record import COUNTED, StudyRecord, TrialRecord, code_version, now
+from hpsearch.store.record import StudyRecord
+from hpsearch.store.trials import COUNTED, TrialRecord
+from hpsearch.store.versions import code_version, now
 from hpsearch.workers.plan import ExecutionPlan, Infeasible, why_infeasible
 
 INFEASIBLE_PER_TRIAL = 10

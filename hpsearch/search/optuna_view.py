@@ -28,7 +28,8 @@ from hpsearch.paths import StudyPaths
 from hpsearch.search.space import Distributions, distributions, encode
 from hpsearch.search.suggest import STATES, quiet
 from hpsearch.stats.best import rank
-from hpsearch.store.record import Standing, StudyRecord, TrialRecord
+from hpsearch.store.record import StudyRecord
+from hpsearch.store.trials import Standing, TrialRecord
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +152,7 @@ def _shown_as(trial: TrialRecord, standing: Standing) -> tuple[TrialState, float
     Optuna takes the highest value of all COMPLETE trials for the best. A complete trial that would come before the
     winner by that rule, as one that was not replicated may, is PRUNED with its value.
     """
-    if trial.outcome != "full":
+    if trial.outcome != "complete":
         return STATES[trial.outcome], None
     value = standing.values.get(trial.number, trial.value)
     winner = standing.winner
@@ -167,7 +168,7 @@ def _new_trial(
     attributes = {
         "outcome": trial.outcome,
         "reason": trial.reason,
-        ESTIMATE: trial.value if trial.outcome == "dropped" else None,
+        ESTIMATE: trial.value if trial.outcome == "pruned" else None,
         "decisions": json.dumps(trial.decisions) if trial.decisions else None,
     }
     found = create_trial(

@@ -11,15 +11,10 @@ import logging
 import numpy as np
 
 from hpsearch.stats.selection import select_for_replication
-from hpsearch.store.record import (
-    SecondRecord,
-    Shortlist,
-    StudyRecord,
-    code_version,
-    has_all_refits,
-    now,
-    remove_networks,
-)
+from hpsearch.store.fits import remove_networks
+from hpsearch.store.record import StudyRecord, has_all_replicates
+from hpsearch.store.trials import ReplicateRecord, Shortlist
+from hpsearch.store.versions import code_version, now
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +25,7 @@ N_KEPT = 2
 def n_left(record: StudyRecord, n_trials: int) -> int:
     """Return how many configurations are to be replicated at most, when `n_trials` trials are still to come."""
     study = record.config.study
-    if study.folds == "fixed" or study.trials < 2 or (n_trials == 0 and has_all_refits(record)):
+    if study.folds == "fixed" or study.trials < 2 or (n_trials == 0 and has_all_replicates(record)):
         return 0
     return min(study.confirm, study.trials)
 
@@ -42,7 +37,7 @@ def shortlist(record: StudyRecord) -> Shortlist | None:
     another number of replicates is wanted.
     """
     count = record.config.study.confirm
-    complete = tuple(trial.number for trial in record.full_trials())
+    complete = tuple(trial.number for trial in record.complete_trials())
     if record.config.study.folds == "fixed" or count == 0 or len(complete) < 2:
         return None
     stored = record.shortlist()
@@ -55,12 +50,12 @@ def shortlist(record: StudyRecord) -> Shortlist | None:
     return chosen
 
 
-def open_replicates(record: StudyRecord) -> list[SecondRecord]:
+def open_replicates(record: StudyRecord) -> list[ReplicateRecord]:
     """Return the replicates that have not ended, in the order of the shortlist; new ones are not written yet."""
     chosen = shortlist(record)
     found = []
     for number in chosen.trials if chosen is not None else ():
-        second = record.second(number) or SecondRecord(trial=number, began_at=now(), code=code_version())
+        second = record.replicate(number) or ReplicateRecord(trial=number, began_at=now(), code=code_version())
         if second.outcome is None:
             found.append(second)
     return found
@@ -70,7 +65,7 @@ def progress(record: StudyRecord) -> tuple[tuple[int, ...], int, int]:
     """Return the trials on the shortlist, their refits that are finished, and all their refits."""
     chosen = record.shortlist()
     trials = chosen.trials if chosen is not None else ()
-    fits = [record.second_fit(number, fold) for number in trials for fold in range(record.n_folds)]
+    fits = [record.replicate_fit(number, fold) for number in trials for fold in range(record.n_folds)]
     return trials, sum(fit.is_finished for fit in fits), len(fits)
 
 
@@ -80,6 +75,6 @@ def remove_unneeded_networks(record: StudyRecord) -> None:
     if not standing.confirmed:
         return
     kept = [number for number in standing.ranking if number in standing.confirmed][:N_KEPT]
-    for second in record.second_records():
+    for second in record.replicate_records():
         for fold in range(record.n_folds) if second.trial not in kept else ():
-            remove_networks(record.second_fit(second.trial, fold).paths)
+            remove_networks(record.replicate_fit(second.trial, fold).paths)

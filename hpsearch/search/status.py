@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from hpsearch.config import StudyConfig
 from hpsearch.paths import ProjectPaths
 from hpsearch.search import constant_predictions as constant
 from hpsearch.search import replicates as confirmation
 from hpsearch.store import lock
-from hpsearch.store.record import COUNTED, StudyRecord, TrialRecord, has_all_refits
+from hpsearch.store.record import StudyRecord, has_all_replicates
+from hpsearch.store.trials import COUNTED, TrialRecord
+from hpsearch.training.rows import EpochRow
 from hpsearch.workers import plan as plans
 from hpsearch.workers.plan import ExecutionPlan
 
@@ -73,7 +74,7 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
         for fold in range(record.n_folds):
             fit = record.fit(trial.number, fold)
             rows = fit.epochs()
-            spent += sum(row["train_s"] + row["eval_s"] for row in rows)
+            spent += sum(row.seconds for row in rows)
             if trial.outcome is None and rows and not fit.is_finished:
                 open_fits.append(_open_fit(record, trial, fold, rows[-1]))
         seconds[trial.number] = spent
@@ -101,7 +102,7 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
         n_second,
         bool(standing.confirmed),
         tuple(open_fits),
-        record.is_searched(trials) and has_all_refits(record),
+        record.is_searched(trials) and has_all_replicates(record),
         is_running,
         eta_s,
         tuple(constant.describe(record, constant.find_constant_fits(record, n_finished))),
@@ -117,16 +118,16 @@ def _seconds_to_go(
     plan = ExecutionPlan.from_dict(table)
     running = sum(seconds[trial.number] for trial in trials if trial.outcome is None)
     ended = [seconds[trial.number] for trial in trials if trial.outcome in COUNTED]
-    n_confirm = confirmation.n_left(record, n_left)
+    n_replicates = confirmation.n_left(record, n_left)
     if ended:
         # The best full ones are fitted once more; as long as there is none, the longest that ended must do.
         ranking = record.standing(trials).ranking
-        again = [seconds[number] for number in ranking[:n_confirm]] or [max(ended)]
-        confirming = n_confirm * sum(again) / len(again)
+        again = [seconds[number] for number in ranking[:n_replicates]] or [max(ended)]
+        confirming = n_replicates * sum(again) / len(again)
         return max(0.0, sum(ended) / len(ended) * n_left + confirming - running) / len(plan.workers)
     n_images = len(record.folds.ids) if record.has_folds else 0
     total = plans.forecast(
-        record.config, plan, n_images=n_images, n_trials=n_left, n_folds=record.n_folds, n_confirm=n_confirm
+        record.config, plan, n_images=n_images, n_trials=n_left, n_folds=record.n_folds, n_replicates=n_replicates
     ).total_s
     return max(0.0, total - running / len(plan.workers)) if n_images and total == total else None
 
@@ -142,9 +143,9 @@ def _second_fits(
     n_finished, seconds = 0, 0.0
     for trial in full:
         for fold in range(record.n_folds) if trial.number in stored.trials else ():
-            fit = record.second_fit(trial.number, fold)
+            fit = record.replicate_fit(trial.number, fold)
             rows = fit.epochs()
-            seconds += sum(row["train_s"] + row["eval_s"] for row in rows)
+            seconds += sum(row.seconds for row in rows)
             n_finished += fit.is_finished
             if rows and not fit.is_finished:
                 open_fits.append(_open_fit(record, trial, fold, rows[-1], is_second=True))
@@ -152,7 +153,7 @@ def _second_fits(
 
 
 def _open_fit(
-    record: StudyRecord, trial: TrialRecord, fold: int, row: dict[str, Any], *, is_second: bool = False
+    record: StudyRecord, trial: TrialRecord, fold: int, row: EpochRow, *, is_second: bool = False
 ) -> OpenFit:
-    score = (row["held_out"] or row["train"])[record.config.study.metric]
-    return OpenFit(trial.number, fold, row["epoch"], trial.config["train"]["epochs"], score, is_second)
+    score = getattr(row.scores, record.config.study.metric)
+    return OpenFit(trial.number, fold, row.epoch, trial.config["train"]["epochs"], score, is_second)

@@ -31,7 +31,7 @@ from hpsearch.search.space import (
     single_value,
     unused_params,
 )
-from hpsearch.store.record import TrialRecord
+from hpsearch.store.trials import TrialRecord
 
 ATTEMPTS = 20
 """Suggestions that are drawn before an unused configuration is looked for by enumeration."""
@@ -73,7 +73,7 @@ class _Known:
 
     def frozen(self, space: Distributions) -> FrozenTrial:
         """Return it as a trial of Optuna: COMPLETE with its value or estimate, or in the state of its outcome."""
-        has_value = self.outcome in ("full", "dropped") and self.value is not None
+        has_value = self.outcome in ("complete", "pruned") and self.value is not None
         state = TrialState.COMPLETE if has_value else STATES[self.outcome]
         return create_trial(
             state=state,
@@ -86,12 +86,12 @@ class _Known:
 
 STATES = {
     None: TrialState.RUNNING,
-    "full": TrialState.COMPLETE,
-    "dropped": TrialState.PRUNED,
+    "complete": TrialState.COMPLETE,
+    "pruned": TrialState.PRUNED,
     "infeasible": TrialState.PRUNED,
     "diverged": TrialState.PRUNED,
     "failed": TrialState.FAIL,
-    "lost": TrialState.FAIL,
+    "orphaned": TrialState.FAIL,
 }
 """Outcome of a trial to the state of its counterpart in Optuna."""
 

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Look:
+class LoggedEvaluation:
     """One evaluation of test images."""
 
     test_set: str
@@ -80,38 +80,40 @@ class TestImages:
         return sha256_text("\n".join(lines))[:16]
 
 
-def begin_look(project: ProjectPaths, test: TestImages, **facts: Any) -> Look:
-    """Enter an evaluation of these images that is about to begin; `facts` are the other fields of `Look`."""
+def begin_evaluation(project: ProjectPaths, test: TestImages, **facts: Any) -> LoggedEvaluation:
+    """Enter an evaluation of these images that is about to begin; `facts` are the other fields of it."""
     old = {look.test_set: look.n_images for look in _entries(project) if not look.images}
     includes = tuple(digest for digest, n in old.items() if n < len(test.hashes) and test.digest(n) == digest)
-    look = Look(test_set=test.digest(), images=test.images, n_images=len(test.hashes), includes=includes, **facts)
+    look = LoggedEvaluation(
+        test_set=test.digest(), images=test.images, n_images=len(test.hashes), includes=includes, **facts
+    )
     note_look(project, look)
     return look
 
 
-def end_look(project: ProjectPaths, look: Look, score: float) -> Look:
+def end_evaluation(project: ProjectPaths, look: LoggedEvaluation, score: float) -> LoggedEvaluation:
     """Enter the mean score of an evaluation that ended."""
     _append(project, {"id": look.id, "score": score})
     return dataclasses.replace(look, score=score)
 
 
-def note_look(project: ProjectPaths, look: Look) -> None:
+def note_look(project: ProjectPaths, look: LoggedEvaluation) -> None:
     """Enter an evaluation into the project's account and the user's. Only the first has to be writable."""
     _append(project, dataclasses.asdict(look))
 
 
-def find_look(project: ProjectPaths, id: str) -> Look | None:
+def find_evaluation(project: ProjectPaths, id: str) -> LoggedEvaluation | None:
     """The evaluation of that id."""
     return next((look for look in _entries(project) if look.id == id), None)
 
 
-def looks_at(project: ProjectPaths, look: Look) -> tuple[Look, ...]:
+def evaluations_of(project: ProjectPaths, look: LoggedEvaluation) -> tuple[LoggedEvaluation, ...]:
     """Every known evaluation of any of this one's images, itself included, in the order of time."""
     others = [each for each in _entries(project) if each.id != look.id and n_shared(each, look)]
     return tuple(sorted((*others, look), key=lambda each: (each.at, each.id)))
 
 
-def n_shared(a: Look, b: Look) -> int:
+def n_shared(a: LoggedEvaluation, b: LoggedEvaluation) -> int:
     """How many images two evaluations share, as far as is known.
 
     Entries of version 0.1 do not name their images. They share all with an entry of the same test set or with one
@@ -127,13 +129,13 @@ def n_shared(a: Look, b: Look) -> int:
     return min(a.n_images, b.n_images) if of_one_study else 0
 
 
-def n_seen(look: Look, others: Sequence[Look]) -> int:
+def n_seen(look: LoggedEvaluation, others: Sequence[LoggedEvaluation]) -> int:
     """How many of an evaluation's images any of the others evaluated, as far as is known."""
     named = {image for other in others for image in other.images} & set(look.images)
     return max([len(named), *(n_shared(look, other) for other in others)])
 
 
-def describe_looks(look: Look, looks: Sequence[Look]) -> str:
+def describe_looks(look: LoggedEvaluation, looks: Sequence[LoggedEvaluation]) -> str:
     """How often an evaluation's images had been evaluated before, given all evaluations of any of them."""
     earlier = looks[: looks.index(look)]
     n_later = len(looks) - len(earlier) - 1
@@ -150,12 +152,14 @@ def describe_looks(look: Look, looks: Sequence[Look]) -> str:
     return text + (f"; {_count(n_later, 'evaluation')} came later" if n_later else "")
 
 
-def first_look_of(looks: Sequence[Look], study: str, study_began_at: float) -> Look | None:
+def first_evaluation_of(
+    looks: Sequence[LoggedEvaluation], study: str, study_began_at: float
+) -> LoggedEvaluation | None:
     """The first time that this study evaluated the images; what it found later may owe something to that."""
     return next((look for look in looks if (look.study, look.study_began_at) == (study, study_began_at)), None)
 
 
-def n_looks_before(looks: Sequence[Look], study_began_at: float) -> int:
+def n_evaluations_before(looks: Sequence[LoggedEvaluation], study_began_at: float) -> int:
     """How often the images had been evaluated before a study began."""
     return sum(look.at < study_began_at for look in looks)
 
@@ -178,9 +182,9 @@ def _append(project: ProjectPaths, table: dict[str, Any]) -> None:
         logger.info("this evaluation of the test set is on record in the project folder only: %s", error)
 
 
-def _entries(project: ProjectPaths) -> list[Look]:
+def _entries(project: ProjectPaths) -> list[LoggedEvaluation]:
     """All evaluations in both accounts with their scores. Lines that cannot be understood are skipped."""
-    found: dict[str, Look] = {}
+    found: dict[str, LoggedEvaluation] = {}
     for path in (project.looks, user_account()):
         for table in _tables(path):
             if table.keys() == {"id", "score"}:
@@ -189,7 +193,7 @@ def _entries(project: ProjectPaths) -> list[Look]:
                 continue
             lists = {name: tuple(table.get(name, ())) for name in ("images", "includes")}
             try:
-                look = Look(**{**table, **lists})
+                look = LoggedEvaluation(**{**table, **lists})
             except TypeError:
                 continue
             found.setdefault(look.id, look)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from hpsearch.config import StudyConfig
-from hpsearch.store.record import Standing, StudyRecord
+from hpsearch.store.record import StudyRecord
+from hpsearch.store.trials import Standing
 from hpsearch.tracking import notes
 from hpsearch.tracking.metrics import is_metric
 from hpsearch.tracking.runs import RANK, WINNER, RunContent, RunSource, key_of, people_tags, ranking_tags

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hpsearch.report.trial_rows import CURVES
-from hpsearch.store.record import FitRecord, Outcome
+from hpsearch.store.fits import FitRecord
+from hpsearch.store.trials import Outcome
 from hpsearch.training.metrics import SCORES, PixelCounts
 
 
@@ -71,11 +72,11 @@ METRICS: dict[str, dict[str, str | Callable[[Any], float | None]]] = {
     },
     # From all rows of a trial, a refit or a final.
     "training": {
-        "cost/seconds": lambda rows: _total(rows, "train_s") + _total(rows, "eval_s"),
+        "cost/seconds": lambda rows: sum(row.train_s for row in rows) + sum(row.eval_s for row in rows),
         "cost/images_per_s": lambda rows: (
-            sum(row["images_per_s"] * row["train_s"] for row in rows) / _total(rows, "train_s")
+            sum(row.images_per_s * row.train_s for row in rows) / sum(row.train_s for row in rows)
         ),
-        "cost/peak_memory_mib": lambda rows: max(row["peak_bytes"] for row in rows) / 2**20,
+        "cost/peak_memory_mib": lambda rows: max(row.peak_bytes for row in rows) / 2**20,
     },
     # From the `CrossValidation` of a complete trial. The last entry replaces one of the first.
     "cross-validation": {
@@ -149,10 +150,6 @@ def _look_up(source: Any, path: str) -> Any:
         if source is None:
             return None
     return source
-
-
-def _total(rows: Sequence[Mapping[str, Any]], name: str) -> float:
-    return float(sum(row[name] for row in rows))
 
 
 def milliseconds(seconds: float) -> int:

@@ -27,7 +27,7 @@ import numpy.typing as npt
 import hpsearch
 from hpsearch import subprocesses
 from hpsearch.errors import DatasetError, ExportError
-from hpsearch.inference.postprocessing import Choices
+from hpsearch.inference.postprocessing import Postprocessing
 from hpsearch.paths import FinalPaths
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def _copy_weights(weights: Path, final: FinalPaths) -> None:
 
     _, info = load_weights(weights)
     files = {final.model: weights}
-    if Choices.from_table(info.extra).ensemble:
+    if Postprocessing.from_table(info.extra).ensemble:
         members = FinalPaths(weights.parent).ensemble
         files |= {final.ensemble / path.name: path for path in members.glob("*.safetensors")}
     for target, source in files.items():

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 
 from hpsearch.errors import TrackingError, redact
 from hpsearch.paths import ProjectPaths, StudyPaths
-from hpsearch.store.record import StudyRecord, TrialRecord
+from hpsearch.store.record import StudyRecord
+from hpsearch.store.trials import TrialRecord
 from hpsearch.tracking import run_files, runs
 from hpsearch.tracking.experiment import Experiment, Rebuilt, find_study_run, temporary_folder
 from hpsearch.tracking.mlflow_server import MlflowServer, is_external, is_outage

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hpsearch.config import digest
-from hpsearch.store.record import Standing, TrialRecord
+from hpsearch.store.trials import Standing, TrialRecord
 from hpsearch.tracking.metrics import Point
 
 NOTE, OUR_NOTE = "mlflow.note.content", "hpsearch.note"
@@ -38,7 +38,7 @@ def study_note(metric: str, trials: Sequence[TrialRecord], standing: Standing) -
 
 def trial_note(trial: TrialRecord, points: Sequence[Point], metric: str, standing: Standing) -> str:
     """Return the description of an ended trial: its value, or why it has none, and its params."""
-    if trial.outcome != "full" or trial.value is None:
+    if trial.outcome != "complete" or trial.value is None:
         estimate = "" if trial.value is None else f" (estimated {metric} {trial.value:.4f})"
         return f"**{trial.outcome}**{estimate}: {trial.reason}\n\n{searched_params(trial)}"
     value = standing.values.get(trial.number, trial.value)

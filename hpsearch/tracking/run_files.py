@@ -16,7 +16,8 @@ from hpsearch.errors import CacheError
 from hpsearch.paths import StudyPaths
 from hpsearch.report import trial_rows
 from hpsearch.report.trial_rows import Case, CurvePoint
-from hpsearch.store.record import StudyRecord, TrialRecord
+from hpsearch.store.record import StudyRecord
+from hpsearch.store.trials import TrialRecord
 from hpsearch.tracking.metrics import image_scores
 from hpsearch.training.metrics import SCORES
 
@@ -50,7 +51,7 @@ def write_trial_files(record: StudyRecord, trial: TrialRecord, folder: Path) -> 
         with (folder / "scores.csv").open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([["image", "fold", *SCORES], *rows])
     name, metric = f"trial {trial.number:04d} of {record.name}", record.config.study.metric
-    result = f"out-of-fold {metric} {trial.value:.4f}" if trial.outcome == "full" else trial.outcome or "open"
+    result = f"out-of-fold {metric} {trial.value:.4f}" if trial.outcome == "complete" else trial.outcome or "open"
     _draw_curves(trial_rows.trial_curves(record, trial.number), f"{name}: {result}", folder)
     _draw_panels(partial(trial_rows.trial_cases, record, trial.number), metric, f"{name}: held-out images", folder)
 

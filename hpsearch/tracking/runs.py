@@ -17,20 +17,14 @@ from typing import Any, Literal, get_args
 from hpsearch import paths
 from hpsearch.config import StudyConfig, digest
 from hpsearch.paths import StudyPaths
-from hpsearch.store.record import (
-    FitRecord,
-    Outcome,
-    SecondRecord,
-    Standing,
-    StudyRecord,
-    TrialRecord,
-    has_all_refits,
-)
+from hpsearch.store.fits import FitRecord
+from hpsearch.store.record import StudyRecord, has_all_replicates
+from hpsearch.store.trials import Outcome, ReplicateRecord, Standing, TrialRecord
 from hpsearch.tracking import notes, run_files
 from hpsearch.tracking.metrics import CrossValidation, Point, milliseconds, points_of
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
-STATUSES: dict[str | None, Status] = {None: "RUNNING", "diverged": "FAILED", "failed": "FAILED", "lost": "KILLED"}
+STATUSES: dict[str | None, Status] = {None: "RUNNING", "diverged": "FAILED", "failed": "FAILED", "orphaned": "KILLED"}
 """Outcome of a trial to the status of its run. All others are finished; the tag `outcome` says how."""
 IDENTIFYING_TAGS = {"hpsearch.trial": "trial", "hpsearch.second": "second", "hpsearch.final": "final"}
 """Tag that identifies a child run of a study, to the first word of the run's key."""
@@ -119,7 +113,7 @@ def run_sources(record: StudyRecord, trials: Sequence[TrialRecord], standing: St
         version = trial, standing.values.get(trial.number), trial.number in standing.confirmed
         write = partial(run_files.write_trial_files, record, trial)
         yield RunSource(f"trial {trial.number}", version, partial(trial_run, record, trial, standing), write)
-    for second in record.second_records():
+    for second in record.replicate_records():
         write = partial(run_files.write_refit_files, record, second.trial)
         yield RunSource(f"second {second.trial}", second, partial(refit_run, record, second), write)
     for name in record.paths.final_names():
@@ -147,8 +141,8 @@ def ranking_tags(standing: Standing) -> dict[str, dict[str, str]]:
 
 def study_run(record: StudyRecord, trials: Sequence[TrialRecord], standing: Standing) -> RunContent:
     """Return the parent run: the settings of the study, its best value and counts of outcomes after each trial."""
-    is_over = record.is_searched(trials) and has_all_refits(record)
-    ends = [trial.ended_at or 0 for trial in trials] + [second.ended_at or 0 for second in record.second_records()]
+    is_over = record.is_searched(trials) and has_all_replicates(record)
+    ends = [trial.ended_at or 0 for trial in trials] + [second.ended_at or 0 for second in record.replicate_records()]
     search = {f"search.{name}": notes.text_of(dimension.to_toml()) for name, dimension in record.config.search}
     return RunContent(
         key="study",
@@ -171,7 +165,7 @@ def trial_run(record: StudyRecord, trial: TrialRecord, standing: Standing) -> Ru
     number, metric = trial.number, record.config.study.metric
     fits = [record.fit(number, fold) for fold in range(record.n_folds)]
     points: list[Point] = []
-    if trial.outcome == "full":
+    if trial.outcome == "complete":
         points = _value_points(record, trial, fits, standing)
     elif trial.ended_at is not None:
         points = points_of("estimate", trial, trial.ended_at)
@@ -182,12 +176,12 @@ def trial_run(record: StudyRecord, trial: TrialRecord, standing: Standing) -> Ru
     return _fits_run(record, trial, trial, fits, f"trial {number:04d}", tags, points, note)
 
 
-def refit_run(record: StudyRecord, second: SecondRecord) -> RunContent:
+def refit_run(record: StudyRecord, second: ReplicateRecord) -> RunContent:
     """Return the run of the refit of a trial as far as it has come."""
     trial = record.trial(second.trial)
-    fits = [record.second_fit(trial.number, fold) for fold in range(record.n_folds)]
+    fits = [record.replicate_fit(trial.number, fold) for fold in range(record.n_folds)]
     points: list[Point] = []
-    if second.outcome == "full":
+    if second.outcome == "complete":
         cross_validation = CrossValidation.read([fits], None)
         points = points_of("cross-validation", cross_validation, second.ended_at or 0, record.config.study.metric)
     tags = {"hpsearch.second": str(trial.number), "outcome": f"refit: {second.outcome or 'open'}"}
@@ -199,7 +193,7 @@ def refit_run(record: StudyRecord, second: SecondRecord) -> RunContent:
 def _fits_run(
     record: StudyRecord,
     trial: TrialRecord,
-    attempt: TrialRecord | SecondRecord,
+    attempt: TrialRecord | ReplicateRecord,
     fits: Sequence[FitRecord],
     name: str,
     tags: dict[str, str],
@@ -258,7 +252,7 @@ def _fit_points(prefix: str, fits: Sequence[FitRecord], ended_at: float | None) 
     rows = [fit.epochs() for fit in fits]
     for index, each in enumerate(rows):
         for row in each:
-            yield from points_of("epoch", row, row["time"], prefix=f"{prefix}{index}/", step=row["epoch"])
+            yield from points_of("epoch", row, row.time, prefix=f"{prefix}{index}/", step=row.epoch)
     if ended_at is not None and any(rows):
         yield from points_of("training", [row for each in rows for row in each], ended_at)
 
@@ -271,11 +265,11 @@ def _value_points(
     first = CrossValidation.read([fits], trial.value)
     points = points_of("cross-validation", first, trial.ended_at or 0, metric)
     ranked_at = _ranked_at(record, standing)
-    if ranked_at is None or record.mean_of_fits(number) is None:
+    if ranked_at is None or record.mean_over_fits(number) is None:
         return points
     now = first
     if number in standing.confirmed:
-        refits = [record.second_fit(number, fold) for fold in range(record.n_folds)]
+        refits = [record.replicate_fit(number, fold) for fold in range(record.n_folds)]
         now = CrossValidation.read([fits, refits], standing.values.get(number))
     points += points_of("cross-validation", now, ranked_at, metric, is_revision=True)
     return points + points_of("first fits", first, ranked_at, metric)
@@ -289,9 +283,9 @@ def _ranked_at(record: StudyRecord, standing: Standing) -> float | None:
     shortlist = record.shortlist()
     if shortlist is None:
         return None
-    ends = {trial.number: trial.ended_at or 0.0 for trial in record.full_trials()}
+    ends = {trial.number: trial.ended_at or 0.0 for trial in record.complete_trials()}
     if standing.confirmed:
-        seconds = [record.second(number) for number in shortlist.trials]
+        seconds = [record.replicate(number) for number in shortlist.trials]
         ended = [second.ended_at or 0.0 for second in seconds if second is not None]
         # Later than the trial that reopened the choice before: of equal steps MLflow shows the latest.
         return max([*ended, *ends.values()]) + 0.001
@@ -308,7 +302,7 @@ def _progress(record: StudyRecord, trials: Sequence[TrialRecord], standing: Stan
     refitted_at = _ranked_at(record, standing) if standing.confirmed else None
     can_win = {trial.number for trial in record.contenders(trials)}
     values: list[float] = []
-    n: Counter[str] = Counter({outcome: 0 for outcome in get_args(Outcome) if outcome != "lost"})
+    n: Counter[str] = Counter({outcome: 0 for outcome in get_args(Outcome) if outcome != "orphaned"})
     n_before = 0
     for step, (at, number, trial) in enumerate(sorted(ended), start=1):
         n[str(trial.outcome)] += 1

@@ -39,6 +39,7 @@ from hpsearch.training.rows import Scores as Scores
 from hpsearch.training.rows import read_lines, to_line
 from hpsearch.training.runtime import Runtime
 from hpsearch.training.schedule import lr_factor, make_optimizer, set_lr_
+from hpsearch.typed_json import from_json, to_json
 
 logger = logging.getLogger(__name__)
 
@@ -220,7 +221,7 @@ class _Progress:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "rng": devices.rng_states(device),
-            "rows": [row.to_dict() for row in self.rows],
+            "rows": [to_json(row) for row in self.rows],
             "scores": torch.from_numpy(self.scores_array()),
             "counts": torch.from_numpy(self.counts),
         }
@@ -231,7 +232,7 @@ class _Progress:
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         devices.restore_rng_states(state["rng"], device)
-        self.rows = [EpochRow.from_dict(row) for row in state["rows"]]
+        self.rows = [from_json(EpochRow, row) for row in state["rows"]]
         self.scores = list(state["scores"].numpy())
         self.counts = state["counts"].numpy()
 
@@ -469,11 +470,7 @@ def _resume_(progress: _Progress, paths: FitPaths, task_digest: str, device: tor
 def _recorded_rows(path: Path) -> dict[int, EpochRow]:
     """Rows of epochs.jsonl by epoch; lines that a crash tore or that make no sense are left out."""
     rows: dict[int, EpochRow] = {}
-    for table in read_lines(path.read_bytes())[0] if path.is_file() else []:
-        try:
-            row = EpochRow.from_dict(table)
-        except (TypeError, KeyError):
-            continue
+    for row in read_lines(path.read_bytes())[0] if path.is_file() else []:
         rows.setdefault(row.epoch, row)
     return rows
 

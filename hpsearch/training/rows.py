@@ -1,12 +1,12 @@
-"""What one epoch of a fit gave: one line of epochs.jsonl. Imports no torch: the coordinator reads it."""
+"""Results of one epoch of a fit: one line of epochs.jsonl. Imports no torch: the coordinator reads it."""
 
 from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+
+from hpsearch.typed_json import from_json, to_json
 
 
 @dataclass(frozen=True)
@@ -40,46 +40,38 @@ class EpochRow:
     peak_bytes: int
     """Most memory in use so far: allocated on a GPU, resident in the process on a CPU."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types only; `from_dict` gives an equal row."""
-        return asdict(self)
+    @property
+    def seconds(self) -> float:
+        """Training and evaluation together."""
+        return self.train_s + self.eval_s
 
-    @classmethod
-    def from_dict(cls, table: Mapping[str, Any]) -> EpochRow:
-        """The row of such a table, or of a line of epochs.jsonl, whose checksum is left alone."""
-        table = {key: value for key, value in table.items() if key != "crc"}
-        held_out = table["held_out"]
-        return cls(
-            **{
-                **table,
-                "train": Scores(**table["train"]),
-                "held_out": None if held_out is None else Scores(**held_out),
-            }
-        )
+    @property
+    def scores(self) -> Scores:
+        """The held-out scores; those of the training batches where nothing is held out."""
+        return self.held_out or self.train
 
 
 def to_line(row: EpochRow) -> str:
-    """The row as a line of epochs.jsonl, with its checksum."""
-    text = json.dumps(row.to_dict(), allow_nan=False)
+    """Return the row as a line of epochs.jsonl, with its checksum."""
+    text = json.dumps(to_json(row), allow_nan=False)
     return f'{text[:-1]}, "crc": {zlib.crc32(text.encode())}}}'
 
 
-def read_lines(content: bytes) -> tuple[list[dict[str, Any]], int]:
-    """Tables of the good lines of an epochs.jsonl, in order, without checksums, and how many whole lines are bad.
+def read_lines(content: bytes) -> tuple[list[EpochRow], int]:
+    """Return the rows of the intact lines of an epochs.jsonl, in order, and the number of damaged lines.
 
-    A last line without its end was torn by a crash; it counts for nothing.
+    A last line without its end was cut off by a crash and does not count.
     """
     *lines, _ = content.split(b"\n")
-    tables = [table for line in lines if (table := _read_line(line)) is not None]
-    return tables, len(lines) - len(tables)
+    rows = [row for line in lines if (row := _read_line(line)) is not None]
+    return rows, len(lines) - len(rows)
 
 
-def _read_line(line: bytes) -> dict[str, Any] | None:
+def _read_line(line: bytes) -> EpochRow | None:
     try:
         table = json.loads(line)
-        if not isinstance(table, dict) or "epoch" not in table:
-            return None
         crc = table.pop("crc", None)
-        return table if crc in (None, zlib.crc32(json.dumps(table).encode())) else None
-    except (ValueError, RecursionError):
+        is_intact = crc in (None, zlib.crc32(json.dumps(table).encode()))
+        return from_json(EpochRow, table) if is_intact else None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

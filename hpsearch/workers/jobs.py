@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from hpsearch.config import StudyConfig
 from hpsearch.data.reading import Reading
-from hpsearch.inference.postprocessing import Choices, FoldNetwork
+from hpsearch.inference.postprocessing import FoldNetwork, Postprocessing
 from hpsearch.training.rows import EpochRow
 from hpsearch.typed_json import from_json, to_json
 
@@ -122,7 +122,7 @@ class KeepJob:
     """Copy weights, with the post-processing selected for them entered."""
 
     copies: tuple[WeightsCopy, ...]
-    postprocessing: Choices
+    postprocessing: Postprocessing
 
     kind: ClassVar[str] = "keep"
 
@@ -134,7 +134,7 @@ class CountJob:
     config: StudyConfig
     caches: CachePaths
     weights: tuple[Path, ...]
-    postprocessing: Choices
+    postprocessing: Postprocessing
     counts: Path
 
     kind: ClassVar[str] = "count"

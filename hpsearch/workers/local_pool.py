@@ -160,7 +160,7 @@ class LocalPool:
         elif not isinstance(report, EpochEnded):
             worker.job = None
         elif isinstance(job, FitJob):
-            self._epoch_s[job.trial] = report.row.train_s + report.row.eval_s
+            self._epoch_s[job.trial] = report.row.seconds
         return Event(worker, job, report)
 
     def _start(self, index: int, settings: WorkerSettings) -> LocalWorker:

@@ -147,7 +147,7 @@ class Forecast:
     """What a search is about to do."""
 
     n_trials: int
-    n_confirm: int
+    n_replicates: int
     """Configurations that are fitted once more when the search is over, at most."""
     n_folds: int
     epochs: int
@@ -159,15 +159,15 @@ class Forecast:
 
 
 def forecast(
-    config: StudyConfig, plan: ExecutionPlan, *, n_images: int, n_trials: int, n_folds: int, n_confirm: int = 0
+    config: StudyConfig, plan: ExecutionPlan, *, n_images: int, n_trials: int, n_folds: int, n_replicates: int = 0
 ) -> Forecast:
     """Expected cost of `n_trials` drawn from the search space at random, from the measured steps."""
     n_held_out = n_images // n_folds if n_folds > 1 else 0
     candidates = [candidate for candidate in sample_space(config, 64) if why_infeasible(candidate, plan) is None]
     seconds = [plan.fit_s(candidate, n_images - n_held_out, n_held_out) for candidate in candidates or [config]]
     fit_s = float(np.mean(seconds))
-    total_s = fit_s * (n_trials + n_confirm) * n_folds / max(1, len(plan.workers))
-    return Forecast(n_trials, n_confirm, n_folds, config.train.epochs, n_images, fit_s, total_s)
+    total_s = fit_s * (n_trials + n_replicates) * n_folds / max(1, len(plan.workers))
+    return Forecast(n_trials, n_replicates, n_folds, config.train.epochs, n_images, fit_s, total_s)
 
 
 def sample_space(config: StudyConfig, n: int, seed: int = 0) -> list[StudyConfig]:

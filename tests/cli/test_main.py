@@ -111,7 +111,7 @@ def test_status_names_the_next_step(tmp_path: Path, capsys: pytest.CaptureFixtur
     study.trial()
     assert f"go on with it: hpsearch study --study fake --out {tmp_path}\n" in message()
     for _ in range(5):
-        study.trial("dropped")
+        study.trial("pruned")
     assert f"next: hpsearch final --best --study fake --out {tmp_path}\n" in message()
     study.final(0)
     assert "hpsearch" not in message()

@@ -36,15 +36,15 @@ def test_the_display_reckons_the_time_to_go_as_status_does_with_the_second_fits(
     progress = StudyProgress("fake", fake.project)
     progress._is_live = True
     plan = ExecutionPlan.from_dict(fake.record.plan() or {})
-    forecast = Forecast(n_trials=6, n_confirm=2, n_folds=2, epochs=3, n_images=20, fit_s=600.0, total_s=7200.0)
+    forecast = Forecast(n_trials=6, n_replicates=2, n_folds=2, epochs=3, n_images=20, fit_s=600.0, total_s=7200.0)
     progress.planned(fake.record, plan, forecast)
     assert "ETA 2 h" in shown_by(progress)
 
-    ended = [fake.trial(), fake.trial("dropped"), fake.trial()]
+    ended = [fake.trial(), fake.trial("pruned"), fake.trial()]
     for trial in ended:
         progress.trial_ended(trial)
     status = study_status(fake.project, "fake")
-    of_full = [status.seconds[trial.number] for trial in ended if trial.outcome == "full"]
+    of_full = [status.seconds[trial.number] for trial in ended if trial.outcome == "complete"]
     # One worker; three of six trials to go, then two once more.
     expected_s = sum(status.seconds.values()) / 3 * 3 + sum(of_full) / 2 * 2
     assert status.eta_s == pytest.approx(expected_s)

@@ -23,7 +23,7 @@ def output_of(*arguments: str) -> str:
 def test_status_of_a_trial_shows_every_decision(tmp_path: Path) -> None:
     study = FakeStudy(tmp_path)
     study.trial()
-    raced = study.trial("dropped")
+    raced = study.trial("pruned")
     kept = PruneDecision(
         drop=False,
         estimate=0.7,

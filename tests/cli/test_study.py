@@ -111,7 +111,7 @@ class _StopAfterAnEpoch(NullCallback):
 
     def epoch_ended(self, trial: int, fold: int, row: EpochRow) -> None:
         self.left_s.append(self._stop.epoch_left_s())
-        self.epoch_s = row.train_s + row.eval_s
+        self.epoch_s = row.seconds
         self._stop.request()
 
 
@@ -145,7 +145,7 @@ def test_a_stopped_study_says_what_it_has_and_how_to_go_on_and_that_it_goes_on(
         patched.setattr(statuses.lock, "is_held", lambda _: True)
         eta_s = study_status(ProjectPaths(project), "tiny").eta_s
     record.write_plan(plan)
-    spent_s = sum(row["train_s"] + row["eval_s"] for row in record.fit(0, 0).epochs())
+    spent_s = sum(row.seconds for row in record.fit(0, 0).epochs())
     # Two folds of two epochs, each of 6 images that are trained on and 5 that are scored.
     assert eta_s == pytest.approx(2 * 2 * (6 * 10.0 + 5 * 1.0) - spent_s)
 

@@ -17,7 +17,8 @@ from hpsearch.report import trial_rows
 from hpsearch.search.autotune import MachineChoice
 from hpsearch.search.callbacks import NullCallback
 from hpsearch.search.stopping import Stop
-from hpsearch.store.record import StudyRecord, load_array
+from hpsearch.store.fits import load_array
+from hpsearch.store.record import StudyRecord
 from tests.data.conftest import decoding_process as decoding_process
 from tests.data.conftest import one_decoder as one_decoder
 from tests.search.studies import everything, run, tiny_config, write_tiny_dataset

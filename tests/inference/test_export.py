@@ -232,7 +232,7 @@ def test_the_best_configuration_is_exported_as_one_that_runs_again(tmp_path: Pat
     study = FakeStudy(tmp_path)
     study.trial(**{"train.lr": 0.002})
     best = study.trial(**{"train.lr": 0.05, "unet.depth": 4})
-    study.trial("dropped")
+    study.trial("pruned")
     path = export_toml(study.record)
     assert path == study.record.paths.root / "trial-0001.toml"
     assert configs.load(path, ()) == best.study_config
@@ -245,7 +245,7 @@ def test_any_trial_can_be_exported_and_one_that_is_not_there_cannot(tmp_path: Pa
     study = FakeStudy(tmp_path)
     with pytest.raises(StudyError, match="no fully evaluated trial yet"):
         export_toml(study.record)
-    dropped = study.trial("dropped")
+    dropped = study.trial("pruned")
     path = export_toml(study.record, tmp_path / "mine.toml", number=0)
     assert configs.load(path, ()) == dropped.study_config
     with pytest.raises(StudyError, match="no trial 4: its last is trial 0"):

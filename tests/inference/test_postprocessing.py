@@ -8,13 +8,13 @@ import pytest
 from hpsearch.errors import RecordError
 from hpsearch.inference.postprocessing import (
     THRESHOLDS,
-    Choices,
-    Chosen,
     Decision,
-    choose_cleaning,
-    choose_flips,
-    choose_threshold,
+    Postprocessing,
+    SelectedPostprocessing,
     clean_mask,
+    select_cleaning,
+    select_flips,
+    select_threshold,
 )
 from hpsearch.stats.intervals import paired_difference
 
@@ -27,14 +27,14 @@ def scores(seed: int, mean: float = 0.85) -> np.ndarray:
 
 def test_a_gain_that_every_image_has_is_taken_and_measured() -> None:
     plain = scores(0)
-    found = choose_flips(plain, plain + 0.004 + scores(1, 0.0) * 0.05, NETWORKS)
+    found = select_flips(plain, plain + 0.004 + scores(1, 0.0) * 0.05, NETWORKS)
     assert found.taken
     assert found.gain.difference == pytest.approx(0.004, abs=0.002)
 
 
 def test_what_gains_nothing_is_seldom_taken() -> None:
     taken = [
-        choose_cleaning(scores(2 * i), scores(2 * i) + scores(2 * i + 1, 0.0) * 0.1, NETWORKS) for i in range(80)
+        select_cleaning(scores(2 * i), scores(2 * i) + scores(2 * i + 1, 0.0) * 0.1, NETWORKS) for i in range(80)
     ]
     # One-sided 2.5 % of 80 is 2.
     assert sum(each.taken for each in taken) <= 6
@@ -43,8 +43,8 @@ def test_what_gains_nothing_is_seldom_taken() -> None:
 def test_cleaning_is_taken_if_it_helps_and_not_if_it_harms() -> None:
     plain = scores(0)
     better = plain + 0.004 + scores(1, 0.0) * 0.05
-    assert choose_cleaning(plain, better, NETWORKS).taken
-    assert not choose_cleaning(better, plain, NETWORKS).taken
+    assert select_cleaning(plain, better, NETWORKS).taken
+    assert not select_cleaning(better, plain, NETWORKS).taken
 
 
 def test_how_sure_a_gain_is_counts_the_spread_between_networks_beyond_that_of_their_images() -> None:
@@ -65,17 +65,17 @@ def test_a_gain_of_one_network_alone_is_not_taken() -> None:
     plain = scores(0)
     gains = np.where(NETWORKS == 0, 0.02, 0.0) + scores(1, 0.0) * 0.01
     assert gains.mean() > 0.003
-    assert not choose_flips(plain, plain + gains, NETWORKS).taken
+    assert not select_flips(plain, plain + gains, NETWORKS).taken
 
 
 def test_the_threshold_with_the_best_mean_is_found_and_its_gain_is_not_that_of_the_best_of_many() -> None:
     base, rng = scores(0), np.random.default_rng(1)
     better = np.array([0.02 - abs(threshold - 0.4) * 0.2 for threshold in THRESHOLDS])
-    found = choose_threshold(base + better[:, None] + rng.normal(0, 0.01, (len(THRESHOLDS), len(base))), NETWORKS)
+    found = select_threshold(base + better[:, None] + rng.normal(0, 0.01, (len(THRESHOLDS), len(base))), NETWORKS)
     assert (found.value, found.taken) == (0.4, True)
     assert found.gain.difference == pytest.approx(0.02, abs=0.004)
     noise = [
-        choose_threshold(base + np.random.default_rng(i).normal(0, 0.05, (len(THRESHOLDS), len(base))), NETWORKS)
+        select_threshold(base + np.random.default_rng(i).normal(0, 0.05, (len(THRESHOLDS), len(base))), NETWORKS)
         for i in range(60)
     ]
     assert np.mean([each.gain.difference for each in noise]) == pytest.approx(0, abs=0.002)
@@ -86,10 +86,10 @@ def test_one_fold_is_split_for_the_threshold() -> None:
     """Each part is scored by the threshold that the other parts choose, so noise gains nothing."""
     one = np.zeros(40, np.int64)
     flat = np.tile(scores(0)[:40], (len(THRESHOLDS), 1))
-    found = choose_threshold(flat, one)
+    found = select_threshold(flat, one)
     assert (found.value, found.taken, found.gain.difference) == (0.5, False, 0.0)
     noise = [np.random.default_rng(seed).normal(0.8, 0.05, (len(THRESHOLDS), len(one))) for seed in range(60)]
-    honest = np.mean([choose_threshold(each, one).gain.difference for each in noise])
+    honest = np.mean([select_threshold(each, one).gain.difference for each in noise])
     naive = np.mean([each.mean(1).max() - each[THRESHOLDS.index(0.5)].mean() for each in noise])
     assert abs(honest) < 0.004 < 0.01 < naive
 
@@ -136,8 +136,8 @@ def test_a_bay_is_no_hole_and_empty_and_full_masks_stay() -> None:
 def test_decisions_survive_the_record_and_damage_is_named() -> None:
     plain = scores(0)
     decision = Decision.make("threshold", 0.45, scores(1) - plain, NETWORKS)
-    chosen = Chosen(Choices(threshold=0.45), (decision,), 300, "second fits of trial 7")
-    assert Chosen.from_table(chosen.to_table()) == chosen
-    assert Choices.from_table({"threshold": 0.4, "color": "rgb"}) == Choices(threshold=0.4)
+    chosen = SelectedPostprocessing(Postprocessing(threshold=0.45), (decision,), 300, "second fits of trial 7")
+    assert SelectedPostprocessing.from_table(chosen.to_table()) == chosen
+    assert Postprocessing.from_table({"threshold": 0.4, "color": "rgb"}) == Postprocessing(threshold=0.4)
     with pytest.raises(RecordError, match="damaged"):
-        Chosen.from_table({"choices": {}})
+        SelectedPostprocessing.from_table({"choices": {}})

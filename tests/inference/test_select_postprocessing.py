@@ -15,7 +15,7 @@ from hpsearch.config.model import UNetConfig
 from hpsearch.data.batches import DeviceData
 from hpsearch.data.cache import Normalization, open_cache
 from hpsearch.inference import select_postprocessing as choosing
-from hpsearch.inference.postprocessing import Choices, Chosen
+from hpsearch.inference.postprocessing import Postprocessing, SelectedPostprocessing
 from hpsearch.inference.predictor import Ensemble, Predictor, load_predictor, mean_over_flips
 from hpsearch.inference.scoring import count_mask
 from hpsearch.models.unet import UNet
@@ -55,7 +55,7 @@ def choose(
     seeds: tuple[int, int] = (0, 1),
     metric: str = "dice",
     ensemble: bool = False,
-) -> Chosen:
+) -> SelectedPostprocessing:
     held_out = [list(range(fold, N, 2)) for fold in range(2)]
     job = {
         "metric": metric,
@@ -72,7 +72,7 @@ def choose(
         "out": str(tmp_path / "choices.json"),
     }
     choosing.choose(job, data, runtime)
-    return Chosen.read(tmp_path / "choices.json")
+    return SelectedPostprocessing.read(tmp_path / "choices.json")
 
 
 def test_every_choice_is_made_on_all_held_out_images_and_is_on_record(
@@ -133,7 +133,7 @@ def test_every_image_is_predicted_by_the_networks_that_have_not_seen_it(
     stored = [image.tobytes() for image in data.cache.read(np.arange(N))[0]]
     predicted: dict[str, set[int]] = {}
     scored_by = []
-    choose_cleaning = choosing.choose_cleaning
+    select_cleaning = choosing.select_cleaning
 
     def note(name: str, images: Tensor, lesion: Tensor) -> Tensor:
         shown = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
@@ -145,10 +145,10 @@ def test_every_image_is_predicted_by_the_networks_that_have_not_seen_it(
 
     def watch(plain: Any, cleaned: Any, network_of: Any) -> Any:
         scored_by.append(network_of.tolist())
-        return choose_cleaning(plain, cleaned, network_of)
+        return select_cleaning(plain, cleaned, network_of)
 
     networks_that(monkeypatch, tmp_path, note)
-    monkeypatch.setattr(choosing, "choose_cleaning", watch)
+    monkeypatch.setattr(choosing, "select_cleaning", watch)
     choose(tmp_path, data, runtime, ensemble=ensemble)
     even, odd = set(range(0, N, 2)), set(range(1, N, 2))
     others = {"other0": even, "other1": odd} if ensemble else {}
@@ -223,14 +223,14 @@ def test_an_ensemble_is_measured_by_its_mean_logits_against_the_mean_of_its_memb
     decisions = {each.name: each for each in chosen.decisions}
     assert not decisions["clean"].taken
     assert decisions["ensemble"].gain.difference == pytest.approx(1 - alone.mean())
-    assert chosen.choices == Choices(ensemble=True)
+    assert chosen.choices == Postprocessing(ensemble=True)
 
 
 def test_a_model_that_is_kept_knows_its_choices_and_without_any_is_the_file_it_was(tmp_path: Path) -> None:
     source = network(tmp_path / "source.safetensors", 0, threshold=0.5, match="resize")
-    choosing.keep_model(source, tmp_path / "same.safetensors", Choices())
+    choosing.keep_model(source, tmp_path / "same.safetensors", Postprocessing())
     assert (tmp_path / "same.safetensors").read_bytes() == source.read_bytes()
-    choices = Choices(threshold=0.35, flips=True, clean=True)
+    choices = Postprocessing(threshold=0.35, flips=True, clean=True)
     choosing.keep_model(source, tmp_path / "kept.safetensors", choices)
     predictor = Predictor.load(tmp_path / "kept.safetensors", device="cpu", threads=1)
     assert predictor.choices == choices
@@ -238,10 +238,11 @@ def test_a_model_that_is_kept_knows_its_choices_and_without_any_is_the_file_it_w
 
 
 @pytest.mark.parametrize(
-    "choices", [Choices(), Choices(threshold=0.3), Choices(threshold=0.45, flips=True, clean=True)]
+    "choices",
+    [Postprocessing(), Postprocessing(threshold=0.3), Postprocessing(threshold=0.45, flips=True, clean=True)],
 )
 def test_counts_are_those_of_the_masks_that_predict_makes(
-    tmp_path: Path, data: DeviceData, runtime: Runtime, choices: Choices
+    tmp_path: Path, data: DeviceData, runtime: Runtime, choices: Postprocessing
 ) -> None:
     """By one network and by several, each with its own normalisation."""
     (tmp_path / "ensemble").mkdir()
@@ -281,7 +282,7 @@ def test_an_ensemble_has_the_mean_logits_of_its_members(tmp_path: Path, data: De
 def test_an_ensemble_is_used_if_it_was_chosen_and_it_is_there(tmp_path: Path) -> None:
     source = network(tmp_path / "source.safetensors", 0)
     model = tmp_path / "model.safetensors"
-    choosing.keep_model(source, model, Choices(ensemble=True))
+    choosing.keep_model(source, model, Postprocessing(ensemble=True))
     assert isinstance(load_predictor(model, device="cpu", threads=1), Predictor)
     (tmp_path / "ensemble").mkdir()
     network(tmp_path / "ensemble/fold0.safetensors", 1)

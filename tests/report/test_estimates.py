@@ -14,7 +14,7 @@ from tests.recorded import FakeStudy
 def study(tmp_path: Path) -> FakeStudy:
     study = FakeStudy(tmp_path, n_images=40)
     study.trial(**{"train.lr": 0.002})
-    study.trial("dropped")
+    study.trial("pruned")
     study.trial(**{"train.lr": 0.05, "unet.depth": 4})
     study.trial(**{"train.lr": 0.048, "unet.depth": 4})
     return study
@@ -38,13 +38,13 @@ def test_estimates_use_the_numbers_of_the_complete_trials(study: FakeStudy) -> N
 
 
 def test_replicates_enter_once_all_have_ended(study: FakeStudy) -> None:
-    study.second(2)
+    study.replicate(2)
     assert estimates_of(study).scores.replicated == ()
     study.confirm(2, 3)
     estimates = estimates_of(study)
     assert estimates.scores.replicated == (1, 2)
     assert estimates.corrected.method == "confirmed"
-    both = (study.record.out_of_fold(2) + study.record.second_out_of_fold(2)) / 2
+    both = (study.record.out_of_fold(2) + study.record.replicate_out_of_fold(2)) / 2
     assert np.allclose(estimates.scores.joint[1], both)
     # A full trial that came later opens the choice again.
     study.trial()
@@ -53,7 +53,7 @@ def test_replicates_enter_once_all_have_ended(study: FakeStudy) -> None:
 
 def test_pruned_trials_count_with_the_folds_that_they_finished(study: FakeStudy) -> None:
     assert estimates_of(study).scores.pruned is None
-    for outcome in ("dropped", "failed"):
+    for outcome in ("pruned", "failed"):
         trial = study.begin()
         study.fold(trial, 1)
         study.end(trial, outcome)
@@ -84,5 +84,5 @@ def test_the_cheapest_of_the_tied_is_the_one_that_took_the_least_time(study: Fak
 
 def test_a_study_without_a_complete_trial_has_no_estimates(tmp_path: Path) -> None:
     study = FakeStudy(tmp_path)
-    study.trial("dropped")
+    study.trial("pruned")
     assert Estimates.of(study.record) is None

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from hpsearch.data.duplicates import DuplicatePair
-from hpsearch.inference.postprocessing import Choices, Chosen, Decision
+from hpsearch.inference.postprocessing import Decision, Postprocessing, SelectedPostprocessing
 from hpsearch.report.final_text import compare, describe_leaks, describe_postprocessing
 from hpsearch.stats.intervals import Interval, Paired
 
@@ -37,7 +37,9 @@ def test_only_the_winner_has_a_prediction() -> None:
     ],
 )
 def test_a_decision_on_post_processing_is_shown_with_its_gain(gain: Paired, taken: bool, text: str) -> None:
-    chosen = Chosen(Choices(), (Decision("threshold", 0.4, gain, taken),), 20, "first fits of trial 0")
+    chosen = SelectedPostprocessing(
+        Postprocessing(), (Decision("threshold", 0.4, gain, taken),), 20, "first fits of trial 0"
+    )
     assert describe_postprocessing(chosen).endswith(text)
 
 

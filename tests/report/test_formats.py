@@ -27,7 +27,7 @@ def test_an_interval_has_four_digits_and_signs_of_equal_width() -> None:
 
 
 def test_recorded_outcomes_are_shown_in_the_words_of_the_field() -> None:
-    shown = [outcome_name(each) for each in ("full", "dropped", "lost", "diverged")]
+    shown = [outcome_name(each) for each in ("complete", "pruned", "orphaned", "diverged")]
     assert shown == ["complete", "pruned", "orphaned", "diverged"]
 
 

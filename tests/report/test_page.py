@@ -21,8 +21,8 @@ from hpsearch.report.page import render, write_report
 from hpsearch.report.rows import study_rows
 from hpsearch.stats.intervals import Interval
 from hpsearch.store import lock
-from hpsearch.store.record import Shortlist
-from hpsearch.store.test_set_log import Look, note_look
+from hpsearch.store.test_set_log import LoggedEvaluation, note_look
+from hpsearch.store.trials import Shortlist
 from tests.recorded import POOL_KEY, FakeStudy
 
 VOID = {"meta", "link", "img", "br", "hr"}
@@ -82,7 +82,17 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> FakeStudy:
     study = FakeStudy(tmp_path_factory.mktemp("html"))
     study.trial(**{"train.lr": 0.002})
     study.trial(**{"train.lr": 0.05, "unet.depth": 4})
-    for outcome in ("dropped", "infeasible", "diverged", "failed", "dropped", "dropped", "dropped", "full", "full"):
+    for outcome in (
+        "pruned",
+        "infeasible",
+        "diverged",
+        "failed",
+        "pruned",
+        "pruned",
+        "pruned",
+        "complete",
+        "complete",
+    ):
         study.trial(outcome)
     study.final(1)
     return study
@@ -227,10 +237,10 @@ def test_a_study_with_missing_replicates_says_that_it_uses_the_first_fits(tmp_pa
     study.trial()
     study.trial()
     assert "being refitted" not in quick_report(study).text
-    study.second(1)
+    study.replicate(1)
     study.record.write_shortlist(Shortlist((0, 1), (0, 1), 2))
     assert "2 of 4 fits are done. Until then, everything on this page uses the first fits" in quick_report(study).text
-    study.second(0)
+    study.replicate(0)
     assert "fits are done" not in quick_report(study).text
 
 
@@ -285,7 +295,7 @@ def test_fifty_trials_stay_under_5_mb(tmp_path: Path) -> None:
     # Larger than the cells of the gallery, so that every picture in it is as large as it can be.
     study = FakeStudy(tmp_path, epochs=1, size=256)
     for number in range(50):
-        study.trial("full" if number % 3 == 0 else "dropped")
+        study.trial("complete" if number % 3 == 0 else "pruned")
     study.final(0)
     write_report(study.record)
     assert study.record.paths.report.stat().st_size < 5 * 2**20
@@ -383,7 +393,7 @@ def test_the_report_shows_what_was_confirmed_chosen_looked_at_and_leaked(tmp_pat
         without_leaks=0.8611,
     )
     began_at = study.record.trial(0).began_at
-    look = Look(
+    look = LoggedEvaluation(
         test_set="0123",
         at=began_at - 1,
         study="earlier",
@@ -420,7 +430,7 @@ def test_the_report_shows_what_was_confirmed_chosen_looked_at_and_leaked(tmp_pat
 def test_a_search_that_goes_on_after_a_look_stays_marked_when_final_is_run_again(tmp_path: Path) -> None:
     study = FakeStudy(tmp_path)
     study.trial()
-    look = Look(
+    look = LoggedEvaluation(
         test_set="4567",
         at=study.clock,
         study="fake",

@@ -19,7 +19,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> FakeStudy:
     study = FakeStudy(tmp_path_factory.mktemp("rows"))
     study.trial(**{"train.lr": 0.002})
     study.trial(**{"train.lr": 0.05, "unet.depth": 4})
-    for outcome in ("dropped", "infeasible", "diverged", "failed"):
+    for outcome in ("pruned", "infeasible", "diverged", "failed"):
         study.trial(outcome)
     study.final(1)
     study.epoch(study.begin(), 0)
@@ -29,7 +29,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> FakeStudy:
 def test_every_trial_becomes_a_row_with_what_it_cost(study: FakeStudy) -> None:
     rows = study_rows(study.record)
     outcomes = [row.outcome for row in rows.trials]
-    assert outcomes == ["full", "full", "dropped", "infeasible", "diverged", "failed", "open"]
+    assert outcomes == ["complete", "complete", "pruned", "infeasible", "diverged", "failed", "open"]
     assert rows.trials[1].seconds == pytest.approx(2 * 3 * FIT_S)
     assert rows.trials[1].whole_s == pytest.approx(2 * 3 * FIT_S)
     assert rows.trials[2].epochs == (1, 0)

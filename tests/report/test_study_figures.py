@@ -24,7 +24,7 @@ def test_the_best_mean_so_far_starts_with_trial_0_and_ends_with_the_winner(tmp_p
     study = FakeStudy(tmp_path, overrides=("study.confirm=2",))
     for rate in (0.005, 0.05, 0.03):
         study.trial(**{"train.lr": rate, "unet.depth": 4})
-    study.trial("dropped")
+    study.trial("pruned")
     # Trials 1 and 2 are replicated; trial 1 has the best first fits, trial 2 the best mean over both.
     study.confirm(1, 2, gains={1: -0.2, 2: 0.0})
     rows = study_rows(study.record)
@@ -47,7 +47,7 @@ def test_a_worse_trial_does_not_lower_the_best_mean_so_far(tmp_path: Path) -> No
     rows = study_rows(study.record)
     lead = rows.trials[0].value
     assert best_so_far(rows) == [(0, lead), (1, lead), (1, lead)]
-    only_pruned = dataclasses.replace(rows.trials[0], outcome="dropped")
+    only_pruned = dataclasses.replace(rows.trials[0], outcome="pruned")
     figure = draw_race([only_pruned], (), rows.n_folds, metric=rows.metric)
     assert not [line for line in figure.axes[0].lines if line.get_color() == INK]
 

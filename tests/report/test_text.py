@@ -19,7 +19,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> StudyRows:
     study = FakeStudy(tmp_path_factory.mktemp("text"))
     study.trial(**{"train.lr": 0.03})
     study.trial(**{"train.lr": 0.05, "unet.depth": 4})
-    study.trial("dropped")
+    study.trial("pruned")
     study.trial("infeasible")
     return study_rows(study.record)
 

@@ -39,6 +39,7 @@ from hpsearch.search.status import study_status
 from hpsearch.search.stopping import Stop
 from hpsearch.store import lock
 from hpsearch.store.record import StudyRecord
+from hpsearch.store.trials import record_to_json
 from hpsearch.study import StudySummary
 from hpsearch.workers.jobs import FitJob, Job
 from tests.data.conftest import tiny_pairs, write_pairs
@@ -125,12 +126,12 @@ def test_a_study_that_several_coordinators_of_version_0_1_shared_continues_alone
     record = run(tmp_path, tiny_config(dataset, "study.trials=1")).record
     before = record.trial(0)
     shutil.copytree(record.paths.trial(0).root, record.paths.trial(1).root)
-    of_0_1 = {**before.to_dict(), "number": 1, "draw": 0, "history": [0], "owner": "lab-4711-0"}
+    of_0_1 = {**record_to_json(before), "number": 1, "draw": 0, "history": [0], "owner": "lab-4711-0"}
     paths.write_json(record.paths.trial(1).trial, of_0_1)
     paths.write_json(record.paths.trial(0).taken, {"by": 1, "at": before.ended_at})
     (tmp_path / "hpsearch.db").unlink()
     again = run(tmp_path, tiny_config(dataset, "study.trials=2")).record
-    assert [trial.outcome for trial in again.trials()[:2]] == ["lost", "full"]
+    assert [trial.outcome for trial in again.trials()[:2]] == ["orphaned", "complete"]
     assert again.trial(1).value == before.value
     assert [trial.state.name for trial in optuna_study(tmp_path).trials[:2]] == ["FAIL", "COMPLETE"]
     status = study_status(again.paths.project, "tiny")
@@ -173,7 +174,7 @@ def test_configurations_that_cannot_be_cost_no_training_and_are_free(dataset: Pa
     )
     record = run(tmp_path, config).record
     outcomes = [trial.outcome for trial in record.trials()]
-    assert outcomes.count("full") + outcomes.count("dropped") == 3
+    assert outcomes.count("complete") + outcomes.count("pruned") == 3
     assert "infeasible" in outcomes
     for trial in record.trials():
         if trial.outcome == "infeasible":
@@ -335,7 +336,7 @@ def test_a_survivor_that_is_dropped_while_others_help_ends_whole(
     config = tiny_config(dataset, "study.trials=2", "study.folds=4")
     record = run(tmp_path, config, machine=MachineChoice("cpu", 3, 1)).record
     dropped = record.trial(1)
-    assert dropped.outcome == "dropped"
+    assert dropped.outcome == "pruned"
     assert [decision["drop"] for decision in dropped.decisions][-1]
     assert 2 <= len(record.finished_folds(1)) <= 4
     assert not list(record.paths.root.rglob("last.pt"))
@@ -357,8 +358,8 @@ def test_a_deterministic_study_is_the_same_for_any_number_of_workers(dataset: Pa
     )
     assert one == two == three
     outcomes = [outcome for _, outcome, _, _ in one["trials"].values()]
-    assert outcomes[:3] == ["full"] * 3
-    assert "dropped" in outcomes
+    assert outcomes[:3] == ["complete"] * 3
+    assert "pruned" in outcomes
 
 
 @pytest.mark.slow
@@ -402,7 +403,7 @@ def test_a_trial_that_is_stopped_on_request_ends_as_if_raced_out_and_the_study_g
         tmp_path, tiny_config(dataset, "study.trials=2", "study.pruner=none", "train.epochs=3"), callback=Asks()
     ).record
     stopped, other = record.trials()
-    assert (stopped.outcome, stopped.reason, other.outcome) == ("dropped", "stopped on request", "full")
+    assert (stopped.outcome, stopped.reason, other.outcome) == ("pruned", "stopped on request", "complete")
     assert 0 <= (stopped.value or 0.0) <= 1
     assert stopped.decisions[-1]["drop"]
     assert not study.trial_stop_request(0).exists()

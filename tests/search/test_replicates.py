@@ -21,7 +21,8 @@ from hpsearch.search.optuna_view import sqlite_url
 from hpsearch.search.status import study_status
 from hpsearch.search.stopping import Stop
 from hpsearch.stats.selection import select_for_replication
-from hpsearch.store.record import SecondRecord, Shortlist, StudyRecord, has_all_refits
+from hpsearch.store.record import StudyRecord, has_all_replicates
+from hpsearch.store.trials import ReplicateRecord, Shortlist
 from hpsearch.study import StudySummary
 from tests.recorded import FakeStudy
 from tests.search.in_process import workers_in_process
@@ -57,10 +58,10 @@ def optunas(record: StudyRecord) -> optuna.Study:
 
 def second_scores(record: StudyRecord) -> dict[tuple[int, int], bytes]:
     return {
-        (second.trial, fold): record.second_fit(second.trial, fold).paths.scores.read_bytes()
-        for second in record.second_records()
+        (second.trial, fold): record.replicate_fit(second.trial, fold).paths.scores.read_bytes()
+        for second in record.replicate_records()
         for fold in range(record.n_folds)
-        if record.second_fit(second.trial, fold).is_finished
+        if record.replicate_fit(second.trial, fold).is_finished
     }
 
 
@@ -75,14 +76,14 @@ def test_those_that_bootstrap_selection_picks_most_are_fitted_once_more_on_the_s
     assert shortlist.trials == picked
     assert record.confirmed() == tuple(sorted(picked))
     for number in picked:
-        assert record.second_fit(number, 0).scores().shape == record.fit(number, 0).scores().shape
-        assert not np.array_equal(record.second_out_of_fold(number), record.out_of_fold(number))
+        assert record.replicate_fit(number, 0).scores().shape == record.fit(number, 0).scores().shape
+        assert not np.array_equal(record.replicate_out_of_fold(number), record.out_of_fold(number))
 
 
 def test_the_best_is_the_confirmed_one_with_the_highest_mean_over_both_fits(confirmed: StudySummary) -> None:
     record = confirmed.record
     both = {
-        number: float((record.out_of_fold(number) + record.second_out_of_fold(number)).mean() / 2)
+        number: float((record.out_of_fold(number) + record.replicate_out_of_fold(number)).mean() / 2)
         for number in record.confirmed()
     }
     best = record.best()
@@ -144,9 +145,9 @@ def test_the_fixed_split_a_single_full_trial_and_confirm_0_are_not_confirmed(tmp
     study = FakeStudy(tmp_path, overrides=("study.confirm=5",))
     study.trial()
     assert confirmation.shortlist(study.record) is None
-    assert has_all_refits(study.record)
+    assert has_all_replicates(study.record)
     study.trial()
-    assert not has_all_refits(study.record)
+    assert not has_all_replicates(study.record)
     assert confirmation.n_left(study.record, 0) == 5
     # Of six trials no more than six can be.
     assert confirmation.n_left(FakeStudy(tmp_path, "other", overrides=("study.confirm=9",)).record, 2) == 6
@@ -157,7 +158,7 @@ def test_the_fixed_split_a_single_full_trial_and_confirm_0_are_not_confirmed(tmp
         )
         record = StudyRecord(study.record.paths, config)
         assert confirmation.shortlist(record) is None
-        assert has_all_refits(record)
+        assert has_all_replicates(record)
         assert confirmation.n_left(record, 3) == 0
 
 
@@ -165,8 +166,10 @@ def test_a_configuration_that_fails_with_other_seeds_cannot_win(tmp_path: Path) 
     study = FakeStudy(tmp_path)
     study.trial(**{"train.lr": 0.05, "unet.depth": 4})
     study.trial(**{"train.lr": 0.02})
-    study.second(1)
-    study.record.write_second(SecondRecord(trial=0, began_at=1.0, ended_at=2.0, outcome="diverged", reason="nan"))
+    study.replicate(1)
+    study.record.write_replicate(
+        ReplicateRecord(trial=0, began_at=1.0, ended_at=2.0, outcome="diverged", reason="nan")
+    )
     study.record.write_shortlist(Shortlist((0, 1), (0, 1), 5))
     best = study.record.best()
     assert best is not None
@@ -208,12 +211,12 @@ def test_second_fits_that_were_stopped_go_on_as_if_they_had_not_been(
     summary = run(tmp_path, config, stop=stop, callback=listener, machine=machine)
     assert summary.stopped
     assert summary.record.confirmed() == ()
-    (second, *_) = summary.record.second_records()
+    (second, *_) = summary.record.replicate_records()
     assert second.outcome is None
     done = run(tmp_path, config, machine=machine).record
     assert second_scores(done) == second_scores(confirmed.record)
     assert done.best() is not None
-    first_began = next(each for each in done.second_records() if each.trial == second.trial)
+    first_began = next(each for each in done.replicate_records() if each.trial == second.trial)
     assert first_began.began_at == second.began_at
 
 

@@ -12,7 +12,7 @@ from hpsearch.config import StudyConfig
 from hpsearch.search.samplers import cmaes
 from hpsearch.search.space import SAME_FACTOR, default_params
 from hpsearch.search.suggest import suggest
-from hpsearch.store.record import Outcome, TrialRecord
+from hpsearch.store.trials import Outcome, TrialRecord
 
 SPACE = (
     "search.train.lr={low=1e-4, high=1e-1, log=true}",
@@ -36,7 +36,7 @@ def few(*overrides: str) -> StudyConfig:
     return configs.load(None, ["unet.depth=4", *dimensions, "study.startup_trials=4", *overrides])
 
 
-def ended(number: int, params: Params, value: float | None = None, outcome: Outcome = "full") -> TrialRecord:
+def ended(number: int, params: Params, value: float | None = None, outcome: Outcome = "complete") -> TrialRecord:
     return TrialRecord(number=number, params=params, config={}, began_at=0.0, outcome=outcome, value=value)
 
 
@@ -152,7 +152,7 @@ def test_a_finite_space_is_repeated_only_once_every_configuration_was_suggested(
 def test_a_pruned_trial_teaches_its_estimate() -> None:
     """As if it were complete with that value."""
     history = search(few(), 8)
-    pruned = [dataclasses.replace(trial, outcome="dropped") for trial in history]
+    pruned = [dataclasses.replace(trial, outcome="pruned") for trial in history]
     assert suggest(few(), pruned, 8) == suggest(few(), history, 8)
 
 
@@ -189,12 +189,12 @@ def test_tpe_suggests_fewer_infeasible_configurations_after_it_has_seen_some() -
     assert by_tpe < 0.8 * at_random
 
 
-@pytest.mark.parametrize("outcome", ["full", "infeasible", None])
+@pytest.mark.parametrize("outcome", ["complete", "infeasible", None])
 def test_with_a_lookahead_the_results_of_the_last_trials_change_nothing(outcome: Outcome | None) -> None:
     config = few("study.lookahead=3")
     history = search(config, 10)
     changed = [
-        dataclasses.replace(trial, outcome=outcome, value=0.9 if outcome == "full" else None, constraint=0.5)
+        dataclasses.replace(trial, outcome=outcome, value=0.9 if outcome == "complete" else None, constraint=0.5)
         if trial.number > 10 - 3
         else trial
         for trial in history

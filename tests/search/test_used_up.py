@@ -75,7 +75,7 @@ class _Drops(NoPruner):
     ) -> PruneDecision | None:
         if not any(other.is_full(folds.k) for other in others):
             return None
-        return PruneDecision(drop=True, estimate=0.1, fold=candidate.latest, epoch=1, reason="lost")
+        return PruneDecision(drop=True, estimate=0.1, fold=candidate.latest, epoch=1, reason="orphaned")
 
 
 def test_a_copy_does_not_lose_against_its_twin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,5 +85,5 @@ def test_a_copy_does_not_lose_against_its_twin(tmp_path: Path, monkeypatch: pyte
     config = finite(write_tiny_dataset(tmp_path), "study.trials=5", "study.sampler=random")
     trials = run(tmp_path, config).record.trials()
     assert sum(trial.params["unet.depth"] == 1 for trial in trials) > 1
-    outcomes = {1: "full", 2: "dropped"}
+    outcomes = {1: "complete", 2: "pruned"}
     assert [trial.outcome for trial in trials] == [outcomes[trial.params["unet.depth"]] for trial in trials]

@@ -11,9 +11,24 @@ from hpsearch.data.folds import make_folds
 from hpsearch.errors import RecordError, StudyChangedError, StudyError
 from hpsearch.paths import ProjectPaths
 from hpsearch.store import lock
-from hpsearch.store.record import StudyRecord, TrialRecord, study_record
+from hpsearch.store.record import StudyRecord, study_record
+from hpsearch.store.trials import TrialRecord, record_to_json
+from hpsearch.training.rows import EpochRow, Scores, to_line
 
 OVERRIDES = ["search.unet.depth=[2, 3, 4]", "study.folds=3", "study.trials=4"]
+
+SCORES = Scores(loss=0.5, dice=0.8, jaccard=0.7, accuracy=0.9)
+ROW = EpochRow(
+    epoch=1,
+    time=1.0,
+    train=SCORES,
+    held_out=SCORES,
+    lr=0.1,
+    train_s=1.0,
+    eval_s=0.5,
+    images_per_s=4.0,
+    peak_bytes=1,
+)
 
 
 @pytest.fixture
@@ -47,23 +62,23 @@ def trial(record: StudyRecord, number: int, **changes: object) -> TrialRecord:
 
 
 def test_a_trial_reads_back_as_it_was_written(record: StudyRecord) -> None:
-    written = trial(record, 0, outcome="dropped", value=0.1 + 0.2, decisions=({"fold": 0, "epoch": 1},), ended_at=2.5)
+    written = trial(record, 0, outcome="pruned", value=0.1 + 0.2, decisions=({"fold": 0, "epoch": 1},), ended_at=2.5)
     record.write_trial(written)
     assert record.trial(0) == written
     assert record.trial(0).study_config.unet.depth == 2
 
 
 def test_a_trial_that_another_coordinator_of_version_0_1_continued_is_lost(record: StudyRecord) -> None:
-    record.write_trial(trial(record, 0, outcome="full", value=0.9, ended_at=2.5))
+    record.write_trial(trial(record, 0, outcome="complete", value=0.9, ended_at=2.5))
     paths.write_json(record.paths.trial(0).taken, {"by": 1, "at": 2.0})
     lost = record.trial(0)
-    assert (lost.outcome, lost.value, lost.ended_at) == ("lost", None, 2.0)
+    assert (lost.outcome, lost.value, lost.ended_at) == ("orphaned", None, 2.0)
     assert "trial 1" in lost.reason
     assert record.best() is None
 
 
 def test_a_trial_that_continued_a_lost_one_keeps_its_place(record: StudyRecord) -> None:
-    of_0_1 = {**trial(record, 1).to_dict(), "draw": 0, "history": [0], "owner": "lab-4711-0"}
+    of_0_1 = {**record_to_json(trial(record, 1)), "draw": 0, "history": [0], "owner": "lab-4711-0"}
     paths.write_json(record.paths.trial(1).trial, of_0_1)
     assert record.trial(1).place == 0
     record.write_trial(record.trial(1))
@@ -99,7 +114,12 @@ def test_images_of_unfinished_folds_have_no_score_and_the_trial_no_value(record:
 
 def test_only_full_trials_can_be_best_and_the_earlier_of_equals_is(record: StudyRecord) -> None:
     assert record.best() is None
-    for number, outcome, value in [(0, "full", 0.7), (1, "full", 0.8), (2, "full", 0.8), (3, "dropped", 0.9)]:
+    for number, outcome, value in [
+        (0, "complete", 0.7),
+        (1, "complete", 0.8),
+        (2, "complete", 0.8),
+        (3, "pruned", 0.9),
+    ]:
         record.write_trial(trial(record, number, outcome=outcome, value=value))
     best = record.best()
     assert best is not None
@@ -107,8 +127,8 @@ def test_only_full_trials_can_be_best_and_the_earlier_of_equals_is(record: Study
 
 
 def test_a_trial_that_memory_forced_into_parts_of_batches_never_wins(record: StudyRecord) -> None:
-    record.write_trial(trial(record, 0, outcome="full", value=0.7))
-    record.write_trial(trial(record, 1, outcome="full", value=0.9, micro_batch=4))
+    record.write_trial(trial(record, 0, outcome="complete", value=0.7))
+    record.write_trial(trial(record, 1, outcome="complete", value=0.9, micro_batch=4))
     best = record.best()
     assert best is not None
     assert best.number == 0
@@ -119,9 +139,9 @@ def test_scores_that_are_not_those_of_the_value_on_record_are_noticed(record: St
     for fold in range(3):
         fit = record.fit(0, fold).paths
         np.save(fit.counts, np.ones((4, 4), np.int64))
-        paths.append_line(fit.epochs, '{"epoch": 1}')
+        paths.append_line(fit.epochs, to_line(ROW))
         paths.write_json(fit.fit, {"value": 0.5, "epochs": 1})
-    record.write_trial(trial(record, 0, outcome="full", value=record.value(0)))
+    record.write_trial(trial(record, 0, outcome="complete", value=record.value(0)))
     record.verify()
     fit = record.fit(0, 1).paths
     np.save(fit.scores, np.load(fit.scores) + np.float32(0.001))
@@ -130,7 +150,7 @@ def test_scores_that_are_not_those_of_the_value_on_record_are_noticed(record: St
 
 
 def test_an_edited_file_is_named(record: StudyRecord) -> None:
-    record.write_trial(trial(record, 0, outcome="full", value=0.75))
+    record.write_trial(trial(record, 0, outcome="complete", value=0.75))
     path = record.paths.trial(0).trial
     path.write_text(path.read_text().replace("0.75", "0.85"))
     with pytest.raises(RecordError, match=r"trial\.json was changed since it was written"):
@@ -140,10 +160,10 @@ def test_an_edited_file_is_named(record: StudyRecord) -> None:
 def test_a_torn_line_of_epochs_is_left_out(record: StudyRecord) -> None:
     fit = record.fit(0, 0)
     fit.paths.root.mkdir(parents=True)
-    paths.append_line(fit.paths.epochs, '{"epoch": 1}')
+    paths.append_line(fit.paths.epochs, to_line(ROW))
     with fit.paths.epochs.open("ab") as file:
         file.write(b'{"epoch": 2, "tr')
-    assert fit.epochs() == [{"epoch": 1}]
+    assert fit.epochs() == [ROW]
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"format": 1, "number": 0}', '{"format": 2}'])

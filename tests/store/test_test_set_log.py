@@ -9,22 +9,22 @@ import pytest
 
 from hpsearch.paths import ProjectPaths
 from hpsearch.store.test_set_log import (
-    Look,
+    LoggedEvaluation,
     TestImages,
-    begin_look,
+    begin_evaluation,
     describe_looks,
-    end_look,
-    find_look,
-    first_look_of,
-    looks_at,
-    n_looks_before,
+    end_evaluation,
+    evaluations_of,
+    find_evaluation,
+    first_evaluation_of,
+    n_evaluations_before,
     n_seen,
     note_look,
     user_account,
 )
 from tests.recorded import write_cache
 
-LOOK = Look(
+LOOK = LoggedEvaluation(
     test_set="0123",
     at=100.0,
     study="mine",
@@ -43,7 +43,7 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "state"
 
 
-def look(at: float, **changes: Any) -> Look:
+def look(at: float, **changes: Any) -> LoggedEvaluation:
     return dataclasses.replace(LOOK, at=at, id=str(at), **changes)
 
 
@@ -51,9 +51,9 @@ def pairs(*numbers: int) -> TestImages:
     return TestImages(tuple((f"{number:064d}"[::-1], f"{number + 1000:064d}") for number in numbers))
 
 
-def begin(project: ProjectPaths, test: TestImages, at: float, **changes: Any) -> Look:
+def begin(project: ProjectPaths, test: TestImages, at: float, **changes: Any) -> LoggedEvaluation:
     facts = {"at": at, "study": "mine", "study_began_at": 50.0, "trial": 7, "folder": "/x", "metric": "dice"}
-    return begin_look(project, test, **{**facts, **changes})
+    return begin_evaluation(project, test, **{**facts, **changes})
 
 
 def as_in_0_1(project: ProjectPaths, test: TestImages, at: float, **changes: Any) -> None:
@@ -70,10 +70,10 @@ def test_a_look_is_remembered_in_the_project_and_by_the_user(tmp_path: Path) -> 
     there.root.mkdir()
     note_look(here, look(1))
     note_look(there, look(2))
-    assert [each.at for each in looks_at(here, look(3))] == [1, 2, 3]
+    assert [each.at for each in evaluations_of(here, look(3))] == [1, 2, 3]
     user_account().unlink()
-    assert [each.at for each in looks_at(here, look(3))] == [1, 3]
-    assert len(looks_at(here, look(3, test_set="4567", study="other"))) == 1
+    assert [each.at for each in evaluations_of(here, look(3))] == [1, 3]
+    assert len(evaluations_of(here, look(3, test_set="4567", study="other"))) == 1
 
 
 def test_a_state_folder_that_cannot_be_written_to_costs_nothing(
@@ -85,7 +85,7 @@ def test_a_state_folder_that_cannot_be_written_to_costs_nothing(
     monkeypatch.delenv("XDG_STATE_HOME")
     monkeypatch.setenv("HOME", "/nowhere")
     note_look(project, look(2))
-    assert [each.at for each in looks_at(project, look(2))] == [1, 2]
+    assert [each.at for each in evaluations_of(project, look(2))] == [1, 2]
 
 
 def test_torn_and_foreign_lines_are_passed_over(tmp_path: Path) -> None:
@@ -94,16 +94,16 @@ def test_torn_and_foreign_lines_are_passed_over(tmp_path: Path) -> None:
     with project.looks.open("a") as file:
         file.write('{"test_set": "0123", "at"\n[1]\n{"test_set": "0123"}\n{"id": "unknown", "score": 1}\n')
     note_look(project, look(2))
-    assert [each.at for each in looks_at(project, look(2))] == [1, 2]
+    assert [each.at for each in evaluations_of(project, look(2))] == [1, 2]
 
 
 def test_looks_of_a_study_are_told_from_those_of_others() -> None:
     looks = [look(10), look(20, study="other"), look(60), look(70, trial=3)]
-    first = first_look_of(looks[1:], "mine", 50.0)
+    first = first_evaluation_of(looks[1:], "mine", 50.0)
     assert first is not None
     assert first.at == 60
-    assert first_look_of(looks, "mine", 51.0) is None
-    assert n_looks_before(looks, 50.0) == 2
+    assert first_evaluation_of(looks, "mine", 51.0) is None
+    assert n_evaluations_before(looks, 50.0) == 2
 
 
 def test_an_evaluation_of_a_few_images_is_one_of_those_images(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_an_evaluation_of_a_few_images_is_one_of_those_images(tmp_path: Path) ->
     few = begin(project, pairs(*range(50)), 1.0)
     other = begin(project, pairs(*range(900, 940)), 2.0)
     whole = begin(project, pairs(*range(600)), 3.0, trial=8)
-    looks = looks_at(project, whole)
+    looks = evaluations_of(project, whole)
     assert looks == (few, whole)
     assert n_seen(whole, looks[:1]) == 50
     assert (
@@ -120,7 +120,7 @@ def test_an_evaluation_of_a_few_images_is_one_of_those_images(tmp_path: Path) ->
     )
     # Afterwards the few were evaluated with all of them.
     again = begin(project, pairs(*range(49, -1, -1)), 4.0)
-    looks = looks_at(project, again)
+    looks = evaluations_of(project, again)
     assert looks == (few, whole, again)
     assert (
         describe_looks(again, looks)
@@ -129,7 +129,7 @@ def test_an_evaluation_of_a_few_images_is_one_of_those_images(tmp_path: Path) ->
     assert (
         describe_looks(few, looks) == "this is the first evaluation of these 50 test images; 2 evaluations came later"
     )
-    assert looks_at(project, other) == (other,)
+    assert evaluations_of(project, other) == (other,)
 
 
 def test_images_seen_in_several_evaluations_count_once(tmp_path: Path) -> None:
@@ -142,19 +142,24 @@ def test_an_evaluation_counts_before_it_has_a_score(tmp_path: Path) -> None:
     project = ProjectPaths(tmp_path)
     killed = begin(project, pairs(1, 2), 1.0)
     later = begin(project, pairs(1, 2), 2.0)
-    assert [each.score for each in looks_at(project, later)] == [None, None]
-    ended = end_look(project, later, 0.875)
-    assert ended == find_look(project, later.id)
-    assert [(each.id, each.score) for each in looks_at(project, ended)] == [(killed.id, None), (later.id, 0.875)]
+    assert [each.score for each in evaluations_of(project, later)] == [None, None]
+    ended = end_evaluation(project, later, 0.875)
+    assert ended == find_evaluation(project, later.id)
+    assert [(each.id, each.score) for each in evaluations_of(project, ended)] == [
+        (killed.id, None),
+        (later.id, 0.875),
+    ]
     project.looks.unlink()
-    assert find_look(project, later.id) == ended
-    assert find_look(project, "") is None
+    assert find_evaluation(project, later.id) == ended
+    assert find_evaluation(project, "") is None
 
 
 def test_an_image_is_known_by_its_file_whatever_its_mask(tmp_path: Path) -> None:
     project = ProjectPaths(tmp_path)
     first = begin(project, TestImages((("a" * 64, "b" * 64),)), 1.0)
-    assert looks_at(project, begin(project, TestImages((("a" * 64, "c" * 64),)), 2.0, study="other"))[0] == first
+    assert (
+        evaluations_of(project, begin(project, TestImages((("a" * 64, "c" * 64),)), 2.0, study="other"))[0] == first
+    )
 
 
 def test_entries_of_version_0_1_are_still_counted(tmp_path: Path) -> None:
@@ -165,12 +170,12 @@ def test_entries_of_version_0_1_are_still_counted(tmp_path: Path) -> None:
     as_in_0_1(project, pairs(*range(40, 50)), 3.0, study="other images")
     as_in_0_1(project, pairs(*range(20, 25)), 4.0)
     mine = begin(project, test, 5.0)
-    looks = looks_at(project, mine)
+    looks = evaluations_of(project, mine)
     assert [each.at for each in looks] == [1, 2, 4, 5]
     assert [n_seen(mine, [each]) for each in looks[:3]] == [30, 10, 5]
     # What a later study needs to recognise the ten stays on account.
-    assert [each.at for each in looks_at(project, begin(project, test, 6.0, study="later"))] == [1, 2, 5, 6]
-    assert find_look(project, "2.0").images == ()
+    assert [each.at for each in evaluations_of(project, begin(project, test, 6.0, study="later"))] == [1, 2, 5, 6]
+    assert find_evaluation(project, "2.0").images == ()
 
 
 def test_a_test_set_is_known_by_its_content_not_by_its_names(tmp_path: Path) -> None:

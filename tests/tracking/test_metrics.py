@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -49,8 +50,8 @@ def test_the_recorded_value_replaces_the_mean_of_its_metric() -> None:
 
 def test_the_speed_of_training_is_weighted_by_time() -> None:
     rows = [
-        {"train_s": 1.0, "eval_s": 0.5, "images_per_s": 100.0, "peak_bytes": 2**20},
-        {"train_s": 3.0, "eval_s": 0.5, "images_per_s": 200.0, "peak_bytes": 3 * 2**20},
+        SimpleNamespace(train_s=1.0, eval_s=0.5, images_per_s=100.0, peak_bytes=2**20),
+        SimpleNamespace(train_s=3.0, eval_s=0.5, images_per_s=200.0, peak_bytes=3 * 2**20),
     ]
     values = {point.key: point.value for point in points_of("training", rows, 0.0)}
     assert values == {"cost/seconds": 5.0, "cost/images_per_s": 175.0, "cost/peak_memory_mib": 3.0}

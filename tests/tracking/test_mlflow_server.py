@@ -27,7 +27,7 @@ class TestWhere:
     def test_a_relative_project_is_tracked_where_it_is(
         self, study: FakeStudy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
-        study.trial("full")
+        study.trial("complete")
         monkeypatch.chdir(study.project.root)
         tracker = MlflowTracker(ProjectPaths(Path()))
         monkeypatch.chdir(tmp_path)
@@ -38,7 +38,7 @@ class TestWhere:
     def test_the_environment_names_another_database(
         self, study: FakeStudy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, empty_mlflow_db: Path
     ) -> None:
-        study.trial("full")
+        study.trial("complete")
         shutil.copy(empty_mlflow_db, tmp_path / "other.db")
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")
         view_of(study).update()
@@ -66,7 +66,7 @@ class TestWhere:
         self, tmp_path: Path, empty_mlflow_db: Path, quick_figures: None, folder: str
     ) -> None:
         study = make_study(tmp_path / folder, empty_mlflow_db, name="ä study+1.0", epochs=1)
-        study.trial("full")
+        study.trial("complete")
         view_of(study).update()
         assert "curves.png" in read(study.project, "ä study+1.0")["trial 0000"].files
 
@@ -75,7 +75,7 @@ class TestWhere:
         self, tmp_path: Path, empty_mlflow_db: Path, quick_figures: None, folder: str
     ) -> None:
         study = make_study(tmp_path / folder, empty_mlflow_db, epochs=1)
-        study.trial("full")
+        study.trial("complete")
         refusal = ""
         try:
             view_of(study).update()
@@ -119,7 +119,7 @@ class TestCredentials:
     def test_credentials_reach_neither_errors_nor_logs(
         self, study: FakeStudy, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
     ) -> None:
-        study.trial("full")
+        study.trial("complete")
         tracker = MlflowTracker(study.project, "http://user:secret@127.0.0.1:9/mlflow")
         assert "secret" not in tracker.uri
         with caplog.at_level(logging.DEBUG, "hpsearch"):

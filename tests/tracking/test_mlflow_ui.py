@@ -85,7 +85,7 @@ def test_a_plain_mlflow_ui_in_the_project_folder_shows_every_trial(
 ) -> None:
     shutil.copy(empty_mlflow_db, tmp_path / "mlflow.db")
     study = FakeStudy(tmp_path, n_folds=5)
-    for outcome in ("full", "dropped", "infeasible", "diverged", "failed", "full"):
+    for outcome in ("complete", "pruned", "infeasible", "diverged", "failed", "complete"):
         study.trial(outcome)  # type: ignore[arg-type]
     study.final(0)
     view_of(study).update()
@@ -100,12 +100,12 @@ def test_a_plain_mlflow_ui_in_the_project_folder_shows_every_trial(
             assert params["unet.depth"] == str(trial.study_config.unet.depth)
             assert set(params) == set(trial.study_config.flat())
             metrics = {each["key"]: each["value"] for each in data.get("metrics", [])}
-            assert metrics.get("cv/dice_mean") == (trial.value if trial.outcome == "full" else None)
+            assert metrics.get("cv/dice_mean") == (trial.value if trial.outcome == "complete" else None)
         run_id = runs["trial 0000"]["info"]["run_id"]
         history = ask(address, f"metrics/get-history?run_id={run_id}&metric_key=fold3/train_loss")["metrics"]
         rows = study.record.fit(0, 3).epochs()
         assert [(each["step"], each["value"], each["timestamp"]) for each in history] == [
-            (row["epoch"], row["train"]["loss"], round(row["time"] * 1000)) for row in rows
+            (row.epoch, row.train.loss, round(row.time * 1000)) for row in rows
         ]
         with urllib.request.urlopen(
             f"{address}/get-artifact?path=curves.png&run_uuid={run_id}", timeout=60
@@ -213,10 +213,10 @@ class Line:
 
 def as_planned(study: FakeStudy, between: Callable[[], None]) -> None:
     """Three trials, epoch by epoch; `between` is called after each."""
-    for outcome in ("full", "dropped", "full"):
+    for outcome in ("complete", "pruned", "complete"):
         trial = study.begin()
-        for fold in range(study.record.n_folds if outcome == "full" else 1):
-            for _ in range(study.n_epochs if outcome == "full" else 1):
+        for fold in range(study.record.n_folds if outcome == "complete" else 1):
+            for _ in range(study.n_epochs if outcome == "complete" else 1):
                 study.epoch(trial, fold)
                 between()
         study.end(trial, outcome)  # type: ignore[arg-type]

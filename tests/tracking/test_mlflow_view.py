@@ -22,7 +22,7 @@ from tests.tracking.tracked import Run, all_runs, client, deliver, make_study, r
 
 class TestNothingTwice:
     def test_catching_up_again_adds_no_row_to_any_table(self, study: FakeStudy) -> None:
-        for outcome in ("full", "dropped", "infeasible"):
+        for outcome in ("complete", "pruned", "infeasible"):
             study.trial(outcome)  # type: ignore[arg-type]
         study.epoch(study.begin(), 0)
         runs = deliver(study)
@@ -33,7 +33,7 @@ class TestNothingTwice:
     def test_what_was_delivered_is_not_even_sent_again(
         self, study: FakeStudy, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        study.trial("full")
+        study.trial("complete")
         deliver(study)
         from mlflow import MlflowClient
 
@@ -51,7 +51,7 @@ class TestNothingTwice:
         expected: dict[str, Run] | None = None
         for n_before in range(100):
             study = make_study(tmp_path / f"{n_before}", empty_mlflow_db, epochs=1, size=8)
-            study.trial("full")
+            study.trial("complete")
             view = view_of(study)
             with failing_client(n_before, is_done) as has_failed:
                 if not has_failed:
@@ -89,13 +89,13 @@ class TestNothingTwice:
         assert deliver(study)["trial 0000"].metrics == runs["trial 0000"].metrics
 
     def test_a_study_begun_anew_under_an_old_name_has_runs_of_its_own(self, study: FakeStudy, tmp_path: Path) -> None:
-        study.trial("full")
+        study.trial("complete")
         deliver(study)
         old = {run.info.run_id for run in all_runs(study.project)}
         shutil.rmtree(study.record.paths.root)
         again = FakeStudy(study.project.root)
         again.clock += 1000
-        again.trial("full")
+        again.trial("complete")
         view_of(again).update()
         now = all_runs(study.project)
         assert len(now) == 4
@@ -133,7 +133,7 @@ def failing_client(n_before: int, is_done: bool) -> Iterator[list[str]]:
 
 class TestRepair:
     def test_a_deleted_database_comes_back_from_the_record_in_the_same_process(self, study: FakeStudy) -> None:
-        for outcome in ("full", "dropped"):
+        for outcome in ("complete", "pruned"):
             study.trial(outcome)  # type: ignore[arg-type]
         runs = deliver(study)
         study.project.mlflow_db.unlink()
@@ -141,7 +141,7 @@ class TestRepair:
         assert deliver(study) == runs
 
     def test_a_deleted_experiment_and_a_deleted_run_come_back(self, study: FakeStudy) -> None:
-        study.trial("full")
+        study.trial("complete")
         runs = deliver(study)
         writer = client(study.project)
         (run,) = [run for run in all_runs(study.project) if run.info.run_name == "trial 0000"]
@@ -151,7 +151,7 @@ class TestRepair:
         assert deliver(study).keys() == runs.keys()
 
     def test_a_copied_project_keeps_its_files_to_itself(self, study: FakeStudy, tmp_path: Path) -> None:
-        study.trial("full")
+        study.trial("complete")
         runs = deliver(study)
         there = ProjectPaths(tmp_path / "an ö'ther place")
         shutil.copytree(study.project.root, there.root)
@@ -159,7 +159,7 @@ class TestRepair:
         copy = FakeStudy.__new__(FakeStudy)
         copy.__dict__ |= study.__dict__
         copy.project, copy.record = there, type(study.record).open(there.study("fake"))
-        copy.trial("dropped")
+        copy.trial("pruned")
         after = deliver(copy)
         assert sorted(study.project.mlruns.rglob("*")) == before
         assert after["trial 0000"] == runs["trial 0000"]
@@ -169,7 +169,7 @@ class TestRepair:
         assert "trial.toml" in after["trial 0001"].files
 
     def test_rebuilding_what_agrees_keeps_its_run(self, study: FakeStudy) -> None:
-        study.trial("full")
+        study.trial("complete")
         study.final(0)
         runs = deliver(study)
         ids = {run.info.run_id for run in all_runs(study.project)}
@@ -184,7 +184,7 @@ class TestRepair:
 
     def test_rebuilding_replaces_what_contradicts_the_record_and_keeps_notes(self, study: FakeStudy) -> None:
         for _ in range(3):
-            study.trial("full")
+            study.trial("complete")
         runs = deliver(study, is_last=True)
         by_name = {run.info.run_name: run for run in all_runs(study.project)}
         writer = client(study.project)
@@ -199,13 +199,13 @@ class TestRepair:
         assert after["trial 0000"].tags.pop("verdict") == "look at this one"
         assert after["trial 0000"] == runs["trial 0000"]
         assert after["trial 0001"].latest["my/own"] == 1
-        assert after["fake"].latest["study/n_full"] == 2
+        assert after["fake"].latest["study/n_complete"] == 2
         assert after["trial 0001"].parent == "fake"
         assert "trial 0002" not in after
 
     def test_one_damaged_trial_does_not_keep_back_the_others(self, study: FakeStudy) -> None:
         for _ in range(3):
-            study.trial("full")
+            study.trial("complete")
         counts = study.record.fit(1, 0).paths.counts
         counts.write_bytes(counts.read_bytes()[:50])
         view = view_of(study)
@@ -223,7 +223,7 @@ class TestRepair:
         from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
         for _ in range(3):
-            study.trial("full")
+            study.trial("complete")
         original = MlflowClient.create_run
 
         def create_run(*args: Any, **options: Any) -> Any:
@@ -239,7 +239,7 @@ class TestRepair:
         assert view.n_behind() == 1
 
     def test_nothing_is_left_in_the_study_folder(self, study: FakeStudy) -> None:
-        study.trial("full")
+        study.trial("complete")
         study.record.paths.tracking.mkdir()
         (study.record.paths.tracking / "left by a process that was killed").touch()
         assert "left by a process that was killed" not in deliver(study)["trial 0000"].files
@@ -250,8 +250,8 @@ class TestRepair:
     ) -> None:
         """Its runs have other names, texts and digests. They keep their ids, metrics and names."""
         study = make_study(tmp_path / "project", empty_mlflow_db, overrides=("study.confirm=2", "study.trials=2"))
-        study.trial("full")
-        study.trial("full")
+        study.trial("complete")
+        study.trial("complete")
         study.confirm(1, 0)
         runs = deliver(study)
         before = {run.info.run_id: run for run in all_runs(study.project)}
@@ -278,7 +278,7 @@ class TestRepair:
 
 def test_a_whole_study_arrives_through_the_thread(study: FakeStudy) -> None:
     thread = ViewThread(view_of(study), pause_s=0)
-    for outcome in ("full", "dropped", "full"):
+    for outcome in ("complete", "pruned", "complete"):
         study.trial(outcome)  # type: ignore[arg-type]
         thread.wake()
     assert thread.close(120) == 0

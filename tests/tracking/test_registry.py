@@ -41,7 +41,7 @@ def study(tmp_path: Path, empty_mlflow_db: Path, quick_figures: None) -> FakeStu
     project.mkdir()
     shutil.copy(empty_mlflow_db, project / "mlflow.db")
     study = FakeStudy(project)
-    study.trial("full")
+    study.trial("complete")
     study.final(0)
     write_model(study.record.paths.final("trial-0000").model)
     return study
@@ -95,7 +95,7 @@ def test_delivering_again_registers_nothing_more_and_another_final_does(study: F
     deliver(study)
     deliver(study)
     assert len(versions(study.project)) == 1
-    study.trial("full")
+    study.trial("complete")
     study.final(1)
     write_model(study.record.paths.final("trial-0001").model)
     deliver(study)

@@ -13,7 +13,7 @@ import pytest
 from hpsearch import config as configs
 from hpsearch import paths
 from hpsearch.errors import TrackingError
-from hpsearch.store.record import Outcome
+from hpsearch.store.trials import Outcome
 from hpsearch.tracking import metrics, runs
 from tests.recorded import FakeStudy
 from tests.tracking.tracked import client, deliver, make_study, read, view_of
@@ -21,50 +21,50 @@ from tests.tracking.tracked import client, deliver, make_study, read, view_of
 
 class TestWhatIsLogged:
     def test_a_trial_has_its_whole_configuration_as_params(self, study: FakeStudy) -> None:
-        trial = study.trial("full")
+        trial = study.trial("complete")
         run = deliver(study)["trial 0000"]
         assert set(run.params) == set(trial.study_config.flat())
         assert run.params["unet.depth"] == str(trial.study_config.unet.depth)
         assert float(run.params["train.lr"]) == trial.study_config.train.lr
 
     def test_a_trial_has_every_epoch_of_every_fold_at_its_recorded_time(self, study: FakeStudy) -> None:
-        study.trial("full")
+        study.trial("complete")
         run = deliver(study)["trial 0000"]
         for fold in range(2):
             rows = study.record.fit(0, fold).epochs()
             assert len(rows) == 3
             for score in ("loss", "dice", "jaccard", "accuracy"):
                 for key, which in ((f"fold{fold}/train_{score}", "train"), (f"fold{fold}/{score}", "held_out")):
-                    expected = [(row["epoch"], row[which][score], round(row["time"] * 1000)) for row in rows]
+                    expected = [
+                        (row.epoch, getattr(getattr(row, which), score), round(row.time * 1000)) for row in rows
+                    ]
                     assert run.metrics[key] == expected
 
     def test_second_fits_have_a_run_of_their_own_and_keep_the_study_open_until_they_are_there(
         self, tmp_path: Path, empty_mlflow_db: Path, quick_figures: None
     ) -> None:
         study = make_study(tmp_path / "project", empty_mlflow_db, overrides=("study.confirm=2", "study.trials=2"))
-        study.trial("full")
-        study.trial("full")
+        study.trial("complete")
+        study.trial("complete")
         before = deliver(study)
         assert before["fake"].status == "RUNNING"
         study.confirm(1, 0)
         runs = deliver(study)
         run = runs["trial 0001, refit"]
-        rows = study.record.second_fit(1, 0).epochs()
-        assert run.metrics["fold0/dice"] == [
-            (row["epoch"], row["held_out"]["dice"], round(row["time"] * 1000)) for row in rows
-        ]
-        assert run.latest["cv/dice_mean"] == pytest.approx(study.record.second_out_of_fold(1).mean(), abs=1e-7)
+        rows = study.record.replicate_fit(1, 0).epochs()
+        assert run.metrics["fold0/dice"] == [(row.epoch, row.scores.dice, round(row.time * 1000)) for row in rows]
+        assert run.latest["cv/dice_mean"] == pytest.approx(study.record.replicate_out_of_fold(1).mean(), abs=1e-7)
         assert (run.status, run.parent, run.params) == ("FINISHED", "fake", runs["trial 0001"].params)
         assert runs["fake"].status == "FINISHED"
         assert deliver(study) == runs
 
     def test_five_folds_are_forty_metrics(self, tmp_path: Path, empty_mlflow_db: Path, quick_figures: None) -> None:
         study = make_study(tmp_path / "project", empty_mlflow_db, n_folds=5)
-        study.trial("full")
+        study.trial("complete")
         assert sum(key.startswith("fold") for key in deliver(study)["trial 0000"].metrics) == 40
 
     def test_a_full_trial_has_means_over_images_and_the_spread_between_folds(self, study: FakeStudy) -> None:
-        trial = study.trial("full")
+        trial = study.trial("complete")
         latest = deliver(study)["trial 0000"].latest
         scores = [study.record.final_scores(0, fold) for fold in range(2)]
         assert latest["cv/dice_mean"] == trial.value
@@ -76,15 +76,15 @@ class TestWhatIsLogged:
         assert latest["cv/accuracy_mean"] == pytest.approx(((tp + tn) / counts.sum(1)).mean())
 
     def test_a_trial_has_seconds_speed_and_memory(self, study: FakeStudy) -> None:
-        study.trial("full")
+        study.trial("complete")
         latest = deliver(study)["trial 0000"].latest
         assert latest["cost/seconds"] == pytest.approx(2 * 3 * 1.75)
         assert latest["cost/images_per_s"] == pytest.approx(800.5)
         assert latest["cost/peak_memory_mib"] == 600
 
     def test_a_dropped_trial_has_an_estimate_and_no_mean(self, study: FakeStudy) -> None:
-        study.trial("full")
-        study.trial("dropped")
+        study.trial("complete")
+        study.trial("pruned")
         latest = deliver(study)["trial 0001"].latest
         assert latest["cv/estimate"] == 0.61
         assert "cv/dice_mean" not in latest
@@ -92,8 +92,8 @@ class TestWhatIsLogged:
     @pytest.mark.parametrize(
         ("outcome", "status"),
         [
-            ("full", "FINISHED"),
-            ("dropped", "FINISHED"),
+            ("complete", "FINISHED"),
+            ("pruned", "FINISHED"),
             ("infeasible", "FINISHED"),
             ("diverged", "FAILED"),
             ("failed", "FAILED"),
@@ -111,7 +111,7 @@ class TestWhatIsLogged:
         assert run.parent == "fake"
 
     def test_a_trial_is_tagged_with_seed_commit_device_and_versions(self, study: FakeStudy) -> None:
-        study.trial("full")
+        study.trial("complete")
         tags = deliver(study)["trial 0000"].tags
         expected = {
             "hpsearch.study": "fake",
@@ -127,13 +127,13 @@ class TestWhatIsLogged:
         assert expected.items() <= tags.items()
 
     def test_the_toml_of_a_trial_runs_it_again(self, study: FakeStudy, tmp_path: Path) -> None:
-        study.trial("full")
-        trial = study.trial("full")
+        study.trial("complete")
+        trial = study.trial("complete")
         (tmp_path / "trial.toml").write_bytes(deliver(study)["trial 0001"].files["trial.toml"])
         assert configs.load(tmp_path / "trial.toml") == trial.study_config
 
     def test_a_trial_has_its_folds_scores_and_figures_as_files(self, study: FakeStudy) -> None:
-        study.trial("full")
+        study.trial("complete")
         files = deliver(study)["trial 0000"].files
         assert set(files) == {"trial.toml", "folds.json", "scores.csv", "curves.png", "panels.png"}
         assert json.loads(files["folds.json"])["folds"] == study.record.folds.to_dict()
@@ -147,7 +147,7 @@ class TestWhatIsLogged:
             assert float(dice) == pytest.approx(out_of_fold[index], abs=1e-6)
 
     def test_verdicts_and_deaths_are_kept_as_decisions(self, study: FakeStudy) -> None:
-        study.trial("dropped")
+        study.trial("pruned")
         study.trial("failed")
         runs = deliver(study)
         assert json.loads(runs["trial 0000"].files["decisions.json"])["decisions"][0]["p"] == 0.001
@@ -157,30 +157,30 @@ class TestWhatIsLogged:
         assert "scores.csv" not in runs["trial 0000"].files
 
     def test_the_parent_has_settings_space_best_value_and_counts(self, study: FakeStudy) -> None:
-        values = [study.trial("full").value, study.trial("full").value]
-        last = study.trial("dropped")
+        values = [study.trial("complete").value, study.trial("complete").value]
+        last = study.trial("pruned")
         run = deliver(study)["fake"]
         assert run.params["study.folds"] == "2"
         assert run.params["search.unet.depth"] == "[2, 3, 4]"
         best = [value for _, value, _ in run.metrics["study/best_dice"]]
         assert best == [values[0], max(values), max(values)]  # type: ignore[type-var]
-        assert run.metrics["study/n_full"][-1] == (3, 2.0, round((last.ended_at or 0) * 1000))
-        assert run.latest["study/n_dropped"] == 1
+        assert run.metrics["study/n_complete"][-1] == (3, 2.0, round((last.ended_at or 0) * 1000))
+        assert run.latest["study/n_pruned"] == 1
         assert set(run.files) == {"study.toml", "plan.json", "folds.json"}
         assert tomllib.loads(run.files["study.toml"].decode()) == tomllib.loads(study.record.paths.toml.read_text())
 
     def test_the_parent_ends_with_the_study(self, study: FakeStudy) -> None:
         for _ in range(5):
-            study.trial("full")
+            study.trial("complete")
         assert deliver(study)["fake"].status == "RUNNING"
         last = study.trial("infeasible")
         assert deliver(study)["fake"].status == "RUNNING"  # an infeasible trial is free
-        last = study.trial("dropped")
+        last = study.trial("pruned")
         run = deliver(study)["fake"]
         assert (run.status, run.ended_ms) == ("FINISHED", round((last.ended_at or 0) * 1000))
 
     def test_a_final_shows_what_was_promised_beside_what_came(self, study: FakeStudy) -> None:
-        study.trial("full")
+        study.trial("complete")
         study.final(0)
         run = deliver(study)["final of trial 0000"]
         result = paths.read_json(study.record.paths.final("trial-0000").result)
@@ -212,7 +212,7 @@ class TestWhatIsLogged:
         assert {run.status for run in deliver(study).values()} == {"RUNNING"}
 
     def test_the_report_is_kept_with_the_study_also_when_it_comes_late_or_anew(self, study: FakeStudy) -> None:
-        study.trial("full")
+        study.trial("complete")
         files = deliver(study)["fake"].files
         paths.write_text(study.record.paths.report, "<p>first</p>")
         paths.write_text(study.record.paths.figures / "race.png", "a figure")
@@ -228,13 +228,13 @@ class TestWhatIsLogged:
         assert deliver(study)["fake"].files["report.html"] == b"<p>second</p>"
 
     def test_the_report_of_a_study_that_is_not_tracked_waits_for_it(self, study: FakeStudy) -> None:
-        study.trial("full")
+        study.trial("complete")
         paths.write_text(study.record.paths.report, "<p></p>")
         with pytest.raises(TrackingError, match="study 'fake' is not in MLflow yet"):
             view_of(study).log_report()
 
     def test_figures_are_left_out_where_the_images_are_gone(self, study: FakeStudy) -> None:
-        study.trial("full")
+        study.trial("complete")
         shutil.rmtree(study.project.cache)
         files = deliver(study)["trial 0000"].files
         assert "curves.png" in files
@@ -244,7 +244,7 @@ class TestWhatIsLogged:
         assert deliver(study) == {}
 
     def test_the_experiment_opens_as_training_with_a_view_that_begins_with_the_best(self, study: FakeStudy) -> None:
-        study.trial("full")
+        study.trial("complete")
         deliver(study)
         tags = client(study.project).get_experiment_by_name("fake").tags
         assert tags["mlflow.experimentKind"] == "custom_model_development"
@@ -294,13 +294,13 @@ def test_a_refit_is_identified_by_its_tags(tmp_path: Path) -> None:
     study.trial()
     assert not whole_study(study).is_complete
     study.confirm(1, 0)
-    second = study.record.second(1)
+    second = study.record.replicate(1)
     assert second is not None
     content = runs.refit_run(study.record, second)
     assert content.key == "second 1" == runs.key_of(content.tags)
     assert content.key in runs.run_keys(study.record.paths)
     assert content.is_complete
-    ended = [each.ended_at for each in study.record.second_records()]
+    ended = [each.ended_at for each in study.record.replicate_records()]
     whole = whole_study(study)
     assert whole.ended_ms == round(max(each or 0 for each in ended) * 1000)
 

@@ -37,6 +37,7 @@ from hpsearch.training.loop import (
 )
 from hpsearch.training.losses import loss_function
 from hpsearch.training.metrics import PixelCounts, dice, jaccard
+from hpsearch.typed_json import from_json
 from tests.training.fakes import FLOAT32, NORMALIZATION, FakeCache, fit_arguments, make_data
 
 
@@ -75,7 +76,7 @@ def assert_equal(result: FitResult, expected: FitResult) -> None:
 
 
 def recorded(folder: FitPaths) -> list[EpochRow]:
-    return [EpochRow.from_dict(json.loads(line)) for line in folder.epochs.read_text().splitlines()]
+    return [from_json(EpochRow, json.loads(line)) for line in folder.epochs.read_text().splitlines()]
 
 
 def finish(result: FitResult, folder: FitPaths, **changes):

@@ -1,8 +1,10 @@
+import dataclasses
 import json
 
 import pytest
 
 from hpsearch.training.rows import EpochRow, Scores
+from hpsearch.typed_json import from_json, to_json
 
 ROW = EpochRow(
     epoch=2,
@@ -17,14 +19,14 @@ ROW = EpochRow(
 )
 
 
-@pytest.mark.parametrize("row", [ROW, EpochRow.from_dict({**ROW.to_dict(), "held_out": None})])
+@pytest.mark.parametrize("row", [ROW, dataclasses.replace(ROW, held_out=None)])
 def test_a_row_survives_json(row):
-    assert EpochRow.from_dict(json.loads(json.dumps(row.to_dict()))) == row
+    assert from_json(EpochRow, json.loads(json.dumps(to_json(row)))) == row
 
 
 @pytest.mark.parametrize("missing", ["epoch", "time", "train", "held_out", "lr"])
 def test_a_row_without_a_field_is_none(missing):
-    table = ROW.to_dict()
+    table = to_json(ROW)
     del table[missing]
     with pytest.raises((KeyError, TypeError)):
-        EpochRow.from_dict(table)
+        from_json(EpochRow, table)

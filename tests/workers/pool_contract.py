@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from hpsearch.inference.postprocessing import Choices
+from hpsearch.inference.postprocessing import Postprocessing
 from hpsearch.workers.jobs import Failed, Finished, Job, KeepJob, Ready, WeightsCopy
 from hpsearch.workers.loop import run_job, run_jobs_together
 from hpsearch.workers.pool import Event, WorkerPool, WorkerSettings
 
-NOTHING = KeepJob(copies=(), postprocessing=Choices())
+NOTHING = KeepJob(copies=(), postprocessing=Postprocessing())
 """A job that is done at once."""
-IMPOSSIBLE = KeepJob(copies=(WeightsCopy(Path("missing"), Path("nowhere")),), postprocessing=Choices())
+IMPOSSIBLE = KeepJob(copies=(WeightsCopy(Path("missing"), Path("nowhere")),), postprocessing=Postprocessing())
 """A job that fails."""
 ONE = (WorkerSettings("cpu", 1),)
 PATIENCE_S = 60.0

@@ -8,7 +8,7 @@ import pytest
 
 from hpsearch import config as configs
 from hpsearch.data.reading import Reading
-from hpsearch.inference.postprocessing import Choices, FoldNetwork
+from hpsearch.inference.postprocessing import FoldNetwork, Postprocessing
 from hpsearch.training.rows import EpochRow, Scores
 from hpsearch.workers.jobs import (
     JOBS,
@@ -67,8 +67,8 @@ EVERY_JOB: tuple[Job, ...] = (
         ensemble=True,
         out=FILE,
     ),
-    KeepJob(copies=(WeightsCopy(FILE, FILE),), postprocessing=Choices(threshold=0.4, clean=True)),
-    CountJob(config=CONFIG, caches=CACHES, weights=(FILE,), postprocessing=Choices(), counts=FILE),
+    KeepJob(copies=(WeightsCopy(FILE, FILE),), postprocessing=Postprocessing(threshold=0.4, clean=True)),
+    CountJob(config=CONFIG, caches=CACHES, weights=(FILE,), postprocessing=Postprocessing(), counts=FILE),
     MeasureJob(config=CONFIG, threads=2, steps=(STEP,)),
     RateJob(step=STEP, threads=1, begin=1.5, end=2.5),
 )

@@ -108,7 +108,7 @@ def test_a_fold_that_ends_its_worker_three_times_or_falls_silent_fails_its_trial
     assert why in record.paths.log.read_text()
     monkeypatch.delenv("HPSEARCH_FAULTS")
     more = run(tmp_path / "out", tiny_config(tmp_path / "ISIC-2017", "study.trials=2", "study.pruner=none")).record
-    assert [each.outcome for each in more.trials()] == ["failed", "full"]
+    assert [each.outcome for each in more.trials()] == ["failed", "complete"]
 
 
 @pytest.mark.slow
@@ -125,7 +125,7 @@ def test_a_trial_for_which_the_memory_does_not_suffice_is_infeasible_and_the_stu
     config = tiny_config(dataset, searched, "study.trials=4", "study.sampler=random", "study.pruner=none")
     record = run(tmp_path / "out", config).record
     outcomes = {trial.params["unet.base_channels"]: trial.outcome for trial in record.trials()}
-    assert outcomes == {2: "full", 2048: "infeasible"}
+    assert outcomes == {2: "complete", 2048: "infeasible"}
     assert all("memory" in trial.reason for trial in record.trials() if trial.outcome == "infeasible")
     assert everything(record)["trials"]
 

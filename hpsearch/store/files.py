@@ -1,0 +1,199 @@
+"""The study folder: settings, folds, plan, trials and replicates, read and written.
+
+The folder is the record. Everything else is derived from it. Every reader works on files alone, so that background
+threads, a report and another process see the same study.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self, cast
+
+from hpsearch import config as configs
+from hpsearch import paths
+from hpsearch.config import StudyConfig
+from hpsearch.data.folds import Folds
+from hpsearch.errors import ConfigError, RecordError, StudyChangedError, StudyError
+from hpsearch.paths import StudyPaths
+from hpsearch.store.fits import FitRecord
+from hpsearch.store.trials import (
+    FORMAT,
+    ReplicateRecord,
+    Shortlist,
+    TrialRecord,
+    record_from_json,
+    record_to_json,
+)
+from hpsearch.typed_json import from_json
+
+CHANGEABLE = frozenset(
+    {"study.trials", "study.confirm", "data.cache", "data.cache_dir", "data.n_final_train", "data.n_final_test"}
+    | {"data.root", "data.images", "data.masks", "data.test_list"}
+)
+"""Settings that may change between two starts of a study: none of them changes the score of a trial. Images that lie
+elsewhere must be the same ones (`StudyRecord.data_key`)."""
+
+
+class StudyFiles:
+    """Reads and writes one study folder. Only the coordinator writes, from one thread."""
+
+    def __init__(self, study: StudyPaths, config: StudyConfig, folds: Folds | None = None) -> None:
+        self.paths = study
+        self.config = config
+        self._folds = folds
+
+    @classmethod
+    def open(cls, study: StudyPaths) -> Self:
+        """The study in an existing folder. StudyError if there is none, RecordError if it is damaged."""
+        if not study.toml.is_file():
+            known = ", ".join(study.project.study_names()) or "none"
+            raise StudyError(
+                f"there is no study {study.name!r} in {study.project.root.absolute()}; studies there: {known}"
+            )
+        try:
+            # Studies of version 0.1 may hold relative paths: they are found from the folder where they were begun.
+            return cls(study, configs.load(study.toml).absolute())
+        except ConfigError as error:
+            raise RecordError(f"the study's own settings are damaged: {error}") from error
+
+    @classmethod
+    def create(cls, study: StudyPaths, config: StudyConfig) -> Self:
+        """Begin a study: its settings are written before anything else."""
+        paths.write_text(study.toml, config.to_sealed_toml())
+        return cls(study, config)
+
+    @property
+    def name(self) -> str:
+        return self.paths.name
+
+    @property
+    def n_folds(self) -> int:
+        return 1 if self.config.study.folds == "fixed" else self.config.study.folds
+
+    @property
+    def folds(self) -> Folds:
+        """The fold of every image; RecordError while they have not been made."""
+        if self._folds is None:
+            table = paths.read_json(self.paths.folds)
+            try:
+                self._folds = Folds.from_dict(table["folds"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise RecordError(f"{self.paths.folds} is damaged: {error}") from error
+        return self._folds
+
+    @property
+    def has_folds(self) -> bool:
+        return self.paths.folds.is_file()
+
+    def data_key(self) -> str:
+        """Key of the cache that the folds were made from."""
+        return str(paths.read_json(self.paths.folds).get("data_key", ""))
+
+    def write_folds(self, folds: Folds, data_key: str) -> None:
+        """Store the folds once; every trial uses them."""
+        paths.write_json(self.paths.folds, {"format": FORMAT, "data_key": data_key, "folds": folds.to_dict()})
+        self._folds = folds
+
+    def check_config(self, config: StudyConfig) -> None:
+        """Raise StudyChangedError, listing every setting that differs and may not (`CHANGEABLE` may)."""
+        if differences := fixed_differences(self.config, config):
+            lines = "; ".join(f"{key}: {ours!r} in the study, {theirs!r} now" for key, ours, theirs in differences)
+            raise StudyChangedError(
+                f"study {self.name!r} was begun with other settings ({lines}); "
+                "give it the old ones, or begin another with --study NAME"
+            )
+
+    def update_config(self, config: StudyConfig) -> None:
+        """Take over the settings that may change under a study; refuse the others as `check_config` does."""
+        self.check_config(config)
+        if config.to_sealed_toml() != self.paths.toml.read_text(encoding="utf-8"):
+            paths.write_text(self.paths.toml, config.to_sealed_toml())
+            self.config = config
+
+    def plan(self) -> dict[str, Any] | None:
+        """The execution plan, None before it was made."""
+        if not self.paths.plan.is_file():
+            return None
+        return cast("dict[str, Any]", paths.read_json(self.paths.plan))
+
+    def write_plan(self, plan: Mapping[str, Any]) -> None:
+        paths.write_json(self.paths.plan, {"format": FORMAT, **plan})
+
+    def trial_numbers(self) -> list[int]:
+        """Numbers of the trials whose suggestion is on record, ascending."""
+        return [number for number in self.paths.trial_numbers() if self.paths.trial(number).trial.is_file()]
+
+    def trial(self, number: int) -> TrialRecord:
+        """Read a trial. Raises RecordError, which names the file, if it is missing or damaged.
+
+        A trial with a `taken.json` of version 0.1 is orphaned, whatever its own file says.
+        """
+        path, taken = self.paths.trial(number).trial, self.paths.trial(number).taken
+        record = record_from_json(TrialRecord, paths.read_json(path), path)
+        if record.number != number:
+            raise RecordError(f"{path} is damaged: it is about trial {record.number}")
+        return record.orphaned(paths.read_json(taken)) if taken.is_file() else record
+
+    def known_trial(self, number: int) -> TrialRecord:
+        """A trial that a user names: StudyError if the study has none of that number."""
+        numbers = self.trial_numbers()
+        if number not in numbers:
+            known = f"its last is trial {numbers[-1]}" if numbers else "it has none yet"
+            raise StudyError(f"study {self.name!r} has no trial {number}: {known}")
+        return self.trial(number)
+
+    def trials(self) -> list[TrialRecord]:
+        """All trials on record, by number."""
+        return [self.trial(number) for number in self.trial_numbers()]
+
+    def write_trial(self, trial: TrialRecord) -> None:
+        """Write a trial, new or changed."""
+        paths.write_json(self.paths.trial(trial.number).trial, record_to_json(trial))
+
+    def fit(self, trial: int, fold: int) -> FitRecord:
+        return FitRecord(self.paths.trial(trial).fold(fold))
+
+    def replicate_fit(self, trial: int, fold: int) -> FitRecord:
+        return FitRecord(self.paths.trial(trial).replicate_fold(fold))
+
+    def finished_folds(self, trial: int) -> list[int]:
+        """Folds of a trial whose fit is finished, ascending."""
+        return [fold for fold in range(self.n_folds) if self.fit(trial, fold).is_finished]
+
+    def shortlist(self) -> Shortlist | None:
+        """Read the trials that are, or were, replicated; None before the first shortlist was made."""
+        if not self.paths.confirmation.is_file():
+            return None
+        try:
+            return from_json(Shortlist, paths.read_json(self.paths.confirmation))
+        except (KeyError, TypeError, ValueError) as error:
+            raise RecordError(f"{self.paths.confirmation} is damaged: {error}") from error
+
+    def write_shortlist(self, shortlist: Shortlist) -> None:
+        """Write the trials that are replicated."""
+        paths.write_json(self.paths.confirmation, record_to_json(shortlist))
+
+    def replicate(self, trial: int) -> ReplicateRecord | None:
+        """Read the replicate of a trial; None if it was not begun."""
+        path = self.paths.trial(trial).second
+        return record_from_json(ReplicateRecord, paths.read_json(path), path) if path.is_file() else None
+
+    def write_replicate(self, replicate: ReplicateRecord) -> None:
+        """Write a replicate, new or changed."""
+        paths.write_json(self.paths.trial(replicate.trial).second, record_to_json(replicate))
+
+    def replicate_records(self) -> list[ReplicateRecord]:
+        """Read all replicates, by the number of their trial."""
+        found = (self.replicate(number) for number in self.trial_numbers())
+        return [replicate for replicate in found if replicate is not None]
+
+
+def fixed_differences(ours: StudyConfig, theirs: StudyConfig) -> list[tuple[str, Any, Any]]:
+    """(setting, ours, theirs) for every setting that differs and may not change under a study."""
+    before, after = ours.flat(), theirs.flat()
+    differences = [
+        (key, before[key], after[key]) for key in before if key not in CHANGEABLE and before[key] != after[key]
+    ]
+    if ours.search != theirs.search:
+        differences.append(("search", ours.search.to_toml(), theirs.search.to_toml()))
+    return differences
