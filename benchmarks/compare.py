@@ -76,6 +76,8 @@ REPEATED = ("sha256", "crc", "scores_sha256", "weights_sha256", "config", "forma
 """Checksums of what is compared itself, and the settings, which gain keys."""
 IGNORED = frozenset([*CLOCK, *MACHINE, *REPEATED, "reason", "test_set", "look"])
 """Also texts, and the random id of an evaluation of the test images."""
+OUTCOMES_OF_0_1 = {"full": "complete", "dropped": "pruned", "lost": "orphaned"}
+"""Outcomes that had other names."""
 
 
 def main() -> int:
@@ -154,6 +156,8 @@ def _flatten(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, list):
         for number, inner in enumerate(value):
             yield from _flatten(f"{name}/{number}", inner)
+    elif name.endswith("/outcome"):
+        yield name, OUTCOMES_OF_0_1.get(value, value)
     else:
         yield name, value
 

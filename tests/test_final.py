@@ -248,8 +248,9 @@ def test_final_trains_with_the_threads_that_the_studys_plan_says(project: Projec
     threads = []
 
     def stop_at_once(index: int, row: object) -> bool:
-        trainers = [child.environ() for child in psutil.Process().children() if "worker" in " ".join(child.cmdline())]
-        threads.extend(environment["OMP_NUM_THREADS"] for environment in trainers)
+        children = psutil.Process().children()
+        trainers = [child for child in children if "hpsearch.workers.process" in " ".join(child.cmdline())]
+        threads.extend(child.environ()["OMP_NUM_THREADS"] for child in trainers)
         return False
 
     assert run_final(project, trial=other, machine=MachineChoice(), on_epoch=stop_at_once) is None

@@ -15,7 +15,7 @@ from hpsearch.config.model import UNetConfig
 from hpsearch.data.batches import DeviceData
 from hpsearch.data.cache import Normalization, open_cache
 from hpsearch.inference import select_postprocessing as choosing
-from hpsearch.inference.postprocessing import Postprocessing, SelectedPostprocessing
+from hpsearch.inference.postprocessing import FoldNetwork, Postprocessing, SelectedPostprocessing
 from hpsearch.inference.predictor import Ensemble, Predictor, load_predictor, mean_over_flips
 from hpsearch.inference.scoring import count_mask
 from hpsearch.models.unet import UNet
@@ -56,30 +56,22 @@ def choose(
     metric: str = "dice",
     ensemble: bool = False,
 ) -> SelectedPostprocessing:
-    held_out = [list(range(fold, N, 2)) for fold in range(2)]
-    job = {
-        "metric": metric,
-        "networks": [
-            {
-                "weights": str(network(tmp_path / f"first{fold}.safetensors", fold)),
-                "other": str(network(tmp_path / f"other{fold}.safetensors", fold + 7)),
-                "held_out": images,
-            }
-            for fold, images in enumerate(held_out)
-        ],
-        "source": "second fits of trial 7",
-        "ensemble": ensemble,
-        "out": str(tmp_path / "choices.json"),
-    }
-    choosing.choose(job, data, runtime)
-    return SelectedPostprocessing.read(tmp_path / "choices.json")
+    folds = [
+        FoldNetwork(
+            network(tmp_path / f"first{fold}.safetensors", fold),
+            network(tmp_path / f"other{fold}.safetensors", fold + 7),
+            tuple(range(fold, N, 2)),
+        )
+        for fold in range(2)
+    ]
+    return choosing.select(folds, data, runtime, metric=metric, source="refits of trial 7", ensemble=ensemble)
 
 
 def test_every_choice_is_made_on_all_held_out_images_and_is_on_record(
     tmp_path: Path, data: DeviceData, runtime: Runtime
 ) -> None:
     chosen = choose(tmp_path, data, runtime, ensemble=True)
-    assert (chosen.n_images, chosen.source) == (N, "second fits of trial 7")
+    assert (chosen.n_images, chosen.source) == (N, "refits of trial 7")
     assert [each.name for each in chosen.decisions] == ["flips", "threshold", "clean", "ensemble"]
     assert [each.name for each in choose(tmp_path, data, runtime).decisions][-1] == "clean"
     assert choose(tmp_path, data, runtime) == choose(tmp_path, data, runtime)
@@ -253,10 +245,10 @@ def test_counts_are_those_of_the_masks_that_predict_makes(
         choosing.keep_model(source, kept[-1], choices)
     images, masks = data.cache.read(np.arange(N))
     for weights, ensemble in ((kept[:1], False), (kept[1:], True)):
-        choosing.count_by({"counts": str(tmp_path / "counts.npy")}, data, runtime, choices, weights)
+        counts = choosing.count_pixels_of(weights, np.arange(N), choices, data, runtime)
         predictor = load_predictor(kept[0], device="cpu", threads=1, ensemble=ensemble)
         assert isinstance(predictor, Ensemble) == ensemble
-        for row, image, mask in zip(np.load(tmp_path / "counts.npy"), images, masks, strict=True):
+        for row, image, mask in zip(counts, images, masks, strict=True):
             pred = predictor.mask(predictor.logits(torch.from_numpy(image).permute(2, 0, 1)))
             assert np.array_equal(row, count_mask(pred, mask > 0, name="image"))
 
