@@ -331,8 +331,8 @@ def test_the_ensemble_has_a_network_for_each_fold_and_is_shown_beside_the_one_ke
 def test_an_evaluation_that_is_killed_midway_and_one_of_a_few_images_are_counted(
     project: ProjectPaths, result: FinalResult, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (noted,) = result.looks
-    assert noted == result.look
+    (noted,) = result.evaluations
+    assert noted == result.evaluation
     found = find_evaluation(project, noted.id)
     assert found is not None
     assert found.score == pytest.approx(result.test["dice"].mean)
@@ -364,8 +364,12 @@ def test_an_evaluation_that_is_killed_midway_and_one_of_a_few_images_are_counted
             run_final(other, machine=MACHINE, n_seeds=2)
     whole = run_final(other, machine=MACHINE, n_seeds=2)
     assert whole is not None
-    assert [(look.n_images, look.score is None) for look in whole.looks] == [(4, False), (2, True), (4, False)]
-    assert n_seen(whole.look, whole.looks[1:2]) == 2
+    assert [(evaluation.n_images, evaluation.score is None) for evaluation in whole.evaluations] == [
+        (4, False),
+        (2, True),
+        (4, False),
+    ]
+    assert n_seen(whole.evaluation, whole.evaluations[1:2]) == 2
     text = "\n".join(describe(whole))
     assert "These 4 test images had been evaluated before: 2 evaluations of 1 configuration" in text
     assert "(not finished)" in text
@@ -374,7 +378,7 @@ def test_an_evaluation_that_is_killed_midway_and_one_of_a_few_images_are_counted
 def test_every_look_at_the_test_set_is_counted_and_a_search_that_goes_on_after_one_is_marked(
     project: ProjectPaths, result: FinalResult
 ) -> None:
-    assert [look.trial for look in result.looks] == [result.trial.number]
+    assert [evaluation.trial for evaluation in result.evaluations] == [result.trial.number]
     assert (result.n_evaluations_before, result.n_trials_after) == (0, 0)
     dataset = project.root / "ISIC-2017"
     settings = ("study.pruner=none", "study.sampler=random", "study.trials=3", "study.confirm=0")
@@ -386,7 +390,7 @@ def test_every_look_at_the_test_set_is_counted_and_a_search_that_goes_on_after_o
     assert any(step.startswith("note on the test split: 8/3/4 training/validation/test pairs") for step in steps)
     assert again.undelivered > 0
     assert again.tracking_error == "away"
-    assert (len(again.looks), again.n_trials_after) == (2, 1)
+    assert (len(again.evaluations), again.n_trials_after) == (2, 1)
     # Near-duplicates were looked for once: the images are the same.
     assert len(list(project.cache.glob("near-duplicates-*.json"))) == 1
     assert again.leaks == result.leaks

@@ -91,9 +91,9 @@ class FinalResult(FinalScores):
             "format": FORMAT,
             "trial": self.trial.number,
             "params": self.trial.params,
-            "test_set": self.look.test_set,
-            "look": self.look.id,
-            "n_looks": len(self.looks),
+            "test_set": self.evaluation.test_set,
+            "look": self.evaluation.id,
+            "n_looks": len(self.evaluations),
             **{name: table[name] for name in STORED},
         }
 
@@ -127,7 +127,7 @@ def is_stored(folder: FinalPaths, pool: Prepared, test: Prepared, *, n_seeds: in
     return all(path.is_file() for path in (*files, *(folder.masks / mask_name(image) for image in test.ids)))
 
 
-def stored_look(project: ProjectPaths, folder: FinalPaths) -> LoggedEvaluation | None:
+def stored_evaluation(project: ProjectPaths, folder: FinalPaths) -> LoggedEvaluation | None:
     """Return the evaluation that the result in `folder` comes from; None without a result or an account of it."""
     return (
         find_evaluation(project, str(paths.read_json(folder.result).get("look"))) if folder.result.is_file() else None
@@ -144,7 +144,7 @@ def evaluate(
     chosen: SelectedPostprocessing | None,
     n_members: int,
     leaks: tuple[DuplicatePair, ...],
-    look: LoggedEvaluation,
+    evaluation: LoggedEvaluation,
 ) -> FinalResult:
     metric = record.config.study.metric
     estimates = Estimates.of(record)
@@ -152,8 +152,8 @@ def evaluate(
     scores = {name: np.stack([_scores(folder.seed(index), name) for index in range(n_seeds)]) for name in SCORES}
     by_choices = _means(folder.chosen_counts) if chosen is not None and chosen.choices != Postprocessing() else {}
     leaked = np.isin(np.array(test.ids), [name for pair in leaks for name in (pair.a, pair.b)])
-    trials, looks = record.trials(), evaluations_of(record.paths.project, look)
-    first = first_evaluation_of(looks, record.name, trials[0].began_at) or look
+    trials, evaluations = record.trials(), evaluations_of(record.paths.project, evaluation)
+    first = first_evaluation_of(evaluations, record.name, trials[0].began_at) or evaluation
     return FinalResult(
         study=record.name,
         trial=trial,
@@ -171,9 +171,9 @@ def evaluate(
         chosen=chosen,
         chosen_test=by_choices,
         ensemble=_ensemble(folder, test, metric, n_members, has_choices=bool(by_choices)) if n_members else None,
-        look=look,
-        looks=looks,
-        n_evaluations_before=n_evaluations_before(looks, trials[0].began_at),
+        evaluation=evaluation,
+        evaluations=evaluations,
+        n_evaluations_before=n_evaluations_before(evaluations, trials[0].began_at),
         n_trials_after=sum(each.began_at > first.at for each in trials),
         leaks=leaks,
         without_leaks=float(scores[metric].mean(axis=0)[~leaked].mean()) if leaks and not leaked.all() else None,

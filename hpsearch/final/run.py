@@ -30,7 +30,7 @@ from hpsearch.final.result import (
     is_stored,
     leaks,
     pack_submission,
-    stored_look,
+    stored_evaluation,
     write_table,
 )
 from hpsearch.inference.postprocessing import Postprocessing, SelectedPostprocessing
@@ -184,8 +184,8 @@ class _Final:
     def stored(self) -> FinalResult | None:
         """Return the result that the folder holds already; None if it has to be computed."""
         folder, pool = self.folder, self._caches.scored
-        look = stored_look(self._record.paths.project, folder)
-        if look is None or not is_stored(
+        evaluation = stored_evaluation(self._record.paths.project, folder)
+        if evaluation is None or not is_stored(
             folder, pool, self.test, n_seeds=self._n_seeds, ensemble=self._uses_ensemble
         ):
             return None
@@ -193,7 +193,7 @@ class _Final:
         text = f"trial {self._trial.number} was evaluated on these images before; this is the stored result"
         self._progress.say(text)
         n_members = len(list(folder.ensemble.glob("*.safetensors"))) if self._uses_ensemble else 0
-        return self._evaluate(n_members, look)
+        return self._evaluate(n_members, evaluation)
 
     def run(self, machine: MachineChoice) -> FinalResult | None:
         """Train, select post-processing, score, and write the result; None if the caller stopped the training."""
@@ -212,11 +212,13 @@ class _Final:
             networks = members(self.folder, self._networks if self._uses_ensemble else None)
             copies = (WeightsCopy(self.folder.seed(0).weights, self.folder.model), *networks)
             do(KeepJob(copies=copies, postprocessing=choices))
-            look = self._begin_look()
+            evaluation = self._begin_evaluation()
             self._score(do, choices, [copy.target for copy in networks])
-        result = self._evaluate(len(networks), look)
-        look = end_evaluation(self._record.paths.project, look, result.test[result.metric].mean)
-        result = dataclasses.replace(result, look=look, looks=evaluations_of(self._record.paths.project, look))
+        result = self._evaluate(len(networks), evaluation)
+        evaluation = end_evaluation(self._record.paths.project, evaluation, result.test[result.metric].mean)
+        result = dataclasses.replace(
+            result, evaluation=evaluation, evaluations=evaluations_of(self._record.paths.project, evaluation)
+        )
         self._write(result, began_at, plan.machine)
         return result
 
@@ -271,7 +273,7 @@ class _Final:
             masks = folder.masks if by_ensemble else None
             do(official_job(together, test, images, masks, folder.ensemble_official_counts))
 
-    def _begin_look(self) -> LoggedEvaluation:
+    def _begin_evaluation(self) -> LoggedEvaluation:
         """Enter the evaluation into the test-set log."""
         project = self._record.paths.project
         return begin_evaluation(
@@ -285,7 +287,7 @@ class _Final:
             metric=self._record.config.study.metric,
         )
 
-    def _evaluate(self, n_members: int, look: LoggedEvaluation) -> FinalResult:
+    def _evaluate(self, n_members: int, evaluation: LoggedEvaluation) -> FinalResult:
         pool = self._caches.scored
         found = leaks(self._config.data, self._root, pool, self.test)
         return evaluate(
@@ -298,7 +300,7 @@ class _Final:
             self._chosen(),
             n_members,
             found,
-            look,
+            evaluation,
         )
 
     def _write(self, result: FinalResult, began_at: float, machine: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from hpsearch.inference.postprocessing import Decision, SelectedPostprocessing
 from hpsearch.report.finals import EnsembleResult, FinalRow, FinalScores
 from hpsearch.report.formats import SCORES, count, interval, timestamp
 from hpsearch.stats.intervals import Interval
-from hpsearch.store.test_set_log import LoggedEvaluation, describe_looks
+from hpsearch.store.test_set_log import LoggedEvaluation, describe_evaluation_count
 
 N_NAMED = 5
 """Pairs or evaluations that are named; the rest is counted."""
@@ -35,7 +35,9 @@ def describe(final: FinalScores, metric: str) -> list[str]:
     lines = [describe_postprocessing(final.chosen)]
     if final.ensemble is not None:
         lines.append(describe_ensemble(final.ensemble, metric))
-    lines += describe_evaluations(final.look, final.looks, final.n_evaluations_before, final.n_trials_after)
+    lines += describe_evaluations(
+        final.evaluation, final.evaluations, final.n_evaluations_before, final.n_trials_after
+    )
     if final.leaks:
         lines.append(describe_leaks(final.leaks, final.test[metric].mean, final.without_leaks))
     return lines
@@ -91,11 +93,11 @@ def describe_ensemble(ensemble: EnsembleResult, metric: str) -> str:
 
 
 def describe_evaluations(
-    look: LoggedEvaluation, looks: Sequence[LoggedEvaluation], n_before: int, n_after: int
+    evaluation: LoggedEvaluation, evaluations: Sequence[LoggedEvaluation], n_before: int, n_after: int
 ) -> list[str]:
     """Return how often the test images were evaluated, and which evaluations may have affected the search."""
-    text = describe_looks(look, looks)
-    if earlier := looks[: looks.index(look)]:
+    text = describe_evaluation_count(evaluation, evaluations)
+    if earlier := evaluations[: evaluations.index(evaluation)]:
         listed = [
             f"{timestamp(each.at)} {each.study} trial {each.trial} "
             + (f"({each.score:.4f})" if each.score is not None else "(not finished)")

@@ -66,9 +66,9 @@ class FinalScores:
     """Like `test`, of the network that is kept, with the selected post-processing; empty if there is none."""
     ensemble: EnsembleResult | None
     """The ensemble of the fold networks; None unless it was asked for."""
-    look: LoggedEvaluation
+    evaluation: LoggedEvaluation
     """This evaluation of the test images, as recorded in the account of test-set evaluations."""
-    looks: tuple[LoggedEvaluation, ...]
+    evaluations: tuple[LoggedEvaluation, ...]
     """All known evaluations of any of these test images, this one included, in the order of time."""
     n_evaluations_before: int
     """Number of evaluations before the study began."""
@@ -116,9 +116,9 @@ def _final_row(
 ) -> FinalRow:
     trial, n_test, n_seeds = result["trial"], result["n_test"], result["n_seeds"]
     began_at = trials[0].began_at
-    look = _look(record, result, began_at)
-    looks = evaluations_of(record.paths.project, look)
-    first = first_evaluation_of(looks, record.name, began_at) or look
+    evaluation = _evaluation_of(record, result, began_at)
+    evaluations = evaluations_of(record.paths.project, evaluation)
+    first = first_evaluation_of(evaluations, record.name, began_at) or evaluation
     chosen, ensemble = result.get("chosen"), result.get("ensemble")
     return FinalRow(
         name=name,
@@ -133,9 +133,9 @@ def _final_row(
         predicted=estimates.predicted(trial, n_test=n_test, n_runs=max(1, n_seeds)) if estimates else None,
         scores=_test_scores(record, name),
         n_trials_after=sum(each.began_at > first.at for each in trials),
-        n_evaluations_before=n_evaluations_before(looks, began_at),
-        look=look,
-        looks=looks,
+        n_evaluations_before=n_evaluations_before(evaluations, began_at),
+        evaluation=evaluation,
+        evaluations=evaluations,
         chosen=SelectedPostprocessing.from_table(chosen) if chosen else None,
         chosen_test=intervals(result.get("chosen_test", {})),
         ensemble=EnsembleResult.from_table(ensemble) if ensemble else None,
@@ -144,7 +144,7 @@ def _final_row(
     )
 
 
-def _look(record: StudyRecord, result: dict[str, Any], study_began_at: float) -> LoggedEvaluation:
+def _evaluation_of(record: StudyRecord, result: dict[str, Any], study_began_at: float) -> LoggedEvaluation:
     """Return a final's entry in the account of evaluations. Version 0.1 did not record which entry it is."""
     project = record.paths.project
     if (found := find_evaluation(project, result.get("look", ""))) is not None:
@@ -161,8 +161,12 @@ def _look(record: StudyRecord, result: dict[str, Any], study_began_at: float) ->
         score=result["test"][result["metric"]]["mean"],
         id="",
     )
-    same = (look for look in evaluations_of(project, known) if look.id and look.test_set == known.test_set)
-    return next((look for look in same if look.configuration == known.configuration), known)
+    same = (
+        evaluation
+        for evaluation in evaluations_of(project, known)
+        if evaluation.id and evaluation.test_set == known.test_set
+    )
+    return next((evaluation for evaluation in same if evaluation.configuration == known.configuration), known)
 
 
 def _out_of_fold(record: StudyRecord, number: int) -> dict[str, Floats]:

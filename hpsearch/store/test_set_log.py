@@ -1,4 +1,4 @@
-"""Keep account of every evaluation of test images: how often, when and with what they were scored.
+"""Log of all evaluations of test images: how often, when and by which study they were scored.
 
 A test set that has been evaluated often is a second validation set. An evaluation is entered before it begins, so
 that one that is killed counts too. It is entered into the project folder and into the user's state folder, so that it
@@ -82,39 +82,39 @@ class TestImages:
 
 def begin_evaluation(project: ProjectPaths, test: TestImages, **facts: Any) -> LoggedEvaluation:
     """Enter an evaluation of these images that is about to begin; `facts` are the other fields of it."""
-    old = {look.test_set: look.n_images for look in _entries(project) if not look.images}
+    old = {evaluation.test_set: evaluation.n_images for evaluation in _entries(project) if not evaluation.images}
     includes = tuple(digest for digest, n in old.items() if n < len(test.hashes) and test.digest(n) == digest)
-    look = LoggedEvaluation(
+    evaluation = LoggedEvaluation(
         test_set=test.digest(), images=test.images, n_images=len(test.hashes), includes=includes, **facts
     )
-    note_look(project, look)
-    return look
+    enter_evaluation(project, evaluation)
+    return evaluation
 
 
-def end_evaluation(project: ProjectPaths, look: LoggedEvaluation, score: float) -> LoggedEvaluation:
+def end_evaluation(project: ProjectPaths, evaluation: LoggedEvaluation, score: float) -> LoggedEvaluation:
     """Enter the mean score of an evaluation that ended."""
-    _append(project, {"id": look.id, "score": score})
-    return dataclasses.replace(look, score=score)
+    _append(project, {"id": evaluation.id, "score": score})
+    return dataclasses.replace(evaluation, score=score)
 
 
-def note_look(project: ProjectPaths, look: LoggedEvaluation) -> None:
-    """Enter an evaluation into the project's account and the user's. Only the first has to be writable."""
-    _append(project, dataclasses.asdict(look))
+def enter_evaluation(project: ProjectPaths, evaluation: LoggedEvaluation) -> None:
+    """Enter an evaluation into the logs of project and user. Only the first has to be writable."""
+    _append(project, dataclasses.asdict(evaluation))
 
 
 def find_evaluation(project: ProjectPaths, id: str) -> LoggedEvaluation | None:
-    """The evaluation of that id."""
-    return next((look for look in _entries(project) if look.id == id), None)
+    """Return the evaluation with this id; None if there is none."""
+    return next((evaluation for evaluation in _entries(project) if evaluation.id == id), None)
 
 
-def evaluations_of(project: ProjectPaths, look: LoggedEvaluation) -> tuple[LoggedEvaluation, ...]:
-    """Every known evaluation of any of this one's images, itself included, in the order of time."""
-    others = [each for each in _entries(project) if each.id != look.id and n_shared(each, look)]
-    return tuple(sorted((*others, look), key=lambda each: (each.at, each.id)))
+def evaluations_of(project: ProjectPaths, evaluation: LoggedEvaluation) -> tuple[LoggedEvaluation, ...]:
+    """Return all known evaluations of any of this one's images, itself included, in order of time."""
+    others = [each for each in _entries(project) if each.id != evaluation.id and n_shared(each, evaluation)]
+    return tuple(sorted((*others, evaluation), key=lambda each: (each.at, each.id)))
 
 
 def n_shared(a: LoggedEvaluation, b: LoggedEvaluation) -> int:
-    """How many images two evaluations share, as far as is known.
+    """Return how many images two evaluations share, as far as is known.
 
     Entries of version 0.1 do not name their images. They share all with an entry of the same test set or with one
     that includes it, and as many as possible with others of the same study, whose images never change.
@@ -129,43 +129,50 @@ def n_shared(a: LoggedEvaluation, b: LoggedEvaluation) -> int:
     return min(a.n_images, b.n_images) if of_one_study else 0
 
 
-def n_seen(look: LoggedEvaluation, others: Sequence[LoggedEvaluation]) -> int:
-    """How many of an evaluation's images any of the others evaluated, as far as is known."""
-    named = {image for other in others for image in other.images} & set(look.images)
-    return max([len(named), *(n_shared(look, other) for other in others)])
+def n_seen(evaluation: LoggedEvaluation, others: Sequence[LoggedEvaluation]) -> int:
+    """Return how many of an evaluation's images any of the others evaluated, as far as is known."""
+    named = {image for other in others for image in other.images} & set(evaluation.images)
+    return max([len(named), *(n_shared(evaluation, other) for other in others)])
 
 
-def describe_looks(look: LoggedEvaluation, looks: Sequence[LoggedEvaluation]) -> str:
-    """How often an evaluation's images had been evaluated before, given all evaluations of any of them."""
-    earlier = looks[: looks.index(look)]
-    n_later = len(looks) - len(earlier) - 1
+def describe_evaluation_count(evaluation: LoggedEvaluation, evaluations: Sequence[LoggedEvaluation]) -> str:
+    """Return in a sentence how often an evaluation's images had been evaluated before."""
+    earlier = evaluations[: evaluations.index(evaluation)]
+    n_later = len(evaluations) - len(earlier) - 1
     if not earlier:
-        text = f"this is the first evaluation of these {_count(look.n_images, 'test image')}"
+        text = f"this is the first evaluation of these {_count(evaluation.n_images, 'test image')}"
     else:
-        n = n_seen(look, earlier)
-        which = "" if n == look.n_images else f"{n} of "
+        n = n_seen(evaluation, earlier)
+        which = "" if n == evaluation.n_images else f"{n} of "
         configurations = len({each.configuration for each in earlier})
         text = (
-            f"{which}these {_count(look.n_images, 'test image')} had been evaluated before: "
+            f"{which}these {_count(evaluation.n_images, 'test image')} had been evaluated before: "
             f"{_count(len(earlier), 'evaluation')} of {_count(configurations, 'configuration')}"
         )
     return text + (f"; {_count(n_later, 'evaluation')} came later" if n_later else "")
 
 
 def first_evaluation_of(
-    looks: Sequence[LoggedEvaluation], study: str, study_began_at: float
+    evaluations: Sequence[LoggedEvaluation], study: str, study_began_at: float
 ) -> LoggedEvaluation | None:
-    """The first time that this study evaluated the images; what it found later may owe something to that."""
-    return next((look for look in looks if (look.study, look.study_began_at) == (study, study_began_at)), None)
+    """Return the first evaluation of these images by a study: its later trials may have been affected by it."""
+    return next(
+        (
+            evaluation
+            for evaluation in evaluations
+            if (evaluation.study, evaluation.study_began_at) == (study, study_began_at)
+        ),
+        None,
+    )
 
 
-def n_evaluations_before(looks: Sequence[LoggedEvaluation], study_began_at: float) -> int:
-    """How often the images had been evaluated before a study began."""
-    return sum(look.at < study_began_at for look in looks)
+def n_evaluations_before(evaluations: Sequence[LoggedEvaluation], study_began_at: float) -> int:
+    """Return how often the images had been evaluated before a study began."""
+    return sum(evaluation.at < study_began_at for evaluation in evaluations)
 
 
 def user_account() -> Path:
-    """Where the user's own account lies: $XDG_STATE_HOME, or ~/.local/state."""
+    """Return the file of the user's log: in $XDG_STATE_HOME, or ~/.local/state."""
     state = os.environ.get("XDG_STATE_HOME", "")
     root = Path(state) if state else Path(os.path.expanduser("~")) / ".local" / "state"
     return root / "hpsearch" / "test-looks.jsonl"
@@ -183,7 +190,7 @@ def _append(project: ProjectPaths, table: dict[str, Any]) -> None:
 
 
 def _entries(project: ProjectPaths) -> list[LoggedEvaluation]:
-    """All evaluations in both accounts with their scores. Lines that cannot be understood are skipped."""
+    """Return all evaluations in both logs with their scores, without damaged lines."""
     found: dict[str, LoggedEvaluation] = {}
     for path in (project.looks, user_account()):
         for table in _tables(path):
@@ -193,10 +200,10 @@ def _entries(project: ProjectPaths) -> list[LoggedEvaluation]:
                 continue
             lists = {name: tuple(table.get(name, ())) for name in ("images", "includes")}
             try:
-                look = LoggedEvaluation(**{**table, **lists})
+                evaluation = LoggedEvaluation(**{**table, **lists})
             except TypeError:
                 continue
-            found.setdefault(look.id, look)
+            found.setdefault(evaluation.id, evaluation)
     return list(found.values())
 
 

@@ -21,7 +21,7 @@ from hpsearch.report.page import render, write_report
 from hpsearch.report.rows import study_rows
 from hpsearch.stats.intervals import Interval
 from hpsearch.store import lock
-from hpsearch.store.test_set_log import LoggedEvaluation, note_look
+from hpsearch.store.test_set_log import LoggedEvaluation, enter_evaluation
 from hpsearch.store.trials import Shortlist
 from tests.recorded import POOL_KEY, FakeStudy
 
@@ -393,7 +393,7 @@ def test_the_report_shows_what_was_confirmed_chosen_looked_at_and_leaked(tmp_pat
         without_leaks=0.8611,
     )
     began_at = study.record.trial(0).began_at
-    look = LoggedEvaluation(
+    evaluation = LoggedEvaluation(
         test_set="0123",
         at=began_at - 1,
         study="earlier",
@@ -404,8 +404,10 @@ def test_the_report_shows_what_was_confirmed_chosen_looked_at_and_leaked(tmp_pat
         metric="dice",
         score=0.85,
     )
-    note_look(study.project, look)
-    note_look(study.project, dataclasses.replace(look, study="fake", study_began_at=began_at, at=study.clock, id="2"))
+    enter_evaluation(study.project, evaluation)
+    enter_evaluation(
+        study.project, dataclasses.replace(evaluation, study="fake", study_began_at=began_at, at=study.clock, id="2")
+    )
     text = quick_report(study).text
     assert "The mean of its first fits is" in text
     assert "best, two fits" in text or "best, cheapest, two fits" in text
@@ -430,7 +432,7 @@ def test_the_report_shows_what_was_confirmed_chosen_looked_at_and_leaked(tmp_pat
 def test_a_search_that_goes_on_after_a_look_stays_marked_when_final_is_run_again(tmp_path: Path) -> None:
     study = FakeStudy(tmp_path)
     study.trial()
-    look = LoggedEvaluation(
+    evaluation = LoggedEvaluation(
         test_set="4567",
         at=study.clock,
         study="fake",
@@ -441,7 +443,7 @@ def test_a_search_that_goes_on_after_a_look_stays_marked_when_final_is_run_again
         metric="dice",
         score=0.85,
     )
-    note_look(study.project, look)
+    enter_evaluation(study.project, evaluation)
     study.trial()
     study.final(1, test_set="4567")
     (final,) = study_rows(study.record).finals

@@ -342,7 +342,7 @@ def test_all_looks_together_err_less_than_three_times_as_often_as_one_may(
 
 @pytest.mark.parametrize(("n_folds", "size"), [(5, 4), (10, 2)])
 def test_with_twenty_images_each_look_keeps_its_p(n_folds: int, size: int, rng: np.random.Generator) -> None:
-    # So few images cannot tell 0.003 from nothing, so each of the n_folds - 1 looks may err with that p.
+    # So few images cannot tell 0.003 from nothing, so each of the n_folds - 1 evaluations may err with that p.
     assert drops_of_a_better_one(n_folds, size, 0.003, rng) <= 200 * ALPHA * (n_folds - 1)
 
 

@@ -12,14 +12,14 @@ from hpsearch.store.test_set_log import (
     LoggedEvaluation,
     TestImages,
     begin_evaluation,
-    describe_looks,
+    describe_evaluation_count,
     end_evaluation,
+    enter_evaluation,
     evaluations_of,
     find_evaluation,
     first_evaluation_of,
     n_evaluations_before,
     n_seen,
-    note_look,
     user_account,
 )
 from tests.recorded import write_cache
@@ -43,7 +43,7 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "state"
 
 
-def look(at: float, **changes: Any) -> LoggedEvaluation:
+def evaluation(at: float, **changes: Any) -> LoggedEvaluation:
     return dataclasses.replace(LOOK, at=at, id=str(at), **changes)
 
 
@@ -58,7 +58,7 @@ def begin(project: ProjectPaths, test: TestImages, at: float, **changes: Any) ->
 
 def as_in_0_1(project: ProjectPaths, test: TestImages, at: float, **changes: Any) -> None:
     """An entry with the fields that version 0.1 wrote."""
-    entry = dataclasses.asdict(look(at, test_set=test.digest(), n_images=len(test.hashes), **changes))
+    entry = dataclasses.asdict(evaluation(at, test_set=test.digest(), n_images=len(test.hashes), **changes))
     del entry["images"], entry["includes"]
     with project.looks.open("a") as file:
         file.write(json.dumps(entry) + "\n")
@@ -68,12 +68,12 @@ def test_a_look_is_remembered_in_the_project_and_by_the_user(tmp_path: Path) -> 
     here, there = ProjectPaths(tmp_path / "here"), ProjectPaths(tmp_path / "there")
     here.root.mkdir()
     there.root.mkdir()
-    note_look(here, look(1))
-    note_look(there, look(2))
-    assert [each.at for each in evaluations_of(here, look(3))] == [1, 2, 3]
+    enter_evaluation(here, evaluation(1))
+    enter_evaluation(there, evaluation(2))
+    assert [each.at for each in evaluations_of(here, evaluation(3))] == [1, 2, 3]
     user_account().unlink()
-    assert [each.at for each in evaluations_of(here, look(3))] == [1, 3]
-    assert len(evaluations_of(here, look(3, test_set="4567", study="other"))) == 1
+    assert [each.at for each in evaluations_of(here, evaluation(3))] == [1, 3]
+    assert len(evaluations_of(here, evaluation(3, test_set="4567", study="other"))) == 1
 
 
 def test_a_state_folder_that_cannot_be_written_to_costs_nothing(
@@ -81,29 +81,29 @@ def test_a_state_folder_that_cannot_be_written_to_costs_nothing(
 ) -> None:
     state.write_text("a file where a folder should be")
     project = ProjectPaths(tmp_path)
-    note_look(project, look(1))
+    enter_evaluation(project, evaluation(1))
     monkeypatch.delenv("XDG_STATE_HOME")
     monkeypatch.setenv("HOME", "/nowhere")
-    note_look(project, look(2))
-    assert [each.at for each in evaluations_of(project, look(2))] == [1, 2]
+    enter_evaluation(project, evaluation(2))
+    assert [each.at for each in evaluations_of(project, evaluation(2))] == [1, 2]
 
 
 def test_torn_and_foreign_lines_are_passed_over(tmp_path: Path) -> None:
     project = ProjectPaths(tmp_path)
-    note_look(project, look(1))
+    enter_evaluation(project, evaluation(1))
     with project.looks.open("a") as file:
         file.write('{"test_set": "0123", "at"\n[1]\n{"test_set": "0123"}\n{"id": "unknown", "score": 1}\n')
-    note_look(project, look(2))
-    assert [each.at for each in evaluations_of(project, look(2))] == [1, 2]
+    enter_evaluation(project, evaluation(2))
+    assert [each.at for each in evaluations_of(project, evaluation(2))] == [1, 2]
 
 
 def test_looks_of_a_study_are_told_from_those_of_others() -> None:
-    looks = [look(10), look(20, study="other"), look(60), look(70, trial=3)]
-    first = first_evaluation_of(looks[1:], "mine", 50.0)
+    evaluations = [evaluation(10), evaluation(20, study="other"), evaluation(60), evaluation(70, trial=3)]
+    first = first_evaluation_of(evaluations[1:], "mine", 50.0)
     assert first is not None
     assert first.at == 60
-    assert first_evaluation_of(looks, "mine", 51.0) is None
-    assert n_evaluations_before(looks, 50.0) == 2
+    assert first_evaluation_of(evaluations, "mine", 51.0) is None
+    assert n_evaluations_before(evaluations, 50.0) == 2
 
 
 def test_an_evaluation_of_a_few_images_is_one_of_those_images(tmp_path: Path) -> None:
@@ -111,23 +111,24 @@ def test_an_evaluation_of_a_few_images_is_one_of_those_images(tmp_path: Path) ->
     few = begin(project, pairs(*range(50)), 1.0)
     other = begin(project, pairs(*range(900, 940)), 2.0)
     whole = begin(project, pairs(*range(600)), 3.0, trial=8)
-    looks = evaluations_of(project, whole)
-    assert looks == (few, whole)
-    assert n_seen(whole, looks[:1]) == 50
+    evaluations = evaluations_of(project, whole)
+    assert evaluations == (few, whole)
+    assert n_seen(whole, evaluations[:1]) == 50
     assert (
-        describe_looks(whole, looks)
+        describe_evaluation_count(whole, evaluations)
         == "50 of these 600 test images had been evaluated before: 1 evaluation of 1 configuration"
     )
     # Afterwards the few were evaluated with all of them.
     again = begin(project, pairs(*range(49, -1, -1)), 4.0)
-    looks = evaluations_of(project, again)
-    assert looks == (few, whole, again)
+    evaluations = evaluations_of(project, again)
+    assert evaluations == (few, whole, again)
     assert (
-        describe_looks(again, looks)
+        describe_evaluation_count(again, evaluations)
         == "these 50 test images had been evaluated before: 2 evaluations of 2 configurations"
     )
     assert (
-        describe_looks(few, looks) == "this is the first evaluation of these 50 test images; 2 evaluations came later"
+        describe_evaluation_count(few, evaluations)
+        == "this is the first evaluation of these 50 test images; 2 evaluations came later"
     )
     assert evaluations_of(project, other) == (other,)
 
@@ -170,9 +171,9 @@ def test_entries_of_version_0_1_are_still_counted(tmp_path: Path) -> None:
     as_in_0_1(project, pairs(*range(40, 50)), 3.0, study="other images")
     as_in_0_1(project, pairs(*range(20, 25)), 4.0)
     mine = begin(project, test, 5.0)
-    looks = evaluations_of(project, mine)
-    assert [each.at for each in looks] == [1, 2, 4, 5]
-    assert [n_seen(mine, [each]) for each in looks[:3]] == [30, 10, 5]
+    evaluations = evaluations_of(project, mine)
+    assert [each.at for each in evaluations] == [1, 2, 4, 5]
+    assert [n_seen(mine, [each]) for each in evaluations[:3]] == [30, 10, 5]
     # What a later study needs to recognise the ten stays on account.
     assert [each.at for each in evaluations_of(project, begin(project, test, 6.0, study="later"))] == [1, 2, 5, 6]
     assert find_evaluation(project, "2.0").images == ()
