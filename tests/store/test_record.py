@@ -236,3 +236,12 @@ def test_of_several_studies_the_one_that_runs_is_meant(tmp_path: Path) -> None:
             pytest.raises(StudyError, match=r"one \(running\), three, two \(running\); choose one with --study NAME"),
         ):
             study_record(project, None)
+
+
+@pytest.mark.parametrize(("of_0_1", "today"), [("full", "complete"), ("dropped", "pruned"), ("lost", "orphaned")])
+def test_outcomes_of_version_0_1_are_read_under_their_names_of_today(
+    record: StudyRecord, of_0_1: str, today: str
+) -> None:
+    table = record_to_json(trial(record, 0, outcome="complete", value=0.5))
+    paths.write_json(record.paths.trial(0).trial, {**table, "outcome": of_0_1})
+    assert record.trial(0).outcome == today
