@@ -59,27 +59,27 @@ PHASES: dict[str, tuple[tuple[str, str], ...]] = {
     "start": (
         ("coordinator", "store/lock.py:hold"),
         ("coordinator", "data/build.py:_build"),
-        ("coordinator", "search/coordinator.py:run_study"),
-        ("coordinator", "search/coordinator.py:_fix_folds"),
-        ("coordinator", "search/optuna_view.py:__init__"),
-        ("coordinator", "search/optuna_view.py:catch_up"),
+        ("coordinator", "study.py:run_study"),
+        ("coordinator", "study.py:_create_record"),
+        ("coordinator", "search/optuna_view.py:_open"),
+        ("coordinator", "search/optuna_view.py:update"),
         ("coordinator", "search/autotune.py:_measure_plan"),
-        ("coordinator", "search/coordinator.py:_adopt_open_trials"),
+        ("coordinator", "search/coordinator.py:resume"),
         ("worker", "training/loop.py:_resume_"),
     ),
     "ask": (
-        ("coordinator", "search/optuna_view.py:ask"),
-        ("coordinator", "search/samplers.py:suggest"),
-        ("coordinator", "search/samplers.py:_suggest"),
-        ("coordinator", "search/coordinator.py:_begin"),
-        ("coordinator", "search/coordinator.py:_hand_out"),
+        ("coordinator", "search/new_trials.py:next_trial"),
+        ("coordinator", "search/suggest.py:suggest"),
+        ("coordinator", "search/suggest.py:_draw"),
+        ("coordinator", "search/coordinator.py:_begin_trial"),
+        ("coordinator", "search/coordinator.py:next_job"),
     ),
     "first epoch": (
-        ("worker", "workers/process.py:_fit"),
+        ("worker", "workers/fit_task.py:run_fit"),
         ("worker", "training/loop.py:_fit"),
         ("worker", "training/loop.py:_train_epoch"),
         ("worker", "training/loop.py:_evaluate_epoch"),
-        ("coordinator", "search/coordinator.py:_hear_epoch"),
+        ("coordinator", "search/coordinator.py:_on_epoch"),
     ),
     "checkpoint": (
         ("worker", "training/checkpoint.py:save_latest"),
@@ -87,13 +87,13 @@ PHASES: dict[str, tuple[tuple[str, str], ...]] = {
         ("worker", "training/checkpoint.py:save_array"),
         ("worker", "paths.py:atomic_write"),
         ("worker", "paths.py:append_line"),
-        ("coordinator", "search/coordinator.py:_judge"),
+        ("coordinator", "search/judging.py:judge"),
     ),
     "tell": (
         ("coordinator", "search/coordinator.py:_end"),
-        ("coordinator", "search/coordinator.py:_clear"),
-        ("coordinator", "search/optuna_view.py:tell"),
-        ("coordinator", "store/record.py:write_trial"),
+        ("coordinator", "search/ledger.py:remove_networks"),
+        ("coordinator", "search/optuna_view.py:_show"),
+        ("coordinator", "store/files.py:write_trial"),
         ("coordinator", "paths.py:atomic_write"),
     ),
     "logging": (
@@ -108,14 +108,14 @@ PHASES: dict[str, tuple[tuple[str, str], ...]] = {
         ("worker", "training/finish.py:finish_fit"),
         ("worker", "training/checkpoint.py:save_weights"),
         ("worker", "training/finish.py:save_examples"),
-        ("coordinator", "search/coordinator.py:_settle"),
+        ("coordinator", "search/coordinator.py:_end_if_finished"),
         ("coordinator", "views.py:close"),
         ("coordinator", "workers/local_pool.py:close"),
         ("coordinator", "cli/progress.py:summarise"),
     ),
 }
 """Where in the life of a study a signal can fall: role and function of hpsearch."""
-ONCE = ("data/build.py:_build", "search/coordinator.py:_fix_folds", "search/autotune.py:_measure_plan")
+ONCE = ("data/build.py:_build", "study.py:_create_record", "search/autotune.py:_measure_plan")
 """What only the first start of a study comes to."""
 SIGNALS = {"KILL": signal.SIGKILL, "TERM": signal.SIGTERM, "INT": signal.SIGINT, "HUP": signal.SIGHUP}
 
