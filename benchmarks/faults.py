@@ -65,7 +65,7 @@ PHASES: dict[str, tuple[tuple[str, str], ...]] = {
         ("coordinator", "search/optuna_view.py:catch_up"),
         ("coordinator", "search/autotune.py:_measure_plan"),
         ("coordinator", "search/coordinator.py:_adopt_open_trials"),
-        ("worker", "training/loop.py:_resume_"),
+        ("worker", "training/progress.py:resume_"),
     ),
     "ask": (
         ("coordinator", "search/optuna_view.py:ask"),

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from hpsearch import __version__
 from hpsearch.config.data import GRAY_WEIGHTS
 from hpsearch.errors import ExportError, StudyError
 from hpsearch.inference.postprocessing import Choices
-from hpsearch.models.unet import UNet
 from hpsearch.paths import atomic_write, write_text
 from hpsearch.store.record import StudyRecord
 from hpsearch.training.checkpoint import WeightsInfo, load_weights
@@ -145,7 +145,7 @@ def _decoding(info: WeightsInfo) -> str:
     return f"the image {turn}; RGB, 8 bits a channel ({deep}), transparency dropped"
 
 
-def _exported(model: UNet, info: WeightsInfo) -> Any:
+def _exported(model: nn.Module, info: WeightsInfo) -> Any:
     """The network as an ONNX model of any batch size."""
     # Traced with two: a batch of one would be taken for a constant.
     images = torch.zeros(2, info.in_channels, *info.size)
@@ -162,7 +162,7 @@ def _exported(model: UNet, info: WeightsInfo) -> Any:
     return program.model_proto
 
 
-def _check(path: Path, model: UNet, info: WeightsInfo) -> float:
+def _check(path: Path, model: nn.Module, info: WeightsInfo) -> float:
     """The largest difference between the file in ONNX Runtime and torch; ExportError above TOLERANCE."""
     import onnxruntime
 

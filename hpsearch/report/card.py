@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hpsearch import __version__
 from hpsearch.config import StudyConfig
-from hpsearch.models.shapes import n_parameters
+from hpsearch.models.costs import n_parameters
 from hpsearch.report import words
 from hpsearch.report.rows import FinalRow, StudyRows, study_rows
 from hpsearch.store.record import StudyRecord

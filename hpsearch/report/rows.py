@@ -14,7 +14,7 @@ from hpsearch.config import StudyConfig, get_setting
 from hpsearch.config.search import Choice, Range
 from hpsearch.errors import RecordError
 from hpsearch.inference.postprocessing import Chosen
-from hpsearch.models.shapes import n_parameters, why_impossible
+from hpsearch.models.costs import n_parameters, why_impossible
 from hpsearch.paths import read_json
 from hpsearch.report.claims import Claims
 from hpsearch.report.statistics import (

@@ -37,7 +37,7 @@ class Pruner(Protocol):
         """
 
 
-def make_pruner(config: StudyConfig) -> Pruner:
+def make_pruner(config: StudyConfig) -> Pruner:  # type: ignore[return]
     """The rule that `study.pruner` names."""
     match config.study.pruner:
         case "race":

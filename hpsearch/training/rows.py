@@ -1,4 +1,4 @@
-"""What one epoch of a fit gave: one line of epochs.jsonl. Imports no torch: the coordinator reads it."""
+"""Result of one epoch of a fit: one line of epochs.jsonl. Imports no torch: the coordinator reads it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Scores:
-    """Means over images: of the loss, and of three scores per image."""
+    """Means over images of the loss and of three scores."""
 
     loss: float
     dice: float
@@ -21,32 +21,32 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class EpochRow:
-    """One epoch."""
+    """Result of one epoch."""
 
     epoch: int
-    """From 1."""
+    """Counted from 1."""
     time: float
     """Unix time at its end, in seconds."""
     train: Scores
-    """Over the augmented batches as they were trained on."""
+    """Over the augmented training batches."""
     held_out: Scores | None
-    """After the epoch, at the evaluation size; None where nothing is held out."""
+    """After the epoch, at the evaluation size; None without held-out images."""
     lr: float
-    """Learning rate of the epoch's last step."""
+    """Learning rate of the last step of the epoch."""
     train_s: float
     eval_s: float
     images_per_s: float
-    """Training images a second, evaluation not counted."""
+    """Training images per second, without evaluation."""
     peak_bytes: int
-    """Most memory in use so far: allocated on a GPU, resident in the process on a CPU."""
+    """Peak memory of the epoch: allocated on a GPU, resident in the process on a CPU."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types only; `from_dict` gives an equal row."""
+        """Return plain types, from which `from_dict` makes an equal row."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> EpochRow:
-        """The row of such a table, or of a line of epochs.jsonl, whose checksum is left alone."""
+        """Return the row of a table of `to_dict` or of a line of epochs.jsonl, whose checksum is ignored."""
         table = {key: value for key, value in table.items() if key != "crc"}
         held_out = table["held_out"]
         return cls(
@@ -59,15 +59,15 @@ class EpochRow:
 
 
 def to_line(row: EpochRow) -> str:
-    """The row as a line of epochs.jsonl, with its checksum."""
+    """Return the row as a line of epochs.jsonl, with its checksum."""
     text = json.dumps(row.to_dict(), allow_nan=False)
     return f'{text[:-1]}, "crc": {zlib.crc32(text.encode())}}}'
 
 
 def read_lines(content: bytes) -> tuple[list[dict[str, Any]], int]:
-    """Tables of the good lines of an epochs.jsonl, in order, without checksums, and how many whole lines are bad.
+    """Return the tables of the valid lines of an epochs.jsonl, in order, and the number of invalid lines.
 
-    A last line without its end was torn by a crash; it counts for nothing.
+    A last line without a newline was torn by a crash and is not counted.
     """
     *lines, _ = content.split(b"\n")
     tables = [table for line in lines if (table := _read_line(line)) is not None]

@@ -34,7 +34,7 @@ from hpsearch.data.decode import read_pair
 from hpsearch.data.reading import Reading
 from hpsearch.errors import DivergedError, HpsearchError, OutOfMemoryError, StorageError
 from hpsearch.inference.postprocessing import Choices
-from hpsearch.models.shapes import why_impossible
+from hpsearch.models.costs import why_impossible
 from hpsearch.paths import FitPaths, atomic_write
 from hpsearch.training import runtime
 from hpsearch.training.checkpoint import load_weights, save_array

@@ -23,7 +23,7 @@ from hpsearch.data.batches import eval_batches, train_batches
 from hpsearch.errors import CheckpointError, ConfigError, DeviceError, DivergedError, OutOfMemoryError
 from hpsearch.models.unet import UNet
 from hpsearch.paths import FitPaths
-from hpsearch.training import checkpoint, loop
+from hpsearch.training import checkpoint, compilation, loop
 from hpsearch.training import runtime as devices
 from hpsearch.training.checkpoint import load_weights
 from hpsearch.training.evaluation import eval_batch_size, evaluate, predict_logits, resize_logits
@@ -37,6 +37,7 @@ from hpsearch.training.loop import (
 )
 from hpsearch.training.losses import loss_function
 from hpsearch.training.metrics import PixelCounts, dice, jaccard
+from hpsearch.training.task import FitTask
 from tests.training.fakes import FLOAT32, NORMALIZATION, FakeCache, fit_arguments, make_data
 
 
@@ -270,7 +271,7 @@ def test_windows_are_scored_where_the_output_of_a_valid_network_lies():
 
 
 def test_an_evaluation_size_that_the_masks_do_not_have_is_a_fault():
-    with pytest.raises(ValueError, match="scores are wanted at"):
+    with pytest.raises(ValueError, match="but the masks have 256 pixels"):
         fit(**fit_arguments(eval_size=(32, 32)))
 
 
@@ -692,7 +693,7 @@ def test_a_compiler_that_fails_costs_auto_nothing_and_ends_on(unkilled, monkeypa
     monkeypatch.setattr(torch, "compile", lambda model, **_: failing)
     with pytest.raises(DeviceError, match=r"torch\.compile failed on cpu: C\+\+ compile error"):
         fit(**fit_arguments(runtime=dataclasses.replace(FLOAT32, compile="on")))
-    monkeypatch.setattr(loop, "_is_compiled", lambda *_: True)
+    monkeypatch.setattr(compilation, "_is_compiled", lambda *_: True)
     assert_equal(fit(**fit_arguments(runtime=dataclasses.replace(FLOAT32, compile="auto"))), unkilled)
 
 
@@ -710,11 +711,10 @@ def test_auto_compiles_long_fits_on_cuda_only(device, size, expected, monkeypatc
         micro_batch=None,
         stretch=True,
     )
-    names = {part.name for part in dataclasses.fields(loop._Task)}
-    task = loop._Task(**{name: value for name, value in arguments.items() if name in names})
-    assert (
-        loop._is_compiled(task, dataclasses.replace(FLOAT32, device=torch.device(device), compile="auto")) == expected
-    )
+    names = {part.name for part in dataclasses.fields(FitTask)}
+    task = FitTask(**{name: value for name, value in arguments.items() if name in names})
+    runtime = dataclasses.replace(FLOAT32, device=torch.device(device), compile="auto")
+    assert compilation._is_compiled(task, runtime) == expected
 
 
 @pytest.mark.slow
@@ -797,7 +797,7 @@ def test_out_of_memory_is_an_error_of_its_own_and_everything_is_freed(error, mon
         def forward(self, images, **kwargs):
             raise error
 
-    monkeypatch.setattr(loop, "UNet", Network)
+    monkeypatch.setattr(loop, "build_network", lambda config, in_channels, **_: Network(config, in_channels))
     with pytest.raises(OutOfMemoryError, match="training on cpu ran out of memory") as caught:
         fit(**fit_arguments())
     assert caught.value.__cause__ is None

@@ -106,7 +106,7 @@ def test_the_processors_flags_tell_whether_it_computes_in_bf16(text, expected, m
 
 def test_a_precision_that_a_device_lacks_is_refused(gpus):
     gpus(3)
-    with pytest.raises(DeviceError, match=r"Tesla K80 does not compute in bf16: use train\.amp = 'fp16'"):
+    with pytest.raises(DeviceError, match=r"Tesla K80 does not support bf16: use train\.amp = 'fp16'"):
         choose_precision(CUDA, "bf16")
     assert choose_precision(CUDA, "fp16") == "fp16"
     with pytest.raises(DeviceError, match="fp16' is for CUDA devices, not cpu"):

@@ -16,7 +16,7 @@ from hpsearch.cli.options import Settings, config_options, config_path
 from hpsearch.config.search import Choice, Range
 from hpsearch.errors import ConfigError
 
-SHIPPED = sorted((Path(__file__).parents[1] / "experiments").glob("*.toml"))
+SHIPPED = sorted((Path(__file__).parents[2] / "experiments").glob("*.toml"))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

@@ -1,0 +1,48 @@
+"""The UNet, with its shapes, memory and FLOPs by arithmetic."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hpsearch.config.model import UNetConfig
+from hpsearch.models.memory import layer_costs, training_memory
+from hpsearch.models.shapes import n_parameters, output_margin, output_size, training_flops, why_impossible
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = [
+    "build",
+    "describe",
+    "layer_costs",
+    "n_parameters",
+    "output_margin",
+    "output_size",
+    "training_flops",
+    "training_memory",
+    "uses_batch_statistics",
+    "why_impossible",
+]
+
+
+def build(config: UNetConfig, in_channels: int) -> nn.Module:
+    """Return a UNet with the initial weights of the seed of torch's generator."""
+    # Imported here because the coordinator, which needs the arithmetic only, runs without torch.
+    import torch
+
+    from hpsearch.models.unet import UNet
+
+    return UNet(config, in_channels, seed=torch.initial_seed())
+
+
+def describe(config: UNetConfig) -> str:
+    """Return the network in a few words."""
+    return (
+        f"UNet, base channels {config.base_channels}, depth {config.depth}, stacking {config.stacking}, "
+        f"{config.kernel_size}x{config.kernel_size} {config.padding}, normalisation {config.norm}"
+    )
+
+
+def uses_batch_statistics(config: UNetConfig) -> bool:
+    """Return whether the result for an image depends on the other images of its training batch."""
+    return config.norm == "batch"
