@@ -45,7 +45,7 @@ def extended(tmp_path: Path) -> Path:
     """A copy of the package in a folder of its own, with one more network and one more loss."""
     site, root = tmp_path / "site", Path(hpsearch.__file__).parents[1]
     for name in ("hpsearch", "experiments"):
-        shutil.copytree(root / name, site / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(root / name, site / name)
     (site / "hpsearch/models/networks/two_layers.py").write_text(NETWORK)
     (site / "hpsearch/training/losses/focal.py").write_text(LOSS)
     return site

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from hpsearch.config.checks import check_at_least
 from hpsearch.config.modules import ModuleName
@@ -43,3 +44,10 @@ class UNetConfig:
         check_at_least("unet", self, base_channels=1, depth=1, stacking=1, kernel_size=1)
         if self.kernel_size % 2 == 0:
             raise ConfigError(f"unet.kernel_size must be odd, got {self.kernel_size}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain types for files and hashes; `network` is left out for `unet`, as in version 0.1."""
+        table = dataclasses.asdict(self)
+        if self.network == "unet":
+            del table["network"]
+        return table

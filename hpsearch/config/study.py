@@ -101,6 +101,23 @@ class StudyConfig:
         """Return the same configuration with absolute paths, which are valid from any folder."""
         return dataclasses.replace(self, data=self.data.absolute())
 
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> StudyConfig:
+        """Return the configuration in nested tables; ConfigError names the key that is wrong."""
+        known = [*SECTIONS, "search"]
+        if unknown := [name for name in table if name not in known]:
+            raise unknown_name(unknown[0], known, "section")
+        parts = {name: _section(name, part, table.get(name, {})) for name, part in SECTIONS.items()}
+        search = table.get("search", {})
+        if not isinstance(search, Mapping):
+            raise ConfigError(f"search must be a table, got {search!r}")
+        dimensions = {name: _dimension(name, value) for name, value in sorted(flatten_search(search).items())}
+        config = cls(**parts, search=SearchSpace(dimensions))
+        for name, dimension in config.search:
+            for value in dimension.extremes:
+                config.with_params({name: value})
+        return config
+
     def to_dict(self) -> dict[str, Any]:
         """Return nested tables of plain types, from which `from_dict` makes an equal configuration."""
         sections = {name: _plain(getattr(self, name)) for name in SECTIONS}
@@ -111,7 +128,7 @@ class StudyConfig:
         # Imported here because a fit needs no TOML.
         import tomli_w
 
-        table = self.to_dict()
+        table = {**self.to_dict(), "unet": self.unet.to_dict()}
         if not table["search"]:
             del table["search"]
         return tomli_w.dumps(table)
@@ -151,21 +168,7 @@ def load(path: Path | None, overrides: Iterable[str] = (), *, on_note: OnNote | 
         raise ConfigError(f"{path}: {error}") from error
 
 
-def from_dict(table: Mapping[str, Any]) -> StudyConfig:
-    """Return the configuration in nested tables; ConfigError names the key that is wrong."""
-    known = [*SECTIONS, "search"]
-    if unknown := [name for name in table if name not in known]:
-        raise unknown_name(unknown[0], known, "section")
-    parts = {name: _section(name, cls, table.get(name, {})) for name, cls in SECTIONS.items()}
-    search = table.get("search", {})
-    if not isinstance(search, Mapping):
-        raise ConfigError(f"search must be a table, got {search!r}")
-    dimensions = {name: _dimension(name, value) for name, value in sorted(flatten_search(search).items())}
-    config = StudyConfig(**parts, search=SearchSpace(dimensions))
-    for name, dimension in config.search:
-        for value in dimension.extremes:
-            config.with_params({name: value})
-    return config
+from_dict = StudyConfig.from_dict
 
 
 def get_setting(config: StudyConfig, name: str) -> Any:

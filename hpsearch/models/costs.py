@@ -7,10 +7,10 @@ the answer by arithmetic. Where the module has none, `hpsearch.models.dry_run` f
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import Any, Unpack
 
 from hpsearch.config.model import UNetConfig
-from hpsearch.models.memory import Device, LayerCost, MemoryEstimate, Optimizer, Precision
+from hpsearch.models.memory import LayerCost, LayerOptions, MemoryEstimate, StepOptions
 
 
 def describe(config: UNetConfig) -> str:
@@ -40,49 +40,21 @@ def training_flops(config: UNetConfig, in_channels: int, height: int, width: int
 
 
 def training_memory(
-    config: UNetConfig,
-    in_channels: int,
-    height: int,
-    width: int,
-    *,
-    batch_size: int,
-    precision: Precision,
-    optimizer: Optimizer = "sgd",
-    momentum: float = 0.9,
-    device: Device = "cpu",
+    config: UNetConfig, in_channels: int, height: int, width: int, **options: Unpack[StepOptions]
 ) -> MemoryEstimate:
     """Return the peak memory of one training step: forward pass, backward pass, optimizer.
 
     `precision` is that of autocast; weights, gradients and optimizer state are float32.
     """
-    estimate: MemoryEstimate = _find(config, "training_memory")(
-        config,
-        in_channels,
-        height,
-        width,
-        batch_size=batch_size,
-        precision=precision,
-        optimizer=optimizer,
-        momentum=momentum,
-        device=device,
-    )
+    estimate: MemoryEstimate = _find(config, "training_memory")(config, in_channels, height, width, **options)
     return estimate
 
 
 def layer_costs(
-    config: UNetConfig,
-    in_channels: int,
-    height: int,
-    width: int,
-    *,
-    batch_size: int,
-    precision: Precision,
-    device: Device = "cpu",
+    config: UNetConfig, in_channels: int, height: int, width: int, **options: Unpack[LayerOptions]
 ) -> list[LayerCost]:
     """Return every layer in the order of the forward pass; an empty list where the network does not tell."""
-    costs: list[LayerCost] = _find(config, "layer_costs")(
-        config, in_channels, height, width, batch_size=batch_size, precision=precision, device=device
-    )
+    costs: list[LayerCost] = _find(config, "layer_costs")(config, in_channels, height, width, **options)
     return costs
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from hpsearch.config.model import UNetConfig
-from hpsearch.models.memory import Device, LayerCost, MemoryEstimate, Optimizer, Precision, itemsize
+from hpsearch.models.memory import LayerCost, MemoryEstimate, StepOptions, itemsize, state_factor
 from hpsearch.models.network import build_network
 
 _ALLOWANCE = 0.2
@@ -59,18 +59,10 @@ def training_flops(config: UNetConfig, in_channels: int, height: int, width: int
 
 
 def training_memory(
-    config: UNetConfig,
-    in_channels: int,
-    height: int,
-    width: int,
-    *,
-    batch_size: int,
-    precision: Precision,
-    optimizer: Optimizer = "sgd",
-    momentum: float = 0.9,
-    device: Device = "cpu",
+    config: UNetConfig, in_channels: int, height: int, width: int, **options: Unpack[StepOptions]
 ) -> MemoryEstimate:
     """Return the peak memory of a step, from the tensors that autograd saves in the forward pass."""
+    batch_size, precision = options["batch_size"], options["precision"]
     saved: dict[int, Any] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -90,7 +82,7 @@ def training_memory(
     # Beside what is saved there are the images, masks and logits, and the gradients of the input and the output of
     # one operation.
     workspace = images + 3 * 4 * logits.numel() + 2 * max(sizes, default=0)
-    state = weights * {"sgd": 1 if momentum else 0, "adamw": 2}[optimizer]
+    state = weights * state_factor(options.get("optimizer", "sgd"), options.get("momentum", 0.9))
     return MemoryEstimate(
         weights=weights,
         gradients=weights,

@@ -25,7 +25,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NotRequired, TypedDict, Unpack
 
 from hpsearch.config.model import UNetConfig
 from hpsearch.models.shapes import Layer, layers, norm_groups
@@ -33,6 +33,22 @@ from hpsearch.models.shapes import Layer, layers, norm_groups
 Precision = Literal["float32", "bf16", "fp16"]
 Device = Literal["cpu", "cuda"]
 Optimizer = Literal["sgd", "adamw"]
+
+
+class LayerOptions(TypedDict):
+    """Keyword arguments that decide the memory of a layer."""
+
+    batch_size: int
+    precision: Precision
+    device: NotRequired[Device]
+
+
+class StepOptions(LayerOptions):
+    """Keyword arguments that decide the memory of a training step."""
+
+    optimizer: NotRequired[Optimizer]
+    momentum: NotRequired[float]
+
 
 _ALLOWANCE = 0.05
 """Share added on a GPU for scratch memory of the kernels and gaps of the allocator."""
@@ -96,7 +112,7 @@ def training_memory(
     """
     costs = layer_costs(config, in_channels, height, width, batch_size=batch_size, precision=precision, device=device)
     weights = sum(cost.weights for cost in costs)
-    state = weights * {"sgd": 1 if momentum else 0, "adamw": 2}[optimizer]
+    state = weights * state_factor(optimizer, momentum)
     pixels = batch_size * height * width
     # Masks take one byte per pixel. The loop holds the images in float32, even where autograd saves a 16-bit copy,
     # and the logits until those of the next batch exist.
@@ -122,18 +138,12 @@ def training_memory(
 
 
 def saved_activations(
-    config: UNetConfig,
-    in_channels: int,
-    height: int,
-    width: int,
-    *,
-    batch_size: int,
-    precision: Precision,
-    device: Device = "cpu",
+    config: UNetConfig, in_channels: int, height: int, width: int, **options: Unpack[LayerOptions]
 ) -> int:
     """Return the bytes that autograd saves in the forward pass of one batch, without parameters and the loss."""
-    costs = layer_costs(config, in_channels, height, width, batch_size=batch_size, precision=precision, device=device)
-    return _images(costs[0].layer, batch_size, precision) + sum(cost.activations for cost in costs)
+    costs = layer_costs(config, in_channels, height, width, **options)
+    images = _images(costs[0].layer, options["batch_size"], options["precision"])
+    return images + sum(cost.activations for cost in costs)
 
 
 def layer_costs(
@@ -166,6 +176,11 @@ def layer_costs(
             saved = (*saved, size * layer.n_taps)
         costs.append(LayerCost(layer=layer, weights=4 * layer.n_parameters, saved=saved))
     return costs
+
+
+def state_factor(optimizer: Optimizer, momentum: float) -> int:
+    """Return how many numbers the optimizer keeps for each weight."""
+    return {"sgd": 1 if momentum else 0, "adamw": 2}[optimizer]
 
 
 def itemsize(precision: Precision) -> int:

@@ -83,12 +83,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def load_latest(fit: FitPaths, digest: str | None = None) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
-    """Return the newest good checkpoint of a fit, or None, and one line for each checkpoint that was skipped.
+def load_latest(fit: FitPaths, digest: str | None = None) -> dict[str, Any] | None:
+    """Return the newest good checkpoint of a fit, or None; a warning names each one that is skipped.
 
     A checkpoint with another `digest` is skipped too; CheckpointError if there is no other.
     """
-    skipped: list[str] = []
     is_foreign = False
     for path in (fit.last, fit.previous):
         if not path.exists():
@@ -96,18 +95,17 @@ def load_latest(fit: FitPaths, digest: str | None = None) -> tuple[dict[str, Any
         try:
             state = load_checkpoint(path)
             if digest in (None, state.get("digest")):
-                return state, tuple(skipped)
+                return state
             is_foreign = True
             raise CheckpointError(f"{path} belongs to another configuration, other images or another seed")
         except CheckpointError as error:
             logger.warning("%s; skipped", error)
-            skipped.append(str(error))
     if is_foreign:
         raise CheckpointError(
             f"{fit.root} holds a checkpoint of another configuration, other images or another seed; "
             "remove that folder to start this fit from the beginning"
         )
-    return None, tuple(skipped)
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,13 +138,9 @@ def save_weights(path: Path, model: nn.Module, info: WeightsInfo) -> None:
     import safetensors.torch
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    network = dataclasses.asdict(info.model)
-    if network["network"] == "unet":
-        # Files of version 0.1 hold no name; equal weights have equal bytes.
-        del network["network"]
     table = {
         "format": WEIGHTS_FORMAT,
-        "model": network,
+        "model": info.model.to_dict(),
         "in_channels": info.in_channels,
         "normalization": {"mean": list(info.normalization.mean), "std": list(info.normalization.std)},
         "size": list(info.size),

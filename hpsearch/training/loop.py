@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from hpsearch import paths as files
+from hpsearch.config import stable_seed
 from hpsearch.config.data import AugmentConfig
 from hpsearch.config.model import UNetConfig
 from hpsearch.config.train import TrainConfig
@@ -23,17 +23,14 @@ from hpsearch.errors import DivergedError, OutOfMemoryError
 from hpsearch.models.costs import output_size
 from hpsearch.models.network import build_network
 from hpsearch.paths import FitPaths
-from hpsearch.training import checkpoint
 from hpsearch.training import runtime as devices
-from hpsearch.training.checkpoint import save_array
 from hpsearch.training.compilation import compiled_if_useful
 from hpsearch.training.evaluation import Forward, Indices, count, covered, eval_batch_size, evaluate, fetch
 from hpsearch.training.losses import Loss, loss_function
 from hpsearch.training.metrics import SCORES, PixelCounts
-from hpsearch.training.progress import Progress, as_recorded, resume_
+from hpsearch.training.progress import Progress, as_recorded, resume_, save_epoch
 from hpsearch.training.rows import EpochRow as EpochRow
 from hpsearch.training.rows import Scores as Scores
-from hpsearch.training.rows import to_line
 from hpsearch.training.runtime import Runtime
 from hpsearch.training.schedule import lr_factor, make_optimizer, set_lr_
 from hpsearch.training.task import FitTask
@@ -141,27 +138,23 @@ def _fit(
     on_epoch: OnEpoch | None,
     clock: Callable[[], float],
 ) -> FitResult:
-    train, device = task.train, runtime.device
+    device = runtime.device
     model = build_network(task.model_config, task.in_channels, seed=task.seed, margin=task.margin)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    progress = Progress(model, make_optimizer(train, model.parameters(), device), runtime.make_scaler())
+    progress = Progress(model, make_optimizer(task.train, model.parameters(), device), runtime.make_scaler())
     task_digest = task.digest(data.cache.key)
-    recorded: dict[int, EpochRow] = {}
-    if paths is not None:
-        recorded = resume_(progress, paths, task_digest, device)
-
-    loss = loss_function(train)
+    recorded = {} if paths is None else resume_(progress, paths, task_digest)
     forward = compiled_if_useful(model, task, runtime)
+    epochs = _Epochs(task, data, runtime, progress, forward, loss_function(task.train), clock)
     stopped = False
     if progress.rows and on_epoch is not None:
         stopped = on_epoch(progress.rows[-1], progress.scores[-1]) == "stop"
-    while len(progress.rows) < train.epochs and not stopped:
+    while len(progress.rows) < task.train.epochs and not stopped:
         best_before = progress.best_score()
-        row = as_recorded(_run_epoch(task, data, runtime, progress, forward, loss, clock), recorded)
+        row = as_recorded(epochs.run_next(), recorded)
         progress.rows.append(row)
         if paths is not None:
-            is_best = keep_best and progress.best_score() > best_before
-            _save_epoch(progress, paths, task_digest, device, is_best=is_best)
+            save_epoch(progress, paths, task_digest, is_best=keep_best and progress.best_score() > best_before)
         stopped = on_epoch is not None and on_epoch(row, progress.scores[-1]) == "stop"
     model.eval()
     return FitResult(
@@ -170,137 +163,117 @@ def _fit(
         tuple(progress.rows),
         progress.scores_array(),
         progress.counts,
-        stopped=len(progress.rows) < train.epochs,
+        stopped=len(progress.rows) < task.train.epochs,
     )
 
 
-def _run_epoch(
-    task: FitTask,
-    data: DeviceData,
-    runtime: Runtime,
-    progress: Progress,
-    forward: Forward,
-    loss: Loss,
-    clock: Callable[[], float],
-) -> EpochRow:
-    """Train and evaluate one epoch, and return its row; scores and counts go into `progress`."""
-    epoch = len(progress.rows) + 1
-    devices.reset_peak_memory(runtime.device)
-    began = time.perf_counter()
-    train_scores, n_images, lr = _train_epoch(task, data, runtime, progress, forward, loss, epoch)
-    train_s = time.perf_counter() - began
-    if not math.isfinite(train_scores.loss):
-        raise DivergedError(epoch, train_scores.loss)
+@dataclass(frozen=True)
+class _Epochs:
+    """Trains and evaluates one epoch after another."""
 
-    began = time.perf_counter()
-    held_out, scores = _evaluate_epoch(task, data, runtime, progress, loss, epoch)
-    eval_s = time.perf_counter() - began
-    progress.scores.append(scores)
-    return EpochRow(
-        epoch=epoch,
-        time=round(clock(), 3),
-        train=train_scores,
-        held_out=held_out,
-        lr=lr,
-        train_s=train_s,
-        eval_s=eval_s,
-        images_per_s=n_images / train_s,
-        peak_bytes=devices.peak_memory(runtime.device),
-    )
+    task: FitTask
+    data: DeviceData
+    runtime: Runtime
+    progress: Progress
+    forward: Forward
+    """The network, compiled if that is useful."""
+    loss: Loss
+    clock: Callable[[], float]
 
+    def run_next(self) -> EpochRow:
+        """Run the next epoch and return its row; scores and counts go into `progress`."""
+        epoch, device = len(self.progress.rows) + 1, self.runtime.device
+        # Reseeded in every epoch, so that a resumed fit draws the same numbers.
+        devices.set_seed(stable_seed(self.task.seed, epoch))
+        devices.reset_peak_memory(device)
+        began = time.perf_counter()
+        train_scores, n_images, lr = self._train_epoch(epoch)
+        train_s = time.perf_counter() - began
+        if not math.isfinite(train_scores.loss):
+            raise DivergedError(epoch, train_scores.loss)
 
-def _save_epoch(
-    progress: Progress, paths: FitPaths, task_digest: str, device: torch.device, *, is_best: bool
-) -> None:
-    row = progress.rows[-1]
-    if is_best:
-        # Before the checkpoint, so that a fit that dies in between trains this epoch again and saves it again.
-        best = {"epoch": row.epoch, "score": progress.best_score(), "model": progress.model.state_dict()}
-        checkpoint.save_checkpoint(paths.best, best)
-    checkpoint.save_latest(paths, progress.to_state(task_digest, device))
-    save_array(paths.scores, progress.scores_array())
-    files.append_line(paths.epochs, to_line(row))
+        began = time.perf_counter()
+        held_out, scores = self._evaluate_epoch(epoch)
+        eval_s = time.perf_counter() - began
+        self.progress.scores.append(scores)
+        return EpochRow(
+            epoch=epoch,
+            time=round(self.clock(), 3),
+            train=train_scores,
+            held_out=held_out,
+            lr=lr,
+            train_s=train_s,
+            eval_s=eval_s,
+            images_per_s=n_images / train_s,
+            peak_bytes=devices.peak_memory(device),
+        )
 
+    def _train_epoch(self, epoch: int) -> tuple[Scores, int, float]:
+        """Train one epoch; return mean scores over its images, their number, and the last learning rate.
 
-def _train_epoch(
-    task: FitTask,
-    data: DeviceData,
-    runtime: Runtime,
-    progress: Progress,
-    forward: Forward,
-    loss: Loss,
-    epoch: int,
-) -> tuple[Scores, int, float]:
-    """Train one epoch; return mean scores over its images, their number, and the last learning rate.
+        Losses and counts stay on the device until the end, so that the CPU never waits for it in between.
+        """
+        task, optimizer, scaler = self.task, self.progress.optimizer, self.progress.scaler
+        n_steps, first_step = task.train.epochs * task.steps_per_epoch, (epoch - 1) * task.steps_per_epoch
+        losses: list[Tensor] = []
+        counts: list[Tensor] = []
+        lr = task.train.lr
+        self.progress.model.train()
+        batches = train_batches(
+            self.data,
+            task.train_indices,
+            batch_size=task.train.batch_size,
+            seed=task.seed,
+            epoch=epoch,
+            augment=task.augment,
+            normalization=task.normalization,
+            size=task.size,
+        )
+        for step, batch in enumerate(batches, first_step):
+            lr = task.train.lr * lr_factor(task.train, step, n_steps)
+            set_lr_(optimizer, lr)
+            optimizer.zero_grad(set_to_none=True)
+            for images, masks in _parts(batch, task.part_sizes):
+                with self.runtime.autocast():
+                    logits = self.forward(images)
+                masks = covered(masks, logits, task.margin)
+                value = self.loss(logits, masks) * (len(images) / len(batch.images))
+                scaler.scale(value).backward()  # type: ignore[no-untyped-call]
+                losses.append(value.detach() * len(batch.images))
+                counts.append(count(logits.detach(), masks))
+            scaler.step(optimizer)
+            scaler.update()
+            self.runtime.end_step()
+        all_counts, total = fetch(counts, losses)
+        return _mean_scores(all_counts, total / len(all_counts)), len(all_counts), lr
 
-    Losses and counts stay on the device until the end, so that the CPU never waits for it in between.
-    """
-    train, optimizer, scaler = task.train, progress.optimizer, progress.scaler
-    n_steps = train.epochs * task.steps_per_epoch
-    step = (epoch - 1) * task.steps_per_epoch
-    losses: list[Tensor] = []
-    counts: list[Tensor] = []
-    lr = train.lr
-    progress.model.train()
-    for batch in train_batches(
-        data,
-        task.train_indices,
-        batch_size=train.batch_size,
-        seed=task.seed,
-        epoch=epoch,
-        augment=task.augment,
-        normalization=task.normalization,
-        size=task.size,
-    ):
-        lr = train.lr * lr_factor(train, step, n_steps)
-        set_lr_(optimizer, lr)
-        optimizer.zero_grad(set_to_none=True)
-        for part in _parts(batch, task.part_sizes):
-            with runtime.autocast():
-                logits = forward(part.images)
-            masks = covered(part.masks, logits, task.margin)
-            value = loss(logits, masks) * (len(part.images) / len(batch.images))
-            scaler.scale(value).backward()  # type: ignore[no-untyped-call]
-            losses.append(value.detach() * len(batch.images))
-            counts.append(count(logits.detach(), masks))
-        scaler.step(optimizer)
-        scaler.update()
-        runtime.end_step()
-        step += 1
-    all_counts, total = fetch(counts, losses)
-    return _mean_scores(all_counts, total / len(all_counts)), len(all_counts), lr
-
-
-def _evaluate_epoch(
-    task: FitTask, data: DeviceData, runtime: Runtime, progress: Progress, loss: Loss, epoch: int
-) -> tuple[Scores | None, npt.NDArray[np.float32]]:
-    """Return mean scores and the metric of every held-out image; the counts go into `progress`."""
-    progress.model.eval()
-    if len(task.held_out_indices) == 0:
-        # Without held-out images nothing else detects a last step that ruined the weights.
-        finite = torch.stack([parameter.isfinite().all() for parameter in progress.model.parameters()])
-        if not bool(finite.all()):
-            raise DivergedError(epoch, math.nan)
-        return None, np.zeros(0, np.float32)
-    counts, held_out_loss = evaluate(
-        progress.model,
-        data,
-        task.held_out_indices,
-        normalization=task.normalization,
-        size=task.size,
-        runtime=runtime,
-        batch_size=eval_batch_size(task.train.batch_size, task.size, runtime.device),
-        loss=loss,
-    )
-    if not math.isfinite(held_out_loss):
-        raise DivergedError(epoch, held_out_loss)
-    size = output_size(task.model_config, task.in_channels, task.size) if task.margin else task.eval_size
-    n_pixels, expected = int(counts[0].sum()), size[0] * size[1]
-    if n_pixels != expected:
-        raise ValueError(f"eval_size is {size}, but the masks have {n_pixels} pixels")
-    progress.counts = counts
-    scores = SCORES[task.metric](PixelCounts.from_columns(counts))
-    return _mean_scores(counts, held_out_loss), scores.astype(np.float32)
+    def _evaluate_epoch(self, epoch: int) -> tuple[Scores | None, npt.NDArray[np.float32]]:
+        """Return mean scores and the metric of every held-out image; the counts go into `progress`."""
+        task, model = self.task, self.progress.model.eval()
+        if len(task.held_out_indices) == 0:
+            # Without held-out images nothing else detects a last step that ruined the weights.
+            if not bool(torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all()):
+                raise DivergedError(epoch, math.nan)
+            return None, np.zeros(0, np.float32)
+        counts, loss = evaluate(
+            model,
+            self.data,
+            task.held_out_indices,
+            normalization=task.normalization,
+            size=task.size,
+            runtime=self.runtime,
+            batch_size=eval_batch_size(task.train.batch_size, task.size, self.runtime.device),
+            loss=self.loss,
+        )
+        if not math.isfinite(loss):
+            raise DivergedError(epoch, loss)
+        size = output_size(task.model_config, task.in_channels, task.size) if task.margin else task.eval_size
+        n_pixels = int(counts[0].sum())
+        if n_pixels != size[0] * size[1]:
+            raise ValueError(f"eval_size is {size}, but the masks have {n_pixels} pixels")
+        self.progress.counts = counts
+        scores = SCORES[task.metric](PixelCounts.from_columns(counts))
+        return _mean_scores(counts, loss), scores.astype(np.float32)
 
 
 def _parts(batch: Batch, sizes: list[int]) -> Iterator[Batch]:

@@ -17,7 +17,6 @@ from torch import nn
 from hpsearch import paths as files
 from hpsearch.paths import FitPaths
 from hpsearch.training import checkpoint
-from hpsearch.training import runtime as devices
 from hpsearch.training.rows import EpochRow, read_lines, to_line
 
 logger = logging.getLogger(__name__)
@@ -34,7 +33,7 @@ class Progress:
     scores: list[npt.NDArray[np.float32]] = field(default_factory=list)
     counts: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 4), np.int64))
 
-    def to_state(self, task_digest: str, device: torch.device) -> dict[str, Any]:
+    def to_state(self, task_digest: str) -> dict[str, Any]:
         """Return tensors and plain types for a checkpoint."""
         return {
             "digest": task_digest,
@@ -42,19 +41,17 @@ class Progress:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "rng": devices.rng_states(device),
             "rows": [row.to_dict() for row in self.rows],
             "scores": torch.from_numpy(self.scores_array()),
             "counts": torch.from_numpy(self.counts),
         }
 
-    def restore_(self, state: dict[str, Any], source: Path, device: torch.device) -> None:
+    def restore_(self, state: dict[str, Any], source: Path) -> None:
         """Take over the state of `to_state`, read from the file `source`."""
         checkpoint.load_state_(self.model, state["model"], source)
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        devices.restore_rng_states(state["rng"], device)
         self.rows = [EpochRow.from_dict(row) for row in state["rows"]]
         self.scores = list(state["scores"].numpy())
         self.counts = state["counts"].numpy()
@@ -68,15 +65,15 @@ class Progress:
         return max((float(scores.mean()) for scores in self.scores if scores.size), default=-math.inf)
 
 
-def resume_(progress: Progress, paths: FitPaths, task_digest: str, device: torch.device) -> dict[int, EpochRow]:
+def resume_(progress: Progress, paths: FitPaths, task_digest: str) -> dict[int, EpochRow]:
     """Restore `progress` from the last good checkpoint, if any, and rewrite epochs.jsonl to match it.
 
     Returns the rows that were recorded before, by epoch. Raises CheckpointError for the checkpoint of another fit.
     """
     recorded = _recorded_rows(paths.epochs)
-    state = checkpoint.load_latest(paths, task_digest)[0]
+    state = checkpoint.load_latest(paths, task_digest)
     if state is not None:
-        progress.restore_(state, paths.last, device)
+        progress.restore_(state, paths.last)
         logger.info("%s: resumed after epoch %d", paths.root, len(progress.rows))
     progress.rows = [as_recorded(row, recorded) for row in progress.rows]
     if progress.rows:
@@ -84,6 +81,18 @@ def resume_(progress: Progress, paths: FitPaths, task_digest: str, device: torch
     if progress.rows or paths.epochs.exists():
         files.write_text(paths.epochs, "".join(to_line(row) + "\n" for row in progress.rows))
     return recorded
+
+
+def save_epoch(progress: Progress, paths: FitPaths, task_digest: str, *, is_best: bool) -> None:
+    """Write the files of the last epoch, its line in epochs.jsonl last."""
+    row = progress.rows[-1]
+    if is_best:
+        # Before the checkpoint, so that a fit that dies in between trains this epoch again and saves it again.
+        best = {"epoch": row.epoch, "score": progress.best_score(), "model": progress.model.state_dict()}
+        checkpoint.save_checkpoint(paths.best, best)
+    checkpoint.save_latest(paths, progress.to_state(task_digest))
+    checkpoint.save_array(paths.scores, progress.scores_array())
+    files.append_line(paths.epochs, to_line(row))
 
 
 def as_recorded(row: EpochRow, recorded: dict[int, EpochRow]) -> EpochRow:

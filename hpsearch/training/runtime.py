@@ -164,15 +164,10 @@ def choose_precision(device: torch.device, amp: str = "auto") -> Precision:
 
 @functools.cache
 def cpu_computes_bf16() -> bool:
-    """Return whether this CPU has bf16 instructions."""
+    """Return whether this CPU has bf16 instructions; on macOS torch is built without kernels for them."""
     # The checks in torch are private and differ between versions, and one of them also accepts emulation.
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        # macOS: torch is built without the kernels for Arm's BF16.
-        return False
-    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    return flags is not None and not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags[1].split())
+    flags = _cpu_info("flags|Features").split()
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
 
 
 def describe(runtime: Runtime) -> dict[str, str]:
@@ -201,22 +196,17 @@ def describe(runtime: Runtime) -> dict[str, str]:
 
 def processor_name() -> str:
     """Return the name of the CPU."""
+    return _cpu_info("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_info(key: str) -> str:
+    """Return the first value of a key of Linux's /proc/cpuinfo; empty if there is none."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return platform.processor() or platform.machine()
-    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return match[1].strip() if match else platform.machine()
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until `device` has finished its work; for measuring time, not for correctness."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-    elif device.type == "xla":
-        _torch_xla().sync(wait=True)
+        return ""
+    match = re.search(rf"^(?:{key})\s*:(.*)$", text, re.MULTILINE)
+    return match[1].strip() if match else ""
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -289,43 +279,17 @@ def set_seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def rng_states(device: torch.device) -> dict[str, Any]:
-    """Return the states of all global generators as tensors and plain types."""
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    states: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached),
-        "torch": torch.get_rng_state(),
-    }
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    elif device.type == "mps":
-        states["mps"] = torch.mps.get_rng_state()
-    return states
-
-
-def restore_rng_states(states: dict[str, Any], device: torch.device) -> None:
-    """Restore the states of `rng_states`; that of a device only if `device` is of the same kind."""
-    version, numbers, gauss = states["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    kind, keys, position, has_gauss, cached = states["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(states["torch"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
-    elif device.type == "mps" and "mps" in states:
-        torch.mps.set_rng_state(states["mps"])
-
-
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed all global generators for the block, and restore their states afterwards."""
-    before = rng_states(device)
-    set_seed(seed)
-    try:
-        yield
-    finally:
-        restore_rng_states(before, device)
+    """Seed all global generators for the block, and restore those of Python, NumPy, the CPU and CUDA afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        set_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 def why_no_compile(device: torch.device) -> str | None:

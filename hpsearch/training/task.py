@@ -70,6 +70,7 @@ class FitTask:
             elif dataclasses.is_dataclass(value) and not isinstance(value, type):
                 value = dataclasses.asdict(value)
             table[part.name] = value
+        table["model_config"] = self.model_config.to_dict()
         # These settings choose how to compute, as the device does, not what to compute.
         for name in ("amp", "compile"):
             del table["train"][name]
@@ -77,9 +78,6 @@ class FitTask:
             del table["micro_batch"]
         if not self.margin:
             del table["stretch"]
-        # Checkpoints of version 0.1 know no other network.
-        if self.model_config.network == "unet":
-            del table["model_config"]["network"]
         return digest(table)
 
 

@@ -256,3 +256,10 @@ def test_a_file_that_hpsearch_wrote_is_refused_once_it_was_edited(tmp_path: Path
             configs.load(path)
     path.write_text(text.partition("\n")[2].replace("epochs = 7", "epochs = 8"))
     assert configs.load(path).train.epochs == 8
+
+
+def test_the_default_network_is_left_out_of_files_as_in_version_0_1() -> None:
+    config = configs.load(None)
+    assert "network" not in config.to_toml()
+    assert config.flat()["unet.network"] == "unet"
+    assert configs.from_dict(tomllib.loads(config.to_toml())) == config
