@@ -123,16 +123,17 @@ def choose_device(name: str = "auto") -> torch.device:
     match = re.fullmatch(r"cuda(?::(\d+))?", name)
     if match is None:
         raise DeviceError(f"unknown device {name!r}: it is auto, cpu, cuda, cuda:N, mps or xla")
+    return _cuda_device(name, int(match[1] or 0))
+
+
+def _cuda_device(name: str, index: int) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if count == 0:
-        reason = (
-            "this torch was built without CUDA" if torch.version.cuda is None else "no GPU or no driver was found"
-        )
-        raise DeviceError(f"device {name} is not there: {reason}; use --device auto")
-    index = int(match[1] or 0)
-    if index >= count:
+    if index < count:
+        return torch.device("cuda", index)
+    if count:
         raise DeviceError(f"device {name} is not there: this machine has {count} GPU(s), cuda:0 to cuda:{count - 1}")
-    return torch.device("cuda", index)
+    reason = "this torch was built without CUDA" if torch.version.cuda is None else "no GPU or no driver was found"
+    raise DeviceError(f"device {name} is not there: {reason}; use --device auto")
 
 
 def choose_precision(device: torch.device, amp: str = "auto") -> Precision:
@@ -141,25 +142,20 @@ def choose_precision(device: torch.device, amp: str = "auto") -> Precision:
     `auto` is bf16 where the hardware supports it (CUDA from Ampere on, CPUs with AVX512-BF16, AMX or Arm's BF16,
     TPUs), fp16 on Volta and Turing, and float32 elsewhere, because emulated bf16 is slower than float32.
     """
-    if amp == "off":
-        return "float32"
     kind = device.type
     major = torch.cuda.get_device_capability(device)[0] if kind == "cuda" else 0
     if amp == "auto":
         if kind == "cuda":
             return "bf16" if major >= 8 else "fp16" if major == 7 else "float32"
-        if kind == "cpu":
-            return "bf16" if cpu_computes_bf16() else "float32"
-        return "bf16" if kind == "xla" else "float32"
-    if amp == "bf16":
-        if kind == "cuda" and major < 8:
-            raise DeviceError(f"{torch.cuda.get_device_name(device)} does not support bf16: use train.amp = 'fp16'")
-        return "bf16"
-    if amp == "fp16":
-        if kind != "cuda":
-            raise DeviceError(f"train.amp = 'fp16' is for CUDA devices, not {kind}: use 'auto'")
-        return "fp16"
-    raise DeviceError(f"unknown train.amp {amp!r}: it is auto, bf16, fp16 or off")
+        return "bf16" if kind == "xla" or (kind == "cpu" and cpu_computes_bf16()) else "float32"
+    if amp == "bf16" and kind == "cuda" and major < 8:
+        raise DeviceError(f"{torch.cuda.get_device_name(device)} does not support bf16: use train.amp = 'fp16'")
+    if amp == "fp16" and kind != "cuda":
+        raise DeviceError(f"train.amp = 'fp16' is for CUDA devices, not {kind}: use 'auto'")
+    found: dict[str, Precision] = {"off": "float32", "bf16": "bf16", "fp16": "fp16"}
+    if amp not in found:
+        raise DeviceError(f"unknown train.amp {amp!r}: it is auto, bf16, fp16 or off")
+    return found[amp]
 
 
 @functools.cache
