@@ -107,13 +107,6 @@ def describe(info: WeightsInfo) -> dict[str, str]:
     flips = "average the logits over the image and its three mirror images, mirrored back; " if choices.flips else ""
     clean = "; keep the largest component and fill its holes" if choices.clean else ""
     ensemble = "; `final` predicts with an ensemble, of which this is not one" if choices.ensemble else ""
-    table = {
-        "model": vars(info.model),
-        "in_channels": info.in_channels,
-        "normalization": {"mean": list(info.normalization.mean), "std": list(info.normalization.std)},
-        "size": list(info.size),
-        "extra": dict(info.extra),
-    }
     return {
         "producer": f"hpsearch {__version__}",
         "preprocessing": (
@@ -126,7 +119,7 @@ def describe(info: WeightsInfo) -> dict[str, str]:
             f"{clean}{ensemble}"
         ),
         "limits": "for research; not a medical device",
-        "hpsearch": json.dumps(table, sort_keys=True),
+        "hpsearch": json.dumps(info.to_table(), sort_keys=True),
     }
 
 

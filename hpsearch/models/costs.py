@@ -1,4 +1,4 @@
-"""What is known about a network before it is trained: whether it can exist, its parameters, FLOPs and memory.
+"""Requirements of a network that are known before training: possible sizes, parameters, FLOPs and memory.
 
 Each function calls the one of the same name in the module of the network (`hpsearch.models.networks`), which computes
 the answer by arithmetic. Where the module has none, `hpsearch.models.dry_run` finds the answer for any network.

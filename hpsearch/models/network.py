@@ -1,4 +1,4 @@
-"""Networks by name: what a network has to be, and how one is built.
+"""Networks by name: the interface of a network, and how one is built.
 
 A network is a module `hpsearch/models/networks/NAME.py`, chosen by `unet.network = "NAME"`. It needs only the
 function `build` of `Network`. It may also have any function of `hpsearch.models.costs`, with the same signature.
@@ -16,7 +16,7 @@ from hpsearch.config.model import UNetConfig
 
 
 class Network(Protocol):
-    """What a module in `hpsearch/models/networks/` has to have."""
+    """Interface of a module in `hpsearch/models/networks/`."""
 
     def build(self, config: UNetConfig, in_channels: int) -> nn.Module:
         """Return a network that maps images (B, in_channels, H, W) to logits (B, 1, H, W), both float.

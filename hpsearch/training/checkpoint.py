@@ -131,6 +131,29 @@ class WeightsInfo:
         """How the image files were decoded in training."""
         return Reading.from_table(self.extra["reading"]) if "reading" in self.extra else READING_0_1
 
+    def to_table(self) -> dict[str, Any]:
+        """Return plain types, from which `from_table` makes an equal description."""
+        return {
+            "model": self.model.to_dict(),
+            "in_channels": self.in_channels,
+            "normalization": {"mean": list(self.normalization.mean), "std": list(self.normalization.std)},
+            "size": list(self.size),
+            "extra": dict(self.extra),
+        }
+
+    @classmethod
+    def from_table(cls, table: Mapping[str, Any]) -> WeightsInfo:
+        """Return the description in a table; KeyError, TypeError, ValueError or ConfigError if it is invalid."""
+        height, width = table["size"]
+        mean, std = (tuple(table["normalization"][name]) for name in ("mean", "std"))
+        return cls(
+            model=UNetConfig(**table["model"]),
+            in_channels=int(table["in_channels"]),
+            normalization=Normalization(mean=mean, std=std),
+            size=(int(height), int(width)),
+            extra=table["extra"],
+        )
+
 
 def save_weights(path: Path, model: nn.Module, info: WeightsInfo) -> None:
     """Write a network as safetensors; the same network and info give the same bytes."""
@@ -138,14 +161,7 @@ def save_weights(path: Path, model: nn.Module, info: WeightsInfo) -> None:
     import safetensors.torch
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    table = {
-        "format": WEIGHTS_FORMAT,
-        "model": info.model.to_dict(),
-        "in_channels": info.in_channels,
-        "normalization": {"mean": list(info.normalization.mean), "std": list(info.normalization.std)},
-        "size": list(info.size),
-        "extra": dict(info.extra),
-    }
+    table = {"format": WEIGHTS_FORMAT, **info.to_table()}
     table["sha256"] = _checksum(table, tensors)
     # One key, because safetensors writes several keys in an order that differs between processes.
     content = safetensors.torch.save(tensors, {"hpsearch": json.dumps(table, sort_keys=True)})
@@ -181,7 +197,9 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Mod
         as_written = json.dumps(table, sort_keys=True) == text
         if table.pop("sha256", None) != _checksum(table, tensors) or not as_written:
             raise CheckpointError(f"{path} was changed since it was written: its checksum is wrong")
-        info = _parse_info(table)
+        if table["format"] != WEIGHTS_FORMAT:
+            raise ValueError(f"format {table['format']}, this version of hpsearch reads {WEIGHTS_FORMAT}")
+        info = WeightsInfo.from_table(table)
     except (KeyError, TypeError, ValueError, ConfigError) as error:
         raise CheckpointError(f"{path} has an invalid description of its network: {error}") from error
     margin = output_margin(info.model) if info.sees_windows else 0
@@ -226,21 +244,6 @@ def _checksum(table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         hashed.update(name.encode() + tensors[name].flatten().view(torch.uint8).numpy().tobytes())
     return hashed.hexdigest()
-
-
-def _parse_info(table: Any) -> WeightsInfo:
-    if table["format"] != WEIGHTS_FORMAT:
-        raise ValueError(f"format {table['format']}, this version of hpsearch reads {WEIGHTS_FORMAT}")
-    height, width = table["size"]
-    return WeightsInfo(
-        model=UNetConfig(**table["model"]),
-        in_channels=int(table["in_channels"]),
-        normalization=Normalization(
-            mean=tuple(table["normalization"]["mean"]), std=tuple(table["normalization"]["std"])
-        ),
-        size=(int(height), int(width)),
-        extra=table["extra"],
-    )
 
 
 def _what_it_is(content: bytes) -> str:

@@ -61,13 +61,24 @@ def finish_fit(
             size=size,
             runtime=runtime,
         )
+    summary = _summary(result, paths, runtime, len(held_out_indices), micro_batch)
+    files.write_json(paths.fit, summary)
+    for path in (paths.last, paths.previous):
+        path.unlink(missing_ok=True)
+    return summary
+
+
+def _summary(
+    result: FitResult, paths: FitPaths, runtime: Runtime, n_held_out: int, micro_batch: int | None
+) -> dict[str, Any]:
+    """Return the content of fit.json."""
     rows = result.rows
     train_s, eval_s = sum(row.train_s for row in rows), sum(row.eval_s for row in rows)
-    summary = {
+    return {
         "format": 1,
         "epochs": len(rows),
-        "value": float(np.mean(result.scores[-1], dtype=np.float64)) if len(held_out_indices) > 0 else None,
-        "n_held_out": len(held_out_indices),
+        "value": float(np.mean(result.scores[-1], dtype=np.float64)) if n_held_out else None,
+        "n_held_out": n_held_out,
         "micro_batch": None if microbatches_are_exact(result.model_config) else micro_batch,
         "seconds": train_s + eval_s,
         "train_s": train_s,
@@ -78,10 +89,6 @@ def finish_fit(
         "weights_sha256": sha256(paths.weights),
         "runtime": devices.describe(runtime),
     }
-    files.write_json(paths.fit, summary)
-    for path in (paths.last, paths.previous):
-        path.unlink(missing_ok=True)
-    return summary
 
 
 def save_examples(

@@ -1,4 +1,4 @@
-"""The state of a fit that survives a restart, and its return from a checkpoint."""
+"""State of a fit that survives a restart, and its restoration from a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What decides the result of a fit, and the hash by which its checkpoints are recognised."""
+"""Inputs that decide the result of a fit, and the hash that identifies its checkpoints."""
 
 from __future__ import annotations
 
