@@ -35,9 +35,9 @@ def initialize_(model: nn.Module, init: Literal["xavier", "torch"], *, seed: int
 
 
 def interpolation_weight(in_channels: int, out_channels: int, kernel_size: int, stride: int) -> Tensor:
-    """Return the weight (in_channels, out_channels, kernel_size, kernel_size) of an interpolating transposed
-    convolution, float32.
+    """Return the weight with which a transposed convolution interpolates.
 
+    Its shape is (in_channels, out_channels, kernel_size, kernel_size), float32.
     The kernel is the triangle of bilinear interpolation, cut to `kernel_size` and scaled so that a constant map
     keeps its value. With kernel 4, stride 2 and padding 1 it equals `F.interpolate(mode="bilinear")`. With kernel 2
     and stride 2 each output pixel sees one input pixel and repeats it (nearest neighbour). Each output channel is

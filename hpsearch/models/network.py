@@ -1,7 +1,9 @@
 """Networks by name: the interface of a network, and how one is built.
 
 A network is a module `hpsearch/models/networks/NAME.py`, chosen by `unet.network = "NAME"`. It needs only the
-function `build` of `Network`. It may also have any function of `hpsearch.models.costs`, with the same signature.
+function `build` of `Network`. It may also have any function of `hpsearch.models.costs`, with the same signature. A
+network whose forward pass depends on the values of the images has to have `why_impossible`, `training_flops` and
+`training_memory`, since a dry run has no values.
 """
 
 from __future__ import annotations

@@ -54,8 +54,7 @@ def jaccard(counts: PixelCounts[A]) -> A:
 
 
 def accuracy(counts: PixelCounts[A]) -> A:
-    """Return the share of correct pixels, (B,). It is misleading for small lesions: an empty prediction scores
-    high."""
+    """Return the share of correct pixels, (B,). For small lesions even an empty prediction scores high."""
     return _ratio(counts.tp + counts.tn, counts.tp + counts.fp + counts.fn + counts.tn)
 
 
