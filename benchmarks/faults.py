@@ -65,7 +65,7 @@ PHASES: dict[str, tuple[tuple[str, str], ...]] = {
         ("coordinator", "search/optuna_view.py:update"),
         ("coordinator", "search/autotune.py:_measure_plan"),
         ("coordinator", "search/coordinator.py:resume"),
-        ("worker", "training/loop.py:_resume_"),
+        ("worker", "training/progress.py:resume_"),
     ),
     "ask": (
         ("coordinator", "search/new_trials.py:next_trial"),

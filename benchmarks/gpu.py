@@ -131,13 +131,13 @@ def measure_peak(runtime: Runtime) -> float:
         out = torch.mm(a, b)
         best = 0.0
         for _ in range(5):
-            devices.synchronize(runtime.device)
+            torch.cuda.synchronize(runtime.device)
             began, done = time.perf_counter(), 0
             while time.perf_counter() - began < 0.5:
                 for _ in range(20 if is_cuda else 1):
                     torch.mm(a, b, out=out)
                     done += 1
-                devices.synchronize(runtime.device)
+                torch.cuda.synchronize(runtime.device)
             best = max(best, 2.0 * n**3 * done / (time.perf_counter() - began))
     return best
 

@@ -41,7 +41,7 @@ BEHIND = {
     "study": "hpsearch.study.run_study",
     "final": "hpsearch.final.run_final",
     "status": "hpsearch.search.status.study_status",
-    "plan": "hpsearch.models.memory.layer_costs, hpsearch.models.memory.training_memory",
+    "plan": "hpsearch.models.costs.layer_costs, hpsearch.models.costs.training_memory",
     "predict": "hpsearch.inference.predictor.predict_files",
     "export": "hpsearch.inference.export.export_onnx, hpsearch.inference.export.export_toml",
     "report": "hpsearch.report.page.write_report",
@@ -140,7 +140,7 @@ def describe_section(section: str, cls: type) -> str:
     """Return the table of a section of settings: name, default, type, meaning."""
     lines = [f"### `[{section}]`", "", (cls.__doc__ or "").strip(), ""]
     lines += ["| setting | default | | meaning |", "| --- | --- | --- | --- |"]
-    hints, meanings = get_type_hints(cls), attribute_docs(cls)
+    hints, meanings = get_type_hints(cls, include_extras=True), attribute_docs(cls)
     for field in dataclasses.fields(cls):
         name = f"{section}.{field.name}"
         fixed = " -" if section == "study" or name in NOT_SEARCHABLE else ""

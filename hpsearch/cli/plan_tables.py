@@ -11,8 +11,15 @@ from rich.table import Table
 from hpsearch.config import StudyConfig
 from hpsearch.config.search import Choice, Range
 from hpsearch.errors import ConfigError
-from hpsearch.models.memory import LayerCost, MemoryEstimate, layer_costs, saved_activations, training_memory
-from hpsearch.models.shapes import n_layers, n_objects, n_parameters, training_flops, why_impossible
+from hpsearch.models.costs import (
+    describe,
+    layer_costs,
+    n_parameters,
+    training_flops,
+    training_memory,
+    why_impossible,
+)
+from hpsearch.models.memory import LayerCost, MemoryEstimate, saved_activations
 from hpsearch.workers.plan import MEMORY_SHARE
 
 MIB, GIB = 2**20, 2**30
@@ -32,40 +39,48 @@ class Machine:
 def describe_config(config: StudyConfig, machine: Machine) -> list[str]:
     """Everything about one configuration in a few lines."""
     unet, data, batch = config.unet, config.data, config.train.batch_size
-    head = (
-        f"UNet, base channels {unet.base_channels}, depth {unet.depth}, stacking {unet.stacking}, {unet.kernel_size}x"
-        f"{unet.kernel_size} {unet.padding}, normalisation {unet.norm}; {data.height}x{data.width} {data.color}, "
-        f"batch {batch}, {machine.precision}"
-    )
+    head = f"{describe(unet)}; {data.height}x{data.width} {data.color}, batch {batch}, {machine.precision}"
     if reason := impossible(config):
         return [head, f"cannot be: {reason}"]
     found = _layer_costs(config, machine)
-    interpolates = any(cost.layer.kind == "interpolation" for cost in found)
     count = n_parameters(unet, data.n_channels)
     memory = _memory(config, machine)
-    saved = saved_activations(
-        *_shape(config),
-        batch_size=batch,
-        precision=machine.precision,  # type: ignore[arg-type]
-        device=machine.device,  # type: ignore[arg-type]
-    )
-    one_byte = sum(c.layer.channels * c.layer.height * c.layer.width for c in found) * batch * REPORT_BYTES_PER_VALUE
-    lines = [
-        head,
-        f"{n_objects(unet)} objects: a stacked convolution, {unet.depth} down, {unet.depth} up, a 1x1 convolution; "
-        f"{n_layers(unet, interpolation=interpolates)} layers" + (" with the interpolation" if interpolates else ""),
+    lines = [head]
+    if found:
+        interpolates = found[-1].layer.kind == "interpolation"
+        lines.append(
+            f"{2 * unet.depth + 2} objects: a stacked convolution, {unet.depth} down, {unet.depth} up, a 1x1 "
+            f"convolution; {len(found)} layers" + (" with the interpolation" if interpolates else "")
+        )
+    lines += [
         f"parameters {_rounded(count / 1e6)} M, {_size(count * 4)} in float32",
         f"training step {_rounded(training_flops(*_shape(config)) / 1e9)} GFLOP an image",
-        f"saved for back-propagation {_size(saved)}, with the weights {_size(saved + memory.weights)}"
-        f"; at one byte a value, as the report estimates: {_size(one_byte)}",
+    ]
+    if found:
+        lines.append(_saved_line(config, machine, found, memory.weights))
+    lines.append(
         f"peak of a training step {_size(memory.total)}: activations {_size(memory.activations)}, "
         f"workspace {_size(memory.workspace)}, weights {_size(memory.weights)}, gradients "
-        f"{_size(memory.gradients)}, optimizer {_size(memory.optimizer)}",
-    ]
+        f"{_size(memory.gradients)}, optimizer {_size(memory.optimizer)}"
+    )
     if machine.memory_gib is not None:
         verdict = f"{_verdict(memory.total, machine.memory_gib)} {machine.memory_gib:g} GiB"
         lines.append(f"{verdict}, of which a study leaves {1 - MEMORY_SHARE:.0%} free")
     return lines
+
+
+def _saved_line(config: StudyConfig, machine: Machine, found: list[LayerCost], weights: int) -> str:
+    saved = saved_activations(
+        *_shape(config),
+        batch_size=config.train.batch_size,
+        precision=machine.precision,  # type: ignore[arg-type]
+        device=machine.device,  # type: ignore[arg-type]
+    )
+    one_byte = sum(cost.layer.n_outputs for cost in found) * config.train.batch_size * REPORT_BYTES_PER_VALUE
+    return (
+        f"saved for back-propagation {_size(saved)}, with the weights {_size(saved + weights)}"
+        f"; at one byte a value, as the report estimates: {_size(one_byte)}"
+    )
 
 
 def layer_table(config: StudyConfig, machine: Machine) -> Table:

@@ -11,6 +11,7 @@ import click
 
 from hpsearch.cli.options import Settings, config_options, device_option, out_option, study_option, tracking_option
 from hpsearch.cli.streams import write_to_stderr
+from hpsearch.config.modules import module_names
 from hpsearch.paths import ProjectPaths
 
 if TYPE_CHECKING:
@@ -50,10 +51,12 @@ LOOKAHEAD = 4
     "--folds", type=FOLDS, metavar="k|fixed", help="k of the cross-validation, or `fixed` for the 2000/150 split."
 )
 @click.option("--metric", type=click.Choice(["dice", "jaccard", "iou"]), help="Score whose mean is a trial's value.")
-@click.option("--sampler", type=click.Choice(["tpe", "random"]), help="How configurations are suggested.")
+@click.option(
+    "--sampler", type=click.Choice(module_names("search/samplers")), help="How configurations are suggested."
+)
 @click.option(
     "--pruner",
-    type=click.Choice(["race", "median", "hyperband", "wilcoxon", "none"]),
+    type=click.Choice(module_names("search/pruners")),
     help="Rule that ends trials early.",
 )
 @click.option(

@@ -1,10 +1,11 @@
-"""Settings of the data and of its augmentation. Imports no torch: the coordinator reads them."""
+"""Settings of the data and of augmentation. Imports no torch: the coordinator reads them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from hpsearch.config.checks import Size, as_pair, check_at_least, check_between, check_size
 from hpsearch.errors import ConfigError
 from hpsearch.paths import absolute
 from hpsearch.user_files import printable, text_fault
@@ -14,40 +15,41 @@ LOCATIONS = ("root", "images", "masks", "test_list", "groups", "cache_dir")
 """Settings of the data that name a file or folder."""
 
 GRAY_WEIGHTS = (0.299, 0.587, 0.114)
-"""Of red, green and blue in grayscale: luma of ITU-R BT.601."""
+"""Weights of red, green and blue in grayscale: the luma of ITU-R BT.601."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which images, at which size, and how they are kept."""
+    """Which images are used, at which size, and how they are cached."""
 
     root: str = "ISIC-2017"
     """Folder of the dataset in either layout of ISIC-2017, or `sample` for the built-in one."""
     images: str = ""
-    """Folder of one's own images; `masks` goes with it, and `root` is then not read."""
+    """Folder of your own images, used together with `masks`; `root` is then not read."""
     masks: str = ""
-    """Folder of the masks of `images`, matched by the stem of the name."""
+    """Folder of the masks of `images`, matched by the stem of the file name."""
     mask_suffix: str = ""
-    """What a mask's stem has beyond its image's (`_segmentation`); empty: found by itself."""
+    """Suffix of a mask's stem after the stem of its image (`_segmentation`); empty: detected."""
     test_share: float = 0.2
-    """Share of one's own images that is set aside as the test split, drawn from the seed 0."""
+    """Share of your own images in the test split, drawn at random with seed 0."""
     test_list: str = ""
-    """Text file with one id a line: the test split of one's own images, instead of `test_share`."""
-    size: int | tuple[int, int] = 572
-    """Height and width that the network sees; one number for both."""
+    """Text file with one id per line: the test split of your own images, instead of `test_share`."""
+    size: Size = 572
+    """Height and width of the images that the network sees; one number for both."""
     color: Color = "rgb"
-    """Channels that the network sees; both come from the same cache."""
+    """Channels that the network sees; both use the same cache."""
     match: Literal["resize", "crop"] = "resize"
-    """How an image is brought to `size`."""
+    """How an image is fitted to `size`."""
     exif: Literal["auto", "apply", "ignore"] = "auto"
-    """EXIF orientation of the files; `auto`: as the sizes in the pool prove, applied where they prove nothing."""
+    """EXIF orientation of the files; `auto`: detected from the sizes of the pool's images and masks, applied where
+    these do not tell."""
     max_value: int = 0
-    """Value that becomes 255 in images of more than 8 bits; 0: the least of 255, 1023, 4095, 16383, 65535 that fits
-    the pool."""
+    """Value that becomes 255 in images of more than 8 bits; 0: the smallest of 255, 1023, 4095, 16383 and 65535 that
+    no pixel of the pool exceeds."""
     cache: Literal["auto", "memory", "files", "memmap", "none"] = "auto"
-    """Where decoded images are kept."""
-    cache_size: int | tuple[int, int] = 0
-    """Size of the cached images if `augment.crop` takes fresh crops of `size` from them; 0: `size`."""
+    """Where decoded images are stored."""
+    cache_size: Size = 0
+    """Size of the cached images from which `augment.crop` takes random crops of `size`; 0: `size`."""
     cache_dir: str = ""
     """Folder of the caches; empty: `cache/` in the project folder."""
     n_search_train: int = 0
@@ -59,19 +61,17 @@ class DataConfig:
     n_final_test: int = 0
     """Use only the first n test images in `final`; 0: all."""
     groups: str = ""
-    """CSV with the columns `image` and one other (patient, lesion): a group never spans two folds."""
+    """CSV file with the columns `image` and one other (patient, lesion); all images of a group are in one fold."""
     group_duplicates: bool = False
     """Keep near-duplicate images in one fold."""
     exclude_bad: bool = False
-    """Leave out images with errors instead of refusing the dataset."""
+    """Exclude images with errors instead of refusing the dataset."""
 
     def __post_init__(self) -> None:
-        for name in ("size", "cache_size"):
-            value = getattr(self, name)
-            sides = value if isinstance(value, tuple) else (value, value)
-            if len(sides) != 2 or (min(sides) < 8 and not (name == "cache_size" and value == 0)):
-                raise ConfigError(f"data.{name} must be one number or [height, width], each at least 8, got {value}")
-        for name in ("root", "images", "masks", "test_list", "cache_dir", "groups"):
+        check_size("data.size", self.size)
+        if self.cache_size != 0:
+            check_size("data.cache_size", self.cache_size)
+        for name in LOCATIONS:
             if fault := text_fault(getattr(self, name)):
                 raise ConfigError(f"data.{name}: the path {printable(getattr(self, name))} {fault}: rename it")
         if bool(self.images) != bool(self.masks):
@@ -81,38 +81,37 @@ class DataConfig:
         if not 0 < self.test_share < 1:
             raise ConfigError(f"data.test_share must lie between 0 and 1, got {self.test_share}")
         if self.max_value and not 255 <= self.max_value <= 65535:
-            raise ConfigError(f"data.max_value must be 0 (found) or lie between 255 and 65535, got {self.max_value}")
-        for role in ("n_search_train", "n_search_validation", "n_final_train", "n_final_test"):
-            if getattr(self, role) < 0:
-                raise ConfigError(f"data.{role} must be 0 (all) or more, got {getattr(self, role)}")
+            raise ConfigError(
+                f"data.max_value must be 0 (detected) or lie between 255 and 65535, got {self.max_value}"
+            )
+        check_at_least("data", self, n_search_train=0, n_search_validation=0, n_final_train=0, n_final_test=0)
 
     def absolute(self) -> DataConfig:
-        """Return the same data with absolute paths, so that they are found from any folder."""
-        # `root` may be no folder, or one that is not read.
+        """Return the same settings with absolute paths, which are valid from any folder."""
         is_root_read = self.root != "sample" and not self.images
         names = [name for name in LOCATIONS if getattr(self, name) and (name != "root" or is_root_read)]
         changed: dict[str, Any] = {name: str(absolute(getattr(self, name))) for name in names}
         return replace(self, **changed)
 
     def located_as(self, other: DataConfig) -> DataConfig:
-        """Return the same data at the paths of `other`."""
+        """Return the same settings with the paths of `other`."""
         named: dict[str, Any] = {name: getattr(other, name) for name in LOCATIONS}
         return replace(self, **named)
 
     @property
     def height(self) -> int:
-        return self.size[0] if isinstance(self.size, tuple) else self.size
+        """Height of the images that the network sees."""
+        return as_pair(self.size)[0]
 
     @property
     def width(self) -> int:
-        return self.size[1] if isinstance(self.size, tuple) else self.size
+        """Width of the images that the network sees."""
+        return as_pair(self.size)[1]
 
     @property
     def cached_size(self) -> tuple[int, int]:
         """Height and width of the images in the cache."""
-        if not self.cache_size:
-            return self.height, self.width
-        return self.cache_size if isinstance(self.cache_size, tuple) else (self.cache_size, self.cache_size)
+        return as_pair(self.cache_size or self.size)
 
     @property
     def n_channels(self) -> int:
@@ -122,18 +121,18 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Random changes of a training batch; 0 switches each off."""
+    """Random augmentation of training batches; 0 switches an operation off."""
 
     hflip: float = 0.5
-    """Probability of a horizontal flip, mask too."""
+    """Probability of a horizontal flip, mask included."""
     vflip: float = 0.0
-    """Probability of a vertical flip, mask too."""
+    """Probability of a vertical flip, mask included."""
     rotate: float = 0.0
-    """Rotation by up to so many degrees either way, mask too."""
+    """Largest rotation in degrees in either direction, mask included."""
     scale: float = 0.0
-    """Zoom by a factor within 1 ± scale, mask too."""
+    """Zoom by a factor within 1 ± scale, mask included."""
     crop: bool = False
-    """Fresh random crops of `data.size` each epoch, from a cache at `data.cache_size`."""
+    """Take new random crops of `data.size` in each epoch from a cache at `data.cache_size`."""
     brightness: float = 0.0
     """Brightness factor within 1 ± brightness."""
     contrast: float = 0.0
@@ -143,16 +142,10 @@ class AugmentConfig:
     hue: float = 0.0
     """Hue shift within ± hue, as a share of the colour circle (at most 0.5)."""
     blur: float = 0.0
-    """Gaussian blur of up to so many pixels standard deviation."""
+    """Largest standard deviation of Gaussian blur, in pixels."""
     noise: float = 0.0
-    """Gaussian noise of up to this standard deviation, where images run from 0 to 1."""
+    """Largest standard deviation of Gaussian noise, for images with values from 0 to 1."""
 
     def __post_init__(self) -> None:
-        for name in ("hflip", "vflip"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"augment.{name} is a probability, got {getattr(self, name)}")
-        limits = {"rotate": 180, "scale": 0.9, "brightness": 1, "contrast": 1, "saturation": 1, "hue": 0.5}
-        limits |= {"blur": 20, "noise": 1}
-        for name, limit in limits.items():
-            if not 0 <= getattr(self, name) <= limit:
-                raise ConfigError(f"augment.{name} must lie between 0 and {limit}, got {getattr(self, name)}")
+        check_between("augment", self, 0, hflip=1, vflip=1, rotate=180, scale=0.9, blur=20, noise=1)
+        check_between("augment", self, 0, brightness=1, contrast=1, saturation=1, hue=0.5)

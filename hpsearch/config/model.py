@@ -1,17 +1,25 @@
-"""Settings of the UNet. Imports no torch: shapes, memory and the coordinator read them."""
+"""Settings of the network. Imports no torch: shapes, memory and the coordinator read them."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Any, Literal
 
+from hpsearch.config.checks import check_at_least
+from hpsearch.config.modules import ModuleName
 from hpsearch.errors import ConfigError
+
+_NETWORK = ModuleName("models/networks")
 
 
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig:
     """The UNet of Ronneberger et al. (2015) and its variations."""
 
+    network: Annotated[str, _NETWORK] = "unet"
+    """Network to train: a module in `hpsearch/models/networks/`. A network other than `unet` uses those of the
+    settings below that apply to it."""
     base_channels: int = 64
     """Channels of the first stage; each stage below has twice as many."""
     depth: int = 4
@@ -19,20 +27,27 @@ class UNetConfig:
     stacking: int = 2
     """Convolutions per stage."""
     kernel_size: int = 3
-    """Side of the convolutions' kernels; odd."""
+    """Side of the convolution kernels; odd."""
     padding: Literal["same", "valid"] = "same"
-    """`valid` is the paper's: every convolution takes a border away."""
+    """`valid` is that of the paper: each convolution removes a border."""
     norm: Literal["none", "batch", "group", "instance"] = "batch"
     """Normalisation after each convolution; the report has none."""
     input_norm: Literal["none", "image"] = "image"
-    """`image`: each image is standardised once more by its own mean and deviation, by channel; the report has
+    """`image`: each image is also standardised by its own mean and standard deviation per channel; the report has
     `none`."""
     init: Literal["xavier", "torch"] = "xavier"
-    """`xavier`: Xavier convolutions, bilinear transposed ones (the report's); `torch`: torch's defaults."""
+    """`xavier`: Xavier convolutions and bilinear transposed convolutions, as in the report; `torch`: the defaults of
+    torch."""
 
     def __post_init__(self) -> None:
-        for name in ("base_channels", "depth", "stacking", "kernel_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"unet.{name} must be at least 1, got {getattr(self, name)}")
+        _NETWORK.check("unet.network", self.network)
+        check_at_least("unet", self, base_channels=1, depth=1, stacking=1, kernel_size=1)
         if self.kernel_size % 2 == 0:
             raise ConfigError(f"unet.kernel_size must be odd, got {self.kernel_size}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain types for files and hashes; `network` is left out for `unet`, as in version 0.1."""
+        table = dataclasses.asdict(self)
+        if self.network == "unet":
+            del table["network"]
+        return table

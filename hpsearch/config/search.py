@@ -1,16 +1,17 @@
-"""Settings of the search: the space, the protocol, the budget. Imports neither Optuna nor torch."""
+"""Settings of the search: the protocol, the budget and the search space. Imports neither Optuna nor torch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeGuard
 
+from hpsearch.config.checks import Size, check_at_least, check_size
+from hpsearch.config.modules import ModuleName
 from hpsearch.errors import ConfigError
 
-Scalar = bool | int | float | str
-"""What a setting can be; pairs (height, width) are tuples."""
+_SAMPLER, _PRUNER = ModuleName("search/samplers"), ModuleName("search/pruners")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,50 +19,44 @@ class StudySettings:
     """The protocol and the budget."""
 
     trials: int = 50
-    """Trials to have evaluated, over all starts of the study."""
+    """Number of trials, counted over all starts of the study."""
     folds: int | Literal["fixed"] = 5
-    """k of the cross-validation; `fixed`: train on the training split, score the validation split."""
+    """Number of folds of the cross-validation; `fixed`: train on the training split, score the validation split."""
     metric: Literal["dice", "jaccard"] = "dice"
-    """Per-image score whose mean is a trial's value."""
+    """Score per image; its mean is the value of a trial. `iou` is accepted for `jaccard`."""
     seed: int = 0
     """Seed of folds, suggestions and fits."""
-    sampler: Literal["tpe", "random", "cmaes", "gp"] = "tpe"
-    """How configurations are suggested: by what trials have shown so far, or at random."""
+    sampler: Annotated[str, _SAMPLER] = "tpe"
+    """Sampler that suggests configurations: a module in `hpsearch/search/samplers/`."""
     startup_trials: int = 10
-    """Random trials before TPE models the space."""
-    pruner: Literal["race", "median", "hyperband", "wilcoxon", "none"] = "race"
-    """Rule that ends a trial early."""
+    """Random trials before TPE models the search space."""
+    pruner: Annotated[str, _PRUNER] = "race"
+    """Rule that ends a trial early: a module in `hpsearch/search/pruners/`."""
     lookahead: int = 0
-    """L: trial n is suggested and judged by what became of the trials up to n - L, so that the number of workers does
-    not matter; 0: by all that is known."""
-    eval_size: int | tuple[int, int] = 0
-    """Size at which scores are computed; 0: `data.size`. Needed where `data.size` is searched."""
+    """L: trial n is suggested and pruned by the results of the trials up to n - L, so that the number of workers does
+    not change the result; 0: by all results so far."""
+    eval_size: Size = 0
+    """Size at which scores are computed; 0: `data.size`. Required where `data.size` is searched."""
     allow_microbatch: bool = False
-    """Whether a network with batch normalisation that does not fit the memory may be trained by parts of its batches:
-    another network, which can never be the best."""
+    """Whether a network with batch normalisation that does not fit in memory may be trained on parts of its batches.
+    This changes its result, so such a trial cannot become the best."""
     confirm: int = 5
-    """Configurations that are fitted once more after the search, to rank and to correct; 0: none."""
+    """Number of configurations that are refitted after the search for a final ranking and an unbiased estimate; 0:
+    none."""
 
     def __post_init__(self) -> None:
-        if self.trials < 1:
-            raise ConfigError(f"study.trials must be at least 1, got {self.trials}")
+        check_at_least("study", self, trials=1, seed=0, confirm=0, startup_trials=0, lookahead=0)
         if self.folds != "fixed" and self.folds < 2:
             raise ConfigError(f"study.folds must be at least 2, or 'fixed', got {self.folds}")
-        for name in ("seed", "confirm", "startup_trials"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"study.{name} must be at least 0, got {getattr(self, name)}")
-        if self.lookahead < 0:
-            raise ConfigError(f"study.lookahead must be at least 0, got {self.lookahead}")
+        _SAMPLER.check("study.sampler", self.sampler)
+        _PRUNER.check("study.pruner", self.pruner)
         if self.lookahead and self.pruner not in ("race", "none"):
             raise ConfigError(
-                f"study.lookahead (--deterministic) needs the pruner race or none: {self.pruner} goes by the order "
-                "in which trials report"
+                f"study.lookahead (--deterministic) needs the pruner race or none: {self.pruner} depends on the "
+                "order in which trials report"
             )
-        sides = self.eval_size if isinstance(self.eval_size, tuple) else (self.eval_size,)
-        if len(sides) > 2 or (self.eval_size != 0 and min(sides) < 8):
-            raise ConfigError(
-                f"study.eval_size must be one number or [height, width], each at least 8, got {self.eval_size}"
-            )
+        if self.eval_size != 0:
+            check_size("study.eval_size", self.eval_size)
 
 
 @dataclass(frozen=True)
@@ -75,26 +70,33 @@ class Choice:
         """Number of values."""
         return len(self.values)
 
+    @property
+    def extremes(self) -> tuple[Any, ...]:
+        """Values that are checked in place of all values: here all of them."""
+        return self.values
+
     def key(self, value: Any) -> Any:
-        """Return what two equal values share; JSON turns pairs into lists."""
+        """Return a key that equal values share; JSON turns pairs into lists."""
         return tuple(value) if isinstance(value, list) else value
 
     def contains(self, value: Any) -> bool:
+        """Return whether `value` is one of the values."""
         return value in self.values
 
     def nearest(self, value: Any) -> Any:
-        """Return the value that is closest to a number, the smaller of two; the first one for anything else."""
+        """Return the value closest to a number, the smaller of two; the first value for anything else."""
         if not all(_is_number(each) for each in (value, *self.values)):
             return self.values[0]
         return min(self.values, key=lambda each: (abs(each - value), each))
 
     def to_toml(self) -> Any:
+        """Return the list of values as TOML has it."""
         return [list(value) if isinstance(value, tuple) else value for value in self.values]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """Every value from `low` to `high`, both included; whole numbers if both are."""
+    """All values from `low` to `high`, both included; integers if both are."""
 
     low: int | float
     high: int | float
@@ -103,23 +105,34 @@ class Range:
 
     @property
     def is_int(self) -> bool:
+        """Whether the values are integers."""
         return isinstance(self.low, int) and isinstance(self.high, int)
 
     @property
     def n_values(self) -> int | None:
-        """Number of values; None if there is one between any two of them."""
+        """Number of values; None for a continuous range."""
         if self.low == self.high:
             return 1
         if self.step is None:
             return int(self.high - self.low) + 1 if self.is_int else None
-        # As Optuna has it: the range ends at the last step inside it.
-        return math.floor((self.high - self.low) / self.step + 1e-9) + 1
+        return self._n_steps + 1
+
+    @property
+    def extremes(self) -> tuple[Any, ...]:
+        """Values that are checked in place of all values: the two ends."""
+        return self.low, self.high
+
+    @property
+    def _n_steps(self) -> int:
+        # As in Optuna, the range ends at the last step inside it.
+        return math.floor((self.high - self.low) / (self.step or 1) + 1e-9)
 
     def key(self, value: Any) -> Any:
-        """Return what two equal values share: with a step their place, since `low + 2 * step` may round."""
+        """Return a key that equal values share: with a step the step's number, since `low + 2 * step` may round."""
         return value if self.step is None or value is None else round((value - self.low) / self.step)
 
     def contains(self, value: Any) -> bool:
+        """Return whether `value` is in the range."""
         if isinstance(value, str | bool | tuple) or not self.low <= value <= self.high:
             return False
         if self.is_int and value != int(value):
@@ -134,26 +147,22 @@ class Range:
             return self.low
         inside = min(max(value, self.low), self.high)
         if self.step is not None:
-            n_steps = min(round((inside - self.low) / self.step), int((self.high - self.low) / self.step + 1e-9))
-            inside = self.low + n_steps * self.step
+            inside = self.low + min(round((inside - self.low) / self.step), self._n_steps) * self.step
         return round(inside) if self.is_int else float(inside)
 
     def to_toml(self) -> Any:
-        table: dict[str, Any] = {"low": self.low, "high": self.high}
-        if self.step is not None:
-            table["step"] = self.step
-        if self.log:
-            table["log"] = True
-        return table
+        """Return the table that describes the range in TOML."""
+        table = {"low": self.low, "high": self.high, "step": self.step, "log": self.log}
+        return {key: value for key, value in table.items() if value is not None and value is not False}
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """What is searched: setting (`unet.depth`) to its values, in a fixed order."""
+    """Searched settings by name (`unet.depth`) with their values, in a fixed order."""
 
     dimensions: Mapping[str, Choice | Range] = field(default_factory=dict)
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[tuple[str, Choice | Range]]:
         return iter(self.dimensions.items())
 
     def __len__(self) -> int:
@@ -164,7 +173,7 @@ class SearchSpace:
 
     @property
     def n_configurations(self) -> int | None:
-        """Number of different configurations; None if they are without end."""
+        """Number of different configurations; None if it is infinite."""
         counts = [dimension.n_values for dimension in self.dimensions.values()]
         return None if None in counts else math.prod(count for count in counts if count is not None)
 
@@ -173,40 +182,46 @@ class SearchSpace:
         return tuple(dimension.key(params.get(name)) for name, dimension in self.dimensions.items())
 
     def without(self, name: str) -> SearchSpace:
-        """The space with `name` pinned."""
+        """Return the space without the dimension `name`."""
         return SearchSpace({key: value for key, value in self.dimensions.items() if key != name})
 
     def to_toml(self) -> dict[str, Any]:
+        """Return the table `[search]`."""
         return {name: dimension.to_toml() for name, dimension in self.dimensions.items()}
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def parse_dimension(name: str, value: Any) -> Choice | Range:
-    """A list is a Choice, a table with low and high a Range; ConfigError, naming the key, for anything else."""
+    """Return a Choice for a list and a Range for a table with low and high.
+
+    Raises ConfigError, naming the key, for anything else.
+    """
     where = f"search.{name}"
     if isinstance(value, list | tuple):
-        values = tuple(tuple(item) if isinstance(item, list) else item for item in value)
-        if not values:
-            raise ConfigError(f"{where} is empty: list at least one value")
-        if len(set(values)) < len(values):
-            raise ConfigError(f"{where} lists a value twice: {list(values)}")
-        return Choice(values)
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{where} must be a list of values or {{low = ..., high = ...}}, got {value!r}")
+        return _parse_choice(where, value)
+    if isinstance(value, Mapping):
+        return _parse_range(where, value)
+    raise ConfigError(f"{where} must be a list of values or {{low = ..., high = ...}}, got {value!r}")
+
+
+def _parse_choice(where: str, listed: list[Any] | tuple[Any, ...]) -> Choice:
+    values = tuple(tuple(item) if isinstance(item, list) else item for item in listed)
+    if not values:
+        raise ConfigError(f"{where} is empty: list at least one value")
+    if any(value in values[:place] for place, value in enumerate(values)):
+        raise ConfigError(f"{where} lists a value twice: {list(values)}")
+    return Choice(values)
+
+
+def _parse_range(where: str, table: Mapping[str, Any]) -> Range:
     known = ("low", "high", "step", "log")
-    if unknown := sorted(set(value) - set(known)):
+    if unknown := sorted(set(table) - set(known)):
         raise ConfigError(f"{where} has an unknown key {unknown[0]!r}; known: {', '.join(known)}")
-    if "low" not in value or "high" not in value:
+    if "low" not in table or "high" not in table:
         raise ConfigError(f"{where} needs both low and high")
-    low, high, step, log = value["low"], value["high"], value.get("step"), value.get("log", False)
-    for key, number in (("low", low), ("high", high), ("step", step)):
-        if number is not None and (
-            isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number)
-        ):
-            raise ConfigError(f"{where}.{key} must be a number, got {number!r}")
+    for key in ("low", "high", "step"):
+        if key in table and not (_is_number(table[key]) and math.isfinite(table[key])):
+            raise ConfigError(f"{where}.{key} must be a number, got {table[key]!r}")
+    low, high, step, log = table["low"], table["high"], table.get("step"), table.get("log", False)
     if not isinstance(log, bool):
         raise ConfigError(f"{where}.log must be true or false, got {log!r}")
     if low > high:
@@ -217,8 +232,10 @@ def parse_dimension(name: str, value: Any) -> Choice | Range:
         raise ConfigError(f"{where}: log and step exclude each other")
     if step is not None and step <= 0:
         raise ConfigError(f"{where}.step must be above 0, got {step}")
-    if isinstance(low, float) != isinstance(high, float):
-        low, high = float(low), float(high)
-    if isinstance(low, int) and isinstance(step, float):
+    if any(isinstance(number, float) for number in (low, high, step)):
         low, high = float(low), float(high)
     return Range(low=low, high=high, step=step, log=log)
+
+
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)

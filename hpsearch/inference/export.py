@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from hpsearch import __version__
 from hpsearch.config.data import GRAY_WEIGHTS
 from hpsearch.errors import ExportError, StudyError
 from hpsearch.inference.postprocessing import Postprocessing
-from hpsearch.models.unet import UNet
 from hpsearch.paths import atomic_write, write_text
 from hpsearch.store.record import StudyRecord
 from hpsearch.training.checkpoint import WeightsInfo, load_weights
@@ -107,13 +107,6 @@ def describe(info: WeightsInfo) -> dict[str, str]:
     flips = "average the logits over the image and its three mirror images, mirrored back; " if choices.flips else ""
     clean = "; keep the largest component and fill its holes" if choices.clean else ""
     ensemble = "; `final` predicts with an ensemble, of which this is not one" if choices.ensemble else ""
-    table = {
-        "model": vars(info.model),
-        "in_channels": info.in_channels,
-        "normalization": {"mean": list(info.normalization.mean), "std": list(info.normalization.std)},
-        "size": list(info.size),
-        "extra": dict(info.extra),
-    }
     return {
         "producer": f"hpsearch {__version__}",
         "preprocessing": (
@@ -126,7 +119,7 @@ def describe(info: WeightsInfo) -> dict[str, str]:
             f"{clean}{ensemble}"
         ),
         "limits": "for research; not a medical device",
-        "hpsearch": json.dumps(table, sort_keys=True),
+        "hpsearch": json.dumps(info.to_table(), sort_keys=True),
     }
 
 
@@ -145,7 +138,7 @@ def _decoding(info: WeightsInfo) -> str:
     return f"the image {turn}; RGB, 8 bits a channel ({deep}), transparency dropped"
 
 
-def _exported(model: UNet, info: WeightsInfo) -> Any:
+def _exported(model: nn.Module, info: WeightsInfo) -> Any:
     """The network as an ONNX model of any batch size."""
     # Traced with two: a batch of one would be taken for a constant.
     images = torch.zeros(2, info.in_channels, *info.size)
@@ -162,7 +155,7 @@ def _exported(model: UNet, info: WeightsInfo) -> Any:
     return program.model_proto
 
 
-def _check(path: Path, model: UNet, info: WeightsInfo) -> float:
+def _check(path: Path, model: nn.Module, info: WeightsInfo) -> float:
     """The largest difference between the file in ONNX Runtime and torch; ExportError above TOLERANCE."""
     import onnxruntime
 

@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -24,7 +23,8 @@ from hpsearch.data.layouts import FOREIGN, READABLE, may_be_file
 from hpsearch.errors import CheckpointError, DatasetError, OutOfMemoryError, StudyError
 from hpsearch.inference.postprocessing import Postprocessing, clean_mask
 from hpsearch.inference.scoring import encode_mask, mask_name
-from hpsearch.models import shapes
+from hpsearch.models.costs import output_size
+from hpsearch.models.network import margin_of
 from hpsearch.paths import FinalPaths, ProjectPaths, atomic_write, read_json
 from hpsearch.store.record import study_record
 from hpsearch.training import runtime as devices
@@ -62,6 +62,7 @@ class Predictor:
         self.tiles = tiles
         self.choices = Postprocessing.from_table(info.extra)
         self._model = model
+        self._margin = margin_of(model)
         self._runtime = runtime
         mean = torch.tensor(info.normalization.mean, dtype=torch.float64)
         std = torch.tensor(info.normalization.std, dtype=torch.float64)
@@ -103,30 +104,27 @@ class Predictor:
     def _logits(self, image: Tensor) -> Tensor:
         frame = self.info.extra.get("frame") if self.tiles else self.info.size
         seen = image if frame is None else resize(image, *frame)
-        # One that says nothing about a window's border needs tiles for a whole frame too.
-        in_tiles = self.tiles or (self.info.sees_windows and self.info.model.padding == "valid")
-        logits = self._tiled(seen) if in_tiles else self._run(seen, interpolate=True)
+        # A network with a margin covers a whole frame only in tiles.
+        logits = self._tiled(seen) if self.tiles or self._margin else self._run(seen)
         if frame is None:
             return logits
         return F.interpolate(logits[None, None], size=image.shape[1:], mode="bilinear", align_corners=False)[0, 0]
 
     def _tiled(self, image: Tensor) -> Tensor:
         height, width = image.shape[1:]
-        config, size = self.info.model, self.info.size
-        fills = config.padding == "same" or not self.info.sees_windows
-        margin = 0 if fills else shapes.output_margin(config)
-        out = size if fills else shapes.output_size(config, self.info.in_channels, size)
-        rows = tile_axis(height, out[0], blend=fills)
-        columns = tile_axis(width, out[1], blend=fills)
+        margin, size = self._margin, self.info.size
+        out = output_size(self.info.model, self.info.in_channels, size) if margin else size
+        rows = tile_axis(height, out[0], blend=not margin)
+        columns = tile_axis(width, out[1], blend=not margin)
         total = torch.zeros(height, width)
         for row in rows:
             for column in columns:
-                logits = self._run(crop(image, row.start - margin, column.start - margin, *size), interpolate=fills)
+                logits = self._run(crop(image, row.start - margin, column.start - margin, *size))
                 inside = logits[row.inside, column.inside]
                 total[row.covers, column.covers] += inside * row.weights[:, None] * column.weights
         return total
 
-    def _run(self, pixels: Tensor, *, interpolate: bool) -> Tensor:
+    def _run(self, pixels: Tensor) -> Tensor:
         """The network's logits (h, w) on the CPU for pixels (3, h, w) uint8."""
         channels = pixels.to(torch.float32)
         if self.info.in_channels == 1:
@@ -135,8 +133,7 @@ class Predictor:
             channels = (red + green + blue)[None]
         images = torch.addcmul(self._shift, channels, self._factor)[None]
         images = images.to(self._runtime.device, memory_format=torch.channels_last)
-        forward = partial(self._model, interpolate=interpolate)
-        logits: Tensor = mean_over_flips(forward, images) if self.choices.flips else forward(images)
+        logits: Tensor = mean_over_flips(self._model, images) if self.choices.flips else self._model(images)
         return logits[0, 0].float().cpu()
 
 

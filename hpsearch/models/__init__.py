@@ -1,1 +1,1 @@
-"""The UNet: its configuration, its shapes and memory by arithmetic, and the network itself."""
+"""Networks: their modules, and their shapes, memory and FLOPs by arithmetic."""

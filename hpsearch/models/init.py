@@ -1,4 +1,4 @@
-"""First weights of the network: Xavier and bilinear interpolation, or torch's own, from one seed."""
+"""Initial weights of the UNet from one seed: Xavier and bilinear interpolation, or the defaults of torch."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 
 def initialize_(model: nn.Module, init: Literal["xavier", "torch"], *, seed: int) -> None:
-    """Fill every weight of `model` in place with random numbers of `seed`; no global generator is used.
+    """Fill every weight of `model` in place with random numbers of `seed`, without a global generator.
 
-    `xavier`: convolutions by Glorot and Bengio's uniform rule with zero bias, transposed ones as interpolation
-    (`interpolation_weight`). `torch`: the rule of torch's own constructors for both. Normalisation starts as 1 and 0.
-    They are drawn on the CPU, so that a seed gives the same bytes on every device; on the `meta` device nothing is.
+    `xavier`: convolutions by the uniform rule of Glorot and Bengio with zero bias, transposed convolutions as
+    interpolation (`interpolation_weight`). `torch`: the rule of torch's constructors for both. Normalisation layers
+    start with weight 1 and bias 0. Weights are drawn on the CPU, so a seed gives the same bytes on every device. A
+    model on the `meta` device is left unchanged.
     """
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
@@ -34,13 +35,14 @@ def initialize_(model: nn.Module, init: Literal["xavier", "torch"], *, seed: int
 
 
 def interpolation_weight(in_channels: int, out_channels: int, kernel_size: int, stride: int) -> Tensor:
-    """Weight (in_channels, out_channels, kernel_size, kernel_size), float32, with which a transposed convolution
-    interpolates.
+    """Return the weight with which a transposed convolution interpolates.
 
-    The kernel is the triangle of bilinear interpolation, cut to `kernel_size` and scaled so that a constant map stays
-    that constant. With kernel 4, stride 2 and padding 1 this is `F.interpolate(mode="bilinear")`. Kernel 2, stride 2
-    sees one input pixel per output pixel, so it can only repeat it: the nearest neighbour. Each output channel is the
-    mean of its share of the input channels (o, o + out_channels, ...). ValueError if the shares are not whole.
+    Its shape is (in_channels, out_channels, kernel_size, kernel_size), float32.
+    The kernel is the triangle of bilinear interpolation, cut to `kernel_size` and scaled so that a constant map
+    keeps its value. With kernel 4, stride 2 and padding 1 it equals `F.interpolate(mode="bilinear")`. With kernel 2
+    and stride 2 each output pixel sees one input pixel and repeats it (nearest neighbour). Each output channel is
+    the mean of every out_channels-th input channel (o, o + out_channels, ...). ValueError if channels or kernel do
+    not divide.
     """
     if in_channels % out_channels or kernel_size % stride:
         raise ValueError(
@@ -48,7 +50,7 @@ def interpolation_weight(in_channels: int, out_channels: int, kernel_size: int, 
         )
     centre = (kernel_size - 1) / 2
     triangle = (1 - (torch.arange(kernel_size) - centre).abs() / stride).clamp(min=0)
-    # An output pixel receives every stride-th tap; those must add up to 1 for each of the `stride` phases.
+    # An output pixel receives every stride-th tap, and the taps of each of the `stride` phases must add up to 1.
     triangle = triangle / triangle.view(-1, stride).sum(0).repeat(kernel_size // stride)
     share = in_channels // out_channels
     channels = torch.eye(out_channels).repeat(share, 1) / share
@@ -64,8 +66,8 @@ def _xavier(module: nn.Conv2d | nn.ConvTranspose2d, generator: torch.Generator) 
 
 
 def _torch_default(module: nn.Conv2d | nn.ConvTranspose2d, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """What `module.reset_parameters()` would draw, from `generator`: uniform within 1 / sqrt(fan in), both."""
-    # torch takes dimension 1 times the kernel for the fan, which for a transposed convolution is its output channels.
+    """Draw weight and bias as `module.reset_parameters()` does: both uniform within 1 / sqrt(fan in)."""
+    # For torch the fan is dimension 1 times the kernel; for a transposed convolution that is its output channels.
     weight = torch.empty(module.weight.shape)
     bound = 1 / math.sqrt(weight[0].numel())
     weight.uniform_(-bound, bound, generator=generator)

@@ -1,4 +1,4 @@
-"""Normalisation layers as the UNet needs them: for images and maps in channels_last, also of few channels."""
+"""Normalisation layers of the UNet for images and feature maps in channels_last."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from hpsearch.config.model import UNetConfig
 from hpsearch.models.shapes import norm_groups
 
 LANES = 64
-"""Numbers that torch's kernels for channels_last are given side by side: whole vectors of any processor and type."""
+"""Channels that make full use of the vector instructions of any CPU in torch's channels_last kernels."""
 NARROW_BYTES = 16
-"""Most bytes a pixel for which maps are taken for wider ones: with more it takes as long either way."""
+"""Most bytes per pixel for which maps are reinterpreted as wider ones; above it there is no gain."""
 NARROW_NUMBERS = 2**16
-"""Fewest numbers in the maps for which that pays."""
+"""Fewest numbers in the maps for which this is faster."""
 
 
 def make_norm(config: UNetConfig, channels: int) -> nn.Module:
-    """The normalisation that follows a convolution."""
+    """Return the normalisation after a convolution."""
     if config.norm == "batch":
         return BatchNorm(channels)
     if config.norm == "group":
@@ -32,10 +32,10 @@ def make_norm(config: UNetConfig, channels: int) -> nn.Module:
 
 
 class ImageNorm(nn.Module):
-    """Every image by its own mean and standard deviation, channel by channel: (B, C, H, W), of the dtype it had.
+    """Standardise every image (B, C, H, W) by its own mean and standard deviation per channel; the dtype is kept.
 
-    What tells cameras and lights apart is then gone before the first convolution. Computed in float32; an image of
-    one colour becomes 0.
+    This removes differences of camera and lighting before the first convolution. It is computed in float32; an image
+    of a single colour becomes 0.
     """
 
     def __init__(self, eps: float = 1e-4) -> None:
@@ -44,7 +44,7 @@ class ImageNorm(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         batch, channels, height, width = images.shape
-        # Rows as a whole: with three channels innermost the processor's vectors would stay empty (ten times slower).
+        # Whole rows, since vector instructions would be ten times slower over an innermost dimension of 3 channels.
         rows = images.permute(0, 2, 3, 1).reshape(batch, height, width * channels).to(torch.float32)
         mean = _by_channel(rows, channels)
         var = (_by_channel(rows * rows, channels) - mean * mean).clamp_min(0)
@@ -55,11 +55,12 @@ class ImageNorm(nn.Module):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch normalisation, on the CPU up to three times as fast as torch's where there are few channels.
+    """Batch normalisation, on the CPU up to three times as fast as torch's for few channels.
 
-    torch's kernels for channels_last work along the channels and use vectors only where those fill one. So maps of 8
-    channels are taken for maps of `LANES` channels and an eighth of the pixels, which is the same memory; the 8
-    statistics of a channel are then joined. The results differ by rounding alone.
+    torch's channels_last kernels work along the channels and use vector instructions only if the channels fill one.
+    Therefore maps of 8 channels are reinterpreted as maps of `LANES` channels and an eighth of the pixels, in the
+    same memory. The 8 statistics of each channel are then combined. The results differ from torch's by rounding
+    only.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,10 +86,11 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation of maps in channels_last. On CUDA autocast makes it float32; the result is as x is."""
+    """Group normalisation of maps in channels_last. On CUDA autocast uses float32; the result has the dtype of x."""
 
     def forward(self, x: Tensor) -> Tensor:
-        # The kernels want each channel's pixels side by side: two copies, and on the CPU still 10 to 35 % off a step.
+        # The kernels need the pixels of a channel side by side. Even with two copies a step on the CPU is 10-35 %
+        # faster.
         return super().forward(x.contiguous()).to(x.dtype, memory_format=torch.channels_last)
 
 
@@ -97,19 +99,19 @@ class InstanceNorm(nn.InstanceNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if len(x) == 1:
-            # One image is a batch of its own; torch's instance normalisation gives it wrong gradients in this layout.
+            # For one image in this layout torch's instance normalisation computes wrong gradients.
             return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
-        # It would leave the layout its kernels want, and every convolution after it would have to change it back.
+        # Otherwise the result is not in channels_last, and every following convolution has to convert it.
         return super().forward(x).contiguous(memory_format=torch.channels_last)
 
 
 class _NarrowBatchNorm(torch.autograd.Function):
-    """Batch normalisation in training of (B, C, H, W), and mean and biased variance (C,) float32 of its channels."""
+    """Batch normalisation of (B, C, H, W) in training; also returns mean and biased variance (C,) in float32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         wide, repeats = _wide(x), LANES // x.shape[1]
-        # The unused running statistics decide that the result is float32.
+        # The unused running statistics make the result float32.
         unused = weight.new_zeros(LANES)
         means, variances = torch.ops.aten.batch_norm_update_stats(wide, unused, unused.clone(), 0.0)
         mean = means.view(repeats, -1).mean(0)
@@ -144,7 +146,7 @@ class _NarrowBatchNorm(torch.autograd.Function):
 
 
 def _by_channel(rows: Tensor, channels: int) -> Tensor:
-    """Mean of (B, H, W * C) over each image's pixels, (B, C)."""
+    """Return the mean of (B, H, W * C) over the pixels of each image, (B, C)."""
     return rows.mean(1).view(len(rows), -1, channels).mean(1)
 
 
@@ -161,12 +163,12 @@ def _is_narrow(x: Tensor) -> bool:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """The memory of (B, C, H, W) in channels_last as (1, LANES, B * H * W * C / LANES, 1) in channels_last."""
+    """Return (B, C, H, W) reinterpreted as (1, LANES, B * H * W * C / LANES, 1), both in channels_last."""
     return x.permute(0, 2, 3, 1).reshape(1, -1, 1, LANES).permute(0, 3, 1, 2)
 
 
 def _narrow(wide: Tensor, like: Tensor) -> Tensor:
-    """What `_wide` was made of, of the shape of `like`."""
+    """Undo `_wide`: return `wide` in the shape of `like`."""
     batch, channels, height, width = like.shape
     return wide.permute(0, 2, 3, 1).reshape(batch, height, width, channels).permute(0, 3, 1, 2)
 
@@ -174,7 +176,7 @@ def _narrow(wide: Tensor, like: Tensor) -> Tensor:
 def _scaled(
     wide: Tensor, by_channel: tuple[Tensor, Tensor, Tensor, Tensor], eps: float, *, out: Tensor | None = None
 ) -> Tensor:
-    """(wide - mean) / sqrt(var + eps) * weight + bias in one pass; weight, bias, mean and var are (C,) float32."""
+    """Return (wide - mean) / sqrt(var + eps) * weight + bias in one pass, with (C,) float32 statistics."""
     weight, bias, mean, var = (value.repeat(LANES // len(value)) for value in by_channel)
     out = torch.empty_like(wide) if out is None else out
     unused = mean.new_empty((0,)), mean.new_empty((0,))

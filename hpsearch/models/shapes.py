@@ -1,4 +1,4 @@
-"""Every layer's output shape, parameters and FLOPs by arithmetic; why a network cannot exist at a size."""
+"""Shapes, parameters and FLOPs of every layer of the UNet by arithmetic, and why it cannot exist at a size."""
 
 from __future__ import annotations
 
@@ -14,31 +14,47 @@ Kind = Literal["convolution", "pool", "up", "head", "interpolation"]
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """A layer as the report counts: normalisation and ReLU go with their convolution, joining with the next."""
+    """A layer as the report counts: normalisation and ReLU belong to their convolution, concatenation to the next."""
 
     name: str
     """Its module in `UNet`, as in the state dict."""
     kind: Kind
     stage: int
-    """Down-samplings above it; 0 is the resolution of the input."""
+    """Number of down-samplings before it; 0 is the resolution of the input."""
     in_channels: int
     channels: int
     height: int
     width: int
+    n_taps: int
+    """Weights of the convolution, without bias and normalisation."""
     n_parameters: int
-    flops: int
-    """Of the forward pass of one image, a multiply-add counted as 2; bias, normalisation and ReLU not counted."""
     in_height: int
     in_width: int
 
+    @property
+    def n_inputs(self) -> int:
+        """Numbers in its input for one image."""
+        return self.in_channels * self.in_height * self.in_width
+
+    @property
+    def n_outputs(self) -> int:
+        """Numbers in its output for one image."""
+        return self.channels * self.height * self.width
+
+    @property
+    def flops(self) -> int:
+        """FLOPs for one image, a multiply-add counted as 2; bias, normalisation and ReLU are not counted."""
+        n_pixels = self.in_height * self.in_width if self.kind == "up" else self.height * self.width
+        return 2 * self.n_taps * n_pixels
+
 
 def layers(config: UNetConfig, in_channels: int, height: int, width: int) -> list[Layer]:
-    """All layers in the order of the forward pass, for one image of `height` x `width`.
+    """Return all layers in the order of the forward pass, for one image of `height` x `width`.
 
-    27 for depth 4 and stacking 2, and the interpolation as the 28th where the logits are not of the image's size.
-    ValueError, with the sentence of `why_impossible`, if a feature map vanishes.
+    There are 27 for depth 4 and stacking 2; where the logits are smaller than the image, the interpolation is the
+    28th. Raises ValueError, with the reason of `why_impossible`, if a feature map vanishes.
     """
-    found = list(_walk(config, in_channels, height, width))
+    found = _walk(config, in_channels, height, width)
     if reason := _vanished(config, found):
         raise ValueError(reason)
     return found
@@ -47,59 +63,45 @@ def layers(config: UNetConfig, in_channels: int, height: int, width: int) -> lis
 def why_impossible(
     config: UNetConfig, in_channels: int, height: int, width: int, *, batch_size: int | None = None
 ) -> str | None:
-    """One sentence saying why this network cannot be trained at this size, or None if it can.
+    """Return one sentence saying why this network cannot be trained at this size, or None if it can.
 
-    `batch_size` matters to batch normalisation alone: without it, batches of one image are not looked for.
+    `batch_size` matters to batch normalisation only; without it a batch of one image is not considered.
     """
-    found = list(_walk(config, in_channels, height, width))
+    found = _walk(config, in_channels, height, width)
     if reason := _vanished(config, found):
         smallest = _smallest_side(config, in_channels, batch_size)
         return f"{reason}; images must be at least {smallest}x{smallest}"
     for layer in found:
         if layer.kind == "convolution" and _values_per_statistic(config, layer, batch_size) == 1:
             return (
-                f"{layer.name} has a map of {layer.height}x{layer.width}, of which {config.norm} normalisation "
-                "cannot take a variance: choose a smaller depth, a larger image"
+                f"{layer.name} has a map of {layer.height}x{layer.width}, too small for {config.norm} normalisation "
+                "to compute a variance: choose a smaller depth, a larger image"
                 + (" or a larger batch" if config.norm != "instance" else "")
             )
     return None
 
 
 def n_parameters(config: UNetConfig, in_channels: int) -> int:
-    """Learned numbers of the whole network; they do not depend on the size of the image."""
+    """Return the number of learned parameters, which does not depend on the size of the image."""
     side = 2**config.depth
     return sum(layer.n_parameters for layer in _walk(replace(config, padding="same"), in_channels, side, side))
 
 
-def forward_flops(config: UNetConfig, in_channels: int, height: int, width: int) -> int:
-    """FLOPs of the forward pass of one image, a multiply-add counted as 2."""
-    return sum(layer.flops for layer in layers(config, in_channels, height, width))
-
-
 def training_flops(config: UNetConfig, in_channels: int, height: int, width: int) -> int:
-    """FLOPs of forward and backward pass of one image.
+    """Return the FLOPs of forward and backward pass of one image, a multiply-add counted as 2.
 
-    Each layer costs three times its forward pass (output, gradient of the input, gradient of the weight), except that
-    nobody needs the gradient of the image. Base 32 with `valid`, RGB, 572x572: 226 GFLOP.
+    Each layer costs three times its forward pass (output, gradient of the input, gradient of the weight). The first
+    layer costs twice, since no gradient of the image is needed. Base 32 with `valid`, RGB, 572x572: 226 GFLOP.
     """
     found = layers(config, in_channels, height, width)
     return 3 * sum(layer.flops for layer in found) - found[0].flops
 
 
-def n_layers(config: UNetConfig, *, interpolation: bool = True) -> int:
-    """The report's count: convolutions, poolings, transposed convolutions, head: 27; with the interpolation 28."""
-    return config.stacking * (2 * config.depth + 1) + 2 * config.depth + 1 + interpolation
-
-
-def n_objects(config: UNetConfig) -> int:
-    """The report's count of objects: a stacked convolution, `depth` downs, `depth` ups and the head: 10."""
-    return 1 + config.depth + config.depth + 1
-
-
 def skip_offset(config: UNetConfig, stage: int) -> int:
-    """Where the map that is up-sampled to `stage` begins on that stage's skip: pixels from the top and from the left.
+    """Return the offset of the map up-sampled to `stage` on the skip of that stage, in pixels from the top and left.
 
-    0 for `same`; for `valid` what the convolutions below took away, which for even sizes is the paper's centre crop.
+    It is 0 for `same`. For `valid` it is what the convolutions below removed, which is the centre crop of the paper
+    for even sizes.
     """
     if config.padding == "same":
         return 0
@@ -111,32 +113,46 @@ def skip_offset(config: UNetConfig, stage: int) -> int:
 
 
 def output_margin(config: UNetConfig) -> int:
-    """Pixels between an image's upper left corner and that of what the network computes of it: 92 for the paper's."""
+    """Return the distance in pixels between the upper left corners of an image and of its logits: 92 in the paper."""
     if config.padding == "same":
         return 0
     return skip_offset(config, 0) + 2 * config.stacking * (config.kernel_size // 2)
 
 
 def output_size(config: UNetConfig, in_channels: int, size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of what the network computes of an image of `size`: (388, 388) of (572, 572)."""
+    """Return height and width of the logits before interpolation for an image of `size`: 388x388 for 572x572."""
     head = next(layer for layer in layers(config, in_channels, *size) if layer.kind == "head")
     return head.height, head.width
 
 
 def norm_groups(channels: int) -> int:
-    """Groups of a group normalisation: as many as divide `channels`, at most 32, of at least 4 channels; else 1."""
+    """Return the number of groups of a group normalisation.
+
+    It is the largest divisor of `channels` up to 32 with at least 4 channels per group, or 1 if there is none.
+    """
     return max((n for n in range(1, min(32, channels // 4) + 1) if channels % n == 0), default=1)
 
 
-def _walk(config: UNetConfig, in_channels: int, height: int, width: int) -> Iterator[Layer]:
-    """The layers one by one, ending after the first whose map has vanished."""
+def _walk(config: UNetConfig, in_channels: int, height: int, width: int) -> list[Layer]:
+    """Return the layers in order, up to the first one whose map has vanished."""
+    found = []
+    for layer in _all_layers(config, in_channels, height, width):
+        found.append(layer)
+        if _is_empty(layer):
+            break
+    return found
+
+
+def _all_layers(config: UNetConfig, in_channels: int, height: int, width: int) -> Iterator[Layer]:
     lost = 0 if config.padding == "same" else config.kernel_size - 1
     channels, h, w = in_channels, height, width
 
-    def layer(name: str, kind: Kind, stage: int, out: int, out_h: int, out_w: int, weights: int, flops: int) -> Layer:
+    def layer(
+        name: str, kind: Kind, stage: int, out: int, size: tuple[int, int], taps: int = 0, rest: int = 0
+    ) -> Layer:
         return Layer(
-            name=name, kind=kind, stage=stage, in_channels=channels, channels=out, height=out_h, width=out_w,
-            n_parameters=weights, flops=flops, in_height=h, in_width=w,
+            name=name, kind=kind, stage=stage, in_channels=channels, channels=out, height=size[0], width=size[1],
+            n_taps=taps, n_parameters=taps + rest, in_height=h, in_width=w,
         )  # fmt: skip
 
     def stack(prefix: str, stage: int) -> Iterator[Layer]:
@@ -144,44 +160,30 @@ def _walk(config: UNetConfig, in_channels: int, height: int, width: int) -> Iter
         out = config.base_channels * 2**stage
         for index in range(config.stacking):
             taps = config.kernel_size**2 * channels * out
-            out_h, out_w = h - lost, w - lost
-            weights = taps + _bias_and_norm(config, out)
-            yield layer(
-                f"{prefix}.{index}", "convolution", stage, out, out_h, out_w, weights, 2 * taps * out_h * out_w
-            )
-            channels, h, w = out, out_h, out_w
+            size = h - lost, w - lost
+            yield layer(f"{prefix}.{index}", "convolution", stage, out, size, taps, _bias_and_norm(config, out))
+            channels, h, w = out, *size
 
     skips = []
-    for stage in range(config.depth + 1):
-        if stage > 0:
-            skips.append((h, w))
-            # A single row or column is not halved: rounding up would only repeat it in every stage below.
-            half_h, half_w = (0 if h == 1 else (h + 1) // 2), (0 if w == 1 else (w + 1) // 2)
-            pool = layer(f"encoder.{stage}.pool", "pool", stage, channels, half_h, half_w, 0, 0)
-            yield pool
-            if _is_empty(pool):
-                return
-            h, w = half_h, half_w
-        for convolution in stack("encoder.0" if stage == 0 else f"encoder.{stage}.stack", stage):
-            yield convolution
-            if _is_empty(convolution):
-                return
+    yield from stack("encoder.0", 0)
+    for stage in range(1, config.depth + 1):
+        skips.append((h, w))
+        # A single row or column counts as vanished: rounding up would only repeat it in every stage below.
+        half = (0 if h == 1 else (h + 1) // 2), (0 if w == 1 else (w + 1) // 2)
+        yield layer(f"encoder.{stage}.pool", "pool", stage, channels, half)
+        h, w = half
+        yield from stack(f"encoder.{stage}.stack", stage)
     for index, stage in enumerate(reversed(range(config.depth))):
         out = channels // 2
-        taps = 4 * channels * out
-        up = layer(f"decoder.{index}.up", "up", stage, out, 2 * h, 2 * w, taps + out, 2 * taps * h * w)
-        yield up
+        yield layer(f"decoder.{index}.up", "up", stage, out, (2 * h, 2 * w), 4 * channels * out, out)
         skip_h, skip_w = skips.pop()
         offset = skip_offset(config, stage)
         channels, h, w = 2 * out, min(2 * h, skip_h - offset), min(2 * w, skip_w - offset)
-        for convolution in stack(f"decoder.{index}.stack", stage):
-            yield convolution
-            if _is_empty(convolution):
-                return
-    yield layer("head", "head", 0, 1, h, w, channels + 1, 2 * channels * h * w)
+        yield from stack(f"decoder.{index}.stack", stage)
+    yield layer("head", "head", 0, 1, (h, w), channels, 1)
     channels = 1
     if (h, w) != (height, width):
-        yield layer("interpolation", "interpolation", 0, 1, height, width, 0, 0)
+        yield layer("interpolation", "interpolation", 0, 1, (height, width))
 
 
 def _is_empty(layer: Layer) -> bool:
@@ -196,14 +198,14 @@ def _vanished(config: UNetConfig, found: list[Layer]) -> str | None:
     if layer.kind == "pool":
         return f"{layer.name} cannot halve a map of {size} any further"
     side = config.kernel_size
-    return f"{layer.name} cannot take a {side}x{side} convolution without padding of a map of {size}"
+    return f"{layer.name} cannot apply a {side}x{side} convolution without padding to a map of {size}"
 
 
 def _smallest_side(config: UNetConfig, in_channels: int, batch_size: int | None) -> int:
-    """Side of the smallest square image that the network can be trained on."""
+    """Return the side of the smallest square image on which the network can be trained."""
 
     def can_train(side: int) -> bool:
-        found = list(_walk(config, in_channels, side, side))
+        found = _walk(config, in_channels, side, side)
         return not _is_empty(found[-1]) and all(
             _values_per_statistic(config, layer, batch_size) != 1 for layer in found if layer.kind == "convolution"
         )
@@ -215,7 +217,7 @@ def _smallest_side(config: UNetConfig, in_channels: int, batch_size: int | None)
 
 
 def _values_per_statistic(config: UNetConfig, layer: Layer, batch_size: int | None) -> int:
-    """Numbers that a mean and variance of the normalisation are taken over; 0 if there is none or it is unknown."""
+    """Return how many numbers share a mean and variance; 0 without normalisation or if the batch is not known."""
     pixels = layer.height * layer.width
     if config.norm == "batch":
         return 0 if batch_size is None else batch_size * pixels

@@ -1,4 +1,4 @@
-"""The UNet, from four parts: stacked convolution, down, up, 1x1 head; and one interpolation that learns nothing."""
+"""The UNet, built from four parts: stacked convolution, down, up and 1x1 head, with a final interpolation."""
 
 from __future__ import annotations
 
@@ -11,30 +11,31 @@ from torch.nn import functional as F
 from hpsearch.config.model import UNetConfig
 from hpsearch.models.init import initialize_
 from hpsearch.models.norms import ImageNorm, make_norm
-from hpsearch.models.shapes import output_margin, skip_offset
+from hpsearch.models.shapes import skip_offset
 
 
 class UNet(nn.Module):
     """UNet of Ronneberger et al. (2015) for binary masks.
 
-    Forward takes images (B, in_channels, H, W) and gives logits (B, 1, H, W), of any H and W that can exist
-    (`shapes.why_impossible`). The parts are `encoder` (a stacked convolution, then `depth` downs), `decoder` (`depth`
-    ups) and `head`: 10 objects for depth 4.
+    The forward pass maps images (B, in_channels, H, W) to logits (B, 1, H, W). H and W may have any value for which
+    `shapes.why_impossible` returns None. The parts are `encoder` (a stacked convolution, then `depth` downs),
+    `decoder` (`depth` ups) and `head`: 10 objects for depth 4.
 
-    Odd sizes: pooling rounds up, so that pixel i of a stage covers pixels 2i and 2i + 1 of the stage above, the last
-    perhaps only one of them; up-sampled maps are then cut to the skip's size. With `same` every stage stays on the
-    input's grid and the logits need no interpolation. With `valid` they cover the centre only (572 -> 388), and are
-    stretched to H x W, as the report's adaptive UNet does. Without `stretch` they are left as they are (B, 1, h, w):
-    they say something about the centre of the image, `margin` pixels away from its border, as in the paper.
+    Pooling rounds odd sizes up: pixel i of a stage covers pixels 2i and 2i + 1 of the stage above, and the last one
+    may cover a single pixel. Up-sampled maps are then cut to the size of the skip connection. With `same` padding
+    every stage stays on the grid of the input and the logits need no interpolation. With `valid` padding the logits
+    cover the centre only (572 -> 388), and are stretched to H x W, as in the adaptive UNet of the report. If
+    `margin` is above 0, they are not stretched (B, 1, h, w) and lie `margin` pixels from the border of the image,
+    as in the paper.
     """
 
-    def __init__(self, config: UNetConfig, in_channels: int, *, seed: int = 0, stretch: bool = True) -> None:
+    margin = 0
+
+    def __init__(self, config: UNetConfig, in_channels: int, *, seed: int = 0) -> None:
         super().__init__()
-        self.config = config
-        self.margin = 0 if stretch else output_margin(config)
         self.input_norm = ImageNorm() if config.input_norm == "image" else nn.Identity()
         channels = [config.base_channels * 2**stage for stage in range(config.depth + 1)]
-        # The constructors draw from the global generator; `initialize_` then draws what is used from the seed.
+        # The constructors draw from the global generator; `initialize_` replaces the weights by those of the seed.
         with torch.random.fork_rng(devices=[]):
             self.encoder = nn.ModuleList(
                 [StackedConvolution(config, in_channels, channels[0])]
@@ -47,13 +48,12 @@ class UNet(nn.Module):
             self.head = nn.Conv2d(channels[0], 1, kernel_size=1)
         initialize_(self, config.init, seed=seed)
 
-    def forward(self, images: Tensor, *, interpolate: bool = True) -> Tensor:
-        """Logits (B, 1, H, W); without `interpolate` those that the network computed, smaller than H x W for `valid`.
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits (B, 1, H, W), or those of the centre (B, 1, h, w) if the network has a margin.
 
-        So are they where the network is not made to stretch them.
         The report interpolates the last feature maps and then applies the 1x1 convolution. Both are linear and the
-        interpolation's weights add up to 1, so that they commute: here the one map of logits is interpolated, which
-        is the same function and saves base_channels - 1 maps of H x W.
+        weights of the interpolation add up to 1, so they commute. Here the single map of logits is interpolated,
+        which is the same function and saves base_channels - 1 maps of H x W.
         """
         skips = []
         x = self.input_norm(images)
@@ -65,13 +65,13 @@ class UNet(nn.Module):
             x = part(x, skips.pop())
         logits: Tensor = self.head(x)
         size = images.shape[-2:]
-        if interpolate and not self.margin and logits.shape[-2:] != size:
-            logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-        return logits
+        if self.margin or logits.shape[-2:] == size:
+            return logits
+        return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
 
 
 class StackedConvolution(nn.Sequential):
-    """`stacking` times convolution, normalisation, ReLU: (B, in_channels, H, W) to (B, out_channels, H', W')."""
+    """Sequence of `stacking` convolution blocks: (B, in_channels, H, W) to (B, out_channels, H', W')."""
 
     def __init__(self, config: UNetConfig, in_channels: int, out_channels: int) -> None:
         blocks = [ConvolutionBlock(config, in_channels, out_channels)]
@@ -89,13 +89,13 @@ class ConvolutionBlock(nn.Module):
             out_channels,
             config.kernel_size,
             padding=config.kernel_size // 2 if config.padding == "same" else 0,
-            # These two subtract each channel's mean, and any bias with it.
+            # Batch and instance normalisation subtract the mean of each channel, and with it any bias.
             bias=config.norm not in ("batch", "instance"),
         )
         self.norm = make_norm(config, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        # In place: neither the convolution nor the normalisation needs its own output for its gradient.
+        # In place, since neither the convolution nor the normalisation needs its output for its gradient.
         return F.relu_(self.norm(self.conv(x)))
 
 
@@ -112,7 +112,7 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Double the resolution by a transposed convolution, join the skip of that grid, then a stacked convolution."""
+    """Double the resolution by a transposed convolution, concatenate the skip, then a stacked convolution."""
 
     def __init__(self, config: UNetConfig, in_channels: int, out_channels: int, *, offset: int) -> None:
         super().__init__()
@@ -130,16 +130,16 @@ class Up(nn.Module):
 
 
 class UpSampling(nn.ConvTranspose2d):
-    """A transposed convolution of kernel 2 and stride 2, as a matrix product: (B, C, H, W) to (B, C', 2H, 2W).
+    """Transposed convolution of kernel 2 and stride 2 as a matrix product: (B, C, H, W) to (B, C', 2H, 2W).
 
-    None of its taps meet in an output pixel, so each input pixel is multiplied by one matrix (C, 2 * 2 * C') and the
-    result laid out anew. On the CPU in bf16 that takes about half the time of the transposed convolution's kernels.
+    The taps of two input pixels never overlap. Each input pixel is therefore multiplied by one matrix (C, 2 * 2 * C')
+    and the result is rearranged. On the CPU in bf16 this takes about half the time of torch's transposed convolution.
     """
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         assert self.bias is not None
         batch, channels, height, width = x.shape
-        # In channels_last neither of these two copies anything.
+        # In channels_last neither of these two lines copies the maps.
         taps = self.weight.permute(0, 2, 3, 1).reshape(channels, -1)
         x = F.linear(x.permute(0, 2, 3, 1), taps.t(), self.bias.repeat(4))
         x = x.view(batch, height, width, 2, 2, self.out_channels).transpose(2, 3)

@@ -6,7 +6,7 @@ import html
 from pathlib import Path
 
 from hpsearch.config import StudyConfig
-from hpsearch.models.shapes import n_parameters
+from hpsearch.models.costs import n_parameters
 from hpsearch.report import final_text, tables, templating, text
 from hpsearch.report.finals import FinalRow
 from hpsearch.report.rows import StudyRows, study_rows

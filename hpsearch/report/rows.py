@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from hpsearch.config import StudyConfig, get_setting
-from hpsearch.models.shapes import n_parameters, why_impossible
+from hpsearch.models.costs import n_parameters, why_impossible
 from hpsearch.report.estimates import Estimates
 from hpsearch.report.finals import FinalRow, final_rows
 from hpsearch.search import constant_predictions as constant

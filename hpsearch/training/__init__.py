@@ -1,1 +1,1 @@
-"""One fit: losses, metrics, schedule, checkpoints and the loop. Knows nothing of folds or studies."""
+"""One fit: losses, metrics, schedule, checkpoints and the training loop. Independent of folds and studies."""

@@ -1,4 +1,4 @@
-"""Checkpoints and weights: written whole, read without ever running code that a file brings along."""
+"""Checkpoint and weights files: written atomically, read without running code that a file may contain."""
 
 from __future__ import annotations
 
@@ -18,35 +18,36 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hpsearch import paths
 from hpsearch.config.model import UNetConfig
 from hpsearch.data.cache import Normalization
 from hpsearch.data.reading import READING_0_1, Reading
 from hpsearch.errors import CheckpointError, ConfigError
-from hpsearch.models.unet import UNet
+from hpsearch.models.costs import output_margin
+from hpsearch.models.network import build_network
 from hpsearch.paths import FitPaths
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-"""Version of what a checkpoint holds; one of another version is passed over."""
+"""Version of the content of a checkpoint; checkpoints of another version are skipped."""
 WEIGHTS_FORMAT = 1
 _MAGIC = b"hpsearch checkpoint\n"
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Write `state` (tensors and plain types) to `path`, whole or not at all.
+    """Write `state` (tensors and plain types) to `path` atomically.
 
-    The file is a magic line, the SHA-256 of all that follows, and torch's own format.
+    The file is a magic line, the SHA-256 of all that follows, and the state in torch's format.
     """
     with paths.atomic_write(path) as temporary:
         temporary.write_bytes(_encode(state))
 
 
 def save_latest(fit: FitPaths, state: Mapping[str, Any]) -> None:
-    """Write `state` to `last.pt`; what was there becomes `previous.pt` once the new file is proven readable."""
+    """Write `state` to `last.pt`; the file that was there becomes `previous.pt` once the new one is readable."""
     content = _encode(state)
     with paths.atomic_write(fit.last) as temporary:
         temporary.write_bytes(content)
@@ -57,10 +58,10 @@ def save_latest(fit: FitPaths, state: Mapping[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """What `save_checkpoint` wrote, on the CPU.
+    """Return the state that `save_checkpoint` wrote, on the CPU.
 
-    Raises CheckpointError if the file is torn, of another version, foreign, or holds anything but tensors and plain
-    types: such a pickle could run code, and is refused before it can.
+    Raises CheckpointError if the file is torn, of another version, from another program, or holds anything but
+    tensors and plain types. Such a pickle could run code and is refused before it can.
     """
     try:
         content = path.read_bytes()
@@ -82,12 +83,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def load_latest(fit: FitPaths, digest: str | None = None) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
-    """The newest good checkpoint of a fit, None if there is none, and one line for each that was passed over.
+def load_latest(fit: FitPaths, digest: str | None = None) -> dict[str, Any] | None:
+    """Return the newest good checkpoint of a fit, or None; a warning names each one that is skipped.
 
-    One whose `digest` is not the one given is passed over too; CheckpointError if there is no other.
+    A checkpoint with another `digest` is skipped too; CheckpointError if there is no other.
     """
-    passed_over: list[str] = []
     is_foreign = False
     for path in (fit.last, fit.previous):
         if not path.exists():
@@ -95,69 +95,85 @@ def load_latest(fit: FitPaths, digest: str | None = None) -> tuple[dict[str, Any
         try:
             state = load_checkpoint(path)
             if digest in (None, state.get("digest")):
-                return state, tuple(passed_over)
+                return state
             is_foreign = True
-            raise CheckpointError(f"{path} is of another configuration, other images or another seed")
+            raise CheckpointError(f"{path} belongs to another configuration, other images or another seed")
         except CheckpointError as error:
-            logger.warning("%s; it is passed over", error)
-            passed_over.append(str(error))
+            logger.warning("%s; skipped", error)
     if is_foreign:
         raise CheckpointError(
             f"{fit.root} holds a checkpoint of another configuration, other images or another seed; "
-            "remove that folder to begin this fit anew"
+            "remove that folder to start this fit from the beginning"
         )
-    return None, tuple(passed_over)
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsInfo:
-    """All that is needed to use a weights file, kept inside it as JSON."""
+    """All that is needed to use a weights file, stored inside it as JSON."""
 
     model: UNetConfig
     in_channels: int
     """3 for RGB, 1 for grayscale."""
     normalization: Normalization
     size: tuple[int, int]
-    """Height and width of the images that the network was trained on."""
+    """Height and width of the images in training."""
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Whatever else the writer wants to keep; plain types."""
+    """Further plain types that the writer adds."""
 
     @property
     def sees_windows(self) -> bool:
-        """Whether it was trained on windows of images: its output is then not stretched to the window's size."""
+        """Whether the network was trained on windows of images; its output is then not stretched to their size."""
         return self.extra.get("match") == "crop" or "frame" in self.extra
 
     @property
     def reading(self) -> Reading:
-        """How the files of the images that it was trained on became pixels."""
+        """How the image files were decoded in training."""
         return Reading.from_table(self.extra["reading"]) if "reading" in self.extra else READING_0_1
 
+    def to_table(self) -> dict[str, Any]:
+        """Return plain types, from which `from_table` makes an equal description."""
+        return {
+            "model": self.model.to_dict(),
+            "in_channels": self.in_channels,
+            "normalization": {"mean": list(self.normalization.mean), "std": list(self.normalization.std)},
+            "size": list(self.size),
+            "extra": dict(self.extra),
+        }
 
-def save_weights(path: Path, model: UNet, info: WeightsInfo) -> None:
+    @classmethod
+    def from_table(cls, table: Mapping[str, Any]) -> WeightsInfo:
+        """Return the description in a table; KeyError, TypeError, ValueError or ConfigError if it is invalid."""
+        height, width = table["size"]
+        mean, std = (tuple(table["normalization"][name]) for name in ("mean", "std"))
+        return cls(
+            model=UNetConfig(**table["model"]),
+            in_channels=int(table["in_channels"]),
+            normalization=Normalization(mean=mean, std=std),
+            size=(int(height), int(width)),
+            extra=table["extra"],
+        )
+
+
+def save_weights(path: Path, model: nn.Module, info: WeightsInfo) -> None:
     """Write a network as safetensors; the same network and info give the same bytes."""
-    # Here, not above: a fit that keeps no weights needs torch alone.
+    # Imported here because a fit that saves no weights needs torch only.
     import safetensors.torch
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    table = {
-        "format": WEIGHTS_FORMAT,
-        "model": dataclasses.asdict(info.model),
-        "in_channels": info.in_channels,
-        "normalization": {"mean": list(info.normalization.mean), "std": list(info.normalization.std)},
-        "size": list(info.size),
-        "extra": dict(info.extra),
-    }
+    table = {"format": WEIGHTS_FORMAT, **info.to_table()}
     table["sha256"] = _checksum(table, tensors)
-    # One key: safetensors writes several in an order that differs from process to process.
+    # One key, because safetensors writes several keys in an order that differs between processes.
     content = safetensors.torch.save(tensors, {"hpsearch": json.dumps(table, sort_keys=True)})
     with paths.atomic_write(path) as temporary:
         temporary.write_bytes(content)
 
 
-def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[UNet, WeightsInfo]:
-    """The network in a file of `save_weights`, in evaluation mode on `device`.
+def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, WeightsInfo]:
+    """Return the network in a file of `save_weights`, in evaluation mode on `device`, and its description.
 
-    Raises CheckpointError if the file is missing, torn, foreign (a pickle is refused unread) or contradicts itself.
+    Raises CheckpointError if the file is missing, torn, from another program (a pickle is not opened) or if weights
+    and description contradict each other.
     """
     import safetensors
 
@@ -170,33 +186,38 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[UNet, 
     except safetensors.SafetensorError as error:
         with path.open("rb") as raw:
             start = raw.read(64)
-        raise CheckpointError(f"{path} is not a whole safetensors file{_what_it_is(start)}") from error
+        raise CheckpointError(f"{path} is not a complete safetensors file{_what_it_is(start)}") from error
     if text is None:
-        raise CheckpointError(f"{path} holds weights, but not those of hpsearch: they do not say of which network")
+        raise CheckpointError(
+            f"{path} holds weights without the description that hpsearch stores in its weights files"
+        )
     try:
         table = json.loads(text)
-        # The text as well: two texts can be read as one table.
+        # The text is compared as well, because different texts may parse to the same table.
         as_written = json.dumps(table, sort_keys=True) == text
         if table.pop("sha256", None) != _checksum(table, tensors) or not as_written:
             raise CheckpointError(f"{path} was changed since it was written: its checksum is wrong")
-        info = _parse_info(table)
+        if table["format"] != WEIGHTS_FORMAT:
+            raise ValueError(f"format {table['format']}, this version of hpsearch reads {WEIGHTS_FORMAT}")
+        info = WeightsInfo.from_table(table)
     except (KeyError, TypeError, ValueError, ConfigError) as error:
-        raise CheckpointError(f"{path} says wrong things about its network: {error}") from error
-    model = UNet(info.model, info.in_channels, stretch=not info.sees_windows)
+        raise CheckpointError(f"{path} has an invalid description of its network: {error}") from error
+    margin = output_margin(info.model) if info.sees_windows else 0
+    model = build_network(info.model, info.in_channels, margin=margin)
     load_state_(model, tensors, path)
     return model.to(device).eval(), info
 
 
-def load_state_(model: UNet, tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Fill `model` with `tensors`; CheckpointError if they are those of another network."""
+def load_state_(model: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Load `tensors` into `model`; CheckpointError, naming the file `source`, if they belong to another network."""
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise CheckpointError(f"{source} holds the weights of another network than its configuration says") from error
+        raise CheckpointError(f"{source} holds weights that do not fit the network it describes") from error
 
 
 def save_array(path: Path, array: npt.NDArray[Any]) -> None:
-    """Write one array as .npy, whole or not at all. Behind it, where NumPy does not look, comes its SHA-256."""
+    """Write one array as .npy atomically, followed by its SHA-256, which NumPy ignores."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     content = buffer.getvalue()
@@ -212,26 +233,11 @@ def _encode(state: Mapping[str, Any]) -> bytes:
 
 
 def _checksum(table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of what a weights file says, and of its tensors by name, in hexadecimal."""
+    """Return the SHA-256 of a weights file's description and tensors, in hexadecimal."""
     hashed = hashlib.sha256(json.dumps(table, sort_keys=True).encode())
     for name in sorted(tensors):
         hashed.update(name.encode() + tensors[name].flatten().view(torch.uint8).numpy().tobytes())
     return hashed.hexdigest()
-
-
-def _parse_info(table: Any) -> WeightsInfo:
-    if table["format"] != WEIGHTS_FORMAT:
-        raise ValueError(f"format {table['format']}, this version of hpsearch reads {WEIGHTS_FORMAT}")
-    height, width = table["size"]
-    return WeightsInfo(
-        model=UNetConfig(**table["model"]),
-        in_channels=int(table["in_channels"]),
-        normalization=Normalization(
-            mean=tuple(table["normalization"]["mean"]), std=tuple(table["normalization"]["std"])
-        ),
-        size=(int(height), int(width)),
-        extra=table["extra"],
-    )
 
 
 def _what_it_is(content: bytes) -> str:

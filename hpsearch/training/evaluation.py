@@ -1,4 +1,4 @@
-"""Evaluation of a network: its logits on cached images, and the pixel counts of each; sizes of batches for it."""
+"""Evaluation of a network: its logits on cached images, their pixel counts, and batch sizes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hpsearch.data.batches import DeviceData, eval_batches
 from hpsearch.data.cache import Normalization
-from hpsearch.models.unet import UNet
+from hpsearch.models.network import margin_of
 from hpsearch.training.losses import Loss
 from hpsearch.training.metrics import count_pixels
 from hpsearch.training.runtime import Runtime
@@ -24,12 +24,12 @@ Forward = Callable[[Tensor], Tensor]
 
 
 class Evaluation(NamedTuple):
-    """What a network does on some images."""
+    """Result of a network on some images."""
 
     counts: npt.NDArray[np.int64]
     """tp, fp, fn, tn of every image, (n, 4)."""
     loss: float
-    """Mean over images; NaN where no loss was asked for."""
+    """Mean over images; NaN without a loss function."""
 
 
 def evaluate(
@@ -45,8 +45,8 @@ def evaluate(
 ) -> Evaluation:
     """Compare the predictions for `indices`, in that order, with the masks that `data` serves, at their size.
 
-    `model` is in evaluation mode, as its caller sets it. Nothing depends on `batch_size`, rounding aside. The device
-    is waited for once, at the end.
+    The caller sets `model` to evaluation mode. The result does not depend on `batch_size`, apart from rounding. The
+    CPU waits for the device once, at the end.
     """
     losses: list[Tensor] = []
     counts: list[Tensor] = []
@@ -70,12 +70,12 @@ def predict_logits(
     runtime: Runtime,
     batch_size: int = 16,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits (B, 1, H, W) float32 and masks (B, 1, H, W) uint8 of `indices` in order, at the masks' size.
+    """Yield logits (B, 1, H, W) float32 and masks (B, 1, H, W) uint8 of `indices` in order, at the size of the masks.
 
-    `model` is in evaluation mode, as its caller sets it. Of one that says nothing about the border of an image, the
-    masks are without it.
+    The caller sets `model` to evaluation mode. If the model has a margin, the masks are cut to the part that the
+    logits cover.
     """
-    margin = model.margin if isinstance(model, UNet) else 0
+    margin = margin_of(model)
     for batch in eval_batches(data, indices, batch_size=batch_size, normalization=normalization, size=size):
         with torch.inference_mode():
             with runtime.autocast():
@@ -87,7 +87,7 @@ def predict_logits(
 
 
 def covered(masks: Tensor, logits: Tensor, margin: int) -> Tensor:
-    """The part of `masks` (B, 1, H, W) that `logits` (B, 1, h, w) of a network with that margin are about."""
+    """Return the part of `masks` (B, 1, H, W) that `logits` (B, 1, h, w) of a network with this margin cover."""
     if not margin:
         return masks
     height, width = logits.shape[-2:]
@@ -95,17 +95,17 @@ def covered(masks: Tensor, logits: Tensor, margin: int) -> Tensor:
 
 
 def resize_logits(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Logits (B, 1, H, W) at `size`: bilinear, averaging where it shrinks; untouched if they have that size."""
+    """Resize logits (B, 1, H, W) to `size` by antialiased bilinear interpolation; no copy if they have that size."""
     if logits.shape[-2:] == size:
         return logits
     return F.interpolate(logits, size=size, mode="bilinear", align_corners=False, antialias=True)
 
 
 def eval_batch_size(batch_size: int, size: tuple[int, int], device: torch.device) -> int:
-    """Images at once in evaluation.
+    """Return the number of images per batch in evaluation.
 
-    A GPU takes four training batches, since no activations are kept, and of small images as many as make a million
-    pixels. A processor takes what keeps a stage's maps near its caches: at 64x64, 32 images are 10 % faster than 16.
+    On a GPU it is four training batches, since no activations are saved, or as many small images as have a million
+    pixels. On a CPU it is what keeps feature maps near the caches: at 64x64, 32 images are 10 % faster than 16.
     """
     n_pixels = size[0] * size[1]
     if device.type == "cuda":
@@ -114,14 +114,14 @@ def eval_batch_size(batch_size: int, size: tuple[int, int], device: torch.device
 
 
 def count(logits: Tensor, masks: Tensor) -> Tensor:
-    """tp, fp, fn, tn of each image, (B, 4) int64 on the device; lesion is where the probability is above a half."""
+    """Return tp, fp, fn, tn of each image, (B, 4) int64 on the device; probabilities above 0.5 are lesion."""
     return torch.stack(count_pixels(logits > 0, masks), dim=1)
 
 
 def fetch(counts: list[Tensor], losses: list[Tensor]) -> tuple[npt.NDArray[np.int64], float]:
-    """All counts (n, 4) and the sum of the losses, NaN without any: here the processor waits for the device."""
+    """Return all counts (n, 4) and the sum of the losses, NaN if there are none. The CPU waits for the device."""
     table: npt.NDArray[np.int64] = torch.cat(counts).cpu().numpy()
     if not losses:
         return table, math.nan
-    # Summed on the CPU, where there is float64 whatever the device.
+    # Summed on the CPU, which has float64 with every device.
     return table, float(torch.stack(losses).cpu().double().sum())

@@ -1,4 +1,4 @@
-"""What stays of a fit that is done: its weights, scores, counts and examples, and fit.json last."""
+"""The files of a finished fit: weights, scores, counts, examples, and fit.json last."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from hpsearch.paths import FitPaths
 from hpsearch.training import runtime as devices
 from hpsearch.training.checkpoint import WeightsInfo, save_array, save_weights
 from hpsearch.training.evaluation import Forward, Indices, predict_logits
-from hpsearch.training.loop import FitResult, microbatches_are_exact
+from hpsearch.training.loop import FitResult
 from hpsearch.training.runtime import Runtime
+from hpsearch.training.task import microbatches_are_exact
 
 
 def finish_fit(
@@ -32,15 +33,15 @@ def finish_fit(
     extra: dict[str, Any] | None = None,
     micro_batch: int | None = None,
 ) -> dict[str, Any]:
-    """Write what stays of a fit, fit.json last, and remove its checkpoints; give what fit.json holds.
+    """Write the files of a finished fit, fit.json last, remove its checkpoints, and return the content of fit.json.
 
-    weights.safetensors, scores.npy, counts.npy and examples.npz hold nothing of time or process: killed at any point,
-    doing it again from last.pt writes the same bytes. `extra` goes into the weights' own description; fit.json keeps
-    `micro_batch` where it changed the result.
+    weights.safetensors, scores.npy, counts.npy and examples.npz do not depend on time or process. If the process
+    dies at any point, a repetition from last.pt writes the same bytes. `extra` is stored in the weights file.
+    fit.json holds `micro_batch` if it changed the result.
     """
     model = result.model
     info = WeightsInfo(
-        model=model.config,
+        model=result.model_config,
         in_channels=data.n_channels,
         normalization=normalization,
         size=size,
@@ -60,14 +61,25 @@ def finish_fit(
             size=size,
             runtime=runtime,
         )
+    summary = _summary(result, paths, runtime, len(held_out_indices), micro_batch)
+    files.write_json(paths.fit, summary)
+    for path in (paths.last, paths.previous):
+        path.unlink(missing_ok=True)
+    return summary
+
+
+def _summary(
+    result: FitResult, paths: FitPaths, runtime: Runtime, n_held_out: int, micro_batch: int | None
+) -> dict[str, Any]:
+    """Return the content of fit.json."""
     rows = result.rows
     train_s, eval_s = sum(row.train_s for row in rows), sum(row.eval_s for row in rows)
-    summary = {
+    return {
         "format": 1,
         "epochs": len(rows),
-        "value": float(np.mean(result.scores[-1], dtype=np.float64)) if len(held_out_indices) > 0 else None,
-        "n_held_out": len(held_out_indices),
-        "micro_batch": None if microbatches_are_exact(model.config) else micro_batch,
+        "value": float(np.mean(result.scores[-1], dtype=np.float64)) if n_held_out else None,
+        "n_held_out": n_held_out,
+        "micro_batch": None if microbatches_are_exact(result.model_config) else micro_batch,
         "seconds": train_s + eval_s,
         "train_s": train_s,
         "eval_s": eval_s,
@@ -77,10 +89,6 @@ def finish_fit(
         "weights_sha256": files.sha256_file(paths.weights),
         "runtime": devices.describe(runtime),
     }
-    files.write_json(paths.fit, summary)
-    for path in (paths.last, paths.previous):
-        path.unlink(missing_ok=True)
-    return summary
 
 
 def save_examples(
@@ -95,14 +103,14 @@ def save_examples(
     runtime: Runtime,
     n_each: int = 2,
 ) -> None:
-    """Keep what `model` makes of the `n_each` worst, median and best images by `scores` (n,), in this order.
+    """Save the predictions for the `n_each` worst, median and best images by `scores` (n,), in this order.
 
-    The .npz has `indices` (m,) int64 in `data`, `scores` (m,) and `probabilities` (m, H, W) uint8, 255 for certainly
-    lesion.
+    The .npz file has `indices` (m,) int64 into `data`, `scores` (m,) and `probabilities` (m, H, W) uint8, where 255
+    is probability 1.
     """
     order = np.argsort(scores, kind="stable")
     middle = max(0, (len(order) - n_each + 1) // 2)
-    # Fewer images than that are kept once each.
+    # With fewer images each is saved once.
     ranks = np.unique([*range(n_each), *range(middle, middle + n_each), *range(len(order) - n_each, len(order))])
     chosen = order[ranks[(ranks >= 0) & (ranks < len(order))]]
     with runtime.active():

@@ -1,6 +1,6 @@
-"""Scores of an image as pure functions of four pixel counts, for NumPy arrays and torch tensors alike.
+"""Scores of an image as pure functions of four pixel counts, for NumPy arrays and torch tensors.
 
-Imports no torch: the report and the coordinator read counts that a worker made.
+Imports no torch: the report and the coordinator score the counts of a worker.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ A = TypeVar("A", "np.ndarray[Any, Any]", "Tensor")
 
 
 class PixelCounts(NamedTuple, Generic[A]):
-    """Pixels of each image by truth and prediction, each (B,) int64: lesion is positive."""
+    """Pixel counts of each image by mask and prediction, each (B,) int64; lesion is positive."""
 
     tp: A
     fp: A
@@ -27,7 +27,7 @@ class PixelCounts(NamedTuple, Generic[A]):
 
     @classmethod
     def from_columns(cls, counts: A) -> PixelCounts[A]:
-        """The counts in an (..., 4) array with columns tp, fp, fn, tn."""
+        """Return the counts of an (..., 4) array with columns tp, fp, fn, tn."""
         return cls(counts[..., 0], counts[..., 1], counts[..., 2], counts[..., 3])
 
 
@@ -38,44 +38,44 @@ def count_pixels(preds: A, masks: A) -> PixelCounts[A]:
     """
     pred = preds.reshape(preds.shape[0], -1) > 0
     mask = masks.reshape(masks.shape[0], -1) > 0
-    # A boolean sum is int64 in NumPy and in torch. Three sums give all four counts.
+    # The sum of booleans is int64 in NumPy and in torch.
     n_both, n_pred, n_mask = (pred & mask).sum(1), pred.sum(1), mask.sum(1)
     return PixelCounts(n_both, n_pred - n_both, n_mask - n_both, mask.shape[1] - n_pred - n_mask + n_both)
 
 
 def dice(counts: PixelCounts[A]) -> A:
-    """2 tp / (2 tp + fp + fn) of each image, (B,); 1 where mask and prediction are both empty."""
+    """Return 2 tp / (2 tp + fp + fn) of each image, (B,); 1 where mask and prediction are both empty."""
     return _ratio(2 * counts.tp, 2 * counts.tp + counts.fp + counts.fn)
 
 
 def jaccard(counts: PixelCounts[A]) -> A:
-    """Intersection over union of each image, (B,); 1 where mask and prediction are both empty."""
+    """Return the intersection over union of each image, (B,); 1 where mask and prediction are both empty."""
     return _ratio(counts.tp, counts.tp + counts.fp + counts.fn)
 
 
 def accuracy(counts: PixelCounts[A]) -> A:
-    """Share of pixels that are right, (B,). It misleads on small lesions: predicting nothing scores high."""
+    """Return the share of correct pixels, (B,). For small lesions even an empty prediction scores high."""
     return _ratio(counts.tp + counts.tn, counts.tp + counts.fp + counts.fn + counts.tn)
 
 
 def sensitivity(counts: PixelCounts[A]) -> A:
-    """Share of the lesion that was found, (B,); 1 where the mask is empty."""
+    """Return the share of lesion pixels that are predicted as lesion, (B,); 1 where the mask is empty."""
     return _ratio(counts.tp, counts.tp + counts.fn)
 
 
 def specificity(counts: PixelCounts[A]) -> A:
-    """Share of the background that was left alone, (B,); 1 where the mask is full."""
+    """Return the share of background pixels that are predicted as background, (B,); 1 where the mask is full."""
     return _ratio(counts.tn, counts.tn + counts.fp)
 
 
 SCORES: Mapping[str, Callable[[PixelCounts[Any]], Any]] = MappingProxyType(
     {f.__name__: f for f in (dice, jaccard, accuracy, sensitivity, specificity)}
 )
-"""Every score by its name."""
+"""All scores by name."""
 
 
 def _ratio(part: A, whole: A) -> A:
-    # Every `part` is 0 where its `whole` is: there the ratio is (0 + 1) / (0 + 1).
+    # Where `whole` is 0, `part` is 0 too, and the ratio becomes (0 + 1) / (0 + 1).
     empty: A = whole == 0
     ratio: A = (part + empty) / (whole + empty)
     return ratio

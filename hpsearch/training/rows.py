@@ -11,7 +11,7 @@ from hpsearch.typed_json import from_json, to_json
 
 @dataclass(frozen=True)
 class Scores:
-    """Means over images: of the loss, and of three scores per image."""
+    """Means over images of the loss and of three scores."""
 
     loss: float
     dice: float
@@ -21,24 +21,24 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class EpochRow:
-    """One epoch."""
+    """Result of one epoch."""
 
     epoch: int
-    """From 1."""
+    """Counted from 1."""
     time: float
     """Unix time at its end, in seconds."""
     train: Scores
-    """Over the augmented batches as they were trained on."""
+    """Over the augmented training batches."""
     held_out: Scores | None
-    """After the epoch, at the evaluation size; None where nothing is held out."""
+    """After the epoch, at the evaluation size; None without held-out images."""
     lr: float
-    """Learning rate of the epoch's last step."""
+    """Learning rate of the last step of the epoch."""
     train_s: float
     eval_s: float
     images_per_s: float
-    """Training images a second, evaluation not counted."""
+    """Training images per second, without evaluation."""
     peak_bytes: int
-    """Most memory in use so far: allocated on a GPU, resident in the process on a CPU."""
+    """Peak memory of the epoch: allocated on a GPU, resident in the process on a CPU."""
 
     @property
     def seconds(self) -> float:

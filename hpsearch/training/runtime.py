@@ -1,4 +1,4 @@
-"""The device that trains, the precision it computes in, threads, seeds and memory."""
+"""Device, precision, threads, seeds and memory of a fit."""
 
 from __future__ import annotations
 
@@ -34,31 +34,31 @@ _LINUX_CLEAR_REFS = Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """How a fit computes. Part of a study's execution plan: each field changes floating-point bytes, or may."""
+    """How a fit computes. Part of the execution plan of a study: each field may change floating-point results."""
 
     device: torch.device
     precision: Precision
-    """What autocast computes in; weights, losses and optimizer stay in float32."""
+    """Precision of autocast; weights, losses and optimizer stay in float32."""
     compile: CompileChoice
-    """torch.compile; `auto` leaves it to the fit, which knows its length."""
+    """Whether to use torch.compile; with `auto` the fit decides by its length."""
     threads: int
-    """CPU threads inside one operation."""
+    """CPU threads of one operation."""
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """The context in which forward passes run."""
+        """Return the context for forward passes."""
         if self.precision == "float32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=_DTYPES[self.precision])
 
     def make_scaler(self) -> torch.amp.GradScaler:
-        """Loss scaling, which fp16 needs because its gradients underflow; without effect otherwise."""
+        """Return a loss scaler, which fp16 needs because its gradients underflow; otherwise it has no effect."""
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Set what torch keeps process-wide (threads, TF32, cuDNN's search for the best kernel); restore it after.
+        """Set torch's process-wide options (threads, TF32, cuDNN benchmark) for the block, and restore them after.
 
-        Of the C library it is asked to keep freed memory, for as long as the process lives (`keep_freed_memory`).
+        On other devices than CUDA it also calls `keep_freed_memory`, which holds until the process ends.
         """
         threads = torch.get_num_threads()
         matmul = torch.get_float32_matmul_precision()
@@ -67,9 +67,9 @@ class Runtime:
         with contextlib.ExitStack() as stack:
             stack.callback(torch.set_num_threads, threads)
             if self.device.type == "cuda":
-                # What names no device, as pinned memory does, would otherwise take 0.5 GB of the first GPU.
+                # Without a current device, pinned memory would take 0.5 GB of the first GPU.
                 stack.enter_context(torch.cuda.device(self.device))
-                # Convolutions that stay in float32 use TF32 by torch's own default; matrix products only when told.
+                # By default torch uses TF32 for float32 convolutions, but not for matrix products.
                 torch.set_float32_matmul_precision("high")
                 stack.callback(torch.set_float32_matmul_precision, matmul)
                 torch.backends.cudnn.benchmark = True
@@ -79,7 +79,7 @@ class Runtime:
             yield
 
     def end_step(self) -> None:
-        """Let a device that records operations (XLA) run those of one training step; nothing elsewhere."""
+        """Run the recorded operations of a training step on XLA; no effect on other devices."""
         if self.device.type == "xla":
             _torch_xla().sync()
 
@@ -87,9 +87,9 @@ class Runtime:
 def make_runtime(
     device: str = "auto", *, amp: str = "auto", compile: CompileChoice = "auto", threads: int | None = None
 ) -> Runtime:
-    """Choose device and precision by name (`train.amp`, `train.compile`); threads default to the cores there are.
+    """Return the runtime for a device name and settings; `threads` defaults to the available cores.
 
-    Raises DeviceError, saying what is there, for a device or precision that is not.
+    Raises DeviceError, naming what is available, for a device or precision that is not.
     """
     chosen = choose_device(device)
     if threads is not None and threads < 1:
@@ -103,7 +103,10 @@ def make_runtime(
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """`auto` (CUDA, then MPS, then CPU), `cpu`, `cuda`, `cuda:1`, `mps` or `xla`. DeviceError if it is not there."""
+    """Return the device `auto` (CUDA, then MPS, then CPU), `cpu`, `cuda`, `cuda:1`, `mps` or `xla`.
+
+    Raises DeviceError, saying why, if it is not available.
+    """
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", 0)
@@ -120,62 +123,51 @@ def choose_device(name: str = "auto") -> torch.device:
     match = re.fullmatch(r"cuda(?::(\d+))?", name)
     if match is None:
         raise DeviceError(f"unknown device {name!r}: it is auto, cpu, cuda, cuda:N, mps or xla")
+    return _cuda_device(name, int(match[1] or 0))
+
+
+def _cuda_device(name: str, index: int) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if count == 0:
-        reason = (
-            "this torch was built without CUDA" if torch.version.cuda is None else "no GPU or no driver was found"
-        )
-        raise DeviceError(f"device {name} is not there: {reason}; use --device auto")
-    index = int(match[1] or 0)
-    if index >= count:
+    if index < count:
+        return torch.device("cuda", index)
+    if count:
         raise DeviceError(f"device {name} is not there: this machine has {count} GPU(s), cuda:0 to cuda:{count - 1}")
-    return torch.device("cuda", index)
+    reason = "this torch was built without CUDA" if torch.version.cuda is None else "no GPU or no driver was found"
+    raise DeviceError(f"device {name} is not there: {reason}; use --device auto")
 
 
 def choose_precision(device: torch.device, amp: str = "auto") -> Precision:
-    """What autocast computes in on `device` for `train.amp`. DeviceError for what the device cannot do.
+    """Return the precision of autocast on `device` for `train.amp`; DeviceError if the device does not support it.
 
-    `auto` is bf16 where the hardware multiplies it (CUDA from Ampere on, processors with AVX512-BF16, AMX or Arm's
-    BF16, TPUs), fp16 on Volta and Turing, float32 elsewhere: emulated bf16 is slower than float32.
+    `auto` is bf16 where the hardware supports it (CUDA from Ampere on, CPUs with AVX512-BF16, AMX or Arm's BF16,
+    TPUs), fp16 on Volta and Turing, and float32 elsewhere, because emulated bf16 is slower than float32.
     """
-    if amp == "off":
-        return "float32"
     kind = device.type
     major = torch.cuda.get_device_capability(device)[0] if kind == "cuda" else 0
     if amp == "auto":
         if kind == "cuda":
             return "bf16" if major >= 8 else "fp16" if major == 7 else "float32"
-        if kind == "cpu":
-            return "bf16" if cpu_computes_bf16() else "float32"
-        return "bf16" if kind == "xla" else "float32"
-    if amp == "bf16":
-        if kind == "cuda" and major < 8:
-            raise DeviceError(
-                f"{torch.cuda.get_device_name(device)} does not compute in bf16: use train.amp = 'fp16'"
-            )
-        return "bf16"
-    if amp == "fp16":
-        if kind != "cuda":
-            raise DeviceError(f"train.amp = 'fp16' is for CUDA devices, not {kind}: use 'auto'")
-        return "fp16"
-    raise DeviceError(f"unknown train.amp {amp!r}: it is auto, bf16, fp16 or off")
+        return "bf16" if kind == "xla" or (kind == "cpu" and cpu_computes_bf16()) else "float32"
+    if amp == "bf16" and kind == "cuda" and major < 8:
+        raise DeviceError(f"{torch.cuda.get_device_name(device)} does not support bf16: use train.amp = 'fp16'")
+    if amp == "fp16" and kind != "cuda":
+        raise DeviceError(f"train.amp = 'fp16' is for CUDA devices, not {kind}: use 'auto'")
+    found: dict[str, Precision] = {"off": "float32", "bf16": "bf16", "fp16": "fp16"}
+    if amp not in found:
+        raise DeviceError(f"unknown train.amp {amp!r}: it is auto, bf16, fp16 or off")
+    return found[amp]
 
 
 @functools.cache
 def cpu_computes_bf16() -> bool:
-    """Whether this processor multiplies bf16 itself."""
-    # torch's own checks have private names, differ between versions, and one of them means "can emulate".
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        # macOS: torch's kernels for Arm's BF16 are not built there.
-        return False
-    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    return flags is not None and not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags[1].split())
+    """Return whether this CPU has bf16 instructions; on macOS torch is built without kernels for them."""
+    # The checks in torch are private and differ between versions, and one of them also accepts emulation.
+    flags = _cpu_info("flags|Features").split()
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
 
 
 def describe(runtime: Runtime) -> dict[str, str]:
-    """What the record says of the machine: device, processor, versions."""
+    """Return device, processor and versions for the record."""
     device = runtime.device
     table = {
         "device": str(device),
@@ -199,38 +191,33 @@ def describe(runtime: Runtime) -> dict[str, str]:
 
 
 def processor_name() -> str:
-    """The processor as the system calls it."""
+    """Return the name of the CPU."""
+    return _cpu_info("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_info(key: str) -> str:
+    """Return the first value of a key of Linux's /proc/cpuinfo; empty if there is none."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return platform.processor() or platform.machine()
-    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return match[1].strip() if match else platform.machine()
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until `device` has done all it was given; for measuring time, not for correctness."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-    elif device.type == "xla":
-        _torch_xla().sync(wait=True)
+        return ""
+    match = re.search(rf"^(?:{key})\s*:(.*)$", text, re.MULTILINE)
+    return match[1].strip() if match else ""
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Begin to measure `peak_memory` anew, where the system lets us."""
+    """Reset `peak_memory`, where the system allows it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    # Linux: 5 resets the high-water mark of resident memory. Other systems, and containers that mask the file, keep
-    # the peak of the whole process.
+    # On Linux, 5 resets the peak of resident memory. Other systems, and containers that mask the file, keep the
+    # peak of the whole process.
     with contextlib.suppress(OSError):
         _LINUX_CLEAR_REFS.write_text("5")
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes in use since `reset_peak_memory`: allocated by torch on CUDA, resident in this process elsewhere."""
+    """Return the peak since `reset_peak_memory` in bytes: allocated by torch on CUDA, resident memory elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with contextlib.suppress(OSError):
@@ -244,13 +231,13 @@ def peak_memory(device: torch.device) -> int:
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back to the device what nothing refers to any more; takes a tenth of a second, as it looks for cycles."""
+    """Release all unreferenced memory, reference cycles included; takes a tenth of a second."""
     gc.collect()
     trim_memory(device)
 
 
 def trim_memory(device: torch.device) -> None:
-    """Give back to the device what the allocator keeps for later."""
+    """Return the memory that the allocator caches to the device."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "mps":
@@ -261,10 +248,10 @@ def trim_memory(device: torch.device) -> None:
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed instead of returning it to the system after each operation; elsewhere nothing.
+    """Make glibc keep freed memory instead of returning it to the system; no effect with other C libraries.
 
-    Returned memory comes back zeroed, page by page: a step of the UNet at 128x128 took 30000 page faults, a tenth of
-    its time. `trim_memory` still gives it all back.
+    Without it, each step of the UNet at 128x128 had 30000 page faults, which took a tenth of its time. `trim_memory`
+    still returns all of it.
     """
     if (libc := _glibc()) is not None:
         # From malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD.
@@ -273,62 +260,36 @@ def keep_freed_memory() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` is how torch, NumPy or Python say that memory ran out, on any device."""
+    """Return whether `error` is one by which torch, NumPy or Python report that memory ran out, on any device."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    # The CPU's allocator, MPS, and cuDNN or cuBLAS without room for a workspace raise a plain RuntimeError.
+    # The CPU allocator, MPS, and cuDNN or cuBLAS without memory for a workspace raise a plain RuntimeError.
     signs = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def set_seed(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's global generators, those of every device included."""
+    """Seed the global generators of Python, NumPy and torch, on all devices."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
-def rng_states(device: torch.device) -> dict[str, Any]:
-    """States of all global generators, in tensors and plain types."""
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    states: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached),
-        "torch": torch.get_rng_state(),
-    }
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    elif device.type == "mps":
-        states["mps"] = torch.mps.get_rng_state()
-    return states
-
-
-def restore_rng_states(states: dict[str, Any], device: torch.device) -> None:
-    """Set what `rng_states` gave; a device's own generator only if it was of the same kind."""
-    version, numbers, gauss = states["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    kind, keys, position, has_gauss, cached = states["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(states["torch"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
-    elif device.type == "mps" and "mps" in states:
-        torch.mps.set_rng_state(states["mps"])
-
-
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Run the block with all global generators seeded; the caller's go on afterwards as if nothing had been."""
-    before = rng_states(device)
-    set_seed(seed)
-    try:
-        yield
-    finally:
-        restore_rng_states(before, device)
+    """Seed all global generators for the block, and restore those of Python, NumPy, the CPU and CUDA afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        set_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 def why_no_compile(device: torch.device) -> str | None:
-    """What torch.compile lacks on `device`, None if it can work."""
+    """Return why torch.compile cannot work on `device`, or None if it can."""
     compilers = (
         [os.environ.get("CXX"), "g++", "clang++"] if device.type == "cpu" else [os.environ.get("CC"), "gcc", "cc"]
     )

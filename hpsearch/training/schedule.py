@@ -1,4 +1,4 @@
-"""The learning rate of every step, and the optimizer that takes it."""
+"""Optimizer and learning rate of every step."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from hpsearch.config.train import TrainConfig
 
 
 def lr_factor(config: TrainConfig, step: int, n_steps: int) -> float:
-    """What `config.lr` is multiplied by in step `step` (from 0) of `n_steps` of the whole fit.
+    """Return the factor of `config.lr` in step `step` (from 0) of the `n_steps` of the whole fit.
 
-    Cosine: half a period from 1 at step 0 towards 0 at step n_steps, which is never taken (Loshchilov and Hutter
-    2017, without restarts). A function of the step alone, so that there is no scheduler state to save.
+    Cosine: half a period from 1 at step 0 to 0 at step n_steps, which is never reached (Loshchilov and Hutter 2017,
+    without restarts). It depends on the step alone, so there is no scheduler state to save.
     """
     if config.schedule == "constant":
         return 1.0
@@ -23,7 +23,7 @@ def lr_factor(config: TrainConfig, step: int, n_steps: int) -> float:
 
 
 def set_lr_(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every parameter group the learning rate `lr`."""
+    """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
@@ -31,10 +31,10 @@ def set_lr_(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def make_optimizer(
     config: TrainConfig, parameters: Iterable[nn.Parameter], device: torch.device
 ) -> torch.optim.Optimizer:
-    """SGD with momentum, or AdamW with torch's betas, over `parameters` on `device`.
+    """Return SGD with momentum, or AdamW with torch's default betas, over `parameters` on `device`.
 
-    Fused where torch has it: one kernel for all parameters, and on CUDA it is also what lets the loss scaler skip a
-    step without asking the device.
+    It is fused where torch supports it: one kernel updates all parameters. On CUDA the loss scaler can then skip a
+    step without waiting for the device.
     """
     fused = device.type in ("cpu", "cuda")
     if config.optimizer == "adamw":

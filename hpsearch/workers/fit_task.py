@@ -10,7 +10,7 @@ import numpy as np
 
 from hpsearch.config import StudyConfig
 from hpsearch.errors import OutOfMemoryError
-from hpsearch.models.shapes import why_impossible
+from hpsearch.models.costs import why_impossible
 from hpsearch.paths import FitPaths
 from hpsearch.training.finish import finish_fit
 from hpsearch.training.loop import FitResult, OnEpoch, fit, microbatches_are_exact, part_sizes

@@ -17,8 +17,7 @@ from hpsearch.config import StudyConfig
 from hpsearch.config.data import DataConfig
 from hpsearch.config.search import Choice, Range
 from hpsearch.errors import ConfigError
-from hpsearch.models.memory import training_memory
-from hpsearch.models.shapes import n_parameters, training_flops, why_impossible
+from hpsearch.models.costs import n_parameters, training_flops, training_memory, why_impossible
 from hpsearch.typed_json import from_json, to_json
 from hpsearch.workers.jobs import MeasuredStep
 from hpsearch.workers.pool import WorkerSettings

@@ -237,7 +237,7 @@ def test_the_best_configuration_is_exported_as_one_that_runs_again(tmp_path: Pat
     assert path == study.record.paths.root / "trial-0001.toml"
     assert configs.load(path, ()) == best.study_config
     head = path.read_text(encoding="utf-8").partition("[")[0]
-    assert f"# Trial 1 of study fake: full, dice {best.value:.4f} out of fold." in head
+    assert f"# Trial 1 of study fake: complete, dice {best.value:.4f} out of fold." in head
     assert "hpsearch train --config trial-0001.toml --folds 2" in head
 
 

@@ -46,10 +46,10 @@ class Echo(nn.Module):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
+        self.margin = output_margin(config)
         self.seen: list[Tensor] = []
 
-    def forward(self, images: Tensor, *, interpolate: bool) -> Tensor:
-        assert self.config.padding == "same" or not interpolate
+    def forward(self, images: Tensor) -> Tensor:
         self.seen.append(images[0, 0].clone())
         margin = output_margin(self.config)
         height, width = output_size(self.config, images.shape[1], (images.shape[2], images.shape[3]))
@@ -144,16 +144,17 @@ def test_the_margin_is_where_a_valid_network_puts_its_output() -> None:
     # All weights 1 and a kernel of 3: the output's first pixel is what is centred on the margin.
     config = UNetConfig(base_channels=1, depth=2, stacking=1, padding="valid", norm="none", input_norm="none")
     network = UNet(config, 1).double().eval()
+    network.margin = output_margin(config)
     for parameter in network.parameters():
         nn.init.ones_(parameter) if parameter.dim() > 1 else nn.init.zeros_(parameter)
     images = torch.zeros(1, 1, 40, 40, dtype=torch.float64, requires_grad=True)
-    output = network(images + 1, interpolate=False)
+    output = network(images + 1)
     assert output.shape[-1] == output_size(config, 1, (40, 40))[0]
     # The skip of the first stage is the finest path: without the decoder below it sees only around the margin.
     margin = output_margin(config)
     with torch.no_grad():
         network.decoder[-1].up.weight.zero_()
-    (gradient,) = torch.autograd.grad(network(images + 1, interpolate=False)[0, 0, 0, 0], images)
+    (gradient,) = torch.autograd.grad(network(images + 1)[0, 0, 0, 0], images)
     rows = gradient[0, 0].abs().sum(1).nonzero().flatten()
     assert (int(rows.min()) + int(rows.max())) / 2 == margin
 

@@ -14,10 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hpsearch.config.model import UNetConfig
 from hpsearch.models.shapes import (
-    forward_flops,
     layers,
-    n_layers,
-    n_objects,
     n_parameters,
     norm_groups,
     skip_offset,
@@ -77,7 +74,7 @@ def test_flops_are_those_that_torch_counts(config: UNetConfig, in_channels: int,
     with FlopCounterMode(display=False) as backward:
         logits.sum().backward()
     n_forward, n_backward = forward.get_total_flops(), backward.get_total_flops()
-    assert 2 * forward_flops(config, in_channels, height, width) == n_forward
+    assert 2 * sum(layer.flops for layer in layers(config, in_channels, height, width)) == n_forward
     assert 2 * training_flops(config, in_channels, height, width) == n_forward + n_backward
 
 
@@ -108,11 +105,8 @@ def test_skips_are_cropped_as_in_the_paper() -> None:
     ]
 
 
-def test_the_report_counts_10_objects_and_27_layers_28_with_the_interpolation() -> None:
-    config = UNetConfig(padding="valid")
-    assert n_objects(config) == 10
-    assert n_layers(config, interpolation=False) == 27
-    assert n_layers(config) == 28 == len(layers(config, 3, 572, 572))
+def test_there_are_27_layers_and_the_interpolation_is_the_28th() -> None:
+    assert len(layers(UNetConfig(padding="valid"), 3, 572, 572)) == 28
     assert len(layers(UNetConfig(padding="same"), 3, 571, 333)) == 27
 
 
@@ -135,12 +129,12 @@ def test_what_is_possible_trains(config: UNetConfig, height: int, width: int, ba
 @pytest.mark.parametrize(
     ("config", "side", "batch_size", "words"),
     [
-        (UNetConfig(padding="valid"), 100, 2, "cannot take a 3x3 convolution without padding of a map of 1x1"),
+        (UNetConfig(padding="valid"), 100, 2, "cannot apply a 3x3 convolution without padding to a map of 1x1"),
         (
             UNetConfig(padding="valid"),
             4,
             2,
-            "encoder.0.1 cannot take a 3x3 convolution without padding of a map of 2x2",
+            "encoder.0.1 cannot apply a 3x3 convolution without padding to a map of 2x2",
         ),
         (
             UNetConfig(depth=5),
@@ -148,8 +142,8 @@ def test_what_is_possible_trains(config: UNetConfig, height: int, width: int, ba
             2,
             "encoder.5.pool cannot halve a map of 1x1 any further; images must be at least 17x17",
         ),
-        (UNetConfig(depth=4, norm="instance"), 16, 2, "encoder.4.stack.0 has a map of 1x1, of which instance"),
-        (UNetConfig(depth=4, norm="batch"), 16, 1, "of which batch normalisation cannot take a variance"),
+        (UNetConfig(depth=4, norm="instance"), 16, 2, "encoder.4.stack.0 has a map of 1x1, too small for instance"),
+        (UNetConfig(depth=4, norm="batch"), 16, 1, "too small for batch normalisation to compute a variance"),
     ],
 )
 def test_the_reason_names_layer_and_sizes(config: UNetConfig, side: int, batch_size: int, words: str) -> None:

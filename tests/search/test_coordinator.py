@@ -89,7 +89,7 @@ def test_the_log_has_a_line_for_every_event(finished: StudySummary) -> None:
     text = finished.record.paths.log.read_text()
     assert text.count("epoch 2:") == 6
     assert text.count(" began: ") == 3
-    assert text.count("ended: full") == 3
+    assert text.count("ended: complete") == 3
 
 
 def test_a_study_does_not_read_the_test_split(finished: StudySummary) -> None:

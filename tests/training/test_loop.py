@@ -20,11 +20,10 @@ from hpsearch.config.data import AugmentConfig
 from hpsearch.config.model import UNetConfig
 from hpsearch.config.train import TrainConfig
 from hpsearch.data.batches import eval_batches, train_batches
-from hpsearch.errors import CheckpointError, ConfigError, DeviceError, DivergedError, OutOfMemoryError
+from hpsearch.errors import CheckpointError, ConfigError, DivergedError, OutOfMemoryError
 from hpsearch.models.unet import UNet
 from hpsearch.paths import FitPaths
 from hpsearch.training import checkpoint, loop
-from hpsearch.training import runtime as devices
 from hpsearch.training.checkpoint import load_weights
 from hpsearch.training.evaluation import eval_batch_size, evaluate, predict_logits, resize_logits
 from hpsearch.training.finish import finish_fit
@@ -33,7 +32,6 @@ from hpsearch.training.loop import (
     FitResult,
     fit,
     microbatches_are_exact,
-    part_sizes,
 )
 from hpsearch.training.losses import loss_function
 from hpsearch.training.metrics import PixelCounts, dice, jaccard
@@ -271,7 +269,7 @@ def test_windows_are_scored_where_the_output_of_a_valid_network_lies():
 
 
 def test_an_evaluation_size_that_the_masks_do_not_have_is_a_fault():
-    with pytest.raises(ValueError, match="scores are wanted at"):
+    with pytest.raises(ValueError, match="but the masks have 256 pixels"):
         fit(**fit_arguments(eval_size=(32, 32)))
 
 
@@ -495,7 +493,7 @@ def test_killed_anywhere_in_any_epoch_a_fit_ends_with_the_same_bytes(
     if where.endswith("checkpoint"):
         monkeypatch.setattr(checkpoint, "save_latest", dying(checkpoint.save_latest))
     elif where == "scores":
-        monkeypatch.setattr(loop, "save_array", dying(loop.save_array))
+        monkeypatch.setattr(checkpoint, "save_array", dying(checkpoint.save_array))
     elif where == "line":
         monkeypatch.setattr(files, "append_line", dying(files.append_line))
     on_epoch = dying(lambda *_: "go") if where == "on_epoch" else None
@@ -505,8 +503,9 @@ def test_killed_anywhere_in_any_epoch_a_fit_ends_with_the_same_bytes(
 
     before = recorded(folder) if folder.epochs.exists() else []
     trained = []
-    train_epoch = loop._train_epoch
-    monkeypatch.setattr(loop, "_train_epoch", lambda *args: trained.append(args[-1]) or train_epoch(*args))
+    train_epoch = loop._Epochs._train_epoch
+    counting = lambda epochs, epoch: trained.append(epoch) or train_epoch(epochs, epoch)  # noqa: E731
+    monkeypatch.setattr(loop._Epochs, "_train_epoch", counting)
     result = fit(**fit_arguments(), paths=folder, keep_best=True)
     assert_equal(result, unkilled)
     first = epoch if where == "checkpoint" else epoch + 1
@@ -518,7 +517,7 @@ def test_killed_anywhere_in_any_epoch_a_fit_ends_with_the_same_bytes(
     assert folder.best.read_bytes() == best_of_unkilled
 
 
-def test_draws_from_the_global_generators_continue_after_a_resume(folder, monkeypatch):
+def test_draws_from_the_global_generators_are_the_same_after_a_resume(folder, monkeypatch):
     drawn = []
 
     def drawing(config):
@@ -531,6 +530,7 @@ def test_draws_from_the_global_generators_continue_after_a_resume(folder, monkey
     monkeypatch.setattr(loop, "loss_function", drawing)
     fit(**fit_arguments())
     expected = drawn.copy()
+    assert len(set(expected)) == len(expected), "no two epochs draw the same numbers"
     drawn.clear()
     fit(**fit_arguments(), paths=folder, on_epoch=lambda *_: "stop")
     fit(**fit_arguments(), paths=folder)
@@ -539,7 +539,7 @@ def test_draws_from_the_global_generators_continue_after_a_resume(folder, monkey
 
 def test_a_finished_fit_is_not_trained_again(folder, unkilled, monkeypatch):
     fit(**fit_arguments(), paths=folder)
-    monkeypatch.setattr(loop, "_train_epoch", lambda *_: pytest.fail("an epoch was trained"))
+    monkeypatch.setattr(loop._Epochs, "_train_epoch", lambda *_: pytest.fail("an epoch was trained"))
     result = fit(**fit_arguments(), paths=folder)
     assert_equal(result, unkilled)
     assert not result.model.training
@@ -667,67 +667,6 @@ def test_killed_by_sigkill_at_random_instants_a_fit_ends_with_the_same_bytes(fol
     assert sorted(path.name for path in folder.root.iterdir()) == names
 
 
-# --- torch.compile ------------------------------------------------------------------------------------------------
-
-
-def test_without_a_compiler_auto_goes_on_and_on_says_what_is_missing(monkeypatch):
-    monkeypatch.setattr(devices, "why_no_compile", lambda device: "no compiler here")
-    fit(**fit_arguments(runtime=dataclasses.replace(FLOAT32, compile="auto")))
-    with pytest.raises(DeviceError, match="no compiler here"):
-        fit(**fit_arguments(runtime=dataclasses.replace(FLOAT32, compile="on")))
-
-
-def test_a_compiled_fit_leaves_no_trace_of_its_trial_step(unkilled, monkeypatch):
-    monkeypatch.setattr(devices, "why_no_compile", lambda device: None)
-    calls = []
-    monkeypatch.setattr(torch, "compile", lambda model, **_: calls.append(model) or (lambda images: model(images)))
-    assert_equal(fit(**fit_arguments(runtime=dataclasses.replace(FLOAT32, compile="on"))), unkilled)
-    assert len(calls) == 1
-
-
-def test_a_compiler_that_fails_costs_auto_nothing_and_ends_on(unkilled, monkeypatch):
-    def failing(images):
-        raise RuntimeError("C++ compile error")
-
-    monkeypatch.setattr(devices, "why_no_compile", lambda device: None)
-    monkeypatch.setattr(torch, "compile", lambda model, **_: failing)
-    with pytest.raises(DeviceError, match=r"torch\.compile failed on cpu: C\+\+ compile error"):
-        fit(**fit_arguments(runtime=dataclasses.replace(FLOAT32, compile="on")))
-    monkeypatch.setattr(loop, "_is_compiled", lambda *_: True)
-    assert_equal(fit(**fit_arguments(runtime=dataclasses.replace(FLOAT32, compile="auto"))), unkilled)
-
-
-@pytest.mark.parametrize(
-    ("device", "size", "expected"), [("cpu", 572, False), ("cuda", 572, True), ("cuda", 64, False)]
-)
-def test_auto_compiles_long_fits_on_cuda_only(device, size, expected, monkeypatch):
-    monkeypatch.setattr(devices, "why_no_compile", lambda device: None)
-    arguments = fit_arguments(
-        model_config=UNetConfig(base_channels=64),
-        train=TrainConfig(epochs=100, batch_size=16),
-        train_indices=np.arange(2000),
-        size=(size, size),
-        eval_size=(size, size),
-        micro_batch=None,
-        stretch=True,
-    )
-    names = {part.name for part in dataclasses.fields(loop._Task)}
-    task = loop._Task(**{name: value for name, value in arguments.items() if name in names})
-    assert (
-        loop._is_compiled(task, dataclasses.replace(FLOAT32, device=torch.device(device), compile="auto")) == expected
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
-def test_a_compiled_fit_agrees_with_the_plain_one(unkilled):
-    if reason := devices.why_no_compile(torch.device("cpu")):
-        pytest.skip(reason)
-    result = fit(**fit_arguments(runtime=dataclasses.replace(FLOAT32, compile="on")))
-    for name, tensor in result.model.state_dict().items():
-        torch.testing.assert_close(tensor, unkilled.model.state_dict()[name], rtol=1e-3, atol=1e-4)
-
-
 # --- what can go wrong --------------------------------------------------------------------------------------------
 
 
@@ -798,7 +737,7 @@ def test_out_of_memory_is_an_error_of_its_own_and_everything_is_freed(error, mon
         def forward(self, images, **kwargs):
             raise error
 
-    monkeypatch.setattr(loop, "UNet", Network)
+    monkeypatch.setattr(loop, "build_network", lambda config, in_channels, **_: Network(config, in_channels))
     with pytest.raises(OutOfMemoryError, match="training on cpu ran out of memory") as caught:
         fit(**fit_arguments())
     assert caught.value.__cause__ is None
@@ -848,14 +787,6 @@ def test_micro_batches_give_another_result_with_batch_normalization(unkilled):
     assert not torch.allclose(parts.model.state_dict()[name], unkilled.model.state_dict()[name], rtol=1e-3)
 
 
-@pytest.mark.parametrize(("n_images", "micro_batch"), [(16, None), (16, 16), (16, 5), (5, 4), (7, 2), (3, 1), (2, 8)])
-def test_parts_of_a_batch_are_as_equal_as_can_be(n_images, micro_batch):
-    sizes = part_sizes(n_images, micro_batch)
-    assert sum(sizes) == n_images
-    assert max(sizes) <= (micro_batch or n_images)
-    assert max(sizes) - min(sizes) <= 1
-
-
 def test_a_part_of_one_image_is_not_normalised_by_a_single_pixel():
     model = UNetConfig(base_channels=2, depth=4, stacking=1)
     train = TrainConfig(epochs=1, batch_size=5, lr=0.05)
@@ -869,14 +800,3 @@ def test_a_network_that_one_image_cannot_train_is_refused_in_a_sentence(changes)
     model = UNetConfig(base_channels=2, depth=4, stacking=1)
     with pytest.raises(ConfigError, match=r"with 1 image at once: encoder\.4.* has a map of 1x1"):
         fit(**fit_arguments(model_config=model, **changes))
-
-
-def test_the_state_of_the_generators_is_in_the_checkpoint(folder):
-    fit(**fit_arguments(), paths=folder, on_epoch=lambda *_: "stop")
-    states = checkpoint.load_checkpoint(folder.last)["rng"]
-    assert set(states) == {"python", "numpy", "torch"}
-    with devices.seeded(0, torch.device("cpu")):
-        devices.restore_rng_states(states, torch.device("cpu"))
-        first = (torch.rand(2).tolist(), np.random.random(2).tolist())
-        devices.restore_rng_states(states, torch.device("cpu"))
-        assert first == (torch.rand(2).tolist(), np.random.random(2).tolist())

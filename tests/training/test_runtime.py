@@ -106,7 +106,7 @@ def test_the_processors_flags_tell_whether_it_computes_in_bf16(text, expected, m
 
 def test_a_precision_that_a_device_lacks_is_refused(gpus):
     gpus(3)
-    with pytest.raises(DeviceError, match=r"Tesla K80 does not compute in bf16: use train\.amp = 'fp16'"):
+    with pytest.raises(DeviceError, match=r"Tesla K80 does not support bf16: use train\.amp = 'fp16'"):
         choose_precision(CUDA, "bf16")
     assert choose_precision(CUDA, "fp16") == "fp16"
     with pytest.raises(DeviceError, match="fp16' is for CUDA devices, not cpu"):
@@ -164,17 +164,6 @@ def test_seeded_gives_the_same_numbers_and_leaves_the_callers_generators_alone()
     with runtime.seeded(2, CPU):
         assert draw() == first != expected
     assert draw() == expected
-
-
-def test_generator_states_survive_a_file_of_tensors_and_plain_types(tmp_path):
-    runtime.set_seed(3)
-    # A cached Gaussian is part of NumPy's state.
-    np.random.standard_normal()
-    states = runtime.rng_states(CPU)
-    expected = random.random(), np.random.standard_normal(), float(torch.rand(()))
-    torch.save(states, tmp_path / "states.pt")
-    runtime.restore_rng_states(torch.load(tmp_path / "states.pt", weights_only=True), CPU)
-    assert (random.random(), np.random.standard_normal(), float(torch.rand(()))) == expected
 
 
 @pytest.mark.parametrize(
@@ -259,5 +248,3 @@ def test_xla_runs_its_recorded_operations_at_the_end_of_each_step(monkeypatch):
     chosen.end_step()
     make_runtime("cpu", threads=1).end_step()
     assert synced == [{}]
-    runtime.synchronize(chosen.device)
-    assert synced == [{}, {"wait": True}]

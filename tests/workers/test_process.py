@@ -81,7 +81,7 @@ def fault_in_every_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> An
         (tmp_path / "faults" / "fired").mkdir(parents=True)
         request = {"name": "always", "again": True, "signal": int(number), "role": "worker", "call": 1, "line": 1}
         (tmp_path / "faults" / "request.json").write_text(
-            json.dumps([{**request, "function": "training/loop.py:_resume_"}])
+            json.dumps([{**request, "function": "training/progress.py:resume_"}])
         )
         monkeypatch.setenv("HPSEARCH_FAULTS", str(tmp_path / "faults"))
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(FAULTY), os.environ.get("PYTHONPATH", "")]))

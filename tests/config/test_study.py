@@ -16,7 +16,7 @@ from hpsearch.cli.options import Settings, config_options, config_path
 from hpsearch.config.search import Choice, Range
 from hpsearch.errors import ConfigError
 
-SHIPPED = sorted((Path(__file__).parents[1] / "experiments").glob("*.toml"))
+SHIPPED = sorted((Path(__file__).parents[2] / "experiments").glob("*.toml"))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -256,3 +256,10 @@ def test_a_file_that_hpsearch_wrote_is_refused_once_it_was_edited(tmp_path: Path
             configs.load(path)
     path.write_text(text.partition("\n")[2].replace("epochs = 7", "epochs = 8"))
     assert configs.load(path).train.epochs == 8
+
+
+def test_the_default_network_is_left_out_of_files_as_in_version_0_1() -> None:
+    config = configs.load(None)
+    assert "network" not in config.to_toml()
+    assert config.flat()["unet.network"] == "unet"
+    assert configs.from_dict(tomllib.loads(config.to_toml())) == config

@@ -1,0 +1,40 @@
+"""The UNet, with its shapes, memory and FLOPs by arithmetic."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hpsearch.config.model import UNetConfig
+from hpsearch.models.memory import layer_costs as layer_costs
+from hpsearch.models.memory import training_memory as training_memory
+from hpsearch.models.shapes import n_parameters as n_parameters
+from hpsearch.models.shapes import output_margin as output_margin
+from hpsearch.models.shapes import output_size as output_size
+from hpsearch.models.shapes import training_flops as training_flops
+from hpsearch.models.shapes import why_impossible as why_impossible
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def build(config: UNetConfig, in_channels: int) -> nn.Module:
+    """Return a UNet with the initial weights of the seed of torch's generator."""
+    # Imported here because the coordinator, which needs the arithmetic only, runs without torch.
+    import torch
+
+    from hpsearch.models.unet import UNet
+
+    return UNet(config, in_channels, seed=torch.initial_seed())
+
+
+def describe(config: UNetConfig) -> str:
+    """Return the network in a few words."""
+    return (
+        f"UNet, base channels {config.base_channels}, depth {config.depth}, stacking {config.stacking}, "
+        f"{config.kernel_size}x{config.kernel_size} {config.padding}, normalisation {config.norm}"
+    )
+
+
+def uses_batch_statistics(config: UNetConfig) -> bool:
+    """Return whether the result for an image depends on the other images of its training batch."""
+    return config.norm == "batch"

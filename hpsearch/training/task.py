@@ -1,0 +1,97 @@
+"""Inputs that decide the result of a fit, and the hash that identifies its checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from hpsearch.config import digest
+from hpsearch.config.data import AugmentConfig
+from hpsearch.config.model import UNetConfig
+from hpsearch.config.train import TrainConfig
+from hpsearch.data.batches import n_train_batches
+from hpsearch.data.cache import Normalization
+from hpsearch.errors import ConfigError
+from hpsearch.models.costs import output_margin, uses_batch_statistics, why_impossible
+from hpsearch.training.evaluation import Indices
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitTask:
+    """Everything that decides the result of a fit, except the images and the arithmetic of the device."""
+
+    model_config: UNetConfig
+    in_channels: int
+    train_indices: Indices
+    held_out_indices: Indices
+    train: TrainConfig
+    augment: AugmentConfig
+    normalization: Normalization
+    size: tuple[int, int]
+    eval_size: tuple[int, int]
+    stretch: bool
+    metric: Literal["dice", "jaccard"]
+    seed: int
+    micro_batch: int | None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of the optimizer in one epoch."""
+        return n_train_batches(len(self.train_indices), self.train.batch_size)
+
+    @property
+    def part_sizes(self) -> list[int]:
+        """Images in each part of a batch that goes through the network at once."""
+        return part_sizes(max(1, min(self.train.batch_size, len(self.train_indices))), self.micro_batch)
+
+    @property
+    def margin(self) -> int:
+        """Margin of the network: 0 if its logits are stretched to the size of the images."""
+        return 0 if self.stretch else output_margin(self.model_config)
+
+    def check(self) -> None:
+        """Raise ConfigError if the network cannot be trained at this size on this many images at once."""
+        n_images = min(self.part_sizes)
+        if reason := why_impossible(self.model_config, self.in_channels, *self.size, batch_size=n_images):
+            raise ConfigError(f"with {n_images} image{'s' if n_images > 1 else ''} at once: {reason}")
+
+    def digest(self, data_key: str) -> str:
+        """Return the hash that a checkpoint carries, so that it is never continued as another fit."""
+        table: dict[str, Any] = {"data": data_key}
+        for part in dataclasses.fields(self):
+            value = getattr(self, part.name)
+            if isinstance(value, np.ndarray):
+                value = hashlib.sha256(np.ascontiguousarray(value, np.int64).tobytes()).hexdigest()
+            elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+                value = dataclasses.asdict(value)
+            table[part.name] = value
+        table["model_config"] = self.model_config.to_dict()
+        # These settings choose how to compute, as the device does, not what to compute.
+        for name in ("amp", "compile"):
+            del table["train"][name]
+        if microbatches_are_exact(self.model_config):
+            del table["micro_batch"]
+        if not self.margin:
+            del table["stretch"]
+        return digest(table)
+
+
+def microbatches_are_exact(config: UNetConfig) -> bool:
+    """Return whether gradients summed over parts of a batch equal those of the whole batch, apart from rounding."""
+    return not uses_batch_statistics(config)
+
+
+def part_sizes(n_images: int, micro_batch: int | None) -> list[int]:
+    """Return the number of images in each part of a batch whose parts have at most `micro_batch` (None: one part).
+
+    Sizes differ by at most one. For example 5 images in parts of 4 are 3 and 2, because batch normalisation could not
+    normalise a part of one image.
+    """
+    n_parts = math.ceil(n_images / micro_batch) if micro_batch else 1
+    smaller, n_larger = divmod(n_images, n_parts)
+    return [smaller + 1] * n_larger + [smaller] * (n_parts - n_larger)

@@ -1,0 +1,82 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from hpsearch.config.model import UNetConfig
+from hpsearch.config.train import TrainConfig
+from hpsearch.errors import DeviceError
+from hpsearch.training import compilation
+from hpsearch.training import runtime as devices
+from hpsearch.training.loop import FitResult, fit
+from hpsearch.training.task import FitTask
+from tests.training.fakes import FLOAT32, fit_arguments
+
+
+@pytest.fixture(scope="module")
+def plain() -> FitResult:
+    return fit(**fit_arguments())
+
+
+def assert_equal(result: FitResult, expected: FitResult) -> None:
+    for name, tensor in expected.model.state_dict().items():
+        assert torch.equal(result.model.state_dict()[name], tensor)
+    assert result.scores.tobytes() == expected.scores.tobytes()
+
+
+def test_without_a_compiler_auto_goes_on_and_on_says_what_is_missing(monkeypatch):
+    monkeypatch.setattr(devices, "why_no_compile", lambda device: "no compiler here")
+    fit(**fit_arguments(runtime=dataclasses.replace(FLOAT32, compile="auto")))
+    with pytest.raises(DeviceError, match="no compiler here"):
+        fit(**fit_arguments(runtime=dataclasses.replace(FLOAT32, compile="on")))
+
+
+def test_a_compiled_fit_leaves_no_trace_of_its_trial_step(plain, monkeypatch):
+    monkeypatch.setattr(devices, "why_no_compile", lambda device: None)
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda model, **_: calls.append(model) or (lambda images: model(images)))
+    assert_equal(fit(**fit_arguments(runtime=dataclasses.replace(FLOAT32, compile="on"))), plain)
+    assert len(calls) == 1
+
+
+def test_a_compiler_that_fails_costs_auto_nothing_and_ends_on(plain, monkeypatch):
+    def failing(images):
+        raise RuntimeError("C++ compile error")
+
+    monkeypatch.setattr(devices, "why_no_compile", lambda device: None)
+    monkeypatch.setattr(torch, "compile", lambda model, **_: failing)
+    with pytest.raises(DeviceError, match=r"torch\.compile failed on cpu: C\+\+ compile error"):
+        fit(**fit_arguments(runtime=dataclasses.replace(FLOAT32, compile="on")))
+    monkeypatch.setattr(compilation, "_is_compiled", lambda *_: True)
+    assert_equal(fit(**fit_arguments(runtime=dataclasses.replace(FLOAT32, compile="auto"))), plain)
+
+
+@pytest.mark.parametrize(
+    ("device", "size", "expected"), [("cpu", 572, False), ("cuda", 572, True), ("cuda", 64, False)]
+)
+def test_auto_compiles_long_fits_on_cuda_only(device, size, expected, monkeypatch):
+    monkeypatch.setattr(devices, "why_no_compile", lambda device: None)
+    arguments = fit_arguments(
+        model_config=UNetConfig(base_channels=64),
+        train=TrainConfig(epochs=100, batch_size=16),
+        train_indices=np.arange(2000),
+        size=(size, size),
+        eval_size=(size, size),
+        micro_batch=None,
+        stretch=True,
+    )
+    names = {part.name for part in dataclasses.fields(FitTask)}
+    task = FitTask(**{name: value for name, value in arguments.items() if name in names})
+    runtime = dataclasses.replace(FLOAT32, device=torch.device(device), compile="auto")
+    assert compilation._is_compiled(task, runtime) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
+def test_a_compiled_fit_agrees_with_the_plain_one(plain):
+    if reason := devices.why_no_compile(torch.device("cpu")):
+        pytest.skip(reason)
+    result = fit(**fit_arguments(runtime=dataclasses.replace(FLOAT32, compile="on")))
+    for name, tensor in result.model.state_dict().items():
+        torch.testing.assert_close(tensor, plain.model.state_dict()[name], rtol=1e-3, atol=1e-4)

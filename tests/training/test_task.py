@@ -1,0 +1,41 @@
+import numpy as np
+import pytest
+
+from hpsearch.config.model import UNetConfig
+from hpsearch.errors import ConfigError
+from hpsearch.training.task import FitTask, part_sizes
+from tests.training.fakes import fit_arguments
+
+VALID = UNetConfig(base_channels=2, depth=1, stacking=1, padding="valid", norm="none")
+
+
+def make_task(**changes) -> FitTask:
+    arguments = {**fit_arguments(), "eval_size": (16, 16), "stretch": True, "micro_batch": None, **changes}
+    return FitTask(**{name: value for name, value in arguments.items() if name in FitTask.__annotations__})
+
+
+def test_a_checkpoint_of_version_0_1_is_that_of_the_same_fit():
+    assert make_task().digest("fake") == "14eca2a4b36c2f7b"
+    windows = make_task(model_config=VALID, stretch=False, micro_batch=2)
+    assert windows.digest("fake") == "aef26030d0c7aea8"
+
+
+def test_only_a_network_without_padding_has_a_margin_and_only_without_stretching():
+    assert make_task(model_config=VALID).margin == 0
+    assert make_task(model_config=VALID, stretch=False).margin == 4
+    assert make_task(stretch=False).margin == 0
+
+
+def test_a_network_that_cannot_be_trained_on_so_few_images_is_refused():
+    deep = UNetConfig(base_channels=2, depth=4, stacking=1)
+    make_task(model_config=deep).check()
+    with pytest.raises(ConfigError, match="with 1 image at once: encoder"):
+        make_task(model_config=deep, train_indices=np.arange(1)).check()
+
+
+@pytest.mark.parametrize(("n_images", "micro_batch"), [(16, None), (16, 16), (16, 5), (5, 4), (7, 2), (3, 1), (2, 8)])
+def test_parts_of_a_batch_are_as_equal_as_can_be(n_images, micro_batch):
+    sizes = part_sizes(n_images, micro_batch)
+    assert sum(sizes) == n_images
+    assert max(sizes) <= (micro_batch or n_images)
+    assert max(sizes) - min(sizes) <= 1
