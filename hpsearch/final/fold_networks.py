@@ -13,17 +13,17 @@ from hpsearch.store.trials import TrialRecord
 
 @dataclass(frozen=True)
 class FoldNetworks:
-    """For each fold a network that has not seen its held-out images, and maybe another of other seeds."""
+    """One network per fold, which has not seen its held-out images, and optionally a second one with other seeds."""
 
     source: str
-    """Which they are, for people."""
+    """Which networks these are, for people."""
     weights: tuple[Path, ...]
     others: tuple[Path, ...]
-    """Empty where there is one network a fold."""
+    """Empty if there is one network per fold."""
 
 
 def fold_networks(record: StudyRecord, number: int) -> FoldNetworks | None:
-    """Those of a trial's second fits, or of its first where the second were not kept; None if neither were."""
+    """Return the networks of a trial's replicate, else of its first fits; None if neither were kept."""
     found = []
     for source, fit_of in (("second fits", record.replicate_fit), ("first fits", record.fit)):
         weights = tuple(fit_of(number, fold).paths.weights for fold in range(record.n_folds))

@@ -187,7 +187,7 @@ def evaluate(
 
 
 def leaks(data: DataConfig, root: Path, pool: Prepared, test: Prepared) -> tuple[DuplicatePair, ...]:
-    """Duplicates and near-duplicates across pool and test. Found once per dataset: thousands take minutes."""
+    """Return duplicates and near-duplicates across pool and test, which are searched once per dataset."""
     known = root / f"near-duplicates-{pool.key}-{test.key}.json"
     if known.is_file():
         try:
@@ -215,7 +215,7 @@ def _ensemble(
 
 
 def _means(counts: Path) -> dict[str, Interval]:
-    """Every score's mean over the images of a file of counts."""
+    """Return the mean of every score over the images of a file of counts."""
     table = load_array(counts, ndim=2)
     return {name: bootstrap_mean(_score(table, name)) for name in SCORES}
 
@@ -234,7 +234,7 @@ def _scores(fit: FitPaths, name: str) -> npt.NDArray[np.float64]:
 
 
 def write_table(folder: FinalPaths, n_seeds: int, test: Prepared) -> None:
-    """test.csv: every test image with its scores, means over the seeds, and the official ones of the model kept."""
+    """Write test.csv: scores of every test image, means over the seeds, and official scores of the kept model."""
     columns = {
         name: np.mean([_scores(folder.seed(index), name) for index in range(n_seeds)], axis=0) for name in SCORES
     }
@@ -254,7 +254,7 @@ def pack_submission(folder: FinalPaths, test: Prepared) -> None:
 
 
 def draw(record: StudyRecord, folder: FinalPaths, n_seeds: int, result: FinalResult, test: Prepared) -> None:
-    """curves.png and panels.png."""
+    """Draw curves.png and panels.png."""
     from hpsearch.report import figures
 
     title = f"{result.study}, trial {result.trial.number}, retrained"

@@ -55,7 +55,7 @@ class MachineChoice:
 
 
 def first_workers(record: StudyRecord | None, choice: MachineChoice) -> tuple[WorkerSettings, ...]:
-    """The workers that `make_plan` will want first, to be started while there is other work: they import torch."""
+    """Return the workers that `make_plan` needs first. They can be started early: importing torch takes seconds."""
     plan = _stored_plan(record, choice) if record is not None else None
     if plan is not None:
         return plan.workers
@@ -93,7 +93,7 @@ def plan_for_one_fit(
     pool: WorkerPool,
     check: Callable[[], None] = lambda: None,
 ) -> ExecutionPlan:
-    """The study's plan with one worker, which trains a single fit as fast as was measured.
+    """Return the study's plan with one worker, with the threads that trained a single fit fastest.
 
     It is measured, and stored, if the study has none. `choice` overrides device and threads for this fit alone.
     """
@@ -109,7 +109,7 @@ def plan_for_one_fit(
 
 
 def measure_drawn(config: StudyConfig, choice: MachineChoice) -> ExecutionPlan:
-    """The plan that a study of `config` would have here, measured on drawn images; nothing of it is kept."""
+    """Return the plan that a study of `config` would have here, measured on drawn images. Nothing is kept."""
     batch_sizes = [each.train.batch_size for each in plans.measured_configs(config)]
     if not batch_sizes:
         raise ConfigError("no configuration of this search can exist at this size, so there is no step to measure")
@@ -126,7 +126,7 @@ def measure_drawn(config: StudyConfig, choice: MachineChoice) -> ExecutionPlan:
 
 
 def _stored_plan(record: StudyRecord, choice: MachineChoice) -> ExecutionPlan | None:
-    """The plan on record as `choice` changes it; None if there is none, or only one for another kind of device."""
+    """Return the recorded plan as `choice` changes it; None if there is none for this kind of device."""
     try:
         stored = record.plan()
         plan = ExecutionPlan.from_dict(stored) if stored is not None else None
@@ -207,7 +207,7 @@ def _measure_plan(
 
 
 def choose_sharing(rates: Mapping[Shares, float]) -> int:
-    """How many workers should share a device, given the images per second that each number of them trains in all."""
+    """Return how many workers should share a device, from the images per second that they train together."""
     by_number = {n: rate for (n, _), rate in rates.items()}
     chosen = min(by_number, default=1)
     for n in sorted(by_number):
@@ -217,7 +217,7 @@ def choose_sharing(rates: Mapping[Shares, float]) -> int:
 
 
 def fastest_alone(rates: Mapping[Shares, float], default: int) -> int:
-    """Threads with which one fit trains fastest: what each of several workers trained counts too.
+    """Return the threads with which one fit trains fastest; each of several workers counts too.
 
     `default` where nothing was measured.
     """
@@ -225,12 +225,12 @@ def fastest_alone(rates: Mapping[Shares, float], default: int) -> int:
 
 
 def _equal_shares(cores: int) -> list[Shares]:
-    """All cores shared equally among 1, 2, ... workers on a device."""
+    """Return the cores shared equally among 1, 2 or 4 workers on a device."""
     return [(n, cores // n) for n in (1, 2, 4) if n <= min(cores, MOST_SHARING)]
 
 
 def _single_shares(cores: int) -> list[Shares]:
-    """One worker with all cores, half of them, and so on down to one."""
+    """Return one worker with all cores, half of them, and so on down to one."""
     return [(1, max(1, cores >> halvings)) for halvings in range(cores.bit_length())]
 
 
@@ -272,7 +272,7 @@ def _fits(config: StudyConfig, plan: ExecutionPlan) -> bool:
 def _share_out(
     device: str, choice: MachineChoice, n_devices: int, most_threads: int = 0
 ) -> tuple[WorkerSettings, ...]:
-    """One worker per device, or as many as chosen, taking turns on the devices; the cores shared equally.
+    """Return one worker per device, or as many as chosen, in turn on the devices, with equal shares of the cores.
 
     No worker gets more than `most_threads` unless `choice` says so; 0: no such limit.
     """

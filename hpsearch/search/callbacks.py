@@ -16,12 +16,12 @@ class StudyCallback(Protocol):
     """Called by the coordinator's thread for each thing that happens, in order. Must return at once."""
 
     def preparing(self, done: int, total: int) -> None:
-        """Images decoded so far."""
+        """Called with the images decoded so far."""
 
     def prepared(self, prepared: Prepared) -> None: ...
 
     def planned(self, record: StudyRecord, plan: ExecutionPlan, forecast: Forecast) -> None:
-        """About to begin or go on; nothing has been trained yet in this start."""
+        """Called before this start trains anything."""
 
     def trial_began(self, trial: TrialRecord) -> None: ...
 
@@ -32,10 +32,10 @@ class StudyCallback(Protocol):
     def trial_ended(self, trial: TrialRecord) -> None: ...
 
     def replicating(self, trials: Sequence[int], done: int, total: int) -> None:
-        """The search is over; `done` of `total` refits of these trials are finished."""
+        """Called when the search is over: `done` of `total` refits of these trials are finished."""
 
     def message(self, text: str) -> None:
-        """One line about something else: a worker that died, an MLflow server that does not answer."""
+        """Called with one line about anything else: a worker that died, a note on the data."""
 
 
 class NullCallback:

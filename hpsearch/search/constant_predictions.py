@@ -34,7 +34,7 @@ class ConstantWarnings:
         self._told: set[int] = set()
 
     def check(self, number: int) -> None:
-        """LoggedEvaluation at a trial of which a fit has just finished."""
+        """Look at a trial of which a fit has just finished."""
         found = find_constant_fits(self._record, [number]) if number not in self._told else ()
         for line in describe(self._record, found):
             self._told.add(number)

@@ -85,7 +85,7 @@ class Coordinator:
                 remove_checkpoints(self._record.fit(trial.number, fold).paths)
 
     def poll(self) -> bool:
-        """LoggedEvaluation at requests, the budget and hanging fits; return False if the study must end at once."""
+        """Look at requests, the budget and hanging fits; return False if the study must end at once."""
         self._budget.poll()
         if self._stop.poll(self._record.paths):
             logger.info("stop was requested")

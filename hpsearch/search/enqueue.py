@@ -1,4 +1,4 @@
-"""Owns the configurations that a user wants tried next: read from TOML, checked, kept with the study, in order."""
+"""Enqueued configurations: read from TOML, checked, and kept with the study in order."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hpsearch.user_files import read_text
 
 
 def read_params(path: Path, config: StudyConfig) -> dict[str, Any]:
-    """Params of the trial that the TOML file describes; what it does not say is as in the default configuration.
+    """Return the params of the configuration in a TOML file; missing settings have their defaults.
 
     Raises ConfigError, naming file and key, for what is unknown, lies outside the search, or is not searched and
     differs from the study's.
@@ -47,7 +47,7 @@ def read_params(path: Path, config: StudyConfig) -> dict[str, Any]:
 
 
 def add(record: StudyRecord, wanted: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Enqueue these params, each once over all starts; what became of each, in a few words."""
+    """Enqueue these params, each once over all starts; return what became of each, in a few words."""
     entries = read(record)
     said = []
     for params in wanted:
@@ -66,7 +66,7 @@ def add(record: StudyRecord, wanted: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def read(record: StudyRecord) -> list[dict[str, Any]]:
-    """All that was ever enqueued, in order."""
+    """Return all params that were ever enqueued, in order."""
     if not record.paths.enqueued.is_file():
         return []
     table = paths.read_json(record.paths.enqueued)
@@ -77,7 +77,7 @@ def read(record: StudyRecord) -> list[dict[str, Any]]:
 
 
 def next_params(record: StudyRecord, trials: Sequence[TrialRecord]) -> dict[str, Any] | None:
-    """The first enqueued params that no trial on record has; None if there are none."""
+    """Return the first enqueued params that no recorded trial has; None if there are none."""
     had = {_key(trial.params) for trial in trials}
     return next((params for params in read(record) if _key(params) not in had), None)
 

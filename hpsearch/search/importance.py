@@ -14,7 +14,7 @@ MIN_TRIALS = 8
 
 
 def importances(record: StudyRecord) -> dict[str, float]:
-    """Share of the values' variance by setting, the largest first; empty where nothing can be said.
+    """Return the share of the variance that each setting explains, the largest first; empty for too few trials.
 
     fANOVA (Hutter, Hoos and Leyton-Brown, ICML 2014) as Optuna computes it, over full trials and the estimates of
     dropped ones. It speaks of the whole space: a setting whose bad values ruin everything counts for much, even if

@@ -70,7 +70,7 @@ def progress(record: StudyRecord) -> tuple[tuple[int, ...], int, int]:
 
 
 def remove_unneeded_networks(record: StudyRecord) -> None:
-    """When all replicates have ended, keep the second networks of the best trial and of the next one only."""
+    """Remove the networks of replicates, once all have ended, but those of the best trial and of the next one."""
     standing = record.standing()
     if not standing.confirmed:
         return

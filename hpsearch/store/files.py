@@ -44,7 +44,7 @@ class StudyFiles:
 
     @classmethod
     def open(cls, study: StudyPaths) -> Self:
-        """The study in an existing folder. StudyError if there is none, RecordError if it is damaged."""
+        """Open the study in an existing folder. Raises StudyError if there is none, RecordError if it is damaged."""
         if not study.toml.is_file():
             known = ", ".join(study.project.study_names()) or "none"
             raise StudyError(
@@ -86,7 +86,7 @@ class StudyFiles:
         return self.paths.folds.is_file()
 
     def data_key(self) -> str:
-        """Key of the cache that the folds were made from."""
+        """Return the key of the cache that the folds were made from."""
         return str(paths.read_json(self.paths.folds).get("data_key", ""))
 
     def write_folds(self, folds: Folds, data_key: str) -> None:
@@ -111,7 +111,7 @@ class StudyFiles:
             self.config = config
 
     def plan(self) -> dict[str, Any] | None:
-        """The execution plan, None before it was made."""
+        """Return the execution plan; None before it was made."""
         if not self.paths.plan.is_file():
             return None
         return cast("dict[str, Any]", paths.read_json(self.paths.plan))
@@ -120,7 +120,7 @@ class StudyFiles:
         paths.write_json(self.paths.plan, {"format": FORMAT, **plan})
 
     def trial_numbers(self) -> list[int]:
-        """Numbers of the trials whose suggestion is on record, ascending."""
+        """Return the numbers of the recorded trials, ascending."""
         return [number for number in self.paths.trial_numbers() if self.paths.trial(number).trial.is_file()]
 
     def trial(self, number: int) -> TrialRecord:
@@ -135,7 +135,7 @@ class StudyFiles:
         return record.orphaned(paths.read_json(taken)) if taken.is_file() else record
 
     def known_trial(self, number: int) -> TrialRecord:
-        """A trial that a user names: StudyError if the study has none of that number."""
+        """Read a trial that a user names. Raises StudyError if the study has no such trial."""
         numbers = self.trial_numbers()
         if number not in numbers:
             known = f"its last is trial {numbers[-1]}" if numbers else "it has none yet"
@@ -143,7 +143,7 @@ class StudyFiles:
         return self.trial(number)
 
     def trials(self) -> list[TrialRecord]:
-        """All trials on record, by number."""
+        """Read all trials, by number."""
         return [self.trial(number) for number in self.trial_numbers()]
 
     def write_trial(self, trial: TrialRecord) -> None:
@@ -157,7 +157,7 @@ class StudyFiles:
         return FitRecord(self.paths.trial(trial).replicate_fold(fold))
 
     def finished_folds(self, trial: int) -> list[int]:
-        """Folds of a trial whose fit is finished, ascending."""
+        """Return the folds of a trial whose fit is finished, ascending."""
         return [fold for fold in range(self.n_folds) if self.fit(trial, fold).is_finished]
 
     def shortlist(self) -> Shortlist | None:
@@ -189,7 +189,7 @@ class StudyFiles:
 
 
 def fixed_differences(ours: StudyConfig, theirs: StudyConfig) -> list[tuple[str, Any, Any]]:
-    """(setting, ours, theirs) for every setting that differs and may not change under a study."""
+    """Return (setting, ours, theirs) for every setting that differs and may not change during a study."""
     before, after = ours.flat(), theirs.flat()
     differences = [
         (key, before[key], after[key]) for key in before if key not in CHANGEABLE and before[key] != after[key]

@@ -22,9 +22,9 @@ class StudyRecord(StudyFiles):
     """One study: what its folder holds, and how its trials stand."""
 
     def final_scores(self, trial: int, fold: int) -> npt.NDArray[np.float64]:
-        """Per-image score after the last epoch of a finished fit, in the order of `folds.held_out(fold)`.
+        """Return the per-image scores after the last epoch of a finished fit, in the order of `folds.held_out(fold)`.
 
-        RecordError if the file does not fit the folds: a wrong image order would be a silent lie.
+        Raises RecordError if the file does not fit the folds: the scores would be those of other images.
         """
         return self._final_scores(self.fit(trial, fold), fold)
 
@@ -36,21 +36,21 @@ class StudyRecord(StudyFiles):
         return np.asarray(scores[-1], np.float64)
 
     def out_of_fold(self, trial: int) -> npt.NDArray[np.float64]:
-        """Score of every pool image from the fit that had not seen it, (pool,); NaN where no finished fit has."""
+        """Return the score of each pool image from the fit that had not seen it, (pool,); NaN without a finished fit."""
         result = np.full(len(self.folds.ids), np.nan)
         for fold in self.finished_folds(trial):
             result[self.folds.held_out(fold)] = self.final_scores(trial, fold)
         return result
 
     def replicate_out_of_fold(self, trial: int) -> npt.NDArray[np.float64]:
-        """As `out_of_fold`, by the second fits of a trial whose second fits are all finished."""
+        """Return the same as `out_of_fold` from the replicate of a trial, whose fits must all be finished."""
         result = np.full(len(self.folds.ids), np.nan)
         for fold in range(self.n_folds):
             result[self.folds.held_out(fold)] = self._final_scores(self.replicate_fit(trial, fold), fold)
         return result
 
     def value(self, trial: int) -> float:
-        """Mean over all held-out images of a trial whose folds are all finished; RecordError if one is not."""
+        """Return the mean over all held-out images of a trial. Raises RecordError if a fold is not finished."""
         scores = self.out_of_fold(trial)
         held_out = np.concatenate([self.folds.held_out(fold) for fold in range(self.n_folds)])
         if np.isnan(scores[held_out]).any():
@@ -58,7 +58,7 @@ class StudyRecord(StudyFiles):
         return float(np.mean(scores[held_out]))
 
     def mean_over_fits(self, trial: int) -> float | None:
-        """Mean over all held-out images and both fits of a trial; None while it has no complete second fits."""
+        """Return the mean over all held-out images and both fits of a trial; None without a complete replicate."""
         second = self.replicate(trial)
         if second is None or second.outcome != "complete":
             return None
@@ -66,7 +66,7 @@ class StudyRecord(StudyFiles):
         return float(np.mean(both[~np.isnan(both)]))
 
     def verify(self) -> None:
-        """Read all of the ended trials; RecordError names what is damaged, before anything is concluded from it."""
+        """Read all ended trials. Raises RecordError, which names what is damaged."""
         for trial in self.trials():
             if trial.outcome in (None, "orphaned"):
                 continue
@@ -82,14 +82,14 @@ class StudyRecord(StudyFiles):
                 )
 
     def complete_trials(self) -> list[TrialRecord]:
-        """Trials that can win, by number: evaluated on all folds, as they were suggested, and no copy of another."""
+        """Return the trials that can win, by number: complete, as suggested, and no copy of an earlier one."""
         return self.contenders(self.trials())
 
     def contenders(self, trials: Iterable[TrialRecord]) -> list[TrialRecord]:
         """Return those of the trials that can win, by number.
 
-        Equal configurations are one: the earliest full trial stands for it, and later copies cannot win. Otherwise
-        the luckiest of several runs of one configuration would stand for it.
+        Of equal configurations only the earliest complete trial can win. Otherwise
+        the best of several runs of one configuration would stand for it.
         """
         found: dict[tuple[Any, ...], TrialRecord] = {}
         for trial in sorted(trials, key=lambda trial: trial.number):
@@ -124,22 +124,21 @@ class StudyRecord(StudyFiles):
         return min(n_left, n_unused + sum(trial.outcome is None for trial in trials))
 
     def is_searched(self, trials: Sequence[TrialRecord]) -> bool:
-        """Whether the search is over, with these as all its trials: replicates may still be missing."""
+        """Return whether the search is over, with these as all its trials. Replicates may still be missing."""
         return all(trial.outcome is not None for trial in trials) and self.n_left(trials) == 0
 
     def confirmed(self) -> tuple[int, ...]:
-        """The shortlisted trials by number once all their second fits have ended, without those that failed.
+        """Return the trials whose replicates count, by number.
 
-        Empty while second fits are missing, and after a full trial has come since: then the choice is as open as if
-        nothing had been confirmed.
+        Empty while replicates are missing, and when a trial has become complete since the shortlist was made.
         """
         return self.standing().confirmed
 
     def standing(self, trials: Iterable[TrialRecord] | None = None) -> Standing:
         """Return the ranking of the trials that can win, among `trials` where they were read already.
 
-        Confirmed trials come first, by the mean over both their fits; then those that were not fitted again, by their
-        value; last those whose configuration failed with other seeds. The earlier of equal trials comes first.
+        Replicated trials come first, by the mean over both fits; then those without a replicate, by their value; last
+        those whose replicate failed. The earlier of equal trials comes first.
         """
         full = self.complete_trials() if trials is None else self.contenders(trials)
         values = {trial.number: cast("float", trial.value) for trial in full}
@@ -158,11 +157,11 @@ class StudyRecord(StudyFiles):
         return Standing(tuple(ranking), values, tuple(confirmed))
 
     def worth(self, trial: TrialRecord) -> float | None:
-        """What a trial is ranked by: the mean over both its fits where it is confirmed, else its value."""
+        """Return the value that ranks a trial: the mean over both fits if its replicate counts, else its value."""
         return self.standing().values.get(trial.number, trial.value)
 
     def best(self) -> TrialRecord | None:
-        """The trial that wins (`standing`); None while none is full."""
+        """Return the best trial of `standing`; None while no trial is complete."""
         winner = self.standing().winner
         return None if winner is None else self.trial(winner)
 
@@ -182,7 +181,7 @@ def has_all_replicates(record: StudyRecord) -> bool:
 
 
 def no_study(project: ProjectPaths) -> StudyError:
-    """The error of a project folder that holds no study."""
+    """Return the error for a project folder without a study."""
     root = project.root.absolute()
     return StudyError(f"there is no study in {root}: begin one with `hpsearch study`, or name the folder (--out)")
 

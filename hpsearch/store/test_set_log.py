@@ -66,7 +66,7 @@ class TestImages:
 
     @classmethod
     def in_cache(cls, folder: Path) -> TestImages:
-        """Those in a cache of the test split."""
+        """Return the images in a cache of the test split."""
         return cls(tuple((each.image_sha256, each.mask_sha256) for each in Index.read(folder).facts))
 
     @property
@@ -75,7 +75,7 @@ class TestImages:
         return tuple(image[:12] for image, _ in self.hashes)
 
     def digest(self, n: int | None = None) -> str:
-        """Digest of the first n pairs, or of all, in any order: 16 hexadecimal digits."""
+        """Return the digest of the first n pairs, or of all, in any order: 16 hexadecimal digits."""
         lines = sorted(f"{image} {mask}" for image, mask in self.hashes[:n])
         return sha256_text("\n".join(lines))[:16]
 

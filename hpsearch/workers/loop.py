@@ -26,7 +26,7 @@ class Work(Protocol):
         """Whether no further job will come."""
 
     def poll(self) -> bool:
-        """LoggedEvaluation at requests and limits, once per turn; return False to leave the loop at once."""
+        """Look at requests and limits, once per turn; return False to leave the loop at once."""
 
     def next_job(self) -> Job | None:
         """Return the job for the next idle worker; None if there is none at the moment."""

@@ -1,4 +1,4 @@
-"""The execution plan of a study (devices, workers, threads, speed) and what it lets one foresee: time and memory.
+"""The execution plan of a study (devices, workers, threads, speed), and the time and memory that it predicts.
 
 What is measured to choose the plan is measured once and stored with the study; every continuation uses it, because
 thread counts and precision decide the bytes of the results. Imports no torch.
@@ -62,7 +62,7 @@ class ExecutionPlan:
         return from_json(cls, table)
 
     def epoch_s(self, config: StudyConfig, n_train: int, n_held_out: int) -> float:
-        """Expected seconds of one epoch of `config`; NaN where nothing was measured."""
+        """Return the expected seconds of one epoch of `config`; NaN if nothing was measured."""
         if not self.steps:
             return math.nan
         flops = image_flops(config)
@@ -71,7 +71,7 @@ class ExecutionPlan:
         return n_train * train_s + n_held_out * eval_s
 
     def fit_s(self, config: StudyConfig, n_train: int, n_held_out: int) -> float:
-        """Expected seconds of one fit of `config`."""
+        """Return the expected seconds of one fit of `config`."""
         return config.train.epochs * self.epoch_s(config, n_train, n_held_out)
 
 
@@ -85,7 +85,7 @@ class Infeasible:
 
 
 def why_infeasible(config: StudyConfig, plan: ExecutionPlan) -> Infeasible | None:
-    """None if `config` can be trained under `plan`; otherwise the reason in one sentence."""
+    """Return why `config` cannot be trained under `plan`; None if it can."""
     data = config.data
     if reason := why_impossible(
         config.unet, data.n_channels, data.height, data.width, batch_size=config.train.batch_size
@@ -102,7 +102,7 @@ def why_infeasible(config: StudyConfig, plan: ExecutionPlan) -> Infeasible | Non
 
 
 def predicted_bytes(config: StudyConfig, plan: ExecutionPlan) -> int:
-    """Predicted peak memory of a training step of `config` on the plan's device."""
+    """Return the predicted peak memory of a training step of `config` on the plan's device."""
     amp = config.train.amp
     precision = {"off": "float32", "auto": plan.precision}.get(amp, amp)
     data = config.data
@@ -120,7 +120,7 @@ def predicted_bytes(config: StudyConfig, plan: ExecutionPlan) -> int:
 
 
 def disk_bytes(config: StudyConfig, n_folds: int, n_workers: int) -> int:
-    """Most that the weights and checkpoints of a study take at one time, for the largest network of the space.
+    """Return the most bytes that weights and checkpoints of a study take, for the largest network of the space.
 
     Weights and best weights stay for two trials and are there for the one that runs; each worker has two checkpoints
     and writes a third.
@@ -134,7 +134,7 @@ def disk_bytes(config: StudyConfig, n_folds: int, n_workers: int) -> int:
 
 
 def image_flops(config: StudyConfig) -> int:
-    """FLOPs of the training step of one image; 0 for a configuration that cannot exist."""
+    """Return the FLOPs of the training step of one image; 0 for a configuration that cannot exist."""
     data = config.data
     if why_impossible(config.unet, data.n_channels, data.height, data.width):
         return 0
@@ -147,20 +147,20 @@ class Forecast:
 
     n_trials: int
     n_replicates: int
-    """Configurations that are fitted once more when the search is over, at most."""
+    """Largest number of trials that are replicated when the search is over."""
     n_folds: int
     epochs: int
     n_images: int
     fit_s: float
     """Expected seconds of a fit, the mean over the search space."""
     total_s: float
-    """Wall-clock of the whole search without racing, on all workers, second fits included."""
+    """Wall-clock seconds of the whole search without racing, on all workers, replicates included."""
 
 
 def forecast(
     config: StudyConfig, plan: ExecutionPlan, *, n_images: int, n_trials: int, n_folds: int, n_replicates: int = 0
 ) -> Forecast:
-    """Expected cost of `n_trials` drawn from the search space at random, from the measured steps."""
+    """Return the expected cost of `n_trials` drawn from the search space at random, from the measured steps."""
     n_held_out = n_images // n_folds if n_folds > 1 else 0
     candidates = [candidate for candidate in sample_space(config, 64) if why_infeasible(candidate, plan) is None]
     seconds = [plan.fit_s(candidate, n_images - n_held_out, n_held_out) for candidate in candidates or [config]]
@@ -170,7 +170,7 @@ def forecast(
 
 
 def sample_space(config: StudyConfig, n: int, seed: int = 0) -> list[StudyConfig]:
-    """`n` configurations drawn evenly from the search space; those that contradict themselves are left out."""
+    """Return `n` configurations drawn evenly from the search space, without those that contradict themselves."""
     generator = np.random.default_rng(seed)
     found = []
     for _ in range(n if len(config.search) else 1):
@@ -182,7 +182,7 @@ def sample_space(config: StudyConfig, n: int, seed: int = 0) -> list[StudyConfig
 
 
 def measured_configs(config: StudyConfig) -> list[StudyConfig]:
-    """What to measure before a study: the default, the cheapest and the dearest that can exist; at most three."""
+    """Return the configurations to measure before a study: the default, the cheapest and the most expensive."""
     candidates = [
         candidate for candidate in (config.with_params({}), *sample_space(config, 64)) if image_flops(candidate)
     ]
@@ -193,7 +193,7 @@ def measured_configs(config: StudyConfig) -> list[StudyConfig]:
 
 
 def describe_data(data: DataConfig) -> str:
-    """The data in a few words: `ISIC-2017, 572x572 rgb`."""
+    """Return the data in a few words: `ISIC-2017, 572x572 rgb`."""
     return f"{data.images or data.root}, {data.height}x{data.width} {data.color}"
 
 
@@ -211,7 +211,7 @@ def _draw(dimension: Choice | Range, generator: np.random.Generator) -> Any:
 
 
 def _interpolate(points: Sequence[tuple[int, float]], flops: int) -> float:
-    """Seconds at `flops` between measured points, linear in the logarithms; in proportion to FLOPs beyond them."""
+    """Return the seconds at `flops`: linear in the logarithms between measured points, proportional beyond them."""
     known = sorted(points)
     if flops <= 0:
         return 0.0
@@ -219,5 +219,5 @@ def _interpolate(points: Sequence[tuple[int, float]], flops: int) -> float:
     at = math.log(flops)
     if at > x[-1]:
         return float(np.exp(y[-1] + at - x[-1]))
-    # Below the smallest the fixed costs of a step rule: it gets no cheaper.
+    # Below the smallest point the fixed costs of a step dominate.
     return float(np.exp(np.interp(at, x, y)))
