@@ -36,7 +36,7 @@ class StudyRecord(StudyFiles):
         return np.asarray(scores[-1], np.float64)
 
     def out_of_fold(self, trial: int) -> npt.NDArray[np.float64]:
-        """Return the score of each pool image from the fit that had not seen it, (pool,); NaN without a finished fit."""
+        """Return the score of each pool image from the fit that had not seen it, (pool,); NaN if there is none."""
         result = np.full(len(self.folds.ids), np.nan)
         for fold in self.finished_folds(trial):
             result[self.folds.held_out(fold)] = self.final_scores(trial, fold)
