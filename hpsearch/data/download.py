@@ -23,8 +23,8 @@ from typing import Literal
 
 from filelock import FileLock, Timeout
 
+from hpsearch.data.dataset import Split
 from hpsearch.data.http_download import DamagedFileError, Downloader, check_address, part_of
-from hpsearch.data.layouts import Split
 from hpsearch.errors import ZIP_ERRORS, ConfigError, DatasetError, StorageError
 from hpsearch.paths import free_bytes, storage_error
 

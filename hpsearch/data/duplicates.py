@@ -23,8 +23,8 @@ from PIL import Image
 from hpsearch.config.data import GRAY_WEIGHTS, DataConfig
 from hpsearch.data.build import Progress
 from hpsearch.data.cache import Cache, open_cache
+from hpsearch.data.dataset import Split
 from hpsearch.data.folds import connected_components
-from hpsearch.data.layouts import Split
 from hpsearch.data.prepare import Role, locate, prepare_pool, prepare_test
 from hpsearch.errors import DatasetError
 from hpsearch.paths import atomic_write

@@ -38,10 +38,13 @@ from hpsearch.data.augment import (
     jitter_color_,
     source_positions,
 )
-from hpsearch.data.decode import BadImageError, open_pair, read_pair
+from hpsearch.data.dataset import Dataset, Sample
+from hpsearch.data.decode import open_pair, read_pair
+from hpsearch.data.decode_pool import DecodeError
 from hpsearch.data.folds import AUGMENTATION, AUGMENTED_GROUPS
+from hpsearch.data.formats import FORMATS
 from hpsearch.data.integrity import refusal
-from hpsearch.data.layouts import JPEG, Dataset, Sample, find_samples
+from hpsearch.data.layouts import find_samples
 from hpsearch.data.memory_gate import MemoryGate
 from hpsearch.data.reading import Reading
 from hpsearch.data.survey import decide_reading
@@ -176,7 +179,7 @@ def _places(dataset: Dataset, copies: int) -> Iterator[tuple[Sample, Path, Path,
             if copy:
                 # A mask is what its image's name is followed by.
                 rest = mask.stem[len(image.stem) :]
-                is_jpeg = image.suffix.lower() in JPEG
+                is_jpeg = image.suffix.lower() in FORMATS["jpeg"].suffixes
                 places = (
                     image.with_name(f"{image.stem}_aug{copy}{image.suffix if is_jpeg else '.png'}"),
                     mask.with_name(f"{image.stem}_aug{copy}{rest}.png"),
@@ -253,7 +256,7 @@ def _write(job: _Job, augment: AugmentConfig, reading: Reading, gate: MemoryGate
         return
     try:
         height, width = open_pair(job.sample.image, job.sample.mask, reading).size
-    except BadImageError as error:
+    except DecodeError as error:
         raise DatasetError(str(error)) from error
     # As they are decoded, as rows of pixels, and changed.
     with gate.admitted(3 * 4 * height * width):

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from hpsearch.config.data import GRAY_WEIGHTS
 from hpsearch.data.decode import crop, read_image, resize
-from hpsearch.data.layouts import FOREIGN, READABLE, may_be_file
+from hpsearch.data.formats import is_image_name, readable_suffixes
+from hpsearch.data.pairing import may_be_file
 from hpsearch.errors import CheckpointError, DatasetError, OutOfMemoryError, StudyError
 from hpsearch.inference.postprocessing import Choices, clean_mask
 from hpsearch.inference.scoring import encode_mask, mask_name
@@ -260,8 +261,8 @@ def find_images(inputs: Iterable[str | Path]) -> list[Path]:
         if not images:
             if os.path.isdir(path):
                 way_out = f"; '{path}/**/*' takes those in the folders below"
-                raise DatasetError(f"{each} holds no images ({', '.join(READABLE)}){way_out}")
-            raise DatasetError(f"{each} matches no images ({', '.join(READABLE)})")
+                raise DatasetError(f"{each} holds no images ({', '.join(readable_suffixes())}){way_out}")
+            raise DatasetError(f"{each} matches no images ({', '.join(readable_suffixes())})")
         found |= dict.fromkeys(images)
     if not any(os.path.isfile(path) for path in found):
         first = next(iter(found), None)
@@ -358,7 +359,7 @@ def _images_among(paths: Iterable[Path]) -> list[Path]:
     return sorted(
         path
         for path in paths
-        if path.suffix.lower() in READABLE + FOREIGN
+        if is_image_name(path.name)
         and not path.name.startswith(".")
         and not path.stem.lower().endswith(_MADE_BY_US)
         and may_be_file(path)

@@ -174,8 +174,8 @@ def run_study(
         if not study.toml.is_file():
             # Only now: a first start that fails for its data or folds leaves no study that binds the next one.
             folds = _make_folds(config, prepared, cache_root(project, config))
-            facts = open_cache(prepared.cache_path).index.facts
-            for note in fold_making.lesion_notes(folds, [each.view_foreground > 0 for each in facts]):
+            stats = open_cache(prepared.cache_path).index.stats
+            for note in fold_making.lesion_notes(folds, [each.view_foreground > 0 for each in stats]):
                 listener.said(f"note: {note}")
             record = StudyRecord.create(study, config)
             if not record.has_folds:

@@ -22,8 +22,8 @@ from PIL import Image
 from hpsearch.config.data import DataConfig
 from hpsearch.data import build, cache, integrity, prepare, survey
 from hpsearch.data.cache import Cache, open_cache
+from hpsearch.data.dataset import Layout, Split
 from hpsearch.data.decode_pool import Decoders
-from hpsearch.data.layouts import Layout, Split
 from hpsearch.data.prepare import prepare_pool
 
 ARCHIVE_NAMES = {"train": "Training", "val": "Validation", "test": "Test_v2"}

@@ -17,9 +17,10 @@ import torch
 from hpsearch.config.data import DataConfig
 from hpsearch.data.build import build_cache
 from hpsearch.data.cache import INDEX, Cache, Kind, Preparation, cache_key, open_cache
+from hpsearch.data.dataset import Sample, file_sha256
 from hpsearch.data.decode import crop, crop_corner, read_pair, resize, resize_mask
 from hpsearch.data.decode_pool import Decoders
-from hpsearch.data.layouts import Sample, file_sha256, find_samples
+from hpsearch.data.layouts import find_samples
 from hpsearch.data.reading import PLAIN_READING
 from hpsearch.errors import CacheError
 
@@ -62,8 +63,6 @@ class TestEveryKind:
         assert cache.ids == tuple(sample.id for sample in pool)
         assert cache.splits == ("train",) * 8 + ("val",) * 3
         assert cache.sha256 == tuple(file_sha256(sample.image) for sample in pool)
-        sizes = [read_pair(sample.image, sample.mask, PLAIN_READING)[1].shape for sample in pool]
-        assert cache.original_sizes.tolist() == [list(size) for size in sizes]
 
     def test_holds_what_decoding_gives(self, caches: dict[Preparation, Cache], pool: tuple[Sample, ...]) -> None:
         images, masks = caches[RESIZE].read(np.arange(len(pool)))
@@ -158,8 +157,8 @@ def test_mapped_file_cannot_be_written(tiny_cache: Cache) -> None:
 
 def test_images_of_one_colour_are_not_divided_by_zero(tiny_cache: Cache) -> None:
     n = tiny_cache.size[0] * tiny_cache.size[1]
-    flat = replace(tiny_cache.index.facts[0], moments=(10 * n, 0, 0, 100 * n, 0, 0, 0, 0, 0))
-    cache = type(tiny_cache)(tiny_cache.path, replace(tiny_cache.index, facts=(flat,) * len(tiny_cache)))
+    flat = replace(tiny_cache.index.stats[0], moments=(10 * n, 0, 0, 100 * n, 0, 0, 0, 0, 0))
+    cache = type(tiny_cache)(tiny_cache.path, replace(tiny_cache.index, stats=(flat,) * len(tiny_cache)))
     found = cache.normalization(np.array([0, 1]), "rgb")
     assert found.mean == pytest.approx((10 / 255, 0, 0))
     assert found.std == pytest.approx((1 / 255,) * 3)

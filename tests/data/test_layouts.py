@@ -13,8 +13,9 @@ from unicodedata import normalize
 import pytest
 
 from hpsearch.config.data import DataConfig
+from hpsearch.data.dataset import Dataset, Layout
 from hpsearch.data.folds import read_groups
-from hpsearch.data.layouts import Dataset, Layout, find_samples
+from hpsearch.data.layouts import find_samples
 from hpsearch.errors import DatasetError
 
 from .conftest import WriteDataset, tiny_pairs

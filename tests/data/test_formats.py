@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from hpsearch.data.headers import Header, read_header, verify_png
+from hpsearch.data.formats import Header, read_header, verify_png
 
 
 def encode(mode: str, format: str, **options: object) -> bytes:
