@@ -119,10 +119,6 @@ def encode_png(
     `color` is the colour type: 0 gray, 2 RGB, 3 palette, 4 gray and alpha, 6 RGBA. With less than 8 bits the width
     must fill whole bytes.
     """
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
     height, width = samples.shape[:2]
     rows = samples.reshape(height, -1)
     if depth < 8:
@@ -133,7 +129,12 @@ def encode_png(
     content = b"".join(b"\0" + line.tobytes() for line in lines)
     header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
     parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(content)), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(kind, part) for kind, part in parts)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(kind, part) for kind, part in parts)
+
+
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    """Return a chunk of a PNG."""
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
 WriteDataset = Callable[..., DataConfig]
