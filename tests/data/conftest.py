@@ -7,6 +7,7 @@ the seconds that the decoding subprocess takes to start: all tests that ask for 
 
 from __future__ import annotations
 
+import os
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -22,8 +23,9 @@ from PIL import Image
 from hpsearch.config.data import DataConfig
 from hpsearch.data import build, cache, integrity, prepare, survey
 from hpsearch.data.cache import Cache, open_cache
-from hpsearch.data.dataset import Layout, Split
+from hpsearch.data.dataset import Dataset, Layout, Split
 from hpsearch.data.decode_pool import Decoders
+from hpsearch.data.layouts import find_samples
 from hpsearch.data.prepare import prepare_pool
 
 ARCHIVE_NAMES = {"train": "Training", "val": "Validation", "test": "Test_v2"}
@@ -135,6 +137,25 @@ def encode_png(
 def png_chunk(kind: bytes, content: bytes) -> bytes:
     """Return a chunk of a PNG."""
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def touch(root: Path, *names: str) -> None:
+    """Files whose names are all that matters."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(os.fsencode(name))
+
+
+def found(dataset: Dataset) -> dict[str, list[str]]:
+    return {split: [sample.id for sample in dataset.split(split)] for split in ("train", "val", "test")}  # type: ignore[arg-type]
+
+
+def kinds(dataset: Dataset) -> set[tuple[str, str]]:
+    return {(problem.kind, problem.id) for problem in dataset.problems}
+
+
+def own(folder: Path, **settings: str) -> Dataset:
+    return find_samples(DataConfig(images=str(folder / "images"), masks=str(folder / "masks"), **settings))  # type: ignore[arg-type]
 
 
 WriteDataset = Callable[..., DataConfig]
