@@ -15,6 +15,7 @@ from hpsearch.cli.options import Settings, config_options, out_option
 from hpsearch.paths import ProjectPaths
 
 if TYPE_CHECKING:
+    from hpsearch.config.data import DataConfig
     from hpsearch.data.integrity import CheckReport
 
 
@@ -34,44 +35,53 @@ def command() -> None:
 def check(project: ProjectPaths, settings: Settings, as_json: bool, full: bool, near: bool) -> int:
     """Decode a whole dataset and show its errors and notes. Exit code 1 if there are errors."""
     from hpsearch.data import integrity
-    from hpsearch.data.duplicates import find_in_dataset
-    from hpsearch.data.prepare import check_contents, locate
+    from hpsearch.data.prepare import locate
 
     config = settings.load().data
     root = cache_folder(project, config.cache_dir)
     progress = None if as_json else counter("checking images")
     report = integrity.check(locate(config, root), config=config, cache_root=root, progress=progress)
     result = report.to_dict()
-    lines = []
-    problems = len(report.errors)
+    lines: list[str] = []
     if full and not report.errors:
-        folders, changed = check_contents(config, root)
-        result["changed"] = [problem.text for problem in changed]
-        lines += [f"error: {problem.text}" for problem in changed]
-        if not folders:
-            lines.append(
-                "there is no cache of this data yet to compare with: a study or `hpsearch data cache` makes it"
-            )
-        elif not changed:
-            lines.append(f"files and {len(folders)} cache(s) are what they were")
-        problems += len(changed)
+        result["changed"], texts = _changed(config, root)
+        lines += texts
     if near and not report.errors:
-        sheet = project.root / "duplicates.png"
-        pairs = find_in_dataset(config, root, with_test=True, sheet=sheet)
-        result["near_duplicates"] = [
-            {"a": p.a, "b": p.b, "similarity": p.similarity, "pool_and_test": p.across} for p in pairs
-        ]
-        lines += [
-            f"near-duplicate: {p.a} and {p.b}, similarity {p.similarity:.3f}{', POOL AND TEST' if p.across else ''}"
-            for p in pairs
-        ]
-        lines.append(f"{len(pairs)} near-duplicate pairs" + (f", see {sheet}" if pairs else ""))
+        result["near_duplicates"], texts = _near_duplicates(config, root, project.root / "duplicates.png")
+        lines += texts
     if as_json:
         click.echo(json.dumps(result, indent=1))
     else:
         _print_report(report)
         click.echo("\n".join(lines), nl=bool(lines))
-    return 1 if problems else 0
+    return 1 if report.errors or result.get("changed") else 0
+
+
+def _changed(config: DataConfig, root: Path) -> tuple[list[str], list[str]]:
+    """Return what has changed since the caches were built, and the lines to print."""
+    from hpsearch.data.prepare import check_contents
+
+    folders, problems = check_contents(config, root)
+    changed = [problem.text for problem in problems]
+    lines = [f"error: {text}" for text in changed]
+    if not folders:
+        lines.append("there is no cache of this data yet to compare with: a study or `hpsearch data cache` makes it")
+    elif not changed:
+        lines.append(f"files and {len(folders)} cache(s) are what they were")
+    return changed, lines
+
+
+def _near_duplicates(config: DataConfig, root: Path, sheet: Path) -> tuple[list[dict[str, object]], list[str]]:
+    """Return the near-duplicate pairs as plain types, and the lines to print."""
+    from hpsearch.data.duplicates import find_in_dataset
+
+    pairs = find_in_dataset(config, root, with_test=True, sheet=sheet)
+    table = [{"a": p.a, "b": p.b, "similarity": p.similarity, "pool_and_test": p.across} for p in pairs]
+    lines = [
+        f"near-duplicate: {p.a} and {p.b}, similarity {p.similarity:.3f}{', POOL AND TEST' if p.across else ''}"
+        for p in pairs
+    ]
+    return table, [*lines, f"{len(pairs)} near-duplicate pairs" + (f", see {sheet}" if pairs else "")]
 
 
 def _print_report(report: CheckReport) -> None:

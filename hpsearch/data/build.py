@@ -21,15 +21,15 @@ from hpsearch.data.cache import (
     Index,
     Kind,
     Preparation,
-    cache_key,
-    check_files,
     image_file,
     memmap_files,
     npy_header,
     open_cache,
+    read_index,
 )
 from hpsearch.data.dataset import Problem, Sample
 from hpsearch.data.decode_pool import DecodeError, Decoders, ImageStats, Pixels
+from hpsearch.data.keys import cache_key
 from hpsearch.errors import CacheError, DatasetError
 from hpsearch.paths import atomic_write, free_bytes, storage_error
 
@@ -141,11 +141,9 @@ def _locked(folder: Path) -> Iterator[None]:
 def _is_ready(folder: Path, samples: Sequence[Sample]) -> bool:
     """Return whether `folder` has a complete cache whose index has the current paths of the files."""
     try:
-        index = Index.read(folder)
-        check_files(folder, index)
+        return set(read_index(folder).samples) <= set(samples)
     except CacheError:
         return False
-    return set(index.samples) <= set(samples)
 
 
 def _mend(folder: Path, samples: Sequence[Sample]) -> bool:
@@ -153,8 +151,7 @@ def _mend(folder: Path, samples: Sequence[Sample]) -> bool:
     if not folder.exists():
         return False
     try:
-        index = Index.read(folder)
-        check_files(folder, index)
+        index = read_index(folder)
     except CacheError as error:
         logger.warning("%s; the cache is built again", error)
         shutil.rmtree(folder)

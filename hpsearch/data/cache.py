@@ -10,15 +10,13 @@ A cache is a folder with an index.json, written by build.py. It holds RGB; batch
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import math
 import weakref
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, Self
@@ -33,14 +31,10 @@ from hpsearch.data.reading import PLAIN_READING, Reading, as_tuples
 from hpsearch.errors import CacheError
 from hpsearch.paths import sha256_text
 
-KEY_VERSION = 1
-"""Changes when the same files and preparation give other pixels. Studies cannot continue across such a change."""
 INDEX_VERSION = 2
 """Changes with the content of an index. Caches of another version are built again."""
 Kind = Literal["memmap", "files", "memory", "none"]
 INDEX = "index.json"
-END_BYTES = 64 * 2**10
-"""Bytes of each end of a file that the key depends on."""
 
 
 @dataclass(frozen=True)
@@ -292,34 +286,18 @@ _KINDS: Mapping[Kind, Callable[[Path, Index], Cache]] = {
 
 def open_cache(path: Path) -> Cache:
     """Open the cache in the folder `path`. Raise CacheError, naming the file, if it is incomplete or was changed."""
-    index = Index.read(path)
-    check_files(path, index)
+    index = read_index(path)
     return _KINDS[index.kind](path, index)
 
 
-def cache_key(samples: Sequence[Sample], preparation: Preparation) -> str:
-    """Return 24 hexadecimal digits that depend on the preparation and the files, but not on where the files are."""
-    table = asdict(preparation)
-    del table["reading"]
-    return files_key([KEY_VERSION, table, *preparation.reading.key()], samples)
+def read_index(path: Path) -> Index:
+    """Return the index of the cache in `path`. Raise CacheError if it or a file of the cache is incomplete."""
+    index = Index.read(path)
+    _check_files(path, index)
+    return index
 
 
-def files_key(head: object, samples: Sequence[Sample]) -> str:
-    """Return 24 hexadecimal digits that depend on `head` (plain types) and on every image and mask.
-
-    The length and both ends of each file are read. A replaced image is thus noticed at every start, without reading
-    the whole dataset.
-    """
-    digest = hashlib.sha256(json.dumps(head).encode())
-    with ThreadPoolExecutor(16) as threads:
-        images = threads.map(_fingerprint, [sample.image for sample in samples])
-        masks = threads.map(_fingerprint, [sample.mask for sample in samples])
-        for sample, image, mask in zip(samples, images, masks, strict=True):
-            digest.update(json.dumps([sample.id, sample.split, image, mask]).encode())
-    return digest.hexdigest()[:24]
-
-
-def check_files(folder: Path, index: Index) -> None:
+def _check_files(folder: Path, index: Index) -> None:
     """Raise CacheError, naming the file and both lengths, if a file is not as long as the index says."""
     preparation, n = index.preparation, len(index.samples)
     files: list[tuple[Path, tuple[int, ...]]] = []
@@ -381,16 +359,3 @@ def _decode(decoders: Decoders, index: Index, indices: NDArray[np.int64]) -> lis
     if changed:
         raise CacheError(f"{changed}; the data changed while it was in use: start again")
     return views
-
-
-def _fingerprint(path: Path) -> tuple[int, int, int]:
-    """Return the length of a file and the CRC-32 of its first and last 64 KiB."""
-    try:
-        with path.open("rb") as file:
-            first = file.read(END_BYTES)
-            length = file.seek(0, 2)
-            file.seek(max(0, length - END_BYTES))
-            return length, zlib.crc32(first), zlib.crc32(file.read(END_BYTES))
-    except OSError:
-        # Decoding the file reports the reason.
-        return -1, 0, 0

@@ -173,7 +173,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _is_unpacked(folder: Path, archive: Archive) -> bool:
-    """Whether the archive's folder exists. DatasetError if it differs from the archive beside it."""
+    """Return whether the archive's folder exists. DatasetError if it differs from the archive beside it."""
     target, path = folder / archive.folder, folder / archive.name
     if not target.is_dir() or not any(target.iterdir()):
         return False

@@ -13,7 +13,7 @@ from typing import Literal
 from hpsearch import subprocesses
 from hpsearch.config.data import DataConfig
 from hpsearch.data.build import Progress, build_cache, discard_cache, is_damaged
-from hpsearch.data.cache import Index, Preparation, cache_key, open_cache
+from hpsearch.data.cache import Index, Preparation, open_cache
 from hpsearch.data.dataset import Dataset, Problem, Sample, Split
 from hpsearch.data.decode_pool import Decoders, View, subprocess_environment
 from hpsearch.data.integrity import (
@@ -28,6 +28,7 @@ from hpsearch.data.integrity import (
     shared_images,
     were_swapped,
 )
+from hpsearch.data.keys import cache_key
 from hpsearch.data.layouts import find_samples
 from hpsearch.data.reading import PLAIN_READING, Reading
 from hpsearch.data.sample import SAMPLE_VERSION

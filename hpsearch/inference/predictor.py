@@ -220,10 +220,11 @@ class Tile:
 
 
 def tile_axis(length: int, out: int, *, blend: bool) -> list[Tile]:
-    """Windows whose outputs of `out` pixels cover an axis of `length`, evenly spaced from one end to the other.
+    """Return evenly spaced windows whose outputs of `out` pixels cover an axis of `length`.
 
-    As few as will do: 512 pixels and outputs of 388 make two, 124 apart. With `blend` neighbours overlap by at least
-    `BLEND_OVERLAP`, and a tile counts the less the nearer its border; else they are averaged.
+    The number of windows is the smallest possible: 512 pixels and outputs of 388 make two, 124 apart. With `blend`
+    neighbours overlap by at least `BLEND_OVERLAP`, and the weight of a tile decreases towards its border. Otherwise
+    they are averaged.
     """
     step = max(1, out - math.ceil(out * BLEND_OVERLAP)) if blend else out
     n = max(1, math.ceil((length - out) / step) + 1)
