@@ -190,18 +190,8 @@ def _build(
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir()
     try:
-        stats: dict[int, ImageStats] = {}
-        problems: dict[int, Problem] = {}
-        jobs = [preparation.job(sample) for sample in samples]
         with _WRITERS[kind](temporary, preparation, len(samples)) as writer:
-            for number, result, pixels in decoders.decode(jobs):
-                if isinstance(result, DecodeError):
-                    problems[number] = samples[number].problem(result.kind, result.text)
-                else:
-                    writer.put(number, pixels)
-                    stats[number] = result
-                if progress is not None:
-                    progress(len(stats) + len(problems), len(samples))
+            stats, problems = _decode(samples, preparation, writer, decoders, progress)
             if not stats:
                 first = problems[min(problems)].text if problems else "there are no samples"
                 raise DatasetError(f"none of the {len(samples)} images can be used: {first}")
@@ -221,6 +211,27 @@ def _build(
         _sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _decode(
+    samples: Sequence[Sample],
+    preparation: Preparation,
+    writer: _Writer,
+    decoders: Decoders,
+    progress: Progress | None,
+) -> tuple[dict[int, ImageStats], dict[int, Problem]]:
+    """Decode and write all samples. Return the stats of usable pairs and the problems of others, by their numbers."""
+    stats: dict[int, ImageStats] = {}
+    problems: dict[int, Problem] = {}
+    for number, result, pixels in decoders.decode([preparation.job(sample) for sample in samples]):
+        if isinstance(result, DecodeError):
+            problems[number] = samples[number].problem(result.kind, result.text)
+        else:
+            writer.put(number, pixels)
+            stats[number] = result
+        if progress is not None:
+            progress(len(stats) + len(problems), len(samples))
+    return stats, problems
 
 
 class _Writer(AbstractContextManager["_Writer"]):

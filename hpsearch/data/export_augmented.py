@@ -88,16 +88,9 @@ def export_augmented(
     settings, or images are unusable (`exclude_bad` leaves them out), and StorageError.
     """
     augment = replace(augment, crop=False)
-    if augment == AugmentConfig(hflip=0):
-        raise ConfigError("augment changes nothing: switch something on, such as --set augment.hflip=0.5")
-    if copies < 1:
-        raise ConfigError(f"copies must be at least 1, got {copies}")
-    if dataset.problems and not exclude_bad:
-        raise refusal(dataset.problems, dataset.flags)
     root = dataset.root.resolve()
     target = target or root.with_name(f"{root.name}_Aug")
-    if target.exists():
-        raise DatasetError(f"{target} exists already: remove it, or name another folder, to have it written again")
+    _check_request(dataset, augment, copies, target, exclude_bad=exclude_bad)
     partial = target.with_name(f".{target.name}.partial")
     reading = reading or decide_reading(dataset, DataConfig()).reading
     settings = {"of": root.name, "copies": copies, "seed": seed, "augment": asdict(augment)}
@@ -147,6 +140,18 @@ class _Job:
     image: Path
     mask: Path
     seed: int
+
+
+def _check_request(dataset: Dataset, augment: AugmentConfig, copies: int, target: Path, *, exclude_bad: bool) -> None:
+    """Raise ConfigError or DatasetError if the export cannot be written."""
+    if augment == AugmentConfig(hflip=0):
+        raise ConfigError("augment changes nothing: switch something on, such as --set augment.hflip=0.5")
+    if copies < 1:
+        raise ConfigError(f"copies must be at least 1, got {copies}")
+    if dataset.problems and not exclude_bad:
+        raise refusal(dataset.problems, dataset.flags)
+    if target.exists():
+        raise DatasetError(f"{target} exists already: remove it, or name another folder, to have it written again")
 
 
 def _begin(partial: Path, settings: dict[str, object]) -> None:
