@@ -217,7 +217,7 @@ def _create_record(
     """Begin a study. Only now: a first start that fails for its data leaves no study that binds the next one."""
     prepared = caches.scored
     folds = _make_folds(config, prepared, cache_root(study.project, config))
-    facts = open_cache(prepared.cache_path).index.facts
+    facts = open_cache(prepared.cache_path).index.stats
     for note in fold_making.lesion_notes(folds, [each.view_foreground > 0 for each in facts]):
         callback.message(f"note: {note}")
     record = StudyRecord.create(study, config)

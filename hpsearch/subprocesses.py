@@ -1,8 +1,8 @@
-"""Start Python subprocesses that import this very package, and nothing from the current folder.
+"""Start Python subprocesses that import this package, and nothing from the current folder.
 
-A `random.py` or a folder named `hpsearch` in the folder where somebody works must not be imported in place of the
-real one. So a subprocess runs this file, isolated from the current folder by `-P`; it loads the package from where
-it lies, then runs one of its modules as `python -m` would.
+A `random.py` or a folder `hpsearch` in the user's folder must not be imported in place of the real one. A subprocess
+therefore runs this file, isolated from the current folder by `-P`. It loads the package from its folder and runs one
+of its modules like `python -m`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ def command(module: str, *arguments: str) -> list[str]:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """Return this process's environment with `changes`, in which no Python process imports from the current folder.
+    """Return this process's environment with `changes`, so that no Python process imports from the current folder.
 
-    That holds for subprocesses of the subprocess too. Relative entries of PYTHONPATH become absolute; those that
-    name the current folder (`.` or nothing) are left out.
+    This includes subprocesses of the subprocess. Relative entries of PYTHONPATH become absolute. Entries that name
+    the current folder (`.` or nothing) are removed.
     """
     entries = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     others = [os.path.abspath(entry) for entry in entries if os.path.normpath(entry) != "."]

@@ -1,4 +1,4 @@
-"""Check and read the files and folders that a user names, and say in one line what is wrong with them."""
+"""Check and read files and folders that a user names. Faults are described in one line."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from pathlib import Path
 from hpsearch.errors import HpsearchError
 
 MAX_STEM_BYTES = 200
-"""Longest usable name without its ending: most file systems end at 255 bytes, and outputs add to an image's name."""
+"""Longest usable stem. Most file systems allow 255 bytes, and outputs add suffixes to an image's name."""
 
 _CONTROL = ("Cc", "Zl", "Zp")
 """Unicode categories of control characters and of the characters that separate lines and paragraphs."""
 
 
 def printable(name: str | Path) -> str:
-    """Return `name` on one line: bytes that are not UTF-8 as `\\xe9`, control characters as Python escapes them."""
+    """Return `name` on one line, with escapes for control characters and for bytes that are not UTF-8 (`\\xe9`)."""
     return "".join(_printable(character) for character in str(name))
 
 
 def text_fault(text: str) -> str:
-    """Say why `text` cannot be written into settings, tables and records; empty if it can."""
+    """Return why `text` cannot be written to settings, tables and records, empty if it can."""
     categories = {unicodedata.category(character) for character in text}
     if "Cs" in categories:
         return "is not UTF-8"
@@ -31,7 +31,7 @@ def text_fault(text: str) -> str:
 
 
 def name_fault(stem: str) -> str:
-    """Say why an image cannot have a name of this stem; empty if it can."""
+    """Return why an image cannot have a name of this stem, empty if it can."""
     if fault := text_fault(stem):
         return fault
     return f"is longer than {MAX_STEM_BYTES} bytes" if len(stem.encode()) > MAX_STEM_BYTES else ""
@@ -45,17 +45,17 @@ def require_usable_path(path: Path, error: type[HpsearchError]) -> None:
 
 
 def name_key(name: str) -> str:
-    """Return what equal names have in common: NFC, without regard to case."""
+    """Return a key that is equal for names that differ only in case or Unicode form."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
 
 
 def user_path(text: str) -> Path:
-    """Return the path that a user wrote, `~` expanded where that home folder is known."""
+    """Return a path from the user's text, with `~` expanded if that home folder is known."""
     return Path(os.path.expanduser(text))
 
 
 def broken_link(path: Path) -> str:
-    """Name a link that leads to nothing, and its target; empty if `path` is anything else."""
+    """Describe a broken link and its target, empty if `path` is anything else."""
     try:
         path.stat()
     except OSError as error:
@@ -73,7 +73,7 @@ def broken_link(path: Path) -> str:
 
 
 def folder_fault(path: Path) -> str:
-    """Say why `path` is no folder that can be listed; empty if it is one."""
+    """Return why `path` cannot be listed as a folder, empty if it can."""
     try:
         with os.scandir(path):
             return ""
@@ -90,7 +90,7 @@ def folder_fault(path: Path) -> str:
 
 
 def file_fault(path: Path) -> str:
-    """Say why `path` cannot be opened as a file; empty if it can."""
+    """Return why `path` cannot be opened as a file, empty if it can."""
     try:
         with path.open("rb"):
             return ""
@@ -102,7 +102,7 @@ def file_fault(path: Path) -> str:
 
 
 def list_folder(path: Path, error: type[HpsearchError]) -> list[Path]:
-    """Return what is in the folder `path`, sorted; raise `error`, saying why, if it cannot be listed."""
+    """Return the entries of the folder `path`, sorted. Raise `error`, with the reason, if it cannot be listed."""
     try:
         return sorted(path.iterdir())
     except (OSError, ValueError) as caught:
@@ -134,7 +134,7 @@ def read_text(path: Path, what: str, error: type[HpsearchError]) -> str:
 
 
 def _is_utf_16(content: bytes) -> bool:
-    """Whether it begins with the mark of UTF-16 (or 32), or every other byte is 0, as in English text without one."""
+    """Return whether `content` begins with the mark of UTF-16 or 32, or every other byte is 0, as in English text."""
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
         return True
     zeros = sorted(content[start::2].count(0) for start in (0, 1))
@@ -144,7 +144,7 @@ def _is_utf_16(content: bytes) -> bool:
 def _printable(character: str) -> str:
     category = unicodedata.category(character)
     if category == "Cs":
-        # What Python makes of a byte in a file name that is not UTF-8 (PEP 383).
+        # Python represents bytes of a file name that are not UTF-8 so (PEP 383).
         code = ord(character)
         return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"
     return repr(character)[1:-1] if category in _CONTROL else character

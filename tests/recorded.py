@@ -17,9 +17,9 @@ from hpsearch import config as configs
 from hpsearch import paths
 from hpsearch.config import StudyConfig
 from hpsearch.data.cache import INDEX, Index, Preparation, memmap_files
-from hpsearch.data.decode_pool import Facts
+from hpsearch.data.dataset import Sample, Split
+from hpsearch.data.decode_pool import ImageStats
 from hpsearch.data.folds import Folds
-from hpsearch.data.layouts import Sample, Split
 from hpsearch.paths import FitPaths, ProjectPaths
 from hpsearch.store.record import StudyRecord
 from hpsearch.store.trials import Outcome, ReplicateRecord, Shortlist, TrialRecord
@@ -294,10 +294,10 @@ def write_cache(root: Path, key: str, ids: list[str], splits: list[Split], size:
         Sample(id=id, image=Path(f"{id}.jpg"), mask=Path(f"{id}.png"), split=split)
         for id, split in zip(ids, splits, strict=True)
     )
-    facts = Facts(size, size, "0" * 64, "0" * 64, size, (0,) * 9, 0, size)
+    stats = ImageStats(size, size, "0" * 64, "0" * 64, size, (0,) * 9, 0, size)
     folder = root / f"{key}-memmap"
     folder.mkdir(parents=True, exist_ok=True)
-    index = Index(key, "memmap", preparation, samples, (facts,) * len(ids), ())
+    index = Index(key, "memmap", preparation, samples, (stats,) * len(ids), ())
     masks = np.stack([_blob(size, number) for number in range(len(ids))])
     skin = np.array([214, 165, 140]) + np.random.default_rng(0).normal(0, 6, (len(ids), size, size, 3))
     images = np.where(masks[..., None] > 0, skin * 0.5, skin).clip(0, 255).astype(np.uint8)

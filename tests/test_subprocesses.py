@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hpsearch import subprocesses
-from hpsearch.data.decode_pool import Decoders, Facts, Job
+from hpsearch.data.decode_pool import Decoders, ImageStats, Job
 from hpsearch.inference.postprocessing import Postprocessing
 from hpsearch.tracking import mlflow_model
 from hpsearch.workers.jobs import Finished, KeepJob
@@ -48,8 +48,8 @@ def test_the_decoder_imports_nothing_from_the_current_folder(hostile: Path, tmp_
     image = next((root / "ISIC-2017_Training_Data").glob("*"))
     mask = root / "ISIC-2017_Training_Part1_GroundTruth" / f"{image.stem}_segmentation.png"
     with Decoders(1) as decoders:
-        ((_, facts, _),) = decoders.decode([Job(str(image), str(mask))])
-    assert isinstance(facts, Facts)
+        ((_, stats, _),) = decoders.decode([Job(image, mask)])
+    assert isinstance(stats, ImageStats)
 
 
 def test_packing_a_model_imports_nothing_from_the_current_folder(hostile: Path) -> None:

@@ -15,6 +15,7 @@ from hpsearch.cli.options import Settings, config_options, out_option
 from hpsearch.paths import ProjectPaths
 
 if TYPE_CHECKING:
+    from hpsearch.config.data import DataConfig
     from hpsearch.data.integrity import CheckReport
 
 
@@ -26,52 +27,61 @@ def command() -> None:
 @command.command("check")
 @out_option
 @config_options
-@click.option("--json", "as_json", is_flag=True, help="Everything as JSON, every file named.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON that names every file.")
 @click.option(
-    "--full", is_flag=True, help="Also compare the files and the cache with the hashes taken at its making."
+    "--full", is_flag=True, help="Also compare files and cache with the hashes taken when the cache was built."
 )
 @click.option("--duplicates", "near", is_flag=True, help="Also look for near-duplicates, in the test split too.")
 def check(project: ProjectPaths, settings: Settings, as_json: bool, full: bool, near: bool) -> int:
-    """Every error and note of a dataset, after decoding all of it. Exit code 1 if there are errors."""
+    """Decode a whole dataset and show its errors and notes. Exit code 1 if there are errors."""
     from hpsearch.data import integrity
-    from hpsearch.data.duplicates import find_in_dataset
-    from hpsearch.data.prepare import check_contents, locate
+    from hpsearch.data.prepare import locate
 
     config = settings.load().data
     root = cache_folder(project, config.cache_dir)
     progress = None if as_json else counter("checking images")
     report = integrity.check(locate(config, root), config=config, cache_root=root, progress=progress)
     result = report.to_dict()
-    lines = []
-    problems = len(report.errors)
+    lines: list[str] = []
     if full and not report.errors:
-        folders, changed = check_contents(config, root)
-        result["changed"] = [problem.text for problem in changed]
-        lines += [f"error: {problem.text}" for problem in changed]
-        if not folders:
-            lines.append(
-                "there is no cache of this data yet to compare with: a study or `hpsearch data cache` makes it"
-            )
-        elif not changed:
-            lines.append(f"files and {len(folders)} cache(s) are what they were")
-        problems += len(changed)
+        result["changed"], texts = _changed(config, root)
+        lines += texts
     if near and not report.errors:
-        sheet = project.root / "duplicates.png"
-        pairs = find_in_dataset(config, root, with_test=True, sheet=sheet)
-        result["near_duplicates"] = [
-            {"a": p.a, "b": p.b, "similarity": p.similarity, "pool_and_test": p.across} for p in pairs
-        ]
-        lines += [
-            f"near-duplicate: {p.a} and {p.b}, similarity {p.similarity:.3f}{', POOL AND TEST' if p.across else ''}"
-            for p in pairs
-        ]
-        lines.append(f"{len(pairs)} near-duplicate pairs" + (f", see {sheet}" if pairs else ""))
+        result["near_duplicates"], texts = _near_duplicates(config, root, project.root / "duplicates.png")
+        lines += texts
     if as_json:
         click.echo(json.dumps(result, indent=1))
     else:
         _print_report(report)
         click.echo("\n".join(lines), nl=bool(lines))
-    return 1 if problems else 0
+    return 1 if report.errors or result.get("changed") else 0
+
+
+def _changed(config: DataConfig, root: Path) -> tuple[list[str], list[str]]:
+    """Return what has changed since the caches were built, and the lines to print."""
+    from hpsearch.data.prepare import check_contents
+
+    folders, problems = check_contents(config, root)
+    changed = [problem.text for problem in problems]
+    lines = [f"error: {text}" for text in changed]
+    if not folders:
+        lines.append("there is no cache of this data yet to compare with: a study or `hpsearch data cache` makes it")
+    elif not changed:
+        lines.append(f"files and {len(folders)} cache(s) are what they were")
+    return changed, lines
+
+
+def _near_duplicates(config: DataConfig, root: Path, sheet: Path) -> tuple[list[dict[str, object]], list[str]]:
+    """Return the near-duplicate pairs as plain types, and the lines to print."""
+    from hpsearch.data.duplicates import find_in_dataset
+
+    pairs = find_in_dataset(config, root, with_test=True, sheet=sheet)
+    table = [{"a": p.a, "b": p.b, "similarity": p.similarity, "pool_and_test": p.across} for p in pairs]
+    lines = [
+        f"near-duplicate: {p.a} and {p.b}, similarity {p.similarity:.3f}{', POOL AND TEST' if p.across else ''}"
+        for p in pairs
+    ]
+    return table, [*lines, f"{len(pairs)} near-duplicate pairs" + (f", see {sheet}" if pairs else "")]
 
 
 def _print_report(report: CheckReport) -> None:
@@ -95,7 +105,7 @@ def _print_report(report: CheckReport) -> None:
 @command.command("cache")
 @out_option
 @config_options
-@click.option("--compare", is_flag=True, help="Build and read every kind of cache, and show what each costs.")
+@click.option("--compare", is_flag=True, help="Build and read every kind of cache, and compare time and memory.")
 def cache(project: ProjectPaths, settings: Settings, compare: bool) -> None:
     """Decode the pool once, as a study would, or compare the kinds of cache on this data."""
     from rich.console import Console
@@ -132,11 +142,11 @@ def cache(project: ProjectPaths, settings: Settings, compare: bool) -> None:
 @config_options
 @click.option("--copies", default=1, type=click.IntRange(min=1), help="Changed versions of each training image.")
 @click.option("--to", "target", type=click.Path(path_type=Path), help="Folder to write (default: DATA_Aug).")
-@click.option("--groups", metavar="FILE.csv", help="Patient or lesion of each image, to be kept in groups.csv.")
+@click.option("--groups", metavar="FILE.csv", help="Patient or lesion of each image, kept in groups.csv.")
 def augment(project: ProjectPaths, settings: Settings, copies: int, target: Path | None) -> None:
     """Write an augmented copy of a dataset beside it: ISIC-2017_Aug, in the same layout.
 
-    The changes are those of [augment]; --seed decides them. Interrupted, the same command continues.
+    The changes are those of [augment], drawn from --seed. After an interruption the same command continues.
 
     \b
         hpsearch data augment --data ISIC-2017 --copies 2 --set augment.rotate=20
@@ -178,13 +188,15 @@ def augment(project: ProjectPaths, settings: Settings, copies: int, target: Path
 
 @command.command("sample")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--seed", default=0, help="Another seed draws other images.")
+@click.option("--seed", default=0, help="Seed of the images.")
 @click.option("--train", "n_train", default=120, type=click.IntRange(min=1), help="Training images.")
 @click.option("--val", "n_val", default=30, type=click.IntRange(min=0), help="Validation images.")
 @click.option("--test", "n_test", default=50, type=click.IntRange(min=0), help="Test images.")
-@click.option("--large", "n_large", default=0, type=click.IntRange(min=0), help="Of the training images, very large.")
+@click.option(
+    "--large", "n_large", default=0, type=click.IntRange(min=0), help="Very large images among the training images."
+)
 def sample(folder: Path, seed: int, n_train: int, n_val: int, n_test: int, n_large: int) -> None:
-    """Draw a small dermoscopy-like dataset, in the archive's layout, into FOLDER. Drawn images, not real ones."""
+    """Draw a small synthetic dermoscopy dataset, in the archive's layout, into FOLDER."""
     from hpsearch.data.sample import draw_sample
 
     report = counter("drawing images")
@@ -194,14 +206,12 @@ def sample(folder: Path, seed: int, n_train: int, n_val: int, n_test: int, n_lar
 
 @command.command("download")
 @click.argument("folder", type=click.Path(path_type=Path), default=Path("ISIC-2017"))
-@click.option(
-    "--only", multiple=True, metavar="train|val|test|ARCHIVE", help="Only these; may be given several times."
-)
-@click.option("--from", "base_url", metavar="URL", help="A mirror, instead of the challenge's own bucket.")
+@click.option("--only", multiple=True, metavar="train|val|test|ARCHIVE", help="Only these. May be repeated.")
+@click.option("--from", "base_url", metavar="URL", help="Mirror to use instead of the challenge's own bucket.")
 @click.option("--remove-archives", is_flag=True, help="Remove each archive once it is unpacked.")
-@click.option("--no-check", is_flag=True, help="Leave out the check of the dataset at the end.")
+@click.option("--no-check", is_flag=True, help="Skip the check of the dataset at the end.")
 def download(folder: Path, only: tuple[str, ...], base_url: str | None, remove_archives: bool, no_check: bool) -> int:
-    """Get the archives of ISIC-2017 Part 1 into FOLDER, unpack and check them. Run again to continue."""
+    """Download the archives of ISIC-2017 Part 1 into FOLDER, unpack and check them. Run again to continue."""
     from hpsearch.config.data import DataConfig
     from hpsearch.data import integrity
     from hpsearch.data.download import OFFICIAL, DownloadProgress
@@ -229,12 +239,12 @@ def download(folder: Path, only: tuple[str, ...], base_url: str | None, remove_a
 
 
 def cache_folder(project: ProjectPaths, cache_dir: str) -> Path:
-    """Where caches lie when no study says otherwise."""
+    """Return the folder of the caches."""
     return Path(cache_dir) if cache_dir else project.cache
 
 
 def counter(text: str) -> Callable[[int, int], None] | None:
-    """`text 12/200` on one line of the terminal; None where there is no terminal."""
+    """Return a progress callback that shows `text 12/200` on the terminal, None without a terminal."""
     if not sys.stderr.isatty():
         return None
 

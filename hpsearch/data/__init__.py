@@ -1,1 +1,1 @@
-"""What is trained on: finding, checking, decoding, caching, dividing and augmenting images and masks."""
+"""Find, check, decode, cache, split and augment images and masks."""

@@ -1,8 +1,8 @@
-"""Change training batches at random: a batch as a whole, on its device, masks with their images.
+"""Change training batches at random. A batch is changed as a whole, on its device, images and masks together.
 
-What happens to which image is drawn beforehand (`draw_changes`), on the CPU and for a whole epoch, so that no batch
-waits for it and nothing but the noise of single pixels depends on the device. As long as pixels are only moved,
-images stay bytes (B, H, W, 3); the rest is computed in float32 planes (B, 3, H, W), whose inner dimension is long.
+`draw_changes` draws the changes of a whole epoch beforehand on the CPU. No batch waits for it, and only the noise of
+single pixels depends on the device. Images stay bytes (B, H, W, 3) while pixels are only moved. Other changes are
+computed on float32 planes (B, 3, H, W), whose inner dimension is long.
 """
 
 from __future__ import annotations
@@ -24,51 +24,57 @@ _KINDS = (
     *("hflip", "vflip", "brightness", "contrast", "saturation", "hue"),
     *("rotate", "scale", "top", "left", "blur", "noise"),
 )
-# torchvision's rounding of the BT.601 weights, since its colour changes are the reference.
+# BT.601 weights as torchvision rounds them, because its colour changes are the reference.
 _GRAY = (0.2989, 0.587, 0.114)
 
 
 @dataclass(frozen=True)
 class Changes:
-    """What happens to each of n images, each an (n,) tensor; None where a change is switched off."""
+    """Changes of n images, each an (n,) tensor, None if the change is switched off."""
 
     hflip: Tensor | None = None
-    """bool: mirrored left to right."""
+    """bool: whether it is mirrored left to right."""
     vflip: Tensor | None = None
-    """bool: mirrored top to bottom."""
+    """bool: whether it is mirrored top to bottom."""
     brightness: Tensor | None = None
     """Factor on all channels."""
     contrast: Tensor | None = None
-    """Factor on the distance from the image's mean grey."""
+    """Factor on the distance from the image's mean gray."""
     saturation: Tensor | None = None
-    """Factor on the distance from each pixel's grey."""
+    """Factor on the distance from each pixel's gray."""
     hue: Tensor | None = None
-    """Shift in turns of the colour circle."""
+    """Shift as a share of the colour circle."""
     rotate: Tensor | None = None
-    """Radians, anticlockwise as one sees it."""
+    """Radians, anticlockwise as displayed."""
     scale: Tensor | None = None
-    """Zoom: above 1 things become larger."""
+    """Zoom factor, above 1 to enlarge."""
     top: Tensor | None = None
-    """int64: first row of the crop; `left` goes with it."""
+    """int64: first row of the crop."""
     left: Tensor | None = None
     """int64: first column of the crop."""
     blur: Tensor | None = None
     """Standard deviation in pixels."""
     noise: Tensor | None = None
-    """Standard deviation, where images run from 0 to 1."""
+    """Standard deviation for images from 0 to 1."""
     blur_radius: int = 0
-    """Pixels that the widest blur reaches."""
+    """Radius in pixels of the widest blur."""
     noise_seed: int = 0
-    """Seed of the noise of the first image's batch."""
+    """Seed of the noise of the batch that begins with the first image."""
 
     def __getitem__(self, rows: slice) -> Changes:
-        """The changes of some of the images."""
+        """Return the changes of a slice of the images."""
         part = self._map(lambda value: value[rows])
         return replace(part, noise_seed=self.noise_seed + (rows.start or 0))
 
     def to(self, device: torch.device) -> Changes:
-        """The same changes on another device."""
+        """Return the changes on another device."""
         return self._map(lambda value: value.to(device, non_blocking=True))
+
+    @property
+    def changes_values(self) -> bool:
+        """Whether pixel values change and pixels are not only moved."""
+        kinds = (self.brightness, self.contrast, self.saturation, self.hue, self.blur, self.noise)
+        return any(kind is not None for kind in kinds)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Changes:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -84,10 +90,10 @@ def draw_changes(
     from_size: tuple[int, int],
     to_size: tuple[int, int],
 ) -> Changes:
-    """Draw what happens to `n_images` images of `from_size` that shall come out at `to_size` (height, width).
+    """Draw the changes of `n_images` images from `from_size` to `to_size` (height, width).
 
-    Each kind of change takes the same random numbers whether or not the others are switched on. Raises CacheError
-    when the sizes differ and `config.crop` is off, or when there is nothing to crop from.
+    Each kind of change uses the same random numbers whether or not others are switched on. Raises CacheError if the
+    sizes differ and `config.crop` is off, or if the images are smaller than the crop.
     """
     spare = [have - want for have, want in zip(from_size, to_size, strict=True)]
     if (min(spare) < 0) if config.crop else any(spare):
@@ -130,10 +136,10 @@ def draw_changes(
 
 
 def augment_batch(images: Tensor, masks: Tensor, changes: Changes, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Images (B, H, W, 3) uint8 and masks (B, H, W) uint8, changed, at `size` (height, width).
+    """Change images (B, H, W, 3) uint8 and masks (B, H, W) uint8 and return them at `size` (height, width).
 
-    The images come out as they are, (B, H, W, 3) uint8, where bytes were only moved, else as (B, 3, H, W) float32
-    from 0 to 255; the masks are still 0 and 1.
+    If pixels are only moved, the images are returned as (B, H, W, 3) uint8, otherwise as (B, 3, H, W) float32 from 0
+    to 255. The masks are 0 and 1.
     """
     if changes.rotate is not None or changes.scale is not None:
         planes, masks = _warp(images, masks, changes, size)
@@ -144,7 +150,7 @@ def augment_batch(images: Tensor, masks: Tensor, changes: Changes, size: tuple[i
         for flags, axis in ((changes.hflip, 2), (changes.vflip, 1)):
             if flags is not None:
                 images, masks = _flip(images, flags, axis), _flip(masks, flags, axis)
-        if not _changes_values(changes):
+        if not changes.changes_values:
             return images, masks
         planes = as_planes(images)
     planes = jitter_color_(planes, changes)
@@ -156,9 +162,9 @@ def augment_batch(images: Tensor, masks: Tensor, changes: Changes, size: tuple[i
 
 
 def crop(batch: Tensor, top: Tensor, left: Tensor, size: tuple[int, int]) -> Tensor:
-    """A window of `size` (height, width) of each image of (B, H, W, ...), beginning at its own `top` and `left`."""
+    """Return a window of `size` (height, width) of each image of (B, H, W, ...), at its own `top` and `left`."""
     if batch.device.type == "cpu":
-        # The only loop over images: rows are copied whole, 20 times faster than the index below at 256x256.
+        # Copying whole rows in a loop over images is 20 times faster than the index below at 256x256.
         out = batch.new_empty((len(batch), *size, *batch.shape[3:]))
         for target, source, row, column in zip(out, batch, top.tolist(), left.tolist(), strict=True):
             target.copy_(source[row : row + size[0], column : column + size[1]])
@@ -167,7 +173,7 @@ def crop(batch: Tensor, top: Tensor, left: Tensor, size: tuple[int, int]) -> Ten
 
 
 def crop_by_index(batch: Tensor, top: Tensor, left: Tensor, size: tuple[int, int]) -> Tensor:
-    """`crop` as one index into the view of all windows: one kernel on a GPU, which nothing has to wait for."""
+    """Return the same as `crop` by one index into the view of all windows: one kernel on a GPU, without a wait."""
     windows = batch.unfold(1, size[0], 1).unfold(2, size[1], 1)
     # (B, rows, columns, ..., height, width) to (B, rows, columns, height, width, ...)
     windows = windows.movedim((-2, -1), (3, 4))
@@ -175,10 +181,10 @@ def crop_by_index(batch: Tensor, top: Tensor, left: Tensor, size: tuple[int, int
 
 
 def jitter_color_(planes: Tensor, changes: Changes, mean_gray: Tensor | None = None) -> Tensor:
-    """Brightness, contrast, saturation, then hue of (B, 3, H, W) float32 from 0 to 255, each clamped; overwrites it.
+    """Change brightness, contrast, saturation and hue of (B, 3, H, W) float32 from 0 to 255 in place, each clamped.
 
-    The four are those of `torchvision.transforms.v2.functional` on floats, with a factor of its own for every image.
-    `mean_gray` (B,) is the mean `gray` after the change of brightness, for planes that are only a part of an image.
+    The four are those of `torchvision.transforms.v2.functional` on floats, with one factor per image. `mean_gray`
+    (B,) is the mean of `gray` after the change of brightness, for planes that are only part of an image.
     """
     if changes.brightness is not None:
         planes.mul_(_each(changes.brightness)).clamp_(0, 255)
@@ -193,16 +199,16 @@ def jitter_color_(planes: Tensor, changes: Changes, mean_gray: Tensor | None = N
 
 
 def blur(planes: Tensor, sigma: Tensor, radius: int) -> Tensor:
-    """Gaussian blur of (B, 3, H, W), `sigma` (B,) pixels each, cut off at `radius`; mirrored beyond the border."""
+    """Return (B, 3, H, W) blurred by Gaussians of `sigma` (B,) pixels, cut off at `radius`, mirrored at borders."""
     radius = min(radius, planes.shape[2] - 1, planes.shape[3] - 1)
     offsets = torch.arange(-radius, radius + 1, device=planes.device)
-    # The smallest sigma leaves the image as it is: the neighbours' weights vanish.
+    # At the smallest sigma the neighbours' weights vanish, and the image is unchanged.
     weights = torch.exp(-0.5 * (offsets / sigma.clamp_min(0.05)[:, None]) ** 2)
     weights = weights / weights.sum(1, keepdim=True)
     for axis, padding in ((2, (0, 0, radius, radius)), (3, (radius, radius, 0, 0))):
         padded = F.pad(planes, padding, mode="reflect")
         length = planes.shape[axis]
-        # Sums of shifted images: no convolution, which a GPU would round to TF32.
+        # Sums of shifted images, because a GPU rounds convolutions to TF32.
         planes = padded.narrow(axis, radius, length) * _each(weights[:, radius])
         for distance in range(1, radius + 1):
             pair = padded.narrow(axis, radius - distance, length) + padded.narrow(axis, radius + distance, length)
@@ -210,29 +216,23 @@ def blur(planes: Tensor, sigma: Tensor, radius: int) -> Tensor:
     return planes
 
 
-def _changes_values(changes: Changes) -> bool:
-    """Whether more happens to pixels than being moved."""
-    kinds = (changes.brightness, changes.contrast, changes.saturation, changes.hue, changes.blur, changes.noise)
-    return any(kind is not None for kind in kinds)
-
-
 def as_planes(images: Tensor) -> Tensor:
-    """(B, H, W, 3) uint8 as (B, 3, H, W) float32, plane by plane in memory."""
+    """Return (B, H, W, 3) uint8 as contiguous (B, 3, H, W) float32."""
     return images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
 
 
 def _flip(batch: Tensor, flags: Tensor, axis: int) -> Tensor:
-    """Mirror along `axis` where the flag is set. Whole images are copied: 4 times faster than a choice per pixel."""
+    """Mirror images along `axis` where the flag is set. Copying whole images is 4 times faster than `where`."""
     both = torch.cat((batch, batch.flip(axis)))
     choice = torch.arange(len(batch), device=batch.device) + len(batch) * flags
     return both.index_select(0, choice)
 
 
 def _warp(images: Tensor, masks: Tensor, changes: Changes, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Rotate, zoom, flip and crop in one go: bilinear for images, nearest for masks; mirrored beyond the border."""
+    """Rotate, zoom, flip and crop at once: bilinear for images, nearest for masks, mirrored beyond the border."""
     height, width = images.shape[1:3]
     columns, rows = source_positions(changes, (height, width), size, images.device)
-    # From pixels to grid_sample's units: -1 and 1 are the outer edges.
+    # grid_sample puts -1 and 1 at the outer edges.
     grid = torch.stack((columns * (2 / width) - 1, rows * (2 / height) - 1), dim=-1)
     planes = F.grid_sample(as_planes(images), grid, mode="bilinear", padding_mode="reflection", align_corners=False)
     truth = masks.to(torch.float32).unsqueeze(1)
@@ -247,11 +247,11 @@ def source_positions(
     device: torch.device,
     window: tuple[slice, slice] = (slice(None), slice(None)),
 ) -> tuple[Tensor, Tensor]:
-    """Where each pixel of the output comes from: x and y, each (B, h, w), in pixels from the image's corner.
+    """Return the source of each output pixel: x and y, each (B, h, w), in pixels from the image's corner.
 
-    Seen from the centre of the output, a pixel at (x, y) comes from R(angle) (x, y) / zoom seen from the centre of
-    the crop. `window`, rows and columns, asks for part of the output only. Computed by elements: a matrix product
-    would be rounded to TF32 on a GPU.
+    A pixel at (x, y) from the centre of the output comes from R(angle) (x, y) / zoom from the centre of the crop.
+    `window` selects rows and columns of the output. The computation is elementwise, because a GPU rounds matrix
+    products to TF32.
     """
     height, width = from_size
     given = (changes.rotate, changes.scale, changes.hflip, changes.vflip, changes.left)
@@ -277,30 +277,31 @@ def _each(values: Tensor) -> Tensor:
 
 
 def gray(planes: Tensor) -> Tensor:
-    """Grey of (B, 3, H, W) as (B, 1, H, W), as torchvision's colour changes weigh it."""
+    """Return the gray (B, 1, H, W) of (B, 3, H, W) with the weights of torchvision's colour changes."""
     red, green, blue = planes.unbind(1)
     return (red * _GRAY[0]).add_(green, alpha=_GRAY[1]).add_(blue, alpha=_GRAY[2]).unsqueeze(1)
 
 
 def _blend_(planes: Tensor, other: Tensor, factor: Tensor) -> None:
-    """planes = factor x planes + (1 - factor) x other, clamped."""
+    """Set planes to factor x planes + (1 - factor) x other, clamped."""
     planes.mul_(_each(factor)).add_(other * _each(1 - factor)).clamp_(0, 255)
 
 
 def _shift_hue(planes: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue of (B, 3, H, W) by `shift` turns; value and saturation stay (HSV).
+    """Return (B, 3, H, W) with the hue shifted by `shift` turns at constant value and saturation (HSV).
 
-    Back from HSV by f(n) = v - v s max(0, min(k, 4 - k, 1)), k = (n + 6 h) mod 6, n = 5, 3, 1 for red, green, blue.
+    The conversion from HSV is f(n) = v - v s max(0, min(k, 4 - k, 1)) with k = (n + 6 h) mod 6 and n = 5, 3, 1 for
+    red, green, blue.
     """
     red, green, blue = planes.unbind(1)
     value = torch.maximum(torch.maximum(red, green), blue)
     chroma = value - torch.minimum(torch.minimum(red, green), blue)
-    # 0 where the channel is the largest, else 1: lerp is exact at both, and several times faster than `where`.
+    # 0 where the channel is the largest, else 1. lerp is exact at both and several times faster than `where`.
     not_red, not_green = (value - red).sign_(), (value - green).sign_()
     largest_green = (blue - red).add_(chroma, alpha=2)
     largest_blue = (red - green).add_(chroma, alpha=4)
     sextant = torch.lerp(green - blue, torch.lerp(largest_green, largest_blue, not_green), not_red)
-    # Where there is no colour the hue does not matter.
+    # Without colour the hue has no effect.
     sextant.div_(chroma.clamp_min(1e-6)).add_(6 * shift.view(-1, 1, 1))
     turned = torch.empty_like(planes)
     for channel, offset in enumerate((5, 3, 1)):
@@ -311,7 +312,7 @@ def _shift_hue(planes: Tensor, shift: Tensor) -> Tensor:
 
 
 def add_noise_(planes: Tensor, sigma: Tensor, seed: int) -> None:
-    """Gaussian noise of `sigma` (B,) x 255, clamped. Drawn on the device: copying it there would cost more."""
+    """Add Gaussian noise of `sigma` (B,) x 255 in place, clamped. It is drawn on the device, which avoids a copy."""
     generator = torch.Generator(planes.device).manual_seed(seed)
     noise = torch.randn(planes.shape, device=planes.device, generator=generator)
     planes.addcmul_(noise, _each(255 * sigma)).clamp_(0, 255)

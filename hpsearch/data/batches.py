@@ -1,7 +1,7 @@
-"""Serve whole batches on the device, in an order and with changes that (seed, epoch) decide.
+"""Serve whole batches on the device. Their order and augmentation depend only on (seed, epoch).
 
-A batch is gathered as bytes, changed as a whole (augment.py) and normalised by one multiply-add; no Python runs per
-image. Bytes are (B, H, W, 3) until the end, where a permutation makes them channels-last (B, C, H, W) for free.
+A batch is gathered as bytes, changed as a whole (augment.py) and normalised by one multiply-add. No Python code runs
+per image. Bytes are (B, H, W, 3) until the end, where a permutation makes them channels-last (B, C, H, W) for free.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from hpsearch.data.cache import Cache, Normalization
 
 RESIDENT_SHARE = 0.25
-"""Share of a GPU's free memory that the images may take for good; the rest is the network's."""
+"""Share of a GPU's free memory that the images may occupy. The network needs the rest."""
 
 
 class Batch(NamedTuple):
-    """What one training step or evaluation sees."""
+    """Input of one training step or evaluation."""
 
     images: Tensor
     """(B, C, H, W) float, normalised, channels-last in memory."""
@@ -37,10 +37,10 @@ class Batch(NamedTuple):
 class DeviceData:
     """The images of one cache as byte batches on a device.
 
-    On a CUDA device all images are copied there once if they fit into `RESIDENT_SHARE` of its free memory; otherwise
-    batches travel through pinned memory while the batch before is being worked on. On the CPU a batch is copied once,
-    out of the memory-mapped file. `truth` is a second cache of the same images at the size of evaluation: its
-    masks, not those of `cache`, are then what `eval_batches` serves.
+    On a CUDA device all images are copied once if they fit into `RESIDENT_SHARE` of its free memory. Otherwise
+    batches are copied through pinned memory, one ahead of the consumer. On the CPU a batch is copied once, out of the
+    memory-mapped file. `truth` is a second cache of the same images at the size of evaluation. `eval_batches` then
+    serves its masks instead of those of `cache`.
     """
 
     def __init__(
@@ -79,20 +79,20 @@ class DeviceData:
 
     @property
     def n_channels(self) -> int:
-        """Channels of the batches: 3, or 1 in grayscale."""
+        """Channels of the batches: 3, or 1 for grayscale."""
         return 3 if self.color == "rgb" else 1
 
     @property
     def is_resident(self) -> bool:
-        """Whether the images lie in the device's own memory."""
+        """Whether the images are in the memory of the CUDA device."""
         return bool(self._resident)
 
     def stream(
         self, batches: Sequence[NDArray[np.int64]], *, held_out: bool = False
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images (B, H, W, 3) and masks (B, H, W), uint8 on the device, of each array of cache indices in turn.
+        """Yield images (B, H, W, 3) and masks (B, H, W), uint8 on the device, for each array of cache indices.
 
-        `held_out`: as images are scored, see `Cache.read`. Every tensor is the consumer's own, to change as it likes.
+        For `held_out` see `Cache.read`. The tensors are copies that the consumer may overwrite.
         """
         if not batches:
             return
@@ -120,12 +120,12 @@ def train_batches(
     normalization: Normalization,
     size: tuple[int, int],
 ) -> Iterator[Batch]:
-    """One epoch of `indices` in random order, changed as `augment` says, at `size` (height, width).
+    """Yield one epoch of `indices` in random order, augmented, at `size` (height, width).
 
-    Order and changes come from a generator made anew from (seed, epoch), so that an epoch is the same whatever ran
-    before it. A last batch that is not full is dropped unless it is the only one: its few images would steer a whole
-    step and batch normalisation. Raises DatasetError when there are no images, CacheError when the cached size does
-    not fit `size`.
+    Order and changes come from a new generator of (seed, epoch), so an epoch does not depend on earlier ones. An
+    incomplete last batch is dropped unless it is the only one, because its few images would have the weight of a
+    whole batch in the step and in batch normalisation. Raises DatasetError without images, CacheError if the cached
+    size does not fit `size`.
     """
     if len(indices) == 0:
         raise DatasetError("there are no images to train on")
@@ -151,10 +151,9 @@ def eval_batches(
     normalization: Normalization,
     size: tuple[int, int],
 ) -> Iterator[Batch]:
-    """`indices` in the given order, nothing dropped and nothing random, at `size` (height, width).
+    """Yield `indices` in the given order, complete and without augmentation, at `size` (height, width).
 
-    From a cache of larger images (`augment.crop`) it is the centre crop. The masks have the size of `data.truth`
-    where there is one.
+    Larger cached images (`augment.crop`) are cropped at the centre. The masks are those of `data.truth` if it is set.
     """
     indices = np.asarray(indices, dtype=np.int64)
     height, width = size
@@ -170,19 +169,19 @@ def eval_batches(
         else:
             masks = torch.from_numpy(data.truth.read(batch, held_out=True)[1])
             if data.device.type == "cuda":
-                # From there the copy is queued behind the work of before; from other memory it would be waited for.
+                # Copies from other memory are synchronous.
                 masks = masks.pin_memory()
             masks = masks.to(data.device, non_blocking=True)
         yield Batch(finish(images), masks.unsqueeze(1))
 
 
 def n_train_batches(n_images: int, batch_size: int) -> int:
-    """Steps that `train_batches` makes of `n_images` in an epoch."""
+    """Return the number of batches of `train_batches` in an epoch."""
     return max(n_images // batch_size, min(n_images, 1))
 
 
 class ToInput:
-    """Bytes, or floats from 0 to 255, to what the network sees: grey if wanted, normalised, channels-last."""
+    """Converts bytes, or floats from 0 to 255, to the network's input: gray if wanted, normalised, channels-last."""
 
     def __init__(self, data: DeviceData, normalization: Normalization) -> None:
         self.gray = data.color == "grayscale"
@@ -196,7 +195,7 @@ class ToInput:
         self.shift = (-mean / std).float().to(data.device)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(B, H, W, 3) uint8 or (B, 3, H, W) float32 in; (B, C, H, W) of the wanted dtype out."""
+        """Convert (B, H, W, 3) uint8 or (B, 3, H, W) float32 to (B, C, H, W) of the wanted dtype."""
         if self.gray:
             gray = torch.addcmul(self.shift, to_gray(images), self.factor)
             return gray.to(self.dtype)
@@ -204,23 +203,23 @@ class ToInput:
             planes = torch.addcmul(self.shift.view(-1, 1, 1), images, self.factor.view(-1, 1, 1))
             return planes.to(self.dtype).contiguous(memory_format=torch.channels_last)
         height, width = images.shape[1:3]
-        # Whole rows against a repeated factor: an inner dimension of 3 would keep the processor from using its
-        # vectors (8 times slower at 64x64).
+        # Whole rows with a repeated factor, because an inner dimension of 3 prevents vectorisation (8 times slower at
+        # 64x64).
         rows = images.to(torch.float32).flatten(2)
         rows = torch.addcmul(self.shift.repeat(width), rows, self.factor.repeat(width))
         return rows.to(self.dtype).view(-1, height, width, 3).permute(0, 3, 1, 2)
 
 
 def to_gray(images: Tensor) -> Tensor:
-    """0.299 R + 0.587 G + 0.114 B of (B, H, W, 3) uint8 or (B, 3, H, W) float32, as (B, 1, H, W) float32."""
+    """Return 0.299 R + 0.587 G + 0.114 B, (B, 1, H, W), of (B, H, W, 3) uint8 or (B, 3, H, W) float32."""
     red, green, blue = images.unbind(-1 if images.dtype == torch.uint8 else 1)
-    # Elementwise, not a matrix product: that would be rounded to bf16 under autocast and to TF32 on a GPU.
+    # Elementwise, because a matrix product is rounded to bf16 under autocast and to TF32 on a GPU.
     gray = red.to(torch.float32).mul(GRAY_WEIGHTS[0])
     return gray.add_(green, alpha=GRAY_WEIGHTS[1]).add_(blue, alpha=GRAY_WEIGHTS[2]).unsqueeze(1)
 
 
 def _upload(cache: Cache, device: torch.device, *, held_out: bool, chunk: int = 64) -> tuple[Tensor, Tensor]:
-    """All images and masks of the cache in the device's memory, copied a few at a time."""
+    """Copy all images and masks of the cache to the device, a few at a time."""
     height, width = cache.size
     images = torch.empty((len(cache), height, width, 3), dtype=torch.uint8, device=device)
     masks = torch.empty((len(cache), height, width), dtype=torch.uint8, device=device)
@@ -235,13 +234,13 @@ def _upload(cache: Cache, device: torch.device, *, held_out: bool, chunk: int = 
 def _stream_pinned(
     cache: Cache, batches: Sequence[NDArray[np.int64]], device: torch.device, *, held_out: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each batch copied to a CUDA device on a stream of its own, one batch ahead of the consumer."""
+    """Yield batches that are copied to a CUDA device on a second stream, one batch ahead of the consumer."""
     copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def send(batch: NDArray[np.int64]) -> list[Tensor]:
         sent = []
         for array in cache.read(batch, held_out=held_out):
-            # The allocator of pinned memory hands a block out again only when the copy from it has ended.
+            # The allocator reuses a block of pinned memory only after the copy from it has ended.
             pinned = torch.from_numpy(array).pin_memory()
             with torch.cuda.stream(copying):
                 sent.append(pinned.to(device, non_blocking=True))
@@ -251,7 +250,7 @@ def _stream_pinned(
     for following in [*batches[1:], None]:
         images, masks = ahead
         consumer = torch.cuda.current_stream(device)
-        # Before the next copy is queued: the consumer shall wait for this batch only.
+        # Before the next copy is queued, so that the consumer waits for this batch only.
         consumer.wait_stream(copying)
         images.record_stream(consumer)
         masks.record_stream(consumer)

@@ -1,4 +1,4 @@
-"""Builds a cache in a subprocess that uses all cores: whole or not at all, and once however many ask for it."""
+"""Build a cache on all cores. It appears when it is complete, and concurrent builders build it only once."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 import numpy as np
 import psutil
@@ -21,24 +21,24 @@ from hpsearch.data.cache import (
     Index,
     Kind,
     Preparation,
-    cache_key,
-    check_files,
     image_file,
     memmap_files,
     npy_header,
     open_cache,
+    read_index,
 )
-from hpsearch.data.decode_pool import Damage, Decoders, Facts, Pixels
-from hpsearch.data.layouts import Problem, Sample
+from hpsearch.data.dataset import Problem, Sample
+from hpsearch.data.decode_pool import DecodeError, Decoders, ImageStats, Pixels
+from hpsearch.data.keys import cache_key
 from hpsearch.errors import CacheError, DatasetError
 from hpsearch.paths import atomic_write, free_bytes, storage_error
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
-"""Is told (done, total)."""
+"""Progress callback, called with (done, total)."""
 SPARE_BYTES = 64 * 2**20
-"""Room on the disk that a cache leaves to others."""
+"""Disk space that a cache leaves free."""
 
 
 def build_cache(
@@ -50,10 +50,10 @@ def build_cache(
     decoders: Decoders | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """The folder of the cache of these samples below `cache_root`; it is built if it is not there.
+    """Return the folder of the cache of these samples below `cache_root`. It is built if it is missing.
 
-    Pairs that cannot be used are left out and listed in the index. Raises DatasetError if none can be used,
-    CacheError if there is no room, StorageError if the disk refuses.
+    Unusable pairs are left out and listed in the index. Raises DatasetError if no pair is usable, CacheError if the
+    disk has too little space, and StorageError if it cannot be written.
     """
     key = cache_key(samples, preparation)
     n_bytes = len(samples) * preparation.image_bytes
@@ -62,12 +62,12 @@ def build_cache(
         chosen = _choose_kind(key, n_bytes, cache_root) if kind == "auto" else kind
         folder = cache_root / f"{key}-{chosen}"
         if _is_ready(folder, samples):
-            # Without the lock: a cache that is shared may lie where this user cannot write.
+            # Checked without the lock, because a shared cache may be in a folder that this user cannot write.
             return folder
         cache_root.mkdir(parents=True, exist_ok=True)
-        with _alone(folder):
+        with _locked(folder):
             if not _is_ready(folder, samples) and not _mend(folder, samples):
-                _remove_left_behind(folder)
+                _remove_leftovers(folder)
                 if chosen in ("memmap", "files"):
                     _require_space(n_bytes, cache_root)
                 with nullcontext(decoders) if decoders is not None else Decoders() as decoding:
@@ -78,7 +78,7 @@ def build_cache(
 
 
 def is_damaged(folder: Path) -> bool:
-    """Whether pixels in the cache are not those that were decoded: all of it is read, which training does anyway."""
+    """Return whether pixels of the cache differ from the decoded ones. Reads all of it, as training does anyway."""
     try:
         cache = open_cache(folder) if Index.read(folder).kind in ("memmap", "files") else None
         return cache is not None and bool(cache.damaged())
@@ -87,30 +87,31 @@ def is_damaged(folder: Path) -> bool:
 
 
 def discard_cache(folder: Path) -> None:
-    """Remove a cache, so that the next who asks for it builds it."""
+    """Remove a cache, so that the next use builds it again."""
     try:
-        with _alone(folder):
+        with _locked(folder):
             shutil.rmtree(folder)
     except OSError as error:
         raise storage_error(folder, error) from error
 
 
 def _choose_kind(key: str, n_bytes: int, cache_root: Path) -> Kind:
-    """The kind that is there already, or the fastest that there is room for.
+    """Return the kind that exists already, or else the fastest one that fits.
 
-    `memmap` comes first: read again it costs no more than memory, which the system lends to it as long as it has
-    some, and all processes share it. `files` is never faster. `memory` is decoded by each process anew.
+    `memmap` is preferred: the system keeps it in memory while there is room, and all processes share it. `files` is
+    never faster. `memory` is decoded again by each process.
     """
-    for kind in ("memmap", "files"):
-        if (cache_root / f"{key}-{kind}" / INDEX).is_file():
-            return kind
+    existing: tuple[Kind, ...] = ("memmap", "files")
+    for each in existing:
+        if (cache_root / f"{key}-{each}" / INDEX).is_file():
+            return each
     if free_bytes(cache_root) >= n_bytes + SPARE_BYTES:
         return "memmap"
-    kind = "memory" if psutil.virtual_memory().available >= 2 * n_bytes else "none"
+    kind: Kind = "memory" if psutil.virtual_memory().available >= 2 * n_bytes else "none"
     logger.warning(
         "no room for %.1f GiB of decoded images on the disk of %s: data.cache = %s", n_bytes / 2**30, cache_root, kind
     )
-    return kind  # type: ignore[return-value]
+    return kind
 
 
 def _require_space(n_bytes: int, cache_root: Path) -> None:
@@ -123,8 +124,8 @@ def _require_space(n_bytes: int, cache_root: Path) -> None:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the lock of the cache in `folder`; another process that builds it is waited for."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of the cache in `folder`, after waiting for another process that builds it."""
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
         lock.acquire(timeout=0.5)
@@ -138,22 +139,19 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _is_ready(folder: Path, samples: Sequence[Sample]) -> bool:
-    """Whether `folder` holds a sound cache that knows where the files lie."""
+    """Return whether `folder` has a complete cache whose index has the current paths of the files."""
     try:
-        index = Index.read(folder)
-        check_files(folder, index)
+        return set(read_index(folder).samples) <= set(samples)
     except CacheError:
         return False
-    return set(index.samples) <= set(samples)
 
 
 def _mend(folder: Path, samples: Sequence[Sample]) -> bool:
-    """Tell a cache whose files were moved where they lie now; remove one that is damaged and return False."""
+    """Update the paths of moved files in the index. Remove a damaged cache and return False."""
     if not folder.exists():
         return False
     try:
-        index = Index.read(folder)
-        check_files(folder, index)
+        index = read_index(folder)
     except CacheError as error:
         logger.warning("%s; the cache is built again", error)
         shutil.rmtree(folder)
@@ -164,8 +162,8 @@ def _mend(folder: Path, samples: Sequence[Sample]) -> bool:
     return True
 
 
-def _remove_left_behind(folder: Path) -> None:
-    """Remove what builders that were killed left beside `folder`, whose lock is held."""
+def _remove_leftovers(folder: Path) -> None:
+    """Remove unfinished folders of killed builders beside `folder`, whose lock is held."""
     for left in folder.parent.glob(".*.tmp"):
         name = left.name[1:].rsplit(".", 2)[0]
         if name == folder.name:
@@ -173,7 +171,7 @@ def _remove_left_behind(folder: Path) -> None:
             continue
         lock = FileLock(left.with_name(f".{name}.lock"))
         try:
-            # Only a builder that lives holds its lock.
+            # Only a live builder holds its lock.
             with lock.acquire(timeout=0):
                 shutil.rmtree(left, ignore_errors=True)
         except Timeout:
@@ -192,31 +190,19 @@ def _build(
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir()
     try:
-        facts: dict[int, Facts] = {}
-        problems: dict[int, Problem] = {}
-        jobs = [preparation.job(sample) for sample in samples]
         with _WRITERS[kind](temporary, preparation, len(samples)) as writer:
-            for number, result, pixels in decoders.decode(jobs):
-                sample = samples[number]
-                if isinstance(result, Damage):
-                    files = (sample.image, sample.mask)
-                    problems[number] = Problem(result.kind, sample.id, files, result.text, sample.split)
-                else:
-                    writer.put(number, pixels)
-                    facts[number] = result
-                if progress is not None:
-                    progress(len(facts) + len(problems), len(samples))
-            if not facts:
+            stats, problems = _decode(samples, preparation, writer, decoders, progress)
+            if not stats:
                 first = problems[min(problems)].text if problems else "there are no samples"
                 raise DatasetError(f"none of the {len(samples)} images can be used: {first}")
-            good = sorted(facts)
+            good = sorted(stats)
             writer.finish(good)
         Index(
             key=key,
             kind=kind,
             preparation=preparation,
             samples=tuple(samples[i] for i in good),
-            facts=tuple(facts[i] for i in good),
+            stats=tuple(stats[i] for i in good),
             problems=tuple(problems[i] for i in sorted(problems)),
         ).write(temporary / INDEX)
         _sync(temporary / INDEX)
@@ -227,21 +213,55 @@ def _build(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-class _MemmapWriter:
-    """Puts images of any order into their places in the files."""
+def _decode(
+    samples: Sequence[Sample],
+    preparation: Preparation,
+    writer: _Writer,
+    decoders: Decoders,
+    progress: Progress | None,
+) -> tuple[dict[int, ImageStats], dict[int, Problem]]:
+    """Decode and write all samples. Return the stats of usable pairs and the problems of others, by their numbers."""
+    stats: dict[int, ImageStats] = {}
+    problems: dict[int, Problem] = {}
+    for number, result, pixels in decoders.decode([preparation.job(sample) for sample in samples]):
+        if isinstance(result, DecodeError):
+            problems[number] = samples[number].problem(result.kind, result.text)
+        else:
+            writer.put(number, pixels)
+            stats[number] = result
+        if progress is not None:
+            progress(len(stats) + len(problems), len(samples))
+    return stats, problems
+
+
+class _Writer(AbstractContextManager["_Writer"]):
+    """Writes no pixels, for the kinds without files."""
 
     def __init__(self, folder: Path, preparation: Preparation, n: int) -> None:
-        self._layout = memmap_files(folder, preparation, n)
-        self._stack = ExitStack()
-        self._files: list[IO[bytes]] = []
-
-    def __enter__(self) -> _MemmapWriter:
-        # Ordinary writes: a full disk is then an error and not the end of the process, as in a mapped file.
-        self._files = [self._stack.enter_context(path.open("w+b")) for path, _ in self._layout]
-        return self
+        self._folder = folder
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        pass
+
+    def put(self, number: int, pixels: Sequence[Pixels]) -> None:
+        """Write the views of one image. Images come in any order."""
+
+    def finish(self, good: Sequence[int]) -> None:
+        """Keep only the images with these numbers, renumber them from 0, and complete the files."""
+
+
+class _MemmapWriter(_Writer):
+    """Writes all images to one file and all masks to another."""
+
+    def __init__(self, folder: Path, preparation: Preparation, n: int) -> None:
+        super().__init__(folder, preparation, n)
+        self._layout = memmap_files(folder, preparation, n)
+        # Ordinary writes, because a full disk ends the process that writes to a mapped file.
+        self._files = [path.open("w+b") for path, _ in self._layout]
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files:
+            file.close()
 
     def put(self, number: int, pixels: Sequence[Pixels]) -> None:
         arrays = [array for pair in pixels for array in pair]
@@ -250,7 +270,6 @@ class _MemmapWriter:
             file.write(array.data)
 
     def finish(self, good: Sequence[int]) -> None:
-        """Move the images of these numbers together and write what makes the files whole."""
         for file, (_, shape) in zip(self._files, self._layout, strict=True):
             header = npy_header((len(good), *shape[1:]))
             n_bytes = int(np.prod(shape[1:]))
@@ -267,17 +286,8 @@ class _MemmapWriter:
             os.fsync(file.fileno())
 
 
-class _FilesWriter:
+class _FilesWriter(_Writer):
     """Writes one file per image."""
-
-    def __init__(self, folder: Path, preparation: Preparation, n: int) -> None:
-        self._folder = folder
-
-    def __enter__(self) -> _FilesWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
     def put(self, number: int, pixels: Sequence[Pixels]) -> None:
         views = [np.concatenate([image.ravel(), mask.ravel()]) for image, mask in pixels]
@@ -289,35 +299,16 @@ class _FilesWriter:
             _sync(image_file(self._folder, to))
 
 
-class _NoWriter:
-    """For the kinds that keep nothing on the disk."""
-
-    def __init__(self, folder: Path, preparation: Preparation, n: int) -> None:
-        pass
-
-    def __enter__(self) -> _NoWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def put(self, number: int, pixels: Sequence[Pixels]) -> None:
-        pass
-
-    def finish(self, good: Sequence[int]) -> None:
-        pass
-
-
-_WRITERS: dict[Kind, type[_MemmapWriter] | type[_FilesWriter] | type[_NoWriter]] = {
+_WRITERS: dict[Kind, type[_Writer]] = {
     "memmap": _MemmapWriter,
     "files": _FilesWriter,
-    "memory": _NoWriter,
-    "none": _NoWriter,
+    "memory": _Writer,
+    "none": _Writer,
 }
 
 
 def _sync(path: Path) -> None:
-    """Have the disk hold what was written to a file or folder."""
+    """Flush a file or folder to the disk."""
     if sys.platform == "win32":
         return
     descriptor = os.open(path, os.O_RDONLY)

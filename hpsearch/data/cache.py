@@ -1,24 +1,22 @@
-"""Reads the decoded images of one pool or test split, in one of four kinds that answer alike, and names it by a key.
+"""Read the decoded images of one pool or test split. Four kinds of cache share one interface.
 
     memmap   images.npy and masks.npy, mapped into the memory of all processes that read them
     files    one .npy file per image
-    memory   decoded into the memory of each process that opens it; nothing but the index on the disk
-    none     decoded again at each reading, for comparison and for when there is room nowhere
+    memory   decoded into the memory of each process that opens the cache; only the index is on disk
+    none     decoded at each reading, for comparison and where neither disk nor memory has room
 
-A cache is a folder with an index.json, written by build.py. It holds one RGB version; grayscale is made of the batch.
+A cache is a folder with an index.json, written by build.py. It holds RGB; batches are converted to grayscale.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import math
 import weakref
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, Self
@@ -27,35 +25,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpsearch.config.data import GRAY_WEIGHTS, Color
-from hpsearch.data.decode_pool import Damage, Decoders, Facts, Job, Pixels, View
-from hpsearch.data.layouts import Problem, Sample, Split
-from hpsearch.data.reading import PLAIN_READING, Reading
+from hpsearch.data.dataset import Problem, Sample, Split, file_length
+from hpsearch.data.decode_pool import DecodeError, Decoders, ImageStats, Job, Pixels, View
+from hpsearch.data.reading import PLAIN_READING, Reading, as_tuples
 from hpsearch.errors import CacheError
 from hpsearch.paths import sha256_text
 
-KEY_VERSION = 1
-"""Changes when the same files and preparation would give other pixels: then no study can go on with its data."""
 INDEX_VERSION = 2
-"""Changes with what an index holds: caches of another version are built again."""
+"""Changes with the content of an index. Caches of another version are built again."""
 Kind = Literal["memmap", "files", "memory", "none"]
 INDEX = "index.json"
-END_BYTES = 64 * 2**10
-"""What is read of each end of a file for the key."""
-"""Luma of ITU-R BT.601, for R, G, B."""
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """What is done to each image before it is cached."""
+    """Steps that bring each image to its cached form."""
 
     height: int
     width: int
     views: tuple[View, ...]
-    """What is kept of each image: the first is trained on, the last scores it when it is held out."""
+    """Views that are kept: training reads the first, evaluation of held-out images the last."""
     seed: int = 0
-    """Decides, with the id, where a random crop lies."""
+    """With the id, the seed of the random crop's position."""
     reading: Reading = PLAIN_READING
-    """How the files become pixels."""
 
     @property
     def image_bytes(self) -> int:
@@ -63,49 +55,39 @@ class Preparation:
         return len(self.views) * self.height * self.width * 4
 
     def job(self, sample: Sample) -> Job:
-        return Job(
-            str(sample.image),
-            str(sample.mask),
-            self.views,
-            self.height,
-            self.width,
-            f"{self.seed}:{sample.id}",
-            reading=self.reading,
-        )
+        """Return the job that decodes `sample`."""
+        size, crop_seed = (self.height, self.width), f"{self.seed}:{sample.id}"
+        return Job(sample.image, sample.mask, self.views, *size, crop_seed, reading=self.reading)
 
 
 @dataclass(frozen=True)
 class Index:
-    """Everything about a cache but the pixels."""
+    """Everything about a cache except the pixels."""
 
     key: str
     kind: Kind
     preparation: Preparation
     samples: tuple[Sample, ...]
-    facts: tuple[Facts, ...]
+    stats: tuple[ImageStats, ...]
     problems: tuple[Problem, ...]
-    """Pairs that could not be used and are not in the cache."""
+    """Pairs that are unusable and not in the cache."""
+
+    @property
+    def pairs(self) -> list[tuple[Sample, ImageStats]]:
+        """Each sample with its stats."""
+        return list(zip(self.samples, self.stats, strict=True))
 
     def write(self, path: Path) -> None:
-        content = json.dumps(
-            {
-                "version": INDEX_VERSION,
-                "key": self.key,
-                "kind": self.kind,
-                "preparation": asdict(self.preparation),
-                "samples": [
-                    {"id": s.id, "split": s.split, "image": str(s.image), "mask": str(s.mask)} for s in self.samples
-                ],
-                "facts": [asdict(facts) for facts in self.facts],
-                "problems": [{**asdict(p), "files": [str(path) for path in p.files]} for p in self.problems],
-            }
-        )
+        """Write the index as two lines: the SHA-256 of the content, and the content."""
+        table = {"version": INDEX_VERSION, **asdict(self)}
+        table["facts"] = table.pop("stats")
+        content = json.dumps(table, default=str)
         text = json.dumps({"sha256": sha256_text(content)}) + "\n" + content + "\n"
         path.write_text(text, encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """The index of the cache in `folder`. CacheError if there is none, or not as it was written."""
+        """Return the index of the cache in `folder`. CacheError if there is none or it was changed."""
         path = folder / INDEX
         try:
             head, content, end = path.read_text(encoding="utf-8").split("\n")
@@ -119,23 +101,14 @@ class Index:
         table = json.loads(content)
         if table["version"] != INDEX_VERSION:
             raise CacheError(f"{path} is of version {table['version']}, this program reads {INDEX_VERSION}")
-        preparation = {
-            **table["preparation"],
-            "views": tuple(table["preparation"]["views"]),
-            "reading": Reading.from_table(table["preparation"]["reading"]),
-        }
+        preparation = as_tuples(table["preparation"])
         return cls(
             key=table["key"],
             kind=table["kind"],
-            preparation=Preparation(**preparation),
-            samples=tuple(
-                Sample(id=s["id"], image=Path(s["image"]), mask=Path(s["mask"]), split=s["split"])
-                for s in table["samples"]
-            ),
-            facts=tuple(Facts.from_table(facts) for facts in table["facts"]),
-            problems=tuple(
-                Problem(**{**p, "files": tuple(Path(path) for path in p["files"])}) for p in table["problems"]
-            ),
+            preparation=Preparation(**{**preparation, "reading": Reading.from_table(preparation["reading"])}),
+            samples=tuple(Sample(s["id"], Path(s["image"]), Path(s["mask"]), s["split"]) for s in table["samples"]),
+            stats=tuple(ImageStats(**as_tuples(stats)) for stats in table["facts"]),
+            problems=tuple(Problem(**{**p, "files": tuple(map(Path, p["files"]))}) for p in table["problems"]),
         )
 
 
@@ -172,53 +145,49 @@ class Cache(ABC):
 
     @property
     def sha256(self) -> tuple[str, ...]:
-        """Of the content of each image file, hexadecimal."""
-        return tuple(facts.image_sha256 for facts in self.index.facts)
+        """SHA-256 of each image file's content, in hexadecimal."""
+        return tuple(stats.image_sha256 for stats in self.index.stats)
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the cached images."""
         return self.index.preparation.height, self.index.preparation.width
 
-    @property
-    def original_sizes(self) -> NDArray[np.int64]:
-        """Height and width of each image file, (N, 2)."""
-        return np.array([(facts.height, facts.width) for facts in self.index.facts], np.int64).reshape(-1, 2)
-
     def __len__(self) -> int:
         return len(self.index.samples)
 
     @property
     def has_held_out_view(self) -> bool:
-        """Whether `read` gives other pixels with `held_out`: where the images were cropped at random."""
+        """Whether `read` returns other pixels with `held_out`, because the images are cropped at random."""
         return len(self.index.preparation.views) > 1
 
     def read(self, indices: NDArray[np.int64], *, held_out: bool = False) -> Pixels:
-        """Images (B, H, W, 3) uint8 and masks (B, H, W) uint8 of 0 and 1, the caller's own, in the order given.
+        """Return images (B, H, W, 3) uint8 and masks (B, H, W) uint8 of 0 and 1 as copies, in the given order.
 
-        `held_out`: as the images are scored, which differs where they were cropped at random: in the centre.
+        With `held_out` the images are those that are scored. They differ from the training images only where these
+        are cropped at random: they are then cropped at the centre.
         """
         return self._read(np.asarray(indices, np.int64), -1 if held_out else 0)
 
     @property
     def images(self) -> NDArray[np.uint8]:
-        """All images (N, H, W, 3), not to be written to; `files` and `none` read them all at this moment."""
+        """All images (N, H, W, 3), read-only. The kinds `files` and `none` read them at each access."""
         return self._whole()[0]
 
     @property
     def masks(self) -> NDArray[np.uint8]:
-        """All masks (N, H, W), likewise."""
+        """All masks (N, H, W), read-only."""
         return self._whole()[1]
 
     def normalization(self, indices: NDArray[np.int64], color: Color) -> Normalization:
-        """Mean and standard deviation over all pixels of these images alone, from sums kept in the index.
+        """Return mean and standard deviation over all pixels of these images, from sums in the index.
 
-        A deviation below one of 255 levels is given as one level: images of one colour shall not be divided by 0.
+        A deviation below one of 255 levels is returned as one level, because images are divided by it.
         """
         if len(indices) == 0:
             raise ValueError("there are no images to normalise by")
         # Exact: a square is below 2^16, so it would take 10^14 pixels to overflow.
-        moments = np.array([self.index.facts[i].moments for i in indices.tolist()], np.int64).sum(0)
+        moments = np.array([self.index.stats[i].moments for i in indices.tolist()], np.int64).sum(0)
         n = len(indices) * self.size[0] * self.size[1]
         r, g, b, rr, gg, bb, rg, rb, gb = (int(moment) / n for moment in moments)
         mean = np.array([r, g, b])
@@ -234,33 +203,37 @@ class Cache(ABC):
         )
 
     def damaged(self) -> list[str]:
-        """Ids whose cached pixels are not those that were written."""
+        """Return the ids whose cached pixels differ from those that were written."""
+        n_views = len(self.index.preparation.views)
         wrong = []
-        for i, (id, facts) in enumerate(zip(self.ids, self.index.facts, strict=True)):
+        for i, (sample, stats) in enumerate(self.index.pairs):
             crc = 0
-            for view in range(len(self.index.preparation.views)):
-                for array in self._read(np.array([i]), view):
-                    crc = zlib.crc32(array.data, crc)
-            if crc != facts.crc:
-                wrong.append(id)
+            for array in (array for view in range(n_views) for array in self._read(np.array([i]), view)):
+                crc = zlib.crc32(array.data, crc)
+            if crc != stats.crc:
+                wrong.append(sample.id)
         return wrong
 
     @abstractmethod
     def _read(self, indices: NDArray[np.int64], view: int) -> Pixels:
-        """The pixels of the view of that number."""
+        """Return the pixels of the view with this number."""
 
     def _whole(self) -> Pixels:
         return self._read(np.arange(len(self)), 0)
 
 
-class MemmapCache(Cache):
-    """All images in one memory-mapped file, the masks in another."""
+class ArrayCache(Cache):
+    """All images in one array and all masks in another: mapped files (`memmap`), or memory filled on opening."""
 
     def __init__(self, folder: Path, index: Index) -> None:
         super().__init__(folder, index)
-        files = memmap_files(folder, index.preparation, len(index.samples))
-        arrays = [np.asarray(np.load(path, "r", allow_pickle=False)) for path, _ in files]
-        self._views = list(zip(arrays[::2], arrays[1::2], strict=True))
+        if index.kind == "memmap":
+            files = memmap_files(folder, index.preparation, len(self))
+            arrays = [np.asarray(np.load(path, "r", allow_pickle=False)) for path, _ in files]
+            self._views = list(zip(arrays[::2], arrays[1::2], strict=True))
+        else:
+            with Decoders() as decoders:
+                self._views = _decode(decoders, index, np.arange(len(self)))
 
     def _read(self, indices: NDArray[np.int64], view: int) -> Pixels:
         images, masks = self._views[view]
@@ -271,19 +244,18 @@ class MemmapCache(Cache):
 
 
 class FilesCache(Cache):
-    """One .npy file per image: (views, H * W * 4) uint8, the image and then its mask."""
+    """One .npy file per image: (views, H * W * 4) uint8, the image followed by its mask."""
 
     def __init__(self, folder: Path, index: Index) -> None:
         super().__init__(folder, index)
-        self._files = [image_file(folder, i) for i in range(len(index.samples))]
+        self._files = [image_file(folder, i) for i in range(len(self))]
         shape = image_file_shape(index.preparation)
         self._starts = [len(npy_header(shape)) + view * shape[1] for view in range(shape[0])]
 
     def _read(self, indices: NDArray[np.int64], view: int) -> Pixels:
-        images = np.empty((len(indices), *self.size, 3), np.uint8)
-        masks = np.empty((len(indices), *self.size), np.uint8)
+        images, masks = _empty(len(indices), self.size)
         for row, i in enumerate(indices.tolist()):
-            # Straight into place: np.load takes as long again to read its header.
+            # np.load takes twice as long, because it parses the header.
             with self._files[i].open("rb") as file:
                 file.seek(self._starts[view])
                 n_bytes = file.readinto(images[row].data) + file.readinto(masks[row].data)
@@ -292,29 +264,8 @@ class FilesCache(Cache):
         return images, masks
 
 
-class MemoryCache(Cache):
-    """Decoded into this process's memory when it is opened."""
-
-    def __init__(self, folder: Path, index: Index) -> None:
-        super().__init__(folder, index)
-        n = len(index.samples)
-        self._views = [
-            (np.empty((n, *self.size, 3), np.uint8), np.empty((n, *self.size), np.uint8))
-            for _ in index.preparation.views
-        ]
-        with Decoders() as decoders:
-            _decode_into(self._views, decoders, index, np.arange(n))
-
-    def _read(self, indices: NDArray[np.int64], view: int) -> Pixels:
-        images, masks = self._views[view]
-        return images[indices], masks[indices]
-
-    def _whole(self) -> Pixels:
-        return self._views[0]
-
-
 class NoCache(Cache):
-    """Decoded at each reading, by a subprocess that waits for the next."""
+    """Images that are decoded at each reading, in a subprocess that stays alive between readings."""
 
     def __init__(self, folder: Path, index: Index) -> None:
         super().__init__(folder, index)
@@ -322,68 +273,46 @@ class NoCache(Cache):
         weakref.finalize(self, self._decoders.close)
 
     def _read(self, indices: NDArray[np.int64], view: int) -> Pixels:
-        n = len(indices)
-        views = [
-            (np.empty((n, *self.size, 3), np.uint8), np.empty((n, *self.size), np.uint8))
-            for _ in self.index.preparation.views
-        ]
-        _decode_into(views, self._decoders, self.index, indices)
-        return views[view]
+        return _decode(self._decoders, self.index, indices)[view]
 
 
 _KINDS: Mapping[Kind, Callable[[Path, Index], Cache]] = {
-    "memmap": MemmapCache,
+    "memmap": ArrayCache,
     "files": FilesCache,
-    "memory": MemoryCache,
+    "memory": ArrayCache,
     "none": NoCache,
 }
 
 
 def open_cache(path: Path) -> Cache:
-    """The cache in the folder `path`. CacheError, naming the file, if it is torn or was edited."""
-    index = Index.read(path)
-    check_files(path, index)
+    """Open the cache in the folder `path`. Raise CacheError, naming the file, if it is incomplete or was changed."""
+    index = read_index(path)
     return _KINDS[index.kind](path, index)
 
 
-def cache_key(samples: Sequence[Sample], preparation: Preparation) -> str:
-    """24 hexadecimal digits that change with the preparation and with any file, but not with where the files lie."""
-    table = asdict(preparation)
-    del table["reading"]
-    return files_key([KEY_VERSION, table, *preparation.reading.key()], samples)
+def read_index(path: Path) -> Index:
+    """Return the index of the cache in `path`. Raise CacheError if it or a file of the cache is incomplete."""
+    index = Index.read(path)
+    _check_files(path, index)
+    return index
 
 
-def files_key(head: object, samples: Sequence[Sample]) -> str:
-    """24 hexadecimal digits that change with `head` (plain types) and with any image or mask.
-
-    Of each file the length and both ends are read, so that an image replaced since the cache was built is noticed at
-    every start without reading the whole dataset.
-    """
-    digest = hashlib.sha256(json.dumps(head).encode())
-    with ThreadPoolExecutor(16) as threads:
-        images = threads.map(_fingerprint, [sample.image for sample in samples])
-        masks = threads.map(_fingerprint, [sample.mask for sample in samples])
-        for sample, image, mask in zip(samples, images, masks, strict=True):
-            digest.update(json.dumps([sample.id, sample.split, image, mask]).encode())
-    return digest.hexdigest()[:24]
-
-
-def check_files(folder: Path, index: Index) -> None:
-    """CacheError, naming the file and both lengths, if a file of the cache is not as long as the index says."""
-    p, n = index.preparation, len(index.samples)
+def _check_files(folder: Path, index: Index) -> None:
+    """Raise CacheError, naming the file and both lengths, if a file is not as long as the index says."""
+    preparation, n = index.preparation, len(index.samples)
     files: list[tuple[Path, tuple[int, ...]]] = []
     if index.kind == "memmap":
-        files = memmap_files(folder, p, n)
+        files = memmap_files(folder, preparation, n)
     elif index.kind == "files":
-        files = [(image_file(folder, i), image_file_shape(p)) for i in range(n)]
+        files = [(image_file(folder, i), image_file_shape(preparation)) for i in range(n)]
     for path, shape in files:
         n_bytes = len(npy_header(shape)) + math.prod(shape)
-        if _length(path) != n_bytes:
-            raise CacheError(f"{path} is {_length(path)} bytes, the index says {n_bytes}")
+        if (length := file_length(path)) != n_bytes:
+            raise CacheError(f"{path} is {length} bytes, the index says {n_bytes}")
 
 
 def memmap_files(folder: Path, preparation: Preparation, n: int) -> list[tuple[Path, tuple[int, ...]]]:
-    """The files of a memmap cache and their shapes: images and masks of each view."""
+    """Return the files of a memmap cache and their shapes: images and masks of each view."""
     shape = (n, preparation.height, preparation.width)
     files: list[tuple[Path, tuple[int, ...]]] = []
     for view in preparation.views:
@@ -393,52 +322,40 @@ def memmap_files(folder: Path, preparation: Preparation, n: int) -> list[tuple[P
 
 
 def image_file(folder: Path, number: int) -> Path:
-    """Where a files cache keeps the image of that number."""
+    """Return the file of one image in a files cache."""
     return folder / f"{number:06d}.npy"
 
 
 def image_file_shape(preparation: Preparation) -> tuple[int, int]:
-    """Shape of what a files cache keeps of one image."""
+    """Return the shape of the array in one file of a files cache."""
     return len(preparation.views), preparation.height * preparation.width * 4
 
 
 def npy_header(shape: tuple[int, ...]) -> bytes:
-    """What NumPy writes before the values of a uint8 array; as long for any length of the first axis."""
+    """Return the header of a .npy file of uint8. Its length does not depend on the length of the first axis."""
     file = io.BytesIO()
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
     return file.getvalue()
 
 
-def _decode_into(views: list[Pixels], decoders: Decoders, index: Index, indices: NDArray[np.int64]) -> None:
-    jobs = [replace(index.preparation.job(index.samples[i]), measure=False) for i in indices.tolist()]
+def _empty(n: int, size: tuple[int, int]) -> Pixels:
+    return np.empty((n, *size, 3), np.uint8), np.empty((n, *size), np.uint8)
+
+
+def _decode(decoders: Decoders, index: Index, indices: NDArray[np.int64]) -> list[Pixels]:
+    """Return all views of these images. CacheError if a file has changed since the index was written."""
+    preparation = index.preparation
+    views = [_empty(len(indices), (preparation.height, preparation.width)) for _ in preparation.views]
+    jobs = [replace(preparation.job(index.samples[i]), measure=False) for i in indices.tolist()]
     changed = ""
-    for row, facts, pixels in decoders.decode(jobs):
-        if isinstance(facts, Damage):
-            changed = facts.text
-        elif facts.crc != index.facts[indices[row]].crc:
+    for row, result, pixels in decoders.decode(jobs):
+        if isinstance(result, DecodeError):
+            changed = result.text
+        elif result.crc != index.stats[indices[row]].crc:
             changed = f"{jobs[row].image} or its mask is not what it was"
         else:
             for (images, masks), (image, mask) in zip(views, pixels, strict=True):
                 images[row], masks[row] = image, mask
     if changed:
         raise CacheError(f"{changed}; the data changed while it was in use: start again")
-
-
-def _fingerprint(path: Path) -> tuple[int, int, int]:
-    """Length, CRC-32 of the first and of the last 64 KiB."""
-    try:
-        with path.open("rb") as file:
-            first = file.read(END_BYTES)
-            length = file.seek(0, 2)
-            file.seek(max(0, length - END_BYTES))
-            return length, zlib.crc32(first), zlib.crc32(file.read(END_BYTES))
-    except OSError:
-        # The decoding says that and why it cannot be read.
-        return -1, 0, 0
-
-
-def _length(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return -1
+    return views

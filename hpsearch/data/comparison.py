@@ -1,4 +1,4 @@
-"""Compares the kinds of cache on the user's own images: seconds to build, seconds an epoch, memory."""
+"""Compare the kinds of cache on a dataset: seconds to build, seconds per epoch, memory."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ KINDS: tuple[Kind, ...] = ("memmap", "files", "memory", "none")
 
 @dataclass(frozen=True)
 class CacheRow:
-    """One kind of cache; `none` is decoding each time, to compare the others with."""
+    """Measurements of one kind of cache. `none`, which decodes each time, is the reference."""
 
     kind: Kind
     build_s: float
-    """Until the first epoch can begin: checking, decoding, writing."""
+    """Time until the first epoch can begin: checking, decoding, writing."""
     epoch_s: float
-    """Reading all images once, in batches of a random order; the faster of two epochs."""
+    """Time to read all images once in batches of a random order, the faster of two epochs."""
     memory_bytes: int
-    """That a process which reads it has for itself (anonymous), with its subprocess; mapped files are not."""
+    """Private memory of the reading process and its subprocess, without mapped files."""
     disk_bytes: int
     speedup: float
-    """Epochs that it reads while `none` decodes one."""
+    """Epochs that it reads in the time of one epoch of `none`."""
 
 
 def compare_caches(
@@ -48,15 +48,15 @@ def compare_caches(
     kinds: Sequence[Kind] = KINDS,
     progress: Callable[[Kind], None] | None = None,
 ) -> list[CacheRow]:
-    """Build and read each kind for the pool of `config`, in folders below `cache_root` that are removed again.
+    """Build and read each kind for the pool of `config`, in temporary folders below `cache_root`.
 
-    `none` is measured whether it is among `kinds` or not. Each kind is read in a process of its own, so that its
-    memory can be told. `progress` is called with each kind before its turn. Errors as in `prepare_pool`.
+    `none` is always measured. Each kind is read in its own process, so that its memory can be measured. `progress`
+    is called with each kind before its turn. Raises the errors of `prepare_pool`.
     """
     rows: dict[Kind, CacheRow] = {}
     cache_root.mkdir(parents=True, exist_ok=True)
     if config.root == "sample" and not config.images:
-        # Drawn once, and not as part of what is measured.
+        # Drawn once, so that drawing is not measured.
         config = replace(config, root=str(locate(config, cache_root).root))
     for kind in dict.fromkeys(("none", *kinds)):
         if progress is not None:
@@ -70,7 +70,7 @@ def compare_caches(
         decoded_s = rows["none"].epoch_s if rows else measured["epoch_s"]
         rows[kind] = CacheRow(
             kind=kind,
-            # The kind `memory` decodes when it is opened.
+            # The kind `memory` is decoded when it is opened.
             build_s=build_s + measured["open_s"],
             epoch_s=measured["epoch_s"],
             memory_bytes=int(measured["memory_bytes"]),
@@ -81,7 +81,7 @@ def compare_caches(
 
 
 def measure_reading(path: Path, batch_size: int, *, n_epochs: int = 2) -> dict[str, float]:
-    """Seconds to open the cache at `path` and for the fastest of `n_epochs`, and bytes of memory of this process."""
+    """Return seconds to open the cache at `path` and for the fastest of `n_epochs`, and private memory in bytes."""
     start = time.monotonic()
     cache = open_cache(path)
     open_s = time.monotonic() - start
@@ -108,7 +108,7 @@ def _read_in_own_process(path: Path, batch_size: int) -> dict[str, float]:
 
 
 def _own_memory_bytes() -> int:
-    """Memory of this process and its subprocesses that no file is behind."""
+    """Return the memory of this process and its subprocesses that is not backed by files."""
     processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
     if platform.system() == "Linux":
         return sum(info.rss - info.shared for info in (process.memory_info() for process in processes))

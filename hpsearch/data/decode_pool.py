@@ -1,7 +1,8 @@
-"""Decode images in a subprocess, so that the caller loads no torch and no damaged file can end it.
+"""Decode images in a subprocess. The caller loads no torch, and no damaged file can end it.
 
-The subprocess (decode_worker.py) reads pickled jobs and answers each with two pickled tuples: number, result, pixels.
-The first has the result None and says that the job begins, so that the files are known if the process dies.
+The subprocess (decode_worker.py) reads pickled jobs. It answers each with two pickled tuples of number, result and
+pixels. The first tuple has the result None and announces that the job begins, so that the files that were being read
+are known if the process dies.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import pickle
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import IO, Any, Literal, Self
+from pathlib import Path
+from typing import IO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,42 +27,41 @@ from hpsearch.data.reading import PLAIN_READING, Reading
 from hpsearch.errors import CacheError
 
 View = Literal["resize", "random crop", "centre crop"]
-"""How an image is brought to the size of the cache."""
+"""Method that brings an image to the size of the cache."""
 Pixels = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 """An image (H, W, 3) and its mask (H, W) of 0 and 1."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One pair to decode."""
+    """One pair to decode. Without views it is only checked."""
 
-    image: str
-    mask: str
+    image: Path | None
+    mask: Path | None
+    """The two files. A job with only one of them has no views."""
     views: tuple[View, ...] = ()
-    """Views to make. Without views the pair is only checked."""
     height: int = 0
     width: int = 0
+    """Size of the views."""
     crop_seed: str = ""
-    """Seed of the place of the random crop."""
+    """Seed for the position of the random crop."""
     measure: bool = True
     """Whether to compute hashes and moments."""
     send: bool = True
-    """Whether to return the pixels of the views, or only their counts."""
+    """Whether to return the pixels of the views."""
     reading: Reading = PLAIN_READING
-    parts: Literal["both", "image", "mask"] = "both"
-    """Which of the two files to decode. One alone has no views."""
 
 
 @dataclass(frozen=True)
-class Facts:
-    """Facts about a decoded pair."""
+class ImageStats:
+    """Sizes, hashes and pixel sums of one decoded pair."""
 
     height: int
     width: int
     """Original size."""
     image_sha256: str
     mask_sha256: str
-    """SHA-256 of the files' content."""
+    """SHA-256 of the files' content. Empty without `Job.measure`."""
     foreground: int
     """Lesion pixels of the original mask."""
     moments: tuple[int, ...]
@@ -68,28 +69,37 @@ class Facts:
     crc: int
     """CRC-32 of the bytes of all views."""
     view_foreground: int = -1
-    """Lesion pixels of the mask in the first view; -1 without views."""
+    """Lesion pixels of the mask in the first view, -1 without views."""
     mask_values: tuple[str, ...] = ()
-    """The mask's values as text (masks.MaskValue): background and lesion, or the only one."""
+    """Values of the mask as text (masks.MaskValue): background and lesion, or the only one."""
     largest: int = 0
-    """Largest value of an image of more than 8 bits, before it is scaled; 0 for others."""
+    """Largest value of an image of more than 8 bits before scaling, 0 for other images."""
     is_constant: bool = False
-    """Whether all pixels of the image are of one colour. False where it was not asked for (`Job.measure`)."""
+    """Whether all pixels of the image have one colour. False without `Job.measure`."""
     is_oriented: bool = False
     """Whether image or mask has an EXIF orientation other than upright."""
 
-    @classmethod
-    def from_table(cls, table: Mapping[str, Any]) -> Self:
-        """Return the facts in a table that was read from JSON."""
-        return cls(**{**table, "moments": tuple(table["moments"]), "mask_values": tuple(table["mask_values"])})
+    def is_empty(self, size: tuple[int, int] | None = None) -> bool:
+        """Return whether the mask shows no lesion, in the file or in the first view, whose size is `size`."""
+        return (self.view_foreground if size else self.foreground) == 0
+
+    def is_full(self, size: tuple[int, int] | None = None) -> bool:
+        """Return whether the mask shows nothing but lesion, in the file or in the first view."""
+        height, width = size or (self.height, self.width)
+        return (self.view_foreground if size else self.foreground) == height * width
 
 
-@dataclass(frozen=True)
-class Damage:
-    """Why a pair cannot be used."""
+class DecodeError(Exception):
+    """A pair that cannot be used."""
 
-    kind: str
-    text: str
+    def __init__(self, kind: str, text: str) -> None:
+        super().__init__(kind, text)
+        self.kind = kind
+        """The kind of problem, with the same words for every image (`undecodable file`)."""
+        self.text = text
+
+    def __str__(self) -> str:
+        return self.text
 
 
 class Decoders(AbstractContextManager["Decoders"]):
@@ -103,7 +113,7 @@ class Decoders(AbstractContextManager["Decoders"]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def decode(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Facts | Damage, list[Pixels]]]:
+    def decode(self, jobs: Sequence[Job]) -> Iterator[tuple[int, ImageStats | DecodeError, list[Pixels]]]:
         """Yield the number of each job, its result and the pixels of its views, in the order of completion.
 
         Raises CacheError, naming the files that were being read, if the subprocess dies.
@@ -120,7 +130,7 @@ class Decoders(AbstractContextManager["Decoders"]):
                 try:
                     number, result, pixels = pickle.load(process.stdout)
                 except (EOFError, pickle.UnpicklingError):
-                    raise self._death([jobs[n].image or jobs[n].mask for n in sorted(working)]) from None
+                    raise self._death([str(jobs[n].image or jobs[n].mask) for n in sorted(working)]) from None
                 if result is None:
                     working.add(number)
                     continue
@@ -131,11 +141,11 @@ class Decoders(AbstractContextManager["Decoders"]):
             if n_done == len(jobs):
                 feeder.join()
             else:
-                # Otherwise the remaining answers would be taken for those to the next jobs.
+                # The remaining answers would be taken for those to the next jobs.
                 self.close()
 
     def close(self) -> None:
-        """End the subprocess, also while it works."""
+        """End the subprocess, even while it works."""
         process, self._process = self._process, None
         if process is not None:
             process.kill()
@@ -145,18 +155,18 @@ class Decoders(AbstractContextManager["Decoders"]):
                     # Closing flushes jobs that the subprocess did not read.
                     with contextlib.suppress(BrokenPipeError):
                         stream.close()
-        stderr, self._stderr = self._stderr, None
-        if stderr is not None:
-            stderr.close()
+        if self._stderr is not None:
+            self._stderr.close()
+            self._stderr = None
 
     @property
     def pid(self) -> int | None:
-        """Process id of the subprocess, None if there is none."""
+        """Process id of the subprocess, None without one."""
         return None if self._process is None else self._process.pid
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None:
-            # A file and not a pipe, because nobody reads while the subprocess works.
+            # Not a pipe, which would fill up because nothing reads it while the subprocess works.
             self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the subprocess
             self._process = subprocess.Popen(
                 subprocesses.command("hpsearch.data.decode_worker", str(self._n_threads)),
@@ -179,11 +189,11 @@ class Decoders(AbstractContextManager["Decoders"]):
 
 
 def subprocess_environment() -> dict[str, str]:
-    """Return the environment of a subprocess that decodes with threads of its own."""
+    """Return the environment of a subprocess that starts its own decoding threads."""
     return subprocesses.environment(
         OMP_NUM_THREADS="1",
         MKL_NUM_THREADS="1",
-        # glibc would keep the memory of the largest images in every arena. It returns blocks that it maps separately.
+        # glibc keeps the memory of the largest images in every arena, but returns blocks that it maps separately.
         MALLOC_ARENA_MAX="2",
         MALLOC_MMAP_THRESHOLD_=str(2**20),
     )
@@ -192,6 +202,6 @@ def subprocess_environment() -> dict[str, str]:
 def _feed(stdin: IO[bytes], jobs: Sequence[Job]) -> None:
     # If the subprocess died or was closed, the reader of its answers raises the error.
     with contextlib.suppress(BrokenPipeError, ValueError):
-        for each in enumerate(jobs):
-            pickle.dump(each, stdin)
+        for numbered_job in enumerate(jobs):
+            pickle.dump(numbered_job, stdin)
         stdin.flush()

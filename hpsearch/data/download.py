@@ -23,8 +23,8 @@ from typing import Literal
 
 from filelock import FileLock, Timeout
 
+from hpsearch.data.dataset import Split
 from hpsearch.data.http_download import DamagedFileError, Downloader, check_address, part_of
-from hpsearch.data.layouts import Split
 from hpsearch.errors import ZIP_ERRORS, ConfigError, DatasetError, StorageError
 from hpsearch.paths import free_bytes, storage_error
 
@@ -173,7 +173,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _is_unpacked(folder: Path, archive: Archive) -> bool:
-    """Whether the archive's folder exists. DatasetError if it differs from the archive beside it."""
+    """Return whether the archive's folder exists. DatasetError if it differs from the archive beside it."""
     target, path = folder / archive.folder, folder / archive.name
     if not target.is_dir() or not any(target.iterdir()):
         return False

@@ -1,12 +1,12 @@
-"""Find near-duplicates: one photograph that was resized, recompressed, recoloured, turned or slightly cropped.
+"""Find near-duplicates: copies of one photograph that are resized, recompressed, recoloured, turned or cropped.
 
-Dermoscopic images look alike: a dark spot in the middle of bright skin, often inside the same round vignette. So two
-steps: a fingerprint, the image's 16 x 16 gray thumbnail without mean and contrast, proposes each image's nearest
-ones in all eight orientations; then fine structure decides, at 64 x 64, after local contrast has been normalised (so
-that hairs, pores and pigment count, not the spot), and after the two were laid on each other. The middle must agree
-as well as the whole: that tells two lesions under one vignette apart.
+Dermoscopic images look alike, often a dark spot on bright skin inside a round vignette. Two steps are therefore
+needed. A fingerprint, the 16 x 16 gray thumbnail without mean and contrast, proposes the nearest images of each image
+in all eight orientations. The fine structure at 64 x 64 then decides, after the two images are aligned and the local
+contrast is normalised, so that hairs, pores and pigment count more than the spot. The middle must agree as well as
+the whole, which separates two lesions under one vignette.
 
-Another photograph of the same lesion is *not* found: that takes a table of patients or lesions (`data.groups`).
+Other photographs of the same lesion are not found. They need a table of patients or lesions (`data.groups`).
 """
 
 from __future__ import annotations
@@ -23,33 +23,32 @@ from PIL import Image
 from hpsearch.config.data import GRAY_WEIGHTS, DataConfig
 from hpsearch.data.build import Progress
 from hpsearch.data.cache import Cache, open_cache
-from hpsearch.data.folds import connected_components
-from hpsearch.data.layouts import Split
+from hpsearch.data.dataset import Split
+from hpsearch.data.folds import connected_components, require_groups
 from hpsearch.data.prepare import Role, locate, prepare_pool, prepare_test
-from hpsearch.errors import DatasetError
 from hpsearch.paths import atomic_write
 
 Images = NDArray[np.uint8] | Cache
-"""(N, H, W, 3) uint8, memory-mapped or not, or a cache of them; read piece by piece."""
+"""(N, H, W, 3) uint8, memory-mapped or not, or a cache. They are read in pieces."""
 
 THRESHOLD = 0.65
-"""Similarity from which two are one photograph: in ISIC-2017 true pairs lie above 0.72, others below 0.64."""
+"""Least similarity of two copies of a photograph. In ISIC-2017 true pairs are above 0.72, others below 0.64."""
 
 _SIDE = 64
 _FINGERPRINT_SIDE = 16
-_NEIGHBOURS = 10  # proposals an image at most, so that the work grows with the images, not with their pairs
-_MIN_FINGERPRINT = 0.8  # of the true pairs of ISIC-2017 the lowest is 0.95; a crop by 3 % a side can cost more
-_MAX_SHIFT = 8  # pixels of 64 by which the frame may differ
-_SLACK = 2  # pixels of 64 by which a block may move besides: differences of scale up to 6 %
+_NEIGHBOURS = 10  # proposals per image, so that the work grows with the images and not with their pairs
+_MIN_FINGERPRINT = 0.8  # the lowest true pair of ISIC-2017 has 0.95, but a crop by 3 % per side can be lower
+_MAX_SHIFT = 8  # largest shift of the frame in pixels of 64
+_SLACK = 2  # further shift of a block in pixels of 64, for differences of scale up to 6 %
 _BLOCK = 16
-_MIN_ALIGNED = 0.3  # correlation before that slack below which no pair passed the threshold after it
+_MIN_ALIGNED = 0.3  # no pair with a lower correlation before that shift passed the threshold after it
 _FLAT = 4.0  # gray levels of local contrast that count as noise
 _CHUNK = 256
 
 
 @dataclass(frozen=True)
 class DuplicatePair:
-    """Two images that show one photograph."""
+    """Two copies of one photograph."""
 
     a: str
     b: str
@@ -60,7 +59,7 @@ class DuplicatePair:
 
     @property
     def across(self) -> bool:
-        """Whether one is of the pool and the other of the test split: a leak."""
+        """Whether one is in the pool and the other in the test split, which is a leak."""
         return (self.split_a == "test") != (self.split_b == "test")
 
 
@@ -71,11 +70,11 @@ def find_near_duplicates(
     *,
     threshold: float = THRESHOLD,
 ) -> tuple[DuplicatePair, ...]:
-    """Pairs within the pool and across pool and test, most similar first; `a` comes before `b` in `ids`.
+    """Return pairs within the pool and across pool and test, most similar first; `a` comes before `b` in `ids`.
 
-    `images` is one source or several one after another (pool, test), whole frames at one size (64 x 64 is enough), in
-    the order of `ids` and `splits`. Copies have a similarity of 1 unless they are flat. Pairs within the test split
-    leak nothing and are left out. Takes about 20 KB of memory an image.
+    `images` is one source, or several in order (pool, test), of whole frames at one size (64 x 64 suffices), in the
+    order of `ids` and `splits`. Exact copies have similarity 1 unless they are flat. Pairs within the test split leak
+    nothing and are left out. The memory is about 20 KB per image.
     """
     fingerprints, details = _describe(_sources(images))
     if not len(ids) == len(splits) == len(details):
@@ -100,11 +99,11 @@ def find_in_dataset(
     sheet: Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[DuplicatePair, ...]:
-    """`find_near_duplicates` of the dataset that `config` names; `write_contact_sheet` of them to `sheet`, if any.
+    """Return the near-duplicates of the dataset that `config` names, and draw them to `sheet` if it is given.
 
-    Byte-equal images are pairs of similarity 1, also where they have no fine structure to be compared by.
-    Reads the caches that a study of `config` reads, if they hold whole frames of 64 x 64 or more, else small ones
-    made for this. The search says `with_test=False`: the test split is then not read. Errors as in `prepare_pool`.
+    Byte-identical images are pairs of similarity 1, even without fine structure. The caches of a study are read if
+    they hold whole frames of at least 64 x 64; otherwise small ones are built. The search passes `with_test=False`,
+    and the test split is then not read. Raises the errors of `prepare_pool`.
     """
     if config.match != "resize" or min(config.cached_size) < _SIDE:
         config = replace(config, match="resize", size=2 * _SIDE, cache_size=0)
@@ -127,10 +126,10 @@ def _most_similar_first(pairs: Iterable[DuplicatePair]) -> tuple[DuplicatePair, 
 
 
 def _byte_equal(ids: Sequence[str], splits: Sequence[Split], sha256: Sequence[str]) -> list[DuplicatePair]:
-    """Return pairs of equal `sha256`, enough of them that each image which has a copy is in one.
+    """Return pairs of equal `sha256` that include every image with a copy.
 
-    Every copy is paired with the first copy in the pool, and every pool image with the first copy in the test split,
-    so that the number of pairs grows with the images and not with their square.
+    Each copy is paired with the first copy in the pool, and each pool image with the first copy in the test split.
+    The number of pairs thus grows with the images and not with their square.
     """
     copies: dict[str, list[int]] = defaultdict(list)
     for i, content in enumerate(sha256):
@@ -150,14 +149,13 @@ def groups_of(
 ) -> dict[str, str]:
     """Return the group of each of `ids`. Images that `pairs` connect, directly or through others, share a group.
 
-    A group is named after the smallest id in it. `groups` (a lesion or patient for each id) connects images too:
-    two patients that share a duplicate become one group. Raises DatasetError if `groups` lacks an image.
+    A group has the name of its smallest id. `groups` (the lesion or patient of each id) connects images too: two
+    patients that share a duplicate become one group. Raises DatasetError if `groups` lacks an image.
     """
     wanted = sorted(set(ids))
     edges = [(pair.a, pair.b) for pair in pairs]
     if groups is not None:
-        if missing := [name for name in wanted if name not in groups]:
-            raise DatasetError(f"the groups name no group for image {missing[0]}")
+        require_groups(wanted, groups)
         first: dict[str, str] = {}
         edges += [(name, first.setdefault(groups[name], name)) for name in wanted]
     number = {name: i for i, name in enumerate(dict.fromkeys([*wanted, *(name for edge in edges for name in edge)]))}
@@ -176,10 +174,10 @@ def write_contact_sheet(
     columns: int = 4,
     side: int = 160,
 ) -> None:
-    """Write `pairs`, in their order row by row, as one PNG: the two images of a pair touch, pairs stand apart.
+    """Write `pairs` row by row as one PNG. The two images of a pair touch, and pairs are apart.
 
-    `images` and `ids` as for `find_near_duplicates`; each image is drawn `side` pixels wide and high. Without pairs
-    the picture is white.
+    `images` and `ids` are those of `find_near_duplicates`. Each image is drawn with `side` pixels per side. Without
+    pairs the PNG is white.
     """
     sources = _sources(images)
     place = dict(zip(ids, ((source, i) for source in sources for i in range(len(source))), strict=True))
@@ -210,7 +208,7 @@ def _read(source: Images, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
 
 
 def _describe(sources: Sequence[Images]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Fingerprints (N, 16, 16) and details (N, 64, 64) of all images."""
+    """Return fingerprints (N, 16, 16) and details (N, 64, 64) of all images."""
     n = sum(len(source) for source in sources)
     fingerprints = np.empty((n, _FINGERPRINT_SIDE, _FINGERPRINT_SIDE), dtype=np.float32)
     details = np.empty((n, _SIDE, _SIDE), dtype=np.float32)
@@ -231,7 +229,7 @@ def _describe(sources: Sequence[Images]) -> tuple[NDArray[np.float32], NDArray[n
 
 
 def _thumbnails(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Gray (B, 64, 64), 0 to 255, of (B, H, W, 3): each value the mean of 4 x 4 pixels spread over its part."""
+    """Return gray thumbnails (B, 64, 64), 0 to 255, of (B, H, W, 3): means of 4 x 4 pixels spread over each cell."""
     n = 4 * _SIDE
     rows, columns = (np.arange(n) * length // n for length in images.shape[1:3])
     lines = images[:, rows].reshape(len(images), _SIDE, 4, -1)
@@ -243,7 +241,7 @@ def _thumbnails(images: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def _smoothing(side: int, *, radius: int) -> NDArray[np.float32]:
-    """(side, side) matrix that smooths along one axis: a triangle of twice `radius`, cut off at the border."""
+    """Return the (side, side) matrix that smooths an axis by a triangle of twice `radius`, cut off at the border."""
     distance = np.abs(np.arange(side)[:, None] - np.arange(side)[None, :])
     weights: NDArray[np.float32] = np.maximum(0, 2 * radius + 1 - distance).astype(np.float32)
     weights /= weights.sum(axis=1, keepdims=True)
@@ -253,7 +251,7 @@ def _smoothing(side: int, *, radius: int) -> NDArray[np.float32]:
 def _proposals(
     fingerprints: NDArray[np.float32], is_test: NDArray[np.bool_]
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], int]]:
-    """For each orientation 0..7 the pairs (first, second) to look at, first < second, in which second is turned."""
+    """Yield the proposed pairs (first, second) with first < second, and the orientation of second."""
     n = len(fingerprints)
     units = _unit(fingerprints)
     turned = [_unit(_turned(fingerprints, orientation)) for orientation in range(8)]
@@ -271,13 +269,12 @@ def _proposals(
         best[np.arange(len(rows)), rows] = -1.0
         best[np.ix_(is_test[rows], is_test)] = -1.0
         n_neighbours = min(_NEIGHBOURS, n)
-        # Of more equal copies than that all prefer the first ones: so they stay connected.
+        # If there are more copies, all prefer the first ones and thus stay connected.
         nearest = np.argpartition(earlier_first - best, n_neighbours - 1, axis=1)[:, :n_neighbours]
         for row, columns in zip(range(len(rows)), nearest, strict=True):
             for column in columns[best[row, columns] >= _MIN_FINGERPRINT]:
                 i, j, orientation = int(rows[row]), int(column), int(orientation_of[row, column])
-                # Turned the other way where the roles are exchanged: quarter turns change places, the rest are
-                # their own inverses.
+                # An exchanged pair is turned the other way.
                 found[(i, j) if i < j else (j, i)] = orientation if i < j else _INVERSE[orientation]
     for orientation in range(8):
         pairs = sorted(pair for pair, value in found.items() if value == orientation)
@@ -287,18 +284,18 @@ def _proposals(
 
 
 _INVERSE = (0, 1, 6, 3, 4, 5, 2, 7)
-"""Orientation that undoes each of the eight."""
+"""Inverse of each of the eight orientations."""
 
 
 def _turned(images: NDArray[np.float32], orientation: int) -> NDArray[np.float32]:
-    """(B, S, S) turned by orientation // 2 quarters, then, if `orientation` is odd, mirrored left to right."""
+    """Return (B, S, S) turned by orientation // 2 quarters, then mirrored left to right if `orientation` is odd."""
     quarters, mirrored = divmod(orientation, 2)
     turned = np.rot90(images, quarters, axes=(1, 2))
     return turned[:, :, ::-1] if mirrored else turned
 
 
 def _unit(images: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(B, S, S) as rows (B, S * S) of mean 0 and length 1, so that products are correlations; 0 where constant."""
+    """Return (B, S, S) as rows (B, S * S) of mean 0 and length 1, 0 where constant. Products are correlations."""
     rows: NDArray[np.float32] = images.reshape(len(images), images.shape[1] * images.shape[2])
     rows = rows - rows.mean(axis=1, keepdims=True)
     rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-3)
@@ -306,10 +303,10 @@ def _unit(images: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _similarity(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Correlation (M,) of details `a` and `b` (M, 64, 64): of the whole or of the middle, whichever is lower.
+    """Return the correlation (M,) of details `a` and `b` (M, 64, 64), the lower of whole and middle.
 
-    `b` is first shifted to where it fits `a` best (at most 8 pixels), then each 16 x 16 block of `a` may look for its
-    counterpart up to 2 pixels away. Blocks weigh by their structure.
+    `b` is shifted by at most 8 pixels to fit `a` best. Each 16 x 16 block of `a` is then matched with the best block
+    of `b` up to 2 pixels away. Blocks are weighted by the energy of their structure.
     """
     result = np.zeros(len(a), dtype=np.float32)
     shifted, correlation = _aligned(a, b)
@@ -330,7 +327,7 @@ def _similarity(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.fl
 
 
 def _aligned(a: NDArray[np.float32], b: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """`b` shifted to fit `a`, with a margin of 2 pixels on each side (M, 68, 68), and the correlation there (M,)."""
+    """Return `b` shifted to fit `a`, with a margin of 2 pixels per side (M, 68, 68), and the correlation (M,)."""
     spectrum = np.conj(np.fft.rfft2(a)) * np.fft.rfft2(b)
     products = np.fft.irfft2(spectrum, s=a.shape[1:])
     shifts = np.r_[0 : _MAX_SHIFT + 1, -_MAX_SHIFT:0]
@@ -346,7 +343,7 @@ def _aligned(a: NDArray[np.float32], b: NDArray[np.float32]) -> tuple[NDArray[np
 
 
 def _block_sums(images: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(M, 64, 64) -> (M, 4, 4)."""
+    """Return the sums (M, 4, 4) over the blocks of (M, 64, 64)."""
     n = _SIDE // _BLOCK
     sums: NDArray[np.float32] = images.reshape(len(images), n, _BLOCK, n, _BLOCK).sum(axis=(2, 4))
     return sums

@@ -1,12 +1,11 @@
-"""Writes an augmented copy of a dataset beside it: `ISIC-2017_Aug`, in the same layout, at original resolution.
+"""Write an augmented copy of a dataset beside it: `ISIC-2017_Aug`, in the same layout, at original resolution.
 
-Training images come with `copies` changed versions each (`ISIC_0000000_aug1.jpg`); they themselves and the validation
-and test split are hard links to the original files, or copies where the file system has no links, so that the set is
-complete and trains like any other. A folder of one's own images becomes one folder per split, which keeps its test
-split what it was.
+Each training image gets `copies` changed versions (`ISIC_0000000_aug1.jpg`). The original images, validation and test
+images included, become hard links, or copies where the file system has no links. The set is thus complete and trains
+like any other. A folder of own images becomes one folder per split, so the test split stays the same.
 
-`groups.csv` names the original of every image, and a study of the set reads it: a changed version never is in another
-fold than its original, which would teach the network what it is scored on.
+`groups.csv` names the original of every image. A study reads it, so that a changed version is never in another fold
+than its original.
 """
 
 from __future__ import annotations
@@ -38,10 +37,13 @@ from hpsearch.data.augment import (
     jitter_color_,
     source_positions,
 )
-from hpsearch.data.decode import BadImageError, open_pair, read_pair
+from hpsearch.data.dataset import Dataset, Sample
+from hpsearch.data.decode import open_pair, read_pair
+from hpsearch.data.decode_pool import DecodeError
 from hpsearch.data.folds import AUGMENTATION, AUGMENTED_GROUPS
+from hpsearch.data.formats import FORMATS
 from hpsearch.data.integrity import refusal
-from hpsearch.data.layouts import JPEG, Dataset, Sample, find_samples
+from hpsearch.data.layouts import find_samples
 from hpsearch.data.memory_gate import MemoryGate
 from hpsearch.data.reading import Reading
 from hpsearch.data.survey import decide_reading
@@ -52,11 +54,11 @@ from hpsearch.user_files import name_key
 logger = logging.getLogger(__name__)
 
 JPEG_QUALITY = 95
-"""Of the changed versions: little is lost beside what the original's own compression lost."""
+"""Quality of the changed versions. The original's own compression loses more."""
 WORKING_BYTES = 2**30
-"""Decoded pixels that all threads hold together, unless a single image has more."""
+"""Decoded pixels that all threads hold together. A single larger image is changed alone."""
 TILE = 256
-"""Side of the parts, in pixels, in which an image is warped."""
+"""Side in pixels of the parts in which an image is warped."""
 BAND_PIXELS = 2**18
 """Pixels whose colours are changed at once."""
 
@@ -73,30 +75,22 @@ def export_augmented(
     exclude_bad: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Write `dataset` with `copies` changed versions of every training image; the folder it lies in.
+    """Write `dataset` with `copies` changed versions of every training image, and return the new folder.
 
-    The folder is `target`, or that of the dataset with `_Aug` added to its name. It appears when it is complete;
-    until then the files, each whole, lie in a hidden folder beside it, and the same call continues there. What
-    happens to an image depends on `seed`, its id and the number of the copy only. `augment.crop` is passed over:
-    images keep their size; blur is in pixels of the original. `groups` (id to patient or lesion) goes into
-    groups.csv. `reading` says how files become pixels (default: decided as DataConfig's defaults say); it is kept
-    with the new dataset, whose originals are read as their changed versions were. `progress(done, total)` counts
-    changed versions.
+    The folder is `target`, or by default that of the dataset with `_Aug` added to its name. It appears when it is
+    complete. Until then the files are in a hidden folder beside it, and the same call continues there. The changes of
+    an image depend only on `seed`, its id and the number of the copy. `augment.crop` is ignored, and the unit of blur
+    is a pixel of the original. `groups` (id to patient or lesion) goes into groups.csv. `reading` (by default decided
+    with the defaults of DataConfig) is kept in the new dataset, whose originals are read by it too.
+    `progress(done, total)` counts changed versions.
 
-    Raises ConfigError when `augment` changes nothing, DatasetError when the folder is there already, an unfinished
-    export was begun with other settings, or images are damaged (`exclude_bad` leaves them out), and StorageError.
+    Raises ConfigError if `augment` changes nothing, DatasetError if the folder exists, an unfinished export has other
+    settings, or images are unusable (`exclude_bad` leaves them out), and StorageError.
     """
     augment = replace(augment, crop=False)
-    if augment == AugmentConfig(hflip=0):
-        raise ConfigError("augment changes nothing: switch something on, such as --set augment.hflip=0.5")
-    if copies < 1:
-        raise ConfigError(f"copies must be at least 1, got {copies}")
-    if dataset.problems and not exclude_bad:
-        raise refusal(dataset.problems, dataset.flags)
     root = dataset.root.resolve()
     target = target or root.with_name(f"{root.name}_Aug")
-    if target.exists():
-        raise DatasetError(f"{target} exists already: remove it, or name another folder, to have it written again")
+    _check_request(dataset, augment, copies, target, exclude_bad=exclude_bad)
     partial = target.with_name(f".{target.name}.partial")
     reading = reading or decide_reading(dataset, DataConfig()).reading
     settings = {"of": root.name, "copies": copies, "seed": seed, "augment": asdict(augment)}
@@ -125,9 +119,9 @@ def export_augmented(
 
 
 def augment_image(image: Tensor, mask: Tensor, changes: Changes) -> tuple[Tensor, Tensor]:
-    """One image (H, W, 3) uint8 and its mask (H, W) uint8, changed as a batch of one would be, in bounded memory.
+    """Return an image (H, W, 3) uint8 and its mask (H, W) uint8, changed like a batch of one.
 
-    Beside the pixels that go in and come out, all as bytes, only parts of the image are held.
+    Only parts of the image are converted to float at a time, so that the memory stays bounded.
     """
     if changes.rotate is not None or changes.scale is not None:
         image, mask = _warp_by_tiles(image, mask, changes)
@@ -140,7 +134,7 @@ def augment_image(image: Tensor, mask: Tensor, changes: Changes) -> tuple[Tensor
 
 @dataclass(frozen=True)
 class _Job:
-    """One changed version to be written."""
+    """One changed version to write."""
 
     sample: Sample
     image: Path
@@ -148,8 +142,20 @@ class _Job:
     seed: int
 
 
+def _check_request(dataset: Dataset, augment: AugmentConfig, copies: int, target: Path, *, exclude_bad: bool) -> None:
+    """Raise ConfigError or DatasetError if the export cannot be written."""
+    if augment == AugmentConfig(hflip=0):
+        raise ConfigError("augment changes nothing: switch something on, such as --set augment.hflip=0.5")
+    if copies < 1:
+        raise ConfigError(f"copies must be at least 1, got {copies}")
+    if dataset.problems and not exclude_bad:
+        raise refusal(dataset.problems, dataset.flags)
+    if target.exists():
+        raise DatasetError(f"{target} exists already: remove it, or name another folder, to have it written again")
+
+
 def _begin(partial: Path, settings: dict[str, object]) -> None:
-    """Make the folder, or recognise an export of the same settings that was interrupted."""
+    """Create the folder, or check that an unfinished export has the same settings."""
     record = partial / AUGMENTATION
     if record.is_file():
         try:
@@ -165,24 +171,23 @@ def _begin(partial: Path, settings: dict[str, object]) -> None:
 
 
 def _places(dataset: Dataset, copies: int) -> Iterator[tuple[Sample, Path, Path, int]]:
-    """Every image with where it and its mask go, relative to the new root; copy 0 is the original.
+    """Yield each image with the new paths of it and its mask, relative to the new root. Copy 0 is the original.
 
-    DatasetError if two files would have one name.
+    Raises DatasetError if two files would have one name.
     """
     taken: set[str] = set()
     for sample in dataset.samples:
         image, mask = _place(dataset, sample)
         for copy in range(copies + 1 if sample.split == "train" else 1):
+            places = (image, mask)
             if copy:
-                # A mask is what its image's name is followed by.
-                rest = mask.stem[len(image.stem) :]
-                is_jpeg = image.suffix.lower() in JPEG
+                # The name of a mask is that of its image and a suffix.
+                suffix = mask.stem[len(image.stem) :]
+                ending = image.suffix if _is_jpeg(image) else ".png"
                 places = (
-                    image.with_name(f"{image.stem}_aug{copy}{image.suffix if is_jpeg else '.png'}"),
-                    mask.with_name(f"{image.stem}_aug{copy}{rest}.png"),
+                    image.with_name(f"{image.stem}_aug{copy}{ending}"),
+                    mask.with_name(f"{image.stem}_aug{copy}{suffix}.png"),
                 )
-            else:
-                places = image, mask
             for place in places:
                 key = name_key(str(place.with_suffix("")))
                 if key in taken:
@@ -192,10 +197,14 @@ def _places(dataset: Dataset, copies: int) -> Iterator[tuple[Sample, Path, Path,
 
 
 def _place(dataset: Dataset, sample: Sample) -> tuple[Path, Path]:
-    """Where an original and its mask go."""
+    """Return the new paths of an original and its mask."""
     if dataset.layout == "folders":
         return Path(sample.split, "images", sample.image.name), Path(sample.split, "masks", sample.mask.name)
     return sample.image.relative_to(dataset.root), sample.mask.relative_to(dataset.root)
+
+
+def _is_jpeg(path: Path) -> bool:
+    return path.suffix.lower() in FORMATS["jpeg"].suffixes
 
 
 def _link(source: Path, target: Path) -> None:
@@ -205,7 +214,7 @@ def _link(source: Path, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.hardlink_to(source)
     except OSError:
-        # Another disk, or a file system without links.
+        # The target is on another disk, or the file system has no links.
         with atomic_write(target, sync=False) as temporary:
             shutil.copyfile(source, temporary)
 
@@ -221,11 +230,11 @@ def _write_all(
     exclude_bad: bool,
     progress: Callable[[int, int], None] | None,
 ) -> set[str]:
-    """Do the jobs on all cores; the ids of the images that are damaged, if those shall be left out."""
+    """Run the jobs on all cores. Return the ids of unusable images, which `exclude_bad` leaves out."""
     damaged: set[str] = set()
     gate = MemoryGate(WORKING_BYTES)
     n_threads = torch.get_num_threads()
-    # One thread an image: decoding and encoding, half of the work, cannot be divided.
+    # One thread per image, because decoding and encoding, half of the work, cannot be divided.
     pool = ThreadPoolExecutor(available_cores(), initializer=torch.set_num_threads, initargs=(1,))
     try:
         futures: list[tuple[_Job, Future[None]]] = [
@@ -248,14 +257,14 @@ def _write_all(
 
 
 def _write(job: _Job, augment: AugmentConfig, reading: Reading, gate: MemoryGate) -> None:
-    """Write one changed version, the image last: where it is, its mask is."""
+    """Write one changed version, its mask first, so that an existing image is complete."""
     if job.image.exists():
         return
     try:
         height, width = open_pair(job.sample.image, job.sample.mask, reading).size
-    except BadImageError as error:
-        raise DatasetError(str(error)) from error
-    # As they are decoded, as rows of pixels, and changed.
+    except DecodeError as error:
+        raise DatasetError(error.text) from error
+    # Three copies: decoded, as rows of pixels, and changed.
     with gate.admitted(3 * 4 * height * width):
         pixels, mask = read_pair(job.sample.image, job.sample.mask, reading)
         changes = draw_changes(
@@ -264,9 +273,8 @@ def _write(job: _Job, augment: AugmentConfig, reading: Reading, gate: MemoryGate
         image, mask = augment_image(pixels.permute(1, 2, 0).contiguous(), mask, changes)
         del pixels
         _save(job.mask, encode_png((mask * 255).unsqueeze(0)))
-        is_png = job.image.suffix.lower() == ".png"
         planes = image.permute(2, 0, 1)
-        _save(job.image, encode_png(planes) if is_png else encode_jpeg(planes, quality=JPEG_QUALITY))
+        _save(job.image, encode_jpeg(planes, quality=JPEG_QUALITY) if _is_jpeg(job.image) else encode_png(planes))
 
 
 def _save(path: Path, encoded: Tensor) -> None:
@@ -275,7 +283,7 @@ def _save(path: Path, encoded: Tensor) -> None:
 
 
 def _write_groups(partial: Path, original: Mapping[Path, str], groups: Mapping[str, str]) -> None:
-    """groups.csv: for every image that can be in a fold, its original or the group that the original has."""
+    """Write groups.csv with the original, or its group, of every image that can be in a fold."""
     found = find_samples(DataConfig(root=str(partial)))
     with (
         atomic_write(partial / AUGMENTED_GROUPS) as temporary,
@@ -289,7 +297,7 @@ def _write_groups(partial: Path, original: Mapping[Path, str], groups: Mapping[s
 
 
 def _warp_by_tiles(image: Tensor, mask: Tensor, changes: Changes) -> tuple[Tensor, Tensor]:
-    """What augment_batch does to a batch of one, with only the source of one tile in float at a time."""
+    """Return image and mask warped like a batch of one. Only the source of one tile is in float at a time."""
     height, width = mask.shape
     out, truth = torch.empty_like(image), torch.empty_like(mask)
     for top in range(0, height, TILE):
@@ -311,7 +319,7 @@ def _warp_by_tiles(image: Tensor, mask: Tensor, changes: Changes) -> tuple[Tenso
 
 
 def _within(position: Tensor, length: int) -> tuple[Tensor, int, int]:
-    """Positions mirrored into 0..length, and the first and end of the pixels that they need."""
+    """Return positions mirrored into 0..length, and the first and end of the pixels that they need."""
     position = position.abs() % (2 * length)
     position = torch.minimum(position, 2 * length - position)
     first = max(0, int(position.min().item()) - 1)
@@ -319,9 +327,8 @@ def _within(position: Tensor, length: int) -> tuple[Tensor, int, int]:
 
 
 def _change_values_by_bands(image: Tensor, changes: Changes) -> Tensor:
-    """Colour, blur and noise of one image (H, W, 3) uint8, some rows at a time."""
-    kinds = (changes.brightness, changes.contrast, changes.saturation, changes.hue, changes.blur, changes.noise)
-    if all(kind is None for kind in kinds):
+    """Return an image (H, W, 3) uint8 with changed colours, blur and noise. Some rows are changed at a time."""
+    if not changes.changes_values:
         return image
     height, width = image.shape[:2]
     n_rows = max(1, BAND_PIXELS // width)

@@ -1,11 +1,11 @@
-"""Assigns every image of the pool to the fold that is scored without having seen it."""
+"""Assign every image of the pool to the fold that holds it out."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -14,13 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpsearch.config.data import DataConfig
-from hpsearch.data.layouts import Split, without_ending
+from hpsearch.data.dataset import Split
+from hpsearch.data.formats import without_suffix
+from hpsearch.data.reading import as_tuples
 from hpsearch.errors import ConfigError, DatasetError, RecordError
 from hpsearch.paths import sha256_text
 from hpsearch.user_files import name_key, read_text, user_path
 
 AUGMENTATION, AUGMENTED_GROUPS = "augmentation.json", "groups.csv"
-"""What an augmented set holds beside its images: how it was made, and the original of each image."""
+"""Files of an augmented dataset: the settings it was made with, and the original of each image."""
+_FOLDS_KEYS = ("method", "k", "seed", "ids", "fold_of")
 
 
 @dataclass(frozen=True)
@@ -30,43 +33,31 @@ class Folds:
     ids: tuple[str, ...]
     """The pool, in its order."""
     fold_of: tuple[int, ...]
-    """The fold that holds each image out; -1: none does (`fixed`: the training split)."""
+    """Fold that holds each image out, -1 for an image that is never held out (training split of `fixed`)."""
     k: int
     seed: int
     method: Literal["kfold", "groups", "fixed"]
 
     def train(self, fold: int) -> NDArray[np.int64]:
-        """Indices into the pool of the images that the fit of `fold` sees, ascending."""
+        """Return the indices into the pool of the training images of `fold`, ascending."""
         return self._where(fold, held_out=False)
 
     def held_out(self, fold: int) -> NDArray[np.int64]:
-        """Indices into the pool of the images that score the fit of `fold`, ascending."""
+        """Return the indices into the pool of the held-out images of `fold`, ascending."""
         return self._where(fold, held_out=True)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, with a digest of them."""
-        table = {
-            "method": self.method,
-            "k": self.k,
-            "seed": self.seed,
-            "ids": list(self.ids),
-            "fold_of": list(self.fold_of),
-        }
+        """Return the folds as plain types, with a digest."""
+        table = {name: getattr(self, name) for name in _FOLDS_KEYS}
         return {**table, "digest": _digest(table)}
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> Self:
-        """The folds that `to_dict` gave; RecordError if anything in it was changed since."""
+        """Return the folds in a table of `to_dict`. RecordError if the table was changed."""
         content = {key: value for key, value in table.items() if key != "digest"}
-        if set(content) != {"method", "k", "seed", "ids", "fold_of"} or table.get("digest") != _digest(content):
+        if set(content) != set(_FOLDS_KEYS) or table.get("digest") != _digest(content):
             raise RecordError("the folds are damaged: their digest is not that of their content")
-        return cls(
-            ids=tuple(content["ids"]),
-            fold_of=tuple(content["fold_of"]),
-            k=content["k"],
-            seed=content["seed"],
-            method=content["method"],
-        )
+        return cls(**as_tuples(content))
 
     def _where(self, fold: int, *, held_out: bool) -> NDArray[np.int64]:
         if not 0 <= fold < self.k:
@@ -83,15 +74,14 @@ def make_folds(
     seed: int,
     groups: Mapping[str, str] | None = None,
 ) -> Folds:
-    """The folds of a pool whose images have these ids, splits and hashes of their bytes, each (n,).
+    """Return the folds of a pool whose images have these ids, splits and hashes of their bytes, each (n,).
 
-    `folds` = k: `sklearn.model_selection.KFold(k, shuffle=True, random_state=seed)` over the distinct images in the
-    pool's order; byte-equal images follow the first of them. With `groups` (id to group) GroupKFold, where
-    byte-equal images join the groups they are in. `fixed`: one fold that holds the validation split out, and with it
-    any training image that is byte-equal to one of that split or of its group.
+    With `folds` = k they are those of `sklearn.model_selection.KFold(k, shuffle=True, random_state=seed)` over the
+    distinct images in the pool's order. Byte-identical images share a fold. With `groups` (id to group) they are
+    those of GroupKFold, and byte-identical images connect their groups. With `folds` = `fixed` the only fold holds
+    out the validation split and the training images that are byte-identical to it or in one of its groups.
 
-    Raises ConfigError where there are fewer distinct images or groups than folds, DatasetError where an image has
-    no group.
+    Raises ConfigError if there are fewer distinct images or groups than folds, DatasetError if an image has no group.
     """
     if not len(ids) == len(splits) == len(sha256):
         raise ValueError(f"got {len(ids)} ids, {len(splits)} splits and {len(sha256)} hashes")
@@ -100,7 +90,7 @@ def make_folds(
     units = np.array(connected(ids, sha256, groups))
     n_units = int(units.max(initial=-1)) + 1
     require_enough(n_units, folds, "distinct images" if groups is None else "groups")
-    # scikit-learn is slow to import and not needed to read folds.
+    # scikit-learn is slow to import, and reading folds does not need it.
     from sklearn.model_selection import GroupKFold, KFold
 
     fold_of = np.full(len(ids), -1)
@@ -108,7 +98,7 @@ def make_folds(
         for fold, (_, held_out) in enumerate(KFold(folds, shuffle=True, random_state=seed).split(np.arange(n_units))):
             fold_of[np.isin(units, held_out)] = fold
     else:
-        # GroupKFold balances the folds by size and breaks ties by label: the seed decides through the labels.
+        # GroupKFold balances the folds by size and breaks ties by label, so the seed shuffles the labels.
         labels = np.random.default_rng(seed).permutation(n_units)[units]
         for fold, (_, held_out) in enumerate(GroupKFold(folds).split(units, groups=labels)):
             fold_of[held_out] = fold
@@ -116,9 +106,9 @@ def make_folds(
 
 
 def lesion_notes(folds: Folds, has_lesion: Sequence[bool]) -> list[str]:
-    """Return a note for each fold whose held-out images have no lesion; `has_lesion` is (n,), in the pool's order.
+    """Return a note for each fold whose held-out images have no lesion. `has_lesion` is (n,), in the pool's order.
 
-    Raises DatasetError for a fold without a lesion in any image that it trains on: its fit could learn nothing.
+    Raises DatasetError for a fold whose training images have no lesion, because its fit could learn nothing.
     """
     notes = []
     for fold in range(folds.k):
@@ -137,7 +127,7 @@ def lesion_notes(folds: Folds, has_lesion: Sequence[bool]) -> list[str]:
 
 
 class Groups(Mapping[str, str]):
-    """The group of each image, found by its id whatever the Unicode form and case of the name in the table."""
+    """Group of each image by its id, regardless of the Unicode form and case of the names."""
 
     def __init__(self, group_of: Mapping[str, str]) -> None:
         self._by_key = {name_key(name): (name, group) for name, group in group_of.items()}
@@ -153,16 +143,16 @@ class Groups(Mapping[str, str]):
 
 
 def require_enough(n: int, folds: int, what: str) -> None:
-    """Raise ConfigError where `n` images or groups are fewer than the folds."""
+    """Raise ConfigError if there are fewer images or groups (`what`) than folds."""
     if n < folds:
         advice = f"take fewer folds (--folds {n})" if n > 1 else "more are needed"
         raise ConfigError(f"study.folds = {folds}, but there are only {n} {what}: {advice}")
 
 
 def groups_file(config: DataConfig) -> Path | None:
-    """The table of groups that `config` names, or that lies in an augmented set; None: every image by itself.
+    """Return the table of groups that `config` names or an augmented dataset contains, None without one.
 
-    A network that was trained on an image must not be scored on its changed versions: such a set brings its groups.
+    An augmented dataset has groups, because a network must not be scored on changed versions of its training images.
     """
     if config.groups:
         return user_path(config.groups)
@@ -171,10 +161,9 @@ def groups_file(config: DataConfig) -> Path | None:
 
 
 def read_groups(path: Path) -> Groups:
-    """Id to group, from a CSV with the column `image` and one other (patient, lesion).
+    """Return the group of each id, from a CSV with the column `image` and one other (patient, lesion).
 
-    A name ending such as `.jpg` in the column `image` is dropped. Raises DatasetError, naming the line, for whatever
-    else is in it.
+    Endings such as `.jpg` in the column `image` are ignored. Raises DatasetError, naming the line, for other content.
     """
     text = read_text(path, "groups", DatasetError)
     try:
@@ -193,7 +182,7 @@ def read_groups(path: Path) -> Groups:
             continue
         if len(row) != 2 or not row[0].strip() or not row[1].strip():
             raise DatasetError(f"groups {path}, line {number}: needs an image and its group, got {','.join(row)!r}")
-        name, group = without_ending(row[image].strip()), row[1 - image].strip()
+        name, group = without_suffix(row[image].strip()), row[1 - image].strip()
         _, known = groups.setdefault(name_key(name), (name, group))
         if known != group:
             raise DatasetError(f"groups {path}, line {number}: {name} is in group {known!r} and in {group!r}")
@@ -203,20 +192,25 @@ def read_groups(path: Path) -> Groups:
 def connected(ids: Sequence[str], sha256: Sequence[str], groups: Mapping[str, str] | None) -> list[int]:
     """Return the unit of each image, numbered by first appearance.
 
-    Images of one group or of equal bytes share a unit. Raises DatasetError if `groups` lacks an image.
+    Byte-identical images and images of one group share a unit. Raises DatasetError if `groups` lacks an image.
     """
-    if groups is not None and (missing := [id for id in ids if id not in groups]):
-        raise DatasetError(f"the groups name no group for image {missing[0]}")
     first: dict[tuple[str, str], int] = {}
     edges = [(i, first.setdefault(("bytes", content), i)) for i, content in enumerate(sha256)]
     if groups is not None:
+        require_groups(ids, groups)
         edges += [(i, first.setdefault(("group", groups[id]), i)) for i, id in enumerate(ids)]
     return connected_components(len(ids), edges)
 
 
+def require_groups(ids: Iterable[str], groups: Mapping[str, str]) -> None:
+    """Raise DatasetError, naming the first image, if `groups` lacks an image."""
+    if missing := [id for id in ids if id not in groups]:
+        raise DatasetError(f"the groups name no group for image {missing[0]}")
+
+
 def connected_components(n: int, edges: Sequence[tuple[int, int]]) -> list[int]:
     """Return the component of each of the nodes 0 to n - 1, numbered by first appearance."""
-    # scipy is slow to import and not needed to read folds.
+    # scipy is slow to import, and reading folds does not need it.
     from scipy.sparse import coo_array, csgraph
 
     a, b = np.array(edges, dtype=np.int64).reshape(-1, 2).T

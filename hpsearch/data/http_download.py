@@ -53,7 +53,7 @@ class _Version:
     """Of the whole file, in hexadecimal. Empty if the server does not send it."""
 
     def is_continued_by(self, response: requests.Response, done: int) -> bool:
-        """Whether `response` is the rest of this version after its first `done` bytes."""
+        """Return whether `response` is the rest of this version after its first `done` bytes."""
         content_range = response.headers.get("Content-Range")
         return content_range == f"bytes {done}-{self.size - 1}/{self.size}" and self.validator == _validator(response)
 

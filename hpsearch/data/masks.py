@@ -1,13 +1,13 @@
-"""The rule that says which pixels of a mask file are lesion, whatever its format. No torch.
+"""Decide which pixels of a decoded mask file are lesion. Imports no torch.
 
-A mask has one or two distinct pixel values. Of two the lesion is
+A mask has one or two distinct pixel values. With two values the lesion is
 
-- the larger one, of gray values and of indices into a palette (the palette's colours and transparency play no part);
-- the coloured one, of a gray (black, white) and a colour;
-- the more opaque one, where transparency differs and the colours do not contradict it.
+- the larger one of two gray values or palette indices (colours and transparency of the palette are ignored);
+- the coloured one of a gray value (black and white included) and a colour;
+- the more opaque one where transparency differs and the colours do not contradict it.
 
-A mask of one value is what that value is in the other masks of the dataset. If they do not have it, it is empty when
-the value is 0, black, or fully transparent, and full otherwise. Everything else is an error.
+A mask of one value means what that value means in the other masks of the dataset. If no other mask has the value, the
+mask is empty for 0, black and full transparency, and full otherwise. All other masks are errors.
 """
 
 from __future__ import annotations
@@ -19,35 +19,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpsearch.data.headers import Header
+from hpsearch.data.decode_pool import DecodeError
+from hpsearch.data.formats import Header
 
 N_SHOWN = 4
-"""Values that an error about too many names."""
-
-
-class MaskError(Exception):
-    """A mask without a clear meaning, with the kind of problem."""
-
-    def __init__(self, kind: str, text: str) -> None:
-        super().__init__(text)
-        self.kind = kind
+"""Values that a message lists at most."""
 
 
 @dataclass(frozen=True)
 class MaskValue:
-    """The value of a pixel of a mask. As text it is `255`, `index 1`, `#ff0000`, `#ff0000 with alpha 255`."""
+    """The value of a pixel of a mask. As text it is `255`, `index 1`, `#ff0000` or `#ff0000 with alpha 255`."""
 
     samples: tuple[int, ...]
-    """One (gray or an index) or three."""
+    """One sample (gray or palette index) or three."""
     alpha: int | None
     """None where the file has no transparency."""
     palette: bool
     n_digits: int
-    """Hexadecimal digits of a sample."""
+    """Hexadecimal digits per sample."""
 
     @classmethod
     def of(cls, pixel: tuple[int, ...], header: Header) -> MaskValue:
-        """The value of one pixel's samples as they were decoded."""
+        """Return the value of a pixel with these decoded samples."""
         if header.depth < 8 and not header.palette:
             # Decoders stretch 1, 2 and 4 bits to 0..255.
             pixel = tuple(sample * (2**header.depth - 1) // 255 for sample in pixel)
@@ -61,8 +54,8 @@ class MaskValue:
         return len(set(self.samples)) == 1
 
     @property
-    def is_nothing(self) -> bool:
-        """Whether it is 0, black, or fully transparent."""
+    def is_background_alone(self) -> bool:
+        """Whether a mask of this value only is empty: 0, black or fully transparent."""
         return self.alpha == 0 or not any(self.samples)
 
     def __str__(self) -> str:
@@ -76,43 +69,52 @@ class MaskValue:
 def find_lesion(
     samples: NDArray[Any], header: Header, *, background: Collection[str] = (), lesion: Collection[str] = ()
 ) -> tuple[NDArray[np.bool_], tuple[str, ...]]:
-    """Where samples (C, H, W), 1 to 4 channels of a mask file as they were decoded, are lesion: (H, W).
+    """Return where decoded samples (C, H, W) of 1 to 4 channels are lesion, (H, W), and the mask's values as text.
 
-    Also gives the mask's values as text: background and lesion, or the only one. `background` and `lesion` are what
-    values mean in the other masks of the dataset. Raises MaskError.
+    The values are background and lesion, or the only one. `background` and `lesion` are the meanings of values in
+    the other masks of the dataset. Raises DecodeError, with a text that continues the file's name.
     """
     first = _equal(samples, 0)
     at = int(first.argmin())
     one = _value(samples, 0, header)
     if first.flat[at]:
-        if str(one) in lesion and str(one) in background:
-            text = f"has the value {one} only, which is lesion in as many masks of the dataset as it is background in"
-            raise MaskError("masks disagree", f"{text}: save all masks with the same two values")
-        if str(one) in lesion or (str(one) not in background and not one.is_nothing):
-            return first, (str(one),)
-        return np.zeros_like(first), (str(one),)
+        return _mask_of_one_value(first, one, background, lesion)
     other = _value(samples, at, header)
     second = _equal(samples, at)
     if np.count_nonzero(first) + np.count_nonzero(second) != first.size:
-        raise MaskError("mask of many values", _many(samples, first | second, header))
+        raise DecodeError("mask of many values", _too_many_values(samples, first | second, header))
     lesion_value = _lesion_of(one, other)
     background_value = other if lesion_value is one else one
-    if str(background_value) in lesion or str(lesion_value) in background:
-        value, here, there = (
-            (lesion_value, "lesion", "background")
-            if str(lesion_value) in background
-            else (background_value, "background", "lesion")
-        )
-        raise MaskError(
-            "masks disagree",
-            f"has the values {background_value} and {lesion_value}, of which {value} would be {here}; in at least as "
-            f"many other masks of the dataset {value} is {there}: save all masks with the same two values",
-        )
+    for value, here, there, others in (
+        (lesion_value, "lesion", "background", background),
+        (background_value, "background", "lesion", lesion),
+    ):
+        if str(value) in others:
+            raise DecodeError(
+                "masks disagree",
+                f"has the values {background_value} and {lesion_value}, of which {value} would be {here}; in at "
+                f"least as many other masks of the dataset {value} is {there}: save all masks with the same two "
+                "values",
+            )
     return first if lesion_value is one else second, (str(background_value), str(lesion_value))
 
 
+def _mask_of_one_value(
+    everywhere: NDArray[np.bool_], value: MaskValue, background: Collection[str], lesion: Collection[str]
+) -> tuple[NDArray[np.bool_], tuple[str, ...]]:
+    name = str(value)
+    if name in lesion and name in background:
+        raise DecodeError(
+            "masks disagree",
+            f"has the value {name} only, which is lesion in as many masks of the dataset as it is background in: "
+            "save all masks with the same two values",
+        )
+    is_full = name in lesion or (name not in background and not value.is_background_alone)
+    return everywhere if is_full else np.zeros_like(everywhere), (name,)
+
+
 def _lesion_of(one: MaskValue, other: MaskValue) -> MaskValue:
-    """Which of two values is lesion."""
+    """Return the value of the two that is lesion."""
     by_alpha = by_color = None
     if one.alpha != other.alpha:
         by_alpha = max(one, other, key=lambda value: value.alpha or 0)
@@ -122,44 +124,42 @@ def _lesion_of(one: MaskValue, other: MaskValue) -> MaskValue:
         elif one.is_gray or other.is_gray:
             by_color = other if one.is_gray else one
     if by_alpha is not None and by_color is not None and by_alpha is not by_color:
-        raise MaskError(
+        raise DecodeError(
             "ambiguous mask",
             f"has the values {one} and {other}: by its transparency {by_alpha} would be lesion, by its colours "
             f"{by_color}. Save it as gray PNG, 0 and 255",
         )
-    lesion = by_color or by_alpha
-    if lesion is None:
-        raise MaskError(
-            "ambiguous mask",
-            f"has the colours {one} and {other}, and nothing says which of them is lesion: one must be black, white "
-            "or gray. Save it as gray PNG, 0 and 255",
-        )
-    return lesion
+    if lesion := by_color or by_alpha:
+        return lesion
+    raise DecodeError(
+        "ambiguous mask",
+        f"has the colours {one} and {other}, and nothing says which of them is lesion: one must be black, white or "
+        "gray. Save it as gray PNG, 0 and 255",
+    )
 
 
 def _equal(samples: NDArray[Any], at: int) -> NDArray[np.bool_]:
-    """Where all channels are as in pixel number `at`."""
-    channels = samples.reshape(len(samples), -1)
-    result: NDArray[np.bool_] = samples[0] == channels[0, at]
-    for number in range(1, len(samples)):
-        result &= samples[number] == channels[number, at]
+    """Return where all channels equal those of pixel number `at`."""
+    pixel = samples.reshape(len(samples), -1)[:, at]
+    result: NDArray[np.bool_] = samples[0] == pixel[0]
+    for channel, sample in zip(samples[1:], pixel[1:], strict=True):
+        result &= channel == sample
     return result
 
 
 def _value(samples: NDArray[Any], at: int, header: Header) -> MaskValue:
-    return MaskValue.of(tuple(int(sample) for sample in samples.reshape(len(samples), -1)[:, at]), header)
+    return MaskValue.of(tuple(samples.reshape(len(samples), -1)[:, at].tolist()), header)
 
 
-def _many(samples: NDArray[Any], known: NDArray[np.bool_], header: Header) -> str:
+def _too_many_values(samples: NDArray[Any], known: NDArray[np.bool_], header: Header) -> str:
     if len(samples) == 1:
         pixels = sorted({int(value) for row in samples[0] for value in np.unique(row)})
-        n = str(len(pixels))
+        n, is_all = str(len(pixels)), len(pixels) <= N_SHOWN
         values = [MaskValue.of((pixel,), header) for pixel in pixels[:N_SHOWN]]
-        is_all = len(pixels) <= N_SHOWN
     else:
         n, is_all = "more than 2", False
-        values = [_value(samples, at, header) for at in (0, int((~_equal(samples, 0)).argmax()))]
-        values.append(_value(samples, int((~known).argmax()), header))
+        places = (0, int((~_equal(samples, 0)).argmax()), int((~known).argmax()))
+        values = [_value(samples, at, header) for at in places]
     shown = ", ".join([*map(str, values), *([] if is_all else ["..."])])
     return (
         f"has {n} values ({shown}), a mask has two: save it as PNG, not as JPEG, and without smooth borders or half "

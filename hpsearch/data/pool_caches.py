@@ -1,4 +1,4 @@
-"""The decoded pool at every size that a study's trials see, and at the one size at which all of them are scored."""
+"""Caches of the pool at every size of a study's trials, and at the size at which all trials are scored."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def cache_root(project: ProjectPaths, config: StudyConfig) -> Path:
 
 
 class PoolCaches:
-    """One cache where the size is fixed; where it is searched, one for each size, made when it is first wanted."""
+    """One cache per image size, built on first use. A study with a fixed size has one."""
 
     def __init__(
         self, config: StudyConfig, root: Path, *, role: Role = "search", progress: Progress | None = None
     ) -> None:
-        """Prepare the cache that trials are scored by. Raises as `prepare_pool` does, then and later.
+        """Prepare the cache on which trials are scored. This and later calls raise the errors of `prepare_pool`.
 
-        DatasetError too if nothing can be learned from its masks.
+        Also raises DatasetError if nothing can be learned from its masks.
         """
         self._root = root
         self._data = config.data
@@ -37,24 +37,24 @@ class PoolCaches:
         self._progress = progress
         self._by_size: dict[tuple[int, int], Prepared] = {}
         self.scored = self._prepared(config.scored_data)
-        """The pool at the size at which it is scored: its images, its notes, the masks of every evaluation."""
+        """The pool at the size at which trials are scored."""
         if self.scored.fault:
             raise DatasetError(self.scored.fault)
 
     def prepare_listed(self, config: StudyConfig) -> None:
-        """Make those of all sizes that the search of `config` lists; of a range there may be too many to make now."""
+        """Prepare all sizes that the search lists. A range of sizes can have too many to prepare now."""
         sizes = config.search.dimensions.get("data.size")
         for size in sizes.values if isinstance(sizes, Choice) else (config.data.size,):
             self._prepared(dataclasses.replace(config.data, size=size))
 
     @property
     def made(self) -> Mapping[tuple[int, int], Prepared]:
-        """Those that are ready, by height and width, in the order in which they were wanted."""
+        """Prepared caches by height and width, in the order of first use."""
         return self._by_size
 
     @property
     def notes(self) -> list[str]:
-        """Notes on the data at all sizes that are ready, each once."""
+        """Notes on all prepared caches, without repetitions."""
         return list(dict.fromkeys(note for prepared in self._by_size.values() for note in prepared.notes))
 
     def paths(self, config: StudyConfig) -> tuple[Path, Path | None]:
@@ -64,7 +64,7 @@ class PoolCaches:
 
     def _prepared(self, data: DataConfig) -> Prepared:
         if data.cached_size not in self._by_size:
-            # A trial remembers where the images were when it began.
+            # A trial's settings have the paths of the images at its beginning.
             found = prepare_pool(
                 data.located_as(self._data), self._root, role=self._role, seed=self._seed, progress=self._progress
             )

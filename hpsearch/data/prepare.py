@@ -1,10 +1,11 @@
-"""Makes ready what `study` and `final` read: finds the images, checks them, and has them cached."""
+"""Prepare the images for `study` and `final`: find them, check them, and build their cache."""
 
 from __future__ import annotations
 
 import logging
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -12,25 +13,26 @@ from typing import Literal
 from hpsearch import subprocesses
 from hpsearch.config.data import DataConfig
 from hpsearch.data.build import Progress, build_cache, discard_cache, is_damaged
-from hpsearch.data.cache import Index, Preparation, cache_key, open_cache
-from hpsearch.data.decode_pool import Decoders, subprocess_environment
+from hpsearch.data.cache import Index, Preparation, open_cache
+from hpsearch.data.dataset import Dataset, Problem, Sample, Split
+from hpsearch.data.decode_pool import Decoders, View, subprocess_environment
 from hpsearch.data.integrity import (
     SWAPPED,
     check_stored,
+    content_notes,
     dataset_notes,
     describe,
     duplicates,
     lesion_fault,
-    mask_notes,
-    no_lesion_to_find,
     refusal,
     shared_images,
     were_swapped,
 )
-from hpsearch.data.layouts import Dataset, Problem, Sample, Split, find_samples
+from hpsearch.data.keys import cache_key
+from hpsearch.data.layouts import find_samples
 from hpsearch.data.reading import PLAIN_READING, Reading
 from hpsearch.data.sample import SAMPLE_VERSION
-from hpsearch.data.survey import decide_reading, reading_notes
+from hpsearch.data.survey import Decision, decide_reading
 from hpsearch.errors import DatasetError
 from hpsearch.paths import storage_error
 
@@ -41,22 +43,21 @@ Role = Literal["search", "final"]
 
 @dataclass(frozen=True)
 class Prepared:
-    """A cache that is ready, and what was found on the way."""
+    """A cache that is ready, and notes on its images."""
 
     cache_path: Path
-    """For `cache.open_cache`."""
+    """Argument for `cache.open_cache`."""
     key: str
     ids: tuple[str, ...]
     splits: tuple[Split, ...]
     notes: tuple[str, ...]
-    """What is worth knowing about the data, one line each."""
+    """Notes on the data, one line each."""
     excluded: tuple[str, ...]
-    """Ids of the images that `data.exclude_bad` left out; the log says why."""
+    """Ids of the images that `data.exclude_bad` left out. The log has the reasons."""
     seconds: float
     fault: str = ""
-    """Why nothing can be learned from these images, such as masks that are all empty; empty if something can."""
+    """Reason why nothing can be learned from these images, such as empty masks. Empty if something can."""
     reading: Reading = PLAIN_READING
-    """How the files become pixels."""
 
     @property
     def n(self) -> int:
@@ -71,53 +72,53 @@ def prepare_pool(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Prepared:
-    """The cache of the pool, training before validation images, each sorted by id.
+    """Prepare the cache of the pool: training before validation images, each sorted by id.
 
-    `role` decides which limits hold: `n_search_train` and `n_search_validation`, or `n_final_train`. `seed` decides
-    where `match = "crop"` cuts. Of the test split only names and bytes are looked at, for images that are in both.
+    `role` selects the limits: `n_search_train` and `n_search_validation`, or `n_final_train`. `seed` is that of the
+    random crops of `match = "crop"`. Only names and bytes of the test split are read, to find images in both.
 
-    Raises DatasetError, reporting everything that is wrong, unless `data.exclude_bad` leaves it out.
+    Raises DatasetError with all errors of the dataset, unless `data.exclude_bad` leaves the images out.
     """
     start = time.monotonic()
     return _prepare(config, _pool(config, cache_root, role, seed), cache_root, progress, start)
 
 
 def count_pool(config: DataConfig, cache_root: Path) -> int:
-    """How many images the search will have, before any is decoded. DatasetError if there is no dataset."""
+    """Return the number of images of the search before any is decoded. DatasetError if there is no dataset."""
     return len(_pool(config, cache_root, "search", 0).samples)
 
 
 def prepare_test(config: DataConfig, cache_root: Path, *, progress: Progress | None = None) -> Prepared:
-    """The cache of the test split, sorted by id, the first `n_final_test` of it; errors as in `prepare_pool`."""
+    """Prepare the cache of the first `n_final_test` images of the test split, sorted by id, like `prepare_pool`."""
     start = time.monotonic()
     return _prepare(config, _test(config, cache_root), cache_root, progress, start)
 
 
 def check_contents(config: DataConfig, cache_root: Path, *, seed: int = 0) -> tuple[list[Path], list[Problem]]:
-    """The caches of `config` that are there, and what in files or caches is no more as it was when they were made.
+    """Return the existing caches of `config`, and their files and images that have changed since.
 
-    All of every file is read, where the key of a cache looks at both ends only.
+    All of each file is read. The key of a cache depends only on both ends.
     """
-    wanted = [_pool(config, cache_root, "search", seed), _pool(config, cache_root, "final", seed)]
-    wanted.append(_test(config, cache_root))
+    requests = [_pool(config, cache_root, "search", seed), _pool(config, cache_root, "final", seed)]
+    requests.append(_test(config, cache_root))
     folders = []
-    for each in wanted:
-        if each.samples:
-            reading = decide_reading(each.dataset, config, cache_root).reading
-            key = cache_key(each.samples, replace(each.preparation, reading=reading))
-            # The pools of both roles are one where nothing limits them.
+    for request in requests:
+        if request.samples:
+            reading = decide_reading(request.dataset, config, cache_root).reading
+            key = cache_key(request.samples, replace(request.preparation, reading=reading))
+            # Without limits the pools of both roles are the same.
             folders += [path for path in sorted(cache_root.glob(f"{key}-*")) if path not in folders]
     return folders, [problem for folder in folders for problem in check_stored(open_cache(folder))]
 
 
 def locate(config: DataConfig, cache_root: Path) -> Dataset:
-    """The dataset that `config` names; the built-in one is drawn below `cache_root` if it is not there yet."""
+    """Return the dataset that `config` names. The built-in one is drawn below `cache_root` if it is missing."""
     if config.root != "sample" or config.images:
         return find_samples(config)
     folder = cache_root / f"sample-{SAMPLE_VERSION}" / "ISIC-2017"
     if not folder.is_dir():
         logger.info("drawing the sample dataset in %s", folder)
-        # In a process of its own: drawing needs torch's encoders, which the caller must not load.
+        # In a subprocess, because drawing needs torch's encoders, which the caller must not load.
         done = subprocess.run(
             subprocesses.command("hpsearch.data.sample", str(folder)),
             env=subprocess_environment(),
@@ -125,7 +126,7 @@ def locate(config: DataConfig, cache_root: Path) -> Dataset:
             text=True,
             check=False,
         )
-        # Another process may have drawn it at the same moment: then it is there, whole.
+        # Another process may have drawn it at the same time. It is then complete.
         if done.returncode != 0 and not folder.is_dir():
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise DatasetError(f"the sample dataset could not be drawn in {folder}: {last}")
@@ -133,101 +134,83 @@ def locate(config: DataConfig, cache_root: Path) -> Dataset:
 
 
 @dataclass(frozen=True)
-class _Wanted:
-    """What shall be cached."""
+class _Request:
+    """Samples to cache."""
 
     dataset: Dataset
     samples: tuple[Sample, ...]
     problems: tuple[Problem, ...]
-    """What is known to be wrong before anything is decoded; such images are not among `samples`."""
+    """Errors that are known before decoding. Their images are not among `samples`."""
     notes: tuple[Problem, ...]
     preparation: Preparation
     what: str
     """`training or validation`, or `test`."""
 
 
-def _pool(config: DataConfig, cache_root: Path, role: Role, seed: int) -> _Wanted:
+def _pool(config: DataConfig, cache_root: Path, role: Role, seed: int) -> _Request:
     dataset = locate(config, cache_root)
     train, val = dataset.split("train"), dataset.split("val")
     if role == "search":
         samples = (*_first(train, config.n_search_train), *_first(val, config.n_search_validation))
     else:
         samples = _first((*train, *val), config.n_final_train)
-    unpaired = tuple(problem for problem in dataset.problems if problem.split != "test")
-    height, width = config.cached_size
-    preparation = Preparation(height, width, ("resize",))
+    views: tuple[View, ...] = ("resize",)
     if config.match == "crop":
-        preparation = Preparation(height, width, ("random crop", "centre crop"), seed)
-    # The study can do without them, but `final` will refuse them: better said before the search than after it.
-    later = tuple(
-        replace(problem, kind=f"{problem.kind} in the test split")
-        for problem in dataset.problems
-        if problem.split == "test"
-    )
+        views = ("random crop", "centre crop")
+    preparation = Preparation(*config.cached_size, views, seed if config.match == "crop" else 0)
+    in_pool, in_test = _by_split(dataset.problems)
+    # Errors of the test split do not stop the study, but `final` will refuse them.
+    later = [replace(problem, kind=f"{problem.kind} in the test split") for problem in in_test]
     notes = (*shared_images(samples, dataset.split("test")), *later)
-    return _Wanted(dataset, samples, unpaired, notes, preparation, "training or validation")
+    return _Request(dataset, samples, in_pool, notes, preparation, "training or validation")
 
 
-def _test(config: DataConfig, cache_root: Path) -> _Wanted:
+def _test(config: DataConfig, cache_root: Path) -> _Request:
     dataset = locate(config, cache_root)
-    unpaired = tuple(problem for problem in dataset.problems if problem.split == "test")
-    height, width = config.cached_size
-    preparation = Preparation(height, width, ("centre crop" if config.match == "crop" else "resize",))
-    return _Wanted(dataset, _first(dataset.split("test"), config.n_final_test), unpaired, (), preparation, "test")
+    view: View = "centre crop" if config.match == "crop" else "resize"
+    preparation = Preparation(*config.cached_size, (view,))
+    _, problems = _by_split(dataset.problems)
+    return _Request(dataset, _first(dataset.split("test"), config.n_final_test), problems, (), preparation, "test")
+
+
+def _by_split(problems: Sequence[Problem]) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
+    """Return the problems of the pool and those of the test split."""
+    pool = tuple(problem for problem in problems if problem.split != "test")
+    return pool, tuple(problem for problem in problems if problem.split == "test")
 
 
 def _prepare(
-    config: DataConfig, wanted: _Wanted, cache_root: Path, progress: Progress | None, start: float
+    config: DataConfig, request: _Request, cache_root: Path, progress: Progress | None, start: float
 ) -> Prepared:
-    if not wanted.samples:
-        if wanted.problems:
-            raise refusal(wanted.problems, wanted.dataset.flags)
+    if not request.samples:
+        if request.problems:
+            raise refusal(request.problems, request.dataset.flags)
         raise DatasetError(
-            f"{wanted.dataset.root} has no {wanted.what} images: is a folder of that split missing or empty?"
+            f"{request.dataset.root} has no {request.what} images: is a folder of that split missing or empty?"
         )
     try:
-        # Before any image is decoded: a folder that cannot be made ends the command at once.
+        # Before decoding, so that a folder that cannot be created ends the command at once.
         cache_root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise storage_error(cache_root, error) from error
     with Decoders() as decoders:
-        decision = decide_reading(wanted.dataset, config, cache_root, decoders)
-        preparation = replace(wanted.preparation, reading=decision.reading)
-
-        def build() -> Path:
-            return build_cache(
-                wanted.samples, preparation, config.cache, cache_root, decoders=decoders, progress=progress
-            )
-
-        # Everything is decoded before anything is refused, so that one message can report all of it; with
-        # --exclude-bad the next start finds this cache.
-        try:
-            folder = build()
-        except DatasetError as error:
-            if were_swapped(wanted.dataset, wanted.samples):
-                raise DatasetError(f"{error}. {SWAPPED}") from error
-            raise
-        if is_damaged(folder):
-            logger.warning("%s is damaged; it is built again", folder)
-            discard_cache(folder)
-            folder = build()
+        decision = decide_reading(request.dataset, config, cache_root, decoders)
+        folder = _build(config, request, decision, cache_root, decoders, progress)
     index = Index.read(folder)
-    problems = [*wanted.problems, *index.problems]
+    problems = [*request.problems, *index.problems]
     if problems and not config.exclude_bad:
         damaged = {problem.id for problem in index.problems}
-        swapped = were_swapped(wanted.dataset, [sample for sample in wanted.samples if sample.id in damaged])
-        raise refusal(problems, wanted.dataset.flags, SWAPPED if swapped else "")
+        swapped = were_swapped(request.dataset, [sample for sample in request.samples if sample.id in damaged])
+        raise refusal(problems, request.dataset.flags, SWAPPED if swapped else "")
     for problem in problems:
         logger.warning("left out (%s): %s", problem.kind, problem.text)
-    size = config.cached_size
-    notes = [*wanted.notes, *duplicates(index.samples, index.facts)]
-    notes += mask_notes(index.samples, index.facts, size, is_cropped=config.match == "crop")
-    notes += [*decision.notes, *reading_notes(index.samples, index.facts, decision.reading)]
-    fault = lesion_fault(index.facts, size) if wanted.what != "test" else ""
-    if wanted.what == "test":
-        notes += no_lesion_to_find(wanted.dataset, index.facts, size)
-    if config.root != "sample":
-        notes = [*dataset_notes(wanted.dataset), *notes]
+    size, is_cropped = config.cached_size, config.match == "crop"
+    notes = [
+        *(dataset_notes(request.dataset) if config.root != "sample" else []),
+        *request.notes,
+        *duplicates(index.pairs),
+        *content_notes(request.dataset, index.pairs, decision, size, is_cropped=is_cropped),
+    ]
     return Prepared(
         cache_path=folder,
         key=index.key,
@@ -236,11 +219,43 @@ def _prepare(
         notes=tuple(describe(notes)),
         excluded=tuple(dict.fromkeys(problem.id for problem in problems)),
         seconds=time.monotonic() - start,
-        fault=fault,
+        fault=lesion_fault(index.stats, size) if request.what != "test" else "",
         reading=decision.reading,
     )
 
 
+def _build(
+    config: DataConfig,
+    request: _Request,
+    decision: Decision,
+    cache_root: Path,
+    decoders: Decoders,
+    progress: Progress | None,
+) -> Path:
+    """Return the folder of an intact cache. All images are decoded before any is refused, so that one error has all.
+
+    With --exclude-bad the next start finds this cache.
+    """
+    preparation = replace(request.preparation, reading=decision.reading)
+
+    def build() -> Path:
+        return build_cache(
+            request.samples, preparation, config.cache, cache_root, decoders=decoders, progress=progress
+        )
+
+    try:
+        folder = build()
+    except DatasetError as error:
+        if were_swapped(request.dataset, request.samples):
+            raise DatasetError(f"{error}. {SWAPPED}") from error
+        raise
+    if not is_damaged(folder):
+        return folder
+    logger.warning("%s is damaged; it is built again", folder)
+    discard_cache(folder)
+    return build()
+
+
 def _first(samples: tuple[Sample, ...], n: int) -> tuple[Sample, ...]:
-    """The first n, or all for n = 0."""
+    """Return the first n samples, or all for n = 0."""
     return samples[:n] if n else samples

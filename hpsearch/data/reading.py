@@ -1,7 +1,7 @@
-"""The decisions about how files become pixels, made once per dataset and applied wherever an image is read.
+"""Rules that turn image files into pixels, decided once per dataset.
 
-They are made from the pool (training and validation images; survey.py) and kept in the cache's index and in the
-weights file, so that training, `final`, `predict`, the served model and `data augment` all see the same pixels.
+survey.py decides them from the pool (training and validation images). The cache's index and the weights file keep
+them, so that training, `final`, `predict`, the served model and `data augment` read the same pixels.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ FULL_SCALES = (255, 1023, 4095, 16383, 65535)
 
 @dataclass(frozen=True)
 class Reading:
-    """How the files of one dataset become pixels. The default is that of a dataset without anything special."""
+    """Rules for reading the files of one dataset. The defaults fit a dataset of plain 8-bit images."""
 
     exif: Literal["apply", "ignore"] = "apply"
-    """Whether images and masks are turned upright by their EXIF orientation, or read as they are stored."""
+    """Whether images and masks are turned upright by their EXIF orientation."""
     exif_reason: str = "by default"
-    """Why so, for messages."""
+    """Reason for `exif`, for messages."""
     n_oriented: int = 0
-    """Pairs of the pool of which a file has an orientation."""
+    """Pairs of the pool with an EXIF orientation."""
     max_value: int = 0
-    """The value that becomes 255 in images of more than 8 bits a channel; 0: the pool has no such images."""
+    """Value that becomes 255 in images of more than 8 bits per channel. 0 if the pool has no such images."""
     background: tuple[str, ...] = ()
-    """Values (`MaskValue`) that are background in the masks of the pool that have two."""
+    """Values (`MaskValue`) that are background in the pool's masks of two values."""
     lesion: tuple[str, ...] = ()
     """Values that are lesion in them."""
 
@@ -37,32 +37,40 @@ class Reading:
         return self.exif == "apply"
 
     def key(self) -> list[Any]:
-        """What a cache key depends on: empty for a dataset without anything special, whose key is that of 0.1."""
+        """Return what a cache key depends on. It is empty for plain datasets, whose keys are those of version 0.1."""
         usual_masks = self.background in ((), ("0",)) and self.lesion in ((), ("1",), ("255",))
         if self.turns and not self.n_oriented and not self.max_value and usual_masks:
             return []
         return [self.exif, self.n_oriented > 0, self.max_value, self.background, self.lesion]
 
     def for_images(self) -> dict[str, Any]:
-        """The part that concerns images, as plain types: what a weights file keeps."""
+        """Return the rules for images as plain types, as weights files keep them."""
         return {"exif": self.exif, "max_value": self.max_value}
 
     def to_table(self) -> dict[str, Any]:
-        """All of it, as plain types."""
+        """Return all rules as plain types."""
         return asdict(self)
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any]) -> Self:
-        """What `to_table` or `for_images` gave."""
-        lists = {name: tuple(table[name]) for name in ("background", "lesion") if name in table}
-        return cls(**{**table, **lists})
+        """Return the rules in a table of `to_table` or `for_images`."""
+        return cls(**as_tuples(table))
 
 
 PLAIN_READING = Reading()
 READING_0_1 = Reading("ignore", max_value=FULL_SCALES[-1])
-"""How version 0.1, whose weights files do not say, read an image."""
+"""Rules of version 0.1, whose weights files do not name them."""
 
 
 def full_scale(largest: int) -> int:
-    """The smallest of FULL_SCALES that holds the value `largest`."""
+    """Return the smallest of FULL_SCALES that is at least `largest`."""
     return next(scale for scale in FULL_SCALES if largest <= scale)
+
+
+def as_tuples(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a table that was read from JSON with tuples in place of lists, those inside lists included."""
+
+    def convert(value: Any) -> Any:
+        return tuple(map(convert, value)) if isinstance(value, list) else value
+
+    return {key: convert(value) for key, value in table.items()}

@@ -1,8 +1,8 @@
-"""Draw a small dermoscopy-like dataset in the archive layout of ISIC-2017, to try everything without real images.
+"""Draw a small synthetic dermoscopy dataset in the archive layout of ISIC-2017.
 
-No photograph and no patient: everything is made of seeded random numbers. The lesions lie off-centre and differ much
-in size and contrast, so that the best disc in the middle (Dice 0.45) scores far below a trained network (0.90 at
-64x64 after ten epochs) and configurations differ (0.36 to 0.93).
+Everything is drawn from seeded random numbers, without photographs or patient data. The lesions are off-centre and
+vary in size and contrast. The best centred disc (Dice 0.45) scores far below a trained network (0.90 at 64x64 after
+ten epochs), and configurations differ (0.36 to 0.93).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hpsearch.errors import DatasetError
 from hpsearch.paths import storage_error
 
 SAMPLE_VERSION = 1
-"""Changes whenever the drawn bytes do."""
+"""Changes with the drawn bytes."""
 LARGE_SIZE = (4499, 6748)
 """Height and width of the largest image of ISIC-2017."""
 _SPLITS = ("Training", "Validation", "Test_v2")
@@ -41,11 +41,11 @@ def draw_sample(
     n_large: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Draw the dataset into the new folder `folder`, whole or not at all.
+    """Draw the dataset into the new folder `folder`, which appears when it is complete.
 
-    The first `n_large` training images are as large as ISIC-2017 has them. An image depends on seed and id only.
-    `progress(done, total)` is called after each. Raises DatasetError when `folder` holds something already,
-    StorageError when it cannot be written.
+    The first `n_large` training images have the size of the largest ones of ISIC-2017. An image depends only on seed
+    and id. `progress(done, total)` is called after each. Raises DatasetError if `folder` is not empty, StorageError
+    if it cannot be written.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DatasetError(f"{folder} exists already: give a new folder, or remove it to have the sample drawn again")
@@ -67,7 +67,7 @@ def draw_sample(
 
 
 def draw_pair(rng: np.random.Generator) -> tuple[Bytes, Bytes]:
-    """One image (H, W, 3) and its mask (H, W), 0 or 255, of 200 to 400 pixels a side."""
+    """Return an image (H, W, 3) and its mask (H, W), 0 or 255, with sides of 200 to 400 pixels."""
     size = int(rng.integers(200, 301)), int(rng.integers(280, 401))
     if rng.random() < 0.15:
         size = size[::-1]
@@ -86,14 +86,14 @@ def draw_pair(rng: np.random.Generator) -> tuple[Bytes, Bytes]:
 
 
 def _noise(rng: np.random.Generator, size: Size, cells: int) -> Field:
-    """Smooth noise of about -1 to 1 whose features are 1 / `cells` of the image."""
+    """Return smooth noise of about -1 to 1 with features of 1 / `cells` of the image."""
 
     def between(n: int) -> tuple[NDArray[np.intp], Field]:
         position = np.linspace(0, cells, n, endpoint=False, dtype=np.float32)
         share = position % 1
         return position.astype(np.intp), share * share * (3 - 2 * share)
 
-    # No matrix product: its threads would cost more than they bring.
+    # Elementwise, because the threads of a matrix product cost more than they save.
     grid = rng.uniform(-1, 1, (cells + 1, cells + 1)).astype(np.float32)
     (row, down), (column, right) = between(size[0]), between(size[1])
     rows = grid[row] + down[:, None] * (grid[row + 1] - grid[row])
@@ -102,13 +102,13 @@ def _noise(rng: np.random.Generator, size: Size, cells: int) -> Field:
 
 
 def _grid(size: Size, row: float, column: float) -> tuple[Field, Field]:
-    """Distances down (H, 1) and right (1, W) of a point, in shares of the shorter side."""
+    """Return the distances down (H, 1) and right (1, W) from a point, in shares of the shorter side."""
     down, right = (np.arange(n, dtype=np.float32) - share * n for n, share in zip(size, (row, column), strict=True))
     return down[:, None] / min(size), right[None] / min(size)
 
 
 def _lesion_level(rng: np.random.Generator, size: Size) -> Field:
-    """Negative inside the lesion, 0 on its irregular border, 1 at twice its radius."""
+    """Return a field that is negative inside the lesion, 0 on its irregular border and 1 at twice its radius."""
     radius = 0.14 * 3.5 ** rng.random()
     down, right = _grid(size, rng.uniform(0.27, 0.73), rng.uniform(0.27, 0.73))
     angle, stretch = rng.uniform(0, math.pi), rng.uniform(0.65, 1)
@@ -125,7 +125,7 @@ def _lesion_level(rng: np.random.Generator, size: Size) -> Field:
 
 
 def _lesion_color(rng: np.random.Generator, level: Field) -> Field:
-    """Factor (H, W, 3) on the skin: brown or reddish, faint to black, some paler inside than at the border."""
+    """Return a factor (H, W, 3) on the skin: brown or reddish, faint to black, sometimes paler inside."""
     depth = rng.uniform(0.18, 0.3) if rng.random() < 0.35 else rng.uniform(0.35, 0.75)
     tone = np.array([0.25, 0.9, 0.9]) if rng.random() < 0.2 else np.array([0.8, 1.0, 1.05])
     softness = rng.uniform(0.02, 0.12)
@@ -138,7 +138,7 @@ def _lesion_color(rng: np.random.Generator, level: Field) -> Field:
 
 
 def _add_freckles(rng: np.random.Generator, image: Field, level: Field) -> None:
-    """Small brown spots that belong to no mask."""
+    """Draw small brown spots that are not in the mask."""
     for _ in range(int(rng.integers(0, 6))):
         down, right = _grid(image.shape[:2], rng.random(), rng.random())
         spot = np.exp(-(down**2 + right**2) / rng.uniform(0.008, 0.025) ** 2)
@@ -146,7 +146,7 @@ def _add_freckles(rng: np.random.Generator, image: Field, level: Field) -> None:
 
 
 def _add_hairs(rng: np.random.Generator, image: Field, level: Field) -> None:
-    """Dark curved lines across everything."""
+    """Draw dark curved lines."""
     height, width = image.shape[:2]
     t = np.linspace(0, 1, 1200)[:, None]
     color = rng.uniform(15, 90) * np.array([1, 0.8, 0.65])
@@ -160,7 +160,7 @@ def _add_hairs(rng: np.random.Generator, image: Field, level: Field) -> None:
 
 
 def _add_ruler(rng: np.random.Generator, image: Field, level: Field) -> None:
-    """A scale along the lower or the right edge."""
+    """Draw a scale along the lower or the right edge."""
     edge = image if rng.random() < 0.5 else image.transpose(1, 0, 2)
     top, spacing = len(edge) - int(rng.integers(14, 40)), int(rng.integers(7, 14))
     for tick, column in enumerate(range(int(rng.integers(0, spacing)), edge.shape[1], spacing)):
@@ -168,7 +168,7 @@ def _add_ruler(rng: np.random.Generator, image: Field, level: Field) -> None:
 
 
 def _add_patch(rng: np.random.Generator, image: Field, level: Field) -> None:
-    """A coloured sticker reaching in from the border, never over the lesion."""
+    """Draw a coloured sticker at the border that does not cover the lesion."""
     row, column = (float(rng.uniform(0, 1)), float(rng.choice([-0.1, 1.1])))[:: int(rng.choice([-1, 1]))]
     down, right = _grid(image.shape[:2], row, column)
     colors = np.array([[60, 110, 200], [70, 170, 90], [230, 200, 60], [210, 90, 60]])
@@ -177,7 +177,7 @@ def _add_patch(rng: np.random.Generator, image: Field, level: Field) -> None:
 
 
 def _add_frame(rng: np.random.Generator, image: Field, level: Field) -> None:
-    """The round dark frame of a dermoscope, wide enough to leave the lesion free."""
+    """Draw the round dark frame of a dermoscope around the lesion."""
     down, right = _grid(image.shape[:2], 0.5, 0.5)
     distance = np.hypot(down, right)
     radius = max(rng.uniform(0.52, 0.68), float(distance[level < 0.1].max(initial=0)))
@@ -185,7 +185,7 @@ def _add_frame(rng: np.random.Generator, image: Field, level: Field) -> None:
 
 
 def _write(folder: Path, name: str, id: str, image: Bytes, mask: Bytes, size: Size) -> None:
-    """Write the pair, enlarged to `size` if it is smaller."""
+    """Write the pair, resized to `size`."""
     import torch
     from torch.nn.functional import interpolate
     from torchvision.io import write_jpeg, write_png

@@ -1,60 +1,58 @@
-"""Look through a dataset's pool once and decide how its files are read: orientation, full scale, values of masks."""
+"""Survey the files of a pool once and decide how they are read: orientation, full scale, values of masks."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Literal
 
 from hpsearch import paths
 from hpsearch.config.data import DataConfig
-from hpsearch.data.cache import files_key
-from hpsearch.data.decode_pool import Decoders, Facts, Job
+from hpsearch.data.dataset import Dataset, Problem, Sample
+from hpsearch.data.decode_pool import Decoders, ImageStats, Job
 from hpsearch.data.folds import AUGMENTATION
-from hpsearch.data.headers import Header, read_header
-from hpsearch.data.layouts import Dataset, Problem, Sample
-from hpsearch.data.reading import FULL_SCALES, Reading, full_scale
+from hpsearch.data.formats import Header, read_header
+from hpsearch.data.keys import files_key
+from hpsearch.data.reading import FULL_SCALES, Reading, as_tuples, full_scale
 from hpsearch.errors import RecordError, StorageError
 
 logger = logging.getLogger(__name__)
 
+Exif = Literal["apply", "ignore"]
+BY_DEFAULT = "by default"
 SURVEY_VERSION = 1
-"""Changes when the same files would give another survey."""
+"""Changes when the same files give another survey."""
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What the files of a pool show."""
+    """Orientations, bit depths and mask values of a pool's files."""
 
-    n_pairs: int = 0
+    n_pairs: int
     n_oriented: int = 0
-    """Pairs of which image or mask has an EXIF orientation."""
+    """Pairs whose image or mask has an EXIF orientation."""
     n_apply: int = 0
     """Pairs whose sizes are equal only with the orientation applied."""
     n_ignore: int = 0
-    """Pairs whose sizes are equal only without."""
+    """Pairs whose sizes are equal only without it."""
     n_deep: int = 0
-    """Images of more than 8 bits a channel."""
+    """Images of more than 8 bits per channel."""
     lowest: int = 0
-    """The smallest of their largest values."""
+    """Smallest of the largest values of these images."""
     highest: int = 0
-    """The largest of them."""
+    """Largest of them."""
     masks: tuple[tuple[str, str, int], ...] = ()
-    """Background, lesion, and how many masks have these two values."""
-
-    @classmethod
-    def from_table(cls, table: dict[str, Any]) -> Self:
-        """A survey that was written as JSON."""
-        return cls(**{**table, "masks": tuple(tuple(each) for each in table["masks"])})
+    """Background, lesion, and the number of masks with these two values."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """How the files of a dataset are read, and what is worth saying about it."""
+    """Rules for reading a dataset, and notes on them."""
 
     reading: Reading
     notes: tuple[Problem, ...]
@@ -63,46 +61,37 @@ class Decision:
 def decide_reading(
     dataset: Dataset, config: DataConfig, cache_root: Path | None = None, decoders: Decoders | None = None
 ) -> Decision:
-    """How the files of `dataset` are read, decided by its whole pool and by `data.exif` and `data.max_value`.
+    """Decide how the files of `dataset` are read, from its whole pool and from `data.exif` and `data.max_value`.
 
-    All masks of the pool are decoded, and its images of more than 8 bits; in `cache_root` the result is kept until a
-    file changes.
+    All masks of the pool are decoded, and its images of more than 8 bits. `cache_root` keeps the survey until a file
+    changes.
     """
     return decide(survey(dataset.split("train", "val"), cache_root, decoders), config, dataset)
 
 
 def survey(pool: Sequence[Sample], cache_root: Path | None, decoders: Decoders | None = None) -> Survey:
-    """The survey of a pool, from `cache_root` if it is there."""
+    """Return the survey of a pool, from `cache_root` if it is there."""
     if cache_root is None:
         return _survey(pool, decoders)
-    known = cache_root / f"survey-{files_key(['survey', SURVEY_VERSION], pool)}.json"
-    if known.is_file():
+    path = cache_root / f"survey-{files_key(['survey', SURVEY_VERSION], pool)}.json"
+    if path.is_file():
         try:
-            return Survey.from_table(paths.read_json(known))
-        except (RecordError, KeyError, TypeError, ValueError) as error:
+            return Survey(**as_tuples(paths.read_json(path)))
+        except (RecordError, AttributeError, TypeError) as error:
             logger.warning("%s; the images are surveyed again", error)
     result = _survey(pool, decoders)
     try:
-        paths.write_json(known, asdict(result))
+        paths.write_json(path, asdict(result))
     except (OSError, StorageError) as error:
-        # A shared cache may lie where this user cannot write.
+        # A shared cache may be in a folder that this user cannot write.
         logger.info("the survey of the images is not kept: %s", error)
     return result
 
 
 def decide(found: Survey, config: DataConfig, dataset: Dataset) -> Decision:
-    """What a survey and the settings make of it."""
+    """Decide the rules from a survey and the settings."""
     recorded = _recorded(dataset)
-    n_proofs = found.n_apply + found.n_ignore
-    exif, reason = config.exif, f'as data.exif = "{config.exif}" says'
-    if exif == "auto" and recorded is not None:
-        exif, reason = recorded.exif, "as it was when the dataset was augmented"
-    elif exif == "auto" and n_proofs:
-        exif = "apply" if found.n_apply >= found.n_ignore else "ignore"
-        n_for = max(found.n_apply, found.n_ignore)
-        reason = f"as the sizes of {n_for} pair{'s' if n_for > 1 else ''} prove"
-    elif exif == "auto":
-        exif, reason = "apply", "by default"
+    exif, reason = _decide_exif(found, config, recorded)
     max_value = config.max_value or (recorded.max_value if recorded is not None else 0)
     if not max_value and found.n_deep:
         max_value = full_scale(found.highest)
@@ -115,51 +104,67 @@ def decide(found: Survey, config: DataConfig, dataset: Dataset) -> Decision:
         exif_reason=reason,
         n_oriented=found.n_oriented,
         max_value=max_value,
-        # A value of which as many masks say one as the other is in both: each of these masks is an error.
+        # A value with as many votes for either meaning is in both: each mask with it is an error.
         background=tuple(sorted(value for value, n in votes.items() if n <= 0)),
         lesion=tuple(sorted(value for value, n in votes.items() if n >= 0)),
     )
-    texts = []
+    notes = []
     if found.n_oriented:
-        texts.append(("EXIF orientation", _orientation_text(found, reading, is_default=reason == "by default")))
+        notes.append(dataset.problem("EXIF orientation", _orientation_text(found, reading)))
     if found.n_deep:
-        texts.append(("more than 8 bits", _depth_text(found, reading, config)))
-    return Decision(reading, tuple(Problem(kind, "", (dataset.root,), text, "train") for kind, text in texts))
+        notes.append(dataset.problem("more than 8 bits", _depth_text(found, reading, config)))
+    return Decision(reading, tuple(notes))
 
 
-def reading_notes(samples: Sequence[Sample], facts: Sequence[Facts], reading: Reading) -> list[Problem]:
-    """What decoding showed: constant images, oriented test images, and masks other than gray with background 0."""
+def _decide_exif(found: Survey, config: DataConfig, recorded: Reading | None) -> tuple[Exif, str]:
+    """Return whether orientations are applied, and why."""
+    if config.exif != "auto":
+        return config.exif, f'as data.exif = "{config.exif}" says'
+    if recorded is not None:
+        return recorded.exif, "as it was when the dataset was augmented"
+    if n_for := max(found.n_apply, found.n_ignore):
+        exif: Exif = "apply" if found.n_apply >= found.n_ignore else "ignore"
+        return exif, f"as the sizes of {n_for} pair{'s' if n_for > 1 else ''} prove"
+    return "apply", BY_DEFAULT
+
+
+def reading_notes(pairs: Sequence[tuple[Sample, ImageStats]], reading: Reading) -> list[Problem]:
+    """Return notes on constant images, oriented test images, and masks that are not gray with background 0."""
     notes = [
-        Problem("constant image", s.id, (s.image,), f"{s.image} has one colour only, once decoded", s.split)
-        for s, fact in zip(samples, facts, strict=True)
-        if fact.is_constant
+        s.problem("constant image", f"{s.image} has one colour only, once decoded", s.image)
+        for s, stats in pairs
+        if stats.is_constant
     ]
-    # Those of the pool are in the notes of the decision.
-    oriented = [s for s, fact in zip(samples, facts, strict=True) if fact.is_oriented and s.split == "test"]
-    if oriented:
+    # The decision has a note on those of the pool.
+    if oriented := [s for s, stats in pairs if stats.is_oriented and s.split == "test"]:
         text = (
             f"{len(oriented)} test pair{'s have' if len(oriented) > 1 else ' has'} an EXIF orientation (the first is "
             f"{oriented[0].image}); it is {'applied' if reading.turns else 'ignored'} {reading.exif_reason}"
         )
         notes.append(Problem("EXIF orientation", "", tuple(s.image for s in oriented), text, "test"))
     members: dict[tuple[str, ...], list[Sample]] = {}
-    for sample, fact in zip(samples, facts, strict=True):
-        is_usual = all(value.isdecimal() for value in fact.mask_values) and fact.mask_values[0] == "0"
-        # Of one gray value it is said already that the mask is full.
-        if not is_usual and not (len(fact.mask_values) == 1 and fact.foreground and fact.mask_values[0].isdecimal()):
-            what = "lesion" if len(fact.mask_values) == 2 else "full" if fact.foreground else "empty"
-            members.setdefault((what, *fact.mask_values), []).append(sample)
-    for (what, *values), masks in members.items():
-        n = f"{len(masks)} mask{'s' if len(masks) > 1 else ''}"
-        if what == "lesion":
-            text = f"{n}: lesion is {values[1]}, background is {values[0]}"
-        else:
-            text = f"{n} of the one value {values[0]}: {what}"
-        if values[0].startswith("index"):
-            text += " (of the palette, whose colours play no part)"
-        text += f", such as {masks[0].mask}"
-        notes.append(Problem("mask values", "", tuple(s.mask for s in masks), text, masks[0].split))
+    for sample, stats in pairs:
+        values = stats.mask_values
+        is_usual = all(value.isdecimal() for value in values) and values[0] == "0"
+        # Full masks of one gray value have a note already.
+        if not is_usual and not (len(values) == 1 and stats.foreground and values[0].isdecimal()):
+            what = "lesion" if len(values) == 2 else "full" if stats.foreground else "empty"
+            members.setdefault((what, *values), []).append(sample)
+    for (what, *values_of_all), masks in members.items():
+        files = tuple(s.mask for s in masks)
+        notes.append(Problem("mask values", "", files, _values_text(what, values_of_all, masks), masks[0].split))
     return notes
+
+
+def _values_text(what: str, values: Sequence[str], masks: Sequence[Sample]) -> str:
+    n = f"{len(masks)} mask{'s' if len(masks) > 1 else ''}"
+    if what == "lesion":
+        text = f"{n}: lesion is {values[1]}, background is {values[0]}"
+    else:
+        text = f"{n} of the one value {values[0]}: {what}"
+    if values[0].startswith("index"):
+        text += " (of the palette, whose colours are ignored)"
+    return f"{text}, such as {masks[0].mask}"
 
 
 def _survey(pool: Sequence[Sample], decoders: Decoders | None) -> Survey:
@@ -175,16 +180,18 @@ def _survey(pool: Sequence[Sample], decoders: Decoders | None) -> Survey:
         if_ignored = image.size(upright=False) == mask.size(upright=False)
         n_apply += if_applied and not if_ignored
         n_ignore += if_ignored and not if_applied
-    # As they are, whatever will be decided: no value is above 16 bits.
+    # Values are read as stored: 16 bits hold them all.
     reading = Reading("ignore", max_value=FULL_SCALES[-1])
     deep = [s for s, header in zip(pool, images, strict=True) if header is not None and header.depth > 8]
-    jobs = [Job(str(s.image), "", measure=False, reading=reading, parts="image") for s in deep]
-    jobs += [Job("", str(s.mask), measure=False, reading=reading, parts="mask") for s in pool]
-    largest, pairs = [], Counter[tuple[str, ...]]()
-    for facts in _decoded(jobs, decoders):
-        if facts.largest:
-            largest.append(facts.largest)
-        pairs[facts.mask_values] += 1
+    jobs = [Job(s.image, None, measure=False, reading=reading) for s in deep]
+    jobs += [Job(None, s.mask, measure=False, reading=reading) for s in pool]
+    largest, values = [], Counter[tuple[str, ...]]()
+    with nullcontext(decoders) if decoders is not None else Decoders() as decoding:
+        for _, result, _ in decoding.decode(jobs):
+            # Unusable files are reported when they are used.
+            if isinstance(result, ImageStats):
+                largest += [result.largest] if result.largest else []
+                values[result.mask_values] += 1
     return Survey(
         n_pairs=len(pool),
         n_oriented=n_oriented,
@@ -193,21 +200,8 @@ def _survey(pool: Sequence[Sample], decoders: Decoders | None) -> Survey:
         n_deep=len(deep),
         lowest=min(largest, default=0),
         highest=max(largest, default=0),
-        masks=tuple((*values, n) for values, n in sorted(pairs.items()) if len(values) == 2),
+        masks=tuple((*pair, n) for pair, n in sorted(values.items()) if len(pair) == 2),
     )
-
-
-def _decoded(jobs: list[Job], decoders: Decoders | None) -> Iterable[Facts]:
-    """The facts of the jobs whose files are sound; the others are reported when they are used."""
-    if not jobs:
-        return
-    if decoders is None:
-        with Decoders() as own:
-            yield from _decoded(jobs, own)
-        return
-    for _, result, _ in decoders.decode(jobs):
-        if isinstance(result, Facts):
-            yield result
 
 
 def _header(path: Path) -> Header | None:
@@ -215,30 +209,30 @@ def _header(path: Path) -> Header | None:
         with path.open("rb") as file:
             return read_header(file)
     except (OSError, ValueError):
-        # Decoding it says why.
+        # Decoding the file reports the reason.
         return None
 
 
 def _recorded(dataset: Dataset) -> Reading | None:
-    """How the original of an augmented dataset was read: its changed versions were made so."""
+    """Return the rules by which the original of an augmented dataset was read."""
     path = dataset.root / AUGMENTATION
     if not path.is_file():
         return None
     try:
         table = paths.read_json(path)
         return Reading.from_table(table["reading"]) if "reading" in table else None
-    except (RecordError, TypeError):
+    except (RecordError, AttributeError, TypeError):
         return None
 
 
-def _orientation_text(found: Survey, reading: Reading, *, is_default: bool) -> str:
+def _orientation_text(found: Survey, reading: Reading) -> str:
     done = "applied" if reading.turns else "ignored"
     other = '"ignore" reads the pixels as they are stored' if reading.turns else '"apply" turns them upright'
     text = (
         f"{found.n_oriented} of {found.n_pairs} training and validation pairs have an EXIF orientation; it is {done} "
         f"{reading.exif_reason}"
     )
-    if is_default:
+    if reading.exif_reason == BY_DEFAULT:
         text += ", as no size tells whether the masks are drawn on the upright pictures"
     against = found.n_ignore if reading.turns else found.n_apply
     if against:

@@ -1,11 +1,11 @@
-"""The four roles that images play, as PyTorch datasets for a notebook or a training loop of one's own.
+"""PyTorch datasets of the images that the search and the final model use, for notebooks and own training loops.
 
-    search-train        the training split: what the search trains on (2000 images in ISIC-2017)
-    search-validation   the validation split: what it can be scored on (150)
-    final-train         both together: what the chosen configuration is trained on (2150)
-    final-test          the test split: what it is scored on, once (600)
+    search-train        the training split, on which the search trains (2000 images in ISIC-2017)
+    search-validation   the validation split, on which it can be scored (150)
+    final-train         both together, on which the chosen configuration is trained (2150)
+    final-test          the test split, on which it is scored once (600)
 
-`hpsearch study` and `hpsearch final` use the same caches, but batches.py, which is faster.
+`hpsearch study` and `hpsearch final` read the same caches through batches.py, which is faster.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _LIMITS: dict[Role, str] = {
 
 
 class RoleDataset(Dataset[tuple[Tensor, Tensor]]):
-    """The images and masks of one role, decoded once into a cache and read from it.
+    """Images and masks of one role, read from a cache.
 
         from torch.utils.data import DataLoader
         from hpsearch import DataConfig, RoleDataset
@@ -50,24 +50,23 @@ class RoleDataset(Dataset[tuple[Tensor, Tensor]]):
         for images, masks in DataLoader(train, batch_size=16, shuffle=True, num_workers=2):
             ...
 
-    The images of a role are sorted by id, of final-train those of the training split come first; `n` takes the first
-    of them and overrides the limit in `config`. `normalization` defaults to that of the images that the network of
-    this role is trained on: search-train's for the search, final-train's for the final, within the limits of
-    `config`. The cache lies in `cache_root` unless `config.cache_dir` names a folder; it is built if missing.
+    The images of a role are sorted by id, in final-train after the split. `n` selects the first of them and overrides
+    the limit in `config`. `normalization` defaults to that of the training images: those of search-train for the
+    search, of final-train for the final model, within the limits of `config`. The cache is in `cache_root` unless
+    `config.cache_dir` names a folder, and is built if it is missing.
 
-    Raises DatasetError where images are missing or damaged, or the role has none.
+    Raises DatasetError if images are missing or unusable, or the role has none.
     """
 
     role: Role
-    """The role, as given."""
     color: Color
-    """Channels of the images, `rgb` or `grayscale`."""
+    """Channels of the images."""
     cache_path: Path
-    """The cache that is read."""
+    """Folder of the cache."""
     ids: tuple[str, ...]
-    """Name of each image, in the order of the dataset."""
+    """Ids of the images, in the order of the dataset."""
     normalization: Normalization
-    """Mean and standard deviation of each channel, by which images are normalised."""
+    """Mean and standard deviation per channel that images are normalised with."""
 
     def __init__(
         self,
@@ -82,7 +81,7 @@ class RoleDataset(Dataset[tuple[Tensor, Tensor]]):
             raise ConfigError(f"unknown role {role!r}; known: {', '.join(_LIMITS)}")
         if n is not None and n < 1:
             raise ConfigError(f"n must be at least 1, got {n}")
-        # Crops of larger cached images belong to augmentation, which is not here.
+        # Crops of larger cached images belong to augmentation, which these datasets do not have.
         config = replace(config, cache_size=0)
         cache_root = Path(config.cache_dir or cache_root)
         limit: dict[str, Any] = {} if n is None else {_LIMITS[role]: n}
@@ -100,19 +99,19 @@ class RoleDataset(Dataset[tuple[Tensor, Tensor]]):
         return len(self._indices)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Image (C, H, W) float32, normalised, and mask (1, H, W) uint8, 0 or 1."""
+        """Return the image (C, H, W) float32, normalised, and its mask (1, H, W) uint8, 0 or 1."""
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """Several at once, which is what a DataLoader asks for: read and normalised together."""
+        """Return several items that are read and normalised together. DataLoader calls it."""
         data = self._data()
-        # NumPy's own check of the bounds raises the IndexError that ends a for loop.
+        # NumPy raises the IndexError that ends a for loop.
         batch = self._indices[np.asarray(indices, np.int64)]
         ((images, masks),) = data.stream([batch], held_out=self._is_held_out)
         return list(zip(ToInput(data, self.normalization)(images), masks.unsqueeze(1), strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
-        # A mapped file would be pickled as all of its bytes: a worker opens it anew.
+        # A mapped file would be pickled with all its bytes. A worker opens it again.
         return {**self.__dict__, "_opened": None}
 
     @property
@@ -136,7 +135,7 @@ class RoleDataset(Dataset[tuple[Tensor, Tensor]]):
 
 
 def _prepare(role: Role, config: DataConfig, cache_root: Path) -> tuple[Prepared, NDArray[np.int64]]:
-    """The cache that holds the role, and which of its images are the role's."""
+    """Return the cache that contains the role, and the indices of the role's images."""
     if role == "final-test":
         prepared = prepare_test(config, cache_root)
     else:

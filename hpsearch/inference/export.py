@@ -1,4 +1,4 @@
-"""Hands a model or a configuration to other programs: ONNX, checked against torch, and a TOML that runs again."""
+"""Export a model as ONNX, checked against torch, and a trial as a TOML that can be trained again."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from hpsearch.training.checkpoint import WeightsInfo, load_weights
 logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-4
-"""Largest difference that is allowed between a logit of ONNX Runtime and one of torch."""
+"""Largest accepted difference of logits between ONNX Runtime and torch."""
 INPUT, OUTPUT = "images", "logits"
 """Names in the graph: float32 (batch, channels, H, W) and (batch, 1, H, W), of any batch size."""
 
@@ -35,20 +35,20 @@ _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 def export_onnx(weights: Path, path: Path) -> float:
-    """Write the network of a weights file as ONNX, once ONNX Runtime computes the same; the largest difference seen.
+    """Write the network of a weights file as ONNX and return the largest difference between ONNX Runtime and torch.
 
-    Input and output are as INPUT and OUTPUT say, H and W those of the training. The file's metadata say in words
-    what comes before and after the network (`preprocessing`, `postprocessing`) and hold all of the weights file's own
-    (`hpsearch`, JSON). The file appears only when it was checked on batches of one and three.
+    Input and output have the names INPUT and OUTPUT, and H and W are those of the training. The file's metadata
+    describe what comes before and after the network (`preprocessing`, `postprocessing`) and include the metadata of
+    the weights file (`hpsearch`, JSON). The file appears after it is checked on batches of one and three.
 
-    Raises CheckpointError for a file that is not one of ours, ExportError where a package is missing (the extra
-    `onnx`) or the results differ by more than TOLERANCE.
+    Raises CheckpointError for an invalid weights file, ExportError if a package is missing (the extra `onnx`) or the
+    results differ by more than TOLERANCE.
     """
     if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
         raise ExportError(f"exporting to ONNX needs {', '.join(missing)}: pip install 'hpsearch[onnx]'")
     model, info = load_weights(weights)
     with warnings.catch_warnings():
-        # The exporter speaks of its own insides.
+        # The exporter's warnings concern its own internals.
         warnings.simplefilter("ignore")
         proto = _exported(model, info)
     for key, value in describe(info).items():
@@ -62,9 +62,9 @@ def export_onnx(weights: Path, path: Path) -> float:
 
 
 def export_toml(record: StudyRecord, path: Path | None = None, *, number: int | None = None) -> Path:
-    """Write the winner of a study (or trial `number`) as a TOML that `hpsearch train` runs again.
+    """Write the winner of a study (or trial `number`) as a TOML for `hpsearch train`, and return its path.
 
-    Without `path` into the study's folder. Gives the path. Raises StudyError where there is no such trial.
+    `path` defaults to a file in the study's folder. Raises StudyError if there is no such trial.
     """
     if number is None:
         number = record.standing().winner
@@ -83,7 +83,7 @@ def export_toml(record: StudyRecord, path: Path | None = None, *, number: int | 
 
 
 def describe(info: WeightsInfo) -> dict[str, str]:
-    """What a user of the bare network has to know, by the key in the file's metadata."""
+    """Return what a user of the bare network needs to know, by the key in the file's metadata."""
     height, width = info.size
     is_crop = info.sees_windows
     frame = info.extra.get("frame")
@@ -124,7 +124,7 @@ def describe(info: WeightsInfo) -> dict[str, str]:
 
 
 def _decoding(info: WeightsInfo) -> str:
-    """How the file of an image becomes pixels."""
+    """Describe how the file of an image becomes pixels."""
     reading = info.reading
     turn = (
         "turned upright by its EXIF orientation" if reading.turns else "as its pixels are stored, whatever its EXIF"
@@ -139,8 +139,8 @@ def _decoding(info: WeightsInfo) -> str:
 
 
 def _exported(model: nn.Module, info: WeightsInfo) -> Any:
-    """The network as an ONNX model of any batch size."""
-    # Traced with two: a batch of one would be taken for a constant.
+    """Return the network as an ONNX model of any batch size."""
+    # Traced with two, because a batch of one becomes a constant.
     images = torch.zeros(2, info.in_channels, *info.size)
     program = torch.onnx.export(
         model,
@@ -156,7 +156,7 @@ def _exported(model: nn.Module, info: WeightsInfo) -> Any:
 
 
 def _check(path: Path, model: nn.Module, info: WeightsInfo) -> float:
-    """The largest difference between the file in ONNX Runtime and torch; ExportError above TOLERANCE."""
+    """Return the largest difference between ONNX Runtime and torch. ExportError above TOLERANCE."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -178,7 +178,7 @@ def _check(path: Path, model: nn.Module, info: WeightsInfo) -> float:
 
 
 def _noise(shape: Sequence[int]) -> npt.NDArray[np.float32]:
-    """What normalised images look like to the arithmetic: mean 0, standard deviation 1."""
+    """Return noise with the mean 0 and the standard deviation 1 of normalised images."""
     return np.random.default_rng(0).standard_normal(shape, np.float32)
 
 

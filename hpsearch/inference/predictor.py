@@ -1,4 +1,4 @@
-"""Predicts masks at each image's own resolution, from the image resized as a whole or by overlapping tiles."""
+"""Predict masks at each image's own resolution, from the resized image or from overlapping tiles."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from hpsearch.config.data import GRAY_WEIGHTS
 from hpsearch.data.decode import crop, read_image, resize
-from hpsearch.data.layouts import FOREIGN, READABLE, may_be_file
+from hpsearch.data.formats import is_image_name, readable_suffixes
+from hpsearch.data.pairing import may_be_file
 from hpsearch.errors import CheckpointError, DatasetError, OutOfMemoryError, StudyError
 from hpsearch.inference.postprocessing import Postprocessing, clean_mask
 from hpsearch.inference.scoring import encode_mask, mask_name
@@ -33,28 +34,28 @@ from hpsearch.training.runtime import Runtime, make_runtime
 from hpsearch.user_files import file_fault, list_folder, name_key, user_path
 
 BLEND_OVERLAP = 0.25
-"""Least share of a tile's side that the next one sees too, where tiles are blended."""
+"""Least overlap of blended tiles, as a share of a tile's side."""
 OUTLINE = (0, 255, 0)
-"""Colour of the mask's border in an overlay; skin and lesions have none of it."""
+"""Colour of the mask's border in an overlay. It does not occur in skin or lesions."""
 
-_MADE_BY_US = ("_segmentation", "_probability", "_overlay", "_superpixels")
+_OUTPUT_SUFFIXES = ("_segmentation", "_probability", "_overlay", "_superpixels")
 
 OnImage = Callable[[int, int, Path, str | None], None]
-"""Hears (done, of how many, image, why it was passed over if it was) after every image."""
+"""Callback after each image, called with (done, total, image, reason why it was left out or None)."""
 
 
 class Predictor:
-    """A network as `final` leaves it, made ready to predict images of any size.
+    """A trained network, ready to predict images of any size.
 
     The whole image is resized as in training, and its logits are resized back bilinearly. With `tiles` the image
-    keeps its resolution (or has that of the frames from which `augment.crop` took its crops) and is seen through
-    overlapping windows of the training size (Ronneberger et al. 2015, Figure 2). Windows reach beyond the image,
-    which goes on mirrored there. The outputs of a `valid` network that was trained on windows, smaller than these,
-    are put side by side and averaged where they overlap. Those of other networks fill the window, if need be
-    stretched as in training; they know least at its borders, so they overlap by at least a quarter and are blended.
+    keeps its resolution (or has that of the frames that `augment.crop` took its crops from) and is predicted in
+    overlapping windows of the training size (Ronneberger et al. 2015, Figure 2). The image is mirrored beyond its
+    borders. A `valid` network that was trained on windows has smaller outputs, which are put side by side and
+    averaged where they overlap. The outputs of other networks fill the window, stretched as in training if needed.
+    They are least reliable at its borders, so windows overlap by at least a quarter and are blended.
 
-    Threshold, flips and cleaning are as the weights file says (`choices`). Computes in float32 whatever the training
-    did, so that the same file gives the same mask.
+    Threshold, flips and cleaning are those of the weights file (`choices`). The computation is in float32 whatever
+    the training used, so that the same file gives the same mask.
     """
 
     def __init__(self, model: torch.nn.Module, info: WeightsInfo, runtime: Runtime, *, tiles: bool = False) -> None:
@@ -74,9 +75,9 @@ class Predictor:
     def load(
         cls, weights: Path, *, device: str = "auto", threads: int | None = None, tiles: bool | None = None
     ) -> Self:
-        """The predictor for a weights file; by default it uses tiles if the network was trained on windows.
+        """Return the predictor of a weights file. By default it uses tiles if the network was trained on windows.
 
-        Raises CheckpointError for a file that is not one of ours (a pickle is refused unread), DeviceError.
+        Raises CheckpointError for an invalid file (a pickle is refused without reading it), and DeviceError.
         """
         runtime = make_runtime(device, amp="off", compile="off", threads=threads)
         model, info = load_weights(weights, runtime.device)
@@ -86,7 +87,7 @@ class Predictor:
         return cls(model, info, runtime, tiles=tiles)
 
     def logits(self, image: Tensor) -> Tensor:
-        """Logits (H, W) float32 on the CPU of an RGB image (3, H, W) uint8."""
+        """Return the logits (H, W) float32 on the CPU of an RGB image (3, H, W) uint8."""
         try:
             with torch.inference_mode(), self._runtime.active():
                 return self._logits(image)
@@ -98,7 +99,7 @@ class Predictor:
             ) from error
 
     def mask(self, logits: Tensor) -> NDArray[np.bool_]:
-        """Where `logits` (H, W) are above the chosen threshold, cleaned if so chosen."""
+        """Return the mask of `logits` (H, W) by the threshold and cleaning of the weights file."""
         return to_mask(logits, self.choices)
 
     def _logits(self, image: Tensor) -> Tensor:
@@ -125,7 +126,7 @@ class Predictor:
         return total
 
     def _run(self, pixels: Tensor) -> Tensor:
-        """The network's logits (h, w) on the CPU for pixels (3, h, w) uint8."""
+        """Return the network's logits (h, w) on the CPU for pixels (3, h, w) uint8."""
         channels = pixels.to(torch.float32)
         if self.info.in_channels == 1:
             # Elementwise, as in training.
@@ -138,7 +139,7 @@ class Predictor:
 
 
 class Ensemble:
-    """Several predictors whose logits are averaged; threshold and cleaning are the first one's."""
+    """Several predictors whose logits are averaged. Threshold and cleaning are those of the first."""
 
     def __init__(self, members: Sequence[Predictor]) -> None:
         self.members = tuple(members)
@@ -149,18 +150,18 @@ class Ensemble:
     def load(
         cls, weights: Sequence[Path], *, device: str = "auto", threads: int | None = None, tiles: bool | None = None
     ) -> Self:
-        """The networks in these files; errors as in `Predictor.load`."""
+        """Return the ensemble of these files. Raises the errors of `Predictor.load`."""
         return cls([Predictor.load(path, device=device, threads=threads, tiles=tiles) for path in weights])
 
     def logits(self, image: Tensor) -> Tensor:
-        """As `Predictor.logits`."""
+        """Return the mean logits, like `Predictor.logits`."""
         total = self.members[0].logits(image)
         for member in self.members[1:]:
             total = total + member.logits(image)
         return total / len(self.members)
 
     def mask(self, logits: Tensor) -> NDArray[np.bool_]:
-        """As `Predictor.mask`."""
+        """Return the mask, like `Predictor.mask`."""
         return self.members[0].mask(logits)
 
 
@@ -172,9 +173,10 @@ def load_predictor(
     tiles: bool | None = None,
     ensemble: bool | None = None,
 ) -> Predictor | Ensemble:
-    """The network in `weights`, or the `ensemble` that `final --ensemble` left beside it; None: what `final` chose.
+    """Return the network in `weights`, or the ensemble that `final --ensemble` wrote beside it.
 
-    Errors as in `Predictor.load`; StudyError where an ensemble is wanted and there is none.
+    `ensemble` selects one of them. None selects what `final` chose. Raises the errors of `Predictor.load`, and
+    StudyError if an ensemble is selected and there is none.
     """
     predictor = Predictor.load(weights, device=device, threads=threads, tiles=tiles)
     folder = FinalPaths(weights.parent).ensemble
@@ -187,13 +189,13 @@ def load_predictor(
 
 
 def to_mask(logits: Tensor, choices: Postprocessing) -> NDArray[np.bool_]:
-    """Where `logits` (H, W) on the CPU are lesion by these choices."""
+    """Return where `logits` (H, W) on the CPU are lesion by these choices."""
     mask = np.asarray((logits > torch.tensor(choices.threshold).logit()).numpy())
     return clean_mask(mask) if choices.clean else mask
 
 
 def mean_over_flips(forward: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """Mean of the logits of images (B, C, H, W) and of their three mirror images, mirrored back."""
+    """Return the mean logits of images (B, C, H, W) and their three mirror images, mirrored back."""
     total = forward(images)
     for axes in ((-1,), (-2,), (-2, -1)):
         total = total + forward(images.flip(axes)).flip(axes)
@@ -205,9 +207,9 @@ class Tile:
     """One window along one axis."""
 
     start: int
-    """First pixel of its output in the image; below 0 where the image is smaller than the output."""
+    """First pixel of its output in the image, negative if the image is smaller than the output."""
     covers: slice
-    """Pixels of the image that it says something about."""
+    """Pixels of the image that it predicts."""
     inside: slice
     """Those pixels in its output."""
     weights: Tensor
@@ -215,14 +217,15 @@ class Tile:
 
 
 def tile_axis(length: int, out: int, *, blend: bool) -> list[Tile]:
-    """Windows whose outputs of `out` pixels cover an axis of `length`, evenly spaced from one end to the other.
+    """Return evenly spaced windows whose outputs of `out` pixels cover an axis of `length`.
 
-    As few as will do: 512 pixels and outputs of 388 make two, 124 apart. With `blend` neighbours overlap by at least
-    `BLEND_OVERLAP`, and a tile counts the less the nearer its border; else they are averaged.
+    The number of windows is the smallest possible: 512 pixels and outputs of 388 make two, 124 apart. With `blend`
+    neighbours overlap by at least `BLEND_OVERLAP`, and the weight of a tile decreases towards its border. Otherwise
+    they are averaged.
     """
     step = max(1, out - math.ceil(out * BLEND_OVERLAP)) if blend else out
     n = max(1, math.ceil((length - out) / step) + 1)
-    # One that is larger than the image has it in its middle, as crops in training have.
+    # A tile that is larger than the image has it in its middle, like the crops in training.
     starts = [(length - out) // 2] if n == 1 else [round(i * (length - out) / (n - 1)) for i in range(n)]
     ramp = torch.arange(1, out + 1, dtype=torch.float64)
     window = torch.minimum(ramp, ramp.flip(0)) if blend else torch.ones_like(ramp)
@@ -238,12 +241,12 @@ def tile_axis(length: int, out: int, *, blend: bool) -> list[Tile]:
 
 
 def find_images(inputs: Iterable[str | Path]) -> list[Path]:
-    """The images that files, folders and globs name, each once, in the order given and sorted within each.
+    """Return the images that files, folders and globs name, without repetitions, sorted within each argument.
 
-    A file is taken as it is. Of a folder (without the folders in it) and of a glob (`**` is any depth) the images are
-    taken, links to nothing too, so that they are named, but not superpixels and not what was predicted before.
-    DatasetError for a folder that cannot be listed, for a folder or glob without images, where not one of the files
-    is there, and for two images that would write the same files.
+    A file is taken unconditionally. A folder (without subfolders) or glob (`**` is any depth) gives its images,
+    broken links included, so that they are reported, but no superpixels and no earlier predictions. Raises
+    DatasetError for a folder that cannot be listed, a folder or glob without images, if no file exists, and for two
+    images that would write the same files.
     """
     found: dict[Path, None] = {}
     for each in inputs:
@@ -257,15 +260,15 @@ def find_images(inputs: Iterable[str | Path]) -> list[Path]:
         if not images:
             if os.path.isdir(path):
                 way_out = f"; '{path}/**/*' takes those in the folders below"
-                raise DatasetError(f"{each} holds no images ({', '.join(READABLE)}){way_out}")
-            raise DatasetError(f"{each} matches no images ({', '.join(READABLE)})")
+                raise DatasetError(f"{each} holds no images ({', '.join(readable_suffixes())}){way_out}")
+            raise DatasetError(f"{each} matches no images ({', '.join(readable_suffixes())})")
         found |= dict.fromkeys(images)
     if not any(os.path.isfile(path) for path in found):
         first = next(iter(found), None)
         raise DatasetError(file_fault(first) if first is not None else "there is no file to predict")
     by_stem: dict[str, Path] = {}
     for path in found:
-        # Neither case nor Unicode form tells files apart on every disk.
+        # Some disks do not distinguish case or Unicode form.
         first = by_stem.setdefault(name_key(path.stem), path)
         if first != path:
             raise DatasetError(f"{first} and {path} would write the same files: predict them into different folders")
@@ -283,9 +286,9 @@ def predict_files(
 ) -> dict[Path, str]:
     """Write `<stem>_segmentation.png` (0 and 255) for every image into `out_dir`.
 
-    `probabilities` adds `<stem>_probability.png`, 8 bits, 255 for certainly lesion; `overlays` adds
-    `<stem>_overlay.jpg`, the image with the mask's border drawn. One image is in memory at a time. Gives the images
-    that could not be read, and why. Raises StorageError if a file cannot be written.
+    `probabilities` adds `<stem>_probability.png`, 8 bits, 255 for a certain lesion. `overlays` adds
+    `<stem>_overlay.jpg`, the image with the mask's border. One image is in memory at a time. Returns the images that
+    could not be read, with the reasons. Raises StorageError if a file cannot be written.
     """
     bad: dict[Path, str] = {}
     for done, path in enumerate(images, 1):
@@ -301,7 +304,7 @@ def predict_files(
                 _save_image(out_dir / f"{path.stem}_probability.png", _to_bytes(logits))
             if overlays:
                 _save_image(out_dir / f"{path.stem}_overlay.jpg", draw_outline(image, mask))
-            # Before the next image is decoded: one alone may take hundreds of megabytes.
+            # Before the next image is decoded, because one may take hundreds of megabytes.
             del image, logits, mask
         if on_image is not None:
             on_image(done, len(images), path, bad.get(path))
@@ -309,9 +312,9 @@ def predict_files(
 
 
 def draw_outline(image: Tensor, mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """The image (3, H, W) uint8 with the inner border of `mask` (H, W) in OUTLINE, as (H, W, 3).
+    """Return the image (3, H, W) uint8 as (H, W, 3) with the inner border of `mask` (H, W) in OUTLINE.
 
-    The line is as thick as it takes to be seen when the image is looked at as a whole.
+    The line is thick enough to be visible when the whole image is displayed.
     """
     pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
     thickness = max(1, round(max(mask.shape) / 400))
@@ -325,9 +328,9 @@ def draw_outline(image: Tensor, mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
 
 
 def find_model(project: ProjectPaths, study: str | None, model: str | None) -> Path:
-    """The weights file that `model` names, itself or by its folder; without it, that of the study's latest final.
+    """Return the weights file that `model` names, itself or by its folder, or else that of the study's latest final.
 
-    StudyError where there is none.
+    Raises StudyError if there is none.
     """
     if model is None:
         record = study_record(project, study)
@@ -351,19 +354,19 @@ def find_model(project: ProjectPaths, study: str | None, model: str | None) -> P
 
 
 def _images_among(paths: Iterable[Path]) -> list[Path]:
-    # Files in formats that cannot be read are taken too: they end as bad files with a name, not as silence.
+    # Files of unsupported formats are included, so that they are reported.
     return sorted(
         path
         for path in paths
-        if path.suffix.lower() in READABLE + FOREIGN
+        if is_image_name(path.name)
         and not path.name.startswith(".")
-        and not path.stem.lower().endswith(_MADE_BY_US)
+        and not path.stem.lower().endswith(_OUTPUT_SUFFIXES)
         and may_be_file(path)
     )
 
 
 def _to_bytes(logits: Tensor) -> NDArray[np.uint8]:
-    """Probabilities (H, W) of which 255 is 1, in the memory of `logits`, which is used up."""
+    """Return probabilities (H, W) scaled to 255. Overwrites `logits`."""
     with torch.inference_mode():
         return np.asarray(logits.sigmoid_().mul_(255).round_().to(torch.uint8).numpy())
 

@@ -1,8 +1,8 @@
-"""Scores masks as ISIC-2017 Part 1 scored its submissions, and writes masks ready to submit.
+"""Compute the official scores of ISIC-2017 Part 1, and write masks for submission.
 
-The reference is the challenge's own package, `isic-challenge-scoring`: truth and prediction are grayscale images of
-one size, a pixel above 128 is lesion, every image gets its scores, and a submission's score is the mean over images.
-A score whose denominator is 0 is 1. An image's threshold Jaccard is its Jaccard if that is at least 0.65, else 0.
+The reference is the challenge's own package, `isic-challenge-scoring`. Truth and prediction are grayscale images of
+one size, and a pixel above 128 is lesion. The score of a submission is the mean over the images' scores. A score with
+the denominator 0 is 1. The threshold Jaccard of an image is its Jaccard if that is at least 0.65, else 0.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from hpsearch.training.metrics import PixelCounts, count_pixels
 Mask = NDArray[np.bool_]
 
 COLUMNS = ("accuracy", "sensitivity", "specificity", "jaccard", "threshold_jaccard", "dice")
-"""The official scores, in the official order."""
+"""Official scores in the official order."""
 LESION_ABOVE = 128
 """A pixel is lesion if its value is above this."""
 JACCARD_THRESHOLD = 0.65
@@ -38,12 +38,12 @@ _SUFFIX = "_segmentation"
 def score_folder(preds: Path, masks: Path) -> pd.DataFrame:
     """Score the PNG files of one folder against the true masks (PNG) of another.
 
-    A prediction belongs to a mask if both have the same stem, with or without `_segmentation`; one without a mask is
-    passed over, as the challenge does. Gives a row for each mask, sorted by id, with COLUMNS. One pair of images is
-    in memory at a time.
+    A prediction belongs to the mask of the same stem, with or without `_segmentation`. As in the challenge, a
+    prediction without a mask is ignored. Returns a row with COLUMNS for each mask, sorted by id. One pair of images
+    is in memory at a time.
 
-    Raises DatasetError, naming the files, where a mask has no prediction or several, where a file is not a grayscale
-    PNG, and where sizes differ.
+    Raises DatasetError, naming the files, if a mask does not have exactly one prediction, a file is not a grayscale
+    PNG, or sizes differ.
     """
     predicted, truths = _files_by_id(preds), _files_by_id(masks)
     if not truths:
@@ -60,7 +60,7 @@ def score_folder(preds: Path, masks: Path) -> pd.DataFrame:
 
 
 def count_mask(pred: Mask, mask: Mask, *, name: str) -> NDArray[np.int64]:
-    """tp, fp, fn, tn of one image, (4,), from boolean (H, W) of one size; DatasetError, naming it, otherwise."""
+    """Return tp, fp, fn, tn, (4,), of one image from boolean (H, W). DatasetError, naming it, if sizes differ."""
     if pred.shape != mask.shape:
         sizes = [" x ".join(str(side) for side in array.shape) for array in (pred, mask)]
         raise DatasetError(f"the prediction for {name} is {sizes[0]} pixels, its mask {sizes[1]}")
@@ -68,7 +68,7 @@ def count_mask(pred: Mask, mask: Mask, *, name: str) -> NDArray[np.int64]:
 
 
 def score_table(ids: Iterable[str], counts: NDArray[np.int64]) -> pd.DataFrame:
-    """The official scores of every image, indexed by `image`, from counts (n, 4) with columns tp, fp, fn, tn."""
+    """Return the official scores, indexed by `image`, from counts (n, 4) with the columns tp, fp, fn, tn."""
     pixels = PixelCounts.from_columns(np.asarray(counts, np.int64))
     jaccard = metrics.jaccard(pixels)
     columns: dict[str, Any] = {name: score(pixels) for name, score in metrics.SCORES.items()}
@@ -77,14 +77,14 @@ def score_table(ids: Iterable[str], counts: NDArray[np.int64]) -> pd.DataFrame:
 
 
 def official_scores(table: pd.DataFrame) -> dict[str, float]:
-    """Each score's mean over the images of a score table: what the challenge ranks by."""
+    """Return the mean of each score over the images of a score table. The challenge ranks by it."""
     return {name: float(table[name].mean()) for name in COLUMNS}
 
 
 def read_mask(path: Path) -> Mask:
-    """The pixels of a grayscale PNG of at most 8 bits that are lesion, (H, W).
+    """Return the lesion pixels (H, W) of a grayscale PNG of at most 8 bits.
 
-    Raises DatasetError where the file cannot be decoded, or has colours, a palette, transparency or 16 bits.
+    Raises DatasetError if the file cannot be decoded, or has colours, a palette, transparency or 16 bits.
     """
     try:
         with Image.open(path, formats=["PNG"]) as image:
@@ -97,21 +97,21 @@ def read_mask(path: Path) -> Mask:
 
 
 def encode_mask(mask: Mask) -> bytes:
-    """A boolean mask (H, W) as an 8-bit grayscale PNG: lesion is 255, the rest 0."""
+    """Return a boolean mask (H, W) as an 8-bit grayscale PNG of 255 (lesion) and 0."""
     file = io.BytesIO()
     Image.fromarray(np.multiply(mask, 255, dtype=np.uint8)).save(file, "PNG")
     return file.getvalue()
 
 
 def mask_name(image_id: str) -> str:
-    """The file name that the challenge wants: `ISIC_0000000_segmentation.png`."""
+    """Return the file name of a submitted mask: `ISIC_0000000_segmentation.png`."""
     return f"{image_id}{_SUFFIX}.png"
 
 
 def write_submission(path: Path, masks: Iterable[tuple[str, Mask]]) -> None:
-    """Write a zip of masks, (image id, boolean (H, W) at the image's own size) each, as the challenge takes it.
+    """Write a zip of masks for the challenge. Each is (image id, boolean (H, W) at the image's own size).
 
-    The same masks give the same bytes. Holds one mask at a time. Raises DatasetError for an id that comes twice.
+    Equal masks give equal bytes. One mask is in memory at a time. Raises DatasetError if an id occurs twice.
     """
     written = set()
     with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
@@ -119,7 +119,7 @@ def write_submission(path: Path, masks: Iterable[tuple[str, Mask]]) -> None:
             if image_id in written:
                 raise DatasetError(f"two masks for {image_id} in one submission")
             written.add(image_id)
-            # ZipInfo's own date is the same always; PNG is compressed already.
+            # The default date of ZipInfo is constant, and PNG is already compressed.
             archive.writestr(zipfile.ZipInfo(mask_name(image_id)), encode_mask(mask))
 
 

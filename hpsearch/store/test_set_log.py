@@ -67,7 +67,7 @@ class TestImages:
     @classmethod
     def in_cache(cls, folder: Path) -> TestImages:
         """Return the images in a cache of the test split."""
-        return cls(tuple((each.image_sha256, each.mask_sha256) for each in Index.read(folder).facts))
+        return cls(tuple((each.image_sha256, each.mask_sha256) for each in Index.read(folder).stats))
 
     @property
     def images(self) -> tuple[str, ...]:

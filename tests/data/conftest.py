@@ -7,6 +7,7 @@ the seconds that the decoding subprocess takes to start: all tests that ask for 
 
 from __future__ import annotations
 
+import os
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -22,8 +23,9 @@ from PIL import Image
 from hpsearch.config.data import DataConfig
 from hpsearch.data import build, cache, integrity, prepare, survey
 from hpsearch.data.cache import Cache, open_cache
+from hpsearch.data.dataset import Dataset, Layout, Split
 from hpsearch.data.decode_pool import Decoders
-from hpsearch.data.layouts import Layout, Split
+from hpsearch.data.layouts import find_samples
 from hpsearch.data.prepare import prepare_pool
 
 ARCHIVE_NAMES = {"train": "Training", "val": "Validation", "test": "Test_v2"}
@@ -119,10 +121,6 @@ def encode_png(
     `color` is the colour type: 0 gray, 2 RGB, 3 palette, 4 gray and alpha, 6 RGBA. With less than 8 bits the width
     must fill whole bytes.
     """
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
     height, width = samples.shape[:2]
     rows = samples.reshape(height, -1)
     if depth < 8:
@@ -133,7 +131,31 @@ def encode_png(
     content = b"".join(b"\0" + line.tobytes() for line in lines)
     header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
     parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(content)), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(kind, part) for kind, part in parts)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(kind, part) for kind, part in parts)
+
+
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    """Return a chunk of a PNG."""
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def touch(root: Path, *names: str) -> None:
+    """Files whose names are all that matters."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(os.fsencode(name))
+
+
+def found(dataset: Dataset) -> dict[str, list[str]]:
+    return {split: [sample.id for sample in dataset.split(split)] for split in ("train", "val", "test")}  # type: ignore[arg-type]
+
+
+def kinds(dataset: Dataset) -> set[tuple[str, str]]:
+    return {(problem.kind, problem.id) for problem in dataset.problems}
+
+
+def own(folder: Path, **settings: str) -> Dataset:
+    return find_samples(DataConfig(images=str(folder / "images"), masks=str(folder / "masks"), **settings))  # type: ignore[arg-type]
 
 
 WriteDataset = Callable[..., DataConfig]

@@ -20,8 +20,9 @@ from hpsearch.config.data import DataConfig
 from hpsearch.data import build
 from hpsearch.data.build import build_cache
 from hpsearch.data.cache import INDEX, Index, Kind, Preparation, open_cache
+from hpsearch.data.dataset import Sample
 from hpsearch.data.decode_pool import Decoders
-from hpsearch.data.layouts import Sample, find_samples
+from hpsearch.data.layouts import find_samples
 from hpsearch.errors import CacheError, DatasetError, StorageError
 
 RESIZE = Preparation(24, 40, ("resize",))
@@ -123,7 +124,7 @@ class TestBuilding:
     def test_unfinished_cache_of_a_living_builder_is_left_alone(self, samples: Sequence[Sample], root: Path) -> None:
         theirs = root / ".0123-files.99.tmp"
         theirs.mkdir(parents=True)
-        with build._alone(root / "0123-files"):
+        with build._locked(root / "0123-files"):
             build_cache(samples, RESIZE, "memmap", root)
             assert theirs.is_dir()
 
@@ -162,7 +163,7 @@ class TestBuilding:
         self, samples: Sequence[Sample], root: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         folder = build_cache(samples, RESIZE, "memmap", root)
-        monkeypatch.setattr(build, "_alone", lambda _: pytest.fail("it wanted the lock"))
+        monkeypatch.setattr(build, "_locked", lambda _: pytest.fail("it wanted the lock"))
         assert build_cache(samples, RESIZE, "memmap", root) == folder
 
     def test_refusing_disk_is_named(

@@ -15,9 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch.nn.functional import interpolate
 
-from hpsearch.data import decode
 from hpsearch.data.decode import (
-    BadImageError,
     crop,
     crop_corner,
     decode_job,
@@ -28,7 +26,7 @@ from hpsearch.data.decode import (
     resize,
     resize_mask,
 )
-from hpsearch.data.decode_pool import Facts, Job, Pixels
+from hpsearch.data.decode_pool import DecodeError, ImageStats, Job, Pixels
 from hpsearch.data.reading import PLAIN_READING, Reading
 from hpsearch.errors import DatasetError
 
@@ -50,8 +48,8 @@ def save(path: Path, pixels: NDArray[np.generic], mode: str | None = None, **opt
 
 def run(
     image: Path, mask: Path, *views: str, size: tuple[int, int] = (16, 24), seed: str = ""
-) -> tuple[Facts, list[Pixels]]:
-    job = Job(str(image), str(mask), views, *size, seed)  # type: ignore[arg-type]
+) -> tuple[ImageStats, list[Pixels]]:
+    job = Job(image, mask, views, *size, seed)  # type: ignore[arg-type]
     return decode_job(open_job(job), job)
 
 
@@ -122,7 +120,7 @@ class TestMoreThanEightBits:
     def test_bands_leave_no_trace(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = save(tmp_path / "a.png", np.arange(600, dtype=np.uint16).reshape(20, 30) * 100)
         whole = read_image(path, Reading(max_value=65535))
-        monkeypatch.setattr(decode, "BAND_BYTES", 12 * 30 * 3)
+        monkeypatch.setattr("hpsearch.data.decode.BAND_BYTES", 12 * 30 * 3)
         assert torch.equal(read_image(path, Reading(max_value=65535)), whole)
 
     def test_value_above_full_scale_is_refused_with_both_values(self, tmp_path: Path) -> None:
@@ -211,7 +209,7 @@ class TestDamage:
         header = b"IHDR" + struct.pack(">IIBBBBB", 60000, 50000, 8, 2, 0, 0, 0)
         png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
         (tmp_path / "a.png").write_bytes(png)
-        monkeypatch.setattr(decode, "decode_png", lambda *_: pytest.fail("it was decoded"))
+        monkeypatch.setattr("torchvision.io.decode_png", lambda *_: pytest.fail("it was decoded"))
         with pytest.raises(DatasetError, match="50000x60000 pixels"):
             read_image(tmp_path / "a.png", PLAIN_READING)
 
@@ -223,7 +221,7 @@ class TestDamage:
         assert read_image(path, PLAIN_READING).shape == (3, 20, 30)
 
     def test_kinds_of_damage_have_names(self, tmp_path: Path) -> None:
-        with pytest.raises(BadImageError) as error:
+        with pytest.raises(DecodeError) as error:
             open_pair(tmp_path / "none.png", tmp_path / "none.png", PLAIN_READING)
         assert error.value.kind == "unreadable file"
 
@@ -231,7 +229,7 @@ class TestDamage:
         def fail(*_: object) -> None:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
-        monkeypatch.setattr(decode, "decode_png", fail)
+        monkeypatch.setattr("torchvision.io.decode_png", fail)
         with pytest.raises(RuntimeError, match="allocate"):
             read_image(save(tmp_path / "a.png", smooth(20, 30)), PLAIN_READING)
 
@@ -266,10 +264,10 @@ class TestOrientation:
         upright = read_image(path, PLAIN_READING).permute(1, 2, 0).numpy()
         copy = save(tmp_path / "upright.png", upright)
         mask = save(tmp_path / "m.png", np.zeros(upright.shape[:2], np.uint8))
-        facts, [(pixels, _)] = run(path, mask, "resize")
+        stats, [(pixels, _)] = run(path, mask, "resize")
         _, [(expected, _)] = run(copy, mask, "resize")
         assert np.array_equal(pixels, expected)
-        assert (facts.height, facts.width) == upright.shape[:2]
+        assert (stats.height, stats.width) == upright.shape[:2]
 
     def test_a_masks_own_orientation_is_treated_the_same_way(self, tmp_path: Path) -> None:
         inside = draw_pair("a", "train", np.random.default_rng(0), size=(40, 60)).mask
@@ -317,7 +315,7 @@ class TestResize:
     def test_bands_leave_no_trace(self, monkeypatch: pytest.MonkeyPatch) -> None:
         image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 50, 70), dtype=np.uint8))
         whole = resize(image, 20, 30)
-        monkeypatch.setattr(decode, "BAND_BYTES", 4 * 70 * 7)
+        monkeypatch.setattr("hpsearch.data.decode.BAND_BYTES", 4 * 70 * 7)
         assert torch.equal(resize(image, 20, 30), whole)
 
     @pytest.mark.parametrize("size", [(16, 24), (33, 17), (90, 130)])
@@ -393,17 +391,17 @@ class TestCrop:
 
 
 class TestJobs:
-    def test_facts_are_those_of_the_files_and_pixels(self, tmp_path: Path) -> None:
+    def test_stats_are_those_of_the_files_and_pixels(self, tmp_path: Path) -> None:
         image, mask = pair(tmp_path)
-        facts, [(pixels, truth)] = run(image, mask, "resize")
-        assert (facts.height, facts.width) == (40, 60)
-        assert facts.image_sha256 == hashlib.sha256(image.read_bytes()).hexdigest()
-        assert facts.mask_sha256 == hashlib.sha256(mask.read_bytes()).hexdigest()
-        assert facts.foreground == (np.asarray(Image.open(mask)) > 0).sum()
-        assert facts.crc == zlib.crc32(pixels.tobytes() + truth.tobytes())
+        stats, [(pixels, truth)] = run(image, mask, "resize")
+        assert (stats.height, stats.width) == (40, 60)
+        assert stats.image_sha256 == hashlib.sha256(image.read_bytes()).hexdigest()
+        assert stats.mask_sha256 == hashlib.sha256(mask.read_bytes()).hexdigest()
+        assert stats.foreground == (np.asarray(Image.open(mask)) > 0).sum()
+        assert stats.crc == zlib.crc32(pixels.tobytes() + truth.tobytes())
         r, g, b = pixels.reshape(-1, 3).astype(int).T
         expected = [x.sum() for x in (r, g, b, r * r, g * g, b * b, r * g, r * b, g * b)]
-        assert list(facts.moments) == [int(x) for x in expected]
+        assert list(stats.moments) == [int(x) for x in expected]
 
     @pytest.mark.parametrize("color", [(205, 160, 140), (0, 0, 0)])
     def test_an_image_of_one_colour_is_constant(self, tmp_path: Path, color: tuple[int, int, int]) -> None:
@@ -415,13 +413,13 @@ class TestJobs:
 
     def test_without_views_it_is_only_checked(self, tmp_path: Path) -> None:
         image, mask = pair(tmp_path)
-        facts, pixels = run(image, mask)
+        stats, pixels = run(image, mask)
         assert pixels == []
-        assert facts.moments == ()
+        assert stats.moments == ()
 
     def test_unmeasured_pixels_are_the_same(self, tmp_path: Path) -> None:
         image, mask = pair(tmp_path)
-        job = Job(str(image), str(mask), ("resize",), 16, 24, measure=False)
-        facts, _ = decode_job(open_job(job), job)
-        assert facts.crc == run(image, mask, "resize")[0].crc
-        assert (facts.moments, facts.image_sha256) == ((), "")
+        job = Job(image, mask, ("resize",), 16, 24, measure=False)
+        stats, _ = decode_job(open_job(job), job)
+        assert stats.crc == run(image, mask, "resize")[0].crc
+        assert (stats.moments, stats.image_sha256) == ((), "")

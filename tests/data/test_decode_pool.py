@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from hpsearch.config.data import DataConfig
-from hpsearch.data.decode_pool import Damage, Decoders, Facts, Job
+from hpsearch.data.decode_pool import DecodeError, Decoders, ImageStats, Job
 from hpsearch.data.layouts import find_samples
 from hpsearch.errors import CacheError
 
@@ -21,14 +21,14 @@ from hpsearch.errors import CacheError
 @pytest.fixture
 def jobs(tiny_archive: Path) -> list[Job]:
     samples = find_samples(DataConfig(root=str(tiny_archive))).samples
-    return [Job(str(s.image), str(s.mask), ("random crop", "resize"), 24, 16, s.id) for s in samples]
+    return [Job(s.image, s.mask, ("random crop", "resize"), 24, 16, s.id) for s in samples]
 
 
 def test_every_job_is_answered_with_its_pixels(decoding_process: Decoders, jobs: list[Job]) -> None:
-    answers = {number: (facts, pixels) for number, facts, pixels in decoding_process.decode(jobs)}
+    answers = {number: (stats, pixels) for number, stats, pixels in decoding_process.decode(jobs)}
     assert sorted(answers) == list(range(len(jobs)))
-    for facts, pixels in answers.values():
-        assert isinstance(facts, Facts)
+    for stats, pixels in answers.values():
+        assert isinstance(stats, ImageStats)
         assert [(image.shape, mask.shape) for image, mask in pixels] == [((24, 16, 3), (24, 16))] * 2
         assert all(set(np.unique(mask)) <= {0, 1} for _, mask in pixels)
 
@@ -43,12 +43,12 @@ def test_the_same_jobs_give_the_same_bytes(decoding_process: Decoders, jobs: lis
 
 def test_damage_is_an_answer_too(decoding_process: Decoders, jobs: list[Job], tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_text("no image")
-    bad = Job(str(tmp_path / "a.jpg"), jobs[0].mask)
-    answers = {number: facts for number, facts, _ in decoding_process.decode([jobs[0], bad, jobs[1]])}
-    assert isinstance(answers[1], Damage)
+    bad = Job(tmp_path / "a.jpg", jobs[0].mask)
+    answers = {number: stats for number, stats, _ in decoding_process.decode([jobs[0], bad, jobs[1]])}
+    assert isinstance(answers[1], DecodeError)
     assert answers[1].kind == "undecodable file"
-    assert isinstance(answers[0], Facts)
-    assert isinstance(answers[2], Facts)
+    assert isinstance(answers[0], ImageStats)
+    assert isinstance(answers[2], ImageStats)
 
 
 @pytest.mark.slow
@@ -57,7 +57,7 @@ def test_answers_that_were_not_awaited_are_not_taken_for_others(jobs: list[Job])
         for _ in decoders.decode(jobs):
             break
         assert decoders.pid is None
-        again = {number: facts for number, facts, _ in decoders.decode(jobs[:1])}
+        again = {number: stats for number, stats, _ in decoders.decode(jobs[:1])}
     assert list(again) == [0]
 
 
@@ -66,7 +66,7 @@ def test_death_names_the_file_that_was_read(tmp_path: Path, jobs: list[Job]) -> 
     # A pipe that nobody writes to holds the reader up, as a hung disk would.
     os.mkfifo(tmp_path / "hung.jpg")
     with Decoders(1) as decoders:
-        answers = decoders.decode([jobs[0], Job(str(tmp_path / "hung.jpg"), jobs[0].mask)])
+        answers = decoders.decode([jobs[0], Job(tmp_path / "hung.jpg", jobs[0].mask)])
         next(answers)
         assert decoders.pid is not None
         process = psutil.Process(decoders.pid)
@@ -81,10 +81,10 @@ def test_death_names_the_file_that_was_read(tmp_path: Path, jobs: list[Job]) -> 
 @pytest.mark.slow
 def test_subprocess_ends_when_its_parent_does(jobs: list[Job]) -> None:
     parent = (
-        "import sys, time\n"
+        "import pathlib, sys, time\n"
         "from hpsearch.data.decode_pool import Decoders, Job\n"
         "decoders = Decoders(1)\n"
-        "answers = decoders.decode([Job(*sys.argv[1:])])\n"
+        "answers = decoders.decode([Job(*map(pathlib.Path, sys.argv[1:]))])\n"
         "next(answers)\n"
         "print(decoders.pid, flush=True)\n"
         "time.sleep(60)\n"
@@ -100,6 +100,6 @@ def test_subprocess_ends_when_its_parent_does(jobs: list[Job]) -> None:
 
 
 def test_whoever_prepares_data_loads_no_torch() -> None:
-    modules = "layouts, integrity, decode_pool, cache, build, folds, prepare, comparison"
+    modules = "layouts, integrity, decode_pool, formats, cache, build, folds, prepare, comparison"
     code = f"import sys; from hpsearch.data import {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

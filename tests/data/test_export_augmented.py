@@ -12,9 +12,10 @@ from torchvision.io import read_image, write_jpeg, write_png
 from hpsearch.config.data import AugmentConfig, DataConfig
 from hpsearch.data import export_augmented as module
 from hpsearch.data.augment import Changes, augment_batch, draw_changes
+from hpsearch.data.dataset import Dataset
 from hpsearch.data.export_augmented import augment_image, export_augmented
 from hpsearch.data.folds import make_folds, read_groups
-from hpsearch.data.layouts import Dataset, find_samples
+from hpsearch.data.layouts import find_samples
 from hpsearch.data.sample import draw_sample
 from hpsearch.errors import ConfigError, DatasetError
 

@@ -18,8 +18,9 @@ from PIL import Image
 from hpsearch.config.data import DataConfig
 from hpsearch.data.build import build_cache
 from hpsearch.data.cache import Preparation, open_cache
+from hpsearch.data.dataset import Problem
 from hpsearch.data.integrity import CheckReport, check, check_stored, describe, refusal
-from hpsearch.data.layouts import Problem, find_samples
+from hpsearch.data.layouts import find_samples
 
 from .conftest import WriteDataset, pair_paths, tiny_pairs
 

@@ -10,8 +10,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from hpsearch.data.decode import BadImageError, decode_job, open_job
-from hpsearch.data.decode_pool import Facts, Job
+from hpsearch.data.decode import decode_job, open_job
+from hpsearch.data.decode_pool import DecodeError, ImageStats, Job
 from hpsearch.data.reading import PLAIN_READING, Reading
 
 from .conftest import draw_pair, encode_png
@@ -29,21 +29,21 @@ def png(background: Value, lesion: Value, color: int, depth: int = 8, **chunks: 
     return encode_png(samples, depth, color, [(kind.encode(), content) for kind, content in chunks.items()])
 
 
-def read(tmp_path: Path, content: bytes, reading: Reading = PLAIN_READING) -> tuple[NDArray[np.uint8], Facts]:
-    """The mask (H, W) of 0 and 1, and its facts."""
+def read(tmp_path: Path, content: bytes, reading: Reading = PLAIN_READING) -> tuple[NDArray[np.uint8], ImageStats]:
+    """The mask (H, W) of 0 and 1, and its stats."""
     (tmp_path / "m.png").write_bytes(content)
     Image.new("RGB", INSIDE.shape[::-1]).save(tmp_path / "a.png")
-    job = Job(str(tmp_path / "a.png"), str(tmp_path / "m.png"), ("resize",), *INSIDE.shape, reading=reading)
-    facts, [(_, mask)] = decode_job(open_job(job), job)
-    assert facts.foreground == mask.sum()
-    return mask, facts
+    job = Job(tmp_path / "a.png", tmp_path / "m.png", ("resize",), *INSIDE.shape, reading=reading)
+    stats, [(_, mask)] = decode_job(open_job(job), job)
+    assert stats.foreground == mask.sum()
+    return mask, stats
 
 
 def check(tmp_path: Path, content: bytes, values: tuple[str, ...]) -> None:
     """The lesion is where it was drawn, and both values have these names."""
-    mask, facts = read(tmp_path, content)
+    mask, stats = read(tmp_path, content)
     assert np.array_equal(mask, INSIDE)
-    assert facts.mask_values == values
+    assert stats.mask_values == values
 
 
 class TestGray:
@@ -68,7 +68,7 @@ class TestGray:
         check(tmp_path, png(0, 255, GRAY, tRNS=b"\0\0"), ("0 with alpha 0", "255 with alpha 255"))
 
     def test_a_transparent_lesion_contradicts(self, tmp_path: Path) -> None:
-        with pytest.raises(BadImageError, match="by its transparency 0 with alpha 255 would be lesion") as error:
+        with pytest.raises(DecodeError, match="by its transparency 0 with alpha 255 would be lesion") as error:
             read(tmp_path, png(0, 255, GRAY, tRNS=b"\0\xff"))
         assert error.value.kind == "ambiguous mask"
 
@@ -118,7 +118,7 @@ class TestColour:
 
     def test_of_two_colours_neither_is_chosen(self, tmp_path: Path) -> None:
         with pytest.raises(
-            BadImageError, match=r"m\.png has the colours #0000ff and #ff0000, and nothing says"
+            DecodeError, match=r"m\.png has the colours #0000ff and #ff0000, and nothing says"
         ) as error:
             read(tmp_path, png(BLUE, RED, RGB))
         assert error.value.kind == "ambiguous mask"
@@ -126,7 +126,7 @@ class TestColour:
     def test_a_third_colour_is_too_many(self, tmp_path: Path) -> None:
         samples = np.where(INSIDE[..., None], RED, WHITE)
         samples[0, 5] = BLACK
-        with pytest.raises(BadImageError, match=r"more than 2 values \(255, 0, #ff0000, \.\.\.\)") as error:
+        with pytest.raises(DecodeError, match=r"more than 2 values \(255, 0, #ff0000, \.\.\.\)") as error:
             read(tmp_path, encode_png(samples, 8, RGB))
         assert error.value.kind == "mask of many values"
 
@@ -171,13 +171,13 @@ class TestTransparency:
     def test_colours_that_contradict_are_refused(
         self, tmp_path: Path, clear: tuple[int, ...], opaque: tuple[int, ...]
     ) -> None:
-        with pytest.raises(BadImageError, match=r"by its transparency .* would be lesion, by its colours"):
+        with pytest.raises(DecodeError, match=r"by its transparency .* would be lesion, by its colours"):
             read(tmp_path, png(clear, opaque, RGBA))
 
     def test_smooth_borders_are_too_many(self, tmp_path: Path) -> None:
         samples = np.where(INSIDE[..., None], (*RED, 255), (*RED, 0))
         samples[0, 5] = (*RED, 128)
-        with pytest.raises(BadImageError, match="more than 2 values"):
+        with pytest.raises(DecodeError, match="more than 2 values"):
             read(tmp_path, encode_png(samples, 8, RGBA))
 
 
@@ -199,9 +199,9 @@ class TestOneValue:
     def test_alone_it_is_empty_where_it_is_nothing(
         self, tmp_path: Path, value: Value, color: int, full: bool
     ) -> None:
-        mask, facts = read(tmp_path, png(value, value, color))
+        mask, stats = read(tmp_path, png(value, value, color))
         assert mask.all() == mask.any() == full
-        assert len(facts.mask_values) == 1
+        assert len(stats.mask_values) == 1
 
     @pytest.mark.parametrize(
         ("value", "color", "background", "lesion", "full"),
@@ -225,9 +225,9 @@ class TestOneValue:
 
     def test_index_0_is_empty_and_index_1_is_full(self, tmp_path: Path) -> None:
         for index in (0, 1):
-            mask, facts = read(tmp_path, png(index, index, PALETTE, PLTE=bytes([*WHITE, *BLACK])))
+            mask, stats = read(tmp_path, png(index, index, PALETTE, PLTE=bytes([*WHITE, *BLACK])))
             assert mask.all() == mask.any() == bool(index)
-            assert facts.mask_values == (f"index {index}",)
+            assert stats.mask_values == (f"index {index}",)
 
 
 @pytest.mark.parametrize(
@@ -242,6 +242,6 @@ def test_masks_that_disagree_are_refused(tmp_path: Path, background: int, lesion
         content, reading = png(0, 1, GRAY), Reading(background=("1",), lesion=("2",))
     else:
         content, reading = png(background, lesion, GRAY), Reading(background=("0",), lesion=("1",))
-    with pytest.raises(BadImageError, match=text) as error:
+    with pytest.raises(DecodeError, match=text) as error:
         read(tmp_path, content, reading)
     assert error.value.kind == "masks disagree"

@@ -18,8 +18,8 @@ from hpsearch.config import load
 from hpsearch.config.data import DataConfig
 from hpsearch.data import build, prepare
 from hpsearch.data.cache import open_cache
+from hpsearch.data.dataset import Layout
 from hpsearch.data.folds import make_folds
-from hpsearch.data.layouts import Layout
 from hpsearch.data.pool_caches import PoolCaches
 from hpsearch.data.prepare import Prepared, check_contents, locate, prepare_pool, prepare_test
 from hpsearch.errors import DatasetError

@@ -16,10 +16,12 @@ from PIL import Image
 
 from hpsearch.config.data import AugmentConfig, DataConfig
 from hpsearch.data import survey as module
-from hpsearch.data.cache import Preparation, _fingerprint, cache_key, open_cache
+from hpsearch.data.cache import Preparation, open_cache
+from hpsearch.data.dataset import Dataset
 from hpsearch.data.export_augmented import export_augmented
 from hpsearch.data.integrity import check
-from hpsearch.data.layouts import Dataset, find_samples
+from hpsearch.data.keys import _fingerprint, cache_key
+from hpsearch.data.layouts import find_samples
 from hpsearch.data.prepare import check_contents, prepare_pool, prepare_test
 from hpsearch.data.reading import PLAIN_READING, Reading
 from hpsearch.data.survey import Decision, Survey, decide, decide_reading, survey
@@ -111,7 +113,7 @@ class TestDecision:
         assert f"from 1 to {highest}: full scale is 3000, as data.max_value says" in decision.notes[0].text
 
     def test_a_value_is_what_most_masks_say(self, dataset: Dataset) -> None:
-        found = Survey(masks=(("0", "1", 1), ("1", "2", 3), ("0", "255", 2), ("255", "300", 2)))
+        found = Survey(n_pairs=11, masks=(("0", "1", 1), ("1", "2", 3), ("0", "255", 2), ("255", "300", 2)))
         reading = decide(found, DataConfig(), dataset).reading
         assert (reading.background, reading.lesion) == (("0", "1", "255"), ("2", "255", "300"))
 

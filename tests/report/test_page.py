@@ -14,8 +14,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 from hpsearch.cli import group
+from hpsearch.data.dataset import Split
 from hpsearch.data.folds import make_folds
-from hpsearch.data.layouts import Split
 from hpsearch.report import axes, study_figures
 from hpsearch.report.page import render, write_report
 from hpsearch.report.rows import study_rows

@@ -128,7 +128,7 @@ def test_a_photo_is_seen_as_in_training_by_predict_and_by_the_served_model(
     # The image as a cache holds it: where the mask that was trained on was drawn.
     size = (50, 60) if exif == "ignore" and orientation >= 5 else (60, 50)
     Image.fromarray(np.zeros(size, np.uint8)).save(tmp_path / "m.png")
-    job = Job(str(photo), str(tmp_path / "m.png"), ("resize",), *size, reading=reading)
+    job = Job(photo, tmp_path / "m.png", ("resize",), *size, reading=reading)
     _, [(trained_on, _)] = decode_job(open_job(job), job)
     if exif == "apply" and format == "png":
         assert np.array_equal(trained_on, upright)

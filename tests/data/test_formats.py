@@ -1,4 +1,4 @@
-"""Sizes are read from the first bytes, and damaged bytes give nothing but a ValueError."""
+"""Sizes come from the first bytes, damaged bytes raise only ValueError, and a new format is one entry."""
 
 from __future__ import annotations
 
@@ -6,15 +6,24 @@ import contextlib
 import io
 import struct
 import zlib
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from hpsearch.data.headers import Header, read_header, verify_png
+from hpsearch.config.data import DataConfig
+from hpsearch.data.decode import read_pair
+from hpsearch.data.formats import FORMATS, Header, ImageFormat, read_header, verify_png
+from hpsearch.data.layouts import find_samples
+from hpsearch.data.reading import PLAIN_READING
+from hpsearch.inference.predictor import find_images
+
+from .conftest import png_chunk
 
 
 def encode(mode: str, format: str, **options: object) -> bytes:
@@ -136,12 +145,8 @@ class TestVerifyPng:
         Image.fromarray(pixels).convert(mode).save(file, "PNG", **options)
         return file.getvalue()
 
-    @staticmethod
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
     def file(self, *chunks: tuple[bytes, bytes]) -> bytes:
-        return b"\x89PNG\r\n\x1a\n" + b"".join(self.chunk(*each) for each in chunks)
+        return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*each) for each in chunks)
 
     @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
     def test_sound_files_are_sound(self, mode: str) -> None:
@@ -187,3 +192,28 @@ class TestVerifyPng:
         file = self.file((b"IHDR", header), *chunks, (b"IEND", b""))
         with pytest.raises(ValueError, match=text) if text else contextlib.nullcontext():
             verify_png(file)
+
+
+def test_a_format_in_the_table_is_found_read_and_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dummy format of gray bytes: `RAW`, height, width, pixels."""
+
+    def decode(data: bytearray, header: Header, rgb: bool) -> torch.Tensor:
+        planes = torch.tensor(list(data[5:]), dtype=torch.uint8).view(1, header.height, header.width)
+        return planes.repeat(3, 1, 1) if rgb else planes
+
+    def header(file: IO[bytes]) -> Header:
+        file.seek(3)
+        return Header("raw", *file.read(2), channels=1)
+
+    monkeypatch.setitem(FORMATS, "raw", ImageFormat((".tif",), b"RAW", header, decode))
+    for folder, pixels in (("images", bytes(range(6))), ("masks", bytes([0, 0, 255] * 2))):
+        (tmp_path / folder).mkdir()
+        for name in ("a", "b"):
+            (tmp_path / folder / f"{name}.tif").write_bytes(b"RAW\x02\x03" + pixels)
+    dataset = find_samples(DataConfig(images=str(tmp_path / "images"), masks=str(tmp_path / "masks"), test_share=0.5))
+    assert dataset.problems == ()
+    assert [sample.id for sample in dataset.samples] == ["a", "b"]
+    image, mask = read_pair(dataset.samples[0].image, dataset.samples[0].mask, PLAIN_READING)
+    assert image.tolist() == [[[0, 1, 2], [3, 4, 5]]] * 3
+    assert mask.tolist() == [[0, 0, 1], [0, 0, 1]]
+    assert find_images([tmp_path / "images"]) == [tmp_path / "images" / "a.tif", tmp_path / "images" / "b.tif"]

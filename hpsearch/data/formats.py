@@ -1,85 +1,139 @@
-"""Read what a JPEG or PNG says about itself, such as its size and EXIF orientation, before anything is decoded."""
+"""Read and decode image files. FORMATS has one entry per file format.
+
+A new format is a new entry of FORMATS and needs no change elsewhere. An entry names the suffixes and the first bytes
+of the files, and has two functions: one reads the header, the other decodes the whole content.
+"""
 
 from __future__ import annotations
 
 import io
+import re
 import struct
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import IO, Literal
+from typing import IO, TYPE_CHECKING
+
+import numpy as np
+from PIL.PngImagePlugin import PngImageFile
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_PIXELS = 100_000_000
-"""Images that claim more are taken for damaged or hostile; the largest of ISIC-2017 has 30 million."""
+"""Larger images are refused as damaged or hostile. The largest image of ISIC-2017 has 30 million pixels."""
+UNSUPPORTED_SUFFIXES = (
+    *(".bmp", ".dib", ".tif", ".tiff", ".gif", ".webp", ".heic", ".heif", ".avif", ".jp2", ".j2k", ".jxl"),
+    *(".dcm", ".dicom", ".svg", ".psd", ".tga", ".ppm", ".pgm", ".pbm", ".dng"),
+)
+"""Suffixes (lower case) of images that cannot be decoded unless FORMATS has them. They are reported as errors."""
 
 _PIECE_BYTES = 2**20
-"""Pixels that are inflated at once to check them."""
+"""Inflated bytes that are checked at once."""
 _LAST_PNG_FILTER = 4
 _PNG_CRITICAL = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
 _PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
-"""Bits of a sample that there are, by colour type."""
+"""Valid bits per sample by colour type."""
 _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
-"""First column and row, and the distances between columns and rows, of each pass of an interlaced PNG."""
+"""First column, first row, column step and row step of each pass of an interlaced PNG."""
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 _PALETTE = 3
 _EXIF_ORIENTATION = 0x0112
 _EXIF_MARK = b"Exif\0\0"
 _EXIF_TYPES = {1: "B", 3: "H", 4: "I"}
-_LONGEST_HEAD = 16 * 2**20
-"""Bytes of a JPEG within which its size must be found."""
+_MAX_JPEG_HEADER_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
 class Header:
     """Size, channels and orientation of an image file."""
 
-    format: Literal["jpeg", "png"]
+    format: str
+    """Key of FORMATS."""
     height: int
     width: int
-    """Of the pixels as they are stored, before any orientation."""
+    """Size of the stored pixels, before any orientation is applied."""
     channels: int = 3
-    """Channels in the file: 1 for a palette; transparency that a PNG names apart (tRNS) does not count."""
+    """Channels in the file. A palette counts as 1, and a tRNS chunk of a PNG does not count."""
     depth: int = 8
-    """Bits of a channel."""
+    """Bits per channel."""
     orientation: int = 1
-    """The EXIF orientation: 1 is upright, 5 to 8 lie on their side."""
+    """EXIF orientation: 1 is upright, 5 to 8 swap height and width."""
     wide: bool = False
-    """16 bits a channel (PNG), or all coefficients held until the end (progressive JPEG)."""
+    """Whether decoding needs more memory: 16 bits per channel (PNG), or a progressive JPEG."""
     palette: bool = False
     transparent: tuple[int, ...] | None = None
-    """The one gray value or colour of a PNG that is transparent (tRNS without a palette)."""
+    """Gray value or colour of a PNG that is transparent (tRNS without a palette)."""
 
     def size(self, *, upright: bool) -> tuple[int, int]:
-        """Height and width, as stored or with the orientation applied."""
+        """Return height and width, as stored or with the orientation applied."""
         return (self.width, self.height) if upright and self.orientation >= 5 else (self.height, self.width)
 
     def decode_bytes(self, channels: int) -> int:
-        """Memory that decoding to `channels` takes, about."""
+        """Return about how much memory decoding to `channels` takes."""
         return self.height * self.width * channels * (3 if self.wide else 1)
 
 
-def read_header(source: bytes | bytearray | IO[bytes]) -> Header:
-    """The header of a file, or of its whole content.
+@dataclass(frozen=True)
+class ImageFormat:
+    """A file format that can be decoded."""
 
-    ValueError, saying why, if it is neither JPEG nor PNG or breaks off. Only the few bytes that matter are read.
+    suffixes: tuple[str, ...]
+    """Name endings in lower case."""
+    magic: bytes
+    """First bytes of a file."""
+    read_header: Callable[[IO[bytes]], Header]
+    """Reads the few bytes that matter. Raises ValueError, EOFError or struct.error if they are damaged."""
+    decode: Callable[[bytearray, Header, bool], Tensor]
+    """Decodes the whole file to (C, H, W), uint8 or uint16.
+
+    With True as the last argument the result is RGB. With False it has the samples of the file, which for a palette
+    are the indices. Raises ValueError for damaged content.
+    """
+
+
+def readable_suffixes() -> tuple[str, ...]:
+    """Return the name endings (lower case) of the images that can be decoded."""
+    return tuple(suffix for each in FORMATS.values() for suffix in each.suffixes)
+
+
+def without_suffix(name: str) -> str:
+    """Return the id in a name that a list or table has, with or without an ending such as `.jpg`."""
+    return name[: name.rindex(".")] if name.lower().endswith(readable_suffixes()) else name
+
+
+def is_image_name(name: str) -> bool:
+    """Return whether `name` ends like an image, decodable or not."""
+    return name.lower().endswith((*readable_suffixes(), *UNSUPPORTED_SUFFIXES))
+
+
+def is_unsupported(suffix: str) -> bool:
+    """Return whether `suffix` is that of an image that cannot be decoded."""
+    return suffix.lower() in UNSUPPORTED_SUFFIXES and suffix.lower() not in readable_suffixes()
+
+
+def read_header(source: bytes | bytearray | IO[bytes]) -> Header:
+    """Return the header of an open file or of its whole content. Only the few bytes that matter are read.
+
+    Raises ValueError, with the reason, for a file of unknown format or with a damaged header.
     """
     file = io.BytesIO(source) if isinstance(source, bytes | bytearray) else source
-    start = _up_to(file, 0, 8)
+    start = _up_to(file, 0, 16)
     try:
-        if start == b"\x89PNG\r\n\x1a\n":
-            return _png(file)
-        if start[:3] == b"\xff\xd8\xff":
-            return _jpeg(file)
+        for each in FORMATS.values():
+            if start.startswith(each.magic):
+                return each.read_header(file)
     except (EOFError, struct.error) as error:
         raise ValueError("its header breaks off") from error
-    raise ValueError("it is empty" if not start else "it is neither JPEG nor PNG: convert it to one of them")
+    names = " nor ".join(name.upper() for name in FORMATS)
+    raise ValueError(f"it is neither {names}: convert it to one of them" if start else "it is empty")
 
 
 def verify_png(data: bytes | bytearray) -> None:
-    """Check a PNG before it is decoded: libpng's errors end the process in torchvision 0.29.
+    """Check a PNG before it is decoded, because libpng errors end the process in torchvision 0.29.
 
-    Raises ValueError, saying what is damaged: a chunk that is unknown but critical or has a wrong CRC, no palette,
-    pixels that cannot be inflated, fewer of them than the header says, or a row with an unknown filter (PNG, third
-    edition, 5.3, 7.2 and 9.2).
+    Raises ValueError, with the reason, for an unknown critical chunk, a wrong CRC, a missing palette, pixels that
+    cannot be inflated, missing pixels, and a row with an unknown filter (PNG, third edition, 5.3, 7.2 and 9.2).
     """
     view, at = memoryview(data), 8
     inflate, rows, needs_palette = zlib.decompressobj(), None, False
@@ -117,20 +171,20 @@ def verify_png(data: bytes | bytearray) -> None:
 
 
 class _PngRows:
-    """Counts the bytes of a PNG's rows, and checks the filter that each row begins with, as they are inflated."""
+    """Counts the inflated bytes of a PNG and checks the filter byte of each row."""
 
     def __init__(self, header: memoryview) -> None:
         width, height, depth, color, _, _, interlace = struct.unpack_from(">IIBBBBB", header)
         bits = depth * _PNG_CHANNELS.get(color, 1)
         passes = _ADAM7 if interlace else ((0, 0, 1, 1),)
         sizes = [(-(-(width - x) // dx), -(-(height - y) // dy)) for x, y, dx, dy in passes]
-        # Number of rows and bytes of a row with its filter, for each pass that has pixels.
+        # Number of rows and bytes per row, filter included, of each pass that has pixels.
         self._passes = [(n_rows, 1 + (columns * bits + 7) // 8) for columns, n_rows in sizes if columns > 0 < n_rows]
         self._at = 0
         self.n_missing = sum(n_rows * n_bytes for n_rows, n_bytes in self._passes)
 
     def add(self, piece: bytes) -> None:
-        """Take the next inflated bytes. ValueError for a filter that there is not."""
+        """Check the next inflated bytes. Raise ValueError for an unknown filter."""
         self.n_missing -= len(piece)
         while piece and self._passes:
             n_rows, n_bytes = self._passes[0]
@@ -144,8 +198,8 @@ class _PngRows:
                 self._at = 0
 
 
-def _png(file: IO[bytes]) -> Header:
-    """Walk over the chunks (PNG, third edition, 5.3): eXIf may come before the pixels or after them."""
+def _read_png_header(file: IO[bytes]) -> Header:
+    """Read the chunks of a PNG (third edition, 5.3). eXIf may come before the pixels or after them."""
     if _exactly(file, 12, 4) != b"IHDR":
         raise ValueError("its header is damaged")
     width, height, depth, color = struct.unpack(">IIBB", _exactly(file, 16, 10))
@@ -174,18 +228,16 @@ def _png(file: IO[bytes]) -> Header:
     )
 
 
-def _jpeg(file: IO[bytes]) -> Header:
-    """Walk over the segments up to the frame header (ITU-T T.81, B.1)."""
+def _read_jpeg_header(file: IO[bytes]) -> Header:
+    """Read the segments of a JPEG up to the frame header (ITU-T T.81, B.1)."""
     orientation, at = None, 2
-    while at < _LONGEST_HEAD:
+    while at < _MAX_JPEG_HEADER_BYTES:
         mark, marker = _exactly(file, at, 2)
         if mark != 0xFF:
             raise ValueError("its header is damaged")
-        if marker == 0xFF:  # a fill byte
-            at += 1
-            continue
-        if 0xD0 <= marker <= 0xD8 or marker == 0x01:  # markers without content
-            at += 2
+        # A fill byte, or a marker without content.
+        if marker == 0xFF or 0xD0 <= marker <= 0xD8 or marker == 0x01:
+            at += 1 if marker == 0xFF else 2
             continue
         if marker in (0xD9, 0xDA):
             raise ValueError("its header names no size")
@@ -202,7 +254,7 @@ def _jpeg(file: IO[bytes]) -> Header:
 
 
 def _exif_orientation(exif: bytes) -> int | None:
-    """The orientation in the first directory of a TIFF block; None if there is none or it makes no sense."""
+    """Return the orientation in the first directory of a TIFF block, None if it is missing or invalid."""
     tiff = exif.removeprefix(_EXIF_MARK)
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
     if order is None:
@@ -217,8 +269,8 @@ def _exif_orientation(exif: bytes) -> int | None:
                 (value,) = struct.unpack_from(order + _EXIF_TYPES[kind], tiff, at + 8)
                 return value if 1 <= value <= 8 else None
     except struct.error:
-        # Damaged EXIF says nothing about the pixels, and decoders pass over it.
-        return None
+        # Damaged EXIF says nothing about the pixels, and decoders ignore it.
+        pass
     return None
 
 
@@ -232,3 +284,46 @@ def _exactly(file: IO[bytes], at: int, n: int) -> bytes:
 def _up_to(file: IO[bytes], at: int, n: int) -> bytes:
     file.seek(at)
     return file.read(max(0, n))
+
+
+def _decode_png(data: bytearray, header: Header, rgb: bool) -> Tensor:
+    import torch
+    from torchvision.io import decode_png
+
+    if header.palette and not rgb:
+        # torchvision returns colours, and wrong values for less than 8 bits.
+        with PngImageFile(io.BytesIO(data)) as image:
+            return torch.from_numpy(np.array(image, np.uint8))[None]
+    verify_png(data)
+    return _decode_by_torchvision(decode_png, data, rgb)
+
+
+def _decode_jpeg(data: bytearray, header: Header, rgb: bool) -> Tensor:
+    from torchvision.io import decode_jpeg
+
+    # Four channels are CMYK.
+    return _decode_by_torchvision(decode_jpeg, data, rgb or header.channels == 4)
+
+
+def _decode_by_torchvision(decoder: Callable[..., Tensor], data: bytearray, rgb: bool) -> Tensor:
+    import torch
+    from torchvision.io import ImageReadMode
+
+    try:
+        return decoder(
+            torch.frombuffer(data, dtype=torch.uint8), ImageReadMode.RGB if rgb else ImageReadMode.UNCHANGED
+        )
+    except RuntimeError as error:
+        # The decoders begin with a position in their own sources.
+        reason = re.sub(r"^\S+, \S+:\d+, ", "", str(error).splitlines()[0])
+        if "allocate" in reason:
+            # Too little memory is no damage of the image.
+            raise
+        raise ValueError(reason) from error
+
+
+FORMATS = {
+    "jpeg": ImageFormat((".jpg", ".jpeg", ".jpe", ".jfif"), b"\xff\xd8\xff", _read_jpeg_header, _decode_jpeg),
+    "png": ImageFormat((".png",), b"\x89PNG\r\n\x1a\n", _read_png_header, _decode_png),
+}
+"""Every format by its name."""

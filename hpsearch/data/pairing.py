@@ -1,0 +1,218 @@
+"""Pair the images of one folder with the masks of another by their names."""
+
+from __future__ import annotations
+
+import re
+import stat
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from hpsearch.data.dataset import Problem, Sample, Split
+from hpsearch.data.formats import is_image_name, is_unsupported
+from hpsearch.errors import DatasetError
+from hpsearch.user_files import broken_link, list_folder, name_fault, name_key, printable, require_usable_path
+
+MASK_WORD = re.compile(r"mask|truth|label|segment|annotation|(^|[^a-z])gt([^a-z]|$)", re.IGNORECASE)
+"""Words in a name that say that a folder or file holds masks."""
+FilesByKey = dict[str, list[Path]]
+"""Image files by `name_key` of their stem."""
+
+
+def find_pairs(
+    images: Path, masks: Path, split: Split, suffix: str, *, is_chosen: bool = False
+) -> tuple[list[Sample], list[Problem]]:
+    """Return images and masks whose stems match, and problems with the remaining files.
+
+    The stem of a mask is that of its image followed by `suffix`. An empty `suffix` is found from the names.
+    `is_chosen` says that the user chose the suffix, perhaps among those of several masks per image.
+    """
+    for folder in (images, masks):
+        require_usable_path(folder, DatasetError)
+    image_files, mask_files = images_by_key(images), images_by_key(masks)
+    together = images.samefile(masks)
+    suffix = name_key(suffix) or find_suffix(image_files, mask_files, together=together)
+    if together:
+        image_files, mask_files = _separated(image_files, suffix)
+    further = _further_masks(image_files, mask_files, suffix, is_chosen=is_chosen)
+    pairs: list[Sample] = []
+    problems: list[Problem] = []
+    for key, paths in image_files.items():
+        partners = mask_files.pop(key + suffix, [])
+        others = [path for other in further.get(key, ()) for path in mask_files.pop(other)]
+        id = _id(paths)
+        if fault := _pair_fault(id, paths, partners, others, missing=f"mask {id}{suffix}.png in {masks}"):
+            kind, text, files = fault
+            problems.append(Problem(kind, printable(id), files, text, split))
+        else:
+            pairs.append(Sample(id, paths[0], partners[0], split))
+    for key, paths in mask_files.items():
+        if is_chosen and not key.endswith(suffix) and _owner(key, suffix, image_files):
+            # A mask of another kind, such as another attribute, beside the chosen one.
+            continue
+        id = _id(paths)
+        if suffix and name_key(id[-len(suffix) :]) == suffix:
+            id = id[: -len(suffix)]
+        missing = ("missing image", f"{paths[0]} has no image {id}.jpg in {images}", tuple(paths))
+        kind, text, files = _file_fault(paths) or missing
+        problems.append(Problem(kind, printable(id), files, text, split))
+    return pairs, problems
+
+
+def images_by_key(folder: Path) -> FilesByKey:
+    """Return the image files of a folder by `name_key` of their stem, sorted, without superpixels and hidden files.
+
+    Broken links and files that cannot be accessed are included, so that they are reported.
+    """
+    found: FilesByKey = defaultdict(list)
+    for path in list_folder(folder, DatasetError):
+        key = name_key(path.stem)
+        is_image = is_image_name(path.name) and not path.name.startswith(".") and not key.endswith("_superpixels")
+        if is_image and may_be_file(path):
+            found[key].append(path)
+    return found
+
+
+def find_suffix(images: Iterable[str], masks: Iterable[str], *, together: bool) -> str:
+    """Return what most masks' stems have beyond their images', the shortest of equally frequent suffixes."""
+    stems = set(images)
+    votes: Counter[str] = Counter()
+    for mask in masks:
+        for end in range(len(mask), 0, -1):
+            # In one folder every mask would match itself.
+            if mask[:end] in stems and not (together and end == len(mask)):
+                votes[mask[end:]] += 1
+    return min(votes, key=lambda suffix: (-votes[suffix], len(suffix), suffix), default="")
+
+
+def advice_on_names(images: Path, masks: Path, suffix: str) -> str:
+    """Return what to do if no name of a mask matches that of an image. `suffix` is `data.mask_suffix`."""
+    names = images_by_key(masks)
+    image, mask = (
+        next(path for paths in files.values() for path in paths) for files in (images_by_key(images), names)
+    )
+    if unsupported := [path for path in (image, mask) if is_unsupported(path.suffix)]:
+        return _unsupported_text(unsupported[0])
+    if suffix:
+        return (
+            f"with data.mask_suffix = {suffix} (taken literally) the mask of {image.name} is "
+            f"{image.stem}{suffix}.png, but the masks have names like {mask.name}; left out, the suffix is found by "
+            "itself"
+        )
+    if masks.samefile(images):
+        return f"they are one folder, in which the mask of {image.name} would be {image.stem}_mask.png or the like"
+    prefixed = [stem for stem in names if stem.endswith(name_key(image.stem))]
+    example = names[prefixed[0]][0] if prefixed else mask
+    return (
+        f"a mask is named like its image, with or without something behind (mask of {image.name}: {image.stem}.png "
+        f"or {image.stem}_mask.png), but the masks have names like {example.name}: rename them"
+        + (f" ({example.name} to {image.stem}{example.suffix})" if prefixed else "")
+    )
+
+
+def may_be_file(path: Path) -> bool:
+    """Return whether `path` is a file, or a link or name that cannot be followed and may be meant as one."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return True
+
+
+def _id(paths: Sequence[Path]) -> str:
+    return unicodedata.normalize("NFC", paths[0].stem)
+
+
+_Fault = tuple[str, str, tuple[Path, ...]]
+"""Kind, text and files of a problem."""
+
+
+def _pair_fault(
+    id: str, paths: Sequence[Path], partners: Sequence[Path], others: Sequence[Path], *, missing: str
+) -> _Fault | None:
+    """Return why an image and the masks of its name are no pair."""
+    files = (*paths, *partners, *others)
+    if fault := _file_fault(files):
+        return fault
+    for same in (paths, partners):
+        if len(same) > 1:
+            text = f"{same[0]} and {same[1].name} have one name (but for case, Unicode form or ending): keep one"
+            return "two files of one name", text, tuple(same)
+    if not partners:
+        only = f" (only {', '.join(path.name for path in others)})" if others else ""
+        return "missing mask", f"{paths[0]} has no {missing}{only}", (*paths, *others)
+    if others:
+        named = f"{', '.join(path.name for path in (*partners, *others[:-1]))} and {others[-1].name}"
+        text = f"{paths[0]} has {1 + len(others)} masks, {named}: join them into one, or keep one"
+        return "several masks", text, files
+    return None
+
+
+def _file_fault(files: Sequence[Path]) -> _Fault | None:
+    """Return what is wrong with the names, links and formats of an image's files."""
+    for path in files:
+        if fault := name_fault(path.stem):
+            return "unusable name", f"{printable(path)}: its name {fault}: rename it", tuple(files)
+    for path in files:
+        if fault := broken_link(path):
+            return "dangling link", fault, tuple(files)
+    for path in files:
+        if is_unsupported(path.suffix):
+            return "unknown format", _unsupported_text(path), tuple(files)
+    return None
+
+
+def _unsupported_text(path: Path) -> str:
+    return f"{path} is a {path.suffix.lower()} file, which cannot be read: convert it to PNG or JPEG"
+
+
+def _separated(files: FilesByKey, suffix: str) -> tuple[FilesByKey, FilesByKey]:
+    """Divide the files of one folder into images and masks."""
+    if not suffix:
+        return files, {}
+    images = {key: paths for key, paths in files.items() if not key.endswith(suffix)}
+    # A second mask of an image looks like an image, unless its name says that it is a mask.
+    for key in [key for key in images if key + suffix not in files]:
+        if (owner := _owner(key, suffix, images)) and _says_mask(key[len(owner) :], suffix):
+            del images[key]
+    return images, {key: paths for key, paths in files.items() if key not in images}
+
+
+def _further_masks(
+    images: Collection[str], masks: Iterable[str], suffix: str, *, is_chosen: bool
+) -> Mapping[str, list[str]]:
+    """Return, by the image's key, the keys of masks that an image has beside the one of its name and `suffix`.
+
+    A mask that matches no image is a further mask of the image whose stem it begins with, as `x_mask_1.png` is of
+    `x.png`. Where images have such names too (`x.png` and `x_2.png`), a mask `x_3.png` lacks its image instead,
+    unless its name says that it is a mask. With a chosen suffix only masks that begin with it are further masks.
+    """
+    found: dict[str, list[str]] = defaultdict(list)
+    images_extend: bool | None = None
+    for key in masks:
+        owner = _owner(key, suffix, images)
+        if owner is None or (key.endswith(suffix) and key[: len(key) - len(suffix)] in images):
+            continue
+        rest = key[len(owner) :]
+        if is_chosen and not rest.startswith(suffix):
+            continue
+        if not _says_mask(rest, suffix):
+            if images_extend is None:
+                images_extend = any(_owner(image, suffix, images) for image in images)
+            if images_extend:
+                continue
+        found[owner].append(key)
+    return found
+
+
+def _owner(key: str, suffix: str, images: Container[str]) -> str | None:
+    """Return the longest image key that `key` begins with, up to `suffix` or the end of a word (not im1 of im10)."""
+    for end in range(len(key) - 1, 0, -1):
+        if key[:end] in images and ((suffix and key.startswith(suffix, end)) or not key[end].isalnum()):
+            return key[:end]
+    return None
+
+
+def _says_mask(rest: str, suffix: str) -> bool:
+    """Return whether the rest of a name says that the file is a mask, by a word or by `suffix` in front."""
+    return bool(suffix and rest.startswith(suffix)) or bool(MASK_WORD.search(rest.removesuffix(suffix)))
