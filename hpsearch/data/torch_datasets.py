@@ -59,6 +59,7 @@ class RoleDataset(Dataset[tuple[Tensor, Tensor]]):
     """
 
     role: Role
+    """Role of the images: the first argument."""
     color: Color
     """Channels of the images."""
     cache_path: Path
