@@ -325,7 +325,7 @@ def _build(cls: type, table: Any, section: str) -> Any:
 def _annotation(name: str) -> Any:
     section, _, key = name.partition(".")
     if section not in SECTIONS:
-        raise ConfigError(_unknown(name, setting_names(), "key"))
+        raise ConfigError(_unknown(name, [*SECTIONS, "search"], "section of"))
     hints = get_type_hints(SECTIONS[section])
     if key not in hints:
         raise ConfigError(_unknown(name, [f"{section}.{f.name}" for f in fields(SECTIONS[section])], "key"))
@@ -398,8 +398,8 @@ def _parse_value(text: str) -> Any:
 
 def _unknown(name: str, known: Iterable[str], kind: str) -> str:
     known = list(known)
-    # The right key behind another section, or one that is spelled nearly right.
-    elsewhere = [each for each in setting_names() if each.rpartition(".")[2] == name.rpartition(".")[2]]
-    close = elsewhere or difflib.get_close_matches(name, known, n=1)
-    hint = f" (did you mean {close[0]}?)" if close else ""
-    return f"unknown {kind} {name!r}{hint}; known: {', '.join(known)}"
+    # The same or a similar key, also in another section.
+    by_key = {each.rpartition(".")[2]: each for each in [*setting_names(), *known]}
+    close = difflib.get_close_matches(name.rpartition(".")[2], by_key, n=1)
+    hint = f"did you mean {by_key[close[0]]}?" if close else f"choose one of {', '.join(known)}."
+    return f"unknown {kind} {name!r}: {hint} docs/reference.md lists all settings"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 from hpsearch.data.prepare import Prepared
 from hpsearch.store.record import StudyRecord
@@ -12,58 +11,39 @@ from hpsearch.training.rows import EpochRow
 from hpsearch.workers.plan import ExecutionPlan, Forecast
 
 
-class StudyCallback(Protocol):
-    """Called by the coordinator's thread for each thing that happens, in order. Must return at once."""
+class StudyCallback:
+    """Base class of callbacks, whose methods do nothing.
+
+    They are called in the coordinator's thread, one for each event, in order. Every method must return quickly.
+    """
 
     def preparing(self, done: int, total: int) -> None:
-        """Images decoded so far."""
+        """Images are being decoded: `done` of `total` are ready."""
 
-    def prepared(self, prepared: Prepared) -> None: ...
+    def prepared(self, prepared: Prepared) -> None:
+        """All images are decoded."""
 
     def planned(self, record: StudyRecord, plan: ExecutionPlan, forecast: Forecast) -> None:
-        """About to begin or go on; nothing has been trained yet in this start."""
+        """The study starts or continues; this process has not trained anything yet."""
 
-    def trial_began(self, trial: TrialRecord) -> None: ...
+    def trial_began(self, trial: TrialRecord) -> None:
+        """A trial started or continues."""
 
-    def epoch_ended(self, trial: int, fold: int, row: EpochRow) -> None: ...
+    def epoch_ended(self, trial: int, fold: int, row: EpochRow) -> None:
+        """An epoch of a fit ended."""
 
-    def fold_ended(self, trial: int, fold: int, score: float) -> None: ...
+    def fold_ended(self, trial: int, fold: int, score: float) -> None:
+        """A fit ended; `score` is the mean over its held-out images."""
 
-    def trial_ended(self, trial: TrialRecord) -> None: ...
+    def trial_ended(self, trial: TrialRecord) -> None:
+        """A trial ended with an outcome."""
 
     def replicating(self, trials: Sequence[int], done: int, total: int) -> None:
         """The search is over; `done` of `total` refits of these trials are finished."""
 
     def message(self, text: str) -> None:
-        """One line about something else: a worker that died, an MLflow server that does not answer."""
+        """Another event in one line, such as a worker that died or an MLflow server that does not answer."""
 
 
-class NullCallback:
-    """A StudyCallback that does nothing."""
-
-    def preparing(self, done: int, total: int) -> None:
-        pass
-
-    def prepared(self, prepared: Prepared) -> None:
-        pass
-
-    def planned(self, record: StudyRecord, plan: ExecutionPlan, forecast: Forecast) -> None:
-        pass
-
-    def trial_began(self, trial: TrialRecord) -> None:
-        pass
-
-    def epoch_ended(self, trial: int, fold: int, row: EpochRow) -> None:
-        pass
-
-    def fold_ended(self, trial: int, fold: int, score: float) -> None:
-        pass
-
-    def trial_ended(self, trial: TrialRecord) -> None:
-        pass
-
-    def replicating(self, trials: Sequence[int], done: int, total: int) -> None:
-        pass
-
-    def message(self, text: str) -> None:
-        pass
+class NullCallback(StudyCallback):
+    """Ignores all events."""
