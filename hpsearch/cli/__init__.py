@@ -24,19 +24,8 @@ from hpsearch.cli import streams
 from hpsearch.errors import HpsearchError, StoppedError
 from hpsearch.user_files import printable
 
-COMMANDS = {
-    "study": "Search for the best configuration. The same command continues a stopped search.",
-    "final": "Retrain the best configuration on the whole pool and evaluate it on the test split.",
-    "status": "Show trials, outcomes, the best so far, what runs now, and the remaining time.",
-    "stop": "Stop a running study from another terminal or machine.",
-    "train": "Train one configuration without a search.",
-    "plan": "Show shapes, parameters, memory and time of a configuration before anything runs.",
-    "predict": "Predict the masks of images with a final model.",
-    "export": "Write a final model as ONNX, or the best configuration as TOML.",
-    "report": "Write the report of a study as one HTML file.",
-    "track": "Bring MLflow up to date with the record.",
-    "data": "Check, cache, augment, draw or download datasets.",
-}
+COMMANDS = ("study", "final", "status", "stop", "train", "plan", "predict", "export", "report", "track", "data")
+"""Names of the commands and of their modules, in the order of `--help`."""
 _USER_ERRORS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 """System errors about unusable paths. The user can fix the path, so they end as one line without a traceback."""
 
@@ -66,10 +55,6 @@ class _LazyGroup(CommandGroup):
             return None
         command: click.Command = importlib.import_module(f"hpsearch.cli.{cmd_name}").command
         return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -34,10 +34,10 @@ def command(
     model: str | None,
     trial: int | None,
 ) -> None:
-    """Export a final model as ONNX, or the best configuration as a TOML that `hpsearch train` runs again.
+    """Write a final model as ONNX, or a configuration as TOML.
 
-    The ONNX file is checked with ONNX Runtime before it is kept. Its metadata describe preprocessing and
-    post-processing. ONNX needs `pip install 'hpsearch[onnx]'`.
+    `hpsearch train --config` runs such a TOML. The ONNX file is checked with ONNX Runtime before it is kept. Its
+    metadata describe preprocessing and post-processing. ONNX needs `pip install 'hpsearch[onnx]'`.
 
     \b
         hpsearch export --onnx

@@ -37,10 +37,11 @@ def command(
     tracking: str | None,
     **chosen: Any,
 ) -> int:
-    """Retrain a configuration on the whole pool and evaluate it on the test split.
+    """Retrain a configuration and evaluate it on the test split.
 
-    Shows the estimates of the search beside the test result, and the gain of the search. The threshold, test-time
-    augmentation and cleaning of the masks are selected on out-of-fold predictions, never on the test set.
+    It is trained on the whole pool, the images of training and validation. The command shows the estimates of the
+    search beside the test result, and the gain of the search. The threshold, test-time augmentation and cleaning of
+    the masks are selected on out-of-fold predictions, never on the test set.
 
     \b
         hpsearch final --best

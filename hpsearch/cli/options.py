@@ -20,26 +20,10 @@ from hpsearch.user_files import broken_link, require_usable_path
 
 SHIPPED = (Path(__file__).parents[1] / "experiments", Path(__file__).parents[2] / "experiments")
 """Folders of the shipped studies: inside an installed package, and beside it in a checkout."""
-FLAGS = {
-    "data": "data.root",
-    "images": "data.images",
-    "masks": "data.masks",
-    "color": "data.color",
-    "size": "data.size",
-    "exclude_bad": "data.exclude_bad",
-    "groups": "data.groups",
-    "group_duplicates": "data.group_duplicates",
-    "seed": "study.seed",
-    "trials": "study.trials",
-    "folds": "study.folds",
-    "metric": "study.metric",
-    "sampler": "study.sampler",
-    "pruner": "study.pruner",
-    "confirm": "study.confirm",
-    "lookahead": "study.lookahead",
-    "allow_microbatch": "study.allow_microbatch",
+SETTING_OF = {
+    name.partition(".")[2]: name for name in configs.setting_names() if name.startswith(("data.", "study."))
 }
-"""Option to the setting that it sets."""
+"""Full name of each setting that an option can set. The parameter of that option has the setting's last name."""
 
 AT_LEAST_0, AT_LEAST_1 = click.IntRange(min=0), click.IntRange(min=1)
 Command = Callable[..., Any]
@@ -152,7 +136,7 @@ class Settings:
 CONFIG_OPTIONS = (
     click.option("--config", "config_file", metavar="FILE|NAME", help="Read this TOML file or shipped study."),
     click.option("--set", "overrides", multiple=True, metavar="section.key=value", help="Override one setting."),
-    click.option("--data", metavar="DIR|sample", help="Use the dataset in this folder (data.root)."),
+    click.option("--data", "root", metavar="DIR|sample", help="Use the dataset in this folder (data.root)."),
     click.option("--images", metavar="DIR", help="Use your own images in this folder; needs --masks."),
     click.option("--masks", metavar="DIR", help="Use the masks in this folder for --images."),
     click.option("--seed", type=int, help="Set the seed of folds, suggestions and fits (study.seed)."),
@@ -167,14 +151,14 @@ def config_options(command: Command) -> Command:
 
     @functools.wraps(command)
     def with_config(config_file: str | None, overrides: tuple[str, ...], **rest: Any) -> Any:
-        given = {name: rest.pop(name) for name in FLAGS if name in rest}
+        given = {name: rest.pop(name) for name in SETTING_OF if name in rest}
         # TOML writes numbers, strings and booleans as JSON does.
         flags = [
-            f"{FLAGS[name]}={json.dumps(value, ensure_ascii=False)}"
+            f"{SETTING_OF[name]}={json.dumps(value, ensure_ascii=False)}"
             for name, value in given.items()
             if value is not None and value is not False
         ]
-        settings = Settings(config_file, (*flags, *overrides), given.get("data"), given.get("images"))
+        settings = Settings(config_file, (*flags, *overrides), given["root"], given["images"])
         return command(settings=settings, **rest)
 
     for option in reversed(CONFIG_OPTIONS):

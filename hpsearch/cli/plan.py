@@ -39,10 +39,11 @@ def command(
     measure: bool,
     device: str,
 ) -> None:
-    """Show layer shapes, parameters, FLOPs, memory, and what fits, without training and without loading PyTorch.
+    """Show shapes, parameters, FLOPs and memory of a configuration.
 
-    For a search space, the default and the corners are shown. --measure also shows how long the study will take on
-    this machine. It trains a few steps on synthetic images, which takes some seconds.
+    This needs no training and no PyTorch. For a search space, the default and the corners are shown. --measure also
+    shows how long the study will take on this machine. It trains a few steps on synthetic images, which takes some
+    seconds.
 
     \b
         hpsearch plan --config report-fig14 --preset rtx4060

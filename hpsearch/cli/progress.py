@@ -211,7 +211,9 @@ class StudyProgress(StudyCallback):
             done, total = self._refits
             head += f"  refits {done}/{total}"
         eta = "?" if self._ends_at is None else duration(max(0.0, self._ends_at - time.monotonic()))
-        return Group(_bar(f"{head}  ETA {eta}", done, total), self._fit_table(self._record), *last)
+        # After the last fit, Optuna's database and MLflow are brought up to date.
+        rest = f"ETA {eta}" if self._fits or done < total else "finishing"
+        return Group(_bar(f"{head}  {rest}", done, total), self._fit_table(self._record), *last)
 
     def _fit_table(self, record: StudyRecord) -> Table:
         metric = record.config.study.metric

@@ -13,9 +13,10 @@ from hpsearch.paths import ProjectPaths
 @study_option
 @tracking_option
 def command(project: ProjectPaths, study_name: str | None, tracking: str | None) -> None:
-    """Write the report of a study as one HTML file, and its figures as PNG and PDF. The study may be running.
+    """Write the report of a study as one HTML file.
 
-    The files are also added to the study's run in MLflow.
+    Its figures are also written as PNG and PDF. The study may be running. All files are added to the study's run in
+    MLflow.
 
     \b
         hpsearch report

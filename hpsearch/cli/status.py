@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @study_option
 @click.option("--trial", type=click.IntRange(min=0), metavar="N", help="Show every pruning decision on this trial.")
 def command(project: ProjectPaths, study_name: str | None, trial: int | None) -> None:
-    """Show trials, outcomes, the best so far, what runs now, and the remaining time. Only reads the record.
+    """Show trials, the best so far, running fits and remaining time.
 
     If there are several studies, the running ones are shown, or all if none is running. With --study, every trial is
     listed with the reason why it ended. With --trial, every decision of the pruner on one trial is shown.

@@ -19,9 +19,10 @@ WAIT_S = 600.0
 @click.option("--trial", type=click.IntRange(min=0), metavar="N", help="Prune this trial only; the study goes on.")
 @click.option("--now", is_flag=True, help="Do not wait for the end of the current epochs.")
 def command(project: ProjectPaths, study_name: str | None, trial: int | None, now: bool) -> int:
-    """Ask a running study, or a running `final` of it, to stop with checkpoints, and wait until it has stopped.
+    """Stop a running study from another terminal or machine.
 
-    If there are several studies, the running one is stopped.
+    It, or its running `final`, stops with checkpoints. The command waits until it has stopped. If there are several
+    studies, the running one is stopped.
 
     \b
         hpsearch stop --study isic2017-64

@@ -16,7 +16,10 @@ from hpsearch.paths import ProjectPaths
     "--rebuild", is_flag=True, help="Correct runs that contradict the record, and the paths of a moved project."
 )
 def command(project: ProjectPaths, study_name: str | None, tracking: str | None, rebuild: bool) -> int:
-    """Log everything to MLflow that is on record and missing there, for one study or for all."""
+    """Bring MLflow up to date with the record.
+
+    Everything that is on record and missing in MLflow is logged, for one study or for all.
+    """
     from hpsearch.errors import TrackingError
     from hpsearch.store import lock
     from hpsearch.store.record import no_study, study_record

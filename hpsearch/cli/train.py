@@ -29,10 +29,11 @@ def command(
     machine: MachineChoice,
     tracking: str | None,
 ) -> int:
-    """Train one configuration on the training split and score it on the validation split, or use k folds.
+    """Train one configuration without a search.
 
-    This is a study of one trial: it is recorded, logged to MLflow, and continued by the same command. The TOML may be
-    that of a trial (MLflow's artifact trial.toml) or of a study, whose search space is ignored.
+    It is trained on the training split and scored on the validation split, or on k folds. This is a study of one
+    trial: it is recorded, logged to MLflow, and continued by the same command. The TOML may be that of a trial
+    (MLflow's artifact trial.toml) or of a study, whose search space is ignored.
 
     \b
         hpsearch train --config trial.toml
