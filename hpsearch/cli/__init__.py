@@ -1,6 +1,6 @@
-"""The command line: one module per command, each parses, calls one function, prints.
+"""The command line: each command has a module that parses its options, calls one function and prints the result.
 
-Nothing heavy is imported before a command runs, so that `--help` answers at once.
+Heavy libraries are imported only when a command runs, so that `--help` answers quickly.
 """
 
 from __future__ import annotations
@@ -24,27 +24,14 @@ from hpsearch.cli import streams
 from hpsearch.errors import HpsearchError, StoppedError
 from hpsearch.user_files import printable
 
-COMMANDS = {
-    "study": "Search for the best configuration; run again to continue.",
-    "final": "Retrain the best configuration on the whole pool and evaluate it on the test split.",
-    "status": "Studies here: trials, outcomes, best so far, what runs now.",
-    "stop": "Ask a running study to stop, from another terminal or machine.",
-    "train": "Train one configuration, without a search.",
-    "plan": "Shapes, parameters, memory and time of a configuration, before anything runs.",
-    "predict": "Masks of any images at their own resolution, from a final model.",
-    "export": "A final model as ONNX, or the best configuration as a TOML that runs again.",
-    "report": "One HTML file of what a study found, with its figures.",
-    "track": "Bring MLflow up to date with the record.",
-    "data": "Check, cache, augment, draw or download datasets.",
-}
-
-
+COMMANDS = ("study", "final", "status", "stop", "train", "plan", "predict", "export", "report", "track", "data")
+"""Names of the commands and of their modules, in the order of `--help`."""
 _USER_ERRORS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 """System errors about unusable paths. The user can fix the path, so they end as one line without a traceback."""
 
 
-class Suggesting(click.Group):
-    """A group that names the closest command where there is none of that name."""
+class CommandGroup(click.Group):
+    """A group that suggests the closest command for an unknown one."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -57,8 +44,8 @@ class Suggesting(click.Group):
         return super().resolve_command(ctx, args)
 
 
-class _Lazy(Suggesting):
-    """Imports a command's module only when that command is run."""
+class _LazyGroup(CommandGroup):
+    """A group that imports the module of a command only when that command is run."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -66,39 +53,34 @@ class _Lazy(Suggesting):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"hpsearch.cli.{cmd_name}")
-        command: click.Command = module.command
+        command: click.Command = importlib.import_module(f"hpsearch.cli.{cmd_name}").command
         return command
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
 
-
-@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="hpsearch")
 def group() -> None:
-    """Find the best UNet configuration for a segmentation dataset, and a number for it that can be published.
+    """Find the best UNet configuration for a segmentation dataset, with a score that can be published.
 
     \b
-        hpsearch study --trials 50 --folds 5      search; again = continue
+        hpsearch study --trials 50 --folds 5      search; run it again to continue
         mlflow ui                                 compare runs
         hpsearch final --best                     retrain, evaluate on the test split
     """
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line: exit code 0 done, 1 an error in one line, 2 usage, 128 + signal if interrupted."""
+    """Run the command line. Exit codes: 0 done, 1 error in one line, 2 usage, 128 + signal interrupted."""
     streams.protect()
-    atexit.register(_leave_cycles)
+    atexit.register(_skip_cycle_search)
     for stream in (sys.stdout, sys.stderr):
-        # A name that the terminal cannot show is no reason to fail.
+        # A file name that the terminal cannot show must not end the command.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     code = _run(arguments)
     views = sys.modules.get("hpsearch.views")
     if views is not None and views.is_updating():
-        # A server does not answer. Python would interrupt the thread anywhere, and within C++ code that is an abort.
+        # MLflow's server does not answer. At its end Python would kill the thread, which aborts within C++ code.
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -106,18 +88,24 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(code)
 
 
-def _leave_cycles() -> None:
-    """Spare Python, as it ends, the search for cycles among all that MLflow has loaded: most of a second."""
-    # What torch brings along (triton) reports its own objects as leaked unless they are found.
+def _skip_cycle_search() -> None:
+    """Exclude all objects from Python's last garbage collection, which takes most of a second after MLflow."""
+    # Triton, which torch loads, reports its objects as leaked unless they are collected.
     if "torch" not in sys.modules:
         gc.freeze()
 
 
 def _run(arguments: list[str] | None) -> int:
+    """Run a command, show its error as one line, and return the exit code."""
     try:
         result: Any = group.main(args=arguments, prog_name="hpsearch", standalone_mode=False)
     except click.exceptions.Abort:
         return 128 + signal.SIGINT
+    except click.NoSuchOption as error:
+        # click sorts its suggestions by the alphabet, not by likeness.
+        hint = f" Did you mean {' or '.join(map(repr, error.possibilities))}?" if error.possibilities else ""
+        click.UsageError(error.message + hint, error.ctx).show()
+        return error.exit_code
     except click.ClickException as error:
         error.show()
         return error.exit_code

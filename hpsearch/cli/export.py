@@ -1,38 +1,29 @@
-"""`hpsearch export`: a model as ONNX, a configuration as TOML."""
+"""`hpsearch export`: write a model as ONNX, or a configuration as TOML."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 
-from hpsearch.cli.options import out_option, study_option
+from hpsearch.cli.options import Command, model_option, out_option, study_option
 from hpsearch.paths import ProjectPaths
 
 _DEFAULT = "-"
 
 
+def _file_option(flag: str, text: str) -> Callable[[Command], Command]:
+    return click.option(flag, is_flag=False, flag_value=_DEFAULT, metavar="[FILE]", help=text)
+
+
 @click.command("export")
+@_file_option("--onnx", "Write the network as ONNX (default: model.onnx beside its weights).")
+@_file_option("--toml", "Write the configuration as TOML (default: trial-<number>.toml in the study's folder).")
+@model_option
 @click.option(
-    "--onnx",
-    is_flag=False,
-    flag_value=_DEFAULT,
-    metavar="[FILE]",
-    help="Write the network as ONNX (default: model.onnx beside its weights).",
+    "--trial", type=click.IntRange(min=0), help="Write the configuration of this trial (default: the best)."
 )
-@click.option(
-    "--toml",
-    is_flag=False,
-    flag_value=_DEFAULT,
-    metavar="[FILE]",
-    help="Write the configuration as TOML (default: trial-<number>.toml in the study's folder).",
-)
-@click.option(
-    "--model",
-    metavar="FOLDER|FILE",
-    help="For --onnx: a folder of `final`, or a weights file (default: the study's latest final).",
-)
-@click.option("--trial", type=click.IntRange(min=0), help="For --toml: this trial (default: the best).")
 @out_option
 @study_option
 def command(
@@ -43,17 +34,17 @@ def command(
     model: str | None,
     trial: int | None,
 ) -> None:
-    """Export a final model as ONNX, or the best configuration as a TOML that `hpsearch train` runs again.
+    """Write a final model as ONNX, or a configuration as TOML.
 
-    The ONNX file is checked in ONNX Runtime before it appears; its metadata say what comes before and after it. It
-    takes the packages of `pip install 'hpsearch[onnx]'`.
+    `hpsearch train` runs such a TOML again. The ONNX file is checked with ONNX Runtime before it is kept. Its
+    metadata describe preprocessing and post-processing. ONNX needs `pip install 'hpsearch[onnx]'`.
 
     \b
         hpsearch export --onnx
         hpsearch export --toml best.toml --study isic2017-64
     """
     if onnx is None and toml is None:
-        raise click.UsageError("say what to export: --onnx, --toml or both")
+        raise click.UsageError("give --onnx, --toml or both")
 
     from hpsearch.inference.export import export_onnx, export_toml
     from hpsearch.inference.predictor import find_model
@@ -66,7 +57,7 @@ def command(
         weights = find_model(project, study_name, model)
         path = _given(onnx) or weights.with_suffix(".onnx")
         difference = export_onnx(weights, path)
-        click.echo(f"model: {path} (its logits are torch's to {difference:.0e})")
+        click.echo(f"model: {path} (its logits differ from those of PyTorch by at most {difference:.0e})")
 
 
 def _given(path: str) -> Path | None:

@@ -1,118 +1,101 @@
-"""`hpsearch final`: retrain and evaluate on the test split."""
+"""`hpsearch final`: retrain a configuration and evaluate it on the test split."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from hpsearch.cli.options import device_option, out_option, study_option, tracking_option
+from hpsearch.cli import options
+from hpsearch.cli.options import AT_LEAST_0, AT_LEAST_1
 from hpsearch.paths import ProjectPaths
 
 if TYPE_CHECKING:
     from hpsearch.final import FinalResult
+    from hpsearch.search.autotune import MachineChoice
     from hpsearch.stats.intervals import Interval
     from hpsearch.training.rows import EpochRow
 
 
 @click.command("final")
-@out_option
-@study_option
-@click.option("--best", is_flag=True, help="The best complete trial (the default).")
-@click.option("--trial", type=click.IntRange(min=0), help="This trial instead.")
-@click.option(
-    "--cheapest-tied",
-    is_flag=True,
-    help="The fastest of the trials that cannot be distinguished from the best.",
-)
-@click.option("--seeds", default=1, type=click.IntRange(min=1), help="Networks to train, with different seeds.")
+@options.out_option
+@options.study_option
+@click.option("--best", is_flag=True, help="Retrain the best complete trial (the default).")
+@click.option("--trial", type=AT_LEAST_0, help="Retrain this trial.")
+@click.option("--cheapest-tied", is_flag=True, help="Retrain the fastest trial that is not distinguishably worse.")
+@click.option("--seeds", "n_seeds", default=1, type=AT_LEAST_1, help="Train this many networks with different seeds.")
 @click.option("--ensemble", is_flag=True, help="Also evaluate the ensemble of the fold networks on the test images.")
-@device_option
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads (default: as measured for the study).")
-@click.option("--zip", "submission", is_flag=True, help="Pack the test masks into a zip, ready to submit.")
-@tracking_option
+@options.machine_options
+@click.option("--zip", "submission", is_flag=True, help="Pack the test masks into a zip file for submission.")
+@options.tracking_option
 def command(
     project: ProjectPaths,
     study_name: str | None,
     best: bool,
-    trial: int | None,
-    cheapest_tied: bool,
-    seeds: int,
-    ensemble: bool,
-    device: str,
-    threads: int | None,
-    submission: bool,
+    machine: MachineChoice,
     tracking: str | None,
+    **chosen: Any,
 ) -> int:
-    """Retrain a configuration on the whole pool and evaluate it on the test split.
+    """Retrain a configuration and evaluate it on the test split.
 
-    Shows the estimates of the search beside the test result, and the gain of the search. The threshold, test-time
-    augmentation and cleaning of the masks are selected on out-of-fold predictions, never on the test set.
+    It is trained on the whole pool, the images of training and validation. The command shows the estimates of the
+    search beside the test result, and the gain of the search. The threshold, test-time augmentation and cleaning of
+    the masks are selected on out-of-fold predictions, never on the test set.
 
     \b
         hpsearch final --best
         hpsearch final --trial 17 --seeds 3
     """
-    from rich.console import Console
-    from rich.text import Text
-
-    from hpsearch.cli.progress import DecodingLines, undelivered
-    from hpsearch.cli.study import stop_on_signals
+    from hpsearch.cli.describe import describe_behind, next_command, tracker_of_existing
+    from hpsearch.cli.progress import DecodingLines
+    from hpsearch.cli.signals import stop_on_signals
     from hpsearch.final import run_final
-    from hpsearch.search.autotune import MachineChoice
     from hpsearch.search.stopping import Stop
-    from hpsearch.tracking import make_tracker
 
-    if best + cheapest_tied + (trial is not None) > 1:
+    if best + chosen["cheapest_tied"] + (chosen["trial"] is not None) > 1:
         raise click.UsageError("--best, --trial and --cheapest-tied exclude each other")
-    console = Console(highlight=False, soft_wrap=True)
-    stop = Stop()
-
-    def show(text: str) -> None:
-        console.print(Text(text))
 
     def on_epoch(index: int, row: EpochRow) -> bool:
-        line = f"network {index + 1}/{seeds}, epoch {row.epoch}: loss {row.train.loss:.4f}, Dice {row.train.dice:.4f}"
-        console.print(Text(f"{line} in training, {row.images_per_s:.0f} images/s"))
+        line = f"network {index + 1} of {chosen['n_seeds']}, epoch {row.epoch}: training loss {row.train.loss:.4f}"
+        click.echo(f"{line}, training Dice {row.train.dice:.4f}, {row.images_per_s:.0f} images/s")
         return True
 
+    stop = Stop()
     with stop_on_signals(stop):
         result = run_final(
             project,
             study_name,
-            trial=trial,
-            cheapest_tied=cheapest_tied,
-            n_seeds=seeds,
-            ensemble=ensemble,
-            machine=MachineChoice(device, 0, threads or 0),
-            tracker=make_tracker(project, tracking),
+            machine=machine,
+            tracker=tracker_of_existing(project, tracking),
             on_epoch=on_epoch,
-            on_decoded=DecodingLines(show),
-            on_step=show,
-            submission=submission,
+            on_decoded=DecodingLines(click.echo),
+            on_step=click.echo,
             stop=stop,
+            **chosen,
         )
-    # It is None only where `on_epoch` asks for it.
+    # It is None only if `on_epoch` returns False.
     assert result is not None
-    for line in describe(result):
-        console.print(Text(line))
+    click.echo("\n".join(describe(result)))
+    click.echo(f"Next: {next_command('report', result.study, project)}")
     if result.undelivered:
-        show(undelivered(result.study, project, tracking, result.tracking_error))
+        click.echo(describe_behind(result.study, project, tracking, result.tracking_error))
     return 0
 
 
 def describe(result: FinalResult) -> list[str]:
     """Return the lines that the command prints: the table of scores, what they mean, and where the files are."""
-    from hpsearch.cli.progress import describe_params
+    from hpsearch.cli.describe import describe_params
+    from hpsearch.report.formats import count
 
+    pool, test = count(result.n_pool, "pool image"), count(result.n_test, "test image")
     lines = [
         "",
         f"study {result.study}, trial {result.trial.number}: {describe_params(result.trial.params)}",
-        f"retrained on {result.n_pool} pool images, evaluated on {result.n_test} test images",
+        f"retrained on {pool}, evaluated on {test}",
         "",
         *_table(result),
-        "official: at each image's own resolution, scored as in the ISIC-2017 challenge; of the model that is kept",
+        "official: the kept model at each image's own resolution, scored as in the ISIC-2017 challenge",
     ]
     seeds = result.per_seed[result.metric]
     if len(seeds) > 1:
@@ -133,7 +116,18 @@ def _table(result: FinalResult) -> Iterator[str]:
         yield _line("corrected", metric, result.corrected.interval)
     if result.predicted is not None:
         yield _line("predicted for test", metric, result.predicted)
-    height, width = result.eval_size
+    for title, scores in _test_scores(result).items():
+        for row, (name, interval) in enumerate(scores.items()):
+            yield _line("" if row else title, name, interval)
+    if result.leaks:
+        n_left = result.n_test - result.n_leaked
+        value = f"{result.without_leaks:.4f}  on {n_left} images" if n_left else "no image left"
+        yield f"{'test, no duplicates':21}{metric:>17}  {value}"
+
+
+def _test_scores(result: FinalResult) -> dict[str, dict[str, Interval]]:
+    """Return the scores on the test images by the title of their block."""
+    metric, (height, width) = result.metric, result.eval_size
     blocks = {f"test at {height}x{width}": result.test}
     if result.chosen_test:
         blocks["test, post-processed"] = {metric: result.chosen_test[metric]}
@@ -141,13 +135,7 @@ def _table(result: FinalResult) -> Iterator[str]:
     if result.ensemble is not None:
         blocks[f"ensemble of {result.ensemble.n_networks}"] = {metric: result.ensemble.test[metric]}
         blocks["ensemble, official"] = result.ensemble.official
-    for title, scores in blocks.items():
-        for row, (name, interval) in enumerate(scores.items()):
-            yield _line("" if row else title, name, interval)
-    if result.leaks:
-        n_left = result.n_test - result.n_leaked
-        value = f"{result.without_leaks:.4f}  on {n_left} images" if n_left else "no image left"
-        yield f"{'test, no duplicates':21}{metric:>17}  {value}"
+    return blocks
 
 
 def _line(title: str, name: str, interval: Interval) -> str:

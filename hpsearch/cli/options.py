@@ -1,4 +1,4 @@
-"""Options that several commands share, and how they become a configuration."""
+"""Define the options that several commands share, and turn them into a configuration."""
 
 from __future__ import annotations
 
@@ -19,19 +19,24 @@ from hpsearch.paths import ProjectPaths, absolute, study_name_of
 from hpsearch.user_files import broken_link, require_usable_path
 
 SHIPPED = (Path(__file__).parents[1] / "experiments", Path(__file__).parents[2] / "experiments")
-"""Where the shipped studies lie: inside an installed package, or beside it in a checkout."""
+"""Folders of the shipped studies: inside an installed package, and beside it in a checkout."""
+SETTING_OF = {
+    name.partition(".")[2]: name for name in configs.setting_names() if name.startswith(("data.", "study."))
+}
+"""Full name of each setting that an option can set. The parameter of that option has the setting's last name."""
 
+AT_LEAST_0, AT_LEAST_1 = click.IntRange(min=0), click.IntRange(min=1)
 Command = Callable[..., Any]
 
 
 def out_option(command: Command) -> Command:
-    """`--out`, as the project it names."""
+    """Add `--out`, and pass the project that it names as `project`."""
 
     @click.option(
         "--out",
         default=".",
         type=click.Path(path_type=Path, file_okay=False),
-        help="Project folder (default: here).",
+        help="Use this project folder (default: the current folder).",
     )
     @functools.wraps(command)
     def with_project(out: Path, **rest: Any) -> Any:
@@ -43,27 +48,62 @@ def out_option(command: Command) -> Command:
     return with_project
 
 
-study_option = click.option("--study", "study_name", metavar="NAME", help="Name of the study.")
+class _Folds(click.ParamType[int | str]):
+    name = "k|fixed"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        text = str(value)
+        if text != "fixed" and not text.isdecimal():
+            self.fail(f"{text!r} is neither a number of folds nor 'fixed'", param, ctx)
+        return text if text == "fixed" else int(text)
+
+
+def folds_option(default: str | None, text: str) -> Callable[[Command], Command]:
+    """Return the option `--folds` with this help text."""
+    return click.option("--folds", type=_Folds(), default=default, metavar="k|fixed", help=text)
+
+
+study_option = click.option("--study", "study_name", metavar="NAME", help="Use the study of this name.")
 tracking_option = click.option(
-    "--tracking", metavar="URI|none", help="MLflow tracking URI; none: no tracking (default: mlflow.db in --out)."
+    "--tracking", metavar="URI|none", help="Log to MLflow at this URI, or not at all (default: mlflow.db in --out)."
+)
+model_option = click.option(
+    "--model", metavar="FOLDER|FILE", help="Use this folder of a final, or this weights file (default: latest final)."
 )
 device_option = click.option(
-    "--device", default="auto", metavar="auto|cpu|cuda[:n]|mps|xla", help="Where to train (default: auto)."
+    "--device", default="auto", metavar="auto|cpu|cuda[:n]|mps|xla", help="Compute on this device (default: auto)."
 )
+threads_option = click.option(
+    "--threads", type=AT_LEAST_1, help="Use this many CPU threads per process (default: measured; predict: all)."
+)
+
+
+def machine_options(command: Command) -> Command:
+    """Add `--device` and `--threads`, and pass them with `--workers`, if there is one, as `machine`."""
+
+    @device_option
+    @threads_option
+    @functools.wraps(command)
+    def with_machine(device: str, threads: int | None, workers: int | None = None, **rest: Any) -> Any:
+        from hpsearch.search.autotune import MachineChoice
+
+        return command(machine=MachineChoice(device, workers or 0, threads or 0), **rest)
+
+    return with_machine
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user gave: a TOML file, or none, and overrides on top of it."""
+    """The settings that the user gave: a TOML file, if any, and overrides."""
 
     config_file: str | None
     overrides: tuple[str, ...]
-    is_sample: bool
+    data: str | None = None
     images: str | None = None
 
     @property
     def name(self) -> str:
-        """The study's name where none is given: the folder of one's own images, else the TOML file's stem."""
+        """Default name of the study: the name of the image folder, or of the TOML file."""
         if self.images is None or self.config_file is not None:
             return self.path.stem
         folder = absolute(self.images)
@@ -71,14 +111,19 @@ class Settings:
         return study_name_of(folder)
 
     @property
+    def has_own_data(self) -> bool:
+        """Whether a flag names the user's own dataset."""
+        return self.images is not None or self.data not in (None, "sample")
+
+    @property
     def path(self) -> Path:
-        """The TOML file to start from: the one given, else the shipped default."""
-        return config_path(self.config_file or ("sample" if self.is_sample else "isic2017"))
+        """The TOML file to start from: the given one, or a shipped one."""
+        return config_path(self.config_file or ("sample" if self.data == "sample" else "isic2017"))
 
     def load(self, base: Path | None = None, *, is_searched: bool = False) -> StudyConfig:
-        """The configuration; without `--config`, on top of the TOML at `base` if there is one.
+        """Return the configuration. Without `--config`, it starts from the TOML at `base`, if that exists.
 
-        If it `is_searched`, what the overrides change in the search space is printed.
+        With `is_searched`, print what the overrides change in the search space.
         """
         path = base if self.config_file is None and base is not None and base.is_file() else self.path
         notes: list[str] = []
@@ -88,75 +133,48 @@ class Settings:
         return config
 
 
+CONFIG_OPTIONS = (
+    click.option("--config", "config_file", metavar="FILE|NAME", help="Read this TOML file or shipped study."),
+    click.option("--set", "overrides", multiple=True, metavar="section.key=value", help="Override one setting."),
+    click.option("--data", "root", metavar="DIR|sample", help="Use the dataset in this folder (data.root)."),
+    click.option("--images", metavar="DIR", help="Use your own images in this folder; needs --masks."),
+    click.option("--masks", metavar="DIR", help="Use the masks in this folder for --images."),
+    click.option("--seed", type=int, help="Set the seed of folds, suggestions and fits (study.seed)."),
+    click.option("--color", type=click.Choice(["rgb", "grayscale"]), help="Set the color mode of the input."),
+    click.option("--size", type=click.IntRange(min=8), help="Set height and width of the input (data.size)."),
+    click.option("--exclude-bad", is_flag=True, help="Leave out images with errors instead of refusing the dataset."),
+)
+
+
 def config_options(command: Command) -> Command:
-    """`--config`, `--set` and the flags for single settings, as one `settings` argument."""
-    options = [
-        click.option(
-            "--config", "config_file", metavar="FILE|NAME", help="A TOML file, or the name of a shipped one."
-        ),
-        click.option("--set", "overrides", multiple=True, metavar="section.key=value", help="Override one setting."),
-        click.option("--data", metavar="DIR|sample", help="Folder of the dataset (data.root)."),
-        click.option("--images", metavar="DIR", help="Folder of your own images; needs --masks."),
-        click.option("--masks", metavar="DIR", help="Folder of the masks of --images."),
-        click.option("--seed", type=int, help="Seed of folds, suggestions and fits (study.seed)."),
-        click.option("--color", type=click.Choice(["rgb", "grayscale"]), help="Channels that the network sees."),
-        click.option(
-            "--size", type=click.IntRange(min=8), help="Height and width that the network sees (data.size)."
-        ),
-        click.option("--exclude-bad", is_flag=True, help="Leave out images with errors instead of refusing."),
-    ]
+    """Add `--config`, `--set` and the flags for single settings, and pass them as `settings`."""
 
     @functools.wraps(command)
-    def with_config(
-        config_file: str | None,
-        overrides: tuple[str, ...],
-        data: str | None,
-        images: str | None,
-        masks: str | None,
-        seed: int | None,
-        exclude_bad: bool,
-        color: str | None,
-        size: int | None,
-        **rest: Any,
-    ) -> Any:
-        flags: dict[str, Any] = {"data.root": data, "data.images": images, "data.masks": masks, "study.seed": seed}
-        flags |= {"data.color": color, "data.size": size}
-        flags["data.exclude_bad"] = exclude_bad or None
-        flags["data.groups"] = rest.pop("groups", None)
-        flags["data.group_duplicates"] = rest.pop("group_duplicates", None) or None
-        flags["study.allow_microbatch"] = rest.pop("allow_microbatch", None) or None
-        flags["study.lookahead"] = rest.pop("lookahead", None)
-        for setting in ("trials", "folds", "sampler", "pruner", "metric", "confirm"):
-            flags[f"study.{setting}"] = rest.pop(setting, None)
-        given = [f"{name}={_toml(value)}" for name, value in flags.items() if value is not None]
-        settings = Settings(config_file, (*given, *overrides), data == "sample", images)
+    def with_config(config_file: str | None, overrides: tuple[str, ...], **rest: Any) -> Any:
+        given = {name: rest.pop(name) for name in SETTING_OF if name in rest}
+        # TOML writes numbers, strings and booleans as JSON does.
+        flags = [
+            f"{SETTING_OF[name]}={json.dumps(value, ensure_ascii=False)}"
+            for name, value in given.items()
+            if value is not None and value is not False
+        ]
+        settings = Settings(config_file, (*flags, *overrides), given["root"], given["images"])
         return command(settings=settings, **rest)
 
-    for option in reversed(options):
+    for option in reversed(CONFIG_OPTIONS):
         with_config = option(with_config)
     return with_config
 
 
 def config_path(name: str) -> Path:
-    """The file `name`, or the shipped study of that name; ConfigError lists those if it is neither."""
+    """Return the file `name`, or the shipped study of that name. Raise ConfigError if it is neither."""
     path = Path(name)
     if path.suffix == ".toml" or path.is_file():
         return path
-    for folder in SHIPPED:
-        if (folder / f"{name}.toml").is_file():
-            return folder / f"{name}.toml"
-    shipped = sorted({path.stem for folder in SHIPPED for path in folder.glob("*.toml")})
+    shipped = {path.stem: path for folder in reversed(SHIPPED) for path in folder.glob("*.toml")}
+    if name in shipped:
+        return shipped[name]
     close = difflib.get_close_matches(name, shipped, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
-    raise ConfigError(
-        f"--config {name}: there is no such file, and no shipped study of that name ({', '.join(shipped)}){hint}"
-    )
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int | float):
-        return str(value)
-    # A folder whose name looks like a number or a list must stay a string. JSON's strings are TOML's.
-    return json.dumps(value, ensure_ascii=False)
+    known = ", ".join(sorted(shipped))
+    raise ConfigError(f"--config {name}: there is no such file, and no shipped study of that name ({known}){hint}")

@@ -1,12 +1,11 @@
-"""The tables of `hpsearch plan`."""
+"""Compute the lines and tables of `hpsearch plan`."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from rich.table import Table
 
 from hpsearch.config import StudyConfig
 from hpsearch.config.search import Choice, Range
@@ -25,11 +24,12 @@ from hpsearch.workers.plan import MEMORY_SHARE
 MIB, GIB = 2**20, 2**30
 REPORT_BYTES_PER_VALUE = 1
 """The report's own estimate counts one byte per value of every feature map."""
+LAYER_HEAD = ("layer", "kind", "channels", "size", "parameters", "GFLOP", "activations, MiB")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What the tables suppose of the machine."""
+    """What the tables assume about the machine."""
 
     precision: str = "float32"
     memory_gib: float | None = None
@@ -37,11 +37,11 @@ class Machine:
 
 
 def describe_config(config: StudyConfig, machine: Machine) -> list[str]:
-    """Everything about one configuration in a few lines."""
+    """Return everything about one configuration in a few lines."""
     unet, data, batch = config.unet, config.data, config.train.batch_size
     head = f"{describe(unet)}; {data.height}x{data.width} {data.color}, batch {batch}, {machine.precision}"
     if reason := impossible(config):
-        return [head, f"cannot be: {reason}"]
+        return [head, f"impossible: {reason}"]
     found = _layer_costs(config, machine)
     count = n_parameters(unet, data.n_channels)
     memory = _memory(config, machine)
@@ -54,7 +54,7 @@ def describe_config(config: StudyConfig, machine: Machine) -> list[str]:
         )
     lines += [
         f"parameters {_rounded(count / 1e6)} M, {_size(count * 4)} in float32",
-        f"training step {_rounded(training_flops(*_shape(config)) / 1e9)} GFLOP an image",
+        f"training step {_rounded(training_flops(*_shape(config)) / 1e9)} GFLOP per image",
     ]
     if found:
         lines.append(_saved_line(config, machine, found, memory.weights))
@@ -79,22 +79,15 @@ def _saved_line(config: StudyConfig, machine: Machine, found: list[LayerCost], w
     one_byte = sum(cost.layer.n_outputs for cost in found) * config.train.batch_size * REPORT_BYTES_PER_VALUE
     return (
         f"saved for back-propagation {_size(saved)}, with the weights {_size(saved + weights)}"
-        f"; at one byte a value, as the report estimates: {_size(one_byte)}"
+        f"; at one byte per value, as the report estimates: {_size(one_byte)}"
     )
 
 
-def layer_table(config: StudyConfig, machine: Machine) -> Table:
-    """Layer by layer: shape, parameters, FLOPs, activations."""
-    columns = ("layer", "kind", "channels", "size", "parameters", "GFLOP", "activations, MiB")
-    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
-    table.columns[0].no_wrap = True
-    for column in table.columns[2:]:
-        column.justify = "right"
-    if impossible(config):
-        return table
-    for cost in _layer_costs(config, machine):
+def layer_rows(config: StudyConfig, machine: Machine) -> Iterator[Sequence[str]]:
+    """Yield the shape, parameters, FLOPs and activations of each layer, in the columns of `LAYER_HEAD`."""
+    for cost in _layer_costs(config, machine) if not impossible(config) else ():
         layer = cost.layer
-        table.add_row(
+        yield (
             layer.name,
             layer.kind,
             str(layer.channels),
@@ -103,63 +96,59 @@ def layer_table(config: StudyConfig, machine: Machine) -> Table:
             f"{layer.flops / 1e9:.3f}" if layer.flops else "",
             f"{cost.activations / MIB:.1f}" if cost.activations else "",
         )
-    return table
 
 
-def corner_table(config: StudyConfig, machine: Machine) -> Table:
-    """The corners of the search space, as far as they matter for size and memory."""
+def corners(config: StudyConfig, machine: Machine) -> tuple[Sequence[str], list[Sequence[str]], int]:
+    """Return a table of the corners of the search space that differ in size or memory.
+
+    Returns the head, the rows, and how many columns from the left are settings.
+    """
     names = [name for name, _ in config.search if not name.startswith("train.") or name == "train.batch_size"]
-    sizes = [name.partition(".")[2] for name in names]
-    memory_gib = machine.memory_gib
-    columns = [
-        *sizes,
-        "parameters, M",
-        "GFLOP an image",
-        "peak, GiB",
-        *([f"{memory_gib:g} GiB"] if memory_gib else []),
-    ]
-    table = Table(*columns, box=None, pad_edge=False, title="corners of the search space", title_justify="left")
-    for column in table.columns[len(sizes) :]:
-        column.justify = "right"
+    fits = [f"{machine.memory_gib:g} GiB"] if machine.memory_gib else []
+    head = [*(name.partition(".")[2] for name in names), "parameters, M", "GFLOP per image", "peak, GiB", *fits]
     dimensions = dict(config.search)
+    rows: list[Sequence[str]] = []
     for values in itertools.product(*(_ends(dimensions[name]) for name in names)):
-        shown = [str(value) for value in values]
-        try:
-            corner = config.with_params(dict(zip(names, values, strict=True)))
-            reason = impossible(corner)
-        except ConfigError as error:
-            reason = str(error)
-        if reason:
-            table.add_row(*shown, "", "", "cannot be", *([""] if memory_gib else []))
-            continue
-        total = _memory(corner, machine).total
-        table.add_row(
-            *shown,
-            _rounded(n_parameters(corner.unet, corner.data.n_channels) / 1e6),
-            _rounded(training_flops(*_shape(corner)) / 1e9),
-            _rounded(total / GIB),
-            *([_verdict(total, memory_gib)] if memory_gib else []),
-        )
-    return table
+        costs = _corner_costs(config, dict(zip(names, values, strict=True)), machine)
+        rows.append([*map(str, values), *costs])
+    return head, rows, len(names)
+
+
+def _corner_costs(config: StudyConfig, params: dict[str, Any], machine: Machine) -> list[str]:
+    """Return parameters, FLOPs, peak memory and, if the memory is known, whether it fits."""
+    try:
+        corner = config.with_params(params)
+        reason = impossible(corner)
+    except ConfigError as error:
+        reason = str(error)
+    if reason:
+        return ["", "", "impossible", *([""] if machine.memory_gib else [])]
+    total = _memory(corner, machine).total
+    return [
+        _rounded(n_parameters(corner.unet, corner.data.n_channels) / 1e6),
+        _rounded(training_flops(*_shape(corner)) / 1e9),
+        _rounded(total / GIB),
+        *([_verdict(total, machine.memory_gib)] if machine.memory_gib else []),
+    ]
 
 
 def impossible(config: StudyConfig) -> str | None:
-    """Why a configuration cannot exist at its size; None if it can."""
+    """Return why a configuration is impossible at its size; None if it is possible."""
     return why_impossible(*_shape(config), batch_size=config.train.batch_size)
 
 
 def _size(n_bytes: float) -> str:
-    """`5.50 GiB`, or `7.3 MiB` of what is small."""
+    """Return `5.50 GiB`, or `7.3 MiB` for a small size."""
     return f"{n_bytes / GIB:.2f} GiB" if n_bytes >= GIB / 10 else f"{_rounded(n_bytes / MIB)} MiB"
 
 
 def _rounded(value: float) -> str:
-    """Two decimals, or two digits of what these would make nothing of."""
+    """Return a number with two decimals, or with two digits if it is small."""
     return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
 def _verdict(needed: int, memory_gib: float) -> str:
-    # The same rule by which a study decides what costs no training.
+    # A study decides by the same rule whether a trial is infeasible.
     return "fits" if needed <= MEMORY_SHARE * memory_gib * GIB else "does not fit"
 
 
@@ -175,7 +164,7 @@ def _memory(config: StudyConfig, machine: Machine) -> MemoryEstimate:
 
 
 def _layer_costs(config: StudyConfig, machine: Machine) -> list[LayerCost]:
-    """Of the layers that are run: a network that is trained on windows stretches nothing, as in the paper."""
+    """Return the costs of the layers; a network that is trained on windows has no interpolation, as in the paper."""
     costs = layer_costs(
         *_shape(config),
         batch_size=config.train.batch_size,

@@ -1,14 +1,12 @@
-"""What a person sees of a running study: live on a terminal, a line per event elsewhere."""
+"""Show the progress of a study: a live display on a terminal, one line per event elsewhere."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -16,11 +14,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from hpsearch.cli import describe
+from hpsearch.cli.describe import describe_params
 from hpsearch.cli.streams import write_to_stderr
 from hpsearch.data.prepare import Prepared
-from hpsearch.errors import redact
-from hpsearch.paths import ProjectPaths, command_line
+from hpsearch.paths import ProjectPaths
 from hpsearch.report.formats import count, duration, outcome_name
+from hpsearch.search.callbacks import StudyCallback
 from hpsearch.search.status import study_status
 from hpsearch.store.record import StudyRecord
 from hpsearch.store.trials import COUNTED, TrialRecord
@@ -28,12 +28,12 @@ from hpsearch.study import StudySummary
 from hpsearch.training.rows import EpochRow
 from hpsearch.workers.plan import ExecutionPlan, Forecast, describe_data
 
-LONG_S = 36 * 3600.0
-"""A search that is foreseen to take longer is worth a word before it begins."""
+N_NAMED = 5
+"""Excluded images that are named."""
 
 
 class DecodingLines:
-    """Prints how many images are decoded, a few times in all; called as `progress(done, total)` of the caches."""
+    """Show how many images are decoded, about five times; called as a progress callback, with (done, total)."""
 
     def __init__(self, show: Callable[[str], None]) -> None:
         self._show = show
@@ -47,8 +47,8 @@ class DecodingLines:
             self._next = (done * 4 // total + 1) / 4
 
 
-class StudyProgress:
-    """Shows a running study. Use as a context manager, and as the study's callback."""
+class StudyProgress(StudyCallback):
+    """The callback of the command line, to be used as a context manager."""
 
     def __init__(self, name: str, project: ProjectPaths, tracking: str | None = None) -> None:
         """`tracking` is the option `--tracking`."""
@@ -61,14 +61,14 @@ class StudyProgress:
         self._images: tuple[int, int] | None = None
         self._trials: dict[int, TrialRecord] = {}
         self._best: tuple[int, float] | None = None
-        """Number of the best trial so far and what it is ranked by."""
+        """Number of the best trial so far, and the value that it is ranked by."""
         self._fits: dict[tuple[int, int], EpochRow] = {}
-        self._to_go: tuple[float, float] | None = None
-        """Seconds to go, and when that was reckoned."""
-        self._second: tuple[int, int] | None = None
-        """Second fits done, and of how many."""
+        self._ends_at: float | None = None
+        """Expected end on the monotonic clock."""
+        self._refits: tuple[int, int] | None = None
+        """Finished refits and all refits."""
         self._interruption = ""
-        self._say_decoded = DecodingLines(self._print)
+        self._decoding = DecodingLines(self._print)
         self._live = Live(console=self._console, refresh_per_second=4, transient=True, get_renderable=self._render)
 
     def __enter__(self) -> StudyProgress:
@@ -82,48 +82,36 @@ class StudyProgress:
     def preparing(self, done: int, total: int) -> None:
         self._images = (done, total)
         if not self._is_live:
-            self._say_decoded(done, total)
+            self._decoding(done, total)
 
     def prepared(self, prepared: Prepared) -> None:
         self._images = None
         for note in prepared.notes:
             self._print(f"note: {note}")
-        if prepared.excluded:
-            n = len(prepared.excluded)
-            more = ", ..." if n > 5 else ""
-            named = ", ".join(prepared.excluded[:5]) + more
-            self._print(f"left out {n} image{'s' if n > 1 else ''} with errors: {named}")
+        if excluded := prepared.excluded:
+            named = ", ".join(excluded[:N_NAMED]) + (", ..." if len(excluded) > N_NAMED else "")
+            self._print(f"left out {count(len(excluded), 'image')} with errors: {named}")
 
     def planned(self, record: StudyRecord, plan: ExecutionPlan, forecast: Forecast) -> None:
-        self._record = record
+        self._record, config = record, record.config
         self._trials = {trial.number: trial for trial in record.trials()}
         self._rank()
-        self._to_go = (forecast.total_s, time.monotonic()) if math.isfinite(forecast.total_s) else None
-        config = record.config
+        if math.isfinite(forecast.total_s):
+            self._ends_at = time.monotonic() + forecast.total_s
         if self._trials:
-            counted = sum(trial.outcome in COUNTED for trial in self._trials.values())
             n_open = sum(trial.outcome is None for trial in self._trials.values())
-            goes_on = (
-                f", {n_open} {'goes on where it' if n_open == 1 else 'go on where they'} stopped" if n_open else ""
-            )
-            self._print(f"study {self._name} is continued: {counted} of {config.study.trials} trials done{goes_on}")
-        on = plan.machine.get("device_name", plan.device)
-        folds = "the fixed split" if config.study.folds == "fixed" else f"{config.study.folds} folds"
-        self._print(
-            f"study {self._name}: {count(config.study.trials, 'trial')} x {folds} x "
-            f"{count(config.train.epochs, 'epoch')} on {forecast.n_images} images ({describe_data(config.data)})"
-        )
-        self._print(
-            f"on {on}, {plan.precision}, {len(plan.workers)} worker(s) x {plan.workers[0].threads} thread(s); "
-            f"sampler {config.study.sampler}, pruner {config.study.pruner}"
-        )
-        if forecast.n_trials and math.isfinite(forecast.total_s):
-            self._print(describe_forecast(config.study.pruner, forecast))
-        if forecast.total_s > LONG_S and plan.device == "cpu":
+            open_ones = f", {count(n_open, 'open trial')}" if n_open else ""
             self._print(
-                "that is long: stop with Ctrl-C and take `--config isic2017-64`, the same search at 64x64 (hours), "
-                "or a smaller --set data.size"
+                f"continuing study {self._name}: {self._n_counted} of {count(config.study.trials, 'trial')} done"
+                f"{open_ones}"
             )
+        self._print(
+            f"study {self._name}: {count(config.study.trials, 'trial')} x {describe.describe_folds(config)} x "
+            f"{count(config.train.epochs, 'epoch')} on {count(forecast.n_images, 'image')} "
+            f"({describe_data(config.data)})"
+        )
+        for line in describe.describe_start(config, plan, forecast):
+            self._print(line)
 
     def trial_began(self, trial: TrialRecord) -> None:
         self._trials[trial.number] = trial
@@ -140,60 +128,59 @@ class StudyProgress:
 
     def trial_ended(self, trial: TrialRecord) -> None:
         self._trials[trial.number] = trial
-        for key in [key for key in self._fits if key[0] == trial.number]:
-            del self._fits[key]
+        self._fits = {key: row for key, row in self._fits.items() if key[0] != trial.number}
         self._rank()
-        self._reckon()
-        value = f"{trial.value:.4f}" if trial.value is not None else "-"
+        self._update_eta()
+        value = f" {trial.value:.4f}" if trial.value is not None else ""
         mark = "  best so far" if self._best is not None and self._best[0] == trial.number else ""
         reason = f"  ({trial.reason})" if trial.outcome != "complete" and trial.reason else ""
         outcome = outcome_name(trial.outcome or "open")
-        self._print(f"trial {trial.number} {outcome} {value}{mark}{reason}  {describe_params(trial.params)}")
+        self._print(f"trial {trial.number} {outcome}{value}{mark}{reason}  {describe_params(trial.params)}")
 
     def replicating(self, trials: Sequence[int], done: int, total: int) -> None:
-        if self._second is None:
+        if self._refits is None:
             listed = ("trial " if len(trials) == 1 else "trials ") + ", ".join(map(str, trials))
             self._print(f"search finished; refitting the top candidates ({listed}) with new seeds")
-        self._second = done, total
+        self._refits = done, total
         self._rank()
-        self._reckon()
+        self._update_eta()
 
     def message(self, text: str) -> None:
         self._rank()
         self._print(text)
 
     def interrupted(self, text: str) -> None:
-        """Show what follows from a signal. Called in its handler, which may have interrupted a print: so no print."""
+        """Show a line from a signal handler, which may have interrupted a print and so must not print."""
         if self._is_live:
-            # The next refresh shows it; a line written between two would be overwritten.
+            # The next refresh shows it. A line written between two refreshes would be overwritten.
             self._interruption = text
         else:
             write_to_stderr(text)
 
     def summarise(self, summary: StudySummary) -> None:
-        """The result and the next step."""
+        """Print the result and the next commands."""
         record = summary.record
-        standing, n_trials = record.standing(), record.config.study.trials
+        standing, n_trials = record.standing(), count(record.config.study.trials, "trial")
         if (winner := standing.winner) is not None:
+            value = f"{record.config.study.metric} {standing.values[winner]:.4f} out of fold"
             both = ", both fits" if winner in standing.confirmed else ""
-            self._print(
-                f"best: trial {winner}, {record.config.study.metric} {standing.values[winner]:.4f} out of fold{both} "
-                f" {describe_params(record.trial(winner).params)}"
-            )
+            self._print(f"best: trial {winner}, {value}{both}  {describe_params(record.trial(winner).params)}")
         if summary.stopped:
-            self._print(
-                f"stopped with {summary.n_counted} of {n_trials} trials: run the same command again to continue"
-            )
+            self._print(f"stopped with {summary.n_counted} of {n_trials}: run the same command again to continue")
         else:
-            self._print(f"{summary.n_counted} of {n_trials} trials done. Next:")
-            self._print(f"  {command_line('final --best', self._name, self._project)}")
-            root = self._project.root
-            folder = "" if str(root) == "." else f"cd {shlex.quote(str(root))} && "
-            if self._tracking != "none":
-                self._print(f"  {folder}mlflow ui")
-            self._print(f"  {command_line('report', self._name, self._project)}")
+            mlflow = [] if self._tracking == "none" else [describe.mlflow_command(self._project)]
+            final, report = (
+                describe.next_command(each, self._name, self._project) for each in ("final --best", "report")
+            )
+            self._print(f"{summary.n_counted} of {n_trials} done. Next:")
+            for line in (final, *mlflow, report):
+                self._print(f"  {line}")
         if summary.undelivered:
-            self._print(undelivered(self._name, self._project, self._tracking, summary.tracking_error))
+            self._print(describe.describe_behind(self._name, self._project, self._tracking, summary.tracking_error))
+
+    @property
+    def _n_counted(self) -> int:
+        return sum(trial.outcome in COUNTED for trial in self._trials.values())
 
     def _rank(self) -> None:
         if self._record is not None:
@@ -201,82 +188,51 @@ class StudyProgress:
             self._best = None if standing.winner is None else (standing.winner, standing.values[standing.winner])
 
     def _print(self, text: str) -> None:
-        # The study does not end with its terminal, or with whoever read its output: all is in its log too.
+        # A study goes on without its terminal or the reader of its output: its log has everything, too.
         with contextlib.suppress(OSError):
-            # Text, not markup: names and reasons may hold brackets.
+            # Text, not markup: names and reasons may contain brackets.
             self._console.print(Text(text))
             sys.stdout.flush()
 
     def _render(self) -> Group:
+        """Return the live display."""
+        last = [Text(self._interruption, style="bold")] if self._interruption else []
         if self._images is not None:
             done, total = self._images
-            return Group(_bar(f"decoding images {done}/{total}", done, total), *self._last_lines())
+            return Group(_bar(f"decoding images {done}/{total}", done, total), *last)
         if self._record is None:
-            return Group(Text("getting ready"), *self._last_lines())
+            return Group(Text("preparing"), *last)
         config = self._record.config
-        counted = sum(trial.outcome in COUNTED for trial in self._trials.values())
-        head = f"study {self._name}  {counted}/{config.study.trials} trials"
+        done, total = self._n_counted, config.study.trials
+        head = f"study {self._name}  {done}/{total} trials"
         if self._best is not None:
             head += f"  best {self._best[1]:.4f} (trial {self._best[0]})"
-        done, total = counted, config.study.trials
-        if self._second is not None:
-            done, total = self._second
+        if self._refits is not None:
+            done, total = self._refits
             head += f"  refits {done}/{total}"
-        lines = [_bar(f"{head}  ETA {self._eta()}", done, total)]
+        eta = "?" if self._ends_at is None else duration(max(0.0, self._ends_at - time.monotonic()))
+        # After the last fit, Optuna's database and MLflow are brought up to date.
+        rest = f"ETA {eta}" if self._fits or done < total else "finishing"
+        return Group(_bar(f"{head}  {rest}", done, total), self._fit_table(self._record), *last)
+
+    def _fit_table(self, record: StudyRecord) -> Table:
+        metric = record.config.study.metric
         table = Table.grid(padding=(0, 2))
         for (trial, fold), row in sorted(self._fits.items()):
-            scores = row.scores
             table.add_row(
                 f"  trial {trial}",
-                f"fold {fold + 1} of {self._record.n_folds}",
+                f"fold {fold + 1} of {record.n_folds}",
                 f"epoch {row.epoch} of {self._trials[trial].config['train']['epochs']}",
                 f"loss {row.train.loss:.3f}",
-                f"{config.study.metric} {getattr(scores, config.study.metric):.4f}",
+                f"{metric} {getattr(row.scores, metric):.4f}",
                 f"{row.images_per_s:.0f} images/s",
             )
-        return Group(*lines, table, *self._last_lines())
+        return table
 
-    def _last_lines(self) -> list[Text]:
-        return [Text(self._interruption, style="bold")] if self._interruption else []
-
-    def _reckon(self) -> None:
-        """How long it will still take, by what has been recorded so far."""
+    def _update_eta(self) -> None:
+        """Expect the end by the trials on record."""
         if self._is_live and (seconds := study_status(self._project, self._name).eta_s) is not None:
-            self._to_go = seconds, time.monotonic()
-
-    def _eta(self) -> str:
-        if self._to_go is None:
-            return "?"
-        seconds, reckoned_at = self._to_go
-        return duration(max(0.0, seconds - (time.monotonic() - reckoned_at)))
-
-
-def undelivered(study: str, project: ProjectPaths, tracking: str | None, error: str) -> str:
-    """Say that MLflow lacks something of a study, why, and which command delivers it; `tracking` is `--tracking`."""
-    retry = command_line("track", study, project)
-    if tracking is not None:
-        retry += f" --tracking {shlex.quote(redact(tracking))}"
-    because = f" ({error})" if error else ""
-    return f"MLflow is not up to date{because}. Everything is on record; deliver it with: {retry}"
-
-
-def describe_forecast(pruner: str, forecast: Forecast) -> str:
-    """Return how long a search will take, in a sentence."""
-    then = f", then up to {count(forecast.n_replicates, 'refit')}" if forecast.n_replicates else ""
-    most, saved = ("at most about", "; racing saves most of it") if pruner == "race" else ("about", "")
-    fit = duration(forecast.fit_s) if forecast.fit_s >= 10 else f"{forecast.fit_s:.1f} s"
-    return (
-        f"{count(forecast.n_trials, 'trial')} left{then}: {most} {duration(forecast.total_s)} of training here, "
-        f"{fit} a fit, as measured{saved}"
-    )
-
-
-def describe_params(params: Mapping[str, Any]) -> str:
-    """`base_channels=8 depth=3 lr=0.0123`: the settings by their last name."""
-    return " ".join(
-        f"{name.partition('.')[2]}={value:.3g}" if isinstance(value, float) else f"{name.partition('.')[2]}={value}"
-        for name, value in params.items()
-    )
+            self._ends_at = time.monotonic() + seconds
 
 
 def _bar(text: str, done: int, total: int) -> Table:

@@ -1,4 +1,4 @@
-"""`hpsearch report`: one HTML file for a study."""
+"""`hpsearch report`: write the report of a study as one HTML file."""
 
 from __future__ import annotations
 
@@ -13,29 +13,27 @@ from hpsearch.paths import ProjectPaths
 @study_option
 @tracking_option
 def command(project: ProjectPaths, study_name: str | None, tracking: str | None) -> None:
-    """Write a study's report as one HTML file, and its figures as PNG and PDF. It may still be running.
+    """Write the report of a study as one HTML file.
 
-    MLflow gets both too, as files of the study's run.
+    Its figures are also written as PNG and PDF. The study may be running. All files are added to the study's run in
+    MLflow.
 
     \b
         hpsearch report
         hpsearch report --study isic2017-64
     """
-    from hpsearch.cli.progress import undelivered
+    from hpsearch.cli.describe import describe_behind, tracker_of_existing
     from hpsearch.errors import TrackingError
     from hpsearch.report.page import write_report
     from hpsearch.store.record import study_record
-    from hpsearch.tracking import make_tracker
 
     record = study_record(project, study_name)
     click.echo(f"report: {write_report(record)}")
     click.echo(f"figures: {record.paths.figures}")
-    if tracking == "none":
-        return
     try:
-        if (tracker := make_tracker(project, tracking)) is not None:
+        if (tracker := tracker_of_existing(project, tracking)) is not None:
             click.echo("adding both to MLflow")
             tracker.view(record.paths).log_report()
     except TrackingError as error:
-        # The report is written; MLflow may lag behind.
-        click.echo(f"{undelivered(record.name, project, tracking, str(error))}, then run this command again")
+        # The report is written, so a failure of MLflow is no failure of the command.
+        click.echo(f"{describe_behind(record.name, project, tracking, str(error))}, then run this command again")

@@ -1,154 +1,155 @@
-"""`hpsearch status`: what the studies here have reached."""
+"""`hpsearch status`: show how far the studies are."""
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from hpsearch.cli.console import echo_table
 from hpsearch.cli.options import out_option, study_option
 from hpsearch.paths import ProjectPaths
+
+if TYPE_CHECKING:
+    from hpsearch.search.status import StudyStatus
+    from hpsearch.store.record import StudyRecord
 
 
 @click.command("status")
 @out_option
 @study_option
-@click.option("--trial", type=click.IntRange(min=0), metavar="N", help="Every decision on this trial.")
+@click.option("--trial", type=click.IntRange(min=0), metavar="N", help="Show every pruning decision on this trial.")
 def command(project: ProjectPaths, study_name: str | None, trial: int | None) -> None:
-    """Trials, outcomes, best so far, what runs now and when it will be done. Reads the record only.
+    """Show trials, the best so far, running fits and remaining time.
 
-    Where there are several studies, those that run are shown, or all if none runs. With --study also every trial and
-    why it ended; with --trial every decision of the pruner on one trial.
+    If there are several studies, the running ones are shown, or all if none is running. With --study, every trial is
+    listed with the reason why it ended. With --trial, every decision of the pruner on one trial is shown.
     """
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    from hpsearch.cli.progress import describe_params
-    from hpsearch.paths import command_line, read_json
-    from hpsearch.report.formats import duration, outcome_name
     from hpsearch.search.status import study_status
     from hpsearch.store import lock
-    from hpsearch.store.record import no_study
+    from hpsearch.store.record import no_study, study_record
 
     if trial is not None:
-        _show_decisions(project, study_name, trial)
+        _show_decisions(study_record(project, study_name), trial)
         return
     every = project.study_names()
     names = [study_name] if study_name else lock.running_studies(project) or every
     if not names:
         raise no_study(project)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     for name in names:
         status = study_status(project, name)
-        config = status.config
-        outcomes = Counter(outcome_name(trial.outcome) for trial in status.trials if trial.outcome)
-        counts = ", ".join(f"{n} {outcome}" for outcome, n in sorted(outcomes.items())) or "none ended"
-        held = f"run by {lock.describe_holder(project.study(name))}" if status.is_running else "not running"
-        console.print(Text(f"study {name}: {status.n_counted}/{config.study.trials} trials ({counts}); {held}"))
-        if (best := status.best) is not None:
-            console.print(
-                Text(
-                    f"  best: trial {best.number}, {config.study.metric} {status.values[best.number]:.4f}"
-                    f"{' (both fits)' if status.is_confirmed else ''}  {describe_params(best.params)}"
-                )
-            )
-        if status.shortlist:
-            listed = ", ".join(map(str, status.shortlist))
-            n_fits = len(status.shortlist) * status.n_folds
-            those = f"trial{'s' if len(status.shortlist) > 1 else ''} {listed}"
-            console.print(Text(f"  refitted with new seeds: {those}; {status.n_second}/{n_fits} fits done"))
-        for warning in status.warnings:
-            console.print(Text(f"  warning: {warning}"))
-        if status.eta_s is not None:
-            console.print(Text(f"  about {duration(status.eta_s)} to go"))
-        for fit in status.open_fits:
-            fold = f"{'replicate, ' if fit.is_second else ''}fold {fit.fold + 1} of {status.n_folds}"
-            console.print(
-                Text(
-                    f"  trial {fit.trial}, {fold}, epoch {fit.epoch} of {fit.epochs}:"
-                    f"  {config.study.metric} {fit.score:.4f}"
-                )
-            )
-        if not status.is_running and not status.is_over:
-            console.print(Text(f"  go on with it: {command_line('study', name, project)}"))
-        finals = project.study(name).final_names()
-        if not status.is_running and status.is_over and status.best is not None and not finals:
-            console.print(Text(f"  next: {command_line('final --best', name, project)}"))
-        for final in finals:
-            folder = project.study(name).final(final)
-            result = read_json(folder.result)
-            score = result["test"][result["metric"]]["mean"]
-            console.print(
-                Text(f"  final of trial {result['trial']}: test {result['metric']} {score:.4f}, in {folder.root}")
-            )
-        if study_name is None:
-            continue
-        table = Table("trial", "outcome", "value", "folds", "time", "parameters", "why", box=None, pad_edge=False)
-        for each in status.trials:
-            value = status.values.get(each.number, each.value)
-            table.add_row(
-                str(each.number),
-                outcome_name(each.outcome or "open"),
-                f"{value:.4f}" if value is not None else "",
-                f"{status.n_finished[each.number]}/{status.n_folds}",
-                duration(status.seconds[each.number]),
-                Text(describe_params(each.params)),
-                Text(each.reason),
-            )
-        console.print(table)
+        click.echo(_head(project, status))
+        for line in _lines(project, status):
+            click.echo(f"  {line}")
+        if study_name:
+            echo_table(("trial", "outcome", "value", "folds", "time", "parameters", "reason"), _trial_rows(status))
     if not study_name and (others := [name for name in every if name not in names]):
-        console.print(Text(f"not running: {', '.join(others)} (--study NAME shows one)"))
+        click.echo(f"not running: {', '.join(others)} (--study NAME shows one)")
 
 
-def _show_decisions(project: ProjectPaths, study_name: str | None, number: int) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+def _head(project: ProjectPaths, status: StudyStatus) -> str:
+    from hpsearch.report.formats import outcome_name
+    from hpsearch.store import lock
 
-    from hpsearch.cli.progress import describe_params
+    outcomes = Counter(outcome_name(trial.outcome) for trial in status.trials if trial.outcome)
+    counts = ", ".join(f"{n} {outcome}" for outcome, n in sorted(outcomes.items())) or "none ended"
+    holder = f"run by {lock.describe_holder(project.study(status.name))}" if status.is_running else "not running"
+    return f"study {status.name}: {status.n_counted}/{status.config.study.trials} trials ({counts}); {holder}"
+
+
+def _lines(project: ProjectPaths, status: StudyStatus) -> Iterator[str]:
+    """Yield what follows the head line of a study."""
+    from hpsearch.cli.describe import describe_params, next_command
+    from hpsearch.report.formats import duration
+
+    metric = status.config.study.metric
+    if (best := status.best) is not None:
+        value = f"{status.values[best.number]:.4f}{' (both fits)' if status.is_confirmed else ''}"
+        yield f"best: trial {best.number}, {metric} {value}  {describe_params(best.params)}"
+    if status.shortlist:
+        listed = ("trial " if len(status.shortlist) == 1 else "trials ") + ", ".join(map(str, status.shortlist))
+        n_fits = len(status.shortlist) * status.n_folds
+        yield f"refitted with new seeds: {listed}; {status.n_replicate_fits}/{n_fits} fits done"
+    yield from (f"warning: {warning}" for warning in status.warnings)
+    if status.eta_s is not None:
+        yield f"about {duration(status.eta_s)} left"
+    for fit in status.open_fits:
+        refit = "refit, " if fit.is_replicate else ""
+        yield (
+            f"trial {fit.trial}, {refit}fold {fit.fold + 1} of {status.n_folds}, epoch {fit.epoch} of {fit.epochs}:  "
+            f"{metric} {fit.score:.4f}"
+        )
+    finals = project.study(status.name).final_names()
+    if not status.is_running and not status.is_over:
+        yield f"continue with: {next_command('study', status.name, project)}"
+    elif not status.is_running and best is not None and not finals:
+        yield f"next: {next_command('final --best', status.name, project)}"
+    yield from (_final_line(project, status.name, final) for final in finals)
+
+
+def _final_line(project: ProjectPaths, study: str, name: str) -> str:
+    from hpsearch.paths import read_json
+
+    folder = project.study(study).final(name)
+    result = read_json(folder.result)
+    metric = result["metric"]
+    return f"final of trial {result['trial']}: test {metric} {result['test'][metric]['mean']:.4f}, in {folder.root}"
+
+
+def _trial_rows(status: StudyStatus) -> Iterator[Sequence[str]]:
+    from hpsearch.cli.describe import describe_params
+    from hpsearch.report.formats import duration, outcome_name
+
+    for trial in status.trials:
+        value = status.values.get(trial.number, trial.value)
+        yield (
+            str(trial.number),
+            outcome_name(trial.outcome or "open"),
+            "" if value is None else f"{value:.4f}",
+            f"{status.n_finished[trial.number]}/{status.n_folds}",
+            duration(status.seconds[trial.number]),
+            describe_params(trial.params),
+            trial.reason,
+        )
+
+
+def _show_decisions(record: StudyRecord, number: int) -> None:
+    from hpsearch.cli.describe import describe_params
     from hpsearch.report.formats import outcome_name
     from hpsearch.search.racing import MATTERS
-    from hpsearch.store.record import study_record
 
-    record = study_record(project, study_name)
     trial = record.known_trial(number)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-    worth = record.worth(trial)
-    value = "" if worth is None else f", {record.config.study.metric} {worth:.4f}"
-    ended = f"{outcome_name(trial.outcome or 'open')}{value}"
-    console.print(Text(f"trial {number} of study {record.name}: {ended}  {describe_params(trial.params)}"))
+    score = record.worth(trial)
+    value = "" if score is None else f", {record.config.study.metric} {score:.4f}"
+    outcome = outcome_name(trial.outcome or "open")
+    click.echo(f"trial {number} of study {record.name}: {outcome}{value}  {describe_params(trial.params)}")
     if trial.reason:
-        console.print(Text(f"  {trial.reason}"))
+        click.echo(f"  {trial.reason}")
     if not trial.decisions:
         if trial.outcome != "infeasible":
-            console.print(Text("  nothing was decided: the pruner had nothing to compare it with, or is off"))
+            click.echo("  no pruning decisions: the pruner is off, or had no trial to compare with")
         return
-    table = Table("fold", "epoch", "d", "SE", "s", "p", "against", "estimate", "decision", box=None, pad_edge=False)
-    for decision in trial.decisions:
-        figures = [decision.get(name) for name in ("d", "se", "s", "p")]
-        table.add_row(
-            str(decision["fold"] + 1),
-            str(decision["epoch"]),
-            *("" if figure is None else f"{figure:.2g}" for figure in figures),
-            "" if decision.get("against") is None else str(decision["against"]),
-            f"{decision['estimate']:.4f}",
-            Text(_decided(decision)),
-        )
-    console.print(table)
-    for line in (
-        "d: how far the trial is below the best complete trial (`against`) on the same images; negative if above.",
-        "Inside the first fold, d is that of the best-case curve of the trial.",
-        "SE: standard error of d. s: run-to-run standard deviation of a fold's mean.",
-        f"p: probability of such a large d if the trial is better by {MATTERS:g}. Only the race uses it.",
-    ):
-        console.print(Text(f"  {line}"))
+    head = ("fold", "epoch", "d", "SE", "s", "p", "against", "estimate", "decision")
+    echo_table(head, map(_decision_row, trial.decisions))
+    click.echo("  d: how far the trial is below the best complete trial (`against`) on the same images.")
+    click.echo("  In the first fold, d is computed from the best-case curve of the trial. Negative d: it is better.")
+    click.echo("  SE: standard error of d. s: run-to-run standard deviation of a fold's mean.")
+    click.echo(f"  p: probability of such a large d if the trial is better by {MATTERS:g}. Only the race uses it.")
 
 
-def _decided(decision: dict[str, Any]) -> str:
-    """Return the decision, with its reason unless the columns of the race give it."""
-    outcome = "pruned" if decision["drop"] else "continues"
-    # The reason of the race repeats the columns.
-    return outcome if "±" in decision["reason"] else f"{outcome}: {decision['reason'].rpartition(': ')[2]}"
+def _decision_row(decision: dict[str, Any]) -> Sequence[str]:
+    outcome, reason = "pruned" if decision["drop"] else "continues", decision["reason"]
+    # The columns already show the reasons of the race.
+    text = outcome if "±" in reason else f"{outcome}: {reason.rpartition(': ')[2]}"
+    numbers = ("" if decision.get(name) is None else f"{decision[name]:.2g}" for name in ("d", "se", "s", "p"))
+    against = "" if decision.get("against") is None else str(decision["against"])
+    return (
+        str(decision["fold"] + 1),
+        str(decision["epoch"]),
+        *numbers,
+        against,
+        f"{decision['estimate']:.4f}",
+        text,
+    )

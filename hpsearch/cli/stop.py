@@ -1,4 +1,4 @@
-"""`hpsearch stop`: end a running study from outside."""
+"""`hpsearch stop`: stop a running study from outside."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from hpsearch.cli.options import out_option, study_option
 from hpsearch.paths import ProjectPaths
 
 WAIT_S = 600.0
-"""How long to wait for the study to end before saying that it has not yet."""
+"""How long to wait for the study to end."""
 
 
 @click.command("stop")
 @out_option
 @study_option
-@click.option("--trial", type=click.IntRange(min=0), metavar="N", help="End this trial alone, as if raced out.")
+@click.option("--trial", type=click.IntRange(min=0), metavar="N", help="Prune this trial only; the study goes on.")
 @click.option("--now", is_flag=True, help="Do not wait for the end of the current epochs.")
 def command(project: ProjectPaths, study_name: str | None, trial: int | None, now: bool) -> int:
-    """Ask a running study, or a running final of it, to stop with checkpoints, and wait until it has.
+    """Stop a running study from another terminal or machine.
 
-    Where there are several studies, the one that runs is meant.
+    It, or its running `final`, stops with checkpoints. The command waits until it has stopped. If there are several
+    studies, the running one is stopped.
 
     \b
         hpsearch stop --study isic2017-64
@@ -49,8 +50,8 @@ def command(project: ProjectPaths, study_name: str | None, trial: int | None, no
     began = time.monotonic()
     while lock.is_held(study):
         if time.monotonic() - began > WAIT_S:
-            click.echo("it has not stopped yet: its epochs are long; --now does not wait for them")
+            click.echo("it has not stopped yet, because its epochs are long; --now does not wait for them")
             return 1
         time.sleep(0.2)
-    click.echo(f"study {study.name} has stopped; the command that began it continues it")
+    click.echo(f"study {study.name} has stopped; the command that started it continues it")
     return 0

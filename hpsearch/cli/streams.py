@@ -1,4 +1,4 @@
-"""Make standard output and error safe to write to, whether they are open or anybody reads them."""
+"""Make standard output and error safe to write to, even if they are closed or nobody reads them."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ import sys
 from typing import Any, TextIO
 
 _GONE = frozenset({errno.EPIPE, errno.EIO, errno.EBADF})
-"""How writing fails when the reader of a pipe has ended, or the terminal is gone."""
+"""Errors of a write to a pipe whose reader has ended, or to a closed terminal."""
 
 
 def protect() -> None:
-    """Treat closed standard streams, and pipes that nobody reads any more, as /dev/null.
+    """Treat closed standard streams and pipes without a reader as /dev/null.
 
-    A study must not end with its reader. And a closed descriptor must not be given to the next file that is opened,
-    into which anything printed would then go.
+    A study goes on after the reader of its output has ended. The number of a closed stream must not be reused by the
+    next opened file, because everything printed would go into that file.
     """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            # The system hands out the lowest free number, which is this one.
+            # The system uses the lowest free number, which is this one.
             os.open(os.devnull, os.O_RDWR)
     sys.stdout = _protected(sys.stdout, sys.__stdout__, 1)
     sys.stderr = _protected(sys.stderr, sys.__stderr__, 2)
 
 
 def write_to_stderr(text: str) -> None:
-    """Write a line of its own to standard error; safe in a signal handler, even one that interrupts a print."""
+    """Write a separate line to standard error. This is safe in a signal handler, even during a print."""
     with contextlib.suppress(OSError):
         os.write(2, f"\n{text}\n".encode())
 
 
 def _protected(stream: TextIO | None, original: TextIO | None, descriptor: int) -> TextIO:
     if not (stream is None or (stream is original and isinstance(stream, io.TextIOWrapper))):
-        # Somebody else has taken its place, and knows why.
+        # Other code has replaced the stream: leave it alone.
         return stream
     raw = _Output(descriptor, "w", closefd=False)
     if stream is None:
@@ -51,7 +51,7 @@ def _protected(stream: TextIO | None, original: TextIO | None, descriptor: int) 
 
 
 class _Output(io.FileIO):
-    """A file descriptor that drops what nobody can read."""
+    """A file descriptor that ignores writes that nobody can read."""
 
     def write(self, content: Any, /) -> int:
         try:

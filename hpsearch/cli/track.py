@@ -13,11 +13,15 @@ from hpsearch.paths import ProjectPaths
 @study_option
 @tracking_option
 @click.option(
-    "--rebuild", is_flag=True, help="Also correct runs that contradict the record, and paths of a moved project."
+    "--rebuild", is_flag=True, help="Correct runs that contradict the record, and the paths of a moved project."
 )
 def command(project: ProjectPaths, study_name: str | None, tracking: str | None, rebuild: bool) -> int:
-    """Log to MLflow what is on record and missing there, for one study or for all."""
+    """Bring MLflow and Optuna's database up to date with the record.
+
+    Everything that is on record and missing there is logged, for one study or for all.
+    """
     from hpsearch.errors import TrackingError
+    from hpsearch.search.optuna_view import OptunaView
     from hpsearch.store import lock
     from hpsearch.store.record import no_study, study_record
     from hpsearch.tracking import make_tracker
@@ -27,18 +31,19 @@ def command(project: ProjectPaths, study_name: str | None, tracking: str | None,
         raise no_study(project)
     tracker = make_tracker(project, tracking)
     if tracker is None:
-        raise TrackingError("--tracking none means no tracking: leave it out, or give a URI")
+        raise TrackingError("--tracking none turns tracking off: leave it out, or give a URI")
     n_behind = 0
     for name in names:
         study = study_record(project, name).paths
         view = tracker.view(study)
-        # A running study updates MLflow itself, and two processes must not do it at once.
+        # A running study updates MLflow itself, and two processes must not do it at the same time.
         with lock.hold(study):
             if rebuild:
                 done = view.rebuild()
                 click.echo(f"{name}: {done.n_kept} runs kept, {done.n_replaced} replaced, {done.n_removed} removed")
             else:
                 view.update(is_last=True)
+            OptunaView(study).update(is_last=True)
             left = view.n_behind()
         click.echo(f"{name}: {'up to date' if not left else f'{left} runs are not up to date'} at {tracker.uri}")
         n_behind += left

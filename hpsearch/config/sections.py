@@ -35,7 +35,7 @@ def annotation_of(name: str) -> Any:
     """Return the type annotation of the setting `name`; ConfigError if there is no such setting."""
     section, _, key = name.partition(".")
     if section not in SECTIONS:
-        raise unknown_name(name, setting_names(), "key")
+        raise unknown_name(name, [*SECTIONS, "search"], "section of")
     hints = type_hints(SECTIONS[section])
     if key not in hints:
         raise unknown_name(name, [f"{section}.{each}" for each in hints], "key")
@@ -49,9 +49,9 @@ def type_hints(cls: type) -> dict[str, Any]:
 
 
 def unknown_name(name: str, known: Sequence[str], kind: str) -> ConfigError:
-    """Return an error that lists the known names and suggests the one that was probably meant."""
-    # The right key in another section, or a name that is spelled almost the same.
-    elsewhere = [each for each in setting_names() if each.rpartition(".")[2] == name.rpartition(".")[2]]
-    close = elsewhere or difflib.get_close_matches(name, known, n=1)
-    hint = f" (did you mean {close[0]}?)" if close else ""
-    return ConfigError(f"unknown {kind} {name!r}{hint}; known: {', '.join(known)}")
+    """Return an error that suggests the name that was probably meant, or else lists the known ones."""
+    # The same or a similar key, also in another section.
+    by_key = {each.rpartition(".")[2]: each for each in [*setting_names(), *known]}
+    close = difflib.get_close_matches(name.rpartition(".")[2], by_key, n=1)
+    hint = f"did you mean {by_key[close[0]]}?" if close else f"choose one of {', '.join(known)}."
+    return ConfigError(f"unknown {kind} {name!r}: {hint} docs/reference.md lists all settings")

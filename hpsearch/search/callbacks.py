@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 from hpsearch.data.prepare import Prepared
 from hpsearch.store.record import StudyRecord
@@ -12,58 +11,39 @@ from hpsearch.training.rows import EpochRow
 from hpsearch.workers.plan import ExecutionPlan, Forecast
 
 
-class StudyCallback(Protocol):
-    """Called by the coordinator's thread for each thing that happens, in order. Must return at once."""
+class StudyCallback:
+    """Base class of callbacks, whose methods do nothing.
+
+    They are called in the coordinator's thread, one for each event, in order. Every method must return quickly.
+    """
 
     def preparing(self, done: int, total: int) -> None:
-        """Called with the images decoded so far."""
-
-    def prepared(self, prepared: Prepared) -> None: ...
-
-    def planned(self, record: StudyRecord, plan: ExecutionPlan, forecast: Forecast) -> None:
-        """Called before this start trains anything."""
-
-    def trial_began(self, trial: TrialRecord) -> None: ...
-
-    def epoch_ended(self, trial: int, fold: int, row: EpochRow) -> None: ...
-
-    def fold_ended(self, trial: int, fold: int, score: float) -> None: ...
-
-    def trial_ended(self, trial: TrialRecord) -> None: ...
-
-    def replicating(self, trials: Sequence[int], done: int, total: int) -> None:
-        """Called when the search is over: `done` of `total` refits of these trials are finished."""
-
-    def message(self, text: str) -> None:
-        """Called with one line about anything else: a worker that died, a note on the data."""
-
-
-class NullCallback:
-    """A StudyCallback that does nothing."""
-
-    def preparing(self, done: int, total: int) -> None:
-        pass
+        """Images are being decoded: `done` of `total` are ready."""
 
     def prepared(self, prepared: Prepared) -> None:
-        pass
+        """All images are decoded."""
 
     def planned(self, record: StudyRecord, plan: ExecutionPlan, forecast: Forecast) -> None:
-        pass
+        """The study starts or continues; this process has not trained anything yet."""
 
     def trial_began(self, trial: TrialRecord) -> None:
-        pass
+        """A trial started or continues."""
 
     def epoch_ended(self, trial: int, fold: int, row: EpochRow) -> None:
-        pass
+        """An epoch of a fit ended."""
 
     def fold_ended(self, trial: int, fold: int, score: float) -> None:
-        pass
+        """A fit ended; `score` is the mean over its held-out images."""
 
     def trial_ended(self, trial: TrialRecord) -> None:
-        pass
+        """A trial ended with an outcome."""
 
     def replicating(self, trials: Sequence[int], done: int, total: int) -> None:
-        pass
+        """The search is over; `done` of `total` refits of these trials are finished."""
 
     def message(self, text: str) -> None:
-        pass
+        """Another event in one line, such as a worker that died or an MLflow server that does not answer."""
+
+
+class NullCallback(StudyCallback):
+    """Ignores all events."""

@@ -109,7 +109,7 @@ def test_status_names_the_next_step(tmp_path: Path, capsys: pytest.CaptureFixtur
         return capsys.readouterr().out
 
     study.trial()
-    assert f"go on with it: hpsearch study --study fake --out {tmp_path}\n" in message()
+    assert f"continue with: hpsearch study --study fake --out {tmp_path}\n" in message()
     for _ in range(5):
         study.trial("pruned")
     assert f"next: hpsearch final --best --study fake --out {tmp_path}\n" in message()
@@ -117,11 +117,25 @@ def test_status_names_the_next_step(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "hpsearch" not in message()
 
 
-def test_an_unknown_setting_lists_the_known_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert exit_code("study", "--out", str(tmp_path), "--set", "unet.width=3") == 1
+def test_an_unknown_setting_gets_a_suggestion_or_else_the_known_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code("study", "--out", str(tmp_path), "--set", "unet.xyz=3") == 1
     error = capsys.readouterr().err
-    assert "unet.width" in error
+    assert "unet.xyz" in error
     assert "unet.base_channels" in error
+    assert "docs/reference.md" in error
+    assert exit_code("study", "--out", str(tmp_path), "--set", "unet.dpeth=3") == 1
+    error = capsys.readouterr().err
+    assert "did you mean unet.depth?" in error
+    assert "unet.base_channels" not in error
+
+
+def test_the_closest_options_are_suggested_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("final", "--tria", "3") == 2
+    assert "Did you mean '--trial' or " in capsys.readouterr().err
+    assert exit_code("study", "--seeds", "3") == 2
+    assert "Did you mean '--seed'" in capsys.readouterr().err
 
 
 def test_missing_data_says_how_to_get_some(

@@ -9,8 +9,9 @@ from click.testing import CliRunner
 from hpsearch import config as configs
 from hpsearch.cli import group
 from hpsearch.cli.plan import gibibytes, time_of_study
-from hpsearch.errors import ConfigError
+from hpsearch.errors import ConfigError, DatasetError
 from hpsearch.paths import ProjectPaths
+from tests.search.studies import write_tiny_dataset
 
 
 def plan(*arguments: str) -> str:
@@ -59,11 +60,15 @@ def test_a_network_that_is_trained_on_windows_has_27_layers_and_no_interpolation
 @pytest.mark.parametrize(
     ("changes", "saved", "verdict"),
     [
-        ([], "5.50 GiB; at one byte a value, as the report estimates: 1.08 GiB", "fits 8 GiB"),
-        (["train.batch_size=64"], "21.90 GiB; at one byte a value, as the report estimates: 4.30", "does not fit 8"),
+        ([], "5.50 GiB; at one byte per value, as the report estimates: 1.08 GiB", "fits 8 GiB"),
+        (
+            ["train.batch_size=64"],
+            "21.90 GiB; at one byte per value, as the report estimates: 4.30",
+            "does not fit 8",
+        ),
         (
             ["unet.base_channels=64"],
-            "10.99 GiB; at one byte a value, as the report estimates: 2.14",
+            "10.99 GiB; at one byte per value, as the report estimates: 2.14",
             "does not fit 8",
         ),
     ],
@@ -83,9 +88,9 @@ def test_a_preset_s_precision_holds_where_the_study_leaves_it_open() -> None:
     assert ", bf16\n" in chosen
 
 
-def test_what_cannot_be_is_said_in_one_line() -> None:
+def test_an_impossible_configuration_is_reported_in_one_line() -> None:
     shown = plan("--config", "report-fig14", "--set", "data.size=96")
-    assert "cannot be: " in shown
+    assert "impossible: " in shown
     assert "images must be at least 173x173" in shown
     assert len(shown.splitlines()) == 2
 
@@ -96,13 +101,23 @@ def test_memory_is_read_as_people_write_it() -> None:
         gibibytes("much")
 
 
+def test_a_dataset_that_a_flag_names_must_exist_and_its_pool_is_counted(tmp_path: Path) -> None:
+    root = write_tiny_dataset(tmp_path)
+    assert plan("--no-layers", "--data", str(root)).splitlines()[0] == f"11 pool images in {root}"
+    result = CliRunner().invoke(group, ["plan", "--no-layers", "--data", str(tmp_path / "nowhere")])
+    assert isinstance(result.exception, DatasetError)
+    assert "there is no folder" in str(result.exception)
+
+
 @pytest.mark.slow
 def test_measured_steps_tell_how_long_the_study_will_take(tmp_path: Path) -> None:
     settings = ["data.size=32", "unet.base_channels=2", "unet.depth=1", "train.epochs=2"]
     chosen = [part for value in (*settings, f'data.root="{tmp_path}"') for part in ("--set", value)]
     text = plan(*chosen, "--set", "search.unet.depth=[1, 2]", "--no-layers", "--measure")
-    assert "2150 images as ISIC-2017 has, since there is no dataset in" in text
-    assert re.search(r"50 trials left, then up to 5 refits: at most about .* of training here, .* a fit", text)
+    assert "2150 images as in ISIC-2017, because there is no dataset in" in text
+    assert re.search(
+        r"50 trials left, then up to 5 refits: at most about .* of training on this machine, .* per fit", text
+    )
 
 
 def test_where_nothing_can_exist_there_is_nothing_to_measure(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def test_status_of_a_trial_shows_every_decision(tmp_path: Path) -> None:
     assert lines[3].split() == ["1", "1", "0.012", "0.02", "0.006", "0.29", "0", "0.7000", "continues"]
     assert lines[4].split() == ["1", "3", "0.11", "0.03", "0.006", "0.0004", "0", "0.6543", "pruned"]
     assert lines[5].strip().startswith("d: how far the trial is below")
-    assert "nothing was decided" in output_of("status", "--out", str(tmp_path), "--trial", "0")
+    assert "no pruning decisions" in output_of("status", "--out", str(tmp_path), "--trial", "0")
     others = dataclasses.replace(kept, reason="in fold 1 at epoch 1: kept by Optuna's MedianPruner")
     study.record.write_trial(dataclasses.replace(raced, decisions=(others.to_dict(),)))
     assert "continues: kept by Optuna's MedianPruner" in output_of("status", "--out", str(tmp_path), "--trial", "1")
@@ -55,7 +55,7 @@ def test_status_of_an_infeasible_trial_says_why(tmp_path: Path) -> None:
     study.trial("infeasible")
     shown = output_of("status", "--out", str(tmp_path), "--trial", "0")
     assert "needs about 9.1 GiB" in shown
-    assert "nothing was decided" not in shown
+    assert "no pruning decisions" not in shown
 
 
 def refusal_of(*arguments: str) -> str:

@@ -1,14 +1,12 @@
 from __future__ import annotations
 
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from hpsearch.cli import group
-from hpsearch.cli.study import stop_on_signals
 from hpsearch.data.decode_pool import Decoders
 from hpsearch.errors import HpsearchError
 from hpsearch.paths import ProjectPaths
@@ -80,30 +78,6 @@ def test_status_shows_the_study_that_runs_and_names_the_others(tmp_path: Path) -
     assert "not running: one (--study NAME shows one)" in shown
 
 
-@pytest.mark.parametrize(
-    ("left_s", "said"),
-    [
-        (12.4, "Finishing the current epoch (about 12 s); press Ctrl-C again to stop now"),
-        (0.0, "Finishing the current epoch (about 1 s); press Ctrl-C again to stop now"),
-        (float("nan"), "Finishing the current epoch; press Ctrl-C again to stop now"),
-        (None, "Stopping"),
-    ],
-)
-def test_ctrl_c_says_at_once_how_long_the_epoch_lasts_and_how_to_stop_now(
-    left_s: float | None, said: str, capfd: pytest.CaptureFixture[str]
-) -> None:
-    stop = Stop()
-    stop.epoch_left_s = lambda: left_s
-    with stop_on_signals(stop):
-        signal.raise_signal(signal.SIGINT)
-        assert capfd.readouterr().err.strip() == said
-        assert stop.is_requested
-        assert not stop.is_urgent
-        signal.raise_signal(signal.SIGINT)
-        assert capfd.readouterr().err.strip() == "Stopping now"
-        assert stop.is_urgent
-
-
 class _StopAfterAnEpoch(NullCallback):
     def __init__(self, stop: Stop) -> None:
         self._stop = stop
@@ -134,7 +108,7 @@ def test_a_stopped_study_says_what_it_has_and_how_to_go_on_and_that_it_goes_on(
     shown = output_of("status", "--out", str(project))
     assert "study tiny: 0/1 trials (none ended); not running" in shown
     assert "trial 0, fold 1 of 2, epoch 1 of 2:" in shown
-    assert f"go on with it: hpsearch study --study tiny --out '{project}'" in shown
+    assert f"continue with: hpsearch study --study tiny --out '{project}'" in shown
 
     # As another terminal would see it while it runs, with no trial ended yet: by what the plan measured.
     record = StudyRecord.open(ProjectPaths(project).study("tiny"))
@@ -151,6 +125,6 @@ def test_a_stopped_study_says_what_it_has_and_how_to_go_on_and_that_it_goes_on(
 
     with workers_in_process():
         shown = output_of("study", "--study", "tiny", "--out", str(project), "--tracking", "none", "--threads", "1")
-    assert "study tiny is continued: 0 of 1 trials done, 1 goes on where it stopped" in shown
+    assert "continuing study tiny: 0 of 1 trial done, 1 open trial" in shown
     assert f"hpsearch final --best --study tiny --out '{project}'" in shown
-    assert "go on with it" not in output_of("status", "--out", str(project))
+    assert "continue with" not in output_of("status", "--out", str(project))

@@ -295,7 +295,7 @@ def test_masks_have_the_images_own_size_and_two_values(tmp_path: Path) -> None:
         assert read_image(tmp_path / "out" / f"{path.stem}_overlay.jpg", PLAIN_READING).shape == image.shape
 
 
-def test_bad_files_are_named_and_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_files_are_named_and_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = write_model(tmp_path / "model.safetensors")
     photos = tmp_path / "photos"
     photos.mkdir()
@@ -313,8 +313,8 @@ def test_bad_files_are_named_and_passed_over(tmp_path: Path, capsys: pytest.Capt
     assert "4 of 5 files could not be read" in said
     for name in ("broken.jpg", "scan.bmp", "link.jpg", "gone.png"):
         assert f"\n  {tmp_path if name == 'gone.png' else photos}/{name}\n" in said
-    assert f"passed over: there is no file {tmp_path}/gone.png\n" in said
-    assert f"passed over: {photos}/link.jpg is a link to nowhere.jpg, which is not there\n" in said
+    assert f"skipped: there is no file {tmp_path}/gone.png\n" in said
+    assert f"skipped: {photos}/link.jpg is a link to nowhere.jpg, which is not there\n" in said
     assert "scan.bmp cannot be decoded: it is neither JPEG nor PNG: convert it" in said
     assert "note.txt" not in said
 

@@ -180,7 +180,7 @@ def test_status_counts_second_fits(confirmed: StudySummary, tmp_path: Path) -> N
     record = confirmed.record
     status = study_status(record.paths.project, record.name)
     n_fits = len(record.confirmed()) * record.n_folds
-    assert (set(status.shortlist), status.n_second) == (set(record.confirmed()), n_fits)
+    assert (set(status.shortlist), status.n_replicate_fits) == (set(record.confirmed()), n_fits)
     assert status.is_confirmed
 
 

@@ -1,0 +1,117 @@
+"""Describe settings, plans and next steps in lines for the terminal."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hpsearch.config import StudyConfig
+from hpsearch.errors import redact
+from hpsearch.paths import ProjectPaths, command_line
+from hpsearch.report.formats import count, duration, setting
+
+if TYPE_CHECKING:
+    from hpsearch.tracking import MlflowTracker
+    from hpsearch.workers.plan import ExecutionPlan, Forecast
+
+LONG_S = 36 * 3600.0
+"""A search on a CPU that is expected to take longer begins with a hint."""
+
+
+def describe_params(params: Mapping[str, Any]) -> str:
+    """Return `base_channels=8 depth=3 lr=0.0123`: the settings without their sections."""
+    return " ".join(f"{name.partition('.')[2]}={setting(value)}" for name, value in params.items())
+
+
+def describe_folds(config: StudyConfig) -> str:
+    """Return `5 folds`, or `the fixed split`."""
+    folds = config.study.folds
+    return "the fixed split" if folds == "fixed" else count(folds, "fold")
+
+
+def describe_machine(plan: ExecutionPlan) -> str:
+    """Return `on NAME, float32, 2 workers x 1 thread`."""
+    name = plan.machine.get("device_name", plan.device)
+    workers, threads = count(len(plan.workers), "worker"), count(plan.workers[0].threads, "thread")
+    return f"on {name}, {plan.precision}, {workers} x {threads}"
+
+
+def describe_forecast(pruner: str, forecast: Forecast) -> str:
+    """Return how long a search will take, in a sentence."""
+    then = f", then up to {count(forecast.n_replicates, 'refit')}" if forecast.n_replicates else ""
+    most, saved = ("at most about", "; racing saves most of it") if pruner == "race" else ("about", "")
+    fit = duration(forecast.fit_s) if forecast.fit_s >= 10 else f"{forecast.fit_s:.1f} s"
+    return (
+        f"{count(forecast.n_trials, 'trial')} left{then}: {most} {duration(forecast.total_s)} of training on this "
+        f"machine, {fit} per fit, as measured{saved}"
+    )
+
+
+def describe_start(config: StudyConfig, plan: ExecutionPlan, forecast: Forecast) -> Iterator[str]:
+    """Yield the lines about the plan of a search, below its head line."""
+    study = config.study
+    yield f"{describe_machine(plan)}; sampler {study.sampler}, pruner {study.pruner}"
+    if forecast.n_trials and math.isfinite(forecast.total_s):
+        yield describe_forecast(study.pruner, forecast)
+    if forecast.total_s > LONG_S and plan.device == "cpu":
+        yield (
+            "To shorten it, stop with Ctrl-C and use `--config isic2017-64` (the same search at 64x64, some hours) "
+            "or a smaller --set data.size"
+        )
+
+
+def program(name: str = "hpsearch", *, is_absolute: bool = False) -> str:
+    """Return how the user can type a program of this installation: its path if it is not on PATH."""
+    if shutil.which(name):
+        return name
+    folders = (Path(sys.argv[0]).absolute().parent, Path(sys.executable).parent)
+    path = next((folder / name for folder in folders if (folder / name).is_file()), None)
+    if path is None:
+        return name
+    here = Path.cwd()
+    if not is_absolute and path.is_relative_to(here):
+        path = path.relative_to(here)
+    return shlex.quote(str(path))
+
+
+def next_command(command: str, study: str, project: ProjectPaths) -> str:
+    """Return a command of hpsearch for a study as the user can type it."""
+    return program() + command_line(command, study, project).removeprefix("hpsearch")
+
+
+def mlflow_command(project: ProjectPaths) -> str:
+    """Return the command that shows a project's runs in MLflow."""
+    root = str(project.root)
+    if root == ".":
+        return f"{program('mlflow')} ui"
+    return f"cd {shlex.quote(root)} && {program('mlflow', is_absolute=True)} ui"
+
+
+def describe_behind(study: str, project: ProjectPaths, tracking: str | None, error: str) -> str:
+    """Return that MLflow lacks something of a study, why, and how to log it. `tracking` is `--tracking`."""
+    retry = next_command("track", study, project)
+    if tracking is not None:
+        retry += f" --tracking {shlex.quote(redact(tracking))}"
+    because = f" ({error})" if error else ""
+    return f"MLflow is not up to date{because}. Everything is on record; log it with: {retry}"
+
+
+def tracker_of_existing(project: ProjectPaths, tracking: str | None) -> MlflowTracker | None:
+    """Return the tracker for studies that exist; None, with a line, if they were not tracked so far.
+
+    The option `--tracking` is followed in any case.
+    """
+    from hpsearch.tracking import make_tracker
+
+    tracker = make_tracker(project, tracking)
+    if tracker is None or tracking is not None or tracker.has_data:
+        return tracker
+    click.echo("not logged to MLflow, because this project is not tracked; `hpsearch track` logs it")
+    return None
