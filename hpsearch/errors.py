@@ -45,7 +45,7 @@ class HpsearchError(Exception):
 
 
 class ConfigError(HpsearchError):
-    """A setting, flag or TOML key that cannot be."""
+    """A setting, flag or TOML key that is unknown or has an invalid value."""
 
 
 class DatasetError(HpsearchError):

@@ -119,7 +119,7 @@ class ProjectPaths(_Folder):
 
 
 class StudyPaths(_Folder):
-    """The record of one study."""
+    """File names in the record of one study."""
 
     toml = _Entry("study.toml")
     plan = _Entry("plan.json")

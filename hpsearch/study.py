@@ -151,7 +151,7 @@ def close_view(view: ViewThread, stop: Stop) -> tuple[int, str]:
 
 @dataclass
 class _Views:
-    """The views of a running study, and what they lack when they are closed."""
+    """The views of a running study, and what was not delivered when they were closed."""
 
     threads: Sequence[ViewThread]
     n_behind: int = 0
@@ -245,7 +245,7 @@ def _require_folds(config: StudyConfig, caches: Path) -> None:
     table = fold_making.groups_file(config.data)
     groups = fold_making.read_groups(table) if table else None
     n_images = count_pool(config.data, caches)
-    # Without any image, decoding says what is wrong.
+    # If there are no images, decoding reports the reason.
     if config.study.folds != "fixed" and n_images:
         fold_making.require_enough(n_images, config.study.folds, "images with a mask")
         if groups is not None:

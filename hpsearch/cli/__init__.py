@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
     code = _run(arguments)
     views = sys.modules.get("hpsearch.views")
     if views is not None and views.is_updating():
-        # MLflow's server does not answer. At its end Python would kill the thread, which aborts within C++ code.
+        # MLflow's server does not answer. At exit, Python would kill the thread, which aborts inside C++ code.
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()

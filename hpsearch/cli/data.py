@@ -29,7 +29,7 @@ def command() -> None:
 @out_option
 @config_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON that names every file.")
-@click.option("--full", is_flag=True, help="Also compare files and cache with the hashes of the time of caching.")
+@click.option("--full", is_flag=True, help="Also compare files and cache with the hashes stored in the cache.")
 @click.option("--duplicates", "near", is_flag=True, help="Also look for near-duplicates, in the test split too.")
 def check(project: ProjectPaths, settings: Settings, as_json: bool, full: bool, near: bool) -> int:
     """Decode a whole dataset and show its errors and notes. Exit code 1 if there are errors."""
@@ -98,7 +98,7 @@ def _print_report(report: CheckReport) -> None:
 @config_options
 @click.option("--compare", is_flag=True, help="Build and read every kind of cache, and compare time and memory.")
 def cache(project: ProjectPaths, settings: Settings, compare: bool) -> None:
-    """Decode the pool once, as a study does, or compare the kinds of cache on this data."""
+    """Build the cache as a study does, or compare the kinds of cache."""
     from hpsearch.data.comparison import compare_caches
     from hpsearch.data.pool_caches import PoolCaches, cache_root
 
@@ -132,11 +132,11 @@ def cache(project: ProjectPaths, settings: Settings, compare: bool) -> None:
 @config_options
 @click.option("--copies", default=1, type=AT_LEAST_1, help="Write this many versions of each training image.")
 @click.option("--to", "target", type=click.Path(path_type=Path), help="Write into this folder (default: DATA_Aug).")
-@click.option("--groups", metavar="FILE.csv", help="Patient or lesion of each image, kept in groups.csv.")
+@click.option("--groups", metavar="FILE.csv", help="Read the groups of images from FILE; written to groups.csv.")
 def augment(project: ProjectPaths, settings: Settings, copies: int, target: Path | None) -> None:
-    """Write an augmented copy of a dataset beside it: ISIC-2017_Aug, in the same layout.
+    """Write an augmented copy of a dataset, in the same layout, to DATA_Aug beside it.
 
-    The changes are those of [augment], drawn from --seed. After an interruption the same command continues.
+    The changes are drawn as [augment] says, with --seed. After an interruption, run it again to continue.
 
     \b
         hpsearch data augment --data ISIC-2017 --copies 2 --set augment.rotate=20
@@ -180,13 +180,13 @@ def augment(project: ProjectPaths, settings: Settings, copies: int, target: Path
 
 @command.command("sample")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--seed", default=0, help="Seed of the images.")
+@click.option("--seed", default=0, help="Set the seed of the images.")
 @click.option("--train", "n_train", default=120, type=AT_LEAST_1, help="Number of training images.")
 @click.option("--val", "n_val", default=30, type=AT_LEAST_0, help="Number of validation images.")
 @click.option("--test", "n_test", default=50, type=AT_LEAST_0, help="Number of test images.")
-@click.option("--large", "n_large", default=0, type=AT_LEAST_0, help="Very large images among the training images.")
+@click.option("--large", "n_large", default=0, type=AT_LEAST_0, help="Make this many training images very large.")
 def sample(folder: Path, **sizes: int) -> None:
-    """Draw a small synthetic dermoscopy dataset, in the archive's layout, into FOLDER."""
+    """Write a small synthetic dermoscopy dataset to FOLDER, in the layout of ISIC-2017."""
     from hpsearch.data.sample import draw_sample
 
     draw_sample(folder, **sizes, progress=counter("drawing images"))
@@ -195,12 +195,12 @@ def sample(folder: Path, **sizes: int) -> None:
 
 @command.command("download")
 @click.argument("folder", type=click.Path(path_type=Path), default=Path("ISIC-2017"))
-@click.option("--only", multiple=True, metavar="train|val|test|ARCHIVE", help="Download only these. May be repeated.")
+@click.option("--only", multiple=True, metavar="train|val|test|ARCHIVE", help="Download only this part; repeatable.")
 @click.option("--from", "base_url", metavar="URL", help="Use this mirror instead of the challenge's own bucket.")
 @click.option("--remove-archives", is_flag=True, help="Remove each archive once it is unpacked.")
 @click.option("--no-check", is_flag=True, help="Skip the check of the dataset at the end.")
 def download(folder: Path, only: tuple[str, ...], base_url: str | None, remove_archives: bool, no_check: bool) -> int:
-    """Download the archives of ISIC-2017 Part 1 into FOLDER, unpack and check them. Run again to continue."""
+    """Download the archives of ISIC-2017 Part 1 to FOLDER, unpack and check them. Run it again to continue."""
     from hpsearch.config.data import DataConfig
     from hpsearch.data import integrity
     from hpsearch.data.download import OFFICIAL

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @options.study_option
 @click.option("--best", is_flag=True, help="Retrain the best complete trial (the default).")
 @click.option("--trial", type=AT_LEAST_0, help="Retrain this trial.")
-@click.option("--cheapest-tied", is_flag=True, help="Retrain the fastest trial that is not distinguishably worse.")
+@click.option("--cheapest-tied", is_flag=True, help="Retrain the fastest trial indistinguishable from the best.")
 @click.option("--seeds", "n_seeds", default=1, type=AT_LEAST_1, help="Train this many networks with different seeds.")
 @click.option("--ensemble", is_flag=True, help="Also evaluate the ensemble of the fold networks on the test images.")
 @options.machine_options
@@ -39,7 +39,7 @@ def command(
 ) -> int:
     """Retrain a configuration and evaluate it on the test split.
 
-    It is trained on the whole pool, the images of training and validation. The command shows the estimates of the
+    It is trained on the whole pool: all training and validation images. The command shows the estimates of the
     search beside the test result, and the gain of the search. The threshold, test-time augmentation and cleaning of
     the masks are selected on out-of-fold predictions, never on the test set.
 

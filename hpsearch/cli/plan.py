@@ -26,7 +26,7 @@ OFFICIAL_POOL = 2150
 @click.option("--precision", type=click.Choice(["float32", "bf16", "fp16"]), help="Assume this precision.")
 @click.option("--layers/--no-layers", default=True, help="Show every layer.")
 @click.option(
-    "--measure", is_flag=True, help="Measure some steps on this machine and estimate the time of the study."
+    "--measure", is_flag=True, help="Time some steps on this machine to estimate how long the study will take."
 )
 @device_option
 def command(

@@ -50,7 +50,7 @@ def command(
 ) -> int:
     """Predict the masks of image files, folders or globs.
 
-    Each mask is written as `<name>_segmentation.png` with the values 0 and 255, in the size of its image. Files that
+    Each mask is written as `<name>_segmentation.png` with the values 0 and 255, at the size of its image. Files that
     cannot be read are listed and skipped; the exit code is then 1.
 
     \b

@@ -1,4 +1,4 @@
-"""`hpsearch status`: show how far the studies are."""
+"""`hpsearch status`: show the progress of the studies."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.command("status")
 @out_option
 @study_option
-@click.option("--trial", type=click.IntRange(min=0), metavar="N", help="Show every pruning decision on this trial.")
+@click.option("--trial", type=click.IntRange(min=0), metavar="N", help="Show every pruning decision for this trial.")
 def command(project: ProjectPaths, study_name: str | None, trial: int | None) -> None:
     """Show trials, the best so far, running fits and remaining time.
 

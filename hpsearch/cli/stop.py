@@ -21,7 +21,7 @@ WAIT_S = 600.0
 def command(project: ProjectPaths, study_name: str | None, trial: int | None, now: bool) -> int:
     """Stop a running study from another terminal or machine.
 
-    It, or its running `final`, stops with checkpoints. The command waits until it has stopped. If there are several
+    The study (or its `final`) stops after a checkpoint. The command waits until it has stopped. If there are several
     studies, the running one is stopped.
 
     \b

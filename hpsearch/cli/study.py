@@ -35,8 +35,8 @@ def _refuse_removed_option(_ctx: click.Context, _param: click.Parameter, value: 
 @options.config_options
 @options.study_option
 @click.option("--trials", type=int, help="Evaluate this many trials, earlier ones included (study.trials).")
-@options.folds_option(None, "Use k-fold cross-validation, or `fixed` for the 2000/150 split.")
-@click.option("--metric", type=click.Choice(METRICS), help="Rank trials by the mean of this score.")
+@options.folds_option(None, "Use k folds, or `fixed` for the dataset's training/validation split.")
+@click.option("--metric", type=click.Choice(METRICS), help="Rank trials by this mean score (iou is jaccard).")
 @click.option(
     "--sampler", type=click.Choice(module_names("search/samplers")), help="Suggest configurations with this sampler."
 )
@@ -45,7 +45,7 @@ def _refuse_removed_option(_ctx: click.Context, _param: click.Parameter, value: 
     "--confirm", type=AT_LEAST_0, help="Refit this many top trials and rank them by both fits (default: 5)."
 )
 @click.option(
-    "--groups", metavar="FILE.csv", help="Keep images of one patient or lesion, named in FILE, in one fold."
+    "--groups", metavar="FILE.csv", help="Keep images of the same group in one fold; FILE names each image's group."
 )
 @click.option("--group-duplicates", is_flag=True, help="Keep near-duplicate images in one fold.")
 @click.option(
@@ -55,13 +55,13 @@ def _refuse_removed_option(_ctx: click.Context, _param: click.Parameter, value: 
 )
 @click.option("--workers", type=AT_LEAST_1, help="Use this many processes (default: measured, 1 to 4 per device).")
 @options.machine_options
-@click.option("--hours", type=click.FloatRange(min=0, min_open=True), help="Stop with checkpoints after this time.")
+@click.option("--hours", type=click.FloatRange(min=0, min_open=True), help="Stop after this many hours (resumable).")
 @click.option(
     "--enqueue",
     multiple=True,
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     metavar="FILE.toml",
-    help="Try the configuration in this file next; settings that it lacks have their defaults.",
+    help="Try the configuration in this file next; settings not in the file have their defaults.",
 )
 @click.option(
     "--deterministic",
@@ -70,7 +70,7 @@ def _refuse_removed_option(_ctx: click.Context, _param: click.Parameter, value: 
     flag_value=LOOKAHEAD,
     type=int,
     default=None,
-    help=f"Suggest and prune independently of the number of workers, {LOOKAHEAD} trials behind (study.lookahead).",
+    help=f"Make results independent of the number of workers (sets study.lookahead to {LOOKAHEAD}).",
 )
 @click.option("--storage", "--heartbeat", "--grace", hidden=True, expose_value=False, callback=_refuse_removed_option)
 @options.tracking_option

@@ -12,13 +12,11 @@ from hpsearch.paths import ProjectPaths
 @out_option
 @study_option
 @tracking_option
-@click.option(
-    "--rebuild", is_flag=True, help="Correct runs that contradict the record, and the paths of a moved project."
-)
+@click.option("--rebuild", is_flag=True, help="Replace runs that contradict the record; fix paths after a move.")
 def command(project: ProjectPaths, study_name: str | None, tracking: str | None, rebuild: bool) -> int:
     """Bring MLflow and Optuna's database up to date with the record.
 
-    Everything that is on record and missing there is logged, for one study or for all.
+    Log everything in the record that is missing there, for one study or for all.
     """
     from hpsearch.errors import TrackingError
     from hpsearch.search.optuna_view import OptunaView

@@ -23,7 +23,7 @@ class StudySettings:
     folds: int | Literal["fixed"] = 5
     """Number of folds of the cross-validation; `fixed`: train on the training split, score the validation split."""
     metric: Literal["dice", "jaccard"] = "dice"
-    """Score per image; its mean is the value of a trial. `iou` is accepted for `jaccard`."""
+    """Score per image; its mean is the value of a trial. `iou` is an alias of `jaccard`."""
     seed: int = 0
     """Seed of folds, suggestions and fits."""
     sampler: Annotated[str, _SAMPLER] = "tpe"
@@ -36,7 +36,7 @@ class StudySettings:
     """L: trial n is suggested and pruned by the results of the trials up to n - L, so that the number of workers does
     not change the result; 0: by all results so far."""
     eval_size: Size = 0
-    """Size at which scores are computed; 0: `data.size`. Required where `data.size` is searched."""
+    """Size at which scores are computed; 0: `data.size`. Required if `data.size` is searched."""
     allow_microbatch: bool = False
     """Whether a network with batch normalisation that does not fit in memory may be trained on parts of its batches.
     This changes its result, so such a trial cannot become the best."""

@@ -33,7 +33,7 @@ class StudyConfig:
     unet: UNetConfig = field(default_factory=UNetConfig)
     """The network."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    """How it is trained."""
+    """How the network is trained."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Random augmentation of training batches."""
     study: StudySettings = field(default_factory=StudySettings)
@@ -147,7 +147,7 @@ class StudyConfig:
 def load(path: Path | None, overrides: Iterable[str] = (), *, on_note: OnNote | None = None) -> StudyConfig:
     """Return the configuration in the TOML file at `path` (None: all defaults) with `section.key=value` overrides.
 
-    `on_note` is called with a sentence for each override that does more than it says (`apply_overrides`). Raises
+    `on_note` is called with a sentence for each override with a side effect (`apply_overrides`). Raises
     ConfigError, naming the file and the key, for unknown names and invalid values.
     """
     table: dict[str, Any] = {}

@@ -37,7 +37,7 @@ class TrainConfig:
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
     """Precision of autocast; `auto`: bf16 where the hardware supports it, fp16 on older GPUs, otherwise off."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Whether to use torch.compile; `auto`: where it saves time within the fit."""
+    """Whether to use torch.compile; `auto`: if it saves time over the whole fit."""
 
     def __post_init__(self) -> None:
         check_at_least("train", self, epochs=1, batch_size=1, smooth=0, weight_decay=0)

@@ -62,7 +62,7 @@ def build_cache(
         chosen = _choose_kind(key, n_bytes, cache_root) if kind == "auto" else kind
         folder = cache_root / f"{key}-{chosen}"
         if _is_ready(folder, samples):
-            # Checked without the lock, because a shared cache may be in a folder that this user cannot write.
+            # Checked without the lock, because a shared cache may be in a folder that this user cannot write to.
             return folder
         cache_root.mkdir(parents=True, exist_ok=True)
         with _locked(folder):
@@ -235,7 +235,7 @@ def _decode(
 
 
 class _Writer(AbstractContextManager["_Writer"]):
-    """Writes no pixels, for the kinds without files."""
+    """Base class; writes no pixels, as for the kinds of cache that have no files."""
 
     def __init__(self, folder: Path, preparation: Preparation, n: int) -> None:
         self._folder = folder

@@ -265,7 +265,7 @@ class FilesCache(Cache):
 
 
 class NoCache(Cache):
-    """Images that are decoded at each reading, in a subprocess that stays alive between readings."""
+    """Images that are decoded each time they are read, in a subprocess that stays alive between readings."""
 
     def __init__(self, folder: Path, index: Index) -> None:
         super().__init__(folder, index)

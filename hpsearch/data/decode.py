@@ -323,7 +323,7 @@ def _interpolate(image: Tensor, height: int, width: int) -> Tensor:
 
 
 def _is_constant(image: Tensor) -> bool:
-    """Return whether all pixels of (C, H, W) have one colour."""
+    """Return whether all pixels of (C, H, W) have the same colour."""
     first = image[:, :1, :1]
     return bool((image[:, ::16, ::16] == first).all()) and bool((image == first).all())
 

@@ -141,7 +141,7 @@ class Decoders(AbstractContextManager["Decoders"]):
             if n_done == len(jobs):
                 feeder.join()
             else:
-                # The remaining answers would be taken for those to the next jobs.
+                # Otherwise the remaining answers would be mistaken for answers to the next jobs.
                 self.close()
 
     def close(self) -> None:

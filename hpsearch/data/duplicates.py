@@ -99,9 +99,9 @@ def find_in_dataset(
     sheet: Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[DuplicatePair, ...]:
-    """Return the near-duplicates of the dataset that `config` names, and draw them to `sheet` if it is given.
+    """Return the near-duplicates of the dataset that `config` names, and draw them on `sheet` if it is given.
 
-    Byte-identical images are pairs of similarity 1, even without fine structure. The caches of a study are read if
+    Byte-identical images are pairs of similarity 1, even if they are flat. The caches of a study are read if
     they hold whole frames of at least 64 x 64; otherwise small ones are built. The search passes `with_test=False`,
     and the test split is then not read. Raises the errors of `prepare_pool`.
     """

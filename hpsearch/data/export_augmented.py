@@ -171,9 +171,9 @@ def _begin(partial: Path, settings: dict[str, object]) -> None:
 
 
 def _places(dataset: Dataset, copies: int) -> Iterator[tuple[Sample, Path, Path, int]]:
-    """Yield each image with the new paths of it and its mask, relative to the new root. Copy 0 is the original.
+    """Yield each image with the new paths of image and mask, relative to the new root. Copy 0 is the original.
 
-    Raises DatasetError if two files would have one name.
+    Raises DatasetError if two files would have the same name.
     """
     taken: set[str] = set()
     for sample in dataset.samples:
@@ -181,7 +181,7 @@ def _places(dataset: Dataset, copies: int) -> Iterator[tuple[Sample, Path, Path,
         for copy in range(copies + 1 if sample.split == "train" else 1):
             places = (image, mask)
             if copy:
-                # The name of a mask is that of its image and a suffix.
+                # A mask has the name of its image plus a suffix.
                 suffix = mask.stem[len(image.stem) :]
                 ending = image.suffix if _is_jpeg(image) else ".png"
                 places = (

@@ -39,7 +39,7 @@ class Folds:
     method: Literal["kfold", "groups", "fixed"]
 
     def train(self, fold: int) -> NDArray[np.int64]:
-        """Return the indices into the pool of the training images of `fold`, ascending."""
+        """Return the pool indices of the training images of `fold`, ascending."""
         return self._where(fold, held_out=False)
 
     def held_out(self, fold: int) -> NDArray[np.int64]:

@@ -317,7 +317,7 @@ def _decode_by_torchvision(decoder: Callable[..., Tensor], data: bytearray, rgb:
         # The decoders begin with a position in their own sources.
         reason = re.sub(r"^\S+, \S+:\d+, ", "", str(error).splitlines()[0])
         if "allocate" in reason:
-            # Too little memory is no damage of the image.
+            # Running out of memory does not mean that the image is damaged.
             raise
         raise ValueError(reason) from error
 

@@ -209,7 +209,7 @@ def _announced_md5(headers: Mapping[str, str]) -> str:
     """Return the MD5 of the whole file in hexadecimal if the server sends it, else an empty text."""
     if re.fullmatch(r"[\w+/]{22}==", digest := headers.get("Content-MD5", ""), re.ASCII):
         return base64.b64decode(digest).hex()
-    # S3's ETag is the MD5 of files uploaded in one piece without an own key. Elsewhere it can be anything.
+    # S3's ETag is the MD5 of files uploaded in one piece without SSE-C or SSE-KMS. Elsewhere it can be anything.
     etag = re.fullmatch(r'"([0-9a-f]{32})"', headers.get("ETag", ""))
     is_encrypted = any(name.lower().startswith("x-amz-server-side-encryption-") for name in headers)
     is_plain = headers.get("x-amz-server-side-encryption", "AES256") == "AES256" and not is_encrypted

@@ -91,7 +91,7 @@ def _in_root(config: DataConfig) -> Dataset:
 
 
 def _own_folders_in(root: Path) -> tuple[Path, Path] | None:
-    """Return folders of images and masks that may be meant by `root`: two inside it, or itself."""
+    """Return the folders of images and masks that `root` may refer to: two inside it, or `root` for both."""
     inside = [path for path in _folders(root) if images_by_key(path)]
     masks = [path for path in inside if MASK_WORD.search(path.name)]
     images = [path for path in inside if path not in masks]
@@ -147,7 +147,7 @@ def _image_and_mask_folder(folder: Path) -> tuple[Path, Path]:
     inside = _folders(folder)
     masks = [path for path in inside if MASK_WORD.search(path.name)]
     rest = [path for path in inside if path not in masks]
-    # A single other folder holds the images, whatever its name.
+    # If there is only one other folder, it holds the images, whatever its name.
     images = rest if len(rest) == 1 else [path for path in rest if _IMAGE_FOLDER.search(path.name)]
     if len(masks) != 1 or len(images) != 1:
         raise DatasetError(

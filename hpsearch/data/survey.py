@@ -188,7 +188,7 @@ def _survey(pool: Sequence[Sample], decoders: Decoders | None) -> Survey:
     largest, values = [], Counter[tuple[str, ...]]()
     with nullcontext(decoders) if decoders is not None else Decoders() as decoding:
         for _, result, _ in decoding.decode(jobs):
-            # Unusable files are reported when they are used.
+            # Unreadable files are reported later, when their pixels are needed.
             if isinstance(result, ImageStats):
                 largest += [result.largest] if result.largest else []
                 values[result.mask_values] += 1

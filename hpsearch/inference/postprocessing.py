@@ -169,6 +169,6 @@ def clean_mask(mask: Mask) -> Mask:
 
 
 def _best(scores: Floats) -> int:
-    """Return the index of the threshold with the best mean; of equal ones the nearest to 0.5."""
+    """Return the index of the threshold with the best mean; ties go to the one nearest to 0.5."""
     means = scores.mean(axis=1)
     return max(range(len(means)), key=lambda index: (means[index], -abs(THRESHOLDS[index] - 0.5)))

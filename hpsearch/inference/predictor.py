@@ -268,7 +268,7 @@ def find_images(inputs: Iterable[str | Path]) -> list[Path]:
         raise DatasetError(file_fault(first) if first is not None else "there is no file to predict")
     by_stem: dict[str, Path] = {}
     for path in found:
-        # Some disks do not distinguish case or Unicode form.
+        # Some file systems do not distinguish case or Unicode form.
         first = by_stem.setdefault(name_key(path.stem), path)
         if first != path:
             raise DatasetError(f"{first} and {path} would write the same files: predict them into different folders")

@@ -60,7 +60,7 @@ def score_folder(preds: Path, masks: Path) -> pd.DataFrame:
 
 
 def count_mask(pred: Mask, mask: Mask, *, name: str) -> NDArray[np.int64]:
-    """Return tp, fp, fn, tn, (4,), of one image from boolean (H, W). DatasetError, naming it, if sizes differ."""
+    """Return [tp, fp, fn, tn] of one image, from boolean masks (H, W). Raise DatasetError if their sizes differ."""
     if pred.shape != mask.shape:
         sizes = [" x ".join(str(side) for side in array.shape) for array in (pred, mask)]
         raise DatasetError(f"the prediction for {name} is {sizes[0]} pixels, its mask {sizes[1]}")

@@ -173,7 +173,7 @@ def _mean_logits(
     *,
     flips: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Mean over the networks of the logits of `images`, (n, 1, H, W), and the masks."""
+    """Return the logits of `images`, averaged over the networks, (n, 1, H, W), and the masks."""
     total: Tensor | None = None
     masks = torch.empty(0)
     for network in networks:

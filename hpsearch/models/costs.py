@@ -53,7 +53,7 @@ def training_memory(
 def layer_costs(
     config: UNetConfig, in_channels: int, height: int, width: int, **options: Unpack[LayerOptions]
 ) -> list[LayerCost]:
-    """Return every layer in the order of the forward pass; an empty list where the network does not tell."""
+    """Return every layer in the order of the forward pass; an empty list if the network does not define them."""
     costs: list[LayerCost] = _find(config, "layer_costs")(config, in_channels, height, width, **options)
     return costs
 

@@ -79,7 +79,7 @@ def training_memory(
     weights = 4 * n_parameters(config, in_channels)
     # In float32 the images are among the saved tensors.
     images = 0 if precision == "float32" else 4 * batch_size * in_channels * height * width
-    # Beside what is saved there are the images, masks and logits, and the gradients of the input and the output of
+    # Besides what is saved, there are the images, masks and logits, and the gradients of the input and the output of
     # one operation.
     workspace = images + 3 * 4 * logits.numel() + 2 * max(sizes, default=0)
     state = weights * state_factor(options.get("optimizer", "sgd"), options.get("momentum", 0.9))

@@ -98,7 +98,7 @@ def training_flops(config: UNetConfig, in_channels: int, height: int, width: int
 
 
 def skip_offset(config: UNetConfig, stage: int) -> int:
-    """Return the offset of the map up-sampled to `stage` on the skip of that stage, in pixels from the top and left.
+    """Return the offset from top and left, in pixels, at which the crop of the skip connection of `stage` begins.
 
     It is 0 for `same`. For `valid` it is what the convolutions below removed, which is the centre crop of the paper
     for even sizes.

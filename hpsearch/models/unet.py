@@ -100,7 +100,7 @@ class ConvolutionBlock(nn.Module):
 
 
 class Down(nn.Module):
-    """Halve the resolution by max-pooling, rounding up, then a stacked convolution."""
+    """Halve the resolution by max-pooling, rounding up, then apply a stacked convolution."""
 
     def __init__(self, config: UNetConfig, in_channels: int, out_channels: int) -> None:
         super().__init__()

@@ -40,7 +40,7 @@ def draw_curves(points: Sequence[CurvePoint], *, title: str) -> Figure:
     epoch on held-out images, if that is not the last one.
     """
     figure = new_figure(11.0, 7.2, title)
-    # Room at the right of each column for the size of its gap.
+    # Leave room to the right of each column for the label with the size of its gap.
     grid = {"left": 0.06, "right": 0.92, "top": 0.88, "bottom": 0.13, "wspace": 0.3, "hspace": 0.2}
     axes = figure.subplots(2, 2, sharex=True, gridspec_kw=grid)
     for number, (axis, score) in enumerate(zip(axes.flat, CURVES, strict=True)):

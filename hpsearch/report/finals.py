@@ -1,4 +1,4 @@
-"""Read from the record what `hpsearch final` found: retrained configurations on the test split, as typed rows."""
+"""Read the results of `hpsearch final` from the record, as typed rows."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ class StudyRows:
     """Trials that count toward `study.trials`."""
     trials: tuple[TrialRow, ...]
     standing: Standing
-    """The ranking of the trials that can win, and the values that rank them."""
+    """The ranking of the trials that can win, and the values by which they are ranked."""
     winner: Winner | None
     """None while no trial is complete."""
     race: Race | None

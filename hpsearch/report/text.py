@@ -80,7 +80,7 @@ def gap(points: Sequence[CurvePoint], metric: str) -> str:
 
 
 def commands(rows: StudyRows) -> list[tuple[str, str]]:
-    """Return (command, purpose) of everything that repeats the study; NAME.toml holds the settings of the page."""
+    """Return (command, purpose) pairs that repeat the study; NAME.toml holds the settings shown on the page."""
     toml = shlex.quote(f"{rows.name}.toml")
     result = [(command_line(f"study --config {toml}", rows.name), "the search")]
     for final in rows.finals:

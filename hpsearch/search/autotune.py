@@ -50,7 +50,7 @@ class MachineChoice:
     n_workers: int = 0
     """Worker processes; 0: as many per GPU, or on the CPU, as train the most images per second (measured)."""
     threads: int = 0
-    """Threads per worker; 0: measured where there is one worker, else the cores are shared equally. Given without
+    """Threads per worker; 0: measured if there is one worker, else the cores are shared equally. If given without
     `n_workers`, there is one worker per device."""
 
 
@@ -116,7 +116,7 @@ def measure_drawn(config: StudyConfig, choice: MachineChoice) -> ExecutionPlan:
     with tempfile.TemporaryDirectory(prefix="hpsearch-") as name, LocalPool(Path(name)) as pool:
         folder = Path(name)
         draw_sample(folder / "drawn", n_train=min(MOST_DRAWN, max(batch_sizes)), n_val=1, n_test=1)
-        # Of the data only what decides how large the images are.
+        # Keep only the data settings that decide how large the images are.
         kept = ("size", "color", "match", "cache_size")
         data = DataConfig(root=str(folder / "drawn"), **{name: getattr(config.data, name) for name in kept})
         drawn = dataclasses.replace(config, data=data)
@@ -126,7 +126,7 @@ def measure_drawn(config: StudyConfig, choice: MachineChoice) -> ExecutionPlan:
 
 
 def _stored_plan(record: StudyRecord, choice: MachineChoice) -> ExecutionPlan | None:
-    """Return the recorded plan as `choice` changes it; None if there is none for this kind of device."""
+    """Return the recorded plan with `choice` applied; None if there is none for this kind of device."""
     try:
         stored = record.plan()
         plan = ExecutionPlan.from_dict(stored) if stored is not None else None

@@ -36,7 +36,7 @@ class Evaluation:
 
     @property
     def name(self) -> str:
-        """The trial or replicate in messages."""
+        """Name of the trial or replicate, for messages."""
         return f"{'the refit of ' if self.replicate is not None else ''}trial {self.trial.number}"
 
     @property

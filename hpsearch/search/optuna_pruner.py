@@ -82,7 +82,7 @@ class OptunaPruner:
         if trial.number in self._told:
             return
         while len(self._trials) <= trial.number:
-            # Also numbers that never have scores (infeasible): Hyperband's brackets go by the number.
+            # Infeasible trials, which have no scores, are included: Hyperband assigns brackets by trial number.
             self._trials.append(self._study.ask())
         optunas, answers = self._trials[trial.number], self._answers.setdefault(trial.number, [])
         for report in self._reports(trial, folds)[len(answers) :]:

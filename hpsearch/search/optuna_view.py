@@ -49,7 +49,7 @@ class OptunaView:
         self._database = study.project.optuna_db
         self._study: Study | None = None
         self._shown: tuple[Any, ...] = ()
-        """Fingerprint of the files that the database shows."""
+        """Fingerprint of the files from which the database was last updated."""
 
     def update(self, *, is_last: bool = False) -> None:
         """Bring the database up to date with the record.

@@ -113,7 +113,7 @@ class TrialScores:
 
 @dataclass(frozen=True)
 class PruneDecision:
-    """A pruner's decision after an epoch, with its grounds."""
+    """A pruner's decision after an epoch, with its reasons."""
 
     drop: bool
     estimate: float

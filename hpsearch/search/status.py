@@ -109,7 +109,7 @@ def _seconds(fit: FitRecord) -> float:
 
 
 def _shortlist(record: StudyRecord, trials: Sequence[TrialRecord]) -> tuple[int, ...]:
-    """Return the trials to refit; empty if none were selected, or if a trial was completed since."""
+    """Return the trials to refit; empty if none were selected, or if a trial has been completed since then."""
     stored = record.shortlist()
     if stored is None or stored.of != tuple(trial.number for trial in record.contenders(trials)):
         return ()

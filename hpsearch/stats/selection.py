@@ -76,7 +76,7 @@ def cheapest(tied: Sequence[int], costs: Mapping[int, float]) -> int:
 
 
 def select_for_replication(scores: Floats, count: int = 5, *, n_bags: int = N_BAGS, seed: int = 0) -> tuple[int, ...]:
-    """Return up to `count` trials that are best on the most bootstrap samples of the images, most often first.
+    """Return up to `count` trials, ordered by how often each is the best on a bootstrap sample of the images.
 
     scores: (trials, images) of the complete trials' first fits. Trials that are best on no sample are left out.
     """

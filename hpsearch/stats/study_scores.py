@@ -31,7 +31,7 @@ class StudyScores:
     """The final scores of a study's trials on the held-out images."""
 
     scores: Floats
-    """First fits, (trials, images)."""
+    """Per-image scores of the first fits, (trials, images)."""
     fold_of: NDArray[np.int64]
     """Fold of every image, (images,)."""
     replicated: tuple[int, ...] = ()

@@ -41,7 +41,7 @@ def hold(study: StudyPaths) -> Iterator[None]:
         paths.write_json(study.holder, holder)
         yield
     finally:
-        # A file that stays behind does no harm: the free lock counts.
+        # A leftover file does no harm: only the lock decides whether the study is running.
         with suppress(OSError):
             study.holder.unlink(missing_ok=True)
         is_empty = study.root in made and not study.toml.is_file()

@@ -116,7 +116,7 @@ def evaluations_of(project: ProjectPaths, evaluation: LoggedEvaluation) -> tuple
 def n_shared(a: LoggedEvaluation, b: LoggedEvaluation) -> int:
     """Return how many images two evaluations share, as far as is known.
 
-    Entries of version 0.1 do not name their images. They share all with an entry of the same test set or with one
+    Entries of version 0.1 name no images. They are assumed to share all with one of the same test set or with one
     that includes it, and as many as possible with others of the same study, whose images never change.
     """
     if a.images and b.images:

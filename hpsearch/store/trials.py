@@ -46,7 +46,7 @@ class TrialRecord:
     decisions: tuple[dict[str, Any], ...] = ()
     """Every decision of the pruner, in order."""
     failures: dict[str, list[str]] = field(default_factory=dict)
-    """Fold to one line per death of a worker that fitted it."""
+    """Maps each fold to one line per death of a worker that fitted it."""
     micro_batch: int | None = None
     """Images at a time if memory forced parts of batches and that changed the result. Such a trial cannot win."""
     code: str = ""
@@ -109,7 +109,7 @@ class Standing:
     ranking: tuple[int, ...]
     """Numbers of the trials that can win, best first."""
     values: dict[int, float]
-    """Trial to the value that ranks it: the mean over both fits if its replicate counts, else over the first."""
+    """Trial number to its ranking value: the mean over both fits if its replicate counts, else over the first."""
     confirmed: tuple[int, ...]
     """Trials whose replicates count, by number. If there are any, one of them wins."""
 

@@ -156,7 +156,7 @@ class Experiment:
         if run.places is None:
             run.places = {place for place, _ in self._history(run)}
         steps = {place[:2] for place in run.places}
-        # A repeated epoch has another time, but is the same epoch; a revision is meant to have another time.
+        # A repeated epoch has a different time but is the same epoch; a revision has a different time on purpose.
         new = [
             point
             for point in content.points

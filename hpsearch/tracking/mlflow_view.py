@@ -22,7 +22,7 @@ class MlflowTracker(MlflowServer):
     """Tracks studies in MLflow: one experiment per study, with a run for the study and child runs below it."""
 
     def view(self, study: StudyPaths) -> MlflowView:
-        """Return the view of a study. Connects to nothing yet."""
+        """Return the view of a study. Does not connect yet."""
         return MlflowView(self, study)
 
 

@@ -65,7 +65,7 @@ def write_refit_files(record: StudyRecord, number: int, folder: Path) -> None:
 
 
 def write_final_files(record: StudyRecord, name: str, folder: Path) -> None:
-    """Copy configuration, result, scores of the test images and model card of a final, and draw two figures."""
+    """Copy the configuration, result, test scores and model card of a final, and draw two figures."""
     final = record.paths.final(name)
     _copy((final.config, final.result, final.table, final.card), folder)
     result = paths.read_json(final.result)

@@ -167,7 +167,7 @@ def cpu_computes_bf16() -> bool:
 
 
 def describe(runtime: Runtime) -> dict[str, str]:
-    """Return device, processor and versions for the record."""
+    """Return the device, the processor and the versions, for the record."""
     device = runtime.device
     table = {
         "device": str(device),

@@ -20,6 +20,33 @@ from hpsearch.errors import ConfigError
 from hpsearch.models.costs import output_margin, uses_batch_statistics, why_impossible
 from hpsearch.training.evaluation import Indices
 
+HASHED = frozenset(
+    [
+        "batch_size",
+        "epochs",
+        "loss",
+        "lr",
+        "momentum",
+        "optimizer",
+        "schedule",
+        "smooth",
+        "weight_decay",
+        "blur",
+        "brightness",
+        "contrast",
+        "crop",
+        "hflip",
+        "hue",
+        "noise",
+        "rotate",
+        "saturation",
+        "scale",
+        "vflip",
+    ]
+)
+"""Settings of training and augmentation that every digest covers. Later ones count unless they have their default, so
+that a new setting leaves the checkpoints of existing studies valid."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FitTask:
@@ -67,18 +94,26 @@ class FitTask:
             value = getattr(self, part.name)
             if isinstance(value, np.ndarray):
                 value = hashlib.sha256(np.ascontiguousarray(value, np.int64).tobytes()).hexdigest()
-            elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            elif isinstance(value, Normalization):
                 value = dataclasses.asdict(value)
             table[part.name] = value
         table["model_config"] = self.model_config.to_dict()
-        # These settings choose how to compute, as the device does, not what to compute.
-        for name in ("amp", "compile"):
-            del table["train"][name]
+        table["train"], table["augment"] = _hashed(self.train), _hashed(self.augment)
         if microbatches_are_exact(self.model_config):
             del table["micro_batch"]
         if not self.margin:
             del table["stretch"]
         return digest(table)
+
+
+def _hashed(settings: TrainConfig | AugmentConfig) -> dict[str, Any]:
+    """Return the settings that a digest covers, without those that choose how to compute and not what."""
+    return {
+        field.name: value
+        for field in dataclasses.fields(settings)
+        if (value := getattr(settings, field.name)) != field.default or field.name in HASHED
+        if field.name not in ("amp", "compile")
+    }
 
 
 def microbatches_are_exact(config: UNetConfig) -> bool:

@@ -28,7 +28,7 @@ MEASURE_BUDGET_S = 0.5
 
 
 def measure(job: MeasureJob, context: WorkerContext) -> Measurement:
-    """Return the seconds of one image at each configuration, and what the machine is.
+    """Return the seconds per image of each configuration, and a description of the machine.
 
     A configuration that does not fit into memory is left out; in the study it ends as infeasible.
     """
@@ -116,7 +116,7 @@ def _step_repeatedly(
         "train.batch_size": n_images,
         "train.epochs": max_steps,
         "train.compile": "off",
-        # Nothing diverges at this rate: only the time is wanted.
+        # Nothing diverges at this learning rate, and only the time matters.
         "train.lr": 1e-9,
     }
     if n_images == 1 and config.unet.norm in ("batch", "instance"):

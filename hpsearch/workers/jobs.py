@@ -271,7 +271,7 @@ _REPORTS: dict[str, type[Any]] = {
 
 
 def job_to_json(job: Job) -> dict[str, Any]:
-    """Return a table that `job_from_json` reads."""
+    """Return a JSON table, from which `job_from_json` restores the job."""
     return {"job": job.kind, **to_json(job)}
 
 

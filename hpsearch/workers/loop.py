@@ -127,7 +127,7 @@ class _JobsTogether:
 
     def __init__(self, pool: WorkerPool, jobs: Sequence[Job], check: Callable[[], None]) -> None:
         self.results: dict[int, Result] = {}
-        """Index of the worker to the result of its job."""
+        """Maps the index of each worker to the result of its job."""
         self._pool = pool
         self._jobs = list(jobs)
         self._has_begun = False

@@ -38,7 +38,7 @@ def score(job: ScoreJob, context: WorkerContext) -> None:
 
 def score_officially(job: OfficialScoreJob, context: WorkerContext) -> None:
     """Write the masks of images at their own resolution, and their counts against the true masks."""
-    # They bring pandas along, which no other job needs.
+    # Imported here because they import pandas, which no other job needs.
     from hpsearch.inference.predictor import Ensemble
     from hpsearch.inference.scoring import count_mask, encode_mask, mask_name
 

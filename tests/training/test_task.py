@@ -1,7 +1,10 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
 from hpsearch.config.model import UNetConfig
+from hpsearch.config.train import TrainConfig
 from hpsearch.errors import ConfigError
 from hpsearch.training.task import FitTask, part_sizes
 from tests.training.fakes import fit_arguments
@@ -18,6 +21,18 @@ def test_a_checkpoint_of_version_0_1_is_that_of_the_same_fit():
     assert make_task().digest("fake") == "14eca2a4b36c2f7b"
     windows = make_task(model_config=VALID, stretch=False, micro_batch=2)
     assert windows.digest("fake") == "aef26030d0c7aea8"
+
+
+def test_a_new_setting_changes_the_digest_only_where_it_is_not_at_its_default():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Later(TrainConfig):
+        warmup_epochs: int = 0
+
+    task = make_task()
+    settings = dataclasses.asdict(task.train)
+    before = task.digest("fake")
+    assert dataclasses.replace(task, train=Later(**settings)).digest("fake") == before
+    assert dataclasses.replace(task, train=Later(**settings, warmup_epochs=3)).digest("fake") != before
 
 
 def test_only_a_network_without_padding_has_a_margin_and_only_without_stretching():
