@@ -36,8 +36,8 @@ def command(
 ) -> None:
     """Write a final model as ONNX, or a configuration as TOML.
 
-    `hpsearch train --config FILE` runs this TOML again. The ONNX file is checked with ONNX Runtime before it is kept. Its
-    metadata describe preprocessing and post-processing. ONNX needs `pip install 'hpsearch[onnx]'`.
+    `hpsearch train --config FILE` runs this TOML again. The ONNX file is checked with ONNX Runtime before it is kept.
+    Its metadata describe preprocessing and post-processing. ONNX needs `pip install 'hpsearch[onnx]'`.
 
     \b
         hpsearch export --onnx
