@@ -263,7 +263,7 @@ def test_second_fits_end_in_the_same_bytes_however_often_the_coordinator_was_kil
     """Killed after an epoch, after a fold, and after the last fit of a trial, each time going on from the last."""
     settings = (*ALWAYS_FULL, "study.confirm=2")
     n_epochs = []
-    for deadly in ("epoch_ended", "fold_ended", "said"):
+    for deadly in ("epoch_ended", "fold_ended", "message"):
         command = [sys.executable, "-c", KILLED, str(dataset), str(tmp_path), deadly, *settings]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
         assert done.returncode == -signal.SIGKILL, done.stderr
