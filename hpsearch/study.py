@@ -113,7 +113,7 @@ def run_study(
         plan = make_plan(record, caches, machine, pool, check)
         _require_space(record, plan)
         pool.resize(plan.workers)
-        with _views(study, tracker, stop) as views:
+        with _views(study, tracker, stop, callback.message) as views:
             coordinator = Coordinator(record, pool, plan, caches, callback, stop, budget, views.wake)
             callback.planned(record, plan, forecast(record, plan, caches.scored.n))
             try:
@@ -163,7 +163,7 @@ class _Views:
 
 
 @contextmanager
-def _views(study: StudyPaths, tracker: Tracker | None, stop: Stop) -> Iterator[_Views]:
+def _views(study: StudyPaths, tracker: Tracker | None, stop: Stop, say: Callable[[str], None]) -> Iterator[_Views]:
     """Keep Optuna's database and MLflow up to date in the background for the time of the block."""
     optuna_thread = ViewThread(OptunaView(study))
     tracker_thread = ViewThread(tracker.view(study)) if tracker is not None else None
@@ -174,6 +174,7 @@ def _views(study: StudyPaths, tracker: Tracker | None, stop: Stop) -> Iterator[_
         close_view(optuna_thread, stop)
         if optuna_thread.error:
             logger.warning("Optuna's database is not up to date: %s", optuna_thread.error)
+            say(f"Optuna's database is not up to date: {optuna_thread.error}")
         if tracker_thread is not None:
             views.n_behind, views.error = close_view(tracker_thread, stop)
 

@@ -110,7 +110,7 @@ def is_stored(folder: FinalPaths, pool: Prepared, test: Prepared, *, n_seeds: in
     """Whether the folder holds the whole result of these images, for so many seeds."""
     if not folder.result.is_file():
         return False
-    table = paths.read_json(folder.result)
+    table = _stored_table(folder)
     wanted = {"pool_key": pool.key, "test_key": test.key, "n_seeds": n_seeds}
     if any(table.get(key) != value for key, value in wanted.items()):
         return False
@@ -129,9 +129,15 @@ def is_stored(folder: FinalPaths, pool: Prepared, test: Prepared, *, n_seeds: in
 
 def stored_evaluation(project: ProjectPaths, folder: FinalPaths) -> LoggedEvaluation | None:
     """Return the evaluation that the result in `folder` comes from; None without a result or an account of it."""
-    return (
-        find_evaluation(project, str(paths.read_json(folder.result).get("look"))) if folder.result.is_file() else None
-    )
+    return find_evaluation(project, str(_stored_table(folder).get("look"))) if folder.result.is_file() else None
+
+
+def _stored_table(folder: FinalPaths) -> dict[str, Any]:
+    """Read final.json. Raises RecordError if it is damaged."""
+    table = paths.read_json(folder.result)
+    if not isinstance(table, dict) or "format" not in table:
+        raise RecordError(f"{folder.result} is damaged: put it back from a copy, or delete it to evaluate again")
+    return table
 
 
 def evaluate(

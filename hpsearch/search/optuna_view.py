@@ -19,11 +19,13 @@ from typing import Any
 
 import optuna
 import sqlalchemy
+from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState, create_trial
-from sqlalchemy.exc import DatabaseError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
+from hpsearch.errors import StorageError
 from hpsearch.paths import StudyPaths
 from hpsearch.search.space import Distributions, distributions, encode
 from hpsearch.search.suggest import STATES, quiet
@@ -54,7 +56,8 @@ class OptunaView:
     def update(self, *, is_last: bool = False) -> None:
         """Bring the database up to date with the record.
 
-        A database that is damaged is set aside, and one that contradicts the record is filled anew.
+        A database that is damaged is set aside, one that was deleted is made anew, and one that contradicts the
+        record is filled anew. Raises StorageError if the database cannot be written.
         """
         files = _fingerprint(self._paths)
         if files == self._shown:
@@ -63,10 +66,12 @@ class OptunaView:
         with quiet():
             try:
                 self._show(record)
-            except (DatabaseError, sqlite3.DatabaseError, ValueError, KeyError, TypeError, AttributeError) as error:
-                # Text that was changed in the database makes Optuna fail in as many ways as there are texts.
-                self._set_aside(error)
-                self._show(record)
+            except _ERRORS as error:
+                # The file may have been deleted or replaced since it was opened.
+                self._study = None
+                if not isinstance(_cause(error), OperationalError | sqlite3.OperationalError):
+                    self._set_aside(error)
+                self._show_or_raise(record)
         self._shown = files
 
     def n_behind(self) -> int:
@@ -91,6 +96,13 @@ class OptunaView:
                 _finish(study, known[index], _new_trial(record, trial, spaces, state, value))
         _show_ranking(study, trials, standing)
 
+    def _show_or_raise(self, record: StudyRecord) -> None:
+        try:
+            self._show(record)
+        except _ERRORS as error:
+            self._study = None
+            raise StorageError(f"{self._database} cannot be brought up to date: {_reason(error)}") from error
+
     def _open(self, record: StudyRecord) -> Study:
         if self._study is None:
             if self._database.is_file():
@@ -103,14 +115,25 @@ class OptunaView:
 
     def _set_aside(self, error: Exception) -> None:
         """Rename a damaged database, so that a new one takes its place."""
-        reason = str(getattr(error, "orig", None) or error).splitlines()[:1]
-        if isinstance(error, sqlalchemy.exc.OperationalError):
-            # The disk refuses, or another process writes for long: the file itself is sound.
-            raise error
-        self._study = None
         aside = self._database.with_name(f"{self._database.name}.damaged")
         os.replace(self._database, aside)
-        logger.warning("Optuna's database is damaged (%s): it is now %s, and a new one is made", reason, aside.name)
+        text = "Optuna's database is damaged (%s): it is now %s, and a new one is made"
+        logger.warning(text, _reason(error), aside.name)
+
+
+_ERRORS = (SQLAlchemyError, StorageInternalError, sqlite3.Error, ValueError, KeyError, TypeError, AttributeError)
+"""Text that was changed in the database makes Optuna fail in as many ways as there are texts."""
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return the database's own error, which Optuna may have wrapped."""
+    return error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ is not None else error
+
+
+def _reason(error: BaseException) -> str:
+    """Return an error in one line."""
+    cause = _cause(error)
+    return (str(getattr(cause, "orig", None) or cause).splitlines() or [type(cause).__name__])[0]
 
 
 def sqlite_url(path: Path) -> str:
@@ -139,11 +162,16 @@ def _agree(known: Sequence[FrozenTrial], trials: Sequence[TrialRecord], spaces: 
     if len(known) > len(trials):
         return False
     return all(
-        shown.params == {name: encode(trial.params.get(name)) for name in spaces}
-        and shown.distributions == dict(spaces)
+        shown.params == _params(trial, spaces)
+        and shown.distributions == {name: each for name, each in spaces.items() if name in trial.params}
         and (trial.outcome is not None or not shown.state.is_finished())
         for shown, trial in zip(known, trials, strict=False)
     )
+
+
+def _params(trial: TrialRecord, spaces: Distributions) -> dict[str, Any]:
+    """Return the searched params of a trial as Optuna stores them."""
+    return {name: encode(trial.params[name]) for name in spaces if name in trial.params}
 
 
 def _shown_as(trial: TrialRecord, standing: Standing) -> tuple[TrialState, float | None]:
@@ -175,8 +203,8 @@ def _new_trial(
         state=state,
         # Optuna allows no value for a trial that failed, and needs one for a complete trial.
         value=value,
-        params={name: encode(trial.params[name]) for name in spaces},
-        distributions=dict(spaces),
+        params=_params(trial, spaces),
+        distributions={name: each for name, each in spaces.items() if name in trial.params},
         user_attrs={key: text for key, text in attributes.items() if text not in (None, "")},
         intermediate_values=_intermediate_values(record, trial) if state.is_finished() else {},
         constraints={"feasible": trial.constraint} if trial.constraint > 0 else None,

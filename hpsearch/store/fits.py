@@ -40,7 +40,10 @@ class FitRecord:
         """Return the content of fit.json; None before the fit is finished."""
         if not self.paths.fit.is_file():
             return None
-        return cast("dict[str, Any]", paths.read_json(self.paths.fit))
+        table = paths.read_json(self.paths.fit)
+        if not isinstance(table, dict) or "epochs" not in table:
+            raise RecordError(f"{self.paths.fit} is damaged: it is not the result of a fit")
+        return table
 
     @property
     def is_finished(self) -> bool:

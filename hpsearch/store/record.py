@@ -67,7 +67,14 @@ class StudyRecord(StudyFiles):
 
     def verify(self) -> None:
         """Read all ended trials. Raises RecordError, which names what is damaged."""
-        for trial in self.trials():
+        trials = self.trials()
+        for expected, trial in enumerate(trials):
+            if trial.number != expected and not any(each.outcome == "orphaned" for each in trials):
+                raise RecordError(
+                    f"{self.paths.trial(expected).trial} is missing while later trials are there: put the folder "
+                    "back from a copy, or begin another study with --study NAME"
+                )
+        for trial in trials:
             if trial.outcome in (None, "orphaned"):
                 continue
             second = self.replicate(trial.number)

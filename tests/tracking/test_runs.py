@@ -136,7 +136,7 @@ class TestWhatIsLogged:
         study.trial("complete")
         files = deliver(study)["trial 0000"].files
         assert set(files) == {"trial.toml", "folds.json", "scores.csv", "curves.png", "panels.png"}
-        assert json.loads(files["folds.json"])["folds"] == study.record.folds.to_dict()
+        assert json.loads(files["folds.json"])["folds"] == json.loads(json.dumps(study.record.folds.to_dict()))
         lines = [line.split(",") for line in files["scores.csv"].decode().split()]
         assert lines[0] == ["image", "fold", "dice", "jaccard", "accuracy", "sensitivity", "specificity"]
         assert len(lines) == 21
