@@ -64,7 +64,7 @@ def test_trials_of_all_sizes_are_scored_at_one(project: Path) -> None:
     seen = {json.dumps(trial.config["data"]["size"]) for trial in record.trials()}
     assert len(seen) > 1
     for trial in record.trials():
-        assert trial.outcome == "full"
+        assert trial.outcome == "complete"
         for fold in range(record.n_folds):
             counts = record.fit(trial.number, fold).counts()
             assert np.array_equal(counts.sum(axis=1), np.full(len(counts), EVAL[0] * EVAL[1]))
