@@ -8,7 +8,7 @@
     │   └── OutOfMemoryError    memory ran out in a fit; all of it was given back
     ├── DivergedError           a loss that became NaN or infinite
     ├── CheckpointError         a checkpoint or weights file that is torn, foreign or unsafe
-    ├── StudyError              a study that is not there or cannot go on as asked
+    ├── StudyError              a study that is missing or cannot continue as requested
     │   ├── StudyChangedError   fixed settings differ from those the study was begun with
     │   ├── StudyLockedError    another process holds the study
     │   ├── StoppedError        asked to stop before there was anything to keep
@@ -78,7 +78,7 @@ class CheckpointError(HpsearchError):
 
 
 class StudyError(HpsearchError):
-    """A study that is not there or cannot go on as asked."""
+    """A study that is missing or cannot continue as requested."""
 
 
 class StudyChangedError(StudyError):

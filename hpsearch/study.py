@@ -29,7 +29,7 @@ from hpsearch.search.stopping import Budget, Stop
 from hpsearch.store import lock
 from hpsearch.store.log import log_file
 from hpsearch.store.record import StudyRecord
-from hpsearch.store.trials import COUNTED
+from hpsearch.store.trials import count_trials
 from hpsearch.views import Tracker, ViewThread
 from hpsearch.workers import plan as plans
 from hpsearch.workers.local_pool import LocalPool
@@ -277,7 +277,7 @@ def _require_space(record: StudyRecord, plan: ExecutionPlan) -> None:
     there = sum(
         path.stat().st_size for path in root.glob("trials/*/fold*/*.*") if path.suffix in (".pt", ".safetensors")
     )
-    n_open = settings.trials - sum(trial.outcome in COUNTED for trial in record.trials())
+    n_open = settings.trials - count_trials(record.trials())
     free = paths.free_bytes(root)
     if n_open > 0 and free < needed - there:
         raise StorageError(

@@ -1,4 +1,4 @@
-"""`hpsearch plan`: show what a configuration is and costs, before anything runs."""
+"""`hpsearch plan`: show the size and the cost of a configuration before anything runs."""
 
 from __future__ import annotations
 

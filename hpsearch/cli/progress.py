@@ -19,11 +19,11 @@ from hpsearch.cli.describe import describe_params
 from hpsearch.cli.streams import write_to_stderr
 from hpsearch.data.prepare import Prepared
 from hpsearch.paths import ProjectPaths
-from hpsearch.report.formats import count, duration, outcome_name
+from hpsearch.report.formats import count, duration
 from hpsearch.search.callbacks import StudyCallback
 from hpsearch.search.status import study_status
 from hpsearch.store.record import StudyRecord
-from hpsearch.store.trials import COUNTED, TrialRecord
+from hpsearch.store.trials import TrialRecord, count_trials
 from hpsearch.study import StudySummary
 from hpsearch.training.rows import EpochRow
 from hpsearch.workers.plan import ExecutionPlan, Forecast, describe_data
@@ -134,7 +134,7 @@ class StudyProgress(StudyCallback):
         value = f" {trial.value:.4f}" if trial.value is not None else ""
         mark = "  best so far" if self._best is not None and self._best[0] == trial.number else ""
         reason = f"  ({trial.reason})" if trial.outcome != "complete" and trial.reason else ""
-        outcome = outcome_name(trial.outcome or "open")
+        outcome = trial.outcome or "open"
         self._print(f"trial {trial.number} {outcome}{value}{mark}{reason}  {describe_params(trial.params)}")
 
     def replicating(self, trials: Sequence[int], done: int, total: int) -> None:
@@ -180,7 +180,7 @@ class StudyProgress(StudyCallback):
 
     @property
     def _n_counted(self) -> int:
-        return sum(trial.outcome in COUNTED for trial in self._trials.values())
+        return count_trials(self._trials.values())
 
     def _rank(self) -> None:
         if self._record is not None:

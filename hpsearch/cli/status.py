@@ -50,10 +50,9 @@ def command(project: ProjectPaths, study_name: str | None, trial: int | None) ->
 
 
 def _head(project: ProjectPaths, status: StudyStatus) -> str:
-    from hpsearch.report.formats import outcome_name
     from hpsearch.store import lock
 
-    outcomes = Counter(outcome_name(trial.outcome) for trial in status.trials if trial.outcome)
+    outcomes = Counter(trial.outcome for trial in status.trials if trial.outcome)
     counts = ", ".join(f"{n} {outcome}" for outcome, n in sorted(outcomes.items())) or "none ended"
     holder = f"run by {lock.describe_holder(project.study(status.name))}" if status.is_running else "not running"
     return f"study {status.name}: {status.n_counted}/{status.config.study.trials} trials ({counts}); {holder}"
@@ -100,13 +99,13 @@ def _final_line(project: ProjectPaths, study: str, name: str) -> str:
 
 def _trial_rows(status: StudyStatus) -> Iterator[Sequence[str]]:
     from hpsearch.cli.describe import describe_params
-    from hpsearch.report.formats import duration, outcome_name
+    from hpsearch.report.formats import duration
 
     for trial in status.trials:
         value = status.values.get(trial.number, trial.value)
         yield (
             str(trial.number),
-            outcome_name(trial.outcome or "open"),
+            trial.outcome or "open",
             "" if value is None else f"{value:.4f}",
             f"{status.n_finished[trial.number]}/{status.n_folds}",
             duration(status.seconds[trial.number]),
@@ -117,13 +116,12 @@ def _trial_rows(status: StudyStatus) -> Iterator[Sequence[str]]:
 
 def _show_decisions(record: StudyRecord, number: int) -> None:
     from hpsearch.cli.describe import describe_params
-    from hpsearch.report.formats import outcome_name
     from hpsearch.search.racing import MATTERS
 
     trial = record.known_trial(number)
     score = record.worth(trial)
     value = "" if score is None else f", {record.config.study.metric} {score:.4f}"
-    outcome = outcome_name(trial.outcome or "open")
+    outcome = trial.outcome or "open"
     click.echo(f"trial {number} of study {record.name}: {outcome}{value}  {describe_params(trial.params)}")
     if trial.reason:
         click.echo(f"  {trial.reason}")

@@ -30,7 +30,6 @@ def command(project: ProjectPaths, study_name: str | None, trial: int | None, no
     """
     from hpsearch.errors import StudyError
     from hpsearch.paths import write_text
-    from hpsearch.report.formats import outcome_name
     from hpsearch.store import lock
     from hpsearch.store.record import study_record
 
@@ -41,7 +40,7 @@ def command(project: ProjectPaths, study_name: str | None, trial: int | None, no
     holder = lock.describe_holder(study)
     if trial is not None:
         if (outcome := record.known_trial(trial).outcome) is not None:
-            raise StudyError(f"trial {trial} of study {study.name!r} has ended already: {outcome_name(outcome)}")
+            raise StudyError(f"trial {trial} of study {study.name!r} has ended already: {outcome}")
         write_text(study.trial_stop_request(trial), "stop")
         click.echo(f"asked {holder} to end trial {trial} after its epoch; the study goes on")
         return 0

@@ -26,7 +26,7 @@ _SEAL = "# written by hpsearch, sha256 "
 
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig:
-    """Everything that decides what a study does: five sections and the search space."""
+    """All settings of a study: five sections and the search space."""
 
     data: DataConfig = field(default_factory=DataConfig)
     """Which images are used, at which size, and how they are cached."""

@@ -87,7 +87,7 @@ def download(
 
     `only` names splits (`train`, `val`, `test`) or archives. Unpacked folders, archives and partial archives that
     exist are used and not downloaded again. Failed attempts are retried as `http_download.Downloader` says, and a
-    damaged archive is downloaded once more. Archives stay beside their folders unless `keep_archives` is False.
+    damaged archive is downloaded again. Archives stay beside their folders unless `keep_archives` is False.
 
     Raises ConfigError for an unknown name or address, DatasetError if the server does not deliver the files or
     delivers damaged or harmful ones, and StorageError if there is not enough free space. The space is checked before

@@ -17,13 +17,6 @@ SCORES = {
     "specificity": "Specificity",
 }
 """Name of every score, in the order of tables."""
-OUTCOMES = {"complete": "complete", "pruned": "pruned", "orphaned": "orphaned"}
-"""Name of the outcomes that are recorded under a word of version 0.1."""
-
-
-def outcome_name(outcome: str) -> str:
-    """Return the word for an outcome: `complete` for `full`."""
-    return OUTCOMES.get(outcome, outcome)
 
 
 def count(n: int, noun: str) -> str:

@@ -19,7 +19,7 @@ from hpsearch.stats.selection import Corrected
 from hpsearch.stats.study_scores import TrialStatistics
 from hpsearch.store import lock
 from hpsearch.store.record import StudyRecord
-from hpsearch.store.trials import COUNTED, Outcome, Standing, TrialRecord
+from hpsearch.store.trials import Outcome, Standing, TrialRecord, count_trials
 from hpsearch.workers.plan import ExecutionPlan, predicted_bytes
 
 N_TEST = 600
@@ -179,7 +179,7 @@ def study_rows(record: StudyRecord) -> StudyRows:
         n_images=int(np.sum(np.asarray(record.folds.fold_of) >= 0)),
         is_running=lock.is_held(record.paths),
         updated_at=max(times, default=0.0),
-        n_counted=sum(trial.outcome in COUNTED for trial in trials),
+        n_counted=count_trials(trials),
         trials=rows,
         standing=standing,
         winner=_winner(record, estimates, finals) if estimates is not None else None,

@@ -37,7 +37,7 @@ from hpsearch.report.axes import (
     x_label,
     y_label,
 )
-from hpsearch.report.formats import outcome_name, setting
+from hpsearch.report.formats import setting
 from hpsearch.report.rows import TrialRow
 from hpsearch.stats.intervals import Floats, Interval
 
@@ -113,7 +113,7 @@ def draw_race(trials: Sequence[TrialRow], ranking: Sequence[int], n_folds: int, 
     _draw_values(above, trials, leaders, metric)
     _draw_folds(below, trials, n_folds)
     seen = [outcome for outcome in OUTCOMES if any(trial.outcome == outcome for trial in trials)]
-    handles: list[Any] = [Patch(color=OUTCOMES[outcome], lw=0, label=outcome_name(outcome)) for outcome in seen]
+    handles: list[Any] = [Patch(color=OUTCOMES[outcome], lw=0, label=outcome) for outcome in seen]
     if leaders:
         handles.append(Line2D([], [], color=INK, lw=1.2, label="best mean so far"))
     legend_below(figure, handles)

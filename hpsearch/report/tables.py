@@ -9,7 +9,7 @@ from hpsearch import __version__
 from hpsearch.report import text
 from hpsearch.report.columns import COLUMNS
 from hpsearch.report.finals import FinalRow
-from hpsearch.report.formats import SCORES, dimension, duration, interval, number, outcome_name, setting
+from hpsearch.report.formats import SCORES, dimension, duration, interval, number, setting
 from hpsearch.report.rows import StudyRows
 from hpsearch.stats.intervals import Interval
 
@@ -80,7 +80,7 @@ def incomplete_trials(rows: StudyRows) -> Table:
         tuple(
             (
                 str(row.number),
-                outcome_name(row.outcome),
+                row.outcome,
                 text.stopped_at(row, rows.n_folds),
                 number(row.value) if row.value is not None else "",
                 duration(row.seconds),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from hpsearch.paths import command_line
-from hpsearch.report.formats import SCORES, count, duration, number, outcome_name
+from hpsearch.report.formats import SCORES, count, duration, number
 from hpsearch.report.rows import StudyRows, TrialRow
 from hpsearch.report.templating import paragraphs
 from hpsearch.report.trial_rows import CurvePoint
@@ -21,7 +21,7 @@ from hpsearch.stats.run_variance import S_GUESS
 
 def progress(rows: StudyRows) -> str:
     """Return how far the study is: `12 of 50 trials: 5 complete, 7 pruned`."""
-    outcomes = Counter(outcome_name(row.outcome) for row in rows.trials)
+    outcomes = Counter(row.outcome for row in rows.trials)
     counts = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.most_common())
     text = f"{rows.n_counted} of {count(rows.config.study.trials, 'trial')}"
     return f"{text}: {counts}" if counts else text

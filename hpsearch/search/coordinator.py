@@ -1,4 +1,4 @@
-"""The coordinator: carries out what the scheduler says, and keeps the record.
+"""The coordinator: execute the actions of the scheduler and keep the record.
 
 It imports no torch. Everything is written to the study folder before it takes effect, so a process that dies between
 any two instructions leaves a study that continues as if it had not.

@@ -12,7 +12,7 @@ from hpsearch.search.racing import PruneDecision
 from hpsearch.search.scheduler import OpenFits, StudyState
 from hpsearch.store.fits import FitRecord
 from hpsearch.store.record import StudyRecord
-from hpsearch.store.trials import COUNTED, ReplicateRecord, TrialRecord
+from hpsearch.store.trials import ReplicateRecord, TrialRecord, count_trials
 
 
 @dataclass
@@ -111,7 +111,7 @@ def study_state(
     return StudyState(
         n_folds=record.n_folds,
         n_trials=record.config.study.trials,
-        n_counted=sum(trial.outcome in COUNTED for trial in trials.values()),
+        n_counted=count_trials(trials.values()),
         n_suggested=len(trials),
         n_unused=record.n_unused(trials.values()),
         has_complete=any(trial.can_win for trial in trials.values()),

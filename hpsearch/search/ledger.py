@@ -14,7 +14,7 @@ from hpsearch.search.evaluation import Evaluation
 from hpsearch.stats.best import rank
 from hpsearch.store.fits import remove_networks
 from hpsearch.store.record import StudyRecord
-from hpsearch.store.trials import COUNTED, Outcome, ReplicateRecord, TrialRecord
+from hpsearch.store.trials import Outcome, ReplicateRecord, TrialRecord, count_trials
 from hpsearch.store.versions import now
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class Ledger:
     @property
     def n_counted(self) -> int:
         """Ended trials that count toward `study.trials`."""
-        return sum(trial.outcome in COUNTED for trial in self.trials.values())
+        return count_trials(self.trials.values())
 
     def write(self, trial: TrialRecord) -> None:
         """Write a new trial, or a changed one."""

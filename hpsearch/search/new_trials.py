@@ -10,7 +10,7 @@ from hpsearch.errors import ConfigError, StudyError
 from hpsearch.search import enqueue
 from hpsearch.search.suggest import suggest
 from hpsearch.store.record import StudyRecord
-from hpsearch.store.trials import COUNTED, TrialRecord
+from hpsearch.store.trials import TrialRecord, count_trials
 from hpsearch.store.versions import code_version, now
 from hpsearch.workers.plan import ExecutionPlan, Infeasible, why_infeasible
 
@@ -55,7 +55,7 @@ def used_up(record: StudyRecord, trials: Mapping[int, TrialRecord]) -> str:
 
     Raises StudyError if no configuration of the search space is feasible.
     """
-    n_counted, config = sum(trial.outcome in COUNTED for trial in trials.values()), record.config
+    n_counted, config = count_trials(trials.values()), record.config
     if n_counted >= config.study.trials or record.n_unused(trials.values()) != 0:
         return ""
     n_configurations = config.search.n_configurations

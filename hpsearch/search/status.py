@@ -12,7 +12,7 @@ from hpsearch.search import constant_predictions, replicates
 from hpsearch.store import lock
 from hpsearch.store.fits import FitRecord
 from hpsearch.store.record import StudyRecord, has_all_replicates
-from hpsearch.store.trials import COUNTED, TrialRecord
+from hpsearch.store.trials import COUNTED, TrialRecord, count_trials
 from hpsearch.workers import plan as plans
 from hpsearch.workers.plan import ExecutionPlan
 
@@ -84,7 +84,7 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
         name=name,
         config=record.config,
         trials=trials,
-        n_counted=sum(trial.outcome in COUNTED for trial in trials),
+        n_counted=count_trials(trials),
         n_folds=record.n_folds,
         n_finished=n_finished,
         seconds=seconds,

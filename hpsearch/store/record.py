@@ -15,7 +15,7 @@ from hpsearch.stats.best import rank
 from hpsearch.store import lock
 from hpsearch.store.files import StudyFiles
 from hpsearch.store.fits import FitRecord
-from hpsearch.store.trials import COUNTED, Standing, TrialRecord
+from hpsearch.store.trials import Standing, TrialRecord, count_trials
 
 
 class StudyRecord(StudyFiles):
@@ -124,7 +124,7 @@ class StudyRecord(StudyFiles):
 
     def n_left(self, trials: Sequence[TrialRecord]) -> int:
         """Return how many trials are still to be evaluated at most, with these on record; open ones count."""
-        n_left = max(0, self.config.study.trials - sum(trial.outcome in COUNTED for trial in trials))
+        n_left = max(0, self.config.study.trials - count_trials(trials))
         n_unused = self.n_unused(trials)
         if n_unused is None:
             return n_left

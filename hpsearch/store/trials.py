@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -122,6 +122,11 @@ class Standing:
     def best_value(self) -> float | None:
         """The value that ranks the winner."""
         return self.values[self.ranking[0]] if self.ranking else None
+
+
+def count_trials(trials: Iterable[TrialRecord]) -> int:
+    """Return how many trials count toward `study.trials`."""
+    return sum(trial.outcome in COUNTED for trial in trials)
 
 
 def record_to_json(record: TrialRecord | ReplicateRecord | Shortlist) -> dict[str, Any]:

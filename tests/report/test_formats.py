@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hpsearch.config.search import Choice, Range
-from hpsearch.report.formats import count, dimension, interval, outcome_name, setting, timestamp
+from hpsearch.report.formats import count, dimension, interval, setting, timestamp
 from hpsearch.stats.intervals import Interval, Paired
 
 
@@ -24,11 +24,6 @@ def test_an_interval_has_four_digits_and_signs_of_equal_width() -> None:
     assert interval(Interval(0.85, 0.84001, 0.86)) == "0.8500 [0.8400, 0.8600]"
     gain = Paired(0.0123, -0.01, 0.0345, 0.4)
     assert interval(gain, signed=True) == "+0.0123 [\N{MINUS SIGN}0.0100, +0.0345]"
-
-
-def test_recorded_outcomes_are_shown_in_the_words_of_the_field() -> None:
-    shown = [outcome_name(each) for each in ("complete", "pruned", "orphaned", "diverged")]
-    assert shown == ["complete", "pruned", "orphaned", "diverged"]
 
 
 def test_settings_have_three_digits_and_times_are_utc() -> None:
