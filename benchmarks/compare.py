@@ -90,7 +90,7 @@ def main() -> int:
     n_different = 0
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
-        _check_out(arguments.base, base)
+        check_out(arguments.base, base)
         for name in arguments.study or STUDIES:
             results = [run_study(tree, name, Path(folder) / side) for side, tree in (("b", base), ("w", ROOT))]
             differences = list(compare(*results, tolerance=arguments.tolerance))
@@ -109,8 +109,8 @@ def run_study(tree: Path, name: str, out: Path) -> dict[str, Any]:
     config.write_text(CONFIG, encoding="utf-8")
     where = ["--out", str(out), "--study", name, "--tracking", "none", "--device", "cpu"]
     search = ["--config", str(config), "--sampler", sampler, "--pruner", pruner, "--workers", "1", "--threads", "1"]
-    _hpsearch(tree, out, "study", *search, *where)
-    _hpsearch(tree, out, "final", "--best", *where)
+    run_hpsearch(tree, out, "study", *search, *where)
+    run_hpsearch(tree, out, "final", "--best", *where)
     return dict(read_study(out / "studies" / name))
 
 
@@ -166,13 +166,15 @@ def _digest(array: np.ndarray[Any, Any]) -> str:
     return f"{array.shape} {array.dtype} {hashlib.sha256(array.tobytes()).hexdigest()[:16]}"
 
 
-def _check_out(commit: str, folder: Path) -> None:
+def check_out(commit: str, folder: Path) -> None:
+    """Write the files of a commit into a new folder."""
     folder.mkdir()
     archive = subprocess.run(["git", "archive", commit], cwd=ROOT, stdout=subprocess.PIPE, check=True)
     subprocess.run(["tar", "-x", "-C", str(folder)], input=archive.stdout, check=True)
 
 
-def _hpsearch(tree: Path, out: Path, *arguments: str) -> None:
+def run_hpsearch(tree: Path, out: Path, *arguments: str) -> None:
+    """Run the command with the code in `tree`; end with its output if it fails."""
     # The account of test-set evaluations is kept per user, too: both sides begin with an empty one.
     environment = {**os.environ, "PYTHONPATH": str(tree), "XDG_STATE_HOME": str(out / "state")}
     # Not in this folder: workers of older versions import from the current one.
