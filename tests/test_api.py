@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -48,11 +49,15 @@ def test_importing_the_package_loads_nothing() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_example_searches_evaluates_and_predicts_on_ones_own_images(tmp_path: Path) -> None:
+def test_the_example_searches_evaluates_and_predicts_on_ones_own_images(
+    tmp_path: Path, empty_mlflow_db: Path
+) -> None:
     drawn = tmp_path / "drawn"
     draw_sample(drawn, n_train=15, n_val=0, n_test=0)
     folders = [drawn / "ISIC-2017_Training_Data", drawn / "ISIC-2017_Training_Part1_GroundTruth"]
     smaller = ["--trials", "2", "--folds", "2", "--size", "32", "--epochs", "2", "--out", str(tmp_path / "project")]
+    (tmp_path / "project").mkdir()
+    shutil.copyfile(empty_mlflow_db, tmp_path / "project/mlflow.db")
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples/own_images.py"), *map(str, folders), *smaller],
         capture_output=True,
@@ -64,5 +69,5 @@ def test_the_example_searches_evaluates_and_predicts_on_ones_own_images(tmp_path
     assert "on 3 images" in done.stdout
     masks = sorted((tmp_path / "project/masks").glob("*_segmentation.png"))
     assert len(masks) == 15
-    assert (tmp_path / "project/mlflow.db").is_file()
+    assert list((tmp_path / "project/mlruns").iterdir())
     assert list((tmp_path / "project/studies/own").glob("**/report.html"))

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, empty_mlflow_db: Path) -> faults.Place:
-    return faults.Place.make(tmp_path_factory.mktemp("faults"), n_trials=3, mlflow_db=empty_mlflow_db)
+    return faults.Place.make(tmp_path_factory.mktemp("faults"), n_trials=2, mlflow_db=empty_mlflow_db)
 
 
 def differences(outcomes: list[faults.Outcome]) -> list[str]:
@@ -23,9 +23,9 @@ def differences(outcomes: list[faults.Outcome]) -> list[str]:
 
 
 def test_a_study_that_is_killed_again_and_again_ends_as_if_it_had_not_been(place: faults.Place) -> None:
-    outcomes = list(faults.disturb_studies(place, 1, 7, ("KILL",), seed=7, prefix="killed"))
+    outcomes = list(faults.disturb_studies(place, 1, 6, ("KILL",), seed=7, prefix="killed"))
     assert differences(outcomes) == []
-    assert sum(outcome.n_faults for outcome in outcomes) >= 7
+    assert sum(outcome.n_faults for outcome in outcomes) >= 6
 
 
 def test_a_study_that_is_signalled_stops_and_goes_on(place: faults.Place) -> None:

@@ -60,9 +60,7 @@ def flip_at(at: int, content: bytes) -> bytes:
 DAMAGES = {
     "emptied": cut(0.0),
     "cut in the middle": cut(0.5),
-    "cut near the end": cut(0.98),
     "changed near the start": flip(0.1),
-    "changed in the middle": flip(0.5),
     "changed near the end": flip(0.93),
 }
 
@@ -131,7 +129,7 @@ def test_an_open_fit_goes_on_from_what_is_sound_of_it(dataset: Path, tmp_path: P
     record = run(tmp_path / "stopped", config, stop=stop, callback=_StopAfter(stop, 3)).record
     fit = record.fit(0, 0).paths
     for path in (fit.epochs, fit.scores):
-        path.write_bytes(DAMAGES["changed in the middle"](path.read_bytes()))
+        path.write_bytes(flip(0.5)(path.read_bytes()))
     for name in torn.split(" and "):
         path = fit.root / name
         path.write_bytes(DAMAGES["cut in the middle"](path.read_bytes()))
@@ -149,7 +147,7 @@ def test_the_way_out_of_damage_works(sound: Path, dataset: Path, tmp_path: Path)
     shutil.copytree(sound, project)
     config = tiny_config(dataset, "study.trials=2", "study.pruner=none")
     plan = project / FILES["plan"]
-    plan.write_bytes(DAMAGES["changed in the middle"](plan.read_bytes()))
+    plan.write_bytes(flip(0.5)(plan.read_bytes()))
     with pytest.raises(RecordError, match="delete it, and it is measured anew"):
         run(project, config)
     plan.unlink()
