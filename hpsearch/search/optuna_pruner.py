@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import optuna
@@ -10,8 +11,9 @@ from optuna.samplers import RandomSampler
 from optuna.storages import InMemoryStorage
 
 from hpsearch.data.folds import Folds
-from hpsearch.search.racing import PruneDecision, TrialScores, decide
+from hpsearch.search.racing import TrialScores, decide
 from hpsearch.search.suggest import quiet
+from hpsearch.store.trials import PruneDecision
 
 Report = dict[int, float]
 """Step to value: what is reported to Optuna before its pruner is asked once."""
@@ -20,11 +22,6 @@ Report = dict[int, float]
 def epochs_of_first_fold(trial: TrialScores, folds: Folds) -> list[Report]:
     """Return the mean score after every epoch of fold 0; step = epoch, from 1."""
     return [{epoch: float(mean)} for epoch, mean in enumerate(trial.curves.get(0, ()), start=1)]
-
-
-def fold_means(trial: TrialScores, folds: Folds) -> list[Report]:
-    """Return the mean score of every finished fold; step = fold."""
-    return [{fold: float(trial.curves[fold][-1])} for fold in trial.finished]
 
 
 def images(trial: TrialScores, folds: Folds) -> list[Report]:
@@ -72,9 +69,7 @@ class OptunaPruner:
             self._bring_up_to_date(trial, folds)
         self._bring_up_to_date(candidate, folds)
         drop = self._answers[candidate.number][n_reports - 1]
-        fold, epoch = candidate.latest + 1, len(candidate.scores[candidate.latest])
-        where = f"in fold {fold} at epoch {epoch}" if epoch < candidate.n_epochs else f"after fold {fold}"
-        reason = f"{where}: {'pruned' if drop else 'kept'} by Optuna's {self._name}"
+        reason = f"{candidate.place}: {'pruned' if drop else 'kept'} by Optuna's {self._name}"
         return decide(drop, candidate, others, folds.k, reason)
 
     def _bring_up_to_date(self, trial: TrialScores, folds: Folds) -> None:
@@ -96,6 +91,4 @@ class OptunaPruner:
 
 def _an_epoch_ago(trial: TrialScores) -> TrialScores:
     scores = {**trial.scores, trial.latest: trial.scores[trial.latest][:-1]}
-    return TrialScores(
-        trial.number, {fold: each for fold, each in scores.items() if len(each)}, trial.n_epochs, trial.schedule
-    )
+    return dataclasses.replace(trial, scores={fold: each for fold, each in scores.items() if len(each)})

@@ -34,12 +34,12 @@ from hpsearch.search.autotune import MachineChoice
 from hpsearch.search.callbacks import NullCallback
 from hpsearch.search.coordinator import Coordinator
 from hpsearch.search.evaluation import Evaluation
-from hpsearch.search.racing import PruneDecision, Race, TrialScores
+from hpsearch.search.racing import Race, TrialScores
 from hpsearch.search.status import study_status
 from hpsearch.search.stopping import Stop
 from hpsearch.store import lock
 from hpsearch.store.record import StudyRecord
-from hpsearch.store.trials import record_to_json
+from hpsearch.store.trials import PruneDecision, record_to_json
 from hpsearch.study import StudySummary
 from hpsearch.workers.jobs import FitJob, Job
 from tests.data.conftest import tiny_pairs, write_pairs
@@ -305,7 +305,7 @@ def test_in_a_race_workers_help_with_the_first_trial_and_with_survivors_when_non
         return make_job(evaluation, fold, caches)
 
     def once_both_have_started(self: Coordinator) -> Job | None:
-        return next_job(self) if begun or len(self._pool.idle()) == len(self._plan.workers) else None
+        return next_job(self) if begun or len(self.pool.idle()) == len(self.plan.workers) else None
 
     monkeypatch.setattr(coordinator, "fold_job", fold_job)
     monkeypatch.setattr(Coordinator, "next_job", once_both_have_started)
@@ -337,7 +337,7 @@ def test_a_survivor_that_is_dropped_while_others_help_ends_whole(
     record = run(tmp_path, config, machine=MachineChoice("cpu", 3, 1)).record
     dropped = record.trial(1)
     assert dropped.outcome == "pruned"
-    assert [decision["drop"] for decision in dropped.decisions][-1]
+    assert [decision.drop for decision in dropped.decisions][-1]
     assert 2 <= len(record.finished_folds(1)) <= 4
     assert not list(record.paths.root.rglob("last.pt"))
     told = optuna_study(tmp_path).trials[1]
@@ -405,7 +405,7 @@ def test_a_trial_that_is_stopped_on_request_ends_as_if_raced_out_and_the_study_g
     stopped, other = record.trials()
     assert (stopped.outcome, stopped.reason, other.outcome) == ("pruned", "stopped on request", "complete")
     assert 0 <= (stopped.value or 0.0) <= 1
-    assert stopped.decisions[-1]["drop"]
+    assert stopped.decisions[-1].drop
     assert not study.trial_stop_request(0).exists()
     told = optuna_study(tmp_path).trials[0]
     # An estimate is nothing that was measured: Optuna must not take it for a value.

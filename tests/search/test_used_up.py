@@ -15,9 +15,10 @@ from hpsearch.errors import StudyError
 from hpsearch.search import pruners
 from hpsearch.search.callbacks import NullCallback
 from hpsearch.search.pruners.none import NoPruner
-from hpsearch.search.racing import PruneDecision, TrialScores
+from hpsearch.search.racing import TrialScores
 from hpsearch.search.status import study_status
 from hpsearch.store.record import StudyRecord
+from hpsearch.store.trials import PruneDecision
 from hpsearch.tracking.runs import study_run
 from tests.search.studies import SETTINGS, run, write_tiny_dataset
 

@@ -12,7 +12,7 @@ from hpsearch.errors import RecordError, StudyChangedError, StudyError
 from hpsearch.paths import ProjectPaths
 from hpsearch.store import lock
 from hpsearch.store.record import StudyRecord, study_record
-from hpsearch.store.trials import TrialRecord, record_to_json
+from hpsearch.store.trials import PruneDecision, TrialRecord, record_to_json
 from hpsearch.training.rows import EpochRow, Scores, to_line
 
 OVERRIDES = ["search.unet.depth=[2, 3, 4]", "study.folds=3", "study.trials=4"]
@@ -29,6 +29,8 @@ ROW = EpochRow(
     images_per_s=4.0,
     peak_bytes=1,
 )
+
+DECISION = PruneDecision(drop=True, estimate=0.3, fold=0, epoch=1, reason="after fold 1", d=0.1, against=0)
 
 
 @pytest.fixture
@@ -62,7 +64,7 @@ def trial(record: StudyRecord, number: int, **changes: object) -> TrialRecord:
 
 
 def test_a_trial_reads_back_as_it_was_written(record: StudyRecord) -> None:
-    written = trial(record, 0, outcome="pruned", value=0.1 + 0.2, decisions=({"fold": 0, "epoch": 1},), ended_at=2.5)
+    written = trial(record, 0, outcome="pruned", value=0.1 + 0.2, decisions=(DECISION,), ended_at=2.5)
     record.write_trial(written)
     assert record.trial(0) == written
     assert record.trial(0).study_config.unet.depth == 2

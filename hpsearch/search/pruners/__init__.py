@@ -11,7 +11,8 @@ from typing import Protocol
 
 from hpsearch.config import StudyConfig
 from hpsearch.data.folds import Folds
-from hpsearch.search.racing import PruneDecision, TrialScores
+from hpsearch.search.racing import TrialScores
+from hpsearch.store.trials import PruneDecision
 
 
 class Pruner(Protocol):
