@@ -20,12 +20,12 @@ from hpsearch.data.pool_caches import PoolCaches, cache_root
 from hpsearch.data.prepare import Prepared, count_pool
 from hpsearch.errors import CacheError, StorageError, StudyChangedError
 from hpsearch.paths import ProjectPaths, StudyPaths
-from hpsearch.search import replicates
 from hpsearch.search.autotune import MachineChoice, first_workers, make_plan
 from hpsearch.search.callbacks import NullCallback, StudyCallback
 from hpsearch.search.coordinator import Coordinator
 from hpsearch.search.new_trials import enqueue
 from hpsearch.search.optuna_view import OptunaView
+from hpsearch.search.status import forecast
 from hpsearch.search.stopping import Stop
 from hpsearch.store import lock
 from hpsearch.store.log import log_file
@@ -128,19 +128,6 @@ def run_study(
         # Workers that were killed while they wrote may have left some.
         paths.remove_stale_temporaries(study.root)
         return StudySummary(record, coordinator.n_counted, stop.is_requested, views.n_behind, views.error)
-
-
-def forecast(record: StudyRecord, plan: ExecutionPlan, n_images: int) -> plans.Forecast:
-    """Return what is left to do in a study, as far as measured steps tell."""
-    n_trials = record.n_left(record.trials())
-    return plans.forecast(
-        record.config,
-        plan,
-        n_images=n_images,
-        n_trials=n_trials,
-        n_folds=record.n_folds,
-        n_replicates=replicates.n_left(record, n_trials),
-    )
 
 
 def close_view(view: ViewThread, stop: Stop) -> tuple[int, str]:

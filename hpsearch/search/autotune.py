@@ -1,7 +1,5 @@
 """Choose devices, workers and threads of a study: what the user asks for, and measurements for the rest."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import tempfile
@@ -28,7 +26,7 @@ from hpsearch.workers.pool import WorkerPool, WorkerSettings
 
 logger = logging.getLogger(__name__)
 
-MOST_SHARING = 4
+SHARING = (1, 2, 4)
 """Workers that may share a device: the more there are, the less a trial has learnt from those before it."""
 WORTH_SHARING = 1.15
 """How many times the images a second more workers must make: with one, a search is repeatable to the byte."""
@@ -141,8 +139,10 @@ def _measure_plan(
     steps = [StepToMeasure(each, CachePaths(*caches.paths(each))) for each in plans.measured_configs(record.config)]
     rates: dict[Shares, float] = {}
     if steps and choice.n_workers <= 1 and not choice.threads:
-        shares = _single_shares(first[0].threads) if choice.n_workers else _equal_shares(first[0].threads)
-        rates = _rates(steps[0], shares, pool, check)
+        cores = first[0].threads
+        # A single worker is tried with all cores, half of them, and so on down to one.
+        alone_shares = [(1, cores >> halvings) for halvings in range(cores.bit_length())]
+        rates = _rates(steps[0], alone_shares if choice.n_workers else _equal_shares(cores), pool, check)
     alone = fastest_alone(rates, first[0].threads)
     sharing = 1 if choice.n_workers else choose_sharing(rates)
     threads = max(1, available_cores() // sharing) if sharing > 1 else alone
@@ -169,10 +169,11 @@ def _measure_plan(
         )
 
     plan = most = plan_of(choice.n_workers, alone)
+    needed = [plans.predicted_bytes(step.config, plan) for step in steps]
     while sharing > 1:
         plan = plan_of(sharing * n_devices, 0)
         # All that the search may suggest shall still fit, as far as it fits the device at all.
-        if all(_fits(step.config, plan) or not _fits(step.config, most) for step in steps):
+        if not any(plan.memory_bytes * MEMORY_SHARE < each <= most.memory_bytes * MEMORY_SHARE for each in needed):
             break
         plan, sharing = most, sharing // 2
     pool.set_device(plan.workers[0].device)
@@ -199,12 +200,7 @@ def fastest_alone(rates: Mapping[Shares, float], default: int) -> int:
 
 def _equal_shares(cores: int) -> list[Shares]:
     """Return the cores shared equally among 1, 2 or 4 workers on a device."""
-    return [(n, cores // n) for n in (1, 2, 4) if n <= min(cores, MOST_SHARING)]
-
-
-def _single_shares(cores: int) -> list[Shares]:
-    """Return one worker with all cores, half of them, and so on down to one."""
-    return [(1, max(1, cores >> halvings)) for halvings in range(cores.bit_length())]
+    return [(n, cores // n) for n in SHARING if n <= cores]
 
 
 def _rates(step: StepToMeasure, shares: Sequence[Shares], pool: WorkerPool, check: Check) -> dict[Shares, float]:
@@ -226,10 +222,6 @@ def _rates(step: StepToMeasure, shares: Sequence[Shares], pool: WorkerPool, chec
         if found is not None:
             rates[n, threads] = sum(rate.images_per_s for rate in found)
     return rates
-
-
-def _fits(config: StudyConfig, plan: ExecutionPlan) -> bool:
-    return plans.predicted_bytes(config, plan) <= plan.memory_bytes * MEMORY_SHARE
 
 
 def _share_out(

@@ -1,7 +1,5 @@
 """Find networks that predict the same class in every pixel of their held-out images, and name the likely causes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from hpsearch.store.fits import FitRecord

@@ -4,8 +4,6 @@ It imports no torch. Everything is written to the study folder before it takes e
 any two instructions leaves a study that continues as if it had not.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import time
@@ -92,8 +90,8 @@ class Coordinator:
         if text := self.stop.poll(self.record.paths):
             self._say(text)
         for opened in list(self.open.values()):
-            request = self.record.paths.trial_stop_request(opened.trial.number)
-            if opened.replicate is None and request.exists():
+            request = self.record.paths.trial_stop_request(opened.record.number)
+            if isinstance(opened.record, TrialRecord) and request.exists():
                 self._stop_trial(opened)
                 request.unlink(missing_ok=True)
         _kill_hanging(self)
@@ -119,7 +117,7 @@ class Coordinator:
         """Handle a worker's report about a fit."""
         job, report = event.job, event.report
         if job is None and isinstance(report, Failed):
-            self._say(f"worker {event.worker.index + 1} was {report.text} before it had a job, and is replaced")
+            self._say(f"worker {event.worker.index + 1} ended before it had a job ({report.text}): it is replaced")
         evaluation = self.open.get((job.trial, job.replicate)) if isinstance(job, FitJob) else None
         if evaluation is None or not isinstance(job, FitJob):
             # A worker that was killed together with its trial.
@@ -152,9 +150,9 @@ class Coordinator:
 
     def _open(self, evaluation: Evaluation, verb: str) -> None:
         self.open[evaluation.key] = evaluation
-        if evaluation.replicate is None:
-            logger.info("trial %d %s: %s", evaluation.trial.number, verb, evaluation.trial.params)
-            self.callback.trial_began(evaluation.trial)
+        if isinstance(trial := evaluation.record, TrialRecord):
+            logger.info("trial %d %s: %s", trial.number, verb, trial.params)
+            self.callback.trial_began(trial)
         self._end_if_finished(evaluation)
 
     def _end_search(self) -> None:
@@ -163,8 +161,7 @@ class Coordinator:
             self._say(text)
         self.has_shortlist = True
         for second in replicates.open_replicates(self.record):
-            trial = self.trials[second.trial]
-            evaluation = Evaluation(self.record, trial, trial.study_config, second)
+            evaluation = Evaluation(self.record, second, self.trials[second.trial].study_config)
             self._write(evaluation)
             self._open(evaluation, "")
         if self.open:
@@ -178,17 +175,17 @@ class Coordinator:
         text = "%s, fold %d, epoch %d: loss %.4f, %s %.4f"
         score = getattr(row.scores, metric)
         logger.info(text, evaluation.name, fold + 1, row.epoch, row.train.loss, metric, score)
-        self.callback.epoch_ended(evaluation.trial.number, fold, row)
+        self.callback.epoch_ended(evaluation.record.number, fold, row)
         self.wake_views()
-        if evaluation.replicate is None and evaluation.pruned is None:
-            decision = self.judge.judge(evaluation.trial, fold)
+        if isinstance(evaluation.record, TrialRecord) and evaluation.pruned is None:
+            decision = self.judge.judge(evaluation.record, fold)
             if decision is not None:
                 evaluation.add_decision(decision)
                 self._write(evaluation)
         return evaluation.pruned is None and not self.stop.is_requested
 
     def _on_finished(self, evaluation: Evaluation, fold: int, score: float) -> None:
-        number, metric = evaluation.trial.number, self.record.config.study.metric
+        (number, replicate), metric = evaluation.key, self.record.config.study.metric
         logger.info("%s, fold %d finished: %s %.4f", evaluation.name, fold + 1, metric, score)
         self.callback.fold_ended(number, fold, score)
         for line in constant_warnings(self.record, [number]) if number not in self.warned else ():
@@ -196,7 +193,7 @@ class Coordinator:
             self._say(f"warning: {line}")
         self.wake_views()
         self._end_if_finished(evaluation)
-        if evaluation.replicate is not None:
+        if replicate:
             self.callback.replicating(*replicates.progress(self.record))
 
     def _on_death(self, evaluation: Evaluation, fold: int, failure: Failed) -> None:
@@ -234,8 +231,8 @@ class Coordinator:
         pruned, micro_batch = evaluation.pruned, evaluation.micro_batch()
         if pruned is not None:
             self._end(evaluation, "pruned", value=pruned.estimate, reason=pruned.reason)
-        elif evaluation.replicate is None:
-            value = self.record.value(evaluation.trial.number)
+        elif isinstance(evaluation.record, TrialRecord):
+            value = self.record.value(evaluation.record.number)
             self._end(evaluation, "complete", value=value, micro_batch=micro_batch)
         elif micro_batch is None:
             self._end(evaluation, "complete")
@@ -249,19 +246,19 @@ class Coordinator:
         `of_trial` are fields that only the record of a trial has.
         """
         self.open.pop(evaluation.key, None)
-        number, is_trial = evaluation.trial.number, evaluation.replicate is None
-        evaluation.change(outcome=outcome, reason=reason, ended_at=now(), **(of_trial if is_trial else {}))
+        number, replicate = evaluation.key
+        evaluation.change(outcome=outcome, reason=reason, ended_at=now(), **({} if replicate else of_trial))
         self._write(evaluation)
-        if is_trial:
-            value = evaluation.trial.value
-            logger.info("trial %d ended: %s, %s", number, outcome, reason if value is None else f"{value:.4f}")
+        if isinstance(trial := evaluation.record, TrialRecord):
+            result = reason if trial.value is None else f"{trial.value:.4f}"
+            logger.info("trial %d ended: %s, %s", number, outcome, result)
             _remove_networks(self.record, self.trials, number)
-            self.callback.trial_ended(evaluation.trial)
+            self.callback.trial_ended(trial)
         else:
             text = f"{outcome} ({reason}), so it cannot win"
             if outcome == "complete":
                 score = float(np.nanmean(self.record.replicate_out_of_fold(number)))
-                text = f"{score:.4f}, first fit {evaluation.trial.value:.4f}"
+                text = f"{score:.4f}, first fit {self.trials[number].value:.4f}"
             self._say(f"trial {number} refitted: {text}")
             if not self.open:
                 replicates.remove_unneeded_networks(self.record)
@@ -272,8 +269,9 @@ class Coordinator:
     def _stop_trial(self, evaluation: Evaluation) -> None:
         """End a trial on a user's request as if it were pruned, with the score that it is estimated to reach."""
         reason = "stopped on request"
-        self._say(f"trial {evaluation.trial.number} is {reason}")
-        candidate = self.judge.scores_of(evaluation.trial)
+        trial = self.trials[evaluation.record.number]
+        self._say(f"trial {trial.number} is {reason}")
+        candidate = self.judge.scores_of(trial)
         if not candidate.scores:
             self._end(evaluation, "failed", reason=f"{reason} before its first epoch")
         elif evaluation.pruned is None:
@@ -284,11 +282,11 @@ class Coordinator:
 
     def _write(self, evaluation: Evaluation) -> None:
         """Write a trial or replicate, new or changed."""
-        if evaluation.replicate is None:
-            self.record.write_trial(evaluation.trial)
-            self.trials[evaluation.trial.number] = evaluation.trial
+        if isinstance(evaluation.record, TrialRecord):
+            self.record.write_trial(evaluation.record)
+            self.trials[evaluation.record.number] = evaluation.record
         else:
-            self.record.write_replicate(evaluation.replicate)
+            self.record.write_replicate(evaluation.record)
         self.wake_views()
 
     def _say(self, text: str) -> None:

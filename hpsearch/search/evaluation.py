@@ -1,7 +1,5 @@
 """A trial or replicate that is being evaluated: its open fits, their jobs, and what the pruner says about it."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +13,7 @@ from hpsearch.search.racing import TrialScores
 from hpsearch.search.scheduler import OpenFits
 from hpsearch.store.fits import FitRecord
 from hpsearch.store.record import StudyRecord
-from hpsearch.store.trials import EvaluationRecord, PruneDecision, ReplicateRecord, TrialRecord
+from hpsearch.store.trials import PruneDecision, ReplicateRecord, TrialRecord
 from hpsearch.workers.jobs import CachePaths, FitJob
 from hpsearch.workers.plan import ExecutionPlan
 
@@ -25,69 +23,56 @@ class Evaluation:
     """A trial, or its replicate, that is being evaluated."""
 
     study: StudyRecord
-    trial: TrialRecord
+    record: TrialRecord | ReplicateRecord
     config: StudyConfig
-    replicate: ReplicateRecord | None = None
-    """The replicate's record; None for the trial itself."""
     running: set[int] = field(default_factory=set)
     """Folds that a worker fits now."""
 
     @property
     def key(self) -> tuple[int, int]:
-        """Number of the trial, and of the replicate."""
-        return self.trial.number, int(self.replicate is not None)
+        """Number of the trial, and of the replicate: 0 for the trial itself."""
+        return self.record.number, int(isinstance(self.record, ReplicateRecord))
 
     @property
     def name(self) -> str:
         """Name of the trial or replicate, for messages."""
-        return f"{'the refit of ' if self.replicate is not None else ''}trial {self.trial.number}"
-
-    @property
-    def record(self) -> EvaluationRecord:
-        """The record of the trial or replicate."""
-        return self.replicate or self.trial
+        number, replicate = self.key
+        return f"{'the refit of ' if replicate else ''}trial {number}"
 
     @property
     def pruned(self) -> PruneDecision | None:
         """The decision to prune it, until its fits have stopped."""
-        last = self.trial.decisions[-1] if self.trial.decisions and self.replicate is None else None
-        return last if last is not None and last.drop else None
+        return next((each for each in self.record.decisions[-1:] if each.drop), None)
 
     def change(self, **changes: Any) -> None:
         """Change fields of the record in memory."""
-        if self.replicate is None:
-            self.trial = dataclasses.replace(self.trial, **changes)
-        else:
-            self.replicate = dataclasses.replace(self.replicate, **changes)
+        self.record = dataclasses.replace(self.record, **changes)
 
     def add_decision(self, decision: PruneDecision) -> None:
         """Enter a pruner's decision. An epoch that was judged before a restart is not entered twice."""
-        before = [each for each in self.trial.decisions if each.fold != decision.fold or each.epoch < decision.epoch]
+        fold, epoch = decision.fold, decision.epoch
+        before = [each for each in self.record.decisions if each.fold != fold or each.epoch < epoch]
         self.change(decisions=(*before, decision))
 
     def fits(self) -> list[FitRecord]:
         """Return the records of its fits, by fold."""
-        return self.study.fits(self.trial.number, replicate=self.replicate is not None)
+        number, replicate = self.key
+        return self.study.fits(number, replicate=bool(replicate))
 
     def open_fits(self) -> OpenFits:
         """Return it as the scheduler sees it."""
-        pruned = self.pruned
-        return OpenFits(
-            *self.key,
-            frozenset(fold for fold, fit in enumerate(self.fits()) if fit.is_finished),
-            frozenset(self.running),
-            is_pruned=pruned is not None,
-            # Pruned after the last epoch: the fit is finished, even if its worker dies in between.
-            resumable=pruned.fold if pruned is not None and pruned.epoch == self.config.train.epochs else None,
-        )
+        pruned, finished = self.pruned, [fold for fold, fit in enumerate(self.fits()) if fit.is_finished]
+        # Pruned after the last epoch: the fit is finished, even if its worker dies in between.
+        resumable = pruned.fold if pruned is not None and pruned.epoch == self.config.train.epochs else None
+        return OpenFits(*self.key, frozenset(finished), frozenset(self.running), pruned is not None, resumable)
 
     @property
     def is_finished(self) -> bool:
         """Whether nothing of it is left to do."""
-        fits = self.open_fits()
+        fits, n_folds = self.open_fits(), self.study.n_folds
         if fits.is_pruned:
-            return not fits.running and fits.next_fold(self.study.n_folds) is None
-        return len(fits.finished) == self.study.n_folds
+            return not fits.running and fits.next_fold(n_folds) is None
+        return len(fits.finished) == n_folds
 
     def micro_batch(self) -> int | None:
         """Return the smallest part of a batch that memory forced and that changed the result; None if none did."""
@@ -102,9 +87,7 @@ class Evaluation:
 
 def fold_job(evaluation: Evaluation, fold: int, caches: PoolCaches) -> FitJob:
     """Return the job that fits one fold of a trial or replicate."""
-    config, folds = evaluation.study.config, evaluation.study.folds
-    number, replicate = evaluation.key
-    seed = replicate_seed(config, number, fold) if replicate else fit_seed(config, evaluation.trial.place, fold)
+    record, folds, (number, replicate) = evaluation.record, evaluation.study.folds, evaluation.key
     return FitJob(
         trial=number,
         fold=fold,
@@ -114,7 +97,7 @@ def fold_job(evaluation: Evaluation, fold: int, caches: PoolCaches) -> FitJob:
         caches=CachePaths(*caches.paths(evaluation.config)),
         train=tuple(folds.train(fold).tolist()),
         held_out=tuple(folds.held_out(fold).tolist()),
-        seed=seed,
+        seed=fit_seed(evaluation.study.config, record.place, fold, replicate),
         keep_best=not replicate,
     )
 
@@ -133,14 +116,9 @@ def pool_job(trial: TrialRecord, config: StudyConfig, folder: FitPaths, caches: 
     )
 
 
-def fit_seed(config: StudyConfig, place: int, fold: int) -> int:
-    """Return the seed of a first fit: of its initial weights, order of batches and augmentation."""
-    return stable_seed(config.study.seed, "fit", place, fold)
-
-
-def replicate_seed(config: StudyConfig, trial: int, fold: int) -> int:
-    """Return the seed of a replicate's fit, which differs from that of the first fit."""
-    return stable_seed(config.study.seed, "second fit", trial, fold)
+def fit_seed(config: StudyConfig, place: int, fold: int, replicate: int = 0) -> int:
+    """Return the seed of a fit: of its initial weights, order of batches and augmentation."""
+    return stable_seed(config.study.seed, "second fit" if replicate else "fit", place, fold)
 
 
 class Judge:

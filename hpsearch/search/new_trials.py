@@ -1,7 +1,5 @@
 """Make the next trial of a study: enqueued by the user, or suggested; and say when there is no further one."""
 
-from __future__ import annotations
-
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Use a pruner of Optuna, through Optuna's API, on the scores of a study."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 

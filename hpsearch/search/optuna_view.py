@@ -5,8 +5,6 @@ time. Complete trials are COMPLETE with the value that ranks them, pruned ones P
 their estimate as an attribute. Optuna's best trial is the winner of the study.
 """
 
-from __future__ import annotations
-
 import datetime as dt
 import json
 import logging
@@ -19,16 +17,15 @@ from typing import Any
 
 import optuna
 import sqlalchemy
-from optuna.distributions import BaseDistribution
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from hpsearch.errors import StorageError
 from hpsearch.paths import StudyPaths
-from hpsearch.search.space import Distributions, distributions, encode
+from hpsearch.search.space import Distributions, distributions, frozen_trial
 from hpsearch.search.suggest import STATES, quiet
 from hpsearch.stats.best import rank
 from hpsearch.store.record import StudyRecord
@@ -155,16 +152,12 @@ def _fingerprint(study: StudyPaths) -> tuple[Any, ...]:
 def _agree(known: Sequence[FrozenTrial], trials: Sequence[TrialRecord], spaces: Distributions) -> bool:
     """Return whether the database's trials are the first ones of the record."""
     return len(known) <= len(trials) and all(
-        (shown.number, shown.params, shown.distributions) == (index, *_params(trial, spaces))
+        shown.number == index
+        and shown.params == (wanted := frozen_trial(trial.params, spaces, TrialState.RUNNING)).params
+        and shown.distributions == wanted.distributions
         and (trial.outcome is not None or not shown.state.is_finished())
         for index, (shown, trial) in enumerate(zip(known, trials, strict=False))
     )
-
-
-def _params(trial: TrialRecord, spaces: Distributions) -> tuple[dict[str, Any], dict[str, BaseDistribution]]:
-    """Return the searched params of a trial as Optuna stores them, and their distributions."""
-    searched = {name: each for name, each in spaces.items() if name in trial.params}
-    return {name: encode(trial.params[name]) for name in searched}, searched
 
 
 def _shown_as(trial: TrialRecord, standing: Standing) -> tuple[TrialState, float | None]:
@@ -186,7 +179,6 @@ def _shown_as(trial: TrialRecord, standing: Standing) -> tuple[TrialState, float
 def _new_trial(
     record: StudyRecord, trial: TrialRecord, spaces: Distributions, state: TrialState, value: float | None
 ) -> FrozenTrial:
-    params, searched = _params(trial, spaces)
     attributes = {
         "outcome": trial.outcome,
         "reason": trial.reason,
@@ -194,12 +186,13 @@ def _new_trial(
         "decisions": json.dumps(to_json(trial.decisions)) if trial.decisions else None,
     }
     n_epochs = trial.study_config.train.epochs
-    found = create_trial(
-        state=state,
+    found = frozen_trial(
+        trial.params,
+        spaces,
+        state,
+        trial.constraint,
         # Optuna allows no value for a trial that failed, and needs one for a complete trial.
         value=value,
-        params=params,
-        distributions=searched,
         user_attrs={key: text for key, text in attributes.items() if text not in (None, "")},
         # The mean score after every epoch; step = epoch, from 1, counted on from fold to fold.
         intermediate_values={
@@ -207,7 +200,6 @@ def _new_trial(
             for fold, fit in enumerate(record.fits(trial.number) if state.is_finished() else ())
             for epoch, scores in enumerate(fit.scores(), start=1)
         },
-        constraints={"feasible": trial.constraint} if trial.constraint > 0 else None,
     )
     found.datetime_start = dt.datetime.fromtimestamp(trial.began_at)
     if trial.ended_at is not None:

@@ -45,13 +45,12 @@ Then the same test is made as if the fold were finished, at 3 % of the p-value, 
 and the limits are heuristics. A trial is thus never pruned for being slow, only for being too late.
 """
 
-from __future__ import annotations
-
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -140,39 +139,23 @@ class Race:
             return None
         where = f"{candidate.place}, best-case curve" if is_inside else candidate.place
         reason = f"{where}: {found.d:.4f} ± {found.se:.4f} below trial {found.against}, p = {found.p:.2g}"
-        return _decision(found.p < self.alpha * (INSIDE if is_inside else 1), candidate, found, reason)
+        drop = found.p is not None and found.p < self.alpha * (INSIDE if is_inside else 1)
+        return dataclasses.replace(found, drop=drop, reason=reason)
 
 
 def decide(
     drop: bool, candidate: TrialScores, others: Sequence[TrialScores], n_folds: int, reason: str
 ) -> PruneDecision:
     """Record a decision that another pruner or the user made, with the comparison with the incumbent."""
-    return _decision(drop, candidate, compare(candidate, others, n_folds), reason)
-
-
-def _decision(drop: bool, candidate: TrialScores, found: Comparison | None, reason: str) -> PruneDecision:
+    if (found := compare(candidate, others, n_folds)) is not None:
+        return dataclasses.replace(found, drop=drop, reason=reason)
+    so_far = np.concatenate([scores[-1] for scores in candidate.scores.values()]).mean(dtype=np.float64)
     fold = candidate.latest
-    if found is None:
-        so_far = np.concatenate([scores[-1] for scores in candidate.scores.values()]).mean(dtype=np.float64)
-        numbers: dict[str, Any] = {"estimate": float(so_far)}
-    else:
-        numbers = found._asdict()
-    return PruneDecision(drop=drop, fold=fold, epoch=len(candidate.scores[fold]), reason=reason, **numbers)
+    return PruneDecision(drop, float(so_far), fold, len(candidate.scores[fold]), reason)
 
 
-class Comparison(NamedTuple):
-    """Comparison of a candidate with the incumbent; the fields are those of `PruneDecision`."""
-
-    estimate: float
-    d: float
-    se: float
-    s: float
-    p: float
-    against: int
-
-
-def compare(candidate: TrialScores, others: Sequence[TrialScores], n_folds: int) -> Comparison | None:
-    """Test the candidate against the complete trials among the others.
+def compare(candidate: TrialScores, others: Sequence[TrialScores], n_folds: int) -> PruneDecision | None:
+    """Test the candidate against the complete trials among the others; whether it is pruned is left open.
 
     The test uses the candidate's finished folds, and in its first fold the possible continuations. None if there is
     nothing to test: no complete trial, a complete candidate, fewer than two images, or a continuation without limit.
@@ -198,9 +181,13 @@ def compare(candidate: TrialScores, others: Sequence[TrialScores], n_folds: int)
     se = math.sqrt(images + runs)
     df = satterthwaite(images, d.size - 1, runs, reference.runs.df)
     estimate = reference.incumbent.value - float((expected - typically).mean())
-    return Comparison(
+    return PruneDecision(
+        drop=False,
         # A trial that collapsed on an easy fold would get an estimate below 0, which no score can be.
         estimate=min(max(estimate, 0.0), 1.0),
+        fold=candidate.latest,
+        epoch=len(candidate.scores[candidate.latest]),
+        reason="",
         d=float(d.mean()),
         se=se,
         s=s,

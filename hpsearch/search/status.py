@@ -1,7 +1,5 @@
 """Read from the record how far a study is."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -141,12 +139,18 @@ def _seconds_left(
         return max(0.0, whole_s - running_s) / len(plan.workers)
     if not record.has_folds:
         return None
-    total_s = plans.forecast(
+    total_s = forecast(record, plan, len(record.folds.ids)).total_s
+    return None if math.isnan(total_s) else max(0.0, total_s - running_s / len(plan.workers))
+
+
+def forecast(record: StudyRecord, plan: ExecutionPlan, n_images: int) -> plans.Forecast:
+    """Return what is left to do in a study, as far as measured steps tell."""
+    n_trials = record.n_left(record.trials())
+    return plans.forecast(
         record.config,
         plan,
-        n_images=len(record.folds.ids),
-        n_trials=n_left,
+        n_images=n_images,
+        n_trials=n_trials,
         n_folds=record.n_folds,
-        n_replicates=n_replicates,
-    ).total_s
-    return None if math.isnan(total_s) else max(0.0, total_s - running_s / len(plan.workers))
+        n_replicates=replicates.n_left(record, n_trials),
+    )

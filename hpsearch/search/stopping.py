@@ -1,7 +1,5 @@
 """Requests to stop a running study: signals, `hpsearch stop`, and the budget of hours."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable

@@ -4,8 +4,6 @@ The folder is the record. Everything else is derived from it. Every reader works
 threads, a report and another process see the same study.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, Self
@@ -70,7 +68,7 @@ class StudyFiles:
             table = paths.read_json(self.paths.folds)
             try:
                 self._folds = Folds.from_dict(table["folds"])
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
+            except (RecordError, AttributeError, KeyError, TypeError, ValueError) as error:
                 raise RecordError(f"{self.paths.folds} is damaged: put it back from a copy") from error
         return self._folds
 

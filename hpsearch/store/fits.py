@@ -1,7 +1,5 @@
 """What is recorded of one fit: epochs, scores, counts, weights."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 from dataclasses import dataclass

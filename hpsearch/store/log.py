@@ -1,7 +1,5 @@
 """The log file of a study."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections.abc import Iterator

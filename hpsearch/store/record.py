@@ -1,7 +1,5 @@
 """The record of a study: its files, and what follows from them about scores and ranking."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -176,13 +174,19 @@ class StudyRecord(StudyFiles):
 
 def has_all_replicates(record: StudyRecord) -> bool:
     """Return whether no refit is missing once the search itself is over."""
-    study, contenders = record.config.study, record.complete_trials()
-    if study.folds == "fixed" or study.confirm == 0 or len(contenders) < 2:
+    contenders = record.complete_trials()
+    if not wants_replicates(record, contenders):
         return True
     shortlist = record.valid_shortlist(contenders)
-    if shortlist is None or shortlist.count != study.confirm:
+    if shortlist is None or shortlist.count != record.config.study.confirm:
         return False
     return all((second := record.replicate(number)) and second.outcome for number in shortlist.trials)
+
+
+def wants_replicates(record: StudyRecord, contenders: Sequence[TrialRecord]) -> bool:
+    """Return whether some of these trials that can win are to be replicated."""
+    study = record.config.study
+    return study.folds != "fixed" and study.confirm > 0 and len(contenders) > 1
 
 
 def no_study(project: ProjectPaths) -> StudyError:

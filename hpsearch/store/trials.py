@@ -1,11 +1,9 @@
 """What is recorded of trials and replicates, and how trials are ranked, as frozen dataclasses."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from hpsearch.config import StudyConfig
 from hpsearch.errors import RecordError
@@ -114,6 +112,18 @@ class ReplicateRecord(EvaluationRecord):
     """
 
     trial: int
+    decisions: ClassVar[tuple[PruneDecision, ...]] = ()
+    """A replicate is never pruned."""
+
+    @property
+    def number(self) -> int:
+        """Number of the trial."""
+        return self.trial
+
+    @property
+    def place(self) -> int:
+        """The number, which seeds the fits."""
+        return self.trial
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,6 @@
 A pruner's module has a function `make(config)` that returns an object with the methods of `Pruner`.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Sequence
 from typing import Protocol
