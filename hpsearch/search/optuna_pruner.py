@@ -5,8 +5,6 @@ from collections.abc import Callable, Sequence
 
 import optuna
 from optuna.pruners import BasePruner
-from optuna.samplers import RandomSampler
-from optuna.storages import InMemoryStorage
 
 from hpsearch.data.folds import Folds
 from hpsearch.search.racing import TrialScores, decide
@@ -46,18 +44,11 @@ class OptunaPruner:
         with quiet():
             pruner = make()
             # The study's name decides Hyperband's brackets, so it is fixed.
-            self._study = optuna.create_study(
-                study_name="pruner",
-                storage=InMemoryStorage(),
-                sampler=RandomSampler(seed=0),
-                pruner=pruner,
-                direction="maximize",
-            )
+            self._study = optuna.create_study(study_name="pruner", pruner=pruner, direction="maximize")
         self._name = type(pruner).__name__
         self._trials: list[optuna.Trial] = []
         self._answers: dict[int, list[bool]] = {}
         """Trial number to what was answered to each of its reports."""
-        self._told: set[int] = set()
 
     def judge(self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds) -> PruneDecision | None:
         n_reports = len(self._reports(candidate, folds))
@@ -72,8 +63,6 @@ class OptunaPruner:
 
     def _bring_up_to_date(self, trial: TrialScores, folds: Folds) -> None:
         """Report what is new, ask after each report, and tell the value of a complete trial."""
-        if trial.number in self._told:
-            return
         while len(self._trials) <= trial.number:
             # Infeasible trials, which have no scores, are included: Hyperband assigns brackets by trial number.
             self._trials.append(self._study.ask())
@@ -83,8 +72,7 @@ class OptunaPruner:
                 optunas.report(value, step)
             answers.append(optunas.should_prune())
         if trial.is_full(folds.k):
-            self._study.tell(optunas, trial.value)
-            self._told.add(trial.number)
+            self._study.tell(optunas, trial.value, skip_if_finished=True)
 
 
 def _an_epoch_ago(trial: TrialScores) -> TrialScores:

@@ -21,7 +21,7 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 
 from hpsearch.errors import StorageError
 from hpsearch.paths import StudyPaths
@@ -68,7 +68,7 @@ class OptunaView:
             except DATABASE_ERRORS as error:
                 # The file may have been deleted or replaced since it was opened.
                 self._study = None
-                if not isinstance(_cause(error), OperationalError | sqlite3.OperationalError):
+                if not isinstance(_cause(error), sqlite3.OperationalError):
                     aside = self._database.with_name(f"{self._database.name}.damaged")
                     os.replace(self._database, aside)
                     text = "Optuna's database is damaged (%s): it is now %s, and a new one is made"
@@ -128,14 +128,15 @@ DATABASE_ERRORS = (SQLAlchemyError, StorageInternalError, sqlite3.Error)
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Return the database's own error, which Optuna may have wrapped."""
-    return error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ is not None else error
+    """Return the database's own error, which SQLAlchemy and Optuna wrap."""
+    is_wrapper = isinstance(error, StorageInternalError | SQLAlchemyError)
+    return _cause(error.__cause__) if is_wrapper and error.__cause__ is not None else error
 
 
 def _reason(error: BaseException) -> str:
     """Return an error in one line."""
     cause = _cause(error)
-    return (str(getattr(cause, "orig", None) or cause).splitlines() or [type(cause).__name__])[0]
+    return (str(cause).splitlines() or [type(cause).__name__])[0]
 
 
 def sqlite_url(path: Path) -> str:

@@ -12,10 +12,6 @@ class _LenientHandler(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
         pass
 
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            super().close()
-
 
 @contextlib.contextmanager
 def log_file(path: Path) -> Iterator[None]:
@@ -31,4 +27,5 @@ def log_file(path: Path) -> Iterator[None]:
     finally:
         root.removeHandler(handler)
         root.setLevel(level)
-        handler.close()
+        with contextlib.suppress(OSError):
+            handler.close()

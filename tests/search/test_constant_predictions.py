@@ -80,6 +80,7 @@ def hidden_lesion(pair: Pair) -> Pair:
     return dataclasses.replace(pair, image=image, mask=mask)
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_study_whose_network_finds_nothing_says_so(tmp_path: Path) -> None:
     # Lesions of a few pixels without any contrast: the best guess is that there are none.
     root = tmp_path / "ISIC-2017"

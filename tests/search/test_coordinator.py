@@ -46,6 +46,7 @@ from hpsearch.workers.jobs import Failed, FitJob, Job
 from hpsearch.workers.pool import Event
 from tests.data.conftest import tiny_pairs, write_pairs
 from tests.recorded import FakeStudy
+from tests.search.in_process import workers_in_process
 from tests.search.studies import everything, mean_of_counted_dice, run, tiny_config, write_tiny_dataset
 
 
@@ -58,7 +59,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> StudySummary:
     """A study of three trials by random search, without a pruner; not to be changed."""
     config = tiny_config(dataset, "study.sampler=random", "study.pruner=none")
-    return run(tmp_path_factory.mktemp("finished"), config)
+    with workers_in_process():
+        return run(tmp_path_factory.mktemp("finished"), config)
 
 
 def optuna_study(project: Path, name: str = "tiny") -> optuna.Study:
@@ -102,6 +104,7 @@ def test_a_study_does_not_read_the_test_split(finished: StudySummary) -> None:
     assert not {f"ISIC_{number:07d}" for number in range(11, 15)} & set(ids)
 
 
+@pytest.mark.usefixtures("in_process")
 def test_the_same_study_again_gives_the_same_bytes(finished: StudySummary, dataset: Path, tmp_path: Path) -> None:
     config = tiny_config(dataset, "study.sampler=random", "study.pruner=none", "study.trials=2")
     again = run(tmp_path, config).record
@@ -111,6 +114,7 @@ def test_the_same_study_again_gives_the_same_bytes(finished: StudySummary, datas
         assert scores == theirs["scores"][key]
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_finished_study_goes_on_to_more_trials_and_rebuilds_a_deleted_database(
     dataset: Path, tmp_path: Path
 ) -> None:
@@ -124,6 +128,7 @@ def test_a_finished_study_goes_on_to_more_trials_and_rebuilds_a_deleted_database
     assert (after[0].params, after[0].value, after[0].state) == (before[0].params, before[0].value, before[0].state)
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_study_that_several_coordinators_of_version_0_1_shared_continues_alone(
     dataset: Path, tmp_path: Path
 ) -> None:
@@ -142,6 +147,7 @@ def test_a_study_that_several_coordinators_of_version_0_1_shared_continues_alone
     assert (len(status.trials), status.n_counted) == (3, 2)
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_study_refuses_other_settings_and_other_images_and_mends_an_edited_database(tmp_path: Path) -> None:
     dataset = write_tiny_dataset(tmp_path)
     run(tmp_path, tiny_config(dataset, "study.trials=1"))
@@ -158,6 +164,7 @@ def test_a_study_refuses_other_settings_and_other_images_and_mends_an_edited_dat
         run(tmp_path, tiny_config(dataset, "study.trials=2"))
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_study_goes_on_with_images_that_were_moved_and_remembers_no_folder_of_others(tmp_path: Path) -> None:
     dataset = write_tiny_dataset(tmp_path)
     record = run(tmp_path, tiny_config(dataset, "study.trials=1")).record
@@ -172,6 +179,7 @@ def test_a_study_goes_on_with_images_that_were_moved_and_remembers_no_folder_of_
     assert StudyRecord.open(record.paths).config.data.root == str(moved)
 
 
+@pytest.mark.usefixtures("in_process")
 def test_configurations_that_cannot_be_cost_no_training_and_are_free(dataset: Path, tmp_path: Path) -> None:
     config = tiny_config(
         dataset, "unet.padding=valid", "search.unet.depth=[1, 4]", "study.sampler=random", "study.seed=3"
@@ -188,12 +196,14 @@ def test_configurations_that_cannot_be_cost_no_training_and_are_free(dataset: Pa
     assert {t.state.name for t in told if t.constraints} == {"PRUNED"}
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_search_space_without_a_feasible_configuration_ends_with_a_reason(dataset: Path, tmp_path: Path) -> None:
     config = tiny_config(dataset, "unet.padding=valid", "unet.depth=4", "search.unet.depth=[4, 5]", "study.trials=1")
     with pytest.raises(StudyError, match="10 suggested configurations were infeasible"):
         run(tmp_path, config)
 
 
+@pytest.mark.usefixtures("in_process")
 def test_without_a_search_an_infeasible_configuration_ends_at_once(dataset: Path, tmp_path: Path) -> None:
     config = tiny_config(dataset, "unet.depth=9", "train.lr=0.01", "study.pruner=none")
     config = dataclasses.replace(config, search=configs.load(None, ["data.size=32"]).search)
@@ -201,6 +211,7 @@ def test_without_a_search_an_infeasible_configuration_ends_at_once(dataset: Path
         run(tmp_path, config)
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_loss_that_is_not_finite_ends_its_trial_as_diverged(dataset: Path, tmp_path: Path) -> None:
     config = tiny_config(
         dataset,
@@ -230,6 +241,7 @@ def test_a_start_that_fails_for_its_data_binds_nothing(tmp_path: Path) -> None:
     assert ProjectPaths(tmp_path).study_names() == []
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_start_that_fails_for_its_folds_binds_nothing(tmp_path: Path) -> None:
     root = tmp_path / "ISIC-2017"
     write_pairs(root, "archive", tiny_pairs(4, 0, 2))
@@ -290,6 +302,7 @@ class _StopAfter(NullCallback):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("n_epochs", [1, 2, 3, 7])
 def test_a_stopped_study_goes_on_as_if_it_had_not_stopped(dataset: Path, tmp_path: Path, n_epochs: int) -> None:
     config = tiny_config(dataset, "study.trials=4")
@@ -382,6 +395,7 @@ def test_a_deterministic_study_is_the_same_for_any_number_of_workers(dataset: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("late_s", [1, 100])
 def test_a_study_whose_hours_are_used_up_goes_on_as_if_it_had_had_more(
     dataset: Path, tmp_path: Path, late_s: float, monkeypatch: pytest.MonkeyPatch
@@ -408,6 +422,7 @@ def test_a_study_whose_hours_are_used_up_goes_on_as_if_it_had_had_more(
     assert everything(run(tmp_path / "stopped", config, hours=10).record) == never
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_trial_that_is_stopped_on_request_ends_as_if_raced_out_and_the_study_goes_on(
     dataset: Path, tmp_path: Path
 ) -> None:

@@ -53,6 +53,7 @@ def test_a_configuration_is_enqueued_once(tmp_path: Path) -> None:
     assert next_params(record, []) == mine
 
 
+@pytest.mark.usefixtures("in_process")
 def test_enqueued_configurations_come_next_in_their_order(tmp_path: Path) -> None:
     config = tiny_config(write_tiny_dataset(tmp_path), "study.pruner=none", "train.epochs=1", "train.batch_size=8")
     wanted = [{"unet.depth": 2, "train.lr": 0.2}, {"unet.depth": 1, "train.lr": 0.1}]
