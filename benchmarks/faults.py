@@ -87,11 +87,11 @@ PHASES: dict[str, tuple[tuple[str, str], ...]] = {
         ("worker", "training/checkpoint.py:save_array"),
         ("worker", "paths.py:atomic_write"),
         ("worker", "paths.py:append_line"),
-        ("coordinator", "search/judging.py:judge"),
+        ("coordinator", "search/evaluation.py:judge"),
     ),
     "tell": (
         ("coordinator", "search/coordinator.py:_end"),
-        ("coordinator", "search/ledger.py:remove_networks"),
+        ("coordinator", "search/coordinator.py:_remove_networks"),
         ("coordinator", "search/optuna_view.py:_show"),
         ("coordinator", "store/files.py:write_trial"),
         ("coordinator", "paths.py:atomic_write"),

@@ -44,7 +44,7 @@ from optuna.pruners import HyperbandPruner, MedianPruner, SuccessiveHalvingPrune
 
 from hpsearch.data.folds import Folds
 from hpsearch.paths import StudyPaths
-from hpsearch.search.optuna_pruner import OptunaPruner, epochs_of_first_fold, fold_means, images
+from hpsearch.search.optuna_pruner import OptunaPruner, epochs_of_first_fold, images
 from hpsearch.search.pruners import Pruner
 from hpsearch.search.pruners.none import NoPruner
 from hpsearch.search.racing import Race, TrialScores
@@ -132,6 +132,11 @@ def replay(study: Study, order: Sequence[int], pruner: Pruner, tally: Tally, loo
     tally.n_full.append(sum(trial.is_full(k) for trial in ended))
     if study.truth is not None:
         tally.true_regret.append(float(study.truth.max() - study.truth[incumbent]))
+
+
+def fold_means(trial: TrialScores, folds: Folds) -> list[dict[int, float]]:
+    """Return the mean score of every finished fold, as `OptunaPruner` reports it; step = fold."""
+    return [{fold: float(trial.curves[fold][-1])} for fold in trial.finished]
 
 
 def rules(n_epochs: int) -> dict[str, tuple[Callable[[], Pruner], float]]:

@@ -291,7 +291,7 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError as error:
         raise RecordError(f"{path} is missing") from error
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise RecordError(f"{path} is damaged: {error}") from error
+        raise RecordError(f"{path} is damaged: put it back from a copy") from error
     except OSError as error:
         raise RecordError(f"{path} cannot be read: {error.strerror or error}") from error
     if isinstance(value, dict) and _CHECKSUM in value and value.pop(_CHECKSUM) != _checksum(value):

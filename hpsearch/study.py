@@ -20,12 +20,13 @@ from hpsearch.data.pool_caches import PoolCaches, cache_root
 from hpsearch.data.prepare import Prepared, count_pool
 from hpsearch.errors import CacheError, StorageError, StudyChangedError
 from hpsearch.paths import ProjectPaths, StudyPaths
-from hpsearch.search import enqueue, replicates
 from hpsearch.search.autotune import MachineChoice, first_workers, make_plan
 from hpsearch.search.callbacks import NullCallback, StudyCallback
 from hpsearch.search.coordinator import Coordinator
+from hpsearch.search.new_trials import enqueue
 from hpsearch.search.optuna_view import OptunaView
-from hpsearch.search.stopping import Budget, Stop
+from hpsearch.search.status import forecast
+from hpsearch.search.stopping import Stop
 from hpsearch.store import lock
 from hpsearch.store.log import log_file
 from hpsearch.store.record import StudyRecord
@@ -84,7 +85,8 @@ def run_study(
     config = config.absolute()
     study = project.study(name)
     callback, stop, machine = callback or NullCallback(), stop or Stop(), machine or MachineChoice()
-    budget = Budget(hours, stop, callback.message)
+    if hours is not None:
+        stop.limit(hours)
 
     def check() -> None:
         stop.check("stopped before the first trial; run the same command again to continue")
@@ -106,7 +108,7 @@ def run_study(
         _check_images(record, config, caches.scored)
         # Only now: a folder that does not hold the study's images must not be remembered as theirs.
         record.update_config(config)
-        for text in enqueue.add(record, enqueued):
+        for text in enqueue(record, enqueued):
             callback.message(f"the configuration {text}")
         if not study.plan.is_file():
             callback.message("measuring how fast this machine trains")
@@ -114,7 +116,7 @@ def run_study(
         _require_space(record, plan)
         pool.resize(plan.workers)
         with _views(study, tracker, stop, callback.message) as views:
-            coordinator = Coordinator(record, pool, plan, caches, callback, stop, budget, views.wake)
+            coordinator = Coordinator(record, pool, plan, caches, callback, stop, views.wake)
             callback.planned(record, plan, forecast(record, plan, caches.scored.n))
             try:
                 coordinator.resume()
@@ -126,19 +128,6 @@ def run_study(
         # Workers that were killed while they wrote may have left some.
         paths.remove_stale_temporaries(study.root)
         return StudySummary(record, coordinator.n_counted, stop.is_requested, views.n_behind, views.error)
-
-
-def forecast(record: StudyRecord, plan: ExecutionPlan, n_images: int) -> plans.Forecast:
-    """Return what is left to do in a study, as far as measured steps tell."""
-    n_trials = record.n_left(record.trials())
-    return plans.forecast(
-        record.config,
-        plan,
-        n_images=n_images,
-        n_trials=n_trials,
-        n_folds=record.n_folds,
-        n_replicates=replicates.n_left(record, n_trials),
-    )
 
 
 def close_view(view: ViewThread, stop: Stop) -> tuple[int, str]:

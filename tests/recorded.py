@@ -22,7 +22,7 @@ from hpsearch.data.decode_pool import ImageStats
 from hpsearch.data.folds import Folds
 from hpsearch.paths import FitPaths, ProjectPaths
 from hpsearch.store.record import StudyRecord
-from hpsearch.store.trials import Outcome, ReplicateRecord, Shortlist, TrialRecord
+from hpsearch.store.trials import Outcome, PruneDecision, ReplicateRecord, Shortlist, TrialRecord
 from hpsearch.training.metrics import PixelCounts, dice
 from hpsearch.training.rows import EpochRow, Scores
 from hpsearch.typed_json import to_json
@@ -114,7 +114,7 @@ class FakeStudy:
 
     def end(self, trial: TrialRecord, outcome: Outcome = "complete") -> TrialRecord:
         """End a trial as it is; `full` needs all folds."""
-        verdict = {"drop": True, "estimate": 0.61, "fold": 0, "epoch": 1, "reason": "d 0.21 over trial 0", "p": 0.001}
+        verdict = PruneDecision(drop=True, estimate=0.61, fold=0, epoch=1, reason="d 0.21 over trial 0", p=0.001)
         reasons = {"pruned": "d 0.21 over trial 0", "diverged": "the training loss became nan", "failed": "it died"}
         reasons["infeasible"] = "needs about 9.1 GiB for a training step, this device has 8.0 GiB"
         values = {"complete": lambda: self.record.value(trial.number), "pruned": lambda: 0.61}

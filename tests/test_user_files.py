@@ -15,7 +15,7 @@ from hpsearch.cli import main
 from hpsearch.config.data import DataConfig
 from hpsearch.errors import ConfigError, DatasetError
 from hpsearch.paths import study_name_of
-from hpsearch.search.enqueue import read_params
+from hpsearch.search.new_trials import read_params
 from hpsearch.user_files import (
     broken_link,
     file_fault,

@@ -139,8 +139,9 @@ class StudyProgress(StudyCallback):
 
     def replicating(self, trials: Sequence[int], done: int, total: int) -> None:
         if self._refits is None:
-            listed = ("trial " if len(trials) == 1 else "trials ") + ", ".join(map(str, trials))
-            self._print(f"search finished; refitting the top candidates ({listed}) with new seeds")
+            s = "" if len(trials) == 1 else "s"
+            listed = ", ".join(map(str, trials))
+            self._print(f"search finished; refitting the top candidate{s} (trial{s} {listed}) with new seeds")
         self._refits = done, total
         self._rank()
         self._update_eta()

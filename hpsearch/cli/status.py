@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,6 +15,7 @@ from hpsearch.paths import ProjectPaths
 if TYPE_CHECKING:
     from hpsearch.search.status import StudyStatus
     from hpsearch.store.record import StudyRecord
+    from hpsearch.store.trials import PruneDecision
 
 
 @click.command("status")
@@ -137,17 +138,16 @@ def _show_decisions(record: StudyRecord, number: int) -> None:
     click.echo(f"  p: probability of such a large d if the trial is better by {MATTERS:g}. Only the race uses it.")
 
 
-def _decision_row(decision: dict[str, Any]) -> Sequence[str]:
-    outcome, reason = "pruned" if decision["drop"] else "continues", decision["reason"]
+def _decision_row(decision: PruneDecision) -> Sequence[str]:
+    outcome, reason = "pruned" if decision.drop else "continues", decision.reason
     # The columns already show the reasons of the race.
     text = outcome if "±" in reason else f"{outcome}: {reason.rpartition(': ')[2]}"
-    numbers = ("" if decision.get(name) is None else f"{decision[name]:.2g}" for name in ("d", "se", "s", "p"))
-    against = "" if decision.get("against") is None else str(decision["against"])
+    numbers = (decision.d, decision.se, decision.s, decision.p)
     return (
-        str(decision["fold"] + 1),
-        str(decision["epoch"]),
-        *numbers,
-        against,
-        f"{decision['estimate']:.4f}",
+        str(decision.fold + 1),
+        str(decision.epoch),
+        *("" if number is None else f"{number:.2g}" for number in numbers),
+        "" if decision.against is None else str(decision.against),
+        f"{decision.estimate:.4f}",
         text,
     )

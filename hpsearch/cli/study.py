@@ -91,7 +91,7 @@ def command(
         hpsearch study --config isic2017-64 --data ../ISIC-2017 --trials 50
         hpsearch study --images photos --masks masks --set data.size=128
     """
-    from hpsearch.search.enqueue import read_params
+    from hpsearch.search.new_trials import read_params
 
     name = study_name or settings.name
     config = settings.load(project.study(name).toml, is_searched=True)

@@ -37,7 +37,7 @@ from hpsearch.inference.postprocessing import Postprocessing, SelectedPostproces
 from hpsearch.paths import ProjectPaths
 from hpsearch.report.card import model_card
 from hpsearch.search.autotune import MachineChoice, plan_for_one_fit
-from hpsearch.search.fit_jobs import pool_job
+from hpsearch.search.evaluation import pool_job
 from hpsearch.search.stopping import Stop
 from hpsearch.store import lock
 from hpsearch.store.log import log_file

@@ -12,7 +12,7 @@ from hpsearch.config import StudyConfig, get_setting
 from hpsearch.models.costs import n_parameters, why_impossible
 from hpsearch.report.estimates import Estimates
 from hpsearch.report.finals import FinalRow, final_rows
-from hpsearch.search import constant_predictions as constant
+from hpsearch.search.constant_predictions import constant_warnings
 from hpsearch.search.importance import importances
 from hpsearch.stats.intervals import Floats, Interval, Paired
 from hpsearch.stats.selection import Corrected
@@ -190,7 +190,7 @@ def study_rows(record: StudyRecord) -> StudyRows:
         data_key=record.data_key(),
         folds=f"{record.folds.method}, SHA-256 {record.folds.to_dict()['digest']}",
         machine={name: str(value) for name, value in ((record.plan() or {}).get("machine") or {}).items()},
-        warnings=tuple(constant.describe(record, constant.find_constant_fits(record, record.trial_numbers()))),
+        warnings=tuple(constant_warnings(record, record.trial_numbers())),
     )
 
 
@@ -203,7 +203,7 @@ def _trial_row(
     epochs = [fit.epochs() for fit in fits]
     n_done = sum(len(rows) for rows in epochs)
     seconds = float(sum(row.seconds for rows in epochs for row in rows))
-    decision = next((each for each in reversed(trial.decisions) if each.get("drop")), None)
+    decision = next((each for each in reversed(trial.decisions) if each.drop), None)
     is_possible = why_impossible(config.unet, data.n_channels, data.height, data.width) is None
     plan = record.plan()
     return TrialRow(
@@ -221,7 +221,7 @@ def _trial_row(
         memory_bytes=predicted_bytes(config, ExecutionPlan.from_dict(plan)) if is_possible and plan else None,
         n_parameters=n_parameters(config.unet, data.n_channels) if is_possible else None,
         reason=trial.reason,
-        pruned_at=(decision["fold"], decision["epoch"]) if trial.outcome == "pruned" and decision else None,
+        pruned_at=(decision.fold, decision.epoch) if trial.outcome == "pruned" and decision else None,
     )
 
 

@@ -1,7 +1,5 @@
 """Choose devices, workers and threads of a study: what the user asks for, and measurements for the rest."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import tempfile
@@ -9,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hpsearch.config import StudyConfig
 from hpsearch.config.data import DataConfig
@@ -19,7 +18,7 @@ from hpsearch.errors import ConfigError, RecordError
 from hpsearch.paths import ProjectPaths
 from hpsearch.store.record import StudyRecord
 from hpsearch.workers import plan as plans
-from hpsearch.workers.jobs import CachePaths, MeasureJob, Measurement, Rate, RateJob, StepToMeasure
+from hpsearch.workers.jobs import CachePaths, MeasureJob, Measurement, RateJob, StepToMeasure
 from hpsearch.workers.local_pool import LocalPool
 from hpsearch.workers.loop import run_job, run_jobs_together
 from hpsearch.workers.plan import MEMORY_SHARE, ExecutionPlan
@@ -27,7 +26,7 @@ from hpsearch.workers.pool import WorkerPool, WorkerSettings
 
 logger = logging.getLogger(__name__)
 
-MOST_SHARING = 4
+SHARING = (1, 2, 4)
 """Workers that may share a device: the more there are, the less a trial has learnt from those before it."""
 WORTH_SHARING = 1.15
 """How many times the images a second more workers must make: with one, a search is repeatable to the byte."""
@@ -39,6 +38,7 @@ WINDOW_S = 0.6
 """Seconds, at least, in which workers that share a device are watched."""
 Shares = tuple[int, int]
 """Workers on a device, and threads of each."""
+Check = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -68,44 +68,31 @@ def first_workers(record: StudyRecord | None, choice: MachineChoice) -> tuple[Wo
 
 
 def make_plan(
-    record: StudyRecord,
-    caches: PoolCaches,
-    choice: MachineChoice,
-    pool: WorkerPool,
-    check: Callable[[], None] = lambda: None,
+    record: StudyRecord, caches: PoolCaches, choice: MachineChoice, pool: WorkerPool, check: Check = lambda: None
 ) -> ExecutionPlan:
     """Return the stored plan, or one that is measured now; what the user asks for explicitly overrides either.
 
     `check` is called again and again while something is measured, and ends it by raising.
     """
-    plan = _stored_plan(record, choice)
-    if plan is None:
-        plan = _measure_plan(record, caches, choice, pool, check)
+    plan = _stored_plan(record, choice) or _measure_plan(record, caches, choice, pool, check)
     if plan.to_dict() != record.plan():
         record.write_plan(plan.to_dict())
     return plan
 
 
 def plan_for_one_fit(
-    record: StudyRecord,
-    caches: PoolCaches,
-    choice: MachineChoice,
-    pool: WorkerPool,
-    check: Callable[[], None] = lambda: None,
+    record: StudyRecord, caches: PoolCaches, choice: MachineChoice, pool: WorkerPool, check: Check = lambda: None
 ) -> ExecutionPlan:
     """Return the study's plan with one worker, with the threads that trained a single fit fastest.
 
     It is measured, and stored, if the study has none. `choice` overrides device and threads for this fit alone.
     """
     choice = dataclasses.replace(choice, n_workers=0)
-    plan = _stored_plan(record, choice)
-    if plan is None:
-        plan = _measure_plan(record, caches, choice, pool, check)
-        if record.plan() is None:
-            record.write_plan(plan.to_dict())
-    return dataclasses.replace(
-        plan, workers=(plan.alone,), machine={**plan.machine, "threads": str(plan.alone.threads)}
-    )
+    plan = _stored_plan(record, choice) or _measure_plan(record, caches, choice, pool, check)
+    if record.plan() is None:
+        record.write_plan(plan.to_dict())
+    machine = {**plan.machine, "threads": str(plan.alone.threads)}
+    return dataclasses.replace(plan, workers=(plan.alone,), machine=machine)
 
 
 def measure_drawn(config: StudyConfig, choice: MachineChoice) -> ExecutionPlan:
@@ -131,78 +118,65 @@ def _stored_plan(record: StudyRecord, choice: MachineChoice) -> ExecutionPlan | 
         stored = record.plan()
         plan = ExecutionPlan.from_dict(stored) if stored is not None else None
     except (RecordError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RecordError(f"{record.paths.plan} is damaged ({error}): delete it, and it is measured anew") from error
-    if plan is None:
-        return None
+        raise RecordError(f"{record.paths.plan} is damaged: delete it, and it is measured anew") from error
     wanted = choice.device.partition(":")[0]
-    if wanted not in ("auto", plan.device):
-        logger.info("the study moves from %s to %s", plan.device, wanted)
+    if plan is None or wanted not in ("auto", plan.device):
         return None
     if choice.n_workers == 1 and not choice.threads:
-        plan = dataclasses.replace(plan, workers=(plan.alone,))
-    elif choice.threads or choice.n_workers not in (0, len(plan.workers)):
-        settings = _share_out(plan.device, choice, len({worker.device for worker in plan.workers}))
-        plan = dataclasses.replace(plan, workers=settings)
+        return dataclasses.replace(plan, workers=(plan.alone,))
+    if choice.threads or choice.n_workers not in (0, len(plan.workers)):
+        n_devices = len({worker.device for worker in plan.workers})
+        return dataclasses.replace(plan, workers=_share_out(plan.device, choice, n_devices))
     return plan
 
 
 def _measure_plan(
-    record: StudyRecord,
-    caches: PoolCaches,
-    choice: MachineChoice,
-    pool: WorkerPool,
-    check: Callable[[], None],
+    record: StudyRecord, caches: PoolCaches, choice: MachineChoice, pool: WorkerPool, check: Check
 ) -> ExecutionPlan:
     first = first_workers(None, choice)
     # The workers that measure are the first of those that train: they have torch loaded and the images open.
     pool.resize(first)
-    threads = alone = first[0].threads
-    configs = plans.measured_configs(record.config)
-    sharing = 1
+    steps = [StepToMeasure(each, CachePaths(*caches.paths(each))) for each in plans.measured_configs(record.config)]
     rates: dict[Shares, float] = {}
-    if configs and choice.n_workers <= 1 and not choice.threads:
-        shares = _single_shares(alone) if choice.n_workers else _equal_shares(alone)
-        rates = _rates(_step(configs[0], caches), shares, pool, check)
-        alone = fastest_alone(rates, alone)
-        sharing = 1 if choice.n_workers else choose_sharing(rates)
-        threads = max(1, available_cores() // sharing) if sharing > 1 else alone
-    job = MeasureJob(
-        config=record.config.with_params({}),
-        threads=threads,
-        steps=tuple(_step(config, caches) for config in configs),
-    )
+    if steps and choice.n_workers <= 1 and not choice.threads:
+        cores = first[0].threads
+        # A single worker is tried with all cores, half of them, and so on down to one.
+        alone_shares = [(1, cores >> halvings) for halvings in range(cores.bit_length())]
+        rates = _rates(steps[0], alone_shares if choice.n_workers else _equal_shares(cores), pool, check)
+    alone = fastest_alone(rates, first[0].threads)
+    sharing = 1 if choice.n_workers else choose_sharing(rates)
+    threads = max(1, available_cores() // sharing) if sharing > 1 else alone
+    job = MeasureJob(config=record.config.with_params({}), threads=threads, steps=tuple(steps))
     finished = run_job(pool, job, check=check)
     assert finished is not None
     measured = finished.result
     assert isinstance(measured, Measurement)
-    device = measured.device
-    found = choice.device if ":" in choice.device else device
-    n_devices = 1 if ":" in found else measured.n_devices
-    plan = ExecutionPlan(
-        device=device,
-        precision=measured.precision,
-        workers=_share_out(found, choice, n_devices, alone),
-        memory_bytes=measured.memory_bytes // max(1, choice.n_workers // n_devices),
-        steps=measured.steps,
-        machine=measured.machine,
-        alone_threads=alone,
-    )
-    while sharing > 1:
-        shared = dataclasses.replace(
-            plan,
-            workers=_share_out(found, dataclasses.replace(choice, n_workers=sharing * n_devices), n_devices),
-            memory_bytes=plan.memory_bytes // sharing,
+    device = choice.device if ":" in choice.device else measured.device
+    n_devices = 1 if ":" in device else measured.n_devices
+    listed = ", ".join(f"{n} x {n_threads}: {rate:.1f}" for (n, n_threads), rate in rates.items())
+    logger.info("images per second by workers x threads on a device: %s", listed or "not measured")
+
+    def plan_of(n_workers: int, most_threads: int) -> ExecutionPlan:
+        chosen = dataclasses.replace(choice, n_workers=n_workers)
+        return ExecutionPlan(
+            device=measured.device,
+            precision=measured.precision,
+            workers=_share_out(device, chosen, n_devices, most_threads),
+            memory_bytes=measured.memory_bytes // max(1, n_workers // n_devices),
+            steps=measured.steps,
+            machine={**measured.machine, **({"images_per_s": listed} if rates else {})},
+            alone_threads=alone,
         )
+
+    plan = most = plan_of(choice.n_workers, alone)
+    needed = [plans.predicted_bytes(step.config, plan) for step in steps]
+    while sharing > 1:
+        plan = plan_of(sharing * n_devices, 0)
         # All that the search may suggest shall still fit, as far as it fits the device at all.
-        if all(_fits(config, shared) or not _fits(config, plan) for config in configs):
-            plan = shared
+        if not any(plan.memory_bytes * MEMORY_SHARE < each <= most.memory_bytes * MEMORY_SHARE for each in needed):
             break
-        sharing //= 2
+        plan, sharing = most, sharing // 2
     pool.set_device(plan.workers[0].device)
-    if rates:
-        listed = ", ".join(f"{n} x {n_threads}: {rate:.1f}" for (n, n_threads), rate in rates.items())
-        logger.info("images per second by workers x threads on a device: %s", listed)
-        plan = dataclasses.replace(plan, machine={**plan.machine, "images_per_s": listed})
     return plan
 
 
@@ -226,24 +200,17 @@ def fastest_alone(rates: Mapping[Shares, float], default: int) -> int:
 
 def _equal_shares(cores: int) -> list[Shares]:
     """Return the cores shared equally among 1, 2 or 4 workers on a device."""
-    return [(n, cores // n) for n in (1, 2, 4) if n <= min(cores, MOST_SHARING)]
+    return [(n, cores // n) for n in SHARING if n <= cores]
 
 
-def _single_shares(cores: int) -> list[Shares]:
-    """Return one worker with all cores, half of them, and so on down to one."""
-    return [(1, max(1, cores >> halvings)) for halvings in range(cores.bit_length())]
-
-
-def _rates(
-    step: StepToMeasure, shares: Sequence[Shares], pool: WorkerPool, check: Callable[[], None]
-) -> dict[Shares, float]:
+def _rates(step: StepToMeasure, shares: Sequence[Shares], pool: WorkerPool, check: Check) -> dict[Shares, float]:
     """Return the images per second that so many workers with so many threads train on one device together.
 
     The workers are watched in the same window of time, so that what they take from each other counts, and what other
     programs take from threads that wait for each other. Empty if it could not be measured.
     """
     most = max(n for n, _ in shares)
-    first = _rates_together(pool, [RateJob(step=step, threads=1)] * most, check)
+    first: Any = run_jobs_together(pool, [RateJob(step=step, threads=1)] * most, check)
     if first is None or max(rate.step_s for rate in first) > SHARING_STEP_S:
         return {}
     window_s = max(WINDOW_S, 6 * max(rate.step_s for rate in first))
@@ -251,22 +218,10 @@ def _rates(
     for n, threads in shares:
         begin = time.time() + 0.2
         job = RateJob(step=step, threads=threads, begin=begin, end=begin + window_s)
-        if (found := _rates_together(pool, [job] * n, check)) is not None:
+        found: Any = run_jobs_together(pool, [job] * n, check)
+        if found is not None:
             rates[n, threads] = sum(rate.images_per_s for rate in found)
     return rates
-
-
-def _rates_together(pool: WorkerPool, jobs: Sequence[RateJob], check: Callable[[], None]) -> list[Rate] | None:
-    results = run_jobs_together(pool, jobs, check)
-    return None if results is None else [result for result in results if isinstance(result, Rate)]
-
-
-def _step(config: StudyConfig, caches: PoolCaches) -> StepToMeasure:
-    return StepToMeasure(config, CachePaths(*caches.paths(config)))
-
-
-def _fits(config: StudyConfig, plan: ExecutionPlan) -> bool:
-    return plans.predicted_bytes(config, plan) <= plan.memory_bytes * MEMORY_SHARE
 
 
 def _share_out(

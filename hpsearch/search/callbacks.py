@@ -1,7 +1,5 @@
 """Callbacks of a running study: for a terminal, a log, a test."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from hpsearch.data.prepare import Prepared

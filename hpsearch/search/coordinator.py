@@ -4,110 +4,107 @@ It imports no torch. Everything is written to the study folder before it takes e
 any two instructions leaves a study that continues as if it had not.
 """
 
-from __future__ import annotations
-
-import dataclasses
 import logging
-from collections.abc import Callable
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
 
 from hpsearch.data.pool_caches import PoolCaches
-from hpsearch.errors import WorkerError
-from hpsearch.search import failures, replicates
+from hpsearch.errors import StorageError, WorkerError
+from hpsearch.paths import remove_stale_temporaries
+from hpsearch.search import replicates
 from hpsearch.search.callbacks import StudyCallback
-from hpsearch.search.constant_predictions import ConstantWarnings
-from hpsearch.search.evaluation import Evaluation, study_state
-from hpsearch.search.fit_jobs import fold_job
-from hpsearch.search.judging import Judge
-from hpsearch.search.ledger import Ledger
+from hpsearch.search.constant_predictions import constant_warnings
+from hpsearch.search.evaluation import Evaluation, Judge, fold_job
 from hpsearch.search.new_trials import next_trial, used_up
-from hpsearch.search.racing import PruneDecision
-from hpsearch.search.scheduler import Fit, MakeShortlist, Suggest, next_action
-from hpsearch.search.stopping import Budget, Stop
-from hpsearch.store.fits import remove_checkpoints
+from hpsearch.search.racing import decide
+from hpsearch.search.scheduler import Fit, MakeShortlist, StudyState, Suggest, next_action
+from hpsearch.search.stopping import Stop
+from hpsearch.stats.best import rank
+from hpsearch.store.fits import remove_checkpoints, remove_networks
 from hpsearch.store.record import StudyRecord
-from hpsearch.store.trials import COUNTED, Outcome, TrialRecord
+from hpsearch.store.trials import COUNTED, Outcome, TrialRecord, count_trials
+from hpsearch.store.versions import now
 from hpsearch.training.rows import EpochRow
 from hpsearch.workers.jobs import EpochEnded, Failed, Finished, FitJob, FitScore, Job, Stopped
+from hpsearch.workers.loop import DEATHS_PER_JOB
 from hpsearch.workers.plan import ExecutionPlan
 from hpsearch.workers.pool import Event, WorkerPool
 
 logger = logging.getLogger(__name__)
 
+SILENCE_FACTOR = 10.0
+SILENCE_MIN_S = 300.0
+"""A fit without an epoch for so many times the seconds it should take, and at least so long, counts as hanging."""
 
+
+@dataclass(eq=False)
 class Coordinator:
     """One start of a study, as the work of the event loop (`workers.loop`)."""
 
-    def __init__(
-        self,
-        record: StudyRecord,
-        pool: WorkerPool,
-        plan: ExecutionPlan,
-        caches: PoolCaches,
-        callback: StudyCallback,
-        stop: Stop,
-        budget: Budget,
-        wake_views: Callable[[], None],
-    ) -> None:
-        """`wake_views` has Optuna's database and MLflow brought up to date, in the background."""
-        self._record = record
-        self._pool = pool
-        self._plan = plan
-        self._caches = caches
-        self._callback = callback
-        self._stop = stop
-        self._budget = budget
-        self._wake_views = wake_views
-        self._ledger = Ledger(record, callback, wake_views)
-        self._judge = Judge(record, self._ledger.trials)
-        self._open: dict[tuple[int, int], Evaluation] = {}
-        """(trial, replicate) to what is being evaluated: trials by number, then replicates as listed."""
-        self._has_shortlist = False
-        self._constant = ConstantWarnings(record, callback.message)
+    record: StudyRecord
+    pool: WorkerPool
+    plan: ExecutionPlan
+    caches: PoolCaches
+    callback: StudyCallback
+    stop: Stop
+    wake_views: Callable[[], None]
+    """Has Optuna's database and MLflow brought up to date, in the background."""
+    open: dict[tuple[int, int], Evaluation] = field(default_factory=dict)
+    """(trial, replicate) to what is being evaluated: trials by number, then replicates as listed."""
+    has_shortlist: bool = False
+    warned: set[int] = field(default_factory=set)
+    """Trials of which it was said that they predict one class only."""
+
+    def __post_init__(self) -> None:
+        self.trials = {trial.number: trial for trial in self.record.trials()}
+        self.judge = Judge(self.record, self.trials)
 
     @property
     def n_counted(self) -> int:
         """Trials that were evaluated, over all starts."""
-        return self._ledger.n_counted
+        return count_trials(self.trials.values())
 
     @property
     def is_over(self) -> bool:
         """Whether no further job will come: the study is done, or was asked to stop."""
-        return self._stop.is_requested or (self._has_shortlist and not self._open)
+        return self.stop.is_requested or (self.has_shortlist and not self.open)
 
     def resume(self) -> None:
         """Continue the trials that an earlier start left open, and remove files that it did not get to remove."""
-        for trial in list(self._ledger.trials.values()):
+        for trial in list(self.trials.values()):
             if trial.outcome is None:
-                self._resume(trial)
+                self._open(Evaluation(self.record, trial, trial.study_config), "continues")
             else:
-                self._ledger.remove_networks(trial.number)
-            for fold in self._record.finished_folds(trial.number):
-                remove_checkpoints(self._record.fit(trial.number, fold).paths)
+                _remove_networks(self.record, self.trials, trial.number)
+            for fit in self.record.fits(trial.number):
+                if fit.is_finished:
+                    remove_checkpoints(fit.paths)
 
     def poll(self) -> bool:
         """Look at requests, the budget and hanging fits; return False if the study must end at once."""
-        self._budget.poll()
-        if self._stop.poll(self._record.paths):
-            logger.info("stop was requested")
-            self._callback.message("stop was requested from outside")
-        for evaluation in [each for each in self._open.values() if each.replicate is None]:
-            request = self._record.paths.trial_stop_request(evaluation.trial.number)
-            if request.exists():
-                self._stop_trial(evaluation)
+        if text := self.stop.poll(self.record.paths):
+            self._say(text)
+        for opened in list(self.open.values()):
+            request = self.record.paths.trial_stop_request(opened.record.number)
+            if isinstance(opened.record, TrialRecord) and request.exists():
+                self._stop_trial(opened)
                 request.unlink(missing_ok=True)
-        failures.kill_hanging(self._pool, self._expected_epoch_s)
-        return not self._stop.is_urgent
+        _kill_hanging(self)
+        return not self.stop.is_urgent
 
     def next_job(self) -> Job | None:
         """Carry out what the scheduler says until that is a fit; None if nothing can begin now."""
-        while not self._stop.is_requested:
-            trials, pruner = self._ledger.trials, self._judge.pruner
-            state = study_state(self._record, trials, self._open.values(), pruner, self._has_shortlist)
-            match next_action(state):
+        while not self.stop.is_requested:
+            match next_action(_study_state(self)):
                 case Fit(number, fold, replicate):
-                    evaluation = self._open[number, replicate]
+                    evaluation = self.open[number, replicate]
                     evaluation.running.add(fold)
-                    return fold_job(evaluation, fold, self._caches)
+                    return fold_job(evaluation, fold, self.caches)
                 case Suggest():
                     self._begin_trial()
                 case MakeShortlist():
@@ -118,18 +115,20 @@ class Coordinator:
 
     def on_event(self, event: Event) -> None:
         """Handle a worker's report about a fit."""
-        job = event.job
-        evaluation = self._open.get((job.trial, job.replicate)) if isinstance(job, FitJob) else None
+        job, report = event.job, event.report
+        if job is None and isinstance(report, Failed):
+            self._say(f"worker {event.worker.index + 1} ended before it had a job ({report.text}): it is replaced")
+        evaluation = self.open.get((job.trial, job.replicate)) if isinstance(job, FitJob) else None
         if evaluation is None or not isinstance(job, FitJob):
             # A worker that was killed together with its trial.
             return
-        if isinstance(event.report, EpochEnded):
-            self._pool.reply(event.worker, go=self._on_epoch(evaluation, job.fold, event.report.row))
+        if isinstance(report, EpochEnded):
+            self.pool.reply(event.worker, go=self._on_epoch(evaluation, job.fold, report.row))
             return
         evaluation.running.discard(job.fold)
-        match event.report:
+        match report:
             case Finished(FitScore(value)):
-                self._on_finished(evaluation, job.fold, value)
+                self._on_finished(evaluation, job.fold, math.nan if value is None else value)
             case Stopped():
                 self._end_if_finished(evaluation)
             case Failed(reason="diverged", text=text):
@@ -137,83 +136,91 @@ class Coordinator:
             case Failed(reason="out_of_memory", text=text):
                 self._end(evaluation, "infeasible", reason=text, constraint=1.0)
             case Failed():
-                self._on_death(evaluation, job.fold, event.report)
+                self._on_death(evaluation, job.fold, report)
 
     def _begin_trial(self) -> None:
         """Record the next enqueued or suggested trial, and open it if it is feasible."""
-        trial, config, infeasible = next_trial(self._record, self._ledger.trials, self._plan)
-        self._ledger.write(trial)
-        evaluation = Evaluation(self._record, trial, config)
+        trial, config, infeasible = next_trial(self.record, self.trials, self.plan)
+        evaluation = Evaluation(self.record, trial, config)
+        self._write(evaluation)
         if infeasible is not None:
             self._end(evaluation, "infeasible", reason=infeasible.reason, constraint=infeasible.excess)
-            return
-        logger.info("trial %d began: %s", trial.number, trial.params)
-        self._callback.trial_began(trial)
-        self._open[evaluation.key] = evaluation
+        else:
+            self._open(evaluation, "began")
 
-    def _resume(self, trial: TrialRecord) -> None:
-        evaluation = Evaluation(self._record, trial, trial.study_config)
-        self._open[evaluation.key] = evaluation
-        logger.info("trial %d continues", trial.number)
-        self._callback.trial_began(trial)
-        if trial.decisions and trial.decisions[-1]["drop"]:
-            evaluation.pruned = PruneDecision(**trial.decisions[-1])
+    def _open(self, evaluation: Evaluation, verb: str) -> None:
+        self.open[evaluation.key] = evaluation
+        if isinstance(trial := evaluation.record, TrialRecord):
+            logger.info("trial %d %s: %s", trial.number, verb, trial.params)
+            self.callback.trial_began(trial)
         self._end_if_finished(evaluation)
 
     def _end_search(self) -> None:
         """Choose the trials to replicate, and open their replicates."""
-        if text := used_up(self._record, self._ledger.trials):
-            logger.info("%s", text)
-            self._callback.message(text)
-        self._has_shortlist = True
-        for second in replicates.open_replicates(self._record):
-            trial = self._ledger.trials[second.trial]
-            evaluation = Evaluation(self._record, trial, trial.study_config, second)
-            self._open[evaluation.key] = evaluation
-            self._ledger.write_replicate(second)
-            self._end_if_finished(evaluation)
-        if self._open:
-            self._callback.replicating(*replicates.progress(self._record))
+        if text := used_up(self.record, self.trials):
+            self._say(text)
+        self.has_shortlist = True
+        for second in replicates.open_replicates(self.record):
+            evaluation = Evaluation(self.record, second, self.trials[second.trial].study_config)
+            self._write(evaluation)
+            self._open(evaluation, "")
+        if self.open:
+            self.callback.replicating(*replicates.progress(self.record))
         else:
-            replicates.remove_unneeded_networks(self._record)
+            replicates.remove_unneeded_networks(self.record)
 
     def _on_epoch(self, evaluation: Evaluation, fold: int, row: EpochRow) -> bool:
         """Record what follows from an epoch, and return whether the fit goes on."""
-        number, metric = evaluation.trial.number, self._record.config.study.metric
+        metric = self.record.config.study.metric
+        text = "%s, fold %d, epoch %d: loss %.4f, %s %.4f"
         score = getattr(row.scores, metric)
-        text = "%s fold %d epoch %d: loss %.4f, %s %.4f"
-        logger.info(text, evaluation.name, fold, row.epoch, row.train.loss, metric, score)
-        self._callback.epoch_ended(number, fold, row)
-        self._wake_views()
-        if evaluation.replicate is None and evaluation.pruned is None:
-            decision = self._judge.judge(evaluation.trial, fold)
+        logger.info(text, evaluation.name, fold + 1, row.epoch, row.train.loss, metric, score)
+        self.callback.epoch_ended(evaluation.record.number, fold, row)
+        self.wake_views()
+        if isinstance(evaluation.record, TrialRecord) and evaluation.pruned is None:
+            decision = self.judge.judge(evaluation.record, fold)
             if decision is not None:
-                self._record_decision(evaluation, decision)
-        return evaluation.pruned is None and not self._stop.is_requested
+                evaluation.add_decision(decision)
+                self._write(evaluation)
+        return evaluation.pruned is None and not self.stop.is_requested
 
-    def _on_finished(self, evaluation: Evaluation, fold: int, value: float | None) -> None:
-        number, score = evaluation.trial.number, value if value is not None else float("nan")
-        metric = self._record.config.study.metric
-        logger.info("%s fold %d finished: %s %.4f", evaluation.name, fold, metric, score)
-        self._callback.fold_ended(number, fold, score)
-        self._constant.check(number)
-        self._wake_views()
+    def _on_finished(self, evaluation: Evaluation, fold: int, score: float) -> None:
+        (number, replicate), metric = evaluation.key, self.record.config.study.metric
+        logger.info("%s, fold %d finished: %s %.4f", evaluation.name, fold + 1, metric, score)
+        self.callback.fold_ended(number, fold, score)
+        for line in constant_warnings(self.record, [number]) if number not in self.warned else ():
+            self.warned.add(number)
+            self._say(f"warning: {line}")
+        self.wake_views()
         self._end_if_finished(evaluation)
-        if evaluation.replicate is not None:
-            self._callback.replicating(*replicates.progress(self._record))
+        if replicate:
+            self.callback.replicating(*replicates.progress(self.record))
 
     def _on_death(self, evaluation: Evaluation, fold: int, failure: Failed) -> None:
-        """Try the fit again from its checkpoint, unless this fold has ended its worker too often."""
-        what, fit = f"{evaluation.name}, fold {fold + 1}", evaluation.fit(fold)
-        found, reason = failures.count_death(fit, fold, evaluation.failures, failure, what)
-        self._callback.message(f"{what}: worker {failure.text}")
-        evaluation.set_failures(found)
-        self._ledger.write_evaluation(evaluation)
+        """Try the fit again from its checkpoint, unless this fold has ended its worker too often.
+
+        Raises StorageError and WorkerError where another try would end in the same way.
+        """
+        what, fit = f"{evaluation.name}, fold {fold + 1}", evaluation.fits()[fold]
+        if failure.is_storage:
+            raise StorageError(failure.text)
+        if failure.is_known:
+            raise WorkerError(f"{what}: {failure.text}")
+        logger.warning("%s: worker %s\n%s", what, failure.text, failure.traceback)
+        self.callback.message(f"{what}: worker {failure.text}")
+        remove_stale_temporaries(fit.paths.root)
+        # Deaths with an epoch in between are the machine's fault, not the configuration's.
+        place = f"after epoch {len(fit.epochs())}: "
+        failures = evaluation.record.failures
+        deaths = [*failures.get(str(fold), []), place + failure.text]
+        evaluation.change(failures={**failures, str(fold): deaths})
+        self._write(evaluation)
         if fit.is_finished or evaluation.pruned is not None:
             self._end_if_finished(evaluation)
-        elif reason:
+        elif sum(each.startswith(place) for each in deaths) >= DEATHS_PER_JOB:
+            reason = f"fold {fold + 1} ended its worker {DEATHS_PER_JOB} times {place}{failure.text}"
             self._end(evaluation, "failed", reason=reason)
-            ended = [trial for trial in self._ledger.trials.values() if trial.outcome in COUNTED]
+            ended = [trial for trial in self.trials.values() if trial.outcome in COUNTED]
             if len(ended) >= 3 and all(trial.outcome == "failed" for trial in ended):
                 raise WorkerError(f"every trial so far failed; {reason}")
 
@@ -221,64 +228,106 @@ class Coordinator:
         """End a trial or replicate if nothing of it is left to do."""
         if not evaluation.is_finished:
             return
-        if evaluation.pruned is not None:
-            self._end(evaluation, "pruned", value=evaluation.pruned.estimate, reason=evaluation.pruned.reason)
-            return
-        micro_batch = evaluation.micro_batch()
-        if evaluation.replicate is None:
-            evaluation.trial = dataclasses.replace(evaluation.trial, micro_batch=micro_batch)
-            self._end(evaluation, "complete", value=self._record.value(evaluation.trial.number))
+        pruned, micro_batch = evaluation.pruned, evaluation.micro_batch()
+        if pruned is not None:
+            self._end(evaluation, "pruned", value=pruned.estimate, reason=pruned.reason)
+        elif isinstance(evaluation.record, TrialRecord):
+            value = self.record.value(evaluation.record.number)
+            self._end(evaluation, "complete", value=value, micro_batch=micro_batch)
         elif micro_batch is None:
             self._end(evaluation, "complete")
         else:
             # Another configuration was fitted.
             self._end(evaluation, "infeasible", reason="memory forced parts of batches, which changed the result")
 
-    def _record_decision(self, evaluation: Evaluation, decision: PruneDecision) -> None:
-        """Record a pruner's decision before anything follows from it."""
-        evaluation.add_decision(decision)
-        self._ledger.write(evaluation.trial)
+    def _end(self, evaluation: Evaluation, outcome: Outcome, *, reason: str = "", **of_trial: Any) -> None:
+        """Record how a trial or replicate ended, stop its workers, and remove the files that it no longer needs.
 
-    def _end(
-        self,
-        evaluation: Evaluation,
-        outcome: Outcome,
-        *,
-        value: float | None = None,
-        reason: str = "",
-        constraint: float = 0.0,
-    ) -> None:
-        """Record how a trial or replicate ended, stop its workers, and remove the files that it no longer needs."""
-        self._open.pop(evaluation.key, None)
-        if evaluation.replicate is None:
-            end = self._ledger.end_trial
-            end(evaluation.trial, outcome, value=value, reason=reason, constraint=constraint)
+        `of_trial` are fields that only the record of a trial has.
+        """
+        self.open.pop(evaluation.key, None)
+        number, replicate = evaluation.key
+        evaluation.change(outcome=outcome, reason=reason, ended_at=now(), **({} if replicate else of_trial))
+        self._write(evaluation)
+        if isinstance(trial := evaluation.record, TrialRecord):
+            result = reason if trial.value is None else f"{trial.value:.4f}"
+            logger.info("trial %d ended: %s, %s", number, outcome, result)
+            _remove_networks(self.record, self.trials, number)
+            self.callback.trial_ended(trial)
         else:
-            assert outcome != "pruned"
-            assert outcome != "orphaned"
-            self._ledger.end_replicate(evaluation.replicate, outcome, reason)
-            if not self._open:
-                replicates.remove_unneeded_networks(self._record)
-        for worker in self._pool.busy():
+            text = f"{outcome} ({reason}), so it cannot win"
+            if outcome == "complete":
+                score = float(np.nanmean(self.record.replicate_out_of_fold(number)))
+                text = f"{score:.4f}, first fit {self.trials[number].value:.4f}"
+            self._say(f"trial {number} refitted: {text}")
+            if not self.open:
+                replicates.remove_unneeded_networks(self.record)
+        for worker in self.pool.busy():
             if isinstance(worker.job, FitJob) and (worker.job.trial, worker.job.replicate) == evaluation.key:
-                self._pool.kill(worker)
+                self.pool.kill(worker)
 
     def _stop_trial(self, evaluation: Evaluation) -> None:
         """End a trial on a user's request as if it were pruned, with the score that it is estimated to reach."""
-        number, reason = evaluation.trial.number, "stopped on request"
-        logger.info("trial %d is to stop", number)
-        self._callback.message(f"trial {number} is stopped on request")
-        decision = self._judge.decision_on_request(evaluation.trial, reason)
-        if decision is None:
+        reason = "stopped on request"
+        trial = self.trials[evaluation.record.number]
+        self._say(f"trial {trial.number} is {reason}")
+        candidate = self.judge.scores_of(trial)
+        if not candidate.scores:
             self._end(evaluation, "failed", reason=f"{reason} before its first epoch")
         elif evaluation.pruned is None:
-            self._record_decision(evaluation, decision)
+            others = self.judge.ended_scores()
+            evaluation.add_decision(decide(True, candidate, others, self.record.n_folds, reason))
+            self._write(evaluation)
             self._end_if_finished(evaluation)
 
-    def _expected_epoch_s(self, job: FitJob) -> float | None:
-        """Return the seconds that an epoch of a fit should take; None if its trial has ended."""
-        evaluation = self._open.get((job.trial, job.replicate))
-        if evaluation is None:
-            return None
-        longest_s = evaluation.longest_epoch_s(job.fold)
-        return longest_s or self._plan.epoch_s(evaluation.config, len(job.train), len(job.held_out))
+    def _write(self, evaluation: Evaluation) -> None:
+        """Write a trial or replicate, new or changed."""
+        if isinstance(evaluation.record, TrialRecord):
+            self.record.write_trial(evaluation.record)
+            self.trials[evaluation.record.number] = evaluation.record
+        else:
+            self.record.write_replicate(evaluation.record)
+        self.wake_views()
+
+    def _say(self, text: str) -> None:
+        logger.info("%s", text)
+        self.callback.message(text)
+
+
+def _kill_hanging(coordinator: Coordinator) -> None:
+    """Kill every worker without an epoch for so long that its fit must be hanging."""
+    for worker in coordinator.pool.busy():
+        silence_s, job = time.monotonic() - worker.last_report_at, worker.job
+        evaluation = coordinator.open.get((job.trial, job.replicate)) if isinstance(job, FitJob) else None
+        if evaluation is None or not isinstance(job, FitJob) or silence_s <= SILENCE_MIN_S:
+            continue
+        if silence_s > SILENCE_FACTOR * evaluation.epoch_s(job, coordinator.plan):
+            logger.warning("%s, fold %d: no epoch for %.0f s", evaluation.name, job.fold + 1, silence_s)
+            coordinator.pool.kill(worker)
+
+
+def _study_state(coordinator: Coordinator) -> StudyState:
+    """Return the study as the scheduler sees it."""
+    record, trials, pruner = coordinator.record, coordinator.trials.values(), coordinator.judge.pruner
+    fits = [evaluation.open_fits() for evaluation in coordinator.open.values()]
+    return StudyState(
+        n_folds=record.n_folds,
+        n_trials=record.config.study.trials,
+        n_counted=coordinator.n_counted,
+        n_suggested=len(trials),
+        n_unused=record.n_unused(trials),
+        has_complete=any(trial.can_win for trial in trials),
+        open=tuple(each for each in fits if not each.replicate),
+        replicates=tuple(each for each in fits if each.replicate) if coordinator.has_shortlist else None,
+        lookahead=record.config.study.lookahead,
+        folds_in_turn=pruner.is_sequential,
+        judges_any_fold=pruner.takes_any_fold,
+    )
+
+
+def _remove_networks(record: StudyRecord, trials: Mapping[int, TrialRecord], number: int) -> None:
+    """Remove the networks of an ended trial; weights stay for the two best complete trials only."""
+    ranking = rank({each.number: each.value or 0.0 for each in record.contenders(trials.values())})
+    for each in {number, *ranking[2:4]} - set(ranking[:2]):
+        for fit in record.fits(each):
+            remove_networks(fit.paths)

@@ -1,18 +1,21 @@
-"""The open fits of a trial or of its replicate: which folds are finished, running, or still to be fitted."""
-
-from __future__ import annotations
+"""A trial or replicate that is being evaluated: its open fits, their jobs, and what the pruner says about it."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from hpsearch.config import StudyConfig
-from hpsearch.search.pruners import Pruner
-from hpsearch.search.racing import PruneDecision
-from hpsearch.search.scheduler import OpenFits, StudyState
+from hpsearch.config import StudyConfig, stable_seed
+from hpsearch.data.pool_caches import PoolCaches
+from hpsearch.paths import FitPaths
+from hpsearch.search import pruners
+from hpsearch.search.racing import TrialScores
+from hpsearch.search.scheduler import OpenFits
 from hpsearch.store.fits import FitRecord
 from hpsearch.store.record import StudyRecord
-from hpsearch.store.trials import ReplicateRecord, TrialRecord, count_trials
+from hpsearch.store.trials import PruneDecision, ReplicateRecord, TrialRecord
+from hpsearch.workers.jobs import CachePaths, FitJob
+from hpsearch.workers.plan import ExecutionPlan
 
 
 @dataclass
@@ -20,104 +23,141 @@ class Evaluation:
     """A trial, or its replicate, that is being evaluated."""
 
     study: StudyRecord
-    trial: TrialRecord
+    record: TrialRecord | ReplicateRecord
     config: StudyConfig
-    replicate: ReplicateRecord | None = None
-    """The replicate's record; None for the trial itself."""
     running: set[int] = field(default_factory=set)
     """Folds that a worker fits now."""
-    pruned: PruneDecision | None = None
-    """The decision to prune it, until its fits have stopped."""
 
     @property
     def key(self) -> tuple[int, int]:
-        """Number of the trial, and of the replicate."""
-        return self.trial.number, int(self.replicate is not None)
+        """Number of the trial, and of the replicate: 0 for the trial itself."""
+        return self.record.number, int(isinstance(self.record, ReplicateRecord))
 
     @property
     def name(self) -> str:
         """Name of the trial or replicate, for messages."""
-        return f"{'the refit of ' if self.replicate is not None else ''}trial {self.trial.number}"
+        number, replicate = self.key
+        return f"{'the refit of ' if replicate else ''}trial {number}"
 
     @property
-    def failures(self) -> dict[str, list[str]]:
-        """Fold to one line per death of a worker that fitted it."""
-        return (self.trial if self.replicate is None else self.replicate).failures
+    def pruned(self) -> PruneDecision | None:
+        """The decision to prune it, until its fits have stopped."""
+        return next((each for each in self.record.decisions[-1:] if each.drop), None)
 
-    def fit(self, fold: int) -> FitRecord:
-        """Return the record of one of its fits."""
-        return (self.study.fit if self.replicate is None else self.study.replicate_fit)(self.trial.number, fold)
+    def change(self, **changes: Any) -> None:
+        """Change fields of the record in memory."""
+        self.record = dataclasses.replace(self.record, **changes)
 
-    def finished_folds(self) -> frozenset[int]:
-        """Return the folds whose fit is finished."""
-        return frozenset(fold for fold in range(self.study.n_folds) if self.fit(fold).is_finished)
+    def add_decision(self, decision: PruneDecision) -> None:
+        """Enter a pruner's decision. An epoch that was judged before a restart is not entered twice."""
+        fold, epoch = decision.fold, decision.epoch
+        before = [each for each in self.record.decisions if each.fold != fold or each.epoch < epoch]
+        self.change(decisions=(*before, decision))
+
+    def fits(self) -> list[FitRecord]:
+        """Return the records of its fits, by fold."""
+        number, replicate = self.key
+        return self.study.fits(number, replicate=bool(replicate))
 
     def open_fits(self) -> OpenFits:
         """Return it as the scheduler sees it."""
-        pruned, n_epochs = self.pruned, self.config.train.epochs
-        return OpenFits(
-            self.trial.number,
-            int(self.replicate is not None),
-            self.finished_folds(),
-            frozenset(self.running),
-            is_pruned=pruned is not None,
-            # Pruned after the last epoch: the fit is finished, even if its worker dies in between.
-            resumable=pruned.fold if pruned is not None and pruned.epoch == n_epochs else None,
-        )
+        pruned, finished = self.pruned, [fold for fold, fit in enumerate(self.fits()) if fit.is_finished]
+        # Pruned after the last epoch: the fit is finished, even if its worker dies in between.
+        resumable = pruned.fold if pruned is not None and pruned.epoch == self.config.train.epochs else None
+        return OpenFits(*self.key, frozenset(finished), frozenset(self.running), pruned is not None, resumable)
 
     @property
     def is_finished(self) -> bool:
         """Whether nothing of it is left to do."""
-        fits = self.open_fits()
-        if self.pruned is not None:
-            return not fits.running and fits.next_fold(self.study.n_folds) is None
-        return len(fits.finished) == self.study.n_folds
+        fits, n_folds = self.open_fits(), self.study.n_folds
+        if fits.is_pruned:
+            return not fits.running and fits.next_fold(n_folds) is None
+        return len(fits.finished) == n_folds
 
     def micro_batch(self) -> int | None:
         """Return the smallest part of a batch that memory forced and that changed the result; None if none did."""
-        summaries = [self.fit(fold).summary() or {} for fold in range(self.study.n_folds)]
-        return min((each["micro_batch"] for each in summaries if each.get("micro_batch")), default=None)
+        summaries = [summary for fit in self.fits() if (summary := fit.summary()) is not None]
+        return min((each.micro_batch for each in summaries if each.micro_batch), default=None)
 
-    def set_failures(self, failures: dict[str, list[str]]) -> None:
-        """Enter the deaths of workers."""
-        if self.replicate is None:
-            self.trial = dataclasses.replace(self.trial, failures=failures)
-        else:
-            self.replicate = dataclasses.replace(self.replicate, failures=failures)
-
-    def add_decision(self, decision: PruneDecision) -> None:
-        """Enter a pruner's decision. An epoch that was judged before a restart is not entered twice."""
-        before = [
-            each for each in self.trial.decisions if each["fold"] != decision.fold or each["epoch"] < decision.epoch
-        ]
-        self.trial = dataclasses.replace(self.trial, decisions=(*before, decision.to_dict()))
-        if decision.drop:
-            self.pruned = decision
-
-    def longest_epoch_s(self, fold: int) -> float:
-        """Return the seconds of the longest epoch of a fit so far; 0 before its first."""
-        return max((row.seconds for row in self.fit(fold).epochs()), default=0.0)
+    def epoch_s(self, job: FitJob, plan: ExecutionPlan) -> float:
+        """Return the seconds that an epoch of a fit should take; NaN if nothing is known."""
+        longest_s = max((row.seconds for row in self.fits()[job.fold].epochs()), default=0.0)
+        return longest_s or plan.epoch_s(self.config, len(job.train), len(job.held_out))
 
 
-def study_state(
-    record: StudyRecord,
-    trials: Mapping[int, TrialRecord],
-    evaluations: Iterable[Evaluation],
-    pruner: Pruner,
-    has_shortlist: bool,
-) -> StudyState:
-    """Return a running study as the scheduler sees it."""
-    fits = [evaluation.open_fits() for evaluation in evaluations]
-    return StudyState(
-        n_folds=record.n_folds,
-        n_trials=record.config.study.trials,
-        n_counted=count_trials(trials.values()),
-        n_suggested=len(trials),
-        n_unused=record.n_unused(trials.values()),
-        has_complete=any(trial.can_win for trial in trials.values()),
-        open=tuple(each for each in fits if not each.replicate),
-        replicates=tuple(each for each in fits if each.replicate) if has_shortlist else None,
-        lookahead=record.config.study.lookahead,
-        folds_in_turn=pruner.is_sequential,
-        judges_any_fold=pruner.takes_any_fold,
+def fold_job(evaluation: Evaluation, fold: int, caches: PoolCaches) -> FitJob:
+    """Return the job that fits one fold of a trial or replicate."""
+    record, folds, (number, replicate) = evaluation.record, evaluation.study.folds, evaluation.key
+    return FitJob(
+        trial=number,
+        fold=fold,
+        replicate=replicate,
+        config=evaluation.config,
+        folder=evaluation.fits()[fold].paths.root.absolute(),
+        caches=CachePaths(*caches.paths(evaluation.config)),
+        train=tuple(folds.train(fold).tolist()),
+        held_out=tuple(folds.held_out(fold).tolist()),
+        seed=fit_seed(evaluation.study.config, record.place, fold, replicate),
+        keep_best=not replicate,
     )
+
+
+def pool_job(trial: TrialRecord, config: StudyConfig, folder: FitPaths, caches: PoolCaches, *, seed: int) -> FitJob:
+    """Return the job that fits a trial's configuration to all images of the pool."""
+    return FitJob(
+        trial=trial.number,
+        fold=0,
+        config=config,
+        folder=folder.root.absolute(),
+        caches=CachePaths(*caches.paths(config)),
+        train=tuple(range(caches.scored.n)),
+        held_out=(),
+        seed=seed,
+    )
+
+
+def fit_seed(config: StudyConfig, place: int, fold: int, replicate: int = 0) -> int:
+    """Return the seed of a fit: of its initial weights, order of batches and augmentation."""
+    return stable_seed(config.study.seed, "second fit" if replicate else "fit", place, fold)
+
+
+class Judge:
+    """The study's pruner and the scores of the ended trials, each read once."""
+
+    def __init__(self, record: StudyRecord, trials: Mapping[int, TrialRecord]) -> None:
+        """`trials` are all trials by number, kept up to date by the caller."""
+        self.pruner = pruners.make_pruner(record.config)
+        self._record = record
+        self._trials = trials
+        self._ended: dict[int, TrialScores] = {}
+
+    def judge(self, trial: TrialRecord, fold: int) -> PruneDecision | None:
+        """Return what the pruner decides after an epoch of this fold; None where it has nothing to say."""
+        candidate = self.scores_of(trial)
+        # Other folds that are fitted at the same time do not count: how far they are depends on chance.
+        scores = {each: candidate.scores[each] for each in candidate.finished if each != fold}
+        candidate = dataclasses.replace(candidate, scores={**scores, fold: candidate.scores[fold]})
+        # With a lookahead, which later trials have ended depends on the number of workers.
+        lookahead = self._record.config.study.lookahead
+        last = trial.number - lookahead if lookahead else max(self._trials)
+        # A copy must not lose against itself.
+        others = [
+            each
+            for each in self.ended_scores()
+            if each.number <= last and self._trials[each.number].params != trial.params
+        ]
+        return self.pruner.judge(candidate, others, self._record.folds)
+
+    def scores_of(self, trial: TrialRecord) -> TrialScores:
+        """Return the per-image scores after every epoch of every fold that was begun."""
+        found = enumerate(fit.scores() for fit in self._record.fits(trial.number))
+        train = trial.study_config.train
+        scores = {fold: scores for fold, scores in found if len(scores)}
+        return TrialScores(trial.number, scores, train.epochs, train.schedule)
+
+    def ended_scores(self) -> list[TrialScores]:
+        """Return the scores of the ended trials by number, as the same objects each time: pruners cache by them."""
+        for trial in self._trials.values():
+            if (trial.can_win or trial.outcome == "pruned") and trial.number not in self._ended:
+                self._ended[trial.number] = self.scores_of(trial)
+        return [self._ended[number] for number in sorted(self._ended)]

@@ -1,12 +1,10 @@
 """How much of the variation between trials each searched setting explains."""
 
-from __future__ import annotations
-
 import optuna
-from optuna.trial import create_trial
+from optuna.trial import TrialState
 
 from hpsearch.config import get_setting
-from hpsearch.search.space import distributions, encode
+from hpsearch.search.space import distributions, frozen_trial
 from hpsearch.store.record import StudyRecord
 
 MIN_TRIALS = 8
@@ -32,7 +30,7 @@ def importances(record: StudyRecord) -> dict[str, float]:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(direction="maximize")
     for trial in trials:
-        params = {name: encode(get_setting(trial.study_config, name)) for name in spaces}
-        study.add_trial(create_trial(value=trial.value, params=params, distributions=spaces))
+        params = {name: get_setting(trial.study_config, name) for name in spaces}
+        study.add_trial(frozen_trial(params, spaces, TrialState.COMPLETE, value=trial.value))
     found = get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0))
     return {name: float(share) for name, share in found.items()}

@@ -1,53 +1,57 @@
-"""Make the next trial of a study, and say when the search space has no further one."""
+"""Make the next trial of a study: enqueued by the user, or suggested; and say when there is no further one."""
 
-from __future__ import annotations
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from collections.abc import Mapping
-from typing import NamedTuple
-
-from hpsearch.config import StudyConfig
-from hpsearch.errors import ConfigError, StudyError
-from hpsearch.search import enqueue
+from hpsearch import config as configs
+from hpsearch import paths
+from hpsearch.config import StudyConfig, get_setting
+from hpsearch.errors import ConfigError, RecordError, StudyError
 from hpsearch.search.suggest import suggest
+from hpsearch.store.files import CHANGEABLE
 from hpsearch.store.record import StudyRecord
 from hpsearch.store.trials import TrialRecord, count_trials
 from hpsearch.store.versions import code_version, now
+from hpsearch.user_files import read_text
 from hpsearch.workers.plan import ExecutionPlan, Infeasible, why_infeasible
 
 INFEASIBLE_PER_TRIAL = 10
 """Infeasible suggestions that are free, for each trial wanted."""
 
 
-class NewTrial(NamedTuple):
-    """A trial that is about to begin."""
+def next_trial(
+    record: StudyRecord, trials: Mapping[int, TrialRecord], plan: ExecutionPlan
+) -> tuple[TrialRecord, StudyConfig, Infeasible | None]:
+    """Return the next trial, its configuration, and why it cannot be trained (None if it can).
 
-    trial: TrialRecord
-    config: StudyConfig
-    infeasible: Infeasible | None
-    """Why it cannot be trained; None if it can."""
-
-
-def next_trial(record: StudyRecord, trials: Mapping[int, TrialRecord], plan: ExecutionPlan) -> NewTrial:
-    """Return the next enqueued or suggested trial. Raises StudyError if too many suggestions were infeasible."""
+    Raises StudyError if too many suggestions were infeasible.
+    """
     history = [trials[number] for number in sorted(trials)]
-    _check_feasibility(record, history)
+    infeasible = [trial for trial in history if trial.outcome == "infeasible"]
+    if len(infeasible) >= INFEASIBLE_PER_TRIAL * record.config.study.trials:
+        raise StudyError(
+            f"{len(infeasible)} suggested configurations were infeasible, the last one because "
+            f"{infeasible[-1].reason}; make the search space smaller or data.size other"
+        )
     number = history[-1].number + 1 if history else 0
-    wanted = enqueue.next_params(record, history)
+    wanted = next_params(record, history)
     params = suggest(record.config, history, number, wanted)
     try:
         config = record.config.with_params(params)
-        infeasible = why_infeasible(config, plan)
+        why = why_infeasible(config, plan)
     except ConfigError as error:
-        config, infeasible = record.config.with_params({}), Infeasible(str(error), 1.0)
+        config, why = record.config.with_params({}), Infeasible(str(error), 1.0)
     trial = TrialRecord(
         number=number,
         params=params,
         config=config.to_dict(),
         began_at=now(),
-        source="default" if number == 0 else "enqueued" if enqueue.is_same(params, wanted) else "sampler",
+        source="default" if number == 0 else "enqueued" if wanted else "sampler",
         code=code_version(),
     )
-    return NewTrial(trial, config, infeasible)
+    return trial, config, why
 
 
 def used_up(record: StudyRecord, trials: Mapping[int, TrialRecord]) -> str:
@@ -74,10 +78,64 @@ def used_up(record: StudyRecord, trials: Mapping[int, TrialRecord]) -> str:
     )
 
 
-def _check_feasibility(record: StudyRecord, history: list[TrialRecord]) -> None:
-    infeasible = [trial for trial in history if trial.outcome == "infeasible"]
-    if len(infeasible) >= INFEASIBLE_PER_TRIAL * record.config.study.trials:
-        raise StudyError(
-            f"{len(infeasible)} suggested configurations were infeasible, the last one because "
-            f"{infeasible[-1].reason}; make the search space smaller or data.size other"
-        )
+def read_params(path: Path, config: StudyConfig) -> dict[str, Any]:
+    """Return the params of the configuration in a TOML file; missing settings have their defaults.
+
+    Raises ConfigError, naming file and key, for what is unknown, lies outside the search, or is not searched and
+    differs from the study's.
+    """
+    base = config.to_dict()
+    text = read_text(path, "--enqueue", ConfigError)
+    try:
+        for section, values in tomllib.loads(text).items():
+            base[section] = {**base.get(section, {}), **values} if isinstance(values, Mapping) else values
+        wanted = configs.from_dict({**base, "search": {}})
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"--enqueue {path} cannot be read as TOML: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"--enqueue {path}: {error}") from error
+    before = config.absolute().flat()
+    for name, value in wanted.absolute().flat().items():
+        dimension, fault = config.search.dimensions.get(name), ""
+        if dimension is not None and not dimension.contains(get_setting(wanted, name)):
+            fault = f"lies outside the search {dimension.to_toml()}"
+        elif dimension is None and value != before[name] and name not in CHANGEABLE:
+            fault = f"is not searched and is {before[name]} in this study"
+        if fault:
+            raise ConfigError(f"--enqueue {path}: {name} = {value} {fault}")
+    return {name: get_setting(wanted, name) for name, _ in config.search}
+
+
+def enqueue(record: StudyRecord, wanted: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Enqueue these params, each once over all starts; return what became of each, in a few words."""
+    entries, said = _enqueued(record), []
+    known = {record.configuration(trial.params): trial.number for trial in reversed(record.trials())}
+    known.setdefault(record.configuration({}), 0)
+    for params in wanted:
+        key = record.configuration(params)
+        if key in known:
+            said.append(f"is trial {known[key]} already")
+        elif key in map(record.configuration, entries):
+            said.append("is enqueued already")
+        else:
+            entries.append(dict(params))
+            said.append("is enqueued")
+    if wanted:
+        paths.write_json(record.paths.enqueued, {"params": entries})
+    return said
+
+
+def next_params(record: StudyRecord, trials: Sequence[TrialRecord]) -> dict[str, Any] | None:
+    """Return the first enqueued params that no recorded trial has; None if there are none."""
+    had = {record.configuration(trial.params) for trial in trials}
+    return next((params for params in _enqueued(record) if record.configuration(params) not in had), None)
+
+
+def _enqueued(record: StudyRecord) -> list[dict[str, Any]]:
+    """Return all params that were ever enqueued, in order."""
+    path = record.paths.enqueued
+    table = paths.read_json(path) if path.is_file() else {"params": []}
+    params = table.get("params") if isinstance(table, dict) else None
+    if not isinstance(params, list):
+        raise RecordError(f"{path} is damaged: delete it and enqueue the configurations again")
+    return params

@@ -1,17 +1,15 @@
 """Use a pruner of Optuna, through Optuna's API, on the scores of a study."""
 
-from __future__ import annotations
-
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import optuna
 from optuna.pruners import BasePruner
-from optuna.samplers import RandomSampler
-from optuna.storages import InMemoryStorage
 
 from hpsearch.data.folds import Folds
-from hpsearch.search.racing import PruneDecision, TrialScores, decide
+from hpsearch.search.racing import TrialScores, decide
 from hpsearch.search.suggest import quiet
+from hpsearch.store.trials import PruneDecision
 
 Report = dict[int, float]
 """Step to value: what is reported to Optuna before its pruner is asked once."""
@@ -20,11 +18,6 @@ Report = dict[int, float]
 def epochs_of_first_fold(trial: TrialScores, folds: Folds) -> list[Report]:
     """Return the mean score after every epoch of fold 0; step = epoch, from 1."""
     return [{epoch: float(mean)} for epoch, mean in enumerate(trial.curves.get(0, ()), start=1)]
-
-
-def fold_means(trial: TrialScores, folds: Folds) -> list[Report]:
-    """Return the mean score of every finished fold; step = fold."""
-    return [{fold: float(trial.curves[fold][-1])} for fold in trial.finished]
 
 
 def images(trial: TrialScores, folds: Folds) -> list[Report]:
@@ -51,18 +44,11 @@ class OptunaPruner:
         with quiet():
             pruner = make()
             # The study's name decides Hyperband's brackets, so it is fixed.
-            self._study = optuna.create_study(
-                study_name="pruner",
-                storage=InMemoryStorage(),
-                sampler=RandomSampler(seed=0),
-                pruner=pruner,
-                direction="maximize",
-            )
+            self._study = optuna.create_study(study_name="pruner", pruner=pruner, direction="maximize")
         self._name = type(pruner).__name__
         self._trials: list[optuna.Trial] = []
         self._answers: dict[int, list[bool]] = {}
         """Trial number to what was answered to each of its reports."""
-        self._told: set[int] = set()
 
     def judge(self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds) -> PruneDecision | None:
         n_reports = len(self._reports(candidate, folds))
@@ -72,15 +58,11 @@ class OptunaPruner:
             self._bring_up_to_date(trial, folds)
         self._bring_up_to_date(candidate, folds)
         drop = self._answers[candidate.number][n_reports - 1]
-        fold, epoch = candidate.latest + 1, len(candidate.scores[candidate.latest])
-        where = f"in fold {fold} at epoch {epoch}" if epoch < candidate.n_epochs else f"after fold {fold}"
-        reason = f"{where}: {'pruned' if drop else 'kept'} by Optuna's {self._name}"
+        reason = f"{candidate.place}: {'pruned' if drop else 'kept'} by Optuna's {self._name}"
         return decide(drop, candidate, others, folds.k, reason)
 
     def _bring_up_to_date(self, trial: TrialScores, folds: Folds) -> None:
         """Report what is new, ask after each report, and tell the value of a complete trial."""
-        if trial.number in self._told:
-            return
         while len(self._trials) <= trial.number:
             # Infeasible trials, which have no scores, are included: Hyperband assigns brackets by trial number.
             self._trials.append(self._study.ask())
@@ -90,12 +72,9 @@ class OptunaPruner:
                 optunas.report(value, step)
             answers.append(optunas.should_prune())
         if trial.is_full(folds.k):
-            self._study.tell(optunas, trial.value)
-            self._told.add(trial.number)
+            self._study.tell(optunas, trial.value, skip_if_finished=True)
 
 
 def _an_epoch_ago(trial: TrialScores) -> TrialScores:
     scores = {**trial.scores, trial.latest: trial.scores[trial.latest][:-1]}
-    return TrialScores(
-        trial.number, {fold: each for fold, each in scores.items() if len(each)}, trial.n_epochs, trial.schedule
-    )
+    return dataclasses.replace(trial, scores={fold: each for fold, each in scores.items() if len(each)})

@@ -5,8 +5,6 @@ time. Complete trials are COMPLETE with the value that ranks them, pruned ones P
 their estimate as an attribute. Optuna's best trial is the winner of the study.
 """
 
-from __future__ import annotations
-
 import datetime as dt
 import json
 import logging
@@ -22,16 +20,17 @@ import sqlalchemy
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState, create_trial
-from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from hpsearch.errors import StorageError
 from hpsearch.paths import StudyPaths
-from hpsearch.search.space import Distributions, distributions, encode
+from hpsearch.search.space import Distributions, distributions, frozen_trial
 from hpsearch.search.suggest import STATES, quiet
 from hpsearch.stats.best import rank
 from hpsearch.store.record import StudyRecord
 from hpsearch.store.trials import Standing, TrialRecord
+from hpsearch.typed_json import to_json
 
 logger = logging.getLogger(__name__)
 
@@ -66,12 +65,20 @@ class OptunaView:
         with quiet():
             try:
                 self._show(record)
-            except _ERRORS as error:
+            except DATABASE_ERRORS as error:
                 # The file may have been deleted or replaced since it was opened.
                 self._study = None
-                if not isinstance(_cause(error), OperationalError | sqlite3.OperationalError):
-                    self._set_aside(error)
-                self._show_or_raise(record)
+                if not isinstance(_cause(error), sqlite3.OperationalError):
+                    aside = self._database.with_name(f"{self._database.name}.damaged")
+                    os.replace(self._database, aside)
+                    text = "Optuna's database is damaged (%s): it is now %s, and a new one is made"
+                    logger.warning(text, _reason(error), aside.name)
+                try:
+                    self._show(record)
+                except DATABASE_ERRORS as again:
+                    self._study = None
+                    reason = _reason(again)
+                    raise StorageError(f"{self._database} cannot be brought up to date: {reason}") from again
         self._shown = files
 
     def n_behind(self) -> int:
@@ -79,61 +86,57 @@ class OptunaView:
         return int(_fingerprint(self._paths) != self._shown)
 
     def _show(self, record: StudyRecord) -> None:
-        study = self._open(record)
         trials, spaces = record.trials(), distributions(record.config.search)
-        known = study.get_trials(deepcopy=False)
+        study, known = self._open(record)
         if not _agree(known, trials, spaces):
             logger.info("Optuna's database contradicts the record of study %s and is filled anew", record.name)
             optuna.delete_study(study_name=record.name, storage=study._storage)
             self._study = None
-            study, known = self._open(record), []
+            study, known = self._open(record)
         standing = record.standing(trials)
         for index, trial in enumerate(trials):
-            state, value = _shown_as(trial, standing)
-            if index >= len(known):
-                study.add_trial(_new_trial(record, trial, spaces, state, value))
-            elif not known[index].state.is_finished() and trial.outcome is not None:
-                _finish(study, known[index], _new_trial(record, trial, spaces, state, value))
+            is_new = index >= len(known)
+            if is_new or (not known[index].state.is_finished() and trial.outcome is not None):
+                shown = _new_trial(record, trial, spaces, *_shown_as(trial, standing))
+                if is_new:
+                    study.add_trial(shown)
+                else:
+                    _finish(study, known[index], shown)
         _show_ranking(study, trials, standing)
 
-    def _show_or_raise(self, record: StudyRecord) -> None:
+    def _open(self, record: StudyRecord) -> tuple[Study, list[FrozenTrial]]:
+        """Return the study in the database, made if it is not there, and its trials."""
         try:
-            self._show(record)
-        except _ERRORS as error:
-            self._study = None
-            raise StorageError(f"{self._database} cannot be brought up to date: {_reason(error)}") from error
-
-    def _open(self, record: StudyRecord) -> Study:
-        if self._study is None:
-            if self._database.is_file():
-                _check_integrity(self._database)
-            storage = RDBStorage(sqlite_url(self._database), engine_kwargs={"connect_args": {"timeout": TIMEOUT_S}})
-            self._study = optuna.create_study(
-                storage=storage, study_name=record.name, direction="maximize", load_if_exists=True
-            )
-        return self._study
-
-    def _set_aside(self, error: Exception) -> None:
-        """Rename a damaged database, so that a new one takes its place."""
-        aside = self._database.with_name(f"{self._database.name}.damaged")
-        os.replace(self._database, aside)
-        text = "Optuna's database is damaged (%s): it is now %s, and a new one is made"
-        logger.warning(text, _reason(error), aside.name)
+            if self._study is None:
+                if self._database.is_file():
+                    with closing(sqlite3.connect(self._database, timeout=TIMEOUT_S)) as database:
+                        (found,) = database.execute("PRAGMA integrity_check(1)").fetchone()
+                    if found != "ok":
+                        raise sqlite3.DatabaseError(found)
+                options = {"connect_args": {"timeout": TIMEOUT_S}}
+                storage = RDBStorage(sqlite_url(self._database), engine_kwargs=options)
+                self._study = optuna.create_study(
+                    storage=storage, study_name=record.name, direction="maximize", load_if_exists=True
+                )
+            return self._study, self._study.get_trials(deepcopy=False)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            # Text that was changed in the database makes Optuna fail in as many ways as there are texts.
+            raise sqlite3.DatabaseError("its content cannot be read") from error
 
 
-_ERRORS = (SQLAlchemyError, StorageInternalError, sqlite3.Error, ValueError, KeyError, TypeError, AttributeError)
-"""Text that was changed in the database makes Optuna fail in as many ways as there are texts."""
+DATABASE_ERRORS = (SQLAlchemyError, StorageInternalError, sqlite3.Error)
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Return the database's own error, which Optuna may have wrapped."""
-    return error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ is not None else error
+    """Return the database's own error, which SQLAlchemy and Optuna wrap."""
+    is_wrapper = isinstance(error, StorageInternalError | SQLAlchemyError)
+    return _cause(error.__cause__) if is_wrapper and error.__cause__ is not None else error
 
 
 def _reason(error: BaseException) -> str:
     """Return an error in one line."""
     cause = _cause(error)
-    return (str(getattr(cause, "orig", None) or cause).splitlines() or [type(cause).__name__])[0]
+    return (str(cause).splitlines() or [type(cause).__name__])[0]
 
 
 def sqlite_url(path: Path) -> str:
@@ -143,35 +146,19 @@ def sqlite_url(path: Path) -> str:
 
 def _fingerprint(study: StudyPaths) -> tuple[Any, ...]:
     """Return what changes with every file of the record that the database shows."""
-    files = [study.confirmation]
-    for number in study.trial_numbers():
-        files += [study.trial(number).trial, study.trial(number).second]
+    files = (study.confirmation, *sorted(study.trials.glob("*/*.json")))
     return tuple((path, path.stat().st_mtime_ns) for path in files if path.is_file())
-
-
-def _check_integrity(path: Path) -> None:
-    """Raise sqlite3.DatabaseError if SQLite finds the file damaged."""
-    with closing(sqlite3.connect(path, timeout=TIMEOUT_S)) as database:
-        (found,) = database.execute("PRAGMA integrity_check(1)").fetchone()
-    if found != "ok":
-        raise sqlite3.DatabaseError(found)
 
 
 def _agree(known: Sequence[FrozenTrial], trials: Sequence[TrialRecord], spaces: Distributions) -> bool:
     """Return whether the database's trials are the first ones of the record."""
-    if len(known) > len(trials):
-        return False
-    return all(
-        shown.params == _params(trial, spaces)
-        and shown.distributions == {name: each for name, each in spaces.items() if name in trial.params}
+    return len(known) <= len(trials) and all(
+        shown.number == index
+        and shown.params == (wanted := frozen_trial(trial.params, spaces, TrialState.RUNNING)).params
+        and shown.distributions == wanted.distributions
         and (trial.outcome is not None or not shown.state.is_finished())
-        for shown, trial in zip(known, trials, strict=False)
+        for index, (shown, trial) in enumerate(zip(known, trials, strict=False))
     )
-
-
-def _params(trial: TrialRecord, spaces: Distributions) -> dict[str, Any]:
-    """Return the searched params of a trial as Optuna stores them."""
-    return {name: encode(trial.params[name]) for name in spaces if name in trial.params}
 
 
 def _shown_as(trial: TrialRecord, standing: Standing) -> tuple[TrialState, float | None]:
@@ -197,32 +184,28 @@ def _new_trial(
         "outcome": trial.outcome,
         "reason": trial.reason,
         ESTIMATE: trial.value if trial.outcome == "pruned" else None,
-        "decisions": json.dumps(trial.decisions) if trial.decisions else None,
+        "decisions": json.dumps(to_json(trial.decisions)) if trial.decisions else None,
     }
-    found = create_trial(
-        state=state,
+    n_epochs = trial.study_config.train.epochs
+    found = frozen_trial(
+        trial.params,
+        spaces,
+        state,
+        trial.constraint,
         # Optuna allows no value for a trial that failed, and needs one for a complete trial.
         value=value,
-        params=_params(trial, spaces),
-        distributions={name: each for name, each in spaces.items() if name in trial.params},
         user_attrs={key: text for key, text in attributes.items() if text not in (None, "")},
-        intermediate_values=_intermediate_values(record, trial) if state.is_finished() else {},
-        constraints={"feasible": trial.constraint} if trial.constraint > 0 else None,
+        # The mean score after every epoch; step = epoch, from 1, counted on from fold to fold.
+        intermediate_values={
+            fold * n_epochs + epoch: float(scores.mean())
+            for fold, fit in enumerate(record.fits(trial.number) if state.is_finished() else ())
+            for epoch, scores in enumerate(fit.scores(), start=1)
+        },
     )
     found.datetime_start = dt.datetime.fromtimestamp(trial.began_at)
     if trial.ended_at is not None:
         found.datetime_complete = dt.datetime.fromtimestamp(trial.ended_at)
     return found
-
-
-def _intermediate_values(record: StudyRecord, trial: TrialRecord) -> dict[int, float]:
-    """Return the mean score after every epoch; step = epoch, from 1, counted on from fold to fold."""
-    n_epochs = trial.study_config.train.epochs
-    return {
-        fold * n_epochs + epoch: float(scores.mean())
-        for fold in range(record.n_folds)
-        for epoch, scores in enumerate(record.fit(trial.number, fold).scores(), start=1)
-    }
 
 
 def _finish(study: Study, known: FrozenTrial, ended: FrozenTrial) -> None:
@@ -242,6 +225,7 @@ _ENDED = (
     "LEFT JOIN trial_values ON trial_values.trial_id = trials.trial_id "
     "WHERE trials.study_id = :study AND trials.state IN ('COMPLETE', 'PRUNED')"
 )
+_ADD_VALUE = "INSERT INTO trial_values (trial_id, objective, value, value_type) VALUES (:id, 0, :value, 'FINITE')"
 
 
 def _show_ranking(study: Study, trials: Sequence[TrialRecord], standing: Standing) -> None:
@@ -251,23 +235,15 @@ def _show_ranking(study: Study, trials: Sequence[TrialRecord], standing: Standin
     that changes an ended trial, so this writes to its tables.
     """
     storage: Any = study._storage
-    storage = getattr(storage, "_backend", storage)
-    by_number = {trial.number: trial for trial in trials}
-    with storage.engine.begin() as connection:
+    with getattr(storage, "_backend", storage).engine.begin() as connection:
 
         def execute(statement: str, **values: Any) -> Any:
             return connection.execute(sqlalchemy.text(statement), values)
 
         for trial_id, number, state, value in execute(_ENDED, study=study._study_id).all():
-            wanted_state, wanted = _shown_as(by_number[number], standing)
-            if state != wanted_state.name:
+            wanted_state, wanted = _shown_as(trials[number], standing)
+            if (state, value) != (wanted_state.name, wanted):
                 execute("UPDATE trials SET state = :state WHERE trial_id = :id", state=wanted_state.name, id=trial_id)
-            if wanted is None and value is not None:
                 execute("DELETE FROM trial_values WHERE trial_id = :id", id=trial_id)
-            elif wanted is not None and value is None:
-                execute(_ADD_VALUE, id=trial_id, value=wanted)
-            elif wanted != value:
-                execute("UPDATE trial_values SET value = :value WHERE trial_id = :id", value=wanted, id=trial_id)
-
-
-_ADD_VALUE = "INSERT INTO trial_values (trial_id, objective, value, value_type) VALUES (:id, 0, :value, 'FINITE')"
+                if wanted is not None:
+                    execute(_ADD_VALUE, id=trial_id, value=wanted)

@@ -45,13 +45,12 @@ Then the same test is made as if the fold were finished, at 3 % of the p-value, 
 and the limits are heuristics. A trial is thus never pruned for being slow, only for being too late.
 """
 
-from __future__ import annotations
-
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,7 +58,9 @@ from scipy.special import stdtr
 
 from hpsearch.data.folds import Folds
 from hpsearch.stats.best import rank
+from hpsearch.stats.intervals import satterthwaite
 from hpsearch.stats.run_variance import NEAR, RunVariance, run_variance
+from hpsearch.store.trials import PruneDecision
 
 ALPHA = 0.1
 """A trial is pruned at a one-sided p-value below this."""
@@ -102,6 +103,12 @@ class TrialScores:
         """Mean over all images of the finished folds after the last epoch."""
         return float(np.concatenate([self.scores[fold][-1] for fold in self.finished]).mean(dtype=np.float64))
 
+    @property
+    def place(self) -> str:
+        """The latest epoch in words: `in fold 1 at epoch 3`, or `after fold 1` if it was the last one."""
+        fold, epoch = self.latest + 1, len(self.scores[self.latest])
+        return f"in fold {fold} at epoch {epoch}" if epoch < self.n_epochs else f"after fold {fold}"
+
     def is_full(self, n_folds: int) -> bool:
         return len(self.finished) == n_folds
 
@@ -109,32 +116,6 @@ class TrialScores:
         """Return the share of the schedule's summed learning rate that is spent after `epochs` epochs."""
         t = epochs / self.n_epochs
         return t + math.sin(math.pi * t) / math.pi if self.schedule == "cosine" else t
-
-
-@dataclass(frozen=True)
-class PruneDecision:
-    """A pruner's decision after an epoch, with its reasons."""
-
-    drop: bool
-    estimate: float
-    """Estimated value of the candidate: recorded if it is pruned."""
-    fold: int
-    """Counted from 0, as in all files."""
-    epoch: int
-    """Epochs done in that fold."""
-    reason: str
-    d: float | None = None
-    """Mean advantage of the reference scores over the candidate's; None if there is no complete trial yet."""
-    se: float | None = None
-    s: float | None = None
-    """Run-to-run standard deviation of a fold's mean."""
-    p: float | None = None
-    """One-sided probability of such a large mean d if the candidate is better by `MATTERS`."""
-    against: int | None = None
-    """Number of the incumbent."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class Race:
@@ -152,43 +133,29 @@ class Race:
         Only the complete ones of the other trials count. None if there is no decision to make: no trial is complete
         yet, the candidate is, or it is inside a later fold.
         """
-        fold = candidate.latest
-        epoch = len(candidate.scores[fold])
-        is_inside = epoch < candidate.n_epochs
+        is_inside = len(candidate.scores[candidate.latest]) < candidate.n_epochs
         found = None if is_inside and candidate.finished else compare(candidate, others, folds.k)
         if found is None:
             return None
-        where = f"in fold {fold + 1} at epoch {epoch}, best-case curve" if is_inside else f"after fold {fold + 1}"
+        where = f"{candidate.place}, best-case curve" if is_inside else candidate.place
         reason = f"{where}: {found.d:.4f} ± {found.se:.4f} below trial {found.against}, p = {found.p:.2g}"
-        drop = found.p < self.alpha * (INSIDE if is_inside else 1)
-        return PruneDecision(drop=drop, fold=fold, epoch=epoch, reason=reason, **found._asdict())
+        drop = found.p is not None and found.p < self.alpha * (INSIDE if is_inside else 1)
+        return dataclasses.replace(found, drop=drop, reason=reason)
 
 
 def decide(
     drop: bool, candidate: TrialScores, others: Sequence[TrialScores], n_folds: int, reason: str
 ) -> PruneDecision:
     """Record a decision that another pruner or the user made, with the comparison with the incumbent."""
-    fold = candidate.latest
-    epoch = len(candidate.scores[fold])
     if (found := compare(candidate, others, n_folds)) is not None:
-        return PruneDecision(drop=drop, fold=fold, epoch=epoch, reason=reason, **found._asdict())
-    so_far = float(np.concatenate([scores[-1] for scores in candidate.scores.values()]).mean(dtype=np.float64))
-    return PruneDecision(drop=drop, estimate=so_far, fold=fold, epoch=epoch, reason=reason)
+        return dataclasses.replace(found, drop=drop, reason=reason)
+    so_far = np.concatenate([scores[-1] for scores in candidate.scores.values()]).mean(dtype=np.float64)
+    fold = candidate.latest
+    return PruneDecision(drop, float(so_far), fold, len(candidate.scores[fold]), reason)
 
 
-class Comparison(NamedTuple):
-    """Comparison of a candidate with the incumbent; the fields are those of `PruneDecision`."""
-
-    estimate: float
-    d: float
-    se: float
-    s: float
-    p: float
-    against: int
-
-
-def compare(candidate: TrialScores, others: Sequence[TrialScores], n_folds: int) -> Comparison | None:
-    """Test the candidate against the complete trials among the others.
+def compare(candidate: TrialScores, others: Sequence[TrialScores], n_folds: int) -> PruneDecision | None:
+    """Test the candidate against the complete trials among the others; whether it is pruned is left open.
 
     The test uses the candidate's finished folds, and in its first fold the possible continuations. None if there is
     nothing to test: no complete trial, a complete candidate, fewer than two images, or a continuation without limit.
@@ -212,11 +179,15 @@ def compare(candidate: TrialScores, others: Sequence[TrialScores], n_folds: int)
     images = g2 * _variance_factor(d.size, sum(scores.size for scores in reference.scores.values()), n_near)
     runs = s**2 * _variance_factor(len(seen), n_folds, n_near)
     se = math.sqrt(images + runs)
-    df = (images + runs) ** 2 / (images**2 / (d.size - 1) + runs**2 / reference.runs.df)
+    df = satterthwaite(images, d.size - 1, runs, reference.runs.df)
     estimate = reference.incumbent.value - float((expected - typically).mean())
-    return Comparison(
+    return PruneDecision(
+        drop=False,
         # A trial that collapsed on an easy fold would get an estimate below 0, which no score can be.
         estimate=min(max(estimate, 0.0), 1.0),
+        fold=candidate.latest,
+        epoch=len(candidate.scores[candidate.latest]),
+        reason="",
         d=float(d.mean()),
         se=se,
         s=s,

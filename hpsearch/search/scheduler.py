@@ -4,8 +4,6 @@
 studies can be simulated with it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -61,17 +59,6 @@ class StudyState:
     judges_any_fold: bool = True
     """Whether the pruner can judge a trial by whichever folds are finished."""
 
-    @property
-    def wants_trials(self) -> bool:
-        """Whether another trial may begin."""
-        return self.n_counted + len(self.open) < self.n_trials and self.n_unused != 0
-
-    @property
-    def may_suggest(self) -> bool:
-        """Whether every trial that the next suggestion learns from has ended."""
-        last = self.n_suggested - self.lookahead
-        return self.lookahead == 0 or all(fits.trial > last for fits in self.open)
-
 
 @dataclass(frozen=True)
 class Fit:
@@ -114,34 +101,27 @@ def next_action(state: StudyState) -> Action:
     4. Fit further folds of open trials; if folds are fitted in turn, only of those that have a finished fold.
     5. When the search is over, choose the shortlist and fit its replicates.
     """
-    idle = (fits for fits in state.open if not fits.running)
-    if (fit := _first_fit(idle, state)) is not None:
+    if fit := _first_fit(state, [fits for fits in state.open if not fits.running]):
         return fit
-    if state.folds_in_turn and not state.has_complete and (fit := _extra_fit(state.open[:1], state)) is not None:
+    # A fold that is fitted beside others must not make the result depend on who is faster.
+    may_help = state.judges_any_fold and not (state.folds_in_turn and state.lookahead)
+    survivors = [fits for fits in state.open if may_help and not fits.is_pruned]
+    first = [fits for fits in survivors if fits is state.open[0] and state.folds_in_turn and not state.has_complete]
+    if fit := _first_fit(state, first):
         return fit
-    if state.wants_trials and state.may_suggest:
+    wants_trials = state.n_counted + len(state.open) < state.n_trials and state.n_unused != 0
+    last = state.n_suggested - state.lookahead
+    if wants_trials and (state.lookahead == 0 or all(fits.trial > last for fits in state.open)):
         return Suggest()
-    extra = [fits for fits in state.open if fits.finished] if state.folds_in_turn else state.open
-    if (fit := _extra_fit(extra, state)) is not None:
+    if fit := _first_fit(state, [fits for fits in survivors if fits.finished or not state.folds_in_turn]):
         return fit
-    if state.open or state.wants_trials:
+    if state.open or wants_trials:
         return Wait()
     if state.replicates is None:
         return MakeShortlist()
-    if (fit := _first_fit(state.replicates, state)) is not None:
-        return fit
-    return Wait() if state.replicates else Done()
+    return _first_fit(state, state.replicates) or (Wait() if state.replicates else Done())
 
 
-def _first_fit(candidates: Iterable[OpenFits], state: StudyState) -> Fit | None:
-    for fits in candidates:
-        if (fold := fits.next_fold(state.n_folds)) is not None:
-            return Fit(fits.trial, fold, fits.replicate)
-    return None
-
-
-def _extra_fit(candidates: Iterable[OpenFits], state: StudyState) -> Fit | None:
-    """Return a fold to fit beside those that are running, if the result does not depend on who is faster."""
-    if not state.judges_any_fold or (state.folds_in_turn and state.lookahead):
-        return None
-    return _first_fit((fits for fits in candidates if not fits.is_pruned), state)
+def _first_fit(state: StudyState, candidates: Iterable[OpenFits]) -> Fit | None:
+    folds = ((fits, fits.next_fold(state.n_folds)) for fits in candidates)
+    return next((Fit(fits.trial, fold, fits.replicate) for fits, fold in folds if fold is not None), None)

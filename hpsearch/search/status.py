@@ -1,14 +1,13 @@
 """Read from the record how far a study is."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from hpsearch.config import StudyConfig
 from hpsearch.paths import ProjectPaths
-from hpsearch.search import constant_predictions, replicates
+from hpsearch.search import replicates
+from hpsearch.search.constant_predictions import constant_warnings
 from hpsearch.store import lock
 from hpsearch.store.fits import FitRecord
 from hpsearch.store.record import StudyRecord, has_all_replicates
@@ -72,13 +71,12 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
     """Return the status of a study. Raise StudyError if it does not exist, RecordError if its folder is damaged."""
     record = StudyRecord.open(project.study(name))
     trials = tuple(record.trials())
-    fits = {trial.number: [record.fit(trial.number, fold) for fold in range(record.n_folds)] for trial in trials}
-    seconds = {number: sum(map(_seconds, of_trial)) for number, of_trial in fits.items()}
-    shortlist = _shortlist(record, trials)
-    refits = {number: [record.replicate_fit(number, fold) for fold in range(record.n_folds)] for number in shortlist}
-    running = {trial.number: fits[trial.number] for trial in trials if trial.outcome is None}
-    n_finished = {number: sum(fit.is_finished for fit in of_trial) for number, of_trial in fits.items()}
-    standing = record.standing(trials)
+    standing, stored = record.standing(trials), record.valid_shortlist(record.contenders(trials))
+    shortlist = stored.trials if stored is not None else ()
+    fits = {trial.number: record.fits(trial.number) for trial in trials}
+    refits = {number: record.fits(number, replicate=True) for number in sorted(shortlist)}
+    seconds = {number: _seconds(of_trial) for number, of_trial in fits.items()}
+    open_fits = {trial.number: fits[trial.number] for trial in trials if trial.outcome is None}
     is_running = lock.is_held(record.paths)
     return StudyStatus(
         name=name,
@@ -86,87 +84,73 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
         trials=trials,
         n_counted=count_trials(trials),
         n_folds=record.n_folds,
-        n_finished=n_finished,
+        n_finished={number: sum(fit.is_finished for fit in of_trial) for number, of_trial in fits.items()},
         seconds=seconds,
         best=next((trial for trial in trials if trial.number == standing.winner), None),
         values=standing.values,
         shortlist=shortlist,
         n_replicate_fits=sum(fit.is_finished for of_trial in refits.values() for fit in of_trial),
         is_confirmed=bool(standing.confirmed),
-        open_fits=(*_open_fits(record, trials, running), *_open_fits(record, trials, refits, is_replicate=True)),
+        open_fits=(*_open_fits(record, open_fits), *_open_fits(record, refits, is_replicate=True)),
         is_over=record.is_searched(trials) and has_all_replicates(record),
         is_running=is_running,
         eta_s=_seconds_left(record, trials, seconds, refits) if is_running else None,
-        warnings=tuple(
-            constant_predictions.describe(record, constant_predictions.find_constant_fits(record, n_finished))
-        ),
+        warnings=tuple(constant_warnings(record, fits)),
     )
 
 
-def _seconds(fit: FitRecord) -> float:
-    """Return the seconds of training and evaluation of a fit so far."""
-    return sum(row.seconds for row in fit.epochs())
+def _seconds(fits: Sequence[FitRecord]) -> float:
+    """Return the seconds of training and evaluation of these fits so far."""
+    return sum(row.seconds for fit in fits for row in fit.epochs())
 
 
-def _shortlist(record: StudyRecord, trials: Sequence[TrialRecord]) -> tuple[int, ...]:
-    """Return the trials to refit; empty if none were selected, or if a trial has been completed since then."""
-    stored = record.shortlist()
-    if stored is None or stored.of != tuple(trial.number for trial in record.contenders(trials)):
-        return ()
-    return tuple(stored.trials)
-
-
-def _open_fits(
-    record: StudyRecord, trials: Sequence[TrialRecord], fits: Fits, *, is_replicate: bool = False
-) -> Iterator[OpenFit]:
+def _open_fits(record: StudyRecord, fits: Fits, *, is_replicate: bool = False) -> Iterator[OpenFit]:
     """Yield those of the fits that have epochs and are not finished, by trial and fold."""
-    for trial in trials:
-        for fold, fit in enumerate(fits.get(trial.number, ())):
+    for number, of_trial in fits.items():
+        for fold, fit in enumerate(of_trial):
             rows = fit.epochs()
             if rows and not fit.is_finished:
                 score = getattr(rows[-1].scores, record.config.study.metric)
-                epochs = trial.config["train"]["epochs"]
-                yield OpenFit(trial.number, fold, rows[-1].epoch, epochs, score, is_replicate)
+                epochs = record.trial(number).config["train"]["epochs"]
+                yield OpenFit(number, fold, rows[-1].epoch, epochs, score, is_replicate)
 
 
 def _seconds_left(
     record: StudyRecord, trials: Sequence[TrialRecord], seconds: Mapping[int, float], refits: Fits
 ) -> float | None:
-    """Estimate the seconds until the end of a running study; None if nothing is known or left."""
-    table = record.plan()
-    if table is None:
-        return None
-    plan = ExecutionPlan.from_dict(table)
-    n_left = record.n_left(trials)
-    if n_left > 0:
-        return _search_seconds_left(record, plan, trials, seconds, n_left)
-    of_refits = [fit for of_trial in refits.values() for fit in of_trial]
-    if all(fit.is_finished for fit in of_refits):
-        return None
-    # A refit takes as long as the first fit.
-    left_s = sum(seconds[number] for number in refits) - sum(map(_seconds, of_refits))
-    return max(0.0, left_s) / len(plan.workers)
+    """Estimate the seconds until the end of a running study; None if nothing is known or left.
 
-
-def _search_seconds_left(
-    record: StudyRecord,
-    plan: ExecutionPlan,
-    trials: Sequence[TrialRecord],
-    seconds: Mapping[int, float],
-    n_left: int,
-) -> float | None:
-    """Estimate the seconds for `n_left` trials and the refits, from ended trials or else from measured steps."""
+    The estimate comes from ended trials, or else from measured steps. A refit takes as long as the first fit. The
+    best complete trials are refitted; while there are none, the longest ended trial stands for them.
+    """
+    if (table := record.plan()) is None:
+        return None
+    plan, n_left = ExecutionPlan.from_dict(table), record.n_left(trials)
+    n_replicates = len(refits) or replicates.n_left(record, n_left)
+    if n_left == 0 and all(fit.is_finished for of_trial in refits.values() for fit in of_trial):
+        return None
     running_s = sum(seconds[trial.number] for trial in trials if trial.outcome is None)
+    running_s += sum(map(_seconds, refits.values()))
     ended_s = [seconds[trial.number] for trial in trials if trial.outcome in COUNTED]
-    n_replicates = replicates.n_left(record, n_left)
     if ended_s:
-        # The best complete trials are refitted. While there are none, the longest ended trial stands for them.
-        ranking = record.standing(trials).ranking
-        refit_s = [seconds[number] for number in ranking[:n_replicates]] or [max(ended_s)]
+        best = list(refits) or record.standing(trials).ranking[:n_replicates]
+        refit_s = [seconds[number] for number in best] or [max(ended_s)]
         whole_s = n_left * sum(ended_s) / len(ended_s) + n_replicates * sum(refit_s) / len(refit_s)
         return max(0.0, whole_s - running_s) / len(plan.workers)
-    n_images = len(record.folds.ids) if record.has_folds else 0
-    total_s = plans.forecast(
-        record.config, plan, n_images=n_images, n_trials=n_left, n_folds=record.n_folds, n_replicates=n_replicates
-    ).total_s
-    return max(0.0, total_s - running_s / len(plan.workers)) if n_images and not math.isnan(total_s) else None
+    if not record.has_folds:
+        return None
+    total_s = forecast(record, plan, len(record.folds.ids)).total_s
+    return None if math.isnan(total_s) else max(0.0, total_s - running_s / len(plan.workers))
+
+
+def forecast(record: StudyRecord, plan: ExecutionPlan, n_images: int) -> plans.Forecast:
+    """Return what is left to do in a study, as far as measured steps tell."""
+    n_trials = record.n_left(record.trials())
+    return plans.forecast(
+        record.config,
+        plan,
+        n_images=n_images,
+        n_trials=n_trials,
+        n_folds=record.n_folds,
+        n_replicates=replicates.n_left(record, n_trials),
+    )

@@ -1,16 +1,11 @@
 """Requests to stop a running study: signals, `hpsearch stop`, and the budget of hours."""
 
-from __future__ import annotations
-
-import logging
 import math
 import time
 from collections.abc import Callable
 
 from hpsearch.errors import StoppedError
 from hpsearch.paths import StudyPaths
-
-logger = logging.getLogger(__name__)
 
 GRACE_S = 12.0
 """How long a used-up budget waits for the epoch to end before it stops the workers at once."""
@@ -25,19 +20,30 @@ class Stop:
         """Number of the signal that asked, 0 if none did."""
         self.epoch_left_s: Callable[[], float | None] = lambda: None
         """Seconds until the epochs being trained end; NaN if not known, None if none is trained."""
+        self._ends_at = math.inf
 
     def request(self, signal_number: int = 0, *, at_once: bool = False) -> None:
         """Ask to stop. May be called from a signal handler or another thread."""
         self.requests += 2 if at_once else 1
         self.signal = self.signal or signal_number
 
-    def poll(self, study: StudyPaths) -> bool:
-        """Read and remove the request of `hpsearch stop` in the study's folder; return whether there was one."""
-        if not study.stop_request.exists():
-            return False
-        self.request(at_once=study.stop_request.read_text().strip() == "now")
-        study.stop_request.unlink(missing_ok=True)
-        return True
+    def limit(self, hours: float) -> None:
+        """Stop when these hours have passed from now."""
+        self._ends_at = time.monotonic() + hours * 3600
+
+    def poll(self, study: StudyPaths) -> str:
+        """Look at the clock and for a request of `hpsearch stop`; return what asked to stop, "" if nothing did."""
+        if study.stop_request.exists():
+            self.request(at_once=study.stop_request.read_text().strip() == "now")
+            study.stop_request.unlink(missing_ok=True)
+            return "stop was requested from outside"
+        over_s = time.monotonic() - self._ends_at
+        if over_s >= 0 and not self.is_requested:
+            self.request()
+            return "the budget of hours is used up: stopping after this epoch"
+        if over_s > GRACE_S:
+            self.request(at_once=True)
+        return ""
 
     def check(self, text: str) -> None:
         """Raise StoppedError with `text` if a stop was requested."""
@@ -51,22 +57,3 @@ class Stop:
     @property
     def is_urgent(self) -> bool:
         return self.requests > 1
-
-
-class Budget:
-    """Stops a study when its hours are used up."""
-
-    def __init__(self, hours: float | None, stop: Stop, say: Callable[[str], None]) -> None:
-        self._stop_at = time.monotonic() + hours * 3600 if hours is not None else math.inf
-        self._stop = stop
-        self._say = say
-
-    def poll(self) -> None:
-        """Request a stop after the current epochs when time is up, and at once when they take too long."""
-        over = time.monotonic() - self._stop_at
-        if over >= 0 and not self._stop.is_requested:
-            logger.info("the budget of hours is used up")
-            self._say("the budget of hours is used up: stopping after this epoch")
-            self._stop.request()
-        elif over > GRACE_S:
-            self._stop.request(at_once=True)

@@ -5,8 +5,7 @@ suggestion is made by a sampler of its own, seeded from study seed and trial num
 that holds the trials on record. A study that was stopped therefore suggests what it would have suggested.
 """
 
-from __future__ import annotations
-
+import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,20 +16,11 @@ import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import RandomSampler
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState
 
 from hpsearch.config import StudyConfig, stable_seed
-from hpsearch.search import samplers
-from hpsearch.search.space import (
-    Distributions,
-    decode,
-    default_params,
-    distributions,
-    encode,
-    is_same,
-    single_value,
-    unused_params,
-)
+from hpsearch.search import samplers, space
+from hpsearch.search.space import Distributions, default_params, distributions
 from hpsearch.store.trials import TrialRecord
 
 ATTEMPTS = 20
@@ -50,38 +40,22 @@ def suggest(
     `study.lookahead` L > 0 it learns the results of the trials up to number - L, and sees the later ones as running
     even if they have ended, so that the number of workers makes no difference.
     """
-    space = distributions(config.search)
     if number == 0 or enqueued:
         return {**default_params(config), **(enqueued or {})} if number else default_params(config)
-    fixed = {name: single_value(each) for name, each in space.items() if each.single()}
-    searched = {name: each for name, each in space.items() if not each.single()}
+    dimensions = distributions(config.search)
+    fixed = {name: space.grid(each)[0] for name, each in dimensions.items() if each.single()}
+    searched = {name: each for name, each in dimensions.items() if name not in fixed}
     last = number - config.study.lookahead if config.study.lookahead else number
-    known = [_Known(trial, is_ended=trial.outcome is not None and trial.number <= last) for trial in history]
+    known = [_as_seen(trial, is_hidden=trial.number > last) for trial in history]
     drawn = _draw_new(config, known, number, fixed, searched) if searched else {}
-    return {name: decode({**fixed, **drawn}[name]) for name in space}
+    return {name: space.decode({**fixed, **drawn}[name]) for name in dimensions}
 
 
-class _Known:
-    """A trial before the suggested one, as the sampler sees it."""
-
-    def __init__(self, trial: TrialRecord, *, is_ended: bool) -> None:
-        self.number = trial.number
-        self.params = {name: encode(value) for name, value in trial.params.items()}
-        self.outcome = trial.outcome if is_ended else None
-        self.value = trial.value if is_ended else None
-        self.constraint = trial.constraint if is_ended else 0.0
-
-    def frozen(self, space: Distributions) -> FrozenTrial:
-        """Return it as a trial of Optuna: COMPLETE with its value or estimate, or in the state of its outcome."""
-        has_value = self.outcome in ("complete", "pruned") and self.value is not None
-        state = TrialState.COMPLETE if has_value else STATES[self.outcome]
-        return create_trial(
-            state=state,
-            value=self.value if has_value else None,
-            params={name: self.params[name] for name in space if name in self.params},
-            distributions={name: each for name, each in space.items() if name in self.params},
-            constraints={"feasible": self.constraint} if self.constraint > 0 else None,
-        )
+def _as_seen(trial: TrialRecord, *, is_hidden: bool) -> TrialRecord:
+    """Return a trial as the sampler sees it: with params as in Optuna, and still running if its result is hidden."""
+    hidden: dict[str, Any] = {"outcome": None, "value": None, "constraint": 0.0} if is_hidden else {}
+    params = {name: space.encode(value) for name, value in trial.params.items()}
+    return dataclasses.replace(trial, params=params, **hidden)
 
 
 STATES = {
@@ -97,20 +71,21 @@ STATES = {
 
 
 def _draw_new(
-    config: StudyConfig, known: Sequence[_Known], number: int, fixed: Params, searched: Distributions
+    config: StudyConfig, known: Sequence[TrialRecord], number: int, fixed: Params, searched: Distributions
 ) -> Params:
     """Draw until the params are not those of an earlier trial; then take an unused configuration if there is one."""
-    space = distributions(config.search)
+    dimensions = distributions(config.search)
     with quiet():
-        study = _study_in_memory(config, known, space)
-        trial = _next_trial(study)
+        study = _study_in_memory(config, known, dimensions)
+        study.ask()
+        trial = study.get_trials(deepcopy=False)[-1]
         first: Params = {}
         for attempt in range(ATTEMPTS):
             drawn = _draw(config, study, trial, searched, attempt)
-            if not any(_is_repeat({**fixed, **drawn}, each, space) for each in known):
+            if not any(_is_repeat({**fixed, **drawn}, each, dimensions) for each in known):
                 return drawn
             first = first or drawn
-    unused = unused_params(searched, [each.params for each in known])
+    unused = space.unused_params(searched, [each.params for each in known])
     if not unused:
         return first
     return unused[int(np.random.default_rng(_seed(config, number, "unused")).integers(len(unused)))]
@@ -122,36 +97,37 @@ def _draw(config: StudyConfig, study: Study, trial: FrozenTrial, searched: Distr
     What was repeated in half of the attempts is hard to get away from, so the rest is drawn at random.
     """
     salt = (attempt,) if attempt else ()
+    drawn: Params = {}
     if attempt < ATTEMPTS // 2:
-        sampler = samplers.make_sampler(config, _seed(config, trial.number, "", *salt))
-        drawn = samplers.sample(config, sampler, study, trial, searched)
-    else:
-        drawn = {}
-    random = {
-        name: RandomSampler(seed=_seed(config, trial.number, name, *salt)).sample_independent(
-            study, trial, name, each
-        )
-        for name, each in searched.items()
-        if name not in drawn
-    }
-    return {name: {**drawn, **random}[name] for name in searched}
+        drawn = samplers.sample(config, _seed(config, trial.number, "", *salt), study, trial, searched)
+    for name, each in searched.items():
+        if name not in drawn:
+            sampler = RandomSampler(seed=_seed(config, trial.number, name, *salt))
+            drawn[name] = sampler.sample_independent(study, trial, name, each)
+    return {name: drawn[name] for name in searched}
 
 
-def _is_repeat(params: Mapping[str, Any], earlier: _Known, space: Distributions) -> bool:
+def _is_repeat(params: Params, earlier: TrialRecord, dimensions: Distributions) -> bool:
     """Return whether an earlier trial had these params. What was infeasible is so at any continuous value."""
     any_float = earlier.outcome == "infeasible"
-    return space.keys() <= earlier.params.keys() and all(
-        is_same(params[name], earlier.params[name], each, any_float=any_float) for name, each in space.items()
+    return dimensions.keys() <= earlier.params.keys() and all(
+        space.is_same(params[name], earlier.params[name], each, any_float=any_float)
+        for name, each in dimensions.items()
     )
 
 
-def _study_in_memory(config: StudyConfig, known: Sequence[_Known], space: Distributions) -> Study:
+def _study_in_memory(config: StudyConfig, known: Sequence[TrialRecord], dimensions: Distributions) -> Study:
+    """Return a study with these trials: COMPLETE with value or estimate, else in the state of their outcome."""
     study = optuna.create_study(direction="maximize", sampler=RandomSampler(seed=0))
     for each in known:
+        has_value = each.outcome in ("complete", "pruned") and each.value is not None
+        state = TrialState.COMPLETE if has_value else STATES[each.outcome]
+        value = each.value if has_value else None
+        frozen = space.frozen_trial(each.params, dimensions, state, each.constraint, value=value)
         if samplers.is_replayed(config):
-            _replay(config, study, each.frozen(space), each.number)
+            _replay(config, study, frozen, each.number)
         else:
-            study.add_trial(each.frozen(space))
+            study.add_trial(frozen)
     return study
 
 
@@ -159,16 +135,10 @@ def _replay(config: StudyConfig, study: Study, frozen: FrozenTrial, number: int)
     """Add a trial after the sampler has suggested it again, which leaves the sampler's state in its attributes."""
     study.enqueue_trial(frozen.params)
     trial = study.ask(frozen.distributions)
-    sampler = samplers.make_sampler(config, _seed(config, number, ""))
-    searched = {name: each for name, each in frozen.distributions.items() if not each.single()}
-    samplers.sample(config, sampler, study, study.get_trials(deepcopy=False)[-1], searched)
+    searched: Any = {name: each for name, each in frozen.distributions.items() if not each.single()}
+    samplers.sample(config, _seed(config, number, ""), study, study.get_trials(deepcopy=False)[-1], searched)
     if frozen.state.is_finished():
         study.tell(trial, frozen.value, state=frozen.state)
-
-
-def _next_trial(study: Study) -> FrozenTrial:
-    study.ask()
-    return study.get_trials(deepcopy=False)[-1]
 
 
 def _seed(config: StudyConfig, number: int, *salt: Any) -> int:

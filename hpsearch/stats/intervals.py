@@ -5,8 +5,6 @@ there. The true value never lies in the part that is cut off, so the coverage do
 Medicine 17, 1998; Mandelkern, Statistical Science 17, 2002).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -10,8 +10,6 @@ Efron, JASA 106, 2011). The trials' standard deviation tau comes from the study 
 78, 1983): where it is small against the noise, a trial's mean is pulled to that of all trials.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 
@@ -19,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+Mask = NDArray[np.bool_]
 
 SCALE = 0.4
 """Scale of the half-Cauchy prior of tau (Gelman, Bayesian Analysis 1, 2006), in standard errors of a trial's mean."""
@@ -87,9 +86,7 @@ def posterior_contrast(
     return Contrast(np.tensordot(fits.share, each, axes=1), float(choice_variance))
 
 
-def _fit_guides(
-    means: Floats, precision: Floats, reference: int | None, se: float
-) -> tuple[NDArray[np.bool_], _Fits]:
+def _fit_guides(means: Floats, precision: Floats, reference: int | None, se: float) -> tuple[Mask, _Fits]:
     """Fit the model to the trials that inform tau: all except the reference and those far below.
 
     Returns a mask of these trials, (trials,), and the fitted model.
@@ -97,13 +94,10 @@ def _fit_guides(
     total = precision.sum(axis=1)
     is_eligible = np.arange(len(means)) != (-1 if reference is None else reference)
 
-    def heights(level: Floats) -> Floats:
-        return np.asarray((precision * (means - level)).sum(axis=1) / total)
-
     guides = is_eligible
     level = means[(precision > 0).all(axis=1)].mean(axis=0)
     for _ in range(MAX_ROUNDS):
-        height = heights(level)
+        height = np.asarray((precision * (means - level)).sum(axis=1) / total)
         middle = np.median(height[guides])
         lowest = middle - TAIL * (height[guides].max() - middle) - NOISE / np.sqrt(total)
         found = is_eligible & (height >= lowest)
@@ -114,7 +108,7 @@ def _fit_guides(
     return guides, fits
 
 
-def _fit(means: Floats, precision: Floats, guides: NDArray[np.bool_], *, top: float, se: float) -> _Fits:
+def _fit(means: Floats, precision: Floats, guides: Mask, *, top: float, se: float) -> _Fits:
     """Fit the model at each tau from 0 to `top`."""
     z, w = means[guides], precision[guides]
     total = w.sum(axis=1)

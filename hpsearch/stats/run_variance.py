@@ -1,7 +1,5 @@
 """Estimate the run-to-run variance: how far a fold's mean moves when the same fit is repeated with another seed."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

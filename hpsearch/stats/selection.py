@@ -9,8 +9,6 @@ mean of all trials; if it is large, the winner keeps its own mean. Pruned trials
 finished. benchmarks/study_statistics.py checks bias and coverage on studies whose true means are known.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -56,10 +54,8 @@ def tied_with_best(study: StudyScores, *, seed: int = 0) -> tuple[int, ...]:
     covariance = centred @ centred.T / (study.n_images - 1) / study.n_images
     best = int(means.argmax())
     own = np.diagonal(covariance) + run_variance
-    contenders = np.flatnonzero(
-        means[best] - means <= HOPELESS * np.sqrt(np.maximum(own + own[best] - 2 * covariance[best], 0))
-    )
-    contenders = np.union1d(contenders, [best])
+    reach = HOPELESS * np.sqrt(np.maximum(own + own[best] - 2 * covariance[best], 0))
+    contenders = np.union1d(np.flatnonzero(means[best] - means <= reach), [best])
     # Eigenvectors, because equal rows make the covariance singular.
     values, vectors = np.linalg.eigh(covariance[np.ix_(contenders, contenders)])
     noise = (rng.standard_normal((N_DRAWS, len(contenders))) * np.sqrt(np.maximum(values, 0))) @ vectors.T
@@ -128,18 +124,10 @@ def corrected_estimate(study: StudyScores) -> Corrected:
     trial, n = best_row(study), study.n_images
     found = _posterior(study, trial)
     half = half_width(found.image_variance + found.choice_variance, n - 1, found.run_variance, study.runs.df)
-    interval = Interval.of_scores(found.mean, found.mean - half, found.mean + half)
-    return Corrected(
-        trial=trial,
-        naive=float(study.scores[trial].mean()),
-        mean=found.mean,
-        low=interval.low,
-        high=interval.high,
-        image_variance=found.image_variance,
-        run_variance=found.run_variance,
-        choice_variance=found.choice_variance,
-        method="single" if study.n_trials == 1 else "confirmed" if study.replicated else "first",
-    )
+    low, high = cut(found.mean, found.mean - half, found.mean + half, least=0.0)
+    method: Method = "single" if study.n_trials == 1 else "confirmed" if study.replicated else "first"
+    naive = float(study.scores[trial].mean())
+    return Corrected(trial=trial, naive=naive, low=low, high=high, method=method, **found._asdict())
 
 
 def corrected_gain(study: StudyScores, trial: int, reference: int = 0) -> Paired:
@@ -165,11 +153,8 @@ def predict_test_mean(study: StudyScores, corrected: Corrected, *, n_test: int, 
     networks whose scores are averaged. The prediction assumes that the test images come from the same distribution as
     the pool, and that a network trained on the whole pool is as good as the fold networks.
     """
-    images = (
-        corrected.image_variance
-        + corrected.choice_variance
-        + float(study.scores[corrected.trial].var(ddof=1)) / n_test
-    )
+    test_images = float(study.scores[corrected.trial].var(ddof=1)) / n_test
+    images = corrected.image_variance + corrected.choice_variance + test_images
     runs = corrected.run_variance + study.runs.variance / n_runs
     half = half_width(images, study.n_images - 1, runs, study.runs.df)
     return Interval.of_scores(corrected.mean, corrected.mean - half, corrected.mean + half)

@@ -10,8 +10,6 @@ another seed moves all of its images together. More images average a and b out, 
 fits.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -44,18 +42,10 @@ class StudyScores:
     """First fits of the pruned trials, (pruned, images); NaN on folds that they did not finish."""
 
     def __post_init__(self) -> None:
-        shape = self.scores.shape
-        if len(shape) != 2 or shape[0] < 1 or self.fold_of.shape != shape[1:]:
-            raise ValueError(f"scores of shape {shape} do not match folds of shape {self.fold_of.shape}")
-        if shape[1] < 2:
-            raise StudyError(f"statistics need at least 2 images, got {shape[1]}")
-        replicates = self._replicates
-        if not np.isfinite(self.scores).all() or not np.isfinite(replicates).all():
+        if self.n_images < 2:
+            raise StudyError(f"statistics need at least 2 images, got {self.n_images}")
+        if not np.isfinite(self.joint).all():
             raise ValueError("a complete trial needs a finite score for every image")
-        if replicates.shape != (len(set(self.replicated)), shape[1]) or len(replicates) < len(self.replicated):
-            raise ValueError(f"replicates of shape {replicates.shape} do not match the trials {self.replicated}")
-        if self.pruned is not None and self.pruned.shape[1:] != shape[1:]:
-            raise ValueError(f"pruned trials of shape {self.pruned.shape} do not match {shape[1]} images")
 
     @property
     def n_trials(self) -> int:
@@ -155,12 +145,7 @@ def trial_statistics(study: StudyScores, *, seed: int = 0) -> list[TrialStatisti
     rows = []
     for scores, run_variance in zip(study.joint, study.run_variances, strict=True):
         fold_means = np.array([scores[images].mean() for images in study.folds])
-        rows.append(
-            TrialStatistics(
-                mean=float(scores.mean()),
-                sd_folds=float(fold_means.std(ddof=1)) if len(fold_means) > 1 else 0.0,
-                total=bootstrap_mean(scores, run_variance=float(run_variance), run_df=study.runs.df, seed=seed),
-                folds=corrected_t(fold_means),
-            )
-        )
+        total = bootstrap_mean(scores, run_variance=float(run_variance), run_df=study.runs.df, seed=seed)
+        sd_folds = float(fold_means.std(ddof=1)) if len(fold_means) > 1 else 0.0
+        rows.append(TrialStatistics(float(scores.mean()), sd_folds, total, corrected_t(fold_means)))
     return rows

@@ -4,10 +4,9 @@ The folder is the record. Everything else is derived from it. Every reader works
 threads, a report and another process see the same study.
 """
 
-from __future__ import annotations
-
+import dataclasses
 from collections.abc import Mapping
-from typing import Any, Self, cast
+from typing import Any, Self
 
 from hpsearch import config as configs
 from hpsearch import paths
@@ -16,15 +15,7 @@ from hpsearch.data.folds import Folds
 from hpsearch.errors import ConfigError, RecordError, StudyChangedError, StudyError
 from hpsearch.paths import StudyPaths
 from hpsearch.store.fits import FitRecord
-from hpsearch.store.trials import (
-    FORMAT,
-    ReplicateRecord,
-    Shortlist,
-    TrialRecord,
-    record_from_json,
-    record_to_json,
-)
-from hpsearch.typed_json import from_json
+from hpsearch.store.trials import FORMAT, ReplicateRecord, Shortlist, TrialRecord, read_record, record_to_json
 
 CHANGEABLE = frozenset(
     {"study.trials", "study.confirm", "data.cache", "data.cache_dir", "data.n_final_train", "data.n_final_test"}
@@ -37,10 +28,10 @@ elsewhere must be the same ones (`StudyRecord.data_key`)."""
 class StudyFiles:
     """Reads and writes one study folder. Only the coordinator writes, from one thread."""
 
-    def __init__(self, study: StudyPaths, config: StudyConfig, folds: Folds | None = None) -> None:
+    def __init__(self, study: StudyPaths, config: StudyConfig) -> None:
         self.paths = study
         self.config = config
-        self._folds = folds
+        self._folds: Folds | None = None
 
     @classmethod
     def open(cls, study: StudyPaths) -> Self:
@@ -77,8 +68,8 @@ class StudyFiles:
             table = paths.read_json(self.paths.folds)
             try:
                 self._folds = Folds.from_dict(table["folds"])
-            except (KeyError, TypeError, ValueError) as error:
-                raise RecordError(f"{self.paths.folds} is damaged: {error}") from error
+            except (RecordError, AttributeError, KeyError, TypeError, ValueError) as error:
+                raise RecordError(f"{self.paths.folds} is damaged: put it back from a copy") from error
         return self._folds
 
     @property
@@ -96,10 +87,16 @@ class StudyFiles:
 
     def check_config(self, config: StudyConfig) -> None:
         """Raise StudyChangedError, listing every setting that differs and may not (`CHANGEABLE` may)."""
-        if differences := fixed_differences(self.config, config):
-            lines = "; ".join(f"{key}: {ours!r} in the study, {theirs!r} now" for key, ours, theirs in differences)
+        before, after = self.config.flat(), config.flat()
+        before["search"], after["search"] = self.config.search.to_toml(), config.search.to_toml()
+        lines = [
+            f"{key}: {value!r} in the study, {after[key]!r} now"
+            for key, value in before.items()
+            if key not in CHANGEABLE and value != after[key]
+        ]
+        if lines:
             raise StudyChangedError(
-                f"study {self.name!r} was begun with other settings ({lines}); "
+                f"study {self.name!r} was begun with other settings ({'; '.join(lines)}); "
                 "give it the old ones, or begin another with --study NAME"
             )
 
@@ -111,10 +108,8 @@ class StudyFiles:
             self.config = config
 
     def plan(self) -> dict[str, Any] | None:
-        """Return the execution plan; None before it was made."""
-        if not self.paths.plan.is_file():
-            return None
-        return cast("dict[str, Any]", paths.read_json(self.paths.plan))
+        """Return the execution plan as plain types; None before it was made."""
+        return paths.read_json(self.paths.plan) if self.paths.plan.is_file() else None
 
     def write_plan(self, plan: Mapping[str, Any]) -> None:
         paths.write_json(self.paths.plan, {"format": FORMAT, **plan})
@@ -129,10 +124,16 @@ class StudyFiles:
         A trial with a `taken.json` of version 0.1 is orphaned, whatever its own file says.
         """
         path, taken = self.paths.trial(number).trial, self.paths.trial(number).taken
-        record = record_from_json(TrialRecord, paths.read_json(path), path)
-        if record.number != number:
-            raise RecordError(f"{path} is damaged: it is about trial {record.number}")
-        return record.orphaned(paths.read_json(taken)) if taken.is_file() else record
+        trial = read_record(TrialRecord, path)
+        if trial.number != number:
+            raise RecordError(f"{path} is damaged: it is about trial {trial.number}; put it back from a copy")
+        if not taken.is_file():
+            return trial
+        table = paths.read_json(taken)
+        reason = f"continued as trial {table['by']} by another coordinator"
+        return dataclasses.replace(
+            trial, outcome="orphaned", value=None, reason=reason, ended_at=table["at"], constraint=0.0
+        )
 
     def known_trial(self, number: int) -> TrialRecord:
         """Read a trial that a user names. Raises StudyError if the study has no such trial."""
@@ -156,18 +157,18 @@ class StudyFiles:
     def replicate_fit(self, trial: int, fold: int) -> FitRecord:
         return FitRecord(self.paths.trial(trial).replicate_fold(fold))
 
+    def fits(self, trial: int, *, replicate: bool = False) -> list[FitRecord]:
+        """Return the fits of a trial, or of its replicate, by fold."""
+        return [(self.replicate_fit if replicate else self.fit)(trial, fold) for fold in range(self.n_folds)]
+
     def finished_folds(self, trial: int) -> list[int]:
         """Return the folds of a trial whose fit is finished, ascending."""
-        return [fold for fold in range(self.n_folds) if self.fit(trial, fold).is_finished]
+        return [fold for fold, fit in enumerate(self.fits(trial)) if fit.is_finished]
 
     def shortlist(self) -> Shortlist | None:
         """Read the trials that are, or were, replicated; None before the first shortlist was made."""
-        if not self.paths.confirmation.is_file():
-            return None
-        try:
-            return from_json(Shortlist, paths.read_json(self.paths.confirmation))
-        except (KeyError, TypeError, ValueError) as error:
-            raise RecordError(f"{self.paths.confirmation} is damaged: {error}") from error
+        path = self.paths.confirmation
+        return read_record(Shortlist, path) if path.is_file() else None
 
     def write_shortlist(self, shortlist: Shortlist) -> None:
         """Write the trials that are replicated."""
@@ -176,7 +177,7 @@ class StudyFiles:
     def replicate(self, trial: int) -> ReplicateRecord | None:
         """Read the replicate of a trial; None if it was not begun."""
         path = self.paths.trial(trial).second
-        return record_from_json(ReplicateRecord, paths.read_json(path), path) if path.is_file() else None
+        return read_record(ReplicateRecord, path) if path.is_file() else None
 
     def write_replicate(self, replicate: ReplicateRecord) -> None:
         """Write a replicate, new or changed."""
@@ -184,16 +185,4 @@ class StudyFiles:
 
     def replicate_records(self) -> list[ReplicateRecord]:
         """Read all replicates, by the number of their trial."""
-        found = (self.replicate(number) for number in self.trial_numbers())
-        return [replicate for replicate in found if replicate is not None]
-
-
-def fixed_differences(ours: StudyConfig, theirs: StudyConfig) -> list[tuple[str, Any, Any]]:
-    """Return (setting, ours, theirs) for every setting that differs and may not change during a study."""
-    before, after = ours.flat(), theirs.flat()
-    differences = [
-        (key, before[key], after[key]) for key in before if key not in CHANGEABLE and before[key] != after[key]
-    ]
-    if ours.search != theirs.search:
-        differences.append(("search", ours.search.to_toml(), theirs.search.to_toml()))
-    return differences
+        return [found for number in self.trial_numbers() if (found := self.replicate(number)) is not None]

@@ -1,20 +1,18 @@
 """What is recorded of one fit: epochs, scores, counts, weights."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from hpsearch import paths
 from hpsearch.errors import RecordError
 from hpsearch.paths import FitPaths
-from hpsearch.training.rows import EpochRow, read_lines
+from hpsearch.store.trials import read_record
+from hpsearch.training.rows import EpochRow, FitSummary, read_lines
 
 
 @dataclass(frozen=True)
@@ -23,37 +21,33 @@ class FitRecord:
 
     paths: FitPaths
 
+    @property
+    def is_finished(self) -> bool:
+        return self.paths.fit.is_file()
+
+    def summary(self) -> FitSummary | None:
+        """Return the content of fit.json; None before the fit is finished."""
+        return read_record(FitSummary, self.paths.fit) if self.is_finished else None
+
     def epochs(self) -> list[EpochRow]:
         """Return the rows of epochs.jsonl in order, without a last line that a crash cut off.
 
         Raises RecordError if an epoch of a finished fit is missing. The worker repairs an unfinished one.
         """
-        rows = read_lines(self.paths.epochs.read_bytes())[0] if self.paths.epochs.is_file() else []
-        summary = self.summary()
-        if summary is not None and len(rows) != summary["epochs"]:
-            raise RecordError(
-                f"{self.paths.epochs} is damaged: {len(rows)} of {summary['epochs']} epochs can be read"
-            )
+        rows = self._lines()[0]
+        if (summary := self.summary()) is not None and len(rows) != summary.epochs:
+            raise RecordError(f"{self.paths.epochs} is damaged: {len(rows)} of {summary.epochs} epochs can be read")
         return rows
-
-    def summary(self) -> dict[str, Any] | None:
-        """Return the content of fit.json; None before the fit is finished."""
-        if not self.paths.fit.is_file():
-            return None
-        table = paths.read_json(self.paths.fit)
-        if not isinstance(table, dict) or "epochs" not in table:
-            raise RecordError(f"{self.paths.fit} is damaged: it is not the result of a fit")
-        return table
-
-    @property
-    def is_finished(self) -> bool:
-        return self.paths.fit.is_file()
 
     def scores(self) -> npt.NDArray[np.float32]:
         """Return per-image scores after every epoch so far, (epochs, held-out images); (0, 0) before the first."""
         if not self.paths.scores.is_file():
             return np.zeros((0, 0), np.float32)
-        return cast("npt.NDArray[np.float32]", load_array(self.paths.scores, ndim=2))
+        return load_array(self.paths.scores, ndim=2)
+
+    def counts(self) -> npt.NDArray[np.int64]:
+        """Return tp, fp, fn, tn of every held-out image after the last epoch, (held-out images, 4)."""
+        return load_array(self.paths.counts, ndim=2)
 
     def verify(self) -> None:
         """Read everything that is kept of a fit that nobody works on. Raises RecordError, which names the damage."""
@@ -61,12 +55,11 @@ class FitRecord:
         if self.is_finished:
             self.epochs()
             self.counts()
-        elif self.paths.epochs.is_file() and (n_bad := read_lines(self.paths.epochs.read_bytes())[1]):
+        elif n_bad := self._lines()[1]:
             raise RecordError(f"{self.paths.epochs} is damaged: {n_bad} lines cannot be read")
 
-    def counts(self) -> npt.NDArray[np.int64]:
-        """Return tp, fp, fn, tn of every held-out image after the last epoch, (held-out images, 4)."""
-        return cast("npt.NDArray[np.int64]", load_array(self.paths.counts, ndim=2))
+    def _lines(self) -> tuple[list[EpochRow], int]:
+        return read_lines(self.paths.epochs.read_bytes() if self.paths.epochs.is_file() else b"")
 
 
 def remove_checkpoints(fit: FitPaths) -> None:
@@ -77,8 +70,7 @@ def remove_checkpoints(fit: FitPaths) -> None:
 
 def remove_networks(fit: FitPaths) -> None:
     """Remove every network of a fit; its scores stay."""
-    remove_checkpoints(fit)
-    for path in (fit.weights, fit.best):
+    for path in (fit.last, fit.previous, fit.weights, fit.best):
         path.unlink(missing_ok=True)
 
 
@@ -88,16 +80,14 @@ def load_array(path: Path, *, ndim: int) -> npt.NDArray[Any]:
         content = path.read_bytes()
         file = io.BytesIO(content)
         array = np.lib.format.read_array(file, allow_pickle=False)
-    except FileNotFoundError as error:
-        raise RecordError(f"{path} is missing") from error
     except OSError as error:
         raise RecordError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:
         # A damaged header makes NumPy's reader fail in many ways.
-        raise RecordError(f"{path} is damaged: {error}") from error
+        raise RecordError(f"{path} is damaged: put it back from a copy") from error
     checksum = content[file.tell() :]
     if checksum not in (b"", hashlib.sha256(content[: file.tell()]).digest()):
-        raise RecordError(f"{path} was changed since it was written: its checksum is wrong")
+        raise RecordError(f"{path} was changed since it was written: put it back from a copy")
     if array.ndim != ndim or array.dtype.kind not in "fi" or not np.isfinite(array).all():
         raise RecordError(f"{path} is damaged: it holds a {array.dtype} array of shape {array.shape}, or NaN")
     return array

@@ -1,7 +1,5 @@
 """The lock of a study, which one process can hold at a time, and the file that names its holder."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -31,14 +29,17 @@ def hold(study: StudyPaths) -> Iterator[None]:
         # `is_held` holds the lock for an instant.
         lock.acquire(timeout=1)
     except filelock.Timeout as error:
-        raise _locked(study) from error
+        status, stop = (command_line(each, study.name, study.project) for each in ("status", "stop"))
+        who = describe_holder(study)
+        raise StudyLockedError(
+            f"study {study.name!r} is being run by {who}: see it with `{status}`, end it with `{stop}`"
+        ) from error
     except OSError as error:
         raise paths.storage_error(study.lock, error) from error
     try:
         # A holder that was killed may have left some.
         paths.remove_stale_temporaries(study.root)
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
-        paths.write_json(study.holder, holder)
+        paths.write_json(study.holder, {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()})
         yield
     finally:
         # A leftover file does no harm: only the lock decides whether the study is running.
@@ -84,10 +85,3 @@ def describe_holder(study: StudyPaths) -> str:
         return f"process {holder['pid']} on {holder['host']} since {since}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
-
-
-def _locked(study: StudyPaths) -> StudyLockedError:
-    status, stop = (command_line(each, study.name, study.project) for each in ("status", "stop"))
-    return StudyLockedError(
-        f"study {study.name!r} is being run by {describe_holder(study)}: see it with `{status}`, end it with `{stop}`"
-    )

@@ -1,9 +1,7 @@
 """The record of a study: its files, and what follows from them about scores and ranking."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,47 +13,51 @@ from hpsearch.stats.best import rank
 from hpsearch.store import lock
 from hpsearch.store.files import StudyFiles
 from hpsearch.store.fits import FitRecord
-from hpsearch.store.trials import Standing, TrialRecord, count_trials
+from hpsearch.store.trials import Shortlist, Standing, TrialRecord, count_trials
+
+Scores = npt.NDArray[np.float64]
 
 
 class StudyRecord(StudyFiles):
     """One study: what its folder holds, and how its trials stand."""
 
-    def final_scores(self, trial: int, fold: int) -> npt.NDArray[np.float64]:
+    def final_scores(self, trial: int, fold: int) -> Scores:
         """Return the per-image scores after the last epoch of a finished fit, in the order of `folds.held_out(fold)`.
 
         Raises RecordError if the file does not fit the folds: the scores would be those of other images.
         """
         return self._final_scores(self.fit(trial, fold), fold)
 
-    def _final_scores(self, fit: FitRecord, fold: int) -> npt.NDArray[np.float64]:
-        scores = fit.scores()
-        expected = len(self.folds.held_out(fold))
-        if scores.shape[0] == 0 or scores.shape[1] != expected:
-            raise RecordError(f"{fit.paths.scores} holds {scores.shape} scores, fold {fold} has {expected} images")
-        return np.asarray(scores[-1], np.float64)
-
-    def out_of_fold(self, trial: int) -> npt.NDArray[np.float64]:
+    def out_of_fold(self, trial: int) -> Scores:
         """Return the score of each pool image from the fit that had not seen it, (pool,); NaN if there is none."""
+        return self._by_image({fold: self.fit(trial, fold) for fold in self.finished_folds(trial)})
+
+    def replicate_out_of_fold(self, trial: int) -> Scores:
+        """Return the same as `out_of_fold` from the replicate of a trial, whose fits must all be finished."""
+        return self._by_image(dict(enumerate(self.fits(trial, replicate=True))))
+
+    def _by_image(self, fits: Mapping[int, FitRecord]) -> Scores:
         result = np.full(len(self.folds.ids), np.nan)
-        for fold in self.finished_folds(trial):
-            result[self.folds.held_out(fold)] = self.final_scores(trial, fold)
+        for fold, fit in fits.items():
+            result[self.folds.held_out(fold)] = self._final_scores(fit, fold)
         return result
 
-    def replicate_out_of_fold(self, trial: int) -> npt.NDArray[np.float64]:
-        """Return the same as `out_of_fold` from the replicate of a trial, whose fits must all be finished."""
-        result = np.full(len(self.folds.ids), np.nan)
-        for fold in range(self.n_folds):
-            result[self.folds.held_out(fold)] = self._final_scores(self.replicate_fit(trial, fold), fold)
-        return result
+    def _final_scores(self, fit: FitRecord, fold: int) -> Scores:
+        scores = fit.scores()
+        n_images = len(self.folds.held_out(fold))
+        if scores.shape[0] == 0 or scores.shape[1] != n_images:
+            raise RecordError(
+                f"{fit.paths.scores} holds {scores.shape} scores, fold {fold + 1} has {n_images} images"
+            )
+        return np.asarray(scores[-1], np.float64)
 
     def value(self, trial: int) -> float:
         """Return the mean over all held-out images of a trial. Raises RecordError if a fold is not finished."""
-        scores = self.out_of_fold(trial)
         held_out = np.concatenate([self.folds.held_out(fold) for fold in range(self.n_folds)])
-        if np.isnan(scores[held_out]).any():
+        scores = self.out_of_fold(trial)[held_out]
+        if np.isnan(scores).any():
             raise RecordError(f"trial {trial} of study {self.name!r} has no score for some images")
-        return float(np.mean(scores[held_out]))
+        return float(np.mean(scores))
 
     def mean_over_fits(self, trial: int) -> float | None:
         """Return the mean over all held-out images and both fits of a trial; None without a complete replicate."""
@@ -78,10 +80,9 @@ class StudyRecord(StudyFiles):
             if trial.outcome in (None, "orphaned"):
                 continue
             second = self.replicate(trial.number)
-            for fold in range(self.n_folds):
-                self.fit(trial.number, fold).verify()
-                if second is not None and second.outcome is not None:
-                    self.replicate_fit(trial.number, fold).verify()
+            replicates = self.fits(trial.number, replicate=True) if second is not None and second.outcome else []
+            for fit in (*self.fits(trial.number), *replicates):
+                fit.verify()
             if trial.outcome == "complete" and self.value(trial.number) != trial.value:
                 raise RecordError(
                     f"the scores in {self.paths.trial(trial.number).root} are not those of the value on record, "
@@ -106,10 +107,8 @@ class StudyRecord(StudyFiles):
 
     def configuration(self, params: Mapping[str, Any]) -> tuple[Any, ...]:
         """Return a key that params share if they are the same configuration; a missing one has its default."""
-        names = [name for name, _ in self.config.search]
-        return self.config.search.key(
-            {name: params[name] if name in params else get_setting(self.config, name) for name in names}
-        )
+        search = self.config.search
+        return search.key({name: params.get(name, get_setting(self.config, name)) for name, _ in search})
 
     def is_default(self, trial: TrialRecord) -> bool:
         """Whether the trial has the default configuration, as trial 0 has."""
@@ -126,13 +125,16 @@ class StudyRecord(StudyFiles):
         """Return how many trials are still to be evaluated at most, with these on record; open ones count."""
         n_left = max(0, self.config.study.trials - count_trials(trials))
         n_unused = self.n_unused(trials)
-        if n_unused is None:
-            return n_left
-        return min(n_left, n_unused + sum(trial.outcome is None for trial in trials))
+        return n_left if n_unused is None else min(n_left, n_unused + sum(each.outcome is None for each in trials))
 
     def is_searched(self, trials: Sequence[TrialRecord]) -> bool:
         """Return whether the search is over, with these as all its trials. Replicates may still be missing."""
         return all(trial.outcome is not None for trial in trials) and self.n_left(trials) == 0
+
+    def valid_shortlist(self, contenders: Sequence[TrialRecord]) -> Shortlist | None:
+        """Return the shortlist; None if there is none, or if it was not selected from these trials that can win."""
+        stored = self.shortlist()
+        return stored if stored is not None and stored.of == tuple(each.number for each in contenders) else None
 
     def confirmed(self) -> tuple[int, ...]:
         """Return the trials whose replicates count, by number.
@@ -147,21 +149,18 @@ class StudyRecord(StudyFiles):
         Replicated trials come first, by the mean over both fits; then those without a replicate, by their value; last
         those whose replicate failed. The earlier of equal trials comes first.
         """
-        full = self.complete_trials() if trials is None else self.contenders(trials)
-        values = {trial.number: cast("float", trial.value) for trial in full}
-        confirmed: list[int] = []
-        failed: list[int] = []
-        shortlist = self.shortlist()
-        if shortlist is not None and shortlist.of == tuple(values):
-            seconds = [self.replicate(number) for number in shortlist.trials]
-            if all(second is not None and second.outcome is not None for second in seconds):
-                ended = [second for second in seconds if second is not None]
-                confirmed = sorted(second.trial for second in ended if second.outcome == "complete")
-                failed = [second.trial for second in ended if second.outcome != "complete"]
-        values |= {number: cast("float", self.mean_over_fits(number)) for number in confirmed}
-        others = [number for number in values if number not in confirmed and number not in failed]
-        ranking = [number for group in (confirmed, others, failed) for number in rank({n: values[n] for n in group})]
-        return Standing(tuple(ranking), values, tuple(confirmed))
+        contenders = self.contenders(self.trials() if trials is None else trials)
+        values = {trial.number: trial.value or 0.0 for trial in contenders}
+        shortlist = self.valid_shortlist(contenders)
+        seconds = [self.replicate(number) for number in (shortlist.trials if shortlist is not None else ())]
+        ended = {second.trial: second.outcome for second in seconds if second is not None and second.outcome}
+        if len(ended) < len(seconds):
+            ended = {}
+        confirmed = tuple(sorted(number for number, outcome in ended.items() if outcome == "complete"))
+        values |= {number: mean for number in confirmed if (mean := self.mean_over_fits(number)) is not None}
+        groups = confirmed, values.keys() - ended, ended.keys() - confirmed
+        ranking = [number for group in groups for number in rank({each: values[each] for each in group})]
+        return Standing(tuple(ranking), values, confirmed)
 
     def worth(self, trial: TrialRecord) -> float | None:
         """Return the value that ranks a trial: the mean over both fits if its replicate counts, else its value."""
@@ -175,16 +174,19 @@ class StudyRecord(StudyFiles):
 
 def has_all_replicates(record: StudyRecord) -> bool:
     """Return whether no refit is missing once the search itself is over."""
-    study = record.config.study
-    full = [trial.number for trial in record.complete_trials()]
-    if study.folds == "fixed" or study.confirm == 0 or len(full) < 2:
+    contenders = record.complete_trials()
+    if not wants_replicates(record, contenders):
         return True
-    stored = record.shortlist()
-    return (
-        stored is not None
-        and (stored.of, stored.count) == (tuple(full), study.confirm)
-        and all((second := record.replicate(number)) is not None and second.outcome for number in stored.trials)
-    )
+    shortlist = record.valid_shortlist(contenders)
+    if shortlist is None or shortlist.count != record.config.study.confirm:
+        return False
+    return all((second := record.replicate(number)) and second.outcome for number in shortlist.trials)
+
+
+def wants_replicates(record: StudyRecord, contenders: Sequence[TrialRecord]) -> bool:
+    """Return whether some of these trials that can win are to be replicated."""
+    study = record.config.study
+    return study.folds != "fixed" and study.confirm > 0 and len(contenders) > 1
 
 
 def no_study(project: ProjectPaths) -> StudyError:

@@ -6,22 +6,22 @@ is known in other project folders. Images are identified one by one by the conte
 evaluation of a few of them counts for these few.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import logging
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from hpsearch import paths
 from hpsearch.data.cache import Index
 from hpsearch.errors import StorageError
 from hpsearch.paths import ProjectPaths, sha256_text
+from hpsearch.typed_json import from_json
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class TestImages:
     __test__ = False  # not a test case, whatever its name
 
     @classmethod
-    def in_cache(cls, folder: Path) -> TestImages:
+    def in_cache(cls, folder: Path) -> Self:
         """Return the images in a cache of the test split."""
         return cls(tuple((each.image_sha256, each.mask_sha256) for each in Index.read(folder).stats))
 
@@ -82,11 +82,10 @@ class TestImages:
 
 def begin_evaluation(project: ProjectPaths, test: TestImages, **facts: Any) -> LoggedEvaluation:
     """Enter an evaluation of these images that is about to begin; `facts` are the other fields of it."""
-    old = {evaluation.test_set: evaluation.n_images for evaluation in _entries(project) if not evaluation.images}
-    includes = tuple(digest for digest, n in old.items() if n < len(test.hashes) and test.digest(n) == digest)
-    evaluation = LoggedEvaluation(
-        test_set=test.digest(), images=test.images, n_images=len(test.hashes), includes=includes, **facts
-    )
+    n_images = len(test.hashes)
+    old = {each.test_set: each.n_images for each in _entries(project) if not each.images}
+    facts["includes"] = tuple(digest for digest, n in old.items() if n < n_images and test.digest(n) == digest)
+    evaluation = LoggedEvaluation(test_set=test.digest(), images=test.images, n_images=n_images, **facts)
     enter_evaluation(project, evaluation)
     return evaluation
 
@@ -121,12 +120,10 @@ def n_shared(a: LoggedEvaluation, b: LoggedEvaluation) -> int:
     """
     if a.images and b.images:
         return len(set(a.images) & set(b.images))
-    if not a.test_set or not b.test_set:
-        return 0
-    if a.test_set == b.test_set or a.test_set in b.includes or b.test_set in a.includes:
-        return min(a.n_images, b.n_images)
+    overlap = a.test_set in (b.test_set, *b.includes) or b.test_set in a.includes
     of_one_study = (a.study, a.study_began_at) == (b.study, b.study_began_at)
-    return min(a.n_images, b.n_images) if of_one_study else 0
+    is_known = bool(a.test_set and b.test_set)
+    return min(a.n_images, b.n_images) if is_known and (overlap or of_one_study) else 0
 
 
 def n_seen(evaluation: LoggedEvaluation, others: Sequence[LoggedEvaluation]) -> int:
@@ -156,14 +153,8 @@ def first_evaluation_of(
     evaluations: Sequence[LoggedEvaluation], study: str, study_began_at: float
 ) -> LoggedEvaluation | None:
     """Return the first evaluation of these images by a study: its later trials may have been affected by it."""
-    return next(
-        (
-            evaluation
-            for evaluation in evaluations
-            if (evaluation.study, evaluation.study_began_at) == (study, study_began_at)
-        ),
-        None,
-    )
+    of_study = (each for each in evaluations if (each.study, each.study_began_at) == (study, study_began_at))
+    return next(of_study, None)
 
 
 def n_evaluations_before(evaluations: Sequence[LoggedEvaluation], study_began_at: float) -> int:
@@ -173,9 +164,7 @@ def n_evaluations_before(evaluations: Sequence[LoggedEvaluation], study_began_at
 
 def user_account() -> Path:
     """Return the file of the user's log: in $XDG_STATE_HOME, or ~/.local/state."""
-    state = os.environ.get("XDG_STATE_HOME", "")
-    root = Path(state) if state else Path(os.path.expanduser("~")) / ".local" / "state"
-    return root / "hpsearch" / "test-looks.jsonl"
+    return Path(os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"), "hpsearch/test-looks.jsonl")
 
 
 def _append(project: ProjectPaths, table: dict[str, Any]) -> None:
@@ -193,32 +182,19 @@ def _entries(project: ProjectPaths) -> list[LoggedEvaluation]:
     """Return all evaluations in both logs with their scores, without damaged lines."""
     found: dict[str, LoggedEvaluation] = {}
     for path in (project.looks, user_account()):
-        for table in _tables(path):
-            if table.keys() == {"id", "score"}:
-                if table["id"] in found:
+        lines = []
+        with suppress(OSError):
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        for line in lines:
+            # What cannot be read is a torn line, a foreign one, or the score of an unknown evaluation.
+            with suppress(ValueError, TypeError, KeyError, AttributeError):
+                table = json.loads(line)
+                if table.keys() == {"id", "score"}:
                     found[table["id"]] = dataclasses.replace(found[table["id"]], score=table["score"])
-                continue
-            lists = {name: tuple(table.get(name, ())) for name in ("images", "includes")}
-            try:
-                evaluation = LoggedEvaluation(**{**table, **lists})
-            except TypeError:
-                continue
-            found.setdefault(evaluation.id, evaluation)
+                else:
+                    evaluation = from_json(LoggedEvaluation, table)
+                    found.setdefault(evaluation.id, evaluation)
     return list(found.values())
-
-
-def _tables(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return
-    for line in lines:
-        try:
-            table = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(table, dict):
-            yield table
 
 
 def _count(n: int, what: str) -> str:

@@ -1,56 +1,90 @@
 """What is recorded of trials and replicates, and how trials are ranked, as frozen dataclasses."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from hpsearch.config import StudyConfig
 from hpsearch.errors import RecordError
+from hpsearch.paths import read_json
 from hpsearch.typed_json import from_json, to_json
+
+T = TypeVar("T")
 
 FORMAT = 1
 """Version of the study folder. A folder of another version is refused."""
 
 Outcome = Literal["complete", "pruned", "infeasible", "diverged", "failed", "orphaned"]
 """`orphaned` only in studies of version 0.1: another process continued the trial under a new number."""
-ReplicateOutcome = Literal["complete", "diverged", "infeasible", "failed"]
 COUNTED: frozenset[Outcome] = frozenset({"complete", "pruned", "diverged", "failed"})
 """Outcomes that count toward `study.trials`."""
 OUTCOMES_OF_0_1 = {"full": "complete", "dropped": "pruned", "lost": "orphaned"}
 """Outcomes that version 0.1 recorded under other names."""
-RecordT = TypeVar("RecordT", "TrialRecord", "ReplicateRecord")
+
+
+@dataclass(frozen=True)
+class PruneDecision:
+    """A pruner's decision after an epoch, with its reasons."""
+
+    drop: bool
+    estimate: float
+    """Estimated value of the candidate: recorded if it is pruned."""
+    fold: int
+    """Counted from 0, as in all files."""
+    epoch: int
+    """Epochs done in that fold."""
+    reason: str
+    d: float | None = None
+    """Mean advantage of the reference scores over the candidate's; None if there is no complete trial yet."""
+    se: float | None = None
+    s: float | None = None
+    """Run-to-run standard deviation of a fold's mean."""
+    p: float | None = None
+    """One-sided probability of such a large mean d if the candidate is better by `racing.MATTERS`."""
+    against: int | None = None
+    """Number of the incumbent."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrialRecord:
+class EvaluationRecord:
+    """What is recorded of a trial and of its replicate alike."""
+
+    began_at: float
+    """Unix time in seconds, as all times here."""
+    outcome: Outcome | None = None
+    """None while it is open."""
+    reason: str = ""
+    ended_at: float | None = None
+    failures: dict[str, list[str]] = field(default_factory=dict)
+    """Maps each fold, counted from 0, to one line per death of a worker that fitted it."""
+    code: str = ""
+    """Version that began it, as `code_version` returns it."""
+
+    def __post_init__(self) -> None:
+        outcome = OUTCOMES_OF_0_1.get(self.outcome or "", self.outcome)
+        if outcome not in (None, *get_args(Outcome)):
+            raise ValueError(f"unknown outcome {outcome}")
+        object.__setattr__(self, "outcome", outcome)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialRecord(EvaluationRecord):
     """One trial: its params and what became of it."""
 
     number: int
     params: dict[str, Any]
     config: dict[str, Any]
     """The whole configuration, as `StudyConfig.to_dict` returns it."""
-    began_at: float
-    """Unix time in seconds, as all times here."""
     source: Literal["default", "sampler", "enqueued"] = "sampler"
-    outcome: Outcome | None = None
-    """None while the trial is open."""
     value: float | None = None
     """Mean out-of-fold score of a complete trial; estimate of a pruned one."""
-    reason: str = ""
-    ended_at: float | None = None
     constraint: float = 0.0
     """Above 0 if the configuration is infeasible: shown to the sampler."""
-    decisions: tuple[dict[str, Any], ...] = ()
+    decisions: tuple[PruneDecision, ...] = ()
     """Every decision of the pruner, in order."""
-    failures: dict[str, list[str]] = field(default_factory=dict)
-    """Maps each fold to one line per death of a worker that fitted it."""
     micro_batch: int | None = None
     """Images at a time if memory forced parts of batches and that changed the result. Such a trial cannot win."""
-    code: str = ""
-    """Version that began it, as `code_version` returns it."""
     draw: int | None = None
     """Place among the suggestions, set by version 0.1 on a trial that continues an orphaned one."""
 
@@ -69,25 +103,27 @@ class TrialRecord:
         """The whole configuration."""
         return StudyConfig.from_dict(self.config)
 
-    def orphaned(self, taken: Mapping[str, Any]) -> TrialRecord:
-        """Return the trial as it is if version 0.1 continued it under the number in `taken`."""
-        reason = f"continued as trial {taken['by']} by another coordinator"
-        return replace(self, outcome="orphaned", value=None, reason=reason, ended_at=taken["at"], constraint=0.0)
-
 
 @dataclass(frozen=True, kw_only=True)
-class ReplicateRecord:
-    """The replicate of one complete trial: fits of the same folds with other seeds."""
+class ReplicateRecord(EvaluationRecord):
+    """The replicate of one complete trial: fits of the same folds with other seeds.
+
+    With any outcome but `complete`, the configuration failed with other seeds, so that it cannot win.
+    """
 
     trial: int
-    began_at: float
-    outcome: ReplicateOutcome | None = None
-    """Anything but `complete`: the configuration failed with other seeds, so that it cannot win."""
-    reason: str = ""
-    ended_at: float | None = None
-    failures: dict[str, list[str]] = field(default_factory=dict)
-    """As in `TrialRecord`."""
-    code: str = ""
+    decisions: ClassVar[tuple[PruneDecision, ...]] = ()
+    """A replicate is never pruned."""
+
+    @property
+    def number(self) -> int:
+        """Number of the trial."""
+        return self.trial
+
+    @property
+    def place(self) -> int:
+        """The number, which seeds the fits."""
+        return self.trial
 
 
 @dataclass(frozen=True)
@@ -129,23 +165,19 @@ def count_trials(trials: Iterable[TrialRecord]) -> int:
     return sum(trial.outcome in COUNTED for trial in trials)
 
 
-def record_to_json(record: TrialRecord | ReplicateRecord | Shortlist) -> dict[str, Any]:
+def record_to_json(record: EvaluationRecord | Shortlist) -> dict[str, Any]:
     """Return the content of the record's file."""
-    table = to_json(record)
-    if table.get("draw", 0) is None:
-        del table["draw"]
-    return {"format": FORMAT, **table}
+    table = {"format": FORMAT, **to_json(record)}
+    # Only trials of version 0.1 have one.
+    return {name: value for name, value in table.items() if name != "draw" or value is not None}
 
 
-def record_from_json(cls: type[RecordT], table: Mapping[str, Any], path: Path) -> RecordT:
-    """Return the trial or replicate in a table read from `path`; RecordError if it is damaged."""
+def read_record(cls: type[T], path: Path) -> T:
+    """Return the dataclass in a JSON file. Raises RecordError, which names the file, if it is damaged."""
+    table = read_json(path)
     try:
-        if table["format"] != FORMAT:
-            raise RecordError(f"{path} is of another version of hpsearch")
-        outcome = OUTCOMES_OF_0_1.get(table.get("outcome") or "", table.get("outcome"))
-        record = from_json(cls, {**table, "outcome": outcome})
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RecordError(f"{path} is damaged: {error}") from error
-    if record.outcome not in (None, *get_args(Outcome)):
-        raise RecordError(f"{path} is damaged: it has the outcome {record.outcome}")
-    return record
+        if table.get("format", FORMAT) != FORMAT:
+            raise RecordError(f"{path} is of another version of hpsearch: update hpsearch")
+        return from_json(cls, table)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RecordError(f"{path} is damaged: put it back from a copy") from error

@@ -1,7 +1,5 @@
 """Time and version, as they are recorded."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import time
@@ -19,14 +17,12 @@ def code_version() -> str:
         # Installed: a repository further up is somebody else's.
         return hpsearch.__version__
     command = ["git", "-C", str(root), "describe", "--always", "--dirty=.dirty", "--abbrev=40", "--exclude=*"]
+    environment = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=20, env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"}
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, env=environment, check=True)
+    except (OSError, subprocess.SubprocessError):
         return hpsearch.__version__
-    commit = done.stdout.strip()
-    return f"{hpsearch.__version__}+{commit}" if done.returncode == 0 and commit else hpsearch.__version__
+    return f"{hpsearch.__version__}+{done.stdout.strip()}"
 
 
 def now() -> float:

@@ -20,6 +20,7 @@ from hpsearch.store.record import StudyRecord
 from hpsearch.store.trials import TrialRecord
 from hpsearch.tracking.metrics import image_scores
 from hpsearch.training.metrics import SCORES
+from hpsearch.typed_json import to_json
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def write_trial_files(record: StudyRecord, trial: TrialRecord, folder: Path) -> 
     (folder / "trial.toml").write_text(trial.study_config.to_toml(), encoding="utf-8")
     _copy([record.paths.folds], folder)
     if trial.decisions or trial.failures:
-        decisions = {"decisions": trial.decisions, "failures": trial.failures}
+        decisions = {"decisions": to_json(trial.decisions), "failures": trial.failures}
         (folder / "decisions.json").write_text(json.dumps(decisions, indent=1), encoding="utf-8")
     if rows := list(_score_rows(record, trial.number)):
         with (folder / "scores.csv").open("w", encoding="utf-8", newline="") as file:

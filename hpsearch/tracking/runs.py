@@ -201,7 +201,7 @@ def _fits_run(
     note: str,
 ) -> RunContent:
     """Return the run of one fit per fold with the configuration of a trial: `attempt` is the trial or its refit."""
-    machine = next((summary["runtime"] for fit in fits if (summary := fit.summary()) is not None), None)
+    machine = next((summary.runtime for fit in fits if (summary := fit.summary()) is not None), None)
     version, _, commit = attempt.code.partition("+")
     found = {"reason": attempt.reason[:1000], "version.hpsearch": version, "mlflow.source.git.commit": commit}
     tags |= {tag: value for tag, value in found.items() if value}

@@ -17,8 +17,10 @@ from hpsearch.training import runtime as devices
 from hpsearch.training.checkpoint import WeightsInfo, save_array, save_weights
 from hpsearch.training.evaluation import Forward, Indices, predict_logits
 from hpsearch.training.loop import FitResult
+from hpsearch.training.rows import FitSummary
 from hpsearch.training.runtime import Runtime
 from hpsearch.training.task import microbatches_are_exact
+from hpsearch.typed_json import to_json
 
 
 def finish_fit(
@@ -32,7 +34,7 @@ def finish_fit(
     runtime: Runtime,
     extra: dict[str, Any] | None = None,
     micro_batch: int | None = None,
-) -> dict[str, Any]:
+) -> FitSummary:
     """Write the files of a finished fit, fit.json last, remove its checkpoints, and return the content of fit.json.
 
     weights.safetensors, scores.npy, counts.npy and examples.npz do not depend on time or process. If the process
@@ -62,7 +64,7 @@ def finish_fit(
             runtime=runtime,
         )
     summary = _summary(result, paths, runtime, len(held_out_indices), micro_batch)
-    files.write_json(paths.fit, summary)
+    files.write_json(paths.fit, {"format": 1, **to_json(summary)})
     for path in (paths.last, paths.previous):
         path.unlink(missing_ok=True)
     return summary
@@ -70,25 +72,24 @@ def finish_fit(
 
 def _summary(
     result: FitResult, paths: FitPaths, runtime: Runtime, n_held_out: int, micro_batch: int | None
-) -> dict[str, Any]:
+) -> FitSummary:
     """Return the content of fit.json."""
     rows = result.rows
     train_s, eval_s = sum(row.train_s for row in rows), sum(row.eval_s for row in rows)
-    return {
-        "format": 1,
-        "epochs": len(rows),
-        "value": float(np.mean(result.scores[-1], dtype=np.float64)) if n_held_out else None,
-        "n_held_out": n_held_out,
-        "micro_batch": None if microbatches_are_exact(result.model_config) else micro_batch,
-        "seconds": train_s + eval_s,
-        "train_s": train_s,
-        "eval_s": eval_s,
-        "images_per_s": sum(row.images_per_s * row.train_s for row in rows) / train_s,
-        "peak_bytes": max(row.peak_bytes for row in rows),
-        "scores_sha256": files.sha256_file(paths.scores),
-        "weights_sha256": files.sha256_file(paths.weights),
-        "runtime": devices.describe(runtime),
-    }
+    return FitSummary(
+        epochs=len(rows),
+        value=float(np.mean(result.scores[-1], dtype=np.float64)) if n_held_out else None,
+        n_held_out=n_held_out,
+        micro_batch=None if microbatches_are_exact(result.model_config) else micro_batch,
+        seconds=train_s + eval_s,
+        train_s=train_s,
+        eval_s=eval_s,
+        images_per_s=sum(row.images_per_s * row.train_s for row in rows) / train_s,
+        peak_bytes=max(row.peak_bytes for row in rows),
+        scores_sha256=files.sha256_file(paths.scores),
+        weights_sha256=files.sha256_file(paths.weights),
+        runtime=devices.describe(runtime),
+    )
 
 
 def save_examples(

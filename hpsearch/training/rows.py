@@ -1,10 +1,10 @@
-"""Results of one epoch of a fit: one line of epochs.jsonl. Imports no torch: the coordinator reads it."""
+"""Results of one epoch of a fit, a line of epochs.jsonl, and of a whole one, fit.json. Imports no torch."""
 
 from __future__ import annotations
 
 import json
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hpsearch.typed_json import from_json, to_json
 
@@ -49,6 +49,27 @@ class EpochRow:
     def scores(self) -> Scores:
         """The held-out scores; those of the training batches where nothing is held out."""
         return self.held_out or self.train
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitSummary:
+    """Result of a finished fit: the content of fit.json."""
+
+    epochs: int
+    value: float | None = None
+    """Mean score over the held-out images after the last epoch; None without held-out images."""
+    n_held_out: int = 0
+    micro_batch: int | None = None
+    """Images at a time if memory forced parts of batches and that changed the result."""
+    seconds: float = 0.0
+    train_s: float = 0.0
+    eval_s: float = 0.0
+    images_per_s: float = 0.0
+    peak_bytes: int = 0
+    scores_sha256: str = ""
+    weights_sha256: str = ""
+    runtime: dict[str, str] = field(default_factory=dict)
+    """The machine and the libraries."""
 
 
 def to_line(row: EpochRow) -> str:

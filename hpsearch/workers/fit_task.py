@@ -14,13 +14,14 @@ from hpsearch.models.costs import why_impossible
 from hpsearch.paths import FitPaths
 from hpsearch.training.finish import finish_fit
 from hpsearch.training.loop import FitResult, OnEpoch, fit, microbatches_are_exact, part_sizes
+from hpsearch.training.rows import FitSummary
 from hpsearch.workers.context import WorkerContext
 from hpsearch.workers.jobs import FitJob
 
 logger = logging.getLogger(__name__)
 
 
-def run_fit(job: FitJob, context: WorkerContext, on_epoch: OnEpoch) -> dict[str, Any] | None:
+def run_fit(job: FitJob, context: WorkerContext, on_epoch: OnEpoch) -> FitSummary | None:
     """Train, continuing from a checkpoint if there is one; return what fit.json holds, or None if it was stopped."""
     config, folder = job.config, FitPaths(job.folder)
     folder.root.mkdir(parents=True, exist_ok=True)

@@ -108,7 +108,7 @@ def _run_task(job: Job, context: WorkerContext, on_epoch: OnEpoch) -> Report:
     match job:
         case FitJob():
             summary = fit_task.run_fit(job, context, on_epoch)
-            return Stopped() if summary is None else Finished(FitScore(summary["value"]))
+            return Stopped() if summary is None else Finished(FitScore(summary.value))
         case MeasureJob():
             return Finished(benchmark_tasks.measure(job, context))
         case RateJob():

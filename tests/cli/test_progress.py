@@ -51,6 +51,16 @@ def test_the_display_reckons_the_time_to_go_as_status_does_with_the_second_fits(
     assert f"ETA {duration(expected_s)}" in shown_by(progress)
 
 
+@pytest.mark.parametrize(
+    ("trials", "shown"), [((4,), "top candidate (trial 4) with"), ((4, 2), "top candidates (trials 4, 2) with")]
+)
+def test_the_trials_that_are_refitted_are_named(
+    trials: tuple[int, ...], shown: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    StudyProgress("fake", FakeStudy(tmp_path).project).replicating(trials, 0, 2)
+    assert shown in capsys.readouterr().out
+
+
 def test_a_study_whose_tracking_failed_ends_with_why_and_the_command_that_retries(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,8 +9,8 @@ from click.testing import CliRunner
 
 from hpsearch.cli import group
 from hpsearch.errors import HpsearchError
-from hpsearch.search.racing import PruneDecision
 from hpsearch.store import lock
+from hpsearch.store.trials import PruneDecision
 from tests.recorded import FakeStudy
 
 
@@ -37,7 +37,7 @@ def test_status_of_a_trial_shows_every_decision(tmp_path: Path) -> None:
         against=0,
     )
     dropped = dataclasses.replace(kept, drop=True, epoch=3, estimate=0.6543, d=0.11, se=0.03, p=0.0004)
-    study.record.write_trial(dataclasses.replace(raced, decisions=(kept.to_dict(), dropped.to_dict())))
+    study.record.write_trial(dataclasses.replace(raced, decisions=(kept, dropped)))
     lines = output_of("status", "--out", str(tmp_path), "--trial", "1").splitlines()
     assert lines[0].startswith("trial 1 of study fake: pruned, dice 0.6100")
     assert lines[1].strip() == raced.reason
@@ -46,7 +46,7 @@ def test_status_of_a_trial_shows_every_decision(tmp_path: Path) -> None:
     assert lines[5].strip().startswith("d: how far the trial is below")
     assert "no pruning decisions" in output_of("status", "--out", str(tmp_path), "--trial", "0")
     others = dataclasses.replace(kept, reason="in fold 1 at epoch 1: kept by Optuna's MedianPruner")
-    study.record.write_trial(dataclasses.replace(raced, decisions=(others.to_dict(),)))
+    study.record.write_trial(dataclasses.replace(raced, decisions=(others,)))
     assert "continues: kept by Optuna's MedianPruner" in output_of("status", "--out", str(tmp_path), "--trial", "1")
 
 

@@ -52,20 +52,13 @@ def run(project: Path, config: StudyConfig, name: str = "tiny", **options: Any) 
 
 def everything(record: StudyRecord) -> dict[str, Any]:
     """What two equal studies have in common: params, outcomes, values, folds, and every score to the byte."""
-    trials = {
-        trial.number: (trial.params, trial.outcome, trial.value, [without_time(d) for d in trial.decisions])
-        for trial in record.trials()
-    }
+    trials = {trial.number: (trial.params, trial.outcome, trial.value, trial.decisions) for trial in record.trials()}
     scores = {
         (number, fold): record.fit(number, fold).paths.scores.read_bytes()
         for number in record.trial_numbers()
         for fold in record.finished_folds(number)
     }
     return {"trials": trials, "scores": scores, "folds": record.folds.to_dict()}
-
-
-def without_time(decision: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in decision.items() if not key.endswith("_at")}
 
 
 def mean_of_counted_dice(record: StudyRecord, number: int) -> float:

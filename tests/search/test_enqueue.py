@@ -8,8 +8,7 @@ import pytest
 
 from hpsearch.errors import ConfigError
 from hpsearch.paths import ProjectPaths
-from hpsearch.search import enqueue
-from hpsearch.search.enqueue import read_params
+from hpsearch.search.new_trials import enqueue, next_params, read_params
 from hpsearch.store.record import StudyRecord
 from tests.search.studies import run, tiny_config, write_tiny_dataset
 
@@ -49,11 +48,12 @@ def test_what_cannot_be_enqueued_is_refused_with_file_and_key(tmp_path: Path, te
 def test_a_configuration_is_enqueued_once(tmp_path: Path) -> None:
     record = StudyRecord.create(ProjectPaths(tmp_path).study("tiny"), tiny_config(tmp_path))
     mine, default = {"unet.depth": 2, "train.lr": 0.2}, {"unet.depth": 1, "train.lr": 0.05}
-    assert enqueue.add(record, [mine, mine, default]) == ["is enqueued", "is enqueued already", "is trial 0 already"]
-    assert enqueue.add(record, [mine]) == ["is enqueued already"]
-    assert enqueue.next_params(record, []) == mine
+    assert enqueue(record, [mine, mine, default]) == ["is enqueued", "is enqueued already", "is trial 0 already"]
+    assert enqueue(record, [mine]) == ["is enqueued already"]
+    assert next_params(record, []) == mine
 
 
+@pytest.mark.usefixtures("in_process")
 def test_enqueued_configurations_come_next_in_their_order(tmp_path: Path) -> None:
     config = tiny_config(write_tiny_dataset(tmp_path), "study.pruner=none", "train.epochs=1", "train.batch_size=8")
     wanted = [{"unet.depth": 2, "train.lr": 0.2}, {"unet.depth": 1, "train.lr": 0.1}]

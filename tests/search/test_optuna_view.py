@@ -6,6 +6,7 @@ import optuna
 import pytest
 
 from hpsearch.errors import RecordError, StorageError
+from hpsearch.search import optuna_view
 from hpsearch.search.optuna_view import OptunaView, sqlite_url
 from tests.recorded import FakeStudy
 
@@ -58,6 +59,34 @@ def test_a_damaged_database_is_set_aside(study: FakeStudy) -> None:
     OptunaView(study.record.paths).update()
     assert len(shown(study)) == 1
     assert study.project.optuna_db.with_name("hpsearch.db.damaged").is_file()
+
+
+def test_a_database_whose_text_was_changed_is_set_aside(study: FakeStudy) -> None:
+    OptunaView(study.record.paths).update()
+    storage = optuna.storages.RDBStorage(sqlite_url(study.project.optuna_db))
+    with storage.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE trial_params SET distribution_json = '{'")
+    OptunaView(study.record.paths).update()
+    assert shown(study)[0].value == study.record.trial(0).value
+    assert study.project.optuna_db.with_name("hpsearch.db.damaged").is_file()
+
+
+@pytest.mark.parametrize("fault", [KeyError, ValueError, TypeError, AttributeError])
+def test_a_fault_of_the_program_leaves_the_database_of_all_studies(
+    study: FakeStudy, fault: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view = OptunaView(study.record.paths)
+    view.update()
+    study.trial()
+
+    def fail(*_: object) -> None:
+        raise fault
+
+    monkeypatch.setattr(optuna_view, "_new_trial", fail)
+    with pytest.raises(fault):
+        view.update()
+    assert len(shown(study)) == 1
+    assert not study.project.optuna_db.with_name("hpsearch.db.damaged").exists()
 
 
 def test_a_database_that_cannot_be_written_is_named_in_one_line(study: FakeStudy) -> None:

@@ -30,7 +30,7 @@ from hpsearch.paths import ProjectPaths
 from hpsearch.report.estimates import Estimates
 from hpsearch.report.rows import study_rows
 from hpsearch.search import pruners
-from hpsearch.search.fit_jobs import fit_seed, replicate_seed
+from hpsearch.search.evaluation import fit_seed
 from hpsearch.search.racing import TrialScores
 from hpsearch.store.fits import load_array
 from hpsearch.store.record import StudyRecord
@@ -193,7 +193,7 @@ def test_no_two_fits_of_a_study_share_a_seed(seen: Run) -> None:
 def test_all_fits_of_a_study_with_another_seed_have_other_seeds(seen: Run, config: StudyConfig) -> None:
     other = dataclasses.replace(config, study=dataclasses.replace(config.study, seed=1))
     seeds = {
-        seed(other, trial, fold) for seed in (fit_seed, replicate_seed) for trial in range(3) for fold in range(3)
+        fit_seed(other, trial, fold, replicate) for replicate in (0, 1) for trial in range(3) for fold in range(3)
     }
     assert seeds.isdisjoint(fit["seed"] for fit in seen.fits)
     assert [fit["seed"] for fit in seen.final_fits] == [stable_seed(0, "final", index) for index in range(2)]
@@ -215,7 +215,7 @@ def test_the_last_epoch_counts_though_an_earlier_one_was_better(seen: Run) -> No
                 fit = record.replicate_fit(trial, fold) if second else record.fit(trial, fold)
                 summary = fit.summary()
                 assert summary is not None
-                assert summary["value"] == pytest.approx(means[2], abs=1e-6)
+                assert summary.value == pytest.approx(means[2], abs=1e-6)
                 assert [row.held_out.dice for row in fit.epochs()] == pytest.approx(means, abs=1e-6)
                 scores[int(second), record.folds.held_out(fold)] = dice_of(seen.counts[index][-1])
         np.testing.assert_allclose(record.out_of_fold(trial), scores[0], atol=1e-6)

@@ -16,10 +16,11 @@ from hpsearch.config import StudyConfig
 from hpsearch.config.search import StudySettings
 from hpsearch.config.train import TrainConfig
 from hpsearch.data.folds import Folds
-from hpsearch.search.optuna_pruner import OptunaPruner, epochs_of_first_fold, fold_means, images
+from hpsearch.search.optuna_pruner import OptunaPruner, epochs_of_first_fold, images
 from hpsearch.search.pruners import Pruner, make_pruner
 from hpsearch.search.pruners.none import NoPruner
-from hpsearch.search.racing import PruneDecision, Race, TrialScores
+from hpsearch.search.racing import Race, TrialScores
+from hpsearch.store.trials import PruneDecision
 
 N_EPOCHS = 4
 # Fold 0 holds the images at even places out, fold 1 those at odd places.
@@ -183,10 +184,7 @@ def test_on_epochs_the_same_trials_are_dropped_as_in_a_study_of_optunas(make: Ca
     assert 3 < len(ours) < 29
 
 
-@pytest.mark.parametrize("reports", [images, fold_means])
-def test_wilcoxon_drops_the_same_trials_as_in_a_study_of_optunas(
-    reports: Callable[[TrialScores, Folds], list[dict[int, float]]],
-) -> None:
+def test_wilcoxon_drops_the_same_trials_as_in_a_study_of_optunas() -> None:
     whole = trials(20)
 
     def make() -> BasePruner:
@@ -199,7 +197,7 @@ def test_wilcoxon_drops_the_same_trials_as_in_a_study_of_optunas(
     def objective(trial: optuna.Trial) -> float:
         for fold in (0, 1):
             scores = {f: whole[trial.number].scores[f] for f in range(fold + 1)}
-            for step, value in reports(TrialScores(trial.number, scores, N_EPOCHS), FOLDS)[-1].items():
+            for step, value in images(TrialScores(trial.number, scores, N_EPOCHS), FOLDS)[-1].items():
                 trial.report(value, step)
             if trial.should_prune() and fold == 0:
                 raise optuna.TrialPruned
@@ -207,10 +205,9 @@ def test_wilcoxon_drops_the_same_trials_as_in_a_study_of_optunas(
 
     study.optimize(objective, n_trials=20)
     theirs = {trial.number for trial in study.trials if trial.state.name == "PRUNED"}
-    ours = {trial.number for trial, _ in run(OptunaPruner(make, reports), whole) if not trial.is_full(2)}
+    ours = {trial.number for trial, _ in run(OptunaPruner(make, images), whole) if not trial.is_full(2)}
     assert ours == theirs
-    # A single fold is too few for Wilcoxon's test to stop a trial of two folds.
-    assert bool(ours) == (reports is images)
+    assert ours
 
 
 def test_images_are_reported_under_their_place_in_the_pool() -> None:
@@ -225,7 +222,6 @@ def test_an_unfinished_fold_is_reported_by_its_epochs_alone() -> None:
     partly = stages(trials(1)[0])[1]
     assert [list(report) for report in epochs_of_first_fold(partly, FOLDS)] == [[1], [2]]
     assert images(partly, FOLDS) == []
-    assert fold_means(partly, FOLDS) == []
 
 
 def falling(number: int = 0) -> TrialScores:
@@ -237,7 +233,6 @@ def falling(number: int = 0) -> TrialScores:
 
 def test_the_last_epoch_of_a_fold_is_reported_though_an_earlier_one_was_better() -> None:
     whole = falling()
-    assert fold_means(whole, FOLDS) == [{0: pytest.approx(0.745)}, {1: pytest.approx(0.845)}]
     first, second = images(whole, FOLDS)
     assert list(first.values()) == pytest.approx(whole.scores[0][3].tolist())
     assert list(second.values()) == pytest.approx(whole.scores[1][3].tolist())

@@ -17,13 +17,13 @@ from hpsearch.search.racing import (
     ALPHA,
     INSIDE,
     MATTERS,
-    PruneDecision,
     Race,
     TrialScores,
     compare,
     decide,
 )
 from hpsearch.stats.run_variance import NEAR, S_GUESS, S_GUESS_DF
+from hpsearch.store.trials import PruneDecision
 
 
 @pytest.fixture
@@ -126,7 +126,8 @@ def test_the_last_epoch_counts_though_an_earlier_one_was_better(rng: np.random.G
         )
         assert falling is not None
         assert level is not None
-        assert tuple(falling) == pytest.approx(tuple(level), rel=1e-3)
+        for name in ("estimate", "d", "se", "s", "p"):
+            assert getattr(falling, name) == pytest.approx(getattr(level, name), rel=1e-3)
 
 
 def test_the_incumbent_is_the_best_after_the_last_epoch() -> None:
@@ -282,7 +283,7 @@ def test_a_fold_of_one_image_says_nothing() -> None:
 def test_verdicts_are_json() -> None:
     same = [np.full(4, 0.5), np.full(4, 0.5)]
     verdict = judge(until(trial(9, same), 0), [trial(0, same)], folds_of([4, 4]))
-    assert PruneDecision(**json.loads(json.dumps(verdict.to_dict(), allow_nan=False))) == verdict
+    assert PruneDecision(**json.loads(json.dumps(vars(verdict), allow_nan=False))) == verdict
 
 
 # The estimate of s

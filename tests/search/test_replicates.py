@@ -4,7 +4,7 @@ import dataclasses
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -43,12 +43,6 @@ def confirmed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> StudyS
     config = tiny_config(dataset, *ALWAYS_FULL, "study.confirm=2")
     with workers_in_process():
         return run(tmp_path_factory.mktemp("confirmed"), config)
-
-
-@pytest.fixture
-def in_process() -> Iterator[None]:
-    with workers_in_process():
-        yield
 
 
 def optunas(record: StudyRecord) -> optuna.Study:

@@ -124,8 +124,8 @@ def test_a_used_up_space_ends_the_search() -> None:
 
 def test_open_trials_count_toward_the_trials_wanted() -> None:
     state = replace(RACING, n_suggested=4, open=(fits(2, running=(0,)), fits(3, running=(0,))))
-    assert not state.wants_trials
-    assert replace(state, n_trials=5).wants_trials
+    assert next_action(state) == Wait()
+    assert next_action(replace(state, n_trials=5)) == Suggest()
 
 
 def test_with_a_lookahead_a_suggestion_waits_for_the_trials_that_it_learns_from() -> None:

@@ -15,9 +15,10 @@ from hpsearch.errors import StudyError
 from hpsearch.search import pruners
 from hpsearch.search.callbacks import NullCallback
 from hpsearch.search.pruners.none import NoPruner
-from hpsearch.search.racing import PruneDecision, TrialScores
+from hpsearch.search.racing import TrialScores
 from hpsearch.search.status import study_status
 from hpsearch.store.record import StudyRecord
+from hpsearch.store.trials import PruneDecision
 from hpsearch.tracking.runs import study_run
 from tests.search.studies import SETTINGS, run, write_tiny_dataset
 
@@ -37,6 +38,7 @@ class _Heard(NullCallback):
         self.texts.append(text)
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_search_space_that_is_used_up_ends_the_search_and_the_refits_follow(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -59,6 +61,7 @@ def test_a_search_space_that_is_used_up_ends_the_search_and_the_refits_follow(
     assert len(again.record.trials()) == 2
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_finite_space_without_a_feasible_configuration_ends_with_a_reason(tmp_path: Path) -> None:
     config = finite(write_tiny_dataset(tmp_path), "unet.depth=6", "search.unet.depth=[6, 7]")
     with pytest.raises(StudyError, match="all 2 configurations of the search are infeasible, the last because"):
@@ -78,6 +81,7 @@ class _Drops(NoPruner):
         return PruneDecision(drop=True, estimate=0.1, fold=candidate.latest, epoch=1, reason="orphaned")
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_copy_does_not_lose_against_its_twin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pruners, "make_pruner", lambda config: _Drops())
     # Studies of older versions may have a configuration twice.

@@ -12,7 +12,7 @@ from hpsearch.errors import RecordError, StudyChangedError, StudyError
 from hpsearch.paths import ProjectPaths
 from hpsearch.store import lock
 from hpsearch.store.record import StudyRecord, study_record
-from hpsearch.store.trials import TrialRecord, record_to_json
+from hpsearch.store.trials import PruneDecision, Shortlist, TrialRecord, record_to_json
 from hpsearch.training.rows import EpochRow, Scores, to_line
 
 OVERRIDES = ["search.unet.depth=[2, 3, 4]", "study.folds=3", "study.trials=4"]
@@ -29,6 +29,8 @@ ROW = EpochRow(
     images_per_s=4.0,
     peak_bytes=1,
 )
+
+DECISION = PruneDecision(drop=True, estimate=0.3, fold=0, epoch=1, reason="after fold 1", d=0.1, against=0)
 
 
 @pytest.fixture
@@ -52,7 +54,7 @@ def evaluate(record: StudyRecord, number: int, scores: np.ndarray, n_folds: int 
         fit.root.mkdir(parents=True)
         held_out = scores[record.folds.held_out(fold)].astype(np.float32)
         np.save(fit.scores, np.stack([held_out / 2, held_out]))
-        paths.write_json(fit.fit, {"value": float(held_out.mean())})
+        paths.write_json(fit.fit, {"epochs": 2, "value": float(held_out.mean())})
 
 
 def trial(record: StudyRecord, number: int, **changes: object) -> TrialRecord:
@@ -62,7 +64,7 @@ def trial(record: StudyRecord, number: int, **changes: object) -> TrialRecord:
 
 
 def test_a_trial_reads_back_as_it_was_written(record: StudyRecord) -> None:
-    written = trial(record, 0, outcome="pruned", value=0.1 + 0.2, decisions=({"fold": 0, "epoch": 1},), ended_at=2.5)
+    written = trial(record, 0, outcome="pruned", value=0.1 + 0.2, decisions=(DECISION,), ended_at=2.5)
     record.write_trial(written)
     assert record.trial(0) == written
     assert record.trial(0).study_config.unet.depth == 2
@@ -172,6 +174,22 @@ def test_a_damaged_trial_is_named(record: StudyRecord, damage: str) -> None:
     record.paths.trial(0).trial.write_text(damage)
     with pytest.raises(RecordError, match=r"0000.trial\.json"):
         record.trial(0)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"folds": {"ids": []}}', '{"trials": 3}'])
+@pytest.mark.parametrize("name", ["trial.json", "folds.json", "confirmation.json", "fit.json"])
+def test_a_damaged_file_is_named_in_one_line_with_the_remedy(record: StudyRecord, name: str, content: str) -> None:
+    record.write_trial(trial(record, 0))
+    record.write_shortlist(Shortlist((0,), (0, 1), 1))
+    evaluate(record, 0, np.ones(12))
+    (path, *_) = record.paths.root.rglob(name)
+    path.write_text(content)
+    opened = StudyRecord.open(record.paths)
+    with pytest.raises(RecordError) as raised:
+        assert [opened.trial(0), opened.folds, opened.shortlist(), *[fit.summary() for fit in opened.fits(0)]] == []
+    assert str(raised.value) in {
+        f"{fit} is damaged: put it back from a copy" for fit in record.paths.root.rglob(name)
+    }
 
 
 def test_scores_that_do_not_fit_the_folds_are_refused(record: StudyRecord) -> None:

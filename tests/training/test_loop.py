@@ -185,7 +185,7 @@ def test_without_held_out_images_nothing_is_scored(folder):
     assert result.counts.shape == (0, 4)
     assert {row.held_out for row in result.rows} == {None}
     summary = finish(result, folder, held_out_indices=np.arange(0))
-    assert summary["value"] is None
+    assert summary.value is None
     assert not folder.examples.exists()
 
 
@@ -392,12 +392,12 @@ def test_finish_leaves_weights_scores_counts_examples_and_the_summary(folder):
     summary = finish(result, folder, extra={"threshold": 0.5})
     names = ["best.pt", "counts.npy", "epochs.jsonl", "examples.npz", "fit.json", "scores.npy", "weights.safetensors"]
     assert sorted(path.name for path in folder.root.iterdir()) == names
-    assert files.read_json(folder.fit) == summary
-    assert summary["value"] == pytest.approx(float(result.scores[-1].mean()))
-    assert summary["epochs"] == 3
-    assert summary["scores_sha256"] == files.sha256_file(folder.scores)
-    assert summary["weights_sha256"] == files.sha256_file(folder.weights)
-    assert summary["seconds"] == pytest.approx(sum(row.train_s + row.eval_s for row in result.rows))
+    assert files.read_json(folder.fit) == {"format": 1, **dataclasses.asdict(summary)}
+    assert summary.value == pytest.approx(float(result.scores[-1].mean()))
+    assert summary.epochs == 3
+    assert summary.scores_sha256 == files.sha256_file(folder.scores)
+    assert summary.weights_sha256 == files.sha256_file(folder.weights)
+    assert summary.seconds == pytest.approx(sum(row.train_s + row.eval_s for row in result.rows))
     np.testing.assert_array_equal(np.load(folder.counts), result.counts)
     model, info = load_weights(folder.weights)
     assert (info.size, info.in_channels, info.extra) == ((16, 16), 3, {"threshold": 0.5})
@@ -416,9 +416,9 @@ def test_the_summary_and_the_examples_are_those_of_all_epochs_or_of_the_last(fol
     ]
     scores = np.array([np.arange(7), np.arange(7)[::-1] + 9, [3, 1, 2, 0, 6, 5, 4]], np.float32)
     summary = finish(dataclasses.replace(unkilled, rows=tuple(rows), scores=scores), folder)
-    assert (summary["train_s"], summary["eval_s"], summary["peak_bytes"]) == (8.0, 1.5, 9)
-    assert summary["images_per_s"] == pytest.approx((10 * 1 + 20 * 2 + 30 * 5) / 8)
-    assert summary["value"] == 3
+    assert (summary.train_s, summary.eval_s, summary.peak_bytes) == (8.0, 1.5, 9)
+    assert summary.images_per_s == pytest.approx((10 * 1 + 20 * 2 + 30 * 5) / 8)
+    assert summary.value == 3
     with np.load(folder.examples) as examples:
         np.testing.assert_array_equal(examples["indices"] - 13, [3, 1, 0, 6, 5, 4])
 
@@ -426,7 +426,7 @@ def test_the_summary_and_the_examples_are_those_of_all_epochs_or_of_the_last(fol
 @pytest.mark.parametrize(("norm", "expected"), [("batch", 2), ("instance", None)])
 def test_parts_of_batches_are_on_record_where_they_changed_the_result(norm, expected, folder):
     result = fit(**fit_arguments(model_config=UNetConfig(base_channels=2, depth=1, norm=norm), micro_batch=2))
-    assert finish(result, folder, micro_batch=2)["micro_batch"] == expected
+    assert finish(result, folder, micro_batch=2).micro_batch == expected
 
 
 def test_examples_are_the_worst_the_median_and_the_best_held_out_images(folder):

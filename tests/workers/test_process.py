@@ -13,7 +13,7 @@ import pytest
 from hpsearch import paths
 from hpsearch.errors import OutOfMemoryError
 from hpsearch.paths import FitPaths
-from hpsearch.search import failures
+from hpsearch.search import coordinator
 from hpsearch.workers.fit_task import fit_within_memory
 from tests.search.studies import everything, run, tiny_config, write_tiny_dataset
 
@@ -99,7 +99,7 @@ def test_a_fold_that_ends_its_worker_three_times_or_falls_silent_fails_its_trial
     why: str,
 ) -> None:
     config = tiny_config(write_tiny_dataset(tmp_path), "study.trials=1", "study.pruner=none")
-    monkeypatch.setattr(failures, "SILENCE_MIN_S", 8.0)
+    monkeypatch.setattr(coordinator, "SILENCE_MIN_S", 8.0)
     fault_in_every_worker(number)
     record = run(tmp_path / "out", config).record
     trial = record.trial(0)

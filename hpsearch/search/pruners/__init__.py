@@ -3,15 +3,14 @@
 A pruner's module has a function `make(config)` that returns an object with the methods of `Pruner`.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Sequence
 from typing import Protocol
 
 from hpsearch.config import StudyConfig
 from hpsearch.data.folds import Folds
-from hpsearch.search.racing import PruneDecision, TrialScores
+from hpsearch.search.racing import TrialScores
+from hpsearch.store.trials import PruneDecision
 
 
 class Pruner(Protocol):

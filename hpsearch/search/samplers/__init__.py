@@ -5,14 +5,11 @@ state in the attributes of trials sets `IS_REPLAYED = True`: its earlier suggest
 the state. One that cannot handle categorical settings sets `IS_NUMERIC = True`: those are drawn at random.
 """
 
-from __future__ import annotations
-
 import importlib
 from types import ModuleType
 from typing import Any
 
 from optuna.distributions import CategoricalDistribution
-from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
@@ -20,24 +17,18 @@ from hpsearch.config import StudyConfig
 from hpsearch.search.space import Distributions
 
 
-def make_sampler(config: StudyConfig, seed: int) -> BaseSampler:
-    """Return the sampler that `study.sampler` names, seeded."""
-    sampler: BaseSampler = _module(config).make(config, seed)
-    return sampler
+def sample(config: StudyConfig, seed: int, study: Study, trial: FrozenTrial, space: Distributions) -> dict[str, Any]:
+    """Return what a new sampler suggests for `trial`; settings that it leaves out are missing."""
+    module = _module(config)
+    if getattr(module, "IS_NUMERIC", False):
+        space = {name: each for name, each in space.items() if not isinstance(each, CategoricalDistribution)}
+    found: dict[str, Any] = module.make(config, seed).sample_relative(study, trial, dict(space))
+    return found
 
 
 def is_replayed(config: StudyConfig) -> bool:
     """Return whether the sampler's earlier suggestions have to be made again to restore its state."""
     return bool(getattr(_module(config), "IS_REPLAYED", False))
-
-
-def sample(
-    config: StudyConfig, sampler: BaseSampler, study: Study, trial: FrozenTrial, space: Distributions
-) -> dict[str, Any]:
-    """Return what the sampler suggests for `trial`; settings that it leaves out are missing."""
-    if getattr(_module(config), "IS_NUMERIC", False):
-        space = {name: each for name, each in space.items() if not isinstance(each, CategoricalDistribution)}
-    return sampler.sample_relative(study, trial, dict(space))
 
 
 def _module(config: StudyConfig) -> ModuleType:
