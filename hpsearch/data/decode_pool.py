@@ -1,8 +1,7 @@
 """Decode images in a subprocess. The caller loads no torch, and no damaged file can end it.
 
-The subprocess (decode_worker.py) reads pickled jobs. It answers each with two pickled tuples of number, result and
-pixels. The first tuple has the result None and announces that the job begins, so that the files that were being read
-are known if the process dies.
+The subprocess (decode_worker.py) reads pickled jobs and answers each with a pickled tuple of number, result and
+pixels. It begins the jobs in order, so the files that it was reading are known if it dies.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 from hpsearch import subprocesses
 from hpsearch.cores import available_cores
 from hpsearch.data.reading import PLAIN_READING, Reading
-from hpsearch.errors import CacheError
+from hpsearch.errors import CacheError, DatasetError
 
 View = Literal["resize", "random crop", "centre crop"]
 """Method that brings an image to the size of the cache."""
@@ -59,14 +58,14 @@ class ImageStats:
     height: int
     width: int
     """Original size."""
-    image_sha256: str
-    mask_sha256: str
+    image_sha256: str = ""
+    mask_sha256: str = ""
     """SHA-256 of the files' content. Empty without `Job.measure`."""
-    foreground: int
+    foreground: int = 0
     """Lesion pixels of the original mask."""
-    moments: tuple[int, ...]
+    moments: tuple[int, ...] = ()
     """Sums over the pixels of the first view: R, G, B, RR, GG, BB, RG, RB, GB. Empty without views."""
-    crc: int
+    crc: int = 0
     """CRC-32 of the bytes of all views."""
     view_foreground: int = -1
     """Lesion pixels of the mask in the first view, -1 without views."""
@@ -89,7 +88,7 @@ class ImageStats:
         return (self.view_foreground if size else self.foreground) == height * width
 
 
-class DecodeError(Exception):
+class DecodeError(DatasetError):
     """A pair that cannot be used."""
 
     def __init__(self, kind: str, text: str) -> None:
@@ -108,7 +107,6 @@ class Decoders(AbstractContextManager["Decoders"]):
     def __init__(self, n_threads: int | None = None) -> None:
         self._n_threads = n_threads or available_cores()
         self._process: subprocess.Popen[bytes] | None = None
-        self._stderr: IO[bytes] | None = None
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -123,41 +121,29 @@ class Decoders(AbstractContextManager["Decoders"]):
         assert process.stdout is not None
         feeder = threading.Thread(target=_feed, args=(process.stdin, jobs), daemon=True)
         feeder.start()
-        working: set[int] = set()
-        n_done = 0
+        unanswered = list(range(len(jobs)))
         try:
-            while n_done < len(jobs):
+            while unanswered:
                 try:
                     number, result, pixels = pickle.load(process.stdout)
                 except (EOFError, pickle.UnpicklingError):
-                    raise self._death([str(jobs[n].image or jobs[n].mask) for n in sorted(working)]) from None
-                if result is None:
-                    working.add(number)
-                    continue
-                working.discard(number)
-                n_done += 1
+                    raise self._death([jobs[n] for n in unanswered[: self._n_threads]]) from None
+                unanswered.remove(number)
                 yield number, result, pixels
         finally:
-            if n_done == len(jobs):
-                feeder.join()
-            else:
+            if unanswered:
                 # Otherwise the remaining answers would be mistaken for answers to the next jobs.
                 self.close()
+            else:
+                feeder.join()
 
     def close(self) -> None:
         """End the subprocess, even while it works."""
-        process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.wait()
-            for stream in (process.stdin, process.stdout):
-                if stream is not None:
-                    # Closing flushes jobs that the subprocess did not read.
-                    with contextlib.suppress(BrokenPipeError):
-                        stream.close()
-        if self._stderr is not None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
             self._stderr.close()
-            self._stderr = None
+            self._process = None
 
     @property
     def pid(self) -> int | None:
@@ -177,15 +163,15 @@ class Decoders(AbstractContextManager["Decoders"]):
             )
         return self._process
 
-    def _death(self, files: list[str]) -> CacheError:
+    def _death(self, jobs: list[Job]) -> CacheError:
         assert self._process is not None
-        assert self._stderr is not None
         code = self._process.wait()
         self._stderr.seek(0)
         last = self._stderr.read().decode(errors="replace").strip().splitlines()[-1:]
         how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
         why = f" ({last[0]})" if last else ""
-        return CacheError(f"the process that decodes ended {how}{why} while it read {', '.join(files) or 'nothing'}")
+        files = ", ".join(str(job.image or job.mask) for job in jobs)
+        return CacheError(f"the process that decodes ended {how}{why} while it read {files}")
 
 
 def subprocess_environment() -> dict[str, str]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import struct
-import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +20,7 @@ from hpsearch.data.dataset import Problem
 from hpsearch.data.integrity import CheckReport, check, check_stored, describe, refusal
 from hpsearch.data.layouts import find_samples
 
-from .conftest import WriteDataset, pair_paths, tiny_pairs
+from .conftest import WriteDataset, pair_paths, png_bomb, tiny_pairs
 
 pytestmark = pytest.mark.usefixtures("one_decoder")
 
@@ -91,9 +89,7 @@ class TestErrors:
 
     def test_absurd_size(self, write_dataset: WriteDataset) -> None:
         config = write_dataset()
-        header = b"IHDR" + struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
-        bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
-        image_and_mask(config, 0)[0].write_bytes(bomb)
+        image_and_mask(config, 0)[0].write_bytes(png_bomb(100_000))
         report = check(find_samples(config))
         assert found(report, "absurd size") == ["ISIC_0000000"]
         assert "100000x100000" in report.errors[0].text

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from hpsearch.data.decode import decode_job, open_job
+from hpsearch.data.decode import decode_job
 from hpsearch.data.decode_pool import DecodeError, ImageStats, Job
 from hpsearch.data.reading import PLAIN_READING, Reading
 
@@ -34,7 +34,7 @@ def read(tmp_path: Path, content: bytes, reading: Reading = PLAIN_READING) -> tu
     (tmp_path / "m.png").write_bytes(content)
     Image.new("RGB", INSIDE.shape[::-1]).save(tmp_path / "a.png")
     job = Job(tmp_path / "a.png", tmp_path / "m.png", ("resize",), *INSIDE.shape, reading=reading)
-    stats, [(_, mask)] = decode_job(open_job(job), job)
+    stats, [(_, mask)] = decode_job(job)
     assert stats.foreground == mask.sum()
     return mask, stats
 
@@ -72,8 +72,9 @@ class TestGray:
             read(tmp_path, png(0, 255, GRAY, tRNS=b"\0\xff"))
         assert error.value.kind == "ambiguous mask"
 
-    def test_a_damaged_transparency_is_passed_over(self, tmp_path: Path) -> None:
-        check(tmp_path, png(0, 255, GRAY, tRNS=b"\0"), ("0", "255"))
+    def test_a_damaged_transparency_is_damage(self, tmp_path: Path) -> None:
+        with pytest.raises(DecodeError, match="cannot be decoded: its header is damaged"):
+            read(tmp_path, png(0, 255, GRAY, tRNS=b"\0"))
 
 
 class TestPalette:
