@@ -78,14 +78,11 @@ class ImageStats:
     is_oriented: bool = False
     """Whether image or mask has an EXIF orientation other than upright."""
 
-    def is_empty(self, size: tuple[int, int] | None = None) -> bool:
-        """Return whether the mask shows no lesion, in the file or in the first view, whose size is `size`."""
-        return (self.view_foreground if size else self.foreground) == 0
-
-    def is_full(self, size: tuple[int, int] | None = None) -> bool:
-        """Return whether the mask shows nothing but lesion, in the file or in the first view."""
-        height, width = size or (self.height, self.width)
-        return (self.view_foreground if size else self.foreground) == height * width
+    def lesion_share(self, size: tuple[int, int] | None = None) -> float:
+        """Return the share of the mask that is lesion, in the file or in the first view, whose size is `size`."""
+        if size is None:
+            return self.foreground / (self.height * self.width)
+        return self.view_foreground / (size[0] * size[1])
 
 
 class DecodeError(DatasetError):
