@@ -9,8 +9,6 @@ The layout follows from the folders that exist. Only names are read, with one ex
 found before a test share is drawn, so that no copy of a test image is trained on.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shlex
@@ -18,13 +16,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import get_args
 
 from hpsearch.config.data import DataConfig
 from hpsearch.data.dataset import Dataset, Layout, Problem, Sample, Split, same_bytes
 from hpsearch.data.folds import connected, groups_file, read_groups
 from hpsearch.data.formats import readable_suffixes, without_suffix
-from hpsearch.data.pairing import MASK_WORD, advice_on_names, find_pairs, find_suffix, images_by_key
+from hpsearch.data.pairing import MASK_WORD, find_pairs, images_by_key
 from hpsearch.errors import DatasetError
 from hpsearch.paths import sha256_text
 from hpsearch.user_files import (
@@ -38,6 +36,7 @@ from hpsearch.user_files import (
 )
 
 _ARCHIVE_FOLDER = re.compile(r"isic-2017_(training|validation|test|test_v2)_(data|part1_groundtruth)", re.IGNORECASE)
+_SPLIT_FOLDER = re.compile(r"(train|training|val|valid|validation|test)()", re.IGNORECASE)
 _SPLITS: Mapping[str, Split] = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation"), "val"),
@@ -49,7 +48,6 @@ _MISSING = (
     "no dataset in {root}: {needs}. Give the folder of ISIC-2017 with --data DIR (`hpsearch data download` "
     "fetches it), your own with --images DIR --masks DIR, or use the built-in one with --data sample"
 )
-Key = TypeVar("Key")
 
 
 def find_samples(config: DataConfig) -> Dataset:
@@ -69,7 +67,7 @@ def _in_root(config: DataConfig) -> Dataset:
     archive, splits = _archive_folders(root), _split_folders(root)
     if archive and splits:
         raise DatasetError(
-            f"{root} holds two layouts, {sorted(p.name for p in archive.values())[0]} and "
+            f"{root} holds two layouts, {min(path.name for path in archive.values())} and "
             f"{splits['train'].name}: move one of them elsewhere"
         )
     if archive:
@@ -80,62 +78,40 @@ def _in_root(config: DataConfig) -> Dataset:
     nested = root / "ISIC-2017"
     if _archive_folders(nested) or _split_folders(nested):
         raise DatasetError(f"no dataset in {root}, but in {nested}: use --data {nested}")
-    if own := _own_folders_in(root):
-        images, masks = (shlex.quote(str(path)) for path in own)
-        raise DatasetError(
-            f"{root} is not laid out like ISIC-2017, but looks like images and masks of your own: "
-            f"use --images {images} --masks {masks}"
-        )
     needs = "it needs ISIC-2017_Training_Data and ISIC-2017_Training_Part1_GroundTruth, or train, validation and test"
     raise DatasetError(_MISSING.format(root=root, needs=folder_fault(root) or needs))
 
 
-def _own_folders_in(root: Path) -> tuple[Path, Path] | None:
-    """Return the folders of images and masks that `root` may refer to: two inside it, or `root` for both."""
-    inside = [path for path in _folders(root) if images_by_key(path)]
-    masks = [path for path in inside if MASK_WORD.search(path.name)]
-    images = [path for path in inside if path not in masks]
-    if len(masks) == 1 and len(images) == 1:
-        return images[0], masks[0]
-    if not folder_fault(root) and (stems := images_by_key(root)) and find_suffix(stems, stems, together=True):
-        return root, root
-    return None
-
-
 def _archive_folders(root: Path) -> dict[tuple[Split, str], Path]:
     """Return the folders of the archive by split and content (`data` or `part1_groundtruth`)."""
-    found: dict[tuple[Split, str], Path] = {}
-    for path in _folders(root):
-        if match := _ARCHIVE_FOLDER.fullmatch(path.name):
-            _add_once(found, (_SPLITS[match[1].lower()], match[2].lower()), path)
+    found = _matching_folders(root, _ARCHIVE_FOLDER)
     # Unpacking an archive into a folder of its own name nests it once.
-    nested = {key: path / path.name for key, path in found.items()}
-    return {key: path if folder_fault(nested[key]) else nested[key] for key, path in found.items()}
+    return {key: nested if (nested := path / path.name).is_dir() else path for key, path in found.items()}
 
 
 def _split_folders(root: Path) -> dict[Split, Path]:
-    found: dict[Split, Path] = {}
-    for path in _folders(root):
-        name = path.name.lower()
-        if name in _SPLITS and name != "test_v2":
-            _add_once(found, _SPLITS[name], path)
+    found = {split: path for (split, _), path in _matching_folders(root, _SPLIT_FOLDER).items()}
     # A folder named test alone can be anything.
     return found if "train" in found else {}
 
 
-def _add_once(found: dict[Key, Path], key: Key, path: Path) -> None:
-    if key in found:
-        raise DatasetError(f"{path.parent} holds both {found[key].name} and {path.name}: keep one of them")
-    found[key] = path
+def _matching_folders(root: Path, pattern: re.Pattern[str]) -> dict[tuple[Split, str], Path]:
+    """Return the folders in `root` by the split and the rest that `pattern` finds in their names."""
+    found: dict[tuple[Split, str], Path] = {}
+    for path in _folders(root):
+        if match := pattern.fullmatch(path.name):
+            key = _SPLITS[match[1].lower()], match[2].lower()
+            if key in found:
+                raise DatasetError(f"{root} holds both {found[key].name} and {path.name}: keep one of them")
+            found[key] = path
+    return found
 
 
 def _archive_pairs(folders: Mapping[tuple[Split, str], Path]) -> dict[Split, tuple[Path, Path]]:
     """Return the folders of images and masks of each split. DatasetError if one of them is missing."""
     pairs: dict[Split, tuple[Path, Path]] = {}
-    for split in get_args(Split):
+    for split in dict.fromkeys(split for split, _ in folders):
         images, masks = folders.get((split, "data")), folders.get((split, "part1_groundtruth"))
-        if images is None and masks is None:
-            continue
         if images is None or masks is None:
             partner = "Part1_GroundTruth" if masks is None else "Data"
             raise DatasetError(f"{images or masks} is there, but the folder ..._{partner} beside it is not")
@@ -158,9 +134,13 @@ def _image_and_mask_folder(folder: Path) -> tuple[Path, Path]:
 
 
 def _from_folders(root: Path, layout: Layout, folders: Mapping[Split, tuple[Path, Path]], suffix: str) -> Dataset:
-    found = [find_pairs(*pair, split, suffix) for split, pair in folders.items()]
-    samples = [sample for pairs, _ in found for sample in pairs]
-    return _dataset(samples, [problem for _, problems in found for problem in problems], root, layout)
+    samples: list[Sample] = []
+    problems: list[Problem] = []
+    for split, (images, masks) in folders.items():
+        found, faults = find_pairs(images, masks, split, suffix)
+        samples += found
+        problems += faults
+    return _dataset(samples, problems, root, layout)
 
 
 def _own_folders(config: DataConfig) -> Dataset:
@@ -174,11 +154,18 @@ def _own_folders(config: DataConfig) -> Dataset:
             raise DatasetError(f"{path}, given as --{what}, holds no JPEG or PNG file ({endings})")
     suffix = config.mask_suffix
     samples, problems = find_pairs(images, masks, "train", suffix, is_chosen=bool(suffix))
-    if not samples and all(len(problem.files) == 1 for problem in problems):
-        swapped, _ = find_pairs(masks, images, "train", suffix)
-        advice = "were --images and --masks swapped?" if swapped else advice_on_names(images, masks, suffix)
+    if not samples and all(problem.kind in ("missing image", "missing mask") for problem in problems):
+        advice = "were --images and --masks swapped?"
+        if not find_pairs(masks, images, "train", suffix)[0]:
+            image, mask = (next(iter(images_by_key(folder).values()))[0] for folder in (images, masks))
+            named = f"{image.stem}{suffix}.png" if suffix else f"{image.stem}.png or {image.stem}_mask.png"
+            literally = " (data.mask_suffix is taken literally)" if suffix else ""
+            advice = (
+                f"the mask of {image.name} would be {named}{literally}, but the masks have names like {mask.name}: "
+                "rename them"
+            )
         raise DatasetError(f"no name in {masks} goes with one in {images}: {advice}")
-    ids = [sample.id for sample in samples] + [problem.id for problem in problems]
+    ids = [*(sample.id for sample in samples), *(problem.id for problem in problems)]
     test = _listed_test_ids(config, ids) if config.test_list else _drawn_test_ids(config, samples)
     return _dataset(
         [replace(sample, split="test") if sample.id in test else sample for sample in samples],
@@ -191,17 +178,13 @@ def _own_folders(config: DataConfig) -> Dataset:
 def _listed_test_ids(config: DataConfig, ids: Iterable[str]) -> set[str]:
     """Return the ids in the test list. Raise DatasetError if it lists anything else."""
     path = user_path(config.test_list)
-    names = [line.strip() for line in read_text(path, "data.test_list", DatasetError).split("\n")]
     by_key = {name_key(id): id for id in ids}
-    listed, unknown = set(), []
-    for name in filter(None, names):
-        key = name_key(name) if name_key(name) in by_key else name_key(without_suffix(name))
-        if key in by_key:
-            listed.add(by_key[key])
-        else:
-            unknown.append(name)
-    if unknown:
-        raise DatasetError(f"{path} lists {unknown[0]!r} ({len(unknown)} such), which is no image with a mask")
+    listed: set[str] = set()
+    for name in filter(None, map(str.strip, read_text(path, "data.test_list", DatasetError).split("\n"))):
+        id = by_key.get(name_key(name)) or by_key.get(name_key(without_suffix(name)))
+        if id is None:
+            raise DatasetError(f"{path} lists {name!r}, which is no image with a mask")
+        listed.add(id)
     if not 0 < len(listed) < len(by_key):
         what = "none" if not listed else "all"
         raise DatasetError(f"{path} lists {what} of the {len(by_key)} images: a search and a test need some each")

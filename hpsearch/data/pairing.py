@@ -1,7 +1,5 @@
 """Pair the images of one folder with the masks of another by their names."""
 
-from __future__ import annotations
-
 import re
 import stat
 import unicodedata
@@ -86,31 +84,6 @@ def find_suffix(images: Iterable[str], masks: Iterable[str], *, together: bool) 
     return min(votes, key=lambda suffix: (-votes[suffix], len(suffix), suffix), default="")
 
 
-def advice_on_names(images: Path, masks: Path, suffix: str) -> str:
-    """Return what to do if no name of a mask matches that of an image. `suffix` is `data.mask_suffix`."""
-    names = images_by_key(masks)
-    image, mask = (
-        next(path for paths in files.values() for path in paths) for files in (images_by_key(images), names)
-    )
-    if unsupported := [path for path in (image, mask) if is_unsupported(path.suffix)]:
-        return _unsupported_text(unsupported[0])
-    if suffix:
-        return (
-            f"with data.mask_suffix = {suffix} (taken literally) the mask of {image.name} is "
-            f"{image.stem}{suffix}.png, but the masks have names like {mask.name}; left out, the suffix is found by "
-            "itself"
-        )
-    if masks.samefile(images):
-        return f"they are one folder, in which the mask of {image.name} would be {image.stem}_mask.png or the like"
-    prefixed = [stem for stem in names if stem.endswith(name_key(image.stem))]
-    example = names[prefixed[0]][0] if prefixed else mask
-    return (
-        f"a mask is named like its image, with or without something behind (mask of {image.name}: {image.stem}.png "
-        f"or {image.stem}_mask.png), but the masks have names like {example.name}: rename them"
-        + (f" ({example.name} to {image.stem}{example.suffix})" if prefixed else "")
-    )
-
-
 def may_be_file(path: Path) -> bool:
     """Return whether `path` is a file, or a link or name that cannot be followed and may be meant as one."""
     try:
@@ -149,21 +122,16 @@ def _pair_fault(
 
 
 def _file_fault(files: Sequence[Path]) -> _Fault | None:
-    """Return what is wrong with the names, links and formats of an image's files."""
+    """Return what is wrong with the name, link or format of one of an image's files."""
     for path in files:
         if fault := name_fault(path.stem):
             return "unusable name", f"{printable(path)}: its name {fault}: rename it", tuple(files)
-    for path in files:
         if fault := broken_link(path):
             return "dangling link", fault, tuple(files)
-    for path in files:
         if is_unsupported(path.suffix):
-            return "unknown format", _unsupported_text(path), tuple(files)
+            text = f"{path} is a {path.suffix.lower()} file, which cannot be read: convert it to PNG or JPEG"
+            return "unknown format", text, tuple(files)
     return None
-
-
-def _unsupported_text(path: Path) -> str:
-    return f"{path} is a {path.suffix.lower()} file, which cannot be read: convert it to PNG or JPEG"
 
 
 def _separated(files: FilesByKey, suffix: str) -> tuple[FilesByKey, FilesByKey]:
