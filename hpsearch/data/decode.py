@@ -1,14 +1,14 @@
 """Decode an image and its mask, check them, and bring them to the cached size."""
 
-from __future__ import annotations
-
 import hashlib
+import io
+import math
 import zlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,11 +22,13 @@ from hpsearch.data.masks import find_lesion
 from hpsearch.data.reading import Reading
 from hpsearch.user_files import file_fault
 
+BYTES_PER_PIXEL = 12
+"""About how much memory it takes to decode a pixel, and to turn and resize it."""
+
 
 def read_image(path: Path, reading: Reading) -> Tensor:
     """Return the image as RGB (3, H, W) uint8, read by the rules of its dataset. DecodeError if it is unusable."""
-    file = _open(path)
-    return _decode_image(file, file.content(), reading)[0]
+    return _decode_image(_open(path), reading)[0]
 
 
 def read_pair(image_path: Path, mask_path: Path, reading: Reading) -> tuple[Tensor, Tensor]:
@@ -35,7 +37,7 @@ def read_pair(image_path: Path, mask_path: Path, reading: Reading) -> tuple[Tens
     Raises DecodeError, naming the file, if one of them is unusable.
     """
     image, mask = open_pair(image_path, mask_path, reading).files
-    return _decode_image(image, image.content(), reading)[0], _decode_mask(mask, mask.content(), reading)[0]
+    return _decode_image(image, reading)[0], _decode_mask(mask, reading)[0]
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:
@@ -73,26 +75,14 @@ def crop_corner(size: tuple[int, int], wanted: tuple[int, int], rng: np.random.G
 
 @dataclass(frozen=True)
 class OpenFile:
-    """An image or mask file whose header is read."""
+    """The header and the whole content of an image or mask file."""
 
     path: Path
     header: Header
-
-    def content(self) -> bytearray:
-        """Return the whole file in writable memory, which torch needs."""
-        try:
-            return bytearray(self.path.read_bytes())
-        except OSError as error:
-            text = f"{self.path} cannot be read: {error.strerror or error}"
-            raise DecodeError("unreadable file", text) from error
-
-    def working_bytes(self) -> int:
-        """Return about how much memory it takes to decode the file and to turn and resize its pixels."""
-        return self.header.height * self.header.width * (30 if self.header.wide else 10)
+    data: bytearray
 
 
-@dataclass(frozen=True)
-class OpenPair:
+class OpenPair(NamedTuple):
     """An image and its mask with headers of equal size, or one file alone."""
 
     files: list[OpenFile]
@@ -129,7 +119,7 @@ def decode_job(
     stats: dict[str, Any] = {"is_oriented": any(file.header.orientation > 1 for file in pair.files)}
     images: list[Tensor] = []
     masks: list[Tensor] = []
-    with admitted(max(file.working_bytes() for file in pair.files)):
+    with admitted(BYTES_PER_PIXEL * math.prod(pair.size)):
         # The mask is decoded after the image's pixels are freed.
         if job.image is not None:
             images = _image_part(pair.files[0], job, stats)
@@ -162,13 +152,14 @@ def upright(pixels: Tensor, orientation: int) -> Tensor:
 
 
 def _open(path: Path) -> OpenFile:
-    """Read the header of a file and check that its decoding is affordable."""
+    """Read a file and check by its header that its decoding is affordable."""
     try:
-        with path.open("rb") as file:
-            header = read_header(file)
+        data = bytearray(path.read_bytes())
     except OSError as error:
         text = file_fault(path) or f"{path} cannot be read: {error.strerror or error}"
         raise DecodeError("unreadable file", text) from error
+    try:
+        header = read_header(io.BytesIO(data))
     except ValueError as error:
         raise _undecodable(path, error) from error
     if header.height * header.width > MAX_PIXELS:
@@ -177,15 +168,14 @@ def _open(path: Path) -> OpenFile:
             f"{path} says it is {header.height}x{header.width} pixels: more than {MAX_PIXELS // 10**6} million are "
             "taken for damage and not decoded",
         )
-    return OpenFile(path, header)
+    return OpenFile(path, header, data)
 
 
 def _image_part(file: OpenFile, job: Job, stats: dict[str, Any]) -> list[Tensor]:
     """Decode the image, add what is found to `stats`, and return the views to send."""
-    data = file.content()
-    image, stats["largest"] = _decode_image(file, data, job.reading)
+    image, stats["largest"] = _decode_image(file, job.reading)
     if job.measure:
-        stats["image_sha256"] = hashlib.sha256(data).hexdigest()
+        stats["image_sha256"] = hashlib.sha256(file.data).hexdigest()
         # A sixteenth of the rows and columns decides it for most images.
         stats["is_constant"] = all(bool((part == image[:, :1, :1]).all()) for part in (image[:, ::16, ::16], image))
     return _views(image, job, resize) if job.send else []
@@ -193,29 +183,28 @@ def _image_part(file: OpenFile, job: Job, stats: dict[str, Any]) -> list[Tensor]
 
 def _mask_part(file: OpenFile, job: Job, stats: dict[str, Any]) -> list[Tensor]:
     """Decode the mask, add what is found to `stats`, and return its views."""
-    data = file.content()
-    mask, stats["mask_values"] = _decode_mask(file, data, job.reading)
+    mask, stats["mask_values"] = _decode_mask(file, job.reading)
     stats["foreground"] = int(mask.count_nonzero())
     if job.measure:
-        stats["mask_sha256"] = hashlib.sha256(data).hexdigest()
+        stats["mask_sha256"] = hashlib.sha256(file.data).hexdigest()
     views = _views(mask, job, resize_mask)
     if views:
         stats["view_foreground"] = int(views[0].count_nonzero())
     return views
 
 
-def _decode_image(file: OpenFile, data: bytearray, reading: Reading) -> tuple[Tensor, int]:
+def _decode_image(file: OpenFile, reading: Reading) -> tuple[Tensor, int]:
     """Return RGB (3, H, W) uint8: gray repeated, CMYK converted, transparency dropped.
 
     Also return the largest value before scaling of an image of more than 8 bits, 0 for other images.
     """
-    image, largest = _decode(file, data, rgb=True), 0
-    if image.dtype == torch.uint16:
-        image, largest = _to_eight_bits(file.path, image.numpy(), reading.max_value)
-    return upright(image, file.header.orientation if reading.turns else 1), largest
+    pixels, largest = _decode(file, rgb=True), 0
+    if pixels.dtype == np.uint16:
+        pixels, largest = _to_eight_bits(file.path, pixels, reading.max_value)
+    return upright(torch.from_numpy(pixels), file.header.orientation if reading.turns else 1), largest
 
 
-def _to_eight_bits(path: Path, deep: NDArray[np.uint16], max_value: int) -> tuple[Tensor, int]:
+def _to_eight_bits(path: Path, deep: NDArray[np.uint16], max_value: int) -> tuple[NDArray[np.uint8], int]:
     """Return `deep` with 0..max_value mapped evenly to 0..255, rounded down, and its largest value before that."""
     largest = int(deep.max())
     if not max_value:
@@ -230,12 +219,12 @@ def _to_eight_bits(path: Path, deep: NDArray[np.uint16], max_value: int) -> tupl
             f"{path} has the value {largest}, above the full scale of {max_value} with which training and validation "
             "images are read (data.max_value)",
         )
-    return torch.from_numpy((deep.astype(np.uint32) * 256 // (max_value + 1)).astype(np.uint8)), largest
+    return (deep.astype(np.uint32) * 256 // (max_value + 1)).astype(np.uint8), largest
 
 
-def _decode_mask(file: OpenFile, data: bytearray, reading: Reading) -> tuple[Tensor, tuple[str, ...]]:
+def _decode_mask(file: OpenFile, reading: Reading) -> tuple[Tensor, tuple[str, ...]]:
     """Return the mask (H, W) uint8 of 0 and 1 and its values as text: background and lesion, or the only one."""
-    samples = _decode(file, data, rgb=False).numpy()
+    samples = _decode(file, rgb=False)
     try:
         mask, values = find_lesion(samples, file.header, background=reading.background, lesion=reading.lesion)
     except DecodeError as error:
@@ -243,14 +232,11 @@ def _decode_mask(file: OpenFile, data: bytearray, reading: Reading) -> tuple[Ten
     return upright(torch.from_numpy(mask.view(np.uint8)), file.header.orientation if reading.turns else 1), values
 
 
-def _decode(file: OpenFile, data: bytearray, *, rgb: bool) -> Tensor:
+def _decode(file: OpenFile, *, rgb: bool) -> NDArray[Any]:
     try:
-        pixels = FORMATS[file.header.format].decode(data, file.header, rgb)
+        return FORMATS[file.header.format].decode(file.data, file.header, rgb)
     except DAMAGE as error:
         raise _undecodable(file.path, error) from error
-    if pixels.shape[1:] != (file.header.height, file.header.width):
-        raise _undecodable(file.path, "it changed while it was read")
-    return pixels
 
 
 def _undecodable(path: Path, reason: object) -> DecodeError:

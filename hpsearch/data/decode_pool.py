@@ -4,8 +4,6 @@ The subprocess (decode_worker.py) reads pickled jobs and answers each with a pic
 pixels. It begins the jobs in order, so the files that it was reading are known if it dies.
 """
 
-from __future__ import annotations
-
 import contextlib
 import pickle
 import subprocess

@@ -4,15 +4,13 @@ A new format is a new entry of FORMATS and needs no change elsewhere. An entry n
 of the files, and has two functions: one reads the header, the other decodes the whole content.
 """
 
-from __future__ import annotations
-
 import io
 import re
 import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +18,6 @@ from PIL import ExifTags
 from PIL.Image import Exif, Image
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 MAX_PIXELS = 100_000_000
 """Larger images are refused as damaged or hostile. The largest image of ISIC-2017 has 30 million pixels."""
@@ -53,8 +48,6 @@ class Header:
     """Bits per channel."""
     orientation: int = 1
     """EXIF orientation: 1 is upright, 5 to 8 swap height and width."""
-    wide: bool = False
-    """Whether decoding needs more memory: 16 bits per channel (PNG), or a progressive JPEG."""
     palette: bool = False
     transparent: tuple[int, ...] | None = None
     """Gray value or colour of a PNG that is transparent (tRNS without a palette)."""
@@ -74,7 +67,7 @@ class ImageFormat:
     """First bytes of a file."""
     read_header: Callable[[IO[bytes]], Header]
     """Reads the few bytes that matter. Raises an error of `DAMAGE` if they are damaged."""
-    decode: Callable[[bytearray, Header, bool], Tensor]
+    decode: Callable[[bytearray, Header, bool], NDArray[Any]]
     """Decodes the whole file to (C, H, W), uint8 or uint16.
 
     With True as the last argument the result is RGB. With False it has the samples of the file, which for a palette
@@ -95,11 +88,6 @@ def without_suffix(name: str) -> str:
 def is_image_name(name: str) -> bool:
     """Return whether `name` ends like an image, decodable or not."""
     return name.lower().endswith((*readable_suffixes(), *UNSUPPORTED_SUFFIXES))
-
-
-def is_unsupported(suffix: str) -> bool:
-    """Return whether `suffix` is that of an image that cannot be decoded."""
-    return suffix.lower() in UNSUPPORTED_SUFFIXES and suffix.lower() not in readable_suffixes()
 
 
 def read_header(file: IO[bytes]) -> Header:
@@ -124,7 +112,6 @@ def _read_jpeg_header(file: IO[bytes]) -> Header:
         image.width,
         image.layers,
         orientation=_orientation(image.info.get("exif", b"")),
-        wide="progression" in image.info,
     )
 
 
@@ -140,7 +127,6 @@ def _read_png_header(file: IO[bytes]) -> Header:
         _PNG_CHANNELS[color],
         depth,
         _orientation(_png_exif(file)),
-        wide=depth == 16,
         palette=image.mode == "P",
         transparent=(transparent,) if isinstance(transparent, int) else transparent,
     )
@@ -169,10 +155,8 @@ def _orientation(data: bytes) -> int:
     return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 
 
-def _decode_png(data: bytearray, header: Header, rgb: bool) -> Tensor:
+def _decode_png(data: bytearray, header: Header, rgb: bool) -> NDArray[Any]:
     """Decode with Pillow, because damaged content ends the process in torchvision's decoder."""
-    import torch
-
     PngImageFile(io.BytesIO(data)).verify()
     if header.depth == 16 and header.channels > 1:
         pixels = _decode_deep_png(data, header.channels)
@@ -185,7 +169,7 @@ def _decode_png(data: bytearray, header: Header, rgb: bool) -> Tensor:
     if rgb:
         # Transparency is dropped, and gray repeated.
         pixels = pixels[..., :3] if pixels.shape[2] > 2 else pixels[..., :1].repeat(3, axis=2)
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    return pixels.transpose(2, 0, 1)
 
 
 def _decode_deep_png(data: bytearray, n_channels: int) -> NDArray[np.uint16]:
@@ -203,14 +187,14 @@ def _decode_deep_png(data: bytearray, n_channels: int) -> NDArray[np.uint16]:
     return decode(f"{mode};16B") * np.uint16(256) + decode(f"{mode};16L")
 
 
-def _decode_jpeg(data: bytearray, header: Header, rgb: bool) -> Tensor:
+def _decode_jpeg(data: bytearray, header: Header, rgb: bool) -> NDArray[Any]:
     import torch
     from torchvision.io import ImageReadMode, decode_jpeg
 
     # Four channels are CMYK.
     mode = ImageReadMode.RGB if rgb or header.channels == 4 else ImageReadMode.UNCHANGED
     try:
-        pixels: Tensor = decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), mode)
+        pixels: NDArray[np.uint8] = decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), mode).numpy()
     except RuntimeError as error:
         # The decoder begins with a position in its own sources.
         reason = re.sub(r"^\S+, \S+:\d+, ", "", str(error).splitlines()[0])

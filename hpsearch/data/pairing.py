@@ -8,7 +8,7 @@ from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from hpsearch.data.dataset import Problem, Sample, Split
-from hpsearch.data.formats import is_image_name, is_unsupported
+from hpsearch.data.formats import is_image_name, readable_suffixes
 from hpsearch.errors import DatasetError
 from hpsearch.user_files import broken_link, list_folder, name_fault, name_key, printable, require_usable_path
 
@@ -128,7 +128,7 @@ def _file_fault(files: Sequence[Path]) -> _Fault | None:
             return "unusable name", f"{printable(path)}: its name {fault}: rename it", tuple(files)
         if fault := broken_link(path):
             return "dangling link", fault, tuple(files)
-        if is_unsupported(path.suffix):
+        if path.suffix.lower() not in readable_suffixes():
             text = f"{path} is a {path.suffix.lower()} file, which cannot be read: convert it to PNG or JPEG"
             return "unknown format", text, tuple(files)
     return None

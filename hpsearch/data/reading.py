@@ -4,8 +4,6 @@ survey.py decides them from the pool (training and validation images). The cache
 them, so that training, `final`, `predict`, the served model and `data augment` read the same pixels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
