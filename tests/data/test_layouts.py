@@ -107,7 +107,7 @@ def test_folder_above_the_dataset_points_to_it(write_dataset: WriteDataset, tmp_
 def test_two_layouts_in_one_folder_are_refused(write_dataset: WriteDataset) -> None:
     config = write_dataset("archive")
     write_dataset("splits")
-    with pytest.raises(DatasetError, match="two layouts, ISIC-2017_Test_v2_Data and train"):
+    with pytest.raises(DatasetError, match="two layouts, ISIC-2017_Training_Data and train"):
         find_samples(config)
 
 
