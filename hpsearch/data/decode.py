@@ -2,11 +2,13 @@
 
 import hashlib
 import io
+import itertools
 import math
 import zlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,11 +101,8 @@ def open_pair(image_path: Path | None, mask_path: Path | None, reading: Reading)
         text = f"{mask.path} is {mask_size[0]}x{mask_size[1]}, its image is {size[0]}x{size[1]}"
         if image.header.size(upright=not reading.turns) == mask.header.size(upright=not reading.turns):
             done, otherwise = ("applied", "ignored") if reading.turns else ("ignored", "applied")
-            text += (
-                f". The EXIF orientation ({image.header.orientation} of the image, {mask.header.orientation} of the "
-                f"mask) is {done} {reading.exif_reason}, and this pair fits only if it is {otherwise}: correct the "
-                "tag, or set data.exif"
-            )
+            text += f": it fits only with the EXIF orientation {otherwise}, which is {done} {reading.exif_reason}"
+            text += ". Correct the tag, or set data.exif"
         raise DecodeError("sizes differ", text)
     return OpenPair(files, size)
 
@@ -136,10 +135,7 @@ def decode_job(
 
 def crc_of(pixels: list[Pixels]) -> int:
     """Return the CRC-32 of the bytes of all views."""
-    crc = 0
-    for array in (array for view in pixels for array in view):
-        crc = zlib.crc32(array.data, crc)
-    return crc
+    return reduce(lambda crc, array: zlib.crc32(array.data, crc), itertools.chain(*pixels), 0)
 
 
 def upright(pixels: Tensor, orientation: int) -> Tensor:
@@ -155,13 +151,12 @@ def _open(path: Path) -> OpenFile:
     """Read a file and check by its header that its decoding is affordable."""
     try:
         data = bytearray(path.read_bytes())
+        header = read_header(io.BytesIO(data))
     except OSError as error:
         text = file_fault(path) or f"{path} cannot be read: {error.strerror or error}"
         raise DecodeError("unreadable file", text) from error
-    try:
-        header = read_header(io.BytesIO(data))
     except ValueError as error:
-        raise _undecodable(path, error) from error
+        raise DecodeError("undecodable file", f"{path} cannot be decoded: {error}") from error
     if header.height * header.width > MAX_PIXELS:
         raise DecodeError(
             "absurd size",
@@ -236,11 +231,7 @@ def _decode(file: OpenFile, *, rgb: bool) -> NDArray[Any]:
     try:
         return FORMATS[file.header.format].decode(file.data, file.header, rgb)
     except DAMAGE as error:
-        raise _undecodable(file.path, error) from error
-
-
-def _undecodable(path: Path, reason: object) -> DecodeError:
-    return DecodeError("undecodable file", f"{path} cannot be decoded: {reason}")
+        raise DecodeError("undecodable file", f"{file.path} cannot be decoded: {error}") from error
 
 
 def _views(pixels: Tensor, job: Job, resize: Callable[[Tensor, int, int], Tensor]) -> list[Tensor]:

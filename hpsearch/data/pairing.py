@@ -115,7 +115,7 @@ def _pair_fault(
         only = f" (only {', '.join(path.name for path in others)})" if others else ""
         return "missing mask", f"{paths[0]} has no {missing}{only}", (*paths, *others)
     if others:
-        named = f"{', '.join(path.name for path in (*partners, *others[:-1]))} and {others[-1].name}"
+        named = ", ".join(path.name for path in (*partners, *others))
         text = f"{paths[0]} has {1 + len(others)} masks, {named}: join them into one, or keep one"
         return "several masks", text, files
     return None
@@ -156,20 +156,14 @@ def _further_masks(
     unless its name says that it is a mask. With a chosen suffix only masks that begin with it are further masks.
     """
     found: dict[str, list[str]] = defaultdict(list)
-    images_extend: bool | None = None
+    images_extend = any(_owner(image, suffix, images) for image in images)
     for key in masks:
         owner = _owner(key, suffix, images)
-        if owner is None or (key.endswith(suffix) and key[: len(key) - len(suffix)] in images):
+        if owner is None or key.removesuffix(suffix) in images:
             continue
         rest = key[len(owner) :]
-        if is_chosen and not rest.startswith(suffix):
-            continue
-        if not _says_mask(rest, suffix):
-            if images_extend is None:
-                images_extend = any(_owner(image, suffix, images) for image in images)
-            if images_extend:
-                continue
-        found[owner].append(key)
+        if rest.startswith(suffix) if is_chosen else _says_mask(rest, suffix) or not images_extend:
+            found[owner].append(key)
     return found
 
 

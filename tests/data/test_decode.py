@@ -272,15 +272,15 @@ class TestOrientation:
     @pytest.mark.parametrize(
         ("exif", "size", "text"),
         [
-            ("apply", (40, 60), "applied by default, and this pair fits only if it is ignored"),
-            ("ignore", (60, 40), "ignored by default, and this pair fits only if it is applied"),
+            ("apply", (40, 60), "ignored, which is applied by default"),
+            ("ignore", (60, 40), "applied, which is ignored by default"),
         ],
     )
     def test_a_pair_against_the_decision_is_refused(
         self, tmp_path: Path, exif: Literal["apply", "ignore"], size: tuple[int, int], text: str
     ) -> None:
         mask = save(tmp_path / "m.png", np.zeros(size, np.uint8))
-        with pytest.raises(DatasetError, match=rf"orientation \(6 of the image, 1 of the mask\) is {text}"):
+        with pytest.raises(DatasetError, match=f"fits only with the EXIF orientation {text}"):
             read_pair(self.oriented(tmp_path, 6), mask, Reading(exif))
 
 
