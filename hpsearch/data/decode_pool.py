@@ -107,7 +107,7 @@ class Decoders(AbstractContextManager["Decoders"]):
         self.close()
 
     def decode(self, jobs: Sequence[Job]) -> Iterator[tuple[int, ImageStats | DecodeError, list[Pixels]]]:
-        """Yield the number of each job, its result and the pixels of its views, in the order of completion.
+        """Yield the number of each job, its result and the pixels of its views, in the order of the jobs.
 
         Raises CacheError, naming the files that were being read, if the subprocess dies.
         """
@@ -116,21 +116,22 @@ class Decoders(AbstractContextManager["Decoders"]):
         assert process.stdout is not None
         feeder = threading.Thread(target=_feed, args=(process.stdin, jobs), daemon=True)
         feeder.start()
-        unanswered = list(range(len(jobs)))
+        early: dict[int, tuple[int, ImageStats | DecodeError, list[Pixels]]] = {}
         try:
-            while unanswered:
-                try:
-                    number, result, pixels = pickle.load(process.stdout)
-                except (EOFError, pickle.UnpicklingError):
-                    raise self._death([jobs[n] for n in unanswered[: self._n_threads]]) from None
-                unanswered.remove(number)
-                yield number, result, pixels
-        finally:
-            if unanswered:
-                # Otherwise the remaining answers would be mistaken for answers to the next jobs.
-                self.close()
-            else:
-                feeder.join()
+            for number in range(len(jobs)):
+                while number not in early:
+                    try:
+                        answer = pickle.load(process.stdout)
+                    except (EOFError, pickle.UnpicklingError):
+                        working = [job for n, job in enumerate(jobs) if n >= number and n not in early]
+                        raise self._death(working[: self._n_threads]) from None
+                    early[answer[0]] = answer
+                yield early.pop(number)
+        except BaseException:
+            # Otherwise the remaining answers would be mistaken for answers to the next jobs.
+            self.close()
+            raise
+        feeder.join()
 
     def close(self) -> None:
         """End the subprocess, even while it works."""

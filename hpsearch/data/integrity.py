@@ -10,7 +10,7 @@ from typing import Any, get_args
 from hpsearch.config.data import DataConfig
 from hpsearch.data.cache import Cache
 from hpsearch.data.dataset import Dataset, Problem, Sample, Split, file_sha256, same_bytes
-from hpsearch.data.decode_pool import DecodeError, Decoders, ImageStats, Job, View
+from hpsearch.data.decode_pool import Decoders, ImageStats, Job, View
 from hpsearch.data.folds import AUGMENTATION
 from hpsearch.data.survey import Decision, decide_reading, reading_notes
 from hpsearch.errors import DatasetError
@@ -76,27 +76,23 @@ def check(
     """
     size = config.cached_size if config is not None and config.match == "resize" else None
     views: tuple[View, ...] = ("resize",) if size else ()
-    results: dict[int, ImageStats | DecodeError] = {}
+    usable: list[Decoded] = []
+    damaged: list[Sample] = []
+    errors = list(dataset.problems)
     with Decoders() as decoders:
         decision = decide_reading(dataset, config or DataConfig(), cache_root, decoders)
         jobs = [
             Job(s.image, s.mask, views, *(size or (0, 0)), send=False, reading=decision.reading)
             for s in dataset.samples
         ]
-        for number, result, _ in decoders.decode(jobs):
-            results[number] = result
+        for sample, (number, result, _) in zip(dataset.samples, decoders.decode(jobs), strict=True):
+            if isinstance(result, ImageStats):
+                usable.append((sample, result))
+            else:
+                damaged.append(sample)
+                errors.append(sample.problem(result.kind, result.text))
             if progress is not None:
-                progress(len(results), len(jobs))
-    usable: list[Decoded] = []
-    damaged: list[Sample] = []
-    errors = list(dataset.problems)
-    for number, sample in enumerate(dataset.samples):
-        result = results[number]
-        if isinstance(result, ImageStats):
-            usable.append((sample, result))
-        else:
-            damaged.append(sample)
-            errors.append(sample.problem(result.kind, result.text))
+                progress(number + 1, len(jobs))
     if were_swapped(dataset, damaged):
         errors.insert(0, dataset.problem("swapped folders", SWAPPED))
     if fault := lesion_fault([stats for sample, stats in usable if sample.split != "test"], size):
