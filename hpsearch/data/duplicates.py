@@ -170,22 +170,17 @@ def groups_of(
 
 
 def write_contact_sheet(
-    path: Path,
-    pairs: Sequence[DuplicatePair],
-    images: Images | Sequence[Images],
-    ids: Sequence[str],
-    *,
-    columns: int = 4,
-    side: int = 160,
+    path: Path, pairs: Sequence[DuplicatePair], images: Images | Sequence[Images], ids: Sequence[str]
 ) -> None:
-    """Write `pairs` row by row as one PNG. The two images of a pair touch, and pairs are apart.
+    """Write `pairs` as one PNG, four in a row. The two images of a pair touch, and pairs are apart.
 
-    `images` and `ids` are those of `find_near_duplicates`. Each image is drawn with `side` pixels per side. Without
+    `images` and `ids` are those of `find_near_duplicates`. Each image is drawn with 160 pixels per side. Without
     pairs the PNG is white.
     """
     sources = _sources(images)
     place = dict(zip(ids, ((source, i) for source in sources for i in range(len(source))), strict=True))
-    gap, n_rows, n_columns = 6, max(1, -(-len(pairs) // columns)), max(1, min(columns, len(pairs)))
+    side, gap, columns = 160, 6, 4
+    n_rows, n_columns = max(1, -(-len(pairs) // columns)), max(1, min(columns, len(pairs)))
     sheet = Image.new("RGB", (n_columns * (2 * side + gap) + gap, n_rows * (side + gap) + gap), "white")
     for number, pair in enumerate(pairs):
         top = gap + number // columns * (side + gap)

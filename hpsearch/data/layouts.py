@@ -61,16 +61,17 @@ def _in_root(config: DataConfig) -> Dataset:
     if archive and splits:
         names = f"{next(iter(archive.values())).name} and {splits['train'].name}"
         raise DatasetError(f"{root} holds two layouts, {names}: move one of them elsewhere")
-    if splits:
-        pairs = {split: _image_and_mask_folder(folder) for split, folder in splits.items()}
-        return _from_folders(root, "splits", pairs, "")
     for split, folder in archive.items():
         if split not in images or split not in masks:
             partner = "Data" if split in masks else "Part1_GroundTruth"
             raise DatasetError(f"{folder} is there, but the folder ..._{partner} beside it is not")
-    if archive:
-        pairs = {split: (images[split], masks[split]) for split in archive}
-        return _from_folders(root, "archive", pairs, "_segmentation")
+    folders = {split: _image_and_mask_folder(folder) for split, folder in splits.items()}
+    folders |= {split: (images[split], masks[split]) for split in archive}
+    if folders:
+        results = [find_pairs(*pair, split, "_segmentation" if archive else "") for split, pair in folders.items()]
+        samples = [sample for pairs, _ in results for sample in pairs]
+        problems = [problem for _, faults in results for problem in faults]
+        return _dataset(samples, problems, root, "archive" if archive else "splits")
     nested = root / "ISIC-2017"
     if os.path.isdir(nested):
         raise DatasetError(f"no dataset in {root}, but perhaps in {nested}: use --data {nested}")
@@ -105,16 +106,6 @@ def _image_and_mask_folder(folder: Path) -> tuple[Path, Path]:
             f"got {', '.join(path.name for path in inside) or 'no folder'}"
         )
     return images[0], masks[0]
-
-
-def _from_folders(root: Path, layout: Layout, folders: Mapping[Split, tuple[Path, Path]], suffix: str) -> Dataset:
-    samples: list[Sample] = []
-    problems: list[Problem] = []
-    for split, (images, masks) in folders.items():
-        found, faults = find_pairs(images, masks, split, suffix)
-        samples += found
-        problems += faults
-    return _dataset(samples, problems, root, layout)
 
 
 def _own_folders(config: DataConfig) -> Dataset:

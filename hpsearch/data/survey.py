@@ -15,7 +15,7 @@ from hpsearch.data.decode_pool import Decoders, ImageStats, Job
 from hpsearch.data.folds import AUGMENTATION
 from hpsearch.data.formats import Header, read_header
 from hpsearch.data.keys import files_key
-from hpsearch.data.reading import READING_0_1, Reading, as_tuples, full_scale
+from hpsearch.data.reading import FULL_SCALES, READING_0_1, Reading, as_tuples
 from hpsearch.errors import RecordError, StorageError
 
 Exif = Literal["apply", "ignore"]
@@ -82,7 +82,7 @@ def decide(found: Survey, config: DataConfig, dataset: Dataset) -> Decision:
     exif, reason = _decide_exif(found, config, recorded)
     max_value = config.max_value or (recorded.max_value if recorded is not None else 0)
     if not max_value and found.n_deep:
-        max_value = full_scale(found.highest)
+        max_value = next(scale for scale in FULL_SCALES if found.highest <= scale)
     votes: Counter[str] = Counter()
     for background, lesion, n in found.masks:
         votes.update({background: -n, lesion: n})
