@@ -1,7 +1,7 @@
 """Decode images in a subprocess. The caller loads no torch, and no damaged file can end it.
 
-The subprocess (decode_worker.py) reads pickled jobs and answers each with a pickled tuple of number, result and
-pixels. It begins the jobs in order, so the files that it was reading are known if it dies.
+The subprocess (decode_worker.py) reads pickled jobs and answers each, in order, with a pickled tuple of result and
+pixels.
 """
 
 import contextlib
@@ -116,17 +116,13 @@ class Decoders(AbstractContextManager["Decoders"]):
         assert process.stdout is not None
         feeder = threading.Thread(target=_feed, args=(process.stdin, jobs), daemon=True)
         feeder.start()
-        early: dict[int, tuple[int, ImageStats | DecodeError, list[Pixels]]] = {}
         try:
             for number in range(len(jobs)):
-                while number not in early:
-                    try:
-                        answer = pickle.load(process.stdout)
-                    except (EOFError, pickle.UnpicklingError):
-                        working = [job for n, job in enumerate(jobs) if n >= number and n not in early]
-                        raise self._death(working[: self._n_threads]) from None
-                    early[answer[0]] = answer
-                yield early.pop(number)
+                try:
+                    result, pixels = pickle.load(process.stdout)
+                except (EOFError, pickle.UnpicklingError):
+                    raise self._death(jobs[number : number + self._n_threads]) from None
+                yield number, result, pixels
         except BaseException:
             # Otherwise the remaining answers would be mistaken for answers to the next jobs.
             self.close()
@@ -159,7 +155,7 @@ class Decoders(AbstractContextManager["Decoders"]):
             )
         return self._process
 
-    def _death(self, jobs: list[Job]) -> CacheError:
+    def _death(self, jobs: Sequence[Job]) -> CacheError:
         assert self._process is not None
         code = self._process.wait()
         self._stderr.seek(0)
@@ -184,6 +180,6 @@ def subprocess_environment() -> dict[str, str]:
 def _feed(stdin: IO[bytes], jobs: Sequence[Job]) -> None:
     # If the subprocess died or was closed, the reader of its answers raises the error.
     with contextlib.suppress(BrokenPipeError, ValueError):
-        for numbered_job in enumerate(jobs):
-            pickle.dump(numbered_job, stdin)
+        for job in jobs:
+            pickle.dump(job, stdin)
         stdin.flush()

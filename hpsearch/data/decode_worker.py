@@ -10,7 +10,8 @@ import signal
 import sys
 import threading
 import traceback
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
 
 import torch
 
@@ -20,36 +21,46 @@ from hpsearch.data.memory_gate import MemoryGate
 
 MAX_BYTES = 400 * 2**20
 """Decoded pixels that all threads hold together. A single larger image is decoded alone."""
+Answer = tuple[ImageStats | DecodeError, list[Pixels]]
 
 
 def main(n_threads: int) -> None:
-    """Answer the jobs on standard input until it ends."""
+    """Answer the jobs on standard input, in order, until it ends."""
     # Ctrl-C reaches the whole process group, but the parent decides when this process ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     # Libraries may print to standard output, so the answers get a descriptor of their own.
-    answers = os.fdopen(os.dup(1), "wb")
+    output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    lock, gate = threading.Lock(), MemoryGate(MAX_BYTES)
+    gate, threads = MemoryGate(MAX_BYTES), ThreadPoolExecutor(n_threads)
+    # Bounds the answers that wait for an earlier one, or for a slow parent.
+    places = threading.Semaphore(4 * n_threads)
+    answers: SimpleQueue[Future[Answer] | None] = SimpleQueue()
 
-    def run(number: int, job: Job) -> None:
-        answer: tuple[int, ImageStats | DecodeError, list[Pixels]]
+    def answer(job: Job) -> Answer:
         try:
-            try:
-                answer = (number, *decode_job(job, gate.admitted))
-            except DecodeError as error:
-                answer = (number, error, [])
-            with lock:
-                pickle.dump(answer, answers, pickle.HIGHEST_PROTOCOL)
-                answers.flush()
-        except BaseException:
-            # If only this thread ended, the parent would wait forever.
-            traceback.print_exc()
-            os._exit(70)
+            return decode_job(job, gate.admitted)
+        except DecodeError as error:
+            return error, []
 
-    with ThreadPoolExecutor(n_threads) as threads, contextlib.suppress(EOFError):
-        while True:
-            threads.submit(run, *pickle.load(sys.stdin.buffer))
+    def read_jobs() -> None:
+        with contextlib.suppress(EOFError):
+            while True:
+                job = pickle.load(sys.stdin.buffer)
+                places.acquire()
+                answers.put(threads.submit(answer, job))
+        answers.put(None)
+
+    threading.Thread(target=read_jobs, daemon=True).start()
+    try:
+        while (future := answers.get()) is not None:
+            pickle.dump(future.result(), output, pickle.HIGHEST_PROTOCOL)
+            output.flush()
+            places.release()
+    except BaseException:
+        traceback.print_exc()
+        # Without waiting for the other threads.
+        os._exit(70)
 
 
 if __name__ == "__main__":
