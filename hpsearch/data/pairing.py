@@ -75,12 +75,13 @@ def images_by_key(folder: Path) -> FilesByKey:
 def find_suffix(images: Iterable[str], masks: Iterable[str], *, together: bool) -> str:
     """Return what most masks' stems have beyond their images', the shortest of equally frequent suffixes."""
     stems = set(images)
-    votes: Counter[str] = Counter()
-    for mask in masks:
-        for end in range(len(mask), 0, -1):
-            # In one folder every mask would match itself.
-            if mask[:end] in stems and not (together and end == len(mask)):
-                votes[mask[end:]] += 1
+    # In one folder every mask would match itself.
+    votes = Counter(
+        mask[end:]
+        for mask in masks
+        for end in range(len(mask), 0, -1)
+        if mask[:end] in stems and not (together and end == len(mask))
+    )
     return min(votes, key=lambda suffix: (-votes[suffix], len(suffix), suffix), default="")
 
 
