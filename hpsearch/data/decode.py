@@ -221,7 +221,7 @@ def _decode_mask(file: OpenFile, reading: Reading) -> tuple[Tensor, tuple[str, .
     """Return the mask (H, W) uint8 of 0 and 1 and its values as text: background and lesion, or the only one."""
     samples = _decode(file, rgb=False)
     try:
-        mask, values = find_lesion(samples, file.header, background=reading.background, lesion=reading.lesion)
+        mask, values = find_lesion(samples, file.header, reading)
     except DecodeError as error:
         raise DecodeError(error.kind, f"{file.path} {error.text}") from error
     return upright(torch.from_numpy(mask.view(np.uint8)), file.header.orientation if reading.turns else 1), values

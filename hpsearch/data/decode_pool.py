@@ -137,11 +137,6 @@ class Decoders(AbstractContextManager["Decoders"]):
             self._stderr.close()
             self._process = None
 
-    @property
-    def pid(self) -> int | None:
-        """Process id of the subprocess, None without one."""
-        return None if self._process is None else self._process.pid
-
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None:
             # Not a pipe, which would fill up because nothing reads it while the subprocess works.

@@ -130,22 +130,21 @@ def _most_similar_first(pairs: Iterable[DuplicatePair]) -> tuple[DuplicatePair, 
 
 
 def _byte_equal(ids: Sequence[str], splits: Sequence[Split], sha256: Sequence[str]) -> list[DuplicatePair]:
-    """Return pairs of equal `sha256` that include every image with a copy.
+    """Return pairs of equal `sha256` that include every image with a copy. The pool comes before the test split.
 
-    Each copy is paired with the first copy in the pool, and each pool image with the first copy in the test split.
+    Each copy is paired with the first one in the pool, and each pool image with the first copy in the test split.
     The number of pairs thus grows with the images and not with their square.
     """
     copies: dict[str, list[int]] = defaultdict(list)
     for i, content in enumerate(sha256):
         copies[content].append(i)
     found = set()
-    for members in copies.values():
-        pool = [i for i in members if splits[i] != "test"]
-        test = [i for i in members if splits[i] == "test"]
-        found |= {(pool[0], other) for other in [*pool[1:], *test] if pool}
-        found |= {(other, test[0]) for other in pool if test}
-    pairs = map(sorted, found)
-    return [DuplicatePair(ids[i], ids[j], splits[i], splits[j], 1.0) for i, j in pairs]
+    for first, *others in copies.values():
+        if splits[first] != "test":
+            found |= {(first, other) for other in others}
+            in_test = [i for i in others if splits[i] == "test"]
+            found |= {(i, in_test[0]) for i in others if in_test and i < in_test[0]}
+    return [DuplicatePair(ids[i], ids[j], splits[i], splits[j], 1.0) for i, j in found]
 
 
 def groups_of(

@@ -10,7 +10,6 @@ A mask of one value means what that value means in the other masks of the datase
 mask is empty for 0, black and full transparency, and full otherwise. All other masks are errors.
 """
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, Self
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 
 from hpsearch.data.decode_pool import DecodeError
 from hpsearch.data.formats import Header
+from hpsearch.data.reading import Reading
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,11 @@ class MaskValue:
         return self.alpha == 0 or not any(self.samples)
 
 
-def find_lesion(
-    samples: NDArray[Any], header: Header, *, background: Collection[str] = (), lesion: Collection[str] = ()
-) -> tuple[NDArray[np.bool_], tuple[str, ...]]:
+def find_lesion(samples: NDArray[Any], header: Header, reading: Reading) -> tuple[NDArray[np.bool_], tuple[str, ...]]:
     """Return where decoded samples (C, H, W) of 1 to 4 channels are lesion, (H, W), and the mask's values as text.
 
-    The values are background and lesion, or the only one. `background` and `lesion` are the meanings of values in
-    the other masks of the dataset. Raises DecodeError, with a text that continues the file's name.
+    The values are background and lesion, or the only one. `reading` has the meanings of values in the other masks of
+    the dataset. Raises DecodeError, with a text that continues the file's name.
     """
 
     def pixels_like(at: int) -> tuple[MaskValue, NDArray[np.bool_]]:
@@ -74,9 +72,9 @@ def find_lesion(
     one, first = pixels_like(0)
     at = int(first.argmin())
     if first.flat[at]:
-        if one.text in lesion and one.text in background:
+        if one.text in reading.lesion and one.text in reading.background:
             raise _disagreement(f"has the value {one.text} only", one.text, "lesion as well as background")
-        is_full = one.text in lesion or (one.text not in background and not one.is_background_alone)
+        is_full = one.text in reading.lesion or (one.text not in reading.background and not one.is_background_alone)
         return first if is_full else ~first, (one.text,)
     other, second = pixels_like(at)
     known = first | second
@@ -90,9 +88,9 @@ def find_lesion(
     lesion_value = _lesion_of(one, other)
     is_lesion, clear = (first, other.text) if lesion_value is one else (second, one.text)
     values = f"has background {clear} and lesion {lesion_value.text}"
-    if clear in lesion:
+    if clear in reading.lesion:
         raise _disagreement(values, clear, "lesion")
-    if lesion_value.text in background:
+    if lesion_value.text in reading.background:
         raise _disagreement(values, lesion_value.text, "background")
     return is_lesion, (clear, lesion_value.text)
 
