@@ -9,6 +9,8 @@ the whole, which separates two lesions under one vignette.
 Other photographs of the same lesion are not found. They need a table of patients or lesions (`data.groups`).
 """
 
+from __future__ import annotations
+
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

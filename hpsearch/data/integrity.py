@@ -1,5 +1,7 @@
 """Find errors in a dataset, and facts about it that are worth a note."""
 
+from __future__ import annotations
+
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
