@@ -106,30 +106,19 @@ def read_header(file: IO[bytes]) -> Header:
 
 def _read_jpeg_header(file: IO[bytes]) -> Header:
     image = JpegImageFile(file)
-    return Header(
-        "jpeg",
-        image.height,
-        image.width,
-        image.layers,
-        orientation=_orientation(image.info.get("exif", b"")),
-    )
+    orientation = _orientation(image.info.get("exif", b""))
+    return Header("jpeg", image.height, image.width, image.layers, orientation=orientation)
 
 
 def _read_png_header(file: IO[bytes]) -> Header:
     image = PngImageFile(file)
     file.seek(24)
     depth, color = file.read(2)
-    transparent = image.info.get("transparency") if color in (0, 2) else None
-    return Header(
-        "png",
-        image.height,
-        image.width,
-        _PNG_CHANNELS[color],
-        depth,
-        _orientation(_png_exif(file)),
-        palette=image.mode == "P",
-        transparent=(transparent,) if isinstance(transparent, int) else transparent,
-    )
+    orientation, transparent = _orientation(_png_exif(file)), None
+    if color in (0, 2) and "transparency" in image.info:
+        transparent = tuple(np.atleast_1d(image.info["transparency"]).tolist())
+    is_palette = image.mode == "P"
+    return Header("png", image.height, image.width, _PNG_CHANNELS[color], depth, orientation, is_palette, transparent)
 
 
 def _png_exif(file: IO[bytes]) -> bytes:

@@ -86,15 +86,10 @@ def decide(found: Survey, config: DataConfig, dataset: Dataset) -> Decision:
     votes: Counter[str] = Counter()
     for background, lesion, n in found.masks:
         votes.update({background: -n, lesion: n})
-    reading = Reading(
-        exif=exif,
-        exif_reason=reason,
-        n_oriented=found.n_oriented,
-        max_value=max_value,
-        # A value with as many votes for either meaning is in both: each mask with it is an error.
-        background=tuple(sorted(value for value, n in votes.items() if n <= 0)),
-        lesion=tuple(sorted(value for value, n in votes.items() if n >= 0)),
-    )
+    # A value with as many votes for either meaning is in both: each mask with it is an error.
+    in_background = tuple(sorted(value for value, n in votes.items() if n <= 0))
+    in_lesion = tuple(sorted(value for value, n in votes.items() if n >= 0))
+    reading = Reading(exif, reason, found.n_oriented, max_value, in_background, in_lesion)
     notes = []
     if found.n_oriented:
         text = (
@@ -177,15 +172,8 @@ def _survey(pool: Sequence[Sample], decoders: Decoders | None) -> Survey:
             if isinstance(result, ImageStats):
                 highest = max(highest, result.largest)
                 values[result.mask_values] += 1
-    return Survey(
-        n_pairs=len(pool),
-        n_oriented=n_oriented,
-        n_apply=n_apply,
-        n_ignore=n_ignore,
-        n_deep=len(deep),
-        highest=highest,
-        masks=tuple((*pair, n) for pair, n in sorted(values.items()) if len(pair) == 2),
-    )
+    pairs = tuple((*pair, n) for pair, n in sorted(values.items()) if len(pair) == 2)
+    return Survey(len(pool), n_oriented, n_apply, n_ignore, n_deep=len(deep), highest=highest, masks=pairs)
 
 
 def _header(path: Path) -> Header | None:
