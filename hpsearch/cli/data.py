@@ -218,7 +218,7 @@ def download(folder: Path, only: tuple[str, ...], base_url: str | None, remove_a
     if no_check:
         return 0
     report = integrity.check(find_samples(DataConfig(root=str(folder))), progress=counter("checking images"))
-    click.echo("\n".join(report.summary()))
+    _print_report(report)
     return 1 if report.errors else 0
 
 

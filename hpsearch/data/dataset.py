@@ -1,7 +1,5 @@
 """Image/mask pairs of a dataset, and problems with them."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,11 +1,8 @@
 """Decode images in a subprocess. The caller loads no torch, and no damaged file can end it.
 
-The subprocess (decode_worker.py) reads pickled jobs. It answers each with two pickled tuples of number, result and
-pixels. The first tuple has the result None and announces that the job begins, so that the files that were being read
-are known if the process dies.
+The subprocess (decode_worker.py) reads pickled jobs and answers each, in order, with a pickled tuple of result and
+pixels.
 """
-
-from __future__ import annotations
 
 import contextlib
 import pickle
@@ -24,7 +21,7 @@ from numpy.typing import NDArray
 from hpsearch import subprocesses
 from hpsearch.cores import available_cores
 from hpsearch.data.reading import PLAIN_READING, Reading
-from hpsearch.errors import CacheError
+from hpsearch.errors import CacheError, DatasetError
 
 View = Literal["resize", "random crop", "centre crop"]
 """Method that brings an image to the size of the cache."""
@@ -59,14 +56,14 @@ class ImageStats:
     height: int
     width: int
     """Original size."""
-    image_sha256: str
-    mask_sha256: str
+    image_sha256: str = ""
+    mask_sha256: str = ""
     """SHA-256 of the files' content. Empty without `Job.measure`."""
-    foreground: int
+    foreground: int = 0
     """Lesion pixels of the original mask."""
-    moments: tuple[int, ...]
+    moments: tuple[int, ...] = ()
     """Sums over the pixels of the first view: R, G, B, RR, GG, BB, RG, RB, GB. Empty without views."""
-    crc: int
+    crc: int = 0
     """CRC-32 of the bytes of all views."""
     view_foreground: int = -1
     """Lesion pixels of the mask in the first view, -1 without views."""
@@ -79,17 +76,14 @@ class ImageStats:
     is_oriented: bool = False
     """Whether image or mask has an EXIF orientation other than upright."""
 
-    def is_empty(self, size: tuple[int, int] | None = None) -> bool:
-        """Return whether the mask shows no lesion, in the file or in the first view, whose size is `size`."""
-        return (self.view_foreground if size else self.foreground) == 0
-
-    def is_full(self, size: tuple[int, int] | None = None) -> bool:
-        """Return whether the mask shows nothing but lesion, in the file or in the first view."""
-        height, width = size or (self.height, self.width)
-        return (self.view_foreground if size else self.foreground) == height * width
+    def lesion_share(self, size: tuple[int, int] | None = None) -> float:
+        """Return the share of the mask that is lesion, in the file or in the first view, whose size is `size`."""
+        if size is None:
+            return self.foreground / (self.height * self.width)
+        return self.view_foreground / (size[0] * size[1])
 
 
-class DecodeError(Exception):
+class DecodeError(DatasetError):
     """A pair that cannot be used."""
 
     def __init__(self, kind: str, text: str) -> None:
@@ -108,13 +102,12 @@ class Decoders(AbstractContextManager["Decoders"]):
     def __init__(self, n_threads: int | None = None) -> None:
         self._n_threads = n_threads or available_cores()
         self._process: subprocess.Popen[bytes] | None = None
-        self._stderr: IO[bytes] | None = None
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def decode(self, jobs: Sequence[Job]) -> Iterator[tuple[int, ImageStats | DecodeError, list[Pixels]]]:
-        """Yield the number of each job, its result and the pixels of its views, in the order of completion.
+        """Yield the number of each job, its result and the pixels of its views, in the order of the jobs.
 
         Raises CacheError, naming the files that were being read, if the subprocess dies.
         """
@@ -123,46 +116,26 @@ class Decoders(AbstractContextManager["Decoders"]):
         assert process.stdout is not None
         feeder = threading.Thread(target=_feed, args=(process.stdin, jobs), daemon=True)
         feeder.start()
-        working: set[int] = set()
-        n_done = 0
         try:
-            while n_done < len(jobs):
+            for number in range(len(jobs)):
                 try:
-                    number, result, pixels = pickle.load(process.stdout)
+                    result, pixels = pickle.load(process.stdout)
                 except (EOFError, pickle.UnpicklingError):
-                    raise self._death([str(jobs[n].image or jobs[n].mask) for n in sorted(working)]) from None
-                if result is None:
-                    working.add(number)
-                    continue
-                working.discard(number)
-                n_done += 1
+                    raise self._death(jobs[number : number + self._n_threads]) from None
                 yield number, result, pixels
-        finally:
-            if n_done == len(jobs):
-                feeder.join()
-            else:
-                # Otherwise the remaining answers would be mistaken for answers to the next jobs.
-                self.close()
+        except BaseException:
+            # Otherwise the remaining answers would be mistaken for answers to the next jobs.
+            self.close()
+            raise
+        feeder.join()
 
     def close(self) -> None:
         """End the subprocess, even while it works."""
-        process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.wait()
-            for stream in (process.stdin, process.stdout):
-                if stream is not None:
-                    # Closing flushes jobs that the subprocess did not read.
-                    with contextlib.suppress(BrokenPipeError):
-                        stream.close()
-        if self._stderr is not None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
             self._stderr.close()
-            self._stderr = None
-
-    @property
-    def pid(self) -> int | None:
-        """Process id of the subprocess, None without one."""
-        return None if self._process is None else self._process.pid
+            self._process = None
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None:
@@ -177,15 +150,15 @@ class Decoders(AbstractContextManager["Decoders"]):
             )
         return self._process
 
-    def _death(self, files: list[str]) -> CacheError:
+    def _death(self, jobs: Sequence[Job]) -> CacheError:
         assert self._process is not None
-        assert self._stderr is not None
         code = self._process.wait()
         self._stderr.seek(0)
         last = self._stderr.read().decode(errors="replace").strip().splitlines()[-1:]
         how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
         why = f" ({last[0]})" if last else ""
-        return CacheError(f"the process that decodes ended {how}{why} while it read {', '.join(files) or 'nothing'}")
+        files = ", ".join(str(job.image or job.mask) for job in jobs)
+        return CacheError(f"the process that decodes ended {how}{why} while it read {files}")
 
 
 def subprocess_environment() -> dict[str, str]:
@@ -202,6 +175,6 @@ def subprocess_environment() -> dict[str, str]:
 def _feed(stdin: IO[bytes], jobs: Sequence[Job]) -> None:
     # If the subprocess died or was closed, the reader of its answers raises the error.
     with contextlib.suppress(BrokenPipeError, ValueError):
-        for numbered_job in enumerate(jobs):
-            pickle.dump(numbered_job, stdin)
+        for job in jobs:
+            pickle.dump(job, stdin)
         stdin.flush()

@@ -76,15 +76,21 @@ def find_near_duplicates(
     order of `ids` and `splits`. Exact copies have similarity 1 unless they are flat. Pairs within the test split leak
     nothing and are left out. The memory is about 20 KB per image.
     """
-    fingerprints, details = _describe(_sources(images))
-    if not len(ids) == len(splits) == len(details):
-        raise ValueError(f"{len(details)} images, {len(ids)} ids, {len(splits)} splits")
-    is_test = np.array([split == "test" for split in splits], dtype=bool)
+    sources = _sources(images)
+    n = sum(map(len, sources))
+    if not len(ids) == len(splits) == n:
+        raise ValueError(f"{n} images, {len(ids)} ids, {len(splits)} splits")
+    if n < 2:
+        return ()
+    fingerprints, details = map(np.concatenate, zip(*map(_describe, _batches(sources)), strict=True))
     pairs = []
-    for first, second, orientation in _proposals(fingerprints, is_test):
-        for start in range(0, len(first), _CHUNK):
-            a, b = first[start : start + _CHUNK], second[start : start + _CHUNK]
-            for i, j, value in zip(a, b, _similarity(details[a], _turned(details[b], orientation)), strict=True):
+    proposals = _proposals(fingerprints, np.array([split == "test" for split in splits]))
+    for orientation in range(8):
+        proposed = sorted(pair for pair, value in proposals.items() if value == orientation)
+        for start in range(0, len(proposed), _CHUNK):
+            chunk = proposed[start : start + _CHUNK]
+            a, b = np.array(chunk).T
+            for (i, j), value in zip(chunk, _similarity(details[a], _turned(details[b], orientation)), strict=True):
                 if value >= threshold:
                     pairs.append(DuplicatePair(ids[i], ids[j], splits[i], splits[j], min(1.0, float(value))))
     return _most_similar_first(pairs)
@@ -126,22 +132,21 @@ def _most_similar_first(pairs: Iterable[DuplicatePair]) -> tuple[DuplicatePair, 
 
 
 def _byte_equal(ids: Sequence[str], splits: Sequence[Split], sha256: Sequence[str]) -> list[DuplicatePair]:
-    """Return pairs of equal `sha256` that include every image with a copy.
+    """Return pairs of equal `sha256` that include every image with a copy. The pool comes before the test split.
 
-    Each copy is paired with the first copy in the pool, and each pool image with the first copy in the test split.
+    Each copy is paired with the first one in the pool, and each pool image with the first copy in the test split.
     The number of pairs thus grows with the images and not with their square.
     """
     copies: dict[str, list[int]] = defaultdict(list)
     for i, content in enumerate(sha256):
         copies[content].append(i)
     found = set()
-    for members in copies.values():
-        pool = [i for i in members if splits[i] != "test"]
-        test = [i for i in members if splits[i] == "test"]
-        found |= {(pool[0], other) for other in [*pool[1:], *test] if pool}
-        found |= {(other, test[0]) for other in pool if test}
-    pairs = ((min(pair), max(pair)) for pair in sorted(found))
-    return [DuplicatePair(ids[i], ids[j], splits[i], splits[j], 1.0) for i, j in pairs]
+    for first, *others in copies.values():
+        if splits[first] != "test":
+            found |= {(first, other) for other in others}
+            in_test = [i for i in others if splits[i] == "test"]
+            found |= {(i, in_test[0]) for i in others if in_test and i < in_test[0]}
+    return [DuplicatePair(ids[i], ids[j], splits[i], splits[j], 1.0) for i, j in found]
 
 
 def groups_of(
@@ -166,37 +171,27 @@ def groups_of(
 
 
 def write_contact_sheet(
-    path: Path,
-    pairs: Sequence[DuplicatePair],
-    images: Images | Sequence[Images],
-    ids: Sequence[str],
-    *,
-    columns: int = 4,
-    side: int = 160,
+    path: Path, pairs: Sequence[DuplicatePair], images: Images | Sequence[Images], ids: Sequence[str]
 ) -> None:
-    """Write `pairs` row by row as one PNG. The two images of a pair touch, and pairs are apart.
+    """Write `pairs` as one PNG, four in a row. The two images of a pair touch, and pairs are apart.
 
-    `images` and `ids` are those of `find_near_duplicates`. Each image is drawn with `side` pixels per side. Without
+    `images` and `ids` are those of `find_near_duplicates`. Each image is drawn with 160 pixels per side. Without
     pairs the PNG is white.
     """
     sources = _sources(images)
     place = dict(zip(ids, ((source, i) for source in sources for i in range(len(source))), strict=True))
-
-    def tile(name: str) -> NDArray[np.uint8]:
-        source, index = place[name]
-        image = _read(source, np.array([index]))[0]
-        rows, cols = (np.arange(side) * n // side for n in image.shape[:2])
-        drawn: NDArray[np.uint8] = image[rows][:, cols]
-        return drawn
-
-    gap, n_rows, n_columns = 6, max(1, -(-len(pairs) // columns)), max(1, min(columns, len(pairs)))
-    sheet = np.full((n_rows * (side + gap) + gap, n_columns * (2 * side + gap) + gap, 3), 255, dtype=np.uint8)
+    side, gap, columns = 160, 6, 4
+    n_rows, n_columns = max(1, -(-len(pairs) // columns)), max(1, min(columns, len(pairs)))
+    sheet = Image.new("RGB", (n_columns * (2 * side + gap) + gap, n_rows * (side + gap) + gap), "white")
     for number, pair in enumerate(pairs):
         top = gap + number // columns * (side + gap)
         left = gap + number % columns * (2 * side + gap)
-        sheet[top : top + side, left : left + 2 * side] = np.concatenate([tile(pair.a), tile(pair.b)], axis=1)
+        for name, shift in ((pair.a, 0), (pair.b, side)):
+            source, index = place[name]
+            tile = Image.fromarray(_read(source, np.array([index]))[0])
+            sheet.paste(tile.resize((side, side), Image.Resampling.NEAREST), (left + shift, top))
     with atomic_write(path) as temporary:
-        Image.fromarray(sheet).save(temporary, "PNG")
+        sheet.save(temporary, "PNG")
 
 
 def _sources(images: Images | Sequence[Images]) -> list[Images]:
@@ -207,80 +202,57 @@ def _read(source: Images, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
     return source.read(indices)[0] if isinstance(source, Cache) else np.asarray(source[indices])
 
 
-def _describe(sources: Sequence[Images]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return fingerprints (N, 16, 16) and details (N, 64, 64) of all images."""
-    n = sum(len(source) for source in sources)
-    fingerprints = np.empty((n, _FINGERPRINT_SIDE, _FINGERPRINT_SIDE), dtype=np.float32)
-    details = np.empty((n, _SIDE, _SIDE), dtype=np.float32)
-    smooth = _smoothing(_SIDE, radius=2)
-    step = _SIDE // _FINGERPRINT_SIDE
-    done = 0
+def _batches(sources: Iterable[Images]) -> Iterator[NDArray[np.uint8]]:
     for source in sources:
         for start in range(0, len(source), 16):
-            gray = _thumbnails(_read(source, np.arange(start, min(start + 16, len(source)))))
-            here = slice(done, done + len(gray))
-            boxes = gray.reshape(len(gray), _FINGERPRINT_SIDE, step, _FINGERPRINT_SIDE, step)
-            fingerprints[here] = boxes.mean(axis=(2, 4))
-            fine = gray - smooth @ gray @ smooth.T
-            contrast = np.sqrt(smooth @ (fine * fine) @ smooth.T)
-            details[here] = fine / (contrast + _FLAT)
-            done += len(gray)
-    return fingerprints, details
+            yield _read(source, np.arange(start, min(start + 16, len(source))))
+
+
+def _describe(images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return fingerprints (B, 16, 16) and details (B, 64, 64) of (B, H, W, 3)."""
+    gray = _thumbnails(images)
+    step = _SIDE // _FINGERPRINT_SIDE
+    fingerprints = gray.reshape(-1, _FINGERPRINT_SIDE, step, _FINGERPRINT_SIDE, step).mean(axis=(2, 4))
+    # A triangle of 9 pixels, cut off at the border, smooths each axis.
+    distance = np.abs(np.subtract.outer(np.arange(_SIDE), np.arange(_SIDE)))
+    smooth = np.maximum(0, 5 - distance).astype(np.float32)
+    smooth /= smooth.sum(axis=1, keepdims=True)
+    fine = gray - smooth @ gray @ smooth.T
+    contrast = np.sqrt(smooth @ (fine * fine) @ smooth.T)
+    return fingerprints, fine / (contrast + _FLAT)
 
 
 def _thumbnails(images: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Return gray thumbnails (B, 64, 64), 0 to 255, of (B, H, W, 3): means of 4 x 4 pixels spread over each cell."""
     n = 4 * _SIDE
     rows, columns = (np.arange(n) * length // n for length in images.shape[1:3])
-    lines = images[:, rows].reshape(len(images), _SIDE, 4, -1)
-    sums = lines[:, :, 0].astype(np.uint16) + lines[:, :, 1] + lines[:, :, 2] + lines[:, :, 3]
-    boxes = sums.reshape(len(images), _SIDE, -1, 3)[:, :, columns].reshape(len(images), _SIDE, _SIDE, 4, 3)
-    sums = boxes[:, :, :, 0] + boxes[:, :, :, 1] + boxes[:, :, :, 2] + boxes[:, :, :, 3]
-    gray: NDArray[np.float32] = sums.astype(np.float32) @ np.array(GRAY_WEIGHTS, dtype=np.float32) / 16
+    boxes = images[:, rows][:, :, columns].reshape(-1, _SIDE, 4, _SIDE, 4, 3)
+    gray: NDArray[np.float32] = boxes.sum(axis=(2, 4), dtype=np.float32) @ np.array(GRAY_WEIGHTS, np.float32) / 16
     return gray
 
 
-def _smoothing(side: int, *, radius: int) -> NDArray[np.float32]:
-    """Return the (side, side) matrix that smooths an axis by a triangle of twice `radius`, cut off at the border."""
-    distance = np.abs(np.arange(side)[:, None] - np.arange(side)[None, :])
-    weights: NDArray[np.float32] = np.maximum(0, 2 * radius + 1 - distance).astype(np.float32)
-    weights /= weights.sum(axis=1, keepdims=True)
-    return weights
-
-
-def _proposals(
-    fingerprints: NDArray[np.float32], is_test: NDArray[np.bool_]
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], int]]:
-    """Yield the proposed pairs (first, second) with first < second, and the orientation of second."""
+def _proposals(fingerprints: NDArray[np.float32], is_test: NDArray[np.bool_]) -> dict[tuple[int, int], int]:
+    """Return the orientation of j by proposed pair (i, j) with i < j."""
     n = len(fingerprints)
     units = _unit(fingerprints)
-    turned = [_unit(_turned(fingerprints, orientation)) for orientation in range(8)]
+    turned = np.stack([_unit(_turned(fingerprints, orientation)).T for orientation in range(8)])
     earlier_first = np.linspace(0, 1e-3, n, dtype=np.float32)
+    n_neighbours = min(_NEIGHBOURS, n)
     found: dict[tuple[int, int], int] = {}
-    for start in range(0, n, _CHUNK):
-        rows = np.arange(start, min(start + _CHUNK, n))
-        best = np.full((len(rows), n), -1.0, dtype=np.float32)
-        orientation_of = np.zeros((len(rows), n), dtype=np.int8)
-        for orientation in range(8):
-            correlation = units[rows] @ turned[orientation].T
-            better = correlation > best
-            best[better] = correlation[better]
-            orientation_of[better] = orientation
+    for start in range(0, n, 64):
+        rows = np.arange(start, min(start + 64, n))
+        correlations = units[rows] @ turned
+        orientations, best = correlations.argmax(axis=0), correlations.max(axis=0)
         best[np.arange(len(rows)), rows] = -1.0
         best[np.ix_(is_test[rows], is_test)] = -1.0
-        n_neighbours = min(_NEIGHBOURS, n)
         # If there are more copies, all prefer the first ones and thus stay connected.
         nearest = np.argpartition(earlier_first - best, n_neighbours - 1, axis=1)[:, :n_neighbours]
-        for row, columns in zip(range(len(rows)), nearest, strict=True):
-            for column in columns[best[row, columns] >= _MIN_FINGERPRINT]:
-                i, j, orientation = int(rows[row]), int(column), int(orientation_of[row, column])
-                # An exchanged pair is turned the other way.
-                found[(i, j) if i < j else (j, i)] = orientation if i < j else _INVERSE[orientation]
-    for orientation in range(8):
-        pairs = sorted(pair for pair, value in found.items() if value == orientation)
-        if pairs:
-            first, second = np.array(pairs, dtype=np.int64).T
-            yield first, second, orientation
+        for row, column in zip(*np.nonzero(np.take_along_axis(best, nearest, 1) >= _MIN_FINGERPRINT), strict=True):
+            i, j = int(rows[row]), int(nearest[row, column])
+            orientation = int(orientations[row, j])
+            # An exchanged pair is turned the other way.
+            found[min(i, j), max(i, j)] = orientation if i < j else _INVERSE[orientation]
+    return found
 
 
 _INVERSE = (0, 1, 6, 3, 4, 5, 2, 7)
@@ -296,7 +268,7 @@ def _turned(images: NDArray[np.float32], orientation: int) -> NDArray[np.float32
 
 def _unit(images: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return (B, S, S) as rows (B, S * S) of mean 0 and length 1, 0 where constant. Products are correlations."""
-    rows: NDArray[np.float32] = images.reshape(len(images), images.shape[1] * images.shape[2])
+    rows: NDArray[np.float32] = images.reshape(len(images), -1)
     rows = rows - rows.mean(axis=1, keepdims=True)
     rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-3)
     return rows
@@ -314,30 +286,27 @@ def _similarity(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.fl
     a, shifted = a[promising], shifted[promising]
     energy = _block_sums(a * a)
     best = np.full(energy.shape, -1.0, dtype=np.float32)
-    for y in range(2 * _SLACK + 1):
-        for x in range(2 * _SLACK + 1):
-            window = shifted[:, y : y + _SIDE, x : x + _SIDE]
-            norm = np.sqrt(energy * _block_sums(window * window))
-            best = np.maximum(best, _block_sums(a * window) / np.maximum(norm, 1e-3))
-    n = _SIDE // _BLOCK
-    middle = slice(n // 4, -n // 4)
-    whole = _weighted_mean(best, energy)
-    result[promising] = np.minimum(whole, _weighted_mean(best[:, middle, middle], energy[:, middle, middle]))
+    for y, x in np.ndindex(2 * _SLACK + 1, 2 * _SLACK + 1):
+        window = shifted[:, y : y + _SIDE, x : x + _SIDE]
+        norm = np.sqrt(energy * _block_sums(window * window))
+        best = np.maximum(best, _block_sums(a * window) / np.maximum(norm, 1e-3))
+    means = []
+    for part in (slice(None), slice(1, -1)):
+        weights = energy[:, part, part]
+        means.append((best[:, part, part] * weights).sum((1, 2)) / np.maximum(weights.sum((1, 2)), 1e-3))
+    result[promising] = np.minimum(*means)
     return result
 
 
 def _aligned(a: NDArray[np.float32], b: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return `b` shifted to fit `a`, with a margin of 2 pixels per side (M, 68, 68), and the correlation (M,)."""
-    spectrum = np.conj(np.fft.rfft2(a)) * np.fft.rfft2(b)
-    products = np.fft.irfft2(spectrum, s=a.shape[1:])
+    products = np.fft.irfft2(np.conj(np.fft.rfft2(a)) * np.fft.rfft2(b), s=a.shape[1:])
     shifts = np.r_[0 : _MAX_SHIFT + 1, -_MAX_SHIFT:0]
     near = products[:, shifts][:, :, shifts].reshape(len(a), -1)
-    down, right = (shifts[part] for part in np.divmod(near.argmax(axis=1), len(shifts)))
-    margin = _MAX_SHIFT + _SLACK
+    down, right = (_MAX_SHIFT + shifts[part] for part in np.divmod(near.argmax(axis=1), len(shifts)))
+    margin, side = _MAX_SHIFT + _SLACK, _SIDE + 2 * _SLACK
     padded = np.pad(b, ((0, 0), (margin, margin), (margin, margin)))
-    side = np.arange(_SIDE + 2 * _SLACK)
-    rows, columns = (_MAX_SHIFT + down)[:, None] + side, (_MAX_SHIFT + right)[:, None] + side
-    shifted = padded[np.arange(len(a))[:, None, None], rows[:, :, None], columns[:, None, :]]
+    shifted = np.stack([p[y : y + side, x : x + side] for p, y, x in zip(padded, down, right, strict=True)])
     norm = np.sqrt((a * a).sum(axis=(1, 2)) * (b * b).sum(axis=(1, 2)))
     return shifted, (near.max(axis=1) / np.maximum(norm, 1e-3)).astype(np.float32)
 
@@ -347,8 +316,3 @@ def _block_sums(images: NDArray[np.float32]) -> NDArray[np.float32]:
     n = _SIDE // _BLOCK
     sums: NDArray[np.float32] = images.reshape(len(images), n, _BLOCK, n, _BLOCK).sum(axis=(2, 4))
     return sums
-
-
-def _weighted_mean(values: NDArray[np.float32], weights: NDArray[np.float32]) -> NDArray[np.float32]:
-    mean: NDArray[np.float32] = (values * weights).sum(axis=(1, 2)) / np.maximum(weights.sum(axis=(1, 2)), 1e-3)
-    return mean

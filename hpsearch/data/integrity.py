@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any, get_args
 from hpsearch.config.data import DataConfig
 from hpsearch.data.cache import Cache
 from hpsearch.data.dataset import Dataset, Problem, Sample, Split, file_sha256, same_bytes
-from hpsearch.data.decode_pool import DecodeError, Decoders, ImageStats, Job, View
+from hpsearch.data.decode_pool import Decoders, ImageStats, Job, View
 from hpsearch.data.folds import AUGMENTATION
 from hpsearch.data.survey import Decision, decide_reading, reading_notes
 from hpsearch.errors import DatasetError
@@ -37,17 +38,12 @@ class CheckReport:
     sizes: tuple[Size, ...]
     """Height and width of each usable pair, in the dataset's order."""
 
-    def summary(self) -> list[str]:
-        """Return all of it as lines of text."""
-        lines = [*self.overview(), *(f"error: {line}" for line in describe(self.errors))]
-        return lines + ([] if self.errors else ["no errors"]) + [f"note: {line}" for line in describe(self.notes)]
-
     def overview(self) -> list[str]:
         """Return the number of usable pairs and their sizes as lines of text."""
         usable = ", ".join(f"{n} {split}" for split, n in self.counts.items())
         lines = [f"{sum(self.counts.values())} pairs can be used: {usable}"]
         if self.sizes:
-            low, high = min(self.sizes, key=lambda s: s[0] * s[1]), max(self.sizes, key=lambda s: s[0] * s[1])
+            low, high = min(self.sizes, key=math.prod), max(self.sizes, key=math.prod)
             lines.append(f"sizes (height x width) from {low[0]}x{low[1]} to {high[0]}x{high[1]}")
         return lines
 
@@ -61,11 +57,11 @@ class CheckReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return counts, errors and notes as plain types."""
-        return {
-            "counts": dict(self.counts),
-            "errors": [_plain(problem) for problem in self.errors],
-            "notes": [_plain(problem) for problem in self.notes],
+        plain = {
+            level: [{**vars(problem), "files": [printable(path) for path in problem.files]} for problem in problems]
+            for level, problems in (("errors", self.errors), ("notes", self.notes))
         }
+        return {"counts": dict(self.counts), **plain}
 
 
 def check(
@@ -82,30 +78,30 @@ def check(
     """
     size = config.cached_size if config is not None and config.match == "resize" else None
     views: tuple[View, ...] = ("resize",) if size else ()
-    results: dict[int, ImageStats | DecodeError] = {}
+    usable: list[Decoded] = []
+    damaged: list[Sample] = []
+    errors = list(dataset.problems)
     with Decoders() as decoders:
         decision = decide_reading(dataset, config or DataConfig(), cache_root, decoders)
         jobs = [
             Job(s.image, s.mask, views, *(size or (0, 0)), send=False, reading=decision.reading)
             for s in dataset.samples
         ]
-        for number, result, _ in decoders.decode(jobs):
-            results[number] = result
+        for sample, (number, result, _) in zip(dataset.samples, decoders.decode(jobs), strict=True):
+            if isinstance(result, ImageStats):
+                usable.append((sample, result))
+            else:
+                damaged.append(sample)
+                errors.append(sample.problem(result.kind, result.text))
             if progress is not None:
-                progress(len(results), len(jobs))
-    decoded = [(sample, results[i]) for i, sample in enumerate(dataset.samples)]
-    usable = [(sample, result) for sample, result in decoded if isinstance(result, ImageStats)]
-    damaged = [(sample, result) for sample, result in decoded if isinstance(result, DecodeError)]
-    pool = [(sample, stats) for sample, stats in usable if sample.split != "test"]
-    errors = [*dataset.problems, *(sample.problem(error.kind, error.text) for sample, error in damaged)]
-    if were_swapped(dataset, [sample for sample, _ in damaged]):
+                progress(number + 1, len(jobs))
+    if were_swapped(dataset, damaged):
         errors.insert(0, dataset.problem("swapped folders", SWAPPED))
-    if fault := lesion_fault([stats for _, stats in pool], size):
+    if fault := lesion_fault([stats for sample, stats in usable if sample.split != "test"], size):
         errors.append(dataset.problem("nothing to learn", fault))
     notes = [
         *dataset_notes(dataset),
-        *shared_images(dataset.split("train", "val"), dataset.split("test")),
-        *duplicates(pool),
+        *same_images(dataset.split("train", "val"), dataset.split("test")),
         *content_notes(dataset, usable, decision, size),
     ]
     counts = {split: sum(sample.split == split for sample, _ in usable) for split in get_args(Split)}
@@ -114,41 +110,42 @@ def check(
 
 def check_stored(cache: Cache) -> list[Problem]:
     """Return files whose content has changed since `cache` was made, and images whose cached pixels have changed."""
-    changed = []
-    for sample, stats in cache.index.pairs:
-        for path, sha256 in ((sample.image, stats.image_sha256), (sample.mask, stats.mask_sha256)):
-            if file_sha256(path) != sha256:
-                text = f"{path} is not what it was when the cache was made"
-                changed.append(sample.problem("changed file", text, path))
+    changed = [
+        sample.problem("changed file", f"{path} is not what it was when the cache was made", path)
+        for sample, stats in cache.index.pairs
+        for path, sha256 in ((sample.image, stats.image_sha256), (sample.mask, stats.mask_sha256))
+        if file_sha256(path) != sha256
+    ]
     damaged = set(cache.damaged())
     return changed + [
-        s.problem("damaged cache", f"{cache.path} is damaged at {s.id}: remove the folder", cache.path)
-        for s in cache.index.samples
-        if s.id in damaged
+        sample.problem("damaged cache", f"{cache.path} is damaged at {sample.id}: remove the folder", cache.path)
+        for sample in cache.index.samples
+        if sample.id in damaged
     ]
 
 
-def shared_images(pool: Sequence[Sample], test: Sequence[Sample]) -> list[Problem]:
-    """Return a note for each image of the pool that is byte-identical to images of the test split.
+def same_images(pool: Sequence[Sample], test: Sequence[Sample]) -> list[Problem]:
+    """Return a note for each image that occurs more than once in the pool, or in both pool and test split.
 
-    This is no error, because ISIC-2017 as published has such a pair. `final` also gives the test mean without them.
+    An image in both is no error, because ISIC-2017 as published has such a pair.
     """
-    labels = same_bytes([*pool, *test])
-    in_test: dict[str, list[Sample]] = defaultdict(list)
-    for sample, label in zip(test, labels[len(pool) :], strict=True):
-        in_test[label].append(sample)
+    copies: dict[str, list[Sample]] = defaultdict(list)
+    for sample, label in zip([*pool, *test], same_bytes([*pool, *test]), strict=True):
+        copies[label].append(sample)
     found = []
-    for sample, label in zip(pool, labels, strict=False):
-        if others := in_test.get(label):
-            named = ", ".join(other.id for other in others[:N_NAMED]) + (", ..." if len(others) > N_NAMED else "")
-            has_other_mask = len({file_sha256(each.mask) for each in (sample, *others)}) > 1
-            text = (
-                f"{sample.id} of the pool is the same file as {named} of the test split"
-                f"{', with another mask' if has_other_mask else ''}; `final` also gives the test mean without such "
-                "images"
-            )
-            files = (sample.image, *(other.image for other in others))
-            found.append(sample.problem("image in pool and test", text, *files))
+    for samples in copies.values():
+        in_pool, in_test = ([s for s in samples if (s.split == "test") == is_test] for is_test in (False, True))
+        if not in_pool or len(samples) == 1:
+            continue
+        n_masks = len({file_sha256(sample.mask) for sample in samples})
+        masks = f"{n_masks} masks" if n_masks > 1 else "one mask"
+        names, test_names = (" and ".join(sample.id for sample in some) for some in (in_pool, in_test))
+        kind, text = "duplicate image", f"{names} are one image with {masks}"
+        if in_test:
+            kind, verb = "image in pool and test", "is" if len(in_pool) == 1 else "are"
+            text = f"{names} of the pool {verb} the same file as {test_names} of the test split, with {masks}"
+            text += "; `final` also gives the test mean without such images"
+        found.append(in_pool[0].problem(kind, text, *(sample.image for sample in samples)))
     return found
 
 
@@ -169,29 +166,11 @@ def dataset_notes(dataset: Dataset) -> list[Problem]:
     return [dataset.problem("counts", text)]
 
 
-def duplicates(pairs: Sequence[Decoded]) -> list[Problem]:
-    """Return a note for each image that occurs more than once."""
-    same: dict[str, list[Decoded]] = defaultdict(list)
-    for pair in pairs:
-        same[pair[1].image_sha256].append(pair)
-    found = []
-    for members in same.values():
-        if len(members) > 1:
-            ids = " and ".join(sample.id for sample, _ in members)
-            n_masks = len({stats.mask_sha256 for _, stats in members})
-            text = f"{ids} are one image with {f'{n_masks} masks' if n_masks > 1 else 'one mask'}"
-            files = [sample.image for sample, _ in members]
-            found.append(members[0][0].problem("duplicate image", text, *files))
-    return found
-
-
-def content_notes(
-    dataset: Dataset, pairs: Sequence[Decoded], decision: Decision, size: Size | None, *, is_cropped: bool = False
-) -> list[Problem]:
+def content_notes(dataset: Dataset, pairs: Sequence[Decoded], decision: Decision, size: Size | None) -> list[Problem]:
     """Return the notes on decoded pairs: how they are read, and what is unusual in images and masks."""
-    notes = [*decision.notes, *mask_notes(pairs, size, is_cropped=is_cropped)]
+    notes = [*decision.notes, *mask_notes(pairs, size)]
     test = [stats for sample, stats in pairs if sample.split == "test"]
-    if test and all(stats.is_empty(size) for stats in test):
+    if test and not any(stats.lesion_share(size) for stats in test):
         text = (
             f"none of the {len(test)} test masks has a lesion{_at(size)}: Dice then only counts false positives, "
             "that is how many images are predicted to be free of lesions"
@@ -200,22 +179,21 @@ def content_notes(
     return [*notes, *reading_notes(pairs, decision.reading)]
 
 
-def mask_notes(pairs: Sequence[Decoded], size: Size | None = None, *, is_cropped: bool = False) -> list[Problem]:
+def mask_notes(pairs: Sequence[Decoded], size: Size | None) -> list[Problem]:
     """Return a note for each mask that is empty or full, in the file or once it is brought to `size`."""
     found = []
     for sample, stats in pairs:
-        if stats.is_empty() or stats.is_full():
-            what, pixels = ("empty", "lesion") if stats.is_empty() else ("full", "skin")
-            text = f"{sample.mask} is {what}: no pixel is {pixels}"
-            found.append(sample.problem(f"{what} mask", text, sample.mask))
-        elif size and (stats.is_empty(size) or stats.is_full(size)):
-            kind, n, pixels = "vanishing lesion", stats.foreground, "lesion pixels"
-            if stats.is_full(size):
-                kind, n = "vanishing skin", stats.height * stats.width - stats.foreground
-                pixels = "pixels beside the lesion"
-            at = f"in its crop of {size[0]}x{size[1]}" if is_cropped else _at(size).strip()
-            text = f"{sample.id} has {n} {pixels} at {stats.height}x{stats.width} and none {at}"
-            found.append(sample.problem(kind, text, sample.mask))
+        share, share_at_size = stats.lesion_share(), stats.lesion_share(size)
+        if share in (0, 1):
+            what, pixels = ("full", "skin") if share else ("empty", "lesion")
+            found.append(
+                sample.problem(f"{what} mask", f"{sample.mask} is {what}: no pixel is {pixels}", sample.mask)
+            )
+        elif share_at_size in (0, 1):
+            what = "skin" if share_at_size else "lesion"
+            n = stats.height * stats.width - stats.foreground if share_at_size else stats.foreground
+            text = f"{sample.id} has {n} {what} pixels at {stats.height}x{stats.width} and none{_at(size)}"
+            found.append(sample.problem(f"vanishing {what}", text, sample.mask))
     return found
 
 
@@ -225,24 +203,15 @@ def lesion_fault(stats: Sequence[ImageStats], size: Size | None) -> str:
     With `size` the masks count as they are at that size. The text is empty if something can be learned, or without
     pairs.
     """
-    n, at = len(stats), _at(size)
-    if n and all(each.is_empty(size) for each in stats):
-        if n_vanish := sum(not each.is_empty() for each in stats):
-            others = f", and the other {n - n_vanish} are empty" if n_vanish < n else ""
-            return (
-                f"none of the {n} masks of training and validation has a lesion{at}: the lesions of {n_vanish} "
-                f"vanish at that size{others}. Choose a larger data.size"
-            )
-        return (
-            f"none of the {n} masks of training and validation has a lesion, so there is nothing to learn: check "
-            "that they are the right masks"
-        )
-    if n and all(each.is_full(size) for each in stats):
-        return (
-            f"all {n} masks of training and validation are nothing but lesion{at}, so there is nothing to learn: "
-            "check that they are the right masks"
-        )
-    return ""
+    shares = {each.lesion_share(size) for each in stats}
+    if shares not in ({0}, {1}):
+        return ""
+    masks = f"{len(stats)} masks of training and validation"
+    fault = f"all {masks} are nothing but lesion" if shares == {1} else f"none of the {masks} has a lesion"
+    advice = "check that they are the right masks"
+    if n_vanish := sum(each.lesion_share() not in shares for each in stats):
+        advice = f"{n_vanish} of them have both lesion and background at their own size. Choose a larger data.size"
+    return f"{fault}{_at(size)}, so there is nothing to learn: {advice}"
 
 
 def were_swapped(dataset: Dataset, damaged: Sequence[Sample]) -> bool:
@@ -287,7 +256,3 @@ def _by_kind(problems: Iterable[Problem]) -> dict[str, list[Problem]]:
 
 def _at(size: Size | None) -> str:
     return f" at {size[0]}x{size[1]}" if size else ""
-
-
-def _plain(problem: Problem) -> dict[str, Any]:
-    return {**vars(problem), "files": [printable(path) for path in problem.files]}

@@ -1,7 +1,5 @@
 """Compute the keys that name caches and surveys from the files of their images."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import zlib

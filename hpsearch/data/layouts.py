@@ -9,8 +9,6 @@ The layout follows from the folders that exist. Only names are read, with one ex
 found before a test share is drawn, so that no copy of a test image is trained on.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shlex
@@ -18,38 +16,28 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import get_args
 
+from hpsearch import user_files
 from hpsearch.config.data import DataConfig
 from hpsearch.data.dataset import Dataset, Layout, Problem, Sample, Split, same_bytes
 from hpsearch.data.folds import connected, groups_file, read_groups
 from hpsearch.data.formats import readable_suffixes, without_suffix
-from hpsearch.data.pairing import MASK_WORD, advice_on_names, find_pairs, find_suffix, images_by_key
+from hpsearch.data.pairing import MASK_WORD, find_pairs, images_by_key
 from hpsearch.errors import DatasetError
 from hpsearch.paths import sha256_text
-from hpsearch.user_files import (
-    broken_link,
-    folder_fault,
-    list_folder,
-    name_key,
-    read_text,
-    require_usable_path,
-    user_path,
-)
 
-_ARCHIVE_FOLDER = re.compile(r"isic-2017_(training|validation|test|test_v2)_(data|part1_groundtruth)", re.IGNORECASE)
-_SPLITS: Mapping[str, Split] = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation"), "val"),
-    **dict.fromkeys(("test", "test_v2"), "test"),
+_SPLIT_NAMES: Mapping[Split, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "test_v2"),
 }
-"""Splits by their names in folders."""
+"""Names of each split in names of folders."""
 _IMAGE_FOLDER = re.compile(r"image|img|data|input|photo", re.IGNORECASE)
 _MISSING = (
     "no dataset in {root}: {needs}. Give the folder of ISIC-2017 with --data DIR (`hpsearch data download` "
     "fetches it), your own with --images DIR --masks DIR, or use the built-in one with --data sample"
 )
-Key = TypeVar("Key")
 
 
 def find_samples(config: DataConfig) -> Dataset:
@@ -64,83 +52,46 @@ def find_samples(config: DataConfig) -> Dataset:
 
 
 def _in_root(config: DataConfig) -> Dataset:
-    root = user_path(config.root)
-    require_usable_path(root, DatasetError)
-    archive, splits = _archive_folders(root), _split_folders(root)
-    if archive and splits:
-        raise DatasetError(
-            f"{root} holds two layouts, {sorted(p.name for p in archive.values())[0]} and "
-            f"{splits['train'].name}: move one of them elsewhere"
-        )
-    if archive:
-        return _from_folders(root, "archive", _archive_pairs(archive), "_segmentation")
-    if splits:
-        folders = {split: _image_and_mask_folder(folder) for split, folder in splits.items()}
-        return _from_folders(root, "splits", folders, "")
-    nested = root / "ISIC-2017"
-    if _archive_folders(nested) or _split_folders(nested):
-        raise DatasetError(f"no dataset in {root}, but in {nested}: use --data {nested}")
-    if own := _own_folders_in(root):
-        images, masks = (shlex.quote(str(path)) for path in own)
-        raise DatasetError(
-            f"{root} is not laid out like ISIC-2017, but looks like images and masks of your own: "
-            f"use --images {images} --masks {masks}"
-        )
-    needs = "it needs ISIC-2017_Training_Data and ISIC-2017_Training_Part1_GroundTruth, or train, validation and test"
-    raise DatasetError(_MISSING.format(root=root, needs=folder_fault(root) or needs))
-
-
-def _own_folders_in(root: Path) -> tuple[Path, Path] | None:
-    """Return the folders of images and masks that `root` may refer to: two inside it, or `root` for both."""
-    inside = [path for path in _folders(root) if images_by_key(path)]
-    masks = [path for path in inside if MASK_WORD.search(path.name)]
-    images = [path for path in inside if path not in masks]
-    if len(masks) == 1 and len(images) == 1:
-        return images[0], masks[0]
-    if not folder_fault(root) and (stems := images_by_key(root)) and find_suffix(stems, stems, together=True):
-        return root, root
-    return None
-
-
-def _archive_folders(root: Path) -> dict[tuple[Split, str], Path]:
-    """Return the folders of the archive by split and content (`data` or `part1_groundtruth`)."""
-    found: dict[tuple[Split, str], Path] = {}
-    for path in _folders(root):
-        if match := _ARCHIVE_FOLDER.fullmatch(path.name):
-            _add_once(found, (_SPLITS[match[1].lower()], match[2].lower()), path)
-    # Unpacking an archive into a folder of its own name nests it once.
-    nested = {key: path / path.name for key, path in found.items()}
-    return {key: path if folder_fault(nested[key]) else nested[key] for key, path in found.items()}
-
-
-def _split_folders(root: Path) -> dict[Split, Path]:
-    found: dict[Split, Path] = {}
-    for path in _folders(root):
-        name = path.name.lower()
-        if name in _SPLITS and name != "test_v2":
-            _add_once(found, _SPLITS[name], path)
+    root = user_files.user_path(config.root)
+    user_files.require_usable_path(root, DatasetError)
+    images, masks = (_by_split(root, f"isic-2017_{{}}_{content}") for content in ("data", "part1_groundtruth"))
     # A folder named test alone can be anything.
-    return found if "train" in found else {}
+    splits = found if "train" in (found := _by_split(root, "{}")) else {}
+    archive = masks | images
+    if archive and splits:
+        names = f"{next(iter(archive.values())).name} and {splits['train'].name}"
+        raise DatasetError(f"{root} holds two layouts, {names}: move one of them elsewhere")
+    for split, folder in archive.items():
+        if split not in images or split not in masks:
+            partner = "Data" if split in masks else "Part1_GroundTruth"
+            raise DatasetError(f"{folder} is there, but the folder ..._{partner} beside it is not")
+    folders = {split: _image_and_mask_folder(folder) for split, folder in splits.items()}
+    folders |= {split: (images[split], masks[split]) for split in archive}
+    if folders:
+        results = [find_pairs(*pair, split, "_segmentation" if archive else "") for split, pair in folders.items()]
+        samples = [sample for pairs, _ in results for sample in pairs]
+        problems = [problem for _, faults in results for problem in faults]
+        return _dataset(samples, problems, root, "archive" if archive else "splits")
+    nested = root / "ISIC-2017"
+    if os.path.isdir(nested):
+        raise DatasetError(f"no dataset in {root}, but perhaps in {nested}: use --data {nested}")
+    needs = "it needs ISIC-2017_Training_Data and ISIC-2017_Training_Part1_GroundTruth, or train, validation and test"
+    raise DatasetError(_MISSING.format(root=root, needs=user_files.folder_fault(root) or needs))
 
 
-def _add_once(found: dict[Key, Path], key: Key, path: Path) -> None:
-    if key in found:
-        raise DatasetError(f"{path.parent} holds both {found[key].name} and {path.name}: keep one of them")
-    found[key] = path
-
-
-def _archive_pairs(folders: Mapping[tuple[Split, str], Path]) -> dict[Split, tuple[Path, Path]]:
-    """Return the folders of images and masks of each split. DatasetError if one of them is missing."""
-    pairs: dict[Split, tuple[Path, Path]] = {}
-    for split in get_args(Split):
-        images, masks = folders.get((split, "data")), folders.get((split, "part1_groundtruth"))
-        if images is None and masks is None:
-            continue
-        if images is None or masks is None:
-            partner = "Part1_GroundTruth" if masks is None else "Data"
-            raise DatasetError(f"{images or masks} is there, but the folder ..._{partner} beside it is not")
-        pairs[split] = images, masks
-    return pairs
+def _by_split(root: Path, pattern: str) -> dict[Split, Path]:
+    """Return the folder of each split in `root` whose name in lower case is `pattern` with a name of the split."""
+    folders = {path.name.lower(): path for path in _folders(root)}
+    found: dict[Split, Path] = {}
+    for split, names in _SPLIT_NAMES.items():
+        here = [folders[name] for name in map(pattern.format, names) if name in folders]
+        if len(here) > 1:
+            raise DatasetError(f"{root} holds both {here[0].name} and {here[1].name}: keep one of them")
+        if here:
+            # Unpacking an archive into a folder of its own name nests it once.
+            nested = here[0] / here[0].name
+            found[split] = nested if nested.is_dir() else here[0]
+    return found
 
 
 def _image_and_mask_folder(folder: Path) -> tuple[Path, Path]:
@@ -157,28 +108,29 @@ def _image_and_mask_folder(folder: Path) -> tuple[Path, Path]:
     return images[0], masks[0]
 
 
-def _from_folders(root: Path, layout: Layout, folders: Mapping[Split, tuple[Path, Path]], suffix: str) -> Dataset:
-    found = [find_pairs(*pair, split, suffix) for split, pair in folders.items()]
-    samples = [sample for pairs, _ in found for sample in pairs]
-    return _dataset(samples, [problem for _, problems in found for problem in problems], root, layout)
-
-
 def _own_folders(config: DataConfig) -> Dataset:
-    images, masks = user_path(config.images), user_path(config.masks)
+    images, masks = user_files.user_path(config.images), user_files.user_path(config.masks)
     for what, path in (("images", images), ("masks", masks)):
-        require_usable_path(path, DatasetError)
-        if fault := folder_fault(path):
+        user_files.require_usable_path(path, DatasetError)
+        if fault := user_files.folder_fault(path):
             raise DatasetError(f"{fault}: --{what} (data.{what}) must name a folder")
         if not images_by_key(path):
             endings = ", ".join(readable_suffixes())
             raise DatasetError(f"{path}, given as --{what}, holds no JPEG or PNG file ({endings})")
     suffix = config.mask_suffix
     samples, problems = find_pairs(images, masks, "train", suffix, is_chosen=bool(suffix))
-    if not samples and all(len(problem.files) == 1 for problem in problems):
-        swapped, _ = find_pairs(masks, images, "train", suffix)
-        advice = "were --images and --masks swapped?" if swapped else advice_on_names(images, masks, suffix)
+    if not samples and all(problem.kind in ("missing image", "missing mask") for problem in problems):
+        advice = "were --images and --masks swapped?"
+        if not find_pairs(masks, images, "train", suffix)[0]:
+            image, mask = (next(iter(images_by_key(folder).values()))[0] for folder in (images, masks))
+            named = f"{image.stem}{suffix}.png" if suffix else f"{image.stem}.png or {image.stem}_mask.png"
+            literally = " (data.mask_suffix is taken literally)" if suffix else ""
+            advice = (
+                f"the mask of {image.name} would be {named}{literally}, but the masks have names like {mask.name}: "
+                "rename them"
+            )
         raise DatasetError(f"no name in {masks} goes with one in {images}: {advice}")
-    ids = [sample.id for sample in samples] + [problem.id for problem in problems]
+    ids = [*(sample.id for sample in samples), *(problem.id for problem in problems)]
     test = _listed_test_ids(config, ids) if config.test_list else _drawn_test_ids(config, samples)
     return _dataset(
         [replace(sample, split="test") if sample.id in test else sample for sample in samples],
@@ -190,18 +142,14 @@ def _own_folders(config: DataConfig) -> Dataset:
 
 def _listed_test_ids(config: DataConfig, ids: Iterable[str]) -> set[str]:
     """Return the ids in the test list. Raise DatasetError if it lists anything else."""
-    path = user_path(config.test_list)
-    names = [line.strip() for line in read_text(path, "data.test_list", DatasetError).split("\n")]
-    by_key = {name_key(id): id for id in ids}
-    listed, unknown = set(), []
-    for name in filter(None, names):
-        key = name_key(name) if name_key(name) in by_key else name_key(without_suffix(name))
-        if key in by_key:
-            listed.add(by_key[key])
-        else:
-            unknown.append(name)
-    if unknown:
-        raise DatasetError(f"{path} lists {unknown[0]!r} ({len(unknown)} such), which is no image with a mask")
+    path = user_files.user_path(config.test_list)
+    by_key = {user_files.name_key(id): id for id in ids}
+    listed: set[str] = set()
+    for name in filter(None, map(str.strip, user_files.read_text(path, "data.test_list", DatasetError).split("\n"))):
+        id = by_key.get(user_files.name_key(name)) or by_key.get(user_files.name_key(without_suffix(name)))
+        if id is None:
+            raise DatasetError(f"{path} lists {name!r}, which is no image with a mask")
+        listed.add(id)
     if not 0 < len(listed) < len(by_key):
         what = "none" if not listed else "all"
         raise DatasetError(f"{path} lists {what} of the {len(by_key)} images: a search and a test need some each")
@@ -229,9 +177,9 @@ def _dataset(samples: list[Sample], problems: list[Problem], root: Path, layout:
     if not samples and not problems:
         raise DatasetError(_MISSING.format(root=root, needs="its folders hold no images and masks"))
     # Images are often numbered from 1 in each split's folder. Such ids get the split's name in front.
-    n_splits = Counter(key for key, _ in {(name_key(sample.id), sample.split) for sample in samples})
+    n_splits = Counter(key for key, _ in {(user_files.name_key(sample.id), sample.split) for sample in samples})
     named = [
-        replace(sample, id=f"{sample.split}-{sample.id}") if n_splits[name_key(sample.id)] > 1 else sample
+        replace(sample, id=f"{sample.split}-{sample.id}") if n_splits[user_files.name_key(sample.id)] > 1 else sample
         for sample in samples
     ]
     order = get_args(Split)
@@ -244,5 +192,5 @@ def _folders(root: Path) -> list[Path]:
     """Return the folders in `root`, sorted. Broken links are included, so that one that is needed is reported."""
     if not os.path.isdir(root):
         return []
-    inside = [path for path in list_folder(root, DatasetError) if not path.name.startswith(".")]
-    return [path for path in inside if os.path.isdir(path) or (not path.suffix and broken_link(path))]
+    inside = [path for path in user_files.list_folder(root, DatasetError) if not path.name.startswith(".")]
+    return [path for path in inside if os.path.isdir(path) or (not path.suffix and user_files.broken_link(path))]

@@ -1,7 +1,5 @@
 """Limit the memory that threads hold together."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Pair the images of one folder with the masks of another by their names."""
 
-from __future__ import annotations
-
 import re
 import stat
 import unicodedata
@@ -10,7 +8,7 @@ from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from hpsearch.data.dataset import Problem, Sample, Split
-from hpsearch.data.formats import is_image_name, is_unsupported
+from hpsearch.data.formats import is_image_name, readable_suffixes
 from hpsearch.errors import DatasetError
 from hpsearch.user_files import broken_link, list_folder, name_fault, name_key, printable, require_usable_path
 
@@ -77,38 +75,14 @@ def images_by_key(folder: Path) -> FilesByKey:
 def find_suffix(images: Iterable[str], masks: Iterable[str], *, together: bool) -> str:
     """Return what most masks' stems have beyond their images', the shortest of equally frequent suffixes."""
     stems = set(images)
-    votes: Counter[str] = Counter()
-    for mask in masks:
-        for end in range(len(mask), 0, -1):
-            # In one folder every mask would match itself.
-            if mask[:end] in stems and not (together and end == len(mask)):
-                votes[mask[end:]] += 1
+    # In one folder every mask would match itself.
+    votes = Counter(
+        mask[end:]
+        for mask in masks
+        for end in range(len(mask), 0, -1)
+        if mask[:end] in stems and not (together and end == len(mask))
+    )
     return min(votes, key=lambda suffix: (-votes[suffix], len(suffix), suffix), default="")
-
-
-def advice_on_names(images: Path, masks: Path, suffix: str) -> str:
-    """Return what to do if no name of a mask matches that of an image. `suffix` is `data.mask_suffix`."""
-    names = images_by_key(masks)
-    image, mask = (
-        next(path for paths in files.values() for path in paths) for files in (images_by_key(images), names)
-    )
-    if unsupported := [path for path in (image, mask) if is_unsupported(path.suffix)]:
-        return _unsupported_text(unsupported[0])
-    if suffix:
-        return (
-            f"with data.mask_suffix = {suffix} (taken literally) the mask of {image.name} is "
-            f"{image.stem}{suffix}.png, but the masks have names like {mask.name}; left out, the suffix is found by "
-            "itself"
-        )
-    if masks.samefile(images):
-        return f"they are one folder, in which the mask of {image.name} would be {image.stem}_mask.png or the like"
-    prefixed = [stem for stem in names if stem.endswith(name_key(image.stem))]
-    example = names[prefixed[0]][0] if prefixed else mask
-    return (
-        f"a mask is named like its image, with or without something behind (mask of {image.name}: {image.stem}.png "
-        f"or {image.stem}_mask.png), but the masks have names like {example.name}: rename them"
-        + (f" ({example.name} to {image.stem}{example.suffix})" if prefixed else "")
-    )
 
 
 def may_be_file(path: Path) -> bool:
@@ -142,28 +116,23 @@ def _pair_fault(
         only = f" (only {', '.join(path.name for path in others)})" if others else ""
         return "missing mask", f"{paths[0]} has no {missing}{only}", (*paths, *others)
     if others:
-        named = f"{', '.join(path.name for path in (*partners, *others[:-1]))} and {others[-1].name}"
+        named = ", ".join(path.name for path in (*partners, *others))
         text = f"{paths[0]} has {1 + len(others)} masks, {named}: join them into one, or keep one"
         return "several masks", text, files
     return None
 
 
 def _file_fault(files: Sequence[Path]) -> _Fault | None:
-    """Return what is wrong with the names, links and formats of an image's files."""
+    """Return what is wrong with the name, link or format of one of an image's files."""
     for path in files:
         if fault := name_fault(path.stem):
             return "unusable name", f"{printable(path)}: its name {fault}: rename it", tuple(files)
-    for path in files:
         if fault := broken_link(path):
             return "dangling link", fault, tuple(files)
-    for path in files:
-        if is_unsupported(path.suffix):
-            return "unknown format", _unsupported_text(path), tuple(files)
+        if path.suffix.lower() not in readable_suffixes():
+            text = f"{path} is a {path.suffix.lower()} file, which cannot be read: convert it to PNG or JPEG"
+            return "unknown format", text, tuple(files)
     return None
-
-
-def _unsupported_text(path: Path) -> str:
-    return f"{path} is a {path.suffix.lower()} file, which cannot be read: convert it to PNG or JPEG"
 
 
 def _separated(files: FilesByKey, suffix: str) -> tuple[FilesByKey, FilesByKey]:
@@ -188,20 +157,14 @@ def _further_masks(
     unless its name says that it is a mask. With a chosen suffix only masks that begin with it are further masks.
     """
     found: dict[str, list[str]] = defaultdict(list)
-    images_extend: bool | None = None
+    images_extend = any(_owner(image, suffix, images) for image in images)
     for key in masks:
         owner = _owner(key, suffix, images)
-        if owner is None or (key.endswith(suffix) and key[: len(key) - len(suffix)] in images):
+        if owner is None or key.removesuffix(suffix) in images:
             continue
         rest = key[len(owner) :]
-        if is_chosen and not rest.startswith(suffix):
-            continue
-        if not _says_mask(rest, suffix):
-            if images_extend is None:
-                images_extend = any(_owner(image, suffix, images) for image in images)
-            if images_extend:
-                continue
-        found[owner].append(key)
+        if rest.startswith(suffix) if is_chosen else _says_mask(rest, suffix) or not images_extend:
+            found[owner].append(key)
     return found
 
 

@@ -22,10 +22,9 @@ from hpsearch.data.integrity import (
     content_notes,
     dataset_notes,
     describe,
-    duplicates,
     lesion_fault,
     refusal,
-    shared_images,
+    same_images,
     were_swapped,
 )
 from hpsearch.data.keys import cache_key
@@ -161,7 +160,7 @@ def _pool(config: DataConfig, cache_root: Path, role: Role, seed: int) -> _Reque
     in_pool, in_test = _by_split(dataset.problems)
     # Errors of the test split do not stop the study, but `final` will refuse them.
     later = [replace(problem, kind=f"{problem.kind} in the test split") for problem in in_test]
-    notes = (*shared_images(samples, dataset.split("test")), *later)
+    notes = (*same_images(samples, dataset.split("test")), *later)
     return _Request(dataset, samples, in_pool, notes, preparation, "training or validation")
 
 
@@ -204,12 +203,10 @@ def _prepare(
         raise refusal(problems, request.dataset.flags, SWAPPED if swapped else "")
     for problem in problems:
         logger.warning("left out (%s): %s", problem.kind, problem.text)
-    size, is_cropped = config.cached_size, config.match == "crop"
     notes = [
         *(dataset_notes(request.dataset) if config.root != "sample" else []),
         *request.notes,
-        *duplicates(index.pairs),
-        *content_notes(request.dataset, index.pairs, decision, size, is_cropped=is_cropped),
+        *content_notes(request.dataset, index.pairs, decision, config.cached_size),
     ]
     return Prepared(
         cache_path=folder,
@@ -219,7 +216,7 @@ def _prepare(
         notes=tuple(describe(notes)),
         excluded=tuple(dict.fromkeys(problem.id for problem in problems)),
         seconds=time.monotonic() - start,
-        fault=lesion_fault(index.stats, size) if request.what != "test" else "",
+        fault=lesion_fault(index.stats, config.cached_size) if request.what != "test" else "",
         reading=decision.reading,
     )
 

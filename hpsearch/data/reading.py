@@ -4,10 +4,8 @@ survey.py decides them from the pool (training and validation images). The cache
 them, so that training, `final`, `predict`, the served model and `data augment` read the same pixels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 FULL_SCALES = (255, 1023, 4095, 16383, 65535)
@@ -47,24 +45,15 @@ class Reading:
         """Return the rules for images as plain types, as weights files keep them."""
         return {"exif": self.exif, "max_value": self.max_value}
 
-    def to_table(self) -> dict[str, Any]:
-        """Return all rules as plain types."""
-        return asdict(self)
-
     @classmethod
     def from_table(cls, table: Mapping[str, Any]) -> Self:
-        """Return the rules in a table of `to_table` or `for_images`."""
+        """Return the rules in a table of `dataclasses.asdict` or `for_images`."""
         return cls(**as_tuples(table))
 
 
 PLAIN_READING = Reading()
 READING_0_1 = Reading("ignore", max_value=FULL_SCALES[-1])
 """Rules of version 0.1, whose weights files do not name them."""
-
-
-def full_scale(largest: int) -> int:
-    """Return the smallest of FULL_SCALES that is at least `largest`."""
-    return next(scale for scale in FULL_SCALES if largest <= scale)
 
 
 def as_tuples(table: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,9 @@
 """Survey the files of a pool once and decide how they are read: orientation, full scale, values of masks."""
 
-from __future__ import annotations
-
-import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,14 +15,11 @@ from hpsearch.data.decode_pool import Decoders, ImageStats, Job
 from hpsearch.data.folds import AUGMENTATION
 from hpsearch.data.formats import Header, read_header
 from hpsearch.data.keys import files_key
-from hpsearch.data.reading import FULL_SCALES, Reading, as_tuples, full_scale
+from hpsearch.data.reading import FULL_SCALES, READING_0_1, Reading, as_tuples
 from hpsearch.errors import RecordError, StorageError
 
-logger = logging.getLogger(__name__)
-
 Exif = Literal["apply", "ignore"]
-BY_DEFAULT = "by default"
-SURVEY_VERSION = 1
+SURVEY_VERSION = 2
 """Changes when the same files give another survey."""
 
 
@@ -42,10 +36,8 @@ class Survey:
     """Pairs whose sizes are equal only without it."""
     n_deep: int = 0
     """Images of more than 8 bits per channel."""
-    lowest: int = 0
-    """Smallest of the largest values of these images."""
     highest: int = 0
-    """Largest of them."""
+    """Largest value in these images."""
     masks: tuple[tuple[str, str, int], ...] = ()
     """Background, lesion, and the number of masks with these two values."""
 
@@ -74,17 +66,13 @@ def survey(pool: Sequence[Sample], cache_root: Path | None, decoders: Decoders |
     if cache_root is None:
         return _survey(pool, decoders)
     path = cache_root / f"survey-{files_key(['survey', SURVEY_VERSION], pool)}.json"
-    if path.is_file():
-        try:
-            return Survey(**as_tuples(paths.read_json(path)))
-        except (RecordError, AttributeError, TypeError) as error:
-            logger.warning("%s; the images are surveyed again", error)
+    with suppress(RecordError, AttributeError, TypeError):
+        return Survey(**as_tuples(paths.read_json(path)))
+    # It is missing or damaged.
     result = _survey(pool, decoders)
-    try:
+    # A shared cache may be in a folder that this user cannot write.
+    with suppress(OSError, StorageError):
         paths.write_json(path, asdict(result))
-    except (OSError, StorageError) as error:
-        # A shared cache may be in a folder that this user cannot write.
-        logger.info("the survey of the images is not kept: %s", error)
     return result
 
 
@@ -94,25 +82,27 @@ def decide(found: Survey, config: DataConfig, dataset: Dataset) -> Decision:
     exif, reason = _decide_exif(found, config, recorded)
     max_value = config.max_value or (recorded.max_value if recorded is not None else 0)
     if not max_value and found.n_deep:
-        max_value = full_scale(found.highest)
+        max_value = next(scale for scale in FULL_SCALES if found.highest <= scale)
     votes: Counter[str] = Counter()
     for background, lesion, n in found.masks:
-        votes[background] -= n
-        votes[lesion] += n
-    reading = Reading(
-        exif=exif,
-        exif_reason=reason,
-        n_oriented=found.n_oriented,
-        max_value=max_value,
-        # A value with as many votes for either meaning is in both: each mask with it is an error.
-        background=tuple(sorted(value for value, n in votes.items() if n <= 0)),
-        lesion=tuple(sorted(value for value, n in votes.items() if n >= 0)),
-    )
+        votes.update({background: -n, lesion: n})
+    # A value with as many votes for either meaning is in both: each mask with it is an error.
+    in_background = tuple(sorted(value for value, n in votes.items() if n <= 0))
+    in_lesion = tuple(sorted(value for value, n in votes.items() if n >= 0))
+    reading = Reading(exif, reason, found.n_oriented, max_value, in_background, in_lesion)
     notes = []
     if found.n_oriented:
-        notes.append(dataset.problem("EXIF orientation", _orientation_text(found, reading)))
+        text = (
+            f"{found.n_oriented} of {found.n_pairs} training and validation pairs have an EXIF orientation; it is "
+            f"{'applied' if reading.turns else 'ignored'} {reason} (data.exif)"
+        )
+        notes.append(dataset.problem("EXIF orientation", text))
     if found.n_deep:
-        notes.append(dataset.problem("more than 8 bits", _depth_text(found, reading, config)))
+        text = (
+            f"{found.n_deep} of {found.n_pairs} training and validation images have more than 8 bits a channel, with "
+            f"values up to {found.highest}: full scale is {reading.max_value} (data.max_value)"
+        )
+        notes.append(dataset.problem("more than 8 bits", text))
     return Decision(reading, tuple(notes))
 
 
@@ -125,7 +115,7 @@ def _decide_exif(found: Survey, config: DataConfig, recorded: Reading | None) ->
     if n_for := max(found.n_apply, found.n_ignore):
         exif: Exif = "apply" if found.n_apply >= found.n_ignore else "ignore"
         return exif, f"as the sizes of {n_for} pair{'s' if n_for > 1 else ''} prove"
-    return "apply", BY_DEFAULT
+    return "apply", "by default"
 
 
 def reading_notes(pairs: Sequence[tuple[Sample, ImageStats]], reading: Reading) -> list[Problem]:
@@ -142,29 +132,20 @@ def reading_notes(pairs: Sequence[tuple[Sample, ImageStats]], reading: Reading) 
             f"{oriented[0].image}); it is {'applied' if reading.turns else 'ignored'} {reading.exif_reason}"
         )
         notes.append(Problem("EXIF orientation", "", tuple(s.image for s in oriented), text, "test"))
-    members: dict[tuple[str, ...], list[Sample]] = {}
+    members: dict[str, list[Sample]] = defaultdict(list)
     for sample, stats in pairs:
-        values = stats.mask_values
-        is_usual = all(value.isdecimal() for value in values) and values[0] == "0"
+        background, *lesion = stats.mask_values
+        is_gray = all(value.isdecimal() for value in stats.mask_values)
+        if lesion and not (is_gray and background == "0"):
+            members[f"lesion is {lesion[0]}, background is {background}"].append(sample)
         # Full masks of one gray value have a note already.
-        if not is_usual and not (len(values) == 1 and stats.foreground and values[0].isdecimal()):
-            what = "lesion" if len(values) == 2 else "full" if stats.foreground else "empty"
-            members.setdefault((what, *values), []).append(sample)
-    for (what, *values_of_all), masks in members.items():
-        files = tuple(s.mask for s in masks)
-        notes.append(Problem("mask values", "", files, _values_text(what, values_of_all, masks), masks[0].split))
+        elif not (lesion or (is_gray and (stats.foreground or background == "0"))):
+            members[f"{background} everywhere: {'full' if stats.foreground else 'empty'}"].append(sample)
+    for text, samples in members.items():
+        n = f"{len(samples)} mask{'s' if len(samples) > 1 else ''}"
+        files = tuple(sample.mask for sample in samples)
+        notes.append(Problem("mask values", "", files, f"{n}: {text}, such as {files[0]}", samples[0].split))
     return notes
-
-
-def _values_text(what: str, values: Sequence[str], masks: Sequence[Sample]) -> str:
-    n = f"{len(masks)} mask{'s' if len(masks) > 1 else ''}"
-    if what == "lesion":
-        text = f"{n}: lesion is {values[1]}, background is {values[0]}"
-    else:
-        text = f"{n} of the one value {values[0]}: {what}"
-    if values[0].startswith("index"):
-        text += " (of the palette, whose colours are ignored)"
-    return f"{text}, such as {masks[0].mask}"
 
 
 def _survey(pool: Sequence[Sample], decoders: Decoders | None) -> Survey:
@@ -173,35 +154,26 @@ def _survey(pool: Sequence[Sample], decoders: Decoders | None) -> Survey:
         masks = list(threads.map(_header, [sample.mask for sample in pool]))
     n_oriented = n_apply = n_ignore = 0
     for image, mask in zip(images, masks, strict=True):
-        if image is None or mask is None or image.orientation == mask.orientation == 1:
-            continue
-        n_oriented += 1
-        if_applied = image.size(upright=True) == mask.size(upright=True)
-        if_ignored = image.size(upright=False) == mask.size(upright=False)
-        n_apply += if_applied and not if_ignored
-        n_ignore += if_ignored and not if_applied
-    # Values are read as stored: 16 bits hold them all.
-    reading = Reading("ignore", max_value=FULL_SCALES[-1])
+        if image is not None and mask is not None and max(image.orientation, mask.orientation) > 1:
+            fits_applied, fits_ignored = (
+                image.size(upright=turns) == mask.size(upright=turns) for turns in (True, False)
+            )
+            n_oriented += 1
+            n_apply += fits_applied and not fits_ignored
+            n_ignore += fits_ignored and not fits_applied
     deep = [s for s, header in zip(pool, images, strict=True) if header is not None and header.depth > 8]
-    jobs = [Job(s.image, None, measure=False, reading=reading) for s in deep]
-    jobs += [Job(None, s.mask, measure=False, reading=reading) for s in pool]
-    largest, values = [], Counter[tuple[str, ...]]()
+    # This reading leaves values and orientations as they are stored.
+    jobs = [Job(s.image, None, measure=False, reading=READING_0_1) for s in deep]
+    jobs += [Job(None, s.mask, measure=False, reading=READING_0_1) for s in pool]
+    highest, values = 0, Counter[tuple[str, ...]]()
     with nullcontext(decoders) if decoders is not None else Decoders() as decoding:
         for _, result, _ in decoding.decode(jobs):
             # Unreadable files are reported later, when their pixels are needed.
             if isinstance(result, ImageStats):
-                largest += [result.largest] if result.largest else []
+                highest = max(highest, result.largest)
                 values[result.mask_values] += 1
-    return Survey(
-        n_pairs=len(pool),
-        n_oriented=n_oriented,
-        n_apply=n_apply,
-        n_ignore=n_ignore,
-        n_deep=len(deep),
-        lowest=min(largest, default=0),
-        highest=max(largest, default=0),
-        masks=tuple((*pair, n) for pair, n in sorted(values.items()) if len(pair) == 2),
-    )
+    pairs = tuple((*pair, n) for pair, n in sorted(values.items()) if len(pair) == 2)
+    return Survey(len(pool), n_oriented, n_apply, n_ignore, n_deep=len(deep), highest=highest, masks=pairs)
 
 
 def _header(path: Path) -> Header | None:
@@ -215,34 +187,6 @@ def _header(path: Path) -> Header | None:
 
 def _recorded(dataset: Dataset) -> Reading | None:
     """Return the rules by which the original of an augmented dataset was read."""
-    path = dataset.root / AUGMENTATION
-    if not path.is_file():
-        return None
-    try:
-        table = paths.read_json(path)
-        return Reading.from_table(table["reading"]) if "reading" in table else None
-    except (RecordError, AttributeError, TypeError):
-        return None
-
-
-def _orientation_text(found: Survey, reading: Reading) -> str:
-    done = "applied" if reading.turns else "ignored"
-    other = '"ignore" reads the pixels as they are stored' if reading.turns else '"apply" turns them upright'
-    text = (
-        f"{found.n_oriented} of {found.n_pairs} training and validation pairs have an EXIF orientation; it is {done} "
-        f"{reading.exif_reason}"
-    )
-    if reading.exif_reason == BY_DEFAULT:
-        text += ", as no size tells whether the masks are drawn on the upright pictures"
-    against = found.n_ignore if reading.turns else found.n_apply
-    if against:
-        text += f"; {against} fit only otherwise, which is an error for each of them"
-    return f"{text} (data.exif: {other})"
-
-
-def _depth_text(found: Survey, reading: Reading, config: DataConfig) -> str:
-    return (
-        f"{found.n_deep} of {found.n_pairs} training and validation images have more than 8 bits a channel, with "
-        f"largest values from {found.lowest} to {found.highest}: full scale is {reading.max_value}"
-        + (", as data.max_value says" if config.max_value else " (data.max_value)")
-    )
+    with suppress(RecordError, KeyError, AttributeError, TypeError):
+        return Reading.from_table(paths.read_json(dataset.root / AUGMENTATION)["reading"])
+    return None

@@ -139,6 +139,12 @@ def png_chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
+def png_bomb(side: int) -> bytes:
+    """A PNG whose header says that it has `side` x `side` pixels."""
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", b"")
+
+
 def touch(root: Path, *names: str) -> None:
     """Files whose names are all that matters."""
     for name in names:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import struct
 import sys
-import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +17,7 @@ from hpsearch.data.layouts import find_samples
 from hpsearch.data.prepare import prepare_pool
 from hpsearch.errors import DatasetError
 
-from .conftest import WriteDataset, pair_paths
+from .conftest import WriteDataset, pair_paths, png_bomb
 
 pytestmark = pytest.mark.usefixtures("one_decoder")
 
@@ -28,9 +26,7 @@ DAMAGED = ((2, "train"), (9, "val"))
 
 
 def absurd(image: Path, mask: Path) -> None:
-    header = b"IHDR" + struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
-    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
-    image.write_bytes(bomb)
+    image.write_bytes(png_bomb(100_000))
 
 
 def as_bmp(image: Path, mask: Path) -> None:

@@ -19,7 +19,6 @@ from hpsearch.data.decode import (
     crop,
     crop_corner,
     decode_job,
-    open_job,
     open_pair,
     read_image,
     read_pair,
@@ -30,7 +29,7 @@ from hpsearch.data.decode_pool import DecodeError, ImageStats, Job, Pixels
 from hpsearch.data.reading import PLAIN_READING, Reading
 from hpsearch.errors import DatasetError
 
-from .conftest import draw_pair, encode_png
+from .conftest import draw_pair, encode_png, png_bomb
 
 
 def smooth(height: int, width: int, channels: int = 3) -> NDArray[np.uint8]:
@@ -50,7 +49,7 @@ def run(
     image: Path, mask: Path, *views: str, size: tuple[int, int] = (16, 24), seed: str = ""
 ) -> tuple[ImageStats, list[Pixels]]:
     job = Job(image, mask, views, *size, seed)  # type: ignore[arg-type]
-    return decode_job(open_job(job), job)
+    return decode_job(job)
 
 
 def pair(tmp_path: Path, height: int = 40, width: int = 60) -> tuple[Path, Path]:
@@ -117,12 +116,6 @@ class TestMoreThanEightBits:
         assert read == [value * 256 // 3001 for value in range(3001)]
         assert (read[0], read[-1]) == (0, 255)
 
-    def test_bands_leave_no_trace(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        path = save(tmp_path / "a.png", np.arange(600, dtype=np.uint16).reshape(20, 30) * 100)
-        whole = read_image(path, Reading(max_value=65535))
-        monkeypatch.setattr("hpsearch.data.decode.BAND_BYTES", 12 * 30 * 3)
-        assert torch.equal(read_image(path, Reading(max_value=65535)), whole)
-
     def test_value_above_full_scale_is_refused_with_both_values(self, tmp_path: Path) -> None:
         path = save(tmp_path / "a.png", np.array([[0, 5000]], np.uint16))
         with pytest.raises(DatasetError, match=r"a\.png has the value 5000, above the full scale of 4095"):
@@ -151,7 +144,7 @@ class TestMasks:
         values = np.zeros((20, 30), np.uint8)
         values[3:9], values[5, 5] = 255, 128
         image, mask = save(tmp_path / "a.png", smooth(20, 30)), save(tmp_path / "m.png", values)
-        with pytest.raises(DatasetError, match=r"m\.png has 3 values \(0, 128, 255\), a mask has two"):
+        with pytest.raises(DatasetError, match=r"m\.png has more than two values \(0, 255, 128\), a mask has two"):
             read_pair(image, mask, PLAIN_READING)
 
     @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
@@ -206,11 +199,9 @@ class TestDamage:
     def test_absurd_size_is_refused_before_anything_is_decoded(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        header = b"IHDR" + struct.pack(">IIBBBBB", 60000, 50000, 8, 2, 0, 0, 0)
-        png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
-        (tmp_path / "a.png").write_bytes(png)
-        monkeypatch.setattr("torchvision.io.decode_png", lambda *_: pytest.fail("it was decoded"))
-        with pytest.raises(DatasetError, match="50000x60000 pixels"):
+        (tmp_path / "a.png").write_bytes(png_bomb(60_000))
+        monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda *_: pytest.fail("it was decoded"))
+        with pytest.raises(DatasetError, match="60000x60000 pixels"):
             read_image(tmp_path / "a.png", PLAIN_READING)
 
     def test_size_behind_a_long_description_is_found(self, tmp_path: Path) -> None:
@@ -229,9 +220,9 @@ class TestDamage:
         def fail(*_: object) -> None:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
-        monkeypatch.setattr("torchvision.io.decode_png", fail)
-        with pytest.raises(RuntimeError, match="allocate"):
-            read_image(save(tmp_path / "a.png", smooth(20, 30)), PLAIN_READING)
+        monkeypatch.setattr("torchvision.io.decode_jpeg", fail)
+        with pytest.raises(MemoryError, match="allocate"):
+            read_image(save(tmp_path / "a.jpg", smooth(20, 30)), PLAIN_READING)
 
 
 class TestOrientation:
@@ -281,15 +272,15 @@ class TestOrientation:
     @pytest.mark.parametrize(
         ("exif", "size", "text"),
         [
-            ("apply", (40, 60), "applied by default, and this pair fits only if it is ignored"),
-            ("ignore", (60, 40), "ignored by default, and this pair fits only if it is applied"),
+            ("apply", (40, 60), "ignored, which is applied by default"),
+            ("ignore", (60, 40), "applied, which is ignored by default"),
         ],
     )
     def test_a_pair_against_the_decision_is_refused(
         self, tmp_path: Path, exif: Literal["apply", "ignore"], size: tuple[int, int], text: str
     ) -> None:
         mask = save(tmp_path / "m.png", np.zeros(size, np.uint8))
-        with pytest.raises(DatasetError, match=rf"orientation \(6 of the image, 1 of the mask\) is {text}"):
+        with pytest.raises(DatasetError, match=f"fits only with the EXIF orientation {text}"):
             read_pair(self.oriented(tmp_path, 6), mask, Reading(exif))
 
 
@@ -311,12 +302,6 @@ class TestResize:
         stripes = torch.tensor([1, 0], dtype=torch.uint8).repeat(16, 8)
         small = resize_mask(stripes, 16, 8)
         assert bool((small[:, 1:-1] == 1).all())
-
-    def test_bands_leave_no_trace(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 50, 70), dtype=np.uint8))
-        whole = resize(image, 20, 30)
-        monkeypatch.setattr("hpsearch.data.decode.BAND_BYTES", 4 * 70 * 7)
-        assert torch.equal(resize(image, 20, 30), whole)
 
     @pytest.mark.parametrize("size", [(16, 24), (33, 17), (90, 130)])
     def test_mask_is_where_half_of_the_area_is_lesion(self, size: tuple[int, int]) -> None:
@@ -420,6 +405,6 @@ class TestJobs:
     def test_unmeasured_pixels_are_the_same(self, tmp_path: Path) -> None:
         image, mask = pair(tmp_path)
         job = Job(image, mask, ("resize",), 16, 24, measure=False)
-        stats, _ = decode_job(open_job(job), job)
+        stats, _ = decode_job(job)
         assert stats.crc == run(image, mask, "resize")[0].crc
         assert (stats.moments, stats.image_sha256) == ((), "")

@@ -56,7 +56,7 @@ def test_answers_that_were_not_awaited_are_not_taken_for_others(jobs: list[Job])
     with Decoders(1) as decoders:
         for _ in decoders.decode(jobs):
             break
-        assert decoders.pid is None
+        assert decoders._process is None
         again = {number: stats for number, stats, _ in decoders.decode(jobs[:1])}
     assert list(again) == [0]
 
@@ -68,8 +68,8 @@ def test_death_names_the_file_that_was_read(tmp_path: Path, jobs: list[Job]) -> 
     with Decoders(1) as decoders:
         answers = decoders.decode([jobs[0], Job(tmp_path / "hung.jpg", jobs[0].mask)])
         next(answers)
-        assert decoders.pid is not None
-        process = psutil.Process(decoders.pid)
+        assert decoders._process is not None
+        process = psutil.Process(decoders._process.pid)
         # Once it is open for writing, somebody reads it.
         with (tmp_path / "hung.jpg").open("wb"):
             os.kill(process.pid, signal.SIGKILL)
@@ -86,7 +86,7 @@ def test_subprocess_ends_when_its_parent_does(jobs: list[Job]) -> None:
         "decoders = Decoders(1)\n"
         "answers = decoders.decode([Job(*map(pathlib.Path, sys.argv[1:]))])\n"
         "next(answers)\n"
-        "print(decoders.pid, flush=True)\n"
+        "print(decoders._process.pid, flush=True)\n"
         "time.sleep(60)\n"
     )
     with subprocess.Popen(

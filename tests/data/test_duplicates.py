@@ -214,17 +214,18 @@ def test_group_names_of_patients_do_not_mix_with_ids():
     assert groups_of([], ["a", "b", "c"], {"a": "b", "b": "x", "c": "c"}) == {"a": "a", "b": "b", "c": "c"}
 
 
-def test_contact_sheet_shows_the_two_images_of_each_pair_side_by_side(scenes, tmp_path):
+def test_contact_sheet_shows_the_two_images_of_each_pair_side_by_side(tmp_path):
     path = tmp_path / "sheet.png"
-    pairs = [pair("a", "b"), pair("c", "a"), pair("b", "c")]
-    write_contact_sheet(path, pairs, [scenes[:2], scenes[2:3]], ["a", "b", "c"], columns=2, side=128)
+    scenes = np.stack([scene(seed, 160) for seed in range(3)])
+    pairs = [pair("a", "b"), pair("c", "a"), pair("b", "c"), pair("a", "c"), pair("b", "a")]
+    write_contact_sheet(path, pairs, [scenes[:2], scenes[2:3]], ["a", "b", "c"])
     sheet = read(path)
-    assert sheet.shape == (6 + 2 * 134, 6 + 2 * 262, 3)
-    np.testing.assert_array_equal(sheet[6:134, 6:134], scenes[0])
-    np.testing.assert_array_equal(sheet[6:134, 134:262], scenes[1])
-    np.testing.assert_array_equal(sheet[6:134, 268:396], scenes[2])
-    np.testing.assert_array_equal(sheet[140:268, 6:134], scenes[1])
-    assert (sheet[140:268, 268:] == 255).all()
+    assert sheet.shape == (6 + 2 * 166, 6 + 4 * 326, 3)
+    np.testing.assert_array_equal(sheet[6:166, 6:166], scenes[0])
+    np.testing.assert_array_equal(sheet[6:166, 166:326], scenes[1])
+    np.testing.assert_array_equal(sheet[6:166, 332:492], scenes[2])
+    np.testing.assert_array_equal(sheet[172:332, 6:166], scenes[1])
+    assert (sheet[172:332, 332:] == 255).all()
 
 
 def test_contact_sheet_without_pairs_is_a_white_picture(scenes, tmp_path):
