@@ -40,7 +40,7 @@ from hpsearch.config.train import TrainConfig
 from hpsearch.data.batches import DeviceData
 from hpsearch.data.cache import Normalization
 from hpsearch.errors import DeviceError, OutOfMemoryError
-from hpsearch.models.memory import training_memory
+from hpsearch.models.memory import Step, training_memory
 from hpsearch.models.shapes import training_flops
 from hpsearch.training import runtime as devices
 from hpsearch.training.loop import fit
@@ -172,17 +172,9 @@ def print_step(runtime: Runtime, sizes: Sizes, config: UNetConfig, batch_size: i
     n_images = batch_size * sizes.steps
     rate, _, memory = measure_fit(runtime, config, sizes.size, batch_size, n_images, 0)
     flops = training_flops(config, 3, sizes.size, sizes.size) * rate
-    predicted = training_memory(
-        config,
-        3,
-        sizes.size,
-        sizes.size,
-        batch_size=batch_size,
-        precision=runtime.precision,
-        optimizer="sgd",
-        momentum=0.9,
-        device="cuda" if runtime.device.type == "cuda" else "cpu",
-    ).total
+    device = "cuda" if runtime.device.type == "cuda" else "cpu"
+    step = Step(batch_size=batch_size, precision=runtime.precision, device=device)
+    predicted = training_memory(config, 3, sizes.size, sizes.size, step).total
     compiled = "yes" if runtime.compile == "on" else "no"
     print(
         f"{config.base_channels:4} {batch_size:5} {compiled:>8} {rate:9.1f} {flops / 1e12:8.2f} {flops / peak:8.1%}"

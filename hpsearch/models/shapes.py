@@ -1,7 +1,5 @@
 """Shapes, parameters and FLOPs of every layer of the UNet by arithmetic, and why it cannot exist at a size."""
 
-from __future__ import annotations
-
 import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -42,6 +40,11 @@ class Layer:
         return self.channels * self.height * self.width
 
     @property
+    def is_empty(self) -> bool:
+        """Whether its feature map has vanished."""
+        return self.height < 1 or self.width < 1
+
+    @property
     def flops(self) -> int:
         """FLOPs for one image, a multiply-add counted as 2; bias, normalisation and ReLU are not counted."""
         n_pixels = self.in_height * self.in_width if self.kind == "up" else self.height * self.width
@@ -55,8 +58,8 @@ def layers(config: UNetConfig, in_channels: int, height: int, width: int) -> lis
     28th. Raises ValueError, with the reason of `why_impossible`, if a feature map vanishes.
     """
     found = _walk(config, in_channels, height, width)
-    if reason := _vanished(config, found):
-        raise ValueError(reason)
+    if found[-1].is_empty:
+        raise ValueError(_why_empty(config, found[-1]))
     return found
 
 
@@ -67,18 +70,19 @@ def why_impossible(
 
     `batch_size` matters to batch normalisation only; without it a batch of one image is not considered.
     """
-    found = _walk(config, in_channels, height, width)
-    if reason := _vanished(config, found):
-        smallest = _smallest_side(config, in_channels, batch_size)
-        return f"{reason}; images must be at least {smallest}x{smallest}"
-    for layer in found:
-        if layer.kind == "convolution" and _values_per_statistic(config, layer, batch_size) == 1:
-            return (
-                f"{layer.name} has a map of {layer.height}x{layer.width}, too small for {config.norm} normalisation "
-                "to compute a variance: choose a smaller depth, a larger image"
-                + (" or a larger batch" if config.norm != "instance" else "")
-            )
-    return None
+    layer = _first_impossible(config, in_channels, height, width, batch_size)
+    if layer is None:
+        return None
+    if layer.is_empty:
+        smallest = bisect.bisect_left(
+            range(1, 2**20), True, key=lambda side: not _first_impossible(config, in_channels, side, side, batch_size)
+        )
+        return f"{_why_empty(config, layer)}; images must be at least {smallest + 1}x{smallest + 1}"
+    larger = "a larger image" if config.norm == "instance" else "a larger image or a larger batch"
+    return (
+        f"{layer.name} has a map of {layer.height}x{layer.width}, too small for {config.norm} normalisation "
+        f"to compute a variance: choose a smaller depth, {larger}"
+    )
 
 
 def n_parameters(config: UNetConfig, in_channels: int) -> int:
@@ -138,9 +142,18 @@ def _walk(config: UNetConfig, in_channels: int, height: int, width: int) -> list
     found = []
     for layer in _all_layers(config, in_channels, height, width):
         found.append(layer)
-        if _is_empty(layer):
+        if layer.is_empty:
             break
     return found
+
+
+def _first_impossible(
+    config: UNetConfig, in_channels: int, height: int, width: int, batch_size: int | None
+) -> Layer | None:
+    """Return the layer whose map vanishes, else the first that cannot be normalised; None if there is neither."""
+    found = _walk(config, in_channels, height, width)
+    single = [layer for layer in found if _values_per_statistic(config, layer, batch_size) == 1]
+    return next(iter(found[-1:] if found[-1].is_empty else single), None)
 
 
 def _all_layers(config: UNetConfig, in_channels: int, height: int, width: int) -> Iterator[Layer]:
@@ -186,44 +199,27 @@ def _all_layers(config: UNetConfig, in_channels: int, height: int, width: int) -
         yield layer("interpolation", "interpolation", 0, 1, (height, width))
 
 
-def _is_empty(layer: Layer) -> bool:
-    return layer.height < 1 or layer.width < 1
-
-
-def _vanished(config: UNetConfig, found: list[Layer]) -> str | None:
-    layer = found[-1]
-    if not _is_empty(layer):
-        return None
-    size = f"{layer.in_height}x{layer.in_width}"
+def _why_empty(config: UNetConfig, layer: Layer) -> str:
+    size, side = f"{layer.in_height}x{layer.in_width}", config.kernel_size
     if layer.kind == "pool":
         return f"{layer.name} cannot halve a map of {size} any further"
-    side = config.kernel_size
     return f"{layer.name} cannot apply a {side}x{side} convolution without padding to a map of {size}"
-
-
-def _smallest_side(config: UNetConfig, in_channels: int, batch_size: int | None) -> int:
-    """Return the side of the smallest square image on which the network can be trained."""
-
-    def can_train(side: int) -> bool:
-        found = _walk(config, in_channels, side, side)
-        return not _is_empty(found[-1]) and all(
-            _values_per_statistic(config, layer, batch_size) != 1 for layer in found if layer.kind == "convolution"
-        )
-
-    enough = 1
-    while not can_train(enough):
-        enough *= 2
-    return bisect.bisect_left(range(enough), True, key=can_train)
 
 
 def _values_per_statistic(config: UNetConfig, layer: Layer, batch_size: int | None) -> int:
     """Return how many numbers share a mean and variance; 0 without normalisation or if the batch is not known."""
-    pixels = layer.height * layer.width
-    if config.norm == "batch":
-        return 0 if batch_size is None else batch_size * pixels
-    if config.norm == "group":
-        return layer.channels // norm_groups(layer.channels) * pixels
-    return pixels if config.norm == "instance" else 0
+    if layer.kind != "convolution":
+        return 0
+    return (
+        layer.height
+        * layer.width
+        * {
+            "none": 0,
+            "batch": batch_size or 0,
+            "group": layer.channels // norm_groups(layer.channels),
+            "instance": 1,
+        }[config.norm]
+    )
 
 
 def _bias_and_norm(config: UNetConfig, channels: int) -> int:

@@ -18,6 +18,7 @@ from hpsearch.config.data import DataConfig
 from hpsearch.config.search import Choice, Range
 from hpsearch.errors import ConfigError
 from hpsearch.models.costs import n_parameters, training_flops, training_memory, why_impossible
+from hpsearch.models.memory import Step
 from hpsearch.typed_json import from_json, to_json
 from hpsearch.workers.jobs import MeasuredStep
 from hpsearch.workers.pool import WorkerSettings
@@ -103,20 +104,15 @@ def why_infeasible(config: StudyConfig, plan: ExecutionPlan) -> Infeasible | Non
 
 def predicted_bytes(config: StudyConfig, plan: ExecutionPlan) -> int:
     """Return the predicted peak memory of a training step of `config` on the plan's device."""
-    amp = config.train.amp
-    precision = {"off": "float32", "auto": plan.precision}.get(amp, amp)
-    data = config.data
-    return training_memory(
-        config.unet,
-        data.n_channels,
-        data.height,
-        data.width,
-        batch_size=config.train.batch_size,
-        precision=precision,  # type: ignore[arg-type]
-        optimizer=config.train.optimizer,
-        momentum=config.train.momentum,
+    data, train = config.data, config.train
+    step = Step(
+        batch_size=train.batch_size,
+        precision={"off": "float32", "auto": plan.precision}.get(train.amp, train.amp),
+        optimizer=train.optimizer,
+        momentum=train.momentum,
         device="cuda" if plan.device == "cuda" else "cpu",
-    ).total
+    )
+    return training_memory(config.unet, data.n_channels, data.height, data.width, step).total
 
 
 def disk_bytes(config: StudyConfig, n_folds: int, n_workers: int) -> int:
