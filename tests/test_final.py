@@ -17,6 +17,7 @@ import safetensors.numpy
 import torch
 from PIL import Image
 
+from hpsearch import paths
 from hpsearch.cli.final import describe
 from hpsearch.config.data import DataConfig
 from hpsearch.data.cache import open_cache
@@ -40,7 +41,8 @@ from hpsearch.store.record import study_record
 from hpsearch.store.test_set_log import find_evaluation, n_seen, user_account
 from hpsearch.training.checkpoint import load_weights
 from hpsearch.training.metrics import SCORES, PixelCounts
-from hpsearch.workers.jobs import Job, ScoreJob
+from hpsearch.typed_json import from_json, to_json
+from hpsearch.workers.jobs import CountJob, Job
 from hpsearch.workers.plan import ExecutionPlan
 from hpsearch.workers.pool import WorkerPool, WorkerSettings
 from tests.data.conftest import tiny_pairs, write_oriented
@@ -242,8 +244,8 @@ def test_only_a_whole_result_of_the_same_images_is_taken_as_it_is(
 
 def test_final_trains_with_the_threads_that_the_studys_plan_says(project: ProjectPaths, result: FinalResult) -> None:
     record = study_record(project, None)
-    plan = ExecutionPlan.from_dict(record.plan() or {})
-    record.write_plan(dataclasses.replace(plan, workers=(WorkerSettings("cpu", 1),) * 2, alone_threads=0).to_dict())
+    plan = from_json(ExecutionPlan, record.plan() or {})
+    record.write_plan(to_json(dataclasses.replace(plan, workers=(WorkerSettings("cpu", 1),) * 2, alone_threads=0)))
     (other,) = {0, 1} - {result.trial.number}
     threads = []
 
@@ -304,7 +306,7 @@ def test_an_ensemble_without_networks_says_which_trials_have_them_and_how_to_get
 
 
 def test_choices_are_on_record_and_in_the_weights_file(result: FinalResult) -> None:
-    chosen = SelectedPostprocessing.read(result.paths.choices)
+    chosen = SelectedPostprocessing.from_table(paths.read_json(result.paths.choices))
     assert chosen == result.chosen
     assert chosen.source == f"second fits of trial {result.trial.number}"
     assert [each.name for each in chosen.decisions] == ["flips", "threshold", "clean", "ensemble"]
@@ -349,7 +351,7 @@ def test_an_evaluation_that_is_killed_midway_and_one_of_a_few_images_are_counted
         pass
 
     def kill_at_the_first_score(pool: WorkerPool, job: Job, **more: Any) -> Any:
-        if isinstance(job, ScoreJob):
+        if isinstance(job, CountJob):
             raise KilledError
         return run_job(pool, job, **more)
 

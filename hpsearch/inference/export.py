@@ -23,6 +23,7 @@ from hpsearch.inference.postprocessing import Postprocessing
 from hpsearch.paths import atomic_write, write_text
 from hpsearch.store.record import StudyRecord
 from hpsearch.training.checkpoint import WeightsInfo, load_weights
+from hpsearch.typed_json import from_json, to_json
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ def describe(info: WeightsInfo) -> dict[str, str]:
         if is_crop
         else "resize the logits to the image's own size, bilinear with half-pixel centres (align_corners false)"
     )
-    choices = Postprocessing.from_table(info.extra)
+    choices = from_json(Postprocessing, info.extra)
     flips = "average the logits over the image and its three mirror images, mirrored back; " if choices.flips else ""
     clean = "; keep the largest component and fill its holes" if choices.clean else ""
     ensemble = "; `final` predicts with an ensemble, of which this is not one" if choices.ensemble else ""
@@ -119,7 +120,7 @@ def describe(info: WeightsInfo) -> dict[str, str]:
             f"{clean}{ensemble}"
         ),
         "limits": "for research; not a medical device",
-        "hpsearch": json.dumps(info.to_table(), sort_keys=True),
+        "hpsearch": json.dumps(to_json(info), sort_keys=True),
     }
 
 

@@ -1,7 +1,5 @@
 """Initial weights of the UNet from one seed: Xavier and bilinear interpolation, or the defaults of torch."""
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 

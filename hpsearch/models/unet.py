@@ -1,7 +1,5 @@
 """The UNet, built from four parts: stacked convolution, down, up and 1x1 head, with a final interpolation."""
 
-from __future__ import annotations
-
 import itertools
 
 import torch

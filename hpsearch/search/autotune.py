@@ -18,6 +18,7 @@ from hpsearch.data.sample import draw_sample
 from hpsearch.errors import ConfigError, RecordError
 from hpsearch.paths import ProjectPaths
 from hpsearch.store.record import StudyRecord
+from hpsearch.typed_json import from_json, to_json
 from hpsearch.workers import plan as plans
 from hpsearch.workers.jobs import CachePaths, MeasureJob, Measurement, Rate, RateJob, StepToMeasure
 from hpsearch.workers.local_pool import LocalPool
@@ -81,8 +82,8 @@ def make_plan(
     plan = _stored_plan(record, choice)
     if plan is None:
         plan = _measure_plan(record, caches, choice, pool, check)
-    if plan.to_dict() != record.plan():
-        record.write_plan(plan.to_dict())
+    if to_json(plan) != record.plan():
+        record.write_plan(to_json(plan))
     return plan
 
 
@@ -102,7 +103,7 @@ def plan_for_one_fit(
     if plan is None:
         plan = _measure_plan(record, caches, choice, pool, check)
         if record.plan() is None:
-            record.write_plan(plan.to_dict())
+            record.write_plan(to_json(plan))
     return dataclasses.replace(
         plan, workers=(plan.alone,), machine={**plan.machine, "threads": str(plan.alone.threads)}
     )
@@ -129,7 +130,7 @@ def _stored_plan(record: StudyRecord, choice: MachineChoice) -> ExecutionPlan | 
     """Return the recorded plan with `choice` applied; None if there is none for this kind of device."""
     try:
         stored = record.plan()
-        plan = ExecutionPlan.from_dict(stored) if stored is not None else None
+        plan = from_json(ExecutionPlan, stored) if stored is not None else None
     except (RecordError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise RecordError(f"{record.paths.plan} is damaged ({error}): delete it, and it is measured anew") from error
     if plan is None:

@@ -13,6 +13,7 @@ from hpsearch.store import lock
 from hpsearch.store.fits import FitRecord
 from hpsearch.store.record import StudyRecord, has_all_replicates
 from hpsearch.store.trials import COUNTED, TrialRecord, count_trials
+from hpsearch.typed_json import from_json
 from hpsearch.workers import plan as plans
 from hpsearch.workers.plan import ExecutionPlan
 
@@ -136,7 +137,7 @@ def _seconds_left(
     table = record.plan()
     if table is None:
         return None
-    plan = ExecutionPlan.from_dict(table)
+    plan = from_json(ExecutionPlan, table)
     n_left = record.n_left(trials)
     if n_left > 0:
         return _search_seconds_left(record, plan, trials, seconds, n_left)

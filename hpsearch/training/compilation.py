@@ -1,7 +1,5 @@
 """torch.compile for a fit: whether it saves time, and the compiled network."""
 
-from __future__ import annotations
-
 import logging
 
 import torch
@@ -42,15 +40,16 @@ def _is_compiled(task: FitTask, runtime: Runtime) -> bool:
         return runtime.compile == "on"
     if reason is not None or runtime.device.type != "cuda":
         return False
-    n_images = task.train.epochs * task.steps_per_epoch * sum(task.part_sizes)
-    return n_images * training_flops(task.model_config, task.in_channels, *task.size) >= COMPILED_FLOPS
+    config = task.config
+    n_images = config.train.epochs * task.steps_per_epoch * sum(task.part_sizes)
+    return n_images * training_flops(config.unet, config.data.n_channels, *task.size) >= COMPILED_FLOPS
 
 
 def _compiled(model: nn.Module, task: FitTask, runtime: Runtime) -> Forward:
     """Compile the network by a trial step that leaves no trace in it; with `auto` a failure returns it as it is."""
     compiled: Forward = torch.compile(model, dynamic=False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    images = torch.zeros(task.part_sizes[0], task.in_channels, *task.size, device=runtime.device)
+    images = torch.zeros(task.part_sizes[0], task.config.data.n_channels, *task.size, device=runtime.device)
     model.train()
     try:
         with runtime.autocast():

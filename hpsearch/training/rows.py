@@ -1,7 +1,5 @@
 """Results of one epoch of a fit: one line of epochs.jsonl. Imports no torch: the coordinator reads it."""
 
-from __future__ import annotations
-
 import json
 import zlib
 from dataclasses import dataclass

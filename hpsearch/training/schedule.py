@@ -1,7 +1,5 @@
 """Optimizer and learning rate of every step."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 
@@ -20,12 +18,6 @@ def lr_factor(config: TrainConfig, step: int, n_steps: int) -> float:
     if config.schedule == "constant":
         return 1.0
     return 0.5 * (1 + math.cos(math.pi * step / n_steps))
-
-
-def set_lr_(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of every parameter group."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
 
 
 def make_optimizer(

@@ -1,12 +1,8 @@
 """What a worker keeps from job to job: its device, and the images on it."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 from hpsearch.config import StudyConfig
 from hpsearch.data.batches import DeviceData
-from hpsearch.data.cache import Cache, open_cache
+from hpsearch.data.cache import open_cache
 from hpsearch.training import runtime as runtimes
 from hpsearch.training.runtime import Runtime
 from hpsearch.workers.jobs import CachePaths
@@ -19,38 +15,22 @@ class WorkerContext:
     def __init__(self, settings: WorkerSettings) -> None:
         self.settings = settings
         self._data: dict[tuple[CachePaths, str], DeviceData] = {}
-        self._caches: dict[Path, Cache] = {}
 
     def runtime(self, config: StudyConfig, threads: int = 0) -> Runtime:
         """Return how this worker computes; `threads` other than its own are for measuring only."""
-        return runtimes.make_runtime(
-            self.settings.device,
-            amp=config.train.amp,
-            compile=config.train.compile,
-            threads=threads or self.settings.threads,
-        )
+        train, threads = config.train, threads or self.settings.threads
+        return runtimes.make_runtime(self.settings.device, amp=train.amp, compile=train.compile, threads=threads)
 
     def images(self, caches: CachePaths, config: StudyConfig) -> DeviceData:
         """Return the images on the device. Only one size and colour is kept, because each is another copy."""
         key = (caches, config.data.color)
         if key not in self._data:
             self._data.clear()
-            self._caches = {
-                path: cache for path, cache in self._caches.items() if path in (caches.images, caches.truth)
-            }
-            self._data[key] = DeviceData(
-                self._cache(caches.images),
-                runtimes.choose_device(self.settings.device),
-                color=config.data.color,
-                truth=self._cache(caches.truth) if caches.truth else None,
-            )
+            truth = open_cache(caches.truth) if caches.truth else None
+            device = runtimes.choose_device(self.settings.device)
+            self._data[key] = DeviceData(open_cache(caches.images), device, color=config.data.color, truth=truth)
         return self._data[key]
 
     def forget_images(self) -> None:
         """Give the memory of the images back."""
         self._data.clear()
-
-    def _cache(self, path: Path) -> Cache:
-        if path not in self._caches:
-            self._caches[path] = open_cache(path)
-        return self._caches[path]

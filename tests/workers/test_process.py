@@ -36,7 +36,7 @@ def test_batches_are_halved_until_they_fit_where_that_changes_nothing(tmp_path: 
     config = tiny_config(tmp_path, "unet.norm=group", "train.batch_size=16")
     folder, asked = FitPaths(tmp_path), []
     folder.last.write_bytes(b"a checkpoint")
-    assert fit_within_memory(fit_of_at_most(3, 16, asked), config, folder) == ("the fit", 2)
+    assert fit_within_memory(fit_of_at_most(3, 16, asked), config, folder) == "the fit"
     assert asked == [None, 8, 4, 2]
     assert folder.last.exists()
 
@@ -60,7 +60,7 @@ def test_where_it_is_allowed_parts_of_batches_begin_the_fit_anew(tmp_path: Path)
     config = tiny_config(tmp_path, "study.allow_microbatch=true")
     folder, asked = FitPaths(tmp_path), []
     folder.last.write_bytes(b"the checkpoint of another fit")
-    assert fit_within_memory(fit_of_at_most(2, 4, asked), config, folder) == ("the fit", 2)
+    assert fit_within_memory(fit_of_at_most(2, 4, asked), config, folder) == "the fit"
     assert not folder.last.exists()
 
 

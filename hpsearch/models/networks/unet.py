@@ -1,7 +1,5 @@
 """The UNet, with its shapes, memory and FLOPs by arithmetic."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from hpsearch.config.model import UNetConfig
@@ -17,7 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def build(config: UNetConfig, in_channels: int) -> nn.Module:
+def build(config: UNetConfig, in_channels: int) -> "nn.Module":
     """Return a UNet with the initial weights of the seed of torch's generator."""
     # Imported here because the coordinator, which needs the arithmetic only, runs without torch.
     import torch
