@@ -25,7 +25,7 @@ from hpsearch.inference.postprocessing import Postprocessing, clean_mask
 from hpsearch.inference.scoring import mask_name
 from hpsearch.models.costs import output_size
 from hpsearch.models.network import margin_of
-from hpsearch.paths import FinalPaths, ProjectPaths, atomic_write, read_json
+from hpsearch.paths import FinalPaths, FitPaths, ProjectPaths, atomic_write, read_json
 from hpsearch.store.record import study_record
 from hpsearch.training import runtime as devices
 from hpsearch.training.checkpoint import WeightsInfo, load_weights
@@ -319,15 +319,10 @@ def find_model(project: ProjectPaths, study: str | None, model: str | None) -> P
             return max(finals, key=lambda final: float(read_json(final.result)["ended_at"])).model
         raise StudyError(f"study {record.name!r} has no final model yet: run `hpsearch final`, or name one (--model)")
     path = user_path(model)
-    if os.path.isfile(path):
-        return path
-    if not os.path.isdir(path):
-        raise CheckpointError(f"there is no model {path}: name a folder that `hpsearch final` made, or a file")
-    folder = FinalPaths(path)
-    for weights in (folder.model, path / "weights.safetensors"):
-        if weights.is_file():
+    for weights in (path, FinalPaths(path).model, FitPaths(path).weights):
+        if os.path.isfile(weights):
             return weights
-    raise CheckpointError(f"{path} holds no {folder.model.name}: name a folder that `hpsearch final` made, or a file")
+    raise CheckpointError(f"there is no model in {path}: name a folder that `hpsearch final` made, or a file")
 
 
 def _images_among(paths: Iterable[Path]) -> list[Path]:

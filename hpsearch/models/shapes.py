@@ -17,8 +17,6 @@ class Layer:
     name: str
     """Its module in `UNet`, as in the state dict."""
     kind: Kind
-    stage: int
-    """Number of down-samplings before it; 0 is the resolution of the input."""
     in_channels: int
     channels: int
     height: int
@@ -160,11 +158,9 @@ def _all_layers(config: UNetConfig, in_channels: int, height: int, width: int) -
     lost = 0 if config.padding == "same" else config.kernel_size - 1
     channels, h, w = in_channels, height, width
 
-    def layer(
-        name: str, kind: Kind, stage: int, out: int, size: tuple[int, int], taps: int = 0, rest: int = 0
-    ) -> Layer:
+    def layer(name: str, kind: Kind, out: int, size: tuple[int, int], taps: int = 0, rest: int = 0) -> Layer:
         return Layer(
-            name=name, kind=kind, stage=stage, in_channels=channels, channels=out, height=size[0], width=size[1],
+            name=name, kind=kind, in_channels=channels, channels=out, height=size[0], width=size[1],
             n_taps=taps, n_parameters=taps + rest, in_height=h, in_width=w,
         )  # fmt: skip
 
@@ -174,7 +170,7 @@ def _all_layers(config: UNetConfig, in_channels: int, height: int, width: int) -
         for index in range(config.stacking):
             taps = config.kernel_size**2 * channels * out
             size = h - lost, w - lost
-            yield layer(f"{prefix}.{index}", "convolution", stage, out, size, taps, _bias_and_norm(config, out))
+            yield layer(f"{prefix}.{index}", "convolution", out, size, taps, _bias_and_norm(config, out))
             channels, h, w = out, *size
 
     skips = []
@@ -183,20 +179,20 @@ def _all_layers(config: UNetConfig, in_channels: int, height: int, width: int) -
         skips.append((h, w))
         # A single row or column counts as vanished: rounding up would only repeat it in every stage below.
         half = (0 if h == 1 else (h + 1) // 2), (0 if w == 1 else (w + 1) // 2)
-        yield layer(f"encoder.{stage}.pool", "pool", stage, channels, half)
+        yield layer(f"encoder.{stage}.pool", "pool", channels, half)
         h, w = half
         yield from stack(f"encoder.{stage}.stack", stage)
     for index, stage in enumerate(reversed(range(config.depth))):
         out = channels // 2
-        yield layer(f"decoder.{index}.up", "up", stage, out, (2 * h, 2 * w), 4 * channels * out, out)
+        yield layer(f"decoder.{index}.up", "up", out, (2 * h, 2 * w), 4 * channels * out, out)
         skip_h, skip_w = skips.pop()
         offset = skip_offset(config, stage)
         channels, h, w = 2 * out, min(2 * h, skip_h - offset), min(2 * w, skip_w - offset)
         yield from stack(f"decoder.{index}.stack", stage)
-    yield layer("head", "head", 0, 1, (h, w), channels, 1)
+    yield layer("head", "head", 1, (h, w), channels, 1)
     channels = 1
     if (h, w) != (height, width):
-        yield layer("interpolation", "interpolation", 0, 1, (height, width))
+        yield layer("interpolation", "interpolation", 1, (height, width))
 
 
 def _why_empty(config: UNetConfig, layer: Layer) -> str:

@@ -74,8 +74,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} is refused: it holds more than tensors and plain types ({reason})") from error
+        raise CheckpointError(f"{path} is refused: it holds more than tensors and plain types") from error
     if state["format"] != FORMAT:
         raise CheckpointError(f"{path} has format {state['format']}, this version of hpsearch reads {FORMAT}")
     return cast("dict[str, Any]", state)
@@ -159,13 +158,10 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Mod
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     except safetensors.SafetensorError as error:
-        with path.open("rb") as raw:
-            start = raw.read(64)
-        raise CheckpointError(f"{path} is not a complete safetensors file{_what_it_is(start)}") from error
+        what = _what_it_is(path.read_bytes())
+        raise CheckpointError(f"{path} is not a complete safetensors file{what}") from error
     if text is None:
-        raise CheckpointError(
-            f"{path} holds weights without the description that hpsearch stores in its weights files"
-        )
+        raise CheckpointError(f"{path} is not a weights file of hpsearch: it has no description of its network")
     try:
         table = json.loads(text)
         # The text is compared as well, because different texts may parse to the same table.

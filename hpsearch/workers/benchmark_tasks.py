@@ -14,7 +14,7 @@ from hpsearch.training import runtime as runtimes
 from hpsearch.training.loop import OnEpoch, fit
 from hpsearch.training.rows import EpochRow
 from hpsearch.training.task import FitTask
-from hpsearch.workers.context import WorkerContext
+from hpsearch.workers.fit_task import WorkerContext
 from hpsearch.workers.jobs import MeasuredStep, MeasureJob, Measurement, Rate, RateJob, StepToMeasure
 from hpsearch.workers.plan import image_flops
 

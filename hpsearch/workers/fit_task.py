@@ -1,4 +1,4 @@
-"""The fit job: train one network within the memory of the device, and write what stays of it."""
+"""The fit job, which trains one network within the memory of the device, and what a worker keeps between jobs."""
 
 import logging
 from collections.abc import Callable
@@ -7,17 +7,47 @@ from typing import Any
 import numpy as np
 
 from hpsearch.config import StudyConfig
+from hpsearch.data.batches import DeviceData
+from hpsearch.data.cache import open_cache
 from hpsearch.errors import OutOfMemoryError
 from hpsearch.models.costs import why_impossible
 from hpsearch.paths import FitPaths
-from hpsearch.training.finish import finish_fit
+from hpsearch.training import runtime as runtimes
 from hpsearch.training.loop import OnEpoch, fit
-from hpsearch.training.progress import Progress
+from hpsearch.training.progress import Progress, finish_fit
+from hpsearch.training.runtime import Runtime
 from hpsearch.training.task import FitTask, microbatches_are_exact, part_sizes
-from hpsearch.workers.context import WorkerContext
-from hpsearch.workers.jobs import FitJob
+from hpsearch.workers.jobs import CachePaths, FitJob
+from hpsearch.workers.pool import WorkerSettings
 
 logger = logging.getLogger(__name__)
+
+
+class WorkerContext:
+    """Device, threads and loaded images of one worker."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self.settings = settings
+        self._data: dict[tuple[CachePaths, str], DeviceData] = {}
+
+    def runtime(self, config: StudyConfig, threads: int = 0) -> Runtime:
+        """Return how this worker computes; `threads` other than its own are for measuring only."""
+        train, threads = config.train, threads or self.settings.threads
+        return runtimes.make_runtime(self.settings.device, amp=train.amp, compile=train.compile, threads=threads)
+
+    def images(self, caches: CachePaths, config: StudyConfig) -> DeviceData:
+        """Return the images on the device. Only one size and colour is kept, because each is another copy."""
+        key = (caches, config.data.color)
+        if key not in self._data:
+            self._data.clear()
+            truth = open_cache(caches.truth) if caches.truth else None
+            device = runtimes.choose_device(self.settings.device)
+            self._data[key] = DeviceData(open_cache(caches.images), device, color=config.data.color, truth=truth)
+        return self._data[key]
+
+    def forget_images(self) -> None:
+        """Give the memory of the images back."""
+        self._data.clear()
 
 
 def run_fit(job: FitJob, context: WorkerContext, on_epoch: OnEpoch) -> dict[str, Any] | None:

@@ -25,21 +25,8 @@ from hpsearch.errors import DivergedError, HpsearchError, OutOfMemoryError, Stor
 from hpsearch.training.loop import OnEpoch
 from hpsearch.training.rows import EpochRow
 from hpsearch.workers import benchmark_tasks, fit_task, jobs, scoring_tasks
-from hpsearch.workers.context import WorkerContext
-from hpsearch.workers.jobs import (
-    EpochEnded,
-    Failed,
-    Finished,
-    FitJob,
-    FitScore,
-    Job,
-    Ready,
-    Report,
-    Result,
-    Stopped,
-    from_message,
-    to_message,
-)  # fmt: skip
+from hpsearch.workers.fit_task import WorkerContext
+from hpsearch.workers.jobs import Failed, Finished, Job, Report, Result, from_message, to_message
 from hpsearch.workers.pool import WorkerSettings
 
 Message = dict[str, Any]
@@ -53,7 +40,7 @@ _TASKS: dict[type[Job], Callable[[Any, WorkerContext], Result | None]] = {
     jobs.KeepJob: scoring_tasks.keep,
     jobs.CountJob: scoring_tasks.count,
 }
-_REASONS: dict[type[HpsearchError], Literal["diverged", "out_of_memory"]] = {
+_REASONS: dict[type[HpsearchError], Literal["diverged", "out_of_memory", "error"]] = {
     DivergedError: "diverged",
     OutOfMemoryError: "out_of_memory",
 }
@@ -83,10 +70,10 @@ def serve(settings: WorkerSettings, send: Send, receive: Receive) -> None:
     context = WorkerContext(settings)
 
     def report_epoch(row: EpochRow, scores: npt.NDArray[np.float32]) -> Literal["go", "stop"]:
-        send(to_message(EpochEnded(row)))
+        send(to_message(jobs.EpochEnded(row)))
         return "go" if receive()["go"] else "stop"
 
-    send(to_message(Ready()))
+    send(to_message(jobs.Ready()))
     while True:
         send(to_message(_run(from_message(receive()), context, report_epoch)))
 
@@ -94,17 +81,15 @@ def serve(settings: WorkerSettings, send: Send, receive: Receive) -> None:
 def _run(job: Job, context: WorkerContext, on_epoch: OnEpoch) -> Report:
     """Run one job and return how it ended."""
     try:
-        if not isinstance(job, FitJob):
+        if not isinstance(job, jobs.FitJob):
             return Finished(_TASKS[type(job)](job, context))
         summary = fit_task.run_fit(job, context, on_epoch)
-        return Stopped() if summary is None else Finished(FitScore(summary["value"]))
+        return jobs.Stopped() if summary is None else Finished(jobs.FitScore(summary["value"]))
     except HpsearchError as error:
         if isinstance(error, OutOfMemoryError):
             context.forget_images()
-        is_storage = isinstance(error, StorageError)
-        return Failed(
-            reason=_REASONS.get(type(error), "error"), text=str(error), is_storage=is_storage, is_known=True
-        )
+        reason, is_storage = _REASONS.get(type(error), "error"), isinstance(error, StorageError)
+        return Failed(reason=reason, text=str(error), is_storage=is_storage, is_known=True)
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
         return Failed(reason="error", text=text, traceback=traceback.format_exc())

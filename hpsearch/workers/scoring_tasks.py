@@ -8,9 +8,9 @@ from hpsearch.data.decode import read_pair
 from hpsearch.inference import select_postprocessing
 from hpsearch.paths import atomic_write, write_json
 from hpsearch.training.checkpoint import load_weights, save_array
-from hpsearch.training.finish import save_examples
 from hpsearch.training.metrics import SCORES, PixelCounts
-from hpsearch.workers.context import WorkerContext
+from hpsearch.training.progress import save_examples
+from hpsearch.workers.fit_task import WorkerContext
 from hpsearch.workers.jobs import CountJob, KeepJob, OfficialScoreJob, SelectPostprocessingJob
 
 

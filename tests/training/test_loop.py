@@ -26,10 +26,9 @@ from hpsearch.paths import FitPaths
 from hpsearch.training import checkpoint, loop
 from hpsearch.training.checkpoint import load_weights
 from hpsearch.training.evaluation import eval_batch_size, evaluate, predict_logits, resize_logits
-from hpsearch.training.finish import finish_fit
 from hpsearch.training.losses import loss_function
 from hpsearch.training.metrics import PixelCounts, dice, jaccard
-from hpsearch.training.progress import Progress
+from hpsearch.training.progress import Progress, finish_fit
 from hpsearch.training.rows import EpochRow
 from hpsearch.training.task import microbatches_are_exact
 from hpsearch.typed_json import from_json

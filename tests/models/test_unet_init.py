@@ -10,8 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hpsearch.config.model import UNetConfig
-from hpsearch.models.init import initialize_, interpolation_weight
-from hpsearch.models.unet import UNet
+from hpsearch.models.unet import UNet, initialize_, interpolation_weight
 
 
 def test_kernel_of_4_interpolates_bilinearly() -> None:

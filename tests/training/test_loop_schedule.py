@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hpsearch.config.train import TrainConfig
-from hpsearch.training.schedule import lr_factor, make_optimizer
+from hpsearch.training.loop import lr_factor, make_optimizer
 
 CPU = torch.device("cpu")
 

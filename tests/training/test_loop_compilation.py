@@ -7,7 +7,7 @@ import torch
 from hpsearch.config.model import UNetConfig
 from hpsearch.config.train import TrainConfig
 from hpsearch.errors import DeviceError
-from hpsearch.training import compilation
+from hpsearch.training import loop
 from hpsearch.training import runtime as devices
 from hpsearch.training.progress import Progress
 from tests.training.fakes import FLOAT32, fit, fit_arguments, make_task
@@ -47,7 +47,7 @@ def test_a_compiler_that_fails_costs_auto_nothing_and_ends_on(plain, monkeypatch
     monkeypatch.setattr(torch, "compile", lambda model, **_: failing)
     with pytest.raises(DeviceError, match=r"torch\.compile failed on cpu: C\+\+ compile error"):
         fit(**fit_arguments(runtime=dataclasses.replace(FLOAT32, compile="on")))
-    monkeypatch.setattr(compilation, "_is_compiled", lambda *_: True)
+    monkeypatch.setattr(loop, "_is_compiled", lambda *_: True)
     assert_equal(fit(**fit_arguments(runtime=dataclasses.replace(FLOAT32, compile="auto"))), plain)
 
 
@@ -64,7 +64,7 @@ def test_auto_compiles_long_fits_on_cuda_only(device, size, expected, monkeypatc
     )
     del arguments["data"], arguments["runtime"]
     runtime = dataclasses.replace(FLOAT32, device=torch.device(device), compile="auto")
-    assert compilation._is_compiled(make_task(**arguments), runtime) == expected
+    assert loop._is_compiled(make_task(**arguments), runtime) == expected
 
 
 @pytest.mark.slow
