@@ -30,7 +30,7 @@ from hpsearch.final.fold_networks import fold_networks
 from hpsearch.final.result import is_stored
 from hpsearch.inference.postprocessing import Postprocessing, SelectedPostprocessing
 from hpsearch.inference.predictor import Ensemble, Predictor, find_images, load_predictor, predict_files
-from hpsearch.inference.scoring import mask_name, official_scores, read_mask, score_folder
+from hpsearch.inference.scoring import mask_name, read_mask, score_folder
 from hpsearch.paths import FinalPaths, ProjectPaths
 from hpsearch.report.rows import study_rows
 from hpsearch.search.autotune import MachineChoice
@@ -128,9 +128,8 @@ def test_the_official_scores_are_those_of_the_submission_at_the_images_own_size(
     truths = project.root / "ISIC-2017" / "ISIC-2017_Test_v2_Part1_GroundTruth"
     # Refuses masks of another size than the truth's.
     table = score_folder(tmp_path, truths)
-    assert {name: interval.mean for name, interval in result.official.items()} == pytest.approx(
-        official_scores(table)
-    )
+    means = {name: interval.mean for name, interval in result.official.items()}
+    assert means == pytest.approx(table.mean().to_dict())
     for name in names:
         assert np.array_equal(read_mask(tmp_path / name), read_mask(result.paths.masks / name))
     with result.paths.table.open() as file:
@@ -326,7 +325,7 @@ def test_the_ensemble_has_a_network_for_each_fold_and_is_shown_beside_the_one_ke
     images = find_images([project.root / "ISIC-2017" / "ISIC-2017_Test_v2_Data"])
     predict_files(together, images, tmp_path)
     truths = project.root / "ISIC-2017" / "ISIC-2017_Test_v2_Part1_GroundTruth"
-    found = official_scores(score_folder(tmp_path, truths))
+    found = score_folder(tmp_path, truths).mean().to_dict()
     assert {name: interval.mean for name, interval in result.ensemble.official.items()} == pytest.approx(found)
 
 

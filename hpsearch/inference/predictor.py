@@ -213,13 +213,14 @@ def tile_axis(length: int, out: int, *, blend: bool) -> list[Tile]:
     starts = [(length - out) // 2] if n == 1 else [round(i * (length - out) / (n - 1)) for i in range(n)]
     ramp = torch.arange(1, out + 1, dtype=torch.float64)
     window = torch.minimum(ramp, ramp.flip(0)) if blend else torch.ones_like(ramp)
-    covers = [slice(max(0, start), min(length, start + out)) for start in starts]
-    insides = [slice(cover.start - start, cover.stop - start) for cover, start in zip(covers, starts, strict=True)]
     total = torch.zeros(length, dtype=torch.float64)
-    for cover, inside in zip(covers, insides, strict=True):
-        total[cover] += window[inside]
-    weights = [(window[inside] / total[cover]).float() for cover, inside in zip(covers, insides, strict=True)]
-    return list(map(Tile, starts, covers, insides, weights))
+    parts = []
+    for start in starts:
+        covers = slice(max(0, start), min(length, start + out))
+        inside = slice(covers.start - start, covers.stop - start)
+        total[covers] += window[inside]
+        parts.append((start, covers, inside))
+    return [Tile(*part, (window[part[2]] / total[part[1]]).float()) for part in parts]
 
 
 def find_images(inputs: Iterable[str | Path]) -> list[Path]:

@@ -82,7 +82,7 @@ def _fit(
     progress = Progress(task, model, make_optimizer(config.train, model.parameters(), device), runtime.make_scaler())
     task_digest = task.digest(data.cache.key)
     recorded = {} if paths is None else resume_(progress, paths, task_digest)
-    forward = compiled_if_useful(model, task, runtime)
+    forward = _compiled(model, task, runtime) if _is_compiled(task, runtime) else model
     epochs = _Epochs(task, data, runtime, progress, forward, loss_function(config.train))
     goes_on = not progress.rows or on_epoch(progress.rows[-1], progress.scores[-1]) == "go"
     while progress.stopped and goes_on:
@@ -237,14 +237,6 @@ def make_optimizer(
     )
 
 
-def compiled_if_useful(model: nn.Module, task: FitTask, runtime: Runtime) -> Forward:
-    """Return the compiled network where compilation saves time or is required, otherwise `model`.
-
-    Raises DeviceError if compilation is required and fails.
-    """
-    return _compiled(model, task, runtime) if _is_compiled(task, runtime) else model
-
-
 def _is_compiled(task: FitTask, runtime: Runtime) -> bool:
     """Return whether to compile. `auto` never compiles on a CPU.
 
@@ -264,7 +256,10 @@ def _is_compiled(task: FitTask, runtime: Runtime) -> bool:
 
 
 def _compiled(model: nn.Module, task: FitTask, runtime: Runtime) -> Forward:
-    """Compile the network by a trial step that leaves no trace in it; with `auto` a failure returns it as it is."""
+    """Return the network compiled, after a trial step that leaves no trace in it.
+
+    If compilation fails, `auto` returns the network as it is, and `on` raises DeviceError.
+    """
     compiled: Forward = torch.compile(model, dynamic=False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     images = torch.zeros(task.part_sizes[0], task.config.data.n_channels, *task.size, device=runtime.device)

@@ -47,11 +47,6 @@ def test_each_output_channel_is_the_mean_of_the_input_channels_of_its_number() -
     assert torch.equal(shown[0, :, 0, 0], torch.tensor([2.0, 3.0]))
 
 
-def test_channels_that_do_not_share_out_are_refused() -> None:
-    with pytest.raises(ValueError, match="5 channels to 2"):
-        interpolation_weight(5, 2, kernel_size=2, stride=2)
-
-
 def test_xavier_convolutions_have_glorots_variance_and_no_bias() -> None:
     model = UNet(UNetConfig(base_channels=32, depth=1, norm="none"), in_channels=3)
     conv = model.encoder[1].stack[1].conv
