@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hpsearch.config import stable_seed
 from hpsearch.config.train import TrainConfig
 from hpsearch.data.batches import DeviceData, eval_batches, train_batches
-from hpsearch.errors import DeviceError, DivergedError, OutOfMemoryError
+from hpsearch.errors import ConfigError, DeviceError, DivergedError, OutOfMemoryError
 from hpsearch.models.costs import output_size, training_flops
 from hpsearch.models.network import build_network
 from hpsearch.paths import FitPaths
@@ -58,7 +58,8 @@ def fit(
     loss is NaN or infinite, found at the end of its epoch; OutOfMemoryError if memory ran out, after all of it was
     released; CheckpointError if `paths` holds the checkpoint of another fit.
     """
-    task.check()
+    if reason := task.why_impossible():
+        raise ConfigError(reason)
     # Memory that an earlier fit left behind would count towards the peak of this one.
     devices.trim_memory(runtime.device)
     try:

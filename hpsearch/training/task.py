@@ -14,7 +14,6 @@ from hpsearch.config.model import UNetConfig
 from hpsearch.config.train import TrainConfig
 from hpsearch.data.batches import n_train_batches
 from hpsearch.data.cache import Normalization
-from hpsearch.errors import ConfigError
 from hpsearch.models.costs import output_margin, uses_batch_statistics, why_impossible
 from hpsearch.training.evaluation import Indices
 
@@ -60,11 +59,11 @@ class FitTask:
         """Margin of the network: 0 if its logits are stretched to the size of the images."""
         return output_margin(self.config.unet) if self.config.sees_windows else 0
 
-    def check(self) -> None:
-        """Raise ConfigError if the network cannot be trained at this size on this many images at once."""
+    def why_impossible(self) -> str | None:
+        """Return why the network cannot be trained at this size on this many images at once, or None if it can."""
         n_images, config = min(self.part_sizes), self.config
-        if reason := why_impossible(config.unet, config.data.n_channels, *self.size, batch_size=n_images):
-            raise ConfigError(f"with {n_images} image{'s' if n_images > 1 else ''} at once: {reason}")
+        reason = why_impossible(config.unet, config.data.n_channels, *self.size, batch_size=n_images)
+        return reason and f"with {n_images} image{'s' if n_images > 1 else ''} at once: {reason}"
 
     def digest(self, data_key: str) -> str:
         """Return the hash that a checkpoint carries, so that it is never continued as another fit."""

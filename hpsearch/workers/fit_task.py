@@ -1,5 +1,6 @@
 """The fit job, which trains one network within the memory of the device, and what a worker keeps between jobs."""
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -10,13 +11,12 @@ from hpsearch.config import StudyConfig
 from hpsearch.data.batches import DeviceData
 from hpsearch.data.cache import open_cache
 from hpsearch.errors import OutOfMemoryError
-from hpsearch.models.costs import why_impossible
 from hpsearch.paths import FitPaths
 from hpsearch.training import runtime as runtimes
 from hpsearch.training.loop import OnEpoch, fit
 from hpsearch.training.progress import Progress, finish_fit
 from hpsearch.training.runtime import Runtime
-from hpsearch.training.task import FitTask, microbatches_are_exact, part_sizes
+from hpsearch.training.task import FitTask, microbatches_are_exact
 from hpsearch.workers.jobs import CachePaths, FitJob
 from hpsearch.workers.pool import WorkerSettings
 
@@ -56,20 +56,15 @@ def run_fit(job: FitJob, context: WorkerContext, on_epoch: OnEpoch) -> dict[str,
     folder.root.mkdir(parents=True, exist_ok=True)
     train = np.asarray(job.train, np.int64)
     data, runtime = context.images(job.caches, config), context.runtime(config)
-    normalization = data.cache.normalization(train, config.data.color)
-
-    def fit_in_parts(micro_batch: int | None) -> Progress:
-        task = FitTask(
-            config=config,
-            train_indices=train,
-            held_out_indices=np.asarray(job.held_out, np.int64),
-            normalization=normalization,
-            seed=job.seed,
-            micro_batch=micro_batch,
-        )
-        return fit(task, data, runtime, paths=folder, keep_best=job.keep_best, on_epoch=on_epoch)
-
-    result = fit_within_memory(fit_in_parts, config, folder)
+    task = FitTask(
+        config=config,
+        train_indices=train,
+        held_out_indices=np.asarray(job.held_out, np.int64),
+        normalization=data.cache.normalization(train, config.data.color),
+        seed=job.seed,
+    )
+    options: dict[str, Any] = {"paths": folder, "keep_best": job.keep_best, "on_epoch": on_epoch}
+    result = fit_within_memory(task, folder, lambda parts: fit(parts, data, runtime, **options))
     if result.stopped:
         return None
     extra: dict[str, Any] = {
@@ -84,29 +79,22 @@ def run_fit(job: FitJob, context: WorkerContext, on_epoch: OnEpoch) -> dict[str,
     return finish_fit(result, folder, data, runtime, extra=extra)
 
 
-def fit_within_memory(
-    fit_in_parts: Callable[[int | None], Progress], config: StudyConfig, folder: FitPaths
-) -> Progress:
-    """Return a fit by whole batches, or by the largest halves that fit; `fit_in_parts` takes the images at once.
+def fit_within_memory(task: FitTask, folder: FitPaths, run: Callable[[FitTask], Progress]) -> Progress:
+    """Return the fit that `run` makes of the task, by whole batches or by the largest halves that fit.
 
     Batches are halved where the result stays the same, or where `study.allow_microbatch` allows another result and
     the parts are not too small for batch normalisation. Otherwise raises OutOfMemoryError.
     """
-    is_exact = microbatches_are_exact(config.unet)
-    micro_batch: int | None = None
+    config, is_exact = task.config, microbatches_are_exact(task.config.unet)
     while True:
         try:
-            return fit_in_parts(micro_batch)
+            return run(task)
         except OutOfMemoryError as error:
-            n_images = micro_batch or config.train.batch_size
-            if n_images == 1 or not (is_exact or config.study.allow_microbatch):
+            n_images = task.micro_batch or config.train.batch_size
+            task = dataclasses.replace(task, micro_batch=n_images // 2)
+            if n_images == 1 or not (is_exact or config.study.allow_microbatch) or task.why_impossible():
                 raise
-            micro_batch = n_images // 2
-            smallest = min(part_sizes(config.train.batch_size, micro_batch))
-            size = config.data.height, config.data.width
-            if why_impossible(config.unet, config.data.n_channels, *size, batch_size=smallest):
-                raise
-            logger.warning("%s; continuing with parts of %d images", error, micro_batch)
+            logger.warning("%s; continuing with parts of %d images", error, n_images // 2)
         if not is_exact:
             # Other parts give another result, so the fit starts anew.
             for path in (folder.last, folder.previous, folder.best, folder.epochs, folder.scores):

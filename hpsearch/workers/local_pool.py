@@ -73,15 +73,13 @@ class LocalPool:
         return len(self._workers)
 
     def resize(self, settings: Sequence[WorkerSettings]) -> None:
-        kept = self._workers[: len(settings)]
-        _end(self._workers[len(settings) :])
-        for index, wanted in enumerate(settings):
-            if index == len(kept):
-                kept.append(self._start(index, wanted))
-            elif kept[index].settings != wanted:
-                _end([kept[index]])
-                kept[index] = self._start(index, wanted)
-        self._workers = kept
+        fits = [worker.settings == wanted for worker, wanted in zip(self._workers, settings, strict=False)]
+        fits += [False] * max(len(self._workers), len(settings))
+        _end([worker for worker, stays in zip(self._workers, fits, strict=False) if not stays])
+        self._workers = [
+            self._workers[index] if fits[index] else self._start(index, wanted)
+            for index, wanted in enumerate(settings)
+        ]
 
     def set_device(self, device: str) -> None:
         for worker in self._workers:
