@@ -28,7 +28,7 @@ from scipy.stats import t as student
 
 from hpsearch import paths
 from hpsearch.config import StudyConfig, digest, load
-from hpsearch.data.batches import DeviceData
+from hpsearch.data.batches import DeviceData, eval_batches
 from hpsearch.data.cache import open_cache
 from hpsearch.data.prepare import prepare_pool
 from hpsearch.errors import DivergedError
@@ -36,6 +36,7 @@ from hpsearch.training.evaluation import evaluate
 from hpsearch.training.loop import fit
 from hpsearch.training.metrics import SCORES, PixelCounts
 from hpsearch.training.runtime import make_runtime
+from hpsearch.training.task import FitTask
 from hpsearch.typed_json import to_json
 
 BASE = (
@@ -175,31 +176,22 @@ def fit_arm(arm: Arm, seed: int, root: str, out: Path, threads: int | None = Non
     runtime = make_runtime(amp=config.train.amp, compile=config.train.compile, threads=threads)
     data = DeviceData(open_cache(prepared.cache_path), runtime.device, color=config.data.color)
     normalization = data.cache.normalization(train, config.data.color)
-    size = config.data.height, config.data.width
     began = time.monotonic()
     setting = {"arm": arm.name, "overrides": list(arm.overrides), "n_train": arm.n_train, "seed": seed}
     try:
-        found = fit(
-            model_config=config.unet,
-            in_channels=config.data.n_channels,
-            data=data,
+        task = FitTask(
+            config=config,
             train_indices=train,
             held_out_indices=np.zeros(0, np.int64),
-            train=config.train,
-            augment=config.augment,
             normalization=normalization,
-            size=size,
-            metric="dice",
             seed=seed,
-            runtime=runtime,
         )
+        found = fit(task, data, runtime)
     except DivergedError:
         # A diverged network is worth what predicting nothing is: 0 wherever there is a lesion.
         return {**setting, "diverged": True, "dice": 0.0, "jaccard": 0.0, "accuracy": 0.0, "rows": [], "seconds": 0.0}
-    held_out_counts = evaluate(
-        found.model, data, held_out, normalization=normalization, size=size, runtime=runtime
-    ).counts
-    counts = PixelCounts.from_columns(held_out_counts)
+    batches = eval_batches(data, held_out, batch_size=16, normalization=normalization, size=task.size)
+    counts = PixelCounts.from_columns(evaluate(found.model, batches, runtime).counts)
     scores = {name: float(np.mean(SCORES[name](counts))) for name in ("dice", "jaccard", "accuracy")}
     rows = [to_json(row) for row in found.rows]
     return {**setting, "diverged": False, **scores, "rows": rows, "seconds": time.monotonic() - began}

@@ -29,16 +29,18 @@ import torch
 from alternatives import plain_unet, train_epoch
 from setting import describe_machine
 
+from hpsearch.config import StudyConfig
 from hpsearch.config.data import AugmentConfig, DataConfig
 from hpsearch.config.model import UNetConfig
 from hpsearch.config.train import TrainConfig
-from hpsearch.data.batches import DeviceData
+from hpsearch.data.batches import DeviceData, eval_batches
 from hpsearch.data.cache import Cache, Normalization, open_cache
 from hpsearch.data.prepare import prepare_pool, prepare_test
 from hpsearch.training.evaluation import evaluate
 from hpsearch.training.loop import fit
 from hpsearch.training.metrics import PixelCounts, dice, jaccard
 from hpsearch.training.runtime import Runtime, make_runtime
+from hpsearch.training.task import FitTask
 
 FLIP = 0.5
 
@@ -99,24 +101,20 @@ def train_fast(
     """Mean Dice and Jaccard on the test images of what a study would train."""
     size = pool.size[0], pool.size[1]
     normalization = pool.normalization(indices, "rgb")
-    model = fit(
-        model_config=network,
-        in_channels=3,
-        data=DeviceData(pool),
+    config = StudyConfig(data=DataConfig(size=size), unet=network, train=train, augment=AugmentConfig(hflip=FLIP))
+    task = FitTask(
+        config=config,
         train_indices=indices,
         held_out_indices=indices[:0],
-        train=train,
-        augment=AugmentConfig(hflip=FLIP),
         normalization=normalization,
-        size=size,
-        metric="dice",
         seed=seed,
-        runtime=runtime,
-    ).model
+    )
+    model = fit(task, DeviceData(pool), runtime).model
+    batches = eval_batches(
+        DeviceData(test), np.arange(len(test)), batch_size=16, normalization=normalization, size=size
+    )
     with runtime.active():
-        found = evaluate(
-            model, DeviceData(test), np.arange(len(test)), normalization=normalization, size=size, runtime=runtime
-        )
+        found = evaluate(model, batches, runtime)
     counts = PixelCounts.from_columns(found.counts)
     return float(dice(counts).mean()), float(jaccard(counts).mean())
 

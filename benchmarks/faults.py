@@ -105,9 +105,9 @@ PHASES: dict[str, tuple[tuple[str, str], ...]] = {
         ("coordinator", "tracking/run_files.py:write_trial_files"),
     ),
     "end": (
-        ("worker", "training/finish.py:finish_fit"),
+        ("worker", "training/progress.py:finish_fit"),
         ("worker", "training/checkpoint.py:save_weights"),
-        ("worker", "training/finish.py:save_examples"),
+        ("worker", "training/progress.py:save_examples"),
         ("coordinator", "search/coordinator.py:_end_if_finished"),
         ("coordinator", "views.py:close"),
         ("coordinator", "workers/local_pool.py:close"),

@@ -34,18 +34,20 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from hpsearch.config.data import AugmentConfig
+from hpsearch.config import StudyConfig
+from hpsearch.config.data import AugmentConfig, DataConfig
 from hpsearch.config.model import UNetConfig
 from hpsearch.config.train import TrainConfig
 from hpsearch.data.batches import DeviceData
 from hpsearch.data.cache import Normalization
 from hpsearch.errors import DeviceError, OutOfMemoryError
-from hpsearch.models.memory import training_memory
+from hpsearch.models.memory import Step, training_memory
 from hpsearch.models.shapes import training_flops
 from hpsearch.training import runtime as devices
 from hpsearch.training.loop import fit
 from hpsearch.training.rows import EpochRow
 from hpsearch.training.runtime import Runtime
+from hpsearch.training.task import FitTask
 
 WARM_UP = 2
 """Epochs that are not counted."""
@@ -172,17 +174,9 @@ def print_step(runtime: Runtime, sizes: Sizes, config: UNetConfig, batch_size: i
     n_images = batch_size * sizes.steps
     rate, _, memory = measure_fit(runtime, config, sizes.size, batch_size, n_images, 0)
     flops = training_flops(config, 3, sizes.size, sizes.size) * rate
-    predicted = training_memory(
-        config,
-        3,
-        sizes.size,
-        sizes.size,
-        batch_size=batch_size,
-        precision=runtime.precision,
-        optimizer="sgd",
-        momentum=0.9,
-        device="cuda" if runtime.device.type == "cuda" else "cpu",
-    ).total
+    device = "cuda" if runtime.device.type == "cuda" else "cpu"
+    step = Step(batch_size=batch_size, precision=runtime.precision, device=device)
+    predicted = training_memory(config, 3, sizes.size, sizes.size, step).total
     compiled = "yes" if runtime.compile == "on" else "no"
     print(
         f"{config.base_channels:4} {batch_size:5} {compiled:>8} {rate:9.1f} {flops / 1e12:8.2f} {flops / peak:8.1%}"
@@ -212,33 +206,31 @@ def measure_fit(
     """Images a second in training, seconds of an epoch (medians), and peak bytes without the images themselves."""
     images = DeviceData(RandomImages(n_train + n_held_out, size), runtime.device)  # type: ignore[arg-type]
     resident = n_train + n_held_out if images.is_resident else 0
-    rows = fit(
-        **fit_arguments(runtime, config, size, batch_size),
-        data=images,
-        train_indices=np.arange(n_train),
-        held_out_indices=np.arange(n_train, n_train + n_held_out),
-    ).rows[WARM_UP:]
+    task = fit_task(config, size, batch_size, n_train, n_held_out)
+    rows = fit(task, images, runtime).rows[WARM_UP:]
     rate = statistics.median(row.images_per_s for row in rows)
     seconds = statistics.median(row.train_s + row.eval_s for row in rows)
     return rate, seconds, max(row.peak_bytes for row in rows) - resident * size * size * 4
 
 
-def fit_arguments(
-    runtime: Runtime, config: UNetConfig, size: int, batch_size: int, epochs: int = 7
-) -> dict[str, Any]:
-    """What all fits here have in common."""
-    return {
-        "model_config": config,
-        "in_channels": 3,
+def fit_task(
+    network: UNetConfig, size: int, batch_size: int, n_train: int, n_held_out: int, epochs: int = 7
+) -> FitTask:
+    """The task of a fit to random images."""
+    config = StudyConfig(
+        data=DataConfig(size=size),
+        unet=network,
         # Noise cannot be learnt; a small rate keeps it from diverging.
-        "train": TrainConfig(epochs=epochs, batch_size=batch_size, lr=1e-4, momentum=0.9),
-        "augment": AugmentConfig(hflip=0.5, brightness=0.1, contrast=0.1),
-        "normalization": Normalization((0.5,) * 3, (0.29,) * 3),
-        "size": (size, size),
-        "metric": "dice",
-        "seed": 0,
-        "runtime": runtime,
-    }
+        train=TrainConfig(epochs=epochs, batch_size=batch_size, lr=1e-4, momentum=0.9),
+        augment=AugmentConfig(hflip=0.5, brightness=0.1, contrast=0.1),
+    )
+    return FitTask(
+        config=config,
+        train_indices=np.arange(n_train),
+        held_out_indices=np.arange(n_train, n_train + n_held_out),
+        normalization=Normalization((0.5,) * 3, (0.29,) * 3),
+        seed=0,
+    )
 
 
 def print_small_fits(arguments: argparse.Namespace, sizes: Sizes) -> None:
@@ -293,13 +285,8 @@ def serve_small_fit(runtime: Runtime, n_images: int) -> None:
         return "stop" if ended.is_set() else "go"
 
     config = UNetConfig(base_channels=8, depth=3)
-    fit(
-        **fit_arguments(runtime, config, 64, 16, epochs=100_000),
-        data=DeviceData(RandomImages(n_images, 64), runtime.device),  # type: ignore[arg-type]
-        train_indices=np.arange(n_images),
-        held_out_indices=np.arange(0),
-        on_epoch=on_epoch,
-    )
+    images = DeviceData(RandomImages(n_images, 64), runtime.device)  # type: ignore[arg-type]
+    fit(fit_task(config, 64, 16, n_images, 0, epochs=100_000), images, runtime, on_epoch=on_epoch)
 
 
 if __name__ == "__main__":

@@ -255,6 +255,7 @@ def serve(job: Job) -> None:
 def run_hpsearch(job: Job, turn: Turn) -> None:
     import numpy as np
 
+    from hpsearch.config import StudyConfig
     from hpsearch.config.data import AugmentConfig, DataConfig
     from hpsearch.config.model import UNetConfig
     from hpsearch.config.train import TrainConfig
@@ -263,6 +264,7 @@ def run_hpsearch(job: Job, turn: Turn) -> None:
     from hpsearch.data.prepare import prepare_pool
     from hpsearch.training.loop import fit
     from hpsearch.training.runtime import make_runtime
+    from hpsearch.training.task import FitTask
 
     problem = job.problem
     config = DataConfig(root=job.data, size=problem.size, n_search_train=problem.n_images, exclude_bad=True)
@@ -276,22 +278,22 @@ def run_hpsearch(job: Job, turn: Turn) -> None:
         return "go"
 
     turn.begin()
-    fit(
-        model_config=UNetConfig(base_channels=problem.base_channels, depth=problem.depth, input_norm="none"),
-        in_channels=3,
-        data=DeviceData(cache, job.device),
-        train_indices=indices,
-        held_out_indices=indices[:0],
+    study = StudyConfig(
+        data=config,
+        unet=UNetConfig(base_channels=problem.base_channels, depth=problem.depth, input_norm="none"),
         # One epoch more than is asked for: the last turn ends by the closed input.
         train=TrainConfig(epochs=job.rounds + 2, batch_size=BATCH_SIZE, lr=LR, momentum=MOMENTUM, loss="bce"),
         augment=AugmentConfig(hflip=0.5),
-        normalization=cache.normalization(indices, "rgb"),
-        size=(problem.size, problem.size),
-        metric="dice",
-        seed=0,
-        runtime=make_runtime(job.device, amp="bf16" if job.precision == "bf16" else "off", threads=job.threads),
-        on_epoch=on_epoch,
     )
+    task = FitTask(
+        config=study,
+        train_indices=indices,
+        held_out_indices=indices[:0],
+        normalization=cache.normalization(indices, "rgb"),
+        seed=0,
+    )
+    runtime = make_runtime(job.device, amp="bf16" if job.precision == "bf16" else "off", threads=job.threads)
+    fit(task, DeviceData(cache, job.device), runtime, on_epoch=on_epoch)
 
 
 def run_plain(job: Job, turn: Turn) -> None:

@@ -17,6 +17,7 @@ import safetensors.numpy
 import torch
 from PIL import Image
 
+from hpsearch import paths
 from hpsearch.cli.final import describe
 from hpsearch.config.data import DataConfig
 from hpsearch.data.cache import open_cache
@@ -29,7 +30,7 @@ from hpsearch.final.fold_networks import fold_networks
 from hpsearch.final.result import is_stored
 from hpsearch.inference.postprocessing import Postprocessing, SelectedPostprocessing
 from hpsearch.inference.predictor import Ensemble, Predictor, find_images, load_predictor, predict_files
-from hpsearch.inference.scoring import mask_name, official_scores, read_mask, score_folder
+from hpsearch.inference.scoring import mask_name, read_mask, score_folder
 from hpsearch.paths import FinalPaths, ProjectPaths
 from hpsearch.report.rows import study_rows
 from hpsearch.search.autotune import MachineChoice
@@ -40,7 +41,8 @@ from hpsearch.store.record import study_record
 from hpsearch.store.test_set_log import find_evaluation, n_seen, user_account
 from hpsearch.training.checkpoint import load_weights
 from hpsearch.training.metrics import SCORES, PixelCounts
-from hpsearch.workers.jobs import Job, ScoreJob
+from hpsearch.typed_json import from_json, to_json
+from hpsearch.workers.jobs import CountJob, Job
 from hpsearch.workers.plan import ExecutionPlan
 from hpsearch.workers.pool import WorkerPool, WorkerSettings
 from tests.data.conftest import tiny_pairs, write_oriented
@@ -126,9 +128,8 @@ def test_the_official_scores_are_those_of_the_submission_at_the_images_own_size(
     truths = project.root / "ISIC-2017" / "ISIC-2017_Test_v2_Part1_GroundTruth"
     # Refuses masks of another size than the truth's.
     table = score_folder(tmp_path, truths)
-    assert {name: interval.mean for name, interval in result.official.items()} == pytest.approx(
-        official_scores(table)
-    )
+    means = {name: interval.mean for name, interval in result.official.items()}
+    assert means == pytest.approx(table.mean().to_dict())
     for name in names:
         assert np.array_equal(read_mask(tmp_path / name), read_mask(result.paths.masks / name))
     with result.paths.table.open() as file:
@@ -242,8 +243,8 @@ def test_only_a_whole_result_of_the_same_images_is_taken_as_it_is(
 
 def test_final_trains_with_the_threads_that_the_studys_plan_says(project: ProjectPaths, result: FinalResult) -> None:
     record = study_record(project, None)
-    plan = ExecutionPlan.from_dict(record.plan() or {})
-    record.write_plan(dataclasses.replace(plan, workers=(WorkerSettings("cpu", 1),) * 2, alone_threads=0).to_dict())
+    plan = from_json(ExecutionPlan, record.plan() or {})
+    record.write_plan(to_json(dataclasses.replace(plan, workers=(WorkerSettings("cpu", 1),) * 2, alone_threads=0)))
     (other,) = {0, 1} - {result.trial.number}
     threads = []
 
@@ -304,7 +305,7 @@ def test_an_ensemble_without_networks_says_which_trials_have_them_and_how_to_get
 
 
 def test_choices_are_on_record_and_in_the_weights_file(result: FinalResult) -> None:
-    chosen = SelectedPostprocessing.read(result.paths.choices)
+    chosen = SelectedPostprocessing.from_table(paths.read_json(result.paths.choices))
     assert chosen == result.chosen
     assert chosen.source == f"second fits of trial {result.trial.number}"
     assert [each.name for each in chosen.decisions] == ["flips", "threshold", "clean", "ensemble"]
@@ -324,7 +325,7 @@ def test_the_ensemble_has_a_network_for_each_fold_and_is_shown_beside_the_one_ke
     images = find_images([project.root / "ISIC-2017" / "ISIC-2017_Test_v2_Data"])
     predict_files(together, images, tmp_path)
     truths = project.root / "ISIC-2017" / "ISIC-2017_Test_v2_Part1_GroundTruth"
-    found = official_scores(score_folder(tmp_path, truths))
+    found = score_folder(tmp_path, truths).mean().to_dict()
     assert {name: interval.mean for name, interval in result.ensemble.official.items()} == pytest.approx(found)
 
 
@@ -349,7 +350,7 @@ def test_an_evaluation_that_is_killed_midway_and_one_of_a_few_images_are_counted
         pass
 
     def kill_at_the_first_score(pool: WorkerPool, job: Job, **more: Any) -> Any:
-        if isinstance(job, ScoreJob):
+        if isinstance(job, CountJob):
             raise KilledError
         return run_job(pool, job, **more)
 

@@ -18,7 +18,7 @@ from hpsearch.models.costs import (
     training_memory,
     why_impossible,
 )
-from hpsearch.models.memory import LayerCost, MemoryEstimate, saved_activations
+from hpsearch.models.memory import LayerCost, MemoryEstimate, Step, saved_activations
 from hpsearch.workers.plan import MEMORY_SHARE
 
 MIB, GIB = 2**20, 2**30
@@ -70,12 +70,7 @@ def describe_config(config: StudyConfig, machine: Machine) -> list[str]:
 
 
 def _saved_line(config: StudyConfig, machine: Machine, found: list[LayerCost], weights: int) -> str:
-    saved = saved_activations(
-        *_shape(config),
-        batch_size=config.train.batch_size,
-        precision=machine.precision,  # type: ignore[arg-type]
-        device=machine.device,  # type: ignore[arg-type]
-    )
+    saved = saved_activations(*_shape(config), _step(config, machine))
     one_byte = sum(cost.layer.n_outputs for cost in found) * config.train.batch_size * REPORT_BYTES_PER_VALUE
     return (
         f"saved for back-propagation {_size(saved)}, with the weights {_size(saved + weights)}"
@@ -94,7 +89,7 @@ def layer_rows(config: StudyConfig, machine: Machine) -> Iterator[Sequence[str]]
             f"{layer.height}x{layer.width}",
             f"{layer.n_parameters:,}" if layer.n_parameters else "",
             f"{layer.flops / 1e9:.3f}" if layer.flops else "",
-            f"{cost.activations / MIB:.1f}" if cost.activations else "",
+            f"{sum(cost.saved) / MIB:.1f}" if cost.saved else "",
         )
 
 
@@ -153,24 +148,23 @@ def _verdict(needed: int, memory_gib: float) -> str:
 
 
 def _memory(config: StudyConfig, machine: Machine) -> MemoryEstimate:
-    return training_memory(
-        *_shape(config),
-        batch_size=config.train.batch_size,
-        precision=machine.precision,  # type: ignore[arg-type]
-        optimizer=config.train.optimizer,
-        momentum=config.train.momentum,
-        device=machine.device,  # type: ignore[arg-type]
+    return training_memory(*_shape(config), _step(config, machine))
+
+
+def _step(config: StudyConfig, machine: Machine) -> Step:
+    train = config.train
+    return Step(
+        batch_size=train.batch_size,
+        precision=machine.precision,
+        optimizer=train.optimizer,
+        momentum=train.momentum,
+        device=machine.device,
     )
 
 
 def _layer_costs(config: StudyConfig, machine: Machine) -> list[LayerCost]:
     """Return the costs of the layers; a network that is trained on windows has no interpolation, as in the paper."""
-    costs = layer_costs(
-        *_shape(config),
-        batch_size=config.train.batch_size,
-        precision=machine.precision,  # type: ignore[arg-type]
-        device=machine.device,  # type: ignore[arg-type]
-    )
+    costs = layer_costs(*_shape(config), _step(config, machine))
     return [cost for cost in costs if not (config.sees_windows and cost.layer.kind == "interpolation")]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,6 @@ from hpsearch.workers.jobs import (
     CountJob,
     ImageFiles,
     OfficialScoreJob,
-    ScoreJob,
     SelectPostprocessingJob,
     WeightsCopy,
 )
@@ -32,14 +32,9 @@ def members(folder: FinalPaths, networks: FoldNetworks | None) -> list[WeightsCo
     return [WeightsCopy(source, folder.ensemble / f"fold{fold}.safetensors") for fold, source in enumerate(sources)]
 
 
-def score_job(trial: TrialRecord, fit: FitPaths, seen: Prepared, test: Prepared) -> ScoreJob:
-    return ScoreJob(
-        config=trial.study_config,
-        weights=fit.weights,
-        caches=_test_caches(seen, test),
-        counts=fit.test_counts,
-        examples=fit.examples,
-    )
+def score_job(trial: TrialRecord, fit: FitPaths, seen: Prepared, test: Prepared) -> CountJob:
+    job = count_job(trial, Postprocessing(), [fit.weights], fit.test_counts, seen, test)
+    return dataclasses.replace(job, examples=fit.examples)
 
 
 def _test_caches(seen: Prepared, test: Prepared) -> CachePaths:

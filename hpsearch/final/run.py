@@ -253,7 +253,8 @@ class _Final:
         return chosen.choices if chosen is not None else Postprocessing()
 
     def _chosen(self) -> SelectedPostprocessing | None:
-        return SelectedPostprocessing.read(self.folder.choices) if self.folder.choices.is_file() else None
+        path = self.folder.choices
+        return SelectedPostprocessing.from_table(paths.read_json(path)) if path.is_file() else None
 
     def _score(self, do: Callable[..., Finished | None], choices: Postprocessing, together: list[Path]) -> None:
         """Write counts and masks of the test images, by the retrained networks and by those of the folds together."""

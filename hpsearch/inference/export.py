@@ -1,18 +1,13 @@
 """Export a model as ONNX, checked against torch, and a trial as a TOML that can be trained again."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import logging
 import shlex
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -23,6 +18,7 @@ from hpsearch.inference.postprocessing import Postprocessing
 from hpsearch.paths import atomic_write, write_text
 from hpsearch.store.record import StudyRecord
 from hpsearch.training.checkpoint import WeightsInfo, load_weights
+from hpsearch.typed_json import from_json, to_json
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +43,22 @@ def export_onnx(weights: Path, path: Path) -> float:
     if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
         raise ExportError(f"exporting to ONNX needs {', '.join(missing)}: pip install 'hpsearch[onnx]'")
     model, info = load_weights(weights)
+    # Traced with two, because a batch of one becomes a constant.
+    images = torch.zeros(2, info.in_channels, *info.size)
     with warnings.catch_warnings():
         # The exporter's warnings concern its own internals.
         warnings.simplefilter("ignore")
-        proto = _exported(model, info)
+        program = torch.onnx.export(
+            model,
+            (images,),
+            dynamo=True,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_shapes={INPUT: {0: "batch"}},
+            verbose=False,
+        )
+    assert program is not None
+    proto = program.model_proto
     for key, value in describe(info).items():
         entry = proto.metadata_props.add()
         entry.key, entry.value = key, value
@@ -84,75 +92,51 @@ def export_toml(record: StudyRecord, path: Path | None = None, *, number: int | 
 
 def describe(info: WeightsInfo) -> dict[str, str]:
     """Return what a user of the bare network needs to know, by the key in the file's metadata."""
-    height, width = info.size
-    is_crop = info.sees_windows
-    frame = info.extra.get("frame")
-    resolution = "at its own resolution" if frame is None else f"resized to {frame[0]}x{frame[1]} pixels"
-    fit = (
-        f"cover the image, {resolution}, by overlapping windows of {height}x{width} pixels, mirrored at its borders"
-        if is_crop
-        else f"resize the whole image to {height}x{width} pixels, bilinear with antialiasing, and round to integers"
-    )
-    gray = (
-        f"make one channel of red, green and blue by the weights {', '.join(map(str, GRAY_WEIGHTS))}; "
-        if info.in_channels == 1
-        else ""
-    )
-    back = (
-        "put the windows' logits side by side, blended where they overlap"
-        if is_crop
-        else "resize the logits to the image's own size, bilinear with half-pixel centres (align_corners false)"
-    )
-    choices = Postprocessing.from_table(info.extra)
-    flips = "average the logits over the image and its three mirror images, mirrored back; " if choices.flips else ""
-    clean = "; keep the largest component and fill its holes" if choices.clean else ""
-    ensemble = "; `final` predicts with an ensemble, of which this is not one" if choices.ensemble else ""
-    return {
-        "producer": f"hpsearch {__version__}",
-        "preprocessing": (
-            f"{_decoding(info)}; {fit}; {gray}divide by 255; subtract the mean "
-            f"{_listed(info.normalization.mean)} and divide by the standard deviation "
-            f"{_listed(info.normalization.std)}, channel by channel; float32, (batch, channel, row, column)"
-        ),
-        "postprocessing": (
-            f"{flips}{back}; a pixel is lesion where the sigmoid of its logit is above {choices.threshold:g}"
-            f"{clean}{ensemble}"
-        ),
-        "limits": "for research; not a medical device",
-        "hpsearch": json.dumps(info.to_table(), sort_keys=True),
-    }
-
-
-def _decoding(info: WeightsInfo) -> str:
-    """Describe how the file of an image becomes pixels."""
-    reading = info.reading
+    side = f"{info.size[0]}x{info.size[1]} pixels"
+    frame, reading, choices = info.extra.get("frame"), info.reading, from_json(Postprocessing, info.extra)
+    if info.sees_windows:
+        resolution = f"resized to {frame[0]}x{frame[1]} pixels" if frame else "at its own resolution"
+        fit = f"cover the image, {resolution}, by overlapping windows of {side}, mirrored at its borders"
+        back = "put the windows' logits side by side, blended where they overlap"
+    else:
+        fit = f"resize the whole image to {side}, bilinear with antialiasing, and round to integers"
+        back = "resize the logits to the image's own size, bilinear with half-pixel centres (align_corners false)"
     turn = (
         "turned upright by its EXIF orientation" if reading.turns else "as its pixels are stored, whatever its EXIF"
     )
-    deep = (
-        f"of images with more than 8 bits the values 0 to {reading.max_value}, times 256, divided by "
-        f"{reading.max_value + 1} and rounded down"
-        if reading.max_value
-        else "images with more than 8 bits were not seen"
+    deep = "images with more than 8 bits were not seen"
+    if reading.max_value:
+        deep = (
+            f"of images with more than 8 bits the values 0 to {reading.max_value}, times 256, divided by "
+            f"{reading.max_value + 1} and rounded down"
+        )
+    mean, std = (
+        ", ".join(f"{value:.9g}" for value in values) for values in (info.normalization.mean, info.normalization.std)
     )
-    return f"the image {turn}; RGB, 8 bits a channel ({deep}), transparency dropped"
-
-
-def _exported(model: nn.Module, info: WeightsInfo) -> Any:
-    """Return the network as an ONNX model of any batch size."""
-    # Traced with two, because a batch of one becomes a constant.
-    images = torch.zeros(2, info.in_channels, *info.size)
-    program = torch.onnx.export(
-        model,
-        (images,),
-        dynamo=True,
-        input_names=[INPUT],
-        output_names=[OUTPUT],
-        dynamic_shapes={INPUT: {0: "batch"}},
-        verbose=False,
-    )
-    assert program is not None
-    return program.model_proto
+    before = [
+        f"the image {turn}; RGB, 8 bits a channel ({deep}), transparency dropped",
+        fit,
+        f"make one channel of red, green and blue by the weights {', '.join(map(str, GRAY_WEIGHTS))}",
+        "divide by 255",
+        f"subtract the mean {mean} and divide by the standard deviation {std}, channel by channel",
+        "float32, (batch, channel, row, column)",
+    ]
+    after = {
+        "average the logits over the image and its three mirror images, mirrored back": choices.flips,
+        back: True,
+        f"a pixel is lesion where the sigmoid of its logit is above {choices.threshold:g}": True,
+        "keep the largest component and fill its holes": choices.clean,
+        "`final` predicts with an ensemble, of which this is not one": choices.ensemble,
+    }
+    if info.in_channels == 3:
+        del before[2]
+    return {
+        "producer": f"hpsearch {__version__}",
+        "preprocessing": "; ".join(before),
+        "postprocessing": "; ".join(step for step, is_done in after.items() if is_done),
+        "limits": "for research; not a medical device",
+        "hpsearch": json.dumps(to_json(info), sort_keys=True),
+    }
 
 
 def _check(path: Path, model: nn.Module, info: WeightsInfo) -> float:
@@ -164,7 +148,8 @@ def _check(path: Path, model: nn.Module, info: WeightsInfo) -> float:
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     worst = 0.0
     for n_images in (1, 3):
-        images = _noise((n_images, info.in_channels, *info.size))
+        # Noise with the mean and the standard deviation of normalised images.
+        images = np.random.default_rng(0).standard_normal((n_images, info.in_channels, *info.size), np.float32)
         with torch.inference_mode():
             expected = model(torch.from_numpy(images)).numpy()
         (found,) = session.run([OUTPUT], {INPUT: images})
@@ -175,12 +160,3 @@ def _check(path: Path, model: nn.Module, info: WeightsInfo) -> float:
             f"{path.name} was not written"
         )
     return worst
-
-
-def _noise(shape: Sequence[int]) -> npt.NDArray[np.float32]:
-    """Return noise with the mean 0 and the standard deviation 1 of normalised images."""
-    return np.random.default_rng(0).standard_normal(shape, np.float32)
-
-
-def _listed(values: Sequence[float]) -> str:
-    return ", ".join(f"{value:.9g}" for value in values)

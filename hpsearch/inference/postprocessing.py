@@ -4,20 +4,17 @@ Every decision uses out-of-fold predictions only, and an option is used only if 
 torch.
 """
 
-from __future__ import annotations
-
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hpsearch.errors import RecordError
-from hpsearch.paths import read_json
 from hpsearch.stats.intervals import Paired, paired_difference
+from hpsearch.typed_json import from_json
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -41,15 +38,6 @@ class Postprocessing:
     ensemble: bool = False
     """Whether the ensemble of the fold networks predicts instead of the network that was trained on the whole
     pool."""
-
-    @classmethod
-    def from_table(cls, table: Mapping[str, Any]) -> Postprocessing:
-        """Read the choices from the metadata of a weights file; missing ones keep their defaults."""
-        names = [each.name for each in dataclasses.fields(cls)]
-        return cls(**{name: table[name] for name in names if name in table})
-
-    def to_table(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
@@ -75,7 +63,7 @@ class Decision:
     taken: bool
 
     @classmethod
-    def make(cls, name: str, value: bool | float, gains: Floats, network_of: NDArray[np.int64]) -> Decision:
+    def make(cls, name: str, value: bool | float, gains: Floats, network_of: NDArray[np.int64]) -> Self:
         """Use the option if the lower end of the 95 % interval of its mean gain is above 0.
 
         gains: (n,), of the images. network_of: (n,), the network that predicted each image. The interval covers
@@ -91,9 +79,6 @@ class Decision:
         gain = paired_difference(gains, np.zeros_like(gains), run_variance=variance, run_df=df)
         return cls(name, value, gain, gain.low > 0)
 
-    def to_table(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
 
 @dataclass(frozen=True)
 class SelectedPostprocessing:
@@ -108,25 +93,12 @@ class SelectedPostprocessing:
     """The networks that predicted these images: `second fits of trial 7`."""
 
     @classmethod
-    def read(cls, path: Path) -> SelectedPostprocessing:
-        """Read the decisions of a worker. Raises RecordError if the file is damaged."""
-        return cls.from_table(read_json(path))
-
-    @classmethod
-    def from_table(cls, table: Mapping[str, Any]) -> SelectedPostprocessing:
+    def from_table(cls, table: Mapping[str, Any]) -> Self:
+        """Return the decisions in a table. RecordError if it is damaged."""
         try:
-            decisions = tuple(Decision(**{**each, "gain": Paired(**each["gain"])}) for each in table["decisions"])
-            return cls(Postprocessing(**table["choices"]), decisions, table["n_images"], table["source"])
-        except (KeyError, TypeError) as error:
+            return from_json(cls, table)
+        except (KeyError, TypeError, ValueError) as error:
             raise RecordError(f"the choices on record are damaged: {error}") from error
-
-    def to_table(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-
-def select_flips(plain: Floats, flipped: Floats, network_of: NDArray[np.int64]) -> Decision:
-    """Decide on test-time augmentation from the images' scores (n,) at threshold 0.5 without and with it."""
-    return Decision.make("flips", True, flipped - plain, network_of)
 
 
 def select_threshold(scores: Floats, network_of: NDArray[np.int64]) -> Decision:
@@ -142,11 +114,6 @@ def select_threshold(scores: Floats, network_of: NDArray[np.int64]) -> Decision:
         here = parts == part
         gains[here] = scores[_best(scores[:, ~here])][here] - plain[here]
     return Decision.make("threshold", THRESHOLDS[_best(scores)], gains, network_of)
-
-
-def select_cleaning(plain: Floats, cleaned: Floats, network_of: NDArray[np.int64]) -> Decision:
-    """Decide on cleaning from the images' scores (n,) without and with it."""
-    return Decision.make("clean", True, cleaned - plain, network_of)
 
 
 def clean_mask(mask: Mask) -> Mask:

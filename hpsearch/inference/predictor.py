@@ -1,12 +1,11 @@
 """Predict masks at each image's own resolution, from the resized image or from overlapping tiles."""
 
-from __future__ import annotations
-
 import glob
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -23,14 +22,15 @@ from hpsearch.data.formats import is_image_name, readable_suffixes
 from hpsearch.data.pairing import may_be_file
 from hpsearch.errors import CheckpointError, DatasetError, OutOfMemoryError, StudyError
 from hpsearch.inference.postprocessing import Postprocessing, clean_mask
-from hpsearch.inference.scoring import encode_mask, mask_name
+from hpsearch.inference.scoring import mask_name
 from hpsearch.models.costs import output_size
 from hpsearch.models.network import margin_of
-from hpsearch.paths import FinalPaths, ProjectPaths, atomic_write, read_json
+from hpsearch.paths import FinalPaths, FitPaths, ProjectPaths, atomic_write, read_json
 from hpsearch.store.record import study_record
 from hpsearch.training import runtime as devices
 from hpsearch.training.checkpoint import WeightsInfo, load_weights
 from hpsearch.training.runtime import Runtime, make_runtime
+from hpsearch.typed_json import from_json
 from hpsearch.user_files import file_fault, list_folder, name_key, user_path
 
 BLEND_OVERLAP = 0.25
@@ -61,7 +61,7 @@ class Predictor:
     def __init__(self, model: torch.nn.Module, info: WeightsInfo, runtime: Runtime, *, tiles: bool = False) -> None:
         self.info = info
         self.tiles = tiles
-        self.choices = Postprocessing.from_table(info.extra)
+        self.choices = from_json(Postprocessing, info.extra)
         self._model = model
         self._margin = margin_of(model)
         self._runtime = runtime
@@ -100,7 +100,8 @@ class Predictor:
 
     def mask(self, logits: Tensor) -> NDArray[np.bool_]:
         """Return the mask of `logits` (H, W) by the threshold and cleaning of the weights file."""
-        return to_mask(logits, self.choices)
+        mask = np.asarray((logits > torch.tensor(self.choices.threshold).logit()).numpy())
+        return clean_mask(mask) if self.choices.clean else mask
 
     def _logits(self, image: Tensor) -> Tensor:
         frame = self.info.extra.get("frame") if self.tiles else self.info.size
@@ -138,20 +139,12 @@ class Predictor:
         return logits[0, 0].float().cpu()
 
 
-class Ensemble:
+class Ensemble(Predictor):
     """Several predictors whose logits are averaged. Threshold and cleaning are those of the first."""
 
     def __init__(self, members: Sequence[Predictor]) -> None:
         self.members = tuple(members)
-        self.info = members[0].info
-        self.tiles = members[0].tiles
-
-    @classmethod
-    def load(
-        cls, weights: Sequence[Path], *, device: str = "auto", threads: int | None = None, tiles: bool | None = None
-    ) -> Self:
-        """Return the ensemble of these files. Raises the errors of `Predictor.load`."""
-        return cls([Predictor.load(path, device=device, threads=threads, tiles=tiles) for path in weights])
+        self.info, self.tiles, self.choices = members[0].info, members[0].tiles, members[0].choices
 
     def logits(self, image: Tensor) -> Tensor:
         """Return the mean logits, like `Predictor.logits`."""
@@ -159,10 +152,6 @@ class Ensemble:
         for member in self.members[1:]:
             total = total + member.logits(image)
         return total / len(self.members)
-
-    def mask(self, logits: Tensor) -> NDArray[np.bool_]:
-        """Return the mask, like `Predictor.mask`."""
-        return self.members[0].mask(logits)
 
 
 def load_predictor(
@@ -172,26 +161,21 @@ def load_predictor(
     threads: int | None = None,
     tiles: bool | None = None,
     ensemble: bool | None = None,
-) -> Predictor | Ensemble:
+) -> Predictor:
     """Return the network in `weights`, or the ensemble that `final --ensemble` wrote beside it.
 
     `ensemble` selects one of them. None selects what `final` chose. Raises the errors of `Predictor.load`, and
     StudyError if an ensemble is selected and there is none.
     """
-    predictor = Predictor.load(weights, device=device, threads=threads, tiles=tiles)
+    load = partial(Predictor.load, device=device, threads=threads, tiles=tiles)
+    predictor = load(weights)
     folder = FinalPaths(weights.parent).ensemble
     members = sorted(folder.glob("*.safetensors"))
     if ensemble and not members:
         raise StudyError(f"there is no ensemble in {folder}: `hpsearch final --ensemble` makes one")
     if not members or not (predictor.choices.ensemble if ensemble is None else ensemble):
         return predictor
-    return Ensemble.load(members, device=device, threads=threads, tiles=tiles)
-
-
-def to_mask(logits: Tensor, choices: Postprocessing) -> NDArray[np.bool_]:
-    """Return where `logits` (H, W) on the CPU are lesion by these choices."""
-    mask = np.asarray((logits > torch.tensor(choices.threshold).logit()).numpy())
-    return clean_mask(mask) if choices.clean else mask
+    return Ensemble([load(path) for path in members])
 
 
 def mean_over_flips(forward: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
@@ -229,15 +213,14 @@ def tile_axis(length: int, out: int, *, blend: bool) -> list[Tile]:
     starts = [(length - out) // 2] if n == 1 else [round(i * (length - out) / (n - 1)) for i in range(n)]
     ramp = torch.arange(1, out + 1, dtype=torch.float64)
     window = torch.minimum(ramp, ramp.flip(0)) if blend else torch.ones_like(ramp)
-    covers = [slice(max(0, start), min(length, start + out)) for start in starts]
-    insides = [slice(cover.start - start, cover.stop - start) for cover, start in zip(covers, starts, strict=True)]
     total = torch.zeros(length, dtype=torch.float64)
-    for cover, inside in zip(covers, insides, strict=True):
-        total[cover] += window[inside]
-    return [
-        Tile(start, cover, inside, (window[inside] / total[cover]).float())
-        for start, cover, inside in zip(starts, covers, insides, strict=True)
-    ]
+    parts = []
+    for start in starts:
+        covers = slice(max(0, start), min(length, start + out))
+        inside = slice(covers.start - start, covers.stop - start)
+        total[covers] += window[inside]
+        parts.append((start, covers, inside))
+    return [Tile(*part, (window[part[2]] / total[part[1]]).float()) for part in parts]
 
 
 def find_images(inputs: Iterable[str | Path]) -> list[Path]:
@@ -249,19 +232,16 @@ def find_images(inputs: Iterable[str | Path]) -> list[Path]:
     images that would write the same files.
     """
     found: dict[Path, None] = {}
-    for each in inputs:
-        path = user_path(str(each))
+    for each in map(str, inputs):
+        path = user_path(each)
+        images, hint = [path], ""
         if os.path.isdir(path):
             images = _images_among(list_folder(path, DatasetError))
-        elif glob.has_magic(str(each)) and not os.path.lexists(path):
+            hint = f"; '{path}/**/*' takes those in the folders below"
+        elif glob.has_magic(each) and not os.path.lexists(path):
             images = _images_among(map(Path, glob.glob(str(path), recursive=True)))
-        else:
-            images = [path]
         if not images:
-            if os.path.isdir(path):
-                way_out = f"; '{path}/**/*' takes those in the folders below"
-                raise DatasetError(f"{each} holds no images ({', '.join(readable_suffixes())}){way_out}")
-            raise DatasetError(f"{each} matches no images ({', '.join(readable_suffixes())})")
+            raise DatasetError(f"{each} has no images ({', '.join(readable_suffixes())}){hint}")
         found |= dict.fromkeys(images)
     if not any(os.path.isfile(path) for path in found):
         first = next(iter(found), None)
@@ -276,7 +256,7 @@ def find_images(inputs: Iterable[str | Path]) -> list[Path]:
 
 
 def predict_files(
-    predictor: Predictor | Ensemble,
+    predictor: Predictor,
     images: Sequence[Path],
     out_dir: Path,
     *,
@@ -299,9 +279,10 @@ def predict_files(
         else:
             logits = predictor.logits(image)
             mask = predictor.mask(logits)
-            _write(out_dir / mask_name(path.stem), encode_mask(mask))
+            _save_image(out_dir / mask_name(path.stem), np.multiply(mask, 255, dtype=np.uint8))
             if probabilities:
-                _save_image(out_dir / f"{path.stem}_probability.png", _to_bytes(logits))
+                certainty = logits.sigmoid().mul_(255).round_().to(torch.uint8)
+                _save_image(out_dir / f"{path.stem}_probability.png", certainty.numpy())
             if overlays:
                 _save_image(out_dir / f"{path.stem}_overlay.jpg", draw_outline(image, mask))
             # Before the next image is decoded, because one may take hundreds of megabytes.
@@ -334,23 +315,15 @@ def find_model(project: ProjectPaths, study: str | None, model: str | None) -> P
     """
     if model is None:
         record = study_record(project, study)
-        folders = record.paths.finals.iterdir() if record.paths.finals.is_dir() else iter(())
-        finals = [final for final in map(FinalPaths, folders) if final.result.is_file() and final.model.is_file()]
-        if not finals:
-            raise StudyError(
-                f"study {record.name!r} has no final model yet: run `hpsearch final`, or name one (--model)"
-            )
-        return max(finals, key=lambda final: float(read_json(final.result)["ended_at"])).model
+        finals = [final for final in map(record.paths.final, record.paths.final_names()) if final.model.is_file()]
+        if finals:
+            return max(finals, key=lambda final: float(read_json(final.result)["ended_at"])).model
+        raise StudyError(f"study {record.name!r} has no final model yet: run `hpsearch final`, or name one (--model)")
     path = user_path(model)
-    if os.path.isfile(path):
-        return path
-    if not os.path.isdir(path):
-        raise CheckpointError(f"there is no model {path}: name a folder that `hpsearch final` made, or a file")
-    folder = FinalPaths(path)
-    for weights in (folder.model, path / "weights.safetensors"):
-        if weights.is_file():
+    for weights in (path, FinalPaths(path).model, FitPaths(path).weights):
+        if os.path.isfile(weights):
             return weights
-    raise CheckpointError(f"{path} holds no {folder.model.name}: name a folder that `hpsearch final` made, or a file")
+    raise CheckpointError(f"there is no model in {path}: name a folder that `hpsearch final` made, or a file")
 
 
 def _images_among(paths: Iterable[Path]) -> list[Path]:
@@ -365,17 +338,6 @@ def _images_among(paths: Iterable[Path]) -> list[Path]:
     )
 
 
-def _to_bytes(logits: Tensor) -> NDArray[np.uint8]:
-    """Return probabilities (H, W) scaled to 255. Overwrites `logits`."""
-    with torch.inference_mode():
-        return np.asarray(logits.sigmoid_().mul_(255).round_().to(torch.uint8).numpy())
-
-
 def _save_image(path: Path, pixels: NDArray[np.uint8]) -> None:
     with atomic_write(path, sync=False) as temporary:
         Image.fromarray(pixels).save(temporary, "JPEG" if path.suffix == ".jpg" else "PNG", quality=90)
-
-
-def _write(path: Path, content: bytes) -> None:
-    with atomic_write(path, sync=False) as temporary:
-        temporary.write_bytes(content)

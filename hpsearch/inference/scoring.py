@@ -5,8 +5,6 @@ one size, and a pixel above 128 is lesion. The score of a submission is the mean
 the denominator 0 is 1. The threshold Jaccard of an image is its Jaccard if that is at least 0.65, else 0.
 """
 
-from __future__ import annotations
-
 import io
 import zipfile
 from collections.abc import Iterable
@@ -74,11 +72,6 @@ def score_table(ids: Iterable[str], counts: NDArray[np.int64]) -> pd.DataFrame:
     columns: dict[str, Any] = {name: score(pixels) for name, score in metrics.SCORES.items()}
     columns["threshold_jaccard"] = np.where(jaccard >= JACCARD_THRESHOLD, jaccard, 0.0)
     return pd.DataFrame(columns, index=pd.Index(list(ids), name="image"), columns=list(COLUMNS))
-
-
-def official_scores(table: pd.DataFrame) -> dict[str, float]:
-    """Return the mean of each score over the images of a score table. The challenge ranks by it."""
-    return {name: float(table[name].mean()) for name in COLUMNS}
 
 
 def read_mask(path: Path) -> Mask:

@@ -1,23 +1,47 @@
 """Requirements of a network that are known before training: possible sizes, parameters, FLOPs and memory.
 
 Each function calls the one of the same name in the module of the network (`hpsearch.models.networks`), which computes
-the answer by arithmetic. Where the module has none, `hpsearch.models.dry_run` finds the answer for any network.
+the answer by arithmetic. Where the module has none, the function itself finds the answer for any network, by a dry
+run: a training step on torch's `meta` device, which has shapes but no data.
 """
 
-from __future__ import annotations
-
+import functools
+from collections.abc import Callable
 from importlib import import_module
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from hpsearch.config.model import UNetConfig
-from hpsearch.models.memory import LayerCost, LayerOptions, MemoryEstimate, StepOptions
+from hpsearch.models.memory import LayerCost, MemoryEstimate, Step
+
+if TYPE_CHECKING:
+    # torch is imported in functions because the coordinator, for which the UNet's arithmetic is enough, runs without.
+    from torch import Tensor, nn
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_ALLOWANCE = 0.2
+"""Share of the counted memory that is added for scratch memory of the kernels and gaps of the allocator."""
 
 
+def _by_network(function: F) -> F:
+    """Make a function call that of the same name in the network's module, where there is one."""
+
+    @functools.wraps(function)
+    def call(config: UNetConfig, *args: Any, **kwargs: Any) -> Any:
+        network = import_module(f"hpsearch.models.networks.{config.network}")
+        return getattr(network, function.__name__, function)(config, *args, **kwargs)
+
+    return cast("F", call)
+
+
+@_by_network
 def describe(config: UNetConfig) -> str:
     """Return the network in a few words."""
-    return str(_find(config, "describe")(config))
+    return config.network
 
 
+@_by_network
+@functools.lru_cache(maxsize=1024)
 def why_impossible(
     config: UNetConfig, in_channels: int, height: int, width: int, *, batch_size: int | None = None
 ) -> str | None:
@@ -25,57 +49,102 @@ def why_impossible(
 
     `batch_size` matters to batch normalisation only; without it a batch of one image is not considered.
     """
-    reason: str | None = _find(config, "why_impossible")(config, in_channels, height, width, batch_size=batch_size)
-    return reason
+    try:
+        logits = _forward(config, in_channels, height, width, batch_size or 2)
+    except (RuntimeError, ValueError) as error:
+        return f"network {config.network} cannot take images of {height}x{width}: {str(error).splitlines()[0]}"
+    expected = (batch_size or 2, 1, height, width)
+    if tuple(logits.shape) == expected:
+        return None
+    return f"network {config.network} returns logits of shape {tuple(logits.shape)}, expected {expected}"
 
 
+@_by_network
 def n_parameters(config: UNetConfig, in_channels: int) -> int:
     """Return the number of learned parameters."""
-    return int(_find(config, "n_parameters")(config, in_channels))
+    return sum(parameter.numel() for parameter in _model(config, in_channels).parameters())
 
 
+@_by_network
+@functools.lru_cache(maxsize=1024)
 def training_flops(config: UNetConfig, in_channels: int, height: int, width: int) -> int:
     """Return the FLOPs of forward and backward pass of one image, a multiply-add counted as 2."""
-    return int(_find(config, "training_flops")(config, in_channels, height, width))
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        # Two images, since batch normalisation may refuse a single one.
+        _forward(config, in_channels, height, width, 2).sum().backward()  # type: ignore[no-untyped-call]
+    return int(counter.get_total_flops()) // 2
 
 
-def training_memory(
-    config: UNetConfig, in_channels: int, height: int, width: int, **options: Unpack[StepOptions]
-) -> MemoryEstimate:
-    """Return the peak memory of one training step: forward pass, backward pass, optimizer.
+@_by_network
+def training_memory(config: UNetConfig, in_channels: int, height: int, width: int, step: Step) -> MemoryEstimate:
+    """Return the peak memory of one training step: forward pass, backward pass, optimizer."""
+    from torch.autograd.graph import saved_tensors_hooks
 
-    `precision` is that of autocast; weights, gradients and optimizer state are float32.
-    """
-    estimate: MemoryEstimate = _find(config, "training_memory")(config, in_channels, height, width, **options)
-    return estimate
+    saved: dict[int, Any] = {}
+
+    def keep(tensor: "Tensor") -> "Tensor":
+        storage = tensor.untyped_storage()
+        saved[storage._cdata] = storage
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits = _forward(config, in_channels, height, width, step.batch_size)
+    for parameter in _model(config, in_channels).parameters():
+        saved.pop(parameter.untyped_storage()._cdata, None)
+    sizes = [storage.nbytes() * step.itemsize // 4 for storage in saved.values()]
+    weights = 4 * n_parameters(config, in_channels)
+    # In float32 the images are among the saved tensors.
+    images = 0 if step.precision == "float32" else 4 * step.batch_size * in_channels * height * width
+    # Besides what is saved, there are the images, masks and logits, and the gradients of the input and the output of
+    # one operation.
+    workspace = images + 3 * 4 * logits.numel() + 2 * max(sizes, default=0)
+    return MemoryEstimate(
+        weights=weights,
+        gradients=weights,
+        optimizer=weights * step.state_factor,
+        activations=sum(sizes),
+        workspace=workspace + round(_ALLOWANCE * (workspace + sum(sizes))),
+    )
 
 
-def layer_costs(
-    config: UNetConfig, in_channels: int, height: int, width: int, **options: Unpack[LayerOptions]
-) -> list[LayerCost]:
+@_by_network
+def layer_costs(config: UNetConfig, in_channels: int, height: int, width: int, step: Step) -> list[LayerCost]:
     """Return every layer in the order of the forward pass; an empty list if the network does not define them."""
-    costs: list[LayerCost] = _find(config, "layer_costs")(config, in_channels, height, width, **options)
-    return costs
+    return []
 
 
+@_by_network
 def output_margin(config: UNetConfig) -> int:
     """Return the distance in pixels between the upper left corners of an image and of what is computed for it."""
-    return int(_find(config, "output_margin")(config))
+    return 0
 
 
+@_by_network
 def output_size(config: UNetConfig, in_channels: int, size: tuple[int, int]) -> tuple[int, int]:
     """Return height and width of what the network computes for an image of `size`."""
-    height, width = _find(config, "output_size")(config, in_channels, size)
-    return height, width
+    return size
 
 
+@_by_network
 def uses_batch_statistics(config: UNetConfig) -> bool:
     """Return whether the result for an image depends on the other images of its training batch."""
-    return bool(_find(config, "uses_batch_statistics")(config))
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    return any(isinstance(module, _BatchNorm) for module in _model(config, 3).modules())
 
 
-def _find(config: UNetConfig, function: str) -> Any:
-    """Return a function of the network, or the one that answers the same question for any network."""
-    network = import_module(f"hpsearch.models.networks.{config.network}")
-    # Imported here because it needs torch, and the UNet's arithmetic does not.
-    return getattr(network, function, None) or getattr(import_module("hpsearch.models.dry_run"), function)
+@functools.lru_cache(maxsize=64)
+def _model(config: UNetConfig, in_channels: int) -> "nn.Module":
+    from hpsearch.models.network import build_network
+
+    return build_network(config, in_channels).to("meta").train()
+
+
+def _forward(config: UNetConfig, in_channels: int, height: int, width: int, batch_size: int) -> "Tensor":
+    """Return the logits of a batch, which are shapes without values."""
+    import torch
+
+    logits: Tensor = _model(config, in_channels)(torch.empty(batch_size, in_channels, height, width, device="meta"))
+    return logits

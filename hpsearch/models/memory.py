@@ -20,35 +20,13 @@ occur at different moments, plus a share of the heap for gaps. (With a fixed, lo
 measured memory is that of the tensors to within 1 %, but page faults then take 20 to 40 % of each step.)
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NotRequired, TypedDict, Unpack
+from typing import Literal, NamedTuple
 
 from hpsearch.config.model import UNetConfig
 from hpsearch.models.shapes import Layer, layers, norm_groups
-
-Precision = Literal["float32", "bf16", "fp16"]
-Device = Literal["cpu", "cuda"]
-Optimizer = Literal["sgd", "adamw"]
-
-
-class LayerOptions(TypedDict):
-    """Keyword arguments that decide the memory of a layer."""
-
-    batch_size: int
-    precision: Precision
-    device: NotRequired[Device]
-
-
-class StepOptions(LayerOptions):
-    """Keyword arguments that decide the memory of a training step."""
-
-    optimizer: NotRequired[Optimizer]
-    momentum: NotRequired[float]
-
 
 _ALLOWANCE = 0.05
 """Share added on a GPU for scratch memory of the kernels and gaps of the allocator."""
@@ -56,6 +34,29 @@ _OWN_MEMORY = 32 * 2**20
 """Smallest block in bytes that glibc maps separately once it has adapted to the sizes that occur."""
 _GAPS = {"none": 0.15, "batch": 0.15, "group": 0.6, "instance": 0.5}
 """Share of the heap added for gaps, as measured; group and instance normalisation copy whole maps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What decides the memory of a training step, besides the network and the size of the images."""
+
+    batch_size: int
+    precision: str
+    """Precision of autocast: float32, bf16 or fp16. Weights, gradients and optimizer state are float32."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    momentum: float = 0.9
+    device: str = "cpu"
+    """`cpu` or `cuda`."""
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one number."""
+        return 4 if self.precision == "float32" else 2
+
+    @property
+    def state_factor(self) -> int:
+        """Numbers that the optimizer keeps for each weight."""
+        return 2 if self.optimizer == "adamw" else int(self.momentum > 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,210 +78,135 @@ class MemoryEstimate:
         return self.weights + self.gradients + self.optimizer + self.activations + self.workspace
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerCost:
-    """One layer of the network and the memory that training it on a batch takes."""
+class LayerCost(NamedTuple):
+    """One layer of the network and the tensors that autograd saves for it."""
 
     layer: Layer
-    weights: int
-    """Bytes of its parameters."""
-    saved: tuple[int, ...]
-    """Bytes of each tensor that autograd saves for it, for the whole batch."""
-
-    @property
-    def activations(self) -> int:
-        """Bytes that autograd saves for it."""
-        return sum(self.saved)
+    saved: list[int]
+    """Bytes of each tensor, for the whole batch."""
 
 
-def training_memory(
-    config: UNetConfig,
-    in_channels: int,
-    height: int,
-    width: int,
-    *,
-    batch_size: int,
-    precision: Precision,
-    optimizer: Optimizer = "sgd",
-    momentum: float = 0.9,
-    device: Device = "cpu",
-) -> MemoryEstimate:
+def training_memory(config: UNetConfig, in_channels: int, height: int, width: int, step: Step) -> MemoryEstimate:
     """Return the peak of one step without torch.compile; gradients are set to None between steps.
 
-    `precision` is that of autocast; weights, gradients and optimizer state are float32. ValueError if the network
-    cannot exist at this size.
+    ValueError if the network cannot exist at this size.
     """
-    costs = layer_costs(config, in_channels, height, width, batch_size=batch_size, precision=precision, device=device)
-    weights = sum(cost.weights for cost in costs)
-    state = weights * state_factor(optimizer, momentum)
-    pixels = batch_size * height * width
+    costs = layer_costs(config, in_channels, height, width, step)
+    weights = 4 * sum(cost.layer.n_parameters for cost in costs)
+    state = weights * step.state_factor
+    pixels = step.batch_size * height * width
     # Masks take one byte per pixel. The loop holds the images in float32, even where autograd saves a 16-bit copy,
     # and the logits until those of the next batch exist.
-    logits = pixels * itemsize(precision)
-    images = 0 if precision == "float32" else pixels * in_channels * 4
-    moments = list(_backward(config, costs, batch_size, precision, device))
-    peak = max(moments, key=lambda moment: moment.total)
-    if device == "cpu":
-        batch = _blocks(pixels, logits, images)
-        heap = max(moment.bytes.heap for moment in moments) + batch.heap
-        own = max(moment.bytes.own for moment in moments) + batch.own
+    images = 0 if step.precision == "float32" else pixels * in_channels * 4
+    batch = [pixels, pixels * step.itemsize, images]
+    moments = list(_backward(config, costs, step))
+    peak = max(moments, key=lambda moment: sum(moment.blocks))
+    if step.device == "cpu":
+        own, heap = (
+            max(sum(size for size in moment.blocks if (size >= _OWN_MEMORY) == is_own) for moment in moments)
+            + sum(size for size in batch if (size >= _OWN_MEMORY) == is_own)
+            for is_own in (True, False)
+        )
         total = weights + state + own + round((1 + _GAPS[config.norm]) * heap)
     else:
-        total = weights + state + pixels + logits + images + peak.total
+        total = weights + state + sum(batch) + sum(peak.blocks)
         total += round(_ALLOWANCE * total)
+    saved, gradients = sum(peak.saved), sum(peak.gradients)
     return MemoryEstimate(
         weights=weights,
-        gradients=peak.gradients.total,
+        gradients=gradients,
         optimizer=state,
-        activations=peak.saved.total,
-        workspace=total - weights - peak.gradients.total - state - peak.saved.total,
+        activations=saved,
+        workspace=total - weights - gradients - state - saved,
     )
 
 
-def saved_activations(
-    config: UNetConfig, in_channels: int, height: int, width: int, **options: Unpack[LayerOptions]
-) -> int:
+def saved_activations(config: UNetConfig, in_channels: int, height: int, width: int, step: Step) -> int:
     """Return the bytes that autograd saves in the forward pass of one batch, without parameters and the loss."""
-    costs = layer_costs(config, in_channels, height, width, **options)
-    images = _images(costs[0].layer, options["batch_size"], options["precision"])
-    return images + sum(cost.activations for cost in costs)
+    costs = layer_costs(config, in_channels, height, width, step)
+    return _image_bytes(costs, step) + sum(sum(cost.saved) for cost in costs)
 
 
-def layer_costs(
-    config: UNetConfig,
-    in_channels: int,
-    height: int,
-    width: int,
-    *,
-    batch_size: int,
-    precision: Precision,
-    device: Device = "cpu",
-) -> list[LayerCost]:
-    """Return every layer with its parameters and saved activations, in the order of the forward pass.
+def layer_costs(config: UNetConfig, in_channels: int, height: int, width: int, step: Step) -> list[LayerCost]:
+    """Return every layer with its saved activations, in the order of the forward pass.
 
     The activations of a layer are its outputs; the images belong to no layer.
     """
     found = layers(config, in_channels, height, width)
-    size = itemsize(precision)
+    size = step.batch_size * step.itemsize
     costs = []
     for layer, following in itertools.zip_longest(found, found[1:]):
-        saved: tuple[int, ...] = ()
+        saved = []
         if layer.kind == "convolution":
-            by_norm = _saved_by_norm(config, layer, batch_size, precision, device)
-            saved = (batch_size * layer.n_outputs * size, *by_norm)
+            saved = [size * layer.n_outputs, *_saved_by_norm(config, layer, step)]
         elif layer.kind == "pool":
-            saved = (batch_size * layer.n_outputs * size, batch_size * layer.n_outputs * 8)
+            saved = [size * layer.n_outputs, step.batch_size * layer.n_outputs * 8]
         elif layer.kind == "up":
-            saved = (batch_size * following.n_inputs * size,)
-        if precision != "float32" and layer.n_taps:
-            saved = (*saved, size * layer.n_taps)
-        costs.append(LayerCost(layer=layer, weights=4 * layer.n_parameters, saved=saved))
+            saved = [size * following.n_inputs]
+        if step.precision != "float32" and layer.n_taps:
+            saved.append(step.itemsize * layer.n_taps)
+        costs.append(LayerCost(layer, saved))
     return costs
 
 
-def state_factor(optimizer: Optimizer, momentum: float) -> int:
-    """Return how many numbers the optimizer keeps for each weight."""
-    return {"sgd": 1 if momentum else 0, "adamw": 2}[optimizer]
+class _Moment(NamedTuple):
+    """Blocks of memory in use at one moment of the backward pass, without what is in use during the whole step."""
 
-
-def itemsize(precision: Precision) -> int:
-    """Return the bytes of one number."""
-    return 4 if precision == "float32" else 2
-
-
-@dataclass(frozen=True)
-class _Bytes:
-    """Bytes on the heap and in separately mapped blocks."""
-
-    heap: int = 0
-    own: int = 0
-
-    @property
-    def total(self) -> int:
-        return self.heap + self.own
-
-    def __add__(self, other: _Bytes) -> _Bytes:
-        return _Bytes(self.heap + other.heap, self.own + other.own)
-
-    def __sub__(self, other: _Bytes) -> _Bytes:
-        return _Bytes(self.heap - other.heap, self.own - other.own)
-
-
-def _blocks(*sizes: int) -> _Bytes:
-    own = sum(size for size in sizes if size >= _OWN_MEMORY)
-    return _Bytes(sum(sizes) - own, own)
-
-
-@dataclass(frozen=True)
-class _Moment:
-    """Memory in use at one moment of the backward pass, without what is in use during the whole step."""
-
-    saved: _Bytes
-    maps: _Bytes
+    saved: list[int]
+    maps: list[int]
     """Gradients of feature maps, and the loss."""
-    gradients: _Bytes
+    gradients: list[int]
 
     @property
-    def bytes(self) -> _Bytes:
-        return self.saved + self.maps + self.gradients
-
-    @property
-    def total(self) -> int:
-        return self.bytes.total
+    def blocks(self) -> list[int]:
+        return [*self.saved, *self.maps, *self.gradients]
 
 
-def _backward(
-    config: UNetConfig, costs: list[LayerCost], batch_size: int, precision: Precision, device: Device
-) -> Iterator[_Moment]:
+def _backward(config: UNetConfig, costs: list[LayerCost], step: Step) -> Iterator[_Moment]:
     """Yield the moments at which memory may be highest, from the loss to the step of the optimizer."""
-    size = itemsize(precision) * batch_size
-    saved = _blocks(_images(costs[0].layer, batch_size, precision), *(each for cost in costs for each in cost.saved))
-    gradients = _Bytes()
-    waiting: list[_Bytes] = []
-    for cost in reversed(costs):
-        layer = cost.layer
-        output, source = size * layer.n_outputs, size * layer.n_inputs
-        held = sum(waiting, _Bytes())
-        gradients += _blocks(cost.weights)
-        before, saved = saved, saved - _blocks(*cost.saved)
+    saved = [_image_bytes(costs, step), *itertools.chain.from_iterable(cost.saved for cost in costs)]
+    gradients: list[int] = []
+    waiting: list[int] = []
+    for layer, own in reversed(costs):
+        output, source = (step.itemsize * step.batch_size * n for n in (layer.n_outputs, layer.n_inputs))
+        gradients = [*gradients, 4 * layer.n_parameters]
+        before, saved = saved, saved[: len(saved) - len(own)]
         if layer.kind == "convolution":
             # Each of ReLU, normalisation and convolution holds two gradients, then its saved tensors are released.
-            held_by_both = held + _blocks(output, output)
+            held_by_both = [*waiting, output, output]
             yield _Moment(before, held_by_both, gradients)
-            yield _Moment(saved if config.norm == "none" else saved + _blocks(output), held_by_both, gradients)
+            yield _Moment(saved if config.norm == "none" else [*saved, output], held_by_both, gradients)
             # The CPU kernels copy the weights and their gradient into a layout of their own.
-            copies = (itemsize(precision) * layer.n_taps,) * (2 if device == "cpu" else 0)
-            yield _Moment(saved, held + _blocks(output, source, *copies), gradients)
+            copies = [step.itemsize * layer.n_taps] * (2 if step.device == "cpu" else 0)
+            yield _Moment(saved, [*waiting, output, source, *copies], gradients)
         elif layer.kind == "up":
             # The skip's half of the gradient waits for the encoder, and keeps the other half alive.
-            waiting.append(_blocks(2 * output))
-            yield _Moment(saved, held + _blocks(2 * output, output, source), gradients)
+            waiting = [*waiting, 2 * output]
+            yield _Moment(saved, [*waiting, output, source], gradients)
         elif layer.kind == "pool":
-            yield _Moment(saved, held + _blocks(source, source), gradients)
-            waiting.pop()
+            yield _Moment(saved, [*waiting, source, source], gradients)
+            waiting = waiting[:-1]
         else:
             # The loss: logits, masks and the gradient of the logits, in float32.
-            loss = 4 * batch_size * costs[-1].layer.height * costs[-1].layer.width
-            yield _Moment(saved, _blocks(loss, loss, loss, source), gradients)
-    yield _Moment(_Bytes(), _Bytes(), gradients)
+            loss = 4 * step.batch_size * costs[-1].layer.height * costs[-1].layer.width
+            yield _Moment(saved, [loss, loss, loss, source], gradients)
+    yield _Moment([], [], gradients)
 
 
-def _saved_by_norm(
-    config: UNetConfig, layer: Layer, batch_size: int, precision: Precision, device: Device
-) -> tuple[int, ...]:
+def _saved_by_norm(config: UNetConfig, layer: Layer, step: Step) -> list[int]:
     """Return the bytes that the normalisation after a convolution saves: its input, and its statistics."""
     if config.norm == "none":
-        return ()
+        return []
     n_statistics = {
         "batch": 2 * layer.channels,
-        "group": 2 * batch_size * norm_groups(layer.channels),
+        "group": 2 * step.batch_size * norm_groups(layer.channels),
         # Instance normalisation also saves its scale once per image.
-        "instance": 3 * batch_size * layer.channels,
+        "instance": 3 * step.batch_size * layer.channels,
     }[config.norm]
     # On CUDA, autocast computes group normalisation in float32.
-    size = 4 if config.norm == "group" and device == "cuda" else itemsize(precision)
-    return batch_size * layer.n_outputs * size, 4 * n_statistics
+    size = 4 if config.norm == "group" and step.device == "cuda" else step.itemsize
+    return [step.batch_size * layer.n_outputs * size, 4 * n_statistics]
 
 
-def _images(first: Layer, batch_size: int, precision: Precision) -> int:
-    return batch_size * first.n_inputs * itemsize(precision)
+def _image_bytes(costs: list[LayerCost], step: Step) -> int:
+    return step.batch_size * costs[0].layer.n_inputs * step.itemsize

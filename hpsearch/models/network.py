@@ -6,8 +6,6 @@ network whose forward pass depends on the values of the images has to have `why_
 `training_memory`, since a dry run has no values.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import Any, Protocol
 

@@ -1,7 +1,5 @@
 """Normalisation layers of the UNet for images and feature maps in channels_last."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

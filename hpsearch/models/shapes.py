@@ -1,7 +1,5 @@
 """Shapes, parameters and FLOPs of every layer of the UNet by arithmetic, and why it cannot exist at a size."""
 
-from __future__ import annotations
-
 import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,8 +17,6 @@ class Layer:
     name: str
     """Its module in `UNet`, as in the state dict."""
     kind: Kind
-    stage: int
-    """Number of down-samplings before it; 0 is the resolution of the input."""
     in_channels: int
     channels: int
     height: int
@@ -42,6 +38,11 @@ class Layer:
         return self.channels * self.height * self.width
 
     @property
+    def is_empty(self) -> bool:
+        """Whether its feature map has vanished."""
+        return self.height < 1 or self.width < 1
+
+    @property
     def flops(self) -> int:
         """FLOPs for one image, a multiply-add counted as 2; bias, normalisation and ReLU are not counted."""
         n_pixels = self.in_height * self.in_width if self.kind == "up" else self.height * self.width
@@ -55,8 +56,8 @@ def layers(config: UNetConfig, in_channels: int, height: int, width: int) -> lis
     28th. Raises ValueError, with the reason of `why_impossible`, if a feature map vanishes.
     """
     found = _walk(config, in_channels, height, width)
-    if reason := _vanished(config, found):
-        raise ValueError(reason)
+    if found[-1].is_empty:
+        raise ValueError(_why_empty(config, found[-1]))
     return found
 
 
@@ -67,18 +68,19 @@ def why_impossible(
 
     `batch_size` matters to batch normalisation only; without it a batch of one image is not considered.
     """
-    found = _walk(config, in_channels, height, width)
-    if reason := _vanished(config, found):
-        smallest = _smallest_side(config, in_channels, batch_size)
-        return f"{reason}; images must be at least {smallest}x{smallest}"
-    for layer in found:
-        if layer.kind == "convolution" and _values_per_statistic(config, layer, batch_size) == 1:
-            return (
-                f"{layer.name} has a map of {layer.height}x{layer.width}, too small for {config.norm} normalisation "
-                "to compute a variance: choose a smaller depth, a larger image"
-                + (" or a larger batch" if config.norm != "instance" else "")
-            )
-    return None
+    layer = _first_impossible(config, in_channels, height, width, batch_size)
+    if layer is None:
+        return None
+    if layer.is_empty:
+        smallest = bisect.bisect_left(
+            range(1, 2**20), True, key=lambda side: not _first_impossible(config, in_channels, side, side, batch_size)
+        )
+        return f"{_why_empty(config, layer)}; images must be at least {smallest + 1}x{smallest + 1}"
+    larger = "a larger image" if config.norm == "instance" else "a larger image or a larger batch"
+    return (
+        f"{layer.name} has a map of {layer.height}x{layer.width}, too small for {config.norm} normalisation "
+        f"to compute a variance: choose a smaller depth, {larger}"
+    )
 
 
 def n_parameters(config: UNetConfig, in_channels: int) -> int:
@@ -138,20 +140,27 @@ def _walk(config: UNetConfig, in_channels: int, height: int, width: int) -> list
     found = []
     for layer in _all_layers(config, in_channels, height, width):
         found.append(layer)
-        if _is_empty(layer):
+        if layer.is_empty:
             break
     return found
+
+
+def _first_impossible(
+    config: UNetConfig, in_channels: int, height: int, width: int, batch_size: int | None
+) -> Layer | None:
+    """Return the layer whose map vanishes, else the first that cannot be normalised; None if there is neither."""
+    found = _walk(config, in_channels, height, width)
+    single = [layer for layer in found if _values_per_statistic(config, layer, batch_size) == 1]
+    return next(iter(found[-1:] if found[-1].is_empty else single), None)
 
 
 def _all_layers(config: UNetConfig, in_channels: int, height: int, width: int) -> Iterator[Layer]:
     lost = 0 if config.padding == "same" else config.kernel_size - 1
     channels, h, w = in_channels, height, width
 
-    def layer(
-        name: str, kind: Kind, stage: int, out: int, size: tuple[int, int], taps: int = 0, rest: int = 0
-    ) -> Layer:
+    def layer(name: str, kind: Kind, out: int, size: tuple[int, int], taps: int = 0, rest: int = 0) -> Layer:
         return Layer(
-            name=name, kind=kind, stage=stage, in_channels=channels, channels=out, height=size[0], width=size[1],
+            name=name, kind=kind, in_channels=channels, channels=out, height=size[0], width=size[1],
             n_taps=taps, n_parameters=taps + rest, in_height=h, in_width=w,
         )  # fmt: skip
 
@@ -161,7 +170,7 @@ def _all_layers(config: UNetConfig, in_channels: int, height: int, width: int) -
         for index in range(config.stacking):
             taps = config.kernel_size**2 * channels * out
             size = h - lost, w - lost
-            yield layer(f"{prefix}.{index}", "convolution", stage, out, size, taps, _bias_and_norm(config, out))
+            yield layer(f"{prefix}.{index}", "convolution", out, size, taps, _bias_and_norm(config, out))
             channels, h, w = out, *size
 
     skips = []
@@ -170,60 +179,43 @@ def _all_layers(config: UNetConfig, in_channels: int, height: int, width: int) -
         skips.append((h, w))
         # A single row or column counts as vanished: rounding up would only repeat it in every stage below.
         half = (0 if h == 1 else (h + 1) // 2), (0 if w == 1 else (w + 1) // 2)
-        yield layer(f"encoder.{stage}.pool", "pool", stage, channels, half)
+        yield layer(f"encoder.{stage}.pool", "pool", channels, half)
         h, w = half
         yield from stack(f"encoder.{stage}.stack", stage)
     for index, stage in enumerate(reversed(range(config.depth))):
         out = channels // 2
-        yield layer(f"decoder.{index}.up", "up", stage, out, (2 * h, 2 * w), 4 * channels * out, out)
+        yield layer(f"decoder.{index}.up", "up", out, (2 * h, 2 * w), 4 * channels * out, out)
         skip_h, skip_w = skips.pop()
         offset = skip_offset(config, stage)
         channels, h, w = 2 * out, min(2 * h, skip_h - offset), min(2 * w, skip_w - offset)
         yield from stack(f"decoder.{index}.stack", stage)
-    yield layer("head", "head", 0, 1, (h, w), channels, 1)
+    yield layer("head", "head", 1, (h, w), channels, 1)
     channels = 1
     if (h, w) != (height, width):
-        yield layer("interpolation", "interpolation", 0, 1, (height, width))
+        yield layer("interpolation", "interpolation", 1, (height, width))
 
 
-def _is_empty(layer: Layer) -> bool:
-    return layer.height < 1 or layer.width < 1
-
-
-def _vanished(config: UNetConfig, found: list[Layer]) -> str | None:
-    layer = found[-1]
-    if not _is_empty(layer):
-        return None
-    size = f"{layer.in_height}x{layer.in_width}"
+def _why_empty(config: UNetConfig, layer: Layer) -> str:
+    size, side = f"{layer.in_height}x{layer.in_width}", config.kernel_size
     if layer.kind == "pool":
         return f"{layer.name} cannot halve a map of {size} any further"
-    side = config.kernel_size
     return f"{layer.name} cannot apply a {side}x{side} convolution without padding to a map of {size}"
-
-
-def _smallest_side(config: UNetConfig, in_channels: int, batch_size: int | None) -> int:
-    """Return the side of the smallest square image on which the network can be trained."""
-
-    def can_train(side: int) -> bool:
-        found = _walk(config, in_channels, side, side)
-        return not _is_empty(found[-1]) and all(
-            _values_per_statistic(config, layer, batch_size) != 1 for layer in found if layer.kind == "convolution"
-        )
-
-    enough = 1
-    while not can_train(enough):
-        enough *= 2
-    return bisect.bisect_left(range(enough), True, key=can_train)
 
 
 def _values_per_statistic(config: UNetConfig, layer: Layer, batch_size: int | None) -> int:
     """Return how many numbers share a mean and variance; 0 without normalisation or if the batch is not known."""
-    pixels = layer.height * layer.width
-    if config.norm == "batch":
-        return 0 if batch_size is None else batch_size * pixels
-    if config.norm == "group":
-        return layer.channels // norm_groups(layer.channels) * pixels
-    return pixels if config.norm == "instance" else 0
+    if layer.kind != "convolution":
+        return 0
+    return (
+        layer.height
+        * layer.width
+        * {
+            "none": 0,
+            "batch": batch_size or 0,
+            "group": layer.channels // norm_groups(layer.channels),
+            "instance": 1,
+        }[config.norm]
+    )
 
 
 def _bias_and_norm(config: UNetConfig, channels: int) -> int:

@@ -1,15 +1,14 @@
-"""The UNet, built from four parts: stacked convolution, down, up and 1x1 head, with a final interpolation."""
-
-from __future__ import annotations
+"""The UNet, built from four parts (stacked convolution, down, up, 1x1 head), and its initial weights."""
 
 import itertools
+import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpsearch.config.model import UNetConfig
-from hpsearch.models.init import initialize_
 from hpsearch.models.norms import ImageNorm, make_norm
 from hpsearch.models.shapes import skip_offset
 
@@ -144,3 +143,54 @@ class UpSampling(nn.ConvTranspose2d):
         x = F.linear(x.permute(0, 2, 3, 1), taps.t(), self.bias.repeat(4))
         x = x.view(batch, height, width, 2, 2, self.out_channels).transpose(2, 3)
         return x.reshape(batch, 2 * height, 2 * width, self.out_channels).permute(0, 3, 1, 2)
+
+
+def initialize_(model: nn.Module, init: Literal["xavier", "torch"], *, seed: int) -> None:
+    """Fill every weight of `model` in place with random numbers of `seed`, without a global generator.
+
+    `xavier`: convolutions by the uniform rule of Glorot and Bengio with zero bias, transposed convolutions as
+    interpolation (`interpolation_weight`). `torch`: the rule of torch's constructors for both. Normalisation layers
+    start with weight 1 and bias 0. Weights are drawn on the CPU, so a seed gives the same bytes on every device. A
+    model on the `meta` device is left unchanged.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.GroupNorm | nn.InstanceNorm2d):
+            module.reset_parameters()
+        if not isinstance(module, nn.Conv2d | nn.ConvTranspose2d) or module.weight.is_meta:
+            continue
+        weight, bias = torch.empty(module.weight.shape), torch.empty(module.out_channels)
+        # For torch the fan is dimension 1 times the kernel; for a transposed convolution that is its output channels.
+        bound = 1 / math.sqrt(weight[0].numel())
+        for values in (weight, bias):
+            values.uniform_(-bound, bound, generator=generator)
+        if init == "xavier":
+            bias.zero_()
+            if isinstance(module, nn.ConvTranspose2d):
+                sizes = module.in_channels, module.out_channels, module.kernel_size[0], module.stride[0]
+                weight = interpolation_weight(*sizes)
+            else:
+                nn.init.xavier_uniform_(weight, generator=generator)
+        with torch.no_grad():
+            module.weight.copy_(weight)
+            if module.bias is not None:
+                module.bias.copy_(bias)
+
+
+def interpolation_weight(in_channels: int, out_channels: int, kernel_size: int, stride: int) -> Tensor:
+    """Return the weight with which a transposed convolution interpolates.
+
+    Its shape is (in_channels, out_channels, kernel_size, kernel_size), float32.
+    The kernel is the triangle of bilinear interpolation, cut to `kernel_size` and scaled so that a constant map
+    keeps its value. With kernel 4, stride 2 and padding 1 it equals `F.interpolate(mode="bilinear")`. With kernel 2
+    and stride 2 each output pixel sees one input pixel and repeats it (nearest neighbour). Each output channel is
+    the mean of every out_channels-th input channel (o, o + out_channels, ...). `out_channels` divides `in_channels`,
+    and `stride` divides `kernel_size`.
+    """
+    centre = (kernel_size - 1) / 2
+    triangle = (1 - (torch.arange(kernel_size) - centre).abs() / stride).clamp(min=0)
+    # An output pixel receives every stride-th tap, and the taps of each of the `stride` phases must add up to 1.
+    triangle = triangle / triangle.view(-1, stride).sum(0).repeat(kernel_size // stride)
+    share = in_channels // out_channels
+    channels = torch.eye(out_channels).repeat(share, 1) / share
+    return channels[:, :, None, None] * torch.outer(triangle, triangle)

@@ -20,6 +20,7 @@ from hpsearch.stats.study_scores import TrialStatistics
 from hpsearch.store import lock
 from hpsearch.store.record import StudyRecord
 from hpsearch.store.trials import Outcome, Standing, TrialRecord, count_trials
+from hpsearch.typed_json import from_json
 from hpsearch.workers.plan import ExecutionPlan, predicted_bytes
 
 N_TEST = 600
@@ -218,7 +219,7 @@ def _trial_row(
         n_finished=sum(fit.is_finished for fit in fits),
         seconds=seconds,
         whole_s=seconds / n_done * config.train.epochs * record.n_folds if n_done else None,
-        memory_bytes=predicted_bytes(config, ExecutionPlan.from_dict(plan)) if is_possible and plan else None,
+        memory_bytes=predicted_bytes(config, from_json(ExecutionPlan, plan)) if is_possible and plan else None,
         n_parameters=n_parameters(config.unet, data.n_channels) if is_possible else None,
         reason=trial.reason,
         pruned_at=(decision.fold, decision.epoch) if trial.outcome == "pruned" and decision else None,

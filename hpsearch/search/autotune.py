@@ -17,6 +17,7 @@ from hpsearch.data.sample import draw_sample
 from hpsearch.errors import ConfigError, RecordError
 from hpsearch.paths import ProjectPaths
 from hpsearch.store.record import StudyRecord
+from hpsearch.typed_json import from_json, to_json
 from hpsearch.workers import plan as plans
 from hpsearch.workers.jobs import CachePaths, MeasureJob, Measurement, RateJob, StepToMeasure
 from hpsearch.workers.local_pool import LocalPool
@@ -75,8 +76,8 @@ def make_plan(
     `check` is called again and again while something is measured, and ends it by raising.
     """
     plan = _stored_plan(record, choice) or _measure_plan(record, caches, choice, pool, check)
-    if plan.to_dict() != record.plan():
-        record.write_plan(plan.to_dict())
+    if to_json(plan) != record.plan():
+        record.write_plan(to_json(plan))
     return plan
 
 
@@ -90,7 +91,7 @@ def plan_for_one_fit(
     choice = dataclasses.replace(choice, n_workers=0)
     plan = _stored_plan(record, choice) or _measure_plan(record, caches, choice, pool, check)
     if record.plan() is None:
-        record.write_plan(plan.to_dict())
+        record.write_plan(to_json(plan))
     machine = {**plan.machine, "threads": str(plan.alone.threads)}
     return dataclasses.replace(plan, workers=(plan.alone,), machine=machine)
 
@@ -116,7 +117,7 @@ def _stored_plan(record: StudyRecord, choice: MachineChoice) -> ExecutionPlan | 
     """Return the recorded plan with `choice` applied; None if there is none for this kind of device."""
     try:
         stored = record.plan()
-        plan = ExecutionPlan.from_dict(stored) if stored is not None else None
+        plan = from_json(ExecutionPlan, stored) if stored is not None else None
     except (RecordError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise RecordError(f"{record.paths.plan} is damaged: delete it, and it is measured anew") from error
     wanted = choice.device.partition(":")[0]

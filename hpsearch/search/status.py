@@ -12,6 +12,7 @@ from hpsearch.store import lock
 from hpsearch.store.fits import FitRecord
 from hpsearch.store.record import StudyRecord, has_all_replicates
 from hpsearch.store.trials import COUNTED, TrialRecord, count_trials
+from hpsearch.typed_json import from_json
 from hpsearch.workers import plan as plans
 from hpsearch.workers.plan import ExecutionPlan
 
@@ -125,7 +126,7 @@ def _seconds_left(
     """
     if (table := record.plan()) is None:
         return None
-    plan, n_left = ExecutionPlan.from_dict(table), record.n_left(trials)
+    plan, n_left = from_json(ExecutionPlan, table), record.n_left(trials)
     n_replicates = len(refits) or replicates.n_left(record, n_left)
     if n_left == 0 and all(fit.is_finished for of_trial in refits.values() for fit in of_trial):
         return None

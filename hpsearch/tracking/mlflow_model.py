@@ -29,6 +29,7 @@ from hpsearch import subprocesses
 from hpsearch.errors import DatasetError, ExportError
 from hpsearch.inference.postprocessing import Postprocessing
 from hpsearch.paths import FinalPaths
+from hpsearch.typed_json import from_json
 
 if TYPE_CHECKING:
     from hpsearch.inference.predictor import Ensemble, Predictor
@@ -193,7 +194,7 @@ def _copy_weights(weights: Path, final: FinalPaths) -> None:
 
     _, info = load_weights(weights)
     files = {final.model: weights}
-    if Postprocessing.from_table(info.extra).ensemble:
+    if from_json(Postprocessing, info.extra).ensemble:
         members = FinalPaths(weights.parent).ensemble
         files |= {final.ensemble / path.name: path for path in members.glob("*.safetensors")}
     for target, source in files.items():

@@ -1,7 +1,5 @@
 """Checkpoint and weights files: written atomically, read without running code that a file may contain."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import io
@@ -13,7 +11,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +26,7 @@ from hpsearch.errors import CheckpointError, ConfigError
 from hpsearch.models.costs import output_margin
 from hpsearch.models.network import build_network
 from hpsearch.paths import FitPaths
+from hpsearch.typed_json import from_json, to_json
 
 logger = logging.getLogger(__name__)
 
@@ -75,12 +74,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} is refused: it holds more than tensors and plain types ({reason})") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise CheckpointError(f"{path} has format {found}, this version of hpsearch reads {FORMAT}")
-    return state
+        raise CheckpointError(f"{path} is refused: it holds more than tensors and plain types") from error
+    if state["format"] != FORMAT:
+        raise CheckpointError(f"{path} has format {state['format']}, this version of hpsearch reads {FORMAT}")
+    return cast("dict[str, Any]", state)
 
 
 def load_latest(fit: FitPaths, digest: str | None = None) -> dict[str, Any] | None:
@@ -131,29 +128,6 @@ class WeightsInfo:
         """How the image files were decoded in training."""
         return Reading.from_table(self.extra["reading"]) if "reading" in self.extra else READING_0_1
 
-    def to_table(self) -> dict[str, Any]:
-        """Return plain types, from which `from_table` makes an equal description."""
-        return {
-            "model": self.model.to_dict(),
-            "in_channels": self.in_channels,
-            "normalization": {"mean": list(self.normalization.mean), "std": list(self.normalization.std)},
-            "size": list(self.size),
-            "extra": dict(self.extra),
-        }
-
-    @classmethod
-    def from_table(cls, table: Mapping[str, Any]) -> WeightsInfo:
-        """Return the description in a table; KeyError, TypeError, ValueError or ConfigError if it is invalid."""
-        height, width = table["size"]
-        mean, std = (tuple(table["normalization"][name]) for name in ("mean", "std"))
-        return cls(
-            model=UNetConfig(**table["model"]),
-            in_channels=int(table["in_channels"]),
-            normalization=Normalization(mean=mean, std=std),
-            size=(int(height), int(width)),
-            extra=table["extra"],
-        )
-
 
 def save_weights(path: Path, model: nn.Module, info: WeightsInfo) -> None:
     """Write a network as safetensors; the same network and info give the same bytes."""
@@ -161,7 +135,7 @@ def save_weights(path: Path, model: nn.Module, info: WeightsInfo) -> None:
     import safetensors.torch
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    table = {"format": WEIGHTS_FORMAT, **info.to_table()}
+    table = {"format": WEIGHTS_FORMAT, **to_json(info)}
     table["sha256"] = _checksum(table, tensors)
     # One key, because safetensors writes several keys in an order that differs between processes.
     content = safetensors.torch.save(tensors, {"hpsearch": json.dumps(table, sort_keys=True)})
@@ -184,13 +158,10 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Mod
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     except safetensors.SafetensorError as error:
-        with path.open("rb") as raw:
-            start = raw.read(64)
-        raise CheckpointError(f"{path} is not a complete safetensors file{_what_it_is(start)}") from error
+        what = _what_it_is(path.read_bytes())
+        raise CheckpointError(f"{path} is not a complete safetensors file{what}") from error
     if text is None:
-        raise CheckpointError(
-            f"{path} holds weights without the description that hpsearch stores in its weights files"
-        )
+        raise CheckpointError(f"{path} is not a weights file of hpsearch: it has no description of its network")
     try:
         table = json.loads(text)
         # The text is compared as well, because different texts may parse to the same table.
@@ -199,7 +170,8 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Mod
             raise CheckpointError(f"{path} was changed since it was written: its checksum is wrong")
         if table["format"] != WEIGHTS_FORMAT:
             raise ValueError(f"format {table['format']}, this version of hpsearch reads {WEIGHTS_FORMAT}")
-        info = WeightsInfo.from_table(table)
+        # A setting of the network that this version does not know would change what it computes.
+        info = dataclasses.replace(from_json(WeightsInfo, table), model=UNetConfig(**table["model"]))
     except (KeyError, TypeError, ValueError, ConfigError) as error:
         raise CheckpointError(f"{path} has an invalid description of its network: {error}") from error
     margin = output_margin(info.model) if info.sees_windows else 0

@@ -1,9 +1,7 @@
 """Evaluation of a network: its logits on cached images, their pixel counts, and batch sizes."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -12,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hpsearch.data.batches import DeviceData, eval_batches
-from hpsearch.data.cache import Normalization
+from hpsearch.data.batches import Batch
 from hpsearch.models.network import margin_of
 from hpsearch.training.losses import Loss
 from hpsearch.training.metrics import count_pixels
@@ -32,51 +29,29 @@ class Evaluation(NamedTuple):
     """Mean over images; NaN without a loss function."""
 
 
-def evaluate(
-    model: Forward,
-    data: DeviceData,
-    indices: Indices,
-    *,
-    normalization: Normalization,
-    size: tuple[int, int],
-    runtime: Runtime,
-    batch_size: int = 16,
-    loss: Loss | None = None,
-) -> Evaluation:
-    """Compare the predictions for `indices`, in that order, with the masks that `data` serves, at their size.
+def evaluate(model: Forward, batches: Iterable[Batch], runtime: Runtime, loss: Loss | None = None) -> Evaluation:
+    """Compare the predictions for the images of `eval_batches` with their masks, at the size of the masks.
 
-    The caller sets `model` to evaluation mode. The result does not depend on `batch_size`, apart from rounding. The
-    CPU waits for the device once, at the end.
+    The caller sets `model` to evaluation mode. The result does not depend on the size of the batches, apart from
+    rounding. The CPU waits for the device once, at the end.
     """
     losses: list[Tensor] = []
     counts: list[Tensor] = []
-    for logits, masks in predict_logits(
-        model, data, indices, normalization=normalization, size=size, runtime=runtime, batch_size=batch_size
-    ):
+    for logits, masks in predict_logits(model, batches, runtime):
         counts.append(count(logits, masks))
         if loss is not None:
             losses.append(loss(logits, masks) * len(masks))
-    all_counts, total = fetch(counts, losses)
-    return Evaluation(all_counts, total / len(indices))
+    return fetch(counts, losses)
 
 
-def predict_logits(
-    model: Forward,
-    data: DeviceData,
-    indices: Indices,
-    *,
-    normalization: Normalization,
-    size: tuple[int, int],
-    runtime: Runtime,
-    batch_size: int = 16,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield logits (B, 1, H, W) float32 and masks (B, 1, H, W) uint8 of `indices` in order, at the size of the masks.
+def predict_logits(model: Forward, batches: Iterable[Batch], runtime: Runtime) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield logits (B, 1, H, W) float32 and masks (B, 1, H, W) uint8 of the batches, at the size of the masks.
 
     The caller sets `model` to evaluation mode. If the model has a margin, the masks are cut to the part that the
     logits cover.
     """
     margin = margin_of(model)
-    for batch in eval_batches(data, indices, batch_size=batch_size, normalization=normalization, size=size):
+    for batch in batches:
         with torch.inference_mode():
             with runtime.autocast():
                 logits = model(batch.images)
@@ -118,10 +93,9 @@ def count(logits: Tensor, masks: Tensor) -> Tensor:
     return torch.stack(count_pixels(logits > 0, masks), dim=1)
 
 
-def fetch(counts: list[Tensor], losses: list[Tensor]) -> tuple[npt.NDArray[np.int64], float]:
-    """Return all counts (n, 4) and the sum of the losses, NaN if there are none. The CPU waits for the device."""
+def fetch(counts: list[Tensor], losses: list[Tensor]) -> Evaluation:
+    """Return all counts and the mean of the losses, which are sums over images. The CPU waits for the device."""
     table: npt.NDArray[np.int64] = torch.cat(counts).cpu().numpy()
-    if not losses:
-        return table, math.nan
     # Summed on the CPU, which has float64 with every device.
-    return table, float(torch.stack(losses).cpu().double().sum())
+    total = float(torch.stack(losses).cpu().double().sum()) if losses else math.nan
+    return Evaluation(table, total / len(table))

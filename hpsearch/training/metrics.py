@@ -3,8 +3,6 @@
 Imports no torch: the report and the coordinator score the counts of a worker.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
@@ -14,7 +12,7 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor
 
-A = TypeVar("A", "np.ndarray[Any, Any]", "Tensor")
+A = TypeVar("A", np.ndarray[Any, Any], "Tensor")
 
 
 class PixelCounts(NamedTuple, Generic[A]):
@@ -26,7 +24,7 @@ class PixelCounts(NamedTuple, Generic[A]):
     tn: A
 
     @classmethod
-    def from_columns(cls, counts: A) -> PixelCounts[A]:
+    def from_columns(cls, counts: A) -> "PixelCounts[A]":
         """Return the counts of an (..., 4) array with columns tp, fp, fn, tn."""
         return cls(counts[..., 0], counts[..., 1], counts[..., 2], counts[..., 3])
 

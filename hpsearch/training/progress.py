@@ -1,6 +1,4 @@
-"""State of a fit that survives a restart, and its restoration from a checkpoint."""
-
-from __future__ import annotations
+"""State of a fit after its last epoch, its restoration from a checkpoint, and the files of a finished fit."""
 
 import dataclasses
 import logging
@@ -15,9 +13,15 @@ import torch
 from torch import nn
 
 from hpsearch import paths as files
+from hpsearch.data.batches import DeviceData, eval_batches
 from hpsearch.paths import FitPaths
 from hpsearch.training import checkpoint
-from hpsearch.training.rows import EpochRow, read_lines, to_line
+from hpsearch.training import runtime as devices
+from hpsearch.training.checkpoint import WeightsInfo
+from hpsearch.training.evaluation import Forward, Indices, predict_logits
+from hpsearch.training.rows import EpochRow, FitSummary, read_lines, to_line
+from hpsearch.training.runtime import Runtime
+from hpsearch.training.task import FitTask, microbatches_are_exact
 from hpsearch.typed_json import from_json, to_json
 
 logger = logging.getLogger(__name__)
@@ -25,14 +29,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Progress:
-    """Network, optimizer and results after the last epoch."""
+    """Network, optimizer and results of a fit after its last epoch."""
 
+    task: FitTask
     model: nn.Module
+    """On its device."""
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     rows: list[EpochRow] = field(default_factory=list)
-    scores: list[npt.NDArray[np.float32]] = field(default_factory=list)
+    scores: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    """The metric of every held-out image after every epoch, (epochs, n)."""
     counts: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 4), np.int64))
+    """tp, fp, fn, tn of every held-out image after the last epoch, (n, 4)."""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the fit has ended before its last epoch."""
+        return len(self.rows) < self.task.config.train.epochs
 
     def to_state(self, task_digest: str) -> dict[str, Any]:
         """Return tensors and plain types for a checkpoint."""
@@ -43,7 +56,7 @@ class Progress:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "rows": [to_json(row) for row in self.rows],
-            "scores": torch.from_numpy(self.scores_array()),
+            "scores": torch.from_numpy(self.scores),
             "counts": torch.from_numpy(self.counts),
         }
 
@@ -54,12 +67,7 @@ class Progress:
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.rows = [from_json(EpochRow, row) for row in state["rows"]]
-        self.scores = list(state["scores"].numpy())
-        self.counts = state["counts"].numpy()
-
-    def scores_array(self) -> npt.NDArray[np.float32]:
-        """Return the scores, (epochs, held-out images)."""
-        return np.stack(self.scores) if self.scores else np.zeros((0, 0), np.float32)
+        self.scores, self.counts = state["scores"].numpy(), state["counts"].numpy()
 
     def best_score(self) -> float:
         """Return the best mean over the held-out images so far; minus infinity if there is none."""
@@ -71,14 +79,16 @@ def resume_(progress: Progress, paths: FitPaths, task_digest: str) -> dict[int, 
 
     Returns the rows that were recorded before, by epoch. Raises CheckpointError for the checkpoint of another fit.
     """
-    recorded = _recorded_rows(paths.epochs)
+    # In reverse, so that the first of several rows of an epoch counts.
+    lines, _ = read_lines(paths.epochs.read_bytes() if paths.epochs.is_file() else b"")
+    recorded = {row.epoch: row for row in reversed(lines)}
     state = checkpoint.load_latest(paths, task_digest)
     if state is not None:
         progress.restore_(state, paths.last)
         logger.info("%s: resumed after epoch %d", paths.root, len(progress.rows))
     progress.rows = [as_recorded(row, recorded) for row in progress.rows]
     if progress.rows:
-        checkpoint.save_array(paths.scores, progress.scores_array())
+        checkpoint.save_array(paths.scores, progress.scores)
     if progress.rows or paths.epochs.exists():
         files.write_text(paths.epochs, "".join(to_line(row) + "\n" for row in progress.rows))
     return recorded
@@ -92,24 +102,90 @@ def save_epoch(progress: Progress, paths: FitPaths, task_digest: str, *, is_best
         best = {"epoch": row.epoch, "score": progress.best_score(), "model": progress.model.state_dict()}
         checkpoint.save_checkpoint(paths.best, best)
     checkpoint.save_latest(paths, progress.to_state(task_digest))
-    checkpoint.save_array(paths.scores, progress.scores_array())
+    checkpoint.save_array(paths.scores, progress.scores)
     files.append_line(paths.epochs, to_line(row))
 
 
 def as_recorded(row: EpochRow, recorded: dict[int, EpochRow]) -> EpochRow:
     """Return the row with the time at which it was first recorded, so that a repeated epoch is logged only once."""
-    first = recorded.get(row.epoch)
-    if first is None:
-        return row
+    first = recorded.get(row.epoch, row)
     if (first.train, first.held_out, first.lr) == (row.train, row.held_out, row.lr):
         return first
     # On a device whose sums differ from run to run: the new values at the first time.
     return dataclasses.replace(row, time=first.time)
 
 
-def _recorded_rows(path: Path) -> dict[int, EpochRow]:
-    """Return the rows of epochs.jsonl by epoch, without torn and invalid lines."""
-    rows: dict[int, EpochRow] = {}
-    for row in read_lines(path.read_bytes())[0] if path.is_file() else []:
-        rows.setdefault(row.epoch, row)
-    return rows
+def finish_fit(
+    fit: Progress, paths: FitPaths, data: DeviceData, runtime: Runtime, *, extra: dict[str, Any] | None = None
+) -> FitSummary:
+    """Write the files of a finished fit, fit.json last, remove its checkpoints, and return the content of fit.json.
+
+    weights.safetensors, scores.npy, counts.npy and examples.npz do not depend on time or process. If the process
+    dies at any point, a repetition from last.pt writes the same bytes. `extra` is stored in the weights file.
+    fit.json holds `micro_batch` if it changed the result.
+    """
+    task, rows, n_held_out = fit.task, fit.rows, len(fit.task.held_out_indices)
+    info = WeightsInfo(
+        model=task.config.unet,
+        in_channels=data.n_channels,
+        normalization=task.normalization,
+        size=task.size,
+        extra=extra or {},
+    )
+    checkpoint.save_weights(paths.weights, fit.model, info)
+    checkpoint.save_array(paths.scores, fit.scores)
+    checkpoint.save_array(paths.counts, fit.counts)
+    if n_held_out:
+        save_examples(paths.examples, fit.model, info, data, task.held_out_indices, fit.scores[-1], runtime)
+    train_s, eval_s = sum(row.train_s for row in rows), sum(row.eval_s for row in rows)
+    summary = FitSummary(
+        epochs=len(rows),
+        value=float(np.mean(fit.scores[-1], dtype=np.float64)) if n_held_out else None,
+        n_held_out=n_held_out,
+        micro_batch=None if microbatches_are_exact(task.config.unet) else task.micro_batch,
+        seconds=train_s + eval_s,
+        train_s=train_s,
+        eval_s=eval_s,
+        images_per_s=sum(row.images_per_s * row.train_s for row in rows) / train_s,
+        peak_bytes=max(row.peak_bytes for row in rows),
+        scores_sha256=files.sha256_file(paths.scores),
+        weights_sha256=files.sha256_file(paths.weights),
+        runtime=devices.describe(runtime),
+    )
+    files.write_json(paths.fit, {"format": 1, **to_json(summary)})
+    for path in (paths.last, paths.previous):
+        path.unlink(missing_ok=True)
+    return summary
+
+
+def save_examples(
+    path: Path,
+    model: Forward,
+    info: WeightsInfo,
+    data: DeviceData,
+    indices: Indices,
+    scores: npt.NDArray[np.floating[Any]],
+    runtime: Runtime,
+) -> None:
+    """Save the predictions for the two worst, median and best images by `scores` (n,), in this order.
+
+    The .npz file has `indices` (m,) int64 into `data`, `scores` (m,) and `probabilities` (m, H, W) uint8, where 255
+    is probability 1.
+    """
+    order = np.argsort(scores, kind="stable")
+    n, middle = len(order), max(0, (len(order) - 1) // 2)
+    # With fewer images each is saved once.
+    ranks = np.unique([0, 1, middle, middle + 1, n - 2, n - 1])
+    chosen = order[ranks[(ranks >= 0) & (ranks < n)]]
+    batches = eval_batches(
+        data, indices[chosen], batch_size=len(chosen), normalization=info.normalization, size=info.size
+    )
+    with runtime.active():
+        probabilities = [
+            logits.sigmoid().mul(255).round().to(torch.uint8).squeeze(1).cpu().numpy()
+            for logits, _ in predict_logits(model, batches, runtime)
+        ]
+    with files.atomic_write(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(
+            file, indices=indices[chosen], scores=scores[chosen], probabilities=np.concatenate(probabilities)
+        )

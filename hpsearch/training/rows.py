@@ -1,7 +1,5 @@
 """Results of one epoch of a fit, a line of epochs.jsonl, and of a whole one, fit.json. Imports no torch."""
 
-from __future__ import annotations
-
 import json
 import zlib
 from dataclasses import dataclass, field

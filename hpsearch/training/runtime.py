@@ -1,7 +1,5 @@
 """Device, precision, threads, seeds and memory of a fit."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import functools
@@ -61,22 +59,23 @@ class Runtime:
         On other devices than CUDA it also calls `keep_freed_memory`, which holds until the process ends.
         """
         threads = torch.get_num_threads()
-        matmul = torch.get_float32_matmul_precision()
-        benchmark = torch.backends.cudnn.benchmark
+        matmul, benchmark = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
         torch.set_num_threads(self.threads)
         with contextlib.ExitStack() as stack:
-            stack.callback(torch.set_num_threads, threads)
             if self.device.type == "cuda":
                 # Without a current device, pinned memory would take 0.5 GB of the first GPU.
                 stack.enter_context(torch.cuda.device(self.device))
                 # By default torch uses TF32 for float32 convolutions, but not for matrix products.
                 torch.set_float32_matmul_precision("high")
-                stack.callback(torch.set_float32_matmul_precision, matmul)
                 torch.backends.cudnn.benchmark = True
-                stack.callback(setattr, torch.backends.cudnn, "benchmark", benchmark)
             else:
                 keep_freed_memory()
-            yield
+            try:
+                yield
+            finally:
+                torch.set_num_threads(threads)
+                torch.set_float32_matmul_precision(matmul)
+                torch.backends.cudnn.benchmark = benchmark
 
     def end_step(self) -> None:
         """Run the recorded operations of a training step on XLA; no effect on other devices."""
@@ -91,15 +90,11 @@ def make_runtime(
 
     Raises DeviceError, naming what is available, for a device or precision that is not.
     """
-    chosen = choose_device(device)
     if threads is not None and threads < 1:
         raise DeviceError(f"threads must be at least 1, got {threads}")
-    return Runtime(
-        device=chosen,
-        precision=choose_precision(chosen, amp),
-        compile=compile,
-        threads=threads if threads is not None else available_cores(),
-    )
+    chosen = choose_device(device)
+    precision = choose_precision(chosen, amp)
+    return Runtime(device=chosen, precision=precision, compile=compile, threads=threads or available_cores())
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -107,32 +102,25 @@ def choose_device(name: str = "auto") -> torch.device:
 
     Raises DeviceError, saying why, if it is not available.
     """
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    has_mps = torch.backends.mps.is_available()
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", 0)
-        return torch.device("mps") if torch.backends.mps.is_available() else torch.device("cpu")
-    if name == "cpu":
-        return torch.device("cpu")
+        name = "cuda" if n_gpus else "mps" if has_mps else "cpu"
+    if name == "cpu" or (name == "mps" and has_mps):
+        return torch.device(name)
     if name == "mps":
-        if not torch.backends.mps.is_available():
-            raise DeviceError("there is no MPS device: it needs macOS 14 on an Apple chip; use --device auto")
-        return torch.device("mps")
+        raise DeviceError("there is no MPS device: it needs macOS 14 on an Apple chip; use --device auto")
     if name == "xla":
         device: torch.device = _torch_xla().device()
         return device
     match = re.fullmatch(r"cuda(?::(\d+))?", name)
     if match is None:
         raise DeviceError(f"unknown device {name!r}: it is auto, cpu, cuda, cuda:N, mps or xla")
-    return _cuda_device(name, int(match[1] or 0))
-
-
-def _cuda_device(name: str, index: int) -> torch.device:
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if index < count:
+    if (index := int(match[1] or 0)) < n_gpus:
         return torch.device("cuda", index)
-    if count:
-        raise DeviceError(f"device {name} is not there: this machine has {count} GPU(s), cuda:0 to cuda:{count - 1}")
     reason = "this torch was built without CUDA" if torch.version.cuda is None else "no GPU or no driver was found"
+    if n_gpus:
+        reason = f"this machine has {n_gpus} GPU(s), cuda:0 to cuda:{n_gpus - 1}"
     raise DeviceError(f"device {name} is not there: {reason}; use --device auto")
 
 
@@ -145,16 +133,14 @@ def choose_precision(device: torch.device, amp: str = "auto") -> Precision:
     kind = device.type
     major = torch.cuda.get_device_capability(device)[0] if kind == "cuda" else 0
     if amp == "auto":
-        if kind == "cuda":
-            return "bf16" if major >= 8 else "fp16" if major == 7 else "float32"
-        return "bf16" if kind == "xla" or (kind == "cpu" and cpu_computes_bf16()) else "float32"
+        if major == 7:
+            return "fp16"
+        return "bf16" if major >= 8 or kind == "xla" or (kind == "cpu" and cpu_computes_bf16()) else "float32"
     if amp == "bf16" and kind == "cuda" and major < 8:
         raise DeviceError(f"{torch.cuda.get_device_name(device)} does not support bf16: use train.amp = 'fp16'")
     if amp == "fp16" and kind != "cuda":
         raise DeviceError(f"train.amp = 'fp16' is for CUDA devices, not {kind}: use 'auto'")
     found: dict[str, Precision] = {"off": "float32", "bf16": "bf16", "fp16": "fp16"}
-    if amp not in found:
-        raise DeviceError(f"unknown train.amp {amp!r}: it is auto, bf16, fp16 or off")
     return found[amp]
 
 
@@ -168,26 +154,26 @@ def cpu_computes_bf16() -> bool:
 
 def describe(runtime: Runtime) -> dict[str, str]:
     """Return the device, the processor and the versions, for the record."""
-    device = runtime.device
-    table = {
+    device, name, versions = runtime.device, processor_name(), {}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+        cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+        versions = {"cuda": str(torch.version.cuda), "cudnn": str(cudnn)}
+    elif device.type == "xla":
+        name = str(_torch_xla().device())
+        versions = {"torch_xla": str(_torch_xla().__version__)}
+    return {
         "device": str(device),
-        "device_name": processor_name(),
+        "device_name": name,
         "precision": runtime.precision,
         "threads": str(runtime.threads),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "numpy": np.__version__,
+        **versions,
     }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        table["device_name"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-        table["cuda"] = str(torch.version.cuda)
-        table["cudnn"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
-    elif device.type == "xla":
-        table["device_name"] = str(_torch_xla().device())
-        table["torch_xla"] = str(_torch_xla().__version__)
-    return table
 
 
 def processor_name() -> str:
@@ -290,12 +276,10 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 def why_no_compile(device: torch.device) -> str | None:
     """Return why torch.compile cannot work on `device`, or None if it can."""
-    compilers = (
-        [os.environ.get("CXX"), "g++", "clang++"] if device.type == "cpu" else [os.environ.get("CC"), "gcc", "cc"]
-    )
     if device.type not in ("cpu", "cuda"):
         return f"torch.compile is not used on {device.type}"
-    if not any(shutil.which(name) for name in compilers if name):
+    variable, *compilers = ("CXX", "g++", "clang++") if device.type == "cpu" else ("CC", "gcc", "cc")
+    if not any(map(shutil.which, [os.environ.get(variable, ""), *compilers])):
         return "torch.compile needs a C++ compiler (g++ or clang++), and none is installed"
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "torch.compile needs the package triton, which is not installed"

@@ -1,49 +1,26 @@
 """Inputs that decide the result of a fit, and the hash that identifies its checkpoints."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from hpsearch.config import digest
+from hpsearch.config import StudyConfig, digest
 from hpsearch.config.data import AugmentConfig
 from hpsearch.config.model import UNetConfig
 from hpsearch.config.train import TrainConfig
 from hpsearch.data.batches import n_train_batches
 from hpsearch.data.cache import Normalization
-from hpsearch.errors import ConfigError
 from hpsearch.models.costs import output_margin, uses_batch_statistics, why_impossible
 from hpsearch.training.evaluation import Indices
 
-HASHED = frozenset(
-    [
-        "batch_size",
-        "epochs",
-        "loss",
-        "lr",
-        "momentum",
-        "optimizer",
-        "schedule",
-        "smooth",
-        "weight_decay",
-        "blur",
-        "brightness",
-        "contrast",
-        "crop",
-        "hflip",
-        "hue",
-        "noise",
-        "rotate",
-        "saturation",
-        "scale",
-        "vflip",
-    ]
-)
+HASHED = (
+    "batch_size", "epochs", "loss", "lr", "momentum", "optimizer", "schedule", "smooth", "weight_decay", "blur",
+    "brightness", "contrast", "crop", "hflip", "hue", "noise", "rotate", "saturation", "scale", "vflip",
+)  # fmt: skip
 """Settings of training and augmentation that every digest covers. Later ones count unless they have their default, so
 that a new setting leaves the checkpoints of existing studies valid."""
 
@@ -52,58 +29,68 @@ that a new setting leaves the checkpoints of existing studies valid."""
 class FitTask:
     """Everything that decides the result of a fit, except the images and the arithmetic of the device."""
 
-    model_config: UNetConfig
-    in_channels: int
+    config: StudyConfig
     train_indices: Indices
     held_out_indices: Indices
-    train: TrainConfig
-    augment: AugmentConfig
+    """Images that are scored after each epoch; may be empty."""
     normalization: Normalization
-    size: tuple[int, int]
-    eval_size: tuple[int, int]
-    stretch: bool
-    metric: Literal["dice", "jaccard"]
     seed: int
-    micro_batch: int | None
+    micro_batch: int | None = None
+    """Most images whose gradients are computed at once, to save memory (`part_sizes`). The result is the same apart
+    from rounding where `microbatches_are_exact`. Otherwise batch normalisation uses the statistics of the parts."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return self.config.data.height, self.config.data.width
 
     @property
     def steps_per_epoch(self) -> int:
         """Steps of the optimizer in one epoch."""
-        return n_train_batches(len(self.train_indices), self.train.batch_size)
+        return n_train_batches(len(self.train_indices), self.config.train.batch_size)
 
     @property
     def part_sizes(self) -> list[int]:
         """Images in each part of a batch that goes through the network at once."""
-        return part_sizes(max(1, min(self.train.batch_size, len(self.train_indices))), self.micro_batch)
+        return part_sizes(max(1, min(self.config.train.batch_size, len(self.train_indices))), self.micro_batch)
 
     @property
     def margin(self) -> int:
         """Margin of the network: 0 if its logits are stretched to the size of the images."""
-        return 0 if self.stretch else output_margin(self.model_config)
+        return output_margin(self.config.unet) if self.config.sees_windows else 0
 
-    def check(self) -> None:
-        """Raise ConfigError if the network cannot be trained at this size on this many images at once."""
-        n_images = min(self.part_sizes)
-        if reason := why_impossible(self.model_config, self.in_channels, *self.size, batch_size=n_images):
-            raise ConfigError(f"with {n_images} image{'s' if n_images > 1 else ''} at once: {reason}")
+    def why_impossible(self) -> str | None:
+        """Return why the network cannot be trained at this size on this many images at once, or None if it can."""
+        n_images, config = min(self.part_sizes), self.config
+        reason = why_impossible(config.unet, config.data.n_channels, *self.size, batch_size=n_images)
+        return reason and f"with {n_images} image{'s' if n_images > 1 else ''} at once: {reason}"
 
     def digest(self, data_key: str) -> str:
         """Return the hash that a checkpoint carries, so that it is never continued as another fit."""
-        table: dict[str, Any] = {"data": data_key}
-        for part in dataclasses.fields(self):
-            value = getattr(self, part.name)
-            if isinstance(value, np.ndarray):
-                value = hashlib.sha256(np.ascontiguousarray(value, np.int64).tobytes()).hexdigest()
-            elif isinstance(value, Normalization):
-                value = dataclasses.asdict(value)
-            table[part.name] = value
-        table["model_config"] = self.model_config.to_dict()
-        table["train"], table["augment"] = _hashed(self.train), _hashed(self.augment)
-        if microbatches_are_exact(self.model_config):
-            del table["micro_batch"]
-        if not self.margin:
-            del table["stretch"]
+        config = self.config
+        table: dict[str, Any] = {
+            "data": data_key,
+            "model_config": config.unet.to_dict(),
+            "in_channels": config.data.n_channels,
+            "train_indices": _hash(self.train_indices),
+            "held_out_indices": _hash(self.held_out_indices),
+            "train": _hashed(config.train),
+            "augment": _hashed(config.augment),
+            "normalization": dataclasses.asdict(self.normalization),
+            "size": self.size,
+            "eval_size": config.eval_size,
+            "metric": config.study.metric,
+            "seed": self.seed,
+        }
+        if not microbatches_are_exact(config.unet):
+            table["micro_batch"] = self.micro_batch
+        if self.margin:
+            table["stretch"] = False
         return digest(table)
+
+
+def _hash(indices: Indices) -> str:
+    return hashlib.sha256(np.ascontiguousarray(indices, np.int64).tobytes()).hexdigest()
 
 
 def _hashed(settings: TrainConfig | AugmentConfig) -> dict[str, Any]:

@@ -1,11 +1,9 @@
 """Jobs that a worker runs and reports that it sends back, as frozen dataclasses. Imports no torch."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal, get_args
 
 from hpsearch.config import StudyConfig
 from hpsearch.data.reading import Reading
@@ -43,8 +41,6 @@ class FitJob:
     keep_best: bool = False
     """Whether the weights of the best epoch are kept too."""
 
-    kind: ClassVar[str] = "fit"
-
 
 @dataclass(frozen=True)
 class FitScore:
@@ -52,19 +48,6 @@ class FitScore:
 
     value: float | None
     """Mean score over the held-out images after the last epoch; None without held-out images."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreJob:
-    """Write the per-image pixel counts of one network on all images of a cache, and a few examples."""
-
-    config: StudyConfig
-    weights: Path
-    caches: CachePaths
-    counts: Path
-    examples: Path
-
-    kind: ClassVar[str] = "score"
 
 
 @dataclass(frozen=True)
@@ -88,8 +71,6 @@ class OfficialScoreJob:
     """Folder for the predicted masks; None to write none."""
     counts: Path
 
-    kind: ClassVar[str] = "official"
-
 
 @dataclass(frozen=True, kw_only=True)
 class SelectPostprocessingJob:
@@ -105,8 +86,6 @@ class SelectPostprocessingJob:
     """Whether the ensemble is considered."""
     out: Path
     """JSON file for the decisions."""
-
-    kind: ClassVar[str] = "choose"
 
 
 @dataclass(frozen=True)
@@ -124,20 +103,18 @@ class KeepJob:
     copies: tuple[WeightsCopy, ...]
     postprocessing: Postprocessing
 
-    kind: ClassVar[str] = "keep"
-
 
 @dataclass(frozen=True, kw_only=True)
 class CountJob:
-    """Write the per-image pixel counts of one network, or of several by their mean logits, after post-processing."""
+    """Write the per-image pixel counts of networks, by their mean logits, on all images of a cache."""
 
     config: StudyConfig
     caches: CachePaths
     weights: tuple[Path, ...]
     postprocessing: Postprocessing
     counts: Path
-
-    kind: ClassVar[str] = "count"
+    examples: Path | None = None
+    """Where a few predictions of the first network go; None to save none."""
 
 
 @dataclass(frozen=True)
@@ -155,8 +132,6 @@ class MeasureJob:
     config: StudyConfig
     threads: int
     steps: tuple[StepToMeasure, ...]
-
-    kind: ClassVar[str] = "measure"
 
 
 @dataclass(frozen=True)
@@ -192,8 +167,6 @@ class RateJob:
     begin: float = 0.0
     end: float = 0.0
 
-    kind: ClassVar[str] = "rate"
-
 
 @dataclass(frozen=True)
 class Rate:
@@ -204,22 +177,8 @@ class Rate:
     """Seconds of the fastest step."""
 
 
-Job = FitJob | ScoreJob | OfficialScoreJob | SelectPostprocessingJob | KeepJob | CountJob | MeasureJob | RateJob
-JOBS: dict[str, type[Job]] = {
-    cls.kind: cls
-    for cls in (
-        FitJob,
-        ScoreJob,
-        OfficialScoreJob,
-        SelectPostprocessingJob,
-        KeepJob,
-        CountJob,
-        MeasureJob,
-        RateJob,
-    )
-}
-Result = FitScore | Measurement | Rate | None
-_RESULTS: dict[str, type[Any]] = {"fit": FitScore, "measure": Measurement, "rate": Rate}
+Job = FitJob | OfficialScoreJob | SelectPostprocessingJob | KeepJob | CountJob | MeasureJob | RateJob
+Result = FitScore | Measurement | Rate
 
 
 @dataclass(frozen=True)
@@ -238,7 +197,7 @@ class EpochEnded:
 class Finished:
     """The job is done."""
 
-    result: Result = None
+    result: Result | None = None
 
 
 @dataclass(frozen=True)
@@ -261,36 +220,19 @@ class Failed:
 
 
 Report = Ready | EpochEnded | Finished | Stopped | Failed
-_REPORTS: dict[str, type[Any]] = {
-    "ready": Ready,
-    "epoch": EpochEnded,
-    "finished": Finished,
-    "stopped": Stopped,
-    "failed": Failed,
-}
+_CLASSES: dict[str, type[Any]] = {cls.__name__: cls for cls in (*get_args(Job), *get_args(Result), *get_args(Report))}
 
 
-def job_to_json(job: Job) -> dict[str, Any]:
-    """Return a JSON table, from which `job_from_json` restores the job."""
-    return {"job": job.kind, **to_json(job)}
+def to_message(part: Job | Result | Report) -> dict[str, Any]:
+    """Return a JSON table, which `from_message` reads."""
+    table = {**to_json(part), "class": type(part).__name__}
+    if isinstance(part, Finished) and part.result is not None:
+        table["result"] = to_message(part.result)
+    return table
 
 
-def job_from_json(table: Mapping[str, Any]) -> Job:
-    """Return the job in a table of `job_to_json`."""
-    return from_json(JOBS[table["job"]], table)
-
-
-def report_to_json(report: Report) -> dict[str, Any]:
-    """Return a table that `report_from_json` reads."""
-    kind = next(name for name, cls in _REPORTS.items() if cls is type(report))
-    return {"report": kind, **to_json(report)}
-
-
-def report_from_json(table: Mapping[str, Any], job: Job | None) -> Report:
-    """Return the report in a table of `report_to_json`; `job` is the job that it is about."""
-    if table["report"] == "finished":
-        result = table["result"]
-        cls = _RESULTS.get(job.kind) if job is not None else None
-        return Finished(from_json(cls, result) if cls is not None and result is not None else None)
-    report: Report = from_json(_REPORTS[table["report"]], table)
-    return report
+def from_message(table: Mapping[str, Any]) -> Any:
+    """Return the job or report in a table of `to_message`."""
+    if table.get("result") is not None:
+        return Finished(from_message(table["result"]))
+    return from_json(_CLASSES[table["class"]], table)

@@ -5,8 +5,6 @@ notebook and from an unguarded script, and the coordinator's memory is not copie
 over a socket pair, so nothing is ever unpickled.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json
@@ -20,11 +18,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from hpsearch import subprocesses
 from hpsearch.errors import WorkerError
-from hpsearch.workers.jobs import EpochEnded, Failed, FitJob, Job, Ready, job_to_json, report_from_json
+from hpsearch.workers.jobs import EpochEnded, Failed, FitJob, Job, Ready, from_message, to_message
 from hpsearch.workers.pool import Event, Worker, WorkerSettings
 
 logger = logging.getLogger(__name__)
@@ -65,7 +63,7 @@ class LocalPool:
         self._epoch_s: dict[int, float] = {}
         """Trial to the seconds of its last epoch, in any fold."""
 
-    def __enter__(self) -> LocalPool:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -75,15 +73,13 @@ class LocalPool:
         return len(self._workers)
 
     def resize(self, settings: Sequence[WorkerSettings]) -> None:
-        kept = self._workers[: len(settings)]
-        _end(self._workers[len(settings) :])
-        for index, wanted in enumerate(settings):
-            if index == len(kept):
-                kept.append(self._start(index, wanted))
-            elif kept[index].settings != wanted:
-                _end([kept[index]])
-                kept[index] = self._start(index, wanted)
-        self._workers = kept
+        fits = [worker.settings == wanted for worker, wanted in zip(self._workers, settings, strict=False)]
+        fits += [False] * max(len(self._workers), len(settings))
+        _end([worker for worker, stays in zip(self._workers, fits, strict=False) if not stays])
+        self._workers = [
+            self._workers[index] if fits[index] else self._start(index, wanted)
+            for index, wanted in enumerate(settings)
+        ]
 
     def set_device(self, device: str) -> None:
         for worker in self._workers:
@@ -96,34 +92,35 @@ class LocalPool:
         return [worker for worker in self._workers if worker.job is not None]
 
     def submit(self, worker: Worker, job: Job) -> None:
-        ours = self._own(worker)
-        ours.job = job
-        ours.last_report_at = time.monotonic()
-        _send(ours.connection, job_to_json(job))
+        self._own(worker).job = job
+        self._send(worker, to_message(job))
 
     def reply(self, worker: Worker, *, go: bool) -> None:
-        ours = self._own(worker)
-        ours.last_report_at = time.monotonic()
-        _send(ours.connection, {"go": go})
+        self._send(worker, {"go": go})
 
     def epoch_left_s(self) -> float | None:
-        fitting = [worker for worker in self._workers if isinstance(worker.job, FitJob)]
-        expected = [self._epoch_s.get(each.job.trial, math.nan) for each in fitting if isinstance(each.job, FitJob)]
-        if not fitting or any(map(math.isnan, expected)):
-            return math.nan if fitting else None
         now = time.monotonic()
-        return max(max(0.0, s - (now - each.last_report_at)) for s, each in zip(expected, fitting, strict=True))
+        left = [
+            # NaN for a trial without an earlier epoch; `max` keeps it as its first argument.
+            max(self._epoch_s.get(worker.job.trial, math.nan) - (now - worker.last_report_at), 0.0)
+            for worker in self._workers
+            if isinstance(worker.job, FitJob)
+        ]
+        return math.nan if any(map(math.isnan, left)) else max(left, default=None)
 
     def kill(self, worker: Worker) -> None:
         process = self._own(worker).process
-        _kill(process)
+        process.kill()
         # Its last writes are done then. `events` notices the silence of a process that the system cannot end.
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(10)
 
     def events(self, timeout_s: float) -> Iterator[Event]:
         by_connection = {worker.connection: worker for worker in self._workers}
-        self._forgive_pause()
+        # A time in which the coordinator itself was stopped (SIGSTOP) is no silence of the workers.
+        if (pause_s := time.monotonic() - self._polled_at) > PAUSE_S:
+            for worker in self._workers:
+                worker.last_report_at += pause_s
         ready = set(wait(list(by_connection), timeout_s))
         self._polled_at = time.monotonic()
         for connection, worker in by_connection.items():
@@ -140,17 +137,17 @@ class LocalPool:
         """Return the worker as this pool knows it."""
         return next(each for each in self._workers if each is worker)
 
-    def _forgive_pause(self) -> None:
-        """Do not count as silence of the workers a time in which the coordinator itself was stopped (SIGSTOP)."""
-        pause_s = time.monotonic() - self._polled_at
-        if pause_s > PAUSE_S:
-            for worker in self._workers:
-                worker.last_report_at += pause_s
+    def _send(self, worker: Worker, message: Mapping[str, Any]) -> None:
+        ours = self._own(worker)
+        ours.last_report_at = time.monotonic()
+        # `events` notices a worker that has just died.
+        with contextlib.suppress(OSError):
+            ours.connection.send_bytes(json.dumps(message).encode())
 
     def _receive(self, worker: LocalWorker) -> Event:
         job = worker.job
         try:
-            report = report_from_json(json.loads(worker.connection.recv_bytes()), job)
+            report = from_message(json.loads(worker.connection.recv_bytes()))
         except (EOFError, OSError):
             return self._reap(worker)
         worker.last_report_at = time.monotonic()
@@ -185,13 +182,14 @@ class LocalPool:
     def _reap(self, worker: LocalWorker) -> Event:
         """Replace a worker whose process has ended; WorkerError if workers cannot be started at all."""
         worker.connection.close()
-        _kill(worker.process)
+        worker.process.kill()
         worker.process.wait()
         cause = _cause_of_death(worker)
         if not worker.is_ready:
             self._failed_starts += 1
             if worker.process.returncode > 0 or self._failed_starts >= MAX_FAILED_STARTS:
                 raise WorkerError(f"worker {worker.index} did not start ({cause}); its output is in {worker.log}")
+            logger.warning("worker %d ended before it was ready, %s; starting another", worker.index, cause)
         self._workers[self._workers.index(worker)] = self._start(worker.index, worker.settings)
         return Event(worker, worker.job, Failed(reason="died", text=cause))
 
@@ -199,33 +197,21 @@ class LocalPool:
 def _end(workers: Sequence[LocalWorker]) -> None:
     """End idle workers by closing their sockets, and others at once."""
     for worker in workers:
-        if worker.job is not None or not worker.is_ready:
-            _kill(worker.process)
+        if not worker.is_idle:
+            worker.process.kill()
         worker.connection.close()
     for worker in workers:
         try:
             worker.process.wait(10)
         except subprocess.TimeoutExpired:
-            _kill(worker.process)
+            worker.process.kill()
             worker.process.wait()
-
-
-def _send(connection: Connection, message: Mapping[str, Any]) -> None:
-    # `events` notices a worker that has just died.
-    with contextlib.suppress(OSError):
-        connection.send_bytes(json.dumps(message).encode())
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        process.kill()
 
 
 def _cause_of_death(worker: LocalWorker) -> str:
     code = worker.process.returncode
     if code < 0:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else str(-code)
-        hint = " (out of memory?)" if name == "SIGKILL" else ""
-        return f"killed by {name}{hint}"
+        return f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
     lines = worker.log.read_text(errors="replace").strip().splitlines() if worker.log.is_file() else []
     return f"exit status {code}: {lines[-1]}" if lines else f"exit status {code}"

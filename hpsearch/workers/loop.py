@@ -1,12 +1,12 @@
 """The one event loop: give jobs to idle workers and handle their reports until the work is over."""
 
-from __future__ import annotations
-
 import logging
+import re
 from collections.abc import Callable, Sequence
-from typing import NoReturn, Protocol
+from dataclasses import dataclass, field
+from typing import Protocol
 
-from hpsearch.errors import DeviceError, StorageError, StudyError, WorkerError
+from hpsearch.errors import DeviceError, HpsearchError, StorageError, StudyError, WorkerError
 from hpsearch.training.rows import EpochRow
 from hpsearch.workers.jobs import EpochEnded, Failed, Finished, Job, Result, Stopped
 from hpsearch.workers.pool import Event, WorkerPool
@@ -68,38 +68,36 @@ def run_job(
 
 def run_jobs_together(
     pool: WorkerPool, jobs: Sequence[Job], check: Callable[[], None] = lambda: None
-) -> list[Result] | None:
+) -> list[Result | None] | None:
     """Run one job on each of as many workers at the same time, and return their results in the order of the jobs.
 
     Starts when all workers are ready. Returns None if any job failed. `check` is as in `run_job`.
     """
-    work = _JobsTogether(pool, jobs, check)
+    work = _JobsTogether(pool, list(jobs), check)
     run(pool, work)
     results = [work.results[index] for index in sorted(work.results)]
     return results if len(results) == len(jobs) else None
 
 
+@dataclass
 class _SingleJob:
     """Work that consists of one job."""
 
-    def __init__(
-        self, pool: WorkerPool, job: Job, on_epoch: Callable[[EpochRow], bool], check: Callable[[], None]
-    ) -> None:
-        self.finished: Finished | None = None
-        self.is_over = False
-        self._pool = pool
-        self._job: Job | None = job
-        self._kind = job.kind
-        self._on_epoch = on_epoch
-        self._check = check
-        self._n_deaths = self._n_epochs = 0
+    pool: WorkerPool
+    job: Job | None
+    on_epoch: Callable[[EpochRow], bool]
+    check: Callable[[], None]
+    finished: Finished | None = None
+    is_over: bool = False
+    n_deaths: int = 0
+    n_epochs: int = 0
 
     def poll(self) -> bool:
-        self._check()
+        self.check()
         return True
 
     def next_job(self) -> Job | None:
-        job, self._job = self._job, None
+        job, self.job = self.job, None
         return job
 
     def on_event(self, event: Event) -> None:
@@ -108,42 +106,43 @@ class _SingleJob:
                 self.finished = event.report if isinstance(event.report, Finished) else None
                 self.is_over = True
             case EpochEnded(row):
-                if row.epoch > self._n_epochs:
-                    self._n_deaths, self._n_epochs = 0, row.epoch
-                self._pool.reply(event.worker, go=self._on_epoch(row))
-            case Failed(reason="died") if event.job is not None:
-                self._n_deaths += 1
-                logger.warning("%s: worker %s", self._kind, event.report.text)
-                if self._n_deaths >= DEATHS_PER_JOB:
-                    text = f"{self._kind} ended its worker {self._n_deaths} times: {event.report.text}"
-                    raise WorkerError(text)
-                self._job = event.job
+                if row.epoch > self.n_epochs:
+                    self.n_deaths, self.n_epochs = 0, row.epoch
+                self.pool.reply(event.worker, go=self.on_epoch(row))
+            case Failed(reason="died", text=text) if event.job is not None:
+                self.n_deaths += 1
+                # `SelectPostprocessingJob` is "select postprocessing".
+                kind = re.sub(r"\B([A-Z])", r" \1", type(event.job).__name__.removesuffix("Job")).lower()
+                logger.warning("%s: worker %s", kind, text)
+                if self.n_deaths >= DEATHS_PER_JOB:
+                    raise WorkerError(f"{kind} ended its worker {self.n_deaths} times: {text}")
+                self.job = event.job
             case Failed(reason=reason) if reason != "died":
-                _raise(event.report)
+                raise _error(event.report)
 
 
+@dataclass
 class _JobsTogether:
     """Work that consists of one job per worker, begun at the same time."""
 
-    def __init__(self, pool: WorkerPool, jobs: Sequence[Job], check: Callable[[], None]) -> None:
-        self.results: dict[int, Result] = {}
-        """Maps the index of each worker to the result of its job."""
-        self._pool = pool
-        self._jobs = list(jobs)
-        self._has_begun = False
-        self._check = check
+    pool: WorkerPool
+    jobs: list[Job]
+    check: Callable[[], None]
+    has_begun: bool = False
+    results: dict[int, Result | None] = field(default_factory=dict)
+    """Maps the index of each worker to the result of its job."""
 
     @property
     def is_over(self) -> bool:
-        return self._has_begun and not self._jobs
+        return self.has_begun and not self.jobs
 
     def poll(self) -> bool:
-        self._check()
-        self._has_begun = self._has_begun or len(self._pool.idle()) == len(self._pool)
+        self.check()
+        self.has_begun = self.has_begun or len(self.pool.idle()) == len(self.pool)
         return True
 
     def next_job(self) -> Job | None:
-        return self._jobs.pop(0) if self._has_begun and self._jobs else None
+        return self.jobs.pop(0) if self.has_begun and self.jobs else None
 
     def on_event(self, event: Event) -> None:
         match event.report:
@@ -153,13 +152,8 @@ class _JobsTogether:
                 logger.warning("worker %d could not be measured: %s", event.worker.index, text)
 
 
-def _raise(failure: Failed) -> NoReturn:
-    if failure.reason == "diverged":
-        raise StudyError(failure.text)
-    if failure.reason == "out_of_memory":
-        raise DeviceError(failure.text)
-    if failure.is_storage:
-        raise StorageError(failure.text)
-    if failure.is_known:
-        raise WorkerError(failure.text)
-    raise WorkerError(f"{failure.text}; this is a fault in hpsearch:\n{failure.traceback}")
+def _error(failure: Failed) -> HpsearchError:
+    if not failure.is_known:
+        return WorkerError(f"{failure.text}; this is a fault in hpsearch:\n{failure.traceback}")
+    kinds = {"diverged": StudyError, "out_of_memory": DeviceError}
+    return kinds.get(failure.reason, StorageError if failure.is_storage else WorkerError)(failure.text)

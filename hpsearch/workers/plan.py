@@ -4,21 +4,20 @@ What is measured to choose the plan is measured once and stored with the study; 
 thread counts and precision decide the bytes of the results. Imports no torch.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from hpsearch.config import StudyConfig
 from hpsearch.config.data import DataConfig
+from hpsearch.config.model import UNetConfig
 from hpsearch.config.search import Choice, Range
 from hpsearch.errors import ConfigError
 from hpsearch.models.costs import n_parameters, training_flops, training_memory, why_impossible
-from hpsearch.typed_json import from_json, to_json
+from hpsearch.models.memory import Step
 from hpsearch.workers.jobs import MeasuredStep
 from hpsearch.workers.pool import WorkerSettings
 
@@ -52,15 +51,6 @@ class ExecutionPlan:
         first = self.workers[0]
         return first if len(self.workers) == 1 else WorkerSettings(first.device, self.alone_threads or first.threads)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain types only; `from_dict` gives an equal plan."""
-        return {field.name: to_json(getattr(self, field.name)) for field in fields(self)}
-
-    @classmethod
-    def from_dict(cls, table: Mapping[str, Any]) -> ExecutionPlan:
-        """Return the plan in a mapping as `to_dict` gives it; KeyError, TypeError or ValueError if it is damaged."""
-        return from_json(cls, table)
-
     def epoch_s(self, config: StudyConfig, n_train: int, n_held_out: int) -> float:
         """Return the expected seconds of one epoch of `config`; NaN if nothing was measured."""
         if not self.steps:
@@ -69,10 +59,6 @@ class ExecutionPlan:
         train_s = _interpolate([(step.flops, step.train_s) for step in self.steps], flops)
         eval_s = _interpolate([(step.flops, step.eval_s) for step in self.steps], flops)
         return n_train * train_s + n_held_out * eval_s
-
-    def fit_s(self, config: StudyConfig, n_train: int, n_held_out: int) -> float:
-        """Return the expected seconds of one fit of `config`."""
-        return config.train.epochs * self.epoch_s(config, n_train, n_held_out)
 
 
 @dataclass(frozen=True)
@@ -86,37 +72,28 @@ class Infeasible:
 
 def why_infeasible(config: StudyConfig, plan: ExecutionPlan) -> Infeasible | None:
     """Return why `config` cannot be trained under `plan`; None if it can."""
-    data = config.data
-    if reason := why_impossible(
-        config.unet, data.n_channels, data.height, data.width, batch_size=config.train.batch_size
-    ):
+    if reason := why_impossible(*_shape(config), batch_size=config.train.batch_size):
         return Infeasible(reason, 1.0)
-    needed = predicted_bytes(config, plan)
-    available = plan.memory_bytes * MEMORY_SHARE
-    if needed > available:
-        return Infeasible(
-            f"needs about {needed / 2**30:.1f} GiB for a training step, this device has {available / 2**30:.1f} GiB",
-            needed / available - 1.0,
-        )
-    return None
+    needed, available = predicted_bytes(config, plan), plan.memory_bytes * MEMORY_SHARE
+    if needed <= available:
+        return None
+    return Infeasible(
+        f"needs about {needed / 2**30:.1f} GiB for a training step, this device has {available / 2**30:.1f} GiB",
+        needed / available - 1.0,
+    )
 
 
 def predicted_bytes(config: StudyConfig, plan: ExecutionPlan) -> int:
     """Return the predicted peak memory of a training step of `config` on the plan's device."""
-    amp = config.train.amp
-    precision = {"off": "float32", "auto": plan.precision}.get(amp, amp)
-    data = config.data
-    return training_memory(
-        config.unet,
-        data.n_channels,
-        data.height,
-        data.width,
-        batch_size=config.train.batch_size,
-        precision=precision,  # type: ignore[arg-type]
-        optimizer=config.train.optimizer,
-        momentum=config.train.momentum,
+    train = config.train
+    step = Step(
+        batch_size=train.batch_size,
+        precision={"off": "float32", "auto": plan.precision}.get(train.amp, train.amp),
+        optimizer=train.optimizer,
+        momentum=train.momentum,
         device="cuda" if plan.device == "cuda" else "cpu",
-    ).total
+    )
+    return training_memory(*_shape(config), step).total
 
 
 def disk_bytes(config: StudyConfig, n_folds: int, n_workers: int) -> int:
@@ -126,19 +103,14 @@ def disk_bytes(config: StudyConfig, n_folds: int, n_workers: int) -> int:
     and writes a third.
     """
     slots = 2 if config.train.optimizer == "adamw" else 1
-    largest = max(
-        4 * n_parameters(candidate.unet, candidate.data.n_channels)
-        for candidate in (config.with_params({}), *sample_space(config, 64))
-    )
+    candidates = [config.with_params({}), *sample_space(config, 64)]
+    largest = max(4 * n_parameters(candidate.unet, candidate.data.n_channels) for candidate in candidates)
     return largest * (3 * 2 * n_folds + 3 * n_workers * (1 + slots))
 
 
 def image_flops(config: StudyConfig) -> int:
     """Return the FLOPs of the training step of one image; 0 for a configuration that cannot exist."""
-    data = config.data
-    if why_impossible(config.unet, data.n_channels, data.height, data.width):
-        return 0
-    return training_flops(config.unet, data.n_channels, data.height, data.width)
+    return 0 if why_impossible(*_shape(config)) else training_flops(*_shape(config))
 
 
 @dataclass(frozen=True)
@@ -148,8 +120,6 @@ class Forecast:
     n_trials: int
     n_replicates: int
     """Largest number of trials that are replicated when the search is over."""
-    n_folds: int
-    epochs: int
     n_images: int
     fit_s: float
     """Expected seconds of a fit, the mean over the search space."""
@@ -163,10 +133,13 @@ def forecast(
     """Return the expected cost of `n_trials` drawn from the search space at random, from the measured steps."""
     n_held_out = n_images // n_folds if n_folds > 1 else 0
     candidates = [candidate for candidate in sample_space(config, 64) if why_infeasible(candidate, plan) is None]
-    seconds = [plan.fit_s(candidate, n_images - n_held_out, n_held_out) for candidate in candidates or [config]]
-    fit_s = float(np.mean(seconds))
+    epochs_s = [
+        candidate.train.epochs * plan.epoch_s(candidate, n_images - n_held_out, n_held_out)
+        for candidate in candidates or [config]
+    ]
+    fit_s = float(np.mean(epochs_s))
     total_s = fit_s * (n_trials + n_replicates) * n_folds / max(1, len(plan.workers))
-    return Forecast(n_trials, n_replicates, n_folds, config.train.epochs, n_images, fit_s, total_s)
+    return Forecast(n_trials, n_replicates, n_images, fit_s, total_s)
 
 
 def sample_space(config: StudyConfig, n: int, seed: int = 0) -> list[StudyConfig]:
@@ -183,13 +156,10 @@ def sample_space(config: StudyConfig, n: int, seed: int = 0) -> list[StudyConfig
 
 def measured_configs(config: StudyConfig) -> list[StudyConfig]:
     """Return the configurations to measure before a study: the default, the cheapest and the most expensive."""
-    candidates = [
-        candidate for candidate in (config.with_params({}), *sample_space(config, 64)) if image_flops(candidate)
-    ]
-    if not candidates:
-        return []
+    candidates = [each for each in (config.with_params({}), *sample_space(config, 64)) if image_flops(each)]
     by_cost = sorted(candidates, key=image_flops)
-    return list({image_flops(chosen): chosen for chosen in (candidates[0], by_cost[0], by_cost[-1])}.values())
+    chosen = [*candidates[:1], *by_cost[:1], *by_cost[-1:]]
+    return list({image_flops(each): each for each in chosen}.values())
 
 
 def describe_data(data: DataConfig) -> str:
@@ -203,10 +173,11 @@ def _draw(dimension: Choice | Range, generator: np.random.Generator) -> Any:
     low, high = dimension.low, dimension.high
     if dimension.log:
         value = math.exp(generator.uniform(math.log(low), math.log(high)))
-    elif dimension.step is not None:
-        value = low + dimension.step * int(generator.integers(int((high - low) / dimension.step + 1e-9) + 1))
     else:
-        value = generator.uniform(low, high + 1) if dimension.is_int else generator.uniform(low, high)
+        # Of a grid, all values are equally likely.
+        step = dimension.step or int(dimension.is_int)
+        value = generator.uniform(low, high + step)
+        value = low + (value - low) // step * step if step else value
     return min(max(int(value), int(low)), int(high)) if dimension.is_int else min(max(float(value), low), high)
 
 
@@ -221,3 +192,7 @@ def _interpolate(points: Sequence[tuple[int, float]], flops: int) -> float:
         return float(np.exp(y[-1] + at - x[-1]))
     # Below the smallest point the fixed costs of a step dominate.
     return float(np.exp(np.interp(at, x, y)))
+
+
+def _shape(config: StudyConfig) -> tuple[UNetConfig, int, int, int]:
+    return config.unet, config.data.n_channels, config.data.height, config.data.width

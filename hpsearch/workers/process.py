@@ -5,8 +5,6 @@ writes a checkpoint after each epoch, so it may be killed at any time. It ends w
 its coordinator is gone.
 """
 
-from __future__ import annotations
-
 import ctypes
 import json
 import logging
@@ -26,33 +24,26 @@ import numpy.typing as npt
 from hpsearch.errors import DivergedError, HpsearchError, OutOfMemoryError, StorageError
 from hpsearch.training.loop import OnEpoch
 from hpsearch.training.rows import EpochRow
-from hpsearch.workers import benchmark_tasks, fit_task, scoring_tasks
-from hpsearch.workers.context import WorkerContext
-from hpsearch.workers.jobs import (
-    CountJob,
-    EpochEnded,
-    Failed,
-    Finished,
-    FitJob,
-    FitScore,
-    Job,
-    KeepJob,
-    MeasureJob,
-    OfficialScoreJob,
-    RateJob,
-    Ready,
-    Report,
-    ScoreJob,
-    SelectPostprocessingJob,
-    Stopped,
-    job_from_json,
-    report_to_json,
-)
+from hpsearch.workers import benchmark_tasks, fit_task, jobs, scoring_tasks
+from hpsearch.workers.fit_task import WorkerContext
+from hpsearch.workers.jobs import Failed, Finished, Job, Report, Result, from_message, to_message
 from hpsearch.workers.pool import WorkerSettings
 
 Message = dict[str, Any]
 Send = Callable[[Message], None]
 Receive = Callable[[], Message]
+_TASKS: dict[type[Job], Callable[[Any, WorkerContext], Result | None]] = {
+    jobs.MeasureJob: benchmark_tasks.measure,
+    jobs.RateJob: benchmark_tasks.measure_rate,
+    jobs.OfficialScoreJob: scoring_tasks.score_officially,
+    jobs.SelectPostprocessingJob: scoring_tasks.select,
+    jobs.KeepJob: scoring_tasks.keep,
+    jobs.CountJob: scoring_tasks.count,
+}
+_REASONS: dict[type[HpsearchError], Literal["diverged", "out_of_memory", "error"]] = {
+    DivergedError: "diverged",
+    OutOfMemoryError: "out_of_memory",
+}
 
 
 def main() -> None:
@@ -79,51 +70,29 @@ def serve(settings: WorkerSettings, send: Send, receive: Receive) -> None:
     context = WorkerContext(settings)
 
     def report_epoch(row: EpochRow, scores: npt.NDArray[np.float32]) -> Literal["go", "stop"]:
-        send(report_to_json(EpochEnded(row)))
+        send(to_message(jobs.EpochEnded(row)))
         return "go" if receive()["go"] else "stop"
 
-    send(report_to_json(Ready()))
+    send(to_message(jobs.Ready()))
     while True:
-        send(report_to_json(_run(job_from_json(receive()), context, report_epoch)))
+        send(to_message(_run(from_message(receive()), context, report_epoch)))
 
 
 def _run(job: Job, context: WorkerContext, on_epoch: OnEpoch) -> Report:
     """Run one job and return how it ended."""
     try:
-        return _run_task(job, context, on_epoch)
-    except DivergedError as error:
-        return Failed(reason="diverged", text=str(error), is_known=True)
-    except OutOfMemoryError as error:
-        context.forget_images()
-        return Failed(reason="out_of_memory", text=str(error), is_known=True)
+        if not isinstance(job, jobs.FitJob):
+            return Finished(_TASKS[type(job)](job, context))
+        summary = fit_task.run_fit(job, context, on_epoch)
+        return jobs.Stopped() if summary is None else Finished(jobs.FitScore(summary.value))
     except HpsearchError as error:
-        is_storage = isinstance(error, StorageError)
-        return Failed(reason="error", text=str(error), is_storage=is_storage, is_known=True)
+        if isinstance(error, OutOfMemoryError):
+            context.forget_images()
+        reason, is_storage = _REASONS.get(type(error), "error"), isinstance(error, StorageError)
+        return Failed(reason=reason, text=str(error), is_storage=is_storage, is_known=True)
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
         return Failed(reason="error", text=text, traceback=traceback.format_exc())
-
-
-def _run_task(job: Job, context: WorkerContext, on_epoch: OnEpoch) -> Report:
-    match job:
-        case FitJob():
-            summary = fit_task.run_fit(job, context, on_epoch)
-            return Stopped() if summary is None else Finished(FitScore(summary.value))
-        case MeasureJob():
-            return Finished(benchmark_tasks.measure(job, context))
-        case RateJob():
-            return Finished(benchmark_tasks.measure_rate(job, context))
-        case ScoreJob():
-            scoring_tasks.score(job, context)
-        case OfficialScoreJob():
-            scoring_tasks.score_officially(job, context)
-        case SelectPostprocessingJob():
-            scoring_tasks.select(job, context)
-        case KeepJob():
-            scoring_tasks.keep(job)
-        case CountJob():
-            scoring_tasks.count(job, context)
-    return Finished()
 
 
 def _end_with_parent() -> None:

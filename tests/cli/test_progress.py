@@ -11,6 +11,7 @@ from hpsearch.report.formats import duration
 from hpsearch.search import status as statuses
 from hpsearch.search.status import study_status
 from hpsearch.study import StudySummary
+from hpsearch.typed_json import from_json
 from hpsearch.workers.plan import ExecutionPlan, Forecast
 from tests.recorded import FakeStudy
 
@@ -35,8 +36,8 @@ def test_the_display_reckons_the_time_to_go_as_status_does_with_the_second_fits(
     fake = FakeStudy(tmp_path, overrides=("study.confirm=2",))
     progress = StudyProgress("fake", fake.project)
     progress._is_live = True
-    plan = ExecutionPlan.from_dict(fake.record.plan() or {})
-    forecast = Forecast(n_trials=6, n_replicates=2, n_folds=2, epochs=3, n_images=20, fit_s=600.0, total_s=7200.0)
+    plan = from_json(ExecutionPlan, fake.record.plan() or {})
+    forecast = Forecast(n_trials=6, n_replicates=2, n_images=20, fit_s=600.0, total_s=7200.0)
     progress.planned(fake.record, plan, forecast)
     assert "ETA 2 h" in shown_by(progress)
 

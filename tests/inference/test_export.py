@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -94,7 +95,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def as_exported(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
     """Let the exporter give that file's network at once."""
-    monkeypatch.setattr(export, "_exported", lambda model, info: onnx.load(path))
+    program = SimpleNamespace(model_proto=onnx.load(path))
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: program)
 
 
 @pytest.mark.slow

@@ -12,11 +12,10 @@ from hpsearch.inference.postprocessing import (
     Postprocessing,
     SelectedPostprocessing,
     clean_mask,
-    select_cleaning,
-    select_flips,
     select_threshold,
 )
 from hpsearch.stats.intervals import paired_difference
+from hpsearch.typed_json import from_json
 
 NETWORKS = np.repeat(np.arange(5), 60)
 
@@ -26,25 +25,21 @@ def scores(seed: int, mean: float = 0.85) -> np.ndarray:
 
 
 def test_a_gain_that_every_image_has_is_taken_and_measured() -> None:
-    plain = scores(0)
-    found = select_flips(plain, plain + 0.004 + scores(1, 0.0) * 0.05, NETWORKS)
+    found = Decision.make("flips", True, 0.004 + scores(1, 0.0) * 0.05, NETWORKS)
     assert found.taken
     assert found.gain.difference == pytest.approx(0.004, abs=0.002)
 
 
 def test_what_gains_nothing_is_seldom_taken() -> None:
-    taken = [
-        select_cleaning(scores(2 * i), scores(2 * i) + scores(2 * i + 1, 0.0) * 0.1, NETWORKS) for i in range(80)
-    ]
+    taken = [Decision.make("clean", True, scores(2 * i + 1, 0.0) * 0.1, NETWORKS) for i in range(80)]
     # One-sided 2.5 % of 80 is 2.
     assert sum(each.taken for each in taken) <= 6
 
 
 def test_cleaning_is_taken_if_it_helps_and_not_if_it_harms() -> None:
-    plain = scores(0)
-    better = plain + 0.004 + scores(1, 0.0) * 0.05
-    assert select_cleaning(plain, better, NETWORKS).taken
-    assert not select_cleaning(better, plain, NETWORKS).taken
+    gains = 0.004 + scores(1, 0.0) * 0.05
+    assert Decision.make("clean", True, gains, NETWORKS).taken
+    assert not Decision.make("clean", True, -gains, NETWORKS).taken
 
 
 def test_how_sure_a_gain_is_counts_the_spread_between_networks_beyond_that_of_their_images() -> None:
@@ -62,10 +57,9 @@ def test_how_sure_a_gain_is_counts_the_spread_between_networks_beyond_that_of_th
 
 
 def test_a_gain_of_one_network_alone_is_not_taken() -> None:
-    plain = scores(0)
     gains = np.where(NETWORKS == 0, 0.02, 0.0) + scores(1, 0.0) * 0.01
     assert gains.mean() > 0.003
-    assert not select_flips(plain, plain + gains, NETWORKS).taken
+    assert not Decision.make("flips", True, gains, NETWORKS).taken
 
 
 def test_the_threshold_with_the_best_mean_is_found_and_its_gain_is_not_that_of_the_best_of_many() -> None:
@@ -137,7 +131,7 @@ def test_decisions_survive_the_record_and_damage_is_named() -> None:
     plain = scores(0)
     decision = Decision.make("threshold", 0.45, scores(1) - plain, NETWORKS)
     chosen = SelectedPostprocessing(Postprocessing(threshold=0.45), (decision,), 300, "second fits of trial 7")
-    assert SelectedPostprocessing.from_table(chosen.to_table()) == chosen
-    assert Postprocessing.from_table({"threshold": 0.4, "color": "rgb"}) == Postprocessing(threshold=0.4)
+    assert SelectedPostprocessing.from_table(dataclasses.asdict(chosen)) == chosen
+    assert from_json(Postprocessing, {"threshold": 0.4, "color": "rgb"}) == Postprocessing(threshold=0.4)
     with pytest.raises(RecordError, match="damaged"):
         SelectedPostprocessing.from_table({"choices": {}})

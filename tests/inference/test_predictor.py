@@ -350,7 +350,7 @@ def test_a_single_file_or_a_model_that_is_not_there_is_named_in_one_line(
     Image.fromarray(noise(30, 40)).save(tmp_path / "a.png")
     for arguments, said in (
         ((f"{tmp_path}/b.png", "--model", f"{tmp_path}/no"), f"hpsearch: there is no file {tmp_path}/b.png\n"),
-        ((f"{tmp_path}/a.png", "--model", f"{tmp_path}/no"), f"hpsearch: there is no model {tmp_path}/no: name a"),
+        ((f"{tmp_path}/a.png", "--model", f"{tmp_path}/no"), f"hpsearch: there is no model in {tmp_path}/no: name a"),
     ):
         with pytest.raises(SystemExit) as caught:
             main(["predict", *arguments])
@@ -386,7 +386,7 @@ def test_images_are_found_in_files_folders_and_globs(tmp_path: Path) -> None:
     names = [path.name for path in find_images([tmp_path / "b.jpg", tmp_path, f"{tmp_path}/**/*.jp*g"])]
     assert names == ["b.jpg", "a.PNG", "c.jpeg"]
     assert find_images([tmp_path / "a_segmentation.png"]) == [tmp_path / "a_segmentation.png"]
-    with pytest.raises(DatasetError, match="matches no images"):
+    with pytest.raises(DatasetError, match="has no images"):
         find_images([f"{tmp_path}/*.tiff"])
     (tmp_path / "deeper").mkdir()
     with pytest.raises(DatasetError, match=r"deeper/\*\*/\*' takes those in the folders below"):
@@ -422,5 +422,5 @@ def test_without_a_model_the_latest_final_of_the_study_is_taken(tmp_path: Path) 
     write_json(study.final("trial-0007").result, {"ended_at": 300.0})
     assert find_model(project, None, None) == study.final("trial-0007").model
     assert find_model(project, None, str(study.final("trial-0007").root)) == study.final("trial-0007").model
-    with pytest.raises(CheckpointError, match="holds no model"):
+    with pytest.raises(CheckpointError, match="there is no model in"):
         find_model(project, None, str(study.finals))

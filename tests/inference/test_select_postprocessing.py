@@ -125,7 +125,7 @@ def test_every_image_is_predicted_by_the_networks_that_have_not_seen_it(
     stored = [image.tobytes() for image in data.cache.read(np.arange(N))[0]]
     predicted: dict[str, set[int]] = {}
     scored_by = []
-    select_cleaning = choosing.select_cleaning
+    select_threshold = choosing.select_threshold
 
     def note(name: str, images: Tensor, lesion: Tensor) -> Tensor:
         shown = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
@@ -135,12 +135,12 @@ def test_every_image_is_predicted_by_the_networks_that_have_not_seen_it(
         )
         return torch.where(lesion, 2.0, -2.0)
 
-    def watch(plain: Any, cleaned: Any, network_of: Any) -> Any:
+    def watch(scores: Any, network_of: Any) -> Any:
         scored_by.append(network_of.tolist())
-        return select_cleaning(plain, cleaned, network_of)
+        return select_threshold(scores, network_of)
 
     networks_that(monkeypatch, tmp_path, note)
-    monkeypatch.setattr(choosing, "select_cleaning", watch)
+    monkeypatch.setattr(choosing, "select_threshold", watch)
     choose(tmp_path, data, runtime, ensemble=ensemble)
     even, odd = set(range(0, N, 2)), set(range(1, N, 2))
     others = {"other0": even, "other1": odd} if ensemble else {}
@@ -245,7 +245,8 @@ def test_counts_are_those_of_the_masks_that_predict_makes(
         choosing.keep_model(source, kept[-1], choices)
     images, masks = data.cache.read(np.arange(N))
     for weights, ensemble in ((kept[:1], False), (kept[1:], True)):
-        counts = choosing.count_pixels_of(weights, np.arange(N), choices, data, runtime)
+        networks = [load_weights(path) for path in weights]
+        (counts,) = choosing.count_pixels_of(networks, np.arange(N), [choices], data, runtime)
         predictor = load_predictor(kept[0], device="cpu", threads=1, ensemble=ensemble)
         assert isinstance(predictor, Ensemble) == ensemble
         for row, image, mask in zip(counts, images, masks, strict=True):
@@ -267,7 +268,7 @@ def test_an_ensemble_has_the_mean_logits_of_its_members(tmp_path: Path, data: De
     paths = [network(tmp_path / f"{seed}.safetensors", seed) for seed in range(3)]
     image = torch.from_numpy(data.cache.read(np.arange(1))[0][0]).permute(2, 0, 1)
     members = [Predictor.load(path, device="cpu", threads=1).logits(image) for path in paths]
-    found = Ensemble.load(paths, device="cpu", threads=1).logits(image)
+    found = Ensemble([Predictor.load(path, device="cpu", threads=1) for path in paths]).logits(image)
     torch.testing.assert_close(found, torch.stack(members).mean(0))
 
 
@@ -275,8 +276,8 @@ def test_an_ensemble_is_used_if_it_was_chosen_and_it_is_there(tmp_path: Path) ->
     source = network(tmp_path / "source.safetensors", 0)
     model = tmp_path / "model.safetensors"
     choosing.keep_model(source, model, Postprocessing(ensemble=True))
-    assert isinstance(load_predictor(model, device="cpu", threads=1), Predictor)
+    assert type(load_predictor(model, device="cpu", threads=1)) is Predictor
     (tmp_path / "ensemble").mkdir()
     network(tmp_path / "ensemble/fold0.safetensors", 1)
     assert isinstance(load_predictor(model, device="cpu", threads=1), Ensemble)
-    assert isinstance(load_predictor(model, device="cpu", threads=1, ensemble=False), Predictor)
+    assert type(load_predictor(model, device="cpu", threads=1, ensemble=False)) is Predictor

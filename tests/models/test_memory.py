@@ -16,17 +16,12 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from hpsearch.config.model import UNetConfig
-from hpsearch.models.memory import (
-    Precision,
-    layer_costs,
-    saved_activations,
-    training_memory,
-)
+from hpsearch.models.memory import Step, layer_costs, saved_activations, training_memory
 from hpsearch.models.shapes import n_parameters, training_flops, why_impossible
 from hpsearch.models.unet import UNet
 
 GIB = 2**30
-Case = tuple[UNetConfig, int, int, Precision]
+Case = tuple[UNetConfig, int, int, str]
 
 
 def _cases() -> list[Case]:
@@ -63,7 +58,7 @@ def _is_small(case: Case) -> bool:
 CASES = _cases()
 
 
-def _saved_by_autograd(config: UNetConfig, size: int, batch_size: int, precision: Precision, *, fake: bool) -> int:
+def _saved_by_autograd(config: UNetConfig, size: int, batch_size: int, precision: str, *, fake: bool) -> int:
     """Bytes of all storages that a forward pass saves for the backward pass, parameters and buffers apart.
 
     `fake` runs the same forward pass on tensors that have shapes, strides and storages but no memory.
@@ -111,7 +106,7 @@ def test_there_are_over_60_cases_and_small_ones_of_every_kind() -> None:
 def test_saved_activations_are_what_autograd_saves(case: Case) -> None:
     config, size, batch_size, precision = case
     counted = _saved_by_autograd(config, size, batch_size, precision, fake=False)
-    predicted = saved_activations(config, 3, size, size, batch_size=batch_size, precision=precision)
+    predicted = saved_activations(config, 3, size, size, Step(batch_size=batch_size, precision=precision))
     # To the byte but for a single image under instance normalisation, whose detour keeps a few statistics fewer.
     is_exact = not (config.norm == "instance" and batch_size == 1)
     assert predicted == (counted if is_exact else pytest.approx(counted, rel=0.005))
@@ -122,7 +117,7 @@ def test_saved_activations_are_what_autograd_saves(case: Case) -> None:
 def test_saved_activations_of_large_networks_are_what_autograd_would_save(case: Case) -> None:
     config, size, batch_size, precision = case
     counted = _saved_by_autograd(config, size, batch_size, precision, fake=True)
-    predicted = saved_activations(config, 3, size, size, batch_size=batch_size, precision=precision)
+    predicted = saved_activations(config, 3, size, size, Step(batch_size=batch_size, precision=precision))
     # Without memory the statistics of a normalisation come out in another precision; there are few of them.
     assert predicted == pytest.approx(counted, rel=0.02)
 
@@ -132,15 +127,16 @@ def test_saved_activations_of_large_networks_are_what_autograd_would_save(case: 
 )
 def test_the_reports_memory_calculation_done_exactly(base_channels: int, batch_size: int, gibibytes: float) -> None:
     config = UNetConfig(base_channels=base_channels, padding="valid", norm="none")
-    estimate = training_memory(config, 3, 572, 572, batch_size=batch_size, precision="float32")
-    saved = saved_activations(config, 3, 572, 572, batch_size=batch_size, precision="float32")
+    estimate = training_memory(config, 3, 572, 572, Step(batch_size=batch_size, precision="float32"))
+    saved = saved_activations(config, 3, 572, 572, Step(batch_size=batch_size, precision="float32"))
     assert round((saved + estimate.weights) / GIB, 2) == gibibytes
 
 
 def test_of_the_reports_runs_batch_16_fits_8_gigabytes_and_64_does_not() -> None:
     config = UNetConfig(base_channels=32, padding="valid", norm="none")
     small, large = (
-        training_memory(config, 3, 572, 572, batch_size=n, precision="float32", momentum=0).total for n in (16, 64)
+        training_memory(config, 3, 572, 572, Step(batch_size=n, precision="float32", momentum=0)).total
+        for n in (16, 64)
     )
     assert small < 8e9 < large
 
@@ -148,12 +144,12 @@ def test_of_the_reports_runs_batch_16_fits_8_gigabytes_and_64_does_not() -> None
 def test_weights_gradients_and_state_are_what_the_optimizer_keeps() -> None:
     config = UNetConfig(base_channels=64, depth=5)
     n_bytes = 4 * sum(
-        cost.layer.n_parameters for cost in layer_costs(config, 3, 64, 64, batch_size=1, precision="bf16")
+        cost.layer.n_parameters for cost in layer_costs(config, 3, 64, 64, Step(batch_size=1, precision="bf16"))
     )
 
     def of(**settings: object) -> tuple[int, int, int]:
         settings = {"device": "cuda", **settings}
-        estimate = training_memory(config, 3, 64, 64, batch_size=1, precision="float32", **settings)  # type: ignore[arg-type]
+        estimate = training_memory(config, 3, 64, 64, Step(batch_size=1, precision="float32", **settings))  # type: ignore[arg-type]
         return estimate.weights, estimate.gradients, estimate.optimizer
 
     # With images this small the peak is at the end of the backward pass, when all gradients are there.
@@ -163,25 +159,27 @@ def test_weights_gradients_and_state_are_what_the_optimizer_keeps() -> None:
 
 
 def test_total_is_the_sum_of_the_parts() -> None:
-    estimate = training_memory(UNetConfig(base_channels=8), 3, 128, 128, batch_size=4, precision="bf16")
+    estimate = training_memory(UNetConfig(base_channels=8), 3, 128, 128, Step(batch_size=4, precision="bf16"))
     assert estimate.total == sum(asdict(estimate).values())
 
 
 def test_costs_of_the_layers_add_up_to_weights_and_activations() -> None:
     config = UNetConfig(base_channels=4, depth=2)
-    costs = layer_costs(config, 3, 50, 70, batch_size=3, precision="float32")
+    costs = layer_costs(config, 3, 50, 70, Step(batch_size=3, precision="float32"))
     images = 3 * 3 * 50 * 70 * 4
-    saved = saved_activations(config, 3, 50, 70, batch_size=3, precision="float32")
-    assert sum(cost.activations for cost in costs) + images == saved
+    saved = saved_activations(config, 3, 50, 70, Step(batch_size=3, precision="float32"))
+    assert sum(sum(cost.saved) for cost in costs) + images == saved
     model = UNet(config, in_channels=3)
-    assert sum(cost.weights for cost in costs) == 4 * sum(parameter.numel() for parameter in model.parameters())
+    assert sum(cost.layer.n_parameters for cost in costs) == sum(
+        parameter.numel() for parameter in model.parameters()
+    )
 
 
 def test_group_normalisation_is_wider_on_cuda_under_autocast_only() -> None:
     config = UNetConfig(base_channels=8, norm="group")
 
-    def saved(precision: Precision, device: str) -> int:
-        return saved_activations(config, 3, 64, 64, batch_size=2, precision=precision, device=device)  # type: ignore[arg-type]
+    def saved(precision: str, device: str) -> int:
+        return saved_activations(config, 3, 64, 64, Step(batch_size=2, precision=precision, device=device))  # type: ignore[arg-type]
 
     assert saved("float32", "cuda") == saved("float32", "cpu")
     assert saved("bf16", "cuda") > saved("bf16", "cpu")
@@ -238,8 +236,8 @@ def test_predictions_are_those_that_agreed_with_measured_memory(
     config: UNetConfig, size: int, batch_size: int, precision: Any, optimizer: Any, device: Any, n_bytes: int
 ) -> None:
     """To the byte. If the arithmetic changes on purpose: run the slow and GPU tests, then update these numbers."""
-    settings = {"batch_size": batch_size, "precision": precision, "optimizer": optimizer, "device": device}
-    assert training_memory(config, 3, size, size, **settings).total == n_bytes
+    step = Step(batch_size=batch_size, precision=precision, optimizer=optimizer, device=device)
+    assert training_memory(config, 3, size, size, step).total == n_bytes
 
 
 MEASURE = """
@@ -310,17 +308,10 @@ def _measured(config: UNetConfig, size: int, batch_size: int, precision: str, op
     ids=repr,
 )
 def test_predicted_peak_is_within_a_tenth_of_measured_memory(
-    config: UNetConfig, size: int, batch_size: int, precision: Precision, optimizer: str
+    config: UNetConfig, size: int, batch_size: int, precision: str, optimizer: str
 ) -> None:
-    predicted = training_memory(
-        config,
-        3,
-        size,
-        size,
-        batch_size=batch_size,
-        precision=precision,
-        optimizer=optimizer,  # type: ignore[arg-type]
-    ).total
+    step = Step(batch_size=batch_size, precision=precision, optimizer=optimizer)  # type: ignore[arg-type]
+    predicted = training_memory(config, 3, size, size, step).total
     assert predicted > 1e9
     # On a busy machine freed blocks of several threads can be alive at once: one measurement of three has to agree.
     measured: list[int] = []
@@ -340,7 +331,7 @@ def test_predicted_peak_is_within_a_tenth_of_measured_memory(
     ids=repr,
 )
 def test_predicted_peak_is_within_a_tenth_of_what_cuda_allocates(
-    config: UNetConfig, size: int, batch_size: int, precision: Precision
+    config: UNetConfig, size: int, batch_size: int, precision: str
 ) -> None:
     device = torch.device("cuda")
     model = UNet(config, 3).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -355,6 +346,6 @@ def test_predicted_peak_is_within_a_tenth_of_what_cuda_allocates(
         stepper.step()
         stepper.zero_grad()
     predicted = training_memory(
-        config, 3, size, size, batch_size=batch_size, precision=precision, device="cuda"
+        config, 3, size, size, Step(batch_size=batch_size, precision=precision, device="cuda")
     ).total
     assert predicted == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.1)

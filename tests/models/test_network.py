@@ -11,7 +11,7 @@ from torch import nn
 from hpsearch.config import modules
 from hpsearch.config.model import UNetConfig
 from hpsearch.models import costs
-from hpsearch.models.memory import training_memory
+from hpsearch.models.memory import Step, training_memory
 from hpsearch.models.network import build_network, margin_of
 from hpsearch.models.unet import UNet
 
@@ -66,9 +66,9 @@ def test_a_network_with_build_alone_is_measured(flat: UNetConfig) -> None:
     assert costs.why_impossible(flat, 3, 1, 1, batch_size=1) is None
     assert costs.describe(flat) == "flat"
     assert not costs.uses_batch_statistics(flat)
-    assert costs.layer_costs(flat, 3, 32, 32, batch_size=2, precision="float32") == []
+    assert costs.layer_costs(flat, 3, 32, 32, Step(batch_size=2, precision="float32")) == []
     assert (costs.output_margin(flat), costs.output_size(flat, 3, (8, 9))) == (0, (8, 9))
-    memory = costs.training_memory(flat, 3, 32, 32, batch_size=2, precision="float32", momentum=0)
+    memory = costs.training_memory(flat, 3, 32, 32, Step(batch_size=2, precision="float32", momentum=0))
     # Images and the output of the ReLU, which the second convolution saves.
     assert memory.activations == 4 * 2 * 32 * 32 * (3 + 5)
     assert (memory.weights, memory.optimizer) == (4 * (n_weights + 6), 0)
@@ -76,14 +76,15 @@ def test_a_network_with_build_alone_is_measured(flat: UNetConfig) -> None:
 
 def test_arithmetic_of_the_network_is_preferred_to_a_dry_run() -> None:
     config = UNetConfig(base_channels=4, depth=2)
-    options = {"batch_size": 4, "precision": "bf16", "device": "cuda"}
-    assert costs.training_memory(config, 3, 64, 64, **options) == training_memory(config, 3, 64, 64, **options)  # type: ignore[arg-type]
+    step = Step(batch_size=4, precision="bf16", device="cuda")
+    assert costs.training_memory(config, 3, 64, 64, step) == training_memory(config, 3, 64, 64, step)
 
 
 def test_the_costs_of_the_unet_need_no_torch() -> None:
     code = (
-        "import sys; from hpsearch.config.model import UNetConfig as C; from hpsearch.models import costs as c;"
+        "import sys; from hpsearch.config.model import UNetConfig as C;"
+        "from hpsearch.models import costs as c, memory as m;"
         "c.why_impossible(C(), 3, 64, 64), c.n_parameters(C(), 3), c.training_flops(C(), 3, 64, 64);"
-        "c.training_memory(C(), 3, 64, 64, batch_size=2, precision='bf16'); assert 'torch' not in sys.modules"
+        "c.training_memory(C(), 3, 64, 64, m.Step(batch_size=2, precision='bf16')); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

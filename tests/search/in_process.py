@@ -19,10 +19,14 @@ from typing import Any, TypeVar
 import pytest
 
 from hpsearch.config import StudyConfig
+from hpsearch.data.batches import DeviceData
 from hpsearch.data.decode_pool import Decoders
 from hpsearch.paths import ProjectPaths
 from hpsearch.store.record import StudyRecord
 from hpsearch.study import StudySummary
+from hpsearch.training.runtime import Runtime
+from hpsearch.training.task import FitTask
+from hpsearch.typed_json import to_json
 from hpsearch.workers import fit_task, process
 from hpsearch.workers.jobs import Job
 from hpsearch.workers.local_pool import LocalPool, LocalWorker
@@ -58,9 +62,9 @@ def workers_in_process() -> Iterator[Watched]:
         watched.jobs.append(job)
         submit(self, to, job)
 
-    def fit_and_note(**arguments: Any) -> Any:
-        watched.fits.append(arguments)
-        return fit(**arguments)
+    def fit_and_note(task: FitTask, data: DeviceData, runtime: Runtime, **options: Any) -> Any:
+        watched.fits.append({**vars(task), "data": data, "runtime": runtime, **options})
+        return fit(task, data, runtime, **options)
 
     with pytest.MonkeyPatch.context() as patch, Decoders(2) as decoders:
         share_decoder(decoders, patch)
@@ -75,7 +79,7 @@ def run_planned(project: Path, config: StudyConfig, name: str = "tiny", **option
     """Run or continue a tiny study under `PLAN`, so that nothing has to be measured."""
     study = ProjectPaths(project).study(name)
     if not study.toml.is_file():
-        StudyRecord.create(study, config).write_plan(PLAN.to_dict())
+        StudyRecord.create(study, config).write_plan(to_json(PLAN))
     return run(project, config, name, machine=None, **options)
 
 

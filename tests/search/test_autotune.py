@@ -11,6 +11,7 @@ from hpsearch.data.pool_caches import PoolCaches
 from hpsearch.search import autotune as planning
 from hpsearch.search.autotune import MachineChoice, choose_sharing, fastest_alone, make_plan, plan_for_one_fit
 from hpsearch.store.record import StudyRecord
+from hpsearch.typed_json import from_json, to_json
 from hpsearch.workers import plan as plans
 from hpsearch.workers.jobs import Finished, Job, MeasuredStep, Measurement, Rate, RateJob
 from hpsearch.workers.local_pool import LocalPool
@@ -103,7 +104,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> MakePlan:
         plan = make_plan(
             cast("StudyRecord", record), cast("PoolCaches", FakeCaches()), choice or MachineChoice(), FakePool()
         )
-        assert record.written == plan.to_dict()
+        assert record.written == to_json(plan)
         return plan, machine
 
     return make
@@ -202,7 +203,7 @@ def test_a_stored_plan_keeps_its_threads_when_one_worker_is_wanted(planned: Make
     stored, _ = planned(Machine(rates))
     assert stored.workers == (WorkerSettings("cpu", 1),) * 2
     record = FakeRecord(tiny_config(Path("data")))
-    record.write_plan(stored.to_dict())
+    record.write_plan(to_json(stored))
     caches = cast("PoolCaches", FakeCaches())
     for choice in (MachineChoice("cpu", 1), MachineChoice("cpu", 2), MachineChoice()):
         plan = make_plan(cast("StudyRecord", record), caches, choice, FakePool())
@@ -212,7 +213,7 @@ def test_a_stored_plan_keeps_its_threads_when_one_worker_is_wanted(planned: Make
 def test_a_final_that_is_given_threads_leaves_the_studys_plan_as_it_is(planned: MakePlan) -> None:
     stored, _ = planned(Machine({1: 100.0, 2: 190.0}))
     record = FakeRecord(tiny_config(Path("data")))
-    record.write_plan(stored.to_dict())
+    record.write_plan(to_json(stored))
 
     def workers_of(choice: MachineChoice) -> tuple[WorkerSettings, ...]:
         return plan_for_one_fit(
@@ -221,7 +222,7 @@ def test_a_final_that_is_given_threads_leaves_the_studys_plan_as_it_is(planned: 
 
     assert workers_of(MachineChoice()) == (WorkerSettings("cpu", 2),)
     assert workers_of(MachineChoice(threads=3)) == (WorkerSettings("cpu", 3),)
-    assert record.written == stored.to_dict()
+    assert record.written == to_json(stored)
 
 
 @pytest.mark.slow
@@ -231,7 +232,7 @@ def test_a_study_measures_how_to_share_the_cores_and_keeps_to_it(
     monkeypatch.setattr(planning, "available_cores", lambda: 2)
     config = tiny_config(write_tiny_dataset(tmp_path), "study.trials=1")
     summary = run(tmp_path, config, machine=MachineChoice())
-    plan = ExecutionPlan.from_dict(summary.record.plan() or {})
+    plan = from_json(ExecutionPlan, summary.record.plan() or {})
     assert plan.machine["images_per_s"].startswith("1 x 2: ")
     assert sum(worker.threads for worker in plan.workers) == 2
     assert summary.n_counted == 1

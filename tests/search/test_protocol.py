@@ -20,7 +20,7 @@ import pytest
 
 from hpsearch.config import StudyConfig, stable_seed
 from hpsearch.config.search import SearchSpace
-from hpsearch.data.batches import DeviceData
+from hpsearch.data.batches import DeviceData, eval_batches
 from hpsearch.data.cache import open_cache
 from hpsearch.data.folds import Folds
 from hpsearch.errors import OutOfMemoryError
@@ -37,8 +37,9 @@ from hpsearch.store.record import StudyRecord
 from hpsearch.training import loop
 from hpsearch.training.checkpoint import load_checkpoint, load_weights
 from hpsearch.training.evaluation import Evaluation, evaluate
+from hpsearch.training.task import FitTask
 from hpsearch.workers import fit_task
-from hpsearch.workers.jobs import FitJob, ScoreJob, SelectPostprocessingJob
+from hpsearch.workers.jobs import CountJob, FitJob, SelectPostprocessingJob
 from tests.data.conftest import tiny_pairs, write_pairs
 from tests.search.in_process import Watched, run_planned, workers_in_process
 from tests.search.studies import tiny_config
@@ -67,12 +68,17 @@ class FallingScores:
     counts: list[list[npt.NDArray[np.int64]]] = field(default_factory=list)
     """Of each fit in turn those after each epoch, (held-out images, 4)."""
 
-    def __call__(self, model: UNet, data: object, indices: npt.NDArray[np.int64], **given: Any) -> Evaluation:
+    def install(self, patch: pytest.MonkeyPatch) -> None:
+        """Have the loop pass the indices and the size of the images instead of batches."""
+        patch.setattr(loop, "evaluate", self)
+        patch.setattr(loop, "eval_batches", lambda data, indices, **given: (indices, given["size"]))
+
+    def __call__(self, model: UNet, batches: tuple[npt.NDArray[np.int64], tuple[int, int]], *_: object) -> Evaluation:
+        indices, (height, width) = batches
         if not hasattr(model, "times_scored"):
             model.times_scored = 0  # type: ignore[assignment]
             self.counts.append([])
         rng = np.random.default_rng([len(self.counts), model.times_scored])  # type: ignore[list-item]
-        height, width = given["size"]
         n_lesion = 100 + indices
         found = QUALITY[model.times_scored] + rng.uniform(-0.08, 0.08, len(indices))  # type: ignore[index]
         tp = np.round(found * n_lesion).astype(np.int64)
@@ -127,7 +133,7 @@ def seen(config: StudyConfig, tmp_path_factory: pytest.TempPathFactory) -> Itera
     project = tmp_path_factory.mktemp("protocol")
     falling = FallingScores()
     with workers_in_process() as watched, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "evaluate", falling)
+        falling.install(patch)
         record = run_planned(project, config).record
         fits = list(watched.fits)
         final = run_final(ProjectPaths(project), n_seeds=2, ensemble=True)
@@ -165,9 +171,7 @@ def test_every_fit_has_the_configuration_of_its_trial(seen: Run) -> None:
     assert len({trial.params["train.lr"] for trial in seen.record.trials()}) == 3
     for job, fit in zip(jobs, (*seen.fits, *seen.final_fits), strict=False):
         config = seen.record.trial(job.trial).study_config
-        assert (fit["model_config"], fit["train"], fit["augment"]) == (config.unet, config.train, config.augment)
-        assert (fit["size"], fit["eval_size"], fit["metric"]) == ((32, 32), (32, 32), "dice")
-        assert (fit["in_channels"], fit["stretch"], fit["micro_batch"]) == (3, True, None)
+        assert (fit["config"], fit["micro_batch"]) == (config, None)
     assert {job.trial for job in jobs[len(seen.fits) :]} == {seen.final.trial.number}
 
 
@@ -264,20 +268,20 @@ def test_the_final_is_trained_on_the_whole_pool_and_scored_on_the_test_split(see
     assert [sorted(fit["train_indices"].tolist()) for fit in seen.final_fits] == [sorted(POOL)] * 2
     assert [len(fit["held_out_indices"]) for fit in seen.final_fits] == [0, 0]
     pool = open_cache(seen.watched.of(FitJob)[-1].caches.images).ids
-    scored = {job.caches.images for job in seen.watched.of(ScoreJob)}
+    scored = {job.caches.images for job in seen.watched.of(CountJob)}
     (test,) = (open_cache(cache).ids for cache in scored)
     assert len(test) == 4
     assert set(pool).isdisjoint(test)
     for index, fit in enumerate(seen.final_fits):
         model, _ = load_weights(fit["paths"].weights)
-        expected = evaluate(
-            model,
+        batches = eval_batches(
             DeviceData(open_cache(*scored)),
             np.arange(4),
+            batch_size=16,
             normalization=fit["normalization"],
             size=(32, 32),
-            runtime=fit["runtime"],
         )
+        expected = evaluate(model, batches, fit["runtime"])
         assert np.array_equal(load_array(seen.final.paths.seed(index).test_counts, ndim=2), expected.counts)
 
 
@@ -319,15 +323,15 @@ def test_a_fit_in_parts_of_batches_that_changed_the_result_cannot_win(
     trial = project.study("tiny").trial(1)
     short_of_memory = (trial.replicate_fold(2) if second else trial.fold(2)).root.absolute()
 
-    def fit_within_memory(**arguments: Any) -> Any:
-        if arguments["paths"].root == short_of_memory and arguments["micro_batch"] is None:
+    def fit_within_memory(task: FitTask, *arguments: Any, **options: Any) -> Any:
+        if options["paths"].root == short_of_memory and task.micro_batch is None:
             raise OutOfMemoryError("training on cpu ran out of memory: no memory left")
-        return fit(**arguments)
+        return fit(task, *arguments, **options)
 
     changed = dataclasses.replace(config.study, allow_microbatch=True)
     with workers_in_process(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(fit_task, "fit", fit_within_memory)
-        patch.setattr(loop, "evaluate", FallingScores())
+        FallingScores().install(patch)
         record = run_planned(tmp_path, dataclasses.replace(config, study=changed)).record
     assert [each.outcome for each in record.trials()] == ["complete"] * 3
     assert [each.micro_batch for each in record.trials()] == [None, None if second else 2, None]
@@ -358,7 +362,7 @@ def test_a_trial_is_judged_after_every_epoch_beside_the_ended_trials_that_its_lo
     settings = dataclasses.replace(config.study, pruner="race", lookahead=lookahead, folds=2, trials=4, confirm=0)
     with workers_in_process(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(pruners, "make_pruner", lambda _: notes)
-        patch.setattr(loop, "evaluate", falling)
+        falling.install(patch)
         run_planned(tmp_path, dataclasses.replace(config, study=settings))
     seen = iter(notes.asked)
     for trial in range(4):
@@ -381,7 +385,7 @@ def test_the_images_of_a_group_are_never_in_two_folds(config: StudyConfig, tmp_p
         config, study=settings, data=dataclasses.replace(config.data, groups=str(groups)), search=SearchSpace()
     )
     with workers_in_process() as watched, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "evaluate", FallingScores())
+        FallingScores().install(patch)
         record = run_planned(tmp_path, grouped).record
     assert record.folds.method == "groups"
     for fit in watched.fits:

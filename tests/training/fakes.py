@@ -8,12 +8,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hpsearch.config.data import AugmentConfig
+from hpsearch.config import StudyConfig
+from hpsearch.config.data import AugmentConfig, DataConfig
 from hpsearch.config.model import UNetConfig
+from hpsearch.config.search import StudySettings
 from hpsearch.config.train import TrainConfig
 from hpsearch.data.batches import DeviceData
 from hpsearch.data.cache import Normalization
+from hpsearch.training import loop
+from hpsearch.training.progress import Progress
 from hpsearch.training.runtime import Runtime
+from hpsearch.training.task import FitTask
 
 NORMALIZATION = Normalization(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 FLOAT32 = Runtime(device=torch.device("cpu"), precision="float32", compile="off", threads=1)
@@ -69,3 +74,30 @@ def fit_arguments(**changes: Any) -> dict[str, Any]:
         "runtime": FLOAT32,
         **changes,
     }
+
+
+def make_task(
+    *,
+    model_config: UNetConfig,
+    in_channels: int,
+    size: tuple[int, int],
+    train: TrainConfig,
+    augment: AugmentConfig,
+    metric: Any,
+    eval_size: tuple[int, int] | None = None,
+    stretch: bool = True,
+    **others: Any,
+) -> FitTask:
+    """The task of a fit of these settings; without `stretch` images are taken to be windows."""
+    data = DataConfig(
+        size=size, color="rgb" if in_channels == 3 else "grayscale", match="resize" if stretch else "crop"
+    )
+    study = StudySettings(metric=metric, eval_size=eval_size or 0)
+    config = StudyConfig(data=data, unet=model_config, train=train, augment=augment, study=study)
+    return FitTask(config=config, **others)
+
+
+def fit(*, data: DeviceData, runtime: Runtime, **arguments: Any) -> Progress:
+    """Fit with the settings of `fit_arguments` and the options of the loop."""
+    options = {name: arguments.pop(name) for name in ("paths", "keep_best", "on_epoch") if name in arguments}
+    return loop.fit(make_task(**arguments), data, runtime, **options)

@@ -248,7 +248,7 @@ def test_missing_weights_are_an_error_that_names_them(tmp_path):
 def test_weights_of_other_programs_are_refused(model, tmp_path):
     path = tmp_path / "w.safetensors"
     safetensors.torch.save_file(model.state_dict(), path)
-    with pytest.raises(CheckpointError, match="without the description that hpsearch stores"):
+    with pytest.raises(CheckpointError, match="not a weights file of hpsearch"):
         load_weights(path)
 
 

@@ -19,24 +19,20 @@ from hpsearch import paths as files
 from hpsearch.config.data import AugmentConfig
 from hpsearch.config.model import UNetConfig
 from hpsearch.config.train import TrainConfig
-from hpsearch.data.batches import eval_batches, train_batches
+from hpsearch.data.batches import DeviceData, eval_batches, train_batches
 from hpsearch.errors import CheckpointError, ConfigError, DivergedError, OutOfMemoryError
 from hpsearch.models.unet import UNet
 from hpsearch.paths import FitPaths
 from hpsearch.training import checkpoint, loop
 from hpsearch.training.checkpoint import load_weights
 from hpsearch.training.evaluation import eval_batch_size, evaluate, predict_logits, resize_logits
-from hpsearch.training.finish import finish_fit
-from hpsearch.training.loop import (
-    EpochRow,
-    FitResult,
-    fit,
-    microbatches_are_exact,
-)
 from hpsearch.training.losses import loss_function
 from hpsearch.training.metrics import PixelCounts, dice, jaccard
+from hpsearch.training.progress import Progress, finish_fit
+from hpsearch.training.rows import EpochRow
+from hpsearch.training.task import microbatches_are_exact
 from hpsearch.typed_json import from_json
-from tests.training.fakes import FLOAT32, NORMALIZATION, FakeCache, fit_arguments, make_data
+from tests.training.fakes import FLOAT32, NORMALIZATION, FakeCache, fit, fit_arguments, make_data
 
 
 class Killed(BaseException):
@@ -44,7 +40,7 @@ class Killed(BaseException):
 
 
 @pytest.fixture(scope="module")
-def unkilled() -> FitResult:
+def unkilled() -> Progress:
     return fit(**fit_arguments())
 
 
@@ -60,11 +56,11 @@ def folder(tmp_path) -> FitPaths:
     return FitPaths(tmp_path / "fold0")
 
 
-def weights(result: FitResult) -> dict[str, bytes]:
+def weights(result: Progress) -> dict[str, bytes]:
     return {name: tensor.numpy().tobytes() for name, tensor in result.model.state_dict().items()}
 
 
-def assert_equal(result: FitResult, expected: FitResult) -> None:
+def assert_equal(result: Progress, expected: Progress) -> None:
     assert weights(result) == weights(expected)
     assert result.scores.tobytes() == expected.scores.tobytes()
     assert result.counts.tobytes() == expected.counts.tobytes()
@@ -77,10 +73,14 @@ def recorded(folder: FitPaths) -> list[EpochRow]:
     return [from_json(EpochRow, json.loads(line)) for line in folder.epochs.read_text().splitlines()]
 
 
-def finish(result: FitResult, folder: FitPaths, **changes):
-    arguments = fit_arguments()
-    names = ("data", "held_out_indices", "normalization", "size", "runtime")
-    return finish_fit(result, folder, **{**{name: arguments[name] for name in names}, **changes})
+def finish(result: Progress, folder: FitPaths, **changes):
+    return finish_fit(result, folder, make_data(), FLOAT32, **changes)
+
+
+def batches(indices, data: DeviceData | None = None, batch_size: int = 16):
+    return eval_batches(
+        data or make_data(), indices, batch_size=batch_size, normalization=NORMALIZATION, size=(16, 16)
+    )
 
 
 # --- what a fit computes ------------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def test_without_held_out_images_nothing_is_scored(folder):
     assert result.scores.shape == (3, 0)
     assert result.counts.shape == (0, 4)
     assert {row.held_out for row in result.rows} == {None}
-    summary = finish(result, folder, held_out_indices=np.arange(0))
+    summary = finish(result, folder)
     assert summary.value is None
     assert not folder.examples.exists()
 
@@ -210,27 +210,21 @@ def test_grayscale_images_train_a_network_of_one_channel():
 
 
 def test_evaluation_depends_on_no_batch_size(unkilled):
-    arguments = {"normalization": NORMALIZATION, "size": (16, 16), "runtime": FLOAT32}
     loss = loss_function(TrainConfig(loss="bce+dice"))
-    results = [
-        evaluate(unkilled.model, make_data(), np.arange(13, 20), **arguments, batch_size=n, loss=loss)
-        for n in (1, 3, 7)
-    ]
+    results = [evaluate(unkilled.model, batches(np.arange(13, 20), batch_size=n), FLOAT32, loss) for n in (1, 3, 7)]
     for result in results:
         np.testing.assert_array_equal(result.counts, unkilled.counts)
         held_out = unkilled.rows[-1].held_out
         assert held_out is not None
         assert result.loss == pytest.approx(held_out.loss, rel=1e-5)
-    assert math.isnan(evaluate(unkilled.model, make_data(), np.arange(3), **arguments).loss)
+    assert math.isnan(evaluate(unkilled.model, batches(np.arange(3)), FLOAT32).loss)
 
 
 def test_counts_are_those_of_the_logits_above_zero(unkilled):
     batch = next(eval_batches(make_data(), np.arange(7), batch_size=7, normalization=NORMALIZATION, size=(16, 16)))
     with torch.no_grad():
         preds = unkilled.model(batch.images) > 0
-    result = evaluate(
-        unkilled.model, make_data(), np.arange(7), normalization=NORMALIZATION, size=(16, 16), runtime=FLOAT32
-    )
+    result = evaluate(unkilled.model, batches(np.arange(7)), FLOAT32)
     masks = batch.masks.bool()
     expected = torch.stack([preds & masks, preds & ~masks, ~preds & masks, ~preds & ~masks], 1).sum((2, 3, 4))
     np.testing.assert_array_equal(result.counts, expected.numpy())
@@ -241,11 +235,7 @@ def test_scores_are_computed_at_the_size_of_the_truth():
     data = make_data(truth=truth)
     result = fit(**fit_arguments(data=data, eval_size=(32, 24)))
     assert set(result.counts.sum(1)) == {32 * 24}
-    logits, masks = next(
-        predict_logits(
-            result.model, data, np.arange(13, 20), normalization=NORMALIZATION, size=(16, 16), runtime=FLOAT32
-        )
-    )
+    logits, masks = next(predict_logits(result.model, batches(np.arange(13, 20), data), FLOAT32))
     assert logits.shape == masks.shape == (7, 1, 32, 24)
     np.testing.assert_array_equal(masks[:, 0].numpy(), truth.masks[13:20])
     np.testing.assert_array_equal(((logits > 0) & (masks > 0)).sum((1, 2, 3)).numpy(), result.counts[:, 0])
@@ -257,11 +247,7 @@ def test_windows_are_scored_where_the_output_of_a_valid_network_lies():
     result = fit(**fit_arguments(model_config=config, data=data, stretch=False))
     # 16 -> 14 | pool 7 -> 5 | up 10 -> 8: four pixels less on each side.
     assert set(result.counts.sum(1)) == {8 * 8}
-    logits, masks = next(
-        predict_logits(
-            result.model, data, np.arange(13, 20), normalization=NORMALIZATION, size=(16, 16), runtime=FLOAT32
-        )
-    )
+    logits, masks = next(predict_logits(result.model, batches(np.arange(13, 20), data), FLOAT32))
     assert logits.shape == (7, 1, 8, 8)
     np.testing.assert_array_equal(masks[:, 0].numpy(), data.cache.masks[13:20, 4:12, 4:12])
     stretched = fit(**fit_arguments(model_config=config, data=data))
@@ -342,7 +328,7 @@ def test_after_each_epoch_come_checkpoint_scores_line_and_call_in_this_order(fol
         return "go"
 
     result = fit(**fit_arguments(), paths=folder, on_epoch=on_epoch)
-    assert tuple(seen) == result.rows
+    assert seen == result.rows
     assert not result.stopped
     assert not folder.best.exists()
 
@@ -401,9 +387,7 @@ def test_finish_leaves_weights_scores_counts_examples_and_the_summary(folder):
     np.testing.assert_array_equal(np.load(folder.counts), result.counts)
     model, info = load_weights(folder.weights)
     assert (info.size, info.in_channels, info.extra) == ((16, 16), 3, {"threshold": 0.5})
-    evaluation = evaluate(
-        model, make_data(), np.arange(13, 20), normalization=info.normalization, size=info.size, runtime=FLOAT32
-    )
+    evaluation = evaluate(model, batches(np.arange(13, 20)), FLOAT32)
     np.testing.assert_array_equal(evaluation.counts, result.counts)
 
 
@@ -415,7 +399,7 @@ def test_the_summary_and_the_examples_are_those_of_all_epochs_or_of_the_last(fol
         )
     ]
     scores = np.array([np.arange(7), np.arange(7)[::-1] + 9, [3, 1, 2, 0, 6, 5, 4]], np.float32)
-    summary = finish(dataclasses.replace(unkilled, rows=tuple(rows), scores=scores), folder)
+    summary = finish(dataclasses.replace(unkilled, rows=rows, scores=scores), folder)
     assert (summary.train_s, summary.eval_s, summary.peak_bytes) == (8.0, 1.5, 9)
     assert summary.images_per_s == pytest.approx((10 * 1 + 20 * 2 + 30 * 5) / 8)
     assert summary.value == 3
@@ -426,7 +410,7 @@ def test_the_summary_and_the_examples_are_those_of_all_epochs_or_of_the_last(fol
 @pytest.mark.parametrize(("norm", "expected"), [("batch", 2), ("instance", None)])
 def test_parts_of_batches_are_on_record_where_they_changed_the_result(norm, expected, folder):
     result = fit(**fit_arguments(model_config=UNetConfig(base_channels=2, depth=1, norm=norm), micro_batch=2))
-    assert finish(result, folder, micro_batch=2).micro_batch == expected
+    assert finish(result, folder).micro_batch == expected
 
 
 def test_examples_are_the_worst_the_median_and_the_best_held_out_images(folder):
@@ -511,7 +495,7 @@ def test_killed_anywhere_in_any_epoch_a_fit_ends_with_the_same_bytes(
     first = epoch if where == "checkpoint" else epoch + 1
     assert trained == list(range(first, 4)), "only an epoch without a checkpoint is done again"
     rows = recorded(folder)
-    assert tuple(rows) == result.rows
+    assert rows == result.rows
     assert rows[: len(before)] == before
     np.testing.assert_array_equal(np.load(folder.scores), unkilled.scores)
     assert folder.best.read_bytes() == best_of_unkilled
@@ -571,7 +555,7 @@ def test_a_damaged_line_is_replaced_from_the_checkpoint(damage, folder, unkilled
     folder.epochs.write_bytes(first + damage)
     result = fit(**fit_arguments(), paths=folder)
     assert_equal(result, unkilled)
-    assert tuple(recorded(folder)) == result.rows
+    assert recorded(folder) == result.rows
     assert folder.epochs.read_bytes().startswith(first)
 
 
@@ -617,8 +601,7 @@ from pathlib import Path
 
 from hpsearch.paths import FitPaths
 from hpsearch.config.train import TrainConfig
-from hpsearch.training.loop import fit
-from tests.training.fakes import fit_arguments
+from tests.training.fakes import fit, fit_arguments
 
 def recorded():
     return folder.epochs.stat().st_size if folder.epochs.exists() else 0

@@ -13,9 +13,8 @@ from hpsearch.config.train import TrainConfig
 from hpsearch.errors import OutOfMemoryError
 from hpsearch.paths import FitPaths
 from hpsearch.training import runtime as devices
-from hpsearch.training.loop import fit
 from hpsearch.training.runtime import make_runtime
-from tests.training.fakes import FakeCache, fit_arguments, make_data
+from tests.training.fakes import FakeCache, fit, fit_arguments, make_data
 
 pytestmark = pytest.mark.gpu
 

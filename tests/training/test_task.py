@@ -5,16 +5,16 @@ import pytest
 
 from hpsearch.config.model import UNetConfig
 from hpsearch.config.train import TrainConfig
-from hpsearch.errors import ConfigError
 from hpsearch.training.task import FitTask, part_sizes
+from tests.training import fakes
 from tests.training.fakes import fit_arguments
 
 VALID = UNetConfig(base_channels=2, depth=1, stacking=1, padding="valid", norm="none")
 
 
 def make_task(**changes) -> FitTask:
-    arguments = {**fit_arguments(), "eval_size": (16, 16), "stretch": True, "micro_batch": None, **changes}
-    return FitTask(**{name: value for name, value in arguments.items() if name in FitTask.__annotations__})
+    arguments = {**fit_arguments(), **changes}
+    return fakes.make_task(**{name: value for name, value in arguments.items() if name not in ("data", "runtime")})
 
 
 def test_a_checkpoint_of_version_0_1_is_that_of_the_same_fit():
@@ -29,10 +29,10 @@ def test_a_new_setting_changes_the_digest_only_where_it_is_not_at_its_default():
         warmup_epochs: int = 0
 
     task = make_task()
-    settings = dataclasses.asdict(task.train)
+    settings = dataclasses.asdict(task.config.train)
     before = task.digest("fake")
-    assert dataclasses.replace(task, train=Later(**settings)).digest("fake") == before
-    assert dataclasses.replace(task, train=Later(**settings, warmup_epochs=3)).digest("fake") != before
+    assert make_task(train=Later(**settings)).digest("fake") == before
+    assert make_task(train=Later(**settings, warmup_epochs=3)).digest("fake") != before
 
 
 def test_only_a_network_without_padding_has_a_margin_and_only_without_stretching():
@@ -43,9 +43,10 @@ def test_only_a_network_without_padding_has_a_margin_and_only_without_stretching
 
 def test_a_network_that_cannot_be_trained_on_so_few_images_is_refused():
     deep = UNetConfig(base_channels=2, depth=4, stacking=1)
-    make_task(model_config=deep).check()
-    with pytest.raises(ConfigError, match="with 1 image at once: encoder"):
-        make_task(model_config=deep, train_indices=np.arange(1)).check()
+    assert make_task(model_config=deep).why_impossible() is None
+    reason = make_task(model_config=deep, train_indices=np.arange(1)).why_impossible()
+    assert reason is not None
+    assert reason.startswith("with 1 image at once: encoder")
 
 
 @pytest.mark.parametrize(("n_images", "micro_batch"), [(16, None), (16, 16), (16, 5), (5, 4), (7, 2), (3, 1), (2, 8)])

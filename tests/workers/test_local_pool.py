@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from hpsearch import config as configs
-from hpsearch.workers.jobs import CachePaths, FitJob
+from hpsearch.workers import process
+from hpsearch.workers.jobs import CachePaths, Failed, FitJob, Ready
 from hpsearch.workers.local_pool import LocalPool, LocalWorker
 from hpsearch.workers.pool import WorkerSettings
 from tests.search.in_process import workers_in_process
-from tests.workers.pool_contract import PoolContract
+from tests.workers.pool_contract import ONE, PoolContract, wait_for
 
 
 def worker(trial: int | None, silent_s: float = 0.0) -> LocalWorker:
@@ -53,6 +54,20 @@ def test_an_epoch_of_a_trial_without_any_before_may_take_any_time() -> None:
 def test_without_a_fit_no_epoch_is_trained() -> None:
     assert left_s({1: 10.0}, worker(None)) is None
     assert left_s({}) is None
+
+
+def test_a_worker_killed_while_it_starts_leaves_a_line_and_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with workers_in_process(), LocalPool(tmp_path) as pool:
+        with monkeypatch.context() as patch:
+            patch.setattr(process, "serve", lambda settings, send, receive: receive())
+            pool.resize(ONE)
+            pool.kill(pool._workers[0])
+        assert wait_for(pool, Failed).job is None
+        wait_for(pool, Ready)
+    line = "worker 0 ended before it was ready, killed by SIGKILL (out of memory?); starting another"
+    assert caplog.messages == [line]
 
 
 class TestThreads(PoolContract):

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from hpsearch import config as configs
+from hpsearch.typed_json import from_json, to_json
 from hpsearch.workers import plan as plans
 from hpsearch.workers.local_pool import WorkerSettings
 from hpsearch.workers.plan import ExecutionPlan, MeasuredStep
@@ -27,7 +28,7 @@ def config(*overrides: str) -> configs.StudyConfig:
 
 def test_a_plan_survives_the_study_folder() -> None:
     plan = make_plan(machine={"torch": "2.15"})
-    assert ExecutionPlan.from_dict(plan.to_dict()) == plan
+    assert from_json(ExecutionPlan, to_json(plan)) == plan
 
 
 def test_seconds_between_measured_steps_grow_with_flops_and_fixed_costs_remain() -> None:

@@ -8,35 +8,49 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from hpsearch import paths
+from hpsearch.config import StudyConfig
+from hpsearch.data.cache import Normalization
 from hpsearch.errors import OutOfMemoryError
 from hpsearch.paths import FitPaths
 from hpsearch.search import coordinator
+from hpsearch.training.task import FitTask
 from hpsearch.workers.fit_task import fit_within_memory
 from tests.search.studies import everything, run, tiny_config, write_tiny_dataset
 
 FAULTY = Path(__file__).parents[2] / "benchmarks" / "faulty"
 
 
-def fit_of_at_most(n_images: int, batch_size: int, asked: list[int | None]) -> Any:
+def fit_of_at_most(n_images: int, asked: list[int | None]) -> Any:
     """A fit for which the memory suffices at that many images at once."""
 
-    def fit_in_parts(micro_batch: int | None) -> Any:
-        asked.append(micro_batch)
-        if (micro_batch or batch_size) > n_images:
+    def run(task: FitTask) -> Any:
+        asked.append(task.micro_batch)
+        if (task.micro_batch or task.config.train.batch_size) > n_images:
             raise OutOfMemoryError("training on cpu ran out of memory: no memory left")
         return "the fit"
 
-    return fit_in_parts
+    return run
+
+
+def task_of(config: StudyConfig) -> FitTask:
+    return FitTask(
+        config=config,
+        train_indices=np.arange(16),
+        held_out_indices=np.arange(0),
+        normalization=Normalization((0.5,) * 3, (0.25,) * 3),
+        seed=0,
+    )
 
 
 def test_batches_are_halved_until_they_fit_where_that_changes_nothing(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, "unet.norm=group", "train.batch_size=16")
+    task = task_of(tiny_config(tmp_path, "unet.norm=group", "train.batch_size=16"))
     folder, asked = FitPaths(tmp_path), []
     folder.last.write_bytes(b"a checkpoint")
-    assert fit_within_memory(fit_of_at_most(3, 16, asked), config, folder) == ("the fit", 2)
+    assert fit_within_memory(task, folder, fit_of_at_most(3, asked)) == "the fit"
     assert asked == [None, 8, 4, 2]
     assert folder.last.exists()
 
@@ -44,23 +58,23 @@ def test_batches_are_halved_until_they_fit_where_that_changes_nothing(tmp_path: 
 def test_with_batch_normalisation_a_fit_that_does_not_fit_is_infeasible(tmp_path: Path) -> None:
     asked: list[int | None] = []
     with pytest.raises(OutOfMemoryError):
-        fit_within_memory(fit_of_at_most(3, 16, asked), tiny_config(tmp_path), FitPaths(tmp_path))
+        fit_within_memory(task_of(tiny_config(tmp_path)), FitPaths(tmp_path), fit_of_at_most(3, asked))
     assert asked == [None]
 
 
 def test_one_image_at_once_that_does_not_fit_is_infeasible(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, "unet.norm=group")
+    task = task_of(tiny_config(tmp_path, "unet.norm=group"))
     asked: list[int | None] = []
     with pytest.raises(OutOfMemoryError):
-        fit_within_memory(fit_of_at_most(0, 4, asked), config, FitPaths(tmp_path))
+        fit_within_memory(task, FitPaths(tmp_path), fit_of_at_most(0, asked))
     assert asked == [None, 2, 1]
 
 
 def test_where_it_is_allowed_parts_of_batches_begin_the_fit_anew(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, "study.allow_microbatch=true")
+    task = task_of(tiny_config(tmp_path, "study.allow_microbatch=true"))
     folder, asked = FitPaths(tmp_path), []
     folder.last.write_bytes(b"the checkpoint of another fit")
-    assert fit_within_memory(fit_of_at_most(2, 4, asked), config, folder) == ("the fit", 2)
+    assert fit_within_memory(task, folder, fit_of_at_most(2, asked)) == "the fit"
     assert not folder.last.exists()
 
 
@@ -69,7 +83,7 @@ def test_parts_too_small_for_batch_normalisation_are_not_tried(tmp_path: Path) -
     config = tiny_config(tmp_path, "study.allow_microbatch=true", "data.size=8", "unet.depth=3", "train.batch_size=5")
     asked: list[int | None] = []
     with pytest.raises(OutOfMemoryError):
-        fit_within_memory(fit_of_at_most(0, 5, asked), config, FitPaths(tmp_path))
+        fit_within_memory(task_of(config), FitPaths(tmp_path), fit_of_at_most(0, asked))
     assert asked == [None]
 
 

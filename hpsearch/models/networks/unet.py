@@ -1,23 +1,16 @@
 """The UNet, with its shapes, memory and FLOPs by arithmetic."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from hpsearch.config.model import UNetConfig
-from hpsearch.models.memory import layer_costs as layer_costs
-from hpsearch.models.memory import training_memory as training_memory
-from hpsearch.models.shapes import n_parameters as n_parameters
-from hpsearch.models.shapes import output_margin as output_margin
-from hpsearch.models.shapes import output_size as output_size
-from hpsearch.models.shapes import training_flops as training_flops
-from hpsearch.models.shapes import why_impossible as why_impossible
+from hpsearch.models.memory import layer_costs, training_memory  # noqa: F401
+from hpsearch.models.shapes import n_parameters, output_margin, output_size, training_flops, why_impossible  # noqa: F401  # noqa: F401
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-def build(config: UNetConfig, in_channels: int) -> nn.Module:
+def build(config: UNetConfig, in_channels: int) -> "nn.Module":
     """Return a UNet with the initial weights of the seed of torch's generator."""
     # Imported here because the coordinator, which needs the arithmetic only, runs without torch.
     import torch

@@ -5,8 +5,6 @@ A module has one function, `loss(logits, masks, config)`. It takes logits (B, 1,
 parts whose losses are weighted by their sizes, and a small lesion counts as much as a large one, as in the scores.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from importlib import import_module
 

@@ -1,7 +1,5 @@
 """Overlap of prediction and mask, which the Dice and the Jaccard loss share."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 _TINY = 1e-7

@@ -1,7 +1,5 @@
 """Binary cross-entropy, the mean over pixels."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor
 

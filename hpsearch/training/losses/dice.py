@@ -1,7 +1,5 @@
 """The Dice loss of Milletari et al. 2016, with sums of probabilities instead of sums of their squares."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from hpsearch.config.train import TrainConfig

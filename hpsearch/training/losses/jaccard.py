@@ -1,7 +1,5 @@
 """The Jaccard loss of Rahman and Wang 2016."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from hpsearch.config.train import TrainConfig

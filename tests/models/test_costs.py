@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
+from types import SimpleNamespace
+from typing import Literal
 
 import pytest
 import torch
 from torch import nn
 
 from hpsearch.config.model import UNetConfig
-from hpsearch.models import dry_run, memory, shapes
+from hpsearch.models import costs, memory, shapes
+from hpsearch.models.memory import Step
+
+NAMES = ("n_parameters", "training_flops", "training_memory", "uses_batch_statistics", "why_impossible")
+dry_run = SimpleNamespace(**{name: inspect.unwrap(getattr(costs, name)) for name in NAMES})
+"""The functions that answer for any network, without the arithmetic of the UNet."""
 
 CONFIGS = [
     UNetConfig(base_channels=4, depth=depth, norm=norm)  # type: ignore[arg-type]
@@ -28,18 +36,19 @@ def test_parameters_and_flops_are_those_of_the_arithmetic(config: UNetConfig) ->
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize("config", CONFIGS, ids=repr)
 def test_memory_is_close_to_the_arithmetic(
-    config: UNetConfig, precision: memory.Precision, optimizer: memory.Optimizer
+    config: UNetConfig, precision: str, optimizer: Literal["sgd", "adamw"]
 ) -> None:
-    options = {"batch_size": 8, "precision": precision, "optimizer": optimizer, "device": "cuda"}
-    found = dry_run.training_memory(config, 3, 64, 64, **options)  # type: ignore[arg-type]
-    expected = memory.training_memory(config, 3, 64, 64, **options)  # type: ignore[arg-type]
+    step = Step(batch_size=8, precision=precision, optimizer=optimizer, device="cuda")
+    found = dry_run.training_memory(config, 3, 64, 64, step)
+    expected = memory.training_memory(config, 3, 64, 64, step)
     assert 0.8 < found.total / expected.total < 1.5
     assert (found.weights, found.optimizer) == (expected.weights, expected.optimizer)
 
 
 def test_memory_grows_with_the_batch() -> None:
     config = UNetConfig(base_channels=4, depth=2)
-    totals = [dry_run.training_memory(config, 3, 64, 64, batch_size=n, precision="float32").total for n in (2, 16)]
+    steps = [Step(batch_size=n, precision="float32") for n in (2, 16)]
+    totals = [dry_run.training_memory(config, 3, 64, 64, step).total for step in steps]
     assert totals[1] > 6 * totals[0]
 
 
@@ -53,7 +62,7 @@ def test_the_reason_is_what_the_network_reports() -> None:
 
 
 def test_logits_of_another_shape_are_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dry_run, "_model", lambda config, in_channels: nn.Conv2d(3, 2, 3, device="meta"))
+    monkeypatch.setattr(costs, "_model", lambda config, in_channels: nn.Conv2d(3, 2, 3, device="meta"))
     reason = dry_run.why_impossible(UNetConfig(base_channels=7), 3, 32, 32)
     assert reason == "network unet returns logits of shape (2, 2, 30, 30), expected (2, 1, 32, 32)"
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hpsearch.config.train import TrainConfig
-from hpsearch.training.schedule import lr_factor, make_optimizer, set_lr_
+from hpsearch.training.loop import lr_factor, make_optimizer
 
 CPU = torch.device("cpu")
 
@@ -41,7 +41,7 @@ def test_sgd_follows_its_definition():
     value, velocity = 2.0, None
     for step in range(3):
         lr = 0.1 * (step + 1)
-        set_lr_(optimizer, lr)
+        optimizer.param_groups[0]["lr"] = lr
         parameter.grad = torch.tensor([0.5])
         optimizer.step()
         gradient = 0.5 + 0.01 * value

@@ -7,19 +7,18 @@ import torch
 from hpsearch.config.model import UNetConfig
 from hpsearch.config.train import TrainConfig
 from hpsearch.errors import DeviceError
-from hpsearch.training import compilation
+from hpsearch.training import loop
 from hpsearch.training import runtime as devices
-from hpsearch.training.loop import FitResult, fit
-from hpsearch.training.task import FitTask
-from tests.training.fakes import FLOAT32, fit_arguments
+from hpsearch.training.progress import Progress
+from tests.training.fakes import FLOAT32, fit, fit_arguments, make_task
 
 
 @pytest.fixture(scope="module")
-def plain() -> FitResult:
+def plain() -> Progress:
     return fit(**fit_arguments())
 
 
-def assert_equal(result: FitResult, expected: FitResult) -> None:
+def assert_equal(result: Progress, expected: Progress) -> None:
     for name, tensor in expected.model.state_dict().items():
         assert torch.equal(result.model.state_dict()[name], tensor)
     assert result.scores.tobytes() == expected.scores.tobytes()
@@ -48,7 +47,7 @@ def test_a_compiler_that_fails_costs_auto_nothing_and_ends_on(plain, monkeypatch
     monkeypatch.setattr(torch, "compile", lambda model, **_: failing)
     with pytest.raises(DeviceError, match=r"torch\.compile failed on cpu: C\+\+ compile error"):
         fit(**fit_arguments(runtime=dataclasses.replace(FLOAT32, compile="on")))
-    monkeypatch.setattr(compilation, "_is_compiled", lambda *_: True)
+    monkeypatch.setattr(loop, "_is_compiled", lambda *_: True)
     assert_equal(fit(**fit_arguments(runtime=dataclasses.replace(FLOAT32, compile="auto"))), plain)
 
 
@@ -62,14 +61,10 @@ def test_auto_compiles_long_fits_on_cuda_only(device, size, expected, monkeypatc
         train=TrainConfig(epochs=100, batch_size=16),
         train_indices=np.arange(2000),
         size=(size, size),
-        eval_size=(size, size),
-        micro_batch=None,
-        stretch=True,
     )
-    names = {part.name for part in dataclasses.fields(FitTask)}
-    task = FitTask(**{name: value for name, value in arguments.items() if name in names})
+    del arguments["data"], arguments["runtime"]
     runtime = dataclasses.replace(FLOAT32, device=torch.device(device), compile="auto")
-    assert compilation._is_compiled(task, runtime) == expected
+    assert loop._is_compiled(make_task(**arguments), runtime) == expected
 
 
 @pytest.mark.slow
