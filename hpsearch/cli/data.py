@@ -225,4 +225,4 @@ def download(folder: Path, only: tuple[str, ...], base_url: str | None, remove_a
 def _show_download(progress: DownloadProgress) -> None:
     done, total = progress.done_bytes / 2**20, progress.total_bytes / 2**20
     ended = progress.done_bytes >= progress.total_bytes
-    click.echo(f"\r{progress.archive.name}: {progress.step} {done:.0f}/{total:.0f} MiB", nl=ended, err=True)
+    click.echo(f"\r{progress.archive}.zip: {progress.step} {done:.0f}/{total:.0f} MiB", nl=ended, err=True)
