@@ -12,7 +12,7 @@ from typing import Literal
 
 from hpsearch import subprocesses
 from hpsearch.config.data import DataConfig
-from hpsearch.data.build import Progress, build_cache, discard_cache, is_damaged
+from hpsearch.data.build import Progress, build_cache
 from hpsearch.data.cache import Index, Preparation, open_cache
 from hpsearch.data.dataset import Dataset, Problem, Sample, Split
 from hpsearch.data.decode_pool import Decoders, View, subprocess_environment
@@ -237,23 +237,14 @@ def _build(
     With --exclude-bad the next start finds this cache.
     """
     preparation = replace(request.preparation, reading=decision.reading)
-
-    def build() -> Path:
+    try:
         return build_cache(
             request.samples, preparation, config.cache, cache_root, decoders=decoders, progress=progress
         )
-
-    try:
-        folder = build()
     except DatasetError as error:
         if were_swapped(request.dataset, request.samples):
             raise DatasetError(f"{error}. {SWAPPED}") from error
         raise
-    if not is_damaged(folder):
-        return folder
-    logger.warning("%s is damaged; it is built again", folder)
-    discard_cache(folder)
-    return build()
 
 
 def _first(samples: tuple[Sample, ...], n: int) -> tuple[Sample, ...]:
