@@ -191,7 +191,8 @@ def _warp(
     cos, sin = torch.cos(angle) / zoom, torch.sin(angle) / zoom
     centre_x, centre_y = one * (width / 2), one * (height / 2)
     if "top" in values:
-        centre_x, centre_y = values["left"].to(device) + size[1] / 2, values["top"].to(device) + size[0] / 2
+        left, top = (values[name].to(device, non_blocking=True) for name in ("left", "top"))
+        centre_x, centre_y = left + size[1] / 2, top + size[0] / 2
     x = torch.arange(size[1], device=device) + 0.5 - size[1] / 2
     y = torch.arange(size[0], device=device) + 0.5 - size[0] / 2
     x = x * (1 - 2 * values["hflip"].float() if "hflip" in values else one)[:, None]
