@@ -15,10 +15,8 @@ import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PureWindowsPath
-from typing import Literal
 
 from filelock import FileLock, Timeout
 
@@ -44,15 +42,8 @@ class DamagedFileError(Exception):
     """An archive is damaged. Another download may help."""
 
 
-@dataclass(frozen=True)
-class DownloadProgress:
-    """Progress of one archive."""
-
-    archive: str
-    """A key of ARCHIVES."""
-    step: Literal["download", "unpack"]
-    done_bytes: int
-    total_bytes: int
+Progress = Callable[[str, str, int, int], None]
+"""Progress callback, called with a key of ARCHIVES, the step (`download` or `unpack`), and bytes done and in all."""
 
 
 def download(
@@ -61,7 +52,7 @@ def download(
     only: Sequence[str] | None = None,
     base_url: str = OFFICIAL,
     keep_archives: bool = True,
-    progress: Callable[[DownloadProgress], None] | None = None,
+    progress: Progress | None = None,
     retries: int = 6,
     backoff_s: float = 1.0,
     timeout_s: float = 60.0,
@@ -84,14 +75,20 @@ def download(
     base_url = check_address(base_url).rstrip("/") + "/"
     downloader = Downloader(retries=retries, backoff_s=backoff_s, timeout_s=timeout_s)
     folder = folder.expanduser()
-    with _locked(folder):
-        wanted = [archive for archive in archives if not any((folder / archive).glob("*"))]
-        _check_free_space(folder, wanted, base_url, downloader, keep_archives=keep_archives)
-        for archive in archives:
-            if archive in wanted:
-                _download_and_unpack(folder / archive, f"{base_url}{archive}.zip", downloader, progress)
-            if not keep_archives:
-                (folder / f"{archive}.zip").unlink(missing_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".download.lock", timeout=0):
+            wanted = [archive for archive in archives if not any((folder / archive).glob("*"))]
+            _check_free_space(folder, wanted, base_url, downloader, keep_archives=keep_archives)
+            for archive in archives:
+                if archive in wanted:
+                    _download_and_unpack(folder / archive, f"{base_url}{archive}.zip", downloader, progress)
+                if not keep_archives:
+                    (folder / f"{archive}.zip").unlink(missing_ok=True)
+    except Timeout as error:
+        raise StorageError(f"another download into {folder} is running") from error
+    except OSError as error:
+        raise storage_error(Path(error.filename or folder), error) from error
     return tuple(folder / archive for archive in archives)
 
 
@@ -100,8 +97,7 @@ def unpack(path: Path, folder: Path, report: Report) -> None:
 
     The CRC of every file is verified. Files are written to a hidden folder, which is renamed at the end.
 
-    Raises DamagedFileError for damaged bytes, DatasetError for an archive that is harmful or has no files, and
-    StorageError if the files cannot be written.
+    Raises DamagedFileError for damaged bytes, and DatasetError for an archive that is harmful or has no files.
     """
     work = folder.with_name(f".{folder.name}.unpacking")
     shutil.rmtree(work, ignore_errors=True)
@@ -120,24 +116,8 @@ def unpack(path: Path, folder: Path, report: Report) -> None:
                 done += info.file_size
                 report(done, total)
             work.replace(folder)
-        except OSError as error:
-            raise storage_error(folder, error) from error
         finally:
             shutil.rmtree(work, ignore_errors=True)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    path = folder / ".download.lock"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        held = FileLock(path).acquire(timeout=0)
-    except Timeout as error:
-        raise StorageError(f"another download into {folder} is running") from error
-    except OSError as error:
-        raise storage_error(path, error) from error
-    with held:
-        yield
 
 
 def _check_free_space(
@@ -159,23 +139,21 @@ def _check_free_space(
         )
 
 
-def _download_and_unpack(
-    folder: Path, url: str, downloader: Downloader, progress: Callable[[DownloadProgress], None] | None
-) -> None:
+def _download_and_unpack(folder: Path, url: str, downloader: Downloader, progress: Progress | None) -> None:
     """Unpack the archive that exists or the downloaded one. A damaged archive is downloaded again once."""
 
-    def report(step: Literal["download", "unpack"], done: int, total: int) -> None:
-        if progress is not None:
-            progress(DownloadProgress(folder.name, step, done, total))
-
     path = folder.with_name(f"{folder.name}.zip")
+    downloaded, unpacked = (
+        partial(progress, folder.name, step) if progress is not None else lambda *_: None
+        for step in ("download", "unpack")
+    )
     n_downloads = 0
     while True:
         try:
             if not path.is_file():
                 n_downloads += 1
-                downloader.download(url, path, partial(report, "download"))
-            unpack(path, folder, partial(report, "unpack"))
+                downloader.download(url, path, downloaded)
+            unpack(path, folder, unpacked)
             return
         except DamagedFileError as error:
             path.unlink(missing_ok=True)

@@ -13,7 +13,6 @@ import urllib3
 
 import hpsearch
 from hpsearch.errors import ConfigError, DatasetError
-from hpsearch.paths import storage_error
 
 logger = logging.getLogger(__name__)
 
@@ -70,30 +69,27 @@ class Downloader:
     def download(self, url: str, path: Path, report: Report) -> None:
         """Write the file at `url` to `path`. An incomplete file is kept, and the next call continues it.
 
-        Raises DatasetError if the server does not deliver the file, and StorageError if it cannot be written.
+        Raises DatasetError if the server does not deliver the file.
         """
         part, note = part_of(path), path.with_name(f"{path.name}.part.json")
         n_failed, furthest = 0, 0
-        try:
-            while True:
-                try:
-                    self._receive(url, part, note, report)
-                    break
-                except _RetryableError as error:
-                    logger.warning("%s: %s; retrying", url, error)
-                    n_failed = 0 if _size(part) > furthest else n_failed + 1
-                    furthest = max(furthest, _size(part))
-                    if n_failed > self._retries:
-                        raise DatasetError(
-                            f"cannot download {url}: {error}; {self._retries} retries in a row received no data; the "
-                            "same command continues an incomplete file"
-                        ) from error
-                    if n_failed:
-                        time.sleep(min(error.wait_s or self._backoff_s * 2 ** (n_failed - 1), _MAX_WAIT_S))
-            part.replace(path)
-            note.unlink(missing_ok=True)
-        except OSError as error:
-            raise storage_error(path, error) from error
+        while True:
+            try:
+                self._receive(url, part, note, report)
+                break
+            except _RetryableError as error:
+                logger.warning("%s: %s; retrying", url, error)
+                n_failed = 0 if _size(part) > furthest else n_failed + 1
+                furthest = max(furthest, _size(part))
+                if n_failed > self._retries:
+                    raise DatasetError(
+                        f"cannot download {url}: {error}; {self._retries} retries in a row received no data; the "
+                        "same command continues an incomplete file"
+                    ) from error
+                if n_failed:
+                    time.sleep(min(error.wait_s or self._backoff_s * 2 ** (n_failed - 1), _MAX_WAIT_S))
+        part.replace(path)
+        note.unlink(missing_ok=True)
 
     def _receive(self, url: str, part: Path, note: Path, report: Report) -> None:
         """Complete `part` in one attempt. `note` has the version of the file that its bytes belong to."""
@@ -112,7 +108,11 @@ class Downloader:
                     raise _RetryableError(
                         f"the server sent {answer.status_code} and not the bytes that were requested"
                     )
-                size, done = _announced_size(url, answer), 0
+                if answer.headers.get("Content-Type", "").startswith("text/html"):
+                    raise DatasetError(f"{url} is a web page, no archive: check whether the network wants a login")
+                if (length := _content_length(answer)) is None:
+                    raise DatasetError(f"{url} comes without its size, so it is unknown when it is complete")
+                size, done = length, 0
                 note.write_text(json.dumps([size, _validator(answer)]), encoding="utf-8")
             with part.open("ab") as file:
                 try:
@@ -152,16 +152,6 @@ class Downloader:
                     hint = "; check the address" if status in (403, 404, 410) else ""
                     raise DatasetError(f"cannot download {url}: the server sent {status} {response.reason}{hint}")
                 yield response
-
-
-def _announced_size(url: str, response: requests.Response) -> int:
-    """Return the size of a file that is sent from its beginning."""
-    if response.headers.get("Content-Type", "").startswith("text/html"):
-        raise DatasetError(f"{url} is a web page and not an archive: check whether the network wants a login")
-    size = _content_length(response)
-    if size is None:
-        raise DatasetError(f"{url} comes without its size, so it is unknown when it is complete")
-    return size
 
 
 def _content_length(response: requests.Response) -> int | None:

@@ -8,22 +8,11 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from hpsearch.config.data import DataConfig
+from hpsearch.data import integrity
 from hpsearch.data.build import Progress, build_cache
 from hpsearch.data.cache import Index, Preparation, open_cache
 from hpsearch.data.dataset import Dataset, Problem, Sample, Split
 from hpsearch.data.decode_pool import Decoders, View
-from hpsearch.data.integrity import (
-    SWAPPED,
-    check_stored,
-    content_notes,
-    dataset_notes,
-    describe,
-    duplicates,
-    lesion_fault,
-    refusal,
-    shared_images,
-    were_swapped,
-)
 from hpsearch.data.keys import cache_key
 from hpsearch.data.layouts import find_samples
 from hpsearch.data.reading import PLAIN_READING, Reading
@@ -80,7 +69,7 @@ def prepare_pool(
     problems = [problem for problem in dataset.problems if (problem.split == "test") == (role == "test")]
     if not samples:
         if problems:
-            raise refusal(problems, dataset.flags)
+            raise integrity.refusal(problems, dataset.flags)
         what = "test" if role == "test" else "training or validation"
         raise DatasetError(f"{dataset.root} has no {what} images: is a folder of that split missing or empty?")
     with Decoders() as decoders:
@@ -90,31 +79,33 @@ def prepare_pool(
             # All images are decoded before any is refused, so that one error has all. The next start finds the cache.
             folder = build_cache(samples, preparation, config.cache, cache_root, decoders=decoders, progress=progress)
         except DatasetError as error:
-            raise DatasetError(f"{error}. {SWAPPED}" if were_swapped(dataset, samples) else str(error)) from error
+            if integrity.were_swapped(dataset, samples):
+                raise DatasetError(f"{error}. {integrity.SWAPPED}") from error
+            raise
     index = Index.read(folder)
     problems += index.problems
     if problems and not config.exclude_bad:
         damaged = {problem.id for problem in index.problems}
-        swapped = were_swapped(dataset, [sample for sample in samples if sample.id in damaged])
-        raise refusal(problems, dataset.flags, SWAPPED if swapped else "")
+        swapped = integrity.were_swapped(dataset, [sample for sample in samples if sample.id in damaged])
+        raise integrity.refusal(problems, dataset.flags, integrity.SWAPPED if swapped else "")
     for problem in problems:
         logger.warning("left out (%s): %s", problem.kind, problem.text)
     size, is_cropped = config.cached_size, config.match == "crop"
     notes = [
-        *(dataset_notes(dataset) if config.root != "sample" else []),
+        *(integrity.dataset_notes(dataset) if config.root != "sample" else []),
         *(_test_notes(dataset, samples) if role != "test" else []),
-        *duplicates(index.pairs),
-        *content_notes(dataset, index.pairs, decision, size, is_cropped=is_cropped),
+        *integrity.duplicates(index.pairs),
+        *integrity.content_notes(dataset, index.pairs, decision, size, is_cropped=is_cropped),
     ]
     return Prepared(
         cache_path=folder,
         key=index.key,
         ids=tuple(sample.id for sample in index.samples),
         splits=tuple(sample.split for sample in index.samples),
-        notes=tuple(describe(notes)),
+        notes=tuple(integrity.describe(notes)),
         excluded=tuple(dict.fromkeys(problem.id for problem in problems)),
         seconds=time.monotonic() - start,
-        fault=lesion_fault(index.stats, size) if role != "test" else "",
+        fault=integrity.lesion_fault(index.stats, size) if role != "test" else "",
         reading=decision.reading,
     )
 
@@ -142,7 +133,7 @@ def check_contents(config: DataConfig, cache_root: Path, *, seed: int = 0) -> tu
             key = cache_key(samples, replace(preparation, reading=reading))
             # Without limits the pools of both roles are the same.
             folders += [path for path in sorted(cache_root.glob(f"{key}-*")) if path not in folders]
-    return folders, [problem for folder in folders for problem in check_stored(open_cache(folder))]
+    return folders, [problem for folder in folders for problem in integrity.check_stored(open_cache(folder))]
 
 
 def locate(config: DataConfig, cache_root: Path) -> Dataset:
@@ -187,4 +178,4 @@ def _test_notes(dataset: Dataset, pool: Sequence[Sample]) -> list[Problem]:
         for problem in dataset.problems
         if problem.split == "test"
     ]
-    return [*shared_images(pool, dataset.split("test")), *later]
+    return [*integrity.shared_images(pool, dataset.split("test")), *later]

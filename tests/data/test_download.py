@@ -1,3 +1,4 @@
+import errno
 import io
 import random
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 
 from hpsearch.config.data import DataConfig
 from hpsearch.data import download as module
-from hpsearch.data.download import ARCHIVES, OFFICIAL, DownloadProgress, download
+from hpsearch.data.download import ARCHIVES, OFFICIAL, download
 from hpsearch.data.layouts import find_samples
 from hpsearch.errors import ConfigError, DatasetError, StorageError
 from tests.data.mirror import (
@@ -195,8 +196,8 @@ def test_killed_download_is_continued_by_the_next_start(mirror, folder):
     script = f"""
 import os, pathlib
 from hpsearch.data.download import download
-def die(progress):
-    if progress.done_bytes > {size // 3}:
+def die(archive, step, done, total):
+    if done > {size // 3}:
         os._exit(9)
 download(pathlib.Path({str(folder)!r}), only=["val"], base_url={mirror.url!r}, progress=die)
 """
@@ -209,8 +210,8 @@ download(pathlib.Path({str(folder)!r}), only=["val"], base_url={mirror.url!r}, p
 
 
 def test_interrupted_start_is_continued_by_the_next(mirror, folder):
-    def interrupt(progress: DownloadProgress) -> None:
-        if progress.archive == VAL[1]:
+    def interrupt(archive: str, *_: object) -> None:
+        if archive == VAL[1]:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -307,15 +308,15 @@ def test_server_that_does_not_tell_sizes_serves_all_the_same(mirror, folder):
 
 
 def test_progress_tells_bytes_of_both_steps_of_each_archive(mirror, folder):
-    seen: list[DownloadProgress] = []
-    get(mirror, folder, "val", progress=seen.append)
-    steps = list(dict.fromkeys((progress.archive, progress.step) for progress in seen))
+    seen: list[tuple[str, str, int, int]] = []
+    get(mirror, folder, "val", progress=lambda *at: seen.append(at))
+    steps = list(dict.fromkeys((archive, step) for archive, step, _, _ in seen))
     assert steps == [(name, step) for name in VAL for step in ("download", "unpack")]
     for name, step in steps:
-        of_step = [progress for progress in seen if (progress.archive, progress.step) == (name, step)]
-        done = [progress.done_bytes for progress in of_step]
+        of_step = [at for at in seen if at[:2] == (name, step)]
+        done = [at[2] for at in of_step]
         total = len(ZIPS[f"{name}.zip"]) if step == "download" else sum(len(file) for file in FILES[name].values())
-        assert {progress.total_bytes for progress in of_step} == {total}
+        assert {at[3] for at in of_step} == {total}
         assert done == sorted(done)
         assert done[-1] == total
 
@@ -323,7 +324,7 @@ def test_progress_tells_bytes_of_both_steps_of_each_archive(mirror, folder):
 def test_second_download_into_the_same_folder_is_refused(mirror, folder):
     refusals = []
 
-    def start_another(progress: DownloadProgress) -> None:
+    def start_another(*_: object) -> None:
         if not refusals:
             with pytest.raises(StorageError, match=r"another download into .*ISIC-2017 is running") as caught:
                 get(mirror, folder, "val")
@@ -332,6 +333,20 @@ def test_second_download_into_the_same_folder_is_refused(mirror, folder):
     get(mirror, folder, "val", progress=start_another)
     assert len(refusals) == 1
     assert sorted(unpacked(folder)) == list(VAL)
+
+
+@pytest.mark.parametrize("step", ["download", "unpack"])
+def test_disk_that_fills_up_is_a_storage_error_and_the_next_start_continues(mirror, folder, step):
+    def fails(archive: str, current: str, done: int, total: int) -> None:
+        if current == step:
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder / archive))
+
+    with pytest.raises(StorageError, match=rf"cannot write .*{VAL[0]}: No space left"):
+        get(mirror, folder, "val", progress=fails)
+    assert unpacked(folder) == {}
+    assert zips(folder)
+    get(mirror, folder, "val")
+    assert unpacked(folder) == {name: FILES[name] for name in VAL}
 
 
 def test_folder_that_cannot_be_made_is_a_storage_error(mirror, tmp_path):

@@ -1,4 +1,3 @@
-import errno
 import io
 import logging
 import random
@@ -11,7 +10,7 @@ import pytest
 import requests
 
 from hpsearch.data.http_download import Downloader, check_address
-from hpsearch.errors import ConfigError, DatasetError, StorageError
+from hpsearch.errors import ConfigError, DatasetError
 from tests.data.mirror import (
     Behaviour,
     Handler,
@@ -405,17 +404,6 @@ def test_server_that_speaks_no_http_ends_in_one_line(tmp_path, mirror):
     with pytest.raises(DatasetError) as caught:
         fetch(mirror, tmp_path / "file")
     assert "\n" not in str(caught.value)
-
-
-def test_disk_that_fills_up_is_a_storage_error_and_keeps_the_part(mirror, tmp_path):
-    def fails(done: int, total: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with pytest.raises(StorageError, match="No space left"):
-        downloader().download(mirror.url + "file", tmp_path / "file", fails)
-    assert (tmp_path / "file.part").exists()
-    fetch(mirror, tmp_path / "file")
-    assert (tmp_path / "file").read_bytes() == CONTENT
 
 
 def test_size_is_told_without_fetching(mirror):
