@@ -3,7 +3,7 @@
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -53,7 +53,8 @@ def build_cache(
             return folder
         cache_root.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(cache_root)
-        with _locked(folder):
+        # Another process that builds the cache is waited for.
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
             if not _is_ready(folder, samples, repair=True):
                 if chosen in ("memmap", "files") and (free := free_bytes(cache_root)) < n_bytes + SPARE_BYTES:
                     raise CacheError(
@@ -110,21 +111,6 @@ def _is_ready(folder: Path, samples: Sequence[Sample], *, repair: bool = False) 
         with atomic_write(folder / INDEX) as temporary:
             replace(index, samples=tuple(here[sample.id] for sample in index.samples)).write(temporary)
     return repair
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of the cache in `folder`, after waiting for another process that builds it."""
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-    try:
-        lock.acquire(timeout=0.5)
-    except Timeout:
-        logger.info("another process builds the cache %s: waiting for it", folder)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _remove_leftovers(cache_root: Path) -> None:

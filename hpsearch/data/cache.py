@@ -158,7 +158,17 @@ class Cache:
         With `held_out` the images are those that are scored. They differ from the training images only where these
         are cropped at random: they are then cropped at the centre.
         """
-        return self._read(np.asarray(indices, np.int64), -1 if held_out else 0)
+        indices, view = np.asarray(indices, np.int64), -1 if held_out else 0
+        if self._views:
+            images, masks = self._views[view]
+            return images[indices], masks[indices]
+        if self.kind != "files":
+            return self._decode(indices)[view]
+        images, masks = _empty(len(indices), self.size)
+        for row, i in enumerate(indices.tolist()):
+            pixels = np.load(self._files[i], allow_pickle=False)[view]
+            images[row].flat, masks[row].flat = np.split(pixels, [images[row].size])
+        return images, masks
 
     @property
     def images(self) -> NDArray[np.uint8]:
@@ -195,28 +205,15 @@ class Cache:
 
     def damaged(self) -> list[str]:
         """Return the ids whose cached pixels differ from those that were written."""
-        n_views = len(self.index.preparation.views)
+        both = (False, True) if self.has_held_out_view else (False,)
         wrong = []
         for i, (sample, stats) in enumerate(self.index.pairs):
             crc = 0
-            for array in (array for view in range(n_views) for array in self._read(np.array([i]), view)):
+            for array in (array for held_out in both for array in self.read(np.array([i]), held_out=held_out)):
                 crc = zlib.crc32(array.data, crc)
             if crc != stats.crc:
                 wrong.append(sample.id)
         return wrong
-
-    def _read(self, indices: NDArray[np.int64], view: int) -> Pixels:
-        """Return the pixels of the view with this number."""
-        if self._views:
-            images, masks = self._views[view]
-            return images[indices], masks[indices]
-        if self.kind != "files":
-            return self._decode(indices)[view]
-        images, masks = _empty(len(indices), self.size)
-        for row, i in enumerate(indices.tolist()):
-            pixels = np.load(self._files[i], allow_pickle=False)[view]
-            images[row].flat, masks[row].flat = np.split(pixels, [images[row].size])
-        return images, masks
 
     def _decode(self, indices: NDArray[np.int64]) -> list[Pixels]:
         """Return all views of these images. CacheError if a file has changed since the index was written."""

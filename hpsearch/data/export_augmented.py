@@ -180,8 +180,18 @@ def _write_all(
     exclude_bad: bool,
 ) -> set[str]:
     """Write all pairs on all cores. Return the ids of unusable images, which `exclude_bad` leaves out."""
-    damaged: set[str] = set()
-    gate = MemoryGate(WORKING_BYTES)
+    gate, damaged = MemoryGate(WORKING_BYTES), set()
+    changed = [pair for pair in pairs if pair.copy > 0]
+
+    def write(pair: _Pair) -> None:
+        try:
+            _write(pair, augment, reading, seed, gate)
+        except DatasetError as error:
+            if not exclude_bad:
+                raise
+            logger.warning("left out %s: %s", pair.sample.id, error)
+            damaged.add(pair.sample.id)
+
     n_threads = torch.get_num_threads()
     # One thread per image, because decoding and encoding, half of the work, cannot be divided.
     pool = ThreadPoolExecutor(available_cores(), initializer=torch.set_num_threads, initargs=(1,))
@@ -190,16 +200,7 @@ def _write_all(
             if pair.copy == 0:
                 _link(pair.sample.image, pair.image)
                 _link(pair.sample.mask, pair.mask)
-        changed = [pair for pair in pairs if pair.copy > 0]
-        futures = [pool.submit(_write, pair, augment, reading, seed, gate) for pair in changed]
-        for done, (pair, future) in enumerate(zip(changed, futures, strict=True), start=1):
-            try:
-                future.result()
-            except DatasetError as error:
-                if not exclude_bad:
-                    raise
-                logger.warning("left out %s: %s", pair.sample.id, error)
-                damaged.add(pair.sample.id)
+        for done, _ in enumerate(pool.map(write, changed), start=1):
             if progress is not None:
                 progress(done, len(changed))
     finally:

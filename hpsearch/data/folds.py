@@ -1,7 +1,5 @@
 """Assign every image of the pool to the fold that holds it out."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

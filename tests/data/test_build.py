@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from hpsearch.config.data import DataConfig
 from hpsearch.data import build
@@ -124,7 +125,7 @@ class TestBuilding:
     def test_unfinished_cache_of_a_living_builder_is_left_alone(self, samples: Sequence[Sample], root: Path) -> None:
         theirs = root / ".0123-files.tmp"
         theirs.mkdir(parents=True)
-        with build._locked(root / "0123-files"):
+        with FileLock(root / ".0123-files.lock"):
             build_cache(samples, RESIZE, "memmap", root)
             assert theirs.is_dir()
 
@@ -180,7 +181,7 @@ class TestBuilding:
         self, samples: Sequence[Sample], root: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         folder = build_cache(samples, RESIZE, "memmap", root)
-        monkeypatch.setattr(build, "_locked", lambda _: pytest.fail("it wanted the lock"))
+        monkeypatch.setattr(build, "FileLock", lambda _: pytest.fail("it wanted the lock"))
         assert build_cache(samples, RESIZE, "memmap", root) == folder
 
     def test_refusing_disk_is_named(
