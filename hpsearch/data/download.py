@@ -21,7 +21,7 @@ from pathlib import Path, PureWindowsPath
 from filelock import FileLock, Timeout
 
 from hpsearch.data.dataset import Split
-from hpsearch.data.http_download import Downloader, Report, check_address, part_of
+from hpsearch.data.http_download import Downloader, Report, part_of
 from hpsearch.errors import ZIP_ERRORS, ConfigError, DatasetError, StorageError
 from hpsearch.paths import free_bytes, storage_error
 
@@ -63,16 +63,16 @@ def download(
     exist are used and not downloaded again. Failed attempts are retried as `http_download.Downloader` says, and a
     damaged archive is downloaded again. Archives stay beside their folders unless `keep_archives` is False.
 
-    Raises ConfigError for an unknown name or address, DatasetError if the server does not deliver the files or
-    delivers damaged or harmful ones, and StorageError if there is not enough free space. The space is checked before
-    the first download if the server tells the sizes.
+    Raises ConfigError for an unknown name, DatasetError if the server does not deliver the files or delivers damaged
+    or harmful ones, and StorageError if there is not enough free space. The space is checked before the first
+    download if the server tells the sizes.
     """
     names = [name.removesuffix(".zip") for name in only or _PARTS.values()]
     known = [*_PARTS.values(), *ARCHIVES]
     if unknown := [name for name in names if name not in known]:
         raise ConfigError(f"there is no {unknown[0]!r} to download; known: {', '.join(known)}")
     archives = [archive for archive, split in ARCHIVES.items() if split in names or archive in names]
-    base_url = check_address(base_url).rstrip("/") + "/"
+    base_url = base_url.rstrip("/") + "/"
     downloader = Downloader(retries=retries, backoff_s=backoff_s, timeout_s=timeout_s)
     folder = folder.expanduser()
     try:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ import requests
 import urllib3
 
 import hpsearch
-from hpsearch.errors import ConfigError, DatasetError
+from hpsearch.errors import DatasetError
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +31,6 @@ class _RetryableError(Exception):
         super().__init__(text)
         self.wait_s = wait_s
         """Wait that the server asks for, 0 if it asks for none."""
-
-
-def check_address(url: str) -> str:
-    """Return `url` if it is an HTTP address. Raise ConfigError otherwise."""
-    if not re.fullmatch(r"https?://([!-~]+@)?([\w.-]+|\[[\da-fA-F:]+])(:[1-9]\d*)?(/[!-~]*)?", url, re.ASCII):
-        raise ConfigError(f"{url!r} is not a download address: it must begin with https:// or http://")
-    return url
 
 
 def part_of(path: Path) -> Path:
