@@ -55,12 +55,6 @@ class Changes:
         values = {name: value[rows] for name, value in self.values.items()}
         return replace(self, values=values, noise_seed=self.noise_seed + (rows.start or 0))
 
-    def to(self, device: torch.device) -> Changes:
-        """Return the changes on another device."""
-        on_cpu = ("top", "left")
-        values = {k: v if k in on_cpu else v.to(device, non_blocking=True) for k, v in self.values.items()}
-        return replace(self, values=values)
-
 
 def draw_changes(
     config: AugmentConfig,
@@ -69,8 +63,9 @@ def draw_changes(
     *,
     from_size: tuple[int, int],
     to_size: tuple[int, int],
+    device: torch.device | str = "cpu",
 ) -> Changes:
-    """Draw the changes of `n_images` images from `from_size` to `to_size` (height, width).
+    """Draw the changes of `n_images` images from `from_size` to `to_size` (height, width), for a batch on `device`.
 
     Each kind of change uses the same random numbers whether or not others are switched on. Raises CacheError if the
     sizes differ and `config.crop` is off, or if the images are smaller than the crop.
@@ -96,6 +91,7 @@ def draw_changes(
         starts = zip(("top", "left"), spare, strict=True)
         values |= {name: (uniform[name] * (n + 1)).astype(np.int64) for name, n in starts}
     tensors = {name: torch.from_numpy(value) for name, value in values.items()}
+    tensors |= {k: v.to(device, non_blocking=True) for k, v in tensors.items() if k not in ("top", "left")}
     return Changes(tensors, blur_radius=math.ceil(3 * config.blur), noise_seed=noise_seed)
 
 

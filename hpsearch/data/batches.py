@@ -123,8 +123,7 @@ def train_batches(
         raise DatasetError("there are no images to train on")
     generator = np.random.default_rng((seed, epoch))
     order = generator.permutation(np.asarray(indices, dtype=np.int64))
-    changes = draw_changes(augment, len(order), generator, from_size=data.size, to_size=size)
-    changes = changes.to(data.device)
+    changes = draw_changes(augment, len(order), generator, from_size=data.size, to_size=size, device=data.device)
     finish = ToInput(data, normalization)
     starts = range(0, n_train_batches(len(order), batch_size) * batch_size, batch_size)
     rows = [slice(start, start + batch_size) for start in starts]

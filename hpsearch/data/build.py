@@ -43,7 +43,7 @@ def build_cache(
     pair is usable, CacheError if the disk has too little space, and StorageError if it cannot be written.
     """
     key = cache_key(samples, preparation)
-    n_bytes = len(samples) * preparation.image_bytes
+    n_bytes = len(samples) * len(preparation.views) * preparation.height * preparation.width * 4
     folder = cache_root
     try:
         chosen = _choose_kind(key, n_bytes, cache_root) if kind == "auto" else kind

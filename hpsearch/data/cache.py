@@ -48,11 +48,6 @@ class Preparation:
     """With the id, the seed of the random crop's position."""
     reading: Reading = PLAIN_READING
 
-    @property
-    def image_bytes(self) -> int:
-        """Memory of one image and its mask, all views."""
-        return len(self.views) * self.height * self.width * 4
-
     def job(self, sample: Sample) -> Job:
         """Return the job that decodes `sample`."""
         size, crop_seed = (self.height, self.width), f"{self.seed}:{sample.id}"

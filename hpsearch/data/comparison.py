@@ -34,11 +34,7 @@ class CacheRow:
 
 
 def compare_caches(
-    config: DataConfig,
-    cache_root: Path,
-    *,
-    batch_size: int = 16,
-    progress: Callable[[Kind], None] | None = None,
+    config: DataConfig, cache_root: Path, *, batch_size: int = 16, progress: Callable[[Kind], None] | None = None
 ) -> list[CacheRow]:
     """Build and read each kind for the pool of `config`, in temporary folders below `cache_root`.
 

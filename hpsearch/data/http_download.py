@@ -27,11 +27,6 @@ _HEADERS = {"User-Agent": f"hpsearch/{hpsearch.__version__}", "Accept-Encoding":
 class _RetryableError(Exception):
     """An attempt failed in a way that another attempt may not."""
 
-    def __init__(self, text: str, wait_s: float = 0) -> None:
-        super().__init__(text)
-        self.wait_s = wait_s
-        """Wait that the server asks for, 0 if it asks for none."""
-
 
 def part_of(path: Path) -> Path:
     """Return where the bytes of `path` are kept until the file is complete."""
@@ -41,8 +36,8 @@ def part_of(path: Path) -> Path:
 class Downloader:
     """Downloads files and retries failed attempts.
 
-    The wait before a retry doubles from `backoff_s` up to a minute, or is what the server asks for. A download fails
-    after `retries` retries in a row that received no new data. Silence for `timeout_s` ends an attempt.
+    The wait before a retry doubles from `backoff_s` up to a minute. A download fails after `retries` retries in a row
+    that received no new data. Silence for `timeout_s` ends an attempt.
     """
 
     def __init__(self, *, retries: int, backoff_s: float, timeout_s: float) -> None:
@@ -79,7 +74,7 @@ class Downloader:
                         "same command continues an incomplete file"
                     ) from error
                 if n_failed:
-                    time.sleep(min(error.wait_s or self._backoff_s * 2 ** (n_failed - 1), _MAX_WAIT_S))
+                    time.sleep(min(self._backoff_s * 2 ** (n_failed - 1), _MAX_WAIT_S))
         part.replace(path)
         note.unlink(missing_ok=True)
 
@@ -138,8 +133,7 @@ class Downloader:
             with response:
                 status = response.status_code
                 if status in _RETRIED_STATUS:
-                    wait = response.headers.get("Retry-After", "")
-                    raise _RetryableError(f"the server sent {status}", int(wait) if wait.isdecimal() else 0)
+                    raise _RetryableError(f"the server sent {status}")
                 if status not in (200, 206, 416):
                     hint = "; check the address" if status in (403, 404, 410) else ""
                     raise DatasetError(f"cannot download {url}: the server sent {status} {response.reason}{hint}")

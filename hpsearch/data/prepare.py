@@ -49,12 +49,7 @@ class Prepared:
 
 
 def prepare_pool(
-    config: DataConfig,
-    cache_root: Path,
-    *,
-    role: Role = "search",
-    seed: int = 0,
-    progress: Progress | None = None,
+    config: DataConfig, cache_root: Path, *, role: Role = "search", seed: int = 0, progress: Progress | None = None
 ) -> Prepared:
     """Prepare the cache of the pool: training before validation images, each sorted by id.
 

@@ -306,10 +306,9 @@ def test_a_gpu_gives_what_the_cpu_gives(turned: bool) -> None:
         rotate=30 if turned else 0, scale=0.3 if turned else 0,
     )  # fmt: skip
     images, masks = random_images(8, 40, 40), make_batch(0, 8, 40, 40)[1]
-    changes = draw(config, 8, 0, (40, 40), (32, 32))
-    expected, truth = augment_batch(images, masks, changes, (32, 32))
-    device = torch.device("cuda")
+    expected, truth = augment_batch(images, masks, draw(config, 8, 0, (40, 40), (32, 32)), (32, 32))
+    changes = draw_changes(config, 8, np.random.default_rng(0), from_size=(40, 40), to_size=(32, 32), device="cuda")
     with torch.autocast("cuda"):
-        changed, moved = augment_batch(images.to(device), masks.to(device), changes.to(device), (32, 32))
+        changed, moved = augment_batch(images.cuda(), masks.cuda(), changes, (32, 32))
     torch.testing.assert_close(changed.cpu(), expected, atol=0.05, rtol=0)
     assert float((moved.cpu() != truth).float().mean()) < 1e-3
