@@ -143,17 +143,14 @@ def _download_and_unpack(folder: Path, url: str, downloader: Downloader, progres
     """Unpack the archive that exists or the downloaded one. A damaged archive is downloaded again once."""
 
     path = folder.with_name(f"{folder.name}.zip")
-    downloaded, unpacked = (
-        partial(progress, folder.name, step) if progress is not None else lambda *_: None
-        for step in ("download", "unpack")
-    )
+    report = progress or (lambda *_: None)
     n_downloads = 0
     while True:
         try:
             if not path.is_file():
                 n_downloads += 1
-                downloader.download(url, path, downloaded)
-            unpack(path, folder, unpacked)
+                downloader.download(url, path, partial(report, folder.name, "download"))
+            unpack(path, folder, partial(report, folder.name, "unpack"))
             return
         except DamagedFileError as error:
             path.unlink(missing_ok=True)

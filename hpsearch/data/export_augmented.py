@@ -12,6 +12,7 @@ import csv
 import hashlib
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -92,9 +93,11 @@ def export_augmented(
         for pair in pairs:
             original = pair.sample.id
             if original in damaged:
-                pair.image.unlink(missing_ok=True)
-                pair.mask.unlink(missing_ok=True)
-            elif pair.sample.split != "test":
+                continue
+            if pair.copy == 0:
+                _link(pair.sample.image, pair.image)
+                _link(pair.sample.mask, pair.mask)
+            if pair.sample.split != "test":
                 table.writerow([pair.id, (groups or {}).get(original, original)])
     remove_stale_temporaries(partial)
     partial.rename(target)
@@ -157,12 +160,9 @@ def _pairs(dataset: Dataset, folder: Path, copies: int) -> list[_Pair]:
             # A mask has the name of its image plus a suffix.
             mask_name = f"{stem}{mask.stem[len(image.stem) :]}.png"
             pairs.append(_Pair(sample, copy, image.with_name(stem + ending), mask.with_name(mask_name)))
-    taken: set[str] = set()
-    for path in (path for pair in pairs for path in (pair.image, pair.mask)):
-        key = name_key(str(path.with_suffix("")))
-        if key in taken:
-            raise DatasetError(f"there would be two files {path}: an original has the name of a copy")
-        taken.add(key)
+    names = Counter(name_key(str(path.with_suffix(""))) for pair in pairs for path in (pair.image, pair.mask))
+    if twice := [name for name, n in names.items() if n > 1]:
+        raise DatasetError(f"there would be two files {twice[0]}: an original has the name of a copy")
     return pairs
 
 
@@ -179,7 +179,7 @@ def _write_all(
     *,
     exclude_bad: bool,
 ) -> set[str]:
-    """Write all pairs on all cores. Return the ids of unusable images, which `exclude_bad` leaves out."""
+    """Write all changed versions on all cores. Return the ids of unusable images, which `exclude_bad` leaves out."""
     gate, damaged = MemoryGate(WORKING_BYTES), set()
     changed = [pair for pair in pairs if pair.copy > 0]
 
@@ -196,10 +196,6 @@ def _write_all(
     # One thread per image, because decoding and encoding, half of the work, cannot be divided.
     pool = ThreadPoolExecutor(available_cores(), initializer=torch.set_num_threads, initargs=(1,))
     try:
-        for pair in pairs:
-            if pair.copy == 0:
-                _link(pair.sample.image, pair.image)
-                _link(pair.sample.mask, pair.mask)
         for done, _ in enumerate(pool.map(write, changed), start=1):
             if progress is not None:
                 progress(done, len(changed))
