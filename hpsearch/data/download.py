@@ -21,7 +21,7 @@ from pathlib import Path, PureWindowsPath
 from filelock import FileLock, Timeout
 
 from hpsearch.data.dataset import Split
-from hpsearch.data.http_download import Downloader, Report, part_of
+from hpsearch.data.http_download import Report, download_file, part_of, remote_size
 from hpsearch.errors import ZIP_ERRORS, ConfigError, DatasetError, StorageError
 from hpsearch.paths import free_bytes, storage_error
 
@@ -53,15 +53,12 @@ def download(
     base_url: str = OFFICIAL,
     keep_archives: bool = True,
     progress: Progress | None = None,
-    retries: int = 6,
-    backoff_s: float = 1.0,
-    timeout_s: float = 60.0,
 ) -> tuple[Path, ...]:
     """Download archives from below `base_url`, unpack them in `folder` and return the unpacked folders.
 
     `only` names splits (`train`, `val`, `test`) or archives. Unpacked folders, archives and partial archives that
-    exist are used and not downloaded again. Failed attempts are retried as `http_download.Downloader` says, and a
-    damaged archive is downloaded again. Archives stay beside their folders unless `keep_archives` is False.
+    exist are used and not downloaded again. Failed attempts are retried, and a damaged archive is downloaded again.
+    Archives stay beside their folders unless `keep_archives` is False.
 
     Raises ConfigError for an unknown name, DatasetError if the server does not deliver the files or delivers damaged
     or harmful ones, and StorageError if there is not enough free space. The space is checked before the first
@@ -73,16 +70,15 @@ def download(
         raise ConfigError(f"there is no {unknown[0]!r} to download; known: {', '.join(known)}")
     archives = [archive for archive, split in ARCHIVES.items() if split in names or archive in names]
     base_url = base_url.rstrip("/") + "/"
-    downloader = Downloader(retries=retries, backoff_s=backoff_s, timeout_s=timeout_s)
     folder = folder.expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".download.lock", timeout=0):
             wanted = [archive for archive in archives if not any((folder / archive).glob("*"))]
-            _check_free_space(folder, wanted, base_url, downloader, keep_archives=keep_archives)
+            _check_free_space(folder, wanted, base_url, keep_archives=keep_archives)
             for archive in archives:
                 if archive in wanted:
-                    _download_and_unpack(folder / archive, f"{base_url}{archive}.zip", downloader, progress)
+                    _download_and_unpack(folder / archive, f"{base_url}{archive}.zip", progress)
                 if not keep_archives:
                     (folder / f"{archive}.zip").unlink(missing_ok=True)
     except Timeout as error:
@@ -120,14 +116,12 @@ def unpack(path: Path, folder: Path, report: Report) -> None:
             shutil.rmtree(work, ignore_errors=True)
 
 
-def _check_free_space(
-    folder: Path, wanted: Sequence[str], base_url: str, downloader: Downloader, *, keep_archives: bool
-) -> None:
+def _check_free_space(folder: Path, wanted: Sequence[str], base_url: str, *, keep_archives: bool) -> None:
     """Raise StorageError if the disk cannot hold the archives and, at about the same size, their files."""
     unpacked, missing = [0], [0]
     for archive in wanted:
         path = folder / f"{archive}.zip"
-        size = path.stat().st_size if path.is_file() else downloader.size(base_url + path.name) or 0
+        size = path.stat().st_size if path.is_file() else remote_size(base_url + path.name) or 0
         have = next((file.stat().st_size for file in (path, part_of(path)) if file.is_file()), 0)
         unpacked.append(size)
         missing.append(max(0, size - have))
@@ -139,7 +133,7 @@ def _check_free_space(
         )
 
 
-def _download_and_unpack(folder: Path, url: str, downloader: Downloader, progress: Progress | None) -> None:
+def _download_and_unpack(folder: Path, url: str, progress: Progress | None) -> None:
     """Unpack the archive that exists or the downloaded one. A damaged archive is downloaded again once."""
 
     path = folder.with_name(f"{folder.name}.zip")
@@ -149,7 +143,7 @@ def _download_and_unpack(folder: Path, url: str, downloader: Downloader, progres
         try:
             if not path.is_file():
                 n_downloads += 1
-                downloader.download(url, path, partial(report, folder.name, "download"))
+                download_file(url, path, partial(report, folder.name, "download"))
             unpack(path, folder, partial(report, folder.name, "unpack"))
             return
         except DamagedFileError as error:

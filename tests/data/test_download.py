@@ -11,6 +11,7 @@ import pytest
 
 from hpsearch.config.data import DataConfig
 from hpsearch.data import download as module
+from hpsearch.data import http_download
 from hpsearch.data.download import ARCHIVES, OFFICIAL, download
 from hpsearch.data.layouts import find_samples
 from hpsearch.errors import ConfigError, DatasetError, StorageError
@@ -54,6 +55,7 @@ VAL = ("ISIC-2017_Validation_Data", "ISIC-2017_Validation_Part1_GroundTruth")
 @pytest.fixture
 def mirror(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mirror]:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(http_download, "BACKOFF_S", 0.0)
     with serve(Mirror(files=dict(ZIPS))) as mirror:
         yield mirror
 
@@ -64,8 +66,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def get(mirror: Mirror, folder: Path, *only: str, **settings: object) -> tuple[Path, ...]:
-    defaults = {"base_url": mirror.url, "backoff_s": 0.0, "retries": 3, "timeout_s": 10.0}
-    return download(folder, only=only or None, **{**defaults, **settings})
+    return download(folder, only=only or None, base_url=mirror.url, **settings)
 
 
 def unpacked(folder: Path) -> dict[str, dict[str, bytes]]:
@@ -177,13 +178,14 @@ def test_damaged_archive_that_was_there_is_fetched_again(mirror, folder):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_twenty_random_breaks_and_lies_end_in_byte_equal_files(mirror, folder, seed):
+def test_twenty_random_breaks_and_lies_end_in_byte_equal_files(mirror, folder, seed, monkeypatch):
     rng = random.Random(seed)
     for _ in range(20):
         mirror.behaviours.append(breaks_off_after(rng.randrange(1, 6000), reset=rng.random() < 0.5))
         if rng.random() < 0.5:
             mirror.behaviours.append(rng.choice([answers(500), answers(503), claims_range("bytes 5-{last}/{size}")]))
-    get(mirror, folder, retries=40)
+    monkeypatch.setattr(http_download, "RETRIES", 40)
+    get(mirror, folder)
     assert unpacked(folder) == FILES
     assert {name: (folder / name).read_bytes() for name in zips(folder)} == ZIPS
     assert not mirror.behaviours

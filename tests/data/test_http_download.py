@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import requests
 
-from hpsearch.data.http_download import Downloader
+from hpsearch.data import http_download
+from hpsearch.data.http_download import download_file, remote_size
 from hpsearch.errors import DatasetError
 from tests.data.mirror import (
     Behaviour,
@@ -35,12 +36,18 @@ def mirror(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mirror]:
         yield mirror
 
 
-def downloader(retries: int = 3, *, timeout_s: float = 10.0) -> Downloader:
-    return Downloader(retries=retries, backoff_s=0.0, timeout_s=timeout_s)
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Three retries without a pause."""
+    for name, value in {"RETRIES": 3, "BACKOFF_S": 0.0, "TIMEOUT_S": 10.0}.items():
+        monkeypatch.setattr(http_download, name, value)
+    return monkeypatch
 
 
 def fetch(mirror: Mirror, path: Path, *, retries: int = 3) -> None:
-    downloader(retries).download(mirror.url + "file", path, lambda done, total: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(http_download, "RETRIES", retries)
+        download_file(mirror.url + "file", path, lambda done, total: None)
 
 
 def files_in(folder: Path) -> list[str]:
@@ -49,7 +56,7 @@ def files_in(folder: Path) -> list[str]:
 
 def test_file_comes_whole_and_alone(mirror, tmp_path):
     progress = []
-    downloader().download(mirror.url + "file", tmp_path / "file", lambda *at: progress.append(at))
+    download_file(mirror.url + "file", tmp_path / "file", lambda *at: progress.append(at))
     assert (tmp_path / "file").read_bytes() == CONTENT
     assert files_in(tmp_path) == ["file"]
     assert progress[-1] == (SIZE, SIZE)
@@ -197,7 +204,7 @@ def test_interrupting_loses_nothing_that_has_come(mirror, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        downloader().download(mirror.url + "file", tmp_path / "file", interrupt)
+        download_file(mirror.url + "file", tmp_path / "file", interrupt)
     kept = (tmp_path / "file.part").read_bytes()
     assert len(kept) > 1000
     assert kept == CONTENT[: len(kept)]
@@ -212,7 +219,7 @@ def test_whole_part_is_taken_without_another_request(mirror, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        downloader().download(mirror.url + "file", tmp_path / "file", interrupt)
+        download_file(mirror.url + "file", tmp_path / "file", interrupt)
     fetch(mirror, tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == CONTENT
     assert len(mirror.gets()) == 1
@@ -276,6 +283,14 @@ def test_part_longer_than_the_file_is_begun_anew(mirror, tmp_path):
     assert (tmp_path / "file").read_bytes() == CONTENT
 
 
+def test_a_web_page_of_the_network_costs_no_bytes_that_were_received(mirror, tmp_path):
+    mirror.behaviours.extend([breaks_off_after(1000), answers(200, Content_Type="text/html")])
+    with pytest.raises(DatasetError, match="is a web page"):
+        fetch(mirror, tmp_path / "file")
+    fetch(mirror, tmp_path / "file")
+    assert mirror.gets()[-1] == ("file", "bytes=1000-")
+
+
 def test_last_modified_serves_where_there_is_no_strong_etag(mirror, tmp_path):
     mirror.etag = lambda content: 'W/"weak"'
     mirror.headers["Last-Modified"] = "Mon, 02 Jan 2017 03:04:05 GMT"
@@ -329,8 +344,9 @@ def test_waits_grow_to_a_minute(mirror, tmp_path, monkeypatch):
     waited: list[float] = []
     monkeypatch.setattr(time, "sleep", waited.append)
     mirror.behaviours.extend([*9 * [answers(503)], breaks_off_after(10)])
-    patient = Downloader(retries=20, backoff_s=1.0, timeout_s=10.0)
-    patient.download(mirror.url + "file", tmp_path / "file", lambda *_: None)
+    monkeypatch.setattr(http_download, "BACKOFF_S", 1.0)
+    monkeypatch.setattr(http_download, "RETRIES", 20)
+    download_file(mirror.url + "file", tmp_path / "file", lambda *_: None)
     assert waited == [1, 2, 4, 8, 16, 32, 60, 60, 60]  # an attempt that received new data is not waited for
 
 
@@ -373,7 +389,7 @@ def test_a_redirect_from_https_to_http_is_refused(mirror, tmp_path, monkeypatch)
     session.mount("https://", Redirect())
     monkeypatch.setattr(requests, "Session", lambda: session)
     with pytest.raises(DatasetError, match=rf"No connection adapters were found for '{mirror.url}file'"):
-        downloader().download("https://example.org/file", tmp_path / "file", lambda *_: None)
+        download_file("https://example.org/file", tmp_path / "file", lambda *_: None)
     assert mirror.gets() == []
 
 
@@ -381,18 +397,19 @@ def test_server_that_is_not_there_ends_in_one_line(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/file"
-        with pytest.raises(DatasetError, match=r"Connection refused; 2 retries in a row received no data") as caught:
-            downloader(retries=2).download(url, tmp_path / "file", lambda *_: None)
+        with pytest.raises(DatasetError, match=r"Connection refused; 3 retries in a row received no data") as caught:
+            download_file(url, tmp_path / "file", lambda *_: None)
     assert "\n" not in str(caught.value)
 
 
-def test_silent_server_is_not_waited_for_for_ever(tmp_path):
+def test_silent_server_is_not_waited_for_for_ever(tmp_path, patience):
+    patience.setattr(http_download, "TIMEOUT_S", 0.1)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/file"
         with pytest.raises(DatasetError, match="timed out"):
-            downloader(retries=0, timeout_s=0.1).download(url, tmp_path / "file", lambda *_: None)
+            download_file(url, tmp_path / "file", lambda *_: None)
 
 
 def test_server_that_speaks_no_http_ends_in_one_line(tmp_path, mirror):
@@ -406,24 +423,24 @@ def test_server_that_speaks_no_http_ends_in_one_line(tmp_path, mirror):
 
 
 def test_size_is_told_without_fetching(mirror):
-    assert downloader().size(mirror.url + "file") == SIZE
+    assert remote_size(mirror.url + "file") == SIZE
     assert mirror.gets() == []
 
 
 @pytest.mark.parametrize("status", [405, 501])
 def test_size_is_unknown_where_the_server_does_not_tell(mirror, status):
     mirror.head_status = status
-    assert downloader().size(mirror.url + "file") is None
+    assert remote_size(mirror.url + "file") is None
 
 
 def test_size_of_a_file_that_is_not_there_is_an_error(mirror):
     with pytest.raises(DatasetError, match="404 Not Found; check the address"):
-        downloader().size(mirror.url + "nothing")
+        remote_size(mirror.url + "nothing")
 
 
 @pytest.mark.parametrize("url", ["", "file:///etc/passwd", "ftp://host/x", "http://", "host/path", "http://["])
 def test_an_address_that_is_not_of_the_web_ends_in_one_line(url, tmp_path):
     with pytest.raises(DatasetError, match="cannot download") as caught:
-        downloader().download(url, tmp_path / "file", lambda *_: None)
+        download_file(url, tmp_path / "file", lambda *_: None)
     assert files_in(tmp_path) == []
     assert "\n" not in str(caught.value)
