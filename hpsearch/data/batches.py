@@ -45,7 +45,6 @@ class DeviceData:
         device: torch.device | str = "cpu",
         *,
         color: Color = "rgb",
-        dtype: torch.dtype = torch.float32,
         truth: Cache | None = None,
         resident_share: float = RESIDENT_SHARE,
     ) -> None:
@@ -55,7 +54,6 @@ class DeviceData:
         self.truth = truth
         self.device = torch.device(device)
         self.color: Color = color
-        self.dtype = dtype
         self.size = cache.size
         """Height and width of the cached images."""
         self.n_channels = 3 if color == "rgb" else 1
@@ -170,7 +168,6 @@ class ToInput:
 
     def __init__(self, data: DeviceData, normalization: Normalization) -> None:
         self.gray = data.color == "grayscale"
-        self.dtype = data.dtype
         if len(normalization.mean) != data.n_channels:
             raise ValueError(f"{len(normalization.mean)} means for images of {data.n_channels} channels")
         mean = torch.tensor(normalization.mean, dtype=torch.float64)
@@ -180,19 +177,18 @@ class ToInput:
         self.shift = (-mean / std).float().to(data.device)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Convert (B, H, W, 3) uint8 or (B, 3, H, W) float32 to (B, C, H, W) of the wanted dtype."""
+        """Convert (B, H, W, 3) uint8 or (B, 3, H, W) float32 to (B, C, H, W) float32."""
         if self.gray:
-            gray = torch.addcmul(self.shift, to_gray(images), self.factor)
-            return gray.to(self.dtype)
+            return torch.addcmul(self.shift, to_gray(images), self.factor)
         if images.dtype != torch.uint8:
             planes = torch.addcmul(self.shift.view(-1, 1, 1), images, self.factor.view(-1, 1, 1))
-            return planes.to(self.dtype).contiguous(memory_format=torch.channels_last)
+            return planes.contiguous(memory_format=torch.channels_last)
         height, width = images.shape[1:3]
         # Whole rows with a repeated factor, because an inner dimension of 3 prevents vectorisation (8 times slower at
         # 64x64).
         rows = images.to(torch.float32).flatten(2)
         rows = torch.addcmul(self.shift.repeat(width), rows, self.factor.repeat(width))
-        return rows.to(self.dtype).view(-1, height, width, 3).permute(0, 3, 1, 2)
+        return rows.view(-1, height, width, 3).permute(0, 3, 1, 2)
 
 
 def to_gray(images: Tensor) -> Tensor:
