@@ -16,7 +16,7 @@ import numpy.typing as npt
 from hpsearch import config as configs
 from hpsearch import paths
 from hpsearch.config import StudyConfig
-from hpsearch.data.cache import INDEX, Index, Preparation, memmap_files
+from hpsearch.data.cache import INDEX, Index, Preparation
 from hpsearch.data.dataset import Sample, Split
 from hpsearch.data.decode_pool import ImageStats
 from hpsearch.data.folds import Folds
@@ -301,7 +301,7 @@ def write_cache(root: Path, key: str, ids: list[str], splits: list[Split], size:
     masks = np.stack([_blob(size, number) for number in range(len(ids))])
     skin = np.array([214, 165, 140]) + np.random.default_rng(0).normal(0, 6, (len(ids), size, size, 3))
     images = np.where(masks[..., None] > 0, skin * 0.5, skin).clip(0, 255).astype(np.uint8)
-    (images_path, _), (masks_path, _) = memmap_files(folder, preparation, len(ids))
+    (images_path, _), (masks_path, _) = index.files(folder)
     np.save(images_path, images)
     np.save(masks_path, masks)
     index.write(folder / INDEX)

@@ -16,7 +16,6 @@ from hpsearch.paths import ProjectPaths
 
 if TYPE_CHECKING:
     from hpsearch.config.data import DataConfig
-    from hpsearch.data.download import DownloadProgress
     from hpsearch.data.integrity import CheckReport
 
 
@@ -222,7 +221,6 @@ def download(folder: Path, only: tuple[str, ...], base_url: str | None, remove_a
     return 1 if report.errors else 0
 
 
-def _show_download(progress: DownloadProgress) -> None:
-    done, total = progress.done_bytes / 2**20, progress.total_bytes / 2**20
-    ended = progress.done_bytes >= progress.total_bytes
-    click.echo(f"\r{progress.archive.name}: {progress.step} {done:.0f}/{total:.0f} MiB", nl=ended, err=True)
+def _show_download(archive: str, step: str, done_bytes: int, total_bytes: int) -> None:
+    text = f"\r{archive}.zip: {step} {done_bytes / 2**20:.0f}/{total_bytes / 2**20:.0f} MiB"
+    click.echo(text, nl=done_bytes >= total_bytes, err=True)

@@ -8,9 +8,8 @@ computed on float32 planes (B, 3, H, W), whose inner dimension is long.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -30,32 +29,22 @@ _GRAY = (0.2989, 0.587, 0.114)
 
 @dataclass(frozen=True)
 class Changes:
-    """Changes of n images, each an (n,) tensor, None if the change is switched off."""
+    """Changes of n images.
 
-    hflip: Tensor | None = None
-    """bool: whether it is mirrored left to right."""
-    vflip: Tensor | None = None
-    """bool: whether it is mirrored top to bottom."""
-    brightness: Tensor | None = None
-    """Factor on all channels."""
-    contrast: Tensor | None = None
-    """Factor on the distance from the image's mean gray."""
-    saturation: Tensor | None = None
-    """Factor on the distance from each pixel's gray."""
-    hue: Tensor | None = None
-    """Shift as a share of the colour circle."""
-    rotate: Tensor | None = None
-    """Radians, anticlockwise as displayed."""
-    scale: Tensor | None = None
-    """Zoom factor, above 1 to enlarge."""
-    top: Tensor | None = None
-    """int64: first row of the crop."""
-    left: Tensor | None = None
-    """int64: first column of the crop."""
-    blur: Tensor | None = None
-    """Standard deviation in pixels."""
-    noise: Tensor | None = None
-    """Standard deviation for images from 0 to 1."""
+    hflip, vflip            bool: whether it is mirrored left to right, top to bottom
+    brightness              factor on all channels
+    contrast                factor on the distance from the image's mean gray
+    saturation              factor on the distance from each pixel's gray
+    hue                     shift as a share of the colour circle
+    rotate                  radians, anticlockwise as displayed
+    scale                   zoom factor, above 1 to enlarge
+    top, left               int64: first row and column of the crop, on the CPU
+    blur                    standard deviation in pixels
+    noise                   standard deviation for images from 0 to 1
+    """
+
+    values: dict[str, Tensor]
+    """An (n,) tensor for each kind of change that is switched on."""
     blur_radius: int = 0
     """Radius in pixels of the widest blur."""
     noise_seed: int = 0
@@ -63,23 +52,8 @@ class Changes:
 
     def __getitem__(self, rows: slice) -> Changes:
         """Return the changes of a slice of the images."""
-        part = self._map(lambda value: value[rows])
-        return replace(part, noise_seed=self.noise_seed + (rows.start or 0))
-
-    def to(self, device: torch.device) -> Changes:
-        """Return the changes on another device."""
-        return self._map(lambda value: value.to(device, non_blocking=True))
-
-    @property
-    def changes_values(self) -> bool:
-        """Whether pixel values change and pixels are not only moved."""
-        kinds = (self.brightness, self.contrast, self.saturation, self.hue, self.blur, self.noise)
-        return any(kind is not None for kind in kinds)
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Changes:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        changed: dict[str, Any] = {name: function(v) for name, v in values.items() if isinstance(v, Tensor)}
-        return replace(self, **changed)
+        values = {name: value[rows] for name, value in self.values.items()}
+        return replace(self, values=values, noise_seed=self.noise_seed + (rows.start or 0))
 
 
 def draw_changes(
@@ -89,8 +63,9 @@ def draw_changes(
     *,
     from_size: tuple[int, int],
     to_size: tuple[int, int],
+    device: torch.device | str = "cpu",
 ) -> Changes:
-    """Draw the changes of `n_images` images from `from_size` to `to_size` (height, width).
+    """Draw the changes of `n_images` images from `from_size` to `to_size` (height, width), for a batch on `device`.
 
     Each kind of change uses the same random numbers whether or not others are switched on. Raises CacheError if the
     sizes differ and `config.crop` is off, or if the images are smaller than the crop.
@@ -101,38 +76,23 @@ def draw_changes(
         raise CacheError(f"the cached images are {from_size[0]}x{from_size[1]}, wanted are {wanted}")
     uniform = dict(zip(_KINDS, generator.random((len(_KINDS), n_images)), strict=True))
     noise_seed = int(generator.integers(2**31))
-
-    def happens(name: str) -> Tensor | None:
-        probability = getattr(config, name)
-        return torch.from_numpy(uniform[name] < probability) if probability else None
-
-    def between(name: str, low: float, high: float) -> Tensor | None:
-        values = low + (high - low) * uniform[name]
-        return torch.from_numpy(values.astype(np.float32)) if low < high else None
-
-    def around(name: str, centre: float, unit: float = 1) -> Tensor | None:
-        spread = getattr(config, name) * unit
-        return between(name, centre - spread, centre + spread)
-
-    def start(name: str, spare: int) -> Tensor | None:
-        return torch.from_numpy((uniform[name] * (spare + 1)).astype(np.int64)) if config.crop else None
-
-    return Changes(
-        hflip=happens("hflip"),
-        vflip=happens("vflip"),
-        brightness=around("brightness", 1),
-        contrast=around("contrast", 1),
-        saturation=around("saturation", 1),
-        hue=around("hue", 0),
-        rotate=around("rotate", 0, math.pi / 180),
-        scale=around("scale", 1),
-        top=start("top", spare[0]),
-        left=start("left", spare[1]),
-        blur=between("blur", 0, config.blur),
-        noise=between("noise", 0, config.noise),
-        blur_radius=math.ceil(3 * config.blur),
-        noise_seed=noise_seed,
-    )
+    factors = ("brightness", "contrast", "saturation", "scale")
+    ranges = {name: (1 - getattr(config, name), 1 + getattr(config, name)) for name in factors}
+    angle = math.radians(config.rotate)
+    ranges |= {"hue": (-config.hue, config.hue), "rotate": (-angle, angle)}
+    ranges |= {"blur": (0, config.blur), "noise": (0, config.noise)}
+    values = {
+        name: (low + (high - low) * uniform[name]).astype(np.float32)
+        for name, (low, high) in ranges.items()
+        if low < high
+    }
+    values |= {name: uniform[name] < share for name in ("hflip", "vflip") if (share := getattr(config, name))}
+    if config.crop:
+        starts = zip(("top", "left"), spare, strict=True)
+        values |= {name: (uniform[name] * (n + 1)).astype(np.int64) for name, n in starts}
+    tensors = {name: torch.from_numpy(value) for name, value in values.items()}
+    tensors |= {k: v.to(device, non_blocking=True) for k, v in tensors.items() if k not in ("top", "left")}
+    return Changes(tensors, blur_radius=math.ceil(3 * config.blur), noise_seed=noise_seed)
 
 
 def augment_batch(images: Tensor, masks: Tensor, changes: Changes, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -141,61 +101,45 @@ def augment_batch(images: Tensor, masks: Tensor, changes: Changes, size: tuple[i
     If pixels are only moved, the images are returned as (B, H, W, 3) uint8, otherwise as (B, 3, H, W) float32 from 0
     to 255. The masks are 0 and 1.
     """
-    if changes.rotate is not None or changes.scale is not None:
-        planes, masks = _warp(images, masks, changes, size)
+    values = changes.values
+    if values.keys() & {"rotate", "scale"}:
+        planes, masks = _warp(images, masks, values, size)
     else:
-        if changes.top is not None and changes.left is not None:
-            images = crop(images, changes.top, changes.left, size)
-            masks = crop(masks, changes.top, changes.left, size)
-        for flags, axis in ((changes.hflip, 2), (changes.vflip, 1)):
-            if flags is not None:
-                images, masks = _flip(images, flags, axis), _flip(masks, flags, axis)
-        if not changes.changes_values:
+        if "top" in values:
+            images, masks = (crop(batch, values["top"], values["left"], size) for batch in (images, masks))
+        for name, axis in (("hflip", 2), ("vflip", 1)):
+            if name in values:
+                images, masks = (_flip(batch, values[name], axis) for batch in (images, masks))
+        if not values.keys() & {"brightness", "contrast", "saturation", "hue", "blur", "noise"}:
             return images, masks
-        planes = as_planes(images)
-    planes = jitter_color_(planes, changes)
-    if changes.blur is not None:
-        planes = blur(planes, changes.blur, changes.blur_radius)
-    if changes.noise is not None:
-        add_noise_(planes, changes.noise, changes.noise_seed)
+        planes = _as_planes(images)
+    planes = jitter_color_(planes, values)
+    if "blur" in values:
+        planes = blur(planes, values["blur"], changes.blur_radius)
+    if "noise" in values:
+        _add_noise_(planes, values["noise"], changes.noise_seed)
     return planes, masks
 
 
 def crop(batch: Tensor, top: Tensor, left: Tensor, size: tuple[int, int]) -> Tensor:
     """Return a window of `size` (height, width) of each image of (B, H, W, ...), at its own `top` and `left`."""
-    if batch.device.type == "cpu":
-        # Copying whole rows in a loop over images is 20 times faster than the index below at 256x256.
-        out = batch.new_empty((len(batch), *size, *batch.shape[3:]))
-        for target, source, row, column in zip(out, batch, top.tolist(), left.tolist(), strict=True):
-            target.copy_(source[row : row + size[0], column : column + size[1]])
-        return out
-    return crop_by_index(batch, top, left, size)
+    # Copying windows in a loop over images is 20 times faster than one index on a CPU.
+    corners = zip(batch, top.tolist(), left.tolist(), strict=True)
+    return torch.stack([image[row : row + size[0], column : column + size[1]] for image, row, column in corners])
 
 
-def crop_by_index(batch: Tensor, top: Tensor, left: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return the same as `crop` by one index into the view of all windows: one kernel on a GPU, without a wait."""
-    windows = batch.unfold(1, size[0], 1).unfold(2, size[1], 1)
-    # (B, rows, columns, ..., height, width) to (B, rows, columns, height, width, ...)
-    windows = windows.movedim((-2, -1), (3, 4))
-    return windows[torch.arange(len(batch), device=batch.device), top, left]
-
-
-def jitter_color_(planes: Tensor, changes: Changes, mean_gray: Tensor | None = None) -> Tensor:
+def jitter_color_(planes: Tensor, values: Mapping[str, Tensor]) -> Tensor:
     """Change brightness, contrast, saturation and hue of (B, 3, H, W) float32 from 0 to 255 in place, each clamped.
 
-    The four are those of `torchvision.transforms.v2.functional` on floats, with one factor per image. `mean_gray`
-    (B,) is the mean of `gray` after the change of brightness, for planes that are only part of an image.
+    The four are those of `torchvision.transforms.v2.functional` on floats, with one factor per image.
     """
-    if changes.brightness is not None:
-        planes.mul_(_each(changes.brightness)).clamp_(0, 255)
-    if changes.contrast is not None:
-        mean = gray(planes).mean((2, 3), keepdim=True) if mean_gray is None else _each(mean_gray)
-        _blend_(planes, mean, changes.contrast)
-    if changes.saturation is not None:
-        _blend_(planes, gray(planes), changes.saturation)
-    if changes.hue is not None:
-        planes = _shift_hue(planes, changes.hue)
-    return planes
+    if "brightness" in values:
+        planes.mul_(_each(values["brightness"])).clamp_(0, 255)
+    if "contrast" in values:
+        _blend_(planes, _gray(planes).mean((2, 3), keepdim=True), values["contrast"])
+    if "saturation" in values:
+        _blend_(planes, _gray(planes), values["saturation"])
+    return _shift_hue(planes, values["hue"]) if "hue" in values else planes
 
 
 def blur(planes: Tensor, sigma: Tensor, radius: int) -> Tensor:
@@ -216,7 +160,7 @@ def blur(planes: Tensor, sigma: Tensor, radius: int) -> Tensor:
     return planes
 
 
-def as_planes(images: Tensor) -> Tensor:
+def _as_planes(images: Tensor) -> Tensor:
     """Return (B, H, W, 3) uint8 as contiguous (B, 3, H, W) float32."""
     return images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
 
@@ -228,55 +172,45 @@ def _flip(batch: Tensor, flags: Tensor, axis: int) -> Tensor:
     return both.index_select(0, choice)
 
 
-def _warp(images: Tensor, masks: Tensor, changes: Changes, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Rotate, zoom, flip and crop at once: bilinear for images, nearest for masks, mirrored beyond the border."""
-    height, width = images.shape[1:3]
-    columns, rows = source_positions(changes, (height, width), size, images.device)
-    # grid_sample puts -1 and 1 at the outer edges.
-    grid = torch.stack((columns * (2 / width) - 1, rows * (2 / height) - 1), dim=-1)
-    planes = F.grid_sample(as_planes(images), grid, mode="bilinear", padding_mode="reflection", align_corners=False)
-    truth = masks.to(torch.float32).unsqueeze(1)
-    truth = F.grid_sample(truth, grid, mode="nearest", padding_mode="reflection", align_corners=False)
-    return planes, truth.squeeze(1).to(torch.uint8)
-
-
-def source_positions(
-    changes: Changes,
-    from_size: tuple[int, int],
-    size: tuple[int, int],
-    device: torch.device,
-    window: tuple[slice, slice] = (slice(None), slice(None)),
+def _warp(
+    images: Tensor, masks: Tensor, values: Mapping[str, Tensor], size: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Return the source of each output pixel: x and y, each (B, h, w), in pixels from the image's corner.
+    """Rotate, zoom, flip and crop at once: bilinear for images, nearest for masks, mirrored beyond the border.
 
-    A pixel at (x, y) from the centre of the output comes from R(angle) (x, y) / zoom from the centre of the crop.
-    `window` selects rows and columns of the output. The computation is elementwise, because a GPU rounds matrix
-    products to TF32.
+    A pixel at (x, y) from the centre of the output comes from R(angle) (x, y) / zoom from the centre of the crop. The
+    computation is elementwise, because a GPU rounds matrix products to TF32.
     """
-    height, width = from_size
-    given = (changes.rotate, changes.scale, changes.hflip, changes.vflip, changes.left)
-    one = torch.ones(next((len(value) for value in given if value is not None), 1), device=device)
-    angle = torch.zeros_like(one) if changes.rotate is None else changes.rotate
-    zoom = one if changes.scale is None else changes.scale
+    height, width = images.shape[1:3]
+    device = images.device
+    one = torch.ones(len(images), device=device)
+    angle, zoom = values.get("rotate", torch.zeros_like(one)), values.get("scale", one)
     cos, sin = torch.cos(angle) / zoom, torch.sin(angle) / zoom
-    centre_x = one * (width / 2) if changes.left is None else changes.left + size[1] / 2
-    centre_y = one * (height / 2) if changes.top is None else changes.top + size[0] / 2
-    x = (torch.arange(size[1], device=device) + 0.5 - size[1] / 2)[window[1]]
-    y = (torch.arange(size[0], device=device) + 0.5 - size[0] / 2)[window[0]]
-    x = x * (one if changes.hflip is None else 1 - 2 * changes.hflip.float())[:, None]
-    y = y * (one if changes.vflip is None else 1 - 2 * changes.vflip.float())[:, None]
+    centre_x, centre_y = one * (width / 2), one * (height / 2)
+    if "top" in values:
+        left, top = (values[name].to(device, non_blocking=True) for name in ("left", "top"))
+        centre_x, centre_y = left + size[1] / 2, top + size[0] / 2
+    x = torch.arange(size[1], device=device) + 0.5 - size[1] / 2
+    y = torch.arange(size[0], device=device) + 0.5 - size[0] / 2
+    x = x * (1 - 2 * values["hflip"].float() if "hflip" in values else one)[:, None]
+    y = y * (1 - 2 * values["vflip"].float() if "vflip" in values else one)[:, None]
 
     def along(first: Tensor, second: Tensor, centre: Tensor) -> Tensor:
         return (first[:, None] * x)[:, None, :] + (second[:, None] * y)[:, :, None] + centre[:, None, None]
 
-    return along(cos, -sin, centre_x), along(sin, cos, centre_y)
+    columns, rows = along(cos, -sin, centre_x), along(sin, cos, centre_y)
+    # grid_sample puts -1 and 1 at the outer edges.
+    grid = torch.stack((columns * (2 / width) - 1, rows * (2 / height) - 1), dim=-1)
+    planes = F.grid_sample(_as_planes(images), grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    truth = masks.to(torch.float32).unsqueeze(1)
+    truth = F.grid_sample(truth, grid, mode="nearest", padding_mode="reflection", align_corners=False)
+    return planes, truth.squeeze(1).to(torch.uint8)
 
 
 def _each(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1, 1)
 
 
-def gray(planes: Tensor) -> Tensor:
+def _gray(planes: Tensor) -> Tensor:
     """Return the gray (B, 1, H, W) of (B, 3, H, W) with the weights of torchvision's colour changes."""
     red, green, blue = planes.unbind(1)
     return (red * _GRAY[0]).add_(green, alpha=_GRAY[1]).add_(blue, alpha=_GRAY[2]).unsqueeze(1)
@@ -311,7 +245,7 @@ def _shift_hue(planes: Tensor, shift: Tensor) -> Tensor:
     return turned
 
 
-def add_noise_(planes: Tensor, sigma: Tensor, seed: int) -> None:
+def _add_noise_(planes: Tensor, sigma: Tensor, seed: int) -> None:
     """Add Gaussian noise of `sigma` (B,) x 255 in place, clamped. It is drawn on the device, which avoids a copy."""
     generator = torch.Generator(planes.device).manual_seed(seed)
     noise = torch.randn(planes.shape, device=planes.device, generator=generator)

@@ -4,10 +4,8 @@ A batch is gathered as bytes, changed as a whole (augment.py) and normalised by 
 per image. Bytes are (B, H, W, 3) until the end, where a permutation makes them channels-last (B, C, H, W) for free.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,10 +14,8 @@ from torch import Tensor
 
 from hpsearch.config.data import GRAY_WEIGHTS, AugmentConfig, Color
 from hpsearch.data.augment import augment_batch, draw_changes
+from hpsearch.data.cache import Cache, Normalization
 from hpsearch.errors import CacheError, DatasetError
-
-if TYPE_CHECKING:
-    from hpsearch.data.cache import Cache, Normalization
 
 RESIDENT_SHARE = 0.25
 """Share of a GPU's free memory that the images may occupy. The network needs the rest."""
@@ -38,7 +34,7 @@ class DeviceData:
     """The images of one cache as byte batches on a device.
 
     On a CUDA device all images are copied once if they fit into `RESIDENT_SHARE` of its free memory. Otherwise
-    batches are copied through pinned memory, one ahead of the consumer. On the CPU a batch is copied once, out of the
+    batches are copied through pinned memory while the device computes. On the CPU a batch is copied once, out of the
     memory-mapped file. `truth` is a second cache of the same images at the size of evaluation. `eval_batches` then
     serves its masks instead of those of `cache`.
     """
@@ -49,7 +45,6 @@ class DeviceData:
         device: torch.device | str = "cpu",
         *,
         color: Color = "rgb",
-        dtype: torch.dtype = torch.float32,
         truth: Cache | None = None,
         resident_share: float = RESIDENT_SHARE,
     ) -> None:
@@ -59,33 +54,22 @@ class DeviceData:
         self.truth = truth
         self.device = torch.device(device)
         self.color: Color = color
-        self.dtype = dtype
-        self._resident: list[tuple[Tensor, Tensor]] = []
+        self.size = cache.size
+        """Height and width of the cached images."""
+        self.n_channels = 3 if color == "rgb" else 1
+        """Channels of the batches."""
+        self._resident: list[list[Tensor]] = []
         if self.device.type == "cuda":
             views = [False, True] if cache.has_held_out_view else [False]
             height, width = cache.size
             free_bytes, _ = torch.cuda.mem_get_info(self.device)
             if len(views) * len(cache) * height * width * 4 <= free_bytes * resident_share:
                 self._resident = [_upload(cache, self.device, held_out=held_out) for held_out in views]
+        self.is_resident = bool(self._resident)
+        """Whether the images are in the memory of the CUDA device."""
 
     def __len__(self) -> int:
         return len(self.cache)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of the cached images."""
-        height, width = self.cache.size
-        return height, width
-
-    @property
-    def n_channels(self) -> int:
-        """Channels of the batches: 3, or 1 for grayscale."""
-        return 3 if self.color == "rgb" else 1
-
-    @property
-    def is_resident(self) -> bool:
-        """Whether the images are in the memory of the CUDA device."""
-        return bool(self._resident)
 
     def stream(
         self, batches: Sequence[NDArray[np.int64]], *, held_out: bool = False
@@ -101,12 +85,18 @@ class DeviceData:
             order = torch.from_numpy(np.concatenate(batches)).to(self.device)
             for rows in torch.split(order, [len(batch) for batch in batches]):
                 yield images.index_select(0, rows), masks.index_select(0, rows)
-        elif self.device.type == "cuda":
-            yield from _stream_pinned(self.cache, batches, self.device, held_out=held_out)
         else:
             for batch in batches:
                 read_images, read_masks = self.cache.read(batch, held_out=held_out)
-                yield torch.from_numpy(read_images).to(self.device), torch.from_numpy(read_masks).to(self.device)
+                yield self.send(read_images), self.send(read_masks)
+
+    def send(self, array: NDArray[np.uint8]) -> Tensor:
+        """Return `array` on the device. The copy to a CUDA device is asynchronous."""
+        tensor = torch.from_numpy(array)
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
+        # The allocator reuses a block of pinned memory only after the copy from it has ended.
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
 
 def train_batches(
@@ -131,13 +121,10 @@ def train_batches(
         raise DatasetError("there are no images to train on")
     generator = np.random.default_rng((seed, epoch))
     order = generator.permutation(np.asarray(indices, dtype=np.int64))
-    changes = draw_changes(augment, len(order), generator, from_size=data.size, to_size=size)
-    changes = changes.to(data.device)
+    changes = draw_changes(augment, len(order), generator, from_size=data.size, to_size=size, device=data.device)
     finish = ToInput(data, normalization)
-    rows = [
-        slice(start, min(start + batch_size, len(order)))
-        for start in range(0, n_train_batches(len(order), batch_size) * batch_size, batch_size)
-    ]
+    starts = range(0, n_train_batches(len(order), batch_size) * batch_size, batch_size)
+    rows = [slice(start, start + batch_size) for start in starts]
     for row, (images, masks) in zip(rows, data.stream([order[row] for row in rows]), strict=True):
         images, masks = augment_batch(images, masks, changes[row], size)
         yield Batch(finish(images), masks.unsqueeze(1))
@@ -167,11 +154,7 @@ def eval_batches(
         if data.truth is None:
             masks = masks[:, top : top + height, left : left + width]
         else:
-            masks = torch.from_numpy(data.truth.read(batch, held_out=True)[1])
-            if data.device.type == "cuda":
-                # Copies from other memory are synchronous.
-                masks = masks.pin_memory()
-            masks = masks.to(data.device, non_blocking=True)
+            masks = data.send(data.truth.read(batch, held_out=True)[1])
         yield Batch(finish(images), masks.unsqueeze(1))
 
 
@@ -185,7 +168,6 @@ class ToInput:
 
     def __init__(self, data: DeviceData, normalization: Normalization) -> None:
         self.gray = data.color == "grayscale"
-        self.dtype = data.dtype
         if len(normalization.mean) != data.n_channels:
             raise ValueError(f"{len(normalization.mean)} means for images of {data.n_channels} channels")
         mean = torch.tensor(normalization.mean, dtype=torch.float64)
@@ -195,19 +177,18 @@ class ToInput:
         self.shift = (-mean / std).float().to(data.device)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Convert (B, H, W, 3) uint8 or (B, 3, H, W) float32 to (B, C, H, W) of the wanted dtype."""
+        """Convert (B, H, W, 3) uint8 or (B, 3, H, W) float32 to (B, C, H, W) float32."""
         if self.gray:
-            gray = torch.addcmul(self.shift, to_gray(images), self.factor)
-            return gray.to(self.dtype)
+            return torch.addcmul(self.shift, to_gray(images), self.factor)
         if images.dtype != torch.uint8:
             planes = torch.addcmul(self.shift.view(-1, 1, 1), images, self.factor.view(-1, 1, 1))
-            return planes.to(self.dtype).contiguous(memory_format=torch.channels_last)
+            return planes.contiguous(memory_format=torch.channels_last)
         height, width = images.shape[1:3]
         # Whole rows with a repeated factor, because an inner dimension of 3 prevents vectorisation (8 times slower at
         # 64x64).
         rows = images.to(torch.float32).flatten(2)
         rows = torch.addcmul(self.shift.repeat(width), rows, self.factor.repeat(width))
-        return rows.to(self.dtype).view(-1, height, width, 3).permute(0, 3, 1, 2)
+        return rows.view(-1, height, width, 3).permute(0, 3, 1, 2)
 
 
 def to_gray(images: Tensor) -> Tensor:
@@ -218,42 +199,12 @@ def to_gray(images: Tensor) -> Tensor:
     return gray.add_(green, alpha=GRAY_WEIGHTS[1]).add_(blue, alpha=GRAY_WEIGHTS[2]).unsqueeze(1)
 
 
-def _upload(cache: Cache, device: torch.device, *, held_out: bool, chunk: int = 64) -> tuple[Tensor, Tensor]:
+def _upload(cache: Cache, device: torch.device, *, held_out: bool, chunk: int = 64) -> list[Tensor]:
     """Copy all images and masks of the cache to the device, a few at a time."""
-    height, width = cache.size
-    images = torch.empty((len(cache), height, width, 3), dtype=torch.uint8, device=device)
-    masks = torch.empty((len(cache), height, width), dtype=torch.uint8, device=device)
+    shape = (len(cache), *cache.size)
+    whole = [torch.empty(each, dtype=torch.uint8, device=device) for each in ((*shape, 3), shape)]
     for start in range(0, len(cache), chunk):
         rows = np.arange(start, min(start + chunk, len(cache)))
-        read_images, read_masks = cache.read(rows, held_out=held_out)
-        images[start : start + len(rows)] = torch.from_numpy(read_images)
-        masks[start : start + len(rows)] = torch.from_numpy(read_masks)
-    return images, masks
-
-
-def _stream_pinned(
-    cache: Cache, batches: Sequence[NDArray[np.int64]], device: torch.device, *, held_out: bool
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches that are copied to a CUDA device on a second stream, one batch ahead of the consumer."""
-    copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-    def send(batch: NDArray[np.int64]) -> list[Tensor]:
-        sent = []
-        for array in cache.read(batch, held_out=held_out):
-            # The allocator reuses a block of pinned memory only after the copy from it has ended.
-            pinned = torch.from_numpy(array).pin_memory()
-            with torch.cuda.stream(copying):
-                sent.append(pinned.to(device, non_blocking=True))
-        return sent
-
-    ahead = send(batches[0])
-    for following in [*batches[1:], None]:
-        images, masks = ahead
-        consumer = torch.cuda.current_stream(device)
-        # Before the next copy is queued, so that the consumer waits for this batch only.
-        consumer.wait_stream(copying)
-        images.record_stream(consumer)
-        masks.record_stream(consumer)
-        if following is not None:
-            ahead = send(following)
-        yield images, masks
+        for target, array in zip(whole, cache.read(rows, held_out=held_out), strict=True):
+            target[start : start + chunk] = torch.from_numpy(array)
+    return whole

@@ -8,15 +8,11 @@
 A cache is a folder with an index.json, written by build.py. It holds RGB; batches are converted to grayscale.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import math
 import weakref
 import zlib
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, Self
@@ -25,16 +21,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpsearch.config.data import GRAY_WEIGHTS, Color
-from hpsearch.data.dataset import Problem, Sample, Split, file_length
+from hpsearch.data.dataset import Problem, Sample, file_length
 from hpsearch.data.decode_pool import DecodeError, Decoders, ImageStats, Job, Pixels, View
-from hpsearch.data.reading import PLAIN_READING, Reading, as_tuples
+from hpsearch.data.reading import PLAIN_READING, Reading
 from hpsearch.errors import CacheError
 from hpsearch.paths import sha256_text
+from hpsearch.typed_json import from_json
 
 INDEX_VERSION = 2
 """Changes with the content of an index. Caches of another version are built again."""
 Kind = Literal["memmap", "files", "memory", "none"]
 INDEX = "index.json"
+PixelFiles = list[tuple[Path, tuple[int, ...]]]
+"""Files of pixels, and the shapes of their arrays of uint8."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +47,6 @@ class Preparation:
     seed: int = 0
     """With the id, the seed of the random crop's position."""
     reading: Reading = PLAIN_READING
-
-    @property
-    def image_bytes(self) -> int:
-        """Memory of one image and its mask, all views."""
-        return len(self.views) * self.height * self.width * 4
 
     def job(self, sample: Sample) -> Job:
         """Return the job that decodes `sample`."""
@@ -77,6 +71,10 @@ class Index:
         """Each sample with its stats."""
         return list(zip(self.samples, self.stats, strict=True))
 
+    def files(self, folder: Path) -> PixelFiles:
+        """Return the files of pixels of a cache in `folder`, and the shapes of their arrays."""
+        return pixel_files(folder, self.kind, self.preparation, len(self.samples))
+
     def write(self, path: Path) -> None:
         """Write the index as two lines: the SHA-256 of the content, and the content."""
         table = {"version": INDEX_VERSION, **asdict(self)}
@@ -87,7 +85,7 @@ class Index:
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """Return the index of the cache in `folder`. CacheError if there is none or it was changed."""
+        """Return the index of the cache in `folder`. CacheError if there is none or a file was cut or changed."""
         path = folder / INDEX
         try:
             head, content, end = path.read_text(encoding="utf-8").split("\n")
@@ -101,15 +99,12 @@ class Index:
         table = json.loads(content)
         if table["version"] != INDEX_VERSION:
             raise CacheError(f"{path} is of version {table['version']}, this program reads {INDEX_VERSION}")
-        preparation = as_tuples(table["preparation"])
-        return cls(
-            key=table["key"],
-            kind=table["kind"],
-            preparation=Preparation(**{**preparation, "reading": Reading.from_table(preparation["reading"])}),
-            samples=tuple(Sample(s["id"], Path(s["image"]), Path(s["mask"]), s["split"]) for s in table["samples"]),
-            stats=tuple(ImageStats(**as_tuples(stats)) for stats in table["facts"]),
-            problems=tuple(Problem(**{**p, "files": tuple(map(Path, p["files"]))}) for p in table["problems"]),
-        )
+        index = from_json(cls, {**table, "stats": table["facts"]})
+        for file, shape in index.files(folder):
+            n_bytes = len(npy_header(shape)) + math.prod(shape)
+            if (length := file_length(file)) != n_bytes:
+                raise CacheError(f"{file} is {length} bytes, the index says {n_bytes}")
+        return index
 
 
 @dataclass(frozen=True)
@@ -120,46 +115,37 @@ class Normalization:
     std: tuple[float, ...]
 
 
-class Cache(ABC):
+class Cache:
     """The images of a pool (train before val, each sorted by id) or of the test split, at one size."""
 
     def __init__(self, folder: Path, index: Index) -> None:
         self.path = folder
         self.index = index
-
-    @property
-    def key(self) -> str:
-        return self.index.key
-
-    @property
-    def kind(self) -> Kind:
-        return self.index.kind
-
-    @property
-    def ids(self) -> tuple[str, ...]:
-        return tuple(sample.id for sample in self.index.samples)
-
-    @property
-    def splits(self) -> tuple[Split, ...]:
-        return tuple(sample.split for sample in self.index.samples)
-
-    @property
-    def sha256(self) -> tuple[str, ...]:
+        self.key, self.kind = index.key, index.kind
+        self.ids = tuple(sample.id for sample in index.samples)
+        self.splits = tuple(sample.split for sample in index.samples)
+        self.sha256 = tuple(stats.image_sha256 for stats in index.stats)
         """SHA-256 of each image file's content, in hexadecimal."""
-        return tuple(stats.image_sha256 for stats in self.index.stats)
-
-    @property
-    def size(self) -> tuple[int, int]:
+        self.size = index.preparation.height, index.preparation.width
         """Height and width of the cached images."""
-        return self.index.preparation.height, self.index.preparation.width
+        self.has_held_out_view = len(index.preparation.views) > 1
+        """Whether `read` returns other pixels with `held_out`, because the images are cropped at random."""
+        self._files = [path for path, _ in index.files(folder)]
+        self._views: list[Pixels] = []
+        """All images and masks of each view, for the kinds `memmap` and `memory`."""
+        if self.kind == "memmap":
+            arrays = [np.asarray(np.load(path, "r", allow_pickle=False)) for path in self._files]
+            self._views = list(zip(arrays[::2], arrays[1::2], strict=True))
+        elif self.kind != "files":
+            # The subprocess stays alive between readings.
+            self._decoders = Decoders()
+            weakref.finalize(self, self._decoders.close)
+        if self.kind == "memory":
+            self._views = self._decode(np.arange(len(self)))
+            self._decoders.close()
 
     def __len__(self) -> int:
-        return len(self.index.samples)
-
-    @property
-    def has_held_out_view(self) -> bool:
-        """Whether `read` returns other pixels with `held_out`, because the images are cropped at random."""
-        return len(self.index.preparation.views) > 1
+        return len(self.ids)
 
     def read(self, indices: NDArray[np.int64], *, held_out: bool = False) -> Pixels:
         """Return images (B, H, W, 3) uint8 and masks (B, H, W) uint8 of 0 and 1 as copies, in the given order.
@@ -167,17 +153,27 @@ class Cache(ABC):
         With `held_out` the images are those that are scored. They differ from the training images only where these
         are cropped at random: they are then cropped at the centre.
         """
-        return self._read(np.asarray(indices, np.int64), -1 if held_out else 0)
+        indices, view = np.asarray(indices, np.int64), -1 if held_out else 0
+        if self._views:
+            images, masks = self._views[view]
+            return images[indices], masks[indices]
+        if self.kind != "files":
+            return self._decode(indices)[view]
+        images, masks = _empty(len(indices), self.size)
+        for row, i in enumerate(indices.tolist()):
+            pixels = np.load(self._files[i], allow_pickle=False)[view]
+            images[row].flat, masks[row].flat = np.split(pixels, [images[row].size])
+        return images, masks
 
     @property
     def images(self) -> NDArray[np.uint8]:
         """All images (N, H, W, 3), read-only. The kinds `files` and `none` read them at each access."""
-        return self._whole()[0]
+        return (self._views[0] if self._views else self.read(np.arange(len(self))))[0]
 
     @property
     def masks(self) -> NDArray[np.uint8]:
         """All masks (N, H, W), read-only."""
-        return self._whole()[1]
+        return (self._views[0] if self._views else self.read(np.arange(len(self))))[1]
 
     def normalization(self, indices: NDArray[np.int64], color: Color) -> Normalization:
         """Return mean and standard deviation over all pixels of these images, from sums in the index.
@@ -204,131 +200,55 @@ class Cache(ABC):
 
     def damaged(self) -> list[str]:
         """Return the ids whose cached pixels differ from those that were written."""
-        n_views = len(self.index.preparation.views)
+        both = (False, True) if self.has_held_out_view else (False,)
         wrong = []
         for i, (sample, stats) in enumerate(self.index.pairs):
             crc = 0
-            for array in (array for view in range(n_views) for array in self._read(np.array([i]), view)):
+            for array in (array for held_out in both for array in self.read(np.array([i]), held_out=held_out)):
                 crc = zlib.crc32(array.data, crc)
             if crc != stats.crc:
                 wrong.append(sample.id)
         return wrong
 
-    @abstractmethod
-    def _read(self, indices: NDArray[np.int64], view: int) -> Pixels:
-        """Return the pixels of the view with this number."""
-
-    def _whole(self) -> Pixels:
-        return self._read(np.arange(len(self)), 0)
-
-
-class ArrayCache(Cache):
-    """All images in one array and all masks in another: mapped files (`memmap`), or memory filled on opening."""
-
-    def __init__(self, folder: Path, index: Index) -> None:
-        super().__init__(folder, index)
-        if index.kind == "memmap":
-            files = memmap_files(folder, index.preparation, len(self))
-            arrays = [np.asarray(np.load(path, "r", allow_pickle=False)) for path, _ in files]
-            self._views = list(zip(arrays[::2], arrays[1::2], strict=True))
-        else:
-            with Decoders() as decoders:
-                self._views = _decode(decoders, index, np.arange(len(self)))
-
-    def _read(self, indices: NDArray[np.int64], view: int) -> Pixels:
-        images, masks = self._views[view]
-        return images[indices], masks[indices]
-
-    def _whole(self) -> Pixels:
-        return self._views[0]
-
-
-class FilesCache(Cache):
-    """One .npy file per image: (views, H * W * 4) uint8, the image followed by its mask."""
-
-    def __init__(self, folder: Path, index: Index) -> None:
-        super().__init__(folder, index)
-        self._files = [image_file(folder, i) for i in range(len(self))]
-        shape = image_file_shape(index.preparation)
-        self._starts = [len(npy_header(shape)) + view * shape[1] for view in range(shape[0])]
-
-    def _read(self, indices: NDArray[np.int64], view: int) -> Pixels:
-        images, masks = _empty(len(indices), self.size)
-        for row, i in enumerate(indices.tolist()):
-            # np.load takes twice as long, because it parses the header.
-            with self._files[i].open("rb") as file:
-                file.seek(self._starts[view])
-                n_bytes = file.readinto(images[row].data) + file.readinto(masks[row].data)
-            if n_bytes != images[row].size + masks[row].size:
-                raise CacheError(f"{self._files[i]} was cut short while it was in use")
-        return images, masks
-
-
-class NoCache(Cache):
-    """Images that are decoded each time they are read, in a subprocess that stays alive between readings."""
-
-    def __init__(self, folder: Path, index: Index) -> None:
-        super().__init__(folder, index)
-        self._decoders = Decoders()
-        weakref.finalize(self, self._decoders.close)
-
-    def _read(self, indices: NDArray[np.int64], view: int) -> Pixels:
-        return _decode(self._decoders, self.index, indices)[view]
-
-
-_KINDS: Mapping[Kind, Callable[[Path, Index], Cache]] = {
-    "memmap": ArrayCache,
-    "files": FilesCache,
-    "memory": ArrayCache,
-    "none": NoCache,
-}
+    def _decode(self, indices: NDArray[np.int64]) -> list[Pixels]:
+        """Return all views of these images. CacheError if a file has changed since the index was written."""
+        preparation = self.index.preparation
+        views = [_empty(len(indices), self.size) for _ in preparation.views]
+        jobs = [replace(preparation.job(self.index.samples[i]), measure=False) for i in indices.tolist()]
+        changed = ""
+        for row, result, pixels in self._decoders.decode(jobs):
+            if isinstance(result, DecodeError):
+                changed = result.text
+            elif result.crc != self.index.stats[indices[row]].crc:
+                changed = f"{jobs[row].image} or its mask is not what it was"
+            else:
+                for (images, masks), (image, mask) in zip(views, pixels, strict=True):
+                    images[row], masks[row] = image, mask
+        if changed:
+            raise CacheError(f"{changed}; the data changed while it was in use: start again")
+        return views
 
 
 def open_cache(path: Path) -> Cache:
     """Open the cache in the folder `path`. Raise CacheError, naming the file, if it is incomplete or was changed."""
-    index = read_index(path)
-    return _KINDS[index.kind](path, index)
+    return Cache(path, Index.read(path))
 
 
-def read_index(path: Path) -> Index:
-    """Return the index of the cache in `path`. Raise CacheError if it or a file of the cache is incomplete."""
-    index = Index.read(path)
-    _check_files(path, index)
-    return index
+def pixel_files(folder: Path, kind: Kind, preparation: Preparation, n: int) -> PixelFiles:
+    """Return the files of pixels of a cache of n images, and the shapes of their arrays.
 
-
-def _check_files(folder: Path, index: Index) -> None:
-    """Raise CacheError, naming the file and both lengths, if a file is not as long as the index says."""
-    preparation, n = index.preparation, len(index.samples)
-    files: list[tuple[Path, tuple[int, ...]]] = []
-    if index.kind == "memmap":
-        files = memmap_files(folder, preparation, n)
-    elif index.kind == "files":
-        files = [(image_file(folder, i), image_file_shape(preparation)) for i in range(n)]
-    for path, shape in files:
-        n_bytes = len(npy_header(shape)) + math.prod(shape)
-        if (length := file_length(path)) != n_bytes:
-            raise CacheError(f"{path} is {length} bytes, the index says {n_bytes}")
-
-
-def memmap_files(folder: Path, preparation: Preparation, n: int) -> list[tuple[Path, tuple[int, ...]]]:
-    """Return the files of a memmap cache and their shapes: images and masks of each view."""
-    shape = (n, preparation.height, preparation.width)
-    files: list[tuple[Path, tuple[int, ...]]] = []
-    for view in preparation.views:
-        prefix = "centre_" if view == "centre crop" and len(preparation.views) > 1 else ""
-        files += [(folder / f"{prefix}images.npy", (*shape, 3)), (folder / f"{prefix}masks.npy", shape)]
+    `memmap` has a file of images and one of masks for each view. `files` has a file for each image; its row for each
+    view is the image followed by its mask.
+    """
+    height, width, views = preparation.height, preparation.width, preparation.views
+    if kind == "files":
+        return [(folder / f"{i:06d}.npy", (len(views), height * width * 4)) for i in range(n)]
+    files: PixelFiles = []
+    for view in views if kind == "memmap" else ():
+        prefix = "centre_" if view == "centre crop" and len(views) > 1 else ""
+        files += [(folder / f"{prefix}images.npy", (n, height, width, 3))]
+        files += [(folder / f"{prefix}masks.npy", (n, height, width))]
     return files
-
-
-def image_file(folder: Path, number: int) -> Path:
-    """Return the file of one image in a files cache."""
-    return folder / f"{number:06d}.npy"
-
-
-def image_file_shape(preparation: Preparation) -> tuple[int, int]:
-    """Return the shape of the array in one file of a files cache."""
-    return len(preparation.views), preparation.height * preparation.width * 4
 
 
 def npy_header(shape: tuple[int, ...]) -> bytes:
@@ -340,22 +260,3 @@ def npy_header(shape: tuple[int, ...]) -> bytes:
 
 def _empty(n: int, size: tuple[int, int]) -> Pixels:
     return np.empty((n, *size, 3), np.uint8), np.empty((n, *size), np.uint8)
-
-
-def _decode(decoders: Decoders, index: Index, indices: NDArray[np.int64]) -> list[Pixels]:
-    """Return all views of these images. CacheError if a file has changed since the index was written."""
-    preparation = index.preparation
-    views = [_empty(len(indices), (preparation.height, preparation.width)) for _ in preparation.views]
-    jobs = [replace(preparation.job(index.samples[i]), measure=False) for i in indices.tolist()]
-    changed = ""
-    for row, result, pixels in decoders.decode(jobs):
-        if isinstance(result, DecodeError):
-            changed = result.text
-        elif result.crc != index.stats[indices[row]].crc:
-            changed = f"{jobs[row].image} or its mask is not what it was"
-        else:
-            for (images, masks), (image, mask) in zip(views, pixels, strict=True):
-                images[row], masks[row] = image, mask
-    if changed:
-        raise CacheError(f"{changed}; the data changed while it was in use: start again")
-    return views

@@ -9,22 +9,19 @@ folder/
   .download.lock                            locked while a download runs
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PureWindowsPath
-from typing import Literal
 
 from filelock import FileLock, Timeout
 
 from hpsearch.data.dataset import Split
-from hpsearch.data.http_download import DamagedFileError, Downloader, check_address, part_of
+from hpsearch.data.http_download import Report, download_file, part_of, remote_size
 from hpsearch.errors import ZIP_ERRORS, ConfigError, DatasetError, StorageError
 from hpsearch.paths import free_bytes, storage_error
 
@@ -32,44 +29,21 @@ logger = logging.getLogger(__name__)
 
 OFFICIAL = "https://isic-challenge-data.s3.amazonaws.com/2017/"
 """The challenge's public bucket."""
-
-
 _PARTS: dict[str, Split] = {"Training": "train", "Validation": "val", "Test_v2": "test"}
-
-
-@dataclass(frozen=True)
-class Archive:
-    """One archive of the challenge, named like the folder that it is unpacked into."""
-
-    folder: str
-    split: Split
-
-    @property
-    def name(self) -> str:
-        """File name on the server."""
-        return f"{self.folder}.zip"
-
-
-ARCHIVES = tuple(
-    Archive(f"ISIC-2017_{part}_{content}", split)
+ARCHIVES = {
+    f"ISIC-2017_{part}_{content}": split
     for part, split in _PARTS.items()
     for content in ("Data", "Part1_GroundTruth")
-)
+}
+"""Split of each archive, by its name without `.zip`, which is also the name of its folder."""
 
 
-@dataclass(frozen=True)
-class DownloadProgress:
-    """Progress of one archive."""
-
-    archive: Archive
-    step: Literal["download", "unpack"]
-    done_bytes: int
-    total_bytes: int
+class DamagedFileError(Exception):
+    """An archive is damaged. Another download may help."""
 
 
-Report = Callable[[DownloadProgress], None]
-Step = Callable[[int, int], None]
-"""Progress callback of one step, called with (done, total) in bytes."""
+Progress = Callable[[str, str, int, int], None]
+"""Progress callback, called with a key of ARCHIVES, the step (`download` or `unpack`), and bytes done and in all."""
 
 
 def download(
@@ -78,126 +52,76 @@ def download(
     only: Sequence[str] | None = None,
     base_url: str = OFFICIAL,
     keep_archives: bool = True,
-    progress: Report | None = None,
-    retries: int = 6,
-    backoff_s: float = 1.0,
-    timeout_s: float = 60.0,
+    progress: Progress | None = None,
 ) -> tuple[Path, ...]:
     """Download archives from below `base_url`, unpack them in `folder` and return the unpacked folders.
 
     `only` names splits (`train`, `val`, `test`) or archives. Unpacked folders, archives and partial archives that
-    exist are used and not downloaded again. Failed attempts are retried as `http_download.Downloader` says, and a
-    damaged archive is downloaded again. Archives stay beside their folders unless `keep_archives` is False.
+    exist are used and not downloaded again. Failed attempts are retried, and a damaged archive is downloaded again.
+    Archives stay beside their folders unless `keep_archives` is False.
 
-    Raises ConfigError for an unknown name or address, DatasetError if the server does not deliver the files or
-    delivers damaged or harmful ones, and StorageError if there is not enough free space. The space is checked before
-    the first download if the server tells the sizes.
+    Raises ConfigError for an unknown name, DatasetError if the server does not deliver the files or delivers damaged
+    or harmful ones, and StorageError if there is not enough free space. The space is checked before the first
+    download if the server tells the sizes.
     """
-    archives = _selected(only)
-    base_url = check_address(base_url).rstrip("/") + "/"
-    downloader = Downloader(retries=retries, backoff_s=backoff_s, timeout_s=timeout_s)
+    names = [name.removesuffix(".zip") for name in only or _PARTS.values()]
+    known = [*_PARTS.values(), *ARCHIVES]
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(f"there is no {unknown[0]!r} to download; known: {', '.join(known)}")
+    archives = [archive for archive, split in ARCHIVES.items() if split in names or archive in names]
+    base_url = base_url.rstrip("/") + "/"
     folder = folder.expanduser()
-    with _locked(folder):
-        wanted = [archive for archive in archives if not _is_unpacked(folder, archive)]
-        _check_free_space(folder, wanted, base_url, downloader, keep_archives=keep_archives)
-        for archive in archives:
-            if archive in wanted:
-                _download_and_unpack(folder, archive, base_url, downloader, progress)
-            if not keep_archives:
-                (folder / archive.name).unlink(missing_ok=True)
-    return tuple(folder / archive.folder for archive in archives)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".download.lock", timeout=0):
+            wanted = [archive for archive in archives if not any((folder / archive).glob("*"))]
+            _check_free_space(folder, wanted, base_url, keep_archives=keep_archives)
+            for archive in archives:
+                if archive in wanted:
+                    _download_and_unpack(folder / archive, f"{base_url}{archive}.zip", progress)
+                if not keep_archives:
+                    (folder / f"{archive}.zip").unlink(missing_ok=True)
+    except Timeout as error:
+        raise StorageError(f"another download into {folder} is running") from error
+    except OSError as error:
+        raise storage_error(Path(error.filename or folder), error) from error
+    return tuple(folder / archive for archive in archives)
 
 
-def unpack(path: Path, folder: Path, report: Step) -> None:
+def unpack(path: Path, folder: Path, report: Report) -> None:
     """Unpack the zip archive `path` into the new folder `folder`, without the top folder that all its files share.
 
     The CRC of every file is verified. Files are written to a hidden folder, which is renamed at the end.
 
-    Raises DamagedFileError for damaged bytes, DatasetError for an archive that is harmful or has no files, and
-    StorageError if there is not enough free space.
+    Raises DamagedFileError for damaged bytes, and DatasetError for an archive that is harmful or has no files.
     """
     work = folder.with_name(f".{folder.name}.unpacking")
     shutil.rmtree(work, ignore_errors=True)
     with _opened(path) as archive:
         files = _files(archive, path)
         total, done = sum(info.file_size for info in files.values()), 0
-        if total > (free := free_bytes(folder)):
-            raise StorageError(
-                f"{folder.parent} has {free / 2**20:.0f} MiB free, but the files in {path.name} need "
-                f"{total / 2**20:.0f} MiB"
-            )
         try:
             for name, info in files.items():
                 with _damage_named(name):
                     content = archive.read(info)
-                _write(work / name, content)
+                (work / name).parent.mkdir(parents=True, exist_ok=True)
+                with (work / name).open("xb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
                 done += info.file_size
                 report(done, total)
             work.replace(folder)
-        except OSError as error:
-            raise storage_error(folder, error) from error
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
 
-def differences(path: Path, folder: Path) -> list[str]:
-    """Return the names of the files in the archive `path` that `folder` lacks or has with another size."""
-    with _opened(path) as archive:
-        files = _files(archive, path)
-    sizes = {name: (folder / name).stat().st_size for name in files if (folder / name).is_file()}
-    return [name for name, info in files.items() if sizes.get(name) != info.file_size]
-
-
-def _selected(only: Sequence[str] | None) -> list[Archive]:
-    if only is None:
-        return list(ARCHIVES)
-    names = [name.removesuffix(".zip") for name in only]
-    known = [*dict.fromkeys(archive.split for archive in ARCHIVES), *(archive.folder for archive in ARCHIVES)]
-    if unknown := [name for name in names if name not in known]:
-        raise ConfigError(f"there is no {unknown[0]!r} to download; known: {', '.join(known)}")
-    return [archive for archive in ARCHIVES if archive.split in names or archive.folder in names]
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    path = folder / ".download.lock"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        held = FileLock(path).acquire(timeout=0)
-    except Timeout as error:
-        raise StorageError(f"another download into {folder} is running") from error
-    except OSError as error:
-        raise storage_error(path, error) from error
-    with held:
-        yield
-
-
-def _is_unpacked(folder: Path, archive: Archive) -> bool:
-    """Return whether the archive's folder exists. DatasetError if it differs from the archive beside it."""
-    target, path = folder / archive.folder, folder / archive.name
-    if not target.is_dir() or not any(target.iterdir()):
-        return False
-    try:
-        missing = differences(path, target) if path.is_file() else []
-    except DamagedFileError as error:
-        logger.warning("%s is damaged (%s), but %s exists and is used", path, error, target)
-        return True
-    if missing:
-        raise DatasetError(
-            f"{target} differs from {path.name}: {len(missing)} files are missing or have another size "
-            f"({missing[0]}); move the folder away to unpack it again"
-        )
-    return True
-
-
-def _check_free_space(
-    folder: Path, wanted: Sequence[Archive], base_url: str, downloader: Downloader, *, keep_archives: bool
-) -> None:
+def _check_free_space(folder: Path, wanted: Sequence[str], base_url: str, *, keep_archives: bool) -> None:
     """Raise StorageError if the disk cannot hold the archives and, at about the same size, their files."""
     unpacked, missing = [0], [0]
     for archive in wanted:
-        path = folder / archive.name
-        size = path.stat().st_size if path.is_file() else downloader.size(base_url + archive.name) or 0
+        path = folder / f"{archive}.zip"
+        size = path.stat().st_size if path.is_file() else remote_size(base_url + path.name) or 0
         have = next((file.stat().st_size for file in (path, part_of(path)) if file.is_file()), 0)
         unpacked.append(size)
         missing.append(max(0, size - have))
@@ -209,26 +133,22 @@ def _check_free_space(
         )
 
 
-def _download_and_unpack(
-    folder: Path, archive: Archive, base_url: str, downloader: Downloader, progress: Report | None
-) -> None:
+def _download_and_unpack(folder: Path, url: str, progress: Progress | None) -> None:
     """Unpack the archive that exists or the downloaded one. A damaged archive is downloaded again once."""
 
-    def report(step: Literal["download", "unpack"]) -> Step:
-        return lambda done, total: progress(DownloadProgress(archive, step, done, total)) if progress else None
-
-    path, url = folder / archive.name, base_url + archive.name
-    attempts = 0
+    path = folder.with_name(f"{folder.name}.zip")
+    report = progress or (lambda *_: None)
+    n_downloads = 0
     while True:
         try:
             if not path.is_file():
-                attempts += 1
-                downloader.download(url, path, report("download"))
-            unpack(path, folder / archive.folder, report("unpack"))
+                n_downloads += 1
+                download_file(url, path, partial(report, folder.name, "download"))
+            unpack(path, folder, partial(report, folder.name, "unpack"))
             return
         except DamagedFileError as error:
             path.unlink(missing_ok=True)
-            if attempts == 2:
+            if n_downloads == 2:
                 raise DatasetError(f"{url} was damaged after two downloads: {error}") from error
             logger.warning("%s is damaged (%s); downloading it again", path, error)
 
@@ -270,11 +190,3 @@ def _files(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
         raise DatasetError(f"{path} holds no files; remove the archive")
     has_top = len({parts[0] for parts in names}) == 1 and all(len(parts) > 1 for parts in names)
     return {"/".join(parts[has_top:]): info for parts, info in names.items()}
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())

@@ -1,7 +1,5 @@
 """Assign every image of the pool to the fold that holds it out."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json
@@ -40,11 +38,13 @@ class Folds:
 
     def train(self, fold: int) -> NDArray[np.int64]:
         """Return the pool indices of the training images of `fold`, ascending."""
-        return self._where(fold, held_out=False)
+        return np.setdiff1d(np.arange(len(self.ids)), self.held_out(fold))
 
     def held_out(self, fold: int) -> NDArray[np.int64]:
         """Return the indices into the pool of the held-out images of `fold`, ascending."""
-        return self._where(fold, held_out=True)
+        if not 0 <= fold < self.k:
+            raise ValueError(f"fold must lie between 0 and {self.k - 1}, got {fold}")
+        return np.flatnonzero(np.array(self.fold_of) == fold).astype(np.int64)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the folds as plain types, with a digest."""
@@ -58,11 +58,6 @@ class Folds:
         if set(content) != set(_FOLDS_KEYS) or table.get("digest") != _digest(content):
             raise RecordError("the folds are damaged: their digest is not that of their content")
         return cls(**as_tuples(content))
-
-    def _where(self, fold: int, *, held_out: bool) -> NDArray[np.int64]:
-        if not 0 <= fold < self.k:
-            raise ValueError(f"fold must lie between 0 and {self.k - 1}, got {fold}")
-        return np.flatnonzero((np.array(self.fold_of) == fold) == held_out).astype(np.int64)
 
 
 def make_folds(
@@ -83,17 +78,22 @@ def make_folds(
 
     Raises ConfigError if there are fewer distinct images or groups than folds, DatasetError if an image has no group.
     """
-    if not len(ids) == len(splits) == len(sha256):
-        raise ValueError(f"got {len(ids)} ids, {len(splits)} splits and {len(sha256)} hashes")
-    if folds == "fixed":
-        return _fixed(ids, splits, connected(ids, sha256, groups), seed)
     units = np.array(connected(ids, sha256, groups))
+    fold_of = np.full(len(ids), -1)
+    if folds == "fixed":
+        fold_of[np.isin(units, units[np.array(splits, dtype=str) == "val"])] = 0
+        if not {0, -1} <= (found := set(fold_of.tolist())):
+            missing = "training" if 0 in found else "validation"
+            raise ConfigError(
+                f"study.folds = 'fixed' needs a training and a validation split: there are no {missing} images; give "
+                "a number of folds instead (--folds 5)"
+            )
+        return Folds(tuple(ids), tuple(fold_of.tolist()), 1, seed, "fixed")
     n_units = int(units.max(initial=-1)) + 1
     require_enough(n_units, folds, "distinct images" if groups is None else "groups")
     # scikit-learn is slow to import, and reading folds does not need it.
     from sklearn.model_selection import GroupKFold, KFold
 
-    fold_of = np.full(len(ids), -1)
     if groups is None:
         for fold, (_, held_out) in enumerate(KFold(folds, shuffle=True, random_state=seed).split(np.arange(n_units))):
             fold_of[np.isin(units, held_out)] = fold
@@ -129,8 +129,9 @@ def lesion_notes(folds: Folds, has_lesion: Sequence[bool]) -> list[str]:
 class Groups(Mapping[str, str]):
     """Group of each image by its id, regardless of the Unicode form and case of the names."""
 
-    def __init__(self, group_of: Mapping[str, str]) -> None:
-        self._by_key = {name_key(name): (name, group) for name, group in group_of.items()}
+    def __init__(self, by_key: Mapping[str, tuple[str, str]]) -> None:
+        """Keep id and group by the `name_key` of the id."""
+        self._by_key = by_key
 
     def __getitem__(self, id: str) -> str:
         return self._by_key[name_key(id)][1]
@@ -178,15 +179,16 @@ def read_groups(path: Path) -> Groups:
     image = header.index("image")
     groups: dict[str, tuple[str, str]] = {}
     for number, row in enumerate(rows[1:], start=2):
-        if not any(cell.strip() for cell in row):
+        cells = [cell.strip() for cell in row]
+        if not any(cells):
             continue
-        if len(row) != 2 or not row[0].strip() or not row[1].strip():
+        if len(cells) != 2 or not all(cells):
             raise DatasetError(f"groups {path}, line {number}: needs an image and its group, got {','.join(row)!r}")
-        name, group = without_suffix(row[image].strip()), row[1 - image].strip()
+        name, group = without_suffix(cells[image]), cells[1 - image]
         _, known = groups.setdefault(name_key(name), (name, group))
         if known != group:
             raise DatasetError(f"groups {path}, line {number}: {name} is in group {known!r} and in {group!r}")
-    return Groups(dict(groups.values()))
+    return Groups(groups)
 
 
 def connected(ids: Sequence[str], sha256: Sequence[str], groups: Mapping[str, str] | None) -> list[int]:
@@ -217,18 +219,6 @@ def connected_components(n: int, edges: Sequence[tuple[int, int]]) -> list[int]:
     _, labels = csgraph.connected_components(coo_array((np.ones(len(a)), (a, b)), shape=(n, n)), directed=False)
     numbers: dict[int, int] = {}
     return [numbers.setdefault(label, len(numbers)) for label in labels.tolist()]
-
-
-def _fixed(ids: Sequence[str], splits: Sequence[Split], units: Sequence[int], seed: int) -> Folds:
-    held_out = {unit for unit, split in zip(units, splits, strict=True) if split == "val"}
-    fold_of = tuple(0 if unit in held_out else -1 for unit in units)
-    if not held_out or -1 not in fold_of:
-        missing = "validation" if not held_out else "training"
-        raise ConfigError(
-            f"study.folds = 'fixed' needs a training and a validation split: there are no {missing} images; give "
-            "a number of folds instead (--folds 5)"
-        )
-    return Folds(tuple(ids), fold_of, 1, seed, "fixed")
 
 
 def _digest(table: Mapping[str, Any]) -> str:

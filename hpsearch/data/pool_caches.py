@@ -1,9 +1,7 @@
 """Caches of the pool at every size of a study's trials, and at the size at which all trials are scored."""
 
-from __future__ import annotations
-
 import dataclasses
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from hpsearch.config import StudyConfig
@@ -30,12 +28,10 @@ class PoolCaches:
 
         Also raises DatasetError if nothing can be learned from its masks.
         """
-        self._root = root
         self._data = config.data
-        self._role = role
-        self._seed = config.study.seed
-        self._progress = progress
-        self._by_size: dict[tuple[int, int], Prepared] = {}
+        self._prepare = partial(prepare_pool, cache_root=root, role=role, seed=config.study.seed, progress=progress)
+        self.made: dict[tuple[int, int], Prepared] = {}
+        """Prepared caches by height and width, in the order of first use."""
         self.scored = self._prepared(config.scored_data)
         """The pool at the size at which trials are scored."""
         if self.scored.fault:
@@ -48,14 +44,9 @@ class PoolCaches:
             self._prepared(dataclasses.replace(config.data, size=size))
 
     @property
-    def made(self) -> Mapping[tuple[int, int], Prepared]:
-        """Prepared caches by height and width, in the order of first use."""
-        return self._by_size
-
-    @property
     def notes(self) -> list[str]:
         """Notes on all prepared caches, without repetitions."""
-        return list(dict.fromkeys(note for prepared in self._by_size.values() for note in prepared.notes))
+        return list(dict.fromkeys(note for prepared in self.made.values() for note in prepared.notes))
 
     def paths(self, config: StudyConfig) -> tuple[Path, Path | None]:
         """Return the cache that `config` trains on, and the one that it is scored on if that has another size."""
@@ -63,12 +54,10 @@ class PoolCaches:
         return cache.cache_path, self.scored.cache_path if cache.key != self.scored.key else None
 
     def _prepared(self, data: DataConfig) -> Prepared:
-        if data.cached_size not in self._by_size:
+        if data.cached_size not in self.made:
             # A trial's settings have the paths of the images at its beginning.
-            found = prepare_pool(
-                data.located_as(self._data), self._root, role=self._role, seed=self._seed, progress=self._progress
-            )
-            if self._by_size and found.ids != self.scored.ids:
+            found = self._prepare(data.located_as(self._data))
+            if self.made and found.ids != self.scored.ids:
                 raise CacheError("the images changed while they were decoded: start again")
-            self._by_size[data.cached_size] = found
-        return self._by_size[data.cached_size]
+            self.made[data.cached_size] = found
+        return self.made[data.cached_size]

@@ -8,33 +8,23 @@
 `hpsearch study` and `hpsearch final` read the same caches through batches.py, which is faster.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from hpsearch.config.data import Color, DataConfig
 from hpsearch.data.batches import DeviceData, ToInput
 from hpsearch.data.cache import Normalization, open_cache
-from hpsearch.data.prepare import Prepared, prepare_pool, prepare_test
+from hpsearch.data.prepare import prepare_pool
 from hpsearch.errors import ConfigError, DatasetError
 
 Role = Literal["search-train", "search-validation", "final-train", "final-test"]
-
-_LIMITS: dict[Role, str] = {
-    "search-train": "n_search_train",
-    "search-validation": "n_search_validation",
-    "final-train": "n_final_train",
-    "final-test": "n_final_test",
-}
 
 
 class RoleDataset(Dataset[tuple[Tensor, Tensor]]):
@@ -78,23 +68,31 @@ class RoleDataset(Dataset[tuple[Tensor, Tensor]]):
         normalization: Normalization | None = None,
         cache_root: Path | str = "cache",
     ) -> None:
-        if role not in _LIMITS:
-            raise ConfigError(f"unknown role {role!r}; known: {', '.join(_LIMITS)}")
+        if role not in get_args(Role):
+            raise ConfigError(f"unknown role {role!r}; known: {', '.join(get_args(Role))}")
         if n is not None and n < 1:
             raise ConfigError(f"n must be at least 1, got {n}")
-        # Crops of larger cached images belong to augmentation, which these datasets do not have.
-        config = replace(config, cache_size=0)
-        cache_root = Path(config.cache_dir or cache_root)
-        limit: dict[str, Any] = {} if n is None else {_LIMITS[role]: n}
-        prepared, self._indices = _prepare(role, replace(config, **limit), cache_root)
-        if len(self._indices) == 0:
-            raise DatasetError(f"the dataset has no images for the role {role}")
         self.role = role
         self.color = config.color
-        self.cache_path = prepared.cache_path
-        self.ids = tuple(prepared.ids[i] for i in self._indices)
         self._opened: tuple[int, DeviceData] | None = None
-        self.normalization = normalization or self._training_normalization(config, cache_root)
+        limit: dict[str, Any] = {} if n is None else {f"n_{role.replace('-', '_')}": n}
+        prepared = prepare_pool(
+            # Crops of larger cached images belong to augmentation, which these datasets do not have.
+            replace(config, cache_size=0, **limit),
+            Path(config.cache_dir or cache_root),
+            role="test" if role == "final-test" else "final" if role == "final-train" else "search",
+        )
+        self.cache_path = prepared.cache_path
+        left_out = {"search-train": "val", "search-validation": "train"}.get(role)
+        self._indices = np.flatnonzero([split != left_out for split in prepared.splits])
+        self.ids = tuple(prepared.ids[i] for i in self._indices)
+        if not self.ids:
+            raise DatasetError(f"the dataset has no images for the role {role}")
+        self._is_held_out = role in ("search-validation", "final-test")
+        if normalization is None and self._is_held_out:
+            training: Role = "search-train" if role == "search-validation" else "final-train"
+            normalization = RoleDataset(training, config, cache_root=cache_root).normalization
+        self.normalization = normalization or self._data().cache.normalization(self._indices, self.color)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -115,31 +113,8 @@ class RoleDataset(Dataset[tuple[Tensor, Tensor]]):
         # A mapped file would be pickled with all its bytes. A worker opens it again.
         return {**self.__dict__, "_opened": None}
 
-    @property
-    def _is_held_out(self) -> bool:
-        return self.role in ("search-validation", "final-test")
-
     def _data(self) -> DeviceData:
         # A forked worker must not share its parent's decoders.
         if self._opened is None or self._opened[0] != os.getpid():
             self._opened = os.getpid(), DeviceData(open_cache(self.cache_path), "cpu", color=self.color)
         return self._opened[1]
-
-    def _training_normalization(self, config: DataConfig, cache_root: Path) -> Normalization:
-        if not self._is_held_out:
-            return self._data().cache.normalization(self._indices, self.color)
-        training: Role = "search-train" if self.role == "search-validation" else "final-train"
-        prepared, indices = _prepare(training, config, cache_root)
-        same = prepared.cache_path == self.cache_path
-        cache = self._data().cache if same else open_cache(prepared.cache_path)
-        return cache.normalization(indices, self.color)
-
-
-def _prepare(role: Role, config: DataConfig, cache_root: Path) -> tuple[Prepared, NDArray[np.int64]]:
-    """Return the cache that contains the role, and the indices of the role's images."""
-    if role == "final-test":
-        prepared = prepare_test(config, cache_root)
-    else:
-        prepared = prepare_pool(config, cache_root, role="final" if role == "final-train" else "search")
-    splits = {"search-train": ("train",), "search-validation": ("val",)}.get(role, ("train", "val", "test"))
-    return prepared, np.flatnonzero([split in splits for split in prepared.splits])

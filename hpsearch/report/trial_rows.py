@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from hpsearch.data.cache import Cache, Index, NoCache, open_cache
+from hpsearch.data.cache import Cache, Index
 from hpsearch.errors import ZIP_ERRORS, CacheError, RecordError
 from hpsearch.paths import FinalPaths
 from hpsearch.store.fits import FitRecord
@@ -90,7 +90,7 @@ def cached(record: StudyRecord, key: str) -> Cache:
     for folder in sorted(root.glob(f"{key}-*")):
         index = Index.read(folder)
         # A cache in memory would decode the whole pool for a few images.
-        return NoCache(folder, index) if index.kind == "memory" else open_cache(folder)
+        return Cache(folder, replace(index, kind="none") if index.kind == "memory" else index)
     raise CacheError(f"{root} no longer holds the decoded images {key}")
 
 

@@ -99,9 +99,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             honest_range = f"bytes {begin}-{len(content) - 1}/{len(content)}"
             headers["Content-Range"] = honest_range if content_range is None else content_range
         self.head(status, headers)
+        self.mirror.sent_bytes += len(body)
         self.wfile.write(body)
         self.wfile.flush()
-        self.mirror.sent_bytes += len(body)
 
 
 def honest(handler: Handler, content: bytes) -> None:

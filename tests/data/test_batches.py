@@ -111,13 +111,6 @@ def test_grayscale_is_the_weighted_sum_of_the_channels() -> None:
     assert to_gray(torch.full((1, 1, 1, 3), 255, dtype=torch.uint8)).item() == pytest.approx(255)
 
 
-def test_bfloat16_batches_are_the_rounded_float32_batches() -> None:
-    cache = make_cache()
-    exact = epoch_of(DeviceData(cache))
-    rounded = epoch_of(DeviceData(cache, dtype=torch.bfloat16))
-    assert all(torch.equal(a.images.bfloat16(), b.images) for a, b in zip(exact, rounded, strict=True))
-
-
 def test_evaluation_keeps_the_given_order_and_drops_nothing() -> None:
     cache = make_cache()
     indices = np.array([9, 0, 4, 4, 1])

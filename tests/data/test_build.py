@@ -15,13 +15,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from hpsearch.config.data import DataConfig
 from hpsearch.data import build
 from hpsearch.data.build import build_cache
 from hpsearch.data.cache import INDEX, Index, Kind, Preparation, open_cache
 from hpsearch.data.dataset import Sample
-from hpsearch.data.decode_pool import Decoders
+from hpsearch.data.decode_pool import DecodeError, Decoders
 from hpsearch.data.layouts import find_samples
 from hpsearch.errors import CacheError, DatasetError, StorageError
 
@@ -115,16 +116,16 @@ class TestBuilding:
 
     def test_what_killed_builders_left_is_removed(self, samples: Sequence[Sample], root: Path) -> None:
         folder = build_cache(samples, RESIZE, "memmap", root)
-        left = [root / f".{folder.name}.123.tmp", root / ".0123-files.99.tmp"]
+        left = [root / f".{folder.name}.tmp", root / ".0123-files.tmp"]
         folder.rename(left[0])
         left[1].mkdir()
         assert build_cache(samples, RESIZE, "memmap", root) == folder
         assert names(root) == [folder.name]
 
     def test_unfinished_cache_of_a_living_builder_is_left_alone(self, samples: Sequence[Sample], root: Path) -> None:
-        theirs = root / ".0123-files.99.tmp"
+        theirs = root / ".0123-files.tmp"
         theirs.mkdir(parents=True)
-        with build._locked(root / "0123-files"):
+        with FileLock(root / ".0123-files.lock"):
             build_cache(samples, RESIZE, "memmap", root)
             assert theirs.is_dir()
 
@@ -137,6 +138,23 @@ class TestBuilding:
             build_cache(samples, RESIZE, "memmap", root)
         assert "masks.npy is 500 bytes" in caplog.text
         assert open_cache(folder).damaged() == []
+
+    @pytest.mark.parametrize("kind", ["memmap", "files"])
+    def test_cache_with_a_changed_pixel_is_built_again(
+        self, samples: Sequence[Sample], root: Path, kind: Kind, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        folder = build_cache(samples, RESIZE, kind, root)
+        path = sorted(folder.glob("*.npy"))[0]
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+        build_cache(samples, RESIZE, kind, root)
+        assert "is damaged at ISIC_" in caplog.text
+        assert open_cache(folder).damaged() == []
+
+    def test_images_that_are_decoded_early_wait_for_their_turn(self) -> None:
+        answers = [(number, DecodeError("", ""), []) for number in (2, 0, 1, 4, 3)]
+        assert [number for number, _, _ in build._in_order(answers)] == [0, 1, 2, 3, 4]
 
     @pytest.mark.parametrize("kind", ["memmap", "none"])
     def test_moved_images_need_no_decoding_but_are_found_again(
@@ -163,7 +181,7 @@ class TestBuilding:
         self, samples: Sequence[Sample], root: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         folder = build_cache(samples, RESIZE, "memmap", root)
-        monkeypatch.setattr(build, "_locked", lambda _: pytest.fail("it wanted the lock"))
+        monkeypatch.setattr(build, "FileLock", lambda _: pytest.fail("it wanted the lock"))
         assert build_cache(samples, RESIZE, "memmap", root) == folder
 
     def test_refusing_disk_is_named(
@@ -172,7 +190,7 @@ class TestBuilding:
         def refuse(*_: object) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(build._MemmapWriter, "finish", refuse)
+        monkeypatch.setattr(build, "_write_pixels", refuse)
         with pytest.raises(StorageError, match=r"-memmap: No space left on device \(\d+ MiB free"):
             build_cache(samples, RESIZE, "memmap", root)
         assert names(root) == []

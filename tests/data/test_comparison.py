@@ -7,14 +7,7 @@ from pathlib import Path
 import pytest
 
 from hpsearch.config.data import DataConfig
-from hpsearch.data.cache import Cache
-from hpsearch.data.comparison import compare_caches, measure_reading
-
-
-def test_reading_is_measured(tiny_cache: Cache) -> None:
-    measured = measure_reading(tiny_cache.path, 4)
-    assert set(measured) == {"open_s", "epoch_s", "memory_bytes"}
-    assert all(value > 0 for value in measured.values())
+from hpsearch.data.comparison import compare_caches
 
 
 @pytest.mark.slow
@@ -28,5 +21,7 @@ def test_all_kinds_are_measured(tiny_archive: Path, tmp_path: Path) -> None:
     assert min(memmap.speedup, files.speedup, memory.speedup) > 1
     # The masks and images, and an index.
     assert min(memmap.disk_bytes, files.disk_bytes) > 11 * 32 * 32 * 4 > max(memory.disk_bytes, none.disk_bytes) / 2
-    assert all(row.build_s > 0 and row.memory_bytes > 0 for row in rows)
+    assert all(row.build_s > 0 and row.epoch_s > 0 and row.memory_bytes >= 0 for row in rows)
+    # Only `none` keeps a subprocess that decodes.
+    assert none.memory_bytes > 2**20
     assert list((tmp_path / "cache").iterdir()) == []

@@ -38,9 +38,9 @@ def searched_sizes(dataset: Path, *overrides: str) -> StudyConfig:
 
 @pytest.fixture(scope="module")
 def project(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished study of four trials that search the size of the images; not to be changed."""
+    """A finished study of three trials that search the size of the images; not to be changed."""
     root = tmp_path_factory.mktemp("searched")
-    run(root, searched_sizes(dataset, "study.trials=4"))
+    run(root, searched_sizes(dataset, "study.trials=3"))
     return root
 
 
@@ -111,7 +111,7 @@ def test_a_stopped_search_of_sizes_goes_on_as_if_it_had_not_stopped(
             if trial == 1:
                 stop.request()
 
-    config = searched_sizes(dataset, "study.trials=4")
+    config = searched_sizes(dataset, "study.trials=3")
     assert run(tmp_path, config, stop=stop, callback=StopLater()).stopped
     run(tmp_path, config)
     assert everything(record_in(tmp_path)) == everything(record_in(project))

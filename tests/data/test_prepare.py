@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -22,7 +21,7 @@ from hpsearch.data.dataset import Layout
 from hpsearch.data.folds import make_folds
 from hpsearch.data.pool_caches import PoolCaches
 from hpsearch.data.prepare import Prepared, check_contents, locate, prepare_pool, prepare_test
-from hpsearch.errors import DatasetError
+from hpsearch.errors import DatasetError, StorageError
 
 from .conftest import WriteDataset, draw_pair, pair_paths, tiny_pairs
 
@@ -393,17 +392,16 @@ class TestSample:
     def test_it_is_drawn_where_the_caches_are(
         self, root: Path, tiny_archive: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        drawn: list[str] = []
+        drawn: list[Path] = []
 
-        def draw(arguments: list[str], **_: object) -> object:
-            drawn.append(arguments[-1])
-            shutil.copytree(tiny_archive, arguments[-1])
-            return type("Done", (), {"returncode": 0, "stderr": ""})
+        def draw(folder: Path) -> None:
+            drawn.append(folder)
+            shutil.copytree(tiny_archive, folder)
 
-        monkeypatch.setattr(prepare.subprocess, "run", draw)
+        monkeypatch.setattr(prepare, "draw_sample", draw)
         for _ in range(2):
             prepared = prepare_pool(DataConfig(root="sample", size=16), root)
-        assert drawn == [str(root / f"sample-{prepare.SAMPLE_VERSION}" / "ISIC-2017")]
+        assert drawn == [root / f"sample-{prepare.SAMPLE_VERSION}" / "ISIC-2017"]
         assert prepared.n == 11
         assert prepared.notes == ()
 
@@ -413,11 +411,20 @@ class TestSample:
         assert prepared.n == 150
         assert prepared.notes == ()
 
-    def test_failure_to_draw_it_says_why(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        failing = [sys.executable, "-c", "raise SystemExit('no room')"]
-        monkeypatch.setattr(prepare.subprocesses, "command", lambda *_: failing)
-        with pytest.raises(DatasetError, match=r"could not be drawn in .*: no room"):
+    def test_failure_to_draw_it_says_why(self, root: Path) -> None:
+        root.write_text("no folder")
+        with pytest.raises(StorageError, match=r"cannot write .*sample-1"):
             locate(DataConfig(root="sample"), root)
+
+    def test_the_sample_of_a_process_that_was_faster_is_used(
+        self, root: Path, tiny_archive: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def draw(folder: Path) -> None:
+            shutil.copytree(tiny_archive, folder)
+            raise StorageError("Directory not empty")
+
+        monkeypatch.setattr(prepare, "draw_sample", draw)
+        assert len(locate(DataConfig(root="sample"), root).samples) == 15
 
 
 @pytest.mark.slow
