@@ -1,22 +1,50 @@
-"""Describe a study in sentences, for the report and the model card."""
-
-from __future__ import annotations
+"""Describe a study in sentences, and render the templates of the report: the page, the model card, paragraphs."""
 
 import json
 import shlex
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 
+from hpsearch import __version__, paths
 from hpsearch.paths import command_line
-from hpsearch.report.formats import SCORES, count, duration, number
-from hpsearch.report.rows import StudyRows, TrialRow
-from hpsearch.report.templating import paragraphs
-from hpsearch.report.trial_rows import CurvePoint
+from hpsearch.report import formats
+from hpsearch.report.formats import SCORES, count, interval, number
+from hpsearch.report.rows import FinalRow, FinalScores, StudyRows, TrialRow
 from hpsearch.search.racing import ALPHA, MATTERS
 from hpsearch.stats.run_variance import S_GUESS
+from hpsearch.store.test_set_log import describe_evaluation_count
+from hpsearch.training.rows import EpochRow
+
+
+def render(template: str, **values: Any) -> str:
+    """Return a rendered template. Values in HTML are escaped."""
+    return str(_environment().get_template(template).render(**values))
+
+
+def paragraphs(template: str, **values: Any) -> list[str]:
+    """Return the paragraphs of a rendered text, which empty lines separate."""
+    blocks = render(template, **values).split("\n\n")
+    return [" ".join(block.split()) for block in blocks if block.strip()]
+
+
+@cache
+def _environment() -> Any:
+    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+    made = Environment(
+        loader=PackageLoader("hpsearch.report"),
+        autoescape=select_autoescape(["html.jinja"]),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=StrictUndefined,
+    )
+    made.globals |= {"version": __version__, "formats": formats, "command_line": paths.command_line}
+    return made
 
 
 def progress(rows: StudyRows) -> str:
@@ -27,12 +55,6 @@ def progress(rows: StudyRows) -> str:
     return f"{text}: {counts}" if counts else text
 
 
-def about(rows: StudyRows) -> str:
-    """Return metric, folds, images and progress of the study in a line."""
-    folds = "one fixed split" if rows.is_fixed_split else count(rows.n_folds, "fold")
-    return f"{SCORES[rows.metric]}, {folds}, {count(rows.n_images, 'held-out image')}. {progress(rows)}."
-
-
 def answer(rows: StudyRows) -> list[str]:
     """Return the paragraphs about the best configuration."""
     return paragraphs("answer.txt.jinja", rows=rows, s_guess=S_GUESS)
@@ -40,21 +62,7 @@ def answer(rows: StudyRows) -> list[str]:
 
 def race(rows: StudyRows) -> str:
     """Return what pruning saved."""
-    ended = [row for row in rows.trials if row.outcome in ("complete", "pruned")]
-    pruned = [row for row in ended if row.outcome == "pruned"]
-    if rows.race is None:
-        return "No trial has reached a pruning decision yet."
-    if not pruned:
-        if len(ended) == 1:
-            return "The only trial was trained on all folds."
-        return f"None of the {len(ended)} trials was pruned: all were trained on all folds."
-    in_first = sum(row.pruned_at is not None and sum(row.epochs) < row.n_epochs for row in pruned)
-    return (
-        f"{len(pruned)} of {count(len(ended), 'trial')} ({len(pruned) / len(ended):.0%}) "
-        f"{'was' if len(pruned) == 1 else 'were'} pruned before the last fold, {in_first} of them in the first fold. "
-        f"Complete and pruned trials took {duration(rows.race.spent_s)} of training, {rows.race.share:.0%} of the "
-        f"{duration(rows.race.whole_s)} that all their folds would have taken."
-    )
+    return " ".join(paragraphs("race.txt.jinja", rows=rows))
 
 
 def methods(rows: StudyRows) -> str:
@@ -62,12 +70,31 @@ def methods(rows: StudyRows) -> str:
     return " ".join(paragraphs("methods.txt.jinja", rows=rows, matters=MATTERS, alpha=ALPHA))
 
 
-def gap(points: Sequence[CurvePoint], metric: str) -> str:
+def introduce(final: FinalRow, metric: str) -> str:
+    """Return what was retrained and evaluated, and its test score."""
+    return (
+        f"Trial {final.trial} was retrained on {count(final.n_pool, 'pool image')} "
+        f"({count(max(1, final.n_seeds), 'network')}) and evaluated on {count(final.n_test, 'test image')}: "
+        f"{SCORES[metric]} {interval(final.test[metric])}."
+    )
+
+
+def describe_final(final: FinalScores, metric: str, winner: int | None) -> list[str]:
+    """Return the paragraphs about a final that follow its score; `winner` is the winner of the search.
+
+    The first one compares the score with its prediction. The others are about the post-processing, the ensemble,
+    earlier evaluations, and duplicates.
+    """
+    given = {"final": final, "metric": metric, "winner": winner}
+    return paragraphs("final.txt.jinja", **given, describe_evaluation_count=describe_evaluation_count)
+
+
+def gap(fits: Sequence[Sequence[EpochRow]], metric: str) -> str:
     """Return how much higher training scores than held-out images at half time and at the end; empty if unknown."""
     ahead: dict[int, list[float]] = {}
-    for point in points:
-        if point.score == metric and point.held_out is not None:
-            ahead.setdefault(point.epoch, []).append(point.train - point.held_out)
+    for row in (row for rows in fits for row in rows):
+        if row.held_out is not None:
+            ahead.setdefault(row.epoch, []).append(getattr(row.train, metric) - getattr(row.held_out, metric))
     if not ahead:
         return ""
     last = max(ahead)
@@ -100,17 +127,14 @@ def continue_command(rows: StudyRows) -> str:
     return command_line(f"study{more}", rows.name)
 
 
-def stopped_at(row: TrialRow, n_folds: int) -> str:
+def stopped_at(row: TrialRow) -> str:
     """Return where a trial ended: `fold 2, epoch 3 of 10`."""
-    if row.pruned_at is not None:
-        fold, epoch = row.pruned_at
-    elif row.n_finished == n_folds:
+    if row.pruned_at is None and set(row.epochs) == {row.n_epochs}:
         return "all folds"
-    elif not any(row.epochs):
+    if row.pruned_at is None and not any(row.epochs):
         return "before the first epoch"
-    else:
-        fold = max(fold for fold, epochs in enumerate(row.epochs) if epochs)
-        epoch = row.epochs[fold]
+    last = max((fold for fold, epochs in enumerate(row.epochs) if epochs), default=0)
+    fold, epoch = row.pruned_at or (last, row.epochs[last])
     return f"fold {fold + 1}, epoch {epoch} of {row.n_epochs}"
 
 
@@ -120,8 +144,6 @@ def reason(row: TrialRow) -> str:
 
 
 def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, tuple | list):
-        return json.dumps(list(value))
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+    if isinstance(value, float):
+        return repr(value)
+    return json.dumps(value, ensure_ascii=False)

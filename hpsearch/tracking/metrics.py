@@ -1,11 +1,8 @@
 """Define the metrics of the runs in MLflow: one entry in `METRICS` is one metric."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, get_args
 
 import numpy as np
@@ -35,35 +32,6 @@ class Point:
         return self.key, self.step, self.time_ms
 
 
-@dataclass(frozen=True, eq=False)
-class CrossValidation:
-    """Out-of-fold scores of one configuration."""
-
-    folds: tuple[dict[str, npt.NDArray[np.float64]], ...]
-    """For each fold the scores of its held-out images by name, averaged over the fits of the fold."""
-    value: float | None
-    """Recorded mean of the study's metric, which the search used: a mean of float32 scores."""
-
-    @classmethod
-    def read(cls, fits: Sequence[Sequence[FitRecord]], value: float | None) -> CrossValidation:
-        """Read the scores. `fits` holds the folds of the first fits, followed by those of the refits, if any."""
-        per_fold = zip(*([image_scores(fit.counts()) for fit in folds] for folds in fits), strict=True)
-        return cls(
-            tuple({name: np.mean([scores[name] for scores in each], axis=0) for name in SCORES} for each in per_fold),
-            value,
-        )
-
-    def mean(self, score: str) -> float:
-        """Mean over all held-out images."""
-        return float(np.mean(np.concatenate([fold[score] for fold in self.folds])))
-
-    def std(self, score: str) -> float | None:
-        """Standard deviation of the means of the folds; None for a single fold."""
-        if len(self.folds) == 1:
-            return None
-        return float(np.std([np.mean(fold[score]) for fold in self.folds], ddof=1))
-
-
 METRICS: dict[str, dict[str, str | Callable[[Any], float | None]]] = {
     # From a row of epochs.jsonl, with the prefix of its fit: `fold0/`, or `seed0/` in a final.
     "epoch": {
@@ -78,17 +46,14 @@ METRICS: dict[str, dict[str, str | Callable[[Any], float | None]]] = {
         ),
         "cost/peak_memory_mib": lambda rows: max(row.peak_bytes for row in rows) / 2**20,
     },
-    # From the `CrossValidation` of a complete trial. The last entry replaces one of the first.
+    # From the `cross_validation` of a complete trial. The last entry replaces one of the first.
     "cross-validation": {
-        **{f"cv/{score}_mean": partial(CrossValidation.mean, score=score) for score in SCORES},
-        **{f"cv/{score}_std": partial(CrossValidation.std, score=score) for score in ("dice", "jaccard")},
+        **{f"cv/{score}_mean": f"mean.{score}" for score in SCORES},
+        **{f"cv/{score}_std": f"std.{score}" for score in ("dice", "jaccard")},
         "cv/{metric}_mean": "value",
     },
-    # From the `CrossValidation` of the first fits of a trial that was refitted.
-    "first fits": {
-        **{f"cv/{score}_first": partial(CrossValidation.mean, score=score) for score in SCORES},
-        "cv/{metric}_first": "value",
-    },
+    # From the `cross_validation` of the first fits of a trial that was refitted.
+    "first fits": {**{f"cv/{score}_first": f"mean.{score}" for score in SCORES}, "cv/{metric}_first": "value"},
     # From the record of a trial that was not evaluated on all folds: an estimate is never logged as a mean.
     "estimate": {"cv/estimate": "value"},
     # From final.json.
@@ -135,6 +100,25 @@ def points_of(
 def is_metric(key: str) -> bool:
     """Return whether hpsearch writes the metric `key`; people may add their own."""
     return re.fullmatch(r"(fold\d+|seed\d+|cv|cost|test|study)/.*", key) is not None
+
+
+def cross_validation(fits: Sequence[Sequence[FitRecord]], value: float | None) -> dict[str, Any]:
+    """Return the out-of-fold scores of one configuration: `mean` and `std` by score, and `value`.
+
+    fits: the folds of the first fits, followed by those of the refits, if any; their scores are averaged per image.
+    value: the recorded mean of the study's metric, which the search used: a mean of float32 scores. The mean is over
+    all held-out images, the standard deviation over the means of the folds; a single fold has none.
+    """
+    counts = [[image_scores(fit.counts()) for fit in of_fold] for of_fold in zip(*fits, strict=True)]
+    scores = {name: [np.mean([each[name] for each in of_fold], axis=0) for of_fold in counts] for name in SCORES}
+    std = {
+        name: np.std([np.mean(fold) for fold in folds], ddof=1) for name, folds in scores.items() if len(folds) > 1
+    }
+    return {
+        "mean": {name: np.mean(np.concatenate(folds)) for name, folds in scores.items()},
+        "std": std,
+        "value": value,
+    }
 
 
 def image_scores(counts: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[np.float64]]:

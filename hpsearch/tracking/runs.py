@@ -21,7 +21,7 @@ from hpsearch.store.fits import FitRecord
 from hpsearch.store.record import StudyRecord, has_all_replicates
 from hpsearch.store.trials import Outcome, ReplicateRecord, Standing, TrialRecord
 from hpsearch.tracking import notes, run_files
-from hpsearch.tracking.metrics import CrossValidation, Point, milliseconds, points_of
+from hpsearch.tracking.metrics import Point, cross_validation, milliseconds, points_of
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 STATUSES: dict[str | None, Status] = {None: "RUNNING", "diverged": "FAILED", "failed": "FAILED", "orphaned": "KILLED"}
@@ -30,21 +30,8 @@ IDENTIFYING_TAGS = {"hpsearch.trial": "trial", "hpsearch.second": "second", "hps
 """Tag that identifies a child run of a study, to the first word of the run's key."""
 WINNER, RANK = "winner", "rank"
 """Tags of trials: `true` for the winner alone; the place in the ranking, zero-padded so that it sorts as text."""
-OUR_TAGS = frozenset(
-    {
-        "outcome",
-        "reason",
-        "source",
-        "seed",
-        "device",
-        "processor",
-        "precision",
-        "threads",
-        "micro_batch",
-        WINNER,
-        RANK,
-    }
-)
+OUR_TAGS = {"outcome", "reason", "source", "seed", "device", "processor", "precision", "threads", "micro_batch"}
+OUR_TAGS |= {WINNER, RANK}
 """Tags that hpsearch writes, besides those with a prefix."""
 
 
@@ -131,14 +118,6 @@ def people_tags(tags: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def ranking_tags(standing: Standing) -> dict[str, dict[str, str]]:
-    """Return the tags `WINNER` and `RANK` of every trial that can win, by the key of its run."""
-    result = {f"trial {number}": {RANK: f"{place:04d}"} for place, number in enumerate(standing.ranking, start=1)}
-    if standing.winner is not None:
-        result[f"trial {standing.winner}"][WINNER] = "true"
-    return result
-
-
 def study_run(record: StudyRecord, trials: Sequence[TrialRecord], standing: Standing) -> RunContent:
     """Return the parent run: the settings of the study, its best value and counts of outcomes after each trial."""
     is_over = record.is_searched(trials) and has_all_replicates(record)
@@ -162,7 +141,7 @@ def trial_run(record: StudyRecord, trial: TrialRecord, standing: Standing) -> Ru
 
     Its cross-validation means are the values that rank it: means over first fits and refits once these count.
     """
-    number, metric = trial.number, record.config.study.metric
+    number = trial.number
     fits = [record.fit(number, fold) for fold in range(record.n_folds)]
     points: list[Point] = []
     if trial.outcome == "complete":
@@ -170,24 +149,22 @@ def trial_run(record: StudyRecord, trial: TrialRecord, standing: Standing) -> Ru
     elif trial.ended_at is not None:
         points = points_of("estimate", trial, trial.ended_at)
     tags = {"hpsearch.trial": str(number), "outcome": trial.outcome or "open", "source": trial.source}
-    if trial.micro_batch is not None:
-        tags["micro_batch"] = str(trial.micro_batch)
-    note = notes.trial_note(trial, points, metric, standing)
-    return _fits_run(record, trial, trial, fits, f"trial {number:04d}", tags, points, note)
+    tags |= {} if trial.micro_batch is None else {"micro_batch": str(trial.micro_batch)}
+    note = notes.trial_note(trial, points, record.config.study.metric, standing)
+    return _fits_run(record, trial, trial, fits, points, name=f"trial {number:04d}", tags=tags, note=note)
 
 
 def refit_run(record: StudyRecord, second: ReplicateRecord) -> RunContent:
     """Return the run of the refit of a trial as far as it has come."""
-    trial = record.trial(second.trial)
-    fits = [record.replicate_fit(trial.number, fold) for fold in range(record.n_folds)]
+    trial, number = record.trial(second.trial), second.trial
+    fits = [record.replicate_fit(number, fold) for fold in range(record.n_folds)]
     points: list[Point] = []
     if second.outcome == "complete":
-        cross_validation = CrossValidation.read([fits], None)
-        points = points_of("cross-validation", cross_validation, second.ended_at or 0, record.config.study.metric)
-    tags = {"hpsearch.second": str(trial.number), "outcome": f"refit: {second.outcome or 'open'}"}
-    tags |= {"source": "confirmation"}
-    note = f"Refit of trial {trial.number}: the same folds with new seeds\n\n{notes.searched_params(trial)}"
-    return _fits_run(record, trial, second, fits, f"trial {trial.number:04d}, refit", tags, points, note)
+        scores = cross_validation([fits], None)
+        points = points_of("cross-validation", scores, second.ended_at or 0, record.config.study.metric)
+    tags = {"hpsearch.second": str(number), "outcome": f"refit: {second.outcome or 'open'}", "source": "confirmation"}
+    note = f"Refit of trial {number}: the same folds with new seeds\n\n{notes.searched_params(trial)}"
+    return _fits_run(record, trial, second, fits, points, name=f"trial {number:04d}, refit", tags=tags, note=note)
 
 
 def _fits_run(
@@ -195,10 +172,10 @@ def _fits_run(
     trial: TrialRecord,
     attempt: TrialRecord | ReplicateRecord,
     fits: Sequence[FitRecord],
-    name: str,
-    tags: dict[str, str],
     points: Sequence[Point],
-    note: str,
+    *,
+    tags: dict[str, str],
+    **more: Any,
 ) -> RunContent:
     """Return the run of one fit per fold with the configuration of a trial: `attempt` is the trial or its refit."""
     machine = next((summary["runtime"] for fit in fits if (summary := fit.summary()) is not None), None)
@@ -207,14 +184,13 @@ def _fits_run(
     tags |= {tag: value for tag, value in found.items() if value}
     return RunContent(
         key=key_of(tags) or "",
-        name=name,
         began_ms=milliseconds(attempt.began_at),
         tags=_common_tags(record, "hpsearch study", machine) | tags,
         params=_params(trial.study_config),
         points=(*_fit_points("fold", fits, attempt.ended_at), *points),
-        note=note,
         status=STATUSES.get(attempt.outcome, "FINISHED"),
         ended_ms=None if attempt.ended_at is None else milliseconds(attempt.ended_at),
+        **more,
     )
 
 
@@ -262,7 +238,7 @@ def _value_points(
 ) -> list[Point]:
     """Return the cross-validation metrics of a complete trial, revised when its refit counts or counts no more."""
     number, metric = trial.number, record.config.study.metric
-    first = CrossValidation.read([fits], trial.value)
+    first = cross_validation([fits], trial.value)
     points = points_of("cross-validation", first, trial.ended_at or 0, metric)
     ranked_at = _ranked_at(record, standing)
     if ranked_at is None or record.mean_over_fits(number) is None:
@@ -270,7 +246,7 @@ def _value_points(
     now = first
     if number in standing.confirmed:
         refits = [record.replicate_fit(number, fold) for fold in range(record.n_folds)]
-        now = CrossValidation.read([fits, refits], standing.values.get(number))
+        now = cross_validation([fits, refits], standing.values[number])
     points += points_of("cross-validation", now, ranked_at, metric, is_revision=True)
     return points + points_of("first fits", first, ranked_at, metric)
 
@@ -285,8 +261,7 @@ def _ranked_at(record: StudyRecord, standing: Standing) -> float | None:
         return None
     ends = {trial.number: trial.ended_at or 0.0 for trial in record.complete_trials()}
     if standing.confirmed:
-        seconds = [record.replicate(number) for number in shortlist.trials]
-        ended = [second.ended_at or 0.0 for second in seconds if second is not None]
+        ended = [second.ended_at or 0.0 for second in record.replicate_records() if second.trial in shortlist.trials]
         # Later than the trial that reopened the choice before: of equal steps MLflow shows the latest.
         return max([*ended, *ends.values()]) + 0.001
     return min((end for number, end in ends.items() if number not in shortlist.of), default=None)
@@ -297,24 +272,22 @@ def _progress(record: StudyRecord, trials: Sequence[TrialRecord], standing: Stan
 
     The end of the refits has the step of the last trial before it.
     """
-    ended = [(trial.ended_at, trial.number, trial) for trial in trials if trial.ended_at is not None]
     metric = record.config.study.metric
     refitted_at = _ranked_at(record, standing) if standing.confirmed else None
     can_win = {trial.number for trial in record.contenders(trials)}
     values: list[float] = []
     n: Counter[str] = Counter({outcome: 0 for outcome in get_args(Outcome) if outcome != "orphaned"})
-    n_before = 0
-    for step, (at, number, trial) in enumerate(sorted(ended), start=1):
+    ended = sorted((trial.ended_at, trial.number, trial) for trial in trials if trial.ended_at is not None)
+    for step, (at, number, trial) in enumerate(ended, start=1):
         n[str(trial.outcome)] += 1
         if number in can_win and trial.value is not None:
             values.append(trial.value)
         is_refitted = refitted_at is not None and at >= refitted_at
-        n_before += not is_refitted
         best = standing.best_value if is_refitted else max(values, default=None)
         yield from points_of("study", {"best": best, "n": n}, at, metric, step=step)
     if refitted_at is not None:
-        state = {"best": standing.best_value}
-        yield from points_of("study", state, refitted_at, metric, step=n_before, is_revision=True)
+        state, step = {"best": standing.best_value}, sum(at < refitted_at for at, *_ in ended)
+        yield from points_of("study", state, refitted_at, metric, step=step, is_revision=True)
 
 
 def _params(config: StudyConfig) -> dict[str, str]:

@@ -9,9 +9,9 @@ import pytest
 
 from hpsearch.report import text
 from hpsearch.report.rows import StudyRows, study_rows
-from hpsearch.report.trial_rows import CurvePoint
 from hpsearch.stats.intervals import Paired
 from tests.recorded import FakeStudy
+from tests.report.test_figures import epoch_row
 
 
 @pytest.fixture(scope="module")
@@ -30,20 +30,16 @@ def changed(rows: StudyRows, **fields: Any) -> str:
     return " ".join(text.answer(dataclasses.replace(rows, winner=dataclasses.replace(rows.winner, **fields))))
 
 
-def point(fit: str, epoch: int, train: float, held_out: float | None) -> CurvePoint:
-    return CurvePoint(fit=fit, score="dice", epoch=epoch, train=train, held_out=held_out)
-
-
 def test_progress_counts_trials_by_outcome(rows: StudyRows) -> None:
     assert text.progress(rows) == "3 of 6 trials: 2 complete, 1 pruned, 1 infeasible"
 
 
 def test_places_count_folds_and_epochs_from_1(rows: StudyRows) -> None:
-    assert text.stopped_at(rows.trials[2], rows.n_folds) == "fold 1, epoch 1 of 3"
-    in_second = dataclasses.replace(rows.trials[2], pruned_at=None, epochs=(3, 2), n_finished=1)
-    assert text.stopped_at(in_second, rows.n_folds) == "fold 2, epoch 2 of 3"
-    assert text.stopped_at(rows.trials[3], rows.n_folds) == "before the first epoch"
-    assert text.stopped_at(rows.trials[0], rows.n_folds) == "all folds"
+    assert text.stopped_at(rows.trials[2]) == "fold 1, epoch 1 of 3"
+    in_second = dataclasses.replace(rows.trials[2], pruned_at=None, epochs=(3, 2))
+    assert text.stopped_at(in_second) == "fold 2, epoch 2 of 3"
+    assert text.stopped_at(rows.trials[3]) == "before the first epoch"
+    assert text.stopped_at(rows.trials[0]) == "all folds"
 
 
 def test_the_reason_of_a_pruned_trial_has_no_place_in_any_version(rows: StudyRows) -> None:
@@ -89,12 +85,12 @@ def test_the_selection_bias_is_the_first_mean_less_the_corrected_one(rows: Study
 
 
 def test_the_gap_is_the_mean_over_folds_at_half_time_and_at_the_end() -> None:
-    points = [point(f"fold {f}", e, 0.5 + 0.1 * e, 0.5) for f in (1, 2) for e in (1, 2, 3, 4)]
+    fits = [[epoch_row(epoch, 0.5 + 0.1 * epoch, 0.5) for epoch in (1, 2, 3, 4)]] * 2
     assert "After epoch 4, the Dice on training images minus that on held-out images is +0.4000" in text.gap(
-        points, "dice"
+        fits, "dice"
     )
-    assert "after epoch 2 it was +0.2000" in text.gap(points, "dice")
-    assert text.gap([point("network 1", 1, 0.5, None)], "dice") == ""
+    assert "after epoch 2 it was +0.2000" in text.gap(fits, "dice")
+    assert text.gap([[epoch_row(1, 0.5, None)]], "dice") == ""
 
 
 def test_the_methods_name_the_pruner_and_the_replicates(rows: StudyRows) -> None:
