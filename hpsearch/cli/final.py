@@ -144,9 +144,9 @@ def _line(title: str, name: str, interval: Interval) -> str:
 
 def _sentences(result: FinalResult) -> Iterator[str]:
     from hpsearch.report.formats import interval
-    from hpsearch.report.text import describe_final
+    from hpsearch.report.text import paragraphs
 
-    comparison, *others = describe_final(result, result.metric, result.winner)
+    comparison, *others = paragraphs("final", final=result, metric=result.metric, winner=result.winner)
     yield comparison
     gain, of_winner = result.against_default, result.winner_against_default
     if result.is_default and result.trial.number == result.winner:

@@ -13,10 +13,7 @@ from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from matplotlib.text import Text
-from matplotlib.ticker import MaxNLocator
 
 from hpsearch.report.formats import SCORES
 from hpsearch.report.trial_rows import CURVES, Case
@@ -53,9 +50,12 @@ def label(axis: Axes, text: str, point: tuple[float, float], moved: tuple[float,
     axis.annotate(text, point, moved, textcoords="offset points", annotation_clip=False, **more)
 
 
-def legend_below(figure: Figure, handles: Sequence[Any]) -> None:
-    """Add a legend in one line below the figure."""
-    figure.legend(handles=handles, loc="outside lower left", ncols=len(handles), frameon=False, fontsize=9)
+def legend_below(figure: Figure) -> None:
+    """Add a legend in one line below the figure, with an entry for each label in its axes."""
+    handles = [handle for axis in figure.axes for handle in axis.get_legend_handles_labels()[0]]
+    found = {str(handle.get_label()): handle for handle in handles}
+    looks: dict[str, Any] = {"loc": "outside lower left", "frameon": False, "fontsize": 9}
+    figure.legend(found.values(), found.keys(), ncols=len(found), **looks)
 
 
 def literal(text: str) -> str:
@@ -74,6 +74,8 @@ def to_bytes(figure: Figure, file_format: str = "png", *, dpi: int = 110) -> byt
     metadata = {"Software": "hpsearch"} if file_format == "png" else pdf
     buffer = BytesIO()
     figure.savefig(buffer, format=file_format, dpi=dpi, metadata=metadata)
+    # The layout takes a third of the time, and the next file has the same.
+    figure.set_layout_engine("none")
     return buffer.getvalue()
 
 
@@ -87,25 +89,19 @@ def draw_curves(fits: Sequence[Sequence[EpochRow]], *, title: str) -> Figure:
     figure, axes = new_figure(11.0, 7.2, 2, 2, title=title, sharex=True)
     for axis, score in zip(axes.flat, CURVES, strict=True):
         axis.set_title(NAMES[score], loc="left", size=11)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        means = [_draw_fits(axis, fits, *which, score) for which in (("train", TRAIN), ("held_out", HELD_OUT))]
-        if means[0] is not None and means[1] is not None:
-            _mark_gap(axis, *means[0], means[1][1], score)
+        axis.locator_params(axis="x", integer=True, min_n_ticks=1)
+        train = _draw_fits(axis, fits, "train", score, color=TRAIN, label="training")
+        held_out = _draw_fits(axis, fits, "held_out", score, color=HELD_OUT, label="held out")
+        if train is not None and held_out is not None:
+            _mark_gap(axis, *train, held_out[1], score)
     for axis in axes[1]:
         axis.set_xlabel("epoch")
-    handles: list[Any] = [Line2D([], [], color=TRAIN, lw=2.2, label="training")]
-    if any(row.held_out is not None for rows in fits for row in rows):
-        handles += [
-            Line2D([], [], color=HELD_OUT, lw=2.2, label="held out"),
-            Patch(color=HELD_OUT, alpha=0.16, lw=0, label="gap: training is better"),
-            Line2D([], [], color=PALE, lw=1.2, ls=":", label="best epoch, held out"),
-        ]
-    legend_below(figure, handles)
+    legend_below(figure)
     return figure
 
 
 def _draw_fits(
-    axis: Axes, fits: Sequence[Sequence[EpochRow]], which: str, color: str, score: str
+    axis: Axes, fits: Sequence[Sequence[EpochRow]], which: str, score: str, *, color: str, label: str
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]] | None:
     """Draw a score of every fit and their mean; return the epochs and the mean, None if no fit has the score."""
     found = [
@@ -119,7 +115,7 @@ def _draw_fits(
     n_epochs = max(line.shape[1] for line in lines)
     epochs, mean = np.mean([line for line in lines if line.shape[1] == n_epochs], axis=0)
     # A single epoch is a point, which a line would not show.
-    axis.plot(epochs, mean, color=color, lw=2.2, marker="o" if n_epochs == 1 else None)
+    axis.plot(epochs, mean, color=color, lw=2.2, marker="o" if n_epochs == 1 else None, label=label)
     return epochs, mean
 
 
@@ -132,7 +128,8 @@ def _mark_gap(
 ) -> None:
     sign = -1 if score == "loss" else 1
     gaps = sign * (train - held_out)
-    axis.fill_between(epochs, train, held_out, where=(gaps > 0).tolist(), color=HELD_OUT, alpha=0.16, lw=0)
+    looks: dict[str, Any] = {"color": HELD_OUT, "alpha": 0.16, "lw": 0, "label": "gap: training is better"}
+    axis.fill_between(epochs, train, held_out, where=(gaps > 0).tolist(), **looks)
     color = HELD_OUT if gaps[-1] > 0 else PALE
     # In axis coordinates the text stays beside the curves whatever their range.
     middle = (1.0, (train[-1] + held_out[-1]) / 2)
@@ -140,7 +137,7 @@ def _mark_gap(
     label(axis, f"gap\n{gaps[-1]:+.3f}", middle, (6, 0), size=9, color=color, **place)
     best = int(np.argmax(sign * held_out))
     if best < len(epochs) - 1:
-        axis.axvline(float(epochs[best]), color=PALE, lw=1.2, ls=":")
+        axis.axvline(float(epochs[best]), color=PALE, lw=1.2, ls=":", label="best epoch, held out")
 
 
 def draw_panels(cases: Sequence[Case], *, metric: str, title: str) -> Figure:
@@ -162,8 +159,9 @@ def draw_panels(cases: Sequence[Case], *, metric: str, title: str) -> Figure:
     axis.set_yticks(height * (np.arange(len(cases)) + 0.5), names)
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
-    labels = {RIGHT: "true positive", MISSED: "missed (false negative)", EXTRA: "false positive"}
-    legend_below(figure, [Patch(color=color, lw=0, label=text) for color, text in labels.items()])
+    for color, text in ((RIGHT, "true positive"), (MISSED, "missed (false negative)"), (EXTRA, "false positive")):
+        axis.scatter([], [], color=color, marker="s", label=text)
+    legend_below(figure)
     return figure
 
 

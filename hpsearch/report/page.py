@@ -82,7 +82,6 @@ def render_card(rows: StudyRows, final: FinalRow, config: StudyConfig) -> str:
         # Only the folder's own name: where it lies is private.
         dataset=_literal(Path(config.data.images or config.data.root).name),
         n_parameters=n_parameters(config.unet, config.data.n_channels),
-        text=text,
         table=tables.final_scores(rows, final),
     )
 

@@ -6,22 +6,10 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
-from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import EngFormatter, LogLocator
 
 from hpsearch.config.search import Choice, Range
-from hpsearch.report.figures import (
-    HELD_OUT,
-    INK,
-    NAMES,
-    PALE,
-    RIGHT,
-    TRAIN,
-    label,
-    legend_below,
-    new_figure,
-)
+from hpsearch.report.figures import HELD_OUT, INK, NAMES, PALE, RIGHT, TRAIN, label, legend_below, new_figure
 from hpsearch.report.formats import setting
 from hpsearch.report.rows import TrialRow
 from hpsearch.stats.intervals import Floats, Interval
@@ -68,18 +56,15 @@ def draw_ranking(complete: Sequence[TrialRow], tied: Sequence[int], cheapest: in
     floor = floor_of([interval.mean for interval in intervals])
     left = min(interval.low for interval in intervals if interval.mean >= floor)
     for row, (trial, interval) in enumerate(zip(rows, intervals, strict=True)):
-        color = TRAIN if trial.number in tied else PALE
+        color, group = (TRAIN, "tied with the best") if trial.number in tied else (PALE, "worse than the best")
         if interval.mean < floor:
             axis.plot(left, row, "<", color=color, ms=6)
             label(axis, f"{interval.mean:.4f}", (left, row), (8, 0), va="center", size=8.5)
-        else:
-            axis.plot([interval.low, interval.high], [row, row], color=color, lw=1.6)
-            axis.plot(interval.mean, row, "D" if trial.number == cheapest else "o", color=color, ms=6)
-    handles = [_mark(TRAIN, "tied with the best", lw=1.6)]
-    handles.append(_mark(TRAIN, "cheapest of those", lw=1.6, marker="D"))
-    if any(trial.number not in tied for trial in rows):
-        handles.append(_mark(PALE, "worse than the best", lw=1.6))
-    legend_below(figure, handles)
+            continue
+        marker, group = ("D", "cheapest of those") if trial.number == cheapest else ("o", group)
+        looks: dict[str, Any] = {"color": color, "lw": 1.6, "marker": marker, "markevery": [1], "label": group}
+        axis.plot([interval.low, interval.mean, interval.high], [row] * 3, **looks)
+    legend_below(figure)
     return figure
 
 
@@ -91,32 +76,26 @@ def draw_race(trials: Sequence[TrialRow], ranking: Sequence[int], n_folds: int, 
     figure, ((above,), (below,)) = new_figure(11.0, 5.6, 2, sharex=True, height_ratios=[3, 2])
     above.set_ylabel(NAMES[metric])
     below.set_ylabel("folds trained")
+    below.set_xlabel("trial")
     values = _draw_points(above, [(trial.number, trial) for trial in trials])
     if not values:
         above.text(0.5, 0.5, "no trial has a mean or an estimate", transform=above.transAxes, ha="center", color=PALE)
-    handles: list[Any] = [
-        Patch(color=color, lw=0, label=outcome)
-        for outcome, color in OUTCOMES.items()
-        if any(trial.outcome == outcome for trial in trials)
-    ]
+    for trial in trials:
+        looks: dict[str, Any] = {"color": OUTCOMES[trial.outcome], "label": trial.outcome}
+        below.bar(trial.number, sum(trial.epochs) / trial.n_epochs, lw=0, **looks)
+        if not any(trial.epochs) and trial.outcome != "open":
+            below.plot(trial.number, 0.08 * n_folds, "x", color=OUTCOMES[trial.outcome], ms=5)
     if ranking:
         steps = sorted(ranking)
         best = [values[next(number for number in ranking if number <= step)] for step in steps]
         corners = ([*steps, trials[-1].number], [*best, best[-1]])
-        above.plot(*corners, color=INK, lw=1.2, drawstyle="steps-post", zorder=1)
-        handles.append(Line2D([], [], color=INK, lw=1.2, label="best mean so far"))
-    for trial in trials:
-        below.bar(trial.number, sum(trial.epochs) / trial.n_epochs, width=0.8, color=OUTCOMES[trial.outcome], lw=0)
-        if not any(trial.epochs) and trial.outcome != "open":
-            below.plot(trial.number, 0.08 * n_folds, "x", color=OUTCOMES[trial.outcome], ms=5)
+        above.plot(*corners, color=INK, lw=1.2, drawstyle="steps-post", zorder=1, label="best mean so far")
     below.set_ylim(0, n_folds * 1.04)
-    below.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5, min_n_ticks=1))
-    below.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    below.locator_params(integer=True, min_n_ticks=1)
     first, last = trials[0].number, trials[-1].number
     # The bars of a few trials would otherwise fill the figure.
     below.set_xlim(first - 0.6, max(last, first + MIN_PLACES - 1) + 0.6)
-    below.set_xlabel("trial")
-    legend_below(figure, handles)
+    legend_below(figure)
     return figure
 
 
@@ -144,10 +123,7 @@ def draw_slices(
         axis.set_axis_off()
     for axis in axes[:, 0]:
         axis.set_ylabel(NAMES[metric])
-    names = {"complete": "complete: mean", "pruned": "pruned: estimate"}
-    seen = {trial.outcome for trial in trials if trial.value is not None}
-    handles = [_mark(OUTCOMES[each], text) for each, text in names.items() if each in seen]
-    legend_below(figure, [*handles, _ring(best)])
+    legend_below(figure)
     return figure
 
 
@@ -159,14 +135,15 @@ def draw_parallel(
     score = Range(low=floor_of(list(values.values())), high=max(values.values()))
     figure, ((axis,),) = new_figure(11.0, 4.4)
     axis.set_axis_off()
-    for trial in sorted(
-        (trial for trial in trials if trial.number in values), key=lambda trial: values[trial.number]
-    ):
+    known = [trial for trial in trials if trial.number in values]
+    for trial in sorted(known, key=lambda trial: values[trial.number]):
         heights = [position(dimension, trial.params[name]) for name, dimension in dimensions.items()]
         heights.append(position(score, max(values[trial.number], score.low)))
-        alpha = 0.12 + 0.7 * heights[-1] ** 2
-        looks: dict[str, Any] = {"color": TRAIN, "alpha": alpha, "lw": 1.2}
-        axis.plot(heights, **({"color": HELD_OUT, "lw": 2.6, "zorder": 3} if trial.number == best else looks))
+        looks: dict[str, Any] = {"color": HELD_OUT, "lw": 2.6, "zorder": 3, "label": f"trial {best}"}
+        if trial.number != best:
+            alpha = 0.12 + 0.7 * heights[-1] ** 2
+            looks = {"color": TRAIN, "alpha": alpha, "lw": 1.2, "label": "a trial (darker is better)"}
+        axis.plot(heights, **looks)
     for x, (name, dimension) in enumerate([*dimensions.items(), (NAMES[metric], score)]):
         axis.plot([x, x], [0, 1], color=INK, lw=0.9)
         label(axis, name, (x, 0), (0, -10), ha="center", va="top", size=9)
@@ -174,9 +151,7 @@ def draw_parallel(
         for value in _ticks(dimension):
             place = (x, position(dimension, value))
             label(axis, setting(value), place, (5, 0), va="center", size=8, bbox=box, zorder=5)
-    handles = [Line2D([], [], color=TRAIN, lw=1.6, label="a trial (darker is better)")]
-    handles.append(Line2D([], [], color=HELD_OUT, lw=2.6, label=f"trial {best}"))
-    legend_below(figure, handles)
+    legend_below(figure)
     return figure
 
 
@@ -189,33 +164,33 @@ def draw_costs(complete: Sequence[TrialRow], best: int, *, metric: str) -> Figur
         heights = _draw_points(axis, points, best)
         front = [points[i] for i in pareto_front([x for x, _ in points], [trial.value or 0.0 for _, trial in points])]
         corners = [(cost, heights[trial.number]) for cost, trial in front]
-        axis.plot([x for x, _ in corners], [y for _, y in corners], color=RIGHT, lw=1.6, drawstyle="steps-post")
+        looks: dict[str, Any] = {"drawstyle": "steps-post", "label": "Pareto front: no trial is better and cheaper"}
+        axis.plot([x for x, _ in corners], [y for _, y in corners], color=RIGHT, lw=1.6, **looks)
         for (_, trial), corner in [*zip(front, corners, strict=True)][-4:]:
             label(axis, str(trial.number), corner, (0, 8), ha="center", size=8)
         axis.set_xlabel(name)
         axis.set_xscale("log")
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.xaxis.set_minor_locator(NullLocator())
+        axis.minorticks_off()
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    front_handle = Line2D([], [], color=RIGHT, lw=1.6, label="Pareto front: no trial is better and cheaper")
-    legend_below(figure, [_mark(TRAIN, "complete trial"), front_handle, _ring(best)])
+    legend_below(figure)
     return figure
 
 
 def draw_distribution(groups: Sequence[tuple[str, Floats]], *, metric: str) -> Figure:
     """Draw the share of images by score for each group, (name, scores), in bins of 0.05."""
     figure, ((axis,),) = new_figure(9.0, 3.4)
-    handles: list[Any] = []
     for (name, scores), color in zip(groups, (TRAIN, HELD_OUT), strict=False):
         shares = np.full(len(scores), 1 / len(scores))
         looks: dict[str, Any] = {"histtype": "stepfilled", "fc": (color, 0.18), "ec": color, "lw": 1.8}
-        axis.hist(scores, np.linspace(0, 1, 21).tolist(), weights=shares, **looks)
-        axis.axvline(float(np.mean(scores)), color=color, lw=1.2, ls="--")
-        handles.append(Patch(color=color, alpha=0.6, lw=0, label=f"{name} (dashed: mean {np.mean(scores):.3f})"))
+        mean = float(np.mean(scores))
+        title = f"{name} (dashed: mean {mean:.3f})"
+        axis.hist(scores, np.linspace(0, 1, 21).tolist(), weights=shares, label=title, **looks)
+        axis.axvline(mean, color=color, lw=1.2, ls="--")
     axis.set_xlim(0, 1)
     axis.set_xlabel(f"{NAMES[metric]} of an image")
     axis.set_ylabel("share of images")
-    legend_below(figure, handles)
+    legend_below(figure)
     return figure
 
 
@@ -254,8 +229,6 @@ def _ticks(dimension: Choice | Range) -> Sequence[Any]:
     """Return the values that an axis of the parallel coordinates names."""
     if isinstance(dimension, Choice):
         return dimension.values
-    if dimension.is_int and not dimension.log and dimension.high - dimension.low <= 6:
-        return range(int(dimension.low), int(dimension.high) + 1)
     space = np.geomspace if dimension.log else np.linspace
     return [float(value) for value in space(dimension.low, dimension.high, 3)]
 
@@ -271,9 +244,9 @@ def _scale(axis: Axes, dimension: Choice | Range) -> None:
     if dimension.log:
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_locator(NullLocator())
+        axis.minorticks_off()
     else:
-        axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=dimension.is_int, min_n_ticks=1))
+        axis.locator_params(axis="x", nbins=6, integer=dimension.is_int, min_n_ticks=1)
 
 
 def _bars(names: Sequence[str], inches: float, x_label: str) -> tuple[Figure, Axes]:
@@ -295,20 +268,15 @@ def _draw_points(axis: Axes, trials: Sequence[tuple[float, TrialRow]], best: int
     """
     values = {trial.number: trial.value for _, trial in trials if trial.value is not None}
     floor = floor_of(list(values.values()))
+    heights = {number: max(value, floor) for number, value in values.items()}
     for x, trial in trials:
         if trial.number in values:
-            value, color = values[trial.number], OUTCOMES[trial.outcome]
-            face, marker = (color if trial.outcome == "complete" else "white"), ("v" if value < floor else "o")
-            values[trial.number] = max(value, floor)
-            axis.plot(x, max(value, floor), marker, color=color, mfc=face, mew=1.3, ms=5.5, zorder=3)
-            if trial.number == best:
-                axis.plot(x, value, "o", mfc="none", mec=INK, mew=1.4, ms=11, zorder=4)
-    return values
-
-
-def _mark(color: str, text: str, lw: float = 0, marker: str = "o") -> Line2D:
-    return Line2D([], [], color=color, marker=marker, lw=lw, label=text)
-
-
-def _ring(best: int) -> Line2D:
-    return Line2D([], [], marker="o", mfc="none", mec=INK, mew=1.4, ms=10, lw=0, label=f"trial {best}")
+            color, kind = OUTCOMES[trial.outcome], "mean" if trial.outcome == "complete" else "estimate"
+            looks: dict[str, Any] = {"mfc": color if kind == "mean" else "white", "mew": 1.3, "ms": 5.5, "zorder": 3}
+            text = "" if best is None else f"{trial.outcome}: {kind}"
+            marker = "v" if values[trial.number] < floor else "o"
+            axis.plot(x, heights[trial.number], marker, color=color, label=text, **looks)
+        if trial.number == best:
+            looks = {"mfc": "none", "mec": INK, "mew": 1.4, "ms": 11, "zorder": 4, "label": f"trial {best}"}
+            axis.plot(x, heights[trial.number], "o", **looks)
+    return heights

@@ -4,16 +4,16 @@ import json
 import shlex
 from collections import Counter
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-from hpsearch import __version__, paths
+from hpsearch import __version__
 from hpsearch.paths import command_line
 from hpsearch.report import formats
-from hpsearch.report.formats import SCORES, count, interval, number
-from hpsearch.report.rows import FinalRow, FinalScores, StudyRows, TrialRow
+from hpsearch.report.formats import SCORES, count, number
+from hpsearch.report.rows import StudyRows, TrialRow
 from hpsearch.search.racing import ALPHA, MATTERS
 from hpsearch.stats.run_variance import S_GUESS
 from hpsearch.store.test_set_log import describe_evaluation_count
@@ -22,29 +22,31 @@ from hpsearch.training.rows import EpochRow
 
 def render(template: str, **values: Any) -> str:
     """Return a rendered template. Values in HTML are escaped."""
-    return str(_environment().get_template(template).render(**values))
+    return _TEMPLATES.get_template(template).render(**values)
 
 
 def paragraphs(template: str, **values: Any) -> list[str]:
-    """Return the paragraphs of a rendered text, which empty lines separate."""
-    blocks = render(template, **values).split("\n\n")
+    """Return the paragraphs of a rendered text, which empty lines separate.
+
+    answer: about the best configuration of `rows`. race: what pruning saved. methods: for the methods section of a
+    paper. final: about the result `final`; the first one compares it with its prediction, the others are about the
+    post-processing, the ensemble, earlier evaluations, and duplicates; `metric` and `winner` are those of the search.
+    """
+    blocks = render(f"{template}.txt.jinja", **values).split("\n\n")
     return [" ".join(block.split()) for block in blocks if block.strip()]
 
 
-@cache
-def _environment() -> Any:
-    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
-
-    made = Environment(
-        loader=PackageLoader("hpsearch.report"),
-        autoescape=select_autoescape(["html.jinja"]),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=StrictUndefined,
-    )
-    made.globals |= {"version": __version__, "formats": formats, "command_line": paths.command_line}
-    return made
+_TEMPLATES = Environment(
+    loader=PackageLoader("hpsearch.report"),
+    autoescape=select_autoescape(["html.jinja"]),
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+    undefined=StrictUndefined,
+)
+_TEMPLATES.globals |= {"version": __version__, "s_guess": S_GUESS, "alpha": ALPHA, "matters": MATTERS}
+_TEMPLATES.globals |= {f.__name__: f for f in (command_line, describe_evaluation_count, paragraphs)}
+_TEMPLATES.globals["formats"] = formats
 
 
 def progress(rows: StudyRows) -> str:
@@ -53,40 +55,6 @@ def progress(rows: StudyRows) -> str:
     counts = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.most_common())
     text = f"{rows.n_counted} of {count(rows.config.study.trials, 'trial')}"
     return f"{text}: {counts}" if counts else text
-
-
-def answer(rows: StudyRows) -> list[str]:
-    """Return the paragraphs about the best configuration."""
-    return paragraphs("answer.txt.jinja", rows=rows, s_guess=S_GUESS)
-
-
-def race(rows: StudyRows) -> str:
-    """Return what pruning saved."""
-    return " ".join(paragraphs("race.txt.jinja", rows=rows))
-
-
-def methods(rows: StudyRows) -> str:
-    """Return a paragraph for the methods section of a paper."""
-    return " ".join(paragraphs("methods.txt.jinja", rows=rows, matters=MATTERS, alpha=ALPHA))
-
-
-def introduce(final: FinalRow, metric: str) -> str:
-    """Return what was retrained and evaluated, and its test score."""
-    return (
-        f"Trial {final.trial} was retrained on {count(final.n_pool, 'pool image')} "
-        f"({count(max(1, final.n_seeds), 'network')}) and evaluated on {count(final.n_test, 'test image')}: "
-        f"{SCORES[metric]} {interval(final.test[metric])}."
-    )
-
-
-def describe_final(final: FinalScores, metric: str, winner: int | None) -> list[str]:
-    """Return the paragraphs about a final that follow its score; `winner` is the winner of the search.
-
-    The first one compares the score with its prediction. The others are about the post-processing, the ensemble,
-    earlier evaluations, and duplicates.
-    """
-    given = {"final": final, "metric": metric, "winner": winner}
-    return paragraphs("final.txt.jinja", **given, describe_evaluation_count=describe_evaluation_count)
 
 
 def gap(fits: Sequence[Sequence[EpochRow]], metric: str) -> str:

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 REQUIREMENTS = ("mlflow", "torch", "torchvision", "numpy", "pandas", "pillow", "psutil", "safetensors", "tomli-w")
 """Packages that a packed model needs, in the versions that are installed here."""
-ARTIFACT = "final"
-"""Name of the only artifact of a packed model: the folder of a final with nothing but its weights."""
+ARTIFACT = "weights"
+"""Name of the artifact of a packed model that is its network."""
 MODEL = "lesion_masks"
 """Name of a packed model in its run."""
 
@@ -87,7 +87,7 @@ def make_model() -> Any:
             def load_context(self, context: Any) -> None:
                 from hpsearch.inference.predictor import load_predictor
 
-                self._predictor = load_predictor(FinalPaths(Path(context.artifacts[ARTIFACT])).model)
+                self._predictor = load_predictor(Path(context.artifacts[ARTIFACT]))
 
             def predict(
                 self, context: Any, model_input: list[Any], params: dict[str, Any] | None = None
@@ -169,14 +169,12 @@ def _save(weights: Path, folder: Path, run_id: str, model_id: str) -> None:
     versions = [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in REQUIREMENTS]
     with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        final = FinalPaths(Path(temporary) / ARTIFACT)
-        _copy_weights(weights, final)
         entry = Path(temporary) / f"{MODEL}.py"
         entry.write_text(_ENTRY, encoding="utf-8")
         mlflow.pyfunc.save_model(
             folder,
             python_model=str(entry),
-            artifacts={ARTIFACT: str(final.root)},
+            artifacts=_artifacts(weights),
             code_paths=[str(Path(hpsearch.__file__).parent)],
             input_example=[_example().tolist()],
             pip_requirements=versions,
@@ -187,18 +185,14 @@ def _save(weights: Path, folder: Path, run_id: str, model_id: str) -> None:
         shutil.rmtree(path)
 
 
-def _copy_weights(weights: Path, final: FinalPaths) -> None:
-    """Copy the network in `weights`, and the ensemble beside it if `final` selected that for prediction."""
+def _artifacts(weights: Path) -> dict[str, str]:
+    """Return the network, and the ensemble beside it if `final` selected that. MLflow keeps them side by side."""
     from hpsearch.training.checkpoint import load_weights
 
     _, info = load_weights(weights)
-    files = {final.model: weights}
-    if Postprocessing.from_table(info.extra).ensemble:
-        members = FinalPaths(weights.parent).ensemble
-        files |= {final.ensemble / path.name: path for path in members.glob("*.safetensors")}
-    for target, source in files.items():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
+    has_ensemble = Postprocessing.from_table(info.extra).ensemble
+    ensemble = {"ensemble": str(FinalPaths(weights.parent).ensemble)} if has_ensemble else {}
+    return {ARTIFACT: str(weights), **ensemble}
 
 
 def _pixels(image: Any) -> npt.NDArray[np.uint8]:

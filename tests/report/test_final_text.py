@@ -12,7 +12,7 @@ import pytest
 from hpsearch.data.duplicates import DuplicatePair
 from hpsearch.inference.postprocessing import Decision, Postprocessing, SelectedPostprocessing
 from hpsearch.report.rows import FinalRow, study_rows
-from hpsearch.report.text import describe_final
+from hpsearch.report.text import paragraphs
 from hpsearch.stats.intervals import Interval, Paired
 from hpsearch.store.test_set_log import LoggedEvaluation
 from tests.recorded import FakeStudy
@@ -28,7 +28,7 @@ def final(tmp_path_factory: pytest.TempPathFactory) -> FinalRow:
 
 def described(final: FinalRow, winner: int | None = 0, **fields: Any) -> list[str]:
     """The paragraphs about a final with other fields."""
-    return describe_final(dataclasses.replace(final, **fields), "dice", winner)
+    return paragraphs("final", final=dataclasses.replace(final, **fields), metric="dice", winner=winner)
 
 
 @pytest.mark.parametrize(
@@ -100,4 +100,4 @@ def test_a_final_of_version_0_1_without_later_fields_is_described(tmp_path: Path
     study.final(0)
     (row,) = study_rows(study.record).finals
     assert (row.official, row.chosen, row.chosen_test, row.ensemble, row.leaks) == ({}, None, {}, None, ())
-    assert len(describe_final(row, "dice", 0)) == 3
+    assert len(described(row)) == 3

@@ -64,7 +64,7 @@ def test_the_winner_is_the_best_full_trial_and_its_mean_is_the_one_on_record(stu
 
 
 def test_the_race_counts_full_and_dropped_trials_only(study: FakeStudy) -> None:
-    sentence = text.race(study_rows(study.record))
+    (sentence,) = text.paragraphs("race", rows=study_rows(study.record))
     assert sentence.startswith("1 of 3 trials (33%) was pruned before the last fold, 1 of them in the first fold.")
     assert f"took {13 * FIT_S:.0f} s of training, {13 / 18:.0%} of the {18 * FIT_S:.0f} s" in sentence
 
@@ -98,7 +98,7 @@ def test_a_study_without_a_trial_and_one_without_a_full_trial_have_no_winner(tmp
     study.trial("diverged")
     rows = study_rows(study.record)
     assert (len(rows.trials), rows.winner) == (1, None)
-    assert text.race(rows) == "No trial has reached a pruning decision yet."
+    assert text.paragraphs("race", rows=rows) == ["No trial has reached a pruning decision yet."]
 
 
 def test_one_trial_is_its_own_winner_without_a_correction_or_a_gain(tmp_path: Path) -> None:

@@ -11,13 +11,13 @@ from hpsearch.report import text
 @pytest.fixture
 def templates(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     made: dict[str, str] = {}
-    monkeypatch.setattr(text._environment(), "loader", DictLoader(made))
+    monkeypatch.setattr(text._TEMPLATES, "loader", DictLoader(made))
     return made
 
 
 def test_paragraphs_are_separated_by_empty_lines_and_have_single_spaces(templates: dict[str, str]) -> None:
     templates["two.txt.jinja"] = "One\n{{ value }}  line.\n\n\n\nTwo\n. "
-    assert text.paragraphs("two.txt.jinja", value="&") == ["One & line.", "Two ."]
+    assert text.paragraphs("two", value="&") == ["One & line.", "Two ."]
 
 
 def test_html_is_escaped_and_a_missing_value_is_an_error(templates: dict[str, str]) -> None:
