@@ -17,6 +17,7 @@ from matplotlib.text import Text
 
 from hpsearch.report.formats import SCORES
 from hpsearch.report.trial_rows import CURVES, Case
+from hpsearch.stats.intervals import Floats
 from hpsearch.training.rows import EpochRow
 
 # Colours by Okabe and Ito, which people with colour blindness can distinguish.
@@ -102,7 +103,7 @@ def draw_curves(fits: Sequence[Sequence[EpochRow]], *, title: str) -> Figure:
 
 def _draw_fits(
     axis: Axes, fits: Sequence[Sequence[EpochRow]], which: str, score: str, *, color: str, label: str
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]] | None:
+) -> tuple[Floats, Floats] | None:
     """Draw a score of every fit and their mean; return the epochs and the mean, None if no fit has the score."""
     found = [
         [(row.epoch, getattr(scores, score)) for row in rows if (scores := getattr(row, which))] for rows in fits
@@ -119,13 +120,7 @@ def _draw_fits(
     return epochs, mean
 
 
-def _mark_gap(
-    axis: Axes,
-    epochs: npt.NDArray[np.float64],
-    train: npt.NDArray[np.float64],
-    held_out: npt.NDArray[np.float64],
-    score: str,
-) -> None:
+def _mark_gap(axis: Axes, epochs: Floats, train: Floats, held_out: Floats, score: str) -> None:
     sign = -1 if score == "loss" else 1
     gaps = sign * (train - held_out)
     looks: dict[str, Any] = {"color": HELD_OUT, "alpha": 0.16, "lw": 0, "label": "gap: training is better"}

@@ -4,7 +4,7 @@ import base64
 import html
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from hpsearch import paths
 from hpsearch.config import StudyConfig
@@ -19,17 +19,6 @@ from hpsearch.training.rows import EpochRow
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-DPI = 150
-
-
-class Picture(NamedTuple):
-    """A figure as the page shows it."""
-
-    url: str
-    width: int
-    """Width and height in CSS pixels."""
-    height: int
-
 
 def write_report(record: StudyRecord) -> Path:
     """Write report.html and figures/ of a study in its present state, and return the path of the page.
@@ -43,20 +32,21 @@ def write_report(record: StudyRecord) -> Path:
     fits = [] if rows.winner is None else trial_epochs(record, rows.winner.number)
     pictures = {}
     for name, figure in _draw(record, rows, fits):
-        png = to_bytes(figure, dpi=DPI)
+        png = to_bytes(figure, dpi=150)
         for ending, content in ((".png", png), (".pdf", to_bytes(figure, "pdf"))):
             with paths.atomic_write(record.paths.figures / f"{name}{ending}", sync=False) as temporary:
                 temporary.write_bytes(content)
         url = f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
-        pictures[name] = Picture(url, *(round(96 * inches) for inches in figure.get_size_inches()))
+        width, height = (round(96 * inches) for inches in figure.get_size_inches())
+        pictures[name] = {"url": url, "width": width, "height": height}
     paths.write_text(record.paths.report, render(rows, pictures, gap=text.gap(fits, rows.metric)))
     return record.paths.report
 
 
-def render(rows: StudyRows, pictures: Mapping[str, Picture], *, gap: str = "") -> str:
+def render(rows: StudyRows, pictures: Mapping[str, Mapping[str, Any]], *, gap: str = "") -> str:
     """Return the whole page. Figures that are not among the pictures are left out.
 
-    pictures: by name, as `write_report` draws them. gap: the sentence on overfitting.
+    pictures: by name, `url` and size in CSS pixels. gap: the sentence on overfitting.
     """
     return text.render("report.html.jinja", rows=rows, pictures=pictures, gap=gap, text=text, tables=tables)
 

@@ -14,7 +14,7 @@ from hpsearch.inference.postprocessing import SelectedPostprocessing
 from hpsearch.models.costs import n_parameters, why_impossible
 from hpsearch.paths import read_json
 from hpsearch.report.estimates import Estimates
-from hpsearch.report.trial_rows import trial_epochs
+from hpsearch.report.trial_rows import scores_by_fold, trial_epochs
 from hpsearch.search import constant_predictions as constant
 from hpsearch.search.importance import importances
 from hpsearch.stats.intervals import Floats, Interval, Paired, bootstrap_mean
@@ -24,7 +24,6 @@ from hpsearch.store import lock
 from hpsearch.store import test_set_log as log
 from hpsearch.store.record import StudyRecord
 from hpsearch.store.trials import Outcome, Standing, TrialRecord, count_trials
-from hpsearch.training.metrics import SCORES, PixelCounts
 from hpsearch.typed_json import from_json
 from hpsearch.workers.plan import ExecutionPlan, predicted_bytes
 
@@ -305,18 +304,15 @@ def _final_row(
     evaluation = _evaluation_of(record, result, began_at)
     evaluations = log.evaluations_of(record.paths.project, evaluation)
     first = log.first_evaluation_of(evaluations, record.name, began_at) or evaluation
-    fits = [record.fit, record.replicate_fit] if number in record.confirmed() else [record.fit]
-    tables = [np.concatenate([fit(number, fold).counts() for fold in range(record.n_folds)]) for fit in fits]
-    counts = [PixelCounts.from_columns(table) for table in tables]
+    kinds = [record.fit, record.replicate_fit] if number in record.confirmed() else [record.fit]
+    scores = scores_by_fold([[fit(number, fold) for fold in range(record.n_folds)] for fit in kinds])
     return FinalRow(
         **vars(stored),
         name=name,
         trial=number,
         n_seeds=n_seeds,
         ended_at=result["ended_at"],
-        cv={
-            name: bootstrap_mean(np.mean([score(each) for each in counts], axis=0)) for name, score in SCORES.items()
-        },
+        cv={name: bootstrap_mean(np.concatenate(folds)) for name, folds in scores.items()},
         predicted=estimates.predicted(number, n_test=stored.n_test, n_runs=max(1, n_seeds)) if estimates else None,
         scores=_test_scores(record, name),
         n_trials_after=sum(each.began_at > first.at for each in trials),
@@ -331,18 +327,9 @@ def _evaluation_of(record: StudyRecord, result: Mapping[str, Any], study_began_a
     project = record.paths.project
     if (found := log.find_evaluation(project, result.get("look", ""))) is not None:
         return found
-    known = log.LoggedEvaluation(
-        test_set=result.get("test_set", ""),
-        at=result["ended_at"],
-        study=record.name,
-        study_began_at=study_began_at,
-        trial=result["trial"],
-        folder=str(project.root.absolute()),
-        n_images=result["n_test"],
-        metric=result["metric"],
-        score=result["test"][result["metric"]]["mean"],
-        id="",
-    )
+    facts = {"at": result["ended_at"], "study_began_at": study_began_at, "n_images": result["n_test"], "id": ""}
+    facts |= {"folder": str(project.root.absolute()), "score": result["test"][result["metric"]]["mean"]}
+    known = from_json(log.LoggedEvaluation, {"test_set": "", **result, **facts})
     wanted = (known.test_set, known.configuration)
     entries = (each for each in log.evaluations_of(project, known) if each.id)
     return next((each for each in entries if (each.test_set, each.configuration) == wanted), known)

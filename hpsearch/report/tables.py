@@ -1,11 +1,9 @@
-"""Build the tables of a study: the best configuration, the ranking, incomplete trials, test scores."""
+"""Build the tables of a study that depend on what is known: the estimates, the ranking, the scores of a final."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from hpsearch import __version__
-from hpsearch.report import text
-from hpsearch.report.formats import SCORES, bounds, dimension, duration, interval, number, setting
+from hpsearch.report.formats import SCORES, bounds, duration, interval, number, setting
 from hpsearch.report.rows import FinalRow, StudyRows, TrialRow
 from hpsearch.stats.intervals import Interval
 from hpsearch.stats.study_scores import TrialStatistics
@@ -24,9 +22,9 @@ PUBLISHED: dict[str, tuple[str, str, str]] = {
 class Table:
     """A table of texts. The first cell of a line is its heading."""
 
-    head: tuple[str, ...]
-    lines: tuple[tuple[str, ...], ...]
-    shaded: tuple[bool, ...] = ()
+    head: Sequence[str]
+    lines: Sequence[Sequence[str]]
+    shaded: Sequence[bool] = ()
     """Whether a line is highlighted; empty if none is."""
 
     @property
@@ -47,19 +45,6 @@ def estimates(rows: StudyRows) -> list[tuple[str, Interval]]:
         result.append(("corrected for selection", winner.corrected.interval))
     result.append((f"predicted for {winner.n_predicted} test images", predicted))
     return result if final is None else [*result, (f"test, {final.n_test} images", final.test[rows.metric])]
-
-
-def best_configuration(rows: StudyRows) -> Table:
-    """Return the searched settings of the best trial beside those of the default."""
-    assert rows.winner is not None
-    best, default = rows.trial(rows.winner.number), rows.trials[0]
-    return Table(
-        ("setting", f"best (trial {best.number})", f"default (trial {default.number})", "searched"),
-        tuple(
-            (name, setting(best.params[name]), setting(default.params[name]), dimension(searched))
-            for name, searched in rows.config.search
-        ),
-    )
 
 
 def _place(row: TrialRow, rows: StudyRows) -> str:
@@ -109,25 +94,6 @@ def ranking(rows: StudyRows) -> Table:
     return Table(head, tuple(lines), tuple(row.number in rows.winner.tied for row in rows.complete))
 
 
-def incomplete_trials(rows: StudyRows) -> Table:
-    """Return the trials that were not evaluated on all folds, with the place and the reason."""
-    return Table(
-        ("trial", "outcome", "ended at", "estimate", "time", "reason"),
-        tuple(
-            (
-                str(row.number),
-                row.outcome,
-                text.stopped_at(row),
-                number(row.value) if row.value is not None else "",
-                duration(row.seconds),
-                text.reason(row),
-            )
-            for row in rows.trials
-            if row.outcome != "complete"
-        ),
-    )
-
-
 def final_scores(rows: StudyRows, final: FinalRow, *, with_published: bool = False) -> Table:
     """Return every score out of fold and on the test images, optionally beside the published results."""
     columns: dict[str, Mapping[str, Interval]] = {
@@ -146,11 +112,3 @@ def final_scores(rows: StudyRows, final: FinalRow, *, with_published: bool = Fal
             lines.append((title, *ours, *(PUBLISHED.get(name, ("",) * 3) if with_published else ())))
     places = ("challenge, 1st", "2nd", "3rd") if with_published else ()
     return Table(("score", *columns, *places), tuple(lines))
-
-
-def facts(rows: StudyRows) -> Table:
-    """Return what the results depend on besides the settings."""
-    names = {"device_name": "processor", "platform": "operating system"}
-    machine = ((names.get(name, name), value) for name, value in rows.machine.items())
-    study = (("seed", str(rows.config.study.seed)), ("hpsearch", __version__))
-    return Table(("", ""), (*study, ("folds", rows.folds), ("data key", rows.data_key), *machine))

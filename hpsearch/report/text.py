@@ -89,12 +89,6 @@ def commands(rows: StudyRows) -> list[tuple[str, str]]:
     return result
 
 
-def continue_command(rows: StudyRows) -> str:
-    """Return the command that continues the search, with one more trial if all are done."""
-    more = f" --trials {rows.n_counted + 1}" if rows.n_counted >= rows.config.study.trials else ""
-    return command_line(f"study{more}", rows.name)
-
-
 def stopped_at(row: TrialRow) -> str:
     """Return where a trial ended: `fold 2, epoch 3 of 10`."""
     if row.pruned_at is None and set(row.epochs) == {row.n_epochs}:

@@ -13,6 +13,7 @@ from hpsearch.errors import ZIP_ERRORS, CacheError, RecordError
 from hpsearch.paths import FinalPaths
 from hpsearch.store.fits import FitRecord
 from hpsearch.store.record import StudyRecord
+from hpsearch.training.metrics import SCORES, PixelCounts
 from hpsearch.training.rows import EpochRow
 
 CURVES = ("loss", "dice", "jaccard", "accuracy")
@@ -38,6 +39,21 @@ class Case:
 def trial_epochs(record: StudyRecord, number: int) -> list[list[EpochRow]]:
     """Return the epochs of every fold of a trial, finished or not."""
     return [record.fit(number, fold).epochs() for fold in range(record.n_folds)]
+
+
+def image_scores(counts: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[np.float64]]:
+    """Return every score of every image by name, each (n,). `counts` has the columns tp, fp, fn, tn: (n, 4)."""
+    columns = PixelCounts.from_columns(counts)
+    return {name: np.asarray(score(columns), np.float64) for name, score in SCORES.items()}
+
+
+def scores_by_fold(fits: Sequence[Sequence[FitRecord]]) -> dict[str, list[npt.NDArray[np.float64]]]:
+    """Return every score of the held-out images of each fold by name, averaged over the fits of the fold.
+
+    fits: the folds of the first fits, followed by those of the refits, if any.
+    """
+    tables = [[image_scores(fit.counts()) for fit in of_fold] for of_fold in zip(*fits, strict=True)]
+    return {name: [np.mean([each[name] for each in of_fold], axis=0) for of_fold in tables] for name in SCORES}
 
 
 def trial_cases(record: StudyRecord, number: int, *, n_each: int = 2) -> list[Case]:

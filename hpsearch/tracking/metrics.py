@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import numpy as np
-import numpy.typing as npt
 
-from hpsearch.report.trial_rows import CURVES
+from hpsearch.report.trial_rows import CURVES, scores_by_fold
 from hpsearch.store.fits import FitRecord
 from hpsearch.store.trials import Outcome
-from hpsearch.training.metrics import SCORES, PixelCounts
+from hpsearch.training.metrics import SCORES
 
 
 @dataclass(frozen=True)
@@ -23,12 +22,10 @@ class Point:
     step: int
     time_ms: int
     """Recorded Unix time in milliseconds, so that logging a point again changes nothing."""
-    is_revision: bool = False
-    """Whether it replaces an earlier point of its key and step. MLflow shows the latest of them."""
 
     @property
     def place(self) -> tuple[str, int, int]:
-        """Key, step and time, which identify a point within its run."""
+        """Key, step and time, which identify a point within its run. Of equal steps MLflow shows the latest."""
         return self.key, self.step, self.time_ms
 
 
@@ -85,16 +82,14 @@ METRICS: dict[str, dict[str, str | Callable[[Any], float | None]]] = {
 """
 
 
-def points_of(
-    kind: str, source: Any, at: float, metric: str = "", *, step: int = 0, prefix: str = "", is_revision: bool = False
-) -> list[Point]:
+def points_of(kind: str, source: Any, at: float, metric: str = "", *, step: int = 0, prefix: str = "") -> list[Point]:
     """Return the metrics of one kind in `METRICS`, recorded at the Unix time `at` in seconds."""
     values: dict[str, float] = {}
     for name, value in METRICS[kind].items():
         found = value(source) if callable(value) else _look_up(source, value.format(metric=metric))
         if found is not None:
             values[prefix + name.format(metric=metric)] = float(found)
-    return [Point(key, value, step, milliseconds(at), is_revision) for key, value in values.items()]
+    return [Point(key, value, step, milliseconds(at)) for key, value in values.items()]
 
 
 def is_metric(key: str) -> bool:
@@ -105,12 +100,11 @@ def is_metric(key: str) -> bool:
 def cross_validation(fits: Sequence[Sequence[FitRecord]], value: float | None) -> dict[str, Any]:
     """Return the out-of-fold scores of one configuration: `mean` and `std` by score, and `value`.
 
-    fits: the folds of the first fits, followed by those of the refits, if any; their scores are averaged per image.
+    fits: as in `scores_by_fold`.
     value: the recorded mean of the study's metric, which the search used: a mean of float32 scores. The mean is over
     all held-out images, the standard deviation over the means of the folds; a single fold has none.
     """
-    counts = [[image_scores(fit.counts()) for fit in of_fold] for of_fold in zip(*fits, strict=True)]
-    scores = {name: [np.mean([each[name] for each in of_fold], axis=0) for of_fold in counts] for name in SCORES}
+    scores = scores_by_fold(fits)
     std = {
         name: np.std([np.mean(fold) for fold in folds], ddof=1) for name, folds in scores.items() if len(folds) > 1
     }
@@ -119,12 +113,6 @@ def cross_validation(fits: Sequence[Sequence[FitRecord]], value: float | None) -
         "std": std,
         "value": value,
     }
-
-
-def image_scores(counts: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[np.float64]]:
-    """Return every score of every image by name, each (n,). `counts` has the columns tp, fp, fn, tn: (n, 4)."""
-    columns = PixelCounts.from_columns(counts)
-    return {name: np.asarray(score(columns), np.float64) for name, score in SCORES.items()}
 
 
 def _look_up(source: Any, path: str) -> Any:

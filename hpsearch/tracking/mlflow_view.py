@@ -19,7 +19,7 @@ from hpsearch.errors import TrackingError, redact
 from hpsearch.paths import ProjectPaths, StudyPaths
 from hpsearch.store.record import StudyRecord
 from hpsearch.store.trials import Standing
-from hpsearch.tracking import notes, run_files, runs
+from hpsearch.tracking import run_files, runs
 from hpsearch.tracking.metrics import is_metric
 from hpsearch.tracking.mlflow_server import MlflowServer, is_external, is_outage
 from hpsearch.tracking.runs import RANK, WINNER, RunContent, RunSource, key_of
@@ -139,7 +139,7 @@ class MlflowView:
         parent_tag = {"mlflow.parentRunId": experiment.ensure(content, {}).info.run_id}
         failures: list[Exception] = []
         for source in children:
-            if experiment.is_complete(source):
+            if experiment.complete.get(source.key, ()) == source.version:
                 continue
             self._up_to_date.discard(source.key)
             try:
@@ -153,8 +153,6 @@ class MlflowView:
                 self._up_to_date.add(source.key)
         experiment.show_ranking(standing)
         experiment.deliver(study, content, {}, is_last=is_last)
-        if not is_last:
-            run_files.import_figures()
         if failures:
             raise failures[0]
 
@@ -196,9 +194,8 @@ class Experiment:
         """Ids of the runs whose files were written since the experiment was read."""
         self._current: dict[str, Any] = {}
         """Run of each key, without those of an earlier study of the same name."""
-        self._complete: dict[str, object] = {}
+        self.complete: dict[str, object] = {}
         """Key of each run that is complete in MLflow, to the version of its source."""
-        self._ranking: Standing | None = None
 
     def _open(self, record: StudyRecord, began_ms: int, artifact_root: str | None) -> str:
         found = self._client.get_experiment_by_name(record.name)
@@ -232,14 +229,10 @@ class Experiment:
         """Return the run with that key and start; create it if it is missing."""
         identity = (content.key, content.began_ms)
         if identity not in self._runs:
-            tags = {**content.tags, **more_tags}
+            tags = {**more_tags, **content.tags}
             self._runs[identity] = self._client.create_run(self._id, content.began_ms, tags, content.name)
         self._current[content.key] = self._runs[identity]
         return self._runs[identity]
-
-    def is_complete(self, source: RunSource) -> bool:
-        """Return whether a run is complete in MLflow and its source has not changed since."""
-        return source.key in self._complete and self._complete[source.key] == source.version
 
     def deliver(self, source: RunSource, content: RunContent, more_tags: Mapping[str, str], *, is_last: bool) -> None:
         """Bring one run up to date: params, tags and metrics first; files, status and digest once it is complete."""
@@ -249,7 +242,7 @@ class Experiment:
         run_id, tags = run.info.run_id, {**content.tags, **more_tags}
         if source.key == "study":
             # The description of the study changes while it runs.
-            tags |= notes.new_note_tags(run.data.tags, content.note)
+            tags |= runs.new_note_tags(run.data.tags, content.note)
         is_delivered = content.is_complete and run.data.tags.get(DELIVERED) == content.digest
         if not (is_delivered and tags.items() <= run.data.tags.items()):
             params = {key: value for key, value in content.params.items() if key not in run.data.params}
@@ -266,8 +259,8 @@ class Experiment:
             else:
                 self._client.update_run(run_id, status="KILLED" if is_last else content.status)
         if content.is_complete:
-            self._tag(run, {DELIVERED: content.digest, **notes.new_note_tags(run.data.tags, content.note)})
-            self._complete[source.key] = source.version
+            self._tag(run, {DELIVERED: content.digest, **runs.new_note_tags(run.data.tags, content.note)})
+            self.complete[source.key] = source.version
 
     def _log(self, run: Any, kind: str, entities: Sequence[Any], limit: int) -> None:
         for start in range(0, len(entities), limit):
@@ -286,13 +279,9 @@ class Experiment:
         if run.info.run_id not in self._points:
             self._points[run.info.run_id] = {place for place, _ in self._history(run)}
         places = self._points[run.info.run_id]
-        steps = {place[:2] for place in places}
-        # A repeated epoch has a different time but is the same epoch; a revision has a different time on purpose.
-        new = [
-            point
-            for point in content.points
-            if (point.place not in places if point.is_revision else point.place[:2] not in steps)
-        ]
+        # A repeated epoch has another time but is the same epoch. Any other point with another time is a revision.
+        steps = {place[:2] for place in places if place[0].startswith(("fold", "seed"))}
+        new = [point for point in content.points if not (point.place in places or point.place[:2] in steps)]
         places.update(point.place for point in new)
         return new
 
@@ -311,8 +300,6 @@ class Experiment:
 
     def show_ranking(self, standing: Standing) -> None:
         """Tag every trial that can win with its rank, and the winner alone as winner."""
-        if standing == self._ranking:
-            return
         winner = self._current.get(f"trial {standing.winner}")
         for run in self._runs.values():
             if WINNER in run.data.tags and run is not winner:
@@ -321,7 +308,6 @@ class Experiment:
         for place, number in enumerate(standing.ranking, start=1):
             if (run := self._current.get(f"trial {number}")) is not None:
                 self._tag(run, {RANK: f"{place:04d}", **({WINNER: "true"} if run is winner else {})})
-        self._ranking = standing
 
     def reconcile(self, contents: Iterable[RunContent]) -> Rebuilt:
         """Delete runs that contradict the record or are not in it, and create those that are in it anew.
@@ -343,7 +329,9 @@ class Experiment:
             del self._runs[identity]
             n_removed += content is None
             if content is not None:
-                self.ensure(content, runs.people_tags(run.data.tags))
+                # Tags that people added stay, their own description included.
+                own = {"mlflow.runName", DELIVERED, RANK, WINNER}
+                self.ensure(content, {key: value for key, value in run.data.tags.items() if key not in own})
                 n_replaced += 1
         return Rebuilt(n_kept, n_replaced, n_removed)
 
@@ -394,6 +382,6 @@ def _experiment_tags(config: StudyConfig, experiment_id: str, began_ms: int) -> 
     view = {"name": name, "createdAt": began_ms, "updatedAt": began_ms, "state": state}
     return {
         "mlflow.experimentKind": "custom_model_development",
-        notes.NOTE: f"A search by `hpsearch`: the parent run is the study, each child run a trial. [{name}]({page})",
+        runs.NOTE: f"A search by `hpsearch`: the parent run is the study, each child run a trial. [{name}]({page})",
         f"mlflow.sharedViewState.{SAVED_VIEW}": json.dumps(view),
     }

@@ -12,11 +12,10 @@ from typing import Any
 from hpsearch import paths
 from hpsearch.errors import CacheError
 from hpsearch.paths import StudyPaths
-from hpsearch.report.trial_rows import Case, final_cases, trial_cases, trial_epochs
+from hpsearch.report.trial_rows import Case, final_cases, image_scores, trial_cases, trial_epochs
 from hpsearch.store.fits import FitRecord
 from hpsearch.store.record import StudyRecord
 from hpsearch.store.trials import TrialRecord
-from hpsearch.tracking.metrics import image_scores
 from hpsearch.training.metrics import SCORES
 from hpsearch.training.rows import EpochRow
 
@@ -73,11 +72,6 @@ def write_final_files(record: StudyRecord, name: str, folder: Path) -> None:
     _draw_curves(folder, fits, f"{title}: {metric} {result['test'][metric]['mean']:.4f} on the test images")
     read_cases = partial(final_cases, record, final, result["test_key"])
     _draw_panels(folder, read_cases, metric, f"{title}: test images")
-
-
-def import_figures() -> None:
-    """Load the drawing libraries early, so that the end of the study does not wait for them."""
-    from hpsearch.report import figures  # noqa: F401
 
 
 def _copy(folder: Path, *files: Path) -> None:

@@ -7,6 +7,7 @@ of the record: the same record gives the same params, metrics, times and tags. T
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from hpsearch.paths import StudyPaths
 from hpsearch.store.fits import FitRecord
 from hpsearch.store.record import StudyRecord, has_all_replicates
 from hpsearch.store.trials import Outcome, ReplicateRecord, Standing, TrialRecord
-from hpsearch.tracking import notes, run_files
+from hpsearch.tracking import run_files
 from hpsearch.tracking.metrics import Point, cross_validation, milliseconds, points_of
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
@@ -30,9 +31,6 @@ IDENTIFYING_TAGS = {"hpsearch.trial": "trial", "hpsearch.second": "second", "hps
 """Tag that identifies a child run of a study, to the first word of the run's key."""
 WINNER, RANK = "winner", "rank"
 """Tags of trials: `true` for the winner alone; the place in the ranking, zero-padded so that it sorts as text."""
-OUR_TAGS = {"outcome", "reason", "source", "seed", "device", "processor", "precision", "threads", "micro_batch"}
-OUR_TAGS |= {WINNER, RANK}
-"""Tags that hpsearch writes, besides those with a prefix."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,21 +106,11 @@ def run_sources(record: StudyRecord, trials: Sequence[TrialRecord], standing: St
         yield RunSource(f"final {name}", name, read, write, record.paths.final(name).model)
 
 
-def people_tags(tags: Mapping[str, str]) -> dict[str, str]:
-    """Return those tags of a run that people have added, their own description included."""
-    return {
-        key: value
-        for key, value in tags.items()
-        if (key == notes.NOTE and not notes.is_ours(tags))
-        or (key not in OUR_TAGS and not key.startswith(("mlflow.", "hpsearch.", "version.")))
-    }
-
-
 def study_run(record: StudyRecord, trials: Sequence[TrialRecord], standing: Standing) -> RunContent:
     """Return the parent run: the settings of the study, its best value and counts of outcomes after each trial."""
     is_over = record.is_searched(trials) and has_all_replicates(record)
     ends = [trial.ended_at or 0 for trial in trials] + [second.ended_at or 0 for second in record.replicate_records()]
-    search = {f"search.{name}": notes.text_of(dimension.to_toml()) for name, dimension in record.config.search}
+    search = {f"search.{name}": text_of(dimension.to_toml()) for name, dimension in record.config.search}
     return RunContent(
         key="study",
         name=record.name,
@@ -130,7 +118,7 @@ def study_run(record: StudyRecord, trials: Sequence[TrialRecord], standing: Stan
         tags=_common_tags(record, "hpsearch study", None),
         params=_params(record.config) | search,
         points=tuple(_progress(record, trials, standing)),
-        note=notes.study_note(record.config.study.metric, trials, standing),
+        note=_study_note(record.config.study.metric, trials, standing),
         status="FINISHED" if is_over else "RUNNING",
         ended_ms=milliseconds(max(ends)) if is_over else None,
     )
@@ -150,7 +138,7 @@ def trial_run(record: StudyRecord, trial: TrialRecord, standing: Standing) -> Ru
         points = points_of("estimate", trial, trial.ended_at)
     tags = {"hpsearch.trial": str(number), "outcome": trial.outcome or "open", "source": trial.source}
     tags |= {} if trial.micro_batch is None else {"micro_batch": str(trial.micro_batch)}
-    note = notes.trial_note(trial, points, record.config.study.metric, standing)
+    note = _trial_note(trial, record.config.study.metric, standing)
     return _fits_run(record, trial, trial, fits, points, name=f"trial {number:04d}", tags=tags, note=note)
 
 
@@ -163,7 +151,7 @@ def refit_run(record: StudyRecord, second: ReplicateRecord) -> RunContent:
         scores = cross_validation([fits], None)
         points = points_of("cross-validation", scores, second.ended_at or 0, record.config.study.metric)
     tags = {"hpsearch.second": str(number), "outcome": f"refit: {second.outcome or 'open'}", "source": "confirmation"}
-    note = f"Refit of trial {number}: the same folds with new seeds\n\n{notes.searched_params(trial)}"
+    note = f"Refit of trial {number}: the same folds with new seeds\n\n{_searched_params(trial)}"
     return _fits_run(record, trial, second, fits, points, name=f"trial {number:04d}, refit", tags=tags, note=note)
 
 
@@ -209,7 +197,7 @@ def final_run(record: StudyRecord, name: str) -> RunContent:
         tags=tags | {"hpsearch.final": name, "outcome": "final"},
         params=_params(trial.study_config) | params,
         points=(*_fit_points("seed", fits, ended_at), *points_of("final", result, ended_at, result["metric"])),
-        note=notes.final_note(result, trial),
+        note=_final_note(result, trial),
         status="FINISHED",
         ended_ms=milliseconds(ended_at),
     )
@@ -247,7 +235,7 @@ def _value_points(
     if number in standing.confirmed:
         refits = [record.replicate_fit(number, fold) for fold in range(record.n_folds)]
         now = cross_validation([fits, refits], standing.values[number])
-    points += points_of("cross-validation", now, ranked_at, metric, is_revision=True)
+    points += points_of("cross-validation", now, ranked_at, metric)
     return points + points_of("first fits", first, ranked_at, metric)
 
 
@@ -270,10 +258,9 @@ def _ranked_at(record: StudyRecord, standing: Standing) -> float | None:
 def _progress(record: StudyRecord, trials: Sequence[TrialRecord], standing: Standing) -> Iterator[Point]:
     """Return the metrics of the study after each ended trial; the step is the number of ended trials.
 
-    The end of the refits has the step of the last trial before it.
+    While refits count, the best value of the last step is that of the winner.
     """
     metric = record.config.study.metric
-    refitted_at = _ranked_at(record, standing) if standing.confirmed else None
     can_win = {trial.number for trial in record.contenders(trials)}
     values: list[float] = []
     n: Counter[str] = Counter({outcome: 0 for outcome in get_args(Outcome) if outcome != "orphaned"})
@@ -282,16 +269,14 @@ def _progress(record: StudyRecord, trials: Sequence[TrialRecord], standing: Stan
         n[str(trial.outcome)] += 1
         if number in can_win and trial.value is not None:
             values.append(trial.value)
-        is_refitted = refitted_at is not None and at >= refitted_at
-        best = standing.best_value if is_refitted else max(values, default=None)
-        yield from points_of("study", {"best": best, "n": n}, at, metric, step=step)
-    if refitted_at is not None:
-        state, step = {"best": standing.best_value}, sum(at < refitted_at for at, *_ in ended)
-        yield from points_of("study", state, refitted_at, metric, step=step, is_revision=True)
+        yield from points_of("study", {"best": max(values, default=None), "n": n}, at, metric, step=step)
+    if standing.confirmed:
+        at = max(_ranked_at(record, standing) or 0.0, ended[-1][0] + 0.001)
+        yield from points_of("study", {"best": standing.best_value}, at, metric, step=len(ended))
 
 
 def _params(config: StudyConfig) -> dict[str, str]:
-    return {name: notes.text_of(value) for name, value in config.flat().items()}
+    return {name: text_of(value) for name, value in config.flat().items()}
 
 
 def _common_tags(record: StudyRecord, command: str, machine: Mapping[str, Any] | None) -> dict[str, str]:
@@ -307,9 +292,64 @@ def _common_tags(record: StudyRecord, command: str, machine: Mapping[str, Any] |
 
 def _test_set_tags(result: Mapping[str, Any]) -> dict[str, str]:
     """Return which test set was evaluated, how often that had happened, and the post-processing in use."""
-    if "test_set" not in result:
-        return {}
-    tags = {"hpsearch.test_set": result["test_set"], "hpsearch.test_looks": str(result["n_looks"])}
-    if result["leaks"]:
-        tags["hpsearch.test_leaks"] = str(len(result["leaks"]))
-    return tags | ({"hpsearch.choices": notes.text_of(result["chosen"]["choices"])} if result["chosen"] else {})
+    tags = {"test_set": result.get("test_set"), "test_looks": result.get("n_looks")}
+    tags |= {"test_leaks": len(result.get("leaks", ())), "choices": (result.get("chosen") or {}).get("choices")}
+    return {f"hpsearch.{name}": text_of(value) for name, value in tags.items() if value}
+
+
+NOTE, OUR_NOTE = "mlflow.note.content", "hpsearch.note"
+"""Tag with the description of a run, and tag with the digest of the description that hpsearch wrote last."""
+
+
+def is_our_note(tags: Mapping[str, str]) -> bool:
+    """Return whether hpsearch wrote the description of a run with these tags, or nobody did."""
+    return NOTE not in tags or tags.get(OUR_NOTE) == digest(tags[NOTE])
+
+
+def new_note_tags(tags: Mapping[str, str], note: str) -> dict[str, str]:
+    """Return the tags that set the description of a run to `note`; empty if it is set or a person wrote another."""
+    is_new = note and tags.get(NOTE) != note and is_our_note(tags)
+    return {NOTE: note, OUR_NOTE: digest(note)} if is_new else {}
+
+
+def _study_note(metric: str, trials: Sequence[TrialRecord], standing: Standing) -> str:
+    """Return the description of a study: its winner, the value and the params; empty while there is no winner."""
+    winner = next((trial for trial in trials if trial.number == standing.winner), None)
+    if winner is None:
+        return ""
+    fits = ", mean of the first fit and the refit" if winner.number in standing.confirmed else ""
+    value = f"out-of-fold {metric} **{standing.best_value:.4f}**{fits}"
+    return f"Best: **trial {winner.number}**, {value}\n\n{_searched_params(winner)}"
+
+
+def _trial_note(trial: TrialRecord, metric: str, standing: Standing) -> str:
+    """Return the description of an ended trial: its value, or why it has none, and its params."""
+    if trial.outcome == "complete":
+        is_refitted = trial.number in standing.confirmed
+        fits = f", mean of the first fit ({trial.value:.4f}) and the refit" if is_refitted else ""
+        result = f"Out-of-fold {metric} **{standing.values.get(trial.number, trial.value):.4f}**{fits}"
+    else:
+        estimate = "" if trial.value is None else f" (estimated {metric} {trial.value:.4f})"
+        result = f"**{trial.outcome}**{estimate}: {trial.reason}"
+    return f"{result}\n\n{_searched_params(trial)}"
+
+
+def _final_note(result: Mapping[str, Any], trial: TrialRecord) -> str:
+    """Return the description of a final: the score on the test images and what the search had estimated."""
+    metric = result["metric"]
+    test, cv = result["test"][metric], result["cv"]
+    interval = f"{metric.capitalize()} **{test['mean']:.4f}** (95 % interval {test['low']:.4f} to {test['high']:.4f})"
+    estimate = f"the out-of-fold {metric} was {cv['mean']:.4f}"
+    return f"{interval} on {result['n_test']} test images; {estimate}\n\n{_searched_params(trial)}"
+
+
+def _searched_params(trial: TrialRecord) -> str:
+    """Return the suggested params of a trial as one line of Markdown."""
+    shown = (f"{value:.4g}" if isinstance(value, float) else text_of(value) for value in trial.params.values())
+    listed = ", ".join(f"{name} `{value}`" for name, value in zip(trial.params, shown, strict=True))
+    return listed or "the default configuration"
+
+
+def text_of(value: Any) -> str:
+    """Return a setting as text; lists and tables as JSON."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else str(value)
