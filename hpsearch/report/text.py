@@ -59,19 +59,18 @@ def progress(rows: StudyRows) -> str:
 
 def gap(fits: Sequence[Sequence[EpochRow]], metric: str) -> str:
     """Return how much higher training scores than held-out images at half time and at the end; empty if unknown."""
-    ahead: dict[int, list[float]] = {}
-    for row in (row for rows in fits for row in rows):
-        if row.held_out is not None:
-            ahead.setdefault(row.epoch, []).append(getattr(row.train, metric) - getattr(row.held_out, metric))
-    if not ahead:
+    rows = [row for rows in fits for row in rows if row.held_out is not None]
+    if not rows:
         return ""
-    last = max(ahead)
-    half = max(1, last // 2)
+
+    def ahead(epoch: int) -> str:
+        values = [getattr(row.train, metric) - getattr(row.held_out, metric) for row in rows if row.epoch == epoch]
+        return number(float(np.mean(values)), signed=True)
+
+    last = max(row.epoch for row in rows)
     name = f"the {SCORES[metric]} on training images minus that on held-out images"
-    text = f"After epoch {last}, {name} is {number(float(np.mean(ahead[last])), signed=True)}"
-    if half < last:
-        text += f"; after epoch {half} it was {number(float(np.mean(ahead[half])), signed=True)}"
-    return f"{text}. A growing gap is a sign of overfitting."
+    before = f"; after epoch {last // 2} it was {ahead(last // 2)}" if last > 1 else ""
+    return f"After epoch {last}, {name} is {ahead(last)}{before}. A growing gap is a sign of overfitting."
 
 
 def commands(rows: StudyRows) -> list[tuple[str, str]]:

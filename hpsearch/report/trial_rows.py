@@ -21,7 +21,7 @@ CURVES = ("loss", "dice", "jaccard", "accuracy")
 Rank = Literal["best", "median", "worst"]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Case:
     """One image that the network had not seen, with its prediction."""
 
@@ -112,14 +112,7 @@ def _cases(
             f"{cache.path} holds images of {images.shape[1:3]}, the examples are {probabilities.shape[1:3]}"
         )
     return [
-        Case(
-            rank=chosen[i],
-            image_id=cache.ids[int(indices[i])],
-            score=float(scores[i]),
-            image=image,
-            mask=mask > 0,
-            pred=probabilities[i] > 127,
-        )
+        Case(chosen[i], cache.ids[int(indices[i])], float(scores[i]), image, mask > 0, probabilities[i] > 127)
         for i, image, mask in zip(in_order, images, masks, strict=True)
     ]
 

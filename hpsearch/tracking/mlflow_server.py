@@ -3,8 +3,6 @@
 Importing this module imports no MLflow.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import sqlite3

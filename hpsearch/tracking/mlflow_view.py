@@ -114,19 +114,16 @@ class MlflowView:
         Raises TrackingError if that is impossible now.
         """
         name = self._study.name
-        if not self._server.has_data:
-            raise TrackingError(f"nothing is tracked in {self._server.project.root} yet")
         with self._tracking_errors():
             client, _ = self._server.connect(name)
             experiment = client.get_experiment_by_name(name)
             found = pages(client, experiment.experiment_id) if experiment is not None else ()
-            parents = [run.info for run in found if key_of(run.data.tags) == "study"]
-            if not parents:
+            latest = next((run for run in found if key_of(run.data.tags) == "study"), None)
+            if latest is None:
                 raise TrackingError(f"study {name!r} is not in MLflow yet")
-            latest = max(parents, key=lambda info: int(info.start_time))
             with temporary_folder(self._study.tracking) as folder:
                 run_files.write_report_files(self._study, folder)
-                client.log_artifacts(latest.run_id, str(folder))
+                client.log_artifacts(latest.info.run_id, str(folder))
 
     def _update(self, record: StudyRecord, is_last: bool) -> None:
         trials = record.trials()
@@ -362,7 +359,7 @@ def temporary_folder(folder: Path) -> Iterator[Path]:
 
 
 def pages(client: Any, experiment_id: str) -> Iterator[Any]:
-    """Return all runs of an experiment."""
+    """Return all runs of an experiment, the latest first."""
     token, is_first = None, True
     while token or is_first:
         page = client.search_runs([experiment_id], max_results=1000, page_token=token)

@@ -4,8 +4,6 @@ The study is one run; its trials, their refits and the finals are child runs. Th
 of the record: the same record gives the same params, metrics, times and tags. This module imports no MLflow.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections import Counter
@@ -13,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from hpsearch import paths
 from hpsearch.config import StudyConfig, digest
@@ -24,8 +22,7 @@ from hpsearch.store.trials import Outcome, ReplicateRecord, Standing, TrialRecor
 from hpsearch.tracking import run_files
 from hpsearch.tracking.metrics import Point, cross_validation, milliseconds, points_of
 
-Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
-STATUSES: dict[str | None, Status] = {None: "RUNNING", "diverged": "FAILED", "failed": "FAILED", "orphaned": "KILLED"}
+STATUSES: dict[str | None, str] = {None: "RUNNING", "diverged": "FAILED", "failed": "FAILED", "orphaned": "KILLED"}
 """Outcome of a trial to the status of its run. All others are finished; the tag `outcome` says how."""
 IDENTIFYING_TAGS = {"hpsearch.trial": "trial", "hpsearch.second": "second", "hpsearch.final": "final"}
 """Tag that identifies a child run of a study, to the first word of the run's key."""
@@ -47,7 +44,7 @@ class RunContent:
     points: tuple[Point, ...] = ()
     note: str = ""
     """Description in Markdown."""
-    status: Status = "RUNNING"
+    status: str = "RUNNING"
     ended_ms: int | None = None
 
     @property
