@@ -51,6 +51,6 @@ def quick_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 def draw_quickly(patch: pytest.MonkeyPatch) -> None:
     from hpsearch.report import figures
 
-    patch.setattr(figures, "to_png", lambda figure: b"a figure")
+    patch.setattr(figures, "to_bytes", lambda figure: b"a figure")
     patch.setattr(figures, "draw_curves", lambda points, title: None)
     patch.setattr(figures, "draw_panels", lambda cases, metric, title: None)

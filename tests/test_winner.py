@@ -10,9 +10,9 @@ import optuna
 import pytest
 
 from hpsearch.cli.progress import StudyProgress
-from hpsearch.report import text as sentences
 from hpsearch.report.estimates import Estimates
 from hpsearch.report.rows import study_rows
+from hpsearch.report.text import paragraphs
 from hpsearch.search.optuna_view import OptunaView, sqlite_url
 from hpsearch.search.status import study_status
 from hpsearch.store.record import StudyRecord
@@ -266,7 +266,7 @@ class TestEqualConfigurations:
         estimates = Estimates.of(record)
         assert estimates is not None
         assert (estimates.winner, estimates.complete, estimates.gain(0)) == (0, (0, 2), None)
-        text = " ".join(sentences.answer(study_rows(record)))
+        text = " ".join(paragraphs("answer", rows=study_rows(record)))
         assert "It is the default configuration: the search has found nothing better so far." in text
         assert "gains" not in text
         update(twins)
@@ -282,7 +282,7 @@ class TestEqualConfigurations:
 
     def test_a_copy_of_a_default_that_was_not_evaluated_fully_is_the_default_too(self, twins: FakeStudy) -> None:
         twins.record.write_trial(_with(twins.record.trial(0), outcome="failed", value=None))
-        text = " ".join(sentences.answer(study_rows(twins.record)))
+        text = " ".join(paragraphs("answer", rows=study_rows(twins.record)))
         assert "Trial 1 is the best" in text
         assert "It is the default configuration" in text
 

@@ -143,10 +143,11 @@ def _line(title: str, name: str, interval: Interval) -> str:
 
 
 def _sentences(result: FinalResult) -> Iterator[str]:
-    from hpsearch.report import final_text
     from hpsearch.report.formats import interval
+    from hpsearch.report.text import paragraphs
 
-    yield final_text.compare(result.predicted, result.test[result.metric].mean, result.winner)
+    comparison, *others = paragraphs("final", final=result, metric=result.metric, winner=result.winner)
+    yield comparison
     gain, of_winner = result.against_default, result.winner_against_default
     if result.is_default and result.trial.number == result.winner:
         yield "This is the default configuration: the search found nothing better."
@@ -158,4 +159,4 @@ def _sentences(result: FinalResult) -> Iterator[str]:
     elif gain is not None:
         text = interval(gain, signed=True)
         yield f"The gain over the default (trial 0) is {text} out of fold, corrected for selection."
-    yield from final_text.describe(result, result.metric)
+    yield from others

@@ -23,10 +23,10 @@ from hpsearch.inference.scoring import COLUMNS, mask_name, read_mask, score_tabl
 from hpsearch.paths import FinalPaths, FitPaths, ProjectPaths
 from hpsearch.report import trial_rows
 from hpsearch.report.estimates import Estimates
-from hpsearch.report.finals import EnsembleResult, FinalScores
+from hpsearch.report.rows import EnsembleResult, FinalScores
 from hpsearch.stats.intervals import Interval, Paired, bootstrap_mean, paired_difference
 from hpsearch.stats.selection import Corrected
-from hpsearch.store.fits import load_array
+from hpsearch.store.fits import FitRecord, load_array
 from hpsearch.store.record import StudyRecord
 from hpsearch.store.test_set_log import (
     LoggedEvaluation,
@@ -264,9 +264,9 @@ def draw(record: StudyRecord, folder: FinalPaths, n_seeds: int, result: FinalRes
     from hpsearch.report import figures
 
     title = f"{result.study}, trial {result.trial.number}, retrained"
-    curves = figures.draw_curves(trial_rows.final_curves(folder, n_seeds), title=title)
+    curves = figures.draw_curves([FitRecord(folder.seed(index)).epochs() for index in range(n_seeds)], title=title)
     cases = trial_rows.final_cases(record, folder, test.key)
     panels = figures.draw_panels(cases, metric=result.metric, title=f"{title}: test images")
     for path, figure in ((folder.curves, curves), (folder.panels, panels)):
         with paths.atomic_write(path) as temporary:
-            temporary.write_bytes(figures.to_png(figure))
+            temporary.write_bytes(figures.to_bytes(figure))

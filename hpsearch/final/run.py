@@ -35,7 +35,7 @@ from hpsearch.final.result import (
 )
 from hpsearch.inference.postprocessing import Postprocessing, SelectedPostprocessing
 from hpsearch.paths import ProjectPaths
-from hpsearch.report.card import model_card
+from hpsearch.report.page import model_card
 from hpsearch.search.autotune import MachineChoice, plan_for_one_fit
 from hpsearch.search.evaluation import pool_job
 from hpsearch.search.stopping import Stop

@@ -1,13 +1,12 @@
 """Estimate from the record what a study's complete trials score: statistics, winner, ties, gains and predictions."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Self
 
 import numpy as np
 
+from hpsearch.report.trial_rows import trial_epochs
 from hpsearch.stats.intervals import Interval, Paired
 from hpsearch.stats.selection import (
     Corrected,
@@ -21,27 +20,6 @@ from hpsearch.stats.study_scores import StudyScores, TrialStatistics, trial_stat
 from hpsearch.store.record import StudyRecord
 
 
-def study_scores(record: StudyRecord, complete: Sequence[int]) -> StudyScores:
-    """Return the final scores of the complete trials with these numbers, on the held-out images.
-
-    Replicates are included once all of them have ended, pruned trials with the folds that they finished.
-    """
-    fold_of = np.asarray(record.folds.fold_of, np.int64)
-    held_out = np.flatnonzero(fold_of >= 0)
-    standing = record.standing()
-    replicated = [number for number in standing.confirmed if number in complete]
-    pruned = [record.out_of_fold(trial.number)[held_out] for trial in record.trials() if trial.outcome == "pruned"]
-    pruned = [scores for scores in pruned if np.isfinite(scores).any()]
-    return StudyScores(
-        scores=np.stack([record.out_of_fold(number)[held_out] for number in complete]),
-        fold_of=fold_of[held_out],
-        replicated=tuple(complete.index(number) for number in replicated),
-        replicates=np.stack([record.replicate_out_of_fold(n)[held_out] for n in replicated]) if replicated else None,
-        winner=complete.index(standing.winner) if standing.winner in complete else None,
-        pruned=np.stack(pruned) if pruned else None,
-    )
-
-
 @dataclass(frozen=True, eq=False)
 class Estimates:
     """Estimates about the complete trials of a study, which are named by their numbers."""
@@ -51,10 +29,30 @@ class Estimates:
     scores: StudyScores
 
     @classmethod
-    def of(cls, record: StudyRecord) -> Estimates | None:
-        """Return the estimates of a study; None while no trial is complete."""
-        complete = tuple(trial.number for trial in record.complete_trials())
-        return cls(complete, study_scores(record, complete)) if complete else None
+    def of(cls, record: StudyRecord) -> Self | None:
+        """Return the estimates of a study; None while no trial is complete.
+
+        Replicates are included once all of them have ended, pruned trials with the folds that they finished.
+        """
+        trials = record.trials()
+        standing = record.standing(trials)
+        complete = tuple(sorted(standing.ranking))
+        if not complete:
+            return None
+        fold_of = np.asarray(record.folds.fold_of, np.int64)
+        held_out = np.flatnonzero(fold_of >= 0)
+        replicates = [record.replicate_out_of_fold(number)[held_out] for number in standing.confirmed]
+        pruned = [record.out_of_fold(trial.number)[held_out] for trial in trials if trial.outcome == "pruned"]
+        pruned = [scores for scores in pruned if np.isfinite(scores).any()]
+        scores = StudyScores(
+            scores=np.stack([record.out_of_fold(number)[held_out] for number in complete]),
+            fold_of=fold_of[held_out],
+            replicated=tuple(complete.index(number) for number in standing.confirmed),
+            replicates=np.stack(replicates) if replicates else None,
+            winner=complete.index(standing.ranking[0]),
+            pruned=np.stack(pruned) if pruned else None,
+        )
+        return cls(complete, scores)
 
     @cached_property
     def statistics(self) -> dict[int, TrialStatistics]:
@@ -79,7 +77,9 @@ class Estimates:
 
     def cheapest_tied(self, record: StudyRecord) -> int:
         """Return the tied trial whose cross-validation took the least time."""
-        return cheapest(self.tied, {number: cross_validation_s(record, number) for number in self.tied})
+        fits = {number: trial_epochs(record, number) for number in self.tied}
+        seconds = {number: sum(row.seconds for rows in fits[number] for row in rows) for number in self.tied}
+        return cheapest(self.tied, seconds)
 
     def predicted(self, trial: int, *, n_test: int, n_runs: int = 1) -> Interval | None:
         """Predict the mean of the retrained winner on `n_test` new images; None for any other trial."""
@@ -92,9 +92,3 @@ class Estimates:
         if trial == 0 or 0 not in self.complete:
             return None
         return corrected_gain(self.scores, self.complete.index(trial), self.complete.index(0))
-
-
-def cross_validation_s(record: StudyRecord, number: int) -> float:
-    """Return the seconds of training and evaluation of a trial's first fits."""
-    fits = (record.fit(number, fold) for fold in range(record.n_folds))
-    return float(sum(row.seconds for fit in fits for row in fit.epochs()))

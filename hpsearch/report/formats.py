@@ -1,7 +1,5 @@
 """Format names, numbers, durations and times for people. Everything that is shown goes through here."""
 
-from __future__ import annotations
-
 import datetime as dt
 from typing import Any
 

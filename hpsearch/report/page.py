@@ -1,38 +1,23 @@
-"""Write the report of a study: one HTML file that loads nothing, and its figures as PNG and PDF."""
-
-from __future__ import annotations
+"""Write the report of a study, one HTML file that loads nothing and its figures, and the cards of its models."""
 
 import base64
+import html
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hpsearch import paths
+from hpsearch.config import StudyConfig
 from hpsearch.errors import CacheError
-from hpsearch.report import final_text, tables, templating, text
-from hpsearch.report.rows import StudyRows, study_rows
-from hpsearch.report.trial_rows import Case, CurvePoint, trial_cases, trial_curves
+from hpsearch.models.costs import n_parameters
+from hpsearch.report import tables, text
+from hpsearch.report.rows import FinalRow, StudyRows, study_rows
+from hpsearch.report.trial_rows import trial_cases, trial_epochs
 from hpsearch.store.record import StudyRecord
+from hpsearch.training.rows import EpochRow
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-DPI = 150
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure as the page shows it."""
-
-    png: bytes
-    width: int
-    """Width and height in CSS pixels."""
-    height: int
-
-    @property
-    def url(self) -> str:
-        return f"data:image/png;base64,{base64.b64encode(self.png).decode('ascii')}"
 
 
 def write_report(record: StudyRecord) -> Path:
@@ -41,42 +26,63 @@ def write_report(record: StudyRecord) -> Path:
     Raises RecordError if the study's folder is damaged or holds no folds yet, StorageError if the disk refuses.
     """
     # Matplotlib takes half a second to import.
-    from hpsearch.report.figures import to_pdf, to_png
+    from hpsearch.report.figures import to_bytes
 
     rows = study_rows(record)
-    winner = rows.winner.number if rows.winner is not None else None
-    points = trial_curves(record, winner) if winner is not None else []
+    fits = [] if rows.winner is None else trial_epochs(record, rows.winner.number)
     pictures = {}
-    for name, figure in _draw(rows, points, _read_cases(record, winner)):
-        png = to_png(figure, dpi=DPI)
-        for ending, content in ((".png", png), (".pdf", to_pdf(figure))):
+    for name, figure in _draw(record, rows, fits):
+        png = to_bytes(figure, dpi=150)
+        for ending, content in ((".png", png), (".pdf", to_bytes(figure, "pdf"))):
             with paths.atomic_write(record.paths.figures / f"{name}{ending}", sync=False) as temporary:
                 temporary.write_bytes(content)
-        width, height = figure.get_size_inches()
-        pictures[name] = Picture(png, round(96 * width), round(96 * height))
-    paths.write_text(record.paths.report, render(rows, pictures, gap=text.gap(points, rows.metric)))
+        url = f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
+        width, height = (round(96 * inches) for inches in figure.get_size_inches())
+        pictures[name] = {"url": url, "width": width, "height": height}
+    paths.write_text(record.paths.report, render(rows, pictures, gap=text.gap(fits, rows.metric)))
     return record.paths.report
 
 
-def render(rows: StudyRows, pictures: Mapping[str, Picture], *, gap: str = "") -> str:
+def render(rows: StudyRows, pictures: Mapping[str, Mapping[str, Any]], *, gap: str = "") -> str:
     """Return the whole page. Figures that are not among the pictures are left out.
 
-    pictures: by name, as `write_report` draws them. gap: the sentence on overfitting.
+    pictures: by name, `url` and size in CSS pixels. gap: the sentence on overfitting.
     """
-    modules = {"text": text, "final_text": final_text, "tables": tables}
-    return templating.render("report.html.jinja", rows=rows, pictures=pictures, gap=gap, **modules)
+    return text.render("report.html.jinja", rows=rows, pictures=pictures, gap=gap, text=text, tables=tables)
 
 
-def _read_cases(record: StudyRecord, number: int | None) -> list[Case]:
-    """Return the held-out images to show; none if the decoded images were removed to save space."""
-    try:
-        return trial_cases(record, number) if number is not None else []
-    except CacheError:
-        return []
+def model_card(record: StudyRecord, name: str) -> str:
+    """Return the card, in Markdown, of the final of that name (`trial-0007`), whose result must be on record.
+
+    Raises RecordError if the study's folder is damaged.
+    """
+    rows = study_rows(record)
+    final = next(final for final in rows.finals if final.name == name)
+    return render_card(rows, final, record.trial(final.trial).study_config)
 
 
-def _draw(rows: StudyRows, points: Sequence[CurvePoint], cases: Sequence[Case]) -> Iterator[tuple[str, Figure]]:
-    """Yield (name, figure) of every figure that the rows have data for."""
+def render_card(rows: StudyRows, final: FinalRow, config: StudyConfig) -> str:
+    """Return the card of a final with its configuration."""
+    return text.render(
+        "card.md.jinja",
+        rows=rows,
+        final=final,
+        config=config,
+        name=_literal(rows.name),
+        # Only the folder's own name: where it lies is private.
+        dataset=_literal(Path(config.data.images or config.data.root).name),
+        n_parameters=n_parameters(config.unet, config.data.n_channels),
+        table=tables.final_scores(rows, final),
+    )
+
+
+def _literal(name: str) -> str:
+    """Escape everything that Markdown would interpret."""
+    return html.escape(name).replace("`", "'").replace("|", "/").replace("\n", " ")
+
+
+def _draw(record: StudyRecord, rows: StudyRows, fits: Sequence[Sequence[EpochRow]]) -> Iterator[tuple[str, "Figure"]]:
+    """Yield (name, figure) of every figure that there are data for."""
     from hpsearch.report import figures, study_figures
 
     metric, winner, dimensions = rows.metric, rows.winner, dict(rows.config.search)
@@ -94,7 +100,12 @@ def _draw(rows: StudyRows, points: Sequence[CurvePoint], cases: Sequence[Case]) 
         yield "parallel", study_figures.draw_parallel(rows.trials, dimensions, best, metric=metric)
     yield "costs", study_figures.draw_costs(rows.complete, best, metric=metric)
     title = f"{rows.name}, trial {best}"
-    yield "curves", figures.draw_curves(points, title=title)
+    yield "curves", figures.draw_curves(fits, title=title)
+    try:
+        cases = trial_cases(record, best)
+    except CacheError:
+        # People may remove the decoded images to save space.
+        cases = []
     if cases:
         yield "cases", figures.draw_panels(cases, metric=metric, title=f"{title}: held-out images")
     groups = [(f"{rows.n_images} held-out images, trial {best}", winner.scores)]

@@ -1,23 +1,27 @@
 """Read from the record what the report of a study shows, as typed rows. Knows no drawing and no HTML."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import dataclass
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
 from hpsearch.config import StudyConfig, get_setting
+from hpsearch.data.duplicates import DuplicatePair
+from hpsearch.errors import RecordError
+from hpsearch.inference.postprocessing import SelectedPostprocessing
 from hpsearch.models.costs import n_parameters, why_impossible
+from hpsearch.paths import read_json
 from hpsearch.report.estimates import Estimates
-from hpsearch.report.finals import FinalRow, final_rows
+from hpsearch.report.trial_rows import scores_by_fold, trial_epochs
 from hpsearch.search.constant_predictions import constant_warnings
 from hpsearch.search.importance import importances
-from hpsearch.stats.intervals import Floats, Interval, Paired
+from hpsearch.stats.intervals import Floats, Interval, Paired, bootstrap_mean
 from hpsearch.stats.selection import Corrected
 from hpsearch.stats.study_scores import TrialStatistics
 from hpsearch.store import lock
+from hpsearch.store import test_set_log as log
 from hpsearch.store.record import StudyRecord
 from hpsearch.store.trials import Outcome, Standing, TrialRecord, count_trials
 from hpsearch.typed_json import from_json
@@ -39,18 +43,12 @@ class TrialRow:
     """Mean if complete, estimate if pruned."""
     statistics: TrialStatistics | None
     """Statistics of complete trials, over both fits if replicated."""
-    is_replicated: bool
-    """Whether it was refitted with new seeds, and both fits count."""
     epochs: tuple[int, ...]
     """Epochs done, by fold."""
     n_epochs: int
     """Epochs of a whole fit."""
-    n_finished: int
-    """Folds that were trained to the end."""
     seconds: float
     """Training and evaluation so far."""
-    whole_s: float | None
-    """Extrapolated seconds of all folds; None before the first epoch."""
     memory_bytes: int | None
     """Predicted peak of a training step; None for an impossible network, or without a plan."""
     n_parameters: int | None
@@ -58,6 +56,11 @@ class TrialRow:
     reason: str
     pruned_at: tuple[int, int] | None
     """Fold (from 0) and epoch (from 1) of the decision, if it was pruned."""
+
+    @property
+    def whole_s(self) -> float:
+        """Extrapolated seconds of all folds; 0 before the first epoch."""
+        return self.seconds / (sum(self.epochs) or 1) * self.n_epochs * len(self.epochs)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,16 +87,71 @@ class Winner:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Race:
-    """Training time that pruning saved, over the complete and pruned trials."""
+class EnsembleResult:
+    """The ensemble of the fold networks, compared with the network that was trained on the whole pool."""
 
-    spent_s: float
-    whole_s: float
-    """Cross-validation of all of them on all folds, each at its own pace."""
+    n_networks: int
+    test: dict[str, Interval]
+    """As in `FinalScores.chosen_test`: with the selected post-processing, if there is any."""
+    official: dict[str, Interval]
+    gain: Paired
+    """Gain in the study's metric over the retrained network, on the same test images at the size of the search."""
 
-    @property
-    def share(self) -> float:
-        return self.spent_s / self.whole_s
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StoredScores:
+    """Test scores of a retrained configuration, as final.json holds them; that of version 0.1 lacks some."""
+
+    n_pool: int
+    """Number of pool images that the networks were trained on."""
+    n_test: int
+    """Number of test images."""
+    test: dict[str, Interval]
+    """Score by name at the size of the search: mean over images, and over seeds, with its 95 % interval over images.
+    Scored as all trials are: threshold 0.5, no test-time augmentation, no cleaning."""
+    official: dict[str, Interval] = field(default_factory=dict)
+    """Official score by name, at each image's own resolution, of the network that is kept (the first seed's) with its
+    post-processing. Mean over images with its 95 % interval; empty if they were not computed."""
+    chosen: SelectedPostprocessing | None = None
+    """Post-processing selected on out-of-fold predictions; None if no fold networks were kept."""
+    chosen_test: dict[str, Interval] = field(default_factory=dict)
+    """Like `test`, of the network that is kept, with the selected post-processing; empty if there is none."""
+    ensemble: EnsembleResult | None = None
+    """The ensemble of the fold networks; None unless it was asked for."""
+    leaks: tuple[DuplicatePair, ...] = ()
+    """Duplicates and near-duplicates with one image in the pool and one in the test split."""
+    without_leaks: float | None = None
+    """Mean of the study's metric over the test images without duplicates; None without leaks, or if all have one."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FinalScores(StoredScores):
+    """Test scores of a retrained configuration, and what they may be compared with."""
+
+    predicted: Interval | None
+    """Prediction of the search for this many test images, with its 95 % interval; None if it is not the winner."""
+    evaluation: log.LoggedEvaluation
+    """This evaluation of the test images, as recorded in the account of test-set evaluations."""
+    evaluations: tuple[log.LoggedEvaluation, ...]
+    """All known evaluations of any of these test images, this one included, in the order of time."""
+    n_evaluations_before: int
+    """Number of evaluations before the study began."""
+    n_trials_after: int
+    """Number of trials of the study that began after its first evaluation of these images."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FinalRow(FinalScores):
+    """One final of a study as the report shows it."""
+
+    name: str
+    trial: int
+    n_seeds: int
+    ended_at: float
+    cv: dict[str, Interval]
+    """Out-of-fold score by name: mean over images with its 95 % interval over images."""
+    scores: Floats
+    """The study's metric on every test image, mean over the networks."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -115,8 +173,6 @@ class StudyRows:
     """The ranking of the trials that can win, and the values by which they are ranked."""
     winner: Winner | None
     """None while no trial is complete."""
-    race: Race | None
-    """None while no trial is complete or pruned."""
     replicates: tuple[int, int] | None
     """Replicate fits done and to do, while some are missing; None before and after."""
     importances: dict[str, float]
@@ -148,19 +204,13 @@ class StudyRows:
         """The trials that can win, best first."""
         return tuple(self.trial(number) for number in self.standing.ranking)
 
-    @property
-    def n_replicated(self) -> int:
-        """Number of trials that were refitted with new seeds."""
-        return len(self.standing.confirmed)
-
     def trial(self, number: int) -> TrialRow:
         return next(row for row in self.trials if row.number == number)
 
     @property
     def winner_final(self) -> FinalRow | None:
         """The last final of the winner."""
-        number = self.winner.number if self.winner is not None else None
-        return next((final for final in reversed(self.finals) if final.trial == number), None)
+        return next((final for final in reversed(self.finals) if final.trial == self.standing.winner), None)
 
 
 def study_rows(record: StudyRecord) -> StudyRows:
@@ -169,9 +219,8 @@ def study_rows(record: StudyRecord) -> StudyRows:
     Raises RecordError if the folder is damaged, or if the study has no folds yet.
     """
     trials, estimates = record.trials(), Estimates.of(record)
-    standing = record.standing(trials)
-    rows = tuple(_trial_row(record, trial, estimates, standing.confirmed) for trial in trials)
-    finals = final_rows(record, estimates, trials)
+    finals = [_final_row(record, name, estimates, trials) for name in record.paths.final_names()]
+    finals.sort(key=lambda final: (final.ended_at, final.name))
     times = [trial.ended_at or trial.began_at for trial in trials] + [final.ended_at for final in finals]
     return StudyRows(
         name=record.name,
@@ -181,13 +230,12 @@ def study_rows(record: StudyRecord) -> StudyRows:
         is_running=lock.is_held(record.paths),
         updated_at=max(times, default=0.0),
         n_counted=count_trials(trials),
-        trials=rows,
-        standing=standing,
+        trials=tuple(_trial_row(record, trial, estimates) for trial in trials),
+        standing=record.standing(trials),
         winner=_winner(record, estimates, finals) if estimates is not None else None,
-        race=_race(rows),
         replicates=_replicates(record),
         importances=importances(record),
-        finals=finals,
+        finals=tuple(finals),
         data_key=record.data_key(),
         folds=f"{record.folds.method}, SHA-256 {record.folds.to_dict()['digest']}",
         machine={name: str(value) for name, value in ((record.plan() or {}).get("machine") or {}).items()},
@@ -195,42 +243,26 @@ def study_rows(record: StudyRecord) -> StudyRows:
     )
 
 
-def _trial_row(
-    record: StudyRecord, trial: TrialRecord, estimates: Estimates | None, replicated: Sequence[int]
-) -> TrialRow:
-    config, data = trial.study_config, trial.study_config.data
+def _trial_row(record: StudyRecord, trial: TrialRecord, estimates: Estimates | None) -> TrialRow:
+    config, data, plan = trial.study_config, trial.study_config.data, record.plan()
     statistics = estimates.statistics.get(trial.number) if estimates is not None else None
-    fits = [record.fit(trial.number, fold) for fold in range(record.n_folds)]
-    epochs = [fit.epochs() for fit in fits]
-    n_done = sum(len(rows) for rows in epochs)
-    seconds = float(sum(row.seconds for rows in epochs for row in rows))
+    epochs = trial_epochs(record, trial.number)
     decision = next((each for each in reversed(trial.decisions) if each.drop), None)
     is_possible = why_impossible(config.unet, data.n_channels, data.height, data.width) is None
-    plan = record.plan()
     return TrialRow(
         number=trial.number,
         outcome=trial.outcome or "open",
         params={name: get_setting(config, name) for name, _ in record.config.search},
         value=trial.value if statistics is None else statistics.mean,
         statistics=statistics,
-        is_replicated=trial.number in replicated,
-        epochs=tuple(len(rows) for rows in epochs),
+        epochs=tuple(map(len, epochs)),
         n_epochs=config.train.epochs,
-        n_finished=sum(fit.is_finished for fit in fits),
-        seconds=seconds,
-        whole_s=seconds / n_done * config.train.epochs * record.n_folds if n_done else None,
+        seconds=float(sum(row.seconds for rows in epochs for row in rows)),
         memory_bytes=predicted_bytes(config, from_json(ExecutionPlan, plan)) if is_possible and plan else None,
         n_parameters=n_parameters(config.unet, data.n_channels) if is_possible else None,
         reason=trial.reason,
         pruned_at=(decision.fold, decision.epoch) if trial.outcome == "pruned" and decision else None,
     )
-
-
-def _race(rows: Sequence[TrialRow]) -> Race | None:
-    ended = [row for row in rows if row.outcome in ("complete", "pruned") and row.whole_s is not None]
-    if not ended:
-        return None
-    return Race(spent_s=sum(row.seconds for row in ended), whole_s=sum(row.whole_s or 0 for row in ended))
 
 
 def _replicates(record: StudyRecord) -> tuple[int, int] | None:
@@ -261,3 +293,52 @@ def _winner(record: StudyRecord, estimates: Estimates, finals: Sequence[FinalRow
         cheapest=estimates.cheapest_tied(record),
         scores=estimates.scores.joint[estimates.corrected.trial],
     )
+
+
+def _final_row(
+    record: StudyRecord, name: str, estimates: Estimates | None, trials: Sequence[TrialRecord]
+) -> FinalRow:
+    result = read_json(record.paths.final(name).result)
+    stored = from_json(StoredScores, result)
+    number, n_seeds, began_at = result["trial"], result["n_seeds"], trials[0].began_at
+    evaluation = _evaluation_of(record, result, began_at)
+    evaluations = log.evaluations_of(record.paths.project, evaluation)
+    first = log.first_evaluation_of(evaluations, record.name, began_at) or evaluation
+    kinds = [record.fit, record.replicate_fit] if number in record.confirmed() else [record.fit]
+    scores = scores_by_fold([[fit(number, fold) for fold in range(record.n_folds)] for fit in kinds])
+    return FinalRow(
+        **vars(stored),
+        name=name,
+        trial=number,
+        n_seeds=n_seeds,
+        ended_at=result["ended_at"],
+        cv={name: bootstrap_mean(np.concatenate(folds)) for name, folds in scores.items()},
+        predicted=estimates.predicted(number, n_test=stored.n_test, n_runs=max(1, n_seeds)) if estimates else None,
+        scores=_test_scores(record, name),
+        n_trials_after=sum(each.began_at > first.at for each in trials),
+        n_evaluations_before=log.n_evaluations_before(evaluations, began_at),
+        evaluation=evaluation,
+        evaluations=evaluations,
+    )
+
+
+def _evaluation_of(record: StudyRecord, result: Mapping[str, Any], study_began_at: float) -> log.LoggedEvaluation:
+    """Return a final's entry in the account of evaluations. Version 0.1 did not record which entry it is."""
+    project = record.paths.project
+    if (found := log.find_evaluation(project, result.get("look", ""))) is not None:
+        return found
+    facts = {"at": result["ended_at"], "study_began_at": study_began_at, "n_images": result["n_test"], "id": ""}
+    facts |= {"folder": str(project.root.absolute()), "score": result["test"][result["metric"]]["mean"]}
+    known = from_json(log.LoggedEvaluation, {"test_set": "", **result, **facts})
+    wanted = (known.test_set, known.configuration)
+    entries = (each for each in log.evaluations_of(project, known) if each.id)
+    return next((each for each in entries if (each.test_set, each.configuration) == wanted), known)
+
+
+def _test_scores(record: StudyRecord, name: str) -> Floats:
+    table = record.paths.final(name).table
+    try:
+        with table.open(encoding="utf-8", newline="") as file:
+            return np.array([float(row[record.config.study.metric]) for row in csv.DictReader(file)])
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise RecordError(f"{table} is damaged: {error}") from error

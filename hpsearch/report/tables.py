@@ -1,24 +1,19 @@
-"""Build the tables of a study: the best configuration, the ranking, incomplete trials, test scores."""
+"""Build the tables of a study that depend on what is known: the estimates, the ranking, the scores of a final."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from hpsearch import __version__
-from hpsearch.report import text
-from hpsearch.report.columns import COLUMNS
-from hpsearch.report.finals import FinalRow
-from hpsearch.report.formats import SCORES, dimension, duration, interval, number, setting
-from hpsearch.report.rows import StudyRows
+from hpsearch.report.formats import SCORES, bounds, duration, interval, number, setting
+from hpsearch.report.rows import FinalRow, StudyRows, TrialRow
 from hpsearch.stats.intervals import Interval
+from hpsearch.stats.study_scores import TrialStatistics
 
-PUBLISHED: dict[str, tuple[float | None, ...]] = {
-    "dice": (0.849, None, None),
-    "jaccard": (0.765, 0.762, 0.760),
-    "accuracy": (0.934, None, None),
-    "sensitivity": (0.825, None, None),
-    "specificity": (0.975, None, None),
+PUBLISHED: dict[str, tuple[str, str, str]] = {
+    "dice": ("0.849", "", ""),
+    "jaccard": ("0.765", "0.762", "0.760"),
+    "accuracy": ("0.934", "", ""),
+    "sensitivity": ("0.825", "", ""),
+    "specificity": ("0.975", "", ""),
 }
 """First, second and third place of the ISIC-2017 Part 1 challenge."""
 
@@ -27,15 +22,16 @@ PUBLISHED: dict[str, tuple[float | None, ...]] = {
 class Table:
     """A table of texts. The first cell of a line is its heading."""
 
-    head: tuple[str, ...]
-    lines: tuple[tuple[str, ...], ...]
-    shaded: tuple[bool, ...] = ()
+    head: Sequence[str]
+    lines: Sequence[Sequence[str]]
+    shaded: Sequence[bool] = ()
     """Whether a line is highlighted; empty if none is."""
 
     @property
     def is_numeric(self) -> list[bool]:
         """Whether each column holds numbers only, which are aligned to the right."""
-        return [all(_is_number(cell) for cell in column) for column in zip(*self.lines, strict=True)]
+        letters = "+-[], 0123456789.kMGexinhs\N{MINUS SIGN}"
+        return [not any(cell.strip(letters) for cell in column) for column in zip(*self.lines, strict=True)]
 
 
 def estimates(rows: StudyRows) -> list[tuple[str, Interval]]:
@@ -51,45 +47,51 @@ def estimates(rows: StudyRows) -> list[tuple[str, Interval]]:
     return result if final is None else [*result, (f"test, {final.n_test} images", final.test[rows.metric])]
 
 
-def best_configuration(rows: StudyRows) -> Table:
-    """Return the searched settings of the best trial beside those of the default."""
-    assert rows.winner is not None
-    best, default = rows.trial(rows.winner.number), rows.trials[0]
-    return Table(
-        ("setting", f"best (trial {best.number})", f"default (trial {default.number})", "searched"),
-        tuple(
-            (name, setting(value), setting(default.params.get(name, "")), dimension(searched))
-            for (name, value), (_, searched) in zip(best.params.items(), rows.config.search, strict=True)
-        ),
-    )
+def _place(row: TrialRow, rows: StudyRows) -> str:
+    """Return `best`, `tied, cheapest`, `tied, two fits`."""
+    winner = rows.winner
+    assert winner is not None
+    labels = {
+        "best": row.number == winner.number,
+        "tied": row.number in winner.tied and row.number != winner.number,
+        "cheapest": row.number == winner.cheapest and len(winner.tied) > 1,
+        "two fits": row.number in rows.standing.confirmed,
+    }
+    return ", ".join(name for name, applies in labels.items() if applies)
+
+
+def _statistics(row: TrialRow) -> TrialStatistics:
+    assert row.statistics is not None
+    return row.statistics
+
+
+def _over_folds(row: TrialRow, rows: StudyRows) -> str:
+    folds = _statistics(row).folds
+    return bounds(folds) if folds is not None else ""
+
+
+COLUMNS: dict[str, Callable[[TrialRow, StudyRows], str]] = {
+    "trial": lambda row, _: str(row.number),
+    "": _place,
+    "mean": lambda row, _: number(_statistics(row).mean),
+    "95 % interval": lambda row, _: bounds(_statistics(row).total),
+    "sd of folds": lambda row, rows: number(_statistics(row).sd_folds) if rows.n_folds > 1 else "",
+    "over folds (t)": _over_folds,
+    "time": lambda row, _: duration(row.seconds),
+}
+"""The columns of the ranking, heading to a function that returns a trial's cell. The searched settings follow."""
 
 
 def ranking(rows: StudyRows) -> Table:
-    """Return all complete trials, best first, with the columns of `COLUMNS`; those tied with the best are shaded."""
+    """Return all complete trials, best first, with `COLUMNS` and settings; those tied with the best are shaded."""
     assert rows.winner is not None
-    columns = [column for group in COLUMNS for column in (group(rows) if callable(group) else (group,))]
-    lines = tuple(tuple(column.cell(row, rows) for column in columns) for row in rows.complete)
-    heads = tuple(column.heading for column in columns)
-    return Table(heads, lines, tuple(row.number in rows.winner.tied for row in rows.complete))
-
-
-def incomplete_trials(rows: StudyRows) -> Table:
-    """Return the trials that were not evaluated on all folds, with the place and the reason."""
-    return Table(
-        ("trial", "outcome", "ended at", "estimate", "time", "reason"),
-        tuple(
-            (
-                str(row.number),
-                row.outcome,
-                text.stopped_at(row, rows.n_folds),
-                number(row.value) if row.value is not None else "",
-                duration(row.seconds),
-                text.reason(row),
-            )
-            for row in rows.trials
-            if row.outcome != "complete"
-        ),
-    )
+    names = [name for name, _ in rows.config.search]
+    head = (*COLUMNS, *(name.partition(".")[2].replace("_", " ") for name in names))
+    lines = [
+        (*(cell(row, rows) for cell in COLUMNS.values()), *(setting(row.params[name]) for name in names))
+        for row in rows.complete
+    ]
+    return Table(head, tuple(lines), tuple(row.number in rows.winner.tied for row in rows.complete))
 
 
 def final_scores(rows: StudyRows, final: FinalRow, *, with_published: bool = False) -> Table:
@@ -97,30 +99,16 @@ def final_scores(rows: StudyRows, final: FinalRow, *, with_published: bool = Fal
     columns: dict[str, Mapping[str, Interval]] = {
         f"cross-validation, {rows.n_images} images": final.cv,
         f"test, {final.n_test} images": final.test,
+        "test, post-processed": final.chosen_test,
     }
-    if final.chosen_test:
-        columns["test, post-processed"] = final.chosen_test
     if final.ensemble is not None:
         columns[f"test, ensemble of {final.ensemble.n_networks}"] = final.ensemble.test
-    if final.official:
-        columns["test, original resolution"] = final.official
-    names = [name for name in SCORES if name in final.test or name in final.official]
-    places = ("challenge, 1st", "2nd", "3rd") if with_published else ()
+    columns["test, original resolution"] = final.official
+    columns = {title: scores for title, scores in columns.items() if scores}
     lines = []
-    for name in names:
-        ours = (interval(scores[name]) if name in scores else "" for scores in columns.values())
-        published = ("" if score is None else f"{score:.3f}" for score in PUBLISHED.get(name, (None,) * 3))
-        lines.append((SCORES[name], *ours, *(published if with_published else ())))
+    for name, title in SCORES.items():
+        if name in final.test or name in final.official:
+            ours = (interval(scores[name]) if name in scores else "" for scores in columns.values())
+            lines.append((title, *ours, *(PUBLISHED.get(name, ("",) * 3) if with_published else ())))
+    places = ("challenge, 1st", "2nd", "3rd") if with_published else ()
     return Table(("score", *columns, *places), tuple(lines))
-
-
-def facts(rows: StudyRows) -> Table:
-    """Return what the results depend on besides the settings."""
-    names = {"device_name": "processor", "platform": "operating system"}
-    machine = ((names.get(name, name), value) for name, value in rows.machine.items())
-    study = (("seed", str(rows.config.study.seed)), ("hpsearch", __version__))
-    return Table(("", ""), (*study, ("folds", rows.folds), ("data key", rows.data_key), *machine))
-
-
-def _is_number(cell: str) -> bool:
-    return cell.strip("+-[], 0123456789.kMGexinhs\N{MINUS SIGN}") == ""

@@ -1,6 +1,4 @@
-"""Describe a study in sentences, for the report and the model card."""
-
-from __future__ import annotations
+"""Describe a study in sentences, and render the templates of the report: the page, the model card, paragraphs."""
 
 import json
 import shlex
@@ -9,14 +7,46 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
+from hpsearch import __version__
 from hpsearch.paths import command_line
-from hpsearch.report.formats import SCORES, count, duration, number
+from hpsearch.report import formats
+from hpsearch.report.formats import SCORES, count, number
 from hpsearch.report.rows import StudyRows, TrialRow
-from hpsearch.report.templating import paragraphs
-from hpsearch.report.trial_rows import CurvePoint
 from hpsearch.search.racing import ALPHA, MATTERS
 from hpsearch.stats.run_variance import S_GUESS
+from hpsearch.store.test_set_log import describe_evaluation_count
+from hpsearch.training.rows import EpochRow
+
+
+def render(template: str, **values: Any) -> str:
+    """Return a rendered template. Values in HTML are escaped."""
+    return _TEMPLATES.get_template(template).render(**values)
+
+
+def paragraphs(template: str, **values: Any) -> list[str]:
+    """Return the paragraphs of a rendered text, which empty lines separate.
+
+    answer: about the best configuration of `rows`. race: what pruning saved. methods: for the methods section of a
+    paper. final: about the result `final`; the first one compares it with its prediction, the others are about the
+    post-processing, the ensemble, earlier evaluations, and duplicates; `metric` and `winner` are those of the search.
+    """
+    blocks = render(f"{template}.txt.jinja", **values).split("\n\n")
+    return [" ".join(block.split()) for block in blocks if block.strip()]
+
+
+_TEMPLATES = Environment(
+    loader=PackageLoader("hpsearch.report"),
+    autoescape=select_autoescape(["html.jinja"]),
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+    undefined=StrictUndefined,
+)
+_TEMPLATES.globals |= {"version": __version__, "s_guess": S_GUESS, "alpha": ALPHA, "matters": MATTERS}
+_TEMPLATES.globals |= {f.__name__: f for f in (command_line, describe_evaluation_count, paragraphs)}
+_TEMPLATES.globals["formats"] = formats
 
 
 def progress(rows: StudyRows) -> str:
@@ -27,56 +57,20 @@ def progress(rows: StudyRows) -> str:
     return f"{text}: {counts}" if counts else text
 
 
-def about(rows: StudyRows) -> str:
-    """Return metric, folds, images and progress of the study in a line."""
-    folds = "one fixed split" if rows.is_fixed_split else count(rows.n_folds, "fold")
-    return f"{SCORES[rows.metric]}, {folds}, {count(rows.n_images, 'held-out image')}. {progress(rows)}."
-
-
-def answer(rows: StudyRows) -> list[str]:
-    """Return the paragraphs about the best configuration."""
-    return paragraphs("answer.txt.jinja", rows=rows, s_guess=S_GUESS)
-
-
-def race(rows: StudyRows) -> str:
-    """Return what pruning saved."""
-    ended = [row for row in rows.trials if row.outcome in ("complete", "pruned")]
-    pruned = [row for row in ended if row.outcome == "pruned"]
-    if rows.race is None:
-        return "No trial has reached a pruning decision yet."
-    if not pruned:
-        if len(ended) == 1:
-            return "The only trial was trained on all folds."
-        return f"None of the {len(ended)} trials was pruned: all were trained on all folds."
-    in_first = sum(row.pruned_at is not None and sum(row.epochs) < row.n_epochs for row in pruned)
-    return (
-        f"{len(pruned)} of {count(len(ended), 'trial')} ({len(pruned) / len(ended):.0%}) "
-        f"{'was' if len(pruned) == 1 else 'were'} pruned before the last fold, {in_first} of them in the first fold. "
-        f"Complete and pruned trials took {duration(rows.race.spent_s)} of training, {rows.race.share:.0%} of the "
-        f"{duration(rows.race.whole_s)} that all their folds would have taken."
-    )
-
-
-def methods(rows: StudyRows) -> str:
-    """Return a paragraph for the methods section of a paper."""
-    return " ".join(paragraphs("methods.txt.jinja", rows=rows, matters=MATTERS, alpha=ALPHA))
-
-
-def gap(points: Sequence[CurvePoint], metric: str) -> str:
+def gap(fits: Sequence[Sequence[EpochRow]], metric: str) -> str:
     """Return how much higher training scores than held-out images at half time and at the end; empty if unknown."""
-    ahead: dict[int, list[float]] = {}
-    for point in points:
-        if point.score == metric and point.held_out is not None:
-            ahead.setdefault(point.epoch, []).append(point.train - point.held_out)
-    if not ahead:
+    rows = [row for rows in fits for row in rows if row.held_out is not None]
+    if not rows:
         return ""
-    last = max(ahead)
-    half = max(1, last // 2)
+
+    def ahead(epoch: int) -> str:
+        values = [getattr(row.train, metric) - getattr(row.held_out, metric) for row in rows if row.epoch == epoch]
+        return number(float(np.mean(values)), signed=True)
+
+    last = max(row.epoch for row in rows)
     name = f"the {SCORES[metric]} on training images minus that on held-out images"
-    text = f"After epoch {last}, {name} is {number(float(np.mean(ahead[last])), signed=True)}"
-    if half < last:
-        text += f"; after epoch {half} it was {number(float(np.mean(ahead[half])), signed=True)}"
-    return f"{text}. A growing gap is a sign of overfitting."
+    before = f"; after epoch {last // 2} it was {ahead(last // 2)}" if last > 1 else ""
+    return f"After epoch {last}, {name} is {ahead(last)}{before}. A growing gap is a sign of overfitting."
 
 
 def commands(rows: StudyRows) -> list[tuple[str, str]]:
@@ -94,23 +88,14 @@ def commands(rows: StudyRows) -> list[tuple[str, str]]:
     return result
 
 
-def continue_command(rows: StudyRows) -> str:
-    """Return the command that continues the search, with one more trial if all are done."""
-    more = f" --trials {rows.n_counted + 1}" if rows.n_counted >= rows.config.study.trials else ""
-    return command_line(f"study{more}", rows.name)
-
-
-def stopped_at(row: TrialRow, n_folds: int) -> str:
+def stopped_at(row: TrialRow) -> str:
     """Return where a trial ended: `fold 2, epoch 3 of 10`."""
-    if row.pruned_at is not None:
-        fold, epoch = row.pruned_at
-    elif row.n_finished == n_folds:
+    if row.pruned_at is None and set(row.epochs) == {row.n_epochs}:
         return "all folds"
-    elif not any(row.epochs):
+    if row.pruned_at is None and not any(row.epochs):
         return "before the first epoch"
-    else:
-        fold = max(fold for fold, epochs in enumerate(row.epochs) if epochs)
-        epoch = row.epochs[fold]
+    last = max((fold for fold, epochs in enumerate(row.epochs) if epochs), default=0)
+    fold, epoch = row.pruned_at or (last, row.epochs[last])
     return f"fold {fold + 1}, epoch {epoch} of {row.n_epochs}"
 
 
@@ -120,8 +105,6 @@ def reason(row: TrialRow) -> str:
 
 
 def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, tuple | list):
-        return json.dumps(list(value))
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+    if isinstance(value, float):
+        return repr(value)
+    return json.dumps(value, ensure_ascii=False)

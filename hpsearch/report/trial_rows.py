@@ -1,11 +1,9 @@
-"""Read from the record what the figures of one trial show, as typed rows. Knows no drawing."""
+"""Read from the record what the figures of one trial show: its epochs and example images. Knows no drawing."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -15,31 +13,19 @@ from hpsearch.errors import ZIP_ERRORS, CacheError, RecordError
 from hpsearch.paths import FinalPaths
 from hpsearch.store.fits import FitRecord
 from hpsearch.store.record import StudyRecord
+from hpsearch.training.metrics import SCORES, PixelCounts
+from hpsearch.training.rows import EpochRow
 
 CURVES = ("loss", "dice", "jaccard", "accuracy")
 """Scores of every epoch, on training and on held-out images."""
+Rank = Literal["best", "median", "worst"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class CurvePoint:
-    """One score of one fit after one epoch."""
-
-    fit: str
-    """`fold 1`, or `network 1` if nothing is held out."""
-    score: str
-    """One of CURVES."""
-    epoch: int
-    """From 1."""
-    train: float
-    held_out: float | None
-    """None if nothing is held out."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Case:
     """One image that the network had not seen, with its prediction."""
 
-    rank: Literal["best", "median", "worst"]
+    rank: Rank
     image_id: str
     score: float
     image: npt.NDArray[np.uint8]
@@ -50,19 +36,24 @@ class Case:
     """(H, W)."""
 
 
-def trial_curves(record: StudyRecord, number: int) -> list[CurvePoint]:
-    """Return every epoch of every fold of a trial, finished or not."""
-    return _curves((f"fold {fold + 1}", record.fit(number, fold)) for fold in range(record.n_folds))
+def trial_epochs(record: StudyRecord, number: int) -> list[list[EpochRow]]:
+    """Return the epochs of every fold of a trial, finished or not."""
+    return [record.fit(number, fold).epochs() for fold in range(record.n_folds)]
 
 
-def second_curves(record: StudyRecord, number: int) -> list[CurvePoint]:
-    """Return every epoch of every replicate fit of a trial."""
-    return _curves((f"fold {fold + 1}", record.replicate_fit(number, fold)) for fold in range(record.n_folds))
+def image_scores(counts: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[np.float64]]:
+    """Return every score of every image by name, each (n,). `counts` has the columns tp, fp, fn, tn: (n, 4)."""
+    columns = PixelCounts.from_columns(counts)
+    return {name: np.asarray(score(columns), np.float64) for name, score in SCORES.items()}
 
 
-def final_curves(final: FinalPaths, n_seeds: int) -> list[CurvePoint]:
-    """Return every epoch of the retrained networks."""
-    return _curves((f"network {index + 1}", FitRecord(final.seed(index))) for index in range(n_seeds))
+def scores_by_fold(fits: Sequence[Sequence[FitRecord]]) -> dict[str, list[npt.NDArray[np.float64]]]:
+    """Return every score of the held-out images of each fold by name, averaged over the fits of the fold.
+
+    fits: the folds of the first fits, followed by those of the refits, if any.
+    """
+    tables = [[image_scores(fit.counts()) for fit in of_fold] for of_fold in zip(*fits, strict=True)]
+    return {name: [np.mean([each[name] for each in of_fold], axis=0) for of_fold in tables] for name in SCORES}
 
 
 def trial_cases(record: StudyRecord, number: int, *, n_each: int = 2) -> list[Case]:
@@ -75,12 +66,9 @@ def trial_cases(record: StudyRecord, number: int, *, n_each: int = 2) -> list[Ca
     return _cases(fits, scores[~np.isnan(scores)], cached(record, record.data_key()), n_each)
 
 
-def final_cases(record: StudyRecord, final: FinalPaths, test_key: str, *, n_each: int = 2) -> list[Case]:
+def final_cases(record: StudyRecord, final: FinalPaths, test_key: str) -> list[Case]:
     """Return the best, median and worst test images of the first retrained network."""
-    fit = FitRecord(final.seed(0))
-    examples = _read_examples(fit)
-    scores = examples["scores"].astype(np.float64) if examples else np.zeros(0)
-    return _cases([fit], scores, cached(record, test_key), n_each)
+    return _cases([FitRecord(final.seed(0))], None, cached(record, test_key))
 
 
 def cached(record: StudyRecord, key: str) -> Cache:
@@ -94,69 +82,46 @@ def cached(record: StudyRecord, key: str) -> Cache:
     raise CacheError(f"{root} no longer holds the decoded images {key}")
 
 
-def _curves(fits: Iterable[tuple[str, FitRecord]]) -> list[CurvePoint]:
-    return [
-        CurvePoint(
-            fit=name,
-            score=score,
-            epoch=row.epoch,
-            train=getattr(row.train, score),
-            held_out=getattr(row.held_out, score) if row.held_out is not None else None,
-        )
-        for name, fit in fits
-        for row in fit.epochs()
-        for score in CURVES
-    ]
+def _cases(
+    fits: Sequence[FitRecord], all_scores: npt.NDArray[np.float64] | None, cache: Cache, n_each: int = 2
+) -> list[Case]:
+    """Return `n_each` cases of each rank, or fewer if there are too few examples; no image twice.
 
-
-def _cases(fits: Sequence[FitRecord], all_scores: npt.NDArray[np.float64], cache: Cache, n_each: int) -> list[Case]:
-    """Return `n_each` cases of each rank, or fewer if there are too few examples; no image twice."""
-    tables = [examples for fit in fits if (examples := _read_examples(fit)) is not None]
+    The median is that of `all_scores`, by default of the examples.
+    """
+    tables = [_read_examples(fit) for fit in fits if fit.paths.examples.is_file()]
     if not tables:
         return []
-    indices = np.concatenate([table["indices"] for table in tables])
-    scores = np.concatenate([table["scores"] for table in tables]).astype(np.float64)
-    probabilities = np.concatenate([table["probabilities"] for table in tables])
-    orders: dict[Literal["best", "median", "worst"], npt.NDArray[np.int64]] = {
-        "best": np.argsort(-scores, kind="stable"),
-        "worst": np.argsort(scores, kind="stable"),
-        "median": np.argsort(np.abs(scores - np.median(all_scores)), kind="stable"),
-    }
-    chosen: dict[int, Literal["best", "median", "worst"]] = {}
-    for _ in range(n_each):
-        for rank, order in orders.items():
-            if free := [int(i) for i in order if int(i) not in chosen]:
-                chosen[free[0]] = rank
-    in_order = sorted(chosen, key=lambda i: (("best", "median", "worst").index(chosen[i]), -scores[i]))
-    images, masks = cache.read(indices[in_order], held_out=True)
+    indices, scores, probabilities = (np.concatenate(parts) for parts in zip(*tables, strict=True))
+    scores = scores.astype(np.float64)
+    median = np.median(scores if all_scores is None else all_scores)
+    orders: dict[Rank, Any] = {"best": -scores, "worst": scores, "median": np.abs(scores - median)}
+    chosen: dict[int, Rank] = {}
+    for rank, order in [*orders.items()] * n_each:
+        free = (int(i) for i in np.argsort(order, kind="stable") if int(i) not in chosen)
+        if (first := next(free, None)) is not None:
+            chosen[first] = rank
+    in_order = sorted(chosen, key=lambda i: (get_args(Rank).index(chosen[i]), -scores[i]))
+    pictures = cache.read(indices[in_order], held_out=True)
     # If the cached images are larger, their centre is scored.
     height, width = probabilities.shape[1:3]
-    top, left = max(0, (images.shape[1] - height) // 2), max(0, (images.shape[2] - width) // 2)
-    images, masks = (each[:, top : top + height, left : left + width] for each in (images, masks))
+    top, left = (max(0, (pictures[0].shape[i] - probabilities.shape[i]) // 2) for i in (1, 2))
+    images, masks = (each[:, top : top + height, left : left + width] for each in pictures)
     if images.shape[1:3] != probabilities.shape[1:3]:
         raise CacheError(
             f"{cache.path} holds images of {images.shape[1:3]}, the examples are {probabilities.shape[1:3]}"
         )
     return [
-        Case(
-            rank=chosen[i],
-            image_id=cache.ids[int(indices[i])],
-            score=float(scores[i]),
-            image=image,
-            mask=mask > 0,
-            pred=probabilities[i] > 127,
-        )
+        Case(chosen[i], cache.ids[int(indices[i])], float(scores[i]), image, mask > 0, probabilities[i] > 127)
         for i, image, mask in zip(in_order, images, masks, strict=True)
     ]
 
 
-def _read_examples(fit: FitRecord) -> dict[str, npt.NDArray[Any]] | None:
-    """Read indices (m,), scores (m,), probabilities (m, H, W) from examples.npz; None if there are none."""
+def _read_examples(fit: FitRecord) -> list[npt.NDArray[Any]]:
+    """Read indices (m,), scores (m,), probabilities (m, H, W) from examples.npz."""
     path = fit.paths.examples
-    if not path.is_file():
-        return None
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as table:
-            return {name: table[name] for name in ("indices", "scores", "probabilities")}
+            return [table[name] for name in ("indices", "scores", "probabilities")]
     except (*ZIP_ERRORS, KeyError) as error:
         raise RecordError(f"{path} is damaged: {error}") from error

@@ -1,20 +1,16 @@
 """Define the metrics of the runs in MLflow: one entry in `METRICS` is one metric."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, get_args
 
 import numpy as np
-import numpy.typing as npt
 
-from hpsearch.report.trial_rows import CURVES
+from hpsearch.report.trial_rows import CURVES, scores_by_fold
 from hpsearch.store.fits import FitRecord
 from hpsearch.store.trials import Outcome
-from hpsearch.training.metrics import SCORES, PixelCounts
+from hpsearch.training.metrics import SCORES
 
 
 @dataclass(frozen=True)
@@ -26,42 +22,11 @@ class Point:
     step: int
     time_ms: int
     """Recorded Unix time in milliseconds, so that logging a point again changes nothing."""
-    is_revision: bool = False
-    """Whether it replaces an earlier point of its key and step. MLflow shows the latest of them."""
 
     @property
     def place(self) -> tuple[str, int, int]:
-        """Key, step and time, which identify a point within its run."""
+        """Key, step and time, which identify a point within its run. Of equal steps MLflow shows the latest."""
         return self.key, self.step, self.time_ms
-
-
-@dataclass(frozen=True, eq=False)
-class CrossValidation:
-    """Out-of-fold scores of one configuration."""
-
-    folds: tuple[dict[str, npt.NDArray[np.float64]], ...]
-    """For each fold the scores of its held-out images by name, averaged over the fits of the fold."""
-    value: float | None
-    """Recorded mean of the study's metric, which the search used: a mean of float32 scores."""
-
-    @classmethod
-    def read(cls, fits: Sequence[Sequence[FitRecord]], value: float | None) -> CrossValidation:
-        """Read the scores. `fits` holds the folds of the first fits, followed by those of the refits, if any."""
-        per_fold = zip(*([image_scores(fit.counts()) for fit in folds] for folds in fits), strict=True)
-        return cls(
-            tuple({name: np.mean([scores[name] for scores in each], axis=0) for name in SCORES} for each in per_fold),
-            value,
-        )
-
-    def mean(self, score: str) -> float:
-        """Mean over all held-out images."""
-        return float(np.mean(np.concatenate([fold[score] for fold in self.folds])))
-
-    def std(self, score: str) -> float | None:
-        """Standard deviation of the means of the folds; None for a single fold."""
-        if len(self.folds) == 1:
-            return None
-        return float(np.std([np.mean(fold[score]) for fold in self.folds], ddof=1))
 
 
 METRICS: dict[str, dict[str, str | Callable[[Any], float | None]]] = {
@@ -78,17 +43,14 @@ METRICS: dict[str, dict[str, str | Callable[[Any], float | None]]] = {
         ),
         "cost/peak_memory_mib": lambda rows: max(row.peak_bytes for row in rows) / 2**20,
     },
-    # From the `CrossValidation` of a complete trial. The last entry replaces one of the first.
+    # From the `cross_validation` of a complete trial. The last entry replaces one of the first.
     "cross-validation": {
-        **{f"cv/{score}_mean": partial(CrossValidation.mean, score=score) for score in SCORES},
-        **{f"cv/{score}_std": partial(CrossValidation.std, score=score) for score in ("dice", "jaccard")},
+        **{f"cv/{score}_mean": f"mean.{score}" for score in SCORES},
+        **{f"cv/{score}_std": f"std.{score}" for score in ("dice", "jaccard")},
         "cv/{metric}_mean": "value",
     },
-    # From the `CrossValidation` of the first fits of a trial that was refitted.
-    "first fits": {
-        **{f"cv/{score}_first": partial(CrossValidation.mean, score=score) for score in SCORES},
-        "cv/{metric}_first": "value",
-    },
+    # From the `cross_validation` of the first fits of a trial that was refitted.
+    "first fits": {**{f"cv/{score}_first": f"mean.{score}" for score in SCORES}, "cv/{metric}_first": "value"},
     # From the record of a trial that was not evaluated on all folds: an estimate is never logged as a mean.
     "estimate": {"cv/estimate": "value"},
     # From final.json.
@@ -120,16 +82,14 @@ METRICS: dict[str, dict[str, str | Callable[[Any], float | None]]] = {
 """
 
 
-def points_of(
-    kind: str, source: Any, at: float, metric: str = "", *, step: int = 0, prefix: str = "", is_revision: bool = False
-) -> list[Point]:
+def points_of(kind: str, source: Any, at: float, metric: str = "", *, step: int = 0, prefix: str = "") -> list[Point]:
     """Return the metrics of one kind in `METRICS`, recorded at the Unix time `at` in seconds."""
     values: dict[str, float] = {}
     for name, value in METRICS[kind].items():
         found = value(source) if callable(value) else _look_up(source, value.format(metric=metric))
         if found is not None:
             values[prefix + name.format(metric=metric)] = float(found)
-    return [Point(key, value, step, milliseconds(at), is_revision) for key, value in values.items()]
+    return [Point(key, value, step, milliseconds(at)) for key, value in values.items()]
 
 
 def is_metric(key: str) -> bool:
@@ -137,10 +97,22 @@ def is_metric(key: str) -> bool:
     return re.fullmatch(r"(fold\d+|seed\d+|cv|cost|test|study)/.*", key) is not None
 
 
-def image_scores(counts: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[np.float64]]:
-    """Return every score of every image by name, each (n,). `counts` has the columns tp, fp, fn, tn: (n, 4)."""
-    columns = PixelCounts.from_columns(counts)
-    return {name: np.asarray(score(columns), np.float64) for name, score in SCORES.items()}
+def cross_validation(fits: Sequence[Sequence[FitRecord]], value: float | None) -> dict[str, Any]:
+    """Return the out-of-fold scores of one configuration: `mean` and `std` by score, and `value`.
+
+    fits: as in `scores_by_fold`.
+    value: the recorded mean of the study's metric, which the search used: a mean of float32 scores. The mean is over
+    all held-out images, the standard deviation over the means of the folds; a single fold has none.
+    """
+    scores = scores_by_fold(fits)
+    std = {
+        name: np.std([np.mean(fold) for fold in folds], ddof=1) for name, folds in scores.items() if len(folds) > 1
+    }
+    return {
+        "mean": {name: np.mean(np.concatenate(folds)) for name, folds in scores.items()},
+        "std": std,
+        "value": value,
+    }
 
 
 def _look_up(source: Any, path: str) -> Any:

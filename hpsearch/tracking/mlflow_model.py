@@ -15,7 +15,6 @@ import logging
 import shutil
 import subprocess
 import sys
-import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,21 +36,13 @@ if TYPE_CHECKING:
 
 REQUIREMENTS = ("mlflow", "torch", "torchvision", "numpy", "pandas", "pillow", "psutil", "safetensors", "tomli-w")
 """Packages that a packed model needs, in the versions that are installed here."""
-ARTIFACT = "final"
-"""Name of the only artifact of a packed model: the folder of a final with nothing but its weights."""
+ARTIFACT = "weights"
+"""Name of the artifact of a packed model that is its network."""
 MODEL = "lesion_masks"
-"""Name of a packed model in its run."""
+"""Name of a packed model in its run, and of the module that is its entry point."""
 
 _NO_ID = "m-00000000000000000000000000000000"
 """Placeholder for the id of the model, which MLflow assigns after packing."""
-_ENTRY = '''"""Entry point of the model in MLflow."""
-
-import mlflow
-
-from hpsearch.tracking.mlflow_model import make_model
-
-mlflow.models.set_model(make_model())
-'''
 
 
 def predict_masks(predictor: Predictor | Ensemble, images: Sequence[Any]) -> list[npt.NDArray[np.uint8]]:
@@ -72,30 +63,6 @@ def predict_masks(predictor: Predictor | Ensemble, images: Sequence[Any]) -> lis
             tensor = torch.from_numpy(np.ascontiguousarray(_pixels(image).transpose(2, 0, 1)))
         masks.append(np.multiply(predictor.mask(predictor.logits(tensor)), 255, dtype=np.uint8))
     return masks
-
-
-def make_model() -> Any:
-    """Return the model for `mlflow.models.set_model`; its `predict` is `predict_masks`."""
-    from mlflow.pyfunc import PythonModel
-
-    with warnings.catch_warnings():
-        # MLflow warns that it does not check the items of a `list[Any]`; `predict_masks` does.
-        warnings.filterwarnings("ignore", message=".*Any type hint")
-
-        class LesionMasks(PythonModel):  # type: ignore[misc]
-            """Masks of lesions from paths or arrays."""
-
-            def load_context(self, context: Any) -> None:
-                from hpsearch.inference.predictor import load_predictor
-
-                self._predictor = load_predictor(FinalPaths(Path(context.artifacts[ARTIFACT])).model)
-
-            def predict(
-                self, context: Any, model_input: list[Any], params: dict[str, Any] | None = None
-            ) -> list[Any]:
-                return predict_masks(self._predictor, model_input)
-
-    return LesionMasks()
 
 
 def pack(weights: Path, folder: Path, *, run_id: str, model_id: str) -> None:
@@ -168,16 +135,12 @@ def _save(weights: Path, folder: Path, run_id: str, model_id: str) -> None:
     from mlflow.models import Model
 
     versions = [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in REQUIREMENTS]
-    with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        final = FinalPaths(Path(temporary) / ARTIFACT)
-        _copy_weights(weights, final)
-        entry = Path(temporary) / f"{MODEL}.py"
-        entry.write_text(_ENTRY, encoding="utf-8")
         mlflow.pyfunc.save_model(
             folder,
-            python_model=str(entry),
-            artifacts={ARTIFACT: str(final.root)},
+            python_model=str(Path(__file__).with_name(f"{MODEL}.py")),
+            artifacts=_artifacts(weights),
             code_paths=[str(Path(hpsearch.__file__).parent)],
             input_example=[_example().tolist()],
             pip_requirements=versions,
@@ -188,26 +151,22 @@ def _save(weights: Path, folder: Path, run_id: str, model_id: str) -> None:
         shutil.rmtree(path)
 
 
-def _copy_weights(weights: Path, final: FinalPaths) -> None:
-    """Copy the network in `weights`, and the ensemble beside it if `final` selected that for prediction."""
+def _artifacts(weights: Path) -> dict[str, str]:
+    """Return the network, and the ensemble beside it if `final` selected that. MLflow keeps them side by side."""
     from hpsearch.training.checkpoint import load_weights
 
     _, info = load_weights(weights)
-    files = {final.model: weights}
-    if from_json(Postprocessing, info.extra).ensemble:
-        members = FinalPaths(weights.parent).ensemble
-        files |= {final.ensemble / path.name: path for path in members.glob("*.safetensors")}
-    for target, source in files.items():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
+    has_ensemble = from_json(Postprocessing, info.extra).ensemble
+    ensemble = {"ensemble": str(FinalPaths(weights.parent).ensemble)} if has_ensemble else {}
+    return {ARTIFACT: str(weights), **ensemble}
 
 
 def _pixels(image: Any) -> npt.NDArray[np.uint8]:
     """Convert an array, or nested lists from JSON, to (H, W, 3) uint8."""
     try:
         array = np.asarray(image)
-    except ValueError as error:
-        raise DatasetError(f"an image must be a path or an array (H, W, 3): {error}") from error
+    except ValueError:
+        array = np.array(None)
     is_image = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)
     if not (is_image and array.size and array.dtype.kind in "ui" and array.min() >= 0 and array.max() <= 255):
         raise DatasetError(

@@ -3,8 +3,6 @@
 Importing this module imports no MLflow.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import sqlite3
@@ -41,11 +39,17 @@ class MlflowServer:
         """
         self.project = ProjectPaths(project.root.absolute())
         self._uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or None
-        if self._uri is None:
-            _refuse_file_store(self.project.mlruns)
-        elif self._uri.startswith("file:") or ("://" not in self._uri and self._uri not in ("databricks", "uc")):
+        mlruns = self.project.mlruns
+        if self._uri is None and any(path.parent.name.isdigit() for path in mlruns.glob("*/meta.yaml")):
             raise TrackingError(
-                f"cannot track to {redact(self._uri)}: MLflow no longer writes to folders; give a database, such as "
+                f"{mlruns} contains runs in the format of MLflow before 3.13, and `mlflow ui` does not start beside "
+                f"them. Convert them with `mlflow migrate-filestore --source {mlruns} --target "
+                f"sqlite:///{mlruns.parent}/mlflow.db` and move {mlruns} away, or choose another folder with --out"
+            )
+        other = self._uri or "sqlite://"
+        if other.startswith("file:") or ("://" not in other and other not in ("databricks", "uc")):
+            raise TrackingError(
+                f"cannot track to {redact(other)}: MLflow no longer writes to folders; give a database, such as "
                 "sqlite:////path/to/mlflow.db, or the address of a server"
             )
 
@@ -90,16 +94,14 @@ def create_database(project: ProjectPaths) -> str:
 
     path, root = project.mlflow_db, project.mlruns.as_uri()
     uri = _sqlite_uri(path)
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(f".{path.name}.lock")):
-            for stale in path.parent.glob(f".{path.name}.*.tmp*"):
-                stale.unlink(missing_ok=True)
-            if not path.is_file():
-                with atomic_write(path) as temporary:
-                    SqlAlchemyStore(_sqlite_uri(temporary), root).engine.dispose()
-        # MLflow reuses connections within a process; those to a deleted database would lose all writes.
-        SqlAlchemyStore(uri, root).engine.dispose()
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        for stale in path.parent.glob(f".{path.name}.*.tmp*"):
+            stale.unlink(missing_ok=True)
+        if not path.is_file():
+            with atomic_write(path) as temporary:
+                SqlAlchemyStore(_sqlite_uri(temporary), root).engine.dispose()
+            # MLflow reuses connections within a process; those to a deleted database would lose all writes.
+            SqlAlchemyStore(uri, root).engine.dispose()
     return uri
 
 
@@ -115,16 +117,6 @@ def is_outage(error: Exception) -> bool:
     """Return whether MLflow as a whole cannot be used, so that requests for other runs would fail too."""
     is_refusal = getattr(error, "error_code", "") in REFUSALS
     return is_external(error) and not is_refusal and not isinstance(error, OSError)
-
-
-def _refuse_file_store(mlruns: Path) -> None:
-    """Raise TrackingError if `mlruns` is a file store of an earlier MLflow: `mlflow ui` does not start beside it."""
-    if any(path.parent.name.isdigit() for path in mlruns.glob("*/meta.yaml")):
-        raise TrackingError(
-            f"{mlruns} contains runs in the format of MLflow before 3.13, and `mlflow ui` does not start beside "
-            f"them. Convert them with `mlflow migrate-filestore --source {mlruns} --target "
-            f"sqlite:///{mlruns.parent}/mlflow.db` and move {mlruns} away, or choose another folder with --out"
-        )
 
 
 def _sqlite_uri(path: Path) -> str:

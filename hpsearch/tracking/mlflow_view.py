@@ -6,16 +6,30 @@ database is restored. Nothing is logged twice: runs are identified by their tags
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from hpsearch.config import StudyConfig
 from hpsearch.errors import TrackingError, redact
 from hpsearch.paths import ProjectPaths, StudyPaths
 from hpsearch.store.record import StudyRecord
-from hpsearch.store.trials import TrialRecord
+from hpsearch.store.trials import Standing
 from hpsearch.tracking import run_files, runs
-from hpsearch.tracking.experiment import Experiment, Rebuilt, find_study_run, temporary_folder
+from hpsearch.tracking.metrics import is_metric
 from hpsearch.tracking.mlflow_server import MlflowServer, is_external, is_outage
+from hpsearch.tracking.runs import RANK, WINNER, RunContent, RunSource, key_of
+
+MAX_METRICS, MAX_PARAMS = 1000, 100
+"""Limits of MLflow for one request."""
+DELIVERED = "hpsearch.delivered"
+"""Tag of a complete run: the digest of its content."""
+SAVED_VIEW = "hpsearch"
+"""Name of the saved view of the runs table in addresses: `#/experiments/ID/runs?viewStateShareKey=hpsearch`."""
 
 
 class MlflowTracker(MlflowServer):
@@ -37,6 +51,18 @@ def make_tracker(project: ProjectPaths, uri: str | None = None) -> MlflowTracker
     return None if uri == "none" else MlflowTracker(project, uri)
 
 
+@dataclass(frozen=True)
+class Rebuilt:
+    """Result of comparing MLflow with the record."""
+
+    n_kept: int
+    """Runs that agree with the record; anything missing was added."""
+    n_replaced: int
+    """Runs that contradicted the record and were created anew, with the tags that people had added."""
+    n_removed: int
+    """Runs of trials that are not on record."""
+
+
 class MlflowView:
     """One study in MLflow."""
 
@@ -46,7 +72,6 @@ class MlflowView:
         self._server = server
         self._study = study
         self._experiment: Experiment | None = None
-        self._ended_trials: dict[int, TrialRecord] = {}
         self._up_to_date: set[str] = set()
         """Keys of the child runs that lacked nothing at the last update."""
         self._has_failed = False
@@ -77,7 +102,7 @@ class MlflowView:
         rebuilt = Rebuilt(0, 0, 0)
         with self._tracking_errors():
             record = StudyRecord.open(self._study)
-            if trials := self._trials(record):
+            if trials := record.trials():
                 contents = [source.read() for source in runs.run_sources(record, trials, record.standing(trials))]
                 rebuilt = self._open_experiment(record, contents[0].began_ms).reconcile(contents)
             self._update(record, is_last=True)
@@ -88,29 +113,30 @@ class MlflowView:
 
         Raises TrackingError if that is impossible now.
         """
-        if not self._server.has_data:
-            raise TrackingError(f"nothing is tracked in {self._server.project.root} yet")
+        name = self._study.name
         with self._tracking_errors():
-            client, _ = self._server.connect(self._study.name)
-            run_id = find_study_run(client, self._study.name)
-            if run_id is None:
-                raise TrackingError(f"study {self._study.name!r} is not in MLflow yet")
+            client, _ = self._server.connect(name)
+            experiment = client.get_experiment_by_name(name)
+            found = pages(client, experiment.experiment_id) if experiment is not None else ()
+            latest = next((run for run in found if key_of(run.data.tags) == "study"), None)
+            if latest is None:
+                raise TrackingError(f"study {name!r} is not in MLflow yet")
             with temporary_folder(self._study.tracking) as folder:
                 run_files.write_report_files(self._study, folder)
-                client.log_artifacts(run_id, str(folder))
+                client.log_artifacts(latest.info.run_id, str(folder))
 
     def _update(self, record: StudyRecord, is_last: bool) -> None:
-        trials = self._trials(record)
+        trials = record.trials()
         if not trials:
             return
         standing = record.standing(trials)
         study, *children = runs.run_sources(record, trials, standing)
         content = study.read()
         experiment = self._open_experiment(record, content.began_ms)
-        parent_tag = {"mlflow.parentRunId": experiment.ensure(content, {}).id}
+        parent_tag = {"mlflow.parentRunId": experiment.ensure(content, {}).info.run_id}
         failures: list[Exception] = []
         for source in children:
-            if experiment.is_complete(source):
+            if experiment.complete.get(source.key, ()) == source.version:
                 continue
             self._up_to_date.discard(source.key)
             try:
@@ -124,8 +150,6 @@ class MlflowView:
                 self._up_to_date.add(source.key)
         experiment.show_ranking(standing)
         experiment.deliver(study, content, {}, is_last=is_last)
-        if not is_last:
-            run_files.import_figures()
         if failures:
             raise failures[0]
 
@@ -135,12 +159,6 @@ class MlflowView:
             client, artifact_root = self._server.connect(record.name)
             self._experiment = Experiment(client, record, began_ms, artifact_root)
         return self._experiment
-
-    def _trials(self, record: StudyRecord) -> list[TrialRecord]:
-        """Return all trials on record. Trials that have ended are read once."""
-        trials = [self._ended_trials.get(number) or record.trial(number) for number in record.trial_numbers()]
-        self._ended_trials |= {trial.number: trial for trial in trials if trial.ended_at is not None}
-        return trials
 
     @contextmanager
     def _tracking_errors(self) -> Iterator[None]:
@@ -155,3 +173,212 @@ class MlflowView:
                 raise
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise TrackingError(f"{self._server.uri}: {redact(lines[0])[:300]}") from error
+
+
+class Experiment:
+    """The experiment of a study. It is read once, then kept in memory, and discarded after any failed request."""
+
+    def __init__(self, client: Any, record: StudyRecord, began_ms: int, artifact_root: str | None) -> None:
+        """Open the experiment and read its runs. Creates a missing experiment and restores a deleted one."""
+        self._client = client
+        self._folder = record.paths.tracking
+        self._id = self._open(record, began_ms, artifact_root)
+        self._runs = self._read(record.name)
+        """MLflow's run of each key and start; its tags and params are those in MLflow."""
+        self._points: dict[str, set[tuple[str, int, int]]] = {}
+        """Key, step and time of every point of the metrics of a run, by its id, once they were read."""
+        self._with_files: set[str] = set()
+        """Ids of the runs whose files were written since the experiment was read."""
+        self._current: dict[str, Any] = {}
+        """Run of each key, without those of an earlier study of the same name."""
+        self.complete: dict[str, object] = {}
+        """Key of each run that is complete in MLflow, to the version of its source."""
+
+    def _open(self, record: StudyRecord, began_ms: int, artifact_root: str | None) -> str:
+        found = self._client.get_experiment_by_name(record.name)
+        if found is None:
+            number, tags = str(self._client.create_experiment(record.name, artifact_location=artifact_root)), {}
+        else:
+            number, tags = str(found.experiment_id), found.tags
+            if found.lifecycle_stage == "deleted":
+                self._client.restore_experiment(number)
+        for key, value in _experiment_tags(record.config, number, began_ms).items():
+            # Keep what people have changed.
+            if key not in tags:
+                self._client.set_experiment_tag(number, key, value)
+        return number
+
+    def _read(self, study: str) -> dict[tuple[str, int], Any]:
+        found: dict[tuple[str, int], Any] = {}
+        # A run exists twice if the server created it but its answer was lost: keep the one that holds most.
+        for run in sorted(
+            pages(self._client, self._id),
+            key=lambda run: (-len(run.data.metrics), -len(run.data.params), run.info.run_id),
+        ):
+            key = key_of(run.data.tags)
+            if key is None or run.data.tags["hpsearch.study"] != study:
+                continue
+            if found.setdefault((key, run.info.start_time), run) is not run:
+                self._client.delete_run(run.info.run_id)
+        return found
+
+    def ensure(self, content: RunContent, more_tags: Mapping[str, str]) -> Any:
+        """Return the run with that key and start; create it if it is missing."""
+        identity = (content.key, content.began_ms)
+        if identity not in self._runs:
+            tags = {**more_tags, **content.tags}
+            self._runs[identity] = self._client.create_run(self._id, content.began_ms, tags, content.name)
+        self._current[content.key] = self._runs[identity]
+        return self._runs[identity]
+
+    def deliver(self, source: RunSource, content: RunContent, more_tags: Mapping[str, str], *, is_last: bool) -> None:
+        """Bring one run up to date: params, tags and metrics first; files, status and digest once it is complete."""
+        from mlflow.entities import Metric, Param
+
+        run = self.ensure(content, more_tags)
+        run_id, tags = run.info.run_id, {**content.tags, **more_tags}
+        if source.key == "study":
+            # The description of the study changes while it runs.
+            tags |= runs.new_note_tags(run.data.tags, content.note)
+        is_delivered = content.is_complete and run.data.tags.get(DELIVERED) == content.digest
+        if not (is_delivered and tags.items() <= run.data.tags.items()):
+            params = {key: value for key, value in content.params.items() if key not in run.data.params}
+            self._log(run, "params", [Param(key, value) for key, value in params.items()], MAX_PARAMS)
+            run.data.params.update(params)
+            self._tag(run, tags)
+            points = self._new_points(run, content)
+            metrics = [Metric(point.key, point.value, point.time_ms, point.step) for point in points]
+            self._log(run, "metrics", metrics, MAX_METRICS)
+            if content.is_complete or (source.key == "study" and run_id not in self._with_files):
+                self._log_files(run_id, source, content)
+            if content.is_complete:
+                self._client.set_terminated(run_id, content.status, end_time=content.ended_ms)
+            else:
+                self._client.update_run(run_id, status="KILLED" if is_last else content.status)
+        if content.is_complete:
+            self._tag(run, {DELIVERED: content.digest, **runs.new_note_tags(run.data.tags, content.note)})
+            self.complete[source.key] = source.version
+
+    def _log(self, run: Any, kind: str, entities: Sequence[Any], limit: int) -> None:
+        for start in range(0, len(entities), limit):
+            self._client.log_batch(run.info.run_id, **{kind: entities[start : start + limit]})
+
+    def _tag(self, run: Any, tags: Mapping[str, str]) -> None:
+        """Set those of the tags that the run does not have yet."""
+        from mlflow.entities import RunTag
+
+        new = [RunTag(key, value) for key, value in tags.items() if run.data.tags.get(key) != value]
+        self._log(run, "tags", new, MAX_PARAMS)
+        run.data.tags.update(tags)
+
+    def _new_points(self, run: Any, content: RunContent) -> list[Any]:
+        """Return the points that the run lacks, and remember them as logged."""
+        if run.info.run_id not in self._points:
+            self._points[run.info.run_id] = {place for place, _ in self._history(run)}
+        places = self._points[run.info.run_id]
+        # A repeated epoch has another time but is the same epoch. Any other point with another time is a revision.
+        steps = {place[:2] for place in places if place[0].startswith(("fold", "seed"))}
+        new = [point for point in content.points if not (point.place in places or point.place[:2] in steps)]
+        places.update(point.place for point in new)
+        return new
+
+    def _log_files(self, run_id: str, source: RunSource, content: RunContent) -> None:
+        """Upload the files of a run; register the model of a final."""
+        with temporary_folder(self._folder) as folder:
+            source.write_files(folder)
+            self._client.log_artifacts(run_id, str(folder))
+        self._with_files.add(run_id)
+        if content.is_complete and source.weights is not None and source.weights.is_file():
+            # `pack` runs this module as a program, so no other module imports it at its start.
+            from hpsearch.tracking import mlflow_model
+
+            with temporary_folder(self._folder) as folder:
+                mlflow_model.register(self._client, source.weights, folder, self._id, run_id, content)
+
+    def show_ranking(self, standing: Standing) -> None:
+        """Tag every trial that can win with its rank, and the winner alone as winner."""
+        winner = self._current.get(f"trial {standing.winner}")
+        for run in self._runs.values():
+            if WINNER in run.data.tags and run is not winner:
+                self._client.delete_tag(run.info.run_id, WINNER)
+                del run.data.tags[WINNER]
+        for place, number in enumerate(standing.ranking, start=1):
+            if (run := self._current.get(f"trial {number}")) is not None:
+                self._tag(run, {RANK: f"{place:04d}", **({WINNER: "true"} if run is winner else {})})
+
+    def reconcile(self, contents: Iterable[RunContent]) -> Rebuilt:
+        """Delete runs that contradict the record or are not in it, and create those that are in it anew.
+
+        Runs that are kept lose their digest in memory, so that the next delivery adds what they lack.
+        """
+        wanted = {(content.key, content.began_ms): content for content in contents}
+        n_kept = n_replaced = n_removed = 0
+        for identity, run in list(self._runs.items()):
+            content = wanted.get(identity)
+            if content is not None and not self._contradicts(run, content):
+                run.data.tags.pop(DELIVERED, None)
+                n_kept += 1
+                continue
+            self._client.delete_run(run.info.run_id)
+            # The new run registers its model again.
+            for version in self._client.search_model_versions(f"run_id = '{run.info.run_id}'"):
+                self._client.delete_model_version(version.name, version.version)
+            del self._runs[identity]
+            n_removed += content is None
+            if content is not None:
+                # Tags that people added stay, their own description included.
+                own = {"mlflow.runName", DELIVERED, RANK, WINNER}
+                self.ensure(content, {key: value for key, value in run.data.tags.items() if key not in own})
+                n_replaced += 1
+        return Rebuilt(n_kept, n_replaced, n_removed)
+
+    def _contradicts(self, run: Any, content: RunContent) -> bool:
+        """Return whether a param or metric that hpsearch wrote differs from the record."""
+        if any(run.data.params.get(key, value) != value for key, value in content.params.items()):
+            return True
+        points = [(place, value) for place, value in self._history(run) if is_metric(place[0])]
+        expected = {(point.place, point.value) for point in content.points}
+        return len({place for place, _ in points}) < len(points) or not expected.issuperset(points)
+
+    def _history(self, run: Any) -> Iterator[tuple[tuple[str, int, int], float]]:
+        """Return key, step and time, and value of every point of the run's metrics."""
+        for key in run.data.metrics:
+            for metric in self._client.get_metric_history(run.info.run_id, key):
+                yield (metric.key, metric.step, metric.timestamp), metric.value
+
+
+@contextmanager
+def temporary_folder(folder: Path) -> Iterator[Path]:
+    """Provide an empty folder and delete it afterwards. A fixed path, so leftovers of a killed process go too."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def pages(client: Any, experiment_id: str) -> Iterator[Any]:
+    """Return all runs of an experiment, the latest first."""
+    token, is_first = None, True
+    while token or is_first:
+        page = client.search_runs([experiment_id], max_results=1000, page_token=token)
+        yield from page
+        token, is_first = page.token, False
+
+
+def _experiment_tags(config: StudyConfig, experiment_id: str, began_ms: int) -> dict[str, str]:
+    """Return the tags that make MLflow's page of the study readable: a description and a saved view of the runs."""
+    metric, name = config.study.metric, "Trials, best first"
+    metrics = (f"cv/{metric}_mean", f"cv/{metric}_std", f"test/{metric}", "cost/seconds")
+    columns = [f"tags.`{RANK}`", f"tags.`{WINNER}`", *(f"metrics.`{key}`" for key in metrics)]
+    columns += [*(f"params.`{key}`" for key, _ in config.search), "tags.`outcome`"]
+    # Sorted by the mean, a trial that was not refitted or a refit could come before the winner.
+    state = json.dumps({"orderByKey": f"tags.`{RANK}`", "orderByAsc": True, "selectedColumns": columns})
+    page = f"#/experiments/{experiment_id}/runs?viewStateShareKey={SAVED_VIEW}&workflowType=machine_learning"
+    view = {"name": name, "createdAt": began_ms, "updatedAt": began_ms, "state": state}
+    return {
+        "mlflow.experimentKind": "custom_model_development",
+        runs.NOTE: f"A search by `hpsearch`: the parent run is the study, each child run a trial. [{name}]({page})",
+        f"mlflow.sharedViewState.{SAVED_VIEW}": json.dumps(view),
+    }

@@ -1,12 +1,10 @@
 """Write the files (artifacts) of the runs in MLflow: tables and figures."""
 
-from __future__ import annotations
-
 import csv
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +12,12 @@ from typing import Any
 from hpsearch import paths
 from hpsearch.errors import CacheError
 from hpsearch.paths import StudyPaths
-from hpsearch.report import trial_rows
-from hpsearch.report.trial_rows import Case, CurvePoint
+from hpsearch.report.trial_rows import Case, final_cases, image_scores, trial_cases, trial_epochs
+from hpsearch.store.fits import FitRecord
 from hpsearch.store.record import StudyRecord
 from hpsearch.store.trials import TrialRecord
-from hpsearch.tracking.metrics import image_scores
 from hpsearch.training.metrics import SCORES
+from hpsearch.training.rows import EpochRow
 from hpsearch.typed_json import to_json
 
 logger = logging.getLogger(__name__)
@@ -27,14 +25,14 @@ logger = logging.getLogger(__name__)
 
 def write_study_files(record: StudyRecord, folder: Path) -> None:
     """Copy settings, plan and folds of the study, and the report if there is one."""
-    _copy((record.paths.toml, record.paths.plan, record.paths.folds), folder)
+    _copy(folder, record.paths.toml, record.paths.plan, record.paths.folds)
     write_report_files(record.paths, folder)
 
 
 def write_report_files(study: StudyPaths, folder: Path) -> None:
     """Copy the report and its figures, if there is a report."""
     if study.report.is_file():
-        _copy([study.report], folder)
+        _copy(folder, study.report)
         shutil.copytree(study.figures, folder / study.figures.name)
 
 
@@ -44,7 +42,7 @@ def write_trial_files(record: StudyRecord, trial: TrialRecord, folder: Path) -> 
     trial.toml is the whole configuration; `hpsearch train --config trial.toml` runs it again.
     """
     (folder / "trial.toml").write_text(trial.study_config.to_toml(), encoding="utf-8")
-    _copy([record.paths.folds], folder)
+    _copy(folder, record.paths.folds)
     if trial.decisions or trial.failures:
         decisions = {"decisions": to_json(trial.decisions), "failures": trial.failures}
         (folder / "decisions.json").write_text(json.dumps(decisions, indent=1), encoding="utf-8")
@@ -53,36 +51,31 @@ def write_trial_files(record: StudyRecord, trial: TrialRecord, folder: Path) -> 
             csv.writer(file).writerows([["image", "fold", *SCORES], *rows])
     name, metric = f"trial {trial.number:04d} of {record.name}", record.config.study.metric
     result = f"out-of-fold {metric} {trial.value:.4f}" if trial.outcome == "complete" else trial.outcome or "open"
-    _draw_curves(trial_rows.trial_curves(record, trial.number), f"{name}: {result}", folder)
-    _draw_panels(partial(trial_rows.trial_cases, record, trial.number), metric, f"{name}: held-out images", folder)
+    _draw_curves(folder, trial_epochs(record, trial.number), f"{name}: {result}")
+    _draw_panels(folder, partial(trial_cases, record, trial.number), metric, f"{name}: held-out images")
 
 
 def write_refit_files(record: StudyRecord, number: int, folder: Path) -> None:
     """Write trial.toml, second.json and a figure for the refit of a trial."""
     (folder / "trial.toml").write_text(record.trial(number).study_config.to_toml(), encoding="utf-8")
-    _copy([record.paths.trial(number).second], folder)
-    title = f"trial {number:04d} of {record.name}, refit"
-    _draw_curves(trial_rows.second_curves(record, number), title, folder)
+    _copy(folder, record.paths.trial(number).second)
+    fits = [record.replicate_fit(number, fold).epochs() for fold in range(record.n_folds)]
+    _draw_curves(folder, fits, f"trial {number:04d} of {record.name}, refit")
 
 
 def write_final_files(record: StudyRecord, name: str, folder: Path) -> None:
     """Copy the configuration, result, test scores and model card of a final, and draw two figures."""
     final = record.paths.final(name)
-    _copy((final.config, final.result, final.table, final.card), folder)
+    _copy(folder, final.config, final.result, final.table, final.card)
     result = paths.read_json(final.result)
     title, metric = f"final of trial {result['trial']:04d} of {record.name}", result["metric"]
-    curves = trial_rows.final_curves(final, result["n_seeds"])
-    _draw_curves(curves, f"{title}: {metric} {result['test'][metric]['mean']:.4f} on the test images", folder)
-    cases = partial(trial_rows.final_cases, record, final, result["test_key"])
-    _draw_panels(cases, metric, f"{title}: test images", folder)
+    fits = [FitRecord(final.seed(index)).epochs() for index in range(result["n_seeds"])]
+    _draw_curves(folder, fits, f"{title}: {metric} {result['test'][metric]['mean']:.4f} on the test images")
+    read_cases = partial(final_cases, record, final, result["test_key"])
+    _draw_panels(folder, read_cases, metric, f"{title}: test images")
 
 
-def import_figures() -> None:
-    """Load the drawing libraries early, so that the end of the study does not wait for them."""
-    from hpsearch.report import figures  # noqa: F401
-
-
-def _copy(files: Iterable[Path], folder: Path) -> None:
+def _copy(folder: Path, *files: Path) -> None:
     for path in files:
         if path.is_file():
             shutil.copyfile(path, folder / path.name)
@@ -90,22 +83,21 @@ def _copy(files: Iterable[Path], folder: Path) -> None:
 
 def _score_rows(record: StudyRecord, number: int) -> Iterator[list[Any]]:
     """Return image, fold and out-of-fold scores of every image of the finished folds, fold by fold."""
-    ids = record.folds.ids
     for fold in record.finished_folds(number):
-        columns = image_scores(record.fit(number, fold).counts())
-        for row, index in enumerate(record.folds.held_out(fold).tolist()):
-            yield [ids[index], fold, *(f"{values[row]:.6f}" for values in columns.values())]
+        columns = image_scores(record.fit(number, fold).counts()).values()
+        for index, *scores in zip(record.folds.held_out(fold).tolist(), *columns, strict=True):
+            yield [record.folds.ids[index], fold, *(f"{score:.6f}" for score in scores)]
 
 
-def _draw_curves(points: Sequence[CurvePoint], title: str, folder: Path) -> None:
-    if points:
+def _draw_curves(folder: Path, fits: Sequence[Sequence[EpochRow]], title: str) -> None:
+    if any(fits):
         # Imported when there is something to draw: matplotlib takes half a second.
         from hpsearch.report import figures
 
-        (folder / "curves.png").write_bytes(figures.to_png(figures.draw_curves(points, title=title)))
+        (folder / "curves.png").write_bytes(figures.to_bytes(figures.draw_curves(fits, title=title)))
 
 
-def _draw_panels(read_cases: Callable[[], list[Case]], metric: str, title: str, folder: Path) -> None:
+def _draw_panels(folder: Path, read_cases: Callable[[], list[Case]], metric: str, title: str) -> None:
     try:
         cases = read_cases()
     except CacheError as error:
@@ -115,4 +107,4 @@ def _draw_panels(read_cases: Callable[[], list[Case]], metric: str, title: str, 
     if cases:
         from hpsearch.report import figures
 
-        (folder / "panels.png").write_bytes(figures.to_png(figures.draw_panels(cases, metric=metric, title=title)))
+        (folder / "panels.png").write_bytes(figures.to_bytes(figures.draw_panels(cases, metric=metric, title=title)))

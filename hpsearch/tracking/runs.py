@@ -4,15 +4,14 @@ The study is one run; its trials, their refits and the finals are child runs. Th
 of the record: the same record gives the same params, metrics, times and tags. This module imports no MLflow.
 """
 
-from __future__ import annotations
-
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from hpsearch import paths
 from hpsearch.config import StudyConfig, digest
@@ -20,32 +19,15 @@ from hpsearch.paths import StudyPaths
 from hpsearch.store.fits import FitRecord
 from hpsearch.store.record import StudyRecord, has_all_replicates
 from hpsearch.store.trials import Outcome, ReplicateRecord, Standing, TrialRecord
-from hpsearch.tracking import notes, run_files
-from hpsearch.tracking.metrics import CrossValidation, Point, milliseconds, points_of
+from hpsearch.tracking import run_files
+from hpsearch.tracking.metrics import Point, cross_validation, milliseconds, points_of
 
-Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
-STATUSES: dict[str | None, Status] = {None: "RUNNING", "diverged": "FAILED", "failed": "FAILED", "orphaned": "KILLED"}
+STATUSES: dict[str | None, str] = {None: "RUNNING", "diverged": "FAILED", "failed": "FAILED", "orphaned": "KILLED"}
 """Outcome of a trial to the status of its run. All others are finished; the tag `outcome` says how."""
 IDENTIFYING_TAGS = {"hpsearch.trial": "trial", "hpsearch.second": "second", "hpsearch.final": "final"}
 """Tag that identifies a child run of a study, to the first word of the run's key."""
 WINNER, RANK = "winner", "rank"
 """Tags of trials: `true` for the winner alone; the place in the ranking, zero-padded so that it sorts as text."""
-OUR_TAGS = frozenset(
-    {
-        "outcome",
-        "reason",
-        "source",
-        "seed",
-        "device",
-        "processor",
-        "precision",
-        "threads",
-        "micro_batch",
-        WINNER,
-        RANK,
-    }
-)
-"""Tags that hpsearch writes, besides those with a prefix."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +44,7 @@ class RunContent:
     points: tuple[Point, ...] = ()
     note: str = ""
     """Description in Markdown."""
-    status: Status = "RUNNING"
+    status: str = "RUNNING"
     ended_ms: int | None = None
 
     @property
@@ -121,29 +103,11 @@ def run_sources(record: StudyRecord, trials: Sequence[TrialRecord], standing: St
         yield RunSource(f"final {name}", name, read, write, record.paths.final(name).model)
 
 
-def people_tags(tags: Mapping[str, str]) -> dict[str, str]:
-    """Return those tags of a run that people have added, their own description included."""
-    return {
-        key: value
-        for key, value in tags.items()
-        if (key == notes.NOTE and not notes.is_ours(tags))
-        or (key not in OUR_TAGS and not key.startswith(("mlflow.", "hpsearch.", "version.")))
-    }
-
-
-def ranking_tags(standing: Standing) -> dict[str, dict[str, str]]:
-    """Return the tags `WINNER` and `RANK` of every trial that can win, by the key of its run."""
-    result = {f"trial {number}": {RANK: f"{place:04d}"} for place, number in enumerate(standing.ranking, start=1)}
-    if standing.winner is not None:
-        result[f"trial {standing.winner}"][WINNER] = "true"
-    return result
-
-
 def study_run(record: StudyRecord, trials: Sequence[TrialRecord], standing: Standing) -> RunContent:
     """Return the parent run: the settings of the study, its best value and counts of outcomes after each trial."""
     is_over = record.is_searched(trials) and has_all_replicates(record)
     ends = [trial.ended_at or 0 for trial in trials] + [second.ended_at or 0 for second in record.replicate_records()]
-    search = {f"search.{name}": notes.text_of(dimension.to_toml()) for name, dimension in record.config.search}
+    search = {f"search.{name}": text_of(dimension.to_toml()) for name, dimension in record.config.search}
     return RunContent(
         key="study",
         name=record.name,
@@ -151,7 +115,7 @@ def study_run(record: StudyRecord, trials: Sequence[TrialRecord], standing: Stan
         tags=_common_tags(record, "hpsearch study", None),
         params=_params(record.config) | search,
         points=tuple(_progress(record, trials, standing)),
-        note=notes.study_note(record.config.study.metric, trials, standing),
+        note=_study_note(record.config.study.metric, trials, standing),
         status="FINISHED" if is_over else "RUNNING",
         ended_ms=milliseconds(max(ends)) if is_over else None,
     )
@@ -162,7 +126,7 @@ def trial_run(record: StudyRecord, trial: TrialRecord, standing: Standing) -> Ru
 
     Its cross-validation means are the values that rank it: means over first fits and refits once these count.
     """
-    number, metric = trial.number, record.config.study.metric
+    number = trial.number
     fits = [record.fit(number, fold) for fold in range(record.n_folds)]
     points: list[Point] = []
     if trial.outcome == "complete":
@@ -170,24 +134,22 @@ def trial_run(record: StudyRecord, trial: TrialRecord, standing: Standing) -> Ru
     elif trial.ended_at is not None:
         points = points_of("estimate", trial, trial.ended_at)
     tags = {"hpsearch.trial": str(number), "outcome": trial.outcome or "open", "source": trial.source}
-    if trial.micro_batch is not None:
-        tags["micro_batch"] = str(trial.micro_batch)
-    note = notes.trial_note(trial, points, metric, standing)
-    return _fits_run(record, trial, trial, fits, f"trial {number:04d}", tags, points, note)
+    tags |= {} if trial.micro_batch is None else {"micro_batch": str(trial.micro_batch)}
+    note = _trial_note(trial, record.config.study.metric, standing)
+    return _fits_run(record, trial, trial, fits, points, name=f"trial {number:04d}", tags=tags, note=note)
 
 
 def refit_run(record: StudyRecord, second: ReplicateRecord) -> RunContent:
     """Return the run of the refit of a trial as far as it has come."""
-    trial = record.trial(second.trial)
-    fits = [record.replicate_fit(trial.number, fold) for fold in range(record.n_folds)]
+    trial, number = record.trial(second.trial), second.trial
+    fits = [record.replicate_fit(number, fold) for fold in range(record.n_folds)]
     points: list[Point] = []
     if second.outcome == "complete":
-        cross_validation = CrossValidation.read([fits], None)
-        points = points_of("cross-validation", cross_validation, second.ended_at or 0, record.config.study.metric)
-    tags = {"hpsearch.second": str(trial.number), "outcome": f"refit: {second.outcome or 'open'}"}
-    tags |= {"source": "confirmation"}
-    note = f"Refit of trial {trial.number}: the same folds with new seeds\n\n{notes.searched_params(trial)}"
-    return _fits_run(record, trial, second, fits, f"trial {trial.number:04d}, refit", tags, points, note)
+        scores = cross_validation([fits], None)
+        points = points_of("cross-validation", scores, second.ended_at or 0, record.config.study.metric)
+    tags = {"hpsearch.second": str(number), "outcome": f"refit: {second.outcome or 'open'}", "source": "confirmation"}
+    note = f"Refit of trial {number}: the same folds with new seeds\n\n{_searched_params(trial)}"
+    return _fits_run(record, trial, second, fits, points, name=f"trial {number:04d}, refit", tags=tags, note=note)
 
 
 def _fits_run(
@@ -195,10 +157,10 @@ def _fits_run(
     trial: TrialRecord,
     attempt: TrialRecord | ReplicateRecord,
     fits: Sequence[FitRecord],
-    name: str,
-    tags: dict[str, str],
     points: Sequence[Point],
-    note: str,
+    *,
+    tags: dict[str, str],
+    **more: Any,
 ) -> RunContent:
     """Return the run of one fit per fold with the configuration of a trial: `attempt` is the trial or its refit."""
     machine = next((summary.runtime for fit in fits if (summary := fit.summary()) is not None), None)
@@ -207,14 +169,13 @@ def _fits_run(
     tags |= {tag: value for tag, value in found.items() if value}
     return RunContent(
         key=key_of(tags) or "",
-        name=name,
         began_ms=milliseconds(attempt.began_at),
         tags=_common_tags(record, "hpsearch study", machine) | tags,
         params=_params(trial.study_config),
         points=(*_fit_points("fold", fits, attempt.ended_at), *points),
-        note=note,
         status=STATUSES.get(attempt.outcome, "FINISHED"),
         ended_ms=None if attempt.ended_at is None else milliseconds(attempt.ended_at),
+        **more,
     )
 
 
@@ -233,7 +194,7 @@ def final_run(record: StudyRecord, name: str) -> RunContent:
         tags=tags | {"hpsearch.final": name, "outcome": "final"},
         params=_params(trial.study_config) | params,
         points=(*_fit_points("seed", fits, ended_at), *points_of("final", result, ended_at, result["metric"])),
-        note=notes.final_note(result, trial),
+        note=_final_note(result, trial),
         status="FINISHED",
         ended_ms=milliseconds(ended_at),
     )
@@ -262,7 +223,7 @@ def _value_points(
 ) -> list[Point]:
     """Return the cross-validation metrics of a complete trial, revised when its refit counts or counts no more."""
     number, metric = trial.number, record.config.study.metric
-    first = CrossValidation.read([fits], trial.value)
+    first = cross_validation([fits], trial.value)
     points = points_of("cross-validation", first, trial.ended_at or 0, metric)
     ranked_at = _ranked_at(record, standing)
     if ranked_at is None or record.mean_over_fits(number) is None:
@@ -270,8 +231,8 @@ def _value_points(
     now = first
     if number in standing.confirmed:
         refits = [record.replicate_fit(number, fold) for fold in range(record.n_folds)]
-        now = CrossValidation.read([fits, refits], standing.values.get(number))
-    points += points_of("cross-validation", now, ranked_at, metric, is_revision=True)
+        now = cross_validation([fits, refits], standing.values[number])
+    points += points_of("cross-validation", now, ranked_at, metric)
     return points + points_of("first fits", first, ranked_at, metric)
 
 
@@ -285,8 +246,7 @@ def _ranked_at(record: StudyRecord, standing: Standing) -> float | None:
         return None
     ends = {trial.number: trial.ended_at or 0.0 for trial in record.complete_trials()}
     if standing.confirmed:
-        seconds = [record.replicate(number) for number in shortlist.trials]
-        ended = [second.ended_at or 0.0 for second in seconds if second is not None]
+        ended = [second.ended_at or 0.0 for second in record.replicate_records() if second.trial in shortlist.trials]
         # Later than the trial that reopened the choice before: of equal steps MLflow shows the latest.
         return max([*ended, *ends.values()]) + 0.001
     return min((end for number, end in ends.items() if number not in shortlist.of), default=None)
@@ -295,30 +255,25 @@ def _ranked_at(record: StudyRecord, standing: Standing) -> float | None:
 def _progress(record: StudyRecord, trials: Sequence[TrialRecord], standing: Standing) -> Iterator[Point]:
     """Return the metrics of the study after each ended trial; the step is the number of ended trials.
 
-    The end of the refits has the step of the last trial before it.
+    While refits count, the best value of the last step is that of the winner.
     """
-    ended = [(trial.ended_at, trial.number, trial) for trial in trials if trial.ended_at is not None]
     metric = record.config.study.metric
-    refitted_at = _ranked_at(record, standing) if standing.confirmed else None
     can_win = {trial.number for trial in record.contenders(trials)}
     values: list[float] = []
     n: Counter[str] = Counter({outcome: 0 for outcome in get_args(Outcome) if outcome != "orphaned"})
-    n_before = 0
-    for step, (at, number, trial) in enumerate(sorted(ended), start=1):
+    ended = sorted((trial.ended_at, trial.number, trial) for trial in trials if trial.ended_at is not None)
+    for step, (at, number, trial) in enumerate(ended, start=1):
         n[str(trial.outcome)] += 1
         if number in can_win and trial.value is not None:
             values.append(trial.value)
-        is_refitted = refitted_at is not None and at >= refitted_at
-        n_before += not is_refitted
-        best = standing.best_value if is_refitted else max(values, default=None)
-        yield from points_of("study", {"best": best, "n": n}, at, metric, step=step)
-    if refitted_at is not None:
-        state = {"best": standing.best_value}
-        yield from points_of("study", state, refitted_at, metric, step=n_before, is_revision=True)
+        yield from points_of("study", {"best": max(values, default=None), "n": n}, at, metric, step=step)
+    if standing.confirmed:
+        at = max(_ranked_at(record, standing) or 0.0, ended[-1][0] + 0.001)
+        yield from points_of("study", {"best": standing.best_value}, at, metric, step=len(ended))
 
 
 def _params(config: StudyConfig) -> dict[str, str]:
-    return {name: notes.text_of(value) for name, value in config.flat().items()}
+    return {name: text_of(value) for name, value in config.flat().items()}
 
 
 def _common_tags(record: StudyRecord, command: str, machine: Mapping[str, Any] | None) -> dict[str, str]:
@@ -334,9 +289,64 @@ def _common_tags(record: StudyRecord, command: str, machine: Mapping[str, Any] |
 
 def _test_set_tags(result: Mapping[str, Any]) -> dict[str, str]:
     """Return which test set was evaluated, how often that had happened, and the post-processing in use."""
-    if "test_set" not in result:
-        return {}
-    tags = {"hpsearch.test_set": result["test_set"], "hpsearch.test_looks": str(result["n_looks"])}
-    if result["leaks"]:
-        tags["hpsearch.test_leaks"] = str(len(result["leaks"]))
-    return tags | ({"hpsearch.choices": notes.text_of(result["chosen"]["choices"])} if result["chosen"] else {})
+    tags = {"test_set": result.get("test_set"), "test_looks": result.get("n_looks")}
+    tags |= {"test_leaks": len(result.get("leaks", ())), "choices": (result.get("chosen") or {}).get("choices")}
+    return {f"hpsearch.{name}": text_of(value) for name, value in tags.items() if value}
+
+
+NOTE, OUR_NOTE = "mlflow.note.content", "hpsearch.note"
+"""Tag with the description of a run, and tag with the digest of the description that hpsearch wrote last."""
+
+
+def is_our_note(tags: Mapping[str, str]) -> bool:
+    """Return whether hpsearch wrote the description of a run with these tags, or nobody did."""
+    return NOTE not in tags or tags.get(OUR_NOTE) == digest(tags[NOTE])
+
+
+def new_note_tags(tags: Mapping[str, str], note: str) -> dict[str, str]:
+    """Return the tags that set the description of a run to `note`; empty if it is set or a person wrote another."""
+    is_new = note and tags.get(NOTE) != note and is_our_note(tags)
+    return {NOTE: note, OUR_NOTE: digest(note)} if is_new else {}
+
+
+def _study_note(metric: str, trials: Sequence[TrialRecord], standing: Standing) -> str:
+    """Return the description of a study: its winner, the value and the params; empty while there is no winner."""
+    winner = next((trial for trial in trials if trial.number == standing.winner), None)
+    if winner is None:
+        return ""
+    fits = ", mean of the first fit and the refit" if winner.number in standing.confirmed else ""
+    value = f"out-of-fold {metric} **{standing.best_value:.4f}**{fits}"
+    return f"Best: **trial {winner.number}**, {value}\n\n{_searched_params(winner)}"
+
+
+def _trial_note(trial: TrialRecord, metric: str, standing: Standing) -> str:
+    """Return the description of an ended trial: its value, or why it has none, and its params."""
+    if trial.outcome == "complete":
+        is_refitted = trial.number in standing.confirmed
+        fits = f", mean of the first fit ({trial.value:.4f}) and the refit" if is_refitted else ""
+        result = f"Out-of-fold {metric} **{standing.values.get(trial.number, trial.value):.4f}**{fits}"
+    else:
+        estimate = "" if trial.value is None else f" (estimated {metric} {trial.value:.4f})"
+        result = f"**{trial.outcome}**{estimate}: {trial.reason}"
+    return f"{result}\n\n{_searched_params(trial)}"
+
+
+def _final_note(result: Mapping[str, Any], trial: TrialRecord) -> str:
+    """Return the description of a final: the score on the test images and what the search had estimated."""
+    metric = result["metric"]
+    test, cv = result["test"][metric], result["cv"]
+    interval = f"{metric.capitalize()} **{test['mean']:.4f}** (95 % interval {test['low']:.4f} to {test['high']:.4f})"
+    estimate = f"the out-of-fold {metric} was {cv['mean']:.4f}"
+    return f"{interval} on {result['n_test']} test images; {estimate}\n\n{_searched_params(trial)}"
+
+
+def _searched_params(trial: TrialRecord) -> str:
+    """Return the suggested params of a trial as one line of Markdown."""
+    shown = (f"{value:.4g}" if isinstance(value, float) else text_of(value) for value in trial.params.values())
+    listed = ", ".join(f"{name} `{value}`" for name, value in zip(trial.params, shown, strict=True))
+    return listed or "the default configuration"
+
+
+def text_of(value: Any) -> str:
+    """Return a setting as text; lists and tables as JSON."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else str(value)

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from hpsearch.report.card import model_card, render
+from hpsearch.report.page import model_card, render_card
 from hpsearch.report.rows import study_rows
 from hpsearch.stats.intervals import Interval
 from tests.recorded import POOL_KEY, FakeStudy
@@ -44,7 +44,7 @@ def test_scores_have_intervals_and_the_estimate_of_the_search(study: FakeStudy) 
     assert f"{test.mean:.4f} [{test.low:.4f}, {test.high:.4f}]" in card
     assert "test, original resolution" not in card
     official = {"jaccard": Interval(0.71, 0.7, 0.72), "threshold_jaccard": Interval(0.61, 0.6, 0.62)}
-    with_official = render(rows, dataclasses.replace(final, official=official), study.config)
+    with_official = render_card(rows, dataclasses.replace(final, official=official), study.config)
     assert "| test, original resolution |" in with_official
     assert "| Threshold Jaccard (0.65) |  |  | 0.6100 [0.6000, 0.6200] |" in with_official
     corrected = rows.winner.corrected
@@ -55,6 +55,6 @@ def test_scores_have_intervals_and_the_estimate_of_the_search(study: FakeStudy) 
 def test_every_card_names_the_limits(study: FakeStudy) -> None:
     assert "**not a medical device**" in model_card(study.record, "trial-0000")
     rows = study_rows(study.record)
-    assert "drawn, not photographed" not in render(rows, rows.finals[0], study.config)
+    assert "drawn, not photographed" not in render_card(rows, rows.finals[0], study.config)
     drawn = dataclasses.replace(study.config, data=dataclasses.replace(study.config.data, root="sample"))
-    assert "drawn, not photographed" in render(dataclasses.replace(rows, config=drawn), rows.finals[0], drawn)
+    assert "drawn, not photographed" in render_card(dataclasses.replace(rows, config=drawn), rows.finals[0], drawn)

@@ -16,7 +16,7 @@ from PIL import Image
 from hpsearch.cli import group
 from hpsearch.data.dataset import Split
 from hpsearch.data.folds import make_folds
-from hpsearch.report import axes, study_figures
+from hpsearch.report import figures, study_figures
 from hpsearch.report.page import render, write_report
 from hpsearch.report.rows import study_rows
 from hpsearch.stats.intervals import Interval
@@ -319,12 +319,12 @@ def test_black_on_white_is_the_largest_contrast() -> None:
 
 
 def test_texts_and_marks_stand_out_from_what_is_behind_them() -> None:
-    css = (Path(axes.__file__).parent / "templates/report.css").read_text(encoding="utf-8")
+    css = (Path(figures.__file__).parent / "templates/report.css").read_text(encoding="utf-8")
     named = dict(re.findall(r"--(\w+): (#[0-9a-f]{3,6})", css))
     backgrounds = ["#fff", named["wash"], "#f6f6f6", "#fff6ec"]
-    for text in (named["ink"], named["pale"], named["blue"], axes.INK, axes.PALE):
+    for text in (named["ink"], named["pale"], named["blue"], figures.INK, figures.PALE):
         assert all(contrast(text, behind) >= 4.5 for behind in backgrounds), text
-    for mark in (axes.TRAIN, axes.HELD_OUT, axes.RIGHT, *study_figures.OUTCOMES.values()):
+    for mark in (figures.TRAIN, figures.HELD_OUT, figures.RIGHT, *study_figures.OUTCOMES.values()):
         assert contrast(mark, "#fff") >= 3, mark
 
 

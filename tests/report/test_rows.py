@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from hpsearch.errors import RecordError
+from hpsearch.report import text
 from hpsearch.report.rows import N_TEST, study_rows
 from hpsearch.search.importance import MIN_TRIALS
 from tests.recorded import FakeStudy
@@ -35,7 +36,7 @@ def test_every_trial_becomes_a_row_with_what_it_cost(study: FakeStudy) -> None:
     assert rows.trials[2].epochs == (1, 0)
     assert rows.trials[2].seconds == pytest.approx(FIT_S)
     assert rows.trials[2].whole_s == pytest.approx(6 * FIT_S)
-    assert rows.trials[3].whole_s is None
+    assert rows.trials[3].whole_s == 0
     assert rows.trials[2].pruned_at == (0, 1)
     assert rows.n_counted == 5
     assert not rows.is_running
@@ -63,10 +64,9 @@ def test_the_winner_is_the_best_full_trial_and_its_mean_is_the_one_on_record(stu
 
 
 def test_the_race_counts_full_and_dropped_trials_only(study: FakeStudy) -> None:
-    race = study_rows(study.record).race
-    assert race is not None
-    assert race.spent_s == pytest.approx((6 + 6 + 1) * FIT_S)
-    assert race.share == pytest.approx(13 / 18)
+    (sentence,) = text.paragraphs("race", rows=study_rows(study.record))
+    assert sentence.startswith("1 of 3 trials (33%) was pruned before the last fold, 1 of them in the first fold.")
+    assert f"took {13 * FIT_S:.0f} s of training, {13 / 18:.0%} of the {18 * FIT_S:.0f} s" in sentence
 
 
 def test_a_final_of_the_winner_comes_with_what_was_promised_for_so_many_images(study: FakeStudy) -> None:
@@ -94,10 +94,11 @@ def test_a_final_of_another_trial_was_promised_nothing(study: FakeStudy, tmp_pat
 def test_a_study_without_a_trial_and_one_without_a_full_trial_have_no_winner(tmp_path: Path) -> None:
     study = FakeStudy(tmp_path)
     rows = study_rows(study.record)
-    assert (rows.trials, rows.winner, rows.race, rows.updated_at) == ((), None, None, 0.0)
+    assert (rows.trials, rows.winner, rows.updated_at) == ((), None, 0.0)
     study.trial("diverged")
     rows = study_rows(study.record)
-    assert (len(rows.trials), rows.winner, rows.race) == (1, None, None)
+    assert (len(rows.trials), rows.winner) == (1, None)
+    assert text.paragraphs("race", rows=rows) == ["No trial has reached a pruning decision yet."]
 
 
 def test_one_trial_is_its_own_winner_without_a_correction_or_a_gain(tmp_path: Path) -> None:

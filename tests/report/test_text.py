@@ -9,9 +9,9 @@ import pytest
 
 from hpsearch.report import text
 from hpsearch.report.rows import StudyRows, study_rows
-from hpsearch.report.trial_rows import CurvePoint
 from hpsearch.stats.intervals import Paired
 from tests.recorded import FakeStudy
+from tests.report.test_figures import epoch_row
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +27,13 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> StudyRows:
 def changed(rows: StudyRows, **fields: Any) -> str:
     """The answer for a winner with other fields."""
     assert rows.winner is not None
-    return " ".join(text.answer(dataclasses.replace(rows, winner=dataclasses.replace(rows.winner, **fields))))
+    return " ".join(
+        text.paragraphs("answer", rows=dataclasses.replace(rows, winner=dataclasses.replace(rows.winner, **fields)))
+    )
 
 
-def point(fit: str, epoch: int, train: float, held_out: float | None) -> CurvePoint:
-    return CurvePoint(fit=fit, score="dice", epoch=epoch, train=train, held_out=held_out)
+def methods(rows: StudyRows) -> str:
+    return " ".join(text.paragraphs("methods", rows=rows))
 
 
 def test_progress_counts_trials_by_outcome(rows: StudyRows) -> None:
@@ -39,11 +41,11 @@ def test_progress_counts_trials_by_outcome(rows: StudyRows) -> None:
 
 
 def test_places_count_folds_and_epochs_from_1(rows: StudyRows) -> None:
-    assert text.stopped_at(rows.trials[2], rows.n_folds) == "fold 1, epoch 1 of 3"
-    in_second = dataclasses.replace(rows.trials[2], pruned_at=None, epochs=(3, 2), n_finished=1)
-    assert text.stopped_at(in_second, rows.n_folds) == "fold 2, epoch 2 of 3"
-    assert text.stopped_at(rows.trials[3], rows.n_folds) == "before the first epoch"
-    assert text.stopped_at(rows.trials[0], rows.n_folds) == "all folds"
+    assert text.stopped_at(rows.trials[2]) == "fold 1, epoch 1 of 3"
+    in_second = dataclasses.replace(rows.trials[2], pruned_at=None, epochs=(3, 2))
+    assert text.stopped_at(in_second) == "fold 2, epoch 2 of 3"
+    assert text.stopped_at(rows.trials[3]) == "before the first epoch"
+    assert text.stopped_at(rows.trials[0]) == "all folds"
 
 
 def test_the_reason_of_a_pruned_trial_has_no_place_in_any_version(rows: StudyRows) -> None:
@@ -89,21 +91,21 @@ def test_the_selection_bias_is_the_first_mean_less_the_corrected_one(rows: Study
 
 
 def test_the_gap_is_the_mean_over_folds_at_half_time_and_at_the_end() -> None:
-    points = [point(f"fold {f}", e, 0.5 + 0.1 * e, 0.5) for f in (1, 2) for e in (1, 2, 3, 4)]
+    fits = [[epoch_row(epoch, 0.5 + 0.1 * epoch, 0.5) for epoch in (1, 2, 3, 4)]] * 2
     assert "After epoch 4, the Dice on training images minus that on held-out images is +0.4000" in text.gap(
-        points, "dice"
+        fits, "dice"
     )
-    assert "after epoch 2 it was +0.2000" in text.gap(points, "dice")
-    assert text.gap([point("network 1", 1, 0.5, None)], "dice") == ""
+    assert "after epoch 2 it was +0.2000" in text.gap(fits, "dice")
+    assert text.gap([[epoch_row(1, 0.5, None)]], "dice") == ""
 
 
 def test_the_methods_name_the_pruner_and_the_replicates(rows: StudyRows) -> None:
-    assert "paired racing test" in text.methods(rows)
-    assert "refitted" not in text.methods(rows)
+    assert "paired racing test" in methods(rows)
+    assert "refitted" not in methods(rows)
     study = dataclasses.replace(rows.config.study, pruner="median")
     other = dataclasses.replace(rows, config=dataclasses.replace(rows.config, study=study))
-    assert "Trials were pruned by Optuna's median pruner." in text.methods(other)
+    assert "Trials were pruned by Optuna's median pruner." in methods(other)
     replicated = dataclasses.replace(rows, standing=dataclasses.replace(rows.standing, confirmed=(1,)))
-    assert "the configuration that was best on most bootstrap samples of the images was refitted" in text.methods(
+    assert "the configuration that was best on most bootstrap samples of the images was refitted" in methods(
         replicated
     )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hpsearch.errors import CacheError, RecordError
-from hpsearch.report.trial_rows import final_cases, final_curves, trial_cases, trial_curves
+from hpsearch.report.trial_rows import final_cases, trial_cases, trial_epochs
 from tests.recorded import TEST_KEY, FakeStudy
 
 
@@ -20,17 +20,15 @@ def study(tmp_path: Path) -> FakeStudy:
     return study
 
 
-def test_curves_have_every_score_of_every_epoch_of_every_fold(study: FakeStudy) -> None:
-    points = trial_curves(study.record, 0)
-    assert len(points) == 2 * study.n_epochs * 4
-    row = study.record.fit(0, 1).epochs()[2]
-    (point,) = [p for p in points if (p.fit, p.epoch, p.score) == ("fold 2", 3, "jaccard")]
-    assert (point.train, point.held_out) == (row.train.jaccard, row.held_out.jaccard if row.held_out else None)
+def test_curves_have_every_epoch_of_every_fold(study: FakeStudy) -> None:
+    fits = trial_epochs(study.record, 0)
+    assert [len(rows) for rows in fits] == [study.n_epochs] * 2
+    assert fits[1][2] == study.record.fit(0, 1).epochs()[2]
 
 
 def test_a_trial_without_epochs_has_no_curves_and_no_cases(study: FakeStudy) -> None:
     study.trial("infeasible")
-    assert trial_curves(study.record, 1) == []
+    assert trial_epochs(study.record, 1) == [[], []]
     assert trial_cases(study.record, 1) == []
 
 
@@ -63,9 +61,6 @@ def test_a_final_shows_test_images(study: FakeStudy) -> None:
     folder = study.record.paths.final("trial-0000")
     cases = final_cases(study.record, folder, TEST_KEY)
     assert {case.image_id[:6] for case in cases} == {"ISIC_9"}
-    points = final_curves(folder, 1)
-    assert len(points) == study.n_epochs * 4
-    assert {point.held_out for point in points} == {None}
 
 
 def test_images_that_are_gone_are_said_to_be_gone(study: FakeStudy) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hpsearch.tracking import metrics
-from hpsearch.tracking.metrics import METRICS, CrossValidation, Point, is_metric, points_of
+from hpsearch.tracking.metrics import METRICS, Point, cross_validation, is_metric, points_of
 
 
 def test_an_entry_of_the_table_is_a_metric(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,17 +32,25 @@ def test_every_metric_of_the_table_is_known_as_ours() -> None:
     assert not is_metric("folds/dice")
 
 
+def counted(counts: list[list[int]]) -> Any:
+    """A fit with these counts tp, fp, fn, tn of each image."""
+    return SimpleNamespace(counts=lambda: np.array(counts))
+
+
 def test_cross_validation_weighs_every_image_equally_and_spreads_over_folds() -> None:
-    folds = ({"dice": np.array([0.2, 0.4, 0.6])}, {"dice": np.array([1.0])})
-    cross_validation = CrossValidation(folds, value=None)
-    assert cross_validation.mean("dice") == pytest.approx(0.55)
-    assert cross_validation.std("dice") == pytest.approx(np.std([0.4, 1.0], ddof=1))
-    assert CrossValidation(folds[:1], value=None).std("dice") is None
+    # Accuracy is the share of correct pixels: tp and tn of 10.
+    folds = [counted([[2, 0, 8, 0], [4, 0, 6, 0], [0, 4, 0, 6]]), counted([[1, 0, 0, 9]])]
+    scores = cross_validation([folds], None)
+    assert scores["mean"]["accuracy"] == pytest.approx(0.55)
+    assert scores["std"]["accuracy"] == pytest.approx(np.std([0.4, 1.0], ddof=1))
+    assert cross_validation([folds[:1]], None)["std"] == {}
+    refits = [counted([[4, 0, 6, 0], [4, 0, 6, 0], [0, 4, 0, 6]]), counted([[1, 4, 0, 5]])]
+    assert cross_validation([folds, refits], None)["mean"]["accuracy"] == pytest.approx((0.3 + 0.4 + 0.6 + 0.8) / 4)
 
 
 def test_the_recorded_value_replaces_the_mean_of_its_metric() -> None:
-    scores = dict.fromkeys(("dice", "jaccard", "accuracy", "sensitivity", "specificity"), np.array([0.5]))
-    points = points_of("cross-validation", CrossValidation((scores,), value=0.123), 0.0, "jaccard")
+    scores = cross_validation([[counted([[1, 1, 1, 0]])]], 0.123)
+    points = points_of("cross-validation", scores, 0.0, "jaccard")
     values = {point.key: point.value for point in points}
     assert (values["cv/jaccard_mean"], values["cv/dice_mean"]) == (0.123, 0.5)
     assert len(values) == len(points)

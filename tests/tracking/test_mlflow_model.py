@@ -187,16 +187,17 @@ def test_what_is_no_image_is_refused_in_a_line(predictor: Predictor, image: obje
         mlflow_model.predict_masks(predictor, [image])
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("is_chosen", [True, False])
 def test_an_ensemble_travels_along_where_it_was_chosen(tmp_path: Path, is_chosen: bool) -> None:
     weights = write_model(tmp_path / "final" / "model.safetensors", ensemble=is_chosen)
     for fold in range(2):
         write_model(tmp_path / "final" / "ensemble" / f"fold{fold}.safetensors")
-    packed = FinalPaths(tmp_path / "packed")
-    mlflow_model._copy_weights(weights, packed)
-    assert packed.model.read_bytes() == weights.read_bytes()
-    assert isinstance(load_predictor(packed.model, device="cpu"), Ensemble if is_chosen else Predictor)
-    assert packed.ensemble.is_dir() == is_chosen
+    mlflow_model._save(weights, tmp_path / "packed", "0" * 32, "m-1")
+    (packed,) = (tmp_path / "packed").rglob("model.safetensors")
+    assert packed.read_bytes() == weights.read_bytes()
+    assert isinstance(load_predictor(packed, device="cpu"), Ensemble if is_chosen else Predictor)
+    assert FinalPaths(packed.parent).ensemble.is_dir() == is_chosen
 
 
 def test_a_file_that_cannot_be_packed_is_named(tmp_path: Path) -> None:
