@@ -5,8 +5,6 @@ therefore runs this file, isolated from the current folder by `-P`. It loads the
 of its modules like `python -m`.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 

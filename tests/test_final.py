@@ -290,7 +290,8 @@ def test_an_ensemble_without_networks_says_which_trials_have_them_and_how_to_get
     (other,) = {0, 1} - {result.trial.number}
     networks = fold_networks(record, other)
     assert networks is not None
-    hidden = [path.rename(path.with_suffix(".hidden")) for path in (*networks.weights, *networks.others)]
+    kept = [path for path in (*networks.weights, *networks.others) if path is not None]
+    hidden = [path.rename(path.with_suffix(".hidden")) for path in kept]
     try:
         with pytest.raises(StudyError) as refused:
             run_final(project, trial=other, ensemble=True, machine=MACHINE)

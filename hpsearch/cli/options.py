@@ -1,7 +1,5 @@
 """Define the options that several commands share, and turn them into a configuration."""
 
-from __future__ import annotations
-
 import difflib
 import functools
 import json
@@ -12,6 +10,7 @@ from typing import Any
 
 import click
 
+import hpsearch
 from hpsearch import config as configs
 from hpsearch.config import StudyConfig
 from hpsearch.errors import ConfigError
@@ -29,23 +28,11 @@ AT_LEAST_0, AT_LEAST_1 = click.IntRange(min=0), click.IntRange(min=1)
 Command = Callable[..., Any]
 
 
-def out_option(command: Command) -> Command:
-    """Add `--out`, and pass the project that it names as `project`."""
-
-    @click.option(
-        "--out",
-        default=".",
-        type=click.Path(path_type=Path, file_okay=False),
-        help="Use this project folder (default: the current folder).",
-    )
-    @functools.wraps(command)
-    def with_project(out: Path, **rest: Any) -> Any:
-        require_usable_path(out, ConfigError)
-        if link := broken_link(out):
-            raise ConfigError(f"--out: {link}")
-        return command(project=ProjectPaths(out), **rest)
-
-    return with_project
+def _project(_ctx: click.Context, _param: click.Parameter, out: Path) -> ProjectPaths:
+    require_usable_path(out, ConfigError)
+    if link := broken_link(out):
+        raise ConfigError(f"--out: {link}")
+    return ProjectPaths(out)
 
 
 class _Folds(click.ParamType[int | str]):
@@ -63,6 +50,14 @@ def folds_option(default: str | None, text: str) -> Callable[[Command], Command]
     return click.option("--folds", type=_Folds(), default=default, metavar="k|fixed", help=text)
 
 
+out_option = click.option(
+    "--out",
+    "project",
+    default=".",
+    type=click.Path(path_type=Path, file_okay=False),
+    callback=_project,
+    help="Use this project folder (default: the current folder).",
+)
 study_option = click.option("--study", "study_name", metavar="NAME", help="Use the study of this name.")
 tracking_option = click.option(
     "--tracking", metavar="URI|none", help="Log to MLflow at this URI, or not at all (default: mlflow.db in --out)."
@@ -85,9 +80,7 @@ def machine_options(command: Command) -> Command:
     @threads_option
     @functools.wraps(command)
     def with_machine(device: str, threads: int | None, workers: int | None = None, **rest: Any) -> Any:
-        from hpsearch.search.autotune import MachineChoice
-
-        return command(machine=MachineChoice(device, workers or 0, threads or 0), **rest)
+        return command(machine=hpsearch.MachineChoice(device, workers or 0, threads or 0), **rest)
 
     return with_machine
 
@@ -111,11 +104,6 @@ class Settings:
         return study_name_of(folder)
 
     @property
-    def has_own_data(self) -> bool:
-        """Whether a flag names the user's own dataset."""
-        return self.images is not None or self.data not in (None, "sample")
-
-    @property
     def path(self) -> Path:
         """The TOML file to start from: the given one, or a shipped one."""
         return config_path(self.config_file or ("sample" if self.data == "sample" else "isic2017"))
@@ -126,11 +114,8 @@ class Settings:
         With `is_searched`, print what the overrides change in the search space.
         """
         path = base if self.config_file is None and base is not None and base.is_file() else self.path
-        notes: list[str] = []
-        config = configs.load(path, self.overrides, on_note=notes.append)
-        for note in notes if is_searched else ():
-            click.echo(f"note: {note}")
-        return config
+        on_note = (lambda note: click.echo(f"note: {note}")) if is_searched else None
+        return configs.load(path, self.overrides, on_note=on_note)
 
 
 CONFIG_OPTIONS = (

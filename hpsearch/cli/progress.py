@@ -1,14 +1,13 @@
 """Show the progress of a study: a live display on a terminal, one line per event elsewhere."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Self
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -16,7 +15,7 @@ from rich.text import Text
 
 from hpsearch.cli import describe
 from hpsearch.cli.describe import describe_params
-from hpsearch.cli.streams import write_to_stderr
+from hpsearch.cli.terminal import DecodingLines, write_to_stderr
 from hpsearch.data.prepare import Prepared
 from hpsearch.paths import ProjectPaths
 from hpsearch.report.formats import count, duration
@@ -30,21 +29,8 @@ from hpsearch.workers.plan import ExecutionPlan, Forecast, describe_data
 
 N_NAMED = 5
 """Excluded images that are named."""
-
-
-class DecodingLines:
-    """Show how many images are decoded, about five times; called as a progress callback, with (done, total)."""
-
-    def __init__(self, show: Callable[[str], None]) -> None:
-        self._show = show
-        self._next = 0.0
-
-    def __call__(self, done: int, total: int) -> None:
-        if done == 1:
-            self._next = 0.0
-        if done >= self._next * total:
-            self._show(f"decoding images: {done} of {total}")
-            self._next = (done * 4 // total + 1) / 4
+LONG_S = 36 * 3600.0
+"""A search on a CPU that is expected to take longer begins with a hint."""
 
 
 class StudyProgress(StudyCallback):
@@ -58,7 +44,8 @@ class StudyProgress(StudyCallback):
         self._console = Console(highlight=False, soft_wrap=True)
         self._is_live = self._console.is_terminal
         self._record: StudyRecord | None = None
-        self._images: tuple[int, int] | None = None
+        self._bar: RenderableType = Text("preparing")
+        """What the live display shows before the study begins."""
         self._trials: dict[int, TrialRecord] = {}
         self._best: tuple[int, float] | None = None
         """Number of the best trial so far, and the value that it is ranked by."""
@@ -71,7 +58,7 @@ class StudyProgress(StudyCallback):
         self._decoding = DecodingLines(self._print)
         self._live = Live(console=self._console, refresh_per_second=4, transient=True, get_renderable=self._render)
 
-    def __enter__(self) -> StudyProgress:
+    def __enter__(self) -> Self:
         if self._is_live:
             self._live.start()
         return self
@@ -80,12 +67,13 @@ class StudyProgress(StudyCallback):
         self._live.stop()
 
     def preparing(self, done: int, total: int) -> None:
-        self._images = (done, total)
-        if not self._is_live:
+        if self._is_live:
+            self._bar = _bar(f"decoding images {done}/{total}", done, total)
+        else:
             self._decoding(done, total)
 
     def prepared(self, prepared: Prepared) -> None:
-        self._images = None
+        self._bar = Text("preparing")
         for note in prepared.notes:
             self._print(f"note: {note}")
         if excluded := prepared.excluded:
@@ -93,25 +81,29 @@ class StudyProgress(StudyCallback):
             self._print(f"left out {count(len(excluded), 'image')} with errors: {named}")
 
     def planned(self, record: StudyRecord, plan: ExecutionPlan, forecast: Forecast) -> None:
-        self._record, config = record, record.config
+        self._record, config, study = record, record.config, record.config.study
         self._trials = {trial.number: trial for trial in record.trials()}
         self._rank()
-        if math.isfinite(forecast.total_s):
-            self._ends_at = time.monotonic() + forecast.total_s
+        n_trials = count(study.trials, "trial")
         if self._trials:
             n_open = sum(trial.outcome is None for trial in self._trials.values())
             open_ones = f", {count(n_open, 'open trial')}" if n_open else ""
-            self._print(
-                f"continuing study {self._name}: {self._n_counted} of {count(config.study.trials, 'trial')} done"
-                f"{open_ones}"
-            )
+            self._print(f"continuing study {self._name}: {self._n_counted} of {n_trials} done{open_ones}")
         self._print(
-            f"study {self._name}: {count(config.study.trials, 'trial')} x {describe.describe_folds(config)} x "
+            f"study {self._name}: {n_trials} x {describe.describe_folds(config)} x "
             f"{count(config.train.epochs, 'epoch')} on {count(forecast.n_images, 'image')} "
             f"({describe_data(config.data)})"
         )
-        for line in describe.describe_start(config, plan, forecast):
-            self._print(line)
+        self._print(f"{describe.describe_machine(plan)}; sampler {study.sampler}, pruner {study.pruner}")
+        if math.isfinite(forecast.total_s):
+            self._ends_at = time.monotonic() + forecast.total_s
+            if forecast.n_trials:
+                self._print(describe.describe_forecast(study.pruner, forecast))
+        if forecast.total_s > LONG_S and plan.device == "cpu":
+            self._print(
+                "To shorten it, stop with Ctrl-C and use `--config isic2017-64` (the same search at 64x64, some "
+                "hours) or a smaller --set data.size"
+            )
 
     def trial_began(self, trial: TrialRecord) -> None:
         self._trials[trial.number] = trial
@@ -139,8 +131,8 @@ class StudyProgress(StudyCallback):
 
     def replicating(self, trials: Sequence[int], done: int, total: int) -> None:
         if self._refits is None:
-            listed = ("trial " if len(trials) == 1 else "trials ") + ", ".join(map(str, trials))
-            self._print(f"search finished; refitting the top candidates ({listed}) with new seeds")
+            top = "top candidate" if len(trials) == 1 else "top candidates"
+            self._print(f"search finished; refitting the {top} ({describe.listed_trials(trials)}) with new seeds")
         self._refits = done, total
         self._rank()
         self._update_eta()
@@ -168,13 +160,10 @@ class StudyProgress(StudyCallback):
         if summary.stopped:
             self._print(f"stopped with {summary.n_counted} of {n_trials}: run the same command again to continue")
         else:
-            mlflow = [] if self._tracking == "none" else [describe.mlflow_command(self._project)]
-            final, report = (
-                describe.next_command(each, self._name, self._project) for each in ("final --best", "report")
-            )
-            self._print(f"{summary.n_counted} of {n_trials} done. Next:")
-            for line in (final, *mlflow, report):
-                self._print(f"  {line}")
+            commands = [describe.next_command(each, self._name, self._project) for each in ("final --best", "report")]
+            if self._tracking != "none":
+                commands.insert(1, describe.mlflow_command(self._project))
+            self._print("\n  ".join([f"{summary.n_counted} of {n_trials} done. Next:", *commands]))
         if summary.undelivered:
             self._print(describe.describe_behind(self._name, self._project, self._tracking, summary.tracking_error))
 
@@ -191,17 +180,14 @@ class StudyProgress(StudyCallback):
         # A study goes on without its terminal or the reader of its output: its log has everything, too.
         with contextlib.suppress(OSError):
             # Text, not markup: names and reasons may contain brackets.
-            self._console.print(Text(text))
+            self._console.print(Text(text.rstrip()))
             sys.stdout.flush()
 
     def _render(self) -> Group:
         """Return the live display."""
         last = [Text(self._interruption, style="bold")] if self._interruption else []
-        if self._images is not None:
-            done, total = self._images
-            return Group(_bar(f"decoding images {done}/{total}", done, total), *last)
         if self._record is None:
-            return Group(Text("preparing"), *last)
+            return Group(self._bar, *last)
         config = self._record.config
         done, total = self._n_counted, config.study.trials
         head = f"study {self._name}  {done}/{total} trials"
@@ -213,21 +199,17 @@ class StudyProgress(StudyCallback):
         eta = "?" if self._ends_at is None else duration(max(0.0, self._ends_at - time.monotonic()))
         # After the last fit, Optuna's database and MLflow are brought up to date.
         rest = f"ETA {eta}" if self._fits or done < total else "finishing"
-        return Group(_bar(f"{head}  {rest}", done, total), self._fit_table(self._record), *last)
-
-    def _fit_table(self, record: StudyRecord) -> Table:
-        metric = record.config.study.metric
-        table = Table.grid(padding=(0, 2))
+        fits = Table.grid(padding=(0, 2))
         for (trial, fold), row in sorted(self._fits.items()):
-            table.add_row(
+            fits.add_row(
                 f"  trial {trial}",
-                f"fold {fold + 1} of {record.n_folds}",
+                f"fold {fold + 1} of {self._record.n_folds}",
                 f"epoch {row.epoch} of {self._trials[trial].config['train']['epochs']}",
                 f"loss {row.train.loss:.3f}",
-                f"{metric} {getattr(row.scores, metric):.4f}",
+                f"{config.study.metric} {getattr(row.scores, config.study.metric):.4f}",
                 f"{row.images_per_s:.0f} images/s",
             )
-        return table
+        return Group(_bar(f"{head}  {rest}", done, total), fits, *last)
 
     def _update_eta(self) -> None:
         """Expect the end by the trials on record."""

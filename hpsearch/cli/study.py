@@ -1,20 +1,21 @@
-"""`hpsearch study`: search for the best configuration, or continue a search."""
+"""`hpsearch study` and `hpsearch train`: search for the best configuration, or train a single one."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+import hpsearch
 from hpsearch.cli import options
 from hpsearch.cli.options import AT_LEAST_0, AT_LEAST_1, Settings
-from hpsearch.config import StudyConfig
-from hpsearch.config.modules import module_names
+from hpsearch.cli.terminal import stop_on_signals
+from hpsearch.config import StudyConfig, module_names
+from hpsearch.config.search import SearchSpace
 from hpsearch.paths import ProjectPaths
-
-if TYPE_CHECKING:
-    from hpsearch.search.autotune import MachineChoice
+from hpsearch.search.stopping import Stop
 
 METRICS = ("dice", "jaccard", "iou")
 LOOKAHEAD = 4
@@ -74,14 +75,8 @@ def _refuse_removed_option(_ctx: click.Context, _param: click.Parameter, value: 
 )
 @click.option("--storage", "--heartbeat", "--grace", hidden=True, expose_value=False, callback=_refuse_removed_option)
 @options.tracking_option
-def command(
-    project: ProjectPaths,
-    settings: Settings,
-    study_name: str | None,
-    machine: MachineChoice,
-    hours: float | None,
-    enqueue: tuple[Path, ...],
-    tracking: str | None,
+def study(
+    project: ProjectPaths, settings: Settings, study_name: str | None, enqueue: tuple[Path, ...], **more: Any
 ) -> int:
     """Search for the best configuration by cross-validation. The same command continues a stopped search.
 
@@ -95,30 +90,47 @@ def command(
 
     name = study_name or settings.name
     config = settings.load(project.study(name).toml, is_searched=True)
-    enqueued = [read_params(path, config) for path in enqueue]
-    return run(project, name, config, machine, tracking, hours=hours, enqueued=enqueued)
+    return _run(project, name, config, enqueued=[read_params(path, config) for path in enqueue], **more)
 
 
-def run(
+@click.command("train")
+@options.out_option
+@options.config_options
+@options.study_option
+@options.folds_option("fixed", "Train on k folds, or `fixed` (default) for the training and validation split.")
+@options.machine_options
+@options.tracking_option
+def train(
     project: ProjectPaths,
-    name: str,
-    config: StudyConfig,
-    machine: MachineChoice,
+    settings: Settings,
+    study_name: str | None,
+    machine: hpsearch.MachineChoice,
     tracking: str | None,
-    **more: Any,
 ) -> int:
+    """Train one configuration without a search.
+
+    It is trained on the training split and scored on the validation split, or on k folds. This is a study of one
+    trial: it is recorded, logged to MLflow, and continued by the same command. The TOML may be that of a trial
+    (MLflow's artifact trial.toml) or of a study, whose search space is ignored.
+
+    \b
+        hpsearch train --config trial.toml
+        hpsearch train --config isic2017-64 --set train.epochs=30 --folds 5
+    """
+    name = study_name or f"train-{settings.name}"
+    config = settings.load(project.study(name).toml)
+    one = dataclasses.replace(config.study, trials=1, pruner="none", confirm=0)
+    config = dataclasses.replace(config, study=one, search=SearchSpace())
+    return _run(project, name, config, tracking, machine=dataclasses.replace(machine, n_workers=1))
+
+
+def _run(project: ProjectPaths, name: str, config: StudyConfig, tracking: str | None, **more: Any) -> int:
     """Run a study, show its progress and its result, and return the exit code. `more` goes to `run_study`."""
     from hpsearch.cli.progress import StudyProgress
-    from hpsearch.cli.signals import stop_on_signals
-    from hpsearch.search.stopping import Stop
-    from hpsearch.study import run_study
-    from hpsearch.tracking import make_tracker
 
     stop = Stop()
     with StudyProgress(name, project, tracking) as progress, stop_on_signals(stop, progress.interrupted):
-        tracker = make_tracker(project, tracking)
-        summary = run_study(
-            project, name, config, machine=machine, tracker=tracker, callback=progress, stop=stop, **more
-        )
+        tracker = hpsearch.make_tracker(project, tracking)
+        summary = hpsearch.run_study(project, name, config, tracker=tracker, callback=progress, stop=stop, **more)
     progress.summarise(summary)
     return 128 + stop.signal if stop.signal else 0

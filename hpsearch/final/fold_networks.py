@@ -1,7 +1,5 @@
 """The networks of a trial's folds that were kept, and which trial a final retrains."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,22 +16,20 @@ class FoldNetworks:
     source: str
     """Which networks these are, for people."""
     weights: tuple[Path, ...]
-    others: tuple[Path, ...]
-    """Empty if there is one network per fold."""
+    others: tuple[Path | None, ...]
+    """None if there is one network per fold."""
 
 
 def fold_networks(record: StudyRecord, number: int) -> FoldNetworks | None:
     """Return the networks of a trial's replicate, else of its first fits; None if neither were kept."""
-    found = []
+    found: list[tuple[str, tuple[Path, ...]]] = []
     for source, fit_of in (("second fits", record.replicate_fit), ("first fits", record.fit)):
-        weights = tuple(fit_of(number, fold).paths.weights for fold in range(record.n_folds))
-        finished = all(fit_of(number, fold).is_finished for fold in range(record.n_folds))
-        if finished and all(path.is_file() for path in weights):
-            found.append((source, weights))
+        fits = [fit_of(number, fold) for fold in range(record.n_folds)]
+        if all(fit.is_finished and fit.paths.weights.is_file() for fit in fits):
+            found.append((f"{source} of trial {number}", tuple(fit.paths.weights for fit in fits)))
     if not found:
         return None
-    source, weights = found[0]
-    return FoldNetworks(f"{source} of trial {number}", weights, found[1][1] if len(found) > 1 else ())
+    return FoldNetworks(*found[0], found[1][1] if len(found) > 1 else (None,) * record.n_folds)
 
 
 def why_no_ensemble(record: StudyRecord, number: int) -> str:
@@ -47,6 +43,7 @@ def why_no_ensemble(record: StudyRecord, number: int) -> str:
 
 
 def choose_trial(record: StudyRecord, number: int | None, cheapest_tied: bool) -> TrialRecord:
+    """Return the trial `number`, the best one, or the fastest that is tied with it; StudyError if it cannot win."""
     if number is None:
         best = record.best()
         if best is None:
@@ -54,20 +51,15 @@ def choose_trial(record: StudyRecord, number: int | None, cheapest_tied: bool) -
         if cheapest_tied and (estimates := Estimates.of(record)) is not None:
             return record.trial(estimates.cheapest_tied(record))
         return best
-    trial = record.known_trial(number)
+    trial, named = record.known_trial(number), f"trial {number} of study {record.name!r}"
     if not trial.can_win:
-        what = {"complete": "was changed by memory that ran out", None: "is still open"}.get(
-            trial.outcome, f"ended as {trial.outcome}"
-        )
-        raise StudyError(
-            f"trial {number} of study {record.name!r} {what}: only trials that were evaluated on all folds can be "
-            "final"
-        )
+        special = {"complete": "was changed by memory that ran out", None: "is still open"}
+        what = special.get(trial.outcome, f"ended as {trial.outcome}")
+        raise StudyError(f"{named} {what}: only trials that were evaluated on all folds can be final")
     configuration = record.configuration(trial.params)
     same = next(each for each in record.complete_trials() if record.configuration(each.params) == configuration)
     if same.number != number:
         raise StudyError(
-            f"trial {number} of study {record.name!r} is a copy of trial {same.number}, which stands for both: take "
-            f"--trial {same.number}"
+            f"{named} is a copy of trial {same.number}, which stands for both: take --trial {same.number}"
         )
     return trial

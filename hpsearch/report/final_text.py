@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from hpsearch.data.duplicates import DuplicatePair
 from hpsearch.inference.postprocessing import Decision, SelectedPostprocessing
-from hpsearch.report.finals import EnsembleResult, FinalRow, FinalScores
+from hpsearch.report.final_record import EnsembleResult
+from hpsearch.report.finals import FinalRow, FinalScores
 from hpsearch.report.formats import SCORES, count, interval, timestamp
 from hpsearch.stats.intervals import Interval
 from hpsearch.store.test_set_log import LoggedEvaluation, describe_evaluation_count

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
 
 import numpy as np
 
 from hpsearch.data.duplicates import DuplicatePair
 from hpsearch.errors import RecordError
 from hpsearch.inference.postprocessing import SelectedPostprocessing
-from hpsearch.paths import read_json
 from hpsearch.report.estimates import Estimates
-from hpsearch.stats.intervals import Floats, Interval, Paired, bootstrap_mean
+from hpsearch.report.final_record import EnsembleResult, FinalRecord
+from hpsearch.stats.intervals import Floats, Interval, bootstrap_mean
 from hpsearch.store.record import StudyRecord
 from hpsearch.store.test_set_log import (
     LoggedEvaluation,
@@ -25,23 +24,6 @@ from hpsearch.store.test_set_log import (
 )
 from hpsearch.store.trials import TrialRecord
 from hpsearch.training.metrics import SCORES, PixelCounts
-
-
-@dataclass(frozen=True, kw_only=True)
-class EnsembleResult:
-    """The ensemble of the fold networks, compared with the network that was trained on the whole pool."""
-
-    n_networks: int
-    test: dict[str, Interval]
-    """As in `FinalScores.chosen_test`: with the selected post-processing, if there is any."""
-    official: dict[str, Interval]
-    gain: Paired
-    """Gain in the study's metric over the retrained network, on the same test images at the size of the search."""
-
-    @classmethod
-    def from_table(cls, table: Mapping[str, Any]) -> Self:
-        test, official = intervals(table["test"]), intervals(table["official"])
-        return cls(n_networks=table["n_networks"], test=test, official=official, gain=Paired(**table["gain"]))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -100,65 +82,59 @@ def final_rows(
     """Return the finals of a study in the order in which they ended."""
     if not record.paths.finals.is_dir():
         return ()
-    names = [path.name for path in record.paths.finals.iterdir() if record.paths.final(path.name).result.is_file()]
-    results = [(name, read_json(record.paths.final(name).result)) for name in names]
-    results.sort(key=lambda each: (each[1]["ended_at"], each[0]))
+    folders = [record.paths.final(path.name) for path in record.paths.finals.iterdir()]
+    results = [(folder.root.name, FinalRecord.read(folder)) for folder in folders if folder.result.is_file()]
+    results.sort(key=lambda each: (each[1].ended_at, each[0]))
     return tuple(_final_row(record, name, result, estimates, trials) for name, result in results)
 
 
-def intervals(table: Mapping[str, Mapping[str, float]]) -> dict[str, Interval]:
-    """Read intervals by score from JSON."""
-    return {score: Interval(**each) for score, each in table.items()}
-
-
 def _final_row(
-    record: StudyRecord, name: str, result: dict[str, Any], estimates: Estimates | None, trials: Sequence[TrialRecord]
+    record: StudyRecord, name: str, result: FinalRecord, estimates: Estimates | None, trials: Sequence[TrialRecord]
 ) -> FinalRow:
-    trial, n_test, n_seeds = result["trial"], result["n_test"], result["n_seeds"]
+    trial, n_test, n_seeds = result.trial, result.n_test, result.n_seeds
     began_at = trials[0].began_at
     evaluation = _evaluation_of(record, result, began_at)
     evaluations = evaluations_of(record.paths.project, evaluation)
     first = first_evaluation_of(evaluations, record.name, began_at) or evaluation
-    chosen, ensemble = result.get("chosen"), result.get("ensemble")
     return FinalRow(
         name=name,
         trial=trial,
-        n_pool=result["n_pool"],
+        n_pool=result.n_pool,
         n_test=n_test,
         n_seeds=n_seeds,
-        ended_at=result["ended_at"],
+        ended_at=result.ended_at,
         cv={score: bootstrap_mean(values) for score, values in _out_of_fold(record, trial).items()},
-        test={score: Interval(**result["test"][score]) for score in SCORES},
-        official=intervals(result.get("official", {})),
+        test={score: result.test[score] for score in SCORES},
+        official=result.official,
         predicted=estimates.predicted(trial, n_test=n_test, n_runs=max(1, n_seeds)) if estimates else None,
         scores=_test_scores(record, name),
         n_trials_after=sum(each.began_at > first.at for each in trials),
         n_evaluations_before=n_evaluations_before(evaluations, began_at),
         evaluation=evaluation,
         evaluations=evaluations,
-        chosen=SelectedPostprocessing.from_table(chosen) if chosen else None,
-        chosen_test=intervals(result.get("chosen_test", {})),
-        ensemble=EnsembleResult.from_table(ensemble) if ensemble else None,
-        leaks=tuple(DuplicatePair(**pair) for pair in result.get("leaks", ())),
-        without_leaks=result.get("without_leaks"),
+        chosen=result.chosen,
+        chosen_test=result.chosen_test,
+        ensemble=result.ensemble,
+        leaks=result.leaks,
+        without_leaks=result.without_leaks,
     )
 
 
-def _evaluation_of(record: StudyRecord, result: dict[str, Any], study_began_at: float) -> LoggedEvaluation:
+def _evaluation_of(record: StudyRecord, result: FinalRecord, study_began_at: float) -> LoggedEvaluation:
     """Return a final's entry in the account of evaluations. Version 0.1 did not record which entry it is."""
     project = record.paths.project
-    if (found := find_evaluation(project, result.get("look", ""))) is not None:
+    if (found := find_evaluation(project, result.look)) is not None:
         return found
     known = LoggedEvaluation(
-        test_set=result.get("test_set", ""),
-        at=result["ended_at"],
+        test_set=result.test_set,
+        at=result.ended_at,
         study=record.name,
         study_began_at=study_began_at,
-        trial=result["trial"],
+        trial=result.trial,
         folder=str(project.root.absolute()),
-        n_images=result["n_test"],
-        metric=result["metric"],
-        score=result["test"][result["metric"]]["mean"],
+        n_images=result.n_test,
+        metric=result.metric,
+        score=result.test[result.metric].mean,
         id="",
     )
     same = (

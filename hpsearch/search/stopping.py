@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 import time
 from collections.abc import Callable
 
@@ -22,7 +23,7 @@ class Stop:
     def __init__(self) -> None:
         self.requests = 0
         self.signal = 0
-        """Number of the signal that asked, 0 if none did."""
+        """Number of the signal that asked; SIGTERM for `hpsearch stop`, 0 if the hours were used up."""
         self.epoch_left_s: Callable[[], float | None] = lambda: None
         """Seconds until the epochs being trained end; NaN if not known, None if none is trained."""
 
@@ -35,7 +36,8 @@ class Stop:
         """Read and remove the request of `hpsearch stop` in the study's folder; return whether there was one."""
         if not study.stop_request.exists():
             return False
-        self.request(at_once=study.stop_request.read_text().strip() == "now")
+        # As if the process had been terminated, so that what follows in a script does not run.
+        self.request(signal.SIGTERM, at_once=study.stop_request.read_text().strip() == "now")
         study.stop_request.unlink(missing_ok=True)
         return True
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hpsearch.config import digest
+from hpsearch.report.final_record import FinalRecord
 from hpsearch.store.trials import Standing, TrialRecord
 from hpsearch.tracking.metrics import Point
 
@@ -49,13 +50,13 @@ def trial_note(trial: TrialRecord, points: Sequence[Point], metric: str, standin
     return f"Out-of-fold {metric} **{value:.4f}**{fits}{spread}\n\n{searched_params(trial)}"
 
 
-def final_note(result: Mapping[str, Any], trial: TrialRecord) -> str:
+def final_note(result: FinalRecord, trial: TrialRecord) -> str:
     """Return the description of a final: the score on the test images and what the search had estimated."""
-    metric = result["metric"]
-    test, cv = result["test"][metric], result["cv"]
-    interval = f"{metric.capitalize()} **{test['mean']:.4f}** (95 % interval {test['low']:.4f} to {test['high']:.4f})"
-    estimate = f"the out-of-fold {metric} was {cv['mean']:.4f}"
-    return f"{interval} on {result['n_test']} test images; {estimate}\n\n{searched_params(trial)}"
+    metric = result.metric
+    test = result.test[metric]
+    interval = f"{metric.capitalize()} **{test.mean:.4f}** (95 % interval {test.low:.4f} to {test.high:.4f})"
+    estimate = f"the out-of-fold {metric} was {result.cv.mean:.4f}"
+    return f"{interval} on {result.n_test} test images; {estimate}\n\n{searched_params(trial)}"
 
 
 def searched_params(trial: TrialRecord) -> str:

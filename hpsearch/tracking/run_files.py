@@ -11,10 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hpsearch import paths
 from hpsearch.errors import CacheError
 from hpsearch.paths import StudyPaths
 from hpsearch.report import trial_rows
+from hpsearch.report.final_record import FinalRecord
 from hpsearch.report.trial_rows import Case, CurvePoint
 from hpsearch.store.record import StudyRecord
 from hpsearch.store.trials import TrialRecord
@@ -68,11 +68,11 @@ def write_final_files(record: StudyRecord, name: str, folder: Path) -> None:
     """Copy the configuration, result, test scores and model card of a final, and draw two figures."""
     final = record.paths.final(name)
     _copy((final.config, final.result, final.table, final.card), folder)
-    result = paths.read_json(final.result)
-    title, metric = f"final of trial {result['trial']:04d} of {record.name}", result["metric"]
-    curves = trial_rows.final_curves(final, result["n_seeds"])
-    _draw_curves(curves, f"{title}: {metric} {result['test'][metric]['mean']:.4f} on the test images", folder)
-    cases = partial(trial_rows.final_cases, record, final, result["test_key"])
+    result = FinalRecord.read(final)
+    title, metric = f"final of trial {result.trial:04d} of {record.name}", result.metric
+    curves = trial_rows.final_curves(final, result.n_seeds)
+    _draw_curves(curves, f"{title}: {metric} {result.test[metric].mean:.4f} on the test images", folder)
+    cases = partial(trial_rows.final_cases, record, final, result.test_key)
     _draw_panels(cases, metric, f"{title}: test images", folder)
 
 

@@ -17,11 +17,13 @@ from typing import Any, Literal, get_args
 from hpsearch import paths
 from hpsearch.config import StudyConfig, digest
 from hpsearch.paths import StudyPaths
+from hpsearch.report.final_record import FinalRecord
 from hpsearch.store.fits import FitRecord
 from hpsearch.store.record import StudyRecord, has_all_replicates
 from hpsearch.store.trials import Outcome, ReplicateRecord, Standing, TrialRecord
 from hpsearch.tracking import notes, run_files
 from hpsearch.tracking.metrics import CrossValidation, Point, milliseconds, points_of
+from hpsearch.typed_json import to_json
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 STATUSES: dict[str | None, Status] = {None: "RUNNING", "diverged": "FAILED", "failed": "FAILED", "orphaned": "KILLED"}
@@ -221,18 +223,18 @@ def _fits_run(
 def final_run(record: StudyRecord, name: str) -> RunContent:
     """Return the run of a final: the estimates of the search beside the scores on the test images."""
     folder = record.paths.final(name)
-    result = paths.read_json(folder.result)
-    trial, ended_at = record.trial(result["trial"]), result["ended_at"]
-    fits = [FitRecord(folder.seed(index)) for index in range(result["n_seeds"])]
-    tags = _common_tags(record, "hpsearch final", result["runtime"]) | _test_set_tags(result)
-    params = {"final.trial": str(trial.number), "final.n_seeds": str(result["n_seeds"])}
+    result = FinalRecord.read(folder)
+    trial, ended_at = record.trial(result.trial), result.ended_at
+    fits = [FitRecord(folder.seed(index)) for index in range(result.n_seeds)]
+    tags = _common_tags(record, "hpsearch final", result.runtime) | _test_set_tags(result)
+    params = {"final.trial": str(trial.number), "final.n_seeds": str(result.n_seeds)}
     return RunContent(
         key=f"final {name}",
         name=f"final of trial {trial.number:04d}",
-        began_ms=milliseconds(result["began_at"]),
+        began_ms=milliseconds(result.began_at),
         tags=tags | {"hpsearch.final": name, "outcome": "final"},
         params=_params(trial.study_config) | params,
-        points=(*_fit_points("seed", fits, ended_at), *points_of("final", result, ended_at, result["metric"])),
+        points=(*_fit_points("seed", fits, ended_at), *points_of("final", result, ended_at, result.metric)),
         note=notes.final_note(result, trial),
         status="FINISHED",
         ended_ms=milliseconds(ended_at),
@@ -332,11 +334,11 @@ def _common_tags(record: StudyRecord, command: str, machine: Mapping[str, Any] |
     return tags | {"hpsearch.study": record.name, "seed": seed, "mlflow.source.name": command}
 
 
-def _test_set_tags(result: Mapping[str, Any]) -> dict[str, str]:
+def _test_set_tags(result: FinalRecord) -> dict[str, str]:
     """Return which test set was evaluated, how often that had happened, and the post-processing in use."""
-    if "test_set" not in result:
+    if not result.test_set:
         return {}
-    tags = {"hpsearch.test_set": result["test_set"], "hpsearch.test_looks": str(result["n_looks"])}
-    if result["leaks"]:
-        tags["hpsearch.test_leaks"] = str(len(result["leaks"]))
-    return tags | ({"hpsearch.choices": notes.text_of(result["chosen"]["choices"])} if result["chosen"] else {})
+    tags = {"hpsearch.test_set": result.test_set, "hpsearch.test_looks": str(result.n_looks)}
+    if result.leaks:
+        tags["hpsearch.test_leaks"] = str(len(result.leaks))
+    return tags | ({"hpsearch.choices": notes.text_of(to_json(result.chosen.choices))} if result.chosen else {})

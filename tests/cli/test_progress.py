@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from hpsearch.cli.progress import DecodingLines, StudyProgress
+from hpsearch.cli.progress import StudyProgress
+from hpsearch.cli.terminal import DecodingLines
 from hpsearch.report.formats import duration
 from hpsearch.search import status as statuses
 from hpsearch.search.status import study_status

@@ -1,16 +1,27 @@
-"""`hpsearch predict`: predict the masks of images at their own resolution."""
-
-from __future__ import annotations
+"""`hpsearch predict` and `hpsearch export`: use a final model, and write it or a configuration as a file."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from hpsearch.cli.options import device_option, model_option, out_option, study_option, threads_option
+import hpsearch
+from hpsearch.cli.options import (
+    AT_LEAST_0,
+    Command,
+    device_option,
+    model_option,
+    out_option,
+    study_option,
+    threads_option,
+)
 from hpsearch.paths import ProjectPaths
+from hpsearch.report.formats import count
 from hpsearch.user_files import printable
+
+_DEFAULT = "-"
 
 
 @click.command("predict")
@@ -38,7 +49,7 @@ from hpsearch.user_files import printable
 @threads_option
 @out_option
 @study_option
-def command(
+def predict(
     project: ProjectPaths,
     study_name: str | None,
     files: tuple[str, ...],
@@ -59,11 +70,10 @@ def command(
     """
     from rich.progress import Progress
 
-    from hpsearch.inference.predictor import Ensemble, find_images, find_model, load_predictor, predict_files
-    from hpsearch.report.formats import count
+    from hpsearch.inference.predictor import Ensemble, load_predictor
 
-    images = find_images(files)
-    weights = find_model(project, study_name, model)
+    images = hpsearch.find_images(files)
+    weights = hpsearch.find_model(project, study_name, model)
     predictor = load_predictor(weights, **how)
     parts = "overlapping tiles" if predictor.tiles else "the whole image"
     height, width = predictor.info.size
@@ -77,12 +87,52 @@ def command(
             if reason is not None:
                 progress.console.print(f"skipped: {printable(reason)}", markup=False, highlight=False, soft_wrap=True)
 
-        bad = predict_files(
+        bad = hpsearch.predict_files(
             predictor, images, out_dir, probabilities=probabilities, overlays=overlays, on_image=on_image
         )
     click.echo(f"{count(len(images) - len(bad), 'mask')} in {out_dir}")
     if bad:
         click.echo(f"{len(bad)} of {len(images)} files could not be read:")
-        for path in bad:
-            click.echo(f"  {printable(path)}")
+        click.echo("\n".join(f"  {printable(path)}" for path in bad))
     return 1 if bad else 0
+
+
+def _file_option(flag: str, text: str) -> Callable[[Command], Command]:
+    return click.option(flag, is_flag=False, flag_value=_DEFAULT, metavar="[FILE]", help=text)
+
+
+@click.command("export")
+@_file_option("--onnx", "Write the network as ONNX (default: model.onnx beside its weights).")
+@_file_option("--toml", "Write the configuration as TOML (default: trial-<number>.toml in the study's folder).")
+@model_option
+@click.option("--trial", type=AT_LEAST_0, help="Write the configuration of this trial (default: the best).")
+@out_option
+@study_option
+def export(
+    project: ProjectPaths,
+    study_name: str | None,
+    onnx: str | None,
+    toml: str | None,
+    model: str | None,
+    trial: int | None,
+) -> None:
+    """Write a final model as ONNX, or a configuration as TOML.
+
+    `hpsearch train --config FILE` runs this TOML again. The ONNX file is checked with ONNX Runtime before it is kept.
+    Its metadata describe preprocessing and post-processing. ONNX needs `pip install 'hpsearch[onnx]'`.
+
+    \b
+        hpsearch export --onnx
+        hpsearch export --toml best.toml --study isic2017-64
+    """
+    if onnx is None and toml is None:
+        raise click.UsageError("give --onnx, --toml or both")
+    if toml is not None:
+        path = None if toml == _DEFAULT else Path(toml).expanduser()
+        written = hpsearch.export_toml(hpsearch.study_record(project, study_name), path, number=trial)
+        click.echo(f"configuration: {written}")
+    if onnx is not None:
+        weights = hpsearch.find_model(project, study_name, model)
+        path = weights.with_suffix(".onnx") if onnx == _DEFAULT else Path(onnx).expanduser()
+        difference = hpsearch.export_onnx(weights, path)
+        click.echo(f"model: {path} (its logits differ from those of PyTorch by at most {difference:.0e})")
