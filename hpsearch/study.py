@@ -85,12 +85,7 @@ def run_study(
     def check() -> None:
         stop.check("stopped before the first trial; run the same command again to continue")
 
-    with (
-        paths.refusals_named(study.root),
-        lock.hold(study),
-        log_file(study.log),
-        LocalPool(study.root) as pool,
-    ):
+    with paths.refusals_named(study.root), lock.hold(study), log_file(study.log), LocalPool(study.root) as pool:
         for request in (study.stop_request, *study.root.glob("stop-trial-*")):
             request.unlink(missing_ok=True)
         begun = _open_record(study, config)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +18,8 @@ from hpsearch.report.formats import count
 
 if TYPE_CHECKING:
     from hpsearch.data.download import DownloadProgress
+
+NO_CACHE = "no cache of this data to compare with: `hpsearch study` or `hpsearch data cache` creates one"
 
 
 @click.group("data")
@@ -47,18 +48,16 @@ def check(project: ProjectPaths, settings: Settings, as_json: bool, full: bool, 
     if full and not report.errors:
         folders, changed = check_contents(config, root)
         table["changed"] = [problem.text for problem in changed]
-        lines += [f"error: {text}" for text in table["changed"]]
-        if not folders:
-            lines = ["no cache of this data to compare with: `hpsearch study` or `hpsearch data cache` creates one"]
-        elif not changed:
-            lines = [f"files and {count(len(folders), 'cache')} unchanged"]
+        same = f"files and {count(len(folders), 'cache')} unchanged" if folders else NO_CACHE
+        lines = [f"error: {text}" for text in table["changed"]] or [same]
     if near and not report.errors:
         sheet = project.root / "duplicates.png"
         pairs = find_in_dataset(config, root, with_test=True, sheet=sheet)
-        table["near_duplicates"] = [
-            {"a": p.a, "b": p.b, "similarity": p.similarity, "pool_and_test": p.across} for p in pairs
-        ]
+        table["near_duplicates"] = []
         for p in pairs:
+            table["near_duplicates"].append(
+                {"a": p.a, "b": p.b, "similarity": p.similarity, "pool_and_test": p.across}
+            )
             across = ", POOL AND TEST" if p.across else ""
             lines.append(f"near-duplicate: {p.a} and {p.b}, similarity {p.similarity:.3f}{across}")
         lines.append(count(len(pairs), "near-duplicate pair") + (f", see {sheet}" if pairs else ""))
@@ -66,15 +65,13 @@ def check(project: ProjectPaths, settings: Settings, as_json: bool, full: bool, 
         click.echo(json.dumps(table, indent=1))
     else:
         click.echo("\n".join([*report.overview(), *([] if report.errors else ["no errors"])]))
-        echo_table(("", "kind", "number", "which"), map(_problem_row, report.rows()))
+        rows = []
+        for level, kind, n, texts in report.rows():
+            more = [f"and {n - len(texts)} more (--json names all)"] if n > len(texts) else []
+            rows.append((level, kind, str(n), "\n".join([*texts, *more])))
+        echo_table(("", "kind", "number", "which"), rows)
         click.echo("\n".join(lines), nl=bool(lines))
     return 1 if report.errors or table.get("changed") else 0
-
-
-def _problem_row(row: tuple[str, str, int, list[str]]) -> Sequence[str]:
-    level, kind, n, texts = row
-    more = [f"and {n - len(texts)} more (--json names all)"] if n > len(texts) else []
-    return level, kind, str(n), "\n".join([*texts, *more])
 
 
 @data.command("cache")
@@ -133,27 +130,24 @@ def augment(project: ProjectPaths, settings: Settings, copies: int, target: Path
     root = cache_root(project, config)
     dataset = locate(config.data, root)
     groups = groups_file(config.data)
-    try:
-        folder = export_augmented(
-            dataset,
-            config.augment,
-            copies=copies,
-            seed=config.study.seed,
-            target=target,
-            groups=read_groups(groups) if groups else None,
-            reading=decide_reading(dataset, config.data, root).reading,
-            exclude_bad=config.data.exclude_bad,
-            progress=counter("writing augmented images"),
-        )
-    except KeyboardInterrupt:
-        click.echo("\nstopped: run the same command again to continue", err=True)
-        raise
+    folder = export_augmented(
+        dataset,
+        config.augment,
+        copies=copies,
+        seed=config.study.seed,
+        target=target,
+        groups=read_groups(groups) if groups else None,
+        reading=decide_reading(dataset, config.data, root).reading,
+        exclude_bad=config.data.exclude_bad,
+        progress=counter("writing augmented images"),
+    )
     changes = ", ".join(f"{name} {value:g}" for name, value in asdict(config.augment).items() if value)
     n_train = len(dataset.split("train"))
-    versions = f"{count(copies, 'augmented version')} of each ({changes})"
-    others = f"{len(dataset.samples) - n_train} unchanged images for validation and test"
-    click.echo(f"{folder}: {n_train} training images, {versions}, {others}")
-    click.echo(f"use it with --data {folder}: all versions of an image stay in one fold")
+    click.echo(
+        f"{folder}: {n_train} training images, {count(copies, 'augmented version')} of each ({changes}), "
+        f"{len(dataset.samples) - n_train} unchanged images for validation and test\n"
+        f"use it with --data {folder}: all versions of an image stay in one fold"
+    )
 
 
 @data.command("sample")

@@ -8,15 +8,8 @@ from typing import Any
 import click
 
 import hpsearch
-from hpsearch.cli.options import (
-    AT_LEAST_0,
-    Command,
-    device_option,
-    model_option,
-    out_option,
-    study_option,
-    threads_option,
-)
+from hpsearch.cli import options
+from hpsearch.cli.options import model_option, out_option, study_option
 from hpsearch.paths import ProjectPaths
 from hpsearch.report.formats import count
 from hpsearch.user_files import printable
@@ -36,17 +29,13 @@ _DEFAULT = "-"
 @click.option("--probabilities", is_flag=True, help="Also write the probabilities, as 8-bit PNG.")
 @click.option("--overlays", is_flag=True, help="Also write each image with the outline of its mask.")
 @click.option(
-    "--tiles/--whole",
-    default=None,
-    help="Predict overlapping tiles at the image's own resolution, or the whole image resized (default: as trained).",
+    "--tiles/--whole", default=None, help="Predict overlapping tiles, or the resized image (default: as trained)."
 )
 @click.option(
-    "--ensemble/--single",
-    default=None,
-    help="Predict with the networks of all folds together, or with the retrained one (default: as `final` selected).",
+    "--ensemble/--single", default=None, help="Predict with all fold networks, or one (default: as `final` selected)."
 )
-@device_option
-@threads_option
+@options.device_option
+@options.threads_option
 @out_option
 @study_option
 def predict(
@@ -97,7 +86,7 @@ def predict(
     return 1 if bad else 0
 
 
-def _file_option(flag: str, text: str) -> Callable[[Command], Command]:
+def _file_option(flag: str, text: str) -> Callable[[options.Command], options.Command]:
     return click.option(flag, is_flag=False, flag_value=_DEFAULT, metavar="[FILE]", help=text)
 
 
@@ -105,7 +94,7 @@ def _file_option(flag: str, text: str) -> Callable[[Command], Command]:
 @_file_option("--onnx", "Write the network as ONNX (default: model.onnx beside its weights).")
 @_file_option("--toml", "Write the configuration as TOML (default: trial-<number>.toml in the study's folder).")
 @model_option
-@click.option("--trial", type=AT_LEAST_0, help="Write the configuration of this trial (default: the best).")
+@click.option("--trial", type=options.AT_LEAST_0, help="Write the configuration of this trial (default: the best).")
 @out_option
 @study_option
 def export(

@@ -35,19 +35,15 @@ def _project(_ctx: click.Context, _param: click.Parameter, out: Path) -> Project
     return ProjectPaths(out)
 
 
-class _Folds(click.ParamType[int | str]):
-    name = "k|fixed"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        text = str(value)
-        if text != "fixed" and not text.isdecimal():
-            self.fail(f"{text!r} is neither a number of folds nor 'fixed'", param, ctx)
-        return text if text == "fixed" else int(text)
+def _folds(text: str) -> int | str:
+    if text != "fixed" and not text.isdecimal():
+        raise click.BadParameter(f"{text!r} is neither a number of folds nor 'fixed'")
+    return text if text == "fixed" else int(text)
 
 
 def folds_option(default: str | None, text: str) -> Callable[[Command], Command]:
     """Return the option `--folds` with this help text."""
-    return click.option("--folds", type=_Folds(), default=default, metavar="k|fixed", help=text)
+    return click.option("--folds", type=_folds, default=default, metavar="k|fixed", help=text)
 
 
 out_option = click.option(
@@ -99,9 +95,8 @@ class Settings:
         """Default name of the study: the name of the image folder, or of the TOML file."""
         if self.images is None or self.config_file is not None:
             return self.path.stem
-        folder = absolute(self.images)
-        require_usable_path(folder, ConfigError)
-        return study_name_of(folder)
+        require_usable_path(Path(self.images), ConfigError)
+        return study_name_of(absolute(self.images))
 
     @property
     def path(self) -> Path:
@@ -159,7 +154,6 @@ def config_path(name: str) -> Path:
     shipped = {path.stem: path for folder in reversed(SHIPPED) for path in folder.glob("*.toml")}
     if name in shipped:
         return shipped[name]
-    close = difflib.get_close_matches(name, shipped, n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
+    hint = "".join(f"; did you mean {close}?" for close in difflib.get_close_matches(name, shipped, n=1))
     known = ", ".join(sorted(shipped))
     raise ConfigError(f"--config {name}: there is no such file, and no shipped study of that name ({known}){hint}")

@@ -14,14 +14,7 @@ from hpsearch.cli.terminal import echo_table
 from hpsearch.config import StudyConfig
 from hpsearch.config.search import Choice, Range
 from hpsearch.errors import ConfigError, DatasetError
-from hpsearch.models.costs import (
-    describe,
-    layer_costs,
-    n_parameters,
-    training_flops,
-    training_memory,
-    why_impossible,
-)
+from hpsearch.models.costs import describe, layer_costs, n_parameters, training_flops, training_memory, why_impossible
 from hpsearch.models.memory import LayerCost, MemoryEstimate, saved_activations
 from hpsearch.paths import ProjectPaths
 from hpsearch.report.formats import count
@@ -43,9 +36,7 @@ LAYER_HEAD = ("layer", "kind", "channels", "size", "parameters", "GFLOP", "activ
 @click.option("--preset", type=click.Choice(list(PRESETS)), help="Use the memory and precision of this GPU.")
 @click.option("--precision", type=click.Choice(["float32", "bf16", "fp16"]), help="Assume this precision.")
 @click.option("--layers/--no-layers", default=True, help="Show every layer.")
-@click.option(
-    "--measure", is_flag=True, help="Time some steps on this machine to estimate how long the study will take."
-)
+@click.option("--measure", is_flag=True, help="Time some steps to estimate how long the study will take here.")
 @device_option
 def plan(
     project: ProjectPaths,

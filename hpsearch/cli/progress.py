@@ -15,14 +15,14 @@ from rich.text import Text
 
 from hpsearch.cli import describe
 from hpsearch.cli.describe import describe_params
-from hpsearch.cli.terminal import DecodingLines, write_to_stderr
+from hpsearch.cli.terminal import decoding_lines, write_to_stderr
 from hpsearch.data.prepare import Prepared
 from hpsearch.paths import ProjectPaths
 from hpsearch.report.formats import count, duration
 from hpsearch.search.callbacks import StudyCallback
-from hpsearch.search.status import study_status
+from hpsearch.search.status import StudyStatus, study_status
 from hpsearch.store.record import StudyRecord
-from hpsearch.store.trials import TrialRecord, count_trials
+from hpsearch.store.trials import TrialRecord
 from hpsearch.study import StudySummary
 from hpsearch.training.rows import EpochRow
 from hpsearch.workers.plan import ExecutionPlan, Forecast, describe_data
@@ -43,19 +43,19 @@ class StudyProgress(StudyCallback):
         self._project = project
         self._console = Console(highlight=False, soft_wrap=True)
         self._is_live = self._console.is_terminal
-        self._record: StudyRecord | None = None
+        self._status: StudyStatus | None = None
+        """The study at its start or after the last trial or refit; None while images are decoded."""
         self._bar: RenderableType = Text("preparing")
         """What the live display shows before the study begins."""
-        self._trials: dict[int, TrialRecord] = {}
-        self._best: tuple[int, float] | None = None
-        """Number of the best trial so far, and the value that it is ranked by."""
+        self._epochs: dict[int, int] = {}
+        """Epochs of each trial's fits."""
         self._fits: dict[tuple[int, int], EpochRow] = {}
         self._ends_at: float | None = None
         """Expected end on the monotonic clock."""
         self._refits: tuple[int, int] | None = None
         """Finished refits and all refits."""
         self._interruption = ""
-        self._decoding = DecodingLines(self._print)
+        self._decoding = decoding_lines(self._print)
         self._live = Live(console=self._console, refresh_per_second=4, transient=True, get_renderable=self._render)
 
     def __enter__(self) -> Self:
@@ -81,14 +81,13 @@ class StudyProgress(StudyCallback):
             self._print(f"left out {count(len(excluded), 'image')} with errors: {named}")
 
     def planned(self, record: StudyRecord, plan: ExecutionPlan, forecast: Forecast) -> None:
-        self._record, config, study = record, record.config, record.config.study
-        self._trials = {trial.number: trial for trial in record.trials()}
-        self._rank()
+        config, study, status = record.config, record.config.study, self._refresh()
+        self._epochs = {trial.number: trial.config["train"]["epochs"] for trial in status.trials}
         n_trials = count(study.trials, "trial")
-        if self._trials:
-            n_open = sum(trial.outcome is None for trial in self._trials.values())
+        if status.trials:
+            n_open = sum(trial.outcome is None for trial in status.trials)
             open_ones = f", {count(n_open, 'open trial')}" if n_open else ""
-            self._print(f"continuing study {self._name}: {self._n_counted} of {n_trials} done{open_ones}")
+            self._print(f"continuing study {self._name}: {status.n_counted} of {n_trials} done{open_ones}")
         self._print(
             f"study {self._name}: {n_trials} x {describe.describe_folds(config)} x "
             f"{count(config.train.epochs, 'epoch')} on {count(forecast.n_images, 'image')} "
@@ -106,7 +105,7 @@ class StudyProgress(StudyCallback):
             )
 
     def trial_began(self, trial: TrialRecord) -> None:
-        self._trials[trial.number] = trial
+        self._epochs[trial.number] = trial.config["train"]["epochs"]
         if not self._is_live:
             self._print(f"trial {trial.number}: {describe_params(trial.params) or 'the configuration as given'}")
 
@@ -119,12 +118,10 @@ class StudyProgress(StudyCallback):
             self._print(f"trial {trial}, fold {fold + 1}: {score:.4f}")
 
     def trial_ended(self, trial: TrialRecord) -> None:
-        self._trials[trial.number] = trial
         self._fits = {key: row for key, row in self._fits.items() if key[0] != trial.number}
-        self._rank()
-        self._update_eta()
+        best = self._refresh().best
         value = f" {trial.value:.4f}" if trial.value is not None else ""
-        mark = "  best so far" if self._best is not None and self._best[0] == trial.number else ""
+        mark = "  best so far" if best is not None and best.number == trial.number else ""
         reason = f"  ({trial.reason})" if trial.outcome != "complete" and trial.reason else ""
         outcome = trial.outcome or "open"
         self._print(f"trial {trial.number} {outcome}{value}{mark}{reason}  {describe_params(trial.params)}")
@@ -134,11 +131,9 @@ class StudyProgress(StudyCallback):
             top = "top candidate" if len(trials) == 1 else "top candidates"
             self._print(f"search finished; refitting the {top} ({describe.listed_trials(trials)}) with new seeds")
         self._refits = done, total
-        self._rank()
-        self._update_eta()
+        self._refresh()
 
     def message(self, text: str) -> None:
-        self._rank()
         self._print(text)
 
     def interrupted(self, text: str) -> None:
@@ -167,14 +162,12 @@ class StudyProgress(StudyCallback):
         if summary.undelivered:
             self._print(describe.describe_behind(self._name, self._project, self._tracking, summary.tracking_error))
 
-    @property
-    def _n_counted(self) -> int:
-        return count_trials(self._trials.values())
-
-    def _rank(self) -> None:
-        if self._record is not None:
-            standing = self._record.standing()
-            self._best = None if standing.winner is None else (standing.winner, standing.values[standing.winner])
+    def _refresh(self) -> StudyStatus:
+        """Read the study from the record, and expect its end by the trials there."""
+        self._status = study_status(self._project, self._name)
+        if self._status.eta_s is not None:
+            self._ends_at = time.monotonic() + self._status.eta_s
+        return self._status
 
     def _print(self, text: str) -> None:
         # A study goes on without its terminal or the reader of its output: its log has everything, too.
@@ -186,13 +179,12 @@ class StudyProgress(StudyCallback):
     def _render(self) -> Group:
         """Return the live display."""
         last = [Text(self._interruption, style="bold")] if self._interruption else []
-        if self._record is None:
+        if (status := self._status) is None:
             return Group(self._bar, *last)
-        config = self._record.config
-        done, total = self._n_counted, config.study.trials
+        metric, done, total = status.config.study.metric, status.n_counted, status.config.study.trials
         head = f"study {self._name}  {done}/{total} trials"
-        if self._best is not None:
-            head += f"  best {self._best[1]:.4f} (trial {self._best[0]})"
+        if status.best is not None:
+            head += f"  best {status.values[status.best.number]:.4f} (trial {status.best.number})"
         if self._refits is not None:
             done, total = self._refits
             head += f"  refits {done}/{total}"
@@ -203,18 +195,13 @@ class StudyProgress(StudyCallback):
         for (trial, fold), row in sorted(self._fits.items()):
             fits.add_row(
                 f"  trial {trial}",
-                f"fold {fold + 1} of {self._record.n_folds}",
-                f"epoch {row.epoch} of {self._trials[trial].config['train']['epochs']}",
+                f"fold {fold + 1} of {status.n_folds}",
+                f"epoch {row.epoch} of {self._epochs[trial]}",
                 f"loss {row.train.loss:.3f}",
-                f"{config.study.metric} {getattr(row.scores, config.study.metric):.4f}",
+                f"{metric} {getattr(row.scores, metric):.4f}",
                 f"{row.images_per_s:.0f} images/s",
             )
         return Group(_bar(f"{head}  {rest}", done, total), fits, *last)
-
-    def _update_eta(self) -> None:
-        """Expect the end by the trials on record."""
-        if self._is_live and (seconds := study_status(self._project, self._name).eta_s) is not None:
-            self._ends_at = time.monotonic() + seconds
 
 
 def _bar(text: str, done: int, total: int) -> Table:

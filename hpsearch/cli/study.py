@@ -38,16 +38,10 @@ def _refuse_removed_option(_ctx: click.Context, _param: click.Parameter, value: 
 @click.option("--trials", type=int, help="Evaluate this many trials, earlier ones included (study.trials).")
 @options.folds_option(None, "Use k folds, or `fixed` for the dataset's training/validation split.")
 @click.option("--metric", type=click.Choice(METRICS), help="Rank trials by this mean score (iou is jaccard).")
-@click.option(
-    "--sampler", type=click.Choice(module_names("search/samplers")), help="Suggest configurations with this sampler."
-)
+@click.option("--sampler", type=click.Choice(module_names("search/samplers")), help="Suggest trials by this rule.")
 @click.option("--pruner", type=click.Choice(module_names("search/pruners")), help="Prune trials by this rule.")
-@click.option(
-    "--confirm", type=AT_LEAST_0, help="Refit this many top trials and rank them by both fits (default: 5)."
-)
-@click.option(
-    "--groups", metavar="FILE.csv", help="Keep images of the same group in one fold; FILE names each image's group."
-)
+@click.option("--confirm", type=AT_LEAST_0, help="Refit this many top trials, rank by both fits (default: 5).")
+@click.option("--groups", metavar="FILE.csv", help="Keep the images of a group in one fold; FILE names the groups.")
 @click.option("--group-duplicates", is_flag=True, help="Keep near-duplicate images in one fold.")
 @click.option(
     "--allow-microbatch",

@@ -43,19 +43,14 @@ def counter(text: str) -> Callable[[int, int], None] | None:
     return lambda done, total: click.echo(f"\r{text} {done}/{total}", nl=done >= total, err=True)
 
 
-class DecodingLines:
-    """Show how many images are decoded, about five times; called as a progress callback, with (done, total)."""
+def decoding_lines(show: Callable[[str], None]) -> Callable[[int, int], None]:
+    """Return a progress callback, called for each image, that shows how many are decoded about five times."""
 
-    def __init__(self, show: Callable[[str], None]) -> None:
-        self._show = show
-        self._next = 0.0
+    def on_image(done: int, total: int) -> None:
+        if done == 1 or done * 4 // total > (done - 1) * 4 // total:
+            show(f"decoding images: {done} of {total}")
 
-    def __call__(self, done: int, total: int) -> None:
-        if done == 1:
-            self._next = 0.0
-        if done >= self._next * total:
-            self._show(f"decoding images: {done} of {total}")
-            self._next = (done * 4 // total + 1) / 4
+    return on_image
 
 
 def write_to_stderr(text: str) -> None:

@@ -26,12 +26,7 @@ from hpsearch.stats.intervals import Floats, Interval, Paired, bootstrap_mean, p
 from hpsearch.stats.selection import Corrected
 from hpsearch.store.fits import load_array
 from hpsearch.store.record import StudyRecord
-from hpsearch.store.test_set_log import (
-    LoggedEvaluation,
-    evaluations_of,
-    first_evaluation_of,
-    n_evaluations_before,
-)
+from hpsearch.store.test_set_log import LoggedEvaluation, evaluations_of, first_evaluation_of, n_evaluations_before
 from hpsearch.store.trials import TrialRecord
 from hpsearch.training.metrics import SCORES, PixelCounts
 from hpsearch.typed_json import to_json
