@@ -160,9 +160,7 @@ class StudyPaths(_Folder):
 
     def trial_numbers(self) -> list[int]:
         """Return the numbers of the trials that have a folder, ascending."""
-        if not self.trials.is_dir():
-            return []
-        return sorted(int(path.name) for path in self.trials.iterdir() if path.name.isdecimal())
+        return sorted(int(path.name) for path in self.trials.glob("*") if path.name.isdecimal())
 
     def final(self, run: str) -> FinalPaths:
         return FinalPaths(self.finals / run)
@@ -228,7 +226,6 @@ class FinalPaths(_Folder):
     """Networks of the folds, kept to predict together."""
     ensemble_counts = _Entry("ensemble_counts.npy")
     ensemble_official_counts = _Entry("ensemble_official_counts.npy")
-    ensemble_masks = _Entry("ensemble_masks")
     card = _Entry("model-card.md")
     """The model card in Markdown: what the model is, its training data, scores and limits."""
 

@@ -1,6 +1,5 @@
 """Check and read files and folders that a user names. Faults are described in one line."""
 
-import codecs
 import errno
 import os
 import re
@@ -114,7 +113,7 @@ def read_text(path: Path, what: str, error: type[HpsearchError]) -> str:
         raise error(broken_link(path) or f"{named} does not exist") from caught
     except (OSError, ValueError) as caught:
         raise error(f"{named} cannot be read: {getattr(caught, 'strerror', None) or caught}") from caught
-    if _is_utf_16(content):
+    if b"\0" in content:
         raise error(f"{named} is UTF-16 text: save it as UTF-8")
     try:
         text = content.decode("utf-8-sig")
@@ -124,11 +123,3 @@ def read_text(path: Path, what: str, error: type[HpsearchError]) -> str:
             f"{named} is not UTF-8 text (byte 0x{content[caught.start]:02x} in line {line}): save it as UTF-8"
         ) from caught
     return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _is_utf_16(content: bytes) -> bool:
-    """Return whether `content` begins with the mark of UTF-16 or 32, or every other byte is 0, as in English text."""
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
-        return True
-    zeros = sorted(content[start::2].count(0) for start in (0, 1))
-    return zeros[0] == 0 and zeros[1] > len(content) // 4

@@ -18,6 +18,7 @@ from hpsearch.paths import ProjectPaths, command_line
 from hpsearch.report.formats import count, duration, setting
 
 if TYPE_CHECKING:
+    from hpsearch.search.status import StudyStatus
     from hpsearch.tracking import MlflowTracker
     from hpsearch.workers.plan import ExecutionPlan, Forecast
 
@@ -30,6 +31,15 @@ def describe_params(params: Mapping[str, Any]) -> str:
 def listed_trials(numbers: Sequence[int]) -> str:
     """Return `trial 4`, or `trials 4, 2`."""
     return f"trial{'' if len(numbers) == 1 else 's'} {', '.join(map(str, numbers))}"
+
+
+def describe_best(status: StudyStatus) -> str:
+    """Return the best trial of a study so far, empty if there is none."""
+    if (best := status.best) is None:
+        return ""
+    both = ", mean of both fits" if status.is_confirmed else ""
+    value = f"{status.config.study.metric} {status.values[best.number]:.4f} out of fold{both}"
+    return f"best: trial {best.number}, {value}  {describe_params(best.params)}".rstrip()
 
 
 def describe_folds(config: StudyConfig) -> str:

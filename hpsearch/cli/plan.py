@@ -2,8 +2,9 @@
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import click
@@ -15,7 +16,7 @@ from hpsearch.config import StudyConfig
 from hpsearch.config.search import Choice, Range
 from hpsearch.errors import ConfigError, DatasetError
 from hpsearch.models.costs import describe, layer_costs, n_parameters, training_flops, training_memory, why_impossible
-from hpsearch.models.memory import LayerCost, MemoryEstimate, saved_activations
+from hpsearch.models.memory import LayerCost, saved_activations
 from hpsearch.paths import ProjectPaths
 from hpsearch.report.formats import count
 
@@ -68,55 +69,41 @@ def plan(
     if settings.images is not None or settings.data not in (None, "sample"):
         click.echo(f"{_count_pool(config, project)} pool images in {config.data.images or config.data.root}")
     amp = {"off": "float32", "auto": native}.get(config.train.amp, config.train.amp)
+    usable_bytes = None if size is None else MEMORY_SHARE * size * GIB
     # All presets are CUDA devices, on which group normalization stores more.
-    machine = _Machine(precision or amp, size, "cuda" if preset else "cpu", MEMORY_SHARE)
-    default = _Costs(config.with_params({}), machine)
+    costs_of = partial(
+        _Costs, precision=precision or amp, device="cuda" if preset else "cpu", usable_bytes=usable_bytes
+    )
+    default = costs_of(config.with_params({}))
     click.echo("\n".join(default.describe()))
+    if size is not None and not default.impossible:
+        click.echo(f"{default.verdict} {size:g} GiB, of which a study leaves {1 - MEMORY_SHARE:.0%} free")
     if layers and not default.impossible:
         echo_table(LAYER_HEAD, map(_layer_row, default.layers), n_left=2)
     if len(config.search):
         names = [name for name, _ in config.search if not name.startswith("train.") or name == "train.batch_size"]
         fits = [f"{size:g} GiB"] if size else []
         head = [*(name.partition(".")[2] for name in names), "parameters, M", "GFLOP per image", "peak, GiB", *fits]
-        echo_table(head, _corners(config, names, machine), n_left=len(names), title="corners of the search space")
+        rows = (row[: len(head)] for row in _corners(config, names, costs_of))
+        echo_table(head, rows, n_left=len(names), title="corners of the search space")
     if measure:
         click.echo("\n".join(time_of_study(config, project, device)))
-
-
-@dataclass(frozen=True)
-class _Machine:
-    """What the tables assume about the machine."""
-
-    precision: str
-    memory_gib: float | None
-    device: str
-    share: float
-    """Share of the memory that a study uses."""
 
 
 class _Costs:
     """What one configuration costs on a machine."""
 
-    def __init__(self, config: StudyConfig, machine: _Machine) -> None:
-        self._config, self._machine, data = config, machine, config.data
+    def __init__(self, config: StudyConfig, *, precision: str, device: str, usable_bytes: float | None) -> None:
+        self._config, self._usable_bytes, data, train = config, usable_bytes, config.data, config.train
         self._shape = (config.unet, data.n_channels, data.height, data.width)
-        batch_size = config.train.batch_size
-        self._options: Any = {"batch_size": batch_size, "precision": machine.precision, "device": machine.device}
-        self.impossible = why_impossible(*self._shape, batch_size=batch_size)
+        self._options: Any = {"batch_size": train.batch_size, "precision": precision, "device": device}
+        self.impossible = why_impossible(*self._shape, batch_size=train.batch_size)
         """Why the configuration is impossible at its size; None if it is possible."""
-
-    @property
-    def parameters(self) -> int:
-        return n_parameters(*self._shape[:2])
-
-    @property
-    def flops(self) -> int:
-        return training_flops(*self._shape)
-
-    @property
-    def memory(self) -> MemoryEstimate:
-        train = self._config.train
-        return training_memory(*self._shape, **self._options, optimizer=train.optimizer, momentum=train.momentum)
+        if self.impossible is None:
+            step: Any = {**self._options, "optimizer": train.optimizer, "momentum": train.momentum}
+            self.memory = training_memory(*self._shape, **step)
+            self.parameters = n_parameters(*self._shape[:2])
+            self.flops = training_flops(*self._shape)
 
     @property
     def layers(self) -> list[LayerCost]:
@@ -126,14 +113,16 @@ class _Costs:
 
     @property
     def verdict(self) -> str:
-        # A study decides by the same rule whether a trial is infeasible.
-        usable = self._machine.share * (self._machine.memory_gib or 0) * GIB
-        return "fits" if self.memory.total <= usable else "does not fit"
+        """Whether it fits in the memory, by the rule by which a study decides whether a trial is infeasible."""
+        if self._usable_bytes is None:
+            return ""
+        return "fits" if self.memory.total <= self._usable_bytes else "does not fit"
 
     def describe(self) -> list[str]:
         """Return everything about the configuration in a few lines."""
         unet, data, batch = self._config.unet, self._config.data, self._config.train.batch_size
-        head = f"{describe(unet)}; {data.height}x{data.width} {data.color}, batch {batch}, {self._machine.precision}"
+        size, precision = f"{data.height}x{data.width} {data.color}", self._options["precision"]
+        head = f"{describe(unet)}; {size}, batch {batch}, {precision}"
         if self.impossible:
             return [head, f"impossible: {self.impossible}"]
         lines, layers, memory = [head], self.layers, self.memory
@@ -159,9 +148,6 @@ class _Costs:
             f"workspace {_size(memory.workspace)}, weights {_size(memory.weights)}, gradients "
             f"{_size(memory.gradients)}, optimizer {_size(memory.optimizer)}"
         )
-        if self._machine.memory_gib is not None:
-            verdict = f"{self.verdict} {self._machine.memory_gib:g} GiB"
-            lines.append(f"{verdict}, of which a study leaves {1 - self._machine.share:.0%} free")
         return lines
 
 
@@ -179,21 +165,18 @@ def _layer_row(cost: LayerCost) -> Sequence[str]:
     )
 
 
-def _corners(config: StudyConfig, names: Sequence[str], machine: _Machine) -> Iterator[Sequence[str]]:
+def _corners(
+    config: StudyConfig, names: Sequence[str], costs_of: Callable[[StudyConfig], _Costs]
+) -> Iterator[Sequence[str]]:
     """Yield the values of the settings `names` at each corner of the search space, and what it costs."""
     for values in itertools.product(*(_ends(config.search.dimensions[name]) for name in names)):
-        row = [*map(str, values)]
-        try:
-            costs = _Costs(config.with_params(dict(zip(names, values, strict=True))), machine)
-            is_possible = not costs.impossible
-        except ConfigError:
-            is_possible = False
-        if is_possible:
-            row += map(_rounded, (costs.parameters / 1e6, costs.flops / 1e9, costs.memory.total / GIB))
-            row += [costs.verdict] if machine.memory_gib else []
-        else:
-            row += ["", "", "impossible", *([""] if machine.memory_gib else [])]
-        yield row
+        columns = ["", "", "impossible", ""]
+        with suppress(ConfigError):
+            costs = costs_of(config.with_params(dict(zip(names, values, strict=True))))
+            if not costs.impossible:
+                numbers = (costs.parameters / 1e6, costs.flops / 1e9, costs.memory.total / GIB)
+                columns = [*map(_rounded, numbers), costs.verdict]
+        yield [*map(str, values), *columns]
 
 
 def _ends(dimension: Choice | Range) -> Sequence[Any]:

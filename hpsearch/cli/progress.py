@@ -29,8 +29,6 @@ from hpsearch.workers.plan import ExecutionPlan, Forecast, describe_data
 
 N_NAMED = 5
 """Excluded images that are named."""
-LONG_S = 36 * 3600.0
-"""A search on a CPU that is expected to take longer begins with a hint."""
 
 
 class StudyProgress(StudyCallback):
@@ -98,11 +96,6 @@ class StudyProgress(StudyCallback):
             self._ends_at = time.monotonic() + forecast.total_s
             if forecast.n_trials:
                 self._print(describe.describe_forecast(study.pruner, forecast))
-        if forecast.total_s > LONG_S and plan.device == "cpu":
-            self._print(
-                "To shorten it, stop with Ctrl-C and use `--config isic2017-64` (the same search at 64x64, some "
-                "hours) or a smaller --set data.size"
-            )
 
     def trial_began(self, trial: TrialRecord) -> None:
         self._epochs[trial.number] = trial.config["train"]["epochs"]
@@ -146,12 +139,9 @@ class StudyProgress(StudyCallback):
 
     def summarise(self, summary: StudySummary) -> None:
         """Print the result and the next commands."""
-        record = summary.record
-        standing, n_trials = record.standing(), count(record.config.study.trials, "trial")
-        if (winner := standing.winner) is not None:
-            value = f"{record.config.study.metric} {standing.values[winner]:.4f} out of fold"
-            both = ", both fits" if winner in standing.confirmed else ""
-            self._print(f"best: trial {winner}, {value}{both}  {describe_params(record.trial(winner).params)}")
+        n_trials = count(summary.record.config.study.trials, "trial")
+        if best := describe.describe_best(study_status(self._project, self._name)):
+            self._print(best)
         if summary.stopped:
             self._print(f"stopped with {summary.n_counted} of {n_trials}: run the same command again to continue")
         else:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import hpsearch
-from hpsearch.cli.describe import describe_params, listed_trials, next_command
+from hpsearch.cli.describe import describe_best, describe_params, listed_trials, next_command
 from hpsearch.cli.options import AT_LEAST_0, out_option, study_option
 from hpsearch.cli.terminal import echo_table
 from hpsearch.errors import StudyError
@@ -64,9 +64,8 @@ def _lines(project: ProjectPaths, status: StudyStatus) -> Iterator[str]:
     counts = ", ".join(f"{n} {outcome}" for outcome, n in sorted(outcomes.items())) or "none ended"
     holder = f"run by {lock.describe_holder(study)}" if status.is_running else "not running"
     yield f"study {status.name}: {status.n_counted}/{status.config.study.trials} trials ({counts}); {holder}"
-    if (best := status.best) is not None:
-        value = f"{status.values[best.number]:.4f}{' (both fits)' if status.is_confirmed else ''}"
-        yield f"best: trial {best.number}, {metric} {value}  {describe_params(best.params)}".rstrip()
+    if best := describe_best(status):
+        yield best
     if status.shortlist:
         done = f"{status.n_replicate_fits}/{len(status.shortlist) * status.n_folds} fits done"
         yield f"refitted with new seeds: {listed_trials(status.shortlist)}; {done}"
@@ -88,7 +87,7 @@ def _lines(project: ProjectPaths, status: StudyStatus) -> Iterator[str]:
                 yield f"final of {root.parent.name}, network {int(root.name[4:]) + 1}: epoch {rows[-1].epoch}"
     elif not status.is_over:
         yield f"continue with: {next_command('study', status.name, project)}"
-    elif best is not None and not finals:
+    elif best and not finals:
         yield f"next: {next_command('final --best', status.name, project)}"
     for name in finals:
         folder = study.final(name)

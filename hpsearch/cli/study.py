@@ -22,15 +22,6 @@ LOOKAHEAD = 4
 """Value of study.lookahead with --deterministic: how many trials may run at a time."""
 
 
-def _refuse_removed_option(_ctx: click.Context, _param: click.Parameter, value: str | None) -> None:
-    if value is not None:
-        raise click.UsageError(
-            "--storage, --heartbeat and --grace were removed: one process runs a study, and Optuna's database is "
-            "hpsearch.db in the project folder. Leave them out to run or continue the study on one machine; a later "
-            "version uses many machines with --cluster."
-        )
-
-
 @click.command("study")
 @options.out_option
 @options.config_options
@@ -67,7 +58,6 @@ def _refuse_removed_option(_ctx: click.Context, _param: click.Parameter, value: 
     default=None,
     help=f"Make results independent of the number of workers (sets study.lookahead to {LOOKAHEAD}).",
 )
-@click.option("--storage", "--heartbeat", "--grace", hidden=True, expose_value=False, callback=_refuse_removed_option)
 @options.tracking_option
 def study(
     project: ProjectPaths, settings: Settings, study_name: str | None, enqueue: tuple[Path, ...], **more: Any

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from hpsearch.config.data import AugmentConfig, DataConfig
 from hpsearch.config.model import UNetConfig
-from hpsearch.config.search import SearchSpace, StudySettings, parse_dimension
+from hpsearch.config.search import Choice, Range, SearchSpace, StudySettings, parse_dimension
 from hpsearch.config.sections import (
     ALIASES,
     NOT_SEARCHABLE,
@@ -24,6 +24,7 @@ from hpsearch.config.train import TrainConfig
 from hpsearch.config.values import as_pair, convert, require
 from hpsearch.errors import ConfigError
 from hpsearch.paths import sha256_text
+from hpsearch.typed_json import to_json
 from hpsearch.user_files import read_text
 
 _SEAL = "# written by hpsearch, sha256 "
@@ -55,29 +56,20 @@ class StudyConfig:
                 "configuration, so set a default inside the range or widen the range",
             )
         data, size = self.data, as_pair(self.data.size)
-        require(
-            "data.size" not in self.search or bool(self.study.eval_size),
-            "data.size is searched: set study.eval_size, the one size at which all trials are scored, such as "
-            f"--set study.eval_size={data.height}",
-        )
+        has_size = "data.size" not in self.search or bool(self.study.eval_size)
+        require(has_size, "data.size is searched: set study.eval_size, the one size at which all trials are scored")
         require(
             (data.match == "resize" and not data.cache_size) or self.eval_size == size,
             "study.eval_size needs data.match = resize and no data.cache_size: crops of two sizes show different "
             "parts of an image, so a score of one cannot be computed at the size of the other",
         )
-        require(
-            not self.augment.crop or bool(data.cache_size),
-            "augment.crop needs data.cache_size, the size of the cached images to crop from",
-        )
-        require(
-            data.cached_size == size or self.augment.crop,
-            f"data.cache_size = {data.cache_size} needs augment.crop = true: without random crops the network sees "
-            f"whole images of data.size = {data.size}",
-        )
-        require(
-            data.cached_size[0] >= data.height and data.cached_size[1] >= data.width,
-            f"data.cache_size = {data.cache_size} is smaller than data.size = {data.size}",
-        )
+        has_margin = bool(data.cache_size) or not self.augment.crop
+        require(has_margin, "augment.crop needs data.cache_size, the size of the cached images to crop from")
+        cached = f"data.cache_size = {data.cache_size}"
+        is_whole = data.cached_size == size or self.augment.crop
+        require(is_whole, f"{cached} needs augment.crop = true, or the network sees whole images of {data.size}")
+        is_inside = data.cached_size[0] >= data.height and data.cached_size[1] >= data.width
+        require(is_inside, f"{cached} is smaller than data.size = {data.size}")
 
     @property
     def eval_size(self) -> tuple[int, int]:
@@ -115,8 +107,7 @@ class StudyConfig:
             raise unknown_name(unknown[0], known, "section")
         parts = {name: _section(name, part, table.get(name, {})) for name, part in SECTIONS.items()}
         search = table.get("search", {})
-        if not isinstance(search, Mapping):
-            raise ConfigError(f"search must be a table, got {search!r}")
+        require(isinstance(search, Mapping), f"search must be a table, got {search!r}")
         dimensions = {name: _dimension(name, value) for name, value in sorted(flatten_search(search).items())}
         config = cls(**parts, search=SearchSpace(dimensions))
         for name, dimension in config.search:
@@ -126,8 +117,8 @@ class StudyConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return nested tables of plain types, from which `from_dict` makes an equal configuration."""
-        sections = {name: _plain(getattr(self, name)) for name in SECTIONS}
-        return {**sections, "search": self.search.to_toml()}
+        sections = {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS}
+        return {**to_json(sections), "search": self.search.to_toml()}
 
     def to_toml(self) -> str:
         """Return TOML from which `load` makes an equal configuration."""
@@ -146,8 +137,8 @@ class StudyConfig:
 
     def flat(self) -> dict[str, Any]:
         """Return every setting by its full name (`unet.depth`), without the search space."""
-        tables = {section: table for section, table in self.to_dict().items() if section != "search"}
-        return {f"{section}.{key}": value for section, table in tables.items() for key, value in table.items()}
+        tables = [(section, table) for section, table in self.to_dict().items() if section != "search"]
+        return {f"{section}.{key}": value for section, table in tables for key, value in table.items()}
 
 
 def load(path: Path | None, overrides: Iterable[str] = (), *, on_note: OnNote | None = None) -> StudyConfig:
@@ -168,10 +159,8 @@ def load(path: Path | None, overrides: Iterable[str] = (), *, on_note: OnNote | 
     try:
         return from_dict(apply_overrides(table, overrides, on_note=on_note))
     except ConfigError as error:
-        if path is None or (overrides and _is_valid(table)):
-            # The error is in an override, not in the file.
-            raise
-        raise ConfigError(f"{path}: {error}") from error
+        # With overrides, the file need not be at fault.
+        raise ConfigError(str(error) if path is None or overrides else f"{path}: {error}") from error
 
 
 from_dict = StudyConfig.from_dict
@@ -193,16 +182,12 @@ def _section(section: str, cls: type, table: Any) -> Any:
     return cls(**{name.partition(".")[2]: value for name, value in values.items()})
 
 
-def _dimension(name: str, value: Any) -> Any:
+def _dimension(name: str, value: Any) -> Choice | Range:
     require(
         name not in NOT_SEARCHABLE and not name.startswith("study."),
         f"{name} cannot be searched: trials must share data, folds, seed and metric to be comparable",
     )
-    annotation = annotation_of(name)
-    dimension = parse_dimension(name, value)
-    for item in dimension.extremes:
-        convert(item, annotation, f"search.{name}")
-    return dimension
+    return parse_dimension(name, value)
 
 
 def _check_sealed(text: str, path: Path) -> None:
@@ -214,16 +199,3 @@ def _check_sealed(text: str, path: Path) -> None:
         "its first line",
     )
     require(bool(text.strip()), f"{path} is empty")
-
-
-def _is_valid(table: Mapping[str, Any]) -> bool:
-    try:
-        from_dict(table)
-    except ConfigError:
-        return False
-    return True
-
-
-def _plain(section: Any) -> dict[str, Any]:
-    values = dataclasses.asdict(section)
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}

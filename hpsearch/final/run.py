@@ -8,11 +8,11 @@ import dataclasses
 import logging
 import shutil
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 from hpsearch import paths
-from hpsearch.config import StudyConfig, stable_seed
+from hpsearch.config import stable_seed
 from hpsearch.data.build import Progress
 from hpsearch.data.pool_caches import PoolCaches, cache_root
 from hpsearch.data.prepare import locate, prepare_test
@@ -26,17 +26,9 @@ from hpsearch.report.final_record import FinalRecord
 from hpsearch.search.autotune import MachineChoice, plan_for_one_fit
 from hpsearch.search.fit_jobs import pool_job
 from hpsearch.search.stopping import Stop
-from hpsearch.store import lock
+from hpsearch.store import lock, test_set_log
 from hpsearch.store.log import log_file
 from hpsearch.store.record import StudyRecord, study_record
-from hpsearch.store.test_set_log import (
-    LoggedEvaluation,
-    TestImages,
-    begin_evaluation,
-    end_evaluation,
-    evaluations_of,
-    find_evaluation,
-)
 from hpsearch.store.trials import TrialRecord
 from hpsearch.store.versions import now
 from hpsearch.study import close_view
@@ -121,12 +113,12 @@ class _Final:
     ) -> None:
         self._record, self._trial, self._n_seeds, self._stop = record, trial, n_seeds, stop
         self._on_epoch, self._on_decoded, self._on_step = on_epoch, on_decoded, on_step
-        self._project = record.paths.project
+        self._project, self._of_trial = record.paths.project, trial.study_config
         self.folder = record.paths.final(f"trial-{trial.number:04d}")
-        self._networks = fold_networks(record, trial.number)
-        if ensemble and self._networks is None:
+        networks = fold_networks(record, trial.number)
+        if ensemble and networks is None:
             raise StudyError(why_no_ensemble(record, trial.number))
-        self._uses_ensemble = ensemble
+        self._networks, self._uses_ensemble = networks, ensemble
         # A trial remembers where the images were when it began.
         self._config = dataclasses.replace(self._of_trial, data=self._of_trial.data.located_as(record.config.data))
         self._root = cache_root(self._project, self._config)
@@ -138,10 +130,6 @@ class _Final:
             self._seen = prepare_test(self._config.data, self._root, progress=self._decoded)
         for note in self.test.notes:
             self.say(f"note on the test split: {note}")
-
-    @cached_property
-    def _of_trial(self) -> StudyConfig:
-        return self._trial.study_config
 
     def say(self, text: str) -> None:
         logger.info(text)
@@ -168,11 +156,10 @@ class _Final:
         folder, pool, ensemble = self.folder, self._caches.scored, self._uses_ensemble
         if not is_stored(folder, pool, self.test, n_seeds=self._n_seeds, ensemble=ensemble):
             return None
-        evaluation = find_evaluation(self._project, FinalRecord.read(folder).look)
+        evaluation = test_set_log.find_evaluation(self._project, FinalRecord.read(folder).look)
         if evaluation is None:
             return None
-        text = f"trial {self._trial.number} was evaluated on these images before; this is the stored result"
-        self.say(text)
+        self.say(f"trial {self._trial.number} was evaluated on these images before; this is the stored result")
         return self._evaluate(len(list(folder.ensemble.glob("*.safetensors"))) if ensemble else 0, evaluation)
 
     def run(self, machine: MachineChoice) -> FinalResult | None:
@@ -194,9 +181,9 @@ class _Final:
             members = [folder.ensemble / f"fold{fold}.safetensors" for fold in range(len(sources))]
             copies = zip((folder.seed(0).weights, *sources), (folder.model, *members), strict=True)
             do(jobs.KeepJob(copies=tuple(jobs.WeightsCopy(*copy) for copy in copies), postprocessing=choices))
-            evaluation = begin_evaluation(
+            evaluation = test_set_log.begin_evaluation(
                 self._project,
-                TestImages.in_cache(self.test.cache_path),
+                test_set_log.TestImages.in_cache(self.test.cache_path),
                 at=now(),
                 study=self._record.name,
                 study_began_at=self._record.trial(self._record.trial_numbers()[0]).began_at,
@@ -206,8 +193,8 @@ class _Final:
             )
             self._score(do, choices, members)
         result = self._evaluate(len(members), evaluation)
-        evaluation = end_evaluation(self._project, evaluation, result.test[result.metric].mean)
-        evaluations = evaluations_of(self._project, evaluation)
+        evaluation = test_set_log.end_evaluation(self._project, evaluation, result.test[result.metric].mean)
+        evaluations = test_set_log.evaluations_of(self._project, evaluation)
         result = dataclasses.replace(result, evaluation=evaluation, evaluations=evaluations)
         write(
             result,
@@ -250,14 +237,12 @@ class _Final:
                 raise StudyChangedError(
                     f"the images of study {record.name!r} have changed since it was begun: put the old ones back"
                 )
+            held_out = [tuple(record.folds.held_out(fold).tolist()) for fold in range(record.n_folds)]
             job = jobs.SelectPostprocessingJob(
                 config=config,
                 metric=record.config.study.metric,
                 caches=jobs.CachePaths(*searched.paths(config)),
-                networks=tuple(
-                    FoldNetwork(weights, other, tuple(record.folds.held_out(fold).tolist()))
-                    for fold, (weights, other) in enumerate(zip(networks.weights, networks.others, strict=True))
-                ),
+                networks=tuple(map(FoldNetwork, networks.weights, networks.others, held_out)),
                 source=networks.source,
                 ensemble=self._uses_ensemble,
                 out=out,
@@ -289,7 +274,7 @@ class _Final:
             masks = folder.masks if by_ensemble else None
             do(official(weights=tuple(members), masks=masks, counts=folder.ensemble_official_counts))
 
-    def _evaluate(self, n_members: int, evaluation: LoggedEvaluation) -> FinalResult:
+    def _evaluate(self, n_members: int, evaluation: test_set_log.LoggedEvaluation) -> FinalResult:
         return evaluate(
             self._record,
             self._trial,

@@ -58,14 +58,6 @@ def test_a_first_start_with_a_wrong_path_or_too_many_folds_decodes_nothing_and_l
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("flag", ["--storage", "--heartbeat", "--grace"])
-def test_the_options_for_several_coordinators_are_refused_with_what_to_do(tmp_path: Path, flag: str) -> None:
-    result = CliRunner().invoke(group, ["study", "--out", str(tmp_path / "new"), flag, "30"])
-    assert result.exit_code == 2
-    assert "were removed: one process runs a study" in result.output
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_status_shows_the_study_that_runs_and_names_the_others(tmp_path: Path) -> None:
     project = ProjectPaths(tmp_path)
     for name in ("one", "two"):
