@@ -94,25 +94,30 @@ def is_stored(folder: FinalPaths, pool: Prepared, test: Prepared, *, n_seeds: in
     return all(path.is_file() for path in files)
 
 
-def evaluate(
-    record: StudyRecord,
-    trial: TrialRecord,
-    folder: FinalPaths,
-    *,
-    n_seeds: int,
-    n_members: int,
-    pool: Prepared,
-    test: Prepared,
-    data: DataConfig,
-    root: Path,
-    evaluation: LoggedEvaluation,
-) -> FinalResult:
-    """Return the result from the counts in `folder`; `n_members` networks are in the ensemble, if any."""
+@dataclass(frozen=True)
+class Inputs:
+    """What a final is made of."""
+
+    record: StudyRecord
+    trial: TrialRecord
+    folder: FinalPaths
+    n_seeds: int
+    data: DataConfig
+    """Where the images are."""
+    cache_root: Path
+    pool: Prepared
+    test: Prepared
+    """The test images at the size at which they are scored."""
+
+
+def evaluate(inputs: Inputs, n_members: int, evaluation: LoggedEvaluation) -> FinalResult:
+    """Return the result from the counts in the folder; `n_members` networks are in the ensemble, if any."""
+    record, trial, folder, test = inputs.record, inputs.trial, inputs.folder, inputs.test
     metric, number = record.config.study.metric, trial.number
     estimates = Estimates.of(record)
     assert estimates is not None
-    leaks = _find_leaks(data, root, pool, test)
-    scores = _seed_scores(folder, n_seeds)
+    leaks = _find_leaks(inputs)
+    scores = _seed_scores(folder, inputs.n_seeds)
     chosen = SelectedPostprocessing.read(folder.choices) if folder.choices.is_file() else None
     is_processed = chosen is not None and chosen.choices != Postprocessing()
     ensemble = None
@@ -136,7 +141,7 @@ def evaluate(
         cv_fold_std=estimates.statistics[number].sd_folds,
         is_confirmed=number in record.confirmed(),
         corrected=estimates.corrected if number == estimates.winner else None,
-        predicted=estimates.predicted(number, n_test=test.n, n_runs=n_seeds),
+        predicted=estimates.predicted(number, n_test=test.n, n_runs=inputs.n_seeds),
         eval_size=record.config.eval_size,
         test={name: bootstrap_mean(values.mean(axis=0)) for name, values in scores.items()},
         per_seed={name: tuple(float(value) for value in values.mean(axis=1)) for name, values in scores.items()},
@@ -155,21 +160,21 @@ def evaluate(
         winner_against_default=estimates.gain(estimates.winner),
         is_default=record.is_default(trial),
         n_test=test.n,
-        n_pool=pool.n,
+        n_pool=inputs.pool.n,
     )
 
 
-def _find_leaks(data: DataConfig, root: Path, pool: Prepared, test: Prepared) -> tuple[DuplicatePair, ...]:
+def _find_leaks(inputs: Inputs) -> tuple[DuplicatePair, ...]:
     """Return duplicates and near-duplicates across pool and test, which are searched once per dataset."""
-    known = root / f"near-duplicates-{pool.key}-{test.key}.json"
+    known = inputs.cache_root / f"near-duplicates-{inputs.pool.key}-{inputs.test.key}.json"
     if known.is_file():
         try:
             return tuple(DuplicatePair(**pair) for pair in paths.read_json(known)["across"])
         except (RecordError, KeyError, TypeError) as error:
             logger.warning("%s; looked for anew", error)
     logger.info("looking for near-duplicates across pool and test")
-    pairs = find_in_dataset(data, root, with_test=True, role="final")
-    across = tuple(pair for pair in pairs if pair.across and {pair.a, pair.b} & set(test.ids))
+    pairs = find_in_dataset(inputs.data, inputs.cache_root, with_test=True, role="final")
+    across = tuple(pair for pair in pairs if pair.across and {pair.a, pair.b} & set(inputs.test.ids))
     paths.write_json(known, {"across": to_json(across)})
     return across
 
@@ -198,14 +203,14 @@ def _official_means(counts: Path, test: Prepared) -> dict[str, Interval]:
     return {name: bootstrap_mean(values) for name, values in _official_scores(counts, test).items()}
 
 
-def write(result: FinalResult, record: StudyRecord, test: Prepared, *, n_seeds: int, **facts: Any) -> None:
+def write(result: FinalResult, inputs: Inputs, **facts: Any) -> None:
     """Write test.csv, curves.png and panels.png, then final.json; `facts` are further fields of `FinalRecord`.
 
     test.csv has the scores of every test image, means over the seeds, and the official scores of the kept model.
     """
     from hpsearch.report import figures
 
-    folder = result.paths
+    folder, test, n_seeds = inputs.folder, inputs.test, inputs.n_seeds
     columns = {name: values.mean(axis=0) for name, values in _seed_scores(folder, n_seeds).items()}
     columns |= {f"official_{name}": values for name, values in _official_scores(folder.official_counts, test).items()}
     text = io.StringIO()
@@ -216,11 +221,12 @@ def write(result: FinalResult, record: StudyRecord, test: Prepared, *, n_seeds: 
     folder.submission.unlink(missing_ok=True)
     title = f"{result.study}, trial {result.trial.number}, retrained"
     curves = figures.draw_curves(trial_rows.final_curves(folder, n_seeds), title=title)
-    cases = trial_rows.final_cases(record, folder, test.key)
+    cases = trial_rows.final_cases(inputs.record, folder, test.key)
     panels = figures.draw_panels(cases, metric=result.metric, title=f"{title}: test images")
     for path, figure in ((folder.curves, curves), (folder.panels, panels)):
         with paths.atomic_write(path) as temporary:
             temporary.write_bytes(figures.to_png(figure))
+    facts |= {"pool_key": inputs.pool.key, "test_key": test.key}
     facts |= {"trial": result.trial.number, "params": result.trial.params, "n_seeds": n_seeds}
     facts |= {
         "test_set": result.evaluation.test_set,

@@ -18,7 +18,7 @@ from hpsearch.data.pool_caches import PoolCaches, cache_root
 from hpsearch.data.prepare import locate, prepare_test
 from hpsearch.errors import StudyChangedError, StudyError
 from hpsearch.final.fold_networks import choose_trial, fold_networks, why_no_ensemble
-from hpsearch.final.result import FinalResult, evaluate, is_stored, pack_submission, write
+from hpsearch.final.result import FinalResult, Inputs, evaluate, is_stored, pack_submission, write
 from hpsearch.inference.postprocessing import FoldNetwork, Postprocessing, SelectedPostprocessing
 from hpsearch.paths import ProjectPaths
 from hpsearch.report.card import model_card
@@ -128,6 +128,8 @@ class _Final:
         self._seen = self.test
         if self._config.scored_data != self._config.data:
             self._seen = prepare_test(self._config.data, self._root, progress=self._decoded)
+        data, pool = self._config.data, self._caches.scored
+        self._inputs = Inputs(record, trial, self.folder, n_seeds, data, self._root, pool, self.test)
         for note in self.test.notes:
             self.say(f"note on the test split: {note}")
 
@@ -160,7 +162,8 @@ class _Final:
         if evaluation is None:
             return None
         self.say(f"trial {self._trial.number} was evaluated on these images before; this is the stored result")
-        return self._evaluate(len(list(folder.ensemble.glob("*.safetensors"))) if ensemble else 0, evaluation)
+        n_members = len(list(folder.ensemble.glob("*.safetensors"))) if ensemble else 0
+        return evaluate(self._inputs, n_members, evaluation)
 
     def run(self, machine: MachineChoice) -> FinalResult | None:
         """Train, select post-processing, score, and write the result; None if the caller stopped the training."""
@@ -192,21 +195,11 @@ class _Final:
                 metric=self._record.config.study.metric,
             )
             self._score(do, choices, members)
-        result = self._evaluate(len(members), evaluation)
+        result = evaluate(self._inputs, len(members), evaluation)
         evaluation = test_set_log.end_evaluation(self._project, evaluation, result.test[result.metric].mean)
         evaluations = test_set_log.evaluations_of(self._project, evaluation)
         result = dataclasses.replace(result, evaluation=evaluation, evaluations=evaluations)
-        write(
-            result,
-            self._record,
-            self.test,
-            n_seeds=self._n_seeds,
-            began_at=began_at,
-            ended_at=now(),
-            pool_key=self._caches.scored.key,
-            test_key=self.test.key,
-            runtime=dict(plan.machine),
-        )
+        write(result, self._inputs, began_at=began_at, ended_at=now(), runtime=dict(plan.machine))
         paths.write_text(folder.card, model_card(self._record, folder.root.name))
         text = "final of trial %d: test %s %.4f"
         logger.info(text, result.trial.number, result.metric, result.test[result.metric].mean)
@@ -273,17 +266,3 @@ class _Final:
             do(count(weights=tuple(members), counts=folder.ensemble_counts))
             masks = folder.masks if by_ensemble else None
             do(official(weights=tuple(members), masks=masks, counts=folder.ensemble_official_counts))
-
-    def _evaluate(self, n_members: int, evaluation: test_set_log.LoggedEvaluation) -> FinalResult:
-        return evaluate(
-            self._record,
-            self._trial,
-            self.folder,
-            n_seeds=self._n_seeds,
-            n_members=n_members,
-            pool=self._caches.scored,
-            test=self.test,
-            data=self._config.data,
-            root=self._root,
-            evaluation=evaluation,
-        )
