@@ -25,8 +25,8 @@ from hpsearch.data.prepare import Prepared, prepare_pool
 from hpsearch.errors import StoppedError, StudyError, TrackingError
 from hpsearch.final import FinalResult, run_final
 from hpsearch.final import run as final_run
-from hpsearch.final.fold_networks import fold_networks
 from hpsearch.final.result import is_stored
+from hpsearch.final.run import fold_networks
 from hpsearch.inference.postprocessing import Postprocessing, SelectedPostprocessing
 from hpsearch.inference.predictor import Ensemble, Predictor, find_images, load_predictor, predict_files
 from hpsearch.inference.scoring import mask_name, official_scores, read_mask, score_folder

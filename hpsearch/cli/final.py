@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
 
 @click.command("final")
-@options.out_option
-@options.study_option
+@options.study_options
 @click.option("--best", is_flag=True, help="Retrain the best complete trial (the default).")
 @click.option("--trial", type=AT_LEAST_0, help="Retrain this trial.")
 @click.option("--cheapest-tied", is_flag=True, help="Retrain the fastest trial indistinguishable from the best.")

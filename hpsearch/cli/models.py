@@ -9,7 +9,7 @@ import click
 
 import hpsearch
 from hpsearch.cli import options
-from hpsearch.cli.options import model_option, out_option, study_option
+from hpsearch.cli.options import model_option, study_options
 from hpsearch.paths import ProjectPaths
 from hpsearch.report.formats import count
 from hpsearch.user_files import printable
@@ -36,8 +36,7 @@ _DEFAULT = "-"
 )
 @options.device_option
 @options.threads_option
-@out_option
-@study_option
+@study_options
 def predict(
     project: ProjectPaths,
     study_name: str | None,
@@ -95,8 +94,7 @@ def _file_option(flag: str, text: str) -> Callable[[options.Command], options.Co
 @_file_option("--toml", "Write the configuration as TOML (default: trial-<number>.toml in the study's folder).")
 @model_option
 @click.option("--trial", type=options.AT_LEAST_0, help="Write the configuration of this trial (default: the best).")
-@out_option
-@study_option
+@study_options
 def export(
     project: ProjectPaths,
     study_name: str | None,

@@ -54,7 +54,6 @@ out_option = click.option(
     callback=_project,
     help="Use this project folder (default: the current folder).",
 )
-study_option = click.option("--study", "study_name", metavar="NAME", help="Use the study of this name.")
 tracking_option = click.option(
     "--tracking", metavar="URI|none", help="Log to MLflow at this URI, or not at all (default: mlflow.db in --out)."
 )
@@ -67,6 +66,12 @@ device_option = click.option(
 threads_option = click.option(
     "--threads", type=AT_LEAST_1, help="Use this many CPU threads per process (default: measured; for predict, all)."
 )
+
+
+def study_options(command: Command) -> Command:
+    """Add `--out`, passed as `project`, and `--study`, passed as `study_name`."""
+    study = click.option("--study", "study_name", metavar="NAME", help="Use the study of this name.")
+    return out_option(study(command))
 
 
 def machine_options(command: Command) -> Command:

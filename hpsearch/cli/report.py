@@ -4,15 +4,14 @@ import click
 
 import hpsearch
 from hpsearch.cli.describe import describe_behind, tracker_of_existing
-from hpsearch.cli.options import out_option, study_option, tracking_option
+from hpsearch.cli.options import study_options, tracking_option
 from hpsearch.errors import TrackingError
 from hpsearch.paths import ProjectPaths
 from hpsearch.store import lock
 
 
 @click.command("report")
-@out_option
-@study_option
+@study_options
 @tracking_option
 def report(project: ProjectPaths, study_name: str | None, tracking: str | None) -> None:
     """Write the report of a study as one HTML file.
@@ -36,8 +35,7 @@ def report(project: ProjectPaths, study_name: str | None, tracking: str | None) 
 
 
 @click.command("track")
-@out_option
-@study_option
+@study_options
 @tracking_option
 @click.option("--rebuild", is_flag=True, help="Replace runs that contradict the record; fix paths after a move.")
 def track(project: ProjectPaths, study_name: str | None, tracking: str | None, rebuild: bool) -> int:

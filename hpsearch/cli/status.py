@@ -11,7 +11,7 @@ import click
 
 import hpsearch
 from hpsearch.cli.describe import describe_best, describe_params, listed_trials, next_command
-from hpsearch.cli.options import AT_LEAST_0, out_option, study_option
+from hpsearch.cli.options import AT_LEAST_0, study_options
 from hpsearch.cli.terminal import echo_table
 from hpsearch.errors import StudyError
 from hpsearch.paths import FitPaths, ProjectPaths, write_text
@@ -27,8 +27,7 @@ WAIT_S = 600.0
 
 
 @click.command("status")
-@out_option
-@study_option
+@study_options
 @click.option("--trial", type=AT_LEAST_0, metavar="N", help="Show every pruning decision for this trial.")
 def status(project: ProjectPaths, study_name: str | None, trial: int | None) -> None:
     """Show trials, the best so far, running fits and remaining time.
@@ -145,8 +144,7 @@ def _decision_row(decision: dict[str, Any]) -> Sequence[str]:
 
 
 @click.command("stop")
-@out_option
-@study_option
+@study_options
 @click.option("--trial", type=AT_LEAST_0, metavar="N", help="Prune this trial only; the study goes on.")
 @click.option("--now", is_flag=True, help="Do not wait for the end of the current epochs.")
 def stop(project: ProjectPaths, study_name: str | None, trial: int | None, now: bool) -> int:

@@ -23,9 +23,8 @@ LOOKAHEAD = 4
 
 
 @click.command("study")
-@options.out_option
+@options.study_options
 @options.config_options
-@options.study_option
 @click.option("--trials", type=int, help="Evaluate this many trials, earlier ones included (study.trials).")
 @options.folds_option(None, "Use k folds, or `fixed` for the dataset's training/validation split.")
 @click.option("--metric", type=click.Choice(METRICS), help="Rank trials by this mean score (iou is jaccard).")
@@ -78,9 +77,8 @@ def study(
 
 
 @click.command("train")
-@options.out_option
+@options.study_options
 @options.config_options
-@options.study_option
 @options.folds_option("fixed", "Train on k folds, or `fixed` (default) for the training and validation split.")
 @options.machine_options
 @options.tracking_option
