@@ -19,7 +19,7 @@ from typing import Any, get_type_hints
 import click
 
 from hpsearch import EXPORTS
-from hpsearch.cli import COMMANDS, group
+from hpsearch.cli import group
 from hpsearch.config import NOT_SEARCHABLE, SECTIONS, describe_type
 
 HEAD = """# Reference
@@ -97,9 +97,7 @@ def reference() -> str:
 
 def all_commands() -> Iterator[tuple[str, click.Command]]:
     """Yield each command with its full name, such as `hpsearch data check`; groups are left out."""
-    for name in COMMANDS:
-        command = group.get_command(click.Context(group), name)
-        assert command is not None
+    for name, command in group.commands.items():
         if isinstance(command, click.Group):
             for sub_name, sub in command.commands.items():
                 yield f"hpsearch {name} {sub_name}", sub

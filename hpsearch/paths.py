@@ -160,9 +160,7 @@ class StudyPaths(_Folder):
 
     def trial_numbers(self) -> list[int]:
         """Return the numbers of the trials that have a folder, ascending."""
-        if not self.trials.is_dir():
-            return []
-        return sorted(int(path.name) for path in self.trials.iterdir() if path.name.isdecimal())
+        return sorted(int(path.name) for path in self.trials.glob("*") if path.name.isdecimal())
 
     def final(self, run: str) -> FinalPaths:
         return FinalPaths(self.finals / run)
@@ -228,7 +226,6 @@ class FinalPaths(_Folder):
     """Networks of the folds, kept to predict together."""
     ensemble_counts = _Entry("ensemble_counts.npy")
     ensemble_official_counts = _Entry("ensemble_official_counts.npy")
-    ensemble_masks = _Entry("ensemble_masks")
     card = _Entry("model-card.md")
     """The model card in Markdown: what the model is, its training data, scores and limits."""
 
@@ -260,7 +257,12 @@ def atomic_write(path: Path, *, sync: bool = True) -> Iterator[Path]:
                 os.fsync(file.fileno())
         temporary.replace(path)
         if sync:
-            _sync_folder(path.parent)
+            # A rename is durable only after its folder is synced.
+            descriptor = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
     except OSError as error:
         raise storage_error(path, error) from error
     finally:
@@ -288,12 +290,10 @@ def read_json(path: Path) -> Any:
     """Return the JSON value in `path`. Raise RecordError, naming the file, if it is damaged, edited or missing."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise RecordError(f"{path} is missing") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise RecordError(f"{path} is damaged: put it back from a copy") from error
     except OSError as error:
         raise RecordError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"{path} is damaged: put it back from a copy") from error
     if isinstance(value, dict) and _CHECKSUM in value and value.pop(_CHECKSUM) != _checksum(value):
         raise RecordError(f"{path} was changed since it was written: put it back from a copy")
     return value
@@ -308,6 +308,16 @@ def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(value: Any) -> str:
+    """Return 16 hexadecimal digits of the SHA-256 of `value`, which holds plain types, as canonical JSON."""
+    return sha256_text(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False))[:16]
+
+
+def stable_seed(*parts: int | str) -> int:
+    """Return a 31-bit seed that depends on `parts` alone, in every process and on every machine."""
+    return int(sha256_text("\x1f".join(map(str, parts)))[:8], 16) >> 1
 
 
 def append_line(path: Path, line: str) -> None:
@@ -330,18 +340,11 @@ def remove_stale_temporaries(folder: Path) -> None:
 
 def storage_error(path: Path, error: OSError) -> StorageError:
     """Return an error of one line with the file, the reason, the free space, and what to do."""
-    reason = error.strerror or str(error)
-    try:
-        room = f"{free_bytes(path) / 2**20:.0f} MiB free there"
-    except OSError:
-        room = "free space unknown"
+    room, advice = "", "check the disk and its permissions, or choose another folder with --out,"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        advice = "free some space and run the same command again"
-    elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        advice = "choose another folder with --out, or get the permission to write there"
-    else:
-        advice = "check the disk and run the same command again"
-    return StorageError(f"cannot write {path}: {reason} ({room}); {advice}")
+        room, advice = f" ({free_bytes(path) / 2**20:.0f} MiB free there)", "free some space"
+    reason = error.strerror or error
+    return StorageError(f"cannot write {path}: {reason}{room}; {advice} and run the same command again")
 
 
 @contextmanager
@@ -365,12 +368,3 @@ def free_bytes(path: Path) -> int:
 
 def _checksum(table: dict[str, Any]) -> str:
     return sha256_text(json.dumps(table, sort_keys=True))
-
-
-def _sync_folder(folder: Path) -> None:
-    # A rename is durable only after its folder is synced.
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

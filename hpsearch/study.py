@@ -1,13 +1,10 @@
 """`run_study`: prepare the data, measure the machine, run the search, and keep the views up to date."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from hpsearch import paths
@@ -15,9 +12,8 @@ from hpsearch.config import StudyConfig
 from hpsearch.data import duplicates
 from hpsearch.data import folds as fold_making
 from hpsearch.data.cache import open_cache
-from hpsearch.data.folds import Folds
 from hpsearch.data.pool_caches import PoolCaches, cache_root
-from hpsearch.data.prepare import Prepared, count_pool
+from hpsearch.data.prepare import count_pool
 from hpsearch.errors import CacheError, StorageError, StudyChangedError
 from hpsearch.paths import ProjectPaths, StudyPaths
 from hpsearch.search.autotune import MachineChoice, first_workers, make_plan
@@ -91,21 +87,15 @@ def run_study(
     def check() -> None:
         stop.check("stopped before the first trial; run the same command again to continue")
 
-    with (
-        paths.refusals_named(study.root),
-        lock.hold(study),
-        log_file(study.log),
-        LocalPool(study.root) as pool,
-    ):
+    with paths.refusals_named(study.root), lock.hold(study), log_file(study.log), LocalPool(study.root) as pool:
         for request in (study.stop_request, *study.root.glob("stop-trial-*")):
             request.unlink(missing_ok=True)
-        record = _open_record(study, config)
+        begun = _open_record(study, config)
         stop.epoch_left_s = pool.epoch_left_s
         # Workers import torch while the images are checked.
-        pool.resize(first_workers(record, machine))
+        pool.resize(first_workers(begun, machine))
         caches = _prepare(project, config, callback, check)
-        record = record or _create_record(study, config, caches, callback)
-        _check_images(record, config, caches.scored)
+        record = _require_same_images(study, begun, config, caches, callback)
         # Only now: a folder that does not hold the study's images must not be remembered as theirs.
         record.update_config(config)
         for text in enqueue(record, enqueued):
@@ -116,7 +106,12 @@ def run_study(
         _require_space(record, plan)
         pool.resize(plan.workers)
         with _views(study, tracker, stop, callback.message) as views:
-            coordinator = Coordinator(record, pool, plan, caches, callback, stop, views.wake)
+
+            def wake_views() -> None:
+                for view in views:
+                    view.wake()
+
+            coordinator = Coordinator(record, pool, plan, caches, callback, stop, wake_views)
             callback.planned(record, plan, forecast(record, plan, caches.scored.n))
             try:
                 coordinator.resume()
@@ -127,56 +122,59 @@ def run_study(
             logger.info("stopped; run the same command to continue")
         # Workers that were killed while they wrote may have left some.
         paths.remove_stale_temporaries(study.root)
-        return StudySummary(record, coordinator.n_counted, stop.is_requested, views.n_behind, views.error)
+        n_behind, error = (views[1].n_left, views[1].error) if tracker is not None else (0, "")
+        return StudySummary(record, coordinator.n_counted, stop.is_requested, n_behind, error)
 
 
-def close_view(view: ViewThread, stop: Stop) -> tuple[int, str]:
-    """Update a view a last time and end its thread; return the number of items that it lacks, and why."""
+def close_view(view: ViewThread, stop: Stop) -> int:
+    """Update a view a last time and end its thread; return the number of items that it lacks."""
     # A process that must end at once does not wait for a server that does not answer.
     if stop.is_urgent:
-        return view.close(URGENT_UPDATE_S), view.error
-    return view.close(LAST_UPDATE_S, lambda: stop.is_urgent), view.error
-
-
-@dataclass
-class _Views:
-    """The views of a running study, and what was not delivered when they were closed."""
-
-    threads: Sequence[ViewThread]
-    n_behind: int = 0
-    error: str = ""
-
-    def wake(self) -> None:
-        for thread in self.threads:
-            thread.wake()
+        return view.close(URGENT_UPDATE_S)
+    return view.close(LAST_UPDATE_S, lambda: stop.is_urgent)
 
 
 @contextmanager
-def _views(study: StudyPaths, tracker: Tracker | None, stop: Stop, say: Callable[[str], None]) -> Iterator[_Views]:
-    """Keep Optuna's database and MLflow up to date in the background for the time of the block."""
-    optuna_thread = ViewThread(OptunaView(study))
-    tracker_thread = ViewThread(tracker.view(study)) if tracker is not None else None
-    views = _Views([thread for thread in (optuna_thread, tracker_thread) if thread is not None])
+def _views(
+    study: StudyPaths, tracker: Tracker | None, stop: Stop, say: Callable[[str], None]
+) -> Iterator[list[ViewThread]]:
+    """Keep Optuna's database and then MLflow up to date in the background for the time of the block."""
+    views = [ViewThread(OptunaView(study))]
+    if tracker is not None:
+        views.append(ViewThread(tracker.view(study)))
     try:
         yield views
     finally:
-        close_view(optuna_thread, stop)
-        if optuna_thread.error:
-            logger.warning("Optuna's database is not up to date: %s", optuna_thread.error)
-            say(f"Optuna's database is not up to date: {optuna_thread.error}")
-        if tracker_thread is not None:
-            views.n_behind, views.error = close_view(tracker_thread, stop)
+        for view in views:
+            close_view(view, stop)
+        if error := views[0].error:
+            logger.warning("Optuna's database is not up to date: %s", error)
+            say(f"Optuna's database is not up to date: {error}")
 
 
 def _open_record(study: StudyPaths, config: StudyConfig) -> StudyRecord | None:
-    """Return the record of a study that exists, checked; None if it is to be begun."""
-    if not study.toml.is_file():
-        _require_folds(config, cache_root(study.project, config))
-        return None
-    record = StudyRecord.open(study)
-    record.verify()
-    record.check_config(config)
-    return record
+    """Return the record of a study that exists, checked; None if it is to be begun.
+
+    Raises DatasetError, before any image is decoded, if the groups are wrong or so many folds are impossible.
+    """
+    if study.toml.is_file():
+        record = StudyRecord.open(study)
+        record.verify()
+        record.check_config(config)
+        return record
+    groups, n_folds = _groups(config), config.study.folds
+    n_images = count_pool(config.data, cache_root(study.project, config))
+    # If there are no images, decoding reports the reason.
+    if n_folds != "fixed" and n_images:
+        fold_making.require_enough(n_images, n_folds, "images with a mask")
+        if groups is not None:
+            fold_making.require_enough(len(set(groups.values())), n_folds, "groups")
+    return None
+
+
+def _groups(config: StudyConfig) -> Mapping[str, str] | None:
+    table = fold_making.groups_file(config.data)
+    return fold_making.read_groups(table) if table else None
 
 
 def _prepare(
@@ -201,75 +199,46 @@ def _prepare(
     return caches
 
 
-def _create_record(
-    study: StudyPaths, config: StudyConfig, caches: PoolCaches, callback: StudyCallback
+def _require_same_images(
+    study: StudyPaths, record: StudyRecord | None, config: StudyConfig, caches: PoolCaches, callback: StudyCallback
 ) -> StudyRecord:
-    """Begin a study. Only now: a first start that fails for its data leaves no study that binds the next one."""
+    """Begin a study that has no record, or check that the images are those that its folds were made from."""
     prepared = caches.scored
-    folds = _make_folds(config, prepared, cache_root(study.project, config))
-    facts = open_cache(prepared.cache_path).index.stats
-    for note in fold_making.lesion_notes(folds, [each.view_foreground > 0 for each in facts]):
-        callback.message(f"note: {note}")
-    record = StudyRecord.create(study, config)
-    if not record.has_folds:
+    if record is None or not record.has_folds:
+        groups = _groups(config)
+        if config.data.group_duplicates:
+            pairs = duplicates.find_in_dataset(config.data, cache_root(study.project, config), with_test=False)
+            logger.info("%d near-duplicate pairs are kept in one fold each", len(pairs))
+            groups = duplicates.groups_of(pairs, prepared.ids, groups)
+        cache, settings = open_cache(prepared.cache_path), config.study
+        folds = fold_making.make_folds(
+            prepared.ids, prepared.splits, cache.sha256, folds=settings.folds, seed=settings.seed, groups=groups
+        )
+        for note in fold_making.lesion_notes(folds, [each.view_foreground > 0 for each in cache.index.stats]):
+            callback.message(f"note: {note}")
+        # Only now: a first start that fails for its data leaves no study that binds the next one.
+        record = record or StudyRecord.create(study, config)
         record.write_folds(folds, prepared.key)
+    if record.folds.ids != prepared.ids or record.data_key() != prepared.key:
+        before, after = set(record.folds.ids), set(prepared.ids)
+        what = f"{len(before - after)} are gone, {len(after - before)} are new" if before != after else "content"
+        raise StudyChangedError(
+            f"the images in {config.data.images or config.data.root} are not those that study {record.name!r} was "
+            f"begun with ({what}): put the old ones back, or begin another study with --study NAME"
+        )
     return record
-
-
-def _check_images(record: StudyRecord, config: StudyConfig, prepared: Prepared) -> None:
-    """Raise StudyChangedError if the images are not those that the folds were made from."""
-    if not record.has_folds:
-        record.write_folds(_make_folds(config, prepared, cache_root(record.paths.project, config)), prepared.key)
-    if record.folds.ids == prepared.ids and record.data_key() == prepared.key:
-        return
-    before, after = set(record.folds.ids), set(prepared.ids)
-    what = f"{len(before - after)} are gone, {len(after - before)} are new" if before != after else "content"
-    raise StudyChangedError(
-        f"the images in {config.data.images or config.data.root} are not those that study {record.name!r} was begun "
-        f"with ({what}): put the old ones back, or begin another study with --study NAME"
-    )
-
-
-def _require_folds(config: StudyConfig, caches: Path) -> None:
-    """Raise DatasetError, before any image is decoded, if the groups are wrong or so many folds are impossible."""
-    table = fold_making.groups_file(config.data)
-    groups = fold_making.read_groups(table) if table else None
-    n_images = count_pool(config.data, caches)
-    # If there are no images, decoding reports the reason.
-    if config.study.folds != "fixed" and n_images:
-        fold_making.require_enough(n_images, config.study.folds, "images with a mask")
-        if groups is not None:
-            fold_making.require_enough(len(set(groups.values())), config.study.folds, "groups")
-
-
-def _make_folds(config: StudyConfig, prepared: Prepared, caches: Path) -> Folds:
-    table = fold_making.groups_file(config.data)
-    groups: Mapping[str, str] | None = fold_making.read_groups(table) if table else None
-    if config.data.group_duplicates:
-        pairs = duplicates.find_in_dataset(config.data, caches, with_test=False)
-        logger.info("%d near-duplicate pairs are kept in one fold each", len(pairs))
-        groups = duplicates.groups_of(pairs, prepared.ids, groups)
-    return fold_making.make_folds(
-        prepared.ids,
-        prepared.splits,
-        open_cache(prepared.cache_path).sha256,
-        folds=config.study.folds,
-        seed=config.study.seed,
-        groups=groups,
-    )
 
 
 def _require_space(record: StudyRecord, plan: ExecutionPlan) -> None:
     """Raise StorageError if the disk has less room than the rest of the study will need."""
-    root, settings = record.paths.root, record.config.study
-    needed = plans.disk_bytes(record.config, record.n_folds, len(plan.workers)) + SPARE_BYTES
+    root, n_left = record.paths.root, record.config.study.trials - count_trials(record.trials())
     there = sum(
         path.stat().st_size for path in root.glob("trials/*/fold*/*.*") if path.suffix in (".pt", ".safetensors")
     )
-    n_open = settings.trials - count_trials(record.trials())
+    needed = plans.disk_bytes(record.config, record.n_folds, len(plan.workers)) + SPARE_BYTES - there
     free = paths.free_bytes(root)
-    if n_open > 0 and free < needed - there:
+    if n_left > 0 and free < needed:
         raise StorageError(
-            f"{root} has {free / 2**20:.0f} MiB free, the study may need {(needed - there) / 2**20:.0f} MiB more for "
-            "weights and checkpoints: make room, or choose another folder with --out"
+            f"{root} has {free / 2**20:.0f} MiB free, the study may need {needed / 2**20:.0f} MiB more for weights "
+            "and checkpoints: make room, or choose another folder with --out"
         )

@@ -5,8 +5,6 @@ therefore runs this file, isolated from the current folder by `-P`. It loads the
 of its modules like `python -m`.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 
@@ -30,18 +28,14 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def _main() -> None:
-    import importlib.util
+    import importlib
     import runpy
 
-    folder = os.path.dirname(_FILE)
-    spec = importlib.util.spec_from_file_location(
-        "hpsearch", os.path.join(folder, "__init__.py"), submodule_search_locations=[folder]
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    package = importlib.util.module_from_spec(spec)
-    sys.modules["hpsearch"] = package
-    spec.loader.exec_module(package)
+    # Load this very package, whatever else is called so, and search nothing else in its folder.
+    folder = os.path.dirname(os.path.dirname(_FILE))
+    sys.path.insert(0, folder)
+    importlib.import_module("hpsearch")
+    sys.path.remove(folder)
     del sys.argv[0]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 

@@ -1,7 +1,5 @@
 """Convert frozen dataclasses to JSON tables and back, directed by their annotations."""
 
-from __future__ import annotations
-
 import dataclasses
 import types
 from collections.abc import Mapping

@@ -1,11 +1,10 @@
 """Check and read files and folders that a user names. Faults are described in one line."""
 
-from __future__ import annotations
-
-import codecs
 import errno
 import os
+import re
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 
 from hpsearch.errors import HpsearchError
@@ -13,21 +12,26 @@ from hpsearch.errors import HpsearchError
 MAX_STEM_BYTES = 200
 """Longest usable stem. Most file systems allow 255 bytes, and outputs add suffixes to an image's name."""
 
-_CONTROL = ("Cc", "Zl", "Zp")
-"""Unicode categories of control characters and of the characters that separate lines and paragraphs."""
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+"""Control characters, separators of lines and paragraphs, and what Python reads from bytes that are not UTF-8."""
 
 
 def printable(name: str | Path) -> str:
     """Return `name` on one line, with escapes for control characters and for bytes that are not UTF-8 (`\\xe9`)."""
-    return "".join(_printable(character) for character in str(name))
+
+    def escape(match: re.Match[str]) -> str:
+        # Python represents bytes of a file name that are not UTF-8 as U+DC80 to U+DCFF (PEP 383).
+        byte = ord(match[0]) - 0xDC00
+        return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else repr(match[0])[1:-1]
+
+    return _UNPRINTABLE.sub(escape, str(name))
 
 
 def text_fault(text: str) -> str:
     """Return why `text` cannot be written to settings, tables and records, empty if it can."""
-    categories = {unicodedata.category(character) for character in text}
-    if "Cs" in categories:
+    if any("\ud800" <= character <= "\udfff" for character in text):
         return "is not UTF-8"
-    return "" if categories.isdisjoint(_CONTROL) else "has control characters"
+    return "has control characters" if _UNPRINTABLE.search(text) else ""
 
 
 def name_fault(stem: str) -> str:
@@ -56,49 +60,37 @@ def user_path(text: str) -> Path:
 
 def broken_link(path: Path) -> str:
     """Describe a broken link and its target, empty if `path` is anything else."""
+    if not os.path.islink(path):
+        return ""
     try:
         path.stat()
     except OSError as error:
-        try:
-            target = os.readlink(path)
-        except OSError:
-            return ""
-        why = "leads back to itself" if error.errno == errno.ELOOP else "is not there"
-        if error.errno not in (errno.ELOOP, errno.ENOENT, errno.ENOTDIR):
-            why = f"cannot be read: {error.strerror}"
-        return f"{printable(path)} is a link to {printable(target)}, which {why}"
-    except ValueError:
-        return ""
+        reasons = {errno.ELOOP: "leads back to itself", errno.ENOENT: "is not there", errno.ENOTDIR: "is not there"}
+        why = reasons.get(error.errno or 0, f"cannot be read: {error.strerror}")
+        return f"{printable(path)} is a link to {printable(os.readlink(path))}, which {why}"
     return ""
 
 
 def folder_fault(path: Path) -> str:
     """Return why `path` cannot be listed as a folder, empty if it can."""
-    try:
-        with os.scandir(path):
-            return ""
-    except FileNotFoundError:
-        return broken_link(path) or f"there is no folder {printable(path)}"
-    except NotADirectoryError:
-        return (
-            f"{printable(path)} is a file, not a folder" if path.exists() else f"there is no folder {printable(path)}"
-        )
-    except OSError as error:
-        return broken_link(path) or f"{printable(path)} cannot be listed: {error.strerror or error}"
-    except ValueError as error:
-        return f"{printable(path)} is no path: {error}"
+    return _fault(path, "folder", "listed", lambda: os.scandir(path).close())
 
 
 def file_fault(path: Path) -> str:
     """Return why `path` cannot be opened as a file, empty if it can."""
+    return _fault(path, "file", "read", lambda: path.open("rb").close())
+
+
+def _fault(path: Path, kind: str, verb: str, attempt: Callable[[], None]) -> str:
     try:
-        with path.open("rb"):
-            return ""
-    except FileNotFoundError:
-        return broken_link(path) or f"there is no file {printable(path)}"
+        attempt()
+    except (FileNotFoundError, NotADirectoryError):
+        if path.exists():
+            return f"{printable(path)} is a file, not a folder"
+        return broken_link(path) or f"there is no {kind} {printable(path)}"
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        return broken_link(path) or f"{printable(path)} cannot be read: {reason}"
+        return broken_link(path) or f"{printable(path)} cannot be {verb}: {getattr(error, 'strerror', '') or error}"
+    return ""
 
 
 def list_folder(path: Path, error: type[HpsearchError]) -> list[Path]:
@@ -121,7 +113,7 @@ def read_text(path: Path, what: str, error: type[HpsearchError]) -> str:
         raise error(broken_link(path) or f"{named} does not exist") from caught
     except (OSError, ValueError) as caught:
         raise error(f"{named} cannot be read: {getattr(caught, 'strerror', None) or caught}") from caught
-    if _is_utf_16(content):
+    if b"\0" in content:
         raise error(f"{named} is UTF-16 text: save it as UTF-8")
     try:
         text = content.decode("utf-8-sig")
@@ -131,20 +123,3 @@ def read_text(path: Path, what: str, error: type[HpsearchError]) -> str:
             f"{named} is not UTF-8 text (byte 0x{content[caught.start]:02x} in line {line}): save it as UTF-8"
         ) from caught
     return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _is_utf_16(content: bytes) -> bool:
-    """Return whether `content` begins with the mark of UTF-16 or 32, or every other byte is 0, as in English text."""
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
-        return True
-    zeros = sorted(content[start::2].count(0) for start in (0, 1))
-    return zeros[0] == 0 and zeros[1] > len(content) // 4
-
-
-def _printable(character: str) -> str:
-    category = unicodedata.category(character)
-    if category == "Cs":
-        # Python represents bytes of a file name that are not UTF-8 so (PEP 383).
-        code = ord(character)
-        return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"
-    return repr(character)[1:-1] if category in _CONTROL else character

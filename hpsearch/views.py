@@ -3,8 +3,6 @@
 The study folder is the record; a view is derived from it and may lag behind. Training never waits for a view.
 """
 
-from __future__ import annotations
-
 import logging
 import threading
 import time
@@ -49,15 +47,13 @@ class ViewThread(threading.Thread):
         """Start at once. Pause `pause_s` after an update; after the n-th failure in a row `retry_s * 2**(n - 1)`."""
         # A daemon thread, so that a server that does not answer cannot keep the process alive.
         super().__init__(name=f"view: {view.name}", daemon=True)
-        self._view = view
-        self._pause_s = pause_s
-        self._retry_s = retry_s
-        self._max_retry_s = max_retry_s
-        self._woken = threading.Event()
-        self._closing = threading.Event()
+        self._view, self._pause_s, self._retry_s, self._max_retry_s = view, pause_s, retry_s, max_retry_s
+        self._woken, self._closing = threading.Event(), threading.Event()
         self._n_failures = 0
         self.error = ""
         """Reason why the last update failed; empty if it succeeded."""
+        self.n_left = 0
+        """Number of items that the view lacks after `close`."""
         self.start()
 
     def wake(self) -> None:
@@ -82,7 +78,8 @@ class ViewThread(threading.Thread):
         if n_behind and self.is_alive():
             self.error = self.error or f"{self._view.name} does not answer"
         # After an error, the view may also lack something that `n_behind` does not count.
-        return max(n_behind, 1) if self.error else n_behind
+        self.n_left = max(n_behind, 1) if self.error else n_behind
+        return self.n_left
 
     def run(self) -> None:
         while True:
@@ -92,10 +89,9 @@ class ViewThread(threading.Thread):
             self._update(is_last)
             if is_last:
                 return
-            if self._n_failures:
-                self._closing.wait(min(self._retry_s * 2 ** (self._n_failures - 1), self._max_retry_s))
-            else:
-                self._closing.wait(self._pause_s)
+            retry_s = min(self._retry_s * 2 ** (self._n_failures - 1), self._max_retry_s)
+            self._closing.wait(retry_s if self._n_failures else self._pause_s)
+            if not self._n_failures:
                 self._woken.wait()
 
     def _update(self, is_last: bool) -> None:

@@ -26,8 +26,8 @@ from hpsearch.data.prepare import Prepared, prepare_pool
 from hpsearch.errors import StoppedError, StudyError, TrackingError
 from hpsearch.final import FinalResult, run_final
 from hpsearch.final import run as final_run
-from hpsearch.final.fold_networks import fold_networks
 from hpsearch.final.result import is_stored
+from hpsearch.final.run import fold_networks
 from hpsearch.inference.postprocessing import Postprocessing, SelectedPostprocessing
 from hpsearch.inference.predictor import Ensemble, Predictor, find_images, load_predictor, predict_files
 from hpsearch.inference.scoring import mask_name, read_mask, score_folder
@@ -291,7 +291,8 @@ def test_an_ensemble_without_networks_says_which_trials_have_them_and_how_to_get
     (other,) = {0, 1} - {result.trial.number}
     networks = fold_networks(record, other)
     assert networks is not None
-    hidden = [path.rename(path.with_suffix(".hidden")) for path in (*networks.weights, *networks.others)]
+    kept = [path for path in (*networks.weights, *networks.others) if path is not None]
+    hidden = [path.rename(path.with_suffix(".hidden")) for path in kept]
     try:
         with pytest.raises(StudyError) as refused:
             run_final(project, trial=other, ensemble=True, machine=MACHINE)

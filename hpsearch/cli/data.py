@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from hpsearch.cli import CommandGroup
-from hpsearch.cli.console import counter, echo_table
 from hpsearch.cli.options import AT_LEAST_0, AT_LEAST_1, Settings, config_options, out_option
+from hpsearch.cli.terminal import counter, echo_table
+from hpsearch.config.data import DataConfig
 from hpsearch.paths import ProjectPaths
+from hpsearch.report.formats import count
 
 if TYPE_CHECKING:
-    from hpsearch.config.data import DataConfig
-    from hpsearch.data.integrity import CheckReport
+    pass
+
+NO_CACHE = "no cache of this data to compare with: `hpsearch study` or `hpsearch data cache` creates one"
 
 
-@click.group("data", cls=CommandGroup)
-def command() -> None:
+@click.group("data")
+def data() -> None:
     """Check, cache, augment, draw or download datasets."""
 
 
-@command.command("check")
+@data.command("check")
 @out_option
 @config_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON that names every file.")
@@ -33,54 +36,37 @@ def command() -> None:
 def check(project: ProjectPaths, settings: Settings, as_json: bool, full: bool, near: bool) -> int:
     """Decode a whole dataset and show its errors and notes. Exit code 1 if there are errors."""
     from hpsearch.data import integrity
+    from hpsearch.data.duplicates import find_in_dataset
     from hpsearch.data.pool_caches import cache_root
-    from hpsearch.data.prepare import locate
+    from hpsearch.data.prepare import check_contents, locate
 
     study = settings.load()
     config, root = study.data, cache_root(project, study)
     progress = None if as_json else counter("checking images")
     report = integrity.check(locate(config, root), config=config, cache_root=root, progress=progress)
-    result, lines = report.to_dict(), []
+    table, lines = report.to_dict(), []
     if full and not report.errors:
-        lines += _compare_files(config, root, result)
+        folders, changed = check_contents(config, root)
+        table["changed"] = [problem.text for problem in changed]
+        same = f"files and {count(len(folders), 'cache')} unchanged" if folders else NO_CACHE
+        lines = [f"error: {text}" for text in table["changed"]] or [same]
     if near and not report.errors:
-        lines += _find_near_duplicates(config, root, project.root / "duplicates.png", result)
+        sheet = project.root / "duplicates.png"
+        pairs = find_in_dataset(config, root, with_test=True, sheet=sheet)
+        table["near_duplicates"] = []
+        for p in pairs:
+            table["near_duplicates"].append(
+                {"a": p.a, "b": p.b, "similarity": p.similarity, "pool_and_test": p.across}
+            )
+            across = ", POOL AND TEST" if p.across else ""
+            lines.append(f"near-duplicate: {p.a} and {p.b}, similarity {p.similarity:.3f}{across}")
+        lines.append(count(len(pairs), "near-duplicate pair") + (f", see {sheet}" if pairs else ""))
     if as_json:
-        click.echo(json.dumps(result, indent=1))
+        click.echo(json.dumps(table, indent=1))
     else:
         _print_report(report)
         click.echo("\n".join(lines), nl=bool(lines))
-    return 1 if report.errors or result.get("changed") else 0
-
-
-def _compare_files(config: DataConfig, root: Path, result: dict[str, Any]) -> list[str]:
-    """Return lines about the files that changed since they were cached, and add these to `result`."""
-    from hpsearch.data.prepare import check_contents
-    from hpsearch.report.formats import count
-
-    folders, changed = check_contents(config, root)
-    result["changed"] = [problem.text for problem in changed]
-    if not folders:
-        return ["no cache of this data to compare with: `hpsearch study` or `hpsearch data cache` creates one"]
-    return [f"error: {text}" for text in result["changed"]] or [f"files and {count(len(folders), 'cache')} unchanged"]
-
-
-def _find_near_duplicates(config: DataConfig, root: Path, sheet: Path, result: dict[str, Any]) -> list[str]:
-    """Return lines about the near-duplicates of a dataset, and add these to `result`."""
-    from hpsearch.data.duplicates import find_in_dataset
-    from hpsearch.report.formats import count
-
-    pairs = find_in_dataset(config, root, with_test=True, sheet=sheet)
-    result["near_duplicates"] = [
-        {"a": p.a, "b": p.b, "similarity": p.similarity, "pool_and_test": p.across} for p in pairs
-    ]
-    return [
-        *(
-            f"near-duplicate: {p.a} and {p.b}, similarity {p.similarity:.3f}{', POOL AND TEST' if p.across else ''}"
-            for p in pairs
-        ),
-        count(len(pairs), "near-duplicate pair") + (f", see {sheet}" if pairs else ""),
-    ]
+    return 1 if report.errors or table.get("changed") else 0
 
 
 def _print_report(report: CheckReport) -> None:
@@ -92,7 +78,7 @@ def _print_report(report: CheckReport) -> None:
     echo_table(("", "kind", "number", "which"), rows)
 
 
-@command.command("cache")
+@data.command("cache")
 @out_option
 @config_options
 @click.option("--compare", is_flag=True, help="Build and read every kind of cache, and compare time and memory.")
@@ -109,24 +95,21 @@ def cache(project: ProjectPaths, settings: Settings, compare: bool) -> None:
         for (height, width), prepared in caches.made.items():
             click.echo(f"{prepared.n} images, {height}x{width}: {prepared.cache_path}, {prepared.seconds:.1f} s")
         return
-    rows = compare_caches(study.data, root, progress=lambda kind: click.echo(f"measuring {kind}", err=True))
-    echo_table(
-        ("cache", "build", "epoch", "memory", "disk", "speed-up over decoding"),
+    rows = [
         (
-            (
-                row.kind,
-                f"{row.build_s:.1f} s",
-                f"{row.epoch_s:.3f} s",
-                f"{row.memory_bytes / 2**20:.0f} MiB",
-                f"{row.disk_bytes / 2**20:.0f} MiB",
-                f"{row.speedup:.0f}x",
-            )
-            for row in rows
-        ),
-    )
+            row.kind,
+            f"{row.build_s:.1f} s",
+            f"{row.epoch_s:.3f} s",
+            f"{row.memory_bytes / 2**20:.0f} MiB",
+            f"{row.disk_bytes / 2**20:.0f} MiB",
+            f"{row.speedup:.0f}x",
+        )
+        for row in compare_caches(study.data, root, progress=lambda kind: click.echo(f"measuring {kind}", err=True))
+    ]
+    echo_table(("cache", "build", "epoch", "memory", "disk", "speed-up over decoding"), rows)
 
 
-@command.command("augment")
+@data.command("augment")
 @out_option
 @config_options
 @click.option("--copies", default=1, type=AT_LEAST_1, help="Write this many versions of each training image.")
@@ -141,43 +124,37 @@ def augment(project: ProjectPaths, settings: Settings, copies: int, target: Path
         hpsearch data augment --data ISIC-2017 --copies 2 --set augment.rotate=20
         hpsearch study --data ISIC-2017_Aug
     """
-    from dataclasses import asdict
-
     from hpsearch.data.export_augmented import export_augmented
     from hpsearch.data.folds import groups_file, read_groups
     from hpsearch.data.pool_caches import cache_root
     from hpsearch.data.prepare import locate
     from hpsearch.data.survey import decide_reading
-    from hpsearch.report.formats import count
 
     config = settings.load()
     root = cache_root(project, config)
     dataset = locate(config.data, root)
     groups = groups_file(config.data)
-    try:
-        folder = export_augmented(
-            dataset,
-            config.augment,
-            copies=copies,
-            seed=config.study.seed,
-            target=target,
-            groups=read_groups(groups) if groups else None,
-            reading=decide_reading(dataset, config.data, root).reading,
-            exclude_bad=config.data.exclude_bad,
-            progress=counter("writing augmented images"),
-        )
-    except KeyboardInterrupt:
-        click.echo("\nstopped: run the same command again to continue", err=True)
-        raise
+    folder = export_augmented(
+        dataset,
+        config.augment,
+        copies=copies,
+        seed=config.study.seed,
+        target=target,
+        groups=read_groups(groups) if groups else None,
+        reading=decide_reading(dataset, config.data, root).reading,
+        exclude_bad=config.data.exclude_bad,
+        progress=counter("writing augmented images"),
+    )
     changes = ", ".join(f"{name} {value:g}" for name, value in asdict(config.augment).items() if value)
     n_train = len(dataset.split("train"))
-    versions = f"{count(copies, 'augmented version')} of each ({changes})"
-    others = f"{len(dataset.samples) - n_train} unchanged images for validation and test"
-    click.echo(f"{folder}: {n_train} training images, {versions}, {others}")
-    click.echo(f"use it with --data {folder}: all versions of an image stay in one fold")
+    click.echo(
+        f"{folder}: {n_train} training images, {count(copies, 'augmented version')} of each ({changes}), "
+        f"{len(dataset.samples) - n_train} unchanged images for validation and test\n"
+        f"use it with --data {folder}: all versions of an image stay in one fold"
+    )
 
 
-@command.command("sample")
+@data.command("sample")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--seed", default=0, help="Set the seed of the images.")
 @click.option("--train", "n_train", default=120, type=AT_LEAST_1, help="Number of training images.")
@@ -192,7 +169,7 @@ def sample(folder: Path, **sizes: int) -> None:
     click.echo(f"drawn into {folder}: use it with --data {folder}")
 
 
-@command.command("download")
+@data.command("download")
 @click.argument("folder", type=click.Path(path_type=Path), default=Path("ISIC-2017"))
 @click.option("--only", multiple=True, metavar="train|val|test|ARCHIVE", help="Download only this part; repeatable.")
 @click.option("--from", "base_url", metavar="URL", help="Use this mirror instead of the challenge's own bucket.")
@@ -200,16 +177,14 @@ def sample(folder: Path, **sizes: int) -> None:
 @click.option("--no-check", is_flag=True, help="Skip the check of the dataset at the end.")
 def download(folder: Path, only: tuple[str, ...], base_url: str | None, remove_archives: bool, no_check: bool) -> int:
     """Download the archives of ISIC-2017 Part 1 to FOLDER, unpack and check them. Run it again to continue."""
-    from hpsearch.config.data import DataConfig
+    from hpsearch.data import download as downloads
     from hpsearch.data import integrity
-    from hpsearch.data.download import OFFICIAL
-    from hpsearch.data.download import download as fetch
     from hpsearch.data.layouts import find_samples
 
-    folders = fetch(
+    folders = downloads.download(
         folder,
         only=only or None,
-        base_url=base_url or OFFICIAL,
+        base_url=base_url or downloads.OFFICIAL,
         keep_archives=not remove_archives,
         progress=_show_download if sys.stderr.isatty() else None,
     )

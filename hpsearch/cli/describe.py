@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+import hpsearch
 from hpsearch.config import StudyConfig
 from hpsearch.errors import redact
 from hpsearch.paths import ProjectPaths, command_line
 from hpsearch.report.formats import count, duration, setting
 
 if TYPE_CHECKING:
+    from hpsearch.search.status import StudyStatus
     from hpsearch.tracking import MlflowTracker
     from hpsearch.workers.plan import ExecutionPlan, Forecast
-
-LONG_S = 36 * 3600.0
-"""A search on a CPU that is expected to take longer begins with a hint."""
 
 
 def describe_params(params: Mapping[str, Any]) -> str:
     """Return `base_channels=8 depth=3 lr=0.0123`: the settings without their sections."""
     return " ".join(f"{name.partition('.')[2]}={setting(value)}" for name, value in params.items())
+
+
+def listed_trials(numbers: Sequence[int]) -> str:
+    """Return `trial 4`, or `trials 4, 2`."""
+    return f"trial{'' if len(numbers) == 1 else 's'} {', '.join(map(str, numbers))}"
+
+
+def describe_best(status: StudyStatus) -> str:
+    """Return the best trial of a study so far, empty if there is none."""
+    if (best := status.best) is None:
+        return ""
+    both = ", mean of both fits" if status.is_confirmed else ""
+    value = f"{status.config.study.metric} {status.values[best.number]:.4f} out of fold{both}"
+    return f"best: trial {best.number}, {value}  {describe_params(best.params)}".rstrip()
 
 
 def describe_folds(config: StudyConfig) -> str:
@@ -54,30 +66,14 @@ def describe_forecast(pruner: str, forecast: Forecast) -> str:
     )
 
 
-def describe_start(config: StudyConfig, plan: ExecutionPlan, forecast: Forecast) -> Iterator[str]:
-    """Yield the lines about the plan of a search, below its head line."""
-    study = config.study
-    yield f"{describe_machine(plan)}; sampler {study.sampler}, pruner {study.pruner}"
-    if forecast.n_trials and math.isfinite(forecast.total_s):
-        yield describe_forecast(study.pruner, forecast)
-    if forecast.total_s > LONG_S and plan.device == "cpu":
-        yield (
-            "To shorten it, stop with Ctrl-C and use `--config isic2017-64` (the same search at 64x64, some hours) "
-            "or a smaller --set data.size"
-        )
-
-
 def program(name: str = "hpsearch", *, is_absolute: bool = False) -> str:
     """Return how the user can type a program of this installation: its path if it is not on PATH."""
-    if shutil.which(name):
-        return name
     folders = (Path(sys.argv[0]).absolute().parent, Path(sys.executable).parent)
     path = next((folder / name for folder in folders if (folder / name).is_file()), None)
-    if path is None:
+    if path is None or shutil.which(name):
         return name
-    here = Path.cwd()
-    if not is_absolute and path.is_relative_to(here):
-        path = path.relative_to(here)
+    if not is_absolute and path.is_relative_to(Path.cwd()):
+        path = path.relative_to(Path.cwd())
     return shlex.quote(str(path))
 
 
@@ -108,9 +104,7 @@ def tracker_of_existing(project: ProjectPaths, tracking: str | None) -> MlflowTr
 
     The option `--tracking` is followed in any case.
     """
-    from hpsearch.tracking import make_tracker
-
-    tracker = make_tracker(project, tracking)
+    tracker = hpsearch.make_tracker(project, tracking)
     if tracker is None or tracking is not None or tracker.has_data:
         return tracker
     click.echo("not logged to MLflow, because this project is not tracked; `hpsearch track` logs it")

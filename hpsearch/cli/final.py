@@ -7,20 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+import hpsearch
 from hpsearch.cli import options
+from hpsearch.cli.describe import describe_behind, describe_params, next_command, tracker_of_existing
 from hpsearch.cli.options import AT_LEAST_0, AT_LEAST_1
+from hpsearch.cli.terminal import decoding_lines, stop_on_signals
 from hpsearch.paths import ProjectPaths
+from hpsearch.report.formats import count, interval
+from hpsearch.search.stopping import Stop
 
 if TYPE_CHECKING:
-    from hpsearch.final import FinalResult
-    from hpsearch.search.autotune import MachineChoice
     from hpsearch.stats.intervals import Interval
     from hpsearch.training.rows import EpochRow
 
 
 @click.command("final")
-@options.out_option
-@options.study_option
+@options.study_options
 @click.option("--best", is_flag=True, help="Retrain the best complete trial (the default).")
 @click.option("--trial", type=AT_LEAST_0, help="Retrain this trial.")
 @click.option("--cheapest-tied", is_flag=True, help="Retrain the fastest trial indistinguishable from the best.")
@@ -29,14 +31,7 @@ if TYPE_CHECKING:
 @options.machine_options
 @click.option("--zip", "submission", is_flag=True, help="Pack the test masks into a zip file for submission.")
 @options.tracking_option
-def command(
-    project: ProjectPaths,
-    study_name: str | None,
-    best: bool,
-    machine: MachineChoice,
-    tracking: str | None,
-    **chosen: Any,
-) -> int:
+def final(project: ProjectPaths, study_name: str | None, best: bool, tracking: str | None, **chosen: Any) -> int:
     """Retrain a configuration and evaluate it on the test split.
 
     It is trained on the whole pool: all training and validation images. The command shows the estimates of the
@@ -47,14 +42,9 @@ def command(
         hpsearch final --best
         hpsearch final --trial 17 --seeds 3
     """
-    from hpsearch.cli.describe import describe_behind, next_command, tracker_of_existing
-    from hpsearch.cli.progress import DecodingLines
-    from hpsearch.cli.signals import stop_on_signals
-    from hpsearch.final import run_final
-    from hpsearch.search.stopping import Stop
-
     if best + chosen["cheapest_tied"] + (chosen["trial"] is not None) > 1:
         raise click.UsageError("--best, --trial and --cheapest-tied exclude each other")
+    name = hpsearch.study_record(project, study_name).name
 
     def on_epoch(index: int, row: EpochRow) -> bool:
         line = f"network {index + 1} of {chosen['n_seeds']}, epoch {row.epoch}: training loss {row.train.loss:.4f}"
@@ -63,13 +53,12 @@ def command(
 
     stop = Stop()
     with stop_on_signals(stop):
-        result = run_final(
+        result = hpsearch.run_final(
             project,
-            study_name,
-            machine=machine,
+            name,
             tracker=tracker_of_existing(project, tracking),
             on_epoch=on_epoch,
-            on_decoded=DecodingLines(click.echo),
+            on_decoded=decoding_lines(click.echo),
             on_step=click.echo,
             stop=stop,
             **chosen,
@@ -83,15 +72,12 @@ def command(
     return 0
 
 
-def describe(result: FinalResult) -> list[str]:
+def describe(result: hpsearch.FinalResult) -> list[str]:
     """Return the lines that the command prints: the table of scores, what they mean, and where the files are."""
-    from hpsearch.cli.describe import describe_params
-    from hpsearch.report.formats import count
-
     pool, test = count(result.n_pool, "pool image"), count(result.n_test, "test image")
     lines = [
         "",
-        f"study {result.study}, trial {result.trial.number}: {describe_params(result.trial.params)}",
+        f"study {result.study}, trial {result.trial.number}: {describe_params(result.trial.params)}".rstrip(),
         f"retrained on {pool}, evaluated on {test}",
         "",
         *_table(result),
@@ -106,8 +92,8 @@ def describe(result: FinalResult) -> list[str]:
     return lines
 
 
-def _table(result: FinalResult) -> Iterator[str]:
-    metric = result.metric
+def _table(result: hpsearch.FinalResult) -> Iterator[str]:
+    metric, (height, width) = result.metric, result.eval_size
     yield f"{'':36}mean    95 % interval"
     fits = ", mean of two fits per fold" if result.is_confirmed else ""
     more = f"   sd of the folds {result.cv_fold_std:.4f}{fits}"
@@ -116,18 +102,6 @@ def _table(result: FinalResult) -> Iterator[str]:
         yield _line("corrected", metric, result.corrected.interval)
     if result.predicted is not None:
         yield _line("predicted for test", metric, result.predicted)
-    for title, scores in _test_scores(result).items():
-        for row, (name, interval) in enumerate(scores.items()):
-            yield _line("" if row else title, name, interval)
-    if result.leaks:
-        n_left = result.n_test - result.n_leaked
-        value = f"{result.without_leaks:.4f}  on {n_left} images" if n_left else "no image left"
-        yield f"{'test, no duplicates':21}{metric:>17}  {value}"
-
-
-def _test_scores(result: FinalResult) -> dict[str, dict[str, Interval]]:
-    """Return the scores on the test images by the title of their block."""
-    metric, (height, width) = result.metric, result.eval_size
     blocks = {f"test at {height}x{width}": result.test}
     if result.chosen_test:
         blocks["test, post-processed"] = {metric: result.chosen_test[metric]}
@@ -135,15 +109,20 @@ def _test_scores(result: FinalResult) -> dict[str, dict[str, Interval]]:
     if result.ensemble is not None:
         blocks[f"ensemble of {result.ensemble.n_networks}"] = {metric: result.ensemble.test[metric]}
         blocks["ensemble, official"] = result.ensemble.official
-    return blocks
+    for title, scores in blocks.items():
+        for row, (name, score) in enumerate(scores.items()):
+            yield _line("" if row else title, name, score)
+    if result.leaks:
+        n_left = result.n_test - result.n_leaked
+        value = f"{result.without_leaks:.4f}  on {n_left} images" if n_left else "no image left"
+        yield f"{'test, no duplicates':21}{metric:>17}  {value}"
 
 
-def _line(title: str, name: str, interval: Interval) -> str:
-    return f"{title:21}{name:>17}  {interval.mean:.4f}  [{interval.low:.4f}, {interval.high:.4f}]"
+def _line(title: str, name: str, score: Interval) -> str:
+    return f"{title:21}{name:>17}  {score.mean:.4f}  [{score.low:.4f}, {score.high:.4f}]"
 
 
-def _sentences(result: FinalResult) -> Iterator[str]:
-    from hpsearch.report.formats import interval
+def _sentences(result: hpsearch.FinalResult) -> Iterator[str]:
     from hpsearch.report.text import paragraphs
 
     comparison, *others = paragraphs("final", final=result, metric=result.metric, winner=result.winner)

@@ -1,7 +1,5 @@
 """Define the options that several commands share, and turn them into a configuration."""
 
-from __future__ import annotations
-
 import difflib
 import functools
 import json
@@ -12,6 +10,7 @@ from typing import Any
 
 import click
 
+import hpsearch
 from hpsearch import config as configs
 from hpsearch.config import StudyConfig
 from hpsearch.errors import ConfigError
@@ -29,41 +28,32 @@ AT_LEAST_0, AT_LEAST_1 = click.IntRange(min=0), click.IntRange(min=1)
 Command = Callable[..., Any]
 
 
-def out_option(command: Command) -> Command:
-    """Add `--out`, and pass the project that it names as `project`."""
-
-    @click.option(
-        "--out",
-        default=".",
-        type=click.Path(path_type=Path, file_okay=False),
-        help="Use this project folder (default: the current folder).",
-    )
-    @functools.wraps(command)
-    def with_project(out: Path, **rest: Any) -> Any:
-        require_usable_path(out, ConfigError)
-        if link := broken_link(out):
-            raise ConfigError(f"--out: {link}")
-        return command(project=ProjectPaths(out), **rest)
-
-    return with_project
+def _project(_ctx: click.Context, _param: click.Parameter, out: Path) -> ProjectPaths:
+    require_usable_path(out, ConfigError)
+    if link := broken_link(out):
+        raise ConfigError(f"--out: {link}")
+    return ProjectPaths(out)
 
 
-class _Folds(click.ParamType[int | str]):
-    name = "k|fixed"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        text = str(value)
-        if text != "fixed" and not text.isdecimal():
-            self.fail(f"{text!r} is neither a number of folds nor 'fixed'", param, ctx)
-        return text if text == "fixed" else int(text)
+def _folds(text: str) -> int | str:
+    if text != "fixed" and not text.isdecimal():
+        raise click.BadParameter(f"{text!r} is neither a number of folds nor 'fixed'")
+    return text if text == "fixed" else int(text)
 
 
 def folds_option(default: str | None, text: str) -> Callable[[Command], Command]:
     """Return the option `--folds` with this help text."""
-    return click.option("--folds", type=_Folds(), default=default, metavar="k|fixed", help=text)
+    return click.option("--folds", type=_folds, default=default, metavar="k|fixed", help=text)
 
 
-study_option = click.option("--study", "study_name", metavar="NAME", help="Use the study of this name.")
+out_option = click.option(
+    "--out",
+    "project",
+    default=".",
+    type=click.Path(path_type=Path, file_okay=False),
+    callback=_project,
+    help="Use this project folder (default: the current folder).",
+)
 tracking_option = click.option(
     "--tracking", metavar="URI|none", help="Log to MLflow at this URI, or not at all (default: mlflow.db in --out)."
 )
@@ -78,6 +68,12 @@ threads_option = click.option(
 )
 
 
+def study_options(command: Command) -> Command:
+    """Add `--out`, passed as `project`, and `--study`, passed as `study_name`."""
+    study = click.option("--study", "study_name", metavar="NAME", help="Use the study of this name.")
+    return out_option(study(command))
+
+
 def machine_options(command: Command) -> Command:
     """Add `--device` and `--threads`, and pass them with `--workers`, if there is one, as `machine`."""
 
@@ -85,9 +81,7 @@ def machine_options(command: Command) -> Command:
     @threads_option
     @functools.wraps(command)
     def with_machine(device: str, threads: int | None, workers: int | None = None, **rest: Any) -> Any:
-        from hpsearch.search.autotune import MachineChoice
-
-        return command(machine=MachineChoice(device, workers or 0, threads or 0), **rest)
+        return command(machine=hpsearch.MachineChoice(device, workers or 0, threads or 0), **rest)
 
     return with_machine
 
@@ -106,14 +100,8 @@ class Settings:
         """Default name of the study: the name of the image folder, or of the TOML file."""
         if self.images is None or self.config_file is not None:
             return self.path.stem
-        folder = absolute(self.images)
-        require_usable_path(folder, ConfigError)
-        return study_name_of(folder)
-
-    @property
-    def has_own_data(self) -> bool:
-        """Whether a flag names the user's own dataset."""
-        return self.images is not None or self.data not in (None, "sample")
+        require_usable_path(Path(self.images), ConfigError)
+        return study_name_of(absolute(self.images))
 
     @property
     def path(self) -> Path:
@@ -126,11 +114,8 @@ class Settings:
         With `is_searched`, print what the overrides change in the search space.
         """
         path = base if self.config_file is None and base is not None and base.is_file() else self.path
-        notes: list[str] = []
-        config = configs.load(path, self.overrides, on_note=notes.append)
-        for note in notes if is_searched else ():
-            click.echo(f"note: {note}")
-        return config
+        on_note = (lambda note: click.echo(f"note: {note}")) if is_searched else None
+        return configs.load(path, self.overrides, on_note=on_note)
 
 
 CONFIG_OPTIONS = (
@@ -174,7 +159,6 @@ def config_path(name: str) -> Path:
     shipped = {path.stem: path for folder in reversed(SHIPPED) for path in folder.glob("*.toml")}
     if name in shipped:
         return shipped[name]
-    close = difflib.get_close_matches(name, shipped, n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
+    hint = "".join(f"; did you mean {close}?" for close in difflib.get_close_matches(name, shipped, n=1))
     known = ", ".join(sorted(shipped))
     raise ConfigError(f"--config {name}: there is no such file, and no shipped study of that name ({known}){hint}")

@@ -1,21 +1,33 @@
 """`hpsearch plan`: show the size and the cost of a configuration before anything runs."""
 
-from __future__ import annotations
-
+import itertools
 import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
 
 import click
 
-from hpsearch.cli.console import echo_table
+from hpsearch.cli.describe import describe_folds, describe_forecast, describe_machine
 from hpsearch.cli.options import Settings, config_options, device_option, out_option
+from hpsearch.cli.terminal import echo_table
 from hpsearch.config import StudyConfig
+from hpsearch.config.search import Choice, Range
 from hpsearch.errors import ConfigError, DatasetError
+from hpsearch.models.costs import describe, layer_costs, n_parameters, training_flops, training_memory, why_impossible
+from hpsearch.models.memory import LayerCost, Step, saved_activations
 from hpsearch.paths import ProjectPaths
+from hpsearch.report.formats import count
 
 PRESETS = {"rtx4060": (8.0, "bf16"), "t4": (15.0, "fp16"), "h200": (140.0, "bf16")}
 """Memory in GiB, and the precision of `train.amp = auto`, of some GPUs."""
 OFFICIAL_POOL = 2150
 """Number of pool images to assume without a dataset."""
+MIB, GIB = 2**20, 2**30
+REPORT_BYTES_PER_VALUE = 1
+"""The report's own estimate counts one byte per value of every feature map."""
+LAYER_HEAD = ("layer", "kind", "channels", "size", "parameters", "GFLOP", "activations, MiB")
 
 
 @click.command("plan")
@@ -25,11 +37,9 @@ OFFICIAL_POOL = 2150
 @click.option("--preset", type=click.Choice(list(PRESETS)), help="Use the memory and precision of this GPU.")
 @click.option("--precision", type=click.Choice(["float32", "bf16", "fp16"]), help="Assume this precision.")
 @click.option("--layers/--no-layers", default=True, help="Show every layer.")
-@click.option(
-    "--measure", is_flag=True, help="Time some steps on this machine to estimate how long the study will take."
-)
+@click.option("--measure", is_flag=True, help="Time some steps to estimate how long the study will take here.")
 @device_option
-def command(
+def plan(
     project: ProjectPaths,
     settings: Settings,
     memory: str | None,
@@ -50,26 +60,145 @@ def command(
         hpsearch plan --set unet.base_channels=32 --set unet.norm=none --set unet.padding=valid --memory 8GB
         hpsearch plan --config isic2017-64 --no-layers --measure
     """
-    from hpsearch.cli import plan_tables as tables
+    from hpsearch.workers.plan import MEMORY_SHARE
 
     size, native = PRESETS[preset] if preset else (None, "float32")
     if memory is not None:
         size = gibibytes(memory)
     config = settings.load(is_searched=True)
-    if settings.has_own_data:
-        click.echo(f"{_count_pool(config, project)} pool images in {_folder(config)}")
+    if settings.images is not None or settings.data not in (None, "sample"):
+        click.echo(f"{_count_pool(config, project)} pool images in {config.data.images or config.data.root}")
     amp = {"off": "float32", "auto": native}.get(config.train.amp, config.train.amp)
+    usable_bytes = None if size is None else MEMORY_SHARE * size * GIB
     # All presets are CUDA devices, on which group normalization stores more.
-    machine = tables.Machine(precision or amp, size, "cuda" if preset else "cpu")
-    default = config.with_params({})
-    click.echo("\n".join(tables.describe_config(default, machine)))
-    if layers and not tables.impossible(default):
-        echo_table(tables.LAYER_HEAD, tables.layer_rows(default, machine), n_left=2)
+    costs_of = partial(
+        _Costs, precision=precision or amp, device="cuda" if preset else "cpu", usable_bytes=usable_bytes
+    )
+    default = costs_of(config.with_params({}))
+    click.echo("\n".join(default.describe()))
+    if size is not None and not default.impossible:
+        click.echo(f"{default.verdict} {size:g} GiB, of which a study leaves {1 - MEMORY_SHARE:.0%} free")
+    if layers and not default.impossible:
+        echo_table(LAYER_HEAD, map(_layer_row, default.layers), n_left=2)
     if len(config.search):
-        head, rows, n_left = tables.corners(config, machine)
-        echo_table(head, rows, n_left=n_left, title="corners of the search space")
+        names = [name for name, _ in config.search if not name.startswith("train.") or name == "train.batch_size"]
+        fits = [f"{size:g} GiB"] if size else []
+        head = [*(name.partition(".")[2] for name in names), "parameters, M", "GFLOP per image", "peak, GiB", *fits]
+        rows = (row[: len(head)] for row in _corners(config, names, costs_of))
+        echo_table(head, rows, n_left=len(names), title="corners of the search space")
     if measure:
         click.echo("\n".join(time_of_study(config, project, device)))
+
+
+class _Costs:
+    """What one configuration costs on a machine."""
+
+    def __init__(self, config: StudyConfig, *, precision: str, device: str, usable_bytes: float | None) -> None:
+        self._config, self._usable_bytes, data, train = config, usable_bytes, config.data, config.train
+        self._shape = (config.unet, data.n_channels, data.height, data.width)
+        self._step = Step(
+            batch_size=train.batch_size,
+            precision=precision,
+            optimizer=train.optimizer,
+            momentum=train.momentum,
+            device=device,
+        )
+        self.impossible = why_impossible(*self._shape, batch_size=train.batch_size)
+        """Why the configuration is impossible at its size; None if it is possible."""
+        if self.impossible is None:
+            self.memory = training_memory(*self._shape, self._step)
+            self.parameters = n_parameters(*self._shape[:2])
+            self.flops = training_flops(*self._shape)
+
+    @property
+    def layers(self) -> list[LayerCost]:
+        """The costs of the layers; a network that is trained on windows has no interpolation, as in the paper."""
+        costs = layer_costs(*self._shape, self._step)
+        return [cost for cost in costs if not (self._config.sees_windows and cost.layer.kind == "interpolation")]
+
+    @property
+    def verdict(self) -> str:
+        """Whether it fits in the memory, by the rule by which a study decides whether a trial is infeasible."""
+        if self._usable_bytes is None:
+            return ""
+        return "fits" if self.memory.total <= self._usable_bytes else "does not fit"
+
+    def describe(self) -> list[str]:
+        """Return everything about the configuration in a few lines."""
+        unet, data, batch = self._config.unet, self._config.data, self._config.train.batch_size
+        size, precision = f"{data.height}x{data.width} {data.color}", self._step.precision
+        head = f"{describe(unet)}; {size}, batch {batch}, {precision}"
+        if self.impossible:
+            return [head, f"impossible: {self.impossible}"]
+        lines, layers, memory = [head], self.layers, self.memory
+        if layers:
+            lines.append(
+                f"{2 * unet.depth + 2} objects: a stacked convolution, {unet.depth} down, {unet.depth} up, a 1x1 "
+                f"convolution; {len(layers)} layers"
+                + (" with the interpolation" if layers[-1].layer.kind == "interpolation" else "")
+            )
+        lines += [
+            f"parameters {_rounded(self.parameters / 1e6)} M, {_size(self.parameters * 4)} in float32",
+            f"training step {_rounded(self.flops / 1e9)} GFLOP per image",
+        ]
+        if layers:
+            saved = saved_activations(*self._shape, self._step)
+            one_byte = sum(cost.layer.n_outputs for cost in layers) * batch * REPORT_BYTES_PER_VALUE
+            lines.append(
+                f"saved for back-propagation {_size(saved)}, with the weights {_size(saved + memory.weights)}"
+                f"; at one byte per value, as the report estimates: {_size(one_byte)}"
+            )
+        lines.append(
+            f"peak of a training step {_size(memory.total)}: activations {_size(memory.activations)}, "
+            f"workspace {_size(memory.workspace)}, weights {_size(memory.weights)}, gradients "
+            f"{_size(memory.gradients)}, optimizer {_size(memory.optimizer)}"
+        )
+        return lines
+
+
+def _layer_row(cost: LayerCost) -> Sequence[str]:
+    """Return the shape, parameters, FLOPs and activations of a layer, in the columns of `LAYER_HEAD`."""
+    layer = cost.layer
+    return (
+        layer.name,
+        layer.kind,
+        str(layer.channels),
+        f"{layer.height}x{layer.width}",
+        f"{layer.n_parameters:,}" if layer.n_parameters else "",
+        f"{layer.flops / 1e9:.3f}" if layer.flops else "",
+        f"{sum(cost.saved) / MIB:.1f}" if cost.saved else "",
+    )
+
+
+def _corners(
+    config: StudyConfig, names: Sequence[str], costs_of: Callable[[StudyConfig], _Costs]
+) -> Iterator[Sequence[str]]:
+    """Yield the values of the settings `names` at each corner of the search space, and what it costs."""
+    for values in itertools.product(*(_ends(config.search.dimensions[name]) for name in names)):
+        columns = ["", "", "impossible", ""]
+        with suppress(ConfigError):
+            costs = costs_of(config.with_params(dict(zip(names, values, strict=True))))
+            if not costs.impossible:
+                numbers = (costs.parameters / 1e6, costs.flops / 1e9, costs.memory.total / GIB)
+                columns = [*map(_rounded, numbers), costs.verdict]
+        yield [*map(str, values), *columns]
+
+
+def _ends(dimension: Choice | Range) -> Sequence[Any]:
+    """Return the smallest and the largest value, or all values if they are not numbers."""
+    values = dimension.extremes
+    is_ordered = all(isinstance(value, int | float) for value in values)
+    return sorted({min(values), max(values)}) if is_ordered else values
+
+
+def _size(n_bytes: float) -> str:
+    """Return `5.50 GiB`, or `7.3 MiB` for a small size."""
+    return f"{n_bytes / GIB:.2f} GiB" if n_bytes >= GIB / 10 else f"{_rounded(n_bytes / MIB)} MiB"
+
+
+def _rounded(value: float) -> str:
+    """Return a number with two decimals, or with two digits if it is small."""
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
 def _count_pool(config: StudyConfig, project: ProjectPaths) -> int:
@@ -79,33 +208,27 @@ def _count_pool(config: StudyConfig, project: ProjectPaths) -> int:
     return count_pool(config.data, cache_root(project, config))
 
 
-def _folder(config: StudyConfig) -> str:
-    return config.data.images or config.data.root
-
-
 def time_of_study(config: StudyConfig, project: ProjectPaths, device: str) -> list[str]:
     """Return how long a study will take on this machine, in two lines."""
-    from hpsearch.cli.describe import describe_folds, describe_forecast, describe_machine
-    from hpsearch.report.formats import count
     from hpsearch.search.autotune import MachineChoice, measure_drawn
     from hpsearch.workers import plan as plans
 
-    study, folds = config.study, config.study.folds
+    study, folds, folder = config.study, config.study.folds, config.data.images or config.data.root
     try:
-        n_images, where = _count_pool(config, project), f"in {_folder(config)}"
+        n_images, where = _count_pool(config, project), f"in {folder}"
     except DatasetError:
-        n_images, where = OFFICIAL_POOL, f"as in ISIC-2017, because there is no dataset in {_folder(config)}"
-    plan = measure_drawn(config, MachineChoice(device))
+        n_images, where = OFFICIAL_POOL, f"as in ISIC-2017, because there is no dataset in {folder}"
+    measured = measure_drawn(config, MachineChoice(device))
     forecast = plans.forecast(
         config,
-        plan,
+        measured,
         n_images=n_images,
         n_trials=study.trials,
         n_folds=1 if folds == "fixed" else folds,
         n_replicates=0 if folds == "fixed" else min(study.confirm, study.trials),
     )
     size = f"{describe_folds(config)} x {count(config.train.epochs, 'epoch')}, {n_images} images {where}"
-    return [f"{describe_machine(plan)}; {size}", describe_forecast(study.pruner, forecast)]
+    return [f"{describe_machine(measured)}; {size}", describe_forecast(study.pruner, forecast)]
 
 
 def gibibytes(text: str) -> float:

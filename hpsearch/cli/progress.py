@@ -1,14 +1,13 @@
 """Show the progress of a study: a live display on a terminal, one line per event elsewhere."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Self
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -16,35 +15,20 @@ from rich.text import Text
 
 from hpsearch.cli import describe
 from hpsearch.cli.describe import describe_params
-from hpsearch.cli.streams import write_to_stderr
+from hpsearch.cli.terminal import decoding_lines, write_to_stderr
 from hpsearch.data.prepare import Prepared
 from hpsearch.paths import ProjectPaths
 from hpsearch.report.formats import count, duration
 from hpsearch.search.callbacks import StudyCallback
-from hpsearch.search.status import study_status
+from hpsearch.search.status import StudyStatus, study_status
 from hpsearch.store.record import StudyRecord
-from hpsearch.store.trials import TrialRecord, count_trials
+from hpsearch.store.trials import TrialRecord
 from hpsearch.study import StudySummary
 from hpsearch.training.rows import EpochRow
 from hpsearch.workers.plan import ExecutionPlan, Forecast, describe_data
 
 N_NAMED = 5
 """Excluded images that are named."""
-
-
-class DecodingLines:
-    """Show how many images are decoded, about five times; called as a progress callback, with (done, total)."""
-
-    def __init__(self, show: Callable[[str], None]) -> None:
-        self._show = show
-        self._next = 0.0
-
-    def __call__(self, done: int, total: int) -> None:
-        if done == 1:
-            self._next = 0.0
-        if done >= self._next * total:
-            self._show(f"decoding images: {done} of {total}")
-            self._next = (done * 4 // total + 1) / 4
 
 
 class StudyProgress(StudyCallback):
@@ -57,21 +41,22 @@ class StudyProgress(StudyCallback):
         self._project = project
         self._console = Console(highlight=False, soft_wrap=True)
         self._is_live = self._console.is_terminal
-        self._record: StudyRecord | None = None
-        self._images: tuple[int, int] | None = None
-        self._trials: dict[int, TrialRecord] = {}
-        self._best: tuple[int, float] | None = None
-        """Number of the best trial so far, and the value that it is ranked by."""
+        self._status: StudyStatus | None = None
+        """The study at its start or after the last trial or refit; None while images are decoded."""
+        self._bar: RenderableType = Text("preparing")
+        """What the live display shows before the study begins."""
+        self._epochs: dict[int, int] = {}
+        """Epochs of each trial's fits."""
         self._fits: dict[tuple[int, int], EpochRow] = {}
         self._ends_at: float | None = None
         """Expected end on the monotonic clock."""
         self._refits: tuple[int, int] | None = None
         """Finished refits and all refits."""
         self._interruption = ""
-        self._decoding = DecodingLines(self._print)
+        self._decoding = decoding_lines(self._print)
         self._live = Live(console=self._console, refresh_per_second=4, transient=True, get_renderable=self._render)
 
-    def __enter__(self) -> StudyProgress:
+    def __enter__(self) -> Self:
         if self._is_live:
             self._live.start()
         return self
@@ -80,12 +65,13 @@ class StudyProgress(StudyCallback):
         self._live.stop()
 
     def preparing(self, done: int, total: int) -> None:
-        self._images = (done, total)
-        if not self._is_live:
+        if self._is_live:
+            self._bar = _bar(f"decoding images {done}/{total}", done, total)
+        else:
             self._decoding(done, total)
 
     def prepared(self, prepared: Prepared) -> None:
-        self._images = None
+        self._bar = Text("preparing")
         for note in prepared.notes:
             self._print(f"note: {note}")
         if excluded := prepared.excluded:
@@ -93,28 +79,26 @@ class StudyProgress(StudyCallback):
             self._print(f"left out {count(len(excluded), 'image')} with errors: {named}")
 
     def planned(self, record: StudyRecord, plan: ExecutionPlan, forecast: Forecast) -> None:
-        self._record, config = record, record.config
-        self._trials = {trial.number: trial for trial in record.trials()}
-        self._rank()
-        if math.isfinite(forecast.total_s):
-            self._ends_at = time.monotonic() + forecast.total_s
-        if self._trials:
-            n_open = sum(trial.outcome is None for trial in self._trials.values())
+        config, study, status = record.config, record.config.study, self._refresh()
+        self._epochs = {trial.number: trial.config["train"]["epochs"] for trial in status.trials}
+        n_trials = count(study.trials, "trial")
+        if status.trials:
+            n_open = sum(trial.outcome is None for trial in status.trials)
             open_ones = f", {count(n_open, 'open trial')}" if n_open else ""
-            self._print(
-                f"continuing study {self._name}: {self._n_counted} of {count(config.study.trials, 'trial')} done"
-                f"{open_ones}"
-            )
+            self._print(f"continuing study {self._name}: {status.n_counted} of {n_trials} done{open_ones}")
         self._print(
-            f"study {self._name}: {count(config.study.trials, 'trial')} x {describe.describe_folds(config)} x "
+            f"study {self._name}: {n_trials} x {describe.describe_folds(config)} x "
             f"{count(config.train.epochs, 'epoch')} on {count(forecast.n_images, 'image')} "
             f"({describe_data(config.data)})"
         )
-        for line in describe.describe_start(config, plan, forecast):
-            self._print(line)
+        self._print(f"{describe.describe_machine(plan)}; sampler {study.sampler}, pruner {study.pruner}")
+        if math.isfinite(forecast.total_s):
+            self._ends_at = time.monotonic() + forecast.total_s
+            if forecast.n_trials:
+                self._print(describe.describe_forecast(study.pruner, forecast))
 
     def trial_began(self, trial: TrialRecord) -> None:
-        self._trials[trial.number] = trial
+        self._epochs[trial.number] = trial.config["train"]["epochs"]
         if not self._is_live:
             self._print(f"trial {trial.number}: {describe_params(trial.params) or 'the configuration as given'}")
 
@@ -127,27 +111,22 @@ class StudyProgress(StudyCallback):
             self._print(f"trial {trial}, fold {fold + 1}: {score:.4f}")
 
     def trial_ended(self, trial: TrialRecord) -> None:
-        self._trials[trial.number] = trial
         self._fits = {key: row for key, row in self._fits.items() if key[0] != trial.number}
-        self._rank()
-        self._update_eta()
+        best = self._refresh().best
         value = f" {trial.value:.4f}" if trial.value is not None else ""
-        mark = "  best so far" if self._best is not None and self._best[0] == trial.number else ""
+        mark = "  best so far" if best is not None and best.number == trial.number else ""
         reason = f"  ({trial.reason})" if trial.outcome != "complete" and trial.reason else ""
         outcome = trial.outcome or "open"
         self._print(f"trial {trial.number} {outcome}{value}{mark}{reason}  {describe_params(trial.params)}")
 
     def replicating(self, trials: Sequence[int], done: int, total: int) -> None:
         if self._refits is None:
-            s = "" if len(trials) == 1 else "s"
-            listed = ", ".join(map(str, trials))
-            self._print(f"search finished; refitting the top candidate{s} (trial{s} {listed}) with new seeds")
+            top = "top candidate" if len(trials) == 1 else "top candidates"
+            self._print(f"search finished; refitting the {top} ({describe.listed_trials(trials)}) with new seeds")
         self._refits = done, total
-        self._rank()
-        self._update_eta()
+        self._refresh()
 
     def message(self, text: str) -> None:
-        self._rank()
         self._print(text)
 
     def interrupted(self, text: str) -> None:
@@ -160,80 +139,59 @@ class StudyProgress(StudyCallback):
 
     def summarise(self, summary: StudySummary) -> None:
         """Print the result and the next commands."""
-        record = summary.record
-        standing, n_trials = record.standing(), count(record.config.study.trials, "trial")
-        if (winner := standing.winner) is not None:
-            value = f"{record.config.study.metric} {standing.values[winner]:.4f} out of fold"
-            both = ", both fits" if winner in standing.confirmed else ""
-            self._print(f"best: trial {winner}, {value}{both}  {describe_params(record.trial(winner).params)}")
+        n_trials = count(summary.record.config.study.trials, "trial")
+        if best := describe.describe_best(study_status(self._project, self._name)):
+            self._print(best)
         if summary.stopped:
             self._print(f"stopped with {summary.n_counted} of {n_trials}: run the same command again to continue")
         else:
-            mlflow = [] if self._tracking == "none" else [describe.mlflow_command(self._project)]
-            final, report = (
-                describe.next_command(each, self._name, self._project) for each in ("final --best", "report")
-            )
-            self._print(f"{summary.n_counted} of {n_trials} done. Next:")
-            for line in (final, *mlflow, report):
-                self._print(f"  {line}")
+            commands = [describe.next_command(each, self._name, self._project) for each in ("final --best", "report")]
+            if self._tracking != "none":
+                commands.insert(1, describe.mlflow_command(self._project))
+            self._print("\n  ".join([f"{summary.n_counted} of {n_trials} done. Next:", *commands]))
         if summary.undelivered:
             self._print(describe.describe_behind(self._name, self._project, self._tracking, summary.tracking_error))
 
-    @property
-    def _n_counted(self) -> int:
-        return count_trials(self._trials.values())
-
-    def _rank(self) -> None:
-        if self._record is not None:
-            standing = self._record.standing()
-            self._best = None if standing.winner is None else (standing.winner, standing.values[standing.winner])
+    def _refresh(self) -> StudyStatus:
+        """Read the study from the record, and expect its end by the trials there."""
+        self._status = study_status(self._project, self._name)
+        if self._status.eta_s is not None:
+            self._ends_at = time.monotonic() + self._status.eta_s
+        return self._status
 
     def _print(self, text: str) -> None:
         # A study goes on without its terminal or the reader of its output: its log has everything, too.
         with contextlib.suppress(OSError):
             # Text, not markup: names and reasons may contain brackets.
-            self._console.print(Text(text))
+            self._console.print(Text(text.rstrip()))
             sys.stdout.flush()
 
     def _render(self) -> Group:
         """Return the live display."""
         last = [Text(self._interruption, style="bold")] if self._interruption else []
-        if self._images is not None:
-            done, total = self._images
-            return Group(_bar(f"decoding images {done}/{total}", done, total), *last)
-        if self._record is None:
-            return Group(Text("preparing"), *last)
-        config = self._record.config
-        done, total = self._n_counted, config.study.trials
+        if (status := self._status) is None:
+            return Group(self._bar, *last)
+        metric, done, total = status.config.study.metric, status.n_counted, status.config.study.trials
         head = f"study {self._name}  {done}/{total} trials"
-        if self._best is not None:
-            head += f"  best {self._best[1]:.4f} (trial {self._best[0]})"
+        if status.best is not None:
+            head += f"  best {status.values[status.best.number]:.4f} (trial {status.best.number})"
         if self._refits is not None:
             done, total = self._refits
             head += f"  refits {done}/{total}"
         eta = "?" if self._ends_at is None else duration(max(0.0, self._ends_at - time.monotonic()))
         # After the last fit, Optuna's database and MLflow are brought up to date.
         rest = f"ETA {eta}" if self._fits or done < total else "finishing"
-        return Group(_bar(f"{head}  {rest}", done, total), self._fit_table(self._record), *last)
-
-    def _fit_table(self, record: StudyRecord) -> Table:
-        metric = record.config.study.metric
-        table = Table.grid(padding=(0, 2))
+        fits = Table.grid(padding=(0, 2))
         for (trial, fold), row in sorted(self._fits.items()):
-            table.add_row(
+            fits.add_row(
                 f"  trial {trial}",
-                f"fold {fold + 1} of {record.n_folds}",
-                f"epoch {row.epoch} of {self._trials[trial].config['train']['epochs']}",
+                f"fold {fold + 1} of {status.n_folds}",
+                f"epoch {row.epoch} of {self._epochs[trial]}",
                 f"loss {row.train.loss:.3f}",
                 f"{metric} {getattr(row.scores, metric):.4f}",
                 f"{row.images_per_s:.0f} images/s",
             )
-        return table
-
-    def _update_eta(self) -> None:
-        """Expect the end by the trials on record."""
-        if self._is_live and (seconds := study_status(self._project, self._name).eta_s) is not None:
-            self._ends_at = time.monotonic() + seconds
+        return Group(_bar(f"{head}  {rest}", done, total), fits, *last)
 
 
 def _bar(text: str, done: int, total: int) -> Table:

@@ -1,18 +1,19 @@
-"""`hpsearch report`: write the report of a study as one HTML file."""
-
-from __future__ import annotations
+"""`hpsearch report` and `hpsearch track`: write the report of a study, and bring MLflow up to date."""
 
 import click
 
-from hpsearch.cli.options import out_option, study_option, tracking_option
+import hpsearch
+from hpsearch.cli.describe import describe_behind, tracker_of_existing
+from hpsearch.cli.options import study_options, tracking_option
+from hpsearch.errors import TrackingError
 from hpsearch.paths import ProjectPaths
+from hpsearch.store import lock
 
 
 @click.command("report")
-@out_option
-@study_option
+@study_options
 @tracking_option
-def command(project: ProjectPaths, study_name: str | None, tracking: str | None) -> None:
+def report(project: ProjectPaths, study_name: str | None, tracking: str | None) -> None:
     """Write the report of a study as one HTML file.
 
     Its figures are also written as PNG and PDF. The study may be running. All files are added to the study's run in
@@ -22,14 +23,8 @@ def command(project: ProjectPaths, study_name: str | None, tracking: str | None)
         hpsearch report
         hpsearch report --study isic2017-64
     """
-    from hpsearch.cli.describe import describe_behind, tracker_of_existing
-    from hpsearch.errors import TrackingError
-    from hpsearch.report.page import write_report
-    from hpsearch.store.record import study_record
-
-    record = study_record(project, study_name)
-    click.echo(f"report: {write_report(record)}")
-    click.echo(f"figures: {record.paths.figures}")
+    record = hpsearch.study_record(project, study_name)
+    click.echo(f"report: {hpsearch.write_report(record)}\nfigures: {record.paths.figures}")
     try:
         if (tracker := tracker_of_existing(project, tracking)) is not None:
             click.echo("adding both to MLflow")
@@ -37,3 +32,39 @@ def command(project: ProjectPaths, study_name: str | None, tracking: str | None)
     except TrackingError as error:
         # The report is written, so a failure of MLflow is no failure of the command.
         click.echo(f"{describe_behind(record.name, project, tracking, str(error))}, then run this command again")
+
+
+@click.command("track")
+@study_options
+@tracking_option
+@click.option("--rebuild", is_flag=True, help="Replace runs that contradict the record; fix paths after a move.")
+def track(project: ProjectPaths, study_name: str | None, tracking: str | None, rebuild: bool) -> int:
+    """Bring MLflow and Optuna's database up to date with the record.
+
+    Log everything in the record that is missing there, for one study or for all.
+    """
+    from hpsearch.search.optuna_view import OptunaView
+    from hpsearch.store.record import no_study
+
+    names = [study_name] if study_name else project.study_names()
+    if not names:
+        raise no_study(project)
+    tracker = hpsearch.make_tracker(project, tracking)
+    if tracker is None:
+        raise TrackingError("--tracking none turns tracking off: leave it out, or give a URI")
+    n_behind = 0
+    for name in names:
+        study = hpsearch.study_record(project, name).paths
+        view = tracker.view(study)
+        # A running study updates MLflow itself, and two processes must not do it at the same time.
+        with lock.hold(study):
+            if rebuild:
+                done = view.rebuild()
+                click.echo(f"{name}: {done.n_kept} runs kept, {done.n_replaced} replaced, {done.n_removed} removed")
+            else:
+                view.update(is_last=True)
+            OptunaView(study).update(is_last=True)
+            left = view.n_behind()
+        click.echo(f"{name}: {'up to date' if not left else f'{left} runs are not up to date'} at {tracker.uri}")
+        n_behind += left
+    return 1 if n_behind else 0

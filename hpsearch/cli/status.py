@@ -1,77 +1,74 @@
-"""`hpsearch status`: show the progress of the studies."""
+"""`hpsearch status` and `hpsearch stop`: show the progress of the studies, and stop one from outside."""
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import click
 
-from hpsearch.cli.console import echo_table
-from hpsearch.cli.options import out_option, study_option
-from hpsearch.paths import ProjectPaths
+import hpsearch
+from hpsearch.cli.describe import describe_best, describe_params, listed_trials, next_command
+from hpsearch.cli.options import AT_LEAST_0, study_options
+from hpsearch.cli.terminal import echo_table
+from hpsearch.errors import StudyError
+from hpsearch.paths import FitPaths, ProjectPaths, write_text
+from hpsearch.report.formats import duration
+from hpsearch.store import lock
 
 if TYPE_CHECKING:
     from hpsearch.search.status import StudyStatus
     from hpsearch.store.record import StudyRecord
     from hpsearch.store.trials import PruneDecision
 
+WAIT_S = 600.0
+"""How long `hpsearch stop` waits for the study to end."""
+
 
 @click.command("status")
-@out_option
-@study_option
-@click.option("--trial", type=click.IntRange(min=0), metavar="N", help="Show every pruning decision for this trial.")
-def command(project: ProjectPaths, study_name: str | None, trial: int | None) -> None:
+@study_options
+@click.option("--trial", type=AT_LEAST_0, metavar="N", help="Show every pruning decision for this trial.")
+def status(project: ProjectPaths, study_name: str | None, trial: int | None) -> None:
     """Show trials, the best so far, running fits and remaining time.
 
     If there are several studies, the running ones are shown, or all if none is running. With --study, every trial is
     listed with the reason why it ended. With --trial, every decision of the pruner on one trial is shown.
     """
-    from hpsearch.search.status import study_status
-    from hpsearch.store import lock
-    from hpsearch.store.record import no_study, study_record
+    from hpsearch.store.record import no_study
 
     if trial is not None:
-        _show_decisions(study_record(project, study_name), trial)
+        _show_decisions(hpsearch.study_record(project, study_name), trial)
         return
     every = project.study_names()
     names = [study_name] if study_name else lock.running_studies(project) or every
     if not names:
         raise no_study(project)
     for name in names:
-        status = study_status(project, name)
-        click.echo(_head(project, status))
-        for line in _lines(project, status):
-            click.echo(f"  {line}")
+        found = hpsearch.study_status(project, name)
+        click.echo("\n  ".join(_lines(project, found)))
         if study_name:
-            echo_table(("trial", "outcome", "value", "folds", "time", "parameters", "reason"), _trial_rows(status))
+            echo_table(("trial", "outcome", "value", "folds", "time", "parameters", "reason"), _trial_rows(found))
     if not study_name and (others := [name for name in every if name not in names]):
         click.echo(f"not running: {', '.join(others)} (--study NAME shows one)")
 
 
-def _head(project: ProjectPaths, status: StudyStatus) -> str:
-    from hpsearch.store import lock
+def _lines(project: ProjectPaths, status: StudyStatus) -> Iterator[str]:
+    """Yield the head line of a study and what follows it."""
+    from hpsearch.report.final_record import FinalRecord
+    from hpsearch.store.fits import FitRecord
 
+    study, metric = project.study(status.name), status.config.study.metric
     outcomes = Counter(trial.outcome for trial in status.trials if trial.outcome)
     counts = ", ".join(f"{n} {outcome}" for outcome, n in sorted(outcomes.items())) or "none ended"
-    holder = f"run by {lock.describe_holder(project.study(status.name))}" if status.is_running else "not running"
-    return f"study {status.name}: {status.n_counted}/{status.config.study.trials} trials ({counts}); {holder}"
-
-
-def _lines(project: ProjectPaths, status: StudyStatus) -> Iterator[str]:
-    """Yield what follows the head line of a study."""
-    from hpsearch.cli.describe import describe_params, next_command
-    from hpsearch.report.formats import duration
-
-    metric = status.config.study.metric
-    if (best := status.best) is not None:
-        value = f"{status.values[best.number]:.4f}{' (both fits)' if status.is_confirmed else ''}"
-        yield f"best: trial {best.number}, {metric} {value}  {describe_params(best.params)}"
+    holder = f"run by {lock.describe_holder(study)}" if status.is_running else "not running"
+    yield f"study {status.name}: {status.n_counted}/{status.config.study.trials} trials ({counts}); {holder}"
+    if best := describe_best(status):
+        yield best
     if status.shortlist:
-        listed = ("trial " if len(status.shortlist) == 1 else "trials ") + ", ".join(map(str, status.shortlist))
-        n_fits = len(status.shortlist) * status.n_folds
-        yield f"refitted with new seeds: {listed}; {status.n_replicate_fits}/{n_fits} fits done"
+        done = f"{status.n_replicate_fits}/{len(status.shortlist) * status.n_folds} fits done"
+        yield f"refitted with new seeds: {listed_trials(status.shortlist)}; {done}"
     yield from (f"warning: {warning}" for warning in status.warnings)
     if status.eta_s is not None:
         yield f"about {duration(status.eta_s)} left"
@@ -81,27 +78,25 @@ def _lines(project: ProjectPaths, status: StudyStatus) -> Iterator[str]:
             f"trial {fit.trial}, {refit}fold {fit.fold + 1} of {status.n_folds}, epoch {fit.epoch} of {fit.epochs}:  "
             f"{metric} {fit.score:.4f}"
         )
-    finals = project.study(status.name).final_names()
-    if not status.is_running and not status.is_over:
+    finals = study.final_names()
+    if status.is_running:
+        fits = [FitRecord(FitPaths(path)) for path in sorted(study.finals.glob("*/seed*")) if status.is_over]
+        for final in fits:
+            if not final.is_finished and (rows := final.epochs()):
+                root = final.paths.root
+                yield f"final of {root.parent.name}, network {int(root.name[4:]) + 1}: epoch {rows[-1].epoch}"
+    elif not status.is_over:
         yield f"continue with: {next_command('study', status.name, project)}"
-    elif not status.is_running and best is not None and not finals:
+    elif best and not finals:
         yield f"next: {next_command('final --best', status.name, project)}"
-    yield from (_final_line(project, status.name, final) for final in finals)
-
-
-def _final_line(project: ProjectPaths, study: str, name: str) -> str:
-    from hpsearch.paths import read_json
-
-    folder = project.study(study).final(name)
-    result = read_json(folder.result)
-    metric = result["metric"]
-    return f"final of trial {result['trial']}: test {metric} {result['test'][metric]['mean']:.4f}, in {folder.root}"
+    for name in finals:
+        folder = study.final(name)
+        result = FinalRecord.read(folder)
+        score = f"{result.metric} {result.test[result.metric].mean:.4f}"
+        yield f"final of trial {result.trial}: test {score}, in {folder.root}"
 
 
 def _trial_rows(status: StudyStatus) -> Iterator[Sequence[str]]:
-    from hpsearch.cli.describe import describe_params
-    from hpsearch.report.formats import duration
-
     for trial in status.trials:
         value = status.values.get(trial.number, trial.value)
         yield (
@@ -116,14 +111,13 @@ def _trial_rows(status: StudyStatus) -> Iterator[Sequence[str]]:
 
 
 def _show_decisions(record: StudyRecord, number: int) -> None:
-    from hpsearch.cli.describe import describe_params
     from hpsearch.search.racing import MATTERS
 
     trial = record.known_trial(number)
     score = record.worth(trial)
     value = "" if score is None else f", {record.config.study.metric} {score:.4f}"
     outcome = trial.outcome or "open"
-    click.echo(f"trial {number} of study {record.name}: {outcome}{value}  {describe_params(trial.params)}")
+    click.echo(f"trial {number} of study {record.name}: {outcome}{value}  {describe_params(trial.params)}".rstrip())
     if trial.reason:
         click.echo(f"  {trial.reason}")
     if not trial.decisions:
@@ -132,22 +126,57 @@ def _show_decisions(record: StudyRecord, number: int) -> None:
         return
     head = ("fold", "epoch", "d", "SE", "s", "p", "against", "estimate", "decision")
     echo_table(head, map(_decision_row, trial.decisions))
-    click.echo("  d: how far the trial is below the best complete trial (`against`) on the same images.")
-    click.echo("  In the first fold, d is computed from the best-case curve of the trial. Negative d: it is better.")
-    click.echo("  SE: standard error of d. s: run-to-run standard deviation of a fold's mean.")
-    click.echo(f"  p: probability of such a large d if the trial is better by {MATTERS:g}. Only the race uses it.")
+    click.echo(
+        "  d: how far the trial is below the best complete trial (`against`) on the same images.\n"
+        "  In the first fold, d is computed from the best-case curve of the trial. Negative d: it is better.\n"
+        "  SE: standard error of d. s: run-to-run standard deviation of a fold's mean.\n"
+        f"  p: probability of such a large d if the trial is better by {MATTERS:g}. Only the race uses it."
+    )
 
 
 def _decision_row(decision: PruneDecision) -> Sequence[str]:
     outcome, reason = "pruned" if decision.drop else "continues", decision.reason
     # The columns already show the reasons of the race.
     text = outcome if "±" in reason else f"{outcome}: {reason.rpartition(': ')[2]}"
-    numbers = (decision.d, decision.se, decision.s, decision.p)
-    return (
-        str(decision.fold + 1),
-        str(decision.epoch),
-        *("" if number is None else f"{number:.2g}" for number in numbers),
-        "" if decision.against is None else str(decision.against),
-        f"{decision.estimate:.4f}",
-        text,
+    numbers = (
+        "" if number is None else f"{number:.2g}" for number in (decision.d, decision.se, decision.s, decision.p)
     )
+    against = "" if decision.against is None else str(decision.against)
+    return (str(decision.fold + 1), str(decision.epoch), *numbers, against, f"{decision.estimate:.4f}", text)
+
+
+@click.command("stop")
+@study_options
+@click.option("--trial", type=AT_LEAST_0, metavar="N", help="Prune this trial only; the study goes on.")
+@click.option("--now", is_flag=True, help="Do not wait for the end of the current epochs.")
+def stop(project: ProjectPaths, study_name: str | None, trial: int | None, now: bool) -> int:
+    """Stop a running study from another terminal or machine.
+
+    The study (or its `final`) stops after a checkpoint. The command waits until it has stopped. If there are several
+    studies, the running one is stopped.
+
+    \b
+        hpsearch stop --study isic2017-64
+        hpsearch stop --trial 7
+    """
+    record = hpsearch.study_record(project, study_name)
+    study = record.paths
+    if not lock.is_held(study):
+        raise StudyError(f"study {study.name!r} is not running")
+    holder = lock.describe_holder(study)
+    if trial is not None:
+        if (outcome := record.known_trial(trial).outcome) is not None:
+            raise StudyError(f"trial {trial} of study {study.name!r} has ended already: {outcome}")
+        write_text(study.trial_stop_request(trial), "stop")
+        click.echo(f"asked {holder} to end trial {trial} after its epoch; the study goes on")
+        return 0
+    write_text(study.stop_request, "now" if now else "after this epoch")
+    click.echo(f"asked {holder} to stop")
+    began = time.monotonic()
+    while lock.is_held(study):
+        if time.monotonic() - began > WAIT_S:
+            click.echo("it has not stopped yet, because its epochs are long; --now does not wait for them")
+            return 1
+        time.sleep(0.2)
+    click.echo(f"study {study.name} has stopped; the command that started it continues it")
+    return 0

@@ -1,52 +1,37 @@
-"""`hpsearch study`: search for the best configuration, or continue a search."""
+"""`hpsearch study` and `hpsearch train`: search for the best configuration, or train a single one."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+import hpsearch
 from hpsearch.cli import options
 from hpsearch.cli.options import AT_LEAST_0, AT_LEAST_1, Settings
-from hpsearch.config import StudyConfig
-from hpsearch.config.modules import module_names
+from hpsearch.cli.terminal import stop_on_signals
+from hpsearch.config import StudyConfig, module_names
+from hpsearch.config.search import SearchSpace
 from hpsearch.paths import ProjectPaths
-
-if TYPE_CHECKING:
-    from hpsearch.search.autotune import MachineChoice
+from hpsearch.search.stopping import Stop
 
 METRICS = ("dice", "jaccard", "iou")
 LOOKAHEAD = 4
 """Value of study.lookahead with --deterministic: how many trials may run at a time."""
 
 
-def _refuse_removed_option(_ctx: click.Context, _param: click.Parameter, value: str | None) -> None:
-    if value is not None:
-        raise click.UsageError(
-            "--storage, --heartbeat and --grace were removed: one process runs a study, and Optuna's database is "
-            "hpsearch.db in the project folder. Leave them out to run or continue the study on one machine; a later "
-            "version uses many machines with --cluster."
-        )
-
-
 @click.command("study")
-@options.out_option
+@options.study_options
 @options.config_options
-@options.study_option
 @click.option("--trials", type=int, help="Evaluate this many trials, earlier ones included (study.trials).")
 @options.folds_option(None, "Use k folds, or `fixed` for the dataset's training/validation split.")
 @click.option("--metric", type=click.Choice(METRICS), help="Rank trials by this mean score (iou is jaccard).")
-@click.option(
-    "--sampler", type=click.Choice(module_names("search/samplers")), help="Suggest configurations with this sampler."
-)
+@click.option("--sampler", type=click.Choice(module_names("search/samplers")), help="Suggest trials by this rule.")
 @click.option("--pruner", type=click.Choice(module_names("search/pruners")), help="Prune trials by this rule.")
-@click.option(
-    "--confirm", type=AT_LEAST_0, help="Refit this many top trials and rank them by both fits (default: 5)."
-)
-@click.option(
-    "--groups", metavar="FILE.csv", help="Keep images of the same group in one fold; FILE names each image's group."
-)
+@click.option("--confirm", type=AT_LEAST_0, help="Refit this many top trials, rank by both fits (default: 5).")
+@click.option("--groups", metavar="FILE.csv", help="Keep the images of a group in one fold; FILE names the groups.")
 @click.option("--group-duplicates", is_flag=True, help="Keep near-duplicate images in one fold.")
 @click.option(
     "--allow-microbatch",
@@ -72,16 +57,9 @@ def _refuse_removed_option(_ctx: click.Context, _param: click.Parameter, value: 
     default=None,
     help=f"Make results independent of the number of workers (sets study.lookahead to {LOOKAHEAD}).",
 )
-@click.option("--storage", "--heartbeat", "--grace", hidden=True, expose_value=False, callback=_refuse_removed_option)
 @options.tracking_option
-def command(
-    project: ProjectPaths,
-    settings: Settings,
-    study_name: str | None,
-    machine: MachineChoice,
-    hours: float | None,
-    enqueue: tuple[Path, ...],
-    tracking: str | None,
+def study(
+    project: ProjectPaths, settings: Settings, study_name: str | None, enqueue: tuple[Path, ...], **more: Any
 ) -> int:
     """Search for the best configuration by cross-validation. The same command continues a stopped search.
 
@@ -95,30 +73,46 @@ def command(
 
     name = study_name or settings.name
     config = settings.load(project.study(name).toml, is_searched=True)
-    enqueued = [read_params(path, config) for path in enqueue]
-    return run(project, name, config, machine, tracking, hours=hours, enqueued=enqueued)
+    return _run(project, name, config, enqueued=[read_params(path, config) for path in enqueue], **more)
 
 
-def run(
+@click.command("train")
+@options.study_options
+@options.config_options
+@options.folds_option("fixed", "Train on k folds, or `fixed` (default) for the training and validation split.")
+@options.machine_options
+@options.tracking_option
+def train(
     project: ProjectPaths,
-    name: str,
-    config: StudyConfig,
-    machine: MachineChoice,
+    settings: Settings,
+    study_name: str | None,
+    machine: hpsearch.MachineChoice,
     tracking: str | None,
-    **more: Any,
 ) -> int:
+    """Train one configuration without a search.
+
+    It is trained on the training split and scored on the validation split, or on k folds. This is a study of one
+    trial: it is recorded, logged to MLflow, and continued by the same command. The TOML may be that of a trial
+    (MLflow's artifact trial.toml) or of a study, whose search space is ignored.
+
+    \b
+        hpsearch train --config trial.toml
+        hpsearch train --config isic2017-64 --set train.epochs=30 --folds 5
+    """
+    name = study_name or f"train-{settings.name}"
+    config = settings.load(project.study(name).toml)
+    one = dataclasses.replace(config.study, trials=1, pruner="none", confirm=0)
+    config = dataclasses.replace(config, study=one, search=SearchSpace())
+    return _run(project, name, config, tracking, machine=dataclasses.replace(machine, n_workers=1))
+
+
+def _run(project: ProjectPaths, name: str, config: StudyConfig, tracking: str | None, **more: Any) -> int:
     """Run a study, show its progress and its result, and return the exit code. `more` goes to `run_study`."""
     from hpsearch.cli.progress import StudyProgress
-    from hpsearch.cli.signals import stop_on_signals
-    from hpsearch.search.stopping import Stop
-    from hpsearch.study import run_study
-    from hpsearch.tracking import make_tracker
 
     stop = Stop()
     with StudyProgress(name, project, tracking) as progress, stop_on_signals(stop, progress.interrupted):
-        tracker = make_tracker(project, tracking)
-        summary = run_study(
-            project, name, config, machine=machine, tracker=tracker, callback=progress, stop=stop, **more
-        )
+        tracker = hpsearch.make_tracker(project, tracking)
+        summary = hpsearch.run_study(project, name, config, tracker=tracker, callback=progress, stop=stop, **more)
     progress.summarise(summary)
     return 128 + stop.signal if stop.signal else 0

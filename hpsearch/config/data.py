@@ -1,12 +1,9 @@
 """Settings of the data and of augmentation. Imports no torch: the coordinator reads them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from hpsearch.config.checks import Size, as_pair, check_at_least, check_between, check_size
-from hpsearch.errors import ConfigError
+from hpsearch.config.values import Size, as_pair, check_at_least, check_between, check_size, require
 from hpsearch.paths import absolute
 from hpsearch.user_files import printable, text_fault
 
@@ -39,7 +36,7 @@ class DataConfig:
     color: Color = "rgb"
     """Channels that the network sees; both use the same cache."""
     match: Literal["resize", "crop"] = "resize"
-    """How an image is fitted to `size`."""
+    """How an image is fitted to `size`; `resize_mode` is another name of this setting."""
     exif: Literal["auto", "apply", "ignore"] = "auto"
     """EXIF orientation of the files; `auto`: detected from the sizes of the pool's images and masks, applied where
     these do not tell."""
@@ -72,28 +69,28 @@ class DataConfig:
         if self.cache_size != 0:
             check_size("data.cache_size", self.cache_size)
         for name in LOCATIONS:
-            if fault := text_fault(getattr(self, name)):
-                raise ConfigError(f"data.{name}: the path {printable(getattr(self, name))} {fault}: rename it")
-        if bool(self.images) != bool(self.masks):
-            raise ConfigError(
-                "data.images and data.masks (--images, --masks) go together: give both; they may be one folder"
-            )
-        if not 0 < self.test_share < 1:
-            raise ConfigError(f"data.test_share must lie between 0 and 1, got {self.test_share}")
-        if self.max_value and not 255 <= self.max_value <= 65535:
-            raise ConfigError(
-                f"data.max_value must be 0 (detected) or lie between 255 and 65535, got {self.max_value}"
-            )
-        check_at_least("data", self, n_search_train=0, n_search_validation=0, n_final_train=0, n_final_test=0)
+            path = getattr(self, name)
+            fault = text_fault(path)
+            require(not fault, f"data.{name}: the path {printable(path)} {fault}: rename it")
+        require(
+            bool(self.images) == bool(self.masks),
+            "data.images and data.masks (--images, --masks) go together: give both; they may be one folder",
+        )
+        require(0 < self.test_share < 1, f"data.test_share must lie between 0 and 1, got {self.test_share}")
+        require(
+            self.max_value == 0 or 255 <= self.max_value <= 65535,
+            f"data.max_value must be 0 (detected) or lie between 255 and 65535, got {self.max_value}",
+        )
+        check_at_least("data", self, 0, "n_search_train", "n_search_validation", "n_final_train", "n_final_test")
 
-    def absolute(self) -> DataConfig:
+    def absolute(self) -> Self:
         """Return the same settings with absolute paths, which are valid from any folder."""
         is_root_read = self.root != "sample" and not self.images
         names = [name for name in LOCATIONS if getattr(self, name) and (name != "root" or is_root_read)]
         changed: dict[str, Any] = {name: str(absolute(getattr(self, name))) for name in names}
         return replace(self, **changed)
 
-    def located_as(self, other: DataConfig) -> DataConfig:
+    def located_as(self, other: Self) -> Self:
         """Return the same settings with the paths of `other`."""
         named: dict[str, Any] = {name: getattr(other, name) for name in LOCATIONS}
         return replace(self, **named)

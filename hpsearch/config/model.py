@@ -1,14 +1,10 @@
 """Settings of the network. Imports no torch: shapes, memory and the coordinator read them."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from hpsearch.config.checks import check_at_least
-from hpsearch.config.modules import ModuleName
-from hpsearch.errors import ConfigError
+from hpsearch.config.values import ModuleName, check_at_least, require
 
 _NETWORK = ModuleName("models/networks")
 
@@ -41,9 +37,8 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         _NETWORK.check("unet.network", self.network)
-        check_at_least("unet", self, base_channels=1, depth=1, stacking=1, kernel_size=1)
-        if self.kernel_size % 2 == 0:
-            raise ConfigError(f"unet.kernel_size must be odd, got {self.kernel_size}")
+        check_at_least("unet", self, 1, "base_channels", "depth", "stacking", "kernel_size")
+        require(self.kernel_size % 2 == 1, f"unet.kernel_size must be odd, got {self.kernel_size}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain types for files and hashes; `network` is left out for `unet`, as in version 0.1."""

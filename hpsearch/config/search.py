@@ -1,14 +1,11 @@
 """Settings of the search: the protocol, the budget and the search space. Imports neither Optuna nor torch."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeGuard
 
-from hpsearch.config.checks import Size, check_at_least, check_size
-from hpsearch.config.modules import ModuleName
+from hpsearch.config.values import ModuleName, Size, check_at_least, check_size, require
 from hpsearch.errors import ConfigError
 
 _SAMPLER, _PRUNER = ModuleName("search/samplers"), ModuleName("search/pruners")
@@ -45,16 +42,17 @@ class StudySettings:
     none."""
 
     def __post_init__(self) -> None:
-        check_at_least("study", self, trials=1, seed=0, confirm=0, startup_trials=0, lookahead=0)
-        if self.folds != "fixed" and self.folds < 2:
-            raise ConfigError(f"study.folds must be at least 2, or 'fixed', got {self.folds}")
+        check_at_least("study", self, 1, "trials")
+        check_at_least("study", self, 0, "seed", "confirm", "startup_trials", "lookahead")
+        is_valid = self.folds == "fixed" or self.folds >= 2
+        require(is_valid, f"study.folds must be at least 2, or 'fixed', got {self.folds}")
         _SAMPLER.check("study.sampler", self.sampler)
         _PRUNER.check("study.pruner", self.pruner)
-        if self.lookahead and self.pruner not in ("race", "none"):
-            raise ConfigError(
-                f"study.lookahead (--deterministic) needs the pruner race or none: {self.pruner} depends on the "
-                "order in which trials report"
-            )
+        require(
+            not self.lookahead or self.pruner in ("race", "none"),
+            f"study.lookahead (--deterministic) needs the pruner race or none: {self.pruner} depends on the order in "
+            "which trials report",
+        )
         if self.eval_size != 0:
             check_size("study.eval_size", self.eval_size)
 
@@ -113,9 +111,8 @@ class Range:
         """Number of values; None for a continuous range."""
         if self.low == self.high:
             return 1
-        if self.step is None:
-            return int(self.high - self.low) + 1 if self.is_int else None
-        return self._n_steps + 1
+        # As in Optuna, the range ends at the last step inside it.
+        return None if self._step is None else math.floor((self.high - self.low) / self._step + 1e-9) + 1
 
     @property
     def extremes(self) -> tuple[Any, ...]:
@@ -123,9 +120,8 @@ class Range:
         return self.low, self.high
 
     @property
-    def _n_steps(self) -> int:
-        # As in Optuna, the range ends at the last step inside it.
-        return math.floor((self.high - self.low) / (self.step or 1) + 1e-9)
+    def _step(self) -> int | float | None:
+        return 1 if self.is_int and self.step is None else self.step
 
     def key(self, value: Any) -> Any:
         """Return a key that equal values share: with a step the step's number, since `low + 2 * step` may round."""
@@ -135,19 +131,16 @@ class Range:
         """Return whether `value` is in the range."""
         if isinstance(value, str | bool | tuple) or not self.low <= value <= self.high:
             return False
-        if self.is_int and value != int(value):
-            return False
-        if self.step is None:
-            return True
-        return math.isclose(round((value - self.low) / self.step) * self.step, value - self.low, abs_tol=1e-12)
+        above, step = value - self.low, self._step
+        return step is None or math.isclose(round(above / step) * step, above, abs_tol=1e-12)
 
     def nearest(self, value: Any) -> int | float:
         """Return the value of the range that is closest to a number; `low` for anything else."""
         if not _is_number(value):
             return self.low
         inside = min(max(value, self.low), self.high)
-        if self.step is not None:
-            inside = self.low + min(round((inside - self.low) / self.step), self._n_steps) * self.step
+        if self._step is not None:
+            inside = self.low + min(round((inside - self.low) / self._step), (self.n_values or 1) - 1) * self._step
         return round(inside) if self.is_int else float(inside)
 
     def to_toml(self) -> Any:
@@ -181,10 +174,6 @@ class SearchSpace:
         """Return a key that two sets of params share if they are the same configuration."""
         return tuple(dimension.key(params.get(name)) for name, dimension in self.dimensions.items())
 
-    def without(self, name: str) -> SearchSpace:
-        """Return the space without the dimension `name`."""
-        return SearchSpace({key: value for key, value in self.dimensions.items() if key != name})
-
     def to_toml(self) -> dict[str, Any]:
         """Return the table `[search]`."""
         return {name: dimension.to_toml() for name, dimension in self.dimensions.items()}
@@ -197,41 +186,30 @@ def parse_dimension(name: str, value: Any) -> Choice | Range:
     """
     where = f"search.{name}"
     if isinstance(value, list | tuple):
-        return _parse_choice(where, value)
+        values = tuple(tuple(item) if isinstance(item, list) else item for item in value)
+        require(bool(values), f"{where} is empty: list at least one value")
+        is_repeated = any(item in values[:place] for place, item in enumerate(values))
+        require(not is_repeated, f"{where} lists a value twice: {list(values)}")
+        return Choice(values)
     if isinstance(value, Mapping):
         return _parse_range(where, value)
     raise ConfigError(f"{where} must be a list of values or {{low = ..., high = ...}}, got {value!r}")
 
 
-def _parse_choice(where: str, listed: list[Any] | tuple[Any, ...]) -> Choice:
-    values = tuple(tuple(item) if isinstance(item, list) else item for item in listed)
-    if not values:
-        raise ConfigError(f"{where} is empty: list at least one value")
-    if any(value in values[:place] for place, value in enumerate(values)):
-        raise ConfigError(f"{where} lists a value twice: {list(values)}")
-    return Choice(values)
-
-
 def _parse_range(where: str, table: Mapping[str, Any]) -> Range:
     known = ("low", "high", "step", "log")
-    if unknown := sorted(set(table) - set(known)):
-        raise ConfigError(f"{where} has an unknown key {unknown[0]!r}; known: {', '.join(known)}")
-    if "low" not in table or "high" not in table:
-        raise ConfigError(f"{where} needs both low and high")
-    for key in ("low", "high", "step"):
-        if key in table and not (_is_number(table[key]) and math.isfinite(table[key])):
-            raise ConfigError(f"{where}.{key} must be a number, got {table[key]!r}")
+    unknown = sorted(set(table) - set(known))
+    require(not unknown, f"{where} has an unknown key {next(iter(unknown), '')!r}; known: {', '.join(known)}")
+    require("low" in table and "high" in table, f"{where} needs both low and high")
+    for key in set(table) - {"log"}:
+        is_finite = _is_number(table[key]) and math.isfinite(table[key])
+        require(is_finite, f"{where}.{key} must be a number, got {table[key]!r}")
     low, high, step, log = table["low"], table["high"], table.get("step"), table.get("log", False)
-    if not isinstance(log, bool):
-        raise ConfigError(f"{where}.log must be true or false, got {log!r}")
-    if low > high:
-        raise ConfigError(f"{where}: low {low} is above high {high}")
-    if log and low <= 0:
-        raise ConfigError(f"{where}: a logarithmic range must begin above 0, got low = {low}")
-    if log and step is not None:
-        raise ConfigError(f"{where}: log and step exclude each other")
-    if step is not None and step <= 0:
-        raise ConfigError(f"{where}.step must be above 0, got {step}")
+    require(isinstance(log, bool), f"{where}.log must be true or false, got {log!r}")
+    require(low <= high, f"{where}: low {low} is above high {high}")
+    require(not log or low > 0, f"{where}: a logarithmic range must begin above 0, got low = {low}")
+    require(not log or step is None, f"{where}: log and step exclude each other")
+    require(step is None or step > 0, f"{where}.step must be above 0, got {step}")
     if any(isinstance(number, float) for number in (low, high, step)):
         low, high = float(low), float(high)
     return Range(low=low, high=high, step=step, log=log)

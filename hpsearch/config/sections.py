@@ -1,16 +1,15 @@
-"""The sections of the settings, and every setting by its full name, such as `unet.depth`."""
-
-from __future__ import annotations
+"""The sections of the settings, every setting by its full name (`unet.depth`), and overrides of `--set`."""
 
 import difflib
 import functools
-from collections.abc import Sequence
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, get_type_hints
 
 from hpsearch.config.data import AugmentConfig, DataConfig
 from hpsearch.config.model import UNetConfig
-from hpsearch.config.search import StudySettings
+from hpsearch.config.search import StudySettings, parse_dimension
 from hpsearch.config.train import TrainConfig
 from hpsearch.errors import ConfigError
 
@@ -21,9 +20,14 @@ SECTIONS: dict[str, type] = {
     "augment": AugmentConfig,
     "study": StudySettings,
 }
+ALIASES = {"data.resize_mode": "data.match"}
+"""Other names of settings."""
 NOT_SEARCHABLE = {f"data.{f.name}" for f in fields(DataConfig)} - {"data.size", "data.color"}
 """Settings of the data that all trials must share, so that their scores can be compared: resized images are scored as
 a whole, cropped images in their centre."""
+Table = dict[str, Any]
+OnNote = Callable[[str], None]
+"""Called with one sentence."""
 
 
 def setting_names() -> list[str]:
@@ -55,3 +59,71 @@ def unknown_name(name: str, known: Sequence[str], kind: str) -> ConfigError:
     close = difflib.get_close_matches(name.rpartition(".")[2], by_key, n=1)
     hint = f"did you mean {by_key[close[0]]}?" if close else f"choose one of {', '.join(known)}."
     return ConfigError(f"unknown {kind} {name!r}: {hint} docs/reference.md lists all settings")
+
+
+def apply_overrides(table: Mapping[str, Any], overrides: Iterable[str], *, on_note: OnNote | None = None) -> Table:
+    """Return `table` with each `section.key=value` set.
+
+    Values are TOML (`0.01`, `true`, `[256, 192]`); anything else is a string (`rgb`). An override of a searched
+    setting pins it. `search.unet.depth=[2,3]` sets a dimension of the search space. If the default of that setting
+    lies outside and no other override gives it, it moves to the nearest value inside. `on_note` is called in both
+    cases.
+    """
+    note = on_note or (lambda text: None)
+    given: set[str] = set()
+    narrowed: dict[str, str] = {}
+    result = {name: dict(value) if isinstance(value, Mapping) else value for name, value in table.items()}
+    for override in overrides:
+        name, text = _split(override)
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except (tomllib.TOMLDecodeError, RecursionError):
+            value = text
+        section, _, key = name.partition(".")
+        annotation_of(key if section == "search" else name)
+        search = flatten_search(result.get("search", {}))
+        if section == "search":
+            result["search"] = {**search, key: value}
+            narrowed[key] = text
+            continue
+        result.setdefault(section, {})[key] = value
+        given.add(name)
+        if (was := search.pop(name, None)) is not None:
+            values = f"{was['low']} to {was['high']}" if isinstance(was, Mapping) else was
+            note(f"{name} = {value!r} is pinned and no longer searched (the range was {values})")
+            result["search"] = search
+    for name, text in narrowed.items():
+        if name in result["search"] and name not in given:
+            _move_default(result, name, text, note)
+    return result
+
+
+def flatten_search(search: Mapping[str, Any]) -> Table:
+    """Return the search space by full names, whether given as `"unet.depth" = [...]` or as `[search.unet]`."""
+    flat: Table = {}
+    for name, value in search.items():
+        is_section = name in SECTIONS and isinstance(value, Mapping)
+        flat |= {f"{name}.{key}": item for key, item in value.items()} if is_section else {name: value}
+    return flat
+
+
+def _split(override: str) -> tuple[str, str]:
+    """Return name and value of `section.key=value`."""
+    name, equals, text = (part.strip() for part in override.partition("="))
+    if equals and name.partition(".")[2]:
+        return ALIASES.get(name, name), text
+    meant = next((each for each in setting_names() if each.endswith(f".{name}")), None)
+    example = f"{meant}={text or '0.01'}" if meant else "train.lr=0.01"
+    raise ConfigError(f"--set {override!r}: write section.key=value, such as {example}")
+
+
+def _move_default(table: Table, name: str, shown: str, note: OnNote) -> None:
+    """Move the default of a searched setting into its dimension if it lies outside."""
+    section, _, key = name.partition(".")
+    dimension = parse_dimension(name, table["search"][name])
+    default = table.get(section, {}).get(key, getattr(SECTIONS[section](), key))
+    default = tuple(default) if isinstance(default, list) else default
+    if not dimension.contains(default):
+        moved = dimension.nearest(default)
+        table[section] = {**table.get(section, {}), key: moved}
+        note(f"search.{name} = {shown} excludes the default {default!r}: trial 0 takes {moved!r} instead")

@@ -1,24 +1,30 @@
 """The configuration of a study: read from TOML and overrides, checked, written as TOML."""
 
-from __future__ import annotations
-
 import dataclasses
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from hpsearch.config.checks import as_pair
-from hpsearch.config.convert import convert
 from hpsearch.config.data import AugmentConfig, DataConfig
 from hpsearch.config.model import UNetConfig
-from hpsearch.config.overrides import OnNote, apply_overrides, flatten_search
-from hpsearch.config.search import SearchSpace, StudySettings, parse_dimension
-from hpsearch.config.sections import NOT_SEARCHABLE, SECTIONS, annotation_of, type_hints, unknown_name
+from hpsearch.config.search import Choice, Range, SearchSpace, StudySettings, parse_dimension
+from hpsearch.config.sections import (
+    ALIASES,
+    NOT_SEARCHABLE,
+    SECTIONS,
+    OnNote,
+    annotation_of,
+    apply_overrides,
+    flatten_search,
+    unknown_name,
+)
 from hpsearch.config.train import TrainConfig
+from hpsearch.config.values import as_pair, convert, require
 from hpsearch.errors import ConfigError
 from hpsearch.paths import sha256_text
+from hpsearch.typed_json import to_json
 from hpsearch.user_files import read_text
 
 _SEAL = "# written by hpsearch, sha256 "
@@ -44,34 +50,26 @@ class StudyConfig:
     def __post_init__(self) -> None:
         for name, dimension in self.search:
             default = get_setting(self, name)
-            if not dimension.contains(default):
-                raise ConfigError(
-                    f"{name} = {default} lies outside search.{name} = {dimension.to_toml()}: trial 0 is the default "
-                    "configuration, so set a default inside the range or widen the range"
-                )
-        self._check_sizes()
-
-    def _check_sizes(self) -> None:
+            require(
+                dimension.contains(default),
+                f"{name} = {default} lies outside search.{name} = {dimension.to_toml()}: trial 0 is the default "
+                "configuration, so set a default inside the range or widen the range",
+            )
         data, size = self.data, as_pair(self.data.size)
-        if "data.size" in self.search and not self.study.eval_size:
-            raise ConfigError(
-                "data.size is searched: set study.eval_size, the one size at which all trials are scored, such as "
-                f"--set study.eval_size={data.height}"
-            )
-        if (data.match == "crop" or data.cache_size) and self.eval_size != size:
-            raise ConfigError(
-                "study.eval_size needs data.match = resize and no data.cache_size: crops of two sizes show different "
-                "parts of an image, so a score of one cannot be computed at the size of the other"
-            )
-        if self.augment.crop and not data.cache_size:
-            raise ConfigError("augment.crop needs data.cache_size, the size of the cached images to crop from")
-        if data.cached_size != size and not self.augment.crop:
-            raise ConfigError(
-                f"data.cache_size = {data.cache_size} needs augment.crop = true: without random crops the network "
-                f"sees whole images of data.size = {data.size}"
-            )
-        if data.cached_size[0] < data.height or data.cached_size[1] < data.width:
-            raise ConfigError(f"data.cache_size = {data.cache_size} is smaller than data.size = {data.size}")
+        has_size = "data.size" not in self.search or bool(self.study.eval_size)
+        require(has_size, "data.size is searched: set study.eval_size, the one size at which all trials are scored")
+        require(
+            (data.match == "resize" and not data.cache_size) or self.eval_size == size,
+            "study.eval_size needs data.match = resize and no data.cache_size: crops of two sizes show different "
+            "parts of an image, so a score of one cannot be computed at the size of the other",
+        )
+        has_margin = bool(data.cache_size) or not self.augment.crop
+        require(has_margin, "augment.crop needs data.cache_size, the size of the cached images to crop from")
+        cached = f"data.cache_size = {data.cache_size}"
+        is_whole = data.cached_size == size or self.augment.crop
+        require(is_whole, f"{cached} needs augment.crop = true, or the network sees whole images of {data.size}")
+        is_inside = data.cached_size[0] >= data.height and data.cached_size[1] >= data.width
+        require(is_inside, f"{cached} is smaller than data.size = {data.size}")
 
     @property
     def eval_size(self) -> tuple[int, int]:
@@ -88,7 +86,7 @@ class StudyConfig:
         """The data at `study.eval_size`; as the network sees them if that is not set."""
         return dataclasses.replace(self.data, size=self.eval_size) if self.study.eval_size else self.data
 
-    def with_params(self, params: Mapping[str, Any]) -> StudyConfig:
+    def with_params(self, params: Mapping[str, Any]) -> Self:
         """Return the configuration of one trial: `params` set, nothing left to search."""
         changes: dict[str, dict[str, Any]] = {}
         for name, value in params.items():
@@ -97,20 +95,19 @@ class StudyConfig:
         parts = {name: dataclasses.replace(getattr(self, name), **values) for name, values in changes.items()}
         return dataclasses.replace(self, search=SearchSpace(), **parts)
 
-    def absolute(self) -> StudyConfig:
+    def absolute(self) -> Self:
         """Return the same configuration with absolute paths, which are valid from any folder."""
         return dataclasses.replace(self, data=self.data.absolute())
 
     @classmethod
-    def from_dict(cls, table: Mapping[str, Any]) -> StudyConfig:
+    def from_dict(cls, table: Mapping[str, Any]) -> Self:
         """Return the configuration in nested tables; ConfigError names the key that is wrong."""
         known = [*SECTIONS, "search"]
         if unknown := [name for name in table if name not in known]:
             raise unknown_name(unknown[0], known, "section")
         parts = {name: _section(name, part, table.get(name, {})) for name, part in SECTIONS.items()}
         search = table.get("search", {})
-        if not isinstance(search, Mapping):
-            raise ConfigError(f"search must be a table, got {search!r}")
+        require(isinstance(search, Mapping), f"search must be a table, got {search!r}")
         dimensions = {name: _dimension(name, value) for name, value in sorted(flatten_search(search).items())}
         config = cls(**parts, search=SearchSpace(dimensions))
         for name, dimension in config.search:
@@ -120,8 +117,8 @@ class StudyConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return nested tables of plain types, from which `from_dict` makes an equal configuration."""
-        sections = {name: _plain(getattr(self, name)) for name in SECTIONS}
-        return {**sections, "search": self.search.to_toml()}
+        sections = {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS}
+        return {**to_json(sections), "search": self.search.to_toml()}
 
     def to_toml(self) -> str:
         """Return TOML from which `load` makes an equal configuration."""
@@ -140,8 +137,8 @@ class StudyConfig:
 
     def flat(self) -> dict[str, Any]:
         """Return every setting by its full name (`unet.depth`), without the search space."""
-        tables = {section: table for section, table in self.to_dict().items() if section != "search"}
-        return {f"{section}.{key}": value for section, table in tables.items() for key, value in table.items()}
+        tables = [(section, table) for section, table in self.to_dict().items() if section != "search"]
+        return {f"{section}.{key}": value for section, table in tables for key, value in table.items()}
 
 
 def load(path: Path | None, overrides: Iterable[str] = (), *, on_note: OnNote | None = None) -> StudyConfig:
@@ -162,10 +159,8 @@ def load(path: Path | None, overrides: Iterable[str] = (), *, on_note: OnNote | 
     try:
         return from_dict(apply_overrides(table, overrides, on_note=on_note))
     except ConfigError as error:
-        if path is None or (overrides and _is_valid(table)):
-            # The error is in an override, not in the file.
-            raise
-        raise ConfigError(f"{path}: {error}") from error
+        # With overrides, the file need not be at fault.
+        raise ConfigError(str(error) if path is None or overrides else f"{path}: {error}") from error
 
 
 from_dict = StudyConfig.from_dict
@@ -179,49 +174,28 @@ def get_setting(config: StudyConfig, name: str) -> Any:
 
 
 def _section(section: str, cls: type, table: Any) -> Any:
-    if not isinstance(table, Mapping):
-        raise ConfigError(f"{section} must be a table, got {table!r}")
-    if section == "study" and table.get("metric") == "iou":
-        table = {**table, "metric": "jaccard"}
-    hints = type_hints(cls)
-    if unknown := [key for key in table if key not in hints]:
-        raise unknown_name(f"{section}.{unknown[0]}", [f"{section}.{key}" for key in hints], "key")
-    return cls(**{key: convert(value, hints[key], f"{section}.{key}") for key, value in table.items()})
+    require(isinstance(table, Mapping), f"{section} must be a table, got {table!r}")
+    table = {ALIASES.get(f"{section}.{key}", f"{section}.{key}"): value for key, value in table.items()}
+    if table.get("study.metric") == "iou":
+        table["study.metric"] = "jaccard"
+    values = {name: convert(value, annotation_of(name), name) for name, value in table.items()}
+    return cls(**{name.partition(".")[2]: value for name, value in values.items()})
 
 
-def _dimension(name: str, value: Any) -> Any:
-    if name in NOT_SEARCHABLE or name.startswith("study."):
-        raise ConfigError(
-            f"{name} cannot be searched: trials must share data, folds, seed and metric to be comparable"
-        )
-    annotation = annotation_of(name)
-    dimension = parse_dimension(name, value)
-    for item in dimension.extremes:
-        convert(item, annotation, f"search.{name}")
-    return dimension
+def _dimension(name: str, value: Any) -> Choice | Range:
+    require(
+        name not in NOT_SEARCHABLE and not name.startswith("study."),
+        f"{name} cannot be searched: trials must share data, folds, seed and metric to be comparable",
+    )
+    return parse_dimension(name, value)
 
 
 def _check_sealed(text: str, path: Path) -> None:
     """Raise ConfigError if a file that hpsearch wrote was changed since, or if the file is empty."""
     first, _, rest = text.partition("\n")
-    is_sealed = first.startswith(_SEAL)
-    if is_sealed and first.removeprefix(_SEAL) != sha256_text(rest):
-        raise ConfigError(
-            f"{path} was changed since hpsearch wrote it: restore it from a copy, or, if the change is intended, "
-            "remove its first line"
-        )
-    if not is_sealed and not text.strip():
-        raise ConfigError(f"{path} is empty")
-
-
-def _is_valid(table: Mapping[str, Any]) -> bool:
-    try:
-        from_dict(table)
-    except ConfigError:
-        return False
-    return True
-
-
-def _plain(section: Any) -> dict[str, Any]:
-    values = dataclasses.asdict(section)
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    require(
+        not first.startswith(_SEAL) or first.removeprefix(_SEAL) == sha256_text(rest),
+        f"{path} was changed since hpsearch wrote it: restore it from a copy, or, if the change is intended, remove "
+        "its first line",
+    )
+    require(bool(text.strip()), f"{path} is empty")

@@ -1,13 +1,9 @@
 """Settings of one fit. Imports no torch: the coordinator reads them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from hpsearch.config.checks import check_at_least
-from hpsearch.config.modules import ModuleName
-from hpsearch.errors import ConfigError
+from hpsearch.config.values import ModuleName, check_at_least, require
 
 _LOSS = ModuleName("training/losses", is_sum=True)
 
@@ -40,15 +36,13 @@ class TrainConfig:
     """Whether to use torch.compile; `auto`: if it saves time over the whole fit."""
 
     def __post_init__(self) -> None:
-        check_at_least("train", self, epochs=1, batch_size=1, smooth=0, weight_decay=0)
-        if not self.lr > 0:
-            raise ConfigError(f"train.lr must be above 0, got {self.lr}")
-        if not 0 <= self.momentum < 1:
-            raise ConfigError(f"train.momentum must lie in [0, 1), got {self.momentum}")
+        check_at_least("train", self, 1, "epochs", "batch_size")
+        check_at_least("train", self, 0, "smooth", "weight_decay")
+        require(self.lr > 0, f"train.lr must be above 0, got {self.lr}")
+        require(0 <= self.momentum < 1, f"train.momentum must lie in [0, 1), got {self.momentum}")
         for term in self.loss_terms:
             _LOSS.check("train.loss", term)
-        if len(set(self.loss_terms)) < len(self.loss_terms):
-            raise ConfigError(f"train.loss = {self.loss!r} lists a loss twice")
+        require(len(set(self.loss_terms)) == len(self.loss_terms), f"train.loss = {self.loss!r} lists a loss twice")
 
     @property
     def loss_terms(self) -> tuple[str, ...]:

@@ -4,61 +4,38 @@ The estimates come from the search (`report.estimates`), the post-processing fro
 (`inference.postprocessing`). Every evaluation of test images is entered into the test-set log before it begins.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from hpsearch import paths
 from hpsearch.config import stable_seed
 from hpsearch.data.build import Progress
 from hpsearch.data.pool_caches import PoolCaches, cache_root
-from hpsearch.data.prepare import prepare_test
+from hpsearch.data.prepare import locate, prepare_test
 from hpsearch.errors import StudyChangedError, StudyError
-from hpsearch.final.fold_networks import choose_trial, fold_networks, why_no_ensemble
-from hpsearch.final.jobs import count_job, members, official_job, samples, score_job, select_job
-from hpsearch.final.result import (
-    FinalResult,
-    draw,
-    evaluate,
-    is_stored,
-    leaks,
-    pack_submission,
-    stored_evaluation,
-    write_table,
-)
-from hpsearch.inference.postprocessing import Postprocessing, SelectedPostprocessing
+from hpsearch.final.result import FinalResult, Inputs, evaluate, is_stored, pack_submission, write
+from hpsearch.inference.postprocessing import FoldNetwork, Postprocessing, SelectedPostprocessing
 from hpsearch.paths import ProjectPaths
+from hpsearch.report.estimates import Estimates
+from hpsearch.report.final_record import FinalRecord
 from hpsearch.report.page import model_card
 from hpsearch.search.autotune import MachineChoice, plan_for_one_fit
 from hpsearch.search.evaluation import pool_job
 from hpsearch.search.stopping import Stop
-from hpsearch.store import lock
+from hpsearch.store import lock, test_set_log
 from hpsearch.store.log import log_file
 from hpsearch.store.record import StudyRecord, study_record
-from hpsearch.store.test_set_log import (
-    LoggedEvaluation,
-    TestImages,
-    begin_evaluation,
-    end_evaluation,
-    evaluations_of,
-)
 from hpsearch.store.trials import TrialRecord
 from hpsearch.store.versions import now
 from hpsearch.study import close_view
 from hpsearch.training.rows import EpochRow
 from hpsearch.views import Tracker, ViewThread
-from hpsearch.workers.jobs import (
-    Finished,
-    KeepJob,
-    WeightsCopy,
-)
+from hpsearch.workers import jobs
 from hpsearch.workers.local_pool import LocalPool
 from hpsearch.workers.loop import run_job
 
@@ -66,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 OnEpoch = Callable[[int, EpochRow], bool]
 """Called with (index of the seed, row) after every epoch; returns whether to go on."""
+RunJob = Callable[..., jobs.Finished | None]
+"""`run_job` with the pool and the check of this final."""
 
 
 def run_final(
@@ -105,214 +84,242 @@ def run_final(
         record.paths.stop_request.unlink(missing_ok=True)
         record.verify()
         chosen = choose_trial(record, trial, cheapest_tied)
-        progress = _Progress(record, stop, on_epoch, on_decoded, on_step)
-        final = _Final(record, chosen, n_seeds, ensemble, progress)
-        if (result := final.stored()) is None:
-            result = final.run(machine or MachineChoice())
+        final = _Final(record, chosen, n_seeds, ensemble, stop, on_epoch, on_decoded, on_step)
+        stored = final.stored()
+        result = stored or final.run(machine or MachineChoice())
         if result is None:
             return None
         if submission:
             pack_submission(final.folder, final.test)
-        if tracker is not None and not final.was_stored:
-            progress.say("delivering to MLflow")
-            undelivered, error = close_view(ViewThread(tracker.view(record.paths)), stop)
-            result = dataclasses.replace(result, undelivered=undelivered, tracking_error=error)
+        if tracker is not None and stored is None:
+            final.say("delivering to MLflow")
+            view = ViewThread(tracker.view(record.paths))
+            result = dataclasses.replace(result, undelivered=close_view(view, stop), tracking_error=view.error)
         return result
-
-
-@dataclass(frozen=True)
-class _Progress:
-    """What the caller is told, and how it stops the run."""
-
-    record: StudyRecord
-    stop: Stop
-    on_epoch: OnEpoch | None
-    on_decoded: Progress | None
-    on_step: Callable[[str], None] | None
-
-    def check(self) -> None:
-        """Raise StoppedError if a stop was requested and no network is being trained."""
-        self.stop.poll(self.record.paths)
-        if self.stop.is_urgent or self.stop.epoch_left_s() is None:
-            self.stop.check("stopped; run the same command again to continue")
-
-    def decoded(self, done: int, total: int) -> None:
-        self.check()
-        if self.on_decoded is not None:
-            self.on_decoded(done, total)
-
-    def epoch(self, index: int, row: EpochRow) -> bool:
-        """Return whether training goes on."""
-        return (self.on_epoch is None or self.on_epoch(index, row)) and not self.stop.is_requested
-
-    def say(self, text: str) -> None:
-        logger.info(text)
-        if self.on_step is not None:
-            self.on_step(text)
 
 
 class _Final:
     """One final: its images, its folder, and its steps."""
 
     def __init__(
-        self, record: StudyRecord, trial: TrialRecord, n_seeds: int, ensemble: bool, progress: _Progress
+        self,
+        record: StudyRecord,
+        trial: TrialRecord,
+        n_seeds: int,
+        ensemble: bool,
+        stop: Stop,
+        on_epoch: OnEpoch | None,
+        on_decoded: Progress | None,
+        on_step: Callable[[str], None] | None,
     ) -> None:
-        self.was_stored = False
-        self._record = record
-        self._trial = trial
-        self._n_seeds = n_seeds
-        self._progress = progress
-        # A trial remembers where the images were when it began.
-        config = trial.study_config
-        self._config = dataclasses.replace(config, data=config.data.located_as(record.config.data))
+        self._record, self._trial, self._n_seeds, self._stop = record, trial, n_seeds, stop
+        self._on_epoch, self._on_decoded, self._on_step = on_epoch, on_decoded, on_step
+        self._project, self._of_trial = record.paths.project, trial.study_config
         self.folder = record.paths.final(f"trial-{trial.number:04d}")
-        self._networks = fold_networks(record, trial.number)
-        if ensemble and self._networks is None:
+        networks = fold_networks(record, trial.number)
+        if ensemble and networks is None:
             raise StudyError(why_no_ensemble(record, trial.number))
-        self._uses_ensemble = ensemble
-        self._root = cache_root(record.paths.project, self._config)
-        decoded = progress.decoded
-        self._caches = PoolCaches(record.config, self._root, role="final", progress=decoded)
-        self.test = prepare_test(self._config.scored_data, self._root, progress=decoded)
+        self._networks, self._uses_ensemble = networks, ensemble
+        # A trial remembers where the images were when it began.
+        self._config = dataclasses.replace(self._of_trial, data=self._of_trial.data.located_as(record.config.data))
+        self._root = cache_root(self._project, self._config)
+        self._caches = PoolCaches(record.config, self._root, role="final", progress=self._decoded)
+        self.test = prepare_test(self._config.scored_data, self._root, progress=self._decoded)
         """The test images at the size at which they are scored."""
         self._seen = self.test
         if self._config.scored_data != self._config.data:
-            self._seen = prepare_test(self._config.data, self._root, progress=decoded)
+            self._seen = prepare_test(self._config.data, self._root, progress=self._decoded)
+        data, pool = self._config.data, self._caches.scored
+        self._inputs = Inputs(record, trial, self.folder, n_seeds, data, self._root, pool, self.test)
         for note in self.test.notes:
-            progress.say(f"note on the test split: {note}")
+            self.say(f"note on the test split: {note}")
+
+    def say(self, text: str) -> None:
+        logger.info(text)
+        if self._on_step is not None:
+            self._on_step(text)
+
+    def _check(self) -> None:
+        """Raise StoppedError if a stop was requested and no network is being trained."""
+        self._stop.poll(self._record.paths)
+        if self._stop.is_urgent or self._stop.epoch_left_s() is None:
+            self._stop.check("stopped; run the same command again to continue")
+
+    def _decoded(self, done: int, total: int) -> None:
+        self._check()
+        if self._on_decoded is not None:
+            self._on_decoded(done, total)
+
+    def _epoch_ended(self, index: int, row: EpochRow) -> bool:
+        """Return whether training goes on."""
+        return (self._on_epoch is None or self._on_epoch(index, row)) and not self._stop.is_requested
 
     def stored(self) -> FinalResult | None:
         """Return the result that the folder holds already; None if it has to be computed."""
-        folder, pool = self.folder, self._caches.scored
-        evaluation = stored_evaluation(self._record.paths.project, folder)
-        if evaluation is None or not is_stored(
-            folder, pool, self.test, n_seeds=self._n_seeds, ensemble=self._uses_ensemble
-        ):
+        folder, pool, ensemble = self.folder, self._caches.scored, self._uses_ensemble
+        if not is_stored(folder, pool, self.test, n_seeds=self._n_seeds, ensemble=ensemble):
             return None
-        self.was_stored = True
-        text = f"trial {self._trial.number} was evaluated on these images before; this is the stored result"
-        self._progress.say(text)
-        n_members = len(list(folder.ensemble.glob("*.safetensors"))) if self._uses_ensemble else 0
-        return self._evaluate(n_members, evaluation)
+        evaluation = test_set_log.find_evaluation(self._project, FinalRecord.read(folder).look)
+        if evaluation is None:
+            return None
+        self.say(f"trial {self._trial.number} was evaluated on these images before; this is the stored result")
+        n_members = len(list(folder.ensemble.glob("*.safetensors"))) if ensemble else 0
+        return evaluate(self._inputs, n_members, evaluation)
 
     def run(self, machine: MachineChoice) -> FinalResult | None:
         """Train, select post-processing, score, and write the result; None if the caller stopped the training."""
-        began_at = now()
-        paths.write_text(self.folder.config, self._config.to_toml())
+        began_at, folder = now(), self.folder
+        paths.write_text(folder.config, self._config.to_toml())
         # One network after another on the first device of the plan, which no other worker shares here.
         with LocalPool(self._record.paths.root) as pool:
-            plan = plan_for_one_fit(self._record, self._caches, machine, pool, self._progress.check)
+            plan = plan_for_one_fit(self._record, self._caches, machine, pool, self._check)
             pool.resize(plan.workers)
-            self._progress.stop.epoch_left_s = pool.epoch_left_s
-            do = partial(run_job, pool, check=self._progress.check)
+            self._stop.epoch_left_s = pool.epoch_left_s
+            do = partial(run_job, pool, check=self._check)
             if not self._train(do):
                 return None
             # Before the test split is read.
             choices = self._select(do)
-            networks = members(self.folder, self._networks if self._uses_ensemble else None)
-            copies = (WeightsCopy(self.folder.seed(0).weights, self.folder.model), *networks)
-            do(KeepJob(copies=copies, postprocessing=choices))
-            evaluation = self._begin_evaluation()
-            self._score(do, choices, [copy.target for copy in networks])
-        result = self._evaluate(len(networks), evaluation)
-        evaluation = end_evaluation(self._record.paths.project, evaluation, result.test[result.metric].mean)
-        result = dataclasses.replace(
-            result, evaluation=evaluation, evaluations=evaluations_of(self._record.paths.project, evaluation)
-        )
-        self._write(result, began_at, plan.machine)
+            shutil.rmtree(folder.ensemble, ignore_errors=True)
+            sources = self._networks.weights if self._networks is not None and self._uses_ensemble else ()
+            members = [folder.ensemble / f"fold{fold}.safetensors" for fold in range(len(sources))]
+            copies = zip((folder.seed(0).weights, *sources), (folder.model, *members), strict=True)
+            do(jobs.KeepJob(copies=tuple(jobs.WeightsCopy(*copy) for copy in copies), postprocessing=choices))
+            evaluation = test_set_log.begin_evaluation(
+                self._project,
+                test_set_log.TestImages.in_cache(self.test.cache_path),
+                at=now(),
+                study=self._record.name,
+                study_began_at=self._record.trial(self._record.trial_numbers()[0]).began_at,
+                trial=self._trial.number,
+                folder=str(self._project.root.absolute()),
+                metric=self._record.config.study.metric,
+            )
+            self._score(do, choices, members)
+        result = evaluate(self._inputs, len(members), evaluation)
+        evaluation = test_set_log.end_evaluation(self._project, evaluation, result.test[result.metric].mean)
+        evaluations = test_set_log.evaluations_of(self._project, evaluation)
+        result = dataclasses.replace(result, evaluation=evaluation, evaluations=evaluations)
+        write(result, self._inputs, began_at=began_at, ended_at=now(), runtime=dict(plan.machine))
+        paths.write_text(folder.card, model_card(self._record, folder.root.name))
+        text = "final of trial %d: test %s %.4f"
+        logger.info(text, result.trial.number, result.metric, result.test[result.metric].mean)
         return result
 
-    def _train(self, do: Callable[..., Finished | None]) -> bool:
+    def _train(self, do: RunJob) -> bool:
         """Train the network of each seed; return False if the caller stopped one."""
         for index in range(self._n_seeds):
-            fit = self.folder.seed(index)
+            fit, network = self.folder.seed(index), f"network {index + 1} of {self._n_seeds}"
             if fit.fit.is_file():
-                self._progress.say(f"network {index + 1} of {self._n_seeds} has been trained")
+                self.say(f"{network} has been trained")
                 continue
-            n_images = self._caches.scored.n
-            self._progress.say(f"training network {index + 1} of {self._n_seeds} on {n_images} images")
+            self.say(f"training {network} on {self._caches.scored.n} images")
             seed = stable_seed(self._config.study.seed, "final", index)
             job = pool_job(self._trial, self._config, fit, self._caches, seed=seed)
-            if do(job, on_epoch=partial(self._progress.epoch, index)) is None:
-                self._progress.check()
+            if do(job, on_epoch=partial(self._epoch_ended, index)) is None:
+                self._check()
                 return False
         return True
 
-    def _select(self, do: Callable[..., Finished | None]) -> Postprocessing:
+    def _select(self, do: RunJob) -> Postprocessing:
         """Select post-processing by out-of-fold predictions, if the networks of the folds were kept."""
-        record = self._record
-        if self._networks is not None:
-            self._progress.say("selecting threshold, flips and cleaning by out-of-fold predictions")
+        record, networks, config, out = self._record, self._networks, self._of_trial, self.folder.choices
+        if networks is not None:
+            self.say("selecting threshold, flips and cleaning by out-of-fold predictions")
             searched = PoolCaches(record.config, self._root)
             if searched.scored.ids != record.folds.ids:
                 raise StudyChangedError(
                     f"the images of study {record.name!r} have changed since it was begun: put the old ones back"
                 )
-            do(select_job(record, self._trial, self.folder, self._networks, searched, ensemble=self._uses_ensemble))
-        chosen = self._chosen()
-        return chosen.choices if chosen is not None else Postprocessing()
+            held_out = [tuple(record.folds.held_out(fold).tolist()) for fold in range(record.n_folds)]
+            job = jobs.SelectPostprocessingJob(
+                config=config,
+                metric=record.config.study.metric,
+                caches=jobs.CachePaths(*searched.paths(config)),
+                networks=tuple(map(FoldNetwork, networks.weights, networks.others, held_out)),
+                source=networks.source,
+                ensemble=self._uses_ensemble,
+                out=out,
+            )
+            do(job)
+        return SelectedPostprocessing.from_table(paths.read_json(out)).choices if out.is_file() else Postprocessing()
 
-    def _chosen(self) -> SelectedPostprocessing | None:
-        path = self.folder.choices
-        return SelectedPostprocessing.from_table(paths.read_json(path)) if path.is_file() else None
-
-    def _score(self, do: Callable[..., Finished | None], choices: Postprocessing, together: list[Path]) -> None:
+    def _score(self, do: RunJob, choices: Postprocessing, members: Sequence[Path]) -> None:
         """Write counts and masks of the test images, by the retrained networks and by those of the folds together."""
-        trial, folder, seen, test = self._trial, self.folder, self._seen, self.test
-        for index in range(self._n_seeds):
-            do(score_job(trial, folder.seed(index), seen, test))
+        folder, test, config = self.folder, self.test, self._of_trial
+        caches = jobs.CachePaths(self._seen.cache_path, test.cache_path if self._seen.key != test.key else None)
+        count = partial(jobs.CountJob, config=config, caches=caches)
+        for fit in map(folder.seed, range(self._n_seeds)):
+            score = partial(count, postprocessing=Postprocessing(), counts=fit.test_counts, examples=fit.examples)
+            do(score(weights=(fit.weights,)))
         shutil.rmtree(folder.masks, ignore_errors=True)
-        self._progress.say(f"scoring the masks of {test.n} test images at their own resolution")
-        images = samples(self._config.data, self._root, test)
+        self.say(f"scoring the masks of {test.n} test images at their own resolution")
+        # A cache outlives its dataset's folder, so the files are located anew.
+        samples = {sample.id: sample for sample in locate(self._config.data, self._root).split("test")}
+        images = tuple(jobs.ImageFiles(image, samples[image].image, samples[image].mask) for image in test.ids)
+        by_ensemble = choices.ensemble and bool(members)
+        official = partial(jobs.OfficialScoreJob, reading=test.reading, images=images)
         if choices != Postprocessing():
-            do(count_job(trial, choices, [folder.model], folder.chosen_counts, seen, test))
-        by_ensemble = choices.ensemble and bool(together)
+            do(count(weights=(folder.model,), postprocessing=choices, counts=folder.chosen_counts))
         masks = None if by_ensemble else folder.masks
-        do(official_job([folder.model], test, images, masks, folder.official_counts))
-        if together:
-            do(count_job(trial, choices, together, folder.ensemble_counts, seen, test))
+        do(official(weights=(folder.model,), masks=masks, counts=folder.official_counts))
+        if members:
+            do(count(weights=tuple(members), postprocessing=choices, counts=folder.ensemble_counts))
             masks = folder.masks if by_ensemble else None
-            do(official_job(together, test, images, masks, folder.ensemble_official_counts))
+            do(official(weights=tuple(members), masks=masks, counts=folder.ensemble_official_counts))
 
-    def _begin_evaluation(self) -> LoggedEvaluation:
-        """Enter the evaluation into the test-set log."""
-        project = self._record.paths.project
-        return begin_evaluation(
-            project,
-            TestImages.in_cache(self.test.cache_path),
-            at=now(),
-            study=self._record.name,
-            study_began_at=self._record.trial(self._record.trial_numbers()[0]).began_at,
-            trial=self._trial.number,
-            folder=str(project.root.absolute()),
-            metric=self._record.config.study.metric,
+
+@dataclass(frozen=True)
+class FoldNetworks:
+    """One network per fold, which has not seen its held-out images, and optionally a second one with other seeds."""
+
+    source: str
+    """Which networks these are, for people."""
+    weights: tuple[Path, ...]
+    others: tuple[Path | None, ...]
+    """None if there is one network per fold."""
+
+
+def fold_networks(record: StudyRecord, number: int) -> FoldNetworks | None:
+    """Return the networks of a trial's replicate, else of its first fits; None if neither were kept."""
+    found: list[tuple[str, tuple[Path, ...]]] = []
+    for source, fit_of in (("second fits", record.replicate_fit), ("first fits", record.fit)):
+        fits = [fit_of(number, fold) for fold in range(record.n_folds)]
+        if all(fit.is_finished and fit.paths.weights.is_file() for fit in fits):
+            found.append((f"{source} of trial {number}", tuple(fit.paths.weights for fit in fits)))
+    if not found:
+        return None
+    return FoldNetworks(*found[0], found[1][1] if len(found) > 1 else (None,) * record.n_folds)
+
+
+def why_no_ensemble(record: StudyRecord, number: int) -> str:
+    having = [trial.number for trial in record.complete_trials() if fold_networks(record, trial.number) is not None]
+    others = f"take --trial {' or '.join(map(str, having))}, or " if having else ""
+    return (
+        f"the networks of the folds of trial {number} were not kept, as they are for the best trials only: {others}"
+        f"fit its folds again (`hpsearch export --toml FILE --trial {number}`, then `hpsearch train --config FILE "
+        f"--folds {record.config.study.folds}`) and take the final of that study"
+    )
+
+
+def choose_trial(record: StudyRecord, number: int | None, cheapest_tied: bool) -> TrialRecord:
+    """Return the trial `number`, the best one, or the fastest that is tied with it; StudyError if it cannot win."""
+    if number is None:
+        best = record.best()
+        if best is None:
+            raise StudyError(f"study {record.name!r} has no fully evaluated trial yet: run `hpsearch study` first")
+        if cheapest_tied and (estimates := Estimates.of(record)) is not None:
+            return record.trial(estimates.cheapest_tied(record))
+        return best
+    trial, named = record.known_trial(number), f"trial {number} of study {record.name!r}"
+    if not trial.can_win:
+        special = {"complete": "was changed by memory that ran out", None: "is still open"}
+        what = special.get(trial.outcome, f"ended as {trial.outcome}")
+        raise StudyError(f"{named} {what}: only trials that were evaluated on all folds can be final")
+    configuration = record.configuration(trial.params)
+    same = next(each for each in record.complete_trials() if record.configuration(each.params) == configuration)
+    if same.number != number:
+        raise StudyError(
+            f"{named} is a copy of trial {same.number}, which stands for both: take --trial {same.number}"
         )
-
-    def _evaluate(self, n_members: int, evaluation: LoggedEvaluation) -> FinalResult:
-        pool = self._caches.scored
-        found = leaks(self._config.data, self._root, pool, self.test)
-        return evaluate(
-            self._record,
-            self._trial,
-            self.folder,
-            self._n_seeds,
-            pool,
-            self.test,
-            self._chosen(),
-            n_members,
-            found,
-            evaluation,
-        )
-
-    def _write(self, result: FinalResult, began_at: float, machine: Mapping[str, Any]) -> None:
-        """Write tables and figures, then final.json, then the model card."""
-        folder = self.folder
-        write_table(folder, self._n_seeds, self.test)
-        folder.submission.unlink(missing_ok=True)
-        draw(self._record, folder, self._n_seeds, result, self.test)
-        finished = {**result.to_dict(), "began_at": began_at, "ended_at": now()}
-        finished |= {"pool_key": self._caches.scored.key, "test_key": self.test.key}
-        paths.write_json(folder.result, {**finished, "n_seeds": self._n_seeds, "runtime": machine})
-        paths.write_text(folder.card, model_card(self._record, folder.root.name))
-        text = "final of trial %d: test %s %.4f"
-        logger.info(text, result.trial.number, result.metric, result.test[result.metric].mean)
+    return trial

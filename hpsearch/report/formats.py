@@ -1,10 +1,12 @@
 """Format names, numbers, durations and times for people. Everything that is shown goes through here."""
 
 import datetime as dt
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hpsearch.config.search import Choice, Range
-from hpsearch.stats.intervals import Interval, Paired
+
+if TYPE_CHECKING:
+    from hpsearch.stats.intervals import Interval, Paired
 
 SCORES = {
     "dice": "Dice",
@@ -24,7 +26,7 @@ def count(n: int, noun: str) -> str:
 
 def interval(value: Interval | Paired, *, signed: bool = False) -> str:
     """Return `0.8503 [0.8401, 0.8605]`."""
-    mean = value.difference if isinstance(value, Paired) else value.mean
+    mean = value.mean if hasattr(value, "mean") else value.difference
     return f"{number(mean, signed=signed)} {bounds(value, signed=signed)}"
 
 

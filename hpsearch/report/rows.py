@@ -1,19 +1,18 @@
 """Read from the record what the report of a study shows, as typed rows. Knows no drawing and no HTML."""
 
 import csv
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
 from hpsearch.config import StudyConfig, get_setting
-from hpsearch.data.duplicates import DuplicatePair
 from hpsearch.errors import RecordError
-from hpsearch.inference.postprocessing import SelectedPostprocessing
 from hpsearch.models.costs import n_parameters, why_impossible
-from hpsearch.paths import read_json
 from hpsearch.report.estimates import Estimates
+from hpsearch.report.final_record import FinalRecord, StoredScores
 from hpsearch.report.trial_rows import scores_by_fold, trial_epochs
 from hpsearch.search.constant_predictions import constant_warnings
 from hpsearch.search.importance import importances
@@ -84,44 +83,6 @@ class Winner:
     """The tied trial whose cross-validation took the least time."""
     scores: Floats
     """Its out-of-fold score of every held-out image."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EnsembleResult:
-    """The ensemble of the fold networks, compared with the network that was trained on the whole pool."""
-
-    n_networks: int
-    test: dict[str, Interval]
-    """As in `FinalScores.chosen_test`: with the selected post-processing, if there is any."""
-    official: dict[str, Interval]
-    gain: Paired
-    """Gain in the study's metric over the retrained network, on the same test images at the size of the search."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class StoredScores:
-    """Test scores of a retrained configuration, as final.json holds them; that of version 0.1 lacks some."""
-
-    n_pool: int
-    """Number of pool images that the networks were trained on."""
-    n_test: int
-    """Number of test images."""
-    test: dict[str, Interval]
-    """Score by name at the size of the search: mean over images, and over seeds, with its 95 % interval over images.
-    Scored as all trials are: threshold 0.5, no test-time augmentation, no cleaning."""
-    official: dict[str, Interval] = field(default_factory=dict)
-    """Official score by name, at each image's own resolution, of the network that is kept (the first seed's) with its
-    post-processing. Mean over images with its 95 % interval; empty if they were not computed."""
-    chosen: SelectedPostprocessing | None = None
-    """Post-processing selected on out-of-fold predictions; None if no fold networks were kept."""
-    chosen_test: dict[str, Interval] = field(default_factory=dict)
-    """Like `test`, of the network that is kept, with the selected post-processing; empty if there is none."""
-    ensemble: EnsembleResult | None = None
-    """The ensemble of the fold networks; None unless it was asked for."""
-    leaks: tuple[DuplicatePair, ...] = ()
-    """Duplicates and near-duplicates with one image in the pool and one in the test split."""
-    without_leaks: float | None = None
-    """Mean of the study's metric over the test images without duplicates; None without leaks, or if all have one."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -298,22 +259,22 @@ def _winner(record: StudyRecord, estimates: Estimates, finals: Sequence[FinalRow
 def _final_row(
     record: StudyRecord, name: str, estimates: Estimates | None, trials: Sequence[TrialRecord]
 ) -> FinalRow:
-    result = read_json(record.paths.final(name).result)
-    stored = from_json(StoredScores, result)
-    number, n_seeds, began_at = result["trial"], result["n_seeds"], trials[0].began_at
+    result = FinalRecord.read(record.paths.final(name))
+    stored = {field.name: getattr(result, field.name) for field in dataclasses.fields(StoredScores)}
+    number, n_seeds, began_at = result.trial, result.n_seeds, trials[0].began_at
     evaluation = _evaluation_of(record, result, began_at)
     evaluations = log.evaluations_of(record.paths.project, evaluation)
     first = log.first_evaluation_of(evaluations, record.name, began_at) or evaluation
     kinds = [record.fit, record.replicate_fit] if number in record.confirmed() else [record.fit]
     scores = scores_by_fold([[fit(number, fold) for fold in range(record.n_folds)] for fit in kinds])
     return FinalRow(
-        **vars(stored),
+        **stored,
         name=name,
         trial=number,
         n_seeds=n_seeds,
-        ended_at=result["ended_at"],
+        ended_at=result.ended_at,
         cv={name: bootstrap_mean(np.concatenate(folds)) for name, folds in scores.items()},
-        predicted=estimates.predicted(number, n_test=stored.n_test, n_runs=max(1, n_seeds)) if estimates else None,
+        predicted=estimates.predicted(number, n_test=result.n_test, n_runs=max(1, n_seeds)) if estimates else None,
         scores=_test_scores(record, name),
         n_trials_after=sum(each.began_at > first.at for each in trials),
         n_evaluations_before=log.n_evaluations_before(evaluations, began_at),
@@ -322,14 +283,23 @@ def _final_row(
     )
 
 
-def _evaluation_of(record: StudyRecord, result: Mapping[str, Any], study_began_at: float) -> log.LoggedEvaluation:
+def _evaluation_of(record: StudyRecord, result: FinalRecord, study_began_at: float) -> log.LoggedEvaluation:
     """Return a final's entry in the account of evaluations. Version 0.1 did not record which entry it is."""
     project = record.paths.project
-    if (found := log.find_evaluation(project, result.get("look", ""))) is not None:
+    if (found := log.find_evaluation(project, result.look)) is not None:
         return found
-    facts = {"at": result["ended_at"], "study_began_at": study_began_at, "n_images": result["n_test"], "id": ""}
-    facts |= {"folder": str(project.root.absolute()), "score": result["test"][result["metric"]]["mean"]}
-    known = from_json(log.LoggedEvaluation, {"test_set": "", **result, **facts})
+    known = log.LoggedEvaluation(
+        test_set=result.test_set,
+        at=result.ended_at,
+        study=record.name,
+        study_began_at=study_began_at,
+        trial=result.trial,
+        folder=str(project.root.absolute()),
+        n_images=result.n_test,
+        metric=result.metric,
+        score=result.test[result.metric].mean,
+        id="",
+    )
     wanted = (known.test_set, known.configuration)
     entries = (each for each in log.evaluations_of(project, known) if each.id)
     return next((each for each in entries if (each.test_set, each.configuration) == wanted), known)

@@ -1,6 +1,7 @@
 """Requests to stop a running study: signals, `hpsearch stop`, and the budget of hours."""
 
 import math
+import signal
 import time
 from collections.abc import Callable
 
@@ -17,7 +18,7 @@ class Stop:
     def __init__(self) -> None:
         self.requests = 0
         self.signal = 0
-        """Number of the signal that asked, 0 if none did."""
+        """Number of the signal that asked; SIGTERM for `hpsearch stop`, 0 if the hours were used up."""
         self.epoch_left_s: Callable[[], float | None] = lambda: None
         """Seconds until the epochs being trained end; NaN if not known, None if none is trained."""
         self._ends_at = math.inf
@@ -34,7 +35,8 @@ class Stop:
     def poll(self, study: StudyPaths) -> str:
         """Look at the clock and for a request of `hpsearch stop`; return what asked to stop, "" if nothing did."""
         if study.stop_request.exists():
-            self.request(at_once=study.stop_request.read_text().strip() == "now")
+            # As if the process had been terminated, so that what follows in a script does not run.
+            self.request(signal.SIGTERM, at_once=study.stop_request.read_text().strip() == "now")
             study.stop_request.unlink(missing_ok=True)
             return "stop was requested from outside"
         over_s = time.monotonic() - self._ends_at

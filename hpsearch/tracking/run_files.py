@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hpsearch import paths
 from hpsearch.errors import CacheError
 from hpsearch.paths import StudyPaths
+from hpsearch.report.final_record import FinalRecord
 from hpsearch.report.trial_rows import Case, final_cases, image_scores, trial_cases, trial_epochs
 from hpsearch.store.fits import FitRecord
 from hpsearch.store.record import StudyRecord
@@ -67,11 +67,11 @@ def write_final_files(record: StudyRecord, name: str, folder: Path) -> None:
     """Copy the configuration, result, test scores and model card of a final, and draw two figures."""
     final = record.paths.final(name)
     _copy(folder, final.config, final.result, final.table, final.card)
-    result = paths.read_json(final.result)
-    title, metric = f"final of trial {result['trial']:04d} of {record.name}", result["metric"]
-    fits = [FitRecord(final.seed(index)).epochs() for index in range(result["n_seeds"])]
-    _draw_curves(folder, fits, f"{title}: {metric} {result['test'][metric]['mean']:.4f} on the test images")
-    read_cases = partial(final_cases, record, final, result["test_key"])
+    result = FinalRecord.read(final)
+    title, metric = f"final of trial {result.trial:04d} of {record.name}", result.metric
+    fits = [FitRecord(final.seed(index)).epochs() for index in range(result.n_seeds)]
+    _draw_curves(folder, fits, f"{title}: {metric} {result.test[metric].mean:.4f} on the test images")
+    read_cases = partial(final_cases, record, final, result.test_key)
     _draw_panels(folder, read_cases, metric, f"{title}: test images")
 
 

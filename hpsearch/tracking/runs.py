@@ -16,11 +16,13 @@ from typing import Any, get_args
 from hpsearch import paths
 from hpsearch.config import StudyConfig, digest
 from hpsearch.paths import StudyPaths
+from hpsearch.report.final_record import FinalRecord
 from hpsearch.store.fits import FitRecord
 from hpsearch.store.record import StudyRecord, has_all_replicates
 from hpsearch.store.trials import Outcome, ReplicateRecord, Standing, TrialRecord
 from hpsearch.tracking import run_files
 from hpsearch.tracking.metrics import Point, cross_validation, milliseconds, points_of
+from hpsearch.typed_json import to_json
 
 STATUSES: dict[str | None, str] = {None: "RUNNING", "diverged": "FAILED", "failed": "FAILED", "orphaned": "KILLED"}
 """Outcome of a trial to the status of its run. All others are finished; the tag `outcome` says how."""
@@ -182,18 +184,18 @@ def _fits_run(
 def final_run(record: StudyRecord, name: str) -> RunContent:
     """Return the run of a final: the estimates of the search beside the scores on the test images."""
     folder = record.paths.final(name)
-    result = paths.read_json(folder.result)
-    trial, ended_at = record.trial(result["trial"]), result["ended_at"]
-    fits = [FitRecord(folder.seed(index)) for index in range(result["n_seeds"])]
-    tags = _common_tags(record, "hpsearch final", result["runtime"]) | _test_set_tags(result)
-    params = {"final.trial": str(trial.number), "final.n_seeds": str(result["n_seeds"])}
+    result = FinalRecord.read(folder)
+    trial, ended_at = record.trial(result.trial), result.ended_at
+    fits = [FitRecord(folder.seed(index)) for index in range(result.n_seeds)]
+    tags = _common_tags(record, "hpsearch final", result.runtime) | _test_set_tags(result)
+    params = {"final.trial": str(trial.number), "final.n_seeds": str(result.n_seeds)}
     return RunContent(
         key=f"final {name}",
         name=f"final of trial {trial.number:04d}",
-        began_ms=milliseconds(result["began_at"]),
+        began_ms=milliseconds(result.began_at),
         tags=tags | {"hpsearch.final": name, "outcome": "final"},
         params=_params(trial.study_config) | params,
-        points=(*_fit_points("seed", fits, ended_at), *points_of("final", result, ended_at, result["metric"])),
+        points=(*_fit_points("seed", fits, ended_at), *points_of("final", result, ended_at, result.metric)),
         note=_final_note(result, trial),
         status="FINISHED",
         ended_ms=milliseconds(ended_at),
@@ -287,10 +289,15 @@ def _common_tags(record: StudyRecord, command: str, machine: Mapping[str, Any] |
     return tags | {"hpsearch.study": record.name, "seed": seed, "mlflow.source.name": command}
 
 
-def _test_set_tags(result: Mapping[str, Any]) -> dict[str, str]:
+def _test_set_tags(result: FinalRecord) -> dict[str, str]:
     """Return which test set was evaluated, how often that had happened, and the post-processing in use."""
-    tags = {"test_set": result.get("test_set"), "test_looks": result.get("n_looks")}
-    tags |= {"test_leaks": len(result.get("leaks", ())), "choices": (result.get("chosen") or {}).get("choices")}
+    choices = to_json(result.chosen.choices) if result.chosen else None
+    tags = {
+        "test_set": result.test_set,
+        "test_looks": result.n_looks,
+        "test_leaks": len(result.leaks),
+        "choices": choices,
+    }
     return {f"hpsearch.{name}": text_of(value) for name, value in tags.items() if value}
 
 
@@ -331,13 +338,13 @@ def _trial_note(trial: TrialRecord, metric: str, standing: Standing) -> str:
     return f"{result}\n\n{_searched_params(trial)}"
 
 
-def _final_note(result: Mapping[str, Any], trial: TrialRecord) -> str:
+def _final_note(result: FinalRecord, trial: TrialRecord) -> str:
     """Return the description of a final: the score on the test images and what the search had estimated."""
-    metric = result["metric"]
-    test, cv = result["test"][metric], result["cv"]
-    interval = f"{metric.capitalize()} **{test['mean']:.4f}** (95 % interval {test['low']:.4f} to {test['high']:.4f})"
-    estimate = f"the out-of-fold {metric} was {cv['mean']:.4f}"
-    return f"{interval} on {result['n_test']} test images; {estimate}\n\n{_searched_params(trial)}"
+    metric = result.metric
+    test = result.test[metric]
+    interval = f"{metric.capitalize()} **{test.mean:.4f}** (95 % interval {test.low:.4f} to {test.high:.4f})"
+    estimate = f"the out-of-fold {metric} was {result.cv.mean:.4f}"
+    return f"{interval} on {result.n_test} test images; {estimate}\n\n{_searched_params(trial)}"
 
 
 def _searched_params(trial: TrialRecord) -> str:

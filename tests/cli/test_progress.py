@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from hpsearch.cli.progress import DecodingLines, StudyProgress
+from hpsearch.cli.progress import StudyProgress
+from hpsearch.cli.terminal import decoding_lines
 from hpsearch.report.formats import duration
 from hpsearch.search import status as statuses
 from hpsearch.search.status import study_status
@@ -21,7 +22,7 @@ from tests.recorded import FakeStudy
 )
 def test_decoding_is_said_in_a_few_lines(total: int, shown: list[int]) -> None:
     lines: list[str] = []
-    show = DecodingLines(lines.append)
+    show = decoding_lines(lines.append)
     for _ in range(2):
         lines.clear()
         for done in range(1, total + 1):

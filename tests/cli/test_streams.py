@@ -13,8 +13,8 @@ from hpsearch import cli
 
 PROGRAM = """
 import contextlib, os, sys
-from hpsearch.cli import streams
-streams.protect()
+from hpsearch.cli.terminal import protect_streams
+protect_streams()
 with open(sys.argv[1], "w") as record:
     for descriptor in (1, 2):
         with contextlib.suppress(BrokenPipeError):
@@ -39,7 +39,9 @@ def test_work_goes_on_and_its_files_hold_nothing_that_was_printed(tmp_path: Path
 
 
 def test_what_is_read_arrives_whole_in_the_encoding_of_the_terminal() -> None:
-    program = "from hpsearch.cli import streams; streams.protect(); print('Läsion', end=''); print(1 / 0)"
+    program = (
+        "from hpsearch.cli.terminal import protect_streams; protect_streams(); print('Läsion', end=''); print(1 / 0)"
+    )
     environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=environment, check=False)
     assert done.stdout == "Läsion".encode("latin-1")
@@ -48,7 +50,7 @@ def test_what_is_read_arrives_whole_in_the_encoding_of_the_terminal() -> None:
 
 def test_every_command_begins_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     protected: list[bool] = []
-    monkeypatch.setattr(cli.streams, "protect", lambda: protected.append(True))
+    monkeypatch.setattr(cli, "protect_streams", lambda: protected.append(True))
     with pytest.raises(SystemExit):
         cli.main(["--version"])
     assert protected == [True]

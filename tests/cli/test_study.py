@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from click.testing import CliRunner
 from hpsearch.cli import group
 from hpsearch.data.decode_pool import Decoders
 from hpsearch.errors import HpsearchError
-from hpsearch.paths import ProjectPaths
+from hpsearch.paths import ProjectPaths, StudyPaths
 from hpsearch.search import status as statuses
 from hpsearch.search.callbacks import NullCallback
 from hpsearch.search.status import study_status
@@ -17,6 +18,7 @@ from hpsearch.search.stopping import Stop
 from hpsearch.store import lock
 from hpsearch.store.record import StudyRecord
 from hpsearch.training.rows import EpochRow
+from tests.recorded import FakeStudy
 from tests.search.in_process import workers_in_process
 from tests.search.studies import run, tiny_config, write_tiny_dataset
 
@@ -54,14 +56,6 @@ def test_a_first_start_with_a_wrong_path_or_too_many_folds_decodes_nothing_and_l
     assert isinstance(result.exception, HpsearchError), result.output
     assert said in str(result.exception)
     assert sorted(tmp_path.rglob("*")) == before
-
-
-@pytest.mark.parametrize("flag", ["--storage", "--heartbeat", "--grace"])
-def test_the_options_for_several_coordinators_are_refused_with_what_to_do(tmp_path: Path, flag: str) -> None:
-    result = CliRunner().invoke(group, ["study", "--out", str(tmp_path / "new"), flag, "30"])
-    assert result.exit_code == 2
-    assert "were removed: one process runs a study" in result.output
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_status_shows_the_study_that_runs_and_names_the_others(tmp_path: Path) -> None:
@@ -128,3 +122,32 @@ def test_a_stopped_study_says_what_it_has_and_how_to_go_on_and_that_it_goes_on(
     assert "continuing study tiny: 0 of 1 trial done, 1 open trial" in shown
     assert f"hpsearch final --best --study tiny --out '{project}'" in shown
     assert "continue with" not in output_of("status", "--out", str(project))
+
+
+class _AskToStop(NullCallback):
+    """Asks as `hpsearch stop` does, once an epoch has ended."""
+
+    def __init__(self, study: StudyPaths) -> None:
+        self._study = study
+
+    def epoch_ended(self, trial: int, fold: int, row: EpochRow) -> None:
+        self._study.stop_request.write_text("after this epoch")
+
+
+def test_hpsearch_stop_counts_as_a_termination(tmp_path: Path) -> None:
+    stop, study = Stop(), ProjectPaths(tmp_path / "project").study("tiny")
+    config = tiny_config(write_tiny_dataset(tmp_path), "study.trials=1", "study.pruner=none")
+    with workers_in_process():
+        summary = run(tmp_path / "project", config, stop=stop, callback=_AskToStop(study))
+    assert summary.stopped
+    assert stop.signal == signal.SIGTERM
+
+
+def test_status_shows_a_final_that_runs(tmp_path: Path) -> None:
+    study = FakeStudy(tmp_path, overrides=("study.trials=1",))
+    study.trial()
+    study.final(0)
+    study.record.paths.final("trial-0000").seed(0).fit.unlink()
+    assert "network 1: epoch 3" not in output_of("status", "--out", str(tmp_path))
+    with lock.hold(study.record.paths):
+        assert "final of trial-0000, network 1: epoch 3" in output_of("status", "--out", str(tmp_path))

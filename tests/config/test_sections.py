@@ -10,9 +10,9 @@ import pytest
 
 from hpsearch import config as configs
 from hpsearch.config import sections
-from hpsearch.config.modules import ModuleName
 from hpsearch.config.sections import SECTIONS, annotation_of
 from hpsearch.config.train import TrainConfig
+from hpsearch.config.values import ModuleName
 from hpsearch.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]

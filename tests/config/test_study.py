@@ -158,6 +158,15 @@ def test_an_unknown_shipped_study_lists_those_there_are() -> None:
         config_path("isic2018")
 
 
+def test_resize_mode_is_another_name_of_match(tmp_path: Path) -> None:
+    assert configs.load(None, ["data.resize_mode=crop"]).data.match == "crop"
+    path = tmp_path / "study.toml"
+    path.write_text('[data]\nresize_mode = "crop"\n')
+    assert configs.load(path).data.match == "crop"
+    with pytest.raises(ConfigError, match=r"data\.match must be 'resize' or 'crop'"):
+        configs.load(None, ["data.resize_mode=stretch"])
+
+
 def test_params_make_the_configuration_of_a_trial() -> None:
     config = configs.load(None, ["search.unet.depth=[3, 4]", "search.train.lr={low=0.001, high=0.1}"])
     trial = config.with_params({"unet.depth": 3, "train.lr": 0.05})

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hpsearch.config import modules
+from hpsearch.config import values
 from hpsearch.config.model import UNetConfig
 from hpsearch.models import costs
 from hpsearch.models.memory import Step, training_memory
@@ -27,7 +27,7 @@ def flat(monkeypatch: pytest.MonkeyPatch) -> UNetConfig:
     module = ModuleType("hpsearch.models.networks.flat")
     module.build = build  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(modules, "module_names", lambda folder: ("flat", "unet"))
+    monkeypatch.setattr(values, "module_names", lambda folder: ("flat", "unet"))
     return UNetConfig(network="flat", base_channels=5)
 
 

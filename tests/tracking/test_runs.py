@@ -256,8 +256,10 @@ class TestWhatIsLogged:
 
 
 SCORE = {"mean": 0.87, "low": 0.86, "high": 0.88}
+GAIN = {"difference": 0.01, "low": 0.0, "high": 0.02, "p": 0.04}
+VARIANCES = {"image_variance": 0.0, "run_variance": 0.0, "choice_variance": 0.0}
 CLAIMS = {
-    "corrected": {**SCORE, "mean": 0.851},
+    "corrected": {**SCORE, "mean": 0.851, "trial": 0, "naive": 0.86, "method": "first", **VARIANCES},
     "predicted": {"mean": 0.851, "low": 0.83, "high": 0.872},
     "chosen": {
         "choices": {"threshold": 0.4, "flips": False, "clean": False, "ensemble": False},
@@ -266,10 +268,10 @@ CLAIMS = {
         "source": "first fits of trial 0",
     },
     "chosen_test": {"dice": SCORE},
-    "ensemble": {"n_networks": 2, "test": {"dice": {**SCORE, "mean": 0.88}}, "official": {}, "gain": {}},
+    "ensemble": {"n_networks": 2, "test": {"dice": {**SCORE, "mean": 0.88}}, "official": {}, "gain": GAIN},
     "test_set": "0123",
     "n_looks": 3,
-    "leaks": [{"a": "x", "b": "y"}],
+    "leaks": [{"a": "x", "b": "y", "split_a": "train", "split_b": "test", "similarity": 0.99}],
 }
 
 

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from hpsearch.cli.signals import stop_on_signals
+from hpsearch.cli.terminal import stop_on_signals
 from hpsearch.search.stopping import Stop
 
 

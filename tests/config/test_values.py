@@ -9,9 +9,9 @@ import pytest
 
 import hpsearch
 from hpsearch import config as configs
-from hpsearch.config.modules import ModuleName, module_names
 from hpsearch.config.search import StudySettings
 from hpsearch.config.train import TrainConfig
+from hpsearch.config.values import ModuleName, module_names
 from hpsearch.errors import ConfigError
 
 

@@ -1,0 +1,125 @@
+"""`hpsearch predict` and `hpsearch export`: use a final model, and write it or a configuration as a file."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+import hpsearch
+from hpsearch.cli import options
+from hpsearch.cli.options import model_option, study_options
+from hpsearch.paths import ProjectPaths
+from hpsearch.report.formats import count
+from hpsearch.user_files import printable
+
+_DEFAULT = "-"
+
+
+@click.command("predict")
+@click.argument("files", nargs=-1, required=True, metavar="FILES...")
+@model_option
+@click.option(
+    "--out-dir",
+    default="masks",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Write the masks into this folder (default: masks).",
+)
+@click.option("--probabilities", is_flag=True, help="Also write the probabilities, as 8-bit PNG.")
+@click.option("--overlays", is_flag=True, help="Also write each image with the outline of its mask.")
+@click.option(
+    "--tiles/--whole", default=None, help="Predict overlapping tiles, or the resized image (default: as trained)."
+)
+@click.option(
+    "--ensemble/--single", default=None, help="Predict with all fold networks, or one (default: as `final` selected)."
+)
+@options.device_option
+@options.threads_option
+@study_options
+def predict(
+    project: ProjectPaths,
+    study_name: str | None,
+    files: tuple[str, ...],
+    model: str | None,
+    out_dir: Path,
+    probabilities: bool,
+    overlays: bool,
+    **how: Any,
+) -> int:
+    """Predict the masks of image files, folders or globs.
+
+    Each mask is written as `<name>_segmentation.png` with the values 0 and 255, at the size of its image. Files that
+    cannot be read are listed and skipped; the exit code is then 1.
+
+    \b
+        hpsearch predict photos --out-dir masks --overlays
+        hpsearch predict 'visits/**/*.jpg' --model studies/isic2017/final/trial-0017
+    """
+    from rich.progress import Progress
+
+    from hpsearch.inference.predictor import Ensemble, load_predictor
+
+    images = hpsearch.find_images(files)
+    weights = hpsearch.find_model(project, study_name, model)
+    predictor = load_predictor(weights, **how)
+    parts = "overlapping tiles" if predictor.tiles else "the whole image"
+    height, width = predictor.info.size
+    networks = f"ensemble of {len(predictor.members)}" if isinstance(predictor, Ensemble) else "one network"
+    click.echo(f"{count(len(images), 'image')}, {weights} ({networks}), {parts} at {height}x{width}")
+    with Progress(transient=True, disable=not sys.stdout.isatty()) as progress:
+        task = progress.add_task("predicting", total=len(images))
+
+        def on_image(done: int, total: int, path: Path, reason: str | None) -> None:
+            progress.update(task, completed=done, description=f"predicting {done}/{total}")
+            if reason is not None:
+                progress.console.print(f"skipped: {printable(reason)}", markup=False, highlight=False, soft_wrap=True)
+
+        bad = hpsearch.predict_files(
+            predictor, images, out_dir, probabilities=probabilities, overlays=overlays, on_image=on_image
+        )
+    click.echo(f"{count(len(images) - len(bad), 'mask')} in {out_dir}")
+    if bad:
+        click.echo(f"{len(bad)} of {len(images)} files could not be read:")
+        click.echo("\n".join(f"  {printable(path)}" for path in bad))
+    return 1 if bad else 0
+
+
+def _file_option(flag: str, text: str) -> Callable[[options.Command], options.Command]:
+    return click.option(flag, is_flag=False, flag_value=_DEFAULT, metavar="[FILE]", help=text)
+
+
+@click.command("export")
+@_file_option("--onnx", "Write the network as ONNX (default: model.onnx beside its weights).")
+@_file_option("--toml", "Write the configuration as TOML (default: trial-<number>.toml in the study's folder).")
+@model_option
+@click.option("--trial", type=options.AT_LEAST_0, help="Write the configuration of this trial (default: the best).")
+@study_options
+def export(
+    project: ProjectPaths,
+    study_name: str | None,
+    onnx: str | None,
+    toml: str | None,
+    model: str | None,
+    trial: int | None,
+) -> None:
+    """Write a final model as ONNX, or a configuration as TOML.
+
+    `hpsearch train --config FILE` runs this TOML again. The ONNX file is checked with ONNX Runtime before it is kept.
+    Its metadata describe preprocessing and post-processing. ONNX needs `pip install 'hpsearch[onnx]'`.
+
+    \b
+        hpsearch export --onnx
+        hpsearch export --toml best.toml --study isic2017-64
+    """
+    if onnx is None and toml is None:
+        raise click.UsageError("give --onnx, --toml or both")
+    if toml is not None:
+        path = None if toml == _DEFAULT else Path(toml).expanduser()
+        written = hpsearch.export_toml(hpsearch.study_record(project, study_name), path, number=trial)
+        click.echo(f"configuration: {written}")
+    if onnx is not None:
+        weights = hpsearch.find_model(project, study_name, model)
+        path = weights.with_suffix(".onnx") if onnx == _DEFAULT else Path(onnx).expanduser()
+        difference = hpsearch.export_onnx(weights, path)
+        click.echo(f"model: {path} (its logits differ from those of PyTorch by at most {difference:.0e})")

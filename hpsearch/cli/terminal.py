@@ -1,0 +1,126 @@
+"""Use the terminal: tables, counters, signals that ask to stop, and streams that stay safe when nobody reads them."""
+
+import contextlib
+import errno
+import io
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import click
+
+from hpsearch.search.stopping import Stop
+
+WIDTH = 200
+"""Characters of a line where the output is no terminal."""
+_GONE = frozenset({errno.EPIPE, errno.EIO, errno.EBADF})
+"""Errors of a write to a pipe whose reader has ended, or to a closed terminal."""
+
+
+def echo_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, n_left: int = 99, title: str = "") -> None:
+    """Print a table of plain texts; columns after the first `n_left` are aligned to the right."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, title=title or None, title_justify="left")
+    for index, name in enumerate(head):
+        table.add_column(Text(name), justify="left" if index < n_left else "right", no_wrap=index == 0)
+    for row in rows:
+        # Text, not markup: names and reasons may contain brackets.
+        table.add_row(*map(Text, row))
+    if table.row_count:
+        Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH).print(table)
+
+
+def counter(text: str) -> Callable[[int, int], None] | None:
+    """Return a progress callback that shows `TEXT 12/200` on one line; None if standard error is no terminal."""
+    if not sys.stderr.isatty():
+        return None
+    return lambda done, total: click.echo(f"\r{text} {done}/{total}", nl=done >= total, err=True)
+
+
+def decoding_lines(show: Callable[[str], None]) -> Callable[[int, int], None]:
+    """Return a progress callback, called for each image, that shows how many are decoded about five times."""
+
+    def on_image(done: int, total: int) -> None:
+        if done == 1 or done * 4 // total > (done - 1) * 4 // total:
+            show(f"decoding images: {done} of {total}")
+
+    return on_image
+
+
+def write_to_stderr(text: str) -> None:
+    """Write a separate line to standard error. This is safe in a signal handler, even during a print."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"\n{text}\n".encode())
+
+
+@contextlib.contextmanager
+def stop_on_signals(stop: Stop, show: Callable[[str], None] = write_to_stderr) -> Iterator[None]:
+    """Turn SIGINT, SIGTERM and SIGHUP into requests to stop for the block.
+
+    `show` is called in the signal handler with a line for the user. The handler may have interrupted any code.
+    """
+
+    def request(number: int, _frame: object) -> None:
+        left_s = stop.epoch_left_s()
+        # A cluster that sends SIGTERM kills soon afterwards, so do not wait for the end of the epoch.
+        stop.request(number, at_once=number != signal.SIGINT)
+        if stop.is_urgent or left_s is None:
+            show("Stopping now" if stop.is_urgent else "Stopping")
+            return
+        # NaN: no epoch of this configuration has ended yet.
+        about = "" if math.isnan(left_s) else f" (about {max(1, round(left_s))} s)"
+        show(f"Finishing the current epoch{about}; press Ctrl-C again to stop now")
+
+    # `nohup` ignores SIGHUP, and it must stay ignored.
+    is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    numbers = (signal.SIGINT, signal.SIGTERM, *(() if is_ignored else (signal.SIGHUP,)))
+    before = {number: signal.signal(number, request) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def protect_streams() -> None:
+    """Treat closed standard streams and pipes without a reader as /dev/null.
+
+    A study goes on after the reader of its output has ended. The number of a closed stream must not be reused by the
+    next opened file, because everything printed would go into that file. A character that the terminal cannot show is
+    escaped.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            # The system uses the lowest free number, which is this one.
+            os.open(os.devnull, os.O_RDWR)
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        # Leave a stream alone that other code has put there.
+        if stream is None or (stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper)):
+            protected = io.TextIOWrapper(
+                io.BufferedWriter(_Output(descriptor, "w", closefd=False)),
+                encoding=getattr(stream, "encoding", "utf-8"),
+                errors="backslashreplace",
+                line_buffering=stream is not None and (stream.line_buffering or stream.write_through),
+            )
+            setattr(sys, name, protected)
+
+
+class _Output(io.FileIO):
+    """A file descriptor that ignores writes that nobody can read."""
+
+    def write(self, content: Any, /) -> int:
+        try:
+            return super().write(content)
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise
+            return len(content)
