@@ -24,13 +24,13 @@ def count(n: int, noun: str) -> str:
     return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
-def interval(value: Interval | Paired, *, signed: bool = False) -> str:
+def interval(value: "Interval | Paired", *, signed: bool = False) -> str:
     """Return `0.8503 [0.8401, 0.8605]`."""
     mean = value.mean if hasattr(value, "mean") else value.difference
     return f"{number(mean, signed=signed)} {bounds(value, signed=signed)}"
 
 
-def bounds(value: Interval | Paired, *, signed: bool = False) -> str:
+def bounds(value: "Interval | Paired", *, signed: bool = False) -> str:
     """Return `[0.8401, 0.8605]`."""
     return f"[{number(value.low, signed=signed)}, {number(value.high, signed=signed)}]"
 
