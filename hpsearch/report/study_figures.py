@@ -61,7 +61,7 @@ def draw_ranking(complete: Sequence[TrialRow], tied: Sequence[int], cheapest: in
             axis.plot(left, row, "<", color=color, ms=6)
             label(axis, f"{interval.mean:.4f}", (left, row), (8, 0), va="center", size=8.5)
             continue
-        marker, group = ("D", "cheapest of those") if trial.number == cheapest else ("o", group)
+        marker, group = ("D", "tied with the best, cheapest") if trial.number == cheapest else ("o", group)
         looks: dict[str, Any] = {"color": color, "lw": 1.6, "marker": marker, "markevery": [1], "label": group}
         axis.plot([interval.low, interval.mean, interval.high], [row] * 3, **looks)
     legend_below(figure)
