@@ -13,7 +13,7 @@ from hpsearch.cli.describe import describe_behind, describe_params, next_command
 from hpsearch.cli.options import AT_LEAST_0, AT_LEAST_1
 from hpsearch.cli.terminal import decoding_lines, stop_on_signals
 from hpsearch.paths import ProjectPaths
-from hpsearch.report.formats import count, interval
+from hpsearch.report.formats import count, interval, setting
 from hpsearch.search.stopping import Stop
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def describe(result: hpsearch.FinalResult) -> list[str]:
 
 
 def _table(result: hpsearch.FinalResult) -> Iterator[str]:
-    metric, (height, width) = result.metric, result.eval_size
+    metric = result.metric
     yield f"{'':36}mean    95 % interval"
     fits = ", mean of two fits per fold" if result.is_confirmed else ""
     more = f"   sd of the folds {result.cv_fold_std:.4f}{fits}"
@@ -102,7 +102,7 @@ def _table(result: hpsearch.FinalResult) -> Iterator[str]:
         yield _line("corrected", metric, result.corrected.interval)
     if result.predicted is not None:
         yield _line("predicted for test", metric, result.predicted)
-    blocks = {f"test at {height}x{width}": result.test}
+    blocks = {f"test at {setting(result.eval_size)}": result.test}
     if result.chosen_test:
         blocks["test, post-processed"] = {metric: result.chosen_test[metric]}
     blocks["test, official"] = result.official

@@ -20,13 +20,11 @@ from hpsearch.inference.scoring import COLUMNS, mask_name, read_mask, score_tabl
 from hpsearch.paths import FinalPaths
 from hpsearch.report import trial_rows
 from hpsearch.report.estimates import Estimates
-from hpsearch.report.final_record import EnsembleResult, FinalRecord
-from hpsearch.report.rows import FinalScores
+from hpsearch.report.final_record import EnsembleResult, EvaluationHistory, FinalRecord, FinalScores, history_of
 from hpsearch.stats.intervals import Floats, Interval, Paired, bootstrap_mean, paired_difference
-from hpsearch.stats.selection import Corrected
 from hpsearch.store.fits import FitRecord, load_array
 from hpsearch.store.record import StudyRecord
-from hpsearch.store.test_set_log import LoggedEvaluation, evaluations_of, first_evaluation_of, n_evaluations_before
+from hpsearch.store.test_set_log import LoggedEvaluation
 from hpsearch.store.trials import TrialRecord
 from hpsearch.training.metrics import SCORES, PixelCounts
 from hpsearch.typed_json import to_json
@@ -34,36 +32,16 @@ from hpsearch.typed_json import to_json
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class FinalResult(FinalScores):
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FinalResult(FinalScores, EvaluationHistory):
     """Test scores of a retrained configuration beside the estimates of the search."""
 
-    study: str
-    """Name of the study."""
     trial: TrialRecord
     """The trial whose configuration was retrained."""
     paths: FinalPaths
     """The files of the final: model, masks, table of scores, figures."""
-    metric: str
-    """The study's metric, `dice` or `jaccard`."""
-    cv: Interval
-    """Mean of the out-of-fold scores, over both fits if it was replicated, with its 95 % interval."""
-    cv_fold_std: float
-    """Standard deviation of the fold means."""
-    is_confirmed: bool
-    """Whether the trial was fitted twice, so that `cv` is the mean over both fits."""
-    corrected: Corrected | None
-    """The winner's mean, corrected for selection; None if this is another trial."""
-    eval_size: tuple[int, int]
-    """Height and width at which `test` is scored, as all trials were (`study.eval_size`, else `data.size`)."""
-    per_seed: dict[str, tuple[float, ...]]
-    """Score by name: the mean of each seed's network."""
-    against_default: Paired | None
-    """Its gain over trial 0, corrected for selection; None for trial 0, or if that is not complete."""
-    winner: int
-    """Number of the study's best trial."""
     winner_against_default: Paired | None
-    """The gain of the best trial over trial 0, likewise."""
+    """The gain of the best trial over trial 0, corrected for selection; None if that is not complete."""
     is_default: bool
     """Whether it has the default configuration."""
     undelivered: int = 0
@@ -102,6 +80,7 @@ class Inputs:
     trial: TrialRecord
     folder: FinalPaths
     n_seeds: int
+    ensemble: bool
     data: DataConfig
     """Where the images are."""
     cache_root: Path
@@ -110,8 +89,8 @@ class Inputs:
     """The test images at the size at which they are scored."""
 
 
-def evaluate(inputs: Inputs, n_members: int, evaluation: LoggedEvaluation) -> FinalResult:
-    """Return the result from the counts in the folder; `n_members` networks are in the ensemble, if any."""
+def evaluate(inputs: Inputs, evaluation: LoggedEvaluation) -> FinalResult:
+    """Return the result from the counts in the folder."""
     record, trial, folder, test = inputs.record, inputs.trial, inputs.folder, inputs.test
     metric, number = record.config.study.metric, trial.number
     estimates = Estimates.of(record)
@@ -121,18 +100,17 @@ def evaluate(inputs: Inputs, n_members: int, evaluation: LoggedEvaluation) -> Fi
     chosen = SelectedPostprocessing.from_table(paths.read_json(folder.choices)) if folder.choices.is_file() else None
     is_processed = chosen is not None and chosen.choices != Postprocessing()
     ensemble = None
-    if n_members:
+    if inputs.ensemble:
         alone = folder.chosen_counts if is_processed else folder.seed(0).test_counts
         ensemble = EnsembleResult(
-            n_networks=n_members,
+            n_networks=record.n_folds,
             test=_means(folder.ensemble_counts),
             official=_official_means(folder.ensemble_official_counts, test),
             gain=paired_difference(*(_scores(path, metric) for path in (folder.ensemble_counts, alone))),
         )
     leaked = np.isin(np.array(test.ids), [name for pair in leaks for name in (pair.a, pair.b)])
-    trials, evaluations = record.trials(), evaluations_of(record.paths.project, evaluation)
-    first = first_evaluation_of(evaluations, record.name, trials[0].began_at) or evaluation
     return FinalResult(
+        **history_of(record, evaluation),
         study=record.name,
         trial=trial,
         paths=folder,
@@ -149,10 +127,6 @@ def evaluate(inputs: Inputs, n_members: int, evaluation: LoggedEvaluation) -> Fi
         chosen=chosen,
         chosen_test=_means(folder.chosen_counts) if is_processed else {},
         ensemble=ensemble,
-        evaluation=evaluation,
-        evaluations=evaluations,
-        n_evaluations_before=n_evaluations_before(evaluations, trials[0].began_at),
-        n_trials_after=sum(each.began_at > first.at for each in trials),
         leaks=leaks,
         without_leaks=float(scores[metric].mean(axis=0)[~leaked].mean()) if leaks and not leaked.all() else None,
         against_default=estimates.gain(number),
@@ -226,16 +200,19 @@ def write(result: FinalResult, inputs: Inputs, **facts: Any) -> None:
     for path, figure in ((folder.curves, curves), (folder.panels, panels)):
         with paths.atomic_write(path) as temporary:
             temporary.write_bytes(figures.to_bytes(figure))
-    facts |= {"pool_key": inputs.pool.key, "test_key": test.key}
-    facts |= {"trial": result.trial.number, "params": result.trial.params, "n_seeds": n_seeds}
-    facts |= {
-        "test_set": result.evaluation.test_set,
-        "look": result.evaluation.id,
-        "n_looks": len(result.evaluations),
-    }
-    names = {field.name for field in dataclasses.fields(FinalRecord)} - set(facts) - {"format"}
-    table = to_json(FinalRecord(**facts, **{name: getattr(result, name) for name in names}))
-    paths.write_json(folder.result, table)
+    stored = FinalRecord(
+        **{field.name: getattr(result, field.name) for field in dataclasses.fields(FinalScores)},
+        **facts,
+        trial=result.trial.number,
+        params=result.trial.params,
+        n_seeds=n_seeds,
+        pool_key=inputs.pool.key,
+        test_key=test.key,
+        test_set=result.evaluation.test_set,
+        look=result.evaluation.id,
+        n_looks=len(result.evaluations),
+    )
+    paths.write_json(folder.result, to_json(stored))
 
 
 def pack_submission(folder: FinalPaths, test: Prepared) -> None:

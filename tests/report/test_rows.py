@@ -76,7 +76,7 @@ def test_a_final_of_the_winner_comes_with_what_was_promised_for_so_many_images(s
     assert final.trial == rows.winner.number
     assert final.predicted == rows.winner.predicted
     assert rows.winner.n_predicted == final.n_test == len(final.scores) == 12
-    assert final.cv["dice"].mean == pytest.approx(study.record.value(1), abs=1e-6)
+    assert final.cv_scores["dice"].mean == pytest.approx(study.record.value(1), abs=1e-6)
     assert final.n_trials_after == 1
 
 
