@@ -202,9 +202,7 @@ def test_a_final_of_the_default_says_whether_the_search_found_better(result: Fin
     gain = Paired(0.02, 0.01, 0.03, 0.001)
     other = dataclasses.replace(result, predicted=None, against_default=gain, is_default=False, winner=5)
     default = dataclasses.replace(other, against_default=None, is_default=True, winner_against_default=gain)
-    assert any(
-        "The gain of trial 5, the best of the search, over it is +0.0200" in line for line in describe(default)
-    )
+    assert any("The gain of trial 5, the best, over it is +0.0200" in line for line in describe(default))
     assert not any("nothing better" in line for line in describe(default))
     found = dataclasses.replace(default, winner=default.trial.number, winner_against_default=None)
     assert "This is the default configuration: the search found nothing better." in describe(found)

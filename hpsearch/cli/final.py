@@ -17,7 +17,6 @@ from hpsearch.report.formats import count, interval, setting
 from hpsearch.search.stopping import Stop
 
 if TYPE_CHECKING:
-    from hpsearch.stats.intervals import Interval
     from hpsearch.training.rows import EpochRow
 
 
@@ -75,15 +74,10 @@ def final(project: ProjectPaths, study_name: str | None, best: bool, tracking: s
 def describe(result: hpsearch.FinalResult) -> list[str]:
     """Return the lines that the command prints: the table of scores, what they mean, and where the files are."""
     pool, test = count(result.n_pool, "pool image"), count(result.n_test, "test image")
-    lines = [
-        "",
-        f"study {result.study}, trial {result.trial.number}: {describe_params(result.trial.params)}".rstrip(),
-        f"retrained on {pool}, evaluated on {test}",
-        "",
-        *_table(result),
-        "official: the kept model at each image's own resolution, scored as in the ISIC-2017 challenge",
-    ]
-    seeds = result.per_seed[result.metric]
+    params, seeds = describe_params(result.trial.params), result.per_seed[result.metric]
+    lines = ["", f"study {result.study}, trial {result.trial.number}: {params}".rstrip()]
+    lines += [f"retrained on {pool}, evaluated on {test}", "", *_table(result)]
+    lines += ["official: the kept model at each image's own resolution, scored as in the ISIC-2017 challenge"]
     if len(seeds) > 1:
         lines.append(f"test {result.metric} of each network: " + ", ".join(f"{value:.4f}" for value in seeds))
     lines += ["", *_sentences(result), "", f"model, masks, scores of every image, figures: {result.paths.root}"]
@@ -95,31 +89,28 @@ def describe(result: hpsearch.FinalResult) -> list[str]:
 def _table(result: hpsearch.FinalResult) -> Iterator[str]:
     metric = result.metric
     yield f"{'':36}mean    95 % interval"
-    fits = ", mean of two fits per fold" if result.is_confirmed else ""
-    more = f"   sd of the folds {result.cv_fold_std:.4f}{fits}"
-    yield _line("cross-validation", metric, result.cv) + more
+    blocks = {"cross-validation": {metric: result.cv}}
     if result.corrected is not None and result.corrected.method != "single":
-        yield _line("corrected", metric, result.corrected.interval)
+        blocks["corrected"] = {metric: result.corrected.interval}
     if result.predicted is not None:
-        yield _line("predicted for test", metric, result.predicted)
-    blocks = {f"test at {setting(result.eval_size)}": result.test}
+        blocks["predicted for test"] = {metric: result.predicted}
+    blocks[f"test at {setting(result.eval_size)}"] = result.test
     if result.chosen_test:
         blocks["test, post-processed"] = {metric: result.chosen_test[metric]}
     blocks["test, official"] = result.official
     if result.ensemble is not None:
         blocks[f"ensemble of {result.ensemble.n_networks}"] = {metric: result.ensemble.test[metric]}
         blocks["ensemble, official"] = result.ensemble.official
+    fits = ", mean of two fits per fold" if result.is_confirmed else ""
+    more = f"   sd of the folds {result.cv_fold_std:.4f}{fits}"
     for title, scores in blocks.items():
         for row, (name, score) in enumerate(scores.items()):
-            yield _line("" if row else title, name, score)
+            text = f"{'' if row else title:21}{name:>17}  {score.mean:.4f}  [{score.low:.4f}, {score.high:.4f}]"
+            yield text + more if title == "cross-validation" else text
     if result.leaks:
         n_left = result.n_test - result.n_leaked
         value = f"{result.without_leaks:.4f}  on {n_left} images" if n_left else "no image left"
         yield f"{'test, no duplicates':21}{metric:>17}  {value}"
-
-
-def _line(title: str, name: str, score: Interval) -> str:
-    return f"{title:21}{name:>17}  {score.mean:.4f}  [{score.low:.4f}, {score.high:.4f}]"
 
 
 def _sentences(result: hpsearch.FinalResult) -> Iterator[str]:
@@ -131,11 +122,9 @@ def _sentences(result: hpsearch.FinalResult) -> Iterator[str]:
     if result.is_default and result.trial.number == result.winner:
         yield "This is the default configuration: the search found nothing better."
     elif result.is_default and of_winner is not None:
-        yield (
-            f"This is the default configuration. The gain of trial {result.winner}, the best of the search, over "
-            f"it is {interval(of_winner, signed=True)} out of fold, corrected for selection."
-        )
+        text = f"{interval(of_winner, signed=True)} out of fold, corrected for selection."
+        yield f"This is the default configuration. The gain of trial {result.winner}, the best, over it is {text}"
     elif gain is not None:
-        text = interval(gain, signed=True)
-        yield f"The gain over the default (trial 0) is {text} out of fold, corrected for selection."
+        text = f"{interval(gain, signed=True)} out of fold, corrected for selection."
+        yield f"The gain over the default (trial 0) is {text}"
     yield from others

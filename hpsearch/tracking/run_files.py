@@ -90,10 +90,10 @@ def _score_rows(record: StudyRecord, number: int) -> Iterator[list[Any]]:
 
 
 def _draw_curves(folder: Path, fits: Sequence[Sequence[EpochRow]], title: str) -> None:
-    if any(fits):
-        # Imported when there is something to draw: matplotlib takes half a second.
-        from hpsearch.report import figures
+    # Matplotlib takes half a second to import.
+    from hpsearch.report import figures
 
+    if any(fits):
         (folder / "curves.png").write_bytes(figures.to_bytes(figures.draw_curves(fits, title=title)))
 
 
