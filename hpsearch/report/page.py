@@ -10,7 +10,7 @@ from hpsearch import paths
 from hpsearch.config import StudyConfig
 from hpsearch.errors import CacheError
 from hpsearch.models.costs import n_parameters
-from hpsearch.report import tables, text
+from hpsearch.report import text
 from hpsearch.report.rows import FinalRow, StudyRows, study_rows
 from hpsearch.report.trial_rows import trial_cases, trial_epochs
 from hpsearch.store.record import StudyRecord
@@ -48,7 +48,7 @@ def render(rows: StudyRows, pictures: Mapping[str, Mapping[str, Any]], *, gap: s
 
     pictures: by name, `url` and size in CSS pixels. gap: the sentence on overfitting.
     """
-    return text.render("report.html.jinja", rows=rows, pictures=pictures, gap=gap, text=text, tables=tables)
+    return text.render("report.html.jinja", rows=rows, pictures=pictures, gap=gap, text=text)
 
 
 def model_card(record: StudyRecord, name: str) -> str:
@@ -72,7 +72,7 @@ def render_card(rows: StudyRows, final: FinalRow, config: StudyConfig) -> str:
         # Only the folder's own name: where it lies is private.
         dataset=_literal(Path(config.data.images or config.data.root).name),
         n_parameters=n_parameters(config.unet, config.data.n_channels),
-        table=tables.final_scores(rows, final),
+        table=text.final_scores(rows, final),
     )
 
 
@@ -91,7 +91,7 @@ def _draw(record: StudyRecord, rows: StudyRows, fits: Sequence[Sequence[EpochRow
     if winner is None:
         return
     best = winner.number
-    yield "answer", study_figures.draw_answer(tables.estimates(rows), metric=metric)
+    yield "answer", study_figures.draw_answer(text.estimates(rows), metric=metric)
     yield "ranking", study_figures.draw_ranking(rows.complete, winner.tied, winner.cheapest, metric=metric)
     if rows.importances:
         yield "importances", study_figures.draw_importances(rows.importances)

@@ -1,9 +1,10 @@
-"""Describe a study in sentences, and render the templates of the report: the page, the model card, paragraphs."""
+"""Describe a study in sentences and tables, and render the templates of the report: page, model card, paragraphs."""
 
 import json
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from hpsearch import __version__
 from hpsearch.paths import command_line
 from hpsearch.report import formats
-from hpsearch.report.formats import SCORES, count, number
-from hpsearch.report.rows import StudyRows, TrialRow
+from hpsearch.report.formats import SCORES, bounds, count, duration, interval, number, setting
+from hpsearch.report.rows import FinalRow, StudyRows, TrialRow
 from hpsearch.search.racing import ALPHA, MATTERS
+from hpsearch.stats.intervals import Interval
 from hpsearch.stats.run_variance import S_GUESS
 from hpsearch.store.test_set_log import describe_evaluation_count
 from hpsearch.training.rows import EpochRow
@@ -108,3 +110,99 @@ def _toml(value: Any) -> str:
     if isinstance(value, float):
         return repr(value)
     return json.dumps(value, ensure_ascii=False)
+
+
+PUBLISHED: dict[str, Sequence[str]] = {
+    "dice": ("0.849", "", ""),
+    "jaccard": ("0.765", "0.762", "0.760"),
+    "accuracy": ("0.934", "", ""),
+    "sensitivity": ("0.825", "", ""),
+    "specificity": ("0.975", "", ""),
+}
+"""First, second and third place of the ISIC-2017 Part 1 challenge."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of texts. The first cell of a line is its heading."""
+
+    head: Sequence[str]
+    lines: Sequence[Sequence[str]]
+    shaded: Sequence[bool] = ()
+    """Whether a line is highlighted; empty if none is."""
+
+    @property
+    def is_numeric(self) -> list[bool]:
+        """Whether each column holds numbers only, which are aligned to the right."""
+        letters = "+-[], 0123456789.kMGexinhs\N{MINUS SIGN}"
+        return [not any(cell.strip(letters) for cell in column) for column in zip(*self.lines, strict=True)]
+
+
+def estimates(rows: StudyRows) -> list[tuple[str, Interval]]:
+    """Return (name, interval) of everything that is known about the winner's score."""
+    winner, final = rows.winner, rows.winner_final
+    assert winner is not None
+    predicted = final.predicted if final is not None and final.predicted is not None else winner.predicted
+    plain = "validation, plain" if rows.is_fixed_split else "cross-validation, plain"
+    result = [(plain, winner.statistics.total)]
+    if winner.corrected.method != "single":
+        result.append(("corrected for selection", winner.corrected.interval))
+    result.append((f"predicted for {winner.n_predicted} test images", predicted))
+    return result if final is None else [*result, (f"test, {final.n_test} images", final.test[rows.metric])]
+
+
+def _place(row: TrialRow, rows: StudyRows) -> str:
+    """Return `best`, `tied, cheapest`, `tied, two fits`."""
+    winner = rows.winner
+    assert winner is not None
+    labels = {
+        "best": row.number == winner.number,
+        "tied": row.number in winner.tied and row.number != winner.number,
+        "cheapest": row.number == winner.cheapest and len(winner.tied) > 1,
+        "two fits": row.number in rows.standing.confirmed,
+    }
+    return ", ".join(name for name, applies in labels.items() if applies)
+
+
+COLUMNS: dict[str, Callable[[Any, StudyRows], str]] = {
+    "trial": lambda row, _: str(row.number),
+    "": _place,
+    "mean": lambda row, _: number(row.statistics.mean),
+    "95 % interval": lambda row, _: bounds(row.statistics.total),
+    "sd of folds": lambda row, rows: number(row.statistics.sd_folds) if rows.n_folds > 1 else "",
+    "over folds (t)": lambda row, _: bounds(row.statistics.folds) if row.statistics.folds else "",
+    "time": lambda row, _: duration(row.seconds),
+}
+"""The columns of the ranking, heading to a function that returns a trial's cell. The searched settings follow."""
+
+
+def ranking(rows: StudyRows) -> Table:
+    """Return all complete trials, best first, with `COLUMNS` and settings; those tied with the best are shaded."""
+    assert rows.winner is not None
+    names = [name for name, _ in rows.config.search]
+    head = (*COLUMNS, *(name.partition(".")[2].replace("_", " ") for name in names))
+    lines = [
+        (*(cell(row, rows) for cell in COLUMNS.values()), *(setting(row.params[name]) for name in names))
+        for row in rows.complete
+    ]
+    return Table(head, tuple(lines), tuple(row.number in rows.winner.tied for row in rows.complete))
+
+
+def final_scores(rows: StudyRows, final: FinalRow, *, with_published: bool = False) -> Table:
+    """Return every score out of fold and on the test images, optionally beside the published results."""
+    ensemble = final.ensemble
+    columns: dict[str, Mapping[str, Interval]] = {
+        f"cross-validation, {rows.n_images} images": final.cv_scores,
+        f"test, {final.n_test} images": final.test,
+        "test, post-processed": final.chosen_test,
+        f"test, ensemble of {ensemble.n_networks if ensemble else 0}": ensemble.test if ensemble else {},
+        "test, original resolution": final.official,
+    }
+    columns = {title: scores for title, scores in columns.items() if scores}
+    lines = []
+    for name, title in SCORES.items():
+        if name in final.test or name in final.official:
+            ours = (interval(scores[name]) if name in scores else "" for scores in columns.values())
+            lines.append((title, *ours, *(PUBLISHED.get(name, ("",) * 3) if with_published else ())))
+    places = ("challenge, 1st", "2nd", "3rd") if with_published else ()
+    return Table(("score", *columns, *places), tuple(lines))

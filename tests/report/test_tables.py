@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hpsearch.report import tables
+from hpsearch.report import text
 from hpsearch.report.rows import study_rows
 from tests.recorded import FakeStudy
 
@@ -19,7 +19,7 @@ def study(tmp_path: Path) -> FakeStudy:
 
 def test_the_ranking_has_a_column_for_every_searched_setting(study: FakeStudy) -> None:
     rows = study_rows(study.record)
-    table = tables.ranking(rows)
+    table = text.ranking(rows)
     names = [name.partition(".")[2].replace("_", " ") for name, _ in rows.config.search]
     assert table.head == ("trial", "", "mean", "95 % interval", "sd of folds", "over folds (t)", "time", *names)
     assert [line[0] for line in table.lines] == [str(row.number) for row in rows.complete]
@@ -27,8 +27,8 @@ def test_the_ranking_has_a_column_for_every_searched_setting(study: FakeStudy) -
 
 
 def test_a_column_is_one_entry(study: FakeStudy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tables.COLUMNS, "depth twice", lambda row, _: str(2 * row.params["unet.depth"]))
+    monkeypatch.setitem(text.COLUMNS, "depth twice", lambda row, _: str(2 * row.params["unet.depth"]))
     rows = study_rows(study.record)
-    table = tables.ranking(rows)
+    table = text.ranking(rows)
     place = table.head.index("depth twice")
     assert [line[place] for line in table.lines] == [str(2 * row.params["unet.depth"]) for row in rows.complete]
