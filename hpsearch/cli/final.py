@@ -45,10 +45,9 @@ def final(project: ProjectPaths, study_name: str | None, best: bool, tracking: s
         raise click.UsageError("--best, --trial and --cheapest-tied exclude each other")
     name = hpsearch.study_record(project, study_name).name
 
-    def on_epoch(index: int, row: EpochRow) -> bool:
+    def on_epoch(index: int, row: EpochRow) -> None:
         line = f"network {index + 1} of {chosen['n_seeds']}, epoch {row.epoch}: training loss {row.train.loss:.4f}"
         click.echo(f"{line}, training Dice {row.train.dice:.4f}, {row.images_per_s:.0f} images/s")
-        return True
 
     stop = Stop()
     with stop_on_signals(stop):
@@ -62,8 +61,6 @@ def final(project: ProjectPaths, study_name: str | None, best: bool, tracking: s
             stop=stop,
             **chosen,
         )
-    # It is None only if `on_epoch` returns False.
-    assert result is not None
     click.echo("\n".join(describe(result)))
     click.echo(f"Next: {next_command('report', result.study, project)}")
     if result.undelivered:
@@ -107,10 +104,8 @@ def _table(result: hpsearch.FinalResult) -> Iterator[str]:
         for row, (name, score) in enumerate(scores.items()):
             text = f"{'' if row else title:21}{name:>17}  {score.mean:.4f}  [{score.low:.4f}, {score.high:.4f}]"
             yield text + more if title == "cross-validation" else text
-    if result.leaks:
-        n_left = result.n_test - result.n_leaked
-        value = f"{result.without_leaks:.4f}  on {n_left} images" if n_left else "no image left"
-        yield f"{'test, no duplicates':21}{metric:>17}  {value}"
+    if result.without_leaks is not None:
+        yield f"{'test, no duplicates':21}{metric:>17}  {result.without_leaks:.4f}"
 
 
 def _sentences(result: hpsearch.FinalResult) -> Iterator[str]:

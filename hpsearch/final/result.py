@@ -49,12 +49,6 @@ class FinalResult(FinalScores, EvaluationHistory):
     tracking_error: str = ""
     """Why MLflow could not be brought up to date; empty if it is."""
 
-    @property
-    def n_leaked(self) -> int:
-        """Number of test images that are in `leaks`."""
-        sides = [(pair.a, pair.split_a) for pair in self.leaks] + [(pair.b, pair.split_b) for pair in self.leaks]
-        return len({name for name, split in sides if split == "test"})
-
 
 def is_stored(folder: FinalPaths, pool: Prepared, test: Prepared, *, n_seeds: int, ensemble: bool) -> bool:
     """Whether the folder holds the whole result of these images, for so many seeds."""

@@ -42,8 +42,9 @@ from hpsearch.workers.loop import run_job
 
 logger = logging.getLogger(__name__)
 
-OnEpoch = Callable[[int, EpochRow], bool]
-"""Called with (index of the seed, row) after every epoch; returns whether to go on."""
+OnEpoch = Callable[[int, EpochRow], object]
+"""Called with (index of the seed, row) after every epoch."""
+STOPPED = "stopped; run the same command again to continue"
 RunJob = Callable[..., jobs.Finished | None]
 """`run_job` with the pool and the check of this final."""
 
@@ -63,18 +64,18 @@ def run_final(
     on_step: Callable[[str], None] | None = None,
     submission: bool = False,
     stop: Stop | None = None,
-) -> FinalResult | None:
+) -> FinalResult:
     """Train the winner of a study (or `trial`) on all pool images and score the test images.
 
     Data and settings are those of the study. `cheapest_tied` selects the fastest of the trials that cannot be
-    distinguished from the best. Each of `n_seeds` networks is trained for as many epochs as the trial. If
-    `on_epoch` returns False, the result is None, and the next call continues from there. `ensemble` also evaluates
-    the ensemble of the fold networks. No other function reads the test split, and every evaluation is recorded
-    before it begins. The masks at each image's own resolution, as `predict` would write them, stay in the final's
-    folder. If the result is stored already, it is returned without another evaluation. `submission` packs the masks
-    into a zip for the challenge. `on_decoded(done, total)` reports the progress of decoding, and `on_step(text)`
-    the next step. A request of `stop` ends the call after the current epoch, or at once if no network is being
-    trained.
+    distinguished from the best. Each of `n_seeds` networks is trained for as many epochs as the trial, and
+    `on_epoch(index, row)` is called after each. `ensemble` also evaluates the ensemble of the fold networks. No
+    other function reads the test split, and every evaluation is recorded before it begins. The masks at each
+    image's own resolution, as `predict` would write them, stay in the final's folder. If the result is stored
+    already, it is returned without another evaluation. `submission` packs the masks into a zip for the challenge.
+    `on_decoded(done, total)` reports the progress of decoding, and `on_step(text)` the next step. A request of
+    `stop` ends the call after the current epoch, or at once if no network is being trained; the next call continues
+    from there.
 
     Raises StudyError if there is no such study or trial, or no networks for an ensemble; DatasetError if the data
     cannot be used; StoppedError if `stop` ended the call.
@@ -88,8 +89,6 @@ def run_final(
         final = _Final(record, chosen, n_seeds, ensemble, stop, on_epoch, on_decoded, on_step)
         stored = final.stored()
         result = stored or final.run(machine or MachineChoice())
-        if result is None:
-            return None
         if submission:
             pack_submission(final.folder, final.test)
         if tracker is not None and stored is None:
@@ -147,7 +146,7 @@ class _Final:
         """Raise StoppedError if a stop was requested and no network is being trained."""
         self.stop.poll(self.record.paths)
         if self.stop.is_urgent or self.stop.epoch_left_s() is None:
-            self.stop.check("stopped; run the same command again to continue")
+            self.stop.check(STOPPED)
 
     def _decoded(self, done: int, total: int) -> None:
         self._check()
@@ -156,7 +155,9 @@ class _Final:
 
     def _epoch_ended(self, index: int, row: EpochRow) -> bool:
         """Return whether training goes on."""
-        return (self.on_epoch is None or self.on_epoch(index, row)) and not self.stop.is_requested
+        if self.on_epoch is not None:
+            self.on_epoch(index, row)
+        return not self.stop.is_requested
 
     def stored(self) -> FinalResult | None:
         """Return the result that the folder holds already; None if it has to be computed."""
@@ -169,8 +170,8 @@ class _Final:
         self.say(f"trial {self.trial.number} was evaluated on these images before; this is the stored result")
         return evaluate(self.inputs, evaluation)
 
-    def run(self, machine: MachineChoice) -> FinalResult | None:
-        """Train, select post-processing, score, and write the result; None if the caller stopped the training."""
+    def run(self, machine: MachineChoice) -> FinalResult:
+        """Train, select post-processing, score, and write the result."""
         began_at, folder = now(), self.folder
         paths.write_text(folder.config, self.config.to_toml())
         # One network after another on the first device of the plan, which no other worker shares here.
@@ -179,8 +180,7 @@ class _Final:
             pool.resize(plan.workers)
             self.stop.epoch_left_s = pool.epoch_left_s
             do = partial(run_job, pool, check=self._check)
-            if not self._train(do):
-                return None
+            self._train(do)
             # Before the test split is read.
             choices = self._select(do)
             shutil.rmtree(folder.ensemble, ignore_errors=True)
@@ -188,16 +188,10 @@ class _Final:
             members = [folder.ensemble / f"fold{fold}.safetensors" for fold in range(len(sources))]
             copies = zip((folder.seed(0).weights, *sources), (folder.model, *members), strict=True)
             do(jobs.KeepJob(copies=tuple(jobs.WeightsCopy(*copy) for copy in copies), postprocessing=choices))
-            evaluation = test_set_log.begin_evaluation(
-                self.project,
-                test_set_log.TestImages.in_cache(self.test.cache_path),
-                at=now(),
-                study=self.record.name,
-                study_began_at=self.record.trial(self.record.trial_numbers()[0]).began_at,
-                trial=self.trial.number,
-                folder=str(self.project.root.absolute()),
-                metric=self.record.config.study.metric,
-            )
+            images = test_set_log.TestImages.in_cache(self.test.cache_path)
+            facts = {"study": self.record.name, "trial": self.trial.number, "metric": self.record.config.study.metric}
+            facts |= {"study_began_at": self.record.trials()[0].began_at, "folder": str(self.project.root.absolute())}
+            evaluation = test_set_log.begin_evaluation(self.project, images, at=now(), **facts)
             self._score(do, choices, members)
         result = evaluate(self.inputs, evaluation)
         evaluation = test_set_log.end_evaluation(self.project, evaluation, result.test[result.metric].mean)
@@ -205,12 +199,11 @@ class _Final:
         result = dataclasses.replace(result, evaluation=evaluation, evaluations=evaluations)
         write(result, self.inputs, began_at=began_at, ended_at=now(), runtime=dict(plan.machine))
         paths.write_text(folder.card, model_card(self.record, folder.root.name))
-        text = "final of trial %d: test %s %.4f"
-        logger.info(text, result.trial.number, result.metric, result.test[result.metric].mean)
+        logger.info("final of trial %d: test %s %.4f", self.trial.number, result.metric, evaluation.score)
         return result
 
-    def _train(self, do: RunJob) -> bool:
-        """Train the network of each seed; return False if the caller stopped one."""
+    def _train(self, do: RunJob) -> None:
+        """Train the network of each seed."""
         for index in range(self.n_seeds):
             fit, network = self.folder.seed(index), f"network {index + 1} of {self.n_seeds}"
             if fit.fit.is_file():
@@ -220,9 +213,7 @@ class _Final:
             seed = stable_seed(self.config.study.seed, "final", index)
             job = pool_job(self.trial, self.config, fit, self.caches, seed=seed)
             if do(job, on_epoch=partial(self._epoch_ended, index)) is None:
-                self._check()
-                return False
-        return True
+                self.stop.check(STOPPED)
 
     def _select(self, do: RunJob) -> Postprocessing:
         """Select post-processing by out-of-fold predictions, if the networks of the folds were kept."""
@@ -231,20 +222,12 @@ class _Final:
             self.say("selecting threshold, flips and cleaning by out-of-fold predictions")
             searched = PoolCaches(record.config, self.root)
             if searched.scored.ids != record.folds.ids:
-                raise StudyChangedError(
-                    f"the images of study {record.name!r} have changed since it was begun: put the old ones back"
-                )
+                raise StudyChangedError(f"the images of study {record.name!r} have changed: put the old ones back")
             held_out = [tuple(record.folds.held_out(fold).tolist()) for fold in range(record.n_folds)]
-            job = jobs.SelectPostprocessingJob(
-                config=config,
-                metric=record.config.study.metric,
-                caches=jobs.CachePaths(*searched.paths(config)),
-                networks=tuple(map(FoldNetwork, networks.weights, networks.others, held_out)),
-                source=networks.source,
-                ensemble=self.ensemble,
-                out=out,
-            )
-            do(job)
+            each = tuple(map(FoldNetwork, networks.weights, networks.others, held_out))
+            caches, metric = jobs.CachePaths(*searched.paths(config)), record.config.study.metric
+            select = partial(jobs.SelectPostprocessingJob, config=config, metric=metric, caches=caches)
+            do(select(networks=each, source=networks.source, ensemble=self.ensemble, out=out))
         return SelectedPostprocessing.from_table(paths.read_json(out)).choices if out.is_file() else Postprocessing()
 
     def _score(self, do: RunJob, choices: Postprocessing, members: Sequence[Path]) -> None:
@@ -286,8 +269,8 @@ def fold_networks(record: StudyRecord, number: int) -> FoldNetworks | None:
     """Return the networks of a trial's replicate, else of its first fits; None if neither were kept."""
     found: tuple[Path | None, ...] = (None,) * record.n_folds
     networks = None
-    for source, fit_of in (("first fits", record.fit), ("second fits", record.replicate_fit)):
-        fits = [fit_of(number, fold) for fold in range(record.n_folds)]
+    for source in ("first fits", "second fits"):
+        fits = record.fits(number, replicate=source == "second fits")
         if all(fit.is_finished and fit.paths.weights.is_file() for fit in fits):
             weights = tuple(fit.paths.weights for fit in fits)
             networks, found = FoldNetworks(f"{source} of trial {number}", weights, found), weights

@@ -225,8 +225,8 @@ def _winner(record: StudyRecord, estimates: Estimates, finals: Sequence[FinalRow
 def _final_row(record: StudyRecord, name: str, estimates: Estimates | None) -> FinalRow:
     result = FinalRecord.read(record.paths.final(name))
     number, n_runs = result.trial, max(1, result.n_seeds)
-    kinds = [record.fit, record.replicate_fit] if number in record.confirmed() else [record.fit]
-    scores = scores_by_fold([[fit(number, fold) for fold in range(record.n_folds)] for fit in kinds])
+    kinds = (False, True) if number in record.confirmed() else (False,)
+    scores = scores_by_fold([record.fits(number, replicate=replicate) for replicate in kinds])
     # The trials may have gone on since the final.
     predicted = estimates.predicted(number, n_test=result.n_test, n_runs=n_runs) if estimates else None
     return FinalRow(
@@ -243,18 +243,14 @@ def _evaluation_of(record: StudyRecord, result: FinalRecord) -> log.LoggedEvalua
     project = record.paths.project
     if (found := log.find_evaluation(project, result.look)) is not None:
         return found
-    known = log.LoggedEvaluation(
-        test_set=result.test_set,
-        at=result.ended_at,
-        study=record.name,
-        study_began_at=record.trials()[0].began_at,
-        trial=result.trial,
-        folder=str(project.root.absolute()),
-        n_images=result.n_test,
-        metric=result.metric,
-        score=result.test[result.metric].mean,
-        id="",
-    )
+    facts = {name: getattr(result, name) for name in ("test_set", "trial", "metric")}
+    facts |= {
+        "study": record.name,
+        "study_began_at": record.trials()[0].began_at,
+        "folder": str(project.root.absolute()),
+    }
+    score = result.test[result.metric].mean
+    known = log.LoggedEvaluation(at=result.ended_at, n_images=result.n_test, score=score, id="", **facts)
     wanted = (known.test_set, known.configuration)
     entries = (each for each in log.evaluations_of(project, known) if each.id)
     return next((each for each in entries if (each.test_set, each.configuration) == wanted), known)

@@ -66,8 +66,8 @@ def write_refit_files(record: StudyRecord, number: int, folder: Path) -> None:
     """Write trial.toml, second.json and a figure for the refit of a trial."""
     (folder / "trial.toml").write_text(record.trial(number).study_config.to_toml(), encoding="utf-8")
     _copy(folder, record.paths.trial(number).second)
-    fits = [record.replicate_fit(number, fold).epochs() for fold in range(record.n_folds)]
-    _draw_curves(folder, fits, f"trial {number:04d} of {record.name}, refit")
+    epochs = [fit.epochs() for fit in record.fits(number, replicate=True)]
+    _draw_curves(folder, epochs, f"trial {number:04d} of {record.name}, refit")
 
 
 def write_final_files(record: StudyRecord, name: str, folder: Path) -> None:

@@ -129,7 +129,7 @@ def trial_run(record: StudyRecord, trial: TrialRecord, standing: Standing) -> Ru
     Its cross-validation means are the values that rank it: means over first fits and refits once these count.
     """
     number = trial.number
-    fits = [record.fit(number, fold) for fold in range(record.n_folds)]
+    fits = record.fits(number)
     points: list[Point] = []
     if trial.outcome == "complete":
         points = _value_points(record, trial, fits, standing)
@@ -144,7 +144,7 @@ def trial_run(record: StudyRecord, trial: TrialRecord, standing: Standing) -> Ru
 def refit_run(record: StudyRecord, second: ReplicateRecord) -> RunContent:
     """Return the run of the refit of a trial as far as it has come."""
     trial, number = record.trial(second.trial), second.trial
-    fits = [record.replicate_fit(number, fold) for fold in range(record.n_folds)]
+    fits = record.fits(number, replicate=True)
     points: list[Point] = []
     if second.outcome == "complete":
         scores = cross_validation([fits], None)
@@ -236,8 +236,7 @@ def _value_points(
         return points
     now = first
     if number in standing.confirmed:
-        refits = [record.replicate_fit(number, fold) for fold in range(record.n_folds)]
-        now = cross_validation([fits, refits], standing.values[number])
+        now = cross_validation([fits, record.fits(number, replicate=True)], standing.values[number])
     points += points_of("cross-validation", now, ranked_at, metric)
     return points + points_of("first fits", first, ranked_at, metric)
 
