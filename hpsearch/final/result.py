@@ -32,7 +32,7 @@ from hpsearch.typed_json import to_json
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True)
 class FinalResult(FinalScores, EvaluationHistory):
     """Test scores of a retrained configuration beside the estimates of the search."""
 

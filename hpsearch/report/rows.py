@@ -52,8 +52,6 @@ class TrialRow:
     n_parameters: int | None
     """None for an impossible network."""
     reason: str
-    pruned_at: tuple[int, int] | None
-    """Fold (from 0) and epoch (from 1) of the decision, if it was pruned."""
 
     @property
     def whole_s(self) -> float:
@@ -185,7 +183,6 @@ def _trial_row(record: StudyRecord, trial: TrialRecord, estimates: Estimates | N
     config, data, plan = trial.study_config, trial.study_config.data, record.plan()
     statistics = estimates.statistics.get(trial.number) if estimates is not None else None
     epochs = trial_epochs(record, trial.number)
-    decision = next((each for each in reversed(trial.decisions) if each.drop), None)
     is_possible = why_impossible(config.unet, data.n_channels, data.height, data.width) is None
     return TrialRow(
         number=trial.number,
@@ -199,7 +196,6 @@ def _trial_row(record: StudyRecord, trial: TrialRecord, estimates: Estimates | N
         memory_bytes=predicted_bytes(config, from_json(ExecutionPlan, plan)) if is_possible and plan else None,
         n_parameters=n_parameters(config.unet, data.n_channels) if is_possible else None,
         reason=trial.reason,
-        pruned_at=(decision.fold, decision.epoch) if trial.outcome == "pruned" and decision else None,
     )
 
 

@@ -90,22 +90,6 @@ def commands(rows: StudyRows) -> list[tuple[str, str]]:
     return result
 
 
-def stopped_at(row: TrialRow) -> str:
-    """Return where a trial ended: `fold 2, epoch 3 of 10`."""
-    if row.pruned_at is None and set(row.epochs) == {row.n_epochs}:
-        return "all folds"
-    if row.pruned_at is None and not any(row.epochs):
-        return "before the first epoch"
-    last = max((fold for fold, epochs in enumerate(row.epochs) if epochs), default=0)
-    fold, epoch = row.pruned_at or (last, row.epochs[last])
-    return f"fold {fold + 1}, epoch {epoch} of {row.n_epochs}"
-
-
-def reason(row: TrialRow) -> str:
-    """Return why a trial ended. The place of pruning is left out, because `stopped_at` gives it."""
-    return row.reason.rpartition(": ")[2] if row.outcome == "pruned" else row.reason
-
-
 def _toml(value: Any) -> str:
     if isinstance(value, float):
         return repr(value)

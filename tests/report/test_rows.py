@@ -37,7 +37,6 @@ def test_every_trial_becomes_a_row_with_what_it_cost(study: FakeStudy) -> None:
     assert rows.trials[2].seconds == pytest.approx(FIT_S)
     assert rows.trials[2].whole_s == pytest.approx(6 * FIT_S)
     assert rows.trials[3].whole_s == 0
-    assert rows.trials[2].pruned_at == (0, 1)
     assert rows.n_counted == 5
     assert not rows.is_running
 
