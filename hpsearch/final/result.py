@@ -26,7 +26,7 @@ from hpsearch.store.fits import FitRecord, load_array
 from hpsearch.store.record import StudyRecord
 from hpsearch.store.test_set_log import LoggedEvaluation
 from hpsearch.store.trials import TrialRecord
-from hpsearch.training.metrics import SCORES, PixelCounts
+from hpsearch.training.metrics import SCORES
 from hpsearch.typed_json import to_json
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,8 @@ def evaluate(inputs: Inputs, evaluation: LoggedEvaluation) -> FinalResult:
     estimates = Estimates.of(record)
     assert estimates is not None
     leaks = _find_leaks(inputs)
-    scores = _seed_scores(folder, inputs.n_seeds)
+    scores = _seed_scores(inputs)
+    means = {name: values.mean(axis=0) for name, values in scores.items()}
     chosen = SelectedPostprocessing.from_table(paths.read_json(folder.choices)) if folder.choices.is_file() else None
     is_processed = chosen is not None and chosen.choices != Postprocessing()
     ensemble = None
@@ -98,9 +99,9 @@ def evaluate(inputs: Inputs, evaluation: LoggedEvaluation) -> FinalResult:
         alone = folder.chosen_counts if is_processed else folder.seed(0).test_counts
         ensemble = EnsembleResult(
             n_networks=record.n_folds,
-            test=_means(folder.ensemble_counts),
-            official=_official_means(folder.ensemble_official_counts, test),
-            gain=paired_difference(*(_scores(path, metric) for path in (folder.ensemble_counts, alone))),
+            test=_intervals(_scores(folder.ensemble_counts)),
+            official=_intervals(_official_scores(folder.ensemble_official_counts, test)),
+            gain=paired_difference(_scores(folder.ensemble_counts)[metric], _scores(alone)[metric]),
         )
     leaked = np.isin(np.array(test.ids), [name for pair in leaks for name in (pair.a, pair.b)])
     return FinalResult(
@@ -115,14 +116,14 @@ def evaluate(inputs: Inputs, evaluation: LoggedEvaluation) -> FinalResult:
         corrected=estimates.corrected if number == estimates.winner else None,
         predicted=estimates.predicted(number, n_test=test.n, n_runs=inputs.n_seeds),
         eval_size=record.config.eval_size,
-        test={name: bootstrap_mean(values.mean(axis=0)) for name, values in scores.items()},
+        test=_intervals(means),
         per_seed={name: tuple(float(value) for value in values.mean(axis=1)) for name, values in scores.items()},
-        official=_official_means(folder.official_counts, test),
+        official=_intervals(_official_scores(folder.official_counts, test)),
         chosen=chosen,
-        chosen_test=_means(folder.chosen_counts) if is_processed else {},
+        chosen_test=_intervals(_scores(folder.chosen_counts)) if is_processed else {},
         ensemble=ensemble,
         leaks=leaks,
-        without_leaks=float(scores[metric].mean(axis=0)[~leaked].mean()) if leaks and not leaked.all() else None,
+        without_leaks=float(means[metric][~leaked].mean()) if leaks and not leaked.all() else None,
         against_default=estimates.gain(number),
         winner=estimates.winner,
         winner_against_default=estimates.gain(estimates.winner),
@@ -147,19 +148,15 @@ def _find_leaks(inputs: Inputs) -> tuple[DuplicatePair, ...]:
     return across
 
 
-def _scores(counts: Path, name: str) -> Floats:
-    """Return one score of every image of a file of counts, (n,)."""
-    return np.asarray(SCORES[name](PixelCounts.from_columns(load_array(counts, ndim=2))), np.float64)
+def _scores(counts: Path) -> dict[str, Floats]:
+    """Return every score of every image of a file of counts by name, each (n,)."""
+    return trial_rows.image_scores(load_array(counts, ndim=2))
 
 
-def _seed_scores(folder: FinalPaths, n_seeds: int) -> dict[str, Floats]:
+def _seed_scores(inputs: Inputs) -> dict[str, Floats]:
     """Return every score of every test image by the network of each seed, (seeds, n)."""
-    counts = [folder.seed(index).test_counts for index in range(n_seeds)]
-    return {name: np.stack([_scores(path, name) for path in counts]) for name in SCORES}
-
-
-def _means(counts: Path) -> dict[str, Interval]:
-    return {name: bootstrap_mean(_scores(counts, name)) for name in SCORES}
+    tables = [_scores(inputs.folder.seed(index).test_counts) for index in range(inputs.n_seeds)]
+    return {name: np.stack([table[name] for table in tables]) for name in SCORES}
 
 
 def _official_scores(counts: Path, test: Prepared) -> dict[str, Floats]:
@@ -167,8 +164,8 @@ def _official_scores(counts: Path, test: Prepared) -> dict[str, Floats]:
     return {name: table[name].to_numpy(np.float64) for name in COLUMNS}
 
 
-def _official_means(counts: Path, test: Prepared) -> dict[str, Interval]:
-    return {name: bootstrap_mean(values) for name, values in _official_scores(counts, test).items()}
+def _intervals(scores: dict[str, Floats]) -> dict[str, Interval]:
+    return {name: bootstrap_mean(values) for name, values in scores.items()}
 
 
 def write(result: FinalResult, inputs: Inputs, **facts: Any) -> None:
@@ -179,7 +176,7 @@ def write(result: FinalResult, inputs: Inputs, **facts: Any) -> None:
     from hpsearch.report import figures
 
     folder, test, n_seeds = inputs.folder, inputs.test, inputs.n_seeds
-    columns = {name: values.mean(axis=0) for name, values in _seed_scores(folder, n_seeds).items()}
+    columns = {name: values.mean(axis=0) for name, values in _seed_scores(inputs).items()}
     columns |= {f"official_{name}": values for name, values in _official_scores(folder.official_counts, test).items()}
     text = io.StringIO()
     rows = zip(test.ids, *([f"{value:.6f}" for value in values] for values in columns.values()), strict=True)

@@ -130,11 +130,9 @@ def trial_run(record: StudyRecord, trial: TrialRecord, standing: Standing) -> Ru
     """
     number = trial.number
     fits = record.fits(number)
-    points: list[Point] = []
+    points = [] if trial.ended_at is None else points_of("estimate", trial, trial.ended_at)
     if trial.outcome == "complete":
         points = _value_points(record, trial, fits, standing)
-    elif trial.ended_at is not None:
-        points = points_of("estimate", trial, trial.ended_at)
     tags = {"hpsearch.trial": str(number), "outcome": trial.outcome or "open", "source": trial.source}
     tags |= {} if trial.micro_batch is None else {"micro_batch": str(trial.micro_batch)}
     note = _trial_note(trial, record.config.study.metric, standing)
