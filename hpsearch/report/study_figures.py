@@ -54,13 +54,14 @@ def draw_ranking(complete: Sequence[TrialRow], tied: Sequence[int], cheapest: in
     figure, axis = _bars(names, 0.26, f"{NAMES[metric]}, out of fold, with 95 % interval")
     intervals = [trial.statistics.total for trial in rows if trial.statistics is not None]
     floor = floor_of([interval.mean for interval in intervals])
+    left = min(interval.low for interval in intervals if interval.mean >= floor)
     for row, (trial, interval) in enumerate(zip(rows, intervals, strict=True)):
         color, group = (TRAIN, "tied with the best") if trial.number in tied else (PALE, "worse than the best")
         marker, group = ("D", "tied with the best, cheapest") if trial.number == cheapest else ("o", group)
+        # A collapsed trial is at the left end of the axis; the table has its mean.
+        marker = "<" if interval.mean < left else marker
         looks: dict[str, Any] = {"color": color, "lw": 1.6, "marker": marker, "markevery": [1], "label": group}
-        axis.plot([interval.low, interval.mean, interval.high], [row] * 3, **looks)
-    # The intervals of collapsed trials lie beyond the axis; the table has them.
-    axis.set_xlim(left=min(interval.low for interval in intervals if interval.mean >= floor) - 0.01)
+        axis.plot(np.maximum([interval.low, interval.mean, interval.high], left), [row] * 3, **looks)
     legend_below(figure)
     return figure
 
