@@ -178,6 +178,8 @@ class FakeStudy:
         interval = {"mean": quality, "low": quality - 0.01, "high": quality + 0.01}
         names = ("dice", "jaccard", "accuracy", "sensitivity", "specificity")
         paths.write_text(folder.config, trial.study_config.to_toml())
+        for figure in (folder.curves, folder.panels):
+            paths.write_text(figure, "a figure")
         paths.write_text(folder.table, "image,dice\n" + "".join(f"{id},{quality:.6f}\n" for id in ids))
         result = {
             "format": 1,

@@ -4,7 +4,6 @@ Heavy libraries are imported only when a command runs, so that `--help` answers 
 """
 
 import errno
-import gc
 import logging
 import os
 import signal
@@ -42,9 +41,8 @@ def group() -> None:
     """
 
 
-for _command in (study.study, final.final, status.status, status.stop, study.train, plan.plan, models.predict):
-    group.add_command(_command)
-for _command in (models.export, report.report, report.track, data.data):
+STEPS = study.study, final.final, status.status, status.stop, study.train, plan.plan
+for _command in (*STEPS, models.predict, models.export, report.report, report.track, data.data):
     group.add_command(_command)
 
 
@@ -52,10 +50,6 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line. Exit codes: 0 done, 1 error in one line, 2 usage, 128 + signal interrupted."""
     protect_streams()
     code = _run(arguments)
-    # Triton, which torch loads, reports its objects as leaked unless they are collected.
-    if "torch" not in sys.modules:
-        # Python's last garbage collection takes most of a second after MLflow.
-        gc.freeze()
     views = sys.modules.get("hpsearch.views")
     if views is not None and views.is_updating():
         # MLflow's server does not answer. At exit, Python would kill the thread, which aborts inside C++ code.

@@ -54,11 +54,9 @@ def check(project: ProjectPaths, settings: Settings, as_json: bool, full: bool, 
     if near and not report.errors:
         sheet = project.root / "duplicates.png"
         pairs = find_in_dataset(config, root, with_test=True, sheet=sheet)
-        table["near_duplicates"] = []
+        names = ("a", "b", "similarity", "pool_and_test")
+        table["near_duplicates"] = [dict(zip(names, (p.a, p.b, p.similarity, p.across), strict=True)) for p in pairs]
         for p in pairs:
-            table["near_duplicates"].append(
-                {"a": p.a, "b": p.b, "similarity": p.similarity, "pool_and_test": p.across}
-            )
             across = ", POOL AND TEST" if p.across else ""
             lines.append(f"near-duplicate: {p.a} and {p.b}, similarity {p.similarity:.3f}{across}")
         lines.append(count(len(pairs), "near-duplicate pair") + (f", see {sheet}" if pairs else ""))
@@ -72,11 +70,12 @@ def check(project: ProjectPaths, settings: Settings, as_json: bool, full: bool, 
 
 def _print_report(report: CheckReport) -> None:
     click.echo("\n".join([*report.overview(), *([] if report.errors else ["no errors"])]))
-    rows = []
-    for level, kind, n, texts in report.rows():
-        more = [f"and {n - len(texts)} more (--json names all)"] if n > len(texts) else []
-        rows.append((level, kind, str(n), "\n".join([*texts, *more])))
-    echo_table(("", "kind", "number", "which"), rows)
+    rows = report.rows()
+    more = [f"and {n - len(texts)} more (--json names all)" if n > len(texts) else "" for *_, n, texts in rows]
+    cells = [
+        (*row[:2], str(row[2]), "\n".join([*row[3], rest]).strip()) for row, rest in zip(rows, more, strict=True)
+    ]
+    echo_table(("", "kind", "number", "which"), cells)
 
 
 @data.command("cache")
@@ -96,17 +95,10 @@ def cache(project: ProjectPaths, settings: Settings, compare: bool) -> None:
         for (height, width), prepared in caches.made.items():
             click.echo(f"{prepared.n} images, {height}x{width}: {prepared.cache_path}, {prepared.seconds:.1f} s")
         return
-    rows = [
-        (
-            row.kind,
-            f"{row.build_s:.1f} s",
-            f"{row.epoch_s:.3f} s",
-            f"{row.memory_bytes / 2**20:.0f} MiB",
-            f"{row.disk_bytes / 2**20:.0f} MiB",
-            f"{row.speedup:.0f}x",
-        )
-        for row in compare_caches(study.data, root, progress=lambda kind: click.echo(f"measuring {kind}", err=True))
-    ]
+    rows = []
+    for row in compare_caches(study.data, root, progress=lambda kind: click.echo(f"measuring {kind}", err=True)):
+        sizes = [f"{n_bytes / 2**20:.0f} MiB" for n_bytes in (row.memory_bytes, row.disk_bytes)]
+        rows.append((row.kind, f"{row.build_s:.1f} s", f"{row.epoch_s:.3f} s", *sizes, f"{row.speedup:.0f}x"))
     echo_table(("cache", "build", "epoch", "memory", "disk", "speed-up over decoding"), rows)
 
 

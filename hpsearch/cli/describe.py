@@ -66,15 +66,11 @@ def describe_forecast(pruner: str, forecast: Forecast) -> str:
     )
 
 
-def program(name: str = "hpsearch", *, is_absolute: bool = False) -> str:
+def program(name: str = "hpsearch") -> str:
     """Return how the user can type a program of this installation: its path if it is not on PATH."""
     folders = (Path(sys.argv[0]).absolute().parent, Path(sys.executable).parent)
     path = next((folder / name for folder in folders if (folder / name).is_file()), None)
-    if path is None or shutil.which(name):
-        return name
-    if not is_absolute and path.is_relative_to(Path.cwd()):
-        path = path.relative_to(Path.cwd())
-    return shlex.quote(str(path))
+    return name if path is None or shutil.which(name) else shlex.quote(str(path))
 
 
 def next_command(command: str, study: str, project: ProjectPaths) -> str:
@@ -84,10 +80,8 @@ def next_command(command: str, study: str, project: ProjectPaths) -> str:
 
 def mlflow_command(project: ProjectPaths) -> str:
     """Return the command that shows a project's runs in MLflow."""
-    root = str(project.root)
-    if root == ".":
-        return f"{program('mlflow')} ui"
-    return f"cd {shlex.quote(root)} && {program('mlflow', is_absolute=True)} ui"
+    folder = "" if str(project.root) == "." else f"cd {shlex.quote(str(project.root))} && "
+    return f"{folder}{program('mlflow')} ui"
 
 
 def describe_behind(study: str, project: ProjectPaths, tracking: str | None, error: str) -> str:

@@ -13,11 +13,10 @@ from hpsearch.cli.describe import describe_behind, describe_params, next_command
 from hpsearch.cli.options import AT_LEAST_0, AT_LEAST_1
 from hpsearch.cli.terminal import decoding_lines, stop_on_signals
 from hpsearch.paths import ProjectPaths
-from hpsearch.report.formats import count, interval
+from hpsearch.report.formats import count, interval, setting
 from hpsearch.search.stopping import Stop
 
 if TYPE_CHECKING:
-    from hpsearch.stats.intervals import Interval
     from hpsearch.training.rows import EpochRow
 
 
@@ -46,10 +45,9 @@ def final(project: ProjectPaths, study_name: str | None, best: bool, tracking: s
         raise click.UsageError("--best, --trial and --cheapest-tied exclude each other")
     name = hpsearch.study_record(project, study_name).name
 
-    def on_epoch(index: int, row: EpochRow) -> bool:
+    def on_epoch(index: int, row: EpochRow) -> None:
         line = f"network {index + 1} of {chosen['n_seeds']}, epoch {row.epoch}: training loss {row.train.loss:.4f}"
         click.echo(f"{line}, training Dice {row.train.dice:.4f}, {row.images_per_s:.0f} images/s")
-        return True
 
     stop = Stop()
     with stop_on_signals(stop):
@@ -63,8 +61,6 @@ def final(project: ProjectPaths, study_name: str | None, best: bool, tracking: s
             stop=stop,
             **chosen,
         )
-    # It is None only if `on_epoch` returns False.
-    assert result is not None
     click.echo("\n".join(describe(result)))
     click.echo(f"Next: {next_command('report', result.study, project)}")
     if result.undelivered:
@@ -75,15 +71,10 @@ def final(project: ProjectPaths, study_name: str | None, best: bool, tracking: s
 def describe(result: hpsearch.FinalResult) -> list[str]:
     """Return the lines that the command prints: the table of scores, what they mean, and where the files are."""
     pool, test = count(result.n_pool, "pool image"), count(result.n_test, "test image")
-    lines = [
-        "",
-        f"study {result.study}, trial {result.trial.number}: {describe_params(result.trial.params)}".rstrip(),
-        f"retrained on {pool}, evaluated on {test}",
-        "",
-        *_table(result),
-        "official: the kept model at each image's own resolution, scored as in the ISIC-2017 challenge",
-    ]
-    seeds = result.per_seed[result.metric]
+    params, seeds = describe_params(result.trial.params), result.per_seed[result.metric]
+    lines = ["", f"study {result.study}, trial {result.trial.number}: {params}".rstrip()]
+    lines += [f"retrained on {pool}, evaluated on {test}", "", *_table(result)]
+    lines += ["official: the kept model at each image's own resolution, scored as in the ISIC-2017 challenge"]
     if len(seeds) > 1:
         lines.append(f"test {result.metric} of each network: " + ", ".join(f"{value:.4f}" for value in seeds))
     lines += ["", *_sentences(result), "", f"model, masks, scores of every image, figures: {result.paths.root}"]
@@ -93,33 +84,28 @@ def describe(result: hpsearch.FinalResult) -> list[str]:
 
 
 def _table(result: hpsearch.FinalResult) -> Iterator[str]:
-    metric, (height, width) = result.metric, result.eval_size
+    metric = result.metric
     yield f"{'':36}mean    95 % interval"
-    fits = ", mean of two fits per fold" if result.is_confirmed else ""
-    more = f"   sd of the folds {result.cv_fold_std:.4f}{fits}"
-    yield _line("cross-validation", metric, result.cv) + more
+    blocks = {"cross-validation": {metric: result.cv}}
     if result.corrected is not None and result.corrected.method != "single":
-        yield _line("corrected", metric, result.corrected.interval)
+        blocks["corrected"] = {metric: result.corrected.interval}
     if result.predicted is not None:
-        yield _line("predicted for test", metric, result.predicted)
-    blocks = {f"test at {height}x{width}": result.test}
+        blocks["predicted for test"] = {metric: result.predicted}
+    blocks[f"test at {setting(result.eval_size)}"] = result.test
     if result.chosen_test:
         blocks["test, post-processed"] = {metric: result.chosen_test[metric]}
     blocks["test, official"] = result.official
     if result.ensemble is not None:
         blocks[f"ensemble of {result.ensemble.n_networks}"] = {metric: result.ensemble.test[metric]}
         blocks["ensemble, official"] = result.ensemble.official
+    fits = ", mean of two fits per fold" if result.is_confirmed else ""
+    more = f"   sd of the folds {result.cv_fold_std:.4f}{fits}"
     for title, scores in blocks.items():
         for row, (name, score) in enumerate(scores.items()):
-            yield _line("" if row else title, name, score)
-    if result.leaks:
-        n_left = result.n_test - result.n_leaked
-        value = f"{result.without_leaks:.4f}  on {n_left} images" if n_left else "no image left"
-        yield f"{'test, no duplicates':21}{metric:>17}  {value}"
-
-
-def _line(title: str, name: str, score: Interval) -> str:
-    return f"{title:21}{name:>17}  {score.mean:.4f}  [{score.low:.4f}, {score.high:.4f}]"
+            text = f"{'' if row else title:21}{name:>17}  {score.mean:.4f}  [{score.low:.4f}, {score.high:.4f}]"
+            yield text + more if title == "cross-validation" else text
+    if result.without_leaks is not None:
+        yield f"{'test, no duplicates':21}{metric:>17}  {result.without_leaks:.4f}"
 
 
 def _sentences(result: hpsearch.FinalResult) -> Iterator[str]:
@@ -131,11 +117,9 @@ def _sentences(result: hpsearch.FinalResult) -> Iterator[str]:
     if result.is_default and result.trial.number == result.winner:
         yield "This is the default configuration: the search found nothing better."
     elif result.is_default and of_winner is not None:
-        yield (
-            f"This is the default configuration. The gain of trial {result.winner}, the best of the search, over "
-            f"it is {interval(of_winner, signed=True)} out of fold, corrected for selection."
-        )
+        text = f"{interval(of_winner, signed=True)} out of fold, corrected for selection."
+        yield f"This is the default configuration. The gain of trial {result.winner}, the best, over it is {text}"
     elif gain is not None:
-        text = interval(gain, signed=True)
-        yield f"The gain over the default (trial 0) is {text} out of fold, corrected for selection."
+        text = f"{interval(gain, signed=True)} out of fold, corrected for selection."
+        yield f"The gain over the default (trial 0) is {text}"
     yield from others

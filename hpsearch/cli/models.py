@@ -75,13 +75,12 @@ def predict(
             if reason is not None:
                 progress.console.print(f"skipped: {printable(reason)}", markup=False, highlight=False, soft_wrap=True)
 
-        bad = hpsearch.predict_files(
-            predictor, images, out_dir, probabilities=probabilities, overlays=overlays, on_image=on_image
-        )
+        extra = {"probabilities": probabilities, "overlays": overlays}
+        bad = hpsearch.predict_files(predictor, images, out_dir, on_image=on_image, **extra)
     click.echo(f"{count(len(images) - len(bad), 'mask')} in {out_dir}")
     if bad:
-        click.echo(f"{len(bad)} of {len(images)} files could not be read:")
-        click.echo("\n".join(f"  {printable(path)}" for path in bad))
+        names = [f"{len(bad)} of {len(images)} files could not be read:", *map(printable, bad)]
+        click.echo("\n  ".join(names))
     return 1 if bad else 0
 
 

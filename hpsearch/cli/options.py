@@ -1,6 +1,5 @@
 """Define the options that several commands share, and turn them into a configuration."""
 
-import difflib
 import functools
 import json
 from collections.abc import Callable
@@ -138,11 +137,11 @@ def config_options(command: Command) -> Command:
     def with_config(config_file: str | None, overrides: tuple[str, ...], **rest: Any) -> Any:
         given = {name: rest.pop(name) for name in SETTING_OF if name in rest}
         # TOML writes numbers, strings and booleans as JSON does.
-        flags = [
-            f"{SETTING_OF[name]}={json.dumps(value, ensure_ascii=False)}"
-            for name, value in given.items()
-            if value is not None and value is not False
-        ]
+        # Not `in (None, False)`, because 0 equals False.
+        chosen = {
+            SETTING_OF[name]: value for name, value in given.items() if value is not None and value is not False
+        }
+        flags = [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in chosen.items()]
         settings = Settings(config_file, (*flags, *overrides), given["root"], given["images"])
         return command(settings=settings, **rest)
 
@@ -159,6 +158,5 @@ def config_path(name: str) -> Path:
     shipped = {path.stem: path for folder in reversed(SHIPPED) for path in folder.glob("*.toml")}
     if name in shipped:
         return shipped[name]
-    hint = "".join(f"; did you mean {close}?" for close in difflib.get_close_matches(name, shipped, n=1))
     known = ", ".join(sorted(shipped))
-    raise ConfigError(f"--config {name}: there is no such file, and no shipped study of that name ({known}){hint}")
+    raise ConfigError(f"--config {name}: there is no such file, and no shipped study of that name ({known})")

@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
 
 import click
 
@@ -13,7 +12,6 @@ from hpsearch.cli.describe import describe_folds, describe_forecast, describe_ma
 from hpsearch.cli.options import Settings, config_options, device_option, out_option
 from hpsearch.cli.terminal import echo_table
 from hpsearch.config import StudyConfig
-from hpsearch.config.search import Choice, Range
 from hpsearch.errors import ConfigError, DatasetError
 from hpsearch.models.costs import describe, layer_costs, n_parameters, training_flops, training_memory, why_impossible
 from hpsearch.models.memory import LayerCost, Step, saved_activations
@@ -25,8 +23,6 @@ PRESETS = {"rtx4060": (8.0, "bf16"), "t4": (15.0, "fp16"), "h200": (140.0, "bf16
 OFFICIAL_POOL = 2150
 """Number of pool images to assume without a dataset."""
 MIB, GIB = 2**20, 2**30
-REPORT_BYTES_PER_VALUE = 1
-"""The report's own estimate counts one byte per value of every feature map."""
 LAYER_HEAD = ("layer", "kind", "channels", "size", "parameters", "GFLOP", "activations, MiB")
 
 
@@ -71,9 +67,7 @@ def plan(
     amp = {"off": "float32", "auto": native}.get(config.train.amp, config.train.amp)
     usable_bytes = None if size is None else MEMORY_SHARE * size * GIB
     # All presets are CUDA devices, on which group normalization stores more.
-    costs_of = partial(
-        _Costs, precision=precision or amp, device="cuda" if preset else "cpu", usable_bytes=usable_bytes
-    )
+    costs_of = partial(_Costs, precision or amp, "cuda" if preset else "cpu", usable_bytes)
     default = costs_of(config.with_params({}))
     click.echo("\n".join(default.describe()))
     if size is not None and not default.impossible:
@@ -93,16 +87,11 @@ def plan(
 class _Costs:
     """What one configuration costs on a machine."""
 
-    def __init__(self, config: StudyConfig, *, precision: str, device: str, usable_bytes: float | None) -> None:
+    def __init__(self, precision: str, device: str, usable_bytes: float | None, config: StudyConfig) -> None:
         self._config, self._usable_bytes, data, train = config, usable_bytes, config.data, config.train
         self._shape = (config.unet, data.n_channels, data.height, data.width)
-        self._step = Step(
-            batch_size=train.batch_size,
-            precision=precision,
-            optimizer=train.optimizer,
-            momentum=train.momentum,
-            device=device,
-        )
+        settings = {name: getattr(train, name) for name in ("batch_size", "optimizer", "momentum")}
+        self._step = Step(precision=precision, device=device, **settings)
         self.impossible = why_impossible(*self._shape, batch_size=train.batch_size)
         """Why the configuration is impossible at its size; None if it is possible."""
         if self.impossible is None:
@@ -132,49 +121,44 @@ class _Costs:
             return [head, f"impossible: {self.impossible}"]
         lines, layers, memory = [head], self.layers, self.memory
         if layers:
-            lines.append(
-                f"{2 * unet.depth + 2} objects: a stacked convolution, {unet.depth} down, {unet.depth} up, a 1x1 "
-                f"convolution; {len(layers)} layers"
-                + (" with the interpolation" if layers[-1].layer.kind == "interpolation" else "")
-            )
-        lines += [
-            f"parameters {_rounded(self.parameters / 1e6)} M, {_size(self.parameters * 4)} in float32",
-            f"training step {_rounded(self.flops / 1e9)} GFLOP per image",
-        ]
+            parts = f"a stacked convolution, {unet.depth} down, {unet.depth} up, a 1x1 convolution"
+            last = " with the interpolation" if layers[-1].layer.kind == "interpolation" else ""
+            lines.append(f"{2 * unet.depth + 2} objects: {parts}; {len(layers)} layers{last}")
+        lines.append(f"parameters {_rounded(self.parameters / 1e6)} M, {_size(self.parameters * 4)} in float32")
+        lines.append(f"training step {_rounded(self.flops / 1e9)} GFLOP per image")
         if layers:
             saved = saved_activations(*self._shape, self._step)
-            one_byte = sum(cost.layer.n_outputs for cost in layers) * batch * REPORT_BYTES_PER_VALUE
-            lines.append(
-                f"saved for back-propagation {_size(saved)}, with the weights {_size(saved + memory.weights)}"
-                f"; at one byte per value, as the report estimates: {_size(one_byte)}"
-            )
-        lines.append(
-            f"peak of a training step {_size(memory.total)}: activations {_size(memory.activations)}, "
-            f"workspace {_size(memory.workspace)}, weights {_size(memory.weights)}, gradients "
-            f"{_size(memory.gradients)}, optimizer {_size(memory.optimizer)}"
-        )
-        return lines
+            # The report's own estimate counts one byte per value of every feature map.
+            one_byte = sum(cost.layer.n_outputs for cost in layers) * batch
+            text = f"saved for back-propagation {_size(saved)}, with the weights {_size(saved + memory.weights)}"
+            lines.append(f"{text}; at one byte per value, as the report estimates: {_size(one_byte)}")
+        names = ("activations", "workspace", "weights", "gradients", "optimizer")
+        parts = ", ".join(f"{name} {_size(getattr(memory, name))}" for name in names)
+        return [*lines, f"peak of a training step {_size(memory.total)}: {parts}"]
 
 
 def _layer_row(cost: LayerCost) -> Sequence[str]:
     """Return the shape, parameters, FLOPs and activations of a layer, in the columns of `LAYER_HEAD`."""
     layer = cost.layer
-    return (
-        layer.name,
-        layer.kind,
-        str(layer.channels),
-        f"{layer.height}x{layer.width}",
-        f"{layer.n_parameters:,}" if layer.n_parameters else "",
-        f"{layer.flops / 1e9:.3f}" if layer.flops else "",
-        f"{sum(cost.saved) / MIB:.1f}" if cost.saved else "",
-    )
+    parameters = f"{layer.n_parameters:,}" if layer.n_parameters else ""
+    gflop = f"{layer.flops / 1e9:.3f}" if layer.flops else ""
+    saved = f"{sum(cost.saved) / MIB:.1f}" if cost.saved else ""
+    return layer.name, layer.kind, str(layer.channels), f"{layer.height}x{layer.width}", parameters, gflop, saved
 
 
 def _corners(
     config: StudyConfig, names: Sequence[str], costs_of: Callable[[StudyConfig], _Costs]
 ) -> Iterator[Sequence[str]]:
-    """Yield the values of the settings `names` at each corner of the search space, and what it costs."""
-    for values in itertools.product(*(_ends(config.search.dimensions[name]) for name in names)):
+    """Yield the values of the settings `names` at each corner of the search space, and what it costs.
+
+    A corner has the smallest and the largest value of a setting, or all values if they are not numbers.
+    """
+    ends = []
+    for name in names:
+        every = config.search.dimensions[name].extremes
+        is_ordered = all(isinstance(value, int | float) for value in every)
+        ends.append(sorted({min(every), max(every)}) if is_ordered else every)
+    for values in itertools.product(*ends):
         columns = ["", "", "impossible", ""]
         with suppress(ConfigError):
             costs = costs_of(config.with_params(dict(zip(names, values, strict=True))))
@@ -182,13 +166,6 @@ def _corners(
                 numbers = (costs.parameters / 1e6, costs.flops / 1e9, costs.memory.total / GIB)
                 columns = [*map(_rounded, numbers), costs.verdict]
         yield [*map(str, values), *columns]
-
-
-def _ends(dimension: Choice | Range) -> Sequence[Any]:
-    """Return the smallest and the largest value, or all values if they are not numbers."""
-    values = dimension.extremes
-    is_ordered = all(isinstance(value, int | float) for value in values)
-    return sorted({min(values), max(values)}) if is_ordered else values
 
 
 def _size(n_bytes: float) -> str:
@@ -219,14 +196,9 @@ def time_of_study(config: StudyConfig, project: ProjectPaths, device: str) -> li
     except DatasetError:
         n_images, where = OFFICIAL_POOL, f"as in ISIC-2017, because there is no dataset in {folder}"
     measured = measure_drawn(config, MachineChoice(device))
-    forecast = plans.forecast(
-        config,
-        measured,
-        n_images=n_images,
-        n_trials=study.trials,
-        n_folds=1 if folds == "fixed" else folds,
-        n_replicates=0 if folds == "fixed" else min(study.confirm, study.trials),
-    )
+    n_folds, n_replicates = (1, 0) if folds == "fixed" else (folds, min(study.confirm, study.trials))
+    numbers = {"n_images": n_images, "n_trials": study.trials, "n_folds": n_folds, "n_replicates": n_replicates}
+    forecast = plans.forecast(config, measured, **numbers)
     size = f"{describe_folds(config)} x {count(config.train.epochs, 'epoch')}, {n_images} images {where}"
     return [f"{describe_machine(measured)}; {size}", describe_forecast(study.pruner, forecast)]
 

@@ -27,18 +27,13 @@ from hpsearch.study import StudySummary
 from hpsearch.training.rows import EpochRow
 from hpsearch.workers.plan import ExecutionPlan, Forecast, describe_data
 
-N_NAMED = 5
-"""Excluded images that are named."""
-
 
 class StudyProgress(StudyCallback):
     """The callback of the command line, to be used as a context manager."""
 
     def __init__(self, name: str, project: ProjectPaths, tracking: str | None = None) -> None:
         """`tracking` is the option `--tracking`."""
-        self._name = name
-        self._tracking = tracking
-        self._project = project
+        self._name, self._project, self._tracking = name, project, tracking
         self._console = Console(highlight=False, soft_wrap=True)
         self._is_live = self._console.is_terminal
         self._status: StudyStatus | None = None
@@ -75,22 +70,18 @@ class StudyProgress(StudyCallback):
         for note in prepared.notes:
             self._print(f"note: {note}")
         if excluded := prepared.excluded:
-            named = ", ".join(excluded[:N_NAMED]) + (", ..." if len(excluded) > N_NAMED else "")
+            named = ", ".join([*excluded[:5], "..."] if len(excluded) > 5 else excluded)
             self._print(f"left out {count(len(excluded), 'image')} with errors: {named}")
 
     def planned(self, record: StudyRecord, plan: ExecutionPlan, forecast: Forecast) -> None:
         config, study, status = record.config, record.config.study, self._refresh()
         self._epochs = {trial.number: trial.config["train"]["epochs"] for trial in status.trials}
-        n_trials = count(study.trials, "trial")
+        n_trials, epochs = count(study.trials, "trial"), count(config.train.epochs, "epoch")
         if status.trials:
-            n_open = sum(trial.outcome is None for trial in status.trials)
-            open_ones = f", {count(n_open, 'open trial')}" if n_open else ""
-            self._print(f"continuing study {self._name}: {status.n_counted} of {n_trials} done{open_ones}")
-        self._print(
-            f"study {self._name}: {n_trials} x {describe.describe_folds(config)} x "
-            f"{count(config.train.epochs, 'epoch')} on {count(forecast.n_images, 'image')} "
-            f"({describe_data(config.data)})"
-        )
+            self._print(f"continuing study {self._name}: {status.n_counted} of {n_trials} done")
+        size = f"{n_trials} x {describe.describe_folds(config)} x {epochs}"
+        images = f"{count(forecast.n_images, 'image')} ({describe_data(config.data)})"
+        self._print(f"study {self._name}: {size} on {images}")
         self._print(f"{describe.describe_machine(plan)}; sampler {study.sampler}, pruner {study.pruner}")
         if math.isfinite(forecast.total_s):
             self._ends_at = time.monotonic() + forecast.total_s
@@ -116,8 +107,7 @@ class StudyProgress(StudyCallback):
         value = f" {trial.value:.4f}" if trial.value is not None else ""
         mark = "  best so far" if best is not None and best.number == trial.number else ""
         reason = f"  ({trial.reason})" if trial.outcome != "complete" and trial.reason else ""
-        outcome = trial.outcome or "open"
-        self._print(f"trial {trial.number} {outcome}{value}{mark}{reason}  {describe_params(trial.params)}")
+        self._print(f"trial {trial.number} {trial.outcome}{value}{mark}{reason}  {describe_params(trial.params)}")
 
     def replicating(self, trials: Sequence[int], done: int, total: int) -> None:
         if self._refits is None:
@@ -145,9 +135,9 @@ class StudyProgress(StudyCallback):
         if summary.stopped:
             self._print(f"stopped with {summary.n_counted} of {n_trials}: run the same command again to continue")
         else:
-            commands = [describe.next_command(each, self._name, self._project) for each in ("final --best", "report")]
-            if self._tracking != "none":
-                commands.insert(1, describe.mlflow_command(self._project))
+            final, report = (describe.next_command(c, self._name, self._project) for c in ("final --best", "report"))
+            mlflow = [] if self._tracking == "none" else [describe.mlflow_command(self._project)]
+            commands = [final, *mlflow, report]
             self._print("\n  ".join([f"{summary.n_counted} of {n_trials} done. Next:", *commands]))
         if summary.undelivered:
             self._print(describe.describe_behind(self._name, self._project, self._tracking, summary.tracking_error))

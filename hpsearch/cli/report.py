@@ -60,7 +60,9 @@ def track(project: ProjectPaths, study_name: str | None, tracking: str | None, r
         with lock.hold(study):
             if rebuild:
                 done = view.rebuild()
-                click.echo(f"{name}: {done.n_kept} runs kept, {done.n_replaced} replaced, {done.n_removed} removed")
+                click.echo(
+                    f"{name}: {done['kept']} runs kept, {done['replaced']} replaced, {done['removed']} removed"
+                )
             else:
                 view.update(is_last=True)
             OptunaView(study).update(is_last=True)

@@ -73,11 +73,8 @@ def _lines(project: ProjectPaths, status: StudyStatus) -> Iterator[str]:
     if status.eta_s is not None:
         yield f"about {duration(status.eta_s)} left"
     for fit in status.open_fits:
-        refit = "refit, " if fit.is_replicate else ""
-        yield (
-            f"trial {fit.trial}, {refit}fold {fit.fold + 1} of {status.n_folds}, epoch {fit.epoch} of {fit.epochs}:  "
-            f"{metric} {fit.score:.4f}"
-        )
+        fold = f"{'refit, ' if fit.is_replicate else ''}fold {fit.fold + 1} of {status.n_folds}"
+        yield f"trial {fit.trial}, {fold}, epoch {fit.epoch} of {fit.epochs}:  {metric} {fit.score:.4f}"
     finals = study.final_names()
     if status.is_running:
         fits = [FitRecord(FitPaths(path)) for path in sorted(study.finals.glob("*/seed*")) if status.is_over]
@@ -98,16 +95,10 @@ def _lines(project: ProjectPaths, status: StudyStatus) -> Iterator[str]:
 
 def _trial_rows(status: StudyStatus) -> Iterator[Sequence[str]]:
     for trial in status.trials:
-        value = status.values.get(trial.number, trial.value)
-        yield (
-            str(trial.number),
-            trial.outcome or "open",
-            "" if value is None else f"{value:.4f}",
-            f"{status.n_finished[trial.number]}/{status.n_folds}",
-            duration(status.seconds[trial.number]),
-            describe_params(trial.params),
-            trial.reason,
-        )
+        value, number = status.values.get(trial.number, trial.value), trial.number
+        folds, seconds = f"{status.n_finished[number]}/{status.n_folds}", duration(status.seconds[number])
+        score = "" if value is None else f"{value:.4f}"
+        yield str(number), trial.outcome or "open", score, folds, seconds, describe_params(trial.params), trial.reason
 
 
 def _show_decisions(record: StudyRecord, number: int) -> None:
@@ -116,33 +107,28 @@ def _show_decisions(record: StudyRecord, number: int) -> None:
     trial = record.known_trial(number)
     score = record.worth(trial)
     value = "" if score is None else f", {record.config.study.metric} {score:.4f}"
-    outcome = trial.outcome or "open"
-    click.echo(f"trial {number} of study {record.name}: {outcome}{value}  {describe_params(trial.params)}".rstrip())
-    if trial.reason:
-        click.echo(f"  {trial.reason}")
-    if not trial.decisions:
-        if trial.outcome != "infeasible":
-            click.echo("  no pruning decisions: the pruner is off, or had no trial to compare with")
-        return
-    head = ("fold", "epoch", "d", "SE", "s", "p", "against", "estimate", "decision")
-    echo_table(head, map(_decision_row, trial.decisions))
-    click.echo(
-        "  d: how far the trial is below the best complete trial (`against`) on the same images.\n"
-        "  In the first fold, d is computed from the best-case curve of the trial. Negative d: it is better.\n"
-        "  SE: standard error of d. s: run-to-run standard deviation of a fold's mean.\n"
-        f"  p: probability of such a large d if the trial is better by {MATTERS:g}. Only the race uses it."
-    )
+    outcome = f"{trial.outcome or 'open'}{value}  {describe_params(trial.params)}".rstrip()
+    click.echo("\n  ".join([f"trial {number} of study {record.name}: {outcome}", *filter(None, [trial.reason])]))
+    if trial.decisions:
+        head = ("fold", "epoch", "d", "SE", "s", "p", "against", "estimate", "decision")
+        echo_table(head, map(_decision_row, trial.decisions))
+        click.echo(
+            "  d: how far the trial is below the best complete trial (`against`) on the same images.\n"
+            "  In the first fold, d is computed from the best-case curve of the trial. Negative d: it is better.\n"
+            "  SE: standard error of d. s: run-to-run standard deviation of a fold's mean.\n"
+            f"  p: probability of such a large d if the trial is better by {MATTERS:g}. Only the race uses it."
+        )
+    elif trial.outcome != "infeasible":
+        click.echo("  no pruning decisions: the pruner is off, or had no trial to compare with")
 
 
 def _decision_row(decision: PruneDecision) -> Sequence[str]:
     outcome, reason = "pruned" if decision.drop else "continues", decision.reason
     # The columns already show the reasons of the race.
     text = outcome if "±" in reason else f"{outcome}: {reason.rpartition(': ')[2]}"
-    numbers = (
-        "" if number is None else f"{number:.2g}" for number in (decision.d, decision.se, decision.s, decision.p)
-    )
-    against = "" if decision.against is None else str(decision.against)
-    return (str(decision.fold + 1), str(decision.epoch), *numbers, against, f"{decision.estimate:.4f}", text)
+    numbers = (decision.d, decision.se, decision.s, decision.p, decision.against)
+    cells = ("" if number is None else f"{number:.2g}" for number in numbers)
+    return (str(decision.fold + 1), str(decision.epoch), *cells, f"{decision.estimate:.4f}", text)
 
 
 @click.command("stop")

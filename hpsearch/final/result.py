@@ -20,62 +20,34 @@ from hpsearch.inference.scoring import COLUMNS, mask_name, read_mask, score_tabl
 from hpsearch.paths import FinalPaths
 from hpsearch.report import trial_rows
 from hpsearch.report.estimates import Estimates
-from hpsearch.report.final_record import EnsembleResult, FinalRecord
-from hpsearch.report.rows import FinalScores
+from hpsearch.report.final_record import EnsembleResult, EvaluationHistory, FinalRecord, FinalScores, history_of
 from hpsearch.stats.intervals import Floats, Interval, Paired, bootstrap_mean, paired_difference
-from hpsearch.stats.selection import Corrected
 from hpsearch.store.fits import FitRecord, load_array
 from hpsearch.store.record import StudyRecord
-from hpsearch.store.test_set_log import LoggedEvaluation, evaluations_of, first_evaluation_of, n_evaluations_before
+from hpsearch.store.test_set_log import LoggedEvaluation
 from hpsearch.store.trials import TrialRecord
-from hpsearch.training.metrics import SCORES, PixelCounts
+from hpsearch.training.metrics import SCORES
 from hpsearch.typed_json import to_json
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinalResult(FinalScores):
+class FinalResult(FinalScores, EvaluationHistory):
     """Test scores of a retrained configuration beside the estimates of the search."""
 
-    study: str
-    """Name of the study."""
     trial: TrialRecord
     """The trial whose configuration was retrained."""
     paths: FinalPaths
     """The files of the final: model, masks, table of scores, figures."""
-    metric: str
-    """The study's metric, `dice` or `jaccard`."""
-    cv: Interval
-    """Mean of the out-of-fold scores, over both fits if it was replicated, with its 95 % interval."""
-    cv_fold_std: float
-    """Standard deviation of the fold means."""
-    is_confirmed: bool
-    """Whether the trial was fitted twice, so that `cv` is the mean over both fits."""
-    corrected: Corrected | None
-    """The winner's mean, corrected for selection; None if this is another trial."""
-    eval_size: tuple[int, int]
-    """Height and width at which `test` is scored, as all trials were (`study.eval_size`, else `data.size`)."""
-    per_seed: dict[str, tuple[float, ...]]
-    """Score by name: the mean of each seed's network."""
-    against_default: Paired | None
-    """Its gain over trial 0, corrected for selection; None for trial 0, or if that is not complete."""
-    winner: int
-    """Number of the study's best trial."""
     winner_against_default: Paired | None
-    """The gain of the best trial over trial 0, likewise."""
+    """The gain of the best trial over trial 0, corrected for selection; None if that is not complete."""
     is_default: bool
     """Whether it has the default configuration."""
     undelivered: int = 0
     """Number of MLflow runs that lack something; it is on record."""
     tracking_error: str = ""
     """Why MLflow could not be brought up to date; empty if it is."""
-
-    @property
-    def n_leaked(self) -> int:
-        """Number of test images that are in `leaks`."""
-        sides = [(pair.a, pair.split_a) for pair in self.leaks] + [(pair.b, pair.split_b) for pair in self.leaks]
-        return len({name for name, split in sides if split == "test"})
 
 
 def is_stored(folder: FinalPaths, pool: Prepared, test: Prepared, *, n_seeds: int, ensemble: bool) -> bool:
@@ -102,6 +74,7 @@ class Inputs:
     trial: TrialRecord
     folder: FinalPaths
     n_seeds: int
+    ensemble: bool
     data: DataConfig
     """Where the images are."""
     cache_root: Path
@@ -110,29 +83,29 @@ class Inputs:
     """The test images at the size at which they are scored."""
 
 
-def evaluate(inputs: Inputs, n_members: int, evaluation: LoggedEvaluation) -> FinalResult:
-    """Return the result from the counts in the folder; `n_members` networks are in the ensemble, if any."""
+def evaluate(inputs: Inputs, evaluation: LoggedEvaluation) -> FinalResult:
+    """Return the result from the counts in the folder."""
     record, trial, folder, test = inputs.record, inputs.trial, inputs.folder, inputs.test
     metric, number = record.config.study.metric, trial.number
     estimates = Estimates.of(record)
     assert estimates is not None
     leaks = _find_leaks(inputs)
-    scores = _seed_scores(folder, inputs.n_seeds)
+    scores = _seed_scores(inputs)
+    means = {name: values.mean(axis=0) for name, values in scores.items()}
     chosen = SelectedPostprocessing.from_table(paths.read_json(folder.choices)) if folder.choices.is_file() else None
     is_processed = chosen is not None and chosen.choices != Postprocessing()
     ensemble = None
-    if n_members:
+    if inputs.ensemble:
         alone = folder.chosen_counts if is_processed else folder.seed(0).test_counts
         ensemble = EnsembleResult(
-            n_networks=n_members,
-            test=_means(folder.ensemble_counts),
-            official=_official_means(folder.ensemble_official_counts, test),
-            gain=paired_difference(*(_scores(path, metric) for path in (folder.ensemble_counts, alone))),
+            n_networks=record.n_folds,
+            test=_intervals(_scores(folder.ensemble_counts)),
+            official=_intervals(_official_scores(folder.ensemble_official_counts, test)),
+            gain=paired_difference(_scores(folder.ensemble_counts)[metric], _scores(alone)[metric]),
         )
     leaked = np.isin(np.array(test.ids), [name for pair in leaks for name in (pair.a, pair.b)])
-    trials, evaluations = record.trials(), evaluations_of(record.paths.project, evaluation)
-    first = first_evaluation_of(evaluations, record.name, trials[0].began_at) or evaluation
     return FinalResult(
+        **history_of(record, evaluation),
         study=record.name,
         trial=trial,
         paths=folder,
@@ -143,18 +116,14 @@ def evaluate(inputs: Inputs, n_members: int, evaluation: LoggedEvaluation) -> Fi
         corrected=estimates.corrected if number == estimates.winner else None,
         predicted=estimates.predicted(number, n_test=test.n, n_runs=inputs.n_seeds),
         eval_size=record.config.eval_size,
-        test={name: bootstrap_mean(values.mean(axis=0)) for name, values in scores.items()},
+        test=_intervals(means),
         per_seed={name: tuple(float(value) for value in values.mean(axis=1)) for name, values in scores.items()},
-        official=_official_means(folder.official_counts, test),
+        official=_intervals(_official_scores(folder.official_counts, test)),
         chosen=chosen,
-        chosen_test=_means(folder.chosen_counts) if is_processed else {},
+        chosen_test=_intervals(_scores(folder.chosen_counts)) if is_processed else {},
         ensemble=ensemble,
-        evaluation=evaluation,
-        evaluations=evaluations,
-        n_evaluations_before=n_evaluations_before(evaluations, trials[0].began_at),
-        n_trials_after=sum(each.began_at > first.at for each in trials),
         leaks=leaks,
-        without_leaks=float(scores[metric].mean(axis=0)[~leaked].mean()) if leaks and not leaked.all() else None,
+        without_leaks=float(means[metric][~leaked].mean()) if leaks and not leaked.all() else None,
         against_default=estimates.gain(number),
         winner=estimates.winner,
         winner_against_default=estimates.gain(estimates.winner),
@@ -179,19 +148,15 @@ def _find_leaks(inputs: Inputs) -> tuple[DuplicatePair, ...]:
     return across
 
 
-def _scores(counts: Path, name: str) -> Floats:
-    """Return one score of every image of a file of counts, (n,)."""
-    return np.asarray(SCORES[name](PixelCounts.from_columns(load_array(counts, ndim=2))), np.float64)
+def _scores(counts: Path) -> dict[str, Floats]:
+    """Return every score of every image of a file of counts by name, each (n,)."""
+    return trial_rows.image_scores(load_array(counts, ndim=2))
 
 
-def _seed_scores(folder: FinalPaths, n_seeds: int) -> dict[str, Floats]:
+def _seed_scores(inputs: Inputs) -> dict[str, Floats]:
     """Return every score of every test image by the network of each seed, (seeds, n)."""
-    counts = [folder.seed(index).test_counts for index in range(n_seeds)]
-    return {name: np.stack([_scores(path, name) for path in counts]) for name in SCORES}
-
-
-def _means(counts: Path) -> dict[str, Interval]:
-    return {name: bootstrap_mean(_scores(counts, name)) for name in SCORES}
+    tables = [_scores(inputs.folder.seed(index).test_counts) for index in range(inputs.n_seeds)]
+    return {name: np.stack([table[name] for table in tables]) for name in SCORES}
 
 
 def _official_scores(counts: Path, test: Prepared) -> dict[str, Floats]:
@@ -199,8 +164,8 @@ def _official_scores(counts: Path, test: Prepared) -> dict[str, Floats]:
     return {name: table[name].to_numpy(np.float64) for name in COLUMNS}
 
 
-def _official_means(counts: Path, test: Prepared) -> dict[str, Interval]:
-    return {name: bootstrap_mean(values) for name, values in _official_scores(counts, test).items()}
+def _intervals(scores: dict[str, Floats]) -> dict[str, Interval]:
+    return {name: bootstrap_mean(values) for name, values in scores.items()}
 
 
 def write(result: FinalResult, inputs: Inputs, **facts: Any) -> None:
@@ -211,7 +176,7 @@ def write(result: FinalResult, inputs: Inputs, **facts: Any) -> None:
     from hpsearch.report import figures
 
     folder, test, n_seeds = inputs.folder, inputs.test, inputs.n_seeds
-    columns = {name: values.mean(axis=0) for name, values in _seed_scores(folder, n_seeds).items()}
+    columns = {name: values.mean(axis=0) for name, values in _seed_scores(inputs).items()}
     columns |= {f"official_{name}": values for name, values in _official_scores(folder.official_counts, test).items()}
     text = io.StringIO()
     rows = zip(test.ids, *([f"{value:.6f}" for value in values] for values in columns.values()), strict=True)
@@ -226,16 +191,19 @@ def write(result: FinalResult, inputs: Inputs, **facts: Any) -> None:
     for path, figure in ((folder.curves, curves), (folder.panels, panels)):
         with paths.atomic_write(path) as temporary:
             temporary.write_bytes(figures.to_bytes(figure))
-    facts |= {"pool_key": inputs.pool.key, "test_key": test.key}
-    facts |= {"trial": result.trial.number, "params": result.trial.params, "n_seeds": n_seeds}
-    facts |= {
-        "test_set": result.evaluation.test_set,
-        "look": result.evaluation.id,
-        "n_looks": len(result.evaluations),
-    }
-    names = {field.name for field in dataclasses.fields(FinalRecord)} - set(facts) - {"format"}
-    table = to_json(FinalRecord(**facts, **{name: getattr(result, name) for name in names}))
-    paths.write_json(folder.result, table)
+    stored = FinalRecord(
+        **{field.name: getattr(result, field.name) for field in dataclasses.fields(FinalScores)},
+        **facts,
+        trial=result.trial.number,
+        params=result.trial.params,
+        n_seeds=n_seeds,
+        pool_key=inputs.pool.key,
+        test_key=test.key,
+        test_set=result.evaluation.test_set,
+        look=result.evaluation.id,
+        n_looks=len(result.evaluations),
+    )
+    paths.write_json(folder.result, to_json(stored))
 
 
 def pack_submission(folder: FinalPaths, test: Prepared) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from hpsearch import paths
 from hpsearch.config import stable_seed
@@ -41,8 +42,9 @@ from hpsearch.workers.loop import run_job
 
 logger = logging.getLogger(__name__)
 
-OnEpoch = Callable[[int, EpochRow], bool]
-"""Called with (index of the seed, row) after every epoch; returns whether to go on."""
+OnEpoch = Callable[[int, EpochRow], object]
+"""Called with (index of the seed, row) after every epoch."""
+STOPPED = "stopped; run the same command again to continue"
 RunJob = Callable[..., jobs.Finished | None]
 """`run_job` with the pool and the check of this final."""
 
@@ -62,18 +64,18 @@ def run_final(
     on_step: Callable[[str], None] | None = None,
     submission: bool = False,
     stop: Stop | None = None,
-) -> FinalResult | None:
+) -> FinalResult:
     """Train the winner of a study (or `trial`) on all pool images and score the test images.
 
     Data and settings are those of the study. `cheapest_tied` selects the fastest of the trials that cannot be
-    distinguished from the best. Each of `n_seeds` networks is trained for as many epochs as the trial. If
-    `on_epoch` returns False, the result is None, and the next call continues from there. `ensemble` also evaluates
-    the ensemble of the fold networks. No other function reads the test split, and every evaluation is recorded
-    before it begins. The masks at each image's own resolution, as `predict` would write them, stay in the final's
-    folder. If the result is stored already, it is returned without another evaluation. `submission` packs the masks
-    into a zip for the challenge. `on_decoded(done, total)` reports the progress of decoding, and `on_step(text)`
-    the next step. A request of `stop` ends the call after the current epoch, or at once if no network is being
-    trained.
+    distinguished from the best. Each of `n_seeds` networks is trained for as many epochs as the trial, and
+    `on_epoch(index, row)` is called after each. `ensemble` also evaluates the ensemble of the fold networks. No
+    other function reads the test split, and every evaluation is recorded before it begins. The masks at each
+    image's own resolution, as `predict` would write them, stay in the final's folder. If the result is stored
+    already, it is returned without another evaluation. `submission` packs the masks into a zip for the challenge.
+    `on_decoded(done, total)` reports the progress of decoding, and `on_step(text)` the next step. A request of
+    `stop` ends the call after the current epoch, or at once if no network is being trained; the next call continues
+    from there.
 
     Raises StudyError if there is no such study or trial, or no networks for an ensemble; DatasetError if the data
     cannot be used; StoppedError if `stop` ended the call.
@@ -87,8 +89,6 @@ def run_final(
         final = _Final(record, chosen, n_seeds, ensemble, stop, on_epoch, on_decoded, on_step)
         stored = final.stored()
         result = stored or final.run(machine or MachineChoice())
-        if result is None:
-            return None
         if submission:
             pack_submission(final.folder, final.test)
         if tracker is not None and stored is None:
@@ -98,164 +98,150 @@ def run_final(
         return result
 
 
+@dataclass
 class _Final:
     """One final: its images, its folder, and its steps."""
 
-    def __init__(
-        self,
-        record: StudyRecord,
-        trial: TrialRecord,
-        n_seeds: int,
-        ensemble: bool,
-        stop: Stop,
-        on_epoch: OnEpoch | None,
-        on_decoded: Progress | None,
-        on_step: Callable[[str], None] | None,
-    ) -> None:
-        self._record, self._trial, self._n_seeds, self._stop = record, trial, n_seeds, stop
-        self._on_epoch, self._on_decoded, self._on_step = on_epoch, on_decoded, on_step
-        self._project, self._of_trial = record.paths.project, trial.study_config
-        self.folder = record.paths.final(f"trial-{trial.number:04d}")
-        networks = fold_networks(record, trial.number)
-        if ensemble and networks is None:
-            raise StudyError(why_no_ensemble(record, trial.number))
-        self._networks, self._uses_ensemble = networks, ensemble
+    record: StudyRecord
+    trial: TrialRecord
+    n_seeds: int
+    ensemble: bool
+    stop: Stop
+    on_epoch: OnEpoch | None
+    on_decoded: Progress | None
+    on_step: Callable[[str], None] | None
+
+    def __post_init__(self) -> None:
+        record, trial = self.record, self.trial
+        self.project, self.folder = record.paths.project, record.paths.final(f"trial-{trial.number:04d}")
+        self.networks = fold_networks(record, trial.number)
+        if self.ensemble and self.networks is None:
+            raise StudyError(
+                f"the fold networks of trial {trial.number} were not kept: fit it again with `hpsearch export --toml "
+                f"FILE --trial {trial.number}` and `hpsearch train --config FILE --folds {record.config.study.folds}`"
+            )
+        of_trial = trial.study_config
         # A trial remembers where the images were when it began.
-        self._config = dataclasses.replace(self._of_trial, data=self._of_trial.data.located_as(record.config.data))
-        self._root = cache_root(self._project, self._config)
-        self._caches = PoolCaches(record.config, self._root, role="final", progress=self._decoded)
-        self.test = prepare_test(self._config.scored_data, self._root, progress=self._decoded)
+        self.config = dataclasses.replace(of_trial, data=of_trial.data.located_as(record.config.data))
+        self.root = cache_root(self.project, self.config)
+        self.caches = PoolCaches(record.config, self.root, role="final", progress=self._decoded)
+        self.test = prepare_test(self.config.scored_data, self.root, progress=self._decoded)
         """The test images at the size at which they are scored."""
-        self._seen = self.test
-        if self._config.scored_data != self._config.data:
-            self._seen = prepare_test(self._config.data, self._root, progress=self._decoded)
-        data, pool = self._config.data, self._caches.scored
-        self._inputs = Inputs(record, trial, self.folder, n_seeds, data, self._root, pool, self.test)
+        self.seen = self.test
+        if self.config.scored_data != self.config.data:
+            self.seen = prepare_test(self.config.data, self.root, progress=self._decoded)
+        data, pool = self.config.data, self.caches.scored
+        self.inputs = Inputs(
+            record, trial, self.folder, self.n_seeds, self.ensemble, data, self.root, pool, self.test
+        )
         for note in self.test.notes:
             self.say(f"note on the test split: {note}")
 
     def say(self, text: str) -> None:
         logger.info(text)
-        if self._on_step is not None:
-            self._on_step(text)
+        if self.on_step is not None:
+            self.on_step(text)
 
     def _check(self) -> None:
         """Raise StoppedError if a stop was requested and no network is being trained."""
-        self._stop.poll(self._record.paths)
-        if self._stop.is_urgent or self._stop.epoch_left_s() is None:
-            self._stop.check("stopped; run the same command again to continue")
+        self.stop.poll(self.record.paths)
+        if self.stop.is_urgent or self.stop.epoch_left_s() is None:
+            self.stop.check(STOPPED)
 
     def _decoded(self, done: int, total: int) -> None:
         self._check()
-        if self._on_decoded is not None:
-            self._on_decoded(done, total)
+        if self.on_decoded is not None:
+            self.on_decoded(done, total)
 
     def _epoch_ended(self, index: int, row: EpochRow) -> bool:
         """Return whether training goes on."""
-        return (self._on_epoch is None or self._on_epoch(index, row)) and not self._stop.is_requested
+        if self.on_epoch is not None:
+            self.on_epoch(index, row)
+        return not self.stop.is_requested
 
     def stored(self) -> FinalResult | None:
         """Return the result that the folder holds already; None if it has to be computed."""
-        folder, pool, ensemble = self.folder, self._caches.scored, self._uses_ensemble
-        if not is_stored(folder, pool, self.test, n_seeds=self._n_seeds, ensemble=ensemble):
+        pool, n_seeds = self.caches.scored, self.n_seeds
+        if not is_stored(self.folder, pool, self.test, n_seeds=n_seeds, ensemble=self.ensemble):
             return None
-        evaluation = test_set_log.find_evaluation(self._project, FinalRecord.read(folder).look)
+        evaluation = test_set_log.find_evaluation(self.project, FinalRecord.read(self.folder).look)
         if evaluation is None:
             return None
-        self.say(f"trial {self._trial.number} was evaluated on these images before; this is the stored result")
-        n_members = len(list(folder.ensemble.glob("*.safetensors"))) if ensemble else 0
-        return evaluate(self._inputs, n_members, evaluation)
+        self.say(f"trial {self.trial.number} was evaluated on these images before; this is the stored result")
+        return evaluate(self.inputs, evaluation)
 
-    def run(self, machine: MachineChoice) -> FinalResult | None:
-        """Train, select post-processing, score, and write the result; None if the caller stopped the training."""
+    def run(self, machine: MachineChoice) -> FinalResult:
+        """Train, select post-processing, score, and write the result."""
         began_at, folder = now(), self.folder
-        paths.write_text(folder.config, self._config.to_toml())
+        paths.write_text(folder.config, self.config.to_toml())
         # One network after another on the first device of the plan, which no other worker shares here.
-        with LocalPool(self._record.paths.root) as pool:
-            plan = plan_for_one_fit(self._record, self._caches, machine, pool, self._check)
+        with LocalPool(self.record.paths.root) as pool:
+            plan = plan_for_one_fit(self.record, self.caches, machine, pool, self._check)
             pool.resize(plan.workers)
-            self._stop.epoch_left_s = pool.epoch_left_s
+            self.stop.epoch_left_s = pool.epoch_left_s
             do = partial(run_job, pool, check=self._check)
-            if not self._train(do):
-                return None
+            self._train(do)
             # Before the test split is read.
             choices = self._select(do)
             shutil.rmtree(folder.ensemble, ignore_errors=True)
-            sources = self._networks.weights if self._networks is not None and self._uses_ensemble else ()
+            sources = self.networks.weights if self.networks is not None and self.ensemble else ()
             members = [folder.ensemble / f"fold{fold}.safetensors" for fold in range(len(sources))]
             copies = zip((folder.seed(0).weights, *sources), (folder.model, *members), strict=True)
             do(jobs.KeepJob(copies=tuple(jobs.WeightsCopy(*copy) for copy in copies), postprocessing=choices))
-            evaluation = test_set_log.begin_evaluation(
-                self._project,
-                test_set_log.TestImages.in_cache(self.test.cache_path),
-                at=now(),
-                study=self._record.name,
-                study_began_at=self._record.trial(self._record.trial_numbers()[0]).began_at,
-                trial=self._trial.number,
-                folder=str(self._project.root.absolute()),
-                metric=self._record.config.study.metric,
-            )
+            images = test_set_log.TestImages.in_cache(self.test.cache_path)
+            facts = {"study": self.record.name, "trial": self.trial.number, "metric": self.record.config.study.metric}
+            facts |= {"study_began_at": self.record.trials()[0].began_at, "folder": str(self.project.root.absolute())}
+            evaluation = test_set_log.begin_evaluation(self.project, images, at=now(), **facts)
             self._score(do, choices, members)
-        result = evaluate(self._inputs, len(members), evaluation)
-        evaluation = test_set_log.end_evaluation(self._project, evaluation, result.test[result.metric].mean)
-        evaluations = test_set_log.evaluations_of(self._project, evaluation)
+        result = evaluate(self.inputs, evaluation)
+        evaluation = test_set_log.end_evaluation(self.project, evaluation, result.test[result.metric].mean)
+        evaluations = test_set_log.evaluations_of(self.project, evaluation)
         result = dataclasses.replace(result, evaluation=evaluation, evaluations=evaluations)
-        write(result, self._inputs, began_at=began_at, ended_at=now(), runtime=dict(plan.machine))
-        paths.write_text(folder.card, model_card(self._record, folder.root.name))
-        text = "final of trial %d: test %s %.4f"
-        logger.info(text, result.trial.number, result.metric, result.test[result.metric].mean)
+        write(result, self.inputs, began_at=began_at, ended_at=now(), runtime=dict(plan.machine))
+        paths.write_text(folder.card, model_card(self.record, folder.root.name))
+        logger.info("final of trial %d: test %s %.4f", self.trial.number, result.metric, evaluation.score)
         return result
 
-    def _train(self, do: RunJob) -> bool:
-        """Train the network of each seed; return False if the caller stopped one."""
-        for index in range(self._n_seeds):
-            fit, network = self.folder.seed(index), f"network {index + 1} of {self._n_seeds}"
+    def _train(self, do: RunJob) -> None:
+        """Train the network of each seed."""
+        for index in range(self.n_seeds):
+            fit, network = self.folder.seed(index), f"network {index + 1} of {self.n_seeds}"
             if fit.fit.is_file():
                 self.say(f"{network} has been trained")
                 continue
-            self.say(f"training {network} on {self._caches.scored.n} images")
-            seed = stable_seed(self._config.study.seed, "final", index)
-            job = pool_job(self._trial, self._config, fit, self._caches, seed=seed)
+            self.say(f"training {network} on {self.caches.scored.n} images")
+            seed = stable_seed(self.config.study.seed, "final", index)
+            job = pool_job(self.trial, self.config, fit, self.caches, seed=seed)
             if do(job, on_epoch=partial(self._epoch_ended, index)) is None:
-                self._check()
-                return False
-        return True
+                self.stop.check(STOPPED)
 
     def _select(self, do: RunJob) -> Postprocessing:
         """Select post-processing by out-of-fold predictions, if the networks of the folds were kept."""
-        record, networks, config, out = self._record, self._networks, self._of_trial, self.folder.choices
+        record, networks, config, out = self.record, self.networks, self.trial.study_config, self.folder.choices
         if networks is not None:
             self.say("selecting threshold, flips and cleaning by out-of-fold predictions")
-            searched = PoolCaches(record.config, self._root)
+            searched = PoolCaches(record.config, self.root)
             if searched.scored.ids != record.folds.ids:
-                raise StudyChangedError(
-                    f"the images of study {record.name!r} have changed since it was begun: put the old ones back"
-                )
+                raise StudyChangedError(f"the images of study {record.name!r} have changed: put the old ones back")
             held_out = [tuple(record.folds.held_out(fold).tolist()) for fold in range(record.n_folds)]
-            job = jobs.SelectPostprocessingJob(
-                config=config,
-                metric=record.config.study.metric,
-                caches=jobs.CachePaths(*searched.paths(config)),
-                networks=tuple(map(FoldNetwork, networks.weights, networks.others, held_out)),
-                source=networks.source,
-                ensemble=self._uses_ensemble,
-                out=out,
-            )
-            do(job)
+            each = tuple(map(FoldNetwork, networks.weights, networks.others, held_out))
+            caches, metric = jobs.CachePaths(*searched.paths(config)), record.config.study.metric
+            select = partial(jobs.SelectPostprocessingJob, config=config, metric=metric, caches=caches)
+            do(select(networks=each, source=networks.source, ensemble=self.ensemble, out=out))
         return SelectedPostprocessing.from_table(paths.read_json(out)).choices if out.is_file() else Postprocessing()
 
     def _score(self, do: RunJob, choices: Postprocessing, members: Sequence[Path]) -> None:
         """Write counts and masks of the test images, by the retrained networks and by those of the folds together."""
-        folder, test, config = self.folder, self.test, self._of_trial
-        caches = jobs.CachePaths(self._seen.cache_path, test.cache_path if self._seen.key != test.key else None)
+        folder, test, config = self.folder, self.test, self.trial.study_config
+        caches = jobs.CachePaths(self.seen.cache_path, test.cache_path if self.seen.key != test.key else None)
         count = partial(jobs.CountJob, config=config, caches=caches)
-        for fit in map(folder.seed, range(self._n_seeds)):
+        for fit in map(folder.seed, range(self.n_seeds)):
             score = partial(count, postprocessing=Postprocessing(), counts=fit.test_counts, examples=fit.examples)
             do(score(weights=(fit.weights,)))
         shutil.rmtree(folder.masks, ignore_errors=True)
         self.say(f"scoring the masks of {test.n} test images at their own resolution")
         # A cache outlives its dataset's folder, so the files are located anew.
-        samples = {sample.id: sample for sample in locate(self._config.data, self._root).split("test")}
+        samples = {sample.id: sample for sample in locate(self.config.data, self.root).split("test")}
         images = tuple(jobs.ImageFiles(image, samples[image].image, samples[image].mask) for image in test.ids)
         by_ensemble = choices.ensemble and bool(members)
         official = partial(jobs.OfficialScoreJob, reading=test.reading, images=images)
@@ -269,8 +255,7 @@ class _Final:
             do(official(weights=tuple(members), masks=masks, counts=folder.ensemble_official_counts))
 
 
-@dataclass(frozen=True)
-class FoldNetworks:
+class FoldNetworks(NamedTuple):
     """One network per fold, which has not seen its held-out images, and optionally a second one with other seeds."""
 
     source: str
@@ -282,24 +267,14 @@ class FoldNetworks:
 
 def fold_networks(record: StudyRecord, number: int) -> FoldNetworks | None:
     """Return the networks of a trial's replicate, else of its first fits; None if neither were kept."""
-    found: list[tuple[str, tuple[Path, ...]]] = []
-    for source, fit_of in (("second fits", record.replicate_fit), ("first fits", record.fit)):
-        fits = [fit_of(number, fold) for fold in range(record.n_folds)]
+    found: tuple[Path | None, ...] = (None,) * record.n_folds
+    networks = None
+    for source in ("first fits", "second fits"):
+        fits = record.fits(number, replicate=source == "second fits")
         if all(fit.is_finished and fit.paths.weights.is_file() for fit in fits):
-            found.append((f"{source} of trial {number}", tuple(fit.paths.weights for fit in fits)))
-    if not found:
-        return None
-    return FoldNetworks(*found[0], found[1][1] if len(found) > 1 else (None,) * record.n_folds)
-
-
-def why_no_ensemble(record: StudyRecord, number: int) -> str:
-    having = [trial.number for trial in record.complete_trials() if fold_networks(record, trial.number) is not None]
-    others = f"take --trial {' or '.join(map(str, having))}, or " if having else ""
-    return (
-        f"the networks of the folds of trial {number} were not kept, as they are for the best trials only: {others}"
-        f"fit its folds again (`hpsearch export --toml FILE --trial {number}`, then `hpsearch train --config FILE "
-        f"--folds {record.config.study.folds}`) and take the final of that study"
-    )
+            weights = tuple(fit.paths.weights for fit in fits)
+            networks, found = FoldNetworks(f"{source} of trial {number}", weights, found), weights
+    return networks
 
 
 def choose_trial(record: StudyRecord, number: int | None, cheapest_tied: bool) -> TrialRecord:
@@ -319,7 +294,5 @@ def choose_trial(record: StudyRecord, number: int | None, cheapest_tied: bool) -
     configuration = record.configuration(trial.params)
     same = next(each for each in record.complete_trials() if record.configuration(each.params) == configuration)
     if same.number != number:
-        raise StudyError(
-            f"{named} is a copy of trial {same.number}, which stands for both: take --trial {same.number}"
-        )
+        raise StudyError(f"{named} is a copy of trial {same.number}: take --trial {same.number}")
     return trial

@@ -137,11 +137,6 @@ def _mark_gap(axis: Axes, epochs: Floats, train: Floats, held_out: Floats, score
 
 def draw_panels(cases: Sequence[Case], *, metric: str, title: str) -> Figure:
     """Draw a row for each case: image, mask, prediction, and both over the image. All images have one size."""
-    if not cases:
-        figure, ((axis,),) = new_figure(8.0, 2.0, title=title)
-        axis.set_axis_off()
-        axis.text(0, 0.5, "no examples were kept", color=PALE)
-        return figure
     # One picture in one axes is ten times as fast as an axes for each view.
     picture = np.concatenate([np.concatenate(_views(case), axis=1) for case in cases])
     height, width = picture.shape[0] / len(cases), picture.shape[1] / 4

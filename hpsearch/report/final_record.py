@@ -9,6 +9,9 @@ from hpsearch.inference.postprocessing import SelectedPostprocessing
 from hpsearch.paths import FinalPaths, read_json
 from hpsearch.stats.intervals import Interval, Paired
 from hpsearch.stats.selection import Corrected
+from hpsearch.store import test_set_log
+from hpsearch.store.record import StudyRecord
+from hpsearch.store.test_set_log import LoggedEvaluation
 from hpsearch.store.trials import FORMAT
 from hpsearch.typed_json import from_json
 
@@ -26,16 +29,41 @@ class EnsembleResult:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class StoredScores:
-    """Test scores of a retrained configuration; version 0.1 recorded only some of them."""
+class FinalScores:
+    """Scores of a retrained configuration, beside the estimates of the search.
 
+    Files of version 0.1 may lack the fields with defaults.
+    """
+
+    study: str
+    """Name of the study."""
+    metric: str
+    """The study's metric, `dice` or `jaccard`."""
     n_pool: int
     """Number of pool images that the networks were trained on."""
     n_test: int
     """Number of test images."""
+    cv: Interval
+    """Mean of the out-of-fold scores, over both fits if it was replicated, with its 95 % interval."""
+    cv_fold_std: float
+    """Standard deviation of the fold means."""
+    is_confirmed: bool = False
+    """Whether the trial was fitted twice, so that `cv` is the mean over both fits."""
+    corrected: Corrected | None = None
+    """The winner's mean, corrected for selection; None if this is another trial."""
+    predicted: Interval | None = None
+    """Prediction of the search for this many test images, with its 95 % interval; None if it is not the winner."""
+    against_default: Paired | None
+    """Its gain over trial 0, corrected for selection; None for trial 0, or if that is not complete."""
+    winner: int | None = None
+    """Number of the study's best trial."""
+    eval_size: tuple[int, int] | None = None
+    """Height and width at which `test` is scored, as all trials were (`study.eval_size`, else `data.size`)."""
     test: dict[str, Interval]
     """Score by name at the size of the search: mean over images, and over seeds, with its 95 % interval over images.
     Scored as all trials are: threshold 0.5, no test-time augmentation, no cleaning."""
+    per_seed: dict[str, tuple[float, ...]]
+    """Score by name: the mean of each seed's network."""
     official: dict[str, Interval] = field(default_factory=dict)
     """Official score by name, at each image's own resolution, of the network that is kept (the first seed's) with its
     post-processing. Mean over images with its 95 % interval; empty if they were not computed."""
@@ -51,17 +79,12 @@ class StoredScores:
     """Mean of the study's metric over the test images without duplicates; None without leaks, or if all have one."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class FinalRecord(StoredScores):
-    """What final.json holds. `FinalResult` describes fields of the same names.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FinalRecord(FinalScores):
+    """What final.json holds."""
 
-    Files of version 0.1 may lack the fields with defaults.
-    """
-
-    study: str
     trial: int
     params: dict[str, Any]
-    metric: str
     n_seeds: int
     began_at: float
     ended_at: float
@@ -69,17 +92,8 @@ class FinalRecord(StoredScores):
     """Key of the cache of the test images."""
     runtime: dict[str, Any]
     """The machine."""
-    cv: Interval
-    cv_fold_std: float
-    per_seed: dict[str, tuple[float, ...]]
-    against_default: Paired | None
     format: int = FORMAT
     pool_key: str = ""
-    winner: int | None = None
-    is_confirmed: bool = False
-    corrected: Corrected | None = None
-    predicted: Interval | None = None
-    eval_size: tuple[int, int] | None = None
     test_set: str = ""
     """Digest of the test images."""
     look: str = ""
@@ -96,3 +110,30 @@ class FinalRecord(StoredScores):
             raise RecordError(
                 f"{folder.result} is damaged: put it back from a copy, or delete it to evaluate again"
             ) from error
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EvaluationHistory:
+    """The evaluation of the test images by a final, among all others of these images."""
+
+    evaluation: LoggedEvaluation
+    """This evaluation of the test images, as recorded in the account of test-set evaluations."""
+    evaluations: tuple[LoggedEvaluation, ...]
+    """All known evaluations of any of these test images, this one included, in the order of time."""
+    n_evaluations_before: int
+    """Number of evaluations before the study began."""
+    n_trials_after: int
+    """Number of trials of the study that began after its first evaluation of these images."""
+
+
+def history_of(record: StudyRecord, evaluation: LoggedEvaluation) -> dict[str, Any]:
+    """Return the fields of `EvaluationHistory` of an evaluation by a study."""
+    began = [trial.began_at for trial in record.trials()]
+    evaluations = test_set_log.evaluations_of(record.paths.project, evaluation)
+    first = test_set_log.first_evaluation_of(evaluations, record.name, began[0]) or evaluation
+    return {
+        "evaluation": evaluation,
+        "evaluations": evaluations,
+        "n_evaluations_before": test_set_log.n_evaluations_before(evaluations, began[0]),
+        "n_trials_after": sum(each > first.at for each in began),
+    }

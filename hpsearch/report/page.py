@@ -97,7 +97,6 @@ def _draw(record: StudyRecord, rows: StudyRows, fits: Sequence[Sequence[EpochRow
         yield "importances", study_figures.draw_importances(rows.importances)
     if dimensions:
         yield "slices", study_figures.draw_slices(rows.trials, dimensions, best, metric=metric)
-        yield "parallel", study_figures.draw_parallel(rows.trials, dimensions, best, metric=metric)
     yield "costs", study_figures.draw_costs(rows.complete, best, metric=metric)
     title = f"{rows.name}, trial {best}"
     yield "curves", figures.draw_curves(fits, title=title)

@@ -1,7 +1,6 @@
 """Read from the record what the report of a study shows, as typed rows. Knows no drawing and no HTML."""
 
 import csv
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,7 +11,7 @@ from hpsearch.config import StudyConfig, get_setting
 from hpsearch.errors import RecordError
 from hpsearch.models.costs import n_parameters, why_impossible
 from hpsearch.report.estimates import Estimates
-from hpsearch.report.final_record import FinalRecord, StoredScores
+from hpsearch.report.final_record import EvaluationHistory, FinalRecord, history_of
 from hpsearch.report.trial_rows import scores_by_fold, trial_epochs
 from hpsearch.search.constant_predictions import constant_warnings
 from hpsearch.search.importance import importances
@@ -53,8 +52,6 @@ class TrialRow:
     n_parameters: int | None
     """None for an impossible network."""
     reason: str
-    pruned_at: tuple[int, int] | None
-    """Fold (from 0) and epoch (from 1) of the decision, if it was pruned."""
 
     @property
     def whole_s(self) -> float:
@@ -86,30 +83,11 @@ class Winner:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class FinalScores(StoredScores):
-    """Test scores of a retrained configuration, and what they may be compared with."""
-
-    predicted: Interval | None
-    """Prediction of the search for this many test images, with its 95 % interval; None if it is not the winner."""
-    evaluation: log.LoggedEvaluation
-    """This evaluation of the test images, as recorded in the account of test-set evaluations."""
-    evaluations: tuple[log.LoggedEvaluation, ...]
-    """All known evaluations of any of these test images, this one included, in the order of time."""
-    n_evaluations_before: int
-    """Number of evaluations before the study began."""
-    n_trials_after: int
-    """Number of trials of the study that began after its first evaluation of these images."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class FinalRow(FinalScores):
+class FinalRow(FinalRecord, EvaluationHistory):
     """One final of a study as the report shows it."""
 
     name: str
-    trial: int
-    n_seeds: int
-    ended_at: float
-    cv: dict[str, Interval]
+    cv_scores: dict[str, Interval]
     """Out-of-fold score by name: mean over images with its 95 % interval over images."""
     scores: Floats
     """The study's metric on every test image, mean over the networks."""
@@ -134,8 +112,6 @@ class StudyRows:
     """The ranking of the trials that can win, and the values by which they are ranked."""
     winner: Winner | None
     """None while no trial is complete."""
-    replicates: tuple[int, int] | None
-    """Replicate fits done and to do, while some are missing; None before and after."""
     importances: dict[str, float]
     finals: tuple[FinalRow, ...]
     """In the order in which they ended."""
@@ -180,7 +156,7 @@ def study_rows(record: StudyRecord) -> StudyRows:
     Raises RecordError if the folder is damaged, or if the study has no folds yet.
     """
     trials, estimates = record.trials(), Estimates.of(record)
-    finals = [_final_row(record, name, estimates, trials) for name in record.paths.final_names()]
+    finals = [_final_row(record, name, estimates) for name in record.paths.final_names()]
     finals.sort(key=lambda final: (final.ended_at, final.name))
     times = [trial.ended_at or trial.began_at for trial in trials] + [final.ended_at for final in finals]
     return StudyRows(
@@ -194,7 +170,6 @@ def study_rows(record: StudyRecord) -> StudyRows:
         trials=tuple(_trial_row(record, trial, estimates) for trial in trials),
         standing=record.standing(trials),
         winner=_winner(record, estimates, finals) if estimates is not None else None,
-        replicates=_replicates(record),
         importances=importances(record),
         finals=tuple(finals),
         data_key=record.data_key(),
@@ -208,7 +183,6 @@ def _trial_row(record: StudyRecord, trial: TrialRecord, estimates: Estimates | N
     config, data, plan = trial.study_config, trial.study_config.data, record.plan()
     statistics = estimates.statistics.get(trial.number) if estimates is not None else None
     epochs = trial_epochs(record, trial.number)
-    decision = next((each for each in reversed(trial.decisions) if each.drop), None)
     is_possible = why_impossible(config.unet, data.n_channels, data.height, data.width) is None
     return TrialRow(
         number=trial.number,
@@ -222,19 +196,7 @@ def _trial_row(record: StudyRecord, trial: TrialRecord, estimates: Estimates | N
         memory_bytes=predicted_bytes(config, from_json(ExecutionPlan, plan)) if is_possible and plan else None,
         n_parameters=n_parameters(config.unet, data.n_channels) if is_possible else None,
         reason=trial.reason,
-        pruned_at=(decision.fold, decision.epoch) if trial.outcome == "pruned" and decision else None,
     )
-
-
-def _replicates(record: StudyRecord) -> tuple[int, int] | None:
-    shortlist = record.shortlist()
-    if shortlist is None or shortlist.of != tuple(trial.number for trial in record.complete_trials()):
-        return None
-    ended = {second.trial for second in record.replicate_records() if second.outcome is not None}
-    if ended.issuperset(shortlist.trials):
-        return None
-    fits = [record.replicate_fit(number, fold) for number in shortlist.trials for fold in range(record.n_folds)]
-    return sum(fit.is_finished for fit in fits), len(fits)
 
 
 def _winner(record: StudyRecord, estimates: Estimates, finals: Sequence[FinalRow]) -> Winner:
@@ -256,50 +218,35 @@ def _winner(record: StudyRecord, estimates: Estimates, finals: Sequence[FinalRow
     )
 
 
-def _final_row(
-    record: StudyRecord, name: str, estimates: Estimates | None, trials: Sequence[TrialRecord]
-) -> FinalRow:
+def _final_row(record: StudyRecord, name: str, estimates: Estimates | None) -> FinalRow:
     result = FinalRecord.read(record.paths.final(name))
-    stored = {field.name: getattr(result, field.name) for field in dataclasses.fields(StoredScores)}
-    number, n_seeds, began_at = result.trial, result.n_seeds, trials[0].began_at
-    evaluation = _evaluation_of(record, result, began_at)
-    evaluations = log.evaluations_of(record.paths.project, evaluation)
-    first = log.first_evaluation_of(evaluations, record.name, began_at) or evaluation
-    kinds = [record.fit, record.replicate_fit] if number in record.confirmed() else [record.fit]
-    scores = scores_by_fold([[fit(number, fold) for fold in range(record.n_folds)] for fit in kinds])
+    number, n_runs = result.trial, max(1, result.n_seeds)
+    kinds = (False, True) if number in record.confirmed() else (False,)
+    scores = scores_by_fold([record.fits(number, replicate=replicate) for replicate in kinds])
+    # The trials may have gone on since the final.
+    predicted = estimates.predicted(number, n_test=result.n_test, n_runs=n_runs) if estimates else None
     return FinalRow(
-        **stored,
+        **(vars(result) | {"predicted": predicted}),
+        **history_of(record, _evaluation_of(record, result)),
         name=name,
-        trial=number,
-        n_seeds=n_seeds,
-        ended_at=result.ended_at,
-        cv={name: bootstrap_mean(np.concatenate(folds)) for name, folds in scores.items()},
-        predicted=estimates.predicted(number, n_test=result.n_test, n_runs=max(1, n_seeds)) if estimates else None,
+        cv_scores={name: bootstrap_mean(np.concatenate(folds)) for name, folds in scores.items()},
         scores=_test_scores(record, name),
-        n_trials_after=sum(each.began_at > first.at for each in trials),
-        n_evaluations_before=log.n_evaluations_before(evaluations, began_at),
-        evaluation=evaluation,
-        evaluations=evaluations,
     )
 
 
-def _evaluation_of(record: StudyRecord, result: FinalRecord, study_began_at: float) -> log.LoggedEvaluation:
+def _evaluation_of(record: StudyRecord, result: FinalRecord) -> log.LoggedEvaluation:
     """Return a final's entry in the account of evaluations. Version 0.1 did not record which entry it is."""
     project = record.paths.project
     if (found := log.find_evaluation(project, result.look)) is not None:
         return found
-    known = log.LoggedEvaluation(
-        test_set=result.test_set,
-        at=result.ended_at,
-        study=record.name,
-        study_began_at=study_began_at,
-        trial=result.trial,
-        folder=str(project.root.absolute()),
-        n_images=result.n_test,
-        metric=result.metric,
-        score=result.test[result.metric].mean,
-        id="",
-    )
+    facts = {name: getattr(result, name) for name in ("test_set", "trial", "metric")}
+    facts |= {
+        "study": record.name,
+        "study_began_at": record.trials()[0].began_at,
+        "folder": str(project.root.absolute()),
+    }
+    score = result.test[result.metric].mean
+    known = log.LoggedEvaluation(at=result.ended_at, n_images=result.n_test, score=score, id="", **facts)
     wanted = (known.test_set, known.configuration)
     entries = (each for each in log.evaluations_of(project, known) if each.id)
     return next((each for each in entries if (each.test_set, each.configuration) == wanted), known)

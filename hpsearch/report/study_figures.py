@@ -57,13 +57,11 @@ def draw_ranking(complete: Sequence[TrialRow], tied: Sequence[int], cheapest: in
     left = min(interval.low for interval in intervals if interval.mean >= floor)
     for row, (trial, interval) in enumerate(zip(rows, intervals, strict=True)):
         color, group = (TRAIN, "tied with the best") if trial.number in tied else (PALE, "worse than the best")
-        if interval.mean < floor:
-            axis.plot(left, row, "<", color=color, ms=6)
-            label(axis, f"{interval.mean:.4f}", (left, row), (8, 0), va="center", size=8.5)
-            continue
         marker, group = ("D", "tied with the best, cheapest") if trial.number == cheapest else ("o", group)
+        # A collapsed trial is at the left end of the axis; the table has its mean.
+        marker = "<" if interval.mean < left else marker
         looks: dict[str, Any] = {"color": color, "lw": 1.6, "marker": marker, "markevery": [1], "label": group}
-        axis.plot([interval.low, interval.mean, interval.high], [row] * 3, **looks)
+        axis.plot(np.maximum([interval.low, interval.mean, interval.high], left), [row] * 3, **looks)
     legend_below(figure)
     return figure
 
@@ -116,41 +114,25 @@ def draw_slices(
     n_rows = -(-len(dimensions) // n_columns)
     figure, axes = new_figure(11.0, 0.5 + 2.8 * n_rows, n_rows, n_columns, sharey=True)
     for axis, (name, dimension) in zip(axes.flat, dimensions.items(), strict=False):
-        _draw_points(axis, [(coordinate(dimension, trial.params[name]), trial) for trial in trials], best)
-        _scale(axis, dimension)
         axis.set_xlabel(name)
+        places = [trial.params[name] for trial in trials]
+        if isinstance(dimension, Choice):
+            places = [dimension.values.index(dimension.key(value)) for value in places]
+            axis.set_xticks(range(len(dimension.values)), map(setting, dimension.values))
+            axis.set_xlim(-0.5, len(dimension.values) - 0.5)
+        elif dimension.log:
+            axis.set_xscale("log")
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.minorticks_off()
+        else:
+            axis.locator_params(axis="x", nbins=6, integer=dimension.is_int, min_n_ticks=1)
+        if isinstance(dimension, Range):
+            axis.update_datalim([(dimension.low, 0), (dimension.high, 0)], updatey=False)
+        _draw_points(axis, [*zip(places, trials, strict=True)], best)
     for axis in axes.flat[len(dimensions) :]:
         axis.set_axis_off()
     for axis in axes[:, 0]:
         axis.set_ylabel(NAMES[metric])
-    legend_below(figure)
-    return figure
-
-
-def draw_parallel(
-    trials: Sequence[TrialRow], dimensions: Mapping[str, Choice | Range], best: int, *, metric: str
-) -> Figure:
-    """Draw a line for each trial through the values of its settings to its mean or estimate; darker is better."""
-    values = {trial.number: trial.value for trial in trials if trial.value is not None}
-    score = Range(low=floor_of(list(values.values())), high=max(values.values()))
-    figure, ((axis,),) = new_figure(11.0, 4.4)
-    axis.set_axis_off()
-    known = [trial for trial in trials if trial.number in values]
-    for trial in sorted(known, key=lambda trial: values[trial.number]):
-        heights = [position(dimension, trial.params[name]) for name, dimension in dimensions.items()]
-        heights.append(position(score, max(values[trial.number], score.low)))
-        looks: dict[str, Any] = {"color": HELD_OUT, "lw": 2.6, "zorder": 3, "label": f"trial {best}"}
-        if trial.number != best:
-            alpha = 0.12 + 0.7 * heights[-1] ** 2
-            looks = {"color": TRAIN, "alpha": alpha, "lw": 1.2, "label": "a trial (darker is better)"}
-        axis.plot(heights, **looks)
-    for x, (name, dimension) in enumerate([*dimensions.items(), (NAMES[metric], score)]):
-        axis.plot([x, x], [0, 1], color=INK, lw=0.9)
-        label(axis, name, (x, 0), (0, -10), ha="center", va="top", size=9)
-        box = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.8}
-        for value in _ticks(dimension):
-            place = (x, position(dimension, value))
-            label(axis, setting(value), place, (5, 0), va="center", size=8, bbox=box, zorder=5)
     legend_below(figure)
     return figure
 
@@ -209,44 +191,6 @@ def floor_of(values: Sequence[float]) -> float:
         return 0.0
     low, upper, high = min(values), float(np.quantile(values, 0.75)), max(values)
     return max(low, high - 5 * (high - upper)) if high > upper else low - 0.01
-
-
-def coordinate(dimension: Choice | Range, value: Any) -> float:
-    """Return the coordinate of a value on the axis of its dimension: the value, or the place of a choice."""
-    return dimension.values.index(dimension.key(value)) if isinstance(dimension, Choice) else float(value)
-
-
-def position(dimension: Choice | Range, value: Any) -> float:
-    """Return where a value lies in its dimension: 0 at the first or lowest, 1 at the last or highest."""
-    ends = dimension.extremes
-    low, high, here = (coordinate(dimension, each) for each in (ends[0], ends[-1], value))
-    if isinstance(dimension, Range) and dimension.log:
-        low, high, here = np.log([low, high, here]).tolist()
-    return (here - low) / (high - low) if high > low else 0.5
-
-
-def _ticks(dimension: Choice | Range) -> Sequence[Any]:
-    """Return the values that an axis of the parallel coordinates names."""
-    if isinstance(dimension, Choice):
-        return dimension.values
-    space = np.geomspace if dimension.log else np.linspace
-    return [float(value) for value in space(dimension.low, dimension.high, 3)]
-
-
-def _scale(axis: Axes, dimension: Choice | Range) -> None:
-    """Prepare the horizontal axis for the values of a dimension."""
-    if isinstance(dimension, Choice):
-        n = len(dimension.values)
-        axis.set_xticks(range(n), [setting(value) for value in dimension.values])
-        axis.set_xlim(-0.5, n - 0.5)
-        return
-    axis.update_datalim([(dimension.low, 0), (dimension.high, 0)], updatey=False)
-    if dimension.log:
-        axis.set_xscale("log")
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.minorticks_off()
-    else:
-        axis.locator_params(axis="x", nbins=6, integer=dimension.is_int, min_n_ticks=1)
 
 
 def _bars(names: Sequence[str], inches: float, x_label: str) -> tuple[Figure, Axes]:

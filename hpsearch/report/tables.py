@@ -1,14 +1,14 @@
-"""Build the tables of a study that depend on what is known: the estimates, the ranking, the scores of a final."""
+"""Build the tables of a study: the estimates, the ranking of its trials, the scores of a final."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hpsearch.report.formats import SCORES, bounds, duration, interval, number, setting
 from hpsearch.report.rows import FinalRow, StudyRows, TrialRow
 from hpsearch.stats.intervals import Interval
-from hpsearch.stats.study_scores import TrialStatistics
 
-PUBLISHED: dict[str, tuple[str, str, str]] = {
+PUBLISHED: dict[str, Sequence[str]] = {
     "dice": ("0.849", "", ""),
     "jaccard": ("0.765", "0.762", "0.760"),
     "accuracy": ("0.934", "", ""),
@@ -60,23 +60,13 @@ def _place(row: TrialRow, rows: StudyRows) -> str:
     return ", ".join(name for name, applies in labels.items() if applies)
 
 
-def _statistics(row: TrialRow) -> TrialStatistics:
-    assert row.statistics is not None
-    return row.statistics
-
-
-def _over_folds(row: TrialRow, rows: StudyRows) -> str:
-    folds = _statistics(row).folds
-    return bounds(folds) if folds is not None else ""
-
-
-COLUMNS: dict[str, Callable[[TrialRow, StudyRows], str]] = {
+COLUMNS: dict[str, Callable[[Any, StudyRows], str]] = {
     "trial": lambda row, _: str(row.number),
     "": _place,
-    "mean": lambda row, _: number(_statistics(row).mean),
-    "95 % interval": lambda row, _: bounds(_statistics(row).total),
-    "sd of folds": lambda row, rows: number(_statistics(row).sd_folds) if rows.n_folds > 1 else "",
-    "over folds (t)": _over_folds,
+    "mean": lambda row, _: number(row.statistics.mean),
+    "95 % interval": lambda row, _: bounds(row.statistics.total),
+    "sd of folds": lambda row, rows: number(row.statistics.sd_folds) if rows.n_folds > 1 else "",
+    "over folds (t)": lambda row, _: bounds(row.statistics.folds) if row.statistics.folds else "",
     "time": lambda row, _: duration(row.seconds),
 }
 """The columns of the ranking, heading to a function that returns a trial's cell. The searched settings follow."""
@@ -96,14 +86,14 @@ def ranking(rows: StudyRows) -> Table:
 
 def final_scores(rows: StudyRows, final: FinalRow, *, with_published: bool = False) -> Table:
     """Return every score out of fold and on the test images, optionally beside the published results."""
+    ensemble = final.ensemble
     columns: dict[str, Mapping[str, Interval]] = {
-        f"cross-validation, {rows.n_images} images": final.cv,
+        f"cross-validation, {rows.n_images} images": final.cv_scores,
         f"test, {final.n_test} images": final.test,
         "test, post-processed": final.chosen_test,
+        f"test, ensemble of {ensemble.n_networks if ensemble else 0}": ensemble.test if ensemble else {},
+        "test, original resolution": final.official,
     }
-    if final.ensemble is not None:
-        columns[f"test, ensemble of {final.ensemble.n_networks}"] = final.ensemble.test
-    columns["test, original resolution"] = final.official
     columns = {title: scores for title, scores in columns.items() if scores}
     lines = []
     for name, title in SCORES.items():

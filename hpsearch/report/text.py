@@ -13,7 +13,7 @@ from hpsearch import __version__
 from hpsearch.paths import command_line
 from hpsearch.report import formats
 from hpsearch.report.formats import SCORES, count, number
-from hpsearch.report.rows import StudyRows, TrialRow
+from hpsearch.report.rows import StudyRows
 from hpsearch.search.racing import ALPHA, MATTERS
 from hpsearch.stats.run_variance import S_GUESS
 from hpsearch.store.test_set_log import describe_evaluation_count
@@ -86,22 +86,6 @@ def commands(rows: StudyRows) -> list[tuple[str, str]]:
         train = f"hpsearch train --config {toml}{pinned} --folds {rows.config.study.folds}"
         result.append((train, "only the best configuration"))
     return result
-
-
-def stopped_at(row: TrialRow) -> str:
-    """Return where a trial ended: `fold 2, epoch 3 of 10`."""
-    if row.pruned_at is None and set(row.epochs) == {row.n_epochs}:
-        return "all folds"
-    if row.pruned_at is None and not any(row.epochs):
-        return "before the first epoch"
-    last = max((fold for fold, epochs in enumerate(row.epochs) if epochs), default=0)
-    fold, epoch = row.pruned_at or (last, row.epochs[last])
-    return f"fold {fold + 1}, epoch {epoch} of {row.n_epochs}"
-
-
-def reason(row: TrialRow) -> str:
-    """Return why a trial ended. The place of pruning is left out, because `stopped_at` gives it."""
-    return row.reason.rpartition(": ")[2] if row.outcome == "pruned" else row.reason
 
 
 def _toml(value: Any) -> str:

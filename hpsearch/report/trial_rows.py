@@ -38,7 +38,7 @@ class Case:
 
 def trial_epochs(record: StudyRecord, number: int) -> list[list[EpochRow]]:
     """Return the epochs of every fold of a trial, finished or not."""
-    return [record.fit(number, fold).epochs() for fold in range(record.n_folds)]
+    return [fit.epochs() for fit in record.fits(number)]
 
 
 def image_scores(counts: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[np.float64]]:

@@ -135,6 +135,9 @@ def _save(weights: Path, folder: Path, run_id: str, model_id: str) -> None:
     from mlflow.models import Model
 
     versions = [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in REQUIREMENTS]
+    # A dark square on skin.
+    example = np.full((32, 32, 3), (214, 165, 140))
+    example[8:24, 8:24] = (96, 60, 50)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         mlflow.pyfunc.save_model(
@@ -142,7 +145,7 @@ def _save(weights: Path, folder: Path, run_id: str, model_id: str) -> None:
             python_model=str(Path(__file__).with_name(f"{MODEL}.py")),
             artifacts=_artifacts(weights),
             code_paths=[str(Path(hpsearch.__file__).parent)],
-            input_example=[_example().tolist()],
+            input_example=[example.tolist()],
             pip_requirements=versions,
             mlflow_model=Model(run_id=run_id, model_id=model_id, model_uuid=model_id),
             metadata={"task": "lesion segmentation", "limits": "for research; not a medical device"},
@@ -155,9 +158,8 @@ def _artifacts(weights: Path) -> dict[str, str]:
     """Return the network, and the ensemble beside it if `final` selected that. MLflow keeps them side by side."""
     from hpsearch.training.checkpoint import load_weights
 
-    _, info = load_weights(weights)
-    has_ensemble = from_json(Postprocessing, info.extra).ensemble
-    ensemble = {"ensemble": str(FinalPaths(weights.parent).ensemble)} if has_ensemble else {}
+    choices = from_json(Postprocessing, load_weights(weights)[1].extra)
+    ensemble = {"ensemble": str(FinalPaths(weights.parent).ensemble)} if choices.ensemble else {}
     return {ARTIFACT: str(weights), **ensemble}
 
 
@@ -175,13 +177,6 @@ def _pixels(image: Any) -> npt.NDArray[np.uint8]:
         )
     pixels = array.astype(np.uint8)
     return pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2)
-
-
-def _example(side: int = 32) -> npt.NDArray[np.uint8]:
-    """Draw a dark disc on skin, (side, side, 3)."""
-    rows, columns = np.mgrid[:side, :side] - (side - 1) / 2
-    is_lesion = np.hypot(rows, columns) < side / 4
-    return np.where(is_lesion[..., None], (96, 60, 50), (214, 165, 140)).astype(np.uint8)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
 }
 """Environment variables that are set for MLflow unless the user has set them."""
+ADDRESSES = "runs artifact_uri", "logged_models artifact_location", "model_versions source"
+"""Tables and columns of MLflow's database with the addresses of files."""
 REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST")
 """Error codes with which MLflow refuses one request."""
 
@@ -42,16 +44,13 @@ class MlflowServer:
         mlruns = self.project.mlruns
         if self._uri is None and any(path.parent.name.isdigit() for path in mlruns.glob("*/meta.yaml")):
             raise TrackingError(
-                f"{mlruns} contains runs in the format of MLflow before 3.13, and `mlflow ui` does not start beside "
-                f"them. Convert them with `mlflow migrate-filestore --source {mlruns} --target "
-                f"sqlite:///{mlruns.parent}/mlflow.db` and move {mlruns} away, or choose another folder with --out"
+                f"{mlruns} contains runs of an old MLflow, beside which `mlflow ui` does not start: choose another "
+                f"--out, or run `mlflow migrate-filestore --source {mlruns} --target sqlite:///{mlruns.parent}/mlflow.db`"
+                " and move the folder away"
             )
         other = self._uri or "sqlite://"
         if other.startswith("file:") or ("://" not in other and other not in ("databricks", "uc")):
-            raise TrackingError(
-                f"cannot track to {redact(other)}: MLflow no longer writes to folders; give a database, such as "
-                "sqlite:////path/to/mlflow.db, or the address of a server"
-            )
+            raise TrackingError(f"cannot track to {redact(other)}: give a database (sqlite:////path) or a server")
 
     @property
     def uri(self) -> str:
@@ -126,10 +125,7 @@ def _sqlite_uri(path: Path) -> str:
     uri = f"sqlite:///{path}"
     # Quoting the path does not help: MLflow creates a folder with the quoted name.
     if make_url(uri).database != str(path):
-        raise TrackingError(
-            f"MLflow's database cannot be in {path.parent}, because of the '?' or '%' in its name; "
-            "choose another folder with --out"
-        )
+        raise TrackingError(f"MLflow's database cannot be in {path.parent}, because of the '?' or '%' in its name")
     return uri
 
 
@@ -147,8 +143,7 @@ def _repair_moved(database_file: Path, experiment: str, root: str) -> None:
             return
         number, old = found
         database.execute("UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?", (root, number))
-        addresses = {"runs": "artifact_uri", "logged_models": "artifact_location", "model_versions": "source"}
-        for table, column in (*addresses.items(), ("model_versions", "storage_location")):
+        for table, column in map(str.split, (*ADDRESSES, "model_versions storage_location")):
             database.execute(
                 f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",
                 (root, len(old) + 1, len(old) + 1, f"{old}/"),

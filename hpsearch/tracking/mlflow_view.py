@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from hpsearch.tracking.metrics import is_metric
 from hpsearch.tracking.mlflow_server import MlflowServer, is_external, is_outage
 from hpsearch.tracking.runs import RANK, WINNER, RunContent, RunSource, key_of
 
-MAX_METRICS, MAX_PARAMS = 1000, 100
+MAX_METRICS, MAX_PARAMS, MAX_RUNS = 1000, 100, 50_000
 """Limits of MLflow for one request."""
 DELIVERED = "hpsearch.delivered"
 """Tag of a complete run: the digest of its content."""
@@ -49,18 +49,6 @@ def make_tracker(project: ProjectPaths, uri: str | None = None) -> MlflowTracker
     Raises TrackingError for a file store, which MLflow no longer writes.
     """
     return None if uri == "none" else MlflowTracker(project, uri)
-
-
-@dataclass(frozen=True)
-class Rebuilt:
-    """Result of comparing MLflow with the record."""
-
-    n_kept: int
-    """Runs that agree with the record; anything missing was added."""
-    n_replaced: int
-    """Runs that contradicted the record and were created anew, with the tags that people had added."""
-    n_removed: int
-    """Runs of trials that are not on record."""
 
 
 class MlflowView:
@@ -92,14 +80,15 @@ class MlflowView:
         """Return the number of trials, refits and finals on record that MLflow may lack."""
         return len(runs.run_keys(self._study) - self._up_to_date)
 
-    def rebuild(self) -> Rebuilt:
+    def rebuild(self) -> Counter[str]:
         """Make MLflow equal to the record, also after the project folder was moved.
 
         Runs that agree with the record keep their ids; runs that contradict it are created anew; runs of trials that
         are not on record are moved to MLflow's trash (`mlflow gc` empties it). Nothing else may write meanwhile.
+        Returns the numbers of runs that were `kept`, `replaced` and `removed`.
         """
         self._experiment = None
-        rebuilt = Rebuilt(0, 0, 0)
+        rebuilt: Counter[str] = Counter()
         with self._tracking_errors():
             record = StudyRecord.open(self._study)
             if trials := record.trials():
@@ -117,7 +106,7 @@ class MlflowView:
         with self._tracking_errors():
             client, _ = self._server.connect(name)
             experiment = client.get_experiment_by_name(name)
-            found = pages(client, experiment.experiment_id) if experiment is not None else ()
+            found = runs_of(client, experiment.experiment_id) if experiment is not None else ()
             latest = next((run for run in found if key_of(run.data.tags) == "study"), None)
             if latest is None:
                 raise TrackingError(f"study {name!r} is not in MLflow yet")
@@ -187,8 +176,6 @@ class Experiment:
         """MLflow's run of each key and start; its tags and params are those in MLflow."""
         self._points: dict[str, set[tuple[str, int, int]]] = {}
         """Key, step and time of every point of the metrics of a run, by its id, once they were read."""
-        self._with_files: set[str] = set()
-        """Ids of the runs whose files were written since the experiment was read."""
         self._current: dict[str, Any] = {}
         """Run of each key, without those of an earlier study of the same name."""
         self.complete: dict[str, object] = {}
@@ -211,9 +198,9 @@ class Experiment:
     def _read(self, study: str) -> dict[tuple[str, int], Any]:
         found: dict[tuple[str, int], Any] = {}
         # A run exists twice if the server created it but its answer was lost: keep the one that holds most.
+        runs_found = runs_of(self._client, self._id)
         for run in sorted(
-            pages(self._client, self._id),
-            key=lambda run: (-len(run.data.metrics), -len(run.data.params), run.info.run_id),
+            runs_found, key=lambda run: (-len(run.data.metrics), -len(run.data.params), run.info.run_id)
         ):
             key = key_of(run.data.tags)
             if key is None or run.data.tags["hpsearch.study"] != study:
@@ -246,10 +233,11 @@ class Experiment:
             self._log(run, "params", [Param(key, value) for key, value in params.items()], MAX_PARAMS)
             run.data.params.update(params)
             self._tag(run, tags)
+            is_first = run_id not in self._points
             points = self._new_points(run, content)
             metrics = [Metric(point.key, point.value, point.time_ms, point.step) for point in points]
             self._log(run, "metrics", metrics, MAX_METRICS)
-            if content.is_complete or (source.key == "study" and run_id not in self._with_files):
+            if content.is_complete or (source.key == "study" and is_first):
                 self._log_files(run_id, source, content)
             if content.is_complete:
                 self._client.set_terminated(run_id, content.status, end_time=content.ended_ms)
@@ -287,7 +275,6 @@ class Experiment:
         with temporary_folder(self._folder) as folder:
             source.write_files(folder)
             self._client.log_artifacts(run_id, str(folder))
-        self._with_files.add(run_id)
         if content.is_complete and source.weights is not None and source.weights.is_file():
             # `pack` runs this module as a program, so no other module imports it at its start.
             from hpsearch.tracking import mlflow_model
@@ -306,31 +293,30 @@ class Experiment:
             if (run := self._current.get(f"trial {number}")) is not None:
                 self._tag(run, {RANK: f"{place:04d}", **({WINNER: "true"} if run is winner else {})})
 
-    def reconcile(self, contents: Iterable[RunContent]) -> Rebuilt:
+    def reconcile(self, contents: Iterable[RunContent]) -> Counter[str]:
         """Delete runs that contradict the record or are not in it, and create those that are in it anew.
 
         Runs that are kept lose their digest in memory, so that the next delivery adds what they lack.
         """
         wanted = {(content.key, content.began_ms): content for content in contents}
-        n_kept = n_replaced = n_removed = 0
+        done: Counter[str] = Counter()
         for identity, run in list(self._runs.items()):
             content = wanted.get(identity)
             if content is not None and not self._contradicts(run, content):
                 run.data.tags.pop(DELIVERED, None)
-                n_kept += 1
+                done["kept"] += 1
                 continue
             self._client.delete_run(run.info.run_id)
             # The new run registers its model again.
             for version in self._client.search_model_versions(f"run_id = '{run.info.run_id}'"):
                 self._client.delete_model_version(version.name, version.version)
             del self._runs[identity]
-            n_removed += content is None
+            done["removed" if content is None else "replaced"] += 1
             if content is not None:
                 # Tags that people added stay, their own description included.
                 own = {"mlflow.runName", DELIVERED, RANK, WINNER}
                 self.ensure(content, {key: value for key, value in run.data.tags.items() if key not in own})
-                n_replaced += 1
-        return Rebuilt(n_kept, n_replaced, n_removed)
+        return done
 
     def _contradicts(self, run: Any, content: RunContent) -> bool:
         """Return whether a param or metric that hpsearch wrote differs from the record."""
@@ -358,13 +344,9 @@ def temporary_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def pages(client: Any, experiment_id: str) -> Iterator[Any]:
+def runs_of(client: Any, experiment_id: str) -> Sequence[Any]:
     """Return all runs of an experiment, the latest first."""
-    token, is_first = None, True
-    while token or is_first:
-        page = client.search_runs([experiment_id], max_results=1000, page_token=token)
-        yield from page
-        token, is_first = page.token, False
+    return client.search_runs([experiment_id], max_results=MAX_RUNS)  # type: ignore[no-any-return]
 
 
 def _experiment_tags(config: StudyConfig, experiment_id: str, began_ms: int) -> dict[str, str]:

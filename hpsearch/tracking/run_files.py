@@ -4,16 +4,13 @@ import csv
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from hpsearch.errors import CacheError
 from hpsearch.paths import StudyPaths
-from hpsearch.report.final_record import FinalRecord
-from hpsearch.report.trial_rows import Case, final_cases, image_scores, trial_cases, trial_epochs
-from hpsearch.store.fits import FitRecord
+from hpsearch.report.trial_rows import image_scores, trial_cases, trial_epochs
 from hpsearch.store.record import StudyRecord
 from hpsearch.store.trials import TrialRecord
 from hpsearch.training.metrics import SCORES
@@ -52,27 +49,31 @@ def write_trial_files(record: StudyRecord, trial: TrialRecord, folder: Path) -> 
     name, metric = f"trial {trial.number:04d} of {record.name}", record.config.study.metric
     result = f"out-of-fold {metric} {trial.value:.4f}" if trial.outcome == "complete" else trial.outcome or "open"
     _draw_curves(folder, trial_epochs(record, trial.number), f"{name}: {result}")
-    _draw_panels(folder, partial(trial_cases, record, trial.number), metric, f"{name}: held-out images")
+    try:
+        cases = trial_cases(record, trial.number)
+    except CacheError as error:
+        # People may remove the decoded images to save space.
+        logger.info("%s: no panels: %s", name, error)
+        return
+    if cases:
+        from hpsearch.report import figures
+
+        panels = figures.draw_panels(cases, metric=metric, title=f"{name}: held-out images")
+        (folder / "panels.png").write_bytes(figures.to_bytes(panels))
 
 
 def write_refit_files(record: StudyRecord, number: int, folder: Path) -> None:
     """Write trial.toml, second.json and a figure for the refit of a trial."""
     (folder / "trial.toml").write_text(record.trial(number).study_config.to_toml(), encoding="utf-8")
     _copy(folder, record.paths.trial(number).second)
-    fits = [record.replicate_fit(number, fold).epochs() for fold in range(record.n_folds)]
-    _draw_curves(folder, fits, f"trial {number:04d} of {record.name}, refit")
+    epochs = [fit.epochs() for fit in record.fits(number, replicate=True)]
+    _draw_curves(folder, epochs, f"trial {number:04d} of {record.name}, refit")
 
 
 def write_final_files(record: StudyRecord, name: str, folder: Path) -> None:
-    """Copy the configuration, result, test scores and model card of a final, and draw two figures."""
+    """Copy the configuration, result, test scores, model card and figures of a final."""
     final = record.paths.final(name)
-    _copy(folder, final.config, final.result, final.table, final.card)
-    result = FinalRecord.read(final)
-    title, metric = f"final of trial {result.trial:04d} of {record.name}", result.metric
-    fits = [FitRecord(final.seed(index)).epochs() for index in range(result.n_seeds)]
-    _draw_curves(folder, fits, f"{title}: {metric} {result.test[metric].mean:.4f} on the test images")
-    read_cases = partial(final_cases, record, final, result.test_key)
-    _draw_panels(folder, read_cases, metric, f"{title}: test images")
+    _copy(folder, final.config, final.result, final.table, final.card, final.curves, final.panels)
 
 
 def _copy(folder: Path, *files: Path) -> None:
@@ -90,21 +91,8 @@ def _score_rows(record: StudyRecord, number: int) -> Iterator[list[Any]]:
 
 
 def _draw_curves(folder: Path, fits: Sequence[Sequence[EpochRow]], title: str) -> None:
+    # Matplotlib takes half a second to import.
+    from hpsearch.report import figures
+
     if any(fits):
-        # Imported when there is something to draw: matplotlib takes half a second.
-        from hpsearch.report import figures
-
         (folder / "curves.png").write_bytes(figures.to_bytes(figures.draw_curves(fits, title=title)))
-
-
-def _draw_panels(folder: Path, read_cases: Callable[[], list[Case]], metric: str, title: str) -> None:
-    try:
-        cases = read_cases()
-    except CacheError as error:
-        # People may remove the decoded images to save space.
-        logger.info("%s: no panels: %s", title, error)
-        return
-    if cases:
-        from hpsearch.report import figures
-
-        (folder / "panels.png").write_bytes(figures.to_bytes(figures.draw_panels(cases, metric=metric, title=title)))

@@ -129,12 +129,10 @@ def trial_run(record: StudyRecord, trial: TrialRecord, standing: Standing) -> Ru
     Its cross-validation means are the values that rank it: means over first fits and refits once these count.
     """
     number = trial.number
-    fits = [record.fit(number, fold) for fold in range(record.n_folds)]
-    points: list[Point] = []
+    fits = record.fits(number)
+    points = [] if trial.ended_at is None else points_of("estimate", trial, trial.ended_at)
     if trial.outcome == "complete":
         points = _value_points(record, trial, fits, standing)
-    elif trial.ended_at is not None:
-        points = points_of("estimate", trial, trial.ended_at)
     tags = {"hpsearch.trial": str(number), "outcome": trial.outcome or "open", "source": trial.source}
     tags |= {} if trial.micro_batch is None else {"micro_batch": str(trial.micro_batch)}
     note = _trial_note(trial, record.config.study.metric, standing)
@@ -144,7 +142,7 @@ def trial_run(record: StudyRecord, trial: TrialRecord, standing: Standing) -> Ru
 def refit_run(record: StudyRecord, second: ReplicateRecord) -> RunContent:
     """Return the run of the refit of a trial as far as it has come."""
     trial, number = record.trial(second.trial), second.trial
-    fits = [record.replicate_fit(number, fold) for fold in range(record.n_folds)]
+    fits = record.fits(number, replicate=True)
     points: list[Point] = []
     if second.outcome == "complete":
         scores = cross_validation([fits], None)
@@ -187,7 +185,11 @@ def final_run(record: StudyRecord, name: str) -> RunContent:
     result = FinalRecord.read(folder)
     trial, ended_at = record.trial(result.trial), result.ended_at
     fits = [FitRecord(folder.seed(index)) for index in range(result.n_seeds)]
-    tags = _common_tags(record, "hpsearch final", result.runtime) | _test_set_tags(result)
+    # Which test set was evaluated, how often that had happened, and the post-processing in use.
+    facts = {"test_set": result.test_set, "test_looks": result.n_looks, "test_leaks": len(result.leaks)}
+    facts["choices"] = to_json(result.chosen.choices) if result.chosen else None
+    tags = {f"hpsearch.{fact}": text_of(value) for fact, value in facts.items() if value}
+    tags |= _common_tags(record, "hpsearch final", result.runtime)
     params = {"final.trial": str(trial.number), "final.n_seeds": str(result.n_seeds)}
     return RunContent(
         key=f"final {name}",
@@ -232,8 +234,7 @@ def _value_points(
         return points
     now = first
     if number in standing.confirmed:
-        refits = [record.replicate_fit(number, fold) for fold in range(record.n_folds)]
-        now = cross_validation([fits, refits], standing.values[number])
+        now = cross_validation([fits, record.fits(number, replicate=True)], standing.values[number])
     points += points_of("cross-validation", now, ranked_at, metric)
     return points + points_of("first fits", first, ranked_at, metric)
 
@@ -289,41 +290,20 @@ def _common_tags(record: StudyRecord, command: str, machine: Mapping[str, Any] |
     return tags | {"hpsearch.study": record.name, "seed": seed, "mlflow.source.name": command}
 
 
-def _test_set_tags(result: FinalRecord) -> dict[str, str]:
-    """Return which test set was evaluated, how often that had happened, and the post-processing in use."""
-    choices = to_json(result.chosen.choices) if result.chosen else None
-    tags = {
-        "test_set": result.test_set,
-        "test_looks": result.n_looks,
-        "test_leaks": len(result.leaks),
-        "choices": choices,
-    }
-    return {f"hpsearch.{name}": text_of(value) for name, value in tags.items() if value}
-
-
 NOTE, OUR_NOTE = "mlflow.note.content", "hpsearch.note"
 """Tag with the description of a run, and tag with the digest of the description that hpsearch wrote last."""
 
 
-def is_our_note(tags: Mapping[str, str]) -> bool:
-    """Return whether hpsearch wrote the description of a run with these tags, or nobody did."""
-    return NOTE not in tags or tags.get(OUR_NOTE) == digest(tags[NOTE])
-
-
 def new_note_tags(tags: Mapping[str, str], note: str) -> dict[str, str]:
     """Return the tags that set the description of a run to `note`; empty if it is set or a person wrote another."""
-    is_new = note and tags.get(NOTE) != note and is_our_note(tags)
-    return {NOTE: note, OUR_NOTE: digest(note)} if is_new else {}
+    is_free = NOTE not in tags or tags.get(OUR_NOTE) == digest(tags[NOTE])
+    return {NOTE: note, OUR_NOTE: digest(note)} if note and is_free and tags.get(NOTE) != note else {}
 
 
 def _study_note(metric: str, trials: Sequence[TrialRecord], standing: Standing) -> str:
-    """Return the description of a study: its winner, the value and the params; empty while there is no winner."""
+    """Return the description of a study: that of its winner; empty while there is none."""
     winner = next((trial for trial in trials if trial.number == standing.winner), None)
-    if winner is None:
-        return ""
-    fits = ", mean of the first fit and the refit" if winner.number in standing.confirmed else ""
-    value = f"out-of-fold {metric} **{standing.best_value:.4f}**{fits}"
-    return f"Best: **trial {winner.number}**, {value}\n\n{_searched_params(winner)}"
+    return f"Best: **trial {winner.number}**. {_trial_note(winner, metric, standing)}" if winner else ""
 
 
 def _trial_note(trial: TrialRecord, metric: str, standing: Standing) -> str:

@@ -24,9 +24,8 @@ def installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_program_that_is_not_on_path_is_named_by_its_path(installation: Path) -> None:
     project = ProjectPaths(Path())
-    assert next_command("final --best", "a", project) == "'my env/bin/hpsearch' final --best --study a"
-    assert mlflow_command(project) == "'my env/bin/mlflow' ui"
-    # After `cd` a relative path would be wrong.
+    assert next_command("final --best", "a", project) == f"'{installation}/hpsearch' final --best --study a"
+    assert mlflow_command(project) == f"'{installation}/mlflow' ui"
     assert mlflow_command(ProjectPaths("out")) == f"cd out && '{installation}/mlflow' ui"
     assert program("another") == "another"
 

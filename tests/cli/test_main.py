@@ -73,7 +73,7 @@ def test_a_wrong_flag_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None
         (("study", "--set", "unet.lr=0.1"), "train.lr"),
         (("study", "--set", "lr=0.1"), "such as train.lr=0.1"),
         (("study", "--set", "search.unet.dpeth=[1, 2]"), "unet.depth"),
-        (("study", "--config", "isic2107"), "did you mean isic2017"),
+        (("study", "--config", "isic2107"), "no shipped study of that name (isic2017"),
     ],
 )
 def test_a_typing_error_gets_a_suggestion(

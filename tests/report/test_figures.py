@@ -143,10 +143,6 @@ def test_panels_have_a_row_for_each_case_with_rank_score_and_name() -> None:
     assert height / width == pytest.approx(3 / 4)
 
 
-def test_panels_without_cases_say_so() -> None:
-    assert "no examples were kept" in texts(figures.draw_panels([], metric="dice", title="t"))
-
-
 def test_names_from_outside_are_taken_literally() -> None:
     # As mathematics the first would be an error, and for the others the font has no letter.
     title = r"$\frac{1$ 皮膚 <b>"

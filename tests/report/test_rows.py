@@ -37,7 +37,6 @@ def test_every_trial_becomes_a_row_with_what_it_cost(study: FakeStudy) -> None:
     assert rows.trials[2].seconds == pytest.approx(FIT_S)
     assert rows.trials[2].whole_s == pytest.approx(6 * FIT_S)
     assert rows.trials[3].whole_s == 0
-    assert rows.trials[2].pruned_at == (0, 1)
     assert rows.n_counted == 5
     assert not rows.is_running
 
@@ -76,7 +75,7 @@ def test_a_final_of_the_winner_comes_with_what_was_promised_for_so_many_images(s
     assert final.trial == rows.winner.number
     assert final.predicted == rows.winner.predicted
     assert rows.winner.n_predicted == final.n_test == len(final.scores) == 12
-    assert final.cv["dice"].mean == pytest.approx(study.record.value(1), abs=1e-6)
+    assert final.cv_scores["dice"].mean == pytest.approx(study.record.value(1), abs=1e-6)
     assert final.n_trials_after == 1
 
 

@@ -6,12 +6,10 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
-import pytest
 
-from hpsearch.config.search import Choice, Range
 from hpsearch.report.figures import INK
 from hpsearch.report.rows import StudyRows, study_rows
-from hpsearch.report.study_figures import draw_race, floor_of, pareto_front, position
+from hpsearch.report.study_figures import draw_race, floor_of, pareto_front
 from tests.recorded import FakeStudy
 
 
@@ -69,21 +67,6 @@ def test_no_point_of_the_pareto_front_is_beaten_and_every_other_is() -> None:
     corners = {(costs[i], values[i]) for i in front}
     assert all(is_beaten(i) or (costs[i], values[i]) in corners for i in range(40))
     assert [costs[i] for i in front] == sorted(costs[i] for i in front)
-
-
-@pytest.mark.parametrize(
-    ("dimension", "value", "place"),
-    [
-        (Range(low=2, high=4), 3, 0.5),
-        (Range(low=0.001, high=0.1, log=True), 0.01, 0.5),
-        (Range(low=3, high=3), 3, 0.5),
-        (Choice(("rgb", "grayscale")), "grayscale", 1.0),
-        (Choice((8,)), 8, 0.5),
-        (Choice(((64, 48), (96, 72), (128, 96))), [96, 72], 0.5),
-    ],
-)
-def test_a_value_has_its_place_in_its_dimension(dimension: Choice | Range, value: object, place: float) -> None:
-    assert position(dimension, value) == pytest.approx(place)
 
 
 def test_collapsed_trials_lie_below_the_floor_and_good_ones_above_it() -> None:

@@ -40,22 +40,6 @@ def test_progress_counts_trials_by_outcome(rows: StudyRows) -> None:
     assert text.progress(rows) == "3 of 6 trials: 2 complete, 1 pruned, 1 infeasible"
 
 
-def test_places_count_folds_and_epochs_from_1(rows: StudyRows) -> None:
-    assert text.stopped_at(rows.trials[2]) == "fold 1, epoch 1 of 3"
-    in_second = dataclasses.replace(rows.trials[2], pruned_at=None, epochs=(3, 2))
-    assert text.stopped_at(in_second) == "fold 2, epoch 2 of 3"
-    assert text.stopped_at(rows.trials[3]) == "before the first epoch"
-    assert text.stopped_at(rows.trials[0]) == "all folds"
-
-
-def test_the_reason_of_a_pruned_trial_has_no_place_in_any_version(rows: StudyRows) -> None:
-    for place in ("after fold 0", "at epoch 1 of fold 0, if it went on at its best", "after fold 1"):
-        pruned = dataclasses.replace(rows.trials[2], reason=f"{place}: 0.11 ± 0.03 below trial 0, p = 0.01")
-        assert text.reason(pruned) == "0.11 ± 0.03 below trial 0, p = 0.01"
-    failed = dataclasses.replace(rows.trials[2], outcome="failed", reason="fold 1: it died")
-    assert text.reason(failed) == "fold 1: it died"
-
-
 @pytest.mark.parametrize(
     ("low", "meaning"), [(0.01, "more than chance explains."), (-0.01, "the default may be equally good.")]
 )

@@ -58,7 +58,7 @@ class TestWhere:
 
     @pytest.mark.parametrize("uri", ["./mlruns", "file:///somewhere", "/somewhere"])
     def test_a_folder_is_no_place_to_track_to(self, tmp_path: Path, uri: str) -> None:
-        with pytest.raises(TrackingError, match="no longer writes to folders"):
+        with pytest.raises(TrackingError, match="give a database"):
             make_tracker(ProjectPaths(tmp_path), uri)
 
     @pytest.mark.parametrize("folder", ["quo'te\"s <script>&amp;", "ha#sh;at@host:80", "ümläut 皮"])
@@ -81,7 +81,7 @@ class TestWhere:
             view_of(study).update()
         except TrackingError as error:
             refusal = str(error)
-        assert ("choose another folder" in refusal) != (rows_in(study.project)["runs"] == 2)
+        assert ("cannot be in" in refusal) != (rows_in(study.project)["runs"] == 2)
         assert [path.name for path in tmp_path.iterdir()] == [folder]
 
     def test_importing_tracking_loads_no_heavy_library(self) -> None:

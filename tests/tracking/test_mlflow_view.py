@@ -175,7 +175,7 @@ class TestRepair:
         ids = {run.info.run_id for run in all_runs(study.project)}
         shutil.rmtree(study.project.mlruns)
         rebuilt = view_of(study).rebuild()
-        assert (rebuilt.n_kept, rebuilt.n_replaced, rebuilt.n_removed) == (3, 0, 0)
+        assert (rebuilt["kept"], rebuilt["replaced"], rebuilt["removed"]) == (3, 0, 0)
         assert {run.info.run_id for run in all_runs(study.project)} == ids
         after = read(study.project)
         assert {name: dataclasses.replace(run, status="") for name, run in after.items()} == {
@@ -194,7 +194,7 @@ class TestRepair:
         shutil.rmtree(study.record.paths.trial(2).root)
         rebuilt = view_of(study).rebuild()
         # The parent counted three trials.
-        assert (rebuilt.n_kept, rebuilt.n_replaced, rebuilt.n_removed) == (1, 2, 1)
+        assert (rebuilt["kept"], rebuilt["replaced"], rebuilt["removed"]) == (1, 2, 1)
         after = read(study.project)
         assert after["trial 0000"].tags.pop("verdict") == "look at this one"
         assert after["trial 0000"] == runs["trial 0000"]
