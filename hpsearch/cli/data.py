@@ -19,8 +19,6 @@ from hpsearch.report.formats import count
 if TYPE_CHECKING:
     from hpsearch.data.integrity import CheckReport
 
-    pass
-
 NO_CACHE = "no cache of this data to compare with: `hpsearch study` or `hpsearch data cache` creates one"
 
 
@@ -120,7 +118,7 @@ def cache(project: ProjectPaths, settings: Settings, compare: bool) -> None:
 def augment(project: ProjectPaths, settings: Settings, copies: int, target: Path | None) -> None:
     """Write an augmented copy of a dataset, in the same layout, to DATA_Aug beside it.
 
-    The changes are drawn as [augment] says, with --seed. After an interruption, run it again to continue.
+    The changes are drawn as [augment] says, with --seed.
 
     \b
         hpsearch data augment --data ISIC-2017 --copies 2 --set augment.rotate=20
