@@ -115,7 +115,7 @@ def decode_job(
     `admitted` is entered with the memory that decoding takes, before the first file is decoded.
     """
     pair = open_pair(job.image, job.mask, job.reading)
-    stats: dict[str, Any] = {"is_oriented": any(file.header.orientation > 1 for file in pair.files)}
+    stats: dict[str, Any] = {}
     images: list[Tensor] = []
     masks: list[Tensor] = []
     with admitted(BYTES_PER_PIXEL * math.prod(pair.size)):

@@ -1,19 +1,17 @@
 """Decode images in a subprocess. The caller loads no torch, and no damaged file can end it.
 
-The subprocess (decode_worker.py) reads pickled jobs and answers each, in order, with a pickled tuple of result and
-pixels.
+The subprocess (decode_worker.py) reads a pickled list of jobs and answers each, in order, with a pickled tuple of
+result and pixels.
 """
 
-import contextlib
 import pickle
 import subprocess
 import tempfile
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,8 +71,6 @@ class ImageStats:
     """Largest value of an image of more than 8 bits before scaling, 0 for other images."""
     is_constant: bool = False
     """Whether all pixels of the image have one colour. False without `Job.measure`."""
-    is_oriented: bool = False
-    """Whether image or mask has an EXIF orientation other than upright."""
 
     def lesion_share(self, size: tuple[int, int] | None = None) -> float:
         """Return the share of the mask that is lesion, in the file or in the first view, whose size is `size`."""
@@ -114,20 +110,20 @@ class Decoders(AbstractContextManager["Decoders"]):
         process = self._started()
         assert process.stdin is not None
         assert process.stdout is not None
-        feeder = threading.Thread(target=_feed, args=(process.stdin, jobs), daemon=True)
-        feeder.start()
+        number = 0
         try:
+            pickle.dump(list(jobs), process.stdin)
+            process.stdin.flush()
             for number in range(len(jobs)):
-                try:
-                    result, pixels = pickle.load(process.stdout)
-                except (EOFError, pickle.UnpicklingError):
-                    raise self._death(jobs[number : number + self._n_threads]) from None
-                yield number, result, pixels
+                yield number, *pickle.load(process.stdout)
+        except (EOFError, BrokenPipeError, pickle.UnpicklingError):
+            error = self._death(jobs[number : number + self._n_threads])
+            self.close()
+            raise error from None
         except BaseException:
             # Otherwise the remaining answers would be mistaken for answers to the next jobs.
             self.close()
             raise
-        feeder.join()
 
     def close(self) -> None:
         """End the subprocess, even while it works."""
@@ -170,11 +166,3 @@ def subprocess_environment() -> dict[str, str]:
         MALLOC_ARENA_MAX="2",
         MALLOC_MMAP_THRESHOLD_=str(2**20),
     )
-
-
-def _feed(stdin: IO[bytes], jobs: Sequence[Job]) -> None:
-    # If the subprocess died or was closed, the reader of its answers raises the error.
-    with contextlib.suppress(BrokenPipeError, ValueError):
-        for job in jobs:
-            pickle.dump(job, stdin)
-        stdin.flush()

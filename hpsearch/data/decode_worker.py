@@ -3,15 +3,13 @@
 Threads suffice, because the decoders and the resize release the GIL. The libraries are then loaded only once.
 """
 
-import contextlib
 import os
 import pickle
 import signal
 import sys
-import threading
 import traceback
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from queue import SimpleQueue
 
 import torch
 
@@ -25,7 +23,7 @@ Answer = tuple[ImageStats | DecodeError, list[Pixels]]
 
 
 def main(n_threads: int) -> None:
-    """Answer the jobs on standard input, in order, until it ends."""
+    """Answer the lists of jobs on standard input, in order, until it ends."""
     # Ctrl-C reaches the whole process group, but the parent decides when this process ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
@@ -33,9 +31,6 @@ def main(n_threads: int) -> None:
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     gate, threads = MemoryGate(MAX_BYTES), ThreadPoolExecutor(n_threads)
-    # Bounds the answers that wait for an earlier one, or for a slow parent.
-    places = threading.Semaphore(4 * n_threads)
-    answers: SimpleQueue[Future[Answer] | None] = SimpleQueue()
 
     def answer(job: Job) -> Answer:
         try:
@@ -43,22 +38,23 @@ def main(n_threads: int) -> None:
         except DecodeError as error:
             return error, []
 
-    def read_jobs() -> None:
-        with contextlib.suppress(EOFError):
-            while True:
-                job = pickle.load(sys.stdin.buffer)
-                places.acquire()
-                answers.put(threads.submit(answer, job))
-        answers.put(None)
+    def send(future: Future[Answer]) -> None:
+        pickle.dump(future.result(), output, pickle.HIGHEST_PROTOCOL)
+        output.flush()
 
-    threading.Thread(target=read_jobs, daemon=True).start()
+    waiting: deque[Future[Answer]] = deque()
     try:
-        while (future := answers.get()) is not None:
-            pickle.dump(future.result(), output, pickle.HIGHEST_PROTOCOL)
-            output.flush()
-            places.release()
-    except BaseException:
-        traceback.print_exc()
+        while True:
+            for job in pickle.load(sys.stdin.buffer):
+                # Bounds the answers that wait for an earlier one, or for a slow parent.
+                if len(waiting) == 4 * n_threads:
+                    send(waiting.popleft())
+                waiting.append(threads.submit(answer, job))
+            while waiting:
+                send(waiting.popleft())
+    except BaseException as error:
+        if not isinstance(error, EOFError):
+            traceback.print_exc()
         # Without waiting for the other threads.
         os._exit(70)
 

@@ -3,7 +3,8 @@
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import UserDict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -126,21 +127,14 @@ def lesion_notes(folds: Folds, has_lesion: Sequence[bool]) -> list[str]:
     return notes
 
 
-class Groups(Mapping[str, str]):
-    """Group of each image by its id, regardless of the Unicode form and case of the names."""
-
-    def __init__(self, by_key: Mapping[str, tuple[str, str]]) -> None:
-        """Keep id and group by the `name_key` of the id."""
-        self._by_key = by_key
+class Groups(UserDict[str, str]):
+    """Group of each image by the `name_key` of its id. It is found by the id in any Unicode form and case."""
 
     def __getitem__(self, id: str) -> str:
-        return self._by_key[name_key(id)][1]
+        return self.data[name_key(id)]
 
-    def __iter__(self) -> Iterator[str]:
-        return (name for name, _ in self._by_key.values())
-
-    def __len__(self) -> int:
-        return len(self._by_key)
+    def __contains__(self, id: object) -> bool:
+        return name_key(str(id)) in self.data
 
 
 def require_enough(n: int, folds: int, what: str) -> None:
@@ -177,7 +171,7 @@ def read_groups(path: Path) -> Groups:
             f"groups {path} must have two columns, image and one other, got {', '.join(header) or 'none'}"
         )
     image = header.index("image")
-    groups: dict[str, tuple[str, str]] = {}
+    groups: dict[str, str] = {}
     for number, row in enumerate(rows[1:], start=2):
         cells = [cell.strip() for cell in row]
         if not any(cells):
@@ -185,8 +179,7 @@ def read_groups(path: Path) -> Groups:
         if len(cells) != 2 or not all(cells):
             raise DatasetError(f"groups {path}, line {number}: needs an image and its group, got {','.join(row)!r}")
         name, group = without_suffix(cells[image]), cells[1 - image]
-        _, known = groups.setdefault(name_key(name), (name, group))
-        if known != group:
+        if (known := groups.setdefault(name_key(name), group)) != group:
             raise DatasetError(f"groups {path}, line {number}: {name} is in group {known!r} and in {group!r}")
     return Groups(groups)
 

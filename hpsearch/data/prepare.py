@@ -70,19 +70,12 @@ def prepare_pool(
     with Decoders() as decoders:
         decision = decide_reading(dataset, config, cache_root, decoders)
         preparation = replace(preparation, reading=decision.reading)
-        try:
-            # All images are decoded before any is refused, so that one error has all. The next start finds the cache.
-            folder = build_cache(samples, preparation, config.cache, cache_root, decoders=decoders, progress=progress)
-        except DatasetError as error:
-            if integrity.were_swapped(dataset, samples):
-                raise DatasetError(f"{error}. {integrity.SWAPPED}") from error
-            raise
+        # All images are decoded before any is refused, so that one error has all. The next start finds the cache.
+        folder = build_cache(samples, preparation, config.cache, cache_root, decoders=decoders, progress=progress)
     index = Index.read(folder)
     problems += index.problems
     if problems and not config.exclude_bad:
-        damaged = {problem.id for problem in index.problems}
-        swapped = integrity.were_swapped(dataset, [sample for sample in samples if sample.id in damaged])
-        raise integrity.refusal(problems, dataset.flags, integrity.SWAPPED if swapped else "")
+        raise integrity.refusal(problems, dataset.flags)
     for problem in problems:
         logger.warning("left out (%s): %s", problem.kind, problem.text)
     notes = [

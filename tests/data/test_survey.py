@@ -191,15 +191,6 @@ class TestOrientation:
         assert ignored.key != prepared.key
         assert np.array_equal(open_cache(ignored.cache_path).images[:, ::-1, ::-1], upright)
 
-    def test_oriented_test_images_are_mentioned_too(self, write_dataset: WriteDataset, tmp_path: Path) -> None:
-        config = write_dataset(size=32)
-        orient(config, 12, 2)
-        assert not any("EXIF" in note for note in prepare_pool(config, tmp_path).notes)
-        image = files(config, 12)[0]
-        text = f"1 test pair has an EXIF orientation (the first is {image}); it is applied by default"
-        assert kinds(config)["EXIF orientation"] == text
-        assert text in prepare_test(config, tmp_path).notes
-
     def test_an_augmented_copy_is_read_as_it_was_made(self, write_dataset: WriteDataset, tmp_path: Path) -> None:
         config = write_dataset(pairs=of_size(48, 48))
         for number in range(11):
