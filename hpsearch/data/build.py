@@ -11,10 +11,9 @@ from typing import Literal
 import psutil
 from filelock import FileLock, Timeout
 
-from hpsearch.data.cache import INDEX, Cache, Index, Kind, PixelFiles, Preparation, npy_header, pixel_files
+from hpsearch.data.cache import INDEX, Cache, Index, Kind, PixelFiles, Preparation, cache_key, npy_header, pixel_files
 from hpsearch.data.dataset import Problem, Sample
 from hpsearch.data.decode_pool import DecodeError, Decoders, ImageStats, Pixels
-from hpsearch.data.keys import cache_key
 from hpsearch.errors import CacheError, DatasetError
 from hpsearch.paths import atomic_write, free_bytes, storage_error
 

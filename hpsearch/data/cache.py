@@ -13,6 +13,7 @@ import json
 import math
 import weakref
 import zlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, Self
@@ -21,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpsearch.config.data import GRAY_WEIGHTS, Color
-from hpsearch.data.dataset import Problem, Sample, file_length
+from hpsearch.data.dataset import Problem, Sample, file_length, files_key
 from hpsearch.data.decode_pool import DecodeError, Decoders, ImageStats, Job, Pixels, View
 from hpsearch.data.reading import PLAIN_READING, Reading
 from hpsearch.errors import CacheError
@@ -30,6 +31,8 @@ from hpsearch.typed_json import from_json
 
 INDEX_VERSION = 2
 """Changes with the content of an index. Caches of another version are built again."""
+KEY_VERSION = 1
+"""Changes when the same files and preparation give other pixels. Studies cannot continue across such a change."""
 Kind = Literal["memmap", "files", "memory", "none"]
 INDEX = "index.json"
 PixelFiles = list[tuple[Path, tuple[int, ...]]]
@@ -52,6 +55,13 @@ class Preparation:
         """Return the job that decodes `sample`."""
         size, crop_seed = (self.height, self.width), f"{self.seed}:{sample.id}"
         return Job(sample.image, sample.mask, self.views, *size, crop_seed, reading=self.reading)
+
+
+def cache_key(samples: Sequence[Sample], preparation: Preparation) -> str:
+    """Return 24 hexadecimal digits that depend on the preparation and the files, but not on where the files are."""
+    table = asdict(preparation)
+    del table["reading"]
+    return files_key([KEY_VERSION, table, *preparation.reading.key()], samples)
 
 
 @dataclass(frozen=True)

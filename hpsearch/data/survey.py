@@ -10,11 +10,10 @@ from typing import Literal
 
 from hpsearch import paths
 from hpsearch.config.data import DataConfig
-from hpsearch.data.dataset import Dataset, Problem, Sample
+from hpsearch.data.dataset import Dataset, Problem, Sample, files_key
 from hpsearch.data.decode_pool import Decoders, ImageStats, Job
 from hpsearch.data.folds import AUGMENTATION
 from hpsearch.data.formats import Header, read_header
-from hpsearch.data.keys import files_key
 from hpsearch.data.reading import FULL_SCALES, READING_0_1, Reading, as_tuples
 from hpsearch.errors import RecordError, StorageError
 

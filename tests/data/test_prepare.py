@@ -19,8 +19,7 @@ from hpsearch.data import build, prepare
 from hpsearch.data.cache import open_cache
 from hpsearch.data.dataset import Layout
 from hpsearch.data.folds import make_folds
-from hpsearch.data.pool_caches import PoolCaches
-from hpsearch.data.prepare import Prepared, check_contents, locate, prepare_pool, prepare_test
+from hpsearch.data.prepare import PoolCaches, Prepared, check_contents, locate, prepare_pool, prepare_test
 from hpsearch.errors import DatasetError, StorageError
 
 from .conftest import WriteDataset, draw_pair, pair_paths, tiny_pairs

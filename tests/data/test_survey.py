@@ -16,11 +16,10 @@ from PIL import Image
 
 from hpsearch.config.data import AugmentConfig, DataConfig
 from hpsearch.data import survey as module
-from hpsearch.data.cache import Preparation, open_cache
-from hpsearch.data.dataset import Dataset
+from hpsearch.data.cache import Preparation, cache_key, open_cache
+from hpsearch.data.dataset import Dataset, _fingerprint
 from hpsearch.data.export_augmented import export_augmented
 from hpsearch.data.integrity import check, describe
-from hpsearch.data.keys import _fingerprint, cache_key
 from hpsearch.data.layouts import find_samples
 from hpsearch.data.prepare import check_contents, prepare_pool, prepare_test
 from hpsearch.data.reading import PLAIN_READING, Reading
