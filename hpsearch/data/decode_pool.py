@@ -4,12 +4,15 @@ The subprocess (decode_worker.py) reads a pickled list of jobs and answers each,
 result and pixels.
 """
 
+import itertools
 import pickle
 import subprocess
 import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Literal
 
@@ -79,6 +82,11 @@ class ImageStats:
         return self.view_foreground / (size[0] * size[1])
 
 
+def crc_of(pixels: list[Pixels]) -> int:
+    """Return the CRC-32 of the bytes of all views."""
+    return reduce(lambda crc, array: zlib.crc32(array.data, crc), itertools.chain(*pixels), 0)
+
+
 class DecodeError(DatasetError):
     """A pair that cannot be used."""
 
@@ -142,7 +150,14 @@ class Decoders(AbstractContextManager["Decoders"]):
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._stderr,
-                env=subprocess_environment(),
+                env=subprocesses.environment(
+                    OMP_NUM_THREADS="1",
+                    MKL_NUM_THREADS="1",
+                    # glibc keeps the memory of the largest images in every arena, but returns blocks that it maps
+                    # separately.
+                    MALLOC_ARENA_MAX="2",
+                    MALLOC_MMAP_THRESHOLD_=str(2**20),
+                ),
             )
         return self._process
 
@@ -155,14 +170,3 @@ class Decoders(AbstractContextManager["Decoders"]):
         why = f" ({last[0]})" if last else ""
         files = ", ".join(str(job.image or job.mask) for job in jobs)
         return CacheError(f"the process that decodes ended {how}{why} while it read {files}")
-
-
-def subprocess_environment() -> dict[str, str]:
-    """Return the environment of a subprocess that starts its own decoding threads."""
-    return subprocesses.environment(
-        OMP_NUM_THREADS="1",
-        MKL_NUM_THREADS="1",
-        # glibc keeps the memory of the largest images in every arena, but returns blocks that it maps separately.
-        MALLOC_ARENA_MAX="2",
-        MALLOC_MMAP_THRESHOLD_=str(2**20),
-    )

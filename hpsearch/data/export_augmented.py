@@ -196,7 +196,7 @@ def _link(source: Path, target: Path) -> None:
 def _write(pair: _Pair, augment: AugmentConfig, reading: Reading, seed: int, gate: MemoryGate) -> None:
     """Write one changed version."""
     sample = pair.sample
-    size = open_pair(sample.image, sample.mask, reading).size
+    _, size = open_pair(sample.image, sample.mask, reading)
     digest = hashlib.sha256(f"{seed}:{sample.id}:{pair.copy}".encode()).digest()
     rng = np.random.default_rng(int.from_bytes(digest[:8]))
     with gate.admitted(PIXEL_BYTES * size[0] * size[1]):

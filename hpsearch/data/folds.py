@@ -5,7 +5,7 @@ import io
 import json
 from collections import UserDict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -15,14 +15,13 @@ from numpy.typing import NDArray
 from hpsearch.config.data import DataConfig
 from hpsearch.data.dataset import Split
 from hpsearch.data.formats import without_suffix
-from hpsearch.data.reading import as_tuples
 from hpsearch.errors import ConfigError, DatasetError, RecordError
 from hpsearch.paths import sha256_text
+from hpsearch.typed_json import from_json
 from hpsearch.user_files import name_key, read_text, user_path
 
 AUGMENTATION, AUGMENTED_GROUPS = "augmentation.json", "groups.csv"
 """Files of an augmented dataset: the settings it was made with, and the original of each image."""
-_FOLDS_KEYS = ("method", "k", "seed", "ids", "fold_of")
 
 
 @dataclass(frozen=True)
@@ -49,16 +48,16 @@ class Folds:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the folds as plain types, with a digest."""
-        table = {name: getattr(self, name) for name in _FOLDS_KEYS}
+        table = asdict(self)
         return {**table, "digest": _digest(table)}
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> Self:
         """Return the folds in a table of `to_dict`. RecordError if the table was changed."""
         content = {key: value for key, value in table.items() if key != "digest"}
-        if set(content) != set(_FOLDS_KEYS) or table.get("digest") != _digest(content):
+        if table.get("digest") != _digest(content):
             raise RecordError("the folds are damaged: their digest is not that of their content")
-        return cls(**as_tuples(content))
+        return from_json(cls, content)
 
 
 def make_folds(

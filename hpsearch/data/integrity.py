@@ -139,7 +139,6 @@ def same_images(pool: Sequence[Sample], test: Sequence[Sample]) -> list[Problem]
         if in_test:
             kind, verb = "image in pool and test", "is" if len(in_pool) == 1 else "are"
             text = f"{names} of the pool {verb} the same file as {test_names} of the test split, with {masks}"
-            text += "; `final` also gives the test mean without such images"
         found.append(in_pool[0].problem(kind, text, *(sample.image for sample in samples)))
     return found
 

@@ -2,18 +2,17 @@
 
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from hpsearch.config import StudyConfig
 from hpsearch.config.data import DataConfig
 from hpsearch.config.search import Choice
 from hpsearch.data import integrity
 from hpsearch.data.build import Progress, build_cache
-from hpsearch.data.cache import Index, Preparation, cache_key, open_cache
+from hpsearch.data.cache import INDEX, Index, Preparation, open_cache
 from hpsearch.data.dataset import Dataset, Problem, Sample, Split
 from hpsearch.data.decode_pool import Decoders, View
 from hpsearch.data.layouts import find_samples
@@ -81,11 +80,13 @@ def prepare_pool(
         raise integrity.refusal(problems, dataset.flags)
     for problem in problems:
         logger.warning("left out (%s): %s", problem.kind, problem.text)
-    notes = [
-        *(integrity.dataset_notes(dataset) if config.root != "sample" else []),
-        *(_test_notes(dataset, samples) if role != "test" else []),
-        *integrity.content_notes(dataset, index.pairs, decision, config.cached_size),
-    ]
+    notes = integrity.dataset_notes(dataset) if config.root != "sample" else []
+    if role != "test":
+        # Errors of the test split are notes here, because only `final` refuses them.
+        later = [problem for problem in dataset.problems if problem.split == "test"]
+        notes += integrity.same_images(samples, dataset.split("test"))
+        notes += [replace(problem, kind=f"{problem.kind} in the test split") for problem in later]
+    notes += integrity.content_notes(dataset, index.pairs, decision, config.cached_size)
     return Prepared(
         cache_path=folder,
         key=index.key,
@@ -159,19 +160,14 @@ def count_pool(config: DataConfig, cache_root: Path) -> int:
     return len(_selected(config, cache_root, "search")[1])
 
 
-def check_contents(config: DataConfig, cache_root: Path, *, seed: int = 0) -> tuple[list[Path], list[Problem]]:
-    """Return the existing caches of `config`, and their files and images that have changed since.
+def check_contents(config: DataConfig, cache_root: Path) -> tuple[list[Path], list[Problem]]:
+    """Return the existing caches of the dataset, and their files and images that have changed since.
 
     All of each file is read. The key of a cache depends only on both ends.
     """
-    folders: list[Path] = []
-    for role in get_args(Role):
-        dataset, samples, preparation = _selected(config, cache_root, role, seed)
-        if samples:
-            reading = decide_reading(dataset, config, cache_root).reading
-            key = cache_key(samples, replace(preparation, reading=reading))
-            # Without limits the pools of both roles are the same.
-            folders += [path for path in sorted(cache_root.glob(f"{key}-*")) if path not in folders]
+    samples = set(locate(config, cache_root).samples)
+    folders = [path.parent for path in sorted(cache_root.glob(f"*/{INDEX}"))]
+    folders = [folder for folder in folders if samples.issuperset(Index.read(folder).samples)]
     return folders, [problem for folder in folders for problem in integrity.check_stored(open_cache(folder))]
 
 
@@ -208,13 +204,3 @@ def _selected(
     if config.match == "crop":
         views = ("centre crop",) if role == "test" else ("random crop", "centre crop")
     return dataset, samples, Preparation(*config.cached_size, views, seed if "random crop" in views else 0)
-
-
-def _test_notes(dataset: Dataset, pool: Sequence[Sample]) -> list[Problem]:
-    """Return notes on images in pool and test, and on errors of the test split, which only `final` refuses."""
-    later = [
-        replace(problem, kind=f"{problem.kind} in the test split")
-        for problem in dataset.problems
-        if problem.split == "test"
-    ]
-    return [*integrity.same_images(pool, dataset.split("test")), *later]

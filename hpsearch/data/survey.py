@@ -14,8 +14,9 @@ from hpsearch.data.dataset import Dataset, Problem, Sample, files_key
 from hpsearch.data.decode_pool import Decoders, ImageStats, Job
 from hpsearch.data.folds import AUGMENTATION
 from hpsearch.data.formats import Header, read_header
-from hpsearch.data.reading import FULL_SCALES, READING_0_1, Reading, as_tuples
+from hpsearch.data.reading import FULL_SCALES, READING_0_1, Reading
 from hpsearch.errors import RecordError, StorageError
+from hpsearch.typed_json import from_json
 
 Exif = Literal["apply", "ignore"]
 SURVEY_VERSION = 2
@@ -66,7 +67,7 @@ def survey(pool: Sequence[Sample], cache_root: Path | None, decoders: Decoders |
         return _survey(pool, decoders)
     path = cache_root / f"survey-{files_key(['survey', SURVEY_VERSION], pool)}.json"
     with suppress(RecordError, AttributeError, TypeError):
-        return Survey(**as_tuples(paths.read_json(path)))
+        return from_json(Survey, paths.read_json(path))
     # It is missing or damaged.
     result = _survey(pool, decoders)
     # A shared cache may be in a folder that this user cannot write.
@@ -150,5 +151,5 @@ def _header(path: Path) -> Header | None:
 def _recorded(dataset: Dataset) -> Reading | None:
     """Return the rules by which the original of an augmented dataset was read."""
     with suppress(RecordError, KeyError, AttributeError, TypeError):
-        return Reading.from_table(paths.read_json(dataset.root / AUGMENTATION)["reading"])
+        return from_json(Reading, paths.read_json(dataset.root / AUGMENTATION)["reading"])
     return None
