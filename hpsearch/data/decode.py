@@ -1,10 +1,22 @@
-"""Decode an image and its mask, check them, and bring them to the cached size."""
+"""Decode an image and its mask, check them, and bring them to the cached size.
+
+The subprocess that decode_pool.py starts runs this module: `python -m hpsearch.data.decode N_THREADS`. Threads
+suffice there, because the decoders and the resize release the GIL. The libraries are then loaded only once.
+"""
 
 import hashlib
 import io
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import os
+import pickle
+import signal
+import sys
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +35,10 @@ from hpsearch.user_files import file_fault
 
 BYTES_PER_PIXEL = 12
 """About how much memory it takes to decode a pixel, and to turn and resize it."""
+
+
+MAX_BYTES = 400 * 2**20
+"""Decoded pixels that all threads hold together. A single larger image is decoded alone."""
 
 
 def read_image(path: Path, reading: Reading) -> Tensor:
@@ -235,3 +251,66 @@ def _moments(image: NDArray[np.uint8]) -> tuple[int, ...]:
     products = values.T @ values
     sums = (*values.sum(0), *products.diagonal(), products[0, 1], products[0, 2], products[1, 2])
     return tuple(map(int, sums))
+
+
+class MemoryGate:
+    """Admits threads while the memory they hold together stays within a limit. A single thread is always admitted."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._held_bytes = 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def admitted(self, n_bytes: int) -> Iterator[None]:
+        """Hold `n_bytes` during the block, after waiting until they fit."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._held_bytes or self._held_bytes + n_bytes <= self._limit_bytes)
+            self._held_bytes += n_bytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._held_bytes -= n_bytes
+                self._changed.notify_all()
+
+
+def main(n_threads: int) -> None:
+    """Answer the lists of jobs on standard input, in order, until it ends."""
+    # Ctrl-C reaches the whole process group, but the parent decides when this process ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    # Libraries may print to standard output, so the answers get a descriptor of their own.
+    output = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    gate, threads = MemoryGate(MAX_BYTES), ThreadPoolExecutor(n_threads)
+
+    def answer(job: Job) -> tuple[ImageStats | DecodeError, list[Pixels]]:
+        try:
+            return decode_job(job, gate.admitted)
+        except DecodeError as error:
+            return error, []
+
+    def send(future: Future[Any]) -> None:
+        pickle.dump(future.result(), output, pickle.HIGHEST_PROTOCOL)
+        output.flush()
+
+    waiting: deque[Future[Any]] = deque()
+    try:
+        while True:
+            for job in pickle.load(sys.stdin.buffer):
+                # Bounds the answers that wait for an earlier one, or for a slow parent.
+                if len(waiting) == 4 * n_threads:
+                    send(waiting.popleft())
+                waiting.append(threads.submit(answer, job))
+            while waiting:
+                send(waiting.popleft())
+    except BaseException as error:
+        if not isinstance(error, EOFError):
+            traceback.print_exc()
+        # Without waiting for the other threads.
+        os._exit(70)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,6 +1,6 @@
 """Decode images in a subprocess. The caller loads no torch, and no damaged file can end it.
 
-The subprocess (decode_worker.py) reads a pickled list of jobs and answers each, in order, with a pickled tuple of
+The subprocess (decode.py) reads a pickled list of jobs and answers each, in order, with a pickled tuple of
 result and pixels.
 """
 
@@ -146,7 +146,7 @@ class Decoders(AbstractContextManager["Decoders"]):
             # Not a pipe, which would fill up because nothing reads it while the subprocess works.
             self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the subprocess
             self._process = subprocess.Popen(
-                subprocesses.command("hpsearch.data.decode_worker", str(self._n_threads)),
+                subprocesses.command("hpsearch.data.decode", str(self._n_threads)),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._stderr,

@@ -135,18 +135,16 @@ def _download_and_unpack(folder: Path, url: str, progress: Progress | None) -> N
     """Unpack the archive that exists or the downloaded one. A damaged archive is downloaded again once."""
     path = folder.with_name(f"{folder.name}.zip")
     report = progress or (lambda *_: None)
-    n_downloads = 0
-    while True:
+    for is_last in (False, True):
         try:
             if not path.is_file():
-                n_downloads += 1
                 download_file(url, path, partial(report, folder.name, "download"))
             unpack(path, folder, partial(report, folder.name, "unpack"))
             return
         except zipfile.BadZipFile as error:
             path.unlink(missing_ok=True)
-            if n_downloads == 2:
-                raise DatasetError(f"{url} was damaged after two downloads: {error}") from error
+            if is_last:
+                raise DatasetError(f"{url} was damaged twice: {error}") from error
             logger.warning("%s is damaged (%s); downloading it again", path, error)
 
 

@@ -26,12 +26,11 @@ from hpsearch.config.data import AugmentConfig, DataConfig
 from hpsearch.cores import available_cores
 from hpsearch.data.augment import augment_batch, draw_changes
 from hpsearch.data.dataset import Dataset, Sample
-from hpsearch.data.decode import open_pair, read_pair
+from hpsearch.data.decode import MemoryGate, open_pair, read_pair
 from hpsearch.data.decode_pool import DecodeError
 from hpsearch.data.folds import AUGMENTATION, AUGMENTED_GROUPS
 from hpsearch.data.formats import FORMATS
 from hpsearch.data.integrity import refusal
-from hpsearch.data.memory_gate import MemoryGate
 from hpsearch.data.reading import Reading
 from hpsearch.data.survey import decide_reading
 from hpsearch.errors import ConfigError, DatasetError
