@@ -2,6 +2,7 @@
 
 import logging
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -171,8 +172,11 @@ def check_contents(config: DataConfig, cache_root: Path) -> tuple[list[Path], li
     All of each file is read. The key of a cache depends only on both ends.
     """
     samples = set(locate(config, cache_root).samples)
-    folders = [path.parent for path in sorted(cache_root.glob(f"*/{INDEX}"))]
-    folders = [folder for folder in folders if samples.issuperset(Index.read(folder).samples)]
+    folders: list[Path] = []
+    for path in sorted(cache_root.glob(f"*/{INDEX}")):
+        # A cache without a readable index, such as one of another version, is built again by the next study.
+        with suppress(CacheError):
+            folders += [path.parent] if samples.issuperset(Index.read(path.parent).samples) else []
     return folders, [problem for folder in folders for problem in integrity.check_stored(open_cache(folder))]
 
 
