@@ -23,20 +23,10 @@ Any other exception is a fault in `hpsearch` and keeps its traceback.
 
 import re
 import struct
-import zipfile
 import zlib
+from zipfile import BadZipFile
 
-ZIP_ERRORS = (
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-    EOFError,
-    NotImplementedError,
-    RuntimeError,
-    ValueError,
-    OverflowError,
-    OSError,
-)
+ZIP_ERRORS = (BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, ValueError, OverflowError, OSError)
 """Exceptions that `zipfile`, and numpy for .npz files, raise on damaged bytes."""
 
 

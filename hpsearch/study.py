@@ -12,8 +12,7 @@ from hpsearch.config import StudyConfig
 from hpsearch.data import duplicates
 from hpsearch.data import folds as fold_making
 from hpsearch.data.cache import open_cache
-from hpsearch.data.pool_caches import PoolCaches, cache_root
-from hpsearch.data.prepare import count_pool
+from hpsearch.data.prepare import PoolCaches, cache_root, count_pool
 from hpsearch.errors import CacheError, StorageError, StudyChangedError
 from hpsearch.paths import ProjectPaths, StudyPaths
 from hpsearch.search.autotune import MachineChoice, first_workers, make_plan

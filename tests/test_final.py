@@ -45,6 +45,7 @@ from hpsearch.typed_json import from_json, to_json
 from hpsearch.workers.jobs import CountJob, Job
 from hpsearch.workers.plan import ExecutionPlan
 from hpsearch.workers.pool import WorkerPool, WorkerSettings
+from tests.cached import images_of
 from tests.data.conftest import tiny_pairs, write_oriented
 from tests.search.studies import run, tiny_config, write_tiny_dataset
 from tests.test_views import FakeView
@@ -154,7 +155,7 @@ def test_networks_are_trained_on_what_people_see_and_know_how_it_was_read(
     project: ProjectPaths, result: FinalResult
 ) -> None:
     seen = open_cache(prepare_pool(study_record(project, None).config.data, project.cache).cache_path)
-    for pair, image in zip(tiny_pairs(), seen.images, strict=False):
+    for pair, image in zip(tiny_pairs(), images_of(seen), strict=False):
         upright = torch.from_numpy(pair.image).permute(2, 0, 1)
         assert np.array_equal(image, resize(upright, 32, 32).permute(1, 2, 0).numpy())
     weights = [result.paths.model, *sorted(result.paths.ensemble.iterdir()), result.paths.seed(1).weights]

@@ -19,7 +19,6 @@ from hpsearch.report.formats import count
 if TYPE_CHECKING:
     from hpsearch.data.integrity import CheckReport
 
-
 NO_CACHE = "no cache of this data to compare with: `hpsearch study` or `hpsearch data cache` creates one"
 
 
@@ -38,8 +37,7 @@ def check(project: ProjectPaths, settings: Settings, as_json: bool, full: bool, 
     """Decode a whole dataset and show its errors and notes. Exit code 1 if there are errors."""
     from hpsearch.data import integrity
     from hpsearch.data.duplicates import find_in_dataset
-    from hpsearch.data.pool_caches import cache_root
-    from hpsearch.data.prepare import check_contents, locate
+    from hpsearch.data.prepare import cache_root, check_contents, locate
 
     study = settings.load()
     config, root = study.data, cache_root(project, study)
@@ -85,7 +83,7 @@ def _print_report(report: CheckReport) -> None:
 def cache(project: ProjectPaths, settings: Settings, compare: bool) -> None:
     """Build the cache as a study does, or compare the kinds of cache."""
     from hpsearch.data.comparison import compare_caches
-    from hpsearch.data.pool_caches import PoolCaches, cache_root
+    from hpsearch.data.prepare import PoolCaches, cache_root
 
     study = settings.load()
     root = cache_root(project, study)
@@ -111,7 +109,7 @@ def cache(project: ProjectPaths, settings: Settings, compare: bool) -> None:
 def augment(project: ProjectPaths, settings: Settings, copies: int, target: Path | None) -> None:
     """Write an augmented copy of a dataset, in the same layout, to DATA_Aug beside it.
 
-    The changes are drawn as [augment] says, with --seed. After an interruption, run it again to continue.
+    The changes are drawn as [augment] says, with --seed.
 
     \b
         hpsearch data augment --data ISIC-2017 --copies 2 --set augment.rotate=20
@@ -119,8 +117,7 @@ def augment(project: ProjectPaths, settings: Settings, copies: int, target: Path
     """
     from hpsearch.data.export_augmented import export_augmented
     from hpsearch.data.folds import groups_file, read_groups
-    from hpsearch.data.pool_caches import cache_root
-    from hpsearch.data.prepare import locate
+    from hpsearch.data.prepare import cache_root, locate
     from hpsearch.data.survey import decide_reading
 
     config = settings.load()

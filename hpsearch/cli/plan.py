@@ -179,8 +179,7 @@ def _rounded(value: float) -> str:
 
 
 def _count_pool(config: StudyConfig, project: ProjectPaths) -> int:
-    from hpsearch.data.pool_caches import cache_root
-    from hpsearch.data.prepare import count_pool
+    from hpsearch.data.prepare import cache_root, count_pool
 
     return count_pool(config.data, cache_root(project, config))
 

@@ -11,10 +11,9 @@ from typing import Literal
 import psutil
 from filelock import FileLock, Timeout
 
-from hpsearch.data.cache import INDEX, Cache, Index, Kind, PixelFiles, Preparation, npy_header, pixel_files
+from hpsearch.data.cache import INDEX, Cache, Index, Kind, PixelFiles, Preparation, cache_key, npy_header, pixel_files
 from hpsearch.data.dataset import Problem, Sample
 from hpsearch.data.decode_pool import DecodeError, Decoders, ImageStats, Pixels
-from hpsearch.data.keys import cache_key
 from hpsearch.errors import CacheError, DatasetError
 from hpsearch.paths import atomic_write, free_bytes, storage_error
 
@@ -72,11 +71,10 @@ def _choose_kind(key: str, n_bytes: int, cache_root: Path) -> Kind:
     `memmap` is preferred: the system keeps it in memory while there is room, and all processes share it. `files` is
     never faster. `memory` is decoded again by each process.
     """
-    existing: tuple[Kind, ...] = ("memmap", "files")
-    for each in existing:
-        if (cache_root / f"{key}-{each}" / INDEX).is_file():
-            return each
-    if free_bytes(cache_root) >= n_bytes + SPARE_BYTES:
+    is_written = {kind: (cache_root / f"{key}-{kind}" / INDEX).is_file() for kind in ("memmap", "files")}
+    if is_written["files"] and not is_written["memmap"]:
+        return "files"
+    if is_written["memmap"] or free_bytes(cache_root) >= n_bytes + SPARE_BYTES:
         return "memmap"
     kind: Kind = "memory" if psutil.virtual_memory().available >= 2 * n_bytes else "none"
     logger.warning(

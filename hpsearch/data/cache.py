@@ -12,7 +12,7 @@ import io
 import json
 import math
 import weakref
-import zlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, Self
@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpsearch.config.data import GRAY_WEIGHTS, Color
-from hpsearch.data.dataset import Problem, Sample, file_length
-from hpsearch.data.decode_pool import DecodeError, Decoders, ImageStats, Job, Pixels, View
+from hpsearch.data.dataset import Problem, Sample, file_length, files_key
+from hpsearch.data.decode_pool import DecodeError, Decoders, ImageStats, Job, Pixels, View, crc_of
 from hpsearch.data.reading import PLAIN_READING, Reading
 from hpsearch.errors import CacheError
 from hpsearch.paths import sha256_text
@@ -30,6 +30,8 @@ from hpsearch.typed_json import from_json
 
 INDEX_VERSION = 2
 """Changes with the content of an index. Caches of another version are built again."""
+KEY_VERSION = 1
+"""Changes when the same files and preparation give other pixels. Studies cannot continue across such a change."""
 Kind = Literal["memmap", "files", "memory", "none"]
 INDEX = "index.json"
 PixelFiles = list[tuple[Path, tuple[int, ...]]]
@@ -52,6 +54,13 @@ class Preparation:
         """Return the job that decodes `sample`."""
         size, crop_seed = (self.height, self.width), f"{self.seed}:{sample.id}"
         return Job(sample.image, sample.mask, self.views, *size, crop_seed, reading=self.reading)
+
+
+def cache_key(samples: Sequence[Sample], preparation: Preparation) -> str:
+    """Return 24 hexadecimal digits that depend on the preparation and the files, but not on where the files are."""
+    table = asdict(preparation)
+    del table["reading"]
+    return files_key([KEY_VERSION, table, *preparation.reading.key()], samples)
 
 
 @dataclass(frozen=True)
@@ -165,16 +174,6 @@ class Cache:
             images[row].flat, masks[row].flat = np.split(pixels, [images[row].size])
         return images, masks
 
-    @property
-    def images(self) -> NDArray[np.uint8]:
-        """All images (N, H, W, 3), read-only. The kinds `files` and `none` read them at each access."""
-        return (self._views[0] if self._views else self.read(np.arange(len(self))))[0]
-
-    @property
-    def masks(self) -> NDArray[np.uint8]:
-        """All masks (N, H, W), read-only."""
-        return (self._views[0] if self._views else self.read(np.arange(len(self))))[1]
-
     def normalization(self, indices: NDArray[np.int64], color: Color) -> Normalization:
         """Return mean and standard deviation over all pixels of these images, from sums in the index.
 
@@ -201,14 +200,8 @@ class Cache:
     def damaged(self) -> list[str]:
         """Return the ids whose cached pixels differ from those that were written."""
         both = (False, True) if self.has_held_out_view else (False,)
-        wrong = []
-        for i, (sample, stats) in enumerate(self.index.pairs):
-            crc = 0
-            for array in (array for held_out in both for array in self.read(np.array([i]), held_out=held_out)):
-                crc = zlib.crc32(array.data, crc)
-            if crc != stats.crc:
-                wrong.append(sample.id)
-        return wrong
+        crcs = (crc_of([self.read(np.array([i]), held_out=each) for each in both]) for i in range(len(self)))
+        return [id for id, stats, crc in zip(self.ids, self.index.stats, crcs, strict=True) if crc != stats.crc]
 
     def _decode(self, indices: NDArray[np.int64]) -> list[Pixels]:
         """Return all views of these images. CacheError if a file has changed since the index was written."""

@@ -1,6 +1,5 @@
 """Compare the kinds of cache on a dataset: seconds to build, seconds per epoch, memory."""
 
-import platform
 import tempfile
 import time
 from collections.abc import Callable
@@ -59,21 +58,18 @@ def compare_caches(
             epochs = []
             for _ in range(2):
                 start = time.monotonic()
-                for first in range(0, len(order), batch_size):
-                    cache.read(order[first : first + batch_size])
+                for batch in np.split(order, range(batch_size, len(order), batch_size)):
+                    cache.read(batch)
                 epochs.append(time.monotonic() - start)
             memory = max(0, _own_memory_bytes() - memory)
             disk_bytes = sum(file.stat().st_size for file in path.iterdir())
             del cache
-        epoch_s = min(epochs)
-        speedup = rows[0].epoch_s / epoch_s if rows else 1
-        rows.append(CacheRow(kind, build_s, epoch_s, memory, disk_bytes, speedup))
+        speedup = rows[0].epoch_s / min(epochs) if rows else 1
+        rows.append(CacheRow(kind, build_s, min(epochs), memory, disk_bytes, speedup))
     return [*rows[1:], rows[0]]
 
 
 def _own_memory_bytes() -> int:
-    """Return the memory of this process and its subprocesses that is not backed by files."""
+    """Return the memory that belongs to this process and its subprocesses alone."""
     processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
-    if platform.system() == "Linux":
-        return sum(info.rss - info.shared for info in (process.memory_info() for process in processes))
     return sum(process.memory_full_info().uss for process in processes)

@@ -1,16 +1,25 @@
-"""Decode an image and its mask, check them, and bring them to the cached size."""
+"""Decode an image and its mask, check them, and bring them to the cached size.
+
+The subprocess that decode_pool.py starts runs this module: `python -m hpsearch.data.decode N_THREADS`. Threads
+suffice there, because the decoders and the resize release the GIL. The libraries are then loaded only once.
+"""
 
 import hashlib
 import io
-import itertools
 import math
-import zlib
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import os
+import pickle
+import signal
+import sys
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,14 +27,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from hpsearch.data.decode_pool import DecodeError, ImageStats, Job, Pixels
+from hpsearch.data.decode_pool import DecodeError, ImageStats, Job, Pixels, crc_of
 from hpsearch.data.formats import DAMAGE, FORMATS, MAX_PIXELS, Header, read_header
 from hpsearch.data.masks import find_lesion
-from hpsearch.data.reading import Reading
+from hpsearch.data.reading import FULL_SCALES, Reading
 from hpsearch.user_files import file_fault
 
 BYTES_PER_PIXEL = 12
 """About how much memory it takes to decode a pixel, and to turn and resize it."""
+
+
+MAX_BYTES = 400 * 2**20
+"""Decoded pixels that all threads hold together. A single larger image is decoded alone."""
 
 
 def read_image(path: Path, reading: Reading) -> Tensor:
@@ -38,7 +51,7 @@ def read_pair(image_path: Path, mask_path: Path, reading: Reading) -> tuple[Tens
 
     Raises DecodeError, naming the file, if one of them is unusable.
     """
-    image, mask = open_pair(image_path, mask_path, reading).files
+    (image, mask), _ = open_pair(image_path, mask_path, reading)
     return _decode_image(image, reading)[0], _decode_mask(mask, reading)[0]
 
 
@@ -84,16 +97,13 @@ class OpenFile:
     data: bytearray
 
 
-class OpenPair(NamedTuple):
-    """An image and its mask with headers of equal size, or one file alone."""
+def open_pair(
+    image_path: Path | None, mask_path: Path | None, reading: Reading
+) -> tuple[list[OpenFile], tuple[int, int]]:
+    """Return the files that are given, and their height and width, upright if orientations are applied.
 
-    files: list[OpenFile]
-    size: tuple[int, int]
-    """Height and width, upright if orientations are applied."""
-
-
-def open_pair(image_path: Path | None, mask_path: Path | None, reading: Reading) -> OpenPair:
-    """Read the headers and compare the sizes. Raise DecodeError if the pair is unusable."""
+    Raises DecodeError if the pair is unusable, because the sizes differ or a header is damaged.
+    """
     files = [_open(path) for path in (image_path, mask_path) if path is not None]
     image, mask = files[0], files[-1]
     size, mask_size = (file.header.size(upright=reading.turns) for file in (image, mask))
@@ -104,7 +114,7 @@ def open_pair(image_path: Path | None, mask_path: Path | None, reading: Reading)
             text += f": it fits only with the EXIF orientation {otherwise}, which is {done} {reading.exif_reason}"
             text += ". Correct the tag, or set data.exif"
         raise DecodeError("sizes differ", text)
-    return OpenPair(files, size)
+    return files, size
 
 
 def decode_job(
@@ -114,28 +124,36 @@ def decode_job(
 
     `admitted` is entered with the memory that decoding takes, before the first file is decoded.
     """
-    pair = open_pair(job.image, job.mask, job.reading)
-    stats: dict[str, Any] = {"is_oriented": any(file.header.orientation > 1 for file in pair.files)}
+    files, size = open_pair(job.image, job.mask, job.reading)
+    stats: dict[str, Any] = {}
     images: list[Tensor] = []
     masks: list[Tensor] = []
-    with admitted(BYTES_PER_PIXEL * math.prod(pair.size)):
-        # The mask is decoded after the image's pixels are freed.
+    with admitted(BYTES_PER_PIXEL * math.prod(size)):
         if job.image is not None:
-            images = _image_part(pair.files[0], job, stats)
+            image, stats["largest"] = _decode_image(files[0], job.reading)
+            if job.measure:
+                stats["image_sha256"] = hashlib.sha256(files[0].data).hexdigest()
+                # A sixteenth of the rows and columns decides it for most images.
+                parts = image[:, ::16, ::16], image
+                stats["is_constant"] = all(bool((part == image[:, :1, :1]).all()) for part in parts)
+            images = _views(image, job, resize) if job.send else []
+            # The mask is decoded after the image's pixels are freed.
+            del image
         if job.mask is not None:
-            masks = _mask_part(pair.files[-1], job, stats)
+            mask, stats["mask_values"] = _decode_mask(files[-1], job.reading)
+            stats["foreground"] = int(mask.count_nonzero())
+            if job.measure:
+                stats["mask_sha256"] = hashlib.sha256(files[-1].data).hexdigest()
+            masks = _views(mask, job, resize_mask)
+            if masks:
+                stats["view_foreground"] = int(masks[0].count_nonzero())
     pixels = [
-        (np.ascontiguousarray(image.permute(1, 2, 0).numpy()), np.ascontiguousarray(mask.numpy()))
-        for image, mask in zip(images, masks, strict=False)
+        (np.ascontiguousarray(view.permute(1, 2, 0).numpy()), np.ascontiguousarray(mask_view.numpy()))
+        for view, mask_view in zip(images, masks, strict=False)
     ]
     if pixels and job.measure:
         stats["moments"] = _moments(pixels[0][0])
-    return ImageStats(*pair.size, **stats, crc=crc_of(pixels)), pixels
-
-
-def crc_of(pixels: list[Pixels]) -> int:
-    """Return the CRC-32 of the bytes of all views."""
-    return reduce(lambda crc, array: zlib.crc32(array.data, crc), itertools.chain(*pixels), 0)
+    return ImageStats(*size, **stats, crc=crc_of(pixels)), pixels
 
 
 def upright(pixels: Tensor, orientation: int) -> Tensor:
@@ -166,28 +184,6 @@ def _open(path: Path) -> OpenFile:
     return OpenFile(path, header, data)
 
 
-def _image_part(file: OpenFile, job: Job, stats: dict[str, Any]) -> list[Tensor]:
-    """Decode the image, add what is found to `stats`, and return the views to send."""
-    image, stats["largest"] = _decode_image(file, job.reading)
-    if job.measure:
-        stats["image_sha256"] = hashlib.sha256(file.data).hexdigest()
-        # A sixteenth of the rows and columns decides it for most images.
-        stats["is_constant"] = all(bool((part == image[:, :1, :1]).all()) for part in (image[:, ::16, ::16], image))
-    return _views(image, job, resize) if job.send else []
-
-
-def _mask_part(file: OpenFile, job: Job, stats: dict[str, Any]) -> list[Tensor]:
-    """Decode the mask, add what is found to `stats`, and return its views."""
-    mask, stats["mask_values"] = _decode_mask(file, job.reading)
-    stats["foreground"] = int(mask.count_nonzero())
-    if job.measure:
-        stats["mask_sha256"] = hashlib.sha256(file.data).hexdigest()
-    views = _views(mask, job, resize_mask)
-    if views:
-        stats["view_foreground"] = int(views[0].count_nonzero())
-    return views
-
-
 def _decode_image(file: OpenFile, reading: Reading) -> tuple[Tensor, int]:
     """Return RGB (3, H, W) uint8: gray repeated, CMYK converted, transparency dropped.
 
@@ -201,18 +197,12 @@ def _decode_image(file: OpenFile, reading: Reading) -> tuple[Tensor, int]:
 
 def _to_eight_bits(path: Path, deep: NDArray[np.uint16], max_value: int) -> tuple[NDArray[np.uint8], int]:
     """Return `deep` with 0..max_value mapped evenly to 0..255, rounded down, and its largest value before that."""
-    largest = int(deep.max())
-    if not max_value:
-        raise DecodeError(
-            "unknown full scale",
-            f"{path} has 16 bits a channel, but no training or validation image has more than 8, so nothing says "
-            "which of its values is full scale: convert it to 8 bits, or train with data.max_value",
-        )
+    largest, max_value = int(deep.max()), max_value or FULL_SCALES[0]
     if largest > max_value:
         raise DecodeError(
             "value above full scale",
             f"{path} has the value {largest}, above the full scale of {max_value} with which training and validation "
-            "images are read (data.max_value)",
+            "images are read: convert it to 8 bits, or train with data.max_value",
         )
     return (deep.astype(np.uint32) * 256 // (max_value + 1)).astype(np.uint8), largest
 
@@ -261,3 +251,66 @@ def _moments(image: NDArray[np.uint8]) -> tuple[int, ...]:
     products = values.T @ values
     sums = (*values.sum(0), *products.diagonal(), products[0, 1], products[0, 2], products[1, 2])
     return tuple(map(int, sums))
+
+
+class MemoryGate:
+    """Admits threads while the memory they hold together stays within a limit. A single thread is always admitted."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._held_bytes = 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def admitted(self, n_bytes: int) -> Iterator[None]:
+        """Hold `n_bytes` during the block, after waiting until they fit."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._held_bytes or self._held_bytes + n_bytes <= self._limit_bytes)
+            self._held_bytes += n_bytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._held_bytes -= n_bytes
+                self._changed.notify_all()
+
+
+def main(n_threads: int) -> None:
+    """Answer the lists of jobs on standard input, in order, until it ends."""
+    # Ctrl-C reaches the whole process group, but the parent decides when this process ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    # Libraries may print to standard output, so the answers get a descriptor of their own.
+    output = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    gate, threads = MemoryGate(MAX_BYTES), ThreadPoolExecutor(n_threads)
+
+    def answer(job: Job) -> tuple[ImageStats | DecodeError, list[Pixels]]:
+        try:
+            return decode_job(job, gate.admitted)
+        except DecodeError as error:
+            return error, []
+
+    def send(future: Future[Any]) -> None:
+        pickle.dump(future.result(), output, pickle.HIGHEST_PROTOCOL)
+        output.flush()
+
+    waiting: deque[Future[Any]] = deque()
+    try:
+        while True:
+            for job in pickle.load(sys.stdin.buffer):
+                # Bounds the answers that wait for an earlier one, or for a slow parent.
+                if len(waiting) == 4 * n_threads:
+                    send(waiting.popleft())
+                waiting.append(threads.submit(answer, job))
+            while waiting:
+                send(waiting.popleft())
+    except BaseException as error:
+        if not isinstance(error, EOFError):
+            traceback.print_exc()
+        # Without waiting for the other threads.
+        os._exit(70)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,19 +1,20 @@
 """Decode images in a subprocess. The caller loads no torch, and no damaged file can end it.
 
-The subprocess (decode_worker.py) reads pickled jobs and answers each, in order, with a pickled tuple of result and
-pixels.
+The subprocess (decode.py) reads a pickled list of jobs and answers each, in order, with a pickled tuple of
+result and pixels.
 """
 
-import contextlib
+import itertools
 import pickle
 import subprocess
 import tempfile
-import threading
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,14 +74,17 @@ class ImageStats:
     """Largest value of an image of more than 8 bits before scaling, 0 for other images."""
     is_constant: bool = False
     """Whether all pixels of the image have one colour. False without `Job.measure`."""
-    is_oriented: bool = False
-    """Whether image or mask has an EXIF orientation other than upright."""
 
     def lesion_share(self, size: tuple[int, int] | None = None) -> float:
         """Return the share of the mask that is lesion, in the file or in the first view, whose size is `size`."""
         if size is None:
             return self.foreground / (self.height * self.width)
         return self.view_foreground / (size[0] * size[1])
+
+
+def crc_of(pixels: list[Pixels]) -> int:
+    """Return the CRC-32 of the bytes of all views."""
+    return reduce(lambda crc, array: zlib.crc32(array.data, crc), itertools.chain(*pixels), 0)
 
 
 class DecodeError(DatasetError):
@@ -114,20 +118,20 @@ class Decoders(AbstractContextManager["Decoders"]):
         process = self._started()
         assert process.stdin is not None
         assert process.stdout is not None
-        feeder = threading.Thread(target=_feed, args=(process.stdin, jobs), daemon=True)
-        feeder.start()
+        number = 0
         try:
+            pickle.dump(list(jobs), process.stdin)
+            process.stdin.flush()
             for number in range(len(jobs)):
-                try:
-                    result, pixels = pickle.load(process.stdout)
-                except (EOFError, pickle.UnpicklingError):
-                    raise self._death(jobs[number : number + self._n_threads]) from None
-                yield number, result, pixels
+                yield number, *pickle.load(process.stdout)
+        except (EOFError, BrokenPipeError, pickle.UnpicklingError):
+            error = self._death(jobs[number : number + self._n_threads])
+            self.close()
+            raise error from None
         except BaseException:
             # Otherwise the remaining answers would be mistaken for answers to the next jobs.
             self.close()
             raise
-        feeder.join()
 
     def close(self) -> None:
         """End the subprocess, even while it works."""
@@ -142,11 +146,18 @@ class Decoders(AbstractContextManager["Decoders"]):
             # Not a pipe, which would fill up because nothing reads it while the subprocess works.
             self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the subprocess
             self._process = subprocess.Popen(
-                subprocesses.command("hpsearch.data.decode_worker", str(self._n_threads)),
+                subprocesses.command("hpsearch.data.decode", str(self._n_threads)),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._stderr,
-                env=subprocess_environment(),
+                env=subprocesses.environment(
+                    OMP_NUM_THREADS="1",
+                    MKL_NUM_THREADS="1",
+                    # glibc keeps the memory of the largest images in every arena, but returns blocks that it maps
+                    # separately.
+                    MALLOC_ARENA_MAX="2",
+                    MALLOC_MMAP_THRESHOLD_=str(2**20),
+                ),
             )
         return self._process
 
@@ -159,22 +170,3 @@ class Decoders(AbstractContextManager["Decoders"]):
         why = f" ({last[0]})" if last else ""
         files = ", ".join(str(job.image or job.mask) for job in jobs)
         return CacheError(f"the process that decodes ended {how}{why} while it read {files}")
-
-
-def subprocess_environment() -> dict[str, str]:
-    """Return the environment of a subprocess that starts its own decoding threads."""
-    return subprocesses.environment(
-        OMP_NUM_THREADS="1",
-        MKL_NUM_THREADS="1",
-        # glibc keeps the memory of the largest images in every arena, but returns blocks that it maps separately.
-        MALLOC_ARENA_MAX="2",
-        MALLOC_MMAP_THRESHOLD_=str(2**20),
-    )
-
-
-def _feed(stdin: IO[bytes], jobs: Sequence[Job]) -> None:
-    # If the subprocess died or was closed, the reader of its answers raises the error.
-    with contextlib.suppress(BrokenPipeError, ValueError):
-        for job in jobs:
-            pickle.dump(job, stdin)
-        stdin.flush()

@@ -9,19 +9,23 @@ folder/
   .download.lock                            locked while a download runs
 """
 
+import errno
+import json
 import logging
 import os
 import shutil
+import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
+import requests
+import urllib3
 from filelock import FileLock, Timeout
 
+import hpsearch
 from hpsearch.data.dataset import Split
-from hpsearch.data.http_download import Report, download_file, part_of, remote_size
 from hpsearch.errors import ZIP_ERRORS, ConfigError, DatasetError, StorageError
 from hpsearch.paths import free_bytes, storage_error
 
@@ -36,14 +40,20 @@ ARCHIVES = {
     for content in ("Data", "Part1_GroundTruth")
 }
 """Split of each archive, by its name without `.zip`, which is also the name of its folder."""
-
-
-class DamagedFileError(Exception):
-    """An archive is damaged. Another download may help."""
-
+RETRIES = 6
+"""Retries in a row that received no new data before a download fails."""
+BACKOFF_S = 1.0
+"""Wait before the first of these retries. It doubles up to a minute."""
+TIMEOUT_S = 60.0
+"""Silence of the server that ends an attempt."""
+_CHUNK_BYTES = 1 << 18
+_RETRIED_STATUS = (206, 408, 416, 425, 429, 500, 502, 503, 504)
+_HEADERS = {"User-Agent": f"hpsearch/{hpsearch.__version__}", "Accept-Encoding": "identity"}
 
 Progress = Callable[[str, str, int, int], None]
 """Progress callback, called with a key of ARCHIVES, the step (`download` or `unpack`), and bytes done and in all."""
+Report = Callable[[int, int], None]
+"""Progress callback, called with bytes done and in all."""
 
 
 def download(
@@ -61,24 +71,20 @@ def download(
     Archives stay beside their folders unless `keep_archives` is False.
 
     Raises ConfigError for an unknown name, DatasetError if the server does not deliver the files or delivers damaged
-    or harmful ones, and StorageError if there is not enough free space. The space is checked before the first
-    download if the server tells the sizes.
+    ones, and StorageError if there is not enough free space for an archive and its files.
     """
     names = [name.removesuffix(".zip") for name in only or _PARTS.values()]
     known = [*_PARTS.values(), *ARCHIVES]
     if unknown := [name for name in names if name not in known]:
         raise ConfigError(f"there is no {unknown[0]!r} to download; known: {', '.join(known)}")
     archives = [archive for archive, split in ARCHIVES.items() if split in names or archive in names]
-    base_url = base_url.rstrip("/") + "/"
     folder = folder.expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".download.lock", timeout=0):
-            wanted = [archive for archive in archives if not any((folder / archive).glob("*"))]
-            _check_free_space(folder, wanted, base_url, keep_archives=keep_archives)
             for archive in archives:
-                if archive in wanted:
-                    _download_and_unpack(folder / archive, f"{base_url}{archive}.zip", progress)
+                if not any((folder / archive).glob("*")):
+                    _download_and_unpack(folder / archive, f"{base_url.rstrip('/')}/{archive}.zip", progress)
                 if not keep_archives:
                     (folder / f"{archive}.zip").unlink(missing_ok=True)
     except Timeout as error:
@@ -93,100 +99,157 @@ def unpack(path: Path, folder: Path, report: Report) -> None:
 
     The CRC of every file is verified. Files are written to a hidden folder, which is renamed at the end.
 
-    Raises DamagedFileError for damaged bytes, and DatasetError for an archive that is harmful or has no files.
+    Raises BadZipFile for damaged bytes, and DatasetError for an archive that has no files.
     """
     work = folder.with_name(f".{folder.name}.unpacking")
     shutil.rmtree(work, ignore_errors=True)
-    with _opened(path) as archive:
-        files = _files(archive, path)
-        total, done = sum(info.file_size for info in files.values()), 0
-        try:
-            for name, info in files.items():
-                with _damage_named(name):
-                    content = archive.read(info)
-                (work / name).parent.mkdir(parents=True, exist_ok=True)
-                with (work / name).open("xb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # File managers add hidden files and folders.
+            files = [
+                info
+                for info in archive.infolist()
+                if not (info.is_dir() or "__MACOSX" in info.filename or Path(info.filename).name.startswith("."))
+            ]
+            if not files:
+                raise DatasetError(f"{path} holds no files; remove the archive")
+            done, total = 0, sum(info.file_size for info in files)
+            for info in files:
+                # A name cannot lead out of the folder: zipfile removes `..` and drives.
+                archive.extract(info, work)
                 done += info.file_size
                 report(done, total)
-            work.replace(folder)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-
-
-def _check_free_space(folder: Path, wanted: Sequence[str], base_url: str, *, keep_archives: bool) -> None:
-    """Raise StorageError if the disk cannot hold the archives and, at about the same size, their files."""
-    unpacked, missing = [0], [0]
-    for archive in wanted:
-        path = folder / f"{archive}.zip"
-        size = path.stat().st_size if path.is_file() else remote_size(base_url + path.name) or 0
-        have = next((file.stat().st_size for file in (path, part_of(path)) if file.is_file()), 0)
-        unpacked.append(size)
-        missing.append(max(0, size - have))
-    needed = sum(unpacked) + (sum(missing) if keep_archives else max(missing))
-    if needed > (free := free_bytes(folder)):
-        raise StorageError(
-            f"{folder} has {free / 2**30:.1f} GiB free, but the archives and their files need {needed / 2**30:.1f} "
-            "GiB: choose another disk, or fewer archives with --only"
-        )
+        os.sync()
+        inside = list(work.iterdir())
+        (inside[0] if len(inside) == 1 and inside[0].is_dir() else work).replace(folder)
+    except ZIP_ERRORS as error:
+        # A damaged position is an invalid argument. Any other OSError is one of the disk.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
+        raise zipfile.BadZipFile(f"{path.name}: {_reason(error)}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _download_and_unpack(folder: Path, url: str, progress: Progress | None) -> None:
     """Unpack the archive that exists or the downloaded one. A damaged archive is downloaded again once."""
-
     path = folder.with_name(f"{folder.name}.zip")
     report = progress or (lambda *_: None)
-    n_downloads = 0
-    while True:
+    for is_last in (False, True):
         try:
             if not path.is_file():
-                n_downloads += 1
                 download_file(url, path, partial(report, folder.name, "download"))
             unpack(path, folder, partial(report, folder.name, "unpack"))
             return
-        except DamagedFileError as error:
+        except zipfile.BadZipFile as error:
             path.unlink(missing_ok=True)
-            if n_downloads == 2:
-                raise DatasetError(f"{url} was damaged after two downloads: {error}") from error
+            if is_last:
+                raise DatasetError(f"{url} was damaged twice: {error}") from error
             logger.warning("%s is damaged (%s); downloading it again", path, error)
 
 
-@contextmanager
-def _damage_named(name: str) -> Iterator[None]:
-    """Turn what `zipfile` raises on damaged bytes in the block into a DamagedFileError."""
+def download_file(url: str, path: Path, report: Report) -> None:
+    """Write the file at `url` to `path`. An incomplete file is kept, and the next call continues it.
+
+    Raises DatasetError if the server does not deliver the file.
+    """
+    part, note = (path.with_name(f"{path.name}.part{ending}") for ending in ("", ".json"))
+    n_failed, furthest = 0, 0
+    while True:
+        try:
+            _receive(url, part, note, report)
+            break
+        except (requests.exceptions.SSLError, requests.TooManyRedirects, ValueError) as error:
+            raise DatasetError(f"cannot download {url}: {_reason(error)}") from error
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+            logger.warning("%s: %s; retrying", url, _reason(error))
+            n_failed = 0 if _size(part) > furthest else n_failed + 1
+            furthest = max(furthest, _size(part))
+            if n_failed > RETRIES:
+                raise DatasetError(
+                    f"cannot download {url}: {_reason(error)}; {RETRIES} retries in a row received no data; the same "
+                    "command continues an incomplete file"
+                ) from error
+            if n_failed:
+                time.sleep(min(BACKOFF_S * 2 ** (n_failed - 1), 60))
+    part.replace(path)
+    note.unlink(missing_ok=True)
+
+
+def _receive(url: str, part: Path, note: Path, report: Report) -> None:
+    """Complete `part` in one attempt. `note` has the version of the file that its bytes belong to.
+
+    Raises RequestException or HTTPError if another attempt may help, ValueError if not.
+    """
+    size, validator = _read_note(note)
+    done = _size(part)
+    if done == size:
+        return
+    resumes = validator != "" and 0 < done < size
+    headers = _HEADERS | ({"Range": f"bytes={done}-", "If-Range": validator} if resumes else {})
+    with requests.Session() as session:
+        if url.startswith("https:"):
+            del session.adapters["http://"]  # A redirect must not leave TLS.
+        with session.get(url, headers=headers, timeout=TIMEOUT_S, stream=True) as answer:
+            continues = resumes and answer.headers.get("Content-Range") == f"bytes {done}-{size - 1}/{size}"
+            if not (continues and _validator(answer) == validator):
+                _check_answer(answer, part)
+                part.unlink(missing_ok=True)
+                size, done = int(answer.headers["Content-Length"]), 0
+                note.write_text(json.dumps([size, _validator(answer)]), encoding="utf-8")
+            if (needed := 2 * size - done) > (free := free_bytes(part.parent)):
+                raise StorageError(
+                    f"{part.parent} has {free / 2**30:.1f} GiB free, but {part.stem} and its files need "
+                    f"{needed / 2**30:.1f} GiB: choose another disk, or fewer archives with --only"
+                )
+            with part.open("ab") as file:
+                # `read1` returns what has arrived, so that nothing is lost if the connection breaks off.
+                while chunk := answer.raw.read1(_CHUNK_BYTES):
+                    done += file.write(chunk)
+                    report(done, size)
+    if done != size:
+        raise requests.RequestException(f"the server sent {done} of {size} bytes")
+
+
+def _check_answer(answer: requests.Response, part: Path) -> None:
+    """Check that the answer is the whole file. Remove `part` if it is another part than the one requested."""
+    status = answer.status_code
+    if status in (206, 416):
+        part.unlink(missing_ok=True)
+    if status in _RETRIED_STATUS:
+        raise requests.RequestException(f"the server sent {status}")
+    if status != 200:
+        raise ValueError(f"the server sent {status} {answer.reason}: check the address")
+    if answer.headers.get("Content-Type", "").startswith("text/html"):
+        raise ValueError("it is a web page, no archive: check whether the network wants a login")
+    if not answer.headers.get("Content-Length", "").isdecimal():
+        raise ValueError("it comes without its size, so it is unknown when it is complete")
+
+
+def _validator(response: requests.Response) -> str:
+    """Return what identifies the version of the file: a strong ETag, or the date of its last change.
+
+    See RFC 9110, 13.1.5. Empty if the server sends neither.
+    """
+    etag = response.headers.get("ETag", "")
+    return etag if etag.startswith('"') else response.headers.get("Last-Modified", "")
+
+
+def _read_note(note: Path) -> tuple[int, str]:
+    """Return size and validator of the version that an incomplete file belongs to, (-1, "") if they are not known."""
     try:
-        yield
-    except ZIP_ERRORS as error:
-        raise DamagedFileError(f"{name}: {' '.join(str(error).split()) or type(error).__name__}") from error
+        size, validator = json.loads(note.read_text(encoding="utf-8"))
+        return int(size), str(validator)
+    except (OSError, ValueError, TypeError):
+        return -1, ""
 
 
-def _opened(path: Path) -> zipfile.ZipFile:
-    """Open an archive and check that its directory is complete. Raise DamagedFileError otherwise."""
-    with _damage_named(path.name), path.open("rb") as file:
-        archive = zipfile.ZipFile(path)
-        file.seek(-22, os.SEEK_END)
-        end = file.read()
-    # A damaged length in the directory hides the files after it, and zipfile does not compare their number.
-    n_files, told = len(archive.infolist()), int.from_bytes(end[10:12], "little")
-    if end.startswith(b"PK\x05\x06") and told not in (n_files, 0xFFFF):
-        archive.close()
-        raise DamagedFileError(f"its directory has {n_files} files instead of {told}")
-    return archive
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
-def _files(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
-    """Return the files to unpack by their name in the folder. DatasetError if a name leads out of it."""
-    names = {}
-    for info in archive.infolist():
-        # Windows' rules are the strictest: they know drives and the backslash.
-        name = PureWindowsPath(info.filename)
-        if name.anchor or ".." in name.parts:
-            raise DatasetError(f"{path} holds {info.filename!r}, a path outside its folder; remove the archive")
-        if not info.is_dir() and "__MACOSX" not in name.parts and not name.name.startswith("."):
-            names[name.parts] = info
-    if not names:
-        raise DatasetError(f"{path} holds no files; remove the archive")
-    has_top = len({parts[0] for parts in names}) == 1 and all(len(parts) > 1 for parts in names)
-    return {"/".join(parts[has_top:]): info for parts, info in names.items()}
+def _reason(error: BaseException) -> str:
+    """Return the text of the first error in the chain, in one line: requests and urllib3 wrap it several times."""
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    return " ".join(str(error).split()) or type(error).__name__

@@ -11,7 +11,6 @@ Other photographs of the same lesion are not found. They need a table of patient
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -93,7 +92,7 @@ def find_near_duplicates(
             for (i, j), value in zip(chunk, _similarity(details[a], _turned(details[b], orientation)), strict=True):
                 if value >= threshold:
                     pairs.append(DuplicatePair(ids[i], ids[j], splits[i], splits[j], min(1.0, float(value))))
-    return _most_similar_first(pairs)
+    return tuple(sorted(pairs, key=_rank))
 
 
 def find_in_dataset(
@@ -121,14 +120,14 @@ def find_in_dataset(
     equal = _byte_equal(ids, splits, [sha256 for cache in caches for sha256 in cache.sha256])
     known = {(pair.a, pair.b) for pair in equal}
     near = [pair for pair in find_near_duplicates(caches, ids, splits) if (pair.a, pair.b) not in known]
-    pairs = _most_similar_first([*equal, *near])
+    pairs = tuple(sorted([*equal, *near], key=_rank))
     if sheet is not None and pairs:
         write_contact_sheet(sheet, pairs, caches, ids)
     return pairs
 
 
-def _most_similar_first(pairs: Iterable[DuplicatePair]) -> tuple[DuplicatePair, ...]:
-    return tuple(sorted(pairs, key=lambda pair: (-pair.similarity, pair.a, pair.b)))
+def _rank(pair: DuplicatePair) -> tuple[float, str, str]:
+    return -pair.similarity, pair.a, pair.b
 
 
 def _byte_equal(ids: Sequence[str], splits: Sequence[Split], sha256: Sequence[str]) -> list[DuplicatePair]:
@@ -137,15 +136,12 @@ def _byte_equal(ids: Sequence[str], splits: Sequence[Split], sha256: Sequence[st
     Each copy is paired with the first one in the pool, and each pool image with the first copy in the test split.
     The number of pairs thus grows with the images and not with their square.
     """
-    copies: dict[str, list[int]] = defaultdict(list)
-    for i, content in enumerate(sha256):
-        copies[content].append(i)
-    found = set()
-    for first, *others in copies.values():
-        if splits[first] != "test":
-            found |= {(first, other) for other in others}
-            in_test = [i for i in others if splits[i] == "test"]
-            found |= {(i, in_test[0]) for i in others if in_test and i < in_test[0]}
+    pool = [i for i, split in enumerate(splits) if split != "test"]
+    test = [i for i, split in enumerate(splits) if split == "test"]
+    # The first index of each content wins, because it is entered last.
+    in_pool, in_test = ({sha256[i]: i for i in reversed(part)} for part in (pool, test))
+    found = {(in_pool[sha256[j]], j) for j in [*pool, *test] if in_pool.get(sha256[j], j) != j}
+    found |= {(i, in_test[sha256[i]]) for i in pool if sha256[i] in in_test}
     return [DuplicatePair(ids[i], ids[j], splits[i], splits[j], 1.0) for i, j in found]
 
 
@@ -163,7 +159,8 @@ def groups_of(
         require_groups(wanted, groups)
         first: dict[str, str] = {}
         edges += [(name, first.setdefault(groups[name], name)) for name in wanted]
-    number = {name: i for i, name in enumerate(dict.fromkeys([*wanted, *(name for edge in edges for name in edge)]))}
+    names = dict.fromkeys([*wanted, *(name for edge in edges for name in edge)])
+    number = {name: i for i, name in enumerate(names)}
     components = connected_components(len(number), [(number[a], number[b]) for a, b in edges])
     # Names are sorted, so the first of a component is its smallest.
     smallest: dict[int, str] = {}
@@ -178,18 +175,17 @@ def write_contact_sheet(
     `images` and `ids` are those of `find_near_duplicates`. Each image is drawn with 160 pixels per side. Without
     pairs the PNG is white.
     """
-    sources = _sources(images)
-    place = dict(zip(ids, ((source, i) for source in sources for i in range(len(source))), strict=True))
+    place = dict(zip(ids, ((source, i) for source in _sources(images) for i in range(len(source))), strict=True))
     side, gap, columns = 160, 6, 4
+    width, height = 2 * side + gap, side + gap
     n_rows, n_columns = max(1, -(-len(pairs) // columns)), max(1, min(columns, len(pairs)))
-    sheet = Image.new("RGB", (n_columns * (2 * side + gap) + gap, n_rows * (side + gap) + gap), "white")
+    sheet = Image.new("RGB", (n_columns * width + gap, n_rows * height + gap), "white")
     for number, pair in enumerate(pairs):
-        top = gap + number // columns * (side + gap)
-        left = gap + number % columns * (2 * side + gap)
-        for name, shift in ((pair.a, 0), (pair.b, side)):
+        row, column = divmod(number, columns)
+        for name, left in ((pair.a, gap), (pair.b, gap + side)):
             source, index = place[name]
-            tile = Image.fromarray(_read(source, np.array([index]))[0])
-            sheet.paste(tile.resize((side, side), Image.Resampling.NEAREST), (left + shift, top))
+            tile = Image.fromarray(_read(source, np.array([index]))[0]).resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(tile, (column * width + left, row * height + gap))
     with atomic_write(path) as temporary:
         sheet.save(temporary, "PNG")
 

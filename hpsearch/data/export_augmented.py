@@ -26,15 +26,15 @@ from hpsearch.config.data import AugmentConfig, DataConfig
 from hpsearch.cores import available_cores
 from hpsearch.data.augment import augment_batch, draw_changes
 from hpsearch.data.dataset import Dataset, Sample
-from hpsearch.data.decode import open_pair, read_pair
+from hpsearch.data.decode import MemoryGate, open_pair, read_pair
+from hpsearch.data.decode_pool import DecodeError
 from hpsearch.data.folds import AUGMENTATION, AUGMENTED_GROUPS
 from hpsearch.data.formats import FORMATS
 from hpsearch.data.integrity import refusal
-from hpsearch.data.memory_gate import MemoryGate
 from hpsearch.data.reading import Reading
 from hpsearch.data.survey import decide_reading
-from hpsearch.errors import ConfigError, DatasetError, RecordError
-from hpsearch.paths import atomic_write, read_json, remove_stale_temporaries, write_json
+from hpsearch.errors import ConfigError, DatasetError
+from hpsearch.paths import refusals_named, write_json
 from hpsearch.user_files import name_key
 
 logger = logging.getLogger(__name__)
@@ -62,44 +62,51 @@ def export_augmented(
     """Write `dataset` with `copies` changed versions of every training image, and return the new folder.
 
     The folder is `target`, or by default that of the dataset with `_Aug` added to its name. It appears when it is
-    complete. Until then the files are in a hidden folder beside it, and the same call continues there. The changes of
-    an image depend only on `seed`, its id and the number of the copy. `augment.crop` is ignored, and the unit of blur
-    is a pixel of the original. `groups` (id to patient or lesion) goes into groups.csv. `reading` (by default decided
+    complete. Until then the files are in a hidden folder beside it, which the next call replaces. The changes of an
+    image depend only on `seed`, its id and the number of the copy. `augment.crop` is ignored, and the unit of blur is
+    a pixel of the original. `groups` (id to patient or lesion) goes into groups.csv. `reading` (by default decided
     with the defaults of DataConfig) is kept in the new dataset, whose originals are read by it too.
     `progress(done, total)` counts changed versions.
 
-    Raises ConfigError if `augment` changes nothing, DatasetError if the folder exists, an unfinished export has other
-    settings, or images are unusable (`exclude_bad` leaves them out), and StorageError.
+    Raises ConfigError if `augment` changes nothing, DatasetError if the folder exists or images are unusable
+    (`exclude_bad` leaves them out), and StorageError.
     """
     augment = replace(augment, crop=False)
     root = dataset.root.resolve()
     target = target or root.with_name(f"{root.name}_Aug")
-    _check_request(dataset, augment, copies, target, exclude_bad=exclude_bad)
+    if augment == AugmentConfig(hflip=0):
+        raise ConfigError("augment changes nothing: switch something on, such as --set augment.hflip=0.5")
+    if copies < 1:
+        raise ConfigError(f"copies must be at least 1, got {copies}")
+    if dataset.problems and not exclude_bad:
+        raise refusal(dataset.problems, dataset.flags)
+    if target.exists():
+        raise DatasetError(f"{target} exists already: remove it, or name another folder, to have it written again")
     partial = target.with_name(f".{target.name}.partial")
+    pairs = _pairs(dataset, partial, copies)
     reading = reading or decide_reading(dataset, DataConfig()).reading
     settings = {"of": root.name, "copies": copies, "seed": seed, "augment": asdict(augment)}
     if reading.key():
         settings["reading"] = reading.for_images()
-    _begin(partial, settings)
-    pairs = _pairs(dataset, partial, copies)
-    damaged = _write_all(pairs, augment, reading, seed, progress, exclude_bad=exclude_bad)
-    with (
-        atomic_write(partial / AUGMENTED_GROUPS) as temporary,
-        temporary.open("w", newline="", encoding="utf-8") as file,
-    ):
-        table = csv.writer(file)
-        table.writerow(["image", "original"])
-        for pair in pairs:
-            original = pair.sample.id
-            if original in damaged:
-                continue
-            if pair.copy == 0:
-                _link(pair.sample.image, pair.image)
-                _link(pair.sample.mask, pair.mask)
-            if pair.sample.split != "test":
-                table.writerow([pair.id, (groups or {}).get(original, original)])
-    remove_stale_temporaries(partial)
-    partial.rename(target)
+    with refusals_named(partial):
+        shutil.rmtree(partial, ignore_errors=True)
+        for folder in {path.parent for pair in pairs for path in (pair.image, pair.mask)}:
+            folder.mkdir(parents=True)
+        write_json(partial / AUGMENTATION, settings)
+        damaged = _write_all(pairs, augment, reading, seed, progress, exclude_bad=exclude_bad)
+        with (partial / AUGMENTED_GROUPS).open("w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file)
+            table.writerow(["image", "original"])
+            for pair in pairs:
+                original = pair.sample.id
+                if original in damaged:
+                    continue
+                if pair.copy == 0:
+                    _link(pair.sample.image, pair.image)
+                    _link(pair.sample.mask, pair.mask)
+                if pair.sample.split != "test":
+                    table.writerow([pair.id, (groups or {}).get(original, original)])
+        partial.rename(target)
     return target
 
 
@@ -115,33 +122,6 @@ class _Pair:
     @property
     def id(self) -> str:
         return f"{self.sample.id}_aug{self.copy}" if self.copy else self.sample.id
-
-
-def _check_request(dataset: Dataset, augment: AugmentConfig, copies: int, target: Path, *, exclude_bad: bool) -> None:
-    """Raise ConfigError or DatasetError if the export cannot be written."""
-    if augment == AugmentConfig(hflip=0):
-        raise ConfigError("augment changes nothing: switch something on, such as --set augment.hflip=0.5")
-    if copies < 1:
-        raise ConfigError(f"copies must be at least 1, got {copies}")
-    if dataset.problems and not exclude_bad:
-        raise refusal(dataset.problems, dataset.flags)
-    if target.exists():
-        raise DatasetError(f"{target} exists already: remove it, or name another folder, to have it written again")
-
-
-def _begin(partial: Path, settings: dict[str, object]) -> None:
-    """Create the folder, or check that an unfinished export has the same settings."""
-    record = partial / AUGMENTATION
-    if not record.is_file():
-        write_json(record, settings)
-    try:
-        same = read_json(record) == settings
-    except RecordError:
-        same = False
-    if not same:
-        raise DatasetError(
-            f"{partial} holds an unfinished export with other settings: repeat those, or remove the folder"
-        )
 
 
 def _pairs(dataset: Dataset, folder: Path, copies: int) -> list[_Pair]:
@@ -185,7 +165,7 @@ def _write_all(
     def write(pair: _Pair) -> None:
         try:
             _write(pair, augment, reading, seed, gate)
-        except DatasetError as error:
+        except DecodeError as error:
             if not exclude_bad:
                 raise
             logger.warning("left out %s: %s", pair.sample.id, error)
@@ -205,34 +185,25 @@ def _write_all(
 
 
 def _link(source: Path, target: Path) -> None:
-    if target.exists():
-        return
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         target.hardlink_to(source)
     except OSError:
         # The target is on another disk, or the file system has no links.
-        with atomic_write(target, sync=False) as temporary:
-            shutil.copyfile(source, temporary)
+        shutil.copyfile(source, target)
 
 
 def _write(pair: _Pair, augment: AugmentConfig, reading: Reading, seed: int, gate: MemoryGate) -> None:
-    """Write one changed version, its mask first, so that an existing image is complete."""
-    if pair.image.exists():
-        return
+    """Write one changed version."""
     sample = pair.sample
-    size = open_pair(sample.image, sample.mask, reading).size
+    _, size = open_pair(sample.image, sample.mask, reading)
     digest = hashlib.sha256(f"{seed}:{sample.id}:{pair.copy}".encode()).digest()
     rng = np.random.default_rng(int.from_bytes(digest[:8]))
     with gate.admitted(PIXEL_BYTES * size[0] * size[1]):
         image, mask = read_pair(sample.image, sample.mask, reading)
         changes = draw_changes(augment, 1, rng, from_size=size, to_size=size)
         images, masks = augment_batch(image.permute(1, 2, 0)[None], mask[None], changes, size)
-        del image, mask
         planes = images[0].permute(2, 0, 1) if images.dtype == torch.uint8 else images[0].round().to(torch.uint8)
-        encoded = (
-            encode_jpeg(planes.contiguous(), quality=JPEG_QUALITY) if _is_jpeg(pair.image) else encode_png(planes)
-        )
-        for path, content in ((pair.mask, encode_png(masks * 255)), (pair.image, encoded)):
-            with atomic_write(path, sync=False) as temporary:
-                content.numpy().tofile(temporary)
+        is_jpeg = _is_jpeg(pair.image)
+        encoded = encode_jpeg(planes.contiguous(), quality=JPEG_QUALITY) if is_jpeg else encode_png(planes)
+        encoded.numpy().tofile(pair.image)
+        encode_png(masks * 255).numpy().tofile(pair.mask)

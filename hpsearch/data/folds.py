@@ -3,8 +3,9 @@
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import UserDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -14,14 +15,13 @@ from numpy.typing import NDArray
 from hpsearch.config.data import DataConfig
 from hpsearch.data.dataset import Split
 from hpsearch.data.formats import without_suffix
-from hpsearch.data.reading import as_tuples
 from hpsearch.errors import ConfigError, DatasetError, RecordError
 from hpsearch.paths import sha256_text
+from hpsearch.typed_json import from_json
 from hpsearch.user_files import name_key, read_text, user_path
 
 AUGMENTATION, AUGMENTED_GROUPS = "augmentation.json", "groups.csv"
 """Files of an augmented dataset: the settings it was made with, and the original of each image."""
-_FOLDS_KEYS = ("method", "k", "seed", "ids", "fold_of")
 
 
 @dataclass(frozen=True)
@@ -48,16 +48,16 @@ class Folds:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the folds as plain types, with a digest."""
-        table = {name: getattr(self, name) for name in _FOLDS_KEYS}
+        table = asdict(self)
         return {**table, "digest": _digest(table)}
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> Self:
         """Return the folds in a table of `to_dict`. RecordError if the table was changed."""
         content = {key: value for key, value in table.items() if key != "digest"}
-        if set(content) != set(_FOLDS_KEYS) or table.get("digest") != _digest(content):
+        if table.get("digest") != _digest(content):
             raise RecordError("the folds are damaged: their digest is not that of their content")
-        return cls(**as_tuples(content))
+        return from_json(cls, content)
 
 
 def make_folds(
@@ -126,21 +126,14 @@ def lesion_notes(folds: Folds, has_lesion: Sequence[bool]) -> list[str]:
     return notes
 
 
-class Groups(Mapping[str, str]):
-    """Group of each image by its id, regardless of the Unicode form and case of the names."""
-
-    def __init__(self, by_key: Mapping[str, tuple[str, str]]) -> None:
-        """Keep id and group by the `name_key` of the id."""
-        self._by_key = by_key
+class Groups(UserDict[str, str]):
+    """Group of each image by the `name_key` of its id. It is found by the id in any Unicode form and case."""
 
     def __getitem__(self, id: str) -> str:
-        return self._by_key[name_key(id)][1]
+        return self.data[name_key(id)]
 
-    def __iter__(self) -> Iterator[str]:
-        return (name for name, _ in self._by_key.values())
-
-    def __len__(self) -> int:
-        return len(self._by_key)
+    def __contains__(self, id: object) -> bool:
+        return name_key(str(id)) in self.data
 
 
 def require_enough(n: int, folds: int, what: str) -> None:
@@ -177,7 +170,7 @@ def read_groups(path: Path) -> Groups:
             f"groups {path} must have two columns, image and one other, got {', '.join(header) or 'none'}"
         )
     image = header.index("image")
-    groups: dict[str, tuple[str, str]] = {}
+    groups: dict[str, str] = {}
     for number, row in enumerate(rows[1:], start=2):
         cells = [cell.strip() for cell in row]
         if not any(cells):
@@ -185,8 +178,7 @@ def read_groups(path: Path) -> Groups:
         if len(cells) != 2 or not all(cells):
             raise DatasetError(f"groups {path}, line {number}: needs an image and its group, got {','.join(row)!r}")
         name, group = without_suffix(cells[image]), cells[1 - image]
-        _, known = groups.setdefault(name_key(name), (name, group))
-        if known != group:
+        if (known := groups.setdefault(name_key(name), group)) != group:
             raise DatasetError(f"groups {path}, line {number}: {name} is in group {known!r} and in {group!r}")
     return Groups(groups)
 

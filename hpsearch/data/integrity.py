@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -14,14 +14,13 @@ from hpsearch.data.cache import Cache
 from hpsearch.data.dataset import Dataset, Problem, Sample, Split, file_sha256, same_bytes
 from hpsearch.data.decode_pool import Decoders, ImageStats, Job, View
 from hpsearch.data.folds import AUGMENTATION
-from hpsearch.data.survey import Decision, decide_reading, reading_notes
+from hpsearch.data.survey import Decision, decide_reading
 from hpsearch.errors import DatasetError
 from hpsearch.user_files import printable
 
 OFFICIAL_COUNTS: dict[Split, int] = {"train": 2000, "val": 150, "test": 600}
 N_NAMED = 3
 """Images of each kind of problem that a message names."""
-SWAPPED = "were --images and --masks swapped? Most pairs can be used only the other way round"
 Size = tuple[int, int]
 """Height and width."""
 Decoded = tuple[Sample, ImageStats]
@@ -79,7 +78,6 @@ def check(
     size = config.cached_size if config is not None and config.match == "resize" else None
     views: tuple[View, ...] = ("resize",) if size else ()
     usable: list[Decoded] = []
-    damaged: list[Sample] = []
     errors = list(dataset.problems)
     with Decoders() as decoders:
         decision = decide_reading(dataset, config or DataConfig(), cache_root, decoders)
@@ -91,12 +89,9 @@ def check(
             if isinstance(result, ImageStats):
                 usable.append((sample, result))
             else:
-                damaged.append(sample)
                 errors.append(sample.problem(result.kind, result.text))
             if progress is not None:
                 progress(number + 1, len(jobs))
-    if were_swapped(dataset, damaged):
-        errors.insert(0, dataset.problem("swapped folders", SWAPPED))
     if fault := lesion_fault([stats for sample, stats in usable if sample.split != "test"], size):
         errors.append(dataset.problem("nothing to learn", fault))
     notes = [
@@ -144,7 +139,6 @@ def same_images(pool: Sequence[Sample], test: Sequence[Sample]) -> list[Problem]
         if in_test:
             kind, verb = "image in pool and test", "is" if len(in_pool) == 1 else "are"
             text = f"{names} of the pool {verb} the same file as {test_names} of the test split, with {masks}"
-            text += "; `final` also gives the test mean without such images"
         found.append(in_pool[0].problem(kind, text, *(sample.image for sample in samples)))
     return found
 
@@ -168,7 +162,7 @@ def dataset_notes(dataset: Dataset) -> list[Problem]:
 
 def content_notes(dataset: Dataset, pairs: Sequence[Decoded], decision: Decision, size: Size | None) -> list[Problem]:
     """Return the notes on decoded pairs: how they are read, and what is unusual in images and masks."""
-    notes = [*decision.notes, *mask_notes(pairs, size)]
+    notes = [*decision.notes, *(note for sample, stats in pairs for note in _pair_notes(sample, stats, size))]
     test = [stats for sample, stats in pairs if sample.split == "test"]
     if test and not any(stats.lesion_share(size) for stats in test):
         text = (
@@ -176,25 +170,35 @@ def content_notes(dataset: Dataset, pairs: Sequence[Decoded], decision: Decision
             "that is how many images are predicted to be free of lesions"
         )
         notes.append(dataset.problem("no lesion in the test split", text, "test"))
-    return [*notes, *reading_notes(pairs, decision.reading)]
-
-
-def mask_notes(pairs: Sequence[Decoded], size: Size | None) -> list[Problem]:
-    """Return a note for each mask that is empty or full, in the file or once it is brought to `size`."""
-    found = []
+    members: dict[str, list[Sample]] = defaultdict(list)
     for sample, stats in pairs:
-        share, share_at_size = stats.lesion_share(), stats.lesion_share(size)
-        if share in (0, 1):
-            what, pixels = ("full", "skin") if share else ("empty", "lesion")
-            found.append(
-                sample.problem(f"{what} mask", f"{sample.mask} is {what}: no pixel is {pixels}", sample.mask)
-            )
-        elif share_at_size in (0, 1):
-            what = "skin" if share_at_size else "lesion"
-            n = stats.height * stats.width - stats.foreground if share_at_size else stats.foreground
-            text = f"{sample.id} has {n} {what} pixels at {stats.height}x{stats.width} and none{_at(size)}"
-            found.append(sample.problem(f"vanishing {what}", text, sample.mask))
-    return found
+        background, *lesion = stats.mask_values
+        is_gray = all(value.isdecimal() for value in stats.mask_values)
+        if lesion and not (is_gray and background == "0"):
+            members[f"lesion is {lesion[0]}, background is {background}"].append(sample)
+        # Full masks of one gray value have a note already.
+        elif not (lesion or (is_gray and (stats.foreground or background == "0"))):
+            members[f"{background} everywhere: {'full' if stats.foreground else 'empty'}"].append(sample)
+    for text, samples in members.items():
+        n = f"{len(samples)} mask{'s' if len(samples) > 1 else ''}"
+        files = tuple(sample.mask for sample in samples)
+        notes.append(Problem("mask values", "", files, f"{n}: {text}, such as {files[0]}", samples[0].split))
+    return notes
+
+
+def _pair_notes(sample: Sample, stats: ImageStats, size: Size | None) -> Iterator[Problem]:
+    """Yield a note on a mask that is empty or full, in the file or at `size`, and one on an image of one colour."""
+    share, share_at_size = stats.lesion_share(), stats.lesion_share(size)
+    if share in (0, 1):
+        what, pixels = ("full", "skin") if share else ("empty", "lesion")
+        yield sample.problem(f"{what} mask", f"{sample.mask} is {what}: no pixel is {pixels}", sample.mask)
+    elif share_at_size in (0, 1):
+        what = "skin" if share_at_size else "lesion"
+        n = stats.height * stats.width - stats.foreground if share_at_size else stats.foreground
+        text = f"{sample.id} has {n} {what} pixels at {stats.height}x{stats.width} and none{_at(size)}"
+        yield sample.problem(f"vanishing {what}", text, sample.mask)
+    if stats.is_constant:
+        yield sample.problem("constant image", f"{sample.image} has one colour only, once decoded", sample.image)
 
 
 def lesion_fault(stats: Sequence[ImageStats], size: Size | None) -> str:
@@ -214,16 +218,6 @@ def lesion_fault(stats: Sequence[ImageStats], size: Size | None) -> str:
     return f"{fault}{_at(size)}, so there is nothing to learn: {advice}"
 
 
-def were_swapped(dataset: Dataset, damaged: Sequence[Sample]) -> bool:
-    """Return whether a user exchanged the two folders: most pairs are unusable, but usable the other way round."""
-    if dataset.layout != "folders" or 2 * len(damaged) <= len(dataset.samples):
-        return False
-    some = damaged[:: max(1, len(damaged) // N_NAMED)][:N_NAMED]
-    with Decoders() as decoders:
-        swapped = list(decoders.decode([Job(sample.mask, sample.image) for sample in some]))
-    return all(isinstance(result, ImageStats) for _, result, _ in swapped)
-
-
 def describe(problems: Iterable[Problem]) -> list[str]:
     """Return a line for each kind that names the first few images, and a line for each problem of the whole."""
     lines = []
@@ -237,12 +231,11 @@ def describe(problems: Iterable[Problem]) -> list[str]:
     return lines
 
 
-def refusal(problems: Sequence[Problem], flags: str, question: str = "") -> DatasetError:
+def refusal(problems: Sequence[Problem], flags: str) -> DatasetError:
     """Return the error that reports all problems. `flags` names the dataset on the command line."""
     n = len({(problem.split, problem.id) for problem in problems})
-    texts = ". ".join([*describe(problems), *([question] if question else [])])
     return DatasetError(
-        f"{n} image{'s' if n > 1 else ''} cannot be used: {texts}. "
+        f"{n} image{'s' if n > 1 else ''} cannot be used: {'. '.join(describe(problems))}. "
         f"`hpsearch data check {flags} --json` names all; --exclude-bad leaves them out"
     )
 

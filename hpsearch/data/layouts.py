@@ -72,9 +72,6 @@ def _in_root(config: DataConfig) -> Dataset:
         samples = [sample for pairs, _ in results for sample in pairs]
         problems = [problem for _, faults in results for problem in faults]
         return _dataset(samples, problems, root, "archive" if archive else "splits")
-    nested = root / "ISIC-2017"
-    if os.path.isdir(nested):
-        raise DatasetError(f"no dataset in {root}, but perhaps in {nested}: use --data {nested}")
     needs = "it needs ISIC-2017_Training_Data and ISIC-2017_Training_Part1_GroundTruth, or train, validation and test"
     raise DatasetError(_MISSING.format(root=root, needs=user_files.folder_fault(root) or needs))
 
@@ -120,16 +117,12 @@ def _own_folders(config: DataConfig) -> Dataset:
     suffix = config.mask_suffix
     samples, problems = find_pairs(images, masks, "train", suffix, is_chosen=bool(suffix))
     if not samples and all(problem.kind in ("missing image", "missing mask") for problem in problems):
-        advice = "were --images and --masks swapped?"
-        if not find_pairs(masks, images, "train", suffix)[0]:
-            image, mask = (next(iter(images_by_key(folder).values()))[0] for folder in (images, masks))
-            named = f"{image.stem}{suffix}.png" if suffix else f"{image.stem}.png or {image.stem}_mask.png"
-            literally = " (data.mask_suffix is taken literally)" if suffix else ""
-            advice = (
-                f"the mask of {image.name} would be {named}{literally}, but the masks have names like {mask.name}: "
-                "rename them"
-            )
-        raise DatasetError(f"no name in {masks} goes with one in {images}: {advice}")
+        image, mask = (next(iter(images_by_key(folder).values()))[0] for folder in (images, masks))
+        raise DatasetError(
+            f"no name in {masks} goes with one in {images}: the mask of {image.name} would be "
+            f"{image.stem}{suffix or '_mask'}.png, but the masks have names like {mask.name}: rename them, or "
+            "set data.mask_suffix. Or were --images and --masks swapped?"
+        )
     ids = [*(sample.id for sample in samples), *(problem.id for problem in problems)]
     test = _listed_test_ids(config, ids) if config.test_list else _drawn_test_ids(config, samples)
     return _dataset(

@@ -83,7 +83,7 @@ def find_lesion(samples: NDArray[Any], header: Header, reading: Reading) -> tupl
         raise DecodeError(
             "mask of many values",
             f"has more than two values ({one.text}, {other.text}, {third.text}), a mask has two: save it as PNG, not "
-            "as JPEG, and without smooth borders or half transparent pixels",
+            "as JPEG, and without smooth borders or half transparent pixels. Or were --images and --masks swapped?",
         )
     lesion_value = _lesion_of(one, other)
     is_lesion, clear = (first, other.text) if lesion_value is one else (second, one.text)

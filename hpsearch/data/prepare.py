@@ -1,25 +1,27 @@
-"""Prepare the images for `study` and `final`: find them, check them, and build their cache."""
+"""Prepare the images for `study` and `final`: find them, check them, and build their caches at every size needed."""
 
 import logging
 import time
-from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
+from hpsearch.config import StudyConfig
 from hpsearch.config.data import DataConfig
+from hpsearch.config.search import Choice
 from hpsearch.data import integrity
 from hpsearch.data.build import Progress, build_cache
-from hpsearch.data.cache import Index, Preparation, open_cache
+from hpsearch.data.cache import INDEX, Index, Preparation, open_cache
 from hpsearch.data.dataset import Dataset, Problem, Sample, Split
 from hpsearch.data.decode_pool import Decoders, View
-from hpsearch.data.keys import cache_key
 from hpsearch.data.layouts import find_samples
 from hpsearch.data.reading import PLAIN_READING, Reading
 from hpsearch.data.sample import SAMPLE_VERSION, draw_sample
 from hpsearch.data.survey import decide_reading
-from hpsearch.errors import DatasetError, StorageError
-from hpsearch.paths import storage_error
+from hpsearch.errors import CacheError, DatasetError, StorageError
+from hpsearch.paths import ProjectPaths, storage_error
 
 logger = logging.getLogger(__name__)
 
@@ -76,26 +78,21 @@ def prepare_pool(
     with Decoders() as decoders:
         decision = decide_reading(dataset, config, cache_root, decoders)
         preparation = replace(preparation, reading=decision.reading)
-        try:
-            # All images are decoded before any is refused, so that one error has all. The next start finds the cache.
-            folder = build_cache(samples, preparation, config.cache, cache_root, decoders=decoders, progress=progress)
-        except DatasetError as error:
-            if integrity.were_swapped(dataset, samples):
-                raise DatasetError(f"{error}. {integrity.SWAPPED}") from error
-            raise
+        # All images are decoded before any is refused, so that one error has all. The next start finds the cache.
+        folder = build_cache(samples, preparation, config.cache, cache_root, decoders=decoders, progress=progress)
     index = Index.read(folder)
     problems += index.problems
     if problems and not config.exclude_bad:
-        damaged = {problem.id for problem in index.problems}
-        swapped = integrity.were_swapped(dataset, [sample for sample in samples if sample.id in damaged])
-        raise integrity.refusal(problems, dataset.flags, integrity.SWAPPED if swapped else "")
+        raise integrity.refusal(problems, dataset.flags)
     for problem in problems:
         logger.warning("left out (%s): %s", problem.kind, problem.text)
-    notes = [
-        *(integrity.dataset_notes(dataset) if config.root != "sample" else []),
-        *(_test_notes(dataset, samples) if role != "test" else []),
-        *integrity.content_notes(dataset, index.pairs, decision, config.cached_size),
-    ]
+    notes = integrity.dataset_notes(dataset) if config.root != "sample" else []
+    if role != "test":
+        # Errors of the test split are notes here, because only `final` refuses them.
+        later = [problem for problem in dataset.problems if problem.split == "test"]
+        notes += integrity.same_images(samples, dataset.split("test"))
+        notes += [replace(problem, kind=f"{problem.kind} in the test split") for problem in later]
+    notes += integrity.content_notes(dataset, index.pairs, decision, config.cached_size)
     return Prepared(
         cache_path=folder,
         key=index.key,
@@ -109,6 +106,56 @@ def prepare_pool(
     )
 
 
+def cache_root(project: ProjectPaths, config: StudyConfig) -> Path:
+    """Return the folder of a study's decoded images."""
+    return Path(config.data.cache_dir) if config.data.cache_dir else project.cache
+
+
+class PoolCaches:
+    """One cache per image size, built on first use. A study with a fixed size has one."""
+
+    def __init__(
+        self, config: StudyConfig, root: Path, *, role: Role = "search", progress: Progress | None = None
+    ) -> None:
+        """Prepare the cache on which trials are scored. This and later calls raise the errors of `prepare_pool`.
+
+        Also raises DatasetError if nothing can be learned from its masks.
+        """
+        self._data = config.data
+        self._prepare = partial(prepare_pool, cache_root=root, role=role, seed=config.study.seed, progress=progress)
+        self.made: dict[tuple[int, int], Prepared] = {}
+        """Prepared caches by height and width, in the order of first use."""
+        self.scored = self._prepared(config.scored_data)
+        """The pool at the size at which trials are scored."""
+        if self.scored.fault:
+            raise DatasetError(self.scored.fault)
+
+    def prepare_listed(self, config: StudyConfig) -> None:
+        """Prepare all sizes that the search lists. A range of sizes can have too many to prepare now."""
+        sizes = config.search.dimensions.get("data.size")
+        for size in sizes.values if isinstance(sizes, Choice) else (config.data.size,):
+            self._prepared(replace(config.data, size=size))
+
+    @property
+    def notes(self) -> list[str]:
+        """Notes on all prepared caches, without repetitions."""
+        return list(dict.fromkeys(note for prepared in self.made.values() for note in prepared.notes))
+
+    def paths(self, config: StudyConfig) -> tuple[Path, Path | None]:
+        """Return the cache that `config` trains on, and the one that it is scored on if that has another size."""
+        cache = self._prepared(config.data)
+        return cache.cache_path, self.scored.cache_path if cache.key != self.scored.key else None
+
+    def _prepared(self, data: DataConfig) -> Prepared:
+        if data.cached_size not in self.made:
+            # A trial's settings have the paths of the images at its beginning.
+            found = self._prepare(data.located_as(self._data))
+            if self.made and found.ids != self.scored.ids:
+                raise CacheError("the images changed while they were decoded: start again")
+            self.made[data.cached_size] = found
+        return self.made[data.cached_size]
+
+
 def prepare_test(config: DataConfig, cache_root: Path, *, progress: Progress | None = None) -> Prepared:
     """Prepare the cache of the first `n_final_test` images of the test split, sorted by id, like `prepare_pool`."""
     return prepare_pool(config, cache_root, role="test", progress=progress)
@@ -119,19 +166,17 @@ def count_pool(config: DataConfig, cache_root: Path) -> int:
     return len(_selected(config, cache_root, "search")[1])
 
 
-def check_contents(config: DataConfig, cache_root: Path, *, seed: int = 0) -> tuple[list[Path], list[Problem]]:
-    """Return the existing caches of `config`, and their files and images that have changed since.
+def check_contents(config: DataConfig, cache_root: Path) -> tuple[list[Path], list[Problem]]:
+    """Return the existing caches of the dataset, and their files and images that have changed since.
 
     All of each file is read. The key of a cache depends only on both ends.
     """
+    samples = set(locate(config, cache_root).samples)
     folders: list[Path] = []
-    for role in get_args(Role):
-        dataset, samples, preparation = _selected(config, cache_root, role, seed)
-        if samples:
-            reading = decide_reading(dataset, config, cache_root).reading
-            key = cache_key(samples, replace(preparation, reading=reading))
-            # Without limits the pools of both roles are the same.
-            folders += [path for path in sorted(cache_root.glob(f"{key}-*")) if path not in folders]
+    for path in sorted(cache_root.glob(f"*/{INDEX}")):
+        # A cache without a readable index, such as one of another version, is built again by the next study.
+        with suppress(CacheError):
+            folders += [path.parent] if samples.issuperset(Index.read(path.parent).samples) else []
     return folders, [problem for folder in folders for problem in integrity.check_stored(open_cache(folder))]
 
 
@@ -168,13 +213,3 @@ def _selected(
     if config.match == "crop":
         views = ("centre crop",) if role == "test" else ("random crop", "centre crop")
     return dataset, samples, Preparation(*config.cached_size, views, seed if "random crop" in views else 0)
-
-
-def _test_notes(dataset: Dataset, pool: Sequence[Sample]) -> list[Problem]:
-    """Return notes on images in pool and test, and on errors of the test split, which only `final` refuses."""
-    later = [
-        replace(problem, kind=f"{problem.kind} in the test split")
-        for problem in dataset.problems
-        if problem.split == "test"
-    ]
-    return [*integrity.same_images(pool, dataset.split("test")), *later]

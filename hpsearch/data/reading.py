@@ -4,9 +4,8 @@ survey.py decides them from the pool (training and validation images). The cache
 them, so that training, `final`, `predict`, the served model and `data augment` read the same pixels.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 FULL_SCALES = (255, 1023, 4095, 16383, 65535)
 """Largest values of 8, 10, 12, 14 and 16 bits."""
@@ -45,21 +44,7 @@ class Reading:
         """Return the rules for images as plain types, as weights files keep them."""
         return {"exif": self.exif, "max_value": self.max_value}
 
-    @classmethod
-    def from_table(cls, table: Mapping[str, Any]) -> Self:
-        """Return the rules in a table of `dataclasses.asdict` or `for_images`."""
-        return cls(**as_tuples(table))
-
 
 PLAIN_READING = Reading()
 READING_0_1 = Reading("ignore", max_value=FULL_SCALES[-1])
 """Rules of version 0.1, whose weights files do not name them."""
-
-
-def as_tuples(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a table that was read from JSON with tuples in place of lists, those inside lists included."""
-
-    def convert(value: Any) -> Any:
-        return tuple(map(convert, value)) if isinstance(value, list) else value
-
-    return {key: convert(value) for key, value in table.items()}

@@ -184,12 +184,10 @@ def _add_frame(rng: np.random.Generator, image: Field, level: Field) -> None:
 
 def _write(folder: Path, name: str, id: str, image: Bytes, mask: Bytes, size: Size) -> None:
     """Write the pair, resized to `size`."""
-    photo, truth = (Image.fromarray(pixels) for pixels in (image, mask))
-    if size != image.shape[:2]:
-        photo = photo.resize(size[::-1], Image.Resampling.BILINEAR)
-        truth = truth.resize(size[::-1], Image.Resampling.NEAREST)
     images, masks = folder / f"{name}_Data", folder / f"{name}_Part1_GroundTruth"
     images.mkdir(exist_ok=True)
     masks.mkdir(exist_ok=True)
+    photo = Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR)
     photo.save(images / f"{id}.jpg", quality=90)
+    truth = Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST)
     truth.save(masks / f"{id}_segmentation.png")

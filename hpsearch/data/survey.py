@@ -1,6 +1,6 @@
 """Survey the files of a pool once and decide how they are read: orientation, full scale, values of masks."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
@@ -10,13 +10,13 @@ from typing import Literal
 
 from hpsearch import paths
 from hpsearch.config.data import DataConfig
-from hpsearch.data.dataset import Dataset, Problem, Sample
+from hpsearch.data.dataset import Dataset, Problem, Sample, files_key
 from hpsearch.data.decode_pool import Decoders, ImageStats, Job
 from hpsearch.data.folds import AUGMENTATION
 from hpsearch.data.formats import Header, read_header
-from hpsearch.data.keys import files_key
-from hpsearch.data.reading import FULL_SCALES, READING_0_1, Reading, as_tuples
+from hpsearch.data.reading import FULL_SCALES, READING_0_1, Reading
 from hpsearch.errors import RecordError, StorageError
+from hpsearch.typed_json import from_json
 
 Exif = Literal["apply", "ignore"]
 SURVEY_VERSION = 2
@@ -67,7 +67,7 @@ def survey(pool: Sequence[Sample], cache_root: Path | None, decoders: Decoders |
         return _survey(pool, decoders)
     path = cache_root / f"survey-{files_key(['survey', SURVEY_VERSION], pool)}.json"
     with suppress(RecordError, AttributeError, TypeError):
-        return Survey(**as_tuples(paths.read_json(path)))
+        return from_json(Survey, paths.read_json(path))
     # It is missing or damaged.
     result = _survey(pool, decoders)
     # A shared cache may be in a folder that this user cannot write.
@@ -90,19 +90,14 @@ def decide(found: Survey, config: DataConfig, dataset: Dataset) -> Decision:
     in_background = tuple(sorted(value for value, n in votes.items() if n <= 0))
     in_lesion = tuple(sorted(value for value, n in votes.items() if n >= 0))
     reading = Reading(exif, reason, found.n_oriented, max_value, in_background, in_lesion)
+    done, of_pool = "applied" if reading.turns else "ignored", f"of {found.n_pairs} training and validation"
     notes = []
     if found.n_oriented:
-        text = (
-            f"{found.n_oriented} of {found.n_pairs} training and validation pairs have an EXIF orientation; it is "
-            f"{'applied' if reading.turns else 'ignored'} {reason} (data.exif)"
-        )
+        text = f"{found.n_oriented} {of_pool} pairs have an EXIF orientation; it is {done} {reason} (data.exif)"
         notes.append(dataset.problem("EXIF orientation", text))
     if found.n_deep:
-        text = (
-            f"{found.n_deep} of {found.n_pairs} training and validation images have more than 8 bits a channel, with "
-            f"values up to {found.highest}: full scale is {reading.max_value} (data.max_value)"
-        )
-        notes.append(dataset.problem("more than 8 bits", text))
+        text = f"{found.n_deep} {of_pool} images have more than 8 bits a channel, with values up to {found.highest}: "
+        notes.append(dataset.problem("more than 8 bits", f"{text}full scale is {max_value} (data.max_value)"))
     return Decision(reading, tuple(notes))
 
 
@@ -118,36 +113,6 @@ def _decide_exif(found: Survey, config: DataConfig, recorded: Reading | None) ->
     return "apply", "by default"
 
 
-def reading_notes(pairs: Sequence[tuple[Sample, ImageStats]], reading: Reading) -> list[Problem]:
-    """Return notes on constant images, oriented test images, and masks that are not gray with background 0."""
-    notes = [
-        s.problem("constant image", f"{s.image} has one colour only, once decoded", s.image)
-        for s, stats in pairs
-        if stats.is_constant
-    ]
-    # The decision has a note on those of the pool.
-    if oriented := [s for s, stats in pairs if stats.is_oriented and s.split == "test"]:
-        text = (
-            f"{len(oriented)} test pair{'s have' if len(oriented) > 1 else ' has'} an EXIF orientation (the first is "
-            f"{oriented[0].image}); it is {'applied' if reading.turns else 'ignored'} {reading.exif_reason}"
-        )
-        notes.append(Problem("EXIF orientation", "", tuple(s.image for s in oriented), text, "test"))
-    members: dict[str, list[Sample]] = defaultdict(list)
-    for sample, stats in pairs:
-        background, *lesion = stats.mask_values
-        is_gray = all(value.isdecimal() for value in stats.mask_values)
-        if lesion and not (is_gray and background == "0"):
-            members[f"lesion is {lesion[0]}, background is {background}"].append(sample)
-        # Full masks of one gray value have a note already.
-        elif not (lesion or (is_gray and (stats.foreground or background == "0"))):
-            members[f"{background} everywhere: {'full' if stats.foreground else 'empty'}"].append(sample)
-    for text, samples in members.items():
-        n = f"{len(samples)} mask{'s' if len(samples) > 1 else ''}"
-        files = tuple(sample.mask for sample in samples)
-        notes.append(Problem("mask values", "", files, f"{n}: {text}, such as {files[0]}", samples[0].split))
-    return notes
-
-
 def _survey(pool: Sequence[Sample], decoders: Decoders | None) -> Survey:
     with ThreadPoolExecutor(16) as threads:
         images = list(threads.map(_header, [sample.image for sample in pool]))
@@ -155,12 +120,10 @@ def _survey(pool: Sequence[Sample], decoders: Decoders | None) -> Survey:
     n_oriented = n_apply = n_ignore = 0
     for image, mask in zip(images, masks, strict=True):
         if image is not None and mask is not None and max(image.orientation, mask.orientation) > 1:
-            fits_applied, fits_ignored = (
-                image.size(upright=turns) == mask.size(upright=turns) for turns in (True, False)
-            )
+            applied, ignored = (image.size(upright=turns) == mask.size(upright=turns) for turns in (True, False))
             n_oriented += 1
-            n_apply += fits_applied and not fits_ignored
-            n_ignore += fits_ignored and not fits_applied
+            n_apply += applied and not ignored
+            n_ignore += ignored and not applied
     deep = [s for s, header in zip(pool, images, strict=True) if header is not None and header.depth > 8]
     # This reading leaves values and orientations as they are stored.
     jobs = [Job(s.image, None, measure=False, reading=READING_0_1) for s in deep]
@@ -188,5 +151,5 @@ def _header(path: Path) -> Header | None:
 def _recorded(dataset: Dataset) -> Reading | None:
     """Return the rules by which the original of an augmented dataset was read."""
     with suppress(RecordError, KeyError, AttributeError, TypeError):
-        return Reading.from_table(paths.read_json(dataset.root / AUGMENTATION)["reading"])
+        return from_json(Reading, paths.read_json(dataset.root / AUGMENTATION)["reading"])
     return None

@@ -16,8 +16,7 @@ from typing import NamedTuple
 from hpsearch import paths
 from hpsearch.config import stable_seed
 from hpsearch.data.build import Progress
-from hpsearch.data.pool_caches import PoolCaches, cache_root
-from hpsearch.data.prepare import locate, prepare_test
+from hpsearch.data.prepare import PoolCaches, cache_root, locate, prepare_test
 from hpsearch.errors import StudyChangedError, StudyError
 from hpsearch.final.result import FinalResult, Inputs, evaluate, is_stored, pack_submission, write
 from hpsearch.inference.postprocessing import FoldNetwork, Postprocessing, SelectedPostprocessing

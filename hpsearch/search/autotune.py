@@ -12,7 +12,7 @@ from typing import Any
 from hpsearch.config import StudyConfig
 from hpsearch.config.data import DataConfig
 from hpsearch.cores import available_cores
-from hpsearch.data.pool_caches import PoolCaches
+from hpsearch.data.prepare import PoolCaches
 from hpsearch.data.sample import draw_sample
 from hpsearch.errors import ConfigError, RecordError
 from hpsearch.paths import ProjectPaths

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from hpsearch.data.pool_caches import PoolCaches
+from hpsearch.data.prepare import PoolCaches
 from hpsearch.errors import StorageError, WorkerError
 from hpsearch.paths import remove_stale_temporaries
 from hpsearch.search import replicates

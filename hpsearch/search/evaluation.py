@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hpsearch.config import StudyConfig, stable_seed
-from hpsearch.data.pool_caches import PoolCaches
+from hpsearch.data.prepare import PoolCaches
 from hpsearch.paths import FitPaths
 from hpsearch.search import pruners
 from hpsearch.search.racing import TrialScores

@@ -126,7 +126,7 @@ class WeightsInfo:
     @property
     def reading(self) -> Reading:
         """How the image files were decoded in training."""
-        return Reading.from_table(self.extra["reading"]) if "reading" in self.extra else READING_0_1
+        return from_json(Reading, self.extra["reading"]) if "reading" in self.extra else READING_0_1
 
 
 def save_weights(path: Path, model: nn.Module, info: WeightsInfo) -> None:

@@ -23,6 +23,7 @@ from hpsearch.data.decode_pool import Decoders
 from hpsearch.data.layouts import find_samples
 from hpsearch.data.reading import PLAIN_READING
 from hpsearch.errors import CacheError
+from tests.cached import images_of, masks_of
 
 from .conftest import share_decoder
 
@@ -77,8 +78,8 @@ class TestEveryKind:
         images, masks = cache.read(np.array([5, 0, 10, 0]))
         assert (images.shape, masks.shape) == ((4, 24, 40, 3), (4, 24, 40))
         for row, i in enumerate([5, 0, 10, 0]):
-            assert np.array_equal(images[row], cache.images[i])
-            assert np.array_equal(masks[row], cache.masks[i])
+            assert np.array_equal(images[row], images_of(cache)[i])
+            assert np.array_equal(masks[row], masks_of(cache)[i])
 
     def test_reads_nothing_when_nothing_is_asked_for(self, caches: dict[Preparation, Cache]) -> None:
         images, masks = caches[RESIZE].read(np.array([], np.int64))
@@ -146,13 +147,13 @@ def test_all_kinds_hold_equal_bytes(
 
 
 def test_mapped_file_can_be_read_by_anyone(tiny_cache: Cache) -> None:
-    assert np.array_equal(np.load(tiny_cache.path / "images.npy"), tiny_cache.images)
-    assert np.array_equal(np.load(tiny_cache.path / "masks.npy"), tiny_cache.masks)
+    assert np.array_equal(np.load(tiny_cache.path / "images.npy"), images_of(tiny_cache))
+    assert np.array_equal(np.load(tiny_cache.path / "masks.npy"), masks_of(tiny_cache))
 
 
 def test_mapped_file_cannot_be_written(tiny_cache: Cache) -> None:
     with pytest.raises(ValueError, match="read-only"):
-        tiny_cache.images[0] = 0
+        tiny_cache._views[0][0][0] = 0
 
 
 def test_images_of_one_colour_are_not_divided_by_zero(tiny_cache: Cache) -> None:

@@ -121,9 +121,11 @@ class TestMoreThanEightBits:
         with pytest.raises(DatasetError, match=r"a\.png has the value 5000, above the full scale of 4095"):
             read_image(path, Reading(max_value=4095))
 
-    def test_unknown_full_scale_is_refused(self, tmp_path: Path) -> None:
+    def test_full_scale_is_255_where_the_pool_has_no_more_than_eight_bits(self, tmp_path: Path) -> None:
         path = save(tmp_path / "a.png", np.array([[0, 200]], np.uint16))
-        with pytest.raises(DatasetError, match=r"a\.png has 16 bits a channel, but no training or validation image"):
+        assert read_image(path, PLAIN_READING)[0, 0].tolist() == [0, 200]
+        save(path, np.array([[0, 256]], np.uint16))
+        with pytest.raises(DatasetError, match=r"a\.png has the value 256, above the full scale of 255"):
             read_image(path, PLAIN_READING)
 
     def test_eight_bits_are_as_they_are(self, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from hpsearch.data.duplicates import (
 )
 from hpsearch.data.prepare import Prepared
 from hpsearch.errors import DatasetError
+from tests.cached import images_of
 from tests.data.conftest import Pair, WriteDataset
 
 # Pairs of ISIC-2017 that show one photograph, found by this module with a low threshold and then looked at.
@@ -286,7 +287,7 @@ def test_pool_alone_is_read_from_the_cache_of_the_study_if_that_holds_whole_fram
 def test_cache_and_its_array_give_the_same_pairs(tiny_cache):
     splits = tiny_cache.splits
     from_cache = find_near_duplicates(tiny_cache, tiny_cache.ids, splits, threshold=0.0)
-    assert from_cache == find_near_duplicates(tiny_cache.images, tiny_cache.ids, splits, threshold=0.0)
+    assert from_cache == find_near_duplicates(images_of(tiny_cache), tiny_cache.ids, splits, threshold=0.0)
     assert from_cache
 
 

@@ -186,7 +186,13 @@ def test_folds_that_lack_a_part_are_not_read() -> None:
 def test_groups_are_read_from_either_column(tmp_path: Path) -> None:
     path = tmp_path / "groups.csv"
     path.write_text("patient,image\r\np1,ISIC_1\r\np1,ISIC_2.jpg\r\n\r\np2, ISIC_3 \r\n", encoding="utf-8-sig")
-    assert read_groups(path) == {"ISIC_1": "p1", "ISIC_2": "p1", "ISIC_3": "p2"}
+    groups = read_groups(path)
+    assert {id: groups[id] for id in ("ISIC_1", "isic_2", "ISIC_3")} == {
+        "ISIC_1": "p1",
+        "isic_2": "p1",
+        "ISIC_3": "p2",
+    }
+    assert len(groups) == 3
 
 
 def test_an_augmented_set_brings_its_groups_and_a_setting_overrides_them(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import requests
 
-from hpsearch.data import http_download
-from hpsearch.data.http_download import download_file, remote_size
+from hpsearch.data import download as module
+from hpsearch.data.download import download_file
 from hpsearch.errors import DatasetError
 from tests.data.mirror import (
     Behaviour,
@@ -40,13 +40,13 @@ def mirror(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mirror]:
 def patience(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Three retries without a pause."""
     for name, value in {"RETRIES": 3, "BACKOFF_S": 0.0, "TIMEOUT_S": 10.0}.items():
-        monkeypatch.setattr(http_download, name, value)
+        monkeypatch.setattr(module, name, value)
     return monkeypatch
 
 
 def fetch(mirror: Mirror, path: Path, *, retries: int = 3) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(http_download, "RETRIES", retries)
+        patch.setattr(module, "RETRIES", retries)
         download_file(mirror.url + "file", path, lambda done, total: None)
 
 
@@ -233,7 +233,7 @@ def test_attempts_that_bring_nothing_are_counted_anew_after_one_that_does(mirror
 
 def test_attempts_that_only_repeat_what_is_there_are_no_progress(mirror, tmp_path):
     mirror.behaviours.extend(100 * [answers_whole_but_breaks_off_after(5000)])
-    with pytest.raises(DatasetError, match=r"the connection broke off: .*; 3 retries in a row received no data"):
+    with pytest.raises(DatasetError, match=r"IncompleteRead.*; 3 retries in a row received no data"):
         fetch(mirror, tmp_path / "file", retries=3)
     assert len(mirror.gets()) == 5
 
@@ -285,7 +285,7 @@ def test_part_longer_than_the_file_is_begun_anew(mirror, tmp_path):
 
 def test_a_web_page_of_the_network_costs_no_bytes_that_were_received(mirror, tmp_path):
     mirror.behaviours.extend([breaks_off_after(1000), answers(200, Content_Type="text/html")])
-    with pytest.raises(DatasetError, match="is a web page"):
+    with pytest.raises(DatasetError, match="it is a web page"):
         fetch(mirror, tmp_path / "file")
     fetch(mirror, tmp_path / "file")
     assert mirror.gets()[-1] == ("file", "bytes=1000-")
@@ -309,8 +309,8 @@ def test_last_modified_serves_where_there_is_no_strong_etag(mirror, tmp_path):
 @pytest.mark.parametrize(
     ("behaviour", "text"),
     [
-        (answers(404), "the server sent 404 Not Found; check the address"),
-        (answers(403), "the server sent 403 Forbidden; check the address"),
+        (answers(404), "the server sent 404 Not Found: check the address"),
+        (answers(403), "the server sent 403 Forbidden: check the address"),
         (answers(401), "the server sent 401 Unauthorized"),
         (answers(499), "the server sent 499"),
         (answers(304), "the server sent 304"),
@@ -344,8 +344,8 @@ def test_waits_grow_to_a_minute(mirror, tmp_path, monkeypatch):
     waited: list[float] = []
     monkeypatch.setattr(time, "sleep", waited.append)
     mirror.behaviours.extend([*9 * [answers(503)], breaks_off_after(10)])
-    monkeypatch.setattr(http_download, "BACKOFF_S", 1.0)
-    monkeypatch.setattr(http_download, "RETRIES", 20)
+    monkeypatch.setattr(module, "BACKOFF_S", 1.0)
+    monkeypatch.setattr(module, "RETRIES", 20)
     download_file(mirror.url + "file", tmp_path / "file", lambda *_: None)
     assert waited == [1, 2, 4, 8, 16, 32, 60, 60, 60]  # an attempt that received new data is not waited for
 
@@ -403,7 +403,7 @@ def test_server_that_is_not_there_ends_in_one_line(tmp_path):
 
 
 def test_silent_server_is_not_waited_for_for_ever(tmp_path, patience):
-    patience.setattr(http_download, "TIMEOUT_S", 0.1)
+    patience.setattr(module, "TIMEOUT_S", 0.1)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -420,22 +420,6 @@ def test_server_that_speaks_no_http_ends_in_one_line(tmp_path, mirror):
     with pytest.raises(DatasetError) as caught:
         fetch(mirror, tmp_path / "file")
     assert "\n" not in str(caught.value)
-
-
-def test_size_is_told_without_fetching(mirror):
-    assert remote_size(mirror.url + "file") == SIZE
-    assert mirror.gets() == []
-
-
-@pytest.mark.parametrize("status", [405, 501])
-def test_size_is_unknown_where_the_server_does_not_tell(mirror, status):
-    mirror.head_status = status
-    assert remote_size(mirror.url + "file") is None
-
-
-def test_size_of_a_file_that_is_not_there_is_an_error(mirror):
-    with pytest.raises(DatasetError, match="404 Not Found; check the address"):
-        remote_size(mirror.url + "nothing")
 
 
 @pytest.mark.parametrize("url", ["", "file:///etc/passwd", "ftp://host/x", "http://", "host/path", "http://["])

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from hpsearch.config.data import DataConfig
-from hpsearch.data.cache import Preparation
+from hpsearch.data.cache import Preparation, cache_key
 from hpsearch.data.dataset import Sample
-from hpsearch.data.keys import cache_key
 from hpsearch.data.layouts import find_samples
 
 RESIZE = Preparation(24, 40, ("resize",))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from hpsearch.data.memory_gate import MemoryGate
+from hpsearch.data.decode import MemoryGate
 
 
 def hold_one(gate: MemoryGate) -> None:

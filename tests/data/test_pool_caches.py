@@ -9,7 +9,7 @@ import pytest
 from hpsearch.config import StudyConfig
 from hpsearch.data.cache import Index
 from hpsearch.data.decode_pool import Decoders
-from hpsearch.data.pool_caches import PoolCaches
+from hpsearch.data.prepare import PoolCaches
 from hpsearch.errors import ConfigError
 from hpsearch.final import run_final
 from hpsearch.paths import ProjectPaths

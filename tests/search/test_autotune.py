@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 
 from hpsearch.config import StudyConfig
-from hpsearch.data.pool_caches import PoolCaches
+from hpsearch.data.prepare import PoolCaches
 from hpsearch.search import autotune as planning
 from hpsearch.search.autotune import MachineChoice, choose_sharing, fastest_alone, make_plan, plan_for_one_fit
 from hpsearch.store.record import StudyRecord

@@ -19,7 +19,7 @@ import pytest
 from hpsearch import config as configs
 from hpsearch import paths, study
 from hpsearch.data.folds import Folds
-from hpsearch.data.pool_caches import PoolCaches
+from hpsearch.data.prepare import PoolCaches
 from hpsearch.errors import (
     CacheError,
     ConfigError,

@@ -40,6 +40,7 @@ from hpsearch.training.evaluation import Evaluation, evaluate
 from hpsearch.training.task import FitTask
 from hpsearch.workers import fit_task
 from hpsearch.workers.jobs import CountJob, FitJob, SelectPostprocessingJob
+from tests.cached import images_of
 from tests.data.conftest import tiny_pairs, write_pairs
 from tests.search.in_process import Watched, run_planned, workers_in_process
 from tests.search.studies import tiny_config
@@ -177,7 +178,7 @@ def test_every_fit_has_the_configuration_of_its_trial(seen: Run) -> None:
 
 def test_images_are_normalised_by_those_trained_on(seen: Run) -> None:
     for fit in (*seen.fits, *seen.final_fits):
-        pixels = fit["data"].cache.images.astype(np.float64) / 255
+        pixels = images_of(fit["data"].cache).astype(np.float64) / 255
         ours = pixels[fit["train_indices"]].reshape(-1, 3)
         assert fit["normalization"].mean == pytest.approx(ours.mean(0), abs=1e-9)
         assert fit["normalization"].std == pytest.approx(ours.std(0), abs=1e-9)
