@@ -30,10 +30,10 @@ from hpsearch.store.record import StudyRecord
 from hpsearch.store.trials import COUNTED, Outcome, TrialRecord, count_trials
 from hpsearch.store.versions import now
 from hpsearch.training.rows import EpochRow
-from hpsearch.workers.jobs import EpochEnded, Failed, Finished, FitJob, FitScore, Job, Stopped
+from hpsearch.workers.jobs import EpochEnded, Failed, Finished, FitJob, Job, Stopped
+from hpsearch.workers.local_pool import Event, LocalPool
 from hpsearch.workers.loop import DEATHS_PER_JOB
 from hpsearch.workers.plan import ExecutionPlan
-from hpsearch.workers.pool import Event, WorkerPool
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Coordinator:
     """One start of a study, as the work of the event loop (`workers.loop`)."""
 
     record: StudyRecord
-    pool: WorkerPool
+    pool: LocalPool
     plan: ExecutionPlan
     caches: PoolCaches
     callback: StudyCallback
@@ -127,7 +127,7 @@ class Coordinator:
             return
         evaluation.running.discard(job.fold)
         match report:
-            case Finished(FitScore(value)):
+            case Finished(value):
                 self._on_finished(evaluation, job.fold, math.nan if value is None else value)
             case Stopped():
                 self._end_if_finished(evaluation)

@@ -18,8 +18,7 @@ from hpsearch.training.progress import Progress, finish_fit
 from hpsearch.training.rows import FitSummary
 from hpsearch.training.runtime import Runtime
 from hpsearch.training.task import FitTask, microbatches_are_exact
-from hpsearch.workers.jobs import CachePaths, FitJob
-from hpsearch.workers.pool import WorkerSettings
+from hpsearch.workers.jobs import CachePaths, FitJob, WorkerSettings
 
 logger = logging.getLogger(__name__)
 

@@ -22,8 +22,17 @@ from typing import Any, Self
 
 from hpsearch import subprocesses
 from hpsearch.errors import WorkerError
-from hpsearch.workers.jobs import EpochEnded, Failed, FitJob, Job, Ready, from_message, to_message
-from hpsearch.workers.pool import Event, Worker, WorkerSettings
+from hpsearch.workers.jobs import (
+    EpochEnded,
+    Failed,
+    FitJob,
+    Job,
+    Ready,
+    Report,
+    WorkerSettings,
+    from_message,
+    to_message,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +48,7 @@ class LocalWorker:
     """One worker process and its job."""
 
     index: int
+    """Its place in the pool, from 0."""
     settings: WorkerSettings
     process: subprocess.Popen[bytes]
     connection: Connection
@@ -46,10 +56,20 @@ class LocalWorker:
     is_ready: bool = False
     job: Job | None = None
     last_report_at: float = field(default_factory=time.monotonic)
+    """When it last reported or was given something to do, as `time.monotonic` counts."""
 
     @property
     def is_idle(self) -> bool:
         return self.is_ready and self.job is None
+
+
+@dataclass(frozen=True)
+class Event:
+    """A report of a worker, and the job that it is about."""
+
+    worker: LocalWorker
+    job: Job | None
+    report: Report
 
 
 class LocalPool:
@@ -73,6 +93,7 @@ class LocalPool:
         return len(self._workers)
 
     def resize(self, settings: Sequence[WorkerSettings]) -> None:
+        """Have one worker for each of `settings`, in this order; a worker that has these settings already stays."""
         fits = [worker.settings == wanted for worker, wanted in zip(self._workers, settings, strict=False)]
         fits += [False] * max(len(self._workers), len(settings))
         _end([worker for worker, stays in zip(self._workers, fits, strict=False) if not stays])
@@ -82,23 +103,29 @@ class LocalPool:
         ]
 
     def set_device(self, device: str) -> None:
+        """Note which device workers with the setting `auto` have chosen."""
         for worker in self._workers:
             worker.settings = dataclasses.replace(worker.settings, device=device)
 
-    def idle(self) -> list[Worker]:
+    def idle(self) -> list[LocalWorker]:
+        """Return the workers that are ready and have no job, by index."""
         return [worker for worker in self._workers if worker.is_idle]
 
-    def busy(self) -> list[Worker]:
+    def busy(self) -> list[LocalWorker]:
+        """Return the workers that have a job, by index."""
         return [worker for worker in self._workers if worker.job is not None]
 
-    def submit(self, worker: Worker, job: Job) -> None:
-        self._own(worker).job = job
+    def submit(self, worker: LocalWorker, job: Job) -> None:
+        """Give a job to an idle worker. Its reports come as events."""
+        worker.job = job
         self._send(worker, to_message(job))
 
-    def reply(self, worker: Worker, *, go: bool) -> None:
+    def reply(self, worker: LocalWorker, *, go: bool) -> None:
+        """Answer an `EpochEnded`: train the next epoch, or stop with a checkpoint."""
         self._send(worker, {"go": go})
 
     def epoch_left_s(self) -> float | None:
+        """Return the seconds until the epochs being trained end; NaN if not known, None if none is trained."""
         now = time.monotonic()
         left = [
             # NaN for a trial without an earlier epoch; `max` keeps it as its first argument.
@@ -108,14 +135,19 @@ class LocalPool:
         ]
         return math.nan if any(map(math.isnan, left)) else max(left, default=None)
 
-    def kill(self, worker: Worker) -> None:
-        process = self._own(worker).process
+    def kill(self, worker: LocalWorker) -> None:
+        """End a worker at once. `events` reports it as died, and another one takes its place."""
+        process = worker.process
         process.kill()
         # Its last writes are done then. `events` notices the silence of a process that the system cannot end.
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(10)
 
     def events(self, timeout_s: float) -> Iterator[Event]:
+        """Yield what workers reported within the timeout; workers that died are replaced.
+
+        Raises WorkerError if workers cannot be started.
+        """
         by_connection = {worker.connection: worker for worker in self._workers}
         # A time in which the coordinator itself was stopped (SIGSTOP) is no silence of the workers.
         if (pause_s := time.monotonic() - self._polled_at) > PAUSE_S:
@@ -130,19 +162,15 @@ class LocalPool:
                 self.kill(worker)
 
     def close(self) -> None:
+        """End all workers."""
         _end(self._workers)
         self._workers = []
 
-    def _own(self, worker: Worker) -> LocalWorker:
-        """Return the worker as this pool knows it."""
-        return next(each for each in self._workers if each is worker)
-
-    def _send(self, worker: Worker, message: Mapping[str, Any]) -> None:
-        ours = self._own(worker)
-        ours.last_report_at = time.monotonic()
+    def _send(self, worker: LocalWorker, message: Mapping[str, Any]) -> None:
+        worker.last_report_at = time.monotonic()
         # `events` notices a worker that has just died.
         with contextlib.suppress(OSError):
-            ours.connection.send_bytes(json.dumps(message).encode())
+            worker.connection.send_bytes(json.dumps(message).encode())
 
     def _receive(self, worker: LocalWorker) -> Event:
         job = worker.job

@@ -18,8 +18,7 @@ from hpsearch.config.search import Choice, Range
 from hpsearch.errors import ConfigError
 from hpsearch.models.costs import n_parameters, training_flops, training_memory, why_impossible
 from hpsearch.models.memory import Step
-from hpsearch.workers.jobs import MeasuredStep
-from hpsearch.workers.pool import WorkerSettings
+from hpsearch.workers.jobs import MeasuredStep, WorkerSettings
 
 MEMORY_SHARE = 0.9
 """Share of a device's memory that a fit may be predicted to need: the prediction is good to a tenth."""

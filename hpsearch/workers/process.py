@@ -26,15 +26,13 @@ from hpsearch.training.loop import OnEpoch
 from hpsearch.training.rows import EpochRow
 from hpsearch.workers import benchmark_tasks, fit_task, jobs, scoring_tasks
 from hpsearch.workers.fit_task import WorkerContext
-from hpsearch.workers.jobs import Failed, Finished, Job, Report, Result, from_message, to_message
-from hpsearch.workers.pool import WorkerSettings
+from hpsearch.workers.jobs import Failed, Finished, Job, Report, WorkerSettings, from_message, to_message
 
 Message = dict[str, Any]
 Send = Callable[[Message], None]
 Receive = Callable[[], Message]
-_TASKS: dict[type[Job], Callable[[Any, WorkerContext], Result | None]] = {
+_TASKS: dict[type[Job], Callable[[Any, WorkerContext], Finished | None]] = {
     jobs.MeasureJob: benchmark_tasks.measure,
-    jobs.RateJob: benchmark_tasks.measure_rate,
     jobs.OfficialScoreJob: scoring_tasks.score_officially,
     jobs.SelectPostprocessingJob: scoring_tasks.select,
     jobs.KeepJob: scoring_tasks.keep,
@@ -82,9 +80,9 @@ def _run(job: Job, context: WorkerContext, on_epoch: OnEpoch) -> Report:
     """Run one job and return how it ended."""
     try:
         if not isinstance(job, jobs.FitJob):
-            return Finished(_TASKS[type(job)](job, context))
+            return _TASKS[type(job)](job, context) or Finished()
         summary = fit_task.run_fit(job, context, on_epoch)
-        return jobs.Stopped() if summary is None else Finished(jobs.FitScore(summary.value))
+        return jobs.Stopped() if summary is None else Finished(summary.value)
     except HpsearchError as error:
         if isinstance(error, OutOfMemoryError):
             context.forget_images()

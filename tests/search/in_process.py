@@ -28,10 +28,9 @@ from hpsearch.training.runtime import Runtime
 from hpsearch.training.task import FitTask
 from hpsearch.typed_json import to_json
 from hpsearch.workers import fit_task, process
-from hpsearch.workers.jobs import Job
+from hpsearch.workers.jobs import Job, WorkerSettings
 from hpsearch.workers.local_pool import LocalPool, LocalWorker
 from hpsearch.workers.plan import ExecutionPlan
-from hpsearch.workers.pool import Worker, WorkerSettings
 from tests.conftest import draw_quickly
 from tests.data.conftest import share_decoder
 from tests.search.studies import run
@@ -58,7 +57,7 @@ def workers_in_process() -> Iterator[Watched]:
     watched = Watched()
     submit, fit = LocalPool.submit, fit_task.fit
 
-    def submit_and_note(self: LocalPool, to: Worker, job: Job) -> None:
+    def submit_and_note(self: LocalPool, to: LocalWorker, job: Job) -> None:
         watched.jobs.append(job)
         submit(self, to, job)
 

@@ -43,7 +43,7 @@ from hpsearch.store.record import StudyRecord
 from hpsearch.store.trials import PruneDecision, record_to_json
 from hpsearch.study import StudySummary
 from hpsearch.workers.jobs import Failed, FitJob, Job
-from hpsearch.workers.pool import Event
+from hpsearch.workers.local_pool import Event
 from tests.data.conftest import tiny_pairs, write_pairs
 from tests.recorded import FakeStudy
 from tests.search.in_process import workers_in_process

@@ -15,13 +15,13 @@ from hpsearch.workers.jobs import (
     Failed,
     Finished,
     FitJob,
-    FitScore,
     Job,
     Report,
     Stopped,
+    WorkerSettings,
 )
+from hpsearch.workers.local_pool import Event
 from hpsearch.workers.loop import run_job
-from hpsearch.workers.pool import Event, WorkerSettings
 
 JOB = FitJob(
     trial=0,
@@ -34,7 +34,7 @@ JOB = FitJob(
     seed=0,
 )
 DIED = Failed(reason="died", text="killed by SIGKILL")
-DONE = Finished(FitScore(0.5))
+DONE = Finished(0.5)
 
 
 def epoch(number: int) -> EpochEnded:
