@@ -24,19 +24,19 @@ import numpy.typing as npt
 from hpsearch.errors import DivergedError, HpsearchError, OutOfMemoryError, StorageError
 from hpsearch.training.loop import OnEpoch
 from hpsearch.training.rows import EpochRow
-from hpsearch.workers import benchmark_tasks, fit_task, jobs, scoring_tasks
-from hpsearch.workers.fit_task import WorkerContext
+from hpsearch.workers import jobs, tasks
 from hpsearch.workers.jobs import Failed, Finished, Job, Report, WorkerSettings, from_message, to_message
+from hpsearch.workers.tasks import WorkerContext
 
 Message = dict[str, Any]
 Send = Callable[[Message], None]
 Receive = Callable[[], Message]
 _TASKS: dict[type[Job], Callable[[Any, WorkerContext], Finished | None]] = {
-    jobs.MeasureJob: benchmark_tasks.measure,
-    jobs.OfficialScoreJob: scoring_tasks.score_officially,
-    jobs.SelectPostprocessingJob: scoring_tasks.select,
-    jobs.KeepJob: scoring_tasks.keep,
-    jobs.CountJob: scoring_tasks.count,
+    jobs.MeasureJob: tasks.measure,
+    jobs.OfficialScoreJob: tasks.score_officially,
+    jobs.SelectPostprocessingJob: tasks.select,
+    jobs.KeepJob: tasks.keep,
+    jobs.CountJob: tasks.count,
 }
 _REASONS: dict[type[HpsearchError], Literal["diverged", "out_of_memory", "error"]] = {
     DivergedError: "diverged",
@@ -81,7 +81,7 @@ def _run(job: Job, context: WorkerContext, on_epoch: OnEpoch) -> Report:
     try:
         if not isinstance(job, jobs.FitJob):
             return _TASKS[type(job)](job, context) or Finished()
-        summary = fit_task.run_fit(job, context, on_epoch)
+        summary = tasks.run_fit(job, context, on_epoch)
         return jobs.Stopped() if summary is None else Finished(summary.value)
     except HpsearchError as error:
         if isinstance(error, OutOfMemoryError):
