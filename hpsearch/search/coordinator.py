@@ -131,9 +131,9 @@ class Coordinator:
                 self._on_finished(evaluation, job.fold, math.nan if value is None else value)
             case Stopped():
                 self._end_if_finished(evaluation)
-            case Failed(reason="diverged", text=text):
+            case Failed(error="DivergedError", text=text):
                 self._end(evaluation, "diverged", reason=f"{text} of fold {job.fold + 1}", constraint=1.0)
-            case Failed(reason="out_of_memory", text=text):
+            case Failed(error="OutOfMemoryError", text=text):
                 self._end(evaluation, "infeasible", reason=text, constraint=1.0)
             case Failed():
                 self._on_death(evaluation, job.fold, report)
@@ -202,9 +202,9 @@ class Coordinator:
         Raises StorageError and WorkerError where another try would end in the same way.
         """
         what, fit = f"{evaluation.name}, fold {fold + 1}", evaluation.fits()[fold]
-        if failure.is_storage:
+        if failure.error == "StorageError":
             raise StorageError(failure.text)
-        if failure.is_known:
+        if failure.error not in ("", "died"):
             raise WorkerError(f"{what}: {failure.text}")
         logger.warning("%s: worker %s\n%s", what, failure.text, failure.traceback)
         self.callback.message(f"{what}: worker {failure.text}")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from hpsearch.config import StudyConfig
 from hpsearch.data.reading import Reading
@@ -194,13 +194,9 @@ class Stopped:
 class Failed:
     """The job ended without a result."""
 
-    reason: Literal["diverged", "out_of_memory", "error", "died"]
-    """`error`: an exception; `died`: the process ended."""
+    error: str = ""
+    """Name of the error's class in `hpsearch.errors`; `died`: the process ended; "": a fault in hpsearch."""
     text: str
-    is_storage: bool = False
-    """Whether a file could not be written."""
-    is_known: bool = False
-    """Whether it is an error that a user can mend, so that another try would end in the same way."""
     traceback: str = ""
 
 

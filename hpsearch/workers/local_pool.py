@@ -219,7 +219,7 @@ class LocalPool:
                 raise WorkerError(f"worker {worker.index} did not start ({cause}); its output is in {worker.log}")
             logger.warning("worker %d ended before it was ready, %s; starting another", worker.index, cause)
         self._workers[self._workers.index(worker)] = self._start(worker.index, worker.settings)
-        return Event(worker, worker.job, Failed(reason="died", text=cause))
+        return Event(worker, worker.job, Failed(error="died", text=cause))
 
 
 def _end(workers: Sequence[LocalWorker]) -> None:

@@ -116,7 +116,7 @@ class _Jobs:
                 if row.epoch > self.n_epochs:
                     self.n_deaths, self.n_epochs = 0, row.epoch
                 self.pool.reply(event.worker, go=self.on_epoch(row))
-            case Failed(reason="died", text=text) if event.job is not None:
+            case Failed(error="died", text=text) if event.job is not None:
                 self.n_deaths += 1
                 # `SelectPostprocessingJob` is "select postprocessing".
                 kind = re.sub(r"\B([A-Z])", r" \1", type(event.job).__name__.removesuffix("Job")).lower()
@@ -125,13 +125,13 @@ class _Jobs:
                     self.jobs.append(event.job)
                 else:
                     text = f"{kind} ended its worker {self.n_deaths} times: {text}"
-                    self.reports.append(Failed(reason="died", text=text, is_known=True))
-            case Failed(reason=reason) if reason != "died":
+                    self.reports.append(Failed(error="died", text=text))
+            case Failed(error=error) if error != "died":
                 self.reports.append(event.report)
 
 
 def _error(failure: Failed) -> HpsearchError:
-    if not failure.is_known:
+    if not failure.error:
         return WorkerError(f"{failure.text}; this is a fault in hpsearch:\n{failure.traceback}")
-    kinds = {"diverged": StudyError, "out_of_memory": DeviceError}
-    return kinds.get(failure.reason, StorageError if failure.is_storage else WorkerError)(failure.text)
+    kinds = {"DivergedError": StudyError, "OutOfMemoryError": DeviceError, "StorageError": StorageError}
+    return kinds.get(failure.error, WorkerError)(failure.text)

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from hpsearch.errors import DivergedError, HpsearchError, OutOfMemoryError, StorageError
+from hpsearch.errors import HpsearchError, OutOfMemoryError
 from hpsearch.training.loop import OnEpoch
 from hpsearch.training.rows import EpochRow
 from hpsearch.workers import jobs, tasks
@@ -37,10 +37,6 @@ _TASKS: dict[type[Job], Callable[[Any, WorkerContext], Finished | None]] = {
     jobs.SelectPostprocessingJob: tasks.select,
     jobs.KeepJob: tasks.keep,
     jobs.CountJob: tasks.count,
-}
-_REASONS: dict[type[HpsearchError], Literal["diverged", "out_of_memory", "error"]] = {
-    DivergedError: "diverged",
-    OutOfMemoryError: "out_of_memory",
 }
 
 
@@ -86,11 +82,9 @@ def _run(job: Job, context: WorkerContext, on_epoch: OnEpoch) -> Report:
     except HpsearchError as error:
         if isinstance(error, OutOfMemoryError):
             context.forget_images()
-        reason, is_storage = _REASONS.get(type(error), "error"), isinstance(error, StorageError)
-        return Failed(reason=reason, text=str(error), is_storage=is_storage, is_known=True)
+        return Failed(error=type(error).__name__, text=str(error))
     except Exception as error:
-        text = f"{type(error).__name__}: {error}"
-        return Failed(reason="error", text=text, traceback=traceback.format_exc())
+        return Failed(text=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
 
 
 def _end_with_parent() -> None:

@@ -85,7 +85,7 @@ class Machine:
         self.threads.append((len(jobs), jobs[0].threads))
         rate = self.rates.get(self.threads[-1], self.rates.get(len(jobs)))
         if rate is None:
-            return [Failed(reason="out_of_memory", text="too large", is_known=True)] * len(jobs)
+            return [Failed(error="OutOfMemoryError", text="too large")] * len(jobs)
         return self._timed(len(jobs) / rate, len(jobs))
 
     def _timed(self, image_s: float, n_workers: int) -> list[Report]:

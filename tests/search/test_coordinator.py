@@ -285,7 +285,7 @@ def test_a_worker_that_is_killed_before_it_has_a_job_leaves_a_line(tmp_path: Pat
     nothing: Any = None
     work = Coordinator(FakeStudy(tmp_path).record, nothing, nothing, nothing, Heard(), Stop(), lambda: None)
     worker: Any = SimpleNamespace(index=1)
-    work.on_event(Event(worker, None, Failed(reason="died", text="killed by SIGKILL (out of memory?)")))
+    work.on_event(Event(worker, None, Failed(error="died", text="killed by SIGKILL (out of memory?)")))
     assert said == ["worker 2 ended before it had a job (killed by SIGKILL (out of memory?)): it is replaced"]
 
 

@@ -59,7 +59,7 @@ class PoolContract:
         begin(pool, IMPOSSIBLE)
         report = wait_for(pool, Failed).report
         assert isinstance(report, Failed)
-        assert (report.reason, report.is_known) == ("error", True)
+        assert report.error == "CheckpointError"
         assert "missing" in report.text
         assert len(pool.idle()) == 1
 
@@ -69,7 +69,7 @@ class PoolContract:
         pool.kill(pool.idle()[0])
         report = wait_for(pool, Failed).report
         assert isinstance(report, Failed)
-        assert report.reason == "died"
+        assert report.error == "died"
         wait_for(pool, Ready)
         assert run_job(pool, NOTHING) == Finished()
 

@@ -85,7 +85,7 @@ EVERY_REPORT: tuple[Report, ...] = (
     Finished(measurement=MEASUREMENT),
     Finished(),
     Stopped(),
-    Failed(reason="error", text="disk full", is_storage=True, is_known=True),
+    Failed(error="StorageError", text="disk full"),
 )
 
 
