@@ -118,8 +118,7 @@ class Coordinator:
         job, report = event.job, event.report
         if job is None and isinstance(report, Failed):
             self._say(f"worker {event.worker.index + 1} ended before it had a job ({report.text}): it is replaced")
-        evaluation = self.open.get((job.trial, job.replicate)) if isinstance(job, FitJob) else None
-        if evaluation is None or not isinstance(job, FitJob):
+        if not isinstance(job, FitJob) or (evaluation := self.open.get((job.trial, job.replicate))) is None:
             # A worker that was killed together with its trial.
             return
         if isinstance(report, EpochEnded):
@@ -298,10 +297,9 @@ def _kill_hanging(coordinator: Coordinator) -> None:
     """Kill every worker without an epoch for so long that its fit must be hanging."""
     for worker in coordinator.pool.busy():
         silence_s, job = time.monotonic() - worker.last_report_at, worker.job
-        evaluation = coordinator.open.get((job.trial, job.replicate)) if isinstance(job, FitJob) else None
-        if evaluation is None or not isinstance(job, FitJob) or silence_s <= SILENCE_MIN_S:
+        if not isinstance(job, FitJob) or (evaluation := coordinator.open.get((job.trial, job.replicate))) is None:
             continue
-        if silence_s > SILENCE_FACTOR * evaluation.epoch_s(job, coordinator.plan):
+        if silence_s > SILENCE_MIN_S and silence_s > SILENCE_FACTOR * evaluation.epoch_s(job, coordinator.plan):
             logger.warning("%s, fold %d: no epoch for %.0f s", evaluation.name, job.fold + 1, silence_s)
             coordinator.pool.kill(worker)
 

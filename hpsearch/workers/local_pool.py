@@ -22,17 +22,8 @@ from typing import Any, Self
 
 from hpsearch import subprocesses
 from hpsearch.errors import WorkerError
-from hpsearch.workers.jobs import (
-    EpochEnded,
-    Failed,
-    FitJob,
-    Job,
-    Ready,
-    Report,
-    WorkerSettings,
-    from_message,
-    to_message,
-)
+from hpsearch.workers import jobs
+from hpsearch.workers.jobs import Failed, FitJob, Job, WorkerSettings
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +60,7 @@ class Event:
 
     worker: LocalWorker
     job: Job | None
-    report: Report
+    report: jobs.Report
 
 
 class LocalPool:
@@ -94,13 +85,10 @@ class LocalPool:
 
     def resize(self, settings: Sequence[WorkerSettings]) -> None:
         """Have one worker for each of `settings`, in this order; a worker that has these settings already stays."""
-        fits = [worker.settings == wanted for worker, wanted in zip(self._workers, settings, strict=False)]
-        fits += [False] * max(len(self._workers), len(settings))
-        _end([worker for worker, stays in zip(self._workers, fits, strict=False) if not stays])
-        self._workers = [
-            self._workers[index] if fits[index] else self._start(index, wanted)
-            for index, wanted in enumerate(settings)
-        ]
+        wanted = dict(enumerate(settings))
+        kept = {worker.index: worker for worker in self._workers if worker.settings == wanted.get(worker.index)}
+        _end([worker for worker in self._workers if worker.index not in kept])
+        self._workers = [kept.get(index) or self._start(index, each) for index, each in wanted.items()]
 
     def set_device(self, device: str) -> None:
         """Note which device workers with the setting `auto` have chosen."""
@@ -118,7 +106,7 @@ class LocalPool:
     def submit(self, worker: LocalWorker, job: Job) -> None:
         """Give a job to an idle worker. Its reports come as events."""
         worker.job = job
-        self._send(worker, to_message(job))
+        self._send(worker, jobs.to_message(job))
 
     def reply(self, worker: LocalWorker, *, go: bool) -> None:
         """Answer an `EpochEnded`: train the next epoch, or stop with a checkpoint."""
@@ -175,14 +163,14 @@ class LocalPool:
     def _receive(self, worker: LocalWorker) -> Event:
         job = worker.job
         try:
-            report = from_message(json.loads(worker.connection.recv_bytes()))
+            report = jobs.from_message(json.loads(worker.connection.recv_bytes()))
         except (EOFError, OSError):
             return self._reap(worker)
         worker.last_report_at = time.monotonic()
-        if isinstance(report, Ready):
+        if isinstance(report, jobs.Ready):
             worker.is_ready = True
             self._failed_starts = 0
-        elif not isinstance(report, EpochEnded):
+        elif not isinstance(report, jobs.EpochEnded):
             worker.job = None
         elif isinstance(job, FitJob):
             self._epoch_s[job.trial] = report.row.seconds

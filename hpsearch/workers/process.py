@@ -47,7 +47,10 @@ def main() -> None:
     settings = WorkerSettings(**json.loads(sys.argv[2]))
     for name in (signal.SIGINT, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)
-    _end_with_parent()
+    if sys.platform == "linux":
+        # Linux kills this process when the coordinator dies, even while it is stopped and reads nothing.
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     messages = _messages(connection)
 
     def send(message: Message) -> None:
@@ -85,13 +88,6 @@ def _run(job: Job, context: WorkerContext, on_epoch: OnEpoch) -> Report:
         return Failed(error=type(error).__name__, text=str(error))
     except Exception as error:
         return Failed(text=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
-
-
-def _end_with_parent() -> None:
-    """Have Linux kill this process when the coordinator dies, even while it is stopped and reads nothing."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def _messages(connection: Connection) -> queue.Queue[Message]:
