@@ -62,13 +62,12 @@ def used_up(record: StudyRecord, trials: Mapping[int, TrialRecord]) -> str:
     n_counted, config = count_trials(trials.values()), record.config
     if n_counted >= config.study.trials or record.n_unused(trials.values()) != 0:
         return ""
-    tried = f"all {config.search.n_configurations} configurations"
     if all(trial.outcome == "infeasible" for trial in trials.values()):
         reason = trials[max(trials)].reason
-        raise StudyError(f"{tried} of the search are infeasible, the last because {reason}: change it or data.size")
+        raise StudyError(f"every configuration is infeasible, the last because {reason}: widen or change the search")
     return (
-        f"the search space is used up: {tried} have been tried, so the search ends with {n_counted} of "
-        f"{config.study.trials} trials"
+        "the search space is used up: every configuration has been tried, so the search ends with "
+        f"{n_counted} of {config.study.trials} trials"
     )
 
 
