@@ -76,14 +76,11 @@ def absolute(path: str | os.PathLike[str]) -> Path:
     return short if short.resolve() == plain.resolve() else plain
 
 
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True)
 class _Folder:
     """A folder with files of known names."""
 
     root: Path
-
-    def __init__(self, root: str | os.PathLike[str]) -> None:
-        object.__setattr__(self, "root", Path(root))
 
 
 class _Entry:
@@ -98,6 +95,12 @@ class _Entry:
 
 class ProjectPaths(_Folder):
     """The folder that `--out` names: databases, artifacts, caches and all studies."""
+
+    root: Path
+    """The folder itself, given as a path or a string."""
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        super().__init__(Path(root))
 
     optuna_db = _Entry("hpsearch.db")
     mlflow_db = _Entry("mlflow.db")
