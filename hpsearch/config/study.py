@@ -56,8 +56,11 @@ class StudyConfig:
                 "configuration, so set a default inside the range or widen the range",
             )
         data, size = self.data, as_pair(self.data.size)
-        has_size = "data.size" not in self.search or bool(self.study.eval_size)
-        require(has_size, "data.size is searched: set study.eval_size, the one size at which all trials are scored")
+        require(
+            "data.size" not in self.search or bool(self.study.eval_size),
+            "data.size is searched: set study.eval_size, the one size at which all trials are scored, such as "
+            f"--set study.eval_size={data.height}",
+        )
         require(
             (data.match == "resize" and not data.cache_size) or self.eval_size == size,
             "study.eval_size needs data.match = resize and no data.cache_size: crops of two sizes show different "

@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -24,8 +24,6 @@ Progress = Callable[[int, int], None]
 """Progress callback, called with (done, total)."""
 SPARE_BYTES = 64 * 2**20
 """Disk space that a cache leaves free."""
-Answer = tuple[int, ImageStats | DecodeError, list[Pixels]]
-"""Number of a job, its result and the pixels of its views."""
 
 
 def build_cache(
@@ -140,7 +138,7 @@ def _build(
         if kind == "memmap":
             for path, shape in files:
                 path.write_bytes(npy_header(shape))
-        answers = _in_order(decoders.decode([preparation.job(sample) for sample in samples]))
+        answers = decoders.decode([preparation.job(sample) for sample in samples])
         for sample, (number, result, pixels) in zip(samples, answers, strict=True):
             if isinstance(result, DecodeError):
                 problems.append(sample.problem(result.kind, result.text))
@@ -163,17 +161,6 @@ def _build(
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _in_order(answers: Iterable[Answer]) -> Iterator[Answer]:
-    """Yield the answers of decoders in the order of their jobs. Answers that come early wait in memory."""
-    early: dict[int, Answer] = {}
-    following = 0
-    for answer in answers:
-        early[answer[0]] = answer
-        while following in early:
-            yield early.pop(following)
-            following += 1
 
 
 def _write_pixels(files: PixelFiles, kind: Kind, number: int, pixels: Sequence[Pixels]) -> None:

@@ -27,7 +27,6 @@ from hpsearch.cores import available_cores
 from hpsearch.data.augment import augment_batch, draw_changes
 from hpsearch.data.dataset import Dataset, Sample
 from hpsearch.data.decode import open_pair, read_pair
-from hpsearch.data.decode_pool import DecodeError
 from hpsearch.data.folds import AUGMENTATION, AUGMENTED_GROUPS
 from hpsearch.data.formats import FORMATS
 from hpsearch.data.integrity import refusal
@@ -222,10 +221,7 @@ def _write(pair: _Pair, augment: AugmentConfig, reading: Reading, seed: int, gat
     if pair.image.exists():
         return
     sample = pair.sample
-    try:
-        size = open_pair(sample.image, sample.mask, reading).size
-    except DecodeError as error:
-        raise DatasetError(error.text) from error
+    size = open_pair(sample.image, sample.mask, reading).size
     digest = hashlib.sha256(f"{seed}:{sample.id}:{pair.copy}".encode()).digest()
     rng = np.random.default_rng(int.from_bytes(digest[:8]))
     with gate.admitted(PIXEL_BYTES * size[0] * size[1]):

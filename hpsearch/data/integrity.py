@@ -1,4 +1,4 @@
-"""Find errors in a dataset, and facts about it that are worth a note."""
+"""Report all errors of a dataset, and facts that are worth a note; `decode.py` finds the errors of one pair."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from hpsearch.data.reading import PLAIN_READING, Reading
 from hpsearch.data.sample import SAMPLE_VERSION, draw_sample
 from hpsearch.data.survey import decide_reading
 from hpsearch.errors import DatasetError, StorageError
+from hpsearch.paths import storage_error
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,11 @@ def prepare_pool(
             raise integrity.refusal(problems, dataset.flags)
         what = "test" if role == "test" else "training or validation"
         raise DatasetError(f"{dataset.root} has no {what} images: is a folder of that split missing or empty?")
+    try:
+        # Before decoding, so that a folder that cannot be created ends the command at once.
+        cache_root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(cache_root, error) from error
     with Decoders() as decoders:
         decision = decide_reading(dataset, config, cache_root, decoders)
         preparation = replace(preparation, reading=decision.reading)

@@ -70,9 +70,11 @@ class OptunaPruner:
         for report in self._reports(trial, folds)[len(answers) :]:
             for step, value in report.items():
                 optunas.report(value, step)
-            answers.append(optunas.should_prune())
+            # Some pruners answer with NumPy's bool, which JSON cannot hold.
+            answers.append(bool(optunas.should_prune()))
         if trial.is_full(folds.k):
-            self._study.tell(optunas, trial.value, skip_if_finished=True)
+            with quiet():
+                self._study.tell(optunas, trial.value, skip_if_finished=True)
 
 
 def _an_epoch_ago(trial: TrialScores) -> TrialScores:

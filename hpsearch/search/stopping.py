@@ -1,4 +1,4 @@
-"""Requests to stop a running study: signals, `hpsearch stop`, and the budget of hours."""
+"""Whether a running study was asked to stop, and how urgently: by a signal, `hpsearch stop` or used-up hours."""
 
 import math
 import signal

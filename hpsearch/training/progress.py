@@ -1,4 +1,4 @@
-"""State of a fit after its last epoch, its restoration from a checkpoint, and the files of a finished fit."""
+"""State of a fit after its last epoch: the files of each epoch, restoration, and the files of a finished fit."""
 
 import dataclasses
 import logging

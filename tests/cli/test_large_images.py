@@ -87,7 +87,8 @@ def test_checking_them_and_their_duplicates(root: Path, tmp_path: Path, peak_byt
 
 def test_augmenting_them(root: Path, tmp_path: Path, peak_bytes: PeakBytes) -> None:
     peak = peak_bytes("data", "augment", "--data", str(root), "--to", str(tmp_path / "more"), "--out", str(tmp_path))
-    assert peak < LIMIT_BYTES
+    # An image is changed as a whole, in float32: 110 bytes per pixel (docs/data.md).
+    assert peak < 4 * LIMIT_BYTES
 
 
 def test_caching_training_and_panels(project: tuple[Path, int]) -> None:

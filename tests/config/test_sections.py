@@ -10,6 +10,7 @@ import pytest
 
 from hpsearch import config as configs
 from hpsearch.config import sections
+from hpsearch.config.model import UNetConfig
 from hpsearch.config.sections import SECTIONS, annotation_of
 from hpsearch.config.train import TrainConfig
 from hpsearch.config.values import ModuleName
@@ -104,3 +105,12 @@ def test_every_setting_has_a_description() -> None:
     script = runpy.run_path(str(ROOT / "docs/make_reference.py"))
     for cls in SECTIONS.values():
         assert [field.name for field in dataclasses.fields(cls)] == list(script["attribute_docs"](cls))
+
+
+def test_a_later_setting_of_the_network_leaves_the_files_of_existing_studies_as_they_are() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Later(UNetConfig):
+        dropout: float = 0.0
+
+    assert Later().to_dict() == UNetConfig().to_dict()
+    assert Later(dropout=0.5).to_dict() == {**UNetConfig().to_dict(), "dropout": 0.5}

@@ -16,16 +16,18 @@ from hpsearch.errors import ConfigError
 
 
 def test_names_are_the_modules_of_the_folder_without_helpers() -> None:
-    assert module_names("training/losses") == ("bce", "dice", "jaccard")
+    names = module_names("training/losses")
+    assert {"bce", "dice", "jaccard"} <= set(names)
+    assert "_overlap" not in names
     assert (Path(hpsearch.__file__).parent / "training/losses/_overlap.py").is_file()
 
 
 @pytest.mark.parametrize(
     ("setting", "value", "valid", "nearest"),
     [
-        ("train.loss", "dise", "'bce' or 'dice' or 'jaccard'", "dice"),
+        ("train.loss", "dise", "'bce' or 'dice'", "dice"),
         ("train.loss", "bce+dise", "a sum such as 'bce+dice'", "dice"),
-        ("study.sampler", "tpee", "'random' or 'tpe'", "tpe"),
+        ("study.sampler", "tpee", "'random' or ", "tpe"),
         ("study.pruner", "rase", "'race'", "race"),
         ("unet.network", "unett", "'unet'", "unet"),
     ],
@@ -48,9 +50,10 @@ def test_names_are_checked_in_python_too() -> None:
 
 
 def test_a_setting_of_module_names_is_described_by_them() -> None:
-    assert configs.describe_type(Annotated[str, ModuleName("models/networks")]) == "'unet'"
+    losses = " or ".join(map(repr, module_names("training/losses")))
+    assert configs.describe_type(Annotated[str, ModuleName("training/losses")]) == losses
     loss = Annotated[str, ModuleName("training/losses", is_sum=True)]
-    assert configs.describe_type(loss) == ("'bce' or 'dice' or 'jaccard' or a sum such as 'bce+dice'")
+    assert configs.describe_type(loss) == f"{losses} or a sum such as 'bce+dice'"
 
 
 def test_checking_names_imports_none_of_the_modules() -> None:

@@ -22,7 +22,7 @@ from hpsearch.data import build
 from hpsearch.data.build import build_cache
 from hpsearch.data.cache import INDEX, Index, Kind, Preparation, open_cache
 from hpsearch.data.dataset import Sample
-from hpsearch.data.decode_pool import DecodeError, Decoders
+from hpsearch.data.decode_pool import Decoders
 from hpsearch.data.layouts import find_samples
 from hpsearch.errors import CacheError, DatasetError, StorageError
 
@@ -151,10 +151,6 @@ class TestBuilding:
         build_cache(samples, RESIZE, kind, root)
         assert "is damaged at ISIC_" in caplog.text
         assert open_cache(folder).damaged() == []
-
-    def test_images_that_are_decoded_early_wait_for_their_turn(self) -> None:
-        answers = [(number, DecodeError("", ""), []) for number in (2, 0, 1, 4, 3)]
-        assert [number for number, _, _ in build._in_order(answers)] == [0, 1, 2, 3, 4]
 
     @pytest.mark.parametrize("kind", ["memmap", "none"])
     def test_moved_images_need_no_decoding_but_are_found_again(

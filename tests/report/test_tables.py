@@ -21,7 +21,8 @@ def test_the_ranking_has_a_column_for_every_searched_setting(study: FakeStudy) -
     rows = study_rows(study.record)
     table = tables.ranking(rows)
     names = [name.partition(".")[2].replace("_", " ") for name, _ in rows.config.search]
-    assert table.head == ("trial", "", "mean", "95 % interval", "sd of folds", "over folds (t)", "time", *names)
+    assert table.head == (*tables.COLUMNS, *names)
+    assert {"trial", "mean", "95 % interval", "sd of folds", "over folds (t)", "time"} <= set(tables.COLUMNS)
     assert [line[0] for line in table.lines] == [str(row.number) for row in rows.complete]
     assert all(len(line) == len(table.head) for line in table.lines)
 

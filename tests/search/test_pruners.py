@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from hpsearch.search.pruners import Pruner, make_pruner
 from hpsearch.search.pruners.none import NoPruner
 from hpsearch.search.racing import Race, TrialScores
 from hpsearch.store.trials import PruneDecision
+from hpsearch.typed_json import from_json, to_json
 
 N_EPOCHS = 4
 # Fold 0 holds the images at even places out, fold 1 those at odd places.
@@ -110,13 +112,18 @@ class TestEveryPruner:
                 assert (verdict.fold, verdict.epoch) == (fold, len(trial.scores[fold]))
         assert bool(said) == (name != "none")
 
-    def test_making_one_is_silent(self, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    def test_decisions_can_be_recorded(self, name: str) -> None:
+        decisions = [decision for _, decision in run(pruner_of(name), trials(12)) if decision is not None]
+        stored = json.loads(json.dumps([to_json(decision) for decision in decisions]))
+        assert [from_json(PruneDecision, each) for each in stored] == decisions
+
+    def test_using_one_is_silent(self, name: str, caplog: pytest.LogCaptureFixture) -> None:
         optuna.logging.enable_propagation()
         before = optuna.logging.get_verbosity()
         try:
             with caplog.at_level(logging.INFO), warnings.catch_warnings():
                 warnings.simplefilter("error")
-                pruner_of(name)
+                run(pruner_of(name), trials(6))
         finally:
             optuna.logging.disable_propagation()
         assert not caplog.records

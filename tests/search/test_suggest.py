@@ -9,6 +9,7 @@ import pytest
 
 from hpsearch import config as configs
 from hpsearch.config import StudyConfig
+from hpsearch.config.values import module_names
 from hpsearch.search.samplers import cmaes
 from hpsearch.search.space import SAME_FACTOR, default_params
 from hpsearch.search.suggest import suggest
@@ -20,7 +21,7 @@ SPACE = (
     "search.data.color=['rgb', 'grayscale']",
     "search.train.batch_size=[8, 16, 32]",
 )
-SAMPLERS = ("tpe", "random", "cmaes", "gp")
+SAMPLERS = module_names("search/samplers")
 Params = dict[str, Any]
 
 
@@ -64,7 +65,7 @@ def test_a_suggestion_depends_on_the_history_alone(sampler: str) -> None:
     assert suggest(space(sampler), history, 7).keys() == default_params(space()).keys()
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", ["tpe", "random", "cmaes", "gp"])
 def test_suggestions_learn_from_the_values(sampler: str) -> None:
     history = search(space(sampler), 12)
     reversed_values = [dataclasses.replace(trial, value=-(trial.value or 0.0)) for trial in history]

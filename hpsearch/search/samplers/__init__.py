@@ -1,8 +1,9 @@
 """The samplers that `study.sampler` can name: one module each, found by its name.
 
 A sampler's module has a function `make(config, seed)` that returns a sampler of Optuna. A sampler that stores its
-state in the attributes of trials sets `IS_REPLAYED = True`: its earlier suggestions are then made again, to restore
-the state. One that cannot handle categorical settings sets `IS_NUMERIC = True`: those are drawn at random.
+state in attributes of the study or of its trials sets `IS_REPLAYED = True`: its earlier suggestions are then made
+again, to restore the state. One that cannot handle categorical settings sets `IS_NUMERIC = True`: those are drawn at
+random.
 """
 
 import importlib
