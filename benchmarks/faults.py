@@ -75,7 +75,7 @@ PHASES: dict[str, tuple[tuple[str, str], ...]] = {
         ("coordinator", "search/coordinator.py:next_job"),
     ),
     "first epoch": (
-        ("worker", "workers/fit_task.py:run_fit"),
+        ("worker", "workers/tasks.py:run_fit"),
         ("worker", "training/loop.py:_fit"),
         ("worker", "training/loop.py:_train_epoch"),
         ("worker", "training/loop.py:_evaluate_epoch"),

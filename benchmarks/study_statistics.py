@@ -62,8 +62,6 @@ Noise = Literal["normal", "t3"]
 Shape = Literal["normal", "skewed"]
 
 MEAN, SD_IMAGE, SD_CONFIGURATION = 0.8, 0.13, 0.07
-N_BAGS = 200
-"""Bootstrap samples that select the trials to replicate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +115,7 @@ def generate(setting: Setting, rng: np.random.Generator) -> Study:
     dropped = np.where(fold_of < n_finished[:, None], first, np.nan)[n_finished < n_folds]
     study = StudyScores(scores=first[full], fold_of=fold_of, pruned=dropped)
     if setting.n_replicates and len(full) > 1 and n_folds > 1:
-        best = select_for_replication(study.scores, setting.n_replicates, n_bags=N_BAGS)
+        best = select_for_replication(study.scores, setting.n_replicates)
         rows = full[list(best)]
         study = replace(
             study, replicated=best, replicates=without_runs[rows] + setting.run * runs[1][rows][:, fold_of]

@@ -23,7 +23,6 @@ from hpsearch.search.optuna_view import OptunaView
 from hpsearch.search.status import forecast
 from hpsearch.search.stopping import Stop
 from hpsearch.store import lock
-from hpsearch.store.log import log_file
 from hpsearch.store.record import StudyRecord
 from hpsearch.store.trials import count_trials
 from hpsearch.views import Tracker, ViewThread
@@ -86,7 +85,7 @@ def run_study(
     def check() -> None:
         stop.check("stopped before the first trial; run the same command again to continue")
 
-    with paths.refusals_named(study.root), lock.hold(study), log_file(study.log), LocalPool(study.root) as pool:
+    with paths.refusals_named(study.root), lock.hold(study), lock.log_file(study.log), LocalPool(study.root) as pool:
         for request in (study.stop_request, *study.root.glob("stop-trial-*")):
             request.unlink(missing_ok=True)
         begun = _open_record(study, config)

@@ -42,9 +42,9 @@ from hpsearch.store.test_set_log import find_evaluation, n_seen, user_account
 from hpsearch.training.checkpoint import load_weights
 from hpsearch.training.metrics import SCORES, PixelCounts
 from hpsearch.typed_json import from_json, to_json
-from hpsearch.workers.jobs import CountJob, Job
+from hpsearch.workers.jobs import CountJob, Job, WorkerSettings
+from hpsearch.workers.local_pool import LocalPool
 from hpsearch.workers.plan import ExecutionPlan
-from hpsearch.workers.pool import WorkerPool, WorkerSettings
 from tests.cached import images_of
 from tests.data.conftest import tiny_pairs, write_oriented
 from tests.search.studies import run, tiny_config, write_tiny_dataset
@@ -347,7 +347,7 @@ def test_an_evaluation_that_is_killed_midway_and_one_of_a_few_images_are_counted
     class KilledError(Exception):
         pass
 
-    def kill_at_the_first_score(pool: WorkerPool, job: Job, **more: Any) -> Any:
+    def kill_at_the_first_score(pool: LocalPool, job: Job, **more: Any) -> Any:
         if isinstance(job, CountJob):
             raise KilledError
         return run_job(pool, job, **more)

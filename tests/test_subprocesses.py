@@ -14,10 +14,9 @@ from hpsearch import subprocesses
 from hpsearch.data.decode_pool import Decoders, ImageStats, Job
 from hpsearch.inference.postprocessing import Postprocessing
 from hpsearch.tracking import mlflow_model
-from hpsearch.workers.jobs import Finished, KeepJob
+from hpsearch.workers.jobs import Finished, KeepJob, WorkerSettings
 from hpsearch.workers.local_pool import LocalPool
 from hpsearch.workers.loop import run_job
-from hpsearch.workers.pool import WorkerSettings
 from tests.data.conftest import tiny_pairs, write_pairs
 from tests.inference.test_predictor import write_model
 

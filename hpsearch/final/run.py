@@ -28,7 +28,6 @@ from hpsearch.search.autotune import MachineChoice, plan_for_one_fit
 from hpsearch.search.evaluation import pool_job
 from hpsearch.search.stopping import Stop
 from hpsearch.store import lock, test_set_log
-from hpsearch.store.log import log_file
 from hpsearch.store.record import StudyRecord, study_record
 from hpsearch.store.trials import TrialRecord
 from hpsearch.store.versions import now
@@ -81,7 +80,7 @@ def run_final(
     """
     stop = stop or Stop()
     record = study_record(project, name)
-    with paths.refusals_named(record.paths.root), lock.hold(record.paths), log_file(record.paths.log):
+    with paths.refusals_named(record.paths.root), lock.hold(record.paths), lock.log_file(record.paths.log):
         record.paths.stop_request.unlink(missing_ok=True)
         record.verify()
         chosen = choose_trial(record, trial, cheapest_tied)

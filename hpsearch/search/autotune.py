@@ -2,12 +2,11 @@
 
 import dataclasses
 import logging
+import math
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hpsearch.config import StudyConfig
 from hpsearch.config.data import DataConfig
@@ -19,11 +18,11 @@ from hpsearch.paths import ProjectPaths
 from hpsearch.store.record import StudyRecord
 from hpsearch.typed_json import from_json, to_json
 from hpsearch.workers import plan as plans
-from hpsearch.workers.jobs import CachePaths, MeasureJob, Measurement, RateJob, StepToMeasure
+from hpsearch.workers.jobs import CachePaths, Finished, MeasureJob, StepToMeasure, WorkerSettings
 from hpsearch.workers.local_pool import LocalPool
 from hpsearch.workers.loop import run_job, run_jobs_together
 from hpsearch.workers.plan import MEMORY_SHARE, ExecutionPlan
-from hpsearch.workers.pool import WorkerPool, WorkerSettings
+from hpsearch.workers.pool import WorkerPool
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +35,7 @@ SHARING_STEP_S = 1.0
 MOST_DRAWN = 64
 """Images that are drawn to measure by, at most; larger batches are measured by smaller ones."""
 WINDOW_S = 0.6
-"""Seconds, at least, in which workers that share a device are watched."""
+"""Seconds, at least, for which workers that share a device are watched."""
 Shares = tuple[int, int]
 """Workers on a device, and threads of each."""
 Check = Callable[[], None]
@@ -108,7 +107,6 @@ def measure_drawn(config: StudyConfig, choice: MachineChoice) -> ExecutionPlan:
         kept = ("size", "color", "match", "cache_size")
         data = DataConfig(root=str(folder / "drawn"), **{name: getattr(config.data, name) for name in kept})
         drawn = dataclasses.replace(config, data=data)
-        pool.resize(first_workers(None, choice))
         caches = PoolCaches(drawn, folder / "cache")
         return make_plan(StudyRecord.create(ProjectPaths(folder).study("drawn"), drawn), caches, choice, pool)
 
@@ -134,49 +132,45 @@ def _stored_plan(record: StudyRecord, choice: MachineChoice) -> ExecutionPlan | 
 def _measure_plan(
     record: StudyRecord, caches: PoolCaches, choice: MachineChoice, pool: WorkerPool, check: Check
 ) -> ExecutionPlan:
-    first = first_workers(None, choice)
+    first, cores = first_workers(None, choice), available_cores()
     # The workers that measure are the first of those that train: they have torch loaded and the images open.
     pool.resize(first)
+    config = record.config.with_params({})
     steps = [StepToMeasure(each, CachePaths(*caches.paths(each))) for each in plans.measured_configs(record.config)]
     rates: dict[Shares, float] = {}
     if steps and choice.n_workers <= 1 and not choice.threads:
-        cores = first[0].threads
         # A single worker is tried with all cores, half of them, and so on down to one.
         alone_shares = [(1, cores >> halvings) for halvings in range(cores.bit_length())]
-        rates = _rates(steps[0], alone_shares if choice.n_workers else _equal_shares(cores), pool, check)
+        rates = _rates(config, steps[0], alone_shares if choice.n_workers else _equal_shares(cores), pool, check)
     alone = fastest_alone(rates, first[0].threads)
     sharing = 1 if choice.n_workers else choose_sharing(rates)
-    threads = max(1, available_cores() // sharing) if sharing > 1 else alone
-    job = MeasureJob(config=record.config.with_params({}), threads=threads, steps=tuple(steps))
-    finished = run_job(pool, job, check=check)
+    threads = max(1, cores // sharing) if sharing > 1 else alone
+    finished = run_job(pool, MeasureJob(config=config, threads=threads, steps=tuple(steps)), check=check)
     assert finished is not None
-    measured = finished.result
-    assert isinstance(measured, Measurement)
+    assert finished.measurement is not None
+    measured = finished.measurement
     device = choice.device if ":" in choice.device else measured.device
     n_devices = 1 if ":" in device else measured.n_devices
     listed = ", ".join(f"{n} x {n_threads}: {rate:.1f}" for (n, n_threads), rate in rates.items())
     logger.info("images per second by workers x threads on a device: %s", listed or "not measured")
-
-    def plan_of(n_workers: int, most_threads: int) -> ExecutionPlan:
-        chosen = dataclasses.replace(choice, n_workers=n_workers)
-        return ExecutionPlan(
-            device=measured.device,
-            precision=measured.precision,
-            workers=_share_out(device, chosen, n_devices, most_threads),
-            memory_bytes=measured.memory_bytes // max(1, n_workers // n_devices),
-            steps=measured.steps,
-            machine={**measured.machine, **({"images_per_s": listed} if rates else {})},
-            alone_threads=alone,
-        )
-
-    plan = most = plan_of(choice.n_workers, alone)
+    plan = ExecutionPlan(
+        device=measured.device,
+        precision=measured.precision,
+        workers=_share_out(device, choice, n_devices, alone),
+        memory_bytes=measured.memory_bytes // max(1, choice.n_workers // n_devices),
+        steps=measured.steps,
+        machine={**measured.machine, **({"images_per_s": listed} if rates else {})},
+        alone_threads=alone,
+    )
+    # All that the search may suggest shall still fit, as far as it fits the device at all.
     needed = [plans.predicted_bytes(step.config, plan) for step in steps]
-    while sharing > 1:
-        plan = plan_of(sharing * n_devices, 0)
-        # All that the search may suggest shall still fit, as far as it fits the device at all.
-        if not any(plan.memory_bytes * MEMORY_SHARE < each <= most.memory_bytes * MEMORY_SHARE for each in needed):
-            break
-        plan, sharing = most, sharing // 2
+    largest = max((each for each in needed if each <= plan.memory_bytes * MEMORY_SHARE), default=0)
+    while sharing > 1 and largest > plan.memory_bytes // sharing * MEMORY_SHARE:
+        sharing //= 2
+    if sharing > 1:
+        shared = dataclasses.replace(choice, n_workers=sharing * n_devices)
+        workers = _share_out(device, shared, n_devices)
+        plan = dataclasses.replace(plan, workers=workers, memory_bytes=plan.memory_bytes // sharing)
     pool.set_device(plan.workers[0].device)
     return plan
 
@@ -204,25 +198,29 @@ def _equal_shares(cores: int) -> list[Shares]:
     return [(n, cores // n) for n in SHARING if n <= cores]
 
 
-def _rates(step: StepToMeasure, shares: Sequence[Shares], pool: WorkerPool, check: Check) -> dict[Shares, float]:
+def _rates(
+    config: StudyConfig, step: StepToMeasure, shares: Sequence[Shares], pool: WorkerPool, check: Check
+) -> dict[Shares, float]:
     """Return the images per second that so many workers with so many threads train on one device together.
 
-    The workers are watched in the same window of time, so that what they take from each other counts, and what other
-    programs take from threads that wait for each other. Empty if it could not be measured.
+    The workers are watched at the same time, so that what they take from each other counts, and what other programs
+    take from threads that wait for each other. Empty if it could not be measured.
     """
-    most = max(n for n, _ in shares)
-    first: Any = run_jobs_together(pool, [RateJob(step=step, threads=1)] * most, check)
-    if first is None or max(rate.step_s for rate in first) > SHARING_STEP_S:
+
+    def measure(n_workers: int, threads: int, seconds: float) -> list[float]:
+        """Return the seconds of one image in each worker; empty if one failed."""
+        job = MeasureJob(config=config, threads=threads, steps=(step,), seconds=seconds)
+        reports = run_jobs_together(pool, [job] * n_workers, check)
+        found = [each.measurement for each in reports if isinstance(each, Finished) and each.measurement]
+        image_s = [measured.train_s for measurement in found for measured in measurement.steps]
+        return image_s if len(image_s) == n_workers else []
+
+    # The first round loads the images.
+    step_s = max(measure(max(n for n, _ in shares), 1, 0.0), default=math.inf) * step.config.train.batch_size
+    if step_s > SHARING_STEP_S:
         return {}
-    window_s = max(WINDOW_S, 6 * max(rate.step_s for rate in first))
-    rates = {}
-    for n, threads in shares:
-        begin = time.time() + 0.2
-        job = RateJob(step=step, threads=threads, begin=begin, end=begin + window_s)
-        found: Any = run_jobs_together(pool, [job] * n, check)
-        if found is not None:
-            rates[n, threads] = sum(rate.images_per_s for rate in found)
-    return rates
+    measured = {share: measure(*share, max(WINDOW_S, 6 * step_s)) for share in shares}
+    return {share: sum(1 / each for each in image_s) for share, image_s in measured.items() if image_s}
 
 
 def _share_out(

@@ -5,8 +5,6 @@ from collections.abc import Iterable
 from hpsearch.store.fits import FitRecord
 from hpsearch.store.record import StudyRecord
 
-SETTINGS = ("train.lr", "train.loss", "unet.norm", "unet.input_norm")
-
 
 def constant_warnings(record: StudyRecord, trials: Iterable[int]) -> list[str]:
     """Return two sentences for each class: which of these trials predict nothing else, and the likely causes."""
@@ -19,11 +17,10 @@ def constant_warnings(record: StudyRecord, trials: Iterable[int]) -> list[str]:
     lines = []
     for kind, folds in sorted(found.items()):
         places = [f"trial {number} ({len(each)} of {record.n_folds} folds)" for number, each in sorted(folds.items())]
-        lr, loss, norm, input_norm = (_values(record, folds, name) for name in SETTINGS)
         lines.append(
             f"{', '.join(places)}: the network predicts {kind} on all held-out images. Likely causes: the learning "
-            f"rate ({lr}), the loss ({loss}), the normalisation ({norm}; {input_norm}), or masks that are empty or "
-            "wrong (see `hpsearch data check`)"
+            "rate (train.lr), the loss (train.loss), the normalisation (unet.norm, unet.input_norm), or masks that "
+            "are empty or wrong (see `hpsearch data check`)"
         )
     return lines
 
@@ -36,10 +33,3 @@ def constant_prediction(fit: FitRecord) -> str:
     if tp + fp == 0 and fn > 0:
         return "no lesion"
     return "nothing but lesion" if fn + tn == 0 and fp > 0 else ""
-
-
-def _values(record: StudyRecord, trials: Iterable[int], name: str) -> str:
-    """Return `train.lr = 0.1, 0.2`: a setting with its values in these trials, at most three."""
-    section, key = name.split(".")
-    values = dict.fromkeys(str(record.trial(number).config[section][key]) for number in sorted(trials))
-    return f"{name} = {', '.join([*values][:3])}{', ...' if len(values) > 3 else ''}"

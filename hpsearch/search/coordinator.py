@@ -30,7 +30,7 @@ from hpsearch.store.record import StudyRecord
 from hpsearch.store.trials import COUNTED, Outcome, TrialRecord, count_trials
 from hpsearch.store.versions import now
 from hpsearch.training.rows import EpochRow
-from hpsearch.workers.jobs import EpochEnded, Failed, Finished, FitJob, FitScore, Job, Stopped
+from hpsearch.workers.jobs import EpochEnded, Failed, Finished, FitJob, Job, Stopped
 from hpsearch.workers.loop import DEATHS_PER_JOB
 from hpsearch.workers.plan import ExecutionPlan
 from hpsearch.workers.pool import Event, WorkerPool
@@ -118,8 +118,7 @@ class Coordinator:
         job, report = event.job, event.report
         if job is None and isinstance(report, Failed):
             self._say(f"worker {event.worker.index + 1} ended before it had a job ({report.text}): it is replaced")
-        evaluation = self.open.get((job.trial, job.replicate)) if isinstance(job, FitJob) else None
-        if evaluation is None or not isinstance(job, FitJob):
+        if not isinstance(job, FitJob) or (evaluation := self.open.get((job.trial, job.replicate))) is None:
             # A worker that was killed together with its trial.
             return
         if isinstance(report, EpochEnded):
@@ -127,13 +126,13 @@ class Coordinator:
             return
         evaluation.running.discard(job.fold)
         match report:
-            case Finished(FitScore(value)):
+            case Finished(value):
                 self._on_finished(evaluation, job.fold, math.nan if value is None else value)
             case Stopped():
                 self._end_if_finished(evaluation)
-            case Failed(reason="diverged", text=text):
+            case Failed(error="DivergedError", text=text):
                 self._end(evaluation, "diverged", reason=f"{text} of fold {job.fold + 1}", constraint=1.0)
-            case Failed(reason="out_of_memory", text=text):
+            case Failed(error="OutOfMemoryError", text=text):
                 self._end(evaluation, "infeasible", reason=text, constraint=1.0)
             case Failed():
                 self._on_death(evaluation, job.fold, report)
@@ -202,9 +201,9 @@ class Coordinator:
         Raises StorageError and WorkerError where another try would end in the same way.
         """
         what, fit = f"{evaluation.name}, fold {fold + 1}", evaluation.fits()[fold]
-        if failure.is_storage:
+        if failure.error == "StorageError":
             raise StorageError(failure.text)
-        if failure.is_known:
+        if failure.error not in ("", "died"):
             raise WorkerError(f"{what}: {failure.text}")
         logger.warning("%s: worker %s\n%s", what, failure.text, failure.traceback)
         self.callback.message(f"{what}: worker {failure.text}")
@@ -298,10 +297,9 @@ def _kill_hanging(coordinator: Coordinator) -> None:
     """Kill every worker without an epoch for so long that its fit must be hanging."""
     for worker in coordinator.pool.busy():
         silence_s, job = time.monotonic() - worker.last_report_at, worker.job
-        evaluation = coordinator.open.get((job.trial, job.replicate)) if isinstance(job, FitJob) else None
-        if evaluation is None or not isinstance(job, FitJob) or silence_s <= SILENCE_MIN_S:
+        if not isinstance(job, FitJob) or (evaluation := coordinator.open.get((job.trial, job.replicate))) is None:
             continue
-        if silence_s > SILENCE_FACTOR * evaluation.epoch_s(job, coordinator.plan):
+        if silence_s > SILENCE_MIN_S and silence_s > SILENCE_FACTOR * evaluation.epoch_s(job, coordinator.plan):
             logger.warning("%s, fold %d: no epoch for %.0f s", evaluation.name, job.fold + 1, silence_s)
             coordinator.pool.kill(worker)
 

@@ -62,19 +62,12 @@ def used_up(record: StudyRecord, trials: Mapping[int, TrialRecord]) -> str:
     n_counted, config = count_trials(trials.values()), record.config
     if n_counted >= config.study.trials or record.n_unused(trials.values()) != 0:
         return ""
-    n_configurations = config.search.n_configurations
     if all(trial.outcome == "infeasible" for trial in trials.values()):
         reason = trials[max(trials)].reason
-        if not len(config.search):
-            raise StudyError(f"the configuration is infeasible, and there is no search for another: {reason}")
-        raise StudyError(
-            f"all {n_configurations} configurations of the search are infeasible, the last because {reason}: "
-            "widen it or change data.size"
-        )
-    have = "its only configuration has" if n_configurations == 1 else f"all {n_configurations} configurations have"
+        raise StudyError(f"every configuration is infeasible, the last because {reason}: widen or change the search")
     return (
-        f"the search space is used up: {have} been tried, so the search ends with {n_counted} of "
-        f"{config.study.trials} trials"
+        "the search space is used up: every configuration has been tried, so the search ends with "
+        f"{n_counted} of {config.study.trials} trials"
     )
 
 

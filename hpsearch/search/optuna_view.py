@@ -67,17 +67,17 @@ class OptunaView:
                 self._show(record)
             except DATABASE_ERRORS as error:
                 # The file may have been deleted or replaced since it was opened.
-                self._study = None
-                if not isinstance(_cause(error), sqlite3.OperationalError):
+                self._study, cause = None, _cause(error)
+                if not isinstance(cause, sqlite3.OperationalError):
                     aside = self._database.with_name(f"{self._database.name}.damaged")
                     os.replace(self._database, aside)
                     text = "Optuna's database is damaged (%s): it is now %s, and a new one is made"
-                    logger.warning(text, _reason(error), aside.name)
+                    logger.warning(text, cause, aside.name)
                 try:
                     self._show(record)
                 except DATABASE_ERRORS as again:
-                    self._study = None
-                    reason = _reason(again)
+                    self._study, cause = None, _cause(again)
+                    reason = (str(cause).splitlines() or [type(cause).__name__])[0]
                     raise StorageError(f"{self._database} cannot be brought up to date: {reason}") from again
         self._shown = files
 
@@ -131,12 +131,6 @@ def _cause(error: BaseException) -> BaseException:
     """Return the database's own error, which SQLAlchemy and Optuna wrap."""
     is_wrapper = isinstance(error, StorageInternalError | SQLAlchemyError)
     return _cause(error.__cause__) if is_wrapper and error.__cause__ is not None else error
-
-
-def _reason(error: BaseException) -> str:
-    """Return an error in one line."""
-    cause = _cause(error)
-    return (str(cause).splitlines() or [type(cause).__name__])[0]
 
 
 def sqlite_url(path: Path) -> str:

@@ -60,47 +60,34 @@ def frozen_trial(
     )
 
 
-def is_same(one: Any, other: Any, distribution: Distribution, *, any_float: bool = False) -> bool:
+def is_same(one: Any, other: Any, dimension: Choice | Range, *, any_float: bool = False) -> bool:
     """Return whether two values count as equal: discrete ones if they are, continuous ones if they are close.
 
     With `any_float`, all values of a continuous setting count as equal.
     """
-    if not isinstance(distribution, FloatDistribution) or distribution.step is not None:
-        return bool(_place(one, distribution) == _place(other, distribution))
-    if distribution.log:
+    if isinstance(dimension, Choice) or dimension.is_int or dimension.step is not None:
+        return bool(dimension.key(one) == dimension.key(other))
+    if dimension.log:
         return any_float or abs(math.log(one / other)) < math.log(SAME_FACTOR)
-    return any_float or bool(abs(one - other) < SAME_SHARE * (distribution.high - distribution.low))
+    return any_float or bool(abs(one - other) < SAME_SHARE * (dimension.high - dimension.low))
 
 
-def unused_params(space: Distributions, used: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def unused_params(search: SearchSpace, used: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return all params of a finite space that are not in `used`; empty for one that is infinite or very large."""
-    grids = [grid(each) for each in space.values()]
-    if not 0 < math.prod(map(len, grids)) <= MAX_ENUMERATED:
+    if not 0 < (search.n_configurations or 0) <= MAX_ENUMERATED:
         return []
-
-    def key(params: Mapping[str, Any]) -> tuple[Any, ...]:
-        return tuple(_place(params.get(name), each) for name, each in space.items())
-
-    taken = {key(params) for params in used}
-    found = (dict(zip(space, values, strict=True)) for values in itertools.product(*grids))
-    return [params for params in found if key(params) not in taken]
+    taken = {search.key(params) for params in used}
+    grids = [grid(dimension) for _, dimension in search]
+    found = (dict(zip(search.dimensions, values, strict=True)) for values in itertools.product(*grids))
+    return [params for params in found if search.key(params) not in taken]
 
 
-def grid(distribution: Distribution) -> list[Any]:
-    """Return all values of a distribution; empty for a continuous one."""
-    if isinstance(distribution, CategoricalDistribution):
-        return list(distribution.choices)
-    low, high, step = distribution.low, distribution.high, distribution.step
-    if step is None:
-        return [low] if low == high else []
-    return [low + number * step for number in range(round((high - low) / step) + 1)]
-
-
-def _place(value: Any, distribution: Distribution) -> Any:
-    """Return what equal values share: the step number of a float with a step, because `low + 2 * step` may round."""
-    if isinstance(distribution, FloatDistribution) and distribution.step is not None and value is not None:
-        return round((value - distribution.low) / distribution.step)
-    return value
+def grid(dimension: Choice | Range) -> list[Any]:
+    """Return all values of a dimension; empty for a continuous one."""
+    if isinstance(dimension, Choice):
+        return [decode(value) for value in dimension.values]
+    step = dimension.step or 1
+    return [dimension.nearest(dimension.low + number * step) for number in range(dimension.n_values or 0)]
 
 
 def _distribution(dimension: Choice | Range) -> Distribution:

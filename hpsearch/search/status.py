@@ -121,8 +121,7 @@ def _seconds_left(
 ) -> float | None:
     """Estimate the seconds until the end of a running study; None if nothing is known or left.
 
-    The estimate comes from ended trials, or else from measured steps. A refit takes as long as the first fit. The
-    best complete trials are refitted; while there are none, the longest ended trial stands for them.
+    The estimate comes from ended trials, or else from measured steps. A refit may take as long as the longest trial.
     """
     if (table := record.plan()) is None:
         return None
@@ -134,9 +133,7 @@ def _seconds_left(
     running_s += sum(map(_seconds, refits.values()))
     ended_s = [seconds[trial.number] for trial in trials if trial.outcome in COUNTED]
     if ended_s:
-        best = list(refits) or record.standing(trials).ranking[:n_replicates]
-        refit_s = [seconds[number] for number in best] or [max(ended_s)]
-        whole_s = n_left * sum(ended_s) / len(ended_s) + n_replicates * sum(refit_s) / len(refit_s)
+        whole_s = n_left * sum(ended_s) / len(ended_s) + n_replicates * max(ended_s)
         return max(0.0, whole_s - running_s) / len(plan.workers)
     if not record.has_folds:
         return None

@@ -19,6 +19,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from hpsearch.config import StudyConfig, stable_seed
+from hpsearch.config.search import SearchSpace
 from hpsearch.search import samplers, space
 from hpsearch.search.space import Distributions, default_params, distributions
 from hpsearch.store.trials import TrialRecord
@@ -42,20 +43,13 @@ def suggest(
     """
     if number == 0 or enqueued:
         return {**default_params(config), **(enqueued or {})} if number else default_params(config)
-    dimensions = distributions(config.search)
-    fixed = {name: space.grid(each)[0] for name, each in dimensions.items() if each.single()}
-    searched = {name: each for name, each in dimensions.items() if name not in fixed}
+    dimensions = config.search.dimensions
+    fixed = {name: space.grid(each)[0] for name, each in dimensions.items() if each.n_values == 1}
     last = number - config.study.lookahead if config.study.lookahead else number
-    known = [_as_seen(trial, is_hidden=trial.number > last) for trial in history]
-    drawn = _draw_new(config, known, number, fixed, searched) if searched else {}
-    return {name: space.decode({**fixed, **drawn}[name]) for name in dimensions}
-
-
-def _as_seen(trial: TrialRecord, *, is_hidden: bool) -> TrialRecord:
-    """Return a trial as the sampler sees it: with params as in Optuna, and still running if its result is hidden."""
-    hidden: dict[str, Any] = {"outcome": None, "value": None, "constraint": 0.0} if is_hidden else {}
-    params = {name: space.encode(value) for name, value in trial.params.items()}
-    return dataclasses.replace(trial, params=params, **hidden)
+    hidden: dict[str, Any] = {"outcome": None, "value": None, "constraint": 0.0}
+    known = [dataclasses.replace(trial, **hidden) if trial.number > last else trial for trial in history]
+    drawn = _draw_new(config, known, number, fixed) if len(fixed) < len(dimensions) else {}
+    return {name: {**fixed, **drawn}[name] for name in dimensions}
 
 
 STATES = {
@@ -70,22 +64,21 @@ STATES = {
 """Outcome of a trial to the state of its counterpart in Optuna."""
 
 
-def _draw_new(
-    config: StudyConfig, known: Sequence[TrialRecord], number: int, fixed: Params, searched: Distributions
-) -> Params:
+def _draw_new(config: StudyConfig, known: Sequence[TrialRecord], number: int, fixed: Params) -> Params:
     """Draw until the params are not those of an earlier trial; then take an unused configuration if there is one."""
-    dimensions = distributions(config.search)
+    spaces = distributions(config.search)
+    searched = {name: each for name, each in spaces.items() if name not in fixed}
     with quiet():
-        study = _study_in_memory(config, known, dimensions)
+        study = _study_in_memory(config, known, spaces)
         study.ask()
         trial = study.get_trials(deepcopy=False)[-1]
         first: Params = {}
         for attempt in range(ATTEMPTS):
             drawn = _draw(config, study, trial, searched, attempt)
-            if not any(_is_repeat({**fixed, **drawn}, each, dimensions) for each in known):
+            if not any(_is_repeat({**fixed, **drawn}, each, config.search) for each in known):
                 return drawn
             first = first or drawn
-    unused = space.unused_params(searched, [each.params for each in known])
+    unused = space.unused_params(config.search, [each.params for each in known])
     if not unused:
         return first
     return unused[int(np.random.default_rng(_seed(config, number, "unused")).integers(len(unused)))]
@@ -104,15 +97,14 @@ def _draw(config: StudyConfig, study: Study, trial: FrozenTrial, searched: Distr
         if name not in drawn:
             sampler = RandomSampler(seed=_seed(config, trial.number, name, *salt))
             drawn[name] = sampler.sample_independent(study, trial, name, each)
-    return {name: drawn[name] for name in searched}
+    return {name: space.decode(value) for name, value in drawn.items()}
 
 
-def _is_repeat(params: Params, earlier: TrialRecord, dimensions: Distributions) -> bool:
+def _is_repeat(params: Params, earlier: TrialRecord, search: SearchSpace) -> bool:
     """Return whether an earlier trial had these params. What was infeasible is so at any continuous value."""
     any_float = earlier.outcome == "infeasible"
-    return dimensions.keys() <= earlier.params.keys() and all(
-        space.is_same(params[name], earlier.params[name], each, any_float=any_float)
-        for name, each in dimensions.items()
+    return search.dimensions.keys() <= earlier.params.keys() and all(
+        space.is_same(params[name], earlier.params[name], each, any_float=any_float) for name, each in search
     )
 
 

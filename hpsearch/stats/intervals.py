@@ -51,6 +51,11 @@ class Paired:
     high: float
     p: float
 
+    @classmethod
+    def of_differences(cls, difference: float, low: float, high: float, p: float) -> Self:
+        """Return the interval of a mean difference of scores, cut to [-1, 1]."""
+        return cls(difference, *cut(difference, low, high, least=-1.0), p)
+
 
 def bootstrap_mean(scores: Floats, *, run_variance: float = 0.0, run_df: float = math.inf, seed: int = 0) -> Interval:
     """Return the mean of scores (n,) with its 95 % interval: bootstrap over images, plus the run-to-run variance."""
@@ -71,8 +76,7 @@ def paired_difference(
     low, high = np.quantile(draws, _TAILS)
     beyond = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
     p = min(1.0, 2 * (beyond + 1) / (len(draws) + 1))
-    mean = float(difference.mean())
-    return Paired(mean, *cut(mean, float(low), float(high), least=-1.0), p)
+    return Paired.of_differences(float(difference.mean()), float(low), float(high), p)
 
 
 def corrected_t(fold_means: Floats) -> Interval | None:
@@ -89,11 +93,11 @@ def corrected_t(fold_means: Floats) -> Interval | None:
     return Interval.of_scores(mean, mean - half, mean + half)
 
 
-def bootstrap_counts(n_images: int, seed: int, n_bags: int = N_BAGS) -> Iterator[NDArray[np.float32]]:
+def bootstrap_counts(n_images: int, seed: int) -> Iterator[NDArray[np.float32]]:
     """Yield blocks of bootstrap samples: how often each image is in each sample, (samples, n_images)."""
     size = max(1, _BLOCK // n_images)
-    for start in range(0, n_bags, size):
-        yield _count_block(n_images, seed, start, min(size, n_bags - start))
+    for start in range(0, N_BAGS, size):
+        yield _count_block(n_images, seed, start, min(size, N_BAGS - start))
 
 
 def satterthwaite(image_variance: float, image_df: float, run_variance: float, run_df: float) -> float:

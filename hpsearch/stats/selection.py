@@ -18,17 +18,7 @@ import numpy as np
 from scipy.special import stdtr
 
 from hpsearch.stats.best import rank
-from hpsearch.stats.intervals import (
-    LEVEL,
-    N_BAGS,
-    Floats,
-    Interval,
-    Paired,
-    bootstrap_counts,
-    cut,
-    half_width,
-    satterthwaite,
-)
+from hpsearch.stats.intervals import LEVEL, Floats, Interval, Paired, bootstrap_counts, half_width, satterthwaite
 from hpsearch.stats.mixed_model import posterior_contrast
 from hpsearch.stats.study_scores import StudyScores
 
@@ -71,7 +61,7 @@ def cheapest(tied: Sequence[int], costs: Mapping[int, float]) -> int:
     return min(tied, key=lambda trial: costs[trial])
 
 
-def select_for_replication(scores: Floats, count: int = 5, *, n_bags: int = N_BAGS, seed: int = 0) -> tuple[int, ...]:
+def select_for_replication(scores: Floats, count: int = 5, *, seed: int = 0) -> tuple[int, ...]:
     """Return up to `count` trials, ordered by how often each is the best on a bootstrap sample of the images.
 
     scores: (trials, images) of the complete trials' first fits. Trials that are best on no sample are left out.
@@ -79,7 +69,7 @@ def select_for_replication(scores: Floats, count: int = 5, *, n_bags: int = N_BA
     # What all trials share does not affect the choice, and would cost float32 precision.
     centred = np.asarray(scores - scores.mean(axis=0), np.float32)
     wins = np.zeros(len(scores), np.int64)
-    for counts in bootstrap_counts(scores.shape[1], seed, n_bags):
+    for counts in bootstrap_counts(scores.shape[1], seed):
         wins += np.bincount((counts @ centred.T).argmax(axis=1), minlength=len(scores))
     means = scores.mean(axis=1)
     order = sorted(np.flatnonzero(wins), key=lambda trial: (-wins[trial], -means[trial], trial))
@@ -124,10 +114,10 @@ def corrected_estimate(study: StudyScores) -> Corrected:
     trial, n = best_row(study), study.n_images
     found = _posterior(study, trial)
     half = half_width(found.image_variance + found.choice_variance, n - 1, found.run_variance, study.runs.df)
-    low, high = cut(found.mean, found.mean - half, found.mean + half, least=0.0)
+    total = Interval.of_scores(found.mean, found.mean - half, found.mean + half)
     method: Method = "single" if study.n_trials == 1 else "confirmed" if study.replicated else "first"
     naive = float(study.scores[trial].mean())
-    return Corrected(trial=trial, naive=naive, low=low, high=high, method=method, **found._asdict())
+    return Corrected(trial=trial, naive=naive, low=total.low, high=total.high, method=method, **found._asdict())
 
 
 def corrected_gain(study: StudyScores, trial: int, reference: int = 0) -> Paired:
@@ -142,8 +132,8 @@ def corrected_gain(study: StudyScores, trial: int, reference: int = 0) -> Paired
     se = math.sqrt(images + found.run_variance)
     df = satterthwaite(images, study.n_images - 1, found.run_variance, study.runs.df)
     p = 2 * float(stdtr(df, -abs(found.mean) / se)) if se > 0 else float(found.mean == 0)
-    ends = cut(found.mean, found.mean - half, found.mean + half, least=-1.0)
-    return Paired(found.mean, *ends, max(p, float(np.finfo(float).tiny)))
+    p = max(p, float(np.finfo(float).tiny))
+    return Paired.of_differences(found.mean, found.mean - half, found.mean + half, p)
 
 
 def predict_test_mean(study: StudyScores, corrected: Corrected, *, n_test: int, n_runs: int = 1) -> Interval:

@@ -1,12 +1,14 @@
-"""The lock of a study, which one process can hold at a time, and the file that names its holder."""
+"""The lock of a study, which one process can hold at a time, the file that names its holder, and the log."""
 
 import json
+import logging
 import os
 import shutil
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import filelock
 
@@ -85,3 +87,28 @@ def describe_holder(study: StudyPaths) -> str:
         return f"process {holder['pid']} on {holder['host']} since {since}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
+
+
+class _LenientHandler(logging.FileHandler):
+    """Log handler that ignores write errors: on a full disk, what matters fails elsewhere with a clear message."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        pass
+
+
+@contextmanager
+def log_file(path: Path) -> Iterator[None]:
+    """Append one line per event of hpsearch to `path` for the time of the block."""
+    handler = _LenientHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    root = logging.getLogger("hpsearch")
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+        with suppress(OSError):
+            handler.close()

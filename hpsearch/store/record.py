@@ -21,13 +21,6 @@ Scores = npt.NDArray[np.float64]
 class StudyRecord(StudyFiles):
     """One study: what its folder holds, and how its trials stand."""
 
-    def final_scores(self, trial: int, fold: int) -> Scores:
-        """Return the per-image scores after the last epoch of a finished fit, in the order of `folds.held_out(fold)`.
-
-        Raises RecordError if the file does not fit the folds: the scores would be those of other images.
-        """
-        return self._final_scores(self.fit(trial, fold), fold)
-
     def out_of_fold(self, trial: int) -> Scores:
         """Return the score of each pool image from the fit that had not seen it, (pool,); NaN if there is none."""
         return self._by_image({fold: self.fit(trial, fold) for fold in self.finished_folds(trial)})
@@ -39,10 +32,14 @@ class StudyRecord(StudyFiles):
     def _by_image(self, fits: Mapping[int, FitRecord]) -> Scores:
         result = np.full(len(self.folds.ids), np.nan)
         for fold, fit in fits.items():
-            result[self.folds.held_out(fold)] = self._final_scores(fit, fold)
+            result[self.folds.held_out(fold)] = self.final_scores(fit, fold)
         return result
 
-    def _final_scores(self, fit: FitRecord, fold: int) -> Scores:
+    def final_scores(self, fit: FitRecord, fold: int) -> Scores:
+        """Return the per-image scores after the last epoch of a finished fit, in the order of `folds.held_out(fold)`.
+
+        Raises RecordError if the file does not fit the folds: the scores would be those of other images.
+        """
         scores = fit.scores()
         n_images = len(self.folds.held_out(fold))
         if scores.shape[0] == 0 or scores.shape[1] != n_images:

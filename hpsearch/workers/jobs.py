@@ -3,13 +3,21 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from hpsearch.config import StudyConfig
 from hpsearch.data.reading import Reading
 from hpsearch.inference.postprocessing import FoldNetwork, Postprocessing
 from hpsearch.training.rows import EpochRow
 from hpsearch.typed_json import from_json, to_json
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """Settings of one worker, fixed for its lifetime."""
+
+    device: str = "cpu"
+    threads: int = 1
 
 
 @dataclass(frozen=True)
@@ -40,14 +48,6 @@ class FitJob:
     """0: the first fit of this fold; 1: the second one, with another seed."""
     keep_best: bool = False
     """Whether the weights of the best epoch are kept too."""
-
-
-@dataclass(frozen=True)
-class FitScore:
-    """Result of a FitJob."""
-
-    value: float | None
-    """Mean score over the held-out images after the last epoch; None without held-out images."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,8 @@ class MeasureJob:
     config: StudyConfig
     threads: int
     steps: tuple[StepToMeasure, ...]
+    seconds: float = 0.2
+    """How long each step is repeated at least."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ class MeasuredStep:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Result of a MeasureJob."""
+    """What a MeasureJob found."""
 
     device: str
     n_devices: int
@@ -158,27 +160,7 @@ class Measurement:
     machine: dict[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True)
-class RateJob:
-    """Count the images per second that are trained between two times (Unix time in seconds)."""
-
-    step: StepToMeasure
-    threads: int
-    begin: float = 0.0
-    end: float = 0.0
-
-
-@dataclass(frozen=True)
-class Rate:
-    """Result of a RateJob."""
-
-    images_per_s: float
-    step_s: float
-    """Seconds of the fastest step."""
-
-
-Job = FitJob | OfficialScoreJob | SelectPostprocessingJob | KeepJob | CountJob | MeasureJob | RateJob
-Result = FitScore | Measurement | Rate
+Job = FitJob | OfficialScoreJob | SelectPostprocessingJob | KeepJob | CountJob | MeasureJob
 
 
 @dataclass(frozen=True)
@@ -197,7 +179,10 @@ class EpochEnded:
 class Finished:
     """The job is done."""
 
-    result: Result | None = None
+    value: float | None = None
+    """Of a FitJob: mean score over the held-out images after the last epoch; None without held-out images."""
+    measurement: Measurement | None = None
+    """Of a MeasureJob."""
 
 
 @dataclass(frozen=True)
@@ -209,30 +194,21 @@ class Stopped:
 class Failed:
     """The job ended without a result."""
 
-    reason: Literal["diverged", "out_of_memory", "error", "died"]
-    """`error`: an exception; `died`: the process ended."""
+    error: str = ""
+    """Name of the error's class in `hpsearch.errors`; `died`: the process ended; "": a fault in hpsearch."""
     text: str
-    is_storage: bool = False
-    """Whether a file could not be written."""
-    is_known: bool = False
-    """Whether it is an error that a user can mend, so that another try would end in the same way."""
     traceback: str = ""
 
 
 Report = Ready | EpochEnded | Finished | Stopped | Failed
-_CLASSES: dict[str, type[Any]] = {cls.__name__: cls for cls in (*get_args(Job), *get_args(Result), *get_args(Report))}
+_CLASSES: dict[str, type[Any]] = {cls.__name__: cls for cls in (*get_args(Job), *get_args(Report))}
 
 
-def to_message(part: Job | Result | Report) -> dict[str, Any]:
+def to_message(part: Job | Report) -> dict[str, Any]:
     """Return a JSON table, which `from_message` reads."""
-    table = {**to_json(part), "class": type(part).__name__}
-    if isinstance(part, Finished) and part.result is not None:
-        table["result"] = to_message(part.result)
-    return table
+    return {**to_json(part), "class": type(part).__name__}
 
 
 def from_message(table: Mapping[str, Any]) -> Any:
     """Return the job or report in a table of `to_message`."""
-    if table.get("result") is not None:
-        return Finished(from_message(table["result"]))
     return from_json(_CLASSES[table["class"]], table)

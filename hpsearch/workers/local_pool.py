@@ -22,8 +22,9 @@ from typing import Any, Self
 
 from hpsearch import subprocesses
 from hpsearch.errors import WorkerError
-from hpsearch.workers.jobs import EpochEnded, Failed, FitJob, Job, Ready, from_message, to_message
-from hpsearch.workers.pool import Event, Worker, WorkerSettings
+from hpsearch.workers import jobs
+from hpsearch.workers.jobs import Failed, FitJob, Job, WorkerSettings
+from hpsearch.workers.pool import Event, Worker
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class LocalWorker:
     """One worker process and its job."""
 
     index: int
+    """Its place in the pool, from 0."""
     settings: WorkerSettings
     process: subprocess.Popen[bytes]
     connection: Connection
@@ -46,6 +48,7 @@ class LocalWorker:
     is_ready: bool = False
     job: Job | None = None
     last_report_at: float = field(default_factory=time.monotonic)
+    """When it last reported or was given something to do, as `time.monotonic` counts."""
 
     @property
     def is_idle(self) -> bool:
@@ -73,32 +76,37 @@ class LocalPool:
         return len(self._workers)
 
     def resize(self, settings: Sequence[WorkerSettings]) -> None:
-        fits = [worker.settings == wanted for worker, wanted in zip(self._workers, settings, strict=False)]
-        fits += [False] * max(len(self._workers), len(settings))
-        _end([worker for worker, stays in zip(self._workers, fits, strict=False) if not stays])
-        self._workers = [
-            self._workers[index] if fits[index] else self._start(index, wanted)
-            for index, wanted in enumerate(settings)
-        ]
+        """Have one worker for each of `settings`, in this order; a worker that has these settings already stays."""
+        wanted = dict(enumerate(settings))
+        kept = {worker.index: worker for worker in self._workers if worker.settings == wanted.get(worker.index)}
+        _end([worker for worker in self._workers if worker.index not in kept])
+        self._workers = [kept.get(index) or self._start(index, each) for index, each in wanted.items()]
 
     def set_device(self, device: str) -> None:
+        """Note which device workers with the setting `auto` have chosen."""
         for worker in self._workers:
             worker.settings = dataclasses.replace(worker.settings, device=device)
 
     def idle(self) -> list[Worker]:
+        """Return the workers that are ready and have no job, by index."""
         return [worker for worker in self._workers if worker.is_idle]
 
     def busy(self) -> list[Worker]:
+        """Return the workers that have a job, by index."""
         return [worker for worker in self._workers if worker.job is not None]
 
     def submit(self, worker: Worker, job: Job) -> None:
-        self._own(worker).job = job
-        self._send(worker, to_message(job))
+        """Give a job to an idle worker. Its reports come as events."""
+        ours = self._own(worker)
+        ours.job = job
+        self._send(ours, jobs.to_message(job))
 
     def reply(self, worker: Worker, *, go: bool) -> None:
-        self._send(worker, {"go": go})
+        """Answer an `EpochEnded`: train the next epoch, or stop with a checkpoint."""
+        self._send(self._own(worker), {"go": go})
 
     def epoch_left_s(self) -> float | None:
+        """Return the seconds until the epochs being trained end; NaN if not known, None if none is trained."""
         now = time.monotonic()
         left = [
             # NaN for a trial without an earlier epoch; `max` keeps it as its first argument.
@@ -109,6 +117,7 @@ class LocalPool:
         return math.nan if any(map(math.isnan, left)) else max(left, default=None)
 
     def kill(self, worker: Worker) -> None:
+        """End a worker at once. `events` reports it as died, and another one takes its place."""
         process = self._own(worker).process
         process.kill()
         # Its last writes are done then. `events` notices the silence of a process that the system cannot end.
@@ -116,6 +125,10 @@ class LocalPool:
             process.wait(10)
 
     def events(self, timeout_s: float) -> Iterator[Event]:
+        """Yield what workers reported within the timeout; workers that died are replaced.
+
+        Raises WorkerError if workers cannot be started.
+        """
         by_connection = {worker.connection: worker for worker in self._workers}
         # A time in which the coordinator itself was stopped (SIGSTOP) is no silence of the workers.
         if (pause_s := time.monotonic() - self._polled_at) > PAUSE_S:
@@ -130,31 +143,30 @@ class LocalPool:
                 self.kill(worker)
 
     def close(self) -> None:
+        """End all workers."""
         _end(self._workers)
         self._workers = []
 
     def _own(self, worker: Worker) -> LocalWorker:
-        """Return the worker as this pool knows it."""
         return next(each for each in self._workers if each is worker)
 
-    def _send(self, worker: Worker, message: Mapping[str, Any]) -> None:
-        ours = self._own(worker)
-        ours.last_report_at = time.monotonic()
+    def _send(self, worker: LocalWorker, message: Mapping[str, Any]) -> None:
+        worker.last_report_at = time.monotonic()
         # `events` notices a worker that has just died.
         with contextlib.suppress(OSError):
-            ours.connection.send_bytes(json.dumps(message).encode())
+            worker.connection.send_bytes(json.dumps(message).encode())
 
     def _receive(self, worker: LocalWorker) -> Event:
         job = worker.job
         try:
-            report = from_message(json.loads(worker.connection.recv_bytes()))
+            report = jobs.from_message(json.loads(worker.connection.recv_bytes()))
         except (EOFError, OSError):
             return self._reap(worker)
         worker.last_report_at = time.monotonic()
-        if isinstance(report, Ready):
+        if isinstance(report, jobs.Ready):
             worker.is_ready = True
             self._failed_starts = 0
-        elif not isinstance(report, EpochEnded):
+        elif not isinstance(report, jobs.EpochEnded):
             worker.job = None
         elif isinstance(job, FitJob):
             self._epoch_s[job.trial] = report.row.seconds
@@ -191,7 +203,7 @@ class LocalPool:
                 raise WorkerError(f"worker {worker.index} did not start ({cause}); its output is in {worker.log}")
             logger.warning("worker %d ended before it was ready, %s; starting another", worker.index, cause)
         self._workers[self._workers.index(worker)] = self._start(worker.index, worker.settings)
-        return Event(worker, worker.job, Failed(reason="died", text=cause))
+        return Event(worker, worker.job, Failed(error="died", text=cause))
 
 
 def _end(workers: Sequence[LocalWorker]) -> None:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from hpsearch.errors import DeviceError, HpsearchError, StorageError, StudyError, WorkerError
 from hpsearch.training.rows import EpochRow
-from hpsearch.workers.jobs import EpochEnded, Failed, Finished, Job, Result, Stopped
+from hpsearch.workers.jobs import EpochEnded, Failed, Finished, Job, Report, Stopped
 from hpsearch.workers.pool import Event, WorkerPool
 
 logger = logging.getLogger(__name__)
@@ -61,99 +61,77 @@ def run_job(
     and ends the waiting by raising. When a worker dies, another one continues from the job's checkpoint. Raises what
     the job raised, or WorkerError when it has ended three workers without an epoch in between.
     """
-    work = _SingleJob(pool, job, on_epoch, check)
-    run(pool, work)
-    return work.finished
+    (report,) = run_jobs_together(pool, [job], check, on_epoch)
+    if isinstance(report, Failed):
+        raise _error(report)
+    return report if isinstance(report, Finished) else None
 
 
 def run_jobs_together(
-    pool: WorkerPool, jobs: Sequence[Job], check: Callable[[], None] = lambda: None
-) -> list[Result | None] | None:
-    """Run one job on each of as many workers at the same time, and return their results in the order of the jobs.
+    pool: WorkerPool,
+    jobs: Sequence[Job],
+    check: Callable[[], None] = lambda: None,
+    on_epoch: Callable[[EpochRow], bool] = lambda row: True,
+) -> list[Report]:
+    """Run one job on each of as many workers at the same time, and return their last reports.
 
-    Starts when all workers are ready. Returns None if any job failed. `check` is as in `run_job`.
+    Starts when so many workers are ready. `check`, `on_epoch` and deaths of workers are as in `run_job`.
     """
-    work = _JobsTogether(pool, list(jobs), check)
+    work = _Jobs(pool, list(jobs), len(jobs), check, on_epoch)
     run(pool, work)
-    results = [work.results[index] for index in sorted(work.results)]
-    return results if len(results) == len(jobs) else None
+    return work.reports
 
 
 @dataclass
-class _SingleJob:
-    """Work that consists of one job."""
+class _Jobs:
+    """Work that consists of these jobs, begun at the same time."""
 
     pool: WorkerPool
-    job: Job | None
-    on_epoch: Callable[[EpochRow], bool]
+    jobs: list[Job]
+    n_jobs: int
     check: Callable[[], None]
-    finished: Finished | None = None
-    is_over: bool = False
+    on_epoch: Callable[[EpochRow], bool]
+    reports: list[Report] = field(default_factory=list)
+    has_begun: bool = False
     n_deaths: int = 0
     n_epochs: int = 0
 
+    @property
+    def is_over(self) -> bool:
+        return len(self.reports) == self.n_jobs
+
     def poll(self) -> bool:
         self.check()
+        self.has_begun = self.has_begun or len(self.pool.idle()) >= self.n_jobs
         return True
 
     def next_job(self) -> Job | None:
-        job, self.job = self.job, None
-        return job
+        return self.jobs.pop() if self.has_begun and self.jobs else None
 
     def on_event(self, event: Event) -> None:
         match event.report:
             case Finished() | Stopped():
-                self.finished = event.report if isinstance(event.report, Finished) else None
-                self.is_over = True
+                self.reports.append(event.report)
             case EpochEnded(row):
                 if row.epoch > self.n_epochs:
                     self.n_deaths, self.n_epochs = 0, row.epoch
                 self.pool.reply(event.worker, go=self.on_epoch(row))
-            case Failed(reason="died", text=text) if event.job is not None:
+            case Failed(error="died", text=text) if event.job is not None:
                 self.n_deaths += 1
                 # `SelectPostprocessingJob` is "select postprocessing".
                 kind = re.sub(r"\B([A-Z])", r" \1", type(event.job).__name__.removesuffix("Job")).lower()
                 logger.warning("%s: worker %s", kind, text)
-                if self.n_deaths >= DEATHS_PER_JOB:
-                    raise WorkerError(f"{kind} ended its worker {self.n_deaths} times: {text}")
-                self.job = event.job
-            case Failed(reason=reason) if reason != "died":
-                raise _error(event.report)
-
-
-@dataclass
-class _JobsTogether:
-    """Work that consists of one job per worker, begun at the same time."""
-
-    pool: WorkerPool
-    jobs: list[Job]
-    check: Callable[[], None]
-    has_begun: bool = False
-    results: dict[int, Result | None] = field(default_factory=dict)
-    """Maps the index of each worker to the result of its job."""
-
-    @property
-    def is_over(self) -> bool:
-        return self.has_begun and not self.jobs
-
-    def poll(self) -> bool:
-        self.check()
-        self.has_begun = self.has_begun or len(self.pool.idle()) == len(self.pool)
-        return True
-
-    def next_job(self) -> Job | None:
-        return self.jobs.pop(0) if self.has_begun and self.jobs else None
-
-    def on_event(self, event: Event) -> None:
-        match event.report:
-            case Finished(result):
-                self.results[event.worker.index] = result
-            case Failed(text=text):
-                logger.warning("worker %d could not be measured: %s", event.worker.index, text)
+                if self.n_deaths < DEATHS_PER_JOB:
+                    self.jobs.append(event.job)
+                else:
+                    text = f"{kind} ended its worker {self.n_deaths} times: {text}"
+                    self.reports.append(Failed(error="died", text=text))
+            case Failed(error=error) if error != "died":
+                self.reports.append(event.report)
 
 
 def _error(failure: Failed) -> HpsearchError:
-    if not failure.is_known:
+    if not failure.error:
         return WorkerError(f"{failure.text}; this is a fault in hpsearch:\n{failure.traceback}")
-    kinds = {"diverged": StudyError, "out_of_memory": DeviceError}
-    return kinds.get(failure.reason, StorageError if failure.is_storage else WorkerError)(failure.text)
+    kinds = {"DivergedError": StudyError, "OutOfMemoryError": DeviceError, "StorageError": StorageError}
+    return kinds.get(failure.error, WorkerError)(failure.text)

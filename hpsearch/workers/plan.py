@@ -18,8 +18,7 @@ from hpsearch.config.search import Choice, Range
 from hpsearch.errors import ConfigError
 from hpsearch.models.costs import n_parameters, training_flops, training_memory, why_impossible
 from hpsearch.models.memory import Step
-from hpsearch.workers.jobs import MeasuredStep
-from hpsearch.workers.pool import WorkerSettings
+from hpsearch.workers.jobs import MeasuredStep, WorkerSettings
 
 MEMORY_SHARE = 0.9
 """Share of a device's memory that a fit may be predicted to need: the prediction is good to a tenth."""
@@ -170,28 +169,21 @@ def describe_data(data: DataConfig) -> str:
 def _draw(dimension: Choice | Range, generator: np.random.Generator) -> Any:
     if isinstance(dimension, Choice):
         return dimension.values[int(generator.integers(len(dimension.values)))]
-    low, high = dimension.low, dimension.high
     if dimension.log:
-        value = math.exp(generator.uniform(math.log(low), math.log(high)))
-    else:
-        # Of a grid, all values are equally likely.
-        step = dimension.step or int(dimension.is_int)
-        value = generator.uniform(low, high + step)
-        value = low + (value - low) // step * step if step else value
-    return min(max(int(value), int(low)), int(high)) if dimension.is_int else min(max(float(value), low), high)
+        return dimension.nearest(math.exp(generator.uniform(math.log(dimension.low), math.log(dimension.high))))
+    return dimension.nearest(generator.uniform(dimension.low, dimension.high))
 
 
 def _interpolate(points: Sequence[tuple[int, float]], flops: int) -> float:
-    """Return the seconds at `flops`: linear in the logarithms between measured points, proportional beyond them."""
-    known = sorted(points)
+    """Return the seconds at `flops`: linear in the logarithms between measured points, proportional above them.
+
+    Below the smallest point, where the fixed costs of a step dominate, it is that of the smallest point.
+    """
     if flops <= 0:
         return 0.0
-    x, y = np.log([f for f, _ in known]), np.log([s for _, s in known])
+    x, y = np.log(sorted(points)).T
     at = math.log(flops)
-    if at > x[-1]:
-        return float(np.exp(y[-1] + at - x[-1]))
-    # Below the smallest point the fixed costs of a step dominate.
-    return float(np.exp(np.interp(at, x, y)))
+    return float(np.exp(np.interp(at, x, y) + max(0.0, at - x[-1])))
 
 
 def _shape(config: StudyConfig) -> tuple[UNetConfig, int, int, int]:

@@ -1,20 +1,10 @@
 """The WorkerPool protocol: give jobs to workers and receive their reports."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from hpsearch.workers.jobs import Job, Report
-
-
-@dataclass(frozen=True)
-class WorkerSettings:
-    """Settings of one worker, fixed for its lifetime."""
-
-    device: str = "cpu"
-    threads: int = 1
+from hpsearch.workers.jobs import Job, Report, WorkerSettings
 
 
 class Worker(Protocol):

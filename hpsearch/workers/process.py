@@ -21,28 +21,22 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from hpsearch.errors import DivergedError, HpsearchError, OutOfMemoryError, StorageError
+from hpsearch.errors import HpsearchError, OutOfMemoryError
 from hpsearch.training.loop import OnEpoch
 from hpsearch.training.rows import EpochRow
-from hpsearch.workers import benchmark_tasks, fit_task, jobs, scoring_tasks
-from hpsearch.workers.fit_task import WorkerContext
-from hpsearch.workers.jobs import Failed, Finished, Job, Report, Result, from_message, to_message
-from hpsearch.workers.pool import WorkerSettings
+from hpsearch.workers import jobs, tasks
+from hpsearch.workers.jobs import Failed, Finished, Job, Report, WorkerSettings, from_message, to_message
+from hpsearch.workers.tasks import WorkerContext
 
 Message = dict[str, Any]
 Send = Callable[[Message], None]
 Receive = Callable[[], Message]
-_TASKS: dict[type[Job], Callable[[Any, WorkerContext], Result | None]] = {
-    jobs.MeasureJob: benchmark_tasks.measure,
-    jobs.RateJob: benchmark_tasks.measure_rate,
-    jobs.OfficialScoreJob: scoring_tasks.score_officially,
-    jobs.SelectPostprocessingJob: scoring_tasks.select,
-    jobs.KeepJob: scoring_tasks.keep,
-    jobs.CountJob: scoring_tasks.count,
-}
-_REASONS: dict[type[HpsearchError], Literal["diverged", "out_of_memory", "error"]] = {
-    DivergedError: "diverged",
-    OutOfMemoryError: "out_of_memory",
+_TASKS: dict[type[Job], Callable[[Any, WorkerContext], Finished | None]] = {
+    jobs.MeasureJob: tasks.measure,
+    jobs.OfficialScoreJob: tasks.score_officially,
+    jobs.SelectPostprocessingJob: tasks.select,
+    jobs.KeepJob: tasks.keep,
+    jobs.CountJob: tasks.count,
 }
 
 
@@ -53,7 +47,10 @@ def main() -> None:
     settings = WorkerSettings(**json.loads(sys.argv[2]))
     for name in (signal.SIGINT, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)
-    _end_with_parent()
+    if sys.platform == "linux":
+        # Linux kills this process when the coordinator dies, even while it is stopped and reads nothing.
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     messages = _messages(connection)
 
     def send(message: Message) -> None:
@@ -82,24 +79,15 @@ def _run(job: Job, context: WorkerContext, on_epoch: OnEpoch) -> Report:
     """Run one job and return how it ended."""
     try:
         if not isinstance(job, jobs.FitJob):
-            return Finished(_TASKS[type(job)](job, context))
-        summary = fit_task.run_fit(job, context, on_epoch)
-        return jobs.Stopped() if summary is None else Finished(jobs.FitScore(summary.value))
+            return _TASKS[type(job)](job, context) or Finished()
+        summary = tasks.run_fit(job, context, on_epoch)
+        return jobs.Stopped() if summary is None else Finished(summary.value)
     except HpsearchError as error:
         if isinstance(error, OutOfMemoryError):
             context.forget_images()
-        reason, is_storage = _REASONS.get(type(error), "error"), isinstance(error, StorageError)
-        return Failed(reason=reason, text=str(error), is_storage=is_storage, is_known=True)
+        return Failed(error=type(error).__name__, text=str(error))
     except Exception as error:
-        text = f"{type(error).__name__}: {error}"
-        return Failed(reason="error", text=text, traceback=traceback.format_exc())
-
-
-def _end_with_parent() -> None:
-    """Have Linux kill this process when the coordinator dies, even while it is stopped and reads nothing."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        return Failed(text=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
 
 
 def _messages(connection: Connection) -> queue.Queue[Message]:

@@ -64,7 +64,7 @@ def test_pruned_trials_count_with_the_folds_that_they_finished(study: FakeStudy)
     (pruned,) = estimates_of(study).scores.pruned
     held_out = study.record.folds.held_out(1)
     assert np.isfinite(pruned).sum() == len(held_out)
-    assert np.array_equal(pruned[held_out], study.record.final_scores(4, 1))
+    assert np.array_equal(pruned[held_out], study.record.final_scores(study.record.fit(4, 1), 1))
 
 
 def test_a_prediction_is_made_for_the_winner_only_and_is_wider_for_fewer_test_images(study: FakeStudy) -> None:

@@ -27,11 +27,10 @@ from hpsearch.study import StudySummary
 from hpsearch.training.runtime import Runtime
 from hpsearch.training.task import FitTask
 from hpsearch.typed_json import to_json
-from hpsearch.workers import fit_task, process
-from hpsearch.workers.jobs import Job
+from hpsearch.workers import process, tasks
+from hpsearch.workers.jobs import Job, WorkerSettings
 from hpsearch.workers.local_pool import LocalPool, LocalWorker
 from hpsearch.workers.plan import ExecutionPlan
-from hpsearch.workers.pool import Worker, WorkerSettings
 from tests.conftest import draw_quickly
 from tests.data.conftest import share_decoder
 from tests.search.studies import run
@@ -56,9 +55,9 @@ class Watched:
 def workers_in_process() -> Iterator[Watched]:
     """For the block, every worker is a thread of this process that does real jobs."""
     watched = Watched()
-    submit, fit = LocalPool.submit, fit_task.fit
+    submit, fit = LocalPool.submit, tasks.fit
 
-    def submit_and_note(self: LocalPool, to: Worker, job: Job) -> None:
+    def submit_and_note(self: LocalPool, to: LocalWorker, job: Job) -> None:
         watched.jobs.append(job)
         submit(self, to, job)
 
@@ -71,7 +70,7 @@ def workers_in_process() -> Iterator[Watched]:
         draw_quickly(patch)
         patch.setattr(LocalPool, "_start", _start)
         patch.setattr(LocalPool, "submit", submit_and_note)
-        patch.setattr(fit_task, "fit", fit_and_note)
+        patch.setattr(tasks, "fit", fit_and_note)
         yield watched
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -13,10 +14,9 @@ from hpsearch.search.autotune import MachineChoice, choose_sharing, fastest_alon
 from hpsearch.store.record import StudyRecord
 from hpsearch.typed_json import from_json, to_json
 from hpsearch.workers import plan as plans
-from hpsearch.workers.jobs import Finished, Job, MeasuredStep, Measurement, Rate, RateJob
+from hpsearch.workers.jobs import Failed, Finished, Job, MeasuredStep, MeasureJob, Measurement, Report, WorkerSettings
 from hpsearch.workers.local_pool import LocalPool
 from hpsearch.workers.plan import ExecutionPlan
-from hpsearch.workers.pool import WorkerSettings
 from tests.search.studies import run, tiny_config, write_tiny_dataset
 
 GIB = 2**30
@@ -77,14 +77,20 @@ class Machine:
         """Workers and threads per worker in the order in which they were watched."""
 
     def run_job(self, pool: LocalPool, job: Job, **_: Any) -> Finished:
-        return Finished(self.found)
+        return Finished(measurement=self.found)
 
-    def run_jobs_together(self, pool: LocalPool, jobs: Sequence[RateJob], check: object) -> list[Rate] | None:
-        if jobs[0].end == 0.0:
-            return [Rate(0.0, self.step_s)] * len(jobs)
+    def run_jobs_together(self, pool: LocalPool, jobs: Sequence[MeasureJob], check: object) -> list[Report]:
+        if jobs[0].seconds == 0.0:
+            return self._timed(self.step_s / jobs[0].steps[0].config.train.batch_size, len(jobs))
         self.threads.append((len(jobs), jobs[0].threads))
         rate = self.rates.get(self.threads[-1], self.rates.get(len(jobs)))
-        return None if rate is None else [Rate(rate / len(jobs), self.step_s)] * len(jobs)
+        if rate is None:
+            return [Failed(error="OutOfMemoryError", text="too large")] * len(jobs)
+        return self._timed(len(jobs) / rate, len(jobs))
+
+    def _timed(self, image_s: float, n_workers: int) -> list[Report]:
+        found = dataclasses.replace(self.found, steps=(MeasuredStep(10**9, image_s, image_s),))
+        return [Finished(measurement=found)] * n_workers
 
 
 MakePlan = Callable[..., tuple[ExecutionPlan, Machine]]

@@ -43,7 +43,7 @@ from hpsearch.store.record import StudyRecord
 from hpsearch.store.trials import PruneDecision, record_to_json
 from hpsearch.study import StudySummary
 from hpsearch.workers.jobs import Failed, FitJob, Job
-from hpsearch.workers.pool import Event
+from hpsearch.workers.local_pool import Event
 from tests.data.conftest import tiny_pairs, write_pairs
 from tests.recorded import FakeStudy
 from tests.search.in_process import workers_in_process
@@ -207,7 +207,7 @@ def test_a_search_space_without_a_feasible_configuration_ends_with_a_reason(data
 def test_without_a_search_an_infeasible_configuration_ends_at_once(dataset: Path, tmp_path: Path) -> None:
     config = tiny_config(dataset, "unet.depth=9", "train.lr=0.01", "study.pruner=none")
     config = dataclasses.replace(config, search=configs.load(None, ["data.size=32"]).search)
-    with pytest.raises(StudyError, match=r"infeasible, and there is no search for another: .* cannot halve"):
+    with pytest.raises(StudyError, match=r"every configuration is infeasible, the last because .* cannot halve"):
         run(tmp_path, config)
 
 
@@ -285,7 +285,7 @@ def test_a_worker_that_is_killed_before_it_has_a_job_leaves_a_line(tmp_path: Pat
     nothing: Any = None
     work = Coordinator(FakeStudy(tmp_path).record, nothing, nothing, nothing, Heard(), Stop(), lambda: None)
     worker: Any = SimpleNamespace(index=1)
-    work.on_event(Event(worker, None, Failed(reason="died", text="killed by SIGKILL (out of memory?)")))
+    work.on_event(Event(worker, None, Failed(error="died", text="killed by SIGKILL (out of memory?)")))
     assert said == ["worker 2 ended before it had a job (killed by SIGKILL (out of memory?)): it is replaced"]
 
 

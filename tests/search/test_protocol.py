@@ -38,7 +38,7 @@ from hpsearch.training import loop
 from hpsearch.training.checkpoint import load_checkpoint, load_weights
 from hpsearch.training.evaluation import Evaluation, evaluate
 from hpsearch.training.task import FitTask
-from hpsearch.workers import fit_task
+from hpsearch.workers import tasks
 from hpsearch.workers.jobs import CountJob, FitJob, SelectPostprocessingJob
 from tests.cached import images_of
 from tests.data.conftest import tiny_pairs, write_pairs
@@ -319,7 +319,7 @@ def test_a_fit_in_parts_of_batches_that_changed_the_result_cannot_win(
     config: StudyConfig, tmp_path: Path, second: bool
 ) -> None:
     """Where memory suffices for two images at once in one fold of trial 1: of its first fits, or of its second."""
-    fit = fit_task.fit
+    fit = tasks.fit
     project = ProjectPaths(tmp_path)
     trial = project.study("tiny").trial(1)
     short_of_memory = (trial.replicate_fold(2) if second else trial.fold(2)).root.absolute()
@@ -331,7 +331,7 @@ def test_a_fit_in_parts_of_batches_that_changed_the_result_cannot_win(
 
     changed = dataclasses.replace(config.study, allow_microbatch=True)
     with workers_in_process(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fit_task, "fit", fit_within_memory)
+        patch.setattr(tasks, "fit", fit_within_memory)
         FallingScores().install(patch)
         record = run_planned(tmp_path, dataclasses.replace(config, study=changed)).record
     assert [each.outcome for each in record.trials()] == ["complete"] * 3

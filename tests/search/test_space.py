@@ -40,14 +40,14 @@ def test_the_default_params_are_those_of_the_configuration() -> None:
 
 
 def test_continuous_values_are_the_same_if_they_are_close() -> None:
-    rate = distributions(configs.load(None, SPACE).search)["train.lr"]
+    rate = configs.load(None, SPACE).search.dimensions["train.lr"]
     assert is_same(0.01, 0.0119, rate)
     assert not is_same(0.01, 0.0121, rate)
     assert is_same(0.01, 0.1, rate, any_float=True)
 
 
 def test_discrete_values_are_the_same_only_if_they_are_equal() -> None:
-    depth = distributions(configs.load(None, SPACE).search)["unet.depth"]
+    depth = configs.load(None, SPACE).search.dimensions["unet.depth"]
     assert is_same(3, 3, depth)
     assert not is_same(3, 4, depth, any_float=True)
 
@@ -56,16 +56,15 @@ def test_unused_params_are_the_rest_of_the_grid() -> None:
     config = configs.load(
         None, ["unet.depth=2", "search.unet.depth={low=2, high=3}", "search.data.color=['rgb', 'grayscale']"]
     )
-    space = distributions(config.search)
     used = [{"unet.depth": 2, "data.color": "rgb"}, {"unet.depth": 3, "data.color": "rgb"}]
-    assert unused_params(space, used) == [
+    assert unused_params(config.search, used) == [
         {"data.color": "grayscale", "unet.depth": 2},
         {"data.color": "grayscale", "unet.depth": 3},
     ]
 
 
 def test_a_continuous_space_has_no_list_of_unused_params() -> None:
-    assert unused_params(distributions(configs.load(None, SPACE).search), []) == []
+    assert unused_params(configs.load(None, SPACE).search, []) == []
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ class TestWhatIsLogged:
     def test_a_full_trial_has_means_over_images_and_the_spread_between_folds(self, study: FakeStudy) -> None:
         trial = study.trial("complete")
         latest = deliver(study)["trial 0000"].latest
-        scores = [study.record.final_scores(0, fold) for fold in range(2)]
+        scores = [study.record.final_scores(study.record.fit(0, fold), fold) for fold in range(2)]
         assert latest["cv/dice_mean"] == trial.value
         assert latest["cv/dice_mean"] == pytest.approx(np.concatenate(scores).mean())
         assert latest["cv/dice_std"] == pytest.approx(np.std([each.mean() for each in scores], ddof=1), abs=1e-7)

@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 
 from hpsearch.inference.postprocessing import Postprocessing
-from hpsearch.workers.jobs import Failed, Finished, Job, KeepJob, Ready, WeightsCopy
+from hpsearch.workers.jobs import Failed, Finished, Job, KeepJob, Ready, WeightsCopy, WorkerSettings
 from hpsearch.workers.loop import run_job, run_jobs_together
-from hpsearch.workers.pool import Event, WorkerPool, WorkerSettings
+from hpsearch.workers.pool import Event, WorkerPool
 
 NOTHING = KeepJob(copies=(), postprocessing=Postprocessing())
 """A job that is done at once."""
@@ -59,7 +59,7 @@ class PoolContract:
         begin(pool, IMPOSSIBLE)
         report = wait_for(pool, Failed).report
         assert isinstance(report, Failed)
-        assert (report.reason, report.is_known) == ("error", True)
+        assert report.error == "CheckpointError"
         assert "missing" in report.text
         assert len(pool.idle()) == 1
 
@@ -69,7 +69,7 @@ class PoolContract:
         pool.kill(pool.idle()[0])
         report = wait_for(pool, Failed).report
         assert isinstance(report, Failed)
-        assert report.reason == "died"
+        assert report.error == "died"
         wait_for(pool, Ready)
         assert run_job(pool, NOTHING) == Finished()
 
@@ -85,8 +85,8 @@ class PoolContract:
 
     def test_jobs_run_together_begin_when_all_workers_are_ready(self, pool: WorkerPool) -> None:
         pool.resize(ONE * 2)
-        assert run_jobs_together(pool, [NOTHING, NOTHING]) == [None, None]
-        assert run_jobs_together(pool, [NOTHING, IMPOSSIBLE]) is None
+        assert run_jobs_together(pool, [NOTHING, NOTHING]) == [Finished(), Finished()]
+        assert {type(each) for each in run_jobs_together(pool, [NOTHING, IMPOSSIBLE])} == {Finished, Failed}
 
     def test_without_a_fit_no_epoch_is_trained(self, pool: WorkerPool) -> None:
         pool.resize(ONE)

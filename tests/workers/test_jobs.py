@@ -17,7 +17,6 @@ from hpsearch.workers.jobs import (
     Failed,
     Finished,
     FitJob,
-    FitScore,
     ImageFiles,
     Job,
     KeepJob,
@@ -25,8 +24,6 @@ from hpsearch.workers.jobs import (
     MeasureJob,
     Measurement,
     OfficialScoreJob,
-    Rate,
-    RateJob,
     Ready,
     Report,
     SelectPostprocessingJob,
@@ -68,7 +65,6 @@ EVERY_JOB: tuple[Job, ...] = (
         config=CONFIG, caches=CACHES, weights=(FILE,), postprocessing=Postprocessing(), counts=FILE, examples=FILE
     ),
     MeasureJob(config=CONFIG, threads=2, steps=(STEP,)),
-    RateJob(step=STEP, threads=1, begin=1.5, end=2.5),
 )
 ROW = EpochRow(
     epoch=1,
@@ -85,13 +81,11 @@ MEASUREMENT = Measurement("cuda", 2, "bf16", 10**9, (MeasuredStep(10, 0.1, 0.05)
 EVERY_REPORT: tuple[Report, ...] = (
     Ready(),
     EpochEnded(ROW),
-    Finished(FitScore(0.8)),
-    Finished(FitScore(None)),
-    Finished(MEASUREMENT),
-    Finished(Rate(100.0, 0.1)),
+    Finished(0.8),
+    Finished(measurement=MEASUREMENT),
     Finished(),
     Stopped(),
-    Failed(reason="error", text="disk full", is_storage=True, is_known=True),
+    Failed(error="StorageError", text="disk full"),
 )
 
 

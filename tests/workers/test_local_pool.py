@@ -10,9 +10,8 @@ import pytest
 
 from hpsearch import config as configs
 from hpsearch.workers import process
-from hpsearch.workers.jobs import CachePaths, Failed, FitJob, Ready
+from hpsearch.workers.jobs import CachePaths, Failed, FitJob, Ready, WorkerSettings
 from hpsearch.workers.local_pool import LocalPool, LocalWorker
-from hpsearch.workers.pool import WorkerSettings
 from tests.search.in_process import workers_in_process
 from tests.workers.pool_contract import ONE, PoolContract, wait_for
 

@@ -15,13 +15,13 @@ from hpsearch.workers.jobs import (
     Failed,
     Finished,
     FitJob,
-    FitScore,
     Job,
     Report,
     Stopped,
+    WorkerSettings,
 )
+from hpsearch.workers.local_pool import Event
 from hpsearch.workers.loop import run_job
-from hpsearch.workers.pool import Event, WorkerSettings
 
 JOB = FitJob(
     trial=0,
@@ -33,8 +33,8 @@ JOB = FitJob(
     held_out=(),
     seed=0,
 )
-DIED = Failed(reason="died", text="killed by SIGKILL")
-DONE = Finished(FitScore(0.5))
+DIED = Failed(error="died", text="killed by SIGKILL")
+DONE = Finished(0.5)
 
 
 def epoch(number: int) -> EpochEnded:
@@ -130,11 +130,11 @@ def test_a_job_that_ends_three_workers_without_an_epoch_in_between_is_given_up()
 @pytest.mark.parametrize(
     ("failed", "error", "text"),
     [
-        (Failed(reason="diverged", text="nan", is_known=True), StudyError, "^nan$"),
-        (Failed(reason="out_of_memory", text="too large", is_known=True), DeviceError, "^too large$"),
-        (Failed(reason="error", text="disk full", is_storage=True, is_known=True), StorageError, "^disk full$"),
-        (Failed(reason="error", text="no such file", is_known=True), WorkerError, "^no such file$"),
-        (Failed(reason="error", text="KeyError: 3", traceback="line 7"), WorkerError, "a fault in hpsearch:\nline 7"),
+        (Failed(error="DivergedError", text="nan"), StudyError, "^nan$"),
+        (Failed(error="OutOfMemoryError", text="too large"), DeviceError, "^too large$"),
+        (Failed(error="StorageError", text="disk full"), StorageError, "^disk full$"),
+        (Failed(error="CacheError", text="no such file"), WorkerError, "^no such file$"),
+        (Failed(text="KeyError: 3", traceback="line 7"), WorkerError, "a fault in hpsearch:\nline 7"),
     ],
 )
 def test_a_failure_becomes_the_error_that_it_was(failed: Failed, error: type[Exception], text: str) -> None:

@@ -18,7 +18,7 @@ from hpsearch.errors import OutOfMemoryError
 from hpsearch.paths import FitPaths
 from hpsearch.search import coordinator
 from hpsearch.training.task import FitTask
-from hpsearch.workers.fit_task import fit_within_memory
+from hpsearch.workers.tasks import fit_within_memory
 from tests.search.studies import everything, run, tiny_config, write_tiny_dataset
 
 FAULTY = Path(__file__).parents[2] / "benchmarks" / "faulty"

@@ -16,13 +16,10 @@ from hpsearch.store.trials import PruneDecision
 class Pruner(Protocol):
     """A rule that ends trials early. It decides from recorded scores alone, so a restart changes nothing."""
 
-    @property
-    def is_sequential(self) -> bool:
-        """Whether the folds of a trial are fitted one after another, as long as other trials can be fitted."""
-
-    @property
-    def takes_any_fold(self) -> bool:
-        """Whether it can judge a trial by any finished folds, not only by the first ones."""
+    is_sequential: bool
+    """Whether the folds of a trial are fitted one after another, as long as other trials can be fitted."""
+    takes_any_fold: bool
+    """Whether it can judge a trial by any finished folds, not only by the first ones."""
 
     def judge(self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds) -> PruneDecision | None:
         """Return a decision after an epoch, the last one of fold `candidate.latest`; None if there is none to make.

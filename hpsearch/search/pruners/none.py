@@ -1,17 +1,10 @@
 """No pruner: every trial is evaluated on all folds."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from hpsearch.config import StudyConfig
 from hpsearch.data.folds import Folds
 from hpsearch.search.racing import TrialScores
-
-
-def make(config: StudyConfig) -> NoPruner:
-    """Return the pruner."""
-    return NoPruner()
 
 
 class NoPruner:
@@ -22,3 +15,8 @@ class NoPruner:
 
     def judge(self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds) -> None:
         return None
+
+
+def make(config: StudyConfig) -> NoPruner:
+    """Return the pruner."""
+    return NoPruner()

@@ -1,0 +1,234 @@
+"""What a worker does for each kind of job, and what it keeps between jobs: fit, benchmark, score and select."""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+import psutil
+import torch
+
+from hpsearch.config import StudyConfig
+from hpsearch.data.batches import DeviceData
+from hpsearch.data.cache import Normalization, open_cache
+from hpsearch.data.decode import read_pair
+from hpsearch.errors import OutOfMemoryError
+from hpsearch.inference import select_postprocessing
+from hpsearch.paths import FitPaths, atomic_write, write_json
+from hpsearch.training import runtime as runtimes
+from hpsearch.training.checkpoint import load_weights, save_array
+from hpsearch.training.loop import OnEpoch, fit
+from hpsearch.training.metrics import SCORES, PixelCounts
+from hpsearch.training.progress import Progress, finish_fit, save_examples
+from hpsearch.training.rows import EpochRow, FitSummary
+from hpsearch.training.runtime import Runtime
+from hpsearch.training.task import FitTask, microbatches_are_exact
+from hpsearch.workers import jobs
+from hpsearch.workers.jobs import CachePaths, Finished, FitJob, MeasureJob, StepToMeasure, WorkerSettings
+from hpsearch.workers.plan import image_flops
+
+logger = logging.getLogger(__name__)
+
+MEASURE_BUDGET_S = 0.5
+"""A step of one image that takes longer is not repeated with a whole batch."""
+
+
+class WorkerContext:
+    """Device, threads and loaded images of one worker."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self.settings = settings
+        self._data: dict[tuple[CachePaths, str], DeviceData] = {}
+
+    def runtime(self, config: StudyConfig, threads: int = 0) -> Runtime:
+        """Return how this worker computes; `threads` other than its own are for measuring only."""
+        train, threads = config.train, threads or self.settings.threads
+        return runtimes.make_runtime(self.settings.device, amp=train.amp, compile=train.compile, threads=threads)
+
+    def images(self, caches: CachePaths, config: StudyConfig) -> DeviceData:
+        """Return the images on the device. Only one size and colour is kept, because each is another copy."""
+        key = (caches, config.data.color)
+        if key not in self._data:
+            self._data.clear()
+            truth = open_cache(caches.truth) if caches.truth else None
+            device = runtimes.choose_device(self.settings.device)
+            self._data[key] = DeviceData(open_cache(caches.images), device, color=config.data.color, truth=truth)
+        return self._data[key]
+
+    def forget_images(self) -> None:
+        """Give the memory of the images back."""
+        self._data.clear()
+
+
+def run_fit(job: FitJob, context: WorkerContext, on_epoch: OnEpoch) -> FitSummary | None:
+    """Train, continuing from a checkpoint if there is one; return what fit.json holds, or None if it was stopped."""
+    config, folder = job.config, FitPaths(job.folder)
+    folder.root.mkdir(parents=True, exist_ok=True)
+    train = np.asarray(job.train, np.int64)
+    data, runtime = context.images(job.caches, config), context.runtime(config)
+    task = FitTask(
+        config=config,
+        train_indices=train,
+        held_out_indices=np.asarray(job.held_out, np.int64),
+        normalization=data.cache.normalization(train, config.data.color),
+        seed=job.seed,
+    )
+    options: dict[str, Any] = {"paths": folder, "keep_best": job.keep_best, "on_epoch": on_epoch}
+    result = fit_within_memory(task, folder, lambda parts: fit(parts, data, runtime, **options))
+    if result.stopped:
+        return None
+    extra: dict[str, Any] = {
+        "threshold": 0.5,
+        "color": config.data.color,
+        "match": config.data.match,
+        "reading": data.cache.index.preparation.reading.for_images(),
+    }
+    if config.augment.crop and config.data.match == "resize":
+        # The size of the frames that fresh crops were taken from, which is not their own size.
+        extra["frame"] = list(config.data.cached_size)
+    return finish_fit(result, folder, data, runtime, extra=extra)
+
+
+def fit_within_memory(task: FitTask, folder: FitPaths, run: Callable[[FitTask], Progress]) -> Progress:
+    """Return the fit that `run` makes of the task, by whole batches or by the largest halves that fit.
+
+    Batches are halved where the result stays the same, or where `study.allow_microbatch` allows another result and
+    the parts are not too small for batch normalisation. Otherwise raises OutOfMemoryError.
+    """
+    config, is_exact = task.config, microbatches_are_exact(task.config.unet)
+    while True:
+        try:
+            return run(task)
+        except OutOfMemoryError as error:
+            n_images = task.micro_batch or config.train.batch_size
+            task = dataclasses.replace(task, micro_batch=n_images // 2)
+            if n_images == 1 or not (is_exact or config.study.allow_microbatch) or task.why_impossible():
+                raise
+            logger.warning("%s; continuing with parts of %d images", error, n_images // 2)
+        if not is_exact:
+            # Other parts give another result, so the fit starts anew.
+            for path in (folder.last, folder.previous, folder.best, folder.epochs, folder.scores):
+                path.unlink(missing_ok=True)
+
+
+def measure(job: MeasureJob, context: WorkerContext) -> Finished:
+    """Return the seconds per image of each configuration, and a description of the machine.
+
+    A configuration that does not fit into memory is left out; in the study it ends as infeasible.
+    """
+    runtime = context.runtime(job.config, job.threads)
+    steps = []
+    for step in job.steps:
+        try:
+            train_s, eval_s = _measure_step(step, job, context)
+        except OutOfMemoryError as error:
+            logger.info("not measured: %s", error)
+            continue
+        steps.append(jobs.MeasuredStep(image_flops(step.config), train_s, eval_s))
+    is_cuda = runtime.device.type == "cuda"
+    found = jobs.Measurement(
+        device=runtime.device.type,
+        n_devices=torch.cuda.device_count() if is_cuda else 1,
+        precision=runtime.precision,
+        memory_bytes=torch.cuda.mem_get_info(runtime.device)[0] if is_cuda else psutil.virtual_memory().available,
+        steps=tuple(steps),
+        machine=runtimes.describe(runtime),
+    )
+    return Finished(measurement=found)
+
+
+def _measure_step(step: StepToMeasure, job: MeasureJob, context: WorkerContext) -> tuple[float, float]:
+    """Return the seconds of one image in training and in evaluation."""
+    batch_size = step.config.train.batch_size
+    # One image first: at full size on a CPU even that takes seconds, and then it has to do.
+    alone = _time_batch(step, 1, job.threads, context, 0.0)
+    if alone[0] > MEASURE_BUDGET_S or len(context.images(step.caches, step.config)) < batch_size:
+        return alone
+    try:
+        return _time_batch(step, batch_size, job.threads, context, job.seconds)
+    except OutOfMemoryError:
+        return alone
+
+
+def _time_batch(
+    step: StepToMeasure, n_images: int, threads: int, context: WorkerContext, at_least_s: float
+) -> tuple[float, float]:
+    """Return the seconds of one image: the medians of repeated steps with the first `n_images` as their batch."""
+    seconds: list[tuple[float, float]] = []
+    began = time.perf_counter()
+
+    def stop_in_time(row: EpochRow, _: object) -> Literal["go", "stop"]:
+        seconds.append((row.train_s / n_images, row.eval_s / n_images))
+        return "stop" if len(seconds) > 2 and time.perf_counter() - began >= at_least_s else "go"
+
+    # Nothing diverges at this learning rate, and only the time matters.
+    changes: dict[str, Any] = {"train.batch_size": n_images, "train.epochs": 100_000, "train.lr": 1e-9}
+    if n_images == 1 and step.config.unet.norm in ("batch", "instance"):
+        # The statistics of these need more than one value per channel.
+        changes["unet.norm"] = "group"
+    config = step.config.with_params({**changes, "train.compile": "off"})
+    images, n_channels = np.arange(n_images, dtype=np.int64), config.data.n_channels
+    task = FitTask(
+        config=config,
+        train_indices=images,
+        held_out_indices=images,
+        normalization=Normalization((0.5,) * n_channels, (0.25,) * n_channels),
+        seed=0,
+    )
+    data, runtime = context.images(step.caches, config), context.runtime(config, threads)
+    fit(task, data, runtime, on_epoch=stop_in_time)
+    # The first step is slower.
+    train_s, eval_s = np.median(seconds[1:], axis=0).tolist()
+    return train_s, eval_s
+
+
+def score_officially(job: jobs.OfficialScoreJob, context: WorkerContext) -> None:
+    """Write the masks of images at their own resolution, and their counts against the true masks."""
+    # Imported here because they import pandas, which no other job needs.
+    from hpsearch.inference.predictor import Ensemble, Predictor
+    from hpsearch.inference.scoring import count_mask, encode_mask, mask_name
+
+    how = dataclasses.asdict(context.settings)
+    predictor = Ensemble([Predictor.load(path, **how) for path in job.weights])
+    counts = []
+    for files in job.images:
+        image, mask = read_pair(files.image, files.mask, job.reading)
+        pred = predictor.mask(predictor.logits(image))
+        counts.append(count_mask(pred, mask.numpy() > 0, name=files.name))
+        if job.masks is not None:
+            with atomic_write(job.masks / mask_name(files.name)) as temporary:
+                temporary.write_bytes(encode_mask(pred))
+        # Before the next is decoded: one image alone may take hundreds of megabytes.
+        del image, mask, pred
+    save_array(job.counts, np.array(counts, np.int64))
+
+
+def select(job: jobs.SelectPostprocessingJob, context: WorkerContext) -> None:
+    """Select threshold, flips, cleaning and ensemble by out-of-fold predictions."""
+    with (runtime := context.runtime(job.config)).active():
+        data = context.images(job.caches, job.config)
+        chosen = select_postprocessing.select(
+            job.networks, data, runtime, metric=job.metric, source=job.source, ensemble=job.ensemble
+        )
+    write_json(job.out, dataclasses.asdict(chosen))
+
+
+def keep(job: jobs.KeepJob, context: WorkerContext) -> None:
+    """Copy weights, with the post-processing selected for them entered."""
+    for copy in job.copies:
+        select_postprocessing.keep_model(copy.source, copy.target, job.postprocessing)
+
+
+def count(job: jobs.CountJob, context: WorkerContext) -> None:
+    """Write the per-image counts of one network, or several together, after post-processing, and a few examples."""
+    with (runtime := context.runtime(job.config)).active():
+        data = context.images(job.caches, job.config)
+        images = np.arange(len(data), dtype=np.int64)
+        networks = [load_weights(path, runtime.device) for path in job.weights]
+        (counts,) = select_postprocessing.count_pixels_of(networks, images, [job.postprocessing], data, runtime)
+        save_array(job.counts, counts)
+        if job.examples is not None:
+            scores = SCORES[job.config.study.metric](PixelCounts.from_columns(counts)).astype(np.float32)
+            save_examples(job.examples, *networks[0], data, images, scores, runtime)
