@@ -19,7 +19,6 @@ from hpsearch.report.formats import count
 if TYPE_CHECKING:
     from hpsearch.data.integrity import CheckReport
 
-    pass
 
 NO_CACHE = "no cache of this data to compare with: `hpsearch study` or `hpsearch data cache` creates one"
 

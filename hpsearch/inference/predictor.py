@@ -29,6 +29,7 @@ from hpsearch.paths import FinalPaths, FitPaths, ProjectPaths, atomic_write, rea
 from hpsearch.store.record import study_record
 from hpsearch.training import runtime as devices
 from hpsearch.training.checkpoint import WeightsInfo, load_weights
+from hpsearch.training.evaluation import mean_over_flips
 from hpsearch.training.runtime import Runtime, make_runtime
 from hpsearch.typed_json import from_json
 from hpsearch.user_files import file_fault, list_folder, name_key, user_path
@@ -176,14 +177,6 @@ def load_predictor(
     if not members or not (predictor.choices.ensemble if ensemble is None else ensemble):
         return predictor
     return Ensemble([load(path) for path in members])
-
-
-def mean_over_flips(forward: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """Return the mean logits of images (B, C, H, W) and their three mirror images, mirrored back."""
-    total = forward(images)
-    for axes in ((-1,), (-2,), (-2, -1)):
-        total = total + forward(images.flip(axes)).flip(axes)
-    return total / 4
 
 
 @dataclass(frozen=True)

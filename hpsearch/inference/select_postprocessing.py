@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,6 @@ from hpsearch.inference.postprocessing import (
     clean_mask,
     select_threshold,
 )
-from hpsearch.inference.predictor import mean_over_flips
 from hpsearch.training.checkpoint import WeightsInfo, load_weights, save_weights
 from hpsearch.training.evaluation import Forward, predict_logits
 from hpsearch.training.metrics import SCORES, PixelCounts, count_pixels
@@ -93,11 +91,10 @@ def count_pixels_of(
     for start in range(0, len(images), CHUNK):
         total, masks = torch.zeros(()), torch.empty(0)
         for model, info in networks:
-            forward: Forward = partial(mean_over_flips, model) if options[0].flips else model
             batches = eval_batches(
                 data, images[start : start + CHUNK], batch_size=16, normalization=info.normalization, size=info.size
             )
-            parts = zip(*predict_logits(forward, batches, runtime), strict=True)
+            parts = zip(*predict_logits(model, batches, runtime, flips=options[0].flips), strict=True)
             logits, masks = (torch.cat(each) for each in parts)
             total = total.to(logits.device) + logits
         counts.append(np.stack([_count(total / len(networks), masks, choices) for choices in options]))
