@@ -80,8 +80,8 @@ def plan(
         click.echo(f"{default.verdict} {size:g} GiB, of which a study leaves {1 - MEMORY_SHARE:.0%} free")
     if layers and not default.impossible:
         echo_table(LAYER_HEAD, map(_layer_row, default.layers), n_left=2)
-    if len(config.search):
-        names = [name for name, _ in config.search if not name.startswith("train.") or name == "train.batch_size"]
+    if config.search:
+        names = [name for name in config.search if not name.startswith("train.") or name == "train.batch_size"]
         fits = [f"{size:g} GiB"] if size else []
         head = [*(name.partition(".")[2] for name in names), "parameters, M", "GFLOP per image", "peak, GiB", *fits]
         rows = (row[: len(head)] for row in _corners(config, names, costs_of))
@@ -174,7 +174,7 @@ def _corners(
     config: StudyConfig, names: Sequence[str], costs_of: Callable[[StudyConfig], _Costs]
 ) -> Iterator[Sequence[str]]:
     """Yield the values of the settings `names` at each corner of the search space, and what it costs."""
-    for values in itertools.product(*(_ends(config.search.dimensions[name]) for name in names)):
+    for values in itertools.product(*(_ends(config.search[name]) for name in names)):
         columns = ["", "", "impossible", ""]
         with suppress(ConfigError):
             costs = costs_of(config.with_params(dict(zip(names, values, strict=True))))

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from hpsearch.config.data import AugmentConfig, DataConfig
 from hpsearch.config.model import UNetConfig
-from hpsearch.config.search import Choice, Range, SearchSpace, StudySettings, parse_dimension
+from hpsearch.config.search import SearchSpace, StudySettings, parse_dimension
 from hpsearch.config.sections import (
     ALIASES,
     NOT_SEARCHABLE,
@@ -48,7 +48,7 @@ class StudyConfig:
     """Which settings are searched, and over which values."""
 
     def __post_init__(self) -> None:
-        for name, dimension in self.search:
+        for name, dimension in self.search.items():
             default = get_setting(self, name)
             require(
                 dimension.contains(default),
@@ -108,9 +108,15 @@ class StudyConfig:
         parts = {name: _section(name, part, table.get(name, {})) for name, part in SECTIONS.items()}
         search = table.get("search", {})
         require(isinstance(search, Mapping), f"search must be a table, got {search!r}")
-        dimensions = {name: _dimension(name, value) for name, value in sorted(flatten_search(search).items())}
-        config = cls(**parts, search=SearchSpace(dimensions))
-        for name, dimension in config.search:
+        space = SearchSpace()
+        for name, value in sorted(flatten_search(search).items()):
+            require(
+                name not in NOT_SEARCHABLE and not name.startswith("study."),
+                f"{name} cannot be searched: trials must share data, folds, seed and metric to be comparable",
+            )
+            space[name] = parse_dimension(name, value)
+        config = cls(**parts, search=space)
+        for name, dimension in config.search.items():
             for value in dimension.extremes:
                 config.with_params({name: value})
         return config
@@ -180,14 +186,6 @@ def _section(section: str, cls: type, table: Any) -> Any:
         table["study.metric"] = "jaccard"
     values = {name: convert(value, annotation_of(name), name) for name, value in table.items()}
     return cls(**{name.partition(".")[2]: value for name, value in values.items()})
-
-
-def _dimension(name: str, value: Any) -> Choice | Range:
-    require(
-        name not in NOT_SEARCHABLE and not name.startswith("study."),
-        f"{name} cannot be searched: trials must share data, folds, seed and metric to be comparable",
-    )
-    return parse_dimension(name, value)
 
 
 def _check_sealed(text: str, path: Path) -> None:

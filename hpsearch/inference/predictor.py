@@ -83,9 +83,7 @@ class Predictor:
         runtime = make_runtime(device, amp="off", compile="off", threads=threads)
         model, info = load_weights(weights, runtime.device)
         model.to(memory_format=torch.channels_last)
-        if tiles is None:
-            tiles = info.sees_windows
-        return cls(model, info, runtime, tiles=tiles)
+        return cls(model, info, runtime, tiles=info.sees_windows if tiles is None else tiles)
 
     def logits(self, image: Tensor) -> Tensor:
         """Return the logits (H, W) float32 on the CPU of an RGB image (3, H, W) uint8."""
@@ -227,14 +225,13 @@ def find_images(inputs: Iterable[str | Path]) -> list[Path]:
     found: dict[Path, None] = {}
     for each in map(str, inputs):
         path = user_path(each)
-        images, hint = [path], ""
+        images = [path]
         if os.path.isdir(path):
             images = _images_among(list_folder(path, DatasetError))
-            hint = f"; '{path}/**/*' takes those in the folders below"
         elif glob.has_magic(each) and not os.path.lexists(path):
             images = _images_among(map(Path, glob.glob(str(path), recursive=True)))
         if not images:
-            raise DatasetError(f"{each} has no images ({', '.join(readable_suffixes())}){hint}")
+            raise DatasetError(f"{each} has no images ({', '.join(readable_suffixes())})")
         found |= dict.fromkeys(images)
     if not any(os.path.isfile(path) for path in found):
         first = next(iter(found), None)
@@ -290,13 +287,11 @@ def draw_outline(image: Tensor, mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
 
     The line is thick enough to be visible when the whole image is displayed.
     """
+    from scipy import ndimage  # as in `clean_mask`
+
     pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
     thickness = max(1, round(max(mask.shape) / 400))
-    inner = mask.copy()
-    inner[thickness:] &= mask[:-thickness]
-    inner[:-thickness] &= mask[thickness:]
-    inner[:, thickness:] &= mask[:, :-thickness]
-    inner[:, :-thickness] &= mask[:, thickness:]
+    inner = ndimage.binary_erosion(mask, iterations=thickness, border_value=1)
     pixels[mask & ~inner] = OUTLINE
     return pixels
 

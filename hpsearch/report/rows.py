@@ -213,7 +213,7 @@ def _trial_row(record: StudyRecord, trial: TrialRecord, estimates: Estimates | N
     return TrialRow(
         number=trial.number,
         outcome=trial.outcome or "open",
-        params={name: get_setting(config, name) for name, _ in record.config.search},
+        params={name: get_setting(config, name) for name in record.config.search},
         value=trial.value if statistics is None else statistics.mean,
         statistics=statistics,
         epochs=tuple(map(len, epochs)),

@@ -25,12 +25,12 @@ MAX_ENUMERATED = 100_000
 
 def distributions(space: SearchSpace) -> dict[str, Distribution]:
     """Return Optuna's distribution of every dimension, by the setting's name."""
-    return {name: _distribution(dimension) for name, dimension in space}
+    return {name: _distribution(dimension) for name, dimension in space.items()}
 
 
 def default_params(config: StudyConfig) -> dict[str, Any]:
     """Return the default configuration as params: those of trial 0."""
-    return {name: get_setting(config, name) for name, _ in config.search}
+    return {name: get_setting(config, name) for name in config.search}
 
 
 def encode(value: Any) -> Any:

@@ -68,7 +68,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read: {os.strerror(error.errno or 0)}") from error
     head, payload = content[: len(_MAGIC) + 32], content[len(_MAGIC) + 32 :]
     if not head.startswith(_MAGIC):
-        raise CheckpointError(f"{path} is not a checkpoint of hpsearch{_what_it_is(content)}")
+        raise CheckpointError(f"{path} is not a checkpoint of hpsearch")
     if hashlib.sha256(payload).digest() != head[len(_MAGIC) :]:
         raise CheckpointError(f"{path} is torn or was changed: its checksum is wrong")
     try:
@@ -136,9 +136,8 @@ def save_weights(path: Path, model: nn.Module, info: WeightsInfo) -> None:
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     table = {"format": WEIGHTS_FORMAT, **to_json(info)}
-    table["sha256"] = _checksum(table, tensors)
     # One key, because safetensors writes several keys in an order that differs between processes.
-    content = safetensors.torch.save(tensors, {"hpsearch": json.dumps(table, sort_keys=True)})
+    content = safetensors.torch.save(tensors, {"hpsearch": _described(table, tensors)})
     with paths.atomic_write(path) as temporary:
         temporary.write_bytes(content)
 
@@ -158,15 +157,14 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Mod
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     except safetensors.SafetensorError as error:
-        what = _what_it_is(path.read_bytes())
-        raise CheckpointError(f"{path} is not a complete safetensors file{what}") from error
+        raise CheckpointError(f"{path} is not a complete safetensors file") from error
     if text is None:
         raise CheckpointError(f"{path} is not a weights file of hpsearch: it has no description of its network")
     try:
         table = json.loads(text)
-        # The text is compared as well, because different texts may parse to the same table.
-        as_written = json.dumps(table, sort_keys=True) == text
-        if table.pop("sha256", None) != _checksum(table, tensors) or not as_written:
+        table.pop("sha256", None)
+        # As text, because different texts may parse to the same table.
+        if _described(table, tensors) != text:
             raise CheckpointError(f"{path} was changed since it was written: its checksum is wrong")
         if table["format"] != WEIGHTS_FORMAT:
             raise ValueError(f"format {table['format']}, this version of hpsearch reads {WEIGHTS_FORMAT}")
@@ -204,15 +202,9 @@ def _encode(state: Mapping[str, Any]) -> bytes:
     return _MAGIC + hashlib.sha256(payload).digest() + payload
 
 
-def _checksum(table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of a weights file's description and tensors, in hexadecimal."""
+def _described(table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Return a weights file's description as JSON, with the SHA-256 of description and tensors."""
     hashed = hashlib.sha256(json.dumps(table, sort_keys=True).encode())
     for name in sorted(tensors):
         hashed.update(name.encode() + tensors[name].flatten().view(torch.uint8).numpy().tobytes())
-    return hashed.hexdigest()
-
-
-def _what_it_is(content: bytes) -> str:
-    if content.startswith((b"\x80", b"PK\x03\x04")):
-        return ", but a pickle or zip file, which could run code and is not opened"
-    return ""
+    return json.dumps({**table, "sha256": hashed.hexdigest()}, sort_keys=True)

@@ -1,6 +1,5 @@
 """State of a fit after its last epoch, its restoration from a checkpoint, and the files of a finished fit."""
 
-import dataclasses
 import logging
 import math
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from hpsearch.training import checkpoint
 from hpsearch.training import runtime as devices
 from hpsearch.training.checkpoint import WeightsInfo
 from hpsearch.training.evaluation import Forward, Indices, predict_logits
-from hpsearch.training.rows import EpochRow, FitSummary, read_lines, to_line
+from hpsearch.training.rows import EpochRow, FitSummary, to_line
 from hpsearch.training.runtime import Runtime
 from hpsearch.training.task import FitTask, microbatches_are_exact
 from hpsearch.typed_json import from_json, to_json
@@ -74,24 +73,19 @@ class Progress:
         return max((float(scores.mean()) for scores in self.scores if scores.size), default=-math.inf)
 
 
-def resume_(progress: Progress, paths: FitPaths, task_digest: str) -> dict[int, EpochRow]:
+def resume_(progress: Progress, paths: FitPaths, task_digest: str) -> None:
     """Restore `progress` from the last good checkpoint, if any, and rewrite epochs.jsonl to match it.
 
-    Returns the rows that were recorded before, by epoch. Raises CheckpointError for the checkpoint of another fit.
+    Raises CheckpointError for the checkpoint of another fit.
     """
-    # In reverse, so that the first of several rows of an epoch counts.
-    lines, _ = read_lines(paths.epochs.read_bytes() if paths.epochs.is_file() else b"")
-    recorded = {row.epoch: row for row in reversed(lines)}
     state = checkpoint.load_latest(paths, task_digest)
     if state is not None:
         progress.restore_(state, paths.last)
         logger.info("%s: resumed after epoch %d", paths.root, len(progress.rows))
-    progress.rows = [as_recorded(row, recorded) for row in progress.rows]
     if progress.rows:
         checkpoint.save_array(paths.scores, progress.scores)
     if progress.rows or paths.epochs.exists():
         files.write_text(paths.epochs, "".join(to_line(row) + "\n" for row in progress.rows))
-    return recorded
 
 
 def save_epoch(progress: Progress, paths: FitPaths, task_digest: str, *, is_best: bool) -> None:
@@ -104,15 +98,6 @@ def save_epoch(progress: Progress, paths: FitPaths, task_digest: str, *, is_best
     checkpoint.save_latest(paths, progress.to_state(task_digest))
     checkpoint.save_array(paths.scores, progress.scores)
     files.append_line(paths.epochs, to_line(row))
-
-
-def as_recorded(row: EpochRow, recorded: dict[int, EpochRow]) -> EpochRow:
-    """Return the row with the time at which it was first recorded, so that a repeated epoch is logged only once."""
-    first = recorded.get(row.epoch, row)
-    if (first.train, first.held_out, first.lr) == (row.train, row.held_out, row.lr):
-        return first
-    # On a device whose sums differ from run to run: the new values at the first time.
-    return dataclasses.replace(row, time=first.time)
 
 
 def finish_fit(

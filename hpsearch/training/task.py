@@ -51,8 +51,14 @@ class FitTask:
 
     @property
     def part_sizes(self) -> list[int]:
-        """Images in each part of a batch that goes through the network at once."""
-        return part_sizes(max(1, min(self.config.train.batch_size, len(self.train_indices))), self.micro_batch)
+        """Images in each part of a batch that goes through the network at once.
+
+        Sizes differ by at most one. For example 5 images in parts of 4 are 3 and 2, because batch normalisation could
+        not normalise a part of one image.
+        """
+        n_images = max(1, min(self.config.train.batch_size, len(self.train_indices)))
+        n_parts = math.ceil(n_images / self.micro_batch) if self.micro_batch else 1
+        return [len(part) for part in np.array_split(np.arange(n_images), n_parts)]
 
     @property
     def margin(self) -> int:
@@ -106,14 +112,3 @@ def _hashed(settings: TrainConfig | AugmentConfig) -> dict[str, Any]:
 def microbatches_are_exact(config: UNetConfig) -> bool:
     """Return whether gradients summed over parts of a batch equal those of the whole batch, apart from rounding."""
     return not uses_batch_statistics(config)
-
-
-def part_sizes(n_images: int, micro_batch: int | None) -> list[int]:
-    """Return the number of images in each part of a batch whose parts have at most `micro_batch` (None: one part).
-
-    Sizes differ by at most one. For example 5 images in parts of 4 are 3 and 2, because batch normalisation could not
-    normalise a part of one image.
-    """
-    n_parts = math.ceil(n_images / micro_batch) if micro_batch else 1
-    smaller, n_larger = divmod(n_images, n_parts)
-    return [smaller + 1] * n_larger + [smaller] * (n_parts - n_larger)

@@ -139,14 +139,6 @@ def test_another_seed_gives_another_network(unkilled):
     assert weights(fit(**fit_arguments(seed=6))) != weights(unkilled)
 
 
-def test_the_callers_generators_go_on_as_if_nothing_had_been():
-    torch.manual_seed(9)
-    expected = torch.rand(3)
-    torch.manual_seed(9)
-    fit(**fit_arguments())
-    torch.testing.assert_close(torch.rand(3), expected, rtol=0, atol=0)
-
-
 def test_rows_tell_rates_scores_speed_and_memory(unkilled):
     last = unkilled.rows[-1]
     assert [row.epoch for row in unkilled.rows] == [1, 2, 3]
@@ -529,23 +521,23 @@ def test_a_finished_fit_is_not_trained_again(folder, unkilled, monkeypatch):
     assert not result.model.training
 
 
-def test_with_a_torn_checkpoint_the_fit_goes_on_from_the_previous_one_under_the_old_times(folder, unkilled, caplog):
+def test_with_a_torn_checkpoint_the_fit_goes_on_from_the_previous_one(folder, unkilled, caplog):
     fit(**fit_arguments(), paths=folder, on_epoch=lambda row, _: "stop" if row.epoch == 2 else "go")
     before = recorded(folder)
     folder.last.write_bytes(folder.last.read_bytes()[:-1])
     result = fit(**fit_arguments(), paths=folder)
     assert_equal(result, unkilled)
-    assert recorded(folder)[:2] == before
+    assert recorded(folder)[0] == before[0]
+    assert [row.epoch for row in recorded(folder)] == [1, 2, 3]
     assert "torn" in caplog.text
 
 
-def test_with_both_checkpoints_torn_the_fit_begins_anew_under_the_old_times(folder, unkilled):
+def test_with_both_checkpoints_torn_the_fit_begins_anew(folder, unkilled):
     fit(**fit_arguments(), paths=folder, on_epoch=lambda row, _: "stop" if row.epoch == 2 else "go")
-    before = recorded(folder)
     for path in (folder.last, folder.previous):
         path.write_bytes(b"torn")
     assert_equal(fit(**fit_arguments(), paths=folder), unkilled)
-    assert recorded(folder)[:2] == before
+    assert [row.epoch for row in recorded(folder)] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("damage", [b'{"epoch": 2, "ti', b"\xff\xfe\n[1, 2]\nnull\n", b'{"epoch": 2}\n'])
