@@ -1,9 +1,8 @@
 """The configuration of a study: read from TOML and overrides, checked, written as TOML."""
 
-import dataclasses
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -84,7 +83,7 @@ class StudyConfig:
     @property
     def scored_data(self) -> DataConfig:
         """The data at `study.eval_size`; as the network sees them if that is not set."""
-        return dataclasses.replace(self.data, size=self.eval_size) if self.study.eval_size else self.data
+        return replace(self.data, size=self.eval_size) if self.study.eval_size else self.data
 
     def with_params(self, params: Mapping[str, Any]) -> Self:
         """Return the configuration of one trial: `params` set, nothing left to search."""
@@ -92,12 +91,12 @@ class StudyConfig:
         for name, value in params.items():
             section, _, key = name.partition(".")
             changes.setdefault(section, {})[key] = convert(value, annotation_of(name), name)
-        parts = {name: dataclasses.replace(getattr(self, name), **values) for name, values in changes.items()}
-        return dataclasses.replace(self, search=SearchSpace(), **parts)
+        parts = {name: replace(getattr(self, name), **values) for name, values in changes.items()}
+        return replace(self, search=SearchSpace(), **parts)
 
     def absolute(self) -> Self:
         """Return the same configuration with absolute paths, which are valid from any folder."""
-        return dataclasses.replace(self, data=self.data.absolute())
+        return replace(self, data=self.data.absolute())
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> Self:
@@ -123,7 +122,7 @@ class StudyConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return nested tables of plain types, from which `from_dict` makes an equal configuration."""
-        sections = {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS}
+        sections = {name: asdict(getattr(self, name)) for name in SECTIONS}
         return {**to_json(sections), "search": self.search.to_toml()}
 
     def to_toml(self) -> str:

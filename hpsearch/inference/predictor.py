@@ -23,14 +23,12 @@ from hpsearch.data.pairing import may_be_file
 from hpsearch.errors import CheckpointError, DatasetError, OutOfMemoryError, StudyError
 from hpsearch.inference.postprocessing import Postprocessing, clean_mask
 from hpsearch.inference.scoring import mask_name
-from hpsearch.models.costs import output_size
-from hpsearch.models.network import margin_of
+from hpsearch.models.costs import margin_of, output_size
 from hpsearch.paths import FinalPaths, FitPaths, ProjectPaths, atomic_write, read_json
 from hpsearch.store.record import study_record
-from hpsearch.training import runtime as devices
 from hpsearch.training.checkpoint import WeightsInfo, load_weights
 from hpsearch.training.evaluation import mean_over_flips
-from hpsearch.training.runtime import Runtime, make_runtime
+from hpsearch.training.runtime import Runtime, is_out_of_memory, make_runtime
 from hpsearch.typed_json import from_json
 from hpsearch.user_files import file_fault, list_folder, name_key, user_path
 
@@ -91,7 +89,7 @@ class Predictor:
             with torch.inference_mode(), self._runtime.active():
                 return self._logits(image)
         except (RuntimeError, MemoryError) as error:
-            if not devices.is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             raise OutOfMemoryError(
                 f"{self._runtime.device} has too little memory to predict {self.info.size[0]}x{self.info.size[1]}"

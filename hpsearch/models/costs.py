@@ -1,8 +1,14 @@
-"""Requirements of a network that are known before training: possible sizes, parameters, FLOPs and memory.
+"""Networks by name: how one is built, and its possible sizes, parameters, FLOPs and memory before training.
 
-Each function calls the one of the same name in the module of the network (`hpsearch.models.networks`), which computes
-the answer by arithmetic. Where the module has none, the function itself finds the answer for any network, by a dry
-run: a training step on torch's `meta` device, which has shapes but no data.
+A network is a module `hpsearch/models/networks/NAME.py`, chosen by `unet.network = "NAME"`. It needs only the
+function `build(config, in_channels)`, which returns a module that maps images (B, in_channels, H, W) to logits
+(B, 1, H, W), both float, with initial weights from torch's global generator. It may also have any other function of
+this module, with the same signature. A network whose forward pass depends on the values of the images has to have
+`why_impossible`, `training_flops` and `training_memory`, since a dry run has no values.
+
+Each of the functions that a network may have calls that of the network's module, which computes the answer by
+arithmetic. Where the module has none, the function itself finds the answer for any network, by a dry run: a training
+step on torch's `meta` device, which has shapes but no data.
 """
 
 import functools
@@ -21,6 +27,27 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _ALLOWANCE = 0.2
 """Share of the counted memory that is added for scratch memory of the kernels and gaps of the allocator."""
+
+
+def build_network(config: UNetConfig, in_channels: int, *, seed: int = 0, margin: int = 0) -> "nn.Module":
+    """Return the network of `config` on the CPU with the initial weights of `seed`.
+
+    With `margin` (`output_margin`) its logits are not stretched to the size of the images. The global generator keeps
+    its state.
+    """
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model: nn.Module = import_module(f"hpsearch.models.networks.{config.network}").build(config, in_channels)
+    if margin:
+        model.margin = margin  # type: ignore[assignment]
+    return model
+
+
+def margin_of(model: Any) -> int:
+    """Return the distance in pixels between the upper left corners of an image and of its logits."""
+    return getattr(model, "margin", 0)
 
 
 def _by_network(function: F) -> F:
@@ -137,8 +164,6 @@ def uses_batch_statistics(config: UNetConfig) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _model(config: UNetConfig, in_channels: int) -> "nn.Module":
-    from hpsearch.models.network import build_network
-
     return build_network(config, in_channels).to("meta").train()
 
 

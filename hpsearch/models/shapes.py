@@ -150,6 +150,8 @@ def _first_impossible(
 def _all_layers(config: UNetConfig, in_channels: int, height: int, width: int) -> Iterator[Layer]:
     lost = 0 if config.padding == "same" else config.kernel_size - 1
     channels, h, w = in_channels, height, width
+    # The bias of a convolution, and weight and bias of its normalisation.
+    n_vectors = {"none": 1, "batch": 2, "group": 3, "instance": 2}[config.norm]
 
     def layer(name: str, kind: Kind, out: int, size: tuple[int, int], taps: int = 0, rest: int = 0) -> Layer:
         return Layer(
@@ -163,7 +165,7 @@ def _all_layers(config: UNetConfig, in_channels: int, height: int, width: int) -
         for index in range(config.stacking):
             taps = config.kernel_size**2 * channels * out
             size = h - lost, w - lost
-            yield layer(f"{prefix}.{index}", "convolution", out, size, taps, _bias_and_norm(config, out))
+            yield layer(f"{prefix}.{index}", "convolution", out, size, taps, n_vectors * out)
             channels, h, w = out, *size
 
     skips = []
@@ -193,7 +195,3 @@ def _n_per_statistic(config: UNetConfig, layer: Layer, batch_size: int | None) -
     per_group = layer.channels // norm_groups(layer.channels)
     n_maps = {"none": 0, "batch": batch_size or 0, "group": per_group, "instance": 1}[config.norm]
     return n_maps * layer.height * layer.width if layer.kind == "convolution" else 0
-
-
-def _bias_and_norm(config: UNetConfig, channels: int) -> int:
-    return {"none": channels, "batch": 2 * channels, "group": 3 * channels, "instance": 2 * channels}[config.norm]

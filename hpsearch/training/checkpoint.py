@@ -9,7 +9,6 @@ import os
 import pickle
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,14 +17,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from hpsearch import paths
 from hpsearch.config.model import UNetConfig
 from hpsearch.data.cache import Normalization
 from hpsearch.data.reading import READING_0_1, Reading
 from hpsearch.errors import CheckpointError, ConfigError
-from hpsearch.models.costs import output_margin
-from hpsearch.models.network import build_network
-from hpsearch.paths import FitPaths
+from hpsearch.models.costs import build_network, output_margin
+from hpsearch.paths import FitPaths, atomic_write
 from hpsearch.typed_json import from_json, to_json
 
 logger = logging.getLogger(__name__)
@@ -41,14 +38,14 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
 
     The file is a magic line, the SHA-256 of all that follows, and the state in torch's format.
     """
-    with paths.atomic_write(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(_encode(state))
 
 
 def save_latest(fit: FitPaths, state: Mapping[str, Any]) -> None:
     """Write `state` to `last.pt`; the file that was there becomes `previous.pt` once the new one is readable."""
     content = _encode(state)
-    with paths.atomic_write(fit.last) as temporary:
+    with atomic_write(fit.last) as temporary:
         temporary.write_bytes(content)
         if temporary.read_bytes() != content:
             raise OSError(f"{fit.last} reads differently from what was written: the disk is faulty")
@@ -105,7 +102,7 @@ def load_latest(fit: FitPaths, digest: str | None = None) -> dict[str, Any] | No
     return None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightsInfo:
     """All that is needed to use a weights file, stored inside it as JSON."""
 
@@ -138,7 +135,7 @@ def save_weights(path: Path, model: nn.Module, info: WeightsInfo) -> None:
     table = {"format": WEIGHTS_FORMAT, **to_json(info)}
     # One key, because safetensors writes several keys in an order that differs between processes.
     content = safetensors.torch.save(tensors, {"hpsearch": _described(table, tensors)})
-    with paths.atomic_write(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(content)
 
 
@@ -191,7 +188,7 @@ def save_array(path: Path, array: npt.NDArray[Any]) -> None:
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     content = buffer.getvalue()
-    with paths.atomic_write(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(content + hashlib.sha256(content).digest())
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hpsearch.data.batches import Batch
-from hpsearch.models.network import margin_of
+from hpsearch.models.costs import margin_of
 from hpsearch.training.losses import Loss
 from hpsearch.training.metrics import count_pixels
 from hpsearch.training.runtime import Runtime

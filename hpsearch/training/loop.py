@@ -15,8 +15,7 @@ from hpsearch.config import stable_seed
 from hpsearch.config.train import TrainConfig
 from hpsearch.data.batches import DeviceData, eval_batches, train_batches
 from hpsearch.errors import ConfigError, DeviceError, DivergedError, OutOfMemoryError
-from hpsearch.models.costs import output_size, training_flops
-from hpsearch.models.network import build_network
+from hpsearch.models.costs import build_network, output_size, training_flops
 from hpsearch.paths import FitPaths
 from hpsearch.training import runtime as devices
 from hpsearch.training.evaluation import Forward, count, covered, eval_batch_size, evaluate, fetch

@@ -3,14 +3,12 @@
 import dataclasses
 import hashlib
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from hpsearch.config import StudyConfig, digest
 from hpsearch.config.data import AugmentConfig
-from hpsearch.config.model import UNetConfig
 from hpsearch.config.train import TrainConfig
 from hpsearch.data.batches import n_train_batches
 from hpsearch.data.cache import Normalization
@@ -25,7 +23,7 @@ HASHED = (
 that a new setting leaves the checkpoints of existing studies valid."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FitTask:
     """Everything that decides the result of a fit, except the images and the arithmetic of the device."""
 
@@ -37,7 +35,7 @@ class FitTask:
     seed: int
     micro_batch: int | None = None
     """Most images whose gradients are computed at once, to save memory (`part_sizes`). The result is the same apart
-    from rounding where `microbatches_are_exact`. Otherwise batch normalisation uses the statistics of the parts."""
+    from rounding unless the network `uses_batch_statistics`: then these are the statistics of the parts."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -88,7 +86,7 @@ class FitTask:
             "metric": config.study.metric,
             "seed": self.seed,
         }
-        if not microbatches_are_exact(config.unet):
+        if uses_batch_statistics(config.unet):
             table["micro_batch"] = self.micro_batch
         if self.margin:
             table["stretch"] = False
@@ -107,8 +105,3 @@ def _hashed(settings: TrainConfig | AugmentConfig) -> dict[str, Any]:
         if (value := getattr(settings, field.name)) != field.default or field.name in HASHED
         if field.name not in ("amp", "compile")
     }
-
-
-def microbatches_are_exact(config: UNetConfig) -> bool:
-    """Return whether gradients summed over parts of a batch equal those of the whole batch, apart from rounding."""
-    return not uses_batch_statistics(config)

@@ -11,13 +11,14 @@ from hpsearch.config import StudyConfig
 from hpsearch.data.batches import DeviceData
 from hpsearch.data.cache import open_cache
 from hpsearch.errors import OutOfMemoryError
+from hpsearch.models.costs import uses_batch_statistics
 from hpsearch.paths import FitPaths
 from hpsearch.training import runtime as runtimes
 from hpsearch.training.loop import OnEpoch, fit
 from hpsearch.training.progress import Progress, finish_fit
 from hpsearch.training.rows import FitSummary
 from hpsearch.training.runtime import Runtime
-from hpsearch.training.task import FitTask, microbatches_are_exact
+from hpsearch.training.task import FitTask
 from hpsearch.workers.jobs import CachePaths, FitJob
 from hpsearch.workers.pool import WorkerSettings
 
@@ -86,7 +87,7 @@ def fit_within_memory(task: FitTask, folder: FitPaths, run: Callable[[FitTask], 
     Batches are halved where the result stays the same, or where `study.allow_microbatch` allows another result and
     the parts are not too small for batch normalisation. Otherwise raises OutOfMemoryError.
     """
-    config, is_exact = task.config, microbatches_are_exact(task.config.unet)
+    config, is_exact = task.config, not uses_batch_statistics(task.config.unet)
     while True:
         try:
             return run(task)

@@ -11,8 +11,8 @@ from torch import nn
 from hpsearch.config import values
 from hpsearch.config.model import UNetConfig
 from hpsearch.models import costs
+from hpsearch.models.costs import build_network, margin_of
 from hpsearch.models.memory import Step, training_memory
-from hpsearch.models.network import build_network, margin_of
 from hpsearch.models.unet import UNet
 
 

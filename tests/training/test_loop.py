@@ -21,16 +21,16 @@ from hpsearch.config.model import UNetConfig
 from hpsearch.config.train import TrainConfig
 from hpsearch.data.batches import DeviceData, eval_batches, train_batches
 from hpsearch.errors import CheckpointError, ConfigError, DivergedError, OutOfMemoryError
+from hpsearch.models.costs import uses_batch_statistics
 from hpsearch.models.unet import UNet
 from hpsearch.paths import FitPaths
-from hpsearch.training import checkpoint, loop
+from hpsearch.training import checkpoint, loop, progress
 from hpsearch.training.checkpoint import load_weights
 from hpsearch.training.evaluation import eval_batch_size, evaluate, predict_logits, resize_logits
 from hpsearch.training.losses import loss_function
 from hpsearch.training.metrics import PixelCounts, dice, jaccard
 from hpsearch.training.progress import Progress, finish_fit
 from hpsearch.training.rows import EpochRow
-from hpsearch.training.task import microbatches_are_exact
 from hpsearch.typed_json import from_json
 from tests.training.fakes import FLOAT32, NORMALIZATION, FakeCache, fit, fit_arguments, make_data
 
@@ -432,7 +432,8 @@ def test_finishing_again_after_a_kill_writes_the_same_bytes(folder, monkeypatch)
 
     for name in ("scores", "counts", "examples", "fit"):
         result = fit(**fit_arguments(), paths=folder)
-        monkeypatch.setattr(files, "atomic_write", dying_at(getattr(folder, name)))
+        for module in (files, checkpoint, progress):
+            monkeypatch.setattr(module, "atomic_write", dying_at(getattr(folder, name)))
         with pytest.raises(Killed):
             finish(result, folder)
         monkeypatch.undo()
@@ -471,7 +472,7 @@ def test_killed_anywhere_in_any_epoch_a_fit_ends_with_the_same_bytes(
     elif where == "scores":
         monkeypatch.setattr(checkpoint, "save_array", dying(checkpoint.save_array))
     elif where == "line":
-        monkeypatch.setattr(files, "append_line", dying(files.append_line))
+        monkeypatch.setattr(progress, "append_line", dying(files.append_line))
     on_epoch = dying(lambda *_: "go") if where == "on_epoch" else None
     with pytest.raises(Killed):
         fit(**fit_arguments(), paths=folder, keep_best=True, on_epoch=on_epoch)
@@ -745,7 +746,7 @@ def test_other_errors_keep_their_traceback(monkeypatch):
 @pytest.mark.parametrize("norm", ["none", "group", "instance"])
 def test_micro_batches_give_the_same_result_without_batch_normalization(norm):
     model = UNetConfig(base_channels=4, depth=1, stacking=1, norm=norm)
-    assert microbatches_are_exact(model)
+    assert not uses_batch_statistics(model)
     # Parts of three and of two.
     train = TrainConfig(epochs=3, batch_size=5, lr=0.05, loss="bce+dice")
     whole = fit(**fit_arguments(model_config=model, train=train))
@@ -756,7 +757,7 @@ def test_micro_batches_give_the_same_result_without_batch_normalization(norm):
 
 
 def test_micro_batches_give_another_result_with_batch_normalization(unkilled):
-    assert not microbatches_are_exact(UNetConfig(norm="batch"))
+    assert uses_batch_statistics(UNetConfig(norm="batch"))
     parts = fit(**fit_arguments(micro_batch=2))
     name = "encoder.0.0.norm.running_var"
     assert not torch.allclose(parts.model.state_dict()[name], unkilled.model.state_dict()[name], rtol=1e-3)
