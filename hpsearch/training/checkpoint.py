@@ -80,21 +80,16 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def load_latest(fit: FitPaths, digest: str | None = None) -> dict[str, Any] | None:
     """Return the newest good checkpoint of a fit, or None; a warning names each one that is skipped.
 
-    A checkpoint with another `digest` is skipped too; CheckpointError if there is no other.
+    Raises CheckpointError if it has another `digest`.
     """
-    is_foreign = False
-    for path in (fit.last, fit.previous):
-        if not path.exists():
-            continue
+    for path in filter(Path.exists, (fit.last, fit.previous)):
         try:
             state = load_checkpoint(path)
-            if digest in (None, state.get("digest")):
-                return state
-            is_foreign = True
-            raise CheckpointError(f"{path} belongs to another configuration, other images or another seed")
         except CheckpointError as error:
             logger.warning("%s; skipped", error)
-    if is_foreign:
+            continue
+        if digest in (None, state.get("digest")):
+            return state
         raise CheckpointError(
             f"{fit.root} holds a checkpoint of another configuration, other images or another seed; "
             "remove that folder to start this fit from the beginning"
@@ -151,10 +146,8 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Mod
         with safetensors.safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get("hpsearch")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{path} is not a complete safetensors file") from error
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read as a complete safetensors file: {error}") from error
     if text is None:
         raise CheckpointError(f"{path} is not a weights file of hpsearch: it has no description of its network")
     try:

@@ -226,7 +226,7 @@ def test_without_its_packages_onnx_names_the_extra(tmp_path: Path, monkeypatch: 
 
 def test_a_pickle_is_not_exported(tmp_path: Path) -> None:
     torch.save({}, tmp_path / "model.pt")
-    with pytest.raises(CheckpointError, match="is not a complete safetensors file"):
+    with pytest.raises(CheckpointError, match="cannot be read as a complete safetensors file"):
         export_onnx(tmp_path / "model.pt", tmp_path / "model.onnx")
 
 

@@ -375,7 +375,7 @@ def test_a_pickle_for_a_model_is_refused_in_one_line(
     assert caught.value.code == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "is not a complete safetensors file" in error
+    assert "cannot be read as a complete safetensors file" in error
     assert not (tmp_path / "masks").exists()
 
 
