@@ -14,8 +14,7 @@ from torchvision.transforms import v2
 from hpsearch.config.data import DataConfig
 from hpsearch.config.model import UNetConfig
 from hpsearch.data.layouts import find_samples
-from hpsearch.models.norms import BatchNorm
-from hpsearch.models.unet import UNet, UpSampling
+from hpsearch.models.unet import BatchNorm, UNet, UpSampling
 
 Pair = tuple[Path, Path]
 """Files of an image and its mask."""

@@ -41,7 +41,7 @@ BEHIND = {
     "study": "hpsearch.study.run_study",
     "final": "hpsearch.final.run_final",
     "status": "hpsearch.search.status.study_status",
-    "plan": "hpsearch.models.costs.layer_costs, hpsearch.models.costs.training_memory",
+    "plan": "hpsearch.models.network.layer_costs, hpsearch.models.network.training_memory",
     "predict": "hpsearch.inference.predictor.predict_files",
     "export": "hpsearch.inference.export.export_onnx, hpsearch.inference.export.export_toml",
     "report": "hpsearch.report.page.write_report",

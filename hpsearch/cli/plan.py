@@ -13,8 +13,15 @@ from hpsearch.cli.options import Settings, config_options, device_option, out_op
 from hpsearch.cli.terminal import echo_table
 from hpsearch.config import StudyConfig
 from hpsearch.errors import ConfigError, DatasetError
-from hpsearch.models.costs import describe, layer_costs, n_parameters, training_flops, training_memory, why_impossible
 from hpsearch.models.memory import LayerCost, Step, saved_activations
+from hpsearch.models.network import (
+    describe,
+    layer_costs,
+    n_parameters,
+    training_flops,
+    training_memory,
+    why_impossible,
+)
 from hpsearch.paths import ProjectPaths
 from hpsearch.report.formats import count
 
@@ -74,8 +81,8 @@ def plan(
         click.echo(f"{default.verdict} {size:g} GiB, of which a study leaves {1 - MEMORY_SHARE:.0%} free")
     if layers and not default.impossible:
         echo_table(LAYER_HEAD, map(_layer_row, default.layers), n_left=2)
-    if len(config.search):
-        names = [name for name, _ in config.search if not name.startswith("train.") or name == "train.batch_size"]
+    if config.search:
+        names = [name for name in config.search if not name.startswith("train.") or name == "train.batch_size"]
         fits = [f"{size:g} GiB"] if size else []
         head = [*(name.partition(".")[2] for name in names), "parameters, M", "GFLOP per image", "peak, GiB", *fits]
         rows = (row[: len(head)] for row in _corners(config, names, costs_of))
@@ -155,7 +162,7 @@ def _corners(
     """
     ends = []
     for name in names:
-        every = config.search.dimensions[name].extremes
+        every = config.search[name].extremes
         is_ordered = all(isinstance(value, int | float) for value in every)
         ends.append(sorted({min(every), max(every)}) if is_ordered else every)
     for values in itertools.product(*ends):

@@ -1,7 +1,6 @@
 """Settings of the network. Imports no torch: shapes, memory and the coordinator read them."""
 
 import dataclasses
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from hpsearch.config.values import ModuleName, check_at_least, require
@@ -12,7 +11,7 @@ FIELDS_OF_0_1 = ("base_channels", "depth", "stacking", "kernel_size", "padding",
 checkpoints and weights of existing studies valid."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class UNetConfig:
     """The UNet of Ronneberger et al. (2015) and its variations."""
 

@@ -1,11 +1,11 @@
 """Settings of the search: the protocol, the budget and the search space. Imports neither Optuna nor torch."""
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeGuard
 
-from hpsearch.config.values import ModuleName, Size, check_at_least, check_size, require
+from hpsearch.config.values import ModuleName, Size, check_at_least, check_size, convert, require
 from hpsearch.errors import ConfigError
 
 _SAMPLER, _PRUNER = ModuleName("search/samplers"), ModuleName("search/pruners")
@@ -129,10 +129,8 @@ class Range:
 
     def contains(self, value: Any) -> bool:
         """Return whether `value` is in the range."""
-        if isinstance(value, str | bool | tuple) or not self.low <= value <= self.high:
-            return False
-        above, step = value - self.low, self._step
-        return step is None or math.isclose(round(above / step) * step, above, abs_tol=1e-12)
+        is_inside = _is_number(value) and self.low <= value <= self.high
+        return is_inside and math.isclose(self.nearest(value), value, abs_tol=1e-12)
 
     def nearest(self, value: Any) -> int | float:
         """Return the value of the range that is closest to a number; `low` for anything else."""
@@ -149,34 +147,22 @@ class Range:
         return {key: value for key, value in table.items() if value is not None and value is not False}
 
 
-@dataclass(frozen=True)
-class SearchSpace:
+class SearchSpace(dict[str, Choice | Range]):
     """Searched settings by name (`unet.depth`) with their values, in a fixed order."""
-
-    dimensions: Mapping[str, Choice | Range] = field(default_factory=dict)
-
-    def __iter__(self) -> Iterator[tuple[str, Choice | Range]]:
-        return iter(self.dimensions.items())
-
-    def __len__(self) -> int:
-        return len(self.dimensions)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.dimensions
 
     @property
     def n_configurations(self) -> int | None:
         """Number of different configurations; None if it is infinite."""
-        counts = [dimension.n_values for dimension in self.dimensions.values()]
-        return None if None in counts else math.prod(count for count in counts if count is not None)
+        counts = [dimension.n_values or 0 for dimension in self.values()]
+        return math.prod(counts) or None
 
     def key(self, params: Mapping[str, Any]) -> tuple[Any, ...]:
         """Return a key that two sets of params share if they are the same configuration."""
-        return tuple(dimension.key(params.get(name)) for name, dimension in self.dimensions.items())
+        return tuple(dimension.key(params.get(name)) for name, dimension in self.items())
 
     def to_toml(self) -> dict[str, Any]:
         """Return the table `[search]`."""
-        return {name: dimension.to_toml() for name, dimension in self.dimensions.items()}
+        return {name: dimension.to_toml() for name, dimension in self.items()}
 
 
 def parse_dimension(name: str, value: Any) -> Choice | Range:
@@ -197,15 +183,12 @@ def parse_dimension(name: str, value: Any) -> Choice | Range:
 
 
 def _parse_range(where: str, table: Mapping[str, Any]) -> Range:
-    known = ("low", "high", "step", "log")
-    unknown = sorted(set(table) - set(known))
-    require(not unknown, f"{where} has an unknown key {next(iter(unknown), '')!r}; known: {', '.join(known)}")
+    known = {"low": float | int, "high": float | int, "step": float | int, "log": bool}
+    require(set(table) <= set(known), f"{where} has an unknown key; known: {', '.join(known)}")
     require("low" in table and "high" in table, f"{where} needs both low and high")
-    for key in set(table) - {"log"}:
-        is_finite = _is_number(table[key]) and math.isfinite(table[key])
-        require(is_finite, f"{where}.{key} must be a number, got {table[key]!r}")
+    for key, value in table.items():
+        convert(value, known[key], f"{where}.{key}")
     low, high, step, log = table["low"], table["high"], table.get("step"), table.get("log", False)
-    require(isinstance(log, bool), f"{where}.log must be true or false, got {log!r}")
     require(low <= high, f"{where}: low {low} is above high {high}")
     require(not log or low > 0, f"{where}: a logarithmic range must begin above 0, got low = {low}")
     require(not log or step is None, f"{where}: log and step exclude each other")

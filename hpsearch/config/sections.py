@@ -26,6 +26,7 @@ NOT_SEARCHABLE = {f"data.{f.name}" for f in fields(DataConfig)} - {"data.size", 
 """Settings of the data that all trials must share, so that their scores can be compared: resized images are scored as
 a whole, cropped images in their centre."""
 Table = dict[str, Any]
+_type_hints = functools.cache(functools.partial(get_type_hints, include_extras=True))
 OnNote = Callable[[str], None]
 """Called with one sentence."""
 
@@ -40,16 +41,10 @@ def annotation_of(name: str) -> Any:
     section, _, key = name.partition(".")
     if section not in SECTIONS:
         raise unknown_name(name, [*SECTIONS, "search"], "section of")
-    hints = type_hints(SECTIONS[section])
+    hints = _type_hints(SECTIONS[section])
     if key not in hints:
         raise unknown_name(name, [f"{section}.{each}" for each in hints], "key")
     return hints[key]
-
-
-@functools.cache
-def type_hints(cls: type) -> dict[str, Any]:
-    """Return the annotated type of every field of a section."""
-    return get_type_hints(cls, include_extras=True)
 
 
 def unknown_name(name: str, known: Sequence[str], kind: str) -> ConfigError:

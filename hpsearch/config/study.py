@@ -1,15 +1,14 @@
 """The configuration of a study: read from TOML and overrides, checked, written as TOML."""
 
-import dataclasses
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
 from hpsearch.config.data import AugmentConfig, DataConfig
 from hpsearch.config.model import UNetConfig
-from hpsearch.config.search import Choice, Range, SearchSpace, StudySettings, parse_dimension
+from hpsearch.config.search import SearchSpace, StudySettings, parse_dimension
 from hpsearch.config.sections import (
     ALIASES,
     NOT_SEARCHABLE,
@@ -48,7 +47,7 @@ class StudyConfig:
     """Which settings are searched, and over which values."""
 
     def __post_init__(self) -> None:
-        for name, dimension in self.search:
+        for name, dimension in self.search.items():
             default = get_setting(self, name)
             require(
                 dimension.contains(default),
@@ -87,7 +86,7 @@ class StudyConfig:
     @property
     def scored_data(self) -> DataConfig:
         """The data at `study.eval_size`; as the network sees them if that is not set."""
-        return dataclasses.replace(self.data, size=self.eval_size) if self.study.eval_size else self.data
+        return replace(self.data, size=self.eval_size) if self.study.eval_size else self.data
 
     def with_params(self, params: Mapping[str, Any]) -> Self:
         """Return the configuration of one trial: `params` set, nothing left to search."""
@@ -95,12 +94,12 @@ class StudyConfig:
         for name, value in params.items():
             section, _, key = name.partition(".")
             changes.setdefault(section, {})[key] = convert(value, annotation_of(name), name)
-        parts = {name: dataclasses.replace(getattr(self, name), **values) for name, values in changes.items()}
-        return dataclasses.replace(self, search=SearchSpace(), **parts)
+        parts = {name: replace(getattr(self, name), **values) for name, values in changes.items()}
+        return replace(self, search=SearchSpace(), **parts)
 
     def absolute(self) -> Self:
         """Return the same configuration with absolute paths, which are valid from any folder."""
-        return dataclasses.replace(self, data=self.data.absolute())
+        return replace(self, data=self.data.absolute())
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> Self:
@@ -111,16 +110,22 @@ class StudyConfig:
         parts = {name: _section(name, part, table.get(name, {})) for name, part in SECTIONS.items()}
         search = table.get("search", {})
         require(isinstance(search, Mapping), f"search must be a table, got {search!r}")
-        dimensions = {name: _dimension(name, value) for name, value in sorted(flatten_search(search).items())}
-        config = cls(**parts, search=SearchSpace(dimensions))
-        for name, dimension in config.search:
+        space = SearchSpace()
+        for name, value in sorted(flatten_search(search).items()):
+            require(
+                name not in NOT_SEARCHABLE and not name.startswith("study."),
+                f"{name} cannot be searched: trials must share data, folds, seed and metric to be comparable",
+            )
+            space[name] = parse_dimension(name, value)
+        config = cls(**parts, search=space)
+        for name, dimension in config.search.items():
             for value in dimension.extremes:
                 config.with_params({name: value})
         return config
 
     def to_dict(self) -> dict[str, Any]:
         """Return nested tables of plain types, from which `from_dict` makes an equal configuration."""
-        sections = {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS}
+        sections = {name: asdict(getattr(self, name)) for name in SECTIONS}
         return {**to_json(sections), "search": self.search.to_toml()}
 
     def to_toml(self) -> str:
@@ -183,14 +188,6 @@ def _section(section: str, cls: type, table: Any) -> Any:
         table["study.metric"] = "jaccard"
     values = {name: convert(value, annotation_of(name), name) for name, value in table.items()}
     return cls(**{name.partition(".")[2]: value for name, value in values.items()})
-
-
-def _dimension(name: str, value: Any) -> Choice | Range:
-    require(
-        name not in NOT_SEARCHABLE and not name.startswith("study."),
-        f"{name} cannot be searched: trials must share data, folds, seed and metric to be comparable",
-    )
-    return parse_dimension(name, value)
 
 
 def _check_sealed(text: str, path: Path) -> None:

@@ -132,7 +132,7 @@ class PoolCaches:
 
     def prepare_listed(self, config: StudyConfig) -> None:
         """Prepare all sizes that the search lists. A range of sizes can have too many to prepare now."""
-        sizes = config.search.dimensions.get("data.size")
+        sizes = config.search.get("data.size")
         for size in sizes.values if isinstance(sizes, Choice) else (config.data.size,):
             self._prepared(replace(config.data, size=size))
 

@@ -101,20 +101,13 @@ def describe(info: WeightsInfo) -> dict[str, str]:
     else:
         fit = f"resize the whole image to {side}, bilinear with antialiasing, and round to integers"
         back = "resize the logits to the image's own size, bilinear with half-pixel centres (align_corners false)"
-    turn = (
-        "turned upright by its EXIF orientation" if reading.turns else "as its pixels are stored, whatever its EXIF"
-    )
-    deep = "images with more than 8 bits were not seen"
-    if reading.max_value:
-        deep = (
-            f"of images with more than 8 bits the values 0 to {reading.max_value}, times 256, divided by "
-            f"{reading.max_value + 1} and rounded down"
-        )
+    turn = "applied" if reading.turns else "ignored"
     mean, std = (
         ", ".join(f"{value:.9g}" for value in values) for values in (info.normalization.mean, info.normalization.std)
     )
     before = [
-        f"the image {turn}; RGB, 8 bits a channel ({deep}), transparency dropped",
+        f"the image with its EXIF orientation {turn}, transparency dropped; RGB, 8 bits a channel (255 is the value "
+        f"{reading.max_value or 255})",
         fit,
         f"make one channel of red, green and blue by the weights {', '.join(map(str, GRAY_WEIGHTS))}",
         "divide by 255",

@@ -23,13 +23,12 @@ from hpsearch.data.pairing import may_be_file
 from hpsearch.errors import CheckpointError, DatasetError, OutOfMemoryError, StudyError
 from hpsearch.inference.postprocessing import Postprocessing, clean_mask
 from hpsearch.inference.scoring import mask_name
-from hpsearch.models.costs import output_size
-from hpsearch.models.network import margin_of
+from hpsearch.models.network import margin_of, output_size
 from hpsearch.paths import FinalPaths, FitPaths, ProjectPaths, atomic_write, read_json
 from hpsearch.store.record import study_record
-from hpsearch.training import runtime as devices
 from hpsearch.training.checkpoint import WeightsInfo, load_weights
-from hpsearch.training.runtime import Runtime, make_runtime
+from hpsearch.training.evaluation import mean_over_flips
+from hpsearch.training.runtime import Runtime, is_out_of_memory, make_runtime
 from hpsearch.typed_json import from_json
 from hpsearch.user_files import file_fault, list_folder, name_key, user_path
 
@@ -82,9 +81,7 @@ class Predictor:
         runtime = make_runtime(device, amp="off", compile="off", threads=threads)
         model, info = load_weights(weights, runtime.device)
         model.to(memory_format=torch.channels_last)
-        if tiles is None:
-            tiles = info.sees_windows
-        return cls(model, info, runtime, tiles=tiles)
+        return cls(model, info, runtime, tiles=info.sees_windows if tiles is None else tiles)
 
     def logits(self, image: Tensor) -> Tensor:
         """Return the logits (H, W) float32 on the CPU of an RGB image (3, H, W) uint8."""
@@ -92,7 +89,7 @@ class Predictor:
             with torch.inference_mode(), self._runtime.active():
                 return self._logits(image)
         except (RuntimeError, MemoryError) as error:
-            if not devices.is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             raise OutOfMemoryError(
                 f"{self._runtime.device} has too little memory to predict {self.info.size[0]}x{self.info.size[1]}"
@@ -178,14 +175,6 @@ def load_predictor(
     return Ensemble([load(path) for path in members])
 
 
-def mean_over_flips(forward: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """Return the mean logits of images (B, C, H, W) and their three mirror images, mirrored back."""
-    total = forward(images)
-    for axes in ((-1,), (-2,), (-2, -1)):
-        total = total + forward(images.flip(axes)).flip(axes)
-    return total / 4
-
-
 @dataclass(frozen=True)
 class Tile:
     """One window along one axis."""
@@ -234,14 +223,13 @@ def find_images(inputs: Iterable[str | Path]) -> list[Path]:
     found: dict[Path, None] = {}
     for each in map(str, inputs):
         path = user_path(each)
-        images, hint = [path], ""
+        images = [path]
         if os.path.isdir(path):
             images = _images_among(list_folder(path, DatasetError))
-            hint = f"; '{path}/**/*' takes those in the folders below"
         elif glob.has_magic(each) and not os.path.lexists(path):
             images = _images_among(map(Path, glob.glob(str(path), recursive=True)))
         if not images:
-            raise DatasetError(f"{each} has no images ({', '.join(readable_suffixes())}){hint}")
+            raise DatasetError(f"{each} has no images ({', '.join(readable_suffixes())})")
         found |= dict.fromkeys(images)
     if not any(os.path.isfile(path) for path in found):
         first = next(iter(found), None)
@@ -297,13 +285,11 @@ def draw_outline(image: Tensor, mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
 
     The line is thick enough to be visible when the whole image is displayed.
     """
+    from scipy import ndimage  # as in `clean_mask`
+
     pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
     thickness = max(1, round(max(mask.shape) / 400))
-    inner = mask.copy()
-    inner[thickness:] &= mask[:-thickness]
-    inner[:-thickness] &= mask[thickness:]
-    inner[:, thickness:] &= mask[:, :-thickness]
-    inner[:, :-thickness] &= mask[:, thickness:]
+    inner = ndimage.binary_erosion(mask, iterations=thickness, border_value=1)
     pixels[mask & ~inner] = OUTLINE
     return pixels
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +19,10 @@ from hpsearch.inference.postprocessing import (
     clean_mask,
     select_threshold,
 )
-from hpsearch.inference.predictor import mean_over_flips
 from hpsearch.training.checkpoint import WeightsInfo, load_weights, save_weights
 from hpsearch.training.evaluation import Forward, predict_logits
 from hpsearch.training.metrics import SCORES, PixelCounts, count_pixels
 from hpsearch.training.runtime import Runtime
-
-CHUNK = 32
-"""Images whose logits an ensemble sums up at a time."""
 
 
 def select(
@@ -89,18 +84,15 @@ def count_pixels_of(
 
     The options are ways of post-processing that differ in threshold and cleaning only.
     """
+    predictions = []
+    for model, info in networks:
+        batches = eval_batches(data, images, batch_size=16, normalization=info.normalization, size=info.size)
+        predictions.append(predict_logits(model, batches, runtime, flips=options[0].flips))
     counts = []
-    for start in range(0, len(images), CHUNK):
-        total, masks = torch.zeros(()), torch.empty(0)
-        for model, info in networks:
-            forward: Forward = partial(mean_over_flips, model) if options[0].flips else model
-            batches = eval_batches(
-                data, images[start : start + CHUNK], batch_size=16, normalization=info.normalization, size=info.size
-            )
-            parts = zip(*predict_logits(forward, batches, runtime), strict=True)
-            logits, masks = (torch.cat(each) for each in parts)
-            total = total.to(logits.device) + logits
-        counts.append(np.stack([_count(total / len(networks), masks, choices) for choices in options]))
+    for by_network in zip(*predictions, strict=True):
+        logits, masks = zip(*by_network, strict=True)
+        mean = sum(logits, start=torch.zeros((), device=logits[0].device)) / len(networks)
+        counts.append(np.stack([_count(mean, masks[0], choices) for choices in options]))
     return np.concatenate(counts, axis=1)
 
 

@@ -34,6 +34,7 @@ _OWN_MEMORY = 32 * 2**20
 """Smallest block in bytes that glibc maps separately once it has adapted to the sizes that occur."""
 _GAPS = {"none": 0.15, "batch": 0.15, "group": 0.6, "instance": 0.5}
 """Share of the heap added for gaps, as measured; group and instance normalisation copy whole maps."""
+_Moment = tuple[list[int], list[int], list[int]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,18 +101,20 @@ def training_memory(config: UNetConfig, in_channels: int, height: int, width: in
     images = 0 if step.precision == "float32" else pixels * in_channels * 4
     batch = [pixels, pixels * step.itemsize, images]
     moments = list(_backward(config, costs, step))
-    peak = max(moments, key=lambda moment: sum(moment.blocks))
+    saved, maps, gradients = max(([sum(part) for part in moment] for moment in moments), key=sum)
     if step.device == "cpu":
         own, heap = (
-            max(sum(size for size in moment.blocks if (size >= _OWN_MEMORY) == is_own) for moment in moments)
+            max(
+                sum(size for size in itertools.chain(*moment) if (size >= _OWN_MEMORY) == is_own)
+                for moment in moments
+            )
             + sum(size for size in batch if (size >= _OWN_MEMORY) == is_own)
             for is_own in (True, False)
         )
         total = weights + state + own + round((1 + _GAPS[config.norm]) * heap)
     else:
-        total = weights + state + sum(batch) + sum(peak.blocks)
+        total = weights + state + sum(batch) + saved + maps + gradients
         total += round(_ALLOWANCE * total)
-    saved, gradients = sum(peak.saved), sum(peak.gradients)
     return MemoryEstimate(
         weights=weights,
         gradients=gradients,
@@ -149,21 +152,12 @@ def layer_costs(config: UNetConfig, in_channels: int, height: int, width: int, s
     return costs
 
 
-class _Moment(NamedTuple):
-    """Blocks of memory in use at one moment of the backward pass, without what is in use during the whole step."""
-
-    saved: list[int]
-    maps: list[int]
-    """Gradients of feature maps, and the loss."""
-    gradients: list[int]
-
-    @property
-    def blocks(self) -> list[int]:
-        return [*self.saved, *self.maps, *self.gradients]
-
-
 def _backward(config: UNetConfig, costs: list[LayerCost], step: Step) -> Iterator[_Moment]:
-    """Yield the moments at which memory may be highest, from the loss to the step of the optimizer."""
+    """Yield the moments at which memory may be highest, from the loss to the step of the optimizer.
+
+    A moment is the blocks of memory that are in use then and not during the whole step: what autograd saved, the
+    gradients of feature maps and the loss, and the gradients of the weights.
+    """
     saved = [_image_bytes(costs, step), *itertools.chain.from_iterable(cost.saved for cost in costs)]
     gradients: list[int] = []
     waiting: list[int] = []
@@ -174,23 +168,23 @@ def _backward(config: UNetConfig, costs: list[LayerCost], step: Step) -> Iterato
         if layer.kind == "convolution":
             # Each of ReLU, normalisation and convolution holds two gradients, then its saved tensors are released.
             held_by_both = [*waiting, output, output]
-            yield _Moment(before, held_by_both, gradients)
-            yield _Moment(saved if config.norm == "none" else [*saved, output], held_by_both, gradients)
+            yield (before, held_by_both, gradients)
+            yield (saved if config.norm == "none" else [*saved, output], held_by_both, gradients)
             # The CPU kernels copy the weights and their gradient into a layout of their own.
             copies = [step.itemsize * layer.n_taps] * (2 if step.device == "cpu" else 0)
-            yield _Moment(saved, [*waiting, output, source, *copies], gradients)
+            yield (saved, [*waiting, output, source, *copies], gradients)
         elif layer.kind == "up":
             # The skip's half of the gradient waits for the encoder, and keeps the other half alive.
             waiting = [*waiting, 2 * output]
-            yield _Moment(saved, [*waiting, output, source], gradients)
+            yield (saved, [*waiting, output, source], gradients)
         elif layer.kind == "pool":
-            yield _Moment(saved, [*waiting, source, source], gradients)
+            yield (saved, [*waiting, source, source], gradients)
             waiting = waiting[:-1]
         else:
             # The loss: logits, masks and the gradient of the logits, in float32.
             loss = 4 * step.batch_size * costs[-1].layer.height * costs[-1].layer.width
-            yield _Moment(saved, [loss, loss, loss, source], gradients)
-    yield _Moment([], [], gradients)
+            yield (saved, [loss, loss, loss, source], gradients)
+    yield ([], [], gradients)
 
 
 def _saved_by_norm(config: UNetConfig, layer: Layer, step: Step) -> list[int]:

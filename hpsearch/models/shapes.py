@@ -55,9 +55,9 @@ def layers(config: UNetConfig, in_channels: int, height: int, width: int) -> lis
     There are 27 for depth 4 and stacking 2; where the logits are smaller than the image, the interpolation is the
     28th. Raises ValueError, with the reason of `why_impossible`, if a feature map vanishes.
     """
-    found = _walk(config, in_channels, height, width)
-    if found[-1].is_empty:
-        raise ValueError(_why_empty(config, found[-1]))
+    found = list(_all_layers(config, in_channels, height, width))
+    if any(layer.is_empty for layer in found):
+        raise ValueError(why_impossible(config, in_channels, height, width))
     return found
 
 
@@ -75,7 +75,10 @@ def why_impossible(
         smallest = bisect.bisect_left(
             range(1, 2**20), True, key=lambda side: not _first_impossible(config, in_channels, side, side, batch_size)
         )
-        return f"{_why_empty(config, layer)}; images must be at least {smallest + 1}x{smallest + 1}"
+        action, size = "halve", f"{layer.in_height}x{layer.in_width}"
+        if layer.kind != "pool":
+            action = f"apply a {config.kernel_size}x{config.kernel_size} convolution without padding to"
+        return f"{layer.name} cannot {action} a map of {size}; images must be at least {smallest + 1}x{smallest + 1}"
     larger = "a larger image" if config.norm == "instance" else "a larger image or a larger batch"
     return (
         f"{layer.name} has a map of {layer.height}x{layer.width}, too small for {config.norm} normalisation "
@@ -86,7 +89,7 @@ def why_impossible(
 def n_parameters(config: UNetConfig, in_channels: int) -> int:
     """Return the number of learned parameters, which does not depend on the size of the image."""
     side = 2**config.depth
-    return sum(layer.n_parameters for layer in _walk(replace(config, padding="same"), in_channels, side, side))
+    return sum(layer.n_parameters for layer in _all_layers(replace(config, padding="same"), in_channels, side, side))
 
 
 def training_flops(config: UNetConfig, in_channels: int, height: int, width: int) -> int:
@@ -135,28 +138,20 @@ def norm_groups(channels: int) -> int:
     return max((n for n in range(1, min(32, channels // 4) + 1) if channels % n == 0), default=1)
 
 
-def _walk(config: UNetConfig, in_channels: int, height: int, width: int) -> list[Layer]:
-    """Return the layers in order, up to the first one whose map has vanished."""
-    found = []
-    for layer in _all_layers(config, in_channels, height, width):
-        found.append(layer)
-        if layer.is_empty:
-            break
-    return found
-
-
 def _first_impossible(
     config: UNetConfig, in_channels: int, height: int, width: int, batch_size: int | None
 ) -> Layer | None:
     """Return the layer whose map vanishes, else the first that cannot be normalised; None if there is neither."""
-    found = _walk(config, in_channels, height, width)
-    single = [layer for layer in found if _values_per_statistic(config, layer, batch_size) == 1]
-    return next(iter(found[-1:] if found[-1].is_empty else single), None)
+    found = list(_all_layers(config, in_channels, height, width))
+    empty = [layer for layer in found if layer.is_empty]
+    return next(iter(empty or [each for each in found if _n_per_statistic(config, each, batch_size) == 1]), None)
 
 
 def _all_layers(config: UNetConfig, in_channels: int, height: int, width: int) -> Iterator[Layer]:
     lost = 0 if config.padding == "same" else config.kernel_size - 1
     channels, h, w = in_channels, height, width
+    # The bias of a convolution, and weight and bias of its normalisation.
+    n_vectors = {"none": 1, "batch": 2, "group": 3, "instance": 2}[config.norm]
 
     def layer(name: str, kind: Kind, out: int, size: tuple[int, int], taps: int = 0, rest: int = 0) -> Layer:
         return Layer(
@@ -170,7 +165,7 @@ def _all_layers(config: UNetConfig, in_channels: int, height: int, width: int) -
         for index in range(config.stacking):
             taps = config.kernel_size**2 * channels * out
             size = h - lost, w - lost
-            yield layer(f"{prefix}.{index}", "convolution", out, size, taps, _bias_and_norm(config, out))
+            yield layer(f"{prefix}.{index}", "convolution", out, size, taps, n_vectors * out)
             channels, h, w = out, *size
 
     skips = []
@@ -195,28 +190,8 @@ def _all_layers(config: UNetConfig, in_channels: int, height: int, width: int) -
         yield layer("interpolation", "interpolation", 1, (height, width))
 
 
-def _why_empty(config: UNetConfig, layer: Layer) -> str:
-    size, side = f"{layer.in_height}x{layer.in_width}", config.kernel_size
-    if layer.kind == "pool":
-        return f"{layer.name} cannot halve a map of {size} any further"
-    return f"{layer.name} cannot apply a {side}x{side} convolution without padding to a map of {size}"
-
-
-def _values_per_statistic(config: UNetConfig, layer: Layer, batch_size: int | None) -> int:
+def _n_per_statistic(config: UNetConfig, layer: Layer, batch_size: int | None) -> int:
     """Return how many numbers share a mean and variance; 0 without normalisation or if the batch is not known."""
-    if layer.kind != "convolution":
-        return 0
-    return (
-        layer.height
-        * layer.width
-        * {
-            "none": 0,
-            "batch": batch_size or 0,
-            "group": layer.channels // norm_groups(layer.channels),
-            "instance": 1,
-        }[config.norm]
-    )
-
-
-def _bias_and_norm(config: UNetConfig, channels: int) -> int:
-    return {"none": channels, "batch": 2 * channels, "group": 3 * channels, "instance": 2 * channels}[config.norm]
+    per_group = layer.channels // norm_groups(layer.channels)
+    n_maps = {"none": 0, "batch": batch_size or 0, "group": per_group, "instance": 1}[config.norm]
+    return n_maps * layer.height * layer.width if layer.kind == "convolution" else 0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hpsearch import paths
 from hpsearch.config import StudyConfig
 from hpsearch.errors import CacheError
-from hpsearch.models.costs import n_parameters
+from hpsearch.models.network import n_parameters
 from hpsearch.report import tables, text
 from hpsearch.report.rows import FinalRow, StudyRows, study_rows
 from hpsearch.report.trial_rows import trial_cases, trial_epochs

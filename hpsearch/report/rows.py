@@ -9,7 +9,7 @@ import numpy as np
 
 from hpsearch.config import StudyConfig, get_setting
 from hpsearch.errors import RecordError
-from hpsearch.models.costs import n_parameters, why_impossible
+from hpsearch.models.network import n_parameters, why_impossible
 from hpsearch.report.estimates import Estimates
 from hpsearch.report.final_record import EvaluationHistory, FinalRecord, history_of
 from hpsearch.report.trial_rows import scores_by_fold, trial_epochs
@@ -187,7 +187,7 @@ def _trial_row(record: StudyRecord, trial: TrialRecord, estimates: Estimates | N
     return TrialRow(
         number=trial.number,
         outcome=trial.outcome or "open",
-        params={name: get_setting(config, name) for name, _ in record.config.search},
+        params={name: get_setting(config, name) for name in record.config.search},
         value=trial.value if statistics is None else statistics.mean,
         statistics=statistics,
         epochs=tuple(map(len, epochs)),

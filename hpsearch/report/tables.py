@@ -75,7 +75,7 @@ COLUMNS: dict[str, Callable[[Any, StudyRows], str]] = {
 def ranking(rows: StudyRows) -> Table:
     """Return all complete trials, best first, with `COLUMNS` and settings; those tied with the best are shaded."""
     assert rows.winner is not None
-    names = [name for name, _ in rows.config.search]
+    names = list(rows.config.search)
     head = (*COLUMNS, *(name.partition(".")[2].replace("_", " ") for name in names))
     lines = [
         (*(cell(row, rows) for cell in COLUMNS.values()), *(setting(row.params[name]) for name in names))

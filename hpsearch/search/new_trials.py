@@ -89,14 +89,14 @@ def read_params(path: Path, config: StudyConfig) -> dict[str, Any]:
         raise ConfigError(f"--enqueue {path}: {error}") from error
     before = config.absolute().flat()
     for name, value in wanted.absolute().flat().items():
-        dimension, fault = config.search.dimensions.get(name), ""
+        dimension, fault = config.search.get(name), ""
         if dimension is not None and not dimension.contains(get_setting(wanted, name)):
             fault = f"lies outside the search {dimension.to_toml()}"
         elif dimension is None and value != before[name] and name not in CHANGEABLE:
             fault = f"is not searched and is {before[name]} in this study"
         if fault:
             raise ConfigError(f"--enqueue {path}: {name} = {value} {fault}")
-    return {name: get_setting(wanted, name) for name, _ in config.search}
+    return {name: get_setting(wanted, name) for name in config.search}
 
 
 def enqueue(record: StudyRecord, wanted: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -25,12 +25,12 @@ MAX_ENUMERATED = 100_000
 
 def distributions(space: SearchSpace) -> dict[str, Distribution]:
     """Return Optuna's distribution of every dimension, by the setting's name."""
-    return {name: _distribution(dimension) for name, dimension in space}
+    return {name: _distribution(dimension) for name, dimension in space.items()}
 
 
 def default_params(config: StudyConfig) -> dict[str, Any]:
     """Return the default configuration as params: those of trial 0."""
-    return {name: get_setting(config, name) for name, _ in config.search}
+    return {name: get_setting(config, name) for name in config.search}
 
 
 def encode(value: Any) -> Any:
@@ -77,8 +77,8 @@ def unused_params(search: SearchSpace, used: Sequence[Mapping[str, Any]]) -> lis
     if not 0 < (search.n_configurations or 0) <= MAX_ENUMERATED:
         return []
     taken = {search.key(params) for params in used}
-    grids = [grid(dimension) for _, dimension in search]
-    found = (dict(zip(search.dimensions, values, strict=True)) for values in itertools.product(*grids))
+    grids = list(map(grid, search.values()))
+    found = (dict(zip(search, values, strict=True)) for values in itertools.product(*grids))
     return [params for params in found if search.key(params) not in taken]
 
 

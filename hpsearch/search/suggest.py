@@ -43,7 +43,7 @@ def suggest(
     """
     if number == 0 or enqueued:
         return {**default_params(config), **(enqueued or {})} if number else default_params(config)
-    dimensions = config.search.dimensions
+    dimensions = config.search
     fixed = {name: space.grid(each)[0] for name, each in dimensions.items() if each.n_values == 1}
     last = number - config.study.lookahead if config.study.lookahead else number
     hidden: dict[str, Any] = {"outcome": None, "value": None, "constraint": 0.0}
@@ -103,8 +103,8 @@ def _draw(config: StudyConfig, study: Study, trial: FrozenTrial, searched: Distr
 def _is_repeat(params: Params, earlier: TrialRecord, search: SearchSpace) -> bool:
     """Return whether an earlier trial had these params. What was infeasible is so at any continuous value."""
     any_float = earlier.outcome == "infeasible"
-    return search.dimensions.keys() <= earlier.params.keys() and all(
-        space.is_same(params[name], earlier.params[name], each, any_float=any_float) for name, each in search
+    return search.keys() <= earlier.params.keys() and all(
+        space.is_same(params[name], earlier.params[name], each, any_float=any_float) for name, each in search.items()
     )
 
 

@@ -105,7 +105,7 @@ class StudyRecord(StudyFiles):
     def configuration(self, params: Mapping[str, Any]) -> tuple[Any, ...]:
         """Return a key that params share if they are the same configuration; a missing one has its default."""
         search = self.config.search
-        return search.key({name: params.get(name, get_setting(self.config, name)) for name, _ in search})
+        return search.key({name: params.get(name, get_setting(self.config, name)) for name in search})
 
     def is_default(self, trial: TrialRecord) -> bool:
         """Whether the trial has the default configuration, as trial 0 has."""

@@ -354,7 +354,7 @@ def _experiment_tags(config: StudyConfig, experiment_id: str, began_ms: int) -> 
     metric, name = config.study.metric, "Trials, best first"
     metrics = (f"cv/{metric}_mean", f"cv/{metric}_std", f"test/{metric}", "cost/seconds")
     columns = [f"tags.`{RANK}`", f"tags.`{WINNER}`", *(f"metrics.`{key}`" for key in metrics)]
-    columns += [*(f"params.`{key}`" for key, _ in config.search), "tags.`outcome`"]
+    columns += [*(f"params.`{key}`" for key in config.search), "tags.`outcome`"]
     # Sorted by the mean, a trial that was not refitted or a refit could come before the winner.
     state = json.dumps({"orderByKey": f"tags.`{RANK}`", "orderByAsc": True, "selectedColumns": columns})
     page = f"#/experiments/{experiment_id}/runs?viewStateShareKey={SAVED_VIEW}&workflowType=machine_learning"

@@ -109,7 +109,7 @@ def study_run(record: StudyRecord, trials: Sequence[TrialRecord], standing: Stan
     """Return the parent run: the settings of the study, its best value and counts of outcomes after each trial."""
     is_over = record.is_searched(trials) and has_all_replicates(record)
     ends = [trial.ended_at or 0 for trial in trials] + [second.ended_at or 0 for second in record.replicate_records()]
-    search = {f"search.{name}": text_of(dimension.to_toml()) for name, dimension in record.config.search}
+    search = {f"search.{name}": text_of(dimension.to_toml()) for name, dimension in record.config.search.items()}
     return RunContent(
         key="study",
         name=record.name,

@@ -9,7 +9,6 @@ import os
 import pickle
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,14 +17,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from hpsearch import paths
 from hpsearch.config.model import UNetConfig
 from hpsearch.data.cache import Normalization
 from hpsearch.data.reading import READING_0_1, Reading
 from hpsearch.errors import CheckpointError, ConfigError
-from hpsearch.models.costs import output_margin
-from hpsearch.models.network import build_network
-from hpsearch.paths import FitPaths
+from hpsearch.models.network import build_network, output_margin
+from hpsearch.paths import FitPaths, atomic_write
 from hpsearch.typed_json import from_json, to_json
 
 logger = logging.getLogger(__name__)
@@ -41,14 +38,14 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
 
     The file is a magic line, the SHA-256 of all that follows, and the state in torch's format.
     """
-    with paths.atomic_write(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(_encode(state))
 
 
 def save_latest(fit: FitPaths, state: Mapping[str, Any]) -> None:
     """Write `state` to `last.pt`; the file that was there becomes `previous.pt` once the new one is readable."""
     content = _encode(state)
-    with paths.atomic_write(fit.last) as temporary:
+    with atomic_write(fit.last) as temporary:
         temporary.write_bytes(content)
         if temporary.read_bytes() != content:
             raise OSError(f"{fit.last} reads differently from what was written: the disk is faulty")
@@ -68,7 +65,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read: {os.strerror(error.errno or 0)}") from error
     head, payload = content[: len(_MAGIC) + 32], content[len(_MAGIC) + 32 :]
     if not head.startswith(_MAGIC):
-        raise CheckpointError(f"{path} is not a checkpoint of hpsearch{_what_it_is(content)}")
+        raise CheckpointError(f"{path} is not a checkpoint of hpsearch")
     if hashlib.sha256(payload).digest() != head[len(_MAGIC) :]:
         raise CheckpointError(f"{path} is torn or was changed: its checksum is wrong")
     try:
@@ -83,21 +80,16 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def load_latest(fit: FitPaths, digest: str | None = None) -> dict[str, Any] | None:
     """Return the newest good checkpoint of a fit, or None; a warning names each one that is skipped.
 
-    A checkpoint with another `digest` is skipped too; CheckpointError if there is no other.
+    Raises CheckpointError if it has another `digest`.
     """
-    is_foreign = False
-    for path in (fit.last, fit.previous):
-        if not path.exists():
-            continue
+    for path in filter(Path.exists, (fit.last, fit.previous)):
         try:
             state = load_checkpoint(path)
-            if digest in (None, state.get("digest")):
-                return state
-            is_foreign = True
-            raise CheckpointError(f"{path} belongs to another configuration, other images or another seed")
         except CheckpointError as error:
             logger.warning("%s; skipped", error)
-    if is_foreign:
+            continue
+        if digest in (None, state.get("digest")):
+            return state
         raise CheckpointError(
             f"{fit.root} holds a checkpoint of another configuration, other images or another seed; "
             "remove that folder to start this fit from the beginning"
@@ -105,7 +97,7 @@ def load_latest(fit: FitPaths, digest: str | None = None) -> dict[str, Any] | No
     return None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightsInfo:
     """All that is needed to use a weights file, stored inside it as JSON."""
 
@@ -136,10 +128,9 @@ def save_weights(path: Path, model: nn.Module, info: WeightsInfo) -> None:
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     table = {"format": WEIGHTS_FORMAT, **to_json(info)}
-    table["sha256"] = _checksum(table, tensors)
     # One key, because safetensors writes several keys in an order that differs between processes.
-    content = safetensors.torch.save(tensors, {"hpsearch": json.dumps(table, sort_keys=True)})
-    with paths.atomic_write(path) as temporary:
+    content = safetensors.torch.save(tensors, {"hpsearch": _described(table, tensors)})
+    with atomic_write(path) as temporary:
         temporary.write_bytes(content)
 
 
@@ -155,18 +146,15 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Mod
         with safetensors.safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get("hpsearch")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    except safetensors.SafetensorError as error:
-        what = _what_it_is(path.read_bytes())
-        raise CheckpointError(f"{path} is not a complete safetensors file{what}") from error
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read as a complete safetensors file: {error}") from error
     if text is None:
         raise CheckpointError(f"{path} is not a weights file of hpsearch: it has no description of its network")
     try:
         table = json.loads(text)
-        # The text is compared as well, because different texts may parse to the same table.
-        as_written = json.dumps(table, sort_keys=True) == text
-        if table.pop("sha256", None) != _checksum(table, tensors) or not as_written:
+        table.pop("sha256", None)
+        # As text, because different texts may parse to the same table.
+        if _described(table, tensors) != text:
             raise CheckpointError(f"{path} was changed since it was written: its checksum is wrong")
         if table["format"] != WEIGHTS_FORMAT:
             raise ValueError(f"format {table['format']}, this version of hpsearch reads {WEIGHTS_FORMAT}")
@@ -193,7 +181,7 @@ def save_array(path: Path, array: npt.NDArray[Any]) -> None:
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     content = buffer.getvalue()
-    with paths.atomic_write(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(content + hashlib.sha256(content).digest())
 
 
@@ -204,15 +192,9 @@ def _encode(state: Mapping[str, Any]) -> bytes:
     return _MAGIC + hashlib.sha256(payload).digest() + payload
 
 
-def _checksum(table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of a weights file's description and tensors, in hexadecimal."""
+def _described(table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Return a weights file's description as JSON, with the SHA-256 of description and tensors."""
     hashed = hashlib.sha256(json.dumps(table, sort_keys=True).encode())
     for name in sorted(tensors):
         hashed.update(name.encode() + tensors[name].flatten().view(torch.uint8).numpy().tobytes())
-    return hashed.hexdigest()
-
-
-def _what_it_is(content: bytes) -> str:
-    if content.startswith((b"\x80", b"PK\x03\x04")):
-        return ", but a pickle or zip file, which could run code and is not opened"
-    return ""
+    return json.dumps({**table, "sha256": hashed.hexdigest()}, sort_keys=True)

@@ -44,21 +44,31 @@ def evaluate(model: Forward, batches: Iterable[Batch], runtime: Runtime, loss: L
     return fetch(counts, losses)
 
 
-def predict_logits(model: Forward, batches: Iterable[Batch], runtime: Runtime) -> Iterator[tuple[Tensor, Tensor]]:
+def predict_logits(
+    model: Forward, batches: Iterable[Batch], runtime: Runtime, *, flips: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield logits (B, 1, H, W) float32 and masks (B, 1, H, W) uint8 of the batches, at the size of the masks.
 
     The caller sets `model` to evaluation mode. If the model has a margin, the masks are cut to the part that the
-    logits cover.
+    logits cover. With `flips` the logits are those of `mean_over_flips`.
     """
     margin = margin_of(model)
     for batch in batches:
         with torch.inference_mode():
             with runtime.autocast():
-                logits = model(batch.images)
+                logits = mean_over_flips(model, batch.images) if flips else model(batch.images)
             masks = covered(batch.masks, logits, margin)
             logits = resize_logits(logits.float(), (masks.shape[-2], masks.shape[-1]))
         runtime.end_step()
         yield logits, masks
+
+
+def mean_over_flips(forward: Forward, images: Tensor) -> Tensor:
+    """Return the mean logits of images (B, C, H, W) and their three mirror images, mirrored back."""
+    total = forward(images)
+    for axes in ((-1,), (-2,), (-2, -1)):
+        total = total + forward(images.flip(axes)).flip(axes)
+    return total / 4
 
 
 def covered(masks: Tensor, logits: Tensor, margin: int) -> Tensor:

@@ -1,6 +1,5 @@
 """One fit: train one network on one set of images, score it on another after every epoch, resume exactly."""
 
-import logging
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -16,19 +15,16 @@ from hpsearch.config import stable_seed
 from hpsearch.config.train import TrainConfig
 from hpsearch.data.batches import DeviceData, eval_batches, train_batches
 from hpsearch.errors import ConfigError, DeviceError, DivergedError, OutOfMemoryError
-from hpsearch.models.costs import output_size, training_flops
-from hpsearch.models.network import build_network
+from hpsearch.models.network import build_network, output_size, training_flops
 from hpsearch.paths import FitPaths
 from hpsearch.training import runtime as devices
 from hpsearch.training.evaluation import Forward, count, covered, eval_batch_size, evaluate, fetch
 from hpsearch.training.losses import Loss, loss_function
 from hpsearch.training.metrics import SCORES, PixelCounts
-from hpsearch.training.progress import Progress, as_recorded, resume_, save_epoch
+from hpsearch.training.progress import Progress, resume_, save_epoch
 from hpsearch.training.rows import EpochRow, Scores
 from hpsearch.training.runtime import Runtime
 from hpsearch.training.task import FitTask
-
-logger = logging.getLogger(__name__)
 
 COMPILED_FLOPS = 2e17
 """Smallest work of a fit that `train.compile = "auto"` compiles on CUDA: 20 minutes at a fifth of the peak of an
@@ -61,9 +57,9 @@ def fit(
     if reason := task.why_impossible():
         raise ConfigError(reason)
     # Memory that an earlier fit left behind would count towards the peak of this one.
-    devices.trim_memory(runtime.device)
+    devices.free_memory(runtime.device)
     try:
-        with runtime.active(), devices.seeded(task.seed, runtime.device):
+        with runtime.active():
             return _fit(task, data, runtime, paths, keep_best, on_epoch or (lambda row, scores: "go"))
     except (RuntimeError, MemoryError) as error:
         if not devices.is_out_of_memory(error):
@@ -82,13 +78,18 @@ def _fit(
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     progress = Progress(task, model, make_optimizer(config.train, model.parameters(), device), runtime.make_scaler())
     task_digest = task.digest(data.cache.key)
-    recorded = {} if paths is None else resume_(progress, paths, task_digest)
-    forward = _compiled(model, task, runtime) if _is_compiled(task, runtime) else model
+    if paths is not None:
+        resume_(progress, paths, task_digest)
+    forward: Forward = model
+    if _is_compiled(task, runtime):
+        # With `auto`, parts of the network that cannot be compiled run as they are.
+        torch._dynamo.config.suppress_errors = runtime.compile == "auto"
+        forward = torch.compile(model, dynamic=False)
     epochs = _Epochs(task, data, runtime, progress, forward, loss_function(config.train))
     goes_on = not progress.rows or on_epoch(progress.rows[-1], progress.scores[-1]) == "go"
     while progress.stopped and goes_on:
         best_before = progress.best_score()
-        row = as_recorded(epochs.run_next(), recorded)
+        row = epochs.run_next()
         progress.rows.append(row)
         if paths is not None:
             save_epoch(progress, paths, task_digest, is_best=keep_best and progress.best_score() > best_before)
@@ -254,28 +255,3 @@ def _is_compiled(task: FitTask, runtime: Runtime) -> bool:
     config = task.config
     n_images = config.train.epochs * task.steps_per_epoch * sum(task.part_sizes)
     return n_images * training_flops(config.unet, config.data.n_channels, *task.size) >= COMPILED_FLOPS
-
-
-def _compiled(model: nn.Module, task: FitTask, runtime: Runtime) -> Forward:
-    """Return the network compiled, after a trial step that leaves no trace in it.
-
-    If compilation fails, `auto` returns the network as it is, and `on` raises DeviceError.
-    """
-    compiled: Forward = torch.compile(model, dynamic=False)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    images = torch.zeros(task.part_sizes[0], task.config.data.n_channels, *task.size, device=runtime.device)
-    model.train()
-    try:
-        with runtime.autocast():
-            logits = compiled(images.to(memory_format=torch.channels_last))
-        logits.float().sum().backward()  # type: ignore[no-untyped-call]
-    except Exception as error:
-        if devices.is_out_of_memory(error):
-            raise
-        if runtime.compile == "on":
-            raise DeviceError(f"torch.compile failed on {runtime.device}: {error}") from error
-        logger.warning("torch.compile failed, continuing without it: %s", error)
-        compiled = model
-    model.zero_grad(set_to_none=True)
-    model.load_state_dict(before)
-    return compiled

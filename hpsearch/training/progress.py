@@ -1,6 +1,5 @@
 """State of a fit after its last epoch: the files of each epoch, restoration, and the files of a finished fit."""
 
-import dataclasses
 import logging
 import math
 from dataclasses import dataclass, field
@@ -12,16 +11,15 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from hpsearch import paths as files
 from hpsearch.data.batches import DeviceData, eval_batches
-from hpsearch.paths import FitPaths
+from hpsearch.models.network import uses_batch_statistics
+from hpsearch.paths import FitPaths, append_line, atomic_write, sha256_file, write_json, write_text
 from hpsearch.training import checkpoint
-from hpsearch.training import runtime as devices
 from hpsearch.training.checkpoint import WeightsInfo
 from hpsearch.training.evaluation import Forward, Indices, predict_logits
-from hpsearch.training.rows import EpochRow, FitSummary, read_lines, to_line
-from hpsearch.training.runtime import Runtime
-from hpsearch.training.task import FitTask, microbatches_are_exact
+from hpsearch.training.rows import EpochRow, FitSummary, to_line
+from hpsearch.training.runtime import Runtime, describe
+from hpsearch.training.task import FitTask
 from hpsearch.typed_json import from_json, to_json
 
 logger = logging.getLogger(__name__)
@@ -74,24 +72,19 @@ class Progress:
         return max((float(scores.mean()) for scores in self.scores if scores.size), default=-math.inf)
 
 
-def resume_(progress: Progress, paths: FitPaths, task_digest: str) -> dict[int, EpochRow]:
+def resume_(progress: Progress, paths: FitPaths, task_digest: str) -> None:
     """Restore `progress` from the last good checkpoint, if any, and rewrite epochs.jsonl to match it.
 
-    Returns the rows that were recorded before, by epoch. Raises CheckpointError for the checkpoint of another fit.
+    Raises CheckpointError for the checkpoint of another fit.
     """
-    # In reverse, so that the first of several rows of an epoch counts.
-    lines, _ = read_lines(paths.epochs.read_bytes() if paths.epochs.is_file() else b"")
-    recorded = {row.epoch: row for row in reversed(lines)}
     state = checkpoint.load_latest(paths, task_digest)
     if state is not None:
         progress.restore_(state, paths.last)
         logger.info("%s: resumed after epoch %d", paths.root, len(progress.rows))
-    progress.rows = [as_recorded(row, recorded) for row in progress.rows]
     if progress.rows:
         checkpoint.save_array(paths.scores, progress.scores)
     if progress.rows or paths.epochs.exists():
-        files.write_text(paths.epochs, "".join(to_line(row) + "\n" for row in progress.rows))
-    return recorded
+        write_text(paths.epochs, "".join(to_line(row) + "\n" for row in progress.rows))
 
 
 def save_epoch(progress: Progress, paths: FitPaths, task_digest: str, *, is_best: bool) -> None:
@@ -103,16 +96,7 @@ def save_epoch(progress: Progress, paths: FitPaths, task_digest: str, *, is_best
         checkpoint.save_checkpoint(paths.best, best)
     checkpoint.save_latest(paths, progress.to_state(task_digest))
     checkpoint.save_array(paths.scores, progress.scores)
-    files.append_line(paths.epochs, to_line(row))
-
-
-def as_recorded(row: EpochRow, recorded: dict[int, EpochRow]) -> EpochRow:
-    """Return the row with the time at which it was first recorded, so that a repeated epoch is logged only once."""
-    first = recorded.get(row.epoch, row)
-    if (first.train, first.held_out, first.lr) == (row.train, row.held_out, row.lr):
-        return first
-    # On a device whose sums differ from run to run: the new values at the first time.
-    return dataclasses.replace(row, time=first.time)
+    append_line(paths.epochs, to_line(row))
 
 
 def finish_fit(
@@ -142,17 +126,17 @@ def finish_fit(
         epochs=len(rows),
         value=float(np.mean(fit.scores[-1], dtype=np.float64)) if n_held_out else None,
         n_held_out=n_held_out,
-        micro_batch=None if microbatches_are_exact(task.config.unet) else task.micro_batch,
+        micro_batch=task.micro_batch if uses_batch_statistics(task.config.unet) else None,
         seconds=train_s + eval_s,
         train_s=train_s,
         eval_s=eval_s,
         images_per_s=sum(row.images_per_s * row.train_s for row in rows) / train_s,
         peak_bytes=max(row.peak_bytes for row in rows),
-        scores_sha256=files.sha256_file(paths.scores),
-        weights_sha256=files.sha256_file(paths.weights),
-        runtime=devices.describe(runtime),
+        scores_sha256=sha256_file(paths.scores),
+        weights_sha256=sha256_file(paths.weights),
+        runtime=describe(runtime),
     )
-    files.write_json(paths.fit, {"format": 1, **to_json(summary)})
+    write_json(paths.fit, {"format": 1, **to_json(summary)})
     for path in (paths.last, paths.previous):
         path.unlink(missing_ok=True)
     return summary
@@ -185,7 +169,7 @@ def save_examples(
             logits.sigmoid().mul(255).round().to(torch.uint8).squeeze(1).cpu().numpy()
             for logits, _ in predict_logits(model, batches, runtime)
         ]
-    with files.atomic_write(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(
             file, indices=indices[chosen], scores=scores[chosen], probabilities=np.concatenate(probabilities)
         )

@@ -9,6 +9,7 @@ import os
 import platform
 import random
 import re
+import resource
 import shutil
 import sys
 from collections.abc import Iterator
@@ -26,8 +27,6 @@ Precision = Literal["float32", "bf16", "fp16"]
 CompileChoice = Literal["auto", "on", "off"]
 
 _DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_LINUX_STATUS = Path("/proc/self/status")
-_LINUX_CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,10 +117,7 @@ def choose_device(name: str = "auto") -> torch.device:
         raise DeviceError(f"unknown device {name!r}: it is auto, cpu, cuda, cuda:N, mps or xla")
     if (index := int(match[1] or 0)) < n_gpus:
         return torch.device("cuda", index)
-    reason = "this torch was built without CUDA" if torch.version.cuda is None else "no GPU or no driver was found"
-    if n_gpus:
-        reason = f"this machine has {n_gpus} GPU(s), cuda:0 to cuda:{n_gpus - 1}"
-    raise DeviceError(f"device {name} is not there: {reason}; use --device auto")
+    raise DeviceError(f"device {name} is not there: torch {torch.__version__} finds {n_gpus} GPUs; use --device auto")
 
 
 def choose_precision(device: torch.device, amp: str = "auto") -> Precision:
@@ -154,7 +150,8 @@ def cpu_computes_bf16() -> bool:
 
 def describe(runtime: Runtime) -> dict[str, str]:
     """Return the device, the processor and the versions, for the record."""
-    device, name, versions = runtime.device, processor_name(), {}
+    device, versions = runtime.device, {}
+    name = _cpu_info("model name") or platform.processor() or platform.machine()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         name = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
@@ -176,11 +173,6 @@ def describe(runtime: Runtime) -> dict[str, str]:
     }
 
 
-def processor_name() -> str:
-    """Return the name of the CPU."""
-    return _cpu_info("model name") or platform.processor() or platform.machine()
-
-
 def _cpu_info(key: str) -> str:
     """Return the first value of a key of Linux's /proc/cpuinfo; empty if there is none."""
     try:
@@ -199,31 +191,20 @@ def reset_peak_memory(device: torch.device) -> None:
     # On Linux, 5 resets the peak of resident memory. Other systems, and containers that mask the file, keep the
     # peak of the whole process.
     with contextlib.suppress(OSError):
-        _LINUX_CLEAR_REFS.write_text("5")
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory(device: torch.device) -> int:
     """Return the peak since `reset_peak_memory` in bytes: allocated by torch on CUDA, resident memory elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(OSError):
-        match = re.search(r"^VmHWM:\s*(\d+) kB$", _LINUX_STATUS.read_text(), re.MULTILINE)
-        if match:
-            return int(match[1]) * 1024
-    import resource  # not on Windows
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def free_memory(device: torch.device) -> None:
-    """Release all unreferenced memory, reference cycles included; takes a tenth of a second."""
+    """Return all unreferenced memory to the device, reference cycles included; takes a tenth of a second."""
     gc.collect()
-    trim_memory(device)
-
-
-def trim_memory(device: torch.device) -> None:
-    """Return the memory that the allocator caches to the device."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "mps":
@@ -236,7 +217,7 @@ def trim_memory(device: torch.device) -> None:
 def keep_freed_memory() -> None:
     """Make glibc keep freed memory instead of returning it to the system; no effect with other C libraries.
 
-    Without it, each step of the UNet at 128x128 had 30000 page faults, which took a tenth of its time. `trim_memory`
+    Without it, each step of the UNet at 128x128 had 30000 page faults, which took a tenth of its time. `free_memory`
     still returns all of it.
     """
     if (libc := _glibc()) is not None:
@@ -259,19 +240,6 @@ def set_seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-@contextlib.contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed all global generators for the block, and restore those of Python, NumPy, the CPU and CUDA afterwards."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        set_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
 
 
 def why_no_compile(device: torch.device) -> str | None:

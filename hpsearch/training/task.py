@@ -3,18 +3,16 @@
 import dataclasses
 import hashlib
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from hpsearch.config import StudyConfig, digest
 from hpsearch.config.data import AugmentConfig
-from hpsearch.config.model import UNetConfig
 from hpsearch.config.train import TrainConfig
 from hpsearch.data.batches import n_train_batches
 from hpsearch.data.cache import Normalization
-from hpsearch.models.costs import output_margin, uses_batch_statistics, why_impossible
+from hpsearch.models.network import output_margin, uses_batch_statistics, why_impossible
 from hpsearch.training.evaluation import Indices
 
 HASHED = (
@@ -25,7 +23,7 @@ HASHED = (
 that a new setting leaves the checkpoints of existing studies valid."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FitTask:
     """Everything that decides the result of a fit, except the images and the arithmetic of the device."""
 
@@ -37,7 +35,7 @@ class FitTask:
     seed: int
     micro_batch: int | None = None
     """Most images whose gradients are computed at once, to save memory (`part_sizes`). The result is the same apart
-    from rounding where `microbatches_are_exact`. Otherwise batch normalisation uses the statistics of the parts."""
+    from rounding unless the network `uses_batch_statistics`: then these are the statistics of the parts."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -51,8 +49,14 @@ class FitTask:
 
     @property
     def part_sizes(self) -> list[int]:
-        """Images in each part of a batch that goes through the network at once."""
-        return part_sizes(max(1, min(self.config.train.batch_size, len(self.train_indices))), self.micro_batch)
+        """Images in each part of a batch that goes through the network at once.
+
+        Sizes differ by at most one. For example 5 images in parts of 4 are 3 and 2, because batch normalisation could
+        not normalise a part of one image.
+        """
+        n_images = max(1, min(self.config.train.batch_size, len(self.train_indices)))
+        n_parts = math.ceil(n_images / self.micro_batch) if self.micro_batch else 1
+        return [len(part) for part in np.array_split(np.arange(n_images), n_parts)]
 
     @property
     def margin(self) -> int:
@@ -82,7 +86,7 @@ class FitTask:
             "metric": config.study.metric,
             "seed": self.seed,
         }
-        if not microbatches_are_exact(config.unet):
+        if uses_batch_statistics(config.unet):
             table["micro_batch"] = self.micro_batch
         if self.margin:
             table["stretch"] = False
@@ -101,19 +105,3 @@ def _hashed(settings: TrainConfig | AugmentConfig) -> dict[str, Any]:
         if (value := getattr(settings, field.name)) != field.default or field.name in HASHED
         if field.name not in ("amp", "compile")
     }
-
-
-def microbatches_are_exact(config: UNetConfig) -> bool:
-    """Return whether gradients summed over parts of a batch equal those of the whole batch, apart from rounding."""
-    return not uses_batch_statistics(config)
-
-
-def part_sizes(n_images: int, micro_batch: int | None) -> list[int]:
-    """Return the number of images in each part of a batch whose parts have at most `micro_batch` (None: one part).
-
-    Sizes differ by at most one. For example 5 images in parts of 4 are 3 and 2, because batch normalisation could not
-    normalise a part of one image.
-    """
-    n_parts = math.ceil(n_images / micro_batch) if micro_batch else 1
-    smaller, n_larger = divmod(n_images, n_parts)
-    return [smaller + 1] * n_larger + [smaller] * (n_parts - n_larger)

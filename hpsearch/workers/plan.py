@@ -16,8 +16,8 @@ from hpsearch.config.data import DataConfig
 from hpsearch.config.model import UNetConfig
 from hpsearch.config.search import Choice, Range
 from hpsearch.errors import ConfigError
-from hpsearch.models.costs import n_parameters, training_flops, training_memory, why_impossible
 from hpsearch.models.memory import Step
+from hpsearch.models.network import n_parameters, training_flops, training_memory, why_impossible
 from hpsearch.workers.jobs import MeasuredStep, WorkerSettings
 
 MEMORY_SHARE = 0.9
@@ -145,9 +145,9 @@ def sample_space(config: StudyConfig, n: int, seed: int = 0) -> list[StudyConfig
     """Return `n` configurations drawn evenly from the search space, without those that contradict themselves."""
     generator = np.random.default_rng(seed)
     found = []
-    for _ in range(n if len(config.search) else 1):
+    for _ in range(n if config.search else 1):
         try:
-            found.append(config.with_params({name: _draw(dim, generator) for name, dim in config.search}))
+            found.append(config.with_params({name: _draw(dim, generator) for name, dim in config.search.items()}))
         except ConfigError:
             continue
     return found

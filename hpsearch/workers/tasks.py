@@ -16,6 +16,7 @@ from hpsearch.data.cache import Normalization, open_cache
 from hpsearch.data.decode import read_pair
 from hpsearch.errors import OutOfMemoryError
 from hpsearch.inference import select_postprocessing
+from hpsearch.models.network import uses_batch_statistics
 from hpsearch.paths import FitPaths, atomic_write, write_json
 from hpsearch.training import runtime as runtimes
 from hpsearch.training.checkpoint import load_weights, save_array
@@ -24,7 +25,7 @@ from hpsearch.training.metrics import SCORES, PixelCounts
 from hpsearch.training.progress import Progress, finish_fit, save_examples
 from hpsearch.training.rows import EpochRow, FitSummary
 from hpsearch.training.runtime import Runtime
-from hpsearch.training.task import FitTask, microbatches_are_exact
+from hpsearch.training.task import FitTask
 from hpsearch.workers import jobs
 from hpsearch.workers.jobs import CachePaths, Finished, FitJob, MeasureJob, StepToMeasure, WorkerSettings
 from hpsearch.workers.plan import image_flops
@@ -97,7 +98,7 @@ def fit_within_memory(task: FitTask, folder: FitPaths, run: Callable[[FitTask], 
     Batches are halved where the result stays the same, or where `study.allow_microbatch` allows another result and
     the parts are not too small for batch normalisation. Otherwise raises OutOfMemoryError.
     """
-    config, is_exact = task.config, microbatches_are_exact(task.config.unet)
+    config, is_exact = task.config, not uses_batch_statistics(task.config.unet)
     while True:
         try:
             return run(task)

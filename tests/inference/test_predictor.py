@@ -375,7 +375,7 @@ def test_a_pickle_for_a_model_is_refused_in_one_line(
     assert caught.value.code == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "could run code" in error
+    assert "cannot be read as a complete safetensors file" in error
     assert not (tmp_path / "masks").exists()
 
 
@@ -389,7 +389,7 @@ def test_images_are_found_in_files_folders_and_globs(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="has no images"):
         find_images([f"{tmp_path}/*.tiff"])
     (tmp_path / "deeper").mkdir()
-    with pytest.raises(DatasetError, match=r"deeper/\*\*/\*' takes those in the folders below"):
+    with pytest.raises(DatasetError, match="deeper has no images"):
         find_images([tmp_path / "deeper"])
 
 

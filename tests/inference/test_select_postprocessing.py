@@ -16,10 +16,11 @@ from hpsearch.data.batches import DeviceData
 from hpsearch.data.cache import Normalization, open_cache
 from hpsearch.inference import select_postprocessing as choosing
 from hpsearch.inference.postprocessing import FoldNetwork, Postprocessing, SelectedPostprocessing
-from hpsearch.inference.predictor import Ensemble, Predictor, load_predictor, mean_over_flips
+from hpsearch.inference.predictor import Ensemble, Predictor, load_predictor
 from hpsearch.inference.scoring import count_mask
 from hpsearch.models.unet import UNet
 from hpsearch.training.checkpoint import WeightsInfo, load_weights, save_weights
+from hpsearch.training.evaluation import mean_over_flips
 from hpsearch.training.runtime import Runtime, make_runtime
 from tests.recorded import write_cache
 
@@ -252,6 +253,24 @@ def test_counts_are_those_of_the_masks_that_predict_makes(
         for row, image, mask in zip(counts, images, masks, strict=True):
             pred = predictor.mask(predictor.logits(torch.from_numpy(image).permute(2, 0, 1)))
             assert np.array_equal(row, count_mask(pred, mask > 0, name="image"))
+
+
+@pytest.mark.parametrize("flips", [False, True])
+def test_a_valid_network_of_windows_is_counted_where_its_output_lies(
+    tmp_path: Path, data: DeviceData, runtime: Runtime, flips: bool
+) -> None:
+    """16x16 windows have outputs of 8x8, four pixels from the border."""
+    config = dataclasses.replace(MODEL, padding="valid")
+    info = WeightsInfo(
+        model=config, in_channels=3, normalization=Normalization((0.5,) * 3, (0.25,) * 3), size=(SIZE, SIZE),
+        extra={"match": "crop"},
+    )  # fmt: skip
+    save_weights(tmp_path / "valid.safetensors", UNet(config, 3, seed=0), info)
+    networks = [load_weights(tmp_path / "valid.safetensors")]
+    (counts,) = choosing.count_pixels_of(networks, np.arange(N), [Postprocessing(flips=flips)], data, runtime)
+    assert set(counts.sum(1)) == {8 * 8}
+    inside = data.cache.read(np.arange(N))[1][:, 4:12, 4:12] > 0
+    assert np.array_equal(counts[:, 0] + counts[:, 2], inside.sum((1, 2)))
 
 
 def test_the_mean_over_flips_is_the_same_for_every_mirror_image() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hpsearch.config.model import UNetConfig
-from hpsearch.models import costs, memory, shapes
+from hpsearch.models import memory, shapes
 from hpsearch.models.memory import Step
 
 NAMES = ("n_parameters", "training_flops", "training_memory", "uses_batch_statistics", "why_impossible")

@@ -10,7 +10,6 @@ from torch import nn
 
 from hpsearch.config import values
 from hpsearch.config.model import UNetConfig
-from hpsearch.models import costs
 from hpsearch.models.memory import Step, training_memory
 from hpsearch.models.network import build_network, margin_of
 from hpsearch.models.unet import UNet
@@ -83,7 +82,7 @@ def test_arithmetic_of_the_network_is_preferred_to_a_dry_run() -> None:
 def test_the_costs_of_the_unet_need_no_torch() -> None:
     code = (
         "import sys; from hpsearch.config.model import UNetConfig as C;"
-        "from hpsearch.models import costs as c, memory as m;"
+        "from hpsearch.models import network as c, memory as m;"
         "c.why_impossible(C(), 3, 64, 64), c.n_parameters(C(), 3), c.training_flops(C(), 3, 64, 64);"
         "c.training_memory(C(), 3, 64, 64, m.Step(batch_size=2, precision='bf16')); assert 'torch' not in sys.modules"
     )

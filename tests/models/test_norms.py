@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hpsearch.models import norms
-from hpsearch.models.norms import LANES, BatchNorm, ImageNorm
+from hpsearch.models import unet
+from hpsearch.models.unet import LANES, BatchNorm, ImageNorm
 
 NARROW = [(torch.float32, 2), (torch.float32, 4), (torch.bfloat16, 4), (torch.bfloat16, 8)]
 """Types and channels that do not fill a vector."""
@@ -135,7 +135,7 @@ def test_an_image_of_one_colour_becomes_nothing() -> None:
 
 
 def test_the_variance_that_is_kept_is_the_unbiased_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(norms, "NARROW_NUMBERS", 64)
+    monkeypatch.setattr(unet, "NARROW_NUMBERS", 64)
     x = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     x = x.contiguous(memory_format=torch.channels_last)
     ours, theirs = BatchNorm(4), nn.BatchNorm2d(4)

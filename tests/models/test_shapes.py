@@ -140,7 +140,7 @@ def test_what_is_possible_trains(config: UNetConfig, height: int, width: int, ba
             UNetConfig(depth=5),
             16,
             2,
-            "encoder.5.pool cannot halve a map of 1x1 any further; images must be at least 17x17",
+            "encoder.5.pool cannot halve a map of 1x1; images must be at least 17x17",
         ),
         (UNetConfig(depth=4, norm="instance"), 16, 2, "encoder.4.stack.0 has a map of 1x1, too small for instance"),
         (UNetConfig(depth=4, norm="batch"), 16, 1, "too small for batch normalisation to compute a variance"),

@@ -20,7 +20,7 @@ def study(tmp_path: Path) -> FakeStudy:
 def test_the_ranking_has_a_column_for_every_searched_setting(study: FakeStudy) -> None:
     rows = study_rows(study.record)
     table = tables.ranking(rows)
-    names = [name.partition(".")[2].replace("_", " ") for name, _ in rows.config.search]
+    names = [name.partition(".")[2].replace("_", " ") for name in rows.config.search]
     assert table.head == (*tables.COLUMNS, *names)
     assert {"trial", "mean", "95 % interval", "sd of folds", "over folds (t)", "time"} <= set(tables.COLUMNS)
     assert [line[0] for line in table.lines] == [str(row.number) for row in rows.complete]

@@ -118,9 +118,9 @@ def test_pickle_opcodes_are_refused_and_never_run_even_behind_a_right_checksum(t
         with pytest.raises(CheckpointError, match="more than tensors and plain types"):
             load_checkpoint(path)
         path.write_bytes(payload)
-        with pytest.raises(CheckpointError, match="could run code"):
+        with pytest.raises(CheckpointError, match="is not a checkpoint of hpsearch"):
             load_checkpoint(path)
-        with pytest.raises(CheckpointError, match="could run code"):
+        with pytest.raises(CheckpointError, match="cannot be read as a complete safetensors file"):
             load_weights(path)
     assert not marker.exists()
 
@@ -283,13 +283,11 @@ def test_an_unwritable_folder_is_a_storage_error(model, tmp_path):
         save_checkpoint(tmp_path / "file" / "a.pt", STATE)
 
 
-def test_the_checkpoint_of_another_fit_is_passed_over_for_the_previous_and_never_continued(fit, caplog):
+def test_the_checkpoint_of_another_fit_is_never_continued(fit):
     save_latest(fit, STATE)
-    save_latest(fit, {**STATE, "digest": "of another fit"})
     state = load_latest(fit, "ab")
     assert state is not None
     assert state["digest"] == "ab"
-    assert "another configuration" in caplog.text
     save_latest(fit, {**STATE, "digest": "of another fit"})
     with pytest.raises(CheckpointError, match="remove that folder"):
         load_latest(fit, "ab")

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ def test_without_a_compiler_auto_goes_on_and_on_says_what_is_missing(monkeypatch
         fit(**fit_arguments(runtime=dataclasses.replace(FLOAT32, compile="on")))
 
 
-def test_a_compiled_fit_leaves_no_trace_of_its_trial_step(plain, monkeypatch):
+def test_the_network_is_compiled_once_for_the_whole_fit(plain, monkeypatch):
     monkeypatch.setattr(devices, "why_no_compile", lambda device: None)
     calls = []
     monkeypatch.setattr(torch, "compile", lambda model, **_: calls.append(model) or (lambda images: model(images)))
@@ -39,16 +40,18 @@ def test_a_compiled_fit_leaves_no_trace_of_its_trial_step(plain, monkeypatch):
     assert len(calls) == 1
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
 def test_a_compiler_that_fails_costs_auto_nothing_and_ends_on(plain, monkeypatch):
-    def failing(images):
+    def failing(graph, inputs):
         raise RuntimeError("C++ compile error")
 
-    monkeypatch.setattr(devices, "why_no_compile", lambda device: None)
-    monkeypatch.setattr(torch, "compile", lambda model, **_: failing)
-    with pytest.raises(DeviceError, match=r"torch\.compile failed on cpu: C\+\+ compile error"):
-        fit(**fit_arguments(runtime=dataclasses.replace(FLOAT32, compile="on")))
     monkeypatch.setattr(loop, "_is_compiled", lambda *_: True)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=failing))
+    with pytest.raises(RuntimeError, match=r"C\+\+ compile error"):
+        fit(**fit_arguments(runtime=dataclasses.replace(FLOAT32, compile="on")))
+    torch.compiler.reset()
     assert_equal(fit(**fit_arguments(runtime=dataclasses.replace(FLOAT32, compile="auto"))), plain)
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize(

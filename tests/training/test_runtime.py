@@ -1,5 +1,4 @@
 import dataclasses
-import random
 import sys
 import types
 from pathlib import Path
@@ -69,7 +68,7 @@ def test_a_device_that_is_not_there_is_an_error_that_says_what_is(name, message,
 
 def test_a_gpu_beyond_the_last_is_an_error_that_counts_them(gpus):
     gpus(9)
-    with pytest.raises(DeviceError, match=r"this machine has 2 GPU\(s\), cuda:0 to cuda:1"):
+    with pytest.raises(DeviceError, match="finds 2 GPUs"):
         choose_device("cuda:2")
 
 
@@ -150,20 +149,6 @@ def test_what_active_sets_it_restores_even_after_an_error():
     assert torch.get_num_threads() == threads
 
 
-def test_seeded_gives_the_same_numbers_and_leaves_the_callers_generators_alone():
-    def draw():
-        return random.random(), float(np.random.random()), float(torch.rand(()))
-
-    runtime.set_seed(1)
-    expected = draw()
-    runtime.set_seed(1)
-    with runtime.seeded(2, CPU):
-        first = draw()
-    with runtime.seeded(2, CPU):
-        assert draw() == first != expected
-    assert draw() == expected
-
-
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
@@ -195,13 +180,6 @@ def test_peak_memory_sees_what_was_held_in_between():
     assert runtime.peak_memory(CPU) >= before + 2**24
 
 
-def test_peak_memory_is_known_where_there_is_no_proc(monkeypatch):
-    monkeypatch.setattr(runtime, "_LINUX_STATUS", Path("/nonexistent/status"))
-    monkeypatch.setattr(runtime, "_LINUX_CLEAR_REFS", Path("/nonexistent/clear_refs"))
-    runtime.reset_peak_memory(CPU)
-    assert runtime.peak_memory(CPU) > 2**24
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the high-water mark is reset on Linux")
 def test_the_peak_of_one_fit_is_not_that_of_the_fit_before():
     held = np.ones(2**27, np.uint8)
@@ -212,6 +190,17 @@ def test_the_peak_of_one_fit_is_not_that_of_the_fit_before():
     assert runtime.peak_memory(CPU) < high - 2**26
 
 
+def test_the_description_names_the_processor_where_there_is_no_proc(monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: (_ for _ in ()).throw(OSError()))
+    assert runtime.describe(make_runtime("cpu", amp="off", threads=1))["device_name"]
+
+
+def test_peak_memory_is_known_where_it_cannot_be_reset(monkeypatch):
+    monkeypatch.setattr(Path, "write_text", lambda *_, **__: (_ for _ in ()).throw(OSError()))
+    runtime.reset_peak_memory(CPU)
+    assert runtime.peak_memory(CPU) > 2**24
+
+
 def test_the_description_names_machine_precision_and_versions():
     table = runtime.describe(make_runtime("cpu", amp="off", threads=2))
     assert table["device"] == "cpu"
@@ -220,11 +209,6 @@ def test_the_description_names_machine_precision_and_versions():
     assert table["torch"] == torch.__version__
     assert table["device_name"]
     assert all(isinstance(value, str) for value in table.values())
-
-
-def test_the_processor_has_a_name_where_there_is_no_proc(monkeypatch):
-    monkeypatch.setattr(Path, "read_text", lambda *_, **__: (_ for _ in ()).throw(OSError()))
-    assert runtime.processor_name()
 
 
 def test_compilation_needs_a_compiler_and_triton(monkeypatch):

@@ -5,7 +5,7 @@ import pytest
 
 from hpsearch.config.model import UNetConfig
 from hpsearch.config.train import TrainConfig
-from hpsearch.training.task import FitTask, part_sizes
+from hpsearch.training.task import FitTask
 from tests.training import fakes
 from tests.training.fakes import fit_arguments
 
@@ -51,7 +51,8 @@ def test_a_network_that_cannot_be_trained_on_so_few_images_is_refused():
 
 @pytest.mark.parametrize(("n_images", "micro_batch"), [(16, None), (16, 16), (16, 5), (5, 4), (7, 2), (3, 1), (2, 8)])
 def test_parts_of_a_batch_are_as_equal_as_can_be(n_images, micro_batch):
-    sizes = part_sizes(n_images, micro_batch)
+    task = make_task(train=TrainConfig(batch_size=16), train_indices=np.arange(n_images), micro_batch=micro_batch)
+    sizes = task.part_sizes
     assert sum(sizes) == n_images
     assert max(sizes) <= (micro_batch or n_images)
     assert max(sizes) - min(sizes) <= 1

@@ -1,16 +1,13 @@
 """The UNet, with its shapes, memory and FLOPs by arithmetic."""
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from hpsearch.config.model import UNetConfig
 from hpsearch.models.memory import layer_costs, training_memory  # noqa: F401
-from hpsearch.models.shapes import n_parameters, output_margin, output_size, training_flops, why_impossible  # noqa: F401  # noqa: F401
-
-if TYPE_CHECKING:
-    from torch import nn
+from hpsearch.models.shapes import n_parameters, output_margin, output_size, training_flops, why_impossible  # noqa: F401
 
 
-def build(config: UNetConfig, in_channels: int) -> "nn.Module":
+def build(config: UNetConfig, in_channels: int) -> Any:
     """Return a UNet with the initial weights of the seed of torch's generator."""
     # Imported here because the coordinator, which needs the arithmetic only, runs without torch.
     import torch
