@@ -1,8 +1,9 @@
 """Networks by name: how one is built, and its possible sizes, parameters, FLOPs and memory before training.
 
 A network is a module `hpsearch/models/networks/NAME.py`, chosen by `unet.network = "NAME"`. It needs only the
-function `build` of `Network`. It may also have any other function of this module, with the same signature. A network whose forward pass depends on the values of the images has to have
-`why_impossible`, `training_flops` and `training_memory`, since a dry run has no values.
+function `build` of `Network`. It may also have any other function of this module, with the same signature. A network
+whose forward pass depends on the values of the images has to have `why_impossible`, `training_flops` and
+`training_memory`, since a dry run has no values.
 
 Each of the functions that a network may have calls that of the network's module, which computes the answer by
 arithmetic. Where the module has none, the function itself finds the answer for any network, by a dry run: a training

@@ -10,6 +10,7 @@ from torch import nn
 
 from hpsearch.config import values
 from hpsearch.config.model import UNetConfig
+from hpsearch.models import network as networks
 from hpsearch.models.memory import Step, training_memory
 from hpsearch.models.network import build_network, margin_of
 from hpsearch.models.unet import UNet
@@ -52,22 +53,22 @@ def test_a_margin_leaves_the_logits_unstretched() -> None:
     images = torch.zeros(1, 3, 40, 40)
     assert margin_of(build_network(config, 3)) == 0
     assert build_network(config, 3)(images).shape == (1, 1, 40, 40)
-    model = build_network(config, 3, margin=costs.output_margin(config))
-    assert margin_of(model) == costs.output_margin(config)
-    assert tuple(model(images).shape[-2:]) == costs.output_size(config, 3, (40, 40))
+    model = build_network(config, 3, margin=networks.output_margin(config))
+    assert margin_of(model) == networks.output_margin(config)
+    assert tuple(model(images).shape[-2:]) == networks.output_size(config, 3, (40, 40))
 
 
 def test_a_network_with_build_alone_is_measured(flat: UNetConfig) -> None:
     n_weights = 27 * 5 + 45
-    assert costs.n_parameters(flat, 3) == n_weights + 6
+    assert networks.n_parameters(flat, 3) == n_weights + 6
     # Output and gradient of the weight of both layers, gradient of the input of the second.
-    assert costs.training_flops(flat, 3, 20, 30) == 2 * 20 * 30 * (2 * 27 * 5 + 3 * 45)
-    assert costs.why_impossible(flat, 3, 1, 1, batch_size=1) is None
-    assert costs.describe(flat) == "flat"
-    assert not costs.uses_batch_statistics(flat)
-    assert costs.layer_costs(flat, 3, 32, 32, Step(batch_size=2, precision="float32")) == []
-    assert (costs.output_margin(flat), costs.output_size(flat, 3, (8, 9))) == (0, (8, 9))
-    memory = costs.training_memory(flat, 3, 32, 32, Step(batch_size=2, precision="float32", momentum=0))
+    assert networks.training_flops(flat, 3, 20, 30) == 2 * 20 * 30 * (2 * 27 * 5 + 3 * 45)
+    assert networks.why_impossible(flat, 3, 1, 1, batch_size=1) is None
+    assert networks.describe(flat) == "flat"
+    assert not networks.uses_batch_statistics(flat)
+    assert networks.layer_costs(flat, 3, 32, 32, Step(batch_size=2, precision="float32")) == []
+    assert (networks.output_margin(flat), networks.output_size(flat, 3, (8, 9))) == (0, (8, 9))
+    memory = networks.training_memory(flat, 3, 32, 32, Step(batch_size=2, precision="float32", momentum=0))
     # Images and the output of the ReLU, which the second convolution saves.
     assert memory.activations == 4 * 2 * 32 * 32 * (3 + 5)
     assert (memory.weights, memory.optimizer) == (4 * (n_weights + 6), 0)
@@ -76,7 +77,7 @@ def test_a_network_with_build_alone_is_measured(flat: UNetConfig) -> None:
 def test_arithmetic_of_the_network_is_preferred_to_a_dry_run() -> None:
     config = UNetConfig(base_channels=4, depth=2)
     step = Step(batch_size=4, precision="bf16", device="cuda")
-    assert costs.training_memory(config, 3, 64, 64, step) == training_memory(config, 3, 64, 64, step)
+    assert networks.training_memory(config, 3, 64, 64, step) == training_memory(config, 3, 64, 64, step)
 
 
 def test_the_costs_of_the_unet_need_no_torch() -> None:

@@ -13,10 +13,11 @@ from torch import nn
 
 from hpsearch.config.model import UNetConfig
 from hpsearch.models import memory, shapes
+from hpsearch.models import network as networks
 from hpsearch.models.memory import Step
 
 NAMES = ("n_parameters", "training_flops", "training_memory", "uses_batch_statistics", "why_impossible")
-dry_run = SimpleNamespace(**{name: inspect.unwrap(getattr(costs, name)) for name in NAMES})
+dry_run = SimpleNamespace(**{name: inspect.unwrap(getattr(networks, name)) for name in NAMES})
 """The functions that answer for any network, without the arithmetic of the UNet."""
 
 CONFIGS = [
@@ -62,7 +63,7 @@ def test_the_reason_is_what_the_network_reports() -> None:
 
 
 def test_logits_of_another_shape_are_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(costs, "_model", lambda config, in_channels: nn.Conv2d(3, 2, 3, device="meta"))
+    monkeypatch.setattr(networks, "_model", lambda config, in_channels: nn.Conv2d(3, 2, 3, device="meta"))
     reason = dry_run.why_impossible(UNetConfig(base_channels=7), 3, 32, 32)
     assert reason == "network unet returns logits of shape (2, 2, 30, 30), expected (2, 1, 32, 32)"
 
