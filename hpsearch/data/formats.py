@@ -8,7 +8,7 @@ import io
 import re
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -123,13 +123,28 @@ def _read_png_header(file: IO[bytes]) -> Header:
 
 def _png_exif(file: IO[bytes]) -> bytes:
     """Return the EXIF data of a PNG, which Pillow finds behind the pixels only by decoding them."""
+    return next((file.read(length) for kind, length in _png_chunks(file) if kind == b"eXIf"), b"")
+
+
+def _png_chunks(file: IO[bytes]) -> Iterator[tuple[bytes, int]]:
+    """Yield type and length of every chunk, while the file stands at the content of the chunk."""
     file.seek(8)
     while len(start := file.read(8)) == 8 and start[4:] != b"IEND":
         length, kind = struct.unpack(">I4s", start)
-        if kind == b"eXIf":
-            return file.read(length)
-        file.seek(length + 4, io.SEEK_CUR)
-    return b""
+        end = file.tell() + length + 4
+        yield kind, length
+        file.seek(end)
+
+
+def _check_rows(data: bytearray, header: Header) -> None:
+    """Raise ValueError if the pixels end early: Pillow would fill the missing rows with 0."""
+    bytes_per_row, is_interlaced = 1 + -(-header.width * header.channels * header.depth // 8), data[28]
+    file, inflate, n_bytes = io.BytesIO(data), zlib.decompressobj(), 0
+    for kind, length in _png_chunks(file):
+        if kind == b"IDAT":
+            n_bytes += len(inflate.decompress(file.read(length)))
+    if n_bytes < header.height * bytes_per_row and not is_interlaced:
+        raise ValueError(f"it has {n_bytes // bytes_per_row} of {header.height} rows")
 
 
 def _orientation(data: bytes) -> int:
@@ -147,6 +162,7 @@ def _orientation(data: bytes) -> int:
 def _decode_png(data: bytearray, header: Header, rgb: bool) -> NDArray[Any]:
     """Decode with Pillow, because damaged content ends the process in torchvision's decoder."""
     PngImageFile(io.BytesIO(data)).verify()
+    _check_rows(data, header)
     if header.depth == 16 and header.channels > 1:
         pixels = _decode_deep_png(data, header.channels)
     else:

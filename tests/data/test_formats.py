@@ -184,6 +184,7 @@ class TestDamagedPng:
         [
             (zlib.compress(b"\0ab" * 2), True),
             (zlib.compress(b"\0ab" * 2)[:-6], False),
+            (zlib.compress(b"\0ab"), False),
             (zlib.compress(b"\5ab" * 2), False),
             (zlib.compress(b"\0ab\5ab"), False),
             (b"no deflate", False),
