@@ -1,24 +1,24 @@
-"""Every error that a user can cause or mend, as one tree.
+"""The tree of exceptions for errors that a user can cause or fix.
 
     HpsearchError               ends as one line and exit code 1
-    ├── ConfigError             a setting, flag or TOML key that cannot be
+    ├── ConfigError             a setting, flag or TOML key that is unknown or has an invalid value
     ├── DatasetError            images or masks that are missing, damaged or do not fit together
     ├── CacheError              a decoded cache that cannot be made or read
-    ├── DeviceError             a device that is not there, or has too little memory
-    │   └── OutOfMemoryError    memory ran out in a fit; all of it was given back
+    ├── DeviceError             a device that does not exist, or has too little memory
+    │   └── OutOfMemoryError    a fit ran out of memory; its memory was released
     ├── DivergedError           a loss that became NaN or infinite
-    ├── CheckpointError         a checkpoint or weights file that is torn, foreign or unsafe
+    ├── CheckpointError         a checkpoint or weights file that is damaged, of another origin, or unsafe to load
     ├── StudyError              a study that is missing or cannot continue as requested
-    │   ├── StudyChangedError   fixed settings differ from those the study was begun with
-    │   ├── StudyLockedError    another process holds the study
-    │   ├── StoppedError        asked to stop before there was anything to keep
+    │   ├── StudyChangedError   settings that must not change differ from those that the study was started with
+    │   ├── StudyLockedError    another process runs the study
+    │   ├── StoppedError        stopped before there was a result
     │   └── RecordError         the study folder is damaged
-    ├── ExportError             a model that cannot be handed on, or would compute something else elsewhere
-    ├── TrackingError           MLflow refuses or cannot be reached
+    ├── ExportError             a model that cannot be exported, or computes other results after export
+    ├── TrackingError           MLflow rejects a request or cannot be reached
     ├── StorageError            a file cannot be written: no space, no permission, a faulty disk
-    └── WorkerError             a worker died or failed in a way that is not the configuration's fault
+    └── WorkerError             a worker died or failed for a reason other than its configuration
 
-Any other exception is a fault in `hpsearch` and keeps its traceback.
+Any other exception is a bug in `hpsearch` and keeps its traceback.
 """
 
 import re
@@ -47,11 +47,11 @@ class CacheError(HpsearchError):
 
 
 class DeviceError(HpsearchError):
-    """A device that is not there, or has too little memory."""
+    """A device that does not exist, or has too little memory."""
 
 
 class OutOfMemoryError(DeviceError):
-    """Memory ran out in a fit; all of it was given back."""
+    """A fit ran out of memory; its memory was released."""
 
 
 class DivergedError(HpsearchError):
@@ -64,7 +64,7 @@ class DivergedError(HpsearchError):
 
 
 class CheckpointError(HpsearchError):
-    """A checkpoint or weights file that is torn, foreign or unsafe to load."""
+    """A checkpoint or weights file that is damaged, of another origin, or unsafe to load."""
 
 
 class StudyError(HpsearchError):
@@ -72,20 +72,20 @@ class StudyError(HpsearchError):
 
 
 class StudyChangedError(StudyError):
-    """Fixed settings differ from those the study was begun with."""
+    """Settings that must not change differ from those that the study was started with."""
 
 
 class StudyLockedError(StudyError):
-    """Another process holds the study."""
+    """Another process runs the study."""
 
 
 class StoppedError(StudyError):
-    """Asked to stop before there was anything to keep."""
+    """Stopped before there was a result."""
 
     def __init__(self, text: str, signal: int) -> None:
         super().__init__(text)
         self.signal = signal
-        """Number of the signal that asked, 0 if none did."""
+        """Number of the signal that requested the stop; 0 if it was no signal."""
 
 
 class RecordError(StudyError):
@@ -93,11 +93,11 @@ class RecordError(StudyError):
 
 
 class ExportError(HpsearchError):
-    """A model that cannot be handed on to other programs, or would compute something else there."""
+    """A model that cannot be exported, or computes other results after export."""
 
 
 class TrackingError(HpsearchError):
-    """MLflow refuses or cannot be reached."""
+    """MLflow rejects a request or cannot be reached."""
 
 
 class StorageError(HpsearchError):
@@ -105,7 +105,7 @@ class StorageError(HpsearchError):
 
 
 class WorkerError(HpsearchError):
-    """A worker died or failed in a way that is not the configuration's fault."""
+    """A worker died or failed for a reason other than its configuration."""
 
 
 def redact(text: str) -> str:

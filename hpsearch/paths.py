@@ -235,7 +235,7 @@ class FinalPaths(_Folder):
 
 
 def command_line(command: str, study: str, project: ProjectPaths | None = None) -> str:
-    """Return `hpsearch COMMAND --study STUDY` for a shell, with `--out` where the project is not `.`."""
+    """Return `hpsearch COMMAND --study STUDY` for a shell, with `--out` unless the project is `.`."""
     root = "." if project is None else str(project.root)
     out = "" if root == "." else f" --out {shlex.quote(root)}"
     return f"hpsearch {command} --study {shlex.quote(study)}{out}"

@@ -1,6 +1,6 @@
-"""Keep the views of a study, such as its runs in MLflow, up to date with its record in background threads.
+"""Keep the views of a study, such as its runs in MLflow, up to date with its folder in background threads.
 
-The study folder is the record; a view is derived from it and may lag behind. Training never waits for a view.
+A view is derived from the study folder and may lag behind. Training never waits for a view.
 """
 
 import logging
@@ -25,7 +25,7 @@ class View(Protocol):
     def update(self, *, is_last: bool = False) -> None:
         """Add everything that is on record and missing in the view.
 
-        `is_last` says that nobody works on the study any more. Raises HpsearchError if that is impossible now;
+        `is_last` means that no process works on the study any more. Raises HpsearchError if that is impossible now;
         the next call continues, and nothing is added twice.
         """
 
@@ -57,7 +57,7 @@ class ViewThread(threading.Thread):
         self.start()
 
     def wake(self) -> None:
-        """Tell the thread that there is something new on record. Returns at once."""
+        """Tell the thread that new results were recorded. Returns at once."""
         self._woken.set()
 
     def close(self, timeout_s: float = 30.0, give_up: Callable[[], bool] = lambda: False) -> int:
@@ -101,7 +101,7 @@ class ViewThread(threading.Thread):
             self._n_failures = min(self._n_failures + 1, 20)
             self.error = str(error) or type(error).__name__
             if self._n_failures == 1:
-                # An unexpected error is a fault in hpsearch: log its traceback, but let the training continue.
+                # An unexpected error is a bug in hpsearch: log its traceback, but let the training continue.
                 details = None if isinstance(error, HpsearchError) else error
                 logger.warning("%s is not up to date, retrying: %s", self._view.name, error, exc_info=details)
         else:
@@ -112,5 +112,5 @@ class ViewThread(threading.Thread):
 
 
 def is_updating() -> bool:
-    """Return whether a view is still being updated in this process, including threads that nobody waits for."""
+    """Return whether any thread of this process still updates a view, including abandoned threads."""
     return any(isinstance(thread, ViewThread) for thread in threading.enumerate())

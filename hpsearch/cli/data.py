@@ -32,7 +32,12 @@ def data() -> None:
 @config_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON that names every file.")
 @click.option("--full", is_flag=True, help="Also compare files and cache with the hashes stored in the cache.")
-@click.option("--duplicates", "near", is_flag=True, help="Also look for near-duplicates, in the test split too.")
+@click.option(
+    "--duplicates",
+    "near",
+    is_flag=True,
+    help="Also look for near-duplicates in the pool, and between pool and test split.",
+)
 def check(project: ProjectPaths, settings: Settings, as_json: bool, full: bool, near: bool) -> int:
     """Decode a whole dataset and show its errors and notes. Exit code 1 if there are errors."""
     from hpsearch.data import integrity
@@ -81,7 +86,7 @@ def _print_report(report: CheckReport) -> None:
 @config_options
 @click.option("--compare", is_flag=True, help="Build and read every kind of cache, and compare time and memory.")
 def cache(project: ProjectPaths, settings: Settings, compare: bool) -> None:
-    """Build the cache as a study does, or compare the kinds of cache."""
+    """Build the cache that a study would use, or compare the kinds of cache."""
     from hpsearch.data.comparison import compare_caches
     from hpsearch.data.prepare import PoolCaches, cache_root
 
@@ -105,11 +110,11 @@ def cache(project: ProjectPaths, settings: Settings, compare: bool) -> None:
 @config_options
 @click.option("--copies", default=1, type=AT_LEAST_1, help="Write this many versions of each training image.")
 @click.option("--to", "target", type=click.Path(path_type=Path), help="Write into this folder (default: DATA_Aug).")
-@click.option("--groups", metavar="FILE.csv", help="Read the groups of images from FILE; written to groups.csv.")
+@click.option("--groups", metavar="FILE.csv", help="Read image groups from FILE; the copy gets its own groups.csv.")
 def augment(project: ProjectPaths, settings: Settings, copies: int, target: Path | None) -> None:
     """Write an augmented copy of a dataset, in the same layout, to DATA_Aug beside it.
 
-    The changes are drawn as [augment] says, with --seed.
+    The section [augment] defines the changes, and --seed makes them reproducible.
 
     \b
         hpsearch data augment --data ISIC-2017 --copies 2 --set augment.rotate=20

@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 def final(project: ProjectPaths, study_name: str | None, best: bool, tracking: str | None, **chosen: Any) -> int:
     """Retrain a configuration and evaluate it on the test split.
 
-    It is trained on the whole pool: all training and validation images. The command shows the estimates of the
-    search beside the test result, and the gain of the search. The threshold, test-time augmentation and cleaning of
-    the masks are selected on out-of-fold predictions, never on the test set.
+    The network is trained on the whole pool, that is, on all training and validation images. The command shows the
+    test result beside the estimate of the search, and the gain over the default configuration. Threshold, test-time
+    augmentation and mask cleaning are selected on out-of-fold predictions, never on the test set.
 
     \b
         hpsearch final --best

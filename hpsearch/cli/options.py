@@ -57,7 +57,9 @@ tracking_option = click.option(
     "--tracking", metavar="URI|none", help="Log to MLflow at this URI, or not at all (default: mlflow.db in --out)."
 )
 model_option = click.option(
-    "--model", metavar="FOLDER|FILE", help="Use this folder of a final model or weights file (default: latest final)."
+    "--model",
+    metavar="FOLDER|FILE",
+    help="Use the final model in this folder, or this weights file (default: latest final).",
 )
 device_option = click.option(
     "--device", default="auto", metavar="auto|cpu|cuda[:n]|mps|xla", help="Compute on this device (default: auto)."

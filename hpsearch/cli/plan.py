@@ -55,7 +55,7 @@ def plan(
     """Show shapes, parameters, FLOPs and memory of a configuration.
 
     This needs no training and no PyTorch. For a search space, the default and the corners are shown. --measure also
-    shows how long the study will take on this machine. It trains a few steps on synthetic images, which takes some
+    shows how long the study will take on this machine. It trains a few steps on synthetic images, which takes a few
     seconds.
 
     \b

@@ -41,12 +41,12 @@ class StudyProgress(StudyCallback):
         self._bar: RenderableType = Text("preparing")
         """What the live display shows before the study begins."""
         self._epochs: dict[int, int] = {}
-        """Epochs of each trial's fits."""
+        """Trial number to the number of epochs that each of its fits is trained for."""
         self._fits: dict[tuple[int, int], EpochRow] = {}
         self._ends_at: float | None = None
         """Expected end on the monotonic clock."""
         self._refits: tuple[int, int] | None = None
-        """Finished refits and all refits."""
+        """Number of finished refits, and of all refits."""
         self._interruption = ""
         self._decoding = decoding_lines(self._print)
         self._live = Live(console=self._console, refresh_per_second=4, transient=True, get_renderable=self._render)
@@ -143,14 +143,14 @@ class StudyProgress(StudyCallback):
             self._print(describe.describe_behind(self._name, self._project, self._tracking, summary.tracking_error))
 
     def _refresh(self) -> StudyStatus:
-        """Read the study from the record, and expect its end by the trials there."""
+        """Read the status of the study, and estimate its end from the recorded trials."""
         self._status = study_status(self._project, self._name)
         if self._status.eta_s is not None:
             self._ends_at = time.monotonic() + self._status.eta_s
         return self._status
 
     def _print(self, text: str) -> None:
-        # A study goes on without its terminal or the reader of its output: its log has everything, too.
+        # A study continues without its terminal or the reader of its output: the log has all messages, too.
         with contextlib.suppress(OSError):
             # Text, not markup: names and reasons may contain brackets.
             self._console.print(Text(text.rstrip()))

@@ -30,18 +30,18 @@ def report(project: ProjectPaths, study_name: str | None, tracking: str | None) 
             click.echo("adding both to MLflow")
             tracker.view(record.paths).log_report()
     except TrackingError as error:
-        # The report is written, so a failure of MLflow is no failure of the command.
+        # The report is written, so the command succeeds even if MLflow fails.
         click.echo(f"{describe_behind(record.name, project, tracking, str(error))}, then run this command again")
 
 
 @click.command("track")
 @study_options
 @tracking_option
-@click.option("--rebuild", is_flag=True, help="Replace runs that contradict the record; fix paths after a move.")
+@click.option("--rebuild", is_flag=True, help="Replace runs that differ from the study; fix paths after a move.")
 def track(project: ProjectPaths, study_name: str | None, tracking: str | None, rebuild: bool) -> int:
-    """Bring MLflow and Optuna's database up to date with the record.
+    """Update MLflow and Optuna's database from the study folders.
 
-    Log everything in the record that is missing there, for one study or for all.
+    This logs everything that is missing there, for one study or for all.
     """
     from hpsearch.search.optuna_view import OptunaView
     from hpsearch.store.record import no_study

@@ -55,7 +55,7 @@ def status(project: ProjectPaths, study_name: str | None, trial: int | None) -> 
 
 
 def _lines(project: ProjectPaths, status: StudyStatus) -> Iterator[str]:
-    """Yield the head line of a study and what follows it."""
+    """Yield the heading of a study and the lines below it."""
     from hpsearch.report.final_record import FinalRecord
     from hpsearch.store.fits import FitRecord
 
@@ -124,7 +124,7 @@ def _show_decisions(record: StudyRecord, number: int) -> None:
 
 def _decision_row(decision: PruneDecision) -> Sequence[str]:
     outcome, reason = "pruned" if decision.drop else "continues", decision.reason
-    # The columns already show the reasons of the race.
+    # Decisions of the race need no reason in text: the columns show their numbers.
     text = outcome if "±" in reason else f"{outcome}: {reason.rpartition(': ')[2]}"
     numbers = (decision.d, decision.se, decision.s, decision.p, decision.against)
     cells = ("" if number is None else f"{number:.2g}" for number in numbers)
@@ -133,7 +133,7 @@ def _decision_row(decision: PruneDecision) -> Sequence[str]:
 
 @click.command("stop")
 @study_options
-@click.option("--trial", type=AT_LEAST_0, metavar="N", help="Prune this trial only; the study goes on.")
+@click.option("--trial", type=AT_LEAST_0, metavar="N", help="Prune only this trial; the study continues.")
 @click.option("--now", is_flag=True, help="Do not wait for the end of the current epochs.")
 def stop(project: ProjectPaths, study_name: str | None, trial: int | None, now: bool) -> int:
     """Stop a running study from another terminal or machine.

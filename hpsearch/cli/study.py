@@ -28,9 +28,9 @@ LOOKAHEAD = 4
 @click.option("--trials", type=int, help="Evaluate this many trials, earlier ones included (study.trials).")
 @options.folds_option(None, "Use k folds, or `fixed` for the dataset's training/validation split.")
 @click.option("--metric", type=click.Choice(METRICS), help="Rank trials by this mean score (iou is jaccard).")
-@click.option("--sampler", type=click.Choice(module_names("search/samplers")), help="Suggest trials by this rule.")
-@click.option("--pruner", type=click.Choice(module_names("search/pruners")), help="Prune trials by this rule.")
-@click.option("--confirm", type=AT_LEAST_0, help="Refit this many top trials, rank by both fits (default: 5).")
+@click.option("--sampler", type=click.Choice(module_names("search/samplers")), help="Use this sampler.")
+@click.option("--pruner", type=click.Choice(module_names("search/pruners")), help="Use this pruner.")
+@click.option("--confirm", type=AT_LEAST_0, help="Refit this many top trials; rank them by both fits (default: 5).")
 @click.option("--groups", metavar="FILE.csv", help="Keep the images of a group in one fold; FILE names the groups.")
 @click.option("--group-duplicates", is_flag=True, help="Keep near-duplicate images in one fold.")
 @click.option(
@@ -38,7 +38,7 @@ LOOKAHEAD = 4
     is_flag=True,
     help="Train large batches in parts, even with batch normalization; such trials cannot be the best.",
 )
-@click.option("--workers", type=AT_LEAST_1, help="Use this many processes (default: measured, 1 to 4 per device).")
+@click.option("--workers", type=AT_LEAST_1, help="Use this many workers (default: measured, 1 to 4 per device).")
 @options.machine_options
 @click.option("--hours", type=click.FloatRange(min=0, min_open=True), help="Stop after this many hours (resumable).")
 @click.option(
@@ -46,7 +46,7 @@ LOOKAHEAD = 4
     multiple=True,
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     metavar="FILE.toml",
-    help="Try the configuration in this file next; settings not in the file have their defaults.",
+    help="Try the configuration in this file next; settings not in the file keep their defaults.",
 )
 @click.option(
     "--deterministic",
@@ -91,9 +91,9 @@ def train(
 ) -> int:
     """Train one configuration without a search.
 
-    It is trained on the training split and scored on the validation split, or on k folds. This is a study of one
-    trial: it is recorded, logged to MLflow, and continued by the same command. The TOML may be that of a trial
-    (MLflow's artifact trial.toml) or of a study, whose search space is ignored.
+    The network is trained on the training split and scored on the validation split, or cross-validated on k folds.
+    This is a study of one trial: it is recorded and logged to MLflow, and the same command continues it. The TOML may
+    be that of a trial (MLflow's artifact trial.toml) or of a study, whose search space is then ignored.
 
     \b
         hpsearch train --config trial.toml

@@ -15,7 +15,7 @@ import click
 from hpsearch.search.stopping import Stop
 
 WIDTH = 200
-"""Characters of a line where the output is no terminal."""
+"""Width of a line in characters if the output is not a terminal."""
 _GONE = frozenset({errno.EPIPE, errno.EIO, errno.EBADF})
 """Errors of a write to a pipe whose reader has ended, or to a closed terminal."""
 
@@ -61,7 +61,7 @@ def write_to_stderr(text: str) -> None:
 
 @contextlib.contextmanager
 def stop_on_signals(stop: Stop, show: Callable[[str], None] = write_to_stderr) -> Iterator[None]:
-    """Turn SIGINT, SIGTERM and SIGHUP into requests to stop for the block.
+    """Turn SIGINT, SIGTERM and SIGHUP into requests to stop while the block runs.
 
     `show` is called in the signal handler with a line for the user. The handler may have interrupted any code.
     """
@@ -91,9 +91,9 @@ def stop_on_signals(stop: Stop, show: Callable[[str], None] = write_to_stderr) -
 def protect_streams() -> None:
     """Treat closed standard streams and pipes without a reader as /dev/null.
 
-    A study goes on after the reader of its output has ended. The number of a closed stream must not be reused by the
-    next opened file, because everything printed would go into that file. A character that the terminal cannot show is
-    escaped.
+    A study continues after the reader of its output has ended. The number of a closed stream must not be reused by
+    the next opened file, because everything printed would go into that file. A character that the terminal cannot
+    show is escaped.
     """
     for descriptor in range(3):
         try:
@@ -103,7 +103,7 @@ def protect_streams() -> None:
             os.open(os.devnull, os.O_RDWR)
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
-        # Leave a stream alone that other code has put there.
+        # Do not replace a stream that other code installed.
         if stream is None or (stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper)):
             protected = io.TextIOWrapper(
                 io.BufferedWriter(_Output(descriptor, "w", closefd=False)),
@@ -115,7 +115,7 @@ def protect_streams() -> None:
 
 
 class _Output(io.FileIO):
-    """A file descriptor that ignores writes that nobody can read."""
+    """A file descriptor that ignores errors when its reader is gone."""
 
     def write(self, content: Any, /) -> int:
         try:

@@ -7,8 +7,8 @@ from hpsearch.config.values import ModuleName, check_at_least, require
 
 _NETWORK = ModuleName("models/networks")
 FIELDS_OF_0_1 = ("base_channels", "depth", "stacking", "kernel_size", "padding", "norm", "input_norm", "init")
-"""Settings that every file and hash holds. Later ones are left out at their default, so that a new setting leaves the
-checkpoints and weights of existing studies valid."""
+"""Settings that every file and hash includes. Settings added after version 0.1 are left out if they have their
+default, so that the checkpoints and weights of existing studies stay valid."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class UNetConfig:
         require(self.kernel_size % 2 == 1, f"unet.kernel_size must be odd, got {self.kernel_size}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain types for files and hashes; settings that version 0.1 lacks appear where they are set."""
+        """Return plain types for files and hashes; settings that version 0.1 lacks appear only if they are set."""
         default = {field.name: field.default for field in dataclasses.fields(self)}
         table = dataclasses.asdict(self)
         return {name: value for name, value in table.items() if name in FIELDS_OF_0_1 or value != default[name]}

@@ -13,10 +13,10 @@ _SAMPLER, _PRUNER = ModuleName("search/samplers"), ModuleName("search/pruners")
 
 @dataclass(frozen=True, kw_only=True)
 class StudySettings:
-    """The protocol and the budget."""
+    """Settings of the evaluation protocol and the search budget."""
 
     trials: int = 50
-    """Number of trials, counted over all starts of the study."""
+    """Total number of trials, including those of earlier runs of the study."""
     folds: int | Literal["fixed"] = 5
     """Number of folds of the cross-validation; `fixed`: train on the training split, score the validation split."""
     metric: Literal["dice", "jaccard"] = "dice"
@@ -82,13 +82,13 @@ class Choice:
         return value in self.values
 
     def nearest(self, value: Any) -> Any:
-        """Return the value closest to a number, the smaller of two; the first value for anything else."""
+        """Return the value closest to a number (ties: the smaller one); the first value for anything else."""
         if not all(_is_number(each) for each in (value, *self.values)):
             return self.values[0]
         return min(self.values, key=lambda each: (abs(each - value), each))
 
     def to_toml(self) -> Any:
-        """Return the list of values as TOML has it."""
+        """Return the values as a list that can be written as TOML."""
         return [list(value) if isinstance(value, tuple) else value for value in self.values]
 
 

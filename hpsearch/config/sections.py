@@ -49,7 +49,7 @@ def annotation_of(name: str) -> Any:
 
 def unknown_name(name: str, known: Sequence[str], kind: str) -> ConfigError:
     """Return an error that suggests the name that was probably meant, or else lists the known ones."""
-    # The same or a similar key, also in another section.
+    # Look for the same or a similar key in all sections.
     by_key = {each.rpartition(".")[2]: each for each in [*setting_names(), *known]}
     close = difflib.get_close_matches(name.rpartition(".")[2], by_key, n=1)
     hint = f"did you mean {by_key[close[0]]}?" if close else f"choose one of {', '.join(known)}."

@@ -42,7 +42,7 @@ class StudyConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Random augmentation of training batches."""
     study: StudySettings = field(default_factory=StudySettings)
-    """The protocol and the budget."""
+    """The evaluation protocol and the search budget."""
     search: SearchSpace = field(default_factory=SearchSpace)
     """Which settings are searched, and over which values."""
 

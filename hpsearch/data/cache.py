@@ -29,9 +29,9 @@ from hpsearch.paths import sha256_text
 from hpsearch.typed_json import from_json
 
 INDEX_VERSION = 2
-"""Changes with the content of an index. Caches of another version are built again."""
+"""Version of the index. Caches of another version are built again."""
 KEY_VERSION = 1
-"""Changes when the same files and preparation give other pixels. Studies cannot continue across such a change."""
+"""Version of the pixels that files and preparation give. A study cannot continue with another version."""
 Kind = Literal["memmap", "files", "memory", "none"]
 INDEX = "index.json"
 PixelFiles = list[tuple[Path, tuple[int, ...]]]
@@ -47,7 +47,7 @@ class Preparation:
     views: tuple[View, ...]
     """Views that are kept: training reads the first, evaluation of held-out images the last."""
     seed: int = 0
-    """With the id, the seed of the random crop's position."""
+    """Determines the position of the random crop, together with the id of the image."""
     reading: Reading = PLAIN_READING
 
     def job(self, sample: Sample) -> Job:
@@ -138,7 +138,7 @@ class Cache:
         self.size = index.preparation.height, index.preparation.width
         """Height and width of the cached images."""
         self.has_held_out_view = len(index.preparation.views) > 1
-        """Whether `read` returns other pixels with `held_out`, because the images are cropped at random."""
+        """Whether `read` returns different pixels with `held_out`, because training images are cropped at random."""
         self._files = [path for path, _ in index.files(folder)]
         self._views: list[Pixels] = []
         """All images and masks of each view, for the kinds `memmap` and `memory`."""

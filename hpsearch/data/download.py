@@ -41,11 +41,11 @@ ARCHIVES = {
 }
 """Split of each archive, by its name without `.zip`, which is also the name of its folder."""
 RETRIES = 6
-"""Retries in a row that received no new data before a download fails."""
+"""Maximum number of consecutive retries without new data before a download fails."""
 BACKOFF_S = 1.0
 """Wait before the first of these retries. It doubles up to a minute."""
 TIMEOUT_S = 60.0
-"""Silence of the server that ends an attempt."""
+"""An attempt ends if the server sends nothing for this long."""
 _CHUNK_BYTES = 1 << 18
 _RETRIED_STATUS = (206, 408, 416, 425, 429, 500, 502, 503, 504)
 _HEADERS = {"User-Agent": f"hpsearch/{hpsearch.__version__}", "Accept-Encoding": "identity"}
@@ -115,7 +115,7 @@ def unpack(path: Path, folder: Path, report: Report) -> None:
                 raise DatasetError(f"{path} holds no files; remove the archive")
             done, total = 0, sum(info.file_size for info in files)
             for info in files:
-                # A name cannot lead out of the folder: zipfile removes `..` and drives.
+                # No file can be written outside the folder: zipfile removes `..` and drive letters.
                 archive.extract(info, work)
                 done += info.file_size
                 report(done, total)
@@ -189,7 +189,7 @@ def _receive(url: str, part: Path, note: Path, report: Report) -> None:
     headers = _HEADERS | ({"Range": f"bytes={done}-", "If-Range": validator} if resumes else {})
     with requests.Session() as session:
         if url.startswith("https:"):
-            del session.adapters["http://"]  # A redirect must not leave TLS.
+            del session.adapters["http://"]  # Do not follow a redirect from https to http.
         with session.get(url, headers=headers, timeout=TIMEOUT_S, stream=True) as answer:
             continues = resumes and answer.headers.get("Content-Range") == f"bytes {done}-{size - 1}/{size}"
             if not (continues and _validator(answer) == validator):

@@ -35,12 +35,12 @@ THRESHOLD = 0.65
 
 _SIDE = 64
 _FINGERPRINT_SIDE = 16
-_NEIGHBOURS = 10  # proposals per image, so that the work grows with the images and not with their pairs
-_MIN_FINGERPRINT = 0.8  # the lowest true pair of ISIC-2017 has 0.95, but a crop by 3 % per side can be lower
-_MAX_SHIFT = 8  # largest shift of the frame in pixels of 64
-_SLACK = 2  # further shift of a block in pixels of 64, for differences of scale up to 6 %
+_NEIGHBOURS = 10  # per image, so that the cost grows linearly with the number of images
+_MIN_FINGERPRINT = 0.8  # true pairs of ISIC-2017 have at least 0.95; crops by 3 % per side can have less
+_MAX_SHIFT = 8  # largest shift of the whole image, in pixels of the 64x64 thumbnail
+_SLACK = 2  # additional shift of a block, in the same pixels: allows for scale differences up to 6 %
 _BLOCK = 16
-_MIN_ALIGNED = 0.3  # no pair with a lower correlation before that shift passed the threshold after it
+_MIN_ALIGNED = 0.3  # pairs with a lower correlation before the block shift never reached the threshold after it
 _FLAT = 4.0  # gray levels of local contrast that count as noise
 _CHUNK = 256
 

@@ -172,7 +172,7 @@ def _write_all(
             damaged.add(pair.sample.id)
 
     n_threads = torch.get_num_threads()
-    # One thread per image, because decoding and encoding, half of the work, cannot be divided.
+    # One thread per image: decoding and encoding are half of the work and cannot use several threads.
     pool = ThreadPoolExecutor(available_cores(), initializer=torch.set_num_threads, initargs=(1,))
     try:
         for done, _ in enumerate(pool.map(write, changed), start=1):

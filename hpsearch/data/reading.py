@@ -24,13 +24,13 @@ class Reading:
     max_value: int = 0
     """Value that becomes 255 in images of more than 8 bits per channel. 0 if the pool has no such images."""
     background: tuple[str, ...] = ()
-    """Values (`MaskValue`) that are background in the pool's masks of two values."""
+    """Values (`MaskValue`) that mean background in the masks of the pool that have two values."""
     lesion: tuple[str, ...] = ()
-    """Values that are lesion in them."""
+    """Values that mean lesion in these masks."""
 
     @property
     def turns(self) -> bool:
-        """Whether orientations are applied."""
+        """Whether EXIF orientations are applied."""
         return self.exif == "apply"
 
     def key(self) -> list[Any]:

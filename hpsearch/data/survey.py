@@ -20,7 +20,7 @@ from hpsearch.typed_json import from_json
 
 Exif = Literal["apply", "ignore"]
 SURVEY_VERSION = 2
-"""Changes when the same files give another survey."""
+"""Version; it changes when the same files give a different survey."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Survey:
     n_oriented: int = 0
     """Pairs whose image or mask has an EXIF orientation."""
     n_apply: int = 0
-    """Pairs whose sizes are equal only with the orientation applied."""
+    """Pairs whose image and mask have equal sizes only if the EXIF orientation is applied."""
     n_ignore: int = 0
-    """Pairs whose sizes are equal only without it."""
+    """Pairs whose image and mask have equal sizes only if the EXIF orientation is ignored."""
     n_deep: int = 0
     """Images of more than 8 bits per channel."""
     highest: int = 0
@@ -62,13 +62,13 @@ def decide_reading(
 
 
 def survey(pool: Sequence[Sample], cache_root: Path | None, decoders: Decoders | None = None) -> Survey:
-    """Return the survey of a pool, from `cache_root` if it is there."""
+    """Return the survey of a pool, read from `cache_root` if it is stored there."""
     if cache_root is None:
         return _survey(pool, decoders)
     path = cache_root / f"survey-{files_key(['survey', SURVEY_VERSION], pool)}.json"
     with suppress(RecordError, AttributeError, TypeError):
         return from_json(Survey, paths.read_json(path))
-    # It is missing or damaged.
+    # The stored survey is missing or damaged.
     result = _survey(pool, decoders)
     # A shared cache may be in a folder that this user cannot write.
     with suppress(OSError, StorageError):
@@ -86,7 +86,7 @@ def decide(found: Survey, config: DataConfig, dataset: Dataset) -> Decision:
     votes: Counter[str] = Counter()
     for background, lesion, n in found.masks:
         votes.update({background: -n, lesion: n})
-    # A value with as many votes for either meaning is in both: each mask with it is an error.
+    # A value with equally many votes for both meanings is in both lists, so every mask with it is an error.
     in_background = tuple(sorted(value for value, n in votes.items() if n <= 0))
     in_lesion = tuple(sorted(value for value, n in votes.items() if n >= 0))
     reading = Reading(exif, reason, found.n_oriented, max_value, in_background, in_lesion)
@@ -125,7 +125,7 @@ def _survey(pool: Sequence[Sample], decoders: Decoders | None) -> Survey:
             n_apply += applied and not ignored
             n_ignore += ignored and not applied
     deep = [s for s, header in zip(pool, images, strict=True) if header is not None and header.depth > 8]
-    # This reading leaves values and orientations as they are stored.
+    # These rules return values and orientations as they are stored.
     jobs = [Job(s.image, None, measure=False, reading=READING_0_1) for s in deep]
     jobs += [Job(None, s.mask, measure=False, reading=READING_0_1) for s in pool]
     highest, values = 0, Counter[tuple[str, ...]]()

@@ -119,7 +119,7 @@ class _Final:
                 f"FILE --trial {trial.number}` and `hpsearch train --config FILE --folds {record.config.study.folds}`"
             )
         of_trial = trial.study_config
-        # A trial remembers where the images were when it began.
+        # The recorded configuration has the path of the images at the start of the trial.
         self.config = dataclasses.replace(of_trial, data=of_trial.data.located_as(record.config.data))
         self.root = cache_root(self.project, self.config)
         self.caches = PoolCaches(record.config, self.root, role="final", progress=self._decoded)
@@ -179,7 +179,7 @@ class _Final:
             self.stop.epoch_left_s = pool.epoch_left_s
             do = partial(run_job, pool, check=self._check)
             self._train(do)
-            # Before the test split is read.
+            # This must happen before the test split is read.
             choices = self._select(do)
             shutil.rmtree(folder.ensemble, ignore_errors=True)
             sources = self.networks.weights if self.networks is not None and self.ensemble else ()
@@ -238,7 +238,7 @@ class _Final:
             do(score(weights=(fit.weights,)))
         shutil.rmtree(folder.masks, ignore_errors=True)
         self.say(f"scoring the masks of {test.n} test images at their own resolution")
-        # A cache outlives its dataset's folder, so the files are located anew.
+        # The cache may be older than a move of the dataset, so locate the files again.
         samples = {sample.id: sample for sample in locate(self.config.data, self.root).split("test")}
         images = tuple(jobs.ImageFiles(image, samples[image].image, samples[image].mask) for image in test.ids)
         by_ensemble = choices.ensemble and bool(members)
@@ -254,10 +254,10 @@ class _Final:
 
 
 class FoldNetworks(NamedTuple):
-    """One network per fold, which has not seen its held-out images, and optionally a second one with other seeds."""
+    """One network per fold, trained without the held-out images, and optionally a second one with another seed."""
 
     source: str
-    """Which networks these are, for people."""
+    """Description of the networks, for messages."""
     weights: tuple[Path, ...]
     others: tuple[Path | None, ...]
     """None if there is one network per fold."""

@@ -46,15 +46,17 @@ OnImage = Callable[[int, int, Path, str | None], None]
 class Predictor:
     """A trained network, ready to predict images of any size.
 
-    The whole image is resized as in training, and its logits are resized back bilinearly. With `tiles` the image
-    keeps its resolution (or has that of the frames that `augment.crop` took its crops from) and is predicted in
-    overlapping windows of the training size (Ronneberger et al. 2015, Figure 2). The image is mirrored beyond its
-    borders. A `valid` network that was trained on windows has smaller outputs, which are put side by side and
-    averaged where they overlap. The outputs of other networks fill the window, stretched as in training if needed.
-    They are least reliable at its borders, so windows overlap by at least a quarter and are blended.
+    By default, the whole image is resized as in training, and the logits are resized back bilinearly.
 
-    Threshold, flips and cleaning are those of the weights file (`choices`). The computation is in float32 whatever
-    the training used, so that the same file gives the same mask.
+    With `tiles`, the image keeps its resolution and is predicted in overlapping windows of the training size
+    (Ronneberger et al. 2015, Figure 2). If the network was trained with `augment.crop`, the image first gets the
+    resolution of the frames that the crops were taken from. The image is mirrored beyond its borders. A `valid`
+    network that was trained on windows has outputs smaller than a window. They are placed side by side and averaged
+    where they overlap. The output of any other network fills the window; it is stretched if it was in training. It is
+    least reliable at the window's border, so these windows overlap by at least a quarter and are blended.
+
+    The threshold, test-time augmentation and mask cleaning come from the weights file (`choices`). Prediction always
+    computes in float32, so the same file gives the same mask whatever precision was used in training.
     """
 
     def __init__(self, model: torch.nn.Module, info: WeightsInfo, runtime: Runtime, *, tiles: bool = False) -> None:
@@ -180,13 +182,13 @@ class Tile:
     """One window along one axis."""
 
     start: int
-    """First pixel of its output in the image, negative if the image is smaller than the output."""
+    """Position in the image of the first output pixel; negative if the image is smaller than the output."""
     covers: slice
-    """Pixels of the image that it predicts."""
+    """Pixels of the image that this window predicts."""
     inside: slice
-    """Those pixels in its output."""
+    """The same pixels as positions in the window's output."""
     weights: Tensor
-    """Its share of each of them, float32; the shares of all tiles add up to 1."""
+    """Weight of the window at each of these pixels, float32; the weights of all windows add up to 1."""
 
 
 def tile_axis(length: int, out: int, *, blend: bool) -> list[Tile]:
@@ -273,7 +275,7 @@ def predict_files(
                 _save_image(out_dir / f"{path.stem}_probability.png", certainty.numpy())
             if overlays:
                 _save_image(out_dir / f"{path.stem}_overlay.jpg", draw_outline(image, mask))
-            # Before the next image is decoded, because one may take hundreds of megabytes.
+            # Free the memory before decoding the next image: one image may take hundreds of megabytes.
             del image, logits, mask
         if on_image is not None:
             on_image(done, len(images), path, bad.get(path))

@@ -39,7 +39,7 @@ _Moment = tuple[list[int], list[int], list[int]]
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What decides the memory of a training step, besides the network and the size of the images."""
+    """Everything besides network and image size that determines the memory of a training step."""
 
     batch_size: int
     precision: str
@@ -56,7 +56,7 @@ class Step:
 
     @property
     def state_factor(self) -> int:
-        """Numbers that the optimizer keeps for each weight."""
+        """Number of values that the optimizer keeps for each weight."""
         return 2 if self.optimizer == "adamw" else int(self.momentum > 0)
 
 
@@ -84,7 +84,7 @@ class LayerCost(NamedTuple):
 
     layer: Layer
     saved: list[int]
-    """Bytes of each tensor, for the whole batch."""
+    """Size in bytes of each saved tensor, for the whole batch."""
 
 
 def training_memory(config: UNetConfig, in_channels: int, height: int, width: int, step: Step) -> MemoryEstimate:

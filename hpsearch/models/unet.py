@@ -15,9 +15,9 @@ from hpsearch.models.shapes import norm_groups, skip_offset
 LANES = 64
 """Channels that make full use of the vector instructions of any CPU in torch's channels_last kernels."""
 NARROW_BYTES = 16
-"""Most bytes per pixel for which maps are reinterpreted as wider ones; above it there is no gain."""
+"""Most bytes per pixel for which feature maps are viewed with more channels; above it, nothing is gained."""
 NARROW_NUMBERS = 2**16
-"""Fewest numbers in the maps for which this is faster."""
+"""Smallest number of elements at which viewing feature maps with more channels is faster."""
 
 
 class UNet(nn.Module):
@@ -185,10 +185,10 @@ class ImageNorm(nn.Module):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch normalisation, on the CPU up to three times as fast as torch's for few channels.
+    """Batch normalisation that is up to three times as fast as torch's on the CPU for few channels.
 
-    torch's channels_last kernels work along the channels and use vector instructions only if the channels fill one.
-    Therefore maps of 8 channels are reinterpreted as maps of `LANES` channels and an eighth of the pixels, in the
+    torch's channels_last kernels vectorise over the channels, so they are slow if the channels do not fill a vector
+    register. Maps of 8 channels are therefore viewed as maps of `LANES` channels with an eighth of the pixels, in the
     same memory. The 8 statistics of each channel are then combined. The results differ from torch's by rounding
     only.
     """

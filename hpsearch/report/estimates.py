@@ -1,4 +1,4 @@
-"""Estimate from the record what a study's complete trials score: statistics, winner, ties, gains and predictions."""
+"""Estimate the scores of a study's complete trials: statistics, winner, ties, gains and predictions."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +22,7 @@ from hpsearch.store.record import StudyRecord
 
 @dataclass(frozen=True, eq=False)
 class Estimates:
-    """Estimates about the complete trials of a study, which are named by their numbers."""
+    """Statistical estimates of the complete trials of a study. Trials are identified by number."""
 
     complete: tuple[int, ...]
     """Numbers of the complete trials, ascending: the rows of `scores`."""

@@ -25,7 +25,7 @@ TRAIN, HELD_OUT = "#0072B2", "#D55E00"
 RIGHT, MISSED, EXTRA = "#009E73", "#E69F00", "#CC79A7"
 INK, PALE = "#222222", "#6a6a6a"
 FONT = "DejaVu Sans"
-"""Comes with matplotlib, so that figures look the same everywhere."""
+"""Font that is included in matplotlib, so that figures look the same everywhere."""
 NAMES = {"loss": "Loss", **SCORES}
 
 
@@ -47,7 +47,7 @@ def new_figure(
 
 
 def label(axis: Axes, text: str, point: tuple[float, float], moved: tuple[float, float], **more: Any) -> None:
-    """Write text beside a point, moved by so many typographic points."""
+    """Write text beside a point, at an offset in typographic points."""
     axis.annotate(text, point, moved, textcoords="offset points", annotation_clip=False, **more)
 
 
@@ -75,17 +75,17 @@ def to_bytes(figure: Figure, file_format: str = "png", *, dpi: int = 110) -> byt
     metadata = {"Software": "hpsearch"} if file_format == "png" else pdf
     buffer = BytesIO()
     figure.savefig(buffer, format=file_format, dpi=dpi, metadata=metadata)
-    # The layout takes a third of the time, and the next file has the same.
+    # Computing the layout takes a third of the time, so reuse it for the next file.
     figure.set_layout_engine("none")
     return buffer.getvalue()
 
 
 def draw_curves(fits: Sequence[Sequence[EpochRow]], *, title: str) -> Figure:
-    """Draw loss, Dice, Jaccard and accuracy over the epochs, on training and held-out images together.
+    """Draw loss, Dice, Jaccard and accuracy over the epochs, for training and held-out images in the same axes.
 
-    Thin lines are single fits, thick ones the mean over the fits that got furthest. The shaded gap between the means
-    is how much better training is; its size after the last epoch is written beside it. A dotted line marks the best
-    epoch on held-out images, if that is not the last one.
+    Thin lines are single fits, and thick lines are the mean over the fits with the most epochs. The gap between the
+    training and the held-out mean is shaded, and its size after the last epoch is written beside it. A dotted line
+    marks the best epoch on held-out images if it is not the last one.
     """
     figure, axes = new_figure(11.0, 7.2, 2, 2, title=title, sharex=True)
     for axis, score in zip(axes.flat, CURVES, strict=True):

@@ -54,7 +54,7 @@ class FinalScores:
     predicted: Interval | None = None
     """Prediction of the search for this many test images, with its 95 % interval; None if it is not the winner."""
     against_default: Paired | None
-    """Its gain over trial 0, corrected for selection; None for trial 0, or if that is not complete."""
+    """Its gain over trial 0, corrected for selection; None for trial 0, or if trial 0 is not complete."""
     winner: int | None = None
     """Number of the study's best trial."""
     eval_size: tuple[int, int] | None = None
@@ -63,7 +63,7 @@ class FinalScores:
     """Score by name at the size of the search: mean over images, and over seeds, with its 95 % interval over images.
     Scored as all trials are: threshold 0.5, no test-time augmentation, no cleaning."""
     per_seed: dict[str, tuple[float, ...]]
-    """Score by name: the mean of each seed's network."""
+    """Score by name: for each seed, the mean over the test images."""
     official: dict[str, Interval] = field(default_factory=dict)
     """Official score by name, at each image's own resolution, of the network that is kept (the first seed's) with its
     post-processing. Mean over images with its 95 % interval; empty if they were not computed."""
@@ -72,7 +72,7 @@ class FinalScores:
     chosen_test: dict[str, Interval] = field(default_factory=dict)
     """Like `test`, of the network that is kept, with the selected post-processing; empty if there is none."""
     ensemble: EnsembleResult | None = None
-    """The ensemble of the fold networks; None unless it was asked for."""
+    """Result of the ensemble of the fold networks; None unless it was requested."""
     leaks: tuple[DuplicatePair, ...] = ()
     """Duplicates and near-duplicates with one image in the pool and one in the test split."""
     without_leaks: float | None = None
@@ -81,7 +81,7 @@ class FinalScores:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FinalRecord(FinalScores):
-    """What final.json holds."""
+    """Content of final.json."""
 
     trial: int
     params: dict[str, Any]
@@ -91,7 +91,7 @@ class FinalRecord(FinalScores):
     test_key: str
     """Key of the cache of the test images."""
     runtime: dict[str, Any]
-    """The machine."""
+    """Description of the machine."""
     format: int = FORMAT
     pool_key: str = ""
     test_set: str = ""
@@ -117,7 +117,7 @@ class EvaluationHistory:
     """The evaluation of the test images by a final, among all others of these images."""
 
     evaluation: LoggedEvaluation
-    """This evaluation of the test images, as recorded in the account of test-set evaluations."""
+    """This evaluation of the test images, as recorded in the test-set log."""
     evaluations: tuple[LoggedEvaluation, ...]
     """All known evaluations of any of these test images, this one included, in the order of time."""
     n_evaluations_before: int

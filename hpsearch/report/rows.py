@@ -42,11 +42,11 @@ class TrialRow:
     statistics: TrialStatistics | None
     """Statistics of complete trials, over both fits if replicated."""
     epochs: tuple[int, ...]
-    """Epochs done, by fold."""
+    """Number of finished epochs, by fold."""
     n_epochs: int
-    """Epochs of a whole fit."""
+    """Number of epochs of a complete fit."""
     seconds: float
-    """Training and evaluation so far."""
+    """Time spent on training and evaluation so far."""
     memory_bytes: int | None
     """Predicted peak of a training step; None for an impossible network, or without a plan."""
     n_parameters: int | None
@@ -79,7 +79,7 @@ class Winner:
     cheapest: int
     """The tied trial whose cross-validation took the least time."""
     scores: Floats
-    """Its out-of-fold score of every held-out image."""
+    """Out-of-fold score of every held-out image."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -235,7 +235,7 @@ def _final_row(record: StudyRecord, name: str, estimates: Estimates | None) -> F
 
 
 def _evaluation_of(record: StudyRecord, result: FinalRecord) -> log.LoggedEvaluation:
-    """Return a final's entry in the account of evaluations. Version 0.1 did not record which entry it is."""
+    """Return a final's entry in the test-set log. Version 0.1 did not record which entry it is."""
     project = record.paths.project
     if (found := log.find_evaluation(project, result.look)) is not None:
         return found

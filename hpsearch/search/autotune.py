@@ -27,15 +27,15 @@ from hpsearch.workers.pool import WorkerPool
 logger = logging.getLogger(__name__)
 
 SHARING = (1, 2, 4)
-"""Workers that may share a device: the more there are, the less a trial has learnt from those before it."""
+"""Numbers of workers that may share a device. The more there are, the fewer results a suggestion is based on."""
 WORTH_SHARING = 1.15
-"""How many times the images a second more workers must make: with one, a search is repeatable to the byte."""
+"""Speed-up that justifies more than one worker. With one worker, a search is reproducible to the byte."""
 SHARING_STEP_S = 1.0
-"""A step that takes one thread longer fills a device by itself; and to measure it would hold up the search."""
+"""If a step takes longer, sharing is not measured: one worker keeps the device busy, and measuring takes too long."""
 MOST_DRAWN = 64
-"""Images that are drawn to measure by, at most; larger batches are measured by smaller ones."""
+"""Maximum number of images drawn for measurements; larger batches are measured with smaller ones."""
 WINDOW_S = 0.6
-"""Seconds, at least, for which workers that share a device are watched."""
+"""Minimum duration of a measurement of workers that share a device."""
 Shares = tuple[int, int]
 """Workers on a device, and threads of each."""
 Check = Callable[[], None]
@@ -43,7 +43,7 @@ Check = Callable[[], None]
 
 @dataclass(frozen=True)
 class MachineChoice:
-    """What the user wants of the machine; what is left open is measured or found out."""
+    """Device, workers and threads that the user requested. Anything not given is measured or detected."""
 
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:N`, `mps` or `xla`."""
@@ -70,9 +70,9 @@ def first_workers(record: StudyRecord | None, choice: MachineChoice) -> tuple[Wo
 def make_plan(
     record: StudyRecord, caches: PoolCaches, choice: MachineChoice, pool: WorkerPool, check: Check = lambda: None
 ) -> ExecutionPlan:
-    """Return the stored plan, or one that is measured now; what the user asks for explicitly overrides either.
+    """Return the stored plan, or measure one. Explicit requests of the user override either.
 
-    `check` is called again and again while something is measured, and ends it by raising.
+    `check` is called repeatedly during a measurement; an exception that it raises ends the measurement.
     """
     plan = _stored_plan(record, choice) or _measure_plan(record, caches, choice, pool, check)
     if to_json(plan) != record.plan():
@@ -83,9 +83,9 @@ def make_plan(
 def plan_for_one_fit(
     record: StudyRecord, caches: PoolCaches, choice: MachineChoice, pool: WorkerPool, check: Check = lambda: None
 ) -> ExecutionPlan:
-    """Return the study's plan with one worker, with the threads that trained a single fit fastest.
+    """Return the study's plan for one worker, with the number of threads that trained a single fit fastest.
 
-    It is measured, and stored, if the study has none. `choice` overrides device and threads for this fit alone.
+    If the study has no plan, measure one and store it. `choice` overrides device and threads for this fit only.
     """
     choice = dataclasses.replace(choice, n_workers=0)
     plan = _stored_plan(record, choice) or _measure_plan(record, caches, choice, pool, check)
@@ -96,7 +96,7 @@ def plan_for_one_fit(
 
 
 def measure_drawn(config: StudyConfig, choice: MachineChoice) -> ExecutionPlan:
-    """Return the plan that a study of `config` would have here, measured on drawn images. Nothing is kept."""
+    """Return the plan that a study of `config` would have here, measured on synthetic images. Nothing is stored."""
     batch_sizes = [each.train.batch_size for each in plans.measured_configs(config)]
     if not batch_sizes:
         raise ConfigError("no configuration of this search can exist at this size, so there is no step to measure")
@@ -162,7 +162,7 @@ def _measure_plan(
         machine={**measured.machine, **({"images_per_s": listed} if rates else {})},
         alone_threads=alone,
     )
-    # All that the search may suggest shall still fit, as far as it fits the device at all.
+    # Every configuration that fits with one worker on the device must also fit when workers share it.
     needed = [plans.predicted_bytes(step.config, plan) for step in steps]
     largest = max((each for each in needed if each <= plan.memory_bytes * MEMORY_SHARE), default=0)
     while sharing > 1 and largest > plan.memory_bytes // sharing * MEMORY_SHARE:
@@ -176,7 +176,7 @@ def _measure_plan(
 
 
 def choose_sharing(rates: Mapping[Shares, float]) -> int:
-    """Return how many workers should share a device, from the images per second that they train together."""
+    """Return how many workers should share a device, given the images per second that each number trains together."""
     by_number = {n: rate for (n, _), rate in rates.items()}
     chosen = min(by_number, default=1)
     for n in sorted(by_number):
@@ -186,7 +186,7 @@ def choose_sharing(rates: Mapping[Shares, float]) -> int:
 
 
 def fastest_alone(rates: Mapping[Shares, float], default: int) -> int:
-    """Return the threads with which one fit trains fastest; each of several workers counts too.
+    """Return the number of threads with which one fit trains fastest, including measurements with several workers.
 
     `default` where nothing was measured.
     """
@@ -201,10 +201,10 @@ def _equal_shares(cores: int) -> list[Shares]:
 def _rates(
     config: StudyConfig, step: StepToMeasure, shares: Sequence[Shares], pool: WorkerPool, check: Check
 ) -> dict[Shares, float]:
-    """Return the images per second that so many workers with so many threads train on one device together.
+    """Return the images per second that the workers of a device train together, for each of `shares`.
 
-    The workers are watched at the same time, so that what they take from each other counts, and what other programs
-    take from threads that wait for each other. Empty if it could not be measured.
+    All workers are measured at the same time, so the result includes contention between them and with other programs.
+    Empty if it could not be measured.
     """
 
     def measure(n_workers: int, threads: int, seconds: float) -> list[float]:
@@ -226,9 +226,9 @@ def _rates(
 def _share_out(
     device: str, choice: MachineChoice, n_devices: int, most_threads: int = 0
 ) -> tuple[WorkerSettings, ...]:
-    """Return one worker per device, or as many as chosen, in turn on the devices, with equal shares of the cores.
+    """Return one worker per device, or as many as requested, spread over the devices, with equal shares of the cores.
 
-    No worker gets more than `most_threads` unless `choice` says so; 0: no such limit.
+    No worker gets more than `most_threads` unless `choice` requests it; 0: no limit.
     """
     kind, _, index = device.partition(":")
     n_workers = choice.n_workers or (n_devices if kind == "cuda" and not index else 1)

@@ -39,12 +39,12 @@ logger = logging.getLogger(__name__)
 
 SILENCE_FACTOR = 10.0
 SILENCE_MIN_S = 300.0
-"""A fit without an epoch for so many times the seconds it should take, and at least so long, counts as hanging."""
+"""A fit hangs if no epoch ends within both this multiple of an epoch's expected time and this many seconds."""
 
 
 @dataclass(eq=False)
 class Coordinator:
-    """One start of a study, as the work of the event loop (`workers.loop`)."""
+    """One run of a study, driven by the event loop (`workers.loop`)."""
 
     record: StudyRecord
     pool: WorkerPool
@@ -53,12 +53,12 @@ class Coordinator:
     callback: StudyCallback
     stop: Stop
     wake_views: Callable[[], None]
-    """Has Optuna's database and MLflow brought up to date, in the background."""
+    """Wake the background threads that update Optuna's database and MLflow."""
     open: dict[tuple[int, int], Evaluation] = field(default_factory=dict)
-    """(trial, replicate) to what is being evaluated: trials by number, then replicates as listed."""
+    """Open evaluations by (trial, replicate): trials by number, then replicates in the order of the shortlist."""
     has_shortlist: bool = False
     warned: set[int] = field(default_factory=set)
-    """Trials of which it was said that they predict one class only."""
+    """Trials for which the warning that they predict only one class was given."""
 
     def __post_init__(self) -> None:
         self.trials = {trial.number: trial for trial in self.record.trials()}
@@ -66,16 +66,16 @@ class Coordinator:
 
     @property
     def n_counted(self) -> int:
-        """Trials that were evaluated, over all starts."""
+        """Number of evaluated trials, including those of earlier runs of the study."""
         return count_trials(self.trials.values())
 
     @property
     def is_over(self) -> bool:
-        """Whether no further job will come: the study is done, or was asked to stop."""
+        """Whether no further job will follow, because the study is done or was asked to stop."""
         return self.stop.is_requested or (self.has_shortlist and not self.open)
 
     def resume(self) -> None:
-        """Continue the trials that an earlier start left open, and remove files that it did not get to remove."""
+        """Continue the trials that an earlier run left open, and remove the files that it left behind."""
         for trial in list(self.trials.values()):
             if trial.outcome is None:
                 self._open(Evaluation(self.record, trial, trial.study_config), "continues")
@@ -86,7 +86,7 @@ class Coordinator:
                     remove_checkpoints(fit.paths)
 
     def poll(self) -> bool:
-        """Look at requests, the budget and hanging fits; return False if the study must end at once."""
+        """Check stop requests, the budget and hanging fits; return False if the study must end at once."""
         if text := self.stop.poll(self.record.paths):
             self._say(text)
         for opened in list(self.open.values()):
@@ -98,7 +98,7 @@ class Coordinator:
         return not self.stop.is_urgent
 
     def next_job(self) -> Job | None:
-        """Carry out what the scheduler says until that is a fit; None if nothing can begin now."""
+        """Execute the scheduler's actions until one is a fit, and return it; None if nothing can start now."""
         while not self.stop.is_requested:
             match next_action(_study_state(self)):
                 case Fit(number, fold, replicate):
@@ -196,9 +196,9 @@ class Coordinator:
             self.callback.replicating(*replicates.progress(self.record))
 
     def _on_death(self, evaluation: Evaluation, fold: int, failure: Failed) -> None:
-        """Try the fit again from its checkpoint, unless this fold has ended its worker too often.
+        """Retry the fit from its checkpoint, unless too many workers died in this fold.
 
-        Raises StorageError and WorkerError where another try would end in the same way.
+        Raises StorageError or WorkerError if a retry would fail in the same way.
         """
         what, fit = f"{evaluation.name}, fold {fold + 1}", evaluation.fits()[fold]
         if failure.error == "StorageError":
@@ -294,7 +294,7 @@ class Coordinator:
 
 
 def _kill_hanging(coordinator: Coordinator) -> None:
-    """Kill every worker without an epoch for so long that its fit must be hanging."""
+    """Kill every worker whose fit has finished no epoch for so long that it must be hanging."""
     for worker in coordinator.pool.busy():
         silence_s, job = time.monotonic() - worker.last_report_at, worker.job
         if not isinstance(job, FitJob) or (evaluation := coordinator.open.get((job.trial, job.replicate))) is None:

@@ -75,7 +75,7 @@ class Evaluation:
         return len(fits.finished) == n_folds
 
     def micro_batch(self) -> int | None:
-        """Return the smallest part of a batch that memory forced and that changed the result; None if none did."""
+        """Return the fewest images per part if batches were split and this changed the result, else None."""
         summaries = [summary for fit in self.fits() if (summary := fit.summary()) is not None]
         return min((each.micro_batch for each in summaries if each.micro_batch), default=None)
 
@@ -132,9 +132,9 @@ class Judge:
         self._ended: dict[int, TrialScores] = {}
 
     def judge(self, trial: TrialRecord, fold: int) -> PruneDecision | None:
-        """Return what the pruner decides after an epoch of this fold; None where it has nothing to say."""
+        """Return the pruner's decision after an epoch of this fold; None if it makes no decision."""
         candidate = self.scores_of(trial)
-        # Other folds that are fitted at the same time do not count: how far they are depends on chance.
+        # Ignore other folds that are being fitted: their progress depends on timing.
         scores = {each: candidate.scores[each] for each in candidate.finished if each != fold}
         candidate = dataclasses.replace(candidate, scores={**scores, fold: candidate.scores[fold]})
         # With a lookahead, which later trials have ended depends on the number of workers.

@@ -1,4 +1,4 @@
-"""How much of the variation between trials each searched setting explains."""
+"""Compute the importance of each searched setting: the share of the variance between trials that it explains."""
 
 import optuna
 from optuna.trial import TrialState
@@ -8,15 +8,15 @@ from hpsearch.search.space import distributions, frozen_trial
 from hpsearch.store.record import StudyRecord
 
 MIN_TRIALS = 8
-"""With fewer a forest describes chance."""
+"""Minimum number of trials; with fewer, the random forest only fits noise."""
 
 
 def importances(record: StudyRecord) -> dict[str, float]:
     """Return the share of the variance that each setting explains, the largest first; empty for too few trials.
 
-    fANOVA (Hutter, Hoos and Leyton-Brown, ICML 2014) as Optuna computes it, over full trials and the estimates of
-    dropped ones. It speaks of the whole space: a setting whose bad values ruin everything counts for much, even if
-    its good values are all alike.
+    fANOVA (Hutter, Hoos and Leyton-Brown, ICML 2014) as Optuna computes it, over complete trials and the estimates
+    of pruned ones. It describes the whole space: a setting with some very bad values is important, even if its good
+    values are all equally good.
     """
     spaces = distributions(record.config.search)
     trials = [

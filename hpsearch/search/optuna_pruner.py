@@ -48,7 +48,7 @@ class OptunaPruner:
         self._name = type(pruner).__name__
         self._trials: list[optuna.Trial] = []
         self._answers: dict[int, list[bool]] = {}
-        """Trial number to what was answered to each of its reports."""
+        """Maps a trial number to Optuna's answers, one per report: True to prune the trial."""
 
     def judge(self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds) -> PruneDecision | None:
         n_reports = len(self._reports(candidate, folds))
@@ -62,7 +62,7 @@ class OptunaPruner:
         return decide(drop, candidate, others, folds.k, reason)
 
     def _bring_up_to_date(self, trial: TrialScores, folds: Folds) -> None:
-        """Report what is new, ask after each report, and tell the value of a complete trial."""
+        """Pass new reports to Optuna, ask for a decision after each, and pass the value of a complete trial."""
         while len(self._trials) <= trial.number:
             # Infeasible trials, which have no scores, are included: Hyperband assigns brackets by trial number.
             self._trials.append(self._study.ask())

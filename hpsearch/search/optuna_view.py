@@ -53,7 +53,7 @@ class OptunaView:
         """Fingerprint of the files from which the database was last updated."""
 
     def update(self, *, is_last: bool = False) -> None:
-        """Bring the database up to date with the record.
+        """Bring the database up to date with the study folder.
 
         A database that is damaged is set aside, one that was deleted is made anew, and one that contradicts the
         record is filled anew. Raises StorageError if the database cannot be written.

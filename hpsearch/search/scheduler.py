@@ -39,13 +39,13 @@ class StudyState:
 
     n_folds: int
     n_trials: int
-    """Trials that are wanted."""
+    """Number of trials requested (`study.trials`)."""
     n_counted: int
     """Ended trials that count toward `n_trials`."""
     n_suggested: int
     """Trials on record, open ones and those that do not count included."""
     n_unused: int | None
-    """Configurations of the search space that no trial has had; None if there is no end of them."""
+    """Number of configurations that have not been tried; None if the search space is infinite."""
     has_complete: bool
     """Whether a trial is complete, so that others can be compared with it."""
     open: tuple[OpenFits, ...] = ()
@@ -76,12 +76,12 @@ class Suggest:
 
 @dataclass(frozen=True)
 class MakeShortlist:
-    """The search is over: choose the trials that are replicated."""
+    """The search is over: choose the trials to replicate."""
 
 
 @dataclass(frozen=True)
 class Wait:
-    """Nothing can begin before something that runs has ended."""
+    """Nothing can start until a running fit ends."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def next_action(state: StudyState) -> Action:
     """
     if fit := _first_fit(state, [fits for fits in state.open if not fits.running]):
         return fit
-    # A fold that is fitted beside others must not make the result depend on who is faster.
+    # Folds that are fitted at the same time must not make the result depend on their speed.
     may_help = state.judges_any_fold and not (state.folds_in_turn and state.lookahead)
     survivors = [fits for fits in state.open if may_help and not fits.is_pruned]
     first = [fits for fits in survivors if fits is state.open[0] and state.folds_in_turn and not state.has_complete]

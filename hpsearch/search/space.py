@@ -61,9 +61,9 @@ def frozen_trial(
 
 
 def is_same(one: Any, other: Any, dimension: Choice | Range, *, any_float: bool = False) -> bool:
-    """Return whether two values count as equal: discrete ones if they are, continuous ones if they are close.
+    """Return whether two values of a setting count as equal. Discrete values must be equal, continuous ones close.
 
-    With `any_float`, all values of a continuous setting count as equal.
+    With `any_float`, any two values of a continuous setting count as equal.
     """
     if isinstance(dimension, Choice) or dimension.is_int or dimension.step is not None:
         return bool(dimension.key(one) == dimension.key(other))

@@ -1,4 +1,4 @@
-"""Read from the record how far a study is."""
+"""Read the progress of a study from its folder."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,10 +27,10 @@ class OpenFit:
     trial: int
     fold: int
     epoch: int
-    """Epochs done."""
+    """Number of finished epochs."""
     epochs: int
     score: float
-    """Held-out mean after the last epoch done."""
+    """Mean held-out score after the last finished epoch."""
     is_replicate: bool = False
     """Whether it is a refit with another seed."""
 
@@ -142,7 +142,7 @@ def _seconds_left(
 
 
 def forecast(record: StudyRecord, plan: ExecutionPlan, n_images: int) -> plans.Forecast:
-    """Return what is left to do in a study, as far as measured steps tell."""
+    """Predict the remaining work and time of a study from the measured training steps."""
     n_trials = record.n_left(record.trials())
     return plans.forecast(
         record.config,

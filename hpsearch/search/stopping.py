@@ -1,4 +1,4 @@
-"""Whether a running study was asked to stop, and how urgently: by a signal, `hpsearch stop` or used-up hours."""
+"""Collect requests to stop a running study: signals, `hpsearch stop` and the time limit."""
 
 import math
 import signal
@@ -9,16 +9,16 @@ from hpsearch.errors import StoppedError
 from hpsearch.paths import StudyPaths
 
 GRACE_S = 12.0
-"""How long a used-up budget waits for the epoch to end before it stops the workers at once."""
+"""Time that running epochs get to finish after the time limit; then the workers are stopped at once."""
 
 
 class Stop:
-    """Asks a running study to stop: once after the current epochs, twice at once."""
+    """State of the requests to stop: the first one stops after the current epochs, the second one at once."""
 
     def __init__(self) -> None:
         self.requests = 0
         self.signal = 0
-        """Number of the signal that asked; SIGTERM for `hpsearch stop`, 0 if the hours were used up."""
+        """Number of the signal that requested the stop: SIGTERM for `hpsearch stop`, 0 for the time limit."""
         self.epoch_left_s: Callable[[], float | None] = lambda: None
         """Seconds until the epochs being trained end; NaN if not known, None if none is trained."""
         self._ends_at = math.inf
@@ -29,13 +29,13 @@ class Stop:
         self.signal = self.signal or signal_number
 
     def limit(self, hours: float) -> None:
-        """Stop when these hours have passed from now."""
+        """Stop after this many hours from now."""
         self._ends_at = time.monotonic() + hours * 3600
 
     def poll(self, study: StudyPaths) -> str:
-        """Look at the clock and for a request of `hpsearch stop`; return what asked to stop, "" if nothing did."""
+        """Check the time limit and requests of `hpsearch stop`; return the reason of a new stop, else ""."""
         if study.stop_request.exists():
-            # As if the process had been terminated, so that what follows in a script does not run.
+            # The exit status is that of a terminated process, so that a calling script stops, too.
             self.request(signal.SIGTERM, at_once=study.stop_request.read_text().strip() == "now")
             study.stop_request.unlink(missing_ok=True)
             return "stop was requested from outside"

@@ -1,8 +1,8 @@
 """Suggest the params of a trial: a pure function of the trials before it.
 
-An ordinary Optuna sampler carries a random state from trial to trial, which is lost with the process. Here every
-suggestion is made by a sampler of its own, seeded from study seed and trial number, in an Optuna study in memory
-that holds the trials on record. A study that was stopped therefore suggests what it would have suggested.
+An ordinary Optuna sampler carries a random state from trial to trial, which is lost when the process ends. Here every
+suggestion comes from a new sampler, seeded from the study's seed and the trial number, in an in-memory Optuna study
+that holds the recorded trials. A study that was stopped therefore makes the same suggestions as one that was not.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from hpsearch.search.space import Distributions, default_params, distributions
 from hpsearch.store.trials import TrialRecord
 
 ATTEMPTS = 20
-"""Suggestions that are drawn before an unused configuration is looked for by enumeration."""
+"""Maximum number of suggestions to draw before unused configurations are enumerated."""
 Params = dict[str, Any]
 
 
@@ -85,9 +85,10 @@ def _draw_new(config: StudyConfig, known: Sequence[TrialRecord], number: int, fi
 
 
 def _draw(config: StudyConfig, study: Study, trial: FrozenTrial, searched: Distributions, attempt: int) -> Params:
-    """Return one suggestion of the sampler, or random params where it has none.
+    """Return one suggestion of the sampler; settings without a suggestion get random values.
 
-    What was repeated in half of the attempts is hard to get away from, so the rest is drawn at random.
+    After half of the attempts, all settings are drawn at random: a sampler that kept repeating itself is likely to
+    repeat itself again.
     """
     salt = (attempt,) if attempt else ()
     drawn: Params = {}
@@ -101,7 +102,10 @@ def _draw(config: StudyConfig, study: Study, trial: FrozenTrial, searched: Distr
 
 
 def _is_repeat(params: Params, earlier: TrialRecord, search: SearchSpace) -> bool:
-    """Return whether an earlier trial had these params. What was infeasible is so at any continuous value."""
+    """Return whether an earlier trial had these params.
+
+    If the earlier trial was infeasible, continuous settings are ignored, because they do not affect feasibility.
+    """
     any_float = earlier.outcome == "infeasible"
     return search.keys() <= earlier.params.keys() and all(
         space.is_same(params[name], earlier.params[name], each, any_float=any_float) for name, each in search.items()

@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 NEAR = 0.05
-"""Only complete trials within this distance of the best are used: collapsed ones vary many times as much."""
+"""Only complete trials this close to the best are used, because collapsed trials vary many times more."""
 S_GUESS, S_GUESS_DF = 0.006, 4.0
 """Prior guess of the standard deviation of a fold's mean between runs, and its weight in degrees of freedom."""
 S_FLOOR = 0.003
 """Smallest standard deviation that racing accepts."""
 MEDIAN_EFFICIENCY = 0.55
-"""Share of the information that the median of mean squares with 4 degrees of freedom keeps."""
+"""Statistical efficiency of the median of mean squares with 4 degrees of freedom, relative to their mean."""
 
 
 @dataclass(frozen=True)

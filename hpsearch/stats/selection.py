@@ -66,7 +66,7 @@ def select_for_replication(scores: Floats, count: int = 5, *, seed: int = 0) -> 
 
     scores: (trials, images) of the complete trials' first fits. Trials that are best on no sample are left out.
     """
-    # What all trials share does not affect the choice, and would cost float32 precision.
+    # Subtract what all trials share: it does not affect the choice and would cost float32 precision.
     centred = np.asarray(scores - scores.mean(axis=0), np.float32)
     wins = np.zeros(len(scores), np.int64)
     for counts in bootstrap_counts(scores.shape[1], seed):
@@ -94,13 +94,13 @@ class Corrected:
     mean: float
     low: float
     high: float
-    """Ends of the 95 % interval of its true mean over such images and over runs."""
+    """Ends of the 95 % interval of its true mean over images of this kind and over runs."""
     image_variance: float
     """Variance of the estimate because the images are a sample."""
     run_variance: float
-    """Variance of the estimate because every fit would come out differently with another seed."""
+    """Variance of the estimate because fits with other seeds would have other scores."""
     choice_variance: float
-    """Variance of the estimate because the real part of the winner's lead over the other trials is uncertain."""
+    """Variance of the estimate because it is uncertain how much of the winner's lead over other trials is real."""
     method: Method
     """`single`: one trial, nothing was selected; `first`: selected by first fits; `confirmed`: by both fits."""
 

@@ -1,7 +1,7 @@
 """The study folder: settings, folds, plan, trials and replicates, read and written.
 
-The folder is the record. Everything else is derived from it. Every reader works on files alone, so that background
-threads, a report and another process see the same study.
+Everything else, such as MLflow's runs, is derived from this folder. Every reader works on files alone, so that
+background threads, a report and another process see the same study.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ CHANGEABLE = frozenset(
     {"study.trials", "study.confirm", "data.cache", "data.cache_dir", "data.n_final_train", "data.n_final_test"}
     | {"data.root", "data.images", "data.masks", "data.test_list"}
 )
-"""Settings that may change between two starts of a study: none of them changes the score of a trial. Images that lie
-elsewhere must be the same ones (`StudyRecord.data_key`)."""
+"""Settings that may change between two starts of a study, because none of them changes the score of a trial. If the
+images are in another folder, they must be the same images (`StudyRecord.data_key`)."""
 
 
 class StudyFiles:
@@ -86,7 +86,7 @@ class StudyFiles:
         self._folds = folds
 
     def check_config(self, config: StudyConfig) -> None:
-        """Raise StudyChangedError, listing every setting that differs and may not (`CHANGEABLE` may)."""
+        """Raise StudyChangedError, which lists all differing settings, if any that is not in `CHANGEABLE` differs."""
         before, after = self.config.flat(), config.flat()
         before["search"], after["search"] = self.config.search.to_toml(), config.search.to_toml()
         lines = [
@@ -101,14 +101,14 @@ class StudyFiles:
             )
 
     def update_config(self, config: StudyConfig) -> None:
-        """Take over the settings that may change under a study; refuse the others as `check_config` does."""
+        """Store the settings that may change during a study; raise StudyChangedError if any other setting differs."""
         self.check_config(config)
         if config.to_sealed_toml() != self.paths.toml.read_text(encoding="utf-8"):
             paths.write_text(self.paths.toml, config.to_sealed_toml())
             self.config = config
 
     def plan(self) -> dict[str, Any] | None:
-        """Return the execution plan as plain types; None before it was made."""
+        """Return the execution plan as plain types; None if it does not exist yet."""
         return paths.read_json(self.paths.plan) if self.paths.plan.is_file() else None
 
     def write_plan(self, plan: Mapping[str, Any]) -> None:

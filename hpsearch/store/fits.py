@@ -1,4 +1,4 @@
-"""What is recorded of one fit: epochs, scores, counts, weights."""
+"""Read the recorded files of one fit: epochs, scores, counts, weights."""
 
 import hashlib
 import io
@@ -30,9 +30,9 @@ class FitRecord:
         return read_record(FitSummary, self.paths.fit) if self.is_finished else None
 
     def epochs(self) -> list[EpochRow]:
-        """Return the rows of epochs.jsonl in order, without a last line that a crash cut off.
+        """Return the rows of epochs.jsonl in order, ignoring a last line that a crash truncated.
 
-        Raises RecordError if an epoch of a finished fit is missing. The worker repairs an unfinished one.
+        Raises RecordError if an epoch of a finished fit is missing. If the fit is unfinished, the worker repairs it.
         """
         rows = self._lines()[0]
         if (summary := self.summary()) is not None and len(rows) != summary.epochs:
@@ -50,7 +50,7 @@ class FitRecord:
         return load_array(self.paths.counts, ndim=2)
 
     def verify(self) -> None:
-        """Read everything that is kept of a fit that nobody works on. Raises RecordError, which names the damage."""
+        """Read every file of a fit that no worker is writing. Raises RecordError, which names the damaged file."""
         self.scores()
         if self.is_finished:
             self.epochs()

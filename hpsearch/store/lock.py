@@ -1,4 +1,4 @@
-"""The lock of a study, which one process can hold at a time, the file that names its holder, and the log."""
+"""Lock a study for one process, name the process that holds the lock, and write the log."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ from hpsearch.paths import ProjectPaths, StudyPaths, command_line
 
 @contextmanager
 def hold(study: StudyPaths) -> Iterator[None]:
-    """Hold the study's lock for the block. Raises StudyLockedError, which names the holder, if it is taken.
+    """Hold the study's lock while the block runs. Raises StudyLockedError, which names the holder, if it is taken.
 
     The operating system releases the lock when the process ends, however it ends. Folders created here are removed if
     the study has no settings at the end of the block.
@@ -98,7 +98,7 @@ class _LenientHandler(logging.FileHandler):
 
 @contextmanager
 def log_file(path: Path) -> Iterator[None]:
-    """Append one line per event of hpsearch to `path` for the time of the block."""
+    """Append the log messages of hpsearch to `path`, one per line, while the block runs."""
     handler = _LenientHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     root = logging.getLogger("hpsearch")

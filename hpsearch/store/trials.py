@@ -1,4 +1,4 @@
-"""What is recorded of trials and replicates, and how trials are ranked, as frozen dataclasses."""
+"""Frozen dataclasses for the records of trials and replicates, and for the ranking of trials."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -48,7 +48,7 @@ class PruneDecision:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRecord:
-    """What is recorded of a trial and of its replicate alike."""
+    """Fields that the records of a trial and of its replicate share."""
 
     began_at: float
     """Unix time in seconds, as all times here."""
@@ -70,7 +70,7 @@ class EvaluationRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialRecord(EvaluationRecord):
-    """One trial: its params and what became of it."""
+    """One trial: its params and its outcome."""
 
     number: int
     params: dict[str, Any]
@@ -84,7 +84,7 @@ class TrialRecord(EvaluationRecord):
     decisions: tuple[PruneDecision, ...] = ()
     """Every decision of the pruner, in order."""
     micro_batch: int | None = None
-    """Images at a time if memory forced parts of batches and that changed the result. Such a trial cannot win."""
+    """Images per part if batches were split to fit in memory and this changed the result. Such a trial cannot win."""
     draw: int | None = None
     """Place among the suggestions, set by version 0.1 on a trial that continues an orphaned one."""
 
@@ -147,7 +147,7 @@ class Standing:
     values: dict[int, float]
     """Trial number to its ranking value: the mean over both fits if its replicate counts, else over the first."""
     confirmed: tuple[int, ...]
-    """Trials whose replicates count, by number. If there are any, one of them wins."""
+    """Numbers of the trials whose replicates count, ascending. If there are any, the winner is one of them."""
 
     @property
     def winner(self) -> int | None:
@@ -156,7 +156,7 @@ class Standing:
 
     @property
     def best_value(self) -> float | None:
-        """The value that ranks the winner."""
+        """Ranking value of the winner."""
         return self.values[self.ranking[0]] if self.ranking else None
 
 

@@ -25,7 +25,7 @@ class Point:
 
     @property
     def place(self) -> tuple[str, int, int]:
-        """Key, step and time, which identify a point within its run. Of equal steps MLflow shows the latest."""
+        """Key, step and time, which identify a point within its run. MLflow shows the latest point of a step."""
         return self.key, self.step, self.time_ms
 
 
@@ -76,8 +76,9 @@ METRICS: dict[str, dict[str, str | Callable[[Any], float | None]]] = {
         **{f"study/n_{outcome}": f"n.{outcome}" for outcome in get_args(Outcome)},
     },
 }
-"""What a metric is computed from, to the metrics: name to a dotted path into the source, or to a function of it.
+"""Metrics by the kind of source that they are computed from.
 
+Each metric has a name and either a dotted path into the source or a function of it.
 `{metric}` stands for the metric of the study. A metric that is missing in its source (None) is not logged.
 """
 
@@ -125,5 +126,5 @@ def _look_up(source: Any, path: str) -> Any:
 
 
 def milliseconds(seconds: float) -> int:
-    """Return a Unix time in the unit of MLflow."""
+    """Convert a Unix time in seconds to milliseconds, the unit of MLflow."""
     return round(seconds * 1000)

@@ -126,10 +126,10 @@ def register(client: Any, weights: Path, folder: Path, experiment_id: str, run_i
 
 
 def _save(weights: Path, folder: Path, run_id: str, model_id: str) -> None:
-    """Write the packed model with signature and input example, for the run and the logged model with these ids.
+    """Write the MLflow model with signature and input example, for the given run id and logged-model id.
 
-    Its threshold, test-time augmentation, post-processing and ensemble are those that `final` selected, as in
-    `hpsearch predict`. The example is a drawing, not a photograph.
+    Like `hpsearch predict`, it uses the threshold, test-time augmentation, mask cleaning and ensemble that `final`
+    selected. The input example is a drawing, not a photograph.
     """
     import mlflow.pyfunc
     from mlflow.models import Model

@@ -1,4 +1,4 @@
-"""Bring MLflow up to date with the record of a study; the only writer to MLflow.
+"""Bring MLflow up to date with the folder of a study. No other module writes to MLflow.
 
 MLflow may lag behind the record. An update adds what is missing, so an outage costs only delay, and a deleted
 database is restored. Nothing is logged twice: runs are identified by their tags and start, metrics by key and step.
@@ -61,7 +61,7 @@ class MlflowView:
         self._study = study
         self._experiment: Experiment | None = None
         self._up_to_date: set[str] = set()
-        """Keys of the child runs that lacked nothing at the last update."""
+        """Keys of the child runs that were complete at the last update."""
         self._has_failed = False
 
     def update(self, *, is_last: bool = False) -> None:
@@ -173,13 +173,13 @@ class Experiment:
         self._folder = record.paths.tracking
         self._id = self._open(record, began_ms, artifact_root)
         self._runs = self._read(record.name)
-        """MLflow's run of each key and start; its tags and params are those in MLflow."""
+        """Run in MLflow by key and start time, with its tags and params there."""
         self._points: dict[str, set[tuple[str, int, int]]] = {}
         """Key, step and time of every point of the metrics of a run, by its id, once they were read."""
         self._current: dict[str, Any] = {}
-        """Run of each key, without those of an earlier study of the same name."""
+        """Run by key, without the runs of an earlier study of the same name."""
         self.complete: dict[str, object] = {}
-        """Key of each run that is complete in MLflow, to the version of its source."""
+        """Key of each run that is complete in MLflow, mapped to the version of its source."""
 
     def _open(self, record: StudyRecord, began_ms: int, artifact_root: str | None) -> str:
         found = self._client.get_experiment_by_name(record.name)
@@ -210,7 +210,7 @@ class Experiment:
         return found
 
     def ensure(self, content: RunContent, more_tags: Mapping[str, str]) -> Any:
-        """Return the run with that key and start; create it if it is missing."""
+        """Return the run with the key and start time of `content`; create it if it is missing."""
         identity = (content.key, content.began_ms)
         if identity not in self._runs:
             tags = {**more_tags, **content.tags}

@@ -25,9 +25,9 @@ from hpsearch.tracking.metrics import Point, cross_validation, milliseconds, poi
 from hpsearch.typed_json import to_json
 
 STATUSES: dict[str | None, str] = {None: "RUNNING", "diverged": "FAILED", "failed": "FAILED", "orphaned": "KILLED"}
-"""Outcome of a trial to the status of its run. All others are finished; the tag `outcome` says how."""
+"""Maps the outcome of a trial to the status of its run. Other outcomes are FINISHED; the tag `outcome` names them."""
 IDENTIFYING_TAGS = {"hpsearch.trial": "trial", "hpsearch.second": "second", "hpsearch.final": "final"}
-"""Tag that identifies a child run of a study, to the first word of the run's key."""
+"""Maps each tag that identifies a child run of a study to the first word of the run's key."""
 WINNER, RANK = "winner", "rank"
 """Tags of trials: `true` for the winner alone; the place in the ranking, zero-padded so that it sorts as text."""
 
@@ -40,7 +40,7 @@ class RunContent:
     """`study`, `trial 7`, `second 7` (the refit of trial 7) or `final trial-0007`: unique within the study."""
     name: str
     began_ms: int
-    """Identifies the run together with `key`: a new study with the name of a deleted one has other times."""
+    """Identifies the run together with `key`, because a new study may have the name of a deleted one."""
     tags: dict[str, str]
     params: dict[str, str] = field(default_factory=dict)
     points: tuple[Point, ...] = ()
@@ -51,7 +51,7 @@ class RunContent:
 
     @property
     def is_complete(self) -> bool:
-        """Whether nothing will be added."""
+        """Whether the content is final."""
         return self.ended_ms is not None
 
     @property
@@ -62,7 +62,7 @@ class RunContent:
 
 @dataclass(frozen=True)
 class RunSource:
-    """A run that belongs into MLflow, and the functions that read its content from the record."""
+    """A run that MLflow should contain, with the functions that read its content from the study folder."""
 
     key: str
     version: object
@@ -124,9 +124,9 @@ def study_run(record: StudyRecord, trials: Sequence[TrialRecord], standing: Stan
 
 
 def trial_run(record: StudyRecord, trial: TrialRecord, standing: Standing) -> RunContent:
-    """Return the run of a trial as far as it has come.
+    """Return the run of a trial in its present state.
 
-    Its cross-validation means are the values that rank it: means over first fits and refits once these count.
+    The cross-validation means are those that rank the trial: over both fits if its refit counts, else over the first.
     """
     number = trial.number
     fits = record.fits(number)
@@ -140,7 +140,7 @@ def trial_run(record: StudyRecord, trial: TrialRecord, standing: Standing) -> Ru
 
 
 def refit_run(record: StudyRecord, second: ReplicateRecord) -> RunContent:
-    """Return the run of the refit of a trial as far as it has come."""
+    """Return the run of the refit of a trial in its present state."""
     trial, number = record.trial(second.trial), second.trial
     fits = record.fits(number, replicate=True)
     points: list[Point] = []
@@ -185,7 +185,7 @@ def final_run(record: StudyRecord, name: str) -> RunContent:
     result = FinalRecord.read(folder)
     trial, ended_at = record.trial(result.trial), result.ended_at
     fits = [FitRecord(folder.seed(index)) for index in range(result.n_seeds)]
-    # Which test set was evaluated, how often that had happened, and the post-processing in use.
+    # The test set, the number of its evaluations so far, and the selected post-processing.
     facts = {"test_set": result.test_set, "test_looks": result.n_looks, "test_leaks": len(result.leaks)}
     facts["choices"] = to_json(result.chosen.choices) if result.chosen else None
     tags = {f"hpsearch.{fact}": text_of(value) for fact, value in facts.items() if value}
@@ -225,7 +225,7 @@ def _fit_points(prefix: str, fits: Sequence[FitRecord], ended_at: float | None) 
 def _value_points(
     record: StudyRecord, trial: TrialRecord, fits: Sequence[FitRecord], standing: Standing
 ) -> list[Point]:
-    """Return the cross-validation metrics of a complete trial, revised when its refit counts or counts no more."""
+    """Return the cross-validation metrics of a complete trial, revised when its refit starts or ceases to count."""
     number, metric = trial.number, record.config.study.metric
     first = cross_validation([fits], trial.value)
     points = points_of("cross-validation", first, trial.ended_at or 0, metric)
@@ -240,9 +240,9 @@ def _value_points(
 
 
 def _ranked_at(record: StudyRecord, standing: Standing) -> float | None:
-    """Return when the values that rank refitted trials last changed; None before they ever did.
+    """Return when the ranking values of refitted trials last changed; None if they never did.
 
-    That is when the last refit ended, or when the first complete trial after them ended and reopened the choice.
+    They change when the last refit ends, and when a trial that completes later makes the refits void.
     """
     shortlist = record.shortlist()
     if shortlist is None:
@@ -250,7 +250,7 @@ def _ranked_at(record: StudyRecord, standing: Standing) -> float | None:
     ends = {trial.number: trial.ended_at or 0.0 for trial in record.complete_trials()}
     if standing.confirmed:
         ended = [second.ended_at or 0.0 for second in record.replicate_records() if second.trial in shortlist.trials]
-        # Later than the trial that reopened the choice before: of equal steps MLflow shows the latest.
+        # Later than the trial that made the refits void: MLflow shows the latest point of a step.
         return max([*ended, *ends.values()]) + 0.001
     return min((end for number, end in ends.items() if number not in shortlist.of), default=None)
 

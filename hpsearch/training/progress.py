@@ -104,8 +104,8 @@ def finish_fit(
 ) -> FitSummary:
     """Write the files of a finished fit, fit.json last, remove its checkpoints, and return the content of fit.json.
 
-    weights.safetensors, scores.npy, counts.npy and examples.npz do not depend on time or process. If the process
-    dies at any point, a repetition from last.pt writes the same bytes. `extra` is stored in the weights file.
+    weights.safetensors, scores.npy, counts.npy and examples.npz contain no timestamps or process ids. If the process
+    dies at any point, calling this again from last.pt writes the same bytes. `extra` is stored in the weights file.
     fit.json holds `micro_batch` if it changed the result.
     """
     task, rows, n_held_out = fit.task, fit.rows, len(fit.task.held_out_indices)
@@ -158,7 +158,7 @@ def save_examples(
     """
     order = np.argsort(scores, kind="stable")
     n, middle = len(order), max(0, (len(order) - 1) // 2)
-    # With fewer images each is saved once.
+    # With fewer than six images the ranks overlap, and each image is saved once.
     ranks = np.unique([0, 1, middle, middle + 1, n - 2, n - 1])
     chosen = order[ranks[(ranks >= 0) & (ranks < n)]]
     batches = eval_batches(

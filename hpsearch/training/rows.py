@@ -45,7 +45,7 @@ class EpochRow:
 
     @property
     def scores(self) -> Scores:
-        """The held-out scores; those of the training batches where nothing is held out."""
+        """The held-out scores, or the training scores if there are no held-out images."""
         return self.held_out or self.train
 
 
@@ -58,7 +58,7 @@ class FitSummary:
     """Mean score over the held-out images after the last epoch; None without held-out images."""
     n_held_out: int = 0
     micro_batch: int | None = None
-    """Images at a time if memory forced parts of batches and that changed the result."""
+    """Images per part if batches were split to fit in memory and this changed the result, else None."""
     seconds: float = 0.0
     train_s: float = 0.0
     eval_s: float = 0.0
@@ -67,7 +67,7 @@ class FitSummary:
     scores_sha256: str = ""
     weights_sha256: str = ""
     runtime: dict[str, str] = field(default_factory=dict)
-    """The machine and the libraries."""
+    """Description of the machine and library versions."""
 
 
 def to_line(row: EpochRow) -> str:

@@ -31,15 +31,18 @@ _DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bf16": torch
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """How a fit computes. Part of the execution plan of a study: each field may change floating-point results."""
+    """Device, precision, compilation and threads of a fit. Each field may change floating-point results.
+
+    It is part of the execution plan of a study.
+    """
 
     device: torch.device
     precision: Precision
     """Precision of autocast; weights, losses and optimizer stay in float32."""
     compile: CompileChoice
-    """Whether to use torch.compile; with `auto` the fit decides by its length."""
+    """Whether to use torch.compile; with `auto`, only long fits use it."""
     threads: int
-    """CPU threads of one operation."""
+    """Number of CPU threads per operation."""
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context for forward passes."""
@@ -55,7 +58,7 @@ class Runtime:
     def active(self) -> Iterator[None]:
         """Set torch's process-wide options (threads, TF32, cuDNN benchmark) for the block, and restore them after.
 
-        On other devices than CUDA it also calls `keep_freed_memory`, which holds until the process ends.
+        On devices other than CUDA it also calls `keep_freed_memory`, whose effect lasts until the process ends.
         """
         threads = torch.get_num_threads()
         matmul, benchmark = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark

@@ -27,7 +27,7 @@ class CachePaths:
     images: Path
     """Cache of the images at the size that the network sees."""
     truth: Path | None = None
-    """Cache at the size at which they are scored; None if that is the same one."""
+    """Cache at the size at which predictions are scored; None if it is the same cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +74,14 @@ class OfficialScoreJob:
 
 @dataclass(frozen=True, kw_only=True)
 class SelectPostprocessingJob:
-    """Select threshold, test-time flips, cleaning and ensemble by out-of-fold predictions."""
+    """Select threshold, test-time flips, mask cleaning and ensemble on out-of-fold predictions."""
 
     config: StudyConfig
     metric: str
     caches: CachePaths
     networks: tuple[FoldNetwork, ...]
     source: str
-    """Which networks these are, for people."""
+    """Description of the networks, for messages."""
     ensemble: bool
     """Whether the ensemble is considered."""
     out: Path
@@ -90,7 +90,7 @@ class SelectPostprocessingJob:
 
 @dataclass(frozen=True)
 class WeightsCopy:
-    """A weights file and where its copy goes."""
+    """A weights file and the path of its copy."""
 
     source: Path
     target: Path
@@ -98,7 +98,7 @@ class WeightsCopy:
 
 @dataclass(frozen=True, kw_only=True)
 class KeepJob:
-    """Copy weights, with the post-processing selected for them entered."""
+    """Copy weights files and store the selected post-processing in the copies."""
 
     copies: tuple[WeightsCopy, ...]
     postprocessing: Postprocessing
@@ -106,7 +106,7 @@ class KeepJob:
 
 @dataclass(frozen=True, kw_only=True)
 class CountJob:
-    """Write the per-image pixel counts of networks, by their mean logits, on all images of a cache."""
+    """Predict all images of a cache by the mean logits of the networks, and write the pixel counts of each image."""
 
     config: StudyConfig
     caches: CachePaths
@@ -114,12 +114,12 @@ class CountJob:
     postprocessing: Postprocessing
     counts: Path
     examples: Path | None = None
-    """Where a few predictions of the first network go; None to save none."""
+    """File for a few predictions of the first network; None to save none."""
 
 
 @dataclass(frozen=True)
 class StepToMeasure:
-    """A configuration whose training step is timed, and its images."""
+    """A configuration whose training step is timed, with the images to use."""
 
     config: StudyConfig
     caches: CachePaths
@@ -133,27 +133,27 @@ class MeasureJob:
     threads: int
     steps: tuple[StepToMeasure, ...]
     seconds: float = 0.2
-    """How long each step is repeated at least."""
+    """Minimum time for which each step is repeated."""
 
 
 @dataclass(frozen=True)
 class MeasuredStep:
-    """Seconds of one image at one configuration, measured on the device."""
+    """Seconds per image of one configuration, measured on the device."""
 
     flops: int
-    """Of the training step of one image."""
+    """FLOPs of the training step of one image."""
     train_s: float
     eval_s: float
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a MeasureJob found."""
+    """Result of a MeasureJob."""
 
     device: str
     n_devices: int
     precision: str
-    """What autocast computes in where `train.amp` is auto: float32, bf16 or fp16."""
+    """Precision of autocast if `train.amp` is auto: float32, bf16 or fp16."""
     memory_bytes: int
     """Free memory of the device."""
     steps: tuple[MeasuredStep, ...]
@@ -187,7 +187,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Stopped:
-    """The fit was stopped after an epoch, as it was told to."""
+    """The fit was stopped after an epoch, as requested."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +195,7 @@ class Failed:
     """The job ended without a result."""
 
     error: str = ""
-    """Name of the error's class in `hpsearch.errors`; `died`: the process ended; "": a fault in hpsearch."""
+    """Name of the error's class in `hpsearch.errors`; `died`: the process ended; "": a bug in hpsearch."""
     text: str
     traceback: str = ""
 

@@ -21,7 +21,7 @@ from hpsearch.models.network import n_parameters, training_flops, training_memor
 from hpsearch.workers.jobs import MeasuredStep, WorkerSettings
 
 MEMORY_SHARE = 0.9
-"""Share of a device's memory that a fit may be predicted to need: the prediction is good to a tenth."""
+"""Share of a device's memory that the predicted need of a fit may reach. Predictions are accurate to 10 %."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,22 +30,22 @@ class ExecutionPlan:
 
     device: str
     precision: str
-    """What autocast computes in where `train.amp` is auto: float32, bf16 or fp16."""
+    """Precision of autocast if `train.amp` is auto: float32, bf16 or fp16."""
     workers: tuple[WorkerSettings, ...]
     memory_bytes: int
     """Memory of the device that one worker may use."""
     steps: tuple[MeasuredStep, ...] = ()
     machine: Mapping[str, Any] = field(default_factory=dict)
-    """Processor, versions, cores: for the record."""
+    """Processor, versions and number of cores, for documentation only."""
     alone_threads: int = 0
-    """Threads with which a single fit trained fastest; 0: not measured."""
+    """Number of threads with which a single fit trained fastest; 0: not measured."""
 
     @property
     def alone(self) -> WorkerSettings:
         """Device and threads of a fit that runs by itself: those of the only worker, else the fastest measured.
 
-        Where that was not measured, a fit gets what each of several workers gets: on a machine with other load, more
-        threads can be many times slower.
+        If that was not measured, the fit gets as many threads as each of several workers. On a machine with other
+        load, more threads can be many times slower.
         """
         first = self.workers[0]
         return first if len(self.workers) == 1 else WorkerSettings(first.device, self.alone_threads or first.threads)
@@ -96,10 +96,10 @@ def predicted_bytes(config: StudyConfig, plan: ExecutionPlan) -> int:
 
 
 def disk_bytes(config: StudyConfig, n_folds: int, n_workers: int) -> int:
-    """Return the most bytes that weights and checkpoints of a study take, for the largest network of the space.
+    """Return an upper bound of the bytes of a study's weights and checkpoints, for the largest network of the space.
 
-    Weights and best weights stay for two trials and are there for the one that runs; each worker has two checkpoints
-    and writes a third.
+    Last and best weights are kept for two trials and the running one. Each worker has two checkpoints and writes a
+    third.
     """
     slots = 2 if config.train.optimizer == "adamw" else 1
     candidates = [config.with_params({}), *sample_space(config, 64)]

@@ -16,16 +16,16 @@ class Worker(Protocol):
 
     @property
     def job(self) -> Job | None:
-        """The job that it runs; None if it has none."""
+        """The job that it runs; None if it is idle."""
 
     @property
     def last_report_at(self) -> float:
-        """When it last reported or was given something to do, as `time.monotonic` counts."""
+        """`time.monotonic()` of its last report or of the last job or answer given to it."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """A report of a worker, and the job that it is about."""
+    """A worker's report and the job that it concerns."""
 
     worker: Worker
     job: Job | None

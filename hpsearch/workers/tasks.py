@@ -1,4 +1,4 @@
-"""What a worker does for each kind of job, and what it keeps between jobs: fit, benchmark, score and select."""
+"""Run the jobs of a worker (fit, measure, score, select), and keep its state between jobs."""
 
 import dataclasses
 import logging
@@ -33,7 +33,7 @@ from hpsearch.workers.plan import image_flops
 logger = logging.getLogger(__name__)
 
 MEASURE_BUDGET_S = 0.5
-"""A step of one image that takes longer is not repeated with a whole batch."""
+"""If a step with one image takes longer than this, the time of a whole batch is not measured."""
 
 
 class WorkerContext:
@@ -44,7 +44,7 @@ class WorkerContext:
         self._data: dict[tuple[CachePaths, str], DeviceData] = {}
 
     def runtime(self, config: StudyConfig, threads: int = 0) -> Runtime:
-        """Return how this worker computes; `threads` other than its own are for measuring only."""
+        """Return the runtime of this worker's fits. `threads` overrides the worker's setting in measurements."""
         train, threads = config.train, threads or self.settings.threads
         return runtimes.make_runtime(self.settings.device, amp=train.amp, compile=train.compile, threads=threads)
 
@@ -59,7 +59,7 @@ class WorkerContext:
         return self._data[key]
 
     def forget_images(self) -> None:
-        """Give the memory of the images back."""
+        """Release the memory of the images."""
         self._data.clear()
 
 
@@ -87,16 +87,16 @@ def run_fit(job: FitJob, context: WorkerContext, on_epoch: OnEpoch) -> FitSummar
         "reading": data.cache.index.preparation.reading.for_images(),
     }
     if config.augment.crop and config.data.match == "resize":
-        # The size of the frames that fresh crops were taken from, which is not their own size.
+        # With random crops, this is the size of the frames that the crops are taken from.
         extra["frame"] = list(config.data.cached_size)
     return finish_fit(result, folder, data, runtime, extra=extra)
 
 
 def fit_within_memory(task: FitTask, folder: FitPaths, run: Callable[[FitTask], Progress]) -> Progress:
-    """Return the fit that `run` makes of the task, by whole batches or by the largest halves that fit.
+    """Return the fit that `run` makes of the task, with whole batches or, if memory runs out, with halved ones.
 
-    Batches are halved where the result stays the same, or where `study.allow_microbatch` allows another result and
-    the parts are not too small for batch normalisation. Otherwise raises OutOfMemoryError.
+    Batches are halved repeatedly. This requires that the result stays the same, or that `study.allow_microbatch` is
+    set and the parts are not too small for batch normalisation. Otherwise OutOfMemoryError is raised.
     """
     config, is_exact = task.config, not uses_batch_statistics(task.config.unet)
     while True:
@@ -109,7 +109,7 @@ def fit_within_memory(task: FitTask, folder: FitPaths, run: Callable[[FitTask], 
                 raise
             logger.warning("%s; continuing with parts of %d images", error, n_images // 2)
         if not is_exact:
-            # Other parts give another result, so the fit starts anew.
+            # The number of parts changes the result, so the fit starts from the beginning.
             for path in (folder.last, folder.previous, folder.best, folder.epochs, folder.scores):
                 path.unlink(missing_ok=True)
 
@@ -143,7 +143,7 @@ def measure(job: MeasureJob, context: WorkerContext) -> Finished:
 def _measure_step(step: StepToMeasure, job: MeasureJob, context: WorkerContext) -> tuple[float, float]:
     """Return the seconds of one image in training and in evaluation."""
     batch_size = step.config.train.batch_size
-    # One image first: at full size on a CPU even that takes seconds, and then it has to do.
+    # Start with one image. At full size on a CPU even that takes seconds, and is then the only measurement.
     alone = _time_batch(step, 1, job.threads, context, 0.0)
     if alone[0] > MEASURE_BUDGET_S or len(context.images(step.caches, step.config)) < batch_size:
         return alone
@@ -164,10 +164,10 @@ def _time_batch(
         seconds.append((row.train_s / n_images, row.eval_s / n_images))
         return "stop" if len(seconds) > 2 and time.perf_counter() - began >= at_least_s else "go"
 
-    # Nothing diverges at this learning rate, and only the time matters.
+    # Only the time matters. At this learning rate, training does not diverge.
     changes: dict[str, Any] = {"train.batch_size": n_images, "train.epochs": 100_000, "train.lr": 1e-9}
     if n_images == 1 and step.config.unet.norm in ("batch", "instance"):
-        # The statistics of these need more than one value per channel.
+        # These normalisations need more than one value per channel.
         changes["unet.norm"] = "group"
     config = step.config.with_params({**changes, "train.compile": "off"})
     images, n_channels = np.arange(n_images, dtype=np.int64), config.data.n_channels
@@ -201,13 +201,13 @@ def score_officially(job: jobs.OfficialScoreJob, context: WorkerContext) -> None
         if job.masks is not None:
             with atomic_write(job.masks / mask_name(files.name)) as temporary:
                 temporary.write_bytes(encode_mask(pred))
-        # Before the next is decoded: one image alone may take hundreds of megabytes.
+        # Free the memory before decoding the next image: one image may take hundreds of megabytes.
         del image, mask, pred
     save_array(job.counts, np.array(counts, np.int64))
 
 
 def select(job: jobs.SelectPostprocessingJob, context: WorkerContext) -> None:
-    """Select threshold, flips, cleaning and ensemble by out-of-fold predictions."""
+    """Select threshold, test-time flips, mask cleaning and ensemble on out-of-fold predictions."""
     with (runtime := context.runtime(job.config)).active():
         data = context.images(job.caches, job.config)
         chosen = select_postprocessing.select(
@@ -217,7 +217,7 @@ def select(job: jobs.SelectPostprocessingJob, context: WorkerContext) -> None:
 
 
 def keep(job: jobs.KeepJob, context: WorkerContext) -> None:
-    """Copy weights, with the post-processing selected for them entered."""
+    """Copy weights files and store the selected post-processing in the copies."""
     for copy in job.copies:
         select_postprocessing.keep_model(copy.source, copy.target, job.postprocessing)
 

@@ -22,9 +22,9 @@ class Pruner(Protocol):
     """Whether it can judge a trial by any finished folds, not only by the first ones."""
 
     def judge(self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds) -> PruneDecision | None:
-        """Return a decision after an epoch, the last one of fold `candidate.latest`; None if there is none to make.
+        """Return the decision after the latest epoch of fold `candidate.latest`; None to make no decision.
 
-        `others` are all other trials that have scores, in any order: ended or not, complete or not.
+        `others` are all other trials that have scores, in any order, whether they have ended or not.
         """
 
 
