@@ -40,14 +40,14 @@ def test_the_default_params_are_those_of_the_configuration() -> None:
 
 
 def test_continuous_values_are_the_same_if_they_are_close() -> None:
-    rate = configs.load(None, SPACE).search.dimensions["train.lr"]
+    rate = configs.load(None, SPACE).search["train.lr"]
     assert is_same(0.01, 0.0119, rate)
     assert not is_same(0.01, 0.0121, rate)
     assert is_same(0.01, 0.1, rate, any_float=True)
 
 
 def test_discrete_values_are_the_same_only_if_they_are_equal() -> None:
-    depth = configs.load(None, SPACE).search.dimensions["unet.depth"]
+    depth = configs.load(None, SPACE).search["unet.depth"]
     assert is_same(3, 3, depth)
     assert not is_same(3, 4, depth, any_float=True)
 
