@@ -1,8 +1,8 @@
-"""Change training batches at random. A batch is changed as a whole, on its device, images and masks together.
+"""Augment training batches. A batch of images and masks is augmented as a whole on its device.
 
-`draw_changes` draws the changes of a whole epoch beforehand on the CPU. No batch waits for it, and only the noise of
-single pixels depends on the device. Images stay bytes (B, H, W, 3) while pixels are only moved. Other changes are
-computed on float32 planes (B, 3, H, W), whose inner dimension is long.
+`draw_changes` draws the random numbers of a whole epoch in advance on the CPU, so batches do not wait for them. Only
+the pixel noise depends on the device. If only flips and crops are used, images stay (B, H, W, 3) uint8. All other
+changes are computed on (B, 3, H, W) float32, because elementwise operations are faster with a long inner dimension.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ _KINDS = (
     *("hflip", "vflip", "brightness", "contrast", "saturation", "hue"),
     *("rotate", "scale", "top", "left", "blur", "noise"),
 )
-# BT.601 weights as torchvision rounds them, because its colour changes are the reference.
+# BT.601 weights, rounded as in torchvision, whose colour transforms are the reference.
 _GRAY = (0.2989, 0.587, 0.114)
 
 
 @dataclass(frozen=True)
 class Changes:
-    """Changes of n images.
+    """Augmentation parameters of n images.
 
-    hflip, vflip            bool: whether it is mirrored left to right, top to bottom
-    brightness              factor on all channels
-    contrast                factor on the distance from the image's mean gray
-    saturation              factor on the distance from each pixel's gray
-    hue                     shift as a share of the colour circle
-    rotate                  radians, anticlockwise as displayed
-    scale                   zoom factor, above 1 to enlarge
-    top, left               int64: first row and column of the crop, on the CPU
+    hflip, vflip            bool, whether the image is flipped left to right, top to bottom
+    brightness              factor applied to all channels
+    contrast                factor applied to the difference from the image's mean gray
+    saturation              factor applied to the difference from each pixel's gray
+    hue                     shift as a fraction of the colour circle
+    rotate                  angle in radians, counter-clockwise as displayed
+    scale                   zoom factor, enlarges if above 1
+    top, left               first row and column of the crop, int64, on the CPU
     blur                    standard deviation in pixels
-    noise                   standard deviation for images from 0 to 1
+    noise                   standard deviation for images scaled to 0..1
     """
 
     values: dict[str, Tensor]
-    """An (n,) tensor for each kind of change that is switched on."""
+    """Parameters by name, each a tensor (n,). Changes that are switched off are missing."""
     blur_radius: int = 0
-    """Radius in pixels of the widest blur."""
+    """Radius of the blur kernel in pixels, large enough for the largest `blur`."""
     noise_seed: int = 0
-    """Seed of the noise of the batch that begins with the first image."""
+    """Seed of the noise. A slice adds the index of its first image."""
 
     def __getitem__(self, rows: slice) -> Changes:
-        """Return the changes of a slice of the images."""
+        """Return the parameters of a slice of the images."""
         values = {name: value[rows] for name, value in self.values.items()}
         return replace(self, values=values, noise_seed=self.noise_seed + (rows.start or 0))
 
@@ -65,10 +65,12 @@ def draw_changes(
     to_size: tuple[int, int],
     device: torch.device | str = "cpu",
 ) -> Changes:
-    """Draw the changes of `n_images` images from `from_size` to `to_size` (height, width), for a batch on `device`.
+    """Draw the augmentation parameters of `n_images` images and move them to `device`.
 
-    Each kind of change uses the same random numbers whether or not others are switched on. Raises CacheError if the
-    sizes differ and `config.crop` is off, or if the images are smaller than the crop.
+    The images have the size `from_size` before and `to_size` after augmentation (height, width). Switching one kind
+    of change on or off does not affect the random numbers of the others.
+
+    Raises CacheError if the sizes differ and `config.crop` is off, or if the images are smaller than the crop.
     """
     spare = [have - want for have, want in zip(from_size, to_size, strict=True)]
     if (min(spare) < 0) if config.crop else any(spare):
@@ -96,10 +98,10 @@ def draw_changes(
 
 
 def augment_batch(images: Tensor, masks: Tensor, changes: Changes, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Change images (B, H, W, 3) uint8 and masks (B, H, W) uint8 and return them at `size` (height, width).
+    """Augment images (B, H, W, 3) uint8 and masks (B, H, W) uint8 and return them at `size` (height, width).
 
-    If pixels are only moved, the images are returned as (B, H, W, 3) uint8, otherwise as (B, 3, H, W) float32 from 0
-    to 255. The masks are 0 and 1.
+    If only flips and crops are used, the images are returned as (B, H, W, 3) uint8. Otherwise they are returned as
+    (B, 3, H, W) float32 with values from 0 to 255. The masks are uint8 with values 0 and 1.
     """
     values = changes.values
     if values.keys() & {"rotate", "scale"}:
@@ -122,16 +124,18 @@ def augment_batch(images: Tensor, masks: Tensor, changes: Changes, size: tuple[i
 
 
 def crop(batch: Tensor, top: Tensor, left: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return a window of `size` (height, width) of each image of (B, H, W, ...), at its own `top` and `left`."""
-    # Copying windows in a loop over images is 20 times faster than one index on a CPU.
+    """Crop each image of `batch` (B, H, W, ...) to `size` (height, width) at its own `top` and `left`, each (B,)."""
+    # On a CPU, slicing image by image is 20 times faster than one indexing operation on the batch.
     corners = zip(batch, top.tolist(), left.tolist(), strict=True)
     return torch.stack([image[row : row + size[0], column : column + size[1]] for image, row, column in corners])
 
 
 def jitter_color_(planes: Tensor, values: Mapping[str, Tensor]) -> Tensor:
-    """Change brightness, contrast, saturation and hue of (B, 3, H, W) float32 from 0 to 255 in place, each clamped.
+    """Adjust brightness, contrast, saturation and hue of `planes` (B, 3, H, W) float32 with values from 0 to 255.
 
-    The four are those of `torchvision.transforms.v2.functional` on floats, with one factor per image.
+    The operations are the same as in `torchvision.transforms.v2.functional` for floats, but with one factor per
+    image. Values are clamped after each step. `planes` is modified in place. Use the returned tensor, because the hue
+    shift returns a new one.
     """
     if "brightness" in values:
         planes.mul_(_each(values["brightness"])).clamp_(0, 255)
@@ -143,16 +147,19 @@ def jitter_color_(planes: Tensor, values: Mapping[str, Tensor]) -> Tensor:
 
 
 def blur(planes: Tensor, sigma: Tensor, radius: int) -> Tensor:
-    """Return (B, 3, H, W) blurred by Gaussians of `sigma` (B,) pixels, cut off at `radius`, mirrored at borders."""
+    """Blur `planes` (B, 3, H, W) with a Gaussian of `sigma` (B,) pixels per image, truncated at `radius`.
+
+    Images are reflected at the borders.
+    """
     radius = min(radius, planes.shape[2] - 1, planes.shape[3] - 1)
     offsets = torch.arange(-radius, radius + 1, device=planes.device)
-    # At the smallest sigma the neighbours' weights vanish, and the image is unchanged.
+    # At the smallest sigma, 0.05, the weights of the neighbours are 0 and the image is unchanged.
     weights = torch.exp(-0.5 * (offsets / sigma.clamp_min(0.05)[:, None]) ** 2)
     weights = weights / weights.sum(1, keepdim=True)
     for axis, padding in ((2, (0, 0, radius, radius)), (3, (radius, radius, 0, 0))):
         padded = F.pad(planes, padding, mode="reflect")
         length = planes.shape[axis]
-        # Sums of shifted images, because a GPU rounds convolutions to TF32.
+        # Sum shifted images instead of using a convolution, which a GPU rounds to TF32.
         planes = padded.narrow(axis, radius, length) * _each(weights[:, radius])
         for distance in range(1, radius + 1):
             pair = padded.narrow(axis, radius - distance, length) + padded.narrow(axis, radius + distance, length)
@@ -161,12 +168,13 @@ def blur(planes: Tensor, sigma: Tensor, radius: int) -> Tensor:
 
 
 def _as_planes(images: Tensor) -> Tensor:
-    """Return (B, H, W, 3) uint8 as contiguous (B, 3, H, W) float32."""
+    """Convert (B, H, W, 3) uint8 to contiguous (B, 3, H, W) float32."""
     return images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
 
 
 def _flip(batch: Tensor, flags: Tensor, axis: int) -> Tensor:
-    """Mirror images along `axis` where the flag is set. Copying whole images is 4 times faster than `where`."""
+    """Flip the images along `axis` whose flag is set."""
+    # Copying whole images is 4 times faster than `where`.
     both = torch.cat((batch, batch.flip(axis)))
     choice = torch.arange(len(batch), device=batch.device) + len(batch) * flags
     return both.index_select(0, choice)
@@ -175,10 +183,11 @@ def _flip(batch: Tensor, flags: Tensor, axis: int) -> Tensor:
 def _warp(
     images: Tensor, masks: Tensor, values: Mapping[str, Tensor], size: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Rotate, zoom, flip and crop at once: bilinear for images, nearest for masks, mirrored beyond the border.
+    """Rotate, zoom, flip and crop images and masks in one resampling step.
 
-    A pixel at (x, y) from the centre of the output comes from R(angle) (x, y) / zoom from the centre of the crop. The
-    computation is elementwise, because a GPU rounds matrix products to TF32.
+    Images are sampled bilinearly, masks with nearest neighbour. Both are reflected beyond the border. The output
+    pixel at (x, y) relative to the centre is sampled at R(angle) (x, y) / zoom relative to the centre of the crop.
+    The positions are computed elementwise, because a GPU rounds matrix products to TF32.
     """
     height, width = images.shape[1:3]
     device = images.device
@@ -198,7 +207,7 @@ def _warp(
         return (first[:, None] * x)[:, None, :] + (second[:, None] * y)[:, :, None] + centre[:, None, None]
 
     columns, rows = along(cos, -sin, centre_x), along(sin, cos, centre_y)
-    # grid_sample puts -1 and 1 at the outer edges.
+    # In grid_sample, -1 and 1 are the outer edges of the image.
     grid = torch.stack((columns * (2 / width) - 1, rows * (2 / height) - 1), dim=-1)
     planes = F.grid_sample(_as_planes(images), grid, mode="bilinear", padding_mode="reflection", align_corners=False)
     truth = masks.to(torch.float32).unsqueeze(1)
@@ -211,31 +220,31 @@ def _each(values: Tensor) -> Tensor:
 
 
 def _gray(planes: Tensor) -> Tensor:
-    """Return the gray (B, 1, H, W) of (B, 3, H, W) with the weights of torchvision's colour changes."""
+    """Return the gray image (B, 1, H, W) of `planes` (B, 3, H, W), with the weights of torchvision."""
     red, green, blue = planes.unbind(1)
     return (red * _GRAY[0]).add_(green, alpha=_GRAY[1]).add_(blue, alpha=_GRAY[2]).unsqueeze(1)
 
 
 def _blend_(planes: Tensor, other: Tensor, factor: Tensor) -> None:
-    """Set planes to factor x planes + (1 - factor) x other, clamped."""
+    """Set `planes` to factor * planes + (1 - factor) * other in place, clamped to 0..255."""
     planes.mul_(_each(factor)).add_(other * _each(1 - factor)).clamp_(0, 255)
 
 
 def _shift_hue(planes: Tensor, shift: Tensor) -> Tensor:
-    """Return (B, 3, H, W) with the hue shifted by `shift` turns at constant value and saturation (HSV).
+    """Shift the hue of `planes` (B, 3, H, W) by `shift` (B,) turns. Value and saturation (HSV) stay the same.
 
-    The conversion from HSV is f(n) = v - v s max(0, min(k, 4 - k, 1)) with k = (n + 6 h) mod 6 and n = 5, 3, 1 for
-    red, green, blue.
+    HSV is converted to RGB by f(n) = v - v s max(0, min(k, 4 - k, 1)) with k = (n + 6 h) mod 6, where n is 5 for red,
+    3 for green and 1 for blue.
     """
     red, green, blue = planes.unbind(1)
     value = torch.maximum(torch.maximum(red, green), blue)
     chroma = value - torch.minimum(torch.minimum(red, green), blue)
-    # 0 where the channel is the largest, else 1. lerp is exact at both and several times faster than `where`.
+    # 0 where the channel is the largest, else 1. At these weights lerp is exact, and it is much faster than `where`.
     not_red, not_green = (value - red).sign_(), (value - green).sign_()
     largest_green = (blue - red).add_(chroma, alpha=2)
     largest_blue = (red - green).add_(chroma, alpha=4)
     sextant = torch.lerp(green - blue, torch.lerp(largest_green, largest_blue, not_green), not_red)
-    # Without colour the hue has no effect.
+    # The hue of a gray pixel has no effect, because its chroma is 0.
     sextant.div_(chroma.clamp_min(1e-6)).add_(6 * shift.view(-1, 1, 1))
     turned = torch.empty_like(planes)
     for channel, offset in enumerate((5, 3, 1)):
@@ -246,7 +255,10 @@ def _shift_hue(planes: Tensor, shift: Tensor) -> Tensor:
 
 
 def _add_noise_(planes: Tensor, sigma: Tensor, seed: int) -> None:
-    """Add Gaussian noise of `sigma` (B,) x 255 in place, clamped. It is drawn on the device, which avoids a copy."""
+    """Add Gaussian noise with standard deviation 255 * `sigma` (B,) in place, clamped to 0..255.
+
+    The noise is drawn on the device to avoid a copy.
+    """
     generator = torch.Generator(planes.device).manual_seed(seed)
     noise = torch.randn(planes.shape, device=planes.device, generator=generator)
     planes.addcmul_(noise, _each(255 * sigma)).clamp_(0, 255)

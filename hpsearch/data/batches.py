@@ -1,7 +1,10 @@
-"""Serve whole batches on the device. Their order and augmentation depend only on (seed, epoch).
+"""Yield batches on the device for training and evaluation.
 
-A batch is gathered as bytes, changed as a whole (augment.py) and normalised by one multiply-add. No Python code runs
-per image. Bytes are (B, H, W, 3) until the end, where a permutation makes them channels-last (B, C, H, W) for free.
+The order and the augmentation of training batches depend only on the seed and the epoch.
+
+A batch is gathered as uint8, augmented as a whole (augment.py) and normalised with one multiply-add, so there is no
+Python loop over images. Batches stay (B, H, W, 3) until the end. A permutation then gives channels-last (B, C, H, W)
+without a copy.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,11 +21,11 @@ from hpsearch.data.cache import Cache, Normalization
 from hpsearch.errors import CacheError, DatasetError
 
 RESIDENT_SHARE = 0.25
-"""Share of a GPU's free memory that the images may occupy. The network needs the rest."""
+"""Maximum share of a GPU's free memory used for images. The rest is left for the network."""
 
 
 class Batch(NamedTuple):
-    """Input of one training step or evaluation."""
+    """Batch of images and masks for one training or evaluation step."""
 
     images: Tensor
     """(B, C, H, W) float, normalised, channels-last in memory."""
@@ -31,12 +34,14 @@ class Batch(NamedTuple):
 
 
 class DeviceData:
-    """The images of one cache as byte batches on a device.
+    """Images and masks of one cache, served as uint8 batches on a device.
 
-    On a CUDA device all images are copied once if they fit into `RESIDENT_SHARE` of its free memory. Otherwise
-    batches are copied through pinned memory while the device computes. On the CPU a batch is copied once, out of the
-    memory-mapped file. `truth` is a second cache of the same images at the size of evaluation. `eval_batches` then
-    serves its masks instead of those of `cache`.
+    On a CUDA device, all images are copied to the GPU once if they fit into `resident_share` of its free memory.
+    Otherwise each batch is copied through pinned memory while the GPU computes. On the CPU, each batch is copied once
+    from the memory-mapped file.
+
+    `truth` is an optional second cache of the same images, at the size used for evaluation. If it is given,
+    `eval_batches` yields its masks instead of the masks of `cache`.
     """
 
     def __init__(
@@ -57,7 +62,7 @@ class DeviceData:
         self.size = cache.size
         """Height and width of the cached images."""
         self.n_channels = 3 if color == "rgb" else 1
-        """Channels of the batches."""
+        """Number of channels of the images that the network receives."""
         self._resident: list[list[Tensor]] = []
         if self.device.type == "cuda":
             views = [False, True] if cache.has_held_out_view else [False]
@@ -66,7 +71,7 @@ class DeviceData:
             if len(views) * len(cache) * height * width * 4 <= free_bytes * resident_share:
                 self._resident = [_upload(cache, self.device, held_out=held_out) for held_out in views]
         self.is_resident = bool(self._resident)
-        """Whether the images are in the memory of the CUDA device."""
+        """Whether all images were copied to the memory of the CUDA device."""
 
     def __len__(self) -> int:
         return len(self.cache)
@@ -76,7 +81,7 @@ class DeviceData:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images (B, H, W, 3) and masks (B, H, W), uint8 on the device, for each array of cache indices.
 
-        For `held_out` see `Cache.read`. The tensors are copies that the consumer may overwrite.
+        `held_out` is described in `Cache.read`. The tensors are copies, so the caller may modify them in place.
         """
         if not batches:
             return
@@ -91,11 +96,11 @@ class DeviceData:
                 yield self.send(read_images), self.send(read_masks)
 
     def send(self, array: NDArray[np.uint8]) -> Tensor:
-        """Return `array` on the device. The copy to a CUDA device is asynchronous."""
+        """Copy `array` to the device and return it as a tensor. The copy to a CUDA device is asynchronous."""
         tensor = torch.from_numpy(array)
         if self.device.type != "cuda":
             return tensor.to(self.device)
-        # The allocator reuses a block of pinned memory only after the copy from it has ended.
+        # The allocator reuses a block of pinned memory only after the copy from this block has finished.
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
 
@@ -110,12 +115,13 @@ def train_batches(
     normalization: Normalization,
     size: tuple[int, int],
 ) -> Iterator[Batch]:
-    """Yield one epoch of `indices` in random order, augmented, at `size` (height, width).
+    """Yield the augmented training batches of one epoch in random order, at `size` (height, width).
 
-    Order and changes come from a new generator of (seed, epoch), so an epoch does not depend on earlier ones. An
-    incomplete last batch is dropped unless it is the only one, because its few images would have the weight of a
-    whole batch in the step and in batch normalisation. Raises DatasetError without images, CacheError if the cached
-    size does not fit `size`.
+    The order and the augmentation are drawn from a new generator seeded with (seed, epoch), so an epoch does not
+    depend on earlier epochs. An incomplete last batch is dropped unless it is the only batch, because its few images
+    would count as much as a full batch in the optimiser step and in batch normalisation.
+
+    Raises DatasetError if `indices` is empty, and CacheError if the cached size does not fit `size`.
     """
     if len(indices) == 0:
         raise DatasetError("there are no images to train on")
@@ -138,9 +144,10 @@ def eval_batches(
     normalization: Normalization,
     size: tuple[int, int],
 ) -> Iterator[Batch]:
-    """Yield `indices` in the given order, complete and without augmentation, at `size` (height, width).
+    """Yield all images of `indices` in batches, in order and without augmentation, at `size` (height, width).
 
-    Larger cached images (`augment.crop`) are cropped at the centre. The masks are those of `data.truth` if it is set.
+    Cached images larger than `size` (`augment.crop`) are cropped at the centre. If `data.truth` is set, the masks
+    are read from it. Raises CacheError if the cached images are smaller than `size`.
     """
     indices = np.asarray(indices, dtype=np.int64)
     height, width = size
@@ -159,12 +166,15 @@ def eval_batches(
 
 
 def n_train_batches(n_images: int, batch_size: int) -> int:
-    """Return the number of batches of `train_batches` in an epoch."""
+    """Return the number of batches that `train_batches` yields per epoch."""
     return max(n_images // batch_size, min(n_images, 1))
 
 
 class ToInput:
-    """Converts bytes, or floats from 0 to 255, to the network's input: gray if wanted, normalised, channels-last."""
+    """Convert images with values from 0 to 255 to the input of the network.
+
+    The result is normalised and channels-last. It has one channel if `data.color` is `grayscale`.
+    """
 
     def __init__(self, data: DeviceData, normalization: Normalization) -> None:
         self.gray = data.color == "grayscale"
@@ -184,23 +194,26 @@ class ToInput:
             planes = torch.addcmul(self.shift.view(-1, 1, 1), images, self.factor.view(-1, 1, 1))
             return planes.contiguous(memory_format=torch.channels_last)
         height, width = images.shape[1:3]
-        # Whole rows with a repeated factor, because an inner dimension of 3 prevents vectorisation (8 times slower at
-        # 64x64).
+        # Process whole rows with a repeated factor, because an inner dimension of 3 prevents vectorisation (8 times
+        # slower at 64x64).
         rows = images.to(torch.float32).flatten(2)
         rows = torch.addcmul(self.shift.repeat(width), rows, self.factor.repeat(width))
         return rows.view(-1, height, width, 3).permute(0, 3, 1, 2)
 
 
 def to_gray(images: Tensor) -> Tensor:
-    """Return 0.299 R + 0.587 G + 0.114 B, (B, 1, H, W), of (B, H, W, 3) uint8 or (B, 3, H, W) float32."""
+    """Return 0.299 R + 0.587 G + 0.114 B of images (B, H, W, 3) uint8 or (B, 3, H, W) float32.
+
+    The result is (B, 1, H, W) float32.
+    """
     red, green, blue = images.unbind(-1 if images.dtype == torch.uint8 else 1)
-    # Elementwise, because a matrix product is rounded to bf16 under autocast and to TF32 on a GPU.
+    # Compute elementwise, because a matrix product is rounded to bf16 under autocast and to TF32 on a GPU.
     gray = red.to(torch.float32).mul(GRAY_WEIGHTS[0])
     return gray.add_(green, alpha=GRAY_WEIGHTS[1]).add_(blue, alpha=GRAY_WEIGHTS[2]).unsqueeze(1)
 
 
 def _upload(cache: Cache, device: torch.device, *, held_out: bool, chunk: int = 64) -> list[Tensor]:
-    """Copy all images and masks of the cache to the device, a few at a time."""
+    """Copy all images and masks of the cache to the device, `chunk` images at a time."""
     shape = (len(cache), *cache.size)
     whole = [torch.empty(each, dtype=torch.uint8, device=device) for each in ((*shape, 3), shape)]
     for start in range(0, len(cache), chunk):

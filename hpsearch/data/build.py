@@ -1,4 +1,7 @@
-"""Build a cache on all cores. It appears when it is complete, and concurrent builders build it only once."""
+"""Build caches of decoded images, using all cores.
+
+A cache folder gets its final name only when it is complete. A lock ensures that concurrent processes build it once.
+"""
 
 import logging
 import shutil
@@ -22,7 +25,7 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 """Progress callback, called with (done, total)."""
 SPARE_BYTES = 64 * 2**20
-"""Disk space that a cache leaves free."""
+"""Disk space that must remain free after a cache is written, in bytes."""
 
 
 def build_cache(
@@ -34,10 +37,10 @@ def build_cache(
     decoders: Decoders | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Return the folder of an intact cache of these samples below `cache_root`. It is built if it is missing.
+    """Return the folder of an intact cache of `samples` in `cache_root`, building the cache if it is missing.
 
-    A damaged cache is built again. Unusable pairs are left out and listed in the index. Raises DatasetError if no
-    pair is usable, CacheError if the disk has too little space, and StorageError if it cannot be written.
+    A damaged cache is rebuilt. Unusable pairs are left out and listed in the index. Raises DatasetError if no pair is
+    usable, CacheError if the disk has too little space, and StorageError if the cache cannot be written.
     """
     key = cache_key(samples, preparation)
     n_bytes = len(samples) * len(preparation.views) * preparation.height * preparation.width * 4
@@ -46,11 +49,11 @@ def build_cache(
         chosen = _choose_kind(key, n_bytes, cache_root) if kind == "auto" else kind
         folder = cache_root / f"{key}-{chosen}"
         if _is_ready(folder, samples):
-            # Checked without the lock, because a shared cache may be in a folder that this user cannot write to.
+            # Check without the lock, because a shared cache may be in a folder that this user cannot write to.
             return folder
         cache_root.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(cache_root)
-        # Another process that builds the cache is waited for.
+        # Wait for any other process that is building the same cache.
         with FileLock(folder.with_name(f".{folder.name}.lock")):
             if not _is_ready(folder, samples, repair=True):
                 if chosen in ("memmap", "files") and (free := free_bytes(cache_root)) < n_bytes + SPARE_BYTES:
@@ -66,10 +69,10 @@ def build_cache(
 
 
 def _choose_kind(key: str, n_bytes: int, cache_root: Path) -> Kind:
-    """Return the kind that exists already, or else the fastest one that fits.
+    """Return the kind of the existing cache with this key, or the fastest kind that fits.
 
-    `memmap` is preferred: the system keeps it in memory while there is room, and all processes share it. `files` is
-    never faster. `memory` is decoded again by each process.
+    `memmap` is preferred because the operating system keeps its pages in memory and all processes share them.
+    `files` is never faster. With `memory` each process decodes the images again.
     """
     is_written = {kind: (cache_root / f"{key}-{kind}" / INDEX).is_file() for kind in ("memmap", "files")}
     if is_written["files"] and not is_written["memmap"]:
@@ -84,10 +87,9 @@ def _choose_kind(key: str, n_bytes: int, cache_root: Path) -> Kind:
 
 
 def _is_ready(folder: Path, samples: Sequence[Sample], *, repair: bool = False) -> bool:
-    """Return whether `folder` has an intact cache whose index has the current paths of the files.
+    """Return whether `folder` has an intact cache whose index lists the current paths of the files.
 
-    All pixels are read, as training does anyway. With `repair` the paths of moved files are updated, and a damaged
-    cache is removed.
+    The check reads all pixels. With `repair`, the paths of moved files are updated and a damaged cache is removed.
     """
     if not folder.exists():
         return False
@@ -110,7 +112,7 @@ def _is_ready(folder: Path, samples: Sequence[Sample], *, repair: bool = False) 
 
 
 def _remove_leftovers(cache_root: Path) -> None:
-    """Remove unfinished folders of killed builders. Only a live builder holds its lock."""
+    """Remove the unfinished folders of killed processes. A process that is still building holds the folder's lock."""
     for left in cache_root.glob(".*.tmp/"):
         with suppress(Timeout), FileLock(left.with_suffix(".lock"), timeout=0):
             shutil.rmtree(left, ignore_errors=True)
@@ -124,7 +126,7 @@ def _build(
     decoders: Decoders,
     progress: Progress | None,
 ) -> None:
-    """Decode all samples and write the cache to a hidden folder, which is renamed at the end."""
+    """Decode all samples, write the cache to a hidden folder, and rename that folder to `folder` at the end."""
     good: list[Sample] = []
     stats: list[ImageStats] = []
     problems: list[Problem] = []
@@ -162,13 +164,13 @@ def _build(
 
 
 def _write_pixels(files: PixelFiles, kind: Kind, number: int, pixels: Sequence[Pixels]) -> None:
-    """Append the views of an image to the files of all images, or write the file of the image with this number."""
+    """Write the views of one image: append to the shared files (`memmap`) or write its own file (`files`)."""
     arrays = [array.data for pair in pixels for array in pair]
     if kind == "files":
         path, shape = files[number]
         path.write_bytes(npy_header(shape) + b"".join(arrays))
     elif kind == "memmap":
-        # Ordinary writes, because a full disk ends the process that writes to a mapped file.
+        # Use ordinary writes, because a process that writes to a mapped file is killed when the disk is full.
         for (path, _), array in zip(files, arrays, strict=True):
             with path.open("ab") as file:
                 file.write(array)

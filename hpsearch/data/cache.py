@@ -1,11 +1,12 @@
-"""Read the decoded images of one pool or test split. Four kinds of cache share one interface.
+"""Read the decoded images of the pool or the test split from a cache. All kinds of cache share one interface.
 
-    memmap   images.npy and masks.npy, mapped into the memory of all processes that read them
+    memmap   images.npy and masks.npy, memory-mapped and shared by all processes that read them
     files    one .npy file per image
-    memory   decoded into the memory of each process that opens the cache; only the index is on disk
-    none     decoded at each reading, for comparison and where neither disk nor memory has room
+    memory   images decoded into the memory of each process that opens the cache; only the index is on disk
+    none     images decoded at each read, for comparison or if neither disk nor memory has room
 
-A cache is a folder with an index.json, written by build.py. It holds RGB; batches are converted to grayscale.
+A cache is a folder with an index.json, written by build.py. Cached images are RGB. They are converted to grayscale
+when batches are made.
 """
 
 import io
@@ -29,25 +30,28 @@ from hpsearch.paths import sha256_text
 from hpsearch.typed_json import from_json
 
 INDEX_VERSION = 2
-"""Version of the index. Caches of another version are built again."""
+"""Version of the index format. Caches of another version are rebuilt."""
 KEY_VERSION = 1
-"""Version of the pixels that files and preparation give. A study cannot continue with another version."""
+"""Version of the decoding and resizing. It changes when the same files give different pixels.
+
+A study cannot continue with another version.
+"""
 Kind = Literal["memmap", "files", "memory", "none"]
 INDEX = "index.json"
 PixelFiles = list[tuple[Path, tuple[int, ...]]]
-"""Files of pixels, and the shapes of their arrays of uint8."""
+"""Paths of the .npy files of a cache, each with the shape of its uint8 array."""
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """Steps that bring each image to its cached form."""
+    """Settings that determine the cached pixels of an image."""
 
     height: int
     width: int
     views: tuple[View, ...]
-    """Views that are kept: training reads the first, evaluation of held-out images the last."""
+    """Views stored for each image. Training reads the first view, evaluation of held-out images the last one."""
     seed: int = 0
-    """Determines the position of the random crop, together with the id of the image."""
+    """Seed of the random crops. The position of a crop depends on this seed and the image's id."""
     reading: Reading = PLAIN_READING
 
     def job(self, sample: Sample) -> Job:
@@ -57,7 +61,7 @@ class Preparation:
 
 
 def cache_key(samples: Sequence[Sample], preparation: Preparation) -> str:
-    """Return 24 hexadecimal digits that depend on the preparation and the files, but not on where the files are."""
+    """Return a hash (24 hexadecimal digits) of the preparation and the files, independent of the files' location."""
     table = asdict(preparation)
     del table["reading"]
     return files_key([KEY_VERSION, table, *preparation.reading.key()], samples)
@@ -65,7 +69,7 @@ def cache_key(samples: Sequence[Sample], preparation: Preparation) -> str:
 
 @dataclass(frozen=True)
 class Index:
-    """Everything about a cache except the pixels."""
+    """Index of a cache: its preparation, samples, stats and problems, without the pixels."""
 
     key: str
     kind: Kind
@@ -73,19 +77,19 @@ class Index:
     samples: tuple[Sample, ...]
     stats: tuple[ImageStats, ...]
     problems: tuple[Problem, ...]
-    """Pairs that are unusable and not in the cache."""
+    """Problems of the unusable pairs, which are not in the cache."""
 
     @property
     def pairs(self) -> list[tuple[Sample, ImageStats]]:
-        """Each sample with its stats."""
+        """Samples with their stats."""
         return list(zip(self.samples, self.stats, strict=True))
 
     def files(self, folder: Path) -> PixelFiles:
-        """Return the files of pixels of a cache in `folder`, and the shapes of their arrays."""
+        """Return the .npy files of the cache in `folder` and the shapes of their arrays."""
         return pixel_files(folder, self.kind, self.preparation, len(self.samples))
 
     def write(self, path: Path) -> None:
-        """Write the index as two lines: the SHA-256 of the content, and the content."""
+        """Write the index as two lines of JSON: the SHA-256 of the content, and the content."""
         table = {"version": INDEX_VERSION, **asdict(self)}
         table["facts"] = table.pop("stats")
         content = json.dumps(table, default=str)
@@ -94,7 +98,11 @@ class Index:
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """Return the index of the cache in `folder`. CacheError if there is none or a file was cut or changed."""
+        """Return the index of the cache in `folder`.
+
+        Raises CacheError if there is no index, if it is damaged or of another version, or if a file of the cache has
+        the wrong length.
+        """
         path = folder / INDEX
         try:
             head, content, end = path.read_text(encoding="utf-8").split("\n")
@@ -118,14 +126,17 @@ class Index:
 
 @dataclass(frozen=True)
 class Normalization:
-    """Mean and standard deviation of images / 255, one value per channel."""
+    """Mean and standard deviation per channel, for images scaled to 0..1."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
 
 class Cache:
-    """The images of a pool (train before val, each sorted by id) or of the test split, at one size."""
+    """Cached images and masks of the pool or the test split, at one size.
+
+    The images of the pool are in the order train, val. Each split is sorted by id.
+    """
 
     def __init__(self, folder: Path, index: Index) -> None:
         self.path = folder
@@ -138,15 +149,15 @@ class Cache:
         self.size = index.preparation.height, index.preparation.width
         """Height and width of the cached images."""
         self.has_held_out_view = len(index.preparation.views) > 1
-        """Whether `read` returns different pixels with `held_out`, because training images are cropped at random."""
+        """Whether training and held-out images differ. They differ if training images are cropped at random."""
         self._files = [path for path, _ in index.files(folder)]
         self._views: list[Pixels] = []
-        """All images and masks of each view, for the kinds `memmap` and `memory`."""
+        """All images and masks of each view. Empty for the kinds `files` and `none`."""
         if self.kind == "memmap":
             arrays = [np.asarray(np.load(path, "r", allow_pickle=False)) for path in self._files]
             self._views = list(zip(arrays[::2], arrays[1::2], strict=True))
         elif self.kind != "files":
-            # The subprocess stays alive between readings.
+            # Keep the subprocess alive between reads.
             self._decoders = Decoders()
             weakref.finalize(self, self._decoders.close)
         if self.kind == "memory":
@@ -157,10 +168,10 @@ class Cache:
         return len(self.ids)
 
     def read(self, indices: NDArray[np.int64], *, held_out: bool = False) -> Pixels:
-        """Return images (B, H, W, 3) uint8 and masks (B, H, W) uint8 of 0 and 1 as copies, in the given order.
+        """Return copies of images (B, H, W, 3) uint8 and masks (B, H, W) uint8 of 0 and 1, in the order of `indices`.
 
-        With `held_out` the images are those that are scored. They differ from the training images only where these
-        are cropped at random: they are then cropped at the centre.
+        Set `held_out` to read images for evaluation. It matters only if training images are cropped at random:
+        held-out images are then cropped at the centre.
         """
         indices, view = np.asarray(indices, np.int64), -1 if held_out else 0
         if self._views:
@@ -175,13 +186,13 @@ class Cache:
         return images, masks
 
     def normalization(self, indices: NDArray[np.int64], color: Color) -> Normalization:
-        """Return mean and standard deviation over all pixels of these images, from sums in the index.
+        """Return the mean and standard deviation over all pixels of these images, from the sums in the index.
 
-        A deviation below one of 255 levels is returned as one level, because images are divided by it.
+        The standard deviation is at least 1/255, because images are divided by it.
         """
         if len(indices) == 0:
             raise ValueError("there are no images to normalise by")
-        # Exact: a square is below 2^16, so it would take 10^14 pixels to overflow.
+        # The int64 sums are exact: a squared value is below 2^16, so they overflow only above 10^14 pixels.
         moments = np.array([self.index.stats[i].moments for i in indices.tolist()], np.int64).sum(0)
         n = len(indices) * self.size[0] * self.size[1]
         r, g, b, rr, gg, bb, rg, rb, gb = (int(moment) / n for moment in moments)
@@ -198,13 +209,13 @@ class Cache:
         )
 
     def damaged(self) -> list[str]:
-        """Return the ids whose cached pixels differ from those that were written."""
+        """Return the ids of images whose cached pixels no longer match their CRC-32."""
         both = (False, True) if self.has_held_out_view else (False,)
         crcs = (crc_of([self.read(np.array([i]), held_out=each) for each in both]) for i in range(len(self)))
         return [id for id, stats, crc in zip(self.ids, self.index.stats, crcs, strict=True) if crc != stats.crc]
 
     def _decode(self, indices: NDArray[np.int64]) -> list[Pixels]:
-        """Return all views of these images. CacheError if a file has changed since the index was written."""
+        """Decode these images and return all views. Raise CacheError if a file no longer matches the index."""
         preparation = self.index.preparation
         views = [_empty(len(indices), self.size) for _ in preparation.views]
         jobs = [replace(preparation.job(self.index.samples[i]), measure=False) for i in indices.tolist()]
@@ -223,15 +234,15 @@ class Cache:
 
 
 def open_cache(path: Path) -> Cache:
-    """Open the cache in the folder `path`. Raise CacheError, naming the file, if it is incomplete or was changed."""
+    """Open the cache in the folder `path`. Raise CacheError, naming the file, if it is incomplete or has changed."""
     return Cache(path, Index.read(path))
 
 
 def pixel_files(folder: Path, kind: Kind, preparation: Preparation, n: int) -> PixelFiles:
-    """Return the files of pixels of a cache of n images, and the shapes of their arrays.
+    """Return the .npy files of a cache of `n` images and the shapes of their arrays.
 
-    `memmap` has a file of images and one of masks for each view. `files` has a file for each image; its row for each
-    view is the image followed by its mask.
+    A `memmap` cache has one file of images and one file of masks per view. A `files` cache has one file per image,
+    with one row per view. Each row is the flattened image followed by its mask.
     """
     height, width, views = preparation.height, preparation.width, preparation.views
     if kind == "files":
@@ -245,7 +256,7 @@ def pixel_files(folder: Path, kind: Kind, preparation: Preparation, n: int) -> P
 
 
 def npy_header(shape: tuple[int, ...]) -> bytes:
-    """Return the header of a .npy file of uint8. Its length does not depend on the length of the first axis."""
+    """Return the header of a .npy file of uint8. Its length is the same for every length of the first axis."""
     file = io.BytesIO()
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
     return file.getvalue()

@@ -1,4 +1,4 @@
-"""Compare the kinds of cache on a dataset: seconds to build, seconds per epoch, memory."""
+"""Compare the kinds of cache on a dataset: build time, time per epoch, memory and disk space."""
 
 import tempfile
 import time
@@ -18,32 +18,32 @@ KINDS: tuple[Kind, ...] = ("none", "memmap", "files", "memory")
 
 @dataclass(frozen=True)
 class CacheRow:
-    """Measurements of one kind of cache. `none`, which decodes each time, is the reference."""
+    """Measurements of one kind of cache. The reference is `none`, which decodes the images at each read."""
 
     kind: Kind
     build_s: float
-    """Time until the first epoch can begin: checking, decoding, writing."""
+    """Time to check, decode and write the images and to open the cache, in seconds."""
     epoch_s: float
-    """Time to read all images once in batches of a random order, the faster of two epochs."""
+    """Time to read all images once in random batches, in seconds. It is the faster of two epochs."""
     memory_bytes: int
-    """Private memory that an open cache adds to a process and its subprocesses, without mapped files."""
+    """Additional private memory of the process and its subprocesses with the cache open, without mapped files."""
     disk_bytes: int
     speedup: float
-    """Epochs that it reads in the time of one epoch of `none`."""
+    """Ratio of the epoch time of `none` to `epoch_s`."""
 
 
 def compare_caches(
     config: DataConfig, cache_root: Path, *, batch_size: int = 16, progress: Callable[[Kind], None] | None = None
 ) -> list[CacheRow]:
-    """Build and read each kind for the pool of `config`, in temporary folders below `cache_root`.
+    """Build and read each kind of cache for the pool of `config`, in temporary folders below `cache_root`.
 
-    `progress` is called with each kind before its turn. The row of `none` is the last. Raises the errors of
+    `progress` is called with each kind before it is measured. The row of `none` comes last. Raises the same errors as
     `prepare_pool`.
     """
     rows: list[CacheRow] = []
     cache_root.mkdir(parents=True, exist_ok=True)
     if config.root == "sample" and not config.images:
-        # Drawn once, so that drawing is not measured.
+        # Draw the sample dataset first, so that the time to draw it is not measured.
         config = replace(config, root=str(locate(config, cache_root).root))
     for kind in KINDS:
         if progress is not None:
@@ -51,7 +51,7 @@ def compare_caches(
         with tempfile.TemporaryDirectory(dir=cache_root, prefix="compare-") as name:
             start, memory = time.monotonic(), _own_memory_bytes()
             path = prepare_pool(replace(config, cache=kind), Path(name)).cache_path
-            # The kind `memory` is decoded when it is opened.
+            # Opening a cache of kind `memory` decodes its images.
             cache = open_cache(path)
             build_s = time.monotonic() - start
             order = np.random.default_rng(0).permutation(len(cache))
@@ -70,6 +70,6 @@ def compare_caches(
 
 
 def _own_memory_bytes() -> int:
-    """Return the memory that belongs to this process and its subprocesses alone."""
+    """Return the private memory (unique set size) of this process and its subprocesses in bytes."""
     processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
     return sum(process.memory_full_info().uss for process in processes)

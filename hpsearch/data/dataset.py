@@ -1,4 +1,4 @@
-"""Image/mask pairs of a dataset, problems with them, and keys that name caches and surveys by their files."""
+"""Define datasets, their image/mask pairs and their problems, and compute hashes that identify their files."""
 
 import hashlib
 import json
@@ -13,54 +13,54 @@ from typing import Literal
 from hpsearch.paths import sha256_file
 
 END_BYTES = 64 * 2**10
-"""Bytes of each end of a file that a key depends on."""
+"""Number of bytes at the start and at the end of a file that `files_key` reads."""
 Split = Literal["train", "val", "test"]
 Layout = Literal["archive", "splits", "folders"]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One error or note about an image or the whole dataset."""
+    """Error or note about one image or the whole dataset."""
 
     kind: str
-    """Kind of problem, with the same words for every image (`missing mask`)."""
+    """Kind of problem, such as `missing mask`. It is the same text for every image."""
     id: str
-    """Id of the image, empty for the whole dataset."""
+    """Id of the image. Empty if the problem concerns the whole dataset."""
     files: tuple[Path, ...]
     text: str
-    """Description with both values."""
+    """Description of the problem, including both values if two values disagree."""
     split: Split
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image with its mask."""
+    """Image with its mask."""
 
     id: str
-    """Stem of the image's name in Unicode form NFC."""
+    """File name of the image without suffix, in Unicode form NFC."""
     image: Path
     mask: Path
     split: Split
 
     def problem(self, kind: str, text: str, *files: Path) -> Problem:
-        """Return a problem of this sample. `files` defaults to image and mask."""
+        """Return a problem of this sample. `files` defaults to the image and the mask."""
         return Problem(kind, self.id, files or (self.image, self.mask), text, self.split)
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """All pairs of a dataset, train before val before test, sorted by id inside each split."""
+    """All pairs of a dataset, in the order train, val, test and sorted by id within each split."""
 
     samples: tuple[Sample, ...]
     problems: tuple[Problem, ...]
-    """Files without a partner, and other problems that names and links show."""
+    """Problems found from file names and links, such as an image without a mask."""
     root: Path
     layout: Layout
     flags: str = ""
-    """Flags that name it on the command line: `--data DIR`, or `--images DIR --masks DIR`."""
+    """Command-line flags that select the dataset: `--data DIR`, or `--images DIR --masks DIR`."""
 
     def split(self, *splits: Split) -> tuple[Sample, ...]:
-        """Return the samples of these splits, in the dataset's order."""
+        """Return the samples of these splits, in the order of the dataset."""
         return tuple(sample for sample in self.samples if sample.split in splits)
 
     def problem(self, kind: str, text: str, split: Split = "train") -> Problem:
@@ -69,10 +69,10 @@ class Dataset:
 
 
 def files_key(head: object, samples: Sequence[Sample]) -> str:
-    """Return 24 hexadecimal digits that depend on `head` (plain types) and on every image and mask.
+    """Return a hash (24 hexadecimal digits) of `head` and of every image and mask. `head` must be JSON-serialisable.
 
-    The length and both ends of each file are read. A replaced image is thus noticed at every start, without reading
-    the whole dataset.
+    Only the length, the first 64 KiB and the last 64 KiB of each file are hashed. Replaced images are detected in
+    this way without reading the whole dataset.
     """
     digest = hashlib.sha256(json.dumps(head).encode())
     with ThreadPoolExecutor(16) as threads:
@@ -92,12 +92,15 @@ def _fingerprint(path: Path) -> tuple[int, int, int]:
             file.seek(max(0, length - END_BYTES))
             return length, zlib.crc32(first), zlib.crc32(file.read(END_BYTES))
     except OSError:
-        # Decoding the file reports the reason.
+        # The error is reported when the file is decoded.
         return -1, 0, 0
 
 
 def same_bytes(samples: Sequence[Sample]) -> list[str]:
-    """Return a label for each sample, equal for byte-identical images. Only images of equal length are read."""
+    """Return a label for each sample. Byte-identical images get the same label.
+
+    An image is read only if another image has the same length in bytes.
+    """
     lengths = [file_length(sample.image) for sample in samples]
     counts = Counter(lengths)
     return [
@@ -107,16 +110,16 @@ def same_bytes(samples: Sequence[Sample]) -> list[str]:
 
 
 def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's content in hexadecimal, and a unique label for a file that cannot be read."""
+    """Return the SHA-256 of a file's content in hexadecimal, or a unique label if the file cannot be read."""
     try:
         return sha256_file(path)
     except OSError:
-        # Decoding the file reports the reason.
+        # The error is reported when the file is decoded.
         return f"unreadable {path}"
 
 
 def file_length(path: Path) -> int:
-    """Return the length of a file in bytes, -1 if it cannot be accessed."""
+    """Return the length of a file in bytes, or -1 if it cannot be accessed."""
     try:
         return path.stat().st_size
     except OSError:

@@ -1,7 +1,7 @@
-"""Decode an image and its mask, check them, and bring them to the cached size.
+"""Decode an image and its mask, check them, and resize or crop them to the cached size.
 
-The subprocess that decode_pool.py starts runs this module: `python -m hpsearch.data.decode N_THREADS`. Threads
-suffice there, because the decoders and the resize release the GIL. The libraries are then loaded only once.
+decode_pool.py runs this module in a subprocess: `python -m hpsearch.data.decode N_THREADS`. The subprocess uses
+threads, because decoding and resizing release the GIL, and because torch is then loaded only once.
 """
 
 import hashlib
@@ -34,15 +34,15 @@ from hpsearch.data.reading import FULL_SCALES, Reading
 from hpsearch.user_files import file_fault
 
 BYTES_PER_PIXEL = 12
-"""About how much memory it takes to decode a pixel, and to turn and resize it."""
+"""Approximate memory needed to decode, rotate and resize one pixel, in bytes."""
 
 
 MAX_BYTES = 400 * 2**20
-"""Decoded pixels that all threads hold together. A single larger image is decoded alone."""
+"""Maximum memory for decoding in all threads together. A single image that needs more is decoded alone."""
 
 
 def read_image(path: Path, reading: Reading) -> Tensor:
-    """Return the image as RGB (3, H, W) uint8, read by the rules of its dataset. DecodeError if it is unusable."""
+    """Return the image as RGB (3, H, W) uint8, read as `reading` says. Raise DecodeError if it is unusable."""
     return _decode_image(_open(path), reading)[0]
 
 
@@ -56,32 +56,33 @@ def read_pair(image_path: Path, mask_path: Path, reading: Reading) -> tuple[Tens
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:
-    """Return `image` (C, H, W) uint8 at (C, height, width): bilinear, antialiased, rounded to uint8."""
+    """Resize `image` (C, H, W) uint8 to (C, height, width): bilinear, antialiased, rounded to uint8."""
     if image.shape[1:] == (height, width):
         return image
     return interpolate(image[None], size=[height, width], mode="bilinear", antialias=True)[0]
 
 
 def resize_mask(mask: Tensor, height: int, width: int) -> Tensor:
-    """Return `mask` (H, W) of 0 and 1 at (height, width): 1 where at least half of the averaged pixels are 1.
+    """Resize `mask` (H, W) of 0 and 1 to (height, width). A pixel is 1 if the interpolated value is at least 0.5.
 
-    The average and its grid are those of `resize`, so the border stays where it is in the image. Nearest-neighbour
-    sampling moves it by up to half an original pixel.
+    The mask is interpolated in the same way as the image (`resize`), so its border stays aligned with the image.
+    Nearest-neighbour sampling would shift the border by up to half an original pixel.
     """
     return (resize(mask[None] * 255, height, width)[0] >= 128).to(torch.uint8)
 
 
 def crop(pixels: Tensor, top: int, left: int, height: int, width: int) -> Tensor:
-    """Return the window (..., height, width) of `pixels` (..., H, W), reflected beyond the borders."""
+    """Crop `pixels` (..., H, W) to (..., height, width) at `top` and `left`, with reflection beyond the border."""
     rows = _reflected(top, height, pixels.shape[-2])
     columns = _reflected(left, width, pixels.shape[-1])
     return pixels.index_select(-2, rows).index_select(-1, columns)
 
 
 def crop_corner(size: tuple[int, int], wanted: tuple[int, int], rng: np.random.Generator | None) -> tuple[int, int]:
-    """Return top and left of a crop of `wanted` (height, width) from `size`, drawn from `rng` or centred without one.
+    """Return the top and left of a crop of `wanted` (height, width) from an image of `size`.
 
-    An image that is smaller than the crop lies in its middle, so a corner can be negative.
+    The position is drawn from `rng`. If `rng` is None, the crop is centred. If the image is smaller than the crop, it
+    is placed in the middle of the crop, so top and left can be negative.
     """
     spare = [have - want for have, want in zip(size, wanted, strict=True)]
     corner = [n // 2 if rng is None or n <= 0 else int(rng.integers(n + 1)) for n in spare]
@@ -90,7 +91,7 @@ def crop_corner(size: tuple[int, int], wanted: tuple[int, int], rng: np.random.G
 
 @dataclass(frozen=True)
 class OpenFile:
-    """The header and the whole content of an image or mask file."""
+    """Header and content of an image or mask file."""
 
     path: Path
     header: Header
@@ -100,9 +101,10 @@ class OpenFile:
 def open_pair(
     image_path: Path | None, mask_path: Path | None, reading: Reading
 ) -> tuple[list[OpenFile], tuple[int, int]]:
-    """Return the files that are given, and their height and width, upright if orientations are applied.
+    """Read the image and the mask, whichever are given, and return them with their common height and width.
 
-    Raises DecodeError if the pair is unusable, because the sizes differ or a header is damaged.
+    The size is upright if EXIF orientations are applied. Raises DecodeError if a file cannot be read, its header is
+    damaged, the image is too large, or the sizes of image and mask differ.
     """
     files = [_open(path) for path in (image_path, mask_path) if path is not None]
     image, mask = files[0], files[-1]
@@ -120,9 +122,10 @@ def open_pair(
 def decode_job(
     job: Job, admitted: Callable[[int], AbstractContextManager[object]] = nullcontext
 ) -> tuple[ImageStats, list[Pixels]]:
-    """Return what `job` asks for. Raise DecodeError if the pair is unusable.
+    """Run `job` and return its stats and the pixels of its views. Raise DecodeError if the pair is unusable.
 
-    `admitted` is entered with the memory that decoding takes, before the first file is decoded.
+    `admitted` is called with the number of bytes that decoding needs. Decoding takes place inside the context that
+    it returns.
     """
     files, size = open_pair(job.image, job.mask, job.reading)
     stats: dict[str, Any] = {}
@@ -133,11 +136,11 @@ def decode_job(
             image, stats["largest"] = _decode_image(files[0], job.reading)
             if job.measure:
                 stats["image_sha256"] = hashlib.sha256(files[0].data).hexdigest()
-                # A sixteenth of the rows and columns decides it for most images.
+                # For most images, every 16th row and column suffices to find a second colour.
                 parts = image[:, ::16, ::16], image
                 stats["is_constant"] = all(bool((part == image[:, :1, :1]).all()) for part in parts)
             images = _views(image, job, resize) if job.send else []
-            # The mask is decoded after the image's pixels are freed.
+            # Free the pixels of the image before the mask is decoded.
             del image
         if job.mask is not None:
             mask, stats["mask_values"] = _decode_mask(files[-1], job.reading)
@@ -157,16 +160,16 @@ def decode_job(
 
 
 def upright(pixels: Tensor, orientation: int) -> Tensor:
-    """Return `pixels` (..., H, W) turned by an EXIF orientation of 1 (unchanged) to 8 (TIFF 6.0, Orientation)."""
+    """Apply an EXIF orientation from 1 (unchanged) to 8 to `pixels` (..., H, W) (TIFF 6.0, Orientation)."""
     if orientation >= 5:
         pixels = pixels.transpose(-2, -1)
     axes = {2: [-1], 3: [-2, -1], 4: [-2], 6: [-1], 7: [-2, -1], 8: [-2]}.get(orientation, [])
-    # Contiguous, because the memory layout decides how the resize rounds.
+    # Make the result contiguous, because the rounding of the resize depends on the memory layout.
     return (pixels.flip(axes) if axes else pixels).contiguous()
 
 
 def _open(path: Path) -> OpenFile:
-    """Read a file and check by its header that its decoding is affordable."""
+    """Read a file and check in its header that the image is not too large to decode."""
     try:
         data = bytearray(path.read_bytes())
         header = read_header(io.BytesIO(data))
@@ -185,9 +188,10 @@ def _open(path: Path) -> OpenFile:
 
 
 def _decode_image(file: OpenFile, reading: Reading) -> tuple[Tensor, int]:
-    """Return RGB (3, H, W) uint8: gray repeated, CMYK converted, transparency dropped.
+    """Decode an image to RGB (3, H, W) uint8 and return it with its largest value before scaling to 8 bits.
 
-    Also return the largest value before scaling of an image of more than 8 bits, 0 for other images.
+    Gray is repeated in all channels, CMYK is converted, and transparency is dropped. The largest value is 0 for
+    images of 8 bits or fewer per channel.
     """
     pixels, largest = _decode(file, rgb=True), 0
     if pixels.dtype == np.uint16:
@@ -196,7 +200,7 @@ def _decode_image(file: OpenFile, reading: Reading) -> tuple[Tensor, int]:
 
 
 def _to_eight_bits(path: Path, deep: NDArray[np.uint16], max_value: int) -> tuple[NDArray[np.uint8], int]:
-    """Return `deep` with 0..max_value mapped evenly to 0..255, rounded down, and its largest value before that."""
+    """Scale `deep` from 0..max_value to 0..255, rounded down, and return it with its largest value before scaling."""
     largest, max_value = int(deep.max()), max_value or FULL_SCALES[0]
     if largest > max_value:
         raise DecodeError(
@@ -208,7 +212,10 @@ def _to_eight_bits(path: Path, deep: NDArray[np.uint16], max_value: int) -> tupl
 
 
 def _decode_mask(file: OpenFile, reading: Reading) -> tuple[Tensor, tuple[str, ...]]:
-    """Return the mask (H, W) uint8 of 0 and 1 and its values as text: background and lesion, or the only one."""
+    """Return the mask (H, W) uint8 of 0 and 1, and its pixel values as text.
+
+    The values are background and lesion, or a single value if all pixels are equal.
+    """
     samples = _decode(file, rgb=False)
     try:
         mask, values = find_lesion(samples, file.header, reading)
@@ -231,7 +238,7 @@ def _views(pixels: Tensor, job: Job, resize: Callable[[Tensor, int, int], Tensor
         if view == "resize":
             made.append(resize(pixels, *wanted))
             continue
-        # A new generator for each of image and mask, so that both get the same crop.
+        # Image and mask each use a new generator with the same seed, so that both get the same crop.
         seed = int.from_bytes(hashlib.sha256(job.crop_seed.encode()).digest()[:8])
         rng = np.random.default_rng(seed) if view == "random crop" else None
         made.append(crop(pixels, *crop_corner((pixels.shape[-2], pixels.shape[-1]), wanted, rng), *wanted))
@@ -239,14 +246,15 @@ def _views(pixels: Tensor, job: Job, resize: Callable[[Tensor, int, int], Tensor
 
 
 def _reflected(start: int, n: int, length: int) -> Tensor:
-    """Return indices into an axis of `length` for `n` positions from `start`, mirrored beyond both ends."""
+    """Return `n` indices into an axis of `length`, starting at `start` and reflected at both ends."""
     period = max(1, 2 * (length - 1))
     positions = torch.arange(start, start + n).remainder(period)
     return torch.minimum(positions, period - positions)
 
 
 def _moments(image: NDArray[np.uint8]) -> tuple[int, ...]:
-    """Return the sums over the pixels of (H, W, 3): R, G, B, RR, GG, BB, RG, RB, GB. float64 is exact below 2^53."""
+    """Return the sums over all pixels of `image` (H, W, 3) of R, G, B, RR, GG, BB, RG, RB and GB."""
+    # float64 is exact below 2^53.
     values = image.reshape(-1, 3).astype(np.float64)
     products = values.T @ values
     sums = (*values.sum(0), *products.diagonal(), products[0, 1], products[0, 2], products[1, 2])
@@ -254,7 +262,10 @@ def _moments(image: NDArray[np.uint8]) -> tuple[int, ...]:
 
 
 class MemoryGate:
-    """Admits threads while the memory they hold together stays within a limit. A single thread is always admitted."""
+    """Limit the total memory that threads use at the same time.
+
+    A thread waits until its memory fits within the limit. If no other thread holds memory, it does not wait.
+    """
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
@@ -263,7 +274,7 @@ class MemoryGate:
 
     @contextmanager
     def admitted(self, n_bytes: int) -> Iterator[None]:
-        """Hold `n_bytes` during the block, after waiting until they fit."""
+        """Wait until `n_bytes` fit within the limit, and reserve them for the duration of the block."""
         with self._changed:
             self._changed.wait_for(lambda: not self._held_bytes or self._held_bytes + n_bytes <= self._limit_bytes)
             self._held_bytes += n_bytes
@@ -276,11 +287,11 @@ class MemoryGate:
 
 
 def main(n_threads: int) -> None:
-    """Answer the lists of jobs on standard input, in order, until it ends."""
-    # Ctrl-C reaches the whole process group, but the parent decides when this process ends.
+    """Read lists of jobs from standard input until it ends, and write the results to standard output in order."""
+    # Ctrl-C is sent to the whole process group, but the parent decides when this process ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    # Libraries may print to standard output, so the answers get a descriptor of their own.
+    # Libraries may print to standard output, so results are written to a separate file descriptor.
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     gate, threads = MemoryGate(MAX_BYTES), ThreadPoolExecutor(n_threads)
@@ -299,7 +310,7 @@ def main(n_threads: int) -> None:
     try:
         while True:
             for job in pickle.load(sys.stdin.buffer):
-                # Bounds the answers that wait for an earlier one, or for a slow parent.
+                # Limit the number of results held while an earlier job or the parent is slow.
                 if len(waiting) == 4 * n_threads:
                     send(waiting.popleft())
                 waiting.append(threads.submit(answer, job))
@@ -308,7 +319,7 @@ def main(n_threads: int) -> None:
     except BaseException as error:
         if not isinstance(error, EOFError):
             traceback.print_exc()
-        # Without waiting for the other threads.
+        # Exit without waiting for the other threads.
         os._exit(70)
 
 

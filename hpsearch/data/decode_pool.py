@@ -1,7 +1,7 @@
-"""Decode images in a subprocess. The caller loads no torch, and no damaged file can end it.
+"""Decode images in a subprocess, so that the caller need not import torch and damaged files cannot crash it.
 
-The subprocess (decode.py) reads a pickled list of jobs and answers each, in order, with a pickled tuple of
-result and pixels.
+The subprocess (decode.py) reads a pickled list of jobs. For each job, in order, it writes a pickled tuple of the
+result and the pixels.
 """
 
 import itertools
@@ -25,26 +25,26 @@ from hpsearch.data.reading import PLAIN_READING, Reading
 from hpsearch.errors import CacheError, DatasetError
 
 View = Literal["resize", "random crop", "centre crop"]
-"""Method that brings an image to the size of the cache."""
+"""Method of resizing or cropping an image to the cached size."""
 Pixels = tuple[NDArray[np.uint8], NDArray[np.uint8]]
-"""An image (H, W, 3) and its mask (H, W) of 0 and 1."""
+"""Image (H, W, 3) and mask (H, W) of 0 and 1."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One pair to decode. Without views it is only checked."""
+    """Image/mask pair to decode. If `views` is empty, the pair is only checked."""
 
     image: Path | None
     mask: Path | None
-    """The two files. A job with only one of them has no views."""
+    """Path of the mask. A job with only one of image and mask must not have views."""
     views: tuple[View, ...] = ()
     height: int = 0
     width: int = 0
-    """Size of the views."""
+    """Height and width of the views in pixels."""
     crop_seed: str = ""
     """Seed for the position of the random crop."""
     measure: bool = True
-    """Whether to compute hashes and moments."""
+    """Whether to compute `ImageStats.image_sha256`, `mask_sha256`, `moments` and `is_constant`."""
     send: bool = True
     """Whether to return the pixels of the views."""
     reading: Reading = PLAIN_READING
@@ -52,48 +52,51 @@ class Job:
 
 @dataclass(frozen=True)
 class ImageStats:
-    """Sizes, hashes and pixel sums of one decoded pair."""
+    """Size, hashes and pixel sums of one decoded pair."""
 
     height: int
     width: int
-    """Original size."""
+    """Original height and width in pixels."""
     image_sha256: str = ""
     mask_sha256: str = ""
-    """SHA-256 of the files' content. Empty without `Job.measure`."""
+    """SHA-256 of the image and mask files, in hexadecimal. Empty without `Job.measure`."""
     foreground: int = 0
-    """Lesion pixels of the original mask."""
+    """Number of lesion pixels in the original mask."""
     moments: tuple[int, ...] = ()
-    """Sums over the pixels of the first view: R, G, B, RR, GG, BB, RG, RB, GB. Empty without views."""
+    """Sums of R, G, B, RR, GG, BB, RG, RB and GB over all pixels of the first view.
+
+    Empty without views or without `Job.measure`.
+    """
     crc: int = 0
     """CRC-32 of the bytes of all views."""
     view_foreground: int = -1
-    """Lesion pixels of the mask in the first view, -1 without views."""
+    """Number of lesion pixels in the first view of the mask. -1 without views."""
     mask_values: tuple[str, ...] = ()
-    """Values of the mask as text (masks.MaskValue): background and lesion, or the only one."""
+    """Pixel values of the mask as text (`MaskValue.text`): background and lesion, or a single value."""
     largest: int = 0
-    """Largest value of an image of more than 8 bits before scaling, 0 for other images."""
+    """Largest pixel value before scaling to 8 bits. 0 for images of 8 bits or fewer per channel."""
     is_constant: bool = False
-    """Whether all pixels of the image have one colour. False without `Job.measure`."""
+    """Whether all pixels of the image have the same colour. False without `Job.measure`."""
 
     def lesion_share(self, size: tuple[int, int] | None = None) -> float:
-        """Return the share of the mask that is lesion, in the file or in the first view, whose size is `size`."""
+        """Return the share of lesion pixels in the original mask, or in the first view if its `size` is given."""
         if size is None:
             return self.foreground / (self.height * self.width)
         return self.view_foreground / (size[0] * size[1])
 
 
 def crc_of(pixels: list[Pixels]) -> int:
-    """Return the CRC-32 of the bytes of all views."""
+    """Return the CRC-32 of the bytes of all images and masks in `pixels`."""
     return reduce(lambda crc, array: zlib.crc32(array.data, crc), itertools.chain(*pixels), 0)
 
 
 class DecodeError(DatasetError):
-    """A pair that cannot be used."""
+    """Error for an image/mask pair that cannot be used."""
 
     def __init__(self, kind: str, text: str) -> None:
         super().__init__(kind, text)
         self.kind = kind
-        """The kind of problem, with the same words for every image (`undecodable file`)."""
+        """Kind of problem, such as `undecodable file`. It is the same text for every image."""
         self.text = text
 
     def __str__(self) -> str:
@@ -101,7 +104,7 @@ class DecodeError(DatasetError):
 
 
 class Decoders(AbstractContextManager["Decoders"]):
-    """A subprocess that decodes with `n_threads` threads. Leaving the context ends it."""
+    """Decode jobs in a subprocess with `n_threads` threads. Leaving the context ends the subprocess."""
 
     def __init__(self, n_threads: int | None = None) -> None:
         self._n_threads = n_threads or available_cores()
@@ -111,9 +114,9 @@ class Decoders(AbstractContextManager["Decoders"]):
         self.close()
 
     def decode(self, jobs: Sequence[Job]) -> Iterator[tuple[int, ImageStats | DecodeError, list[Pixels]]]:
-        """Yield the number of each job, its result and the pixels of its views, in the order of the jobs.
+        """Yield the index of each job, its result and the pixels of its views, in the order of the jobs.
 
-        Raises CacheError, naming the files that were being read, if the subprocess dies.
+        If the subprocess dies, raises CacheError with the names of the files that were being read.
         """
         process = self._started()
         assert process.stdin is not None
@@ -129,12 +132,12 @@ class Decoders(AbstractContextManager["Decoders"]):
             self.close()
             raise error from None
         except BaseException:
-            # Otherwise the remaining answers would be mistaken for answers to the next jobs.
+            # Otherwise the remaining results would be mistaken for results of the next jobs.
             self.close()
             raise
 
     def close(self) -> None:
-        """End the subprocess, even while it works."""
+        """Kill the subprocess, even if it is still decoding."""
         if self._process is not None:
             self._process.kill()
             self._process.communicate()
@@ -143,7 +146,7 @@ class Decoders(AbstractContextManager["Decoders"]):
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None:
-            # Not a pipe, which would fill up because nothing reads it while the subprocess works.
+            # A pipe would fill up, because nothing reads it while the subprocess runs.
             self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the subprocess
             self._process = subprocess.Popen(
                 subprocesses.command("hpsearch.data.decode", str(self._n_threads)),
@@ -153,8 +156,8 @@ class Decoders(AbstractContextManager["Decoders"]):
                 env=subprocesses.environment(
                     OMP_NUM_THREADS="1",
                     MKL_NUM_THREADS="1",
-                    # glibc keeps the memory of the largest images in every arena, but returns blocks that it maps
-                    # separately.
+                    # glibc would keep the memory of the largest images in every arena. It returns blocks to the
+                    # system if they are mapped separately.
                     MALLOC_ARENA_MAX="2",
                     MALLOC_MMAP_THRESHOLD_=str(2**20),
                 ),

@@ -1,11 +1,11 @@
 """Download the official archives of ISIC-2017 Part 1 and unpack them.
 
 folder/
-  ISIC-2017_Training_Data.zip.part          bytes received so far: the next start continues after them
-  ISIC-2017_Training_Data.zip.part.json     the version of the file on the server that they belong to
-  ISIC-2017_Training_Data.zip               the whole archive, downloaded here or by hand
+  ISIC-2017_Training_Data.zip.part          bytes received so far; the next download resumes after them
+  ISIC-2017_Training_Data.zip.part.json     size and version (ETag or date) of the file on the server
+  ISIC-2017_Training_Data.zip               the complete archive, downloaded by this module or by hand
   .ISIC-2017_Training_Data.unpacking/       exists while the archive is unpacked
-  ISIC-2017_Training_Data/                  unpacked, with the CRC of every file verified
+  ISIC-2017_Training_Data/                  the unpacked files, after verifying the CRC of each
   .download.lock                            locked while a download runs
 """
 
@@ -32,28 +32,28 @@ from hpsearch.paths import free_bytes, storage_error
 logger = logging.getLogger(__name__)
 
 OFFICIAL = "https://isic-challenge-data.s3.amazonaws.com/2017/"
-"""The challenge's public bucket."""
+"""URL of the public bucket of the ISIC challenge."""
 _PARTS: dict[str, Split] = {"Training": "train", "Validation": "val", "Test_v2": "test"}
 ARCHIVES = {
     f"ISIC-2017_{part}_{content}": split
     for part, split in _PARTS.items()
     for content in ("Data", "Part1_GroundTruth")
 }
-"""Split of each archive, by its name without `.zip`, which is also the name of its folder."""
+"""Split of each archive. The key is the archive's name without `.zip`, which is also the name of its folder."""
 RETRIES = 6
 """Maximum number of consecutive retries without new data before a download fails."""
 BACKOFF_S = 1.0
-"""Wait before the first of these retries. It doubles up to a minute."""
+"""Wait before the first retry. It doubles with each retry, up to 60 s."""
 TIMEOUT_S = 60.0
-"""An attempt ends if the server sends nothing for this long."""
+"""Time without data from the server after which an attempt fails."""
 _CHUNK_BYTES = 1 << 18
 _RETRIED_STATUS = (206, 408, 416, 425, 429, 500, 502, 503, 504)
 _HEADERS = {"User-Agent": f"hpsearch/{hpsearch.__version__}", "Accept-Encoding": "identity"}
 
 Progress = Callable[[str, str, int, int], None]
-"""Progress callback, called with a key of ARCHIVES, the step (`download` or `unpack`), and bytes done and in all."""
+"""Progress callback, called with a key of ARCHIVES, the step (`download` or `unpack`), bytes done and total bytes."""
 Report = Callable[[int, int], None]
-"""Progress callback, called with bytes done and in all."""
+"""Progress callback, called with bytes done and total bytes."""
 
 
 def download(
@@ -64,14 +64,14 @@ def download(
     keep_archives: bool = True,
     progress: Progress | None = None,
 ) -> tuple[Path, ...]:
-    """Download archives from below `base_url`, unpack them in `folder` and return the unpacked folders.
+    """Download archives from `base_url`, unpack them in `folder` and return the unpacked folders.
 
-    `only` names splits (`train`, `val`, `test`) or archives. Unpacked folders, archives and partial archives that
-    exist are used and not downloaded again. Failed attempts are retried, and a damaged archive is downloaded again.
-    Archives stay beside their folders unless `keep_archives` is False.
+    `only` selects splits (`train`, `val`, `test`) or archives by name. Existing folders and archives are not
+    downloaded again, and incomplete downloads are resumed. Failed attempts are retried, and a damaged archive is
+    downloaded a second time. Archives are kept next to the unpacked folders unless `keep_archives` is False.
 
-    Raises ConfigError for an unknown name, DatasetError if the server does not deliver the files or delivers damaged
-    ones, and StorageError if there is not enough free space for an archive and its files.
+    Raises ConfigError if a name in `only` is unknown, DatasetError if the server does not deliver the files or they
+    are damaged, and StorageError if there is too little free space or another download into `folder` is running.
     """
     names = [name.removesuffix(".zip") for name in only or _PARTS.values()]
     known = [*_PARTS.values(), *ARCHIVES]
@@ -95,17 +95,18 @@ def download(
 
 
 def unpack(path: Path, folder: Path, report: Report) -> None:
-    """Unpack the zip archive `path` into the new folder `folder`, without the top folder that all its files share.
+    """Unpack the zip archive `path` into the new folder `folder`.
 
-    The CRC of every file is verified. Files are written to a hidden folder, which is renamed at the end.
+    If all files of the archive are in one top-level folder, its content becomes the content of `folder`. Files are
+    written to a hidden folder, which is renamed at the end. The CRC of every file is verified.
 
-    Raises BadZipFile for damaged bytes, and DatasetError for an archive that has no files.
+    Raises BadZipFile if the archive is damaged, and DatasetError if it has no files.
     """
     work = folder.with_name(f".{folder.name}.unpacking")
     shutil.rmtree(work, ignore_errors=True)
     try:
         with zipfile.ZipFile(path) as archive:
-            # File managers add hidden files and folders.
+            # Skip hidden files and folders that file managers add.
             files = [
                 info
                 for info in archive.infolist()
@@ -123,7 +124,7 @@ def unpack(path: Path, folder: Path, report: Report) -> None:
         inside = list(work.iterdir())
         (inside[0] if len(inside) == 1 and inside[0].is_dir() else work).replace(folder)
     except ZIP_ERRORS as error:
-        # A damaged position is an invalid argument. Any other OSError is one of the disk.
+        # A damaged offset in the archive gives EINVAL. Any other OSError comes from the disk.
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
         raise zipfile.BadZipFile(f"{path.name}: {_reason(error)}") from error
@@ -132,7 +133,7 @@ def unpack(path: Path, folder: Path, report: Report) -> None:
 
 
 def _download_and_unpack(folder: Path, url: str, progress: Progress | None) -> None:
-    """Unpack the archive that exists or the downloaded one. A damaged archive is downloaded again once."""
+    """Download the archive if it is missing, and unpack it. If it is damaged, download it once more."""
     path = folder.with_name(f"{folder.name}.zip")
     report = progress or (lambda *_: None)
     for is_last in (False, True):
@@ -149,7 +150,7 @@ def _download_and_unpack(folder: Path, url: str, progress: Progress | None) -> N
 
 
 def download_file(url: str, path: Path, report: Report) -> None:
-    """Write the file at `url` to `path`. An incomplete file is kept, and the next call continues it.
+    """Download `url` to `path`. An incomplete file is kept, and the next call resumes it.
 
     Raises DatasetError if the server does not deliver the file.
     """
@@ -177,9 +178,10 @@ def download_file(url: str, path: Path, report: Report) -> None:
 
 
 def _receive(url: str, part: Path, note: Path, report: Report) -> None:
-    """Complete `part` in one attempt. `note` has the version of the file that its bytes belong to.
+    """Try once to complete the file `part`. `note` records the size and version of the file on the server.
 
-    Raises RequestException or HTTPError if another attempt may help, ValueError if not.
+    Raises RequestException or HTTPError if a retry may succeed, ValueError if it cannot, and StorageError if there is
+    too little free space.
     """
     size, validator = _read_note(note)
     done = _size(part)
@@ -203,7 +205,7 @@ def _receive(url: str, part: Path, note: Path, report: Report) -> None:
                     f"{needed / 2**30:.1f} GiB: choose another disk, or fewer archives with --only"
                 )
             with part.open("ab") as file:
-                # `read1` returns what has arrived, so that nothing is lost if the connection breaks off.
+                # `read1` returns data as it arrives, so that nothing is lost if the connection breaks.
                 while chunk := answer.raw.read1(_CHUNK_BYTES):
                     done += file.write(chunk)
                     report(done, size)
@@ -212,7 +214,10 @@ def _receive(url: str, part: Path, note: Path, report: Report) -> None:
 
 
 def _check_answer(answer: requests.Response, part: Path) -> None:
-    """Check that the answer is the whole file. Remove `part` if it is another part than the one requested."""
+    """Check that the response has the complete file, or raise RequestException (retry) or ValueError (give up).
+
+    If the response has the wrong byte range, `part` is removed so that the next attempt starts from the beginning.
+    """
     status = answer.status_code
     if status in (206, 416):
         part.unlink(missing_ok=True)
@@ -227,16 +232,16 @@ def _check_answer(answer: requests.Response, part: Path) -> None:
 
 
 def _validator(response: requests.Response) -> str:
-    """Return what identifies the version of the file: a strong ETag, or the date of its last change.
+    """Return the validator of the file's version: a strong ETag or the Last-Modified date (RFC 9110, 13.1.5).
 
-    See RFC 9110, 13.1.5. Empty if the server sends neither.
+    It is empty if the server sends neither.
     """
     etag = response.headers.get("ETag", "")
     return etag if etag.startswith('"') else response.headers.get("Last-Modified", "")
 
 
 def _read_note(note: Path) -> tuple[int, str]:
-    """Return size and validator of the version that an incomplete file belongs to, (-1, "") if they are not known."""
+    """Return the size and validator recorded for an incomplete file, or (-1, "") if there is no valid record."""
     try:
         size, validator = json.loads(note.read_text(encoding="utf-8"))
         return int(size), str(validator)
@@ -249,7 +254,7 @@ def _size(path: Path) -> int:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the text of the first error in the chain, in one line: requests and urllib3 wrap it several times."""
+    """Return the message of the original error in one line. requests and urllib3 wrap errors several times."""
     while cause := error.__cause__ or error.__context__:
         error = cause
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,12 +1,15 @@
-"""Find near-duplicates: copies of one photograph that are resized, recompressed, recoloured, turned or cropped.
+"""Find near-duplicates: copies of one photograph that are resized, recompressed, recoloured, rotated or cropped.
 
-Dermoscopic images look alike, often a dark spot on bright skin inside a round vignette. Two steps are therefore
-needed. A fingerprint, the 16 x 16 gray thumbnail without mean and contrast, proposes the nearest images of each image
-in all eight orientations. The fine structure at 64 x 64 then decides, after the two images are aligned and the local
-contrast is normalised, so that hairs, pores and pigment count more than the spot. The middle must agree as well as
-the whole, which separates two lesions under one vignette.
+Dermoscopic images look alike: often a dark spot on bright skin inside a round vignette. The search therefore has two
+steps.
 
-Other photographs of the same lesion are not found. They need a table of patients or lesions (`data.groups`).
+1. The fingerprint of an image is its 16 x 16 gray thumbnail, normalised for mean and contrast. For each image, the
+   images with the most similar fingerprints become candidates, in all eight orientations.
+2. The fine structure of the two images is compared at 64 x 64. They are aligned and their local contrast is
+   normalised first, so that hairs, pores and pigment count more than the spot. The whole image and its middle must
+   both agree, because two different lesions can share a vignette.
+
+Different photographs of the same lesion are not found. Use a table of patients or lesions for them (`data.groups`).
 """
 
 from __future__ import annotations
@@ -28,26 +31,26 @@ from hpsearch.data.prepare import Role, locate, prepare_pool, prepare_test
 from hpsearch.paths import atomic_write
 
 Images = NDArray[np.uint8] | Cache
-"""(N, H, W, 3) uint8, memory-mapped or not, or a cache. They are read in pieces."""
+"""Images as an array (N, H, W, 3) uint8, possibly memory-mapped, or as a cache. They are read in small batches."""
 
 THRESHOLD = 0.65
-"""Least similarity of two copies of a photograph. In ISIC-2017 true pairs are above 0.72, others below 0.64."""
+"""Minimum similarity of near-duplicates. In ISIC-2017, true pairs are above 0.72 and other pairs below 0.64."""
 
 _SIDE = 64
 _FINGERPRINT_SIDE = 16
-_NEIGHBOURS = 10  # per image, so that the cost grows linearly with the number of images
-_MIN_FINGERPRINT = 0.8  # true pairs of ISIC-2017 have at least 0.95; crops by 3 % per side can have less
+_NEIGHBOURS = 10  # candidates per image; a fixed number keeps the cost of step 2 linear in the number of images
+_MIN_FINGERPRINT = 0.8  # true pairs in ISIC-2017 have at least 0.95; images cropped by 3 % per side can have less
 _MAX_SHIFT = 8  # largest shift of the whole image, in pixels of the 64x64 thumbnail
-_SLACK = 2  # additional shift of a block, in the same pixels: allows for scale differences up to 6 %
+_SLACK = 2  # additional shift of a block, in the same pixels; allows for scale differences of up to 6 %
 _BLOCK = 16
-_MIN_ALIGNED = 0.3  # pairs with a lower correlation before the block shift never reached the threshold after it
-_FLAT = 4.0  # gray levels of local contrast that count as noise
+_MIN_ALIGNED = 0.3  # pairs below this correlation before block matching never reached the threshold after it
+_FLAT = 4.0  # local contrast in gray levels that counts as noise
 _CHUNK = 256
 
 
 @dataclass(frozen=True)
 class DuplicatePair:
-    """Two copies of one photograph."""
+    """Pair of images that are copies of one photograph."""
 
     a: str
     b: str
@@ -58,7 +61,7 @@ class DuplicatePair:
 
     @property
     def across(self) -> bool:
-        """Whether one is in the pool and the other in the test split, which is a leak."""
+        """Whether one image is in the pool and the other in the test split, which is data leakage."""
         return (self.split_a == "test") != (self.split_b == "test")
 
 
@@ -69,11 +72,12 @@ def find_near_duplicates(
     *,
     threshold: float = THRESHOLD,
 ) -> tuple[DuplicatePair, ...]:
-    """Return pairs within the pool and across pool and test, most similar first; `a` comes before `b` in `ids`.
+    """Return near-duplicates within the pool and between pool and test split, most similar first.
 
-    `images` is one source, or several in order (pool, test), of whole frames at one size (64 x 64 suffices), in the
-    order of `ids` and `splits`. Exact copies have similarity 1 unless they are flat. Pairs within the test split leak
-    nothing and are left out. The memory is about 20 KB per image.
+    `images` is one array or cache, or a sequence of them (pool, test), in the order of `ids` and `splits`. The images
+    are uncropped and at least 64 x 64. In each pair, `a` comes before `b` in `ids`. Exact copies have similarity 1
+    unless the image is nearly uniform. Pairs within the test split are left out, because they leak nothing into
+    training. The search needs about 20 KB of memory per image.
     """
     sources = _sources(images)
     n = sum(map(len, sources))
@@ -104,11 +108,11 @@ def find_in_dataset(
     sheet: Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[DuplicatePair, ...]:
-    """Return the near-duplicates of the dataset that `config` names, and draw them on `sheet` if it is given.
+    """Return the near-duplicates of the dataset in `config`, and write them as a contact sheet if `sheet` is given.
 
-    Byte-identical images are pairs of similarity 1, even if they are flat. The caches of a study are read if
-    they hold whole frames of at least 64 x 64; otherwise small ones are built. The search passes `with_test=False`,
-    and the test split is then not read. Raises the errors of `prepare_pool`.
+    Byte-identical images are pairs of similarity 1, even if they are uniform. The study's caches are used if they
+    have uncropped images of at least 64 x 64. Otherwise, small caches are built. With `with_test=False`, the images
+    of the test split are not compared. Raises the same errors as `prepare_pool`.
     """
     if config.match != "resize" or min(config.cached_size) < _SIDE:
         config = replace(config, match="resize", size=2 * _SIDE, cache_size=0)
@@ -131,14 +135,14 @@ def _rank(pair: DuplicatePair) -> tuple[float, str, str]:
 
 
 def _byte_equal(ids: Sequence[str], splits: Sequence[Split], sha256: Sequence[str]) -> list[DuplicatePair]:
-    """Return pairs of equal `sha256` that include every image with a copy. The pool comes before the test split.
+    """Return pairs of byte-identical images. Every image that has a copy is in at least one pair.
 
-    Each copy is paired with the first one in the pool, and each pool image with the first copy in the test split.
-    The number of pairs thus grows with the images and not with their square.
+    Each image is paired with its first copy in the pool, and each pool image also with its first copy in the test
+    split. The number of pairs is therefore linear in the number of images. The pool image comes first in a pair.
     """
     pool = [i for i, split in enumerate(splits) if split != "test"]
     test = [i for i, split in enumerate(splits) if split == "test"]
-    # The first index of each content wins, because it is entered last.
+    # The indices are reversed, so that the first index of each content is kept.
     in_pool, in_test = ({sha256[i]: i for i in reversed(part)} for part in (pool, test))
     found = {(in_pool[sha256[j]], j) for j in [*pool, *test] if in_pool.get(sha256[j], j) != j}
     found |= {(i, in_test[sha256[i]]) for i in pool if sha256[i] in in_test}
@@ -148,10 +152,11 @@ def _byte_equal(ids: Sequence[str], splits: Sequence[Split], sha256: Sequence[st
 def groups_of(
     pairs: Iterable[DuplicatePair], ids: Iterable[str], groups: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """Return the group of each of `ids`. Images that `pairs` connect, directly or through others, share a group.
+    """Return the group of each id. Images that are connected by `pairs`, directly or indirectly, share a group.
 
-    A group has the name of its smallest id. `groups` (the lesion or patient of each id) connects images too: two
-    patients that share a duplicate become one group. Raises DatasetError if `groups` lacks an image.
+    A group is named after its smallest id. If `groups` (id to lesion or patient) is given, images of one lesion or
+    patient are connected too, and two patients that share a duplicate become one group. Raises DatasetError if an id
+    is missing in `groups`.
     """
     wanted = sorted(set(ids))
     edges = [(pair.a, pair.b) for pair in pairs]
@@ -162,7 +167,7 @@ def groups_of(
     names = dict.fromkeys([*wanted, *(name for edge in edges for name in edge)])
     number = {name: i for i, name in enumerate(names)}
     components = connected_components(len(number), [(number[a], number[b]) for a, b in edges])
-    # Names are sorted, so the first of a component is its smallest.
+    # `wanted` is sorted, so the first id of a component is its smallest.
     smallest: dict[int, str] = {}
     return {name: smallest.setdefault(components[number[name]], name) for name in wanted}
 
@@ -170,10 +175,10 @@ def groups_of(
 def write_contact_sheet(
     path: Path, pairs: Sequence[DuplicatePair], images: Images | Sequence[Images], ids: Sequence[str]
 ) -> None:
-    """Write `pairs` as one PNG, four in a row. The two images of a pair touch, and pairs are apart.
+    """Write the images of `pairs` to one PNG with four pairs per row. The two images of a pair are side by side.
 
-    `images` and `ids` are those of `find_near_duplicates`. Each image is drawn with 160 pixels per side. Without
-    pairs the PNG is white.
+    `images` and `ids` are the same as for `find_near_duplicates`. Each image is drawn at 160 x 160 pixels. If `pairs`
+    is empty, the PNG is white.
     """
     place = dict(zip(ids, ((source, i) for source in _sources(images) for i in range(len(source))), strict=True))
     side, gap, columns = 160, 6, 4
@@ -205,11 +210,11 @@ def _batches(sources: Iterable[Images]) -> Iterator[NDArray[np.uint8]]:
 
 
 def _describe(images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return fingerprints (B, 16, 16) and details (B, 64, 64) of (B, H, W, 3)."""
+    """Return fingerprints (B, 16, 16) and fine structure (B, 64, 64) of `images` (B, H, W, 3)."""
     gray = _thumbnails(images)
     step = _SIDE // _FINGERPRINT_SIDE
     fingerprints = gray.reshape(-1, _FINGERPRINT_SIDE, step, _FINGERPRINT_SIDE, step).mean(axis=(2, 4))
-    # A triangle of 9 pixels, cut off at the border, smooths each axis.
+    # Smooth each axis with a triangular kernel of 9 pixels, truncated at the border.
     distance = np.abs(np.subtract.outer(np.arange(_SIDE), np.arange(_SIDE)))
     smooth = np.maximum(0, 5 - distance).astype(np.float32)
     smooth /= smooth.sum(axis=1, keepdims=True)
@@ -219,7 +224,10 @@ def _describe(images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[n
 
 
 def _thumbnails(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Return gray thumbnails (B, 64, 64), 0 to 255, of (B, H, W, 3): means of 4 x 4 pixels spread over each cell."""
+    """Return gray thumbnails (B, 64, 64), 0 to 255, of `images` (B, H, W, 3).
+
+    Each thumbnail pixel is the mean of 4 x 4 pixels sampled evenly from the area that it covers.
+    """
     n = 4 * _SIDE
     rows, columns = (np.arange(n) * length // n for length in images.shape[1:3])
     boxes = images[:, rows][:, :, columns].reshape(-1, _SIDE, 4, _SIDE, 4, 3)
@@ -228,7 +236,7 @@ def _thumbnails(images: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def _proposals(fingerprints: NDArray[np.float32], is_test: NDArray[np.bool_]) -> dict[tuple[int, int], int]:
-    """Return the orientation of j by proposed pair (i, j) with i < j."""
+    """Return the candidate pairs (i, j) with i < j, each with the orientation of j relative to i."""
     n = len(fingerprints)
     units = _unit(fingerprints)
     turned = np.stack([_unit(_turned(fingerprints, orientation)).T for orientation in range(8)])
@@ -241,29 +249,32 @@ def _proposals(fingerprints: NDArray[np.float32], is_test: NDArray[np.bool_]) ->
         orientations, best = correlations.argmax(axis=0), correlations.max(axis=0)
         best[np.arange(len(rows)), rows] = -1.0
         best[np.ix_(is_test[rows], is_test)] = -1.0
-        # If there are more copies, all prefer the first ones and thus stay connected.
+        # If an image has more copies than neighbours, all copies prefer the first ones and thus stay connected.
         nearest = np.argpartition(earlier_first - best, n_neighbours - 1, axis=1)[:, :n_neighbours]
         for row, column in zip(*np.nonzero(np.take_along_axis(best, nearest, 1) >= _MIN_FINGERPRINT), strict=True):
             i, j = int(rows[row]), int(nearest[row, column])
             orientation = int(orientations[row, j])
-            # An exchanged pair is turned the other way.
+            # If the pair is swapped, the orientation is inverted.
             found[min(i, j), max(i, j)] = orientation if i < j else _INVERSE[orientation]
     return found
 
 
 _INVERSE = (0, 1, 6, 3, 4, 5, 2, 7)
-"""Inverse of each of the eight orientations."""
+"""Inverse of each of the eight orientations of `_turned`."""
 
 
 def _turned(images: NDArray[np.float32], orientation: int) -> NDArray[np.float32]:
-    """Return (B, S, S) turned by orientation // 2 quarters, then mirrored left to right if `orientation` is odd."""
+    """Rotate `images` (B, S, S) by orientation // 2 quarter turns, then flip them left to right if it is odd."""
     quarters, mirrored = divmod(orientation, 2)
     turned = np.rot90(images, quarters, axes=(1, 2))
     return turned[:, :, ::-1] if mirrored else turned
 
 
 def _unit(images: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return (B, S, S) as rows (B, S * S) of mean 0 and length 1, 0 where constant. Products are correlations."""
+    """Return `images` (B, S, S) as rows (B, S * S) of mean 0 and norm 1, so that dot products are correlations.
+
+    The row of a constant image is 0.
+    """
     rows: NDArray[np.float32] = images.reshape(len(images), -1)
     rows = rows - rows.mean(axis=1, keepdims=True)
     rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-3)
@@ -271,10 +282,11 @@ def _unit(images: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _similarity(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the correlation (M,) of details `a` and `b` (M, 64, 64), the lower of whole and middle.
+    """Return the correlation (M,) of the fine structure `a` and `b`, each (M, 64, 64).
 
-    `b` is shifted by at most 8 pixels to fit `a` best. Each 16 x 16 block of `a` is then matched with the best block
-    of `b` up to 2 pixels away. Blocks are weighted by the energy of their structure.
+    `b` is first shifted by at most 8 pixels to match `a` best. Each 16 x 16 block of `a` is then compared with the
+    best-matching block of `b` within 2 pixels. The correlation is the mean over the blocks, weighted by their energy.
+    The lower value of the whole image and its middle is returned.
     """
     result = np.zeros(len(a), dtype=np.float32)
     shifted, correlation = _aligned(a, b)
@@ -295,7 +307,7 @@ def _similarity(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.fl
 
 
 def _aligned(a: NDArray[np.float32], b: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return `b` shifted to fit `a`, with a margin of 2 pixels per side (M, 68, 68), and the correlation (M,)."""
+    """Shift `b` to match `a`. Return it with a margin of 2 pixels per side (M, 68, 68), and the correlation (M,)."""
     products = np.fft.irfft2(np.conj(np.fft.rfft2(a)) * np.fft.rfft2(b), s=a.shape[1:])
     shifts = np.r_[0 : _MAX_SHIFT + 1, -_MAX_SHIFT:0]
     near = products[:, shifts][:, :, shifts].reshape(len(a), -1)
@@ -308,7 +320,7 @@ def _aligned(a: NDArray[np.float32], b: NDArray[np.float32]) -> tuple[NDArray[np
 
 
 def _block_sums(images: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the sums (M, 4, 4) over the blocks of (M, 64, 64)."""
+    """Return the sums (M, 4, 4) over the 16 x 16 blocks of `images` (M, 64, 64)."""
     n = _SIDE // _BLOCK
     sums: NDArray[np.float32] = images.reshape(len(images), n, _BLOCK, n, _BLOCK).sum(axis=(2, 4))
     return sums

@@ -1,11 +1,12 @@
-"""Write an augmented copy of a dataset beside it: `ISIC-2017_Aug`, in the same layout, at original resolution.
+"""Write an augmented copy of a dataset to a new folder, at the original resolution.
 
-Each training image gets `copies` changed versions (`ISIC_0000000_aug1.jpg`). The original images, validation and test
-images included, become hard links, or copies where the file system has no links. The set is thus complete and trains
-like any other. A folder of own images becomes one folder per split, so the test split stays the same.
+The copy of `ISIC-2017` is `ISIC-2017_Aug`, with the same layout. Each training image gets `copies` augmented versions
+(`ISIC_0000000_aug1.jpg`). The original images of all splits are hard-linked, or copied if the file system has no hard
+links, so the new dataset is complete. If the dataset consists of two folders of images and masks, the copy has one
+folder per split, which keeps the test split the same.
 
-`groups.csv` names the original of every image. A study reads it, so that a changed version is never in another fold
-than its original.
+`groups.csv` lists the original of every training and validation image, or its group if groups are given. A study
+reads this file, so that an augmented version is always in the same fold as its original.
 """
 
 import csv
@@ -40,11 +41,11 @@ from hpsearch.user_files import name_key
 logger = logging.getLogger(__name__)
 
 JPEG_QUALITY = 95
-"""Quality of the changed versions. The original's own compression loses more."""
+"""JPEG quality of the augmented versions. The compression of the original images loses more detail."""
 PIXEL_BYTES = 110
-"""Memory that a pixel takes while an image is changed: copies of three channels as float32, positions, hues."""
+"""Memory needed to augment one pixel, in bytes. It covers float32 copies of the image, positions and hues."""
 WORKING_BYTES = 2**30
-"""Memory that all threads hold together. A single larger image is changed alone."""
+"""Maximum memory for augmentation in all threads together. A single image that needs more is augmented alone."""
 
 
 def export_augmented(
@@ -59,17 +60,18 @@ def export_augmented(
     exclude_bad: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Write `dataset` with `copies` changed versions of every training image, and return the new folder.
+    """Write `dataset` with `copies` augmented versions of every training image, and return the new folder.
 
-    The folder is `target`, or by default that of the dataset with `_Aug` added to its name. It appears when it is
-    complete. Until then the files are in a hidden folder beside it, which the next call replaces. The changes of an
-    image depend only on `seed`, its id and the number of the copy. `augment.crop` is ignored, and the unit of blur is
-    a pixel of the original. `groups` (id to patient or lesion) goes into groups.csv. `reading` (by default decided
-    with the defaults of DataConfig) is kept in the new dataset, whose originals are read by it too.
-    `progress(done, total)` counts changed versions.
+    The new folder is `target`. By default it is next to the dataset and has the same name followed by `_Aug`. Files
+    are written to a hidden folder, which is renamed at the end. The next call replaces an unfinished hidden folder.
+
+    The augmentation of an image depends only on `seed`, its id and the number of the copy. `augment.crop` is ignored,
+    and `augment.blur` is in pixels of the original image. `groups` (id to patient or lesion) is written to
+    groups.csv. `reading` defaults to the rules that DataConfig() gives. It is stored in the new dataset and applies
+    to its original images too. `progress` is called with the number of augmented versions (done, total).
 
     Raises ConfigError if `augment` changes nothing, DatasetError if the folder exists or images are unusable
-    (`exclude_bad` leaves them out), and StorageError.
+    (`exclude_bad` leaves them out), and StorageError if the files cannot be written.
     """
     augment = replace(augment, crop=False)
     root = dataset.root.resolve()
@@ -112,7 +114,7 @@ def export_augmented(
 
 @dataclass(frozen=True)
 class _Pair:
-    """An original (copy 0) or a changed version, and the files that it becomes."""
+    """Original (copy 0) or augmented version of a sample, with the paths of its files in the new dataset."""
 
     sample: Sample
     copy: int
@@ -125,7 +127,7 @@ class _Pair:
 
 
 def _pairs(dataset: Dataset, folder: Path, copies: int) -> list[_Pair]:
-    """Return all pairs of the new dataset in `folder`. Raise DatasetError if two files would have the same name."""
+    """Return all pairs of the new dataset in `folder`. Raise DatasetError if two files would have the same path."""
     pairs: list[_Pair] = []
     for sample in dataset.samples:
         if dataset.layout == "folders":
@@ -136,7 +138,7 @@ def _pairs(dataset: Dataset, folder: Path, copies: int) -> list[_Pair]:
         pairs.append(_Pair(sample, 0, image, mask))
         for copy in range(1, copies + 1 if sample.split == "train" else 1):
             stem, ending = f"{image.stem}_aug{copy}", image.suffix if _is_jpeg(image) else ".png"
-            # A mask has the name of its image plus a suffix.
+            # The mask's name is the image's name plus a suffix.
             mask_name = f"{stem}{mask.stem[len(image.stem) :]}.png"
             pairs.append(_Pair(sample, copy, image.with_name(stem + ending), mask.with_name(mask_name)))
     names = Counter(name_key(str(path.with_suffix(""))) for pair in pairs for path in (pair.image, pair.mask))
@@ -158,7 +160,7 @@ def _write_all(
     *,
     exclude_bad: bool,
 ) -> set[str]:
-    """Write all changed versions on all cores. Return the ids of unusable images, which `exclude_bad` leaves out."""
+    """Write all augmented versions, using all cores. Return the ids of unusable images if `exclude_bad` is set."""
     gate, damaged = MemoryGate(WORKING_BYTES), set()
     changed = [pair for pair in pairs if pair.copy > 0]
 
@@ -172,7 +174,7 @@ def _write_all(
             damaged.add(pair.sample.id)
 
     n_threads = torch.get_num_threads()
-    # One thread per image: decoding and encoding are half of the work and cannot use several threads.
+    # Use one thread per image, because decoding and encoding are single-threaded and take half of the time.
     pool = ThreadPoolExecutor(available_cores(), initializer=torch.set_num_threads, initargs=(1,))
     try:
         for done, _ in enumerate(pool.map(write, changed), start=1):
@@ -188,12 +190,12 @@ def _link(source: Path, target: Path) -> None:
     try:
         target.hardlink_to(source)
     except OSError:
-        # The target is on another disk, or the file system has no links.
+        # The target is on another disk, or the file system has no hard links.
         shutil.copyfile(source, target)
 
 
 def _write(pair: _Pair, augment: AugmentConfig, reading: Reading, seed: int, gate: MemoryGate) -> None:
-    """Write one changed version."""
+    """Write the image and the mask of one augmented version."""
     sample = pair.sample
     _, size = open_pair(sample.image, sample.mask, reading)
     digest = hashlib.sha256(f"{seed}:{sample.id}:{pair.copy}".encode()).digest()

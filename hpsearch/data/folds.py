@@ -1,4 +1,4 @@
-"""Assign every image of the pool to the fold that holds it out."""
+"""Assign the images of the pool to cross-validation folds."""
 
 import csv
 import io
@@ -21,27 +21,27 @@ from hpsearch.typed_json import from_json
 from hpsearch.user_files import name_key, read_text, user_path
 
 AUGMENTATION, AUGMENTED_GROUPS = "augmentation.json", "groups.csv"
-"""Files of an augmented dataset: the settings it was made with, and the original of each image."""
+"""Names of two files in an augmented dataset: its settings, and the group (original) of each image."""
 
 
 @dataclass(frozen=True)
 class Folds:
-    """The folds of one study, the same for all its trials."""
+    """Folds of a study. All its trials use the same folds."""
 
     ids: tuple[str, ...]
-    """The pool, in its order."""
+    """Ids of the images of the pool, in its order."""
     fold_of: tuple[int, ...]
-    """Fold that holds each image out, -1 for an image that is never held out (training split of `fixed`)."""
+    """Fold in which each image is held out. -1 for images that are never held out (training split of `fixed`)."""
     k: int
     seed: int
     method: Literal["kfold", "groups", "fixed"]
 
     def train(self, fold: int) -> NDArray[np.int64]:
-        """Return the pool indices of the training images of `fold`, ascending."""
+        """Return the indices into the pool of the training images of `fold`, in ascending order."""
         return np.setdiff1d(np.arange(len(self.ids)), self.held_out(fold))
 
     def held_out(self, fold: int) -> NDArray[np.int64]:
-        """Return the indices into the pool of the held-out images of `fold`, ascending."""
+        """Return the indices into the pool of the held-out images of `fold`, in ascending order."""
         if not 0 <= fold < self.k:
             raise ValueError(f"fold must lie between 0 and {self.k - 1}, got {fold}")
         return np.flatnonzero(np.array(self.fold_of) == fold).astype(np.int64)
@@ -53,7 +53,7 @@ class Folds:
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> Self:
-        """Return the folds in a table of `to_dict`. RecordError if the table was changed."""
+        """Return the folds from the output of `to_dict`. Raise RecordError if it was changed."""
         content = {key: value for key, value in table.items() if key != "digest"}
         if table.get("digest") != _digest(content):
             raise RecordError("the folds are damaged: their digest is not that of their content")
@@ -69,14 +69,17 @@ def make_folds(
     seed: int,
     groups: Mapping[str, str] | None = None,
 ) -> Folds:
-    """Return the folds of a pool whose images have these ids, splits and hashes of their bytes, each (n,).
+    """Return the folds of a pool. `ids`, `splits` and `sha256` describe its images, each (n,).
 
-    With `folds` = k they are those of `sklearn.model_selection.KFold(k, shuffle=True, random_state=seed)` over the
-    distinct images in the pool's order. Byte-identical images share a fold. With `groups` (id to group) they are
-    those of GroupKFold, and byte-identical images connect their groups. With `folds` = `fixed` the only fold holds
-    out the validation split and the training images that are byte-identical to it or in one of its groups.
+    An integer `folds` uses `sklearn.model_selection.KFold(folds, shuffle=True, random_state=seed)` on the distinct
+    images in the order of the pool. Byte-identical images are in the same fold. With `groups` (id to group),
+    GroupKFold is used instead, and groups that share a byte-identical image are merged.
 
-    Raises ConfigError if there are fewer distinct images or groups than folds, DatasetError if an image has no group.
+    `folds="fixed"` gives a single fold, which holds out the validation split. Training images that are byte-identical
+    to a validation image or share a group with one are held out too.
+
+    Raises ConfigError if there are fewer distinct images or groups than folds or if a split is empty for `fixed`, and
+    DatasetError if an image has no group.
     """
     units = np.array(connected(ids, sha256, groups))
     fold_of = np.full(len(ids), -1)
@@ -98,7 +101,7 @@ def make_folds(
         for fold, (_, held_out) in enumerate(KFold(folds, shuffle=True, random_state=seed).split(np.arange(n_units))):
             fold_of[np.isin(units, held_out)] = fold
     else:
-        # GroupKFold balances the folds by size and breaks ties by label, so the seed shuffles the labels.
+        # GroupKFold balances the folds by size and breaks ties by label, so the labels are shuffled with the seed.
         labels = np.random.default_rng(seed).permutation(n_units)[units]
         for fold, (_, held_out) in enumerate(GroupKFold(folds).split(units, groups=labels)):
             fold_of[held_out] = fold
@@ -106,9 +109,9 @@ def make_folds(
 
 
 def lesion_notes(folds: Folds, has_lesion: Sequence[bool]) -> list[str]:
-    """Return a note for each fold whose held-out images have no lesion. `has_lesion` is (n,), in the pool's order.
+    """Return a note for each fold whose held-out images have no lesion. `has_lesion` has one value per image.
 
-    Raises DatasetError for a fold whose training images have no lesion, because its fit could learn nothing.
+    Raises DatasetError if the training images of a fold have no lesion, because there is nothing to learn.
     """
     notes = []
     for fold in range(folds.k):
@@ -127,7 +130,7 @@ def lesion_notes(folds: Folds, has_lesion: Sequence[bool]) -> list[str]:
 
 
 class Groups(UserDict[str, str]):
-    """Group of each image by the `name_key` of its id. It is found by the id in any Unicode form and case."""
+    """Mapping from image id to group. The Unicode form and the case of the id do not matter."""
 
     def __getitem__(self, id: str) -> str:
         return self.data[name_key(id)]
@@ -144,9 +147,9 @@ def require_enough(n: int, folds: int, what: str) -> None:
 
 
 def groups_file(config: DataConfig) -> Path | None:
-    """Return the table of groups that `config` names or an augmented dataset contains, None without one.
+    """Return the path of the groups file in `config` or in an augmented dataset, or None if there is none.
 
-    An augmented dataset has groups, because a network must not be scored on changed versions of its training images.
+    An augmented dataset needs groups, so that no network is scored on augmented versions of its training images.
     """
     if config.groups:
         return user_path(config.groups)
@@ -155,9 +158,10 @@ def groups_file(config: DataConfig) -> Path | None:
 
 
 def read_groups(path: Path) -> Groups:
-    """Return the group of each id, from a CSV with the column `image` and one other (patient, lesion).
+    """Read the group of each image from a CSV file with the column `image` and one other, such as patient or lesion.
 
-    Endings such as `.jpg` in the column `image` are ignored. Raises DatasetError, naming the line, for other content.
+    Suffixes such as `.jpg` in the column `image` are ignored. Raises DatasetError if the file is invalid. The message
+    names the line.
     """
     text = read_text(path, "groups", DatasetError)
     try:
@@ -184,9 +188,10 @@ def read_groups(path: Path) -> Groups:
 
 
 def connected(ids: Sequence[str], sha256: Sequence[str], groups: Mapping[str, str] | None) -> list[int]:
-    """Return the unit of each image, numbered by first appearance.
+    """Return the number of the unit of each image. A unit is a set of images that must be in the same fold.
 
-    Byte-identical images and images of one group share a unit. Raises DatasetError if `groups` lacks an image.
+    Byte-identical images and images of one group share a unit. Units are numbered by first appearance. Raises
+    DatasetError if an image is missing in `groups`.
     """
     first: dict[tuple[str, str], int] = {}
     edges = [(i, first.setdefault(("bytes", content), i)) for i, content in enumerate(sha256)]
@@ -197,13 +202,13 @@ def connected(ids: Sequence[str], sha256: Sequence[str], groups: Mapping[str, st
 
 
 def require_groups(ids: Iterable[str], groups: Mapping[str, str]) -> None:
-    """Raise DatasetError, naming the first image, if `groups` lacks an image."""
+    """Raise DatasetError if an image is missing in `groups`. The message names the first one."""
     if missing := [id for id in ids if id not in groups]:
         raise DatasetError(f"the groups name no group for image {missing[0]}")
 
 
 def connected_components(n: int, edges: Sequence[tuple[int, int]]) -> list[int]:
-    """Return the component of each of the nodes 0 to n - 1, numbered by first appearance."""
+    """Return the connected component of each node from 0 to n - 1. Components are numbered by first appearance."""
     # scipy is slow to import, and reading folds does not need it.
     from scipy.sparse import coo_array, csgraph
 

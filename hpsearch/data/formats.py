@@ -1,7 +1,7 @@
 """Read and decode image files. FORMATS has one entry per file format.
 
-A new format is a new entry of FORMATS and needs no change elsewhere. An entry names the suffixes and the first bytes
-of the files, and has two functions: one reads the header, the other decodes the whole content.
+To add a format, add an entry to FORMATS. No other change is needed. An entry has the suffixes and the first bytes of
+the files, a function that reads the header, and a function that decodes the file.
 """
 
 import io
@@ -20,78 +20,81 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
 MAX_PIXELS = 100_000_000
-"""Larger images are refused as damaged or hostile. The largest image of ISIC-2017 has 30 million pixels."""
+"""Maximum number of pixels of an image. Larger images are rejected as damaged or malicious.
+
+The largest image in ISIC-2017 has 30 million pixels.
+"""
 UNSUPPORTED_SUFFIXES = (
     *(".bmp", ".dib", ".tif", ".tiff", ".gif", ".webp", ".heic", ".heif", ".avif", ".jp2", ".j2k", ".jxl"),
     *(".dcm", ".dicom", ".svg", ".psd", ".tga", ".ppm", ".pgm", ".pbm", ".dng"),
 )
-"""Suffixes (lower case) of images that cannot be decoded unless FORMATS has them. They are reported as errors."""
+"""Lower-case suffixes of image formats that are reported as errors, because they are not in FORMATS."""
 DAMAGE = (ValueError, SyntaxError, EOFError, OSError, struct.error, zlib.error)
-"""Errors that Pillow and torchvision raise for damaged content."""
+"""Exceptions raised while reading or decoding damaged files."""
 
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
-"""Channels by colour type."""
+"""Number of channels for each PNG colour type."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """Size, channels and orientation of an image file."""
+    """Header of an image file: size, channels and orientation."""
 
     format: str
     """Key of FORMATS."""
     height: int
     width: int
-    """Size of the stored pixels, before any orientation is applied."""
+    """Height and width as stored, before the EXIF orientation is applied."""
     channels: int = 3
-    """Channels in the file. A palette counts as 1, and a tRNS chunk of a PNG does not count."""
+    """Number of channels in the file. A palette image has 1. The tRNS chunk of a PNG does not count as a channel."""
     depth: int = 8
     """Bits per channel."""
     orientation: int = 1
-    """EXIF orientation: 1 is upright, 5 to 8 swap height and width."""
+    """EXIF orientation, from 1 (upright) to 8. Values from 5 to 8 swap height and width."""
     palette: bool = False
     transparent: tuple[int, ...] | None = None
-    """Gray value or colour of a PNG that is transparent (tRNS without a palette)."""
+    """Gray value or colour that is transparent in a PNG without a palette (tRNS chunk). None if there is none."""
 
     def size(self, *, upright: bool) -> tuple[int, int]:
-        """Return height and width, as stored or with the orientation applied."""
+        """Return height and width, with the orientation applied if `upright` is set, otherwise as stored."""
         return (self.width, self.height) if upright and self.orientation >= 5 else (self.height, self.width)
 
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """A file format that can be decoded."""
+    """File format that can be decoded."""
 
     suffixes: tuple[str, ...]
-    """Name endings in lower case."""
+    """File name suffixes in lower case, such as `.png`."""
     magic: bytes
-    """First bytes of a file."""
+    """First bytes of every file of this format."""
     read_header: Callable[[IO[bytes]], Header]
-    """Reads the few bytes that matter. Raises an error of `DAMAGE` if they are damaged."""
+    """Function that reads the header from an open file. It raises one of `DAMAGE` if the header is damaged."""
     decode: Callable[[bytearray, Header, bool], NDArray[Any]]
-    """Decodes the whole file to (C, H, W), uint8 or uint16.
+    """Function that decodes the content of a file to (C, H, W), uint8 or uint16.
 
-    With True as the last argument the result is RGB. With False it has the samples of the file, which for a palette
-    are the indices. Raises an error of `DAMAGE` for damaged content.
+    The last argument says whether to convert to RGB. If it is False, the function returns the stored values, which
+    are indices for a palette image. It raises one of `DAMAGE` if the content is damaged.
     """
 
 
 def readable_suffixes() -> tuple[str, ...]:
-    """Return the name endings (lower case) of the images that can be decoded."""
+    """Return the lower-case file name suffixes of all formats that can be decoded."""
     return tuple(suffix for each in FORMATS.values() for suffix in each.suffixes)
 
 
 def without_suffix(name: str) -> str:
-    """Return the id in a name that a list or table has, with or without an ending such as `.jpg`."""
+    """Return `name` without an image suffix such as `.jpg`. Names without such a suffix are returned unchanged."""
     return name[: name.rindex(".")] if name.lower().endswith(readable_suffixes()) else name
 
 
 def is_image_name(name: str) -> bool:
-    """Return whether `name` ends like an image, decodable or not."""
+    """Return whether `name` has the suffix of an image format, whether or not the format can be decoded."""
     return name.lower().endswith((*readable_suffixes(), *UNSUPPORTED_SUFFIXES))
 
 
 def read_header(file: IO[bytes]) -> Header:
-    """Return the header of an open file. ValueError, with the reason, if its format is unknown or it is damaged."""
+    """Return the header of an open file. Raise ValueError if the format is unknown or the header is damaged."""
     start = file.read(16)
     file.seek(0)
     try:
@@ -122,12 +125,12 @@ def _read_png_header(file: IO[bytes]) -> Header:
 
 
 def _png_exif(file: IO[bytes]) -> bytes:
-    """Return the EXIF data of a PNG, which Pillow finds behind the pixels only by decoding them."""
+    """Return the EXIF data of a PNG. Pillow would have to decode the pixels to find an eXIf chunk after them."""
     return next((file.read(length) for kind, length in _png_chunks(file) if kind == b"eXIf"), b"")
 
 
 def _png_chunks(file: IO[bytes]) -> Iterator[tuple[bytes, int]]:
-    """Yield type and length of every chunk, while the file stands at the content of the chunk."""
+    """Yield the type and length of each chunk of a PNG. The file is positioned at the content of that chunk."""
     file.seek(8)
     while len(start := file.read(8)) == 8 and start[4:] != b"IEND":
         length, kind = struct.unpack(">I4s", start)
@@ -137,7 +140,7 @@ def _png_chunks(file: IO[bytes]) -> Iterator[tuple[bytes, int]]:
 
 
 def _check_rows(data: bytearray, header: Header) -> None:
-    """Raise ValueError if the pixels end early: Pillow would fill the missing rows with 0."""
+    """Raise ValueError if rows are missing at the end of a PNG. Pillow would silently fill them with 0."""
     bytes_per_row, is_interlaced = 1 + -(-header.width * header.channels * header.depth // 8), data[28]
     file, inflate, n_bytes = io.BytesIO(data), zlib.decompressobj(), 0
     for kind, length in _png_chunks(file):
@@ -148,19 +151,19 @@ def _check_rows(data: bytearray, header: Header) -> None:
 
 
 def _orientation(data: bytes) -> int:
-    """Return the orientation in EXIF data, 1 (upright) if it is missing or invalid."""
+    """Return the orientation from EXIF data, or 1 (upright) if it is missing or invalid."""
     exif = Exif()
     try:
         exif.load(data)
         orientation = exif.get(ExifTags.Base.Orientation)
     except (SyntaxError, struct.error):
-        # Damaged EXIF says nothing about the pixels, and decoders ignore it.
+        # Damaged EXIF data does not mean that the pixels are damaged, and decoders ignore it.
         return 1
     return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 
 
 def _decode_png(data: bytearray, header: Header, rgb: bool) -> NDArray[Any]:
-    """Decode with Pillow, because damaged content ends the process in torchvision's decoder."""
+    """Decode a PNG with Pillow, because torchvision's decoder crashes the process on damaged files."""
     PngImageFile(io.BytesIO(data)).verify()
     _check_rows(data, header)
     if header.depth == 16 and header.channels > 1:
@@ -172,13 +175,16 @@ def _decode_png(data: bytearray, header: Header, rgb: bool) -> NDArray[Any]:
             image = image.convert("L" if image.mode == "1" else "RGB")
         pixels = np.atleast_3d(np.array(image))
     if rgb:
-        # Transparency is dropped, and gray repeated.
+        # Drop transparency, and repeat gray in all channels.
         pixels = pixels[..., :3] if pixels.shape[2] > 2 else pixels[..., :1].repeat(3, axis=2)
     return pixels.transpose(2, 0, 1)
 
 
 def _decode_deep_png(data: bytearray, n_channels: int) -> NDArray[np.uint16]:
-    """Return 2 to 4 channels of 16 bits (H, W, C). Pillow decodes them one byte per channel at a time."""
+    """Decode a 16-bit PNG of 2 to 4 channels to (H, W, C).
+
+    Pillow returns only one byte per channel, so 3 or 4 channels are decoded twice.
+    """
 
     def decode(rawmode: str) -> NDArray[np.uint8]:
         image = PngImageFile(io.BytesIO(data))
@@ -186,7 +192,7 @@ def _decode_deep_png(data: bytearray, n_channels: int) -> NDArray[np.uint16]:
         return np.array(image)
 
     if n_channels == 2:
-        # The two bytes of both channels, as four channels.
+        # Decode the two bytes of both channels as four channels.
         return decode("RGBA").view(">u2").astype(np.uint16)
     mode = "RGB" if n_channels == 3 else "RGBA"
     return decode(f"{mode};16B") * np.uint16(256) + decode(f"{mode};16L")
@@ -196,12 +202,12 @@ def _decode_jpeg(data: bytearray, header: Header, rgb: bool) -> NDArray[Any]:
     import torch
     from torchvision.io import ImageReadMode, decode_jpeg
 
-    # Four channels are CMYK.
+    # An image with four channels is CMYK.
     mode = ImageReadMode.RGB if rgb or header.channels == 4 else ImageReadMode.UNCHANGED
     try:
         pixels: NDArray[np.uint8] = decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), mode).numpy()
     except RuntimeError as error:
-        # The decoder begins with a position in its own sources.
+        # The message begins with a position in the decoder's source code.
         reason = re.sub(r"^\S+, \S+:\d+, ", "", str(error).splitlines()[0])
         if "allocate" in reason:
             # Running out of memory does not mean that the image is damaged.
@@ -214,4 +220,4 @@ FORMATS = {
     "jpeg": ImageFormat((".jpg", ".jpeg", ".jpe", ".jfif"), b"\xff\xd8\xff", _read_jpeg_header, _decode_jpeg),
     "png": ImageFormat((".png",), b"\x89PNG\r\n\x1a\n", _read_png_header, _decode_png),
 }
-"""Every format by its name."""
+"""Supported formats by name."""

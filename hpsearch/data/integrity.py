@@ -1,4 +1,4 @@
-"""Report all errors of a dataset, and facts that are worth a note; `decode.py` finds the errors of one pair."""
+"""Check a whole dataset and report its errors and notes. Errors of a single pair are found by decode.py."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from hpsearch.user_files import printable
 
 OFFICIAL_COUNTS: dict[Split, int] = {"train": 2000, "val": 150, "test": 600}
 N_NAMED = 3
-"""Images of each kind of problem that a message names."""
+"""Number of images that a message names for each kind of problem."""
 Size = tuple[int, int]
-"""Height and width."""
+"""Height and width in pixels."""
 Decoded = tuple[Sample, ImageStats]
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """Errors, notes and sizes of a whole dataset."""
+    """Report of the errors, notes and image sizes of a dataset."""
 
     counts: dict[Split, int]
-    """Usable pairs."""
+    """Number of usable pairs in each split."""
     errors: tuple[Problem, ...]
     notes: tuple[Problem, ...]
     sizes: tuple[Size, ...]
-    """Height and width of each usable pair, in the dataset's order."""
+    """Height and width of each usable pair, in the order of the dataset."""
 
     def overview(self) -> list[str]:
-        """Return the number of usable pairs and their sizes as lines of text."""
+        """Return lines of text with the number of usable pairs and the range of their sizes."""
         usable = ", ".join(f"{n} {split}" for split, n in self.counts.items())
         lines = [f"{sum(self.counts.values())} pairs can be used: {usable}"]
         if self.sizes:
@@ -47,7 +47,7 @@ class CheckReport:
         return lines
 
     def rows(self) -> list[tuple[str, str, int, list[str]]]:
-        """Return level (`error` or `note`), kind, number and the first few texts of each kind of problem."""
+        """Return one row per kind of problem: level (`error` or `note`), kind, count and the first few texts."""
         return [
             (level, kind, len(members), [problem.text for problem in members[:N_NAMED]])
             for level, problems in (("error", self.errors), ("note", self.notes))
@@ -55,7 +55,7 @@ class CheckReport:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return counts, errors and notes as plain types."""
+        """Return the counts, errors and notes as plain types."""
         plain = {
             level: [{**vars(problem), "files": [printable(path) for path in problem.files]} for problem in problems]
             for level, problems in (("errors", self.errors), ("notes", self.notes))
@@ -70,10 +70,11 @@ def check(
     cache_root: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> CheckReport:
-    """Decode all of `dataset` in a subprocess and return its errors and notes.
+    """Decode all pairs of `dataset` in a subprocess and return a report of the errors and notes.
 
-    Files are read as `config` says. A survey of them is kept in `cache_root` if it is given. With `config` the
-    report includes masks that lose their lesion when they are resized to `data.size`.
+    Files are decoded according to `config`. If it is given, the report also lists masks that lose their lesion or
+    background when they are resized to the cached size. If `cache_root` is given, the survey of the files is stored
+    there.
     """
     size = config.cached_size if config is not None and config.match == "resize" else None
     views: tuple[View, ...] = ("resize",) if size else ()
@@ -104,7 +105,7 @@ def check(
 
 
 def check_stored(cache: Cache) -> list[Problem]:
-    """Return files whose content has changed since `cache` was made, and images whose cached pixels have changed."""
+    """Return problems for files that changed after `cache` was built, and for cached images that are damaged."""
     changed = [
         sample.problem("changed file", f"{path} is not what it was when the cache was made", path)
         for sample, stats in cache.index.pairs
@@ -120,9 +121,9 @@ def check_stored(cache: Cache) -> list[Problem]:
 
 
 def same_images(pool: Sequence[Sample], test: Sequence[Sample]) -> list[Problem]:
-    """Return a note for each image that occurs more than once in the pool, or in both pool and test split.
+    """Return a note for each image that occurs more than once in the pool, or in both the pool and the test split.
 
-    An image in both is no error, because ISIC-2017 as published has such a pair.
+    An image in both is not an error, because the published ISIC-2017 contains one.
     """
     copies: dict[str, list[Sample]] = defaultdict(list)
     for sample, label in zip([*pool, *test], same_bytes([*pool, *test]), strict=True):
@@ -144,7 +145,11 @@ def same_images(pool: Sequence[Sample], test: Sequence[Sample]) -> list[Problem]
 
 
 def dataset_notes(dataset: Dataset) -> list[Problem]:
-    """Return a note on how own images were divided, or on an ISIC-2017 that differs from the official one."""
+    """Return notes on the splits of a dataset.
+
+    For two folders of images and masks, the note describes the test split. For ISIC-2017, it lists the number of
+    pairs if that number differs from the official one.
+    """
     counts = {split: len(dataset.split(split)) for split in get_args(Split)}
     if dataset.layout == "folders":
         text = (
@@ -161,7 +166,7 @@ def dataset_notes(dataset: Dataset) -> list[Problem]:
 
 
 def content_notes(dataset: Dataset, pairs: Sequence[Decoded], decision: Decision, size: Size | None) -> list[Problem]:
-    """Return the notes on decoded pairs: how they are read, and what is unusual in images and masks."""
+    """Return the notes on decoded pairs: how their files are read, and which images and masks are unusual."""
     notes = [*decision.notes, *(note for sample, stats in pairs for note in _pair_notes(sample, stats, size))]
     test = [stats for sample, stats in pairs if sample.split == "test"]
     if test and not any(stats.lesion_share(size) for stats in test):
@@ -176,7 +181,7 @@ def content_notes(dataset: Dataset, pairs: Sequence[Decoded], decision: Decision
         is_gray = all(value.isdecimal() for value in stats.mask_values)
         if lesion and not (is_gray and background == "0"):
             members[f"lesion is {lesion[0]}, background is {background}"].append(sample)
-        # Full masks of one gray value have a note already.
+        # `_pair_notes` already covers full masks of one gray value.
         elif not (lesion or (is_gray and (stats.foreground or background == "0"))):
             members[f"{background} everywhere: {'full' if stats.foreground else 'empty'}"].append(sample)
     for text, samples in members.items():
@@ -187,7 +192,7 @@ def content_notes(dataset: Dataset, pairs: Sequence[Decoded], decision: Decision
 
 
 def _pair_notes(sample: Sample, stats: ImageStats, size: Size | None) -> Iterator[Problem]:
-    """Yield a note on a mask that is empty or full, in the file or at `size`, and one on an image of one colour."""
+    """Yield notes on a mask that is empty or full, in the file or at `size`, and on an image of a single colour."""
     share, share_at_size = stats.lesion_share(), stats.lesion_share(size)
     if share in (0, 1):
         what, pixels = ("full", "skin") if share else ("empty", "lesion")
@@ -202,10 +207,10 @@ def _pair_notes(sample: Sample, stats: ImageStats, size: Size | None) -> Iterato
 
 
 def lesion_fault(stats: Sequence[ImageStats], size: Size | None) -> str:
-    """Return why a network cannot learn from these pairs: no mask has a lesion, or none has anything else.
+    """Return the reason why a network cannot learn from these pairs, or an empty string if it can.
 
-    With `size` the masks count as they are at that size. The text is empty if something can be learned, or without
-    pairs.
+    The reason is that all masks are empty or that all masks are full. With `size`, the masks are checked after
+    resizing to `size`. The result is also empty if there are no pairs.
     """
     shares = {each.lesion_share(size) for each in stats}
     if shares not in ({0}, {1}):
@@ -219,7 +224,7 @@ def lesion_fault(stats: Sequence[ImageStats], size: Size | None) -> str:
 
 
 def describe(problems: Iterable[Problem]) -> list[str]:
-    """Return a line for each kind that names the first few images, and a line for each problem of the whole."""
+    """Return one line per kind of problem, naming the first few images, and one per problem of the whole dataset."""
     lines = []
     for kind, members in _by_kind(problems).items():
         if not members[0].id:
@@ -232,7 +237,7 @@ def describe(problems: Iterable[Problem]) -> list[str]:
 
 
 def refusal(problems: Sequence[Problem], flags: str) -> DatasetError:
-    """Return the error that reports all problems. `flags` names the dataset on the command line."""
+    """Return a DatasetError that lists the problems. `flags` are the command-line flags that select the dataset."""
     n = len({(problem.split, problem.id) for problem in problems})
     return DatasetError(
         f"{n} image{'s' if n > 1 else ''} cannot be used: {'. '.join(describe(problems))}. "

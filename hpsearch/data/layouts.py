@@ -2,11 +2,11 @@
 
     archive   ROOT/ISIC-2017_Training_Data and ROOT/ISIC-2017_Training_Part1_GroundTruth, ..._Validation_...,
               ..._Test_v2_...
-    splits    ROOT/train, ROOT/validation (or val), ROOT/test, each with a folder of images and one of masks
-    folders   any two folders; the test split is a list, or a share drawn from the names
+    splits    ROOT/train, ROOT/validation (or val), ROOT/test, each with a folder of images and a folder of masks
+    folders   any two folders; the test split is given as a list or selected by a hash of the names
 
-The layout follows from the folders that exist. Only names are read, with one exception: byte-identical images are
-found before a test share is drawn, so that no copy of a test image is trained on.
+The layout is detected from the folders that exist. Only file names are read, with one exception: before a test split
+is selected, byte-identical images are found, so that no copy of a test image is used for training.
 """
 
 import os
@@ -32,7 +32,7 @@ _SPLIT_NAMES: Mapping[Split, tuple[str, ...]] = {
     "val": ("val", "valid", "validation"),
     "test": ("test", "test_v2"),
 }
-"""Names of each split in names of folders."""
+"""Names that each split can have in a folder name."""
 _IMAGE_FOLDER = re.compile(r"image|img|data|input|photo", re.IGNORECASE)
 _MISSING = (
     "no dataset in {root}: {needs}. Give the folder of ISIC-2017 with --data DIR (`hpsearch data download` "
@@ -41,9 +41,9 @@ _MISSING = (
 
 
 def find_samples(config: DataConfig) -> Dataset:
-    """Return the dataset that `config` names.
+    """Return the dataset in the folders that `config` names.
 
-    Raises DatasetError, with advice on how to get a dataset, if no layout is recognised or two are.
+    Raises DatasetError if there is no known layout or more than one. The message says how to get a dataset.
     """
     if config.images:
         flags = f"--images {shlex.quote(config.images)} --masks {shlex.quote(config.masks)}"
@@ -55,7 +55,7 @@ def _in_root(config: DataConfig) -> Dataset:
     root = user_files.user_path(config.root)
     user_files.require_usable_path(root, DatasetError)
     images, masks = (_by_split(root, f"isic-2017_{{}}_{content}") for content in ("data", "part1_groundtruth"))
-    # A folder named test alone can be anything.
+    # A test folder without a train folder may be unrelated.
     splits = found if "train" in (found := _by_split(root, "{}")) else {}
     archive = masks | images
     if archive and splits:
@@ -77,7 +77,7 @@ def _in_root(config: DataConfig) -> Dataset:
 
 
 def _by_split(root: Path, pattern: str) -> dict[Split, Path]:
-    """Return the folder of each split in `root` whose name in lower case is `pattern` with a name of the split."""
+    """Return the folder of each split in `root`. Its name is `pattern` with the name of the split, in any case."""
     folders = {path.name.lower(): path for path in _folders(root)}
     found: dict[Split, Path] = {}
     for split, names in _SPLIT_NAMES.items():
@@ -85,7 +85,7 @@ def _by_split(root: Path, pattern: str) -> dict[Split, Path]:
         if len(here) > 1:
             raise DatasetError(f"{root} holds both {here[0].name} and {here[1].name}: keep one of them")
         if here:
-            # Unpacking an archive into a folder of its own name nests it once.
+            # An archive unpacked into a folder of its own name is nested one level deeper.
             nested = here[0] / here[0].name
             found[split] = nested if nested.is_dir() else here[0]
     return found
@@ -95,7 +95,7 @@ def _image_and_mask_folder(folder: Path) -> tuple[Path, Path]:
     inside = _folders(folder)
     masks = [path for path in inside if MASK_WORD.search(path.name)]
     rest = [path for path in inside if path not in masks]
-    # If there is only one other folder, it holds the images, whatever its name.
+    # If there is only one other folder, its images are used whatever its name is.
     images = rest if len(rest) == 1 else [path for path in rest if _IMAGE_FOLDER.search(path.name)]
     if len(masks) != 1 or len(images) != 1:
         raise DatasetError(
@@ -134,7 +134,10 @@ def _own_folders(config: DataConfig) -> Dataset:
 
 
 def _listed_test_ids(config: DataConfig, ids: Iterable[str]) -> set[str]:
-    """Return the ids in the test list. Raise DatasetError if it lists anything else."""
+    """Return the ids of the images in the test list.
+
+    Raises DatasetError if the list has an unknown name, lists no image, or lists all images.
+    """
     path = user_files.user_path(config.test_list)
     by_key = {user_files.name_key(id): id for id in ids}
     listed: set[str] = set()
@@ -150,13 +153,16 @@ def _listed_test_ids(config: DataConfig, ids: Iterable[str]) -> set[str]:
 
 
 def _drawn_test_ids(config: DataConfig, samples: Sequence[Sample]) -> set[str]:
-    """Return about `test_share` of the ids. Byte-identical images and images of one group stay together."""
+    """Select a test split of about `test_share` of the images, and return its ids.
+
+    Byte-identical images and images of one group are either all selected or not at all.
+    """
     table = groups_file(config)
     units = connected([s.id for s in samples], same_bytes(samples), read_groups(table) if table else None)
     members = defaultdict(list)
     for sample, unit in zip(samples, units, strict=True):
         members[unit].append(sample.id)
-    # Ranked by a hash of the names, so that adding an image moves few others between the splits.
+    # Rank by a hash of the ids, so that adding an image moves few others between the splits.
     ranked = sorted(members.values(), key=lambda ids: sha256_text(f"0:{ids[0]}"))
     wanted = max(1, round(config.test_share * len(samples)))
     test: set[str] = set()
@@ -169,7 +175,7 @@ def _drawn_test_ids(config: DataConfig, samples: Sequence[Sample]) -> set[str]:
 def _dataset(samples: list[Sample], problems: list[Problem], root: Path, layout: Layout) -> Dataset:
     if not samples and not problems:
         raise DatasetError(_MISSING.format(root=root, needs="its folders hold no images and masks"))
-    # Images are often numbered from 1 in each split's folder. Such ids get the split's name in front.
+    # Images are often numbered from 1 in each split's folder. Such ids are prefixed with the name of the split.
     n_splits = Counter(key for key, _ in {(user_files.name_key(sample.id), sample.split) for sample in samples})
     named = [
         replace(sample, id=f"{sample.split}-{sample.id}") if n_splits[user_files.name_key(sample.id)] > 1 else sample
@@ -182,7 +188,7 @@ def _dataset(samples: list[Sample], problems: list[Problem], root: Path, layout:
 
 
 def _folders(root: Path) -> list[Path]:
-    """Return the folders in `root`, sorted. Broken links are included, so that one that is needed is reported."""
+    """Return the folders in `root`, sorted. Broken links are included, so that they are reported if needed."""
     if not os.path.isdir(root):
         return []
     inside = [path for path in user_files.list_folder(root, DatasetError) if not path.name.startswith(".")]

@@ -1,13 +1,14 @@
-"""Decide which pixels of a decoded mask file are lesion. Imports no torch.
+"""Determine which pixels of a decoded mask are lesion. This module does not import torch.
 
-A mask has one or two distinct pixel values. With two values the lesion is
+A mask must have one or two distinct pixel values. If it has two values, the lesion is
 
-- the larger one of two gray values or palette indices (colours and transparency of the palette are ignored);
-- the coloured one of a gray value (black and white included) and a colour;
-- the more opaque one where transparency differs and the colours do not contradict it.
+- the larger value, if both are gray values or palette indices (the palette's colours and transparency are ignored);
+- the colour, if one value is gray (including black and white) and the other is a colour;
+- the more opaque value, if their transparency differs and the rules above do not contradict this.
 
-A mask of one value means what that value means in the other masks of the dataset. If no other mask has the value, the
-mask is empty for 0, black and full transparency, and full otherwise. All other masks are errors.
+If a mask has a single value, its meaning is taken from the other masks of the dataset. If no other mask has this
+value, 0, black and fully transparent mean an empty mask, and any other value means a full mask. All other masks are
+errors.
 """
 
 from dataclasses import dataclass
@@ -24,20 +25,20 @@ from hpsearch.data.reading import Reading
 
 @dataclass(frozen=True)
 class MaskValue:
-    """The value of a pixel of a mask."""
+    """Pixel value of a mask."""
 
     samples: tuple[int, ...]
-    """One sample (gray or palette index) or three."""
+    """One value (gray or palette index) or three (R, G, B)."""
     alpha: int | None
-    """None where the file has no transparency."""
+    """Opacity, from 0 (transparent). None if the file has no transparency."""
     text: str
-    """Such as `255`, `index 1`, `#ff0000` or `#ff0000 with alpha 255`."""
+    """Value as text, such as `255`, `index 1`, `#ff0000` or `#ff0000 with alpha 255`."""
 
     @classmethod
     def of(cls, pixel: tuple[int, ...], header: Header) -> Self:
-        """Return the value of a pixel with these decoded samples."""
+        """Return the MaskValue of a pixel, given its decoded channels and the header of the file."""
         if header.depth < 8 and not header.palette:
-            # Decoders stretch 1, 2 and 4 bits to 0..255.
+            # Decoders scale values of 1, 2 and 4 bits to 0..255.
             pixel = tuple(sample * (2**header.depth - 1) // 255 for sample in pixel)
         samples, alpha = (pixel[:-1], pixel[-1]) if len(pixel) in (2, 4) else (pixel, None)
         if header.transparent is not None:
@@ -53,19 +54,20 @@ class MaskValue:
 
     @property
     def is_background_alone(self) -> bool:
-        """Whether a mask of this value only is empty: 0, black or fully transparent."""
+        """Whether a mask with only this value is empty. This is so for 0, black and fully transparent."""
         return self.alpha == 0 or not any(self.samples)
 
 
 def find_lesion(samples: NDArray[Any], header: Header, reading: Reading) -> tuple[NDArray[np.bool_], tuple[str, ...]]:
-    """Return where decoded samples (C, H, W) of 1 to 4 channels are lesion, (H, W), and the mask's values as text.
+    """Return the lesion pixels (H, W) bool of a decoded mask (C, H, W) with 1 to 4 channels, and its values as text.
 
-    The values are background and lesion, or the only one. `reading` has the meanings of values in the other masks of
-    the dataset. Raises DecodeError, with a text that continues the file's name.
+    The values are background and lesion, or a single value if all pixels are equal. `reading` says which values mean
+    background and lesion in the other masks of the dataset. Raises DecodeError if the mask is ambiguous or
+    contradicts them. The caller must put the file's name before the message.
     """
 
     def pixels_like(at: int) -> tuple[MaskValue, NDArray[np.bool_]]:
-        """Return the value of pixel number `at`, and where all channels equal it."""
+        """Return the value of the pixel at the flat index `at`, and a mask of all pixels with this value."""
         pixel = samples.reshape(len(samples), -1)[:, at]
         return MaskValue.of(tuple(pixel.tolist()), header), reduce(np.logical_and, samples == pixel[:, None, None])
 
@@ -104,7 +106,7 @@ def _disagreement(values: str, value: str, meaning: str) -> DecodeError:
 
 
 def _lesion_of(one: MaskValue, other: MaskValue) -> MaskValue:
-    """Return the value of the two that is lesion, by transparency and by colour."""
+    """Return which of two values is lesion, based on transparency and colour. Raise DecodeError if ambiguous."""
     lesion = set()
     if one.alpha != other.alpha:
         lesion.add(max(one, other, key=lambda value: value.alpha or 0))

@@ -1,4 +1,4 @@
-"""Pair the images of one folder with the masks of another by their names."""
+"""Pair the images of one folder with the masks of another folder by file name."""
 
 import re
 import stat
@@ -13,18 +13,18 @@ from hpsearch.errors import DatasetError
 from hpsearch.user_files import broken_link, list_folder, name_fault, name_key, printable, require_usable_path
 
 MASK_WORD = re.compile(r"mask|truth|label|segment|annotation|(^|[^a-z])gt([^a-z]|$)", re.IGNORECASE)
-"""Words in a name that say that a folder or file holds masks."""
+"""Pattern of words that mark a folder or file name as masks."""
 FilesByKey = dict[str, list[Path]]
-"""Image files by `name_key` of their stem."""
+"""Image files, grouped by the `name_key` of their stem."""
 
 
 def find_pairs(
     images: Path, masks: Path, split: Split, suffix: str, *, is_chosen: bool = False
 ) -> tuple[list[Sample], list[Problem]]:
-    """Return images and masks whose stems match, and problems with the remaining files.
+    """Return the pairs of images and masks whose names match, and problems for the remaining files.
 
-    The stem of a mask is that of its image followed by `suffix`. An empty `suffix` is found from the names.
-    `is_chosen` says that the user chose the suffix, perhaps among those of several masks per image.
+    The stem of a mask is the stem of its image followed by `suffix`. If `suffix` is empty, it is determined from the
+    file names. Set `is_chosen` if the user chose the suffix. Masks with other suffixes are then ignored.
     """
     for folder in (images, masks):
         require_usable_path(folder, DatasetError)
@@ -47,7 +47,7 @@ def find_pairs(
             pairs.append(Sample(id, paths[0], partners[0], split))
     for key, paths in mask_files.items():
         if is_chosen and not key.endswith(suffix) and _owner(key, suffix, image_files):
-            # A mask of another kind, such as another attribute, beside the chosen one.
+            # This is a mask of another kind (such as another attribute), which the user did not choose.
             continue
         id = _id(paths)
         if suffix and name_key(id[-len(suffix) :]) == suffix:
@@ -59,9 +59,10 @@ def find_pairs(
 
 
 def images_by_key(folder: Path) -> FilesByKey:
-    """Return the image files of a folder by `name_key` of their stem, sorted, without superpixels and hidden files.
+    """Return the image files of a folder, sorted and grouped by the `name_key` of their stem.
 
-    Broken links and files that cannot be accessed are included, so that they are reported.
+    Hidden files and superpixels are left out. Broken links and inaccessible files are included, so that they are
+    reported.
     """
     found: FilesByKey = defaultdict(list)
     for path in list_folder(folder, DatasetError):
@@ -73,9 +74,13 @@ def images_by_key(folder: Path) -> FilesByKey:
 
 
 def find_suffix(images: Iterable[str], masks: Iterable[str], *, together: bool) -> str:
-    """Return what most masks' stems have beyond their images', the shortest of equally frequent suffixes."""
+    """Return the most frequent suffix by which the stem of a mask extends the stem of an image.
+
+    The shortest suffix wins ties. The result is empty if no mask matches an image. `together` says that images and
+    masks are in one folder.
+    """
     stems = set(images)
-    # In one folder every mask would match itself.
+    # In a shared folder every mask would match itself.
     votes = Counter(
         mask[end:]
         for mask in masks
@@ -86,7 +91,7 @@ def find_suffix(images: Iterable[str], masks: Iterable[str], *, together: bool) 
 
 
 def may_be_file(path: Path) -> bool:
-    """Return whether `path` is a file, or a link or name that cannot be followed and may be meant as one."""
+    """Return whether `path` is a regular file or cannot be accessed, such as a broken link."""
     try:
         return stat.S_ISREG(path.stat().st_mode)
     except OSError:
@@ -104,7 +109,11 @@ _Fault = tuple[str, str, tuple[Path, ...]]
 def _pair_fault(
     id: str, paths: Sequence[Path], partners: Sequence[Path], others: Sequence[Path], *, missing: str
 ) -> _Fault | None:
-    """Return why an image and the masks of its name are no pair."""
+    """Return the problem of an image and its masks, or None if they are a valid pair.
+
+    `paths` are the files of the image, `partners` the masks with its name and the suffix, and `others` its further
+    masks. `missing` describes the missing mask in the message.
+    """
     files = (*paths, *partners, *others)
     if fault := _file_fault(files):
         return fault
@@ -123,7 +132,7 @@ def _pair_fault(
 
 
 def _file_fault(files: Sequence[Path]) -> _Fault | None:
-    """Return what is wrong with the name, link or format of one of an image's files."""
+    """Return the first problem with the name, link or format of one of `files`, or None if there is none."""
     for path in files:
         if fault := name_fault(path.stem):
             return "unusable name", f"{printable(path)}: its name {fault}: rename it", tuple(files)
@@ -136,11 +145,11 @@ def _file_fault(files: Sequence[Path]) -> _Fault | None:
 
 
 def _separated(files: FilesByKey, suffix: str) -> tuple[FilesByKey, FilesByKey]:
-    """Divide the files of one folder into images and masks."""
+    """Separate the files of one folder into images and masks, which have the suffix `suffix`."""
     if not suffix:
         return files, {}
     images = {key: paths for key, paths in files.items() if not key.endswith(suffix)}
-    # A second mask of an image looks like an image, unless its name says that it is a mask.
+    # A file without the suffix may still be a second mask of an image. Its name then contains a word for masks.
     for key in [key for key in images if key + suffix not in files]:
         if (owner := _owner(key, suffix, images)) and _says_mask(key[len(owner) :], suffix):
             del images[key]
@@ -150,11 +159,12 @@ def _separated(files: FilesByKey, suffix: str) -> tuple[FilesByKey, FilesByKey]:
 def _further_masks(
     images: Collection[str], masks: Iterable[str], suffix: str, *, is_chosen: bool
 ) -> Mapping[str, list[str]]:
-    """Return, by the image's key, the keys of masks that an image has beside the one of its name and `suffix`.
+    """Return the keys of further masks of each image, in addition to the mask with the image's name and `suffix`.
 
-    A mask that matches no image is a further mask of the image whose stem it begins with, as `x_mask_1.png` is of
-    `x.png`. Where images have such names too (`x.png` and `x_2.png`), a mask `x_3.png` lacks its image instead,
-    unless its name says that it is a mask. With a chosen suffix only masks that begin with it are further masks.
+    A mask that matches no image is a further mask of the image whose stem it starts with. For example,
+    `x_mask_1.png` is a further mask of `x.png`. If images have such names too (`x.png` and `x_2.png`), a mask
+    `x_3.png` is treated as a mask without an image, unless its name contains a word for masks. If the user chose the
+    suffix, the rest of the name must start with it.
     """
     found: dict[str, list[str]] = defaultdict(list)
     images_extend = any(_owner(image, suffix, images) for image in images)
@@ -169,7 +179,11 @@ def _further_masks(
 
 
 def _owner(key: str, suffix: str, images: Container[str]) -> str | None:
-    """Return the longest image key that `key` begins with, up to `suffix` or the end of a word (not im1 of im10)."""
+    """Return the longest image key that is a prefix of `key`, or None if there is none.
+
+    The prefix must be followed by `suffix` or by a character that is not alphanumeric, so `im1` is not a match for
+    `im10`.
+    """
     for end in range(len(key) - 1, 0, -1):
         if key[:end] in images and ((suffix and key.startswith(suffix, end)) or not key[end].isalnum()):
             return key[:end]
@@ -177,5 +191,8 @@ def _owner(key: str, suffix: str, images: Container[str]) -> str | None:
 
 
 def _says_mask(rest: str, suffix: str) -> bool:
-    """Return whether the rest of a name says that the file is a mask, by a word or by `suffix` in front."""
+    """Return whether `rest` marks a file as a mask: it starts with `suffix` or contains a word for masks.
+
+    `rest` is the part of the file's key after the key of the image.
+    """
     return bool(suffix and rest.startswith(suffix)) or bool(MASK_WORD.search(rest.removesuffix(suffix)))

@@ -1,4 +1,4 @@
-"""Prepare the images for `study` and `final`: find them, check them, and build their caches at every size needed."""
+"""Prepare the images for `study` and `final`: find them, check them, and build a cache for each image size needed."""
 
 import logging
 import time
@@ -30,20 +30,20 @@ Role = Literal["search", "final", "test"]
 
 @dataclass(frozen=True)
 class Prepared:
-    """A cache that is ready, and notes on its images."""
+    """Cache that is ready to use, and notes on its images."""
 
     cache_path: Path
-    """Argument for `cache.open_cache`."""
+    """Folder of the cache. Pass it to `cache.open_cache`."""
     key: str
     ids: tuple[str, ...]
     splits: tuple[Split, ...]
     notes: tuple[str, ...]
     """Notes on the data, one line each."""
     excluded: tuple[str, ...]
-    """Ids of the images that `data.exclude_bad` left out. The log has the reasons."""
+    """Ids of the images left out by `data.exclude_bad`. The reasons are in the log."""
     seconds: float
     fault: str = ""
-    """Reason why nothing can be learned from these images, such as empty masks. Empty if something can."""
+    """Reason why a network cannot learn from these images, such as only empty masks. Empty if it can."""
     reading: Reading = PLAIN_READING
 
     @property
@@ -54,13 +54,14 @@ class Prepared:
 def prepare_pool(
     config: DataConfig, cache_root: Path, *, role: Role = "search", seed: int = 0, progress: Progress | None = None
 ) -> Prepared:
-    """Prepare the cache of the pool: training before validation images, each sorted by id.
+    """Prepare the cache of the pool: the training images, then the validation images, each sorted by id.
 
-    `role` selects the limits: `n_search_train` and `n_search_validation`, or `n_final_train`. For the role `test` the
-    test split takes the place of the pool. Otherwise only its names and bytes are read, to find images in both.
-    `seed` is that of the random crops of `match = "crop"`.
+    The role `search` applies the limits `n_search_train` and `n_search_validation`, the role `final` the limit
+    `n_final_train`. The role `test` prepares the test split instead of the pool. For the other roles, test images are
+    not decoded. They are only compared with the pool to find byte-identical images. `seed` is the seed of the random
+    crops (`match = "crop"`).
 
-    Raises DatasetError with all errors of the dataset, unless `data.exclude_bad` leaves the images out.
+    Raises DatasetError with all errors of the images, unless `data.exclude_bad` leaves these images out.
     """
     start = time.monotonic()
     dataset, samples, preparation = _selected(config, cache_root, role, seed)
@@ -71,14 +72,14 @@ def prepare_pool(
         what = "test" if role == "test" else "training or validation"
         raise DatasetError(f"{dataset.root} has no {what} images: is a folder of that split missing or empty?")
     try:
-        # Before decoding, so that a folder that cannot be created ends the command at once.
+        # Create the folder before decoding, so that an error is reported at once.
         cache_root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise storage_error(cache_root, error) from error
     with Decoders() as decoders:
         decision = decide_reading(dataset, config, cache_root, decoders)
         preparation = replace(preparation, reading=decision.reading)
-        # All images are decoded before any is refused, so that one error has all. The next start finds the cache.
+        # Decode all images before raising an error, so that it lists all problems. The next run reuses the cache.
         folder = build_cache(samples, preparation, config.cache, cache_root, decoders=decoders, progress=progress)
     index = Index.read(folder)
     problems += index.problems
@@ -88,7 +89,7 @@ def prepare_pool(
         logger.warning("left out (%s): %s", problem.kind, problem.text)
     notes = integrity.dataset_notes(dataset) if config.root != "sample" else []
     if role != "test":
-        # Errors of the test split are notes here, because only `final` refuses them.
+        # Report errors in the test split as notes here. They are only errors for `final`.
         later = [problem for problem in dataset.problems if problem.split == "test"]
         notes += integrity.same_images(samples, dataset.split("test"))
         notes += [replace(problem, kind=f"{problem.kind} in the test split") for problem in later]
@@ -107,48 +108,55 @@ def prepare_pool(
 
 
 def cache_root(project: ProjectPaths, config: StudyConfig) -> Path:
-    """Return the folder of a study's decoded images."""
+    """Return the folder in which the caches of a study are stored."""
     return Path(config.data.cache_dir) if config.data.cache_dir else project.cache
 
 
 class PoolCaches:
-    """One cache per image size, built on first use. A study with a fixed size has one."""
+    """Caches of the pool, one per image size, each built on first use. A study with a fixed size has one."""
 
     def __init__(
         self, config: StudyConfig, root: Path, *, role: Role = "search", progress: Progress | None = None
     ) -> None:
-        """Prepare the cache on which trials are scored. This and later calls raise the errors of `prepare_pool`.
+        """Prepare the cache on which trials are scored.
 
-        Also raises DatasetError if nothing can be learned from its masks.
+        Raises DatasetError if nothing can be learned from its masks. Like `prepare_listed` and `paths`, it also
+        raises the errors of `prepare_pool`.
         """
         self._data = config.data
         self._prepare = partial(prepare_pool, cache_root=root, role=role, seed=config.study.seed, progress=progress)
         self.made: dict[tuple[int, int], Prepared] = {}
         """Prepared caches by height and width, in the order of first use."""
         self.scored = self._prepared(config.scored_data)
-        """The pool at the size at which trials are scored."""
+        """Cache of the pool at the image size at which trials are scored."""
         if self.scored.fault:
             raise DatasetError(self.scored.fault)
 
     def prepare_listed(self, config: StudyConfig) -> None:
-        """Prepare all sizes that the search lists. A range of sizes can have too many to prepare now."""
+        """Prepare a cache for each image size listed in the search space, or for `data.size` if none are listed.
+
+        The sizes of a range are not prepared in advance, because there may be too many.
+        """
         sizes = config.search.get("data.size")
         for size in sizes.values if isinstance(sizes, Choice) else (config.data.size,):
             self._prepared(replace(config.data, size=size))
 
     @property
     def notes(self) -> list[str]:
-        """Notes on all prepared caches, without repetitions."""
+        """Notes on all prepared caches, without duplicates."""
         return list(dict.fromkeys(note for prepared in self.made.values() for note in prepared.notes))
 
     def paths(self, config: StudyConfig) -> tuple[Path, Path | None]:
-        """Return the cache that `config` trains on, and the one that it is scored on if that has another size."""
+        """Return the path of the cache to train `config` on, and the path of the cache to score it on.
+
+        The second path is None if both are the same cache.
+        """
         cache = self._prepared(config.data)
         return cache.cache_path, self.scored.cache_path if cache.key != self.scored.key else None
 
     def _prepared(self, data: DataConfig) -> Prepared:
         if data.cached_size not in self.made:
-            # A trial's settings have the paths of the images at its beginning.
+            # A trial's config has the image paths from when the trial began.
             found = self._prepare(data.located_as(self._data))
             if self.made and found.ids != self.scored.ids:
                 raise CacheError("the images changed while they were decoded: start again")
@@ -157,31 +165,34 @@ class PoolCaches:
 
 
 def prepare_test(config: DataConfig, cache_root: Path, *, progress: Progress | None = None) -> Prepared:
-    """Prepare the cache of the first `n_final_test` images of the test split, sorted by id, like `prepare_pool`."""
+    """Prepare the cache of the test split. If `n_final_test` is set, only its first images are used, sorted by id."""
     return prepare_pool(config, cache_root, role="test", progress=progress)
 
 
 def count_pool(config: DataConfig, cache_root: Path) -> int:
-    """Return the number of images of the search before any is decoded. DatasetError if there is no dataset."""
+    """Return the number of images in the search pool, without decoding them.
+
+    Raises DatasetError if there is no dataset.
+    """
     return len(_selected(config, cache_root, "search")[1])
 
 
 def check_contents(config: DataConfig, cache_root: Path) -> tuple[list[Path], list[Problem]]:
-    """Return the existing caches of the dataset, and their files and images that have changed since.
+    """Return the existing caches of the dataset, and problems for files or cached images that have changed.
 
-    All of each file is read. The key of a cache depends only on both ends.
+    Every file is read completely, because the key of a cache depends only on the start and the end of each file.
     """
     samples = set(locate(config, cache_root).samples)
     folders: list[Path] = []
     for path in sorted(cache_root.glob(f"*/{INDEX}")):
-        # A cache without a readable index, such as one of another version, is built again by the next study.
+        # Skip caches whose index cannot be read (such as another version). The next study rebuilds them.
         with suppress(CacheError):
             folders += [path.parent] if samples.issuperset(Index.read(path.parent).samples) else []
     return folders, [problem for folder in folders for problem in integrity.check_stored(open_cache(folder))]
 
 
 def locate(config: DataConfig, cache_root: Path) -> Dataset:
-    """Return the dataset that `config` names. The built-in one is drawn below `cache_root` if it is missing."""
+    """Return the dataset in `config`. The built-in sample dataset is drawn below `cache_root` if it is missing."""
     if config.root != "sample" or config.images:
         return find_samples(config)
     folder = cache_root / f"sample-{SAMPLE_VERSION}" / "ISIC-2017"
@@ -190,7 +201,7 @@ def locate(config: DataConfig, cache_root: Path) -> Dataset:
         try:
             draw_sample(folder)
         except (DatasetError, StorageError):
-            # Another process may have drawn it at the same time. It is then complete.
+            # Ignore the error if another process has drawn the dataset in the meantime.
             if not folder.is_dir():
                 raise
     return find_samples(replace(config, root=str(folder)))
@@ -199,11 +210,11 @@ def locate(config: DataConfig, cache_root: Path) -> Dataset:
 def _selected(
     config: DataConfig, cache_root: Path, role: Role, seed: int = 0
 ) -> tuple[Dataset, tuple[Sample, ...], Preparation]:
-    """Return the dataset, its samples of a role within the limits, and how they are prepared."""
+    """Return the dataset, the samples of `role` within its limits, and the settings for preparing them."""
     dataset = locate(config, cache_root)
     train, val, test = dataset.split("train"), dataset.split("val"), dataset.split("test")
     if role == "search":
-        # A limit of 0 is none.
+        # A limit of 0 means no limit.
         samples = train[: config.n_search_train or None] + val[: config.n_search_validation or None]
     elif role == "final":
         samples = (train + val)[: config.n_final_train or None]

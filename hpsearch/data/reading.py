@@ -1,32 +1,33 @@
-"""Rules that turn image files into pixels, decided once per dataset.
+"""Define the rules for decoding the image and mask files of a dataset.
 
-survey.py decides them from the pool (training and validation images). The cache's index and the weights file keep
-them, so that training, `final`, `predict`, the served model and `data augment` read the same pixels.
+survey.py determines the rules once per dataset, from the pool (training and validation images). The index of the
+cache and the weights file store them, so that training, `final`, `predict`, the served model and `data augment`
+decode the same pixels.
 """
 
 from dataclasses import dataclass
 from typing import Any, Literal
 
 FULL_SCALES = (255, 1023, 4095, 16383, 65535)
-"""Largest values of 8, 10, 12, 14 and 16 bits."""
+"""Largest values of images with 8, 10, 12, 14 and 16 bits per channel."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Rules for reading the files of one dataset. The defaults fit a dataset of plain 8-bit images."""
+    """Rules for decoding the files of a dataset. The defaults are right for 8-bit images without EXIF orientation."""
 
     exif: Literal["apply", "ignore"] = "apply"
-    """Whether images and masks are turned upright by their EXIF orientation."""
+    """Whether the EXIF orientation of images and masks is applied."""
     exif_reason: str = "by default"
-    """Reason for `exif`, for messages."""
+    """Reason for the value of `exif`, used in messages."""
     n_oriented: int = 0
-    """Pairs of the pool with an EXIF orientation."""
+    """Number of pairs in the pool whose image or mask has an EXIF orientation other than upright."""
     max_value: int = 0
-    """Value that becomes 255 in images of more than 8 bits per channel. 0 if the pool has no such images."""
+    """Value that is scaled to 255 in images of more than 8 bits per channel. 0 if the pool has no such images."""
     background: tuple[str, ...] = ()
-    """Values (`MaskValue`) that mean background in the masks of the pool that have two values."""
+    """Values (`MaskValue.text`) that mean background. They are taken from the pool's masks with two values."""
     lesion: tuple[str, ...] = ()
-    """Values that mean lesion in these masks."""
+    """Values (`MaskValue.text`) that mean lesion. They are taken from the pool's masks with two values."""
 
     @property
     def turns(self) -> bool:
@@ -34,17 +35,21 @@ class Reading:
         return self.exif == "apply"
 
     def key(self) -> list[Any]:
-        """Return what a cache key depends on. It is empty for plain datasets, whose keys are those of version 0.1."""
+        """Return the rules that are part of the cache key.
+
+        The list is empty for 8-bit images without EXIF orientation and masks of 0 and 1 or 255. The cache keys of
+        such datasets are therefore the same as in version 0.1.
+        """
         usual_masks = self.background in ((), ("0",)) and self.lesion in ((), ("1",), ("255",))
         if self.turns and not self.n_oriented and not self.max_value and usual_masks:
             return []
         return [self.exif, self.n_oriented > 0, self.max_value, self.background, self.lesion]
 
     def for_images(self) -> dict[str, Any]:
-        """Return the rules for images as plain types, as weights files keep them."""
+        """Return the rules for images as plain types, as stored in weights files."""
         return {"exif": self.exif, "max_value": self.max_value}
 
 
 PLAIN_READING = Reading()
 READING_0_1 = Reading("ignore", max_value=FULL_SCALES[-1])
-"""Rules of version 0.1, whose weights files do not name them."""
+"""Rules of version 0.1. They apply to its weights files, which do not store any rules."""

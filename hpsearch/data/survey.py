@@ -1,4 +1,4 @@
-"""Survey the files of a pool once and decide how they are read: orientation, full scale, values of masks."""
+"""Survey the files of a pool and determine how to decode them: EXIF orientation, full scale and mask values."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -20,31 +20,31 @@ from hpsearch.typed_json import from_json
 
 Exif = Literal["apply", "ignore"]
 SURVEY_VERSION = 2
-"""Version; it changes when the same files give a different survey."""
+"""Version of the survey. It changes when the same files give a different survey."""
 
 
 @dataclass(frozen=True)
 class Survey:
-    """Orientations, bit depths and mask values of a pool's files."""
+    """Summary of the EXIF orientations, bit depths and mask values in a pool."""
 
     n_pairs: int
     n_oriented: int = 0
-    """Pairs whose image or mask has an EXIF orientation."""
+    """Number of pairs whose image or mask has an EXIF orientation other than upright."""
     n_apply: int = 0
-    """Pairs whose image and mask have equal sizes only if the EXIF orientation is applied."""
+    """Number of pairs whose image and mask have the same size only if the EXIF orientation is applied."""
     n_ignore: int = 0
-    """Pairs whose image and mask have equal sizes only if the EXIF orientation is ignored."""
+    """Number of pairs whose image and mask have the same size only if the EXIF orientation is ignored."""
     n_deep: int = 0
-    """Images of more than 8 bits per channel."""
+    """Number of images with more than 8 bits per channel."""
     highest: int = 0
-    """Largest value in these images."""
+    """Largest pixel value in the images with more than 8 bits per channel."""
     masks: tuple[tuple[str, str, int], ...] = ()
-    """Background, lesion, and the number of masks with these two values."""
+    """Background value, lesion value and number of masks, for each combination of two mask values."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Rules for reading a dataset, and notes on them."""
+    """Rules for decoding a dataset, and notes about them."""
 
     reading: Reading
     notes: tuple[Problem, ...]
@@ -53,16 +53,16 @@ class Decision:
 def decide_reading(
     dataset: Dataset, config: DataConfig, cache_root: Path | None = None, decoders: Decoders | None = None
 ) -> Decision:
-    """Decide how the files of `dataset` are read, from its whole pool and from `data.exif` and `data.max_value`.
+    """Determine how to decode the files of `dataset`, from a survey of its pool, `data.exif` and `data.max_value`.
 
-    All masks of the pool are decoded, and its images of more than 8 bits. `cache_root` keeps the survey until a file
-    changes.
+    The survey decodes all masks of the pool and all images with more than 8 bits per channel. It is stored in
+    `cache_root` and reused until a file changes.
     """
     return decide(survey(dataset.split("train", "val"), cache_root, decoders), config, dataset)
 
 
 def survey(pool: Sequence[Sample], cache_root: Path | None, decoders: Decoders | None = None) -> Survey:
-    """Return the survey of a pool, read from `cache_root` if it is stored there."""
+    """Return the survey of a pool. It is read from `cache_root` if it is stored there, and stored there otherwise."""
     if cache_root is None:
         return _survey(pool, decoders)
     path = cache_root / f"survey-{files_key(['survey', SURVEY_VERSION], pool)}.json"
@@ -70,14 +70,14 @@ def survey(pool: Sequence[Sample], cache_root: Path | None, decoders: Decoders |
         return from_json(Survey, paths.read_json(path))
     # The stored survey is missing or damaged.
     result = _survey(pool, decoders)
-    # A shared cache may be in a folder that this user cannot write.
+    # A shared cache may be in a folder that this user cannot write to.
     with suppress(OSError, StorageError):
         paths.write_json(path, asdict(result))
     return result
 
 
 def decide(found: Survey, config: DataConfig, dataset: Dataset) -> Decision:
-    """Decide the rules from a survey and the settings."""
+    """Determine the rules from the survey `found` and the settings in `config`."""
     recorded = _recorded(dataset)
     exif, reason = _decide_exif(found, config, recorded)
     max_value = config.max_value or (recorded.max_value if recorded is not None else 0)
@@ -86,7 +86,7 @@ def decide(found: Survey, config: DataConfig, dataset: Dataset) -> Decision:
     votes: Counter[str] = Counter()
     for background, lesion, n in found.masks:
         votes.update({background: -n, lesion: n})
-    # A value with equally many votes for both meanings is in both lists, so every mask with it is an error.
+    # A value with the same number of votes for both meanings is in both lists, so every mask with it is an error.
     in_background = tuple(sorted(value for value, n in votes.items() if n <= 0))
     in_lesion = tuple(sorted(value for value, n in votes.items() if n >= 0))
     reading = Reading(exif, reason, found.n_oriented, max_value, in_background, in_lesion)
@@ -102,7 +102,7 @@ def decide(found: Survey, config: DataConfig, dataset: Dataset) -> Decision:
 
 
 def _decide_exif(found: Survey, config: DataConfig, recorded: Reading | None) -> tuple[Exif, str]:
-    """Return whether orientations are applied, and why."""
+    """Return whether EXIF orientations are applied, and the reason."""
     if config.exif != "auto":
         return config.exif, f'as data.exif = "{config.exif}" says'
     if recorded is not None:
@@ -125,13 +125,13 @@ def _survey(pool: Sequence[Sample], decoders: Decoders | None) -> Survey:
             n_apply += applied and not ignored
             n_ignore += ignored and not applied
     deep = [s for s, header in zip(pool, images, strict=True) if header is not None and header.depth > 8]
-    # These rules return values and orientations as they are stored.
+    # The rules of version 0.1 return the stored values and ignore orientations.
     jobs = [Job(s.image, None, measure=False, reading=READING_0_1) for s in deep]
     jobs += [Job(None, s.mask, measure=False, reading=READING_0_1) for s in pool]
     highest, values = 0, Counter[tuple[str, ...]]()
     with nullcontext(decoders) if decoders is not None else Decoders() as decoding:
         for _, result, _ in decoding.decode(jobs):
-            # Unreadable files are reported later, when their pixels are needed.
+            # Unreadable files are reported later, when their pixels are needed for the cache.
             if isinstance(result, ImageStats):
                 highest = max(highest, result.largest)
                 values[result.mask_values] += 1
@@ -144,12 +144,12 @@ def _header(path: Path) -> Header | None:
         with path.open("rb") as file:
             return read_header(file)
     except (OSError, ValueError):
-        # Decoding the file reports the reason.
+        # The error is reported when the file is decoded.
         return None
 
 
 def _recorded(dataset: Dataset) -> Reading | None:
-    """Return the rules by which the original of an augmented dataset was read."""
+    """Return the rules with which the original of an augmented dataset was decoded, or None if none are recorded."""
     with suppress(RecordError, KeyError, AttributeError, TypeError):
         return from_json(Reading, paths.read_json(dataset.root / AUGMENTATION)["reading"])
     return None

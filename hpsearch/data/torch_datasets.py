@@ -1,9 +1,9 @@
-"""PyTorch datasets of the images that the search and the final model use, for notebooks and own training loops.
+"""Provide the images as PyTorch datasets, for notebooks and custom training loops.
 
-    search-train        the training split, on which the search trains (2000 images in ISIC-2017)
-    search-validation   the validation split, on which it can be scored (150)
-    final-train         both together, on which the chosen configuration is trained (2150)
-    final-test          the test split, on which it is scored once (600)
+    search-train        training split, used for training during the search (2000 images in ISIC-2017)
+    search-validation   validation split, used for scoring during the search (150)
+    final-train         training and validation splits, used to train the final model (2150)
+    final-test          test split, used once to score the final model (600)
 
 `hpsearch study` and `hpsearch final` read the same caches through batches.py, which is faster.
 """
@@ -28,8 +28,7 @@ Role = Literal["search-train", "search-validation", "final-train", "final-test"]
 
 
 class RoleDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Images and masks of one role, read from a cache.
-
+    """PyTorch dataset of the images and masks of one role, read from a cache.
         from torch.utils.data import DataLoader
         from hpsearch import DataConfig, RoleDataset
 
@@ -40,24 +39,26 @@ class RoleDataset(Dataset[tuple[Tensor, Tensor]]):
         for images, masks in DataLoader(train, batch_size=16, shuffle=True, num_workers=2):
             ...
 
-    The images of a role are sorted by id, in final-train after the split. `n` selects the first of them and overrides
-    the limit in `config`. `normalization` defaults to that of the training images: those of search-train for the
-    search, of final-train for the final model, within the limits of `config`. The cache is in `cache_root` unless
-    `config.cache_dir` names a folder, and is built if it is missing.
+    Images are sorted by id. In final-train, the training split comes before the validation split. `n` keeps only the
+    first `n` images and overrides the limit in `config`.
 
-    Raises DatasetError if images are missing or unusable, or the role has none.
+    `normalization` defaults to the mean and standard deviation of the training images, within the limits of `config`:
+    search-train for both search roles, final-train for both final roles. The cache is in `config.cache_dir` if it is
+    set, otherwise in `cache_root`. It is built if it is missing.
+
+    Raises DatasetError if images are missing or unusable, or if the role has no images.
     """
 
     role: Role
-    """Role of the images: the first argument."""
+    """Role of the images, as passed to the constructor."""
     color: Color
-    """Channels of the images."""
+    """Colour mode of the images, `rgb` or `grayscale`."""
     cache_path: Path
     """Folder of the cache."""
     ids: tuple[str, ...]
     """Ids of the images, in the order of the dataset."""
     normalization: Normalization
-    """Mean and standard deviation per channel that images are normalised with."""
+    """Mean and standard deviation per channel used to normalise the images."""
 
     def __init__(
         self,
@@ -77,7 +78,7 @@ class RoleDataset(Dataset[tuple[Tensor, Tensor]]):
         self._opened: tuple[int, DeviceData] | None = None
         limit: dict[str, Any] = {} if n is None else {f"n_{role.replace('-', '_')}": n}
         prepared = prepare_pool(
-            # Crops of larger cached images belong to augmentation, which these datasets do not have.
+            # A larger cache is only needed for random crops, and these datasets are not augmented.
             replace(config, cache_size=0, **limit),
             Path(config.cache_dir or cache_root),
             role="test" if role == "final-test" else "final" if role == "final-train" else "search",
@@ -102,15 +103,15 @@ class RoleDataset(Dataset[tuple[Tensor, Tensor]]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """Return several items that are read and normalised together. DataLoader calls it."""
+        """Return several items, reading and normalising them as one batch. DataLoader calls this method."""
         data = self._data()
-        # NumPy raises the IndexError that ends a for loop.
+        # Indexing raises IndexError at the end, which ends a for loop over the dataset.
         batch = self._indices[np.asarray(indices, np.int64)]
         ((images, masks),) = data.stream([batch], held_out=self._is_held_out)
         return list(zip(ToInput(data, self.normalization)(images), masks.unsqueeze(1), strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
-        # A mapped file would be pickled with all its bytes. A worker opens it again.
+        # Pickling a mapped file would copy all its bytes, so workers reopen the cache instead.
         return {**self.__dict__, "_opened": None}
 
     def _data(self) -> DeviceData:
