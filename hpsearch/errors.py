@@ -1,19 +1,19 @@
 """The tree of exceptions for errors that a user can cause or fix.
 
-    HpsearchError               ends as one line and exit code 1
+    HpsearchError               shown as one line, with exit code 1
     ├── ConfigError             a setting, flag or TOML key that is unknown or has an invalid value
-    ├── DatasetError            images or masks that are missing, damaged or do not fit together
-    ├── CacheError              a decoded cache that cannot be made or read
-    ├── DeviceError             a device that does not exist, or has too little memory
+    ├── DatasetError            images or masks that are missing, damaged or do not match
+    ├── CacheError              a cache of decoded images that cannot be created or read
+    ├── DeviceError             a device that does not exist or has too little memory
     │   └── OutOfMemoryError    a fit ran out of memory; its memory was released
     ├── DivergedError           a loss that became NaN or infinite
     ├── CheckpointError         a checkpoint or weights file that is damaged, of another origin, or unsafe to load
     ├── StudyError              a study that is missing or cannot continue as requested
     │   ├── StudyChangedError   settings that must not change differ from those that the study was started with
-    │   ├── StudyLockedError    another process runs the study
-    │   ├── StoppedError        stopped before there was a result
+    │   ├── StudyLockedError    another process is running the study
+    │   ├── StoppedError        the run was stopped before it had a result
     │   └── RecordError         the study folder is damaged
-    ├── ExportError             a model that cannot be exported, or computes other results after export
+    ├── ExportError             a model that cannot be exported, or gives different results after export
     ├── TrackingError           MLflow rejects a request or cannot be reached
     ├── StorageError            a file cannot be written: no space, no permission, a faulty disk
     └── WorkerError             a worker died or failed for a reason other than its configuration
@@ -27,11 +27,11 @@ import zlib
 from zipfile import BadZipFile
 
 ZIP_ERRORS = (BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, ValueError, OverflowError, OSError)
-"""Exceptions that `zipfile`, and numpy for .npz files, raise on damaged bytes."""
+"""Exceptions that `zipfile`, and NumPy for .npz files, raise if a file is damaged."""
 
 
 class HpsearchError(Exception):
-    """Base of all errors that end as one line on the terminal."""
+    """Base class of all errors that are shown as one line on the terminal."""
 
 
 class ConfigError(HpsearchError):
@@ -39,15 +39,15 @@ class ConfigError(HpsearchError):
 
 
 class DatasetError(HpsearchError):
-    """Images or masks that are missing, damaged or do not fit together."""
+    """Images or masks that are missing, damaged or do not match."""
 
 
 class CacheError(HpsearchError):
-    """A decoded cache that cannot be made or read."""
+    """A cache of decoded images that cannot be created or read."""
 
 
 class DeviceError(HpsearchError):
-    """A device that does not exist, or has too little memory."""
+    """A device that does not exist or has too little memory."""
 
 
 class OutOfMemoryError(DeviceError):
@@ -76,16 +76,16 @@ class StudyChangedError(StudyError):
 
 
 class StudyLockedError(StudyError):
-    """Another process runs the study."""
+    """Another process is running the study."""
 
 
 class StoppedError(StudyError):
-    """Stopped before there was a result."""
+    """The run was stopped before it had a result."""
 
     def __init__(self, text: str, signal: int) -> None:
         super().__init__(text)
         self.signal = signal
-        """Number of the signal that requested the stop; 0 if it was no signal."""
+        """Number of the signal that requested the stop; 0 if there was no signal."""
 
 
 class RecordError(StudyError):
@@ -93,7 +93,7 @@ class RecordError(StudyError):
 
 
 class ExportError(HpsearchError):
-    """A model that cannot be exported, or computes other results after export."""
+    """A model that cannot be exported, or gives different results after export."""
 
 
 class TrackingError(HpsearchError):
@@ -109,6 +109,6 @@ class WorkerError(HpsearchError):
 
 
 def redact(text: str) -> str:
-    """Return `text` with the credentials of every address in it replaced by `***`."""
+    """Return `text` with the credentials in all URLs replaced by `***`."""
     text = re.sub(r"(?<=://)(?:[^:/@\s]*:\S*|[^/\s]*)@", "***@", text)
     return re.sub(r"(?i)([?&][^=&\s]*(?:password|passwd|secret|token|key)[^=&\s]*=)[^&\s]+", r"\1***", text)

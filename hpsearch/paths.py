@@ -1,26 +1,26 @@
-"""Name every file that hpsearch writes, and write files atomically.
+"""Define the paths of all files that hpsearch writes, and write files atomically.
 
 OUT/
-  hpsearch.db   mlflow.db   mlruns/         Optuna's and MLflow's, brought up to date from the record
-  test-looks.jsonl                          every evaluation of a test set
+  hpsearch.db   mlflow.db   mlruns/         databases of Optuna and MLflow, derived from the record
+  test-looks.jsonl                          log of all evaluations of test sets
   cache/<key>/                              decoded images, shared by all studies
   studies/<name>/                           the record of one study
-    study.toml   plan.json   folds.json     settings, execution plan, fold of every image
-    study.lock   holder.json   study.log    who runs it; one line per event
-    confirmation.json                       the refitted top candidates and the selection among them
+    study.toml   plan.json   folds.json     settings, execution plan, fold of each image
+    study.lock   holder.json   study.log    lock, process that holds it, log
+    confirmation.json                       the shortlist of trials to refit
     trials/0007/
       trial.json                            params, outcome, value, decisions
-      taken.json                            only from version 0.1: the trial that continued this one elsewhere
-      second.json   second2/                the refit with other seeds: its result, one of its fits
-      fold2/                                one fit
+      taken.json                            only in version 0.1: the trial that continued this one
+      second.json   second2/                the replicate with other seeds: its result and its fit of fold 2
+      fold2/                                the fit of fold 2
         epochs.jsonl                        one line per epoch
         scores.npy                          (epochs, held-out images) float32, the study's metric
         counts.npy                          (held-out images, 4) int64: tp, fp, fn, tn after the last epoch
-        examples.npz                        a few held-out predictions for the panels
+        examples.npz                        a few held-out predictions for figures
         last.pt   previous.pt   best.pt     checkpoints, removed after the fit (best.pt stays)
         weights.safetensors                 the network after the last epoch
-        fit.json                            written last: the fit is complete
-    final/<run>/                            a retrained configuration, its test scores and model
+        fit.json                            written last, when the fit is complete
+    final/<run>/                            a retrained configuration with its test scores and model
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ _STUDY_NAME = re.compile(r"[^\W_][\w .+-]{0,79}")
 
 
 _CHECKSUM = "sha256"
-"""Key of the checksum in a JSON table."""
+"""Key of the checksum in a JSON file."""
 _REFUSALS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.ESTALE}
 )
-"""Error numbers of a disk or file server that refuses to write."""
+"""Error numbers that mean that a disk or file server refuses to write."""
 
 
 def check_study_name(name: str) -> str:
-    """Return `name` if it can be a folder name on every system. Raise ConfigError otherwise."""
+    """Return `name` if it is a valid folder name on every system. Raise ConfigError otherwise."""
     if not _STUDY_NAME.fullmatch(name) or name.endswith((" ", ".")):
         raise ConfigError(
             f"study name {name!r} cannot be a folder name: use letters, digits, '.', '_', '-', '+' and spaces, "
@@ -63,13 +63,13 @@ def check_study_name(name: str) -> str:
 
 
 def study_name_of(folder: Path) -> str:
-    """Return a study name made from the name of `folder`, short enough for `train-NAME`."""
+    """Return a study name derived from the name of `folder`, short enough for `train-NAME`."""
     name = unicodedata.normalize("NFC", folder.name)
     return re.sub(r"[^\w .+-]+", "_", name).lstrip(" ._+-")[:74].rstrip(" .") or "images"
 
 
 def absolute(path: str | os.PathLike[str]) -> Path:
-    """Return `path` from the root of the file system. `~` is the home folder, and links are not resolved."""
+    """Return `path` as an absolute path. `~` is expanded, and links are not resolved."""
     plain = Path(path).expanduser().absolute()
     short = Path(os.path.normpath(plain))
     # `link/..` is the parent of the link's target, so normpath must not remove both.
@@ -78,13 +78,13 @@ def absolute(path: str | os.PathLike[str]) -> Path:
 
 @dataclass(frozen=True)
 class _Folder:
-    """A folder with files of known names."""
+    """A folder whose files have fixed names."""
 
     root: Path
 
 
 class _Entry:
-    """A class attribute that gives the path of a file or folder below an instance's root."""
+    """Descriptor that returns the path of a file or folder below an instance's root."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -94,10 +94,10 @@ class _Entry:
 
 
 class ProjectPaths(_Folder):
-    """The folder that `--out` names: databases, artifacts, caches and all studies."""
+    """Paths in the project folder (`--out`): databases, artifacts, caches and all studies."""
 
     root: Path
-    """The folder itself, given as a path or a string."""
+    """Path of the project folder."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         super().__init__(Path(root))
@@ -106,7 +106,7 @@ class ProjectPaths(_Folder):
     mlflow_db = _Entry("mlflow.db")
     mlruns = _Entry("mlruns")
     looks = _Entry("test-looks.jsonl")
-    """One line for each evaluation of a test set."""
+    """Log with one line for each evaluation of a test set."""
     cache = _Entry("cache")
     studies = _Entry("studies")
 
@@ -119,7 +119,7 @@ class ProjectPaths(_Folder):
 
 
 class StudyPaths(_Folder):
-    """File names in the record of one study."""
+    """Paths in the folder of one study."""
 
     toml = _Entry("study.toml")
     plan = _Entry("plan.json")
@@ -128,14 +128,15 @@ class StudyPaths(_Folder):
     holder = _Entry("holder.json")
     log = _Entry("study.log")
     stop_request = _Entry("stop")
-    """Exists while a stop of the study is requested; contains `now` for a stop before the end of the epoch."""
+    """File that exists while a stop of the study is requested. It contains `now` if the study must not finish its
+    current epochs."""
     enqueued = _Entry("enqueued.json")
-    """Params that a user wants tried, in order."""
+    """Params that the user enqueued, in order."""
     confirmation = _Entry("confirmation.json")
     report = _Entry("report.html")
     figures = _Entry("figures")
     tracking = _Entry(".tracking")
-    """Files on their way to MLflow, removed after the upload."""
+    """Folder of files that wait for their upload to MLflow and are removed afterwards."""
     trials = _Entry("trials")
     finals = _Entry("final")
 
@@ -148,11 +149,11 @@ class StudyPaths(_Folder):
         return ProjectPaths(self.root.parent.parent)
 
     def trial_stop_request(self, number: int) -> Path:
-        """Return the file that exists while a stop of this trial is requested."""
+        """Return the path of the file that exists while a stop of this trial is requested."""
         return self.root / f"stop-trial-{number}"
 
     def trial_toml(self, number: int) -> Path:
-        """Return the file for the exported configuration of a trial."""
+        """Return the path of the exported configuration of a trial."""
         return self.root / f"trial-{number:04d}.toml"
 
     def trial(self, number: int) -> TrialPaths:
@@ -166,12 +167,12 @@ class StudyPaths(_Folder):
         return FinalPaths(self.finals / run)
 
     def final_names(self) -> list[str]:
-        """Return the sorted names of the finals that have a result."""
+        """Return the names of the finals that have a result, sorted."""
         return sorted(path.name for path in self.finals.glob("*") if self.final(path.name).result.is_file())
 
 
 class TrialPaths(_Folder):
-    """One trial: what was suggested, its result, and a folder for each fold."""
+    """Paths in the folder of one trial, which has a folder for each fold."""
 
     trial = _Entry("trial.json")
     taken = _Entry("taken.json")
@@ -189,13 +190,13 @@ class TrialPaths(_Folder):
 
 
 class FitPaths(_Folder):
-    """One fit: a configuration trained once on one set of images."""
+    """Paths in the folder of one fit: a configuration trained once on one set of images."""
 
     epochs = _Entry("epochs.jsonl")
     scores = _Entry("scores.npy")
     counts = _Entry("counts.npy")
     test_counts = _Entry("test_counts.npy")
-    """Of a final fit: tp, fp, fn, tn of every test image."""
+    """tp, fp, fn and tn of each test image, only in a final fit."""
     examples = _Entry("examples.npz")
     last = _Entry("last.pt")
     previous = _Entry("previous.pt")
@@ -205,37 +206,38 @@ class FitPaths(_Folder):
 
 
 class FinalPaths(_Folder):
-    """One retrained configuration and its results on the test split."""
+    """Paths in the folder of one retrained configuration with its results on the test split."""
 
     result = _Entry("final.json")
     config = _Entry("config.toml")
     table = _Entry("test.csv")
     masks = _Entry("masks")
-    """Predicted masks of the test images at their own resolution, named as in the challenge."""
+    """Predicted masks of the test images at their original resolution, with the file names of the challenge."""
     official_counts = _Entry("official_counts.npy")
-    """tp, fp, fn, tn of those masks."""
+    """tp, fp, fn and tn of the masks at original resolution."""
     submission = _Entry("submission.zip")
     panels = _Entry("panels.png")
     curves = _Entry("curves.png")
     model = _Entry("model.safetensors")
     choices = _Entry("choices.json")
-    """The post-processing selected on out-of-fold predictions: threshold, flips and cleaning, with the scores."""
+    """Post-processing selected on out-of-fold predictions (threshold, flips and cleaning), with its scores."""
     chosen_counts = _Entry("chosen_counts.npy")
-    """tp, fp, fn, tn of the test images at evaluation size, for the kept model with that post-processing."""
+    """tp, fp, fn and tn of the test images at evaluation size, for the kept model with the selected
+    post-processing."""
     ensemble = _Entry("ensemble")
-    """Networks of the folds, kept to predict together."""
+    """Networks of the folds, kept for predictions as an ensemble."""
     ensemble_counts = _Entry("ensemble_counts.npy")
     ensemble_official_counts = _Entry("ensemble_official_counts.npy")
     card = _Entry("model-card.md")
-    """The model card in Markdown: what the model is, its training data, scores and limits."""
+    """Model card in Markdown: what the model is, its training data, scores and limits."""
 
     def seed(self, index: int) -> FitPaths:
-        """Return the fit with the index-th seed (`final --seeds 3` makes three)."""
+        """Return the paths of the fit with the index-th seed (`final --seeds 3` trains three)."""
         return FitPaths(self.root / f"seed{index}")
 
 
 def command_line(command: str, study: str, project: ProjectPaths | None = None) -> str:
-    """Return `hpsearch COMMAND --study STUDY` for a shell, with `--out` unless the project is `.`."""
+    """Return the shell command `hpsearch COMMAND --study STUDY`, with `--out` unless the project is `.`."""
     root = "." if project is None else str(project.root)
     out = "" if root == "." else f" --out {shlex.quote(root)}"
     return f"hpsearch {command} --study {shlex.quote(study)}{out}"
@@ -243,10 +245,10 @@ def command_line(command: str, study: str, project: ProjectPaths | None = None) 
 
 @contextmanager
 def atomic_write(path: Path, *, sync: bool = True) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` when the block succeeds.
+    """Yield a temporary path next to `path`, and rename it to `path` if the block succeeds.
 
-    The temporary name contains the process id. `remove_stale_temporaries` removes what a killed process left.
-    Raises StorageError, which names the path and the free space, if writing fails.
+    The temporary name contains the process id. `remove_stale_temporaries` removes files that killed processes left.
+    Raises StorageError, naming the path, if writing fails.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -277,9 +279,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON atomically. Raise ValueError for NaN and infinity, which JSON lacks.
+    """Write `value` as indented JSON atomically.
 
-    A table gets a checksum, which `read_json` verifies and removes.
+    A dictionary gets a checksum, which `read_json` verifies and removes. Raises ValueError for NaN and infinity,
+    which JSON does not support.
     """
     if isinstance(value, dict):
         value = {**value, _CHECKSUM: _checksum(json.loads(json.dumps(value, allow_nan=False)))}
@@ -287,7 +290,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Return the JSON value in `path`. Raise RecordError, naming the file, if it is damaged, edited or missing."""
+    """Return the JSON value in `path`.
+
+    Raises RecordError, naming the file, if it is damaged, edited or missing.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -311,17 +317,20 @@ def sha256_file(path: Path) -> str:
 
 
 def digest(value: Any) -> str:
-    """Return 16 hexadecimal digits of the SHA-256 of `value`, which holds plain types, as canonical JSON."""
+    """Return 16 hexadecimal digits of the SHA-256 of `value` as canonical JSON.
+
+    `value` must consist of plain types.
+    """
     return sha256_text(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False))[:16]
 
 
 def stable_seed(*parts: int | str) -> int:
-    """Return a 31-bit seed that depends on `parts` alone, in every process and on every machine."""
+    """Return a 31-bit seed that depends only on `parts`, not on the process or the machine."""
     return int(sha256_text("\x1f".join(map(str, parts)))[:8], 16) >> 1
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line and sync it. A line that a crash cut off has no newline."""
+    """Append one line and sync the file. A line that a crash truncated has no newline."""
     try:
         with path.open("ab") as file:
             file.write(line.encode() + b"\n")
@@ -339,7 +348,10 @@ def remove_stale_temporaries(folder: Path) -> None:
 
 
 def storage_error(path: Path, error: OSError) -> StorageError:
-    """Return an error of one line with the file, the reason, the free space, and what to do."""
+    """Return a one-line error with the file, the reason, and what to do.
+
+    The error states the free space if the disk is full.
+    """
     room, advice = "", "check the disk and its permissions, or choose another folder with --out,"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         room, advice = f" ({free_bytes(path) / 2**20:.0f} MiB free there)", "free some space"
@@ -349,7 +361,7 @@ def storage_error(path: Path, error: OSError) -> StorageError:
 
 @contextmanager
 def refusals_named(folder: Path) -> Iterator[None]:
-    """Turn the write errors of a disk in the block into a StorageError that names the file, or else `folder`."""
+    """Convert write errors in the block to a StorageError that names the file, or `folder` if the file is unknown."""
     try:
         yield
     except OSError as error:
@@ -359,7 +371,7 @@ def refusals_named(folder: Path) -> Iterator[None]:
 
 
 def free_bytes(path: Path) -> int:
-    """Return the free space on the disk of `path`, which need not exist yet."""
+    """Return the number of free bytes on the disk of `path`, which need not exist yet."""
     folder = path
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent

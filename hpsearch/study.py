@@ -1,4 +1,4 @@
-"""`run_study`: prepare the data, measure the machine, run the search, and keep the views up to date."""
+"""Run a study: prepare the data, measure the machine, search, and keep the views up to date."""
 
 import dataclasses
 import logging
@@ -34,26 +34,27 @@ from hpsearch.workers.plan import ExecutionPlan
 logger = logging.getLogger(__name__)
 
 SPARE_BYTES = 16 * 2**20
-"""Room for scores, figures and databases of a study."""
+"""Disk space for the scores, figures and databases of a study."""
 LAST_UPDATE_S = 180.0
 URGENT_UPDATE_S = 5.0
-"""How long the end of a study waits for the next trial to reach a view, and where it must end at once."""
+"""Seconds without progress after which the end of a study stops waiting for a view: `LAST_UPDATE_S` normally, and
+`URGENT_UPDATE_S` if the study must end at once."""
 
 
 @dataclass(frozen=True)
 class StudySummary:
-    """How a call of `run_study` ended."""
+    """Result of a call of `run_study`."""
 
     record: StudyRecord
-    """The study's folder: trials, scores, folds."""
+    """Record of the study: trials, scores, folds."""
     n_counted: int
-    """Trials that count toward `study.trials`, over all starts."""
+    """Number of trials that count toward `study.trials`, over all starts of the study."""
     stopped: bool
-    """Whether it was asked to stop before it was done."""
+    """Whether the study was asked to stop before it was finished."""
     undelivered: int
-    """Number of MLflow runs that lack something; it is on record."""
+    """Number of incomplete MLflow runs. The missing data is in the study folder."""
     tracking_error: str = ""
-    """Why MLflow could not be brought up to date; empty if it is."""
+    """Reason why MLflow is not up to date; empty if it is up to date."""
 
 
 def run_study(
@@ -68,13 +69,14 @@ def run_study(
     hours: float | None = None,
     enqueued: Sequence[Mapping[str, Any]] = (),
 ) -> StudySummary:
-    """Search until `config.study.trials` trials are evaluated, over all starts of the study `name`.
+    """Start or continue the study `name` until `config.study.trials` trials are evaluated, over all starts.
 
-    Begins the study or continues it. `hours` is a budget after which it stops with checkpoints, `enqueued` are params
-    to try next, each once over all starts.
+    After `hours`, the study stops and keeps its checkpoints. `enqueued` contains params to try next. Each of them is
+    tried only once over all starts.
 
-    Raises StudyLockedError if another process runs it, StudyChangedError if its fixed settings differ, DatasetError
-    for data that cannot be used, StorageError when the disk refuses, WorkerError when workers cannot start.
+    Raises StudyLockedError if another process runs the study, StudyChangedError if settings differ that must not
+    change, DatasetError if the data cannot be used, StorageError if a file cannot be written, and WorkerError if
+    workers cannot start.
     """
     config = config.absolute()
     study = project.study(name)
@@ -94,7 +96,7 @@ def run_study(
         pool.resize(first_workers(begun, machine))
         caches = _prepare(project, config, callback, check)
         record = _require_same_images(study, begun, config, caches, callback)
-        # Only now: a folder that does not hold the study's images must not be remembered as theirs.
+        # Update the settings only now, so that a folder with other images is never stored as the study's.
         record.update_config(config)
         for text in enqueue(record, enqueued):
             callback.message(f"the configuration {text}")
@@ -118,15 +120,15 @@ def run_study(
                 pool.close()
         if stop.is_requested:
             logger.info("stopped; run the same command to continue")
-        # Workers that were killed while they wrote may have left some.
+        # Workers that were killed while writing may have left temporary files.
         paths.remove_stale_temporaries(study.root)
         n_behind, error = (views[1].n_left, views[1].error) if tracker is not None else (0, "")
         return StudySummary(record, coordinator.n_counted, stop.is_requested, n_behind, error)
 
 
 def close_view(view: ViewThread, stop: Stop) -> int:
-    """Update a view a last time and end its thread; return the number of items that it lacks."""
-    # A process that must end at once does not wait for a server that does not answer.
+    """Update a view a last time and end its thread. Return the number of items that the view lacks."""
+    # A process that must end at once does not wait long for an unresponsive server.
     if stop.is_urgent:
         return view.close(URGENT_UPDATE_S)
     return view.close(LAST_UPDATE_S, lambda: stop.is_urgent)
@@ -136,7 +138,7 @@ def close_view(view: ViewThread, stop: Stop) -> int:
 def _views(
     study: StudyPaths, tracker: Tracker | None, stop: Stop, say: Callable[[str], None]
 ) -> Iterator[list[ViewThread]]:
-    """Keep Optuna's database and then MLflow up to date in the background for the time of the block."""
+    """Keep Optuna's database and MLflow up to date in the background during the block."""
     views = [ViewThread(OptunaView(study))]
     if tracker is not None:
         views.append(ViewThread(tracker.view(study)))
@@ -151,9 +153,10 @@ def _views(
 
 
 def _open_record(study: StudyPaths, config: StudyConfig) -> StudyRecord | None:
-    """Return the record of a study that exists, checked; None if it is to be begun.
+    """Return the verified record of an existing study; None if the study is new.
 
-    Raises DatasetError, before any image is decoded, if the groups are wrong or so many folds are impossible.
+    Raises DatasetError, before any image is decoded, if the groups are invalid or if there are too few images or
+    groups for the number of folds.
     """
     if study.toml.is_file():
         record = StudyRecord.open(study)
@@ -178,7 +181,7 @@ def _groups(config: StudyConfig) -> Mapping[str, str] | None:
 def _prepare(
     project: ProjectPaths, config: StudyConfig, callback: StudyCallback, check: Callable[[], None]
 ) -> PoolCaches:
-    """Decode the images where they are not yet."""
+    """Decode the images that are not in the cache yet."""
 
     def decoded(done: int, total: int) -> None:
         check()
@@ -188,7 +191,7 @@ def _prepare(
         caches = PoolCaches(config, cache_root(project, config), progress=decoded)
         caches.prepare_listed(config)
     except CacheError:
-        # A signal to stop may have ended the process that decodes, too.
+        # A stop signal may also have ended the process that decodes.
         check()
         raise
     callback.prepared(dataclasses.replace(caches.scored, notes=tuple(caches.notes)))
@@ -200,7 +203,7 @@ def _prepare(
 def _require_same_images(
     study: StudyPaths, record: StudyRecord | None, config: StudyConfig, caches: PoolCaches, callback: StudyCallback
 ) -> StudyRecord:
-    """Begin a study that has no record, or check that the images are those that its folds were made from."""
+    """Begin a new study, or check that the images are those from which the study's folds were made."""
     prepared = caches.scored
     if record is None or not record.has_folds:
         groups = _groups(config)
@@ -214,7 +217,7 @@ def _require_same_images(
         )
         for note in fold_making.lesion_notes(folds, [each.view_foreground > 0 for each in cache.index.stats]):
             callback.message(f"note: {note}")
-        # Only now: a first start that fails for its data leaves no study that binds the next one.
+        # Create the study only now, so that a first start that fails because of its data leaves no study behind.
         record = record or StudyRecord.create(study, config)
         record.write_folds(folds, prepared.key)
     if record.folds.ids != prepared.ids or record.data_key() != prepared.key:
@@ -228,7 +231,7 @@ def _require_same_images(
 
 
 def _require_space(record: StudyRecord, plan: ExecutionPlan) -> None:
-    """Raise StorageError if the disk has less room than the rest of the study will need."""
+    """Raise StorageError if the disk has less free space than the rest of the study may need."""
     root, n_left = record.paths.root, record.config.study.trials - count_trials(record.trials())
     there = sum(
         path.stat().st_size for path in root.glob("trials/*/fold*/*.*") if path.suffix in (".pt", ".safetensors")

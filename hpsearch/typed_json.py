@@ -1,4 +1,4 @@
-"""Convert frozen dataclasses to JSON tables and back, directed by their annotations."""
+"""Convert frozen dataclasses to JSON-compatible dictionaries and back, based on their type annotations."""
 
 import dataclasses
 import types
@@ -11,9 +11,10 @@ T = TypeVar("T")
 
 
 def to_json(value: Any) -> Any:
-    """Return plain types only: dataclasses become tables, tuples lists, paths absolute strings.
+    """Return `value` converted to plain types.
 
-    A class with a method `to_dict` decides itself what it becomes.
+    Dataclasses become dictionaries, tuples become lists, and paths become absolute strings. Objects with a `to_dict`
+    method are converted by that method.
     """
     if hasattr(value, "to_dict"):
         return value.to_dict()
@@ -29,11 +30,10 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(cls: type[T], table: Mapping[str, Any]) -> T:
-    """Return the dataclass that `to_json` turned into `table`.
+    """Return the dataclass instance that `to_json` converted to `table`.
 
-    Keys that the class does not know are ignored: a later version wrote them. Fields that the table lacks keep their
-    defaults. Raises KeyError, TypeError or ValueError where a field without a default is missing or a part is of
-    another kind.
+    Unknown keys are ignored, because a later version may have written them. Missing fields get their defaults. Raises
+    KeyError, TypeError or ValueError if a field without a default is missing or a value has the wrong type.
     """
     hints = _hints(cast("Any", cls))
     return cls(**{name: _decode(hint, table[name]) for name, hint in hints.items() if name in table})

@@ -1,4 +1,4 @@
-"""Check and read files and folders that a user names. Faults are described in one line."""
+"""Check and read files and folders that a user names, and describe faults in one line."""
 
 import errno
 import os
@@ -10,10 +10,11 @@ from pathlib import Path
 from hpsearch.errors import HpsearchError
 
 MAX_STEM_BYTES = 200
-"""Longest usable stem. Most file systems allow 255 bytes, and outputs add suffixes to an image's name."""
+"""Maximum length of an image's file stem. Most file systems allow names of 255 bytes, and outputs append suffixes to
+the stem."""
 
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-"""Control characters, separators of lines and paragraphs, and what Python reads from bytes that are not UTF-8."""
+"""Control characters, line and paragraph separators, and the surrogates that represent bytes that are not UTF-8."""
 
 
 def printable(name: str | Path) -> str:
@@ -28,21 +29,21 @@ def printable(name: str | Path) -> str:
 
 
 def text_fault(text: str) -> str:
-    """Return why `text` cannot be written to settings, tables and records, empty if it can."""
+    """Return why `text` cannot be stored in settings, tables and records; empty if it can."""
     if any("\ud800" <= character <= "\udfff" for character in text):
         return "is not UTF-8"
     return "has control characters" if _UNPRINTABLE.search(text) else ""
 
 
 def name_fault(stem: str) -> str:
-    """Return why an image cannot have a name of this stem, empty if it can."""
+    """Return why the name of an image cannot have this stem; empty if it can."""
     if fault := text_fault(stem):
         return fault
     return f"is longer than {MAX_STEM_BYTES} bytes" if len(stem.encode()) > MAX_STEM_BYTES else ""
 
 
 def require_usable_path(path: Path, error: type[HpsearchError]) -> None:
-    """Raise `error` if the path or a folder above it has a name that settings and records cannot hold."""
+    """Raise `error` if the name of the path or of a folder above it cannot be stored in settings and records."""
     for part in path.absolute().parts:
         if fault := text_fault(part):
             raise error(f"{printable(path.absolute())}: the folder name {printable(part)} {fault}: rename it")
@@ -54,12 +55,12 @@ def name_key(name: str) -> str:
 
 
 def user_path(text: str) -> Path:
-    """Return a path from the user's text, with `~` expanded if that home folder is known."""
+    """Return the user's text as a path. `~` is expanded if the home folder is known."""
     return Path(os.path.expanduser(text))
 
 
 def broken_link(path: Path) -> str:
-    """Describe a broken link and its target, empty if `path` is anything else."""
+    """Describe a broken link and its target; empty if `path` is not a broken link."""
     if not os.path.islink(path):
         return ""
     try:
@@ -72,12 +73,12 @@ def broken_link(path: Path) -> str:
 
 
 def folder_fault(path: Path) -> str:
-    """Return why `path` cannot be listed as a folder, empty if it can."""
+    """Return why `path` cannot be listed as a folder; empty if it can."""
     return _fault(path, "folder", "listed", lambda: os.scandir(path).close())
 
 
 def file_fault(path: Path) -> str:
-    """Return why `path` cannot be opened as a file, empty if it can."""
+    """Return why `path` cannot be opened as a file; empty if it can."""
     return _fault(path, "file", "read", lambda: path.open("rb").close())
 
 
@@ -94,7 +95,7 @@ def _fault(path: Path, kind: str, verb: str, attempt: Callable[[], None]) -> str
 
 
 def list_folder(path: Path, error: type[HpsearchError]) -> list[Path]:
-    """Return the entries of the folder `path`, sorted. Raise `error`, with the reason, if it cannot be listed."""
+    """Return the sorted entries of the folder `path`. Raise `error`, with the reason, if it cannot be listed."""
     try:
         return sorted(path.iterdir())
     except (OSError, ValueError) as caught:
@@ -102,9 +103,9 @@ def list_folder(path: Path, error: type[HpsearchError]) -> list[Path]:
 
 
 def read_text(path: Path, what: str, error: type[HpsearchError]) -> str:
-    """Return the text of a UTF-8 file, with or without a byte order mark, lines ending in `\\n`.
+    """Return the text of a UTF-8 file, with or without a byte order mark, with lines ending in `\\n`.
 
-    Raises `error`, naming `what` and the file, for a file that is missing, unreadable or in another encoding.
+    Raises `error`, naming `what` and the file, if the file is missing, unreadable or in another encoding.
     """
     named = f"{what} {printable(path)}".strip()
     try:

@@ -1,4 +1,4 @@
-"""Keep the views of a study, such as its runs in MLflow, up to date with its folder in background threads.
+"""Keep the views of a study, such as its runs in MLflow, up to date in background threads.
 
 A view is derived from the study folder and may lag behind. Training never waits for a view.
 """
@@ -16,35 +16,39 @@ logger = logging.getLogger(__name__)
 
 
 class View(Protocol):
-    """One view of one study. It reads the study folder and nothing else."""
+    """View of one study. It reads only the study folder."""
 
     @property
     def name(self) -> str:
         """Name of the view in messages, such as `MLflow`."""
 
     def update(self, *, is_last: bool = False) -> None:
-        """Add everything that is on record and missing in the view.
+        """Add everything that is recorded but missing in the view.
 
-        `is_last` means that no process works on the study any more. Raises HpsearchError if that is impossible now;
-        the next call continues, and nothing is added twice.
+        `is_last` means that no process works on the study any more. Raises HpsearchError if the view cannot be
+        updated now. The next call continues the update and adds nothing twice.
         """
 
     def n_behind(self) -> int:
-        """Return the number of items on record that the view may lack, without asking the view's server."""
+        """Return the number of recorded items that the view may lack, without contacting the view's server."""
 
 
 class Tracker(Protocol):
-    """Creates the view of any study; `make_tracker` returns one."""
+    """Factory of the views of studies. `make_tracker` returns one."""
 
     def view(self, study: StudyPaths) -> View:
-        """Return the view of a study. Connects to nothing yet."""
+        """Return the view of a study, without connecting to a server yet."""
 
 
 class ViewThread(threading.Thread):
     """Background thread that keeps one view up to date and retries with increasing pauses after failures."""
 
     def __init__(self, view: View, *, pause_s: float = 1.0, retry_s: float = 1.0, max_retry_s: float = 300.0) -> None:
-        """Start at once. Pause `pause_s` after an update; after the n-th failure in a row `retry_s * 2**(n - 1)`."""
+        """Start the thread.
+
+        It pauses for `pause_s` seconds after an update. After the n-th failure in a row, it pauses for
+        `retry_s * 2**(n - 1)` seconds, but at most for `max_retry_s` seconds.
+        """
         # A daemon thread, so that a server that does not answer cannot keep the process alive.
         super().__init__(name=f"view: {view.name}", daemon=True)
         self._view, self._pause_s, self._retry_s, self._max_retry_s = view, pause_s, retry_s, max_retry_s
@@ -53,11 +57,11 @@ class ViewThread(threading.Thread):
         self.error = ""
         """Reason why the last update failed; empty if it succeeded."""
         self.n_left = 0
-        """Number of items that the view lacks after `close`."""
+        """Number of items that the view lacks, set by `close`."""
         self.start()
 
     def wake(self) -> None:
-        """Tell the thread that new results were recorded. Returns at once."""
+        """Notify the thread of new results, and return at once."""
         self._woken.set()
 
     def close(self, timeout_s: float = 30.0, give_up: Callable[[], bool] = lambda: False) -> int:

@@ -1,1 +1,1 @@
-"""Search: suggestions, pruning, replicates, the coordinator's loop."""
+"""Search for the best configuration: suggestions, pruning, replicates, and the coordinator that runs them."""

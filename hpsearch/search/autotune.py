@@ -1,4 +1,4 @@
-"""Choose devices, workers and threads of a study: what the user asks for, and measurements for the rest."""
+"""Choose the devices, workers and threads of a study: as the user requested, or else by measurement."""
 
 import dataclasses
 import logging
@@ -27,42 +27,49 @@ from hpsearch.workers.pool import WorkerPool
 logger = logging.getLogger(__name__)
 
 SHARING = (1, 2, 4)
-"""Numbers of workers that may share a device. The more there are, the fewer results a suggestion is based on."""
+"""Candidate numbers of workers per device. With more workers, each suggestion is based on fewer results."""
 WORTH_SHARING = 1.15
-"""Speed-up that justifies more than one worker. With one worker, a search is reproducible to the byte."""
+"""Minimum speed-up that justifies more than one worker per device. With one worker, a search is byte-for-byte
+reproducible."""
 SHARING_STEP_S = 1.0
-"""If a step takes longer, sharing is not measured: one worker keeps the device busy, and measuring takes too long."""
+"""Maximum duration of a training step, in seconds, for which sharing a device is measured. With longer steps, one
+worker keeps the device busy, and the measurement would take too long."""
 MOST_DRAWN = 64
-"""Maximum number of images drawn for measurements; larger batches are measured with smaller ones."""
+"""Maximum number of synthetic images generated for measurements. Larger batch sizes are measured with smaller
+batches."""
 WINDOW_S = 0.6
-"""Minimum duration of a measurement of workers that share a device."""
+"""Minimum duration, in seconds, of a measurement of workers that share a device."""
 Shares = tuple[int, int]
-"""Workers on a device, and threads of each."""
+"""Number of workers on a device, and number of threads per worker."""
 Check = Callable[[], None]
 
 
 @dataclass(frozen=True)
 class MachineChoice:
-    """Device, workers and threads that the user requested. Anything not given is measured or detected."""
+    """Device, workers and threads that the user requested. Values that are not given are measured or detected."""
 
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:N`, `mps` or `xla`."""
     n_workers: int = 0
-    """Worker processes; 0: as many per GPU, or on the CPU, as train the most images per second (measured)."""
+    """Number of worker processes. 0: the number per GPU, or on the CPU, that trains the most images per second
+    (measured)."""
     threads: int = 0
-    """Threads per worker; 0: measured if there is one worker, else the cores are shared equally. If given without
-    `n_workers`, there is one worker per device."""
+    """Number of threads per worker. 0: measured for a single worker; several workers share the cores equally. If
+    given without `n_workers`, there is one worker per device."""
 
 
 def first_workers(record: StudyRecord | None, choice: MachineChoice) -> tuple[WorkerSettings, ...]:
-    """Return the workers that `make_plan` needs first. They can be started early: importing torch takes seconds."""
+    """Return the workers that `make_plan` needs first.
+
+    They can be started before that call, because importing torch takes seconds.
+    """
     plan = _stored_plan(record, choice) if record is not None else None
     if plan is not None:
         return plan.workers
     cores = available_cores()
     if choice.n_workers or choice.threads:
         return (WorkerSettings(choice.device, choice.threads or max(1, cores // max(1, choice.n_workers))),)
-    # The first keeps its threads if it stays alone.
+    # The first worker gets all cores, because it may remain the only one.
     most, _ = _equal_shares(cores)[-1]
     return (WorkerSettings(choice.device, cores), *[WorkerSettings(choice.device, cores // most)] * (most - 1))
 
@@ -70,9 +77,9 @@ def first_workers(record: StudyRecord | None, choice: MachineChoice) -> tuple[Wo
 def make_plan(
     record: StudyRecord, caches: PoolCaches, choice: MachineChoice, pool: WorkerPool, check: Check = lambda: None
 ) -> ExecutionPlan:
-    """Return the stored plan, or measure one. Explicit requests of the user override either.
+    """Return the stored plan, or measure one if there is none. Values that the user requested override both.
 
-    `check` is called repeatedly during a measurement; an exception that it raises ends the measurement.
+    `check` is called repeatedly during a measurement. If it raises an exception, the measurement ends.
     """
     plan = _stored_plan(record, choice) or _measure_plan(record, caches, choice, pool, check)
     if to_json(plan) != record.plan():
@@ -83,7 +90,7 @@ def make_plan(
 def plan_for_one_fit(
     record: StudyRecord, caches: PoolCaches, choice: MachineChoice, pool: WorkerPool, check: Check = lambda: None
 ) -> ExecutionPlan:
-    """Return the study's plan for one worker, with the number of threads that trained a single fit fastest.
+    """Return the study's plan reduced to one worker, with the number of threads that trained a single fit fastest.
 
     If the study has no plan, measure one and store it. `choice` overrides device and threads for this fit only.
     """
@@ -96,14 +103,14 @@ def plan_for_one_fit(
 
 
 def measure_drawn(config: StudyConfig, choice: MachineChoice) -> ExecutionPlan:
-    """Return the plan that a study of `config` would have here, measured on synthetic images. Nothing is stored."""
+    """Return the plan for a study of `config` on this machine, measured on synthetic images. Nothing is stored."""
     batch_sizes = [each.train.batch_size for each in plans.measured_configs(config)]
     if not batch_sizes:
         raise ConfigError("no configuration of this search can exist at this size, so there is no step to measure")
     with tempfile.TemporaryDirectory(prefix="hpsearch-") as name, LocalPool(Path(name)) as pool:
         folder = Path(name)
         draw_sample(folder / "drawn", n_train=min(MOST_DRAWN, max(batch_sizes)), n_val=1, n_test=1)
-        # Keep only the data settings that decide how large the images are.
+        # Keep only the data settings that determine the size of the images.
         kept = ("size", "color", "match", "cache_size")
         data = DataConfig(root=str(folder / "drawn"), **{name: getattr(config.data, name) for name in kept})
         drawn = dataclasses.replace(config, data=data)
@@ -112,7 +119,7 @@ def measure_drawn(config: StudyConfig, choice: MachineChoice) -> ExecutionPlan:
 
 
 def _stored_plan(record: StudyRecord, choice: MachineChoice) -> ExecutionPlan | None:
-    """Return the recorded plan with `choice` applied; None if there is none for this kind of device."""
+    """Return the stored plan with `choice` applied; None if there is no plan for this kind of device."""
     try:
         stored = record.plan()
         plan = from_json(ExecutionPlan, stored) if stored is not None else None
@@ -133,13 +140,13 @@ def _measure_plan(
     record: StudyRecord, caches: PoolCaches, choice: MachineChoice, pool: WorkerPool, check: Check
 ) -> ExecutionPlan:
     first, cores = first_workers(None, choice), available_cores()
-    # The workers that measure are the first of those that train: they have torch loaded and the images open.
+    # Measure with the workers that will train: they have torch loaded and the images open.
     pool.resize(first)
     config = record.config.with_params({})
     steps = [StepToMeasure(each, CachePaths(*caches.paths(each))) for each in plans.measured_configs(record.config)]
     rates: dict[Shares, float] = {}
     if steps and choice.n_workers <= 1 and not choice.threads:
-        # A single worker is tried with all cores, half of them, and so on down to one.
+        # Try a single worker with all cores, half of them, and so on down to one core.
         alone_shares = [(1, cores >> halvings) for halvings in range(cores.bit_length())]
         rates = _rates(config, steps[0], alone_shares if choice.n_workers else _equal_shares(cores), pool, check)
     alone = fastest_alone(rates, first[0].threads)
@@ -176,7 +183,10 @@ def _measure_plan(
 
 
 def choose_sharing(rates: Mapping[Shares, float]) -> int:
-    """Return how many workers should share a device, given the images per second that each number trains together."""
+    """Return how many workers should share a device.
+
+    `rates` maps numbers of workers and threads to the images per second that these workers train in total.
+    """
     by_number = {n: rate for (n, _), rate in rates.items()}
     chosen = min(by_number, default=1)
     for n in sorted(by_number):
@@ -186,36 +196,37 @@ def choose_sharing(rates: Mapping[Shares, float]) -> int:
 
 
 def fastest_alone(rates: Mapping[Shares, float], default: int) -> int:
-    """Return the number of threads with which one fit trains fastest, including measurements with several workers.
+    """Return the number of threads with which a single fit trains fastest; `default` if nothing was measured.
 
-    `default` where nothing was measured.
+    Measurements with several workers are included with their rate per worker.
     """
     return max(rates, key=lambda share: (rates[share] / share[0], share[1]), default=(1, default))[1]
 
 
 def _equal_shares(cores: int) -> list[Shares]:
-    """Return the cores shared equally among 1, 2 or 4 workers on a device."""
+    """Return equal shares of the cores for 1, 2 or 4 workers on a device."""
     return [(n, cores // n) for n in SHARING if n <= cores]
 
 
 def _rates(
     config: StudyConfig, step: StepToMeasure, shares: Sequence[Shares], pool: WorkerPool, check: Check
 ) -> dict[Shares, float]:
-    """Return the images per second that the workers of a device train together, for each of `shares`.
+    """Return the images per second that the workers of a device train in total, for each of `shares`.
 
     All workers are measured at the same time, so the result includes contention between them and with other programs.
-    Empty if it could not be measured.
+    Shares for which a worker failed are left out. The result is empty if the first measurement failed or if a step
+    takes longer than `SHARING_STEP_S`.
     """
 
     def measure(n_workers: int, threads: int, seconds: float) -> list[float]:
-        """Return the seconds of one image in each worker; empty if one failed."""
+        """Return the seconds per image of each worker; empty if a worker failed."""
         job = MeasureJob(config=config, threads=threads, steps=(step,), seconds=seconds)
         reports = run_jobs_together(pool, [job] * n_workers, check)
         found = [each.measurement for each in reports if isinstance(each, Finished) and each.measurement]
         image_s = [measured.train_s for measurement in found for measured in measurement.steps]
         return image_s if len(image_s) == n_workers else []
 
-    # The first round loads the images.
+    # The first round loads the images and shows how long a step takes.
     step_s = max(measure(max(n for n, _ in shares), 1, 0.0), default=math.inf) * step.config.train.batch_size
     if step_s > SHARING_STEP_S:
         return {}
@@ -226,9 +237,10 @@ def _rates(
 def _share_out(
     device: str, choice: MachineChoice, n_devices: int, most_threads: int = 0
 ) -> tuple[WorkerSettings, ...]:
-    """Return one worker per device, or as many as requested, spread over the devices, with equal shares of the cores.
+    """Return the requested number of workers, or one per device, with equal shares of the cores.
 
-    No worker gets more than `most_threads` unless `choice` requests it; 0: no limit.
+    The workers are distributed evenly over the devices. A worker gets at most `most_threads` threads (0: no limit),
+    unless `choice` requests a number.
     """
     kind, _, index = device.partition(":")
     n_workers = choice.n_workers or (n_devices if kind == "cuda" and not index else 1)

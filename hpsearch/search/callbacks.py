@@ -1,4 +1,4 @@
-"""Callbacks of a running study: for a terminal, a log, a test."""
+"""Define callbacks that report the events of a running study, for example to a terminal or a log."""
 
 from collections.abc import Sequence
 
@@ -10,38 +10,38 @@ from hpsearch.workers.plan import ExecutionPlan, Forecast
 
 
 class StudyCallback:
-    """Base class of callbacks, whose methods do nothing.
+    """Base class of callbacks. Its methods do nothing.
 
-    They are called in the coordinator's thread, one for each event, in order. Every method must return quickly.
+    The methods are called in the coordinator's thread, once per event and in order. They must return quickly.
     """
 
     def preparing(self, done: int, total: int) -> None:
-        """Images are being decoded: `done` of `total` are ready."""
+        """Called while images are decoded: `done` of `total` are ready."""
 
     def prepared(self, prepared: Prepared) -> None:
-        """All images are decoded."""
+        """Called when all images are decoded."""
 
     def planned(self, record: StudyRecord, plan: ExecutionPlan, forecast: Forecast) -> None:
-        """The study starts or continues; this process has not trained anything yet."""
+        """Called when the study starts or continues, before this process trains anything."""
 
     def trial_began(self, trial: TrialRecord) -> None:
-        """A trial started or continues."""
+        """Called when a trial starts or continues."""
 
     def epoch_ended(self, trial: int, fold: int, row: EpochRow) -> None:
-        """An epoch of a fit ended."""
+        """Called when an epoch of a fit has ended."""
 
     def fold_ended(self, trial: int, fold: int, score: float) -> None:
-        """A fit ended; `score` is the mean over its held-out images."""
+        """Called when a fit has ended. `score` is the mean over its held-out images."""
 
     def trial_ended(self, trial: TrialRecord) -> None:
-        """A trial ended with an outcome."""
+        """Called when a trial has ended with an outcome."""
 
     def replicating(self, trials: Sequence[int], done: int, total: int) -> None:
-        """The search is over; `done` of `total` refits of these trials are finished."""
+        """Called during the refits after the search: `done` of `total` refits of these trials are finished."""
 
     def message(self, text: str) -> None:
-        """Another event in one line, such as a worker that died or an MLflow server that does not answer."""
+        """Called with one line about any other event, such as a dead worker or an unreachable MLflow server."""
 
 
 class NullCallback(StudyCallback):
-    """Ignores all events."""
+    """Callback that ignores all events."""

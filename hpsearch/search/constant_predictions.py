@@ -1,4 +1,4 @@
-"""Find networks that predict the same class in every pixel of their held-out images, and name the likely causes."""
+"""Find networks that predict the same class in every pixel of all held-out images, and name the likely causes."""
 
 from collections.abc import Iterable
 
@@ -7,7 +7,7 @@ from hpsearch.store.record import StudyRecord
 
 
 def constant_warnings(record: StudyRecord, trials: Iterable[int]) -> list[str]:
-    """Return two sentences for each class: which of these trials predict nothing else, and the likely causes."""
+    """Return one warning for each class that a network of these trials predicts in every pixel."""
     found: dict[str, dict[int, set[int]]] = {}
     for number in trials:
         for replicate in (False, True):
@@ -26,7 +26,7 @@ def constant_warnings(record: StudyRecord, trials: Iterable[int]) -> list[str]:
 
 
 def constant_prediction(fit: FitRecord) -> str:
-    """Return the class that a finished fit's network predicts in every pixel, "" if it does not or is right."""
+    """Return the class that a finished fit's network wrongly predicts in every pixel; "" if there is none."""
     if not (fit.is_finished and fit.paths.counts.is_file()):
         return ""
     tp, fp, fn, tn = fit.counts().sum(axis=0).tolist()

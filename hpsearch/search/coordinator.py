@@ -1,7 +1,7 @@
-"""The coordinator: execute the actions of the scheduler and keep the record.
+"""Run a study: execute the scheduler's actions and record the results.
 
-It imports no torch. Everything is written to the study folder before it takes effect, so a process that dies between
-any two instructions leaves a study that continues as if it had not.
+This module does not import torch. Every change is written to the study folder before it takes effect. A study whose
+process dies at any point therefore continues as if it had not been interrupted.
 """
 
 import logging
@@ -39,12 +39,13 @@ logger = logging.getLogger(__name__)
 
 SILENCE_FACTOR = 10.0
 SILENCE_MIN_S = 300.0
-"""A fit hangs if no epoch ends within both this multiple of an epoch's expected time and this many seconds."""
+"""Limits for a hanging fit. A worker is killed if it has finished no epoch for longer than both `SILENCE_FACTOR`
+times the expected duration of an epoch and `SILENCE_MIN_S` seconds."""
 
 
 @dataclass(eq=False)
 class Coordinator:
-    """One run of a study, driven by the event loop (`workers.loop`)."""
+    """Coordinator of a study during one run. The event loop (`workers.loop`) drives it."""
 
     record: StudyRecord
     pool: WorkerPool
@@ -53,12 +54,12 @@ class Coordinator:
     callback: StudyCallback
     stop: Stop
     wake_views: Callable[[], None]
-    """Wake the background threads that update Optuna's database and MLflow."""
+    """Function that wakes the background threads that update Optuna's database and MLflow."""
     open: dict[tuple[int, int], Evaluation] = field(default_factory=dict)
-    """Open evaluations by (trial, replicate): trials by number, then replicates in the order of the shortlist."""
+    """Open evaluations by (trial, replicate): first the trials by number, then the replicates in shortlist order."""
     has_shortlist: bool = False
     warned: set[int] = field(default_factory=set)
-    """Trials for which the warning that they predict only one class was given."""
+    """Trials for which a warning about constant predictions was shown."""
 
     def __post_init__(self) -> None:
         self.trials = {trial.number: trial for trial in self.record.trials()}
@@ -66,16 +67,16 @@ class Coordinator:
 
     @property
     def n_counted(self) -> int:
-        """Number of evaluated trials, including those of earlier runs of the study."""
+        """Number of evaluated trials, including trials of earlier runs of the study."""
         return count_trials(self.trials.values())
 
     @property
     def is_over(self) -> bool:
-        """Whether no further job will follow, because the study is done or was asked to stop."""
+        """Whether there are no further jobs, because the study is finished or was asked to stop."""
         return self.stop.is_requested or (self.has_shortlist and not self.open)
 
     def resume(self) -> None:
-        """Continue the trials that an earlier run left open, and remove the files that it left behind."""
+        """Continue the open trials of an earlier run, and remove the files that it left behind."""
         for trial in list(self.trials.values()):
             if trial.outcome is None:
                 self._open(Evaluation(self.record, trial, trial.study_config), "continues")
@@ -86,7 +87,7 @@ class Coordinator:
                     remove_checkpoints(fit.paths)
 
     def poll(self) -> bool:
-        """Check stop requests, the budget and hanging fits; return False if the study must end at once."""
+        """Check for stop requests, the time limit and hanging fits. Return False if the study must end at once."""
         if text := self.stop.poll(self.record.paths):
             self._say(text)
         for opened in list(self.open.values()):
@@ -98,7 +99,7 @@ class Coordinator:
         return not self.stop.is_urgent
 
     def next_job(self) -> Job | None:
-        """Execute the scheduler's actions until one is a fit, and return it; None if nothing can start now."""
+        """Execute the scheduler's actions until one is a fit. Return its job, or None if nothing can start now."""
         while not self.stop.is_requested:
             match next_action(_study_state(self)):
                 case Fit(number, fold, replicate):
@@ -119,7 +120,7 @@ class Coordinator:
         if job is None and isinstance(report, Failed):
             self._say(f"worker {event.worker.index + 1} ended before it had a job ({report.text}): it is replaced")
         if not isinstance(job, FitJob) or (evaluation := self.open.get((job.trial, job.replicate))) is None:
-            # A worker that was killed together with its trial.
+            # The worker was killed when its trial ended.
             return
         if isinstance(report, EpochEnded):
             self.pool.reply(event.worker, go=self._on_epoch(evaluation, job.fold, report.row))
@@ -138,7 +139,7 @@ class Coordinator:
                 self._on_death(evaluation, job.fold, report)
 
     def _begin_trial(self) -> None:
-        """Record the next enqueued or suggested trial, and open it if it is feasible."""
+        """Record the next enqueued or suggested trial, and start it if it is feasible."""
         trial, config, infeasible = next_trial(self.record, self.trials, self.plan)
         evaluation = Evaluation(self.record, trial, config)
         self._write(evaluation)
@@ -155,7 +156,7 @@ class Coordinator:
         self._end_if_finished(evaluation)
 
     def _end_search(self) -> None:
-        """Choose the trials to replicate, and open their replicates."""
+        """Select the trials to replicate, and start their replicates."""
         if text := used_up(self.record, self.trials):
             self._say(text)
         self.has_shortlist = True
@@ -169,7 +170,7 @@ class Coordinator:
             replicates.remove_unneeded_networks(self.record)
 
     def _on_epoch(self, evaluation: Evaluation, fold: int, row: EpochRow) -> bool:
-        """Record what follows from an epoch, and return whether the fit goes on."""
+        """Report an epoch, record the pruner's decision, and return whether the fit should continue."""
         metric = self.record.config.study.metric
         text = "%s, fold %d, epoch %d: loss %.4f, %s %.4f"
         score = getattr(row.scores, metric)
@@ -196,7 +197,7 @@ class Coordinator:
             self.callback.replicating(*replicates.progress(self.record))
 
     def _on_death(self, evaluation: Evaluation, fold: int, failure: Failed) -> None:
-        """Retry the fit from its checkpoint, unless too many workers died in this fold.
+        """Retry the fit from its checkpoint, unless too many workers died in this fold after the same epoch.
 
         Raises StorageError or WorkerError if a retry would fail in the same way.
         """
@@ -208,7 +209,7 @@ class Coordinator:
         logger.warning("%s: worker %s\n%s", what, failure.text, failure.traceback)
         self.callback.message(f"{what}: worker {failure.text}")
         remove_stale_temporaries(fit.paths.root)
-        # Deaths with an epoch in between are the machine's fault, not the configuration's.
+        # If epochs finish between deaths, the cause is the machine and not the configuration.
         place = f"after epoch {len(fit.epochs())}: "
         failures = evaluation.record.failures
         deaths = [*failures.get(str(fold), []), place + failure.text]
@@ -224,7 +225,7 @@ class Coordinator:
                 raise WorkerError(f"every trial so far failed; {reason}")
 
     def _end_if_finished(self, evaluation: Evaluation) -> None:
-        """End a trial or replicate if nothing of it is left to do."""
+        """End a trial or replicate if it has no fits left to do."""
         if not evaluation.is_finished:
             return
         pruned, micro_batch = evaluation.pruned, evaluation.micro_batch()
@@ -236,13 +237,13 @@ class Coordinator:
         elif micro_batch is None:
             self._end(evaluation, "complete")
         else:
-            # Another configuration was fitted.
+            # The split batches changed the result, so this is not a fit of the same configuration.
             self._end(evaluation, "infeasible", reason="memory forced parts of batches, which changed the result")
 
     def _end(self, evaluation: Evaluation, outcome: Outcome, *, reason: str = "", **of_trial: Any) -> None:
         """Record how a trial or replicate ended, stop its workers, and remove the files that it no longer needs.
 
-        `of_trial` are fields that only the record of a trial has.
+        `of_trial` contains fields that exist only in the record of a trial.
         """
         self.open.pop(evaluation.key, None)
         number, replicate = evaluation.key
@@ -266,7 +267,7 @@ class Coordinator:
                 self.pool.kill(worker)
 
     def _stop_trial(self, evaluation: Evaluation) -> None:
-        """End a trial on a user's request as if it were pruned, with the score that it is estimated to reach."""
+        """End a trial at the user's request as if it had been pruned, with its estimated score."""
         reason = "stopped on request"
         trial = self.trials[evaluation.record.number]
         self._say(f"trial {trial.number} is {reason}")
@@ -280,7 +281,7 @@ class Coordinator:
             self._end_if_finished(evaluation)
 
     def _write(self, evaluation: Evaluation) -> None:
-        """Write a trial or replicate, new or changed."""
+        """Write a new or changed trial or replicate."""
         if isinstance(evaluation.record, TrialRecord):
             self.record.write_trial(evaluation.record)
             self.trials[evaluation.record.number] = evaluation.record
@@ -294,7 +295,7 @@ class Coordinator:
 
 
 def _kill_hanging(coordinator: Coordinator) -> None:
-    """Kill every worker whose fit has finished no epoch for so long that it must be hanging."""
+    """Kill every worker whose fit has not finished an epoch for too long."""
     for worker in coordinator.pool.busy():
         silence_s, job = time.monotonic() - worker.last_report_at, worker.job
         if not isinstance(job, FitJob) or (evaluation := coordinator.open.get((job.trial, job.replicate))) is None:
@@ -305,7 +306,7 @@ def _kill_hanging(coordinator: Coordinator) -> None:
 
 
 def _study_state(coordinator: Coordinator) -> StudyState:
-    """Return the study as the scheduler sees it."""
+    """Return the state of the study that the scheduler needs."""
     record, trials, pruner = coordinator.record, coordinator.trials.values(), coordinator.judge.pruner
     fits = [evaluation.open_fits() for evaluation in coordinator.open.values()]
     return StudyState(
@@ -324,7 +325,7 @@ def _study_state(coordinator: Coordinator) -> StudyState:
 
 
 def _remove_networks(record: StudyRecord, trials: Mapping[int, TrialRecord], number: int) -> None:
-    """Remove the networks of an ended trial; weights stay for the two best complete trials only."""
+    """Remove the networks of an ended trial. Only the two best complete trials keep their weights."""
     ranking = rank({each.number: each.value or 0.0 for each in record.contenders(trials.values())})
     for each in {number, *ranking[2:4]} - set(ranking[:2]):
         for fit in record.fits(each):

@@ -1,4 +1,4 @@
-"""A trial or replicate that is being evaluated: its open fits, their jobs, and what the pruner says about it."""
+"""Manage the evaluation of a trial or replicate: its open fits, their jobs, and the pruner's decisions."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -20,17 +20,17 @@ from hpsearch.workers.plan import ExecutionPlan
 
 @dataclass
 class Evaluation:
-    """A trial, or its replicate, that is being evaluated."""
+    """A trial or replicate that is being evaluated."""
 
     study: StudyRecord
     record: TrialRecord | ReplicateRecord
     config: StudyConfig
     running: set[int] = field(default_factory=set)
-    """Folds that a worker fits now."""
+    """Folds that workers are fitting now."""
 
     @property
     def key(self) -> tuple[int, int]:
-        """Number of the trial, and of the replicate: 0 for the trial itself."""
+        """Trial number and replicate number. The replicate number of the trial itself is 0."""
         return self.record.number, int(isinstance(self.record, ReplicateRecord))
 
     @property
@@ -41,46 +41,52 @@ class Evaluation:
 
     @property
     def pruned(self) -> PruneDecision | None:
-        """The decision to prune it, until its fits have stopped."""
+        """Decision to prune the trial; None if it was not pruned."""
         return next((each for each in self.record.decisions[-1:] if each.drop), None)
 
     def change(self, **changes: Any) -> None:
-        """Change fields of the record in memory."""
+        """Change fields of the record in memory, without writing it."""
         self.record = dataclasses.replace(self.record, **changes)
 
     def add_decision(self, decision: PruneDecision) -> None:
-        """Enter a pruner's decision. An epoch that was judged before a restart is not entered twice."""
+        """Add a pruner's decision.
+
+        If an epoch is judged again after a restart, the new decision replaces the old one.
+        """
         fold, epoch = decision.fold, decision.epoch
         before = [each for each in self.record.decisions if each.fold != fold or each.epoch < epoch]
         self.change(decisions=(*before, decision))
 
     def fits(self) -> list[FitRecord]:
-        """Return the records of its fits, by fold."""
+        """Return the fits of the trial or replicate, by fold."""
         number, replicate = self.key
         return self.study.fits(number, replicate=bool(replicate))
 
     def open_fits(self) -> OpenFits:
-        """Return it as the scheduler sees it."""
+        """Return the state of its fits for the scheduler."""
         pruned, finished = self.pruned, [fold for fold, fit in enumerate(self.fits()) if fit.is_finished]
-        # Pruned after the last epoch: the fit is finished, even if its worker dies in between.
+        # A fit that was pruned after its last epoch must still be finished, even if its worker died.
         resumable = pruned.fold if pruned is not None and pruned.epoch == self.config.train.epochs else None
         return OpenFits(*self.key, frozenset(finished), frozenset(self.running), pruned is not None, resumable)
 
     @property
     def is_finished(self) -> bool:
-        """Whether nothing of it is left to do."""
+        """Whether no fits are left to do."""
         fits, n_folds = self.open_fits(), self.study.n_folds
         if fits.is_pruned:
             return not fits.running and fits.next_fold(n_folds) is None
         return len(fits.finished) == n_folds
 
     def micro_batch(self) -> int | None:
-        """Return the fewest images per part if batches were split and this changed the result, else None."""
+        """Return the smallest number of images per part, or None.
+
+        None means that no batch was split, or that splitting did not change the result.
+        """
         summaries = [summary for fit in self.fits() if (summary := fit.summary()) is not None]
         return min((each.micro_batch for each in summaries if each.micro_batch), default=None)
 
     def epoch_s(self, job: FitJob, plan: ExecutionPlan) -> float:
-        """Return the seconds that an epoch of a fit should take; NaN if nothing is known."""
+        """Return the expected seconds per epoch of a fit; NaN if unknown."""
         longest_s = max((row.seconds for row in self.fits()[job.fold].epochs()), default=0.0)
         return longest_s or plan.epoch_s(self.config, len(job.train), len(job.held_out))
 
@@ -103,7 +109,7 @@ def fold_job(evaluation: Evaluation, fold: int, caches: PoolCaches) -> FitJob:
 
 
 def pool_job(trial: TrialRecord, config: StudyConfig, folder: FitPaths, caches: PoolCaches, *, seed: int) -> FitJob:
-    """Return the job that fits a trial's configuration to all images of the pool."""
+    """Return the job that fits a trial's configuration on all images of the pool."""
     return FitJob(
         trial=trial.number,
         fold=0,
@@ -117,30 +123,33 @@ def pool_job(trial: TrialRecord, config: StudyConfig, folder: FitPaths, caches: 
 
 
 def fit_seed(config: StudyConfig, place: int, fold: int, replicate: int = 0) -> int:
-    """Return the seed of a fit: of its initial weights, order of batches and augmentation."""
+    """Return the seed of a fit, which determines its initial weights, batch order and augmentation."""
     return stable_seed(config.study.seed, "second fit" if replicate else "fit", place, fold)
 
 
 class Judge:
-    """The study's pruner and the scores of the ended trials, each read once."""
+    """Applies the study's pruner, and caches the scores of the ended trials."""
 
     def __init__(self, record: StudyRecord, trials: Mapping[int, TrialRecord]) -> None:
-        """`trials` are all trials by number, kept up to date by the caller."""
+        """Create the study's pruner.
+
+        `trials` maps numbers to all trials, and the caller keeps it up to date.
+        """
         self.pruner = pruners.make_pruner(record.config)
         self._record = record
         self._trials = trials
         self._ended: dict[int, TrialScores] = {}
 
     def judge(self, trial: TrialRecord, fold: int) -> PruneDecision | None:
-        """Return the pruner's decision after an epoch of this fold; None if it makes no decision."""
+        """Return the pruner's decision after an epoch of this fold; None if the pruner makes no decision."""
         candidate = self.scores_of(trial)
         # Ignore other folds that are being fitted: their progress depends on timing.
         scores = {each: candidate.scores[each] for each in candidate.finished if each != fold}
         candidate = dataclasses.replace(candidate, scores={**scores, fold: candidate.scores[fold]})
-        # With a lookahead, which later trials have ended depends on the number of workers.
+        # With a lookahead, ignore the latest trials: which of them have ended depends on the number of workers.
         lookahead = self._record.config.study.lookahead
         last = trial.number - lookahead if lookahead else max(self._trials)
-        # A copy must not lose against itself.
+        # A trial must not be pruned because of an earlier trial with the same params.
         others = [
             each
             for each in self.ended_scores()
@@ -149,14 +158,17 @@ class Judge:
         return self.pruner.judge(candidate, others, self._record.folds)
 
     def scores_of(self, trial: TrialRecord) -> TrialScores:
-        """Return the per-image scores after every epoch of every fold that was begun."""
+        """Return the per-image scores after every epoch of every fold that was started."""
         found = enumerate(fit.scores() for fit in self._record.fits(trial.number))
         train = trial.study_config.train
         scores = {fold: scores for fold, scores in found if len(scores)}
         return TrialScores(trial.number, scores, train.epochs, train.schedule)
 
     def ended_scores(self) -> list[TrialScores]:
-        """Return the scores of the ended trials by number, as the same objects each time: pruners cache by them."""
+        """Return the scores of the ended trials, by number.
+
+        Repeated calls return the same objects, because pruners use them as cache keys.
+        """
         for trial in self._trials.values():
             if (trial.can_win or trial.outcome == "pruned") and trial.number not in self._ended:
                 self._ended[trial.number] = self.scores_of(trial)

@@ -8,15 +8,15 @@ from hpsearch.search.space import distributions, frozen_trial
 from hpsearch.store.record import StudyRecord
 
 MIN_TRIALS = 8
-"""Minimum number of trials; with fewer, the random forest only fits noise."""
+"""Minimum number of trials. With fewer, the random forest would only fit noise."""
 
 
 def importances(record: StudyRecord) -> dict[str, float]:
-    """Return the share of the variance that each setting explains, the largest first; empty for too few trials.
+    """Return the share of the variance that each setting explains, largest first; empty if there are too few trials.
 
-    fANOVA (Hutter, Hoos and Leyton-Brown, ICML 2014) as Optuna computes it, over complete trials and the estimates
-    of pruned ones. It describes the whole space: a setting with some very bad values is important, even if its good
-    values are all equally good.
+    The shares are computed by fANOVA (Hutter, Hoos and Leyton-Brown, ICML 2014) as implemented in Optuna, from
+    complete trials and the estimates of pruned trials. They describe the whole space: a setting with some very bad
+    values is important, even if all its good values are equally good.
     """
     spaces = distributions(record.config.search)
     trials = [
@@ -24,7 +24,7 @@ def importances(record: StudyRecord) -> dict[str, float]:
     ]
     if not spaces or len(trials) < MIN_TRIALS or len({trial.value for trial in trials}) < 2:
         return {}
-    # Optuna's random forest is slow to load, and a final needs it only at its end.
+    # Imported late, because Optuna's random forest is slow to load and a final needs it only at its end.
     from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)

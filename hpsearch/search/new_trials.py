@@ -1,4 +1,4 @@
-"""Make the next trial of a study: enqueued by the user, or suggested; and say when there is no further one."""
+"""Create the next trial of a study from the user's queue or the sampler, and detect when no trial is left."""
 
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -18,13 +18,13 @@ from hpsearch.user_files import read_text
 from hpsearch.workers.plan import ExecutionPlan, Infeasible, why_infeasible
 
 INFEASIBLE_PER_TRIAL = 10
-"""Infeasible suggestions that are free, for each trial wanted."""
+"""Number of infeasible suggestions that are allowed per requested trial."""
 
 
 def next_trial(
     record: StudyRecord, trials: Mapping[int, TrialRecord], plan: ExecutionPlan
 ) -> tuple[TrialRecord, StudyConfig, Infeasible | None]:
-    """Return the next trial, its configuration, and why it cannot be trained (None if it can).
+    """Return the next trial, its configuration, and the reason why it cannot be trained (None if it can).
 
     Raises StudyError if too many suggestions were infeasible.
     """
@@ -55,7 +55,7 @@ def next_trial(
 
 
 def used_up(record: StudyRecord, trials: Mapping[int, TrialRecord]) -> str:
-    """Return why the search ends before its trials are there; "" if it does not.
+    """Return why the search ends before all requested trials are evaluated; "" if it does not.
 
     Raises StudyError if no configuration of the search space is feasible.
     """
@@ -72,10 +72,12 @@ def used_up(record: StudyRecord, trials: Mapping[int, TrialRecord]) -> str:
 
 
 def read_params(path: Path, config: StudyConfig) -> dict[str, Any]:
-    """Return the params of the configuration in a TOML file; missing settings have their defaults.
+    """Return the params of the configuration in a TOML file.
 
-    Raises ConfigError, naming file and key, for what is unknown, lies outside the search, or is not searched and
-    differs from the study's.
+    Settings that are not in the file keep the study's values.
+
+    Raises ConfigError, naming the file and the key, if a setting is unknown, lies outside the search space, or is not
+    searched and differs from the study's value.
     """
     base = config.to_dict()
     text = read_text(path, "--enqueue", ConfigError)
@@ -100,7 +102,7 @@ def read_params(path: Path, config: StudyConfig) -> dict[str, Any]:
 
 
 def enqueue(record: StudyRecord, wanted: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Enqueue these params, each once over all starts; return what became of each, in a few words."""
+    """Enqueue params that were neither tried nor enqueued before. Return a short status text for each of them."""
     entries, said = _enqueued(record), []
     known = {record.configuration(trial.params): trial.number for trial in reversed(record.trials())}
     known.setdefault(record.configuration({}), 0)
@@ -119,7 +121,7 @@ def enqueue(record: StudyRecord, wanted: Sequence[Mapping[str, Any]]) -> list[st
 
 
 def next_params(record: StudyRecord, trials: Sequence[TrialRecord]) -> dict[str, Any] | None:
-    """Return the first enqueued params that no recorded trial has; None if there are none."""
+    """Return the first enqueued params that no recorded trial has used; None if there are none."""
     had = {record.configuration(trial.params) for trial in trials}
     return next((params for params in _enqueued(record) if record.configuration(params) not in had), None)
 

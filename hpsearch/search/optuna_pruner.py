@@ -1,4 +1,4 @@
-"""Use a pruner of Optuna, through Optuna's API, on the scores of a study."""
+"""Apply one of Optuna's pruners to the scores of a study."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -12,16 +12,16 @@ from hpsearch.search.suggest import quiet
 from hpsearch.store.trials import PruneDecision
 
 Report = dict[int, float]
-"""Step to value: what is reported to Optuna before its pruner is asked once."""
+"""Values by step, reported to Optuna before one decision of its pruner."""
 
 
 def epochs_of_first_fold(trial: TrialScores, folds: Folds) -> list[Report]:
-    """Return the mean score after every epoch of fold 0; step = epoch, from 1."""
+    """Return the mean score after each epoch of fold 0. The step is the epoch, counted from 1."""
     return [{epoch: float(mean)} for epoch, mean in enumerate(trial.curves.get(0, ()), start=1)]
 
 
 def images(trial: TrialScores, folds: Folds) -> list[Report]:
-    """Return the score of every held-out image of each finished fold; step = index in the pool."""
+    """Return the score of each held-out image, for each finished fold. The step is the image's index in the pool."""
     return [
         dict(zip(folds.held_out(fold).tolist(), trial.scores[fold][-1].tolist(), strict=True))
         for fold in trial.finished
@@ -29,26 +29,29 @@ def images(trial: TrialScores, folds: Folds) -> list[Report]:
 
 
 class OptunaPruner:
-    """One of Optuna's pruners, through Optuna's API.
+    """Pruner that delegates its decisions to one of Optuna's pruners.
 
-    The pruner sees a study in memory in which complete trials are COMPLETE and only reports count. That study is
-    built from the recorded scores, so it is the same after a restart.
+    Optuna's pruner sees an in-memory study that contains only the reports and the values of complete trials. This
+    study is built from the recorded scores, so it is the same after a restart.
     """
 
     is_sequential = True
     takes_any_fold = False
 
     def __init__(self, make: Callable[[], BasePruner], reports: Callable[[TrialScores, Folds], list[Report]]) -> None:
-        """`make` returns a new pruner; `reports` returns one report for each time that the pruner is asked."""
+        """Create the pruner with `make`.
+
+        `reports` returns one report for each decision of the pruner.
+        """
         self._reports = reports
         with quiet():
             pruner = make()
-            # The study's name decides Hyperband's brackets, so it is fixed.
+            # Hyperband's brackets depend on the study's name, so the name is fixed.
             self._study = optuna.create_study(study_name="pruner", pruner=pruner, direction="maximize")
         self._name = type(pruner).__name__
         self._trials: list[optuna.Trial] = []
         self._answers: dict[int, list[bool]] = {}
-        """Maps a trial number to Optuna's answers, one per report: True to prune the trial."""
+        """Optuna's answers by trial number, one per report; True to prune the trial."""
 
     def judge(self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds) -> PruneDecision | None:
         n_reports = len(self._reports(candidate, folds))
@@ -62,15 +65,15 @@ class OptunaPruner:
         return decide(drop, candidate, others, folds.k, reason)
 
     def _bring_up_to_date(self, trial: TrialScores, folds: Folds) -> None:
-        """Pass new reports to Optuna, ask for a decision after each, and pass the value of a complete trial."""
+        """Pass new reports to Optuna, request a decision after each, and pass the value of a complete trial."""
         while len(self._trials) <= trial.number:
-            # Infeasible trials, which have no scores, are included: Hyperband assigns brackets by trial number.
+            # Include infeasible trials, which have no scores, because Hyperband assigns brackets by trial number.
             self._trials.append(self._study.ask())
         optunas, answers = self._trials[trial.number], self._answers.setdefault(trial.number, [])
         for report in self._reports(trial, folds)[len(answers) :]:
             for step, value in report.items():
                 optunas.report(value, step)
-            # Some pruners answer with NumPy's bool, which JSON cannot hold.
+            # Some pruners return a NumPy bool, which cannot be written as JSON.
             answers.append(bool(optunas.should_prune()))
         if trial.is_full(folds.k):
             with quiet():

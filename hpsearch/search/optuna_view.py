@@ -1,8 +1,8 @@
-"""Optuna's database as a view of the record, for `optuna-dashboard sqlite:///hpsearch.db`.
+"""Keep Optuna's database up to date with the record, for `optuna-dashboard sqlite:///hpsearch.db`.
 
-Nothing reads it back: suggestions come from the record (`search.suggest`), so the database may be deleted at any
-time. Complete trials are COMPLETE with the value that ranks them, pruned ones PRUNED with intermediate values and
-their estimate as an attribute. Optuna's best trial is the winner of the study.
+The database can be deleted at any time, because suggestions are computed from the record (`search.suggest`). Complete
+trials have the state COMPLETE and their ranking value. Pruned trials have the state PRUNED, their intermediate
+values, and their estimate as a user attribute. Optuna's best trial is the winner of the study.
 """
 
 import datetime as dt
@@ -35,13 +35,13 @@ from hpsearch.typed_json import to_json
 logger = logging.getLogger(__name__)
 
 ESTIMATE = "estimate"
-"""User attribute of a pruned trial: the score that it was estimated to reach."""
+"""Name of the user attribute with the estimated score of a pruned trial."""
 TIMEOUT_S = 60
-"""How long to wait for another process that writes to the database."""
+"""Seconds to wait for another process that writes to the database."""
 
 
 class OptunaView:
-    """One study in the project's Optuna database."""
+    """View of one study in the project's Optuna database."""
 
     name = "Optuna's database"
 
@@ -50,13 +50,14 @@ class OptunaView:
         self._database = study.project.optuna_db
         self._study: Study | None = None
         self._shown: tuple[Any, ...] = ()
-        """Fingerprint of the files from which the database was last updated."""
+        """Fingerprint of the study's files at the last update of the database."""
 
     def update(self, *, is_last: bool = False) -> None:
         """Bring the database up to date with the study folder.
 
-        A database that is damaged is set aside, one that was deleted is made anew, and one that contradicts the
-        record is filled anew. Raises StorageError if the database cannot be written.
+        A damaged database is renamed and replaced by a new one, and a deleted database is created again. If the
+        database contradicts the record, its study is deleted and written again. Raises StorageError if the database
+        cannot be written.
         """
         files = _fingerprint(self._paths)
         if files == self._shown:
@@ -82,7 +83,7 @@ class OptunaView:
         self._shown = files
 
     def n_behind(self) -> int:
-        """Return 1 if the record has changed since the last update."""
+        """Return 1 if the record has changed since the last update, else 0."""
         return int(_fingerprint(self._paths) != self._shown)
 
     def _show(self, record: StudyRecord) -> None:
@@ -105,7 +106,7 @@ class OptunaView:
         _show_ranking(study, trials, standing)
 
     def _open(self, record: StudyRecord) -> tuple[Study, list[FrozenTrial]]:
-        """Return the study in the database, made if it is not there, and its trials."""
+        """Return the study in the database and its trials. Create the study if it does not exist."""
         try:
             if self._study is None:
                 if self._database.is_file():
@@ -120,7 +121,7 @@ class OptunaView:
                 )
             return self._study, self._study.get_trials(deepcopy=False)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            # Text that was changed in the database makes Optuna fail in as many ways as there are texts.
+            # Optuna raises many kinds of exceptions if the database contains invalid values.
             raise sqlite3.DatabaseError("its content cannot be read") from error
 
 
@@ -128,24 +129,24 @@ DATABASE_ERRORS = (SQLAlchemyError, StorageInternalError, sqlite3.Error)
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Return the database's own error, which SQLAlchemy and Optuna wrap."""
+    """Return the original database error, which SQLAlchemy or Optuna may have wrapped."""
     is_wrapper = isinstance(error, StorageInternalError | SQLAlchemyError)
     return _cause(error.__cause__) if is_wrapper and error.__cause__ is not None else error
 
 
 def sqlite_url(path: Path) -> str:
-    """Return the SQLAlchemy URL of a database file, whatever characters its path has."""
+    """Return the SQLAlchemy URL of a database file. The path may contain any characters."""
     return sqlalchemy.URL.create("sqlite", database=str(path.absolute())).render_as_string(hide_password=False)
 
 
 def _fingerprint(study: StudyPaths) -> tuple[Any, ...]:
-    """Return what changes with every file of the record that the database shows."""
+    """Return the paths and modification times of the record's files that the database shows."""
     files = (study.confirmation, *sorted(study.trials.glob("*/*.json")))
     return tuple((path, path.stat().st_mtime_ns) for path in files if path.is_file())
 
 
 def _agree(known: Sequence[FrozenTrial], trials: Sequence[TrialRecord], spaces: Distributions) -> bool:
-    """Return whether the database's trials are the first ones of the record."""
+    """Return whether the trials in the database are equal to the first trials of the record."""
     return len(known) <= len(trials) and all(
         shown.number == index
         and shown.params == (wanted := frozen_trial(trial.params, spaces, TrialState.RUNNING)).params
@@ -158,8 +159,8 @@ def _agree(known: Sequence[FrozenTrial], trials: Sequence[TrialRecord], spaces: 
 def _shown_as(trial: TrialRecord, standing: Standing) -> tuple[TrialState, float | None]:
     """Return the state and value of a trial in the database.
 
-    Optuna takes the highest value of all COMPLETE trials for the best. A complete trial that would come before the
-    winner by that rule, as one that was not replicated may, is PRUNED with its value.
+    Optuna considers the COMPLETE trial with the highest value the best. A complete trial that would precede the
+    winner by this rule, for example because it was not replicated, is therefore shown as PRUNED with its value.
     """
     if trial.outcome != "complete":
         return STATES[trial.outcome], None
@@ -186,10 +187,10 @@ def _new_trial(
         spaces,
         state,
         trial.constraint,
-        # Optuna allows no value for a trial that failed, and needs one for a complete trial.
+        # Optuna requires a value for a complete trial and allows none for a failed trial.
         value=value,
         user_attrs={key: text for key, text in attributes.items() if text not in (None, "")},
-        # The mean score after every epoch; step = epoch, from 1, counted on from fold to fold.
+        # Mean score after each epoch. The step counts epochs from 1 and continues across folds.
         intermediate_values={
             fold * n_epochs + epoch: float(scores.mean())
             for fold, fit in enumerate(record.fits(trial.number) if state.is_finished() else ())
@@ -203,7 +204,7 @@ def _new_trial(
 
 
 def _finish(study: Study, known: FrozenTrial, ended: FrozenTrial) -> None:
-    """Turn a running trial of the database into one that has ended."""
+    """Update a running trial of the database with the state and results of the ended trial."""
     storage, trial_id = study._storage, known._trial_id
     for key, value in ended.user_attrs.items():
         storage.set_trial_user_attr(trial_id, key, value)
@@ -223,10 +224,10 @@ _ADD_VALUE = "INSERT INTO trial_values (trial_id, objective, value, value_type) 
 
 
 def _show_ranking(study: Study, trials: Sequence[TrialRecord], standing: Standing) -> None:
-    """Make the values and the best trial those of the study's ranking, in one transaction.
+    """Update the values and states of ended trials to match the study's ranking, in one transaction.
 
-    Replicates, and complete trials that come after them, change what ended trials are ranked by. Optuna has no call
-    that changes an ended trial, so this writes to its tables.
+    Replicates, and trials that complete later, change the ranking values of ended trials. Optuna has no API for
+    changing an ended trial, so this function writes to Optuna's tables.
     """
     storage: Any = study._storage
     with getattr(storage, "_backend", storage).engine.begin() as connection:

@@ -1,48 +1,49 @@
-"""Racing: decide from the recorded scores whether a trial can still win.
+"""Prune trials by racing: decide from the recorded scores whether a trial can still win.
 
-The rule asks one question: is it plausible that the candidate is better than the incumbent, the best *complete*
-trial, by at least 0.003? If not, at a one-sided p-value below 0.1, the candidate is pruned. A tie is therefore pruned
-too as soon as it is known to be one: near the optimum most suggestions tie, and spending folds on them gains nothing.
-On generated studies, 1.6 in 100 trials are pruned although they are better by 0.003. y[c, i] is the score of image i
-by the fold model of trial c that had not seen it.
+The rule tests whether the candidate may be better by at least 0.003 than the incumbent, which is the best *complete*
+trial. If the one-sided p-value of this hypothesis is below 0.1, the candidate is pruned. A trial that is shown to tie
+with the incumbent is therefore pruned too. Near the optimum most trials tie, and further folds would gain nothing. In
+simulated studies, 1.6 of 100 trials are pruned although they are better by 0.003. Below, y[c, i] is the
+score of image i in trial c, by the fold model that held the image out.
 
-**Comparison.** Images differ far more than configurations do, and folds vary from run to run. The candidate is
-therefore compared, on the same images, with the expected score of a trial that is as good as the incumbent:
+**Comparison.** Scores differ far more between images than between configurations, and folds vary from run to run. The
+candidate is therefore compared, on the same images, with the expected scores of a trial as good as the incumbent:
 
     u[i] = value of the incumbent + mean over near trials j of (y[j, i] - value of j)
     d[i] = u[i] - y[c, i]
 
-The near trials are the J complete ones within 0.05 of the incumbent, including the incumbent. With J = 1, u is the
-incumbent's scores and d the paired difference; each further trial adds information on how hard image i and its fold
-are.
+The near trials are the J complete trials within 0.05 of the incumbent, including the incumbent itself. With J = 1,
+u contains the incumbent's scores, and d is the paired difference. Each further trial adds information about the
+difficulty of image i and of its fold.
 
-**Standard error of mean d.** With k of K folds evaluated, and in them n of N images:
+**Standard error of mean d.** If k of K folds, with n of N images, are evaluated:
 
     SE^2 = g^2 (1/n + 1/N + (1/n - 1/N) / J) + s^2 (1/k + 1/K + (1/k - 1/K) / J),      g^2 = var(d) J / (J + 1)
 
-The first term is the images' part: g is the standard deviation of a trial's score of an image after trial and image
-effects. In the second, s is the run-to-run standard deviation of a fold's mean (initialisation, order of batches),
-which no number of images averages out. In both, the first summand is the error of the candidate, the second that of
-the incumbent over all folds, the last that of the near trials in the evaluated folds. With J = 1 this is the paired
-test's var(d) / n + 2 s^2 / k.
+The first term is the variance due to images: g is the standard deviation of a trial's score on an image after trial
+and image effects. The second term is the variance due to runs: s is the run-to-run standard deviation of a fold's
+mean (initialisation, order of batches), which more images do not reduce. In both terms, the first summand is the
+error of the candidate, the second is the error of the incumbent over all folds, and the last is the error of the near
+trials in the evaluated folds. With J = 1, SE^2 is the variance of the paired test, var(d) / n + 2 s^2 / k.
 
-**Estimate of s** (`stats.run_variance`). It is the remainder of the near trials' fold means after trial and fold
-effects, less the images' part. The first trials are too few for an estimate, so it starts from a guess of 0.006 with
-the weight of 4 degrees of freedom (nine in ten such guesses lie between 0.004 and 0.014). Only near trials count: the
-run-to-run spread of a collapsed configuration is many times larger. (mean d + 0.003) / SE is compared with Student's
-t with Satterthwaite's degrees of freedom, so that an uncertain s makes the rule cautious.
+**Estimate of s** (`stats.run_variance`). s comes from the residuals of the near trials' fold means after trial and
+fold effects, minus the part due to images. The first trials are too few for an estimate, so s starts from a guess of
+0.006 with the weight of 4 degrees of freedom (nine in ten such guesses lie between 0.004 and 0.014). Only near trials
+are used, because the run-to-run spread of a collapsed configuration is many times larger. (mean d + 0.003) / SE is
+compared with Student's t with Satterthwaite's degrees of freedom, so that an uncertain s makes the rule cautious.
 
-**Inside the first fold** the score after the last epoch is unknown, but its possible rise is limited. With w the
-share of the schedule's summed learning rate that is spent, the candidate gets the better of two best-case curves from
-its best epoch so far (scores fluctuate while the learning rate is high):
+**Within the first fold** the score after the last epoch is unknown, but its possible increase is limited. Let w be
+the fraction of the schedule's summed learning rate that has been used. The candidate is given the better of two
+best-case curves, starting from its best epoch so far, because scores fluctuate while the learning rate is high:
 
-- *Slow.* A curve that rises ever less per unit of learning rate ends at y / w at most. If near trials had reached an
-  even smaller share of their final scores at this epoch, the smallest such share replaces w.
-- *Late.* Some curves are flat first and then jump. At best the candidate rises from now on as the fastest near trial
-  did from the start, with the learning rate that is left.
+- *Slow.* If the score rises ever less per unit of learning rate, it ends at y / w at most. If a near trial reached
+  an even smaller fraction of its final score at this epoch, the smallest such fraction replaces w.
+- *Late.* Some curves are flat at first and then jump. In the best case, the candidate rises from now on like the
+  fastest near trial did from the start, with the learning rate that is left.
 
-Then the same test is made as if the fold were finished, at 3 % of the p-value, because it is made after every epoch
-and the limits are heuristics. A trial is thus never pruned for being slow, only for being too late.
+The same test is then applied as if the fold were finished. The threshold is 3 % of the p-value threshold, because the
+test is repeated after every epoch and the limits are heuristics. A trial is thus never pruned for being slow, but
+only for being too late.
 """
 
 import dataclasses
@@ -63,49 +64,50 @@ from hpsearch.stats.run_variance import NEAR, RunVariance, run_variance
 from hpsearch.store.trials import PruneDecision
 
 ALPHA = 0.1
-"""A trial is pruned at a one-sided p-value below this."""
+"""One-sided p-value below which a trial is pruned."""
 MATTERS = 0.003
-"""Smallest improvement over the incumbent that is worth the folds."""
+"""Smallest improvement over the incumbent that justifies fitting further folds."""
 INSIDE = 0.03
-"""Share of `ALPHA` that applies inside the first fold."""
+"""Fraction of `ALPHA` that is the threshold within the first fold."""
 
 Scores = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
 class TrialScores:
-    """Scores of a trial so far. Two are equal only if they are the same object."""
+    """Scores of a trial so far. Instances are compared by identity."""
 
     number: int
     scores: Mapping[int, NDArray[np.float32]]
-    """Fold to the per-image scores after every epoch so far, (epochs >= 1, held-out images); the latest fold last."""
+    """Maps each fold to its per-image scores after every epoch so far, (epochs >= 1, held-out images). The latest
+    fold is last."""
     n_epochs: int
-    """Epochs of a whole fit."""
+    """Number of epochs of a complete fit."""
     schedule: Literal["cosine", "constant"] = "cosine"
 
     @cached_property
     def curves(self) -> dict[int, Scores]:
-        """Fold to the mean score after every epoch so far, (epochs,)."""
+        """Maps each fold to its mean score after every epoch so far, (epochs,)."""
         return {fold: scores.mean(axis=1, dtype=np.float64) for fold, scores in self.scores.items()}
 
     @property
     def latest(self) -> int:
-        """The fold of the latest epoch."""
+        """Fold of the latest epoch."""
         return list(self.scores)[-1]
 
     @cached_property
     def finished(self) -> tuple[int, ...]:
-        """Folds that were trained to the end, ascending."""
+        """Folds whose fit has reached its last epoch, ascending."""
         return tuple(sorted(fold for fold, scores in self.scores.items() if len(scores) >= self.n_epochs))
 
     @cached_property
     def value(self) -> float:
-        """Mean over all images of the finished folds after the last epoch."""
+        """Mean score after the last epoch over all images of the finished folds."""
         return float(np.concatenate([self.scores[fold][-1] for fold in self.finished]).mean(dtype=np.float64))
 
     @property
     def place(self) -> str:
-        """The latest epoch in words: `in fold 1 at epoch 3`, or `after fold 1` if it was the last one."""
+        """Description of the latest epoch: `in fold 1 at epoch 3`, or `after fold 1` if it was the last one."""
         fold, epoch = self.latest + 1, len(self.scores[self.latest])
         return f"in fold {fold} at epoch {epoch}" if epoch < self.n_epochs else f"after fold {fold}"
 
@@ -113,13 +115,13 @@ class TrialScores:
         return len(self.finished) == n_folds
 
     def spent(self, epochs: int) -> float:
-        """Return the share of the schedule's summed learning rate that is spent after `epochs` epochs."""
+        """Return the fraction of the schedule's summed learning rate that the first `epochs` epochs use."""
         t = epochs / self.n_epochs
         return t + math.sin(math.pi * t) / math.pi if self.schedule == "cosine" else t
 
 
 class Race:
-    """The racing rule as a pruner: a pure function of its arguments."""
+    """Pruner that applies the racing rule. Its decisions depend only on its arguments."""
 
     is_sequential = True
     takes_any_fold = True
@@ -128,10 +130,11 @@ class Race:
         self.alpha = alpha
 
     def judge(self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds) -> PruneDecision | None:
-        """Decide whether the candidate can still win: after every epoch of its first fold, and after every fold.
+        """Decide whether the candidate can still win.
 
-        Only the complete ones of the other trials count. None if there is no decision to make: no trial is complete
-        yet, the candidate is, or it is inside a later fold.
+        There is a decision after every epoch of the candidate's first fold, and after every later fold. Only the
+        complete trials among `others` are used. Returns None if there is no decision to make: no trial is complete
+        yet, the candidate itself is complete, or it is in the middle of a later fold.
         """
         is_inside = len(candidate.scores[candidate.latest]) < candidate.n_epochs
         found = None if is_inside and candidate.finished else compare(candidate, others, folds.k)
@@ -146,7 +149,7 @@ class Race:
 def decide(
     drop: bool, candidate: TrialScores, others: Sequence[TrialScores], n_folds: int, reason: str
 ) -> PruneDecision:
-    """Record a decision that another pruner or the user made, with the comparison with the incumbent."""
+    """Return a decision that another pruner or the user made, with the comparison to the incumbent."""
     if (found := compare(candidate, others, n_folds)) is not None:
         return dataclasses.replace(found, drop=drop, reason=reason)
     so_far = np.concatenate([scores[-1] for scores in candidate.scores.values()]).mean(dtype=np.float64)
@@ -155,10 +158,11 @@ def decide(
 
 
 def compare(candidate: TrialScores, others: Sequence[TrialScores], n_folds: int) -> PruneDecision | None:
-    """Test the candidate against the complete trials among the others; whether it is pruned is left open.
+    """Test the candidate against the complete trials among `others`, without deciding whether it is pruned.
 
-    The test uses the candidate's finished folds, and in its first fold the possible continuations. None if there is
-    nothing to test: no complete trial, a complete candidate, fewer than two images, or a continuation without limit.
+    The test uses the candidate's finished folds. Before its first fold is finished, the test uses the possible
+    continuations of that fold. Returns None if there is nothing to test: no complete trial, a complete candidate,
+    fewer than two images, or an unlimited continuation.
     """
     complete = sorted((trial for trial in others if trial.is_full(n_folds)), key=lambda trial: trial.number)
     if not complete or not candidate.scores or candidate.is_full(n_folds):
@@ -183,7 +187,7 @@ def compare(candidate: TrialScores, others: Sequence[TrialScores], n_folds: int)
     estimate = reference.incumbent.value - float((expected - typically).mean())
     return PruneDecision(
         drop=False,
-        # A trial that collapsed on an easy fold would get an estimate below 0, which no score can be.
+        # Clip to valid scores, because a trial that collapsed on an easy fold would get an estimate below 0.
         estimate=min(max(estimate, 0.0), 1.0),
         fold=candidate.latest,
         epoch=len(candidate.scores[candidate.latest]),
@@ -197,23 +201,23 @@ def compare(candidate: TrialScores, others: Sequence[TrialScores], n_folds: int)
 
 
 def _variance_factor(seen: int, whole: int, n_near: int) -> float:
-    """Return the variance of mean d, as a multiple of that of one fold or image, with `seen` of `whole` evaluated."""
+    """Return the variance of mean d relative to that of one fold or image, if `seen` of `whole` are evaluated."""
     return 1 / seen + 1 / whole + (1 / seen - 1 / whole) / n_near
 
 
 class ReferenceScores(NamedTuple):
-    """Scores that a candidate is compared with, from the complete trials near the incumbent."""
+    """Expected scores that a candidate is compared with, from the complete trials near the incumbent."""
 
     incumbent: TrialScores
     near: tuple[TrialScores, ...]
     scores: dict[int, Scores]
-    """Fold to the expected score of each of its images by a trial as good as the incumbent."""
+    """Maps each fold to the expected scores of a trial as good as the incumbent on the images of that fold."""
     runs: RunVariance
 
 
 @lru_cache(maxsize=4)
 def _reference_scores(complete: tuple[TrialScores, ...], n_folds: int) -> ReferenceScores:
-    # Cached because it is needed after every epoch, and changes only with another complete trial.
+    # Cached because it is needed after every epoch and changes only when another trial becomes complete.
     by_number = {trial.number: trial for trial in complete}
     incumbent = by_number[rank({number: trial.value for number, trial in by_number.items()})[0]]
     near = tuple(trial for trial in complete if trial.value >= incumbent.value - NEAR)
@@ -224,9 +228,9 @@ def _reference_scores(complete: tuple[TrialScores, ...], n_folds: int) -> Refere
 
 
 def _continuations(candidate: TrialScores, fold: int, reference: ReferenceScores) -> tuple[Scores, Scores]:
-    """Return the fold's image scores after the last epoch: best case and typical case, (n,) each.
+    """Return the predicted image scores of the fold after the last epoch: best case and typical case, (n,) each.
 
-    The best case is infinite if some near trial still scored 0 at this epoch: no trial is too late yet.
+    The best case is infinite if a near trial still scored 0 at this epoch, because then no trial is too late yet.
     """
     scores = candidate.scores[fold]
     now = scores[np.argmax(candidate.curves[fold])].astype(float)
@@ -243,9 +247,9 @@ def _continuations(candidate: TrialScores, fold: int, reference: ReferenceScores
 
 
 def _shares_of_final(near: Sequence[TrialScores], epochs: Callable[[TrialScores], int]) -> list[float]:
-    """Return the share of its final score that each near trial reached within `epochs(trial)` epochs, over its folds.
+    """Return the fraction of its final score that each near trial reached within its first `epochs(trial)` epochs.
 
-    Trials for which that is no epoch are left out.
+    The scores are summed over the trial's folds. Trials for which `epochs` returns 0 are left out.
     """
     shares = []
     for trial in near:
@@ -257,5 +261,5 @@ def _shares_of_final(near: Sequence[TrialScores], epochs: Callable[[TrialScores]
 
 
 def _epochs_to_spend(trial: TrialScores, spent: float) -> int:
-    """Return the epochs until this share of the learning rate is spent, rounded up; at least 1."""
+    """Return the number of epochs that use this fraction of the learning rate, rounded up; at least 1."""
     return next(epoch for epoch in range(1, trial.n_epochs + 1) if trial.spent(epoch) >= spent - 1e-9)

@@ -1,7 +1,7 @@
-"""Which trials are replicated when the search is over, and what follows from their refits.
+"""Select the trials to replicate after the search, and track their refits.
 
-The best of many first fits owes part of its score to chance, in its images and in its runs. Refits of the top
-candidates with new seeds separate run-to-run variance from the effect of the configuration.
+The best of many scores is partly due to chance, in its images and in its runs. Refits of the top candidates with new
+seeds separate run-to-run variance from the effect of the configuration.
 """
 
 import logging
@@ -17,11 +17,11 @@ from hpsearch.store.versions import code_version, now
 logger = logging.getLogger(__name__)
 
 N_KEPT = 2
-"""Replicated trials whose second networks are kept: they predict the images that they have not seen."""
+"""Number of replicated trials that keep the networks of their refits, which predict their held-out images."""
 
 
 def n_left(record: StudyRecord, n_trials: int) -> int:
-    """Return how many configurations are to be replicated at most, when `n_trials` trials are still to come."""
+    """Return the maximum number of configurations still to be replicated, if `n_trials` trials are still to come."""
     study = record.config.study
     if study.folds == "fixed" or study.trials < 2 or (n_trials == 0 and has_all_replicates(record)):
         return 0
@@ -29,10 +29,10 @@ def n_left(record: StudyRecord, n_trials: int) -> int:
 
 
 def shortlist(record: StudyRecord) -> Shortlist | None:
-    """Return the trials to replicate now; None where there is no choice between trials.
+    """Return the trials to replicate; None if no trial should be replicated.
 
-    The shortlist is made and written when it is first asked for, and again when complete trials have come since or
-    another number of replicates is wanted.
+    The shortlist is selected and written on the first call. It is selected again if more trials have become complete
+    or if `study.confirm` has changed.
     """
     count, contenders = record.config.study.confirm, record.complete_trials()
     if not wants_replicates(record, contenders):
@@ -49,7 +49,7 @@ def shortlist(record: StudyRecord) -> Shortlist | None:
 
 
 def open_replicates(record: StudyRecord) -> list[ReplicateRecord]:
-    """Return the replicates that have not ended, in the order of the shortlist; new ones are not written yet."""
+    """Return the replicates that have not ended, in shortlist order. New replicates are not written yet."""
     chosen = shortlist(record)
     seconds = [
         record.replicate(number) or ReplicateRecord(trial=number, began_at=now(), code=code_version())
@@ -59,7 +59,7 @@ def open_replicates(record: StudyRecord) -> list[ReplicateRecord]:
 
 
 def progress(record: StudyRecord) -> tuple[tuple[int, ...], int, int]:
-    """Return the trials on the shortlist, their refits that are finished, and all their refits."""
+    """Return the trials on the shortlist, the number of their finished refits, and the number of all their refits."""
     chosen = record.shortlist()
     trials = chosen.trials if chosen is not None else ()
     fits = [fit for number in trials for fit in record.fits(number, replicate=True)]
@@ -67,9 +67,9 @@ def progress(record: StudyRecord) -> tuple[tuple[int, ...], int, int]:
 
 
 def remove_unneeded_networks(record: StudyRecord) -> None:
-    """Remove the networks of replicates, once all have ended, but those of the best trial and of the next one."""
+    """Remove the networks of replicates, except those of the best `N_KEPT` trials, once all replicates have ended."""
     standing = record.standing()
-    # Confirmed trials come first in the ranking.
+    # Trials with a complete replicate come first in the ranking.
     kept = standing.ranking[: min(N_KEPT, len(standing.confirmed))]
     for second in record.replicate_records() if standing.confirmed else ():
         for fit in record.fits(second.trial, replicate=True) if second.trial not in kept else ():

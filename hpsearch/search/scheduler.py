@@ -1,7 +1,7 @@
-"""What to train next: a pure function of the state of a study.
+"""Decide what to train next, as a pure function of the state of a study.
 
-`next_action` covers trials, folds, replicates and the end. It knows no files, no workers and no clock, so recorded
-studies can be simulated with it.
+`next_action` handles trials, folds, replicates and the end of a study. It uses no files, workers or clock, so it can
+also simulate recorded studies.
 """
 
 from collections.abc import Iterable
@@ -10,19 +10,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class OpenFits:
-    """The fits of one trial, or of one replicate of it, that are not all finished."""
+    """State of the fits of one open trial or replicate."""
 
     trial: int
     replicate: int = 0
-    """0: the trial itself; 1: its replicate."""
+    """0 for the trial itself, 1 for its replicate."""
     finished: frozenset[int] = frozenset()
     """Folds whose fit is finished."""
     running: frozenset[int] = frozenset()
-    """Folds that a worker fits now."""
+    """Folds that workers are fitting now."""
     is_pruned: bool = False
-    """Whether the trial was pruned, so that it ends when its fits have stopped."""
+    """Whether the trial was pruned. A pruned trial ends when its fits have stopped."""
     resumable: int | None = None
-    """In a pruned trial, the fold that was pruned after its last epoch: it is still to be finished."""
+    """Fold of a pruned trial that was pruned after its last epoch and must still be finished; None if there is
+    none."""
 
     def next_fold(self, n_folds: int) -> int | None:
         """Return the first fold that is neither finished nor running; None if there is none."""
@@ -35,34 +36,34 @@ class OpenFits:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyState:
-    """What the next action depends on."""
+    """State of a study on which the next action depends."""
 
     n_folds: int
     n_trials: int
     """Number of trials requested (`study.trials`)."""
     n_counted: int
-    """Ended trials that count toward `n_trials`."""
+    """Number of ended trials that count toward `n_trials`."""
     n_suggested: int
-    """Trials on record, open ones and those that do not count included."""
+    """Number of recorded trials, including open trials and trials that do not count."""
     n_unused: int | None
     """Number of configurations that have not been tried; None if the search space is infinite."""
     has_complete: bool
-    """Whether a trial is complete, so that others can be compared with it."""
+    """Whether any trial is complete, so that other trials can be compared with it."""
     open: tuple[OpenFits, ...] = ()
-    """Open trials by number."""
+    """Open trials, by number."""
     replicates: tuple[OpenFits, ...] | None = None
-    """Open replicates in the order of the shortlist; None while no shortlist has been made."""
+    """Open replicates in shortlist order; None if no shortlist has been made yet."""
     lookahead: int = 0
-    """Above 0: a suggestion waits for all trials up to this many before it."""
+    """If above 0, trial n is suggested only after all trials up to n - lookahead have ended."""
     folds_in_turn: bool = True
-    """Whether the pruner wants the folds of a trial one after another, as long as other trials can be run."""
+    """Whether the folds of a trial are fitted one after another while other trials can be run."""
     judges_any_fold: bool = True
-    """Whether the pruner can judge a trial by whichever folds are finished."""
+    """Whether the pruner can judge a trial by any subset of its folds."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Fit this fold."""
+    """Action: fit this fold of a trial or replicate."""
 
     trial: int
     fold: int
@@ -71,22 +72,22 @@ class Fit:
 
 @dataclass(frozen=True)
 class Suggest:
-    """Begin the next trial."""
+    """Action: begin the next trial."""
 
 
 @dataclass(frozen=True)
 class MakeShortlist:
-    """The search is over: choose the trials to replicate."""
+    """Action: end the search and select the trials to replicate."""
 
 
 @dataclass(frozen=True)
 class Wait:
-    """Nothing can start until a running fit ends."""
+    """Action: wait until a running fit ends, because nothing else can start."""
 
 
 @dataclass(frozen=True)
 class Done:
-    """Nothing is left to do."""
+    """Action: finish, because nothing is left to do."""
 
 
 Action = Fit | Suggest | MakeShortlist | Wait | Done
@@ -96,14 +97,14 @@ def next_action(state: StudyState) -> Action:
     """Return what an idle worker should do next.
 
     1. Continue an open trial that no worker is fitting.
-    2. While no trial is complete, fit further folds of the first one: nothing can be pruned before.
+    2. While no trial is complete, fit further folds of the first trial: pruning needs a complete trial.
     3. Begin a trial.
-    4. Fit further folds of open trials; if folds are fitted in turn, only of those that have a finished fold.
-    5. When the search is over, choose the shortlist and fit its replicates.
+    4. Fit further folds of open trials. If folds are fitted in turn, skip trials without a finished fold.
+    5. After the search, select the shortlist and fit its replicates.
     """
     if fit := _first_fit(state, [fits for fits in state.open if not fits.running]):
         return fit
-    # Folds that are fitted at the same time must not make the result depend on their speed.
+    # The result must not depend on the relative speed of folds that are fitted at the same time.
     may_help = state.judges_any_fold and not (state.folds_in_turn and state.lookahead)
     survivors = [fits for fits in state.open if may_help and not fits.is_pruned]
     first = [fits for fits in survivors if fits is state.open[0] and state.folds_in_turn and not state.has_complete]

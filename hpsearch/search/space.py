@@ -1,4 +1,4 @@
-"""The search space and its trials in Optuna's terms, and back."""
+"""Convert the search space and its trials to Optuna's types and back."""
 
 import itertools
 import math
@@ -13,33 +13,35 @@ from hpsearch.config.search import Choice, Range, SearchSpace
 
 Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
 Distributions = Mapping[str, Distribution]
-"""Setting to Optuna's distribution of it."""
+"""Optuna's distribution of each setting, by name."""
 
 SAME_FACTOR = 1.2
-"""Two learning rates closer than this count as equal: they differ by less than two runs of one configuration do."""
+"""Values on a logarithmic scale, such as learning rates, count as equal if they differ by less than this factor. Such
+a difference changes the score less than a new seed does."""
 SAME_SHARE = math.log(SAME_FACTOR) / math.log(1000)
-"""For other continuous settings, the share of the range that a factor of 1.2 has of three decades."""
+"""Values on a linear scale count as equal if they differ by less than this fraction of the range. On a logarithmic
+range of three decades, `SAME_FACTOR` is the same fraction."""
 MAX_ENUMERATED = 100_000
-"""Largest number of configurations that is enumerated."""
+"""Maximum number of configurations that are enumerated."""
 
 
 def distributions(space: SearchSpace) -> dict[str, Distribution]:
-    """Return Optuna's distribution of every dimension, by the setting's name."""
+    """Return Optuna's distribution of each dimension, by setting name."""
     return {name: _distribution(dimension) for name, dimension in space.items()}
 
 
 def default_params(config: StudyConfig) -> dict[str, Any]:
-    """Return the default configuration as params: those of trial 0."""
+    """Return the params of the default configuration, which trial 0 uses."""
     return {name: get_setting(config, name) for name in config.search}
 
 
 def encode(value: Any) -> Any:
-    """Return a setting's value as Optuna can store it: a (height, width) pair becomes `256x192`."""
+    """Return a setting's value in a form that Optuna can store: a (height, width) pair becomes `256x192`."""
     return "x".join(map(str, value)) if isinstance(value, tuple | list) else value
 
 
 def decode(value: Any) -> Any:
-    """Return the setting's value that `encode` was given."""
+    """Return the value that was passed to `encode`."""
     if isinstance(value, str) and value.count("x") == 1 and all(part.isdecimal() for part in value.split("x")):
         height, width = value.split("x")
         return int(height), int(width)
@@ -49,7 +51,10 @@ def decode(value: Any) -> Any:
 def frozen_trial(
     params: Mapping[str, Any], space: Distributions, state: TrialState, constraint: float = 0.0, **more: Any
 ) -> FrozenTrial:
-    """Return a trial of Optuna. Params outside the space are left out, a constraint above 0 marks it infeasible."""
+    """Return an Optuna trial.
+
+    Params outside the space are left out. A constraint above 0 marks the trial as infeasible.
+    """
     searched = {name: each for name, each in space.items() if name in params}
     return create_trial(
         state=state,
@@ -63,7 +68,7 @@ def frozen_trial(
 def is_same(one: Any, other: Any, dimension: Choice | Range, *, any_float: bool = False) -> bool:
     """Return whether two values of a setting count as equal. Discrete values must be equal, continuous ones close.
 
-    With `any_float`, any two values of a continuous setting count as equal.
+    If `any_float` is true, any two values of a continuous setting count as equal.
     """
     if isinstance(dimension, Choice) or dimension.is_int or dimension.step is not None:
         return bool(dimension.key(one) == dimension.key(other))
@@ -73,7 +78,7 @@ def is_same(one: Any, other: Any, dimension: Choice | Range, *, any_float: bool 
 
 
 def unused_params(search: SearchSpace, used: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return all params of a finite space that are not in `used`; empty for one that is infinite or very large."""
+    """Return all params of a finite space that are not in `used`; empty if the space is infinite or very large."""
     if not 0 < (search.n_configurations or 0) <= MAX_ENUMERATED:
         return []
     taken = {search.key(params) for params in used}
@@ -83,7 +88,7 @@ def unused_params(search: SearchSpace, used: Sequence[Mapping[str, Any]]) -> lis
 
 
 def grid(dimension: Choice | Range) -> list[Any]:
-    """Return all values of a dimension; empty for a continuous one."""
+    """Return all values of a dimension; empty if the dimension is continuous."""
     if isinstance(dimension, Choice):
         return [decode(value) for value in dimension.values]
     step = dimension.step or 1

@@ -22,7 +22,7 @@ Fits = Mapping[int, Sequence[FitRecord]]
 
 @dataclass(frozen=True)
 class OpenFit:
-    """A fit that was started and is not finished."""
+    """A fit that was started but is not finished."""
 
     trial: int
     fold: int
@@ -32,18 +32,18 @@ class OpenFit:
     score: float
     """Mean held-out score after the last finished epoch."""
     is_replicate: bool = False
-    """Whether it is a refit with another seed."""
+    """Whether the fit is a refit with another seed."""
 
 
 @dataclass(frozen=True)
 class StudyStatus:
-    """A study at one moment."""
+    """Status of a study at one moment."""
 
     name: str
     config: StudyConfig
     trials: tuple[TrialRecord, ...]
     n_counted: int
-    """Trials that count toward `study.trials`."""
+    """Number of trials that count toward `study.trials`."""
     n_folds: int
     n_finished: dict[int, int]
     """Number of finished folds of each trial."""
@@ -51,25 +51,29 @@ class StudyStatus:
     """Seconds of training and evaluation of each trial so far."""
     best: TrialRecord | None
     values: dict[int, float]
-    """Value by which each trial that can win is ranked: the mean over both fits if it was refitted."""
+    """Ranking value of each trial that can win: the mean over both fits if it was refitted."""
     shortlist: tuple[int, ...]
     """Trials that are refitted after the search; empty before the search is over."""
     n_replicate_fits: int
-    """Finished fits of their refits."""
+    """Number of finished fits among the refits."""
     is_confirmed: bool
     """Whether all refits are finished, so that the ranking uses both fits."""
     open_fits: tuple[OpenFit, ...]
     is_over: bool
-    """Whether nothing is left to do."""
+    """Whether the study has nothing left to do."""
     is_running: bool
     eta_s: float | None
-    """Estimated seconds until the end, from the trials so far or from measured steps; None if it is not running."""
+    """Estimated seconds until the end, from ended trials or measured steps; None if the study is not running or the
+    time is unknown."""
     warnings: tuple[str, ...] = ()
-    """Sentences about trials whose network predicts one class only, with the likely causes."""
+    """Warnings about trials whose network predicts only one class, with the likely causes."""
 
 
 def study_status(project: ProjectPaths, name: str) -> StudyStatus:
-    """Return the status of a study. Raise StudyError if it does not exist, RecordError if its folder is damaged."""
+    """Return the status of a study.
+
+    Raises StudyError if the study does not exist, and RecordError if its folder is damaged.
+    """
     record = StudyRecord.open(project.study(name))
     trials = tuple(record.trials())
     standing, stored = record.standing(trials), record.valid_shortlist(record.contenders(trials))
@@ -106,7 +110,7 @@ def _seconds(fits: Sequence[FitRecord]) -> float:
 
 
 def _open_fits(record: StudyRecord, fits: Fits, *, is_replicate: bool = False) -> Iterator[OpenFit]:
-    """Yield those of the fits that have epochs and are not finished, by trial and fold."""
+    """Yield the fits that have epochs but are not finished, by trial and fold."""
     for number, of_trial in fits.items():
         for fold, fit in enumerate(of_trial):
             rows = fit.epochs()
@@ -121,7 +125,8 @@ def _seconds_left(
 ) -> float | None:
     """Estimate the seconds until the end of a running study; None if nothing is known or left.
 
-    The estimate comes from ended trials, or else from measured steps. A refit may take as long as the longest trial.
+    The estimate is based on ended trials, or on measured steps if no trial has ended. A refit is assumed to take as
+    long as the longest trial.
     """
     if (table := record.plan()) is None:
         return None

@@ -9,33 +9,34 @@ from hpsearch.errors import StoppedError
 from hpsearch.paths import StudyPaths
 
 GRACE_S = 12.0
-"""Time that running epochs get to finish after the time limit; then the workers are stopped at once."""
+"""Seconds that running epochs may continue after the time limit. After that, the workers are stopped at once."""
 
 
 class Stop:
-    """State of the requests to stop: the first one stops after the current epochs, the second one at once."""
+    """Requests to stop a study. The first request stops it after the current epochs, the second one at once."""
 
     def __init__(self) -> None:
         self.requests = 0
         self.signal = 0
         """Number of the signal that requested the stop: SIGTERM for `hpsearch stop`, 0 for the time limit."""
         self.epoch_left_s: Callable[[], float | None] = lambda: None
-        """Seconds until the epochs being trained end; NaN if not known, None if none is trained."""
+        """Function that returns the seconds until the running epochs end; NaN if unknown, None if no epoch is
+        running."""
         self._ends_at = math.inf
 
     def request(self, signal_number: int = 0, *, at_once: bool = False) -> None:
-        """Ask to stop. May be called from a signal handler or another thread."""
+        """Request a stop. This method may be called from a signal handler or another thread."""
         self.requests += 2 if at_once else 1
         self.signal = self.signal or signal_number
 
     def limit(self, hours: float) -> None:
-        """Stop after this many hours from now."""
+        """Set a time limit, in hours from now."""
         self._ends_at = time.monotonic() + hours * 3600
 
     def poll(self, study: StudyPaths) -> str:
-        """Check the time limit and requests of `hpsearch stop`; return the reason of a new stop, else ""."""
+        """Check for the time limit and `hpsearch stop`. Return the reason if a stop is newly requested, else ""."""
         if study.stop_request.exists():
-            # The exit status is that of a terminated process, so that a calling script stops, too.
+            # Exit like a process that SIGTERM ended, so that a calling script stops too.
             self.request(signal.SIGTERM, at_once=study.stop_request.read_text().strip() == "now")
             study.stop_request.unlink(missing_ok=True)
             return "stop was requested from outside"

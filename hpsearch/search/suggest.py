@@ -1,8 +1,9 @@
-"""Suggest the params of a trial: a pure function of the trials before it.
+"""Suggest the params of a trial, as a pure function of the earlier trials.
 
-An ordinary Optuna sampler carries a random state from trial to trial, which is lost when the process ends. Here every
-suggestion comes from a new sampler, seeded from the study's seed and the trial number, in an in-memory Optuna study
-that holds the recorded trials. A study that was stopped therefore makes the same suggestions as one that was not.
+An ordinary Optuna sampler carries its random state from trial to trial, and that state is lost when the process ends.
+Here every suggestion comes from a new sampler, which is seeded from the study's seed and the trial number. The
+sampler works on an in-memory Optuna study that contains the recorded trials. A study that was stopped and continued
+therefore makes the same suggestions as an uninterrupted one.
 """
 
 import dataclasses
@@ -32,14 +33,14 @@ Params = dict[str, Any]
 def suggest(
     config: StudyConfig, history: Sequence[TrialRecord], number: int, enqueued: Mapping[str, Any] | None = None
 ) -> Params:
-    """Return the params of trial `number`: the default for trial 0, those enqueued, or what the sampler suggests.
+    """Return the params of trial `number`: the default for trial 0, then enqueued params or a suggestion.
 
-    `history` are the trials before it, by number. No configuration is suggested twice; continuous settings count as
-    equal if they are close. A finite space is repeated only when all its configurations are used up.
+    `history` contains the earlier trials, by number. Configurations are not suggested twice, and continuous settings
+    count as equal if they are close. Configurations of a finite space are repeated only after all of them were used.
 
-    The sampler learns the value of a complete trial, of its first fits only, and the estimate of a pruned one. With
-    `study.lookahead` L > 0 it learns the results of the trials up to number - L, and sees the later ones as running
-    even if they have ended, so that the number of workers makes no difference.
+    The sampler receives the values of complete trials, from their first fits only, and the estimates of pruned
+    trials. With `study.lookahead` L > 0, it receives only the results of trials up to number - L. It sees later
+    trials as running, even if they have ended, so that the suggestion does not depend on the number of workers.
     """
     if number == 0 or enqueued:
         return {**default_params(config), **(enqueued or {})} if number else default_params(config)
@@ -61,11 +62,14 @@ STATES = {
     "failed": TrialState.FAIL,
     "orphaned": TrialState.FAIL,
 }
-"""Outcome of a trial to the state of its counterpart in Optuna."""
+"""Optuna's trial state for each outcome."""
 
 
 def _draw_new(config: StudyConfig, known: Sequence[TrialRecord], number: int, fixed: Params) -> Params:
-    """Draw until the params are not those of an earlier trial; then take an unused configuration if there is one."""
+    """Draw params until they differ from those of all earlier trials.
+
+    After `ATTEMPTS` repeats, an unused configuration is returned if there is one, else the first draw.
+    """
     spaces = distributions(config.search)
     searched = {name: each for name, each in spaces.items() if name not in fixed}
     with quiet():
@@ -85,10 +89,10 @@ def _draw_new(config: StudyConfig, known: Sequence[TrialRecord], number: int, fi
 
 
 def _draw(config: StudyConfig, study: Study, trial: FrozenTrial, searched: Distributions, attempt: int) -> Params:
-    """Return one suggestion of the sampler; settings without a suggestion get random values.
+    """Return one suggestion of the sampler, with random values for settings that it does not suggest.
 
-    After half of the attempts, all settings are drawn at random: a sampler that kept repeating itself is likely to
-    repeat itself again.
+    After half of the attempts, all settings are drawn at random, because the sampler would probably continue to
+    repeat itself.
     """
     salt = (attempt,) if attempt else ()
     drawn: Params = {}
@@ -113,7 +117,10 @@ def _is_repeat(params: Params, earlier: TrialRecord, search: SearchSpace) -> boo
 
 
 def _study_in_memory(config: StudyConfig, known: Sequence[TrialRecord], dimensions: Distributions) -> Study:
-    """Return a study with these trials: COMPLETE with value or estimate, else in the state of their outcome."""
+    """Return an in-memory study with these trials.
+
+    Complete and pruned trials with a value are COMPLETE. All other trials have the state of their outcome.
+    """
     study = optuna.create_study(direction="maximize", sampler=RandomSampler(seed=0))
     for each in known:
         has_value = each.outcome in ("complete", "pruned") and each.value is not None
@@ -128,7 +135,10 @@ def _study_in_memory(config: StudyConfig, known: Sequence[TrialRecord], dimensio
 
 
 def _replay(config: StudyConfig, study: Study, frozen: FrozenTrial, number: int) -> None:
-    """Add a trial after the sampler has suggested it again, which leaves the sampler's state in its attributes."""
+    """Replay a trial: let the sampler suggest it again, and add it to the study.
+
+    The sampler stores its state in the attributes of the trial.
+    """
     study.enqueue_trial(frozen.params)
     trial = study.ask(frozen.distributions)
     searched: Any = {name: each for name, each in frozen.distributions.items() if not each.single()}
@@ -143,7 +153,10 @@ def _seed(config: StudyConfig, number: int, *salt: Any) -> int:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence Optuna's messages about new studies and experimental features: versions are pinned and tested."""
+    """Silence Optuna's messages about new studies and experimental features.
+
+    These features are safe to use, because Optuna's version is pinned and tested.
+    """
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:

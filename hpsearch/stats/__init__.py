@@ -1,1 +1,4 @@
-"""Statistics of a study: best trial, intervals, run-to-run variance, selection bias. Knows numpy and scipy only."""
+"""Compute the statistics of a study: best trial, intervals, run-to-run variance, selection bias.
+
+This package depends only on NumPy and SciPy.
+"""

@@ -1,8 +1,8 @@
-"""Compute intervals of means and of paired differences: bootstrap over images, Student's t over folds.
+"""Compute intervals of means and paired differences, by bootstrap over images or Student's t over folds.
 
-Scores lie in [0, 1], so means do too, and differences lie in [-1, 1]. Intervals that would extend beyond are cut
-there. The true value never lies in the part that is cut off, so the coverage does not change (Newcombe, Statistics in
-Medicine 17, 1998; Mandelkern, Statistical Science 17, 2002).
+Scores and their means lie in [0, 1], and differences lie in [-1, 1]. Intervals are clipped to these ranges. The true
+value never lies in the clipped part, so the coverage does not change (Newcombe, Statistics in Medicine 17, 1998;
+Mandelkern, Statistical Science 17, 2002).
 """
 
 import math
@@ -22,10 +22,10 @@ Floats = NDArray[np.float64]
 LEVEL = 0.95
 """Nominal coverage of every interval."""
 N_BAGS = 2000
-"""Bootstrap samples of the images."""
+"""Number of bootstrap samples of the images."""
 _TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 _BLOCK = 2**23
-"""Entries of one block of bootstrap counts: 32 MiB."""
+"""Number of entries in one block of bootstrap counts (32 MiB)."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Interval:
 
     @classmethod
     def of_scores(cls, mean: float, low: float, high: float) -> Self:
-        """Return the interval of a mean of scores, cut to [0, 1]."""
+        """Return the interval of a mean of scores, clipped to [0, 1]."""
         return cls(mean, *cut(mean, low, high, least=0.0))
 
 
@@ -53,7 +53,7 @@ class Paired:
 
     @classmethod
     def of_differences(cls, difference: float, low: float, high: float, p: float) -> Self:
-        """Return the interval of a mean difference of scores, cut to [-1, 1]."""
+        """Return the interval of a mean difference of scores, clipped to [-1, 1]."""
         return cls(difference, *cut(difference, low, high, least=-1.0), p)
 
 
@@ -68,8 +68,9 @@ def paired_difference(
 ) -> Paired:
     """Return the mean of first minus second, (n,) each on the same images, with its bootstrap interval.
 
-    Without a run-to-run variance the result holds for these two networks, with one for the two configurations. p is
-    twice the share of draws beyond 0, and never smaller than the number of draws can resolve.
+    Without a run-to-run variance, the result applies to these two networks. With a run-to-run variance, it applies to
+    the two configurations. p is twice the smaller fraction of draws on one side of 0. It is never smaller than the
+    number of draws can resolve.
     """
     difference = first - second
     draws = _draws(difference, run_variance, run_df, seed)
@@ -82,8 +83,9 @@ def paired_difference(
 def corrected_t(fold_means: Floats) -> Interval | None:
     """Return the mean of k fold means with the corrected resampled t interval; None for one fold.
 
-    The folds' training sets overlap, so their means are not independent: the variance counts 1/k + 1/(k - 1) times
-    instead of 1/k (Nadeau and Bengio, Machine Learning 52, 2003). The interval is wide for few folds.
+    The training sets of the folds overlap, so the fold means are not independent. The variance of the fold means is
+    therefore multiplied by 1/k + 1/(k - 1) instead of 1/k (Nadeau and Bengio, Machine Learning 52, 2003). The
+    interval is wide if there are few folds.
     """
     k = len(fold_means)
     if k < 2:
@@ -94,7 +96,7 @@ def corrected_t(fold_means: Floats) -> Interval | None:
 
 
 def bootstrap_counts(n_images: int, seed: int) -> Iterator[NDArray[np.float32]]:
-    """Yield blocks of bootstrap samples: how often each image is in each sample, (samples, n_images)."""
+    """Yield blocks of bootstrap counts: how often each image occurs in each sample, (samples, n_images)."""
     size = max(1, _BLOCK // n_images)
     for start in range(0, N_BAGS, size):
         yield _count_block(n_images, seed, start, min(size, N_BAGS - start))
@@ -116,7 +118,10 @@ def half_width(image_variance: float, image_df: float, run_variance: float, run_
 
 
 def cut(mean: float, low: float, high: float, *, least: float) -> tuple[float, float]:
-    """Return the ends of an interval, cut to [least, 1]. The mean stays inside even if rounding moved it beyond."""
+    """Return the ends of an interval, clipped to [least, 1].
+
+    The interval always contains the mean, regardless of rounding errors.
+    """
     return min(mean, max(low, least)), max(mean, min(high, 1.0))
 
 
@@ -131,14 +136,14 @@ def _count_block(n_images: int, seed: int, start: int, size: int) -> NDArray[np.
 
 
 def _draws(scores: Floats, run_variance: float, run_df: float, seed: int) -> Floats:
-    """Return the means of bootstrap samples of scores (n,), each shifted by a draw of the run-to-run error."""
+    """Return the means of bootstrap samples of scores (n,), each shifted by a random run-to-run error."""
     n = len(scores)
     if n < 2:
         raise StudyError(f"an interval needs at least 2 images, got {n}")
     mean = float(np.mean(scores))
     centred = (scores - mean).astype(np.float32)
     draws = np.concatenate([counts @ centred for counts in bootstrap_counts(n, seed)]).astype(np.float64) / n
-    # The variance of a sample about its own mean is too small by the factor (n - 1) / n.
+    # The variance about the sample's own mean is too small by the factor (n - 1) / n.
     draws *= math.sqrt(n / (n - 1))
     if run_variance > 0:
         rng = np.random.default_rng([seed, 1])

@@ -1,13 +1,14 @@
 """Estimate a selected trial's mean, or its lead over another trial, by the posterior mean of a mixed model.
 
-The mean scores of trial c on fold k are modelled as
+The mean score of trial c on fold k is modelled as
 
     z[c, k] = f[k] + mu[c] + e[c, k],      e[c, k] ~ N(0, 1 / precision[c, k]),      mu[c] ~ N(0, tau^2)
 
-with f[k], the level of the fold, flat. A posterior does not depend on which trial was selected, nor on which trials
-racing pruned after which fold, because both were decided by the data in the model (Rubin, Biometrika 63, 1976;
-Efron, JASA 106, 2011). The trials' standard deviation tau comes from the study itself (empirical Bayes; Morris, JASA
-78, 1983): where it is small against the noise, a trial's mean is pulled to that of all trials.
+The level of the fold, f[k], has a flat prior. The posterior does not depend on which trial was selected, or on which
+trials racing pruned after which fold, because both decisions were based on the data in the model (Rubin, Biometrika
+63, 1976; Efron, JASA 106, 2011). The standard deviation tau of the trials' true means is estimated from the study
+itself (empirical Bayes; Morris, JASA 78, 1983). If tau is small compared with the noise, a trial's estimate is shrunk
+toward the mean of all trials.
 """
 
 import math
@@ -20,32 +21,34 @@ Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 SCALE = 0.4
-"""Scale of the half-Cauchy prior of tau (Gelman, Bayesian Analysis 1, 2006), in standard errors of a trial's mean."""
+"""Scale of the half-Cauchy prior of tau, in standard errors of a trial's mean (Gelman, Bayesian Analysis 1, 2006)."""
 N_GRID = 40
-"""Grid points of tau, denser towards 0."""
+"""Number of grid points of tau, which are denser toward 0."""
 TAIL, NOISE = 0.7, 1.5
-"""A trial does not inform tau if it lies more than `NOISE` standard errors further below the median than `TAIL` times
-the distance of the best above it: searches leave a long tail of bad trials."""
+"""Limits that exclude bad trials from the estimate of tau, because searches leave a long tail of them. A trial is
+excluded if it lies more than `NOISE` standard errors further below the median than `TAIL` times the distance between
+the median and the best trial."""
 MAX_ROUNDS = 5
-"""Rounds of excluding such trials."""
+"""Maximum number of rounds of excluding such trials."""
 
 
 class Contrast(NamedTuple):
-    """A posterior mean as a weighted sum of the trials' fold means."""
+    """Posterior mean, expressed as a weighted sum of the trials' fold means."""
 
     weights: Floats
-    """(trials, folds)"""
+    """Weights of the fold means, (trials, folds)."""
     choice_variance: float
-    """Posterior variance beyond the noise of the weighted sum: how far the trials truly differ is uncertain."""
+    """Posterior variance in addition to the noise of the weighted sum, because the trials' true differences are
+    uncertain."""
 
 
 class _Fits(NamedTuple):
-    """The model at each tau of a grid."""
+    """Model fitted at each tau of a grid."""
 
     tau: Floats
-    """(grid,)"""
+    """Values of tau, (grid,)."""
     share: Floats
-    """Posterior probability, (grid,)."""
+    """Posterior probability of each tau, (grid,)."""
     conditional: Floats
     """Variance of each mu given f, 1 / (1 / tau^2 + sum of precisions), (grid, trials); 0 for excluded trials."""
     information: Floats
@@ -59,12 +62,13 @@ def posterior_contrast(
 ) -> Contrast:
     """Return the posterior mean of a trial's mean over all images, or of its lead over `reference`.
 
-    means, precision: (trials, folds); precision 0 where a trial did not finish a fold. fold_share: (folds,), share of
-    the images. `trial` and `reference` have finished all folds. The prior of the reference's mu is flat, because it
-    is in the study whatever its score. So is that of a trial far below the others. Neither informs f or tau.
+    `means` and `precision` are (trials, folds) arrays. The precision is 0 if a trial did not finish a fold.
+    `fold_share` is (folds,), the fraction of the images in each fold. `trial` and `reference` must have finished all
+    folds. The prior of mu is flat for the reference, because it is in the study regardless of its score, and for
+    trials far below the others. These trials do not inform f or tau.
 
-    For a given tau everything is normal, and the posterior mean is linear in z (Henderson's mixed-model equations;
-    Robinson, Statistical Science 6, 1991); weights and variances are averaged over the posterior of tau.
+    For a given tau, all distributions are normal, and the posterior mean is linear in z (Henderson's mixed-model
+    equations; Robinson, Statistical Science 6, 1991). Weights and variances are averaged over the posterior of tau.
     """
     total = precision.sum(axis=1)
     guides, fits = _fit_guides(means, precision, reference, 1 / math.sqrt(total[trial]))
@@ -87,7 +91,7 @@ def posterior_contrast(
 
 
 def _fit_guides(means: Floats, precision: Floats, reference: int | None, se: float) -> tuple[Mask, _Fits]:
-    """Fit the model to the trials that inform tau: all except the reference and those far below.
+    """Fit the model to the trials that inform tau: all trials except the reference and those far below the others.
 
     Returns a mask of these trials, (trials,), and the fitted model.
     """

@@ -1,4 +1,4 @@
-"""Estimate the run-to-run variance: how far a fold's mean moves when the same fit is repeated with another seed."""
+"""Estimate the run-to-run variance: how much a fold's mean changes if a fit is repeated with another seed."""
 
 import math
 from collections.abc import Sequence
@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 NEAR = 0.05
-"""Only complete trials this close to the best are used, because collapsed trials vary many times more."""
+"""Maximum distance between the best trial and the other complete trials that are used. Collapsed trials vary many
+times more."""
 S_GUESS, S_GUESS_DF = 0.006, 4.0
-"""Prior guess of the standard deviation of a fold's mean between runs, and its weight in degrees of freedom."""
+"""Prior guess of the run-to-run standard deviation of a fold's mean, and its weight in degrees of freedom."""
 S_FLOOR = 0.003
-"""Smallest standard deviation that racing accepts."""
+"""Smallest run-to-run standard deviation that racing uses."""
 MEDIAN_EFFICIENCY = 0.55
 """Statistical efficiency of the median of mean squares with 4 degrees of freedom, relative to their mean."""
 
@@ -33,11 +34,11 @@ class RunVariance:
 
 
 def run_variance(finals: Sequence[Floats]) -> RunVariance:
-    """Estimate the run-to-run variance from the final scores (trials, images) of every fold.
+    """Estimate the run-to-run variance from the final scores of each fold, (trials, images).
 
     The trials' mean squares are combined by their median, so that a trial that collapsed on one fold has little
-    effect. The division by (1 - 2 / 9 df)^3, the median of chi^2 / df (Wilson and Hilferty), makes the median
-    unbiased.
+    effect. The result is divided by (1 - 2 / 9 df)^3, the approximate median of chi^2 / df (Wilson and Hilferty),
+    which makes the median unbiased.
     """
     n_trials, n_folds = len(finals[0]), len(finals)
     if n_trials < 2 or n_folds < 2:
@@ -50,11 +51,11 @@ def run_variance(finals: Sequence[Floats]) -> RunVariance:
 
 
 def fold_mean_squares(finals: Sequence[Floats]) -> tuple[Floats, float]:
-    """Return each trial's mean square of fold means, (trials,), and the part of it that the images cause.
+    """Return each trial's mean square of fold means, (trials,), and the part of it that is due to images.
 
-    finals: the final scores (trials, images) of every fold, for at least two trials and two folds. The mean squares
-    come from a two-way analysis of variance of the fold means without interaction. Each estimates the run-to-run
-    variance plus the images' part.
+    `finals` contains the final scores of each fold, (trials, images), for at least two trials and two folds. The mean
+    squares come from a two-way analysis of variance of the fold means without interaction. Each one estimates the
+    run-to-run variance plus the part due to images.
     """
     n_trials, n_folds = len(finals[0]), len(finals)
     means = np.stack([final.mean(axis=1) for final in finals], axis=1)
@@ -64,7 +65,7 @@ def fold_mean_squares(finals: Sequence[Floats]) -> tuple[Floats, float]:
 
 
 def image_variance(finals: Sequence[Floats]) -> float:
-    """Return the variance of a trial's score of an image after trial, fold and image effects; 0 if unknown."""
+    """Return the variance of image scores after trial, fold and image effects; 0 if unknown."""
     squares, df = 0.0, 0
     for final in finals:
         residual = final - final.mean(axis=1, keepdims=True)

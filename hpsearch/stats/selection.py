@@ -1,11 +1,11 @@
-"""Compare the trials of a study, and correct the selected one for selection bias.
+"""Compare the trials of a study, and correct the winner's score for selection bias.
 
-The best of many means is too high on average, and a trial that survived racing had favourable early folds. Both
-effects are in the same data, so one posterior mean corrects for both: a posterior does not depend on which trial was
-selected or why (Rubin, Biometrika 63, 1976, on ignorable mechanisms; Efron, JASA 106, 2011, on selection bias).
-`mixed_model` holds the model. Its standard deviation of the trials' true means, tau, is estimated from the study
-itself (empirical Bayes; Morris, JASA 78, 1983). If tau is small compared with the noise, the winner is pulled to the
-mean of all trials; if it is large, the winner keeps its own mean. Pruned trials enter with the folds that they
+The best of many means is too high on average, and a trial that survived racing had favourable early folds. One
+posterior mean corrects both effects, because a posterior does not depend on which trial was selected or why (Rubin,
+Biometrika 63, 1976, on ignorable mechanisms; Efron, JASA 106, 2011, on selection bias). The model is defined in
+`mixed_model`. The standard deviation tau of the trials' true means is estimated from the study itself (empirical
+Bayes; Morris, JASA 78, 1983). If tau is small compared with the noise, the winner's estimate is shrunk toward the
+mean of all trials. If tau is large, the winner keeps its own mean. Pruned trials contribute the folds that they
 finished. benchmarks/study_statistics.py checks bias and coverage on studies whose true means are known.
 """
 
@@ -25,18 +25,19 @@ from hpsearch.stats.study_scores import StudyScores
 Method = Literal["single", "first", "confirmed"]
 
 N_DRAWS = 2000
-"""Draws of the noise that determine how large a gap between tied trials may be."""
+"""Number of noise draws that determine how far below the best mean a tied trial may lie."""
 HOPELESS = 4.0
-"""Trials that lie more than this many standard errors below the best cannot tie with it: one-sided p below 0.0001."""
+"""Number of standard errors below the best mean beyond which a trial cannot tie with it (one-sided p below
+0.0001)."""
 
 
 def tied_with_best(study: StudyScores, *, seed: int = 0) -> tuple[int, ...]:
-    """Return the trials that include the truly best one with 95 % confidence, best mean first.
+    """Return a set of trials that contains the truly best one with 95 % confidence, best mean first.
 
-    Subset selection (Gupta, Technometrics 7, 1965): a trial is out if it lies further below the best mean than the
-    highest of equal trials would lead it in 95 of 100 studies. The noise is drawn from the observed covariance of the
-    images between trials, and from a run-to-run variance that is itself uncertain. Trials far below the best are
-    excluded first: collapsed trials are so noisy that, treated as equals, they would tie everything.
+    Subset selection (Gupta, Technometrics 7, 1965): a trial is excluded if its distance to the best mean is larger
+    than the 95 % quantile of this distance for equally good trials. The noise is drawn from the covariance of the
+    trials' image scores, and from a run-to-run variance that is itself uncertain. Trials far below the best are
+    excluded first, because the noise of collapsed trials is so large that all trials would tie.
     """
     rng = np.random.default_rng(seed)
     runs, means, run_variance = study.runs, study.joint.mean(axis=1), study.run_variances
@@ -57,16 +58,20 @@ def tied_with_best(study: StudyScores, *, seed: int = 0) -> tuple[int, ...]:
 
 
 def cheapest(tied: Sequence[int], costs: Mapping[int, float]) -> int:
-    """Return the tied trial with the lowest cost; of equal costs the better trial, which is earlier in `tied`."""
+    """Return the tied trial with the lowest cost.
+
+    Among trials of equal cost, the best one is returned, which comes first in `tied`.
+    """
     return min(tied, key=lambda trial: costs[trial])
 
 
 def select_for_replication(scores: Floats, count: int = 5, *, seed: int = 0) -> tuple[int, ...]:
     """Return up to `count` trials, ordered by how often each is the best on a bootstrap sample of the images.
 
-    scores: (trials, images) of the complete trials' first fits. Trials that are best on no sample are left out.
+    `scores` contains the first fits of the complete trials, (trials, images). Trials that are never the best are left
+    out.
     """
-    # Subtract what all trials share: it does not affect the choice and would cost float32 precision.
+    # Subtract the mean over trials, which does not affect the selection but would cost float32 precision.
     centred = np.asarray(scores - scores.mean(axis=0), np.float32)
     wins = np.zeros(len(scores), np.int64)
     for counts in bootstrap_counts(scores.shape[1], seed):
@@ -77,7 +82,11 @@ def select_for_replication(scores: Floats, count: int = 5, *, seed: int = 0) -> 
 
 
 def best_row(study: StudyScores) -> int:
-    """Return the row of the winner: the best of the replicated trials by both fits; if there are none, of all."""
+    """Return the row of the winner.
+
+    If the study names no winner, the best replicated trial by both fits is returned, or the best of all trials if
+    none was replicated.
+    """
     if study.winner is not None:
         return study.winner
     means = study.joint.mean(axis=1)
@@ -86,23 +95,24 @@ def best_row(study: StudyScores) -> int:
 
 @dataclass(frozen=True)
 class Corrected:
-    """The winner's mean, corrected for selection bias."""
+    """Winner's mean score, corrected for selection bias."""
 
     trial: int
     naive: float
-    """Mean of its first fits: too high on average."""
+    """Mean score of the first fits, which is too high on average."""
     mean: float
     low: float
     high: float
-    """Ends of the 95 % interval of its true mean over images of this kind and over runs."""
+    """Ends of the 95 % interval of the true mean over similar images and over runs."""
     image_variance: float
-    """Variance of the estimate because the images are a sample."""
+    """Variance of the estimate due to the sample of images."""
     run_variance: float
-    """Variance of the estimate because fits with other seeds would have other scores."""
+    """Variance of the estimate due to the seeds of the fits."""
     choice_variance: float
-    """Variance of the estimate because it is uncertain how much of the winner's lead over other trials is real."""
+    """Variance of the estimate due to the uncertainty about how much of the winner's lead is real."""
     method: Method
-    """`single`: one trial, nothing was selected; `first`: selected by first fits; `confirmed`: by both fits."""
+    """How the winner was selected: `single`, it is the only trial; `first`, by first fits; `confirmed`, by both
+    fits."""
 
     @property
     def interval(self) -> Interval:
@@ -123,8 +133,9 @@ def corrected_estimate(study: StudyScores) -> Corrected:
 def corrected_gain(study: StudyScores, trial: int, reference: int = 0) -> Paired:
     """Return how much better `trial` is than `reference`, corrected for selection, with a 95 % interval and p-value.
 
-    The reference is in the study whatever its score, so it is not pulled to the other trials and does not inform
-    their spread. The p-value is two-sided, of no difference (Student's t with Satterthwaite's degrees of freedom).
+    The reference is in the study regardless of its score. Its mean is therefore not shrunk toward the other trials
+    and does not inform their spread. The two-sided p-value tests for no difference (Student's t with Satterthwaite's
+    degrees of freedom).
     """
     found = _posterior(study, trial, reference)
     images = found.image_variance + found.choice_variance
@@ -139,9 +150,10 @@ def corrected_gain(study: StudyScores, trial: int, reference: int = 0) -> Paired
 def predict_test_mean(study: StudyScores, corrected: Corrected, *, n_test: int, n_runs: int = 1) -> Interval:
     """Return the retrained winner's expected mean on `n_test` new images, with a 95 % prediction interval.
 
-    The variance is that of the estimate, plus that of a mean over `n_test` images, plus that of `n_runs` retrained
-    networks whose scores are averaged. The prediction assumes that the test images come from the same distribution as
-    the pool, and that a network trained on the whole pool is as good as the fold networks.
+    The variance is the sum of three parts: the variance of the estimate, the variance of a mean over `n_test` images,
+    and the run-to-run variance of `n_runs` retrained networks whose scores are averaged. The prediction assumes that
+    the test images come from the same distribution as the pool, and that a network trained on the whole pool is as
+    good as the fold networks.
     """
     test_images = float(study.scores[corrected.trial].var(ddof=1)) / n_test
     images = corrected.image_variance + corrected.choice_variance + test_images
@@ -160,9 +172,9 @@ class _Estimate(NamedTuple):
 def _posterior(study: StudyScores, trial: int, reference: int | None = None) -> _Estimate:
     """Return the posterior mean of a trial's mean, or of its lead over `reference`, and the parts of its variance.
 
-    The weights of `posterior_contrast` apply to fold means, and therefore to the scores of single images. The
-    variance of these weighted scores over images replaces the model's g^2, so that it also holds for images that
-    differ in how much trials disagree, and for trials that resemble each other.
+    The weights of `posterior_contrast` apply to fold means, and therefore also to the scores of single images. The
+    variance of the weighted image scores replaces the model's g^2. The result is therefore valid even if trials
+    disagree more on some images than on others, or if some trials resemble each other.
     """
     sizes = np.array([len(fold) for fold in study.folds])
     pruned = np.zeros((0, study.n_images)) if study.pruned is None else study.pruned

@@ -1,13 +1,15 @@
-"""Hold the per-image scores of a study's trials, and summarise each trial.
+"""Store the per-image scores of a study's trials, and summarise each trial.
 
-With y[c, i] the score of image i by the fold model of trial c that had not seen it,
+Let y[c, i] be the score of image i in trial c, by the fold model that held the image out. It is modelled as
 
     y[c, i] = mu[c] + a[i] + b[c, i] + r[c, fold of i]
 
-mu[c] is the quantity of interest; a is the difficulty of the image, shared by all trials; b is the effect of this
-configuration on this image (variance g^2); r is run-to-run variation (variance s^2): refitting the same fold with
-another seed moves all of its images together. More images average a and b out, but r averages only over folds and
-fits.
+- mu[c] is the quantity of interest.
+- a[i] is the difficulty of the image, which all trials share.
+- b[c, i] is the effect of this configuration on this image (variance g^2).
+- r is the run-to-run variation (variance s^2): refitting a fold with another seed shifts all of its images together.
+
+More images average out a and b, but r averages out only over folds and fits.
 """
 
 from dataclasses import dataclass
@@ -21,12 +23,13 @@ from hpsearch.stats.intervals import Floats, Interval, bootstrap_mean, corrected
 from hpsearch.stats.run_variance import NEAR, S_GUESS, S_GUESS_DF, RunVariance, fold_mean_squares, image_variance
 
 LIMIT = 8.0
-"""A trial's run-to-run mean square counts at most this many medians, so that one collapsed fold has little effect."""
+"""Upper limit of a trial's run-to-run mean square, in medians over the trials. It keeps the effect of one collapsed
+fold small."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StudyScores:
-    """The final scores of a study's trials on the held-out images."""
+    """Final scores of a study's trials on the held-out images."""
 
     scores: Floats
     """Per-image scores of the first fits, (trials, images)."""
@@ -35,11 +38,11 @@ class StudyScores:
     replicated: tuple[int, ...] = ()
     """Rows of `scores` that were refitted with new seeds."""
     replicates: Floats | None = None
-    """Their replicate fits on the same folds, (replicated, images)."""
+    """Per-image scores of their replicate fits on the same folds, (replicated, images)."""
     winner: int | None = None
-    """Row of the trial that the study names as best; None: the best by these scores (`selection.best_row`)."""
+    """Row of the study's winner; if None, the winner is the best trial by these scores (`selection.best_row`)."""
     pruned: Floats | None = None
-    """First fits of the pruned trials, (pruned, images); NaN on folds that they did not finish."""
+    """Per-image scores of the pruned trials' first fits, (pruned, images); NaN on unfinished folds."""
 
     def __post_init__(self) -> None:
         if self.n_images < 2:
@@ -66,14 +69,14 @@ class StudyScores:
 
     @cached_property
     def n_fits(self) -> NDArray[np.int64]:
-        """Fits of every fold by trial, (trials,): 1, or 2 if replicated."""
+        """Number of fits per fold of each trial, (trials,): 1, or 2 if the trial was replicated."""
         n_fits = np.ones(self.n_trials, np.int64)
         n_fits[list(self.replicated)] = 2
         return n_fits
 
     @cached_property
     def joint(self) -> Floats:
-        """Mean over the fits of every trial, (trials, images)."""
+        """Per-image scores of each trial, averaged over its fits, (trials, images)."""
         joint = self.scores.astype(np.float64)
         joint[list(self.replicated)] += self._replicates
         joint /= self.n_fits[:, None]
@@ -81,7 +84,7 @@ class StudyScores:
 
     @cached_property
     def near(self) -> list[Floats]:
-        """First fits of the trials near the best (`NEAR`), at least of two: (near, images) of every fold."""
+        """First-fit scores of the trials near the best (`NEAR`), at least two: (near, images) for each fold."""
         means = self.scores.mean(axis=1)
         n_near = max(2, int((means >= means.max() - NEAR).sum()))
         near = self.scores[np.argsort(-means, kind="stable")[:n_near]]
@@ -89,12 +92,12 @@ class StudyScores:
 
     @cached_property
     def runs(self) -> RunVariance:
-        """s^2, pooled by degrees of freedom from racing's prior guess, first fits and replicates.
+        """Run-to-run variance s^2, pooled by degrees of freedom from a prior guess, first fits and replicates.
 
-        First fits: mean squares of the near trials' fold means after trial and fold effects, each limited to
-        `LIMIT` medians, less the images' part. Replicates: half the variance over folds of the shift of a fold's mean
-        from first to replicate fit, less the images' part; a trial's mean shift is left out, because trials were
-        selected for a high first fit.
+        First fits contribute the mean squares of the near trials' fold means after trial and fold effects, each
+        limited to `LIMIT` medians, minus the part due to images. Replicates contribute half the variance over folds
+        of the shift of a fold's mean from the first to the replicate fit, minus the part due to images. A trial's
+        mean shift is not used, because trials were selected for a high first fit.
         """
         k, n_near = len(self.folds), len(self.near[0])
         total, df = S_GUESS_DF * S_GUESS**2, S_GUESS_DF
@@ -117,12 +120,12 @@ class StudyScores:
 
     @cached_property
     def image_variance(self) -> float:
-        """g^2: variance of a trial's score of an image after trial, fold and image effects, from the near trials."""
+        """Variance g^2 of the near trials' image scores after trial, fold and image effects."""
         return image_variance(self.near)
 
     @property
     def run_variances(self) -> Floats:
-        """Run-to-run variance of each trial's joint mean, (trials,): s^2 / (folds x fits)."""
+        """Run-to-run variance of each trial's mean over its fits, (trials,): s^2 / (folds x fits)."""
         return self.runs.variance / (len(self.folds) * self.n_fits)
 
 
@@ -131,17 +134,17 @@ class TrialStatistics:
     """Mean and spread of one complete trial."""
 
     mean: float
-    """Over images, and over both fits if it was replicated."""
+    """Mean score over images, and over both fits if the trial was replicated."""
     sd_folds: float
     """Standard deviation of the fold means; 0 for one fold."""
     total: Interval
-    """Interval of the configuration: bootstrap over images, plus the run-to-run variance."""
+    """Interval of the configuration's mean: bootstrap over images, plus the run-to-run variance."""
     folds: Interval | None
-    """Corrected resampled t over folds; None for one fold."""
+    """Corrected resampled t interval over folds; None for one fold."""
 
 
 def trial_statistics(study: StudyScores, *, seed: int = 0) -> list[TrialStatistics]:
-    """Return the statistics of each trial, in the order of the study."""
+    """Return the statistics of each trial, in row order."""
     rows = []
     for scores, run_variance in zip(study.joint, study.run_variances, strict=True):
         fold_means = np.array([scores[images].mean() for images in study.folds])

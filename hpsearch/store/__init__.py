@@ -1,1 +1,1 @@
-"""The record of a study: its folder, read and written. Knows no torch, Optuna or MLflow."""
+"""Read and write the record of a study. This package does not import torch, Optuna or MLflow."""

@@ -1,7 +1,7 @@
-"""The study folder: settings, folds, plan, trials and replicates, read and written.
+"""Read and write the study folder: settings, folds, plan, trials and replicates.
 
-Everything else, such as MLflow's runs, is derived from this folder. Every reader works on files alone, so that
-background threads, a report and another process see the same study.
+Everything else, such as the runs in MLflow, is derived from this folder. All readers use only its files, so that
+background threads, reports and other processes see the same study.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ CHANGEABLE = frozenset(
     {"study.trials", "study.confirm", "data.cache", "data.cache_dir", "data.n_final_train", "data.n_final_test"}
     | {"data.root", "data.images", "data.masks", "data.test_list"}
 )
-"""Settings that may change between two starts of a study, because none of them changes the score of a trial. If the
-images are in another folder, they must be the same images (`StudyRecord.data_key`)."""
+"""Settings that may change between two starts of a study, because they do not affect the score of a trial. If the
+image folder changes, it must contain the same images (`StudyRecord.data_key`)."""
 
 
 class StudyFiles:
@@ -35,21 +35,24 @@ class StudyFiles:
 
     @classmethod
     def open(cls, study: StudyPaths) -> Self:
-        """Open the study in an existing folder. Raises StudyError if there is none, RecordError if it is damaged."""
+        """Open the study in an existing folder.
+
+        Raises StudyError if there is no study, and RecordError if its settings are damaged.
+        """
         if not study.toml.is_file():
             known = ", ".join(study.project.study_names()) or "none"
             raise StudyError(
                 f"there is no study {study.name!r} in {study.project.root.absolute()}; studies there: {known}"
             )
         try:
-            # Studies of version 0.1 may hold relative paths: they are found from the folder where they were begun.
+            # Studies of version 0.1 may contain relative paths, which refer to the folder where they were begun.
             return cls(study, configs.load(study.toml).absolute())
         except ConfigError as error:
             raise RecordError(f"the study's own settings are damaged: {error}") from error
 
     @classmethod
     def create(cls, study: StudyPaths, config: StudyConfig) -> Self:
-        """Begin a study: its settings are written before anything else."""
+        """Create a study by writing its settings, before any other file."""
         paths.write_text(study.toml, config.to_sealed_toml())
         return cls(study, config)
 
@@ -63,7 +66,7 @@ class StudyFiles:
 
     @property
     def folds(self) -> Folds:
-        """The fold of every image; RecordError while they have not been made."""
+        """Fold of every image. Raises RecordError if the folds do not exist yet."""
         if self._folds is None:
             table = paths.read_json(self.paths.folds)
             try:
@@ -77,16 +80,16 @@ class StudyFiles:
         return self.paths.folds.is_file()
 
     def data_key(self) -> str:
-        """Return the key of the cache that the folds were made from."""
+        """Return the key of the image cache from which the folds were made."""
         return str(paths.read_json(self.paths.folds).get("data_key", ""))
 
     def write_folds(self, folds: Folds, data_key: str) -> None:
-        """Store the folds once; every trial uses them."""
+        """Store the folds, which all trials use."""
         paths.write_json(self.paths.folds, {"format": FORMAT, "data_key": data_key, "folds": folds.to_dict()})
         self._folds = folds
 
     def check_config(self, config: StudyConfig) -> None:
-        """Raise StudyChangedError, which lists all differing settings, if any that is not in `CHANGEABLE` differs."""
+        """Raise StudyChangedError, listing all differences, if a setting that is not in `CHANGEABLE` differs."""
         before, after = self.config.flat(), config.flat()
         before["search"], after["search"] = self.config.search.to_toml(), config.search.to_toml()
         lines = [
@@ -101,7 +104,10 @@ class StudyFiles:
             )
 
     def update_config(self, config: StudyConfig) -> None:
-        """Store the settings that may change during a study; raise StudyChangedError if any other setting differs."""
+        """Store the settings that may change during a study.
+
+        Raises StudyChangedError if any other setting differs.
+        """
         self.check_config(config)
         if config.to_sealed_toml() != self.paths.toml.read_text(encoding="utf-8"):
             paths.write_text(self.paths.toml, config.to_sealed_toml())
@@ -119,9 +125,10 @@ class StudyFiles:
         return [number for number in self.paths.trial_numbers() if self.paths.trial(number).trial.is_file()]
 
     def trial(self, number: int) -> TrialRecord:
-        """Read a trial. Raises RecordError, which names the file, if it is missing or damaged.
+        """Read a trial.
 
-        A trial with a `taken.json` of version 0.1 is orphaned, whatever its own file says.
+        Raises RecordError, naming the file, if it is missing or damaged. A trial with a `taken.json` of version 0.1
+        is orphaned, regardless of the outcome in its own file.
         """
         path, taken = self.paths.trial(number).trial, self.paths.trial(number).taken
         trial = read_record(TrialRecord, path)
@@ -136,7 +143,7 @@ class StudyFiles:
         )
 
     def known_trial(self, number: int) -> TrialRecord:
-        """Read a trial that a user names. Raises StudyError if the study has no such trial."""
+        """Read the trial that a user asked for. Raises StudyError if the study has no such trial."""
         numbers = self.trial_numbers()
         if number not in numbers:
             known = f"its last is trial {numbers[-1]}" if numbers else "it has none yet"
@@ -148,7 +155,7 @@ class StudyFiles:
         return [self.trial(number) for number in self.trial_numbers()]
 
     def write_trial(self, trial: TrialRecord) -> None:
-        """Write a trial, new or changed."""
+        """Write a new or changed trial."""
         paths.write_json(self.paths.trial(trial.number).trial, record_to_json(trial))
 
     def fit(self, trial: int, fold: int) -> FitRecord:
@@ -158,7 +165,7 @@ class StudyFiles:
         return FitRecord(self.paths.trial(trial).replicate_fold(fold))
 
     def fits(self, trial: int, *, replicate: bool = False) -> list[FitRecord]:
-        """Return the fits of a trial, or of its replicate, by fold."""
+        """Return the fits of a trial or its replicate, by fold."""
         return [(self.replicate_fit if replicate else self.fit)(trial, fold) for fold in range(self.n_folds)]
 
     def finished_folds(self, trial: int) -> list[int]:
@@ -166,23 +173,23 @@ class StudyFiles:
         return [fold for fold, fit in enumerate(self.fits(trial)) if fit.is_finished]
 
     def shortlist(self) -> Shortlist | None:
-        """Read the trials that are, or were, replicated; None before the first shortlist was made."""
+        """Read the trials selected for replication; None if there is no shortlist yet."""
         path = self.paths.confirmation
         return read_record(Shortlist, path) if path.is_file() else None
 
     def write_shortlist(self, shortlist: Shortlist) -> None:
-        """Write the trials that are replicated."""
+        """Write the trials selected for replication."""
         paths.write_json(self.paths.confirmation, record_to_json(shortlist))
 
     def replicate(self, trial: int) -> ReplicateRecord | None:
-        """Read the replicate of a trial; None if it was not begun."""
+        """Read the replicate of a trial; None if it has not begun."""
         path = self.paths.trial(trial).second
         return read_record(ReplicateRecord, path) if path.is_file() else None
 
     def write_replicate(self, replicate: ReplicateRecord) -> None:
-        """Write a replicate, new or changed."""
+        """Write a new or changed replicate."""
         paths.write_json(self.paths.trial(replicate.trial).second, record_to_json(replicate))
 
     def replicate_records(self) -> list[ReplicateRecord]:
-        """Read all replicates, by the number of their trial."""
+        """Read all replicates, by trial number."""
         return [found for number in self.trial_numbers() if (found := self.replicate(number)) is not None]

@@ -17,7 +17,7 @@ from hpsearch.training.rows import EpochRow, FitSummary, read_lines
 
 @dataclass(frozen=True)
 class FitRecord:
-    """One fit. Each file is read when it is asked for."""
+    """Files of one fit. Each file is read on access."""
 
     paths: FitPaths
 
@@ -26,13 +26,14 @@ class FitRecord:
         return self.paths.fit.is_file()
 
     def summary(self) -> FitSummary | None:
-        """Return the content of fit.json; None before the fit is finished."""
+        """Return the content of fit.json; None if the fit is not finished."""
         return read_record(FitSummary, self.paths.fit) if self.is_finished else None
 
     def epochs(self) -> list[EpochRow]:
         """Return the rows of epochs.jsonl in order, ignoring a last line that a crash truncated.
 
-        Raises RecordError if an epoch of a finished fit is missing. If the fit is unfinished, the worker repairs it.
+        Raises RecordError if an epoch of a finished fit is missing. An unfinished fit is not checked, because the
+        worker repairs it.
         """
         rows = self._lines()[0]
         if (summary := self.summary()) is not None and len(rows) != summary.epochs:
@@ -40,17 +41,20 @@ class FitRecord:
         return rows
 
     def scores(self) -> npt.NDArray[np.float32]:
-        """Return per-image scores after every epoch so far, (epochs, held-out images); (0, 0) before the first."""
+        """Return the per-image scores after each epoch so far, (epochs, held-out images); (0, 0) before the first."""
         if not self.paths.scores.is_file():
             return np.zeros((0, 0), np.float32)
         return load_array(self.paths.scores, ndim=2)
 
     def counts(self) -> npt.NDArray[np.int64]:
-        """Return tp, fp, fn, tn of every held-out image after the last epoch, (held-out images, 4)."""
+        """Return tp, fp, fn and tn of each held-out image after the last epoch, (held-out images, 4)."""
         return load_array(self.paths.counts, ndim=2)
 
     def verify(self) -> None:
-        """Read every file of a fit that no worker is writing. Raises RecordError, which names the damaged file."""
+        """Check that the files of a fit can be read, while no worker is writing them.
+
+        Raises RecordError, naming the damaged file.
+        """
         self.scores()
         if self.is_finished:
             self.epochs()
@@ -63,19 +67,23 @@ class FitRecord:
 
 
 def remove_checkpoints(fit: FitPaths) -> None:
-    """Remove what only an unfinished fit needs."""
+    """Remove the checkpoints that only an unfinished fit needs."""
     for path in (fit.last, fit.previous):
         path.unlink(missing_ok=True)
 
 
 def remove_networks(fit: FitPaths) -> None:
-    """Remove every network of a fit; its scores stay."""
+    """Remove all networks of a fit, and keep its scores."""
     for path in (fit.last, fit.previous, fit.weights, fit.best):
         path.unlink(missing_ok=True)
 
 
 def load_array(path: Path, *, ndim: int) -> npt.NDArray[Any]:
-    """Return the numbers in a .npy file. Raises RecordError if it is missing, damaged, or has another dimension."""
+    """Return the array in a .npy file.
+
+    Raises RecordError if the file is missing or damaged, or if the array is not numeric and finite with `ndim`
+    dimensions.
+    """
     try:
         content = path.read_bytes()
         file = io.BytesIO(content)

@@ -1,4 +1,4 @@
-"""Lock a study for one process, name the process that holds the lock, and write the log."""
+"""Lock a study for one process, describe the process that holds the lock, and write the study's log."""
 
 import json
 import logging
@@ -19,16 +19,16 @@ from hpsearch.paths import ProjectPaths, StudyPaths, command_line
 
 @contextmanager
 def hold(study: StudyPaths) -> Iterator[None]:
-    """Hold the study's lock while the block runs. Raises StudyLockedError, which names the holder, if it is taken.
+    """Hold the study's lock during the block. Raises StudyLockedError, naming the holder, if it is taken.
 
-    The operating system releases the lock when the process ends, however it ends. Folders created here are removed if
-    the study has no settings at the end of the block.
+    The operating system releases the lock when the process ends, even if it is killed. Folders created here are
+    removed if the study has no settings at the end of the block.
     """
     made = [path for path in (study.project.root, study.project.studies, study.root) if not path.exists()]
     try:
         study.root.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(study.lock)
-        # `is_held` holds the lock for an instant.
+        # Wait for a moment, because `is_held` also acquires the lock briefly.
         lock.acquire(timeout=1)
     except filelock.Timeout as error:
         status, stop = (command_line(each, study.name, study.project) for each in ("status", "stop"))
@@ -39,7 +39,7 @@ def hold(study: StudyPaths) -> Iterator[None]:
     except OSError as error:
         raise paths.storage_error(study.lock, error) from error
     try:
-        # A holder that was killed may have left some.
+        # A killed process may have left temporary files.
         paths.remove_stale_temporaries(study.root)
         paths.write_json(study.holder, {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()})
         yield
@@ -49,17 +49,17 @@ def hold(study: StudyPaths) -> Iterator[None]:
             study.holder.unlink(missing_ok=True)
         is_empty = study.root in made and not study.toml.is_file()
         if is_empty:
-            # Before the lock is released: no other process can have begun the study.
+            # Remove it while holding the lock, so that no other process can have begun the study.
             shutil.rmtree(study.root, ignore_errors=True)
         lock.release()
         for path in reversed(made) if is_empty else ():
-            # Others may have put something there.
+            # Another process may have created files there.
             with suppress(OSError):
                 path.rmdir()
 
 
 def running_studies(project: ProjectPaths) -> list[str]:
-    """Return the names of the studies here that a process holds now, sorted."""
+    """Return the names of the running studies in this project, sorted."""
     return [name for name in project.study_names() if is_held(project.study(name))]
 
 
@@ -73,14 +73,17 @@ def is_held(study: StudyPaths) -> bool:
     except filelock.Timeout:
         return True
     except OSError:
-        # The folder is read-only for this user, so the lock cannot be tried: trust the holder's file.
+        # The folder is read-only for this user, so the lock cannot be tested. Rely on the holder's file instead.
         return study.holder.exists()
     lock.release()
     return False
 
 
 def describe_holder(study: StudyPaths) -> str:
-    """Return `process 4711 on lab3 since 2026-11-23 14:05`, or `another process` if the file cannot be read."""
+    """Return text such as `process 4711 on lab3 since 2026-11-23 14:05`.
+
+    Returns `another process` if the holder's file cannot be read.
+    """
     try:
         holder = json.loads(study.holder.read_text(encoding="utf-8"))
         since = time.strftime("%Y-%m-%d %H:%M", time.localtime(holder["since"]))
@@ -90,7 +93,7 @@ def describe_holder(study: StudyPaths) -> str:
 
 
 class _LenientHandler(logging.FileHandler):
-    """Log handler that ignores write errors: on a full disk, what matters fails elsewhere with a clear message."""
+    """Log handler that ignores write errors. On a full disk, more important writes fail with a clear message."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
         pass
@@ -98,7 +101,7 @@ class _LenientHandler(logging.FileHandler):
 
 @contextmanager
 def log_file(path: Path) -> Iterator[None]:
-    """Append the log messages of hpsearch to `path`, one per line, while the block runs."""
+    """Append the log messages of hpsearch to `path`, one per line, during the block."""
     handler = _LenientHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     root = logging.getLogger("hpsearch")

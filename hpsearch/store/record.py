@@ -1,4 +1,4 @@
-"""The record of a study: its files, and what follows from them about scores and ranking."""
+"""Compute scores and rankings from the files of a study."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -19,14 +19,14 @@ Scores = npt.NDArray[np.float64]
 
 
 class StudyRecord(StudyFiles):
-    """One study: what its folder holds, and how its trials stand."""
+    """Record of one study: its files, and the scores and ranking computed from them."""
 
     def out_of_fold(self, trial: int) -> Scores:
-        """Return the score of each pool image from the fit that had not seen it, (pool,); NaN if there is none."""
+        """Return the out-of-fold score of each pool image, (pool,); NaN if no finished fit held the image out."""
         return self._by_image({fold: self.fit(trial, fold) for fold in self.finished_folds(trial)})
 
     def replicate_out_of_fold(self, trial: int) -> Scores:
-        """Return the same as `out_of_fold` from the replicate of a trial, whose fits must all be finished."""
+        """Return the out-of-fold scores of the replicate of a trial, whose fits must all be finished, (pool,)."""
         return self._by_image(dict(enumerate(self.fits(trial, replicate=True))))
 
     def _by_image(self, fits: Mapping[int, FitRecord]) -> Scores:
@@ -38,7 +38,7 @@ class StudyRecord(StudyFiles):
     def final_scores(self, fit: FitRecord, fold: int) -> Scores:
         """Return the per-image scores after the last epoch of a finished fit, in the order of `folds.held_out(fold)`.
 
-        Raises RecordError if the file does not fit the folds: the scores would be those of other images.
+        Raises RecordError if the number of scores differs from the number of images in the fold.
         """
         scores = fit.scores()
         n_images = len(self.folds.held_out(fold))
@@ -49,7 +49,7 @@ class StudyRecord(StudyFiles):
         return np.asarray(scores[-1], np.float64)
 
     def value(self, trial: int) -> float:
-        """Return the mean over all held-out images of a trial. Raises RecordError if a fold is not finished."""
+        """Return a trial's mean score over all held-out images. Raises RecordError if a fold is not finished."""
         held_out = np.concatenate([self.folds.held_out(fold) for fold in range(self.n_folds)])
         scores = self.out_of_fold(trial)[held_out]
         if np.isnan(scores).any():
@@ -57,7 +57,7 @@ class StudyRecord(StudyFiles):
         return float(np.mean(scores))
 
     def mean_over_fits(self, trial: int) -> float | None:
-        """Return the mean over all held-out images and both fits of a trial; None without a complete replicate."""
+        """Return a trial's mean score over all held-out images and both fits; None without a complete replicate."""
         second = self.replicate(trial)
         if second is None or second.outcome != "complete":
             return None
@@ -65,7 +65,7 @@ class StudyRecord(StudyFiles):
         return float(np.mean(both[~np.isnan(both)]))
 
     def verify(self) -> None:
-        """Read all ended trials. Raises RecordError, which names what is damaged."""
+        """Check the files of all ended trials. Raises RecordError, naming the damaged file."""
         trials = self.trials()
         for expected, trial in enumerate(trials):
             if trial.number != expected and not any(each.outcome == "orphaned" for each in trials):
@@ -87,14 +87,14 @@ class StudyRecord(StudyFiles):
                 )
 
     def complete_trials(self) -> list[TrialRecord]:
-        """Return the trials that can win, by number: complete, as suggested, and no copy of an earlier one."""
+        """Return all trials that can win, by number. See `contenders`."""
         return self.contenders(self.trials())
 
     def contenders(self, trials: Iterable[TrialRecord]) -> list[TrialRecord]:
-        """Return those of the trials that can win, by number.
+        """Return the trials among `trials` that can win, by number.
 
-        Of equal configurations only the earliest complete trial can win. Otherwise
-        the best of several runs of one configuration would stand for it.
+        A trial can win if it is complete and was trained as suggested. Among such trials with the same configuration,
+        only the earliest can win. Otherwise a configuration with several trials would be represented by its best run.
         """
         found: dict[tuple[Any, ...], TrialRecord] = {}
         for trial in sorted(trials, key=lambda trial: trial.number):
@@ -103,48 +103,50 @@ class StudyRecord(StudyFiles):
         return list(found.values())
 
     def configuration(self, params: Mapping[str, Any]) -> tuple[Any, ...]:
-        """Return a key that params share if they are the same configuration; a missing one has its default."""
+        """Return a key that is equal for params of the same configuration. Missing params have their defaults."""
         search = self.config.search
         return search.key({name: params.get(name, get_setting(self.config, name)) for name in search})
 
     def is_default(self, trial: TrialRecord) -> bool:
-        """Whether the trial has the default configuration, as trial 0 has."""
+        """Return whether the trial has the default configuration, like trial 0."""
         return self.configuration(trial.params) == self.configuration({})
 
     def n_unused(self, trials: Iterable[TrialRecord]) -> int | None:
-        """Return how many configurations of the search space none of these trials has had; None if without end."""
+        """Return the number of configurations that none of these trials has; None if the space is infinite."""
         n_configurations = self.config.search.n_configurations
         if n_configurations is None:
             return None
         return max(0, n_configurations - len({self.configuration(trial.params) for trial in trials}))
 
     def n_left(self, trials: Sequence[TrialRecord]) -> int:
-        """Return how many trials are still to be evaluated at most, with these on record; open ones count."""
+        """Return the maximum number of trials still to be evaluated, including open trials."""
         n_left = max(0, self.config.study.trials - count_trials(trials))
         n_unused = self.n_unused(trials)
         return n_left if n_unused is None else min(n_left, n_unused + sum(each.outcome is None for each in trials))
 
     def is_searched(self, trials: Sequence[TrialRecord]) -> bool:
-        """Return whether the search is over, with these as all its trials. Replicates may still be missing."""
+        """Return whether the search is over, given all trials of the study. Replicates may still be missing."""
         return all(trial.outcome is not None for trial in trials) and self.n_left(trials) == 0
 
     def valid_shortlist(self, contenders: Sequence[TrialRecord]) -> Shortlist | None:
-        """Return the shortlist; None if there is none, or if it was not selected from these trials that can win."""
+        """Return the shortlist; None if there is none, or if it was not selected from exactly these trials."""
         stored = self.shortlist()
         return stored if stored is not None and stored.of == tuple(each.number for each in contenders) else None
 
     def confirmed(self) -> tuple[int, ...]:
         """Return the trials whose replicates count, by number.
 
-        Empty while replicates are missing, and when a trial has become complete since the shortlist was made.
+        The result is empty while replicates are missing, or if a trial has become complete since the shortlist was
+        made.
         """
         return self.standing().confirmed
 
     def standing(self, trials: Iterable[TrialRecord] | None = None) -> Standing:
-        """Return the ranking of the trials that can win, among `trials` where they were read already.
+        """Return the ranking of the trials that can win. If `trials` is given, the trials are not read again.
 
-        Replicated trials come first, by the mean over both fits; then those without a replicate, by their value; last
-        those whose replicate failed. The earlier of equal trials comes first.
+        Trials with a complete replicate come first, ranked by the mean over both fits. Trials without a replicate
+        follow, ranked by their value. Trials whose replicate failed come last. Among equal trials, the earlier one
+        comes first.
         """
         contenders = self.contenders(self.trials() if trials is None else trials)
         values = {trial.number: trial.value or 0.0 for trial in contenders}
@@ -160,17 +162,17 @@ class StudyRecord(StudyFiles):
         return Standing(tuple(ranking), values, confirmed)
 
     def worth(self, trial: TrialRecord) -> float | None:
-        """Return the value that ranks a trial: the mean over both fits if its replicate counts, else its value."""
+        """Return the ranking value of a trial: the mean over both fits if its replicate counts, else its value."""
         return self.standing().values.get(trial.number, trial.value)
 
     def best(self) -> TrialRecord | None:
-        """Return the best trial of `standing`; None while no trial is complete."""
+        """Return the winner of the ranking; None if no trial is complete."""
         winner = self.standing().winner
         return None if winner is None else self.trial(winner)
 
 
 def has_all_replicates(record: StudyRecord) -> bool:
-    """Return whether no refit is missing once the search itself is over."""
+    """Return whether all refits have ended, assuming that the search is over."""
     contenders = record.complete_trials()
     if not wants_replicates(record, contenders):
         return True
@@ -181,7 +183,7 @@ def has_all_replicates(record: StudyRecord) -> bool:
 
 
 def wants_replicates(record: StudyRecord, contenders: Sequence[TrialRecord]) -> bool:
-    """Return whether some of these trials that can win are to be replicated."""
+    """Return whether any of these trials should be replicated."""
     study = record.config.study
     return study.folds != "fixed" and study.confirm > 0 and len(contenders) > 1
 
@@ -193,9 +195,10 @@ def no_study(project: ProjectPaths) -> StudyError:
 
 
 def study_record(project: ProjectPaths, name: str | None) -> StudyRecord:
-    """Return the study `name`; without one, the only study there is, or the only one that runs.
+    """Return the study `name`.
 
-    Raises StudyError, listing the studies, where that leaves a choice.
+    Without a name, the only study is returned, or the only one that is running. Raises StudyError, listing the
+    studies, if the choice is ambiguous.
     """
     if name is not None:
         return StudyRecord.open(project.study(name))

@@ -1,9 +1,9 @@
-"""Log of all evaluations of test images: how often, when and by which study they were scored.
+"""Log all evaluations of test images: when, by which study, and with which score.
 
-A test set that has been evaluated often is a second validation set. An evaluation is entered before it begins, so
-that one that is killed counts too. It is entered into the project folder and into the user's state folder, so that it
-is known in other project folders. Images are identified one by one by the content of their files, so that an
-evaluation of a few of them counts for these few.
+A test set that is evaluated often becomes a second validation set. An evaluation is logged before it begins, so that
+it counts even if it is killed. It is logged in the project folder and in the user's state folder, so that other
+projects know of it. Images are identified individually by the content of their files, so that an evaluation of a few
+images counts for these images only.
 """
 
 import dataclasses
@@ -31,23 +31,24 @@ class LoggedEvaluation:
     """One evaluation of test images."""
 
     test_set: str
-    """Digest of all images and masks together. Version 0.1 knew test sets by this alone."""
+    """Digest of all images and masks together. Version 0.1 identified test sets by this digest only."""
     at: float
-    """Unix time in seconds when it began."""
+    """Start of the evaluation (Unix time in seconds)."""
     study: str
     study_began_at: float
-    """When its first trial began: with the name it tells studies apart, wherever their folder is moved."""
+    """Start of the study's first trial. Together with the name it identifies the study, even if its folder is
+    moved."""
     trial: int
     folder: str
-    """Of the project, absolute, as it was then."""
+    """Absolute path of the project folder at the time of the evaluation."""
     n_images: int
     metric: str
     score: float | None = None
-    """Mean over the images; None if the evaluation did not end."""
+    """Mean score over the images; None if the evaluation did not finish."""
     images: tuple[str, ...] = ()
     """Digest of each image's file; empty in entries of version 0.1."""
     includes: tuple[str, ...] = ()
-    """`test_set` of entries of version 0.1 that evaluated the first of these images."""
+    """`test_set` of each entry of version 0.1 that evaluated the first n of these images, for any n."""
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
@@ -57,7 +58,7 @@ class LoggedEvaluation:
 
 @dataclass(frozen=True)
 class TestImages:
-    """The images and masks of a test split, by content."""
+    """Images and masks of a test split, identified by content."""
 
     hashes: tuple[tuple[str, str], ...]
     """SHA-256 of each image and of its mask."""
@@ -66,7 +67,7 @@ class TestImages:
 
     @classmethod
     def in_cache(cls, folder: Path) -> Self:
-        """Return the images in a cache of the test split."""
+        """Return the test images in a cache."""
         return cls(tuple((each.image_sha256, each.mask_sha256) for each in Index.read(folder).stats))
 
     @property
@@ -75,13 +76,13 @@ class TestImages:
         return tuple(image[:12] for image, _ in self.hashes)
 
     def digest(self, n: int | None = None) -> str:
-        """Return the digest of the first n pairs, or of all, in any order: 16 hexadecimal digits."""
+        """Return a digest of the first n pairs, or of all pairs: 16 hexadecimal digits, independent of the order."""
         lines = sorted(f"{image} {mask}" for image, mask in self.hashes[:n])
         return sha256_text("\n".join(lines))[:16]
 
 
 def begin_evaluation(project: ProjectPaths, test: TestImages, **facts: Any) -> LoggedEvaluation:
-    """Enter an evaluation of these images that is about to begin; `facts` are the other fields of it."""
+    """Log an evaluation that is about to begin. `facts` contains the remaining fields of the entry."""
     n_images = len(test.hashes)
     old = {each.test_set: each.n_images for each in _entries(project) if not each.images}
     facts["includes"] = tuple(digest for digest, n in old.items() if n < n_images and test.digest(n) == digest)
@@ -91,13 +92,13 @@ def begin_evaluation(project: ProjectPaths, test: TestImages, **facts: Any) -> L
 
 
 def end_evaluation(project: ProjectPaths, evaluation: LoggedEvaluation, score: float) -> LoggedEvaluation:
-    """Enter the mean score of an evaluation that ended."""
+    """Log the mean score of a finished evaluation, and return the updated entry."""
     _append(project, {"id": evaluation.id, "score": score})
     return dataclasses.replace(evaluation, score=score)
 
 
 def enter_evaluation(project: ProjectPaths, evaluation: LoggedEvaluation) -> None:
-    """Enter an evaluation into the logs of project and user. Only the first has to be writable."""
+    """Write an evaluation to the logs of project and user. Only the project's log must be writable."""
     _append(project, dataclasses.asdict(evaluation))
 
 
@@ -107,16 +108,17 @@ def find_evaluation(project: ProjectPaths, id: str) -> LoggedEvaluation | None:
 
 
 def evaluations_of(project: ProjectPaths, evaluation: LoggedEvaluation) -> tuple[LoggedEvaluation, ...]:
-    """Return all known evaluations of any of this one's images, itself included, in order of time."""
+    """Return all known evaluations that share images with this one, including itself, by time."""
     others = [each for each in _entries(project) if each.id != evaluation.id and n_shared(each, evaluation)]
     return tuple(sorted((*others, evaluation), key=lambda each: (each.at, each.id)))
 
 
 def n_shared(a: LoggedEvaluation, b: LoggedEvaluation) -> int:
-    """Return how many images two evaluations share, as far as is known.
+    """Return the number of images that two evaluations share, as far as is known.
 
-    Entries of version 0.1 name no images. They are assumed to share all with one of the same test set or with one
-    that includes it, and as many as possible with others of the same study, whose images never change.
+    Entries of version 0.1 do not identify their images. If one test set equals or includes the other, or if both
+    evaluations belong to the same study, they are assumed to share as many images as possible. The test images of a
+    study never change.
     """
     if a.images and b.images:
         return len(set(a.images) & set(b.images))
@@ -127,13 +129,13 @@ def n_shared(a: LoggedEvaluation, b: LoggedEvaluation) -> int:
 
 
 def n_seen(evaluation: LoggedEvaluation, others: Sequence[LoggedEvaluation]) -> int:
-    """Return how many of an evaluation's images any of the others evaluated, as far as is known."""
+    """Return how many of an evaluation's images were also evaluated by any of the others, as far as is known."""
     named = {image for other in others for image in other.images} & set(evaluation.images)
     return max([len(named), *(n_shared(evaluation, other) for other in others)])
 
 
 def describe_evaluation_count(evaluation: LoggedEvaluation, evaluations: Sequence[LoggedEvaluation]) -> str:
-    """Return in a sentence how often an evaluation's images had been evaluated before."""
+    """Describe in one sentence how often an evaluation's images had been evaluated before."""
     earlier = evaluations[: evaluations.index(evaluation)]
     n_later = len(evaluations) - len(earlier) - 1
     if not earlier:
@@ -152,18 +154,21 @@ def describe_evaluation_count(evaluation: LoggedEvaluation, evaluations: Sequenc
 def first_evaluation_of(
     evaluations: Sequence[LoggedEvaluation], study: str, study_began_at: float
 ) -> LoggedEvaluation | None:
-    """Return the first evaluation of these images by a study: its later trials may have been affected by it."""
+    """Return the study's first evaluation among these; None if there is none.
+
+    It may have influenced the later trials of the study.
+    """
     of_study = (each for each in evaluations if (each.study, each.study_began_at) == (study, study_began_at))
     return next(of_study, None)
 
 
 def n_evaluations_before(evaluations: Sequence[LoggedEvaluation], study_began_at: float) -> int:
-    """Return how often the images had been evaluated before a study began."""
+    """Return the number of evaluations before a study began."""
     return sum(evaluation.at < study_began_at for evaluation in evaluations)
 
 
 def user_account() -> Path:
-    """Return the file of the user's log: in $XDG_STATE_HOME, or ~/.local/state."""
+    """Return the path of the user's log, in $XDG_STATE_HOME or ~/.local/state."""
     return Path(os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"), "hpsearch/test-looks.jsonl")
 
 
@@ -179,14 +184,14 @@ def _append(project: ProjectPaths, table: dict[str, Any]) -> None:
 
 
 def _entries(project: ProjectPaths) -> list[LoggedEvaluation]:
-    """Return all evaluations in both logs with their scores, without damaged lines."""
+    """Return all evaluations in both logs, with their scores. Damaged lines are ignored."""
     found: dict[str, LoggedEvaluation] = {}
     for path in (project.looks, user_account()):
         lines = []
         with suppress(OSError):
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         for line in lines:
-            # What cannot be read is a torn line, a foreign one, or the score of an unknown evaluation.
+            # Ignore truncated lines, lines in another format, and scores of unknown evaluations.
             with suppress(ValueError, TypeError, KeyError, AttributeError):
                 table = json.loads(line)
                 if table.keys() == {"id", "score"}:

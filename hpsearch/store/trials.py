@@ -1,4 +1,4 @@
-"""Frozen dataclasses for the records of trials and replicates, and for the ranking of trials."""
+"""Define the records of trials, replicates and rankings as frozen dataclasses."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -13,10 +13,11 @@ from hpsearch.typed_json import from_json, to_json
 T = TypeVar("T")
 
 FORMAT = 1
-"""Version of the study folder. A folder of another version is refused."""
+"""Version of the study folder's format. Folders of other versions are rejected."""
 
 Outcome = Literal["complete", "pruned", "infeasible", "diverged", "failed", "orphaned"]
-"""`orphaned` only in studies of version 0.1: another process continued the trial under a new number."""
+"""How a trial ended. Only studies of version 0.1 have `orphaned` trials: another process continued the trial under a
+new number."""
 COUNTED: frozenset[Outcome] = frozenset({"complete", "pruned", "diverged", "failed"})
 """Outcomes that count toward `study.trials`."""
 OUTCOMES_OF_0_1 = {"full": "complete", "dropped": "pruned", "lost": "orphaned"}
@@ -25,41 +26,41 @@ OUTCOMES_OF_0_1 = {"full": "complete", "dropped": "pruned", "lost": "orphaned"}
 
 @dataclass(frozen=True)
 class PruneDecision:
-    """A pruner's decision after an epoch, with its reasons."""
+    """Decision of a pruner after an epoch, with its reasons."""
 
     drop: bool
     estimate: float
-    """Estimated value of the candidate: recorded if it is pruned."""
+    """Estimated value of the candidate, which is recorded if the candidate is pruned."""
     fold: int
-    """Counted from 0, as in all files."""
+    """Fold, counted from 0 as in all files."""
     epoch: int
-    """Epochs done in that fold."""
+    """Number of finished epochs in that fold."""
     reason: str
     d: float | None = None
-    """Mean advantage of the reference scores over the candidate's; None if there is no complete trial yet."""
+    """Mean difference between the reference scores and the candidate's; None if no trial is complete yet."""
     se: float | None = None
     s: float | None = None
     """Run-to-run standard deviation of a fold's mean."""
     p: float | None = None
-    """One-sided probability of such a large mean d if the candidate is better by `racing.MATTERS`."""
+    """One-sided probability of a mean d at least this large if the candidate is better by `racing.MATTERS`."""
     against: int | None = None
-    """Number of the incumbent."""
+    """Trial number of the incumbent."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRecord:
-    """Fields that the records of a trial and of its replicate share."""
+    """Fields shared by the records of a trial and of its replicate."""
 
     began_at: float
-    """Unix time in seconds, as all times here."""
+    """Start (Unix time in seconds, like all times here)."""
     outcome: Outcome | None = None
-    """None while it is open."""
+    """How the trial or replicate ended; None while it is open."""
     reason: str = ""
     ended_at: float | None = None
     failures: dict[str, list[str]] = field(default_factory=dict)
-    """Maps each fold, counted from 0, to one line per death of a worker that fitted it."""
+    """Maps each fold, counted from 0, to one line for each worker that died while fitting it."""
     code: str = ""
-    """Version that began it, as `code_version` returns it."""
+    """Version of hpsearch that began it, as returned by `code_version`."""
 
     def __post_init__(self) -> None:
         outcome = OUTCOMES_OF_0_1.get(self.outcome or "", self.outcome)
@@ -70,82 +71,85 @@ class EvaluationRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialRecord(EvaluationRecord):
-    """One trial: its params and its outcome."""
+    """Record of one trial: its params and its outcome."""
 
     number: int
     params: dict[str, Any]
     config: dict[str, Any]
-    """The whole configuration, as `StudyConfig.to_dict` returns it."""
+    """Complete configuration, as returned by `StudyConfig.to_dict`."""
     source: Literal["default", "sampler", "enqueued"] = "sampler"
     value: float | None = None
-    """Mean out-of-fold score of a complete trial; estimate of a pruned one."""
+    """Mean out-of-fold score of a complete trial, or estimate of a pruned one."""
     constraint: float = 0.0
-    """Above 0 if the configuration is infeasible: shown to the sampler."""
+    """Constraint value for the sampler, above 0 if the configuration is infeasible or diverged."""
     decisions: tuple[PruneDecision, ...] = ()
-    """Every decision of the pruner, in order."""
+    """All decisions of the pruner, in order."""
     micro_batch: int | None = None
-    """Images per part if batches were split to fit in memory and this changed the result. Such a trial cannot win."""
+    """Number of images per part if batches were split to fit in memory and this changed the result. Such a trial
+    cannot win."""
     draw: int | None = None
-    """Place among the suggestions, set by version 0.1 on a trial that continues an orphaned one."""
+    """Position among the suggestions. Version 0.1 set it on a trial that continues an orphaned one."""
 
     @property
     def place(self) -> int:
-        """Place among the suggestions, which seeds the fits."""
+        """Position among the suggestions, which determines the seeds of the fits."""
         return self.number if self.draw is None else self.draw
 
     @property
     def can_win(self) -> bool:
-        """Whether the trial is complete, with the configuration that was suggested."""
+        """Whether the trial is complete and was trained with the suggested configuration."""
         return self.outcome == "complete" and self.micro_batch is None
 
     @property
     def study_config(self) -> StudyConfig:
-        """The whole configuration."""
+        """Complete configuration of the trial."""
         return StudyConfig.from_dict(self.config)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReplicateRecord(EvaluationRecord):
-    """The replicate of one complete trial: fits of the same folds with other seeds.
+    """Record of the replicate of one complete trial: fits of the same folds with other seeds.
 
-    With any outcome but `complete`, the configuration failed with other seeds, so that it cannot win.
+    With any outcome other than `complete`, the configuration failed with other seeds, so it cannot win.
     """
 
     trial: int
     decisions: ClassVar[tuple[PruneDecision, ...]] = ()
-    """A replicate is never pruned."""
+    """Always empty, because replicates are never pruned."""
 
     @property
     def number(self) -> int:
-        """Number of the trial."""
+        """Number of the replicated trial."""
         return self.trial
 
     @property
     def place(self) -> int:
-        """The number, which seeds the fits."""
+        """Trial number, which determines the seeds of the fits."""
         return self.trial
 
 
 @dataclass(frozen=True)
 class Shortlist:
-    """The trials that are replicated."""
+    """Trials selected for replication."""
 
     trials: tuple[int, ...]
-    """Those selected most often first."""
+    """Numbers of the selected trials, most often selected first."""
     of: tuple[int, ...]
-    """The complete trials that it was selected from. With other complete trials it is void."""
+    """Numbers of the trials that could win when the shortlist was made. If these trials change, the shortlist is
+    void."""
     count: int
-    """`study.confirm` when it was made."""
+    """Value of `study.confirm` when the shortlist was made."""
 
 
 @dataclass(frozen=True)
 class Standing:
-    """The ranking of a study's trials at one moment. All views show this ranking."""
+    """Ranking of a study's trials at one moment. All views show this ranking."""
 
     ranking: tuple[int, ...]
     """Numbers of the trials that can win, best first."""
     values: dict[int, float]
-    """Trial number to its ranking value: the mean over both fits if its replicate counts, else over the first."""
+    """Maps each trial number to its ranking value: the mean over both fits if its replicate counts, else over the
+    first fit."""
     confirmed: tuple[int, ...]
     """Numbers of the trials whose replicates count, ascending. If there are any, the winner is one of them."""
 
@@ -161,19 +165,19 @@ class Standing:
 
 
 def count_trials(trials: Iterable[TrialRecord]) -> int:
-    """Return how many trials count toward `study.trials`."""
+    """Return the number of trials that count toward `study.trials`."""
     return sum(trial.outcome in COUNTED for trial in trials)
 
 
 def record_to_json(record: EvaluationRecord | Shortlist) -> dict[str, Any]:
-    """Return the content of the record's file."""
+    """Return the content of a record's file as a dictionary."""
     table = {"format": FORMAT, **to_json(record)}
-    # Only trials of version 0.1 have one.
+    # Only trials of version 0.1 have a `draw`.
     return {name: value for name, value in table.items() if name != "draw" or value is not None}
 
 
 def read_record(cls: type[T], path: Path) -> T:
-    """Return the dataclass in a JSON file. Raises RecordError, which names the file, if it is damaged."""
+    """Return the record in a JSON file. Raises RecordError, naming the file, if it is damaged."""
     table = read_json(path)
     try:
         if table.get("format", FORMAT) != FORMAT:

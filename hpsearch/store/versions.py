@@ -1,4 +1,4 @@
-"""Time and version, as they are recorded."""
+"""Return the time and the code version in their recorded form."""
 
 import os
 import subprocess
@@ -11,10 +11,13 @@ import hpsearch
 
 @cache
 def code_version() -> str:
-    """Return the version of hpsearch; in a checkout with its commit and `dirty` after changes."""
+    """Return the version of hpsearch.
+
+    In a checkout, it includes the commit, and `dirty` if there are uncommitted changes.
+    """
     root = Path(hpsearch.__file__).parents[1]
     if not (root / ".git").exists():
-        # Installed: a repository further up is somebody else's.
+        # Without a checkout, a repository in a parent folder is not that of hpsearch.
         return hpsearch.__version__
     command = ["git", "-C", str(root), "describe", "--always", "--dirty=.dirty", "--abbrev=40", "--exclude=*"]
     environment = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}
@@ -26,5 +29,5 @@ def code_version() -> str:
 
 
 def now() -> float:
-    """Return the Unix time in seconds, rounded to the millisecond that MLflow keeps."""
+    """Return the Unix time in seconds, rounded to milliseconds, which is the resolution of MLflow."""
     return round(time.time(), 3)

@@ -1,6 +1,6 @@
-"""The pruners that `study.pruner` can name: one module each, found by its name.
+"""Find the pruner that `study.pruner` names. Each pruner is a module of this package.
 
-A pruner's module has a function `make(config)` that returns an object with the methods of `Pruner`.
+A pruner's module has a function `make(config)`, which returns an object with the methods of `Pruner`.
 """
 
 import importlib
@@ -14,21 +14,21 @@ from hpsearch.store.trials import PruneDecision
 
 
 class Pruner(Protocol):
-    """A rule that ends trials early. It decides from recorded scores alone, so a restart changes nothing."""
+    """Rule that ends trials early. It uses recorded scores only, so its decisions do not change after a restart."""
 
     is_sequential: bool
-    """Whether the folds of a trial are fitted one after another, as long as other trials can be fitted."""
+    """Whether the folds of a trial are fitted one after another while other trials can be fitted."""
     takes_any_fold: bool
-    """Whether it can judge a trial by any finished folds, not only by the first ones."""
+    """Whether the pruner can judge a trial by any subset of finished folds, not only by the first ones."""
 
     def judge(self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds) -> PruneDecision | None:
         """Return the decision after the latest epoch of fold `candidate.latest`; None to make no decision.
 
-        `others` are all other trials that have scores, in any order, whether they have ended or not.
+        `others` contains all other trials that have scores, in any order, including open trials.
         """
 
 
 def make_pruner(config: StudyConfig) -> Pruner:
-    """Return the pruner that `study.pruner` names."""
+    """Return the pruner named in `study.pruner`."""
     pruner: Pruner = importlib.import_module(f"hpsearch.search.pruners.{config.study.pruner}").make(config)
     return pruner

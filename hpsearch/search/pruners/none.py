@@ -8,7 +8,7 @@ from hpsearch.search.racing import TrialScores
 
 
 class NoPruner:
-    """Never prunes."""
+    """Pruner that never prunes."""
 
     is_sequential = False
     takes_any_fold = True

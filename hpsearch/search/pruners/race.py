@@ -1,4 +1,4 @@
-"""The racing rule: end a trial when it is implausible that it is better than the best complete trial."""
+"""Racing rule: prune a trial that is unlikely to be better than the best complete trial."""
 
 from hpsearch.config import StudyConfig
 from hpsearch.search.racing import Race

@@ -1,9 +1,9 @@
-"""The samplers that `study.sampler` can name: one module each, found by its name.
+"""Find the sampler that `study.sampler` names. Each sampler is a module of this package.
 
-A sampler's module has a function `make(config, seed)` that returns a sampler of Optuna. A sampler that stores its
-state in attributes of the study or of its trials sets `IS_REPLAYED = True`: its earlier suggestions are then made
-again, to restore the state. One that cannot handle categorical settings sets `IS_NUMERIC = True`: those are drawn at
-random.
+A sampler's module has a function `make(config, seed)`, which returns an Optuna sampler. If the sampler stores its
+state in attributes of the study or of its trials, the module sets `IS_REPLAYED = True`. Its earlier suggestions are
+then repeated to restore the state. If the sampler cannot handle categorical settings, the module sets
+`IS_NUMERIC = True`. These settings are then drawn at random.
 """
 
 import importlib
@@ -19,7 +19,7 @@ from hpsearch.search.space import Distributions
 
 
 def sample(config: StudyConfig, seed: int, study: Study, trial: FrozenTrial, space: Distributions) -> dict[str, Any]:
-    """Return what a new sampler suggests for `trial`; settings that it leaves out are missing."""
+    """Return the suggestion of a new sampler for `trial`. Settings that the sampler does not suggest are left out."""
     module = _module(config)
     if getattr(module, "IS_NUMERIC", False):
         space = {name: each for name, each in space.items() if not isinstance(each, CategoricalDistribution)}
@@ -28,7 +28,7 @@ def sample(config: StudyConfig, seed: int, study: Study, trial: FrozenTrial, spa
 
 
 def is_replayed(config: StudyConfig) -> bool:
-    """Return whether the sampler's earlier suggestions have to be made again to restore its state."""
+    """Return whether the sampler's earlier suggestions must be repeated to restore its state."""
     return bool(getattr(_module(config), "IS_REPLAYED", False))
 
 

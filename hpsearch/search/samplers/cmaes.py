@@ -9,5 +9,5 @@ IS_NUMERIC = True
 
 
 def make(config: StudyConfig, seed: int) -> CmaEsSampler:
-    """Return the sampler; `study.startup_trials` trials are random."""
+    """Return the sampler. Its first `study.startup_trials` trials are random."""
     return CmaEsSampler(seed=seed, n_startup_trials=config.study.startup_trials, warn_independent_sampling=False)
