@@ -1,4 +1,4 @@
-"""Settings of the data and of augmentation. Imports no torch: the coordinator reads them."""
+"""Settings of the data and of augmentation. Does not import torch, because the coordinator imports this module."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
@@ -9,60 +9,62 @@ from hpsearch.user_files import printable, text_fault
 
 Color = Literal["rgb", "grayscale"]
 LOCATIONS = ("root", "images", "masks", "test_list", "groups", "cache_dir")
-"""Settings of the data that name a file or folder."""
+"""Names of the data settings that are paths of a file or folder."""
 
 GRAY_WEIGHTS = (0.299, 0.587, 0.114)
-"""Weights of red, green and blue in grayscale: the luma of ITU-R BT.601."""
+"""Weights of red, green and blue in the conversion to grayscale (luma of ITU-R BT.601)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which images are used, at which size, and how they are cached."""
+    """Settings of the images: where they are, their size, and how they are cached."""
 
     root: str = "ISIC-2017"
-    """Folder of the dataset in either layout of ISIC-2017, or `sample` for the built-in one."""
+    """Folder of the dataset, in either layout of ISIC-2017; `sample` selects the built-in dataset."""
     images: str = ""
-    """Folder of your own images, used together with `masks`; `root` is then not read."""
+    """Folder of your own images. Requires `masks`; `root` is then ignored."""
     masks: str = ""
-    """Folder of the masks of `images`, matched by the stem of the file name."""
+    """Folder of the masks of `images`. A mask is matched to its image by the file name without extension."""
     mask_suffix: str = ""
-    """Suffix of a mask's stem after the stem of its image (`_segmentation`); empty: detected."""
+    """Suffix that a mask's file name adds to the name of its image, such as `_segmentation`; empty: detected."""
     test_share: float = 0.2
-    """Share of your own images in the test split, drawn at random with seed 0."""
+    """Fraction of your own images in the test split, which is drawn at random with seed 0."""
     test_list: str = ""
-    """Text file with one id per line: the test split of your own images, instead of `test_share`."""
+    """Text file with one image id per line, which defines the test split of your own images; replaces
+    `test_share`."""
     size: Size = 572
-    """Height and width of the images that the network sees; one number for both."""
+    """Height and width of the images that the network sees; a single number sets both."""
     color: Color = "rgb"
-    """Channels that the network sees; both use the same cache."""
+    """Colour mode of the images that the network sees. Both modes use the same cache."""
     match: Literal["resize", "crop"] = "resize"
-    """How an image is fitted to `size`; `resize_mode` is another name of this setting."""
+    """How an image is fitted to `size`: by resizing or by cropping. `resize_mode` is an alias of this setting."""
     exif: Literal["auto", "apply", "ignore"] = "auto"
-    """EXIF orientation of the files; `auto`: detected from the sizes of the pool's images and masks, applied where
-    these do not tell."""
+    """How the EXIF orientation of the files is treated. `auto` decides by the sizes of the pool's images and masks,
+    and applies the orientation if the sizes are inconclusive."""
     max_value: int = 0
-    """Value that becomes 255 in images of more than 8 bits; 0: the smallest of 255, 1023, 4095, 16383 and 65535 that
-    no pixel of the pool exceeds."""
+    """Pixel value that is mapped to 255 in images of more than 8 bits. 0 selects the smallest of 255, 1023, 4095,
+    16383 and 65535 that no pixel of the pool exceeds."""
     cache: Literal["auto", "memory", "files", "memmap", "none"] = "auto"
-    """Where decoded images are stored."""
+    """Where decoded images are cached."""
     cache_size: Size = 0
-    """Size of the cached images from which `augment.crop` takes random crops of `size`; 0: `size`."""
+    """Size of the cached images, from which `augment.crop` takes random crops of `size`; 0: the same as `size`."""
     cache_dir: str = ""
-    """Folder of the caches; empty: `cache/` in the project folder."""
+    """Folder for the caches; empty: `cache/` in the project folder."""
     n_search_train: int = 0
-    """Use only the first n training images in the search; 0: all."""
+    """Number of training images to use in the search (the first n); 0: all."""
     n_search_validation: int = 0
-    """Use only the first n validation images in the search; 0: all."""
+    """Number of validation images to use in the search (the first n); 0: all."""
     n_final_train: int = 0
-    """Use only the first n pool images in `final`; 0: all."""
+    """Number of pool images to use in `final` (the first n); 0: all."""
     n_final_test: int = 0
-    """Use only the first n test images in `final`; 0: all."""
+    """Number of test images to use in `final` (the first n); 0: all."""
     groups: str = ""
-    """CSV file with the columns `image` and one other (patient, lesion); all images of a group are in one fold."""
+    """CSV file with the column `image` and one group column, such as the patient or lesion. All images of a group are
+    put in the same fold."""
     group_duplicates: bool = False
-    """Keep near-duplicate images in one fold."""
+    """Whether to keep near-duplicate images in the same fold."""
     exclude_bad: bool = False
-    """Exclude images with errors instead of refusing the dataset."""
+    """Whether to exclude images with errors; otherwise the dataset is refused."""
 
     def __post_init__(self) -> None:
         check_size("data.size", self.size)
@@ -84,7 +86,7 @@ class DataConfig:
         check_at_least("data", self, 0, "n_search_train", "n_search_validation", "n_final_train", "n_final_test")
 
     def absolute(self) -> Self:
-        """Return the same settings with absolute paths, which are valid from any folder."""
+        """Return the same settings with all paths made absolute."""
         is_root_read = self.root != "sample" and not self.images
         names = [name for name in LOCATIONS if getattr(self, name) and (name != "root" or is_root_read)]
         changed: dict[str, Any] = {name: str(absolute(getattr(self, name))) for name in names}
@@ -112,36 +114,36 @@ class DataConfig:
 
     @property
     def n_channels(self) -> int:
-        """Channels that the network sees."""
+        """Number of channels of the images that the network sees."""
         return 3 if self.color == "rgb" else 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Random augmentation of training batches; 0 switches an operation off."""
+    """Settings of the random augmentation of training batches; 0 disables an operation."""
 
     hflip: float = 0.5
-    """Probability of a horizontal flip, mask included."""
+    """Probability of flipping image and mask horizontally."""
     vflip: float = 0.0
-    """Probability of a vertical flip, mask included."""
+    """Probability of flipping image and mask vertically."""
     rotate: float = 0.0
-    """Largest rotation in degrees in either direction, mask included."""
+    """Largest rotation of image and mask in either direction, in degrees."""
     scale: float = 0.0
-    """Zoom by a factor within 1 ± scale, mask included."""
+    """Largest relative zoom: image and mask are scaled by a factor from 1 - scale to 1 + scale."""
     crop: bool = False
-    """Take new random crops of `data.size` in each epoch from a cache at `data.cache_size`."""
+    """Whether to take new random crops of `data.size` in each epoch from cached images of `data.cache_size`."""
     brightness: float = 0.0
-    """Brightness factor within 1 ± brightness."""
+    """Largest relative change of brightness, by a factor from 1 - brightness to 1 + brightness."""
     contrast: float = 0.0
-    """Contrast factor within 1 ± contrast."""
+    """Largest relative change of contrast, by a factor from 1 - contrast to 1 + contrast."""
     saturation: float = 0.0
-    """Saturation factor within 1 ± saturation."""
+    """Largest relative change of saturation, by a factor from 1 - saturation to 1 + saturation."""
     hue: float = 0.0
-    """Hue shift within ± hue, as a share of the colour circle (at most 0.5)."""
+    """Largest shift of the hue in either direction, as a fraction of the colour circle (at most 0.5)."""
     blur: float = 0.0
     """Largest standard deviation of Gaussian blur, in pixels."""
     noise: float = 0.0
-    """Largest standard deviation of Gaussian noise, for images with values from 0 to 1."""
+    """Largest standard deviation of Gaussian noise, relative to pixel values from 0 to 1."""
 
     def __post_init__(self) -> None:
         check_between("augment", self, 0, hflip=1, vflip=1, rotate=180, scale=0.9, blur=20, noise=1)

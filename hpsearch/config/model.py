@@ -1,4 +1,4 @@
-"""Settings of the network. Imports no torch: shapes, memory and the coordinator read them."""
+"""Settings of the network. Does not import torch, because the coordinator imports this module."""
 
 import dataclasses
 from typing import Annotated, Any, Literal
@@ -7,35 +7,35 @@ from hpsearch.config.values import ModuleName, check_at_least, require
 
 _NETWORK = ModuleName("models/networks")
 FIELDS_OF_0_1 = ("base_channels", "depth", "stacking", "kernel_size", "padding", "norm", "input_norm", "init")
-"""Settings that every file and hash includes. Settings added after version 0.1 are left out if they have their
-default, so that the checkpoints and weights of existing studies stay valid."""
+"""Settings that are always written to files and hashes. Settings added after version 0.1 are omitted if they have
+their default, so that the checkpoints and weights of existing studies stay valid."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UNetConfig:
-    """The UNet of Ronneberger et al. (2015) and its variations."""
+    """Settings of the network: the UNet of Ronneberger et al. (2015) and its variations."""
 
     network: Annotated[str, _NETWORK] = "unet"
-    """Network to train: a module in `hpsearch/models/networks/`. A network other than `unet` uses those of the
-    settings below that apply to it."""
+    """Network to train: the name of a module in `hpsearch/models/networks/`. A network other than `unet` uses only
+    those settings below that apply to it."""
     base_channels: int = 64
-    """Channels of the first stage; each stage below has twice as many."""
+    """Number of channels of the first stage. Each further stage has twice as many as the stage above it."""
     depth: int = 4
     """Number of down-samplings."""
     stacking: int = 2
-    """Convolutions per stage."""
+    """Number of convolutions per stage."""
     kernel_size: int = 3
-    """Side of the convolution kernels; odd."""
+    """Side length of the convolution kernels in pixels; must be odd."""
     padding: Literal["same", "valid"] = "same"
-    """`valid` is that of the paper: each convolution removes a border."""
+    """Padding of the convolutions. With `valid`, as in the paper, each convolution removes a border."""
     norm: Literal["none", "batch", "group", "instance"] = "batch"
-    """Normalisation after each convolution; the report has none."""
+    """Normalisation after each convolution. The report uses `none`."""
     input_norm: Literal["none", "image"] = "image"
-    """`image`: each image is also standardised by its own mean and standard deviation per channel; the report has
-    `none`."""
+    """Additional normalisation of the input. `image` standardises each image by its own mean and standard deviation
+    per channel. The report uses `none`."""
     init: Literal["xavier", "torch"] = "xavier"
-    """`xavier`: Xavier convolutions and bilinear transposed convolutions, as in the report; `torch`: the defaults of
-    torch."""
+    """Initial weights. `xavier`: Xavier initialisation for convolutions and bilinear interpolation for transposed
+    convolutions, as in the report. `torch`: torch's defaults."""
 
     def __post_init__(self) -> None:
         _NETWORK.check("unet.network", self.network)
@@ -43,7 +43,10 @@ class UNetConfig:
         require(self.kernel_size % 2 == 1, f"unet.kernel_size must be odd, got {self.kernel_size}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain types for files and hashes; settings that version 0.1 lacks appear only if they are set."""
+        """Return the settings as plain types for files and hashes.
+
+        Settings added after version 0.1 are included only if they differ from their default.
+        """
         default = {field.name: field.default for field in dataclasses.fields(self)}
         table = dataclasses.asdict(self)
         return {name: value for name, value in table.items() if name in FIELDS_OF_0_1 or value != default[name]}

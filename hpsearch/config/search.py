@@ -1,4 +1,4 @@
-"""Settings of the search: the protocol, the budget and the search space. Imports neither Optuna nor torch."""
+"""Settings of the search: evaluation protocol, budget and search space. Imports neither Optuna nor torch."""
 
 import math
 from collections.abc import Mapping
@@ -18,28 +18,27 @@ class StudySettings:
     trials: int = 50
     """Total number of trials, including those of earlier runs of the study."""
     folds: int | Literal["fixed"] = 5
-    """Number of folds of the cross-validation; `fixed`: train on the training split, score the validation split."""
+    """Number of cross-validation folds. `fixed`: train on the training split and score the validation split."""
     metric: Literal["dice", "jaccard"] = "dice"
-    """Score per image; its mean is the value of a trial. `iou` is an alias of `jaccard`."""
+    """Score of an image. The value of a trial is the mean over images. `iou` is an alias of `jaccard`."""
     seed: int = 0
-    """Seed of folds, suggestions and fits."""
+    """Seed for the folds, the sampler and the fits."""
     sampler: Annotated[str, _SAMPLER] = "tpe"
-    """Sampler that suggests configurations: a module in `hpsearch/search/samplers/`."""
+    """Sampler that suggests configurations: the name of a module in `hpsearch/search/samplers/`."""
     startup_trials: int = 10
-    """Random trials before TPE models the search space."""
+    """Number of random trials before TPE starts to model the search space."""
     pruner: Annotated[str, _PRUNER] = "race"
-    """Rule that ends a trial early: a module in `hpsearch/search/pruners/`."""
+    """Pruner that stops trials early: the name of a module in `hpsearch/search/pruners/`."""
     lookahead: int = 0
-    """L: trial n is suggested and pruned by the results of the trials up to n - L, so that the number of workers does
-    not change the result; 0: by all results so far."""
+    """Lag L: trial n is suggested and pruned using only the results of the trials up to n - L, so that the number of
+    workers does not change the result. 0: all results so far are used."""
     eval_size: Size = 0
     """Size at which scores are computed; 0: `data.size`. Required if `data.size` is searched."""
     allow_microbatch: bool = False
     """Whether a network with batch normalisation that does not fit in memory may be trained on parts of its batches.
-    This changes its result, so such a trial cannot become the best."""
+    This changes the result, so such a trial cannot become the best trial."""
     confirm: int = 5
-    """Number of configurations that are refitted after the search for a final ranking and an unbiased estimate; 0:
-    none."""
+    """Number of configurations to refit after the search, for a final ranking and an unbiased estimate; 0: none."""
 
     def __post_init__(self) -> None:
         check_at_least("study", self, 1, "trials")
@@ -59,7 +58,7 @@ class StudySettings:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of a few values."""
+    """Dimension of the search space with a list of values."""
 
     values: tuple[Any, ...]
 
@@ -70,11 +69,11 @@ class Choice:
 
     @property
     def extremes(self) -> tuple[Any, ...]:
-        """Values that are checked in place of all values: here all of them."""
+        """Values to validate: all of them."""
         return self.values
 
     def key(self, value: Any) -> Any:
-        """Return a key that equal values share; JSON turns pairs into lists."""
+        """Return a key that is the same for equal values. Pairs may be lists, because JSON has no tuples."""
         return tuple(value) if isinstance(value, list) else value
 
     def contains(self, value: Any) -> bool:
@@ -82,7 +81,10 @@ class Choice:
         return value in self.values
 
     def nearest(self, value: Any) -> Any:
-        """Return the value closest to a number (ties: the smaller one); the first value for anything else."""
+        """Return the value closest to a number, or the smaller one if two are equally close.
+
+        Returns the first value if `value` or one of the values is not a number.
+        """
         if not all(_is_number(each) for each in (value, *self.values)):
             return self.values[0]
         return min(self.values, key=lambda each: (abs(each - value), each))
@@ -94,7 +96,10 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """All values from `low` to `high`, both included; integers if both are."""
+    """Dimension of the search space from `low` to `high`, both included.
+
+    Its values are integers if both bounds are.
+    """
 
     low: int | float
     high: int | float
@@ -116,7 +121,7 @@ class Range:
 
     @property
     def extremes(self) -> tuple[Any, ...]:
-        """Values that are checked in place of all values: the two ends."""
+        """Values to validate: the two ends of the range."""
         return self.low, self.high
 
     @property
@@ -124,7 +129,10 @@ class Range:
         return 1 if self.is_int and self.step is None else self.step
 
     def key(self, value: Any) -> Any:
-        """Return a key that equal values share: with a step the step's number, since `low + 2 * step` may round."""
+        """Return a key that is the same for equal values.
+
+        With a step it is the number of steps from `low`, because `low + 2 * step` may have a rounding error.
+        """
         return value if self.step is None or value is None else round((value - self.low) / self.step)
 
     def contains(self, value: Any) -> bool:
@@ -133,7 +141,7 @@ class Range:
         return is_inside and math.isclose(self.nearest(value), value, abs_tol=1e-12)
 
     def nearest(self, value: Any) -> int | float:
-        """Return the value of the range that is closest to a number; `low` for anything else."""
+        """Return the value of the range that is closest to a number, or `low` if `value` is not a number."""
         if not _is_number(value):
             return self.low
         inside = min(max(value, self.low), self.high)
@@ -148,7 +156,7 @@ class Range:
 
 
 class SearchSpace(dict[str, Choice | Range]):
-    """Searched settings by name (`unet.depth`) with their values, in a fixed order."""
+    """Search space: the dimensions of the searched settings by name (`unet.depth`), in a fixed order."""
 
     @property
     def n_configurations(self) -> int | None:
@@ -157,18 +165,18 @@ class SearchSpace(dict[str, Choice | Range]):
         return math.prod(counts) or None
 
     def key(self, params: Mapping[str, Any]) -> tuple[Any, ...]:
-        """Return a key that two sets of params share if they are the same configuration."""
+        """Return a key that is the same for all params of the same configuration."""
         return tuple(dimension.key(params.get(name)) for name, dimension in self.items())
 
     def to_toml(self) -> dict[str, Any]:
-        """Return the table `[search]`."""
+        """Return the `[search]` table of the TOML file."""
         return {name: dimension.to_toml() for name, dimension in self.items()}
 
 
 def parse_dimension(name: str, value: Any) -> Choice | Range:
-    """Return a Choice for a list and a Range for a table with low and high.
+    """Return a Choice for a list, or a Range for a table with low and high.
 
-    Raises ConfigError, naming the key, for anything else.
+    Raises ConfigError with the name of the key for anything else.
     """
     where = f"search.{name}"
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""The sections of the settings, every setting by its full name (`unet.depth`), and overrides of `--set`."""
+"""Sections of the configuration, full names of settings (`unet.depth`), and `--set` overrides."""
 
 import difflib
 import functools
@@ -21,14 +21,14 @@ SECTIONS: dict[str, type] = {
     "study": StudySettings,
 }
 ALIASES = {"data.resize_mode": "data.match"}
-"""Other names of settings."""
+"""Aliases of settings, mapped to the names of the settings."""
 NOT_SEARCHABLE = {f"data.{f.name}" for f in fields(DataConfig)} - {"data.size", "data.color"}
-"""Settings of the data that all trials must share, so that their scores can be compared: resized images are scored as
-a whole, cropped images in their centre."""
+"""Data settings that cannot be searched, because scores are comparable only between trials that share them. For
+example, resized images are scored as a whole, but cropped images only in their centre."""
 Table = dict[str, Any]
 _type_hints = functools.cache(functools.partial(get_type_hints, include_extras=True))
 OnNote = Callable[[str], None]
-"""Called with one sentence."""
+"""Callback that is called with a note for the user, one sentence."""
 
 
 def setting_names() -> list[str]:
@@ -37,7 +37,7 @@ def setting_names() -> list[str]:
 
 
 def annotation_of(name: str) -> Any:
-    """Return the type annotation of the setting `name`; ConfigError if there is no such setting."""
+    """Return the type annotation of the setting `name`. Raises ConfigError if there is no such setting."""
     section, _, key = name.partition(".")
     if section not in SECTIONS:
         raise unknown_name(name, [*SECTIONS, "search"], "section of")
@@ -48,7 +48,7 @@ def annotation_of(name: str) -> Any:
 
 
 def unknown_name(name: str, known: Sequence[str], kind: str) -> ConfigError:
-    """Return an error that suggests the name that was probably meant, or else lists the known ones."""
+    """Return an error that suggests the most similar name, or lists the known names if none is similar."""
     # Look for the same or a similar key in all sections.
     by_key = {each.rpartition(".")[2]: each for each in [*setting_names(), *known]}
     close = difflib.get_close_matches(name.rpartition(".")[2], by_key, n=1)
@@ -57,12 +57,13 @@ def unknown_name(name: str, known: Sequence[str], kind: str) -> ConfigError:
 
 
 def apply_overrides(table: Mapping[str, Any], overrides: Iterable[str], *, on_note: OnNote | None = None) -> Table:
-    """Return `table` with each `section.key=value` set.
+    """Return `table` with the overrides `section.key=value` applied.
 
-    Values are TOML (`0.01`, `true`, `[256, 192]`); anything else is a string (`rgb`). An override of a searched
-    setting pins it. `search.unet.depth=[2,3]` sets a dimension of the search space. If the default of that setting
-    lies outside and no other override gives it, it moves to the nearest value inside. `on_note` is called in both
-    cases.
+    Values are parsed as TOML (`0.01`, `true`, `[256, 192]`); anything else is a string (`rgb`). An override of a
+    searched setting pins it, so that it is no longer searched. An override `search.unet.depth=[2,3]` sets a dimension
+    of the search space. If the dimension excludes the setting's default and no other override sets the setting, the
+    default moves to the nearest value of the dimension. `on_note` is called when a setting is pinned or a default
+    moves.
     """
     note = on_note or (lambda text: None)
     given: set[str] = set()
@@ -94,7 +95,7 @@ def apply_overrides(table: Mapping[str, Any], overrides: Iterable[str], *, on_no
 
 
 def flatten_search(search: Mapping[str, Any]) -> Table:
-    """Return the search space by full names, whether given as `"unet.depth" = [...]` or as `[search.unet]`."""
+    """Return the search space by full names, read from `"unet.depth" = [...]` or `[search.unet]`."""
     flat: Table = {}
     for name, value in search.items():
         is_section = name in SECTIONS and isinstance(value, Mapping)
@@ -103,7 +104,7 @@ def flatten_search(search: Mapping[str, Any]) -> Table:
 
 
 def _split(override: str) -> tuple[str, str]:
-    """Return name and value of `section.key=value`."""
+    """Split `section.key=value` into name and value."""
     name, equals, text = (part.strip() for part in override.partition("="))
     if equals and name.partition(".")[2]:
         return ALIASES.get(name, name), text
@@ -113,7 +114,7 @@ def _split(override: str) -> tuple[str, str]:
 
 
 def _move_default(table: Table, name: str, shown: str, note: OnNote) -> None:
-    """Move the default of a searched setting into its dimension if it lies outside."""
+    """Move the default of a searched setting to the nearest value of its dimension if it lies outside."""
     section, _, key = name.partition(".")
     dimension = parse_dimension(name, table["search"][name])
     default = table.get(section, {}).get(key, getattr(SECTIONS[section](), key))

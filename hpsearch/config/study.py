@@ -1,4 +1,4 @@
-"""The configuration of a study: read from TOML and overrides, checked, written as TOML."""
+"""Configuration of a study: read from TOML and overrides, validated, and written as TOML."""
 
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -34,17 +34,17 @@ class StudyConfig:
     """All settings of a study: five sections and the search space."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    """Which images are used, at which size, and how they are cached."""
+    """Settings of the images: where they are, their size, and how they are cached."""
     unet: UNetConfig = field(default_factory=UNetConfig)
-    """The network."""
+    """Settings of the network."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    """How the network is trained."""
+    """Settings of training."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    """Random augmentation of training batches."""
+    """Settings of the random augmentation of training batches."""
     study: StudySettings = field(default_factory=StudySettings)
-    """The evaluation protocol and the search budget."""
+    """Settings of the evaluation protocol and the search budget."""
     search: SearchSpace = field(default_factory=SearchSpace)
-    """Which settings are searched, and over which values."""
+    """Searched settings and their values."""
 
     def __post_init__(self) -> None:
         for name, dimension in self.search.items():
@@ -80,16 +80,16 @@ class StudyConfig:
 
     @property
     def sees_windows(self) -> bool:
-        """Whether the network is trained on windows of images instead of whole images."""
+        """Whether the network is trained on crops instead of whole images."""
         return self.data.match == "crop" or self.augment.crop
 
     @property
     def scored_data(self) -> DataConfig:
-        """The data at `study.eval_size`; as the network sees them if that is not set."""
+        """Data settings with `study.eval_size` as their size; unchanged if `study.eval_size` is 0."""
         return replace(self.data, size=self.eval_size) if self.study.eval_size else self.data
 
     def with_params(self, params: Mapping[str, Any]) -> Self:
-        """Return the configuration of one trial: `params` set, nothing left to search."""
+        """Return the configuration of one trial, with `params` set and an empty search space."""
         changes: dict[str, dict[str, Any]] = {}
         for name, value in params.items():
             section, _, key = name.partition(".")
@@ -98,12 +98,12 @@ class StudyConfig:
         return replace(self, search=SearchSpace(), **parts)
 
     def absolute(self) -> Self:
-        """Return the same configuration with absolute paths, which are valid from any folder."""
+        """Return the same configuration with all paths made absolute."""
         return replace(self, data=self.data.absolute())
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> Self:
-        """Return the configuration in nested tables; ConfigError names the key that is wrong."""
+        """Return the configuration that nested tables describe. Raises ConfigError with the name of a wrong key."""
         known = [*SECTIONS, "search"]
         if unknown := [name for name in table if name not in known]:
             raise unknown_name(unknown[0], known, "section")
@@ -124,13 +124,13 @@ class StudyConfig:
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """Return nested tables of plain types, from which `from_dict` makes an equal configuration."""
+        """Return the configuration as nested tables of plain types, which `from_dict` can read."""
         sections = {name: asdict(getattr(self, name)) for name in SECTIONS}
         return {**to_json(sections), "search": self.search.to_toml()}
 
     def to_toml(self) -> str:
-        """Return TOML from which `load` makes an equal configuration."""
-        # Imported here because a fit needs no TOML.
+        """Return the configuration as TOML, which `load` can read."""
+        # Imported here because a fit does not use TOML.
         import tomli_w
 
         table = {**self.to_dict(), "unet": self.unet.to_dict()}
@@ -139,21 +139,22 @@ class StudyConfig:
         return tomli_w.dumps(table)
 
     def to_sealed_toml(self) -> str:
-        """Return `to_toml` below a line with its checksum, by which `load` detects a torn or edited file."""
+        """Return `to_toml` after a line with its checksum, so that `load` can detect a truncated or edited file."""
         text = self.to_toml()
         return f"{_SEAL}{sha256_text(text)}\n{text}"
 
     def flat(self) -> dict[str, Any]:
-        """Return every setting by its full name (`unet.depth`), without the search space."""
+        """Return the values of all settings by full name (`unet.depth`), without the search space."""
         tables = [(section, table) for section, table in self.to_dict().items() if section != "search"]
         return {f"{section}.{key}": value for section, table in tables for key, value in table.items()}
 
 
 def load(path: Path | None, overrides: Iterable[str] = (), *, on_note: OnNote | None = None) -> StudyConfig:
-    """Return the configuration in the TOML file at `path` (None: all defaults) with `section.key=value` overrides.
+    """Load a configuration from the TOML file at `path` and apply `section.key=value` overrides.
 
-    `on_note` is called with a sentence for each override with a side effect (`apply_overrides`). Raises
-    ConfigError, naming the file and the key, for unknown names and invalid values.
+    All settings have their defaults if `path` is None. `on_note` is called with a sentence for each override that has
+    a side effect (see `apply_overrides`). Raises ConfigError, naming the file and the key, for unknown names and
+    invalid values.
     """
     table: dict[str, Any] = {}
     if path is not None:
@@ -167,7 +168,7 @@ def load(path: Path | None, overrides: Iterable[str] = (), *, on_note: OnNote | 
     try:
         return from_dict(apply_overrides(table, overrides, on_note=on_note))
     except ConfigError as error:
-        # With overrides, the file need not be at fault.
+        # With overrides, the file may not be the cause.
         raise ConfigError(str(error) if path is None or overrides else f"{path}: {error}") from error
 
 
@@ -175,7 +176,7 @@ from_dict = StudyConfig.from_dict
 
 
 def get_setting(config: StudyConfig, name: str) -> Any:
-    """Return the value of the setting `name` (`unet.depth`); ConfigError if there is no such setting."""
+    """Return the value of the setting `name` (`unet.depth`). Raises ConfigError if there is no such setting."""
     annotation_of(name)
     section, _, key = name.partition(".")
     return getattr(getattr(config, section), key)
@@ -191,7 +192,7 @@ def _section(section: str, cls: type, table: Any) -> Any:
 
 
 def _check_sealed(text: str, path: Path) -> None:
-    """Raise ConfigError if a file that hpsearch wrote was changed since, or if the file is empty."""
+    """Raise ConfigError if a file was changed after hpsearch wrote it, or if it is empty."""
     first, _, rest = text.partition("\n")
     require(
         not first.startswith(_SEAL) or first.removeprefix(_SEAL) == sha256_text(rest),

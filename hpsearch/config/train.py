@@ -1,4 +1,4 @@
-"""Settings of one fit. Imports no torch: the coordinator reads them."""
+"""Settings of training. Does not import torch, because the coordinator imports this module."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -10,30 +10,30 @@ _LOSS = ModuleName("training/losses", is_sum=True)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How one configuration is trained once."""
+    """Settings of training: epochs, loss, optimizer and precision of a fit."""
 
     epochs: int = 20
-    """Passes over the training images."""
+    """Number of passes over the training images."""
     batch_size: int = 16
-    """Images per step."""
+    """Number of images per optimizer step."""
     lr: float = 0.01
-    """Learning rate at the start."""
+    """Initial learning rate."""
     loss: Annotated[str, _LOSS] = "bce+dice"
-    """Loss, or a sum of losses: modules in `hpsearch/training/losses/`. The report has `bce`."""
+    """Loss, or a sum of losses: names of modules in `hpsearch/training/losses/`. The report uses `bce`."""
     smooth: float = 1.0
     """Smoothing term of the Dice and Jaccard losses, in pixels."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    """SGD with momentum, or AdamW, which needs a learning rate near 0.001."""
+    """Optimizer: SGD with momentum, or AdamW, which needs a learning rate near 0.001."""
     momentum: float = 0.9
-    """Momentum of SGD; the report has none."""
+    """Momentum of SGD. The report uses none."""
     weight_decay: float = 0.0
     """Weight decay of either optimizer."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """Learning rate over the steps of the whole fit; cosine ends at 0."""
+    """Schedule of the learning rate over all steps of a fit; `cosine` ends at 0."""
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
-    """Precision of autocast; `auto`: bf16 where the hardware supports it, fp16 on older GPUs, otherwise off."""
+    """Precision of autocast. `auto`: bf16 where the hardware supports it, fp16 on older GPUs, otherwise off."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Whether to use torch.compile; `auto`: if it saves time over the whole fit."""
+    """Whether to use torch.compile. `auto`: only if it saves time over the whole fit."""
 
     def __post_init__(self) -> None:
         check_at_least("train", self, 1, "epochs", "batch_size")
@@ -46,6 +46,6 @@ class TrainConfig:
 
     @property
     def loss_terms(self) -> tuple[str, ...]:
-        """Names of the losses that are summed; `iou` is accepted for `jaccard`."""
+        """Names of the losses to sum; `iou` is an alias of `jaccard`."""
         terms = [term.strip() for term in self.loss.split("+")]
         return tuple("jaccard" if term == "iou" else term for term in terms)

@@ -1,4 +1,4 @@
-"""Values of settings: checks that the sections share, conversion from TOML, and valid values in words."""
+"""Values of settings: shared checks, conversion from TOML, and descriptions of valid values."""
 
 import difflib
 import functools
@@ -12,31 +12,31 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from hpsearch.errors import ConfigError
 
 Size = int | tuple[int, int]
-"""Height and width in pixels; one number stands for both."""
+"""Height and width in pixels; a single number sets both."""
 _PACKAGE = Path(__file__).parents[1]
 _NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
 
 
 def require(condition: bool, text: str) -> None:
-    """Raise ConfigError with `text` unless the condition holds."""
+    """Raise ConfigError with `text` if `condition` is false."""
     if not condition:
         raise ConfigError(text)
 
 
 def as_pair(size: Size) -> tuple[int, int]:
-    """Return height and width."""
+    """Return `size` as (height, width)."""
     return size if isinstance(size, tuple) else (size, size)
 
 
 def check_size(setting: str, size: Size) -> None:
-    """Raise ConfigError unless `size` is one or two sides of at least 8 pixels."""
+    """Raise ConfigError unless `size` is one number or (height, width), each at least 8 pixels."""
     sides = as_pair(size)
     is_valid = len(sides) == 2 and min(sides) >= 8
     require(is_valid, f"{setting} must be one number or [height, width], each at least 8, got {size}")
 
 
 def check_between(section: str, settings: object, low: float, **maximums: float) -> None:
-    """Raise ConfigError, naming the setting, if one of the named settings is not between `low` and its maximum."""
+    """Raise ConfigError if one of the named settings is not between `low` and its maximum."""
     for name, high in maximums.items():
         value = getattr(settings, name)
         least = f"be at least {low}" if high == math.inf else f"lie between {low} and {high}"
@@ -44,7 +44,7 @@ def check_between(section: str, settings: object, low: float, **maximums: float)
 
 
 def check_at_least(section: str, settings: object, low: float, *names: str) -> None:
-    """Raise ConfigError, naming the setting, if one of the named settings is below `low`."""
+    """Raise ConfigError if one of the named settings is below `low`."""
     check_between(section, settings, low, **dict.fromkeys(names, math.inf))
 
 
@@ -59,30 +59,30 @@ def module_names(folder: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class ModuleName:
-    """Annotation of a setting that names a module in a folder of the package, or a sum of several."""
+    """Annotation of a setting whose value is the name of a module of the package, or a sum of such names."""
 
     folder: str
-    """Path of the folder inside the package."""
+    """Folder of the modules, relative to the package."""
     is_sum: bool = False
-    """Whether several names may be joined by `+`."""
+    """Whether the value may be several names joined by `+`."""
 
     def check(self, setting: str, name: str) -> None:
-        """Raise ConfigError, with the valid names and the nearest one, if `name` is not a module of the folder."""
+        """Raise ConfigError with the valid names if `name` is not a module of the folder."""
         names = module_names(self.folder)
         close = difflib.get_close_matches(name, names, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         require(name in names, f"{setting} must be {self.describe()}, got {name!r}{hint}")
 
     def describe(self) -> str:
-        """Return the valid values in words."""
+        """Return a description of the valid values."""
         names = " or ".join(map(repr, module_names(self.folder)))
         return f"{names} or a sum such as 'bce+dice'" if self.is_sum else names
 
 
 def convert(value: Any, annotation: Any, name: str) -> Any:
-    """Return `value` as the annotated type; only int to float and list to tuple change it.
+    """Convert `value` to the annotated type: an int to a float, or a list to a tuple.
 
-    Raises ConfigError, naming the setting `name`, for a value of another type.
+    Raises ConfigError with the name of the setting for a value of any other type.
     """
     try:
         return _convert(value, annotation)
@@ -91,7 +91,7 @@ def convert(value: Any, annotation: Any, name: str) -> Any:
 
 
 def describe_type(annotation: Any) -> str:
-    """Return in words which values a setting of this annotated type can have."""
+    """Return a description of the valid values for this type annotation."""
     origin, options = get_origin(annotation), get_args(annotation)
     if annotation in _NAMES:
         return _NAMES[annotation]
@@ -105,7 +105,7 @@ def describe_type(annotation: Any) -> str:
 def _convert(value: Any, annotation: Any) -> Any:
     origin, options = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        # The section itself checks the name of a module.
+        # The section's `__post_init__` checks the name of the module.
         return _convert(value, options[0])
     if origin in (Union, UnionType):
         for option in options:

@@ -1,1 +1,1 @@
-"""Networks: their modules, and their shapes, memory and FLOPs by arithmetic."""
+"""Networks, and the calculation of their shapes, memory and FLOPs."""

@@ -1,23 +1,24 @@
-"""Peak memory of a training step of the UNet, by arithmetic from the shapes of its layers.
+"""Calculation of the peak memory of a UNet training step from the shapes of its layers.
 
-The tensors that autograd saves in the forward pass are counted, each storage once:
+The calculation counts the tensors that autograd saves in the forward pass, each storage once:
 
-- the images, as the first convolution reads them;
-- for each convolution the output of the ReLU, which works in place; with normalisation also its input, means and
-  standard deviations;
-- for each pooling its output and the indices of the maxima, 8 bytes each;
-- for each up-sampling the concatenation of skip and up-sampled map, which the next convolution reads;
-- under autocast the copies of the weights in 16 bits.
+- the images, in the precision of the first convolution;
+- for each convolution, the output of the in-place ReLU; with normalisation, also the input of the normalisation, its
+  means and its standard deviations;
+- for each pooling, its output and the indices of the maxima, 8 bytes each;
+- for each up-sampling, the concatenation of skip connection and up-sampled map, which is the input of the next
+  convolution;
+- under autocast, the 16-bit copies of the weights.
 
-Everything else that a gradient needs is one of these maps. With the weights this is the memory calculation of the
-report (`valid`, RGB, 572x572, float32, no normalisation): 5.50 GiB for base 32 and batch 16, 21.90 GiB for batch 64,
-10.99 GiB for base 64 and batch 16.
+The backward pass needs no other tensors from the forward pass. Together with the weights, this is the memory
+calculation of the report (`valid`, RGB, 572x572, float32, no normalisation): 5.50 GiB for base 32 and batch 16, 21.90
+GiB for batch 64, 10.99 GiB for base 64 and batch 16.
 
-On the CPU a process takes more memory than its tensors. glibc maps each block of 32 MiB or more separately and
-returns it to the system when it is freed. Smaller blocks lie on the heap, which cannot return memory between blocks
-in use. The peak is therefore the maximum of the large blocks plus the maximum of the small blocks, even if the two
-occur at different moments, plus a share of the heap for gaps. (With a fixed, low `MALLOC_MMAP_THRESHOLD_` the
-measured memory is that of the tensors to within 1 %, but page faults then take 20 to 40 % of each step.)
+On a CPU, a process takes more memory than its tensors. glibc maps each block of 32 MiB or more separately and returns
+it to the system when it is freed. Smaller blocks are on the heap, which cannot return free memory between blocks in
+use. The peak is therefore the maximum of the large blocks plus the maximum of the small blocks, even if the two occur
+at different moments, plus a fraction of the heap for fragmentation. (With a fixed, low `MALLOC_MMAP_THRESHOLD_` the
+measured memory equals that of the tensors to within 1 %, but page faults then take 20 to 40 % of each step.)
 """
 
 import itertools
@@ -29,29 +30,29 @@ from hpsearch.config.model import UNetConfig
 from hpsearch.models.shapes import Layer, layers, norm_groups
 
 _ALLOWANCE = 0.05
-"""Share added on a GPU for scratch memory of the kernels and gaps of the allocator."""
+"""Fraction added on a GPU for the workspace of kernels and the fragmentation of the allocator."""
 _OWN_MEMORY = 32 * 2**20
-"""Smallest block in bytes that glibc maps separately once it has adapted to the sizes that occur."""
+"""Smallest block in bytes that glibc maps separately, after it has adapted its threshold to the blocks of a fit."""
 _GAPS = {"none": 0.15, "batch": 0.15, "group": 0.6, "instance": 0.5}
-"""Share of the heap added for gaps, as measured; group and instance normalisation copy whole maps."""
+"""Measured fraction of the heap that is added for fragmentation. Group and instance normalisation copy whole maps."""
 _Moment = tuple[list[int], list[int], list[int]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """Everything besides network and image size that determines the memory of a training step."""
+    """Settings besides network and image size that determine the memory of a training step."""
 
     batch_size: int
     precision: str
-    """Precision of autocast: float32, bf16 or fp16. Weights, gradients and optimizer state are float32."""
+    """Precision of autocast: float32, bf16 or fp16. Weights, gradients and optimizer state are always float32."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: float = 0.9
     device: str = "cpu"
-    """`cpu` or `cuda`."""
+    """Type of the device: `cpu` or `cuda`."""
 
     @property
     def itemsize(self) -> int:
-        """Bytes of one number."""
+        """Number of bytes per element of an activation."""
         return 4 if self.precision == "float32" else 2
 
     @property
@@ -62,16 +63,17 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
-    """Memory in use at the peak of a training step, in bytes."""
+    """Estimated memory in use at the peak of a training step, in bytes."""
 
     weights: int
     gradients: int
-    """Gradients of the weights; mostly small, because the peak is usually at the start of the backward pass."""
+    """Gradients of the weights that exist at the peak. Few, because the peak is usually at the start of the backward
+    pass."""
     optimizer: int
     activations: int
-    """Tensors that autograd has saved and not yet released."""
+    """Tensors that autograd has saved and not yet released at the peak."""
     workspace: int
-    """The batch, the loss, gradients of feature maps, and an allowance for allocator and kernels."""
+    """Batch, loss, gradients of feature maps, and an allowance for the allocator and the kernels."""
 
     @property
     def total(self) -> int:
@@ -80,24 +82,25 @@ class MemoryEstimate:
 
 
 class LayerCost(NamedTuple):
-    """One layer of the network and the tensors that autograd saves for it."""
+    """A layer of the network and the tensors that autograd saves for it."""
 
     layer: Layer
     saved: list[int]
-    """Size in bytes of each saved tensor, for the whole batch."""
+    """Sizes in bytes of the saved tensors, for the whole batch."""
 
 
 def training_memory(config: UNetConfig, in_channels: int, height: int, width: int, step: Step) -> MemoryEstimate:
-    """Return the peak of one step without torch.compile; gradients are set to None between steps.
+    """Return the peak memory of one training step without torch.compile.
 
-    ValueError if the network cannot exist at this size.
+    Gradients are assumed to be set to None between steps. Raises ValueError if the network is impossible at this
+    size.
     """
     costs = layer_costs(config, in_channels, height, width, step)
     weights = 4 * sum(cost.layer.n_parameters for cost in costs)
     state = weights * step.state_factor
     pixels = step.batch_size * height * width
-    # Masks take one byte per pixel. The loop holds the images in float32, even where autograd saves a 16-bit copy,
-    # and the logits until those of the next batch exist.
+    # Masks take one byte per pixel. The training loop keeps the images in float32, even if autograd saves a 16-bit
+    # copy. It keeps the logits until the logits of the next batch exist.
     images = 0 if step.precision == "float32" else pixels * in_channels * 4
     batch = [pixels, pixels * step.itemsize, images]
     moments = list(_backward(config, costs, step))
@@ -125,15 +128,15 @@ def training_memory(config: UNetConfig, in_channels: int, height: int, width: in
 
 
 def saved_activations(config: UNetConfig, in_channels: int, height: int, width: int, step: Step) -> int:
-    """Return the bytes that autograd saves in the forward pass of one batch, without parameters and the loss."""
+    """Return the bytes that autograd saves in the forward pass of one batch, excluding parameters and the loss."""
     costs = layer_costs(config, in_channels, height, width, step)
     return _image_bytes(costs, step) + sum(sum(cost.saved) for cost in costs)
 
 
 def layer_costs(config: UNetConfig, in_channels: int, height: int, width: int, step: Step) -> list[LayerCost]:
-    """Return every layer with its saved activations, in the order of the forward pass.
+    """Return all layers with the tensors that autograd saves for them, in the order of the forward pass.
 
-    The activations of a layer are its outputs; the images belong to no layer.
+    The output of a layer counts for that layer. The input images count for no layer.
     """
     found = layers(config, in_channels, height, width)
     size = step.batch_size * step.itemsize
@@ -153,10 +156,10 @@ def layer_costs(config: UNetConfig, in_channels: int, height: int, width: int, s
 
 
 def _backward(config: UNetConfig, costs: list[LayerCost], step: Step) -> Iterator[_Moment]:
-    """Yield the moments at which memory may be highest, from the loss to the step of the optimizer.
+    """Yield the memory in use at each possible peak, from the loss to the optimizer step.
 
-    A moment is the blocks of memory that are in use then and not during the whole step: what autograd saved, the
-    gradients of feature maps and the loss, and the gradients of the weights.
+    Each item has three lists of block sizes in bytes: tensors that autograd saved, gradients of feature maps and the
+    loss, and gradients of the weights. Blocks that exist during the whole step are left out.
     """
     saved = [_image_bytes(costs, step), *itertools.chain.from_iterable(cost.saved for cost in costs)]
     gradients: list[int] = []
@@ -166,15 +169,17 @@ def _backward(config: UNetConfig, costs: list[LayerCost], step: Step) -> Iterato
         gradients = [*gradients, 4 * layer.n_parameters]
         before, saved = saved, saved[: len(saved) - len(own)]
         if layer.kind == "convolution":
-            # Each of ReLU, normalisation and convolution holds two gradients, then its saved tensors are released.
+            # ReLU, normalisation and convolution each need two gradients at once. Their saved tensors are then
+            # released.
             held_by_both = [*waiting, output, output]
             yield (before, held_by_both, gradients)
             yield (saved if config.norm == "none" else [*saved, output], held_by_both, gradients)
-            # The CPU kernels copy the weights and their gradient into a layout of their own.
+            # The CPU kernels copy the weights and their gradient into their own layout.
             copies = [step.itemsize * layer.n_taps] * (2 if step.device == "cpu" else 0)
             yield (saved, [*waiting, output, source, *copies], gradients)
         elif layer.kind == "up":
-            # The skip's half of the gradient waits for the encoder, and keeps the other half alive.
+            # The half of the gradient for the skip connection is kept for the encoder, and keeps the other half
+            # alive.
             waiting = [*waiting, 2 * output]
             yield (saved, [*waiting, output, source], gradients)
         elif layer.kind == "pool":
@@ -188,7 +193,7 @@ def _backward(config: UNetConfig, costs: list[LayerCost], step: Step) -> Iterato
 
 
 def _saved_by_norm(config: UNetConfig, layer: Layer, step: Step) -> list[int]:
-    """Return the bytes that the normalisation after a convolution saves: its input, and its statistics."""
+    """Return the sizes in bytes of the tensors that the normalisation of a layer saves: input and statistics."""
     if config.norm == "none":
         return []
     n_statistics = {

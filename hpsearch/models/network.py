@@ -1,13 +1,12 @@
-"""Networks by name: how one is built, and its possible sizes, parameters, FLOPs and memory before training.
+"""Networks by name: build a network, and find its valid sizes, parameters, FLOPs and memory before training.
 
-A network is a module `hpsearch/models/networks/NAME.py`, chosen by `unet.network = "NAME"`. It needs only the
-function `build` of `Network`. It may also have any other function of this module, with the same signature. A network
-whose forward pass depends on the values of the images has to have `why_impossible`, `training_flops` and
-`training_memory`, since a dry run has no values.
+A network is a module `hpsearch/models/networks/NAME.py`, selected by `unet.network = "NAME"`. It must define the
+function `build` of `Network`. It may also define its own version of other functions of this module, with the same
+signature. A network whose forward pass depends on the values of the images must define `why_impossible`,
+`training_flops` and `training_memory`, because a dry run has no values.
 
-Each of the functions that a network may have calls that of the network's module, which computes the answer by
-arithmetic. Where the module has none, the function itself finds the answer for any network, by a dry run: a training
-step on torch's `meta` device, which has shapes but no data.
+The functions of this module call the network's own version if there is one. Otherwise they use a dry run, which works
+for any network: a training step on torch's `meta` device, which has shapes but no data.
 """
 
 import functools
@@ -19,13 +18,14 @@ from hpsearch.config.model import UNetConfig
 from hpsearch.models.memory import LayerCost, MemoryEstimate, Step
 
 if TYPE_CHECKING:
-    # torch is imported in functions because the coordinator, for which the UNet's arithmetic is enough, runs without.
+    # Functions import torch themselves, because the coordinator runs without it and needs only the UNet's arithmetic.
     from torch import Tensor, nn
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _ALLOWANCE = 0.2
-"""Share of the counted memory that is added for scratch memory of the kernels and gaps of the allocator."""
+"""Fraction of the counted memory that is added for the workspace of kernels and the fragmentation of the
+allocator."""
 
 
 class Network(Protocol):
@@ -39,10 +39,10 @@ class Network(Protocol):
 
 
 def build_network(config: UNetConfig, in_channels: int, *, seed: int = 0, margin: int = 0) -> "nn.Module":
-    """Return the network of `config` on the CPU with the initial weights of `seed`.
+    """Return the network of `config` on the CPU, with initial weights drawn with `seed`.
 
-    With `margin` (`output_margin`) its logits are not stretched to the size of the images. The global generator keeps
-    its state.
+    If `margin` is above 0 (see `output_margin`), the logits are not resized to the size of the images. The state of
+    torch's global generator does not change.
     """
     import torch
 
@@ -56,12 +56,12 @@ def build_network(config: UNetConfig, in_channels: int, *, seed: int = 0, margin
 
 
 def margin_of(model: Any) -> int:
-    """Return the distance in pixels between the upper left corners of an image and of its logits."""
+    """Return how far the logits start from the top and left edges of the image, in pixels."""
     return getattr(model, "margin", 0)
 
 
 def _by_network(function: F) -> F:
-    """Make a function call that of the same name in the network's module, where there is one."""
+    """Decorate a function so that it calls the function of the same name in the network's module, if there is one."""
 
     @functools.wraps(function)
     def call(config: UNetConfig, *args: Any, **kwargs: Any) -> Any:
@@ -73,7 +73,7 @@ def _by_network(function: F) -> F:
 
 @_by_network
 def describe(config: UNetConfig) -> str:
-    """Return the network in a few words."""
+    """Return a short description of the network."""
     return config.network
 
 
@@ -82,9 +82,9 @@ def describe(config: UNetConfig) -> str:
 def why_impossible(
     config: UNetConfig, in_channels: int, height: int, width: int, *, batch_size: int | None = None
 ) -> str | None:
-    """Return one sentence saying why the network cannot be trained at this size, or None if it can.
+    """Return the reason why the network cannot be trained at this size, as one sentence, or None if it can.
 
-    `batch_size` matters to batch normalisation only; without it a batch of one image is not considered.
+    `batch_size` matters only for batch normalisation. Without it, a batch of one image is not considered.
     """
     try:
         logits = _forward(config, in_channels, height, width, batch_size or 2)
@@ -105,18 +105,18 @@ def n_parameters(config: UNetConfig, in_channels: int) -> int:
 @_by_network
 @functools.lru_cache(maxsize=1024)
 def training_flops(config: UNetConfig, in_channels: int, height: int, width: int) -> int:
-    """Return the FLOPs of forward and backward pass of one image, a multiply-add counted as 2."""
+    """Return the FLOPs of the forward and backward pass of one image. A multiply-add counts as 2."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
-        # Two images, since batch normalisation may refuse a single one.
+        # Use two images, because batch normalisation may refuse a single one.
         _forward(config, in_channels, height, width, 2).sum().backward()  # type: ignore[no-untyped-call]
     return int(counter.get_total_flops()) // 2
 
 
 @_by_network
 def training_memory(config: UNetConfig, in_channels: int, height: int, width: int, step: Step) -> MemoryEstimate:
-    """Return the peak memory of one training step: forward pass, backward pass, optimizer."""
+    """Return the estimated peak memory of one training step: forward pass, backward pass and optimizer."""
     from torch.autograd.graph import saved_tensors_hooks
 
     saved: dict[int, Any] = {}
@@ -134,8 +134,7 @@ def training_memory(config: UNetConfig, in_channels: int, height: int, width: in
     weights = 4 * n_parameters(config, in_channels)
     # In float32 the images are among the saved tensors.
     images = 0 if step.precision == "float32" else 4 * step.batch_size * in_channels * height * width
-    # Besides what is saved, there are the images, masks and logits, and the gradients of the input and the output of
-    # one operation.
+    # The workspace consists of the images, masks and logits, and the gradients of one operation's input and output.
     workspace = images + 3 * 4 * logits.numel() + 2 * max(sizes, default=0)
     return MemoryEstimate(
         weights=weights,
@@ -148,19 +147,19 @@ def training_memory(config: UNetConfig, in_channels: int, height: int, width: in
 
 @_by_network
 def layer_costs(config: UNetConfig, in_channels: int, height: int, width: int, step: Step) -> list[LayerCost]:
-    """Return every layer in the order of the forward pass; an empty list if the network does not define them."""
+    """Return all layers in the order of the forward pass, or an empty list if the network does not define them."""
     return []
 
 
 @_by_network
 def output_margin(config: UNetConfig) -> int:
-    """Return the distance in pixels between the upper left corners of an image and of what is computed for it."""
+    """Return how far the logits start from the top and left edges of the image, in pixels."""
     return 0
 
 
 @_by_network
 def output_size(config: UNetConfig, in_channels: int, size: tuple[int, int]) -> tuple[int, int]:
-    """Return height and width of what the network computes for an image of `size`."""
+    """Return the height and width of the logits for an image of `size`, before any resizing."""
     return size
 
 
@@ -178,7 +177,7 @@ def _model(config: UNetConfig, in_channels: int) -> "nn.Module":
 
 
 def _forward(config: UNetConfig, in_channels: int, height: int, width: int, batch_size: int) -> "Tensor":
-    """Return the logits of a batch, which are shapes without values."""
+    """Return the logits of a batch on the `meta` device, which have a shape but no values."""
     import torch
 
     logits: Tensor = _model(config, in_channels)(torch.empty(batch_size, in_channels, height, width, device="meta"))

@@ -1,4 +1,4 @@
-"""Shapes, parameters and FLOPs of every layer of the UNet by arithmetic, and why it cannot exist at a size."""
+"""Calculation of the shapes, parameters and FLOPs of all UNet layers, and of the image sizes that are possible."""
 
 import bisect
 from collections.abc import Iterator
@@ -12,39 +12,42 @@ Kind = Literal["convolution", "pool", "up", "head", "interpolation"]
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """A layer as the report counts: normalisation and ReLU belong to their convolution, concatenation to the next."""
+    """A layer of the UNet, counted as in the report.
+
+    Normalisation and ReLU belong to their convolution. A concatenation belongs to the next convolution.
+    """
 
     name: str
-    """Its module in `UNet`, as in the state dict."""
+    """Name of the layer's module in `UNet`, as in the state dict."""
     kind: Kind
     in_channels: int
     channels: int
     height: int
     width: int
     n_taps: int
-    """Weights of the convolution, without bias and normalisation."""
+    """Number of weights of the convolution, without bias and normalisation."""
     n_parameters: int
     in_height: int
     in_width: int
 
     @property
     def n_inputs(self) -> int:
-        """Numbers in its input for one image."""
+        """Number of input elements for one image."""
         return self.in_channels * self.in_height * self.in_width
 
     @property
     def n_outputs(self) -> int:
-        """Numbers in its output for one image."""
+        """Number of output elements for one image."""
         return self.channels * self.height * self.width
 
     @property
     def is_empty(self) -> bool:
-        """Whether its feature map has vanished."""
+        """Whether the output has no pixels."""
         return self.height < 1 or self.width < 1
 
     @property
     def flops(self) -> int:
-        """FLOPs for one image, a multiply-add counted as 2; bias, normalisation and ReLU are not counted."""
+        """FLOPs for one image. A multiply-add counts as 2; bias, normalisation and ReLU are not counted."""
         n_pixels = self.in_height * self.in_width if self.kind == "up" else self.height * self.width
         return 2 * self.n_taps * n_pixels
 
@@ -52,8 +55,8 @@ class Layer:
 def layers(config: UNetConfig, in_channels: int, height: int, width: int) -> list[Layer]:
     """Return all layers in the order of the forward pass, for one image of `height` x `width`.
 
-    There are 27 for depth 4 and stacking 2; where the logits are smaller than the image, the interpolation is the
-    28th. Raises ValueError, with the reason of `why_impossible`, if a feature map vanishes.
+    A network of depth 4 and stacking 2 has 27 layers. If the logits are smaller than the image, the interpolation is
+    the 28th layer. Raises ValueError with the reason of `why_impossible` if the output of a layer has no pixels.
     """
     found = list(_all_layers(config, in_channels, height, width))
     if any(layer.is_empty for layer in found):
@@ -64,9 +67,9 @@ def layers(config: UNetConfig, in_channels: int, height: int, width: int) -> lis
 def why_impossible(
     config: UNetConfig, in_channels: int, height: int, width: int, *, batch_size: int | None = None
 ) -> str | None:
-    """Return one sentence saying why this network cannot be trained at this size, or None if it can.
+    """Return the reason why the network cannot be trained at this size, as one sentence, or None if it can.
 
-    `batch_size` matters to batch normalisation only; without it a batch of one image is not considered.
+    `batch_size` matters only for batch normalisation. Without it, a batch of one image is not considered.
     """
     layer = _first_impossible(config, in_channels, height, width, batch_size)
     if layer is None:
@@ -87,26 +90,27 @@ def why_impossible(
 
 
 def n_parameters(config: UNetConfig, in_channels: int) -> int:
-    """Return the number of learned parameters, which does not depend on the size of the image."""
+    """Return the number of learned parameters, which does not depend on the image size."""
     side = 2**config.depth
     return sum(layer.n_parameters for layer in _all_layers(replace(config, padding="same"), in_channels, side, side))
 
 
 def training_flops(config: UNetConfig, in_channels: int, height: int, width: int) -> int:
-    """Return the FLOPs of forward and backward pass of one image, a multiply-add counted as 2.
+    """Return the FLOPs of the forward and backward pass of one image. A multiply-add counts as 2.
 
     Each layer costs three times its forward pass (output, gradient of the input, gradient of the weight). The first
-    layer costs twice, since no gradient of the image is needed. Base 32 with `valid`, RGB, 572x572: 226 GFLOP.
+    layer costs only twice its forward pass, because the gradient of the image is not needed. The total for base 32
+    with `valid`, RGB, 572x572 is 226 GFLOP.
     """
     found = layers(config, in_channels, height, width)
     return 3 * sum(layer.flops for layer in found) - found[0].flops
 
 
 def skip_offset(config: UNetConfig, stage: int) -> int:
-    """Return the offset from top and left, in pixels, at which the crop of the skip connection of `stage` begins.
+    """Return the number of pixels that the crop of the skip connection of `stage` omits at the top and left.
 
-    It is 0 for `same`. For `valid` it is what the convolutions below removed, which is the centre crop of the paper
-    for even sizes.
+    With `same` padding it is 0. With `valid` padding it is the border that the convolutions of the stages below
+    removed. For even sizes this is the centre crop of the paper.
     """
     if config.padding == "same":
         return 0
@@ -118,22 +122,23 @@ def skip_offset(config: UNetConfig, stage: int) -> int:
 
 
 def output_margin(config: UNetConfig) -> int:
-    """Return the distance in pixels between the upper left corners of an image and of its logits: 92 in the paper."""
+    """Return how far the logits start from the top and left edges of the image, in pixels: 92 in the paper."""
     if config.padding == "same":
         return 0
     return skip_offset(config, 0) + 2 * config.stacking * (config.kernel_size // 2)
 
 
 def output_size(config: UNetConfig, in_channels: int, size: tuple[int, int]) -> tuple[int, int]:
-    """Return height and width of the logits before interpolation for an image of `size`: 388x388 for 572x572."""
+    """Return the height and width of the logits before interpolation for an image of `size`: 388x388 for 572x572."""
     head = next(layer for layer in layers(config, in_channels, *size) if layer.kind == "head")
     return head.height, head.width
 
 
 def norm_groups(channels: int) -> int:
-    """Return the number of groups of a group normalisation.
+    """Return the number of groups for group normalisation.
 
-    It is the largest divisor of `channels` up to 32 with at least 4 channels per group, or 1 if there is none.
+    It is the largest divisor of `channels` that is at most 32 and leaves at least 4 channels per group, or 1 if there
+    is none.
     """
     return max((n for n in range(1, min(32, channels // 4) + 1) if channels % n == 0), default=1)
 
@@ -141,7 +146,7 @@ def norm_groups(channels: int) -> int:
 def _first_impossible(
     config: UNetConfig, in_channels: int, height: int, width: int, batch_size: int | None
 ) -> Layer | None:
-    """Return the layer whose map vanishes, else the first that cannot be normalised; None if there is neither."""
+    """Return the first layer whose output has no pixels, else the first that cannot be normalised, else None."""
     found = list(_all_layers(config, in_channels, height, width))
     empty = [layer for layer in found if layer.is_empty]
     return next(iter(empty or [each for each in found if _n_per_statistic(config, each, batch_size) == 1]), None)
@@ -150,7 +155,7 @@ def _first_impossible(
 def _all_layers(config: UNetConfig, in_channels: int, height: int, width: int) -> Iterator[Layer]:
     lost = 0 if config.padding == "same" else config.kernel_size - 1
     channels, h, w = in_channels, height, width
-    # The bias of a convolution, and weight and bias of its normalisation.
+    # Number of parameters per channel: the bias of the convolution, and the weight and bias of its normalisation.
     n_vectors = {"none": 1, "batch": 2, "group": 3, "instance": 2}[config.norm]
 
     def layer(name: str, kind: Kind, out: int, size: tuple[int, int], taps: int = 0, rest: int = 0) -> Layer:
@@ -172,7 +177,7 @@ def _all_layers(config: UNetConfig, in_channels: int, height: int, width: int) -
     yield from stack("encoder.0", 0)
     for stage in range(1, config.depth + 1):
         skips.append((h, w))
-        # A single row or column counts as vanished: rounding up would only repeat it in every stage below.
+        # A single row or column cannot be halved: rounding up would only repeat it in every stage below.
         half = (0 if h == 1 else (h + 1) // 2), (0 if w == 1 else (w + 1) // 2)
         yield layer(f"encoder.{stage}.pool", "pool", channels, half)
         h, w = half
@@ -191,7 +196,10 @@ def _all_layers(config: UNetConfig, in_channels: int, height: int, width: int) -
 
 
 def _n_per_statistic(config: UNetConfig, layer: Layer, batch_size: int | None) -> int:
-    """Return how many numbers share a mean and variance; 0 without normalisation or if the batch is not known."""
+    """Return the number of elements that share a mean and variance.
+
+    It is 0 for a layer without normalisation, and for batch normalisation if the batch size is not known.
+    """
     per_group = layer.channels // norm_groups(layer.channels)
     n_maps = {"none": 0, "batch": batch_size or 0, "group": per_group, "instance": 1}[config.norm]
     return n_maps * layer.height * layer.width if layer.kind == "convolution" else 0

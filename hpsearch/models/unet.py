@@ -1,4 +1,4 @@
-"""The UNet, built from four parts (stacked convolution, down, up, 1x1 head): its layers and initial weights."""
+"""The UNet as a torch module: its building blocks and initial weights."""
 
 import itertools
 import math
@@ -13,9 +13,9 @@ from hpsearch.config.model import UNetConfig
 from hpsearch.models.shapes import norm_groups, skip_offset
 
 LANES = 64
-"""Channels that make full use of the vector instructions of any CPU in torch's channels_last kernels."""
+"""Number of channels that fills the vector registers of any CPU in torch's channels_last kernels."""
 NARROW_BYTES = 16
-"""Most bytes per pixel for which feature maps are viewed with more channels; above it, nothing is gained."""
+"""Largest number of bytes per pixel at which viewing feature maps with more channels is faster."""
 NARROW_NUMBERS = 2**16
 """Smallest number of elements at which viewing feature maps with more channels is faster."""
 
@@ -24,15 +24,15 @@ class UNet(nn.Module):
     """UNet of Ronneberger et al. (2015) for binary masks.
 
     The forward pass maps images (B, in_channels, H, W) to logits (B, 1, H, W). H and W may have any value for which
-    `shapes.why_impossible` returns None. The parts are `encoder` (a stacked convolution, then `depth` downs),
-    `decoder` (`depth` ups) and `head`: 10 objects for depth 4.
+    `shapes.why_impossible` returns None. `encoder` is a stacked convolution followed by `depth` `Down` modules,
+    `decoder` has `depth` `Up` modules, and `head` is a 1x1 convolution: 10 modules for depth 4.
 
-    Pooling rounds odd sizes up: pixel i of a stage covers pixels 2i and 2i + 1 of the stage above, and the last one
-    may cover a single pixel. Up-sampled maps are then cut to the size of the skip connection. With `same` padding
-    every stage stays on the grid of the input and the logits need no interpolation. With `valid` padding the logits
-    cover the centre only (572 -> 388), and are stretched to H x W, as in the adaptive UNet of the report. If
-    `margin` is above 0, they are not stretched (B, 1, h, w) and lie `margin` pixels from the border of the image,
-    as in the paper.
+    Pooling rounds odd sizes up: pixel i of a stage covers pixels 2i and 2i + 1 of the stage above, and the last pixel
+    may cover a single one. Up-sampled maps are then cut to the size of the skip connection. With `same` padding,
+    every stage stays aligned with the input and the logits need no interpolation. With `valid` padding, the logits
+    cover only the centre (572 -> 388) and are interpolated to H x W, as in the adaptive UNet of the report. If
+    `margin` is above 0, the logits (B, 1, h, w) are not interpolated. They start `margin` pixels from the top and
+    left edges of the image, as in the paper.
     """
 
     margin = 0
@@ -41,7 +41,8 @@ class UNet(nn.Module):
         super().__init__()
         self.input_norm = ImageNorm() if config.input_norm == "image" else nn.Identity()
         channels = [config.base_channels * 2**stage for stage in range(config.depth + 1)]
-        # The constructors draw from the global generator; `initialize_` replaces the weights by those of the seed.
+        # The constructors draw from the global generator. `initialize_` then replaces the weights by weights drawn
+        # with `seed`.
         with torch.random.fork_rng(devices=[]):
             self.encoder = nn.ModuleList(
                 [StackedConvolution(config, in_channels, channels[0])]
@@ -55,11 +56,11 @@ class UNet(nn.Module):
         initialize_(self, config.init, seed=seed)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits (B, 1, H, W), or those of the centre (B, 1, h, w) if the network has a margin.
+        """Return logits (B, 1, H, W), or logits (B, 1, h, w) of the centre if the network has a margin.
 
-        The report interpolates the last feature maps and then applies the 1x1 convolution. Both are linear and the
-        weights of the interpolation add up to 1, so they commute. Here the single map of logits is interpolated,
-        which is the same function and saves base_channels - 1 maps of H x W.
+        The report interpolates the last feature maps and then applies the 1x1 convolution. Both operations are linear
+        and the weights of the interpolation add up to 1, so their order does not matter. Here the single map of
+        logits is interpolated, which gives the same result and saves base_channels - 1 maps of H x W.
         """
         skips = []
         x = self.input_norm(images)
@@ -86,7 +87,7 @@ class StackedConvolution(nn.Sequential):
 
 
 class ConvolutionBlock(nn.Module):
-    """Convolution, normalisation, ReLU."""
+    """Convolution, followed by normalisation and ReLU."""
 
     def __init__(self, config: UNetConfig, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -95,18 +96,18 @@ class ConvolutionBlock(nn.Module):
             out_channels,
             config.kernel_size,
             padding=config.kernel_size // 2 if config.padding == "same" else 0,
-            # Batch and instance normalisation subtract the mean of each channel, and with it any bias.
+            # Batch and instance normalisation subtract the mean of each channel, which cancels any bias.
             bias=config.norm not in ("batch", "instance"),
         )
         self.norm = make_norm(config, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        # In place, since neither the convolution nor the normalisation needs its output for its gradient.
+        # In place, because neither the convolution nor the normalisation needs its output to compute its gradient.
         return F.relu_(self.norm(self.conv(x)))
 
 
 class Down(nn.Module):
-    """Halve the resolution by max-pooling, rounding up, then apply a stacked convolution."""
+    """Max-pooling that halves the resolution and rounds up, followed by a stacked convolution."""
 
     def __init__(self, config: UNetConfig, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -118,7 +119,10 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Double the resolution by a transposed convolution, concatenate the skip, then a stacked convolution."""
+    """Transposed convolution that doubles the resolution, followed by a stacked convolution.
+
+    The input of the stacked convolution is the concatenation of skip connection and up-sampled map.
+    """
 
     def __init__(self, config: UNetConfig, in_channels: int, out_channels: int, *, offset: int) -> None:
         super().__init__()
@@ -138,14 +142,15 @@ class Up(nn.Module):
 class UpSampling(nn.ConvTranspose2d):
     """Transposed convolution of kernel 2 and stride 2 as a matrix product: (B, C, H, W) to (B, C', 2H, 2W).
 
-    The taps of two input pixels never overlap. Each input pixel is therefore multiplied by one matrix (C, 2 * 2 * C')
-    and the result is rearranged. On the CPU in bf16 this takes about half the time of torch's transposed convolution.
+    The outputs of two input pixels never overlap. Each input pixel can therefore be multiplied by one matrix (C, 2 *
+    2 * C') and the result rearranged. On the CPU in bf16, this takes about half the time of torch's transposed
+    convolution.
     """
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         assert self.bias is not None
         batch, channels, height, width = x.shape
-        # In channels_last neither of these two lines copies the maps.
+        # With channels_last maps, neither of these two lines copies the maps.
         taps = self.weight.permute(0, 2, 3, 1).reshape(channels, -1)
         x = F.linear(x.permute(0, 2, 3, 1), taps.t(), self.bias.repeat(4))
         x = x.view(batch, height, width, 2, 2, self.out_channels).transpose(2, 3)
@@ -153,7 +158,7 @@ class UpSampling(nn.ConvTranspose2d):
 
 
 def make_norm(config: UNetConfig, channels: int) -> nn.Module:
-    """Return the normalisation after a convolution."""
+    """Return the normalisation layer that follows a convolution."""
     if config.norm == "batch":
         return BatchNorm(channels)
     if config.norm == "group":
@@ -164,17 +169,18 @@ def make_norm(config: UNetConfig, channels: int) -> nn.Module:
 
 
 class ImageNorm(nn.Module):
-    """Standardise every image (B, C, H, W) by its own mean and standard deviation per channel; the dtype is kept.
+    """Standardisation of each image (B, C, H, W) by its own mean and standard deviation per channel.
 
-    This removes differences of camera and lighting before the first convolution. It is computed in float32; an image
-    of a single colour becomes 0.
+    It removes differences of camera and lighting before the first convolution. It computes in float32 and returns the
+    dtype of the input. An image of a single colour becomes 0.
     """
 
     eps = 1e-4
 
     def forward(self, images: Tensor) -> Tensor:
         batch, channels, height, width = images.shape
-        # Whole rows, since vector instructions would be ten times slower over an innermost dimension of 3 channels.
+        # Use whole rows, because vector instructions would be ten times slower with only 3 channels as the innermost
+        # dimension.
         rows = images.permute(0, 2, 3, 1).reshape(batch, height, width * channels).to(torch.float32)
         mean = _by_channel(rows, channels)
         var = (_by_channel(rows * rows, channels) - mean * mean).clamp_min(0)
@@ -185,12 +191,12 @@ class ImageNorm(nn.Module):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch normalisation that is up to three times as fast as torch's on the CPU for few channels.
+    """Batch normalisation that is up to three times as fast as torch's on a CPU if there are few channels.
 
     torch's channels_last kernels vectorise over the channels, so they are slow if the channels do not fill a vector
-    register. Maps of 8 channels are therefore viewed as maps of `LANES` channels with an eighth of the pixels, in the
-    same memory. The 8 statistics of each channel are then combined. The results differ from torch's by rounding
-    only.
+    register. A map of 8 channels is therefore viewed as a map of `LANES` channels with an eighth of the pixels,
+    without a copy. Each channel then has 8 means and variances, which are combined. The results differ from torch's
+    only by rounding.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -216,32 +222,38 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation of maps in channels_last. On CUDA autocast uses float32; the result has the dtype of x."""
+    """Group normalisation of channels_last maps.
+
+    Autocast on CUDA computes it in float32; the result is converted to the dtype of the input.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        # The kernels need the pixels of a channel side by side. Even with two copies a step on the CPU is 10-35 %
+        # The kernels need contiguous pixels for each channel. Despite the two copies, a step on the CPU is 10-35 %
         # faster.
         return super().forward(x.contiguous()).to(x.dtype, memory_format=torch.channels_last)
 
 
 class InstanceNorm(nn.InstanceNorm2d):
-    """Instance normalisation of maps in channels_last."""
+    """Instance normalisation of channels_last maps."""
 
     def forward(self, x: Tensor) -> Tensor:
         if len(x) == 1:
             # For one image in this layout torch's instance normalisation computes wrong gradients.
             return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
-        # Otherwise the result is not in channels_last, and every following convolution has to convert it.
+        # Without the conversion the result is not channels_last, and every following convolution has to convert it.
         return super().forward(x).contiguous(memory_format=torch.channels_last)
 
 
 class _NarrowBatchNorm(torch.autograd.Function):
-    """Batch normalisation of (B, C, H, W) in training; also returns mean and biased variance (C,) in float32."""
+    """Batch normalisation of (B, C, H, W) in training.
+
+    Its further outputs are the mean and the biased variance, each (C,) float32.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         wide, repeats = _wide(x), LANES // x.shape[1]
-        # The unused running statistics make the result float32.
+        # The running statistics are not used. They are passed because float32 statistics make the result float32.
         unused = weight.new_zeros(LANES)
         means, variances = torch.ops.aten.batch_norm_update_stats(wide, unused, unused.clone(), 0.0)
         mean = means.view(repeats, -1).mean(0)
@@ -255,7 +267,10 @@ class _NarrowBatchNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor, Tensor, Tensor, None]:
-        """With x' = (x - mean) / std: grad_x = weight / std (grad - mean(grad) - x' mean(grad x'))."""
+        """Return the gradients of x, weight and bias.
+
+        With x' = (x - mean) / std: grad_x = weight / std * (grad - mean(grad) - x' * mean(grad * x')).
+        """
         x, weight, mean, inverse_std = ctx.saved_tensors
         wide, repeats = _wide(x), LANES // x.shape[1]
         grads = _wide(grad.to(x.dtype, memory_format=torch.channels_last))
@@ -270,13 +285,13 @@ class _NarrowBatchNorm(torch.autograd.Function):
         slope = -scale * inverse_std * grad_weight / n
         shift = -scale * grad_bias / n - slope * mean
         zero = torch.zeros_like(one)
-        # scale x grad + shift + slope x, each factor in float32
+        # Compute scale * grad + shift + slope * x, with each factor in float32.
         grad_x = _scaled(grads, (scale, shift, zero, one), 0.0).add_(_scaled(wide, (slope, zero, zero, one), 0.0))
         return _narrow(grad_x, x), grad_weight, grad_bias, None
 
 
 def _by_channel(rows: Tensor, channels: int) -> Tensor:
-    """Return the mean of (B, H, W * C) over the pixels of each image, (B, C)."""
+    """Return the mean of each channel over the pixels of each image: (B, H, W * C) to (B, C)."""
     return rows.mean(1).view(len(rows), -1, channels).mean(1)
 
 
@@ -315,12 +330,12 @@ def _scaled(
 
 
 def initialize_(model: nn.Module, init: Literal["xavier", "torch"], *, seed: int) -> None:
-    """Fill every weight of `model` in place with random numbers of `seed`, without a global generator.
+    """Initialise all weights of `model` in place with random numbers drawn with `seed`.
 
-    `xavier`: convolutions by the uniform rule of Glorot and Bengio with zero bias, transposed convolutions as
-    interpolation (`interpolation_weight`). `torch`: the rule of torch's constructors for both. Normalisation layers
-    start with weight 1 and bias 0. Weights are drawn on the CPU, so a seed gives the same bytes on every device. A
-    model on the `meta` device is left unchanged.
+    `xavier`: convolutions use the uniform initialisation of Glorot and Bengio with zero bias, and transposed
+    convolutions interpolate (`interpolation_weight`). `torch`: both use the initialisation of torch's constructors.
+    Normalisation layers start with weight 1 and bias 0. Weights are drawn on the CPU without a global generator, so a
+    seed gives the same bytes on every device. A model on the `meta` device is left unchanged.
     """
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
@@ -329,7 +344,8 @@ def initialize_(model: nn.Module, init: Literal["xavier", "torch"], *, seed: int
         if not isinstance(module, nn.Conv2d | nn.ConvTranspose2d) or module.weight.is_meta:
             continue
         weight, bias = torch.empty(module.weight.shape), torch.empty(module.out_channels)
-        # For torch the fan is dimension 1 times the kernel; for a transposed convolution that is its output channels.
+        # torch defines the fan-in as dimension 1 times the kernel size. Dimension 1 of a transposed convolution is
+        # its output channels.
         bound = 1 / math.sqrt(weight[0].numel())
         for values in (weight, bias):
             values.uniform_(-bound, bound, generator=generator)
@@ -347,18 +363,18 @@ def initialize_(model: nn.Module, init: Literal["xavier", "torch"], *, seed: int
 
 
 def interpolation_weight(in_channels: int, out_channels: int, kernel_size: int, stride: int) -> Tensor:
-    """Return the weight with which a transposed convolution interpolates.
+    """Return the weight of a transposed convolution that interpolates.
 
-    Its shape is (in_channels, out_channels, kernel_size, kernel_size), float32.
-    The kernel is the triangle of bilinear interpolation, cut to `kernel_size` and scaled so that a constant map
-    keeps its value. With kernel 4, stride 2 and padding 1 it equals `F.interpolate(mode="bilinear")`. With kernel 2
-    and stride 2 each output pixel sees one input pixel and repeats it (nearest neighbour). Each output channel is
-    the mean of every out_channels-th input channel (o, o + out_channels, ...). `out_channels` divides `in_channels`,
-    and `stride` divides `kernel_size`.
+    Its shape is (in_channels, out_channels, kernel_size, kernel_size), float32. The kernel is the triangle of
+    bilinear interpolation, cut to `kernel_size` and scaled so that a constant map keeps its value. With kernel 4,
+    stride 2 and padding 1 it equals `F.interpolate(mode="bilinear")`. With kernel 2 and stride 2 each output pixel
+    repeats one input pixel (nearest neighbour). Each output channel o is the mean of every out_channels-th input
+    channel (o, o + out_channels, ...). `out_channels` must divide `in_channels`, and `stride` must divide
+    `kernel_size`.
     """
     centre = (kernel_size - 1) / 2
     triangle = (1 - (torch.arange(kernel_size) - centre).abs() / stride).clamp(min=0)
-    # An output pixel receives every stride-th tap, and the taps of each of the `stride` phases must add up to 1.
+    # Each output pixel receives every stride-th tap, so the taps of each of the `stride` phases must add up to 1.
     triangle = triangle / triangle.view(-1, stride).sum(0).repeat(kernel_size // stride)
     share = in_channels // out_channels
     channels = torch.eye(out_channels).repeat(share, 1) / share

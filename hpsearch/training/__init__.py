@@ -1,1 +1,1 @@
-"""One fit: losses, metrics, schedule, checkpoints and the training loop. Independent of folds and studies."""
+"""Training of one fit: losses, metrics, schedule, checkpoints and training loop. Independent of folds and studies."""

@@ -1,4 +1,4 @@
-"""Checkpoint and weights files: written atomically, read without running code that a file may contain."""
+"""Checkpoint and weights files. They are written atomically, and loading them never runs code from the file."""
 
 import dataclasses
 import hashlib
@@ -28,7 +28,7 @@ from hpsearch.typed_json import from_json, to_json
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-"""Version of the content of a checkpoint; checkpoints of another version are skipped."""
+"""Format version of checkpoints; checkpoints of another version are skipped."""
 WEIGHTS_FORMAT = 1
 _MAGIC = b"hpsearch checkpoint\n"
 
@@ -36,14 +36,17 @@ _MAGIC = b"hpsearch checkpoint\n"
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     """Write `state` (tensors and plain types) to `path` atomically.
 
-    The file is a magic line, the SHA-256 of all that follows, and the state in torch's format.
+    The file consists of a magic line, the SHA-256 of the rest, and the state in torch's format.
     """
     with atomic_write(path) as temporary:
         temporary.write_bytes(_encode(state))
 
 
 def save_latest(fit: FitPaths, state: Mapping[str, Any]) -> None:
-    """Write `state` to `last.pt`; the file that was there becomes `previous.pt` once the new one is readable."""
+    """Write `state` to `last.pt` and keep the old file as `previous.pt`.
+
+    The old file is renamed after the new content has been read back. Raises OSError if that content differs.
+    """
     content = _encode(state)
     with atomic_write(fit.last) as temporary:
         temporary.write_bytes(content)
@@ -56,8 +59,9 @@ def save_latest(fit: FitPaths, state: Mapping[str, Any]) -> None:
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Return the state that `save_checkpoint` wrote, on the CPU.
 
-    Raises CheckpointError if the file is torn, of another version, from another program, or holds anything but
-    tensors and plain types. Such a pickle could run code and is refused before it can.
+    Raises CheckpointError if the file is torn, has another format version, was written by another program, or
+    contains anything but tensors and plain types. Other types in a pickle could run code, so the file is refused
+    before they are loaded.
     """
     try:
         content = path.read_bytes()
@@ -78,9 +82,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def load_latest(fit: FitPaths, digest: str | None = None) -> dict[str, Any] | None:
-    """Return the newest good checkpoint of a fit, or None; a warning names each one that is skipped.
+    """Return the newest valid checkpoint of a fit, or None if there is none.
 
-    Raises CheckpointError if it has another `digest`.
+    Invalid checkpoints are skipped with a warning. Raises CheckpointError if the checkpoint has another `digest`.
     """
     for path in filter(Path.exists, (fit.last, fit.previous)):
         try:
@@ -99,20 +103,20 @@ def load_latest(fit: FitPaths, digest: str | None = None) -> dict[str, Any] | No
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightsInfo:
-    """All that is needed to use a weights file, stored inside it as JSON."""
+    """Description of a network, stored as JSON in its weights file."""
 
     model: UNetConfig
     in_channels: int
-    """3 for RGB, 1 for grayscale."""
+    """Number of input channels: 3 for RGB, 1 for grayscale."""
     normalization: Normalization
     size: tuple[int, int]
-    """Height and width of the images in training."""
+    """Height and width of the training images."""
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Further plain types that the writer adds."""
+    """Additional values of plain types, such as the threshold."""
 
     @property
     def sees_windows(self) -> bool:
-        """Whether the network was trained on windows of images; its output is then not stretched to their size."""
+        """Whether the network was trained on crops. Its output is then not interpolated to the image size."""
         return self.extra.get("match") == "crop" or "frame" in self.extra
 
     @property
@@ -122,23 +126,23 @@ class WeightsInfo:
 
 
 def save_weights(path: Path, model: nn.Module, info: WeightsInfo) -> None:
-    """Write a network as safetensors; the same network and info give the same bytes."""
-    # Imported here because a fit that saves no weights needs torch only.
+    """Write a network as a safetensors file. The same network and info give the same bytes."""
+    # Imported here because only saving weights needs it.
     import safetensors.torch
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     table = {"format": WEIGHTS_FORMAT, **to_json(info)}
-    # One key, because safetensors writes several keys in an order that differs between processes.
+    # Use a single key, because safetensors writes several keys in an order that differs between processes.
     content = safetensors.torch.save(tensors, {"hpsearch": _described(table, tensors)})
     with atomic_write(path) as temporary:
         temporary.write_bytes(content)
 
 
 def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, WeightsInfo]:
-    """Return the network in a file of `save_weights`, in evaluation mode on `device`, and its description.
+    """Load a file of `save_weights`: return the network in evaluation mode on `device`, and its description.
 
-    Raises CheckpointError if the file is missing, torn, from another program (a pickle is not opened) or if weights
-    and description contradict each other.
+    Raises CheckpointError if the file is missing, torn or written by another program, or if the weights do not match
+    the description. Pickles are not opened.
     """
     import safetensors
 
@@ -153,12 +157,12 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Mod
     try:
         table = json.loads(text)
         table.pop("sha256", None)
-        # As text, because different texts may parse to the same table.
+        # Compare as text, because different texts may parse to the same table.
         if _described(table, tensors) != text:
             raise CheckpointError(f"{path} was changed since it was written: its checksum is wrong")
         if table["format"] != WEIGHTS_FORMAT:
             raise ValueError(f"format {table['format']}, this version of hpsearch reads {WEIGHTS_FORMAT}")
-        # A setting of the network that this version does not know would change what it computes.
+        # UNetConfig rejects unknown settings, because a setting of a later version may change the network's output.
         info = dataclasses.replace(from_json(WeightsInfo, table), model=UNetConfig(**table["model"]))
     except (KeyError, TypeError, ValueError, ConfigError) as error:
         raise CheckpointError(f"{path} has an invalid description of its network: {error}") from error
@@ -169,7 +173,10 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Mod
 
 
 def load_state_(model: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Load `tensors` into `model`; CheckpointError, naming the file `source`, if they belong to another network."""
+    """Load `tensors` into `model`.
+
+    Raises CheckpointError with the file `source` if they belong to another network.
+    """
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
@@ -177,7 +184,7 @@ def load_state_(model: nn.Module, tensors: Mapping[str, Tensor], source: Path) -
 
 
 def save_array(path: Path, array: npt.NDArray[Any]) -> None:
-    """Write one array as .npy atomically, followed by its SHA-256, which NumPy ignores."""
+    """Write an array as .npy atomically, followed by the SHA-256 of the file, which NumPy ignores."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     content = buffer.getvalue()
@@ -193,7 +200,7 @@ def _encode(state: Mapping[str, Any]) -> bytes:
 
 
 def _described(table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """Return a weights file's description as JSON, with the SHA-256 of description and tensors."""
+    """Return the description of a weights file as JSON, with the SHA-256 of description and tensors."""
     hashed = hashlib.sha256(json.dumps(table, sort_keys=True).encode())
     for name in sorted(tensors):
         hashed.update(name.encode() + tensors[name].flatten().view(torch.uint8).numpy().tobytes())

@@ -1,4 +1,4 @@
-"""Evaluation of a network: its logits on cached images, their pixel counts, and batch sizes."""
+"""Evaluation of a network: logits of cached images, pixel counts, and batch sizes."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -21,19 +21,19 @@ Forward = Callable[[Tensor], Tensor]
 
 
 class Evaluation(NamedTuple):
-    """Result of a network on some images."""
+    """Result of evaluating a network on a set of images."""
 
     counts: npt.NDArray[np.int64]
-    """tp, fp, fn, tn of every image, (n, 4)."""
+    """Pixel counts tp, fp, fn, tn of every image, (n, 4)."""
     loss: float
-    """Mean over images; NaN without a loss function."""
+    """Mean loss over images; NaN without a loss function."""
 
 
 def evaluate(model: Forward, batches: Iterable[Batch], runtime: Runtime, loss: Loss | None = None) -> Evaluation:
-    """Compare the predictions for the images of `eval_batches` with their masks, at the size of the masks.
+    """Return the pixel counts and the mean loss of `model` on `batches`, at the size of the masks.
 
-    The caller sets `model` to evaluation mode. The result does not depend on the size of the batches, apart from
-    rounding. The CPU waits for the device once, at the end.
+    `batches` come from `eval_batches`, and the caller sets `model` to evaluation mode. The batch size changes the
+    result only by rounding. The CPU waits for the device once, at the end.
     """
     losses: list[Tensor] = []
     counts: list[Tensor] = []
@@ -47,10 +47,10 @@ def evaluate(model: Forward, batches: Iterable[Batch], runtime: Runtime, loss: L
 def predict_logits(
     model: Forward, batches: Iterable[Batch], runtime: Runtime, *, flips: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield logits (B, 1, H, W) float32 and masks (B, 1, H, W) uint8 of the batches, at the size of the masks.
+    """Yield logits (B, 1, H, W) float32 and masks (B, 1, H, W) uint8 of each batch, at the size of the masks.
 
-    The caller sets `model` to evaluation mode. If the model has a margin, the masks are cut to the part that the
-    logits cover. With `flips` the logits are those of `mean_over_flips`.
+    The caller sets `model` to evaluation mode. If the model has a margin, the masks are cropped to the area that the
+    logits cover. With `flips`, the logits are averaged over flips (`mean_over_flips`).
     """
     margin = margin_of(model)
     for batch in batches:
@@ -64,7 +64,10 @@ def predict_logits(
 
 
 def mean_over_flips(forward: Forward, images: Tensor) -> Tensor:
-    """Return the mean logits of images (B, C, H, W) and their three mirror images, mirrored back."""
+    """Return the mean logits of images (B, C, H, W) and their three flipped versions.
+
+    The logits of each flipped version are flipped back before averaging.
+    """
     total = forward(images)
     for axes in ((-1,), (-2,), (-2, -1)):
         total = total + forward(images.flip(axes)).flip(axes)
@@ -72,7 +75,7 @@ def mean_over_flips(forward: Forward, images: Tensor) -> Tensor:
 
 
 def covered(masks: Tensor, logits: Tensor, margin: int) -> Tensor:
-    """Return the part of `masks` (B, 1, H, W) that `logits` (B, 1, h, w) of a network with this margin cover."""
+    """Crop `masks` (B, 1, H, W) to the area that `logits` (B, 1, h, w) cover if the network has this margin."""
     if not margin:
         return masks
     height, width = logits.shape[-2:]
@@ -80,7 +83,7 @@ def covered(masks: Tensor, logits: Tensor, margin: int) -> Tensor:
 
 
 def resize_logits(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize logits (B, 1, H, W) to `size` by antialiased bilinear interpolation; no copy if they have that size."""
+    """Resize logits (B, 1, H, W) to `size` by antialiased bilinear interpolation; without a copy if they match."""
     if logits.shape[-2:] == size:
         return logits
     return F.interpolate(logits, size=size, mode="bilinear", align_corners=False, antialias=True)
@@ -89,8 +92,9 @@ def resize_logits(logits: Tensor, size: tuple[int, int]) -> Tensor:
 def eval_batch_size(batch_size: int, size: tuple[int, int], device: torch.device) -> int:
     """Return the number of images per batch in evaluation.
 
-    On a GPU it is four training batches, since no activations are saved, or as many small images as have a million
-    pixels. On a CPU it is what keeps feature maps near the caches: at 64x64, 32 images are 10 % faster than 16.
+    On a GPU it is four times the training batch size, because no activations are saved, or more for small images: up
+    to 2**20 pixels per batch. On a CPU it is the training batch size, or more for small images: up to 2**17 pixels
+    per batch, so that feature maps stay near the caches. At 64x64, 32 images per batch are 10 % faster than 16.
     """
     n_pixels = size[0] * size[1]
     if device.type == "cuda":
@@ -99,13 +103,16 @@ def eval_batch_size(batch_size: int, size: tuple[int, int], device: torch.device
 
 
 def count(logits: Tensor, masks: Tensor) -> Tensor:
-    """Return tp, fp, fn, tn of each image, (B, 4) int64 on the device; probabilities above 0.5 are lesion."""
+    """Return tp, fp, fn, tn of each image, (B, 4) int64 on the device. Lesion pixels have a probability above 0.5."""
     return torch.stack(count_pixels(logits > 0, masks), dim=1)
 
 
 def fetch(counts: list[Tensor], losses: list[Tensor]) -> Evaluation:
-    """Return all counts and the mean of the losses, which are sums over images. The CPU waits for the device."""
+    """Return all counts and the mean loss on the CPU, which waits for the device.
+
+    Each element of `losses` is the sum over the images of a batch.
+    """
     table: npt.NDArray[np.int64] = torch.cat(counts).cpu().numpy()
-    # Summed on the CPU, which has float64 with every device.
+    # Sum on the CPU, because not every device supports float64.
     total = float(torch.stack(losses).cpu().double().sum()) if losses else math.nan
     return Evaluation(table, total / len(table))

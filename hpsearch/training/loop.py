@@ -1,4 +1,4 @@
-"""One fit: train one network on one set of images, score it on another after every epoch, resume exactly."""
+"""Training loop of one fit: train a network, score held-out images after every epoch, and resume exactly."""
 
 import math
 import time
@@ -27,10 +27,11 @@ from hpsearch.training.runtime import Runtime
 from hpsearch.training.task import FitTask
 
 COMPILED_FLOPS = 2e17
-"""Smallest work of a fit that `train.compile = "auto"` compiles on CUDA: 20 minutes at a fifth of the peak of an
-H200, and longer on smaller GPUs, compared with one or two minutes of compilation."""
+"""Smallest number of FLOPs of a fit for which `train.compile = "auto"` compiles on CUDA. They take 20 minutes at a
+fifth of the peak of an H200, and longer on smaller GPUs. Compilation takes one or two minutes."""
 OnEpoch = Callable[[EpochRow, npt.NDArray[np.float32]], Literal["go", "stop"]]
-"""Called with the row of each epoch and the held-out scores (n,) float32; "stop" ends the fit after this epoch."""
+"""Callback that is called with the row of each epoch and the held-out scores (n,) float32. The return value "stop"
+ends the fit after this epoch."""
 
 
 def fit(
@@ -44,19 +45,19 @@ def fit(
 ) -> Progress:
     """Train a network for `config.train.epochs` epochs, score the held-out images after each, and return the results.
 
-    With `paths` the fit resumes from its last good checkpoint. It ends as if it had never stopped: on a CPU under the
-    same `runtime`, weights and scores are equal to the byte. After each epoch the following is written in this order:
-    best.pt, with `keep_best` and if the held-out mean is the best so far (nothing here reads it); the checkpoint;
-    scores.npy; the line in epochs.jsonl. `on_epoch` is called last. A resumed fit calls `on_epoch` again for its last
-    epoch, because the process may have died before the call.
+    With `paths`, the fit resumes from its last valid checkpoint. The result is the same as that of an uninterrupted
+    fit: on a CPU with the same `runtime`, weights and scores are byte-identical. After each epoch, these files are
+    written in this order: best.pt, if `keep_best` is set and the mean held-out score is the best so far (the fit
+    never reads this file); the checkpoint; scores.npy; the line in epochs.jsonl. `on_epoch` is called last. A resumed
+    fit calls `on_epoch` again for its last epoch, because the process may have died before the call.
 
-    Raises ConfigError if the network cannot be trained at this size on this few images at once; DivergedError if a
-    loss is NaN or infinite, found at the end of its epoch; OutOfMemoryError if memory ran out, after all of it was
-    released; CheckpointError if `paths` holds the checkpoint of another fit.
+    Raises ConfigError if the network cannot be trained with this image size and batch size; DivergedError if a loss
+    is NaN or infinite, which is checked at the end of an epoch; OutOfMemoryError if memory ran out, after the memory
+    of the fit has been released; CheckpointError if `paths` has the checkpoint of another fit.
     """
     if reason := task.why_impossible():
         raise ConfigError(reason)
-    # Memory that an earlier fit left behind would count towards the peak of this one.
+    # Memory left over from an earlier fit would count towards the peak of this one.
     devices.free_memory(runtime.device)
     try:
         with runtime.active():
@@ -65,7 +66,7 @@ def fit(
         if not devices.is_out_of_memory(error):
             raise
         reason = str(error).splitlines()[0] if str(error) else "no memory left"
-    # Outside the except block the traceback is gone, and with it the last references to the tensors of the fit.
+    # Outside the except block, the traceback no longer keeps the tensors of the fit in memory.
     devices.free_memory(runtime.device)
     raise OutOfMemoryError(f"training on {runtime.device} ran out of memory: {reason}")
 
@@ -82,7 +83,7 @@ def _fit(
         resume_(progress, paths, task_digest)
     forward: Forward = model
     if _is_compiled(task, runtime):
-        # With `auto`, parts of the network that cannot be compiled run as they are.
+        # With `auto`, parts of the network that cannot be compiled run uncompiled.
         torch._dynamo.config.suppress_errors = runtime.compile == "auto"
         forward = torch.compile(model, dynamic=False)
     epochs = _Epochs(task, data, runtime, progress, forward, loss_function(config.train))
@@ -100,20 +101,20 @@ def _fit(
 
 @dataclass(frozen=True)
 class _Epochs:
-    """Trains and evaluates one epoch after another."""
+    """Training and evaluation of the epochs of a fit."""
 
     task: FitTask
     data: DeviceData
     runtime: Runtime
     progress: Progress
     forward: Forward
-    """The network, compiled if that is useful."""
+    """Network that is called in training: compiled, or the model itself."""
     loss: Loss
 
     def run_next(self) -> EpochRow:
-        """Run the next epoch and return its row; scores and counts go into `progress`."""
+        """Run the next epoch and return its row. Scores and counts are stored in `progress`."""
         epoch, device = len(self.progress.rows) + 1, self.runtime.device
-        # Reseeded in every epoch, so that a resumed fit draws the same numbers.
+        # Reseed in every epoch, so that a resumed fit draws the same random numbers.
         devices.set_seed(stable_seed(self.task.seed, epoch))
         devices.reset_peak_memory(device)
         began = time.perf_counter()
@@ -135,9 +136,10 @@ class _Epochs:
         )
 
     def _train_epoch(self, epoch: int) -> tuple[Scores, int, float]:
-        """Train one epoch; return mean scores over its images, their number, and the last learning rate.
+        """Train one epoch. Return the mean scores and number of its images, and the last learning rate.
 
-        Losses and counts stay on the device until the end, so that the CPU never waits for it in between.
+        Losses and counts stay on the device until the end of the epoch, so that the CPU does not wait for the device
+        earlier.
         """
         task, train = self.task, self.task.config.train
         optimizer, scaler = self.progress.optimizer, self.progress.scaler
@@ -176,7 +178,10 @@ class _Epochs:
         return _mean_scores(*found), len(found.counts), lr
 
     def _evaluate_epoch(self, epoch: int) -> Scores | None:
-        """Return mean scores; the counts and the metric of every held-out image go into `progress`."""
+        """Return the mean scores over the held-out images, or None if there are none.
+
+        Counts and metric of every held-out image are stored in `progress`.
+        """
         task, config, progress = self.task, self.task.config, self.progress
         model = progress.model.eval()
         scores = np.zeros(0, np.float32)
@@ -201,7 +206,7 @@ class _Epochs:
             scores = SCORES[config.study.metric](PixelCounts.from_columns(counts)).astype(np.float32)
             progress.counts, held_out = counts, _mean_scores(counts, loss)
         elif not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
-            # Without held-out images nothing else detects a last step that ruined the weights.
+            # Without held-out images, nothing else detects that the last step made weights NaN or infinite.
             raise DivergedError(epoch, math.nan)
         progress.scores = np.vstack([progress.scores.reshape(len(progress.scores), len(scores)), scores])
         return held_out
@@ -213,10 +218,10 @@ def _mean_scores(counts: npt.NDArray[np.int64], loss: float) -> Scores:
 
 
 def lr_factor(config: TrainConfig, step: int, n_steps: int) -> float:
-    """Return the factor of `config.lr` in step `step` (from 0) of the `n_steps` of the whole fit.
+    """Return the factor by which `config.lr` is multiplied in step `step` (from 0) of the `n_steps` of a fit.
 
-    Cosine: half a period from 1 at step 0 to 0 at step n_steps, which is never reached (Loshchilov and Hutter 2017,
-    without restarts). It depends on the step alone, so there is no scheduler state to save.
+    The cosine schedule falls from 1 at step 0 to 0 at step n_steps, which is never reached (Loshchilov and Hutter
+    2017, without restarts). The factor depends only on the step, so there is no scheduler state to save.
     """
     if config.schedule == "constant":
         return 1.0
@@ -226,9 +231,9 @@ def lr_factor(config: TrainConfig, step: int, n_steps: int) -> float:
 def make_optimizer(
     config: TrainConfig, parameters: Iterable[nn.Parameter], device: torch.device
 ) -> torch.optim.Optimizer:
-    """Return SGD with momentum, or AdamW with torch's default betas, over `parameters` on `device`.
+    """Return SGD with momentum, or AdamW with torch's default betas, for `parameters` on `device`.
 
-    It is fused where torch supports it: one kernel updates all parameters. On CUDA the loss scaler can then skip a
+    On CPU and CUDA the optimizer is fused: one kernel updates all parameters. On CUDA the loss scaler can then skip a
     step without waiting for the device.
     """
     fused = device.type in ("cpu", "cuda")
@@ -240,10 +245,10 @@ def make_optimizer(
 
 
 def _is_compiled(task: FitTask, runtime: Runtime) -> bool:
-    """Return whether to compile. `auto` never compiles on a CPU.
+    """Return whether to compile the network. `auto` never compiles on a CPU.
 
-    For the UNet at 64x64 and 128x128 compilation took more than a minute on a CPU. Steps in bf16 were then as fast as
-    before and those in float32 at most 10 % faster.
+    Compiling the UNet for 64x64 and 128x128 took more than a minute on a CPU. Its steps were then as fast as before
+    in bf16 and at most 10 % faster in float32. Raises DeviceError if `compile` is "on" and the device cannot compile.
     """
     reason = devices.why_no_compile(runtime.device)
     if runtime.compile == "on" and reason is not None:

@@ -1,6 +1,6 @@
-"""Scores of an image as pure functions of four pixel counts, for NumPy arrays and torch tensors.
+"""Scores per image, computed from four pixel counts, for NumPy arrays and torch tensors.
 
-Imports no torch: the report and the coordinator score the counts of a worker.
+Does not import torch, because the report and the coordinator compute scores from the counts of a worker.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ A = TypeVar("A", np.ndarray[Any, Any], "Tensor")
 
 
 class PixelCounts(NamedTuple, Generic[A]):
-    """Pixel counts of each image by mask and prediction, each (B,) int64; lesion is positive."""
+    """True and false positive and negative pixels of each image, each (B,) int64; lesion is positive."""
 
     tp: A
     fp: A
@@ -25,14 +25,14 @@ class PixelCounts(NamedTuple, Generic[A]):
 
     @classmethod
     def from_columns(cls, counts: A) -> "PixelCounts[A]":
-        """Return the counts of an (..., 4) array with columns tp, fp, fn, tn."""
+        """Return the counts in an (..., 4) array with columns tp, fp, fn, tn."""
         return cls(counts[..., 0], counts[..., 1], counts[..., 2], counts[..., 3])
 
 
 def count_pixels(preds: A, masks: A) -> PixelCounts[A]:
-    """Compare predictions with masks, both (B, ...) boolean or 0 and 1, per image.
+    """Return the pixel counts of each image for predictions and masks, both (B, ...) boolean or 0 and 1.
 
-    Sums run in int64: in fp16 they overflow above 65504 pixels and bf16 counts exactly only to 256.
+    Sums are in int64, because fp16 overflows above 65504 pixels and bf16 counts exactly only up to 256.
     """
     pred = preds.reshape(preds.shape[0], -1) > 0
     mask = masks.reshape(masks.shape[0], -1) > 0
@@ -42,7 +42,7 @@ def count_pixels(preds: A, masks: A) -> PixelCounts[A]:
 
 
 def dice(counts: PixelCounts[A]) -> A:
-    """Return 2 tp / (2 tp + fp + fn) of each image, (B,); 1 where mask and prediction are both empty."""
+    """Return 2 tp / (2 tp + fp + fn) for each image, (B,); 1 where mask and prediction are both empty."""
     return _ratio(2 * counts.tp, 2 * counts.tp + counts.fp + counts.fn)
 
 
@@ -52,24 +52,24 @@ def jaccard(counts: PixelCounts[A]) -> A:
 
 
 def accuracy(counts: PixelCounts[A]) -> A:
-    """Return the share of correct pixels, (B,). For small lesions even an empty prediction scores high."""
+    """Return the fraction of correct pixels, (B,). For small lesions even an empty prediction scores high."""
     return _ratio(counts.tp + counts.tn, counts.tp + counts.fp + counts.fn + counts.tn)
 
 
 def sensitivity(counts: PixelCounts[A]) -> A:
-    """Return the share of lesion pixels that are predicted as lesion, (B,); 1 where the mask is empty."""
+    """Return the fraction of lesion pixels that are predicted as lesion, (B,); 1 where the mask is empty."""
     return _ratio(counts.tp, counts.tp + counts.fn)
 
 
 def specificity(counts: PixelCounts[A]) -> A:
-    """Return the share of background pixels that are predicted as background, (B,); 1 where the mask is full."""
+    """Return the fraction of background pixels that are predicted as background, (B,); 1 where the mask is full."""
     return _ratio(counts.tn, counts.tn + counts.fp)
 
 
 SCORES: Mapping[str, Callable[[PixelCounts[Any]], Any]] = MappingProxyType(
     {f.__name__: f for f in (dice, jaccard, accuracy, sensitivity, specificity)}
 )
-"""All scores by name."""
+"""Score functions by name."""
 
 
 def _ratio(part: A, whole: A) -> A:

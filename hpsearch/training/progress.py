@@ -1,4 +1,4 @@
-"""State of a fit after its last epoch: the files of each epoch, restoration, and the files of a finished fit."""
+"""State of a fit between epochs: write its files, restore it from a checkpoint, and finish the fit."""
 
 import logging
 import math
@@ -27,26 +27,26 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Progress:
-    """Network, optimizer and results of a fit after its last epoch."""
+    """Network, optimizer and results of a fit after its latest epoch."""
 
     task: FitTask
     model: nn.Module
-    """On its device."""
+    """Network on the device of the fit."""
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     rows: list[EpochRow] = field(default_factory=list)
     scores: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
-    """The metric of every held-out image after every epoch, (epochs, n)."""
+    """Metric of every held-out image after every epoch, (epochs, n)."""
     counts: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 4), np.int64))
-    """tp, fp, fn, tn of every held-out image after the last epoch, (n, 4)."""
+    """Pixel counts tp, fp, fn, tn of every held-out image after the latest epoch, (n, 4)."""
 
     @property
     def stopped(self) -> bool:
-        """Whether the fit has ended before its last epoch."""
+        """Whether the fit has not completed all its epochs."""
         return len(self.rows) < self.task.config.train.epochs
 
     def to_state(self, task_digest: str) -> dict[str, Any]:
-        """Return tensors and plain types for a checkpoint."""
+        """Return the state as tensors and plain types for a checkpoint."""
         return {
             "digest": task_digest,
             "epoch": len(self.rows),
@@ -59,7 +59,7 @@ class Progress:
         }
 
     def restore_(self, state: dict[str, Any], source: Path) -> None:
-        """Take over the state of `to_state`, read from the file `source`."""
+        """Restore a state of `to_state` that was read from the file `source`."""
         checkpoint.load_state_(self.model, state["model"], source)
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scaler.is_enabled() and state["scaler"]:
@@ -68,14 +68,14 @@ class Progress:
         self.scores, self.counts = state["scores"].numpy(), state["counts"].numpy()
 
     def best_score(self) -> float:
-        """Return the best mean over the held-out images so far; minus infinity if there is none."""
+        """Return the best mean score over the held-out images so far, or minus infinity if there is none."""
         return max((float(scores.mean()) for scores in self.scores if scores.size), default=-math.inf)
 
 
 def resume_(progress: Progress, paths: FitPaths, task_digest: str) -> None:
-    """Restore `progress` from the last good checkpoint, if any, and rewrite epochs.jsonl to match it.
+    """Restore `progress` from the last valid checkpoint, if any, and rewrite scores.npy and epochs.jsonl to match it.
 
-    Raises CheckpointError for the checkpoint of another fit.
+    Raises CheckpointError if the checkpoint belongs to another fit.
     """
     state = checkpoint.load_latest(paths, task_digest)
     if state is not None:
@@ -88,10 +88,11 @@ def resume_(progress: Progress, paths: FitPaths, task_digest: str) -> None:
 
 
 def save_epoch(progress: Progress, paths: FitPaths, task_digest: str, *, is_best: bool) -> None:
-    """Write the files of the last epoch, its line in epochs.jsonl last."""
+    """Write the files of the latest epoch. The line in epochs.jsonl is written last."""
     row = progress.rows[-1]
     if is_best:
-        # Before the checkpoint, so that a fit that dies in between trains this epoch again and saves it again.
+        # Save it before the checkpoint: if the process dies in between, the resumed fit trains and saves this epoch
+        # again.
         best = {"epoch": row.epoch, "score": progress.best_score(), "model": progress.model.state_dict()}
         checkpoint.save_checkpoint(paths.best, best)
     checkpoint.save_latest(paths, progress.to_state(task_digest))
@@ -102,11 +103,11 @@ def save_epoch(progress: Progress, paths: FitPaths, task_digest: str, *, is_best
 def finish_fit(
     fit: Progress, paths: FitPaths, data: DeviceData, runtime: Runtime, *, extra: dict[str, Any] | None = None
 ) -> FitSummary:
-    """Write the files of a finished fit, fit.json last, remove its checkpoints, and return the content of fit.json.
+    """Write the files of a finished fit, remove its checkpoints, and return the content of fit.json.
 
-    weights.safetensors, scores.npy, counts.npy and examples.npz contain no timestamps or process ids. If the process
-    dies at any point, calling this again from last.pt writes the same bytes. `extra` is stored in the weights file.
-    fit.json holds `micro_batch` if it changed the result.
+    fit.json is written last. weights.safetensors, scores.npy, counts.npy and examples.npz contain no timestamps or
+    process ids. If the process dies at any point, resuming from last.pt and calling this function again writes the
+    same bytes. `extra` is stored in the weights file. fit.json has `micro_batch` if it changed the result.
     """
     task, rows, n_held_out = fit.task, fit.rows, len(fit.task.held_out_indices)
     info = WeightsInfo(
@@ -151,10 +152,10 @@ def save_examples(
     scores: npt.NDArray[np.floating[Any]],
     runtime: Runtime,
 ) -> None:
-    """Save the predictions for the two worst, median and best images by `scores` (n,), in this order.
+    """Save the predictions for the two worst, two median and two best images by `scores` (n,), in this order.
 
-    The .npz file has `indices` (m,) int64 into `data`, `scores` (m,) and `probabilities` (m, H, W) uint8, where 255
-    is probability 1.
+    The .npz file has `indices` (m,) int64 into `data`, `scores` (m,) and `probabilities` (m, H, W) uint8, in which
+    255 stands for probability 1.
     """
     order = np.argsort(scores, kind="stable")
     n, middle = len(order), max(0, (len(order) - 1) // 2)

@@ -1,4 +1,4 @@
-"""Results of one epoch of a fit, a line of epochs.jsonl, and of a whole one, fit.json. Imports no torch."""
+"""Results of an epoch (a line of epochs.jsonl) and of a whole fit (fit.json). Does not import torch."""
 
 import json
 import zlib
@@ -9,7 +9,7 @@ from hpsearch.typed_json import from_json, to_json
 
 @dataclass(frozen=True)
 class Scores:
-    """Means over images of the loss and of three scores."""
+    """Mean loss and mean scores over images."""
 
     loss: float
     dice: float
@@ -22,30 +22,30 @@ class EpochRow:
     """Result of one epoch."""
 
     epoch: int
-    """Counted from 1."""
+    """Number of the epoch, from 1."""
     time: float
-    """Unix time at its end, in seconds."""
+    """Unix time at the end of the epoch, in seconds."""
     train: Scores
-    """Over the augmented training batches."""
+    """Scores over the augmented training batches, measured during the epoch."""
     held_out: Scores | None
-    """After the epoch, at the evaluation size; None without held-out images."""
+    """Scores over the held-out images after the epoch, at the evaluation size; None without held-out images."""
     lr: float
     """Learning rate of the last step of the epoch."""
     train_s: float
     eval_s: float
     images_per_s: float
-    """Training images per second, without evaluation."""
+    """Training images per second, excluding evaluation."""
     peak_bytes: int
-    """Peak memory of the epoch: allocated on a GPU, resident in the process on a CPU."""
+    """Peak memory of the epoch in bytes: allocated by torch on a GPU, resident memory of the process on a CPU."""
 
     @property
     def seconds(self) -> float:
-        """Training and evaluation together."""
+        """Duration of training and evaluation in seconds."""
         return self.train_s + self.eval_s
 
     @property
     def scores(self) -> Scores:
-        """The held-out scores, or the training scores if there are no held-out images."""
+        """Held-out scores, or the training scores if there are no held-out images."""
         return self.held_out or self.train
 
 
@@ -58,7 +58,8 @@ class FitSummary:
     """Mean score over the held-out images after the last epoch; None without held-out images."""
     n_held_out: int = 0
     micro_batch: int | None = None
-    """Images per part if batches were split to fit in memory and this changed the result, else None."""
+    """Number of images per part if batches were split to fit in memory and this changed the result; otherwise
+    None."""
     seconds: float = 0.0
     train_s: float = 0.0
     eval_s: float = 0.0
@@ -67,19 +68,19 @@ class FitSummary:
     scores_sha256: str = ""
     weights_sha256: str = ""
     runtime: dict[str, str] = field(default_factory=dict)
-    """Description of the machine and library versions."""
+    """Description of the machine and the library versions."""
 
 
 def to_line(row: EpochRow) -> str:
-    """Return the row as a line of epochs.jsonl, with its checksum."""
+    """Return the row as a line of epochs.jsonl, including a checksum."""
     text = json.dumps(to_json(row), allow_nan=False)
     return f'{text[:-1]}, "crc": {zlib.crc32(text.encode())}}}'
 
 
 def read_lines(content: bytes) -> tuple[list[EpochRow], int]:
-    """Return the rows of the intact lines of an epochs.jsonl, in order, and the number of damaged lines.
+    """Return the rows of all intact lines of epochs.jsonl, in order, and the number of damaged lines.
 
-    A last line without its end was cut off by a crash and does not count.
+    A last line without a newline was cut off by a crash. It is ignored and does not count as damaged.
     """
     *lines, _ = content.split(b"\n")
     rows = [row for line in lines if (row := _read_line(line)) is not None]

@@ -33,32 +33,32 @@ _DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bf16": torch
 class Runtime:
     """Device, precision, compilation and threads of a fit. Each field may change floating-point results.
 
-    It is part of the execution plan of a study.
+    The runtime is part of the execution plan of a study.
     """
 
     device: torch.device
     precision: Precision
-    """Precision of autocast; weights, losses and optimizer stay in float32."""
+    """Precision of autocast; weights, losses and optimizer state stay in float32."""
     compile: CompileChoice
-    """Whether to use torch.compile; with `auto`, only long fits use it."""
+    """Whether to use torch.compile. With `auto`, only long fits use it."""
     threads: int
     """Number of CPU threads per operation."""
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Return the context for forward passes."""
+        """Return the autocast context for forward passes."""
         if self.precision == "float32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=_DTYPES[self.precision])
 
     def make_scaler(self) -> torch.amp.GradScaler:
-        """Return a loss scaler, which fp16 needs because its gradients underflow; otherwise it has no effect."""
+        """Return a loss scaler. It is enabled only for fp16, where gradients would underflow without it."""
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Set torch's process-wide options (threads, TF32, cuDNN benchmark) for the block, and restore them after.
+        """Set torch's process-wide options (threads, TF32, cuDNN benchmark) for the block, then restore them.
 
-        On devices other than CUDA it also calls `keep_freed_memory`, whose effect lasts until the process ends.
+        On devices other than CUDA this also calls `keep_freed_memory`, whose effect lasts until the process ends.
         """
         threads = torch.get_num_threads()
         matmul, benchmark = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
@@ -80,7 +80,7 @@ class Runtime:
                 torch.backends.cudnn.benchmark = benchmark
 
     def end_step(self) -> None:
-        """Run the recorded operations of a training step on XLA; no effect on other devices."""
+        """Run the recorded operations of a training step on XLA. Has no effect on other devices."""
         if self.device.type == "xla":
             _torch_xla().sync()
 
@@ -88,9 +88,9 @@ class Runtime:
 def make_runtime(
     device: str = "auto", *, amp: str = "auto", compile: CompileChoice = "auto", threads: int | None = None
 ) -> Runtime:
-    """Return the runtime for a device name and settings; `threads` defaults to the available cores.
+    """Return the runtime for a device name and settings; `threads` defaults to the number of available cores.
 
-    Raises DeviceError, naming what is available, for a device or precision that is not.
+    Raises DeviceError if the device or the precision is not available.
     """
     if threads is not None and threads < 1:
         raise DeviceError(f"threads must be at least 1, got {threads}")
@@ -100,9 +100,9 @@ def make_runtime(
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """Return the device `auto` (CUDA, then MPS, then CPU), `cpu`, `cuda`, `cuda:1`, `mps` or `xla`.
+    """Return the device with the name `cpu`, `cuda`, `cuda:1`, `mps`, `xla` or `auto` (CUDA, then MPS, then CPU).
 
-    Raises DeviceError, saying why, if it is not available.
+    Raises DeviceError with the reason if the device is not available.
     """
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     has_mps = torch.backends.mps.is_available()
@@ -124,10 +124,11 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def choose_precision(device: torch.device, amp: str = "auto") -> Precision:
-    """Return the precision of autocast on `device` for `train.amp`; DeviceError if the device does not support it.
+    """Return the precision of autocast on `device` for a value of `train.amp`.
 
     `auto` is bf16 where the hardware supports it (CUDA from Ampere on, CPUs with AVX512-BF16, AMX or Arm's BF16,
-    TPUs), fp16 on Volta and Turing, and float32 elsewhere, because emulated bf16 is slower than float32.
+    TPUs), fp16 on Volta and Turing, and float32 elsewhere, because emulated bf16 is slower than float32. Raises
+    DeviceError if the device does not support the precision.
     """
     kind = device.type
     major = torch.cuda.get_device_capability(device)[0] if kind == "cuda" else 0
@@ -145,14 +146,14 @@ def choose_precision(device: torch.device, amp: str = "auto") -> Precision:
 
 @functools.cache
 def cpu_computes_bf16() -> bool:
-    """Return whether this CPU has bf16 instructions; on macOS torch is built without kernels for them."""
+    """Return whether this CPU has bf16 instructions. False on macOS, where torch has no kernels for them."""
     # The checks in torch are private and differ between versions, and one of them also accepts emulation.
     flags = _cpu_info("flags|Features").split()
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
 
 
 def describe(runtime: Runtime) -> dict[str, str]:
-    """Return the device, the processor and the versions, for the record."""
+    """Return a description of the device, the processor and the versions, to be stored with the results."""
     device, versions = runtime.device, {}
     name = _cpu_info("model name") or platform.processor() or platform.machine()
     if device.type == "cuda":
@@ -177,7 +178,7 @@ def describe(runtime: Runtime) -> dict[str, str]:
 
 
 def _cpu_info(key: str) -> str:
-    """Return the first value of a key of Linux's /proc/cpuinfo; empty if there is none."""
+    """Return the first value of `key` in Linux's /proc/cpuinfo, or an empty string if there is none."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -187,12 +188,12 @@ def _cpu_info(key: str) -> str:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Reset `peak_memory`, where the system allows it."""
+    """Reset the peak that `peak_memory` returns, if the system allows it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    # On Linux, 5 resets the peak of resident memory. Other systems, and containers that mask the file, keep the
-    # peak of the whole process.
+    # On Linux, writing 5 resets the peak of resident memory. On other systems, and in containers that mask the file,
+    # the peak remains that of the whole process.
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -206,7 +207,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def free_memory(device: torch.device) -> None:
-    """Return all unreferenced memory to the device, reference cycles included; takes a tenth of a second."""
+    """Return all unreferenced memory to the device, including reference cycles. Takes about 0.1 s."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -218,22 +219,22 @@ def free_memory(device: torch.device) -> None:
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Make glibc keep freed memory instead of returning it to the system; no effect with other C libraries.
+    """Make glibc keep freed memory instead of returning it to the system. Has no effect with other C libraries.
 
-    Without it, each step of the UNet at 128x128 had 30000 page faults, which took a tenth of its time. `free_memory`
-    still returns all of it.
+    Without this call, each step of the UNet at 128x128 had 30000 page faults, which took a tenth of its time.
+    `free_memory` still returns all freed memory to the system.
     """
     if (libc := _glibc()) is not None:
-        # From malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD.
+        # Constants of malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD.
         for option, n_bytes in ((-3, 2**30), (-1, 2**31 - 1), (-2, 2**26)):
             libc.mallopt(option, n_bytes)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether `error` is one by which torch, NumPy or Python report that memory ran out, on any device."""
+    """Return whether torch, NumPy or Python raised `error` because memory ran out, on any device."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    # The CPU allocator, MPS, and cuDNN or cuBLAS without memory for a workspace raise a plain RuntimeError.
+    # The CPU allocator and MPS raise a plain RuntimeError, and so do cuDNN and cuBLAS if a workspace does not fit.
     signs = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
@@ -246,7 +247,7 @@ def set_seed(seed: int) -> None:
 
 
 def why_no_compile(device: torch.device) -> str | None:
-    """Return why torch.compile cannot work on `device`, or None if it can."""
+    """Return the reason why torch.compile cannot work on `device`, or None if it can."""
     if device.type not in ("cpu", "cuda"):
         return f"torch.compile is not used on {device.type}"
     variable, *compilers = ("CXX", "g++", "clang++") if device.type == "cpu" else ("CC", "gcc", "cc")

@@ -1,4 +1,4 @@
-"""Inputs that decide the result of a fit, and the hash that identifies its checkpoints."""
+"""Inputs that determine the result of a fit, and the hash that identifies its checkpoints."""
 
 import dataclasses
 import hashlib
@@ -19,40 +19,41 @@ HASHED = (
     "batch_size", "epochs", "loss", "lr", "momentum", "optimizer", "schedule", "smooth", "weight_decay", "blur",
     "brightness", "contrast", "crop", "hflip", "hue", "noise", "rotate", "saturation", "scale", "vflip",
 )  # fmt: skip
-"""Settings of training and augmentation that every digest covers. Later ones count unless they have their default, so
-that a new setting leaves the checkpoints of existing studies valid."""
+"""Settings of training and augmentation that every digest includes. Settings added later are included only if they
+differ from their default, so that the checkpoints of existing studies stay valid."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FitTask:
-    """Everything that decides the result of a fit, except the images and the arithmetic of the device."""
+    """Inputs that determine the result of a fit, except the images and the arithmetic of the device."""
 
     config: StudyConfig
     train_indices: Indices
     held_out_indices: Indices
-    """Images that are scored after each epoch; may be empty."""
+    """Indices of the images that are scored after each epoch; may be empty."""
     normalization: Normalization
     seed: int
     micro_batch: int | None = None
-    """Most images whose gradients are computed at once, to save memory (`part_sizes`). The result is the same apart
-    from rounding unless the network `uses_batch_statistics`: then these are the statistics of the parts."""
+    """Largest number of images whose gradients are computed at once, to save memory (`part_sizes`); None for whole
+    batches. This changes the result only by rounding, unless the network `uses_batch_statistics`: the statistics are
+    then those of the parts."""
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of the images."""
+        """Height and width of the images that the network sees."""
         return self.config.data.height, self.config.data.width
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of the optimizer in one epoch."""
+        """Number of optimizer steps in one epoch."""
         return n_train_batches(len(self.train_indices), self.config.train.batch_size)
 
     @property
     def part_sizes(self) -> list[int]:
-        """Images in each part of a batch that goes through the network at once.
+        """Number of images in each part of a batch that goes through the network at once.
 
-        Sizes differ by at most one. For example 5 images in parts of 4 are 3 and 2, because batch normalisation could
-        not normalise a part of one image.
+        Sizes differ by at most one. For example, 5 images with at most 4 per part are split into 3 and 2, because
+        batch normalisation could not normalise a part of one image.
         """
         n_images = max(1, min(self.config.train.batch_size, len(self.train_indices)))
         n_parts = math.ceil(n_images / self.micro_batch) if self.micro_batch else 1
@@ -60,17 +61,17 @@ class FitTask:
 
     @property
     def margin(self) -> int:
-        """Margin of the network: 0 if its logits are stretched to the size of the images."""
+        """Margin of the network in pixels; 0 if its logits are interpolated to the size of the images."""
         return output_margin(self.config.unet) if self.config.sees_windows else 0
 
     def why_impossible(self) -> str | None:
-        """Return why the network cannot be trained at this size on this many images at once, or None if it can."""
+        """Return the reason why the network cannot be trained with these image and part sizes, or None if it can."""
         n_images, config = min(self.part_sizes), self.config
         reason = why_impossible(config.unet, config.data.n_channels, *self.size, batch_size=n_images)
         return reason and f"with {n_images} image{'s' if n_images > 1 else ''} at once: {reason}"
 
     def digest(self, data_key: str) -> str:
-        """Return the hash that a checkpoint carries, so that it is never continued as another fit."""
+        """Return the hash that is stored in checkpoints, so that a fit never resumes from that of another fit."""
         config = self.config
         table: dict[str, Any] = {
             "data": data_key,
@@ -98,7 +99,10 @@ def _hash(indices: Indices) -> str:
 
 
 def _hashed(settings: TrainConfig | AugmentConfig) -> dict[str, Any]:
-    """Return the settings that a digest covers, without those that choose how to compute and not what."""
+    """Return the settings that a digest includes. `amp` and `compile` are left out.
+
+    Those two settings change how a fit is computed, but not what is computed.
+    """
     return {
         field.name: value
         for field in dataclasses.fields(settings)

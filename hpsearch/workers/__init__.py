@@ -1,1 +1,1 @@
-"""Jobs, the processes that run them, and the pool that hands them out."""
+"""Jobs, the worker processes that run them, and the pool that assigns them."""

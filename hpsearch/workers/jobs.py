@@ -1,4 +1,4 @@
-"""Jobs that a worker runs and reports that it sends back, as frozen dataclasses. Imports no torch."""
+"""Jobs that workers run and reports that they send back, as frozen dataclasses. Does not import torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class WorkerSettings:
 
 @dataclass(frozen=True)
 class CachePaths:
-    """The decoded images of a job."""
+    """Paths of the caches of decoded images that a job uses."""
 
     images: Path
     """Cache of the images at the size that the network sees."""
@@ -32,7 +32,7 @@ class CachePaths:
 
 @dataclass(frozen=True, kw_only=True)
 class FitJob:
-    """Train one network, with a checkpoint after each epoch, and score it on the held-out images."""
+    """Job that trains one network, saves a checkpoint after each epoch, and scores the held-out images."""
 
     trial: int
     fold: int
@@ -45,14 +45,14 @@ class FitJob:
     """Indices of the held-out images; empty for a final fit."""
     seed: int
     replicate: int = 0
-    """0: the first fit of this fold; 1: the second one, with another seed."""
+    """Number of the replicate: 0 for the first fit of this fold, 1 for the second fit, which uses another seed."""
     keep_best: bool = False
-    """Whether the weights of the best epoch are kept too."""
+    """Whether to also keep the weights of the best epoch."""
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """An image and its mask as files."""
+    """Files of an image and its mask."""
 
     name: str
     image: Path
@@ -61,20 +61,20 @@ class ImageFiles:
 
 @dataclass(frozen=True, kw_only=True)
 class OfficialScoreJob:
-    """Predict masks at the images' own resolution and count their pixels against the true masks."""
+    """Job that predicts masks at the original resolution of the images and counts pixels against the true masks."""
 
     weights: tuple[Path, ...]
-    """One network, or several that predict by their mean logits."""
+    """Weights file of one network, or of several networks whose logits are averaged."""
     reading: Reading
     images: tuple[ImageFiles, ...]
     masks: Path | None
-    """Folder for the predicted masks; None to write none."""
+    """Folder for the predicted masks; None to write no masks."""
     counts: Path
 
 
 @dataclass(frozen=True, kw_only=True)
 class SelectPostprocessingJob:
-    """Select threshold, test-time flips, mask cleaning and ensemble on out-of-fold predictions."""
+    """Job that selects threshold, test-time flips, mask cleaning and ensemble on out-of-fold predictions."""
 
     config: StudyConfig
     metric: str
@@ -83,14 +83,14 @@ class SelectPostprocessingJob:
     source: str
     """Description of the networks, for messages."""
     ensemble: bool
-    """Whether the ensemble is considered."""
+    """Whether to consider the ensemble of all networks."""
     out: Path
-    """JSON file for the decisions."""
+    """JSON file to which the selection is written."""
 
 
 @dataclass(frozen=True)
 class WeightsCopy:
-    """A weights file and the path of its copy."""
+    """Path of a weights file and path of its copy."""
 
     source: Path
     target: Path
@@ -98,7 +98,7 @@ class WeightsCopy:
 
 @dataclass(frozen=True, kw_only=True)
 class KeepJob:
-    """Copy weights files and store the selected post-processing in the copies."""
+    """Job that copies weights files and stores the selected post-processing in the copies."""
 
     copies: tuple[WeightsCopy, ...]
     postprocessing: Postprocessing
@@ -106,7 +106,7 @@ class KeepJob:
 
 @dataclass(frozen=True, kw_only=True)
 class CountJob:
-    """Predict all images of a cache by the mean logits of the networks, and write the pixel counts of each image."""
+    """Job that predicts all images of a cache by the mean logits of the networks and writes the pixel counts."""
 
     config: StudyConfig
     caches: CachePaths
@@ -114,12 +114,12 @@ class CountJob:
     postprocessing: Postprocessing
     counts: Path
     examples: Path | None = None
-    """File for a few predictions of the first network; None to save none."""
+    """File for a few example predictions of the first network; None to save none."""
 
 
 @dataclass(frozen=True)
 class StepToMeasure:
-    """A configuration whose training step is timed, with the images to use."""
+    """Configuration whose training step is timed, and the images to use."""
 
     config: StudyConfig
     caches: CachePaths
@@ -127,21 +127,21 @@ class StepToMeasure:
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureJob:
-    """Time the training step of each configuration, and describe the machine."""
+    """Job that times the training step of each configuration and describes the machine."""
 
     config: StudyConfig
     threads: int
     steps: tuple[StepToMeasure, ...]
     seconds: float = 0.2
-    """Minimum time for which each step is repeated."""
+    """Minimum time in seconds for which each step is repeated."""
 
 
 @dataclass(frozen=True)
 class MeasuredStep:
-    """Seconds per image of one configuration, measured on the device."""
+    """Measured seconds per image of one configuration."""
 
     flops: int
-    """FLOPs of the training step of one image."""
+    """FLOPs of a training step per image."""
     train_s: float
     eval_s: float
 
@@ -155,7 +155,7 @@ class Measurement:
     precision: str
     """Precision of autocast if `train.amp` is auto: float32, bf16 or fp16."""
     memory_bytes: int
-    """Free memory of the device."""
+    """Free memory of the device in bytes."""
     steps: tuple[MeasuredStep, ...]
     machine: dict[str, Any]
 
@@ -165,37 +165,38 @@ Job = FitJob | OfficialScoreJob | SelectPostprocessingJob | KeepJob | CountJob |
 
 @dataclass(frozen=True)
 class Ready:
-    """The worker has started and waits for a job."""
+    """Report that the worker has started and waits for a job."""
 
 
 @dataclass(frozen=True)
 class EpochEnded:
-    """An epoch of a fit has ended and its checkpoint is written. The worker waits for the answer: go on, or stop."""
+    """Report that an epoch has ended and its checkpoint is written. The worker waits for a reply: go on, or stop."""
 
     row: EpochRow
 
 
 @dataclass(frozen=True)
 class Finished:
-    """The job is done."""
+    """Report that the job is done."""
 
     value: float | None = None
-    """Of a FitJob: mean score over the held-out images after the last epoch; None without held-out images."""
+    """Mean score over the held-out images after the last epoch of a FitJob; None without held-out images or for other
+    jobs."""
     measurement: Measurement | None = None
-    """Of a MeasureJob."""
+    """Result of a MeasureJob; None for other jobs."""
 
 
 @dataclass(frozen=True)
 class Stopped:
-    """The fit was stopped after an epoch, as requested."""
+    """Report that the fit was stopped after an epoch, as requested."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failed:
-    """The job ended without a result."""
+    """Report that the job ended without a result."""
 
     error: str = ""
-    """Name of the error's class in `hpsearch.errors`; `died`: the process ended; "": a bug in hpsearch."""
+    """Name of the error's class in `hpsearch.errors`; "died" if the process ended; empty for a bug in hpsearch."""
     text: str
     traceback: str = ""
 
@@ -205,10 +206,10 @@ _CLASSES: dict[str, type[Any]] = {cls.__name__: cls for cls in (*get_args(Job), 
 
 
 def to_message(part: Job | Report) -> dict[str, Any]:
-    """Return a JSON table, which `from_message` reads."""
+    """Return a job or report as a JSON table, which `from_message` can read."""
     return {**to_json(part), "class": type(part).__name__}
 
 
 def from_message(table: Mapping[str, Any]) -> Any:
-    """Return the job or report in a table of `to_message`."""
+    """Return the job or report that `to_message` converted to a table."""
     return from_json(_CLASSES[table["class"]], table)

@@ -1,8 +1,8 @@
-"""A worker pool of processes on this machine: started, given jobs, replaced when they die.
+"""Worker pool of local processes: start workers, give them jobs, and replace workers that die.
 
-A worker runs `hpsearch.workers.process` in a process of its own, not a child of `multiprocessing`: it works from a
-notebook and from an unguarded script, and the coordinator's memory is not copied into it. Messages are JSON objects
-over a socket pair, so nothing is ever unpickled.
+A worker runs `hpsearch.workers.process` in a separate process, which is not a child of `multiprocessing`. It
+therefore works from a notebook and from a script without a main guard, and does not copy the coordinator's memory.
+Messages are JSON objects sent over a socket pair, so nothing is ever unpickled.
 """
 
 import contextlib
@@ -29,18 +29,18 @@ from hpsearch.workers.pool import Event, Worker
 logger = logging.getLogger(__name__)
 
 PAUSE_S = 30.0
-"""If the pool was not polled for this long, the coordinator itself was stopped."""
+"""Time in seconds between two polls after which the coordinator itself is assumed to have been suspended."""
 START_TIMEOUT_S = 300.0
-"""A worker that is not ready by then has failed to start: importing torch from a cold network disk is slow."""
+"""Time in seconds in which a worker must become ready. Importing torch from a cold network disk is slow."""
 MAX_FAILED_STARTS = 3
 
 
 @dataclass(eq=False)
 class LocalWorker:
-    """One worker process and its job."""
+    """A worker process and its current job."""
 
     index: int
-    """Its place in the pool, from 0."""
+    """Position of the worker in the pool, from 0."""
     settings: WorkerSettings
     process: subprocess.Popen[bytes]
     connection: Connection
@@ -48,7 +48,7 @@ class LocalWorker:
     is_ready: bool = False
     job: Job | None = None
     last_report_at: float = field(default_factory=time.monotonic)
-    """When it last reported or was given something to do, as `time.monotonic` counts."""
+    """`time.monotonic()` of the last message from or to the worker."""
 
     @property
     def is_idle(self) -> bool:
@@ -56,7 +56,7 @@ class LocalWorker:
 
 
 class LocalPool:
-    """Worker processes, none at first. Use as a context manager: on leaving, none is left running."""
+    """Pool of worker processes, initially empty. Use it as a context manager, which ends all workers on exit."""
 
     def __init__(self, log_folder: Path) -> None:
         self._log_folder = log_folder
@@ -64,7 +64,7 @@ class LocalPool:
         self._workers: list[LocalWorker] = []
         self._polled_at = time.monotonic()
         self._epoch_s: dict[int, float] = {}
-        """Trial to the seconds of its last epoch, in any fold."""
+        """Seconds of the latest epoch by trial, in any fold."""
 
     def __enter__(self) -> Self:
         return self
@@ -76,40 +76,43 @@ class LocalPool:
         return len(self._workers)
 
     def resize(self, settings: Sequence[WorkerSettings]) -> None:
-        """Have one worker for each of `settings`, in this order; a worker that has these settings already stays."""
+        """Start and end workers so that there is one for each of `settings`, in this order.
+
+        A worker that already has the settings of its position is kept.
+        """
         wanted = dict(enumerate(settings))
         kept = {worker.index: worker for worker in self._workers if worker.settings == wanted.get(worker.index)}
         _end([worker for worker in self._workers if worker.index not in kept])
         self._workers = [kept.get(index) or self._start(index, each) for index, each in wanted.items()]
 
     def set_device(self, device: str) -> None:
-        """Note which device workers with the setting `auto` have chosen."""
+        """Record the device that workers with the device setting `auto` have chosen."""
         for worker in self._workers:
             worker.settings = dataclasses.replace(worker.settings, device=device)
 
     def idle(self) -> list[Worker]:
-        """Return the workers that are ready and have no job, by index."""
+        """Return the workers that are ready and have no job, ordered by index."""
         return [worker for worker in self._workers if worker.is_idle]
 
     def busy(self) -> list[Worker]:
-        """Return the workers that have a job, by index."""
+        """Return the workers that have a job, ordered by index."""
         return [worker for worker in self._workers if worker.job is not None]
 
     def submit(self, worker: Worker, job: Job) -> None:
-        """Give a job to an idle worker. Its reports come as events."""
+        """Give a job to an idle worker. `events` yields its reports."""
         ours = self._own(worker)
         ours.job = job
         self._send(ours, jobs.to_message(job))
 
     def reply(self, worker: Worker, *, go: bool) -> None:
-        """Answer an `EpochEnded`: train the next epoch, or stop with a checkpoint."""
+        """Reply to an `EpochEnded`: train the next epoch if `go` is true, otherwise stop the fit."""
         self._send(self._own(worker), {"go": go})
 
     def epoch_left_s(self) -> float | None:
-        """Return the seconds until the epochs being trained end; NaN if not known, None if none is trained."""
+        """Return the seconds until all running epochs end; NaN if unknown, None if no fit is running."""
         now = time.monotonic()
         left = [
-            # NaN for a trial without an earlier epoch; `max` keeps it as its first argument.
+            # NaN for a trial without an earlier epoch: `max` returns its first argument if that is NaN.
             max(self._epoch_s.get(worker.job.trial, math.nan) - (now - worker.last_report_at), 0.0)
             for worker in self._workers
             if isinstance(worker.job, FitJob)
@@ -117,20 +120,21 @@ class LocalPool:
         return math.nan if any(map(math.isnan, left)) else max(left, default=None)
 
     def kill(self, worker: Worker) -> None:
-        """End a worker at once. `events` reports it as died, and another one takes its place."""
+        """Kill a worker at once. `events` reports that it died and starts another one in its place."""
         process = self._own(worker).process
         process.kill()
-        # Its last writes are done then. `events` notices the silence of a process that the system cannot end.
+        # Wait until the process can no longer write. If the system cannot end it in time, it stays in the pool until
+        # `events` sees its socket close.
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(10)
 
     def events(self, timeout_s: float) -> Iterator[Event]:
-        """Yield what workers reported within the timeout; workers that died are replaced.
+        """Yield the events that workers report within the timeout. Workers that died are replaced.
 
         Raises WorkerError if workers cannot be started.
         """
         by_connection = {worker.connection: worker for worker in self._workers}
-        # A time in which the coordinator itself was stopped (SIGSTOP) is no silence of the workers.
+        # Time in which the coordinator itself was suspended (SIGSTOP) does not count as silence of the workers.
         if (pause_s := time.monotonic() - self._polled_at) > PAUSE_S:
             for worker in self._workers:
                 worker.last_report_at += pause_s
@@ -152,7 +156,7 @@ class LocalPool:
 
     def _send(self, worker: LocalWorker, message: Mapping[str, Any]) -> None:
         worker.last_report_at = time.monotonic()
-        # `events` notices a worker that has just died.
+        # Ignore a worker that has just died: `events` reports it.
         with contextlib.suppress(OSError):
             worker.connection.send_bytes(json.dumps(message).encode())
 
@@ -175,7 +179,7 @@ class LocalPool:
     def _start(self, index: int, settings: WorkerSettings) -> LocalWorker:
         ours, theirs = socket.socketpair()
         log = self._log_folder / f"worker{index}.log"
-        # Thread counts decide floating-point bytes, and some libraries read them only from here.
+        # Thread counts affect floating-point results, and some libraries read them only from these variables.
         threads = str(settings.threads)
         with log.open("wb") as output:
             process = subprocess.Popen(
@@ -185,14 +189,14 @@ class LocalPool:
                 stderr=output,
                 env=subprocesses.environment(OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads),
                 pass_fds=[theirs.fileno()],
-                # Ctrl-C on the terminal reaches the coordinator only; a worker ends when its socket closes.
+                # Ctrl-C in the terminal reaches only the coordinator. A worker ends when its socket closes.
                 start_new_session=True,
             )
         theirs.close()
         return LocalWorker(index, settings, process, Connection(ours.detach()), log)
 
     def _reap(self, worker: LocalWorker) -> Event:
-        """Replace a worker whose process has ended; WorkerError if workers cannot be started at all."""
+        """Replace a worker whose process has ended. Raises WorkerError if workers cannot be started at all."""
         worker.connection.close()
         worker.process.kill()
         worker.process.wait()
@@ -207,7 +211,7 @@ class LocalPool:
 
 
 def _end(workers: Sequence[LocalWorker]) -> None:
-    """End idle workers by closing their sockets, and others at once."""
+    """End idle workers by closing their sockets, and kill all other workers."""
     for worker in workers:
         if not worker.is_idle:
             worker.process.kill()

@@ -1,4 +1,4 @@
-"""The one event loop: give jobs to idle workers and handle their reports until the work is over."""
+"""Event loop that gives jobs to idle workers and handles their reports until the work is over."""
 
 import logging
 import re
@@ -15,28 +15,28 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 0.25
 DEATHS_PER_JOB = 3
-"""A job that has ended its worker so often without an epoch in between is given up."""
+"""Number of workers that may die in a job, without a new epoch in between, before the job is given up."""
 
 
 class Work(Protocol):
-    """What the loop is run for: a study, or a single job."""
+    """Source of jobs for the event loop: a study, or a list of jobs."""
 
     @property
     def is_over(self) -> bool:
-        """Whether no further job will come."""
+        """Whether there will be no more jobs."""
 
     def poll(self) -> bool:
-        """Look at requests and limits, once per turn; return False to leave the loop at once."""
+        """Check requests and limits, once per iteration. Return False to leave the loop at once."""
 
     def next_job(self) -> Job | None:
-        """Return the job for the next idle worker; None if there is none at the moment."""
+        """Return the job for the next idle worker, or None if there is none at the moment."""
 
     def on_event(self, event: Event) -> None:
-        """Handle a report. An `EpochEnded` has to be answered by `WorkerPool.reply`."""
+        """Handle a report. An `EpochEnded` must be answered with `WorkerPool.reply`."""
 
 
 def run(pool: WorkerPool, work: Work) -> None:
-    """Run the work's jobs on the pool until the work is over and no worker is busy."""
+    """Run the jobs of `work` on the pool until the work is over and no worker is busy."""
     while work.poll():
         for worker in pool.idle():
             if (job := work.next_job()) is None:
@@ -57,9 +57,10 @@ def run_job(
 ) -> Finished | None:
     """Run one job and return its last report, or None if `on_epoch` stopped it.
 
-    `on_epoch` is called with the row of each epoch and returns whether to go on; `check` is called again and again,
-    and ends the waiting by raising. When a worker dies, another one continues from the job's checkpoint. Raises what
-    the job raised, or WorkerError when it has ended three workers without an epoch in between.
+    `on_epoch` is called with the row of each epoch and returns whether to go on. `check` is called repeatedly and may
+    raise an exception to stop waiting. When a worker dies, another one continues from the job's checkpoint. Raises
+    the error of a failed job as an HpsearchError, or WorkerError if three workers died without a new epoch in
+    between.
     """
     (report,) = run_jobs_together(pool, [job], check, on_epoch)
     if isinstance(report, Failed):
@@ -73,9 +74,10 @@ def run_jobs_together(
     check: Callable[[], None] = lambda: None,
     on_epoch: Callable[[EpochRow], bool] = lambda row: True,
 ) -> list[Report]:
-    """Run one job on each of as many workers at the same time, and return their last reports.
+    """Run all jobs at the same time, each on its own worker, and return their last reports.
 
-    Starts when so many workers are ready. `check`, `on_epoch` and deaths of workers are as in `run_job`.
+    The jobs start when as many workers are ready. `check`, `on_epoch` and the death of a worker are handled as in
+    `run_job`.
     """
     work = _Jobs(pool, list(jobs), len(jobs), check, on_epoch)
     run(pool, work)
@@ -84,7 +86,7 @@ def run_jobs_together(
 
 @dataclass
 class _Jobs:
-    """Work that consists of these jobs, begun at the same time."""
+    """Work that consists of a list of jobs, all started at the same time."""
 
     pool: WorkerPool
     jobs: list[Job]
@@ -118,7 +120,7 @@ class _Jobs:
                 self.pool.reply(event.worker, go=self.on_epoch(row))
             case Failed(error="died", text=text) if event.job is not None:
                 self.n_deaths += 1
-                # `SelectPostprocessingJob` is "select postprocessing".
+                # `SelectPostprocessingJob` becomes "select postprocessing".
                 kind = re.sub(r"\B([A-Z])", r" \1", type(event.job).__name__.removesuffix("Job")).lower()
                 logger.warning("%s: worker %s", kind, text)
                 if self.n_deaths < DEATHS_PER_JOB:

@@ -1,7 +1,7 @@
-"""The execution plan of a study (devices, workers, threads, speed), and the time and memory that it predicts.
+"""Execution plan of a study (devices, workers, threads, speed), and its predictions of time and memory.
 
-What is measured to choose the plan is measured once and stored with the study; every continuation uses it, because
-thread counts and precision decide the bytes of the results. Imports no torch.
+The plan is measured once and stored with the study. Every continuation of the study uses the stored plan, because
+thread counts and precision affect the bytes of the results. Does not import torch.
 """
 
 import math
@@ -21,37 +21,38 @@ from hpsearch.models.network import n_parameters, training_flops, training_memor
 from hpsearch.workers.jobs import MeasuredStep, WorkerSettings
 
 MEMORY_SHARE = 0.9
-"""Share of a device's memory that the predicted need of a fit may reach. Predictions are accurate to 10 %."""
+"""Fraction of a device's memory that a fit may need according to the prediction, which is accurate to 10 %."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExecutionPlan:
-    """How a study is run on this machine."""
+    """Devices, workers and measured speed with which a study is run on this machine."""
 
     device: str
     precision: str
     """Precision of autocast if `train.amp` is auto: float32, bf16 or fp16."""
     workers: tuple[WorkerSettings, ...]
     memory_bytes: int
-    """Memory of the device that one worker may use."""
+    """Memory of the device that one worker may use, in bytes."""
     steps: tuple[MeasuredStep, ...] = ()
     machine: Mapping[str, Any] = field(default_factory=dict)
     """Processor, versions and number of cores, for documentation only."""
     alone_threads: int = 0
-    """Number of threads with which a single fit trained fastest; 0: not measured."""
+    """Number of threads with which a single fit was fastest; 0 if not measured."""
 
     @property
     def alone(self) -> WorkerSettings:
-        """Device and threads of a fit that runs by itself: those of the only worker, else the fastest measured.
+        """Device and number of threads for a fit that runs alone.
 
-        If that was not measured, the fit gets as many threads as each of several workers. On a machine with other
-        load, more threads can be many times slower.
+        If there is only one worker, its settings are used. Otherwise the fit uses the fastest measured number of
+        threads. If that was not measured, the fit uses as many threads as each worker, because more threads can be
+        many times slower on a machine with other load.
         """
         first = self.workers[0]
         return first if len(self.workers) == 1 else WorkerSettings(first.device, self.alone_threads or first.threads)
 
     def epoch_s(self, config: StudyConfig, n_train: int, n_held_out: int) -> float:
-        """Return the expected seconds of one epoch of `config`; NaN if nothing was measured."""
+        """Return the expected duration of one epoch of `config` in seconds; NaN if nothing was measured."""
         if not self.steps:
             return math.nan
         flops = image_flops(config)
@@ -62,15 +63,16 @@ class ExecutionPlan:
 
 @dataclass(frozen=True)
 class Infeasible:
-    """Why a configuration costs no training."""
+    """Reason why a configuration cannot be trained."""
 
     reason: str
     excess: float
-    """Above 0: how far the limit is exceeded, as the sampler's constraint (1 for what cannot exist at all)."""
+    """Relative excess over the memory limit (above 0), used as the sampler's constraint; 1 if the network is
+    impossible."""
 
 
 def why_infeasible(config: StudyConfig, plan: ExecutionPlan) -> Infeasible | None:
-    """Return why `config` cannot be trained under `plan`; None if it can."""
+    """Return why `config` cannot be trained under `plan`, or None if it can."""
     if reason := why_impossible(*_shape(config), batch_size=config.train.batch_size):
         return Infeasible(reason, 1.0)
     needed, available = predicted_bytes(config, plan), plan.memory_bytes * MEMORY_SHARE
@@ -83,7 +85,7 @@ def why_infeasible(config: StudyConfig, plan: ExecutionPlan) -> Infeasible | Non
 
 
 def predicted_bytes(config: StudyConfig, plan: ExecutionPlan) -> int:
-    """Return the predicted peak memory of a training step of `config` on the plan's device."""
+    """Return the predicted peak memory of a training step of `config` on the plan's device, in bytes."""
     train = config.train
     step = Step(
         batch_size=train.batch_size,
@@ -96,10 +98,10 @@ def predicted_bytes(config: StudyConfig, plan: ExecutionPlan) -> int:
 
 
 def disk_bytes(config: StudyConfig, n_folds: int, n_workers: int) -> int:
-    """Return an upper bound of the bytes of a study's weights and checkpoints, for the largest network of the space.
+    """Return an upper bound for the disk space of a study's weights and checkpoints, in bytes.
 
-    Last and best weights are kept for two trials and the running one. Each worker has two checkpoints and writes a
-    third.
+    The bound uses the largest network in a sample of the search space. Last and best weights are kept for two trials
+    and the running trial. Each worker has two checkpoints and writes a third.
     """
     slots = 2 if config.train.optimizer == "adamw" else 1
     candidates = [config.with_params({}), *sample_space(config, 64)]
@@ -108,28 +110,28 @@ def disk_bytes(config: StudyConfig, n_folds: int, n_workers: int) -> int:
 
 
 def image_flops(config: StudyConfig) -> int:
-    """Return the FLOPs of the training step of one image; 0 for a configuration that cannot exist."""
+    """Return the FLOPs of a training step per image; 0 if the network is impossible."""
     return 0 if why_impossible(*_shape(config)) else training_flops(*_shape(config))
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a search is about to do."""
+    """Expected size and duration of a search."""
 
     n_trials: int
     n_replicates: int
-    """Largest number of trials that are replicated when the search is over."""
+    """Largest number of trials that are replicated after the search."""
     n_images: int
     fit_s: float
-    """Expected seconds of a fit, the mean over the search space."""
+    """Expected duration of a fit in seconds, averaged over the search space."""
     total_s: float
-    """Wall-clock seconds of the whole search without racing, on all workers, replicates included."""
+    """Expected wall-clock seconds of the whole search on all workers, without pruning and including replicates."""
 
 
 def forecast(
     config: StudyConfig, plan: ExecutionPlan, *, n_images: int, n_trials: int, n_folds: int, n_replicates: int = 0
 ) -> Forecast:
-    """Return the expected cost of `n_trials` drawn from the search space at random, from the measured steps."""
+    """Return the expected cost of `n_trials` random configurations of the search space, from the measured steps."""
     n_held_out = n_images // n_folds if n_folds > 1 else 0
     candidates = [candidate for candidate in sample_space(config, 64) if why_infeasible(candidate, plan) is None]
     epochs_s = [
@@ -142,7 +144,7 @@ def forecast(
 
 
 def sample_space(config: StudyConfig, n: int, seed: int = 0) -> list[StudyConfig]:
-    """Return `n` configurations drawn evenly from the search space, without those that contradict themselves."""
+    """Draw `n` random configurations from the search space and return those that are valid."""
     generator = np.random.default_rng(seed)
     found = []
     for _ in range(n if config.search else 1):
@@ -154,7 +156,7 @@ def sample_space(config: StudyConfig, n: int, seed: int = 0) -> list[StudyConfig
 
 
 def measured_configs(config: StudyConfig) -> list[StudyConfig]:
-    """Return the configurations to measure before a study: the default, the cheapest and the most expensive."""
+    """Return the configurations to measure before a study: default, cheapest and most expensive."""
     candidates = [each for each in (config.with_params({}), *sample_space(config, 64)) if image_flops(each)]
     by_cost = sorted(candidates, key=image_flops)
     chosen = [*candidates[:1], *by_cost[:1], *by_cost[-1:]]
@@ -162,7 +164,7 @@ def measured_configs(config: StudyConfig) -> list[StudyConfig]:
 
 
 def describe_data(data: DataConfig) -> str:
-    """Return the data in a few words: `ISIC-2017, 572x572 rgb`."""
+    """Return a short description of the data: `ISIC-2017, 572x572 rgb`."""
     return f"{data.images or data.root}, {data.height}x{data.width} {data.color}"
 
 
@@ -175,9 +177,10 @@ def _draw(dimension: Choice | Range, generator: np.random.Generator) -> Any:
 
 
 def _interpolate(points: Sequence[tuple[int, float]], flops: int) -> float:
-    """Return the seconds at `flops`: linear in the logarithms between measured points, proportional above them.
+    """Interpolate the seconds at `flops` linearly between the measured points, both in logarithms.
 
-    Below the smallest point, where the fixed costs of a step dominate, it is that of the smallest point.
+    Above the largest point, the seconds are proportional to the FLOPs. Below the smallest point they are constant,
+    because the fixed costs of a step dominate.
     """
     if flops <= 0:
         return 0.0

@@ -1,4 +1,4 @@
-"""The WorkerPool protocol: give jobs to workers and receive their reports."""
+"""WorkerPool protocol: give jobs to workers and receive their reports."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,24 +8,24 @@ from hpsearch.workers.jobs import Job, Report, WorkerSettings
 
 
 class Worker(Protocol):
-    """A worker as its pool shows it."""
+    """Interface of a worker in a pool."""
 
     @property
     def index(self) -> int:
-        """Its place in the pool, from 0."""
+        """Position of the worker in the pool, from 0."""
 
     @property
     def job(self) -> Job | None:
-        """The job that it runs; None if it is idle."""
+        """Job that the worker runs; None if it is idle."""
 
     @property
     def last_report_at(self) -> float:
-        """`time.monotonic()` of its last report or of the last job or answer given to it."""
+        """`time.monotonic()` of the last message from or to the worker."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """A worker's report and the job that it concerns."""
+    """Report of a worker and the job that it concerns."""
 
     worker: Worker
     job: Job | None
@@ -33,39 +33,42 @@ class Event:
 
 
 class WorkerPool(Protocol):
-    """Workers that run jobs. `LocalPool` runs them as processes of this machine."""
+    """Pool of workers that run jobs. `LocalPool` runs them as processes on this machine."""
 
     def __len__(self) -> int: ...
 
     def resize(self, settings: Sequence[WorkerSettings]) -> None:
-        """Have one worker for each of `settings`, in this order; a worker that has these settings already stays."""
+        """Start and end workers so that there is one for each of `settings`, in this order.
+
+        A worker that already has the settings of its position is kept.
+        """
 
     def set_device(self, device: str) -> None:
-        """Note which device workers with the setting `auto` have chosen."""
+        """Record the device that workers with the device setting `auto` have chosen."""
 
     def idle(self) -> list[Worker]:
-        """Return the workers that are ready and have no job, by index."""
+        """Return the workers that are ready and have no job, ordered by index."""
 
     def busy(self) -> list[Worker]:
-        """Return the workers that have a job, by index."""
+        """Return the workers that have a job, ordered by index."""
 
     def submit(self, worker: Worker, job: Job) -> None:
-        """Give a job to an idle worker. Its reports come as events."""
+        """Give a job to an idle worker. `events` yields its reports."""
 
     def reply(self, worker: Worker, *, go: bool) -> None:
-        """Answer an `EpochEnded`: train the next epoch, or stop with a checkpoint."""
+        """Reply to an `EpochEnded`: train the next epoch if `go` is true, otherwise stop the fit."""
 
     def kill(self, worker: Worker) -> None:
-        """End a worker at once. `events` reports it as died, and another one takes its place."""
+        """Kill a worker at once. `events` reports that it died and starts another one in its place."""
 
     def events(self, timeout_s: float) -> Iterator[Event]:
-        """Yield what workers reported within the timeout; workers that died are replaced.
+        """Yield the events that workers report within the timeout. Workers that died are replaced.
 
         Raises WorkerError if workers cannot be started.
         """
 
     def epoch_left_s(self) -> float | None:
-        """Return the seconds until the epochs being trained end; NaN if not known, None if none is trained."""
+        """Return the seconds until all running epochs end; NaN if unknown, None if no fit is running."""
 
     def close(self) -> None:
         """End all workers."""

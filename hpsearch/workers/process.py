@@ -1,8 +1,8 @@
-"""A worker process: runs one job at a time.
+"""Worker process, which runs one job at a time.
 
-Started as `python -m hpsearch.workers.process SOCKET SETTINGS`. It reads jobs as JSON, answers with reports and
-writes a checkpoint after each epoch, so it may be killed at any time. It ends when its socket closes, because then
-its coordinator is gone.
+It is started as `python -m hpsearch.workers.process SOCKET SETTINGS`. It reads jobs as JSON and answers with reports.
+It writes a checkpoint after each epoch, so it may be killed at any time. It ends when its socket closes, because the
+coordinator is then gone.
 """
 
 import ctypes
@@ -48,7 +48,8 @@ def main() -> None:
     for name in (signal.SIGINT, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)
     if sys.platform == "linux":
-        # Linux kills this process when the coordinator dies, even while it is stopped and reads nothing.
+        # Linux then kills this process when the coordinator dies, even if this process is suspended and reads
+        # nothing.
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     messages = _messages(connection)
@@ -63,7 +64,7 @@ def main() -> None:
 
 
 def serve(settings: WorkerSettings, send: Send, receive: Receive) -> None:
-    """Report `Ready`, then run every job that is received; ends only by an exception of `send` or `receive`."""
+    """Report `Ready`, then run all jobs that are received. Ends only when `send` or `receive` raises an exception."""
     context = WorkerContext(settings)
 
     def report_epoch(row: EpochRow, scores: npt.NDArray[np.float32]) -> Literal["go", "stop"]:
@@ -91,7 +92,7 @@ def _run(job: Job, context: WorkerContext, on_epoch: OnEpoch) -> Report:
 
 
 def _messages(connection: Connection) -> queue.Queue[Message]:
-    """Return a queue of the coordinator's messages, filled by a thread that ends the process with the socket."""
+    """Return a queue of the coordinator's messages. A thread fills it and ends the process when the socket closes."""
     messages: queue.Queue[Message] = queue.Queue()
 
     def read() -> None:
@@ -99,7 +100,7 @@ def _messages(connection: Connection) -> queue.Queue[Message]:
             try:
                 messages.put(json.loads(connection.recv_bytes()))
             except (EOFError, OSError):
-                # Everything up to the last epoch is on disk.
+                # It is safe to exit: everything up to the last epoch is on disk.
                 os._exit(0)
 
     threading.Thread(target=read, daemon=True).start()

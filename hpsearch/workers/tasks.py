@@ -1,4 +1,4 @@
-"""Run the jobs of a worker (fit, measure, score, select), and keep its state between jobs."""
+"""Functions that run the jobs of a worker (fit, measure, score, select), and the state it keeps between jobs."""
 
 import dataclasses
 import logging
@@ -33,11 +33,11 @@ from hpsearch.workers.plan import image_flops
 logger = logging.getLogger(__name__)
 
 MEASURE_BUDGET_S = 0.5
-"""If a step with one image takes longer than this, the time of a whole batch is not measured."""
+"""Seconds of a step with one image above which the time of a whole batch is not measured."""
 
 
 class WorkerContext:
-    """Device, threads and loaded images of one worker."""
+    """Device, threads and loaded images of one worker, kept between jobs."""
 
     def __init__(self, settings: WorkerSettings) -> None:
         self.settings = settings
@@ -49,7 +49,10 @@ class WorkerContext:
         return runtimes.make_runtime(self.settings.device, amp=train.amp, compile=train.compile, threads=threads)
 
     def images(self, caches: CachePaths, config: StudyConfig) -> DeviceData:
-        """Return the images on the device. Only one size and colour is kept, because each is another copy."""
+        """Return the images on the device.
+
+        Only the latest ones are kept, because each size and colour is another copy.
+        """
         key = (caches, config.data.color)
         if key not in self._data:
             self._data.clear()
@@ -64,7 +67,10 @@ class WorkerContext:
 
 
 def run_fit(job: FitJob, context: WorkerContext, on_epoch: OnEpoch) -> FitSummary | None:
-    """Train, continuing from a checkpoint if there is one; return what fit.json holds, or None if it was stopped."""
+    """Run a fit and return the content of fit.json, or None if the fit was stopped.
+
+    The fit continues from its checkpoint if there is one.
+    """
     config, folder = job.config, FitPaths(job.folder)
     folder.root.mkdir(parents=True, exist_ok=True)
     train = np.asarray(job.train, np.int64)
@@ -87,16 +93,16 @@ def run_fit(job: FitJob, context: WorkerContext, on_epoch: OnEpoch) -> FitSummar
         "reading": data.cache.index.preparation.reading.for_images(),
     }
     if config.augment.crop and config.data.match == "resize":
-        # With random crops, this is the size of the frames that the crops are taken from.
+        # Size of the images from which the random crops were taken.
         extra["frame"] = list(config.data.cached_size)
     return finish_fit(result, folder, data, runtime, extra=extra)
 
 
 def fit_within_memory(task: FitTask, folder: FitPaths, run: Callable[[FitTask], Progress]) -> Progress:
-    """Return the fit that `run` makes of the task, with whole batches or, if memory runs out, with halved ones.
+    """Run a fit with whole batches, and halve the batches repeatedly while memory runs out.
 
-    Batches are halved repeatedly. This requires that the result stays the same, or that `study.allow_microbatch` is
-    set and the parts are not too small for batch normalisation. Otherwise OutOfMemoryError is raised.
+    Batches are halved only if the result stays the same, or if `study.allow_microbatch` is set and the parts are not
+    too small for batch normalisation. Raises OutOfMemoryError otherwise, and if not even a single image fits.
     """
     config, is_exact = task.config, not uses_batch_statistics(task.config.unet)
     while True:
@@ -117,7 +123,7 @@ def fit_within_memory(task: FitTask, folder: FitPaths, run: Callable[[FitTask], 
 def measure(job: MeasureJob, context: WorkerContext) -> Finished:
     """Return the seconds per image of each configuration, and a description of the machine.
 
-    A configuration that does not fit into memory is left out; in the study it ends as infeasible.
+    Configurations that do not fit in memory are left out. In the study they end as infeasible.
     """
     runtime = context.runtime(job.config, job.threads)
     steps = []
@@ -141,9 +147,9 @@ def measure(job: MeasureJob, context: WorkerContext) -> Finished:
 
 
 def _measure_step(step: StepToMeasure, job: MeasureJob, context: WorkerContext) -> tuple[float, float]:
-    """Return the seconds of one image in training and in evaluation."""
+    """Return the seconds per image in training and in evaluation."""
     batch_size = step.config.train.batch_size
-    # Start with one image. At full size on a CPU even that takes seconds, and is then the only measurement.
+    # Start with one image. At full size on a CPU, even this takes seconds; it is then the only measurement.
     alone = _time_batch(step, 1, job.threads, context, 0.0)
     if alone[0] > MEASURE_BUDGET_S or len(context.images(step.caches, step.config)) < batch_size:
         return alone
@@ -156,7 +162,7 @@ def _measure_step(step: StepToMeasure, job: MeasureJob, context: WorkerContext) 
 def _time_batch(
     step: StepToMeasure, n_images: int, threads: int, context: WorkerContext, at_least_s: float
 ) -> tuple[float, float]:
-    """Return the seconds of one image: the medians of repeated steps with the first `n_images` as their batch."""
+    """Return the seconds per image in training and evaluation: medians of repeated steps on the first `n_images`."""
     seconds: list[tuple[float, float]] = []
     began = time.perf_counter()
 
@@ -186,7 +192,7 @@ def _time_batch(
 
 
 def score_officially(job: jobs.OfficialScoreJob, context: WorkerContext) -> None:
-    """Write the masks of images at their own resolution, and their counts against the true masks."""
+    """Write predicted masks at the original resolution of the images, and pixel counts against the true masks."""
     # Imported here because they import pandas, which no other job needs.
     from hpsearch.inference.predictor import Ensemble, Predictor
     from hpsearch.inference.scoring import count_mask, encode_mask, mask_name
@@ -223,7 +229,7 @@ def keep(job: jobs.KeepJob, context: WorkerContext) -> None:
 
 
 def count(job: jobs.CountJob, context: WorkerContext) -> None:
-    """Write the per-image counts of one network, or several together, after post-processing, and a few examples."""
+    """Write the pixel counts of each image after post-processing, and a few examples, for one or several networks."""
     with (runtime := context.runtime(job.config)).active():
         data = context.images(job.caches, job.config)
         images = np.arange(len(data), dtype=np.int64)

@@ -1,1 +1,1 @@
-"""Networks, one module each, found by name: `unet.network = "unet"` is `unet.py`."""
+"""Networks, one per module, selected by name: `unet.network = "unet"` selects `unet.py`."""

@@ -1,4 +1,4 @@
-"""The UNet, with its shapes, memory and FLOPs by arithmetic."""
+"""The UNet, with its shapes, memory and FLOPs calculated from the layers."""
 
 from typing import Any
 
@@ -8,8 +8,8 @@ from hpsearch.models.shapes import n_parameters, output_margin, output_size, tra
 
 
 def build(config: UNetConfig, in_channels: int) -> Any:
-    """Return a UNet with the initial weights of the seed of torch's generator."""
-    # Imported here because the coordinator, which needs the arithmetic only, runs without torch.
+    """Return a UNet whose initial weights are drawn with the current seed of torch's generator."""
+    # Imported here because the coordinator runs without torch and needs only the arithmetic.
     import torch
 
     from hpsearch.models.unet import UNet
@@ -18,7 +18,7 @@ def build(config: UNetConfig, in_channels: int) -> Any:
 
 
 def describe(config: UNetConfig) -> str:
-    """Return the network in a few words."""
+    """Return a short description of the network."""
     return (
         f"UNet, base channels {config.base_channels}, depth {config.depth}, stacking {config.stacking}, "
         f"{config.kernel_size}x{config.kernel_size} {config.padding}, normalisation {config.norm}"

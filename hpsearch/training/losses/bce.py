@@ -1,4 +1,4 @@
-"""Binary cross-entropy, the mean over pixels."""
+"""Binary cross-entropy, averaged over pixels."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,5 +7,5 @@ from hpsearch.config.train import TrainConfig
 
 
 def loss(logits: Tensor, masks: Tensor, config: TrainConfig) -> Tensor:
-    """Return the mean over images and pixels of the binary cross-entropy."""
+    """Return the binary cross-entropy, averaged over images and pixels."""
     return F.binary_cross_entropy_with_logits(logits, masks)
