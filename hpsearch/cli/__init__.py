@@ -1,6 +1,6 @@
 """The command line: each command parses its options, calls one function and prints the result.
 
-Heavy libraries are imported only when a command runs, so that `--help` answers quickly.
+Large libraries are imported only when a command runs, so that `--help` is fast.
 """
 
 import errno
@@ -19,11 +19,11 @@ from hpsearch.errors import HpsearchError, StoppedError
 from hpsearch.user_files import printable
 
 _USER_ERRORS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENOTDIR)
-"""System errors about unusable paths. The user can fix the path, so they end as one line without a traceback."""
+"""System errors for unusable paths. The user can fix the path, so they are shown as one line without a traceback."""
 
 
 class _Group(click.Group):
-    """Lists the commands in the order in which they are used."""
+    """Command group that lists its commands in the order in which they are typically used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
@@ -47,12 +47,16 @@ for _command in (*STEPS, models.predict, models.export, report.report, report.tr
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line. Exit codes: 0 done, 1 error in one line, 2 usage, 128 + signal interrupted."""
+    """Run the command line and exit.
+
+    Exit codes: 0 for success, 1 for an error (shown as one line), 2 for wrong usage, 128 + signal if interrupted.
+    """
     protect_streams()
     code = _run(arguments)
     views = sys.modules.get("hpsearch.views")
     if views is not None and views.is_updating():
-        # MLflow's server does not answer. At exit, Python would kill the thread, which aborts inside C++ code.
+        # MLflow's server does not respond, so its thread is still running. At a normal exit, Python would kill this
+        # thread, and the process would abort inside C++ code.
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -61,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _run(arguments: list[str] | None) -> int:
-    """Run a command, show its error as one line, and return the exit code."""
+    """Run a command, show an expected error as one line, and return the exit code."""
     try:
         result: Any = group.main(args=arguments, prog_name="hpsearch", standalone_mode=False)
     except click.exceptions.Abort:

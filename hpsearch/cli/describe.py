@@ -1,4 +1,4 @@
-"""Describe settings, plans and next steps in lines for the terminal."""
+"""Describe settings, plans and next steps as text for the terminal."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 
 
 def describe_params(params: Mapping[str, Any]) -> str:
-    """Return `base_channels=8 depth=3 lr=0.0123`: the settings without their sections."""
+    """Format params without their sections: `base_channels=8 depth=3 lr=0.0123`."""
     return " ".join(f"{name.partition('.')[2]}={setting(value)}" for name, value in params.items())
 
 
 def listed_trials(numbers: Sequence[int]) -> str:
-    """Return `trial 4`, or `trials 4, 2`."""
+    """Format trial numbers as a list: `trial 4`, `trials 4, 2`."""
     return f"trial{'' if len(numbers) == 1 else 's'} {', '.join(map(str, numbers))}"
 
 
 def describe_best(status: StudyStatus) -> str:
-    """Return the best trial of a study so far, empty if there is none."""
+    """Describe the best trial of a study so far; empty if there is none."""
     if (best := status.best) is None:
         return ""
     both = ", mean of both fits" if status.is_confirmed else ""
@@ -43,20 +43,20 @@ def describe_best(status: StudyStatus) -> str:
 
 
 def describe_folds(config: StudyConfig) -> str:
-    """Return `5 folds`, or `the fixed split`."""
+    """Describe the folds of a study: `5 folds` or `the fixed split`."""
     folds = config.study.folds
     return "the fixed split" if folds == "fixed" else count(folds, "fold")
 
 
 def describe_machine(plan: ExecutionPlan) -> str:
-    """Return `on NAME, float32, 2 workers x 1 thread`."""
+    """Describe the machine of a plan: `on NAME, float32, 2 workers x 1 thread`."""
     name = plan.machine.get("device_name", plan.device)
     workers, threads = count(len(plan.workers), "worker"), count(plan.workers[0].threads, "thread")
     return f"on {name}, {plan.precision}, {workers} x {threads}"
 
 
 def describe_forecast(pruner: str, forecast: Forecast) -> str:
-    """Return how long a search will take, in a sentence."""
+    """Describe in one sentence how long the rest of a search will take."""
     then = f", then up to {count(forecast.n_replicates, 'refit')}" if forecast.n_replicates else ""
     most, saved = ("at most about", "; racing saves most of it") if pruner == "race" else ("about", "")
     fit = duration(forecast.fit_s) if forecast.fit_s >= 10 else f"{forecast.fit_s:.1f} s"
@@ -67,25 +67,28 @@ def describe_forecast(pruner: str, forecast: Forecast) -> str:
 
 
 def program(name: str = "hpsearch") -> str:
-    """Return how the user can type a program of this installation: its path if it is not on PATH."""
+    """Return the shell command for a program of this installation: its name, or its path if it is not on PATH."""
     folders = (Path(sys.argv[0]).absolute().parent, Path(sys.executable).parent)
     path = next((folder / name for folder in folders if (folder / name).is_file()), None)
     return name if path is None or shutil.which(name) else shlex.quote(str(path))
 
 
 def next_command(command: str, study: str, project: ProjectPaths) -> str:
-    """Return a command of hpsearch for a study as the user can type it."""
+    """Return the full shell command that runs an hpsearch command on a study."""
     return program() + command_line(command, study, project).removeprefix("hpsearch")
 
 
 def mlflow_command(project: ProjectPaths) -> str:
-    """Return the command that shows a project's runs in MLflow."""
+    """Return the shell command that shows a project's runs in MLflow."""
     folder = "" if str(project.root) == "." else f"cd {shlex.quote(str(project.root))} && "
     return f"{folder}{program('mlflow')} ui"
 
 
 def describe_behind(study: str, project: ProjectPaths, tracking: str | None, error: str) -> str:
-    """Return that MLflow lacks something of a study, why, and how to log it. `tracking` is `--tracking`."""
+    """Return a message that MLflow is not up to date for a study, with the error and the command that updates it.
+
+    `tracking` is the value of the option `--tracking`.
+    """
     retry = next_command("track", study, project)
     if tracking is not None:
         retry += f" --tracking {shlex.quote(redact(tracking))}"
@@ -94,9 +97,9 @@ def describe_behind(study: str, project: ProjectPaths, tracking: str | None, err
 
 
 def tracker_of_existing(project: ProjectPaths, tracking: str | None) -> MlflowTracker | None:
-    """Return the tracker for studies that exist; None, with a line, if they were not tracked so far.
+    """Return the tracker for an existing study.
 
-    The option `--tracking` is followed in any case.
+    Without the option `--tracking`, print a note and return None if the project was not tracked before.
     """
     tracker = hpsearch.make_tracker(project, tracking)
     if tracker is None or tracking is not None or tracker.has_data:

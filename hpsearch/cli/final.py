@@ -69,7 +69,7 @@ def final(project: ProjectPaths, study_name: str | None, best: bool, tracking: s
 
 
 def describe(result: hpsearch.FinalResult) -> list[str]:
-    """Return the lines that the command prints: the table of scores, what they mean, and where the files are."""
+    """Return the lines that the command prints: the scores, their interpretation and the paths of the files."""
     pool, test = count(result.n_pool, "pool image"), count(result.n_test, "test image")
     params, seeds = describe_params(result.trial.params), result.per_seed[result.metric]
     lines = ["", f"study {result.study}, trial {result.trial.number}: {params}".rstrip()]

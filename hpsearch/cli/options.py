@@ -1,4 +1,4 @@
-"""Define the options that several commands share, and turn them into a configuration."""
+"""Define the options that several commands share, and convert them to a configuration."""
 
 import functools
 import json
@@ -17,11 +17,11 @@ from hpsearch.paths import ProjectPaths, absolute, study_name_of
 from hpsearch.user_files import broken_link, require_usable_path
 
 SHIPPED = (Path(__file__).parents[1] / "experiments", Path(__file__).parents[2] / "experiments")
-"""Folders of the shipped studies: inside an installed package, and beside it in a checkout."""
+"""Folders of the shipped TOML files: inside the package if it is installed, or beside it in a checkout."""
 SETTING_OF = {
     name.partition(".")[2]: name for name in configs.setting_names() if name.startswith(("data.", "study."))
 }
-"""Full name of each setting that an option can set. The parameter of that option has the setting's last name."""
+"""Full names of the settings that options can set, by their last part, which is the parameter name of the option."""
 
 AT_LEAST_0, AT_LEAST_1 = click.IntRange(min=0), click.IntRange(min=1)
 Command = Callable[..., Any]
@@ -41,7 +41,7 @@ def _folds(text: str) -> int | str:
 
 
 def folds_option(default: str | None, text: str) -> Callable[[Command], Command]:
-    """Return the option `--folds` with this help text."""
+    """Return the option `--folds` with the given default and help text."""
     return click.option("--folds", type=_folds, default=default, metavar="k|fixed", help=text)
 
 
@@ -70,13 +70,13 @@ threads_option = click.option(
 
 
 def study_options(command: Command) -> Command:
-    """Add `--out`, passed as `project`, and `--study`, passed as `study_name`."""
+    """Add the options `--out` (passed as `project`) and `--study` (passed as `study_name`) to a command."""
     study = click.option("--study", "study_name", metavar="NAME", help="Use the study of this name.")
     return out_option(study(command))
 
 
 def machine_options(command: Command) -> Command:
-    """Add `--device` and `--threads`, and pass them with `--workers`, if there is one, as `machine`."""
+    """Add `--device` and `--threads` to a command. They are passed as `machine`, together with any `--workers`."""
 
     @device_option
     @threads_option
@@ -89,7 +89,7 @@ def machine_options(command: Command) -> Command:
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings that the user gave: a TOML file, if any, and overrides."""
+    """Settings given on the command line: a TOML file, if any, and overrides."""
 
     config_file: str | None
     overrides: tuple[str, ...]
@@ -98,7 +98,7 @@ class Settings:
 
     @property
     def name(self) -> str:
-        """Default name of the study: the name of the image folder, or of the TOML file."""
+        """Default name of the study: the name of the image folder or of the TOML file."""
         if self.images is None or self.config_file is not None:
             return self.path.stem
         require_usable_path(Path(self.images), ConfigError)
@@ -106,13 +106,13 @@ class Settings:
 
     @property
     def path(self) -> Path:
-        """The TOML file to start from: the given one, or a shipped one."""
+        """Path of the TOML file to start from: the given file, or a shipped one."""
         return config_path(self.config_file or ("sample" if self.data == "sample" else "isic2017"))
 
     def load(self, base: Path | None = None, *, is_searched: bool = False) -> StudyConfig:
-        """Return the configuration. Without `--config`, it starts from the TOML at `base`, if that exists.
+        """Load the configuration. Without `--config`, start from the TOML file `base` if it exists.
 
-        With `is_searched`, print what the overrides change in the search space.
+        With `is_searched`, print how the overrides change the search space.
         """
         path = base if self.config_file is None and base is not None and base.is_file() else self.path
         on_note = (lambda note: click.echo(f"note: {note}")) if is_searched else None
@@ -133,13 +133,13 @@ CONFIG_OPTIONS = (
 
 
 def config_options(command: Command) -> Command:
-    """Add `--config`, `--set` and the flags for single settings, and pass them as `settings`."""
+    """Add `--config`, `--set` and the options for single settings to a command. They are passed as `settings`."""
 
     @functools.wraps(command)
     def with_config(config_file: str | None, overrides: tuple[str, ...], **rest: Any) -> Any:
         given = {name: rest.pop(name) for name in SETTING_OF if name in rest}
-        # TOML writes numbers, strings and booleans as JSON does.
-        # Not `in (None, False)`, because 0 equals False.
+        # Format values as JSON: numbers, strings and booleans have the same syntax in TOML.
+        # Do not test `in (None, False)`, because 0 equals False.
         chosen = {
             SETTING_OF[name]: value for name, value in given.items() if value is not None and value is not False
         }
@@ -153,7 +153,10 @@ def config_options(command: Command) -> Command:
 
 
 def config_path(name: str) -> Path:
-    """Return the file `name`, or the shipped study of that name. Raise ConfigError if it is neither."""
+    """Return the path of the TOML file `name`, or of the shipped study with this name.
+
+    Raises ConfigError if there is neither.
+    """
     path = Path(name)
     if path.suffix == ".toml" or path.is_file():
         return path

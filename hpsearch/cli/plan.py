@@ -1,4 +1,4 @@
-"""`hpsearch plan`: show the size and the cost of a configuration before anything runs."""
+"""`hpsearch plan`: show the size and the cost of a configuration before training."""
 
 import itertools
 import re
@@ -26,9 +26,9 @@ from hpsearch.paths import ProjectPaths
 from hpsearch.report.formats import count
 
 PRESETS = {"rtx4060": (8.0, "bf16"), "t4": (15.0, "fp16"), "h200": (140.0, "bf16")}
-"""Memory in GiB, and the precision of `train.amp = auto`, of some GPUs."""
+"""Memory in GiB of some GPUs, and the precision that `train.amp = auto` selects on them."""
 OFFICIAL_POOL = 2150
-"""Number of pool images to assume without a dataset."""
+"""Number of pool images to assume if there is no dataset: the size of the ISIC-2017 pool."""
 MIB, GIB = 2**20, 2**30
 LAYER_HEAD = ("layer", "kind", "channels", "size", "parameters", "GFLOP", "activations, MiB")
 
@@ -73,7 +73,7 @@ def plan(
         click.echo(f"{_count_pool(config, project)} pool images in {config.data.images or config.data.root}")
     amp = {"off": "float32", "auto": native}.get(config.train.amp, config.train.amp)
     usable_bytes = None if size is None else MEMORY_SHARE * size * GIB
-    # All presets are CUDA devices, on which group normalization stores more.
+    # All presets are CUDA devices. There, group normalization stores more activations than on the CPU.
     costs_of = partial(_Costs, precision or amp, "cuda" if preset else "cpu", usable_bytes)
     default = costs_of(config.with_params({}))
     click.echo("\n".join(default.describe()))
@@ -92,7 +92,7 @@ def plan(
 
 
 class _Costs:
-    """What one configuration costs on a machine."""
+    """Costs of a configuration on a device: memory, parameters and FLOPs."""
 
     def __init__(self, precision: str, device: str, usable_bytes: float | None, config: StudyConfig) -> None:
         self._config, self._usable_bytes, data, train = config, usable_bytes, config.data, config.train
@@ -100,7 +100,7 @@ class _Costs:
         settings = {name: getattr(train, name) for name in ("batch_size", "optimizer", "momentum")}
         self._step = Step(precision=precision, device=device, **settings)
         self.impossible = why_impossible(*self._shape, batch_size=train.batch_size)
-        """Why the configuration is impossible at its size; None if it is possible."""
+        """Reason why the network is impossible at this input size; None if it is possible."""
         if self.impossible is None:
             self.memory = training_memory(*self._shape, self._step)
             self.parameters = n_parameters(*self._shape[:2])
@@ -108,19 +108,22 @@ class _Costs:
 
     @property
     def layers(self) -> list[LayerCost]:
-        """The costs of the layers; a network that is trained on windows has no interpolation, as in the paper."""
+        """Costs of each layer. A network that is trained on windows has no interpolation layer, as in the paper."""
         costs = layer_costs(*self._shape, self._step)
         return [cost for cost in costs if not (self._config.sees_windows and cost.layer.kind == "interpolation")]
 
     @property
     def verdict(self) -> str:
-        """Whether it fits in the memory, by the rule by which a study decides whether a trial is infeasible."""
+        """`fits` or `does not fit`: whether a training step fits in memory, by the rule for infeasible trials.
+
+        Empty if the memory is unknown.
+        """
         if self._usable_bytes is None:
             return ""
         return "fits" if self.memory.total <= self._usable_bytes else "does not fit"
 
     def describe(self) -> list[str]:
-        """Return everything about the configuration in a few lines."""
+        """Return lines that describe the network, its parameters, FLOPs and memory, or why it is impossible."""
         unet, data, batch = self._config.unet, self._config.data, self._config.train.batch_size
         size, precision = f"{data.height}x{data.width} {data.color}", self._step.precision
         head = f"{describe(unet)}; {size}, batch {batch}, {precision}"
@@ -135,7 +138,7 @@ class _Costs:
         lines.append(f"training step {_rounded(self.flops / 1e9)} GFLOP per image")
         if layers:
             saved = saved_activations(*self._shape, self._step)
-            # The report's own estimate counts one byte per value of every feature map.
+            # The estimate in the report counts one byte per value of every feature map.
             one_byte = sum(cost.layer.n_outputs for cost in layers) * batch
             text = f"saved for back-propagation {_size(saved)}, with the weights {_size(saved + memory.weights)}"
             lines.append(f"{text}; at one byte per value, as the report estimates: {_size(one_byte)}")
@@ -145,7 +148,7 @@ class _Costs:
 
 
 def _layer_row(cost: LayerCost) -> Sequence[str]:
-    """Return the shape, parameters, FLOPs and activations of a layer, in the columns of `LAYER_HEAD`."""
+    """Return the cells of a layer for the columns in `LAYER_HEAD`."""
     layer = cost.layer
     parameters = f"{layer.n_parameters:,}" if layer.n_parameters else ""
     gflop = f"{layer.flops / 1e9:.3f}" if layer.flops else ""
@@ -156,9 +159,10 @@ def _layer_row(cost: LayerCost) -> Sequence[str]:
 def _corners(
     config: StudyConfig, names: Sequence[str], costs_of: Callable[[StudyConfig], _Costs]
 ) -> Iterator[Sequence[str]]:
-    """Yield the values of the settings `names` at each corner of the search space, and what it costs.
+    """Yield the values of the settings `names`, and the costs, for each corner of the search space.
 
-    A corner has the smallest and the largest value of a setting, or all values if they are not numbers.
+    The corners combine the smallest and the largest value of each setting. Settings whose values are not numbers
+    contribute all their values.
     """
     ends = []
     for name in names:
@@ -176,12 +180,12 @@ def _corners(
 
 
 def _size(n_bytes: float) -> str:
-    """Return `5.50 GiB`, or `7.3 MiB` for a small size."""
+    """Format a size in bytes: `5.50 GiB`, or `7.30 MiB` for a small size."""
     return f"{n_bytes / GIB:.2f} GiB" if n_bytes >= GIB / 10 else f"{_rounded(n_bytes / MIB)} MiB"
 
 
 def _rounded(value: float) -> str:
-    """Return a number with two decimals, or with two digits if it is small."""
+    """Format a number with two decimals, or with two significant digits if it is below 0.1."""
     return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
@@ -192,7 +196,7 @@ def _count_pool(config: StudyConfig, project: ProjectPaths) -> int:
 
 
 def time_of_study(config: StudyConfig, project: ProjectPaths, device: str) -> list[str]:
-    """Return how long a study will take on this machine, in two lines."""
+    """Measure training on this machine, and return two lines with the estimated duration of the study."""
     from hpsearch.search.autotune import MachineChoice, measure_drawn
     from hpsearch.workers import plan as plans
 
@@ -210,7 +214,10 @@ def time_of_study(config: StudyConfig, project: ProjectPaths, device: str) -> li
 
 
 def gibibytes(text: str) -> float:
-    """Return `8GB`, `8 GiB`, `7500MB` or `8` in GiB. A device sold with 8 GB has 8 GiB."""
+    """Convert a memory size like `8GB`, `8 GiB`, `7500MB` or `8` to GiB.
+
+    GB is read as GiB, because a device sold with 8 GB has 8 GiB. Raises ConfigError for any other text.
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:(G|M)i?B?)?\s*", text, re.IGNORECASE)
     if match is None:
         raise ConfigError(f"--memory {text!r}: write it as 8GB or 7500MB")

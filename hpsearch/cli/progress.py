@@ -1,4 +1,4 @@
-"""Show the progress of a study: a live display on a terminal, one line per event elsewhere."""
+"""Show the progress of a study: a live display on a terminal, or one line per event otherwise."""
 
 import contextlib
 import math
@@ -29,24 +29,24 @@ from hpsearch.workers.plan import ExecutionPlan, Forecast, describe_data
 
 
 class StudyProgress(StudyCallback):
-    """The callback of the command line, to be used as a context manager."""
+    """Study callback of the command line. Use it as a context manager."""
 
     def __init__(self, name: str, project: ProjectPaths, tracking: str | None = None) -> None:
-        """`tracking` is the option `--tracking`."""
+        """Prepare the display. `tracking` is the value of the option `--tracking`."""
         self._name, self._project, self._tracking = name, project, tracking
         self._console = Console(highlight=False, soft_wrap=True)
         self._is_live = self._console.is_terminal
         self._status: StudyStatus | None = None
-        """The study at its start or after the last trial or refit; None while images are decoded."""
+        """Latest status of the study, updated when a trial or refit ends; None before the search starts."""
         self._bar: RenderableType = Text("preparing")
-        """What the live display shows before the study begins."""
+        """Content of the live display before the search starts."""
         self._epochs: dict[int, int] = {}
-        """Trial number to the number of epochs that each of its fits is trained for."""
+        """Number of epochs per fit, by trial number."""
         self._fits: dict[tuple[int, int], EpochRow] = {}
         self._ends_at: float | None = None
-        """Expected end on the monotonic clock."""
+        """Expected end of the study on the monotonic clock, in seconds; None if unknown."""
         self._refits: tuple[int, int] | None = None
-        """Number of finished refits, and of all refits."""
+        """Number of finished refits and number of all refits; None before refitting starts."""
         self._interruption = ""
         self._decoding = decoding_lines(self._print)
         self._live = Live(console=self._console, refresh_per_second=4, transient=True, get_renderable=self._render)
@@ -120,9 +120,9 @@ class StudyProgress(StudyCallback):
         self._print(text)
 
     def interrupted(self, text: str) -> None:
-        """Show a line from a signal handler, which may have interrupted a print and so must not print."""
+        """Show a message from a signal handler. The handler may have interrupted a print, so this does not print."""
         if self._is_live:
-            # The next refresh shows it. A line written between two refreshes would be overwritten.
+            # The next refresh shows the message. A line written between two refreshes would be overwritten.
             self._interruption = text
         else:
             write_to_stderr(text)
@@ -143,21 +143,21 @@ class StudyProgress(StudyCallback):
             self._print(describe.describe_behind(self._name, self._project, self._tracking, summary.tracking_error))
 
     def _refresh(self) -> StudyStatus:
-        """Read the status of the study, and estimate its end from the recorded trials."""
+        """Read the status of the study, and update the expected end if the status has an estimate."""
         self._status = study_status(self._project, self._name)
         if self._status.eta_s is not None:
             self._ends_at = time.monotonic() + self._status.eta_s
         return self._status
 
     def _print(self, text: str) -> None:
-        # A study continues without its terminal or the reader of its output: the log has all messages, too.
+        # A study continues if its terminal is closed. All messages are also in the log.
         with contextlib.suppress(OSError):
-            # Text, not markup: names and reasons may contain brackets.
+            # Use Text to disable markup, because names and reasons may contain brackets.
             self._console.print(Text(text.rstrip()))
             sys.stdout.flush()
 
     def _render(self) -> Group:
-        """Return the live display."""
+        """Return the content of the live display."""
         last = [Text(self._interruption, style="bold")] if self._interruption else []
         if (status := self._status) is None:
             return Group(self._bar, *last)
@@ -169,7 +169,7 @@ class StudyProgress(StudyCallback):
             done, total = self._refits
             head += f"  refits {done}/{total}"
         eta = "?" if self._ends_at is None else duration(max(0.0, self._ends_at - time.monotonic()))
-        # After the last fit, Optuna's database and MLflow are brought up to date.
+        # After the last fit, Optuna's database and MLflow are updated.
         rest = f"ETA {eta}" if self._fits or done < total else "finishing"
         fits = Table.grid(padding=(0, 2))
         for (trial, fold), row in sorted(self._fits.items()):

@@ -1,4 +1,4 @@
-"""`hpsearch report` and `hpsearch track`: write the report of a study, and bring MLflow up to date."""
+"""`hpsearch report` and `hpsearch track`: write the report of a study, and update MLflow."""
 
 import click
 
@@ -30,7 +30,7 @@ def report(project: ProjectPaths, study_name: str | None, tracking: str | None) 
             click.echo("adding both to MLflow")
             tracker.view(record.paths).log_report()
     except TrackingError as error:
-        # The report is written, so the command succeeds even if MLflow fails.
+        # The report has been written, so the command succeeds even if MLflow fails.
         click.echo(f"{describe_behind(record.name, project, tracking, str(error))}, then run this command again")
 
 
@@ -56,7 +56,7 @@ def track(project: ProjectPaths, study_name: str | None, tracking: str | None, r
     for name in names:
         study = hpsearch.study_record(project, name).paths
         view = tracker.view(study)
-        # A running study updates MLflow itself, and two processes must not do it at the same time.
+        # A running study updates MLflow itself, and two processes must not update it at the same time.
         with lock.hold(study):
             if rebuild:
                 done = view.rebuild()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from hpsearch.store.trials import PruneDecision
 
 WAIT_S = 600.0
-"""How long `hpsearch stop` waits for the study to end."""
+"""Time in seconds that `hpsearch stop` waits for the study to end."""
 
 
 @click.command("status")
@@ -55,7 +55,7 @@ def status(project: ProjectPaths, study_name: str | None, trial: int | None) -> 
 
 
 def _lines(project: ProjectPaths, status: StudyStatus) -> Iterator[str]:
-    """Yield the heading of a study and the lines below it."""
+    """Yield the status of a study line by line, first its heading."""
     from hpsearch.report.final_record import FinalRecord
     from hpsearch.store.fits import FitRecord
 
@@ -124,7 +124,7 @@ def _show_decisions(record: StudyRecord, number: int) -> None:
 
 def _decision_row(decision: PruneDecision) -> Sequence[str]:
     outcome, reason = "pruned" if decision.drop else "continues", decision.reason
-    # Decisions of the race need no reason in text: the columns show their numbers.
+    # The columns already show the numbers of race decisions, so their reason is left out.
     text = outcome if "±" in reason else f"{outcome}: {reason.rpartition(': ')[2]}"
     numbers = (decision.d, decision.se, decision.s, decision.p, decision.against)
     cells = ("" if number is None else f"{number:.2g}" for number in numbers)

@@ -19,7 +19,7 @@ from hpsearch.search.stopping import Stop
 
 METRICS = ("dice", "jaccard", "iou")
 LOOKAHEAD = 4
-"""Value of study.lookahead with --deterministic: how many trials may run at a time."""
+"""Value of study.lookahead with --deterministic: the number of trials that may run at the same time."""
 
 
 @click.command("study")
@@ -107,7 +107,7 @@ def train(
 
 
 def _run(project: ProjectPaths, name: str, config: StudyConfig, tracking: str | None, **more: Any) -> int:
-    """Run a study, show its progress and its result, and return the exit code. `more` goes to `run_study`."""
+    """Run a study, show its progress and result, and return the exit code. `more` is passed to `run_study`."""
     from hpsearch.cli.progress import StudyProgress
 
     stop = Stop()

@@ -1,4 +1,4 @@
-"""Use the terminal: tables, counters, signals that ask to stop, and streams that stay safe when nobody reads them."""
+"""Terminal input and output: tables, counters, stop signals, and standard streams that tolerate a closed reader."""
 
 import contextlib
 import errno
@@ -15,13 +15,13 @@ import click
 from hpsearch.search.stopping import Stop
 
 WIDTH = 200
-"""Width of a line in characters if the output is not a terminal."""
+"""Width of tables in characters if the output is not a terminal."""
 _GONE = frozenset({errno.EPIPE, errno.EIO, errno.EBADF})
-"""Errors of a write to a pipe whose reader has ended, or to a closed terminal."""
+"""Error codes of writing to a pipe whose reader has exited, or to a closed terminal."""
 
 
 def echo_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, n_left: int = 99, title: str = "") -> None:
-    """Print a table of plain texts; columns after the first `n_left` are aligned to the right."""
+    """Print a table of plain text cells. Columns after the first `n_left` are aligned to the right."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -30,21 +30,21 @@ def echo_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, n_left: in
     for index, name in enumerate(head):
         table.add_column(Text(name), justify="left" if index < n_left else "right", no_wrap=index == 0)
     for row in rows:
-        # Text, not markup: names and reasons may contain brackets.
+        # Use Text to disable markup, because names and reasons may contain brackets.
         table.add_row(*map(Text, row))
     if table.row_count:
         Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH).print(table)
 
 
 def counter(text: str) -> Callable[[int, int], None] | None:
-    """Return a progress callback that shows `TEXT 12/200` on one line; None if standard error is no terminal."""
+    """Return a progress callback that shows `TEXT 12/200` on one line; None if standard error is not a terminal."""
     if not sys.stderr.isatty():
         return None
     return lambda done, total: click.echo(f"\r{text} {done}/{total}", nl=done >= total, err=True)
 
 
 def decoding_lines(show: Callable[[str], None]) -> Callable[[int, int], None]:
-    """Return a progress callback, called for each image, that shows how many are decoded about five times."""
+    """Return a progress callback for decoding. It is called after each image, but shows only about five lines."""
 
     def on_image(done: int, total: int) -> None:
         if done == 1 or done * 4 // total > (done - 1) * 4 // total:
@@ -54,30 +54,30 @@ def decoding_lines(show: Callable[[str], None]) -> Callable[[int, int], None]:
 
 
 def write_to_stderr(text: str) -> None:
-    """Write a separate line to standard error. This is safe in a signal handler, even during a print."""
+    """Write a separate line to standard error. It is safe to call in a signal handler, even during a print."""
     with contextlib.suppress(OSError):
         os.write(2, f"\n{text}\n".encode())
 
 
 @contextlib.contextmanager
 def stop_on_signals(stop: Stop, show: Callable[[str], None] = write_to_stderr) -> Iterator[None]:
-    """Turn SIGINT, SIGTERM and SIGHUP into requests to stop while the block runs.
+    """Convert SIGINT, SIGTERM and SIGHUP to stop requests while the `with` block runs.
 
-    `show` is called in the signal handler with a line for the user. The handler may have interrupted any code.
+    `show` is called in the signal handler with a message for the user. The handler may have interrupted any code.
     """
 
     def request(number: int, _frame: object) -> None:
         left_s = stop.epoch_left_s()
-        # A cluster that sends SIGTERM kills soon afterwards, so do not wait for the end of the epoch.
+        # A cluster kills a process soon after SIGTERM, so do not wait for the end of the epoch.
         stop.request(number, at_once=number != signal.SIGINT)
         if stop.is_urgent or left_s is None:
             show("Stopping now" if stop.is_urgent else "Stopping")
             return
-        # NaN: no epoch of this configuration has ended yet.
+        # The time left is NaN until the first epoch of this configuration has ended.
         about = "" if math.isnan(left_s) else f" (about {max(1, round(left_s))} s)"
         show(f"Finishing the current epoch{about}; press Ctrl-C again to stop now")
 
-    # `nohup` ignores SIGHUP, and it must stay ignored.
+    # If SIGHUP is already ignored (by `nohup`), it must remain ignored.
     is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     numbers = (signal.SIGINT, signal.SIGTERM, *(() if is_ignored else (signal.SIGHUP,)))
     before = {number: signal.signal(number, request) for number in numbers}
@@ -89,21 +89,21 @@ def stop_on_signals(stop: Stop, show: Callable[[str], None] = write_to_stderr) -
 
 
 def protect_streams() -> None:
-    """Treat closed standard streams and pipes without a reader as /dev/null.
+    """Treat closed standard streams and pipes without a reader like /dev/null.
 
-    A study continues after the reader of its output has ended. The number of a closed stream must not be reused by
-    the next opened file, because everything printed would go into that file. A character that the terminal cannot
-    show is escaped.
+    A study continues after the reader of its output has exited. The descriptor of a closed stream must not be reused
+    by the next file that is opened, because all printed text would be written to that file. Characters that the
+    terminal cannot show are escaped.
     """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            # The system uses the lowest free number, which is this one.
+            # The system assigns the lowest free descriptor, which is this one.
             os.open(os.devnull, os.O_RDWR)
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
-        # Do not replace a stream that other code installed.
+        # Do not replace a stream that other code has installed.
         if stream is None or (stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper)):
             protected = io.TextIOWrapper(
                 io.BufferedWriter(_Output(descriptor, "w", closefd=False)),
@@ -115,7 +115,7 @@ def protect_streams() -> None:
 
 
 class _Output(io.FileIO):
-    """A file descriptor that ignores errors when its reader is gone."""
+    """Output to a file descriptor that ignores write errors if the reader has exited."""
 
     def write(self, content: Any, /) -> int:
         try:

@@ -1,4 +1,4 @@
-"""The result of a final: computed from the counts of the test images, written to files."""
+"""Compute the result of a final from the pixel counts of the test images, and write it to files."""
 
 import csv
 import dataclasses
@@ -34,24 +34,24 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class FinalResult(FinalScores, EvaluationHistory):
-    """Test scores of a retrained configuration beside the estimates of the search."""
+    """Test scores of a retrained configuration, together with the estimates of the search."""
 
     trial: TrialRecord
     """The trial whose configuration was retrained."""
     paths: FinalPaths
-    """The files of the final: model, masks, table of scores, figures."""
+    """Paths of the final's files: model, masks, table of scores, figures."""
     winner_against_default: Paired | None
-    """The gain of the best trial over trial 0, corrected for selection; None if that is not complete."""
+    """Gain of the best trial over trial 0, corrected for selection; None if trial 0 is the best or not complete."""
     is_default: bool
-    """Whether it has the default configuration."""
+    """Whether the trial has the default configuration."""
     undelivered: int = 0
-    """Number of MLflow runs that lack something; it is on record."""
+    """Number of MLflow runs that are not up to date. Their data are stored in the study folder."""
     tracking_error: str = ""
-    """Why MLflow could not be brought up to date; empty if it is."""
+    """Error that kept MLflow from being updated; empty if MLflow is up to date."""
 
 
 def is_stored(folder: FinalPaths, pool: Prepared, test: Prepared, *, n_seeds: int, ensemble: bool) -> bool:
-    """Whether the folder holds the whole result of these images, for so many seeds."""
+    """Return whether the folder contains a complete result for these images, number of seeds and ensemble option."""
     if not folder.result.is_file():
         return False
     stored = FinalRecord.read(folder)
@@ -68,7 +68,7 @@ def is_stored(folder: FinalPaths, pool: Prepared, test: Prepared, *, n_seeds: in
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a final is made of."""
+    """Inputs of a final: the trial, the options and the prepared images."""
 
     record: StudyRecord
     trial: TrialRecord
@@ -76,15 +76,16 @@ class Inputs:
     n_seeds: int
     ensemble: bool
     data: DataConfig
-    """Where the images are."""
+    """Data section of the trial's configuration, with the present location of the images."""
     cache_root: Path
     pool: Prepared
+    """Pool images at the size at which they are scored."""
     test: Prepared
-    """The test images at the size at which they are scored."""
+    """Test images at the size at which they are scored."""
 
 
 def evaluate(inputs: Inputs, evaluation: LoggedEvaluation) -> FinalResult:
-    """Return the result from the counts in the folder."""
+    """Compute the result from the pixel counts in the final's folder. `evaluation` is its test-set log entry."""
     record, trial, folder, test = inputs.record, inputs.trial, inputs.folder, inputs.test
     metric, number = record.config.study.metric, trial.number
     estimates = Estimates.of(record)
@@ -134,7 +135,7 @@ def evaluate(inputs: Inputs, evaluation: LoggedEvaluation) -> FinalResult:
 
 
 def _find_leaks(inputs: Inputs) -> tuple[DuplicatePair, ...]:
-    """Return duplicates and near-duplicates across pool and test, which are searched once per dataset."""
+    """Return the duplicates and near-duplicates between pool and test split. The result is cached per dataset."""
     known = inputs.cache_root / f"near-duplicates-{inputs.pool.key}-{inputs.test.key}.json"
     if known.is_file():
         try:
@@ -149,12 +150,12 @@ def _find_leaks(inputs: Inputs) -> tuple[DuplicatePair, ...]:
 
 
 def _scores(counts: Path) -> dict[str, Floats]:
-    """Return every score of every image of a file of counts by name, each (n,)."""
+    """Compute all scores from a file of pixel counts: score name to the values of the images, (n,)."""
     return trial_rows.image_scores(load_array(counts, ndim=2))
 
 
 def _seed_scores(inputs: Inputs) -> dict[str, Floats]:
-    """Return every score of every test image by the network of each seed, (seeds, n)."""
+    """Return the test scores of all retrained networks: score name to values, (seeds, n)."""
     tables = [_scores(inputs.folder.seed(index).test_counts) for index in range(inputs.n_seeds)]
     return {name: np.stack([table[name] for table in tables]) for name in SCORES}
 
@@ -169,9 +170,9 @@ def _intervals(scores: dict[str, Floats]) -> dict[str, Interval]:
 
 
 def write(result: FinalResult, inputs: Inputs, **facts: Any) -> None:
-    """Write test.csv, curves.png and panels.png, then final.json; `facts` are further fields of `FinalRecord`.
+    """Write test.csv, curves.png, panels.png and finally final.json. `facts` are additional fields of `FinalRecord`.
 
-    test.csv has the scores of every test image, means over the seeds, and the official scores of the kept model.
+    test.csv contains the scores of every test image (means over the seeds) and the official scores of the kept model.
     """
     from hpsearch.report import figures
 
@@ -182,7 +183,7 @@ def write(result: FinalResult, inputs: Inputs, **facts: Any) -> None:
     rows = zip(test.ids, *([f"{value:.6f}" for value in values] for values in columns.values()), strict=True)
     csv.writer(text).writerows([["image", *columns], *rows])
     paths.write_text(folder.table, text.getvalue())
-    # It would show the masks of an earlier evaluation.
+    # An existing zip file would contain the masks of an earlier evaluation.
     folder.submission.unlink(missing_ok=True)
     title = f"{result.study}, trial {result.trial.number}, retrained"
     curves = figures.draw_curves([FitRecord(folder.seed(index)).epochs() for index in range(n_seeds)], title=title)
@@ -207,5 +208,5 @@ def write(result: FinalResult, inputs: Inputs, **facts: Any) -> None:
 
 
 def pack_submission(folder: FinalPaths, test: Prepared) -> None:
-    """Write the masks of the test images as a zip for the challenge."""
+    """Write the masks of the test images as a zip file for submission to the challenge."""
     write_submission(folder.submission, ((image, read_mask(folder.masks / mask_name(image))) for image in test.ids))

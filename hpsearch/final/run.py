@@ -1,7 +1,7 @@
 """`run_final`: retrain one configuration on the whole pool and evaluate it on the test split.
 
-The estimates come from the search (`report.estimates`), the post-processing from out-of-fold predictions
-(`inference.postprocessing`). Every evaluation of test images is entered into the test-set log before it begins.
+The estimates come from the search (`report.estimates`). The post-processing is selected on out-of-fold predictions
+(`inference.postprocessing`). Every evaluation of test images is recorded in the test-set log before it begins.
 """
 
 import dataclasses
@@ -41,10 +41,10 @@ from hpsearch.workers.loop import run_job
 logger = logging.getLogger(__name__)
 
 OnEpoch = Callable[[int, EpochRow], object]
-"""Called with (index of the seed, row) after every epoch."""
+"""Callback after every epoch, called with (index of the seed, epoch row)."""
 STOPPED = "stopped; run the same command again to continue"
 RunJob = Callable[..., jobs.Finished | None]
-"""`run_job` with the pool and the check of this final."""
+"""`run_job`, bound to the worker pool and the stop check of a final."""
 
 
 def run_final(
@@ -65,18 +65,20 @@ def run_final(
 ) -> FinalResult:
     """Train the winner of a study (or `trial`) on all pool images and score the test images.
 
-    Data and settings are those of the study. `cheapest_tied` selects the fastest of the trials that cannot be
-    distinguished from the best. Each of `n_seeds` networks is trained for as many epochs as the trial, and
-    `on_epoch(index, row)` is called after each. `ensemble` also evaluates the ensemble of the fold networks. No
-    other function reads the test split, and every evaluation is recorded before it begins. The masks at each
-    image's own resolution, as `predict` would write them, stay in the final's folder. If the result is stored
-    already, it is returned without another evaluation. `submission` packs the masks into a zip for the challenge.
-    `on_decoded(done, total)` reports the progress of decoding, and `on_step(text)` the next step. A request of
-    `stop` ends the call after the current epoch, or at once if no network is being trained; the next call continues
-    from there.
+    The data and settings of the study are used. `cheapest_tied` selects the fastest of the trials that cannot be
+    distinguished from the best. Each of the `n_seeds` networks is trained for as many epochs as the trial. `ensemble`
+    also evaluates the ensemble of the fold networks.
 
-    Raises StudyError if there is no such study or trial, or no networks for an ensemble; DatasetError if the data
-    cannot be used; StoppedError if `stop` ended the call.
+    Every evaluation of the test split is recorded before it begins. If the result is already stored, it is returned
+    without another evaluation. The masks are kept in the final's folder, at the original resolution of each image,
+    as `predict` would write them. `submission` packs them into a zip file for the challenge.
+
+    `on_epoch(index, row)` is called after every epoch, `on_decoded(done, total)` while images are decoded, and
+    `on_step(text)` at the start of each step. A stop request ends the call after the current epoch, or immediately if
+    no network is being trained. The next call continues from there.
+
+    Raises StudyError if the study or trial does not exist, or if `ensemble` is set and the fold networks were not
+    kept. Raises DatasetError if the data cannot be used, and StoppedError if `stop` ended the call.
     """
     stop = stop or Stop()
     record = study_record(project, name)
@@ -98,7 +100,7 @@ def run_final(
 
 @dataclass
 class _Final:
-    """One final: its images, its folder, and its steps."""
+    """A final in progress: its images, folder and steps."""
 
     record: StudyRecord
     trial: TrialRecord
@@ -119,12 +121,12 @@ class _Final:
                 f"FILE --trial {trial.number}` and `hpsearch train --config FILE --folds {record.config.study.folds}`"
             )
         of_trial = trial.study_config
-        # The recorded configuration has the path of the images at the start of the trial.
+        # The trial's configuration contains the image path at its start. The images may have moved since then.
         self.config = dataclasses.replace(of_trial, data=of_trial.data.located_as(record.config.data))
         self.root = cache_root(self.project, self.config)
         self.caches = PoolCaches(record.config, self.root, role="final", progress=self._decoded)
         self.test = prepare_test(self.config.scored_data, self.root, progress=self._decoded)
-        """The test images at the size at which they are scored."""
+        """Test images at the size at which they are scored."""
         self.seen = self.test
         if self.config.scored_data != self.config.data:
             self.seen = prepare_test(self.config.data, self.root, progress=self._decoded)
@@ -152,13 +154,13 @@ class _Final:
             self.on_decoded(done, total)
 
     def _epoch_ended(self, index: int, row: EpochRow) -> bool:
-        """Return whether training goes on."""
+        """Report the end of an epoch, and return whether to continue training."""
         if self.on_epoch is not None:
             self.on_epoch(index, row)
         return not self.stop.is_requested
 
     def stored(self) -> FinalResult | None:
-        """Return the result that the folder holds already; None if it has to be computed."""
+        """Return the result stored in the final's folder; None if it must be computed."""
         pool, n_seeds = self.caches.scored, self.n_seeds
         if not is_stored(self.folder, pool, self.test, n_seeds=n_seeds, ensemble=self.ensemble):
             return None
@@ -169,17 +171,17 @@ class _Final:
         return evaluate(self.inputs, evaluation)
 
     def run(self, machine: MachineChoice) -> FinalResult:
-        """Train, select post-processing, score, and write the result."""
+        """Train the networks, select post-processing, score the test images and write the result."""
         began_at, folder = now(), self.folder
         paths.write_text(folder.config, self.config.to_toml())
-        # One network after another on the first device of the plan, which no other worker shares here.
+        # Train one network at a time on the first device of the plan. No other worker uses this device now.
         with LocalPool(self.record.paths.root) as pool:
             plan = plan_for_one_fit(self.record, self.caches, machine, pool, self._check)
             pool.resize(plan.workers)
             self.stop.epoch_left_s = pool.epoch_left_s
             do = partial(run_job, pool, check=self._check)
             self._train(do)
-            # This must happen before the test split is read.
+            # Select the post-processing before the test split is read.
             choices = self._select(do)
             shutil.rmtree(folder.ensemble, ignore_errors=True)
             sources = self.networks.weights if self.networks is not None and self.ensemble else ()
@@ -201,7 +203,7 @@ class _Final:
         return result
 
     def _train(self, do: RunJob) -> None:
-        """Train the network of each seed."""
+        """Train one network per seed on the pool. Networks that are already trained are skipped."""
         for index in range(self.n_seeds):
             fit, network = self.folder.seed(index), f"network {index + 1} of {self.n_seeds}"
             if fit.fit.is_file():
@@ -214,7 +216,7 @@ class _Final:
                 self.stop.check(STOPPED)
 
     def _select(self, do: RunJob) -> Postprocessing:
-        """Select post-processing by out-of-fold predictions, if the networks of the folds were kept."""
+        """Select post-processing on out-of-fold predictions; return the defaults if no fold networks were kept."""
         record, networks, config, out = self.record, self.networks, self.trial.study_config, self.folder.choices
         if networks is not None:
             self.say("selecting threshold, flips and cleaning by out-of-fold predictions")
@@ -229,7 +231,7 @@ class _Final:
         return SelectedPostprocessing.from_table(paths.read_json(out)).choices if out.is_file() else Postprocessing()
 
     def _score(self, do: RunJob, choices: Postprocessing, members: Sequence[Path]) -> None:
-        """Write counts and masks of the test images, by the retrained networks and by those of the folds together."""
+        """Write pixel counts and masks of the test images for the retrained networks and the fold ensemble."""
         folder, test, config = self.folder, self.test, self.trial.study_config
         caches = jobs.CachePaths(self.seen.cache_path, test.cache_path if self.seen.key != test.key else None)
         count = partial(jobs.CountJob, config=config, caches=caches)
@@ -238,7 +240,7 @@ class _Final:
             do(score(weights=(fit.weights,)))
         shutil.rmtree(folder.masks, ignore_errors=True)
         self.say(f"scoring the masks of {test.n} test images at their own resolution")
-        # The cache may be older than a move of the dataset, so locate the files again.
+        # The dataset may have moved since the cache was built, so locate the files again.
         samples = {sample.id: sample for sample in locate(self.config.data, self.root).split("test")}
         images = tuple(jobs.ImageFiles(image, samples[image].image, samples[image].mask) for image in test.ids)
         by_ensemble = choices.ensemble and bool(members)
@@ -254,17 +256,18 @@ class _Final:
 
 
 class FoldNetworks(NamedTuple):
-    """One network per fold, trained without the held-out images, and optionally a second one with another seed."""
+    """Weights of one or two networks per fold. Each network was trained without the fold's held-out images."""
 
     source: str
-    """Description of the networks, for messages."""
+    """Description of the networks for messages and reports."""
     weights: tuple[Path, ...]
+    """Weights of one network per fold."""
     others: tuple[Path | None, ...]
-    """None if there is one network per fold."""
+    """Weights of a second network per fold, trained with another seed; None for a fold without one."""
 
 
 def fold_networks(record: StudyRecord, number: int) -> FoldNetworks | None:
-    """Return the networks of a trial's replicate, else of its first fits; None if neither were kept."""
+    """Return the kept fold networks of a trial: its refits, else its first fits. Return None if none were kept."""
     found: tuple[Path | None, ...] = (None,) * record.n_folds
     networks = None
     for source in ("first fits", "second fits"):
@@ -276,7 +279,11 @@ def fold_networks(record: StudyRecord, number: int) -> FoldNetworks | None:
 
 
 def choose_trial(record: StudyRecord, number: int | None, cheapest_tied: bool) -> TrialRecord:
-    """Return the trial `number`, the best one, or the fastest that is tied with it; StudyError if it cannot win."""
+    """Return the trial to retrain: trial `number`, else the best trial or the fastest trial tied with it.
+
+    Raises StudyError if no trial is complete, if trial `number` was not evaluated on all folds with its own settings,
+    or if it is a copy of another trial.
+    """
     if number is None:
         best = record.best()
         if best is None:

@@ -1,1 +1,1 @@
-"""Predict with trained networks: tiles, post-processing, official scores, export."""
+"""Prediction with trained networks: tiling, post-processing, official scores and export."""

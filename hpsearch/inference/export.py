@@ -1,4 +1,4 @@
-"""Export a model as ONNX, checked against torch, and a trial as a TOML that can be trained again."""
+"""Export a model as ONNX (verified against PyTorch), and a trial as a TOML file that can be trained again."""
 
 import importlib.util
 import json
@@ -23,30 +23,30 @@ from hpsearch.typed_json import from_json, to_json
 logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-4
-"""Largest accepted difference of logits between ONNX Runtime and torch."""
+"""Largest accepted absolute difference between the logits of ONNX Runtime and PyTorch."""
 INPUT, OUTPUT = "images", "logits"
-"""Names in the graph: float32 (batch, channels, H, W) and (batch, 1, H, W), of any batch size."""
+"""Names of the graph's input, float32 (batch, channels, H, W), and output, (batch, 1, H, W). Any batch size works."""
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 def export_onnx(weights: Path, path: Path) -> float:
-    """Write the network of a weights file as ONNX and return the largest difference between ONNX Runtime and torch.
+    """Write a network as ONNX and return the largest difference between the logits of ONNX Runtime and PyTorch.
 
-    Input and output have the names INPUT and OUTPUT, and H and W are those of the training. The file's metadata
-    describe what comes before and after the network (`preprocessing`, `postprocessing`) and include the metadata of
-    the weights file (`hpsearch`, JSON). The file appears after it is checked on batches of one and three.
+    The input and the output are named INPUT and OUTPUT. H and W are fixed to the training size. The file's metadata
+    describe the steps before and after the network (`preprocessing`, `postprocessing`) and contain the metadata of
+    the weights file (`hpsearch`, JSON). The file is checked on batches of one and three images before it is kept.
 
-    Raises CheckpointError for an invalid weights file, ExportError if a package is missing (the extra `onnx`) or the
-    results differ by more than TOLERANCE.
+    Raises CheckpointError for an invalid weights file. Raises ExportError if a package of the extra `onnx` is
+    missing, or if the logits differ by more than TOLERANCE.
     """
     if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
         raise ExportError(f"exporting to ONNX needs {', '.join(missing)}: pip install 'hpsearch[onnx]'")
     model, info = load_weights(weights)
-    # Traced with two, because a batch of one becomes a constant.
+    # Trace with a batch of two: the exporter would turn a batch size of one into a constant.
     images = torch.zeros(2, info.in_channels, *info.size)
     with warnings.catch_warnings():
-        # The exporter's warnings concern its own internals.
+        # The exporter only warns about its own internals.
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             model,
@@ -70,9 +70,9 @@ def export_onnx(weights: Path, path: Path) -> float:
 
 
 def export_toml(record: StudyRecord, path: Path | None = None, *, number: int | None = None) -> Path:
-    """Write the winner of a study (or trial `number`) as a TOML for `hpsearch train`, and return its path.
+    """Write the winner of a study (or trial `number`) as a TOML file for `hpsearch train`, and return its path.
 
-    `path` defaults to a file in the study's folder. Raises StudyError if there is no such trial.
+    `path` defaults to a file in the study's folder. Raises StudyError if the trial does not exist.
     """
     if number is None:
         number = record.standing().winner
@@ -91,7 +91,7 @@ def export_toml(record: StudyRecord, path: Path | None = None, *, number: int | 
 
 
 def describe(info: WeightsInfo) -> dict[str, str]:
-    """Return what a user of the bare network needs to know, by the key in the file's metadata."""
+    """Return the metadata of an exported network: preprocessing, post-processing, limits and training facts."""
     side = f"{info.size[0]}x{info.size[1]} pixels"
     frame, reading, choices = info.extra.get("frame"), info.reading, from_json(Postprocessing, info.extra)
     if info.sees_windows:
@@ -133,7 +133,7 @@ def describe(info: WeightsInfo) -> dict[str, str]:
 
 
 def _check(path: Path, model: nn.Module, info: WeightsInfo) -> float:
-    """Return the largest difference between ONNX Runtime and torch. ExportError above TOLERANCE."""
+    """Return the largest difference between ONNX Runtime and PyTorch. Raise ExportError if it exceeds TOLERANCE."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -141,7 +141,7 @@ def _check(path: Path, model: nn.Module, info: WeightsInfo) -> float:
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     worst = 0.0
     for n_images in (1, 3):
-        # Noise with the mean and the standard deviation of normalised images.
+        # Standard normal noise has the mean and standard deviation of normalised images.
         images = np.random.default_rng(0).standard_normal((n_images, info.in_channels, *info.size), np.float32)
         with torch.inference_mode():
             expected = model(torch.from_numpy(images)).numpy()

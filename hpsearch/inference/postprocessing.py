@@ -1,7 +1,7 @@
-"""Select the post-processing of a prediction: threshold, test-time augmentation, cleaning of the mask.
+"""Select the post-processing of predictions: threshold, test-time augmentation and mask cleaning.
 
-Every decision uses out-of-fold predictions only, and an option is used only if its gain exceeds the noise. Imports no
-torch.
+Every decision is based on out-of-fold predictions only. An option is used only if its gain is statistically
+significant. This module does not import PyTorch.
 """
 
 from collections.abc import Mapping
@@ -20,54 +20,55 @@ Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 THRESHOLDS = tuple(round(0.1 + 0.05 * step, 2) for step in range(17))
-"""Candidates for the probability above which a pixel is lesion: 0.1 to 0.9."""
+"""Candidate thresholds: 0.1 to 0.9. A pixel is lesion if its probability is above the threshold."""
 N_PARTS = 5
-"""Number of parts of the images that select the threshold for each other if there is only one fold."""
+"""Number of parts into which the images are split to cross-validate the threshold if there is only one fold."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Postprocessing:
-    """How probabilities become a mask. Every trial is scored with the defaults."""
+    """Steps that turn probabilities into a mask. Every trial is scored with the defaults."""
 
     threshold: float = 0.5
-    """Probability above which a pixel is lesion."""
+    """Threshold on the probability of a pixel. A pixel above it is lesion."""
     flips: bool = False
-    """Whether the logits are averaged over the image and its three mirror images (test-time augmentation)."""
+    """Whether to average the logits over the image and its three mirror images (test-time augmentation)."""
     clean: bool = False
-    """Whether only the largest component is kept, with its holes filled."""
+    """Whether to keep only the largest component of the mask and fill its holes."""
     ensemble: bool = False
-    """Whether the ensemble of the fold networks predicts instead of the network that was trained on the whole
-    pool."""
+    """Whether to predict with the ensemble of the fold networks, not with the network trained on the whole pool."""
 
 
 @dataclass(frozen=True)
 class FoldNetwork:
-    """The networks of one fold, which have not seen its held-out images."""
+    """The networks of one fold. They were not trained on the fold's held-out images."""
 
     weights: Path
     other: Path | None
-    """A network of the same configuration with other seeds; None if there is none."""
+    """Weights of a network with the same configuration and other seeds; None if there is none."""
     held_out: tuple[int, ...]
-    """Indices of the images in the cache."""
+    """Indices of the held-out images in the cache."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """One decision, with the out-of-fold gain of the option."""
+    """Decision about one option of the post-processing, with its out-of-fold gain."""
 
     name: str
-    """The option: `flips`, `threshold`, `clean` or `ensemble`."""
+    """Name of the option: `flips`, `threshold`, `clean` or `ensemble`."""
     value: bool | float
-    """The value of the option if it is used."""
+    """Value of the option if it is used."""
     gain: Paired
+    """Mean gain in the study's metric over not using the option, with its 95 % interval."""
     taken: bool
+    """Whether the option is used."""
 
     @classmethod
     def make(cls, name: str, value: bool | float, gains: Floats, network_of: NDArray[np.int64]) -> Self:
-        """Use the option if the lower end of the 95 % interval of its mean gain is above 0.
+        """Return the decision. The option is used if the 95 % interval of its mean gain lies above 0.
 
-        gains: (n,), of the images. network_of: (n,), the network that predicted each image. The interval covers
-        images and networks.
+        gains: gain of each image, (n,). network_of: index of the network that predicted each image, (n,). The
+        interval accounts for the variance between images and between networks.
         """
         parts = [gains[network_of == network] for network in np.unique(network_of)]
         variance, df = 0.0, 1.0
@@ -82,19 +83,19 @@ class Decision:
 
 @dataclass(frozen=True)
 class SelectedPostprocessing:
-    """All decisions about one final, and the resulting choices."""
+    """The post-processing selected for a final, and the decisions that led to it."""
 
     choices: Postprocessing
     decisions: tuple[Decision, ...]
-    """In the order in which they were made, each with the options used so far."""
+    """Decisions in the order in which they were made. Each one builds on the options that were used before."""
     n_images: int
-    """Number of out-of-fold images that they are based on."""
+    """Number of out-of-fold images that the decisions are based on."""
     source: str
-    """The networks that predicted these images: `second fits of trial 7`."""
+    """Description of the networks that predicted these images, for example `second fits of trial 7`."""
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any]) -> Self:
-        """Return the decisions in a table. RecordError if it is damaged."""
+        """Return the selection stored in a JSON table. Raises RecordError if the table is damaged."""
         try:
             return from_json(cls, table)
         except (KeyError, TypeError, ValueError) as error:
@@ -102,10 +103,10 @@ class SelectedPostprocessing:
 
 
 def select_threshold(scores: Floats, network_of: NDArray[np.int64]) -> Decision:
-    """Select the best of `THRESHOLDS` from the images' scores (thresholds, n).
+    """Select the best of `THRESHOLDS`. `scores` has the score of each image at each threshold, (thresholds, n).
 
-    The gain over 0.5 is measured with thresholds that were selected on the other networks' images, so that it has no
-    selection bias.
+    The gain over 0.5 is cross-validated: the images of each network are scored at a threshold that was selected on
+    the images of the other networks. Therefore the gain has no selection bias.
     """
     plain = scores[THRESHOLDS.index(0.5)]
     parts = network_of if len(np.unique(network_of)) > 1 else np.arange(len(network_of)) % N_PARTS
@@ -117,11 +118,12 @@ def select_threshold(scores: Floats, network_of: NDArray[np.int64]) -> Decision:
 
 
 def clean_mask(mask: Mask) -> Mask:
-    """Return the largest 8-connected component of a mask (H, W) with its holes filled; of equal ones the first.
+    """Return the largest 8-connected component of a mask (H, W) with its holes filled.
 
-    A hole is background that is not 4-connected to the border.
+    If several components are equally large, the first one is kept. A hole is a background region that is not
+    4-connected to the image border.
     """
-    # scipy.ndimage takes a tenth of a second to import, and few commands need it.
+    # Importing scipy.ndimage takes 0.1 s, and few commands need it.
     from scipy import ndimage
 
     labels, n = ndimage.label(mask, structure=np.ones((3, 3), np.int8))
@@ -136,6 +138,6 @@ def clean_mask(mask: Mask) -> Mask:
 
 
 def _best(scores: Floats) -> int:
-    """Return the index of the threshold with the best mean; ties go to the one nearest to 0.5."""
+    """Return the index of the threshold with the best mean score. Ties go to the threshold closest to 0.5."""
     means = scores.mean(axis=1)
     return max(range(len(means)), key=lambda index: (means[index], -abs(THRESHOLDS[index] - 0.5)))

@@ -1,4 +1,4 @@
-"""Predict masks at each image's own resolution, from the resized image or from overlapping tiles."""
+"""Predict masks at the original resolution of each image, from the resized image or from overlapping tiles."""
 
 import glob
 import math
@@ -33,30 +33,32 @@ from hpsearch.typed_json import from_json
 from hpsearch.user_files import file_fault, list_folder, name_key, user_path
 
 BLEND_OVERLAP = 0.25
-"""Least overlap of blended tiles, as a share of a tile's side."""
+"""Smallest overlap of blended tiles, as a fraction of the tile's side."""
 OUTLINE = (0, 255, 0)
-"""Colour of the mask's border in an overlay. It does not occur in skin or lesions."""
+"""RGB colour of the mask's outline in an overlay. It does not occur in skin or lesions."""
 
 _OUTPUT_SUFFIXES = ("_segmentation", "_probability", "_overlay", "_superpixels")
 
 OnImage = Callable[[int, int, Path, str | None], None]
-"""Callback after each image, called with (done, total, image, reason why it was left out or None)."""
+"""Callback after each image, called with (done, total, path, error message if the image was skipped, else None)."""
 
 
 class Predictor:
-    """A trained network, ready to predict images of any size.
+    """A trained network that predicts images of any size.
 
-    By default, the whole image is resized as in training, and the logits are resized back bilinearly.
+    By default, the whole image is resized as in training, and the logits are resized back with bilinear
+    interpolation.
 
     With `tiles`, the image keeps its resolution and is predicted in overlapping windows of the training size
-    (Ronneberger et al. 2015, Figure 2). If the network was trained with `augment.crop`, the image first gets the
-    resolution of the frames that the crops were taken from. The image is mirrored beyond its borders. A `valid`
-    network that was trained on windows has outputs smaller than a window. They are placed side by side and averaged
-    where they overlap. The output of any other network fills the window; it is stretched if it was in training. It is
-    least reliable at the window's border, so these windows overlap by at least a quarter and are blended.
+    (Ronneberger et al. 2015, Figure 2). If the network was trained with `augment.crop`, the image is first resized
+    to the size from which the training crops were taken. The image is mirrored beyond its borders. If the network has
+    `valid` padding and was trained on windows, its output is smaller than a window. Such outputs are placed side by
+    side and averaged where they overlap. The output of any other network covers the whole window, stretched if it was
+    stretched in training. It is least reliable near the window's border, so these windows overlap by at least a
+    quarter and are blended.
 
     The threshold, test-time augmentation and mask cleaning come from the weights file (`choices`). Prediction always
-    computes in float32, so the same file gives the same mask whatever precision was used in training.
+    runs in float32, so the mask does not depend on the precision of the training.
     """
 
     def __init__(self, model: torch.nn.Module, info: WeightsInfo, runtime: Runtime, *, tiles: bool = False) -> None:
@@ -76,9 +78,10 @@ class Predictor:
     def load(
         cls, weights: Path, *, device: str = "auto", threads: int | None = None, tiles: bool | None = None
     ) -> Self:
-        """Return the predictor of a weights file. By default it uses tiles if the network was trained on windows.
+        """Load a predictor from a weights file. By default, it uses tiles if the network was trained on windows.
 
-        Raises CheckpointError for an invalid file (a pickle is refused without reading it), and DeviceError.
+        Raises CheckpointError for an invalid file (a pickle is refused without being loaded), and DeviceError for a
+        device that cannot be used.
         """
         runtime = make_runtime(device, amp="off", compile="off", threads=threads)
         model, info = load_weights(weights, runtime.device)
@@ -86,7 +89,7 @@ class Predictor:
         return cls(model, info, runtime, tiles=info.sees_windows if tiles is None else tiles)
 
     def logits(self, image: Tensor) -> Tensor:
-        """Return the logits (H, W) float32 on the CPU of an RGB image (3, H, W) uint8."""
+        """Return the logits of an RGB image (3, H, W) uint8, as (H, W) float32 on the CPU."""
         try:
             with torch.inference_mode(), self._runtime.active():
                 return self._logits(image)
@@ -98,14 +101,14 @@ class Predictor:
             ) from error
 
     def mask(self, logits: Tensor) -> NDArray[np.bool_]:
-        """Return the mask of `logits` (H, W) by the threshold and cleaning of the weights file."""
+        """Return the boolean mask (H, W) of `logits` (H, W), using the threshold and cleaning of the weights file."""
         mask = np.asarray((logits > torch.tensor(self.choices.threshold).logit()).numpy())
         return clean_mask(mask) if self.choices.clean else mask
 
     def _logits(self, image: Tensor) -> Tensor:
         frame = self.info.extra.get("frame") if self.tiles else self.info.size
         seen = image if frame is None else resize(image, *frame)
-        # A network with a margin covers a whole frame only in tiles.
+        # The output of a network with a margin is smaller than its input, so only tiles cover the whole image.
         logits = self._tiled(seen) if self.tiles or self._margin else self._run(seen)
         if frame is None:
             return logits
@@ -129,7 +132,7 @@ class Predictor:
         """Return the network's logits (h, w) on the CPU for pixels (3, h, w) uint8."""
         channels = pixels.to(torch.float32)
         if self.info.in_channels == 1:
-            # Elementwise, as in training.
+            # Use the same elementwise operations as in training, so that rounding is equal.
             red, green, blue = (weight * channel for weight, channel in zip(GRAY_WEIGHTS, channels, strict=True))
             channels = (red + green + blue)[None]
         images = torch.addcmul(self._shift, channels, self._factor)[None]
@@ -139,14 +142,14 @@ class Predictor:
 
 
 class Ensemble(Predictor):
-    """Several predictors whose logits are averaged. Threshold and cleaning are those of the first."""
+    """Several predictors whose logits are averaged. The threshold and cleaning of the first member are used."""
 
     def __init__(self, members: Sequence[Predictor]) -> None:
         self.members = tuple(members)
         self.info, self.tiles, self.choices = members[0].info, members[0].tiles, members[0].choices
 
     def logits(self, image: Tensor) -> Tensor:
-        """Return the mean logits, like `Predictor.logits`."""
+        """Return the mean logits of the members, (H, W) float32 on the CPU."""
         total = self.members[0].logits(image)
         for member in self.members[1:]:
             total = total + member.logits(image)
@@ -161,10 +164,10 @@ def load_predictor(
     tiles: bool | None = None,
     ensemble: bool | None = None,
 ) -> Predictor:
-    """Return the network in `weights`, or the ensemble that `final --ensemble` wrote beside it.
+    """Load the network in `weights`, or the ensemble that `final --ensemble` wrote beside it.
 
-    `ensemble` selects one of them. None selects what `final` chose. Raises the errors of `Predictor.load`, and
-    StudyError if an ensemble is selected and there is none.
+    `ensemble` says whether to load the ensemble; None uses the choice that `final` made. Raises the errors of
+    `Predictor.load`, and StudyError if the ensemble is requested but does not exist.
     """
     load = partial(Predictor.load, device=device, threads=threads, tiles=tiles)
     predictor = load(weights)
@@ -179,28 +182,28 @@ def load_predictor(
 
 @dataclass(frozen=True)
 class Tile:
-    """One window along one axis."""
+    """Position and blending weights of a window along one axis."""
 
     start: int
-    """Position in the image of the first output pixel; negative if the image is smaller than the output."""
+    """Image coordinate of the window's first output pixel; negative if the image is smaller than the output."""
     covers: slice
-    """Pixels of the image that this window predicts."""
+    """Image pixels that this window predicts."""
     inside: slice
-    """The same pixels as positions in the window's output."""
+    """The same pixels in coordinates of the window's output."""
     weights: Tensor
-    """Weight of the window at each of these pixels, float32; the weights of all windows add up to 1."""
+    """Weight of the window at each of these pixels, float32. At each pixel, the weights of all windows sum to 1."""
 
 
 def tile_axis(length: int, out: int, *, blend: bool) -> list[Tile]:
     """Return evenly spaced windows whose outputs of `out` pixels cover an axis of `length`.
 
-    The number of windows is the smallest possible: 512 pixels and outputs of 388 make two, 124 apart. With `blend`
-    neighbours overlap by at least `BLEND_OVERLAP`, and the weight of a tile decreases towards its border. Otherwise
-    they are averaged.
+    As few windows as possible are used. For example, outputs of 388 pixels cover an axis of 512 pixels with two
+    windows, 124 pixels apart. With `blend`, neighbouring windows overlap by at least `BLEND_OVERLAP`, and the weight
+    of a window decreases towards its border. Without it, all windows that cover a pixel have equal weight.
     """
     step = max(1, out - math.ceil(out * BLEND_OVERLAP)) if blend else out
     n = max(1, math.ceil((length - out) / step) + 1)
-    # A tile that is larger than the image has it in its middle, like the crops in training.
+    # If the window is larger than the image, centre the image in it, like the crops in training.
     starts = [(length - out) // 2] if n == 1 else [round(i * (length - out) / (n - 1)) for i in range(n)]
     ramp = torch.arange(1, out + 1, dtype=torch.float64)
     window = torch.minimum(ramp, ramp.flip(0)) if blend else torch.ones_like(ramp)
@@ -215,12 +218,14 @@ def tile_axis(length: int, out: int, *, blend: bool) -> list[Tile]:
 
 
 def find_images(inputs: Iterable[str | Path]) -> list[Path]:
-    """Return the images that files, folders and globs name, without repetitions, sorted within each argument.
+    """Return the image paths for a list of files, folders and globs, without duplicates.
 
-    A file is taken unconditionally. A folder (without subfolders) or glob (`**` is any depth) gives its images,
-    broken links included, so that they are reported, but no superpixels and no earlier predictions. Raises
-    DatasetError for a folder that cannot be listed, a folder or glob without images, if no file exists, and for two
-    images that would write the same files.
+    A file is always included. A folder (subfolders are not searched) or glob (`**` matches any depth) includes its
+    images in sorted order. Superpixels and earlier predictions are left out. Broken links are included, so that they
+    are reported later.
+
+    Raises DatasetError if a folder cannot be listed, if a folder or glob has no images, if none of the files exists,
+    or if two images would have the same output files.
     """
     found: dict[Path, None] = {}
     for each in map(str, inputs):
@@ -254,11 +259,13 @@ def predict_files(
     overlays: bool = False,
     on_image: OnImage | None = None,
 ) -> dict[Path, str]:
-    """Write `<stem>_segmentation.png` (0 and 255) for every image into `out_dir`.
+    """Write the mask of every image as `<stem>_segmentation.png` (values 0 and 255) into `out_dir`.
 
-    `probabilities` adds `<stem>_probability.png`, 8 bits, 255 for a certain lesion. `overlays` adds
-    `<stem>_overlay.jpg`, the image with the mask's border. One image is in memory at a time. Returns the images that
-    could not be read, with the reasons. Raises StorageError if a file cannot be written.
+    With `probabilities`, also write `<stem>_probability.png` with 8 bits; 255 is probability 1. With `overlays`, also
+    write `<stem>_overlay.jpg`, the image with the mask's outline. Only one image is in memory at a time.
+
+    Returns the images that could not be read, mapped to the error messages. Raises StorageError if a file cannot be
+    written.
     """
     bad: dict[Path, str] = {}
     for done, path in enumerate(images, 1):
@@ -275,7 +282,7 @@ def predict_files(
                 _save_image(out_dir / f"{path.stem}_probability.png", certainty.numpy())
             if overlays:
                 _save_image(out_dir / f"{path.stem}_overlay.jpg", draw_outline(image, mask))
-            # Free the memory before decoding the next image: one image may take hundreds of megabytes.
+            # Free this memory before the next image is decoded: one image may take hundreds of megabytes.
             del image, logits, mask
         if on_image is not None:
             on_image(done, len(images), path, bad.get(path))
@@ -283,11 +290,12 @@ def predict_files(
 
 
 def draw_outline(image: Tensor, mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """Return the image (3, H, W) uint8 as (H, W, 3) with the inner border of `mask` (H, W) in OUTLINE.
+    """Draw the outline of `mask` (H, W) on an image (3, H, W) uint8, and return it as (H, W, 3) uint8.
 
-    The line is thick enough to be visible when the whole image is displayed.
+    The line has the colour OUTLINE and lies inside the mask. Its width is about 1/400 of the longer image side, so
+    that it remains visible when the image is scaled down.
     """
-    from scipy import ndimage  # as in `clean_mask`
+    from scipy import ndimage  # slow to import, as in `clean_mask`
 
     pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
     thickness = max(1, round(max(mask.shape) / 400))
@@ -297,9 +305,10 @@ def draw_outline(image: Tensor, mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
 
 
 def find_model(project: ProjectPaths, study: str | None, model: str | None) -> Path:
-    """Return the weights file that `model` names, itself or by its folder, or else that of the study's latest final.
+    """Return the path of a weights file.
 
-    Raises StudyError if there is none.
+    `model` is a weights file or the folder that contains it. None selects the latest final of the study. Raises
+    CheckpointError if `model` has no weights, and StudyError if the study has no final.
     """
     if model is None:
         record = study_record(project, study)

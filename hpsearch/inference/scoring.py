@@ -1,8 +1,9 @@
 """Compute the official scores of ISIC-2017 Part 1, and write masks for submission.
 
-The reference is the challenge's own package, `isic-challenge-scoring`. Truth and prediction are grayscale images of
-one size, and a pixel above 128 is lesion. The score of a submission is the mean over the images' scores. A score with
-the denominator 0 is 1. The threshold Jaccard of an image is its Jaccard if that is at least 0.65, else 0.
+The scores agree with the challenge's own package, `isic-challenge-scoring`. Mask and prediction are grayscale images
+of the same size, and a pixel above 128 is lesion. The score of a submission is the mean of the scores of its images.
+A score whose denominator is 0 is set to 1. The threshold Jaccard of an image is its Jaccard if this is at least 0.65,
+else 0.
 """
 
 import io
@@ -24,11 +25,11 @@ from hpsearch.training.metrics import PixelCounts, count_pixels
 Mask = NDArray[np.bool_]
 
 COLUMNS = ("accuracy", "sensitivity", "specificity", "jaccard", "threshold_jaccard", "dice")
-"""Official scores in the official order."""
+"""Names of the official scores, in the official order."""
 LESION_ABOVE = 128
-"""A pixel is lesion if its value is above this."""
+"""Threshold of the pixel values of a mask. A pixel above it is lesion."""
 JACCARD_THRESHOLD = 0.65
-"""An image whose Jaccard is below this counts as failed."""
+"""Threshold of the threshold Jaccard. An image with a lower Jaccard scores 0."""
 
 _SUFFIX = "_segmentation"
 
@@ -36,12 +37,12 @@ _SUFFIX = "_segmentation"
 def score_folder(preds: Path, masks: Path) -> pd.DataFrame:
     """Score the PNG files of one folder against the true masks (PNG) of another.
 
-    A prediction belongs to the mask of the same stem, with or without `_segmentation`. As in the challenge, a
-    prediction without a mask is ignored. Returns a row with COLUMNS for each mask, sorted by id. One pair of images
-    is in memory at a time.
+    A prediction belongs to the mask with the same stem, apart from the suffix `_segmentation`. As in the challenge, a
+    prediction without a mask is ignored. Returns one row per mask, sorted by id, with the columns COLUMNS. Only one
+    pair of images is in memory at a time.
 
-    Raises DatasetError, naming the files, if a mask does not have exactly one prediction, a file is not a grayscale
-    PNG, or sizes differ.
+    Raises DatasetError if a mask does not have exactly one prediction, if a file is not a grayscale PNG, or if the
+    sizes of a mask and its prediction differ. The message names the files.
     """
     predicted, truths = _files_by_id(preds), _files_by_id(masks)
     if not truths:
@@ -58,7 +59,7 @@ def score_folder(preds: Path, masks: Path) -> pd.DataFrame:
 
 
 def count_mask(pred: Mask, mask: Mask, *, name: str) -> NDArray[np.int64]:
-    """Return [tp, fp, fn, tn] of one image, from boolean masks (H, W). Raise DatasetError if their sizes differ."""
+    """Return [tp, fp, fn, tn] for two boolean masks (H, W) of one image. Raise DatasetError if their sizes differ."""
     if pred.shape != mask.shape:
         sizes = [" x ".join(str(side) for side in array.shape) for array in (pred, mask)]
         raise DatasetError(f"the prediction for {name} is {sizes[0]} pixels, its mask {sizes[1]}")
@@ -66,7 +67,7 @@ def count_mask(pred: Mask, mask: Mask, *, name: str) -> NDArray[np.int64]:
 
 
 def score_table(ids: Iterable[str], counts: NDArray[np.int64]) -> pd.DataFrame:
-    """Return the official scores, indexed by `image`, from counts (n, 4) with the columns tp, fp, fn, tn."""
+    """Compute the official scores from pixel counts (n, 4) with the columns tp, fp, fn, tn. Index: `image`."""
     pixels = PixelCounts.from_columns(np.asarray(counts, np.int64))
     jaccard = metrics.jaccard(pixels)
     columns: dict[str, Any] = {name: score(pixels) for name, score in metrics.SCORES.items()}
@@ -75,9 +76,9 @@ def score_table(ids: Iterable[str], counts: NDArray[np.int64]) -> pd.DataFrame:
 
 
 def read_mask(path: Path) -> Mask:
-    """Return the lesion pixels (H, W) of a grayscale PNG of at most 8 bits.
+    """Read a grayscale PNG with at most 8 bits as a boolean mask (H, W), True for lesion.
 
-    Raises DatasetError if the file cannot be decoded, or has colours, a palette, transparency or 16 bits.
+    Raises DatasetError if the file cannot be decoded, or if it has colours, a palette, transparency or 16 bits.
     """
     try:
         with Image.open(path, formats=["PNG"]) as image:
@@ -90,21 +91,22 @@ def read_mask(path: Path) -> Mask:
 
 
 def encode_mask(mask: Mask) -> bytes:
-    """Return a boolean mask (H, W) as an 8-bit grayscale PNG of 255 (lesion) and 0."""
+    """Encode a boolean mask (H, W) as an 8-bit grayscale PNG with 255 for lesion and 0 for background."""
     file = io.BytesIO()
     Image.fromarray(np.multiply(mask, 255, dtype=np.uint8)).save(file, "PNG")
     return file.getvalue()
 
 
 def mask_name(image_id: str) -> str:
-    """Return the file name of a submitted mask: `ISIC_0000000_segmentation.png`."""
+    """Return the file name of a submitted mask, for example `ISIC_0000000_segmentation.png`."""
     return f"{image_id}{_SUFFIX}.png"
 
 
 def write_submission(path: Path, masks: Iterable[tuple[str, Mask]]) -> None:
-    """Write a zip of masks for the challenge. Each is (image id, boolean (H, W) at the image's own size).
+    """Write a zip file of masks for the challenge.
 
-    Equal masks give equal bytes. One mask is in memory at a time. Raises DatasetError if an id occurs twice.
+    `masks` yields (image id, boolean mask (H, W) at the original size of the image). Equal masks give byte-identical
+    files. Only one mask is in memory at a time. Raises DatasetError if an id occurs twice.
     """
     written = set()
     with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
@@ -112,7 +114,7 @@ def write_submission(path: Path, masks: Iterable[tuple[str, Mask]]) -> None:
             if image_id in written:
                 raise DatasetError(f"two masks for {image_id} in one submission")
             written.add(image_id)
-            # The default date of ZipInfo is constant, and PNG is already compressed.
+            # The default date of ZipInfo is constant. PNG is already compressed, so the zip file stores it as is.
             archive.writestr(zipfile.ZipInfo(mask_name(image_id)), encode_mask(mask))
 
 

@@ -1,4 +1,4 @@
-"""Select post-processing by out-of-fold predictions, and count pixels after it. Needs torch: workers import it."""
+"""Select post-processing on out-of-fold predictions, and count post-processed pixels. Requires PyTorch."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -28,14 +28,18 @@ from hpsearch.training.runtime import Runtime
 def select(
     folds: Sequence[FoldNetwork], data: DeviceData, runtime: Runtime, *, metric: str, source: str, ensemble: bool
 ) -> SelectedPostprocessing:
-    """Decide on flips, threshold, cleaning and, where `ensemble` is set, on predicting with all networks together.
+    """Select flips, threshold, cleaning and, if `ensemble` is set, prediction with the ensemble of all networks.
 
-    Each decision is made on top of those taken before. `source` says which networks these are, for people.
+    The decisions are made in this order, and each one builds on the options used before. `source` describes the
+    networks in reports. Ensembling is considered only if every fold has a second network.
     """
     network_of = np.concatenate([np.full(len(fold.held_out), number) for number, fold in enumerate(folds)])
 
     def scores(options: Sequence[Postprocessing], first: int = 0, last: int = 1) -> NDArray[np.float64]:
-        """Score every held-out image by networks that had not seen it, under each of the options, (options, n)."""
+        """Return the out-of-fold score of every image for each option, (options, n).
+
+        `first` and `last` select the networks of each fold: 0 to 1 the first, 1 to 2 the second, 0 to 2 both.
+        """
         counts = []
         for fold in folds:
             weights = [path for path in (fold.weights, fold.other)[first:last] if path is not None]
@@ -66,9 +70,9 @@ def select(
 
 
 def keep_model(source: Path, target: Path, choices: Postprocessing) -> None:
-    """Copy weights, with the post-processing selected for them entered."""
+    """Copy a weights file and add the selected post-processing to its metadata."""
     model, info = load_weights(source, torch.device("cpu"))
-    # Without any it stays as training left it, to the byte.
+    # With the default post-processing, the copy stays byte-identical to the file that training wrote.
     selected = {} if choices == Postprocessing() else dataclasses.asdict(choices)
     save_weights(target, model, dataclasses.replace(info, extra={**info.extra, **selected}))
 
@@ -80,9 +84,9 @@ def count_pixels_of(
     data: DeviceData,
     runtime: Runtime,
 ) -> NDArray[np.int64]:
-    """Return tp, fp, fn, tn of these images by the mean logits of the networks, (options, n, 4).
+    """Return tp, fp, fn, tn of each image for each option, (options, n, 4), from the mean logits of the networks.
 
-    The options are ways of post-processing that differ in threshold and cleaning only.
+    The options may differ only in threshold and cleaning.
     """
     predictions = []
     for model, info in networks:
@@ -97,10 +101,10 @@ def count_pixels_of(
 
 
 def _count(logits: Tensor, masks: Tensor, choices: Postprocessing) -> NDArray[np.int64]:
-    """Return tp, fp, fn, tn of each image, (n, 4)."""
+    """Return tp, fp, fn, tn of each image after thresholding and cleaning, (n, 4)."""
     preds = logits > float(torch.tensor(choices.threshold).logit())
     if choices.clean:
-        # On the CPU, mask by mask.
+        # SciPy cleans one mask at a time, on the CPU.
         cleaned = np.stack([clean_mask(mask) for mask in preds[:, 0].cpu().numpy()])
         preds = torch.from_numpy(cleaned)[:, None]
     counts = torch.stack(count_pixels(preds, masks.to(preds.device)), dim=1)

@@ -1,1 +1,1 @@
-"""Report of a study: typed rows from the record, then figures, tables, sentences, the page and the model card."""
+"""Report of a study. Typed rows are read from the record and turned into figures, tables, text and model cards."""

@@ -1,4 +1,4 @@
-"""Estimate the scores of a study's complete trials: statistics, winner, ties, gains and predictions."""
+"""Estimate the scores of the complete trials of a study: statistics, winner, ties, gains and predictions."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,14 +25,15 @@ class Estimates:
     """Statistical estimates of the complete trials of a study. Trials are identified by number."""
 
     complete: tuple[int, ...]
-    """Numbers of the complete trials, ascending: the rows of `scores`."""
+    """Numbers of the complete trials in ascending order. They correspond to the rows of `scores`."""
     scores: StudyScores
+    """Out-of-fold scores of these trials."""
 
     @classmethod
     def of(cls, record: StudyRecord) -> Self | None:
-        """Return the estimates of a study; None while no trial is complete.
+        """Return the estimates of a study; None if no trial is complete.
 
-        Replicates are included once all of them have ended, pruned trials with the folds that they finished.
+        Replicates are included once all of them have ended. Pruned trials are included with their finished folds.
         """
         trials = record.trials()
         standing = record.standing(trials)
@@ -56,12 +57,12 @@ class Estimates:
 
     @cached_property
     def statistics(self) -> dict[int, TrialStatistics]:
-        """Statistics of every complete trial by number."""
+        """Statistics of each complete trial, by trial number."""
         return dict(zip(self.complete, trial_statistics(self.scores), strict=True))
 
     @cached_property
     def corrected(self) -> Corrected:
-        """The winner's corrected mean. Its `trial` is a row of `scores`; the number is `winner`."""
+        """Mean of the winner, corrected for selection. Its field `trial` is a row of `scores`, not a trial number."""
         return corrected_estimate(self.scores)
 
     @property
@@ -70,25 +71,31 @@ class Estimates:
 
     @cached_property
     def tied(self) -> tuple[int, ...]:
-        """The trials that cannot be distinguished from the best, best first, including the winner."""
+        """Numbers of the trials that cannot be distinguished from the best, best first. Includes the winner."""
         found = tuple(self.complete[index] for index in tied_with_best(self.scores))
-        # A trial without replicates may lead by its single fit so far that the winner is not tied with it.
+        # A trial without replicates may score so high in its single fit that the winner is not tied with it.
         return found if self.winner in found else (self.winner, *found)
 
     def cheapest_tied(self, record: StudyRecord) -> int:
-        """Return the tied trial whose cross-validation took the least time."""
+        """Return the number of the tied trial whose cross-validation took the least time."""
         fits = {number: trial_epochs(record, number) for number in self.tied}
         seconds = {number: sum(row.seconds for rows in fits[number] for row in rows) for number in self.tied}
         return cheapest(self.tied, seconds)
 
     def predicted(self, trial: int, *, n_test: int, n_runs: int = 1) -> Interval | None:
-        """Predict the mean of the retrained winner on `n_test` new images; None for any other trial."""
+        """Predict the mean score of the winner on `n_test` new images after retraining; None for any other trial.
+
+        `n_runs` is the number of retrained networks whose scores are averaged.
+        """
         if trial != self.winner:
             return None
         return predict_test_mean(self.scores, self.corrected, n_test=n_test, n_runs=n_runs)
 
     def gain(self, trial: int) -> Paired | None:
-        """Return the gain over trial 0, corrected for selection; None for trial 0, and if trial 0 is not complete."""
+        """Return the gain of a trial over trial 0, corrected for selection.
+
+        Return None for trial 0 itself, and if trial 0 is not complete.
+        """
         if trial == 0 or 0 not in self.complete:
             return None
         return corrected_gain(self.scores, self.complete.index(trial), self.complete.index(0))

@@ -1,6 +1,6 @@
-"""Draw the figures of a trial or a final, and provide what all figures share: colours, frames, files.
+"""Draw the figures of a trial or a final. Also contains the colours, axes and file formats of all figures.
 
-Nothing here touches pyplot or rcParams, so that figures can be drawn in any thread.
+This module uses neither pyplot nor rcParams, so figures can be drawn in any thread.
 """
 
 from collections.abc import Sequence
@@ -20,19 +20,22 @@ from hpsearch.report.trial_rows import CURVES, Case
 from hpsearch.stats.intervals import Floats
 from hpsearch.training.rows import EpochRow
 
-# Colours by Okabe and Ito, which people with colour blindness can distinguish.
+# Colours from the palette of Okabe and Ito, which people with colour blindness can distinguish.
 TRAIN, HELD_OUT = "#0072B2", "#D55E00"
 RIGHT, MISSED, EXTRA = "#009E73", "#E69F00", "#CC79A7"
 INK, PALE = "#222222", "#6a6a6a"
 FONT = "DejaVu Sans"
-"""Font that is included in matplotlib, so that figures look the same everywhere."""
+"""Font of all figures. Matplotlib includes it, so that figures look the same on every machine."""
 NAMES = {"loss": "Loss", **SCORES}
 
 
 def new_figure(
     width: float, height: float, n_rows: int = 1, n_columns: int = 1, *, title: str = "", **options: Any
 ) -> tuple[Figure, npt.NDArray[Any]]:
-    """Return a figure of that size in inches and its axes, (rows, columns), with a grid and no frame."""
+    """Return a figure and its array of axes, (rows, columns). `width` and `height` are in inches.
+
+    The axes have a grid, and no spines at the top and right. `options` are passed to `Figure.subplots`.
+    """
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
     figure = Figure(figsize=(width, height), facecolor="white", layout=layout)
     if title:
@@ -47,12 +50,12 @@ def new_figure(
 
 
 def label(axis: Axes, text: str, point: tuple[float, float], moved: tuple[float, float], **more: Any) -> None:
-    """Write text beside a point, at an offset in typographic points."""
+    """Write text beside the data point `point`, offset by `moved` typographic points."""
     axis.annotate(text, point, moved, textcoords="offset points", annotation_clip=False, **more)
 
 
 def legend_below(figure: Figure) -> None:
-    """Add a legend in one line below the figure, with an entry for each label in its axes."""
+    """Add a one-line legend below the figure, with one entry for each distinct label in its axes."""
     handles = [handle for axis in figure.axes for handle in axis.get_legend_handles_labels()[0]]
     found = {str(handle.get_label()): handle for handle in handles}
     looks: dict[str, Any] = {"loc": "outside lower left", "frameon": False, "fontsize": 9}
@@ -60,22 +63,22 @@ def legend_below(figure: Figure) -> None:
 
 
 def literal(text: str) -> str:
-    """Replace the letters that the font lacks."""
+    """Replace characters that are missing in the font."""
     font = font_manager.get_font(font_manager.findfont(FONT))
     return "".join(c if c.isspace() or font.get_char_index(ord(c)) else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def to_bytes(figure: Figure, file_format: str = "png", *, dpi: int = 110) -> bytes:
-    """Return the figure as a PNG file, or as a PDF file with vector graphics; the same rows give the same bytes."""
+    """Encode a figure as PNG, or as PDF with vector graphics. Equal figures give byte-identical files."""
     for text in figure.findobj(Text):
-        # User-given names may contain dollar signs.
+        # Names given by users may contain dollar signs, which would start a formula.
         text.set_parse_math(False)
         text.set_fontfamily(FONT)
     pdf = {"Creator": "hpsearch", "Producer": None, "CreationDate": None}
     metadata = {"Software": "hpsearch"} if file_format == "png" else pdf
     buffer = BytesIO()
     figure.savefig(buffer, format=file_format, dpi=dpi, metadata=metadata)
-    # Computing the layout takes a third of the time, so reuse it for the next file.
+    # Computing the layout takes a third of the time, so reuse it for the next file of this figure.
     figure.set_layout_engine("none")
     return buffer.getvalue()
 
@@ -83,9 +86,9 @@ def to_bytes(figure: Figure, file_format: str = "png", *, dpi: int = 110) -> byt
 def draw_curves(fits: Sequence[Sequence[EpochRow]], *, title: str) -> Figure:
     """Draw loss, Dice, Jaccard and accuracy over the epochs, for training and held-out images in the same axes.
 
-    Thin lines are single fits, and thick lines are the mean over the fits with the most epochs. The gap between the
-    training and the held-out mean is shaded, and its size after the last epoch is written beside it. A dotted line
-    marks the best epoch on held-out images if it is not the last one.
+    Thin lines show single fits. Thick lines show the mean over the fits with the most epochs. The gap between the
+    training and the held-out mean is shaded where training is better, and its size after the last epoch is written
+    beside it. A dotted line marks the best epoch on held-out images unless it is the last epoch.
     """
     figure, axes = new_figure(11.0, 7.2, 2, 2, title=title, sharex=True)
     for axis, score in zip(axes.flat, CURVES, strict=True):
@@ -104,7 +107,7 @@ def draw_curves(fits: Sequence[Sequence[EpochRow]], *, title: str) -> Figure:
 def _draw_fits(
     axis: Axes, fits: Sequence[Sequence[EpochRow]], which: str, score: str, *, color: str, label: str
 ) -> tuple[Floats, Floats] | None:
-    """Draw a score of every fit and their mean; return the epochs and the mean, None if no fit has the score."""
+    """Draw a score of every fit and their mean. Return (epochs, mean), or None if no fit has the score."""
     found = [
         [(row.epoch, getattr(scores, score)) for row in rows if (scores := getattr(row, which))] for rows in fits
     ]
@@ -115,7 +118,7 @@ def _draw_fits(
         axis.plot(epochs, values, color=color, lw=0.8, alpha=0.35)
     n_epochs = max(line.shape[1] for line in lines)
     epochs, mean = np.mean([line for line in lines if line.shape[1] == n_epochs], axis=0)
-    # A single epoch is a point, which a line would not show.
+    # A line with a single point is invisible, so draw a marker if there is only one epoch.
     axis.plot(epochs, mean, color=color, lw=2.2, marker="o" if n_epochs == 1 else None, label=label)
     return epochs, mean
 
@@ -126,7 +129,7 @@ def _mark_gap(axis: Axes, epochs: Floats, train: Floats, held_out: Floats, score
     looks: dict[str, Any] = {"color": HELD_OUT, "alpha": 0.16, "lw": 0, "label": "gap: training is better"}
     axis.fill_between(epochs, train, held_out, where=(gaps > 0).tolist(), **looks)
     color = HELD_OUT if gaps[-1] > 0 else PALE
-    # In axis coordinates the text stays beside the curves whatever their range.
+    # x is in axes coordinates, so the text stays to the right of the axes for any number of epochs.
     middle = (1.0, (train[-1] + held_out[-1]) / 2)
     place = {"xycoords": ("axes fraction", "data"), "va": "center"}
     label(axis, f"gap\n{gaps[-1]:+.3f}", middle, (6, 0), size=9, color=color, **place)
@@ -136,8 +139,8 @@ def _mark_gap(axis: Axes, epochs: Floats, train: Floats, held_out: Floats, score
 
 
 def draw_panels(cases: Sequence[Case], *, metric: str, title: str) -> Figure:
-    """Draw a row for each case: image, mask, prediction, and both over the image. All images have one size."""
-    # One picture in one axes is ten times as fast as an axes for each view.
+    """Draw one row per case: image, mask, prediction and overlay. All images must have the same size."""
+    # Drawing all views as one image is ten times as fast as one axes per view.
     picture = np.concatenate([np.concatenate(_views(case), axis=1) for case in cases])
     height, width = picture.shape[0] / len(cases), picture.shape[1] / 4
     figure, ((axis,),) = new_figure(8.0, 1.35 + 6.2 / 4 * len(cases) * height / width, title=title)
@@ -156,9 +159,9 @@ def draw_panels(cases: Sequence[Case], *, metric: str, title: str) -> Figure:
 
 
 def _views(case: Case) -> list[npt.NDArray[np.uint8]]:
-    """Return the four images of a row, (H, W, 3) and a white margin that separates each from its neighbours.
+    """Return the four views of a case: image, mask, prediction and overlay, each (H, W, 3) uint8 plus a white margin.
 
-    The last one shows true positives, false negatives and false positives in colours over the image.
+    The overlay shows true positives, false negatives and false positives in different colours on the image.
     """
     overlay = case.image.astype(np.float64)
     regions = {RIGHT: case.mask & case.pred, MISSED: case.mask & ~case.pred, EXTRA: ~case.mask & case.pred}

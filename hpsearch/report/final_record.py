@@ -1,4 +1,4 @@
-"""The content of final.json, the result of `hpsearch final`."""
+"""Content of final.json, the result of `hpsearch final`."""
 
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -18,21 +18,22 @@ from hpsearch.typed_json import from_json
 
 @dataclass(frozen=True, kw_only=True)
 class EnsembleResult:
-    """The ensemble of the fold networks, compared with the network that was trained on the whole pool."""
+    """Result of the ensemble of the fold networks, compared with the network trained on the whole pool."""
 
     n_networks: int
     test: dict[str, Interval]
-    """As in `FinalScores.chosen_test`: with the selected post-processing, if there is any."""
+    """Test scores by name at the size of the search, with the selected post-processing (the defaults if none was)."""
     official: dict[str, Interval]
+    """Official scores by name at the original resolution of each image."""
     gain: Paired
     """Gain in the study's metric over the retrained network, on the same test images at the size of the search."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FinalScores:
-    """Scores of a retrained configuration, beside the estimates of the search.
+    """Scores of a retrained configuration, together with the estimates of the search.
 
-    Files of version 0.1 may lack the fields with defaults.
+    Fields with defaults may be missing in files of version 0.1.
     """
 
     study: str
@@ -44,39 +45,40 @@ class FinalScores:
     n_test: int
     """Number of test images."""
     cv: Interval
-    """Mean of the out-of-fold scores, over both fits if it was replicated, with its 95 % interval."""
+    """Mean out-of-fold score of the trial with its 95 % interval; the mean over both fits if it was replicated."""
     cv_fold_std: float
     """Standard deviation of the fold means."""
     is_confirmed: bool = False
-    """Whether the trial was fitted twice, so that `cv` is the mean over both fits."""
+    """Whether the trial was replicated, so that `cv` is the mean over both fits."""
     corrected: Corrected | None = None
-    """The winner's mean, corrected for selection; None if this is another trial."""
+    """Mean of the trial, corrected for selection; None if the trial is not the winner."""
     predicted: Interval | None = None
-    """Prediction of the search for this many test images, with its 95 % interval; None if it is not the winner."""
+    """Predicted mean on `n_test` images with its 95 % prediction interval; None if the trial is not the winner."""
     against_default: Paired | None
-    """Its gain over trial 0, corrected for selection; None for trial 0, or if trial 0 is not complete."""
+    """Gain of the trial over trial 0, corrected for selection; None for trial 0, or if trial 0 is not complete."""
     winner: int | None = None
     """Number of the study's best trial."""
     eval_size: tuple[int, int] | None = None
-    """Height and width at which `test` is scored, as all trials were (`study.eval_size`, else `data.size`)."""
+    """Height and width at which `test` and all trials are scored (`study.eval_size`, else `data.size`)."""
     test: dict[str, Interval]
-    """Score by name at the size of the search: mean over images, and over seeds, with its 95 % interval over images.
-    Scored as all trials are: threshold 0.5, no test-time augmentation, no cleaning."""
+    """Test scores by name: means over images and seeds, with 95 % intervals over images. They are computed like the
+    scores of trials: at `eval_size`, with threshold 0.5, no test-time augmentation and no cleaning."""
     per_seed: dict[str, tuple[float, ...]]
-    """Score by name: for each seed, the mean over the test images."""
+    """Test scores by name: the mean over the images for each seed."""
     official: dict[str, Interval] = field(default_factory=dict)
-    """Official score by name, at each image's own resolution, of the network that is kept (the first seed's) with its
-    post-processing. Mean over images with its 95 % interval; empty if they were not computed."""
+    """Official test scores by name: means over images with 95 % intervals. They are computed at the original
+    resolution of each image, for the kept network (the first seed) with its post-processing. Empty if unknown."""
     chosen: SelectedPostprocessing | None = None
     """Post-processing selected on out-of-fold predictions; None if no fold networks were kept."""
     chosen_test: dict[str, Interval] = field(default_factory=dict)
-    """Like `test`, of the network that is kept, with the selected post-processing; empty if there is none."""
+    """Test scores by name of the kept network (the first seed) with the selected post-processing, at `eval_size`.
+    Empty if the defaults were selected."""
     ensemble: EnsembleResult | None = None
     """Result of the ensemble of the fold networks; None unless it was requested."""
     leaks: tuple[DuplicatePair, ...] = ()
     """Duplicates and near-duplicates with one image in the pool and one in the test split."""
     without_leaks: float | None = None
-    """Mean of the study's metric over the test images without duplicates; None without leaks, or if all have one."""
+    """Mean of the study's metric over the test images that are not in `leaks`; None if none or all of them are."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -99,7 +101,7 @@ class FinalRecord(FinalScores):
     look: str = ""
     """Id of the evaluation in the test-set log."""
     n_looks: int = 0
-    """Number of evaluations of these images, this one included."""
+    """Number of evaluations of these images so far, including this one."""
 
     @classmethod
     def read(cls, folder: FinalPaths) -> Self:
@@ -114,20 +116,20 @@ class FinalRecord(FinalScores):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EvaluationHistory:
-    """The evaluation of the test images by a final, among all others of these images."""
+    """The evaluation of the test images by a final, and all other evaluations of these images."""
 
     evaluation: LoggedEvaluation
-    """This evaluation of the test images, as recorded in the test-set log."""
+    """Entry of the final's evaluation in the test-set log."""
     evaluations: tuple[LoggedEvaluation, ...]
-    """All known evaluations of any of these test images, this one included, in the order of time."""
+    """All known evaluations of any of these test images, including this one, in chronological order."""
     n_evaluations_before: int
     """Number of evaluations before the study began."""
     n_trials_after: int
-    """Number of trials of the study that began after its first evaluation of these images."""
+    """Number of trials that began after the study's first evaluation of these images."""
 
 
 def history_of(record: StudyRecord, evaluation: LoggedEvaluation) -> dict[str, Any]:
-    """Return the fields of `EvaluationHistory` of an evaluation by a study."""
+    """Return the fields of `EvaluationHistory` for an evaluation by a study."""
     began = [trial.began_at for trial in record.trials()]
     evaluations = test_set_log.evaluations_of(record.paths.project, evaluation)
     first = test_set_log.first_evaluation_of(evaluations, record.name, began[0]) or evaluation

@@ -1,4 +1,4 @@
-"""Format names, numbers, durations and times for people. Everything that is shown goes through here."""
+"""Format names, numbers, durations and times for the terminal and the report."""
 
 import datetime as dt
 from typing import TYPE_CHECKING, Any
@@ -16,32 +16,32 @@ SCORES = {
     "sensitivity": "Sensitivity",
     "specificity": "Specificity",
 }
-"""Name of every score, in the order of tables."""
+"""Display name of each score, in the order of the rows of tables."""
 
 
 def count(n: int, noun: str) -> str:
-    """Return `1 fold`, `5 folds`."""
+    """Return a number with its noun: `1 fold`, `5 folds`."""
     return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
 def interval(value: "Interval | Paired", *, signed: bool = False) -> str:
-    """Return `0.8503 [0.8401, 0.8605]`."""
+    """Format a mean or difference with its interval: `0.8503 [0.8401, 0.8605]`."""
     mean = value.mean if hasattr(value, "mean") else value.difference
     return f"{number(mean, signed=signed)} {bounds(value, signed=signed)}"
 
 
 def bounds(value: "Interval | Paired", *, signed: bool = False) -> str:
-    """Return `[0.8401, 0.8605]`."""
+    """Format the bounds of an interval: `[0.8401, 0.8605]`."""
     return f"[{number(value.low, signed=signed)}, {number(value.high, signed=signed)}]"
 
 
 def number(value: float, *, signed: bool = False) -> str:
-    """Return `0.8503`, or `+0.0123`; the minus sign is typographic, because it is as wide as a plus sign."""
+    """Format a score: `0.8503`, or `+0.0123` if `signed`. The minus sign is typographic (as wide as a plus sign)."""
     return (f"{value:+.4f}" if signed else f"{value:.4f}").replace("-", "\N{MINUS SIGN}")
 
 
 def duration(seconds: float) -> str:
-    """Return `45 s`, `12 min`, `3 h 20 min`, `2 days 4 h`."""
+    """Format a duration: `45 s`, `12 min`, `3 h 20 min`, `2 days 4 h`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -55,12 +55,12 @@ def duration(seconds: float) -> str:
 
 
 def timestamp(seconds: float) -> str:
-    """Return a Unix time as `2026-01-31 12:00 UTC`."""
+    """Format a Unix time in seconds: `2026-01-31 12:00 UTC`."""
     return dt.datetime.fromtimestamp(seconds, dt.UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def setting(value: Any) -> str:
-    """Return a setting's value with three digits, and pairs as `256x192`."""
+    """Format the value of a setting: floats with three significant digits, pairs as `256x192`."""
     if isinstance(value, float):
         return f"{value:.3g}"
     if isinstance(value, tuple | list):
@@ -69,7 +69,7 @@ def setting(value: Any) -> str:
 
 
 def dimension(searched: Choice | Range) -> str:
-    """Return the searched values of a setting: `2 to 4`, `0.001 to 0.3, logarithmic`, `rgb, grayscale`."""
+    """Format the search range of a setting: `2 to 4`, `0.001 to 0.3, logarithmic`, `rgb, grayscale`."""
     if isinstance(searched, Choice):
         return ", ".join(setting(value) for value in searched.values)
     text = f"{setting(searched.low)} to {setting(searched.high)}"

@@ -1,4 +1,4 @@
-"""Write the report of a study, one HTML file that loads nothing and its figures, and the cards of its models."""
+"""Write the report of a study (a self-contained HTML file and figure files), and the model cards of its finals."""
 
 import base64
 import html
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 
 def write_report(record: StudyRecord) -> Path:
-    """Write report.html and figures/ of a study in its present state, and return the path of the page.
+    """Write report.html and figures/ for the present state of a study, and return the path of the page.
 
-    Raises RecordError if the study's folder is damaged or holds no folds yet, StorageError if the disk refuses.
+    Raises RecordError if the study's folder is damaged or has no folds yet, and StorageError if a file cannot be
+    written.
     """
     # Matplotlib takes half a second to import.
     from hpsearch.report.figures import to_bytes
@@ -44,15 +45,16 @@ def write_report(record: StudyRecord) -> Path:
 
 
 def render(rows: StudyRows, pictures: Mapping[str, Mapping[str, Any]], *, gap: str = "") -> str:
-    """Return the whole page. Figures that are not among the pictures are left out.
+    """Return the HTML of the report. Figures that are missing in `pictures` are left out.
 
-    pictures: by name, `url` and size in CSS pixels. gap: the sentence on overfitting.
+    pictures: for each figure name, a mapping with `url`, and `width` and `height` in CSS pixels. gap: the sentence
+    about overfitting (see `text.gap`).
     """
     return text.render("report.html.jinja", rows=rows, pictures=pictures, gap=gap, text=text, tables=tables)
 
 
 def model_card(record: StudyRecord, name: str) -> str:
-    """Return the card, in Markdown, of the final of that name (`trial-0007`), whose result must be on record.
+    """Return the model card of a finished final as Markdown. `name` is the folder of the final, like `trial-0007`.
 
     Raises RecordError if the study's folder is damaged.
     """
@@ -62,14 +64,14 @@ def model_card(record: StudyRecord, name: str) -> str:
 
 
 def render_card(rows: StudyRows, final: FinalRow, config: StudyConfig) -> str:
-    """Return the card of a final with its configuration."""
+    """Render the model card of a final as Markdown. `config` is the configuration of its trial."""
     return text.render(
         "card.md.jinja",
         rows=rows,
         final=final,
         config=config,
         name=_literal(rows.name),
-        # Only the folder's own name: where it lies is private.
+        # Use only the folder's name, because the full path may be private.
         dataset=_literal(Path(config.data.images or config.data.root).name),
         n_parameters=n_parameters(config.unet, config.data.n_channels),
         table=tables.final_scores(rows, final),
@@ -77,12 +79,12 @@ def render_card(rows: StudyRows, final: FinalRow, config: StudyConfig) -> str:
 
 
 def _literal(name: str) -> str:
-    """Escape everything that Markdown would interpret."""
+    """Escape characters with a meaning in HTML, Markdown code and Markdown tables."""
     return html.escape(name).replace("`", "'").replace("|", "/").replace("\n", " ")
 
 
 def _draw(record: StudyRecord, rows: StudyRows, fits: Sequence[Sequence[EpochRow]]) -> Iterator[tuple[str, "Figure"]]:
-    """Yield (name, figure) of every figure that there are data for."""
+    """Yield (name, figure) for every figure whose data exist."""
     from hpsearch.report import figures, study_figures
 
     metric, winner, dimensions = rows.metric, rows.winner, dict(rows.config.search)
@@ -103,7 +105,7 @@ def _draw(record: StudyRecord, rows: StudyRows, fits: Sequence[Sequence[EpochRow
     try:
         cases = trial_cases(record, best)
     except CacheError:
-        # People may remove the decoded images to save space.
+        # Users may delete the image cache to save space.
         cases = []
     if cases:
         yield "cases", figures.draw_panels(cases, metric=metric, title=f"{title}: held-out images")

@@ -1,4 +1,4 @@
-"""Read from the record what the report of a study shows, as typed rows. Knows no drawing and no HTML."""
+"""Read the content of a study's report from the record as typed rows. Contains no drawing and no HTML."""
 
 import csv
 from collections.abc import Sequence
@@ -26,36 +26,36 @@ from hpsearch.typed_json import from_json
 from hpsearch.workers.plan import ExecutionPlan, predicted_bytes
 
 N_TEST = 600
-"""Assumed number of test images before a test set was scored: as many as ISIC-2017 has."""
+"""Number of test images that predictions assume before a final exists: the size of the ISIC-2017 test set."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialRow:
-    """One trial: params, result and cost."""
+    """Params, result and cost of a trial."""
 
     number: int
     outcome: Outcome | Literal["open"]
     params: dict[str, Any]
-    """Every searched setting."""
+    """Value of each searched setting."""
     value: float | None
-    """Mean if complete, estimate if pruned."""
+    """Mean score of a complete trial, or estimate of a pruned one; None if there is neither."""
     statistics: TrialStatistics | None
-    """Statistics of complete trials, over both fits if replicated."""
+    """Statistics of a complete trial, over both fits if it was replicated; None for other trials."""
     epochs: tuple[int, ...]
-    """Number of finished epochs, by fold."""
+    """Number of finished epochs of each fold."""
     n_epochs: int
     """Number of epochs of a complete fit."""
     seconds: float
     """Time spent on training and evaluation so far."""
     memory_bytes: int | None
-    """Predicted peak of a training step; None for an impossible network, or without a plan."""
+    """Predicted peak memory of a training step; None if the network is impossible or there is no plan."""
     n_parameters: int | None
-    """None for an impossible network."""
+    """Number of parameters of the network; None if the network is impossible."""
     reason: str
 
     @property
     def whole_s(self) -> float:
-        """Extrapolated seconds of all folds; 0 before the first epoch."""
+        """Extrapolated time to train all folds, in seconds; 0 before the first epoch."""
         return self.seconds / (sum(self.epochs) or 1) * self.n_epochs * len(self.epochs)
 
 
@@ -66,62 +66,65 @@ class Winner:
     number: int
     statistics: TrialStatistics
     corrected: Corrected
-    """Its mean, corrected for selection bias; `trial` is a row of the complete trials, not a number."""
+    """Mean score, corrected for selection bias. Its field `trial` is an index into the complete trials."""
     predicted: Interval
-    """Mean on `n_predicted` new images after retraining, with a 95 % prediction interval."""
+    """Predicted mean on `n_predicted` new images after retraining, with a 95 % prediction interval."""
     n_predicted: int
+    """Number of images that the prediction is for."""
     is_default: bool
-    """Whether it has the default configuration: trial 0, or a copy of it."""
+    """Whether the winner has the default configuration, that is, it is trial 0 or a copy of it."""
     gain: Paired | None
-    """Gain over trial 0; None if it is trial 0, or trial 0 is not complete."""
+    """Gain over trial 0, corrected for selection; None if the winner is trial 0, or if trial 0 is not complete."""
     tied: tuple[int, ...]
-    """Numbers of the trials that cannot be distinguished from the best, including it, best first."""
+    """Numbers of the trials that cannot be distinguished from the best, best first. Includes the winner."""
     cheapest: int
-    """The tied trial whose cross-validation took the least time."""
+    """Number of the tied trial whose cross-validation took the least time."""
     scores: Floats
-    """Out-of-fold score of every held-out image."""
+    """Out-of-fold score of each held-out image."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FinalRow(FinalRecord, EvaluationHistory):
-    """One final of a study as the report shows it."""
+    """Result of a final, with the data that the report adds."""
 
     name: str
+    """Name of the final's folder, like `trial-0007`."""
     cv_scores: dict[str, Interval]
-    """Out-of-fold score by name: mean over images with its 95 % interval over images."""
+    """Out-of-fold scores by name: means over images with 95 % intervals over images."""
     scores: Floats
-    """The study's metric on every test image, mean over the networks."""
+    """Score of each test image in the study's metric, averaged over the retrained networks."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StudyRows:
-    """Everything that the report of a study shows."""
+    """Content of the report of a study."""
 
     name: str
     config: StudyConfig
     n_folds: int
     n_images: int
-    """Images that were held out once."""
+    """Number of images that are held out in one of the folds."""
     is_running: bool
     updated_at: float
-    """Unix time at which the last trial ended, or began if it is open; 0 before the first."""
+    """Unix time of the latest end of a trial or final, or of the latest start of an open trial; 0 without trials."""
     n_counted: int
-    """Trials that count toward `study.trials`."""
+    """Number of trials that count toward `study.trials`."""
     trials: tuple[TrialRow, ...]
     standing: Standing
-    """The ranking of the trials that can win, and the values by which they are ranked."""
+    """Ranking of the trials that can win, and the values by which they are ranked."""
     winner: Winner | None
-    """None while no trial is complete."""
+    """The best complete trial; None if no trial is complete."""
     importances: dict[str, float]
+    """Share of the variance between trials that each searched setting explains."""
     finals: tuple[FinalRow, ...]
-    """In the order in which they ended."""
+    """Finals in the order in which they ended."""
     data_key: str
     folds: str
     """Method and digest of the folds."""
     machine: dict[str, str]
-    """Device, precision, threads and versions."""
+    """Device, precision, threads and versions of the study's plan."""
     warnings: tuple[str, ...] = ()
-    """Sentences about trials whose network predicts one class only, with the likely causes."""
+    """Warnings about trials whose network predicts only one class, with the likely causes."""
 
     @property
     def metric(self) -> str:
@@ -133,12 +136,12 @@ class StudyRows:
 
     @property
     def is_sample(self) -> bool:
-        """Whether the images are the built-in drawings."""
+        """Whether the study uses the built-in synthetic dataset."""
         return self.config.data.root == "sample" and not self.config.data.images
 
     @property
     def complete(self) -> tuple[TrialRow, ...]:
-        """The trials that can win, best first."""
+        """Rows of the trials that can win, best first."""
         return tuple(self.trial(number) for number in self.standing.ranking)
 
     def trial(self, number: int) -> TrialRow:
@@ -146,14 +149,14 @@ class StudyRows:
 
     @property
     def winner_final(self) -> FinalRow | None:
-        """The last final of the winner."""
+        """Latest final of the winner; None if there is none."""
         return next((final for final in reversed(self.finals) if final.trial == self.standing.winner), None)
 
 
 def study_rows(record: StudyRecord) -> StudyRows:
-    """Return the rows of a study in its present state, also while it runs.
+    """Read the content of the report for the present state of a study, which may be running.
 
-    Raises RecordError if the folder is damaged, or if the study has no folds yet.
+    Raises RecordError if the study's folder is damaged or has no folds yet.
     """
     trials, estimates = record.trials(), Estimates.of(record)
     finals = [_final_row(record, name, estimates) for name in record.paths.final_names()]
@@ -223,7 +226,7 @@ def _final_row(record: StudyRecord, name: str, estimates: Estimates | None) -> F
     number, n_runs = result.trial, max(1, result.n_seeds)
     kinds = (False, True) if number in record.confirmed() else (False,)
     scores = scores_by_fold([record.fits(number, replicate=replicate) for replicate in kinds])
-    # The trials may have gone on since the final.
+    # The search may have continued after the final, so compute the prediction again.
     predicted = estimates.predicted(number, n_test=result.n_test, n_runs=n_runs) if estimates else None
     return FinalRow(
         **(vars(result) | {"predicted": predicted}),
@@ -235,7 +238,11 @@ def _final_row(record: StudyRecord, name: str, estimates: Estimates | None) -> F
 
 
 def _evaluation_of(record: StudyRecord, result: FinalRecord) -> log.LoggedEvaluation:
-    """Return a final's entry in the test-set log. Version 0.1 did not record which entry it is."""
+    """Return the test-set log entry of a final.
+
+    Version 0.1 did not store the id of the entry, so look for an entry of the same test set and configuration. If
+    there is none, return an entry made from the result.
+    """
     project = record.paths.project
     if (found := log.find_evaluation(project, result.look)) is not None:
         return found

@@ -1,4 +1,4 @@
-"""Draw the figures of a whole study from its rows. They have no titles, because the report captions them."""
+"""Draw the figures of a study from its rows. They have no titles, because the report adds captions."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,21 +23,21 @@ OUTCOMES = {
     "orphaned": "#8C6D5A",
     "open": "#3A8FC2",
 }
-"""Colour of every outcome, with a contrast of at least 3 to 1 against white, so that thin marks are visible."""
+"""Colour of each outcome. The contrast with white is at least 3 to 1, so that thin marks are visible."""
 COSTS: dict[str, Callable[[TrialRow], float | None]] = {
     "seconds of cross-validation": lambda trial: trial.seconds,
     "memory of a training step, MiB (predicted)": lambda trial: (trial.memory_bytes or 0) / 2**20,
     "parameters of the network": lambda trial: trial.n_parameters,
 }
-"""What a trial costs, by the name of the axis; None or 0 if that is unknown."""
+"""Costs of a trial: axis label to a function that returns the cost, or None or 0 if it is unknown."""
 MIN_PLACES = 8
-"""Smallest number of trials that the axis of the race has room for."""
+"""Minimum width of the x axis of the race figure, in trials."""
 MAX_RANKED = 25
-"""Largest number of trials in the figure of the ranking; the table has all."""
+"""Maximum number of trials in the ranking figure. The ranking table has all trials."""
 
 
 def draw_answer(estimates: Sequence[tuple[str, Interval]], *, metric: str) -> Figure:
-    """Draw a line for each estimate, (name, mean and interval), the first at the top."""
+    """Draw one row per estimate (name, interval) with its mean and 95 % interval, the first at the top."""
     figure, axis = _bars([name for name, _ in estimates], 0.42, NAMES[metric])
     for row, ((_, interval), color) in enumerate(zip(estimates, (PALE, TRAIN, RIGHT, HELD_OUT), strict=False)):
         axis.plot([interval.low, interval.high], [row, row], color=color, lw=5, alpha=0.4, solid_capstyle="butt")
@@ -48,7 +48,10 @@ def draw_answer(estimates: Sequence[tuple[str, Interval]], *, metric: str) -> Fi
 
 
 def draw_ranking(complete: Sequence[TrialRow], tied: Sequence[int], cheapest: int, *, metric: str) -> Figure:
-    """Draw mean and 95 % interval of the best complete trials, best first; those tied with the best are in colour."""
+    """Draw the mean and 95 % interval of the best complete trials, best first.
+
+    Trials that are tied with the best are coloured. At most MAX_RANKED trials are drawn.
+    """
     rows = complete[:MAX_RANKED]
     names = [f"trial {trial.number}" for trial in rows]
     figure, axis = _bars(names, 0.26, f"{NAMES[metric]}, out of fold, with 95 % interval")
@@ -58,7 +61,7 @@ def draw_ranking(complete: Sequence[TrialRow], tied: Sequence[int], cheapest: in
     for row, (trial, interval) in enumerate(zip(rows, intervals, strict=True)):
         color, group = (TRAIN, "tied with the best") if trial.number in tied else (PALE, "worse than the best")
         marker, group = ("D", "tied with the best, cheapest") if trial.number == cheapest else ("o", group)
-        # A collapsed trial is at the left end of the axis; the table has its mean.
+        # A trial whose training collapsed is drawn at the left end of the axis. The table shows its mean.
         marker = "<" if interval.mean < left else marker
         looks: dict[str, Any] = {"color": color, "lw": 1.6, "marker": marker, "markevery": [1], "label": group}
         axis.plot(np.maximum([interval.low, interval.mean, interval.high], left), [row] * 3, **looks)
@@ -67,9 +70,10 @@ def draw_ranking(complete: Sequence[TrialRow], tied: Sequence[int], cheapest: in
 
 
 def draw_race(trials: Sequence[TrialRow], ranking: Sequence[int], n_folds: int, *, metric: str) -> Figure:
-    """Draw every trial's mean or estimate with the best mean so far above, and its number of trained folds below.
+    """Draw the scores of all trials over their numbers, and the number of trained folds below.
 
-    ranking: numbers of the trials that can win, best first.
+    The upper axes show the mean or estimate of each trial, and the best mean so far. `ranking` contains the numbers
+    of the trials that can win, best first.
     """
     figure, ((above,), (below,)) = new_figure(11.0, 5.6, 2, sharex=True, height_ratios=[3, 2])
     above.set_ylabel(NAMES[metric])
@@ -91,14 +95,14 @@ def draw_race(trials: Sequence[TrialRow], ranking: Sequence[int], n_folds: int, 
     below.set_ylim(0, n_folds * 1.04)
     below.locator_params(integer=True, min_n_ticks=1)
     first, last = trials[0].number, trials[-1].number
-    # The bars of a few trials would otherwise fill the figure.
+    # Without a minimum width, the bars of only a few trials would fill the figure.
     below.set_xlim(first - 0.6, max(last, first + MIN_PLACES - 1) + 0.6)
     legend_below(figure)
     return figure
 
 
 def draw_importances(importances: Mapping[str, float]) -> Figure:
-    """Draw the share of the variance that each setting explains, the largest at the top."""
+    """Draw the share of the variance between trials that each setting explains, in the order of `importances`."""
     figure, axis = _bars(list(importances), 0.34, "share of the variance between trials")
     bars = axis.barh(range(len(importances)), list(importances.values()), height=0.62, color=TRAIN, lw=0)
     axis.bar_label(bars, [f"{share:.0%}" for share in importances.values()], padding=6, size=9)
@@ -109,7 +113,10 @@ def draw_importances(importances: Mapping[str, float]) -> Figure:
 def draw_slices(
     trials: Sequence[TrialRow], dimensions: Mapping[str, Choice | Range], best: int, *, metric: str
 ) -> Figure:
-    """Draw a panel for each setting: every mean or estimate by the value of the setting; a ring marks the best."""
+    """Draw one panel per searched setting: the mean or estimate of each trial over the value of the setting.
+
+    A ring marks the trial `best`.
+    """
     n_columns = min(3, len(dimensions))
     n_rows = -(-len(dimensions) // n_columns)
     figure, axes = new_figure(11.0, 0.5 + 2.8 * n_rows, n_rows, n_columns, sharey=True)
@@ -138,7 +145,7 @@ def draw_slices(
 
 
 def draw_costs(complete: Sequence[TrialRow], best: int, *, metric: str) -> Figure:
-    """Draw means by time, memory and size of the network, with the Pareto front of each."""
+    """Draw the mean of each complete trial over its time, memory and number of parameters, with the Pareto fronts."""
     figure, axes = new_figure(11.0, 3.9, 1, 3, sharey=True)
     axes[0, 0].set_ylabel(NAMES[metric])
     for axis, (name, cost_of) in zip(axes.flat, COSTS.items(), strict=True):
@@ -160,7 +167,7 @@ def draw_costs(complete: Sequence[TrialRow], best: int, *, metric: str) -> Figur
 
 
 def draw_distribution(groups: Sequence[tuple[str, Floats]], *, metric: str) -> Figure:
-    """Draw the share of images by score for each group, (name, scores), in bins of 0.05."""
+    """Draw a histogram of the image scores of each group (name, scores), in bins of 0.05, with the mean."""
     figure, ((axis,),) = new_figure(9.0, 3.4)
     for (name, scores), color in zip(groups, (TRAIN, HELD_OUT), strict=False):
         shares = np.full(len(scores), 1 / len(scores))
@@ -177,7 +184,7 @@ def draw_distribution(groups: Sequence[tuple[str, Floats]], *, metric: str) -> F
 
 
 def pareto_front(costs: Sequence[float], values: Sequence[float]) -> list[int]:
-    """Return the indices of the Pareto-optimal points, cheapest first; of equal points the first."""
+    """Return the indices of the Pareto-optimal points, cheapest first. Only the first of equal points is included."""
     front: list[int] = []
     for index in sorted(range(len(costs)), key=lambda i: (costs[i], -values[i], i)):
         if not front or values[index] > values[front[-1]]:
@@ -186,7 +193,7 @@ def pareto_front(costs: Sequence[float], values: Sequence[float]) -> list[int]:
 
 
 def floor_of(values: Sequence[float]) -> float:
-    """Return the lowest value that a plot shows, so that a few collapsed trials do not flatten all others."""
+    """Return the lower limit of the scores in a plot, so that a few very low scores do not compress all others."""
     if not values:
         return 0.0
     low, upper, high = min(values), float(np.quantile(values, 0.75)), max(values)
@@ -194,7 +201,7 @@ def floor_of(values: Sequence[float]) -> float:
 
 
 def _bars(names: Sequence[str], inches: float, x_label: str) -> tuple[Figure, Axes]:
-    """Return a figure with a named row of that height for each name, the first at the top."""
+    """Return a figure and its axes with one labelled row per name, the first at the top. Rows are `inches` high."""
     figure, ((axis,),) = new_figure(9.0, 0.9 + inches * len(names))
     axis.set_yticks(range(len(names)), names)
     axis.set_ylim(len(names) - 0.4, -0.6)
@@ -206,9 +213,9 @@ def _bars(names: Sequence[str], inches: float, x_label: str) -> tuple[Figure, Ax
 
 
 def _draw_points(axis: Axes, trials: Sequence[tuple[float, TrialRow]], best: int | None = None) -> dict[int, float]:
-    """Draw each trial that has a mean or an estimate, (x, trial), and return their heights by number.
+    """Draw the mean or estimate of each trial in the pairs (x, trial), and return the drawn y value by trial number.
 
-    A value below the floor of all values is a triangle on the floor. A ring marks the best trial.
+    A value below the lower limit (`floor_of`) is drawn as a triangle at this limit. A ring marks the trial `best`.
     """
     values = {trial.number: trial.value for _, trial in trials if trial.value is not None}
     floor = floor_of(list(values.values()))

@@ -1,4 +1,4 @@
-"""Build the tables of a study: the estimates, the ranking of its trials, the scores of a final."""
+"""Build the tables of a report: the estimates, the ranking of the trials and the scores of a final."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,27 +15,27 @@ PUBLISHED: dict[str, Sequence[str]] = {
     "sensitivity": ("0.825", "", ""),
     "specificity": ("0.975", "", ""),
 }
-"""First, second and third place of the ISIC-2017 Part 1 challenge."""
+"""Published scores of the first, second and third place of ISIC-2017 Part 1; empty if a score was not published."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of texts. The first cell of a line is its heading."""
+    """A table of text cells. The first cell of each line is its heading."""
 
     head: Sequence[str]
     lines: Sequence[Sequence[str]]
     shaded: Sequence[bool] = ()
-    """Whether a line is highlighted; empty if none is."""
+    """Whether each line is highlighted; empty if no line is."""
 
     @property
     def is_numeric(self) -> list[bool]:
-        """Whether each column holds numbers only, which are aligned to the right."""
+        """Whether each column contains only numbers, so that it is aligned to the right."""
         letters = "+-[], 0123456789.kMGexinhs\N{MINUS SIGN}"
         return [not any(cell.strip(letters) for cell in column) for column in zip(*self.lines, strict=True)]
 
 
 def estimates(rows: StudyRows) -> list[tuple[str, Interval]]:
-    """Return (name, interval) of everything that is known about the winner's score."""
+    """Return (name, interval) pairs of the winner: plain mean, corrected mean, prediction and test result, if any."""
     winner, final = rows.winner, rows.winner_final
     assert winner is not None
     predicted = final.predicted if final is not None and final.predicted is not None else winner.predicted
@@ -48,7 +48,7 @@ def estimates(rows: StudyRows) -> list[tuple[str, Interval]]:
 
 
 def _place(row: TrialRow, rows: StudyRows) -> str:
-    """Return `best`, `tied, cheapest`, `tied, two fits`."""
+    """Return the labels of a trial in the ranking, for example `best` or `tied, cheapest`."""
     winner = rows.winner
     assert winner is not None
     labels = {
@@ -69,11 +69,14 @@ COLUMNS: dict[str, Callable[[Any, StudyRows], str]] = {
     "over folds (t)": lambda row, _: bounds(row.statistics.folds) if row.statistics.folds else "",
     "time": lambda row, _: duration(row.seconds),
 }
-"""The columns of the ranking, heading to a function that returns a trial's cell. The searched settings follow."""
+"""Columns of the ranking: heading to a function that returns a trial's cell. The searched settings come after."""
 
 
 def ranking(rows: StudyRows) -> Table:
-    """Return all complete trials, best first, with `COLUMNS` and settings; those tied with the best are shaded."""
+    """Return the table of all complete trials, best first. Trials that are tied with the best are shaded.
+
+    Its columns are `COLUMNS` and the searched settings.
+    """
     assert rows.winner is not None
     names = list(rows.config.search)
     head = (*COLUMNS, *(name.partition(".")[2].replace("_", " ") for name in names))
@@ -85,7 +88,7 @@ def ranking(rows: StudyRows) -> Table:
 
 
 def final_scores(rows: StudyRows, final: FinalRow, *, with_published: bool = False) -> Table:
-    """Return every score out of fold and on the test images, optionally beside the published results."""
+    """Return the table of out-of-fold and test scores of a final, optionally with the published results."""
     ensemble = final.ensemble
     columns: dict[str, Mapping[str, Interval]] = {
         f"cross-validation, {rows.n_images} images": final.cv_scores,

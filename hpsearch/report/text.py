@@ -1,4 +1,4 @@
-"""Describe a study in sentences, and render the templates of the report: the page, the model card, paragraphs."""
+"""Describe a study in sentences, and render the templates of the report page, the model card and paragraphs."""
 
 import json
 import shlex
@@ -21,16 +21,20 @@ from hpsearch.training.rows import EpochRow
 
 
 def render(template: str, **values: Any) -> str:
-    """Return a rendered template. Values in HTML are escaped."""
+    """Render a template of `hpsearch.report`. Values are escaped in HTML templates."""
     return _TEMPLATES.get_template(template).render(**values)
 
 
 def paragraphs(template: str, **values: Any) -> list[str]:
-    """Return the paragraphs of a rendered text, which empty lines separate.
+    """Render a text template and return its paragraphs, which are separated by empty lines.
 
-    answer: about the best configuration of `rows`. race: what pruning saved. methods: for the methods section of a
-    paper. final: about the result `final`; the first one compares it with its prediction, the others are about the
-    post-processing, the ensemble, earlier evaluations, and duplicates; `metric` and `winner` are those of the search.
+    The templates are:
+
+    - answer: the best configuration of `rows`.
+    - race: the time that pruning saved.
+    - methods: text for the methods section of a paper.
+    - final: the result `final`. The first paragraph compares it with its prediction. The others describe the
+      post-processing, the ensemble, earlier evaluations and duplicates. `metric` and `winner` come from the search.
     """
     blocks = render(f"{template}.txt.jinja", **values).split("\n\n")
     return [" ".join(block.split()) for block in blocks if block.strip()]
@@ -50,7 +54,7 @@ _TEMPLATES.globals["formats"] = formats
 
 
 def progress(rows: StudyRows) -> str:
-    """Return how far the study is: `12 of 50 trials: 5 complete, 7 pruned`."""
+    """Return the progress of a study: `12 of 50 trials: 5 complete, 7 pruned`."""
     outcomes = Counter(row.outcome for row in rows.trials)
     counts = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.most_common())
     text = f"{rows.n_counted} of {count(rows.config.study.trials, 'trial')}"
@@ -58,7 +62,10 @@ def progress(rows: StudyRows) -> str:
 
 
 def gap(fits: Sequence[Sequence[EpochRow]], metric: str) -> str:
-    """Return how much higher training scores than held-out images at half time and at the end; empty if unknown."""
+    """Describe the gap between training and held-out scores after the last epoch and after half of the epochs.
+
+    Return an empty text if no epoch has held-out scores.
+    """
     rows = [row for rows in fits for row in rows if row.held_out is not None]
     if not rows:
         return ""
@@ -74,7 +81,10 @@ def gap(fits: Sequence[Sequence[EpochRow]], metric: str) -> str:
 
 
 def commands(rows: StudyRows) -> list[tuple[str, str]]:
-    """Return (command, purpose) pairs that repeat the study; NAME.toml holds the settings shown on the page."""
+    """Return the commands that repeat the study as (command, purpose) pairs.
+
+    They read the file NAME.toml, which must contain the settings shown on the page.
+    """
     toml = shlex.quote(f"{rows.name}.toml")
     result = [(command_line(f"study --config {toml}", rows.name), "the search")]
     for final in rows.finals:

@@ -1,4 +1,4 @@
-"""Read from the record what the figures of one trial show: its epochs and example images. Knows no drawing."""
+"""Read the data for the figures of a trial from its record: epochs, scores and example images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,49 +17,49 @@ from hpsearch.training.metrics import SCORES, PixelCounts
 from hpsearch.training.rows import EpochRow
 
 CURVES = ("loss", "dice", "jaccard", "accuracy")
-"""Scores of every epoch, on training and on held-out images."""
+"""Names of the scores that are drawn over the epochs, on training and held-out images."""
 Rank = Literal["best", "median", "worst"]
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One image that the network had not seen, with its prediction."""
+    """A held-out or test image with its mask and prediction."""
 
     rank: Rank
     image_id: str
     score: float
     image: npt.NDArray[np.uint8]
-    """(H, W, 3)."""
+    """RGB image, (H, W, 3)."""
     mask: npt.NDArray[np.bool_]
     """Ground truth, (H, W)."""
     pred: npt.NDArray[np.bool_]
-    """(H, W)."""
+    """Predicted mask, (H, W)."""
 
 
 def trial_epochs(record: StudyRecord, number: int) -> list[list[EpochRow]]:
-    """Return the epochs of every fold of a trial, finished or not."""
+    """Return the epoch rows of every fold of a trial, including unfinished folds."""
     return [fit.epochs() for fit in record.fits(number)]
 
 
 def image_scores(counts: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[np.float64]]:
-    """Return every score of every image by name, each (n,). `counts` has the columns tp, fp, fn, tn: (n, 4)."""
+    """Compute the scores of each image, by score name, each (n,). `counts` is (n, 4), with columns tp, fp, fn, tn."""
     columns = PixelCounts.from_columns(counts)
     return {name: np.asarray(score(columns), np.float64) for name, score in SCORES.items()}
 
 
 def scores_by_fold(fits: Sequence[Sequence[FitRecord]]) -> dict[str, list[npt.NDArray[np.float64]]]:
-    """Return every score of the held-out images of each fold by name, averaged over the fits of the fold.
+    """Return the scores of the held-out images: score name to one array per fold, averaged over the fits of the fold.
 
-    fits: the folds of the first fits, followed by those of the refits, if any.
+    fits: the first fits of all folds, and optionally the refits of all folds.
     """
     tables = [[image_scores(fit.counts()) for fit in of_fold] for of_fold in zip(*fits, strict=True)]
     return {name: [np.mean([each[name] for each in of_fold], axis=0) for of_fold in tables] for name in SCORES}
 
 
 def trial_cases(record: StudyRecord, number: int, *, n_each: int = 2) -> list[Case]:
-    """Return the best, median and worst held-out images among the examples that a trial's finished folds kept.
+    """Return the best, median and worst of the example images that were stored for a trial's finished folds.
 
-    Empty if there are none. Raises CacheError if the decoded images are gone or damaged.
+    Return an empty list if there are no examples. Raises CacheError if the image cache is missing or damaged.
     """
     fits = [record.fit(number, fold) for fold in record.finished_folds(number)]
     scores = record.out_of_fold(number)
@@ -67,17 +67,17 @@ def trial_cases(record: StudyRecord, number: int, *, n_each: int = 2) -> list[Ca
 
 
 def final_cases(record: StudyRecord, final: FinalPaths, test_key: str) -> list[Case]:
-    """Return the best, median and worst test images of the first retrained network."""
+    """Return the best, median and worst of the test images stored as examples for the first retrained network."""
     return _cases([FitRecord(final.seed(0))], None, cached(record, test_key))
 
 
 def cached(record: StudyRecord, key: str) -> Cache:
-    """Open the cache of decoded images with that key. Raises CacheError if it is gone or damaged."""
+    """Open the image cache with the given key. Raises CacheError if it is missing or damaged."""
     settings = record.config.data
     root = Path(settings.cache_dir) if settings.cache_dir else record.paths.project.cache
     for folder in sorted(root.glob(f"{key}-*")):
         index = Index.read(folder)
-        # A cache in memory would decode the whole pool for a few images.
+        # A cache of kind "memory" would decode the whole pool, but only a few images are needed.
         return Cache(folder, replace(index, kind="none") if index.kind == "memory" else index)
     raise CacheError(f"{root} no longer holds the decoded images {key}")
 
@@ -85,9 +85,9 @@ def cached(record: StudyRecord, key: str) -> Cache:
 def _cases(
     fits: Sequence[FitRecord], all_scores: npt.NDArray[np.float64] | None, cache: Cache, n_each: int = 2
 ) -> list[Case]:
-    """Return `n_each` cases of each rank, or fewer if there are too few examples; no image twice.
+    """Return `n_each` cases of each rank, or fewer if there are too few examples. No image occurs twice.
 
-    The median is that of `all_scores`, by default of the examples.
+    The median cases are closest to the median of `all_scores`, which defaults to the scores of the examples.
     """
     tables = [_read_examples(fit) for fit in fits if fit.paths.examples.is_file()]
     if not tables:
@@ -103,7 +103,7 @@ def _cases(
             chosen[first] = rank
     in_order = sorted(chosen, key=lambda i: (get_args(Rank).index(chosen[i]), -scores[i]))
     pictures = cache.read(indices[in_order], held_out=True)
-    # If the cached images are larger, their centre is scored.
+    # If the cached images are larger than the predictions, only their centre is scored.
     height, width = probabilities.shape[1:3]
     top, left = (max(0, (pictures[0].shape[i] - probabilities.shape[i]) // 2) for i in (1, 2))
     images, masks = (each[:, top : top + height, left : left + width] for each in pictures)
@@ -118,7 +118,7 @@ def _cases(
 
 
 def _read_examples(fit: FitRecord) -> list[npt.NDArray[Any]]:
-    """Read indices (m,), scores (m,), probabilities (m, H, W) from examples.npz."""
+    """Read indices (m,), scores (m,) and probabilities (m, H, W) from examples.npz."""
     path = fit.paths.examples
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as table:

@@ -1,4 +1,4 @@
-"""MLflow: what its runs contain, how they are kept up to date, and the model that it serves."""
+"""Tracking in MLflow: the content of runs, their updates, and the registered models."""
 
 from hpsearch.tracking.mlflow_view import MlflowTracker as MlflowTracker
 from hpsearch.tracking.mlflow_view import MlflowView as MlflowView

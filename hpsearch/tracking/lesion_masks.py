@@ -1,4 +1,4 @@
-"""Entry point of the packed model of a final: MLflow runs this file to load the model."""
+"""Entry point of the packed model of a final. MLflow runs this file to load the model."""
 
 import warnings
 from pathlib import Path
@@ -11,11 +11,11 @@ from hpsearch.inference.predictor import load_predictor
 from hpsearch.tracking.mlflow_model import ARTIFACT, predict_masks
 
 with warnings.catch_warnings():
-    # MLflow warns that it does not check the items of a `list[Any]`; `predict_masks` does.
+    # MLflow warns that it does not check the items of a `list[Any]`. `predict_masks` checks them.
     warnings.filterwarnings("ignore", message=".*Any type hint")
 
     class LesionMasks(PythonModel):  # type: ignore[misc]
-        """Masks of lesions from paths or arrays."""
+        """MLflow model that predicts lesion masks from image paths or arrays."""
 
         def load_context(self, context: Any) -> None:
             self._predictor = load_predictor(Path(context.artifacts[ARTIFACT]))

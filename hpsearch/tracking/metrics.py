@@ -1,4 +1,4 @@
-"""Define the metrics of the runs in MLflow: one entry in `METRICS` is one metric."""
+"""Define the metrics of MLflow runs. Each entry in `METRICS` is one metric."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -21,21 +21,21 @@ class Point:
     value: float
     step: int
     time_ms: int
-    """Recorded Unix time in milliseconds, so that logging a point again changes nothing."""
+    """Recorded Unix time in milliseconds. It is not the time of logging, so logging a point twice has no effect."""
 
     @property
     def place(self) -> tuple[str, int, int]:
-        """Key, step and time, which identify a point within its run. MLflow shows the latest point of a step."""
+        """Key, step and time, which identify a point within its run. MLflow shows the latest point of each step."""
         return self.key, self.step, self.time_ms
 
 
 METRICS: dict[str, dict[str, str | Callable[[Any], float | None]]] = {
-    # From a row of epochs.jsonl, with the prefix of its fit: `fold0/`, or `seed0/` in a final.
+    # From a row of epochs.jsonl. The names get the prefix of the fit: `fold0/`, or `seed0/` in a final.
     "epoch": {
         **{f"train_{score}": f"train.{score}" for score in CURVES},
         **{score: f"held_out.{score}" for score in CURVES},
     },
-    # From all rows of a trial, a refit or a final.
+    # From all epoch rows of a trial, a refit or a final.
     "training": {
         "cost/seconds": lambda rows: sum(row.train_s for row in rows) + sum(row.eval_s for row in rows),
         "cost/images_per_s": lambda rows: (
@@ -43,7 +43,7 @@ METRICS: dict[str, dict[str, str | Callable[[Any], float | None]]] = {
         ),
         "cost/peak_memory_mib": lambda rows: max(row.peak_bytes for row in rows) / 2**20,
     },
-    # From the `cross_validation` of a complete trial. The last entry replaces one of the first.
+    # From the `cross_validation` of a complete trial. The last entry overrides the mean of the study's metric.
     "cross-validation": {
         **{f"cv/{score}_mean": f"mean.{score}" for score in SCORES},
         **{f"cv/{score}_std": f"std.{score}" for score in ("dice", "jaccard")},
@@ -51,7 +51,7 @@ METRICS: dict[str, dict[str, str | Callable[[Any], float | None]]] = {
     },
     # From the `cross_validation` of the first fits of a trial that was refitted.
     "first fits": {**{f"cv/{score}_first": f"mean.{score}" for score in SCORES}, "cv/{metric}_first": "value"},
-    # From the record of a trial that was not evaluated on all folds: an estimate is never logged as a mean.
+    # From the record of a trial that was not evaluated on all folds. An estimate is never logged as a mean.
     "estimate": {"cv/estimate": "value"},
     # From final.json.
     "final": {
@@ -76,15 +76,15 @@ METRICS: dict[str, dict[str, str | Callable[[Any], float | None]]] = {
         **{f"study/n_{outcome}": f"n.{outcome}" for outcome in get_args(Outcome)},
     },
 }
-"""Metrics by the kind of source that they are computed from.
+"""Metrics, grouped by the kind of source from which they are computed.
 
-Each metric has a name and either a dotted path into the source or a function of it.
-`{metric}` stands for the metric of the study. A metric that is missing in its source (None) is not logged.
+Each name is mapped to a dotted path in the source or to a function of the source. `{metric}` is replaced by the
+study's metric. A metric is not logged if its value is missing or None.
 """
 
 
 def points_of(kind: str, source: Any, at: float, metric: str = "", *, step: int = 0, prefix: str = "") -> list[Point]:
-    """Return the metrics of one kind in `METRICS`, recorded at the Unix time `at` in seconds."""
+    """Compute the metrics of one kind in `METRICS` from `source`. `at` is their Unix time in seconds."""
     values: dict[str, float] = {}
     for name, value in METRICS[kind].items():
         found = value(source) if callable(value) else _look_up(source, value.format(metric=metric))
@@ -94,16 +94,17 @@ def points_of(kind: str, source: Any, at: float, metric: str = "", *, step: int 
 
 
 def is_metric(key: str) -> bool:
-    """Return whether hpsearch writes the metric `key`; people may add their own."""
+    """Return whether the metric `key` has a name that hpsearch uses. Users may add their own metrics."""
     return re.fullmatch(r"(fold\d+|seed\d+|cv|cost|test|study)/.*", key) is not None
 
 
 def cross_validation(fits: Sequence[Sequence[FitRecord]], value: float | None) -> dict[str, Any]:
-    """Return the out-of-fold scores of one configuration: `mean` and `std` by score, and `value`.
+    """Return the out-of-fold scores of one configuration: `mean` and `std` by score name, and `value` unchanged.
 
-    fits: as in `scores_by_fold`.
-    value: the recorded mean of the study's metric, which the search used: a mean of float32 scores. The mean is over
-    all held-out images, the standard deviation over the means of the folds; a single fold has none.
+    `mean` is over all held-out images, and `std` is over the means of the folds; it is empty for a single fold.
+
+    fits: the first fits of all folds, and optionally the refits of all folds.
+    value: recorded mean of the study's metric, a mean of float32 scores. The search ranked the trial by this value.
     """
     scores = scores_by_fold(fits)
     std = {
@@ -117,7 +118,7 @@ def cross_validation(fits: Sequence[Sequence[FitRecord]], value: float | None) -
 
 
 def _look_up(source: Any, path: str) -> Any:
-    """Return the value at a dotted path of keys and attributes; None if a part of it is missing or None."""
+    """Return the value at a dotted path of keys and attributes; None if any part is missing or None."""
     for part in path.split("."):
         source = source.get(part) if isinstance(source, Mapping) else getattr(source, part, None)
         if source is None:

@@ -1,8 +1,8 @@
-"""Pack the model of a final for MLflow: a pyfunc model without pickle that turns images into masks.
+"""Pack the model of a final for MLflow as a pyfunc model without pickle, which predicts masks of images.
 
-The model contains this package and its weights (safetensors). It takes a list of images: paths, or RGB arrays
-(H, W, 3) of 8 bits per channel. It returns the masks that `hpsearch predict` writes: uint8 (H, W), 0 and 255, each of
-the size of its image.
+The model contains this package and the weights (safetensors). Its input is a list of images: paths, or RGB arrays
+(H, W, 3) with 8 bits per channel. Its output is the list of masks that `hpsearch predict` writes: uint8 (H, W) with
+the values 0 and 255, each at the size of its image.
 
     mlflow.pyfunc.load_model("models:/isic2017/1").predict(["photo.jpg"])
 """
@@ -35,21 +35,21 @@ if TYPE_CHECKING:
     from hpsearch.tracking.runs import RunContent
 
 REQUIREMENTS = ("mlflow", "torch", "torchvision", "numpy", "pandas", "pillow", "psutil", "safetensors", "tomli-w")
-"""Packages that a packed model needs, in the versions that are installed here."""
+"""Packages that a packed model requires, pinned to the versions installed at packing."""
 ARTIFACT = "weights"
-"""Name of the artifact of a packed model that is its network."""
+"""Name of the artifact with the network's weights in a packed model."""
 MODEL = "lesion_masks"
-"""Name of a packed model in its run, and of the module that is its entry point."""
+"""Name of a packed model in its run, and name of the module that is its entry point."""
 
 _NO_ID = "m-00000000000000000000000000000000"
-"""Placeholder for the id of the model, which MLflow assigns after packing."""
+"""Placeholder for the model id in a packed model. MLflow assigns the id only after packing."""
 
 
 def predict_masks(predictor: Predictor | Ensemble, images: Sequence[Any]) -> list[npt.NDArray[np.uint8]]:
     """Return the mask of each image, uint8 (H, W) with values 0 and 255.
 
-    An image is a path, or an array (H, W, 3) or (H, W) of 0 to 255. Raises DatasetError for an unreadable file and
-    for an array that is not an image.
+    Each image is a path, or an integer array (H, W, 3) or (H, W) with values from 0 to 255. Raises DatasetError for
+    an unreadable file, and for an array that is not an image.
     """
     import torch
 
@@ -66,10 +66,10 @@ def predict_masks(predictor: Predictor | Ensemble, images: Sequence[Any]) -> lis
 
 
 def pack(weights: Path, folder: Path, *, run_id: str, model_id: str) -> None:
-    """Pack a weights file into the new folder `folder`, in a process of its own.
+    """Pack a weights file into the new folder `folder`, in a separate process.
 
-    MLflow runs the model while it saves it, which needs torch; the process that tracks a study has not loaded it.
-    Raises ExportError with the last line of the process's output.
+    MLflow runs the model while saving it, which requires PyTorch. The process that tracks a study does not import
+    PyTorch. Raises ExportError with the last line of the process's error output if packing fails.
     """
     if not weights.is_file():
         raise ExportError(f"{weights} cannot be packed for MLflow: it is missing")
@@ -86,11 +86,11 @@ def pack(weights: Path, folder: Path, *, run_id: str, model_id: str) -> None:
 
 
 def register(client: Any, weights: Path, folder: Path, experiment_id: str, run_id: str, content: RunContent) -> None:
-    """Pack the model of a final's run and make it the next version of the registered model with the study's name.
+    """Pack the model of a final's run and register it as the next version of the model named after the study.
 
-    `client` is an MlflowClient, `folder` an existing temporary folder. Nothing happens if the run has a version. The
-    model is packed before the first request, and the results of a failed attempt are used again: any number of
-    attempts ends with one model, its files and one version. Raises ExportError and MLflow's own errors.
+    `client` is an MlflowClient, and `folder` is an existing temporary folder. Nothing happens if the run already has
+    a registered version. A repeated call continues after a failed one, so that any number of calls creates only one
+    model and one version. Raises ExportError, and MLflow's own errors.
     """
     from mlflow.entities import LoggedModelOutput
 
@@ -114,7 +114,7 @@ def register(client: Any, weights: Path, folder: Path, experiment_id: str, run_i
         client.create_registered_model(study, tags={"hpsearch.study": study}, description=description)
     version = client.create_model_version(
         study,
-        # Not `models:/...`, which MLflow would look up at its global address instead of this client's.
+        # MLflow would look up `models:/...` at its global tracking URI instead of the client's URI.
         model.artifact_location,
         run_id=run_id,
         tags={key: content.tags[key] for key in ("hpsearch.study", "hpsearch.final")},
@@ -126,16 +126,16 @@ def register(client: Any, weights: Path, folder: Path, experiment_id: str, run_i
 
 
 def _save(weights: Path, folder: Path, run_id: str, model_id: str) -> None:
-    """Write the MLflow model with signature and input example, for the given run id and logged-model id.
+    """Write an MLflow model with signature and input example for the given run id and logged-model id.
 
-    Like `hpsearch predict`, it uses the threshold, test-time augmentation, mask cleaning and ensemble that `final`
-    selected. The input example is a drawing, not a photograph.
+    Like `hpsearch predict`, the model uses the threshold, test-time augmentation, mask cleaning and ensemble that
+    `final` selected. The input example is synthetic, not a photograph.
     """
     import mlflow.pyfunc
     from mlflow.models import Model
 
     versions = [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in REQUIREMENTS]
-    # A dark square on skin.
+    # The example image is a dark square on a skin-coloured background.
     example = np.full((32, 32, 3), (214, 165, 140))
     example[8:24, 8:24] = (96, 60, 50)
     with warnings.catch_warnings():
@@ -155,7 +155,7 @@ def _save(weights: Path, folder: Path, run_id: str, model_id: str) -> None:
 
 
 def _artifacts(weights: Path) -> dict[str, str]:
-    """Return the network, and the ensemble beside it if `final` selected that. MLflow keeps them side by side."""
+    """Return the paths of the network and, if `final` selected it, the ensemble. MLflow copies both to one folder."""
     from hpsearch.training.checkpoint import load_weights
 
     choices = from_json(Postprocessing, load_weights(weights)[1].extra)

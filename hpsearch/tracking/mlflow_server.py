@@ -1,6 +1,6 @@
 """Find the MLflow database or server of a project and connect to it.
 
-Importing this module imports no MLflow.
+Importing this module does not import MLflow.
 """
 
 import logging
@@ -21,23 +21,23 @@ logger = logging.getLogger(__name__)
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    # MLflow would repeat a request whose answer was lost and create a second run. We look first.
+    # If a response is lost, MLflow would repeat the request and create a second run. hpsearch checks for it instead.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
 }
-"""Environment variables that are set for MLflow unless the user has set them."""
+"""Environment variables to set for MLflow unless the user has set them."""
 ADDRESSES = "runs artifact_uri", "logged_models artifact_location", "model_versions source"
-"""Tables and columns of MLflow's database with the addresses of files."""
+"""Tables and columns of MLflow's database that contain file URIs."""
 REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST")
-"""Error codes with which MLflow refuses one request."""
+"""MLflow error codes that reject a single request, while the server works."""
 
 
 class MlflowServer:
-    """Tracking server or database that the runs of a project go to."""
+    """Tracking server or database to which the runs of a project are logged."""
 
     def __init__(self, project: ProjectPaths, uri: str | None = None) -> None:
-        """Take `uri`, else MLFLOW_TRACKING_URI, else mlflow.db in the project folder, where `mlflow ui` looks for it.
+        """Use `uri`, else MLFLOW_TRACKING_URI, else mlflow.db in the project folder, which `mlflow ui` finds there.
 
-        Connects to nothing yet. Raises TrackingError for a file store, which MLflow no longer writes.
+        Does not connect yet. Raises TrackingError for a file store, which MLflow no longer supports.
         """
         self.project = ProjectPaths(project.root.absolute())
         self._uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or None
@@ -59,13 +59,13 @@ class MlflowServer:
 
     @property
     def has_data(self) -> bool:
-        """Whether anything can have been tracked: false while the project has no database."""
+        """Whether the server may contain runs. False only if the project's own database does not exist yet."""
         return self._uri is not None or self.project.mlflow_db.is_file()
 
     def connect(self, experiment: str) -> tuple[Any, str | None]:
-        """Return an MlflowClient and the address of the folder for the files of an experiment.
+        """Return an MlflowClient and the artifact URI of an experiment.
 
-        Creates the project's database if it is missing. The address is None if the server chooses the folder.
+        Creates the project's database if it is missing. The artifact URI is None if the server chooses it.
         """
         mlflow, root = import_mlflow(), (self.project.mlruns / experiment).as_uri()
         if self._uri is not None:
@@ -77,18 +77,18 @@ class MlflowServer:
 
 
 def import_mlflow() -> Any:
-    """Return the module mlflow, imported with `ENVIRONMENT`."""
+    """Import MLflow with the environment variables in `ENVIRONMENT`, and return the module."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import mlflow
 
-    # This logger prints a traceback for every error that MLflow raises, and every step of creating a database.
+    # This logger prints a traceback for every MLflow error, and a line for each step of creating a database.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     return mlflow
 
 
 def create_database(project: ProjectPaths) -> str:
-    """Create the project's MLflow database, completely or not at all, unless it exists; return its URI."""
+    """Create the project's MLflow database atomically unless it exists, and return its URI."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     path, root = project.mlflow_db, project.mlruns.as_uri()
@@ -99,13 +99,13 @@ def create_database(project: ProjectPaths) -> str:
         if not path.is_file():
             with atomic_write(path) as temporary:
                 SqlAlchemyStore(_sqlite_uri(temporary), root).engine.dispose()
-            # MLflow reuses connections within a process; those to a deleted database would lose all writes.
+            # MLflow reuses connections within a process. A connection to a deleted database would lose all writes.
             SqlAlchemyStore(uri, root).engine.dispose()
     return uri
 
 
 def is_external(error: Exception) -> bool:
-    """Return whether an error comes from MLflow, its database, the network or the disk, not from hpsearch."""
+    """Return whether an error was caused by MLflow, its database, the network or the disk, not by hpsearch."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -113,13 +113,13 @@ def is_external(error: Exception) -> bool:
 
 
 def is_outage(error: Exception) -> bool:
-    """Return whether MLflow as a whole cannot be used, so that requests for other runs would fail too."""
+    """Return whether an error means that MLflow cannot be used at all, so that requests for other runs would fail."""
     is_refusal = getattr(error, "error_code", "") in REFUSALS
     return is_external(error) and not is_refusal and not isinstance(error, OSError)
 
 
 def _sqlite_uri(path: Path) -> str:
-    """Return the SQLAlchemy URI of a file. Raises TrackingError for a path that SQLAlchemy would misread."""
+    """Return the SQLAlchemy URI of a file. Raises TrackingError if SQLAlchemy would parse the path incorrectly."""
     from sqlalchemy.engine import make_url
 
     uri = f"sqlite:///{path}"
@@ -130,10 +130,10 @@ def _sqlite_uri(path: Path) -> str:
 
 
 def _repair_moved(database_file: Path, experiment: str, root: str) -> None:
-    """Set the addresses of the files of an experiment to `root` after its project was moved or copied.
+    """Change the artifact URIs of an experiment to `root` after its project was moved or copied.
 
-    MLflow stores absolute addresses and has no request that changes them. Without this correction a copied project
-    would write into the original.
+    MLflow stores absolute URIs and has no request to change them. Without this correction, a copied project would
+    write into the original.
     """
     with closing(sqlite3.connect(database_file, timeout=20)) as database, database:
         found = database.execute(

@@ -1,7 +1,8 @@
-"""Bring MLflow up to date with the folder of a study. No other module writes to MLflow.
+"""Update MLflow from the folder of a study. Only this module and `mlflow_model` write to MLflow.
 
-MLflow may lag behind the record. An update adds what is missing, so an outage costs only delay, and a deleted
-database is restored. Nothing is logged twice: runs are identified by their tags and start, metrics by key and step.
+MLflow may lag behind the study folder. An update adds all missing data, so it also catches up after an outage and
+restores a deleted database. Nothing is logged twice: runs are identified by their tags and start time, and metrics by
+key, step and time.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ from hpsearch.tracking.mlflow_server import MlflowServer, is_external, is_outage
 from hpsearch.tracking.runs import RANK, WINNER, RunContent, RunSource, key_of
 
 MAX_METRICS, MAX_PARAMS, MAX_RUNS = 1000, 100, 50_000
-"""Limits of MLflow for one request."""
+"""Maximum numbers of metrics, params and runs in one MLflow request."""
 DELIVERED = "hpsearch.delivered"
-"""Tag of a complete run: the digest of its content."""
+"""Tag of a completely logged run. Its value is the digest of the run's content."""
 SAVED_VIEW = "hpsearch"
-"""Name of the saved view of the runs table in addresses: `#/experiments/ID/runs?viewStateShareKey=hpsearch`."""
+"""Name of the saved view of the runs table, as used in `#/experiments/ID/runs?viewStateShareKey=hpsearch`."""
 
 
 class MlflowTracker(MlflowServer):
-    """Tracks studies in MLflow: one experiment per study, with a run for the study and child runs below it."""
+    """Tracks studies in MLflow. Each study is an experiment with one parent run and its child runs."""
 
     def view(self, study: StudyPaths) -> MlflowView:
         """Return the view of a study. Does not connect yet."""
@@ -41,18 +42,18 @@ class MlflowTracker(MlflowServer):
 
 
 def make_tracker(project: ProjectPaths, uri: str | None = None) -> MlflowTracker | None:
-    """Return the tracker for the option `--tracking`: a tracking URI of MLflow, or `none` for no tracking.
+    """Return the tracker for a value of the option `--tracking`: an MLflow tracking URI, or `none` for no tracking.
 
-    Without `uri`, the environment variable MLFLOW_TRACKING_URI counts. Without that, runs go to `mlflow.db` in the
-    project folder, which a plain `mlflow ui` shows. Connects to nothing yet.
+    `uri` defaults to the environment variable MLFLOW_TRACKING_URI. If this is not set either, runs are logged to
+    `mlflow.db` in the project folder, which `mlflow ui` shows without options. Does not connect yet.
 
-    Raises TrackingError for a file store, which MLflow no longer writes.
+    Raises TrackingError for a file store, which MLflow no longer supports.
     """
     return None if uri == "none" else MlflowTracker(project, uri)
 
 
 class MlflowView:
-    """One study in MLflow."""
+    """Copy of a study in MLflow that is updated from the study folder."""
 
     name = "MLflow"
 
@@ -61,31 +62,33 @@ class MlflowView:
         self._study = study
         self._experiment: Experiment | None = None
         self._up_to_date: set[str] = set()
-        """Keys of the child runs that were complete at the last update."""
+        """Keys of the child runs that were up to date after the last update."""
         self._has_failed = False
 
     def update(self, *, is_last: bool = False) -> None:
-        """Log everything that is on record and missing in MLflow. Restores a deleted experiment or run.
+        """Log all data of the study that are missing in MLflow. Deleted experiments and runs are restored.
 
-        With `is_last`, open runs get the status KILLED. An error that concerns one run is raised after the other runs
-        were logged.
+        With `is_last`, unfinished runs get the status KILLED. An error that affects only one run is raised after the
+        other runs were logged.
         """
         if is_last and self._has_failed:
-            # A request that timed out may have been executed later: read again to find runs that exist twice.
+            # A request that timed out may have been executed later, so read the runs again to find duplicates.
             self._experiment = None
         with self._tracking_errors():
             self._update(StudyRecord.open(self._study), is_last)
 
     def n_behind(self) -> int:
-        """Return the number of trials, refits and finals on record that MLflow may lack."""
+        """Return the number of trials, refits and finals whose runs may not be up to date in MLflow."""
         return len(runs.run_keys(self._study) - self._up_to_date)
 
     def rebuild(self) -> Counter[str]:
-        """Make MLflow equal to the record, also after the project folder was moved.
+        """Replace all runs in MLflow that differ from the study folder. This also works after the project was moved.
 
-        Runs that agree with the record keep their ids; runs that contradict it are created anew; runs of trials that
-        are not on record are moved to MLflow's trash (`mlflow gc` empties it). Nothing else may write meanwhile.
-        Returns the numbers of runs that were `kept`, `replaced` and `removed`.
+        Runs that agree with the study folder keep their ids. Runs that contradict it are deleted and created again.
+        Runs of trials that no longer exist are deleted. MLflow keeps deleted runs until `mlflow gc` removes them.
+        No other process may write to the experiment at the same time.
+
+        Returns the number of runs that were `kept`, `replaced` and `removed`.
         """
         self._experiment = None
         rebuilt: Counter[str] = Counter()
@@ -98,9 +101,9 @@ class MlflowView:
         return rebuilt
 
     def log_report(self) -> None:
-        """Add the report and its figures to the files of the study's run. The study may be running.
+        """Add the report and its figures to the artifacts of the study's run. The study may be running.
 
-        Raises TrackingError if that is impossible now.
+        Raises TrackingError if the study has no run yet, or if MLflow cannot be used.
         """
         name = self._study.name
         with self._tracking_errors():
@@ -133,7 +136,7 @@ class MlflowView:
             except Exception as error:
                 if is_outage(error):
                     raise
-                # A damaged trial or a run that MLflow refuses must not keep the other runs back.
+                # A damaged trial or a rejected request must not prevent the logging of other runs.
                 failures.append(error)
             else:
                 self._up_to_date.add(source.key)
@@ -143,7 +146,7 @@ class MlflowView:
             raise failures[0]
 
     def _open_experiment(self, record: StudyRecord, began_ms: int) -> Experiment:
-        """Return the experiment as read before; read it if it was discarded."""
+        """Return the experiment in memory. Read it from MLflow if it was not read yet or was discarded."""
         if self._experiment is None:
             client, artifact_root = self._server.connect(record.name)
             self._experiment = Experiment(client, record, began_ms, artifact_root)
@@ -151,11 +154,11 @@ class MlflowView:
 
     @contextmanager
     def _tracking_errors(self) -> Iterator[None]:
-        """Turn errors of MLflow, its database and the network into a TrackingError without credentials."""
+        """Convert errors of MLflow, its database and the network to a TrackingError without credentials."""
         try:
             yield
         except Exception as error:
-            # The server may have executed a request whose answer was lost, so read everything again next time.
+            # The server may have executed a request whose response was lost, so read everything again next time.
             self._experiment = None
             self._has_failed = True
             if not is_external(error):
@@ -165,7 +168,7 @@ class MlflowView:
 
 
 class Experiment:
-    """The experiment of a study. It is read once, then kept in memory, and discarded after any failed request."""
+    """The experiment of a study in MLflow. It is read once, kept in memory, and discarded after a failed request."""
 
     def __init__(self, client: Any, record: StudyRecord, began_ms: int, artifact_root: str | None) -> None:
         """Open the experiment and read its runs. Creates a missing experiment and restores a deleted one."""
@@ -173,13 +176,13 @@ class Experiment:
         self._folder = record.paths.tracking
         self._id = self._open(record, began_ms, artifact_root)
         self._runs = self._read(record.name)
-        """Run in MLflow by key and start time, with its tags and params there."""
+        """Runs in MLflow by (key, start time), with their present tags and params."""
         self._points: dict[str, set[tuple[str, int, int]]] = {}
-        """Key, step and time of every point of the metrics of a run, by its id, once they were read."""
+        """(key, step, time) of all logged metric points, by run id. A run is added when its points are first read."""
         self._current: dict[str, Any] = {}
-        """Run by key, without the runs of an earlier study of the same name."""
+        """Runs of the present study by key. Runs of an earlier study with the same name are not included."""
         self.complete: dict[str, object] = {}
-        """Key of each run that is complete in MLflow, mapped to the version of its source."""
+        """Version of the source of each run that is complete in MLflow, by run key."""
 
     def _open(self, record: StudyRecord, began_ms: int, artifact_root: str | None) -> str:
         found = self._client.get_experiment_by_name(record.name)
@@ -190,14 +193,14 @@ class Experiment:
             if found.lifecycle_stage == "deleted":
                 self._client.restore_experiment(number)
         for key, value in _experiment_tags(record.config, number, began_ms).items():
-            # Keep what people have changed.
+            # Keep tags that users have changed.
             if key not in tags:
                 self._client.set_experiment_tag(number, key, value)
         return number
 
     def _read(self, study: str) -> dict[tuple[str, int], Any]:
         found: dict[tuple[str, int], Any] = {}
-        # A run exists twice if the server created it but its answer was lost: keep the one that holds most.
+        # A run exists twice if the server created it but its response was lost. Keep the run with the most data.
         runs_found = runs_of(self._client, self._id)
         for run in sorted(
             runs_found, key=lambda run: (-len(run.data.metrics), -len(run.data.params), run.info.run_id)
@@ -210,7 +213,7 @@ class Experiment:
         return found
 
     def ensure(self, content: RunContent, more_tags: Mapping[str, str]) -> Any:
-        """Return the run with the key and start time of `content`; create it if it is missing."""
+        """Return the run with the key and start time of `content`. Create it if it is missing."""
         identity = (content.key, content.began_ms)
         if identity not in self._runs:
             tags = {**more_tags, **content.tags}
@@ -219,7 +222,7 @@ class Experiment:
         return self._runs[identity]
 
     def deliver(self, source: RunSource, content: RunContent, more_tags: Mapping[str, str], *, is_last: bool) -> None:
-        """Bring one run up to date: params, tags and metrics first; files, status and digest once it is complete."""
+        """Update one run: params, tags and metrics first, then files, status and digest once it is complete."""
         from mlflow.entities import Metric, Param
 
         run = self.ensure(content, more_tags)
@@ -252,7 +255,7 @@ class Experiment:
             self._client.log_batch(run.info.run_id, **{kind: entities[start : start + limit]})
 
     def _tag(self, run: Any, tags: Mapping[str, str]) -> None:
-        """Set those of the tags that the run does not have yet."""
+        """Set the tags that are missing in the run or have another value there."""
         from mlflow.entities import RunTag
 
         new = [RunTag(key, value) for key, value in tags.items() if run.data.tags.get(key) != value]
@@ -260,30 +263,31 @@ class Experiment:
         run.data.tags.update(tags)
 
     def _new_points(self, run: Any, content: RunContent) -> list[Any]:
-        """Return the points that the run lacks, and remember them as logged."""
+        """Return the metric points that are missing in the run, and remember them as logged."""
         if run.info.run_id not in self._points:
             self._points[run.info.run_id] = {place for place, _ in self._history(run)}
         places = self._points[run.info.run_id]
-        # A repeated epoch has another time but is the same epoch. Any other point with another time is a revision.
+        # An epoch that was trained again after a restart has a new time, but its point must not be logged twice.
+        # For any other metric, a point with a new time is a revised value.
         steps = {place[:2] for place in places if place[0].startswith(("fold", "seed"))}
         new = [point for point in content.points if not (point.place in places or point.place[:2] in steps)]
         places.update(point.place for point in new)
         return new
 
     def _log_files(self, run_id: str, source: RunSource, content: RunContent) -> None:
-        """Upload the files of a run; register the model of a final."""
+        """Upload the artifacts of a run, and register the model if the run is a complete final."""
         with temporary_folder(self._folder) as folder:
             source.write_files(folder)
             self._client.log_artifacts(run_id, str(folder))
         if content.is_complete and source.weights is not None and source.weights.is_file():
-            # `pack` runs this module as a program, so no other module imports it at its start.
+            # `pack` runs mlflow_model as a program, so other modules import it only when they need it.
             from hpsearch.tracking import mlflow_model
 
             with temporary_folder(self._folder) as folder:
                 mlflow_model.register(self._client, source.weights, folder, self._id, run_id, content)
 
     def show_ranking(self, standing: Standing) -> None:
-        """Tag every trial that can win with its rank, and the winner alone as winner."""
+        """Tag every trial that can win with its rank, and tag only the best one as winner."""
         winner = self._current.get(f"trial {standing.winner}")
         for run in self._runs.values():
             if WINNER in run.data.tags and run is not winner:
@@ -294,9 +298,9 @@ class Experiment:
                 self._tag(run, {RANK: f"{place:04d}", **({WINNER: "true"} if run is winner else {})})
 
     def reconcile(self, contents: Iterable[RunContent]) -> Counter[str]:
-        """Delete runs that contradict the record or are not in it, and create those that are in it anew.
+        """Delete runs that contradict `contents` or are missing there, and create the contradicting ones again.
 
-        Runs that are kept lose their digest in memory, so that the next delivery adds what they lack.
+        The digest tags of runs that are kept are removed in memory, so that the next `deliver` adds missing data.
         """
         wanted = {(content.key, content.began_ms): content for content in contents}
         done: Counter[str] = Counter()
@@ -313,13 +317,13 @@ class Experiment:
             del self._runs[identity]
             done["removed" if content is None else "replaced"] += 1
             if content is not None:
-                # Tags that people added stay, their own description included.
+                # Keep tags that users added, including their own description.
                 own = {"mlflow.runName", DELIVERED, RANK, WINNER}
                 self.ensure(content, {key: value for key, value in run.data.tags.items() if key not in own})
         return done
 
     def _contradicts(self, run: Any, content: RunContent) -> bool:
-        """Return whether a param or metric that hpsearch wrote differs from the record."""
+        """Return whether a param or metric that hpsearch logged differs from `content`."""
         if any(run.data.params.get(key, value) != value for key, value in content.params.items()):
             return True
         points = [(place, value) for place, value in self._history(run) if is_metric(place[0])]
@@ -327,7 +331,7 @@ class Experiment:
         return len({place for place, _ in points}) < len(points) or not expected.issuperset(points)
 
     def _history(self, run: Any) -> Iterator[tuple[tuple[str, int, int], float]]:
-        """Return key, step and time, and value of every point of the run's metrics."""
+        """Yield ((key, step, time), value) for every metric point of the run."""
         for key in run.data.metrics:
             for metric in self._client.get_metric_history(run.info.run_id, key):
                 yield (metric.key, metric.step, metric.timestamp), metric.value
@@ -335,7 +339,10 @@ class Experiment:
 
 @contextmanager
 def temporary_folder(folder: Path) -> Iterator[Path]:
-    """Provide an empty folder and delete it afterwards. A fixed path, so leftovers of a killed process go too."""
+    """Provide an empty folder and delete it afterwards.
+
+    The path is fixed, so files that a killed process left behind are deleted by the next use.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
@@ -345,17 +352,17 @@ def temporary_folder(folder: Path) -> Iterator[Path]:
 
 
 def runs_of(client: Any, experiment_id: str) -> Sequence[Any]:
-    """Return all runs of an experiment, the latest first."""
+    """Return all runs of an experiment, latest first."""
     return client.search_runs([experiment_id], max_results=MAX_RUNS)  # type: ignore[no-any-return]
 
 
 def _experiment_tags(config: StudyConfig, experiment_id: str, began_ms: int) -> dict[str, str]:
-    """Return the tags that make MLflow's page of the study readable: a description and a saved view of the runs."""
+    """Return the tags for the experiment page in MLflow: a description and a saved view of the runs table."""
     metric, name = config.study.metric, "Trials, best first"
     metrics = (f"cv/{metric}_mean", f"cv/{metric}_std", f"test/{metric}", "cost/seconds")
     columns = [f"tags.`{RANK}`", f"tags.`{WINNER}`", *(f"metrics.`{key}`" for key in metrics)]
     columns += [*(f"params.`{key}`" for key in config.search), "tags.`outcome`"]
-    # Sorted by the mean, a trial that was not refitted or a refit could come before the winner.
+    # Sort by rank: sorted by the mean, a refit or a trial that was not refitted could come before the winner.
     state = json.dumps({"orderByKey": f"tags.`{RANK}`", "orderByAsc": True, "selectedColumns": columns})
     page = f"#/experiments/{experiment_id}/runs?viewStateShareKey={SAVED_VIEW}&workflowType=machine_learning"
     view = {"name": name, "createdAt": began_ms, "updatedAt": began_ms, "state": state}

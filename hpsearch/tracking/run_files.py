@@ -1,4 +1,4 @@
-"""Write the files (artifacts) of the runs in MLflow: tables and figures."""
+"""Write the artifacts of MLflow runs: settings, tables and figures."""
 
 import csv
 import json
@@ -21,22 +21,22 @@ logger = logging.getLogger(__name__)
 
 
 def write_study_files(record: StudyRecord, folder: Path) -> None:
-    """Copy settings, plan and folds of the study, and the report if there is one."""
+    """Copy the settings, plan and folds of the study, and its report if there is one, into `folder`."""
     _copy(folder, record.paths.toml, record.paths.plan, record.paths.folds)
     write_report_files(record.paths, folder)
 
 
 def write_report_files(study: StudyPaths, folder: Path) -> None:
-    """Copy the report and its figures, if there is a report."""
+    """Copy the report of a study and its figures into `folder`. Do nothing if there is no report."""
     if study.report.is_file():
         _copy(folder, study.report)
         shutil.copytree(study.figures, folder / study.figures.name)
 
 
 def write_trial_files(record: StudyRecord, trial: TrialRecord, folder: Path) -> None:
-    """Write trial.toml, folds.json and, if there is something to show, decisions.json, scores.csv and two figures.
+    """Write trial.toml and folds.json, and also decisions.json, scores.csv and two figures if their data exist.
 
-    trial.toml is the whole configuration; `hpsearch train --config trial.toml` runs it again.
+    trial.toml is the whole configuration. `hpsearch train --config trial.toml` trains it again.
     """
     (folder / "trial.toml").write_text(trial.study_config.to_toml(), encoding="utf-8")
     _copy(folder, record.paths.folds)
@@ -52,7 +52,7 @@ def write_trial_files(record: StudyRecord, trial: TrialRecord, folder: Path) -> 
     try:
         cases = trial_cases(record, trial.number)
     except CacheError as error:
-        # People may remove the decoded images to save space.
+        # Users may delete the image cache to save space.
         logger.info("%s: no panels: %s", name, error)
         return
     if cases:
@@ -63,7 +63,7 @@ def write_trial_files(record: StudyRecord, trial: TrialRecord, folder: Path) -> 
 
 
 def write_refit_files(record: StudyRecord, number: int, folder: Path) -> None:
-    """Write trial.toml, second.json and a figure for the refit of a trial."""
+    """Write trial.toml, second.json and the curves for the refit of a trial."""
     (folder / "trial.toml").write_text(record.trial(number).study_config.to_toml(), encoding="utf-8")
     _copy(folder, record.paths.trial(number).second)
     epochs = [fit.epochs() for fit in record.fits(number, replicate=True)]
@@ -83,7 +83,7 @@ def _copy(folder: Path, *files: Path) -> None:
 
 
 def _score_rows(record: StudyRecord, number: int) -> Iterator[list[Any]]:
-    """Return image, fold and out-of-fold scores of every image of the finished folds, fold by fold."""
+    """Yield the rows of scores.csv: image, fold and out-of-fold scores of each image in the finished folds."""
     for fold in record.finished_folds(number):
         columns = image_scores(record.fit(number, fold).counts()).values()
         for index, *scores in zip(record.folds.held_out(fold).tolist(), *columns, strict=True):

@@ -1,7 +1,8 @@
-"""Define what each MLflow run of a study contains: its params, metrics, tags and description.
+"""Define the content of the MLflow runs of a study: params, metrics, tags and description.
 
-The study is one run; its trials, their refits and the finals are child runs. The content of a run is a pure function
-of the record: the same record gives the same params, metrics, times and tags. This module imports no MLflow.
+The study is the parent run. Its trials, their refits and the finals are child runs. The content of a run is a pure
+function of the record: the same record gives the same params, metrics, times and tags. This module does not import
+MLflow.
 """
 
 import dataclasses
@@ -25,22 +26,25 @@ from hpsearch.tracking.metrics import Point, cross_validation, milliseconds, poi
 from hpsearch.typed_json import to_json
 
 STATUSES: dict[str | None, str] = {None: "RUNNING", "diverged": "FAILED", "failed": "FAILED", "orphaned": "KILLED"}
-"""Maps the outcome of a trial to the status of its run. Other outcomes are FINISHED; the tag `outcome` names them."""
+"""Status of a run by the outcome of its trial; None is an open trial. Runs of all other outcomes are FINISHED, and
+the tag `outcome` tells them apart."""
 IDENTIFYING_TAGS = {"hpsearch.trial": "trial", "hpsearch.second": "second", "hpsearch.final": "final"}
-"""Maps each tag that identifies a child run of a study to the first word of the run's key."""
+"""Tags that identify a child run, mapped to the first word of the run's key."""
 WINNER, RANK = "winner", "rank"
-"""Tags of trials: `true` for the winner alone; the place in the ranking, zero-padded so that it sorts as text."""
+"""Names of two tags of trials. WINNER is `true` for the winner and missing for other trials. RANK is the place in
+the ranking, zero-padded so that it can be sorted as text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunContent:
-    """Everything that one run contains, except for its files."""
+    """Content of a run, except for its files."""
 
     key: str
-    """`study`, `trial 7`, `second 7` (the refit of trial 7) or `final trial-0007`: unique within the study."""
+    """Unique key within the study: `study`, `trial 7`, `second 7` (the refit of trial 7) or `final trial-0007`."""
     name: str
     began_ms: int
-    """Identifies the run together with `key`, because a new study may have the name of a deleted one."""
+    """Start of the run, Unix time in milliseconds. It distinguishes runs of a new study from those of a deleted study
+    with the same name."""
     tags: dict[str, str]
     params: dict[str, str] = field(default_factory=dict)
     points: tuple[Point, ...] = ()
@@ -51,12 +55,12 @@ class RunContent:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the content is final."""
+        """Whether the run has ended, so that its content no longer grows."""
         return self.ended_ms is not None
 
     @property
     def digest(self) -> str:
-        """Digest of the whole content."""
+        """Digest of all fields."""
         return digest(dataclasses.asdict(self))
 
 
@@ -69,12 +73,13 @@ class RunSource:
     """Value that changes whenever the content of an ended run changes."""
     read: Callable[[], RunContent]
     write_files: Callable[[Path], None]
+    """Function that writes the run's artifacts into a folder."""
     weights: Path | None = None
-    """Weights file of the model to register."""
+    """Weights file of the model to register; None if the run has no model."""
 
 
 def key_of(tags: Mapping[str, str]) -> str | None:
-    """Return the key of the run with these tags; None if hpsearch did not create it."""
+    """Return the key of a run from its tags; None if hpsearch did not create the run."""
     for tag, kind in IDENTIFYING_TAGS.items():
         if tag in tags:
             return f"{kind} {tags[tag]}"
@@ -82,7 +87,7 @@ def key_of(tags: Mapping[str, str]) -> str | None:
 
 
 def run_keys(study: StudyPaths) -> set[str]:
-    """Return the keys of all child runs that are on record."""
+    """Return the keys of the child runs for all recorded trials, refits and finals."""
     numbers = study.trial_numbers()
     trials = {f"trial {number}" for number in numbers if study.trial(number).trial.is_file()}
     refits = {f"second {number}" for number in numbers if study.trial(number).second.is_file()}
@@ -90,7 +95,7 @@ def run_keys(study: StudyPaths) -> set[str]:
 
 
 def run_sources(record: StudyRecord, trials: Sequence[TrialRecord], standing: Standing) -> Iterator[RunSource]:
-    """Return the sources of all runs: the study first, then its trials, refits and finals."""
+    """Yield the sources of all runs of a study: first the study itself, then its trials, refits and finals."""
     read, write = partial(study_run, record, trials, standing), partial(run_files.write_study_files, record)
     yield RunSource("study", standing, read, write)
     for trial in trials:
@@ -106,7 +111,7 @@ def run_sources(record: StudyRecord, trials: Sequence[TrialRecord], standing: St
 
 
 def study_run(record: StudyRecord, trials: Sequence[TrialRecord], standing: Standing) -> RunContent:
-    """Return the parent run: the settings of the study, its best value and counts of outcomes after each trial."""
+    """Return the content of the parent run: settings, and best value and counts of outcomes after each trial."""
     is_over = record.is_searched(trials) and has_all_replicates(record)
     ends = [trial.ended_at or 0 for trial in trials] + [second.ended_at or 0 for second in record.replicate_records()]
     search = {f"search.{name}": text_of(dimension.to_toml()) for name, dimension in record.config.search.items()}
@@ -124,9 +129,10 @@ def study_run(record: StudyRecord, trials: Sequence[TrialRecord], standing: Stan
 
 
 def trial_run(record: StudyRecord, trial: TrialRecord, standing: Standing) -> RunContent:
-    """Return the run of a trial in its present state.
+    """Return the content of the run of a trial in its present state.
 
-    The cross-validation means are those that rank the trial: over both fits if its refit counts, else over the first.
+    The cross-validation means are the values that rank the trial: means over both fits if its refit counts, else over
+    the first fit.
     """
     number = trial.number
     fits = record.fits(number)
@@ -140,7 +146,7 @@ def trial_run(record: StudyRecord, trial: TrialRecord, standing: Standing) -> Ru
 
 
 def refit_run(record: StudyRecord, second: ReplicateRecord) -> RunContent:
-    """Return the run of the refit of a trial in its present state."""
+    """Return the content of the run of a trial's refit in its present state."""
     trial, number = record.trial(second.trial), second.trial
     fits = record.fits(number, replicate=True)
     points: list[Point] = []
@@ -162,7 +168,10 @@ def _fits_run(
     tags: dict[str, str],
     **more: Any,
 ) -> RunContent:
-    """Return the run of one fit per fold with the configuration of a trial: `attempt` is the trial or its refit."""
+    """Return the content of the run of a trial or of its refit.
+
+    `attempt` is the record of the trial or of the refit, and `fits` has its fit of each fold.
+    """
     machine = next((summary.runtime for fit in fits if (summary := fit.summary()) is not None), None)
     version, _, commit = attempt.code.partition("+")
     found = {"reason": attempt.reason[:1000], "version.hpsearch": version, "mlflow.source.git.commit": commit}
@@ -180,12 +189,12 @@ def _fits_run(
 
 
 def final_run(record: StudyRecord, name: str) -> RunContent:
-    """Return the run of a final: the estimates of the search beside the scores on the test images."""
+    """Return the content of the run of a final: the estimates of the search and the scores on the test images."""
     folder = record.paths.final(name)
     result = FinalRecord.read(folder)
     trial, ended_at = record.trial(result.trial), result.ended_at
     fits = [FitRecord(folder.seed(index)) for index in range(result.n_seeds)]
-    # The test set, the number of its evaluations so far, and the selected post-processing.
+    # Test set, number of its evaluations so far, number of its duplicates in the pool, selected post-processing.
     facts = {"test_set": result.test_set, "test_looks": result.n_looks, "test_leaks": len(result.leaks)}
     facts["choices"] = to_json(result.chosen.choices) if result.chosen else None
     tags = {f"hpsearch.{fact}": text_of(value) for fact, value in facts.items() if value}
@@ -205,7 +214,7 @@ def final_run(record: StudyRecord, name: str) -> RunContent:
 
 
 def _began_at(record: StudyRecord, trials: Sequence[TrialRecord]) -> float:
-    # Version 0.1 could share a study between machines; the run of such a study began with the sharing.
+    # In version 0.1, several machines could share a study. The run of a shared study starts when sharing began.
     shared = record.paths.root / "sharing.json"
     if shared.is_file():
         return float(paths.read_json(shared)["began_at"])
@@ -213,7 +222,7 @@ def _began_at(record: StudyRecord, trials: Sequence[TrialRecord]) -> float:
 
 
 def _fit_points(prefix: str, fits: Sequence[FitRecord], ended_at: float | None) -> Iterator[Point]:
-    """Return the metrics of every epoch of every fit and, once the run has ended, the cost of training."""
+    """Yield the metrics of every epoch of every fit and, once the run has ended, the cost of training."""
     rows = [fit.epochs() for fit in fits]
     for index, each in enumerate(rows):
         for row in each:
@@ -225,7 +234,10 @@ def _fit_points(prefix: str, fits: Sequence[FitRecord], ended_at: float | None) 
 def _value_points(
     record: StudyRecord, trial: TrialRecord, fits: Sequence[FitRecord], standing: Standing
 ) -> list[Point]:
-    """Return the cross-validation metrics of a complete trial, revised when its refit starts or ceases to count."""
+    """Return the cross-validation metrics of a complete trial.
+
+    If the refits of a shortlist have changed the ranking values, a second set of points has the revised values.
+    """
     number, metric = trial.number, record.config.study.metric
     first = cross_validation([fits], trial.value)
     points = points_of("cross-validation", first, trial.ended_at or 0, metric)
@@ -240,9 +252,9 @@ def _value_points(
 
 
 def _ranked_at(record: StudyRecord, standing: Standing) -> float | None:
-    """Return when the ranking values of refitted trials last changed; None if they never did.
+    """Return the time at which the ranking values of refitted trials last changed; None if they never did.
 
-    They change when the last refit ends, and when a trial that completes later makes the refits void.
+    They change when the last refit ends, and when a trial that completes later invalidates the refits.
     """
     shortlist = record.shortlist()
     if shortlist is None:
@@ -250,15 +262,16 @@ def _ranked_at(record: StudyRecord, standing: Standing) -> float | None:
     ends = {trial.number: trial.ended_at or 0.0 for trial in record.complete_trials()}
     if standing.confirmed:
         ended = [second.ended_at or 0.0 for second in record.replicate_records() if second.trial in shortlist.trials]
-        # Later than the trial that made the refits void: MLflow shows the latest point of a step.
+        # The time must be later than the end of a trial that invalidated earlier refits, because MLflow shows the
+        # latest point of a step.
         return max([*ended, *ends.values()]) + 0.001
     return min((end for number, end in ends.items() if number not in shortlist.of), default=None)
 
 
 def _progress(record: StudyRecord, trials: Sequence[TrialRecord], standing: Standing) -> Iterator[Point]:
-    """Return the metrics of the study after each ended trial; the step is the number of ended trials.
+    """Yield the metrics of the study after each ended trial. The step is the number of ended trials.
 
-    While refits count, the best value of the last step is that of the winner.
+    If refits count, the best value of the last step is the winner's mean over both fits.
     """
     metric = record.config.study.metric
     can_win = {trial.number for trial in record.contenders(trials)}
@@ -280,7 +293,10 @@ def _params(config: StudyConfig) -> dict[str, str]:
 
 
 def _common_tags(record: StudyRecord, command: str, machine: Mapping[str, Any] | None) -> dict[str, str]:
-    """Return the tags of every run: study, seed, command, machine (default: that of the plan) and versions."""
+    """Return the tags that all runs have: study, seed, command, machine and versions.
+
+    `machine` defaults to the machine of the study's plan.
+    """
     if machine is None:
         machine = (record.plan() or {}).get("machine", {})
     names = {"device": "device", "device_name": "processor", "precision": "precision", "threads": "threads"}
@@ -291,23 +307,26 @@ def _common_tags(record: StudyRecord, command: str, machine: Mapping[str, Any] |
 
 
 NOTE, OUR_NOTE = "mlflow.note.content", "hpsearch.note"
-"""Tag with the description of a run, and tag with the digest of the description that hpsearch wrote last."""
+"""Tag with the description of a run, and tag with the digest of the last description that hpsearch wrote."""
 
 
 def new_note_tags(tags: Mapping[str, str], note: str) -> dict[str, str]:
-    """Return the tags that set the description of a run to `note`; empty if it is set or a person wrote another."""
+    """Return the tags to set the description of a run to `note`.
+
+    Return no tags if the description is already `note`, or if a user has changed it.
+    """
     is_free = NOTE not in tags or tags.get(OUR_NOTE) == digest(tags[NOTE])
     return {NOTE: note, OUR_NOTE: digest(note)} if note and is_free and tags.get(NOTE) != note else {}
 
 
 def _study_note(metric: str, trials: Sequence[TrialRecord], standing: Standing) -> str:
-    """Return the description of a study: that of its winner; empty while there is none."""
+    """Return the description of a study, which describes its winner; empty if there is no winner."""
     winner = next((trial for trial in trials if trial.number == standing.winner), None)
     return f"Best: **trial {winner.number}**. {_trial_note(winner, metric, standing)}" if winner else ""
 
 
 def _trial_note(trial: TrialRecord, metric: str, standing: Standing) -> str:
-    """Return the description of an ended trial: its value, or why it has none, and its params."""
+    """Return the description of an ended trial: its value, or its outcome and the reason, and its params."""
     if trial.outcome == "complete":
         is_refitted = trial.number in standing.confirmed
         fits = f", mean of the first fit ({trial.value:.4f}) and the refit" if is_refitted else ""
@@ -319,7 +338,7 @@ def _trial_note(trial: TrialRecord, metric: str, standing: Standing) -> str:
 
 
 def _final_note(result: FinalRecord, trial: TrialRecord) -> str:
-    """Return the description of a final: the score on the test images and what the search had estimated."""
+    """Return the description of a final: its test score, the out-of-fold score of its trial, and the params."""
     metric = result.metric
     test = result.test[metric]
     interval = f"{metric.capitalize()} **{test.mean:.4f}** (95 % interval {test.low:.4f} to {test.high:.4f})"
@@ -335,5 +354,5 @@ def _searched_params(trial: TrialRecord) -> str:
 
 
 def text_of(value: Any) -> str:
-    """Return a setting as text; lists and tables as JSON."""
+    """Format a value as text. Lists and dicts are formatted as JSON."""
     return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else str(value)
