@@ -305,7 +305,7 @@ def test_an_ensemble_without_networks_says_how_to_get_some(project: ProjectPaths
 def test_choices_are_on_record_and_in_the_weights_file(result: FinalResult) -> None:
     chosen = SelectedPostprocessing.from_table(paths.read_json(result.paths.choices))
     assert chosen == result.chosen
-    assert chosen.source == f"second fits of trial {result.trial.number}"
+    assert chosen.source == f"refits of trial {result.trial.number}"
     assert [each.name for each in chosen.decisions] == ["flips", "threshold", "clean", "ensemble"]
     assert all(each.taken == (each.gain.low > 0) for each in chosen.decisions)
     info = Predictor.load(result.paths.model, device="cpu", threads=1)

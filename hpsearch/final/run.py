@@ -270,8 +270,8 @@ def fold_networks(record: StudyRecord, number: int) -> FoldNetworks | None:
     """Return the kept fold networks of a trial: its refits, else its first fits. Return None if none were kept."""
     found: tuple[Path | None, ...] = (None,) * record.n_folds
     networks = None
-    for source in ("first fits", "second fits"):
-        fits = record.fits(number, replicate=source == "second fits")
+    for source in ("first fits", "refits"):
+        fits = record.fits(number, replicate=source == "refits")
         if all(fit.is_finished and fit.paths.weights.is_file() for fit in fits):
             weights = tuple(fit.paths.weights for fit in fits)
             networks, found = FoldNetworks(f"{source} of trial {number}", weights, found), weights

@@ -91,7 +91,7 @@ class SelectedPostprocessing:
     n_images: int
     """Number of out-of-fold images that the decisions are based on."""
     source: str
-    """Description of the networks that predicted these images, for example `second fits of trial 7`."""
+    """Description of the networks that predicted these images, for example `refits of trial 7`."""
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any]) -> Self:
