@@ -58,7 +58,7 @@ def fit(
     if reason := task.why_impossible():
         raise ConfigError(reason)
     # Memory left over from an earlier fit would count towards the peak of this one.
-    devices.free_memory(runtime.device)
+    devices.trim_memory(runtime.device)
     try:
         with runtime.active():
             return _fit(task, data, runtime, paths, keep_best, on_epoch or (lambda row, scores: "go"))

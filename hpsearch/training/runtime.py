@@ -207,8 +207,13 @@ def peak_memory(device: torch.device) -> int:
 
 
 def free_memory(device: torch.device) -> None:
-    """Return all unreferenced memory to the device, including reference cycles. Takes about 0.1 s."""
+    """Return all unreferenced memory to the device, including reference cycles. Takes a few tenths of a second."""
     gc.collect()
+    trim_memory(device)
+
+
+def trim_memory(device: torch.device) -> None:
+    """Return the memory that the allocator caches to the device."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "mps":
@@ -222,7 +227,7 @@ def keep_freed_memory() -> None:
     """Make glibc keep freed memory instead of returning it to the system. Has no effect with other C libraries.
 
     Without this call, each step of the UNet at 128x128 had 30000 page faults, which took a tenth of its time.
-    `free_memory` still returns all freed memory to the system.
+    `trim_memory` still returns all freed memory to the system.
     """
     if (libc := _glibc()) is not None:
         # Constants of malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD.
