@@ -3,7 +3,9 @@
 Large libraries are imported only when a command runs, so that `--help` is fast.
 """
 
+import atexit
 import errno
+import gc
 import logging
 import os
 import signal
@@ -61,6 +63,9 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+    if "torch" not in sys.modules:
+        # The last garbage collection takes most of a second after MLflow. Triton, which torch loads, needs it.
+        atexit.register(gc.freeze)
     sys.exit(code)
 
 
