@@ -248,7 +248,10 @@ class _Text:
         self._annotation = annotation
 
     def __repr__(self) -> str:
-        return self._annotation if isinstance(self._annotation, str) else inspect.formatannotation(self._annotation)
+        if isinstance(self._annotation, str):
+            return self._annotation
+        # Python 3.13 shows the private module in which Path is defined.
+        return inspect.formatannotation(self._annotation).replace("pathlib._local.", "pathlib.")
 
 
 def find(full_name: str) -> Any:

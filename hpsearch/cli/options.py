@@ -1,5 +1,6 @@
 """Define the options that several commands share, and convert them to a configuration."""
 
+import contextlib
 import functools
 import json
 from collections.abc import Callable
@@ -31,6 +32,9 @@ def _project(_ctx: click.Context, _param: click.Parameter, out: Path) -> Project
     require_usable_path(out, ConfigError)
     if link := broken_link(out):
         raise ConfigError(f"--out: {link}")
+    with contextlib.suppress(FileNotFoundError):
+        # A path that no folder can have, such as one that is too long, is an error even if nothing is written.
+        out.stat()
     return ProjectPaths(out)
 
 
