@@ -77,9 +77,9 @@ def assert_one_winner(study: FakeStudy, number: int, capsys: pytest.CaptureFixtu
     assert status.best == best
     assert status.values[number] == worth
     rows = study_rows(record)
-    assert rows.winner is not None
-    assert (rows.winner.number, rows.complete[0].number) == (number, number)
-    assert rows.winner.statistics.mean == pytest.approx(worth, abs=1e-12)
+    assert rows.estimates is not None
+    assert (rows.estimates.winner, rows.complete[0].number) == (number, number)
+    assert rows.estimates.statistics[number].mean == pytest.approx(worth, abs=1e-12)
     estimates = Estimates.of(record)
     assert estimates is not None
     assert estimates.winner == number
