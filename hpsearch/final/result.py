@@ -20,6 +20,7 @@ from hpsearch.report.final_record import FinalRecord
 from hpsearch.stats.intervals import Floats, Interval, bootstrap_mean
 from hpsearch.store.fits import FitRecord, load_array
 from hpsearch.store.record import StudyRecord
+from hpsearch.store.trials import read_record
 from hpsearch.typed_json import to_json
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ def is_stored(folder: FinalPaths, pool: Prepared, test: Prepared, *, n_seeds: in
     """Return whether the folder contains a complete result for these images, number of seeds and ensemble option."""
     if not folder.result.is_file():
         return False
-    stored = FinalRecord.read(folder)
+    stored = read_record(FinalRecord, folder.result)
     found = (stored.pool_key, stored.test_key, stored.n_seeds, stored.ensemble is not None)
     if found != (pool.key, test.key, n_seeds, ensemble):
         return False

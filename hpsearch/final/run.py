@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -43,7 +43,7 @@ from hpsearch.stats.intervals import paired_difference
 from hpsearch.store import lock, test_set_log
 from hpsearch.store.record import StudyRecord, study_record
 from hpsearch.store.test_set_log import LoggedEvaluation
-from hpsearch.store.trials import TrialRecord
+from hpsearch.store.trials import TrialRecord, read_record
 from hpsearch.store.versions import now
 from hpsearch.study import close_view
 from hpsearch.training.metrics import SCORES
@@ -130,8 +130,8 @@ class _Final:
     def __post_init__(self) -> None:
         record, trial = self.record, self.trial
         self.project, self.folder = record.paths.project, record.paths.final(f"trial-{trial.number:04d}")
-        self.networks = fold_networks(record, trial.number)
-        if self.ensemble and self.networks is None:
+        self.source, self.networks = fold_networks(record, trial.number)
+        if self.ensemble and not self.networks:
             raise StudyError(
                 f"the fold networks of trial {trial.number} were not kept: fit it again with `hpsearch export --toml "
                 f"FILE --trial {trial.number}` and `hpsearch train --config FILE --folds {record.config.study.folds}`"
@@ -176,7 +176,7 @@ class _Final:
         pool, n_seeds = self.caches.scored, self.n_seeds
         if not is_stored(self.folder, pool, self.test, n_seeds=n_seeds, ensemble=self.ensemble):
             return None
-        look = FinalRecord.read(self.folder).look
+        look = read_record(FinalRecord, self.folder.result).look
         if test_set_log.find_evaluation(self.project, look) is None:
             return None
         self.say(f"trial {self.trial.number} was evaluated on these images before; this is the stored result")
@@ -197,7 +197,7 @@ class _Final:
             chosen = self._select(do)
             choices = Postprocessing() if chosen is None else chosen.choices
             shutil.rmtree(folder.ensemble, ignore_errors=True)
-            sources = self.networks.weights if self.networks is not None and self.ensemble else ()
+            sources = [network.weights for network in self.networks] if self.ensemble else []
             members = [folder.ensemble / f"fold{fold}.safetensors" for fold in range(len(sources))]
             copies = zip((folder.seed(0).weights, *sources), (folder.model, *members), strict=True)
             do(jobs.KeepJob(copies=tuple(jobs.WeightsCopy(*copy) for copy in copies), postprocessing=choices))
@@ -231,18 +231,16 @@ class _Final:
 
     def _select(self, do: RunJob) -> SelectedPostprocessing | None:
         """Select post-processing on out-of-fold predictions; return None if no fold networks were kept."""
-        record, networks, config, out = self.record, self.networks, self.trial.study_config, self.folder.choices
-        if networks is not None:
+        record, config, out = self.record, self.trial.study_config, self.folder.choices
+        if self.networks:
             self.say("selecting threshold, flips and cleaning by out-of-fold predictions")
             searched = PoolCaches(record.config, self.root)
             if searched.scored.ids != record.folds.ids:
                 raise StudyChangedError(f"the images of study {record.name!r} have changed: put the old ones back")
-            held_out = [tuple(record.folds.held_out(fold).tolist()) for fold in range(record.n_folds)]
-            each = tuple(map(FoldNetwork, networks.weights, networks.others, held_out))
             caches, metric = jobs.CachePaths(*searched.paths(config)), record.config.study.metric
             select = partial(jobs.SelectPostprocessingJob, config=config, metric=metric, caches=caches)
-            do(select(networks=each, source=networks.source, ensemble=self.ensemble, out=out))
-        return SelectedPostprocessing.from_table(paths.read_json(out)) if out.is_file() else None
+            do(select(networks=self.networks, source=self.source, ensemble=self.ensemble, out=out))
+        return read_record(SelectedPostprocessing, out) if out.is_file() else None
 
     def _score(self, do: RunJob, choices: Postprocessing, members: Sequence[Path]) -> None:
         """Write pixel counts and masks of the test images for the retrained networks and the fold ensemble."""
@@ -331,27 +329,21 @@ class _Final:
         )
 
 
-class FoldNetworks(NamedTuple):
-    """Weights of one or two networks per fold. Each network was trained without the fold's held-out images."""
+def fold_networks(record: StudyRecord, number: int) -> tuple[str, tuple[FoldNetwork, ...]]:
+    """Return a description of the kept fold networks of a trial, and the networks.
 
-    source: str
-    """Description of the networks for messages and reports."""
-    weights: tuple[Path, ...]
-    """Weights of one network per fold."""
-    others: tuple[Path | None, ...]
-    """Weights of a second network per fold, trained with another seed; None for a fold without one."""
-
-
-def fold_networks(record: StudyRecord, number: int) -> FoldNetworks | None:
-    """Return the kept fold networks of a trial: its refits, else its first fits. Return None if none were kept."""
-    found: tuple[Path | None, ...] = (None,) * record.n_folds
-    networks = None
+    They are its refits, else its first fits. Both values are empty if none were kept.
+    """
+    held_out = [tuple(record.folds.held_out(fold).tolist()) for fold in range(record.n_folds)]
+    others: list[Path] | list[None] = [None] * record.n_folds
+    found: tuple[str, tuple[FoldNetwork, ...]] = ("", ())
     for source in ("first fits", "refits"):
         fits = record.fits(number, replicate=source == "refits")
         if all(fit.is_finished and fit.paths.weights.is_file() for fit in fits):
-            weights = tuple(fit.paths.weights for fit in fits)
-            networks, found = FoldNetworks(f"{source} of trial {number}", weights, found), weights
-    return networks
+            weights = [fit.paths.weights for fit in fits]
+            found = f"{source} of trial {number}", tuple(map(FoldNetwork, weights, others, held_out))
+            others = weights
+    return found
 
 
 def choose_trial(record: StudyRecord, number: int | None, cheapest_tied: bool) -> TrialRecord:

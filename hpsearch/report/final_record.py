@@ -4,14 +4,14 @@ import csv
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from hpsearch.data.duplicates import DuplicatePair
 from hpsearch.errors import RecordError
 from hpsearch.inference.postprocessing import SelectedPostprocessing
-from hpsearch.paths import FinalPaths, read_json
+from hpsearch.paths import FinalPaths
 from hpsearch.report.estimates import Estimates
 from hpsearch.report.trial_rows import scores_by_fold
 from hpsearch.stats.intervals import Floats, Interval, Paired, bootstrap_mean
@@ -19,8 +19,7 @@ from hpsearch.stats.selection import Corrected
 from hpsearch.store import test_set_log as log
 from hpsearch.store.record import StudyRecord
 from hpsearch.store.test_set_log import LoggedEvaluation
-from hpsearch.store.trials import FORMAT, TrialRecord
-from hpsearch.typed_json import from_json
+from hpsearch.store.trials import FORMAT, TrialRecord, read_record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,16 +109,6 @@ class FinalRecord(FinalScores):
     n_looks: int = 0
     """Number of evaluations of these images so far, including this one."""
 
-    @classmethod
-    def read(cls, folder: FinalPaths) -> Self:
-        """Return the result in a final's folder. Raises RecordError if it is damaged."""
-        try:
-            return from_json(cls, read_json(folder.result))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise RecordError(
-                f"{folder.result} is damaged: put it back from a copy, or delete it to evaluate again"
-            ) from error
-
 
 @dataclass(frozen=True, kw_only=True)
 class FinalResult(FinalScores):
@@ -161,7 +150,7 @@ def final_result(record: StudyRecord, name: str, estimates: Estimates | None) ->
     Raises RecordError if a file of the final is damaged.
     """
     folder = record.paths.final(name)
-    stored = FinalRecord.read(folder)
+    stored = read_record(FinalRecord, folder.result)
     number, n_runs = stored.trial, max(1, stored.n_seeds)
     trial, began = record.trial(number), [trial.began_at for trial in record.trials()]
     fields = {field.name: getattr(stored, field.name) for field in dataclasses.fields(FinalScores)}

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpsearch import paths
-from hpsearch.errors import CacheError
 from hpsearch.models.network import n_parameters
 from hpsearch.report import tables, text
 from hpsearch.report.final_record import FinalResult
@@ -93,12 +92,7 @@ def _draw(rows: StudyRows, fits: Sequence[Sequence[EpochRow]]) -> Iterator[tuple
     yield "costs", study_figures.draw_costs(rows.complete, best, metric=metric)
     title = f"{rows.record.name}, trial {best}"
     yield "curves", figures.draw_curves(fits, title=title)
-    try:
-        cases = trial_cases(rows.record, best)
-    except CacheError:
-        # Users may delete the image cache to save space.
-        cases = []
-    if cases:
+    if cases := trial_cases(rows.record, best):
         yield "cases", figures.draw_panels(cases, metric=metric, title=f"{title}: held-out images")
     groups = [(f"{rows.n_images} held-out images, trial {best}", estimates.scores.joint[estimates.corrected.trial])]
     if (final := rows.winner_final) is not None:
