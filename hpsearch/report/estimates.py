@@ -10,7 +10,6 @@ from hpsearch.report.trial_rows import trial_epochs
 from hpsearch.stats.intervals import Interval, Paired
 from hpsearch.stats.selection import (
     Corrected,
-    cheapest,
     corrected_estimate,
     corrected_gain,
     predict_test_mean,
@@ -87,7 +86,8 @@ class Estimates:
         """Number of the tied trial whose cross-validation took the least time."""
         fits = {number: trial_epochs(self.record, number) for number in self.tied}
         seconds = {number: sum(row.seconds for rows in fits[number] for row in rows) for number in self.tied}
-        return cheapest(self.tied, seconds)
+        # The best comes first in `tied`, so it is returned among trials of equal cost.
+        return min(self.tied, key=lambda number: seconds[number])
 
     def predicted(self, trial: int, *, n_test: int, n_runs: int = 1) -> Interval | None:
         """Predict the mean score of the winner on `n_test` new images after retraining; None for any other trial.

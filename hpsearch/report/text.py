@@ -94,13 +94,9 @@ def commands(rows: StudyRows) -> list[tuple[str, str]]:
         )
     if rows.standing.winner is not None:
         params = rows.trial(rows.standing.winner).params
-        pinned = "".join(f" --set {shlex.quote(f'{key}={_toml(value)}')}" for key, value in params.items())
+        # JSON and TOML have the same syntax for the values of settings.
+        settings = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in params.items()]
+        pinned = "".join(f" --set {shlex.quote(each)}" for each in settings)
         train = f"hpsearch train --config {toml}{pinned} --folds {rows.config.study.folds}"
         result.append((train, "only the best configuration"))
     return result
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, float):
-        return repr(value)
-    return json.dumps(value, ensure_ascii=False)
