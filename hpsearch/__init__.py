@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from hpsearch.config import load as load_config  # noqa: F401
     from hpsearch.config.data import DataConfig as DataConfig
     from hpsearch.data.torch_datasets import RoleDataset as RoleDataset
-    from hpsearch.final import FinalResult as FinalResult
     from hpsearch.final import run_final as run_final
     from hpsearch.inference.export import export_onnx as export_onnx
     from hpsearch.inference.export import export_toml as export_toml
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from hpsearch.inference.predictor import find_model as find_model
     from hpsearch.inference.predictor import predict_files as predict_files
     from hpsearch.paths import ProjectPaths as ProjectPaths
+    from hpsearch.report.final_record import FinalResult as FinalResult
     from hpsearch.report.page import write_report as write_report
     from hpsearch.search.autotune import MachineChoice as MachineChoice
     from hpsearch.search.status import study_status as study_status
@@ -44,7 +44,7 @@ EXPORTS = {
     "study_status": "hpsearch.search.status.study_status",
     "study_record": "hpsearch.store.record.study_record",
     "run_final": "hpsearch.final.run.run_final",
-    "FinalResult": "hpsearch.final.result.FinalResult",
+    "FinalResult": "hpsearch.report.final_record.FinalResult",
     "write_report": "hpsearch.report.page.write_report",
     "make_tracker": "hpsearch.tracking.mlflow_view.make_tracker",
     "find_model": "hpsearch.inference.predictor.find_model",

@@ -17,7 +17,6 @@ import safetensors.numpy
 import torch
 from PIL import Image
 
-from hpsearch import paths
 from hpsearch.cli.final import describe
 from hpsearch.config.data import DataConfig
 from hpsearch.data.cache import open_cache
@@ -39,6 +38,7 @@ from hpsearch.stats.intervals import Paired
 from hpsearch.store.fits import load_array
 from hpsearch.store.record import study_record
 from hpsearch.store.test_set_log import find_evaluation, n_seen, user_account
+from hpsearch.store.trials import read_record
 from hpsearch.training.checkpoint import load_weights
 from hpsearch.training.metrics import SCORES, PixelCounts
 from hpsearch.typed_json import from_json, to_json
@@ -286,9 +286,9 @@ def test_only_full_trials_can_be_final(project: ProjectPaths) -> None:
 def test_an_ensemble_without_networks_says_how_to_get_some(project: ProjectPaths, result: FinalResult) -> None:
     record = study_record(project, None)
     (other,) = {0, 1} - {result.trial.number}
-    networks = fold_networks(record, other)
-    assert networks is not None
-    kept = [path for path in (*networks.weights, *networks.others) if path is not None]
+    _, networks = fold_networks(record, other)
+    assert networks
+    kept = [path for network in networks for path in (network.weights, network.other) if path is not None]
     hidden = [path.rename(path.with_suffix(".hidden")) for path in kept]
     try:
         with pytest.raises(StudyError) as refused:
@@ -303,7 +303,7 @@ def test_an_ensemble_without_networks_says_how_to_get_some(project: ProjectPaths
 
 
 def test_choices_are_on_record_and_in_the_weights_file(result: FinalResult) -> None:
-    chosen = SelectedPostprocessing.from_table(paths.read_json(result.paths.choices))
+    chosen = read_record(SelectedPostprocessing, result.paths.choices)
     assert chosen == result.chosen
     assert chosen.source == f"refits of trial {result.trial.number}"
     assert [each.name for each in chosen.decisions] == ["flips", "threshold", "clean", "ensemble"]

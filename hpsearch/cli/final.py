@@ -111,7 +111,7 @@ def _table(result: hpsearch.FinalResult) -> Iterator[str]:
 def _sentences(result: hpsearch.FinalResult) -> Iterator[str]:
     from hpsearch.report.text import paragraphs
 
-    comparison, *others = paragraphs("final", final=result, metric=result.metric, winner=result.winner)
+    comparison, *others = paragraphs("final", final=result)
     yield comparison
     gain, of_winner = result.against_default, result.winner_against_default
     if result.is_default and result.trial.number == result.winner:

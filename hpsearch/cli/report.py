@@ -37,7 +37,7 @@ def report(project: ProjectPaths, study_name: str | None, tracking: str | None) 
 @click.command("track")
 @study_options
 @tracking_option
-@click.option("--rebuild", is_flag=True, help="Replace runs that differ from the study; fix paths after a move.")
+@click.option("--rebuild", is_flag=True, help="Delete all runs and log them again; your notes and tags are lost.")
 def track(project: ProjectPaths, study_name: str | None, tracking: str | None, rebuild: bool) -> int:
     """Update MLflow and Optuna's database from the study folders.
 
@@ -59,10 +59,8 @@ def track(project: ProjectPaths, study_name: str | None, tracking: str | None, r
         # A running study updates MLflow itself, and two processes must not update it at the same time.
         with lock.hold(study):
             if rebuild:
-                done = view.rebuild()
-                click.echo(
-                    f"{name}: {done['kept']} runs kept, {done['replaced']} replaced, {done['removed']} removed"
-                )
+                n_deleted, n_logged = view.rebuild()
+                click.echo(f"{name}: {n_deleted} runs deleted, {n_logged} logged")
             else:
                 view.update(is_last=True)
             OptunaView(study).update(is_last=True)

@@ -11,28 +11,44 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
+
+import numpy as np
 
 from hpsearch import paths
 from hpsearch.config import stable_seed
 from hpsearch.data.build import Progress
 from hpsearch.data.prepare import PoolCaches, cache_root, locate, prepare_test
 from hpsearch.errors import StudyChangedError, StudyError
-from hpsearch.final.result import FinalResult, Inputs, evaluate, is_stored, pack_submission, write
+from hpsearch.final.result import (
+    draw_figures,
+    find_leaks,
+    intervals,
+    is_stored,
+    pack_submission,
+    read_official_scores,
+    read_scores,
+    write_table,
+)
 from hpsearch.inference.postprocessing import FoldNetwork, Postprocessing, SelectedPostprocessing
 from hpsearch.paths import ProjectPaths
 from hpsearch.report.estimates import Estimates
-from hpsearch.report.final_record import FinalRecord
+from hpsearch.report.final_record import EnsembleResult, FinalRecord, FinalResult, final_result
 from hpsearch.report.page import model_card
+from hpsearch.report.rows import study_rows
 from hpsearch.search.autotune import MachineChoice, plan_for_one_fit
 from hpsearch.search.evaluation import pool_job
 from hpsearch.search.stopping import Stop
+from hpsearch.stats.intervals import paired_difference
 from hpsearch.store import lock, test_set_log
 from hpsearch.store.record import StudyRecord, study_record
-from hpsearch.store.trials import TrialRecord
+from hpsearch.store.test_set_log import LoggedEvaluation
+from hpsearch.store.trials import TrialRecord, read_record
 from hpsearch.store.versions import now
 from hpsearch.study import close_view
+from hpsearch.training.metrics import SCORES
 from hpsearch.training.rows import EpochRow
+from hpsearch.typed_json import to_json
 from hpsearch.views import Tracker, ViewThread
 from hpsearch.workers import jobs
 from hpsearch.workers.local_pool import LocalPool
@@ -114,8 +130,8 @@ class _Final:
     def __post_init__(self) -> None:
         record, trial = self.record, self.trial
         self.project, self.folder = record.paths.project, record.paths.final(f"trial-{trial.number:04d}")
-        self.networks = fold_networks(record, trial.number)
-        if self.ensemble and self.networks is None:
+        self.source, self.networks = fold_networks(record, trial.number)
+        if self.ensemble and not self.networks:
             raise StudyError(
                 f"the fold networks of trial {trial.number} were not kept: fit it again with `hpsearch export --toml "
                 f"FILE --trial {trial.number}` and `hpsearch train --config FILE --folds {record.config.study.folds}`"
@@ -130,10 +146,6 @@ class _Final:
         self.seen = self.test
         if self.config.scored_data != self.config.data:
             self.seen = prepare_test(self.config.data, self.root, progress=self._decoded)
-        data, pool = self.config.data, self.caches.scored
-        self.inputs = Inputs(
-            record, trial, self.folder, self.n_seeds, self.ensemble, data, self.root, pool, self.test
-        )
         for note in self.test.notes:
             self.say(f"note on the test split: {note}")
 
@@ -164,11 +176,11 @@ class _Final:
         pool, n_seeds = self.caches.scored, self.n_seeds
         if not is_stored(self.folder, pool, self.test, n_seeds=n_seeds, ensemble=self.ensemble):
             return None
-        evaluation = test_set_log.find_evaluation(self.project, FinalRecord.read(self.folder).look)
-        if evaluation is None:
+        look = read_record(FinalRecord, self.folder.result).look
+        if test_set_log.find_evaluation(self.project, look) is None:
             return None
         self.say(f"trial {self.trial.number} was evaluated on these images before; this is the stored result")
-        return evaluate(self.inputs, evaluation)
+        return final_result(self.record, self.folder.root.name, Estimates.of(self.record))
 
     def run(self, machine: MachineChoice) -> FinalResult:
         """Train the networks, select post-processing, score the test images and write the result."""
@@ -182,9 +194,10 @@ class _Final:
             do = partial(run_job, pool, check=self._check)
             self._train(do)
             # Select the post-processing before the test split is read.
-            choices = self._select(do)
+            chosen = self._select(do)
+            choices = Postprocessing() if chosen is None else chosen.choices
             shutil.rmtree(folder.ensemble, ignore_errors=True)
-            sources = self.networks.weights if self.networks is not None and self.ensemble else ()
+            sources = [network.weights for network in self.networks] if self.ensemble else []
             members = [folder.ensemble / f"fold{fold}.safetensors" for fold in range(len(sources))]
             copies = zip((folder.seed(0).weights, *sources), (folder.model, *members), strict=True)
             do(jobs.KeepJob(copies=tuple(jobs.WeightsCopy(*copy) for copy in copies), postprocessing=choices))
@@ -193,14 +206,15 @@ class _Final:
             facts |= {"study_began_at": self.record.trials()[0].began_at, "folder": str(self.project.root.absolute())}
             evaluation = test_set_log.begin_evaluation(self.project, images, at=now(), **facts)
             self._score(do, choices, members)
-        result = evaluate(self.inputs, evaluation)
-        evaluation = test_set_log.end_evaluation(self.project, evaluation, result.test[result.metric].mean)
-        evaluations = test_set_log.evaluations_of(self.project, evaluation)
-        result = dataclasses.replace(result, evaluation=evaluation, evaluations=evaluations)
-        write(result, self.inputs, began_at=began_at, ended_at=now(), runtime=dict(plan.machine))
-        paths.write_text(folder.card, model_card(self.record, folder.root.name))
-        logger.info("final of trial %d: test %s %.4f", self.trial.number, result.metric, evaluation.score)
-        return result
+        result = self._evaluate(evaluation, chosen, began_at=began_at, runtime=dict(plan.machine))
+        score = result.test[result.metric].mean
+        test_set_log.end_evaluation(self.project, evaluation, score)
+        paths.write_json(folder.result, to_json(result))
+        rows = study_rows(self.record)
+        final = next(each for each in rows.finals if each.paths == folder)
+        paths.write_text(folder.card, model_card(rows, final))
+        logger.info("final of trial %d: test %s %.4f", self.trial.number, result.metric, score)
+        return final
 
     def _train(self, do: RunJob) -> None:
         """Train one network per seed on the pool. Networks that are already trained are skipped."""
@@ -215,20 +229,18 @@ class _Final:
             if do(job, on_epoch=partial(self._epoch_ended, index)) is None:
                 self.stop.check(STOPPED)
 
-    def _select(self, do: RunJob) -> Postprocessing:
-        """Select post-processing on out-of-fold predictions; return the defaults if no fold networks were kept."""
-        record, networks, config, out = self.record, self.networks, self.trial.study_config, self.folder.choices
-        if networks is not None:
+    def _select(self, do: RunJob) -> SelectedPostprocessing | None:
+        """Select post-processing on out-of-fold predictions; return None if no fold networks were kept."""
+        record, config, out = self.record, self.trial.study_config, self.folder.choices
+        if self.networks:
             self.say("selecting threshold, flips and cleaning by out-of-fold predictions")
             searched = PoolCaches(record.config, self.root)
             if searched.scored.ids != record.folds.ids:
                 raise StudyChangedError(f"the images of study {record.name!r} have changed: put the old ones back")
-            held_out = [tuple(record.folds.held_out(fold).tolist()) for fold in range(record.n_folds)]
-            each = tuple(map(FoldNetwork, networks.weights, networks.others, held_out))
             caches, metric = jobs.CachePaths(*searched.paths(config)), record.config.study.metric
             select = partial(jobs.SelectPostprocessingJob, config=config, metric=metric, caches=caches)
-            do(select(networks=each, source=networks.source, ensemble=self.ensemble, out=out))
-        return SelectedPostprocessing.from_table(paths.read_json(out)).choices if out.is_file() else Postprocessing()
+            do(select(networks=self.networks, source=self.source, ensemble=self.ensemble, out=out))
+        return read_record(SelectedPostprocessing, out) if out.is_file() else None
 
     def _score(self, do: RunJob, choices: Postprocessing, members: Sequence[Path]) -> None:
         """Write pixel counts and masks of the test images for the retrained networks and the fold ensemble."""
@@ -254,28 +266,84 @@ class _Final:
             masks = folder.masks if by_ensemble else None
             do(official(weights=tuple(members), masks=masks, counts=folder.ensemble_official_counts))
 
+    def _evaluate(
+        self, evaluation: LoggedEvaluation, chosen: SelectedPostprocessing | None, **facts: Any
+    ) -> FinalRecord:
+        """Compute the result from the pixel counts, and write test.csv and the figures.
 
-class FoldNetworks(NamedTuple):
-    """Weights of one or two networks per fold. Each network was trained without the fold's held-out images."""
+        test.csv contains the scores of every test image (means over the seeds) and the official scores of the kept
+        model. `facts` are additional fields of the result.
+        """
+        record, folder, test, pool = self.record, self.folder, self.test, self.caches.scored
+        metric, number = record.config.study.metric, self.trial.number
+        estimates = Estimates.of(record)
+        assert estimates is not None
+        leaks = find_leaks(self.config.data, self.root, pool, test)
+        leaked = np.isin(np.array(test.ids), [name for pair in leaks for name in (pair.a, pair.b)])
+        tables = [read_scores(folder.seed(index).test_counts) for index in range(self.n_seeds)]
+        means = {name: np.mean([table[name] for table in tables], axis=0) for name in SCORES}
+        official = read_official_scores(folder.official_counts, test)
+        is_processed = chosen is not None and chosen.choices != Postprocessing()
+        final = FinalRecord(
+            **estimates.of_final(number, n_test=test.n, n_runs=self.n_seeds),
+            **facts,
+            study=record.name,
+            metric=metric,
+            n_pool=pool.n,
+            n_test=test.n,
+            eval_size=record.config.eval_size,
+            test=intervals(means),
+            per_seed={name: tuple(float(table[name].mean()) for table in tables) for name in SCORES},
+            official=intervals(official),
+            chosen=chosen,
+            chosen_test=intervals(read_scores(folder.chosen_counts)) if is_processed else {},
+            ensemble=self._evaluate_ensemble(is_processed) if self.ensemble else None,
+            leaks=leaks,
+            without_leaks=float(means[metric][~leaked].mean()) if leaks and not leaked.all() else None,
+            trial=number,
+            params=self.trial.params,
+            n_seeds=self.n_seeds,
+            ended_at=now(),
+            pool_key=pool.key,
+            test_key=test.key,
+            test_set=evaluation.test_set,
+            look=evaluation.id,
+            n_looks=len(test_set_log.evaluations_of(self.project, evaluation)),
+        )
+        columns = {**means, **{f"official_{name}": values for name, values in official.items()}}
+        write_table(folder, test.ids, columns)
+        draw_figures(record, folder, final)
+        # An existing zip file would contain the masks of an earlier evaluation.
+        folder.submission.unlink(missing_ok=True)
+        return final
 
-    source: str
-    """Description of the networks for messages and reports."""
-    weights: tuple[Path, ...]
-    """Weights of one network per fold."""
-    others: tuple[Path | None, ...]
-    """Weights of a second network per fold, trained with another seed; None for a fold without one."""
+    def _evaluate_ensemble(self, is_processed: bool) -> EnsembleResult:
+        folder, metric = self.folder, self.record.config.study.metric
+        alone = folder.chosen_counts if is_processed else folder.seed(0).test_counts
+        scores = read_scores(folder.ensemble_counts)
+        return EnsembleResult(
+            n_networks=self.record.n_folds,
+            test=intervals(scores),
+            official=intervals(read_official_scores(folder.ensemble_official_counts, self.test)),
+            gain=paired_difference(scores[metric], read_scores(alone)[metric]),
+        )
 
 
-def fold_networks(record: StudyRecord, number: int) -> FoldNetworks | None:
-    """Return the kept fold networks of a trial: its refits, else its first fits. Return None if none were kept."""
-    found: tuple[Path | None, ...] = (None,) * record.n_folds
-    networks = None
+def fold_networks(record: StudyRecord, number: int) -> tuple[str, tuple[FoldNetwork, ...]]:
+    """Return a description of the kept fold networks of a trial, and the networks.
+
+    They are its refits, else its first fits. Both values are empty if none were kept.
+    """
+    held_out = [tuple(record.folds.held_out(fold).tolist()) for fold in range(record.n_folds)]
+    others: list[Path] | list[None] = [None] * record.n_folds
+    found: tuple[str, tuple[FoldNetwork, ...]] = ("", ())
     for source in ("first fits", "refits"):
         fits = record.fits(number, replicate=source == "refits")
         if all(fit.is_finished and fit.paths.weights.is_file() for fit in fits):
-            weights = tuple(fit.paths.weights for fit in fits)
-            networks, found = FoldNetworks(f"{source} of trial {number}", weights, found), weights
-    return networks
+            weights = [fit.paths.weights for fit in fits]
+            found = f"{source} of trial {number}", tuple(map(FoldNetwork, weights, others, held_out))
+            others = weights
+    return found
 
 
 def choose_trial(record: StudyRecord, number: int | None, cheapest_tied: bool) -> TrialRecord:
@@ -289,7 +357,7 @@ def choose_trial(record: StudyRecord, number: int | None, cheapest_tied: bool) -
         if best is None:
             raise StudyError(f"study {record.name!r} has no fully evaluated trial yet: run `hpsearch study` first")
         if cheapest_tied and (estimates := Estimates.of(record)) is not None:
-            return record.trial(estimates.cheapest_tied(record))
+            return record.trial(estimates.cheapest_tied)
         return best
     trial, named = record.known_trial(number), f"trial {number} of study {record.name!r}"
     if not trial.can_win:

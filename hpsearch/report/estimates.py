@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -10,7 +10,6 @@ from hpsearch.report.trial_rows import trial_epochs
 from hpsearch.stats.intervals import Interval, Paired
 from hpsearch.stats.selection import (
     Corrected,
-    cheapest,
     corrected_estimate,
     corrected_gain,
     predict_test_mean,
@@ -24,6 +23,7 @@ from hpsearch.store.record import StudyRecord
 class Estimates:
     """Statistical estimates of the complete trials of a study. Trials are identified by number."""
 
+    record: StudyRecord
     complete: tuple[int, ...]
     """Numbers of the complete trials in ascending order. They correspond to the rows of `scores`."""
     scores: StudyScores
@@ -53,7 +53,7 @@ class Estimates:
             winner=complete.index(standing.ranking[0]),
             pruned=np.stack(pruned) if pruned else None,
         )
-        return cls(complete, scores)
+        return cls(record, complete, scores)
 
     @cached_property
     def statistics(self) -> dict[int, TrialStatistics]:
@@ -70,17 +70,24 @@ class Estimates:
         return self.complete[self.corrected.trial]
 
     @cached_property
+    def is_default(self) -> bool:
+        """Whether the winner has the default configuration, that is, it is trial 0 or a copy of it."""
+        return self.record.is_default(self.record.trial(self.winner))
+
+    @cached_property
     def tied(self) -> tuple[int, ...]:
         """Numbers of the trials that cannot be distinguished from the best, best first. Includes the winner."""
         found = tuple(self.complete[index] for index in tied_with_best(self.scores))
         # A trial without replicates may score so high in its single fit that the winner is not tied with it.
         return found if self.winner in found else (self.winner, *found)
 
-    def cheapest_tied(self, record: StudyRecord) -> int:
-        """Return the number of the tied trial whose cross-validation took the least time."""
-        fits = {number: trial_epochs(record, number) for number in self.tied}
+    @cached_property
+    def cheapest_tied(self) -> int:
+        """Number of the tied trial whose cross-validation took the least time."""
+        fits = {number: trial_epochs(self.record, number) for number in self.tied}
         seconds = {number: sum(row.seconds for rows in fits[number] for row in rows) for number in self.tied}
-        return cheapest(self.tied, seconds)
+        # The best comes first in `tied`, so it is returned among trials of equal cost.
+        return min(self.tied, key=lambda number: seconds[number])
 
     def predicted(self, trial: int, *, n_test: int, n_runs: int = 1) -> Interval | None:
         """Predict the mean score of the winner on `n_test` new images after retraining; None for any other trial.
@@ -99,3 +106,15 @@ class Estimates:
         if trial == 0 or 0 not in self.complete:
             return None
         return corrected_gain(self.scores, self.complete.index(trial), self.complete.index(0))
+
+    def of_final(self, trial: int, *, n_test: int, n_runs: int) -> dict[str, Any]:
+        """Return the estimates of a retrained trial, as fields of `FinalScores`."""
+        return {
+            "cv": self.statistics[trial].total,
+            "cv_fold_std": self.statistics[trial].sd_folds,
+            "is_confirmed": trial in self.record.confirmed(),
+            "corrected": self.corrected if trial == self.winner else None,
+            "predicted": self.predicted(trial, n_test=n_test, n_runs=n_runs),
+            "against_default": self.gain(trial),
+            "winner": self.winner,
+        }

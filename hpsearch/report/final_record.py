@@ -1,19 +1,25 @@
-"""Content of final.json, the result of `hpsearch final`."""
+"""Content of final.json, and the result of `hpsearch final` that is read from it."""
 
+import csv
+import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Self
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from hpsearch.data.duplicates import DuplicatePair
 from hpsearch.errors import RecordError
 from hpsearch.inference.postprocessing import SelectedPostprocessing
-from hpsearch.paths import FinalPaths, read_json
-from hpsearch.stats.intervals import Interval, Paired
+from hpsearch.paths import FinalPaths
+from hpsearch.report.estimates import Estimates
+from hpsearch.report.trial_rows import scores_by_fold
+from hpsearch.stats.intervals import Floats, Interval, Paired, bootstrap_mean
 from hpsearch.stats.selection import Corrected
-from hpsearch.store import test_set_log
+from hpsearch.store import test_set_log as log
 from hpsearch.store.record import StudyRecord
 from hpsearch.store.test_set_log import LoggedEvaluation
-from hpsearch.store.trials import FORMAT
-from hpsearch.typed_json import from_json
+from hpsearch.store.trials import FORMAT, TrialRecord, read_record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,21 +109,19 @@ class FinalRecord(FinalScores):
     n_looks: int = 0
     """Number of evaluations of these images so far, including this one."""
 
-    @classmethod
-    def read(cls, folder: FinalPaths) -> Self:
-        """Return the result in a final's folder. Raises RecordError if it is damaged."""
-        try:
-            return from_json(cls, read_json(folder.result))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise RecordError(
-                f"{folder.result} is damaged: put it back from a copy, or delete it to evaluate again"
-            ) from error
 
+@dataclass(frozen=True, kw_only=True)
+class FinalResult(FinalScores):
+    """Test scores of a retrained configuration, together with the estimates of the search."""
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class EvaluationHistory:
-    """The evaluation of the test images by a final, and all other evaluations of these images."""
-
+    trial: TrialRecord
+    """The trial whose configuration was retrained."""
+    paths: FinalPaths
+    """Paths of the final's files: model, masks, table of scores, figures."""
+    n_seeds: int
+    """Number of retrained networks."""
+    ended_at: float
+    """End of the evaluation (Unix time in seconds)."""
     evaluation: LoggedEvaluation
     """Entry of the final's evaluation in the test-set log."""
     evaluations: tuple[LoggedEvaluation, ...]
@@ -126,16 +130,82 @@ class EvaluationHistory:
     """Number of evaluations before the study began."""
     n_trials_after: int
     """Number of trials that began after the study's first evaluation of these images."""
+    winner_against_default: Paired | None
+    """Gain of the best trial over trial 0, corrected for selection; None if trial 0 is the best or not complete."""
+    is_default: bool
+    """Whether the trial has the default configuration."""
+    cv_scores: dict[str, Interval]
+    """Out-of-fold scores by name: means over images with 95 % intervals over images."""
+    scores: Floats = field(compare=False)
+    """Score of each test image in the study's metric, averaged over the retrained networks."""
+    undelivered: int = 0
+    """Number of MLflow runs that are not up to date. Their data are stored in the study folder."""
+    tracking_error: str = ""
+    """Error that kept MLflow from being updated; empty if MLflow is up to date."""
 
 
-def history_of(record: StudyRecord, evaluation: LoggedEvaluation) -> dict[str, Any]:
-    """Return the fields of `EvaluationHistory` for an evaluation by a study."""
-    began = [trial.began_at for trial in record.trials()]
-    evaluations = test_set_log.evaluations_of(record.paths.project, evaluation)
-    first = test_set_log.first_evaluation_of(evaluations, record.name, began[0]) or evaluation
-    return {
-        "evaluation": evaluation,
-        "evaluations": evaluations,
-        "n_evaluations_before": test_set_log.n_evaluations_before(evaluations, began[0]),
-        "n_trials_after": sum(each > first.at for each in began),
+def final_result(record: StudyRecord, name: str, estimates: Estimates | None) -> FinalResult:
+    """Return the stored result of a final with the present estimates of the search.
+
+    Raises RecordError if a file of the final is damaged.
+    """
+    folder = record.paths.final(name)
+    stored = read_record(FinalRecord, folder.result)
+    number, n_runs = stored.trial, max(1, stored.n_seeds)
+    trial, began = record.trial(number), [trial.began_at for trial in record.trials()]
+    fields = {field.name: getattr(stored, field.name) for field in dataclasses.fields(FinalScores)}
+    # The search may have continued after the final, so compute the estimates again.
+    if estimates is not None and number in estimates.complete:
+        fields |= estimates.of_final(number, n_test=stored.n_test, n_runs=n_runs)
+    else:
+        fields |= {"corrected": None, "predicted": None, "winner": record.standing().winner}
+    evaluation = _evaluation_of(record, stored)
+    evaluations = log.evaluations_of(record.paths.project, evaluation)
+    first = log.first_evaluation_of(evaluations, record.name, began[0]) or evaluation
+    kinds = (False, True) if fields["is_confirmed"] else (False,)
+    cv_scores = scores_by_fold([record.fits(number, replicate=replicate) for replicate in kinds])
+    return FinalResult(
+        **fields,
+        trial=trial,
+        paths=folder,
+        n_seeds=n_runs,
+        ended_at=stored.ended_at,
+        evaluation=evaluation,
+        evaluations=evaluations,
+        n_evaluations_before=log.n_evaluations_before(evaluations, began[0]),
+        n_trials_after=sum(each > first.at for each in began),
+        winner_against_default=estimates.gain(estimates.winner) if estimates is not None else None,
+        is_default=record.is_default(trial),
+        cv_scores={name: bootstrap_mean(np.concatenate(folds)) for name, folds in cv_scores.items()},
+        scores=_test_scores(folder.table, stored.metric),
+    )
+
+
+def _evaluation_of(record: StudyRecord, result: FinalRecord) -> LoggedEvaluation:
+    """Return the test-set log entry of a final.
+
+    Version 0.1 did not store the id of the entry, so look for an entry of the same test set and configuration. If
+    there is none, return an entry made from the result.
+    """
+    project = record.paths.project
+    if (found := log.find_evaluation(project, result.look)) is not None:
+        return found
+    facts = {name: getattr(result, name) for name in ("test_set", "trial", "metric")}
+    facts |= {
+        "study": record.name,
+        "study_began_at": record.trials()[0].began_at,
+        "folder": str(project.root.absolute()),
     }
+    score = result.test[result.metric].mean
+    known = LoggedEvaluation(at=result.ended_at, n_images=result.n_test, score=score, id="", **facts)
+    wanted = (known.test_set, known.configuration)
+    entries = (each for each in log.evaluations_of(project, known) if each.id)
+    return next((each for each in entries if (each.test_set, each.configuration) == wanted), known)
+
+
+def _test_scores(table: Path, metric: str) -> Floats:
+    try:
+        with table.open(encoding="utf-8", newline="") as file:
+            return np.array([float(row[metric]) for row in csv.DictReader(file)])
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise RecordError(f"{table} is damaged: {error}") from error

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpsearch import paths
-from hpsearch.config import StudyConfig
-from hpsearch.errors import CacheError
 from hpsearch.models.network import n_parameters
 from hpsearch.report import tables, text
-from hpsearch.report.rows import FinalRow, StudyRows, study_rows
+from hpsearch.report.final_record import FinalResult
+from hpsearch.report.rows import StudyRows, study_rows
 from hpsearch.report.trial_rows import trial_cases, trial_epochs
 from hpsearch.store.record import StudyRecord
 from hpsearch.training.rows import EpochRow
@@ -30,9 +29,9 @@ def write_report(record: StudyRecord) -> Path:
     from hpsearch.report.figures import to_bytes
 
     rows = study_rows(record)
-    fits = [] if rows.winner is None else trial_epochs(record, rows.winner.number)
+    fits = [] if rows.standing.winner is None else trial_epochs(record, rows.standing.winner)
     pictures = {}
-    for name, figure in _draw(record, rows, fits):
+    for name, figure in _draw(rows, fits):
         png = to_bytes(figure, dpi=150)
         for ending, content in ((".png", png), (".pdf", to_bytes(figure, "pdf"))):
             with paths.atomic_write(record.paths.figures / f"{name}{ending}", sync=False) as temporary:
@@ -53,24 +52,15 @@ def render(rows: StudyRows, pictures: Mapping[str, Mapping[str, Any]], *, gap: s
     return text.render("report.html.jinja", rows=rows, pictures=pictures, gap=gap, text=text, tables=tables)
 
 
-def model_card(record: StudyRecord, name: str) -> str:
-    """Return the model card of a finished final as Markdown. `name` is the folder of the final, like `trial-0007`.
-
-    Raises RecordError if the study's folder is damaged.
-    """
-    rows = study_rows(record)
-    final = next(final for final in rows.finals if final.name == name)
-    return render_card(rows, final, record.trial(final.trial).study_config)
-
-
-def render_card(rows: StudyRows, final: FinalRow, config: StudyConfig) -> str:
-    """Render the model card of a final as Markdown. `config` is the configuration of its trial."""
+def model_card(rows: StudyRows, final: FinalResult) -> str:
+    """Return the model card of a final as Markdown."""
+    config = final.trial.study_config
     return text.render(
         "card.md.jinja",
         rows=rows,
         final=final,
         config=config,
-        name=_literal(rows.name),
+        name=_literal(rows.record.name),
         # Use only the folder's name, because the full path may be private.
         dataset=_literal(Path(config.data.images or config.data.root).name),
         n_parameters=n_parameters(config.unet, config.data.n_channels),
@@ -83,33 +73,28 @@ def _literal(name: str) -> str:
     return html.escape(name).replace("`", "'").replace("|", "/").replace("\n", " ")
 
 
-def _draw(record: StudyRecord, rows: StudyRows, fits: Sequence[Sequence[EpochRow]]) -> Iterator[tuple[str, "Figure"]]:
+def _draw(rows: StudyRows, fits: Sequence[Sequence[EpochRow]]) -> Iterator[tuple[str, "Figure"]]:
     """Yield (name, figure) for every figure whose data exist."""
     from hpsearch.report import figures, study_figures
 
-    metric, winner, dimensions = rows.metric, rows.winner, dict(rows.config.search)
+    metric, estimates, dimensions = rows.metric, rows.estimates, dict(rows.config.search)
     if rows.trials:
-        yield "race", study_figures.draw_race(rows.trials, rows.standing.ranking, rows.n_folds, metric=metric)
-    if winner is None:
+        yield "race", study_figures.draw_race(rows.trials, rows.standing.ranking, rows.record.n_folds, metric=metric)
+    if estimates is None:
         return
-    best = winner.number
+    best = estimates.winner
     yield "answer", study_figures.draw_answer(tables.estimates(rows), metric=metric)
-    yield "ranking", study_figures.draw_ranking(rows.complete, winner.tied, winner.cheapest, metric=metric)
+    yield "ranking", study_figures.draw_ranking(rows.complete, estimates.tied, estimates.cheapest_tied, metric=metric)
     if rows.importances:
         yield "importances", study_figures.draw_importances(rows.importances)
     if dimensions:
         yield "slices", study_figures.draw_slices(rows.trials, dimensions, best, metric=metric)
     yield "costs", study_figures.draw_costs(rows.complete, best, metric=metric)
-    title = f"{rows.name}, trial {best}"
+    title = f"{rows.record.name}, trial {best}"
     yield "curves", figures.draw_curves(fits, title=title)
-    try:
-        cases = trial_cases(record, best)
-    except CacheError:
-        # Users may delete the image cache to save space.
-        cases = []
-    if cases:
+    if cases := trial_cases(rows.record, best):
         yield "cases", figures.draw_panels(cases, metric=metric, title=f"{title}: held-out images")
-    groups = [(f"{rows.n_images} held-out images, trial {best}", winner.scores)]
+    groups = [(f"{rows.n_images} held-out images, trial {best}", estimates.scores.joint[estimates.corrected.trial])]
     if (final := rows.winner_final) is not None:
         groups.append((f"{final.n_test} test images, retrained", final.scores))
     yield "distribution", study_figures.draw_distribution(groups, metric=metric)

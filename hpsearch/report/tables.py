@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hpsearch.report.final_record import FinalResult
 from hpsearch.report.formats import SCORES, bounds, duration, interval, number, setting
-from hpsearch.report.rows import FinalRow, StudyRows, TrialRow
+from hpsearch.report.rows import N_TEST, StudyRows, TrialRow
 from hpsearch.stats.intervals import Interval
 
 PUBLISHED: dict[str, Sequence[str]] = {
@@ -36,25 +37,27 @@ class Table:
 
 def estimates(rows: StudyRows) -> list[tuple[str, Interval]]:
     """Return (name, interval) pairs of the winner: plain mean, corrected mean, prediction and test result, if any."""
-    winner, final = rows.winner, rows.winner_final
-    assert winner is not None
-    predicted = final.predicted if final is not None and final.predicted is not None else winner.predicted
+    found, final = rows.estimates, rows.winner_final
+    assert found is not None
+    n_test = N_TEST if final is None else final.n_test
+    predicted = found.predicted(found.winner, n_test=n_test) if final is None else final.predicted
+    assert predicted is not None
     plain = "validation, plain" if rows.is_fixed_split else "cross-validation, plain"
-    result = [(plain, winner.statistics.total)]
-    if winner.corrected.method != "single":
-        result.append(("corrected for selection", winner.corrected.interval))
-    result.append((f"predicted for {winner.n_predicted} test images", predicted))
+    result = [(plain, found.statistics[found.winner].total)]
+    if found.corrected.method != "single":
+        result.append(("corrected for selection", found.corrected.interval))
+    result.append((f"predicted for {n_test} test images", predicted))
     return result if final is None else [*result, (f"test, {final.n_test} images", final.test[rows.metric])]
 
 
 def _place(row: TrialRow, rows: StudyRows) -> str:
     """Return the labels of a trial in the ranking, for example `best` or `tied, cheapest`."""
-    winner = rows.winner
-    assert winner is not None
+    found = rows.estimates
+    assert found is not None
     labels = {
-        "best": row.number == winner.number,
-        "tied": row.number in winner.tied and row.number != winner.number,
-        "cheapest": row.number == winner.cheapest and len(winner.tied) > 1,
+        "best": row.number == found.winner,
+        "tied": row.number in found.tied and row.number != found.winner,
+        "cheapest": row.number == found.cheapest_tied and len(found.tied) > 1,
         "two fits": row.number in rows.standing.confirmed,
     }
     return ", ".join(name for name, applies in labels.items() if applies)
@@ -65,7 +68,7 @@ COLUMNS: dict[str, Callable[[Any, StudyRows], str]] = {
     "": _place,
     "mean": lambda row, _: number(row.statistics.mean),
     "95 % interval": lambda row, _: bounds(row.statistics.total),
-    "sd of folds": lambda row, rows: number(row.statistics.sd_folds) if rows.n_folds > 1 else "",
+    "sd of folds": lambda row, rows: number(row.statistics.sd_folds) if rows.record.n_folds > 1 else "",
     "over folds (t)": lambda row, _: bounds(row.statistics.folds) if row.statistics.folds else "",
     "time": lambda row, _: duration(row.seconds),
 }
@@ -77,17 +80,17 @@ def ranking(rows: StudyRows) -> Table:
 
     Its columns are `COLUMNS` and the searched settings.
     """
-    assert rows.winner is not None
+    assert rows.estimates is not None
     names = list(rows.config.search)
     head = (*COLUMNS, *(name.partition(".")[2].replace("_", " ") for name in names))
     lines = [
         (*(cell(row, rows) for cell in COLUMNS.values()), *(setting(row.params[name]) for name in names))
         for row in rows.complete
     ]
-    return Table(head, tuple(lines), tuple(row.number in rows.winner.tied for row in rows.complete))
+    return Table(head, tuple(lines), tuple(row.number in rows.estimates.tied for row in rows.complete))
 
 
-def final_scores(rows: StudyRows, final: FinalRow, *, with_published: bool = False) -> Table:
+def final_scores(rows: StudyRows, final: FinalResult, *, with_published: bool = False) -> Table:
     """Return the table of out-of-fold and test scores of a final, optionally with the published results."""
     ensemble = final.ensemble
     columns: dict[str, Mapping[str, Interval]] = {

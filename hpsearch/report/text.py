@@ -34,7 +34,7 @@ def paragraphs(template: str, **values: Any) -> list[str]:
     - race: the time that pruning saved.
     - methods: text for the methods section of a paper.
     - final: the result `final`. The first paragraph compares it with its prediction. The others describe the
-      post-processing, the ensemble, earlier evaluations and duplicates. `metric` and `winner` come from the search.
+      post-processing, the ensemble, earlier evaluations and duplicates.
     """
     blocks = render(f"{template}.txt.jinja", **values).split("\n\n")
     return [" ".join(block.split()) for block in blocks if block.strip()]
@@ -85,20 +85,18 @@ def commands(rows: StudyRows) -> list[tuple[str, str]]:
 
     They read the file NAME.toml, which must contain the settings shown on the page.
     """
-    toml = shlex.quote(f"{rows.name}.toml")
-    result = [(command_line(f"study --config {toml}", rows.name), "the search")]
+    toml = shlex.quote(f"{rows.record.name}.toml")
+    result = [(command_line(f"study --config {toml}", rows.record.name), "the search")]
     for final in rows.finals:
         seeds = f" --seeds {final.n_seeds}" if final.n_seeds > 1 else ""
-        result.append((command_line(f"final --trial {final.trial}{seeds}", rows.name), "retraining and test"))
-    if rows.winner is not None:
-        params = rows.trial(rows.winner.number).params
-        pinned = "".join(f" --set {shlex.quote(f'{key}={_toml(value)}')}" for key, value in params.items())
+        result.append(
+            (command_line(f"final --trial {final.trial.number}{seeds}", rows.record.name), "retraining and test")
+        )
+    if rows.standing.winner is not None:
+        params = rows.trial(rows.standing.winner).params
+        # JSON and TOML have the same syntax for the values of settings.
+        settings = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in params.items()]
+        pinned = "".join(f" --set {shlex.quote(each)}" for each in settings)
         train = f"hpsearch train --config {toml}{pinned} --folds {rows.config.study.folds}"
         result.append((train, "only the best configuration"))
     return result
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, float):
-        return repr(value)
-    return json.dumps(value, ensure_ascii=False)

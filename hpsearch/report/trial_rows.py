@@ -1,5 +1,6 @@
 """Read the data for the figures of a trial from its record: epochs, scores and example images."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from hpsearch.store.fits import FitRecord
 from hpsearch.store.record import StudyRecord
 from hpsearch.training.metrics import SCORES, PixelCounts
 from hpsearch.training.rows import EpochRow
+
+logger = logging.getLogger(__name__)
 
 CURVES = ("loss", "dice", "jaccard", "accuracy")
 """Names of the scores that are drawn over the epochs, on training and held-out images."""
@@ -59,11 +62,16 @@ def scores_by_fold(fits: Sequence[Sequence[FitRecord]]) -> dict[str, list[npt.ND
 def trial_cases(record: StudyRecord, number: int, *, n_each: int = 2) -> list[Case]:
     """Return the best, median and worst of the example images that were stored for a trial's finished folds.
 
-    Return an empty list if there are no examples. Raises CacheError if the image cache is missing or damaged.
+    Return an empty list if there are no examples, or if the image cache is missing or damaged.
     """
     fits = [record.fit(number, fold) for fold in record.finished_folds(number)]
     scores = record.out_of_fold(number)
-    return _cases(fits, scores[~np.isnan(scores)], cached(record, record.data_key()), n_each)
+    try:
+        return _cases(fits, scores[~np.isnan(scores)], cached(record, record.data_key()), n_each)
+    except CacheError as error:
+        # Users may delete the image cache to save space.
+        logger.info("trial %04d of %s: no panels: %s", number, record.name, error)
+        return []
 
 
 def final_cases(record: StudyRecord, final: FinalPaths, test_key: str) -> list[Case]:

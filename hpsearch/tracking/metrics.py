@@ -1,6 +1,5 @@
 """Define the metrics of MLflow runs. Each entry in `METRICS` is one metric."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -91,11 +90,6 @@ def points_of(kind: str, source: Any, at: float, metric: str = "", *, step: int 
         if found is not None:
             values[prefix + name.format(metric=metric)] = float(found)
     return [Point(key, value, step, milliseconds(at)) for key, value in values.items()]
-
-
-def is_metric(key: str) -> bool:
-    """Return whether the metric `key` has a name that hpsearch uses. Users may add their own metrics."""
-    return re.fullmatch(r"(fold\d+|seed\d+|cv|cost|test|study)/.*", key) is not None
 
 
 def cross_validation(fits: Sequence[Sequence[FitRecord]], value: float | None) -> dict[str, Any]:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from hpsearch.paths import ProjectPaths, StudyPaths
 from hpsearch.store.record import StudyRecord
 from hpsearch.store.trials import Standing
 from hpsearch.tracking import run_files, runs
-from hpsearch.tracking.metrics import is_metric
 from hpsearch.tracking.mlflow_server import MlflowServer, is_external, is_outage
 from hpsearch.tracking.runs import RANK, WINNER, RunContent, RunSource, key_of
 
@@ -81,24 +79,25 @@ class MlflowView:
         """Return the number of trials, refits and finals whose runs may not be up to date in MLflow."""
         return len(runs.run_keys(self._study) - self._up_to_date)
 
-    def rebuild(self) -> Counter[str]:
-        """Replace all runs in MLflow that differ from the study folder. This also works after the project was moved.
+    def rebuild(self) -> tuple[int, int]:
+        """Delete all runs of the study in MLflow, and log them again. This also works after the project was moved.
 
-        Runs that agree with the study folder keep their ids. Runs that contradict it are deleted and created again.
-        Runs of trials that no longer exist are deleted. MLflow keeps deleted runs until `mlflow gc` removes them.
-        No other process may write to the experiment at the same time.
+        Registered versions of the models are also deleted and created again. Descriptions, tags, metrics and files
+        that users added to the runs are lost. MLflow keeps deleted runs until `mlflow gc` removes them. No other
+        process may write to the experiment at the same time.
 
-        Returns the number of runs that were `kept`, `replaced` and `removed`.
+        Returns the number of deleted runs and the number of logged runs.
         """
         self._experiment = None
-        rebuilt: Counter[str] = Counter()
         with self._tracking_errors():
             record = StudyRecord.open(self._study)
-            if trials := record.trials():
-                contents = [source.read() for source in runs.run_sources(record, trials, record.standing(trials))]
-                rebuilt = self._open_experiment(record, contents[0].began_ms).reconcile(contents)
+            trials = record.trials()
+            if not trials:
+                return 0, 0
+            experiment = self._open_experiment(record, runs.began_ms(record, trials))
+            n_deleted = experiment.delete_runs()
             self._update(record, is_last=True)
-        return rebuilt
+        return n_deleted, len(experiment.runs)
 
     def log_report(self) -> None:
         """Add the report and its figures to the artifacts of the study's run. The study may be running.
@@ -175,7 +174,7 @@ class Experiment:
         self._client = client
         self._folder = record.paths.tracking
         self._id = self._open(record, began_ms, artifact_root)
-        self._runs = self._read(record.name)
+        self.runs = self._read(record.name)
         """Runs in MLflow by (key, start time), with their present tags and params."""
         self._points: dict[str, set[tuple[str, int, int]]] = {}
         """(key, step, time) of all logged metric points, by run id. A run is added when its points are first read."""
@@ -215,11 +214,11 @@ class Experiment:
     def ensure(self, content: RunContent, more_tags: Mapping[str, str]) -> Any:
         """Return the run with the key and start time of `content`. Create it if it is missing."""
         identity = (content.key, content.began_ms)
-        if identity not in self._runs:
+        if identity not in self.runs:
             tags = {**more_tags, **content.tags}
-            self._runs[identity] = self._client.create_run(self._id, content.began_ms, tags, content.name)
-        self._current[content.key] = self._runs[identity]
-        return self._runs[identity]
+            self.runs[identity] = self._client.create_run(self._id, content.began_ms, tags, content.name)
+        self._current[content.key] = self.runs[identity]
+        return self.runs[identity]
 
     def deliver(self, source: RunSource, content: RunContent, more_tags: Mapping[str, str], *, is_last: bool) -> None:
         """Update one run: params, tags and metrics first, then files, status and digest once it is complete."""
@@ -265,7 +264,11 @@ class Experiment:
     def _new_points(self, run: Any, content: RunContent) -> list[Any]:
         """Return the metric points that are missing in the run, and remember them as logged."""
         if run.info.run_id not in self._points:
-            self._points[run.info.run_id] = {place for place, _ in self._history(run)}
+            self._points[run.info.run_id] = {
+                (metric.key, metric.step, metric.timestamp)
+                for key in run.data.metrics
+                for metric in self._client.get_metric_history(run.info.run_id, key)
+            }
         places = self._points[run.info.run_id]
         # An epoch that was trained again after a restart has a new time, but its point must not be logged twice.
         # For any other metric, a point with a new time is a revised value.
@@ -289,7 +292,7 @@ class Experiment:
     def show_ranking(self, standing: Standing) -> None:
         """Tag every trial that can win with its rank, and tag only the best one as winner."""
         winner = self._current.get(f"trial {standing.winner}")
-        for run in self._runs.values():
+        for run in self.runs.values():
             if WINNER in run.data.tags and run is not winner:
                 self._client.delete_tag(run.info.run_id, WINNER)
                 del run.data.tags[WINNER]
@@ -297,44 +300,15 @@ class Experiment:
             if (run := self._current.get(f"trial {number}")) is not None:
                 self._tag(run, {RANK: f"{place:04d}", **({WINNER: "true"} if run is winner else {})})
 
-    def reconcile(self, contents: Iterable[RunContent]) -> Counter[str]:
-        """Delete runs that contradict `contents` or are missing there, and create the contradicting ones again.
-
-        The digest tags of runs that are kept are removed in memory, so that the next `deliver` adds missing data.
-        """
-        wanted = {(content.key, content.began_ms): content for content in contents}
-        done: Counter[str] = Counter()
-        for identity, run in list(self._runs.items()):
-            content = wanted.get(identity)
-            if content is not None and not self._contradicts(run, content):
-                run.data.tags.pop(DELIVERED, None)
-                done["kept"] += 1
-                continue
-            self._client.delete_run(run.info.run_id)
-            # The new run registers its model again.
+    def delete_runs(self) -> int:
+        """Delete all runs and the registered versions of their models. Return the number of runs."""
+        n_runs = len(self.runs)
+        for run in self.runs.values():
             for version in self._client.search_model_versions(f"run_id = '{run.info.run_id}'"):
                 self._client.delete_model_version(version.name, version.version)
-            del self._runs[identity]
-            done["removed" if content is None else "replaced"] += 1
-            if content is not None:
-                # Keep tags that users added, including their own description.
-                own = {"mlflow.runName", DELIVERED, RANK, WINNER}
-                self.ensure(content, {key: value for key, value in run.data.tags.items() if key not in own})
-        return done
-
-    def _contradicts(self, run: Any, content: RunContent) -> bool:
-        """Return whether a param or metric that hpsearch logged differs from `content`."""
-        if any(run.data.params.get(key, value) != value for key, value in content.params.items()):
-            return True
-        points = [(place, value) for place, value in self._history(run) if is_metric(place[0])]
-        expected = {(point.place, point.value) for point in content.points}
-        return len({place for place, _ in points}) < len(points) or not expected.issuperset(points)
-
-    def _history(self, run: Any) -> Iterator[tuple[tuple[str, int, int], float]]:
-        """Yield ((key, step, time), value) for every metric point of the run."""
-        for key in run.data.metrics:
-            for metric in self._client.get_metric_history(run.info.run_id, key):
-                yield (metric.key, metric.step, metric.timestamp), metric.value
+            self._client.delete_run(run.info.run_id)
+        self.runs.clear()
+        return n_runs
 
 
 @contextmanager

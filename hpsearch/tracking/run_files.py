@@ -2,13 +2,11 @@
 
 import csv
 import json
-import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hpsearch.errors import CacheError
 from hpsearch.paths import StudyPaths
 from hpsearch.report.trial_rows import image_scores, trial_cases, trial_epochs
 from hpsearch.store.record import StudyRecord
@@ -16,8 +14,6 @@ from hpsearch.store.trials import TrialRecord
 from hpsearch.training.metrics import SCORES
 from hpsearch.training.rows import EpochRow
 from hpsearch.typed_json import to_json
-
-logger = logging.getLogger(__name__)
 
 
 def write_study_files(record: StudyRecord, folder: Path) -> None:
@@ -49,13 +45,7 @@ def write_trial_files(record: StudyRecord, trial: TrialRecord, folder: Path) -> 
     name, metric = f"trial {trial.number:04d} of {record.name}", record.config.study.metric
     result = f"out-of-fold {metric} {trial.value:.4f}" if trial.outcome == "complete" else trial.outcome or "open"
     _draw_curves(folder, trial_epochs(record, trial.number), f"{name}: {result}")
-    try:
-        cases = trial_cases(record, trial.number)
-    except CacheError as error:
-        # Users may delete the image cache to save space.
-        logger.info("%s: no panels: %s", name, error)
-        return
-    if cases:
+    if cases := trial_cases(record, trial.number):
         from hpsearch.report import figures
 
         panels = figures.draw_panels(cases, metric=metric, title=f"{name}: held-out images")

@@ -20,7 +20,7 @@ from hpsearch.paths import StudyPaths
 from hpsearch.report.final_record import FinalRecord
 from hpsearch.store.fits import FitRecord
 from hpsearch.store.record import StudyRecord, has_all_replicates
-from hpsearch.store.trials import Outcome, ReplicateRecord, Standing, TrialRecord
+from hpsearch.store.trials import Outcome, ReplicateRecord, Standing, TrialRecord, read_record
 from hpsearch.tracking import run_files
 from hpsearch.tracking.metrics import Point, cross_validation, milliseconds, points_of
 from hpsearch.typed_json import to_json
@@ -118,7 +118,7 @@ def study_run(record: StudyRecord, trials: Sequence[TrialRecord], standing: Stan
     return RunContent(
         key="study",
         name=record.name,
-        began_ms=milliseconds(_began_at(record, trials)),
+        began_ms=began_ms(record, trials),
         tags=_common_tags(record, "hpsearch study", None),
         params=_params(record.config) | search,
         points=tuple(_progress(record, trials, standing)),
@@ -191,7 +191,7 @@ def _fits_run(
 def final_run(record: StudyRecord, name: str) -> RunContent:
     """Return the content of the run of a final: the estimates of the search and the scores on the test images."""
     folder = record.paths.final(name)
-    result = FinalRecord.read(folder)
+    result = read_record(FinalRecord, folder.result)
     trial, ended_at = record.trial(result.trial), result.ended_at
     fits = [FitRecord(folder.seed(index)) for index in range(result.n_seeds)]
     # Test set, number of its evaluations so far, number of its duplicates in the pool, selected post-processing.
@@ -213,12 +213,13 @@ def final_run(record: StudyRecord, name: str) -> RunContent:
     )
 
 
-def _began_at(record: StudyRecord, trials: Sequence[TrialRecord]) -> float:
+def began_ms(record: StudyRecord, trials: Sequence[TrialRecord]) -> int:
+    """Return the start of the run of a study, Unix time in milliseconds."""
     # In version 0.1, several machines could share a study. The run of a shared study starts when sharing began.
     shared = record.paths.root / "sharing.json"
     if shared.is_file():
-        return float(paths.read_json(shared)["began_at"])
-    return min(trial.began_at for trial in trials)
+        return milliseconds(paths.read_json(shared)["began_at"])
+    return milliseconds(min(trial.began_at for trial in trials))
 
 
 def _fit_points(prefix: str, fits: Sequence[FitRecord], ended_at: float | None) -> Iterator[Point]:

@@ -80,10 +80,10 @@ def test_the_cheapest_of_the_tied_is_the_one_that_took_the_least_time(study: Fak
     estimates = estimates_of(study)
     assert set(estimates.tied) == {2, 3}
     seconds = {number: seconds_of(study, number) for number in estimates.tied}
-    assert estimates.cheapest_tied(study.record) == min(estimates.tied, key=lambda number: seconds[number])
+    assert estimates.cheapest_tied == min(estimates.tied, key=lambda number: seconds[number])
     path = study.record.fit(3, 0).paths.epochs
     path.write_text(path.read_text().replace('"train_s": 1.5', '"train_s": 0.5'))
-    assert estimates_of(study).cheapest_tied(study.record) == 3
+    assert estimates_of(study).cheapest_tied == 3
 
 
 def test_a_study_without_a_complete_trial_has_no_estimates(tmp_path: Path) -> None:

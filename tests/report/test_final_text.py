@@ -11,7 +11,8 @@ import pytest
 
 from hpsearch.data.duplicates import DuplicatePair
 from hpsearch.inference.postprocessing import Decision, Postprocessing, SelectedPostprocessing
-from hpsearch.report.rows import FinalRow, study_rows
+from hpsearch.report.final_record import FinalResult
+from hpsearch.report.rows import study_rows
 from hpsearch.report.text import paragraphs
 from hpsearch.stats.intervals import Interval, Paired
 from hpsearch.store.test_set_log import LoggedEvaluation
@@ -19,16 +20,16 @@ from tests.recorded import FakeStudy
 
 
 @pytest.fixture(scope="module")
-def final(tmp_path_factory: pytest.TempPathFactory) -> FinalRow:
+def final(tmp_path_factory: pytest.TempPathFactory) -> FinalResult:
     study = FakeStudy(tmp_path_factory.mktemp("final_text"))
     study.trial()
     study.final(0)
     return study_rows(study.record).finals[0]
 
 
-def described(final: FinalRow, winner: int | None = 0, **fields: Any) -> list[str]:
+def described(final: FinalResult, **fields: Any) -> list[str]:
     """The paragraphs about a final with other fields."""
-    return paragraphs("final", final=dataclasses.replace(final, **fields), metric="dice", winner=winner)
+    return paragraphs("final", final=dataclasses.replace(final, **fields))
 
 
 @pytest.mark.parametrize(
@@ -39,16 +40,16 @@ def described(final: FinalRow, winner: int | None = 0, **fields: Any) -> list[st
         (0.80, "below .* harder"),
     ],
 )
-def test_a_test_mean_is_compared_with_its_prediction(final: FinalRow, result: float, text: str) -> None:
+def test_a_test_mean_is_compared_with_its_prediction(final: FinalResult, result: float, text: str) -> None:
     test = {"dice": Interval(result, result, result)}
     first, *_ = described(final, predicted=Interval(0.84, 0.82, 0.86), test=test)
     assert re.search(text, first)
     assert "the 95 % prediction interval [0.8200, 0.8600]" in first
 
 
-def test_only_the_winner_has_a_prediction(final: FinalRow) -> None:
-    assert "not the winner of the search (trial 7 is)" in described(final, 7, predicted=None)[0]
-    assert "not the winner of the search, so" in described(final, None, predicted=None)[0]
+def test_only_the_winner_has_a_prediction(final: FinalResult) -> None:
+    assert "not the winner of the search (trial 7 is)" in described(final, winner=7, predicted=None)[0]
+    assert "not the winner of the search, so" in described(final, winner=None, predicted=None)[0]
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_only_the_winner_has_a_prediction(final: FinalRow) -> None:
     ],
 )
 def test_a_decision_on_post_processing_is_shown_with_its_gain(
-    final: FinalRow, gain: Paired, taken: bool, text: str
+    final: FinalResult, gain: Paired, taken: bool, text: str
 ) -> None:
     decisions = (Decision("flips", True, gain, taken), Decision("threshold", 0.4, gain, taken))
     chosen = SelectedPostprocessing(Postprocessing(), decisions, 20, "first fits of trial 0")
@@ -71,7 +72,7 @@ def test_a_decision_on_post_processing_is_shown_with_its_gain(
     assert "No fold networks of this trial were kept" in described(final, chosen=None)[1]
 
 
-def test_the_first_five_shared_images_are_named_and_the_rest_counted(final: FinalRow) -> None:
+def test_the_first_five_shared_images_are_named_and_the_rest_counted(final: FinalResult) -> None:
     pairs = tuple(DuplicatePair(f"a{i}", f"b{i}", "train", "test", 0.9) for i in range(7))
     test = {"dice": Interval(0.85, 0.84, 0.86)}
     text = described(final, leaks=pairs, test=test)[-1]
@@ -81,7 +82,7 @@ def test_the_first_five_shared_images_are_named_and_the_rest_counted(final: Fina
     assert described(final, leaks=pairs, test=test, without_leaks=0.84)[-1].endswith("is 0.8400, not 0.8500.")
 
 
-def test_the_last_five_earlier_evaluations_are_named_and_the_rest_counted(final: FinalRow) -> None:
+def test_the_last_five_earlier_evaluations_are_named_and_the_rest_counted(final: FinalResult) -> None:
     def earlier(number: int) -> LoggedEvaluation:
         score = None if number == 6 else 0.85
         return dataclasses.replace(final.evaluation, id=f"{number}", trial=number, at=float(number), score=score)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from hpsearch.errors import RecordError
-from hpsearch.report import text
+from hpsearch.report import tables, text
 from hpsearch.report.rows import N_TEST, study_rows
 from hpsearch.search.importance import MIN_TRIALS
 from tests.recorded import FakeStudy
@@ -49,17 +49,18 @@ def test_settings_that_a_trial_left_at_their_default_are_in_its_row(tmp_path: Pa
 
 
 def test_the_winner_is_the_best_full_trial_and_its_mean_is_the_one_on_record(study: FakeStudy) -> None:
-    winner = study_rows(study.record).winner
+    found = study_rows(study.record).estimates
     best = study.record.best()
-    assert winner is not None
+    assert found is not None
     assert best is not None
-    assert winner.number == best.number == 1
-    assert winner.statistics.mean == pytest.approx(study.record.value(1), abs=1e-9)
-    assert winner.corrected.naive == pytest.approx(study.record.value(1), abs=1e-9)
-    assert winner.gain is not None
-    assert winner.gain.difference == pytest.approx(study.record.value(1) - study.record.value(0), abs=1e-9)
-    assert winner.number in winner.tied
-    assert winner.cheapest in winner.tied
+    assert found.winner == best.number == 1
+    assert found.statistics[1].mean == pytest.approx(study.record.value(1), abs=1e-9)
+    assert found.corrected.naive == pytest.approx(study.record.value(1), abs=1e-9)
+    gain = found.gain(1)
+    assert gain is not None
+    assert gain.difference == pytest.approx(study.record.value(1) - study.record.value(0), abs=1e-9)
+    assert found.winner in found.tied
+    assert found.cheapest_tied in found.tied
 
 
 def test_the_race_counts_full_and_dropped_trials_only(study: FakeStudy) -> None:
@@ -71,10 +72,9 @@ def test_the_race_counts_full_and_dropped_trials_only(study: FakeStudy) -> None:
 def test_a_final_of_the_winner_comes_with_what_was_promised_for_so_many_images(study: FakeStudy) -> None:
     rows = study_rows(study.record)
     (final,) = rows.finals
-    assert rows.winner is not None
-    assert final.trial == rows.winner.number
-    assert final.predicted == rows.winner.predicted
-    assert rows.winner.n_predicted == final.n_test == len(final.scores) == 12
+    assert final.trial.number == rows.standing.winner
+    assert ("predicted for 12 test images", final.predicted) in tables.estimates(rows)
+    assert final.n_test == len(final.scores) == 12
     assert final.cv_scores["dice"].mean == pytest.approx(study.record.value(1), abs=1e-6)
     assert final.n_trials_after == 1
 
@@ -86,29 +86,28 @@ def test_a_final_of_another_trial_was_promised_nothing(study: FakeStudy, tmp_pat
     study.final(0)
     rows = study_rows(study.record)
     assert rows.finals[0].predicted is None
-    assert rows.winner is not None
-    assert rows.winner.n_predicted == N_TEST
+    assert f"predicted for {N_TEST} test images" in dict(tables.estimates(rows))
 
 
 def test_a_study_without_a_trial_and_one_without_a_full_trial_have_no_winner(tmp_path: Path) -> None:
     study = FakeStudy(tmp_path)
     rows = study_rows(study.record)
-    assert (rows.trials, rows.winner, rows.updated_at) == ((), None, 0.0)
+    assert (rows.trials, rows.estimates, rows.updated_at) == ((), None, 0.0)
     study.trial("diverged")
     rows = study_rows(study.record)
-    assert (len(rows.trials), rows.winner) == (1, None)
+    assert (len(rows.trials), rows.estimates) == (1, None)
     assert text.paragraphs("race", rows=rows) == ["No trial has reached a pruning decision yet."]
 
 
 def test_one_trial_is_its_own_winner_without_a_correction_or_a_gain(tmp_path: Path) -> None:
     study = FakeStudy(tmp_path)
     study.trial()
-    winner = study_rows(study.record).winner
-    assert winner is not None
-    assert winner.corrected.method == "single"
-    assert winner.corrected.mean == winner.corrected.naive
-    assert winner.gain is None
-    assert winner.tied == (0,)
+    found = study_rows(study.record).estimates
+    assert found is not None
+    assert found.corrected.method == "single"
+    assert found.corrected.mean == found.corrected.naive
+    assert found.gain(0) is None
+    assert found.tied == (0,)
 
 
 def test_importances_wait_until_there_are_enough_trials_and_then_name_what_matters(tmp_path: Path) -> None:

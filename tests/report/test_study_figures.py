@@ -15,7 +15,7 @@ from tests.recorded import FakeStudy
 
 def best_so_far(rows: StudyRows) -> list[tuple[float, float]]:
     """Corners of the line of the best mean so far."""
-    figure = draw_race(rows.trials, rows.standing.ranking, rows.n_folds, metric=rows.metric)
+    figure = draw_race(rows.trials, rows.standing.ranking, rows.record.n_folds, metric=rows.metric)
     (line,) = (line for line in figure.axes[0].lines if line.get_color() == INK)
     return list(zip(np.asarray(line.get_xdata()).tolist(), np.asarray(line.get_ydata()).tolist(), strict=True))
 
@@ -48,7 +48,7 @@ def test_a_worse_trial_does_not_lower_the_best_mean_so_far(tmp_path: Path) -> No
     lead = rows.trials[0].value
     assert best_so_far(rows) == [(0, lead), (1, lead), (1, lead)]
     only_pruned = dataclasses.replace(rows.trials[0], outcome="pruned")
-    figure = draw_race([only_pruned], (), rows.n_folds, metric=rows.metric)
+    figure = draw_race([only_pruned], (), rows.record.n_folds, metric=rows.metric)
     assert not [line for line in figure.axes[0].lines if line.get_color() == INK]
 
 

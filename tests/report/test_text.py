@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -25,11 +26,11 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> StudyRows:
 
 
 def changed(rows: StudyRows, **fields: Any) -> str:
-    """The answer for a winner with other fields."""
-    assert rows.winner is not None
-    return " ".join(
-        text.paragraphs("answer", rows=dataclasses.replace(rows, winner=dataclasses.replace(rows.winner, **fields)))
-    )
+    """The answer for estimates with other fields."""
+    estimates = copy.copy(rows.estimates)
+    # The fields are cached properties and methods, which an entry of the instance replaces.
+    vars(estimates).update(fields)
+    return " ".join(text.paragraphs("answer", rows=dataclasses.replace(rows, estimates=estimates)))
 
 
 def methods(rows: StudyRows) -> str:
@@ -44,27 +45,27 @@ def test_progress_counts_trials_by_outcome(rows: StudyRows) -> None:
     ("low", "meaning"), [(0.01, "more than chance explains."), (-0.01, "the default may be equally good.")]
 )
 def test_a_gain_is_explained_by_its_interval(rows: StudyRows, low: float, meaning: str) -> None:
-    assert meaning in changed(rows, gain=Paired(0.02, low, 0.05, 0.03))
+    assert meaning in changed(rows, gain=lambda trial: Paired(0.02, low, 0.05, 0.03))
 
 
 def test_an_unknown_gain_and_a_default_that_wins_are_said(rows: StudyRows) -> None:
-    assert "was not evaluated on all folds, so the gain over it is unknown." in changed(rows, gain=None)
+    assert "was not evaluated on all folds, so the gain over it is unknown." in changed(rows, gain=lambda trial: None)
     assert "the search has found nothing better so far." in changed(rows, is_default=True)
 
 
 def test_ties_are_named_up_to_ten_and_the_cheapest_with_its_share_of_the_time(rows: StudyRows) -> None:
     assert "no other configuration is tied with it." in changed(rows, tied=(1,))
-    assert "trial 1 and trial 0. Trial 1 is also the cheapest of them." in changed(rows, tied=(1, 0), cheapest=1)
+    assert "trial 1 and trial 0. Trial 1 is also the cheapest of them." in changed(rows, tied=(1, 0), cheapest_tied=1)
     half = dataclasses.replace(rows.trials[0], seconds=rows.trials[1].seconds / 2)
     faster = dataclasses.replace(rows, trials=(half, *rows.trials[1:]))
-    assert "is trial 0, which took 50% of the time of the best." in changed(faster, tied=(1, 0), cheapest=0)
-    many = changed(rows, tied=(1, *range(10, 22)), cheapest=1)
+    assert "is trial 0, which took 50% of the time of the best." in changed(faster, tied=(1, 0), cheapest_tied=0)
+    many = changed(rows, tied=(1, *range(10, 22)), cheapest_tied=1)
     assert "trial 1 and trials 10, 11, 12, 13, 14, 15, 16, 17, 18, 19 and 2 more." in many
 
 
 def test_the_selection_bias_is_the_first_mean_less_the_corrected_one(rows: StudyRows) -> None:
-    assert rows.winner is not None
-    corrected = rows.winner.corrected
+    assert rows.estimates is not None
+    corrected = rows.estimates.corrected
     for naive, sentence in (
         (0.01, "by an estimated 0.0100."),
         (0.0, "there is no sign of selection bias in that mean."),

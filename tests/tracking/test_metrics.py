@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hpsearch.tracking import metrics
-from hpsearch.tracking.metrics import METRICS, Point, cross_validation, is_metric, points_of
+from hpsearch.tracking.metrics import METRICS, Point, cross_validation, points_of
 
 
 def test_an_entry_of_the_table_is_a_metric(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,14 +22,6 @@ def test_an_entry_of_the_table_is_a_metric(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("source", [{}, {"cv": None}, {"cv": {}}, {"cv": {"mean": None}}])
 def test_a_metric_that_is_missing_in_its_source_is_not_logged(source: dict[str, Any]) -> None:
     assert points_of("final", source, 0.0, "dice") == []
-
-
-def test_every_metric_of_the_table_is_known_as_ours() -> None:
-    names = [name for kind, entries in METRICS.items() if kind != "epoch" for name in entries]
-    names += [f"{prefix}/{name}" for prefix in ("fold0", "fold12", "seed0") for name in METRICS["epoch"]]
-    assert all(is_metric(name.format(metric="dice")) for name in names)
-    assert not is_metric("my/own")
-    assert not is_metric("folds/dice")
 
 
 def counted(counts: list[list[int]]) -> Any:

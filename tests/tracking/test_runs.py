@@ -14,7 +14,7 @@ from hpsearch import config as configs
 from hpsearch import paths
 from hpsearch.errors import TrackingError
 from hpsearch.store.trials import Outcome
-from hpsearch.tracking import metrics, runs
+from hpsearch.tracking import runs
 from tests.recorded import FakeStudy
 from tests.tracking.tracked import client, deliver, make_study, read, view_of
 
@@ -287,7 +287,6 @@ def test_a_final_has_its_promise_its_choices_and_the_account_of_looks_and_leaks(
     tags = {key: content.tags[f"hpsearch.{key}"] for key in ("test_set", "test_looks", "test_leaks")}
     assert tags == {"test_set": "0123", "test_looks": "3", "test_leaks": "1"}
     assert '"threshold": 0.4' in content.tags["hpsearch.choices"]
-    assert all(metrics.is_metric(point.key) for point in content.points)
 
 
 def test_a_refit_is_identified_by_its_tags(tmp_path: Path) -> None:
