@@ -163,7 +163,9 @@ class _Epochs:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.zero_grad(set_to_none=True)
-            for images, masks in zip(*(torch.split(part, task.part_sizes) for part in batch), strict=True):
+            for images, masks in zip(
+                *(torch.split(part, task.micro_batch or train.batch_size) for part in batch), strict=True
+            ):
                 with self.runtime.autocast():
                     logits = self.forward(images)
                 masks = covered(masks, logits, task.margin)
@@ -258,5 +260,5 @@ def _is_compiled(task: FitTask, runtime: Runtime) -> bool:
     if reason is not None or runtime.device.type != "cuda":
         return False
     config = task.config
-    n_images = config.train.epochs * task.steps_per_epoch * sum(task.part_sizes)
+    n_images = config.train.epochs * task.steps_per_epoch * task.images_per_step
     return n_images * training_flops(config.unet, config.data.n_channels, *task.size) >= COMPILED_FLOPS

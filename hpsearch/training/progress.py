@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from hpsearch.data.batches import DeviceData, eval_batches
-from hpsearch.models.network import uses_batch_statistics
 from hpsearch.paths import FitPaths, append_line, atomic_write, sha256_file, write_json, write_text
 from hpsearch.training import checkpoint
 from hpsearch.training.checkpoint import WeightsInfo
@@ -107,7 +106,7 @@ def finish_fit(
 
     fit.json is written last. weights.safetensors, scores.npy, counts.npy and examples.npz contain no timestamps or
     process ids. If the process dies at any point, resuming from last.pt and calling this function again writes the
-    same bytes. `extra` is stored in the weights file. fit.json has `micro_batch` if it changed the result.
+    same bytes. `extra` is stored in the weights file.
     """
     task, rows, n_held_out = fit.task, fit.rows, len(fit.task.held_out_indices)
     info = WeightsInfo(
@@ -127,7 +126,6 @@ def finish_fit(
         epochs=len(rows),
         value=float(np.mean(fit.scores[-1], dtype=np.float64)) if n_held_out else None,
         n_held_out=n_held_out,
-        micro_batch=task.micro_batch if uses_batch_statistics(task.config.unet) else None,
         seconds=train_s + eval_s,
         train_s=train_s,
         eval_s=eval_s,

@@ -57,9 +57,6 @@ class FitSummary:
     value: float | None = None
     """Mean score over the held-out images after the last epoch; None without held-out images."""
     n_held_out: int = 0
-    micro_batch: int | None = None
-    """Number of images per part if batches were split to fit in memory and this changed the result; otherwise
-    None."""
     seconds: float = 0.0
     train_s: float = 0.0
     eval_s: float = 0.0

@@ -83,7 +83,7 @@ def run_fit(job: FitJob, context: WorkerContext, on_epoch: OnEpoch) -> FitSummar
         seed=job.seed,
     )
     options: dict[str, Any] = {"paths": folder, "keep_best": job.keep_best, "on_epoch": on_epoch}
-    result = fit_within_memory(task, folder, lambda parts: fit(parts, data, runtime, **options))
+    result = fit_within_memory(task, lambda parts: fit(parts, data, runtime, **options))
     if result.stopped:
         return None
     extra: dict[str, Any] = {
@@ -98,26 +98,21 @@ def run_fit(job: FitJob, context: WorkerContext, on_epoch: OnEpoch) -> FitSummar
     return finish_fit(result, folder, data, runtime, extra=extra)
 
 
-def fit_within_memory(task: FitTask, folder: FitPaths, run: Callable[[FitTask], Progress]) -> Progress:
+def fit_within_memory(task: FitTask, run: Callable[[FitTask], Progress]) -> Progress:
     """Run a fit with whole batches, and halve the batches repeatedly while memory runs out.
 
-    Batches are halved only if the result stays the same, or if `study.allow_microbatch` is set and the parts are not
-    too small for batch normalisation. Raises OutOfMemoryError otherwise, and if not even a single image fits.
+    Batches of networks with batch normalisation are not halved, because that would change the result. Raises
+    OutOfMemoryError for such a network, and if not even a single image fits.
     """
-    config, is_exact = task.config, not uses_batch_statistics(task.config.unet)
     while True:
         try:
             return run(task)
         except OutOfMemoryError as error:
-            n_images = task.micro_batch or config.train.batch_size
-            task = dataclasses.replace(task, micro_batch=n_images // 2)
-            if n_images == 1 or not (is_exact or config.study.allow_microbatch) or task.why_impossible():
+            n_images = task.micro_batch or task.config.train.batch_size
+            if n_images == 1 or uses_batch_statistics(task.config.unet):
                 raise
             logger.warning("%s; continuing with parts of %d images", error, n_images // 2)
-        if not is_exact:
-            # The number of parts changes the result, so the fit starts from the beginning.
-            for path in (folder.last, folder.previous, folder.best, folder.epochs, folder.scores):
-                path.unlink(missing_ok=True)
+            task = dataclasses.replace(task, micro_batch=n_images // 2)
 
 
 def measure(job: MeasureJob, context: WorkerContext) -> Finished:

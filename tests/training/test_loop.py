@@ -399,12 +399,6 @@ def test_the_summary_and_the_examples_are_those_of_all_epochs_or_of_the_last(fol
         np.testing.assert_array_equal(examples["indices"] - 13, [3, 1, 0, 6, 5, 4])
 
 
-@pytest.mark.parametrize(("norm", "expected"), [("batch", 2), ("instance", None)])
-def test_parts_of_batches_are_on_record_where_they_changed_the_result(norm, expected, folder):
-    result = fit(**fit_arguments(model_config=UNetConfig(base_channels=2, depth=1, norm=norm), micro_batch=2))
-    assert finish(result, folder).micro_batch == expected
-
-
 def test_examples_are_the_worst_the_median_and_the_best_held_out_images(folder):
     result = fit(**fit_arguments())
     finish(result, folder)
@@ -565,7 +559,6 @@ def test_a_damaged_line_is_replaced_from_the_checkpoint(damage, folder, unkilled
         {"model_config": UNetConfig(base_channels=2, depth=1, stacking=2)},
         {"normalization": dataclasses.replace(NORMALIZATION, mean=(0.4, 0.5, 0.5))},
         {"data": make_data(FakeCache(key="other"))},
-        {"micro_batch": 2},
     ],
     ids=lambda changes: next(iter(changes)),
 )
@@ -763,16 +756,8 @@ def test_micro_batches_give_another_result_with_batch_normalization(unkilled):
     assert not torch.allclose(parts.model.state_dict()[name], unkilled.model.state_dict()[name], rtol=1e-3)
 
 
-def test_a_part_of_one_image_is_not_normalised_by_a_single_pixel():
-    model = UNetConfig(base_channels=2, depth=4, stacking=1)
-    train = TrainConfig(epochs=1, batch_size=5, lr=0.05)
-    result = fit(**fit_arguments(model_config=model, train=train, micro_batch=4))
-    assert math.isfinite(result.rows[-1].train.loss)
-
-
-@pytest.mark.parametrize("changes", [{"train_indices": np.arange(1)}, {"micro_batch": 1}])
-def test_a_network_that_one_image_cannot_train_is_refused_in_a_sentence(changes):
+def test_a_network_that_one_image_cannot_train_is_refused_in_a_sentence():
     # 16x16 is a single pixel after four halvings.
     model = UNetConfig(base_channels=2, depth=4, stacking=1)
     with pytest.raises(ConfigError, match=r"with 1 image at once: encoder\.4.* has a map of 1x1"):
-        fit(**fit_arguments(model_config=model, **changes))
+        fit(**fit_arguments(model_config=model, train_indices=np.arange(1)))
