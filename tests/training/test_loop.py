@@ -474,9 +474,13 @@ def test_killed_anywhere_in_any_epoch_a_fit_ends_with_the_same_bytes(
 
     before = recorded(folder) if folder.epochs.exists() else []
     trained = []
-    train_epoch = loop._Epochs._train_epoch
-    counting = lambda epochs, epoch: trained.append(epoch) or train_epoch(epochs, epoch)  # noqa: E731
-    monkeypatch.setattr(loop._Epochs, "_train_epoch", counting)
+    train_epoch = loop._train_epoch
+
+    def counting(progress, *arguments):
+        trained.append(len(progress.rows) + 1)
+        return train_epoch(progress, *arguments)
+
+    monkeypatch.setattr(loop, "_train_epoch", counting)
     result = fit(**fit_arguments(), paths=folder, keep_best=True)
     assert_equal(result, unkilled)
     first = epoch if where == "checkpoint" else epoch + 1
@@ -510,7 +514,7 @@ def test_draws_from_the_global_generators_are_the_same_after_a_resume(folder, mo
 
 def test_a_finished_fit_is_not_trained_again(folder, unkilled, monkeypatch):
     fit(**fit_arguments(), paths=folder)
-    monkeypatch.setattr(loop._Epochs, "_train_epoch", lambda *_: pytest.fail("an epoch was trained"))
+    monkeypatch.setattr(loop, "_train_epoch", lambda *_: pytest.fail("an epoch was trained"))
     result = fit(**fit_arguments(), paths=folder)
     assert_equal(result, unkilled)
     assert not result.model.training
