@@ -187,7 +187,7 @@ class _Final:
             sources = self.networks.weights if self.networks is not None and self.ensemble else ()
             members = [folder.ensemble / f"fold{fold}.safetensors" for fold in range(len(sources))]
             copies = zip((folder.seed(0).weights, *sources), (folder.model, *members), strict=True)
-            do(jobs.KeepJob(copies=tuple(jobs.WeightsCopy(*copy) for copy in copies), postprocessing=choices))
+            do(jobs.KeepJob(copies=tuple(copies), postprocessing=choices))
             images = test_set_log.TestImages.in_cache(self.test.cache_path)
             facts = {"study": self.record.name, "trial": self.trial.number, "metric": self.record.config.study.metric}
             facts |= {"study_began_at": self.record.trials()[0].began_at, "folder": str(self.project.root.absolute())}
@@ -225,8 +225,9 @@ class _Final:
                 raise StudyChangedError(f"the images of study {record.name!r} have changed: put the old ones back")
             held_out = [tuple(record.folds.held_out(fold).tolist()) for fold in range(record.n_folds)]
             each = tuple(map(FoldNetwork, networks.weights, networks.others, held_out))
-            caches, metric = jobs.CachePaths(*searched.paths(config)), record.config.study.metric
-            select = partial(jobs.SelectPostprocessingJob, config=config, metric=metric, caches=caches)
+            select = partial(
+                jobs.SelectPostprocessingJob, config=config, caches=jobs.CachePaths(*searched.paths(config))
+            )
             do(select(networks=each, source=networks.source, ensemble=self.ensemble, out=out))
         return SelectedPostprocessing.from_table(paths.read_json(out)).choices if out.is_file() else Postprocessing()
 
@@ -242,7 +243,7 @@ class _Final:
         self.say(f"scoring the masks of {test.n} test images at their own resolution")
         # The dataset may have moved since the cache was built, so locate the files again.
         samples = {sample.id: sample for sample in locate(self.config.data, self.root).split("test")}
-        images = tuple(jobs.ImageFiles(image, samples[image].image, samples[image].mask) for image in test.ids)
+        images = tuple(samples[image] for image in test.ids)
         by_ensemble = choices.ensemble and bool(members)
         official = partial(jobs.OfficialScoreJob, reading=test.reading, images=images)
         if choices != Postprocessing():

@@ -96,7 +96,6 @@ def fold_job(evaluation: Evaluation, fold: int, caches: PoolCaches) -> FitJob:
         train=tuple(folds.train(fold).tolist()),
         held_out=tuple(folds.held_out(fold).tolist()),
         seed=fit_seed(evaluation.study.config, record.place, fold, replicate),
-        keep_best=not replicate,
     )
 
 
