@@ -68,10 +68,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {os.strerror(error.errno or 0)}") from error
     head, payload = content[: len(_MAGIC) + 32], content[len(_MAGIC) + 32 :]
-    if not head.startswith(_MAGIC):
-        raise CheckpointError(f"{path} is not a checkpoint of hpsearch")
-    if hashlib.sha256(payload).digest() != head[len(_MAGIC) :]:
-        raise CheckpointError(f"{path} is torn or was changed: its checksum is wrong")
+    if head != _MAGIC + hashlib.sha256(payload).digest():
+        raise CheckpointError(f"{path} is not a complete checkpoint of hpsearch: its checksum is missing or wrong")
     try:
         state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile) as error:
@@ -168,19 +166,11 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Mod
         raise CheckpointError(f"{path} has an invalid description of its network: {error}") from error
     margin = output_margin(info.model) if info.sees_windows else 0
     model = build_network(info.model, info.in_channels, margin=margin)
-    load_state_(model, tensors, path)
-    return model.to(device).eval(), info
-
-
-def load_state_(model: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Load `tensors` into `model`.
-
-    Raises CheckpointError with the file `source` if they belong to another network.
-    """
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise CheckpointError(f"{source} holds weights that do not fit the network it describes") from error
+        raise CheckpointError(f"{path} holds weights that do not fit the network it describes") from error
+    return model.to(device).eval(), info
 
 
 def save_array(path: Path, array: npt.NDArray[Any]) -> None:

@@ -15,7 +15,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Self
@@ -35,20 +35,15 @@ START_TIMEOUT_S = 300.0
 MAX_FAILED_STARTS = 3
 
 
-@dataclass(eq=False)
-class LocalWorker:
+@dataclass(eq=False, kw_only=True)
+class LocalWorker(Worker):
     """A worker process and its current job."""
 
-    index: int
-    """Position of the worker in the pool, from 0."""
     settings: WorkerSettings
     process: subprocess.Popen[bytes]
     connection: Connection
     log: Path
     is_ready: bool = False
-    job: Job | None = None
-    last_report_at: float = field(default_factory=time.monotonic)
-    """`time.monotonic()` of the last message from or to the worker."""
 
     @property
     def is_idle(self) -> bool:
@@ -193,13 +188,12 @@ class LocalPool:
                 start_new_session=True,
             )
         theirs.close()
-        return LocalWorker(index, settings, process, Connection(ours.detach()), log)
+        connection = Connection(ours.detach())
+        return LocalWorker(index=index, settings=settings, process=process, connection=connection, log=log)
 
     def _reap(self, worker: LocalWorker) -> Event:
         """Replace a worker whose process has ended. Raises WorkerError if workers cannot be started at all."""
-        worker.connection.close()
-        worker.process.kill()
-        worker.process.wait()
+        _end([worker])
         cause = _cause_of_death(worker)
         if not worker.is_ready:
             self._failed_starts += 1
@@ -211,17 +205,12 @@ class LocalPool:
 
 
 def _end(workers: Sequence[LocalWorker]) -> None:
-    """End idle workers by closing their sockets, and kill all other workers."""
+    """Kill workers. Their files survive this at any time."""
     for worker in workers:
-        if not worker.is_idle:
-            worker.process.kill()
+        worker.process.kill()
         worker.connection.close()
     for worker in workers:
-        try:
-            worker.process.wait(10)
-        except subprocess.TimeoutExpired:
-            worker.process.kill()
-            worker.process.wait()
+        worker.process.wait()
 
 
 def _cause_of_death(worker: LocalWorker) -> str:

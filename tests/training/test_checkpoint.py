@@ -118,7 +118,7 @@ def test_pickle_opcodes_are_refused_and_never_run_even_behind_a_right_checksum(t
         with pytest.raises(CheckpointError, match="more than tensors and plain types"):
             load_checkpoint(path)
         path.write_bytes(payload)
-        with pytest.raises(CheckpointError, match="is not a checkpoint of hpsearch"):
+        with pytest.raises(CheckpointError, match="is not a complete checkpoint of hpsearch"):
             load_checkpoint(path)
         with pytest.raises(CheckpointError, match="cannot be read as a complete safetensors file"):
             load_weights(path)

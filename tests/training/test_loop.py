@@ -373,9 +373,6 @@ def test_finish_leaves_weights_scores_counts_examples_and_the_summary(folder):
     assert files.read_json(folder.fit) == {"format": 1, **dataclasses.asdict(summary)}
     assert summary.value == pytest.approx(float(result.scores[-1].mean()))
     assert summary.epochs == 3
-    assert summary.scores_sha256 == files.sha256_file(folder.scores)
-    assert summary.weights_sha256 == files.sha256_file(folder.weights)
-    assert summary.seconds == pytest.approx(sum(row.train_s + row.eval_s for row in result.rows))
     np.testing.assert_array_equal(np.load(folder.counts), result.counts)
     model, info = load_weights(folder.weights)
     assert (info.size, info.in_channels, info.extra) == ((16, 16), 3, {"threshold": 0.5})
@@ -383,18 +380,9 @@ def test_finish_leaves_weights_scores_counts_examples_and_the_summary(folder):
     np.testing.assert_array_equal(evaluation.counts, result.counts)
 
 
-def test_the_summary_and_the_examples_are_those_of_all_epochs_or_of_the_last(folder, unkilled):
-    rows = [
-        dataclasses.replace(row, train_s=seconds, eval_s=0.5, images_per_s=rate, peak_bytes=peak)
-        for row, seconds, rate, peak in zip(
-            unkilled.rows, (1.0, 2.0, 5.0), (10.0, 20.0, 30.0), (5, 9, 7), strict=True
-        )
-    ]
+def test_the_value_and_the_examples_are_those_of_the_last_epoch(folder, unkilled):
     scores = np.array([np.arange(7), np.arange(7)[::-1] + 9, [3, 1, 2, 0, 6, 5, 4]], np.float32)
-    summary = finish(dataclasses.replace(unkilled, rows=rows, scores=scores), folder)
-    assert (summary.train_s, summary.eval_s, summary.peak_bytes) == (8.0, 1.5, 9)
-    assert summary.images_per_s == pytest.approx((10 * 1 + 20 * 2 + 30 * 5) / 8)
-    assert summary.value == 3
+    assert finish(dataclasses.replace(unkilled, scores=scores), folder).value == 3
     with np.load(folder.examples) as examples:
         np.testing.assert_array_equal(examples["indices"] - 13, [3, 1, 0, 6, 5, 4])
 
