@@ -94,7 +94,7 @@ def save_epoch(progress: Progress, paths: FitPaths, task_digest: str, *, is_best
         # again.
         best = {"epoch": row.epoch, "score": progress.best_score(), "model": progress.model.state_dict()}
         checkpoint.save_checkpoint(paths.best, best)
-    checkpoint.save_latest(paths, progress.to_state(task_digest))
+    checkpoint.save_checkpoint(paths.last, progress.to_state(task_digest), previous=paths.previous)
     checkpoint.save_array(paths.scores, progress.scores)
     append_line(paths.epochs, to_line(row))
 

@@ -24,7 +24,7 @@ from hpsearch import subprocesses
 from hpsearch.errors import WorkerError
 from hpsearch.workers import jobs
 from hpsearch.workers.jobs import Failed, FitJob, Job, WorkerSettings
-from hpsearch.workers.pool import Event, Worker
+from hpsearch.workers.pool import Event, Worker, WorkerPool
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +50,11 @@ class LocalWorker(Worker):
         return self.is_ready and self.job is None
 
 
-class LocalPool:
-    """Pool of worker processes, initially empty. Use it as a context manager, which ends all workers on exit."""
+class LocalPool(WorkerPool):
+    """Pool of worker processes, initially empty. Use it as a context manager, which ends all workers on exit.
+
+    The methods are documented in `WorkerPool`.
+    """
 
     def __init__(self, log_folder: Path) -> None:
         self._log_folder = log_folder
@@ -71,40 +74,30 @@ class LocalPool:
         return len(self._workers)
 
     def resize(self, settings: Sequence[WorkerSettings]) -> None:
-        """Start and end workers so that there is one for each of `settings`, in this order.
-
-        A worker that already has the settings of its position is kept.
-        """
         wanted = dict(enumerate(settings))
         kept = {worker.index: worker for worker in self._workers if worker.settings == wanted.get(worker.index)}
         _end([worker for worker in self._workers if worker.index not in kept])
         self._workers = [kept.get(index) or self._start(index, each) for index, each in wanted.items()]
 
     def set_device(self, device: str) -> None:
-        """Record the device that workers with the device setting `auto` have chosen."""
         for worker in self._workers:
             worker.settings = dataclasses.replace(worker.settings, device=device)
 
     def idle(self) -> list[Worker]:
-        """Return the workers that are ready and have no job, ordered by index."""
         return [worker for worker in self._workers if worker.is_idle]
 
     def busy(self) -> list[Worker]:
-        """Return the workers that have a job, ordered by index."""
         return [worker for worker in self._workers if worker.job is not None]
 
     def submit(self, worker: Worker, job: Job) -> None:
-        """Give a job to an idle worker. `events` yields its reports."""
         ours = self._own(worker)
         ours.job = job
         self._send(ours, jobs.to_message(job))
 
     def reply(self, worker: Worker, *, go: bool) -> None:
-        """Reply to an `EpochEnded`: train the next epoch if `go` is true, otherwise stop the fit."""
         self._send(self._own(worker), {"go": go})
 
     def epoch_left_s(self) -> float | None:
-        """Return the seconds until all running epochs end; NaN if unknown, None if no fit is running."""
         now = time.monotonic()
         left = [
             # NaN for a trial without an earlier epoch: `max` returns its first argument if that is NaN.
@@ -115,7 +108,6 @@ class LocalPool:
         return math.nan if any(map(math.isnan, left)) else max(left, default=None)
 
     def kill(self, worker: Worker) -> None:
-        """Kill a worker at once. `events` reports that it died and starts another one in its place."""
         process = self._own(worker).process
         process.kill()
         # Wait until the process can no longer write. If the system cannot end it in time, it stays in the pool until
@@ -124,10 +116,6 @@ class LocalPool:
             process.wait(10)
 
     def events(self, timeout_s: float) -> Iterator[Event]:
-        """Yield the events that workers report within the timeout. Workers that died are replaced.
-
-        Raises WorkerError if workers cannot be started.
-        """
         by_connection = {worker.connection: worker for worker in self._workers}
         # Time in which the coordinator itself was suspended (SIGSTOP) does not count as silence of the workers.
         if (pause_s := time.monotonic() - self._polled_at) > PAUSE_S:
@@ -142,7 +130,6 @@ class LocalPool:
                 self.kill(worker)
 
     def close(self) -> None:
-        """End all workers."""
         _end(self._workers)
         self._workers = []
 
