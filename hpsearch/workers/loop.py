@@ -62,7 +62,7 @@ def run_job(
     the error of a failed job as an HpsearchError, or WorkerError if three workers died without a new epoch in
     between.
     """
-    work = _Jobs(pool, [job], 1, check, on_epoch)
+    work = _Jobs(pool, [job], check, on_epoch)
     run(pool, work)
     (report,) = work.reports
     if isinstance(report, Failed):
@@ -77,7 +77,7 @@ def run_jobs_together(
 
     The jobs start when as many workers are ready. `check` and the death of a worker are handled as in `run_job`.
     """
-    work = _Jobs(pool, list(jobs), len(jobs), check)
+    work = _Jobs(pool, list(jobs), check)
     run(pool, work)
     return work.reports
 
@@ -89,7 +89,6 @@ class _Jobs:
     pool: WorkerPool
     jobs: list[Job]
     """Jobs that wait for a worker."""
-    n_jobs: int
     check: Callable[[], None]
     on_epoch: Callable[[EpochRow], bool] = lambda row: True
     reports: list[Report] = field(default_factory=list)
@@ -98,7 +97,7 @@ class _Jobs:
 
     @property
     def is_over(self) -> bool:
-        return len(self.reports) == self.n_jobs
+        return not self.jobs
 
     def poll(self) -> bool:
         self.check()
