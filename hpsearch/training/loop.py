@@ -134,6 +134,7 @@ def _train_epoch(progress: Progress, data: DeviceData, runtime: Runtime, forward
     """
     task, train, epochs_before = progress.task, progress.task.config.train, len(progress.rows)
     optimizer, scaler = progress.optimizer, progress.scaler
+    part_size = task.micro_batch or train.batch_size
     n_steps, first_step = train.epochs * task.steps_per_epoch, epochs_before * task.steps_per_epoch
     losses: list[Tensor] = []
     counts: list[Tensor] = []
@@ -152,7 +153,7 @@ def _train_epoch(progress: Progress, data: DeviceData, runtime: Runtime, forward
         for group in optimizer.param_groups:
             group["lr"] = train.lr * lr_factor(train, step, n_steps)
         optimizer.zero_grad(set_to_none=True)
-        for images, masks in zip(*(torch.split(part, task.part_size) for part in batch), strict=True):
+        for images, masks in zip(*(torch.split(part, part_size) for part in batch), strict=True):
             with runtime.autocast():
                 logits = forward(images)
             masks = covered(masks, logits, task.margin)

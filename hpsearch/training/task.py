@@ -52,11 +52,6 @@ class FitTask:
         return min(self.config.train.batch_size, len(self.train_indices))
 
     @property
-    def part_size(self) -> int:
-        """Largest number of images that go through the network at once."""
-        return self.micro_batch or self.config.train.batch_size
-
-    @property
     def margin(self) -> int:
         """Margin of the network in pixels; 0 if its logits are interpolated to the size of the images."""
         return output_margin(self.config.unet) if self.config.sees_windows else 0
