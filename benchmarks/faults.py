@@ -82,7 +82,6 @@ PHASES: dict[str, tuple[tuple[str, str], ...]] = {
         ("coordinator", "search/coordinator.py:_on_epoch"),
     ),
     "checkpoint": (
-        ("worker", "training/checkpoint.py:save_latest"),
         ("worker", "training/checkpoint.py:save_checkpoint"),
         ("worker", "training/checkpoint.py:save_array"),
         ("worker", "paths.py:atomic_write"),

@@ -70,7 +70,7 @@ def _trace_calls(request):
     def on_call(frame, event, _):
         code = frame.f_code
         is_epoch = code.co_name == "_train_epoch" and code.co_filename.endswith("training/loop.py")
-        # Those of the measurement before a study have no folder: a local variable of `_fit`, which calls `run_next`.
+        # Those of the measurement before a study have no folder: a local of `_fit`, which calls `_run_epoch`.
         if is_epoch and frame.f_back.f_back.f_locals["paths"] is not None:
             _note("epochs", b".")
         if code.co_name != wanted_name or not code.co_filename.endswith(wanted_file):

@@ -4,7 +4,7 @@ import difflib
 import functools
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import InitVar, fields
 from typing import Any, get_type_hints
 
 from hpsearch.config.data import AugmentConfig, DataConfig
@@ -44,7 +44,7 @@ def annotation_of(name: str) -> Any:
     hints = _type_hints(SECTIONS[section])
     if key not in hints:
         raise unknown_name(name, [f"{section}.{each}" for each in hints], "key")
-    return hints[key]
+    return hints[key].type if isinstance(hints[key], InitVar) else hints[key]
 
 
 def unknown_name(name: str, known: Sequence[str], kind: str) -> ConfigError:

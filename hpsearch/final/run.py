@@ -200,7 +200,7 @@ class _Final:
             sources = [network.weights for network in self.networks] if self.ensemble else []
             members = [folder.ensemble / f"fold{fold}.safetensors" for fold in range(len(sources))]
             copies = zip((folder.seed(0).weights, *sources), (folder.model, *members), strict=True)
-            do(jobs.KeepJob(copies=tuple(jobs.WeightsCopy(*copy) for copy in copies), postprocessing=choices))
+            do(jobs.KeepJob(copies=tuple(copies), postprocessing=choices))
             images = test_set_log.TestImages.in_cache(self.test.cache_path)
             facts = {"study": self.record.name, "trial": self.trial.number, "metric": self.record.config.study.metric}
             facts |= {"study_began_at": self.record.trials()[0].began_at, "folder": str(self.project.root.absolute())}
@@ -237,8 +237,8 @@ class _Final:
             searched = PoolCaches(record.config, self.root)
             if searched.scored.ids != record.folds.ids:
                 raise StudyChangedError(f"the images of study {record.name!r} have changed: put the old ones back")
-            caches, metric = jobs.CachePaths(*searched.paths(config)), record.config.study.metric
-            select = partial(jobs.SelectPostprocessingJob, config=config, metric=metric, caches=caches)
+            caches = jobs.CachePaths(*searched.paths(config))
+            select = partial(jobs.SelectPostprocessingJob, config=config, caches=caches)
             do(select(networks=self.networks, source=self.source, ensemble=self.ensemble, out=out))
         return read_record(SelectedPostprocessing, out) if out.is_file() else None
 
@@ -254,7 +254,7 @@ class _Final:
         self.say(f"scoring the masks of {test.n} test images at their own resolution")
         # The dataset may have moved since the cache was built, so locate the files again.
         samples = {sample.id: sample for sample in locate(self.config.data, self.root).split("test")}
-        images = tuple(jobs.ImageFiles(image, samples[image].image, samples[image].mask) for image in test.ids)
+        images = tuple(samples[image] for image in test.ids)
         by_ensemble = choices.ensemble and bool(members)
         official = partial(jobs.OfficialScoreJob, reading=test.reading, images=images)
         if choices != Postprocessing():

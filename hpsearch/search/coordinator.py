@@ -228,17 +228,12 @@ class Coordinator:
         """End a trial or replicate if it has no fits left to do."""
         if not evaluation.is_finished:
             return
-        pruned, micro_batch = evaluation.pruned, evaluation.micro_batch()
-        if pruned is not None:
+        if (pruned := evaluation.pruned) is not None:
             self._end(evaluation, "pruned", value=pruned.estimate, reason=pruned.reason)
         elif isinstance(evaluation.record, TrialRecord):
-            value = self.record.value(evaluation.record.number)
-            self._end(evaluation, "complete", value=value, micro_batch=micro_batch)
-        elif micro_batch is None:
-            self._end(evaluation, "complete")
+            self._end(evaluation, "complete", value=self.record.value(evaluation.record.number))
         else:
-            # The split batches changed the result, so this is not a fit of the same configuration.
-            self._end(evaluation, "infeasible", reason="memory forced parts of batches, which changed the result")
+            self._end(evaluation, "complete")
 
     def _end(self, evaluation: Evaluation, outcome: Outcome, *, reason: str = "", **of_trial: Any) -> None:
         """Record how a trial or replicate ended, stop its workers, and remove the files that it no longer needs.

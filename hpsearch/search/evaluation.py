@@ -77,14 +77,6 @@ class Evaluation:
             return not fits.running and fits.next_fold(n_folds) is None
         return len(fits.finished) == n_folds
 
-    def micro_batch(self) -> int | None:
-        """Return the smallest number of images per part, or None.
-
-        None means that no batch was split, or that splitting did not change the result.
-        """
-        summaries = [summary for fit in self.fits() if (summary := fit.summary()) is not None]
-        return min((each.micro_batch for each in summaries if each.micro_batch), default=None)
-
     def epoch_s(self, job: FitJob, plan: ExecutionPlan) -> float:
         """Return the expected seconds per epoch of a fit; NaN if unknown."""
         longest_s = max((row.seconds for row in self.fits()[job.fold].epochs()), default=0.0)
@@ -104,7 +96,6 @@ def fold_job(evaluation: Evaluation, fold: int, caches: PoolCaches) -> FitJob:
         train=tuple(folds.train(fold).tolist()),
         held_out=tuple(folds.held_out(fold).tolist()),
         seed=fit_seed(evaluation.study.config, record.place, fold, replicate),
-        keep_best=not replicate,
     )
 
 

@@ -37,7 +37,7 @@ class StudyFiles:
     def open(cls, study: StudyPaths) -> Self:
         """Open the study in an existing folder.
 
-        Raises StudyError if there is no study, and RecordError if its settings are damaged.
+        Raises StudyError if there is no study, and RecordError if its settings are damaged or invalid.
         """
         if not study.toml.is_file():
             known = ", ".join(study.project.study_names()) or "none"
@@ -48,7 +48,7 @@ class StudyFiles:
             # Studies of version 0.1 may contain relative paths, which refer to the folder where they were begun.
             return cls(study, configs.load(study.toml).absolute())
         except ConfigError as error:
-            raise RecordError(f"the study's own settings are damaged: {error}") from error
+            raise RecordError(f"the study's own settings cannot be used: {error}") from error
 
     @classmethod
     def create(cls, study: StudyPaths, config: StudyConfig) -> Self:

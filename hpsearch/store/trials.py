@@ -85,8 +85,8 @@ class TrialRecord(EvaluationRecord):
     decisions: tuple[PruneDecision, ...] = ()
     """All decisions of the pruner, in order."""
     micro_batch: int | None = None
-    """Number of images per part if batches were split to fit in memory and this changed the result. Such a trial
-    cannot win."""
+    """Number of images per part of a batch if version 0.1 split batches in a way that changed the result. Such a
+    trial cannot win."""
     draw: int | None = None
     """Position among the suggestions. Version 0.1 set it on a trial that continues an orphaned one."""
 

@@ -140,7 +140,6 @@ def trial_run(record: StudyRecord, trial: TrialRecord, standing: Standing) -> Ru
     if trial.outcome == "complete":
         points = _value_points(record, trial, fits, standing)
     tags = {"hpsearch.trial": str(number), "outcome": trial.outcome or "open", "source": trial.source}
-    tags |= {} if trial.micro_batch is None else {"micro_batch": str(trial.micro_batch)}
     note = _trial_note(trial, record.config.study.metric, standing)
     return _fits_run(record, trial, trial, fits, points, name=f"trial {number:04d}", tags=tags, note=note)
 

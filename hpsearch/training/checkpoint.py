@@ -33,27 +33,23 @@ WEIGHTS_FORMAT = 1
 _MAGIC = b"hpsearch checkpoint\n"
 
 
-def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Write `state` (tensors and plain types) to `path` atomically.
+def save_checkpoint(path: Path, state: Mapping[str, Any], *, previous: Path | None = None) -> None:
+    """Write `state` (tensors and plain types) to `path` atomically, and keep the old file as `previous`, if given.
 
-    The file consists of a magic line, the SHA-256 of the rest, and the state in torch's format.
+    The file consists of a magic line, the SHA-256 of the rest, and the state in torch's format. The old file is
+    renamed after the new content has been read back. Raises StorageError if that content differs.
     """
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **state}, buffer)
+    payload = buffer.getvalue()
+    content = _MAGIC + hashlib.sha256(payload).digest() + payload
     with atomic_write(path) as temporary:
-        temporary.write_bytes(_encode(state))
-
-
-def save_latest(fit: FitPaths, state: Mapping[str, Any]) -> None:
-    """Write `state` to `last.pt` and keep the old file as `previous.pt`.
-
-    The old file is renamed after the new content has been read back. Raises OSError if that content differs.
-    """
-    content = _encode(state)
-    with atomic_write(fit.last) as temporary:
         temporary.write_bytes(content)
-        if temporary.read_bytes() != content:
-            raise OSError(f"{fit.last} reads differently from what was written: the disk is faulty")
-        if fit.last.exists():
-            fit.last.replace(fit.previous)
+        if previous is not None:
+            if temporary.read_bytes() != content:
+                raise OSError(f"{path} reads differently from what was written: the disk is faulty")
+            if path.exists():
+                path.replace(previous)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -68,10 +64,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {os.strerror(error.errno or 0)}") from error
     head, payload = content[: len(_MAGIC) + 32], content[len(_MAGIC) + 32 :]
-    if not head.startswith(_MAGIC):
-        raise CheckpointError(f"{path} is not a checkpoint of hpsearch")
-    if hashlib.sha256(payload).digest() != head[len(_MAGIC) :]:
-        raise CheckpointError(f"{path} is torn or was changed: its checksum is wrong")
+    if head != _MAGIC + hashlib.sha256(payload).digest():
+        raise CheckpointError(f"{path} is not a complete checkpoint of hpsearch: its checksum is missing or wrong")
     try:
         state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile) as error:
@@ -81,7 +75,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", state)
 
 
-def load_latest(fit: FitPaths, digest: str | None = None) -> dict[str, Any] | None:
+def load_latest(fit: FitPaths, digest: str) -> dict[str, Any] | None:
     """Return the newest valid checkpoint of a fit, or None if there is none.
 
     Invalid checkpoints are skipped with a warning. Raises CheckpointError if the checkpoint has another `digest`.
@@ -92,7 +86,7 @@ def load_latest(fit: FitPaths, digest: str | None = None) -> dict[str, Any] | No
         except CheckpointError as error:
             logger.warning("%s; skipped", error)
             continue
-        if digest in (None, state.get("digest")):
+        if state["digest"] == digest:
             return state
         raise CheckpointError(
             f"{fit.root} holds a checkpoint of another configuration, other images or another seed; "
@@ -168,19 +162,11 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Mod
         raise CheckpointError(f"{path} has an invalid description of its network: {error}") from error
     margin = output_margin(info.model) if info.sees_windows else 0
     model = build_network(info.model, info.in_channels, margin=margin)
-    load_state_(model, tensors, path)
-    return model.to(device).eval(), info
-
-
-def load_state_(model: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Load `tensors` into `model`.
-
-    Raises CheckpointError with the file `source` if they belong to another network.
-    """
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise CheckpointError(f"{source} holds weights that do not fit the network it describes") from error
+        raise CheckpointError(f"{path} holds weights that do not fit the network it describes") from error
+    return model.to(device).eval(), info
 
 
 def save_array(path: Path, array: npt.NDArray[Any]) -> None:
@@ -190,13 +176,6 @@ def save_array(path: Path, array: npt.NDArray[Any]) -> None:
     content = buffer.getvalue()
     with atomic_write(path) as temporary:
         temporary.write_bytes(content + hashlib.sha256(content).digest())
-
-
-def _encode(state: Mapping[str, Any]) -> bytes:
-    buffer = io.BytesIO()
-    torch.save({"format": FORMAT, **state}, buffer)
-    payload = buffer.getvalue()
-    return _MAGIC + hashlib.sha256(payload).digest() + payload
 
 
 def _described(table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -86,11 +85,11 @@ def _fit(
         # With `auto`, parts of the network that cannot be compiled run uncompiled.
         torch._dynamo.config.suppress_errors = runtime.compile == "auto"
         forward = torch.compile(model, dynamic=False)
-    epochs = _Epochs(task, data, runtime, progress, forward, loss_function(config.train))
+    loss = loss_function(config.train)
     goes_on = not progress.rows or on_epoch(progress.rows[-1], progress.scores[-1]) == "go"
     while progress.stopped and goes_on:
         best_before = progress.best_score()
-        row = epochs.run_next()
+        row = _run_epoch(progress, data, runtime, forward, loss)
         progress.rows.append(row)
         if paths is not None:
             save_epoch(progress, paths, task_digest, is_best=keep_best and progress.best_score() > best_before)
@@ -99,117 +98,106 @@ def _fit(
     return progress
 
 
-@dataclass(frozen=True)
-class _Epochs:
-    """Training and evaluation of the epochs of a fit."""
+def _run_epoch(progress: Progress, data: DeviceData, runtime: Runtime, forward: Forward, loss: Loss) -> EpochRow:
+    """Run the next epoch and return its row. Scores and counts are stored in `progress`.
 
-    task: FitTask
-    data: DeviceData
-    runtime: Runtime
-    progress: Progress
-    forward: Forward
-    """Network that is called in training: compiled, or the model itself."""
-    loss: Loss
+    `forward` is the network that is called in training: compiled, or the model itself.
+    """
+    task, epoch, device = progress.task, len(progress.rows) + 1, runtime.device
+    # Reseed in every epoch, so that a resumed fit draws the same random numbers.
+    devices.set_seed(stable_seed(task.seed, epoch))
+    devices.reset_peak_memory(device)
+    began = time.perf_counter()
+    train_scores = _train_epoch(progress, data, runtime, forward, loss)
+    trained = time.perf_counter()
+    if not math.isfinite(train_scores.loss):
+        raise DivergedError(epoch, train_scores.loss)
+    held_out = _evaluate_epoch(progress, data, runtime, loss)
+    return EpochRow(
+        epoch=epoch,
+        time=round(time.time(), 3),
+        train=train_scores,
+        held_out=held_out,
+        lr=progress.optimizer.param_groups[0]["lr"],
+        train_s=trained - began,
+        eval_s=time.perf_counter() - trained,
+        images_per_s=task.steps_per_epoch * task.images_per_step / (trained - began),
+        peak_bytes=devices.peak_memory(device),
+    )
 
-    def run_next(self) -> EpochRow:
-        """Run the next epoch and return its row. Scores and counts are stored in `progress`."""
-        epoch, device = len(self.progress.rows) + 1, self.runtime.device
-        # Reseed in every epoch, so that a resumed fit draws the same random numbers.
-        devices.set_seed(stable_seed(self.task.seed, epoch))
-        devices.reset_peak_memory(device)
-        began = time.perf_counter()
-        train_scores, n_images, lr = self._train_epoch(epoch)
-        trained = time.perf_counter()
-        if not math.isfinite(train_scores.loss):
-            raise DivergedError(epoch, train_scores.loss)
-        held_out = self._evaluate_epoch(epoch)
-        return EpochRow(
-            epoch=epoch,
-            time=round(time.time(), 3),
-            train=train_scores,
-            held_out=held_out,
-            lr=lr,
-            train_s=trained - began,
-            eval_s=time.perf_counter() - trained,
-            images_per_s=n_images / (trained - began),
-            peak_bytes=devices.peak_memory(device),
-        )
 
-    def _train_epoch(self, epoch: int) -> tuple[Scores, int, float]:
-        """Train one epoch. Return the mean scores and number of its images, and the last learning rate.
+def _train_epoch(progress: Progress, data: DeviceData, runtime: Runtime, forward: Forward, loss: Loss) -> Scores:
+    """Train the next epoch and return the mean scores of its images.
 
-        Losses and counts stay on the device until the end of the epoch, so that the CPU does not wait for the device
-        earlier.
-        """
-        task, train = self.task, self.task.config.train
-        optimizer, scaler = self.progress.optimizer, self.progress.scaler
-        n_steps, first_step = train.epochs * task.steps_per_epoch, (epoch - 1) * task.steps_per_epoch
-        losses: list[Tensor] = []
-        counts: list[Tensor] = []
-        lr = train.lr
-        self.progress.model.train()
-        batches = train_batches(
-            self.data,
-            task.train_indices,
-            batch_size=train.batch_size,
-            seed=task.seed,
-            epoch=epoch,
-            augment=task.config.augment,
+    Losses and counts stay on the device until the end of the epoch, so that the CPU does not wait for the device
+    earlier.
+    """
+    task, train, epochs_before = progress.task, progress.task.config.train, len(progress.rows)
+    optimizer, scaler = progress.optimizer, progress.scaler
+    part_size = task.micro_batch or train.batch_size
+    n_steps, first_step = train.epochs * task.steps_per_epoch, epochs_before * task.steps_per_epoch
+    losses: list[Tensor] = []
+    counts: list[Tensor] = []
+    progress.model.train()
+    batches = train_batches(
+        data,
+        task.train_indices,
+        batch_size=train.batch_size,
+        seed=task.seed,
+        epoch=epochs_before + 1,
+        augment=task.config.augment,
+        normalization=task.normalization,
+        size=task.size,
+    )
+    for step, batch in enumerate(batches, first_step):
+        for group in optimizer.param_groups:
+            group["lr"] = train.lr * lr_factor(train, step, n_steps)
+        optimizer.zero_grad(set_to_none=True)
+        for images, masks in zip(*(torch.split(part, part_size) for part in batch), strict=True):
+            with runtime.autocast():
+                logits = forward(images)
+            masks = covered(masks, logits, task.margin)
+            value = loss(logits, masks) * (len(images) / len(batch.images))
+            scaler.scale(value).backward()  # type: ignore[no-untyped-call]
+            losses.append(value.detach() * len(batch.images))
+            counts.append(count(logits.detach(), masks))
+        scaler.step(optimizer)
+        scaler.update()
+        runtime.end_step()
+    return _mean_scores(*fetch(counts, losses))
+
+
+def _evaluate_epoch(progress: Progress, data: DeviceData, runtime: Runtime, loss: Loss) -> Scores | None:
+    """Return the mean scores over the held-out images, or None if there are none.
+
+    Counts and metric of every held-out image are stored in `progress`.
+    """
+    task, config, epoch = progress.task, progress.task.config, len(progress.rows) + 1
+    model = progress.model.eval()
+    scores = np.zeros(0, np.float32)
+    held_out = None
+    if len(task.held_out_indices) > 0:
+        batches = eval_batches(
+            data,
+            task.held_out_indices,
+            batch_size=eval_batch_size(config.train.batch_size, task.size, runtime.device),
             normalization=task.normalization,
             size=task.size,
         )
-        for step, batch in enumerate(batches, first_step):
-            lr = train.lr * lr_factor(train, step, n_steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.zero_grad(set_to_none=True)
-            for images, masks in zip(*(torch.split(part, task.part_sizes) for part in batch), strict=True):
-                with self.runtime.autocast():
-                    logits = self.forward(images)
-                masks = covered(masks, logits, task.margin)
-                value = self.loss(logits, masks) * (len(images) / len(batch.images))
-                scaler.scale(value).backward()  # type: ignore[no-untyped-call]
-                losses.append(value.detach() * len(batch.images))
-                counts.append(count(logits.detach(), masks))
-            scaler.step(optimizer)
-            scaler.update()
-            self.runtime.end_step()
-        found = fetch(counts, losses)
-        return _mean_scores(*found), len(found.counts), lr
-
-    def _evaluate_epoch(self, epoch: int) -> Scores | None:
-        """Return the mean scores over the held-out images, or None if there are none.
-
-        Counts and metric of every held-out image are stored in `progress`.
-        """
-        task, config, progress = self.task, self.task.config, self.progress
-        model = progress.model.eval()
-        scores = np.zeros(0, np.float32)
-        held_out = None
-        if len(task.held_out_indices) > 0:
-            batches = eval_batches(
-                self.data,
-                task.held_out_indices,
-                batch_size=eval_batch_size(config.train.batch_size, task.size, self.runtime.device),
-                normalization=task.normalization,
-                size=task.size,
-            )
-            counts, loss = evaluate(model, batches, self.runtime, self.loss)
-            if not math.isfinite(loss):
-                raise DivergedError(epoch, loss)
-            size = config.eval_size
-            if task.margin:
-                size = output_size(config.unet, config.data.n_channels, task.size)
-            n_pixels = int(counts[0].sum())
-            if n_pixels != size[0] * size[1]:
-                raise ValueError(f"eval_size is {size}, but the masks have {n_pixels} pixels")
-            scores = SCORES[config.study.metric](PixelCounts.from_columns(counts)).astype(np.float32)
-            progress.counts, held_out = counts, _mean_scores(counts, loss)
-        elif not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
-            # Without held-out images, nothing else detects that the last step made weights NaN or infinite.
-            raise DivergedError(epoch, math.nan)
-        progress.scores = np.vstack([progress.scores.reshape(len(progress.scores), len(scores)), scores])
-        return held_out
+        counts, mean_loss = evaluate(model, batches, runtime, loss)
+        if not math.isfinite(mean_loss):
+            raise DivergedError(epoch, mean_loss)
+        size = output_size(config.unet, config.data.n_channels, task.size) if task.margin else config.eval_size
+        n_pixels = int(counts[0].sum())
+        if n_pixels != size[0] * size[1]:
+            raise ValueError(f"eval_size is {size}, but the masks have {n_pixels} pixels")
+        scores = SCORES[config.study.metric](PixelCounts.from_columns(counts)).astype(np.float32)
+        progress.counts, held_out = counts, _mean_scores(counts, mean_loss)
+    elif not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+        # Without held-out images, nothing else detects that the last step made weights NaN or infinite.
+        raise DivergedError(epoch, math.nan)
+    progress.scores = np.vstack([progress.scores.reshape(len(progress.scores), len(scores)), scores])
+    return held_out
 
 
 def _mean_scores(counts: npt.NDArray[np.int64], loss: float) -> Scores:
@@ -258,5 +246,5 @@ def _is_compiled(task: FitTask, runtime: Runtime) -> bool:
     if reason is not None or runtime.device.type != "cuda":
         return False
     config = task.config
-    n_images = config.train.epochs * task.steps_per_epoch * sum(task.part_sizes)
+    n_images = config.train.epochs * task.steps_per_epoch * task.images_per_step
     return n_images * training_flops(config.unet, config.data.n_channels, *task.size) >= COMPILED_FLOPS

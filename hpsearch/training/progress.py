@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from hpsearch.data.batches import DeviceData, eval_batches
-from hpsearch.models.network import uses_batch_statistics
-from hpsearch.paths import FitPaths, append_line, atomic_write, sha256_file, write_json, write_text
+from hpsearch.paths import FitPaths, append_line, atomic_write, write_json, write_text
 from hpsearch.training import checkpoint
 from hpsearch.training.checkpoint import WeightsInfo
 from hpsearch.training.evaluation import Forward, Indices, predict_logits
@@ -58,9 +57,9 @@ class Progress:
             "counts": torch.from_numpy(self.counts),
         }
 
-    def restore_(self, state: dict[str, Any], source: Path) -> None:
-        """Restore a state of `to_state` that was read from the file `source`."""
-        checkpoint.load_state_(self.model, state["model"], source)
+    def restore_(self, state: dict[str, Any]) -> None:
+        """Restore a state of `to_state`."""
+        self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
@@ -79,7 +78,7 @@ def resume_(progress: Progress, paths: FitPaths, task_digest: str) -> None:
     """
     state = checkpoint.load_latest(paths, task_digest)
     if state is not None:
-        progress.restore_(state, paths.last)
+        progress.restore_(state)
         logger.info("%s: resumed after epoch %d", paths.root, len(progress.rows))
     if progress.rows:
         checkpoint.save_array(paths.scores, progress.scores)
@@ -95,7 +94,7 @@ def save_epoch(progress: Progress, paths: FitPaths, task_digest: str, *, is_best
         # again.
         best = {"epoch": row.epoch, "score": progress.best_score(), "model": progress.model.state_dict()}
         checkpoint.save_checkpoint(paths.best, best)
-    checkpoint.save_latest(paths, progress.to_state(task_digest))
+    checkpoint.save_checkpoint(paths.last, progress.to_state(task_digest), previous=paths.previous)
     checkpoint.save_array(paths.scores, progress.scores)
     append_line(paths.epochs, to_line(row))
 
@@ -107,9 +106,9 @@ def finish_fit(
 
     fit.json is written last. weights.safetensors, scores.npy, counts.npy and examples.npz contain no timestamps or
     process ids. If the process dies at any point, resuming from last.pt and calling this function again writes the
-    same bytes. `extra` is stored in the weights file. fit.json has `micro_batch` if it changed the result.
+    same bytes. `extra` is stored in the weights file.
     """
-    task, rows, n_held_out = fit.task, fit.rows, len(fit.task.held_out_indices)
+    task = fit.task
     info = WeightsInfo(
         model=task.config.unet,
         in_channels=data.n_channels,
@@ -120,23 +119,11 @@ def finish_fit(
     checkpoint.save_weights(paths.weights, fit.model, info)
     checkpoint.save_array(paths.scores, fit.scores)
     checkpoint.save_array(paths.counts, fit.counts)
-    if n_held_out:
+    value = None
+    if len(task.held_out_indices) > 0:
         save_examples(paths.examples, fit.model, info, data, task.held_out_indices, fit.scores[-1], runtime)
-    train_s, eval_s = sum(row.train_s for row in rows), sum(row.eval_s for row in rows)
-    summary = FitSummary(
-        epochs=len(rows),
-        value=float(np.mean(fit.scores[-1], dtype=np.float64)) if n_held_out else None,
-        n_held_out=n_held_out,
-        micro_batch=task.micro_batch if uses_batch_statistics(task.config.unet) else None,
-        seconds=train_s + eval_s,
-        train_s=train_s,
-        eval_s=eval_s,
-        images_per_s=sum(row.images_per_s * row.train_s for row in rows) / train_s,
-        peak_bytes=max(row.peak_bytes for row in rows),
-        scores_sha256=sha256_file(paths.scores),
-        weights_sha256=sha256_file(paths.weights),
-        runtime=describe(runtime),
-    )
+        value = float(np.mean(fit.scores[-1], dtype=np.float64))
+    summary = FitSummary(epochs=len(fit.rows), value=value, runtime=describe(runtime))
     write_json(paths.fit, {"format": 1, **to_json(summary)})
     for path in (paths.last, paths.previous):
         path.unlink(missing_ok=True)

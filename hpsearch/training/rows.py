@@ -51,22 +51,11 @@ class EpochRow:
 
 @dataclass(frozen=True, kw_only=True)
 class FitSummary:
-    """Result of a finished fit: the content of fit.json."""
+    """Result of a finished fit: the content of fit.json. Times and memory are those of its epochs."""
 
     epochs: int
     value: float | None = None
     """Mean score over the held-out images after the last epoch; None without held-out images."""
-    n_held_out: int = 0
-    micro_batch: int | None = None
-    """Number of images per part if batches were split to fit in memory and this changed the result; otherwise
-    None."""
-    seconds: float = 0.0
-    train_s: float = 0.0
-    eval_s: float = 0.0
-    images_per_s: float = 0.0
-    peak_bytes: int = 0
-    scores_sha256: str = ""
-    weights_sha256: str = ""
     runtime: dict[str, str] = field(default_factory=dict)
     """Description of the machine and the library versions."""
 

@@ -60,24 +60,20 @@ class Runtime:
 
         On devices other than CUDA this also calls `keep_freed_memory`, whose effect lasts until the process ends.
         """
-        threads = torch.get_num_threads()
-        matmul, benchmark = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
-        torch.set_num_threads(self.threads)
         with contextlib.ExitStack() as stack:
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(self.threads)
             if self.device.type == "cuda":
                 # Without a current device, pinned memory would take 0.5 GB of the first GPU.
                 stack.enter_context(torch.cuda.device(self.device))
                 # By default torch uses TF32 for float32 convolutions, but not for matrix products.
+                stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
                 torch.set_float32_matmul_precision("high")
+                stack.callback(setattr, torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
                 torch.backends.cudnn.benchmark = True
             else:
                 keep_freed_memory()
-            try:
-                yield
-            finally:
-                torch.set_num_threads(threads)
-                torch.set_float32_matmul_precision(matmul)
-                torch.backends.cudnn.benchmark = benchmark
+            yield
 
     def end_step(self) -> None:
         """Run the recorded operations of a training step on XLA. Has no effect on other devices."""

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import math
 from typing import Any
 
 import numpy as np
@@ -34,9 +33,8 @@ class FitTask:
     normalization: Normalization
     seed: int
     micro_batch: int | None = None
-    """Largest number of images whose gradients are computed at once, to save memory (`part_sizes`); None for whole
-    batches. This changes the result only by rounding, unless the network `uses_batch_statistics`: the statistics are
-    then those of the parts."""
+    """Largest number of images whose gradients are computed at once, to save memory; None for whole batches. Only for
+    networks without batch statistics, where it changes the result only by rounding."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -49,15 +47,9 @@ class FitTask:
         return n_train_batches(len(self.train_indices), self.config.train.batch_size)
 
     @property
-    def part_sizes(self) -> list[int]:
-        """Number of images in each part of a batch that goes through the network at once.
-
-        Sizes differ by at most one. For example, 5 images with at most 4 per part are split into 3 and 2, because
-        batch normalisation could not normalise a part of one image.
-        """
-        n_images = max(1, min(self.config.train.batch_size, len(self.train_indices)))
-        n_parts = math.ceil(n_images / self.micro_batch) if self.micro_batch else 1
-        return [len(part) for part in np.array_split(np.arange(n_images), n_parts)]
+    def images_per_step(self) -> int:
+        """Number of images in each batch."""
+        return min(self.config.train.batch_size, len(self.train_indices))
 
     @property
     def margin(self) -> int:
@@ -65,8 +57,8 @@ class FitTask:
         return output_margin(self.config.unet) if self.config.sees_windows else 0
 
     def why_impossible(self) -> str | None:
-        """Return the reason why the network cannot be trained with these image and part sizes, or None if it can."""
-        n_images, config = min(self.part_sizes), self.config
+        """Return the reason why the network cannot be trained with this image and batch size, or None if it can."""
+        n_images, config = self.images_per_step, self.config
         reason = why_impossible(config.unet, config.data.n_channels, *self.size, batch_size=n_images)
         return reason and f"with {n_images} image{'s' if n_images > 1 else ''} at once: {reason}"
 
@@ -88,7 +80,8 @@ class FitTask:
             "seed": self.seed,
         }
         if uses_batch_statistics(config.unet):
-            table["micro_batch"] = self.micro_batch
+            # Version 0.1 could split the batches of these networks.
+            table["micro_batch"] = None
         if self.margin:
             table["stretch"] = False
         return digest(table)

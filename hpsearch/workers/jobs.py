@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from hpsearch.config import StudyConfig
+from hpsearch.data.dataset import Sample
 from hpsearch.data.reading import Reading
 from hpsearch.inference.postprocessing import FoldNetwork, Postprocessing
 from hpsearch.training.rows import EpochRow
@@ -46,17 +47,6 @@ class FitJob:
     seed: int
     replicate: int = 0
     """Number of the replicate: 0 for the first fit of this fold, 1 for the second fit, which uses another seed."""
-    keep_best: bool = False
-    """Whether to also keep the weights of the best epoch."""
-
-
-@dataclass(frozen=True)
-class ImageFiles:
-    """Files of an image and its mask."""
-
-    name: str
-    image: Path
-    mask: Path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +56,7 @@ class OfficialScoreJob:
     weights: tuple[Path, ...]
     """Weights file of one network, or of several networks whose logits are averaged."""
     reading: Reading
-    images: tuple[ImageFiles, ...]
+    images: tuple[Sample, ...]
     masks: Path | None
     """Folder for the predicted masks; None to write no masks."""
     counts: Path
@@ -77,7 +67,6 @@ class SelectPostprocessingJob:
     """Job that selects threshold, test-time flips, mask cleaning and ensemble on out-of-fold predictions."""
 
     config: StudyConfig
-    metric: str
     caches: CachePaths
     networks: tuple[FoldNetwork, ...]
     source: str
@@ -88,19 +77,12 @@ class SelectPostprocessingJob:
     """JSON file to which the selection is written."""
 
 
-@dataclass(frozen=True)
-class WeightsCopy:
-    """Path of a weights file and path of its copy."""
-
-    source: Path
-    target: Path
-
-
 @dataclass(frozen=True, kw_only=True)
 class KeepJob:
     """Job that copies weights files and stores the selected post-processing in the copies."""
 
-    copies: tuple[WeightsCopy, ...]
+    copies: tuple[tuple[Path, Path], ...]
+    """Path of each weights file, and path of its copy."""
     postprocessing: Postprocessing
 
 

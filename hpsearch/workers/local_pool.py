@@ -15,7 +15,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Self
@@ -24,7 +24,7 @@ from hpsearch import subprocesses
 from hpsearch.errors import WorkerError
 from hpsearch.workers import jobs
 from hpsearch.workers.jobs import Failed, FitJob, Job, WorkerSettings
-from hpsearch.workers.pool import Event, Worker
+from hpsearch.workers.pool import Event, Worker, WorkerPool
 
 logger = logging.getLogger(__name__)
 
@@ -35,28 +35,26 @@ START_TIMEOUT_S = 300.0
 MAX_FAILED_STARTS = 3
 
 
-@dataclass(eq=False)
-class LocalWorker:
+@dataclass(eq=False, kw_only=True)
+class LocalWorker(Worker):
     """A worker process and its current job."""
 
-    index: int
-    """Position of the worker in the pool, from 0."""
     settings: WorkerSettings
     process: subprocess.Popen[bytes]
     connection: Connection
     log: Path
     is_ready: bool = False
-    job: Job | None = None
-    last_report_at: float = field(default_factory=time.monotonic)
-    """`time.monotonic()` of the last message from or to the worker."""
 
     @property
     def is_idle(self) -> bool:
         return self.is_ready and self.job is None
 
 
-class LocalPool:
-    """Pool of worker processes, initially empty. Use it as a context manager, which ends all workers on exit."""
+class LocalPool(WorkerPool):
+    """Pool of worker processes, initially empty. Use it as a context manager, which ends all workers on exit.
+
+    The methods are documented in `WorkerPool`.
+    """
 
     def __init__(self, log_folder: Path) -> None:
         self._log_folder = log_folder
@@ -76,40 +74,30 @@ class LocalPool:
         return len(self._workers)
 
     def resize(self, settings: Sequence[WorkerSettings]) -> None:
-        """Start and end workers so that there is one for each of `settings`, in this order.
-
-        A worker that already has the settings of its position is kept.
-        """
         wanted = dict(enumerate(settings))
         kept = {worker.index: worker for worker in self._workers if worker.settings == wanted.get(worker.index)}
         _end([worker for worker in self._workers if worker.index not in kept])
         self._workers = [kept.get(index) or self._start(index, each) for index, each in wanted.items()]
 
     def set_device(self, device: str) -> None:
-        """Record the device that workers with the device setting `auto` have chosen."""
         for worker in self._workers:
             worker.settings = dataclasses.replace(worker.settings, device=device)
 
     def idle(self) -> list[Worker]:
-        """Return the workers that are ready and have no job, ordered by index."""
         return [worker for worker in self._workers if worker.is_idle]
 
     def busy(self) -> list[Worker]:
-        """Return the workers that have a job, ordered by index."""
         return [worker for worker in self._workers if worker.job is not None]
 
     def submit(self, worker: Worker, job: Job) -> None:
-        """Give a job to an idle worker. `events` yields its reports."""
         ours = self._own(worker)
         ours.job = job
         self._send(ours, jobs.to_message(job))
 
     def reply(self, worker: Worker, *, go: bool) -> None:
-        """Reply to an `EpochEnded`: train the next epoch if `go` is true, otherwise stop the fit."""
         self._send(self._own(worker), {"go": go})
 
     def epoch_left_s(self) -> float | None:
-        """Return the seconds until all running epochs end; NaN if unknown, None if no fit is running."""
         now = time.monotonic()
         left = [
             # NaN for a trial without an earlier epoch: `max` returns its first argument if that is NaN.
@@ -120,7 +108,6 @@ class LocalPool:
         return math.nan if any(map(math.isnan, left)) else max(left, default=None)
 
     def kill(self, worker: Worker) -> None:
-        """Kill a worker at once. `events` reports that it died and starts another one in its place."""
         process = self._own(worker).process
         process.kill()
         # Wait until the process can no longer write. If the system cannot end it in time, it stays in the pool until
@@ -129,10 +116,6 @@ class LocalPool:
             process.wait(10)
 
     def events(self, timeout_s: float) -> Iterator[Event]:
-        """Yield the events that workers report within the timeout. Workers that died are replaced.
-
-        Raises WorkerError if workers cannot be started.
-        """
         by_connection = {worker.connection: worker for worker in self._workers}
         # Time in which the coordinator itself was suspended (SIGSTOP) does not count as silence of the workers.
         if (pause_s := time.monotonic() - self._polled_at) > PAUSE_S:
@@ -147,7 +130,6 @@ class LocalPool:
                 self.kill(worker)
 
     def close(self) -> None:
-        """End all workers."""
         _end(self._workers)
         self._workers = []
 
@@ -193,13 +175,12 @@ class LocalPool:
                 start_new_session=True,
             )
         theirs.close()
-        return LocalWorker(index, settings, process, Connection(ours.detach()), log)
+        connection = Connection(ours.detach())
+        return LocalWorker(index=index, settings=settings, process=process, connection=connection, log=log)
 
     def _reap(self, worker: LocalWorker) -> Event:
         """Replace a worker whose process has ended. Raises WorkerError if workers cannot be started at all."""
-        worker.connection.close()
-        worker.process.kill()
-        worker.process.wait()
+        _end([worker])
         cause = _cause_of_death(worker)
         if not worker.is_ready:
             self._failed_starts += 1
@@ -211,17 +192,12 @@ class LocalPool:
 
 
 def _end(workers: Sequence[LocalWorker]) -> None:
-    """End idle workers by closing their sockets, and kill all other workers."""
+    """Kill workers. Their files survive this at any time."""
     for worker in workers:
-        if not worker.is_idle:
-            worker.process.kill()
+        worker.process.kill()
         worker.connection.close()
     for worker in workers:
-        try:
-            worker.process.wait(10)
-        except subprocess.TimeoutExpired:
-            worker.process.kill()
-            worker.process.wait()
+        worker.process.wait()
 
 
 def _cause_of_death(worker: LocalWorker) -> str:

@@ -62,24 +62,22 @@ def run_job(
     the error of a failed job as an HpsearchError, or WorkerError if three workers died without a new epoch in
     between.
     """
-    (report,) = run_jobs_together(pool, [job], check, on_epoch)
+    work = _Jobs(pool, [job], check, on_epoch)
+    run(pool, work)
+    (report,) = work.reports
     if isinstance(report, Failed):
         raise _error(report)
     return report if isinstance(report, Finished) else None
 
 
 def run_jobs_together(
-    pool: WorkerPool,
-    jobs: Sequence[Job],
-    check: Callable[[], None] = lambda: None,
-    on_epoch: Callable[[EpochRow], bool] = lambda row: True,
+    pool: WorkerPool, jobs: Sequence[Job], check: Callable[[], None] = lambda: None
 ) -> list[Report]:
-    """Run all jobs at the same time, each on its own worker, and return their last reports.
+    """Run jobs that are no fits at the same time, each on its own worker, and return their last reports.
 
-    The jobs start when as many workers are ready. `check`, `on_epoch` and the death of a worker are handled as in
-    `run_job`.
+    The jobs start when as many workers are ready. `check` and the death of a worker are handled as in `run_job`.
     """
-    work = _Jobs(pool, list(jobs), len(jobs), check, on_epoch)
+    work = _Jobs(pool, list(jobs), check)
     run(pool, work)
     return work.reports
 
@@ -90,25 +88,23 @@ class _Jobs:
 
     pool: WorkerPool
     jobs: list[Job]
-    n_jobs: int
+    """Jobs that wait for a worker."""
     check: Callable[[], None]
-    on_epoch: Callable[[EpochRow], bool]
+    on_epoch: Callable[[EpochRow], bool] = lambda row: True
     reports: list[Report] = field(default_factory=list)
-    has_begun: bool = False
     n_deaths: int = 0
     n_epochs: int = 0
 
     @property
     def is_over(self) -> bool:
-        return len(self.reports) == self.n_jobs
+        return not self.jobs
 
     def poll(self) -> bool:
         self.check()
-        self.has_begun = self.has_begun or len(self.pool.idle()) >= self.n_jobs
         return True
 
     def next_job(self) -> Job | None:
-        return self.jobs.pop() if self.has_begun and self.jobs else None
+        return self.jobs.pop() if self.jobs and len(self.pool.idle()) >= len(self.jobs) else None
 
     def on_event(self, event: Event) -> None:
         match event.report:

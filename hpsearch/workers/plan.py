@@ -104,7 +104,7 @@ def disk_bytes(config: StudyConfig, n_folds: int, n_workers: int) -> int:
     and the running trial. Each worker has two checkpoints and writes a third.
     """
     slots = 2 if config.train.optimizer == "adamw" else 1
-    candidates = [config.with_params({}), *sample_space(config, 64)]
+    candidates = [config.with_params({}), *sample_space(config)]
     largest = max(4 * n_parameters(candidate.unet, candidate.data.n_channels) for candidate in candidates)
     return largest * (3 * 2 * n_folds + 3 * n_workers * (1 + slots))
 
@@ -133,7 +133,7 @@ def forecast(
 ) -> Forecast:
     """Return the expected cost of `n_trials` random configurations of the search space, from the measured steps."""
     n_held_out = n_images // n_folds if n_folds > 1 else 0
-    candidates = [candidate for candidate in sample_space(config, 64) if why_infeasible(candidate, plan) is None]
+    candidates = [candidate for candidate in sample_space(config) if why_infeasible(candidate, plan) is None]
     epochs_s = [
         candidate.train.epochs * plan.epoch_s(candidate, n_images - n_held_out, n_held_out)
         for candidate in candidates or [config]
@@ -143,9 +143,9 @@ def forecast(
     return Forecast(n_trials, n_replicates, n_images, fit_s, total_s)
 
 
-def sample_space(config: StudyConfig, n: int, seed: int = 0) -> list[StudyConfig]:
+def sample_space(config: StudyConfig, n: int = 64) -> list[StudyConfig]:
     """Draw `n` random configurations from the search space and return those that are valid."""
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     found = []
     for _ in range(n if config.search else 1):
         try:
@@ -157,7 +157,7 @@ def sample_space(config: StudyConfig, n: int, seed: int = 0) -> list[StudyConfig
 
 def measured_configs(config: StudyConfig) -> list[StudyConfig]:
     """Return the configurations to measure before a study: default, cheapest and most expensive."""
-    candidates = [each for each in (config.with_params({}), *sample_space(config, 64)) if image_flops(each)]
+    candidates = [each for each in (config.with_params({}), *sample_space(config)) if image_flops(each)]
     by_cost = sorted(candidates, key=image_flops)
     chosen = [*candidates[:1], *by_cost[:1], *by_cost[-1:]]
     return list({image_flops(each): each for each in chosen}.values())

@@ -1,26 +1,22 @@
 """WorkerPool protocol: give jobs to workers and receive their reports."""
 
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from hpsearch.workers.jobs import Job, Report, WorkerSettings
 
 
-class Worker(Protocol):
-    """Interface of a worker in a pool."""
+@dataclass(eq=False, kw_only=True)
+class Worker:
+    """A worker of a pool and its current job."""
 
-    @property
-    def index(self) -> int:
-        """Position of the worker in the pool, from 0."""
-
-    @property
-    def job(self) -> Job | None:
-        """Job that the worker runs; None if it is idle."""
-
-    @property
-    def last_report_at(self) -> float:
-        """`time.monotonic()` of the last message from or to the worker."""
+    index: int
+    """Position of the worker in the pool, from 0."""
+    job: Job | None = None
+    last_report_at: float = field(default_factory=time.monotonic)
+    """`time.monotonic()` of the last message from or to the worker."""
 
 
 @dataclass(frozen=True)

@@ -22,16 +22,16 @@ import numpy as np
 import numpy.typing as npt
 
 from hpsearch.errors import HpsearchError, OutOfMemoryError
-from hpsearch.training.loop import OnEpoch
 from hpsearch.training.rows import EpochRow
 from hpsearch.workers import jobs, tasks
-from hpsearch.workers.jobs import Failed, Finished, Job, Report, WorkerSettings, from_message, to_message
+from hpsearch.workers.jobs import Failed, Finished, Job, Report, Stopped, WorkerSettings, from_message, to_message
 from hpsearch.workers.tasks import WorkerContext
 
 Message = dict[str, Any]
 Send = Callable[[Message], None]
 Receive = Callable[[], Message]
-_TASKS: dict[type[Job], Callable[[Any, WorkerContext], Finished | None]] = {
+_TASKS: dict[type[Job], Callable[[Any, WorkerContext], Finished | Stopped | None]] = {
+    jobs.FitJob: tasks.run_fit,
     jobs.MeasureJob: tasks.measure,
     jobs.OfficialScoreJob: tasks.score_officially,
     jobs.SelectPostprocessingJob: tasks.select,
@@ -65,24 +65,21 @@ def main() -> None:
 
 def serve(settings: WorkerSettings, send: Send, receive: Receive) -> None:
     """Report `Ready`, then run all jobs that are received. Ends only when `send` or `receive` raises an exception."""
-    context = WorkerContext(settings)
 
     def report_epoch(row: EpochRow, scores: npt.NDArray[np.float32]) -> Literal["go", "stop"]:
         send(to_message(jobs.EpochEnded(row)))
         return "go" if receive()["go"] else "stop"
 
+    context = WorkerContext(settings, report_epoch)
     send(to_message(jobs.Ready()))
     while True:
-        send(to_message(_run(from_message(receive()), context, report_epoch)))
+        send(to_message(_run(from_message(receive()), context)))
 
 
-def _run(job: Job, context: WorkerContext, on_epoch: OnEpoch) -> Report:
+def _run(job: Job, context: WorkerContext) -> Report:
     """Run one job and return how it ended."""
     try:
-        if not isinstance(job, jobs.FitJob):
-            return _TASKS[type(job)](job, context) or Finished()
-        summary = tasks.run_fit(job, context, on_epoch)
-        return jobs.Stopped() if summary is None else Finished(summary.value)
+        return _TASKS[type(job)](job, context) or Finished()
     except HpsearchError as error:
         if isinstance(error, OutOfMemoryError):
             context.forget_images()

@@ -23,11 +23,11 @@ from hpsearch.training.checkpoint import load_weights, save_array
 from hpsearch.training.loop import OnEpoch, fit
 from hpsearch.training.metrics import SCORES, PixelCounts
 from hpsearch.training.progress import Progress, finish_fit, save_examples
-from hpsearch.training.rows import EpochRow, FitSummary
+from hpsearch.training.rows import EpochRow
 from hpsearch.training.runtime import Runtime
 from hpsearch.training.task import FitTask
 from hpsearch.workers import jobs
-from hpsearch.workers.jobs import CachePaths, Finished, FitJob, MeasureJob, StepToMeasure, WorkerSettings
+from hpsearch.workers.jobs import CachePaths, Finished, FitJob, MeasureJob, StepToMeasure, Stopped, WorkerSettings
 from hpsearch.workers.plan import image_flops
 
 logger = logging.getLogger(__name__)
@@ -39,8 +39,10 @@ MEASURE_BUDGET_S = 0.5
 class WorkerContext:
     """Device, threads and loaded images of one worker, kept between jobs."""
 
-    def __init__(self, settings: WorkerSettings) -> None:
+    def __init__(self, settings: WorkerSettings, on_epoch: OnEpoch) -> None:
         self.settings = settings
+        self.on_epoch = on_epoch
+        """Callback that reports an epoch of a FitJob and returns whether to go on."""
         self._data: dict[tuple[CachePaths, str], DeviceData] = {}
 
     def runtime(self, config: StudyConfig, threads: int = 0) -> Runtime:
@@ -66,11 +68,8 @@ class WorkerContext:
         self._data.clear()
 
 
-def run_fit(job: FitJob, context: WorkerContext, on_epoch: OnEpoch) -> FitSummary | None:
-    """Run a fit and return the content of fit.json, or None if the fit was stopped.
-
-    The fit continues from its checkpoint if there is one.
-    """
+def run_fit(job: FitJob, context: WorkerContext) -> Finished | Stopped:
+    """Run a fit. It continues from its checkpoint if there is one."""
     config, folder = job.config, FitPaths(job.folder)
     folder.root.mkdir(parents=True, exist_ok=True)
     train = np.asarray(job.train, np.int64)
@@ -82,10 +81,11 @@ def run_fit(job: FitJob, context: WorkerContext, on_epoch: OnEpoch) -> FitSummar
         normalization=data.cache.normalization(train, config.data.color),
         seed=job.seed,
     )
-    options: dict[str, Any] = {"paths": folder, "keep_best": job.keep_best, "on_epoch": on_epoch}
-    result = fit_within_memory(task, folder, lambda parts: fit(parts, data, runtime, **options))
+    # The weights of the best epoch are kept for the first fit of each fold.
+    options: dict[str, Any] = {"paths": folder, "keep_best": job.replicate == 0, "on_epoch": context.on_epoch}
+    result = fit_within_memory(task, lambda parts: fit(parts, data, runtime, **options))
     if result.stopped:
-        return None
+        return Stopped()
     extra: dict[str, Any] = {
         "threshold": 0.5,
         "color": config.data.color,
@@ -95,29 +95,24 @@ def run_fit(job: FitJob, context: WorkerContext, on_epoch: OnEpoch) -> FitSummar
     if config.augment.crop and config.data.match == "resize":
         # Size of the images from which the random crops were taken.
         extra["frame"] = list(config.data.cached_size)
-    return finish_fit(result, folder, data, runtime, extra=extra)
+    return Finished(finish_fit(result, folder, data, runtime, extra=extra).value)
 
 
-def fit_within_memory(task: FitTask, folder: FitPaths, run: Callable[[FitTask], Progress]) -> Progress:
+def fit_within_memory(task: FitTask, run: Callable[[FitTask], Progress]) -> Progress:
     """Run a fit with whole batches, and halve the batches repeatedly while memory runs out.
 
-    Batches are halved only if the result stays the same, or if `study.allow_microbatch` is set and the parts are not
-    too small for batch normalisation. Raises OutOfMemoryError otherwise, and if not even a single image fits.
+    Batches of networks with batch normalisation are not halved, because that would change the result. Raises
+    OutOfMemoryError for such a network, and if not even a single image fits.
     """
-    config, is_exact = task.config, not uses_batch_statistics(task.config.unet)
     while True:
         try:
             return run(task)
         except OutOfMemoryError as error:
-            n_images = task.micro_batch or config.train.batch_size
-            task = dataclasses.replace(task, micro_batch=n_images // 2)
-            if n_images == 1 or not (is_exact or config.study.allow_microbatch) or task.why_impossible():
+            n_images = task.micro_batch or task.config.train.batch_size
+            if n_images == 1 or uses_batch_statistics(task.config.unet):
                 raise
             logger.warning("%s; continuing with parts of %d images", error, n_images // 2)
-        if not is_exact:
-            # The number of parts changes the result, so the fit starts from the beginning.
-            for path in (folder.last, folder.previous, folder.best, folder.epochs, folder.scores):
-                path.unlink(missing_ok=True)
+            task = dataclasses.replace(task, micro_batch=n_images // 2)
 
 
 def measure(job: MeasureJob, context: WorkerContext) -> Finished:
@@ -200,12 +195,12 @@ def score_officially(job: jobs.OfficialScoreJob, context: WorkerContext) -> None
     how = dataclasses.asdict(context.settings)
     predictor = Ensemble([Predictor.load(path, **how) for path in job.weights])
     counts = []
-    for files in job.images:
-        image, mask = read_pair(files.image, files.mask, job.reading)
+    for sample in job.images:
+        image, mask = read_pair(sample.image, sample.mask, job.reading)
         pred = predictor.mask(predictor.logits(image))
-        counts.append(count_mask(pred, mask.numpy() > 0, name=files.name))
+        counts.append(count_mask(pred, mask.numpy() > 0, name=sample.id))
         if job.masks is not None:
-            with atomic_write(job.masks / mask_name(files.name)) as temporary:
+            with atomic_write(job.masks / mask_name(sample.id)) as temporary:
                 temporary.write_bytes(encode_mask(pred))
         # Free the memory before decoding the next image: one image may take hundreds of megabytes.
         del image, mask, pred
@@ -217,15 +212,15 @@ def select(job: jobs.SelectPostprocessingJob, context: WorkerContext) -> None:
     with (runtime := context.runtime(job.config)).active():
         data = context.images(job.caches, job.config)
         chosen = select_postprocessing.select(
-            job.networks, data, runtime, metric=job.metric, source=job.source, ensemble=job.ensemble
+            job.networks, data, runtime, metric=job.config.study.metric, source=job.source, ensemble=job.ensemble
         )
     write_json(job.out, dataclasses.asdict(chosen))
 
 
 def keep(job: jobs.KeepJob, context: WorkerContext) -> None:
     """Copy weights files and store the selected post-processing in the copies."""
-    for copy in job.copies:
-        select_postprocessing.keep_model(copy.source, copy.target, job.postprocessing)
+    for source, target in job.copies:
+        select_postprocessing.keep_model(source, target, job.postprocessing)
 
 
 def count(job: jobs.CountJob, context: WorkerContext) -> None:

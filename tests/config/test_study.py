@@ -272,3 +272,14 @@ def test_the_default_network_is_left_out_of_files_as_in_version_0_1() -> None:
     assert "network" not in config.to_toml()
     assert config.flat()["unet.network"] == "unet"
     assert configs.from_dict(tomllib.loads(config.to_toml())) == config
+
+
+def test_the_setting_of_version_0_1_to_split_batches_is_accepted_only_if_it_is_off(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text("[study]\nallow_microbatch = false\ntrials = 7\n")
+    config = configs.load(path, ["study.allow_microbatch=false"])
+    assert config.study.trials == 7
+    assert not any("allow_microbatch" in name for name in config.flat())
+    path.write_text("[study]\nallow_microbatch = true\n")
+    with pytest.raises(ConfigError, match=r"mine\.toml: study\.allow_microbatch = true was removed"):
+        configs.load(path)

@@ -129,4 +129,5 @@ class _Thread:
 def _start(self: LocalPool, index: int, settings: WorkerSettings) -> LocalWorker:
     ours, theirs = socket.socketpair()
     thread: Any = _Thread(theirs, settings)
-    return LocalWorker(index, settings, thread, Connection(ours.detach()), self._log_folder / f"worker{index}.log")
+    connection, log = Connection(ours.detach()), self._log_folder / f"worker{index}.log"
+    return LocalWorker(index=index, settings=settings, process=thread, connection=connection, log=log)

@@ -23,7 +23,6 @@ from hpsearch.config.search import SearchSpace
 from hpsearch.data.batches import DeviceData, eval_batches
 from hpsearch.data.cache import open_cache
 from hpsearch.data.folds import Folds
-from hpsearch.errors import OutOfMemoryError
 from hpsearch.final import FinalResult, run_final
 from hpsearch.models.unet import UNet
 from hpsearch.paths import ProjectPaths
@@ -37,8 +36,6 @@ from hpsearch.store.record import StudyRecord
 from hpsearch.training import loop
 from hpsearch.training.checkpoint import load_checkpoint, load_weights
 from hpsearch.training.evaluation import Evaluation, evaluate
-from hpsearch.training.task import FitTask
-from hpsearch.workers import tasks
 from hpsearch.workers.jobs import CountJob, FitJob, SelectPostprocessingJob
 from tests.cached import images_of
 from tests.data.conftest import tiny_pairs, write_pairs
@@ -312,34 +309,6 @@ def test_a_fit_that_is_raced_is_judged_by_all_its_epochs_in_their_order(seen: Ru
             counts = seen.counts[seen.of(trial, fold, second=False)]
             stored = TrialScores(trial, {fold: seen.record.fit(trial, fold).scores()}, len(QUALITY))
             assert stored.curves[fold] == pytest.approx([dice_of(each).mean() for each in counts], abs=1e-6)
-
-
-@pytest.mark.parametrize("second", [False, True])
-def test_a_fit_in_parts_of_batches_that_changed_the_result_cannot_win(
-    config: StudyConfig, tmp_path: Path, second: bool
-) -> None:
-    """Where memory suffices for two images at once in one fold of trial 1: of its first fits, or of its second."""
-    fit = tasks.fit
-    project = ProjectPaths(tmp_path)
-    trial = project.study("tiny").trial(1)
-    short_of_memory = (trial.replicate_fold(2) if second else trial.fold(2)).root.absolute()
-
-    def fit_within_memory(task: FitTask, *arguments: Any, **options: Any) -> Any:
-        if options["paths"].root == short_of_memory and task.micro_batch is None:
-            raise OutOfMemoryError("training on cpu ran out of memory: no memory left")
-        return fit(task, *arguments, **options)
-
-    changed = dataclasses.replace(config.study, allow_microbatch=True)
-    with workers_in_process(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks, "fit", fit_within_memory)
-        FallingScores().install(patch)
-        record = run_planned(tmp_path, dataclasses.replace(config, study=changed)).record
-    assert [each.outcome for each in record.trials()] == ["complete"] * 3
-    assert [each.micro_batch for each in record.trials()] == [None, None if second else 2, None]
-    assert [each.number for each in record.complete_trials()] == ([0, 1, 2] if second else [0, 2])
-    outcomes = {each.trial: each.outcome for each in record.replicate_records()}
-    assert outcomes == ({0: "complete", 1: "infeasible", 2: "complete"} if second else {0: "complete", 2: "complete"})
-    assert record.confirmed() == (0, 2)
 
 
 class _Notes:

@@ -128,7 +128,7 @@ def test_only_full_trials_can_be_best_and_the_earlier_of_equals_is(record: Study
     assert best.number == 1
 
 
-def test_a_trial_that_memory_forced_into_parts_of_batches_never_wins(record: StudyRecord) -> None:
+def test_a_trial_that_version_0_1_trained_on_parts_of_batches_never_wins(record: StudyRecord) -> None:
     record.write_trial(trial(record, 0, outcome="complete", value=0.7))
     record.write_trial(trial(record, 1, outcome="complete", value=0.9, micro_batch=4))
     best = record.best()

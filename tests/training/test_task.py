@@ -49,10 +49,7 @@ def test_a_network_that_cannot_be_trained_on_so_few_images_is_refused():
     assert reason.startswith("with 1 image at once: encoder")
 
 
-@pytest.mark.parametrize(("n_images", "micro_batch"), [(16, None), (16, 16), (16, 5), (5, 4), (7, 2), (3, 1), (2, 8)])
-def test_parts_of_a_batch_are_as_equal_as_can_be(n_images, micro_batch):
-    task = make_task(train=TrainConfig(batch_size=16), train_indices=np.arange(n_images), micro_batch=micro_batch)
-    sizes = task.part_sizes
-    assert sum(sizes) == n_images
-    assert max(sizes) <= (micro_batch or n_images)
-    assert max(sizes) - min(sizes) <= 1
+@pytest.mark.parametrize(("n_images", "expected"), [(40, 16), (16, 16), (5, 5)])
+def test_a_batch_has_no_more_images_than_there_are_to_train_on(n_images, expected):
+    task = make_task(train=TrainConfig(batch_size=16), train_indices=np.arange(n_images))
+    assert task.images_per_step == expected

@@ -6,13 +6,13 @@ import time
 from pathlib import Path
 
 from hpsearch.inference.postprocessing import Postprocessing
-from hpsearch.workers.jobs import Failed, Finished, Job, KeepJob, Ready, WeightsCopy, WorkerSettings
+from hpsearch.workers.jobs import Failed, Finished, Job, KeepJob, Ready, WorkerSettings
 from hpsearch.workers.loop import run_job, run_jobs_together
 from hpsearch.workers.pool import Event, WorkerPool
 
 NOTHING = KeepJob(copies=(), postprocessing=Postprocessing())
 """A job that is done at once."""
-IMPOSSIBLE = KeepJob(copies=(WeightsCopy(Path("missing"), Path("nowhere")),), postprocessing=Postprocessing())
+IMPOSSIBLE = KeepJob(copies=((Path("missing"), Path("nowhere")),), postprocessing=Postprocessing())
 """A job that fails."""
 ONE = (WorkerSettings("cpu", 1),)
 PATIENCE_S = 60.0

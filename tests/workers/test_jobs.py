@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from hpsearch import config as configs
+from hpsearch.data.dataset import Sample
 from hpsearch.data.reading import Reading
 from hpsearch.inference.postprocessing import FoldNetwork, Postprocessing
 from hpsearch.training.rows import EpochRow, Scores
@@ -17,7 +18,6 @@ from hpsearch.workers.jobs import (
     Failed,
     Finished,
     FitJob,
-    ImageFiles,
     Job,
     KeepJob,
     MeasuredStep,
@@ -29,7 +29,6 @@ from hpsearch.workers.jobs import (
     SelectPostprocessingJob,
     StepToMeasure,
     Stopped,
-    WeightsCopy,
     from_message,
     to_message,
 )
@@ -46,20 +45,19 @@ EVERY_JOB: tuple[Job, ...] = (
     OfficialScoreJob(
         weights=(FILE, FILE),
         reading=Reading(lesion=("1",)),
-        images=(ImageFiles("x", FILE, FILE),),
+        images=(Sample("x", FILE, FILE, "test"),),
         masks=None,
         counts=FILE,
     ),
     SelectPostprocessingJob(
         config=CONFIG,
-        metric="dice",
         caches=CACHES,
         networks=(FoldNetwork(FILE, None, (1, 2)), FoldNetwork(FILE, FILE, (0,))),
         source="refits of trial 3",
         ensemble=True,
         out=FILE,
     ),
-    KeepJob(copies=(WeightsCopy(FILE, FILE),), postprocessing=Postprocessing(threshold=0.4, clean=True)),
+    KeepJob(copies=((FILE, FILE),), postprocessing=Postprocessing(threshold=0.4, clean=True)),
     CountJob(config=CONFIG, caches=CACHES, weights=(FILE,), postprocessing=Postprocessing(), counts=FILE),
     CountJob(
         config=CONFIG, caches=CACHES, weights=(FILE,), postprocessing=Postprocessing(), counts=FILE, examples=FILE

@@ -21,7 +21,16 @@ def worker(trial: int | None, silent_s: float = 0.0) -> LocalWorker:
     nothing: Any = None
     last_report_at = time.monotonic() - silent_s
     job = None if trial is None else fit_job(trial)
-    return LocalWorker(0, WorkerSettings(), nothing, nothing, Path(), True, job, last_report_at)
+    return LocalWorker(
+        index=0,
+        settings=WorkerSettings(),
+        process=nothing,
+        connection=nothing,
+        log=Path(),
+        is_ready=True,
+        job=job,
+        last_report_at=last_report_at,
+    )
 
 
 def fit_job(trial: int) -> FitJob:

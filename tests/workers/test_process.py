@@ -15,7 +15,6 @@ from hpsearch import paths
 from hpsearch.config import StudyConfig
 from hpsearch.data.cache import Normalization
 from hpsearch.errors import OutOfMemoryError
-from hpsearch.paths import FitPaths
 from hpsearch.search import coordinator
 from hpsearch.training.task import FitTask
 from hpsearch.workers.tasks import fit_within_memory
@@ -48,17 +47,15 @@ def task_of(config: StudyConfig) -> FitTask:
 
 def test_batches_are_halved_until_they_fit_where_that_changes_nothing(tmp_path: Path) -> None:
     task = task_of(tiny_config(tmp_path, "unet.norm=group", "train.batch_size=16"))
-    folder, asked = FitPaths(tmp_path), []
-    folder.last.write_bytes(b"a checkpoint")
-    assert fit_within_memory(task, folder, fit_of_at_most(3, asked)) == "the fit"
+    asked: list[int | None] = []
+    assert fit_within_memory(task, fit_of_at_most(3, asked)) == "the fit"
     assert asked == [None, 8, 4, 2]
-    assert folder.last.exists()
 
 
 def test_with_batch_normalisation_a_fit_that_does_not_fit_is_infeasible(tmp_path: Path) -> None:
     asked: list[int | None] = []
     with pytest.raises(OutOfMemoryError):
-        fit_within_memory(task_of(tiny_config(tmp_path)), FitPaths(tmp_path), fit_of_at_most(3, asked))
+        fit_within_memory(task_of(tiny_config(tmp_path)), fit_of_at_most(3, asked))
     assert asked == [None]
 
 
@@ -66,25 +63,8 @@ def test_one_image_at_once_that_does_not_fit_is_infeasible(tmp_path: Path) -> No
     task = task_of(tiny_config(tmp_path, "unet.norm=group"))
     asked: list[int | None] = []
     with pytest.raises(OutOfMemoryError):
-        fit_within_memory(task, FitPaths(tmp_path), fit_of_at_most(0, asked))
+        fit_within_memory(task, fit_of_at_most(0, asked))
     assert asked == [None, 2, 1]
-
-
-def test_where_it_is_allowed_parts_of_batches_begin_the_fit_anew(tmp_path: Path) -> None:
-    task = task_of(tiny_config(tmp_path, "study.allow_microbatch=true"))
-    folder, asked = FitPaths(tmp_path), []
-    folder.last.write_bytes(b"the checkpoint of another fit")
-    assert fit_within_memory(task, folder, fit_of_at_most(2, asked)) == "the fit"
-    assert not folder.last.exists()
-
-
-def test_parts_too_small_for_batch_normalisation_are_not_tried(tmp_path: Path) -> None:
-    # Three halvings of 8 x 8 leave a single pixel, of which one image has no variance.
-    config = tiny_config(tmp_path, "study.allow_microbatch=true", "data.size=8", "unet.depth=3", "train.batch_size=5")
-    asked: list[int | None] = []
-    with pytest.raises(OutOfMemoryError):
-        fit_within_memory(task_of(config), FitPaths(tmp_path), fit_of_at_most(0, asked))
-    assert asked == [None]
 
 
 @pytest.fixture
