@@ -198,19 +198,15 @@ def _count_pool(config: StudyConfig, project: ProjectPaths) -> int:
 def time_of_study(config: StudyConfig, project: ProjectPaths, device: str) -> list[str]:
     """Measure training on this machine, and return two lines with the estimated duration of the study."""
     from hpsearch.search.autotune import MachineChoice, measure_drawn
-    from hpsearch.workers import plan as plans
 
-    study, folds, folder = config.study, config.study.folds, config.data.images or config.data.root
+    folder = config.data.images or config.data.root
     try:
         n_images, where = _count_pool(config, project), f"in {folder}"
     except DatasetError:
         n_images, where = OFFICIAL_POOL, f"as in ISIC-2017, because there is no dataset in {folder}"
-    measured = measure_drawn(config, MachineChoice(device))
-    n_folds, n_replicates = (1, 0) if folds == "fixed" else (folds, min(study.confirm, study.trials))
-    numbers = {"n_images": n_images, "n_trials": study.trials, "n_folds": n_folds, "n_replicates": n_replicates}
-    forecast = plans.forecast(config, measured, **numbers)
+    measured, forecast = measure_drawn(config, MachineChoice(device), n_images)
     size = f"{describe_folds(config)} x {count(config.train.epochs, 'epoch')}, {n_images} images {where}"
-    return [f"{describe_machine(measured)}; {size}", describe_forecast(study.pruner, forecast)]
+    return [f"{describe_machine(measured)}; {size}", describe_forecast(config.study.pruner, forecast)]
 
 
 def gibibytes(text: str) -> float:
