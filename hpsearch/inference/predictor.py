@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from hpsearch.config.data import GRAY_WEIGHTS
+from hpsearch.data.batches import ToInput
 from hpsearch.data.decode import crop, read_image, resize
 from hpsearch.data.formats import is_image_name, readable_suffixes
 from hpsearch.data.pairing import may_be_file
@@ -68,11 +69,7 @@ class Predictor:
         self._model = model
         self._margin = margin_of(model)
         self._runtime = runtime
-        mean = torch.tensor(info.normalization.mean, dtype=torch.float64)
-        std = torch.tensor(info.normalization.std, dtype=torch.float64)
-        # (x / 255 - mean) / std = x * factor + shift, as in training.
-        self._factor = (1 / (255 * std)).float().view(-1, 1, 1)
-        self._shift = (-mean / std).float().view(-1, 1, 1)
+        self._to_input = ToInput(info.normalization, "cpu")
 
     @classmethod
     def load(
@@ -132,11 +129,10 @@ class Predictor:
         """Return the network's logits (h, w) on the CPU for pixels (3, h, w) uint8."""
         channels = pixels.to(torch.float32)
         if self.info.in_channels == 1:
-            # Use the same elementwise operations as in training, so that rounding is equal.
+            # Unlike `to_gray`, this rounds after each product, as in all versions: masks stay equal to the byte.
             red, green, blue = (weight * channel for weight, channel in zip(GRAY_WEIGHTS, channels, strict=True))
             channels = (red + green + blue)[None]
-        images = torch.addcmul(self._shift, channels, self._factor)[None]
-        images = images.to(self._runtime.device, memory_format=torch.channels_last)
+        images = self._to_input.normalize(channels[None]).to(self._runtime.device)
         logits: Tensor = mean_over_flips(self._model, images) if self.choices.flips else self._model(images)
         return logits[0, 0].float().cpu()
 

@@ -112,7 +112,7 @@ def finish_fit(
     task, rows, n_held_out = fit.task, fit.rows, len(fit.task.held_out_indices)
     info = WeightsInfo(
         model=task.config.unet,
-        in_channels=data.n_channels,
+        in_channels=task.config.data.n_channels,
         normalization=task.normalization,
         size=task.size,
         extra=extra or {},
