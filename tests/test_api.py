@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,12 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'run_stduy'"):
         hpsearch.run_stduy  # noqa: B018
     assert "run_study" in dir(hpsearch)
+
+
+def test_the_list_of_names_is_part_of_the_package() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    assert "__init__.pyi" in settings["package-data"]["hpsearch"]
+    assert set(hpsearch.EXPORTS) < set(hpsearch.__all__) == set(dir(hpsearch))
 
 
 def test_importing_the_package_loads_nothing() -> None:

@@ -149,7 +149,7 @@ class StudyConfig:
         return {f"{section}.{key}": value for section, table in tables for key, value in table.items()}
 
 
-def load(path: Path | None, overrides: Iterable[str] = (), *, on_note: OnNote | None = None) -> StudyConfig:
+def load_config(path: Path | None, overrides: Iterable[str] = (), *, on_note: OnNote | None = None) -> StudyConfig:
     """Load a configuration from the TOML file at `path` and apply `section.key=value` overrides.
 
     All settings have their defaults if `path` is None. `on_note` is called with a sentence for each override that has
