@@ -11,7 +11,7 @@ import hpsearch
 from hpsearch.cli import options
 from hpsearch.cli.describe import describe_behind, describe_params, next_command, tracker_of_existing
 from hpsearch.cli.options import AT_LEAST_0, AT_LEAST_1
-from hpsearch.cli.terminal import decoding_lines, stop_on_signals
+from hpsearch.cli.terminal import counter, stop_on_signals
 from hpsearch.paths import ProjectPaths
 from hpsearch.report.formats import count, interval, setting
 from hpsearch.search.stopping import Stop
@@ -56,7 +56,7 @@ def final(project: ProjectPaths, study_name: str | None, best: bool, tracking: s
             name,
             tracker=tracker_of_existing(project, tracking),
             on_epoch=on_epoch,
-            on_decoded=decoding_lines(click.echo),
+            on_decoded=counter("decoding images"),
             on_step=click.echo,
             stop=stop,
             **chosen,
