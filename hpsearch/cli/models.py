@@ -8,7 +8,7 @@ import click
 
 import hpsearch
 from hpsearch.cli import options
-from hpsearch.cli.options import model_option, study_options
+from hpsearch.cli.options import FOLDER, model_option, study_options
 from hpsearch.cli.terminal import counter
 from hpsearch.paths import ProjectPaths
 from hpsearch.report.formats import count
@@ -20,12 +20,7 @@ _DEFAULT = "-"
 @click.command("predict")
 @click.argument("files", nargs=-1, required=True, metavar="FILES...")
 @model_option
-@click.option(
-    "--out-dir",
-    default="masks",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Write the masks into this folder (default: masks).",
-)
+@click.option("--out-dir", default="masks", type=FOLDER, help="Write the masks into this folder (default: masks).")
 @click.option("--probabilities", is_flag=True, help="Also write the probabilities, as 8-bit PNG.")
 @click.option("--overlays", is_flag=True, help="Also write each image with the outline of its mask.")
 @click.option(

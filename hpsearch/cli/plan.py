@@ -13,15 +13,8 @@ from hpsearch.cli.options import Settings, config_options, device_option, out_op
 from hpsearch.cli.terminal import echo_table
 from hpsearch.config import StudyConfig
 from hpsearch.errors import ConfigError, DatasetError
+from hpsearch.models import network
 from hpsearch.models.memory import LayerCost, Step, saved_activations
-from hpsearch.models.network import (
-    describe,
-    layer_costs,
-    n_parameters,
-    training_flops,
-    training_memory,
-    why_impossible,
-)
 from hpsearch.paths import ProjectPaths
 from hpsearch.report.formats import count
 
@@ -99,17 +92,17 @@ class _Costs:
         self._shape = (config.unet, data.n_channels, data.height, data.width)
         settings = {name: getattr(train, name) for name in ("batch_size", "optimizer", "momentum")}
         self._step = Step(precision=precision, device=device, **settings)
-        self.impossible = why_impossible(*self._shape, batch_size=train.batch_size)
+        self.impossible = network.why_impossible(*self._shape, batch_size=train.batch_size)
         """Reason why the network is impossible at this input size; None if it is possible."""
         if self.impossible is None:
-            self.memory = training_memory(*self._shape, self._step)
-            self.parameters = n_parameters(*self._shape[:2])
-            self.flops = training_flops(*self._shape)
+            self.memory = network.training_memory(*self._shape, self._step)
+            self.parameters = network.n_parameters(*self._shape[:2])
+            self.flops = network.training_flops(*self._shape)
 
     @property
     def layers(self) -> list[LayerCost]:
         """Costs of each layer. A network that is trained on windows has no interpolation layer, as in the paper."""
-        costs = layer_costs(*self._shape, self._step)
+        costs = network.layer_costs(*self._shape, self._step)
         return [cost for cost in costs if not (self._config.sees_windows and cost.layer.kind == "interpolation")]
 
     @property
@@ -126,7 +119,7 @@ class _Costs:
         """Return lines that describe the network, its parameters, FLOPs and memory, or why it is impossible."""
         unet, data, batch = self._config.unet, self._config.data, self._config.train.batch_size
         size, precision = f"{data.height}x{data.width} {data.color}", self._step.precision
-        head = f"{describe(unet)}; {size}, batch {batch}, {precision}"
+        head = f"{network.describe(unet)}; {size}, batch {batch}, {precision}"
         if self.impossible:
             return [head, f"impossible: {self.impossible}"]
         lines, layers, memory = [head], self.layers, self.memory

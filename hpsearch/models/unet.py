@@ -106,16 +106,13 @@ class ConvolutionBlock(nn.Module):
         return F.relu_(self.norm(self.conv(x)))
 
 
-class Down(nn.Module):
+class Down(nn.Sequential):
     """Max-pooling that halves the resolution and rounds up, followed by a stacked convolution."""
 
     def __init__(self, config: UNetConfig, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.pool = nn.MaxPool2d(2, ceil_mode=True)
         self.stack = StackedConvolution(config, in_channels, out_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.stack(self.pool(x))  # type: ignore[no-any-return]
 
 
 class Up(nn.Module):
