@@ -68,12 +68,11 @@ def check(project: ProjectPaths, settings: Settings, as_json: bool, full: bool, 
 
 def _print_report(report: CheckReport) -> None:
     click.echo("\n".join([*report.overview(), *([] if report.errors else ["no errors"])]))
-    rows = report.rows()
-    more = [f"and {n - len(texts)} more (--json names all)" if n > len(texts) else "" for *_, n, texts in rows]
-    cells = [
-        (*row[:2], str(row[2]), "\n".join([*row[3], rest]).strip()) for row, rest in zip(rows, more, strict=True)
-    ]
-    echo_table(("", "kind", "number", "which"), cells)
+    rows = []
+    for level, kind, n, texts in report.rows():
+        more = [f"and {n - len(texts)} more (--json names all)"] if n > len(texts) else []
+        rows.append((level, kind, str(n), "\n".join([*texts, *more])))
+    echo_table(("", "kind", "number", "which"), rows)
 
 
 @data.command("cache")

@@ -16,7 +16,7 @@ from hpsearch.data.duplicates import DuplicatePair, find_in_dataset
 from hpsearch.data.prepare import Prepared
 from hpsearch.errors import RecordError
 from hpsearch.inference.postprocessing import Postprocessing, SelectedPostprocessing
-from hpsearch.inference.scoring import COLUMNS, mask_name, read_mask, score_table, write_submission
+from hpsearch.inference.scoring import COLUMNS, mask_name, score_table, write_submission
 from hpsearch.paths import FinalPaths
 from hpsearch.report import trial_rows
 from hpsearch.report.estimates import Estimates
@@ -209,4 +209,4 @@ def write(result: FinalResult, inputs: Inputs, **facts: Any) -> None:
 
 def pack_submission(folder: FinalPaths, test: Prepared) -> None:
     """Write the masks of the test images as a zip file for submission to the challenge."""
-    write_submission(folder.submission, ((image, read_mask(folder.masks / mask_name(image))) for image in test.ids))
+    write_submission(folder.submission, [folder.masks / mask_name(image) for image in test.ids])

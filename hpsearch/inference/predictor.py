@@ -5,9 +5,8 @@ import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -152,28 +151,21 @@ class Ensemble(Predictor):
         return total / len(self.members)
 
 
-def load_predictor(
-    weights: Path,
-    *,
-    device: str = "auto",
-    threads: int | None = None,
-    tiles: bool | None = None,
-    ensemble: bool | None = None,
-) -> Predictor:
+def load_predictor(weights: Path, *, ensemble: bool | None = None, **how: Any) -> Predictor:
     """Load the network in `weights`, or the ensemble that `final --ensemble` wrote beside it.
 
-    `ensemble` says whether to load the ensemble; None uses the choice that `final` made. Raises the errors of
-    `Predictor.load`, and StudyError if the ensemble is requested but does not exist.
+    `ensemble` says whether to load the ensemble; None uses the choice that `final` made. `how` is passed to
+    `Predictor.load`. Raises the errors of `Predictor.load`, and StudyError if the ensemble is requested but does not
+    exist.
     """
-    load = partial(Predictor.load, device=device, threads=threads, tiles=tiles)
-    predictor = load(weights)
+    predictor = Predictor.load(weights, **how)
     folder = FinalPaths(weights.parent).ensemble
     members = sorted(folder.glob("*.safetensors"))
     if ensemble and not members:
         raise StudyError(f"there is no ensemble in {folder}: `hpsearch final --ensemble` makes one")
     if not members or not (predictor.choices.ensemble if ensemble is None else ensemble):
         return predictor
-    return Ensemble([load(path) for path in members])
+    return Ensemble([Predictor.load(path, **how) for path in members])
 
 
 @dataclass(frozen=True)
