@@ -113,13 +113,11 @@ def _sentences(result: hpsearch.FinalResult) -> Iterator[str]:
 
     comparison, *others = paragraphs("final", final=result, metric=result.metric, winner=result.winner)
     yield comparison
-    gain, of_winner = result.against_default, result.winner_against_default
+    gain = result.winner_against_default if result.is_default else result.against_default
     if result.is_default and result.trial.number == result.winner:
         yield "This is the default configuration: the search found nothing better."
-    elif result.is_default and of_winner is not None:
-        text = f"{interval(of_winner, signed=True)} out of fold, corrected for selection."
-        yield f"This is the default configuration. The gain of trial {result.winner}, the best, over it is {text}"
     elif gain is not None:
-        text = f"{interval(gain, signed=True)} out of fold, corrected for selection."
-        yield f"The gain over the default (trial 0) is {text}"
+        of_winner = f"This is the default configuration. The gain of trial {result.winner}, the best, over it"
+        what = of_winner if result.is_default else "The gain over the default (trial 0)"
+        yield f"{what} is {interval(gain, signed=True)} out of fold, corrected for selection."
     yield from others

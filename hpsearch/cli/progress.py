@@ -5,7 +5,6 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from typing import Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -29,7 +28,7 @@ from hpsearch.workers.plan import ExecutionPlan, Forecast, describe_data
 
 
 class StudyProgress(StudyCallback):
-    """Study callback of the command line. Use it as a context manager."""
+    """Study callback of the command line. Close it after the study, so that the live display ends."""
 
     def __init__(self, name: str, project: ProjectPaths, tracking: str | None = None) -> None:
         """Prepare the display. `tracking` is the value of the option `--tracking`."""
@@ -48,10 +47,8 @@ class StudyProgress(StudyCallback):
         self._decoding = counter("decoding images")
         self._live = Live(console=self._console, refresh_per_second=4, transient=True, get_renderable=self._render)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """End the live display."""
         self._live.stop()
 
     def preparing(self, done: int, total: int) -> None:

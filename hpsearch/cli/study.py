@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def _run(project: ProjectPaths, name: str, config: StudyConfig, tracking: str | 
     from hpsearch.cli.progress import StudyProgress
 
     stop = Stop()
-    with StudyProgress(name, project, tracking) as progress, stop_on_signals(stop, progress.interrupted):
+    with closing(StudyProgress(name, project, tracking)) as progress, stop_on_signals(stop, progress.interrupted):
         tracker = hpsearch.make_tracker(project, tracking)
         summary = hpsearch.run_study(project, name, config, tracker=tracker, callback=progress, stop=stop, **more)
     progress.summarise(summary)
