@@ -17,7 +17,6 @@ import safetensors.numpy
 import torch
 from PIL import Image
 
-from hpsearch import paths
 from hpsearch.cli.final import describe
 from hpsearch.config.data import DataConfig
 from hpsearch.data.cache import open_cache
@@ -39,6 +38,7 @@ from hpsearch.stats.intervals import Paired
 from hpsearch.store.fits import load_array
 from hpsearch.store.record import study_record
 from hpsearch.store.test_set_log import find_evaluation, n_seen, user_account
+from hpsearch.store.trials import read_record
 from hpsearch.training.checkpoint import load_weights
 from hpsearch.training.metrics import SCORES, PixelCounts
 from hpsearch.typed_json import from_json, to_json
@@ -303,7 +303,7 @@ def test_an_ensemble_without_networks_says_how_to_get_some(project: ProjectPaths
 
 
 def test_choices_are_on_record_and_in_the_weights_file(result: FinalResult) -> None:
-    chosen = SelectedPostprocessing.from_table(paths.read_json(result.paths.choices))
+    chosen = read_record(SelectedPostprocessing, result.paths.choices)
     assert chosen == result.chosen
     assert chosen.source == f"refits of trial {result.trial.number}"
     assert [each.name for each in chosen.decisions] == ["flips", "threshold", "clean", "ensemble"]

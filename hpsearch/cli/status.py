@@ -58,6 +58,7 @@ def _lines(project: ProjectPaths, status: StudyStatus) -> Iterator[str]:
     """Yield the status of a study line by line, first its heading."""
     from hpsearch.report.final_record import FinalRecord
     from hpsearch.store.fits import FitRecord
+    from hpsearch.store.trials import read_record
 
     study, metric = project.study(status.name), status.config.study.metric
     outcomes = Counter(trial.outcome for trial in status.trials if trial.outcome)
@@ -88,7 +89,7 @@ def _lines(project: ProjectPaths, status: StudyStatus) -> Iterator[str]:
         yield f"next: {next_command('final --best', status.name, project)}"
     for name in finals:
         folder = study.final(name)
-        result = FinalRecord.read(folder)
+        result = read_record(FinalRecord, folder.result)
         score = f"{result.metric} {result.test[result.metric].mean:.4f}"
         yield f"final of trial {result.trial}: test {score}, in {folder.root}"
 

@@ -25,7 +25,7 @@ from hpsearch.stats.intervals import Floats, Interval, Paired, bootstrap_mean, p
 from hpsearch.store.fits import FitRecord, load_array
 from hpsearch.store.record import StudyRecord
 from hpsearch.store.test_set_log import LoggedEvaluation
-from hpsearch.store.trials import TrialRecord
+from hpsearch.store.trials import TrialRecord, read_record
 from hpsearch.training.metrics import SCORES
 from hpsearch.typed_json import to_json
 
@@ -54,7 +54,7 @@ def is_stored(folder: FinalPaths, pool: Prepared, test: Prepared, *, n_seeds: in
     """Return whether the folder contains a complete result for these images, number of seeds and ensemble option."""
     if not folder.result.is_file():
         return False
-    stored = FinalRecord.read(folder)
+    stored = read_record(FinalRecord, folder.result)
     found = (stored.pool_key, stored.test_key, stored.n_seeds, stored.ensemble is not None)
     if found != (pool.key, test.key, n_seeds, ensemble):
         return False
@@ -93,7 +93,7 @@ def evaluate(inputs: Inputs, evaluation: LoggedEvaluation) -> FinalResult:
     leaks = _find_leaks(inputs)
     scores = _seed_scores(inputs)
     means = {name: values.mean(axis=0) for name, values in scores.items()}
-    chosen = SelectedPostprocessing.from_table(paths.read_json(folder.choices)) if folder.choices.is_file() else None
+    chosen = read_record(SelectedPostprocessing, folder.choices) if folder.choices.is_file() else None
     is_processed = chosen is not None and chosen.choices != Postprocessing()
     ensemble = None
     if inputs.ensemble:

@@ -29,7 +29,7 @@ from hpsearch.search.evaluation import pool_job
 from hpsearch.search.stopping import Stop
 from hpsearch.store import lock, test_set_log
 from hpsearch.store.record import StudyRecord, study_record
-from hpsearch.store.trials import TrialRecord
+from hpsearch.store.trials import TrialRecord, read_record
 from hpsearch.store.versions import now
 from hpsearch.study import close_view
 from hpsearch.training.rows import EpochRow
@@ -164,7 +164,7 @@ class _Final:
         pool, n_seeds = self.caches.scored, self.n_seeds
         if not is_stored(self.folder, pool, self.test, n_seeds=n_seeds, ensemble=self.ensemble):
             return None
-        evaluation = test_set_log.find_evaluation(self.project, FinalRecord.read(self.folder).look)
+        evaluation = test_set_log.find_evaluation(self.project, read_record(FinalRecord, self.folder.result).look)
         if evaluation is None:
             return None
         self.say(f"trial {self.trial.number} was evaluated on these images before; this is the stored result")
@@ -228,7 +228,7 @@ class _Final:
             caches, metric = jobs.CachePaths(*searched.paths(config)), record.config.study.metric
             select = partial(jobs.SelectPostprocessingJob, config=config, metric=metric, caches=caches)
             do(select(networks=each, source=networks.source, ensemble=self.ensemble, out=out))
-        return SelectedPostprocessing.from_table(paths.read_json(out)).choices if out.is_file() else Postprocessing()
+        return read_record(SelectedPostprocessing, out).choices if out.is_file() else Postprocessing()
 
     def _score(self, do: RunJob, choices: Postprocessing, members: Sequence[Path]) -> None:
         """Write pixel counts and masks of the test images for the retrained networks and the fold ensemble."""

@@ -4,17 +4,14 @@ Every decision is based on out-of-fold predictions only. An option is used only 
 significant. This module does not import PyTorch.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hpsearch.errors import RecordError
 from hpsearch.stats.intervals import Paired, paired_difference
-from hpsearch.typed_json import from_json
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -92,14 +89,6 @@ class SelectedPostprocessing:
     """Number of out-of-fold images that the decisions are based on."""
     source: str
     """Description of the networks that predicted these images, for example `refits of trial 7`."""
-
-    @classmethod
-    def from_table(cls, table: Mapping[str, Any]) -> Self:
-        """Return the selection stored in a JSON table. Raises RecordError if the table is damaged."""
-        try:
-            return from_json(cls, table)
-        except (KeyError, TypeError, ValueError) as error:
-            raise RecordError(f"the choices on record are damaged: {error}") from error
 
 
 def select_threshold(scores: Floats, network_of: NDArray[np.int64]) -> Decision:

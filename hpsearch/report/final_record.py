@@ -1,19 +1,16 @@
 """Content of final.json, the result of `hpsearch final`."""
 
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 from hpsearch.data.duplicates import DuplicatePair
-from hpsearch.errors import RecordError
 from hpsearch.inference.postprocessing import SelectedPostprocessing
-from hpsearch.paths import FinalPaths, read_json
 from hpsearch.stats.intervals import Interval, Paired
 from hpsearch.stats.selection import Corrected
 from hpsearch.store import test_set_log
 from hpsearch.store.record import StudyRecord
 from hpsearch.store.test_set_log import LoggedEvaluation
 from hpsearch.store.trials import FORMAT
-from hpsearch.typed_json import from_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,16 +99,6 @@ class FinalRecord(FinalScores):
     """Id of the evaluation in the test-set log."""
     n_looks: int = 0
     """Number of evaluations of these images so far, including this one."""
-
-    @classmethod
-    def read(cls, folder: FinalPaths) -> Self:
-        """Return the result in a final's folder. Raises RecordError if it is damaged."""
-        try:
-            return from_json(cls, read_json(folder.result))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise RecordError(
-                f"{folder.result} is damaged: put it back from a copy, or delete it to evaluate again"
-            ) from error
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -21,7 +21,7 @@ from hpsearch.stats.study_scores import TrialStatistics
 from hpsearch.store import lock
 from hpsearch.store import test_set_log as log
 from hpsearch.store.record import StudyRecord
-from hpsearch.store.trials import Outcome, Standing, TrialRecord, count_trials
+from hpsearch.store.trials import Outcome, Standing, TrialRecord, count_trials, read_record
 from hpsearch.typed_json import from_json
 from hpsearch.workers.plan import ExecutionPlan, predicted_bytes
 
@@ -222,7 +222,7 @@ def _winner(record: StudyRecord, estimates: Estimates, finals: Sequence[FinalRow
 
 
 def _final_row(record: StudyRecord, name: str, estimates: Estimates | None) -> FinalRow:
-    result = FinalRecord.read(record.paths.final(name))
+    result = read_record(FinalRecord, record.paths.final(name).result)
     number, n_runs = result.trial, max(1, result.n_seeds)
     kinds = (False, True) if number in record.confirmed() else (False,)
     scores = scores_by_fold([record.fits(number, replicate=replicate) for replicate in kinds])

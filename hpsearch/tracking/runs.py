@@ -20,7 +20,7 @@ from hpsearch.paths import StudyPaths
 from hpsearch.report.final_record import FinalRecord
 from hpsearch.store.fits import FitRecord
 from hpsearch.store.record import StudyRecord, has_all_replicates
-from hpsearch.store.trials import Outcome, ReplicateRecord, Standing, TrialRecord
+from hpsearch.store.trials import Outcome, ReplicateRecord, Standing, TrialRecord, read_record
 from hpsearch.tracking import run_files
 from hpsearch.tracking.metrics import Point, cross_validation, milliseconds, points_of
 from hpsearch.typed_json import to_json
@@ -191,7 +191,7 @@ def _fits_run(
 def final_run(record: StudyRecord, name: str) -> RunContent:
     """Return the content of the run of a final: the estimates of the search and the scores on the test images."""
     folder = record.paths.final(name)
-    result = FinalRecord.read(folder)
+    result = read_record(FinalRecord, folder.result)
     trial, ended_at = record.trial(result.trial), result.ended_at
     fits = [FitRecord(folder.seed(index)) for index in range(result.n_seeds)]
     # Test set, number of its evaluations so far, number of its duplicates in the pool, selected post-processing.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from hpsearch.inference.postprocessing import (
     clean_mask,
     select_threshold,
 )
+from hpsearch.paths import write_json
 from hpsearch.stats.intervals import paired_difference
+from hpsearch.store.trials import read_record
 from hpsearch.typed_json import from_json
 
 NETWORKS = np.repeat(np.arange(5), 60)
@@ -127,11 +130,13 @@ def test_a_bay_is_no_hole_and_empty_and_full_masks_stay() -> None:
         assert np.array_equal(clean_mask(mask), mask)
 
 
-def test_decisions_survive_the_record_and_damage_is_named() -> None:
-    plain = scores(0)
+def test_decisions_survive_the_record_and_damage_is_named(tmp_path: Path) -> None:
+    path, plain = tmp_path / "choices.json", scores(0)
     decision = Decision.make("threshold", 0.45, scores(1) - plain, NETWORKS)
     chosen = SelectedPostprocessing(Postprocessing(threshold=0.45), (decision,), 300, "second fits of trial 7")
-    assert SelectedPostprocessing.from_table(dataclasses.asdict(chosen)) == chosen
+    write_json(path, dataclasses.asdict(chosen))
+    assert read_record(SelectedPostprocessing, path) == chosen
     assert from_json(Postprocessing, {"threshold": 0.4, "color": "rgb"}) == Postprocessing(threshold=0.4)
-    with pytest.raises(RecordError, match="damaged"):
-        SelectedPostprocessing.from_table({"choices": {}})
+    write_json(path, {"choices": {}})
+    with pytest.raises(RecordError, match=r"choices\.json is damaged"):
+        read_record(SelectedPostprocessing, path)
