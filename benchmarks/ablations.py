@@ -174,7 +174,7 @@ def fit_arm(arm: Arm, seed: int, root: str, out: Path, threads: int | None = Non
         raise SystemExit(f"{root} has {prepared.n} pool images, {arm.name} needs {N_HELD_OUT + arm.n_train}")
     held_out, train = np.sort(order[:N_HELD_OUT]), np.sort(order[N_HELD_OUT : N_HELD_OUT + arm.n_train])
     runtime = make_runtime(amp=config.train.amp, compile=config.train.compile, threads=threads)
-    data = DeviceData(open_cache(prepared.cache_path), runtime.device, color=config.data.color)
+    data = DeviceData(open_cache(prepared.cache_path), runtime.device)
     normalization = data.cache.normalization(train, config.data.color)
     began = time.monotonic()
     setting = {"arm": arm.name, "overrides": list(arm.overrides), "n_train": arm.n_train, "seed": seed}

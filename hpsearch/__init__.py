@@ -1,40 +1,16 @@
 """Find the best UNet configuration for a segmentation dataset, and a number for it that can be published.
 
-What each command does is one function; the names below lead there, and load what they need when they are first used.
-docs/api.md describes them.
+Each command calls one function. The names below lead there, and load what they need when they are first used.
+docs/api.md describes them, and `__init__.pyi` lists them for type checkers.
 """
 
-from __future__ import annotations
-
 import importlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from hpsearch.config import StudyConfig as StudyConfig
-    from hpsearch.config import load as load_config  # noqa: F401
-    from hpsearch.config.data import DataConfig as DataConfig
-    from hpsearch.data.torch_datasets import RoleDataset as RoleDataset
-    from hpsearch.final import run_final as run_final
-    from hpsearch.inference.export import export_onnx as export_onnx
-    from hpsearch.inference.export import export_toml as export_toml
-    from hpsearch.inference.predictor import Predictor as Predictor
-    from hpsearch.inference.predictor import find_images as find_images
-    from hpsearch.inference.predictor import find_model as find_model
-    from hpsearch.inference.predictor import predict_files as predict_files
-    from hpsearch.paths import ProjectPaths as ProjectPaths
-    from hpsearch.report.final_record import FinalResult as FinalResult
-    from hpsearch.report.page import write_report as write_report
-    from hpsearch.search.autotune import MachineChoice as MachineChoice
-    from hpsearch.search.status import study_status as study_status
-    from hpsearch.store.record import study_record as study_record
-    from hpsearch.study import StudySummary as StudySummary
-    from hpsearch.study import run_study as run_study
-    from hpsearch.tracking.mlflow_view import make_tracker as make_tracker
+from typing import Any
 
 __version__ = "0.1.0"
 
 EXPORTS = {
-    "load_config": "hpsearch.config.study.load",
+    "load_config": "hpsearch.config.study.load_config",
     "StudyConfig": "hpsearch.config.study.StudyConfig",
     "DataConfig": "hpsearch.config.data.DataConfig",
     "ProjectPaths": "hpsearch.paths.ProjectPaths",

@@ -53,7 +53,12 @@ def _decode(annotation: Any, value: Any) -> Any:
         options = [option for option in get_args(annotation) if option is not type(None)]
         return _decode(options[0], value) if len(options) == 1 else value
     if origin is tuple:
-        return _decode_tuple(get_args(annotation), value)
+        if isinstance(value, str):
+            raise TypeError(f"a list was expected, not {value!r}")
+        items = get_args(annotation)
+        if items[1:] == (Ellipsis,):
+            items = items[:1] * len(value)
+        return tuple(_decode(item, part) for item, part in zip(items, value, strict=True))
     if origin is dict:
         return {key: _decode(get_args(annotation)[1], item) for key, item in value.items()}
     if annotation is Path:
@@ -63,11 +68,3 @@ def _decode(annotation: Any, value: Any) -> Any:
     if dataclasses.is_dataclass(annotation):
         return from_json(cast("type[Any]", annotation), value)
     return value
-
-
-def _decode_tuple(items: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
-    if isinstance(value, str):
-        raise TypeError(f"a list was expected, not {value!r}")
-    if len(items) == 2 and items[1] is Ellipsis:
-        return tuple(_decode(items[0], item) for item in value)
-    return tuple(_decode(item, part) for item, part in zip(items, value, strict=True))

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,16 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'run_stduy'"):
         hpsearch.run_stduy  # noqa: B018
     assert "run_study" in dir(hpsearch)
+
+
+def test_the_list_of_names_is_part_of_the_package() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    assert "__init__.pyi" in settings["package-data"]["hpsearch"]
+    stub = ast.parse((ROOT / "hpsearch/__init__.pyi").read_text(encoding="utf-8"))
+    imports = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
+    listed = {alias.asname: f"{node.module}.{alias.name}" for node in imports for alias in node.names}
+    assert listed == hpsearch.EXPORTS
+    assert set(hpsearch.EXPORTS) < set(hpsearch.__all__) == set(dir(hpsearch))
 
 
 def test_importing_the_package_loads_nothing() -> None:

@@ -32,13 +32,8 @@ def data() -> None:
 @config_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON that names every file.")
 @click.option("--full", is_flag=True, help="Also compare files and cache with the hashes stored in the cache.")
-@click.option(
-    "--duplicates",
-    "near",
-    is_flag=True,
-    help="Also look for near-duplicates in the pool, and between pool and test split.",
-)
-def check(project: ProjectPaths, settings: Settings, as_json: bool, full: bool, near: bool) -> int:
+@click.option("--duplicates", is_flag=True, help="Also look for near-duplicates in and between pool and test split.")
+def check(project: ProjectPaths, settings: Settings, as_json: bool, full: bool, duplicates: bool) -> int:
     """Decode a whole dataset and show its errors and notes. Exit code 1 if there are errors."""
     from hpsearch.data import integrity
     from hpsearch.data.duplicates import find_in_dataset
@@ -54,7 +49,7 @@ def check(project: ProjectPaths, settings: Settings, as_json: bool, full: bool, 
         table["changed"] = [problem.text for problem in changed]
         same = f"files and {count(len(folders), 'cache')} unchanged" if folders else NO_CACHE
         lines = [f"error: {text}" for text in table["changed"]] or [same]
-    if near and not report.errors:
+    if duplicates and not report.errors:
         sheet = project.root / "duplicates.png"
         pairs = find_in_dataset(config, root, with_test=True, sheet=sheet)
         names = ("a", "b", "similarity", "pool_and_test")
@@ -73,12 +68,11 @@ def check(project: ProjectPaths, settings: Settings, as_json: bool, full: bool, 
 
 def _print_report(report: CheckReport) -> None:
     click.echo("\n".join([*report.overview(), *([] if report.errors else ["no errors"])]))
-    rows = report.rows()
-    more = [f"and {n - len(texts)} more (--json names all)" if n > len(texts) else "" for *_, n, texts in rows]
-    cells = [
-        (*row[:2], str(row[2]), "\n".join([*row[3], rest]).strip()) for row, rest in zip(rows, more, strict=True)
-    ]
-    echo_table(("", "kind", "number", "which"), cells)
+    rows = []
+    for level, kind, n, texts in report.rows():
+        more = [f"and {n - len(texts)} more (--json names all)"] if n > len(texts) else []
+        rows.append((level, kind, str(n), "\n".join([*texts, *more])))
+    echo_table(("", "kind", "number", "which"), rows)
 
 
 @data.command("cache")
@@ -121,21 +115,20 @@ def augment(project: ProjectPaths, settings: Settings, copies: int, target: Path
         hpsearch study --data ISIC-2017_Aug
     """
     from hpsearch.data.export_augmented import export_augmented
-    from hpsearch.data.folds import groups_file, read_groups
+    from hpsearch.data.folds import load_groups
     from hpsearch.data.prepare import cache_root, locate
     from hpsearch.data.survey import decide_reading
 
     config = settings.load()
     root = cache_root(project, config)
     dataset = locate(config.data, root)
-    groups = groups_file(config.data)
     folder = export_augmented(
         dataset,
         config.augment,
         copies=copies,
         seed=config.study.seed,
         target=target,
-        groups=read_groups(groups) if groups else None,
+        groups=load_groups(config.data),
         reading=decide_reading(dataset, config.data, root).reading,
         exclude_bad=config.data.exclude_bad,
         progress=counter("writing augmented images"),

@@ -11,7 +11,7 @@ import hpsearch
 from hpsearch.cli import options
 from hpsearch.cli.describe import describe_behind, describe_params, next_command, tracker_of_existing
 from hpsearch.cli.options import AT_LEAST_0, AT_LEAST_1
-from hpsearch.cli.terminal import decoding_lines, stop_on_signals
+from hpsearch.cli.terminal import counter, stop_on_signals
 from hpsearch.paths import ProjectPaths
 from hpsearch.report.formats import count, interval, setting
 from hpsearch.search.stopping import Stop
@@ -56,7 +56,7 @@ def final(project: ProjectPaths, study_name: str | None, best: bool, tracking: s
             name,
             tracker=tracker_of_existing(project, tracking),
             on_epoch=on_epoch,
-            on_decoded=decoding_lines(click.echo),
+            on_decoded=counter("decoding images"),
             on_step=click.echo,
             stop=stop,
             **chosen,
@@ -113,13 +113,11 @@ def _sentences(result: hpsearch.FinalResult) -> Iterator[str]:
 
     comparison, *others = paragraphs("final", final=result)
     yield comparison
-    gain, of_winner = result.against_default, result.winner_against_default
+    gain = result.winner_against_default if result.is_default else result.against_default
     if result.is_default and result.trial.number == result.winner:
         yield "This is the default configuration: the search found nothing better."
-    elif result.is_default and of_winner is not None:
-        text = f"{interval(of_winner, signed=True)} out of fold, corrected for selection."
-        yield f"This is the default configuration. The gain of trial {result.winner}, the best, over it is {text}"
     elif gain is not None:
-        text = f"{interval(gain, signed=True)} out of fold, corrected for selection."
-        yield f"The gain over the default (trial 0) is {text}"
+        of_winner = f"This is the default configuration. The gain of trial {result.winner}, the best, over it"
+        what = of_winner if result.is_default else "The gain over the default (trial 0)"
+        yield f"{what} is {interval(gain, signed=True)} out of fold, corrected for selection."
     yield from others

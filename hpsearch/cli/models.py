@@ -1,6 +1,5 @@
 """`hpsearch predict` and `hpsearch export`: use a final model, and write it or a configuration as a file."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,8 @@ import click
 
 import hpsearch
 from hpsearch.cli import options
-from hpsearch.cli.options import model_option, study_options
+from hpsearch.cli.options import FOLDER, model_option, study_options
+from hpsearch.cli.terminal import counter
 from hpsearch.paths import ProjectPaths
 from hpsearch.report.formats import count
 from hpsearch.user_files import printable
@@ -20,12 +20,7 @@ _DEFAULT = "-"
 @click.command("predict")
 @click.argument("files", nargs=-1, required=True, metavar="FILES...")
 @model_option
-@click.option(
-    "--out-dir",
-    default="masks",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Write the masks into this folder (default: masks).",
-)
+@click.option("--out-dir", default="masks", type=FOLDER, help="Write the masks into this folder (default: masks).")
 @click.option("--probabilities", is_flag=True, help="Also write the probabilities, as 8-bit PNG.")
 @click.option("--overlays", is_flag=True, help="Also write each image with the outline of its mask.")
 @click.option(
@@ -56,8 +51,6 @@ def predict(
         hpsearch predict photos --out-dir masks --overlays
         hpsearch predict 'visits/**/*.jpg' --model studies/isic2017/final/trial-0017
     """
-    from rich.progress import Progress
-
     from hpsearch.inference.predictor import Ensemble, load_predictor
 
     images = hpsearch.find_images(files)
@@ -67,19 +60,12 @@ def predict(
     height, width = predictor.info.size
     networks = f"ensemble of {len(predictor.members)}" if isinstance(predictor, Ensemble) else "one network"
     click.echo(f"{count(len(images), 'image')}, {weights} ({networks}), {parts} at {height}x{width}")
-    with Progress(transient=True, disable=not sys.stdout.isatty()) as progress:
-        task = progress.add_task("predicting", total=len(images))
-
-        def on_image(done: int, total: int, path: Path, reason: str | None) -> None:
-            progress.update(task, completed=done, description=f"predicting {done}/{total}")
-            if reason is not None:
-                progress.console.print(f"skipped: {printable(reason)}", markup=False, highlight=False, soft_wrap=True)
-
-        extra = {"probabilities": probabilities, "overlays": overlays}
-        bad = hpsearch.predict_files(predictor, images, out_dir, on_image=on_image, **extra)
+    show = counter("predicting")
+    extra = {"probabilities": probabilities, "overlays": overlays}
+    bad = hpsearch.predict_files(predictor, images, out_dir, on_image=lambda *now: show(*now[:2]), **extra)
     click.echo(f"{count(len(images) - len(bad), 'mask')} in {out_dir}")
     if bad:
-        names = [f"{len(bad)} of {len(images)} files could not be read:", *map(printable, bad)]
+        names = [f"{len(bad)} of {len(images)} files could not be read:", *map(printable, bad.values())]
         click.echo("\n  ".join(names))
     return 1 if bad else 0
 

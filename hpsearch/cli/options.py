@@ -25,6 +25,7 @@ SETTING_OF = {
 """Full names of the settings that options can set, by their last part, which is the parameter name of the option."""
 
 AT_LEAST_0, AT_LEAST_1 = click.IntRange(min=0), click.IntRange(min=1)
+FOLDER = click.Path(path_type=Path, file_okay=False)
 Command = Callable[..., Any]
 
 
@@ -53,7 +54,7 @@ out_option = click.option(
     "--out",
     "project",
     default=".",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=FOLDER,
     callback=_project,
     help="Use this project folder (default: the current folder).",
 )

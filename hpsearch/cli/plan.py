@@ -13,15 +13,8 @@ from hpsearch.cli.options import Settings, config_options, device_option, out_op
 from hpsearch.cli.terminal import echo_table
 from hpsearch.config import StudyConfig
 from hpsearch.errors import ConfigError, DatasetError
+from hpsearch.models import network
 from hpsearch.models.memory import LayerCost, Step, saved_activations
-from hpsearch.models.network import (
-    describe,
-    layer_costs,
-    n_parameters,
-    training_flops,
-    training_memory,
-    why_impossible,
-)
 from hpsearch.paths import ProjectPaths
 from hpsearch.report.formats import count
 
@@ -99,17 +92,17 @@ class _Costs:
         self._shape = (config.unet, data.n_channels, data.height, data.width)
         settings = {name: getattr(train, name) for name in ("batch_size", "optimizer", "momentum")}
         self._step = Step(precision=precision, device=device, **settings)
-        self.impossible = why_impossible(*self._shape, batch_size=train.batch_size)
+        self.impossible = network.why_impossible(*self._shape, batch_size=train.batch_size)
         """Reason why the network is impossible at this input size; None if it is possible."""
         if self.impossible is None:
-            self.memory = training_memory(*self._shape, self._step)
-            self.parameters = n_parameters(*self._shape[:2])
-            self.flops = training_flops(*self._shape)
+            self.memory = network.training_memory(*self._shape, self._step)
+            self.parameters = network.n_parameters(*self._shape[:2])
+            self.flops = network.training_flops(*self._shape)
 
     @property
     def layers(self) -> list[LayerCost]:
         """Costs of each layer. A network that is trained on windows has no interpolation layer, as in the paper."""
-        costs = layer_costs(*self._shape, self._step)
+        costs = network.layer_costs(*self._shape, self._step)
         return [cost for cost in costs if not (self._config.sees_windows and cost.layer.kind == "interpolation")]
 
     @property
@@ -126,7 +119,7 @@ class _Costs:
         """Return lines that describe the network, its parameters, FLOPs and memory, or why it is impossible."""
         unet, data, batch = self._config.unet, self._config.data, self._config.train.batch_size
         size, precision = f"{data.height}x{data.width} {data.color}", self._step.precision
-        head = f"{describe(unet)}; {size}, batch {batch}, {precision}"
+        head = f"{network.describe(unet)}; {size}, batch {batch}, {precision}"
         if self.impossible:
             return [head, f"impossible: {self.impossible}"]
         lines, layers, memory = [head], self.layers, self.memory
@@ -198,19 +191,15 @@ def _count_pool(config: StudyConfig, project: ProjectPaths) -> int:
 def time_of_study(config: StudyConfig, project: ProjectPaths, device: str) -> list[str]:
     """Measure training on this machine, and return two lines with the estimated duration of the study."""
     from hpsearch.search.autotune import MachineChoice, measure_drawn
-    from hpsearch.workers import plan as plans
 
-    study, folds, folder = config.study, config.study.folds, config.data.images or config.data.root
+    folder = config.data.images or config.data.root
     try:
         n_images, where = _count_pool(config, project), f"in {folder}"
     except DatasetError:
         n_images, where = OFFICIAL_POOL, f"as in ISIC-2017, because there is no dataset in {folder}"
-    measured = measure_drawn(config, MachineChoice(device))
-    n_folds, n_replicates = (1, 0) if folds == "fixed" else (folds, min(study.confirm, study.trials))
-    numbers = {"n_images": n_images, "n_trials": study.trials, "n_folds": n_folds, "n_replicates": n_replicates}
-    forecast = plans.forecast(config, measured, **numbers)
+    measured, forecast = measure_drawn(config, MachineChoice(device), n_images)
     size = f"{describe_folds(config)} x {count(config.train.epochs, 'epoch')}, {n_images} images {where}"
-    return [f"{describe_machine(measured)}; {size}", describe_forecast(study.pruner, forecast)]
+    return [f"{describe_machine(measured)}; {size}", describe_forecast(config.study.pruner, forecast)]
 
 
 def gibibytes(text: str) -> float:

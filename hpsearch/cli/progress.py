@@ -5,9 +5,8 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from typing import Self
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -15,7 +14,7 @@ from rich.text import Text
 
 from hpsearch.cli import describe
 from hpsearch.cli.describe import describe_params
-from hpsearch.cli.terminal import decoding_lines, write_to_stderr
+from hpsearch.cli.terminal import counter, write_to_stderr
 from hpsearch.data.prepare import Prepared
 from hpsearch.paths import ProjectPaths
 from hpsearch.report.formats import count, duration
@@ -29,17 +28,14 @@ from hpsearch.workers.plan import ExecutionPlan, Forecast, describe_data
 
 
 class StudyProgress(StudyCallback):
-    """Study callback of the command line. Use it as a context manager."""
+    """Study callback of the command line. Close it after the study, so that the live display ends."""
 
     def __init__(self, name: str, project: ProjectPaths, tracking: str | None = None) -> None:
         """Prepare the display. `tracking` is the value of the option `--tracking`."""
         self._name, self._project, self._tracking = name, project, tracking
         self._console = Console(highlight=False, soft_wrap=True)
-        self._is_live = self._console.is_terminal
         self._status: StudyStatus | None = None
         """Latest status of the study, updated when a trial or refit ends; None before the search starts."""
-        self._bar: RenderableType = Text("preparing")
-        """Content of the live display before the search starts."""
         self._epochs: dict[int, int] = {}
         """Number of epochs per fit, by trial number."""
         self._fits: dict[tuple[int, int], EpochRow] = {}
@@ -48,25 +44,17 @@ class StudyProgress(StudyCallback):
         self._refits: tuple[int, int] | None = None
         """Number of finished refits and number of all refits; None before refitting starts."""
         self._interruption = ""
-        self._decoding = decoding_lines(self._print)
+        self._decoding = counter("decoding images")
         self._live = Live(console=self._console, refresh_per_second=4, transient=True, get_renderable=self._render)
 
-    def __enter__(self) -> Self:
-        if self._is_live:
-            self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """End the live display."""
         self._live.stop()
 
     def preparing(self, done: int, total: int) -> None:
-        if self._is_live:
-            self._bar = _bar(f"decoding images {done}/{total}", done, total)
-        else:
-            self._decoding(done, total)
+        self._decoding(done, total)
 
     def prepared(self, prepared: Prepared) -> None:
-        self._bar = Text("preparing")
         for note in prepared.notes:
             self._print(f"note: {note}")
         if excluded := prepared.excluded:
@@ -87,10 +75,12 @@ class StudyProgress(StudyCallback):
             self._ends_at = time.monotonic() + forecast.total_s
             if forecast.n_trials:
                 self._print(describe.describe_forecast(study.pruner, forecast))
+        if self._console.is_terminal:
+            self._live.start()
 
     def trial_began(self, trial: TrialRecord) -> None:
         self._epochs[trial.number] = trial.config["train"]["epochs"]
-        if not self._is_live:
+        if not self._live.is_started:
             self._print(f"trial {trial.number}: {describe_params(trial.params) or 'the configuration as given'}")
 
     def epoch_ended(self, trial: int, fold: int, row: EpochRow) -> None:
@@ -98,7 +88,7 @@ class StudyProgress(StudyCallback):
 
     def fold_ended(self, trial: int, fold: int, score: float) -> None:
         self._fits.pop((trial, fold), None)
-        if not self._is_live:
+        if not self._live.is_started:
             self._print(f"trial {trial}, fold {fold + 1}: {score:.4f}")
 
     def trial_ended(self, trial: TrialRecord) -> None:
@@ -121,7 +111,7 @@ class StudyProgress(StudyCallback):
 
     def interrupted(self, text: str) -> None:
         """Show a message from a signal handler. The handler may have interrupted a print, so this does not print."""
-        if self._is_live:
+        if self._live.is_started:
             # The next refresh shows the message. A line written between two refreshes would be overwritten.
             self._interruption = text
         else:
@@ -160,7 +150,7 @@ class StudyProgress(StudyCallback):
         """Return the content of the live display."""
         last = [Text(self._interruption, style="bold")] if self._interruption else []
         if (status := self._status) is None:
-            return Group(self._bar, *last)
+            return Group(*last)
         metric, done, total = status.config.study.metric, status.n_counted, status.config.study.trials
         head = f"study {self._name}  {done}/{total} trials"
         if status.best is not None:

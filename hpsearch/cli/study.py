@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from hpsearch.config.search import SearchSpace
 from hpsearch.paths import ProjectPaths
 from hpsearch.search.stopping import Stop
 
-METRICS = ("dice", "jaccard", "iou")
 LOOKAHEAD = 4
 """Value of study.lookahead with --deterministic: the number of trials that may run at the same time."""
 
@@ -27,7 +27,9 @@ LOOKAHEAD = 4
 @options.config_options
 @click.option("--trials", type=int, help="Evaluate this many trials, earlier ones included (study.trials).")
 @options.folds_option(None, "Use k folds, or `fixed` for the dataset's training/validation split.")
-@click.option("--metric", type=click.Choice(METRICS), help="Rank trials by this mean score (iou is jaccard).")
+@click.option(
+    "--metric", type=click.Choice(["dice", "jaccard", "iou"]), help="Rank trials by this mean score (iou is jaccard)."
+)
 @click.option("--sampler", type=click.Choice(module_names("search/samplers")), help="Use this sampler.")
 @click.option("--pruner", type=click.Choice(module_names("search/pruners")), help="Use this pruner.")
 @click.option("--confirm", type=AT_LEAST_0, help="Refit this many top trials; rank them by both fits (default: 5).")
@@ -46,10 +48,7 @@ LOOKAHEAD = 4
 @click.option(
     "--deterministic",
     "lookahead",
-    is_flag=True,
     flag_value=LOOKAHEAD,
-    type=int,
-    default=None,
     help=f"Make results independent of the number of workers (sets study.lookahead to {LOOKAHEAD}).",
 )
 @options.tracking_option
@@ -106,7 +105,7 @@ def _run(project: ProjectPaths, name: str, config: StudyConfig, tracking: str | 
     from hpsearch.cli.progress import StudyProgress
 
     stop = Stop()
-    with StudyProgress(name, project, tracking) as progress, stop_on_signals(stop, progress.interrupted):
+    with closing(StudyProgress(name, project, tracking)) as progress, stop_on_signals(stop, progress.interrupted):
         tracker = hpsearch.make_tracker(project, tracking)
         summary = hpsearch.run_study(project, name, config, tracker=tracker, callback=progress, stop=stop, **more)
     progress.summarise(summary)

@@ -7,11 +7,13 @@ import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import click
 
+from hpsearch.report.formats import duration
 from hpsearch.search.stopping import Stop
 
 WIDTH = 200
@@ -36,21 +38,24 @@ def echo_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, n_left: in
         Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH).print(table)
 
 
-def counter(text: str) -> Callable[[int, int], None] | None:
-    """Return a progress callback that shows `TEXT 12/200` on one line; None if standard error is not a terminal."""
-    if not sys.stderr.isatty():
-        return None
-    return lambda done, total: click.echo(f"\r{text} {done}/{total}", nl=done >= total, err=True)
+def counter(text: str) -> Callable[[int, int], None]:
+    """Return a progress callback, called with (done, total), that writes to standard error.
 
+    On a terminal, it shows `TEXT 12/200, 3 min left` on one line. Otherwise, it writes about five lines in all.
+    """
+    is_terminal, began = sys.stderr.isatty(), time.monotonic()
 
-def decoding_lines(show: Callable[[str], None]) -> Callable[[int, int], None]:
-    """Return a progress callback for decoding. It is called after each image, but shows only about five lines."""
+    def show(done: int, total: int) -> None:
+        nonlocal began
+        if done <= 1:
+            began = time.monotonic()
+        if is_terminal:
+            left = duration((time.monotonic() - began) / max(done, 1) * (total - done))
+            click.echo(f"\r{text} {done}/{total}, {left} left\x1b[K", nl=done >= total, err=True)
+        elif done == 1 or done * 4 // total > (done - 1) * 4 // total:
+            click.echo(f"{text} {done}/{total}", err=True)
 
-    def on_image(done: int, total: int) -> None:
-        if done == 1 or done * 4 // total > (done - 1) * 4 // total:
-            show(f"decoding images: {done} of {total}")
-
-    return on_image
+    return show
 
 
 def write_to_stderr(text: str) -> None:

@@ -6,19 +6,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
+from hpsearch.config import sections
 from hpsearch.config.data import AugmentConfig, DataConfig
 from hpsearch.config.model import UNetConfig
 from hpsearch.config.search import SearchSpace, StudySettings, parse_dimension
-from hpsearch.config.sections import (
-    ALIASES,
-    NOT_SEARCHABLE,
-    SECTIONS,
-    OnNote,
-    annotation_of,
-    apply_overrides,
-    flatten_search,
-    unknown_name,
-)
+from hpsearch.config.sections import ALIASES, NOT_SEARCHABLE, SECTIONS, OnNote, annotation_of
 from hpsearch.config.train import TrainConfig
 from hpsearch.config.values import as_pair, convert, require
 from hpsearch.errors import ConfigError
@@ -106,12 +98,12 @@ class StudyConfig:
         """Return the configuration that nested tables describe. Raises ConfigError with the name of a wrong key."""
         known = [*SECTIONS, "search"]
         if unknown := [name for name in table if name not in known]:
-            raise unknown_name(unknown[0], known, "section")
+            raise sections.unknown_name(unknown[0], known, "section")
         parts = {name: _section(name, part, table.get(name, {})) for name, part in SECTIONS.items()}
         search = table.get("search", {})
         require(isinstance(search, Mapping), f"search must be a table, got {search!r}")
         space = SearchSpace()
-        for name, value in sorted(flatten_search(search).items()):
+        for name, value in sorted(sections.flatten_search(search).items()):
             require(
                 name not in NOT_SEARCHABLE and not name.startswith("study."),
                 f"{name} cannot be searched: trials must share data, folds, seed and metric to be comparable",
@@ -125,8 +117,8 @@ class StudyConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as nested tables of plain types, which `from_dict` can read."""
-        sections = {name: asdict(getattr(self, name)) for name in SECTIONS}
-        return {**to_json(sections), "search": self.search.to_toml()}
+        tables = {name: asdict(getattr(self, name)) for name in SECTIONS}
+        return {**to_json(tables), "search": self.search.to_toml()}
 
     def to_toml(self) -> str:
         """Return the configuration as TOML, which `load` can read."""
@@ -149,7 +141,7 @@ class StudyConfig:
         return {f"{section}.{key}": value for section, table in tables for key, value in table.items()}
 
 
-def load(path: Path | None, overrides: Iterable[str] = (), *, on_note: OnNote | None = None) -> StudyConfig:
+def load_config(path: Path | None, overrides: Iterable[str] = (), *, on_note: OnNote | None = None) -> StudyConfig:
     """Load a configuration from the TOML file at `path` and apply `section.key=value` overrides.
 
     All settings have their defaults if `path` is None. `on_note` is called with a sentence for each override that has
@@ -166,7 +158,7 @@ def load(path: Path | None, overrides: Iterable[str] = (), *, on_note: OnNote | 
             raise ConfigError(f"{path} cannot be read as TOML: {error}") from error
     overrides = list(overrides)
     try:
-        return from_dict(apply_overrides(table, overrides, on_note=on_note))
+        return from_dict(sections.apply_overrides(table, overrides, on_note=on_note))
     except ConfigError as error:
         # With overrides, the file may not be the cause.
         raise ConfigError(str(error) if path is None or overrides else f"{path}: {error}") from error

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hpsearch.config.data import GRAY_WEIGHTS, AugmentConfig, Color
+from hpsearch.config.data import GRAY_WEIGHTS, AugmentConfig
 from hpsearch.data.augment import augment_batch, draw_changes
 from hpsearch.data.cache import Cache, Normalization
 from hpsearch.errors import CacheError, DatasetError
@@ -49,7 +49,6 @@ class DeviceData:
         cache: Cache,
         device: torch.device | str = "cpu",
         *,
-        color: Color = "rgb",
         truth: Cache | None = None,
         resident_share: float = RESIDENT_SHARE,
     ) -> None:
@@ -58,11 +57,8 @@ class DeviceData:
         self.cache = cache
         self.truth = truth
         self.device = torch.device(device)
-        self.color: Color = color
         self.size = cache.size
         """Height and width of the cached images."""
-        self.n_channels = 3 if color == "rgb" else 1
-        """Number of channels of the images that the network receives."""
         self._resident: list[list[Tensor]] = []
         if self.device.type == "cuda":
             views = [False, True] if cache.has_held_out_view else [False]
@@ -128,7 +124,7 @@ def train_batches(
     generator = np.random.default_rng((seed, epoch))
     order = generator.permutation(np.asarray(indices, dtype=np.int64))
     changes = draw_changes(augment, len(order), generator, from_size=data.size, to_size=size, device=data.device)
-    finish = ToInput(data, normalization)
+    finish = ToInput(normalization, data.device)
     starts = range(0, n_train_batches(len(order), batch_size) * batch_size, batch_size)
     rows = [slice(start, start + batch_size) for start in starts]
     for row, (images, masks) in zip(rows, data.stream([order[row] for row in rows]), strict=True):
@@ -154,7 +150,7 @@ def eval_batches(
     top, left = (data.size[0] - height) // 2, (data.size[1] - width) // 2
     if top < 0 or left < 0:
         raise CacheError(f"the cached images are {data.size[0]}x{data.size[1]}, smaller than {height}x{width}")
-    finish = ToInput(data, normalization)
+    finish = ToInput(normalization, data.device)
     batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
     for batch, (images, masks) in zip(batches, data.stream(batches, held_out=True), strict=True):
         images = images[:, top : top + height, left : left + width]
@@ -171,34 +167,37 @@ def n_train_batches(n_images: int, batch_size: int) -> int:
 
 
 class ToInput:
-    """Convert images with values from 0 to 255 to the input of the network.
+    """Convert RGB images with values from 0 to 255 to the input of the network.
 
-    The result is normalised and channels-last. It has one channel if `data.color` is `grayscale`.
+    The result is normalised and channels-last. It has as many channels as `normalization`: three or, for grayscale,
+    one.
     """
 
-    def __init__(self, data: DeviceData, normalization: Normalization) -> None:
-        self.gray = data.color == "grayscale"
-        if len(normalization.mean) != data.n_channels:
-            raise ValueError(f"{len(normalization.mean)} means for images of {data.n_channels} channels")
+    def __init__(self, normalization: Normalization, device: torch.device | str) -> None:
+        self.is_gray = len(normalization.mean) == 1
         mean = torch.tensor(normalization.mean, dtype=torch.float64)
         std = torch.tensor(normalization.std, dtype=torch.float64)
         # (x / 255 - mean) / std = x * factor + shift
-        self.factor = (1 / (255 * std)).float().to(data.device)
-        self.shift = (-mean / std).float().to(data.device)
+        self.factor = (1 / (255 * std)).float().to(device)
+        self.shift = (-mean / std).float().to(device)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Convert (B, H, W, 3) uint8 or (B, 3, H, W) float32 to (B, C, H, W) float32."""
-        if self.gray:
-            return torch.addcmul(self.shift, to_gray(images), self.factor)
+        if self.is_gray:
+            images = to_gray(images)
         if images.dtype != torch.uint8:
-            planes = torch.addcmul(self.shift.view(-1, 1, 1), images, self.factor.view(-1, 1, 1))
-            return planes.contiguous(memory_format=torch.channels_last)
+            return self.normalize(images)
         height, width = images.shape[1:3]
         # Process whole rows with a repeated factor, because an inner dimension of 3 prevents vectorisation (8 times
         # slower at 64x64).
         rows = images.to(torch.float32).flatten(2)
         rows = torch.addcmul(self.shift.repeat(width), rows, self.factor.repeat(width))
         return rows.view(-1, height, width, 3).permute(0, 3, 1, 2)
+
+    def normalize(self, planes: Tensor) -> Tensor:
+        """Normalise (B, C, H, W) float32 with values from 0 to 255."""
+        planes = torch.addcmul(self.shift.view(-1, 1, 1), planes, self.factor.view(-1, 1, 1))
+        return planes.contiguous(memory_format=torch.channels_last)
 
 
 def to_gray(images: Tensor) -> Tensor:

@@ -146,15 +146,17 @@ def require_enough(n: int, folds: int, what: str) -> None:
         raise ConfigError(f"study.folds = {folds}, but there are only {n} {what}: {advice}")
 
 
-def groups_file(config: DataConfig) -> Path | None:
-    """Return the path of the groups file in `config` or in an augmented dataset, or None if there is none.
+def load_groups(config: DataConfig) -> Groups | None:
+    """Return the groups in the file that `config` names or that an augmented dataset has, or None if there is none.
 
     An augmented dataset needs groups, so that no network is scored on augmented versions of its training images.
     """
-    if config.groups:
-        return user_path(config.groups)
     root = user_path(config.root)
-    return root / AUGMENTED_GROUPS if not config.images and (root / AUGMENTATION).is_file() else None
+    if config.groups:
+        return read_groups(user_path(config.groups))
+    if not config.images and (root / AUGMENTATION).is_file():
+        return read_groups(root / AUGMENTED_GROUPS)
+    return None
 
 
 def read_groups(path: Path) -> Groups:

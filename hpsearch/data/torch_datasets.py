@@ -74,7 +74,6 @@ class RoleDataset(Dataset[tuple[Tensor, Tensor]]):
         if n is not None and n < 1:
             raise ConfigError(f"n must be at least 1, got {n}")
         self.role = role
-        self.color = config.color
         self._opened: tuple[int, DeviceData] | None = None
         limit: dict[str, Any] = {} if n is None else {f"n_{role.replace('-', '_')}": n}
         prepared = prepare_pool(
@@ -93,7 +92,7 @@ class RoleDataset(Dataset[tuple[Tensor, Tensor]]):
         if normalization is None and self._is_held_out:
             training: Role = "search-train" if role == "search-validation" else "final-train"
             normalization = RoleDataset(training, config, cache_root=cache_root).normalization
-        self.normalization = normalization or self._data().cache.normalization(self._indices, self.color)
+        self.normalization = normalization or self._data().cache.normalization(self._indices, config.color)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -108,7 +107,7 @@ class RoleDataset(Dataset[tuple[Tensor, Tensor]]):
         # Indexing raises IndexError at the end, which ends a for loop over the dataset.
         batch = self._indices[np.asarray(indices, np.int64)]
         ((images, masks),) = data.stream([batch], held_out=self._is_held_out)
-        return list(zip(ToInput(data, self.normalization)(images), masks.unsqueeze(1), strict=True))
+        return list(zip(ToInput(self.normalization, "cpu")(images), masks.unsqueeze(1), strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
         # Pickling a mapped file would copy all its bytes, so workers reopen the cache instead.
@@ -117,5 +116,5 @@ class RoleDataset(Dataset[tuple[Tensor, Tensor]]):
     def _data(self) -> DeviceData:
         # A forked worker must not share its parent's decoders.
         if self._opened is None or self._opened[0] != os.getpid():
-            self._opened = os.getpid(), DeviceData(open_cache(self.cache_path), "cpu", color=self.color)
+            self._opened = os.getpid(), DeviceData(open_cache(self.cache_path))
         return self._opened[1]

@@ -13,7 +13,7 @@ from hpsearch.config.data import DataConfig
 from hpsearch.data.duplicates import DuplicatePair, find_in_dataset
 from hpsearch.data.prepare import Prepared
 from hpsearch.errors import RecordError
-from hpsearch.inference.scoring import COLUMNS, mask_name, read_mask, score_table, write_submission
+from hpsearch.inference.scoring import COLUMNS, mask_name, score_table, write_submission
 from hpsearch.paths import FinalPaths
 from hpsearch.report import trial_rows
 from hpsearch.report.final_record import FinalRecord
@@ -92,4 +92,4 @@ def draw_figures(record: StudyRecord, folder: FinalPaths, final: FinalRecord) ->
 
 def pack_submission(folder: FinalPaths, test: Prepared) -> None:
     """Write the masks of the test images as a zip file for submission to the challenge."""
-    write_submission(folder.submission, ((image, read_mask(folder.masks / mask_name(image))) for image in test.ids))
+    write_submission(folder.submission, [folder.masks / mask_name(image) for image in test.ids])

@@ -5,9 +5,8 @@ import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from hpsearch.config.data import GRAY_WEIGHTS
+from hpsearch.data.batches import ToInput
 from hpsearch.data.decode import crop, read_image, resize
 from hpsearch.data.formats import is_image_name, readable_suffixes
 from hpsearch.data.pairing import may_be_file
@@ -68,11 +68,7 @@ class Predictor:
         self._model = model
         self._margin = margin_of(model)
         self._runtime = runtime
-        mean = torch.tensor(info.normalization.mean, dtype=torch.float64)
-        std = torch.tensor(info.normalization.std, dtype=torch.float64)
-        # (x / 255 - mean) / std = x * factor + shift, as in training.
-        self._factor = (1 / (255 * std)).float().view(-1, 1, 1)
-        self._shift = (-mean / std).float().view(-1, 1, 1)
+        self._to_input = ToInput(info.normalization, "cpu")
 
     @classmethod
     def load(
@@ -132,11 +128,10 @@ class Predictor:
         """Return the network's logits (h, w) on the CPU for pixels (3, h, w) uint8."""
         channels = pixels.to(torch.float32)
         if self.info.in_channels == 1:
-            # Use the same elementwise operations as in training, so that rounding is equal.
+            # Unlike `to_gray`, this rounds after each product, as in all versions: masks stay equal to the byte.
             red, green, blue = (weight * channel for weight, channel in zip(GRAY_WEIGHTS, channels, strict=True))
             channels = (red + green + blue)[None]
-        images = torch.addcmul(self._shift, channels, self._factor)[None]
-        images = images.to(self._runtime.device, memory_format=torch.channels_last)
+        images = self._to_input.normalize(channels[None]).to(self._runtime.device)
         logits: Tensor = mean_over_flips(self._model, images) if self.choices.flips else self._model(images)
         return logits[0, 0].float().cpu()
 
@@ -156,28 +151,21 @@ class Ensemble(Predictor):
         return total / len(self.members)
 
 
-def load_predictor(
-    weights: Path,
-    *,
-    device: str = "auto",
-    threads: int | None = None,
-    tiles: bool | None = None,
-    ensemble: bool | None = None,
-) -> Predictor:
+def load_predictor(weights: Path, *, ensemble: bool | None = None, **how: Any) -> Predictor:
     """Load the network in `weights`, or the ensemble that `final --ensemble` wrote beside it.
 
-    `ensemble` says whether to load the ensemble; None uses the choice that `final` made. Raises the errors of
-    `Predictor.load`, and StudyError if the ensemble is requested but does not exist.
+    `ensemble` says whether to load the ensemble; None uses the choice that `final` made. `how` is passed to
+    `Predictor.load`. Raises the errors of `Predictor.load`, and StudyError if the ensemble is requested but does not
+    exist.
     """
-    load = partial(Predictor.load, device=device, threads=threads, tiles=tiles)
-    predictor = load(weights)
+    predictor = Predictor.load(weights, **how)
     folder = FinalPaths(weights.parent).ensemble
     members = sorted(folder.glob("*.safetensors"))
     if ensemble and not members:
         raise StudyError(f"there is no ensemble in {folder}: `hpsearch final --ensemble` makes one")
     if not members or not (predictor.choices.ensemble if ensemble is None else ensemble):
         return predictor
-    return Ensemble([load(path) for path in members])
+    return Ensemble([Predictor.load(path, **how) for path in members])
 
 
 @dataclass(frozen=True)

@@ -102,20 +102,12 @@ def mask_name(image_id: str) -> str:
     return f"{image_id}{_SUFFIX}.png"
 
 
-def write_submission(path: Path, masks: Iterable[tuple[str, Mask]]) -> None:
-    """Write a zip file of masks for the challenge.
-
-    `masks` yields (image id, boolean mask (H, W) at the original size of the image). Equal masks give byte-identical
-    files. Only one mask is in memory at a time. Raises DatasetError if an id occurs twice.
-    """
-    written = set()
+def write_submission(path: Path, masks: Iterable[Path]) -> None:
+    """Write a zip file of predicted masks for the challenge. `masks` are PNG files with the names of `mask_name`."""
     with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-        for image_id, mask in masks:
-            if image_id in written:
-                raise DatasetError(f"two masks for {image_id} in one submission")
-            written.add(image_id)
+        for mask in masks:
             # The default date of ZipInfo is constant. PNG is already compressed, so the zip file stores it as is.
-            archive.writestr(zipfile.ZipInfo(mask_name(image_id)), encode_mask(mask))
+            archive.writestr(zipfile.ZipInfo(mask.name), mask.read_bytes())
 
 
 def _files_by_id(folder: Path) -> dict[str, list[Path]]:

@@ -106,16 +106,13 @@ class ConvolutionBlock(nn.Module):
         return F.relu_(self.norm(self.conv(x)))
 
 
-class Down(nn.Module):
+class Down(nn.Sequential):
     """Max-pooling that halves the resolution and rounds up, followed by a stacked convolution."""
 
     def __init__(self, config: UNetConfig, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.pool = nn.MaxPool2d(2, ceil_mode=True)
         self.stack = StackedConvolution(config, in_channels, out_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.stack(self.pool(x))  # type: ignore[no-any-return]
 
 
 class Up(nn.Module):
@@ -352,8 +349,7 @@ def initialize_(model: nn.Module, init: Literal["xavier", "torch"], *, seed: int
         if init == "xavier":
             bias.zero_()
             if isinstance(module, nn.ConvTranspose2d):
-                sizes = module.in_channels, module.out_channels, module.kernel_size[0], module.stride[0]
-                weight = interpolation_weight(*sizes)
+                weight = interpolation_weight(module.in_channels, module.out_channels)
             else:
                 nn.init.xavier_uniform_(weight, generator=generator)
         with torch.no_grad():
@@ -362,20 +358,14 @@ def initialize_(model: nn.Module, init: Literal["xavier", "torch"], *, seed: int
                 module.bias.copy_(bias)
 
 
-def interpolation_weight(in_channels: int, out_channels: int, kernel_size: int, stride: int) -> Tensor:
-    """Return the weight of a transposed convolution that interpolates.
+def interpolation_weight(in_channels: int, out_channels: int) -> Tensor:
+    """Return the weight of a transposed convolution of kernel 2 and stride 2 that interpolates.
 
-    Its shape is (in_channels, out_channels, kernel_size, kernel_size), float32. The kernel is the triangle of
-    bilinear interpolation, cut to `kernel_size` and scaled so that a constant map keeps its value. With kernel 4,
-    stride 2 and padding 1 it equals `F.interpolate(mode="bilinear")`. With kernel 2 and stride 2 each output pixel
+    Its shape is (in_channels, out_channels, 2, 2), float32. The kernel is the triangle of bilinear interpolation, cut
+    to 2x2 pixels and scaled so that a constant map keeps its value. All its values are equal, so each output pixel
     repeats one input pixel (nearest neighbour). Each output channel o is the mean of every out_channels-th input
-    channel (o, o + out_channels, ...). `out_channels` must divide `in_channels`, and `stride` must divide
-    `kernel_size`.
+    channel (o, o + out_channels, ...). `out_channels` must divide `in_channels`.
     """
-    centre = (kernel_size - 1) / 2
-    triangle = (1 - (torch.arange(kernel_size) - centre).abs() / stride).clamp(min=0)
-    # Each output pixel receives every stride-th tap, so the taps of each of the `stride` phases must add up to 1.
-    triangle = triangle / triangle.view(-1, stride).sum(0).repeat(kernel_size // stride)
     share = in_channels // out_channels
     channels = torch.eye(out_channels).repeat(share, 1) / share
-    return channels[:, :, None, None] * torch.outer(triangle, triangle)
+    return channels[:, :, None, None].expand(-1, -1, 2, 2)

@@ -15,13 +15,14 @@ from hpsearch.data.prepare import PoolCaches
 from hpsearch.data.sample import draw_sample
 from hpsearch.errors import ConfigError, RecordError
 from hpsearch.paths import ProjectPaths
+from hpsearch.search.status import forecast
 from hpsearch.store.record import StudyRecord
 from hpsearch.typed_json import from_json, to_json
 from hpsearch.workers import plan as plans
 from hpsearch.workers.jobs import CachePaths, Finished, MeasureJob, StepToMeasure, WorkerSettings
 from hpsearch.workers.local_pool import LocalPool
 from hpsearch.workers.loop import run_job, run_jobs_together
-from hpsearch.workers.plan import MEMORY_SHARE, ExecutionPlan
+from hpsearch.workers.plan import MEMORY_SHARE, ExecutionPlan, Forecast
 from hpsearch.workers.pool import WorkerPool
 
 logger = logging.getLogger(__name__)
@@ -102,8 +103,11 @@ def plan_for_one_fit(
     return dataclasses.replace(plan, workers=(plan.alone,), machine=machine)
 
 
-def measure_drawn(config: StudyConfig, choice: MachineChoice) -> ExecutionPlan:
-    """Return the plan for a study of `config` on this machine, measured on synthetic images. Nothing is stored."""
+def measure_drawn(config: StudyConfig, choice: MachineChoice, n_images: int) -> tuple[ExecutionPlan, Forecast]:
+    """Return the plan for a study of `config` on this machine, and its expected cost for `n_images` images.
+
+    The plan is measured on synthetic images. Nothing is stored.
+    """
     batch_sizes = [each.train.batch_size for each in plans.measured_configs(config)]
     if not batch_sizes:
         raise ConfigError("no configuration of this search can exist at this size, so there is no step to measure")
@@ -114,8 +118,9 @@ def measure_drawn(config: StudyConfig, choice: MachineChoice) -> ExecutionPlan:
         kept = ("size", "color", "match", "cache_size")
         data = DataConfig(root=str(folder / "drawn"), **{name: getattr(config.data, name) for name in kept})
         drawn = dataclasses.replace(config, data=data)
-        caches = PoolCaches(drawn, folder / "cache")
-        return make_plan(StudyRecord.create(ProjectPaths(folder).study("drawn"), drawn), caches, choice, pool)
+        record = StudyRecord.create(ProjectPaths(folder).study("drawn"), drawn)
+        plan = make_plan(record, PoolCaches(drawn, folder / "cache"), choice, pool)
+        return plan, forecast(record, plan, n_images)
 
 
 def _stored_plan(record: StudyRecord, choice: MachineChoice) -> ExecutionPlan | None:

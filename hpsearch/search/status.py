@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from hpsearch.config import StudyConfig
 from hpsearch.paths import ProjectPaths
 from hpsearch.search import replicates
@@ -14,7 +16,7 @@ from hpsearch.store.record import StudyRecord, has_all_replicates
 from hpsearch.store.trials import COUNTED, TrialRecord, count_trials
 from hpsearch.typed_json import from_json
 from hpsearch.workers import plan as plans
-from hpsearch.workers.plan import ExecutionPlan
+from hpsearch.workers.plan import ExecutionPlan, Forecast
 
 Fits = Mapping[int, Sequence[FitRecord]]
 """Fits of each trial, by fold."""
@@ -146,14 +148,16 @@ def _seconds_left(
     return None if math.isnan(total_s) else max(0.0, total_s - running_s / len(plan.workers))
 
 
-def forecast(record: StudyRecord, plan: ExecutionPlan, n_images: int) -> plans.Forecast:
-    """Predict the remaining work and time of a study from the measured training steps."""
+def forecast(record: StudyRecord, plan: ExecutionPlan, n_images: int) -> Forecast:
+    """Return the expected cost of the rest of a study, from the measured steps and a sample of the search space."""
+    config, n_folds = record.config, record.n_folds
     n_trials = record.n_left(record.trials())
-    return plans.forecast(
-        record.config,
-        plan,
-        n_images=n_images,
-        n_trials=n_trials,
-        n_folds=record.n_folds,
-        n_replicates=replicates.n_left(record, n_trials),
-    )
+    n_replicates = replicates.n_left(record, n_trials)
+    n_held_out = n_images // n_folds if n_folds > 1 else 0
+    candidates = [each for each in plans.sample_space(config, 64) if plans.why_infeasible(each, plan) is None]
+    epochs_s = [
+        each.train.epochs * plan.epoch_s(each, n_images - n_held_out, n_held_out) for each in candidates or [config]
+    ]
+    fit_s = float(np.mean(epochs_s))
+    total_s = fit_s * (n_trials + n_replicates) * n_folds / max(1, len(plan.workers))
+    return Forecast(n_trials, n_replicates, n_images, fit_s, total_s)

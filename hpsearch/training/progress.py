@@ -111,7 +111,7 @@ def finish_fit(
     task = fit.task
     info = WeightsInfo(
         model=task.config.unet,
-        in_channels=data.n_channels,
+        in_channels=task.config.data.n_channels,
         normalization=task.normalization,
         size=task.size,
         extra=extra or {},

@@ -128,21 +128,6 @@ class Forecast:
     """Expected wall-clock seconds of the whole search on all workers, without pruning and including replicates."""
 
 
-def forecast(
-    config: StudyConfig, plan: ExecutionPlan, *, n_images: int, n_trials: int, n_folds: int, n_replicates: int = 0
-) -> Forecast:
-    """Return the expected cost of `n_trials` random configurations of the search space, from the measured steps."""
-    n_held_out = n_images // n_folds if n_folds > 1 else 0
-    candidates = [candidate for candidate in sample_space(config) if why_infeasible(candidate, plan) is None]
-    epochs_s = [
-        candidate.train.epochs * plan.epoch_s(candidate, n_images - n_held_out, n_held_out)
-        for candidate in candidates or [config]
-    ]
-    fit_s = float(np.mean(epochs_s))
-    total_s = fit_s * (n_trials + n_replicates) * n_folds / max(1, len(plan.workers))
-    return Forecast(n_trials, n_replicates, n_images, fit_s, total_s)
-
-
 def sample_space(config: StudyConfig, n: int = 64) -> list[StudyConfig]:
     """Draw `n` random configurations from the search space and return those that are valid."""
     generator = np.random.default_rng(0)

@@ -43,25 +43,24 @@ class WorkerContext:
         self.settings = settings
         self.on_epoch = on_epoch
         """Callback that reports an epoch of a FitJob and returns whether to go on."""
-        self._data: dict[tuple[CachePaths, str], DeviceData] = {}
+        self._data: dict[CachePaths, DeviceData] = {}
 
     def runtime(self, config: StudyConfig, threads: int = 0) -> Runtime:
         """Return the runtime of this worker's fits. `threads` overrides the worker's setting in measurements."""
         train, threads = config.train, threads or self.settings.threads
         return runtimes.make_runtime(self.settings.device, amp=train.amp, compile=train.compile, threads=threads)
 
-    def images(self, caches: CachePaths, config: StudyConfig) -> DeviceData:
+    def images(self, caches: CachePaths) -> DeviceData:
         """Return the images on the device.
 
-        Only the latest ones are kept, because each size and colour is another copy.
+        Only the latest ones are kept, because each size is another copy.
         """
-        key = (caches, config.data.color)
-        if key not in self._data:
+        if caches not in self._data:
             self._data.clear()
             truth = open_cache(caches.truth) if caches.truth else None
             device = runtimes.choose_device(self.settings.device)
-            self._data[key] = DeviceData(open_cache(caches.images), device, color=config.data.color, truth=truth)
-        return self._data[key]
+            self._data[caches] = DeviceData(open_cache(caches.images), device, truth=truth)
+        return self._data[caches]
 
     def forget_images(self) -> None:
         """Release the memory of the images."""
@@ -73,7 +72,7 @@ def run_fit(job: FitJob, context: WorkerContext) -> Finished | Stopped:
     config, folder = job.config, FitPaths(job.folder)
     folder.root.mkdir(parents=True, exist_ok=True)
     train = np.asarray(job.train, np.int64)
-    data, runtime = context.images(job.caches, config), context.runtime(config)
+    data, runtime = context.images(job.caches), context.runtime(config)
     task = FitTask(
         config=config,
         train_indices=train,
@@ -146,7 +145,7 @@ def _measure_step(step: StepToMeasure, job: MeasureJob, context: WorkerContext) 
     batch_size = step.config.train.batch_size
     # Start with one image. At full size on a CPU, even this takes seconds; it is then the only measurement.
     alone = _time_batch(step, 1, job.threads, context, 0.0)
-    if alone[0] > MEASURE_BUDGET_S or len(context.images(step.caches, step.config)) < batch_size:
+    if alone[0] > MEASURE_BUDGET_S or len(context.images(step.caches)) < batch_size:
         return alone
     try:
         return _time_batch(step, batch_size, job.threads, context, job.seconds)
@@ -179,7 +178,7 @@ def _time_batch(
         normalization=Normalization((0.5,) * n_channels, (0.25,) * n_channels),
         seed=0,
     )
-    data, runtime = context.images(step.caches, config), context.runtime(config, threads)
+    data, runtime = context.images(step.caches), context.runtime(config, threads)
     fit(task, data, runtime, on_epoch=stop_in_time)
     # The first step is slower.
     train_s, eval_s = np.median(seconds[1:], axis=0).tolist()
@@ -210,7 +209,7 @@ def score_officially(job: jobs.OfficialScoreJob, context: WorkerContext) -> None
 def select(job: jobs.SelectPostprocessingJob, context: WorkerContext) -> None:
     """Select threshold, test-time flips, mask cleaning and ensemble on out-of-fold predictions."""
     with (runtime := context.runtime(job.config)).active():
-        data = context.images(job.caches, job.config)
+        data = context.images(job.caches)
         chosen = select_postprocessing.select(
             job.networks, data, runtime, metric=job.config.study.metric, source=job.source, ensemble=job.ensemble
         )
@@ -226,7 +225,7 @@ def keep(job: jobs.KeepJob, context: WorkerContext) -> None:
 def count(job: jobs.CountJob, context: WorkerContext) -> None:
     """Write the pixel counts of each image after post-processing, and a few examples, for one or several networks."""
     with (runtime := context.runtime(job.config)).active():
-        data = context.images(job.caches, job.config)
+        data = context.images(job.caches)
         images = np.arange(len(data), dtype=np.int64)
         networks = [load_weights(path, runtime.device) for path in job.weights]
         (counts,) = select_postprocessing.count_pixels_of(networks, images, [job.postprocessing], data, runtime)

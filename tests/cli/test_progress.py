@@ -7,7 +7,6 @@ import pytest
 from rich.console import Console
 
 from hpsearch.cli.progress import StudyProgress
-from hpsearch.cli.terminal import decoding_lines
 from hpsearch.report.formats import duration
 from hpsearch.search import status as statuses
 from hpsearch.search.status import study_status
@@ -17,26 +16,12 @@ from hpsearch.workers.plan import ExecutionPlan, Forecast
 from tests.recorded import FakeStudy
 
 
-@pytest.mark.parametrize(
-    ("total", "shown"), [(2150, [1, 538, 1075, 1613, 2150]), (8, [1, 2, 4, 6, 8]), (2, [1, 2]), (1, [1])]
-)
-def test_decoding_is_said_in_a_few_lines(total: int, shown: list[int]) -> None:
-    lines: list[str] = []
-    show = decoding_lines(lines.append)
-    for _ in range(2):
-        lines.clear()
-        for done in range(1, total + 1):
-            show(done, total)
-        assert lines == [f"decoding images: {done} of {total}" for done in shown]
-
-
 def test_the_display_reckons_the_time_to_go_as_status_does_with_the_second_fits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(statuses.lock, "is_held", lambda _: True)
     fake = FakeStudy(tmp_path, overrides=("study.confirm=2",))
     progress = StudyProgress("fake", fake.project)
-    progress._is_live = True
     plan = from_json(ExecutionPlan, fake.record.plan() or {})
     forecast = Forecast(n_trials=6, n_replicates=2, n_images=20, fit_s=600.0, total_s=7200.0)
     progress.planned(fake.record, plan, forecast)
@@ -82,10 +67,11 @@ def test_what_follows_from_ctrl_c_is_part_of_the_live_display_which_would_overwr
     progress = StudyProgress("fake", FakeStudy(tmp_path).project)
     progress.interrupted("Finishing the current epoch")
     assert capfd.readouterr().err == "\nFinishing the current epoch\n"
-    progress._is_live = True
+    progress._live.start()
     assert "Finishing" not in shown_by(progress)
     progress.interrupted("Finishing the current epoch")
     assert "Finishing the current epoch" in shown_by(progress)
+    progress._live.stop()
     assert capfd.readouterr().err == ""
 
 

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import signal
+import sys
 
 import pytest
 
-from hpsearch.cli.terminal import stop_on_signals
+from hpsearch.cli.terminal import counter, stop_on_signals
 from hpsearch.search.stopping import Stop
 
 
@@ -47,3 +48,29 @@ def test_sigterm_does_not_wait_for_the_end_of_the_epoch() -> None:
         signal.raise_signal(signal.SIGTERM)
     assert shown == ["Stopping now"]
     assert stop.is_urgent
+
+
+@pytest.mark.parametrize(
+    ("total", "shown"), [(2150, [1, 538, 1075, 1613, 2150]), (8, [1, 2, 4, 6, 8]), (2, [1, 2]), (1, [1])]
+)
+def test_progress_is_a_few_lines_without_a_terminal(
+    total: int, shown: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    show = counter("decoding images")
+    for _ in range(2):
+        for done in range(1, total + 1):
+            show(done, total)
+        assert capsys.readouterr().err.splitlines() == [f"decoding images {done}/{total}" for done in shown]
+
+
+def test_progress_is_one_line_with_the_time_left_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    seconds = iter([0.0, 5.0, 5.0, 25.0, 25.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(seconds))
+    show = counter("predicting")
+    for done in (1, 2, 2):
+        show(done, 5 - done)
+    lines = capsys.readouterr().err.split("\r")
+    assert "predicting 2/3, 10 s left" in lines[2]

@@ -70,7 +70,7 @@ def make_cache(n: int = 10, height: int = 8, width: int = 12, seed: int = 0) -> 
 
 
 def epoch_of(data: DeviceData, *, n: int = 10, epoch: int = 1, seed: int = 3, augment: AugmentConfig = PLAIN, **more):
-    settings = {"batch_size": 4, "normalization": GRAY if data.n_channels == 1 else Statistics(), "size": data.size}
+    settings = {"batch_size": 4, "normalization": Statistics(), "size": data.size}
     return list(train_batches(data, np.arange(n), seed=seed, epoch=epoch, augment=augment, **(settings | more)))
 
 
@@ -104,7 +104,7 @@ def test_images_are_divided_by_255_and_standardised() -> None:
 
 def test_grayscale_is_the_weighted_sum_of_the_channels() -> None:
     cache = make_cache()
-    data = DeviceData(cache, color="grayscale")
+    data = DeviceData(cache)
     (batch,) = eval_batches(data, np.array([1, 3]), batch_size=2, normalization=GRAY, size=(8, 12))
     gray = cache.images[[1, 3]] @ np.array([0.299, 0.587, 0.114])
     np.testing.assert_allclose(batch.images.numpy(), ((gray / 255 - 0.6) / 0.15)[:, None], atol=5e-6)
@@ -190,11 +190,11 @@ def test_augmentation_does_not_change_the_cache() -> None:
 
 
 def test_batches_are_the_same_under_autocast() -> None:
-    for color in ("rgb", "grayscale"):
-        data = DeviceData(make_cache(), color=color)
-        plain = epoch_of(data, augment=FULL)
+    data = DeviceData(make_cache())
+    for normalization in (Statistics(), GRAY):
+        plain = epoch_of(data, augment=FULL, normalization=normalization)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert same(plain, epoch_of(data, augment=FULL))
+            assert same(plain, epoch_of(data, augment=FULL, normalization=normalization))
 
 
 def test_a_pool_without_images_cannot_be_trained_on() -> None:
@@ -210,16 +210,11 @@ def test_a_cache_of_another_size_is_refused() -> None:
         list(eval_batches(data, np.arange(2), batch_size=2, normalization=Statistics(), size=(9, 12)))
 
 
-def test_statistics_of_another_number_of_channels_are_refused() -> None:
-    with pytest.raises(ValueError, match="3 means for images of 1 channels"):
-        ToInput(DeviceData(make_cache(), color="grayscale"), Statistics())
-
-
 def test_evaluation_on_larger_cached_images_takes_the_centre() -> None:
     cache = make_cache()
     (batch,) = eval_batches(DeviceData(cache), np.arange(2), batch_size=2, normalization=Statistics(), size=(4, 6))
     assert torch.equal(batch.masks[:, 0], torch.from_numpy(cache.masks[:2, 2:6, 3:9]))
-    whole = ToInput(DeviceData(cache), Statistics())(torch.from_numpy(cache.images[:2]))
+    whole = ToInput(Statistics(), "cpu")(torch.from_numpy(cache.images[:2]))
     assert torch.equal(batch.images, whole[:, :, 2:6, 3:9])
 
 
@@ -229,18 +224,19 @@ def test_images_are_scored_as_they_are_held_out_and_trained_on_as_they_are_not()
     data = DeviceData(cache)
     (scored,) = eval_batches(data, np.arange(10), batch_size=10, normalization=Statistics(), size=(8, 12))
     (trained,) = epoch_of(data, batch_size=10)
-    assert torch.equal(scored.images, ToInput(data, Statistics())(torch.from_numpy(cache.centre)))
+    assert torch.equal(scored.images, ToInput(Statistics(), "cpu")(torch.from_numpy(cache.centre)))
     assert torch.equal(scored.masks[:, 0], torch.from_numpy(1 - cache.masks))
     order = which([trained], cache)
-    assert torch.equal(trained.images, ToInput(data, Statistics())(torch.from_numpy(cache.images[order])))
+    assert torch.equal(trained.images, ToInput(Statistics(), "cpu")(torch.from_numpy(cache.images[order])))
 
 
 def test_augmented_batches_are_normalised_like_plain_ones() -> None:
-    cache = make_cache()
-    for data in (DeviceData(cache), DeviceData(cache, color="grayscale")):
-        (plain,) = epoch_of(data, batch_size=10)
+    data = DeviceData(make_cache())
+    for normalization in (Statistics(), GRAY):
+        (plain,) = epoch_of(data, batch_size=10, normalization=normalization)
         # A blur far below one pixel changes nothing, but takes the way through float planes.
-        (floats,) = epoch_of(data, batch_size=10, augment=AugmentConfig(hflip=0, blur=1e-3))
+        blur = AugmentConfig(hflip=0, blur=1e-3)
+        (floats,) = epoch_of(data, batch_size=10, augment=blur, normalization=normalization)
         torch.testing.assert_close(floats.images, plain.images, atol=1e-5, rtol=0)
         assert floats.images.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(floats.masks, plain.masks)

@@ -20,8 +20,8 @@ from hpsearch.data.folds import (
     Folds,
     connected,
     connected_components,
-    groups_file,
     lesion_notes,
+    load_groups,
     make_folds,
     read_groups,
 )
@@ -196,12 +196,14 @@ def test_groups_are_read_from_either_column(tmp_path: Path) -> None:
 
 
 def test_an_augmented_set_brings_its_groups_and_a_setting_overrides_them(tmp_path: Path) -> None:
-    config = DataConfig(root=str(tmp_path))
-    assert groups_file(config) is None
+    config, own = DataConfig(root=str(tmp_path)), tmp_path / "patients.csv"
+    own.write_text("image,patient\na,p1\n")
+    (tmp_path / AUGMENTED_GROUPS).write_text("image,origin\na,of the augmented set\n")
+    assert load_groups(config) is None
     (tmp_path / AUGMENTATION).write_text("{}")
-    assert groups_file(config) == tmp_path / AUGMENTED_GROUPS
-    assert groups_file(replace(config, groups="patients.csv")) == Path("patients.csv")
-    assert groups_file(replace(config, images="photos", masks="outlines")) is None
+    assert load_groups(config) == {"a": "of the augmented set"}
+    assert load_groups(replace(config, groups=str(own))) == {"a": "p1"}
+    assert load_groups(replace(config, images="photos", masks="outlines")) is None
 
 
 @pytest.mark.parametrize(

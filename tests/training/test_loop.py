@@ -194,7 +194,7 @@ def test_bf16_autocast_leaves_weights_and_scores_in_float32():
 
 def test_grayscale_images_train_a_network_of_one_channel():
     normalization = dataclasses.replace(NORMALIZATION, mean=(0.5,), std=(0.25,))
-    result = fit(**fit_arguments(in_channels=1, data=make_data(color="grayscale"), normalization=normalization))
+    result = fit(**fit_arguments(in_channels=1, data=make_data(), normalization=normalization))
     assert result.model.state_dict()["encoder.0.0.conv.weight"].shape[1] == 1
 
 

@@ -85,12 +85,3 @@ def test_the_default_the_cheapest_and_the_dearest_are_measured() -> None:
     assert [each.unet.base_channels for each in plans.measured_configs(space)] == [8, 4, 16]
     impossible = config("unet.padding=valid", "unet.depth=6", "search.unet.depth=[6, 7]")
     assert plans.measured_configs(impossible) == []
-
-
-def test_the_forecast_counts_folds_and_workers() -> None:
-    one = plans.forecast(config(), make_plan(), n_images=1000, n_trials=10, n_folds=5)
-    two = plans.forecast(
-        config(), make_plan(workers=(WorkerSettings(), WorkerSettings())), n_images=1000, n_trials=10, n_folds=5
-    )
-    assert one.total_s == pytest.approx(50 * one.fit_s)
-    assert two.total_s == pytest.approx(one.total_s / 2)
