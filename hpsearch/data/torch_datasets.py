@@ -29,6 +29,7 @@ Role = Literal["search-train", "search-validation", "final-train", "final-test"]
 
 class RoleDataset(Dataset[tuple[Tensor, Tensor]]):
     """PyTorch dataset of the images and masks of one role, read from a cache.
+
         from torch.utils.data import DataLoader
         from hpsearch import DataConfig, RoleDataset
 
