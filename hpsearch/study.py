@@ -163,7 +163,7 @@ def _open_record(study: StudyPaths, config: StudyConfig) -> StudyRecord | None:
         record.verify()
         record.check_config(config)
         return record
-    groups, n_folds = _groups(config), config.study.folds
+    groups, n_folds = fold_making.load_groups(config.data), config.study.folds
     n_images = count_pool(config.data, cache_root(study.project, config))
     # If there are no images, decoding reports the reason.
     if n_folds != "fixed" and n_images:
@@ -171,11 +171,6 @@ def _open_record(study: StudyPaths, config: StudyConfig) -> StudyRecord | None:
         if groups is not None:
             fold_making.require_enough(len(set(groups.values())), n_folds, "groups")
     return None
-
-
-def _groups(config: StudyConfig) -> Mapping[str, str] | None:
-    table = fold_making.groups_file(config.data)
-    return fold_making.read_groups(table) if table else None
 
 
 def _prepare(
@@ -206,14 +201,20 @@ def _require_same_images(
     """Begin a new study, or check that the images are those from which the study's folds were made."""
     prepared = caches.scored
     if record is None or not record.has_folds:
-        groups = _groups(config)
+        pairs = None
         if config.data.group_duplicates:
-            pairs = duplicates.find_in_dataset(config.data, cache_root(study.project, config), with_test=False)
-            logger.info("%d near-duplicate pairs are kept in one fold each", len(pairs))
-            groups = duplicates.groups_of(pairs, prepared.ids, groups)
-        cache, settings = open_cache(prepared.cache_path), config.study
+            found = duplicates.find_in_dataset(config.data, cache_root(study.project, config), with_test=False)
+            logger.info("%d near-duplicate pairs are kept in one fold each", len(found))
+            pairs = [(pair.a, pair.b) for pair in found]
+        cache = open_cache(prepared.cache_path)
         folds = fold_making.make_folds(
-            prepared.ids, prepared.splits, cache.sha256, folds=settings.folds, seed=settings.seed, groups=groups
+            prepared.ids,
+            prepared.splits,
+            cache.sha256,
+            folds=config.study.folds,
+            seed=config.study.seed,
+            groups=fold_making.load_groups(config.data),
+            duplicates=pairs,
         )
         for note in fold_making.lesion_notes(folds, [each.view_foreground > 0 for each in cache.index.stats]):
             callback.message(f"note: {note}")

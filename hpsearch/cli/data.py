@@ -111,25 +111,12 @@ def augment(project: ProjectPaths, settings: Settings, copies: int, target: Path
         hpsearch study --data ISIC-2017_Aug
     """
     from hpsearch.data.export_augmented import export_augmented
-    from hpsearch.data.folds import groups_file, read_groups
     from hpsearch.data.prepare import cache_root, locate
-    from hpsearch.data.survey import decide_reading
 
     config = settings.load()
     root = cache_root(project, config)
-    dataset = locate(config.data, root)
-    groups = groups_file(config.data)
-    folder = export_augmented(
-        dataset,
-        config.augment,
-        copies=copies,
-        seed=config.study.seed,
-        target=target,
-        groups=read_groups(groups) if groups else None,
-        reading=decide_reading(dataset, config.data, root).reading,
-        exclude_bad=config.data.exclude_bad,
-        progress=counter("writing augmented images"),
-    )
+    dataset, progress = locate(config.data, root), counter("writing augmented images")
+    folder = export_augmented(dataset, config, root, copies=copies, target=target, progress=progress)
     changes = ", ".join(f"{name} {value:g}" for name, value in asdict(config.augment).items() if value)
     n_train = len(dataset.split("train"))
     click.echo(

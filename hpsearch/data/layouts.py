@@ -21,7 +21,7 @@ from typing import get_args
 from hpsearch import user_files
 from hpsearch.config.data import DataConfig
 from hpsearch.data.dataset import Dataset, Layout, Problem, Sample, Split, same_bytes
-from hpsearch.data.folds import connected, groups_file, read_groups
+from hpsearch.data.folds import connected, load_groups
 from hpsearch.data.formats import readable_suffixes, without_suffix
 from hpsearch.data.pairing import MASK_WORD, find_pairs, images_by_key
 from hpsearch.errors import DatasetError
@@ -157,8 +157,7 @@ def _drawn_test_ids(config: DataConfig, samples: Sequence[Sample]) -> set[str]:
 
     Byte-identical images and images of one group are either all selected or not at all.
     """
-    table = groups_file(config)
-    units = connected([s.id for s in samples], same_bytes(samples), read_groups(table) if table else None)
+    units = connected([sample.id for sample in samples], same_bytes(samples), load_groups(config))
     members = defaultdict(list)
     for sample, unit in zip(samples, units, strict=True):
         members[unit].append(sample.id)

@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from hpsearch.config import StudyConfig
 from hpsearch.config.data import AugmentConfig, DataConfig
 from hpsearch.data import survey as module
 from hpsearch.data.cache import Preparation, cache_key, open_cache
@@ -201,8 +202,8 @@ class TestOrientation:
         for number in range(11):
             orient(config, number, 6)
         dataset = find_samples(config)
-        reading = decide_reading(dataset, replace(config, exif="ignore")).reading
-        target = export_augmented(dataset, AugmentConfig(hflip=0, vflip=1), reading=reading)
+        study = StudyConfig(data=replace(config, exif="ignore"), augment=AugmentConfig(hflip=0, vflip=1))
+        target = export_augmented(dataset, study)
         copy = find_samples(DataConfig(root=str(target)))
         assert decide_reading(copy, config).reading.exif == "ignore"
         assert decide_reading(copy, replace(config, exif="apply")).reading.exif == "apply"
