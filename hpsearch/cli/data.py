@@ -92,7 +92,7 @@ def cache(project: ProjectPaths, settings: Settings) -> None:
     caches = PoolCaches(study, cache_root(project, study), progress=counter("decoding images"))
     caches.prepare_listed(study)
     for (height, width), prepared in caches.made.items():
-        click.echo(f"{prepared.n} images, {height}x{width}: {prepared.cache_path}, {prepared.seconds:.1f} s")
+        click.echo(f"{len(prepared.index)} images, {height}x{width}: {prepared.cache_path}")
 
 
 @data.command("augment")

@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hpsearch.config.data import GRAY_WEIGHTS, DataConfig
-from hpsearch.data.build import Progress
 from hpsearch.data.cache import Cache, open_cache
 from hpsearch.data.dataset import Sample, Split
 from hpsearch.data.prepare import Role, locate, prepare_pool, prepare_test
@@ -93,7 +92,6 @@ def find_in_dataset(
     with_test: bool,
     role: Role = "search",
     sheet: Path | None = None,
-    progress: Progress | None = None,
 ) -> tuple[DuplicatePair, ...]:
     """Return the near-duplicates of the dataset in `config`, and write them as a contact sheet if `sheet` is given.
 
@@ -103,9 +101,9 @@ def find_in_dataset(
     """
     if config.match != "resize" or min(config.cached_size) < _SIDE:
         config = replace(config, match="resize", size=2 * _SIDE, cache_size=0)
-    caches = [open_cache(prepare_pool(config, cache_root, role=role, progress=progress).cache_path)]
+    caches = [open_cache(prepare_pool(config, cache_root, role=role).cache_path)]
     if with_test and locate(config, cache_root).split("test"):
-        caches.append(open_cache(prepare_test(config, cache_root, progress=progress).cache_path))
+        caches.append(open_cache(prepare_test(config, cache_root).cache_path))
     equal = _byte_equal(caches)
     known = {(pair.a, pair.b) for pair in equal}
     near = [pair for pair in find_near_duplicates(caches) if (pair.a, pair.b) not in known]

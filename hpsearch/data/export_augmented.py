@@ -86,7 +86,7 @@ def export_augmented(
     partial = target.with_name(f".{target.name}.partial")
     pairs = _pairs(dataset, partial, copies)
     groups = load_groups(config.data) or {}
-    reading = decide_reading(dataset, config.data, cache_root).reading
+    reading, _ = decide_reading(dataset, config.data, cache_root)
     settings = {"of": root.name, "copies": copies, "seed": seed, "augment": asdict(augment)}
     if reading.key():
         settings["reading"] = reading.for_images()

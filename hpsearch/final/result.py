@@ -12,8 +12,8 @@ import numpy as np
 
 from hpsearch import paths
 from hpsearch.config.data import DataConfig
+from hpsearch.data.cache import Index
 from hpsearch.data.duplicates import DuplicatePair, find_in_dataset
-from hpsearch.data.prepare import Prepared
 from hpsearch.errors import RecordError
 from hpsearch.inference.postprocessing import Postprocessing, SelectedPostprocessing
 from hpsearch.inference.scoring import COLUMNS, mask_name, read_mask, score_table, write_submission
@@ -50,7 +50,7 @@ class FinalResult(FinalScores, EvaluationHistory):
     """Error that kept MLflow from being updated; empty if MLflow is up to date."""
 
 
-def is_stored(folder: FinalPaths, pool: Prepared, test: Prepared, *, n_seeds: int, ensemble: bool) -> bool:
+def is_stored(folder: FinalPaths, pool: Index, test: Index, *, n_seeds: int, ensemble: bool) -> bool:
     """Return whether the folder contains a complete result for these images, number of seeds and ensemble option."""
     if not folder.result.is_file():
         return False
@@ -78,9 +78,9 @@ class Inputs:
     data: DataConfig
     """Data section of the trial's configuration, with the present location of the images."""
     cache_root: Path
-    pool: Prepared
+    pool: Index
     """Pool images at the size at which they are scored."""
-    test: Prepared
+    test: Index
     """Test images at the size at which they are scored."""
 
 
@@ -115,7 +115,7 @@ def evaluate(inputs: Inputs, evaluation: LoggedEvaluation) -> FinalResult:
         cv_fold_std=estimates.statistics[number].sd_folds,
         is_confirmed=number in record.confirmed(),
         corrected=estimates.corrected if number == estimates.winner else None,
-        predicted=estimates.predicted(number, n_test=test.n, n_runs=inputs.n_seeds),
+        predicted=estimates.predicted(number, n_test=len(test), n_runs=inputs.n_seeds),
         eval_size=record.config.eval_size,
         test=_intervals(means),
         per_seed={name: tuple(float(value) for value in values.mean(axis=1)) for name, values in scores.items()},
@@ -129,8 +129,8 @@ def evaluate(inputs: Inputs, evaluation: LoggedEvaluation) -> FinalResult:
         winner=estimates.winner,
         winner_against_default=estimates.gain(estimates.winner),
         is_default=record.is_default(trial),
-        n_test=test.n,
-        n_pool=inputs.pool.n,
+        n_test=len(test),
+        n_pool=len(inputs.pool),
     )
 
 
@@ -160,7 +160,7 @@ def _seed_scores(inputs: Inputs) -> dict[str, Floats]:
     return {name: np.stack([table[name] for table in tables]) for name in SCORES}
 
 
-def _official_scores(counts: Path, test: Prepared) -> dict[str, Floats]:
+def _official_scores(counts: Path, test: Index) -> dict[str, Floats]:
     table = score_table(test.ids, load_array(counts, ndim=2))
     return {name: table[name].to_numpy(np.float64) for name in COLUMNS}
 
@@ -207,6 +207,6 @@ def write(result: FinalResult, inputs: Inputs, **facts: Any) -> None:
     paths.write_json(folder.result, to_json(stored))
 
 
-def pack_submission(folder: FinalPaths, test: Prepared) -> None:
+def pack_submission(folder: FinalPaths, test: Index) -> None:
     """Write the masks of the test images as a zip file for submission to the challenge."""
     write_submission(folder.submission, ((image, read_mask(folder.masks / mask_name(image))) for image in test.ids))

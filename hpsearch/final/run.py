@@ -90,7 +90,7 @@ def run_final(
         stored = final.stored()
         result = stored or final.run(machine or MachineChoice())
         if submission:
-            pack_submission(final.folder, final.test)
+            pack_submission(final.folder, final.test.index)
         if tracker is not None and stored is None:
             final.say("delivering to MLflow")
             view = ViewThread(tracker.view(record.paths))
@@ -130,10 +130,8 @@ class _Final:
         self.seen = self.test
         if self.config.scored_data != self.config.data:
             self.seen = prepare_test(self.config.data, self.root, progress=self._decoded)
-        data, pool = self.config.data, self.caches.scored
-        self.inputs = Inputs(
-            record, trial, self.folder, self.n_seeds, self.ensemble, data, self.root, pool, self.test
-        )
+        data, pool, test = self.config.data, self.caches.scored.index, self.test.index
+        self.inputs = Inputs(record, trial, self.folder, self.n_seeds, self.ensemble, data, self.root, pool, test)
         for note in self.test.notes:
             self.say(f"note on the test split: {note}")
 
@@ -161,8 +159,8 @@ class _Final:
 
     def stored(self) -> FinalResult | None:
         """Return the result stored in the final's folder; None if it must be computed."""
-        pool, n_seeds = self.caches.scored, self.n_seeds
-        if not is_stored(self.folder, pool, self.test, n_seeds=n_seeds, ensemble=self.ensemble):
+        pool, test = self.inputs.pool, self.inputs.test
+        if not is_stored(self.folder, pool, test, n_seeds=self.n_seeds, ensemble=self.ensemble):
             return None
         evaluation = test_set_log.find_evaluation(self.project, FinalRecord.read(self.folder).look)
         if evaluation is None:
@@ -209,7 +207,7 @@ class _Final:
             if fit.fit.is_file():
                 self.say(f"{network} has been trained")
                 continue
-            self.say(f"training {network} on {self.caches.scored.n} images")
+            self.say(f"training {network} on {len(self.caches.scored.index)} images")
             seed = stable_seed(self.config.study.seed, "final", index)
             job = pool_job(self.trial, self.config, fit, self.caches, seed=seed)
             if do(job, on_epoch=partial(self._epoch_ended, index)) is None:
@@ -221,7 +219,7 @@ class _Final:
         if networks is not None:
             self.say("selecting threshold, flips and cleaning by out-of-fold predictions")
             searched = PoolCaches(record.config, self.root)
-            if searched.scored.ids != record.folds.ids:
+            if searched.scored.index.ids != record.folds.ids:
                 raise StudyChangedError(f"the images of study {record.name!r} have changed: put the old ones back")
             held_out = [tuple(record.folds.held_out(fold).tolist()) for fold in range(record.n_folds)]
             each = tuple(map(FoldNetwork, networks.weights, networks.others, held_out))
@@ -233,18 +231,19 @@ class _Final:
     def _score(self, do: RunJob, choices: Postprocessing, members: Sequence[Path]) -> None:
         """Write pixel counts and masks of the test images for the retrained networks and the fold ensemble."""
         folder, test, config = self.folder, self.test, self.trial.study_config
-        caches = jobs.CachePaths(self.seen.cache_path, test.cache_path if self.seen.key != test.key else None)
+        truth = test.cache_path if test.cache_path != self.seen.cache_path else None
+        caches = jobs.CachePaths(self.seen.cache_path, truth)
         count = partial(jobs.CountJob, config=config, caches=caches)
         for fit in map(folder.seed, range(self.n_seeds)):
             score = partial(count, postprocessing=Postprocessing(), counts=fit.test_counts, examples=fit.examples)
             do(score(weights=(fit.weights,)))
         shutil.rmtree(folder.masks, ignore_errors=True)
-        self.say(f"scoring the masks of {test.n} test images at their own resolution")
+        self.say(f"scoring the masks of {len(test.index)} test images at their own resolution")
         # The dataset may have moved since the cache was built, so locate the files again.
         samples = {sample.id: sample for sample in locate(self.config.data, self.root).split("test")}
-        images = tuple(jobs.ImageFiles(image, samples[image].image, samples[image].mask) for image in test.ids)
+        images = tuple(jobs.ImageFiles(image, samples[image].image, samples[image].mask) for image in test.index.ids)
         by_ensemble = choices.ensemble and bool(members)
-        official = partial(jobs.OfficialScoreJob, reading=test.reading, images=images)
+        official = partial(jobs.OfficialScoreJob, reading=test.index.preparation.reading, images=images)
         if choices != Postprocessing():
             do(count(weights=(folder.model,), postprocessing=choices, counts=folder.chosen_counts))
         masks = None if by_ensemble else folder.masks

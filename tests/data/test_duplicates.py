@@ -247,9 +247,9 @@ def test_pool_alone_is_read_from_the_cache_of_the_study_if_that_holds_whole_fram
 ):
     asked = []
 
-    def prepare(config: DataConfig, root: Path, *, role: str, progress: object) -> Prepared:
+    def prepare(config: DataConfig, root: Path, *, role: str) -> Prepared:
         asked.append(config)
-        return Prepared(tiny_cache.path, tiny_cache.key, tiny_cache.ids, tiny_cache.splits, (), (), 0.0)
+        return Prepared(tiny_cache.path, tiny_cache.index, (), ())
 
     monkeypatch.setattr(duplicates, "prepare_pool", prepare)
     find_in_dataset(config, tmp_path, with_test=False, sheet=tmp_path / "sheet.png")
