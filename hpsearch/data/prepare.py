@@ -19,7 +19,7 @@ from hpsearch.data.layouts import find_samples
 from hpsearch.data.sample import SAMPLE_VERSION, draw_sample
 from hpsearch.data.survey import decide_reading
 from hpsearch.errors import CacheError, DatasetError, StorageError
-from hpsearch.paths import ProjectPaths, storage_error
+from hpsearch.paths import ProjectPaths, refusals_named
 
 logger = logging.getLogger(__name__)
 
@@ -59,11 +59,9 @@ def prepare_pool(
             raise integrity.refusal(problems, dataset.flags)
         what = "test" if role == "test" else "training or validation"
         raise DatasetError(f"{dataset.root} has no {what} images: is a folder of that split missing or empty?")
-    try:
+    with refusals_named(cache_root):
         # Create the folder before decoding, so that an error is reported at once.
         cache_root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise storage_error(cache_root, error) from error
     with Decoders() as decoders:
         reading, reading_notes = decide_reading(dataset, config, cache_root, decoders)
         preparation = replace(preparation, reading=reading)

@@ -42,6 +42,12 @@ def numbers(prepared: Prepared) -> list[int]:
     return [int(id.removeprefix("ISIC_")) for id in prepared.index.ids]
 
 
+def test_a_cache_folder_that_is_a_file_is_named(tiny_archive: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_bytes(b"")
+    with pytest.raises(StorageError, match=r"cannot write .*cache: File exists"):
+        prepare_pool(DataConfig(root=str(tiny_archive)), tmp_path / "cache")
+
+
 class TestRoles:
     def test_pool_is_training_before_validation(self, tiny_archive: Path, root: Path) -> None:
         prepared = prepare_pool(DataConfig(root=str(tiny_archive), size=(24, 32)), root)
