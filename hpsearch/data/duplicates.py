@@ -24,7 +24,7 @@ from PIL import Image
 
 from hpsearch.config.data import GRAY_WEIGHTS, DataConfig
 from hpsearch.data.cache import Cache, open_cache
-from hpsearch.data.dataset import Sample, Split
+from hpsearch.data.dataset import Split
 from hpsearch.data.prepare import Role, locate, prepare_pool, prepare_test
 from hpsearch.paths import atomic_write
 
@@ -64,15 +64,15 @@ def find_near_duplicates(caches: Sequence[Cache]) -> tuple[DuplicatePair, ...]:
     """Return near-duplicates within the pool and between pool and test split, most similar first.
 
     `caches` are those of the pool and, if there is one, of the test split. Their images are uncropped and at least
-    64 x 64. In each pair, `a` comes before `b` in the caches. Exact copies have similarity 1 unless the image is
-    nearly uniform. Pairs within the test split are left out, because they leak nothing into training. The search
-    needs about 20 KB of memory per image.
+    64 x 64. In each pair, `a` comes before `b` in the caches. Byte-identical images are pairs of similarity 1, even
+    if they are uniform. Pairs within the test split are left out, because they leak nothing into training. The
+    search needs about 20 KB of memory per image.
     """
     samples = [sample for cache in caches for sample in cache.index.samples]
     if len(samples) < 2:
         return ()
+    found = dict.fromkeys(_byte_equal(caches), 1.0)
     fingerprints, details = map(np.concatenate, zip(*map(_describe, _batches(caches)), strict=True))
-    pairs = []
     proposals = _proposals(fingerprints, np.array([sample.split == "test" for sample in samples]))
     for orientation in range(8):
         proposed = sorted(pair for pair, value in proposals.items() if value == orientation)
@@ -81,8 +81,12 @@ def find_near_duplicates(caches: Sequence[Cache]) -> tuple[DuplicatePair, ...]:
             a, b = np.array(chunk).T
             for (i, j), value in zip(chunk, _similarity(details[a], _turned(details[b], orientation)), strict=True):
                 if value >= THRESHOLD:
-                    pairs.append(_pair(samples[i], samples[j], min(1.0, float(value))))
-    return tuple(sorted(pairs, key=_rank))
+                    found.setdefault((i, j), min(1.0, float(value)))
+    pairs = [
+        DuplicatePair(samples[i].id, samples[j].id, samples[i].split, samples[j].split, similarity)
+        for (i, j), similarity in found.items()
+    ]
+    return tuple(sorted(pairs, key=lambda pair: (-pair.similarity, pair.a, pair.b)))
 
 
 def find_in_dataset(
@@ -95,47 +99,34 @@ def find_in_dataset(
 ) -> tuple[DuplicatePair, ...]:
     """Return the near-duplicates of the dataset in `config`, and write them as a contact sheet if `sheet` is given.
 
-    Byte-identical images are pairs of similarity 1, even if they are uniform. The study's caches are used if they
-    have uncropped images of at least 64 x 64. Otherwise, small caches are built. With `with_test=False`, the images
-    of the test split are not compared. Raises the same errors as `prepare_pool`.
+    The study's caches are used if they have uncropped images of at least 64 x 64. Otherwise, small caches are built.
+    With `with_test=False`, the images of the test split are not compared. Raises the same errors as `prepare_pool`.
     """
     if config.match != "resize" or min(config.cached_size) < _SIDE:
         config = replace(config, match="resize", size=2 * _SIDE, cache_size=0)
     caches = [open_cache(prepare_pool(config, cache_root, role=role).cache_path)]
     if with_test and locate(config, cache_root).split("test"):
         caches.append(open_cache(prepare_test(config, cache_root).cache_path))
-    equal = _byte_equal(caches)
-    known = {(pair.a, pair.b) for pair in equal}
-    near = [pair for pair in find_near_duplicates(caches) if (pair.a, pair.b) not in known]
-    pairs = tuple(sorted([*equal, *near], key=_rank))
+    pairs = find_near_duplicates(caches)
     if sheet is not None and pairs:
         write_contact_sheet(sheet, pairs, caches)
     return pairs
 
 
-def _rank(pair: DuplicatePair) -> tuple[float, str, str]:
-    return -pair.similarity, pair.a, pair.b
-
-
-def _pair(a: Sample, b: Sample, similarity: float) -> DuplicatePair:
-    return DuplicatePair(a.id, b.id, a.split, b.split, similarity)
-
-
-def _byte_equal(caches: Sequence[Cache]) -> list[DuplicatePair]:
-    """Return pairs of byte-identical images. Every image that has a copy is in at least one pair.
+def _byte_equal(caches: Sequence[Cache]) -> set[tuple[int, int]]:
+    """Return the pairs (i, j) of byte-identical images with i < j. Every image that has a copy is in at least one.
 
     Each image is paired with its first copy in the pool, and each pool image also with its first copy in the test
-    split. The number of pairs is therefore linear in the number of images. The pool image comes first in a pair.
+    split. The number of pairs is therefore linear in the number of images.
     """
     images = [pair for cache in caches for pair in cache.index.pairs]
-    samples, sha256 = [sample for sample, _ in images], [stats.image_sha256 for _, stats in images]
-    pool = [i for i, sample in enumerate(samples) if sample.split != "test"]
-    test = [i for i, sample in enumerate(samples) if sample.split == "test"]
+    sha256 = [stats.image_sha256 for _, stats in images]
+    pool = [i for i, (sample, _) in enumerate(images) if sample.split != "test"]
+    test = [i for i, (sample, _) in enumerate(images) if sample.split == "test"]
     # The indices are reversed, so that the first index of each content is kept.
     in_pool, in_test = ({sha256[i]: i for i in reversed(part)} for part in (pool, test))
     found = {(in_pool[sha256[j]], j) for j in [*pool, *test] if in_pool.get(sha256[j], j) != j}
-    found |= {(i, in_test[sha256[i]]) for i in pool if sha256[i] in in_test}
-    return [_pair(samples[i], samples[j], 1.0) for i, j in found]
+    return found | {(i, in_test[sha256[i]]) for i in pool if sha256[i] in in_test}
 
 
 def write_contact_sheet(path: Path, pairs: Sequence[DuplicatePair], caches: Sequence[Cache]) -> None:

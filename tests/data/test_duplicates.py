@@ -12,6 +12,7 @@ from hpsearch.config.data import DataConfig
 from hpsearch.data import duplicates
 from hpsearch.data.cache import Cache, Index, Preparation
 from hpsearch.data.dataset import Sample, Split
+from hpsearch.data.decode_pool import ImageStats
 from hpsearch.data.duplicates import DuplicatePair, find_in_dataset, find_near_duplicates, write_contact_sheet
 from hpsearch.data.folds import connected
 from hpsearch.data.prepare import Prepared
@@ -78,11 +79,13 @@ class Images(Cache):
     def __init__(self, images: NDArray[np.uint8], ids: Iterable[str], splits: Iterable[Split] | None = None) -> None:
         self.images = images
         self.ids = tuple(ids)
-        samples = (
+        samples = tuple(
             Sample(id, Path(), Path(), split)
             for id, split in zip(self.ids, splits or ["train"] * len(self.ids), strict=True)
         )
-        self.index = Index("", "memory", Preparation(*images.shape[1:3], ("resize",)), tuple(samples), (), ())
+        # Copies are not byte-identical, so that the search has to find them.
+        stats = tuple(ImageStats(*images.shape[1:3], image_sha256=id) for id in self.ids)
+        self.index = Index("", "memory", Preparation(*images.shape[1:3], ("resize",)), samples, stats, ())
 
     def read(self, indices, *, held_out=False):
         return self.images[indices], np.zeros((len(indices), *self.images.shape[1:3]), np.uint8)
@@ -141,7 +144,7 @@ def test_frame_that_was_cropped_a_little_is_found(scenes, ids):
     assert names(pairs) == {("image05", "copy")}
 
 
-def test_byte_equal_images_have_similarity_one(scenes):
+def test_equal_pixels_have_similarity_one(scenes):
     (pair,) = find_near_duplicates([Images(scenes[[0, 1, 0]], "abc", ["train", "val", "val"])])
     assert (pair.a, pair.b, pair.split_a, pair.split_b) == ("a", "c", "train", "val")
     assert pair.similarity == pytest.approx(1.0, abs=1e-5)
