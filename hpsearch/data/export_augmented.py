@@ -72,7 +72,7 @@ def export_augmented(
     Raises ConfigError if [augment] changes nothing, DatasetError if the folder exists or images are unusable
     (`data.exclude_bad` leaves them out), and StorageError if the files cannot be written.
     """
-    augment, seed = replace(config.augment, crop=False), config.study.seed
+    augment = replace(config.augment, crop=False)
     root = dataset.root.resolve()
     target = target or root.with_name(f"{root.name}_Aug")
     if augment == AugmentConfig(hflip=0):
@@ -87,7 +87,7 @@ def export_augmented(
     pairs = _pairs(dataset, partial, copies)
     groups = load_groups(config.data) or {}
     reading, _ = decide_reading(dataset, config.data, cache_root)
-    settings = {"of": root.name, "copies": copies, "seed": seed, "augment": asdict(augment)}
+    settings = {"of": root.name, "copies": copies, "seed": config.study.seed, "augment": asdict(augment)}
     if reading.key():
         settings["reading"] = reading.for_images()
     with refusals_named(partial):
@@ -95,7 +95,7 @@ def export_augmented(
         for folder in {path.parent for pair in pairs for path in (pair.image, pair.mask)}:
             folder.mkdir(parents=True)
         write_json(partial / AUGMENTATION, settings)
-        damaged = _write_all(pairs, augment, reading, seed, progress, exclude_bad=config.data.exclude_bad)
+        damaged = _write_all(pairs, augment, config, reading, progress)
         with (partial / AUGMENTED_GROUPS).open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
             table.writerow(["image", "original"])
@@ -152,23 +152,17 @@ def _is_jpeg(path: Path) -> bool:
 
 
 def _write_all(
-    pairs: list[_Pair],
-    augment: AugmentConfig,
-    reading: Reading,
-    seed: int,
-    progress: Progress | None,
-    *,
-    exclude_bad: bool,
+    pairs: list[_Pair], augment: AugmentConfig, config: StudyConfig, reading: Reading, progress: Progress | None
 ) -> set[str]:
-    """Write all augmented versions, using all cores. Return the ids of unusable images if `exclude_bad` is set."""
+    """Write all augmented versions, using all cores. Return the ids of the images left out by `data.exclude_bad`."""
     gate, damaged = MemoryGate(WORKING_BYTES), set()
     changed = [pair for pair in pairs if pair.copy > 0]
 
     def write(pair: _Pair) -> None:
         try:
-            _write(pair, augment, reading, seed, gate)
+            _write(pair, augment, config.study.seed, reading, gate)
         except DecodeError as error:
-            if not exclude_bad:
+            if not config.data.exclude_bad:
                 raise
             logger.warning("left out %s: %s", pair.sample.id, error)
             damaged.add(pair.sample.id)
@@ -193,7 +187,7 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _write(pair: _Pair, augment: AugmentConfig, reading: Reading, seed: int, gate: MemoryGate) -> None:
+def _write(pair: _Pair, augment: AugmentConfig, seed: int, reading: Reading, gate: MemoryGate) -> None:
     """Write the image and the mask of one augmented version."""
     sample = pair.sample
     _, size = open_pair(sample.image, sample.mask, reading)
