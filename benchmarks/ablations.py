@@ -169,9 +169,9 @@ def fit_arm(arm: Arm, seed: int, root: str, out: Path, threads: int | None = Non
     """One fit: mean Dice, Jaccard, accuracy of its held-out images, its training curves, its seconds."""
     config = load(None, [*BASE, *arm.overrides, f"data.root={root}"])
     prepared = prepare_pool(config.data, out / "cache")
-    order = np.random.default_rng(seed).permutation(prepared.n)
-    if prepared.n < N_HELD_OUT + arm.n_train:
-        raise SystemExit(f"{root} has {prepared.n} pool images, {arm.name} needs {N_HELD_OUT + arm.n_train}")
+    order = np.random.default_rng(seed).permutation(len(prepared.index))
+    if len(prepared.index) < N_HELD_OUT + arm.n_train:
+        raise SystemExit(f"{root} has {len(prepared.index)} pool images, {arm.name} needs {N_HELD_OUT + arm.n_train}")
     held_out, train = np.sort(order[:N_HELD_OUT]), np.sort(order[N_HELD_OUT : N_HELD_OUT + arm.n_train])
     runtime = make_runtime(amp=config.train.amp, compile=config.train.compile, threads=threads)
     data = DeviceData(open_cache(prepared.cache_path), runtime.device)

@@ -47,7 +47,7 @@ BEHIND = {
     "report": "hpsearch.report.page.write_report",
     "track": "hpsearch.tracking.MlflowView.update, hpsearch.tracking.MlflowView.rebuild",
     "data check": "hpsearch.data.integrity.check, hpsearch.data.duplicates.find_in_dataset",
-    "data cache": "hpsearch.data.prepare.prepare_pool, hpsearch.data.comparison.compare_caches",
+    "data cache": "hpsearch.data.prepare.prepare_pool",
     "data augment": "hpsearch.data.export_augmented.export_augmented",
     "data sample": "hpsearch.data.sample.draw_sample",
     "data download": "hpsearch.data.download.download",

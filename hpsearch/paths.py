@@ -47,7 +47,10 @@ _STUDY_NAME = re.compile(r"[^\W_][\w .+-]{0,79}")
 _CHECKSUM = "sha256"
 """Key of the checksum in a JSON file."""
 _REFUSALS = frozenset(
-    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.ESTALE}
+    {
+        *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE),
+        *(errno.ENOTDIR, errno.EEXIST),
+    }
 )
 """Error numbers that mean that a disk or file server refuses to write."""
 

@@ -11,7 +11,6 @@ from hpsearch import paths
 from hpsearch.config import StudyConfig
 from hpsearch.data import duplicates
 from hpsearch.data import folds as fold_making
-from hpsearch.data.cache import open_cache
 from hpsearch.data.prepare import PoolCaches, cache_root, count_pool
 from hpsearch.errors import CacheError, StorageError, StudyChangedError
 from hpsearch.paths import ProjectPaths, StudyPaths
@@ -112,7 +111,7 @@ def run_study(
                     view.wake()
 
             coordinator = Coordinator(record, pool, plan, caches, callback, stop, wake_views)
-            callback.planned(record, plan, forecast(record, plan, caches.scored.n))
+            callback.planned(record, plan, forecast(record, plan, len(caches.scored.index)))
             try:
                 coordinator.resume()
                 run(pool, coordinator)
@@ -199,24 +198,29 @@ def _require_same_images(
     study: StudyPaths, record: StudyRecord | None, config: StudyConfig, caches: PoolCaches, callback: StudyCallback
 ) -> StudyRecord:
     """Begin a new study, or check that the images are those from which the study's folds were made."""
-    prepared = caches.scored
+    pool = caches.scored.index
     if record is None or not record.has_folds:
-        groups: Mapping[str, str] | None = fold_making.load_groups(config.data)
+        pairs = None
         if config.data.group_duplicates:
-            pairs = duplicates.find_in_dataset(config.data, cache_root(study.project, config), with_test=False)
-            logger.info("%d near-duplicate pairs are kept in one fold each", len(pairs))
-            groups = duplicates.groups_of(pairs, prepared.ids, groups)
-        cache, settings = open_cache(prepared.cache_path), config.study
+            found = duplicates.find_in_dataset(config.data, cache_root(study.project, config), with_test=False)
+            logger.info("%d near-duplicate pairs are kept in one fold each", len(found))
+            pairs = [(pair.a, pair.b) for pair in found]
         folds = fold_making.make_folds(
-            prepared.ids, prepared.splits, cache.sha256, folds=settings.folds, seed=settings.seed, groups=groups
+            pool.ids,
+            [sample.split for sample in pool.samples],
+            [stats.image_sha256 for stats in pool.stats],
+            folds=config.study.folds,
+            seed=config.study.seed,
+            groups=fold_making.load_groups(config.data),
+            duplicates=pairs,
         )
-        for note in fold_making.lesion_notes(folds, [each.view_foreground > 0 for each in cache.index.stats]):
+        for note in fold_making.lesion_notes(folds, [each.view_foreground > 0 for each in pool.stats]):
             callback.message(f"note: {note}")
         # Create the study only now, so that a first start that fails because of its data leaves no study behind.
         record = record or StudyRecord.create(study, config)
-        record.write_folds(folds, prepared.key)
-    if record.folds.ids != prepared.ids or record.data_key() != prepared.key:
-        before, after = set(record.folds.ids), set(prepared.ids)
+        record.write_folds(folds, pool.key)
+    if record.folds.ids != pool.ids or record.data_key() != pool.key:
+        before, after = set(record.folds.ids), set(pool.ids)
         what = f"{len(before - after)} are gone, {len(after - before)} are new" if before != after else "content"
         raise StudyChangedError(
             f"the images in {config.data.images or config.data.root} are not those that study {record.name!r} was "

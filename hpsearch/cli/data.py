@@ -78,25 +78,15 @@ def _print_report(report: CheckReport) -> None:
 @data.command("cache")
 @out_option
 @config_options
-@click.option("--compare", is_flag=True, help="Build and read every kind of cache, and compare time and memory.")
-def cache(project: ProjectPaths, settings: Settings, compare: bool) -> None:
-    """Build the cache that a study would use, or compare the kinds of cache."""
-    from hpsearch.data.comparison import compare_caches
+def cache(project: ProjectPaths, settings: Settings) -> None:
+    """Build the cache that a study would use."""
     from hpsearch.data.prepare import PoolCaches, cache_root
 
     study = settings.load()
-    root = cache_root(project, study)
-    if not compare:
-        caches = PoolCaches(study, root, progress=counter("decoding images"))
-        caches.prepare_listed(study)
-        for (height, width), prepared in caches.made.items():
-            click.echo(f"{prepared.n} images, {height}x{width}: {prepared.cache_path}, {prepared.seconds:.1f} s")
-        return
-    rows = []
-    for row in compare_caches(study.data, root, progress=lambda kind: click.echo(f"measuring {kind}", err=True)):
-        sizes = [f"{n_bytes / 2**20:.0f} MiB" for n_bytes in (row.memory_bytes, row.disk_bytes)]
-        rows.append((row.kind, f"{row.build_s:.1f} s", f"{row.epoch_s:.3f} s", *sizes, f"{row.speedup:.0f}x"))
-    echo_table(("cache", "build", "epoch", "memory", "disk", "speed-up over decoding"), rows)
+    caches = PoolCaches(study, cache_root(project, study), progress=counter("decoding images"))
+    caches.prepare_listed(study)
+    for (height, width), prepared in caches.made.items():
+        click.echo(f"{len(prepared.index)} images, {height}x{width}: {prepared.cache_path}")
 
 
 @data.command("augment")
@@ -115,24 +105,12 @@ def augment(project: ProjectPaths, settings: Settings, copies: int, target: Path
         hpsearch study --data ISIC-2017_Aug
     """
     from hpsearch.data.export_augmented import export_augmented
-    from hpsearch.data.folds import load_groups
     from hpsearch.data.prepare import cache_root, locate
-    from hpsearch.data.survey import decide_reading
 
     config = settings.load()
     root = cache_root(project, config)
-    dataset = locate(config.data, root)
-    folder = export_augmented(
-        dataset,
-        config.augment,
-        copies=copies,
-        seed=config.study.seed,
-        target=target,
-        groups=load_groups(config.data),
-        reading=decide_reading(dataset, config.data, root).reading,
-        exclude_bad=config.data.exclude_bad,
-        progress=counter("writing augmented images"),
-    )
+    dataset, progress = locate(config.data, root), counter("writing augmented images")
+    folder = export_augmented(dataset, config, root, copies=copies, target=target, progress=progress)
     changes = ", ".join(f"{name} {value:g}" for name, value in asdict(config.augment).items() if value)
     n_train = len(dataset.split("train"))
     click.echo(

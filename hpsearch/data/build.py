@@ -18,7 +18,7 @@ from hpsearch.data.cache import INDEX, Cache, Index, Kind, PixelFiles, Preparati
 from hpsearch.data.dataset import Problem, Sample
 from hpsearch.data.decode_pool import DecodeError, Decoders, ImageStats, Pixels
 from hpsearch.errors import CacheError, DatasetError
-from hpsearch.paths import atomic_write, free_bytes, storage_error
+from hpsearch.paths import atomic_write, free_bytes, refusals_named
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +44,9 @@ def build_cache(
     """
     key = cache_key(samples, preparation)
     n_bytes = len(samples) * len(preparation.views) * preparation.height * preparation.width * 4
-    folder = cache_root
-    try:
-        chosen = _choose_kind(key, n_bytes, cache_root) if kind == "auto" else kind
-        folder = cache_root / f"{key}-{chosen}"
+    chosen = _choose_kind(key, n_bytes, cache_root) if kind == "auto" else kind
+    folder = cache_root / f"{key}-{chosen}"
+    with refusals_named(folder):
         if _is_ready(folder, samples):
             # Check without the lock, because a shared cache may be in a folder that this user cannot write to.
             return folder
@@ -63,8 +62,6 @@ def build_cache(
                     )
                 with nullcontext(decoders) if decoders is not None else Decoders() as decoding:
                     _build(samples, preparation, chosen, folder, decoding, progress)
-    except OSError as error:
-        raise storage_error(folder, error) from error
     return folder
 
 

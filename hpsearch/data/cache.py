@@ -79,6 +79,13 @@ class Index:
     problems: tuple[Problem, ...]
     """Problems of the unusable pairs, which are not in the cache."""
 
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        return tuple(sample.id for sample in self.samples)
+
     @property
     def pairs(self) -> list[tuple[Sample, ImageStats]]:
         """Samples with their stats."""
@@ -142,7 +149,7 @@ class Cache:
         self.path = folder
         self.index = index
         self.key, self.kind = index.key, index.kind
-        self.ids = tuple(sample.id for sample in index.samples)
+        self.ids = index.ids
         self.splits = tuple(sample.split for sample in index.samples)
         self.sha256 = tuple(stats.image_sha256 for stats in index.stats)
         """SHA-256 of each image file's content, in hexadecimal."""

@@ -16,7 +16,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,19 +119,41 @@ def open_pair(
     return files, size
 
 
-def decode_job(
-    job: Job, admitted: Callable[[int], AbstractContextManager[object]] = nullcontext
-) -> tuple[ImageStats, list[Pixels]]:
+class MemoryGate:
+    """Limit the total memory that threads use at the same time.
+
+    A thread waits until its memory fits within the limit. If no other thread holds memory, it does not wait.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._held_bytes = 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def admitted(self, n_bytes: int) -> Iterator[None]:
+        """Wait until `n_bytes` fit within the limit, and reserve them for the duration of the block."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._held_bytes or self._held_bytes + n_bytes <= self._limit_bytes)
+            self._held_bytes += n_bytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._held_bytes -= n_bytes
+                self._changed.notify_all()
+
+
+def decode_job(job: Job, gate: MemoryGate) -> tuple[ImageStats, list[Pixels]]:
     """Run `job` and return its stats and the pixels of its views. Raise DecodeError if the pair is unusable.
 
-    `admitted` is called with the number of bytes that decoding needs. Decoding takes place inside the context that
-    it returns.
+    Decoding waits until `gate` admits the memory that it needs.
     """
     files, size = open_pair(job.image, job.mask, job.reading)
     stats: dict[str, Any] = {}
     images: list[Tensor] = []
     masks: list[Tensor] = []
-    with admitted(BYTES_PER_PIXEL * math.prod(size)):
+    with gate.admitted(BYTES_PER_PIXEL * math.prod(size)):
         if job.image is not None:
             image, stats["largest"] = _decode_image(files[0], job.reading)
             if job.measure:
@@ -261,31 +283,6 @@ def _moments(image: NDArray[np.uint8]) -> tuple[int, ...]:
     return tuple(map(int, sums))
 
 
-class MemoryGate:
-    """Limit the total memory that threads use at the same time.
-
-    A thread waits until its memory fits within the limit. If no other thread holds memory, it does not wait.
-    """
-
-    def __init__(self, limit_bytes: int) -> None:
-        self._limit_bytes = limit_bytes
-        self._held_bytes = 0
-        self._changed = threading.Condition()
-
-    @contextmanager
-    def admitted(self, n_bytes: int) -> Iterator[None]:
-        """Wait until `n_bytes` fit within the limit, and reserve them for the duration of the block."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._held_bytes or self._held_bytes + n_bytes <= self._limit_bytes)
-            self._held_bytes += n_bytes
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._held_bytes -= n_bytes
-                self._changed.notify_all()
-
-
 def main(n_threads: int) -> None:
     """Read lists of jobs from standard input until it ends, and write the results to standard output in order."""
     # Ctrl-C is sent to the whole process group, but the parent decides when this process ends.
@@ -298,7 +295,7 @@ def main(n_threads: int) -> None:
 
     def answer(job: Job) -> tuple[ImageStats | DecodeError, list[Pixels]]:
         try:
-            return decode_job(job, gate.admitted)
+            return decode_job(job, gate)
         except DecodeError as error:
             return error, []
 

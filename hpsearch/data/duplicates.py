@@ -14,7 +14,7 @@ Different photographs of the same lesion are not found. Use a table of patients 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,15 +23,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hpsearch.config.data import GRAY_WEIGHTS, DataConfig
-from hpsearch.data.build import Progress
 from hpsearch.data.cache import Cache, open_cache
 from hpsearch.data.dataset import Split
-from hpsearch.data.folds import connected_components, require_groups
 from hpsearch.data.prepare import Role, locate, prepare_pool, prepare_test
 from hpsearch.paths import atomic_write
-
-Images = NDArray[np.uint8] | Cache
-"""Images as an array (N, H, W, 3) uint8, possibly memory-mapped, or as a cache. They are read in small batches."""
 
 THRESHOLD = 0.65
 """Minimum similarity of near-duplicates. In ISIC-2017, true pairs are above 0.72 and other pairs below 0.64."""
@@ -65,38 +60,33 @@ class DuplicatePair:
         return (self.split_a == "test") != (self.split_b == "test")
 
 
-def find_near_duplicates(
-    images: Images | Sequence[Images],
-    ids: Sequence[str],
-    splits: Sequence[Split],
-    *,
-    threshold: float = THRESHOLD,
-) -> tuple[DuplicatePair, ...]:
+def find_near_duplicates(caches: Sequence[Cache]) -> tuple[DuplicatePair, ...]:
     """Return near-duplicates within the pool and between pool and test split, most similar first.
 
-    `images` is one array or cache, or a sequence of them (pool, test), in the order of `ids` and `splits`. The images
-    are uncropped and at least 64 x 64. In each pair, `a` comes before `b` in `ids`. Exact copies have similarity 1
-    unless the image is nearly uniform. Pairs within the test split are left out, because they leak nothing into
-    training. The search needs about 20 KB of memory per image.
+    `caches` are those of the pool and, if there is one, of the test split. Their images are uncropped and at least
+    64 x 64. In each pair, `a` comes before `b` in the caches. Byte-identical images are pairs of similarity 1, even
+    if they are uniform. Pairs within the test split are left out, because they leak nothing into training. The
+    search needs about 20 KB of memory per image.
     """
-    sources = _sources(images)
-    n = sum(map(len, sources))
-    if not len(ids) == len(splits) == n:
-        raise ValueError(f"{n} images, {len(ids)} ids, {len(splits)} splits")
-    if n < 2:
+    samples = [sample for cache in caches for sample in cache.index.samples]
+    if len(samples) < 2:
         return ()
-    fingerprints, details = map(np.concatenate, zip(*map(_describe, _batches(sources)), strict=True))
-    pairs = []
-    proposals = _proposals(fingerprints, np.array([split == "test" for split in splits]))
+    found = dict.fromkeys(_byte_equal(caches), 1.0)
+    fingerprints, details = map(np.concatenate, zip(*map(_describe, _batches(caches)), strict=True))
+    proposals = _proposals(fingerprints, np.array([sample.split == "test" for sample in samples]))
     for orientation in range(8):
         proposed = sorted(pair for pair, value in proposals.items() if value == orientation)
         for start in range(0, len(proposed), _CHUNK):
             chunk = proposed[start : start + _CHUNK]
             a, b = np.array(chunk).T
             for (i, j), value in zip(chunk, _similarity(details[a], _turned(details[b], orientation)), strict=True):
-                if value >= threshold:
-                    pairs.append(DuplicatePair(ids[i], ids[j], splits[i], splits[j], min(1.0, float(value))))
-    return tuple(sorted(pairs, key=_rank))
+                if value >= THRESHOLD:
+                    found.setdefault((i, j), min(1.0, float(value)))
+    pairs = [
+        DuplicatePair(samples[i].id, samples[j].id, samples[i].split, samples[j].split, similarity)
+        for (i, j), similarity in found.items()
+    ]
+    return tuple(sorted(pairs, key=lambda pair: (-pair.similarity, pair.a, pair.b)))
 
 
 def find_in_dataset(
@@ -106,107 +96,64 @@ def find_in_dataset(
     with_test: bool,
     role: Role = "search",
     sheet: Path | None = None,
-    progress: Progress | None = None,
 ) -> tuple[DuplicatePair, ...]:
     """Return the near-duplicates of the dataset in `config`, and write them as a contact sheet if `sheet` is given.
 
-    Byte-identical images are pairs of similarity 1, even if they are uniform. The study's caches are used if they
-    have uncropped images of at least 64 x 64. Otherwise, small caches are built. With `with_test=False`, the images
-    of the test split are not compared. Raises the same errors as `prepare_pool`.
+    The study's caches are used if they have uncropped images of at least 64 x 64. Otherwise, small caches are built.
+    With `with_test=False`, the images of the test split are not compared. Raises the same errors as `prepare_pool`.
     """
     if config.match != "resize" or min(config.cached_size) < _SIDE:
         config = replace(config, match="resize", size=2 * _SIDE, cache_size=0)
-    caches = [open_cache(prepare_pool(config, cache_root, role=role, progress=progress).cache_path)]
+    caches = [open_cache(prepare_pool(config, cache_root, role=role).cache_path)]
     if with_test and locate(config, cache_root).split("test"):
-        caches.append(open_cache(prepare_test(config, cache_root, progress=progress).cache_path))
-    ids = [name for cache in caches for name in cache.ids]
-    splits = [split for cache in caches for split in cache.splits]
-    equal = _byte_equal(ids, splits, [sha256 for cache in caches for sha256 in cache.sha256])
-    known = {(pair.a, pair.b) for pair in equal}
-    near = [pair for pair in find_near_duplicates(caches, ids, splits) if (pair.a, pair.b) not in known]
-    pairs = tuple(sorted([*equal, *near], key=_rank))
+        caches.append(open_cache(prepare_test(config, cache_root).cache_path))
+    pairs = find_near_duplicates(caches)
     if sheet is not None and pairs:
-        write_contact_sheet(sheet, pairs, caches, ids)
+        write_contact_sheet(sheet, pairs, caches)
     return pairs
 
 
-def _rank(pair: DuplicatePair) -> tuple[float, str, str]:
-    return -pair.similarity, pair.a, pair.b
-
-
-def _byte_equal(ids: Sequence[str], splits: Sequence[Split], sha256: Sequence[str]) -> list[DuplicatePair]:
-    """Return pairs of byte-identical images. Every image that has a copy is in at least one pair.
+def _byte_equal(caches: Sequence[Cache]) -> set[tuple[int, int]]:
+    """Return the pairs (i, j) of byte-identical images with i < j. Every image that has a copy is in at least one.
 
     Each image is paired with its first copy in the pool, and each pool image also with its first copy in the test
-    split. The number of pairs is therefore linear in the number of images. The pool image comes first in a pair.
+    split. The number of pairs is therefore linear in the number of images.
     """
-    pool = [i for i, split in enumerate(splits) if split != "test"]
-    test = [i for i, split in enumerate(splits) if split == "test"]
+    images = [pair for cache in caches for pair in cache.index.pairs]
+    sha256 = [stats.image_sha256 for _, stats in images]
+    pool = [i for i, (sample, _) in enumerate(images) if sample.split != "test"]
+    test = [i for i, (sample, _) in enumerate(images) if sample.split == "test"]
     # The indices are reversed, so that the first index of each content is kept.
     in_pool, in_test = ({sha256[i]: i for i in reversed(part)} for part in (pool, test))
     found = {(in_pool[sha256[j]], j) for j in [*pool, *test] if in_pool.get(sha256[j], j) != j}
-    found |= {(i, in_test[sha256[i]]) for i in pool if sha256[i] in in_test}
-    return [DuplicatePair(ids[i], ids[j], splits[i], splits[j], 1.0) for i, j in found]
+    return found | {(i, in_test[sha256[i]]) for i in pool if sha256[i] in in_test}
 
 
-def groups_of(
-    pairs: Iterable[DuplicatePair], ids: Iterable[str], groups: Mapping[str, str] | None = None
-) -> dict[str, str]:
-    """Return the group of each id. Images that are connected by `pairs`, directly or indirectly, share a group.
-
-    A group is named after its smallest id. If `groups` (id to lesion or patient) is given, images of one lesion or
-    patient are connected too, and two patients that share a duplicate become one group. Raises DatasetError if an id
-    is missing in `groups`.
-    """
-    wanted = sorted(set(ids))
-    edges = [(pair.a, pair.b) for pair in pairs]
-    if groups is not None:
-        require_groups(wanted, groups)
-        first: dict[str, str] = {}
-        edges += [(name, first.setdefault(groups[name], name)) for name in wanted]
-    names = dict.fromkeys([*wanted, *(name for edge in edges for name in edge)])
-    number = {name: i for i, name in enumerate(names)}
-    components = connected_components(len(number), [(number[a], number[b]) for a, b in edges])
-    # `wanted` is sorted, so the first id of a component is its smallest.
-    smallest: dict[int, str] = {}
-    return {name: smallest.setdefault(components[number[name]], name) for name in wanted}
-
-
-def write_contact_sheet(
-    path: Path, pairs: Sequence[DuplicatePair], images: Images | Sequence[Images], ids: Sequence[str]
-) -> None:
+def write_contact_sheet(path: Path, pairs: Sequence[DuplicatePair], caches: Sequence[Cache]) -> None:
     """Write the images of `pairs` to one PNG with four pairs per row. The two images of a pair are side by side.
 
-    `images` and `ids` are the same as for `find_near_duplicates`. Each image is drawn at 160 x 160 pixels. If `pairs`
-    is empty, the PNG is white.
+    `caches` are the same as for `find_near_duplicates`. Each image is drawn at 160 x 160 pixels.
     """
-    place = dict(zip(ids, ((source, i) for source in _sources(images) for i in range(len(source))), strict=True))
+    place = {id: (cache, i) for cache in caches for i, id in enumerate(cache.ids)}
     side, gap, columns = 160, 6, 4
     width, height = 2 * side + gap, side + gap
-    n_rows, n_columns = max(1, -(-len(pairs) // columns)), max(1, min(columns, len(pairs)))
+    n_rows, n_columns = -(-len(pairs) // columns), min(columns, len(pairs))
     sheet = Image.new("RGB", (n_columns * width + gap, n_rows * height + gap), "white")
     for number, pair in enumerate(pairs):
         row, column = divmod(number, columns)
         for name, left in ((pair.a, gap), (pair.b, gap + side)):
-            source, index = place[name]
-            tile = Image.fromarray(_read(source, np.array([index]))[0]).resize((side, side), Image.Resampling.NEAREST)
+            cache, index = place[name]
+            images, _ = cache.read(np.array([index]))
+            tile = Image.fromarray(images[0]).resize((side, side), Image.Resampling.NEAREST)
             sheet.paste(tile, (column * width + left, row * height + gap))
     with atomic_write(path) as temporary:
         sheet.save(temporary, "PNG")
 
 
-def _sources(images: Images | Sequence[Images]) -> list[Images]:
-    return [images] if isinstance(images, np.ndarray | Cache) else list(images)
-
-
-def _read(source: Images, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
-    return source.read(indices)[0] if isinstance(source, Cache) else np.asarray(source[indices])
-
-
-def _batches(sources: Iterable[Images]) -> Iterator[NDArray[np.uint8]]:
-    for source in sources:
-        for start in range(0, len(source), 16):
-            yield _read(source, np.arange(start, min(start + 16, len(source))))
+def _batches(caches: Sequence[Cache]) -> Iterator[NDArray[np.uint8]]:
+    for cache in caches:
+        for start in range(0, len(cache), 16):
+            yield cache.read(np.arange(start, min(start + 16, len(cache))))[0]
 
 
 def _describe(images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

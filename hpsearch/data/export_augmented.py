@@ -14,7 +14,6 @@ import hashlib
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,13 +22,15 @@ import numpy as np
 import torch
 from torchvision.io import encode_jpeg, encode_png
 
-from hpsearch.config.data import AugmentConfig, DataConfig
+from hpsearch.config import StudyConfig
+from hpsearch.config.data import AugmentConfig
 from hpsearch.cores import available_cores
 from hpsearch.data.augment import augment_batch, draw_changes
+from hpsearch.data.build import Progress
 from hpsearch.data.dataset import Dataset, Sample
 from hpsearch.data.decode import MemoryGate, open_pair, read_pair
 from hpsearch.data.decode_pool import DecodeError
-from hpsearch.data.folds import AUGMENTATION, AUGMENTED_GROUPS
+from hpsearch.data.folds import AUGMENTATION, AUGMENTED_GROUPS, load_groups
 from hpsearch.data.formats import FORMATS
 from hpsearch.data.integrity import refusal
 from hpsearch.data.reading import Reading
@@ -50,44 +51,43 @@ WORKING_BYTES = 2**30
 
 def export_augmented(
     dataset: Dataset,
-    augment: AugmentConfig,
+    config: StudyConfig,
+    cache_root: Path | None = None,
     *,
     copies: int = 1,
-    seed: int = 0,
     target: Path | None = None,
-    groups: Mapping[str, str] | None = None,
-    reading: Reading | None = None,
-    exclude_bad: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """Write `dataset` with `copies` augmented versions of every training image, and return the new folder.
 
     The new folder is `target`. By default it is next to the dataset and has the same name followed by `_Aug`. Files
     are written to a hidden folder, which is renamed at the end. The next call replaces an unfinished hidden folder.
 
-    The augmentation of an image depends only on `seed`, its id and the number of the copy. `augment.crop` is ignored,
-    and `augment.blur` is in pixels of the original image. `groups` (id to patient or lesion) is written to
-    groups.csv. `reading` defaults to the rules that DataConfig() gives. It is stored in the new dataset and applies
-    to its original images too. `progress` is called with the number of augmented versions (done, total).
+    The section [augment] of `config` defines the changes. `augment.crop` is ignored, and `augment.blur` is in pixels
+    of the original image. The augmentation of an image depends only on `study.seed`, its id and the number of the
+    copy. The groups of [data] are written to groups.csv. The files are decoded as [data] says. These rules are stored
+    in the new dataset and apply to its original images too. `cache_root` is described in `survey.survey`. `progress`
+    is called with the number of augmented versions (done, total).
 
-    Raises ConfigError if `augment` changes nothing, DatasetError if the folder exists or images are unusable
-    (`exclude_bad` leaves them out), and StorageError if the files cannot be written.
+    Raises ConfigError if [augment] changes nothing, DatasetError if the folder exists or images are unusable
+    (`data.exclude_bad` leaves them out), and StorageError if the files cannot be written.
     """
-    augment = replace(augment, crop=False)
+    augment = replace(config.augment, crop=False)
     root = dataset.root.resolve()
     target = target or root.with_name(f"{root.name}_Aug")
     if augment == AugmentConfig(hflip=0):
         raise ConfigError("augment changes nothing: switch something on, such as --set augment.hflip=0.5")
     if copies < 1:
         raise ConfigError(f"copies must be at least 1, got {copies}")
-    if dataset.problems and not exclude_bad:
+    if dataset.problems and not config.data.exclude_bad:
         raise refusal(dataset.problems, dataset.flags)
     if target.exists():
         raise DatasetError(f"{target} exists already: remove it, or name another folder, to have it written again")
     partial = target.with_name(f".{target.name}.partial")
     pairs = _pairs(dataset, partial, copies)
-    reading = reading or decide_reading(dataset, DataConfig()).reading
-    settings = {"of": root.name, "copies": copies, "seed": seed, "augment": asdict(augment)}
+    groups = load_groups(config.data) or {}
+    reading, _ = decide_reading(dataset, config.data, cache_root)
+    settings = {"of": root.name, "copies": copies, "seed": config.study.seed, "augment": asdict(augment)}
     if reading.key():
         settings["reading"] = reading.for_images()
     with refusals_named(partial):
@@ -95,7 +95,7 @@ def export_augmented(
         for folder in {path.parent for pair in pairs for path in (pair.image, pair.mask)}:
             folder.mkdir(parents=True)
         write_json(partial / AUGMENTATION, settings)
-        damaged = _write_all(pairs, augment, reading, seed, progress, exclude_bad=exclude_bad)
+        damaged = _write_all(pairs, augment, config, reading, progress)
         with (partial / AUGMENTED_GROUPS).open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
             table.writerow(["image", "original"])
@@ -107,7 +107,7 @@ def export_augmented(
                     _link(pair.sample.image, pair.image)
                     _link(pair.sample.mask, pair.mask)
                 if pair.sample.split != "test":
-                    table.writerow([pair.id, (groups or {}).get(original, original)])
+                    table.writerow([pair.id, groups.get(name_key(original), original)])
         partial.rename(target)
     return target
 
@@ -152,36 +152,29 @@ def _is_jpeg(path: Path) -> bool:
 
 
 def _write_all(
-    pairs: list[_Pair],
-    augment: AugmentConfig,
-    reading: Reading,
-    seed: int,
-    progress: Callable[[int, int], None] | None,
-    *,
-    exclude_bad: bool,
+    pairs: list[_Pair], augment: AugmentConfig, config: StudyConfig, reading: Reading, progress: Progress | None
 ) -> set[str]:
-    """Write all augmented versions, using all cores. Return the ids of unusable images if `exclude_bad` is set."""
+    """Write all augmented versions, using all cores. Return the ids of the images left out by `data.exclude_bad`."""
     gate, damaged = MemoryGate(WORKING_BYTES), set()
     changed = [pair for pair in pairs if pair.copy > 0]
 
     def write(pair: _Pair) -> None:
         try:
-            _write(pair, augment, reading, seed, gate)
+            _write(pair, augment, config.study.seed, reading, gate)
         except DecodeError as error:
-            if not exclude_bad:
+            if not config.data.exclude_bad:
                 raise
             logger.warning("left out %s: %s", pair.sample.id, error)
             damaged.add(pair.sample.id)
 
     n_threads = torch.get_num_threads()
     # Use one thread per image, because decoding and encoding are single-threaded and take half of the time.
-    pool = ThreadPoolExecutor(available_cores(), initializer=torch.set_num_threads, initargs=(1,))
     try:
-        for done, _ in enumerate(pool.map(write, changed), start=1):
-            if progress is not None:
-                progress(done, len(changed))
+        with ThreadPoolExecutor(available_cores(), initializer=torch.set_num_threads, initargs=(1,)) as threads:
+            for done, _ in enumerate(threads.map(write, changed), start=1):
+                if progress is not None:
+                    progress(done, len(changed))
     finally:
-        pool.shutdown(cancel_futures=True)
         torch.set_num_threads(n_threads)
     return damaged
 
@@ -194,7 +187,7 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _write(pair: _Pair, augment: AugmentConfig, reading: Reading, seed: int, gate: MemoryGate) -> None:
+def _write(pair: _Pair, augment: AugmentConfig, seed: int, reading: Reading, gate: MemoryGate) -> None:
     """Write the image and the mask of one augmented version."""
     sample = pair.sample
     _, size = open_pair(sample.image, sample.mask, reading)

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-from collections import UserDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -68,20 +67,23 @@ def make_folds(
     folds: int | Literal["fixed"],
     seed: int,
     groups: Mapping[str, str] | None = None,
+    duplicates: Sequence[tuple[str, str]] | None = None,
 ) -> Folds:
     """Return the folds of a pool. `ids`, `splits` and `sha256` describe its images, each (n,).
 
     An integer `folds` uses `sklearn.model_selection.KFold(folds, shuffle=True, random_state=seed)` on the distinct
-    images in the order of the pool. Byte-identical images are in the same fold. With `groups` (id to group),
-    GroupKFold is used instead, and groups that share a byte-identical image are merged.
+    images in the order of the pool. Byte-identical images are in the same fold. With `groups` (id to group) or
+    `duplicates` (pairs of ids that are near-duplicates), GroupKFold is used instead, and groups that share an image
+    are merged.
 
     `folds="fixed"` gives a single fold, which holds out the validation split. Training images that are byte-identical
-    to a validation image or share a group with one are held out too.
+    to a validation image, share a group with one or are near-duplicates of one are held out too.
 
     Raises ConfigError if there are fewer distinct images or groups than folds or if a split is empty for `fixed`, and
     DatasetError if an image has no group.
     """
-    units = np.array(connected(ids, sha256, groups))
+    units = np.array(connected(ids, sha256, groups, duplicates))
+    has_groups = groups is not None or duplicates is not None
     fold_of = np.full(len(ids), -1)
     if folds == "fixed":
         fold_of[np.isin(units, units[np.array(splits, dtype=str) == "val"])] = 0
@@ -93,19 +95,19 @@ def make_folds(
             )
         return Folds(tuple(ids), tuple(fold_of.tolist()), 1, seed, "fixed")
     n_units = int(units.max(initial=-1)) + 1
-    require_enough(n_units, folds, "distinct images" if groups is None else "groups")
+    require_enough(n_units, folds, "groups" if has_groups else "distinct images")
     # scikit-learn is slow to import, and reading folds does not need it.
     from sklearn.model_selection import GroupKFold, KFold
 
-    if groups is None:
-        for fold, (_, held_out) in enumerate(KFold(folds, shuffle=True, random_state=seed).split(np.arange(n_units))):
-            fold_of[np.isin(units, held_out)] = fold
-    else:
+    if has_groups:
         # GroupKFold balances the folds by size and breaks ties by label, so the labels are shuffled with the seed.
         labels = np.random.default_rng(seed).permutation(n_units)[units]
         for fold, (_, held_out) in enumerate(GroupKFold(folds).split(units, groups=labels)):
             fold_of[held_out] = fold
-    return Folds(tuple(ids), tuple(fold_of.tolist()), folds, seed, "kfold" if groups is None else "groups")
+    else:
+        for fold, (_, held_out) in enumerate(KFold(folds, shuffle=True, random_state=seed).split(np.arange(n_units))):
+            fold_of[np.isin(units, held_out)] = fold
+    return Folds(tuple(ids), tuple(fold_of.tolist()), folds, seed, "groups" if has_groups else "kfold")
 
 
 def lesion_notes(folds: Folds, has_lesion: Sequence[bool]) -> list[str]:
@@ -129,16 +131,6 @@ def lesion_notes(folds: Folds, has_lesion: Sequence[bool]) -> list[str]:
     return notes
 
 
-class Groups(UserDict[str, str]):
-    """Mapping from image id to group. The Unicode form and the case of the id do not matter."""
-
-    def __getitem__(self, id: str) -> str:
-        return self.data[name_key(id)]
-
-    def __contains__(self, id: object) -> bool:
-        return name_key(str(id)) in self.data
-
-
 def require_enough(n: int, folds: int, what: str) -> None:
     """Raise ConfigError if there are fewer images or groups (`what`) than folds."""
     if n < folds:
@@ -146,8 +138,8 @@ def require_enough(n: int, folds: int, what: str) -> None:
         raise ConfigError(f"study.folds = {folds}, but there are only {n} {what}: {advice}")
 
 
-def load_groups(config: DataConfig) -> Groups | None:
-    """Return the groups in the file that `config` names or that an augmented dataset has, or None if there is none.
+def load_groups(config: DataConfig) -> dict[str, str] | None:
+    """Return the groups in `data.groups` or in an augmented dataset, or None if there are none.
 
     An augmented dataset needs groups, so that no network is scored on augmented versions of its training images.
     """
@@ -159,11 +151,11 @@ def load_groups(config: DataConfig) -> Groups | None:
     return None
 
 
-def read_groups(path: Path) -> Groups:
+def read_groups(path: Path) -> dict[str, str]:
     """Read the group of each image from a CSV file with the column `image` and one other, such as patient or lesion.
 
-    Suffixes such as `.jpg` in the column `image` are ignored. Raises DatasetError if the file is invalid. The message
-    names the line.
+    The keys of the result are `name_key` of the image names. Suffixes such as `.jpg` in the column `image` are
+    ignored. Raises DatasetError if the file is invalid. The message names the line.
     """
     text = read_text(path, "groups", DatasetError)
     try:
@@ -186,35 +178,34 @@ def read_groups(path: Path) -> Groups:
         name, group = without_suffix(cells[image]), cells[1 - image]
         if (known := groups.setdefault(name_key(name), group)) != group:
             raise DatasetError(f"groups {path}, line {number}: {name} is in group {known!r} and in {group!r}")
-    return Groups(groups)
+    return groups
 
 
-def connected(ids: Sequence[str], sha256: Sequence[str], groups: Mapping[str, str] | None) -> list[int]:
+def connected(
+    ids: Sequence[str],
+    sha256: Sequence[str],
+    groups: Mapping[str, str] | None,
+    duplicates: Iterable[tuple[str, str]] | None = None,
+) -> list[int]:
     """Return the number of the unit of each image. A unit is a set of images that must be in the same fold.
 
-    Byte-identical images and images of one group share a unit. Units are numbered by first appearance. Raises
+    Byte-identical images, images of one group and pairs of `duplicates` share a unit, also indirectly. Units are
+    numbered by first appearance. The Unicode form and the case of the ids in `groups` do not matter. Raises
     DatasetError if an image is missing in `groups`.
     """
-    first: dict[tuple[str, str], int] = {}
-    edges = [(i, first.setdefault(("bytes", content), i)) for i, content in enumerate(sha256)]
-    if groups is not None:
-        require_groups(ids, groups)
-        edges += [(i, first.setdefault(("group", groups[id]), i)) for i, id in enumerate(ids)]
-    return connected_components(len(ids), edges)
-
-
-def require_groups(ids: Iterable[str], groups: Mapping[str, str]) -> None:
-    """Raise DatasetError if an image is missing in `groups`. The message names the first one."""
-    if missing := [id for id in ids if id not in groups]:
-        raise DatasetError(f"the groups name no group for image {missing[0]}")
-
-
-def connected_components(n: int, edges: Sequence[tuple[int, int]]) -> list[int]:
-    """Return the connected component of each node from 0 to n - 1. Components are numbered by first appearance."""
     # scipy is slow to import, and reading folds does not need it.
     from scipy.sparse import coo_array, csgraph
 
-    a, b = np.array(edges, dtype=np.int64).reshape(-1, 2).T
+    number = {id: i for i, id in enumerate(ids)}
+    first: dict[tuple[str, str], int] = {}
+    edges = [(number[a], number[b]) for a, b in duplicates or ()]
+    edges += [(i, first.setdefault(("bytes", content), i)) for i, content in enumerate(sha256)]
+    if groups is not None:
+        group_of = {name_key(id): group for id, group in groups.items()}
+        if missing := [id for id in ids if name_key(id) not in group_of]:
+            raise DatasetError(f"the groups name no group for image {missing[0]}")
+        edges += [(i, first.setdefault(("group", group_of[name_key(id)]), i)) for i, id in enumerate(ids)]
+    n, (a, b) = len(ids), np.array(edges, dtype=np.int64).reshape(-1, 2).T
     _, labels = csgraph.connected_components(coo_array((np.ones(len(a)), (a, b)), shape=(n, n)), directed=False)
     numbers: dict[int, int] = {}
     return [numbers.setdefault(label, len(numbers)) for label in labels.tolist()]

@@ -14,7 +14,7 @@ from hpsearch.data.cache import Cache
 from hpsearch.data.dataset import Dataset, Problem, Sample, Split, file_sha256, same_bytes
 from hpsearch.data.decode_pool import Decoders, ImageStats, Job, View
 from hpsearch.data.folds import AUGMENTATION
-from hpsearch.data.survey import Decision, decide_reading
+from hpsearch.data.survey import decide_reading
 from hpsearch.errors import DatasetError
 from hpsearch.user_files import printable
 
@@ -81,11 +81,8 @@ def check(
     usable: list[Decoded] = []
     errors = list(dataset.problems)
     with Decoders() as decoders:
-        decision = decide_reading(dataset, config or DataConfig(), cache_root, decoders)
-        jobs = [
-            Job(s.image, s.mask, views, *(size or (0, 0)), send=False, reading=decision.reading)
-            for s in dataset.samples
-        ]
+        reading, notes = decide_reading(dataset, config or DataConfig(), cache_root, decoders)
+        jobs = [Job(s.image, s.mask, views, *(size or (0, 0)), send=False, reading=reading) for s in dataset.samples]
         for sample, (number, result, _) in zip(dataset.samples, decoders.decode(jobs), strict=True):
             if isinstance(result, ImageStats):
                 usable.append((sample, result))
@@ -98,7 +95,8 @@ def check(
     notes = [
         *dataset_notes(dataset),
         *same_images(dataset.split("train", "val"), dataset.split("test")),
-        *content_notes(dataset, usable, decision, size),
+        *notes,
+        *content_notes(dataset, usable, size),
     ]
     counts = {split: sum(sample.split == split for sample, _ in usable) for split in get_args(Split)}
     return CheckReport(counts, tuple(errors), tuple(notes), tuple((stats.height, stats.width) for _, stats in usable))
@@ -165,9 +163,9 @@ def dataset_notes(dataset: Dataset) -> list[Problem]:
     return [dataset.problem("counts", text)]
 
 
-def content_notes(dataset: Dataset, pairs: Sequence[Decoded], decision: Decision, size: Size | None) -> list[Problem]:
-    """Return the notes on decoded pairs: how their files are read, and which images and masks are unusual."""
-    notes = [*decision.notes, *(note for sample, stats in pairs for note in _pair_notes(sample, stats, size))]
+def content_notes(dataset: Dataset, pairs: Sequence[Decoded], size: Size | None) -> list[Problem]:
+    """Return notes on unusual images and masks of decoded pairs."""
+    notes = [note for sample, stats in pairs for note in _pair_notes(sample, stats, size)]
     test = [stats for sample, stats in pairs if sample.split == "test"]
     if test and not any(stats.lesion_share(size) for stats in test):
         text = (

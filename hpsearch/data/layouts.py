@@ -157,7 +157,7 @@ def _drawn_test_ids(config: DataConfig, samples: Sequence[Sample]) -> set[str]:
 
     Byte-identical images and images of one group are either all selected or not at all.
     """
-    units = connected([s.id for s in samples], same_bytes(samples), load_groups(config))
+    units = connected([sample.id for sample in samples], same_bytes(samples), load_groups(config))
     members = defaultdict(list)
     for sample, unit in zip(samples, units, strict=True):
         members[unit].append(sample.id)

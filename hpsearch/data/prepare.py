@@ -1,7 +1,6 @@
 """Prepare the images for `study` and `final`: find them, check them, and build a cache for each image size needed."""
 
 import logging
-import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,14 +13,13 @@ from hpsearch.config.search import Choice
 from hpsearch.data import integrity
 from hpsearch.data.build import Progress, build_cache
 from hpsearch.data.cache import INDEX, Index, Preparation, open_cache
-from hpsearch.data.dataset import Dataset, Problem, Sample, Split
+from hpsearch.data.dataset import Dataset, Problem, Sample
 from hpsearch.data.decode_pool import Decoders, View
 from hpsearch.data.layouts import find_samples
-from hpsearch.data.reading import PLAIN_READING, Reading
 from hpsearch.data.sample import SAMPLE_VERSION, draw_sample
 from hpsearch.data.survey import decide_reading
 from hpsearch.errors import CacheError, DatasetError, StorageError
-from hpsearch.paths import ProjectPaths, storage_error
+from hpsearch.paths import ProjectPaths, refusals_named
 
 logger = logging.getLogger(__name__)
 
@@ -34,21 +32,12 @@ class Prepared:
 
     cache_path: Path
     """Folder of the cache. Pass it to `cache.open_cache`."""
-    key: str
-    ids: tuple[str, ...]
-    splits: tuple[Split, ...]
+    index: Index
+    """Index of the cache: its key, the images, and how they are read."""
     notes: tuple[str, ...]
     """Notes on the data, one line each."""
     excluded: tuple[str, ...]
     """Ids of the images left out by `data.exclude_bad`. The reasons are in the log."""
-    seconds: float
-    fault: str = ""
-    """Reason why a network cannot learn from these images, such as only empty masks. Empty if it can."""
-    reading: Reading = PLAIN_READING
-
-    @property
-    def n(self) -> int:
-        return len(self.ids)
 
 
 def prepare_pool(
@@ -63,7 +52,6 @@ def prepare_pool(
 
     Raises DatasetError with all errors of the images, unless `data.exclude_bad` leaves these images out.
     """
-    start = time.monotonic()
     dataset, samples, preparation = _selected(config, cache_root, role, seed)
     problems = [problem for problem in dataset.problems if (problem.split == "test") == (role == "test")]
     if not samples:
@@ -71,14 +59,12 @@ def prepare_pool(
             raise integrity.refusal(problems, dataset.flags)
         what = "test" if role == "test" else "training or validation"
         raise DatasetError(f"{dataset.root} has no {what} images: is a folder of that split missing or empty?")
-    try:
+    with refusals_named(cache_root):
         # Create the folder before decoding, so that an error is reported at once.
         cache_root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise storage_error(cache_root, error) from error
     with Decoders() as decoders:
-        decision = decide_reading(dataset, config, cache_root, decoders)
-        preparation = replace(preparation, reading=decision.reading)
+        reading, reading_notes = decide_reading(dataset, config, cache_root, decoders)
+        preparation = replace(preparation, reading=reading)
         # Decode all images before raising an error, so that it lists all problems. The next run reuses the cache.
         folder = build_cache(samples, preparation, config.cache, cache_root, decoders=decoders, progress=progress)
     index = Index.read(folder)
@@ -93,17 +79,12 @@ def prepare_pool(
         later = [problem for problem in dataset.problems if problem.split == "test"]
         notes += integrity.same_images(samples, dataset.split("test"))
         notes += [replace(problem, kind=f"{problem.kind} in the test split") for problem in later]
-    notes += integrity.content_notes(dataset, index.pairs, decision, config.cached_size)
+    notes += reading_notes + integrity.content_notes(dataset, index.pairs, config.cached_size)
     return Prepared(
         cache_path=folder,
-        key=index.key,
-        ids=tuple(sample.id for sample in index.samples),
-        splits=tuple(sample.split for sample in index.samples),
+        index=index,
         notes=tuple(integrity.describe(notes)),
         excluded=tuple(dict.fromkeys(problem.id for problem in problems)),
-        seconds=time.monotonic() - start,
-        fault=integrity.lesion_fault(index.stats, config.cached_size) if role != "test" else "",
-        reading=decision.reading,
     )
 
 
@@ -129,8 +110,8 @@ class PoolCaches:
         """Prepared caches by height and width, in the order of first use."""
         self.scored = self._prepared(config.scored_data)
         """Cache of the pool at the image size at which trials are scored."""
-        if self.scored.fault:
-            raise DatasetError(self.scored.fault)
+        if fault := integrity.lesion_fault(self.scored.index.stats, config.scored_data.cached_size):
+            raise DatasetError(fault)
 
     def prepare_listed(self, config: StudyConfig) -> None:
         """Prepare a cache for each image size listed in the search space, or for `data.size` if none are listed.
@@ -151,14 +132,14 @@ class PoolCaches:
 
         The second path is None if both are the same cache.
         """
-        cache = self._prepared(config.data)
-        return cache.cache_path, self.scored.cache_path if cache.key != self.scored.key else None
+        cache, scored = self._prepared(config.data).cache_path, self.scored.cache_path
+        return cache, scored if cache != scored else None
 
     def _prepared(self, data: DataConfig) -> Prepared:
         if data.cached_size not in self.made:
             # A trial's config has the image paths from when the trial began.
             found = self._prepare(data.located_as(self._data))
-            if self.made and found.ids != self.scored.ids:
+            if self.made and found.index.ids != self.scored.index.ids:
                 raise CacheError("the images changed while they were decoded: start again")
             self.made[data.cached_size] = found
         return self.made[data.cached_size]

@@ -42,21 +42,13 @@ class Survey:
     """Background value, lesion value and number of masks, for each combination of two mask values."""
 
 
-@dataclass(frozen=True)
-class Decision:
-    """Rules for decoding a dataset, and notes about them."""
-
-    reading: Reading
-    notes: tuple[Problem, ...]
-
-
 def decide_reading(
     dataset: Dataset, config: DataConfig, cache_root: Path | None = None, decoders: Decoders | None = None
-) -> Decision:
+) -> tuple[Reading, list[Problem]]:
     """Determine how to decode the files of `dataset`, from a survey of its pool, `data.exif` and `data.max_value`.
 
-    The survey decodes all masks of the pool and all images with more than 8 bits per channel. It is stored in
-    `cache_root` and reused until a file changes.
+    Returns the rules and notes about them. The survey decodes all masks of the pool and all images with more than 8
+    bits per channel. It is stored in `cache_root` and reused until a file changes.
     """
     return decide(survey(dataset.split("train", "val"), cache_root, decoders), config, dataset)
 
@@ -76,8 +68,8 @@ def survey(pool: Sequence[Sample], cache_root: Path | None, decoders: Decoders |
     return result
 
 
-def decide(found: Survey, config: DataConfig, dataset: Dataset) -> Decision:
-    """Determine the rules from the survey `found` and the settings in `config`."""
+def decide(found: Survey, config: DataConfig, dataset: Dataset) -> tuple[Reading, list[Problem]]:
+    """Determine the rules, and notes about them, from the survey `found` and the settings in `config`."""
     recorded = _recorded(dataset)
     exif, reason = _decide_exif(found, config, recorded)
     max_value = config.max_value or (recorded.max_value if recorded is not None else 0)
@@ -98,7 +90,7 @@ def decide(found: Survey, config: DataConfig, dataset: Dataset) -> Decision:
     if found.n_deep:
         text = f"{found.n_deep} {of_pool} images have more than 8 bits a channel, with values up to {found.highest}: "
         notes.append(dataset.problem("more than 8 bits", f"{text}full scale is {max_value} (data.max_value)"))
-    return Decision(reading, tuple(notes))
+    return reading, notes
 
 
 def _decide_exif(found: Survey, config: DataConfig, recorded: Reading | None) -> tuple[Exif, str]:

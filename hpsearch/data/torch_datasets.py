@@ -29,6 +29,7 @@ Role = Literal["search-train", "search-validation", "final-train", "final-test"]
 
 class RoleDataset(Dataset[tuple[Tensor, Tensor]]):
     """PyTorch dataset of the images and masks of one role, read from a cache.
+
         from torch.utils.data import DataLoader
         from hpsearch import DataConfig, RoleDataset
 
@@ -84,8 +85,9 @@ class RoleDataset(Dataset[tuple[Tensor, Tensor]]):
         )
         self.cache_path = prepared.cache_path
         left_out = {"search-train": "val", "search-validation": "train"}.get(role)
-        self._indices = np.flatnonzero([split != left_out for split in prepared.splits])
-        self.ids = tuple(prepared.ids[i] for i in self._indices)
+        samples = prepared.index.samples
+        self._indices = np.flatnonzero([sample.split != left_out for sample in samples])
+        self.ids = tuple(samples[i].id for i in self._indices)
         if not self.ids:
             raise DatasetError(f"the dataset has no images for the role {role}")
         self._is_held_out = role in ("search-validation", "final-test")

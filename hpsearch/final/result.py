@@ -10,8 +10,8 @@ import numpy as np
 
 from hpsearch import paths
 from hpsearch.config.data import DataConfig
+from hpsearch.data.cache import Index
 from hpsearch.data.duplicates import DuplicatePair, find_in_dataset
-from hpsearch.data.prepare import Prepared
 from hpsearch.errors import RecordError
 from hpsearch.inference.scoring import COLUMNS, mask_name, score_table, write_submission
 from hpsearch.paths import FinalPaths
@@ -26,7 +26,7 @@ from hpsearch.typed_json import to_json
 logger = logging.getLogger(__name__)
 
 
-def is_stored(folder: FinalPaths, pool: Prepared, test: Prepared, *, n_seeds: int, ensemble: bool) -> bool:
+def is_stored(folder: FinalPaths, pool: Index, test: Index, *, n_seeds: int, ensemble: bool) -> bool:
     """Return whether the folder contains a complete result for these images, number of seeds and ensemble option."""
     if not folder.result.is_file():
         return False
@@ -38,7 +38,7 @@ def is_stored(folder: FinalPaths, pool: Prepared, test: Prepared, *, n_seeds: in
     return all(path.is_file() for path in files)
 
 
-def find_leaks(data: DataConfig, cache_root: Path, pool: Prepared, test: Prepared) -> tuple[DuplicatePair, ...]:
+def find_leaks(data: DataConfig, cache_root: Path, pool: Index, test: Index) -> tuple[DuplicatePair, ...]:
     """Return the duplicates and near-duplicates between pool and test split. The result is cached per dataset."""
     known = cache_root / f"near-duplicates-{pool.key}-{test.key}.json"
     if known.is_file():
@@ -58,7 +58,7 @@ def read_scores(counts: Path) -> dict[str, Floats]:
     return trial_rows.image_scores(load_array(counts, ndim=2))
 
 
-def read_official_scores(counts: Path, test: Prepared) -> dict[str, Floats]:
+def read_official_scores(counts: Path, test: Index) -> dict[str, Floats]:
     """Compute the official scores from a file of pixel counts: score name to the values of the test images, (n,)."""
     table = score_table(test.ids, load_array(counts, ndim=2))
     return {name: table[name].to_numpy(np.float64) for name in COLUMNS}
@@ -90,6 +90,6 @@ def draw_figures(record: StudyRecord, folder: FinalPaths, final: FinalRecord) ->
             temporary.write_bytes(figures.to_bytes(figure))
 
 
-def pack_submission(folder: FinalPaths, test: Prepared) -> None:
+def pack_submission(folder: FinalPaths, test: Index) -> None:
     """Write the masks of the test images as a zip file for submission to the challenge."""
     write_submission(folder.submission, [folder.masks / mask_name(image) for image in test.ids])

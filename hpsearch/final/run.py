@@ -106,7 +106,7 @@ def run_final(
         stored = final.stored()
         result = stored or final.run(machine or MachineChoice())
         if submission:
-            pack_submission(final.folder, final.test)
+            pack_submission(final.folder, final.test.index)
         if tracker is not None and stored is None:
             final.say("delivering to MLflow")
             view = ViewThread(tracker.view(record.paths))
@@ -173,8 +173,8 @@ class _Final:
 
     def stored(self) -> FinalResult | None:
         """Return the result stored in the final's folder; None if it must be computed."""
-        pool, n_seeds = self.caches.scored, self.n_seeds
-        if not is_stored(self.folder, pool, self.test, n_seeds=n_seeds, ensemble=self.ensemble):
+        pool, test = self.caches.scored.index, self.test.index
+        if not is_stored(self.folder, pool, test, n_seeds=self.n_seeds, ensemble=self.ensemble):
             return None
         look = read_record(FinalRecord, self.folder.result).look
         if test_set_log.find_evaluation(self.project, look) is None:
@@ -223,7 +223,7 @@ class _Final:
             if fit.fit.is_file():
                 self.say(f"{network} has been trained")
                 continue
-            self.say(f"training {network} on {self.caches.scored.n} images")
+            self.say(f"training {network} on {len(self.caches.scored.index)} images")
             seed = stable_seed(self.config.study.seed, "final", index)
             job = pool_job(self.trial, self.config, fit, self.caches, seed=seed)
             if do(job, on_epoch=partial(self._epoch_ended, index)) is None:
@@ -235,7 +235,7 @@ class _Final:
         if self.networks:
             self.say("selecting threshold, flips and cleaning by out-of-fold predictions")
             searched = PoolCaches(record.config, self.root)
-            if searched.scored.ids != record.folds.ids:
+            if searched.scored.index.ids != record.folds.ids:
                 raise StudyChangedError(f"the images of study {record.name!r} have changed: put the old ones back")
             caches = jobs.CachePaths(*searched.paths(config))
             select = partial(jobs.SelectPostprocessingJob, config=config, caches=caches)
@@ -245,18 +245,19 @@ class _Final:
     def _score(self, do: RunJob, choices: Postprocessing, members: Sequence[Path]) -> None:
         """Write pixel counts and masks of the test images for the retrained networks and the fold ensemble."""
         folder, test, config = self.folder, self.test, self.trial.study_config
-        caches = jobs.CachePaths(self.seen.cache_path, test.cache_path if self.seen.key != test.key else None)
+        truth = test.cache_path if test.cache_path != self.seen.cache_path else None
+        caches = jobs.CachePaths(self.seen.cache_path, truth)
         count = partial(jobs.CountJob, config=config, caches=caches)
         for fit in map(folder.seed, range(self.n_seeds)):
             score = partial(count, postprocessing=Postprocessing(), counts=fit.test_counts, examples=fit.examples)
             do(score(weights=(fit.weights,)))
         shutil.rmtree(folder.masks, ignore_errors=True)
-        self.say(f"scoring the masks of {test.n} test images at their own resolution")
+        self.say(f"scoring the masks of {len(test.index)} test images at their own resolution")
         # The dataset may have moved since the cache was built, so locate the files again.
         samples = {sample.id: sample for sample in locate(self.config.data, self.root).split("test")}
-        images = tuple(samples[image] for image in test.ids)
+        images = tuple(samples[image] for image in test.index.ids)
         by_ensemble = choices.ensemble and bool(members)
-        official = partial(jobs.OfficialScoreJob, reading=test.reading, images=images)
+        official = partial(jobs.OfficialScoreJob, reading=test.index.preparation.reading, images=images)
         if choices != Postprocessing():
             do(count(weights=(folder.model,), postprocessing=choices, counts=folder.chosen_counts))
         masks = None if by_ensemble else folder.masks
@@ -274,7 +275,7 @@ class _Final:
         test.csv contains the scores of every test image (means over the seeds) and the official scores of the kept
         model. `facts` are additional fields of the result.
         """
-        record, folder, test, pool = self.record, self.folder, self.test, self.caches.scored
+        record, folder, test, pool = self.record, self.folder, self.test.index, self.caches.scored.index
         metric, number = record.config.study.metric, self.trial.number
         estimates = Estimates.of(record)
         assert estimates is not None
@@ -285,12 +286,12 @@ class _Final:
         official = read_official_scores(folder.official_counts, test)
         is_processed = chosen is not None and chosen.choices != Postprocessing()
         final = FinalRecord(
-            **estimates.of_final(number, n_test=test.n, n_runs=self.n_seeds),
+            **estimates.of_final(number, n_test=len(test), n_runs=self.n_seeds),
             **facts,
             study=record.name,
             metric=metric,
-            n_pool=pool.n,
-            n_test=test.n,
+            n_pool=len(pool),
+            n_test=len(test),
             eval_size=record.config.eval_size,
             test=intervals(means),
             per_seed={name: tuple(float(table[name].mean()) for table in tables) for name in SCORES},
@@ -324,7 +325,7 @@ class _Final:
         return EnsembleResult(
             n_networks=self.record.n_folds,
             test=intervals(scores),
-            official=intervals(read_official_scores(folder.ensemble_official_counts, self.test)),
+            official=intervals(read_official_scores(folder.ensemble_official_counts, self.test.index)),
             gain=paired_difference(scores[metric], read_scores(alone)[metric]),
         )
 

@@ -107,7 +107,7 @@ def pool_job(trial: TrialRecord, config: StudyConfig, folder: FitPaths, caches: 
         config=config,
         folder=folder.root.absolute(),
         caches=CachePaths(*caches.paths(config)),
-        train=tuple(range(caches.scored.n)),
+        train=tuple(range(len(caches.scored.index))),
         held_out=(),
         seed=seed,
     )

@@ -107,5 +107,5 @@ def test_damage_is_reported_completely_refused_or_left_out(
 
     left = prepare_pool(replace(config, exclude_bad=True), tmp_path / "cache")
     assert sorted(left.excluded) == ids
-    assert not set(ids) & set(left.ids)
-    assert left.n == 9
+    assert not set(ids) & set(left.index.ids)
+    assert len(left.index) == 9

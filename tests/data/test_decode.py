@@ -16,6 +16,8 @@ from PIL import Image, ImageOps
 from torch.nn.functional import interpolate
 
 from hpsearch.data.decode import (
+    MAX_BYTES,
+    MemoryGate,
     crop,
     crop_corner,
     decode_job,
@@ -49,7 +51,7 @@ def run(
     image: Path, mask: Path, *views: str, size: tuple[int, int] = (16, 24), seed: str = ""
 ) -> tuple[ImageStats, list[Pixels]]:
     job = Job(image, mask, views, *size, seed)  # type: ignore[arg-type]
-    return decode_job(job)
+    return decode_job(job, MemoryGate(MAX_BYTES))
 
 
 def pair(tmp_path: Path, height: int = 40, width: int = 60) -> tuple[Path, Path]:
@@ -407,6 +409,6 @@ class TestJobs:
     def test_unmeasured_pixels_are_the_same(self, tmp_path: Path) -> None:
         image, mask = pair(tmp_path)
         job = Job(image, mask, ("resize",), 16, 24, measure=False)
-        stats, _ = decode_job(job)
+        stats, _ = decode_job(job, MemoryGate(MAX_BYTES))
         assert stats.crc == run(image, mask, "resize")[0].crc
         assert (stats.moments, stats.image_sha256) == ((), "")

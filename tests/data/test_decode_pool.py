@@ -100,6 +100,6 @@ def test_subprocess_ends_when_its_parent_does(jobs: list[Job]) -> None:
 
 
 def test_whoever_prepares_data_loads_no_torch() -> None:
-    modules = "layouts, integrity, decode_pool, formats, cache, build, folds, prepare, comparison"
+    modules = "layouts, integrity, decode_pool, formats, cache, build, folds, prepare"
     code = f"import sys; from hpsearch.data import {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

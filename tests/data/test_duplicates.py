@@ -1,5 +1,6 @@
 import io
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,17 +10,12 @@ from PIL import Image
 
 from hpsearch.config.data import DataConfig
 from hpsearch.data import duplicates
-from hpsearch.data.cache import Cache
-from hpsearch.data.duplicates import (
-    DuplicatePair,
-    find_in_dataset,
-    find_near_duplicates,
-    groups_of,
-    write_contact_sheet,
-)
+from hpsearch.data.cache import Cache, Index, Preparation
+from hpsearch.data.dataset import Sample, Split
+from hpsearch.data.decode_pool import ImageStats
+from hpsearch.data.duplicates import DuplicatePair, find_in_dataset, find_near_duplicates, write_contact_sheet
+from hpsearch.data.folds import connected
 from hpsearch.data.prepare import Prepared
-from hpsearch.errors import DatasetError
-from tests.cached import images_of
 from tests.data.conftest import Pair, WriteDataset
 
 # Pairs of ISIC-2017 that show one photograph, found by this module with a low threshold and then looked at.
@@ -77,6 +73,28 @@ def read(path: Path) -> NDArray[np.uint8]:
         return np.asarray(image)
 
 
+class Images(Cache):
+    """A cache of images (N, H, W, 3) in memory, without masks and files."""
+
+    def __init__(self, images: NDArray[np.uint8], ids: Iterable[str], splits: Iterable[Split] | None = None) -> None:
+        self.images = images
+        self.ids = tuple(ids)
+        samples = tuple(
+            Sample(id, Path(), Path(), split)
+            for id, split in zip(self.ids, splits or ["train"] * len(self.ids), strict=True)
+        )
+        # Copies are not byte-identical, so that the search has to find them.
+        stats = tuple(ImageStats(*images.shape[1:3], image_sha256=id) for id in self.ids)
+        self.index = Index("", "memory", Preparation(*images.shape[1:3], ("resize",)), samples, stats, ())
+
+    def read(self, indices, *, held_out=False):
+        return self.images[indices], np.zeros((len(indices), *self.images.shape[1:3]), np.uint8)
+
+
+def in_one_unit(pairs: Iterable[tuple[str, str]], ids: Sequence[str]) -> list[int]:
+    return connected(ids, ids, None, pairs)
+
+
 def names(pairs: tuple[DuplicatePair, ...]) -> set[tuple[str, str]]:
     return {(pair.a, pair.b) for pair in pairs}
 
@@ -95,7 +113,7 @@ def ids() -> list[str]:
 def test_scenes_that_only_look_alike_are_no_pair(scenes, ids):
     flat = scenes.reshape(24, -1).astype(float)
     assert np.corrcoef(flat)[np.triu_indices(24, 1)].min() > 0.8
-    assert find_near_duplicates(scenes, ids, ["train"] * 24) == ()
+    assert find_near_duplicates([Images(scenes, ids)]) == ()
 
 
 @pytest.mark.parametrize("orientation", range(8))
@@ -107,9 +125,8 @@ def test_copy_is_found_resized_recompressed_brightened_and_turned(scenes, ids, o
         )
         turned = np.rot90(copy, orientation // 2)
         copies.append(turned[:, ::-1] if orientation % 2 else turned)
-    pairs = find_near_duplicates(
-        [scenes, np.stack(copies)], [*ids, *(f"copy{number}" for number in range(6))], ["train"] * 30
-    )
+    copied = Images(np.stack(copies), [f"copy{number}" for number in range(6)])
+    pairs = find_near_duplicates([Images(scenes, ids), copied])
     assert names(pairs) == {(f"image{number:02d}", f"copy{number}") for number in range(6)}
 
 
@@ -117,18 +134,18 @@ def test_copy_is_found_resized_recompressed_brightened_and_turned(scenes, ids, o
 def test_copy_that_comes_first_is_found_in_every_orientation(scenes, ids, orientation):
     turned = np.rot90(scenes[3], orientation // 2)
     copy = turned[:, ::-1] if orientation % 2 else turned
-    pairs = find_near_duplicates([copy[None], scenes], ["copy", *ids], ["train"] * 25)
+    pairs = find_near_duplicates([Images(copy[None], ["copy"]), Images(scenes, ids)])
     assert names(pairs) == {("copy", "image03")}
 
 
 def test_frame_that_was_cropped_a_little_is_found(scenes, ids):
     copy = resized(scenes[5][3:, 2:-3], 128, 128)
-    pairs = find_near_duplicates([scenes, copy[None]], [*ids, "copy"], ["train"] * 25)
+    pairs = find_near_duplicates([Images(scenes, ids), Images(copy[None], ["copy"])])
     assert names(pairs) == {("image05", "copy")}
 
 
-def test_byte_equal_images_have_similarity_one(scenes):
-    (pair,) = find_near_duplicates(scenes[[0, 1, 0]], ["a", "b", "c"], ["train", "val", "val"])
+def test_equal_pixels_have_similarity_one(scenes):
+    (pair,) = find_near_duplicates([Images(scenes[[0, 1, 0]], "abc", ["train", "val", "val"])])
     assert (pair.a, pair.b, pair.split_a, pair.split_b) == ("a", "c", "train", "val")
     assert pair.similarity == pytest.approx(1.0, abs=1e-5)
     assert pair.similarity <= 1.0
@@ -138,14 +155,14 @@ def test_most_similar_pair_comes_first(scenes):
     worse = degraded(scenes[0], height=70, width=70, quality=30)
     better = degraded(scenes[1], height=128, width=128, quality=90)
     images = np.stack([scenes[0], worse, scenes[1], better])
-    pairs = find_near_duplicates(images, ["a", "a-worse", "b", "b-better"], ["train"] * 4)
+    pairs = find_near_duplicates([Images(images, ["a", "a-worse", "b", "b-better"])])
     assert [pair.b for pair in pairs] == ["b-better", "a-worse"]
     assert pairs[0].similarity > pairs[1].similarity
 
 
 def test_pairs_across_pool_and_test_are_marked_and_pairs_within_test_left_out(scenes):
-    pool, test = scenes[[0, 1]], scenes[[0, 2, 2]]
-    pairs = find_near_duplicates([pool, test], list("abcde"), ["train", "val", "test", "test", "test"])
+    pool, test = Images(scenes[[0, 1]], "ab", ["train", "val"]), Images(scenes[[0, 2, 2]], "cde", ["test"] * 3)
+    pairs = find_near_duplicates([pool, test])
     assert names(pairs) == {("a", "c")}
     assert pairs[0].across
     assert not DuplicatePair("a", "b", "train", "val", 0.9).across
@@ -154,72 +171,36 @@ def test_pairs_across_pool_and_test_are_marked_and_pairs_within_test_left_out(sc
 def test_size_of_the_images_may_be_anything(scenes):
     for height, width in ((64, 64), (50, 97), (300, 211)):
         images = np.stack([resized(image, height, width) for image in scenes[[0, 1, 2, 1]]])
-        assert names(find_near_duplicates(images, list("abcd"), ["train"] * 4)) == {("b", "d")}
-
-
-def test_memory_mapped_images_give_the_same_pairs(scenes, tmp_path):
-    images = scenes[[0, 1, 2, 1]]
-    np.save(tmp_path / "images.npy", images)
-    mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
-    expected = find_near_duplicates(images, list("abcd"), ["train"] * 4)
-    assert find_near_duplicates(mapped, list("abcd"), ["train"] * 4) == expected
+        assert names(find_near_duplicates([Images(images, "abcd")])) == {("b", "d")}
 
 
 def test_constant_images_are_no_pair():
     images = np.stack([np.full((64, 64, 3), value, dtype=np.uint8) for value in (0, 0, 128, 255)])
-    assert find_near_duplicates(images, list("abcd"), ["train"] * 4) == ()
+    assert find_near_duplicates([Images(images, "abcd")]) == ()
 
 
 @pytest.mark.parametrize("n", [0, 1])
 def test_fewer_than_two_images_have_no_pairs(scenes, n):
-    assert find_near_duplicates(scenes[:n], ["a"][:n], ["train"][:n]) == ()
+    assert find_near_duplicates([Images(scenes[:n], "a"[:n])]) == ()
 
 
 def test_many_copies_of_one_photograph_stay_in_one_group(scenes, ids):
     copies = np.repeat(scenes[:1], 60, axis=0)
     all_ids = [*ids, *(f"copy{number:02d}" for number in range(60))]
-    groups = groups_of(find_near_duplicates([scenes, copies], all_ids, ["train"] * 84), all_ids)
-    assert {groups[f"copy{number:02d}"] for number in range(60)} == {groups["image00"]}
-    assert len(set(groups.values())) == 24
-
-
-def test_number_of_ids_must_be_that_of_the_images(scenes):
-    with pytest.raises(ValueError, match="24 images, 2 ids, 24 splits"):
-        find_near_duplicates(scenes, ["a", "b"], ["train"] * 24)
+    units = in_one_unit(names(find_near_duplicates([Images(np.concatenate((scenes, copies)), all_ids)])), all_ids)
+    assert set(units[24:]) == {units[0]}
+    assert len(set(units)) == 24
 
 
 def pair(a: str, b: str) -> DuplicatePair:
     return DuplicatePair(a, b, "train", "train", 0.9)
 
 
-def test_connected_images_share_the_group_named_by_their_smallest_id():
-    groups = groups_of([pair("d", "c"), pair("c", "b"), pair("x", "y")], ["a", "b", "c", "d", "x", "y"])
-    assert groups == {"a": "a", "b": "b", "c": "b", "d": "b", "x": "x", "y": "x"}
-
-
-def test_images_connected_over_another_one_share_a_group_without_it():
-    assert groups_of([pair("b", "a"), pair("c", "a")], ["b", "c", "d"]) == {"b": "b", "c": "b", "d": "d"}
-
-
-def test_patients_that_share_a_duplicate_become_one_group():
-    patients = {"a": "Ada", "b": "Ben", "c": "Ada", "d": "Ben", "e": "Cy"}
-    assert groups_of([pair("a", "b")], "abcde", patients) == {"a": "a", "b": "a", "c": "a", "d": "a", "e": "e"}
-
-
-def test_image_without_a_patient_is_an_error_where_others_have_one():
-    with pytest.raises(DatasetError, match="no group for image b"):
-        groups_of([pair("a", "b")], "ab", {"a": "Ada"})
-
-
-def test_group_names_of_patients_do_not_mix_with_ids():
-    assert groups_of([], ["a", "b", "c"], {"a": "b", "b": "x", "c": "c"}) == {"a": "a", "b": "b", "c": "c"}
-
-
 def test_contact_sheet_shows_the_two_images_of_each_pair_side_by_side(tmp_path):
     path = tmp_path / "sheet.png"
     scenes = np.stack([scene(seed, 160) for seed in range(3)])
     pairs = [pair("a", "b"), pair("c", "a"), pair("b", "c"), pair("a", "c"), pair("b", "a")]
-    write_contact_sheet(path, pairs, [scenes[:2], scenes[2:3]], ["a", "b", "c"])
+    write_contact_sheet(path, pairs, [Images(scenes[:2], "ab"), Images(scenes[2:3], "c")])
     sheet = read(path)
     assert sheet.shape == (6 + 2 * 166, 6 + 4 * 326, 3)
     np.testing.assert_array_equal(sheet[6:166, 6:166], scenes[0])
@@ -227,11 +208,6 @@ def test_contact_sheet_shows_the_two_images_of_each_pair_side_by_side(tmp_path):
     np.testing.assert_array_equal(sheet[6:166, 332:492], scenes[2])
     np.testing.assert_array_equal(sheet[172:332, 6:166], scenes[1])
     assert (sheet[172:332, 332:] == 255).all()
-
-
-def test_contact_sheet_without_pairs_is_a_white_picture(scenes, tmp_path):
-    write_contact_sheet(tmp_path / "sheet.png", [], scenes[:1], ["a"])
-    assert (read(tmp_path / "sheet.png") == 255).all()
 
 
 @pytest.fixture
@@ -274,9 +250,9 @@ def test_pool_alone_is_read_from_the_cache_of_the_study_if_that_holds_whole_fram
 ):
     asked = []
 
-    def prepare(config: DataConfig, root: Path, *, role: str, progress: object) -> Prepared:
+    def prepare(config: DataConfig, root: Path, *, role: str) -> Prepared:
         asked.append(config)
-        return Prepared(tiny_cache.path, tiny_cache.key, tiny_cache.ids, tiny_cache.splits, (), (), 0.0)
+        return Prepared(tiny_cache.path, tiny_cache.index, (), ())
 
     monkeypatch.setattr(duplicates, "prepare_pool", prepare)
     find_in_dataset(config, tmp_path, with_test=False, sheet=tmp_path / "sheet.png")
@@ -284,14 +260,7 @@ def test_pool_alone_is_read_from_the_cache_of_the_study_if_that_holds_whole_fram
     assert not (tmp_path / "sheet.png").exists()
 
 
-def test_cache_and_its_array_give_the_same_pairs(tiny_cache):
-    splits = tiny_cache.splits
-    from_cache = find_near_duplicates(tiny_cache, tiny_cache.ids, splits, threshold=0.0)
-    assert from_cache == find_near_duplicates(images_of(tiny_cache), tiny_cache.ids, splits, threshold=0.0)
-    assert from_cache
-
-
-def real_images(root: Path) -> tuple[NDArray[np.uint8], list[str], list[str]]:
+def real_images(root: Path) -> tuple[NDArray[np.uint8], list[str], list[Split]]:
     """All dermoscopic images below `root` as (N, 256, 256, 3), their ids and splits."""
     images, ids, splits = [], [], []
     for split, folder in (("train", "Training"), ("val", "Validation"), ("test", "Test_v2")):
@@ -312,7 +281,7 @@ def test_byte_equal_images_are_pairs_however_flat_and_however_many(write_dataset
     assert {pair.similarity for pair in found} == {1.0}
     across = {name for pair in found if pair.across for name in (pair.a, pair.b)}
     assert across == {pair.id for pair in pairs}
-    assert len(set(groups_of(found, [pair.id for pair in pairs]).values())) == 1
+    assert set(in_one_unit(names(found), [pair.id for pair in pairs])) == {0}
     assert len(found) < 30
 
 
@@ -339,16 +308,14 @@ def test_duplicates_planted_among_real_images_are_found_and_nothing_else():
         copies.append(np.rot90(copy, int(rng.integers(4))))
     copy_ids = [f"copy{number}" for number in range(len(copies))]
 
-    pairs = find_near_duplicates([images, np.stack(copies)], ids + copy_ids, [*splits, *["train"] * len(copies)])
+    pairs = find_near_duplicates([Images(images, ids, splits), Images(np.stack(copies), copy_ids)])
 
     planted = {(ids[original], copy) for original, copy in zip(originals, copy_ids, strict=True)}
-    true_groups = groups_of((pair(a, b) for a, b in [*planted, *KNOWN_PAIRS]), ids + copy_ids)
+    known_pairs = [pair for pair in KNOWN_PAIRS if set(pair) <= set(ids)]
+    all_ids = ids + copy_ids
+    true_groups = dict(zip(all_ids, in_one_unit([*planted, *known_pairs], all_ids), strict=True))
     assert len(planted & names(pairs)) / len(planted) >= 0.95
     right = [true_groups[found.a] == true_groups[found.b] for found in pairs]
     assert sum(right) / len(right) >= 0.95
     known = {frozenset(known_pair) for known_pair in KNOWN_PAIRS} - {frozenset(p) for p in names(pairs)}
     assert not {found for found in known if found <= set(ids)}
-
-
-def test_a_group_is_named_after_its_smallest_id_in_any_order():
-    assert groups_of([pair("c", "a")], ["c", "b", "a"]) == {"a": "a", "b": "b", "c": "a"}

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torchvision.io import read_image, write_jpeg, write_png
 
+from hpsearch.config import StudyConfig
 from hpsearch.config.data import AugmentConfig, DataConfig
+from hpsearch.config.search import StudySettings
 from hpsearch.data import export_augmented as module
 from hpsearch.data.augment import augment_batch, draw_changes
 from hpsearch.data.dataset import Dataset
@@ -39,6 +41,20 @@ def dataset(drawn: Path) -> Dataset:
     return find_samples(DataConfig(root=str(drawn)))
 
 
+def export(
+    dataset: Dataset,
+    augment: AugmentConfig = AUGMENT,
+    *,
+    data: DataConfig | None = None,
+    seed: int = 0,
+    copies: int = 1,
+    target: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    config = StudyConfig(data=data or DataConfig(), augment=augment, study=StudySettings(seed=seed))
+    return export_augmented(dataset, config, copies=copies, target=target, progress=progress)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -53,7 +69,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     ids=["flips", "warps", "all"],
 )
 def test_an_image_is_changed_like_a_batch_of_one(augment: AugmentConfig, own: Dataset, tmp_path: Path) -> None:
-    target = export_augmented(own, augment, target=tmp_path / "aug", seed=5)
+    target = export(own, augment, target=tmp_path / "aug", seed=5)
     by_id = {each.id: each for each in find_samples(DataConfig(root=str(target))).samples}
     for sample in own.split("train"):
         image, mask = read_pair(sample.image, sample.mask, PLAIN_READING)
@@ -68,7 +84,7 @@ def test_an_image_is_changed_like_a_batch_of_one(augment: AugmentConfig, own: Da
 
 
 def test_the_set_lies_beside_the_original_in_the_same_layout(dataset: Dataset, tmp_path: Path, drawn: Path) -> None:
-    assert export_augmented(dataset, AUGMENT, copies=2) == drawn.with_name("ISIC-2017_Aug")
+    assert export(dataset, copies=2) == drawn.with_name("ISIC-2017_Aug")
     found = find_samples(DataConfig(root=str(drawn.with_name("ISIC-2017_Aug"))))
     assert found.layout == dataset.layout == "archive"
     assert found.problems == ()
@@ -84,7 +100,7 @@ def test_the_set_lies_beside_the_original_in_the_same_layout(dataset: Dataset, t
 
 
 def test_changed_versions_keep_the_size_and_differ_in_image_and_mask(dataset: Dataset, tmp_path: Path) -> None:
-    found = find_samples(DataConfig(root=str(export_augmented(dataset, AUGMENT, target=tmp_path / "aug"))))
+    found = find_samples(DataConfig(root=str(export(dataset, target=tmp_path / "aug"))))
     by_id = {each.id: each for each in found.samples}
     for old in dataset.split("train"):
         new = by_id[f"{old.id}_aug1"]
@@ -98,16 +114,16 @@ def test_changed_versions_keep_the_size_and_differ_in_image_and_mask(dataset: Da
 
 
 def test_one_seed_gives_the_same_bytes_and_another_gives_others(dataset: Dataset, tmp_path: Path) -> None:
-    first = contents(export_augmented(dataset, AUGMENT, target=tmp_path / "a"))
-    assert contents(export_augmented(dataset, AUGMENT, target=tmp_path / "b")) == first
-    other = contents(export_augmented(dataset, AUGMENT, seed=1, target=tmp_path / "c"))
+    first = contents(export(dataset, target=tmp_path / "a"))
+    assert contents(export(dataset, target=tmp_path / "b")) == first
+    other = contents(export(dataset, seed=1, target=tmp_path / "c"))
     assert other.keys() == first.keys()
     changed = {name for name in first if other[name] != first[name]}
     assert changed == {name for name in first if "_aug" in name} | {"augmentation.json"}
 
 
 def test_groups_keep_every_version_in_the_fold_of_its_original(dataset: Dataset, tmp_path: Path) -> None:
-    target = export_augmented(dataset, AUGMENT, copies=2, target=tmp_path / "aug")
+    target = export(dataset, copies=2, target=tmp_path / "aug")
     found = find_samples(DataConfig(root=str(target)))
     pool = found.split("train", "val")
     folds = make_folds(
@@ -124,8 +140,9 @@ def test_groups_keep_every_version_in_the_fold_of_its_original(dataset: Dataset,
 
 
 def test_groups_of_patients_are_kept(dataset: Dataset, tmp_path: Path) -> None:
-    patients = {each.id: "anna" for each in dataset.samples}
-    target = export_augmented(dataset, AUGMENT, target=tmp_path / "aug", groups=patients)
+    patients = tmp_path / "patients.csv"
+    patients.write_text("image,patient\n" + "".join(f"{each.id},anna\n" for each in dataset.samples))
+    target = export(dataset, data=DataConfig(groups=str(patients)), target=tmp_path / "aug")
     rows = list(csv.reader((target / "groups.csv").read_text().splitlines()))
     assert rows[0] == ["image", "original"]
     assert len(rows) == 1 + 7
@@ -135,7 +152,7 @@ def test_groups_of_patients_are_kept(dataset: Dataset, tmp_path: Path) -> None:
 def test_an_interrupted_export_leaves_no_dataset_and_the_next_one_replaces_it(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = contents(export_augmented(dataset, AUGMENT, target=tmp_path / "whole"))
+    whole = contents(export(dataset, target=tmp_path / "whole"))
 
     def interrupt(done: int, total: int) -> None:
         raise KeyboardInterrupt
@@ -143,23 +160,23 @@ def test_an_interrupted_export_leaves_no_dataset_and_the_next_one_replaces_it(
     monkeypatch.setattr(module, "available_cores", lambda: 1)
     target = tmp_path / "aug"
     with pytest.raises(KeyboardInterrupt):
-        export_augmented(dataset, AUGMENT, seed=1, target=target, progress=interrupt)
+        export(dataset, seed=1, target=target, progress=interrupt)
     assert not target.exists()
-    export_augmented(dataset, AUGMENT, target=target)
+    export(dataset, target=target)
     assert contents(target) == whole
     assert {path.name for path in tmp_path.iterdir()} == {"aug", "whole"}
 
 
 def test_a_folder_that_is_there_is_left_alone(dataset: Dataset, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="exists already"):
-        export_augmented(dataset, AUGMENT, target=tmp_path)
+        export(dataset, target=tmp_path)
 
 
 def test_changes_that_change_nothing_are_refused(dataset: Dataset, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="changes nothing"):
-        export_augmented(dataset, AugmentConfig(hflip=0, crop=True), target=tmp_path / "aug")
+        export(dataset, AugmentConfig(hflip=0, crop=True), data=DataConfig(cache_size=600), target=tmp_path / "aug")
     with pytest.raises(ConfigError, match="copies must be at least 1"):
-        export_augmented(dataset, AUGMENT, copies=0, target=tmp_path / "aug")
+        export(dataset, copies=0, target=tmp_path / "aug")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -173,8 +190,8 @@ def test_damaged_images_are_refused_or_left_out(drawn: Path, tmp_path: Path) -> 
     (root / "ISIC-2017_Training_Part1_GroundTruth" / "ISIC_0000002_segmentation.png").unlink()
     dataset = find_samples(DataConfig(root=str(root)))
     with pytest.raises(DatasetError, match="ISIC_0000002"):
-        export_augmented(dataset, AUGMENT, target=tmp_path / "aug")
-    target = export_augmented(dataset, AUGMENT, target=tmp_path / "aug", exclude_bad=True)
+        export(dataset, target=tmp_path / "aug")
+    target = export(dataset, data=DataConfig(exclude_bad=True), target=tmp_path / "aug")
     found = find_samples(DataConfig(root=str(target)))
     assert [each.id for each in found.split("train")] == ["ISIC_0000000", "ISIC_0000000_aug1"]
     assert found.problems == ()
@@ -192,7 +209,7 @@ def own(drawn: Path, tmp_path: Path) -> Dataset:
 
 
 def test_folders_of_ones_own_become_one_folder_per_split(own: Dataset, tmp_path: Path) -> None:
-    target = export_augmented(own, AUGMENT)
+    target = export(own)
     assert target == tmp_path / "photos_Aug"
     found = find_samples(DataConfig(root=str(target)))
     assert found.layout == "splits"
@@ -209,7 +226,7 @@ def test_jpegs_of_every_ending_keep_it(own: Dataset, tmp_path: Path) -> None:
         write_jpeg(read_image(str(sample.image)), str(sample.image.with_suffix(".jfif")))
         sample.image.unlink()
     config = DataConfig(images=str(tmp_path / "photos"), masks=str(tmp_path / "m"))
-    written = find_samples(DataConfig(root=str(export_augmented(find_samples(config), AUGMENT))))
+    written = find_samples(DataConfig(root=str(export(find_samples(config)))))
     assert len(written.samples) > 6
     for sample in written.samples:
         assert sample.image.suffix == ".jfif"
@@ -223,11 +240,11 @@ def test_an_original_with_the_name_of_a_copy_is_refused(own: Dataset, tmp_path: 
     config = DataConfig(images=str(tmp_path / "photos"), masks=str(tmp_path / "m"), test_share=0.1)
     found = find_samples(config)
     with pytest.raises(DatasetError, match="an original has the name of a copy"):
-        export_augmented(found, AUGMENT)
+        export(found)
 
 
 def test_progress_counts_the_changed_versions(dataset: Dataset, tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
     record: Callable[[int, int], None] = lambda done, total: calls.append((done, total))  # noqa: E731
-    export_augmented(dataset, AUGMENT, copies=2, target=tmp_path / "aug", progress=record)
+    export(dataset, copies=2, target=tmp_path / "aug", progress=record)
     assert calls == [(done, 6) for done in range(1, 7)]

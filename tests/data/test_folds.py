@@ -19,7 +19,6 @@ from hpsearch.data.folds import (
     AUGMENTED_GROUPS,
     Folds,
     connected,
-    connected_components,
     lesion_notes,
     load_groups,
     make_folds,
@@ -187,22 +186,18 @@ def test_groups_are_read_from_either_column(tmp_path: Path) -> None:
     path = tmp_path / "groups.csv"
     path.write_text("patient,image\r\np1,ISIC_1\r\np1,ISIC_2.jpg\r\n\r\np2, ISIC_3 \r\n", encoding="utf-8-sig")
     groups = read_groups(path)
-    assert {id: groups[id] for id in ("ISIC_1", "isic_2", "ISIC_3")} == {
-        "ISIC_1": "p1",
-        "isic_2": "p1",
-        "ISIC_3": "p2",
-    }
-    assert len(groups) == 3
+    assert groups == {"isic_1": "p1", "isic_2": "p1", "isic_3": "p2"}
+    assert connected(["ISIC_1", "isic_2", "ISIC_3"], ["1", "2", "3"], groups) == [0, 0, 1]
 
 
 def test_an_augmented_set_brings_its_groups_and_a_setting_overrides_them(tmp_path: Path) -> None:
-    config, own = DataConfig(root=str(tmp_path)), tmp_path / "patients.csv"
-    own.write_text("image,patient\na,p1\n")
-    (tmp_path / AUGMENTED_GROUPS).write_text("image,origin\na,of the augmented set\n")
+    config = DataConfig(root=str(tmp_path))
+    (tmp_path / AUGMENTED_GROUPS).write_text("image,original\na_aug1,a\n")
     assert load_groups(config) is None
     (tmp_path / AUGMENTATION).write_text("{}")
-    assert load_groups(config) == {"a": "of the augmented set"}
-    assert load_groups(replace(config, groups=str(own))) == {"a": "p1"}
+    assert load_groups(config) == {"a_aug1": "a"}
+    (tmp_path / "patients.csv").write_text("image,patient\na,p\n")
+    assert load_groups(replace(config, groups=str(tmp_path / "patients.csv"))) == {"a": "p"}
     assert load_groups(replace(config, images="photos", masks="outlines")) is None
 
 
@@ -229,7 +224,22 @@ def test_groups_that_are_not_there_are_an_error(tmp_path: Path) -> None:
         read_groups(tmp_path / "none.csv")
 
 
-def test_components_are_numbered_by_first_appearance() -> None:
-    assert connected_components(6, [(4, 1), (1, 3), (2, 2)]) == [0, 1, 2, 1, 1, 3]
-    assert connected_components(3, []) == [0, 1, 2]
-    assert connected_components(0, []) == []
+def test_duplicates_are_connected_also_indirectly_and_numbered_by_first_appearance() -> None:
+    names = list("abcdef")
+    assert connected(names, names, None, [("e", "b"), ("b", "d"), ("c", "c")]) == [0, 1, 2, 1, 1, 3]
+    assert connected(names[:3], names[:3], None, []) == [0, 1, 2]
+    assert connected([], [], None, []) == []
+
+
+def test_patients_that_share_a_duplicate_are_one_unit() -> None:
+    patients = {"a": "Ada", "b": "Ben", "c": "Ada", "d": "Ben", "e": "Cy"}
+    assert connected(list("abcde"), list("abcde"), patients, [("a", "b")]) == [0, 0, 0, 0, 1]
+
+
+def test_near_duplicates_are_in_one_fold() -> None:
+    pairs = [(ids(20)[i], ids(20)[i + 1]) for i in (0, 1, 18)]
+    folds = make_folds(ids(20), ["train"] * 20, ids(20), folds=3, seed=0, duplicates=pairs)
+    assert folds.method == "groups"
+    assert len({folds.fold_of[i] for i in (0, 1, 2)}) == 1
+    assert folds.fold_of[18] == folds.fold_of[19]
+    assert make_folds(ids(20), ["train"] * 20, ids(20), folds=3, seed=0, duplicates=[]).method == "groups"

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from hpsearch.data.decode import decode_job
+from hpsearch.data.decode import MAX_BYTES, MemoryGate, decode_job
 from hpsearch.data.decode_pool import DecodeError, ImageStats, Job
 from hpsearch.data.reading import PLAIN_READING, Reading
 
@@ -34,7 +34,7 @@ def read(tmp_path: Path, content: bytes, reading: Reading = PLAIN_READING) -> tu
     (tmp_path / "m.png").write_bytes(content)
     Image.new("RGB", INSIDE.shape[::-1]).save(tmp_path / "a.png")
     job = Job(tmp_path / "a.png", tmp_path / "m.png", ("resize",), *INSIDE.shape, reading=reading)
-    stats, [(_, mask)] = decode_job(job)
+    stats, [(_, mask)] = decode_job(job, MemoryGate(MAX_BYTES))
     assert stats.foreground == mask.sum()
     return mask, stats
 

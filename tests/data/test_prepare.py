@@ -39,25 +39,30 @@ def paths(config: DataConfig, number: int) -> tuple[Path, Path]:
 
 
 def numbers(prepared: Prepared) -> list[int]:
-    return [int(id.removeprefix("ISIC_")) for id in prepared.ids]
+    return [int(id.removeprefix("ISIC_")) for id in prepared.index.ids]
+
+
+def test_a_cache_folder_that_is_a_file_is_named(tiny_archive: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_bytes(b"")
+    with pytest.raises(StorageError, match=r"cannot write .*cache: File exists"):
+        prepare_pool(DataConfig(root=str(tiny_archive)), tmp_path / "cache")
 
 
 class TestRoles:
     def test_pool_is_training_before_validation(self, tiny_archive: Path, root: Path) -> None:
         prepared = prepare_pool(DataConfig(root=str(tiny_archive), size=(24, 32)), root)
         assert numbers(prepared) == list(range(11))
-        assert prepared.splits == ("train",) * 8 + ("val",) * 3
-        assert (prepared.n, prepared.excluded) == (11, ())
-        assert prepared.seconds > 0
+        assert (len(prepared.index), prepared.excluded) == (11, ())
         cache = open_cache(prepared.cache_path)
-        assert (cache.ids, cache.splits, cache.key) == (prepared.ids, prepared.splits, prepared.key)
+        assert cache.splits == ("train",) * 8 + ("val",) * 3
+        assert (cache.ids, cache.key) == (prepared.index.ids, prepared.index.key)
         assert cache.size == (24, 32)
 
     def test_test_split_has_a_cache_of_its_own(self, tiny_archive: Path, root: Path) -> None:
         config = DataConfig(root=str(tiny_archive), size=24)
         prepared = prepare_test(config, root)
         assert numbers(prepared) == [11, 12, 13, 14]
-        assert set(prepared.splits) == {"test"}
+        assert {sample.split for sample in prepared.index.samples} == {"test"}
         assert prepared.cache_path != prepare_pool(config, root).cache_path
 
     @pytest.mark.parametrize(
@@ -90,7 +95,7 @@ class TestRoles:
 
     def test_dataset_without_test_images_can_be_searched(self, write_dataset: WriteDataset, root: Path) -> None:
         config = write_dataset(pairs=tiny_pairs(n_test=0), size=16)
-        assert prepare_pool(config, root).n == 11
+        assert len(prepare_pool(config, root).index) == 11
         with pytest.raises(DatasetError, match="has no test images"):
             prepare_test(config, root)
 
@@ -98,13 +103,15 @@ class TestRoles:
         config = write_dataset(size=16)
         for number in range(11, 15):
             paths(config, number)[0].write_bytes(b"no image %d" % number)
-        assert prepare_pool(config, root).n == 11
+        assert len(prepare_pool(config, root).index) == 11
         with pytest.raises(DatasetError, match="none of the 4 images"):
             prepare_test(config, root)
 
     def test_colours_share_one_cache(self, tiny_archive: Path, root: Path) -> None:
         config = DataConfig(root=str(tiny_archive), size=16)
-        assert prepare_pool(config, root).key == prepare_pool(replace(config, color="grayscale"), root).key
+        assert (
+            prepare_pool(config, root).index.key == prepare_pool(replace(config, color="grayscale"), root).index.key
+        )
 
     def test_cached_size_can_exceed_the_networks(self, tiny_archive: Path, root: Path) -> None:
         config = DataConfig(root=str(tiny_archive), size=16, cache_size=(24, 32))
@@ -161,7 +168,7 @@ class TestRefusal:
         with pytest.raises(DatasetError):
             prepare_pool(config, root)
         monkeypatch.setattr(build, "Decoders", lambda: pytest.fail("it was decoded again"))
-        assert prepare_pool(replace(config, exclude_bad=True), root).n == 8
+        assert len(prepare_pool(replace(config, exclude_bad=True), root).index) == 8
 
     def test_mended_image_is_taken_in(self, write_dataset: WriteDataset, root: Path) -> None:
         config = write_dataset(size=16)
@@ -170,7 +177,7 @@ class TestRefusal:
         with pytest.raises(DatasetError):
             prepare_pool(config, root)
         paths(config, 4)[0].write_bytes(whole)
-        assert prepare_pool(config, root).n == 11
+        assert len(prepare_pool(config, root).index) == 11
 
     def test_test_split_is_refused_for_its_own_damage(self, write_dataset: WriteDataset, root: Path) -> None:
         config = write_dataset(size=16)
@@ -186,7 +193,7 @@ class TestRefusal:
         config = write_dataset(size=16)
         paths(config, 12)[1].unlink()
         prepared = prepare_pool(config, root)
-        assert prepared.n == 11
+        assert len(prepared.index) == 11
         assert any(note.startswith("missing mask in the test split (1)") for note in prepared.notes)
 
     def test_nothing_but_damage_is_refused_too(self, write_dataset: WriteDataset, root: Path) -> None:
@@ -206,7 +213,7 @@ def test_an_image_that_pool_and_test_share_is_kept_in_both_and_named(
     pairs[13] = replace(pairs[13], image=pairs[2].image, mask=pairs[2].mask)
     config = replace(write_dataset(layout, pairs, size=16), exclude_bad=exclude_bad)
     prepared = prepare_pool(config, root)
-    assert (prepared.n, prepared.excluded, prepare_test(config, root).n) == (11, (), 4)
+    assert (len(prepared.index), prepared.excluded, len(prepare_test(config, root).index)) == (11, (), 4)
     (note,) = (note for note in prepared.notes if note.startswith("image in pool and test (1)"))
     assert "ISIC_0000002 of the pool is the same file as ISIC_0000013 of the test split" in note
 
@@ -223,7 +230,7 @@ class TestMasks:
                 PoolCaches(config, root, role=role)
         pairs[3] = tiny_pairs()[3]
         config = replace(config, data=write_dataset(pairs=pairs, size=16))
-        assert PoolCaches(config, root).scored.fault == ""
+        assert len(PoolCaches(config, root).scored.index) == 11
 
     def test_lesions_that_vanish_are_counted_at_every_size(self, write_dataset: WriteDataset, root: Path) -> None:
         pairs = tiny_pairs()
@@ -248,7 +255,6 @@ class TestMasks:
         ]
         config = write_dataset(pairs=pairs, size=16)
         prepared = prepare_test(config, root)
-        assert prepared.fault == ""
         assert any(note.startswith("none of the 4 test masks has a lesion at 16x16") for note in prepared.notes)
         assert not any("none of the" in note for note in prepare_pool(config, root).notes)
 
@@ -283,14 +289,14 @@ class TestChanges:
         else:
             Image.fromarray(255 - np.array(Image.open(mask))).save(mask)
         after = prepare_pool(config, root)
-        assert after.key != before.key
-        assert after.n == {"removed": 10, "added": 12}.get(change, 11)
+        assert after.index.key != before.index.key
+        assert len(after.index) == {"removed": 10, "added": 12}.get(change, 11)
 
     def test_touched_files_change_nothing(self, write_dataset: WriteDataset, root: Path) -> None:
         config = write_dataset(size=16)
         before = prepare_pool(config, root)
         os.utime(paths(config, 5)[0])
-        assert prepare_pool(config, root).key == before.key
+        assert prepare_pool(config, root).index.key == before.index.key
 
     def test_notes_are_told_at_every_start(self, write_dataset: WriteDataset, root: Path) -> None:
         config = write_dataset(size=16)
@@ -313,7 +319,7 @@ class TestCrop:
 
     def test_resized_images_do_not_depend_on_the_seed(self, tiny_archive: Path, root: Path) -> None:
         config = DataConfig(root=str(tiny_archive), size=32)
-        assert prepare_pool(config, root, seed=0).key == prepare_pool(config, root, seed=1).key
+        assert prepare_pool(config, root, seed=0).index.key == prepare_pool(config, root, seed=1).index.key
 
     def test_test_images_are_cropped_in_the_centre(self, tiny_archive: Path, root: Path) -> None:
         cache = open_cache(prepare_test(DataConfig(root=str(tiny_archive), size=32, match="crop"), root).cache_path)
@@ -335,7 +341,7 @@ def test_one_dataset_gives_equal_caches_and_folds_in_all_layouts(
     for layout in ("archive", "splits", "folders"):
         config = replace(write_dataset(layout, pairs, size=16), match=match)
         for prepared in (prepare_pool(config, tmp_path / layout), prepare_test(config, tmp_path / layout)):
-            keys.add(prepared.key)
+            keys.add(prepared.index.key)
             contents.add(tuple((prepared.cache_path / name).read_bytes() for name in ("images.npy", "masks.npy")))
         pool = open_cache(prepare_pool(config, tmp_path / layout).cache_path)
         folds.add(make_folds(pool.ids, pool.splits, pool.sha256, folds=3, seed=0))
@@ -351,7 +357,7 @@ def test_validation_split_is_the_same_in_both_layouts_of_the_archive(
     archive = prepare_pool(write_dataset("archive", size=16), tmp_path / "a")
     shutil.rmtree(tmp_path / "ISIC-2017")
     splits = prepare_pool(write_dataset("splits", size=16), tmp_path / "b")
-    assert archive.key == splits.key
+    assert archive.index.key == splits.index.key
     for name in ("images.npy", "masks.npy"):
         assert (archive.cache_path / name).read_bytes() == (splits.cache_path / name).read_bytes()
 
@@ -379,7 +385,7 @@ class TestContents:
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
-        assert prepare_pool(config, root).key == prepared.key
+        assert prepare_pool(config, root).index.key == prepared.index.key
         folders, problems = check_contents(config, root)
         assert folders == [prepared.cache_path]
         assert [(problem.kind, problem.id) for problem in problems] == [("changed file", "ISIC_0000002")]
@@ -399,13 +405,13 @@ class TestSample:
         for _ in range(2):
             prepared = prepare_pool(DataConfig(root="sample", size=16), root)
         assert drawn == [root / f"sample-{prepare.SAMPLE_VERSION}" / "ISIC-2017"]
-        assert prepared.n == 11
+        assert len(prepared.index) == 11
         assert prepared.notes == ()
 
     @pytest.mark.slow
     def test_it_can_be_prepared(self, root: Path) -> None:
         prepared = prepare_pool(DataConfig(root="sample", size=32), root)
-        assert prepared.n == 150
+        assert len(prepared.index) == 150
         assert prepared.notes == ()
 
     def test_failure_to_draw_it_says_why(self, root: Path) -> None:
@@ -429,10 +435,10 @@ class TestSample:
 def test_real_images_have_one_known_pair_of_duplicates(root: Path) -> None:
     config = DataConfig(root=os.environ["HPSEARCH_ISIC_ROOT"], size=32)
     prepared = prepare_pool(config, root)
-    assert (prepared.n, prepared.excluded) == (1550, ())
+    assert (len(prepared.index), prepared.excluded) == (1550, ())
     assert "duplicate image (1): ISIC_0012970 and ISIC_0012127 are one image with 2 masks" in prepared.notes
     cache = open_cache(prepared.cache_path)
     folds = make_folds(cache.ids, cache.splits, cache.sha256, folds=5, seed=0)
     fold_of = dict(zip(folds.ids, folds.fold_of, strict=True))
     assert fold_of["ISIC_0012970"] == fold_of["ISIC_0012127"]
-    assert prepare_test(config, root).n == 600
+    assert len(prepare_test(config, root).index) == 600

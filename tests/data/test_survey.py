@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from hpsearch.config import StudyConfig
 from hpsearch.config.data import AugmentConfig, DataConfig
 from hpsearch.data import survey as module
 from hpsearch.data.cache import Preparation, cache_key, open_cache
@@ -23,7 +24,7 @@ from hpsearch.data.integrity import check, describe
 from hpsearch.data.layouts import find_samples
 from hpsearch.data.prepare import check_contents, prepare_pool, prepare_test
 from hpsearch.data.reading import PLAIN_READING, Reading
-from hpsearch.data.survey import Decision, Survey, decide, decide_reading, survey
+from hpsearch.data.survey import Survey, decide, decide_reading, survey
 from hpsearch.errors import ConfigError, DatasetError
 from hpsearch.typed_json import from_json
 from tests.cached import images_of, masks_of
@@ -60,10 +61,6 @@ def of_size(height: int, width: int) -> list[Pair]:
     return [draw_pair(pair.id, pair.split, rng, size=(height, width)) for pair in tiny_pairs()]
 
 
-def decided(config: DataConfig) -> Decision:
-    return decide_reading(find_samples(config), config)
-
-
 def kinds(config: DataConfig) -> dict[str, str]:
     """Errors and notes of `data check`: their kinds, and one line for each."""
     report = check(find_samples(config), config=config)
@@ -91,9 +88,8 @@ class TestDecision:
         self, dataset: Dataset, n_apply: int, n_ignore: int, setting: Exif, exif: str, reason: str
     ) -> None:
         found = Survey(n_pairs=9, n_oriented=5, n_apply=n_apply, n_ignore=n_ignore)
-        decision = decide(found, DataConfig(exif=setting), dataset)
-        assert (decision.reading.exif, decision.reading.exif_reason) == (exif, reason)
-        (note,) = decision.notes
+        rules, (note,) = decide(found, DataConfig(exif=setting), dataset)
+        assert (rules.exif, rules.exif_reason) == (exif, reason)
         done = "applied" if exif == "apply" else "ignored"
         assert f"5 of 9 training and validation pairs have an EXIF orientation; it is {done} {reason}" in note.text
 
@@ -105,19 +101,20 @@ class TestDecision:
         self, dataset: Dataset, highest: int, max_value: int
     ) -> None:
         found = Survey(n_pairs=9, n_deep=2, highest=highest)
-        assert decide(found, DataConfig(), dataset).reading.max_value == max_value
-        decision = decide(found, DataConfig(max_value=3000), dataset)
-        assert decision.reading.max_value == 3000
-        assert f"with values up to {highest}: full scale is 3000" in decision.notes[0].text
+        assert decide(found, DataConfig(), dataset)[0].max_value == max_value
+        reading, (note,) = decide(found, DataConfig(max_value=3000), dataset)
+        assert reading.max_value == 3000
+        assert f"with values up to {highest}: full scale is 3000" in note.text
 
     def test_a_value_is_what_most_masks_say(self, dataset: Dataset) -> None:
         found = Survey(n_pairs=11, masks=(("0", "1", 1), ("1", "2", 3), ("0", "255", 2), ("255", "300", 2)))
-        reading = decide(found, DataConfig(), dataset).reading
+        reading, _ = decide(found, DataConfig(), dataset)
         assert (reading.background, reading.lesion) == (("0", "1", "255"), ("2", "255", "300"))
 
     def test_nothing_special_is_nothing_to_say(self, dataset: Dataset) -> None:
-        decision = decide_reading(dataset, DataConfig())
-        assert decision == Decision(replace(PLAIN_READING, background=("0",), lesion=("255",)), ())
+        reading, notes = decide_reading(dataset, DataConfig())
+        assert reading == replace(PLAIN_READING, background=("0",), lesion=("255",))
+        assert notes == []
 
     def test_full_scales_that_cannot_be_are_refused(self) -> None:
         with pytest.raises(ConfigError, match=r"data\.max_value must be 0 .* got 254"):
@@ -154,9 +151,9 @@ class TestOrientation:
         Image.fromarray(np.rot90(pixels_of(mask)[:40])).save(mask)
         limited = replace(config, n_search_train=2)
         for prepared in (prepare_pool(limited, tmp_path), prepare_test(limited, tmp_path)):
-            assert prepared.reading.exif == "ignore"
+            assert prepared.index.preparation.reading.exif == "ignore"
             cache = open_cache(prepared.cache_path)
-            assert cache.index.preparation.reading == prepared.reading
+            assert cache.index.preparation.reading == prepared.index.preparation.reading
         ignored = replace(config, exif="ignore")
         assert np.array_equal(
             images_of(cache), images_of(open_cache(prepare_test(ignored, tmp_path / "b").cache_path))
@@ -193,7 +190,7 @@ class TestOrientation:
         (note,) = (note for note in prepared.notes if "EXIF" in note)
         assert "it is applied by default" in note
         ignored = prepare_pool(replace(config, exif="ignore"), tmp_path)
-        assert ignored.key != prepared.key
+        assert ignored.index.key != prepared.index.key
         assert np.array_equal(images_of(open_cache(ignored.cache_path))[:, ::-1, ::-1], upright)
 
     def test_an_augmented_copy_is_read_as_it_was_made(self, write_dataset: WriteDataset, tmp_path: Path) -> None:
@@ -201,11 +198,11 @@ class TestOrientation:
         for number in range(11):
             orient(config, number, 6)
         dataset = find_samples(config)
-        reading = decide_reading(dataset, replace(config, exif="ignore")).reading
-        target = export_augmented(dataset, AugmentConfig(hflip=0, vflip=1), reading=reading)
+        study = StudyConfig(data=replace(config, exif="ignore"), augment=AugmentConfig(hflip=0, vflip=1))
+        target = export_augmented(dataset, study)
         copy = find_samples(DataConfig(root=str(target)))
-        assert decide_reading(copy, config).reading.exif == "ignore"
-        assert decide_reading(copy, replace(config, exif="apply")).reading.exif == "apply"
+        assert decide_reading(copy, config)[0].exif == "ignore"
+        assert decide_reading(copy, replace(config, exif="apply"))[0].exif == "apply"
         original, changed = files(config, 0)[0], copy.samples[1].image
         assert np.array_equal(pixels_of(changed), pixels_of(original)[::-1])
 
@@ -238,17 +235,17 @@ class TestDepth:
         for number, factor in ((0, 1), (7, 64), (12, 1)):
             self.deepen(config, number, factor)
         limited = replace(config, n_search_train=2)
-        assert prepare_pool(limited, tmp_path).reading.max_value == 16383
-        assert prepare_test(limited, tmp_path).reading.max_value == 16383
+        assert prepare_pool(limited, tmp_path).index.preparation.reading.max_value == 16383
+        assert prepare_test(limited, tmp_path).index.preparation.reading.max_value == 16383
 
     def test_a_test_image_above_full_scale_is_an_error(self, write_dataset: WriteDataset, tmp_path: Path) -> None:
         config = write_dataset(size=32)
         self.deepen(config, 0, 1)
         self.deepen(config, 12, 256)
-        assert prepare_pool(config, tmp_path).reading.max_value == 255
+        assert prepare_pool(config, tmp_path).index.preparation.reading.max_value == 255
         with pytest.raises(DatasetError, match=r"value above full scale .* above the full scale of 255"):
             prepare_test(config, tmp_path)
-        assert prepare_test(replace(config, max_value=65535), tmp_path).n == 4
+        assert len(prepare_test(replace(config, max_value=65535), tmp_path).index) == 4
 
     def test_a_deep_test_image_of_a_pool_without_any_is_an_error(
         self, write_dataset: WriteDataset, tmp_path: Path

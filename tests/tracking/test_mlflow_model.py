@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hpsearch.data.decode import decode_job
+from hpsearch.data.decode import MAX_BYTES, MemoryGate, decode_job
 from hpsearch.data.decode_pool import Job
 from hpsearch.data.reading import Reading
 from hpsearch.errors import DatasetError, ExportError
@@ -129,7 +129,7 @@ def test_a_photo_is_seen_as_in_training_by_predict_and_by_the_served_model(
     size = (50, 60) if exif == "ignore" and orientation >= 5 else (60, 50)
     Image.fromarray(np.zeros(size, np.uint8)).save(tmp_path / "m.png")
     job = Job(photo, tmp_path / "m.png", ("resize",), *size, reading=reading)
-    _, [(trained_on, _)] = decode_job(job)
+    _, [(trained_on, _)] = decode_job(job, MemoryGate(MAX_BYTES))
     if exif == "apply" and format == "png":
         assert np.array_equal(trained_on, upright)
     expected = np.multiply(predictor.mask(predictor.logits(tensor(trained_on))), 255, dtype=np.uint8)
