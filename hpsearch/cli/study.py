@@ -35,6 +35,7 @@ LOOKAHEAD = 4
 @click.option("--confirm", type=AT_LEAST_0, help="Refit this many top trials; rank them by both fits (default: 5).")
 @click.option("--groups", metavar="FILE.csv", help="Keep the images of a group in one fold; FILE names the groups.")
 @click.option("--group-duplicates", is_flag=True, help="Keep near-duplicate images in one fold.")
+@click.option("--allow-microbatch", is_flag=True, hidden=True, expose_value=False)
 @click.option("--workers", type=AT_LEAST_1, help="Use this many workers (default: measured, 1 to 4 per device).")
 @options.machine_options
 @click.option("--hours", type=click.FloatRange(min=0, min_open=True), help="Stop after this many hours (resumable).")

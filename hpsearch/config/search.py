@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import InitVar, dataclass
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeGuard
 
 from hpsearch.config.values import ModuleName, Size, check_at_least, check_size, convert, require
@@ -36,16 +36,8 @@ class StudySettings:
     """Size at which scores are computed; 0: `data.size`. Required if `data.size` is searched."""
     confirm: int = 5
     """Number of configurations to refit after the search, for a final ranking and an unbiased estimate; 0: none."""
-    # A removed setting. Files of version 0.1 contain it, so its default is accepted.
-    allow_microbatch: InitVar[bool] = False
 
-    def __post_init__(self, allow_microbatch: bool) -> None:
-        require(
-            not allow_microbatch,
-            "study.allow_microbatch = true was removed: where memory ran out, it trained networks with batch "
-            "normalisation on parts of their batches, which changed the result. Remove the setting to begin a study, "
-            "or read a study that was begun with it by version 0.1",
-        )
+    def __post_init__(self) -> None:
         check_at_least("study", self, 1, "trials")
         check_at_least("study", self, 0, "seed", "confirm", "startup_trials", "lookahead")
         is_valid = self.folds == "fixed" or self.folds >= 2

@@ -4,7 +4,7 @@ import difflib
 import functools
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import InitVar, fields
+from dataclasses import fields
 from typing import Any, get_type_hints
 
 from hpsearch.config.data import AugmentConfig, DataConfig
@@ -22,6 +22,8 @@ SECTIONS: dict[str, type] = {
 }
 ALIASES = {"data.resize_mode": "data.match"}
 """Aliases of settings, mapped to the names of the settings."""
+REMOVED = {"study.allow_microbatch"}
+"""Settings of version 0.1 that have no effect any more. They are accepted, because its files contain them."""
 NOT_SEARCHABLE = {f"data.{f.name}" for f in fields(DataConfig)} - {"data.size", "data.color"}
 """Data settings that cannot be searched, because scores are comparable only between trials that share them. For
 example, resized images are scored as a whole, but cropped images only in their centre."""
@@ -44,7 +46,7 @@ def annotation_of(name: str) -> Any:
     hints = _type_hints(SECTIONS[section])
     if key not in hints:
         raise unknown_name(name, [f"{section}.{each}" for each in hints], "key")
-    return hints[key].type if isinstance(hints[key], InitVar) else hints[key]
+    return hints[key]
 
 
 def unknown_name(name: str, known: Sequence[str], kind: str) -> ConfigError:
@@ -71,6 +73,8 @@ def apply_overrides(table: Mapping[str, Any], overrides: Iterable[str], *, on_no
     result = {name: dict(value) if isinstance(value, Mapping) else value for name, value in table.items()}
     for override in overrides:
         name, text = _split(override)
+        if name in REMOVED:
+            continue
         try:
             value = tomllib.loads(f"value = {text}")["value"]
         except (tomllib.TOMLDecodeError, RecursionError):

@@ -179,7 +179,8 @@ def _section(section: str, cls: type, table: Any) -> Any:
     table = {ALIASES.get(f"{section}.{key}", f"{section}.{key}"): value for key, value in table.items()}
     if table.get("study.metric") == "iou":
         table["study.metric"] = "jaccard"
-    values = {name: convert(value, annotation_of(name), name) for name, value in table.items()}
+    kept = {name: value for name, value in table.items() if name not in sections.REMOVED}
+    values = {name: convert(value, annotation_of(name), name) for name, value in kept.items()}
     return cls(**{name.partition(".")[2]: value for name, value in values.items()})
 
 

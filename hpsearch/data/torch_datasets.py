@@ -95,6 +95,10 @@ class RoleDataset(Dataset[tuple[Tensor, Tensor]]):
             training: Role = "search-train" if role == "search-validation" else "final-train"
             normalization = RoleDataset(training, config, cache_root=cache_root).normalization
         self.normalization = normalization or self._data().cache.normalization(self._indices, config.color)
+        if (n := len(self.normalization.mean)) != config.n_channels:
+            raise ConfigError(
+                f"normalization has {n} channels, images of color {config.color!r} have {config.n_channels}"
+            )
 
     def __len__(self) -> int:
         return len(self._indices)

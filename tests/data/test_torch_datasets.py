@@ -107,6 +107,11 @@ def test_grayscale_images_have_one_channel(config: DataConfig) -> None:
     assert len(gray.normalization.mean) == 1
 
 
+def test_a_normalization_of_another_number_of_channels_is_refused(config: DataConfig) -> None:
+    with pytest.raises(ConfigError, match="normalization has 3 channels, images of color 'grayscale' have 1"):
+        RoleDataset("final-test", replace(config, color="grayscale"), normalization=PLAIN)
+
+
 def test_a_role_can_be_limited_to_its_first_images(config: DataConfig, train: RoleDataset) -> None:
     few = RoleDataset("search-train", config, n=2, normalization=PLAIN)
     assert few.ids == train.ids[:2]
