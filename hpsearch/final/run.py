@@ -188,10 +188,10 @@ class _Final:
             members = [folder.ensemble / f"fold{fold}.safetensors" for fold in range(len(sources))]
             copies = zip((folder.seed(0).weights, *sources), (folder.model, *members), strict=True)
             do(jobs.KeepJob(copies=tuple(jobs.WeightsCopy(*copy) for copy in copies), postprocessing=choices))
-            images = test_set_log.TestImages.in_cache(self.test.cache_path)
+            hashes = test_set_log.hashes_in_cache(self.test.cache_path)
             facts = {"study": self.record.name, "trial": self.trial.number, "metric": self.record.config.study.metric}
             facts |= {"study_began_at": self.record.trials()[0].began_at, "folder": str(self.project.root.absolute())}
-            evaluation = test_set_log.begin_evaluation(self.project, images, at=now(), **facts)
+            evaluation = test_set_log.begin_evaluation(self.project, hashes, at=now(), **facts)
             self._score(do, choices, members)
         result = evaluate(self.inputs, evaluation)
         evaluation = test_set_log.end_evaluation(self.project, evaluation, result.test[result.metric].mean)

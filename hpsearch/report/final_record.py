@@ -132,10 +132,10 @@ def history_of(record: StudyRecord, evaluation: LoggedEvaluation) -> dict[str, A
     """Return the fields of `EvaluationHistory` for an evaluation by a study."""
     began = [trial.began_at for trial in record.trials()]
     evaluations = test_set_log.evaluations_of(record.paths.project, evaluation)
-    first = test_set_log.first_evaluation_of(evaluations, record.name, began[0]) or evaluation
+    first = next(each for each in evaluations if each.is_of_same_study(evaluation))
     return {
         "evaluation": evaluation,
         "evaluations": evaluations,
-        "n_evaluations_before": test_set_log.n_evaluations_before(evaluations, began[0]),
+        "n_evaluations_before": sum(each.at < began[0] for each in evaluations),
         "n_trials_after": sum(each > first.at for each in began),
     }
