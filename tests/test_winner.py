@@ -68,7 +68,7 @@ def assert_one_winner(study: FakeStudy, number: int, capsys: pytest.CaptureFixtu
     view_of(study).update()
     best = record.best()
     assert best is not None
-    worth = record.worth(best)
+    worth = record.standing().values[best.number]
     assert worth is not None
     assert best.number == number
     shown = f"trial {number}, dice {worth:.4f}"
@@ -88,10 +88,10 @@ def assert_one_winner(study: FakeStudy, number: int, capsys: pytest.CaptureFixtu
     assert [name for name, run in runs.items() if "winner" in run.tags] == [f"trial {number:04d}"]
     winner = runs[f"trial {number:04d}"]
     assert (winner.tags["winner"], winner.tags["rank"]) == ("true", "0001")
-    for trial in record.complete_trials():
+    for trial in record.contenders(record.trials()):
         run = runs[f"trial {trial.number:04d}"]
-        assert latest(run.metrics["cv/dice_mean"]) == record.worth(trial)
-        assert f"ut-of-fold dice **{record.worth(trial):.4f}**" in run.tags["mlflow.note.content"]
+        assert latest(run.metrics["cv/dice_mean"]) == record.standing().values[trial.number]
+        assert f"ut-of-fold dice **{record.standing().values[trial.number]:.4f}**" in run.tags["mlflow.note.content"]
     assert latest(runs["fake"].metrics["study/best_dice"]) == worth
     note = runs["fake"].tags["mlflow.note.content"]
     assert f"trial {number}" in note

@@ -113,7 +113,7 @@ def evaluate(inputs: Inputs, evaluation: LoggedEvaluation) -> FinalResult:
         metric=metric,
         cv=estimates.statistics[number].total,
         cv_fold_std=estimates.statistics[number].sd_folds,
-        is_confirmed=number in record.confirmed(),
+        is_confirmed=number in record.standing().confirmed,
         corrected=estimates.corrected if number == estimates.winner else None,
         predicted=estimates.predicted(number, n_test=test.n, n_runs=inputs.n_seeds),
         eval_size=record.config.eval_size,

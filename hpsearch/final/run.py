@@ -270,8 +270,8 @@ def fold_networks(record: StudyRecord, number: int) -> FoldNetworks | None:
     """Return the kept fold networks of a trial: its refits, else its first fits. Return None if none were kept."""
     found: tuple[Path | None, ...] = (None,) * record.n_folds
     networks = None
-    for source in ("first fits", "refits"):
-        fits = record.fits(number, replicate=source == "refits")
+    for replicate, source in enumerate(("first fits", "refits")):
+        fits = record.fits(number, replicate)
         if all(fit.is_finished and fit.paths.weights.is_file() for fit in fits):
             weights = tuple(fit.paths.weights for fit in fits)
             networks, found = FoldNetworks(f"{source} of trial {number}", weights, found), weights
@@ -296,8 +296,8 @@ def choose_trial(record: StudyRecord, number: int | None, cheapest_tied: bool) -
         special = {"complete": "was changed by memory that ran out", None: "is still open"}
         what = special.get(trial.outcome, f"ended as {trial.outcome}")
         raise StudyError(f"{named} {what}: only trials that were evaluated on all folds can be final")
-    configuration = record.configuration(trial.params)
-    same = next(each for each in record.complete_trials() if record.configuration(each.params) == configuration)
+    configuration, contenders = record.configuration(trial.params), record.contenders(record.trials())
+    same = next(each for each in contenders if record.configuration(each.params) == configuration)
     if same.number != number:
         raise StudyError(f"{named} is a copy of trial {same.number}: take --trial {same.number}")
     return trial

@@ -42,7 +42,7 @@ class Estimates:
             return None
         fold_of = np.asarray(record.folds.fold_of, np.int64)
         held_out = np.flatnonzero(fold_of >= 0)
-        replicates = [record.replicate_out_of_fold(number)[held_out] for number in standing.confirmed]
+        replicates = [record.out_of_fold(number, replicate=1)[held_out] for number in standing.confirmed]
         pruned = [record.out_of_fold(trial.number)[held_out] for trial in trials if trial.outcome == "pruned"]
         pruned = [scores for scores in pruned if np.isfinite(scores).any()]
         scores = StudyScores(

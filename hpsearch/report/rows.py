@@ -224,8 +224,8 @@ def _winner(record: StudyRecord, estimates: Estimates, finals: Sequence[FinalRow
 def _final_row(record: StudyRecord, name: str, estimates: Estimates | None) -> FinalRow:
     result = FinalRecord.read(record.paths.final(name))
     number, n_runs = result.trial, max(1, result.n_seeds)
-    kinds = (False, True) if number in record.confirmed() else (False,)
-    scores = scores_by_fold([record.fits(number, replicate=replicate) for replicate in kinds])
+    replicates = (0, 1) if number in record.standing().confirmed else (0,)
+    scores = scores_by_fold([record.fits(number, replicate) for replicate in replicates])
     # The search may have continued after the final, so compute the prediction again.
     predicted = estimates.predicted(number, n_test=result.n_test, n_runs=n_runs) if estimates else None
     return FinalRow(

@@ -257,7 +257,7 @@ class Coordinator:
         else:
             text = f"{outcome} ({reason}), so it cannot win"
             if outcome == "complete":
-                score = float(np.nanmean(self.record.replicate_out_of_fold(number)))
+                score = float(np.nanmean(self.record.out_of_fold(number, replicate=1)))
                 text = f"{score:.4f}, first fit {self.trials[number].value:.4f}"
             self._say(f"trial {number} refitted: {text}")
             if not self.open:

@@ -59,8 +59,7 @@ class Evaluation:
 
     def fits(self) -> list[FitRecord]:
         """Return the fits of the trial or replicate, by fold."""
-        number, replicate = self.key
-        return self.study.fits(number, replicate=bool(replicate))
+        return self.study.fits(*self.key)
 
     def open_fits(self) -> OpenFits:
         """Return the state of its fits for the scheduler."""

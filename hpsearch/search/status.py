@@ -79,7 +79,7 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
     standing, stored = record.standing(trials), record.valid_shortlist(record.contenders(trials))
     shortlist = stored.trials if stored is not None else ()
     fits = {trial.number: record.fits(trial.number) for trial in trials}
-    refits = {number: record.fits(number, replicate=True) for number in sorted(shortlist)}
+    refits = {number: record.fits(number, replicate=1) for number in sorted(shortlist)}
     seconds = {number: _seconds(of_trial) for number, of_trial in fits.items()}
     open_fits = {trial.number: fits[trial.number] for trial in trials if trial.outcome is None}
     is_running = lock.is_held(record.paths)
