@@ -122,8 +122,9 @@ def run_study(
             logger.info("stopped; run the same command to continue")
         # Workers that were killed while writing may have left temporary files.
         paths.remove_stale_temporaries(study.root)
+        n_counted = count_trials(coordinator.trials.values())
         n_behind, error = (views[1].n_left, views[1].error) if tracker is not None else (0, "")
-        return StudySummary(record, coordinator.n_counted, stop.is_requested, n_behind, error)
+        return StudySummary(record, n_counted, stop.is_requested, n_behind, error)
 
 
 def close_view(view: ViewThread, stop: Stop) -> int:

@@ -27,7 +27,7 @@ from hpsearch.search.stopping import Stop
 from hpsearch.stats.best import rank
 from hpsearch.store.fits import remove_checkpoints, remove_networks
 from hpsearch.store.record import StudyRecord
-from hpsearch.store.trials import COUNTED, Outcome, TrialRecord, count_trials
+from hpsearch.store.trials import COUNTED, Outcome, TrialRecord
 from hpsearch.store.versions import now
 from hpsearch.training.rows import EpochRow
 from hpsearch.workers.jobs import EpochEnded, Failed, Finished, FitJob, Job, Stopped
@@ -64,11 +64,6 @@ class Coordinator:
     def __post_init__(self) -> None:
         self.trials = {trial.number: trial for trial in self.record.trials()}
         self.judge = Judge(self.record, self.trials)
-
-    @property
-    def n_counted(self) -> int:
-        """Number of evaluated trials, including trials of earlier runs of the study."""
-        return count_trials(self.trials.values())
 
     @property
     def is_over(self) -> bool:
@@ -110,7 +105,7 @@ class Coordinator:
                     self._begin_trial()
                 case MakeShortlist():
                     self._end_search()
-                case _:
+                case None:
                     break
         return None
 
@@ -140,8 +135,8 @@ class Coordinator:
 
     def _begin_trial(self) -> None:
         """Record the next enqueued or suggested trial, and start it if it is feasible."""
-        trial, config, infeasible = next_trial(self.record, self.trials, self.plan)
-        evaluation = Evaluation(self.record, trial, config)
+        trial, infeasible = next_trial(self.record, self.trials, self.plan)
+        evaluation = Evaluation(self.record, trial, trial.study_config)
         self._write(evaluation)
         if infeasible is not None:
             self._end(evaluation, "infeasible", reason=infeasible.reason, constraint=infeasible.excess)
@@ -307,17 +302,14 @@ def _kill_hanging(coordinator: Coordinator) -> None:
 
 def _study_state(coordinator: Coordinator) -> StudyState:
     """Return the state of the study that the scheduler needs."""
-    record, trials, pruner = coordinator.record, coordinator.trials.values(), coordinator.judge.pruner
-    fits = [evaluation.open_fits() for evaluation in coordinator.open.values()]
+    record, trials, pruner = coordinator.record, list(coordinator.trials.values()), coordinator.judge.pruner
     return StudyState(
         n_folds=record.n_folds,
-        n_trials=record.config.study.trials,
-        n_counted=coordinator.n_counted,
+        n_left=record.n_left(trials),
         n_suggested=len(trials),
-        n_unused=record.n_unused(trials),
         has_complete=any(trial.can_win for trial in trials),
-        open=tuple(each for each in fits if not each.replicate),
-        replicates=tuple(each for each in fits if each.replicate) if coordinator.has_shortlist else None,
+        open=tuple(evaluation.open_fits() for evaluation in coordinator.open.values()),
+        has_shortlist=coordinator.has_shortlist,
         lookahead=record.config.study.lookahead,
         folds_in_turn=pruner.is_sequential,
         judges_any_fold=pruner.takes_any_fold,

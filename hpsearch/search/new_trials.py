@@ -23,8 +23,8 @@ INFEASIBLE_PER_TRIAL = 10
 
 def next_trial(
     record: StudyRecord, trials: Mapping[int, TrialRecord], plan: ExecutionPlan
-) -> tuple[TrialRecord, StudyConfig, Infeasible | None]:
-    """Return the next trial, its configuration, and the reason why it cannot be trained (None if it can).
+) -> tuple[TrialRecord, Infeasible | None]:
+    """Return the next trial, and the reason why it cannot be trained (None if it can).
 
     Raises StudyError if too many suggestions were infeasible.
     """
@@ -51,7 +51,7 @@ def next_trial(
         source="default" if number == 0 else "enqueued" if wanted else "sampler",
         code=code_version(),
     )
-    return trial, config, why
+    return trial, why
 
 
 def used_up(record: StudyRecord, trials: Mapping[int, TrialRecord]) -> str:
