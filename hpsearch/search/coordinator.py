@@ -4,6 +4,7 @@ This module does not import torch. Every change is written to the study folder b
 process dies at any point therefore continues as if it had not been interrupted.
 """
 
+import dataclasses
 import logging
 import math
 import time
@@ -175,8 +176,7 @@ class Coordinator:
         if isinstance(evaluation.record, TrialRecord) and evaluation.pruned is None:
             decision = self.judge.judge(evaluation.record, fold)
             if decision is not None:
-                evaluation.add_decision(decision)
-                self._write(evaluation)
+                self._write(evaluation, decisions=evaluation.decisions_with(decision))
         return evaluation.pruned is None and not self.stop.is_requested
 
     def _on_finished(self, evaluation: Evaluation, fold: int, score: float) -> None:
@@ -208,8 +208,7 @@ class Coordinator:
         place = f"after epoch {len(fit.epochs())}: "
         failures = evaluation.record.failures
         deaths = [*failures.get(str(fold), []), place + failure.text]
-        evaluation.change(failures={**failures, str(fold): deaths})
-        self._write(evaluation)
+        self._write(evaluation, failures={**failures, str(fold): deaths})
         if fit.is_finished or evaluation.pruned is not None:
             self._end_if_finished(evaluation)
         elif sum(each.startswith(place) for each in deaths) >= DEATHS_PER_JOB:
@@ -242,8 +241,7 @@ class Coordinator:
         """
         self.open.pop(evaluation.key, None)
         number, replicate = evaluation.key
-        evaluation.change(outcome=outcome, reason=reason, ended_at=now(), **({} if replicate else of_trial))
-        self._write(evaluation)
+        self._write(evaluation, outcome=outcome, reason=reason, ended_at=now(), **({} if replicate else of_trial))
         if isinstance(trial := evaluation.record, TrialRecord):
             result = reason if trial.value is None else f"{trial.value:.4f}"
             logger.info("trial %d ended: %s, %s", number, outcome, result)
@@ -271,12 +269,13 @@ class Coordinator:
             self._end(evaluation, "failed", reason=f"{reason} before its first epoch")
         elif evaluation.pruned is None:
             others = self.judge.ended_scores()
-            evaluation.add_decision(decide(True, candidate, others, self.record.n_folds, reason))
-            self._write(evaluation)
+            decision = decide(True, candidate, others, self.record.n_folds, reason)
+            self._write(evaluation, decisions=evaluation.decisions_with(decision))
             self._end_if_finished(evaluation)
 
-    def _write(self, evaluation: Evaluation) -> None:
-        """Write a new or changed trial or replicate."""
+    def _write(self, evaluation: Evaluation, **changes: Any) -> None:
+        """Change fields of a trial or replicate, and write it."""
+        evaluation.record = dataclasses.replace(evaluation.record, **changes)
         if isinstance(evaluation.record, TrialRecord):
             self.record.write_trial(evaluation.record)
             self.trials[evaluation.record.number] = evaluation.record
@@ -304,7 +303,6 @@ def _study_state(coordinator: Coordinator) -> StudyState:
     """Return the state of the study that the scheduler needs."""
     record, trials, pruner = coordinator.record, list(coordinator.trials.values()), coordinator.judge.pruner
     return StudyState(
-        n_folds=record.n_folds,
         n_left=record.n_left(trials),
         n_suggested=len(trials),
         has_complete=any(trial.can_win for trial in trials),

@@ -13,32 +13,26 @@ class OpenFits:
     """State of the fits of one open trial or replicate."""
 
     trial: int
-    replicate: int = 0
+    replicate: int
     """0 for the trial itself, 1 for its replicate."""
+    wanted: frozenset[int]
+    """Folds that must be fitted before the trial ends. A pruned trial needs no fold, except one after whose last
+    epoch it was pruned."""
     finished: frozenset[int] = frozenset()
     """Folds whose fit is finished."""
     running: frozenset[int] = frozenset()
     """Folds that workers are fitting now."""
-    is_pruned: bool = False
-    """Whether the trial was pruned. A pruned trial ends when its fits have stopped."""
-    resumable: int | None = None
-    """Fold of a pruned trial that was pruned after its last epoch and must still be finished; None if there is
-    none."""
 
-    def next_fold(self, n_folds: int) -> int | None:
-        """Return the first fold that is neither finished nor running; None if there is none."""
-        for fold in range(n_folds):
-            is_open = fold not in self.finished and fold not in self.running
-            if is_open and (not self.is_pruned or fold == self.resumable):
-                return fold
-        return None
+    @property
+    def next_fold(self) -> int | None:
+        """First wanted fold that is neither finished nor running; None if there is none."""
+        return min(self.wanted - self.finished - self.running, default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyState:
     """State of a study on which the next action depends."""
 
-    n_folds: int
     n_left: int
     """Maximum number of trials still to be evaluated, including open trials."""
     n_suggested: int
@@ -89,24 +83,23 @@ def next_action(state: StudyState) -> Action | None:
     5. After the search, select the shortlist and fit its replicates.
     """
     if state.has_shortlist:
-        return _first_fit(state, state.open)
-    if fit := _first_fit(state, [fits for fits in state.open if not fits.running]):
+        return _first_fit(state.open)
+    if fit := _first_fit(fits for fits in state.open if not fits.running):
         return fit
     # The result must not depend on the relative speed of folds that are fitted at the same time.
     may_help = state.judges_any_fold and not (state.folds_in_turn and state.lookahead)
-    survivors = [fits for fits in state.open if may_help and not fits.is_pruned]
-    first = [fits for fits in survivors if fits is state.open[0] and state.folds_in_turn and not state.has_complete]
-    if fit := _first_fit(state, first):
+    helped = state.open if may_help else ()
+    if state.folds_in_turn and not state.has_complete and (fit := _first_fit(helped[:1])):
         return fit
     wants_trials = state.n_left > len(state.open)
     last = state.n_suggested - state.lookahead
     if wants_trials and (state.lookahead == 0 or all(fits.trial > last for fits in state.open)):
         return Suggest()
-    if fit := _first_fit(state, [fits for fits in survivors if fits.finished or not state.folds_in_turn]):
+    if fit := _first_fit(fits for fits in helped if fits.finished or not state.folds_in_turn):
         return fit
     return None if state.open or wants_trials else MakeShortlist()
 
 
-def _first_fit(state: StudyState, candidates: Iterable[OpenFits]) -> Fit | None:
-    folds = ((fits, fits.next_fold(state.n_folds)) for fits in candidates)
+def _first_fit(candidates: Iterable[OpenFits]) -> Fit | None:
+    folds = ((fits, fits.next_fold) for fits in candidates)
     return next((Fit(fits.trial, fold, fits.replicate) for fits, fold in folds if fold is not None), None)

@@ -12,14 +12,14 @@ from hpsearch.search.scheduler import (
     next_action,
 )
 
-NEW = StudyState(n_folds=3, n_left=4, n_suggested=0, has_complete=False)
+NEW = StudyState(n_left=4, n_suggested=0, has_complete=False)
 """A study that has just begun."""
 RACING = replace(NEW, n_left=2, n_suggested=2, has_complete=True)
 OVER = replace(NEW, n_left=0, n_suggested=4, has_complete=True)
 
 
 def fits(trial: int, finished: tuple[int, ...] = (), running: tuple[int, ...] = (), replicate: int = 0) -> OpenFits:
-    return OpenFits(trial, replicate, frozenset(finished), frozenset(running))
+    return OpenFits(trial, replicate, frozenset(range(3)), frozenset(finished), frozenset(running))
 
 
 def simulate(state: StudyState, n_workers: int) -> list[Action]:
@@ -50,8 +50,8 @@ def simulate(state: StudyState, n_workers: int) -> list[Action]:
         ended = tuple(
             replace(each, finished=each.finished | each.running, running=frozenset()) for each in state.open
         )
-        left = tuple(each for each in ended if len(each.finished) < state.n_folds)
-        n_complete = sum(len(each.finished) == state.n_folds and not each.replicate for each in ended)
+        left = tuple(each for each in ended if each.finished < each.wanted)
+        n_complete = sum(each.finished == each.wanted and not each.replicate for each in ended)
         has_complete = state.has_complete or n_complete > 0
         state = replace(state, open=left, n_left=state.n_left - n_complete, has_complete=has_complete)
 
@@ -101,9 +101,9 @@ def test_without_a_race_every_open_trial_is_helped() -> None:
 
 
 def test_a_pruned_trial_is_not_helped_and_only_a_complete_fold_of_it_is_finished() -> None:
-    pruned = replace(fits(2), is_pruned=True)
+    pruned = replace(fits(2), wanted=frozenset())
     assert next_action(replace(OVER, n_left=1, open=(pruned,))) is None
-    assert next_action(replace(OVER, n_left=1, open=(replace(pruned, resumable=1),))) == Fit(2, 1)
+    assert next_action(replace(OVER, n_left=1, open=(replace(pruned, wanted=frozenset({1})),))) == Fit(2, 1)
 
 
 def test_a_used_up_space_ends_the_search() -> None:
