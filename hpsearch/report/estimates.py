@@ -10,7 +10,6 @@ from hpsearch.report.trial_rows import trial_epochs
 from hpsearch.stats.intervals import Interval, Paired
 from hpsearch.stats.selection import (
     Corrected,
-    cheapest,
     corrected_estimate,
     corrected_gain,
     predict_test_mean,
@@ -77,10 +76,9 @@ class Estimates:
         return found if self.winner in found else (self.winner, *found)
 
     def cheapest_tied(self, record: StudyRecord) -> int:
-        """Return the number of the tied trial whose cross-validation took the least time."""
+        """Return the number of the tied trial whose cross-validation took the least time, and of equals the best."""
         fits = {number: trial_epochs(record, number) for number in self.tied}
-        seconds = {number: sum(row.seconds for rows in fits[number] for row in rows) for number in self.tied}
-        return cheapest(self.tied, seconds)
+        return min(self.tied, key=lambda number: sum(row.seconds for rows in fits[number] for row in rows))
 
     def predicted(self, trial: int, *, n_test: int, n_runs: int = 1) -> Interval | None:
         """Predict the mean score of the winner on `n_test` new images after retraining; None for any other trial.

@@ -10,7 +10,6 @@ finished. benchmarks/study_statistics.py checks bias and coverage on studies who
 """
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -55,14 +54,6 @@ def tied_with_best(study: StudyScores, *, seed: int = 0) -> tuple[int, ...]:
     allowed = np.quantile(noise.max(axis=1, keepdims=True) - noise, LEVEL, axis=0)
     tied = contenders[means[best] - means[contenders] <= allowed]
     return tuple(rank({int(trial): float(means[trial]) for trial in tied}))
-
-
-def cheapest(tied: Sequence[int], costs: Mapping[int, float]) -> int:
-    """Return the tied trial with the lowest cost.
-
-    Among trials of equal cost, the best one is returned, which comes first in `tied`.
-    """
-    return min(tied, key=lambda trial: costs[trial])
 
 
 def select_for_replication(scores: Floats, count: int = 5, *, seed: int = 0) -> tuple[int, ...]:

@@ -28,7 +28,6 @@ from hpsearch.stats.selection import (
     Corrected,
     _posterior,
     best_row,
-    cheapest,
     corrected_estimate,
     corrected_gain,
     predict_test_mean,
@@ -135,10 +134,6 @@ def test_more_run_variance_ties_more_trials() -> None:
     sizes = [len(tied_with_best(study(mu, run=run, n_images=4000))) for run in (0.0, 0.01, 0.02)]
     assert sizes == sorted(sizes)
     assert sizes[0] < sizes[2]
-
-
-def test_the_cheapest_tied_trial_is_the_better_of_two_that_cost_the_same() -> None:
-    assert cheapest((4, 2, 7), {4: 10.0, 2: 3.0, 7: 3.0, 1: 0.5}) == 2
 
 
 # The winner
