@@ -104,17 +104,16 @@ def read_params(path: Path, config: StudyConfig) -> dict[str, Any]:
 def enqueue(record: StudyRecord, wanted: Sequence[Mapping[str, Any]]) -> list[str]:
     """Enqueue params that were neither tried nor enqueued before. Return a short status text for each of them."""
     entries, said = _enqueued(record), []
-    known = {record.configuration(trial.params): trial.number for trial in reversed(record.trials())}
-    known.setdefault(record.configuration({}), 0)
+    known = {record.configuration(params): "is enqueued already" for params in entries}
+    for trial in reversed(record.trials()):
+        known[record.configuration(trial.params)] = f"is trial {trial.number} already"
+    known[record.configuration({})] = "is trial 0 already"
     for params in wanted:
         key = record.configuration(params)
-        if key in known:
-            said.append(f"is trial {known[key]} already")
-        elif key in map(record.configuration, entries):
-            said.append("is enqueued already")
-        else:
+        said.append(known.get(key, "is enqueued"))
+        if key not in known:
             entries.append(dict(params))
-            said.append("is enqueued")
+            known[key] = "is enqueued already"
     if wanted:
         paths.write_json(record.paths.enqueued, {"params": entries})
     return said
