@@ -206,7 +206,7 @@ def _require_same_images(
 ) -> StudyRecord:
     """Begin a new study, or check that the images are those from which the study's folds were made."""
     prepared = caches.scored
-    if record is None or not record.has_folds:
+    if record is None or not study.folds.is_file():
         groups = _groups(config)
         if config.data.group_duplicates:
             pairs = duplicates.find_in_dataset(config.data, cache_root(study.project, config), with_test=False)

@@ -73,10 +73,6 @@ class StudyFiles:
         except (RecordError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise RecordError(f"{self.paths.folds} is damaged: put it back from a copy") from error
 
-    @property
-    def has_folds(self) -> bool:
-        return self.paths.folds.is_file()
-
     def data_key(self) -> str:
         """Return the key of the image cache from which the folds were made."""
         return str(paths.read_json(self.paths.folds).get("data_key", ""))
