@@ -223,7 +223,7 @@ def from_folder(path: Path) -> Study:
     """A study that `hpsearch study --pruner none` recorded: its full trials."""
     record = StudyRecord.open(StudyPaths(path.resolve()))
     trials = []
-    for trial in record.complete_trials():
+    for trial in record.contenders(record.trials()):
         train = trial.study_config.train
         scores = {fold: record.fit(trial.number, fold).scores() for fold in range(record.n_folds)}
         trials.append(TrialScores(trial.number, scores, train.epochs, train.schedule))

@@ -185,11 +185,8 @@ class TrialPaths(_Folder):
     def number(self) -> int:
         return int(self.root.name)
 
-    def fold(self, fold: int) -> FitPaths:
-        return FitPaths(self.root / f"fold{fold}")
-
-    def replicate_fold(self, fold: int) -> FitPaths:
-        return FitPaths(self.root / f"second{fold}")
+    def fold(self, fold: int, replicate: int = 0) -> FitPaths:
+        return FitPaths(self.root / f"{'second' if replicate else 'fold'}{fold}")
 
 
 class FitPaths(_Folder):

@@ -121,8 +121,9 @@ def run_study(
             logger.info("stopped; run the same command to continue")
         # Workers that were killed while writing may have left temporary files.
         paths.remove_stale_temporaries(study.root)
+        n_counted = count_trials(coordinator.trials.values())
         n_behind, error = (views[1].n_left, views[1].error) if tracker is not None else (0, "")
-        return StudySummary(record, coordinator.n_counted, stop.is_requested, n_behind, error)
+        return StudySummary(record, n_counted, stop.is_requested, n_behind, error)
 
 
 def close_view(view: ViewThread, stop: Stop) -> int:
@@ -199,7 +200,7 @@ def _require_same_images(
 ) -> StudyRecord:
     """Begin a new study, or check that the images are those from which the study's folds were made."""
     pool = caches.scored.index
-    if record is None or not record.has_folds:
+    if record is None or not study.folds.is_file():
         pairs = None
         if config.data.group_duplicates:
             found = duplicates.find_in_dataset(config.data, cache_root(study.project, config), with_test=False)

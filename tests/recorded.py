@@ -145,7 +145,7 @@ class FakeStudy:
         trial = self.record.trial(number)
         began_at, quality = self._tick(), trial_quality(trial) + gain
         for fold in range(self.record.n_folds):
-            fit, held_out = self.record.replicate_fit(number, fold).paths, self.record.folds.held_out(fold)
+            fit, held_out = self.record.fit(number, fold, replicate=1).paths, self.record.folds.held_out(fold)
             for epoch in range(1, self.n_epochs + 1):
                 write_epoch(fit, epoch, self._tick(), quality, fold, held_out, self.n_epochs)
             finish_fit(fit, quality, fold, held_out, self.config.data.height, self.machine)
@@ -159,7 +159,7 @@ class FakeStudy:
         """Confirm the study with the second fits of these trials."""
         for number in numbers:
             self.replicate(number, gains.get(number, -0.005))
-        full = tuple(trial.number for trial in self.record.complete_trials())
+        full = tuple(trial.number for trial in self.record.contenders(self.record.trials()))
         self.record.write_shortlist(Shortlist(numbers, full, self.config.study.confirm))
 
     def final(self, number: int, n_test: int = 12, **more: Any) -> None:

@@ -188,7 +188,7 @@ def test_the_final_table_shows_both_kinds_of_score(result: FinalResult) -> None:
 def test_the_prediction_is_the_mean_of_both_fits(project: ProjectPaths, result: FinalResult) -> None:
     record = study_record(project, None)
     assert result.is_confirmed
-    assert result.cv.mean == pytest.approx(record.worth(result.trial), abs=1e-9)
+    assert result.cv.mean == pytest.approx(record.standing().values[result.trial.number], abs=1e-9)
     assert result.corrected is not None
     assert result.predicted is not None
     assert result.corrected.method == "confirmed"

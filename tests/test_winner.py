@@ -68,7 +68,7 @@ def assert_one_winner(study: FakeStudy, number: int, capsys: pytest.CaptureFixtu
     view_of(study).update()
     best = record.best()
     assert best is not None
-    worth = record.worth(best)
+    worth = record.standing().values[best.number]
     assert worth is not None
     assert best.number == number
     shown = f"trial {number}, dice {worth:.4f}"
@@ -88,10 +88,10 @@ def assert_one_winner(study: FakeStudy, number: int, capsys: pytest.CaptureFixtu
     assert [name for name, run in runs.items() if "winner" in run.tags] == [f"trial {number:04d}"]
     winner = runs[f"trial {number:04d}"]
     assert (winner.tags["winner"], winner.tags["rank"]) == ("true", "0001")
-    for trial in record.complete_trials():
+    for trial in record.contenders(record.trials()):
         run = runs[f"trial {trial.number:04d}"]
-        assert latest(run.metrics["cv/dice_mean"]) == record.worth(trial)
-        assert f"ut-of-fold dice **{record.worth(trial):.4f}**" in run.tags["mlflow.note.content"]
+        assert latest(run.metrics["cv/dice_mean"]) == record.standing().values[trial.number]
+        assert f"ut-of-fold dice **{record.standing().values[trial.number]:.4f}**" in run.tags["mlflow.note.content"]
     assert latest(runs["fake"].metrics["study/best_dice"]) == worth
     note = runs["fake"].tags["mlflow.note.content"]
     assert f"trial {number}" in note
@@ -188,19 +188,16 @@ def update(study: FakeStudy) -> None:
     OptunaView(study.record.paths).update()
 
 
-def test_optuna_keeps_its_trials_and_what_people_wrote_when_the_ranking_changes(study: FakeStudy) -> None:
+def test_optuna_shows_the_ranking_by_both_fits(study: FakeStudy) -> None:
     update(study)
-    url = sqlite_url(study.project.optuna_db)
-    before = optuna.load_study(study_name="fake", storage=url)
-    before.set_user_attr("note", "mine")
     refit(study)
     update(study)
-    after = optuna.load_study(study_name="fake", storage=url)
-    assert after.user_attrs == {"note": "mine"}
-    assert [trial._trial_id for trial in after.trials] == [trial._trial_id for trial in before.trials]
+    after = optuna.load_study(study_name="fake", storage=sqlite_url(study.project.optuna_db))
     states = [trial.state.name for trial in after.trials]
     # Trial 3 is above the winner and was not fitted again: Optuna would take it for the best.
     assert states == ["COMPLETE", "COMPLETE", "COMPLETE", "PRUNED", "PRUNED"]
+    standing = study.record.standing()
+    assert [trial.value for trial in after.trials[:4]] == [standing.values[number] for number in range(4)]
     assert after.trials[4].user_attrs["estimate"] == study.record.trial(4).value
     assert after.trials[4].value is None
 

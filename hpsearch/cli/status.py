@@ -106,7 +106,7 @@ def _show_decisions(record: StudyRecord, number: int) -> None:
     from hpsearch.search.racing import MATTERS
 
     trial = record.known_trial(number)
-    score = record.worth(trial)
+    score = record.standing().values.get(number, trial.value)
     value = "" if score is None else f", {record.config.study.metric} {score:.4f}"
     outcome = f"{trial.outcome or 'open'}{value}  {describe_params(trial.params)}".rstrip()
     click.echo("\n  ".join([f"trial {number} of study {record.name}: {outcome}", *filter(None, [trial.reason])]))

@@ -201,10 +201,10 @@ class _Final:
             members = [folder.ensemble / f"fold{fold}.safetensors" for fold in range(len(sources))]
             copies = zip((folder.seed(0).weights, *sources), (folder.model, *members), strict=True)
             do(jobs.KeepJob(copies=tuple(copies), postprocessing=choices))
-            images = test_set_log.TestImages.in_cache(self.test.cache_path)
+            hashes = test_set_log.hashes_in_cache(self.test.cache_path)
             facts = {"study": self.record.name, "trial": self.trial.number, "metric": self.record.config.study.metric}
             facts |= {"study_began_at": self.record.trials()[0].began_at, "folder": str(self.project.root.absolute())}
-            evaluation = test_set_log.begin_evaluation(self.project, images, at=now(), **facts)
+            evaluation = test_set_log.begin_evaluation(self.project, hashes, at=now(), **facts)
             self._score(do, choices, members)
         result = self._evaluate(evaluation, chosen, began_at=began_at, runtime=dict(plan.machine))
         score = result.test[result.metric].mean
@@ -338,8 +338,8 @@ def fold_networks(record: StudyRecord, number: int) -> tuple[str, tuple[FoldNetw
     held_out = [tuple(record.folds.held_out(fold).tolist()) for fold in range(record.n_folds)]
     others: list[Path] | list[None] = [None] * record.n_folds
     found: tuple[str, tuple[FoldNetwork, ...]] = ("", ())
-    for source in ("first fits", "refits"):
-        fits = record.fits(number, replicate=source == "refits")
+    for replicate, source in enumerate(("first fits", "refits")):
+        fits = record.fits(number, replicate)
         if all(fit.is_finished and fit.paths.weights.is_file() for fit in fits):
             weights = [fit.paths.weights for fit in fits]
             found = f"{source} of trial {number}", tuple(map(FoldNetwork, weights, others, held_out))
@@ -365,8 +365,8 @@ def choose_trial(record: StudyRecord, number: int | None, cheapest_tied: bool) -
         special = {"complete": "was changed by memory that ran out", None: "is still open"}
         what = special.get(trial.outcome, f"ended as {trial.outcome}")
         raise StudyError(f"{named} {what}: only trials that were evaluated on all folds can be final")
-    configuration = record.configuration(trial.params)
-    same = next(each for each in record.complete_trials() if record.configuration(each.params) == configuration)
+    configuration, contenders = record.configuration(trial.params), record.contenders(record.trials())
+    same = next(each for each in contenders if record.configuration(each.params) == configuration)
     if same.number != number:
         raise StudyError(f"{named} is a copy of trial {same.number}: take --trial {same.number}")
     return trial

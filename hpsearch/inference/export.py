@@ -80,7 +80,8 @@ def export_toml(record: StudyRecord, path: Path | None = None, *, number: int | 
             raise StudyError(f"study {record.name!r} has no fully evaluated trial yet: name one with --trial")
     trial, study = record.known_trial(number), record.config.study
     path = path or record.paths.trial_toml(number)
-    value = f", {study.metric} {record.worth(trial):.4f} out of fold" if trial.outcome == "complete" else ""
+    score = record.standing().values.get(number, trial.value)
+    value = f", {study.metric} {score:.4f} out of fold" if trial.outcome == "complete" else ""
     head = (
         f"# Trial {number} of study {record.name}: {trial.outcome or 'open'}{value}.\n"
         f"# Begun by hpsearch {trial.code or __version__}.\n#\n"

@@ -42,7 +42,7 @@ class Estimates:
             return None
         fold_of = np.asarray(record.folds.fold_of, np.int64)
         held_out = np.flatnonzero(fold_of >= 0)
-        replicates = [record.replicate_out_of_fold(number)[held_out] for number in standing.confirmed]
+        replicates = [record.out_of_fold(number, replicate=1)[held_out] for number in standing.confirmed]
         pruned = [record.out_of_fold(trial.number)[held_out] for trial in trials if trial.outcome == "pruned"]
         pruned = [scores for scores in pruned if np.isfinite(scores).any()]
         scores = StudyScores(
@@ -83,11 +83,9 @@ class Estimates:
 
     @cached_property
     def cheapest_tied(self) -> int:
-        """Number of the tied trial whose cross-validation took the least time."""
+        """Number of the tied trial whose cross-validation took the least time, and of equals the best."""
         fits = {number: trial_epochs(self.record, number) for number in self.tied}
-        seconds = {number: sum(row.seconds for rows in fits[number] for row in rows) for number in self.tied}
-        # The best comes first in `tied`, so it is returned among trials of equal cost.
-        return min(self.tied, key=lambda number: seconds[number])
+        return min(self.tied, key=lambda number: sum(row.seconds for rows in fits[number] for row in rows))
 
     def predicted(self, trial: int, *, n_test: int, n_runs: int = 1) -> Interval | None:
         """Predict the mean score of the winner on `n_test` new images after retraining; None for any other trial.
@@ -112,7 +110,7 @@ class Estimates:
         return {
             "cv": self.statistics[trial].total,
             "cv_fold_std": self.statistics[trial].sd_folds,
-            "is_confirmed": trial in self.record.confirmed(),
+            "is_confirmed": self.complete.index(trial) in self.scores.replicated,
             "corrected": self.corrected if trial == self.winner else None,
             "predicted": self.predicted(trial, n_test=n_test, n_runs=n_runs),
             "against_default": self.gain(trial),

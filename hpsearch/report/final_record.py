@@ -161,9 +161,9 @@ def final_result(record: StudyRecord, name: str, estimates: Estimates | None) ->
         fields |= {"corrected": None, "predicted": None, "winner": record.standing().winner}
     evaluation = _evaluation_of(record, stored)
     evaluations = log.evaluations_of(record.paths.project, evaluation)
-    first = log.first_evaluation_of(evaluations, record.name, began[0]) or evaluation
-    kinds = (False, True) if fields["is_confirmed"] else (False,)
-    cv_scores = scores_by_fold([record.fits(number, replicate=replicate) for replicate in kinds])
+    first = next(each for each in evaluations if each.is_of_same_study(evaluation))
+    replicates = (0, 1) if fields["is_confirmed"] else (0,)
+    cv_scores = scores_by_fold([record.fits(number, replicate) for replicate in replicates])
     return FinalResult(
         **fields,
         trial=trial,
@@ -172,7 +172,7 @@ def final_result(record: StudyRecord, name: str, estimates: Estimates | None) ->
         ended_at=stored.ended_at,
         evaluation=evaluation,
         evaluations=evaluations,
-        n_evaluations_before=log.n_evaluations_before(evaluations, began[0]),
+        n_evaluations_before=sum(each.at < began[0] for each in evaluations),
         n_trials_after=sum(each > first.at for each in began),
         winner_against_default=estimates.gain(estimates.winner) if estimates is not None else None,
         is_default=record.is_default(trial),

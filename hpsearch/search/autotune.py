@@ -136,8 +136,8 @@ def _stored_plan(record: StudyRecord, choice: MachineChoice) -> ExecutionPlan | 
     if choice.n_workers == 1 and not choice.threads:
         return dataclasses.replace(plan, workers=(plan.alone,))
     if choice.threads or choice.n_workers not in (0, len(plan.workers)):
-        n_devices = len({worker.device for worker in plan.workers})
-        return dataclasses.replace(plan, workers=_share_out(plan.device, choice, n_devices))
+        devices = list(dict.fromkeys(worker.device for worker in plan.workers))
+        return dataclasses.replace(plan, workers=_share_out(devices, choice.n_workers, choice.threads))
     return plan
 
 
@@ -156,20 +156,18 @@ def _measure_plan(
         rates = _rates(config, steps[0], alone_shares if choice.n_workers else _equal_shares(cores), pool, check)
     alone = fastest_alone(rates, first[0].threads)
     sharing = 1 if choice.n_workers else choose_sharing(rates)
-    threads = max(1, cores // sharing) if sharing > 1 else alone
+    threads = cores // sharing if sharing > 1 else alone
     finished = run_job(pool, MeasureJob(config=config, threads=threads, steps=tuple(steps)), check=check)
     assert finished is not None
     assert finished.measurement is not None
     measured = finished.measurement
-    device = choice.device if ":" in choice.device else measured.device
-    n_devices = 1 if ":" in device else measured.n_devices
     listed = ", ".join(f"{n} x {n_threads}: {rate:.1f}" for (n, n_threads), rate in rates.items())
     logger.info("images per second by workers x threads on a device: %s", listed or "not measured")
     plan = ExecutionPlan(
         device=measured.device,
         precision=measured.precision,
-        workers=_share_out(device, choice, n_devices, alone),
-        memory_bytes=measured.memory_bytes // max(1, choice.n_workers // n_devices),
+        workers=(),
+        memory_bytes=measured.memory_bytes,
         steps=measured.steps,
         machine={**measured.machine, **({"images_per_s": listed} if rates else {})},
         alone_threads=alone,
@@ -179,12 +177,16 @@ def _measure_plan(
     largest = max((each for each in needed if each <= plan.memory_bytes * MEMORY_SHARE), default=0)
     while sharing > 1 and largest > plan.memory_bytes // sharing * MEMORY_SHARE:
         sharing //= 2
+    devices = [choice.device if ":" in choice.device else measured.device]
+    if devices == ["cuda"]:
+        devices = [f"cuda:{index}" for index in range(measured.n_devices)]
     if sharing > 1:
-        shared = dataclasses.replace(choice, n_workers=sharing * n_devices)
-        workers = _share_out(device, shared, n_devices)
-        plan = dataclasses.replace(plan, workers=workers, memory_bytes=plan.memory_bytes // sharing)
-    pool.set_device(plan.workers[0].device)
-    return plan
+        workers = _share_out(devices, sharing * len(devices))
+    else:
+        workers = _share_out(devices, choice.n_workers, choice.threads, most_threads=alone)
+    pool.set_device(workers[0].device)
+    memory_bytes = plan.memory_bytes // max(1, len(workers) // len(devices))
+    return dataclasses.replace(plan, workers=workers, memory_bytes=memory_bytes)
 
 
 def choose_sharing(rates: Mapping[Shares, float]) -> int:
@@ -240,16 +242,12 @@ def _rates(
 
 
 def _share_out(
-    device: str, choice: MachineChoice, n_devices: int, most_threads: int = 0
+    devices: Sequence[str], n_workers: int = 0, threads: int = 0, *, most_threads: int = 0
 ) -> tuple[WorkerSettings, ...]:
-    """Return the requested number of workers, or one per device, with equal shares of the cores.
+    """Return `n_workers` workers, or one per device, distributed evenly over the devices.
 
-    The workers are distributed evenly over the devices. A worker gets at most `most_threads` threads (0: no limit),
-    unless `choice` requests a number.
+    Each worker gets `threads` threads, or an equal share of the cores, but at most `most_threads` (0: no limit).
     """
-    kind, _, index = device.partition(":")
-    n_workers = choice.n_workers or (n_devices if kind == "cuda" and not index else 1)
-    cores = available_cores()
-    threads = choice.threads or max(1, min(cores // n_workers, most_threads or cores))
-    names = [device] if kind != "cuda" or index else [f"cuda:{number}" for number in range(n_devices)]
-    return tuple(WorkerSettings(names[number % len(names)], threads) for number in range(n_workers))
+    n_workers, cores = n_workers or len(devices), available_cores()
+    threads = threads or max(1, min(cores // n_workers, most_threads or cores))
+    return tuple(WorkerSettings(devices[number % len(devices)], threads) for number in range(n_workers))

@@ -10,8 +10,8 @@ def constant_warnings(record: StudyRecord, trials: Iterable[int]) -> list[str]:
     """Return one warning for each class that a network of these trials predicts in every pixel."""
     found: dict[str, dict[int, set[int]]] = {}
     for number in trials:
-        for replicate in (False, True):
-            for fold, fit in enumerate(record.fits(number, replicate=replicate)):
+        for replicate in (0, 1):
+            for fold, fit in enumerate(record.fits(number, replicate)):
                 if kind := constant_prediction(fit):
                     found.setdefault(kind, {}).setdefault(number, set()).add(fold)
     lines = []

@@ -4,6 +4,7 @@ This module does not import torch. Every change is written to the study folder b
 process dies at any point therefore continues as if it had not been interrupted.
 """
 
+import dataclasses
 import logging
 import math
 import time
@@ -27,7 +28,7 @@ from hpsearch.search.stopping import Stop
 from hpsearch.stats.best import rank
 from hpsearch.store.fits import remove_checkpoints, remove_networks
 from hpsearch.store.record import StudyRecord
-from hpsearch.store.trials import COUNTED, Outcome, TrialRecord, count_trials
+from hpsearch.store.trials import COUNTED, Outcome, TrialRecord
 from hpsearch.store.versions import now
 from hpsearch.training.rows import EpochRow
 from hpsearch.workers.jobs import EpochEnded, Failed, Finished, FitJob, Job, Stopped
@@ -64,11 +65,6 @@ class Coordinator:
     def __post_init__(self) -> None:
         self.trials = {trial.number: trial for trial in self.record.trials()}
         self.judge = Judge(self.record, self.trials)
-
-    @property
-    def n_counted(self) -> int:
-        """Number of evaluated trials, including trials of earlier runs of the study."""
-        return count_trials(self.trials.values())
 
     @property
     def is_over(self) -> bool:
@@ -110,7 +106,7 @@ class Coordinator:
                     self._begin_trial()
                 case MakeShortlist():
                     self._end_search()
-                case _:
+                case None:
                     break
         return None
 
@@ -140,8 +136,8 @@ class Coordinator:
 
     def _begin_trial(self) -> None:
         """Record the next enqueued or suggested trial, and start it if it is feasible."""
-        trial, config, infeasible = next_trial(self.record, self.trials, self.plan)
-        evaluation = Evaluation(self.record, trial, config)
+        trial, infeasible = next_trial(self.record, self.trials, self.plan)
+        evaluation = Evaluation(self.record, trial, trial.study_config)
         self._write(evaluation)
         if infeasible is not None:
             self._end(evaluation, "infeasible", reason=infeasible.reason, constraint=infeasible.excess)
@@ -180,8 +176,7 @@ class Coordinator:
         if isinstance(evaluation.record, TrialRecord) and evaluation.pruned is None:
             decision = self.judge.judge(evaluation.record, fold)
             if decision is not None:
-                evaluation.add_decision(decision)
-                self._write(evaluation)
+                self._write(evaluation, decisions=evaluation.decisions_with(decision))
         return evaluation.pruned is None and not self.stop.is_requested
 
     def _on_finished(self, evaluation: Evaluation, fold: int, score: float) -> None:
@@ -213,8 +208,7 @@ class Coordinator:
         place = f"after epoch {len(fit.epochs())}: "
         failures = evaluation.record.failures
         deaths = [*failures.get(str(fold), []), place + failure.text]
-        evaluation.change(failures={**failures, str(fold): deaths})
-        self._write(evaluation)
+        self._write(evaluation, failures={**failures, str(fold): deaths})
         if fit.is_finished or evaluation.pruned is not None:
             self._end_if_finished(evaluation)
         elif sum(each.startswith(place) for each in deaths) >= DEATHS_PER_JOB:
@@ -242,8 +236,7 @@ class Coordinator:
         """
         self.open.pop(evaluation.key, None)
         number, replicate = evaluation.key
-        evaluation.change(outcome=outcome, reason=reason, ended_at=now(), **({} if replicate else of_trial))
-        self._write(evaluation)
+        self._write(evaluation, outcome=outcome, reason=reason, ended_at=now(), **({} if replicate else of_trial))
         if isinstance(trial := evaluation.record, TrialRecord):
             result = reason if trial.value is None else f"{trial.value:.4f}"
             logger.info("trial %d ended: %s, %s", number, outcome, result)
@@ -252,7 +245,7 @@ class Coordinator:
         else:
             text = f"{outcome} ({reason}), so it cannot win"
             if outcome == "complete":
-                score = float(np.nanmean(self.record.replicate_out_of_fold(number)))
+                score = float(np.nanmean(self.record.out_of_fold(number, replicate=1)))
                 text = f"{score:.4f}, first fit {self.trials[number].value:.4f}"
             self._say(f"trial {number} refitted: {text}")
             if not self.open:
@@ -271,12 +264,13 @@ class Coordinator:
             self._end(evaluation, "failed", reason=f"{reason} before its first epoch")
         elif evaluation.pruned is None:
             others = self.judge.ended_scores()
-            evaluation.add_decision(decide(True, candidate, others, self.record.n_folds, reason))
-            self._write(evaluation)
+            decision = decide(True, candidate, others, self.record.n_folds, reason)
+            self._write(evaluation, decisions=evaluation.decisions_with(decision))
             self._end_if_finished(evaluation)
 
-    def _write(self, evaluation: Evaluation) -> None:
-        """Write a new or changed trial or replicate."""
+    def _write(self, evaluation: Evaluation, **changes: Any) -> None:
+        """Change fields of a trial or replicate, and write it."""
+        evaluation.record = dataclasses.replace(evaluation.record, **changes)
         if isinstance(evaluation.record, TrialRecord):
             self.record.write_trial(evaluation.record)
             self.trials[evaluation.record.number] = evaluation.record
@@ -302,17 +296,13 @@ def _kill_hanging(coordinator: Coordinator) -> None:
 
 def _study_state(coordinator: Coordinator) -> StudyState:
     """Return the state of the study that the scheduler needs."""
-    record, trials, pruner = coordinator.record, coordinator.trials.values(), coordinator.judge.pruner
-    fits = [evaluation.open_fits() for evaluation in coordinator.open.values()]
+    record, trials, pruner = coordinator.record, list(coordinator.trials.values()), coordinator.judge.pruner
     return StudyState(
-        n_folds=record.n_folds,
-        n_trials=record.config.study.trials,
-        n_counted=coordinator.n_counted,
+        n_left=record.n_left(trials),
         n_suggested=len(trials),
-        n_unused=record.n_unused(trials),
         has_complete=any(trial.can_win for trial in trials),
-        open=tuple(each for each in fits if not each.replicate),
-        replicates=tuple(each for each in fits if each.replicate) if coordinator.has_shortlist else None,
+        open=tuple(evaluation.open_fits() for evaluation in coordinator.open.values()),
+        has_shortlist=coordinator.has_shortlist,
         lookahead=record.config.study.lookahead,
         folds_in_turn=pruner.is_sequential,
         judges_any_fold=pruner.takes_any_fold,

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from hpsearch.config import StudyConfig, stable_seed
 from hpsearch.data.prepare import PoolCaches
@@ -44,38 +43,33 @@ class Evaluation:
         """Decision to prune the trial; None if it was not pruned."""
         return next((each for each in self.record.decisions[-1:] if each.drop), None)
 
-    def change(self, **changes: Any) -> None:
-        """Change fields of the record in memory, without writing it."""
-        self.record = dataclasses.replace(self.record, **changes)
-
-    def add_decision(self, decision: PruneDecision) -> None:
-        """Add a pruner's decision.
+    def decisions_with(self, decision: PruneDecision) -> tuple[PruneDecision, ...]:
+        """Return the pruner's decisions and another one.
 
         If an epoch is judged again after a restart, the new decision replaces the old one.
         """
         fold, epoch = decision.fold, decision.epoch
         before = [each for each in self.record.decisions if each.fold != fold or each.epoch < epoch]
-        self.change(decisions=(*before, decision))
+        return (*before, decision)
 
     def fits(self) -> list[FitRecord]:
         """Return the fits of the trial or replicate, by fold."""
-        number, replicate = self.key
-        return self.study.fits(number, replicate=bool(replicate))
+        return self.study.fits(*self.key)
 
     def open_fits(self) -> OpenFits:
         """Return the state of its fits for the scheduler."""
-        pruned, finished = self.pruned, [fold for fold, fit in enumerate(self.fits()) if fit.is_finished]
-        # A fit that was pruned after its last epoch must still be finished, even if its worker died.
-        resumable = pruned.fold if pruned is not None and pruned.epoch == self.config.train.epochs else None
-        return OpenFits(*self.key, frozenset(finished), frozenset(self.running), pruned is not None, resumable)
+        finished = frozenset(fold for fold, fit in enumerate(self.fits()) if fit.is_finished)
+        wanted = frozenset(range(self.study.n_folds))
+        if (pruned := self.pruned) is not None:
+            # A fit that was pruned after its last epoch must still be finished, even if its worker died.
+            wanted = frozenset({pruned.fold} if pruned.epoch == self.config.train.epochs else ())
+        return OpenFits(*self.key, wanted, finished, frozenset(self.running))
 
     @property
     def is_finished(self) -> bool:
-        """Whether no fits are left to do."""
-        fits, n_folds = self.open_fits(), self.study.n_folds
-        if fits.is_pruned:
-            return not fits.running and fits.next_fold(n_folds) is None
-        return len(fits.finished) == n_folds
+        """Whether no fits are running or left to do."""
+        fits = self.open_fits()
+        return not fits.running and fits.next_fold is None
 
     def epoch_s(self, job: FitJob, plan: ExecutionPlan) -> float:
         """Return the expected seconds per epoch of a fit; NaN if unknown."""

@@ -23,8 +23,8 @@ INFEASIBLE_PER_TRIAL = 10
 
 def next_trial(
     record: StudyRecord, trials: Mapping[int, TrialRecord], plan: ExecutionPlan
-) -> tuple[TrialRecord, StudyConfig, Infeasible | None]:
-    """Return the next trial, its configuration, and the reason why it cannot be trained (None if it can).
+) -> tuple[TrialRecord, Infeasible | None]:
+    """Return the next trial, and the reason why it cannot be trained (None if it can).
 
     Raises StudyError if too many suggestions were infeasible.
     """
@@ -51,7 +51,7 @@ def next_trial(
         source="default" if number == 0 else "enqueued" if wanted else "sampler",
         code=code_version(),
     )
-    return trial, config, why
+    return trial, why
 
 
 def used_up(record: StudyRecord, trials: Mapping[int, TrialRecord]) -> str:
@@ -104,17 +104,16 @@ def read_params(path: Path, config: StudyConfig) -> dict[str, Any]:
 def enqueue(record: StudyRecord, wanted: Sequence[Mapping[str, Any]]) -> list[str]:
     """Enqueue params that were neither tried nor enqueued before. Return a short status text for each of them."""
     entries, said = _enqueued(record), []
-    known = {record.configuration(trial.params): trial.number for trial in reversed(record.trials())}
-    known.setdefault(record.configuration({}), 0)
+    known = {record.configuration(params): "is enqueued already" for params in entries}
+    for trial in reversed(record.trials()):
+        known[record.configuration(trial.params)] = f"is trial {trial.number} already"
+    known[record.configuration({})] = "is trial 0 already"
     for params in wanted:
         key = record.configuration(params)
-        if key in known:
-            said.append(f"is trial {known[key]} already")
-        elif key in map(record.configuration, entries):
-            said.append("is enqueued already")
-        else:
+        said.append(known.get(key, "is enqueued"))
+        if key not in known:
             entries.append(dict(params))
-            said.append("is enqueued")
+            known[key] = "is enqueued already"
     if wanted:
         paths.write_json(record.paths.enqueued, {"params": entries})
     return said

@@ -11,7 +11,6 @@ import logging
 import os
 import sqlite3
 from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,6 @@ from hpsearch.typed_json import to_json
 
 logger = logging.getLogger(__name__)
 
-ESTIMATE = "estimate"
-"""Name of the user attribute with the estimated score of a pruned trial."""
 TIMEOUT_S = 60
 """Seconds to wait for another process that writes to the database."""
 
@@ -88,32 +85,29 @@ class OptunaView:
 
     def _show(self, record: StudyRecord) -> None:
         trials, spaces = record.trials(), distributions(record.config.search)
+        standing = record.standing(trials)
+        wanted = [_shown_trial(trial, spaces, standing) for trial in trials]
         study, known = self._open(record)
-        if not _agree(known, trials, spaces):
-            logger.info("Optuna's database contradicts the record of study %s and is filled anew", record.name)
+        if not _agree(known, wanted):
+            logger.info("Optuna's trials of study %s differ from the record and are written anew", record.name)
             optuna.delete_study(study_name=record.name, storage=study._storage)
             self._study = None
             study, known = self._open(record)
-        standing = record.standing(trials)
-        for index, trial in enumerate(trials):
+        for index, (trial, shown) in enumerate(zip(trials, wanted, strict=True)):
             is_new = index >= len(known)
-            if is_new or (not known[index].state.is_finished() and trial.outcome is not None):
-                shown = _new_trial(record, trial, spaces, *_shown_as(trial, standing))
-                if is_new:
-                    study.add_trial(shown)
-                else:
-                    _finish(study, known[index], shown)
-        _show_ranking(study, trials, standing)
+            if not is_new and (known[index].state.is_finished() or trial.outcome is None):
+                continue
+            if trial.outcome is not None:
+                shown.intermediate_values = _scores_by_epoch(record, trial)
+            if is_new:
+                study.add_trial(shown)
+            else:
+                _finish(study, known[index], shown)
 
     def _open(self, record: StudyRecord) -> tuple[Study, list[FrozenTrial]]:
         """Return the study in the database and its trials. Create the study if it does not exist."""
         try:
             if self._study is None:
-                if self._database.is_file():
-                    with closing(sqlite3.connect(self._database, timeout=TIMEOUT_S)) as database:
-                        (found,) = database.execute("PRAGMA integrity_check(1)").fetchone()
-                    if found != "ok":
-                        raise sqlite3.DatabaseError(found)
                 options = {"connect_args": {"timeout": TIMEOUT_S}}
                 storage = RDBStorage(sqlite_url(self._database), engine_kwargs=options)
                 self._study = optuna.create_study(
@@ -145,14 +139,15 @@ def _fingerprint(study: StudyPaths) -> tuple[Any, ...]:
     return tuple((path, path.stat().st_mtime_ns) for path in files if path.is_file())
 
 
-def _agree(known: Sequence[FrozenTrial], trials: Sequence[TrialRecord], spaces: Distributions) -> bool:
-    """Return whether the trials in the database are equal to the first trials of the record."""
-    return len(known) <= len(trials) and all(
-        shown.number == index
-        and shown.params == (wanted := frozen_trial(trial.params, spaces, TrialState.RUNNING)).params
-        and shown.distributions == wanted.distributions
-        and (trial.outcome is not None or not shown.state.is_finished())
-        for index, (shown, trial) in enumerate(zip(known, trials, strict=False))
+def _agree(known: Sequence[FrozenTrial], wanted: Sequence[FrozenTrial]) -> bool:
+    """Return whether the database contains the first trials of the record.
+
+    A trial that is running in the database may have ended in the record.
+    """
+    return len(known) <= len(wanted) and all(
+        (found.params, found.distributions) == (trial.params, trial.distributions)
+        and (not found.state.is_finished() or (found.state, found.value) == (trial.state, trial.value))
+        for found, trial in zip(known, wanted, strict=False)
     )
 
 
@@ -172,35 +167,32 @@ def _shown_as(trial: TrialRecord, standing: Standing) -> tuple[TrialState, float
     return (TrialState.PRUNED if leads and trial.number != winner else TrialState.COMPLETE), value
 
 
-def _new_trial(
-    record: StudyRecord, trial: TrialRecord, spaces: Distributions, state: TrialState, value: float | None
-) -> FrozenTrial:
+def _shown_trial(trial: TrialRecord, spaces: Distributions, standing: Standing) -> FrozenTrial:
+    """Return a trial as the database should show it, without its intermediate values."""
+    state, value = _shown_as(trial, standing)
     attributes = {
         "outcome": trial.outcome,
         "reason": trial.reason,
-        ESTIMATE: trial.value if trial.outcome == "pruned" else None,
+        "estimate": trial.value if trial.outcome == "pruned" else None,
         "decisions": json.dumps(to_json(trial.decisions)) if trial.decisions else None,
     }
-    n_epochs = trial.study_config.train.epochs
-    found = frozen_trial(
-        trial.params,
-        spaces,
-        state,
-        trial.constraint,
-        # Optuna requires a value for a complete trial and allows none for a failed trial.
-        value=value,
-        user_attrs={key: text for key, text in attributes.items() if text not in (None, "")},
-        # Mean score after each epoch. The step counts epochs from 1 and continues across folds.
-        intermediate_values={
-            fold * n_epochs + epoch: float(scores.mean())
-            for fold, fit in enumerate(record.fits(trial.number) if state.is_finished() else ())
-            for epoch, scores in enumerate(fit.scores(), start=1)
-        },
-    )
+    # Optuna requires a value for a complete trial and allows none for a failed trial.
+    found = frozen_trial(trial.params, spaces, state, trial.constraint, value=value)
+    found.user_attrs = {key: text for key, text in attributes.items() if text not in (None, "")}
     found.datetime_start = dt.datetime.fromtimestamp(trial.began_at)
     if trial.ended_at is not None:
         found.datetime_complete = dt.datetime.fromtimestamp(trial.ended_at)
     return found
+
+
+def _scores_by_epoch(record: StudyRecord, trial: TrialRecord) -> dict[int, float]:
+    """Return the mean score after each epoch. The step counts epochs from 1 and continues across folds."""
+    n_epochs = trial.study_config.train.epochs
+    return {
+        fold * n_epochs + epoch: float(scores.mean())
+        for fold, fit in enumerate(record.fits(trial.number))
+        for epoch, scores in enumerate(fit.scores(), start=1)
+    }
 
 
 def _finish(study: Study, known: FrozenTrial, ended: FrozenTrial) -> None:
@@ -213,32 +205,3 @@ def _finish(study: Study, known: FrozenTrial, ended: FrozenTrial) -> None:
     for step, value in ended.intermediate_values.items():
         storage.set_trial_intermediate_value(trial_id, step, value)
     storage.set_trial_state_values(trial_id, ended.state, ended.values)
-
-
-_ENDED = (
-    "SELECT trials.trial_id, trials.number, trials.state, trial_values.value FROM trials "
-    "LEFT JOIN trial_values ON trial_values.trial_id = trials.trial_id "
-    "WHERE trials.study_id = :study AND trials.state IN ('COMPLETE', 'PRUNED')"
-)
-_ADD_VALUE = "INSERT INTO trial_values (trial_id, objective, value, value_type) VALUES (:id, 0, :value, 'FINITE')"
-
-
-def _show_ranking(study: Study, trials: Sequence[TrialRecord], standing: Standing) -> None:
-    """Update the values and states of ended trials to match the study's ranking, in one transaction.
-
-    Replicates, and trials that complete later, change the ranking values of ended trials. Optuna has no API for
-    changing an ended trial, so this function writes to Optuna's tables.
-    """
-    storage: Any = study._storage
-    with getattr(storage, "_backend", storage).engine.begin() as connection:
-
-        def execute(statement: str, **values: Any) -> Any:
-            return connection.execute(sqlalchemy.text(statement), values)
-
-        for trial_id, number, state, value in execute(_ENDED, study=study._study_id).all():
-            wanted_state, wanted = _shown_as(trials[number], standing)
-            if (state, value) != (wanted_state.name, wanted):
-                execute("UPDATE trials SET state = :state WHERE trial_id = :id", state=wanted_state.name, id=trial_id)
-                execute("DELETE FROM trial_values WHERE trial_id = :id", id=trial_id)
-                if wanted is not None:
-                    execute(_ADD_VALUE, id=trial_id, value=wanted)

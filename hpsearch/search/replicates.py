@@ -34,7 +34,7 @@ def shortlist(record: StudyRecord) -> Shortlist | None:
     The shortlist is selected and written on the first call. It is selected again if more trials have become complete
     or if `study.confirm` has changed.
     """
-    count, contenders = record.config.study.confirm, record.complete_trials()
+    count, contenders = record.config.study.confirm, record.contenders(record.trials())
     if not wants_replicates(record, contenders):
         return None
     stored = record.valid_shortlist(contenders)
@@ -62,7 +62,7 @@ def progress(record: StudyRecord) -> tuple[tuple[int, ...], int, int]:
     """Return the trials on the shortlist, the number of their finished refits, and the number of all their refits."""
     chosen = record.shortlist()
     trials = chosen.trials if chosen is not None else ()
-    fits = [fit for number in trials for fit in record.fits(number, replicate=True)]
+    fits = [fit for number in trials for fit in record.fits(number, replicate=1)]
     return trials, sum(fit.is_finished for fit in fits), len(fits)
 
 
@@ -72,5 +72,5 @@ def remove_unneeded_networks(record: StudyRecord) -> None:
     # Trials with a complete replicate come first in the ranking.
     kept = standing.ranking[: min(N_KEPT, len(standing.confirmed))]
     for second in record.replicate_records() if standing.confirmed else ():
-        for fit in record.fits(second.trial, replicate=True) if second.trial not in kept else ():
+        for fit in record.fits(second.trial, replicate=1) if second.trial not in kept else ():
             remove_networks(fit.paths)

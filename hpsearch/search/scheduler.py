@@ -13,46 +13,36 @@ class OpenFits:
     """State of the fits of one open trial or replicate."""
 
     trial: int
-    replicate: int = 0
+    replicate: int
     """0 for the trial itself, 1 for its replicate."""
+    wanted: frozenset[int]
+    """Folds that must be fitted before the trial ends. A pruned trial needs no fold, except one after whose last
+    epoch it was pruned."""
     finished: frozenset[int] = frozenset()
     """Folds whose fit is finished."""
     running: frozenset[int] = frozenset()
     """Folds that workers are fitting now."""
-    is_pruned: bool = False
-    """Whether the trial was pruned. A pruned trial ends when its fits have stopped."""
-    resumable: int | None = None
-    """Fold of a pruned trial that was pruned after its last epoch and must still be finished; None if there is
-    none."""
 
-    def next_fold(self, n_folds: int) -> int | None:
-        """Return the first fold that is neither finished nor running; None if there is none."""
-        for fold in range(n_folds):
-            is_open = fold not in self.finished and fold not in self.running
-            if is_open and (not self.is_pruned or fold == self.resumable):
-                return fold
-        return None
+    @property
+    def next_fold(self) -> int | None:
+        """First wanted fold that is neither finished nor running; None if there is none."""
+        return min(self.wanted - self.finished - self.running, default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyState:
     """State of a study on which the next action depends."""
 
-    n_folds: int
-    n_trials: int
-    """Number of trials requested (`study.trials`)."""
-    n_counted: int
-    """Number of ended trials that count toward `n_trials`."""
+    n_left: int
+    """Maximum number of trials still to be evaluated, including open trials."""
     n_suggested: int
     """Number of recorded trials, including open trials and trials that do not count."""
-    n_unused: int | None
-    """Number of configurations that have not been tried; None if the search space is infinite."""
     has_complete: bool
     """Whether any trial is complete, so that other trials can be compared with it."""
     open: tuple[OpenFits, ...] = ()
-    """Open trials, by number."""
-    replicates: tuple[OpenFits, ...] | None = None
-    """Open replicates in shortlist order; None if no shortlist has been made yet."""
+    """Open trials by number, or open replicates in shortlist order if there is a shortlist."""
+    has_shortlist: bool = False
+    """Whether the search has ended and the trials to replicate are selected."""
     lookahead: int = 0
     """If above 0, trial n is suggested only after all trials up to n - lookahead have ended."""
     folds_in_turn: bool = True
@@ -80,21 +70,11 @@ class MakeShortlist:
     """Action: end the search and select the trials to replicate."""
 
 
-@dataclass(frozen=True)
-class Wait:
-    """Action: wait until a running fit ends, because nothing else can start."""
+Action = Fit | Suggest | MakeShortlist
 
 
-@dataclass(frozen=True)
-class Done:
-    """Action: finish, because nothing is left to do."""
-
-
-Action = Fit | Suggest | MakeShortlist | Wait | Done
-
-
-def next_action(state: StudyState) -> Action:
-    """Return what an idle worker should do next.
+def next_action(state: StudyState) -> Action | None:
+    """Return what an idle worker should do next; None if nothing can start now.
 
     1. Continue an open trial that no worker is fitting.
     2. While no trial is complete, fit further folds of the first trial: pruning needs a complete trial.
@@ -102,27 +82,24 @@ def next_action(state: StudyState) -> Action:
     4. Fit further folds of open trials. If folds are fitted in turn, skip trials without a finished fold.
     5. After the search, select the shortlist and fit its replicates.
     """
-    if fit := _first_fit(state, [fits for fits in state.open if not fits.running]):
+    if state.has_shortlist:
+        return _first_fit(state.open)
+    if fit := _first_fit(fits for fits in state.open if not fits.running):
         return fit
     # The result must not depend on the relative speed of folds that are fitted at the same time.
     may_help = state.judges_any_fold and not (state.folds_in_turn and state.lookahead)
-    survivors = [fits for fits in state.open if may_help and not fits.is_pruned]
-    first = [fits for fits in survivors if fits is state.open[0] and state.folds_in_turn and not state.has_complete]
-    if fit := _first_fit(state, first):
+    helped = state.open if may_help else ()
+    if state.folds_in_turn and not state.has_complete and (fit := _first_fit(helped[:1])):
         return fit
-    wants_trials = state.n_counted + len(state.open) < state.n_trials and state.n_unused != 0
+    wants_trials = state.n_left > len(state.open)
     last = state.n_suggested - state.lookahead
     if wants_trials and (state.lookahead == 0 or all(fits.trial > last for fits in state.open)):
         return Suggest()
-    if fit := _first_fit(state, [fits for fits in survivors if fits.finished or not state.folds_in_turn]):
+    if fit := _first_fit(fits for fits in helped if fits.finished or not state.folds_in_turn):
         return fit
-    if state.open or wants_trials:
-        return Wait()
-    if state.replicates is None:
-        return MakeShortlist()
-    return _first_fit(state, state.replicates) or (Wait() if state.replicates else Done())
+    return None if state.open or wants_trials else MakeShortlist()
 
 
-def _first_fit(state: StudyState, candidates: Iterable[OpenFits]) -> Fit | None:
-    folds = ((fits, fits.next_fold(state.n_folds)) for fits in candidates)
+def _first_fit(candidates: Iterable[OpenFits]) -> Fit | None:
+    folds = ((fits, fits.next_fold) for fits in candidates)
     return next((Fit(fits.trial, fold, fits.replicate) for fits, fold in folds if fold is not None), None)

@@ -81,10 +81,11 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
     standing, stored = record.standing(trials), record.valid_shortlist(record.contenders(trials))
     shortlist = stored.trials if stored is not None else ()
     fits = {trial.number: record.fits(trial.number) for trial in trials}
-    refits = {number: record.fits(number, replicate=True) for number in sorted(shortlist)}
+    refits = {number: record.fits(number, replicate=1) for number in sorted(shortlist)}
     seconds = {number: _seconds(of_trial) for number, of_trial in fits.items()}
     open_fits = {trial.number: fits[trial.number] for trial in trials if trial.outcome is None}
     is_running = lock.is_held(record.paths)
+    is_over = record.is_searched(trials) and has_all_replicates(record)
     return StudyStatus(
         name=name,
         config=record.config,
@@ -99,9 +100,9 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
         n_replicate_fits=sum(fit.is_finished for of_trial in refits.values() for fit in of_trial),
         is_confirmed=bool(standing.confirmed),
         open_fits=(*_open_fits(record, open_fits), *_open_fits(record, refits, is_replicate=True)),
-        is_over=record.is_searched(trials) and has_all_replicates(record),
+        is_over=is_over,
         is_running=is_running,
-        eta_s=_seconds_left(record, trials, seconds, refits) if is_running else None,
+        eta_s=_seconds_left(record, trials, seconds, refits) if is_running and not is_over else None,
         warnings=tuple(constant_warnings(record, fits)),
     )
 
@@ -125,7 +126,7 @@ def _open_fits(record: StudyRecord, fits: Fits, *, is_replicate: bool = False) -
 def _seconds_left(
     record: StudyRecord, trials: Sequence[TrialRecord], seconds: Mapping[int, float], refits: Fits
 ) -> float | None:
-    """Estimate the seconds until the end of a running study; None if nothing is known or left.
+    """Estimate the seconds until the end of a running study; None if nothing is known.
 
     The estimate is based on ended trials, or on measured steps if no trial has ended. A refit is assumed to take as
     long as the longest trial.
@@ -134,16 +135,12 @@ def _seconds_left(
         return None
     plan, n_left = from_json(ExecutionPlan, table), record.n_left(trials)
     n_replicates = len(refits) or replicates.n_left(record, n_left)
-    if n_left == 0 and all(fit.is_finished for of_trial in refits.values() for fit in of_trial):
-        return None
     running_s = sum(seconds[trial.number] for trial in trials if trial.outcome is None)
     running_s += sum(map(_seconds, refits.values()))
     ended_s = [seconds[trial.number] for trial in trials if trial.outcome in COUNTED]
     if ended_s:
         whole_s = n_left * sum(ended_s) / len(ended_s) + n_replicates * max(ended_s)
         return max(0.0, whole_s - running_s) / len(plan.workers)
-    if not record.has_folds:
-        return None
     total_s = forecast(record, plan, len(record.folds.ids)).total_s
     return None if math.isnan(total_s) else max(0.0, total_s - running_s / len(plan.workers))
 

@@ -45,8 +45,6 @@ class Contrast(NamedTuple):
 class _Fits(NamedTuple):
     """Model fitted at each tau of a grid."""
 
-    tau: Floats
-    """Values of tau, (grid,)."""
     share: Floats
     """Posterior probability of each tau, (grid,)."""
     conditional: Floats
@@ -73,7 +71,7 @@ def posterior_contrast(
     total = precision.sum(axis=1)
     guides, fits = _fit_guides(means, precision, reference, 1 / math.sqrt(total[trial]))
     # Given f, a trial's mu is conditional * sum(precision * (z - f)).
-    variance = fits.conditional[:, trial] if guides[trial] else np.full(len(fits.tau), 1 / total[trial])
+    variance = fits.conditional[:, trial] if guides[trial] else np.full(len(fits.share), 1 / total[trial])
     own = precision[trial] * variance[:, None]
     other = fold_share if reference is None else precision[reference] / total[reference]
     by_fold = np.linalg.solve(fits.information, (other - own)[:, :, None])[:, :, 0]
@@ -129,4 +127,4 @@ def _fit(means: Floats, precision: Floats, guides: Mask, *, top: float, se: floa
     log_prior = np.log(np.gradient(tau)) - np.log1p((tau / (SCALE * se)) ** 2)
     log_posterior = log_prior - (misfit + log_det) / 2
     share = np.exp(log_posterior - log_posterior.max())
-    return _Fits(tau, share / share.sum(), conditional, information, level)
+    return _Fits(share / share.sum(), conditional, information, level)

@@ -6,6 +6,7 @@ background threads, reports and other processes see the same study.
 
 import dataclasses
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, Self
 
 from hpsearch import config as configs
@@ -31,7 +32,6 @@ class StudyFiles:
     def __init__(self, study: StudyPaths, config: StudyConfig) -> None:
         self.paths = study
         self.config = config
-        self._folds: Folds | None = None
 
     @classmethod
     def open(cls, study: StudyPaths) -> Self:
@@ -64,20 +64,14 @@ class StudyFiles:
     def n_folds(self) -> int:
         return 1 if self.config.study.folds == "fixed" else self.config.study.folds
 
-    @property
+    @cached_property
     def folds(self) -> Folds:
         """Fold of every image. Raises RecordError if the folds do not exist yet."""
-        if self._folds is None:
-            table = paths.read_json(self.paths.folds)
-            try:
-                self._folds = Folds.from_dict(table["folds"])
-            except (RecordError, AttributeError, KeyError, TypeError, ValueError) as error:
-                raise RecordError(f"{self.paths.folds} is damaged: put it back from a copy") from error
-        return self._folds
-
-    @property
-    def has_folds(self) -> bool:
-        return self.paths.folds.is_file()
+        table = paths.read_json(self.paths.folds)
+        try:
+            return Folds.from_dict(table["folds"])
+        except (RecordError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise RecordError(f"{self.paths.folds} is damaged: put it back from a copy") from error
 
     def data_key(self) -> str:
         """Return the key of the image cache from which the folds were made."""
@@ -86,7 +80,7 @@ class StudyFiles:
     def write_folds(self, folds: Folds, data_key: str) -> None:
         """Store the folds, which all trials use."""
         paths.write_json(self.paths.folds, {"format": FORMAT, "data_key": data_key, "folds": folds.to_dict()})
-        self._folds = folds
+        self.folds = folds
 
     def check_config(self, config: StudyConfig) -> None:
         """Raise StudyChangedError, listing all differences, if a setting that is not in `CHANGEABLE` differs."""
@@ -158,15 +152,13 @@ class StudyFiles:
         """Write a new or changed trial."""
         paths.write_json(self.paths.trial(trial.number).trial, record_to_json(trial))
 
-    def fit(self, trial: int, fold: int) -> FitRecord:
-        return FitRecord(self.paths.trial(trial).fold(fold))
+    def fit(self, trial: int, fold: int, replicate: int = 0) -> FitRecord:
+        """Return a fit of a trial (`replicate` 0) or of its replicate (1)."""
+        return FitRecord(self.paths.trial(trial).fold(fold, replicate))
 
-    def replicate_fit(self, trial: int, fold: int) -> FitRecord:
-        return FitRecord(self.paths.trial(trial).replicate_fold(fold))
-
-    def fits(self, trial: int, *, replicate: bool = False) -> list[FitRecord]:
-        """Return the fits of a trial or its replicate, by fold."""
-        return [(self.replicate_fit if replicate else self.fit)(trial, fold) for fold in range(self.n_folds)]
+    def fits(self, trial: int, replicate: int = 0) -> list[FitRecord]:
+        """Return the fits of a trial or of its replicate, by fold."""
+        return [self.fit(trial, fold, replicate) for fold in range(self.n_folds)]
 
     def finished_folds(self, trial: int) -> list[int]:
         """Return the folds of a trial whose fit is finished, ascending."""

@@ -21,18 +21,12 @@ Scores = npt.NDArray[np.float64]
 class StudyRecord(StudyFiles):
     """Record of one study: its files, and the scores and ranking computed from them."""
 
-    def out_of_fold(self, trial: int) -> Scores:
+    def out_of_fold(self, trial: int, replicate: int = 0) -> Scores:
         """Return the out-of-fold score of each pool image, (pool,); NaN if no finished fit held the image out."""
-        return self._by_image({fold: self.fit(trial, fold) for fold in self.finished_folds(trial)})
-
-    def replicate_out_of_fold(self, trial: int) -> Scores:
-        """Return the out-of-fold scores of the replicate of a trial, whose fits must all be finished, (pool,)."""
-        return self._by_image(dict(enumerate(self.fits(trial, replicate=True))))
-
-    def _by_image(self, fits: Mapping[int, FitRecord]) -> Scores:
         result = np.full(len(self.folds.ids), np.nan)
-        for fold, fit in fits.items():
-            result[self.folds.held_out(fold)] = self.final_scores(fit, fold)
+        for fold, fit in enumerate(self.fits(trial, replicate)):
+            if fit.is_finished:
+                result[self.folds.held_out(fold)] = self.final_scores(fit, fold)
         return result
 
     def final_scores(self, fit: FitRecord, fold: int) -> Scores:
@@ -56,13 +50,15 @@ class StudyRecord(StudyFiles):
             raise RecordError(f"trial {trial} of study {self.name!r} has no score for some images")
         return float(np.mean(scores))
 
-    def mean_over_fits(self, trial: int) -> float | None:
-        """Return a trial's mean score over all held-out images and both fits; None without a complete replicate."""
-        second = self.replicate(trial)
-        if second is None or second.outcome != "complete":
-            return None
-        both = (self.out_of_fold(trial) + self.replicate_out_of_fold(trial)) / 2
-        return float(np.mean(both[~np.isnan(both)]))
+    def mean_over_fits(self, trial: int) -> float:
+        """Return the mean score over all images and both fits of a trial whose replicate is complete.
+
+        Raises RecordError if a fit is not finished.
+        """
+        both = (self.out_of_fold(trial) + self.out_of_fold(trial, replicate=1)) / 2
+        if np.isnan(both).any():
+            raise RecordError(f"trial {trial} of study {self.name!r} or its refit has no score for some images")
+        return float(np.mean(both))
 
     def verify(self) -> None:
         """Check the files of all ended trials. Raises RecordError, naming the damaged file."""
@@ -77,7 +73,7 @@ class StudyRecord(StudyFiles):
             if trial.outcome in (None, "orphaned"):
                 continue
             second = self.replicate(trial.number)
-            replicates = self.fits(trial.number, replicate=True) if second is not None and second.outcome else []
+            replicates = self.fits(trial.number, replicate=1) if second is not None and second.outcome else []
             for fit in (*self.fits(trial.number), *replicates):
                 fit.verify()
             if trial.outcome == "complete" and self.value(trial.number) != trial.value:
@@ -85,10 +81,6 @@ class StudyRecord(StudyFiles):
                     f"the scores in {self.paths.trial(trial.number).root} are not those of the value on record, "
                     f"{trial.value}: put them back from a copy"
                 )
-
-    def complete_trials(self) -> list[TrialRecord]:
-        """Return all trials that can win, by number. See `contenders`."""
-        return self.contenders(self.trials())
 
     def contenders(self, trials: Iterable[TrialRecord]) -> list[TrialRecord]:
         """Return the trials among `trials` that can win, by number.
@@ -133,14 +125,6 @@ class StudyRecord(StudyFiles):
         stored = self.shortlist()
         return stored if stored is not None and stored.of == tuple(each.number for each in contenders) else None
 
-    def confirmed(self) -> tuple[int, ...]:
-        """Return the trials whose replicates count, by number.
-
-        The result is empty while replicates are missing, or if a trial has become complete since the shortlist was
-        made.
-        """
-        return self.standing().confirmed
-
     def standing(self, trials: Iterable[TrialRecord] | None = None) -> Standing:
         """Return the ranking of the trials that can win. If `trials` is given, the trials are not read again.
 
@@ -156,14 +140,10 @@ class StudyRecord(StudyFiles):
         if len(ended) < len(seconds):
             ended = {}
         confirmed = tuple(sorted(number for number, outcome in ended.items() if outcome == "complete"))
-        values |= {number: mean for number in confirmed if (mean := self.mean_over_fits(number)) is not None}
+        values |= {number: self.mean_over_fits(number) for number in confirmed}
         groups = confirmed, values.keys() - ended, ended.keys() - confirmed
         ranking = [number for group in groups for number in rank({each: values[each] for each in group})]
         return Standing(tuple(ranking), values, confirmed)
-
-    def worth(self, trial: TrialRecord) -> float | None:
-        """Return the ranking value of a trial: the mean over both fits if its replicate counts, else its value."""
-        return self.standing().values.get(trial.number, trial.value)
 
     def best(self) -> TrialRecord | None:
         """Return the winner of the ranking; None if no trial is complete."""
@@ -173,7 +153,7 @@ class StudyRecord(StudyFiles):
 
 def has_all_replicates(record: StudyRecord) -> bool:
     """Return whether all refits have ended, assuming that the search is over."""
-    contenders = record.complete_trials()
+    contenders = record.contenders(record.trials())
     if not wants_replicates(record, contenders):
         return True
     shortlist = record.valid_shortlist(contenders)

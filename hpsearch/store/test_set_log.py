@@ -25,13 +25,16 @@ from hpsearch.typed_json import from_json
 
 logger = logging.getLogger(__name__)
 
+Hashes = tuple[tuple[str, str], ...]
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoggedEvaluation:
     """One evaluation of test images."""
 
     test_set: str
-    """Digest of all images and masks together. Version 0.1 identified test sets by this digest only."""
+    """Digest of all images and masks together, independent of their order: 16 hexadecimal digits. Version 0.1
+    identified test sets by this digest only."""
     at: float
     """Start of the evaluation (Unix time in seconds)."""
     study: str
@@ -46,47 +49,31 @@ class LoggedEvaluation:
     score: float | None = None
     """Mean score over the images; None if the evaluation did not finish."""
     images: tuple[str, ...] = ()
-    """Digest of each image's file; empty in entries of version 0.1."""
-    includes: tuple[str, ...] = ()
-    """`test_set` of each entry of version 0.1 that evaluated the first n of these images, for any n."""
+    """Digest of each image's file, 12 hexadecimal digits; empty in entries of version 0.1."""
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
     def configuration(self) -> tuple[str, float, int]:
         return self.study, self.study_began_at, self.trial
 
-
-@dataclass(frozen=True)
-class TestImages:
-    """Images and masks of a test split, identified by content."""
-
-    hashes: tuple[tuple[str, str], ...]
-    """SHA-256 of each image and of its mask."""
-
-    __test__ = False  # not a test case, whatever its name
-
-    @classmethod
-    def in_cache(cls, folder: Path) -> Self:
-        """Return the test images in a cache."""
-        return cls(tuple((each.image_sha256, each.mask_sha256) for each in Index.read(folder).stats))
-
-    @property
-    def images(self) -> tuple[str, ...]:
-        """Digest of each image's file, 12 hexadecimal digits."""
-        return tuple(image[:12] for image, _ in self.hashes)
-
-    def digest(self, n: int | None = None) -> str:
-        """Return a digest of the first n pairs, or of all pairs: 16 hexadecimal digits, independent of the order."""
-        lines = sorted(f"{image} {mask}" for image, mask in self.hashes[:n])
-        return sha256_text("\n".join(lines))[:16]
+    def is_of_same_study(self, other: Self) -> bool:
+        return self.configuration[:2] == other.configuration[:2]
 
 
-def begin_evaluation(project: ProjectPaths, test: TestImages, **facts: Any) -> LoggedEvaluation:
-    """Log an evaluation that is about to begin. `facts` contains the remaining fields of the entry."""
-    n_images = len(test.hashes)
-    old = {each.test_set: each.n_images for each in _entries(project) if not each.images}
-    facts["includes"] = tuple(digest for digest, n in old.items() if n < n_images and test.digest(n) == digest)
-    evaluation = LoggedEvaluation(test_set=test.digest(), images=test.images, n_images=n_images, **facts)
+def hashes_in_cache(folder: Path) -> Hashes:
+    """Return the SHA-256 of each image in a cache and of its mask."""
+    return tuple((each.image_sha256, each.mask_sha256) for each in Index.read(folder).stats)
+
+
+def begin_evaluation(project: ProjectPaths, hashes: Hashes, **facts: Any) -> LoggedEvaluation:
+    """Log an evaluation that is about to begin.
+
+    `hashes` contains the SHA-256 of each test image and of its mask. `facts` contains the remaining fields of the
+    entry.
+    """
+    images = tuple(image[:12] for image, _ in hashes)
+    test_set = sha256_text("\n".join(sorted(f"{image} {mask}" for image, mask in hashes)))[:16]
+    evaluation = LoggedEvaluation(test_set=test_set, images=images, n_images=len(images), **facts)
     enter_evaluation(project, evaluation)
     return evaluation
 
@@ -116,16 +103,14 @@ def evaluations_of(project: ProjectPaths, evaluation: LoggedEvaluation) -> tuple
 def n_shared(a: LoggedEvaluation, b: LoggedEvaluation) -> int:
     """Return the number of images that two evaluations share, as far as is known.
 
-    Entries of version 0.1 do not identify their images. If one test set equals or includes the other, or if both
-    evaluations belong to the same study, they are assumed to share as many images as possible. The test images of a
-    study never change.
+    Entries of version 0.1 do not identify their images. If both evaluations are of the same test set or belong to the
+    same study, they are assumed to share as many images as possible. The test images of a study never change.
     """
     if a.images and b.images:
         return len(set(a.images) & set(b.images))
-    overlap = a.test_set in (b.test_set, *b.includes) or b.test_set in a.includes
-    of_one_study = (a.study, a.study_began_at) == (b.study, b.study_began_at)
     is_known = bool(a.test_set and b.test_set)
-    return min(a.n_images, b.n_images) if is_known and (overlap or of_one_study) else 0
+    is_shared = is_known and (a.test_set == b.test_set or a.is_of_same_study(b))
+    return min(a.n_images, b.n_images) if is_shared else 0
 
 
 def n_seen(evaluation: LoggedEvaluation, others: Sequence[LoggedEvaluation]) -> int:
@@ -149,22 +134,6 @@ def describe_evaluation_count(evaluation: LoggedEvaluation, evaluations: Sequenc
             f"{_count(len(earlier), 'evaluation')} of {_count(configurations, 'configuration')}"
         )
     return text + (f"; {_count(n_later, 'evaluation')} came later" if n_later else "")
-
-
-def first_evaluation_of(
-    evaluations: Sequence[LoggedEvaluation], study: str, study_began_at: float
-) -> LoggedEvaluation | None:
-    """Return the study's first evaluation among these; None if there is none.
-
-    It may have influenced the later trials of the study.
-    """
-    of_study = (each for each in evaluations if (each.study, each.study_began_at) == (study, study_began_at))
-    return next(of_study, None)
-
-
-def n_evaluations_before(evaluations: Sequence[LoggedEvaluation], study_began_at: float) -> int:
-    """Return the number of evaluations before a study began."""
-    return sum(evaluation.at < study_began_at for evaluation in evaluations)
 
 
 def user_account() -> Path:

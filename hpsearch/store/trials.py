@@ -151,17 +151,15 @@ class Standing:
     """Maps each trial number to its ranking value: the mean over both fits if its replicate counts, else over the
     first fit."""
     confirmed: tuple[int, ...]
-    """Numbers of the trials whose replicates count, ascending. If there are any, the winner is one of them."""
+    """Numbers of the trials whose replicates count, ascending. If there are any, the winner is one of them.
+
+    Empty while replicates are missing, or if a trial has become complete since the shortlist was made.
+    """
 
     @property
     def winner(self) -> int | None:
         """Number of the best trial."""
         return self.ranking[0] if self.ranking else None
-
-    @property
-    def best_value(self) -> float | None:
-        """Ranking value of the winner."""
-        return self.values[self.ranking[0]] if self.ranking else None
 
 
 def count_trials(trials: Iterable[TrialRecord]) -> int:

@@ -56,7 +56,7 @@ def write_refit_files(record: StudyRecord, number: int, folder: Path) -> None:
     """Write trial.toml, second.json and the curves for the refit of a trial."""
     (folder / "trial.toml").write_text(record.trial(number).study_config.to_toml(), encoding="utf-8")
     _copy(folder, record.paths.trial(number).second)
-    epochs = [fit.epochs() for fit in record.fits(number, replicate=True)]
+    epochs = [fit.epochs() for fit in record.fits(number, replicate=1)]
     _draw_curves(folder, epochs, f"trial {number:04d} of {record.name}, refit")
 
 

@@ -147,7 +147,7 @@ def trial_run(record: StudyRecord, trial: TrialRecord, standing: Standing) -> Ru
 def refit_run(record: StudyRecord, second: ReplicateRecord) -> RunContent:
     """Return the content of the run of a trial's refit in its present state."""
     trial, number = record.trial(second.trial), second.trial
-    fits = record.fits(number, replicate=True)
+    fits = record.fits(number, replicate=1)
     points: list[Point] = []
     if second.outcome == "complete":
         scores = cross_validation([fits], None)
@@ -241,12 +241,12 @@ def _value_points(
     number, metric = trial.number, record.config.study.metric
     first = cross_validation([fits], trial.value)
     points = points_of("cross-validation", first, trial.ended_at or 0, metric)
-    ranked_at = _ranked_at(record, standing)
-    if ranked_at is None or record.mean_over_fits(number) is None:
+    ranked_at, second = _ranked_at(record, standing), record.replicate(number)
+    if ranked_at is None or second is None or second.outcome != "complete":
         return points
     now = first
     if number in standing.confirmed:
-        now = cross_validation([fits, record.fits(number, replicate=True)], standing.values[number])
+        now = cross_validation([fits, record.fits(number, replicate=1)], standing.values[number])
     points += points_of("cross-validation", now, ranked_at, metric)
     return points + points_of("first fits", first, ranked_at, metric)
 
@@ -259,7 +259,7 @@ def _ranked_at(record: StudyRecord, standing: Standing) -> float | None:
     shortlist = record.shortlist()
     if shortlist is None:
         return None
-    ends = {trial.number: trial.ended_at or 0.0 for trial in record.complete_trials()}
+    ends = {trial.number: trial.ended_at or 0.0 for trial in record.contenders(record.trials())}
     if standing.confirmed:
         ended = [second.ended_at or 0.0 for second in record.replicate_records() if second.trial in shortlist.trials]
         # The time must be later than the end of a trial that invalidated earlier refits, because MLflow shows the
@@ -285,7 +285,7 @@ def _progress(record: StudyRecord, trials: Sequence[TrialRecord], standing: Stan
         yield from points_of("study", {"best": max(values, default=None), "n": n}, at, metric, step=step)
     if standing.confirmed:
         at = max(_ranked_at(record, standing) or 0.0, ended[-1][0] + 0.001)
-        yield from points_of("study", {"best": standing.best_value}, at, metric, step=len(ended))
+        yield from points_of("study", {"best": standing.values[standing.ranking[0]]}, at, metric, step=len(ended))
 
 
 def _params(config: StudyConfig) -> dict[str, str]:

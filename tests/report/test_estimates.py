@@ -48,7 +48,7 @@ def test_replicates_enter_once_all_have_ended(study: FakeStudy) -> None:
     estimates = estimates_of(study)
     assert estimates.scores.replicated == (1, 2)
     assert estimates.corrected.method == "confirmed"
-    both = (study.record.out_of_fold(2) + study.record.replicate_out_of_fold(2)) / 2
+    both = (study.record.out_of_fold(2) + study.record.out_of_fold(2, replicate=1)) / 2
     assert np.allclose(estimates.scores.joint[1], both)
     # A full trial that came later opens the choice again.
     study.trial()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import optuna
@@ -45,6 +46,16 @@ def test_a_running_trial_is_finished_in_place(study: FakeStudy) -> None:
     assert (ended.state.name, ended.value) == ("COMPLETE", study.record.trial(1).value)
 
 
+def test_a_running_trial_without_scores_is_finished_in_place(study: FakeStudy) -> None:
+    view = OptunaView(study.record.paths)
+    trial = study.begin()
+    view.update()
+    study.record.write_trial(dataclasses.replace(trial, outcome="failed", reason="its worker died"))
+    view.update()
+    (_, ended) = shown(study)
+    assert (ended.state.name, ended.user_attrs["reason"]) == ("FAIL", "its worker died")
+
+
 def test_a_database_that_is_deleted_while_it_is_open_is_made_anew(study: FakeStudy) -> None:
     view = OptunaView(study.record.paths)
     view.update()
@@ -82,7 +93,7 @@ def test_a_fault_of_the_program_leaves_the_database_of_all_studies(
     def fail(*_: object) -> None:
         raise fault
 
-    monkeypatch.setattr(optuna_view, "_new_trial", fail)
+    monkeypatch.setattr(optuna_view, "_shown_trial", fail)
     with pytest.raises(fault):
         view.update()
     assert len(shown(study)) == 1

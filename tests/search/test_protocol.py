@@ -106,7 +106,7 @@ class Run:
 
     def of(self, trial: int, fold: int, *, second: bool) -> int:
         """Index of a fit among `fits`."""
-        record = self.record.replicate_fit(trial, fold) if second else self.record.fit(trial, fold)
+        record = self.record.fit(trial, fold, replicate=int(second))
         (found,) = (index for index, fit in enumerate(self.fits) if fit["paths"].root == record.paths.root.absolute())
         return found
 
@@ -141,7 +141,7 @@ def seen(config: StudyConfig, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 def test_every_configuration_is_fitted_to_each_fold_twice(seen: Run) -> None:
     assert [trial.outcome for trial in seen.record.trials()] == ["complete"] * 3
-    assert seen.record.confirmed() == (0, 1, 2)
+    assert seen.record.standing().confirmed == (0, 1, 2)
     assert len(seen.fits) == len(seen.counts) == 2 * 3 * 3
 
 
@@ -214,16 +214,16 @@ def test_the_last_epoch_counts_though_an_earlier_one_was_better(seen: Run) -> No
                 index = seen.of(trial, fold, second=second)
                 means = [float(dice_of(counts).mean()) for counts in seen.counts[index]]
                 assert max(means) == means[1] > means[2] + 0.1
-                fit = record.replicate_fit(trial, fold) if second else record.fit(trial, fold)
+                fit = record.fit(trial, fold, replicate=int(second))
                 summary = fit.summary()
                 assert summary is not None
                 assert summary.value == pytest.approx(means[2], abs=1e-6)
                 assert [row.held_out.dice for row in fit.epochs()] == pytest.approx(means, abs=1e-6)
                 scores[int(second), record.folds.held_out(fold)] = dice_of(seen.counts[index][-1])
         np.testing.assert_allclose(record.out_of_fold(trial), scores[0], atol=1e-6)
-        np.testing.assert_allclose(record.replicate_out_of_fold(trial), scores[1], atol=1e-6)
+        np.testing.assert_allclose(record.out_of_fold(trial, replicate=1), scores[1], atol=1e-6)
         assert record.trial(trial).value == pytest.approx(scores[0].mean(), abs=1e-6)
-        assert record.worth(record.trial(trial)) == told[trial].value == pytest.approx(scores.mean(), abs=1e-6)
+        assert record.standing().values[trial] == told[trial].value == pytest.approx(scores.mean(), abs=1e-6)
         np.testing.assert_allclose(estimates.scores.joint[trial], scores.mean(0), atol=1e-6)
         assert rows.trial(trial).value == pytest.approx(scores.mean(), abs=1e-6)
 
@@ -240,10 +240,10 @@ def test_the_network_that_is_kept_is_that_of_the_last_epoch(seen: Run) -> None:
 
 def test_the_second_networks_of_the_two_best_are_kept_and_no_others(seen: Run) -> None:
     record = seen.record
-    worth = {number: record.worth(record.trial(number)) or 0.0 for number in record.confirmed()}
+    worth = {number: record.standing().values[number] for number in record.standing().confirmed}
     best = sorted(worth, key=lambda number: -worth[number])[:2]
     for number in worth:
-        kept = [record.replicate_fit(number, fold).paths.weights.is_file() for fold in range(3)]
+        kept = [record.fit(number, fold, replicate=1).paths.weights.is_file() for fold in range(3)]
         assert kept == [number in best] * 3
 
 
@@ -256,7 +256,7 @@ def test_choices_are_made_on_images_that_no_network_asked_has_been_trained_on(se
     assert len(job.networks) == 3
     for fold, network in enumerate(job.networks):
         assert list(network.held_out) == record.folds.held_out(fold).tolist()
-        second, first = (fit_of(trial, fold).paths.weights for fit_of in (record.replicate_fit, record.fit))
+        second, first = (record.fit(trial, fold, replicate).paths.weights for replicate in (1, 0))
         assert (network.weights, network.other) == (second.absolute(), first.absolute())
         for weights in (network.weights, network.other):
             assert trained_on[str(weights)] == POOL - set(network.held_out)

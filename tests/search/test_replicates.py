@@ -52,10 +52,10 @@ def optunas(record: StudyRecord) -> optuna.Study:
 
 def second_scores(record: StudyRecord) -> dict[tuple[int, int], bytes]:
     return {
-        (second.trial, fold): record.replicate_fit(second.trial, fold).paths.scores.read_bytes()
+        (second.trial, fold): record.fit(second.trial, fold, replicate=1).paths.scores.read_bytes()
         for second in record.replicate_records()
         for fold in range(record.n_folds)
-        if record.replicate_fit(second.trial, fold).is_finished
+        if record.fit(second.trial, fold, replicate=1).is_finished
     }
 
 
@@ -68,37 +68,37 @@ def test_those_that_bootstrap_selection_picks_most_are_fitted_once_more_on_the_s
     shortlist = record.shortlist()
     assert shortlist is not None
     assert shortlist.trials == picked
-    assert record.confirmed() == tuple(sorted(picked))
+    assert record.standing().confirmed == tuple(sorted(picked))
     for number in picked:
-        assert record.replicate_fit(number, 0).scores().shape == record.fit(number, 0).scores().shape
-        assert not np.array_equal(record.replicate_out_of_fold(number), record.out_of_fold(number))
+        assert record.fit(number, 0, replicate=1).scores().shape == record.fit(number, 0).scores().shape
+        assert not np.array_equal(record.out_of_fold(number, replicate=1), record.out_of_fold(number))
 
 
 def test_the_best_is_the_confirmed_one_with_the_highest_mean_over_both_fits(confirmed: StudySummary) -> None:
     record = confirmed.record
     both = {
-        number: float((record.out_of_fold(number) + record.replicate_out_of_fold(number)).mean() / 2)
-        for number in record.confirmed()
+        number: float((record.out_of_fold(number) + record.out_of_fold(number, replicate=1)).mean() / 2)
+        for number in record.standing().confirmed
     }
     best = record.best()
     assert best is not None
     assert best.number == max(both, key=lambda number: (both[number], -number))
-    assert record.worth(best) == pytest.approx(both[best.number], abs=1e-12)
+    assert record.standing().values[best.number] == pytest.approx(both[best.number], abs=1e-12)
     estimates = Estimates.of(record)
     assert estimates is not None
     assert estimates.winner == best.number
     assert estimates.corrected.method == "confirmed"
     rows = study_rows(record)
-    assert rows.standing.confirmed == record.confirmed()
+    assert rows.standing.confirmed == record.standing().confirmed
     assert rows.trial(best.number).value == pytest.approx(both[best.number], abs=1e-12)
     assert optunas(record).best_trial.number == best.number
-    assert optunas(record).best_value == record.worth(best)
+    assert optunas(record).best_value == record.standing().values[best.number]
 
 
 @pytest.mark.usefixtures("in_process")
 def test_confirmation_changes_nothing_of_the_search(confirmed: StudySummary, dataset: Path, tmp_path: Path) -> None:
     without = run(tmp_path, tiny_config(dataset, *ALWAYS_FULL)).record
-    assert without.confirmed() == ()
+    assert without.standing().confirmed == ()
     assert without.shortlist() is None
     assert everything(without) == everything(confirmed.record)
 
@@ -122,16 +122,16 @@ def test_a_study_that_goes_on_uses_the_second_fits_that_are_there(dataset: Path,
     """Also where it is confirmed anew because the search went on or another number is wanted."""
     two = run(tmp_path, tiny_config(dataset, *ALWAYS_FULL, "study.trials=2", "study.confirm=1")).record
     before = {path: path.stat().st_mtime_ns for path in two.paths.trials.rglob("second*/fit.json")}
-    assert len(two.confirmed()) == 1
+    assert len(two.standing().confirmed) == 1
     assert len(before) == 2
     searched = run(tmp_path, tiny_config(dataset, *ALWAYS_FULL, "study.trials=3")).record
     # The third trial has opened the choice again.
-    assert searched.confirmed() == ()
+    assert searched.standing().confirmed == ()
     assert searched.best() == max(searched.trials(), key=lambda trial: trial.value or 0)
     assert [trial.value for trial in optunas(searched).trials] == [trial.value for trial in searched.trials()]
     three = run(tmp_path, tiny_config(dataset, *ALWAYS_FULL, "study.trials=3", "study.confirm=3")).record
-    assert set(three.confirmed()) >= set(two.confirmed()) & set(three.confirmed())
-    assert three.confirmed()
+    assert set(three.standing().confirmed) >= set(two.standing().confirmed) & set(three.standing().confirmed)
+    assert three.standing().confirmed
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
@@ -167,14 +167,14 @@ def test_a_configuration_that_fails_with_other_seeds_cannot_win(tmp_path: Path) 
     study.record.write_shortlist(Shortlist((0, 1), (0, 1), 5))
     best = study.record.best()
     assert best is not None
-    assert (best.number, study.record.confirmed()) == (1, (1,))
+    assert (best.number, study.record.standing().confirmed) == (1, (1,))
 
 
 def test_status_counts_second_fits(confirmed: StudySummary, tmp_path: Path) -> None:
     record = confirmed.record
     status = study_status(record.paths.project, record.name)
-    n_fits = len(record.confirmed()) * record.n_folds
-    assert (set(status.shortlist), status.n_replicate_fits) == (set(record.confirmed()), n_fits)
+    n_fits = len(record.standing().confirmed) * record.n_folds
+    assert (set(status.shortlist), status.n_replicate_fits) == (set(record.standing().confirmed), n_fits)
     assert status.is_confirmed
 
 
@@ -204,7 +204,7 @@ def test_second_fits_that_were_stopped_go_on_as_if_they_had_not_been(
     machine = MachineChoice("cpu", n_workers, 1)
     summary = run(tmp_path, config, stop=stop, callback=listener, machine=machine)
     assert summary.stopped
-    assert summary.record.confirmed() == ()
+    assert summary.record.standing().confirmed == ()
     (second, *_) = summary.record.replicate_records()
     assert second.outcome is None
     done = run(tmp_path, config, machine=machine).record
@@ -262,7 +262,7 @@ def test_second_fits_end_in_the_same_bytes_however_often_the_coordinator_was_kil
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
         assert done.returncode == -signal.SIGKILL, done.stderr
         n_epochs.append(sum(len(path.read_text().splitlines()) for path in tmp_path.rglob("second*/epochs.jsonl")))
-        assert StudyRecord.open(ProjectPaths(tmp_path).study("tiny")).confirmed() == ()
+        assert StudyRecord.open(ProjectPaths(tmp_path).study("tiny")).standing().confirmed == ()
     assert 1 <= n_epochs[0] <= n_epochs[1] <= n_epochs[2] < 8
     record = run(tmp_path, tiny_config(dataset, *settings)).record
     never = confirmed.record
@@ -272,4 +272,5 @@ def test_second_fits_end_in_the_same_bytes_however_often_the_coordinator_was_kil
     best, expected = record.best(), never.best()
     assert best is not None
     assert expected is not None
-    assert (best.number, record.worth(best)) == (expected.number, never.worth(expected))
+    assert best.number == expected.number
+    assert record.standing() == never.standing()

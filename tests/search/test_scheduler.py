@@ -4,24 +4,22 @@ from dataclasses import replace
 
 from hpsearch.search.scheduler import (
     Action,
-    Done,
     Fit,
     MakeShortlist,
     OpenFits,
     StudyState,
     Suggest,
-    Wait,
     next_action,
 )
 
-NEW = StudyState(n_folds=3, n_trials=4, n_counted=0, n_suggested=0, n_unused=None, has_complete=False)
+NEW = StudyState(n_left=4, n_suggested=0, has_complete=False)
 """A study that has just begun."""
-RACING = replace(NEW, n_counted=2, n_suggested=2, has_complete=True)
-OVER = replace(NEW, n_counted=4, n_suggested=4, has_complete=True)
+RACING = replace(NEW, n_left=2, n_suggested=2, has_complete=True)
+OVER = replace(NEW, n_left=0, n_suggested=4, has_complete=True)
 
 
 def fits(trial: int, finished: tuple[int, ...] = (), running: tuple[int, ...] = (), replicate: int = 0) -> OpenFits:
-    return OpenFits(trial, replicate, frozenset(finished), frozenset(running))
+    return OpenFits(trial, replicate, frozenset(range(3)), frozenset(finished), frozenset(running))
 
 
 def simulate(state: StudyState, n_workers: int) -> list[Action]:
@@ -37,34 +35,25 @@ def simulate(state: StudyState, n_workers: int) -> list[Action]:
                     replace(each, running=each.running | {action.fold})
                     if (each.trial, each.replicate) == (action.trial, action.replicate)
                     else each
-                    for each in (*state.open, *(state.replicates or ()))
+                    for each in state.open
                 )
-                state = _with(state, running)
+                state = replace(state, open=running)
             elif isinstance(action, Suggest):
                 state = replace(state, n_suggested=state.n_suggested + 1, open=(*state.open, fits(state.n_suggested)))
             elif isinstance(action, MakeShortlist):
-                state = replace(state, replicates=(fits(1, replicate=1), fits(0, replicate=1)))
+                state = replace(state, has_shortlist=True, open=(fits(1, replicate=1), fits(0, replicate=1)))
             else:
                 break
             found.append(action)
         if not started:
             return found
         ended = tuple(
-            replace(each, finished=each.finished | each.running, running=frozenset())
-            for each in (*state.open, *(state.replicates or ()))
+            replace(each, finished=each.finished | each.running, running=frozenset()) for each in state.open
         )
-        left = tuple(each for each in ended if len(each.finished) < state.n_folds)
-        n_complete = sum(len(each.finished) == state.n_folds and not each.replicate for each in ended)
-        state = _with(state, left)
-        state = replace(state, n_counted=state.n_counted + n_complete, has_complete=state.n_counted + n_complete > 0)
-
-
-def _with(state: StudyState, all_fits: tuple[OpenFits, ...]) -> StudyState:
-    return replace(
-        state,
-        open=tuple(each for each in all_fits if not each.replicate),
-        replicates=tuple(each for each in all_fits if each.replicate) if state.replicates is not None else None,
-    )
+        left = tuple(each for each in ended if each.finished < each.wanted)
+        n_complete = sum(each.finished == each.wanted and not each.replicate for each in ended)
+        has_complete = state.has_complete or n_complete > 0
+        state = replace(state, open=left, n_left=state.n_left - n_complete, has_complete=has_complete)
 
 
 def test_a_study_begins_with_a_suggestion() -> None:
@@ -103,7 +92,7 @@ def test_a_trial_that_nobody_fits_comes_before_a_new_one() -> None:
 def test_a_trial_with_a_finished_fold_is_helped_when_no_trial_is_left_to_begin() -> None:
     state = replace(RACING, n_suggested=4, open=(fits(2, running=(0,)), fits(3, finished=(0,), running=(1,))))
     assert next_action(state) == Fit(3, 2)
-    assert next_action(replace(state, lookahead=2)) == Wait()
+    assert next_action(replace(state, lookahead=2)) is None
 
 
 def test_without_a_race_every_open_trial_is_helped() -> None:
@@ -112,38 +101,36 @@ def test_without_a_race_every_open_trial_is_helped() -> None:
 
 
 def test_a_pruned_trial_is_not_helped_and_only_a_complete_fold_of_it_is_finished() -> None:
-    pruned = replace(fits(2), is_pruned=True)
-    assert next_action(replace(OVER, n_counted=3, open=(pruned,))) == Wait()
-    assert next_action(replace(OVER, n_counted=3, open=(replace(pruned, resumable=1),))) == Fit(2, 1)
+    pruned = replace(fits(2), wanted=frozenset())
+    assert next_action(replace(OVER, n_left=1, open=(pruned,))) is None
+    assert next_action(replace(OVER, n_left=1, open=(replace(pruned, wanted=frozenset({1})),))) == Fit(2, 1)
 
 
 def test_a_used_up_space_ends_the_search() -> None:
-    assert next_action(replace(RACING, n_unused=1)) == Suggest()
-    assert next_action(replace(RACING, n_unused=0)) == MakeShortlist()
+    assert next_action(replace(RACING, n_left=1)) == Suggest()
+    assert next_action(replace(RACING, n_left=0)) == MakeShortlist()
 
 
 def test_open_trials_count_toward_the_trials_wanted() -> None:
     state = replace(RACING, n_suggested=4, open=(fits(2, running=(0,)), fits(3, running=(0,))))
-    assert next_action(state) == Wait()
-    assert next_action(replace(state, n_trials=5)) == Suggest()
+    assert next_action(state) is None
+    assert next_action(replace(state, n_left=3)) == Suggest()
 
 
 def test_with_a_lookahead_a_suggestion_waits_for_the_trials_that_it_learns_from() -> None:
-    state = replace(
-        RACING, lookahead=2, n_suggested=5, n_trials=9, open=(fits(3, running=(0,)), fits(4, running=(0,)))
-    )
-    assert next_action(state) == Wait()
+    state = replace(RACING, lookahead=2, n_suggested=5, n_left=7, open=(fits(3, running=(0,)), fits(4, running=(0,))))
+    assert next_action(state) is None
     assert next_action(replace(state, open=(fits(4, running=(0,)),))) == Suggest()
 
 
 def test_replicates_come_when_every_trial_has_ended() -> None:
-    waiting = replace(OVER, n_counted=3, open=(fits(3, running=(2,), finished=(0, 1)),))
-    assert next_action(waiting) == Wait()
+    waiting = replace(OVER, n_left=1, open=(fits(3, running=(2,), finished=(0, 1)),))
+    assert next_action(waiting) is None
     assert next_action(OVER) == MakeShortlist()
 
 
 def test_replicates_are_fitted_in_the_order_of_the_shortlist() -> None:
     listed = (fits(2, replicate=1, running=(0, 1, 2)), fits(0, replicate=1, finished=(0,)))
-    assert next_action(replace(OVER, replicates=listed)) == Fit(0, 1, replicate=1)
-    assert next_action(replace(OVER, replicates=listed[:1])) == Wait()
-    assert next_action(replace(OVER, replicates=())) == Done()
+    assert next_action(replace(OVER, has_shortlist=True, open=listed)) == Fit(0, 1, replicate=1)
+    assert next_action(replace(OVER, has_shortlist=True, open=listed[:1])) is None
+    assert next_action(replace(OVER, has_shortlist=True)) is None

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,15 @@ import pytest
 
 from hpsearch.paths import ProjectPaths
 from hpsearch.store.test_set_log import (
+    Hashes,
     LoggedEvaluation,
-    TestImages,
     begin_evaluation,
     describe_evaluation_count,
     end_evaluation,
     enter_evaluation,
     evaluations_of,
     find_evaluation,
-    first_evaluation_of,
-    n_evaluations_before,
+    hashes_in_cache,
     n_seen,
     user_account,
 )
@@ -47,19 +47,21 @@ def evaluation(at: float, **changes: Any) -> LoggedEvaluation:
     return dataclasses.replace(LOOK, at=at, id=str(at), **changes)
 
 
-def pairs(*numbers: int) -> TestImages:
-    return TestImages(tuple((f"{number:064d}"[::-1], f"{number + 1000:064d}") for number in numbers))
+def pairs(*numbers: int) -> Hashes:
+    return tuple((f"{number:064d}"[::-1], f"{number + 1000:064d}") for number in numbers)
 
 
-def begin(project: ProjectPaths, test: TestImages, at: float, **changes: Any) -> LoggedEvaluation:
+def begin(project: ProjectPaths, test: Hashes, at: float, **changes: Any) -> LoggedEvaluation:
     facts = {"at": at, "study": "mine", "study_began_at": 50.0, "trial": 7, "folder": "/x", "metric": "dice"}
     return begin_evaluation(project, test, **{**facts, **changes})
 
 
-def as_in_0_1(project: ProjectPaths, test: TestImages, at: float, **changes: Any) -> None:
+def as_in_0_1(project: ProjectPaths, test: Hashes, at: float, **changes: Any) -> None:
     """An entry with the fields that version 0.1 wrote."""
-    entry = dataclasses.asdict(evaluation(at, test_set=test.digest(), n_images=len(test.hashes), **changes))
-    del entry["images"], entry["includes"]
+    lines = sorted(f"{image} {mask}" for image, mask in test)
+    test_set = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    entry = dataclasses.asdict(evaluation(at, test_set=test_set, n_images=len(test), **changes))
+    del entry["images"]
     with project.looks.open("a") as file:
         file.write(json.dumps(entry) + "\n")
 
@@ -98,12 +100,9 @@ def test_torn_and_foreign_lines_are_passed_over(tmp_path: Path) -> None:
 
 
 def test_looks_of_a_study_are_told_from_those_of_others() -> None:
-    evaluations = [evaluation(10), evaluation(20, study="other"), evaluation(60), evaluation(70, trial=3)]
-    first = first_evaluation_of(evaluations[1:], "mine", 50.0)
-    assert first is not None
-    assert first.at == 60
-    assert first_evaluation_of(evaluations, "mine", 51.0) is None
-    assert n_evaluations_before(evaluations, 50.0) == 2
+    same = [evaluation(10), evaluation(70, trial=3)]
+    others = [evaluation(20, study="other"), evaluation(60, study_began_at=51.0)]
+    assert [LOOK.is_of_same_study(each) for each in (*same, *others)] == [True, True, False, False]
 
 
 def test_an_evaluation_of_a_few_images_is_one_of_those_images(tmp_path: Path) -> None:
@@ -157,10 +156,8 @@ def test_an_evaluation_counts_before_it_has_a_score(tmp_path: Path) -> None:
 
 def test_an_image_is_known_by_its_file_whatever_its_mask(tmp_path: Path) -> None:
     project = ProjectPaths(tmp_path)
-    first = begin(project, TestImages((("a" * 64, "b" * 64),)), 1.0)
-    assert (
-        evaluations_of(project, begin(project, TestImages((("a" * 64, "c" * 64),)), 2.0, study="other"))[0] == first
-    )
+    first = begin(project, (("a" * 64, "b" * 64),), 1.0)
+    assert evaluations_of(project, begin(project, (("a" * 64, "c" * 64),), 2.0, study="other"))[0] == first
 
 
 def test_entries_of_version_0_1_are_still_counted(tmp_path: Path) -> None:
@@ -168,23 +165,24 @@ def test_entries_of_version_0_1_are_still_counted(tmp_path: Path) -> None:
     test = pairs(*range(30))
     as_in_0_1(project, test, 1.0, study="same images")
     as_in_0_1(project, pairs(*range(10)), 2.0, study="the first ten", trial=3)
-    as_in_0_1(project, pairs(*range(40, 50)), 3.0, study="other images")
-    as_in_0_1(project, pairs(*range(20, 25)), 4.0)
-    mine = begin(project, test, 5.0)
+    as_in_0_1(project, pairs(*range(20, 25)), 3.0)
+    mine = begin(project, test, 4.0)
     evaluations = evaluations_of(project, mine)
-    assert [each.at for each in evaluations] == [1, 2, 4, 5]
-    assert [n_seen(mine, [each]) for each in evaluations[:3]] == [30, 10, 5]
-    # What a later study needs to recognise the ten stays on account.
-    assert [each.at for each in evaluations_of(project, begin(project, test, 6.0, study="later"))] == [1, 2, 5, 6]
-    assert find_evaluation(project, "2.0").images == ()
+    assert [each.at for each in evaluations] == [1, 3, 4]
+    assert [n_seen(mine, [each]) for each in evaluations[:2]] == [30, 5]
+    assert [each.at for each in evaluations_of(project, begin(project, test, 5.0, study="later"))] == [1, 4, 5]
+    assert find_evaluation(project, "1.0").images == ()
 
 
 def test_a_test_set_is_known_by_its_content_not_by_its_names(tmp_path: Path) -> None:
     for key in ("a", "b"):
         write_cache(tmp_path, key, [f"{key}{i}" for i in range(4)], ["test"] * 4, 16)
     write_cache(tmp_path, "c", ["a0", "a1", "a2"], ["test"] * 3, 16)
-    first, second, third = (TestImages.in_cache(tmp_path / f"{key}-memmap") for key in "abc")
-    assert first.digest() == second.digest() != third.digest()
-    assert first.digest(3) == third.digest()
-    assert first.images == second.images
-    assert len(first.images[0]) == 12
+    first, second, third = (hashes_in_cache(tmp_path / f"{key}-memmap") for key in "abc")
+    assert first == second != third
+    assert first[:3] == third
+    project = ProjectPaths(tmp_path)
+    begun = begin(project, first, 1.0)
+    assert begun.test_set == begin(project, first[::-1], 2.0).test_set
+    assert begun.test_set != begin(project, third, 3.0).test_set
+    assert len(begun.images[0]) == 12

@@ -51,9 +51,9 @@ class TestWhatIsLogged:
         study.confirm(1, 0)
         runs = deliver(study)
         run = runs["trial 0001, refit"]
-        rows = study.record.replicate_fit(1, 0).epochs()
+        rows = study.record.fit(1, 0, replicate=1).epochs()
         assert run.metrics["fold0/dice"] == [(row.epoch, row.scores.dice, round(row.time * 1000)) for row in rows]
-        assert run.latest["cv/dice_mean"] == pytest.approx(study.record.replicate_out_of_fold(1).mean(), abs=1e-7)
+        assert run.latest["cv/dice_mean"] == pytest.approx(study.record.out_of_fold(1, replicate=1).mean(), abs=1e-7)
         assert (run.status, run.parent, run.params) == ("FINISHED", "fake", runs["trial 0001"].params)
         assert runs["fake"].status == "FINISHED"
         assert deliver(study) == runs
