@@ -11,6 +11,7 @@ import logging
 import os
 import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,11 @@ class OptunaView:
         """Return the study in the database and its trials. Create the study if it does not exist."""
         try:
             if self._study is None:
+                if self._database.is_file():
+                    with closing(sqlite3.connect(self._database, timeout=TIMEOUT_S)) as database:
+                        (found,) = database.execute("PRAGMA integrity_check(1)").fetchone()
+                    if found != "ok":
+                        raise sqlite3.DatabaseError(found)
                 options = {"connect_args": {"timeout": TIMEOUT_S}}
                 storage = RDBStorage(sqlite_url(self._database), engine_kwargs=options)
                 self._study = optuna.create_study(
@@ -145,9 +151,9 @@ def _agree(known: Sequence[FrozenTrial], wanted: Sequence[FrozenTrial]) -> bool:
     A trial that is running in the database may have ended in the record.
     """
     return len(known) <= len(wanted) and all(
-        (found.params, found.distributions) == (trial.params, trial.distributions)
+        (found.number, found.params, found.distributions) == (index, trial.params, trial.distributions)
         and (not found.state.is_finished() or (found.state, found.value) == (trial.state, trial.value))
-        for found, trial in zip(known, wanted, strict=False)
+        for index, (found, trial) in enumerate(zip(known, wanted, strict=False))
     )
 
 
