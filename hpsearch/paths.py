@@ -20,6 +20,7 @@ OUT/
         last.pt   previous.pt   best.pt     checkpoints, removed after the fit (best.pt stays)
         weights.safetensors                 the network after the last epoch
         fit.json                            written last, when the fit is complete
+        attempt                             only on a cluster, during the fit: the attempt that may write here
     final/<run>/                            a retrained configuration with its test scores and model
 """
 
@@ -30,20 +31,23 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shlex
 import shutil
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hpsearch.errors import ConfigError, RecordError, StorageError
 
+CHECK_WRITE: ContextVar[Callable[[Path], None]] = ContextVar("CHECK_WRITE", default=lambda path: None)
+"""Function that is called immediately before a file is replaced or appended to, and may refuse it with an exception.
+`workers.attempts` sets it."""
 _STUDY_NAME = re.compile(r"[^\W_][\w .+-]{0,79}")
-
-
 _CHECKSUM = "sha256"
 """Key of the checksum in a JSON file."""
 _REFUSALS = frozenset(
@@ -203,6 +207,8 @@ class FitPaths(_Folder):
     best = _Entry("best.pt")
     weights = _Entry("weights.safetensors")
     fit = _Entry("fit.json")
+    attempt = _Entry("attempt")
+    """Name of the attempt that may write here, while a cluster runs the fit."""
 
 
 class FinalPaths(_Folder):
@@ -247,16 +253,17 @@ def command_line(command: str, study: str, project: ProjectPaths | None = None) 
 def atomic_write(path: Path, *, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary path next to `path`, and rename it to `path` if the block succeeds.
 
-    The temporary name contains the process id. `remove_stale_temporaries` removes files that killed processes left.
-    Raises StorageError, naming the path, if writing fails.
+    The temporary name is unique, also among machines. `remove_stale_temporaries` removes files that killed processes
+    left. Raises StorageError, naming the path, if writing fails.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         if sync:
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
+        CHECK_WRITE.get()(path)
         temporary.replace(path)
         if sync:
             # A rename is durable only after its folder is synced.
@@ -333,6 +340,7 @@ def append_line(path: Path, line: str) -> None:
     """Append one line and sync the file. A line that a crash truncated has no newline."""
     try:
         with path.open("ab") as file:
+            CHECK_WRITE.get()(path)
             file.write(line.encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())

@@ -26,7 +26,6 @@ from hpsearch.store.record import StudyRecord
 from hpsearch.store.trials import count_trials
 from hpsearch.views import Tracker, ViewThread
 from hpsearch.workers import plan as plans
-from hpsearch.workers.local_pool import LocalPool
 from hpsearch.workers.loop import run
 from hpsearch.workers.plan import ExecutionPlan
 
@@ -86,13 +85,18 @@ def run_study(
     def check() -> None:
         stop.check("stopped before the first trial; run the same command again to continue")
 
-    with paths.refusals_named(study.root), lock.hold(study), lock.log_file(study.log), LocalPool(study.root) as pool:
+    with (
+        paths.refusals_named(study.root),
+        lock.hold(study),
+        lock.log_file(study.log),
+        machine.open_pool(study, check) as pool,
+    ):
         for request in (study.stop_request, *study.root.glob("stop-trial-*")):
             request.unlink(missing_ok=True)
         begun = _open_record(study, config)
         stop.epoch_left_s = pool.epoch_left_s
         # Workers import torch while the images are checked.
-        pool.resize(first_workers(begun, machine))
+        pool.resize(first_workers(begun, machine, pool))
         caches = _prepare(project, config, callback, check)
         record = _require_same_images(study, begun, config, caches, callback)
         # Update the settings only now, so that a folder with other images is never stored as the study's.
@@ -100,7 +104,7 @@ def run_study(
         for text in enqueue(record, enqueued):
             callback.message(f"the configuration {text}")
         if not study.plan.is_file():
-            callback.message("measuring how fast this machine trains")
+            callback.message(f"measuring how fast {'the cluster' if machine.cluster else 'this machine'} trains")
         plan = make_plan(record, caches, machine, pool, check)
         _require_space(record, plan)
         pool.resize(plan.workers)

@@ -73,6 +73,13 @@ threads_option = click.option(
     "--threads", type=AT_LEAST_1, help="Use this many CPU threads per process (default: measured; for predict, all)."
 )
 
+cluster_option = click.option(
+    "--cluster", default="", metavar="URL", help="Run on the Dask cluster of this scheduler, such as tcp://host:8786."
+)
+timeout_option = click.option(
+    "--cluster-timeout", default=600.0, metavar="S", help="End after S seconds without Dask workers (default: 600)."
+)
+
 
 def study_options(command: Command) -> Command:
     """Add the options `--out` (passed as `project`) and `--study` (passed as `study_name`) to a command."""
@@ -81,13 +88,19 @@ def study_options(command: Command) -> Command:
 
 
 def machine_options(command: Command) -> Command:
-    """Add `--device` and `--threads` to a command. They are passed as `machine`, together with any `--workers`."""
+    """Add `--device`, `--threads` and the options of a cluster to a command.
+
+    They are passed as `machine`, together with any `--workers`.
+    """
 
     @device_option
     @threads_option
+    @cluster_option
+    @timeout_option
     @functools.wraps(command)
     def with_machine(device: str, threads: int | None, workers: int | None = None, **rest: Any) -> Any:
-        return command(machine=hpsearch.MachineChoice(device, workers or 0, threads or 0), **rest)
+        cluster = rest.pop("cluster"), rest.pop("cluster_timeout")
+        return command(machine=hpsearch.MachineChoice(device, workers or 0, threads or 0, *cluster), **rest)
 
     return with_machine
 

@@ -51,7 +51,6 @@ from hpsearch.training.rows import EpochRow
 from hpsearch.typed_json import to_json
 from hpsearch.views import Tracker, ViewThread
 from hpsearch.workers import jobs
-from hpsearch.workers.local_pool import LocalPool
 from hpsearch.workers.loop import run_job
 
 logger = logging.getLogger(__name__)
@@ -187,7 +186,7 @@ class _Final:
         began_at, folder = now(), self.folder
         paths.write_text(folder.config, self.config.to_toml())
         # Train one network at a time on the first device of the plan. No other worker uses this device now.
-        with LocalPool(self.record.paths.root) as pool:
+        with machine.open_pool(self.record.paths, self._check) as pool:
             plan = plan_for_one_fit(self.record, self.caches, machine, pool, self._check)
             pool.resize(plan.workers)
             self.stop.epoch_left_s = pool.epoch_left_s

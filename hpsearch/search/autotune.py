@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hpsearch.config import StudyConfig
 from hpsearch.config.data import DataConfig
@@ -14,7 +15,7 @@ from hpsearch.cores import available_cores
 from hpsearch.data.prepare import PoolCaches
 from hpsearch.data.sample import draw_sample
 from hpsearch.errors import ConfigError, RecordError
-from hpsearch.paths import ProjectPaths
+from hpsearch.paths import ProjectPaths, StudyPaths
 from hpsearch.search.status import forecast
 from hpsearch.store.record import StudyRecord
 from hpsearch.typed_json import from_json, to_json
@@ -23,7 +24,7 @@ from hpsearch.workers.jobs import CachePaths, Finished, MeasureJob, StepToMeasur
 from hpsearch.workers.local_pool import LocalPool
 from hpsearch.workers.loop import run_job, run_jobs_together
 from hpsearch.workers.plan import MEMORY_SHARE, ExecutionPlan, Forecast
-from hpsearch.workers.pool import WorkerPool
+from hpsearch.workers.pool import TrackingPool, WorkerPool
 
 logger = logging.getLogger(__name__)
 
@@ -57,16 +58,39 @@ class MachineChoice:
     threads: int = 0
     """Number of threads per worker. 0: measured for a single worker; several workers share the cores equally. If
     given without `n_workers`, there is one worker per device."""
+    cluster: str = ""
+    """Address of a Dask scheduler, such as `tcp://host:8786`. Each Dask worker is then one worker, and `n_workers` is
+    the largest number of workers. Empty: the workers run on this machine."""
+    cluster_timeout_s: float = 600.0
+    """Time in seconds after which a run ends if the cluster has no scheduler or no workers."""
+
+    def open_pool(self, study: StudyPaths, check: Check) -> TrackingPool[Any]:
+        """Return the pool that runs the jobs of a study. The caller must hold the study's lock.
+
+        `check` is called repeatedly while the pool waits for a cluster. Raises ConfigError if Dask is not installed,
+        and WorkerError if the cluster cannot be used.
+        """
+        if not self.cluster:
+            return LocalPool(study.root)
+        try:
+            from hpsearch.workers.dask_pool import DaskPool
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"--cluster needs Dask ({error}): pip install 'hpsearch[cluster]'") from error
+        limit, timeout_s = self.n_workers, self.cluster_timeout_s
+        return DaskPool(self.cluster, study.holder, limit=limit, timeout_s=timeout_s, check=check)
 
 
-def first_workers(record: StudyRecord | None, choice: MachineChoice) -> tuple[WorkerSettings, ...]:
+def first_workers(record: StudyRecord | None, choice: MachineChoice, pool: WorkerPool) -> tuple[WorkerSettings, ...]:
     """Return the workers that `make_plan` needs first.
 
     They can be started before that call, because importing torch takes seconds.
     """
-    plan = _stored_plan(record, choice) if record is not None else None
+    plan = _stored_plan(record, choice, pool) if record is not None else None
     if plan is not None:
         return plan.workers
+    if pool.machines:
+        # Results depend on the number of threads, so it is the same on all machines.
+        return _one_each(choice, pool, choice.device, min(pool.machines.values()))
     cores = available_cores()
     if choice.n_workers or choice.threads:
         return (WorkerSettings(choice.device, choice.threads or max(1, cores // max(1, choice.n_workers))),)
@@ -82,7 +106,7 @@ def make_plan(
 
     `check` is called repeatedly during a measurement. If it raises an exception, the measurement ends.
     """
-    plan = _stored_plan(record, choice) or _measure_plan(record, caches, choice, pool, check)
+    plan = _stored_plan(record, choice, pool) or _measure_plan(record, caches, choice, pool, check)
     if to_json(plan) != record.plan():
         record.write_plan(to_json(plan))
     return plan
@@ -96,7 +120,7 @@ def plan_for_one_fit(
     If the study has no plan, measure one and store it. `choice` overrides device and threads for this fit only.
     """
     choice = dataclasses.replace(choice, n_workers=0)
-    plan = _stored_plan(record, choice) or _measure_plan(record, caches, choice, pool, check)
+    plan = _stored_plan(record, choice, pool) or _measure_plan(record, caches, choice, pool, check)
     if record.plan() is None:
         record.write_plan(to_json(plan))
     machine = {**plan.machine, "threads": str(plan.alone.threads)}
@@ -123,7 +147,7 @@ def measure_drawn(config: StudyConfig, choice: MachineChoice, n_images: int) -> 
         return plan, forecast(record, plan, n_images)
 
 
-def _stored_plan(record: StudyRecord, choice: MachineChoice) -> ExecutionPlan | None:
+def _stored_plan(record: StudyRecord, choice: MachineChoice, pool: WorkerPool) -> ExecutionPlan | None:
     """Return the stored plan with `choice` applied; None if there is no plan for this kind of device."""
     try:
         stored = record.plan()
@@ -133,6 +157,11 @@ def _stored_plan(record: StudyRecord, choice: MachineChoice) -> ExecutionPlan | 
     wanted = choice.device.partition(":")[0]
     if plan is None or wanted not in ("auto", plan.device):
         return None
+    if pool.machines:
+        # A numbered device of the stored plan need not exist on other machines.
+        threads = (plan.alone if choice.n_workers == 1 else plan.workers[0]).threads
+        workers = _one_each(choice, pool, plan.device, threads)
+        return dataclasses.replace(plan, workers=workers, machine={**plan.machine, **_describe_cluster(pool)})
     if choice.n_workers == 1 and not choice.threads:
         return dataclasses.replace(plan, workers=(plan.alone,))
     if choice.threads or choice.n_workers not in (0, len(plan.workers)):
@@ -144,13 +173,13 @@ def _stored_plan(record: StudyRecord, choice: MachineChoice) -> ExecutionPlan | 
 def _measure_plan(
     record: StudyRecord, caches: PoolCaches, choice: MachineChoice, pool: WorkerPool, check: Check
 ) -> ExecutionPlan:
-    first, cores = first_workers(None, choice), available_cores()
+    first, cores = first_workers(None, choice, pool), available_cores()
     # Measure with the workers that will train: they have torch loaded and the images open.
     pool.resize(first)
     config = record.config.with_params({})
     steps = [StepToMeasure(each, CachePaths(*caches.paths(each))) for each in plans.measured_configs(record.config)]
     rates: dict[Shares, float] = {}
-    if steps and choice.n_workers <= 1 and not choice.threads:
+    if steps and choice.n_workers <= 1 and not choice.threads and not pool.machines:
         # Try a single worker with all cores, half of them, and so on down to one core.
         alone_shares = [(1, cores >> halvings) for halvings in range(cores.bit_length())]
         rates = _rates(config, steps[0], alone_shares if choice.n_workers else _equal_shares(cores), pool, check)
@@ -169,9 +198,12 @@ def _measure_plan(
         workers=(),
         memory_bytes=measured.memory_bytes,
         steps=measured.steps,
-        machine={**measured.machine, **({"images_per_s": listed} if rates else {})},
+        machine={**measured.machine, **({"images_per_s": listed} if rates else {}), **_describe_cluster(pool)},
         alone_threads=alone,
     )
+    if pool.machines:
+        pool.set_device(measured.device)
+        return dataclasses.replace(plan, workers=_one_each(choice, pool, measured.device, first[0].threads))
     # Every configuration that fits with one worker on the device must also fit when workers share it.
     needed = [plans.predicted_bytes(step.config, plan) for step in steps]
     largest = max((each for each in needed if each <= plan.memory_bytes * MEMORY_SHARE), default=0)
@@ -187,6 +219,16 @@ def _measure_plan(
     pool.set_device(workers[0].device)
     memory_bytes = plan.memory_bytes // max(1, len(workers) // len(devices))
     return dataclasses.replace(plan, workers=workers, memory_bytes=memory_bytes)
+
+
+def _one_each(choice: MachineChoice, pool: WorkerPool, device: str, threads: int) -> tuple[WorkerSettings, ...]:
+    """Return one worker for each machine of a cluster, or `choice.n_workers` if there are more machines."""
+    n_workers = min(choice.n_workers or len(pool.machines), len(pool.machines))
+    return (WorkerSettings(device, choice.threads or threads),) * n_workers
+
+
+def _describe_cluster(pool: WorkerPool) -> dict[str, str]:
+    return {"cluster": ", ".join(pool.machines)} if pool.machines else {}
 
 
 def choose_sharing(rates: Mapping[Shares, float]) -> int:

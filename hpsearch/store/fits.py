@@ -67,14 +67,14 @@ class FitRecord:
 
 
 def remove_checkpoints(fit: FitPaths) -> None:
-    """Remove the checkpoints that only an unfinished fit needs."""
-    for path in (fit.last, fit.previous):
+    """Remove the checkpoints and the attempt, which only an unfinished fit needs."""
+    for path in (fit.last, fit.previous, fit.attempt):
         path.unlink(missing_ok=True)
 
 
 def remove_networks(fit: FitPaths) -> None:
-    """Remove all networks of a fit, and keep its scores."""
-    for path in (fit.last, fit.previous, fit.weights, fit.best):
+    """Remove all networks of a fit, and keep its scores. A worker of a cluster can then no longer write there."""
+    for path in (fit.last, fit.previous, fit.weights, fit.best, fit.attempt):
         path.unlink(missing_ok=True)
 
 

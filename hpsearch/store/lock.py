@@ -39,7 +39,9 @@ def hold(study: StudyPaths) -> Iterator[None]:
     except OSError as error:
         raise paths.storage_error(study.lock, error) from error
     try:
-        # A killed process may have left temporary files.
+        # Workers that a killed process left on a cluster may no longer write. It may also have left temporary files.
+        for attempt in study.root.rglob("attempt"):
+            attempt.unlink(missing_ok=True)
         paths.remove_stale_temporaries(study.root)
         paths.write_json(study.holder, {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()})
         yield

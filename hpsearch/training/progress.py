@@ -125,7 +125,7 @@ def finish_fit(
         value = float(np.mean(fit.scores[-1], dtype=np.float64))
     summary = FitSummary(epochs=len(fit.rows), value=value, runtime=describe(runtime))
     write_json(paths.fit, {"format": 1, **to_json(summary)})
-    for path in (paths.last, paths.previous):
+    for path in (paths.last, paths.previous, paths.attempt):
         path.unlink(missing_ok=True)
     return summary
 

@@ -47,6 +47,8 @@ class FitJob:
     seed: int
     replicate: int = 0
     """Number of the replicate: 0 for the first fit of this fold, 1 for the second fit, which uses another seed."""
+    attempt: str = ""
+    """Name of the attempt on a cluster (`workers.attempts`); empty on this machine."""
 
 
 @dataclass(frozen=True, kw_only=True)

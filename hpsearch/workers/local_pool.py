@@ -6,10 +6,8 @@ Messages are JSON objects sent over a socket pair, so nothing is ever unpickled.
 """
 
 import contextlib
-import dataclasses
 import json
 import logging
-import math
 import signal
 import socket
 import subprocess
@@ -18,18 +16,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from hpsearch import subprocesses
 from hpsearch.errors import WorkerError
 from hpsearch.workers import jobs
-from hpsearch.workers.jobs import Failed, FitJob, Job, WorkerSettings
-from hpsearch.workers.pool import Event, Worker, WorkerPool
+from hpsearch.workers.jobs import Failed, Job, WorkerSettings
+from hpsearch.workers.pool import Event, TrackingPool, Worker
 
 logger = logging.getLogger(__name__)
 
-PAUSE_S = 30.0
-"""Time in seconds between two polls after which the coordinator itself is assumed to have been suspended."""
 START_TIMEOUT_S = 300.0
 """Time in seconds in which a worker must become ready. Importing torch from a cold network disk is slow."""
 MAX_FAILED_STARTS = 3
@@ -39,55 +35,24 @@ MAX_FAILED_STARTS = 3
 class LocalWorker(Worker):
     """A worker process and its current job."""
 
-    settings: WorkerSettings
     process: subprocess.Popen[bytes]
     connection: Connection
     log: Path
-    is_ready: bool = False
-
-    @property
-    def is_idle(self) -> bool:
-        return self.is_ready and self.job is None
 
 
-class LocalPool(WorkerPool):
-    """Pool of worker processes, initially empty. Use it as a context manager, which ends all workers on exit.
-
-    The methods are documented in `WorkerPool`.
-    """
+class LocalPool(TrackingPool[LocalWorker]):
+    """Pool of worker processes on this machine."""
 
     def __init__(self, log_folder: Path) -> None:
+        super().__init__()
         self._log_folder = log_folder
         self._failed_starts = 0
-        self._workers: list[LocalWorker] = []
-        self._polled_at = time.monotonic()
-        self._epoch_s: dict[int, float] = {}
-        """Seconds of the latest epoch by trial, in any fold."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __len__(self) -> int:
-        return len(self._workers)
 
     def resize(self, settings: Sequence[WorkerSettings]) -> None:
         wanted = dict(enumerate(settings))
         kept = {worker.index: worker for worker in self._workers if worker.settings == wanted.get(worker.index)}
         _end([worker for worker in self._workers if worker.index not in kept])
         self._workers = [kept.get(index) or self._start(index, each) for index, each in wanted.items()]
-
-    def set_device(self, device: str) -> None:
-        for worker in self._workers:
-            worker.settings = dataclasses.replace(worker.settings, device=device)
-
-    def idle(self) -> list[Worker]:
-        return [worker for worker in self._workers if worker.is_idle]
-
-    def busy(self) -> list[Worker]:
-        return [worker for worker in self._workers if worker.job is not None]
 
     def submit(self, worker: Worker, job: Job) -> None:
         ours = self._own(worker)
@@ -96,16 +61,6 @@ class LocalPool(WorkerPool):
 
     def reply(self, worker: Worker, *, go: bool) -> None:
         self._send(self._own(worker), {"go": go})
-
-    def epoch_left_s(self) -> float | None:
-        now = time.monotonic()
-        left = [
-            # NaN for a trial without an earlier epoch: `max` returns its first argument if that is NaN.
-            max(self._epoch_s.get(worker.job.trial, math.nan) - (now - worker.last_report_at), 0.0)
-            for worker in self._workers
-            if isinstance(worker.job, FitJob)
-        ]
-        return math.nan if any(map(math.isnan, left)) else max(left, default=None)
 
     def kill(self, worker: Worker) -> None:
         process = self._own(worker).process
@@ -117,10 +72,7 @@ class LocalPool(WorkerPool):
 
     def events(self, timeout_s: float) -> Iterator[Event]:
         by_connection = {worker.connection: worker for worker in self._workers}
-        # Time in which the coordinator itself was suspended (SIGSTOP) does not count as silence of the workers.
-        if (pause_s := time.monotonic() - self._polled_at) > PAUSE_S:
-            for worker in self._workers:
-                worker.last_report_at += pause_s
+        self._forgive_pause()
         ready = set(wait(list(by_connection), timeout_s))
         self._polled_at = time.monotonic()
         for connection, worker in by_connection.items():
@@ -133,9 +85,6 @@ class LocalPool(WorkerPool):
         _end(self._workers)
         self._workers = []
 
-    def _own(self, worker: Worker) -> LocalWorker:
-        return next(each for each in self._workers if each is worker)
-
     def _send(self, worker: LocalWorker, message: Mapping[str, Any]) -> None:
         worker.last_report_at = time.monotonic()
         # Ignore a worker that has just died: `events` reports it.
@@ -143,20 +92,13 @@ class LocalPool(WorkerPool):
             worker.connection.send_bytes(json.dumps(message).encode())
 
     def _receive(self, worker: LocalWorker) -> Event:
-        job = worker.job
         try:
             report = jobs.from_message(json.loads(worker.connection.recv_bytes()))
         except (EOFError, OSError):
             return self._reap(worker)
-        worker.last_report_at = time.monotonic()
         if isinstance(report, jobs.Ready):
-            worker.is_ready = True
             self._failed_starts = 0
-        elif not isinstance(report, jobs.EpochEnded):
-            worker.job = None
-        elif isinstance(job, FitJob):
-            self._epoch_s[job.trial] = report.row.seconds
-        return Event(worker, job, report)
+        return self._note(worker, report)
 
     def _start(self, index: int, settings: WorkerSettings) -> LocalWorker:
         ours, theirs = socket.socketpair()

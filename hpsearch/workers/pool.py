@@ -1,11 +1,16 @@
 """WorkerPool protocol: give jobs to workers and receive their reports."""
 
+import dataclasses
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Generic, Protocol, Self, TypeVar
 
-from hpsearch.workers.jobs import Job, Report, WorkerSettings
+from hpsearch.workers.jobs import EpochEnded, Failed, FitJob, Job, Ready, Report, WorkerSettings
+
+PAUSE_S = 30.0
+"""Time in seconds between two polls after which the coordinator itself is assumed to have been suspended."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -14,6 +19,8 @@ class Worker:
 
     index: int
     """Position of the worker in the pool, from 0."""
+    settings: WorkerSettings
+    is_ready: bool = False
     job: Job | None = None
     last_report_at: float = field(default_factory=time.monotonic)
     """`time.monotonic()` of the last message from or to the worker."""
@@ -29,9 +36,15 @@ class Event:
 
 
 class WorkerPool(Protocol):
-    """Pool of workers that run jobs. `LocalPool` runs them as processes on this machine."""
+    """Pool of workers that run jobs.
+
+    `LocalPool` runs them as processes on this machine, and `DaskPool` on the machines of a cluster.
+    """
 
     def __len__(self) -> int: ...
+
+    machines: Mapping[str, int]
+    """Number of CPU threads of each worker of a cluster, by address; empty if the workers run on this machine."""
 
     def resize(self, settings: Sequence[WorkerSettings]) -> None:
         """Start and end workers so that there is one for each of `settings`, in this order.
@@ -68,3 +81,71 @@ class WorkerPool(Protocol):
 
     def close(self) -> None:
         """End all workers."""
+
+
+W = TypeVar("W", bound=Worker)
+
+
+class TrackingPool(WorkerPool, Generic[W]):
+    """Base class of the pools: keeps track of the workers, their jobs and the duration of their epochs.
+
+    A pool is initially empty. Use it as a context manager, which ends all workers on exit. The methods are documented
+    in `WorkerPool`.
+    """
+
+    def __init__(self) -> None:
+        self.machines: Mapping[str, int] = {}
+        self._workers: list[W] = []
+        self._polled_at = time.monotonic()
+        self._epoch_s: dict[int, float] = {}
+        """Seconds of the latest epoch by trial, in any fold."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return len(self._workers)
+
+    def set_device(self, device: str) -> None:
+        for worker in self._workers:
+            worker.settings = dataclasses.replace(worker.settings, device=device)
+
+    def idle(self) -> list[Worker]:
+        return [worker for worker in self._workers if worker.is_ready and worker.job is None]
+
+    def busy(self) -> list[Worker]:
+        return [worker for worker in self._workers if worker.job is not None]
+
+    def epoch_left_s(self) -> float | None:
+        now = time.monotonic()
+        left = [
+            # NaN for a trial without an earlier epoch: `max` returns its first argument if that is NaN.
+            max(self._epoch_s.get(worker.job.trial, math.nan) - (now - worker.last_report_at), 0.0)
+            for worker in self._workers
+            if isinstance(worker.job, FitJob)
+        ]
+        return math.nan if any(map(math.isnan, left)) else max(left, default=None)
+
+    def _own(self, worker: Worker) -> W:
+        return next(each for each in self._workers if each is worker)
+
+    def _forgive_pause(self) -> None:
+        """Do not count time in which the coordinator itself was suspended (SIGSTOP) as silence of the workers."""
+        if (pause_s := time.monotonic() - self._polled_at) > PAUSE_S:
+            for worker in self._workers:
+                worker.last_report_at += pause_s
+
+    def _note(self, worker: W, report: Report) -> Event:
+        """Update a worker after its report, and return the event."""
+        job = worker.job
+        worker.last_report_at = time.monotonic()
+        # A worker whose process has died is ready again when another process has started.
+        worker.is_ready = not (isinstance(report, Failed) and report.error == "died")
+        if isinstance(report, EpochEnded) and isinstance(job, FitJob):
+            self._epoch_s[job.trial] = report.row.seconds
+        if not isinstance(report, EpochEnded | Ready):
+            worker.job = None
+        return Event(worker, job, report)

@@ -26,7 +26,7 @@ from hpsearch.training.progress import Progress, finish_fit, save_examples
 from hpsearch.training.rows import EpochRow
 from hpsearch.training.runtime import Runtime
 from hpsearch.training.task import FitTask
-from hpsearch.workers import jobs
+from hpsearch.workers import attempts, jobs
 from hpsearch.workers.jobs import CachePaths, Finished, FitJob, MeasureJob, StepToMeasure, Stopped, WorkerSettings
 from hpsearch.workers.plan import image_flops
 
@@ -82,9 +82,6 @@ def run_fit(job: FitJob, context: WorkerContext) -> Finished | Stopped:
     )
     # The weights of the best epoch are kept for the first fit of each fold.
     options: dict[str, Any] = {"paths": folder, "keep_best": job.replicate == 0, "on_epoch": context.on_epoch}
-    result = fit_within_memory(task, lambda parts: fit(parts, data, runtime, **options))
-    if result.stopped:
-        return Stopped()
     extra: dict[str, Any] = {
         "threshold": 0.5,
         "color": config.data.color,
@@ -94,7 +91,11 @@ def run_fit(job: FitJob, context: WorkerContext) -> Finished | Stopped:
     if config.augment.crop and config.data.match == "resize":
         # Size of the images from which the random crops were taken.
         extra["frame"] = list(config.data.cached_size)
-    return Finished(finish_fit(result, folder, data, runtime, extra=extra).value)
+    with attempts.writing(folder, job.attempt):
+        result = fit_within_memory(task, lambda parts: fit(parts, data, runtime, **options))
+        if result.stopped:
+            return Stopped()
+        return Finished(finish_fit(result, folder, data, runtime, extra=extra).value)
 
 
 def fit_within_memory(task: FitTask, run: Callable[[FitTask], Progress]) -> Progress:

@@ -231,6 +231,42 @@ def test_a_final_that_is_given_threads_leaves_the_studys_plan_as_it_is(planned: 
     assert record.written == to_json(stored)
 
 
+def cluster_of(*threads: int) -> FakePool:
+    pool = FakePool()
+    pool.machines = {f"tcp://lab{index}:9000": n for index, n in enumerate(threads)}
+    return pool
+
+
+def test_each_machine_of_a_cluster_is_one_worker_and_all_have_the_same_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(planning, "run_job", Machine({}, device="cuda", n_devices=8).run_job)
+    caches, pool = cast("PoolCaches", FakeCaches()), cluster_of(8, 4, 8)
+    for choice, workers in (
+        (MachineChoice(), (WorkerSettings("cuda", 4),) * 3),
+        (MachineChoice(n_workers=2), (WorkerSettings("cuda", 4),) * 2),
+        (MachineChoice(n_workers=9, threads=6), (WorkerSettings("cuda", 6),) * 3),
+    ):
+        record = FakeRecord(tiny_config(Path("data")))
+        plan = make_plan(cast("StudyRecord", record), caches, choice, pool)
+        assert plan.workers == workers
+        # Workers on different machines do not share their memory.
+        assert plan.memory_bytes == 64 * GIB
+        assert plan.machine["cluster"] == "tcp://lab0:9000, tcp://lab1:9000, tcp://lab2:9000"
+    assert pool.wanted[0] == [WorkerSettings("auto", 4)] * 3
+
+
+def test_a_stored_plan_keeps_its_threads_on_a_cluster(planned: MakePlan) -> None:
+    stored, _ = planned(Machine({1: 3.0, 2: 90.0}))
+    record = FakeRecord(tiny_config(Path("data")))
+    record.write_plan(to_json(stored))
+    caches, pool = cast("PoolCaches", FakeCaches()), cluster_of(8, 8, 8)
+    plan = make_plan(cast("StudyRecord", record), caches, MachineChoice(), pool)
+    assert plan.workers == (WorkerSettings("cpu", 1),) * 3
+    assert plan.machine["cluster"] == "tcp://lab0:9000, tcp://lab1:9000, tcp://lab2:9000"
+    assert record.written == to_json(plan)
+
+
 @pytest.mark.slow
 def test_a_study_measures_how_to_share_the_cores_and_keeps_to_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

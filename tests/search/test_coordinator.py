@@ -272,7 +272,7 @@ def test_the_coordinator_imports_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", f"import json\n{code}"], capture_output=True, text=True, check=True)
     loaded = {name.partition(".")[0] for name in json.loads(done.stdout)}
     assert "optuna" in loaded
-    assert not {"torch", "torchvision", "matplotlib", "click", "rich"} & loaded
+    assert not {"torch", "torchvision", "matplotlib", "click", "rich", "distributed"} & loaded
 
 
 def test_a_worker_that_is_killed_before_it_has_a_job_leaves_a_line(tmp_path: Path) -> None:

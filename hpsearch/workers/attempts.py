@@ -1,0 +1,49 @@
+"""Attempts at a fit: on a cluster, only the latest attempt may write into the fit's folder.
+
+A worker that lost its network or was suspended may go on with a fit that another worker has taken over. The
+coordinator therefore accepts an attempt, in the file `attempt` of the fit's folder, before it submits the fit. Every
+write of the fit is checked against that file.
+
+A check alone is not enough, because a worker may be suspended between the check and the rename. `begin` therefore
+also removes the temporary files of the folder: a rename that was checked before `begin` then fails, because its
+temporary file is gone. A line that was about to be appended goes to a file that the next attempt has replaced. The
+next coordinator of a study does the same with all fits when it takes the study's lock (`store.lock`).
+"""
+
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hpsearch.errors import WorkerError
+from hpsearch.paths import CHECK_WRITE, FitPaths, remove_stale_temporaries, write_text
+
+
+def begin(fit: FitPaths) -> str:
+    """Accept a new attempt at a fit, and return its name. Earlier attempts can no longer write."""
+    attempt = secrets.token_hex(8)
+    write_text(fit.attempt, attempt)
+    remove_stale_temporaries(fit.root)
+    return attempt
+
+
+@contextmanager
+def writing(fit: FitPaths, attempt: str) -> Iterator[None]:
+    """Let writes into a fit's folder fail during the block once another attempt was accepted.
+
+    Does nothing if `attempt` is empty. A refused write raises WorkerError.
+    """
+
+    def check(path: Path) -> None:
+        if path.parent != fit.root:
+            return
+        accepted = fit.attempt.read_text(encoding="utf-8") if fit.attempt.exists() else ""
+        if accepted != attempt:
+            raise WorkerError(f"{path} is not written: another worker has taken over this fit")
+
+    token = CHECK_WRITE.set(check) if attempt else None
+    try:
+        yield
+    finally:
+        if token is not None:
+            CHECK_WRITE.reset(token)

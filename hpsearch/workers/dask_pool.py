@@ -1,0 +1,247 @@
+"""Worker pool on a Dask cluster: each worker is a task on a Dask worker of its own (`dask_task`).
+
+Messages are those of `LocalPool`, as JSON text. They travel through Dask's scheduler as events of two topics per
+worker, one in each direction. A topic pushes: unlike a `distributed.Queue`, it needs no polling, and unlike a
+`distributed.Event`, it can carry jobs. hpsearch itself opens no port.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distributed import Client
+from distributed.utils import LoopRunner
+
+from hpsearch.errors import WorkerError
+from hpsearch.paths import FitPaths
+from hpsearch.workers import attempts, jobs
+from hpsearch.workers.dask_task import ENDED, STARTED, commands_of, run_worker, versions
+from hpsearch.workers.jobs import Failed, FitJob, Job, WorkerSettings
+from hpsearch.workers.pool import Event, TrackingPool, Worker
+
+logger = logging.getLogger(__name__)
+
+CONNECT_S = 5.0
+"""Time in seconds of one attempt to connect to the scheduler."""
+FOLLOW_S = 1.0
+"""Time in seconds between two requests for the list of Dask workers."""
+END_S = 10.0
+"""Time in seconds in which a cancelled task must have ended its process. After that its Dask worker is restarted."""
+
+
+@dataclass(eq=False, kw_only=True)
+class DaskWorker(Worker):
+    """A task on a Dask worker, and its current job."""
+
+    address: str
+    name: str
+    """Name of the task and of the topic of its messages."""
+    future: Any = None
+    n_starts: int = 0
+    """Number of times that Dask has started the task. The second time, the job of the first one is lost."""
+    has_ended: threading.Event = field(default_factory=threading.Event)
+    was_killed: bool = False
+
+
+class DaskPool(TrackingPool[DaskWorker]):
+    """Pool of workers on a Dask cluster.
+
+    Dask workers that join after `resize` add workers, and Dask workers that leave remove theirs.
+    """
+
+    def __init__(
+        self, address: str, probe: Path, *, limit: int = 0, timeout_s: float, check: Callable[[], None]
+    ) -> None:
+        """Connect to the scheduler at `address`, and wait for the first Dask worker.
+
+        `probe` is a file in the project folder that every Dask worker must see. New Dask workers add workers up to
+        `limit` (0: no limit). `check` is called repeatedly and may raise an exception to stop waiting. Raises
+        WorkerError if there is no Dask worker for `timeout_s` seconds, now or later.
+        """
+        super().__init__()
+        self._address, self._limit, self._timeout_s = address, limit or math.inf, timeout_s
+        self._probe = (str(probe.absolute()), probe.read_text(encoding="utf-8"))
+        self._client: Any = None
+        # All attempts to connect share one thread. Otherwise each one that fails leaves a thread.
+        self._loop = LoopRunner()
+        self._loop.start()
+        self._settings: list[WorkerSettings] = []
+        self._size = 0
+        """Number of workers that the pool should have. While there are too few Dask workers, it has fewer."""
+        self._present: list[str] = []
+        """Addresses of the Dask workers; `machines` is never empty again."""
+        self._known: set[str] = set()
+        """Dask workers that were counted in `_size`, or not used in `resize`."""
+        self._refused: set[str] = set()
+        self._messages: queue.SimpleQueue[tuple[DaskWorker, str]] = queue.SimpleQueue()
+        self._followed_at, self._manned_at = -math.inf, time.monotonic()
+        try:
+            while not self._present:
+                check()
+                self._follow()
+                time.sleep(0.1)
+        except BaseException:
+            self.close()
+            raise
+        self._first = frozenset(self._present)
+
+    def resize(self, settings: Sequence[WorkerSettings]) -> None:
+        self._settings, self._size, self._known = list(settings), len(settings), set(self._present)
+        kept = [each for each in self._workers if [each.settings] == self._settings[each.index : each.index + 1]]
+        self._end([worker for worker in self._workers if worker not in kept])
+        self._workers = kept
+        self._fill()
+
+    def submit(self, worker: Worker, job: Job) -> None:
+        ours = self._own(worker)
+        ours.job = job
+        if isinstance(job, FitJob):
+            job = dataclasses.replace(job, attempt=attempts.begin(FitPaths(job.folder)))
+        self._send(ours, jobs.to_message(job))
+
+    def reply(self, worker: Worker, *, go: bool) -> None:
+        self._send(self._own(worker), {"go": go})
+
+    def kill(self, worker: Worker) -> None:
+        ours = self._own(worker)
+        self._end([ours])
+        ours.was_killed = True
+
+    def events(self, timeout_s: float) -> Iterator[Event]:
+        self._forgive_pause()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                worker, message = self._messages.get(timeout=timeout_s)
+                timeout_s = 0.0
+                # Messages of a lost worker are late.
+                if worker in self._workers:
+                    yield self._note(worker, jobs.from_message(json.loads(message)))
+        self._polled_at = time.monotonic()
+        self._follow()
+        for worker in list(self._workers):
+            if cause := self._why_lost(worker):
+                logger.warning("worker %d %s", worker.index, cause)
+                if not worker.was_killed:
+                    self._end([worker])
+                self._workers.remove(worker)
+                yield Event(worker, worker.job, Failed(error="died", text=cause))
+        self._fill()
+
+    def close(self) -> None:
+        self._end(self._workers)
+        self._workers, self._settings = [], []
+        if self._client is not None:
+            self._client.close()
+        self._loop.stop()
+
+    @property
+    def _is_connected(self) -> bool:
+        return self._client is not None and self._client.status == "running"
+
+    def _send(self, worker: DaskWorker, message: Mapping[str, Any]) -> None:
+        worker.last_report_at = time.monotonic()
+        # Without a connection, Dask cancels the task, and `events` reports it.
+        if self._is_connected:
+            with contextlib.suppress(OSError):
+                self._client.log_event(commands_of(worker.name), json.dumps(message))
+
+    def _follow(self) -> None:
+        """Update the list of Dask workers. Raises WorkerError if there have been none for too long."""
+        now, reason = time.monotonic(), "its scheduler cannot be reached"
+        if not self._is_connected:
+            self._present = []
+        if now - self._followed_at < FOLLOW_S:
+            return
+        if self._client is None or self._client.status == "closed":
+            # Dask prints a traceback for every lost connection. The pool reports it itself.
+            logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
+            try:
+                options = {"loop": self._loop.loop, "set_as_default": False, "name": "hpsearch"}
+                self._client = Client(self._address, timeout=min(CONNECT_S, self._timeout_s), **options)
+            except (OSError, ValueError) as error:
+                reason = str(error)
+        if self._is_connected:
+            found, reason = self._client.scheduler_info()["workers"], "no Dask worker has joined it"
+            self._present = list(found)
+            self.machines = {address: each["nthreads"] for address, each in found.items()} or self.machines
+        self._followed_at = time.monotonic()
+        if self._present:
+            self._manned_at = now
+        elif now - self._manned_at > self._timeout_s:
+            what = f"--cluster {self._address} has had no workers for {self._timeout_s:.0f} s ({reason})"
+            advice = "start `dask scheduler` and `dask worker`, then run the same command again to continue"
+            raise WorkerError(f"{what}: {advice}")
+
+    def _fill(self) -> None:
+        """Start workers on free Dask workers."""
+        used = {worker.address for worker in self._workers} | self._refused
+        free = [address for address in self._present if address not in used]
+        # New Dask workers first replace lost ones.
+        n_wanted = min(len(self._workers) + len(set(free) - self._known), self._limit)
+        self._size = max(self._size, int(n_wanted)) if self._settings else 0
+        self._known.update(free)
+        vacant = sorted(set(range(self._size)) - {worker.index for worker in self._workers})
+        self._workers += [self._start(index, address) for index, address in zip(vacant, free, strict=False)]
+        self._workers.sort(key=lambda worker: worker.index)
+
+    def _start(self, index: int, address: str) -> DaskWorker:
+        settings = self._settings[min(index, len(self._settings) - 1)]
+        name = f"hpsearch-{index}-{secrets.token_hex(4)}"
+        worker = DaskWorker(index=index, settings=settings, address=address, name=name)
+
+        def on_message(event: tuple[float, str]) -> None:
+            if event[1] == STARTED:
+                worker.n_starts += 1
+            elif event[1] == ENDED:
+                worker.has_ended.set()
+            else:
+                self._messages.put((worker, event[1]))
+
+        self._client.subscribe_topic(name, on_message)
+        # Bind the task to one Dask worker. If that is lost, the coordinator decides where the job continues.
+        options = {"key": name, "workers": [address], "allow_other_workers": False, "pure": False, "retries": 0}
+        worker.future = self._client.submit(run_worker, name, vars(settings), versions(), self._probe, **options)
+        return worker
+
+    def _why_lost(self, worker: DaskWorker) -> str:
+        """Return why a worker is lost; empty if it is not. Raises WorkerError if one of the first cannot start."""
+        if worker.was_killed:
+            return "killed"
+        if worker.address not in self._present or worker.n_starts > 1:
+            return f"lost: Dask worker {worker.address} cannot be reached"
+        if worker.future.status != "error":
+            return "" if worker.future.status == "pending" else f"lost: Dask cancelled its task on {worker.address}"
+        error = worker.future.exception()
+        text = str(error) if isinstance(error, WorkerError) else f"Dask worker {worker.address}: {error!r}"
+        if worker.address in self._first:
+            raise WorkerError(text)
+        self._refused.add(worker.address)
+        return f"refused: {text}"
+
+    def _end(self, workers: Sequence[DaskWorker]) -> None:
+        """Cancel the tasks of workers and wait until their processes have ended, so that they can no longer write.
+
+        Restart a Dask worker whose task does not end in time. Without a connection, Dask itself cancels the tasks.
+        """
+        if not workers or not self._is_connected:
+            return
+        with contextlib.suppress(OSError):
+            self._client.cancel([worker.future for worker in workers])
+            alive = [worker for worker in workers if worker.n_starts and worker.address in self._present]
+            deadline = time.monotonic() + END_S
+            stuck = [w.address for w in alive if not w.has_ended.wait(max(0.0, deadline - time.monotonic()))]
+            if stuck:
+                logger.warning("restarting Dask workers that do not end their tasks: %s", ", ".join(stuck))
+                # `Client.restart_workers` refuses Dask workers without a nanny. The scheduler removes them.
+                how = {"timeout": END_S, "wait_for_workers": False, "on_error": "return", "stimulus_id": "hpsearch"}
+                self._client.sync(self._client.scheduler.restart_workers, workers=stuck, **how)

@@ -1,0 +1,100 @@
+"""Dask task that stands for one worker: it runs a worker process on a Dask worker and passes its messages on.
+
+The task is the worker and not the job, and a fit runs in a subprocess of the Dask worker, the same one that
+`LocalPool` starts on this machine. Results are therefore the same as there: the number of threads is set before torch
+is imported, and nothing else runs in the process. Torch is imported once, and the images stay loaded between jobs. A
+hanging fit can be killed. A crash, or a fit that runs out of memory, ends the subprocess and not the Dask worker.
+"""
+
+import json
+import platform
+import threading
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from distributed import Client, Status, Worker, get_worker
+
+import hpsearch
+from hpsearch.errors import WorkerError
+from hpsearch.workers import jobs
+from hpsearch.workers.jobs import WorkerSettings
+from hpsearch.workers.local_pool import LocalPool
+
+POLL_S = 0.25
+"""Time in seconds between two checks whether the task was cancelled."""
+STARTED, ENDED = "started", "ended"
+"""Messages of the task itself. It has no process any more when it sends `ENDED`."""
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that must be the same on all machines, by program."""
+    python = ".".join(platform.python_version_tuple()[:2])
+    # `2.15.0+cpu` and `2.15.0+cu130` are the same version for different devices.
+    torch = metadata.version("torch").partition("+")[0]
+    return {"hpsearch": hpsearch.__version__, "torch": torch, "python": python}
+
+
+def commands_of(name: str) -> str:
+    """Return the topic of the coordinator's messages to the task `name`. The task answers to the topic `name`."""
+    return f"{name}-commands"
+
+
+def run_worker(name: str, settings: dict[str, Any], expected: dict[str, str], probe: tuple[str, str]) -> None:
+    """Run a worker process until the task is cancelled or the Dask worker closes.
+
+    `expected` contains the coordinator's versions. `probe` contains the path and the content of a file in the project
+    folder. Raises WorkerError if a version or the file is different here, or if the process cannot be started.
+    """
+    dask_worker = get_worker()
+    check_machine(dask_worker.address, expected, probe)
+    key, is_connected = dask_worker.get_current_task(), threading.Event()
+    dask_worker.log_event(name, STARTED)
+    try:
+        with (
+            # Not `get_client`: this client and its subscription end with the task.
+            Client(dask_worker.scheduler.address, security=dask_worker.security, set_as_default=False) as client,
+            LocalPool(Path(dask_worker.local_directory)) as pool,
+        ):
+
+            def on_command(event: tuple[float, str]) -> None:
+                # Runs in Dask's thread, so that the process need not wait until `pool.events` returns.
+                command = json.loads(event[1])
+                if "go" in command:
+                    for worker in pool.busy():
+                        pool.reply(worker, go=command["go"])
+                elif command:
+                    for worker in pool.idle():
+                        pool.submit(worker, jobs.from_message(command))
+                is_connected.set()
+
+            client.subscribe_topic(commands_of(name), on_command)
+            # The scheduler drops messages before the subscription takes effect: send some until one comes back.
+            while not is_connected.is_set() and _is_wanted(dask_worker, key):
+                client.log_event(commands_of(name), "{}")
+                is_connected.wait(POLL_S)
+            pool.resize([WorkerSettings(**settings)])
+            while _is_wanted(dask_worker, key):
+                for event in pool.events(POLL_S):
+                    dask_worker.log_event(name, json.dumps(jobs.to_message(event.report)))
+    finally:
+        dask_worker.log_event(name, ENDED)
+
+
+def check_machine(address: str, expected: dict[str, str], probe: tuple[str, str]) -> None:
+    """Raise WorkerError if this machine has other versions or does not see the project folder."""
+    found, (path, content) = versions(), probe
+    for program, version in expected.items():
+        if found[program] != version:
+            what = f"Dask worker {address} has {program} {found[program]}, the coordinator has {version}"
+            raise WorkerError(f"{what}: install the same version on all machines")
+    if not (file := Path(path)).is_file() or file.read_text(encoding="utf-8") != content:
+        advice = "share the project folder and the images at the same paths on all machines"
+        raise WorkerError(f"Dask worker {address} does not see the coordinator's {file}: {advice}")
+
+
+def _is_wanted(dask_worker: Worker, key: str) -> bool:
+    """Return whether the task was not cancelled. Dask does so when the coordinator ends or its connection is lost."""
+    task = dask_worker.state.tasks.get(key)
+    is_open = dask_worker.status in (Status.running, Status.paused)
+    return is_open and task is not None and task.state == "executing"

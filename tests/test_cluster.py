@@ -1,0 +1,169 @@
+"""Studies on a Dask cluster of real processes, which are killed and suspended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpsearch.config import StudyConfig
+from hpsearch.errors import WorkerError
+from hpsearch.paths import ProjectPaths
+from hpsearch.search import coordinator
+from hpsearch.search.autotune import MachineChoice
+from hpsearch.store.record import StudyRecord
+from hpsearch.training.rows import EpochRow
+from hpsearch.workers import dask_pool
+from tests.search.studies import everything, run, tiny_config, write_tiny_dataset
+from tests.workers.dask_cluster import DaskCluster, wait_until
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+SETTINGS = ('study.sampler="random"', 'study.pruner="none"', "study.trials=4", "train.epochs=4")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> StudyConfig:
+    return tiny_config(write_tiny_dataset(tmp_path_factory.mktemp("data")), *SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def alone(config: StudyConfig, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the study is on one machine, by one worker."""
+    return everything(run(tmp_path_factory.mktemp("alone"), config).record)
+
+
+@pytest.fixture
+def options() -> tuple[str, ...]:
+    """Options of the Dask workers."""
+    return ()
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, options: tuple[str, ...]) -> Iterator[DaskCluster]:
+    (tmp_path / "dask").mkdir()
+    with DaskCluster(tmp_path / "dask", 3, *options) as cluster:
+        yield cluster
+
+
+def on(cluster: DaskCluster, timeout_s: float = 60.0) -> MachineChoice:
+    return MachineChoice("cpu", 0, 1, cluster.address, timeout_s)
+
+
+class AtEpochs:
+    """A callback that does something after some epochs, counted over all fits."""
+
+    def __init__(self, actions: dict[int, Callable[[], object]]) -> None:
+        self.n_epochs, self._actions = 0, actions
+        self.messages: list[str] = []
+
+    def epoch_ended(self, number: int, fold: int, row: EpochRow) -> None:
+        self.n_epochs += 1
+        self._actions.get(self.n_epochs, lambda: None)()
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_: None
+
+
+def test_three_workers_give_the_values_of_one_machine(
+    cluster: DaskCluster, config: StudyConfig, alone: dict[str, Any], tmp_path: Path
+) -> None:
+    record = run(tmp_path, config, machine=on(cluster)).record
+    assert everything(record) == alone
+    plan = record.plan()
+    assert plan is not None
+    assert (len(plan["workers"]), plan["machine"]["cluster"]) == (3, ", ".join(cluster.workers()))
+    assert not [*record.paths.root.rglob("attempt"), *record.paths.root.rglob("*.tmp")]
+
+
+def test_dask_workers_and_worker_processes_that_are_killed_cost_nothing_but_time(
+    cluster: DaskCluster, config: StudyConfig, alone: dict[str, Any], tmp_path: Path
+) -> None:
+    def kill_dask_worker() -> None:
+        os.kill(next(iter(cluster.workers().values())), signal.SIGKILL)
+
+    def kill_process() -> None:
+        cluster.worker_processes()[0].kill()
+
+    kills = {2: kill_dask_worker, 5: kill_process, 9: kill_dask_worker, 15: kill_process}
+    callback = AtEpochs(kills)
+    record = run(tmp_path, config, machine=on(cluster), callback=callback).record
+    assert everything(record) == alone
+    assert sum("cannot be reached" in text for text in callback.messages) >= 1
+    assert sum("killed by SIGKILL" in text for text in callback.messages) >= 1
+
+
+@pytest.mark.parametrize("options", [(), ("--no-nanny",)])
+def test_a_suspended_dask_worker_is_restarted_and_its_fit_continues_elsewhere(
+    cluster: DaskCluster,
+    config: StudyConfig,
+    alone: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without a nanny it is only removed. Its process waits for a reply meanwhile."""
+    monkeypatch.setattr(coordinator, "SILENCE_MIN_S", 8.0)
+    monkeypatch.setattr(coordinator, "SILENCE_FACTOR", 1.0)
+    monkeypatch.setattr(dask_pool, "END_S", 2.0)
+    suspended: list[int] = []
+
+    def suspend() -> None:
+        suspended.extend(cluster.workers().values())
+        for pid in suspended[:2]:
+            os.kill(pid, signal.SIGSTOP)
+
+    callback = AtEpochs({3: suspend})
+    record = run(tmp_path, config, machine=on(cluster), callback=callback).record
+    assert everything(record) == alone
+    assert sum("killed" in text for text in callback.messages) >= 1
+    assert not set(suspended[:2]) & set(cluster.workers().values())
+
+
+def test_a_study_survives_a_scheduler_that_is_restarted(
+    cluster: DaskCluster, config: StudyConfig, alone: dict[str, Any], tmp_path: Path
+) -> None:
+    def restart() -> None:
+        cluster.kill_scheduler()
+        cluster.start_scheduler()
+        # The Dask workers end with their scheduler.
+        for _ in range(2):
+            cluster.add_worker()
+
+    record = run(tmp_path, config, machine=on(cluster), callback=AtEpochs({6: restart})).record
+    assert everything(record) == alone
+
+
+def test_a_study_whose_cluster_is_gone_ends_with_one_line_and_continues_on_one_machine(
+    cluster: DaskCluster, config: StudyConfig, alone: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(WorkerError, match=r"has had no workers for 3 s .* run the same command again to continue"):
+        run(tmp_path, config, machine=on(cluster, 3.0), callback=AtEpochs({6: cluster.kill_scheduler}))
+    wait_until(lambda: not cluster.worker_processes())
+    assert everything(run(tmp_path, config).record) == alone
+
+
+def test_nothing_runs_after_the_coordinator_is_killed_and_the_same_command_continues(
+    cluster: DaskCluster, config: StudyConfig, alone: dict[str, Any], tmp_path: Path
+) -> None:
+    toml = tmp_path / "tiny.toml"
+    toml.write_text(config.to_toml())
+    command = [sys.executable, "-m", "hpsearch", "study", "--config", str(toml), "--out", str(tmp_path)]
+    command += ["--tracking", "none", "--cluster", cluster.address, "--device", "cpu", "--threads", "1"]
+    study = ProjectPaths(tmp_path).study("tiny")
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as process:
+        wait_until(lambda: [*study.trials.glob("*/*/epochs.jsonl")] != [])
+        process.kill()
+    wait_until(lambda: not cluster.worker_processes(), 20.0)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert everything(StudyRecord.open(study)) == alone
+    wait_until(lambda: not cluster.worker_processes(), 20.0)
