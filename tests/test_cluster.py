@@ -85,6 +85,15 @@ def test_three_workers_give_the_values_of_one_machine(
     assert not [*record.paths.root.rglob("attempt"), *record.paths.root.rglob("*.tmp")]
 
 
+def test_a_deterministic_race_gives_the_same_on_three_workers(
+    cluster: DaskCluster, config: StudyConfig, tmp_path: Path
+) -> None:
+    raced = tiny_config(Path(config.data.root), "study.lookahead=4", "study.trials=8", "train.epochs=4")
+    alone = everything(run(tmp_path / "alone", raced).record)
+    assert everything(run(tmp_path / "cluster", raced, machine=on(cluster)).record) == alone
+    assert any(outcome == "pruned" for _, outcome, *_ in alone["trials"].values())
+
+
 def test_dask_workers_and_worker_processes_that_are_killed_cost_nothing_but_time(
     cluster: DaskCluster, config: StudyConfig, alone: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -107,6 +107,8 @@ def make_plan(
     `check` is called repeatedly during a measurement. If it raises an exception, the measurement ends.
     """
     plan = _stored_plan(record, choice, pool) or _measure_plan(record, caches, choice, pool, check)
+    if pool.machines:
+        plan = dataclasses.replace(plan, machine={**plan.machine, "cluster": ", ".join(pool.machines)})
     if to_json(plan) != record.plan():
         record.write_plan(to_json(plan))
     return plan
@@ -161,7 +163,7 @@ def _stored_plan(record: StudyRecord, choice: MachineChoice, pool: WorkerPool) -
         # A numbered device of the stored plan need not exist on other machines.
         threads = (plan.alone if choice.n_workers == 1 else plan.workers[0]).threads
         workers = _one_each(choice, pool, plan.device, threads)
-        return dataclasses.replace(plan, workers=workers, machine={**plan.machine, **_describe_cluster(pool)})
+        return dataclasses.replace(plan, workers=workers)
     if choice.n_workers == 1 and not choice.threads:
         return dataclasses.replace(plan, workers=(plan.alone,))
     if choice.threads or choice.n_workers not in (0, len(plan.workers)):
@@ -198,7 +200,7 @@ def _measure_plan(
         workers=(),
         memory_bytes=measured.memory_bytes,
         steps=measured.steps,
-        machine={**measured.machine, **({"images_per_s": listed} if rates else {}), **_describe_cluster(pool)},
+        machine={**measured.machine, **({"images_per_s": listed} if rates else {})},
         alone_threads=alone,
     )
     if pool.machines:
@@ -225,10 +227,6 @@ def _one_each(choice: MachineChoice, pool: WorkerPool, device: str, threads: int
     """Return one worker for each machine of a cluster, or `choice.n_workers` if there are more machines."""
     n_workers = min(choice.n_workers or len(pool.machines), len(pool.machines))
     return (WorkerSettings(device, choice.threads or threads),) * n_workers
-
-
-def _describe_cluster(pool: WorkerPool) -> dict[str, str]:
-    return {"cluster": ", ".join(pool.machines)} if pool.machines else {}
 
 
 def choose_sharing(rates: Mapping[Shares, float]) -> int:

@@ -12,10 +12,13 @@ import logging
 import math
 import queue
 import secrets
+import sysconfig
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ from distributed.utils import LoopRunner
 from hpsearch.errors import WorkerError
 from hpsearch.paths import FitPaths
 from hpsearch.workers import attempts, jobs
-from hpsearch.workers.dask_task import ENDED, STARTED, commands_of, run_worker, versions
+from hpsearch.workers.dask_task import ENDED, STARTED, commands_of, run_worker
 from hpsearch.workers.jobs import Failed, FitJob, Job, WorkerSettings
 from hpsearch.workers.pool import Event, TrackingPool, Worker
 
@@ -37,6 +40,13 @@ FOLLOW_S = 1.0
 """Time in seconds between two requests for the list of Dask workers."""
 END_S = 10.0
 """Time in seconds in which a cancelled task must have ended its process. After that its Dask worker is restarted."""
+
+VERSIONS: dict[str, Callable[[], str]] = {
+    "hpsearch": partial(metadata.version, "hpsearch"),
+    "torch": partial(metadata.version, "torch"),
+    "Python": sysconfig.get_python_version,
+}
+"""Functions that return the versions that must be the same on all machines."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -70,7 +80,7 @@ class DaskPool(TrackingPool[DaskWorker]):
         """
         super().__init__()
         self._address, self._limit, self._timeout_s = address, limit or math.inf, timeout_s
-        self._probe = (str(probe.absolute()), probe.read_text(encoding="utf-8"))
+        self._probe = probe.absolute()
         self._client: Any = None
         # All attempts to connect share one thread. Otherwise each one that fails leaves a thread.
         self._loop = LoopRunner()
@@ -90,10 +100,11 @@ class DaskPool(TrackingPool[DaskWorker]):
                 check()
                 self._follow()
                 time.sleep(0.1)
+            for problem in self._problems(self._present).values():
+                raise WorkerError(problem)
         except BaseException:
             self.close()
             raise
-        self._first = frozenset(self._present)
 
     def resize(self, settings: Sequence[WorkerSettings]) -> None:
         self._settings, self._size, self._known = list(settings), len(settings), set(self._present)
@@ -186,6 +197,11 @@ class DaskPool(TrackingPool[DaskWorker]):
         """Start workers on free Dask workers."""
         used = {worker.address for worker in self._workers} | self._refused
         free = [address for address in self._present if address not in used]
+        if joined := set(free) - self._known:
+            for address, problem in self._problems(joined).items():
+                logger.warning("%s; it is not used", problem)
+                self._refused.add(address)
+                free.remove(address)
         # New Dask workers first replace lost ones.
         n_wanted = min(len(self._workers) + len(set(free) - self._known), self._limit)
         self._size = max(self._size, int(n_wanted)) if self._settings else 0
@@ -210,11 +226,11 @@ class DaskPool(TrackingPool[DaskWorker]):
         self._client.subscribe_topic(name, on_message)
         # Bind the task to one Dask worker. If that is lost, the coordinator decides where the job continues.
         options = {"key": name, "workers": [address], "allow_other_workers": False, "pure": False, "retries": 0}
-        worker.future = self._client.submit(run_worker, name, vars(settings), versions(), self._probe, **options)
+        worker.future = self._client.submit(run_worker, name, vars(settings), **options)
         return worker
 
     def _why_lost(self, worker: DaskWorker) -> str:
-        """Return why a worker is lost; empty if it is not. Raises WorkerError if one of the first cannot start."""
+        """Return why a worker is lost; empty if it is not. Raises WorkerError if none can be started."""
         if worker.was_killed:
             return "killed"
         if worker.address not in self._present or worker.n_starts > 1:
@@ -223,10 +239,29 @@ class DaskPool(TrackingPool[DaskWorker]):
             return "" if worker.future.status == "pending" else f"lost: Dask cancelled its task on {worker.address}"
         error = worker.future.exception()
         text = str(error) if isinstance(error, WorkerError) else f"Dask worker {worker.address}: {error!r}"
-        if worker.address in self._first:
-            raise WorkerError(text)
         self._refused.add(worker.address)
-        return f"refused: {text}"
+        if self._refused.issuperset(self._present):
+            raise WorkerError(text)
+        return f"cannot be started: {text}"
+
+    def _problems(self, addresses: Collection[str]) -> dict[str, str]:
+        """Return why Dask workers cannot be used, by address.
+
+        Only functions of the standard library run there, because a Dask worker without hpsearch would end.
+        """
+        problems: dict[str, str] = {}
+        run = partial(self._client.run, workers=list(addresses), on_error="return")
+        for program, version in VERSIONS.items():
+            for address, found in run(version).items():
+                if _release(found) != _release(version()):
+                    what = f"Dask worker {address} has {program} {found}, the coordinator has {version()}"
+                    problems.setdefault(address, f"{what}: install the same version on all machines")
+        for address, content in run(partial(Path.read_text, self._probe)).items():
+            if content != self._probe.read_text():
+                what = f"Dask worker {address} does not see the coordinator's {self._probe}"
+                advice = "share the project folder and the images at the same paths on all machines"
+                problems.setdefault(address, f"{what}: {advice}")
+        return problems
 
     def _end(self, workers: Sequence[DaskWorker]) -> None:
         """Cancel the tasks of workers and wait until their processes have ended, so that they can no longer write.
@@ -245,3 +280,8 @@ class DaskPool(TrackingPool[DaskWorker]):
                 # `Client.restart_workers` refuses Dask workers without a nanny. The scheduler removes them.
                 how = {"timeout": END_S, "wait_for_workers": False, "on_error": "return", "stimulus_id": "hpsearch"}
                 self._client.sync(self._client.scheduler.restart_workers, workers=stuck, **how)
+
+
+def _release(version: object) -> str:
+    """Return a version without its build: `2.15.0+cpu` and `2.15.0+cu130` are the same for different devices."""
+    return str(version).partition("+")[0]

@@ -24,15 +24,22 @@ class DaskCluster:
     def __init__(self, folder: Path, n_workers: int = 0, *options: str) -> None:
         self._folder = folder
         self._processes: list[subprocess.Popen[bytes]] = []
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._port = str(free.getsockname()[1])
+        self._port = free_port()
         self.address = f"tcp://127.0.0.1:{self._port}"
-        self.start_scheduler()
-        self.client: Any = Client(self.address, timeout=START_S, set_as_default=False)
-        for _ in range(n_workers):
-            self.add_worker(*options)
-        self.client.wait_for_workers(n_workers, START_S)
+        self._n_workers, self._options = n_workers, options
+        self._client: Any = None
+
+    def __enter__(self) -> Self:
+        try:
+            self.start_scheduler()
+            self._client = Client(self.address, timeout=START_S, set_as_default=False)
+            for _ in range(self._n_workers):
+                self.add_worker(*self._options)
+            wait_until(lambda: len(self.workers()) == self._n_workers)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
 
     def start_scheduler(self) -> None:
         """Start the scheduler, always at the same address."""
@@ -53,15 +60,13 @@ class DaskCluster:
 
     def workers(self) -> dict[str, int]:
         """Process ids of the Dask workers, by address."""
-        found: dict[str, int] = self.client.run(os.getpid)
+        found: dict[str, int] = self._client.run(os.getpid)
         return found
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):
-            self.client.close()
+        if self._client is not None:
+            with contextlib.suppress(OSError):
+                self._client.close()
         tree = [each for process in self._processes for each in _with_children(process.pid)]
         for process in reversed(self._processes):
             with contextlib.suppress(ProcessLookupError):
@@ -83,6 +88,13 @@ class DaskCluster:
             )
         self._processes.append(process)
         return process
+
+
+def free_port() -> str:
+    """Return the number of a port at which nothing listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
 
 
 def wait_until(is_true: Any, patience_s: float = START_S) -> None:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,11 @@ from distributed import LocalCluster
 from hpsearch.errors import WorkerError
 from hpsearch.workers import dask_pool
 from hpsearch.workers.dask_pool import DaskPool
-from hpsearch.workers.dask_task import versions
 from hpsearch.workers.jobs import Failed, Finished, Ready, WorkerSettings
+from hpsearch.workers.local_pool import LocalPool, LocalWorker
 from hpsearch.workers.loop import run_job
 from tests.search.in_process import workers_in_process
-from tests.workers.dask_cluster import DaskCluster, wait_until
+from tests.workers.dask_cluster import DaskCluster, free_port, wait_until
 from tests.workers.pool_contract import NOTHING, ONE, PoolContract, wait_for
 
 OpenPool = Callable[[], DaskPool]
@@ -70,6 +72,17 @@ class TestProcesses(PoolContract):
 
 
 @pytest.mark.slow
+def test_a_process_has_the_environment_of_one_on_this_machine(dask_processes: DaskCluster, tmp_path: Path) -> None:
+    with pools(dask_processes.address, tmp_path) as open_pool:
+        pool = open_pool()
+        pool.resize((WorkerSettings("cpu", 3),))
+        wait_for(pool, Ready)
+        environment = dask_processes.worker_processes()[0].environ()
+    assert environment["OMP_NUM_THREADS"] == "3"
+    assert "MALLOC_TRIM_THRESHOLD_" not in environment
+
+
+@pytest.mark.slow
 def test_a_process_that_dies_gets_no_job_before_another_one_is_ready(
     dask_processes: DaskCluster, tmp_path: Path
 ) -> None:
@@ -81,6 +94,27 @@ def test_a_process_that_dies_gets_no_job_before_another_one_is_ready(
         wait_for(pool, Failed)
         assert pool.idle() == []
         assert run_job(pool, NOTHING) == Finished()
+
+
+@pytest.mark.slow
+def test_the_job_of_a_dask_worker_that_restarted_at_the_same_address_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dask starts the same task again, before the pool sees that the Dask worker was gone."""
+    options = ("--no-nanny", "--worker-port", free_port())
+    with DaskCluster(tmp_path) as cluster:
+        dask_worker = cluster.add_worker(*options)
+        with pools(cluster.address, tmp_path) as open_pool:
+            pool = open_pool()
+            monkeypatch.setattr(dask_pool, "FOLLOW_S", 30.0)
+            pool.resize(ONE)
+            before = wait_for(pool, Ready).worker
+            dask_worker.kill()
+            dask_worker.wait()
+            cluster.add_worker(*options)
+            assert wait_for(pool, Failed).worker is before
+            assert wait_for(pool, Ready).worker is not before
+            assert run_job(pool, NOTHING) == Finished()
 
 
 def test_the_pool_knows_the_threads_of_each_machine(open_pool: OpenPool) -> None:
@@ -122,46 +156,83 @@ def test_a_dask_worker_that_leaves_is_replaced_by_a_free_one(open_pool: OpenPool
     assert run_job(pool, NOTHING) == Finished()
 
 
+def mine(version: str, theirs: str) -> Callable[[], str]:
+    """A function that returns one version here and another one in Dask's threads."""
+    return lambda: version if threading.current_thread() is threading.main_thread() else theirs
+
+
 def test_another_version_on_a_worker_is_named(open_pool: OpenPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = open_pool()
-    monkeypatch.setattr(dask_pool, "versions", lambda: {**versions(), "torch": "0.4.1"})
-    pool.resize(ONE)
-    (address, *_), found = pool.machines, versions()["torch"]
-    with pytest.raises(WorkerError) as error:
-        wait_for(pool, Ready)
-    assert str(error.value) == (
-        f"Dask worker {address} has torch {found}, the coordinator has 0.4.1: "
-        "install the same version on all machines"
-    )
+    monkeypatch.setitem(dask_pool.VERSIONS, "torch", mine("2.15.0", "2.14.0+cpu"))
+    with pytest.raises(
+        WorkerError, match=r"^Dask worker inproc://\S+ has torch 2\.14\.0\+cpu, the coordinator has 2\.15"
+    ):
+        open_pool()
+
+
+def test_a_program_that_a_worker_does_not_have_is_named(open_pool: OpenPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def version() -> str:
+        if threading.current_thread() is threading.main_thread():
+            return "0.1.0"
+        raise metadata.PackageNotFoundError("hpsearch")
+
+    monkeypatch.setitem(dask_pool.VERSIONS, "hpsearch", version)
+    with pytest.raises(
+        WorkerError, match=r"has hpsearch No package metadata .*, the coordinator has 0\.1\.0: install"
+    ):
+        open_pool()
+
+
+def test_the_build_of_torch_may_differ(open_pool: OpenPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(dask_pool.VERSIONS, "torch", mine("2.15.0+cpu", "2.15.0+cu130"))
+    open_pool()
 
 
 def test_a_worker_that_joins_with_another_version_is_not_used(
-    open_pool: OpenPool, cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
+    open_pool: OpenPool,
+    cluster: LocalCluster,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     pool = open_pool()
     pool.resize(ONE * 3)
-    wait_until(lambda: [*pool.events(0.1)] == [] and len(pool.idle()) == 3)
-    monkeypatch.setattr(dask_pool, "versions", lambda: {**versions(), "python": "2.7"})
+    monkeypatch.setitem(dask_pool.VERSIONS, "Python", mine("3.12", "3.11"))
     cluster.scale(4)
-    report = wait_for(pool, Failed).report
-    assert isinstance(report, Failed)
-    assert "refused: Dask worker" in report.text
-    assert "the coordinator has 2.7" in report.text
-    assert run_job(pool, NOTHING) == Finished()
+    wait_until(lambda: [*pool.events(0.1)] == [] and len(pool.idle()) == 3 and len(pool.machines) == 4)
     assert len(pool) == 3
+    assert run_job(pool, NOTHING) == Finished()
+    (text,) = [each for each in caplog.messages if "it is not used" in each]
+    assert "has Python 3.11, the coordinator has 3.12: install the same version" in text
 
 
-@pytest.mark.parametrize("content", ["of another disk", None])
 def test_a_worker_that_does_not_see_the_project_is_named(
-    open_pool: OpenPool, tmp_path: Path, content: str | None
+    open_pool: OpenPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pool, probe = open_pool(), tmp_path / "holder.json"
-    probe.unlink()
-    if content:
-        probe.write_text(content)
-    pool.resize(ONE)
+    read, probe = Path.read_text, tmp_path / "holder.json"
+
+    def read_elsewhere(path: Path, encoding: str | None = None) -> str:
+        if path == probe and threading.current_thread() is not threading.main_thread():
+            raise FileNotFoundError(path)
+        return read(path, encoding)
+
+    monkeypatch.setattr(Path, "read_text", read_elsewhere)
     with pytest.raises(WorkerError, match=f"does not see the coordinator's {probe}: share the project folder"):
-        wait_for(pool, Ready)
+        open_pool()
+
+
+def test_a_worker_that_cannot_start_its_process_is_not_used_and_the_last_one_ends_the_run(
+    open_pool: OpenPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: LocalPool, index: int, settings: WorkerSettings) -> LocalWorker:
+        raise WorkerError("worker 0 did not start (no driver)")
+
+    monkeypatch.setattr(LocalPool, "_start", fail)
+    pool = open_pool()
+    pool.resize(ONE * 3)
+    for _ in range(2):
+        report = wait_for(pool, Failed).report
+        assert report == Failed(error="died", text="cannot be started: worker 0 did not start (no driver)")
+    with pytest.raises(WorkerError, match=r"^worker 0 did not start \(no driver\)$"):
+        wait_for(pool, Failed)
 
 
 def test_a_cluster_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
