@@ -1,4 +1,4 @@
-"""`hpsearch predict` and `hpsearch export`: use a final model, and write it or a configuration as a file."""
+"""`hpsearch predict` and `hpsearch export`: predict masks, and export retrained models and configurations."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,13 +21,13 @@ _DEFAULT = "-"
 @click.argument("files", nargs=-1, required=True, metavar="FILES...")
 @model_option
 @click.option("--out-dir", default="masks", type=FOLDER, help="Write the masks into this folder (default: masks).")
-@click.option("--probabilities", is_flag=True, help="Also write the probabilities, as 8-bit PNG.")
+@click.option("--probabilities", is_flag=True, help="Also write the probabilities as 8-bit PNG files.")
 @click.option("--overlays", is_flag=True, help="Also write each image with the outline of its mask.")
 @click.option(
-    "--tiles/--whole", default=None, help="Predict overlapping tiles, or the resized image (default: as trained)."
+    "--tiles/--whole", default=None, help="Predict windows or the whole image (default: windows if trained on them)."
 )
 @click.option(
-    "--ensemble/--single", default=None, help="Predict with all fold networks, or one (default: as `final` selected)."
+    "--ensemble/--single", default=None, help="Use the fold ensemble or one network (default: as `final` selected)."
 )
 @options.device_option
 @options.threads_option
@@ -46,6 +46,9 @@ def predict(
 
     Each mask is written as `<name>_segmentation.png` with the values 0 and 255, at the size of its image. Files that
     cannot be read are listed and skipped; the exit code is then 1.
+
+    By default, a model that was trained on windows predicts overlapping windows of an image, and any other model
+    predicts the whole image, resized as in training.
 
     \b
         hpsearch predict photos --out-dir masks --overlays
@@ -78,7 +81,7 @@ def _file_option(flag: str, text: str) -> Callable[[options.Command], options.Co
 @_file_option("--onnx", "Write the network as ONNX (default: model.onnx beside its weights).")
 @_file_option("--toml", "Write the configuration as TOML (default: trial-<number>.toml in the study's folder).")
 @model_option
-@click.option("--trial", type=options.AT_LEAST_0, help="Write the configuration of this trial (default: the best).")
+@click.option("--trial", type=options.AT_LEAST_0, help="Select the trial for --toml (default: the best).")
 @study_options
 def export(
     project: ProjectPaths,
@@ -88,10 +91,11 @@ def export(
     model: str | None,
     trial: int | None,
 ) -> None:
-    """Write a final model as ONNX, or a configuration as TOML.
+    """Export a retrained model (ONNX) or a trial's configuration (TOML).
 
-    `hpsearch train --config FILE` runs this TOML again. The ONNX file is checked with ONNX Runtime before it is kept.
-    Its metadata describe preprocessing and post-processing. ONNX needs `pip install 'hpsearch[onnx]'`.
+    `hpsearch train --config FILE` trains the configuration in a TOML file. The logits of the ONNX model are compared
+    with those of PyTorch before the file is kept. The metadata of the file describe how to prepare images and how to
+    turn the logits into masks. ONNX needs `pip install 'hpsearch[onnx]'`.
 
     \b
         hpsearch export --onnx

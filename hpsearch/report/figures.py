@@ -1,4 +1,4 @@
-"""Draw the figures of a trial or a final. Also contains the colours, axes and file formats of all figures.
+"""Draw the figures of a trial or a retrained model. Defines the colours, axes and file formats of all figures.
 
 This module uses neither pyplot nor rcParams, so figures can be drawn in any thread.
 """
@@ -50,7 +50,7 @@ def new_figure(
 
 
 def label(axis: Axes, text: str, point: tuple[float, float], moved: tuple[float, float], **more: Any) -> None:
-    """Write text beside the data point `point`, offset by `moved` typographic points."""
+    """Write text beside the data point `point`, offset by `moved` points. `more` goes to `annotate`."""
     axis.annotate(text, point, moved, textcoords="offset points", annotation_clip=False, **more)
 
 
@@ -63,7 +63,7 @@ def legend_below(figure: Figure) -> None:
 
 
 def literal(text: str) -> str:
-    """Replace characters that are missing in the font."""
+    """Replace characters that the font does not have."""
     font = font_manager.get_font(font_manager.findfont(FONT))
     return "".join(c if c.isspace() or font.get_char_index(ord(c)) else "\N{REPLACEMENT CHARACTER}" for c in text)
 
@@ -78,13 +78,13 @@ def to_bytes(figure: Figure, file_format: str = "png", *, dpi: int = 110) -> byt
     metadata = {"Software": "hpsearch"} if file_format == "png" else pdf
     buffer = BytesIO()
     figure.savefig(buffer, format=file_format, dpi=dpi, metadata=metadata)
-    # Computing the layout takes a third of the time, so reuse it for the next file of this figure.
+    # Computing the layout takes a third of the time, so keep it for the next file of this figure.
     figure.set_layout_engine("none")
     return buffer.getvalue()
 
 
 def draw_curves(fits: Sequence[Sequence[EpochRow]], *, title: str) -> Figure:
-    """Draw loss, Dice, Jaccard and accuracy over the epochs, for training and held-out images in the same axes.
+    """Plot loss, Dice, Jaccard and accuracy against the epoch, for training and held-out images in the same axes.
 
     Thin lines show single fits. Thick lines show the mean over the fits with the most epochs. The gap between the
     training and the held-out mean is shaded where training is better, and its size after the last epoch is written
@@ -107,7 +107,10 @@ def draw_curves(fits: Sequence[Sequence[EpochRow]], *, title: str) -> Figure:
 def _draw_fits(
     axis: Axes, fits: Sequence[Sequence[EpochRow]], which: str, score: str, *, color: str, label: str
 ) -> tuple[Floats, Floats] | None:
-    """Draw a score of every fit and their mean. Return (epochs, mean), or None if no fit has the score."""
+    """Plot a score of every fit, and its mean over the fits. Return (epochs, mean), or None if no fit has the score.
+
+    `which` is `train` or `held_out`.
+    """
     found = [
         [(row.epoch, getattr(scores, score)) for row in rows if (scores := getattr(row, which))] for rows in fits
     ]
@@ -140,7 +143,7 @@ def _mark_gap(axis: Axes, epochs: Floats, train: Floats, held_out: Floats, score
 
 def draw_panels(cases: Sequence[Case], *, metric: str, title: str) -> Figure:
     """Draw one row per case: image, mask, prediction and overlay. All images must have the same size."""
-    # Drawing all views as one image is ten times as fast as one axes per view.
+    # Drawing all pictures as one image is ten times as fast as using one axes per picture.
     picture = np.concatenate([np.concatenate(_views(case), axis=1) for case in cases])
     height, width = picture.shape[0] / len(cases), picture.shape[1] / 4
     figure, ((axis,),) = new_figure(8.0, 1.35 + 6.2 / 4 * len(cases) * height / width, title=title)
@@ -159,7 +162,7 @@ def draw_panels(cases: Sequence[Case], *, metric: str, title: str) -> Figure:
 
 
 def _views(case: Case) -> list[npt.NDArray[np.uint8]]:
-    """Return the four views of a case: image, mask, prediction and overlay, each (H, W, 3) uint8 plus a white margin.
+    """Return the pictures of a case: image, mask, prediction and overlay, each (H, W, 3) uint8 plus a white margin.
 
     The overlay shows true positives, false negatives and false positives in different colours on the image.
     """

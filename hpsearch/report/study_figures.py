@@ -29,7 +29,7 @@ COSTS: dict[str, Callable[[TrialRow], float | None]] = {
     "memory of a training step, MiB (predicted)": lambda trial: (trial.memory_bytes or 0) / 2**20,
     "parameters of the network": lambda trial: trial.n_parameters,
 }
-"""Costs of a trial: axis label to a function that returns the cost, or None or 0 if it is unknown."""
+"""Maps each axis label to a function that returns this cost of a trial, or None or 0 if it is unknown."""
 MIN_PLACES = 8
 """Minimum width of the x axis of the race figure, in trials."""
 MAX_RANKED = 25
@@ -70,7 +70,7 @@ def draw_ranking(complete: Sequence[TrialRow], tied: Sequence[int], cheapest: in
 
 
 def draw_race(trials: Sequence[TrialRow], ranking: Sequence[int], n_folds: int, *, metric: str) -> Figure:
-    """Draw the scores of all trials over their numbers, and the number of trained folds below.
+    """Plot the score of each trial and, below it, the number of trained folds against the trial number.
 
     The upper axes show the mean or estimate of each trial, and the best mean so far. `ranking` contains the numbers
     of the trials that can win, best first.
@@ -113,7 +113,7 @@ def draw_importances(importances: Mapping[str, float]) -> Figure:
 def draw_slices(
     trials: Sequence[TrialRow], dimensions: Mapping[str, Choice | Range], best: int, *, metric: str
 ) -> Figure:
-    """Draw one panel per searched setting: the mean or estimate of each trial over the value of the setting.
+    """Draw one panel per searched setting: the mean or estimate of each trial against the value of the setting.
 
     A ring marks the trial `best`.
     """
@@ -145,7 +145,7 @@ def draw_slices(
 
 
 def draw_costs(complete: Sequence[TrialRow], best: int, *, metric: str) -> Figure:
-    """Draw the mean of each complete trial over its time, memory and number of parameters, with the Pareto fronts."""
+    """Plot the mean of each complete trial against its time, memory and number of parameters, with Pareto fronts."""
     figure, axes = new_figure(11.0, 3.9, 1, 3, sharey=True)
     axes[0, 0].set_ylabel(NAMES[metric])
     for axis, (name, cost_of) in zip(axes.flat, COSTS.items(), strict=True):
@@ -193,7 +193,7 @@ def pareto_front(costs: Sequence[float], values: Sequence[float]) -> list[int]:
 
 
 def floor_of(values: Sequence[float]) -> float:
-    """Return the lower limit of the scores in a plot, so that a few very low scores do not compress all others."""
+    """Return a lower limit for the score axis of a plot, so that a few very low scores do not compress all others."""
     if not values:
         return 0.0
     low, upper, high = min(values), float(np.quantile(values, 0.75)), max(values)

@@ -1,8 +1,8 @@
 """Worker pool of local processes: start workers, give them jobs, and replace workers that die.
 
-A worker runs `hpsearch.workers.process` in a separate process, which is not a child of `multiprocessing`. It
-therefore works from a notebook and from a script without a main guard, and does not copy the coordinator's memory.
-Messages are JSON objects sent over a socket pair, so nothing is ever unpickled.
+A worker runs `hpsearch.workers.process` in a process of its own, which is not started by `multiprocessing`. The pool
+therefore also works in notebooks and in scripts without a main guard, and a worker does not copy the coordinator's
+memory. Messages are JSON objects sent over a socket pair, so nothing is ever unpickled.
 """
 
 import contextlib
@@ -29,9 +29,9 @@ from hpsearch.workers.pool import Event, Worker, WorkerPool
 logger = logging.getLogger(__name__)
 
 PAUSE_S = 30.0
-"""Time in seconds between two polls after which the coordinator itself is assumed to have been suspended."""
+"""If more than this many seconds pass between two polls, the coordinator was probably suspended in between."""
 START_TIMEOUT_S = 300.0
-"""Time in seconds in which a worker must become ready. Importing torch from a cold network disk is slow."""
+"""Time in seconds within which a worker must become ready. Importing torch from a cold network disk is slow."""
 MAX_FAILED_STARTS = 3
 
 
@@ -62,7 +62,7 @@ class LocalPool(WorkerPool):
         self._workers: list[LocalWorker] = []
         self._polled_at = time.monotonic()
         self._epoch_s: dict[int, float] = {}
-        """Seconds of the latest epoch by trial, in any fold."""
+        """Maps each trial to the duration in seconds of its latest epoch, in any fold."""
 
     def __enter__(self) -> Self:
         return self
@@ -100,7 +100,7 @@ class LocalPool(WorkerPool):
     def epoch_left_s(self) -> float | None:
         now = time.monotonic()
         left = [
-            # NaN for a trial without an earlier epoch: `max` returns its first argument if that is NaN.
+            # For a trial without an earlier epoch the result is NaN: `max` returns its first argument if it is NaN.
             max(self._epoch_s.get(worker.job.trial, math.nan) - (now - worker.last_report_at), 0.0)
             for worker in self._workers
             if isinstance(worker.job, FitJob)
@@ -192,7 +192,7 @@ class LocalPool(WorkerPool):
 
 
 def _end(workers: Sequence[LocalWorker]) -> None:
-    """Kill workers. Their files survive this at any time."""
+    """Kill workers. This is safe at any time, because a fit resumes from its checkpoint."""
     for worker in workers:
         worker.process.kill()
         worker.connection.close()

@@ -64,7 +64,7 @@ class WorkerPool(Protocol):
         """
 
     def epoch_left_s(self) -> float | None:
-        """Return the seconds until all running epochs end; NaN if unknown, None if no fit is running."""
+        """Return the expected seconds until all running epochs end; NaN if unknown, None if no fit is running."""
 
     def close(self) -> None:
         """End all workers."""
