@@ -139,7 +139,7 @@ class StudyPaths(_Folder):
     report = _Entry("report.html")
     figures = _Entry("figures")
     tracking = _Entry(".tracking")
-    """Folder of files that wait for their upload to MLflow and are removed afterwards."""
+    """Folder of files to be uploaded to MLflow. They are removed after the upload."""
     trials = _Entry("trials")
     finals = _Entry("final")
 

@@ -1,4 +1,4 @@
-"""Settings of the data and of augmentation. Does not import torch, so that commands start fast."""
+"""Data and augmentation settings. Does not import torch, so that commands start fast."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
@@ -55,14 +55,14 @@ class DataConfig:
     cache_dir: str = ""
     """Folder for the caches; empty: `cache/` in the project folder."""
     n_search_train: int = 0
-    """Number of training images to use in the search, in the order of their names; 0: all."""
+    """Use only the first n training images, sorted by name, in the search; 0: all."""
     n_search_validation: int = 0
-    """Number of validation images to use in the search, in the order of their names; 0: all."""
+    """Use only the first n validation images, sorted by name, in the search; 0: all."""
     n_final_train: int = 0
-    """Number of images to train on in `hpsearch final`: first the training images, then the validation images, each
-    in the order of their names; 0: all."""
+    """Use only the first n images for training in `hpsearch final`: first the training images, then the validation
+    images, each sorted by name; 0: all."""
     n_final_test: int = 0
-    """Number of test images to score in `hpsearch final`, in the order of their names; 0: all."""
+    """Score only the first n test images, sorted by name, in `hpsearch final`; 0: all."""
     groups: str = ""
     """CSV file with two columns: `image`, and one that names the group of each image, such as its patient or lesion.
     All images of a group are put in the same fold."""

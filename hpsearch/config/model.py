@@ -1,4 +1,4 @@
-"""Settings of the network. Does not import torch, so that commands start fast."""
+"""Network settings. Does not import torch, so that commands start fast."""
 
 import dataclasses
 from typing import Annotated, Any, Literal

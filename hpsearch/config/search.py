@@ -1,4 +1,4 @@
-"""Settings of the search: evaluation protocol, budget and search space. Imports neither Optuna nor torch."""
+"""Search settings: evaluation protocol, budget and search space. Imports neither Optuna nor torch."""
 
 import math
 from collections.abc import Mapping
@@ -78,7 +78,7 @@ class Choice:
         return value in self.values
 
     def nearest(self, value: Any) -> Any:
-        """Return the value closest to a number, or the smaller one if two are equally close.
+        """Return the one of the values that is closest to `value`, or the smaller one if two are equally close.
 
         Returns the first value if `value` or one of the values is not a number.
         """
@@ -139,7 +139,7 @@ class Range:
         return is_inside and math.isclose(self.nearest(value), value, abs_tol=1e-12)
 
     def nearest(self, value: Any) -> int | float:
-        """Return the value of the range that is closest to a number, or `low` if `value` is not a number."""
+        """Return the value in the range that is closest to `value`, or `low` if `value` is not a number."""
         if not _is_number(value):
             return self.low
         inside = min(max(value, self.low), self.high)

@@ -1,4 +1,4 @@
-"""Settings of training. Does not import torch, so that commands start fast."""
+"""Training settings. Does not import torch, so that commands start fast."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -10,7 +10,7 @@ _LOSS = ModuleName("training/losses", is_sum=True)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Settings of training: epochs, loss, optimizer and precision of a fit."""
+    """Training settings: epochs, loss, optimizer and precision of a fit."""
 
     epochs: int = 20
     """Number of passes over the training images."""

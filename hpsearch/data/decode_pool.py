@@ -104,7 +104,7 @@ class DecodeError(DatasetError):
 
 
 class Decoders(AbstractContextManager["Decoders"]):
-    """Subprocess that decodes jobs with `n_threads` threads (default: one per core). Leaving the context kills it."""
+    """Subprocess that decodes images in `n_threads` threads (default: one per core). Leaving the context kills it."""
 
     def __init__(self, n_threads: int | None = None) -> None:
         self._n_threads = n_threads or available_cores()

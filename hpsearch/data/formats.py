@@ -183,7 +183,8 @@ def _decode_png(data: bytearray, header: Header, rgb: bool) -> NDArray[Any]:
 def _decode_deep_png(data: bytearray, n_channels: int) -> NDArray[np.uint16]:
     """Decode a 16-bit PNG with 2 to 4 channels to (H, W, C).
 
-    Pillow returns only one of the two bytes of a channel, so images with 3 or 4 channels are decoded twice.
+    Pillow has no mode with several 16-bit channels. Images with 3 or 4 channels are therefore decoded twice, once for
+    the high and once for the low bytes. Images with 2 channels are decoded once, as if they had four 8-bit channels.
     """
 
     def decode(rawmode: str) -> NDArray[np.uint8]:

@@ -107,7 +107,7 @@ def _disagreement(values: str, value: str, meaning: str) -> DecodeError:
 
 
 def _lesion_of(one: MaskValue, other: MaskValue) -> MaskValue:
-    """Return the value that means lesion, by transparency and colour. Raise DecodeError if this is ambiguous."""
+    """Return the value that marks the lesion, judging by transparency and colour. Raise DecodeError if unclear."""
     lesion = set()
     if one.alpha != other.alpha:
         lesion.add(max(one, other, key=lambda value: value.alpha or 0))

@@ -150,7 +150,7 @@ def _separated(files: FilesByKey, suffix: str) -> tuple[FilesByKey, FilesByKey]:
     if not suffix:
         return files, {}
     images = {key: paths for key, paths in files.items() if not key.endswith(suffix)}
-    # A file without the suffix may still be a second mask of an image. Its name then contains a word for masks.
+    # A file without the suffix may still be a second mask of an image. Its name then contains a word such as `mask`.
     for key in [key for key in images if key + suffix not in files]:
         if (owner := _owner(key, suffix, images)) and _says_mask(key[len(owner) :], suffix):
             del images[key]
@@ -164,8 +164,8 @@ def _further_masks(
 
     A mask that matches no image is a further mask of an image if its name starts with the image's stem. For example,
     `x_mask_1.png` is a further mask of `x.png`. If images have such names too (`x.png` and `x_2.png`), a mask
-    `x_3.png` is treated as a mask without an image. A further mask must then have a word for masks in its name. If
-    the user chose the suffix, the rest of the name must start with it.
+    `x_3.png` is treated as a mask without an image. A further mask must then have a word such as `mask` in its name.
+    If the user chose the suffix, the rest of the name must start with it.
     """
     found: dict[str, list[str]] = defaultdict(list)
     images_extend = any(_owner(image, suffix, images) for image in images)
@@ -192,7 +192,7 @@ def _owner(key: str, suffix: str, images: Container[str]) -> str | None:
 
 
 def _says_mask(rest: str, suffix: str) -> bool:
-    """Return whether a file's name marks it as a mask: `rest` starts with `suffix` or contains a word for masks.
+    """Return whether a file's name marks it as a mask: `rest` starts with `suffix` or contains a word such as `mask`.
 
     `rest` is the part of the file's key that follows the key of the image.
     """

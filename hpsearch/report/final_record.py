@@ -137,7 +137,7 @@ class FinalResult(FinalScores):
     is_default: bool
     """Whether the trial has the default configuration."""
     cv_scores: dict[str, Interval]
-    """Out-of-fold scores by name: means over images with 95 % intervals over images."""
+    """Mean out-of-fold score over the images, by score name, with its 95 % interval."""
     scores: Floats = field(compare=False)
     """Score of each test image in the study's metric, averaged over the retrained networks."""
     undelivered: int = 0

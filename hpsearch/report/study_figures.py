@@ -1,4 +1,4 @@
-"""Draw the figures of a study from its rows. They have no titles, because the report adds captions."""
+"""Draw the figures of a study's report from typed rows. They have no titles, because the page adds captions."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -108,7 +108,7 @@ def plan_for_one_fit(
 def measure_drawn(config: StudyConfig, choice: MachineChoice, n_images: int) -> tuple[ExecutionPlan, Forecast]:
     """Return the plan for a study of `config` on this machine, and the study's expected cost with `n_images` images.
 
-    The plan is measured on synthetic images. Nothing is stored.
+    The plan is based on measurements with synthetic images. Nothing is stored.
     """
     batch_sizes = [each.train.batch_size for each in plans.measured_configs(config)]
     if not batch_sizes:

@@ -141,7 +141,7 @@ def sqlite_url(path: Path) -> str:
 
 
 def _fingerprint(study: StudyPaths) -> tuple[Any, ...]:
-    """Return the path and modification time of each file of the record whose content the database shows."""
+    """Return the path and modification time of each file of the study folder that the database mirrors."""
     files = (study.confirmation, *sorted(study.trials.glob("*/*.json")))
     return tuple((path, path.stat().st_mtime_ns) for path in files if path.is_file())
 

@@ -51,7 +51,8 @@ class _Fits(NamedTuple):
     share: Floats
     """Posterior probability of each tau, (grid,)."""
     conditional: Floats
-    """Variance of each mu given f, 1 / (1 / tau^2 + sum of precisions), (grid, trials); 0 for excluded trials."""
+    """Variance of each trial's mu for given f, which is 1 / (1 / tau^2 + sum of precisions), (grid, trials); 0 for
+    excluded trials."""
     information: Floats
     """Inverse covariance of f, (grid, folds, folds)."""
     level: Floats

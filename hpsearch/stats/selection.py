@@ -25,7 +25,7 @@ from hpsearch.stats.study_scores import StudyScores
 Method = Literal["single", "first", "confirmed"]
 
 N_DRAWS = 2000
-"""Number of random samples of the noise from which the allowed distance of a tied trial to the best is computed."""
+"""Number of random noise samples used to compute how far below the best a trial may score and still tie with it."""
 HOPELESS = 4.0
 """A trial that lies more than this number of standard errors below the best mean cannot tie with it (one-sided p
 below 0.0001)."""

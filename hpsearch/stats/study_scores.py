@@ -122,7 +122,7 @@ class StudyScores:
 
     @cached_property
     def image_variance(self) -> float:
-        """Variance g^2 of the near trials' image scores, without trial, fold and image effects."""
+        """Residual variance g^2 of the image scores of the near trials, without trial, fold and image effects."""
         return image_variance(self.near)
 
     @property

@@ -86,7 +86,7 @@ def end_evaluation(project: ProjectPaths, evaluation: LoggedEvaluation, score: f
 
 
 def enter_evaluation(project: ProjectPaths, evaluation: LoggedEvaluation) -> None:
-    """Write an evaluation to the project's log and to the user's log. Only the project's log must be writable."""
+    """Write an evaluation to the project's log and, if it is writable, to the user's log."""
     _append(project, dataclasses.asdict(evaluation))
 
 

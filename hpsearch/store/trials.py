@@ -89,8 +89,8 @@ class TrialRecord(EvaluationRecord):
     decisions: tuple[PruneDecision, ...] = ()
     """All decisions of the pruner, in order."""
     micro_batch: int | None = None
-    """Set only by version 0.1, if it split batches in a way that changed the result: number of images in each part.
-    Such a trial cannot win."""
+    """Number of images in each part of a batch. Set only in trials of version 0.1 whose result was changed by
+    splitting batches. These trials cannot win."""
     draw: int | None = None
     """Position among the suggestions if it differs from the number. Version 0.1 set it on a trial that continued an
     orphaned one."""

@@ -75,7 +75,7 @@ METRICS: dict[str, dict[str, str | Callable[[Any], float | None]]] = {
         "test/chosen/{metric}": "chosen_test.{metric}.mean",
         "test/ensemble/{metric}": "ensemble.test.{metric}.mean",
     },
-    # From the state of the study after each ended trial: the best value and the counts of the outcomes.
+    # From the state of the study each time a trial ends: the best value and the number of trials by outcome.
     "study": {
         "study/best_{metric}": "best",
         **{f"study/n_{outcome}": f"n.{outcome}" for outcome in get_args(Outcome)},

@@ -288,8 +288,8 @@ class Experiment:
             source.write_files(folder)
             self._client.log_artifacts(run_id, str(folder))
         if content.is_complete and source.weights is not None and source.weights.is_file():
-            # `pack` runs the module mlflow_model as a program. This module is imported there first, so an import at
-            # the top would load mlflow_model twice.
+            # `pack` runs `python -m hpsearch.tracking.mlflow_model`. That process imports the package, and with it
+            # this file, first. An import at the top of this file would therefore load mlflow_model twice.
             from hpsearch.tracking import mlflow_model
 
             with temporary_folder(self._folder) as folder:

@@ -111,7 +111,7 @@ class LocalPool(WorkerPool):
         process = self._own(worker).process
         process.kill()
         # Wait until the process can no longer write. If the system cannot end it in time, it stays in the pool until
-        # `events` sees its socket close.
+        # its socket closes, which `events` notices.
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(10)
 

@@ -1,6 +1,6 @@
 """Execution plan of a study (devices, workers, threads, speed), and its predictions of time and memory.
 
-The plan is measured once and stored with the study. Every continuation of the study uses the stored plan, because
+The plan is derived once from measurements and stored with the study. A resumed study uses the stored plan, because
 thread counts and precision affect the bytes of the results. Does not import torch.
 """
 
