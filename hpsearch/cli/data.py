@@ -130,7 +130,13 @@ def augment(project: ProjectPaths, settings: Settings, copies: int, target: Path
 @click.option("--train", "n_train", default=120, type=AT_LEAST_1, help="Number of training images (default: 120).")
 @click.option("--val", "n_val", default=30, type=AT_LEAST_0, help="Number of validation images (default: 30).")
 @click.option("--test", "n_test", default=50, type=AT_LEAST_0, help="Number of test images (default: 50).")
-@click.option("--large", "n_large", default=0, type=AT_LEAST_0, help="Give this many training images 30 megapixels.")
+@click.option(
+    "--large",
+    "n_large",
+    default=0,
+    type=AT_LEAST_0,
+    help="Make this many training images very large (30 megapixels).",
+)
 def sample(folder: Path, **sizes: int) -> None:
     """Generate a small synthetic dataset in FOLDER.
 

@@ -75,7 +75,7 @@ def study_options(command: Command) -> Command:
         "--study",
         "study_name",
         metavar="NAME",
-        help="Use the study with this name (default: the configuration's name, or the only or running study).",
+        help="Use the study with this name (default: named after configuration or images, or the only one).",
     )
     return out_option(study(command))
 

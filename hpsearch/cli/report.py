@@ -37,7 +37,9 @@ def report(project: ProjectPaths, study_name: str | None, tracking: str | None) 
 @click.command("track")
 @study_options
 @tracking_option
-@click.option("--rebuild", is_flag=True, help="Delete all runs and log them again; your notes and tags are lost.")
+@click.option(
+    "--rebuild", is_flag=True, help="Delete the study's runs and log them again; your notes and tags are lost."
+)
 def track(project: ProjectPaths, study_name: str | None, tracking: str | None, rebuild: bool) -> int:
     """Update MLflow and Optuna's database from the study folders.
 
