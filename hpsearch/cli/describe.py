@@ -58,7 +58,7 @@ def describe_machine(plan: ExecutionPlan) -> str:
 def describe_forecast(pruner: str, forecast: Forecast) -> str:
     """Describe in one sentence how long the rest of a search will take."""
     then = f", then up to {count(forecast.n_replicates, 'refit')}" if forecast.n_replicates else ""
-    most, saved = ("at most about", "; racing saves most of it") if pruner == "race" else ("about", "")
+    most, saved = ("at most about", "; pruning shortens it") if pruner == "race" else ("about", "")
     fit = duration(forecast.fit_s) if forecast.fit_s >= 10 else f"{forecast.fit_s:.1f} s"
     return (
         f"{count(forecast.n_trials, 'trial')} left{then}: {most} {duration(forecast.total_s)} of training on this "

@@ -10,7 +10,8 @@ import hpsearch
 from hpsearch.cli import options
 from hpsearch.cli.options import FOLDER, model_option, study_options
 from hpsearch.cli.terminal import counter
-from hpsearch.paths import ProjectPaths
+from hpsearch.errors import ConfigError
+from hpsearch.paths import ProjectPaths, StudyPaths
 from hpsearch.report.formats import count
 from hpsearch.user_files import printable
 
@@ -20,7 +21,7 @@ _DEFAULT = "-"
 @click.command("predict")
 @click.argument("files", nargs=-1, required=True, metavar="FILES...")
 @model_option
-@click.option("--out-dir", default="masks", type=FOLDER, help="Write the masks into this folder (default: masks).")
+@click.option("--out-dir", default="predictions", type=FOLDER, help="Write the masks here (default: predictions).")
 @click.option("--probabilities", is_flag=True, help="Also write the probabilities as 8-bit PNG files.")
 @click.option("--overlays", is_flag=True, help="Also write each image with the outline of its mask.")
 @click.option(
@@ -51,13 +52,26 @@ def predict(
     predicts the whole image, resized as in training.
 
     \b
-        hpsearch predict photos --out-dir masks --overlays
+        hpsearch predict photos --out-dir predictions --overlays
         hpsearch predict 'visits/**/*.jpg' --model studies/isic2017/final/trial-0017
     """
     from hpsearch.inference.predictor import Ensemble, load_predictor
+    from hpsearch.store.record import StudyRecord
+    from hpsearch.typed_json import from_json
+    from hpsearch.workers.plan import ExecutionPlan
 
     images = hpsearch.find_images(files)
     weights = hpsearch.find_model(project, study_name, model)
+    study = StudyPaths(weights.absolute().parent.parent.parent)
+    if study.toml.is_file():
+        record = StudyRecord.open(study)
+        if out_dir.exists() and (masks := record.config.data.masks) and out_dir.resolve() == Path(masks).resolve():
+            raise ConfigError(
+                f"--out-dir {out_dir} holds the true masks of study {study.name!r}: name another folder"
+            )
+        # As many threads as a single fit uses: on a machine with other load, more are many times slower.
+        plan = record.plan()
+        how["threads"] = how["threads"] or (from_json(ExecutionPlan, plan).alone.threads if plan else None)
     predictor = load_predictor(weights, **how)
     parts = "overlapping tiles" if predictor.tiles else "the whole image"
     height, width = predictor.info.size

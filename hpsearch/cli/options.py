@@ -65,7 +65,7 @@ device_option = click.option(
     "--device", default="auto", metavar="auto|cpu|cuda[:n]|mps|xla", help="Compute on this device (default: auto)."
 )
 threads_option = click.option(
-    "--threads", type=AT_LEAST_1, help="Use this many threads per process (default: measured; `predict`: all cores)."
+    "--threads", type=AT_LEAST_1, help="Use this many threads per process (default: measured)."
 )
 
 
@@ -126,8 +126,11 @@ class Settings:
         With `is_searched`, print how the overrides change the search space.
         """
         path = base if self.config_file is None and base is not None and base.is_file() else self.path
-        on_note = (lambda note: click.echo(f"note: {note}")) if is_searched else None
-        return configs.load(path, self.overrides, on_note=on_note)
+        notes: list[str] = []
+        config = configs.load(path, self.overrides, on_note=notes.append)
+        for note in notes if is_searched else ():
+            click.echo(f"note: {note}")
+        return config
 
 
 CONFIG_OPTIONS = (

@@ -59,8 +59,9 @@ def draw_ranking(complete: Sequence[TrialRow], tied: Sequence[int], cheapest: in
     floor = floor_of([interval.mean for interval in intervals])
     left = min(interval.low for interval in intervals if interval.mean >= floor)
     for row, (trial, interval) in enumerate(zip(rows, intervals, strict=True)):
-        color, group = (TRAIN, "tied with the best") if trial.number in tied else (PALE, "worse than the best")
-        marker, group = ("D", "tied with the best, cheapest") if trial.number == cheapest else ("o", group)
+        best = "tied with the best" if len(tied) > 1 else "best"
+        color, group = (TRAIN, best) if trial.number in tied else (PALE, "worse than the best")
+        marker, group = ("D", f"{best}, cheapest") if trial.number == cheapest and len(tied) > 1 else ("o", group)
         # A trial whose training collapsed is drawn at the left end of the axis. The table shows its mean.
         marker = "<" if interval.mean < left else marker
         looks: dict[str, Any] = {"color": color, "lw": 1.6, "marker": marker, "markevery": [1], "label": group}

@@ -117,6 +117,9 @@ class MlflowView:
                 client.log_artifacts(latest.info.run_id, str(folder))
 
     def _update(self, record: StudyRecord, is_last: bool) -> None:
+        # Matplotlib takes half a second to import. Here this happens in the background, before the first trial ends.
+        import hpsearch.report.figures  # noqa: F401
+
         trials = record.trials()
         if not trials:
             return
