@@ -74,7 +74,9 @@ CLOCK = ("began_at", "ended_at", "time", "seconds", "train_s", "eval_s", "images
 MACHINE = ("runtime", "machine", "peak_bytes", "code")
 REPEATED = ("sha256", "crc", "scores_sha256", "weights_sha256", "config", "format")
 """Checksums of what is compared itself, and the settings, which gain keys."""
-IGNORED = frozenset([*CLOCK, *MACHINE, *REPEATED, "reason", "source", "test_set", "look"])
+REMOVED = ("micro_batch", "n_held_out", "allow_microbatch")
+"""Fields that are no longer written."""
+IGNORED = frozenset([*CLOCK, *MACHINE, *REPEATED, *REMOVED, "reason", "source", "test_set", "look"])
 """Also texts, and the random id of an evaluation of the test images."""
 OUTCOMES_OF_0_1 = {"full": "complete", "dropped": "pruned", "lost": "orphaned"}
 """Outcomes that had other names."""

@@ -1,7 +1,7 @@
-"""Find the best UNet configuration for a segmentation dataset, and a number for it that can be published.
+"""Find the best UNet configuration for a segmentation dataset, with a score that can be published.
 
-Each command calls one function. The names below lead there, and load what they need when they are first used.
-docs/api.md describes them, and `__init__.pyi` lists them for type checkers.
+Each command calls one function. These functions and the classes that they use can be imported from `hpsearch`. They
+are loaded when they are first used. docs/api.md describes them, and `__init__.pyi` lists them for type checkers.
 """
 
 import importlib
@@ -31,7 +31,7 @@ EXPORTS = {
     "export_onnx": "hpsearch.inference.export.export_onnx",
     "export_toml": "hpsearch.inference.export.export_toml",
 }
-"""Name here to the full name of what it is."""
+"""Maps each public name to the full dotted name of the object."""
 __all__ = ["EXPORTS", "__version__", *EXPORTS]
 
 

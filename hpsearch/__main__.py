@@ -1,9 +1,9 @@
-"""`python -m hpsearch` is `hpsearch`."""
+"""Run the command `hpsearch` as `python -m hpsearch`."""
 
 import os
 import sys
 
-# `python -m` puts the current folder first, so that a `random.py` there would be taken for Python's own.
+# `python -m` searches the current folder first, so a `random.py` there would be imported instead of Python's own.
 if sys.path and sys.path[0] in ("", os.getcwd()):
     del sys.path[0]
 

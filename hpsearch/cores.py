@@ -14,13 +14,13 @@ def available_cores() -> int:
 
 
 def _quota() -> float:
-    """Return the seconds of CPU time per second that the cgroup allows, infinity without a limit."""
+    """Return the number of CPUs that the cgroup's quota allows (CPU seconds per second); infinity without a limit."""
     for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
         try:
             quota, period = " ".join((CGROUP / name).read_text() for name in names).split()
             if quota not in ("max", "-1"):
                 return int(quota) / int(period)
         except (OSError, ValueError):
-            # Another cgroup version, another system or another format: no limit is known.
+            # The file does not exist in this cgroup version or system, or has another format. Try the next one.
             continue
     return math.inf

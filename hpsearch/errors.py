@@ -1,21 +1,21 @@
-"""The tree of exceptions for errors that a user can cause or fix.
+"""Define the exceptions for errors that a user can cause or fix.
 
     HpsearchError               shown as one line, with exit code 1
-    ├── ConfigError             a setting, flag or TOML key that is unknown or has an invalid value
-    ├── DatasetError            images or masks that are missing, damaged or do not match
-    ├── CacheError              a cache of decoded images that cannot be created or read
-    ├── DeviceError             a device that does not exist or has too little memory
-    │   └── OutOfMemoryError    a fit ran out of memory; its memory was released
-    ├── DivergedError           a loss that became NaN or infinite
-    ├── CheckpointError         a checkpoint or weights file that is damaged, of another origin, or unsafe to load
-    ├── StudyError              a study that is missing or cannot continue as requested
-    │   ├── StudyChangedError   settings that must not change differ from those that the study was started with
+    ├── ConfigError             a setting, flag or TOML key is unknown or has an invalid value
+    ├── DatasetError            images or masks are missing, damaged or do not match
+    ├── CacheError              a cache of decoded images cannot be created or read
+    ├── DeviceError             a device does not exist or has too little memory
+    │   └── OutOfMemoryError    a fit ran out of memory; its memory has been released
+    ├── DivergedError           the training loss became NaN or infinite
+    ├── CheckpointError         a checkpoint or weights file is damaged, has another origin, or is unsafe to load
+    ├── StudyError              a study is missing or cannot continue as requested
+    │   ├── StudyChangedError   settings that must not change differ from those of the study
     │   ├── StudyLockedError    another process is running the study
     │   ├── StoppedError        the run was stopped before it had a result
     │   └── RecordError         the study folder is damaged
-    ├── ExportError             a model that cannot be exported, or gives different results after export
+    ├── ExportError             a model cannot be exported, or gives different results after export
     ├── TrackingError           MLflow rejects a request or cannot be reached
-    ├── StorageError            a file cannot be written: no space, no permission, a faulty disk
+    ├── StorageError            a file cannot be written: no space, no permission, or a faulty disk
     └── WorkerError             a worker died or failed for a reason other than its configuration
 
 Any other exception is a bug in `hpsearch` and keeps its traceback.
@@ -35,27 +35,27 @@ class HpsearchError(Exception):
 
 
 class ConfigError(HpsearchError):
-    """A setting, flag or TOML key that is unknown or has an invalid value."""
+    """Raised when a setting, flag or TOML key is unknown or has an invalid value."""
 
 
 class DatasetError(HpsearchError):
-    """Images or masks that are missing, damaged or do not match."""
+    """Raised when images or masks are missing, damaged or do not match."""
 
 
 class CacheError(HpsearchError):
-    """A cache of decoded images that cannot be created or read."""
+    """Raised when a cache of decoded images cannot be created or read."""
 
 
 class DeviceError(HpsearchError):
-    """A device that does not exist or has too little memory."""
+    """Raised when a device does not exist or has too little memory."""
 
 
 class OutOfMemoryError(DeviceError):
-    """A fit ran out of memory; its memory was released."""
+    """Raised when a fit has run out of memory, after its memory has been released."""
 
 
 class DivergedError(HpsearchError):
-    """A loss that became NaN or infinite."""
+    """Raised when the training loss becomes NaN or infinite."""
 
     def __init__(self, epoch: int, loss: float) -> None:
         super().__init__(f"the training loss became {loss} in epoch {epoch}")
@@ -64,23 +64,23 @@ class DivergedError(HpsearchError):
 
 
 class CheckpointError(HpsearchError):
-    """A checkpoint or weights file that is damaged, of another origin, or unsafe to load."""
+    """Raised when a checkpoint or weights file is damaged, has another origin, or is unsafe to load."""
 
 
 class StudyError(HpsearchError):
-    """A study that is missing or cannot continue as requested."""
+    """Raised when a study is missing or cannot continue as requested."""
 
 
 class StudyChangedError(StudyError):
-    """Settings that must not change differ from those that the study was started with."""
+    """Raised when settings that must not change differ from those with which the study was started."""
 
 
 class StudyLockedError(StudyError):
-    """Another process is running the study."""
+    """Raised when another process is running the study."""
 
 
 class StoppedError(StudyError):
-    """The run was stopped before it had a result."""
+    """Raised when a run is stopped before it has a result."""
 
     def __init__(self, text: str, signal: int) -> None:
         super().__init__(text)
@@ -89,23 +89,23 @@ class StoppedError(StudyError):
 
 
 class RecordError(StudyError):
-    """The study folder is damaged."""
+    """Raised when the study folder is damaged."""
 
 
 class ExportError(HpsearchError):
-    """A model that cannot be exported, or gives different results after export."""
+    """Raised when a model cannot be exported, or gives different results after export."""
 
 
 class TrackingError(HpsearchError):
-    """MLflow rejects a request or cannot be reached."""
+    """Raised when MLflow rejects a request or cannot be reached."""
 
 
 class StorageError(HpsearchError):
-    """A file cannot be written: no space, no permission, a faulty disk."""
+    """Raised when a file cannot be written: no space, no permission, or a faulty disk."""
 
 
 class WorkerError(HpsearchError):
-    """A worker died or failed for a reason other than its configuration."""
+    """Raised when a worker dies or fails for a reason other than its configuration."""
 
 
 def redact(text: str) -> str:

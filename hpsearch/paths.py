@@ -56,7 +56,7 @@ _REFUSALS = frozenset(
         *(errno.ENOTDIR, errno.EEXIST),
     }
 )
-"""Error numbers that mean that a disk or file server refuses to write."""
+"""Error numbers with which a disk or file server refuses to write."""
 
 
 def check_study_name(name: str) -> str:
@@ -70,7 +70,7 @@ def check_study_name(name: str) -> str:
 
 
 def study_name_of(folder: Path) -> str:
-    """Return a study name derived from the name of `folder`, short enough for `train-NAME`."""
+    """Return a study name derived from the name of `folder`, short enough to be prefixed with `train-`."""
     name = unicodedata.normalize("NFC", folder.name)
     return re.sub(r"[^\w .+-]+", "_", name).lstrip(" ._+-")[:74].rstrip(" .") or "images"
 
@@ -121,7 +121,7 @@ class ProjectPaths(_Folder):
         return StudyPaths(self.studies / check_study_name(name))
 
     def study_names(self) -> list[str]:
-        """Return the names of the studies in this project, sorted."""
+        """Return the sorted names of the studies in this project."""
         return sorted(path.parent.name for path in self.studies.glob("*/study.toml"))
 
 
@@ -135,15 +135,15 @@ class StudyPaths(_Folder):
     holder = _Entry("holder.json")
     log = _Entry("study.log")
     stop_request = _Entry("stop")
-    """File that exists while a stop of the study is requested. It contains `now` if the study must not finish its
-    current epochs."""
+    """File that exists while a stop of the study is requested. It contains `now` if the study must stop without
+    finishing its current epochs."""
     enqueued = _Entry("enqueued.json")
     """Params that the user enqueued, in order."""
     confirmation = _Entry("confirmation.json")
     report = _Entry("report.html")
     figures = _Entry("figures")
     tracking = _Entry(".tracking")
-    """Folder of files that wait for their upload to MLflow and are removed afterwards."""
+    """Folder of files to be uploaded to MLflow. They are removed after the upload."""
     trials = _Entry("trials")
     finals = _Entry("final")
 
@@ -174,7 +174,7 @@ class StudyPaths(_Folder):
         return FinalPaths(self.finals / run)
 
     def final_names(self) -> list[str]:
-        """Return the names of the finals that have a result, sorted."""
+        """Return the sorted names of the `final` runs that have a result."""
         return sorted(path.name for path in self.finals.glob("*") if self.final(path.name).result.is_file())
 
 
@@ -200,7 +200,7 @@ class FitPaths(_Folder):
     scores = _Entry("scores.npy")
     counts = _Entry("counts.npy")
     test_counts = _Entry("test_counts.npy")
-    """tp, fp, fn and tn of each test image, only in a final fit."""
+    """tp, fp, fn and tn of each test image; only in the fits of a `final` run."""
     examples = _Entry("examples.npz")
     last = _Entry("last.pt")
     previous = _Entry("previous.pt")
@@ -212,15 +212,16 @@ class FitPaths(_Folder):
 
 
 class FinalPaths(_Folder):
-    """Paths in the folder of one retrained configuration with its results on the test split."""
+    """Paths in the folder of one `final` run: a retrained configuration and its results on the test split."""
 
     result = _Entry("final.json")
     config = _Entry("config.toml")
     table = _Entry("test.csv")
     masks = _Entry("masks")
-    """Predicted masks of the test images at their original resolution, with the file names of the challenge."""
+    """Predicted masks of the test images at their original resolution, named as in the ISIC-2017 challenge."""
     official_counts = _Entry("official_counts.npy")
-    """tp, fp, fn and tn of the masks at original resolution."""
+    """tp, fp, fn and tn of each test image at its original resolution, for the kept model (`model.safetensors`). The
+    scores are computed from them as in the challenge."""
     submission = _Entry("submission.zip")
     panels = _Entry("panels.png")
     curves = _Entry("curves.png")
@@ -231,14 +232,14 @@ class FinalPaths(_Folder):
     """tp, fp, fn and tn of the test images at evaluation size, for the kept model with the selected
     post-processing."""
     ensemble = _Entry("ensemble")
-    """Networks of the folds, kept for predictions as an ensemble."""
+    """Fold networks that are kept to predict as an ensemble."""
     ensemble_counts = _Entry("ensemble_counts.npy")
     ensemble_official_counts = _Entry("ensemble_official_counts.npy")
     card = _Entry("model-card.md")
     """Model card in Markdown: what the model is, its training data, scores and limits."""
 
     def seed(self, index: int) -> FitPaths:
-        """Return the paths of the fit with the index-th seed (`final --seeds 3` trains three)."""
+        """Return the paths of the fit with seed number `index`, from 0 (`final --seeds 3` trains three fits)."""
         return FitPaths(self.root / f"seed{index}")
 
 
@@ -254,7 +255,8 @@ def atomic_write(path: Path, *, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary path next to `path`, and rename it to `path` if the block succeeds.
 
     The temporary name is unique, also among machines. `remove_stale_temporaries` removes files that killed processes
-    left. Raises StorageError, naming the path, if writing fails.
+    left. If `sync` is true, the file and its new name are forced to disk. Raises StorageError, naming the path, if
+    writing fails.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -337,7 +339,7 @@ def stable_seed(*parts: int | str) -> int:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line and sync the file. A line that a crash truncated has no newline."""
+    """Append one line and force it to disk. A last line without a newline was truncated by a crash."""
     try:
         with path.open("ab") as file:
             CHECK_WRITE.get()(path)

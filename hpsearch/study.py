@@ -1,4 +1,4 @@
-"""Run a study: prepare the data, measure the machine, search, and keep the views up to date."""
+"""Run a study: prepare the data, measure the machine, search, and keep MLflow and Optuna's database up to date."""
 
 import dataclasses
 import logging
@@ -32,7 +32,7 @@ from hpsearch.workers.plan import ExecutionPlan
 logger = logging.getLogger(__name__)
 
 SPARE_BYTES = 16 * 2**20
-"""Disk space for the scores, figures and databases of a study."""
+"""Disk space that is reserved for the scores, figures and databases of a study."""
 LAST_UPDATE_S = 180.0
 URGENT_UPDATE_S = 5.0
 """Seconds without progress after which the end of a study stops waiting for a view: `LAST_UPDATE_S` normally, and
@@ -41,7 +41,7 @@ URGENT_UPDATE_S = 5.0
 
 @dataclass(frozen=True)
 class StudySummary:
-    """Result of a call of `run_study`."""
+    """Result returned by `run_study`."""
 
     record: StudyRecord
     """Record of the study: trials, scores, folds."""
@@ -69,8 +69,9 @@ def run_study(
 ) -> StudySummary:
     """Start or continue the study `name` until `config.study.trials` trials are evaluated, over all starts.
 
-    After `hours`, the study stops and keeps its checkpoints. `enqueued` contains params to try next. Each of them is
-    tried only once over all starts.
+    `machine` chooses device, workers and threads. `tracker` copies the results to MLflow. `callback` receives events,
+    and `stop` collects requests to stop. After `hours`, the study stops and keeps its checkpoints. `enqueued`
+    contains params to try next. Each of them is tried only once over all starts.
 
     Raises StudyLockedError if another process runs the study, StudyChangedError if settings differ that must not
     change, DatasetError if the data cannot be used, StorageError if a file cannot be written, and WorkerError if
@@ -131,7 +132,7 @@ def run_study(
 
 
 def close_view(view: ViewThread, stop: Stop) -> int:
-    """Update a view a last time and end its thread. Return the number of items that the view lacks."""
+    """Update a view a last time and end its thread. Return the number of recorded items that the view lacks."""
     # A process that must end at once does not wait long for an unresponsive server.
     if stop.is_urgent:
         return view.close(URGENT_UPDATE_S)
@@ -180,7 +181,7 @@ def _open_record(study: StudyPaths, config: StudyConfig) -> StudyRecord | None:
 def _prepare(
     project: ProjectPaths, config: StudyConfig, callback: StudyCallback, check: Callable[[], None]
 ) -> PoolCaches:
-    """Decode the images that are not in the cache yet."""
+    """Return the caches of the pool, after decoding the images that are not in them yet."""
 
     def decoded(done: int, total: int) -> None:
         check()
@@ -190,7 +191,7 @@ def _prepare(
         caches = PoolCaches(config, cache_root(project, config), progress=decoded)
         caches.prepare_listed(config)
     except CacheError:
-        # A stop signal may also have ended the process that decodes.
+        # The cause may be a stop signal that also ended the processes that decode. `check` then raises StoppedError.
         check()
         raise
     callback.prepared(dataclasses.replace(caches.scored, notes=tuple(caches.notes)))

@@ -1,8 +1,8 @@
 """Start Python subprocesses that import this package, and nothing from the current folder.
 
 A `random.py` or a folder `hpsearch` in the user's folder must not be imported in place of the real one. A subprocess
-therefore runs this file, isolated from the current folder by `-P`. It loads the package from its folder and runs one
-of its modules like `python -m`.
+therefore runs this file, isolated from the current folder by `-P`. This file loads the package from the folder in
+which it lies, and runs one of the package's modules like `python -m`.
 """
 
 import os
@@ -31,7 +31,8 @@ def _main() -> None:
     import importlib
     import runpy
 
-    # Load this very package, whatever else is called so, and search nothing else in its folder.
+    # Import this package, even if another one has the same name. Its folder is then removed from the path, so that
+    # nothing else is imported from there.
     folder = os.path.dirname(os.path.dirname(_FILE))
     sys.path.insert(0, folder)
     importlib.import_module("hpsearch")

@@ -36,7 +36,7 @@ def text_fault(text: str) -> str:
 
 
 def name_fault(stem: str) -> str:
-    """Return why the name of an image cannot have this stem; empty if it can."""
+    """Return why an image's file name cannot have this stem; empty if it can."""
     if fault := text_fault(stem):
         return fault
     return f"is longer than {MAX_STEM_BYTES} bytes" if len(stem.encode()) > MAX_STEM_BYTES else ""
@@ -105,7 +105,8 @@ def list_folder(path: Path, error: type[HpsearchError]) -> list[Path]:
 def read_text(path: Path, what: str, error: type[HpsearchError]) -> str:
     """Return the text of a UTF-8 file, with or without a byte order mark, with lines ending in `\\n`.
 
-    Raises `error`, naming `what` and the file, if the file is missing, unreadable or in another encoding.
+    Raises `error` if the file is missing, unreadable or in another encoding. The message names the file after `what`,
+    which describes it, such as `--enqueue`.
     """
     named = f"{what} {printable(path)}".strip()
     try:

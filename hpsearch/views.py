@@ -1,6 +1,7 @@
 """Keep the views of a study, such as its runs in MLflow, up to date in background threads.
 
-A view is derived from the study folder and may lag behind. Training never waits for a view.
+A view is a copy of a study's results. It is derived from the study folder and may lag behind. Training never waits
+for a view.
 """
 
 import logging
@@ -116,5 +117,5 @@ class ViewThread(threading.Thread):
 
 
 def is_updating() -> bool:
-    """Return whether any thread of this process still updates a view, including abandoned threads."""
+    """Return whether any thread of this process still updates a view, even one that `close` stopped waiting for."""
     return any(isinstance(thread, ViewThread) for thread in threading.enumerate())

@@ -200,7 +200,7 @@ RUN = [
     ("hpsearch status", ""),
     ("hpsearch status --study isic2017-64", ""),
     ("hpsearch report --study isic2017-64", ""),
-    ("hpsearch predict photos --out-dir masks --overlays", "--threads 1"),
+    ("hpsearch predict photos --out-dir predictions --overlays", "--threads 1"),
     ("hpsearch track", ""),
     (
         "hpsearch train --config report-fig19 --data ISIC-2017 "

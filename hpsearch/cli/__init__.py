@@ -21,7 +21,7 @@ from hpsearch.errors import HpsearchError, StoppedError
 from hpsearch.user_files import printable
 
 _USER_ERRORS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENOTDIR)
-"""System errors for unusable paths. The user can fix the path, so they are shown as one line without a traceback."""
+"""Error codes for unusable paths. The user can correct the path, so these errors are shown as one line."""
 
 
 class _Group(click.Group):
@@ -34,7 +34,7 @@ class _Group(click.Group):
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="hpsearch")
 def group() -> None:
-    """Find the best UNet configuration for a segmentation dataset, with a score that can be published.
+    """Find the best UNet configuration for a segmentation dataset, and estimate its score without selection bias.
 
     \b
         hpsearch study --trials 50 --folds 5      search; run it again to continue
@@ -51,20 +51,22 @@ for _command in (*STEPS, models.predict, models.export, report.report, report.tr
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit.
 
-    Exit codes: 0 for success, 1 for an error (shown as one line), 2 for wrong usage, 128 + signal if interrupted.
+    Exit codes: 0 for success, 1 for an error (shown as one line), 2 for wrong usage, and 128 plus
+    the number of the signal if a signal stopped it.
     """
     protect_streams()
     code = _run(arguments)
     views = sys.modules.get("hpsearch.views")
     if views is not None and views.is_updating():
-        # MLflow's server does not respond, so its thread is still running. At a normal exit, Python would kill this
-        # thread, and the process would abort inside C++ code.
+        # The MLflow server does not respond, so the thread that updates it is still running. At a normal exit, Python
+        # would kill this thread, and the process would abort inside C++ code.
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     if "torch" not in sys.modules:
-        # The last garbage collection takes most of a second after MLflow. Triton, which torch loads, needs it.
+        # Once MLflow is imported, the garbage collection at exit takes most of a second, so skip it. With torch it is
+        # needed, because Triton reports its objects as leaked unless they are collected.
         atexit.register(gc.freeze)
     sys.exit(code)
 

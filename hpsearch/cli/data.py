@@ -1,4 +1,4 @@
-"""`hpsearch data`: check, cache, augment, draw or download datasets."""
+"""`hpsearch data`: check, cache, augment, generate or download datasets."""
 
 from __future__ import annotations
 
@@ -24,17 +24,20 @@ NO_CACHE = "no cache of this data to compare with: `hpsearch study` or `hpsearch
 
 @click.group("data")
 def data() -> None:
-    """Check, cache, augment, draw or download datasets."""
+    """Check, cache, augment, generate or download datasets."""
 
 
 @data.command("check")
 @out_option
 @config_options
-@click.option("--json", "as_json", is_flag=True, help="Print JSON that names every file.")
-@click.option("--full", is_flag=True, help="Also compare files and cache with the hashes stored in the cache.")
-@click.option("--duplicates", is_flag=True, help="Also look for near-duplicates in and between pool and test split.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON that lists every affected file.")
+@click.option("--full", is_flag=True, help="Also compare files and cached images with the hashes in the cache.")
+@click.option("--duplicates", is_flag=True, help="Also find near-duplicates, except within the test split.")
 def check(project: ProjectPaths, settings: Settings, as_json: bool, full: bool, duplicates: bool) -> int:
-    """Decode a whole dataset and show its errors and notes. Exit code 1 if there are errors."""
+    """Decode a whole dataset and show its errors and notes.
+
+    The exit code is 1 if there are errors or, with --full, if files have changed.
+    """
     from hpsearch.data import integrity
     from hpsearch.data.duplicates import find_in_dataset
     from hpsearch.data.prepare import cache_root, check_contents, locate
@@ -79,7 +82,7 @@ def _print_report(report: CheckReport) -> None:
 @out_option
 @config_options
 def cache(project: ProjectPaths, settings: Settings) -> None:
-    """Build the cache that a study would use."""
+    """Build the cache that a study with the same options would use."""
     from hpsearch.data.prepare import PoolCaches, cache_root
 
     study = settings.load()
@@ -92,13 +95,14 @@ def cache(project: ProjectPaths, settings: Settings) -> None:
 @data.command("augment")
 @out_option
 @config_options
-@click.option("--copies", default=1, type=AT_LEAST_1, help="Write this many versions of each training image.")
+@click.option("--copies", default=1, type=AT_LEAST_1, help="Write this many augmented versions per training image.")
 @click.option("--to", "target", type=click.Path(path_type=Path), help="Write into this folder (default: DATA_Aug).")
 @click.option("--groups", metavar="FILE.csv", help="Read image groups from FILE; the copy gets its own groups.csv.")
 def augment(project: ProjectPaths, settings: Settings, copies: int, target: Path | None) -> None:
-    """Write an augmented copy of a dataset, in the same layout, to DATA_Aug beside it.
+    """Write an augmented copy of a dataset.
 
-    The section [augment] defines the changes, and --seed makes them reproducible.
+    By default, the copy of the folder DATA is the folder DATA_Aug beside it. The copy has the same layout. The
+    settings in the section [augment] define the changes, and the same --seed gives the same copy.
 
     \b
         hpsearch data augment --data ISIC-2017 --copies 2 --set augment.rotate=20
@@ -122,13 +126,22 @@ def augment(project: ProjectPaths, settings: Settings, copies: int, target: Path
 
 @data.command("sample")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--seed", default=0, help="Set the seed of the images.")
-@click.option("--train", "n_train", default=120, type=AT_LEAST_1, help="Number of training images.")
-@click.option("--val", "n_val", default=30, type=AT_LEAST_0, help="Number of validation images.")
-@click.option("--test", "n_test", default=50, type=AT_LEAST_0, help="Number of test images.")
-@click.option("--large", "n_large", default=0, type=AT_LEAST_0, help="Make this many training images very large.")
+@click.option("--seed", default=0, help="Set the seed from which the images are generated (default: 0).")
+@click.option("--train", "n_train", default=120, type=AT_LEAST_1, help="Number of training images (default: 120).")
+@click.option("--val", "n_val", default=30, type=AT_LEAST_0, help="Number of validation images (default: 30).")
+@click.option("--test", "n_test", default=50, type=AT_LEAST_0, help="Number of test images (default: 50).")
+@click.option(
+    "--large",
+    "n_large",
+    default=0,
+    type=AT_LEAST_0,
+    help="Make this many training images very large (30 megapixels).",
+)
 def sample(folder: Path, **sizes: int) -> None:
-    """Write a small synthetic dermoscopy dataset to FOLDER, in the layout of ISIC-2017."""
+    """Generate a small synthetic dataset in FOLDER.
+
+    The images resemble dermoscopic images. The folders are laid out as in ISIC-2017.
+    """
     from hpsearch.data.sample import draw_sample
 
     draw_sample(folder, **sizes, progress=counter("drawing images"))
@@ -138,11 +151,14 @@ def sample(folder: Path, **sizes: int) -> None:
 @data.command("download")
 @click.argument("folder", type=click.Path(path_type=Path), default=Path("ISIC-2017"))
 @click.option("--only", multiple=True, metavar="train|val|test|ARCHIVE", help="Download only this part; repeatable.")
-@click.option("--from", "base_url", metavar="URL", help="Use this mirror instead of the challenge's own bucket.")
+@click.option("--from", "base_url", metavar="URL", help="Use this mirror instead of the challenge's server.")
 @click.option("--remove-archives", is_flag=True, help="Remove each archive once it is unpacked.")
-@click.option("--no-check", is_flag=True, help="Skip the check of the dataset at the end.")
+@click.option("--no-check", is_flag=True, help="Do not check the dataset after the download.")
 def download(folder: Path, only: tuple[str, ...], base_url: str | None, remove_archives: bool, no_check: bool) -> int:
-    """Download the archives of ISIC-2017 Part 1 to FOLDER, unpack and check them. Run it again to continue."""
+    """Download ISIC-2017 Part 1 to FOLDER, unpack and check it.
+
+    Run the same command again to continue an interrupted download.
+    """
     from hpsearch.data import download as downloads
     from hpsearch.data import integrity
     from hpsearch.data.layouts import find_samples

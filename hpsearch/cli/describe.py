@@ -34,7 +34,7 @@ def listed_trials(numbers: Sequence[int]) -> str:
 
 
 def describe_best(status: StudyStatus) -> str:
-    """Describe the best trial of a study so far; empty if there is none."""
+    """Describe the best trial of a study so far. Return an empty string if no trial is complete yet."""
     if (best := status.best) is None:
         return ""
     both = ", mean of both fits" if status.is_confirmed else ""
@@ -58,7 +58,7 @@ def describe_machine(plan: ExecutionPlan) -> str:
 def describe_forecast(pruner: str, forecast: Forecast) -> str:
     """Describe in one sentence how long the rest of a search will take."""
     then = f", then up to {count(forecast.n_replicates, 'refit')}" if forecast.n_replicates else ""
-    most, saved = ("at most about", "; racing saves most of it") if pruner == "race" else ("about", "")
+    most, saved = ("at most about", "; pruning shortens it") if pruner == "race" else ("about", "")
     fit = duration(forecast.fit_s) if forecast.fit_s >= 10 else f"{forecast.fit_s:.1f} s"
     return (
         f"{count(forecast.n_trials, 'trial')} left{then}: {most} {duration(forecast.total_s)} of training on this "
@@ -79,15 +79,16 @@ def next_command(command: str, study: str, project: ProjectPaths) -> str:
 
 
 def mlflow_command(project: ProjectPaths) -> str:
-    """Return the shell command that shows a project's runs in MLflow."""
+    """Return the shell command that opens the MLflow UI with a project's runs."""
     folder = "" if str(project.root) == "." else f"cd {shlex.quote(str(project.root))} && "
     return f"{folder}{program('mlflow')} ui"
 
 
 def describe_behind(study: str, project: ProjectPaths, tracking: str | None, error: str) -> str:
-    """Return a message that MLflow is not up to date for a study, with the error and the command that updates it.
+    """Return the message for a study whose MLflow runs are not up to date.
 
-    `tracking` is the value of the option `--tracking`.
+    It contains `error`, if there is one, and the command that updates MLflow. `tracking` is the value of the option
+    `--tracking`, or None if the option was not given.
     """
     retry = next_command("track", study, project)
     if tracking is not None:
@@ -97,9 +98,10 @@ def describe_behind(study: str, project: ProjectPaths, tracking: str | None, err
 
 
 def tracker_of_existing(project: ProjectPaths, tracking: str | None) -> MlflowTracker | None:
-    """Return the tracker for an existing study.
+    """Return the tracker for an existing study, or None if its runs are not to be logged to MLflow.
 
-    Without the option `--tracking`, print a note and return None if the project was not tracked before.
+    `tracking` is the value of the option `--tracking`. If it is None and nothing of this project was logged before,
+    print a note and return None.
     """
     tracker = hpsearch.make_tracker(project, tracking)
     if tracker is None or tracking is not None or tracker.has_data:

@@ -24,17 +24,18 @@ if TYPE_CHECKING:
 @options.study_options
 @click.option("--best", is_flag=True, help="Retrain the best complete trial (the default).")
 @click.option("--trial", type=AT_LEAST_0, help="Retrain this trial.")
-@click.option("--cheapest-tied", is_flag=True, help="Retrain the fastest trial indistinguishable from the best.")
+@click.option("--cheapest-tied", is_flag=True, help="Retrain the fastest trial that is tied with the best.")
 @click.option("--seeds", "n_seeds", default=1, type=AT_LEAST_1, help="Train this many networks with different seeds.")
 @click.option("--ensemble", is_flag=True, help="Also evaluate the ensemble of the fold networks on the test images.")
 @options.machine_options
-@click.option("--zip", "submission", is_flag=True, help="Pack the test masks into a zip file for submission.")
+@click.option("--zip", "submission", is_flag=True, help="Also pack the test masks into a zip file for the challenge.")
 @options.tracking_option
 def final(project: ProjectPaths, study_name: str | None, best: bool, tracking: str | None, **chosen: Any) -> int:
     """Retrain a configuration and evaluate it on the test split.
 
-    The network is trained on the whole pool, that is, on all training and validation images. The command shows the
-    test result beside the estimate of the search, and the gain over the default configuration. Threshold, test-time
+    The network is trained on the pool, that is, on all training and validation images. The command shows the test
+    scores next to the estimate from the search. It also shows the gain over the default configuration, which is
+    computed from the out-of-fold scores of the pool images, not from the test images. The threshold, test-time
     augmentation and mask cleaning are selected on out-of-fold predictions, never on the test set.
 
     \b

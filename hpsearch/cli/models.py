@@ -1,4 +1,4 @@
-"""`hpsearch predict` and `hpsearch export`: use a final model, and write it or a configuration as a file."""
+"""`hpsearch predict` and `hpsearch export`: predict masks, and export retrained models and configurations."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,8 @@ import hpsearch
 from hpsearch.cli import options
 from hpsearch.cli.options import FOLDER, model_option, study_options
 from hpsearch.cli.terminal import counter
-from hpsearch.paths import ProjectPaths
+from hpsearch.errors import ConfigError
+from hpsearch.paths import ProjectPaths, StudyPaths
 from hpsearch.report.formats import count
 from hpsearch.user_files import printable
 
@@ -20,14 +21,14 @@ _DEFAULT = "-"
 @click.command("predict")
 @click.argument("files", nargs=-1, required=True, metavar="FILES...")
 @model_option
-@click.option("--out-dir", default="masks", type=FOLDER, help="Write the masks into this folder (default: masks).")
-@click.option("--probabilities", is_flag=True, help="Also write the probabilities, as 8-bit PNG.")
+@click.option("--out-dir", default="predictions", type=FOLDER, help="Write the masks here (default: predictions).")
+@click.option("--probabilities", is_flag=True, help="Also write the probabilities as 8-bit PNG files.")
 @click.option("--overlays", is_flag=True, help="Also write each image with the outline of its mask.")
 @click.option(
-    "--tiles/--whole", default=None, help="Predict overlapping tiles, or the resized image (default: as trained)."
+    "--tiles/--whole", default=None, help="Predict windows or the whole image (default: windows if trained on them)."
 )
 @click.option(
-    "--ensemble/--single", default=None, help="Predict with all fold networks, or one (default: as `final` selected)."
+    "--ensemble/--single", default=None, help="Use the fold ensemble or one network (default: as `final` selected)."
 )
 @options.device_option
 @options.threads_option
@@ -47,14 +48,30 @@ def predict(
     Each mask is written as `<name>_segmentation.png` with the values 0 and 255, at the size of its image. Files that
     cannot be read are listed and skipped; the exit code is then 1.
 
+    By default, a model that was trained on windows predicts overlapping windows of an image, and any other model
+    predicts the whole image, resized as in training.
+
     \b
-        hpsearch predict photos --out-dir masks --overlays
+        hpsearch predict photos --out-dir predictions --overlays
         hpsearch predict 'visits/**/*.jpg' --model studies/isic2017/final/trial-0017
     """
     from hpsearch.inference.predictor import Ensemble, load_predictor
+    from hpsearch.store.record import StudyRecord
+    from hpsearch.typed_json import from_json
+    from hpsearch.workers.plan import ExecutionPlan
 
     images = hpsearch.find_images(files)
     weights = hpsearch.find_model(project, study_name, model)
+    study = StudyPaths(weights.absolute().parent.parent.parent)
+    if study.toml.is_file():
+        record = StudyRecord.open(study)
+        if out_dir.exists() and (masks := record.config.data.masks) and out_dir.resolve() == Path(masks).resolve():
+            raise ConfigError(
+                f"--out-dir {out_dir} holds the true masks of study {study.name!r}: name another folder"
+            )
+        # As many threads as a single fit uses: on a machine with other load, more are many times slower.
+        plan = record.plan()
+        how["threads"] = how["threads"] or (from_json(ExecutionPlan, plan).alone.threads if plan else None)
     predictor = load_predictor(weights, **how)
     parts = "overlapping tiles" if predictor.tiles else "the whole image"
     height, width = predictor.info.size
@@ -78,7 +95,7 @@ def _file_option(flag: str, text: str) -> Callable[[options.Command], options.Co
 @_file_option("--onnx", "Write the network as ONNX (default: model.onnx beside its weights).")
 @_file_option("--toml", "Write the configuration as TOML (default: trial-<number>.toml in the study's folder).")
 @model_option
-@click.option("--trial", type=options.AT_LEAST_0, help="Write the configuration of this trial (default: the best).")
+@click.option("--trial", type=options.AT_LEAST_0, help="Select the trial for --toml (default: the best).")
 @study_options
 def export(
     project: ProjectPaths,
@@ -88,10 +105,11 @@ def export(
     model: str | None,
     trial: int | None,
 ) -> None:
-    """Write a final model as ONNX, or a configuration as TOML.
+    """Export a retrained model (ONNX) or a trial's configuration (TOML).
 
-    `hpsearch train --config FILE` runs this TOML again. The ONNX file is checked with ONNX Runtime before it is kept.
-    Its metadata describe preprocessing and post-processing. ONNX needs `pip install 'hpsearch[onnx]'`.
+    `hpsearch train --config FILE` trains the configuration in a TOML file. The logits of the ONNX model are compared
+    with those of PyTorch before the file is kept. The metadata of the file describe how to prepare images and how to
+    turn the logits into masks. ONNX needs `pip install 'hpsearch[onnx]'`.
 
     \b
         hpsearch export --onnx

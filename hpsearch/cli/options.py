@@ -18,11 +18,12 @@ from hpsearch.paths import ProjectPaths, absolute, study_name_of
 from hpsearch.user_files import broken_link, require_usable_path
 
 SHIPPED = (Path(__file__).parents[1] / "experiments", Path(__file__).parents[2] / "experiments")
-"""Folders of the shipped TOML files: inside the package if it is installed, or beside it in a checkout."""
+"""Folders of the built-in TOML files: inside the package if it is installed, or beside it in a checkout."""
 SETTING_OF = {
     name.partition(".")[2]: name for name in configs.setting_names() if name.startswith(("data.", "study."))
 }
-"""Full names of the settings that options can set, by their last part, which is the parameter name of the option."""
+"""Maps the last part of a setting's name to the full name, such as `folds` to `study.folds`. The parameter name of an
+option that sets a setting is this last part."""
 
 AT_LEAST_0, AT_LEAST_1 = click.IntRange(min=0), click.IntRange(min=1)
 FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -34,7 +35,8 @@ def _project(_ctx: click.Context, _param: click.Parameter, out: Path) -> Project
     if link := broken_link(out):
         raise ConfigError(f"--out: {link}")
     with contextlib.suppress(FileNotFoundError):
-        # A path that no folder can have, such as one that is too long, is an error even if nothing is written.
+        # Raises OSError for a path that no folder can have, such as one that is too long, even if the command writes
+        # nothing.
         out.stat()
     return ProjectPaths(out)
 
@@ -51,26 +53,19 @@ def folds_option(default: str | None, text: str) -> Callable[[Command], Command]
 
 
 out_option = click.option(
-    "--out",
-    "project",
-    default=".",
-    type=FOLDER,
-    callback=_project,
-    help="Use this project folder (default: the current folder).",
+    "--out", "project", default=".", type=FOLDER, callback=_project, help="Project folder (default: current folder)."
 )
 tracking_option = click.option(
     "--tracking", metavar="URI|none", help="Log to MLflow at this URI, or not at all (default: mlflow.db in --out)."
 )
 model_option = click.option(
-    "--model",
-    metavar="FOLDER|FILE",
-    help="Use the final model in this folder, or this weights file (default: latest final).",
+    "--model", metavar="FOLDER|FILE", help="Use the model in this folder or file (default: the latest from `final`)."
 )
 device_option = click.option(
     "--device", default="auto", metavar="auto|cpu|cuda[:n]|mps|xla", help="Compute on this device (default: auto)."
 )
 threads_option = click.option(
-    "--threads", type=AT_LEAST_1, help="Use this many CPU threads per process (default: measured; for predict, all)."
+    "--threads", type=AT_LEAST_1, help="Use this many threads per process (default: measured)."
 )
 
 cluster_option = click.option(
@@ -83,14 +78,19 @@ timeout_option = click.option(
 
 def study_options(command: Command) -> Command:
     """Add the options `--out` (passed as `project`) and `--study` (passed as `study_name`) to a command."""
-    study = click.option("--study", "study_name", metavar="NAME", help="Use the study of this name.")
+    study = click.option(
+        "--study",
+        "study_name",
+        metavar="NAME",
+        help="Use the study with this name (default: named after configuration or images, or the only one).",
+    )
     return out_option(study(command))
 
 
 def machine_options(command: Command) -> Command:
-    """Add `--device`, `--threads` and the options of a cluster to a command.
+    """Add `--device`, `--threads` and the options of a cluster to a command. They are passed as `machine`.
 
-    They are passed as `machine`, together with any `--workers`.
+    If the command also has the option `--workers`, `machine` contains its value, too.
     """
 
     @device_option
@@ -107,7 +107,10 @@ def machine_options(command: Command) -> Command:
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings given on the command line: a TOML file, if any, and overrides."""
+    """Settings given on the command line: a TOML file, if any, and overrides.
+
+    `data` and `images` are the values of the options with these names.
+    """
 
     config_file: str | None
     overrides: tuple[str, ...]
@@ -116,7 +119,7 @@ class Settings:
 
     @property
     def name(self) -> str:
-        """Default name of the study: the name of the image folder or of the TOML file."""
+        """Default name of the study: that of the folder `images` or, with a TOML file or other data, of the TOML."""
         if self.images is None or self.config_file is not None:
             return self.path.stem
         require_usable_path(Path(self.images), ConfigError)
@@ -124,7 +127,7 @@ class Settings:
 
     @property
     def path(self) -> Path:
-        """Path of the TOML file to start from: the given file, or a shipped one."""
+        """Path of the TOML file to start from: the given file, or a built-in one."""
         return config_path(self.config_file or ("sample" if self.data == "sample" else "isic2017"))
 
     def load(self, base: Path | None = None, *, is_searched: bool = False) -> StudyConfig:
@@ -133,18 +136,23 @@ class Settings:
         With `is_searched`, print how the overrides change the search space.
         """
         path = base if self.config_file is None and base is not None and base.is_file() else self.path
-        on_note = (lambda note: click.echo(f"note: {note}")) if is_searched else None
-        return configs.load(path, self.overrides, on_note=on_note)
+        notes: list[str] = []
+        config = configs.load(path, self.overrides, on_note=notes.append)
+        for note in notes if is_searched else ():
+            click.echo(f"note: {note}")
+        return config
 
 
 CONFIG_OPTIONS = (
-    click.option("--config", "config_file", metavar="FILE|NAME", help="Read this TOML file or shipped study."),
+    click.option(
+        "--config", "config_file", metavar="FILE|NAME", help="Read settings from this file or built-in configuration."
+    ),
     click.option("--set", "overrides", multiple=True, metavar="section.key=value", help="Override one setting."),
     click.option("--data", "root", metavar="DIR|sample", help="Use the dataset in this folder (data.root)."),
-    click.option("--images", metavar="DIR", help="Use your own images in this folder; needs --masks."),
+    click.option("--images", metavar="DIR", help="Use your own images in this folder; requires --masks."),
     click.option("--masks", metavar="DIR", help="Use the masks in this folder for --images."),
-    click.option("--seed", type=int, help="Set the seed of folds, suggestions and fits (study.seed)."),
-    click.option("--color", type=click.Choice(["rgb", "grayscale"]), help="Set the color mode of the input."),
+    click.option("--seed", type=int, help="Seed of folds, suggestions, fits and augmented copies (study.seed)."),
+    click.option("--color", type=click.Choice(["rgb", "grayscale"]), help="Set the colour mode of the input."),
     click.option("--size", type=click.IntRange(min=8), help="Set height and width of the input (data.size)."),
     click.option("--exclude-bad", is_flag=True, help="Leave out images with errors instead of refusing the dataset."),
 )
@@ -171,7 +179,7 @@ def config_options(command: Command) -> Command:
 
 
 def config_path(name: str) -> Path:
-    """Return the path of the TOML file `name`, or of the shipped study with this name.
+    """Return the path of the TOML file `name`, or of the built-in configuration with this name.
 
     Raises ConfigError if there is neither.
     """

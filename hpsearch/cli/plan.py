@@ -19,7 +19,7 @@ from hpsearch.paths import ProjectPaths
 from hpsearch.report.formats import count
 
 PRESETS = {"rtx4060": (8.0, "bf16"), "t4": (15.0, "fp16"), "h200": (140.0, "bf16")}
-"""Memory in GiB of some GPUs, and the precision that `train.amp = auto` selects on them."""
+"""For each GPU, its memory in GiB and the precision that `train.amp = auto` selects on it."""
 OFFICIAL_POOL = 2150
 """Number of pool images to assume if there is no dataset: the size of the ISIC-2017 pool."""
 MIB, GIB = 2**20, 2**30
@@ -29,11 +29,11 @@ LAYER_HEAD = ("layer", "kind", "channels", "size", "parameters", "GFLOP", "activ
 @click.command("plan")
 @out_option
 @config_options
-@click.option("--memory", metavar="8GB", help="Show what fits on a device with this much memory.")
-@click.option("--preset", type=click.Choice(list(PRESETS)), help="Use the memory and precision of this GPU.")
+@click.option("--memory", metavar="8GB", help="Show whether training fits on a device with this much memory.")
+@click.option("--preset", type=click.Choice(list(PRESETS)), help="Assume the memory and precision of this GPU.")
 @click.option("--precision", type=click.Choice(["float32", "bf16", "fp16"]), help="Assume this precision.")
-@click.option("--layers/--no-layers", default=True, help="Show every layer.")
-@click.option("--measure", is_flag=True, help="Time some steps to estimate how long the study will take here.")
+@click.option("--layers/--no-layers", default=True, help="Show the table of layers (default), or leave it out.")
+@click.option("--measure", is_flag=True, help="Time a few steps to estimate how long the study will take here.")
 @device_option
 def plan(
     project: ProjectPaths,
@@ -47,9 +47,9 @@ def plan(
 ) -> None:
     """Show shapes, parameters, FLOPs and memory of a configuration.
 
-    This needs no training and no PyTorch. For a search space, the default and the corners are shown. --measure also
-    shows how long the study will take on this machine. It trains a few steps on synthetic images, which takes a few
-    seconds.
+    Without --measure, nothing is trained and PyTorch is not needed. If settings are searched, the costs are shown for
+    the default configuration and for all combinations of smallest and largest values. With --measure, the command
+    trains for a few seconds on synthetic images to estimate how long the study will take on this machine.
 
     \b
         hpsearch plan --config report-fig14 --preset rtx4060
@@ -66,7 +66,7 @@ def plan(
         click.echo(f"{_count_pool(config, project)} pool images in {config.data.images or config.data.root}")
     amp = {"off": "float32", "auto": native}.get(config.train.amp, config.train.amp)
     usable_bytes = None if size is None else MEMORY_SHARE * size * GIB
-    # All presets are CUDA devices. There, group normalization stores more activations than on the CPU.
+    # All presets are CUDA devices, where group normalisation stores more activations than on the CPU.
     costs_of = partial(_Costs, precision or amp, "cuda" if preset else "cpu", usable_bytes)
     default = costs_of(config.with_params({}))
     click.echo("\n".join(default.describe()))
@@ -85,7 +85,11 @@ def plan(
 
 
 class _Costs:
-    """Costs of a configuration on a device: memory, parameters and FLOPs."""
+    """Costs of a configuration on a device: memory, parameters and FLOPs.
+
+    `usable_bytes` is the memory that a training step may use; None if it is unknown. Only `impossible` and `describe`
+    are available if the network is impossible.
+    """
 
     def __init__(self, precision: str, device: str, usable_bytes: float | None, config: StudyConfig) -> None:
         self._config, self._usable_bytes, data, train = config, usable_bytes, config.data, config.train
@@ -101,15 +105,15 @@ class _Costs:
 
     @property
     def layers(self) -> list[LayerCost]:
-        """Costs of each layer. A network that is trained on windows has no interpolation layer, as in the paper."""
+        """Costs of each layer. The final interpolation is left out if the network is trained on windows."""
         costs = network.layer_costs(*self._shape, self._step)
         return [cost for cost in costs if not (self._config.sees_windows and cost.layer.kind == "interpolation")]
 
     @property
     def verdict(self) -> str:
-        """`fits` or `does not fit`: whether a training step fits in memory, by the rule for infeasible trials.
+        """`fits` or `does not fit`: whether a training step fits in memory. Empty if the memory is unknown.
 
-        Empty if the memory is unknown.
+        The limit is the same as that which makes a trial infeasible.
         """
         if self._usable_bytes is None:
             return ""
@@ -131,7 +135,8 @@ class _Costs:
         lines.append(f"training step {_rounded(self.flops / 1e9)} GFLOP per image")
         if layers:
             saved = saved_activations(*self._shape, self._step)
-            # The estimate in the report counts one byte per value of every feature map.
+            # The report on which experiments/report-*.toml are based estimates memory at one byte per value of every
+            # feature map.
             one_byte = sum(cost.layer.n_outputs for cost in layers) * batch
             text = f"saved for back-propagation {_size(saved)}, with the weights {_size(saved + memory.weights)}"
             lines.append(f"{text}; at one byte per value, as the report estimates: {_size(one_byte)}")
@@ -152,10 +157,9 @@ def _layer_row(cost: LayerCost) -> Sequence[str]:
 def _corners(
     config: StudyConfig, names: Sequence[str], costs_of: Callable[[StudyConfig], _Costs]
 ) -> Iterator[Sequence[str]]:
-    """Yield the values of the settings `names`, and the costs, for each corner of the search space.
+    """Yield a table row for each combination of smallest and largest values: the values, then the costs.
 
-    The corners combine the smallest and the largest value of each setting. Settings whose values are not numbers
-    contribute all their values.
+    The settings `names` are combined. A setting whose values are not numbers contributes all its values.
     """
     ends = []
     for name in names:
@@ -189,7 +193,7 @@ def _count_pool(config: StudyConfig, project: ProjectPaths) -> int:
 
 
 def time_of_study(config: StudyConfig, project: ProjectPaths, device: str) -> list[str]:
-    """Measure training on this machine, and return two lines with the estimated duration of the study."""
+    """Measure the training speed on this machine, and return two lines with the estimated duration of the study."""
     from hpsearch.search.autotune import MachineChoice, measure_drawn
 
     folder = config.data.images or config.data.root

@@ -110,7 +110,7 @@ class StudyProgress(StudyCallback):
         self._print(text)
 
     def interrupted(self, text: str) -> None:
-        """Show a message from a signal handler. The handler may have interrupted a print, so this does not print."""
+        """Show a message from a signal handler. Does not print, because the handler may have interrupted a print."""
         if self._live.is_started:
             # The next refresh shows the message. A line written between two refreshes would be overwritten.
             self._interruption = text
@@ -140,7 +140,7 @@ class StudyProgress(StudyCallback):
         return self._status
 
     def _print(self, text: str) -> None:
-        # A study continues if its terminal is closed. All messages are also in the log.
+        # A study continues after its terminal was closed, so ignore write errors. The log has all messages.
         with contextlib.suppress(OSError):
             # Use Text to disable markup, because names and reasons may contain brackets.
             self._console.print(Text(text.rstrip()))
@@ -159,7 +159,7 @@ class StudyProgress(StudyCallback):
             done, total = self._refits
             head += f"  refits {done}/{total}"
         eta = "?" if self._ends_at is None else duration(max(0.0, self._ends_at - time.monotonic()))
-        # After the last fit, Optuna's database and MLflow are updated.
+        # After the last fit, only Optuna's database and MLflow remain to be updated.
         rest = f"ETA {eta}" if self._fits or done < total else "finishing"
         fits = Table.grid(padding=(0, 2))
         for (trial, fold), row in sorted(self._fits.items()):

@@ -16,8 +16,8 @@ from hpsearch.store import lock
 def report(project: ProjectPaths, study_name: str | None, tracking: str | None) -> None:
     """Write the report of a study as one HTML file.
 
-    Its figures are also written as PNG and PDF. The study may be running. All files are added to the study's run in
-    MLflow.
+    The figures are also written as PNG and PDF files, and all files are added to the study's run in MLflow. The
+    command also works while the study is running.
 
     \b
         hpsearch report
@@ -37,11 +37,13 @@ def report(project: ProjectPaths, study_name: str | None, tracking: str | None) 
 @click.command("track")
 @study_options
 @tracking_option
-@click.option("--rebuild", is_flag=True, help="Delete all runs and log them again; your notes and tags are lost.")
+@click.option(
+    "--rebuild", is_flag=True, help="Delete the study's runs and log them again; your notes and tags are lost."
+)
 def track(project: ProjectPaths, study_name: str | None, tracking: str | None, rebuild: bool) -> int:
     """Update MLflow and Optuna's database from the study folders.
 
-    This logs everything that is missing there, for one study or for all.
+    Everything that is missing there is added, for the study given by --study or for all studies.
     """
     from hpsearch.search.optuna_view import OptunaView
     from hpsearch.store.record import no_study

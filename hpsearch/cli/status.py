@@ -24,17 +24,17 @@ if TYPE_CHECKING:
     from hpsearch.store.trials import PruneDecision
 
 WAIT_S = 600.0
-"""Time in seconds that `hpsearch stop` waits for the study to end."""
+"""Longest time in seconds that `hpsearch stop` waits for the study to stop."""
 
 
 @click.command("status")
 @study_options
 @click.option("--trial", type=AT_LEAST_0, metavar="N", help="Show every pruning decision for this trial.")
 def status(project: ProjectPaths, study_name: str | None, trial: int | None) -> None:
-    """Show trials, the best so far, running fits and remaining time.
+    """Show the trials, the best result, running fits and the time left.
 
-    If there are several studies, the running ones are shown, or all if none is running. With --study, every trial is
-    listed with the reason why it ended. With --trial, every decision of the pruner on one trial is shown.
+    If there are several studies, the running ones are shown, or all studies if none is running. With --study, every
+    trial is listed with the reason why it ended. With --trial, every pruning decision for this trial is shown.
     """
     from hpsearch.store.record import no_study
 
@@ -55,7 +55,7 @@ def status(project: ProjectPaths, study_name: str | None, trial: int | None) -> 
 
 
 def _lines(project: ProjectPaths, status: StudyStatus) -> Iterator[str]:
-    """Yield the status of a study line by line, first its heading."""
+    """Yield the lines that describe the status of a study. The first line is the heading."""
     from hpsearch.report.final_record import FinalRecord
     from hpsearch.store.fits import FitRecord
     from hpsearch.store.trials import read_record
@@ -125,7 +125,7 @@ def _show_decisions(record: StudyRecord, number: int) -> None:
 
 def _decision_row(decision: PruneDecision) -> Sequence[str]:
     outcome, reason = "pruned" if decision.drop else "continues", decision.reason
-    # The columns already show the numbers of race decisions, so their reason is left out.
+    # The reason of a decision of the race pruner only repeats numbers in other columns, so it is left out.
     text = outcome if "±" in reason else f"{outcome}: {reason.rpartition(': ')[2]}"
     numbers = (decision.d, decision.se, decision.s, decision.p, decision.against)
     cells = ("" if number is None else f"{number:.2g}" for number in numbers)
@@ -134,13 +134,14 @@ def _decision_row(decision: PruneDecision) -> Sequence[str]:
 
 @click.command("stop")
 @study_options
-@click.option("--trial", type=AT_LEAST_0, metavar="N", help="Prune only this trial; the study continues.")
-@click.option("--now", is_flag=True, help="Do not wait for the end of the current epochs.")
+@click.option("--trial", type=AT_LEAST_0, metavar="N", help="Stop only this trial; the study continues.")
+@click.option("--now", is_flag=True, help="Stop at once, without finishing the current epochs.")
 def stop(project: ProjectPaths, study_name: str | None, trial: int | None, now: bool) -> int:
     """Stop a running study from another terminal or machine.
 
-    The study (or its `final`) stops after a checkpoint. The command waits until it has stopped. If there are several
-    studies, the running one is stopped.
+    The study, or a running `final` of the study, stops after the current epochs. The command waits until it has
+    stopped. Without --study, the only running study is stopped. If several studies are running, none is stopped and
+    --study is required.
 
     \b
         hpsearch stop --study isic2017-64

@@ -19,24 +19,24 @@ from hpsearch.paths import ProjectPaths
 from hpsearch.search.stopping import Stop
 
 LOOKAHEAD = 4
-"""Value of study.lookahead with --deterministic: the number of trials that may run at the same time."""
+"""Value of `study.lookahead` that --deterministic sets. At most this many trials run at the same time."""
 
 
 @click.command("study")
 @options.study_options
 @options.config_options
-@click.option("--trials", type=int, help="Evaluate this many trials, earlier ones included (study.trials).")
+@click.option("--trials", type=int, help="Evaluate this many trials in total, over all runs (study.trials).")
 @options.folds_option(None, "Use k folds, or `fixed` for the dataset's training/validation split.")
 @click.option(
-    "--metric", type=click.Choice(["dice", "jaccard", "iou"]), help="Rank trials by this mean score (iou is jaccard)."
+    "--metric", type=click.Choice(["dice", "jaccard", "iou"]), help="Rank trials by this score (iou means jaccard)."
 )
 @click.option("--sampler", type=click.Choice(module_names("search/samplers")), help="Use this sampler.")
 @click.option("--pruner", type=click.Choice(module_names("search/pruners")), help="Use this pruner.")
 @click.option("--confirm", type=AT_LEAST_0, help="Refit this many top trials; rank them by both fits (default: 5).")
-@click.option("--groups", metavar="FILE.csv", help="Keep the images of a group in one fold; FILE names the groups.")
+@click.option("--groups", metavar="FILE.csv", help="Keep all images of a group in one fold; FILE lists the groups.")
 @click.option("--group-duplicates", is_flag=True, help="Keep near-duplicate images in one fold.")
 @click.option("--allow-microbatch", is_flag=True, hidden=True, expose_value=False)
-@click.option("--workers", type=AT_LEAST_1, help="Use this many workers (default: measured, 1 to 4 per device).")
+@click.option("--workers", type=AT_LEAST_1, help="Use this many workers (default: 1 to 4 per device, as measured).")
 @options.machine_options
 @click.option("--hours", type=click.FloatRange(min=0, min_open=True), help="Stop after this many hours (resumable).")
 @click.option(
@@ -44,7 +44,7 @@ LOOKAHEAD = 4
     multiple=True,
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     metavar="FILE.toml",
-    help="Try the configuration in this file next; settings not in the file keep their defaults.",
+    help="Evaluate the configuration in this file next; other settings keep the study's values. Repeatable.",
 )
 @click.option(
     "--deterministic",
@@ -57,6 +57,8 @@ def study(
     project: ProjectPaths, settings: Settings, study_name: str | None, enqueue: tuple[Path, ...], **more: Any
 ) -> int:
     """Search for the best configuration by cross-validation. The same command continues a stopped search.
+
+    Without --study, the study is named after the TOML file of its configuration, or after the folder of its images.
 
     \b
         hpsearch study --trials 50 --folds 5
@@ -86,9 +88,10 @@ def train(
 ) -> int:
     """Train one configuration without a search.
 
-    The network is trained on the training split and scored on the validation split, or cross-validated on k folds.
-    This is a study of one trial: it is recorded and logged to MLflow, and the same command continues it. The TOML may
-    be that of a trial (MLflow's artifact trial.toml) or of a study, whose search space is then ignored.
+    By default, the network is trained on the training split and scored on the validation split. With --folds 5, the
+    configuration is evaluated by 5-fold cross-validation. The result is a study with one trial. It is stored and
+    logged to MLflow like any other study, and the same command continues it. The TOML file may be that of a trial
+    (such as the artifact trial.toml in MLflow) or of a study, whose search space is then ignored.
 
     \b
         hpsearch train --config trial.toml

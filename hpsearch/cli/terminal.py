@@ -59,7 +59,7 @@ def counter(text: str) -> Callable[[int, int], None]:
 
 
 def write_to_stderr(text: str) -> None:
-    """Write a separate line to standard error. It is safe to call in a signal handler, even during a print."""
+    """Write a line to standard error. This is safe in a signal handler, even if it has interrupted a print."""
     with contextlib.suppress(OSError):
         os.write(2, f"\n{text}\n".encode())
 
@@ -68,7 +68,8 @@ def write_to_stderr(text: str) -> None:
 def stop_on_signals(stop: Stop, show: Callable[[str], None] = write_to_stderr) -> Iterator[None]:
     """Convert SIGINT, SIGTERM and SIGHUP to stop requests while the `with` block runs.
 
-    `show` is called in the signal handler with a message for the user. The handler may have interrupted any code.
+    `show` is called in the signal handler with a message for the user. It must not use buffered output, because the
+    handler may have interrupted a print.
     """
 
     def request(number: int, _frame: object) -> None:
@@ -96,9 +97,9 @@ def stop_on_signals(stop: Stop, show: Callable[[str], None] = write_to_stderr) -
 def protect_streams() -> None:
     """Treat closed standard streams and pipes without a reader like /dev/null.
 
-    A study continues after the reader of its output has exited. The descriptor of a closed stream must not be reused
-    by the next file that is opened, because all printed text would be written to that file. Characters that the
-    terminal cannot show are escaped.
+    With this, a study continues after the reader of its output has exited. The descriptor of a closed stream is
+    occupied, because otherwise the next file that is opened would get it, and all printed text would be written to
+    that file. Characters that the terminal cannot show are escaped.
     """
     for descriptor in range(3):
         try:
@@ -120,7 +121,7 @@ def protect_streams() -> None:
 
 
 class _Output(io.FileIO):
-    """Output to a file descriptor that ignores write errors if the reader has exited."""
+    """Raw output stream that ignores write errors after its reader has exited."""
 
     def write(self, content: Any, /) -> int:
         try:

@@ -1,4 +1,4 @@
-"""Settings of the data and of augmentation. Does not import torch, because the coordinator imports this module."""
+"""Data and augmentation settings. Does not import torch, so that commands start fast."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
@@ -9,7 +9,7 @@ from hpsearch.user_files import printable, text_fault
 
 Color = Literal["rgb", "grayscale"]
 LOCATIONS = ("root", "images", "masks", "test_list", "groups", "cache_dir")
-"""Names of the data settings that are paths of a file or folder."""
+"""Names of the data settings whose values are paths of files or folders."""
 
 GRAY_WEIGHTS = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in the conversion to grayscale (luma of ITU-R BT.601)."""
@@ -20,51 +20,56 @@ class DataConfig:
     """Settings of the images: where they are, their size, and how they are cached."""
 
     root: str = "ISIC-2017"
-    """Folder of the dataset, in either layout of ISIC-2017; `sample` selects the built-in dataset."""
+    """Folder of the dataset. It contains the unpacked archives of ISIC-2017, or one folder per split (`train`,
+    `validation`, `test`). `sample` selects the built-in synthetic dataset."""
     images: str = ""
-    """Folder of your own images. Requires `masks`; `root` is then ignored."""
+    """Folder of your own images, which are used instead of `root`. Requires `masks`."""
     masks: str = ""
-    """Folder of the masks of `images`. A mask is matched to its image by the file name without extension."""
+    """Folder of the masks of `images`. Files are matched by name, without the extension and `mask_suffix`."""
     mask_suffix: str = ""
-    """Suffix that a mask's file name adds to the name of its image, such as `_segmentation`; empty: detected."""
+    """Text after the image's name in the file name of its mask, such as `_segmentation`; empty: detected."""
     test_share: float = 0.2
-    """Fraction of your own images in the test split, which is drawn at random with seed 0."""
+    """Fraction of your own images in the test split. The images are selected by a hash of their names, independently
+    of `study.seed`."""
     test_list: str = ""
-    """Text file with one image id per line, which defines the test split of your own images; replaces
+    """Text file that lists the test images of your own dataset, one file name per line. Used instead of
     `test_share`."""
     size: Size = 572
-    """Height and width of the images that the network sees; a single number sets both."""
+    """Height and width of the images that the network sees, in pixels; a single number sets both."""
     color: Color = "rgb"
     """Colour mode of the images that the network sees. Both modes use the same cache."""
     match: Literal["resize", "crop"] = "resize"
-    """How an image is fitted to `size`: by resizing or by cropping. `resize_mode` is an alias of this setting."""
+    """How an image is fitted to `size`: `resize` changes its resolution, `crop` cuts out a window. `resize_mode` is
+    an alias of this setting."""
     exif: Literal["auto", "apply", "ignore"] = "auto"
-    """How the EXIF orientation of the files is treated. `auto` decides by the sizes of the pool's images and masks,
-    and applies the orientation if the sizes are inconclusive."""
+    """Whether the EXIF orientation of images and masks is applied. `auto` selects the option with which image and
+    mask have the same size in more pairs, and `apply` in case of a tie."""
     max_value: int = 0
-    """Pixel value that is mapped to 255 in images of more than 8 bits. 0 selects the smallest of 255, 1023, 4095,
-    16383 and 65535 that no pixel of the pool exceeds."""
+    """Pixel value that is scaled to 255 in images of more than 8 bits per channel. 0: the smallest of 255, 1023,
+    4095, 16383 and 65535 that no training or validation image exceeds."""
     cache: Literal["auto", "memory", "files", "memmap", "none"] = "auto"
-    """Where decoded images are cached."""
+    """How decoded images are cached: in memory-mapped files (`memmap`), in one file per image (`files`), in the
+    memory of each process (`memory`), or not at all (`none`). `auto` prefers `memmap` if the disk has the space."""
     cache_size: Size = 0
-    """Size of the cached images, from which `augment.crop` takes random crops of `size`; 0: the same as `size`."""
+    """Size of the cached images, from which `augment.crop` cuts out windows of `size`; 0: the same as `size`."""
     cache_dir: str = ""
     """Folder for the caches; empty: `cache/` in the project folder."""
     n_search_train: int = 0
-    """Number of training images to use in the search (the first n); 0: all."""
+    """Use only the first n training images, sorted by name, in the search; 0: all."""
     n_search_validation: int = 0
-    """Number of validation images to use in the search (the first n); 0: all."""
+    """Use only the first n validation images, sorted by name, in the search; 0: all."""
     n_final_train: int = 0
-    """Number of pool images to use in `final` (the first n); 0: all."""
+    """Use only the first n images for training in `hpsearch final`: first the training images, then the validation
+    images, each sorted by name; 0: all."""
     n_final_test: int = 0
-    """Number of test images to use in `final` (the first n); 0: all."""
+    """Score only the first n test images, sorted by name, in `hpsearch final`; 0: all."""
     groups: str = ""
-    """CSV file with the column `image` and one group column, such as the patient or lesion. All images of a group are
-    put in the same fold."""
+    """CSV file with two columns: `image`, and one that names the group of each image, such as its patient or lesion.
+    All images of a group are put in the same fold."""
     group_duplicates: bool = False
     """Whether to keep near-duplicate images in the same fold."""
     exclude_bad: bool = False
-    """Whether to exclude images with errors; otherwise the dataset is refused."""
+    """Whether to exclude images with errors. If false, a dataset with such images is rejected."""
 
     def __post_init__(self) -> None:
         check_size("data.size", self.size)
@@ -120,7 +125,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Settings of the random augmentation of training batches; 0 disables an operation."""
+    """Settings of the random augmentation of training images; 0 or false disables an operation."""
 
     hflip: float = 0.5
     """Probability of flipping image and mask horizontally."""
@@ -131,13 +136,13 @@ class AugmentConfig:
     scale: float = 0.0
     """Largest relative zoom: image and mask are scaled by a factor from 1 - scale to 1 + scale."""
     crop: bool = False
-    """Whether to take new random crops of `data.size` in each epoch from cached images of `data.cache_size`."""
+    """Whether to cut out new random windows of `data.size` in each epoch, from cached images of `data.cache_size`."""
     brightness: float = 0.0
-    """Largest relative change of brightness, by a factor from 1 - brightness to 1 + brightness."""
+    """Largest relative change of brightness: the factor ranges from 1 - brightness to 1 + brightness."""
     contrast: float = 0.0
-    """Largest relative change of contrast, by a factor from 1 - contrast to 1 + contrast."""
+    """Largest relative change of contrast: the factor ranges from 1 - contrast to 1 + contrast."""
     saturation: float = 0.0
-    """Largest relative change of saturation, by a factor from 1 - saturation to 1 + saturation."""
+    """Largest relative change of saturation: the factor ranges from 1 - saturation to 1 + saturation."""
     hue: float = 0.0
     """Largest shift of the hue in either direction, as a fraction of the colour circle (at most 0.5)."""
     blur: float = 0.0

@@ -1,4 +1,4 @@
-"""Settings of the network. Does not import torch, because the coordinator imports this module."""
+"""Network settings. Does not import torch, so that commands start fast."""
 
 import dataclasses
 from typing import Annotated, Any, Literal
@@ -17,25 +17,25 @@ class UNetConfig:
 
     network: Annotated[str, _NETWORK] = "unet"
     """Network to train: the name of a module in `hpsearch/models/networks/`. A network other than `unet` uses only
-    those settings below that apply to it."""
+    those of the settings below that apply to it."""
     base_channels: int = 64
-    """Number of channels of the first stage. Each further stage has twice as many as the stage above it."""
+    """Number of channels of the first stage. The number doubles with each down-sampling."""
     depth: int = 4
-    """Number of down-samplings."""
+    """Number of down-sampling steps."""
     stacking: int = 2
     """Number of convolutions per stage."""
     kernel_size: int = 3
     """Side length of the convolution kernels in pixels; must be odd."""
     padding: Literal["same", "valid"] = "same"
-    """Padding of the convolutions. With `valid`, as in the paper, each convolution removes a border."""
+    """Padding of the convolutions. `valid` adds none, as in the paper, so that each convolution trims the borders."""
     norm: Literal["none", "batch", "group", "instance"] = "batch"
-    """Normalisation after each convolution. The report uses `none`."""
+    """Normalisation after each convolution. The built-in configurations `report-fig*` use `none`."""
     input_norm: Literal["none", "image"] = "image"
     """Additional normalisation of the input. `image` standardises each image by its own mean and standard deviation
-    per channel. The report uses `none`."""
+    per channel. The built-in configurations `report-fig*` use `none`."""
     init: Literal["xavier", "torch"] = "xavier"
     """Initial weights. `xavier`: Xavier initialisation for convolutions and bilinear interpolation for transposed
-    convolutions, as in the report. `torch`: torch's defaults."""
+    convolutions. `torch`: the defaults of PyTorch."""
 
     def __post_init__(self) -> None:
         _NETWORK.check("unet.network", self.network)

@@ -1,4 +1,4 @@
-"""Settings of the search: evaluation protocol, budget and search space. Imports neither Optuna nor torch."""
+"""Search settings: evaluation protocol, budget and search space. Imports neither Optuna nor torch."""
 
 import math
 from collections.abc import Mapping
@@ -20,22 +20,22 @@ class StudySettings:
     folds: int | Literal["fixed"] = 5
     """Number of cross-validation folds. `fixed`: train on the training split and score the validation split."""
     metric: Literal["dice", "jaccard"] = "dice"
-    """Score of an image. The value of a trial is the mean over images. `iou` is an alias of `jaccard`."""
+    """Score whose mean over the held-out images ranks the trials. `iou` is an alias of `jaccard`."""
     seed: int = 0
-    """Seed for the folds, the sampler and the fits."""
+    """Seed for the folds, the sampler and the fits, for random crops in a cache, and for `hpsearch data augment`."""
     sampler: Annotated[str, _SAMPLER] = "tpe"
     """Sampler that suggests configurations: the name of a module in `hpsearch/search/samplers/`."""
     startup_trials: int = 10
-    """Number of random trials before TPE starts to model the search space."""
+    """Number of random trials before the sampler starts to use the results of earlier trials."""
     pruner: Annotated[str, _PRUNER] = "race"
     """Pruner that stops trials early: the name of a module in `hpsearch/search/pruners/`."""
     lookahead: int = 0
-    """Lag L: trial n is suggested and pruned using only the results of the trials up to n - L, so that the number of
-    workers does not change the result. 0: all results so far are used."""
+    """If this is L > 0, trial n is suggested and pruned with only the results of the trials up to n - L, so that the
+    result does not depend on the number of workers. 0: all results so far are used."""
     eval_size: Size = 0
-    """Size at which scores are computed; 0: `data.size`. Required if `data.size` is searched."""
+    """Height and width at which scores are computed; 0: `data.size`. Required if `data.size` is searched."""
     confirm: int = 5
-    """Number of configurations to refit after the search, for a final ranking and an unbiased estimate; 0: none."""
+    """Number of top trials to refit with new seeds after the search, to rank them by both fits; 0: none."""
 
     def __post_init__(self) -> None:
         check_at_least("study", self, 1, "trials")
@@ -66,7 +66,7 @@ class Choice:
 
     @property
     def extremes(self) -> tuple[Any, ...]:
-        """Values to validate: all of them."""
+        """Values that are validated, and shown by `hpsearch plan`: all of them."""
         return self.values
 
     def key(self, value: Any) -> Any:
@@ -78,7 +78,7 @@ class Choice:
         return value in self.values
 
     def nearest(self, value: Any) -> Any:
-        """Return the value closest to a number, or the smaller one if two are equally close.
+        """Return the one of the values that is closest to `value`, or the smaller one if two are equally close.
 
         Returns the first value if `value` or one of the values is not a number.
         """
@@ -95,7 +95,8 @@ class Choice:
 class Range:
     """Dimension of the search space from `low` to `high`, both included.
 
-    Its values are integers if both bounds are.
+    Its values are integers if both bounds are. `step` is the distance between neighbouring values; None means 1 for
+    integers, and otherwise any value in the range. `log` means that values are sampled on a logarithmic scale.
     """
 
     low: int | float
@@ -118,7 +119,7 @@ class Range:
 
     @property
     def extremes(self) -> tuple[Any, ...]:
-        """Values to validate: the two ends of the range."""
+        """Values that are validated, and shown by `hpsearch plan`: the two ends of the range."""
         return self.low, self.high
 
     @property
@@ -138,7 +139,7 @@ class Range:
         return is_inside and math.isclose(self.nearest(value), value, abs_tol=1e-12)
 
     def nearest(self, value: Any) -> int | float:
-        """Return the value of the range that is closest to a number, or `low` if `value` is not a number."""
+        """Return the value in the range that is closest to `value`, or `low` if `value` is not a number."""
         if not _is_number(value):
             return self.low
         inside = min(max(value, self.low), self.high)

@@ -21,16 +21,16 @@ SECTIONS: dict[str, type] = {
     "study": StudySettings,
 }
 ALIASES = {"data.resize_mode": "data.match"}
-"""Aliases of settings, mapped to the names of the settings."""
+"""Maps the alias of a setting to the full name of the setting."""
 REMOVED = {"study.allow_microbatch"}
-"""Settings of version 0.1 that have no effect any more. They are accepted, because its files contain them."""
+"""Settings of version 0.1 that no longer have an effect. They are accepted, because old files contain them."""
 NOT_SEARCHABLE = {f"data.{f.name}" for f in fields(DataConfig)} - {"data.size", "data.color"}
 """Data settings that cannot be searched, because scores are comparable only between trials that share them. For
 example, resized images are scored as a whole, but cropped images only in their centre."""
 Table = dict[str, Any]
 _type_hints = functools.cache(functools.partial(get_type_hints, include_extras=True))
 OnNote = Callable[[str], None]
-"""Callback that is called with a note for the user, one sentence."""
+"""Callback, called with a one-sentence note for the user."""
 
 
 def setting_names() -> list[str]:
@@ -50,7 +50,10 @@ def annotation_of(name: str) -> Any:
 
 
 def unknown_name(name: str, known: Sequence[str], kind: str) -> ConfigError:
-    """Return an error that suggests the most similar name, or lists the known names if none is similar."""
+    """Return the error for an unknown name: it suggests the most similar name, or lists `known` if none is similar.
+
+    `kind` says what the name should be, such as `key`.
+    """
     # Look for the same or a similar key in all sections.
     by_key = {each.rpartition(".")[2]: each for each in [*setting_names(), *known]}
     close = difflib.get_close_matches(name.rpartition(".")[2], by_key, n=1)
@@ -99,7 +102,7 @@ def apply_overrides(table: Mapping[str, Any], overrides: Iterable[str], *, on_no
 
 
 def flatten_search(search: Mapping[str, Any]) -> Table:
-    """Return the search space by full names, read from `"unet.depth" = [...]` or `[search.unet]`."""
+    """Return the dimensions by full name. TOML writes them as `"unet.depth" = [...]` or in `[search.unet]`."""
     flat: Table = {}
     for name, value in search.items():
         is_section = name in SECTIONS and isinstance(value, Mapping)
@@ -118,7 +121,10 @@ def _split(override: str) -> tuple[str, str]:
 
 
 def _move_default(table: Table, name: str, shown: str, note: OnNote) -> None:
-    """Move the default of a searched setting to the nearest value of its dimension if it lies outside."""
+    """Move the default of a searched setting to the nearest value of its dimension if it lies outside.
+
+    `shown` is the text of the dimension for the note.
+    """
     section, _, key = name.partition(".")
     dimension = parse_dimension(name, table["search"][name])
     default = table.get(section, {}).get(key, getattr(SECTIONS[section](), key))

@@ -95,7 +95,7 @@ class StudyConfig:
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> Self:
-        """Return the configuration that nested tables describe. Raises ConfigError with the name of a wrong key."""
+        """Return the configuration in the nested tables. Raises ConfigError with the name of a wrong key."""
         known = [*SECTIONS, "search"]
         if unknown := [name for name in table if name not in known]:
             raise sections.unknown_name(unknown[0], known, "section")
@@ -122,7 +122,7 @@ class StudyConfig:
 
     def to_toml(self) -> str:
         """Return the configuration as TOML, which `load` can read."""
-        # Imported here because a fit does not use TOML.
+        # Imported here, because processes that only run fits do not need it.
         import tomli_w
 
         table = {**self.to_dict(), "unet": self.unet.to_dict()}
@@ -131,7 +131,7 @@ class StudyConfig:
         return tomli_w.dumps(table)
 
     def to_sealed_toml(self) -> str:
-        """Return `to_toml` after a line with its checksum, so that `load` can detect a truncated or edited file."""
+        """Return the TOML after a line with its checksum, so that `load` can detect a truncated or edited file."""
         text = self.to_toml()
         return f"{_SEAL}{sha256_text(text)}\n{text}"
 
@@ -160,7 +160,7 @@ def load_config(path: Path | None, overrides: Iterable[str] = (), *, on_note: On
     try:
         return from_dict(sections.apply_overrides(table, overrides, on_note=on_note))
     except ConfigError as error:
-        # With overrides, the file may not be the cause.
+        # With overrides, the file may not be the cause, so do not name it.
         raise ConfigError(str(error) if path is None or overrides else f"{path}: {error}") from error
 
 

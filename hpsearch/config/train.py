@@ -1,4 +1,4 @@
-"""Settings of training. Does not import torch, because the coordinator imports this module."""
+"""Training settings. Does not import torch, so that commands start fast."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -10,7 +10,7 @@ _LOSS = ModuleName("training/losses", is_sum=True)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Settings of training: epochs, loss, optimizer and precision of a fit."""
+    """Training settings: epochs, loss, optimizer and precision of a fit."""
 
     epochs: int = 20
     """Number of passes over the training images."""
@@ -19,13 +19,14 @@ class TrainConfig:
     lr: float = 0.01
     """Initial learning rate."""
     loss: Annotated[str, _LOSS] = "bce+dice"
-    """Loss, or a sum of losses: names of modules in `hpsearch/training/losses/`. The report uses `bce`."""
+    """Loss, or a sum of losses joined by `+`. Each one is the name of a module in `hpsearch/training/losses/`. The
+    built-in configurations `report-fig*` use `bce`."""
     smooth: float = 1.0
-    """Smoothing term of the Dice and Jaccard losses, in pixels."""
+    """Term that is added to numerator and denominator of the Dice and Jaccard losses, in pixels."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    """Optimizer: SGD with momentum, or AdamW, which needs a learning rate near 0.001."""
+    """Optimizer. `sgd`: SGD with momentum. `adamw`: AdamW, which needs a learning rate near 0.001."""
     momentum: float = 0.9
-    """Momentum of SGD. The report uses none."""
+    """Momentum of SGD. The built-in configurations `report-fig*` use 0."""
     weight_decay: float = 0.0
     """Weight decay of either optimizer."""
     schedule: Literal["cosine", "constant"] = "cosine"

@@ -36,7 +36,7 @@ def check_size(setting: str, size: Size) -> None:
 
 
 def check_between(section: str, settings: object, low: float, **maximums: float) -> None:
-    """Raise ConfigError if one of the named settings is not between `low` and its maximum."""
+    """Raise ConfigError unless every setting in `maximums` is between `low` and its maximum."""
     for name, high in maximums.items():
         value = getattr(settings, name)
         least = f"be at least {low}" if high == math.inf else f"lie between {low} and {high}"
@@ -44,7 +44,7 @@ def check_between(section: str, settings: object, low: float, **maximums: float)
 
 
 def check_at_least(section: str, settings: object, low: float, *names: str) -> None:
-    """Raise ConfigError if one of the named settings is below `low`."""
+    """Raise ConfigError if one of the settings `names` is below `low`."""
     check_between(section, settings, low, **dict.fromkeys(names, math.inf))
 
 
@@ -80,9 +80,9 @@ class ModuleName:
 
 
 def convert(value: Any, annotation: Any, name: str) -> Any:
-    """Convert `value` to the annotated type: an int to a float, or a list to a tuple.
+    """Return `value` as the annotated type. Only an int is converted to a float, and a list to a tuple.
 
-    Raises ConfigError with the name of the setting for a value of any other type.
+    Raises ConfigError, naming the setting `name`, for a value of any other type.
     """
     try:
         return _convert(value, annotation)

@@ -1,7 +1,7 @@
 """Augment training batches. A batch of images and masks is augmented as a whole on its device.
 
-`draw_changes` draws the random numbers of a whole epoch in advance on the CPU, so batches do not wait for them. Only
-the pixel noise depends on the device. If only flips and crops are used, images stay (B, H, W, 3) uint8. All other
+`draw_changes` draws the random numbers for a whole epoch in advance on the CPU, so batches do not wait for them. Only
+the pixel noise is drawn on the device. If only flips and crops are used, images stay (B, H, W, 3) uint8. All other
 changes are computed on (B, 3, H, W) float32, because elementwise operations are faster with a long inner dimension.
 """
 
@@ -29,29 +29,29 @@ _GRAY = (0.2989, 0.587, 0.114)
 
 @dataclass(frozen=True)
 class Changes:
-    """Augmentation parameters of n images.
+    """Augmentation parameters for n images.
 
-    hflip, vflip            bool, whether the image is flipped left to right, top to bottom
+    hflip, vflip            bool, whether the image is flipped left to right (hflip) or top to bottom (vflip)
     brightness              factor applied to all channels
     contrast                factor applied to the difference from the image's mean gray
     saturation              factor applied to the difference from each pixel's gray
-    hue                     shift as a fraction of the colour circle
+    hue                     shift of the hue as a fraction of the colour circle
     rotate                  angle in radians, counter-clockwise as displayed
-    scale                   zoom factor, enlarges if above 1
+    scale                   zoom factor; values above 1 enlarge the image
     top, left               first row and column of the crop, int64, on the CPU
     blur                    standard deviation in pixels
-    noise                   standard deviation for images scaled to 0..1
+    noise                   standard deviation, relative to pixel values from 0 to 1
     """
 
     values: dict[str, Tensor]
-    """Parameters by name, each a tensor (n,). Changes that are switched off are missing."""
+    """Maps the name of each parameter to a tensor (n,). Parameters of disabled changes are absent."""
     blur_radius: int = 0
-    """Radius of the blur kernel in pixels, large enough for the largest `blur`."""
+    """Radius of the blur kernel in pixels: three standard deviations of the strongest blur in the settings."""
     noise_seed: int = 0
-    """Seed of the noise. A slice adds the index of its first image."""
+    """Seed of the noise. `changes[a:b]` adds `a` to it, so that each batch gets different noise."""
 
     def __getitem__(self, rows: slice) -> Changes:
-        """Return the parameters of a slice of the images."""
+        """Return the parameters for a slice of the images."""
         values = {name: value[rows] for name, value in self.values.items()}
         return replace(self, values=values, noise_seed=self.noise_seed + (rows.start or 0))
 
@@ -65,10 +65,10 @@ def draw_changes(
     to_size: tuple[int, int],
     device: torch.device | str = "cpu",
 ) -> Changes:
-    """Draw the augmentation parameters of `n_images` images and move them to `device`.
+    """Draw the augmentation parameters for `n_images` images and move all but `top` and `left` to `device`.
 
-    The images have the size `from_size` before and `to_size` after augmentation (height, width). Switching one kind
-    of change on or off does not affect the random numbers of the others.
+    The images have the size `from_size` (height, width) before augmentation and `to_size` after it. Switching one
+    kind of change on or off does not affect the random numbers of the others.
 
     Raises CacheError if the sizes differ and `config.crop` is off, or if the images are smaller than the crop.
     """
@@ -100,8 +100,8 @@ def draw_changes(
 def augment_batch(images: Tensor, masks: Tensor, changes: Changes, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Augment images (B, H, W, 3) uint8 and masks (B, H, W) uint8 and return them at `size` (height, width).
 
-    If only flips and crops are used, the images are returned as (B, H, W, 3) uint8. Otherwise they are returned as
-    (B, 3, H, W) float32 with values from 0 to 255. The masks are uint8 with values 0 and 1.
+    If `changes` has only flips and crops, the images are returned as (B, H, W, 3) uint8. Otherwise they are returned
+    as (B, 3, H, W) float32 with values from 0 to 255. The masks are uint8 with values 0 and 1.
     """
     values = changes.values
     if values.keys() & {"rotate", "scale"}:
@@ -124,7 +124,7 @@ def augment_batch(images: Tensor, masks: Tensor, changes: Changes, size: tuple[i
 
 
 def crop(batch: Tensor, top: Tensor, left: Tensor, size: tuple[int, int]) -> Tensor:
-    """Crop each image of `batch` (B, H, W, ...) to `size` (height, width) at its own `top` and `left`, each (B,)."""
+    """Crop each image of `batch` (B, H, W, ...) to `size`. `top` and `left` (B,) are the corners of the crops."""
     # On a CPU, slicing image by image is 20 times faster than one indexing operation on the batch.
     corners = zip(batch, top.tolist(), left.tolist(), strict=True)
     return torch.stack([image[row : row + size[0], column : column + size[1]] for image, row, column in corners])
@@ -133,9 +133,9 @@ def crop(batch: Tensor, top: Tensor, left: Tensor, size: tuple[int, int]) -> Ten
 def jitter_color_(planes: Tensor, values: Mapping[str, Tensor]) -> Tensor:
     """Adjust brightness, contrast, saturation and hue of `planes` (B, 3, H, W) float32 with values from 0 to 255.
 
-    The operations are the same as in `torchvision.transforms.v2.functional` for floats, but with one factor per
-    image. Values are clamped after each step. `planes` is modified in place. Use the returned tensor, because the hue
-    shift returns a new one.
+    `values` maps the names of the changes to one factor (B,) per image (see `Changes`). Otherwise, the operations are
+    the same as in `torchvision.transforms.v2.functional` for floats. Values are clamped after each step. `planes` is
+    modified in place. Use the returned tensor, because the hue shift returns a new one.
     """
     if "brightness" in values:
         planes.mul_(_each(values["brightness"])).clamp_(0, 255)
@@ -147,13 +147,13 @@ def jitter_color_(planes: Tensor, values: Mapping[str, Tensor]) -> Tensor:
 
 
 def blur(planes: Tensor, sigma: Tensor, radius: int) -> Tensor:
-    """Blur `planes` (B, 3, H, W) with a Gaussian of `sigma` (B,) pixels per image, truncated at `radius`.
+    """Blur `planes` (B, 3, H, W) with Gaussian kernels of `sigma` (B,) pixels, one per image.
 
-    Images are reflected at the borders.
+    The kernels are truncated at `radius` pixels. Images are reflected at the borders.
     """
     radius = min(radius, planes.shape[2] - 1, planes.shape[3] - 1)
     offsets = torch.arange(-radius, radius + 1, device=planes.device)
-    # At the smallest sigma, 0.05, the weights of the neighbours are 0 and the image is unchanged.
+    # Avoid a division by 0. At a sigma of 0.05 the neighbours' weights round to 0, so the image is unchanged.
     weights = torch.exp(-0.5 * (offsets / sigma.clamp_min(0.05)[:, None]) ** 2)
     weights = weights / weights.sum(1, keepdim=True)
     for axis, padding in ((2, (0, 0, radius, radius)), (3, (radius, radius, 0, 0))):
@@ -173,8 +173,8 @@ def _as_planes(images: Tensor) -> Tensor:
 
 
 def _flip(batch: Tensor, flags: Tensor, axis: int) -> Tensor:
-    """Flip the images along `axis` whose flag is set."""
-    # Copying whole images is 4 times faster than `where`.
+    """Flip each image whose entry in `flags` (B,) is True along `axis`."""
+    # Selecting whole images is 4 times faster than `torch.where`.
     both = torch.cat((batch, batch.flip(axis)))
     choice = torch.arange(len(batch), device=batch.device) + len(batch) * flags
     return both.index_select(0, choice)
@@ -185,9 +185,10 @@ def _warp(
 ) -> tuple[Tensor, Tensor]:
     """Rotate, zoom, flip and crop images and masks in one resampling step.
 
-    Images are sampled bilinearly, masks with nearest neighbour. Both are reflected beyond the border. The output
-    pixel at (x, y) relative to the centre is sampled at R(angle) (x, y) / zoom relative to the centre of the crop.
-    The positions are computed elementwise, because a GPU rounds matrix products to TF32.
+    Images are sampled bilinearly, masks by nearest neighbour. Both are reflected beyond the border. An output pixel
+    at offset (x, y) from the centre of the output is sampled at offset R(angle) (x, y) / zoom from the centre of the
+    crop, where R(angle) is the rotation matrix. Positions are computed elementwise, because a GPU rounds matrix
+    products to TF32.
     """
     height, width = images.shape[1:3]
     device = images.device
@@ -207,7 +208,7 @@ def _warp(
         return (first[:, None] * x)[:, None, :] + (second[:, None] * y)[:, :, None] + centre[:, None, None]
 
     columns, rows = along(cos, -sin, centre_x), along(sin, cos, centre_y)
-    # In grid_sample, -1 and 1 are the outer edges of the image.
+    # With align_corners=False, -1 and 1 are the outer edges of the image.
     grid = torch.stack((columns * (2 / width) - 1, rows * (2 / height) - 1), dim=-1)
     planes = F.grid_sample(_as_planes(images), grid, mode="bilinear", padding_mode="reflection", align_corners=False)
     truth = masks.to(torch.float32).unsqueeze(1)
@@ -239,12 +240,12 @@ def _shift_hue(planes: Tensor, shift: Tensor) -> Tensor:
     red, green, blue = planes.unbind(1)
     value = torch.maximum(torch.maximum(red, green), blue)
     chroma = value - torch.minimum(torch.minimum(red, green), blue)
-    # 0 where the channel is the largest, else 1. At these weights lerp is exact, and it is much faster than `where`.
+    # 0 where the channel is the largest, else 1. With these weights, lerp is exact and much faster than `where`.
     not_red, not_green = (value - red).sign_(), (value - green).sign_()
     largest_green = (blue - red).add_(chroma, alpha=2)
     largest_blue = (red - green).add_(chroma, alpha=4)
     sextant = torch.lerp(green - blue, torch.lerp(largest_green, largest_blue, not_green), not_red)
-    # The hue of a gray pixel has no effect, because its chroma is 0.
+    # Avoid 0 / 0 for gray pixels. Their hue has no effect, because their chroma is 0.
     sextant.div_(chroma.clamp_min(1e-6)).add_(6 * shift.view(-1, 1, 1))
     turned = torch.empty_like(planes)
     for channel, offset in enumerate((5, 3, 1)):
@@ -255,9 +256,9 @@ def _shift_hue(planes: Tensor, shift: Tensor) -> Tensor:
 
 
 def _add_noise_(planes: Tensor, sigma: Tensor, seed: int) -> None:
-    """Add Gaussian noise with standard deviation 255 * `sigma` (B,) in place, clamped to 0..255.
+    """Add Gaussian noise with standard deviation 255 * `sigma` (B,) to `planes` in place, and clamp them to 0..255.
 
-    The noise is drawn on the device to avoid a copy.
+    The noise is drawn on the device, so that it need not be copied there.
     """
     generator = torch.Generator(planes.device).manual_seed(seed)
     noise = torch.randn(planes.shape, device=planes.device, generator=generator)

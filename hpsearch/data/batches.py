@@ -1,10 +1,10 @@
-"""Yield batches on the device for training and evaluation.
+"""Yield batches for training and evaluation on the device.
 
 The order and the augmentation of training batches depend only on the seed and the epoch.
 
 A batch is gathered as uint8, augmented as a whole (augment.py) and normalised with one multiply-add, so there is no
-Python loop over images. Batches stay (B, H, W, 3) until the end. A permutation then gives channels-last (B, C, H, W)
-without a copy.
+Python loop over images. Batches stay (B, H, W, 3) until the end. Permuting the axes then gives channels-last
+(B, C, H, W) without a copy.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ from hpsearch.data.cache import Cache, Normalization
 from hpsearch.errors import CacheError, DatasetError
 
 RESIDENT_SHARE = 0.25
-"""Maximum share of a GPU's free memory used for images. The rest is left for the network."""
+"""Maximum share of a GPU's free memory that is used for images. The rest is left for the network."""
 
 
 class Batch(NamedTuple):
@@ -37,11 +37,11 @@ class DeviceData:
     """Images and masks of one cache, served as uint8 batches on a device.
 
     On a CUDA device, all images are copied to the GPU once if they fit into `resident_share` of its free memory.
-    Otherwise each batch is copied through pinned memory while the GPU computes. On the CPU, each batch is copied once
-    from the memory-mapped file.
+    Otherwise each batch is copied through pinned memory while the GPU computes. On the CPU, each batch is read from
+    the cache.
 
-    `truth` is an optional second cache of the same images, at the size used for evaluation. If it is given,
-    `eval_batches` yields its masks instead of the masks of `cache`.
+    `truth` is an optional second cache of the same images, at the size at which predictions are scored. If it is
+    given, `eval_batches` yields its masks instead of those of `cache`.
     """
 
     def __init__(
@@ -75,9 +75,10 @@ class DeviceData:
     def stream(
         self, batches: Sequence[NDArray[np.int64]], *, held_out: bool = False
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield images (B, H, W, 3) and masks (B, H, W), uint8 on the device, for each array of cache indices.
+        """Yield the images (B, H, W, 3) and masks (B, H, W) of each batch, uint8 on the device.
 
-        `held_out` is described in `Cache.read`. The tensors are copies, so the caller may modify them in place.
+        Each item of `batches` contains the cache indices of one batch. `held_out` is described in `Cache.read`. The
+        tensors are copies, so the caller may modify them in place.
         """
         if not batches:
             return
@@ -96,7 +97,7 @@ class DeviceData:
         tensor = torch.from_numpy(array)
         if self.device.type != "cuda":
             return tensor.to(self.device)
-        # The allocator reuses a block of pinned memory only after the copy from this block has finished.
+        # The pinned tensor may be freed at once: its memory is reused only after the copy from it has finished.
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
 
@@ -111,11 +112,12 @@ def train_batches(
     normalization: Normalization,
     size: tuple[int, int],
 ) -> Iterator[Batch]:
-    """Yield the augmented training batches of one epoch in random order, at `size` (height, width).
+    """Yield the augmented training batches of one epoch, at `size` (height, width).
 
-    The order and the augmentation are drawn from a new generator seeded with (seed, epoch), so an epoch does not
-    depend on earlier epochs. An incomplete last batch is dropped unless it is the only batch, because its few images
-    would count as much as a full batch in the optimiser step and in batch normalisation.
+    The images with the cache indices `indices` are shuffled. The order and the augmentation are drawn from a new
+    generator seeded with (seed, epoch), so an epoch does not depend on earlier epochs. An incomplete last batch is
+    dropped unless it is the only batch, because its few images would count as much as a full batch in the optimiser
+    step and in batch normalisation.
 
     Raises DatasetError if `indices` is empty, and CacheError if the cached size does not fit `size`.
     """
@@ -140,10 +142,11 @@ def eval_batches(
     normalization: Normalization,
     size: tuple[int, int],
 ) -> Iterator[Batch]:
-    """Yield all images of `indices` in batches, in order and without augmentation, at `size` (height, width).
+    """Yield the images with the cache indices `indices` in batches, in this order and without augmentation.
 
-    Cached images larger than `size` (`augment.crop`) are cropped at the centre. If `data.truth` is set, the masks
-    are read from it. Raises CacheError if the cached images are smaller than `size`.
+    The images have the size `size` (height, width). Larger cached images, as used with `augment.crop`, are cropped at
+    the centre. If `data.truth` is set, the masks are read from it. Raises CacheError if the cached images are smaller
+    than `size`.
     """
     indices = np.asarray(indices, dtype=np.int64)
     height, width = size
@@ -169,8 +172,8 @@ def n_train_batches(n_images: int, batch_size: int) -> int:
 class ToInput:
     """Convert RGB images with values from 0 to 255 to the input of the network.
 
-    The result is normalised and channels-last. It has as many channels as `normalization`: three or, for grayscale,
-    one.
+    The result is normalised, channels-last in memory, and has as many channels as `normalization`: three, or one for
+    grayscale.
     """
 
     def __init__(self, normalization: Normalization, device: torch.device | str) -> None:
@@ -188,8 +191,8 @@ class ToInput:
         if images.dtype != torch.uint8:
             return self.normalize(images)
         height, width = images.shape[1:3]
-        # Process whole rows with a repeated factor, because an inner dimension of 3 prevents vectorisation (8 times
-        # slower at 64x64).
+        # Process whole rows with a repeated factor. An inner dimension of 3 would prevent vectorisation, which is 8
+        # times slower at 64x64.
         rows = images.to(torch.float32).flatten(2)
         rows = torch.addcmul(self.shift.repeat(width), rows, self.factor.repeat(width))
         return rows.view(-1, height, width, 3).permute(0, 3, 1, 2)
@@ -201,9 +204,9 @@ class ToInput:
 
 
 def to_gray(images: Tensor) -> Tensor:
-    """Return 0.299 R + 0.587 G + 0.114 B of images (B, H, W, 3) uint8 or (B, 3, H, W) float32.
+    """Convert images (B, H, W, 3) uint8 or (B, 3, H, W) float32 to grayscale (B, 1, H, W) float32.
 
-    The result is (B, 1, H, W) float32.
+    The gray value is 0.299 R + 0.587 G + 0.114 B.
     """
     red, green, blue = images.unbind(-1 if images.dtype == torch.uint8 else 1)
     # Compute elementwise, because a matrix product is rounded to bf16 under autocast and to TF32 on a GPU.

@@ -1,6 +1,6 @@
 """Build caches of decoded images, using all cores.
 
-A cache folder gets its final name only when it is complete. A lock ensures that concurrent processes build it once.
+A cache folder gets its final name only when it is complete. A lock ensures that only one process builds it.
 """
 
 import logging
@@ -39,8 +39,11 @@ def build_cache(
 ) -> Path:
     """Return the folder of an intact cache of `samples` in `cache_root`, building the cache if it is missing.
 
-    A damaged cache is rebuilt. Unusable pairs are left out and listed in the index. Raises DatasetError if no pair is
-    usable, CacheError if the disk has too little space, and StorageError if the cache cannot be written.
+    cache.py describes each `kind`; `auto` selects one by the free disk space and memory. `decoders` is an existing
+    subprocess to decode with. A damaged cache is rebuilt. Unusable pairs are left out and listed in the index.
+
+    Raises DatasetError if no pair is usable, CacheError if the disk has too little space, and StorageError if the
+    cache cannot be written.
     """
     key = cache_key(samples, preparation)
     n_bytes = len(samples) * len(preparation.views) * preparation.height * preparation.width * 4
@@ -68,8 +71,9 @@ def build_cache(
 def _choose_kind(key: str, n_bytes: int, cache_root: Path) -> Kind:
     """Return the kind of the existing cache with this key, or the fastest kind that fits.
 
-    `memmap` is preferred because the operating system keeps its pages in memory and all processes share them.
-    `files` is never faster. With `memory` each process decodes the images again.
+    `memmap` is preferred, because the operating system keeps its pages in memory and all processes share them.
+    `files` is never faster, so no new cache is of this kind. `memory` needs no disk space, but each process decodes
+    the images again.
     """
     is_written = {kind: (cache_root / f"{key}-{kind}" / INDEX).is_file() for kind in ("memmap", "files")}
     if is_written["files"] and not is_written["memmap"]:
@@ -84,7 +88,7 @@ def _choose_kind(key: str, n_bytes: int, cache_root: Path) -> Kind:
 
 
 def _is_ready(folder: Path, samples: Sequence[Sample], *, repair: bool = False) -> bool:
-    """Return whether `folder` has an intact cache whose index lists the current paths of the files.
+    """Return whether `folder` contains an intact cache whose index lists the current paths of the files.
 
     The check reads all pixels. With `repair`, the paths of moved files are updated and a damaged cache is removed.
     """
@@ -161,7 +165,7 @@ def _build(
 
 
 def _write_pixels(files: PixelFiles, kind: Kind, number: int, pixels: Sequence[Pixels]) -> None:
-    """Write the views of one image: append to the shared files (`memmap`) or write its own file (`files`)."""
+    """Append all views of an image to the shared files (`memmap`), or write them to a file of its own (`files`)."""
     arrays = [array.data for pair in pixels for array in pair]
     if kind == "files":
         path, shape = files[number]

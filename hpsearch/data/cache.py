@@ -1,9 +1,11 @@
-"""Read the decoded images of the pool or the test split from a cache. All kinds of cache share one interface.
+"""Read decoded images from a cache, which contains either the pool or the test split.
+
+The pool consists of the training and validation images. All kinds of cache have the same interface:
 
     memmap   images.npy and masks.npy, memory-mapped and shared by all processes that read them
     files    one .npy file per image
     memory   images decoded into the memory of each process that opens the cache; only the index is on disk
-    none     images decoded at each read, for comparison or if neither disk nor memory has room
+    none     images decoded at each read, if neither disk nor memory has room for them
 
 A cache is a folder with an index.json, written by build.py. Cached images are RGB. They are converted to grayscale
 when batches are made.
@@ -30,9 +32,9 @@ from hpsearch.paths import sha256_text
 from hpsearch.typed_json import from_json
 
 INDEX_VERSION = 2
-"""Version of the index format. Caches of another version are rebuilt."""
+"""Version of the index format. Caches with another version are rebuilt."""
 KEY_VERSION = 1
-"""Version of the decoding and resizing. It changes when the same files give different pixels.
+"""Version of decoding and resizing. It changes whenever the same files would give different pixels.
 
 A study cannot continue with another version.
 """
@@ -49,7 +51,7 @@ class Preparation:
     height: int
     width: int
     views: tuple[View, ...]
-    """Views stored for each image. Training reads the first view, evaluation of held-out images the last one."""
+    """Views stored for each image. Training reads the first view. Evaluation reads the last one."""
     seed: int = 0
     """Seed of the random crops. The position of a crop depends on this seed and the image's id."""
     reading: Reading = PLAIN_READING
@@ -61,7 +63,10 @@ class Preparation:
 
 
 def cache_key(samples: Sequence[Sample], preparation: Preparation) -> str:
-    """Return a hash (24 hexadecimal digits) of the preparation and the files, independent of the files' location."""
+    """Return a hash (24 hexadecimal digits) of the preparation and the files.
+
+    It does not depend on where the files are.
+    """
     table = asdict(preparation)
     del table["reading"]
     return files_key([KEY_VERSION, table, *preparation.reading.key()], samples)
@@ -77,7 +82,7 @@ class Index:
     samples: tuple[Sample, ...]
     stats: tuple[ImageStats, ...]
     problems: tuple[Problem, ...]
-    """Problems of the unusable pairs, which are not in the cache."""
+    """Problems with the unusable pairs, which are not in the cache."""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -88,7 +93,7 @@ class Index:
 
     @property
     def pairs(self) -> list[tuple[Sample, ImageStats]]:
-        """Samples with their stats."""
+        """Each sample with its stats."""
         return list(zip(self.samples, self.stats, strict=True))
 
     def files(self, folder: Path) -> PixelFiles:
@@ -107,8 +112,8 @@ class Index:
     def read(cls, folder: Path) -> Self:
         """Return the index of the cache in `folder`.
 
-        Raises CacheError if there is no index, if it is damaged or of another version, or if a file of the cache has
-        the wrong length.
+        Raises CacheError if the index is missing, damaged or of another version, or if a file of the cache has the
+        wrong length.
         """
         path = folder / INDEX
         try:
@@ -133,7 +138,7 @@ class Index:
 
 @dataclass(frozen=True)
 class Normalization:
-    """Mean and standard deviation per channel, for images scaled to 0..1."""
+    """Mean and standard deviation of each channel, for pixel values scaled to 0..1."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -142,7 +147,7 @@ class Normalization:
 class Cache:
     """Cached images and masks of the pool or the test split, at one size.
 
-    The images of the pool are in the order train, val. Each split is sorted by id.
+    In the pool, training images come before validation images. Each split is sorted by id.
     """
 
     def __init__(self, folder: Path, index: Index) -> None:
@@ -156,7 +161,7 @@ class Cache:
         self.size = index.preparation.height, index.preparation.width
         """Height and width of the cached images."""
         self.has_held_out_view = len(index.preparation.views) > 1
-        """Whether training and held-out images differ. They differ if training images are cropped at random."""
+        """Whether images have a second view for evaluation, because training images are cropped at random."""
         self._files = [path for path, _ in index.files(folder)]
         self._views: list[Pixels] = []
         """All images and masks of each view. Empty for the kinds `files` and `none`."""
@@ -164,7 +169,7 @@ class Cache:
             arrays = [np.asarray(np.load(path, "r", allow_pickle=False)) for path in self._files]
             self._views = list(zip(arrays[::2], arrays[1::2], strict=True))
         elif self.kind != "files":
-            # Keep the subprocess alive between reads.
+            # Keep the subprocess alive between reads, because it loads torch when it starts.
             self._decoders = Decoders()
             weakref.finalize(self, self._decoders.close)
         if self.kind == "memory":
@@ -177,8 +182,8 @@ class Cache:
     def read(self, indices: NDArray[np.int64], *, held_out: bool = False) -> Pixels:
         """Return copies of images (B, H, W, 3) uint8 and masks (B, H, W) uint8 of 0 and 1, in the order of `indices`.
 
-        Set `held_out` to read images for evaluation. It matters only if training images are cropped at random:
-        held-out images are then cropped at the centre.
+        Set `held_out` to read images for evaluation. It matters only if training images are cropped at random. In
+        that case, held-out images are cropped at the centre.
         """
         indices, view = np.asarray(indices, np.int64), -1 if held_out else 0
         if self._views:
@@ -193,9 +198,9 @@ class Cache:
         return images, masks
 
     def normalization(self, indices: NDArray[np.int64], color: Color) -> Normalization:
-        """Return the mean and standard deviation over all pixels of these images, from the sums in the index.
+        """Return the mean and standard deviation over all pixels of the images `indices`, from the sums in the index.
 
-        The standard deviation is at least 1/255, because images are divided by it.
+        The standard deviation is at least 1/255, to avoid a division by 0.
         """
         if len(indices) == 0:
             raise ValueError("there are no images to normalise by")
@@ -216,13 +221,13 @@ class Cache:
         )
 
     def damaged(self) -> list[str]:
-        """Return the ids of images whose cached pixels no longer match their CRC-32."""
+        """Return the ids of images whose cached pixels do not match the CRC-32 in the index."""
         both = (False, True) if self.has_held_out_view else (False,)
         crcs = (crc_of([self.read(np.array([i]), held_out=each) for each in both]) for i in range(len(self)))
         return [id for id, stats, crc in zip(self.ids, self.index.stats, crcs, strict=True) if crc != stats.crc]
 
     def _decode(self, indices: NDArray[np.int64]) -> list[Pixels]:
-        """Decode these images and return all views. Raise CacheError if a file no longer matches the index."""
+        """Decode the images `indices` and return all views. Raise CacheError if a file does not match the index."""
         preparation = self.index.preparation
         views = [_empty(len(indices), self.size) for _ in preparation.views]
         jobs = [replace(preparation.job(self.index.samples[i]), measure=False) for i in indices.tolist()]
@@ -248,8 +253,8 @@ def open_cache(path: Path) -> Cache:
 def pixel_files(folder: Path, kind: Kind, preparation: Preparation, n: int) -> PixelFiles:
     """Return the .npy files of a cache of `n` images and the shapes of their arrays.
 
-    A `memmap` cache has one file of images and one file of masks per view. A `files` cache has one file per image,
-    with one row per view. Each row is the flattened image followed by its mask.
+    A `memmap` cache has, for each view, one file of images and one file of masks. A `files` cache has one file per
+    image, with one row per view. Each row is the flattened image followed by its mask.
     """
     height, width, views = preparation.height, preparation.width, preparation.views
     if kind == "files":
@@ -263,7 +268,7 @@ def pixel_files(folder: Path, kind: Kind, preparation: Preparation, n: int) -> P
 
 
 def npy_header(shape: tuple[int, ...]) -> bytes:
-    """Return the header of a .npy file of uint8. Its length is the same for every length of the first axis."""
+    """Return the header of a .npy file of uint8. Its length does not change with the length of the first axis."""
     file = io.BytesIO()
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
     return file.getvalue()

@@ -1,4 +1,4 @@
-"""Define datasets, their image/mask pairs and their problems, and compute hashes that identify their files."""
+"""Define datasets, their image/mask pairs and problems with them, and compute hashes that identify their files."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from typing import Literal
 from hpsearch.paths import sha256_file
 
 END_BYTES = 64 * 2**10
-"""Number of bytes at the start and at the end of a file that `files_key` reads."""
+"""Number of bytes that `files_key` reads at the start of a file, and again at its end."""
 Split = Literal["train", "val", "test"]
 Layout = Literal["archive", "splits", "folders"]
 
@@ -23,37 +23,40 @@ class Problem:
     """Error or note about one image or the whole dataset."""
 
     kind: str
-    """Kind of problem, such as `missing mask`. It is the same text for every image."""
+    """Kind of problem, such as `missing mask`. It does not name the image."""
     id: str
     """Id of the image. Empty if the problem concerns the whole dataset."""
     files: tuple[Path, ...]
     text: str
-    """Description of the problem, including both values if two values disagree."""
+    """Description of the problem. If two values disagree, it contains both."""
     split: Split
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Image with its mask."""
+    """Image file with its mask file."""
 
     id: str
-    """File name of the image without suffix, in Unicode form NFC."""
+    """File name of the image without suffix, in Unicode form NFC.
+
+    If the name occurs in several splits, it is prefixed with the split, as in `train-001`.
+    """
     image: Path
     mask: Path
     split: Split
 
     def problem(self, kind: str, text: str, *files: Path) -> Problem:
-        """Return a problem of this sample. `files` defaults to the image and the mask."""
+        """Return a problem with this sample. `files` defaults to the image and the mask."""
         return Problem(kind, self.id, files or (self.image, self.mask), text, self.split)
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """All pairs of a dataset, in the order train, val, test and sorted by id within each split."""
+    """All image/mask pairs of a dataset, in the order train, val, test and sorted by id within each split."""
 
     samples: tuple[Sample, ...]
     problems: tuple[Problem, ...]
-    """Problems found from file names and links, such as an image without a mask."""
+    """Problems detected from file names and links, such as an image without a mask."""
     root: Path
     layout: Layout
     flags: str = ""
@@ -64,15 +67,15 @@ class Dataset:
         return tuple(sample for sample in self.samples if sample.split in splits)
 
     def problem(self, kind: str, text: str, split: Split = "train") -> Problem:
-        """Return a problem of the whole dataset."""
+        """Return a problem with the whole dataset."""
         return Problem(kind, "", (self.root,), text, split)
 
 
 def files_key(head: object, samples: Sequence[Sample]) -> str:
-    """Return a hash (24 hexadecimal digits) of `head` and of every image and mask. `head` must be JSON-serialisable.
+    """Return a hash (24 hexadecimal digits) of `head`, which must be JSON-serialisable, and of all samples.
 
-    Only the length, the first 64 KiB and the last 64 KiB of each file are hashed. Replaced images are detected in
-    this way without reading the whole dataset.
+    It covers the id, split, image and mask of each sample. Only the length, the first 64 KiB and the last 64 KiB of
+    each file are hashed. This detects replaced files without reading the whole dataset.
     """
     digest = hashlib.sha256(json.dumps(head).encode())
     with ThreadPoolExecutor(16) as threads:
@@ -84,7 +87,7 @@ def files_key(head: object, samples: Sequence[Sample]) -> str:
 
 
 def _fingerprint(path: Path) -> tuple[int, int, int]:
-    """Return the length of a file and the CRC-32 of its first and last 64 KiB."""
+    """Return the length of a file and the CRC-32 of its first and of its last 64 KiB, or (-1, 0, 0) if unreadable."""
     try:
         with path.open("rb") as file:
             first = file.read(END_BYTES)
@@ -97,7 +100,7 @@ def _fingerprint(path: Path) -> tuple[int, int, int]:
 
 
 def same_bytes(samples: Sequence[Sample]) -> list[str]:
-    """Return a label for each sample. Byte-identical images get the same label.
+    """Return one label per sample. Byte-identical images get the same label.
 
     An image is read only if another image has the same length in bytes.
     """

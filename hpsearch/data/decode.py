@@ -34,29 +34,29 @@ from hpsearch.data.reading import FULL_SCALES, Reading
 from hpsearch.user_files import file_fault
 
 BYTES_PER_PIXEL = 12
-"""Approximate memory needed to decode, rotate and resize one pixel, in bytes."""
+"""Approximate memory per pixel that decoding, rotating and resizing need, in bytes."""
 
 
 MAX_BYTES = 400 * 2**20
-"""Maximum memory for decoding in all threads together. A single image that needs more is decoded alone."""
+"""Maximum memory for decoding, all threads together. An image that needs more is decoded alone."""
 
 
 def read_image(path: Path, reading: Reading) -> Tensor:
-    """Return the image as RGB (3, H, W) uint8, read as `reading` says. Raise DecodeError if it is unusable."""
+    """Decode the image to RGB (3, H, W) uint8 by the rules in `reading`. Raise DecodeError if it is unusable."""
     return _decode_image(_open(path), reading)[0]
 
 
 def read_pair(image_path: Path, mask_path: Path, reading: Reading) -> tuple[Tensor, Tensor]:
     """Return the image (3, H, W) uint8 and its mask (H, W) uint8 of 0 and 1, at their original size.
 
-    Raises DecodeError, naming the file, if one of them is unusable.
+    Both are decoded by the rules in `reading`. Raises DecodeError, naming the file, if one of them is unusable.
     """
     (image, mask), _ = open_pair(image_path, mask_path, reading)
     return _decode_image(image, reading)[0], _decode_mask(mask, reading)[0]
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:
-    """Resize `image` (C, H, W) uint8 to (C, height, width): bilinear, antialiased, rounded to uint8."""
+    """Resize `image` (C, H, W) uint8 to (C, height, width), with bilinear interpolation and antialiasing."""
     if image.shape[1:] == (height, width):
         return image
     return interpolate(image[None], size=[height, width], mode="bilinear", antialias=True)[0]
@@ -72,7 +72,7 @@ def resize_mask(mask: Tensor, height: int, width: int) -> Tensor:
 
 
 def crop(pixels: Tensor, top: int, left: int, height: int, width: int) -> Tensor:
-    """Crop `pixels` (..., H, W) to (..., height, width) at `top` and `left`, with reflection beyond the border."""
+    """Crop `pixels` (..., H, W) to (..., height, width) at `top` and `left`, reflecting pixels beyond the border."""
     rows = _reflected(top, height, pixels.shape[-2])
     columns = _reflected(left, width, pixels.shape[-1])
     return pixels.index_select(-2, rows).index_select(-1, columns)
@@ -81,8 +81,8 @@ def crop(pixels: Tensor, top: int, left: int, height: int, width: int) -> Tensor
 def crop_corner(size: tuple[int, int], wanted: tuple[int, int], rng: np.random.Generator | None) -> tuple[int, int]:
     """Return the top and left of a crop of `wanted` (height, width) from an image of `size`.
 
-    The position is drawn from `rng`. If `rng` is None, the crop is centred. If the image is smaller than the crop, it
-    is placed in the middle of the crop, so top and left can be negative.
+    The position is drawn from `rng`. If `rng` is None, the crop is centred. An image that is smaller than the crop is
+    placed in the middle of the crop, so top and left can be negative.
     """
     spare = [have - want for have, want in zip(size, wanted, strict=True)]
     corner = [n // 2 if rng is None or n <= 0 else int(rng.integers(n + 1)) for n in spare]
@@ -103,8 +103,8 @@ def open_pair(
 ) -> tuple[list[OpenFile], tuple[int, int]]:
     """Read the image and the mask, whichever are given, and return them with their common height and width.
 
-    The size is upright if EXIF orientations are applied. Raises DecodeError if a file cannot be read, its header is
-    damaged, the image is too large, or the sizes of image and mask differ.
+    If `reading` applies EXIF orientations, the height and width are those of the upright image. Raises DecodeError if
+    a file cannot be read, its header is damaged, the image is too large, or the sizes of image and mask differ.
     """
     files = [_open(path) for path in (image_path, mask_path) if path is not None]
     image, mask = files[0], files[-1]
@@ -120,9 +120,10 @@ def open_pair(
 
 
 class MemoryGate:
-    """Limit the total memory that threads use at the same time.
+    """Limit on the memory that threads use together.
 
-    A thread waits until its memory fits within the limit. If no other thread holds memory, it does not wait.
+    A thread waits until the memory that it needs fits within the limit. If no other thread has reserved memory, it
+    does not wait, even if it needs more than the limit.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -147,7 +148,7 @@ class MemoryGate:
 def decode_job(job: Job, gate: MemoryGate) -> tuple[ImageStats, list[Pixels]]:
     """Run `job` and return its stats and the pixels of its views. Raise DecodeError if the pair is unusable.
 
-    Decoding waits until `gate` admits the memory that it needs.
+    Decoding starts when `gate` admits the memory that it needs.
     """
     files, size = open_pair(job.image, job.mask, job.reading)
     stats: dict[str, Any] = {}
@@ -182,7 +183,7 @@ def decode_job(job: Job, gate: MemoryGate) -> tuple[ImageStats, list[Pixels]]:
 
 
 def upright(pixels: Tensor, orientation: int) -> Tensor:
-    """Apply an EXIF orientation from 1 (unchanged) to 8 to `pixels` (..., H, W) (TIFF 6.0, Orientation)."""
+    """Turn `pixels` (..., H, W) upright. `orientation` is the EXIF value from 1 (upright) to 8 (TIFF 6.0)."""
     if orientation >= 5:
         pixels = pixels.transpose(-2, -1)
     axes = {2: [-1], 3: [-2, -1], 4: [-2], 6: [-1], 7: [-2, -1], 8: [-2]}.get(orientation, [])
@@ -191,7 +192,7 @@ def upright(pixels: Tensor, orientation: int) -> Tensor:
 
 
 def _open(path: Path) -> OpenFile:
-    """Read a file and check in its header that the image is not too large to decode."""
+    """Read a file and its header. Raise DecodeError if this fails or if the image is too large to decode."""
     try:
         data = bytearray(path.read_bytes())
         header = read_header(io.BytesIO(data))
@@ -212,8 +213,8 @@ def _open(path: Path) -> OpenFile:
 def _decode_image(file: OpenFile, reading: Reading) -> tuple[Tensor, int]:
     """Decode an image to RGB (3, H, W) uint8 and return it with its largest value before scaling to 8 bits.
 
-    Gray is repeated in all channels, CMYK is converted, and transparency is dropped. The largest value is 0 for
-    images of 8 bits or fewer per channel.
+    Gray is repeated in all channels, CMYK is converted, and transparency is dropped. For images with at most 8 bits
+    per channel, 0 is returned as the largest value.
     """
     pixels, largest = _decode(file, rgb=True), 0
     if pixels.dtype == np.uint16:
@@ -222,7 +223,10 @@ def _decode_image(file: OpenFile, reading: Reading) -> tuple[Tensor, int]:
 
 
 def _to_eight_bits(path: Path, deep: NDArray[np.uint16], max_value: int) -> tuple[NDArray[np.uint8], int]:
-    """Scale `deep` from 0..max_value to 0..255, rounded down, and return it with its largest value before scaling."""
+    """Scale `deep` from 0..max_value to 0..255, rounding down, and return it with its largest value before scaling.
+
+    A `max_value` of 0 means 255. Raises DecodeError if a value is larger than `max_value`.
+    """
     largest, max_value = int(deep.max()), max_value or FULL_SCALES[0]
     if largest > max_value:
         raise DecodeError(
@@ -268,7 +272,7 @@ def _views(pixels: Tensor, job: Job, resize: Callable[[Tensor, int, int], Tensor
 
 
 def _reflected(start: int, n: int, length: int) -> Tensor:
-    """Return `n` indices into an axis of `length`, starting at `start` and reflected at both ends."""
+    """Return the indices start..start + n - 1. Those outside 0..length - 1 are reflected at its ends."""
     period = max(1, 2 * (length - 1))
     positions = torch.arange(start, start + n).remainder(period)
     return torch.minimum(positions, period - positions)
@@ -276,7 +280,7 @@ def _reflected(start: int, n: int, length: int) -> Tensor:
 
 def _moments(image: NDArray[np.uint8]) -> tuple[int, ...]:
     """Return the sums over all pixels of `image` (H, W, 3) of R, G, B, RR, GG, BB, RG, RB and GB."""
-    # float64 is exact below 2^53.
+    # All sums stay below 2^53, up to which float64 is exact.
     values = image.reshape(-1, 3).astype(np.float64)
     products = values.T @ values
     sums = (*values.sum(0), *products.diagonal(), products[0, 1], products[0, 2], products[1, 2])
@@ -284,7 +288,7 @@ def _moments(image: NDArray[np.uint8]) -> tuple[int, ...]:
 
 
 def main(n_threads: int) -> None:
-    """Read lists of jobs from standard input until it ends, and write the results to standard output in order."""
+    """Read pickled lists of jobs from standard input until it ends, and write their results to standard output."""
     # Ctrl-C is sent to the whole process group, but the parent decides when this process ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -25,9 +25,9 @@ from hpsearch.data.reading import PLAIN_READING, Reading
 from hpsearch.errors import CacheError, DatasetError
 
 View = Literal["resize", "random crop", "centre crop"]
-"""Method of resizing or cropping an image to the cached size."""
+"""Way of fitting an image to the cached size. The resulting image and mask are also called a view."""
 Pixels = tuple[NDArray[np.uint8], NDArray[np.uint8]]
-"""Image (H, W, 3) and mask (H, W) of 0 and 1."""
+"""Images (..., H, W, 3) and their masks (..., H, W) of 0 and 1."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Job:
 
     image: Path | None
     mask: Path | None
-    """Path of the mask. A job with only one of image and mask must not have views."""
+    """Path of the mask. If either path is None, `views` must be empty."""
     views: tuple[View, ...] = ()
     height: int = 0
     width: int = 0
@@ -59,27 +59,27 @@ class ImageStats:
     """Original height and width in pixels."""
     image_sha256: str = ""
     mask_sha256: str = ""
-    """SHA-256 of the image and mask files, in hexadecimal. Empty without `Job.measure`."""
+    """SHA-256 of the image and mask files, in hexadecimal. Both are empty if `Job.measure` is False."""
     foreground: int = 0
     """Number of lesion pixels in the original mask."""
     moments: tuple[int, ...] = ()
-    """Sums of R, G, B, RR, GG, BB, RG, RB and GB over all pixels of the first view.
+    """Sums of R, G and B and of the products RR, GG, BB, RG, RB and GB over all pixels of the first view.
 
-    Empty without views or without `Job.measure`.
+    Empty if there are no views or `Job.measure` is False.
     """
     crc: int = 0
     """CRC-32 of the bytes of all views."""
     view_foreground: int = -1
-    """Number of lesion pixels in the first view of the mask. -1 without views."""
+    """Number of lesion pixels in the first view of the mask. -1 if there are no views."""
     mask_values: tuple[str, ...] = ()
     """Pixel values of the mask as text (`MaskValue.text`): background and lesion, or a single value."""
     largest: int = 0
-    """Largest pixel value before scaling to 8 bits. 0 for images of 8 bits or fewer per channel."""
+    """Largest pixel value before scaling to 8 bits. 0 for images with at most 8 bits per channel."""
     is_constant: bool = False
-    """Whether all pixels of the image have the same colour. False without `Job.measure`."""
+    """Whether all pixels of the image have the same colour. False if `Job.measure` is False."""
 
     def lesion_share(self, size: tuple[int, int] | None = None) -> float:
-        """Return the share of lesion pixels in the original mask, or in the first view if its `size` is given."""
+        """Return the share of lesion pixels in the original mask or, given the `size` of views, in the first view."""
         if size is None:
             return self.foreground / (self.height * self.width)
         return self.view_foreground / (size[0] * size[1])
@@ -91,12 +91,12 @@ def crc_of(pixels: list[Pixels]) -> int:
 
 
 class DecodeError(DatasetError):
-    """Error for an image/mask pair that cannot be used."""
+    """Raised if an image/mask pair cannot be used."""
 
     def __init__(self, kind: str, text: str) -> None:
         super().__init__(kind, text)
         self.kind = kind
-        """Kind of problem, such as `undecodable file`. It is the same text for every image."""
+        """Kind of problem, such as `undecodable file`. It does not name the image."""
         self.text = text
 
     def __str__(self) -> str:
@@ -104,7 +104,7 @@ class DecodeError(DatasetError):
 
 
 class Decoders(AbstractContextManager["Decoders"]):
-    """Decode jobs in a subprocess with `n_threads` threads. Leaving the context ends the subprocess."""
+    """Subprocess that decodes images in `n_threads` threads (default: one per core). Leaving the context kills it."""
 
     def __init__(self, n_threads: int | None = None) -> None:
         self._n_threads = n_threads or available_cores()
@@ -116,7 +116,7 @@ class Decoders(AbstractContextManager["Decoders"]):
     def decode(self, jobs: Sequence[Job]) -> Iterator[tuple[int, ImageStats | DecodeError, list[Pixels]]]:
         """Yield the index of each job, its result and the pixels of its views, in the order of the jobs.
 
-        If the subprocess dies, raises CacheError with the names of the files that were being read.
+        Raises CacheError, naming the files that were being read, if the subprocess dies.
         """
         process = self._started()
         assert process.stdin is not None
@@ -132,7 +132,7 @@ class Decoders(AbstractContextManager["Decoders"]):
             self.close()
             raise error from None
         except BaseException:
-            # Otherwise the remaining results would be mistaken for results of the next jobs.
+            # The remaining results would be mistaken for results of the next jobs.
             self.close()
             raise
 
@@ -146,7 +146,7 @@ class Decoders(AbstractContextManager["Decoders"]):
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None:
-            # A pipe would fill up, because nothing reads it while the subprocess runs.
+            # Use a file, because nothing reads stderr while the subprocess runs. A pipe would fill up and block it.
             self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the subprocess
             self._process = subprocess.Popen(
                 subprocesses.command("hpsearch.data.decode", str(self._n_threads)),
@@ -156,8 +156,8 @@ class Decoders(AbstractContextManager["Decoders"]):
                 env=subprocesses.environment(
                     OMP_NUM_THREADS="1",
                     MKL_NUM_THREADS="1",
-                    # glibc would keep the memory of the largest images in every arena. It returns blocks to the
-                    # system if they are mapped separately.
+                    # By default, every arena of glibc keeps the memory of its largest images. Large blocks that are
+                    # mapped separately are returned to the system.
                     MALLOC_ARENA_MAX="2",
                     MALLOC_MMAP_THRESHOLD_=str(2**20),
                 ),

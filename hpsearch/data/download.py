@@ -1,11 +1,11 @@
-"""Download the official archives of ISIC-2017 Part 1 and unpack them.
+"""Download and unpack the official archives of ISIC-2017 Part 1.
 
 folder/
   ISIC-2017_Training_Data.zip.part          bytes received so far; the next download resumes after them
   ISIC-2017_Training_Data.zip.part.json     size and version (ETag or date) of the file on the server
   ISIC-2017_Training_Data.zip               the complete archive, downloaded by this module or by hand
   .ISIC-2017_Training_Data.unpacking/       exists while the archive is unpacked
-  ISIC-2017_Training_Data/                  the unpacked files, after verifying the CRC of each
+  ISIC-2017_Training_Data/                  the unpacked files; the CRC of each has been verified
   .download.lock                            locked while a download runs
 """
 
@@ -43,9 +43,9 @@ ARCHIVES = {
 RETRIES = 6
 """Maximum number of consecutive retries without new data before a download fails."""
 BACKOFF_S = 1.0
-"""Wait before the first retry. It doubles with each retry, up to 60 s."""
+"""Waiting time before the first retry. It doubles with each retry, up to 60 s."""
 TIMEOUT_S = 60.0
-"""Time without data from the server after which an attempt fails."""
+"""Longest time without data from the server. After it, an attempt fails."""
 _CHUNK_BYTES = 1 << 18
 _RETRIED_STATUS = (206, 408, 416, 425, 429, 500, 502, 503, 504)
 _HEADERS = {"User-Agent": f"hpsearch/{hpsearch.__version__}", "Accept-Encoding": "identity"}
@@ -66,9 +66,10 @@ def download(
 ) -> tuple[Path, ...]:
     """Download archives from `base_url`, unpack them in `folder` and return the unpacked folders.
 
-    `only` selects splits (`train`, `val`, `test`) or archives by name. Existing folders and archives are not
-    downloaded again, and incomplete downloads are resumed. Failed attempts are retried, and a damaged archive is
-    downloaded a second time. Archives are kept next to the unpacked folders unless `keep_archives` is False.
+    `only` selects splits (`train`, `val`, `test`) or archives by name; the default is all. Folders and archives that
+    exist are not downloaded again, and incomplete downloads are resumed. Failed attempts are retried, and a damaged
+    archive is downloaded a second time. Archives are kept next to the unpacked folders unless `keep_archives` is
+    False.
 
     Raises ConfigError if a name in `only` is unknown, DatasetError if the server does not deliver the files or they
     are damaged, and StorageError if there is too little free space or another download into `folder` is running.
@@ -98,7 +99,8 @@ def unpack(path: Path, folder: Path, report: Report) -> None:
     """Unpack the zip archive `path` into the new folder `folder`.
 
     If all files of the archive are in one top-level folder, its content becomes the content of `folder`. Files are
-    written to a hidden folder, which is renamed at the end. The CRC of every file is verified.
+    written to a hidden folder, which is renamed at the end. The CRC of every file is verified. `report` is called
+    after each file.
 
     Raises BadZipFile if the archive is damaged, and DatasetError if it has no files.
     """
@@ -124,7 +126,7 @@ def unpack(path: Path, folder: Path, report: Report) -> None:
         inside = list(work.iterdir())
         (inside[0] if len(inside) == 1 and inside[0].is_dir() else work).replace(folder)
     except ZIP_ERRORS as error:
-        # A damaged offset in the archive gives EINVAL. Any other OSError comes from the disk.
+        # A damaged offset in the archive gives EINVAL. Any other OSError comes from the disk, not from the archive.
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
         raise zipfile.BadZipFile(f"{path.name}: {_reason(error)}") from error
@@ -178,7 +180,7 @@ def download_file(url: str, path: Path, report: Report) -> None:
 
 
 def _receive(url: str, part: Path, note: Path, report: Report) -> None:
-    """Try once to complete the file `part`. `note` records the size and version of the file on the server.
+    """Try once to complete the file `part`. The JSON file `note` contains the size and version of the server's file.
 
     Raises RequestException or HTTPError if a retry may succeed, ValueError if it cannot, and StorageError if there is
     too little free space.
@@ -214,7 +216,7 @@ def _receive(url: str, part: Path, note: Path, report: Report) -> None:
 
 
 def _check_answer(answer: requests.Response, part: Path) -> None:
-    """Check that the response has the complete file, or raise RequestException (retry) or ValueError (give up).
+    """Check that the response contains the complete file, or raise RequestException (retry) or ValueError (give up).
 
     If the response has the wrong byte range, `part` is removed so that the next attempt starts from the beginning.
     """
@@ -241,7 +243,7 @@ def _validator(response: requests.Response) -> str:
 
 
 def _read_note(note: Path) -> tuple[int, str]:
-    """Return the size and validator recorded for an incomplete file, or (-1, "") if there is no valid record."""
+    """Return the size and the validator stored in the file `note`, or (-1, "") if it is missing or invalid."""
     try:
         size, validator = json.loads(note.read_text(encoding="utf-8"))
         return int(size), str(validator)
@@ -254,7 +256,7 @@ def _size(path: Path) -> int:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the message of the original error in one line. requests and urllib3 wrap errors several times."""
+    """Return the message of the innermost error in one line. requests and urllib3 wrap errors several times."""
     while cause := error.__cause__ or error.__context__:
         error = cause
     return " ".join(str(error).split()) or type(error).__name__

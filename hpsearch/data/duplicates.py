@@ -1,15 +1,16 @@
-"""Find near-duplicates: copies of one photograph that are resized, recompressed, recoloured, rotated or cropped.
+"""Find near-duplicates: copies of a photograph that were resized, recompressed, recoloured, rotated or cropped.
 
 Dermoscopic images look alike: often a dark spot on bright skin inside a round vignette. The search therefore has two
 steps.
 
-1. The fingerprint of an image is its 16 x 16 gray thumbnail, normalised for mean and contrast. For each image, the
-   images with the most similar fingerprints become candidates, in all eight orientations.
+1. The fingerprint of an image is its 16 x 16 gray thumbnail, normalised for mean and contrast. The images with the
+   most similar fingerprints become candidates. All eight orientations (quarter turns and mirror images) are tried.
 2. The fine structure of the two images is compared at 64 x 64. They are aligned and their local contrast is
    normalised first, so that hairs, pores and pigment count more than the spot. The whole image and its middle must
    both agree, because two different lesions can share a vignette.
 
-Different photographs of the same lesion are not found. Use a table of patients or lesions for them (`data.groups`).
+Different photographs of the same lesion are not found. To group them, give a table of patients or lesions
+(`data.groups`).
 """
 
 from __future__ import annotations
@@ -35,17 +36,17 @@ _SIDE = 64
 _FINGERPRINT_SIDE = 16
 _NEIGHBOURS = 10  # candidates per image; a fixed number keeps the cost of step 2 linear in the number of images
 _MIN_FINGERPRINT = 0.8  # true pairs in ISIC-2017 have at least 0.95; images cropped by 3 % per side can have less
-_MAX_SHIFT = 8  # largest shift of the whole image, in pixels of the 64x64 thumbnail
+_MAX_SHIFT = 8  # largest shift of the whole image, in pixels of the 64 x 64 thumbnail
 _SLACK = 2  # additional shift of a block, in the same pixels; allows for scale differences of up to 6 %
 _BLOCK = 16
 _MIN_ALIGNED = 0.3  # pairs below this correlation before block matching never reached the threshold after it
-_FLAT = 4.0  # local contrast in gray levels that counts as noise
+_FLAT = 4.0  # gray levels, added to the local contrast so that noise in flat regions is not amplified
 _CHUNK = 256
 
 
 @dataclass(frozen=True)
 class DuplicatePair:
-    """Pair of images that are copies of one photograph."""
+    """Two images that are copies of one photograph."""
 
     a: str
     b: str
@@ -63,10 +64,10 @@ class DuplicatePair:
 def find_near_duplicates(caches: Sequence[Cache]) -> tuple[DuplicatePair, ...]:
     """Return near-duplicates within the pool and between pool and test split, most similar first.
 
-    `caches` are those of the pool and, if there is one, of the test split. Their images are uncropped and at least
-    64 x 64. In each pair, `a` comes before `b` in the caches. Byte-identical images are pairs of similarity 1, even
-    if they are uniform. Pairs within the test split are left out, because they leak nothing into training. The
-    search needs about 20 KB of memory per image.
+    `caches` contains the cache of the pool (training and validation images) and, if there is a test split, its cache.
+    The cached images must be uncropped and at least 64 x 64. In each pair, `a` comes before `b` in the caches. Pairs
+    of byte-identical images have a similarity of 1, even if the images have a single colour. Pairs within the test
+    split are left out, because they leak nothing into training. The search needs about 20 KB of memory per image.
     """
     samples = [sample for cache in caches for sample in cache.index.samples]
     if len(samples) < 2:
@@ -97,10 +98,11 @@ def find_in_dataset(
     role: Role = "search",
     sheet: Path | None = None,
 ) -> tuple[DuplicatePair, ...]:
-    """Return the near-duplicates of the dataset in `config`, and write them as a contact sheet if `sheet` is given.
+    """Return the near-duplicates in the dataset that `config` selects.
 
-    The study's caches are used if they have uncropped images of at least 64 x 64. Otherwise, small caches are built.
-    With `with_test=False`, the images of the test split are not compared. Raises the same errors as `prepare_pool`.
+    If `sheet` is given, they are also written to this file as a contact sheet. The caches for `config` are used if
+    their images are uncropped and at least 64 x 64. Otherwise, small caches are built. With `with_test=False`, the
+    images of the test split are not compared. See `prepare_pool` for `role` and for the errors raised.
     """
     if config.match != "resize" or min(config.cached_size) < _SIDE:
         config = replace(config, match="resize", size=2 * _SIDE, cache_size=0)
@@ -114,16 +116,16 @@ def find_in_dataset(
 
 
 def _byte_equal(caches: Sequence[Cache]) -> set[tuple[int, int]]:
-    """Return the pairs (i, j) of byte-identical images with i < j. Every image that has a copy is in at least one.
+    """Return pairs (i, j), i < j, of byte-identical images. Copies within the test split are left out.
 
-    Each image is paired with its first copy in the pool, and each pool image also with its first copy in the test
-    split. The number of pairs is therefore linear in the number of images.
+    Each image is paired only with its first copy in the pool, and each pool image also with its first copy in the
+    test split. The number of pairs is therefore linear in the number of images.
     """
     images = [pair for cache in caches for pair in cache.index.pairs]
     sha256 = [stats.image_sha256 for _, stats in images]
     pool = [i for i, (sample, _) in enumerate(images) if sample.split != "test"]
     test = [i for i, (sample, _) in enumerate(images) if sample.split == "test"]
-    # The indices are reversed, so that the first index of each content is kept.
+    # Reverse the indices, so that the first image with each hash is kept.
     in_pool, in_test = ({sha256[i]: i for i in reversed(part)} for part in (pool, test))
     found = {(in_pool[sha256[j]], j) for j in [*pool, *test] if in_pool.get(sha256[j], j) != j}
     return found | {(i, in_test[sha256[i]]) for i in pool if sha256[i] in in_test}
@@ -132,7 +134,7 @@ def _byte_equal(caches: Sequence[Cache]) -> set[tuple[int, int]]:
 def write_contact_sheet(path: Path, pairs: Sequence[DuplicatePair], caches: Sequence[Cache]) -> None:
     """Write the images of `pairs` to one PNG with four pairs per row. The two images of a pair are side by side.
 
-    `caches` are the same as for `find_near_duplicates`. Each image is drawn at 160 x 160 pixels.
+    `caches` are the same as for `find_near_duplicates`. Each image is resized to 160 x 160 pixels.
     """
     place = {id: (cache, i) for cache in caches for i, id in enumerate(cache.ids)}
     side, gap, columns = 160, 6, 4
@@ -183,7 +185,10 @@ def _thumbnails(images: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def _proposals(fingerprints: NDArray[np.float32], is_test: NDArray[np.bool_]) -> dict[tuple[int, int], int]:
-    """Return the candidate pairs (i, j) with i < j, each with the orientation of j relative to i."""
+    """Return the candidate pairs (i, j), i < j, each with the orientation (see `_turned`) in which j matches i best.
+
+    `is_test` (n,) says which images are in the test split. Pairs within it are left out.
+    """
     n = len(fingerprints)
     units = _unit(fingerprints)
     turned = np.stack([_unit(_turned(fingerprints, orientation)).T for orientation in range(8)])
@@ -196,12 +201,12 @@ def _proposals(fingerprints: NDArray[np.float32], is_test: NDArray[np.bool_]) ->
         orientations, best = correlations.argmax(axis=0), correlations.max(axis=0)
         best[np.arange(len(rows)), rows] = -1.0
         best[np.ix_(is_test[rows], is_test)] = -1.0
-        # If an image has more copies than neighbours, all copies prefer the first ones and thus stay connected.
+        # If there are more copies of an image than neighbours, all prefer the first copies and thus stay connected.
         nearest = np.argpartition(earlier_first - best, n_neighbours - 1, axis=1)[:, :n_neighbours]
         for row, column in zip(*np.nonzero(np.take_along_axis(best, nearest, 1) >= _MIN_FINGERPRINT), strict=True):
             i, j = int(rows[row]), int(nearest[row, column])
             orientation = int(orientations[row, j])
-            # If the pair is swapped, the orientation is inverted.
+            # Swapping the two images inverts the orientation.
             found[min(i, j), max(i, j)] = orientation if i < j else _INVERSE[orientation]
     return found
 
@@ -211,16 +216,16 @@ _INVERSE = (0, 1, 6, 3, 4, 5, 2, 7)
 
 
 def _turned(images: NDArray[np.float32], orientation: int) -> NDArray[np.float32]:
-    """Rotate `images` (B, S, S) by orientation // 2 quarter turns, then flip them left to right if it is odd."""
+    """Rotate `images` (B, S, S) by orientation // 2 quarter turns, and flip them left to right if it is odd."""
     quarters, mirrored = divmod(orientation, 2)
     turned = np.rot90(images, quarters, axes=(1, 2))
     return turned[:, :, ::-1] if mirrored else turned
 
 
 def _unit(images: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return `images` (B, S, S) as rows (B, S * S) of mean 0 and norm 1, so that dot products are correlations.
+    """Return `images` (B, S, S) as rows (B, S * S) with mean 0 and norm 1, so that dot products are correlations.
 
-    The row of a constant image is 0.
+    The row of a constant image is all 0.
     """
     rows: NDArray[np.float32] = images.reshape(len(images), -1)
     rows = rows - rows.mean(axis=1, keepdims=True)
@@ -229,11 +234,12 @@ def _unit(images: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _similarity(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the correlation (M,) of the fine structure `a` and `b`, each (M, 64, 64).
+    """Return the correlation (M,) between the fine structures `a` and `b` (M, 64, 64) of M pairs of images.
 
     `b` is first shifted by at most 8 pixels to match `a` best. Each 16 x 16 block of `a` is then compared with the
-    best-matching block of `b` within 2 pixels. The correlation is the mean over the blocks, weighted by their energy.
-    The lower value of the whole image and its middle is returned.
+    best-matching block of `b` within 2 pixels. The correlation of a pair is the mean over the blocks, weighted by
+    their sum of squares in `a`. It is computed for the whole image and for its middle, and the lower value is
+    returned. It is 0 for pairs that barely correlate before the blocks are compared.
     """
     result = np.zeros(len(a), dtype=np.float32)
     shifted, correlation = _aligned(a, b)
@@ -254,7 +260,7 @@ def _similarity(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.fl
 
 
 def _aligned(a: NDArray[np.float32], b: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Shift `b` to match `a`. Return it with a margin of 2 pixels per side (M, 68, 68), and the correlation (M,)."""
+    """Shift `b` to match `a`. Return `b` with a margin of 2 pixels per side (M, 68, 68), and the correlation (M,)."""
     products = np.fft.irfft2(np.conj(np.fft.rfft2(a)) * np.fft.rfft2(b), s=a.shape[1:])
     shifts = np.r_[0 : _MAX_SHIFT + 1, -_MAX_SHIFT:0]
     near = products[:, shifts][:, :, shifts].reshape(len(a), -1)
@@ -267,7 +273,7 @@ def _aligned(a: NDArray[np.float32], b: NDArray[np.float32]) -> tuple[NDArray[np
 
 
 def _block_sums(images: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the sums (M, 4, 4) over the 16 x 16 blocks of `images` (M, 64, 64)."""
+    """Return the sum of each 16 x 16 block of `images` (M, 64, 64), as (M, 4, 4)."""
     n = _SIDE // _BLOCK
     sums: NDArray[np.float32] = images.reshape(len(images), n, _BLOCK, n, _BLOCK).sum(axis=(2, 4))
     return sums

@@ -2,10 +2,10 @@
 
 The copy of `ISIC-2017` is `ISIC-2017_Aug`, with the same layout. Each training image gets `copies` augmented versions
 (`ISIC_0000000_aug1.jpg`). The original images of all splits are hard-linked, or copied if the file system has no hard
-links, so the new dataset is complete. If the dataset consists of two folders of images and masks, the copy has one
-folder per split, which keeps the test split the same.
+links, so the new dataset is complete. If the dataset consists of a folder of images and a folder of masks, the copy
+has one folder per split, which keeps the test split the same.
 
-`groups.csv` lists the original of every training and validation image, or its group if groups are given. A study
+`groups.csv` lists the original of every training and validation image, or its group if `data.groups` is set. A study
 reads this file, so that an augmented version is always in the same fold as its original.
 """
 
@@ -42,11 +42,11 @@ from hpsearch.user_files import name_key
 logger = logging.getLogger(__name__)
 
 JPEG_QUALITY = 95
-"""JPEG quality of the augmented versions. The compression of the original images loses more detail."""
+"""JPEG quality of the augmented versions. It is so high that the originals' own compression loses more detail."""
 PIXEL_BYTES = 110
-"""Memory needed to augment one pixel, in bytes. It covers float32 copies of the image, positions and hues."""
+"""Memory per pixel that augmentation needs for float32 copies of the image, positions and hues, in bytes."""
 WORKING_BYTES = 2**30
-"""Maximum memory for augmentation in all threads together. A single image that needs more is augmented alone."""
+"""Maximum memory for augmentation, all threads together. An image that needs more is augmented alone."""
 
 
 def export_augmented(
@@ -63,14 +63,16 @@ def export_augmented(
     The new folder is `target`. By default it is next to the dataset and has the same name followed by `_Aug`. Files
     are written to a hidden folder, which is renamed at the end. The next call replaces an unfinished hidden folder.
 
-    The section [augment] of `config` defines the changes. `augment.crop` is ignored, and `augment.blur` is in pixels
-    of the original image. The augmentation of an image depends only on `study.seed`, its id and the number of the
-    copy. The groups of [data] are written to groups.csv. The files are decoded as [data] says. These rules are stored
-    in the new dataset and apply to its original images too. `cache_root` is described in `survey.survey`. `progress`
-    is called with the number of augmented versions (done, total).
+    The settings `augment.*` of `config` define the changes. `augment.crop` is ignored, and `augment.blur` is in
+    pixels of the original image. The augmentation of an image depends only on these settings, `study.seed`, the
+    image's id and the number of the copy.
 
-    Raises ConfigError if [augment] changes nothing, DatasetError if the folder exists or images are unusable
-    (`data.exclude_bad` leaves them out), and StorageError if the files cannot be written.
+    The files are decoded by the rules that `survey.decide_reading` determines; `cache_root` is described there. The
+    rules for images are stored in the new dataset, because its original images must be decoded in the same way.
+    `progress` is called with the number of augmented versions (done, total).
+
+    Raises ConfigError if the settings change nothing or `copies` is less than 1, DatasetError if the folder exists or
+    images are unusable (unless `data.exclude_bad` leaves them out), and StorageError if the files cannot be written.
     """
     augment = replace(config.augment, crop=False)
     root = dataset.root.resolve()
@@ -114,7 +116,7 @@ def export_augmented(
 
 @dataclass(frozen=True)
 class _Pair:
-    """Original (copy 0) or augmented version of a sample, with the paths of its files in the new dataset."""
+    """Original (copy 0) or augmented version (copy 1, 2, ...) of a sample, with its paths in the new dataset."""
 
     sample: Sample
     copy: int
@@ -154,7 +156,7 @@ def _is_jpeg(path: Path) -> bool:
 def _write_all(
     pairs: list[_Pair], augment: AugmentConfig, config: StudyConfig, reading: Reading, progress: Progress | None
 ) -> set[str]:
-    """Write all augmented versions, using all cores. Return the ids of the images left out by `data.exclude_bad`."""
+    """Write all augmented versions, using all cores. Return the ids of the images left out as unusable."""
     gate, damaged = MemoryGate(WORKING_BYTES), set()
     changed = [pair for pair in pairs if pair.copy > 0]
 
@@ -168,7 +170,7 @@ def _write_all(
             damaged.add(pair.sample.id)
 
     n_threads = torch.get_num_threads()
-    # Use one thread per image, because decoding and encoding are single-threaded and take half of the time.
+    # Use one torch thread per image, because decoding and encoding are single-threaded and take half of the time.
     try:
         with ThreadPoolExecutor(available_cores(), initializer=torch.set_num_threads, initargs=(1,)) as threads:
             for done, _ in enumerate(threads.map(write, changed), start=1):

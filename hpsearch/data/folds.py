@@ -1,4 +1,4 @@
-"""Assign the images of the pool to cross-validation folds."""
+"""Assign the images of the pool (training and validation images) to cross-validation folds."""
 
 import csv
 import io
@@ -20,7 +20,7 @@ from hpsearch.typed_json import from_json
 from hpsearch.user_files import name_key, read_text, user_path
 
 AUGMENTATION, AUGMENTED_GROUPS = "augmentation.json", "groups.csv"
-"""Names of two files in an augmented dataset: its settings, and the group (original) of each image."""
+"""Names of two files in an augmented dataset: its settings, and the group of each image (by default its original)."""
 
 
 @dataclass(frozen=True)
@@ -28,31 +28,31 @@ class Folds:
     """Folds of a study. All its trials use the same folds."""
 
     ids: tuple[str, ...]
-    """Ids of the images of the pool, in its order."""
+    """Ids of the pool's images, in the order of the pool."""
     fold_of: tuple[int, ...]
-    """Fold in which each image is held out. -1 for images that are never held out (training split of `fixed`)."""
+    """Fold in which each image is held out. -1 for training images with `folds="fixed"`, which are never held out."""
     k: int
     seed: int
     method: Literal["kfold", "groups", "fixed"]
 
     def train(self, fold: int) -> NDArray[np.int64]:
-        """Return the indices into the pool of the training images of `fold`, in ascending order."""
+        """Return, in ascending order, the pool indices of the images that `fold` trains on."""
         return np.setdiff1d(np.arange(len(self.ids)), self.held_out(fold))
 
     def held_out(self, fold: int) -> NDArray[np.int64]:
-        """Return the indices into the pool of the held-out images of `fold`, in ascending order."""
+        """Return, in ascending order, the pool indices of the images that are held out in `fold`."""
         if not 0 <= fold < self.k:
             raise ValueError(f"fold must lie between 0 and {self.k - 1}, got {fold}")
         return np.flatnonzero(np.array(self.fold_of) == fold).astype(np.int64)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the folds as plain types, with a digest."""
+        """Return the folds as plain types, with a digest that detects later changes."""
         table = asdict(self)
         return {**table, "digest": _digest(table)}
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> Self:
-        """Return the folds from the output of `to_dict`. Raise RecordError if it was changed."""
+        """Return the folds in `table`, which `to_dict` returned. Raise RecordError if it was changed since then."""
         content = {key: value for key, value in table.items() if key != "digest"}
         if table.get("digest") != _digest(content):
             raise RecordError("the folds are damaged: their digest is not that of their content")
@@ -69,15 +69,15 @@ def make_folds(
     groups: Mapping[str, str] | None = None,
     duplicates: Sequence[tuple[str, str]] | None = None,
 ) -> Folds:
-    """Return the folds of a pool. `ids`, `splits` and `sha256` describe its images, each (n,).
+    """Return the folds of a pool. `ids`, `splits` and `sha256` (of the image file) have one entry per image.
 
-    An integer `folds` uses `sklearn.model_selection.KFold(folds, shuffle=True, random_state=seed)` on the distinct
-    images in the order of the pool. Byte-identical images are in the same fold. With `groups` (id to group) or
-    `duplicates` (pairs of ids that are near-duplicates), GroupKFold is used instead, and groups that share an image
-    are merged.
+    If `folds` is an integer, `sklearn.model_selection.KFold(folds, shuffle=True, random_state=seed)` divides the
+    distinct images, in the order of the pool. Byte-identical images are in the same fold. With `groups` (maps an id
+    to its group) or `duplicates` (pairs of ids that are near-duplicates), GroupKFold is used instead. Groups that
+    are linked by byte-identical images or near-duplicates are merged.
 
-    `folds="fixed"` gives a single fold, which holds out the validation split. Training images that are byte-identical
-    to a validation image, share a group with one or are near-duplicates of one are held out too.
+    `folds="fixed"` gives a single fold, in which the validation split is held out. Training images that are
+    byte-identical to a validation image, share its group or are near-duplicates of it are held out too.
 
     Raises ConfigError if there are fewer distinct images or groups than folds or if a split is empty for `fixed`, and
     DatasetError if an image has no group.
@@ -111,9 +111,10 @@ def make_folds(
 
 
 def lesion_notes(folds: Folds, has_lesion: Sequence[bool]) -> list[str]:
-    """Return a note for each fold whose held-out images have no lesion. `has_lesion` has one value per image.
+    """Return a note for each fold in which no held-out image has a lesion.
 
-    Raises DatasetError if the training images of a fold have no lesion, because there is nothing to learn.
+    `has_lesion` has one value per pool image. Raises DatasetError if no training image of a fold has a lesion,
+    because there is nothing to learn.
     """
     notes = []
     for fold in range(folds.k):
@@ -132,16 +133,17 @@ def lesion_notes(folds: Folds, has_lesion: Sequence[bool]) -> list[str]:
 
 
 def require_enough(n: int, folds: int, what: str) -> None:
-    """Raise ConfigError if there are fewer images or groups (`what`) than folds."""
+    """Raise ConfigError if `n` is less than `folds`. `what` names the counted images or groups in the message."""
     if n < folds:
         advice = f"take fewer folds (--folds {n})" if n > 1 else "more are needed"
         raise ConfigError(f"study.folds = {folds}, but there are only {n} {what}: {advice}")
 
 
 def load_groups(config: DataConfig) -> dict[str, str] | None:
-    """Return the groups in `data.groups` or in an augmented dataset, or None if there are none.
+    """Return the groups from the file `data.groups` or from an augmented dataset, or None if there are none.
 
-    An augmented dataset needs groups, so that no network is scored on augmented versions of its training images.
+    The keys are `name_key` of the image names. An augmented dataset needs groups, so that no network is scored on
+    augmented versions of its training images.
     """
     root = user_path(config.root)
     if config.groups:
@@ -187,11 +189,11 @@ def connected(
     groups: Mapping[str, str] | None,
     duplicates: Iterable[tuple[str, str]] | None = None,
 ) -> list[int]:
-    """Return the number of the unit of each image. A unit is a set of images that must be in the same fold.
+    """Return a unit number for each image. A unit is a set of images that must be in the same fold.
 
-    Byte-identical images, images of one group and pairs of `duplicates` share a unit, also indirectly. Units are
-    numbered by first appearance. The Unicode form and the case of the ids in `groups` do not matter. Raises
-    DatasetError if an image is missing in `groups`.
+    Byte-identical images, images of one group and pairs of `duplicates` are in the same unit, as are images that
+    are linked only through others. Units are numbered by first appearance. The ids in `groups` may differ from `ids`
+    in case and Unicode form. Raises DatasetError if an image is missing in `groups`.
     """
     # scipy is slow to import, and reading folds does not need it.
     from scipy.sparse import coo_array, csgraph

@@ -1,7 +1,7 @@
 """Read and decode image files. FORMATS has one entry per file format.
 
-To add a format, add an entry to FORMATS. No other change is needed. An entry has the suffixes and the first bytes of
-the files, a function that reads the header, and a function that decodes the file.
+To add a format, add an entry to FORMATS. No other change is needed. An entry consists of the file name suffixes, the
+first bytes of every file, a function that reads the header, and a function that decodes the file.
 """
 
 import io
@@ -28,9 +28,9 @@ UNSUPPORTED_SUFFIXES = (
     *(".bmp", ".dib", ".tif", ".tiff", ".gif", ".webp", ".heic", ".heif", ".avif", ".jp2", ".j2k", ".jxl"),
     *(".dcm", ".dicom", ".svg", ".psd", ".tga", ".ppm", ".pgm", ".pbm", ".dng"),
 )
-"""Lower-case suffixes of image formats that are reported as errors, because they are not in FORMATS."""
+"""Lower-case suffixes of image formats that cannot be decoded. Files with such a suffix are reported as errors."""
 DAMAGE = (ValueError, SyntaxError, EOFError, OSError, struct.error, zlib.error)
-"""Exceptions raised while reading or decoding damaged files."""
+"""Exceptions that reading or decoding a damaged file can raise."""
 
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 """Number of channels for each PNG colour type."""
@@ -46,23 +46,23 @@ class Header:
     width: int
     """Height and width as stored, before the EXIF orientation is applied."""
     channels: int = 3
-    """Number of channels in the file. A palette image has 1. The tRNS chunk of a PNG does not count as a channel."""
+    """Number of channels in the file. A palette image has one. The tRNS chunk of a PNG is not a channel."""
     depth: int = 8
     """Bits per channel."""
     orientation: int = 1
     """EXIF orientation, from 1 (upright) to 8. Values from 5 to 8 swap height and width."""
     palette: bool = False
     transparent: tuple[int, ...] | None = None
-    """Gray value or colour that is transparent in a PNG without a palette (tRNS chunk). None if there is none."""
+    """Gray value or colour that the tRNS chunk of a PNG without a palette marks as transparent, or None."""
 
     def size(self, *, upright: bool) -> tuple[int, int]:
-        """Return height and width, with the orientation applied if `upright` is set, otherwise as stored."""
+        """Return the height and width as stored or, if `upright` is True, after the EXIF orientation is applied."""
         return (self.width, self.height) if upright and self.orientation >= 5 else (self.height, self.width)
 
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """File format that can be decoded."""
+    """Image file format that can be decoded."""
 
     suffixes: tuple[str, ...]
     """File name suffixes in lower case, such as `.png`."""
@@ -71,10 +71,10 @@ class ImageFormat:
     read_header: Callable[[IO[bytes]], Header]
     """Function that reads the header from an open file. It raises one of `DAMAGE` if the header is damaged."""
     decode: Callable[[bytearray, Header, bool], NDArray[Any]]
-    """Function that decodes the content of a file to (C, H, W), uint8 or uint16.
+    """Function that decodes the content of a file to an array (C, H, W) of uint8 or uint16.
 
-    The last argument says whether to convert to RGB. If it is False, the function returns the stored values, which
-    are indices for a palette image. It raises one of `DAMAGE` if the content is damaged.
+    The last argument says whether to convert to RGB. If it is False, the stored values are returned, which are
+    indices for a palette image. The function raises one of `DAMAGE` if the content is damaged.
     """
 
 
@@ -84,12 +84,12 @@ def readable_suffixes() -> tuple[str, ...]:
 
 
 def without_suffix(name: str) -> str:
-    """Return `name` without an image suffix such as `.jpg`. Names without such a suffix are returned unchanged."""
+    """Return `name` without the suffix of a decodable image format. Other names are returned unchanged."""
     return name[: name.rindex(".")] if name.lower().endswith(readable_suffixes()) else name
 
 
 def is_image_name(name: str) -> bool:
-    """Return whether `name` has the suffix of an image format, whether or not the format can be decoded."""
+    """Return whether `name` has the suffix of an image format. Formats that cannot be decoded count too."""
     return name.lower().endswith((*readable_suffixes(), *UNSUPPORTED_SUFFIXES))
 
 
@@ -125,7 +125,7 @@ def _read_png_header(file: IO[bytes]) -> Header:
 
 
 def _png_exif(file: IO[bytes]) -> bytes:
-    """Return the EXIF data of a PNG. Pillow would have to decode the pixels to find an eXIf chunk after them."""
+    """Return the EXIF data of a PNG. If it follows the pixels, Pillow would have to decode them to find it."""
     return next((file.read(length) for kind, length in _png_chunks(file) if kind == b"eXIf"), b"")
 
 
@@ -181,9 +181,10 @@ def _decode_png(data: bytearray, header: Header, rgb: bool) -> NDArray[Any]:
 
 
 def _decode_deep_png(data: bytearray, n_channels: int) -> NDArray[np.uint16]:
-    """Decode a 16-bit PNG of 2 to 4 channels to (H, W, C).
+    """Decode a 16-bit PNG with 2 to 4 channels to (H, W, C).
 
-    Pillow returns only one byte per channel, so 3 or 4 channels are decoded twice.
+    Pillow has no mode with several 16-bit channels. Images with 3 or 4 channels are therefore decoded twice, once for
+    the high and once for the low bytes. Images with 2 channels are decoded once, as if they had four 8-bit channels.
     """
 
     def decode(rawmode: str) -> NDArray[np.uint8]:
@@ -192,7 +193,7 @@ def _decode_deep_png(data: bytearray, n_channels: int) -> NDArray[np.uint16]:
         return np.array(image)
 
     if n_channels == 2:
-        # Decode the two bytes of both channels as four channels.
+        # Two channels of two bytes have the same layout as four channels of one byte.
         return decode("RGBA").view(">u2").astype(np.uint16)
     mode = "RGB" if n_channels == 3 else "RGBA"
     return decode(f"{mode};16B") * np.uint16(256) + decode(f"{mode};16L")
@@ -202,12 +203,12 @@ def _decode_jpeg(data: bytearray, header: Header, rgb: bool) -> NDArray[Any]:
     import torch
     from torchvision.io import ImageReadMode, decode_jpeg
 
-    # An image with four channels is CMYK.
+    # Four channels are CMYK, which is converted to RGB in masks too.
     mode = ImageReadMode.RGB if rgb or header.channels == 4 else ImageReadMode.UNCHANGED
     try:
         pixels: NDArray[np.uint8] = decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), mode).numpy()
     except RuntimeError as error:
-        # The message begins with a position in the decoder's source code.
+        # Remove the position in the decoder's source code from the start of the message.
         reason = re.sub(r"^\S+, \S+:\d+, ", "", str(error).splitlines()[0])
         if "allocate" in reason:
             # Running out of memory does not mean that the image is damaged.

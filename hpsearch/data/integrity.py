@@ -1,4 +1,4 @@
-"""Check a whole dataset and report its errors and notes. Errors of a single pair are found by decode.py."""
+"""Check a dataset and report errors and notes. decode.py detects the errors of a single image/mask pair."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hpsearch.user_files import printable
 
 OFFICIAL_COUNTS: dict[Split, int] = {"train": 2000, "val": 150, "test": 600}
 N_NAMED = 3
-"""Number of images that a message names for each kind of problem."""
+"""Maximum number of images that a message names for each kind of problem."""
 Size = tuple[int, int]
 """Height and width in pixels."""
 Decoded = tuple[Sample, ImageStats]
@@ -28,7 +28,7 @@ Decoded = tuple[Sample, ImageStats]
 
 @dataclass(frozen=True)
 class CheckReport:
-    """Report of the errors, notes and image sizes of a dataset."""
+    """Errors, notes and image sizes of a dataset."""
 
     counts: dict[Split, int]
     """Number of usable pairs in each split."""
@@ -47,7 +47,7 @@ class CheckReport:
         return lines
 
     def rows(self) -> list[tuple[str, str, int, list[str]]]:
-        """Return one row per kind of problem: level (`error` or `note`), kind, count and the first few texts."""
+        """Return one row per kind of problem: level (`error` or `note`), kind, number and first few texts."""
         return [
             (level, kind, len(members), [problem.text for problem in members[:N_NAMED]])
             for level, problems in (("error", self.errors), ("note", self.notes))
@@ -72,9 +72,9 @@ def check(
 ) -> CheckReport:
     """Decode all pairs of `dataset` in a subprocess and return a report of the errors and notes.
 
-    Files are decoded according to `config`. If it is given, the report also lists masks that lose their lesion or
-    background when they are resized to the cached size. If `cache_root` is given, the survey of the files is stored
-    there.
+    `config` determines how files are decoded. If it is given and images are resized rather than cropped, the report
+    also lists masks that lose their lesion or background when they are resized to the cached size. `cache_root` is
+    described in `survey.decide_reading`. `progress` is called with the number of pairs (done, total).
     """
     size = config.cached_size if config is not None and config.match == "resize" else None
     views: tuple[View, ...] = ("resize",) if size else ()
@@ -103,7 +103,7 @@ def check(
 
 
 def check_stored(cache: Cache) -> list[Problem]:
-    """Return problems for files that changed after `cache` was built, and for cached images that are damaged."""
+    """Return a problem for each file that changed after `cache` was built and for each damaged cached image."""
     changed = [
         sample.problem("changed file", f"{path} is not what it was when the cache was made", path)
         for sample, stats in cache.index.pairs
@@ -119,9 +119,10 @@ def check_stored(cache: Cache) -> list[Problem]:
 
 
 def same_images(pool: Sequence[Sample], test: Sequence[Sample]) -> list[Problem]:
-    """Return a note for each image that occurs more than once in the pool, or in both the pool and the test split.
+    """Return a note for each image that occurs more than once in the pool, or both in the pool and in the test split.
 
-    An image in both is not an error, because the published ISIC-2017 contains one.
+    The pool consists of the training and validation images. An image in the pool and in the test split is not an
+    error, because the published ISIC-2017 contains one.
     """
     copies: dict[str, list[Sample]] = defaultdict(list)
     for sample, label in zip([*pool, *test], same_bytes([*pool, *test]), strict=True):
@@ -145,8 +146,8 @@ def same_images(pool: Sequence[Sample], test: Sequence[Sample]) -> list[Problem]
 def dataset_notes(dataset: Dataset) -> list[Problem]:
     """Return notes on the splits of a dataset.
 
-    For two folders of images and masks, the note describes the test split. For ISIC-2017, it lists the number of
-    pairs if that number differs from the official one.
+    For the layout `folders`, the note gives the size of the test split. For the layout `archive`, it gives the number
+    of pairs in each split if this differs from the official ISIC-2017.
     """
     counts = {split: len(dataset.split(split)) for split in get_args(Split)}
     if dataset.layout == "folders":
@@ -164,7 +165,7 @@ def dataset_notes(dataset: Dataset) -> list[Problem]:
 
 
 def content_notes(dataset: Dataset, pairs: Sequence[Decoded], size: Size | None) -> list[Problem]:
-    """Return notes on unusual images and masks of decoded pairs."""
+    """Return notes on unusual images and masks. With `size`, masks are also checked after resizing to it."""
     notes = [note for sample, stats in pairs for note in _pair_notes(sample, stats, size)]
     test = [stats for sample, stats in pairs if sample.split == "test"]
     if test and not any(stats.lesion_share(size) for stats in test):
@@ -190,7 +191,7 @@ def content_notes(dataset: Dataset, pairs: Sequence[Decoded], size: Size | None)
 
 
 def _pair_notes(sample: Sample, stats: ImageStats, size: Size | None) -> Iterator[Problem]:
-    """Yield notes on a mask that is empty or full, in the file or at `size`, and on an image of a single colour."""
+    """Yield notes on a mask that is empty or full, as stored or at `size`, and on an image with a single colour."""
     share, share_at_size = stats.lesion_share(), stats.lesion_share(size)
     if share in (0, 1):
         what, pixels = ("full", "skin") if share else ("empty", "lesion")
@@ -207,8 +208,8 @@ def _pair_notes(sample: Sample, stats: ImageStats, size: Size | None) -> Iterato
 def lesion_fault(stats: Sequence[ImageStats], size: Size | None) -> str:
     """Return the reason why a network cannot learn from these pairs, or an empty string if it can.
 
-    The reason is that all masks are empty or that all masks are full. With `size`, the masks are checked after
-    resizing to `size`. The result is also empty if there are no pairs.
+    It cannot learn if all masks are empty or all masks are full. If `size` is given, the masks are checked after
+    resizing to it. The result is also empty if there are no pairs.
     """
     shares = {each.lesion_share(size) for each in stats}
     if shares not in ({0}, {1}):
@@ -222,7 +223,7 @@ def lesion_fault(stats: Sequence[ImageStats], size: Size | None) -> str:
 
 
 def describe(problems: Iterable[Problem]) -> list[str]:
-    """Return one line per kind of problem, naming the first few images, and one per problem of the whole dataset."""
+    """Return one line per kind of problem with images, and one line per problem with the whole dataset."""
     lines = []
     for kind, members in _by_kind(problems).items():
         if not members[0].id:

@@ -3,10 +3,11 @@
     archive   ROOT/ISIC-2017_Training_Data and ROOT/ISIC-2017_Training_Part1_GroundTruth, ..._Validation_...,
               ..._Test_v2_...
     splits    ROOT/train, ROOT/validation (or val), ROOT/test, each with a folder of images and a folder of masks
-    folders   any two folders; the test split is given as a list or selected by a hash of the names
+    folders   any folder of images and any folder of masks; the test split is given as a list or selected by a hash
+              of the names
 
-The layout is detected from the folders that exist. Only file names are read, with one exception: before a test split
-is selected, byte-identical images are found, so that no copy of a test image is used for training.
+The layout is detected from the folders that exist. Only file names are read, with one exception: if a test split has
+to be selected, byte-identical images are detected first, so that no copy of a test image is used for training.
 """
 
 import os
@@ -43,7 +44,8 @@ _MISSING = (
 def find_samples(config: DataConfig) -> Dataset:
     """Return the dataset in the folders that `config` names.
 
-    Raises DatasetError if there is no known layout or more than one. The message says how to get a dataset.
+    Raises DatasetError if the folders have no known layout or more than one. If there is no dataset, the message says
+    how to get one.
     """
     if config.images:
         flags = f"--images {shlex.quote(config.images)} --masks {shlex.quote(config.masks)}"
@@ -77,7 +79,10 @@ def _in_root(config: DataConfig) -> Dataset:
 
 
 def _by_split(root: Path, pattern: str) -> dict[Split, Path]:
-    """Return the folder of each split in `root`. Its name is `pattern` with the name of the split, in any case."""
+    """Return the folder of each split in `root`.
+
+    Its name is `pattern` with a name of the split in place of `{}`. Upper and lower case are not distinguished.
+    """
     folders = {path.name.lower(): path for path in _folders(root)}
     found: dict[Split, Path] = {}
     for split, names in _SPLIT_NAMES.items():
@@ -85,7 +90,7 @@ def _by_split(root: Path, pattern: str) -> dict[Split, Path]:
         if len(here) > 1:
             raise DatasetError(f"{root} holds both {here[0].name} and {here[1].name}: keep one of them")
         if here:
-            # An archive unpacked into a folder of its own name is nested one level deeper.
+            # Unpacking an archive into a folder with its own name nests the folder one level deeper.
             nested = here[0] / here[0].name
             found[split] = nested if nested.is_dir() else here[0]
     return found
@@ -95,7 +100,7 @@ def _image_and_mask_folder(folder: Path) -> tuple[Path, Path]:
     inside = _folders(folder)
     masks = [path for path in inside if MASK_WORD.search(path.name)]
     rest = [path for path in inside if path not in masks]
-    # If there is only one other folder, its images are used whatever its name is.
+    # A single other folder contains the images, whatever its name is.
     images = rest if len(rest) == 1 else [path for path in rest if _IMAGE_FOLDER.search(path.name)]
     if len(masks) != 1 or len(images) != 1:
         raise DatasetError(
@@ -155,13 +160,13 @@ def _listed_test_ids(config: DataConfig, ids: Iterable[str]) -> set[str]:
 def _drawn_test_ids(config: DataConfig, samples: Sequence[Sample]) -> set[str]:
     """Select a test split of about `test_share` of the images, and return its ids.
 
-    Byte-identical images and images of one group are either all selected or not at all.
+    Byte-identical images are either all selected or all left out, and so are the images of a group.
     """
     units = connected([sample.id for sample in samples], same_bytes(samples), load_groups(config))
     members = defaultdict(list)
     for sample, unit in zip(samples, units, strict=True):
         members[unit].append(sample.id)
-    # Rank by a hash of the ids, so that adding an image moves few others between the splits.
+    # Rank by a hash of the ids, so that adding an image moves few others to another split.
     ranked = sorted(members.values(), key=lambda ids: sha256_text(f"0:{ids[0]}"))
     wanted = max(1, round(config.test_share * len(samples)))
     test: set[str] = set()
@@ -174,7 +179,7 @@ def _drawn_test_ids(config: DataConfig, samples: Sequence[Sample]) -> set[str]:
 def _dataset(samples: list[Sample], problems: list[Problem], root: Path, layout: Layout) -> Dataset:
     if not samples and not problems:
         raise DatasetError(_MISSING.format(root=root, needs="its folders hold no images and masks"))
-    # Images are often numbered from 1 in each split's folder. Such ids are prefixed with the name of the split.
+    # Images are often numbered from 1 in every split's folder. Prefix such ids with the name of the split.
     n_splits = Counter(key for key, _ in {(user_files.name_key(sample.id), sample.split) for sample in samples})
     named = [
         replace(sample, id=f"{sample.split}-{sample.id}") if n_splits[user_files.name_key(sample.id)] > 1 else sample

@@ -6,7 +6,7 @@ A mask must have one or two distinct pixel values. If it has two values, the les
 - the colour, if one value is gray (including black and white) and the other is a colour;
 - the more opaque value, if their transparency differs and the rules above do not contradict this.
 
-If a mask has a single value, its meaning is taken from the other masks of the dataset. If no other mask has this
+If a mask has a single value, its meaning is taken from the two-valued masks of the dataset. If none of them has this
 value, 0, black and fully transparent mean an empty mask, and any other value means a full mask. All other masks are
 errors.
 """
@@ -28,15 +28,15 @@ class MaskValue:
     """Pixel value of a mask."""
 
     samples: tuple[int, ...]
-    """One value (gray or palette index) or three (R, G, B)."""
+    """One number (gray value or palette index) or three (R, G, B)."""
     alpha: int | None
-    """Opacity, from 0 (transparent). None if the file has no transparency."""
+    """Opacity; 0 is fully transparent. None if the file has no transparency."""
     text: str
     """Value as text, such as `255`, `index 1`, `#ff0000` or `#ff0000 with alpha 255`."""
 
     @classmethod
     def of(cls, pixel: tuple[int, ...], header: Header) -> Self:
-        """Return the MaskValue of a pixel, given its decoded channels and the header of the file."""
+        """Return the value of a pixel, given its decoded channels and the header of the file."""
         if header.depth < 8 and not header.palette:
             # Decoders scale values of 1, 2 and 4 bits to 0..255.
             pixel = tuple(sample * (2**header.depth - 1) // 255 for sample in pixel)
@@ -54,20 +54,21 @@ class MaskValue:
 
     @property
     def is_background_alone(self) -> bool:
-        """Whether a mask with only this value is empty. This is so for 0, black and fully transparent."""
+        """Whether a mask with only this value is empty: the value is 0, black or fully transparent."""
         return self.alpha == 0 or not any(self.samples)
 
 
 def find_lesion(samples: NDArray[Any], header: Header, reading: Reading) -> tuple[NDArray[np.bool_], tuple[str, ...]]:
-    """Return the lesion pixels (H, W) bool of a decoded mask (C, H, W) with 1 to 4 channels, and its values as text.
+    """Return the lesion pixels of a decoded mask as (H, W) bool, and the values of the mask as text.
 
-    The values are background and lesion, or a single value if all pixels are equal. `reading` says which values mean
-    background and lesion in the other masks of the dataset. Raises DecodeError if the mask is ambiguous or
-    contradicts them. The caller must put the file's name before the message.
+    `samples` (C, H, W) is the decoded mask, with 1 to 4 channels. The returned values are background and lesion, or a
+    single value if all pixels are equal. `reading` says which values mean background and lesion in the masks of the
+    dataset. Raises DecodeError if the mask is ambiguous or contradicts `reading`. The caller must put the file's name
+    before the message.
     """
 
     def pixels_like(at: int) -> tuple[MaskValue, NDArray[np.bool_]]:
-        """Return the value of the pixel at the flat index `at`, and a mask of all pixels with this value."""
+        """Return the value of the pixel at the flat index `at`, and which pixels (H, W) have this value."""
         pixel = samples.reshape(len(samples), -1)[:, at]
         return MaskValue.of(tuple(pixel.tolist()), header), reduce(np.logical_and, samples == pixel[:, None, None])
 
@@ -106,7 +107,7 @@ def _disagreement(values: str, value: str, meaning: str) -> DecodeError:
 
 
 def _lesion_of(one: MaskValue, other: MaskValue) -> MaskValue:
-    """Return which of two values is lesion, based on transparency and colour. Raise DecodeError if ambiguous."""
+    """Return the value that marks the lesion, judging by transparency and colour. Raise DecodeError if unclear."""
     lesion = set()
     if one.alpha != other.alpha:
         lesion.add(max(one, other, key=lambda value: value.alpha or 0))

@@ -13,9 +13,9 @@ from hpsearch.errors import DatasetError
 from hpsearch.user_files import broken_link, list_folder, name_fault, name_key, printable, require_usable_path
 
 MASK_WORD = re.compile(r"mask|truth|label|segment|annotation|(^|[^a-z])gt([^a-z]|$)", re.IGNORECASE)
-"""Pattern of words that mark a folder or file name as masks."""
+"""Pattern of the words that mark a folder or a file as masks."""
 FilesByKey = dict[str, list[Path]]
-"""Image files, grouped by the `name_key` of their stem."""
+"""Maps the `name_key` of a stem (file name without extension) to the image files with this stem."""
 
 
 def find_pairs(
@@ -23,8 +23,9 @@ def find_pairs(
 ) -> tuple[list[Sample], list[Problem]]:
     """Return the pairs of images and masks whose names match, and problems for the remaining files.
 
-    The stem of a mask is the stem of its image followed by `suffix`. If `suffix` is empty, it is determined from the
-    file names. Set `is_chosen` if the user chose the suffix. Masks with other suffixes are then ignored.
+    The stem (file name without extension) of a mask is the stem of its image followed by `suffix`. If `suffix` is
+    empty, it is determined from the file names. Set `is_chosen` if the user chose the suffix. Masks with other
+    suffixes are then ignored.
     """
     for folder in (images, masks):
         require_usable_path(folder, DatasetError)
@@ -47,7 +48,7 @@ def find_pairs(
             pairs.append(Sample(id, paths[0], partners[0], split))
     for key, paths in mask_files.items():
         if is_chosen and not key.endswith(suffix) and _owner(key, suffix, image_files):
-            # This is a mask of another kind (such as another attribute), which the user did not choose.
+            # The user chose a suffix, and this is a mask with another one (such as another attribute).
             continue
         id = _id(paths)
         if suffix and name_key(id[-len(suffix) :]) == suffix:
@@ -61,8 +62,8 @@ def find_pairs(
 def images_by_key(folder: Path) -> FilesByKey:
     """Return the image files of a folder, sorted and grouped by the `name_key` of their stem.
 
-    Hidden files and superpixels are left out. Broken links and inaccessible files are included, so that they are
-    reported.
+    Hidden files and ISIC-2017's superpixel images are left out. Broken links and inaccessible files are included, so
+    that they are reported.
     """
     found: FilesByKey = defaultdict(list)
     for path in list_folder(folder, DatasetError):
@@ -74,13 +75,13 @@ def images_by_key(folder: Path) -> FilesByKey:
 
 
 def find_suffix(images: Iterable[str], masks: Iterable[str], *, together: bool) -> str:
-    """Return the most frequent suffix by which the stem of a mask extends the stem of an image.
+    """Return the most frequent suffix that turns the stem of an image into the stem of a mask.
 
-    The shortest suffix wins ties. The result is empty if no mask matches an image. `together` says that images and
-    masks are in one folder.
+    The shortest suffix wins ties. The result is empty if no mask matches an image. Set `together` if images and masks
+    are in one folder.
     """
     stems = set(images)
-    # In a shared folder every mask would match itself.
+    # In a shared folder, every file would match itself with an empty suffix.
     votes = Counter(
         mask[end:]
         for mask in masks
@@ -91,7 +92,7 @@ def find_suffix(images: Iterable[str], masks: Iterable[str], *, together: bool) 
 
 
 def may_be_file(path: Path) -> bool:
-    """Return whether `path` is a regular file or cannot be accessed, such as a broken link."""
+    """Return whether `path` is a regular file or cannot be accessed (such as a broken link)."""
     try:
         return stat.S_ISREG(path.stat().st_mode)
     except OSError:
@@ -111,8 +112,8 @@ def _pair_fault(
 ) -> _Fault | None:
     """Return the problem of an image and its masks, or None if they are a valid pair.
 
-    `paths` are the files of the image, `partners` the masks with its name and the suffix, and `others` its further
-    masks. `missing` describes the missing mask in the message.
+    `paths` are the files with the name of the image, `partners` the masks with this name and the suffix, and `others`
+    further masks of the image. `missing` describes the expected mask if there is none.
     """
     files = (*paths, *partners, *others)
     if fault := _file_fault(files):
@@ -132,7 +133,7 @@ def _pair_fault(
 
 
 def _file_fault(files: Sequence[Path]) -> _Fault | None:
-    """Return the first problem with the name, link or format of one of `files`, or None if there is none."""
+    """Return the first problem with the name, link or format of a file in `files`, or None if there is none."""
     for path in files:
         if fault := name_fault(path.stem):
             return "unusable name", f"{printable(path)}: its name {fault}: rename it", tuple(files)
@@ -145,11 +146,11 @@ def _file_fault(files: Sequence[Path]) -> _Fault | None:
 
 
 def _separated(files: FilesByKey, suffix: str) -> tuple[FilesByKey, FilesByKey]:
-    """Separate the files of one folder into images and masks, which have the suffix `suffix`."""
+    """Separate the files of one folder into images and masks. The stems of masks end in `suffix`."""
     if not suffix:
         return files, {}
     images = {key: paths for key, paths in files.items() if not key.endswith(suffix)}
-    # A file without the suffix may still be a second mask of an image. Its name then contains a word for masks.
+    # A file without the suffix may still be a second mask of an image. Its name then contains a word such as `mask`.
     for key in [key for key in images if key + suffix not in files]:
         if (owner := _owner(key, suffix, images)) and _says_mask(key[len(owner) :], suffix):
             del images[key]
@@ -159,12 +160,12 @@ def _separated(files: FilesByKey, suffix: str) -> tuple[FilesByKey, FilesByKey]:
 def _further_masks(
     images: Collection[str], masks: Iterable[str], suffix: str, *, is_chosen: bool
 ) -> Mapping[str, list[str]]:
-    """Return the keys of further masks of each image, in addition to the mask with the image's name and `suffix`.
+    """Return the keys of the masks that each image has in addition to the one with its name and `suffix`.
 
-    A mask that matches no image is a further mask of the image whose stem it starts with. For example,
+    A mask that matches no image is a further mask of an image if its name starts with the image's stem. For example,
     `x_mask_1.png` is a further mask of `x.png`. If images have such names too (`x.png` and `x_2.png`), a mask
-    `x_3.png` is treated as a mask without an image, unless its name contains a word for masks. If the user chose the
-    suffix, the rest of the name must start with it.
+    `x_3.png` is treated as a mask without an image. A further mask must then have a word such as `mask` in its name.
+    If the user chose the suffix, the rest of the name must start with it.
     """
     found: dict[str, list[str]] = defaultdict(list)
     images_extend = any(_owner(image, suffix, images) for image in images)
@@ -181,7 +182,7 @@ def _further_masks(
 def _owner(key: str, suffix: str, images: Container[str]) -> str | None:
     """Return the longest image key that is a prefix of `key`, or None if there is none.
 
-    The prefix must be followed by `suffix` or by a character that is not alphanumeric, so `im1` is not a match for
+    The prefix must be followed by `suffix` or by a character that is not alphanumeric, so `im1` does not match
     `im10`.
     """
     for end in range(len(key) - 1, 0, -1):
@@ -191,8 +192,8 @@ def _owner(key: str, suffix: str, images: Container[str]) -> str | None:
 
 
 def _says_mask(rest: str, suffix: str) -> bool:
-    """Return whether `rest` marks a file as a mask: it starts with `suffix` or contains a word for masks.
+    """Return whether a file's name marks it as a mask: `rest` starts with `suffix` or contains a word such as `mask`.
 
-    `rest` is the part of the file's key after the key of the image.
+    `rest` is the part of the file's key that follows the key of the image.
     """
     return bool(suffix and rest.startswith(suffix)) or bool(MASK_WORD.search(rest.removesuffix(suffix)))

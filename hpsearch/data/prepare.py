@@ -1,4 +1,7 @@
-"""Prepare the images for `study` and `final`: find them, check them, and build a cache for each image size needed."""
+"""Prepare images for `study` and `final`: find and check them, and build a cache for each image size needed.
+
+The pool consists of the training and validation images.
+"""
 
 import logging
 from contextlib import suppress
@@ -33,11 +36,11 @@ class Prepared:
     cache_path: Path
     """Folder of the cache. Pass it to `cache.open_cache`."""
     index: Index
-    """Index of the cache: its key, the images, and how they are read."""
+    """Index of the cache: its key, its images, and how they are decoded."""
     notes: tuple[str, ...]
     """Notes on the data, one line each."""
     excluded: tuple[str, ...]
-    """Ids of the images left out by `data.exclude_bad`. The reasons are in the log."""
+    """Ids of the images left out because of `data.exclude_bad`. The reasons are in the log."""
 
 
 def prepare_pool(
@@ -45,12 +48,12 @@ def prepare_pool(
 ) -> Prepared:
     """Prepare the cache of the pool: the training images, then the validation images, each sorted by id.
 
-    The role `search` applies the limits `n_search_train` and `n_search_validation`, the role `final` the limit
-    `n_final_train`. The role `test` prepares the test split instead of the pool. For the other roles, test images are
-    not decoded. They are only compared with the pool to find byte-identical images. `seed` is the seed of the random
-    crops (`match = "crop"`).
+    The role `search` applies the limits `data.n_search_train` and `data.n_search_validation`, and the role `final`
+    the limit `data.n_final_train`. The role `test` prepares the test split instead of the pool. For the other roles,
+    test images are not decoded. They are only compared with the pool to find byte-identical images. `seed` is the
+    seed of the random crops (`data.match = "crop"`).
 
-    Raises DatasetError with all errors of the images, unless `data.exclude_bad` leaves these images out.
+    Raises DatasetError, which summarises all errors, if images are unusable and `data.exclude_bad` is off.
     """
     dataset, samples, preparation = _selected(config, cache_root, role, seed)
     problems = [problem for problem in dataset.problems if (problem.split == "test") == (role == "test")]
@@ -60,12 +63,12 @@ def prepare_pool(
         what = "test" if role == "test" else "training or validation"
         raise DatasetError(f"{dataset.root} has no {what} images: is a folder of that split missing or empty?")
     with refusals_named(cache_root):
-        # Create the folder before decoding, so that an error is reported at once.
+        # Create the folder before the survey decodes files, so that an error is reported at once.
         cache_root.mkdir(parents=True, exist_ok=True)
     with Decoders() as decoders:
         reading, reading_notes = decide_reading(dataset, config, cache_root, decoders)
         preparation = replace(preparation, reading=reading)
-        # Decode all images before raising an error, so that it lists all problems. The next run reuses the cache.
+        # Decode all images before raising an error, so that it covers all problems. The next run reuses the cache.
         folder = build_cache(samples, preparation, config.cache, cache_root, decoders=decoders, progress=progress)
     index = Index.read(folder)
     problems += index.problems
@@ -75,7 +78,7 @@ def prepare_pool(
         logger.warning("left out (%s): %s", problem.kind, problem.text)
     notes = integrity.dataset_notes(dataset) if config.root != "sample" else []
     if role != "test":
-        # Report errors in the test split as notes here. They are only errors for `final`.
+        # Report errors in the test split as notes, because they prevent only `final`.
         later = [problem for problem in dataset.problems if problem.split == "test"]
         notes += integrity.same_images(samples, dataset.split("test"))
         notes += [replace(problem, kind=f"{problem.kind} in the test split") for problem in later]
@@ -94,29 +97,29 @@ def cache_root(project: ProjectPaths, config: StudyConfig) -> Path:
 
 
 class PoolCaches:
-    """Caches of the pool, one per image size, each built on first use. A study with a fixed size has one."""
+    """Caches of the pool, one per image size, each built on first use. If the size is fixed, there is only one."""
 
     def __init__(
         self, config: StudyConfig, root: Path, *, role: Role = "search", progress: Progress | None = None
     ) -> None:
         """Prepare the cache on which trials are scored.
 
-        Raises DatasetError if nothing can be learned from its masks. Like `prepare_listed` and `paths`, it also
-        raises the errors of `prepare_pool`.
+        Raises DatasetError if nothing can be learned from its masks. Errors of `prepare_pool` are raised here and by
+        `prepare_listed` and `paths`.
         """
         self._data = config.data
         self._prepare = partial(prepare_pool, cache_root=root, role=role, seed=config.study.seed, progress=progress)
         self.made: dict[tuple[int, int], Prepared] = {}
-        """Prepared caches by height and width, in the order of first use."""
+        """Maps height and width to the prepared cache, in the order of first use."""
         self.scored = self._prepared(config.scored_data)
-        """Cache of the pool at the image size at which trials are scored."""
+        """Cache with the image size at which trials are scored."""
         if fault := integrity.lesion_fault(self.scored.index.stats, config.scored_data.cached_size):
             raise DatasetError(fault)
 
     def prepare_listed(self, config: StudyConfig) -> None:
-        """Prepare a cache for each image size listed in the search space, or for `data.size` if none are listed.
+        """Prepare a cache for each image size that the search space lists, or for `data.size` if it lists none.
 
-        The sizes of a range are not prepared in advance, because there may be too many.
+        The sizes in a range are not prepared in advance, because there may be too many.
         """
         sizes = config.search.get("data.size")
         for size in sizes.values if isinstance(sizes, Choice) else (config.data.size,):
@@ -128,7 +131,7 @@ class PoolCaches:
         return list(dict.fromkeys(note for prepared in self.made.values() for note in prepared.notes))
 
     def paths(self, config: StudyConfig) -> tuple[Path, Path | None]:
-        """Return the path of the cache to train `config` on, and the path of the cache to score it on.
+        """Return the paths of the cache to train on with `config` and of the cache to score on.
 
         The second path is None if both are the same cache.
         """
@@ -137,7 +140,7 @@ class PoolCaches:
 
     def _prepared(self, data: DataConfig) -> Prepared:
         if data.cached_size not in self.made:
-            # A trial's config has the image paths from when the trial began.
+            # Use the current image paths, because a trial's config contains the paths at the time it began.
             found = self._prepare(data.located_as(self._data))
             if self.made and found.index.ids != self.scored.index.ids:
                 raise CacheError("the images changed while they were decoded: start again")
@@ -146,12 +149,12 @@ class PoolCaches:
 
 
 def prepare_test(config: DataConfig, cache_root: Path, *, progress: Progress | None = None) -> Prepared:
-    """Prepare the cache of the test split. If `n_final_test` is set, only its first images are used, sorted by id."""
+    """Prepare the cache of the test split: the first `data.n_final_test` images by id, or all if this is 0."""
     return prepare_pool(config, cache_root, role="test", progress=progress)
 
 
 def count_pool(config: DataConfig, cache_root: Path) -> int:
-    """Return the number of images in the search pool, without decoding them.
+    """Return the number of pool images that the search uses, without decoding them.
 
     Raises DatasetError if there is no dataset.
     """
@@ -159,21 +162,21 @@ def count_pool(config: DataConfig, cache_root: Path) -> int:
 
 
 def check_contents(config: DataConfig, cache_root: Path) -> tuple[list[Path], list[Problem]]:
-    """Return the existing caches of the dataset, and problems for files or cached images that have changed.
+    """Return the folders of the dataset's caches, and a problem for each changed file and each damaged cached image.
 
     Every file is read completely, because the key of a cache depends only on the start and the end of each file.
     """
     samples = set(locate(config, cache_root).samples)
     folders: list[Path] = []
     for path in sorted(cache_root.glob(f"*/{INDEX}")):
-        # Skip caches whose index cannot be read (such as another version). The next study rebuilds them.
+        # Skip caches whose index cannot be read, such as those of another version. The next study rebuilds them.
         with suppress(CacheError):
             folders += [path.parent] if samples.issuperset(Index.read(path.parent).samples) else []
     return folders, [problem for folder in folders for problem in integrity.check_stored(open_cache(folder))]
 
 
 def locate(config: DataConfig, cache_root: Path) -> Dataset:
-    """Return the dataset in `config`. The built-in sample dataset is drawn below `cache_root` if it is missing."""
+    """Return the dataset that `config` selects. The built-in one is generated in `cache_root` if it is missing."""
     if config.root != "sample" or config.images:
         return find_samples(config)
     folder = cache_root / f"sample-{SAMPLE_VERSION}" / "ISIC-2017"
@@ -182,7 +185,7 @@ def locate(config: DataConfig, cache_root: Path) -> Dataset:
         try:
             draw_sample(folder)
         except (DatasetError, StorageError):
-            # Ignore the error if another process has drawn the dataset in the meantime.
+            # Ignore the error if another process has written the dataset in the meantime.
             if not folder.is_dir():
                 raise
     return find_samples(replace(config, root=str(folder)))
@@ -191,7 +194,7 @@ def locate(config: DataConfig, cache_root: Path) -> Dataset:
 def _selected(
     config: DataConfig, cache_root: Path, role: Role, seed: int = 0
 ) -> tuple[Dataset, tuple[Sample, ...], Preparation]:
-    """Return the dataset, the samples of `role` within its limits, and the settings for preparing them."""
+    """Return the dataset, the samples for `role` within its limits, and the settings for preparing them."""
     dataset = locate(config, cache_root)
     train, val, test = dataset.split("train"), dataset.split("val"), dataset.split("test")
     if role == "search":

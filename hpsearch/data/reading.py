@@ -1,8 +1,7 @@
 """Define the rules for decoding the image and mask files of a dataset.
 
-survey.py determines the rules once per dataset, from the pool (training and validation images). The index of the
-cache and the weights file store them, so that training, `final`, `predict`, the served model and `data augment`
-decode the same pixels.
+survey.py determines the rules for a dataset from its pool (training and validation images). The cache index, the
+weights file and an augmented dataset store them, so that all later steps decode files in the same way.
 """
 
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ FULL_SCALES = (255, 1023, 4095, 16383, 65535)
 
 @dataclass(frozen=True)
 class Reading:
-    """Rules for decoding the files of a dataset. The defaults are right for 8-bit images without EXIF orientation."""
+    """Rules for decoding the files of a dataset. The defaults suit 8-bit images without EXIF orientation."""
 
     exif: Literal["apply", "ignore"] = "apply"
     """Whether the EXIF orientation of images and masks is applied."""
@@ -23,11 +22,11 @@ class Reading:
     n_oriented: int = 0
     """Number of pairs in the pool whose image or mask has an EXIF orientation other than upright."""
     max_value: int = 0
-    """Value that is scaled to 255 in images of more than 8 bits per channel. 0 if the pool has no such images."""
+    """Value that is scaled to 255 in images with more than 8 bits per channel. 0 if the pool has no such images."""
     background: tuple[str, ...] = ()
-    """Values (`MaskValue.text`) that mean background. They are taken from the pool's masks with two values."""
+    """Values (`MaskValue.text`) that mean background, by a majority vote of the pool's masks with two values."""
     lesion: tuple[str, ...] = ()
-    """Values (`MaskValue.text`) that mean lesion. They are taken from the pool's masks with two values."""
+    """Values (`MaskValue.text`) that mean lesion, by a majority vote of the pool's masks with two values."""
 
     @property
     def turns(self) -> bool:
@@ -37,8 +36,8 @@ class Reading:
     def key(self) -> list[Any]:
         """Return the rules that are part of the cache key.
 
-        The list is empty for 8-bit images without EXIF orientation and masks of 0 and 1 or 255. The cache keys of
-        such datasets are therefore the same as in version 0.1.
+        The list is empty if images have 8 bits and no EXIF orientation, and masks have the values 0 and 1 or 0 and
+        255. The cache keys of such datasets are therefore the same as in version 0.1.
         """
         usual_masks = self.background in ((), ("0",)) and self.lesion in ((), ("1",), ("255",))
         if self.turns and not self.n_oriented and not self.max_value and usual_masks:
@@ -52,4 +51,4 @@ class Reading:
 
 PLAIN_READING = Reading()
 READING_0_1 = Reading("ignore", max_value=FULL_SCALES[-1])
-"""Rules of version 0.1. They apply to its weights files, which do not store any rules."""
+"""Rules of version 0.1. They apply to the weights files of version 0.1, which contain no rules."""

@@ -1,8 +1,8 @@
-"""Draw a small synthetic dermoscopy dataset in the archive layout of ISIC-2017.
+"""Generate a small synthetic dermoscopy dataset in the archive layout of ISIC-2017.
 
 The images are generated from seeded random numbers, without photographs or patient data. The lesions are off-centre
-and vary in size and contrast. Predicting the best centred disc gives a Dice of 0.45. A network trained for ten epochs
-at 64x64 reaches 0.90. Dice ranges from 0.36 to 0.93 between configurations.
+and vary in size and contrast. Predicting the same centred disc for all images gives a Dice of at most 0.45. A network
+trained for ten epochs at 64x64 reaches 0.90. Across configurations, the Dice ranges from 0.36 to 0.93.
 """
 
 import math
@@ -20,7 +20,7 @@ from hpsearch.errors import DatasetError
 from hpsearch.paths import storage_error
 
 SAMPLE_VERSION = 1
-"""Version of the drawing code. It changes when the same seed gives different pixels."""
+"""Version of the generator. It changes whenever the same seed would give different pixels."""
 LARGE_SIZE = (4499, 6748)
 """Height and width of the largest image of ISIC-2017."""
 _SPLITS = ("Training", "Validation", "Test_v2")
@@ -39,11 +39,11 @@ def draw_sample(
     n_large: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Draw the dataset and write it to the new folder `folder`, which is created only when the dataset is complete.
+    """Generate the dataset in the new folder `folder`. The folder is created only when the dataset is complete.
 
-    The first `n_large` training images are as large as the largest image in ISIC-2017. An image depends only on
-    `seed` and its id. `progress` is called with (done, total) after each image. Raises DatasetError if `folder`
-    exists and is not empty, and StorageError if it cannot be written.
+    The first `n_large` training images are enlarged to the size of the largest image in ISIC-2017. The content of an
+    image depends only on `seed` and its id. `progress` is called with (done, total) after each image. Raises
+    DatasetError if `folder` exists and is not empty, and StorageError if it cannot be written.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DatasetError(f"{folder} exists already: give a new folder, or remove it to have the sample drawn again")
@@ -65,7 +65,7 @@ def draw_sample(
 
 
 def draw_pair(rng: np.random.Generator) -> tuple[Bytes, Bytes]:
-    """Draw an image (H, W, 3) and its mask (H, W) of 0 and 255, with 200 to 400 pixels per side."""
+    """Generate an image (H, W, 3) and its mask (H, W) of 0 and 255, with 200 to 400 pixels per side."""
     size = int(rng.integers(200, 301)), int(rng.integers(280, 401))
     if rng.random() < 0.15:
         size = size[::-1]
@@ -84,14 +84,14 @@ def draw_pair(rng: np.random.Generator) -> tuple[Bytes, Bytes]:
 
 
 def _noise(rng: np.random.Generator, size: Size, cells: int) -> Field:
-    """Return smooth noise (H, W) with values from -1 to 1 and features of about 1 / `cells` of the image."""
+    """Return smooth noise (H, W) from -1 to 1, interpolated from a random grid of `cells` x `cells` cells."""
 
     def between(n: int) -> tuple[NDArray[np.intp], Field]:
         position = np.linspace(0, cells, n, endpoint=False, dtype=np.float32)
         share = position % 1
         return position.astype(np.intp), share * share * (3 - 2 * share)
 
-    # Interpolate elementwise, because a matrix product would be slowed down by its threads.
+    # Interpolate elementwise, because multithreading slows down so small a matrix product.
     grid = rng.uniform(-1, 1, (cells + 1, cells + 1)).astype(np.float32)
     (row, down), (column, right) = between(size[0]), between(size[1])
     rows = grid[row] + down[:, None] * (grid[row + 1] - grid[row])
@@ -111,7 +111,7 @@ def _grid(size: Size, row: float, column: float) -> tuple[Field, Field]:
 def _lesion_level(rng: np.random.Generator, size: Size) -> Field:
     """Return a field (H, W) that is negative inside a random lesion, 0 on its border and positive outside.
 
-    It is about 1 at twice the radius of the lesion.
+    At twice the radius of the lesion, the field is about 1.
     """
     radius = 0.14 * 3.5 ** rng.random()
     down, right = _grid(size, rng.uniform(0.27, 0.73), rng.uniform(0.27, 0.73))
@@ -129,7 +129,7 @@ def _lesion_level(rng: np.random.Generator, size: Size) -> Field:
 
 
 def _lesion_color(rng: np.random.Generator, level: Field) -> Field:
-    """Return a factor (H, W, 3) that multiplies the skin colour to give the colour of the lesion.
+    """Return the factor (H, W, 3) by which the skin colour is multiplied to give the colour of the lesion.
 
     The lesion is brown or reddish, faint to black, and sometimes paler inside.
     """
@@ -145,7 +145,7 @@ def _lesion_color(rng: np.random.Generator, level: Field) -> Field:
 
 
 def _add_freckles(rng: np.random.Generator, image: Field, level: Field) -> None:
-    """Draw small brown spots, which are not part of the mask."""
+    """Draw up to five small brown spots, which are not part of the mask."""
     for _ in range(int(rng.integers(0, 6))):
         down, right = _grid(image.shape[:2], rng.random(), rng.random())
         spot = np.exp(-(down**2 + right**2) / rng.uniform(0.008, 0.025) ** 2)
@@ -175,7 +175,7 @@ def _add_ruler(rng: np.random.Generator, image: Field, level: Field) -> None:
 
 
 def _add_patch(rng: np.random.Generator, image: Field, level: Field) -> None:
-    """Draw a coloured sticker at the edge of the image that does not cover the lesion."""
+    """Draw a coloured sticker at the edge of the image, without covering the lesion."""
     row, column = (float(rng.uniform(0, 1)), float(rng.choice([-0.1, 1.1])))[:: int(rng.choice([-1, 1]))]
     down, right = _grid(image.shape[:2], row, column)
     colors = np.array([[60, 110, 200], [70, 170, 90], [230, 200, 60], [210, 90, 60]])
@@ -192,7 +192,7 @@ def _add_frame(rng: np.random.Generator, image: Field, level: Field) -> None:
 
 
 def _write(folder: Path, name: str, id: str, image: Bytes, mask: Bytes, size: Size) -> None:
-    """Resize the image and the mask to `size` and write them as JPEG and PNG."""
+    """Resize the image and the mask to `size` and write the image as JPEG and the mask as PNG."""
     images, masks = folder / f"{name}_Data", folder / f"{name}_Part1_GroundTruth"
     images.mkdir(exist_ok=True)
     masks.mkdir(exist_ok=True)

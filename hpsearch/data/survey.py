@@ -1,4 +1,7 @@
-"""Survey the files of a pool and determine how to decode them: EXIF orientation, full scale and mask values."""
+"""Determine how to decode the files of a dataset: EXIF orientation, full scale and mask values.
+
+The rules follow from the settings and from a survey of the pool (training and validation images).
+"""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -20,7 +23,7 @@ from hpsearch.typed_json import from_json
 
 Exif = Literal["apply", "ignore"]
 SURVEY_VERSION = 2
-"""Version of the survey. It changes when the same files give a different survey."""
+"""Version of the survey. It changes whenever the same files would give a different survey."""
 
 
 @dataclass(frozen=True)
@@ -37,24 +40,25 @@ class Survey:
     n_deep: int = 0
     """Number of images with more than 8 bits per channel."""
     highest: int = 0
-    """Largest pixel value in the images with more than 8 bits per channel."""
+    """Largest pixel value in images with more than 8 bits per channel."""
     masks: tuple[tuple[str, str, int], ...] = ()
-    """Background value, lesion value and number of masks, for each combination of two mask values."""
+    """Background value, lesion value and number of masks, for each combination of values in masks with two values."""
 
 
 def decide_reading(
     dataset: Dataset, config: DataConfig, cache_root: Path | None = None, decoders: Decoders | None = None
 ) -> tuple[Reading, list[Problem]]:
-    """Determine how to decode the files of `dataset`, from a survey of its pool, `data.exif` and `data.max_value`.
+    """Return the rules for decoding the files of `dataset`, and notes about these rules.
 
-    Returns the rules and notes about them. The survey decodes all masks of the pool and all images with more than 8
-    bits per channel. It is stored in `cache_root` and reused until a file changes.
+    The rules follow from `data.exif`, `data.max_value` and a survey of the pool. The survey decodes all masks of the
+    pool and all images with more than 8 bits per channel. If `cache_root` is given, the survey is stored there and
+    reused until a file changes. `decoders` is an existing subprocess to decode with.
     """
     return decide(survey(dataset.split("train", "val"), cache_root, decoders), config, dataset)
 
 
 def survey(pool: Sequence[Sample], cache_root: Path | None, decoders: Decoders | None = None) -> Survey:
-    """Return the survey of a pool. It is read from `cache_root` if it is stored there, and stored there otherwise."""
+    """Return the survey of a pool. If `cache_root` is given, reuse the survey stored there, or store a new one."""
     if cache_root is None:
         return _survey(pool, decoders)
     path = cache_root / f"survey-{files_key(['survey', SURVEY_VERSION], pool)}.json"
@@ -69,7 +73,10 @@ def survey(pool: Sequence[Sample], cache_root: Path | None, decoders: Decoders |
 
 
 def decide(found: Survey, config: DataConfig, dataset: Dataset) -> tuple[Reading, list[Problem]]:
-    """Determine the rules, and notes about them, from the survey `found` and the settings in `config`."""
+    """Return the rules for decoding the files, as the survey `found` and `config` imply, and notes about them.
+
+    If `dataset` is an augmented dataset, the rules stored in it take precedence over the survey.
+    """
     recorded = _recorded(dataset)
     exif, reason = _decide_exif(found, config, recorded)
     max_value = config.max_value or (recorded.max_value if recorded is not None else 0)
@@ -78,7 +85,7 @@ def decide(found: Survey, config: DataConfig, dataset: Dataset) -> tuple[Reading
     votes: Counter[str] = Counter()
     for background, lesion, n in found.masks:
         votes.update({background: -n, lesion: n})
-    # A value with the same number of votes for both meanings is in both lists, so every mask with it is an error.
+    # A value with as many votes for background as for lesion is in both lists, so every mask with it is an error.
     in_background = tuple(sorted(value for value, n in votes.items() if n <= 0))
     in_lesion = tuple(sorted(value for value, n in votes.items() if n >= 0))
     reading = Reading(exif, reason, found.n_oriented, max_value, in_background, in_lesion)
@@ -94,7 +101,7 @@ def decide(found: Survey, config: DataConfig, dataset: Dataset) -> tuple[Reading
 
 
 def _decide_exif(found: Survey, config: DataConfig, recorded: Reading | None) -> tuple[Exif, str]:
-    """Return whether EXIF orientations are applied, and the reason."""
+    """Return whether EXIF orientations are applied, and the reason. `recorded` is described in `_recorded`."""
     if config.exif != "auto":
         return config.exif, f'as data.exif = "{config.exif}" says'
     if recorded is not None:
@@ -117,13 +124,13 @@ def _survey(pool: Sequence[Sample], decoders: Decoders | None) -> Survey:
             n_apply += applied and not ignored
             n_ignore += ignored and not applied
     deep = [s for s, header in zip(pool, images, strict=True) if header is not None and header.depth > 8]
-    # The rules of version 0.1 return the stored values and ignore orientations.
+    # Use the rules of version 0.1, because they accept all values and ignore orientations.
     jobs = [Job(s.image, None, measure=False, reading=READING_0_1) for s in deep]
     jobs += [Job(None, s.mask, measure=False, reading=READING_0_1) for s in pool]
     highest, values = 0, Counter[tuple[str, ...]]()
     with nullcontext(decoders) if decoders is not None else Decoders() as decoding:
         for _, result, _ in decoding.decode(jobs):
-            # Unreadable files are reported later, when their pixels are needed for the cache.
+            # Unreadable files are reported later, when they are decoded for the cache.
             if isinstance(result, ImageStats):
                 highest = max(highest, result.largest)
                 values[result.mask_values] += 1
@@ -141,7 +148,7 @@ def _header(path: Path) -> Header | None:
 
 
 def _recorded(dataset: Dataset) -> Reading | None:
-    """Return the rules with which the original of an augmented dataset was decoded, or None if none are recorded."""
+    """Return the image-decoding rules stored in an augmented dataset, or None if there are none."""
     with suppress(RecordError, KeyError, AttributeError, TypeError):
         return from_json(Reading, paths.read_json(dataset.root / AUGMENTATION)["reading"])
     return None

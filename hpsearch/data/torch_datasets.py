@@ -1,9 +1,9 @@
 """Provide the images as PyTorch datasets, for notebooks and custom training loops.
 
-    search-train        training split, used for training during the search (2000 images in ISIC-2017)
-    search-validation   validation split, used for scoring during the search (150)
-    final-train         training and validation splits, used to train the final model (2150)
-    final-test          test split, used once to score the final model (600)
+    search-train        training split, for training during the search (2000 images in ISIC-2017)
+    search-validation   validation split, for scoring during the search (150 images)
+    final-train         training and validation splits, for training the final model (2150 images)
+    final-test          test split, for scoring the final model once (600 images)
 
 `hpsearch study` and `hpsearch final` read the same caches through batches.py, which is faster.
 """
@@ -40,12 +40,13 @@ class RoleDataset(Dataset[tuple[Tensor, Tensor]]):
         for images, masks in DataLoader(train, batch_size=16, shuffle=True, num_workers=2):
             ...
 
-    Images are sorted by id. In final-train, the training split comes before the validation split. `n` keeps only the
-    first `n` images and overrides the limit in `config`.
+    `role` is `search-train`, `search-validation`, `final-train` or `final-test`. Images are sorted by id. In
+    final-train, the training split comes before the validation split. `n` keeps only the first `n` images and
+    overrides the limit in `config`, such as `n_search_train`.
 
-    `normalization` defaults to the mean and standard deviation of the training images, within the limits of `config`:
-    search-train for both search roles, final-train for both final roles. The cache is in `config.cache_dir` if it is
-    set, otherwise in `cache_root`. It is built if it is missing.
+    `normalization` defaults to the mean and standard deviation of the training images within the limits of `config`:
+    those of search-train for both search roles, and those of final-train for both final roles. The cache is in
+    `config.cache_dir` if it is set, otherwise in `cache_root`. It is built if it is missing.
 
     Raises DatasetError if images are missing or unusable, or if the role has no images.
     """
@@ -59,7 +60,7 @@ class RoleDataset(Dataset[tuple[Tensor, Tensor]]):
     ids: tuple[str, ...]
     """Ids of the images, in the order of the dataset."""
     normalization: Normalization
-    """Mean and standard deviation per channel used to normalise the images."""
+    """Mean and standard deviation of each channel, used to normalise the images."""
 
     def __init__(
         self,
@@ -78,7 +79,7 @@ class RoleDataset(Dataset[tuple[Tensor, Tensor]]):
         self._opened: tuple[int, DeviceData] | None = None
         limit: dict[str, Any] = {} if n is None else {f"n_{role.replace('-', '_')}": n}
         prepared = prepare_pool(
-            # A larger cache is only needed for random crops, and these datasets are not augmented.
+            # Larger cached images are needed only for random crops, and these datasets are not augmented.
             replace(config, cache_size=0, **limit),
             Path(config.cache_dir or cache_root),
             role="test" if role == "final-test" else "final" if role == "final-train" else "search",
@@ -108,19 +109,19 @@ class RoleDataset(Dataset[tuple[Tensor, Tensor]]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """Return several items, reading and normalising them as one batch. DataLoader calls this method."""
+        """Return several items, which are read and normalised as one batch. DataLoader calls this method."""
         data = self._data()
-        # Indexing raises IndexError at the end, which ends a for loop over the dataset.
+        # Index the array, because its IndexError after the last image ends a for loop over the dataset.
         batch = self._indices[np.asarray(indices, np.int64)]
         ((images, masks),) = data.stream([batch], held_out=self._is_held_out)
         return list(zip(ToInput(self.normalization, "cpu")(images), masks.unsqueeze(1), strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
-        # Pickling a mapped file would copy all its bytes, so workers reopen the cache instead.
+        # Pickling a memory-mapped file would copy all its bytes, so DataLoader workers reopen the cache instead.
         return {**self.__dict__, "_opened": None}
 
     def _data(self) -> DeviceData:
-        # A forked worker must not share its parent's decoders.
+        # A forked worker must not share the decoding subprocess of its parent.
         if self._opened is None or self._opened[0] != os.getpid():
             self._opened = os.getpid(), DeviceData(open_cache(self.cache_path))
         return self._opened[1]

@@ -1,4 +1,4 @@
-"""Check, compute and write the parts of a final's result."""
+"""Check, compute and write the result of a `final` run, which retrains a configuration and scores the test images."""
 
 import csv
 import io
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def is_stored(folder: FinalPaths, pool: Index, test: Index, *, n_seeds: int, ensemble: bool) -> bool:
-    """Return whether the folder contains a complete result for these images, number of seeds and ensemble option."""
+    """Return whether `folder` has a complete result for the same images, number of seeds and choice of `ensemble`."""
     if not folder.result.is_file():
         return False
     stored = read_record(FinalRecord, folder.result)
@@ -39,7 +39,7 @@ def is_stored(folder: FinalPaths, pool: Index, test: Index, *, n_seeds: int, ens
 
 
 def find_leaks(data: DataConfig, cache_root: Path, pool: Index, test: Index) -> tuple[DuplicatePair, ...]:
-    """Return the duplicates and near-duplicates between pool and test split. The result is cached per dataset."""
+    """Return the pairs of a pool image and a test image that are near-duplicates. They are stored in `cache_root`."""
     known = cache_root / f"near-duplicates-{pool.key}-{test.key}.json"
     if known.is_file():
         try:
@@ -54,12 +54,12 @@ def find_leaks(data: DataConfig, cache_root: Path, pool: Index, test: Index) -> 
 
 
 def read_scores(counts: Path) -> dict[str, Floats]:
-    """Compute all scores from a file of pixel counts: score name to the values of the images, (n,)."""
+    """Return all scores by name, each (n,) for n images, computed from a file of pixel counts."""
     return trial_rows.image_scores(load_array(counts, ndim=2))
 
 
 def read_official_scores(counts: Path, test: Index) -> dict[str, Floats]:
-    """Compute the official scores from a file of pixel counts: score name to the values of the test images, (n,)."""
+    """Return the scores of the ISIC-2017 challenge by name, each (n,), computed from a file of pixel counts."""
     table = score_table(test.ids, load_array(counts, ndim=2))
     return {name: table[name].to_numpy(np.float64) for name in COLUMNS}
 
@@ -70,7 +70,7 @@ def intervals(scores: Mapping[str, Floats]) -> dict[str, Interval]:
 
 
 def write_table(folder: FinalPaths, images: Sequence[str], columns: Mapping[str, Floats]) -> None:
-    """Write test.csv: one row per test image with its scores."""
+    """Write test.csv, which has one row of scores per test image."""
     text = io.StringIO()
     rows = zip(images, *([f"{value:.6f}" for value in values] for values in columns.values()), strict=True)
     csv.writer(text).writerows([["image", *columns], *rows])
@@ -78,7 +78,7 @@ def write_table(folder: FinalPaths, images: Sequence[str], columns: Mapping[str,
 
 
 def draw_figures(record: StudyRecord, folder: FinalPaths, final: FinalRecord) -> None:
-    """Write curves.png and panels.png."""
+    """Write curves.png (learning curves of the networks) and panels.png (examples of test images)."""
     from hpsearch.report import figures
 
     title = f"{final.study}, trial {final.trial}, retrained"

@@ -1,6 +1,7 @@
 """`run_final`: retrain one configuration on the whole pool and evaluate it on the test split.
 
-The estimates come from the search (`report.estimates`). The post-processing is selected on out-of-fold predictions
+The pool consists of all training and validation images. One call of `run_final` is named a `final` run. The estimates
+come from the search (`report.estimates`). The post-processing is selected on out-of-fold predictions
 (`inference.postprocessing`). Every evaluation of test images is recorded in the test-set log before it begins.
 """
 
@@ -56,10 +57,10 @@ from hpsearch.workers.loop import run_job
 logger = logging.getLogger(__name__)
 
 OnEpoch = Callable[[int, EpochRow], object]
-"""Callback after every epoch, called with (index of the seed, epoch row)."""
+"""Callback after every epoch, called with (index of the network, epoch row)."""
 STOPPED = "stopped; run the same command again to continue"
 RunJob = Callable[..., jobs.Finished | None]
-"""`run_job`, bound to the worker pool and the stop check of a final."""
+"""`run_job` with the worker pool and the stop check already bound."""
 
 
 def run_final(
@@ -80,13 +81,14 @@ def run_final(
 ) -> FinalResult:
     """Train the winner of a study (or `trial`) on all pool images and score the test images.
 
-    The data and settings of the study are used. `cheapest_tied` selects the fastest of the trials that cannot be
+    The data and settings are those of the study. `cheapest_tied` selects the fastest of the trials that cannot be
     distinguished from the best. Each of the `n_seeds` networks is trained for as many epochs as the trial. `ensemble`
-    also evaluates the ensemble of the fold networks.
+    also evaluates the ensemble of the fold networks. `machine` overrides the device and threads of the study's plan.
 
     Every evaluation of the test split is recorded before it begins. If the result is already stored, it is returned
-    without another evaluation. The masks are kept in the final's folder, at the original resolution of each image,
-    as `predict` would write them. `submission` packs them into a zip file for the challenge.
+    without another evaluation. The masks are kept in the folder of the result, at the original resolution of each
+    image, as `predict` would write them. `submission` packs them into a zip file for the challenge. `tracker` adds
+    the result to MLflow.
 
     `on_epoch(index, row)` is called after every epoch, `on_decoded(done, total)` while images are decoded, and
     `on_step(text)` at the start of each step. A stop request ends the call after the current epoch, or immediately if
@@ -115,7 +117,7 @@ def run_final(
 
 @dataclass
 class _Final:
-    """A final in progress: its images, folder and steps."""
+    """A `final` run in progress: its images, folder and steps."""
 
     record: StudyRecord
     trial: TrialRecord
@@ -171,7 +173,7 @@ class _Final:
         return not self.stop.is_requested
 
     def stored(self) -> FinalResult | None:
-        """Return the result stored in the final's folder; None if it must be computed."""
+        """Return the stored result; None if it must be computed."""
         pool, test = self.caches.scored.index, self.test.index
         if not is_stored(self.folder, pool, test, n_seeds=self.n_seeds, ensemble=self.ensemble):
             return None
@@ -242,7 +244,7 @@ class _Final:
         return read_record(SelectedPostprocessing, out) if out.is_file() else None
 
     def _score(self, do: RunJob, choices: Postprocessing, members: Sequence[Path]) -> None:
-        """Write pixel counts and masks of the test images for the retrained networks and the fold ensemble."""
+        """Predict the test images with the retrained networks and the fold ensemble. Write pixel counts and masks."""
         folder, test, config = self.folder, self.test, self.trial.study_config
         truth = test.cache_path if test.cache_path != self.seen.cache_path else None
         caches = jobs.CachePaths(self.seen.cache_path, truth)
@@ -271,8 +273,8 @@ class _Final:
     ) -> FinalRecord:
         """Compute the result from the pixel counts, and write test.csv and the figures.
 
-        test.csv contains the scores of every test image (means over the seeds) and the official scores of the kept
-        model. `facts` are additional fields of the result.
+        test.csv contains two sets of scores for every test image: the means over the retrained networks, and the
+        scores of the ISIC-2017 challenge for the first network. `facts` are additional fields of the result.
         """
         record, folder, test, pool = self.record, self.folder, self.test.index, self.caches.scored.index
         metric, number = record.config.study.metric, self.trial.number
@@ -313,7 +315,7 @@ class _Final:
         columns = {**means, **{f"official_{name}": values for name, values in official.items()}}
         write_table(folder, test.ids, columns)
         draw_figures(record, folder, final)
-        # An existing zip file would contain the masks of an earlier evaluation.
+        # A zip file that exists already contains the masks of an earlier evaluation.
         folder.submission.unlink(missing_ok=True)
         return final
 
@@ -330,9 +332,10 @@ class _Final:
 
 
 def fold_networks(record: StudyRecord, number: int) -> tuple[str, tuple[FoldNetwork, ...]]:
-    """Return a description of the kept fold networks of a trial, and the networks.
+    """Return a description of the fold networks that were kept for a trial, and the networks.
 
-    They are its refits, else its first fits. Both values are empty if none were kept.
+    They are those of the refits, or of the first fits if no refits were kept. Both values are empty if neither were
+    kept.
     """
     held_out = [tuple(record.folds.held_out(fold).tolist()) for fold in range(record.n_folds)]
     others: list[Path] | list[None] = [None] * record.n_folds
@@ -347,10 +350,12 @@ def fold_networks(record: StudyRecord, number: int) -> tuple[str, tuple[FoldNetw
 
 
 def choose_trial(record: StudyRecord, number: int | None, cheapest_tied: bool) -> TrialRecord:
-    """Return the trial to retrain: trial `number`, else the best trial or the fastest trial tied with it.
+    """Return the trial to retrain: trial `number` if it is given, else the best trial.
+
+    With `cheapest_tied`, the best trial is replaced by the fastest trial that is tied with it.
 
     Raises StudyError if no trial is complete, if trial `number` was not evaluated on all folds with its own settings,
-    or if it is a copy of another trial.
+    or if an earlier trial has the same configuration as trial `number`.
     """
     if number is None:
         best = record.best()

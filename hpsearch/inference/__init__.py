@@ -1,1 +1,1 @@
-"""Prediction with trained networks: tiling, post-processing, official scores and export."""
+"""Prediction with trained networks: tiling, post-processing, scores of the ISIC-2017 challenge, and export."""

@@ -25,7 +25,8 @@ logger = logging.getLogger(__name__)
 TOLERANCE = 1e-4
 """Largest accepted absolute difference between the logits of ONNX Runtime and PyTorch."""
 INPUT, OUTPUT = "images", "logits"
-"""Names of the graph's input, float32 (batch, channels, H, W), and output, (batch, 1, H, W). Any batch size works."""
+"""Names of the graph's input (batch, channels, H, W) and output (batch, 1, H, W), both float32. The batch size is
+free."""
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
@@ -34,8 +35,9 @@ def export_onnx(weights: Path, path: Path) -> float:
     """Write a network as ONNX and return the largest difference between the logits of ONNX Runtime and PyTorch.
 
     The input and the output are named INPUT and OUTPUT. H and W are fixed to the training size. The file's metadata
-    describe the steps before and after the network (`preprocessing`, `postprocessing`) and contain the metadata of
-    the weights file (`hpsearch`, JSON). The file is checked on batches of one and three images before it is kept.
+    describes the steps before and after the network (`preprocessing`, `postprocessing`) and contains the description
+    stored in the weights file (`hpsearch`, JSON). The file is checked on batches of one and three images before it is
+    kept.
 
     Raises CheckpointError for an invalid weights file. Raises ExportError if a package of the extra `onnx` is
     missing, or if the logits differ by more than TOLERANCE.
@@ -70,9 +72,10 @@ def export_onnx(weights: Path, path: Path) -> float:
 
 
 def export_toml(record: StudyRecord, path: Path | None = None, *, number: int | None = None) -> Path:
-    """Write the winner of a study (or trial `number`) as a TOML file for `hpsearch train`, and return its path.
+    """Write the configuration of a study's best trial, or of trial `number`, as TOML, and return the path.
 
-    `path` defaults to a file in the study's folder. Raises StudyError if the trial does not exist.
+    `hpsearch train` trains the configuration again. `path` defaults to a file in the study's folder. Raises
+    StudyError if the trial does not exist, or if no trial can be the best one yet.
     """
     if number is None:
         number = record.standing().winner
@@ -92,7 +95,7 @@ def export_toml(record: StudyRecord, path: Path | None = None, *, number: int | 
 
 
 def describe(info: WeightsInfo) -> dict[str, str]:
-    """Return the metadata of an exported network: preprocessing, post-processing, limits and training facts."""
+    """Return the metadata of an exported network: producer, preprocessing, post-processing, limits and `info`."""
     side = f"{info.size[0]}x{info.size[1]} pixels"
     frame, reading, choices = info.extra.get("frame"), info.reading, from_json(Postprocessing, info.extra)
     if info.sees_windows:
@@ -134,7 +137,10 @@ def describe(info: WeightsInfo) -> dict[str, str]:
 
 
 def _check(path: Path, model: nn.Module, info: WeightsInfo) -> float:
-    """Return the largest difference between ONNX Runtime and PyTorch. Raise ExportError if it exceeds TOLERANCE."""
+    """Return the largest difference between the logits of ONNX Runtime and PyTorch.
+
+    Raises ExportError if it exceeds TOLERANCE.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

@@ -1,4 +1,4 @@
-"""Select the post-processing of predictions: threshold, test-time augmentation and mask cleaning.
+"""Select the post-processing of predictions: test-time augmentation, threshold, mask cleaning and ensemble.
 
 Every decision is based on out-of-fold predictions only. An option is used only if its gain is statistically
 significant. This module does not import PyTorch.
@@ -33,16 +33,16 @@ class Postprocessing:
     clean: bool = False
     """Whether to keep only the largest component of the mask and fill its holes."""
     ensemble: bool = False
-    """Whether to predict with the ensemble of the fold networks, not with the network trained on the whole pool."""
+    """Whether to predict with the networks of all folds together instead of the network trained on the whole pool."""
 
 
 @dataclass(frozen=True)
 class FoldNetwork:
-    """The networks of one fold. They were not trained on the fold's held-out images."""
+    """One fold with its trained networks, which were not trained on the fold's held-out images."""
 
     weights: Path
     other: Path | None
-    """Weights of a network with the same configuration and other seeds; None if there is none."""
+    """Weights file of a second network with the same configuration and another seed; None if there is none."""
     held_out: tuple[int, ...]
     """Indices of the held-out images in the cache."""
 
@@ -62,10 +62,10 @@ class Decision:
 
     @classmethod
     def make(cls, name: str, value: bool | float, gains: Floats, network_of: NDArray[np.int64]) -> Self:
-        """Return the decision. The option is used if the 95 % interval of its mean gain lies above 0.
+        """Decide about one option. It is used if the 95 % interval of its mean gain lies above 0.
 
-        gains: gain of each image, (n,). network_of: index of the network that predicted each image, (n,). The
-        interval accounts for the variance between images and between networks.
+        gains: gain of each image when the option is used, (n,). network_of: index of the network that predicted each
+        image, (n,). The interval accounts for the variance between images and between networks.
         """
         parts = [gains[network_of == network] for network in np.unique(network_of)]
         variance, df = 0.0, 1.0
@@ -80,7 +80,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class SelectedPostprocessing:
-    """The post-processing selected for a final, and the decisions that led to it."""
+    """The post-processing that `hpsearch final` selected, and the decisions that led to it."""
 
     choices: Postprocessing
     decisions: tuple[Decision, ...]
@@ -92,10 +92,14 @@ class SelectedPostprocessing:
 
 
 def select_threshold(scores: Floats, network_of: NDArray[np.int64]) -> Decision:
-    """Select the best of `THRESHOLDS`. `scores` has the score of each image at each threshold, (thresholds, n).
+    """Select the best of `THRESHOLDS`, and decide whether to use it instead of 0.5.
+
+    scores: score of each image at each threshold, (thresholds, n). network_of: index of the network that predicted
+    each image, (n,).
 
     The gain over 0.5 is cross-validated: the images of each network are scored at a threshold that was selected on
-    the images of the other networks. Therefore the gain has no selection bias.
+    the images of the other networks. The gain therefore has no selection bias. With a single network, the images are
+    split into `N_PARTS` parts instead.
     """
     plain = scores[THRESHOLDS.index(0.5)]
     parts = network_of if len(np.unique(network_of)) > 1 else np.arange(len(network_of)) % N_PARTS

@@ -53,9 +53,9 @@ class Predictor:
     (Ronneberger et al. 2015, Figure 2). If the network was trained with `augment.crop`, the image is first resized
     to the size from which the training crops were taken. The image is mirrored beyond its borders. If the network has
     `valid` padding and was trained on windows, its output is smaller than a window. Such outputs are placed side by
-    side and averaged where they overlap. The output of any other network covers the whole window, stretched if it was
-    stretched in training. It is least reliable near the window's border, so these windows overlap by at least a
-    quarter and are blended.
+    side and averaged where they overlap. The output of any other network covers the whole window, after
+    interpolation if it has `valid` padding. It is least reliable near the window's border, so these windows overlap
+    by at least a quarter and are blended.
 
     The threshold, test-time augmentation and mask cleaning come from the weights file (`choices`). Prediction always
     runs in float32, so the mask does not depend on the precision of the training.
@@ -128,7 +128,7 @@ class Predictor:
         """Return the network's logits (h, w) on the CPU for pixels (3, h, w) uint8."""
         channels = pixels.to(torch.float32)
         if self.info.in_channels == 1:
-            # Unlike `to_gray`, this rounds after each product, as in all versions: masks stay equal to the byte.
+            # Unlike `to_gray`, this rounds after each product. Earlier versions did so, and masks must not change.
             red, green, blue = (weight * channel for weight, channel in zip(GRAY_WEIGHTS, channels, strict=True))
             channels = (red + green + blue)[None]
         images = self._to_input.normalize(channels[None]).to(self._runtime.device)
@@ -154,7 +154,7 @@ class Ensemble(Predictor):
 def load_predictor(weights: Path, *, ensemble: bool | None = None, **how: Any) -> Predictor:
     """Load the network in `weights`, or the ensemble that `final --ensemble` wrote beside it.
 
-    `ensemble` says whether to load the ensemble; None uses the choice that `final` made. `how` is passed to
+    `ensemble` says whether to load the ensemble; None uses what `final` selected. `how` is passed to
     `Predictor.load`. Raises the errors of `Predictor.load`, and StudyError if the ensemble is requested but does not
     exist.
     """
@@ -295,8 +295,9 @@ def draw_outline(image: Tensor, mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
 def find_model(project: ProjectPaths, study: str | None, model: str | None) -> Path:
     """Return the path of a weights file.
 
-    `model` is a weights file or the folder that contains it. None selects the latest final of the study. Raises
-    CheckpointError if `model` has no weights, and StudyError if the study has no final.
+    `model` is a weights file or the folder that contains it. If it is None, the model of the study's latest
+    `hpsearch final` is used. Raises CheckpointError if `model` has no weights, and StudyError if the study has no
+    such model.
     """
     if model is None:
         record = study_record(project, study)

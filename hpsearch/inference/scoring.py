@@ -1,4 +1,4 @@
-"""Compute the official scores of ISIC-2017 Part 1, and write masks for submission.
+"""Compute the scores of the ISIC-2017 challenge (Part 1), and write masks for submission.
 
 The scores agree with the challenge's own package, `isic-challenge-scoring`. Mask and prediction are grayscale images
 of the same size, and a pixel above 128 is lesion. The score of a submission is the mean of the scores of its images.
@@ -25,7 +25,7 @@ from hpsearch.training.metrics import PixelCounts, count_pixels
 Mask = NDArray[np.bool_]
 
 COLUMNS = ("accuracy", "sensitivity", "specificity", "jaccard", "threshold_jaccard", "dice")
-"""Names of the official scores, in the official order."""
+"""Names of the challenge's scores, in the challenge's order."""
 LESION_ABOVE = 128
 """Threshold of the pixel values of a mask. A pixel above it is lesion."""
 JACCARD_THRESHOLD = 0.65
@@ -67,7 +67,10 @@ def count_mask(pred: Mask, mask: Mask, *, name: str) -> NDArray[np.int64]:
 
 
 def score_table(ids: Iterable[str], counts: NDArray[np.int64]) -> pd.DataFrame:
-    """Compute the official scores from pixel counts (n, 4) with the columns tp, fp, fn, tn. Index: `image`."""
+    """Compute the challenge's scores from pixel counts (n, 4) with the columns tp, fp, fn, tn.
+
+    The table has one row per image, indexed by `image`, and the columns COLUMNS.
+    """
     pixels = PixelCounts.from_columns(np.asarray(counts, np.int64))
     jaccard = metrics.jaccard(pixels)
     columns: dict[str, Any] = {name: score(pixels) for name, score in metrics.SCORES.items()}
@@ -103,7 +106,7 @@ def mask_name(image_id: str) -> str:
 
 
 def write_submission(path: Path, masks: Iterable[Path]) -> None:
-    """Write a zip file of predicted masks for the challenge. `masks` are PNG files with the names of `mask_name`."""
+    """Write a zip file of predicted masks for the challenge. `masks` are PNG files, named as by `mask_name`."""
     with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         for mask in masks:
             # The default date of ZipInfo is constant. PNG is already compressed, so the zip file stores it as is.

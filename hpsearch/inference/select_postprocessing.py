@@ -30,8 +30,9 @@ def select(
 ) -> SelectedPostprocessing:
     """Select flips, threshold, cleaning and, if `ensemble` is set, prediction with the ensemble of all networks.
 
-    The decisions are made in this order, and each one builds on the options used before. `source` describes the
-    networks in reports. Ensembling is considered only if every fold has a second network.
+    The decisions are made in this order, and each one builds on the options selected before it. `metric` is the
+    study's metric, and `source` describes the networks in reports. The ensemble is considered only if every fold has
+    a second network.
     """
     network_of = np.concatenate([np.full(len(fold.held_out), number) for number, fold in enumerate(folds)])
 
@@ -86,7 +87,7 @@ def count_pixels_of(
 ) -> NDArray[np.int64]:
     """Return tp, fp, fn, tn of each image for each option, (options, n, 4), from the mean logits of the networks.
 
-    The options may differ only in threshold and cleaning.
+    `images` are indices into `data`. The options may differ only in threshold and cleaning.
     """
     predictions = []
     for model, info in networks:

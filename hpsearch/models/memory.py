@@ -10,9 +10,9 @@ The calculation counts the tensors that autograd saves in the forward pass, each
   convolution;
 - under autocast, the 16-bit copies of the weights.
 
-The backward pass needs no other tensors from the forward pass. Together with the weights, this is the memory
-calculation of the report (`valid`, RGB, 572x572, float32, no normalisation): 5.50 GiB for base 32 and batch 16, 21.90
-GiB for batch 64, 10.99 GiB for base 64 and batch 16.
+The backward pass needs no other tensors from the forward pass. For the network of the source report (see README.md;
+`valid`, RGB, 572x572, float32, no normalisation), these tensors and the weights take 5.50 GiB with base 32 and batch
+16, 21.90 GiB with base 32 and batch 64, and 10.99 GiB with base 64 and batch 16.
 
 On a CPU, a process takes more memory than its tensors. glibc maps each block of 32 MiB or more separately and returns
 it to the system when it is freed. Smaller blocks are on the heap, which cannot return free memory between blocks in
@@ -30,7 +30,7 @@ from hpsearch.config.model import UNetConfig
 from hpsearch.models.shapes import Layer, layers, norm_groups
 
 _ALLOWANCE = 0.05
-"""Fraction added on a GPU for the workspace of kernels and the fragmentation of the allocator."""
+"""Fraction of the memory that is added on a GPU for the workspace of kernels and for fragmentation."""
 _OWN_MEMORY = 32 * 2**20
 """Smallest block in bytes that glibc maps separately, after it has adapted its threshold to the blocks of a fit."""
 _GAPS = {"none": 0.15, "batch": 0.15, "group": 0.6, "instance": 0.5}
@@ -67,8 +67,8 @@ class MemoryEstimate:
 
     weights: int
     gradients: int
-    """Gradients of the weights that exist at the peak. Few, because the peak is usually at the start of the backward
-    pass."""
+    """Gradients of the weights that exist at the peak. Few exist, because the peak is usually at the start of the
+    backward pass."""
     optimizer: int
     activations: int
     """Tensors that autograd has saved and not yet released at the peak."""
@@ -136,7 +136,7 @@ def saved_activations(config: UNetConfig, in_channels: int, height: int, width: 
 def layer_costs(config: UNetConfig, in_channels: int, height: int, width: int, step: Step) -> list[LayerCost]:
     """Return all layers with the tensors that autograd saves for them, in the order of the forward pass.
 
-    The output of a layer counts for that layer. The input images count for no layer.
+    The output of a layer is listed with that layer. The input images are not listed.
     """
     found = layers(config, in_channels, height, width)
     size = step.batch_size * step.itemsize
@@ -178,8 +178,8 @@ def _backward(config: UNetConfig, costs: list[LayerCost], step: Step) -> Iterato
             copies = [step.itemsize * layer.n_taps] * (2 if step.device == "cpu" else 0)
             yield (saved, [*waiting, output, source, *copies], gradients)
         elif layer.kind == "up":
-            # The half of the gradient for the skip connection is kept for the encoder, and keeps the other half
-            # alive.
+            # The gradient of the concatenation is one block. The encoder's backward pass needs its skip half later,
+            # so the whole block stays in memory.
             waiting = [*waiting, 2 * output]
             yield (saved, [*waiting, output, source], gradients)
         elif layer.kind == "pool":

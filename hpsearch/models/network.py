@@ -18,7 +18,7 @@ from hpsearch.config.model import UNetConfig
 from hpsearch.models.memory import LayerCost, MemoryEstimate, Step
 
 if TYPE_CHECKING:
-    # Functions import torch themselves, because the coordinator runs without it and needs only the UNet's arithmetic.
+    # Functions import torch themselves, because the coordinator runs without it and needs only calculated sizes.
     from torch import Tensor, nn
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -56,7 +56,7 @@ def build_network(config: UNetConfig, in_channels: int, *, seed: int = 0, margin
 
 
 def margin_of(model: Any) -> int:
-    """Return how far the logits start from the top and left edges of the image, in pixels."""
+    """Return the margin that `build_network` has set for a model, or 0."""
     return getattr(model, "margin", 0)
 
 
@@ -84,7 +84,7 @@ def why_impossible(
 ) -> str | None:
     """Return the reason why the network cannot be trained at this size, as one sentence, or None if it can.
 
-    `batch_size` matters only for batch normalisation. Without it, a batch of one image is not considered.
+    `batch_size` matters only for batch normalisation. If it is None, batches are assumed to have several images.
     """
     try:
         logits = _forward(config, in_channels, height, width, batch_size or 2)
@@ -147,13 +147,13 @@ def training_memory(config: UNetConfig, in_channels: int, height: int, width: in
 
 @_by_network
 def layer_costs(config: UNetConfig, in_channels: int, height: int, width: int, step: Step) -> list[LayerCost]:
-    """Return all layers in the order of the forward pass, or an empty list if the network does not define them."""
+    """Return the cost of each layer in the order of the forward pass; empty unless the network overrides this."""
     return []
 
 
 @_by_network
 def output_margin(config: UNetConfig) -> int:
-    """Return how far the logits start from the top and left edges of the image, in pixels."""
+    """Return the distance in pixels from the top and left edges of the image to the first logit."""
     return 0
 
 

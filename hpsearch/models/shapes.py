@@ -12,7 +12,7 @@ Kind = Literal["convolution", "pool", "up", "head", "interpolation"]
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """A layer of the UNet, counted as in the report.
+    """A layer of the UNet, counted as in the source report (see README.md).
 
     Normalisation and ReLU belong to their convolution. A concatenation belongs to the next convolution.
     """
@@ -69,7 +69,7 @@ def why_impossible(
 ) -> str | None:
     """Return the reason why the network cannot be trained at this size, as one sentence, or None if it can.
 
-    `batch_size` matters only for batch normalisation. Without it, a batch of one image is not considered.
+    `batch_size` matters only for batch normalisation. If it is None, batches are assumed to have several images.
     """
     layer = _first_impossible(config, in_channels, height, width, batch_size)
     if layer is None:
@@ -107,10 +107,10 @@ def training_flops(config: UNetConfig, in_channels: int, height: int, width: int
 
 
 def skip_offset(config: UNetConfig, stage: int) -> int:
-    """Return the number of pixels that the crop of the skip connection of `stage` omits at the top and left.
+    """Return how many pixels are cropped from the top and from the left of the skip connection of `stage`.
 
-    With `same` padding it is 0. With `valid` padding it is the border that the convolutions of the stages below
-    removed. For even sizes this is the centre crop of the paper.
+    With `same` padding it is 0. With `valid` padding it is the width of the border that the convolutions of the
+    stages below have removed. For even sizes this gives the centre crop of Ronneberger et al. (2015).
     """
     if config.padding == "same":
         return 0
@@ -122,14 +122,20 @@ def skip_offset(config: UNetConfig, stage: int) -> int:
 
 
 def output_margin(config: UNetConfig) -> int:
-    """Return how far the logits start from the top and left edges of the image, in pixels: 92 in the paper."""
+    """Return the distance in pixels from the top and left edges of the image to the first logit.
+
+    It is 92 for the network of Ronneberger et al. (2015).
+    """
     if config.padding == "same":
         return 0
     return skip_offset(config, 0) + 2 * config.stacking * (config.kernel_size // 2)
 
 
 def output_size(config: UNetConfig, in_channels: int, size: tuple[int, int]) -> tuple[int, int]:
-    """Return the height and width of the logits before interpolation for an image of `size`: 388x388 for 572x572."""
+    """Return the height and width of the logits for an image of `size`, before interpolation.
+
+    For the network of Ronneberger et al. (2015), they are 388x388 for images of 572x572.
+    """
     head = next(layer for layer in layers(config, in_channels, *size) if layer.kind == "head")
     return head.height, head.width
 

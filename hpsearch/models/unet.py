@@ -15,9 +15,9 @@ from hpsearch.models.shapes import norm_groups, skip_offset
 LANES = 64
 """Number of channels that fills the vector registers of any CPU in torch's channels_last kernels."""
 NARROW_BYTES = 16
-"""Largest number of bytes per pixel at which viewing feature maps with more channels is faster."""
+"""Largest number of bytes per pixel at which it is faster to view feature maps with more channels (`BatchNorm`)."""
 NARROW_NUMBERS = 2**16
-"""Smallest number of elements at which viewing feature maps with more channels is faster."""
+"""Smallest number of elements at which it is faster to view feature maps with more channels (`BatchNorm`)."""
 
 
 class UNet(nn.Module):
@@ -30,9 +30,9 @@ class UNet(nn.Module):
     Pooling rounds odd sizes up: pixel i of a stage covers pixels 2i and 2i + 1 of the stage above, and the last pixel
     may cover a single one. Up-sampled maps are then cut to the size of the skip connection. With `same` padding,
     every stage stays aligned with the input and the logits need no interpolation. With `valid` padding, the logits
-    cover only the centre (572 -> 388) and are interpolated to H x W, as in the adaptive UNet of the report. If
+    cover only the centre (572 -> 388) and are interpolated to H x W, as in the source report (see README.md). If
     `margin` is above 0, the logits (B, 1, h, w) are not interpolated. They start `margin` pixels from the top and
-    left edges of the image, as in the paper.
+    left edges of the image, as in Ronneberger et al.
     """
 
     margin = 0
@@ -41,8 +41,8 @@ class UNet(nn.Module):
         super().__init__()
         self.input_norm = ImageNorm() if config.input_norm == "image" else nn.Identity()
         channels = [config.base_channels * 2**stage for stage in range(config.depth + 1)]
-        # The constructors draw from the global generator. `initialize_` then replaces the weights by weights drawn
-        # with `seed`.
+        # The constructors draw random weights from the global generator, whose state must not change. `initialize_`
+        # replaces these weights.
         with torch.random.fork_rng(devices=[]):
             self.encoder = nn.ModuleList(
                 [StackedConvolution(config, in_channels, channels[0])]
@@ -58,9 +58,9 @@ class UNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, 1, H, W), or logits (B, 1, h, w) of the centre if the network has a margin.
 
-        The report interpolates the last feature maps and then applies the 1x1 convolution. Both operations are linear
-        and the weights of the interpolation add up to 1, so their order does not matter. Here the single map of
-        logits is interpolated, which gives the same result and saves base_channels - 1 maps of H x W.
+        The source report interpolates the last feature maps and then applies the 1x1 convolution. Both operations are
+        linear and the weights of the interpolation add up to 1, so their order does not matter. Here the single map
+        of logits is interpolated, which gives the same result and saves base_channels - 1 maps of H x W.
         """
         skips = []
         x = self.input_norm(images)
@@ -244,7 +244,7 @@ class InstanceNorm(nn.InstanceNorm2d):
 class _NarrowBatchNorm(torch.autograd.Function):
     """Batch normalisation of (B, C, H, W) in training.
 
-    Its further outputs are the mean and the biased variance, each (C,) float32.
+    It returns the normalised map, and the mean and biased variance of each channel, both (C,) float32.
     """
 
     @staticmethod
@@ -318,7 +318,10 @@ def _narrow(wide: Tensor, like: Tensor) -> Tensor:
 def _scaled(
     wide: Tensor, by_channel: tuple[Tensor, Tensor, Tensor, Tensor], eps: float, *, out: Tensor | None = None
 ) -> Tensor:
-    """Return (wide - mean) / sqrt(var + eps) * weight + bias in one pass, with (C,) float32 statistics."""
+    """Return (wide - mean) / sqrt(var + eps) * weight + bias in one pass, in `out` if it is given.
+
+    `by_channel` has weight, bias, mean and var, in this order, each (C,) float32.
+    """
     weight, bias, mean, var = (value.repeat(LANES // len(value)) for value in by_channel)
     out = torch.empty_like(wide) if out is None else out
     unused = mean.new_empty((0,)), mean.new_empty((0,))
@@ -331,8 +334,8 @@ def initialize_(model: nn.Module, init: Literal["xavier", "torch"], *, seed: int
 
     `xavier`: convolutions use the uniform initialisation of Glorot and Bengio with zero bias, and transposed
     convolutions interpolate (`interpolation_weight`). `torch`: both use the initialisation of torch's constructors.
-    Normalisation layers start with weight 1 and bias 0. Weights are drawn on the CPU without a global generator, so a
-    seed gives the same bytes on every device. A model on the `meta` device is left unchanged.
+    Normalisation layers start with weight 1 and bias 0. Weights are drawn on the CPU from a generator of their own,
+    so a seed gives the same bytes on every device. A model on the `meta` device is left unchanged.
     """
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():

@@ -1,1 +1,1 @@
-"""Report of a study. Typed rows are read from the record and turned into figures, tables, text and model cards."""
+"""Report of a study: typed rows are read from the study folder, and become figures, tables, text and model cards."""

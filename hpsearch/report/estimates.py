@@ -33,7 +33,8 @@ class Estimates:
     def of(cls, record: StudyRecord) -> Self | None:
         """Return the estimates of a study; None if no trial is complete.
 
-        Replicates are included once all of them have ended. Pruned trials are included with their finished folds.
+        Replicates (the second sets of fits of the top trials) are included once all of them have ended. Pruned trials
+        are included with their finished folds.
         """
         trials = record.trials()
         standing = record.standing(trials)
@@ -62,7 +63,7 @@ class Estimates:
 
     @cached_property
     def corrected(self) -> Corrected:
-        """Mean of the winner, corrected for selection. Its field `trial` is a row of `scores`, not a trial number."""
+        """Mean score of the winner, corrected for selection bias. Its field `trial` is a row of `scores`."""
         return corrected_estimate(self.scores)
 
     @property
@@ -71,19 +72,19 @@ class Estimates:
 
     @cached_property
     def is_default(self) -> bool:
-        """Whether the winner has the default configuration, that is, it is trial 0 or a copy of it."""
+        """Whether the winner has the default configuration. It is then trial 0 or a copy of trial 0."""
         return self.record.is_default(self.record.trial(self.winner))
 
     @cached_property
     def tied(self) -> tuple[int, ...]:
-        """Numbers of the trials that cannot be distinguished from the best, best first. Includes the winner."""
+        """Numbers of the trials that are statistically tied with the best, best first. Includes the winner."""
         found = tuple(self.complete[index] for index in tied_with_best(self.scores))
-        # A trial without replicates may score so high in its single fit that the winner is not tied with it.
+        # A trial without a replicate may score so high in its only fit that the winner is not tied with it.
         return found if self.winner in found else (self.winner, *found)
 
     @cached_property
     def cheapest_tied(self) -> int:
-        """Number of the tied trial whose cross-validation took the least time, and of equals the best."""
+        """Number of the tied trial whose cross-validation took the least time; the best of them if several did."""
         fits = {number: trial_epochs(self.record, number) for number in self.tied}
         return min(self.tied, key=lambda number: sum(row.seconds for rows in fits[number] for row in rows))
 
@@ -97,7 +98,7 @@ class Estimates:
         return predict_test_mean(self.scores, self.corrected, n_test=n_test, n_runs=n_runs)
 
     def gain(self, trial: int) -> Paired | None:
-        """Return the gain of a trial over trial 0, corrected for selection.
+        """Return the gain of a trial over trial 0, corrected for selection bias.
 
         Return None for trial 0 itself, and if trial 0 is not complete.
         """
@@ -106,7 +107,7 @@ class Estimates:
         return corrected_gain(self.scores, self.complete.index(trial), self.complete.index(0))
 
     def of_final(self, trial: int, *, n_test: int, n_runs: int) -> dict[str, Any]:
-        """Return the estimates of a retrained trial, as fields of `FinalScores`."""
+        """Return the estimates of a retrained trial as fields of `FinalScores`. See `predicted` for `n_runs`."""
         return {
             "cv": self.statistics[trial].total,
             "cv_fold_std": self.statistics[trial].sd_folds,

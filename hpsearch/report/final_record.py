@@ -1,4 +1,4 @@
-"""Content of final.json, and the result of `hpsearch final` that is read from it."""
+"""Content of final.json, and the result of a `final` run, which is read from this file."""
 
 import csv
 import dataclasses
@@ -28,11 +28,12 @@ class EnsembleResult:
 
     n_networks: int
     test: dict[str, Interval]
-    """Test scores by name at the size of the search, with the selected post-processing (the defaults if none was)."""
+    """Test scores by name at the image size of the search, with the selected post-processing, or with the default
+    post-processing if none was selected."""
     official: dict[str, Interval]
-    """Official scores by name at the original resolution of each image."""
+    """Scores of the ISIC-2017 challenge by name, computed at the original resolution of each image."""
     gain: Paired
-    """Gain in the study's metric over the retrained network, on the same test images at the size of the search."""
+    """Gain in the study's metric over the retrained network, on the same images and at the same size as `test`."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,17 +52,18 @@ class FinalScores:
     n_test: int
     """Number of test images."""
     cv: Interval
-    """Mean out-of-fold score of the trial with its 95 % interval; the mean over both fits if it was replicated."""
+    """Mean out-of-fold score of the trial with its 95 % interval, averaged over both fits if it was replicated."""
     cv_fold_std: float
     """Standard deviation of the fold means."""
     is_confirmed: bool = False
     """Whether the trial was replicated, so that `cv` is the mean over both fits."""
     corrected: Corrected | None = None
-    """Mean of the trial, corrected for selection; None if the trial is not the winner."""
+    """Mean score of the trial, corrected for selection bias; None if the trial is not the winner."""
     predicted: Interval | None = None
-    """Predicted mean on `n_test` images with its 95 % prediction interval; None if the trial is not the winner."""
+    """Predicted mean score on `n_test` images with its 95 % prediction interval; None if the trial did not win."""
     against_default: Paired | None
-    """Gain of the trial over trial 0, corrected for selection; None for trial 0, or if trial 0 is not complete."""
+    """Out-of-fold gain of the trial over trial 0, corrected for selection bias; None for trial 0, or if trial 0 is
+    not complete."""
     winner: int | None = None
     """Number of the study's best trial."""
     eval_size: tuple[int, int] | None = None
@@ -70,15 +72,15 @@ class FinalScores:
     """Test scores by name: means over images and seeds, with 95 % intervals over images. They are computed like the
     scores of trials: at `eval_size`, with threshold 0.5, no test-time augmentation and no cleaning."""
     per_seed: dict[str, tuple[float, ...]]
-    """Test scores by name: the mean over the images for each seed."""
+    """Test scores by name: the mean over the images for each retrained network."""
     official: dict[str, Interval] = field(default_factory=dict)
-    """Official test scores by name: means over images with 95 % intervals. They are computed at the original
-    resolution of each image, for the kept network (the first seed) with its post-processing. Empty if unknown."""
+    """Test scores of the ISIC-2017 challenge by name: means over images with 95 % intervals. They are computed at the
+    original resolution of each image, for the first network with its post-processing. Empty if unknown."""
     chosen: SelectedPostprocessing | None = None
     """Post-processing selected on out-of-fold predictions; None if no fold networks were kept."""
     chosen_test: dict[str, Interval] = field(default_factory=dict)
-    """Test scores by name of the kept network (the first seed) with the selected post-processing, at `eval_size`.
-    Empty if the defaults were selected."""
+    """Test scores by name at `eval_size`, for the first network with the selected post-processing. Empty if the
+    default post-processing is used."""
     ensemble: EnsembleResult | None = None
     """Result of the ensemble of the fold networks; None unless it was requested."""
     leaks: tuple[DuplicatePair, ...] = ()
@@ -117,13 +119,13 @@ class FinalResult(FinalScores):
     trial: TrialRecord
     """The trial whose configuration was retrained."""
     paths: FinalPaths
-    """Paths of the final's files: model, masks, table of scores, figures."""
+    """Paths of the files of the `final` run: model, masks, table of scores, figures."""
     n_seeds: int
     """Number of retrained networks."""
     ended_at: float
     """End of the evaluation (Unix time in seconds)."""
     evaluation: LoggedEvaluation
-    """Entry of the final's evaluation in the test-set log."""
+    """Entry of this evaluation in the test-set log."""
     evaluations: tuple[LoggedEvaluation, ...]
     """All known evaluations of any of these test images, including this one, in chronological order."""
     n_evaluations_before: int
@@ -131,11 +133,11 @@ class FinalResult(FinalScores):
     n_trials_after: int
     """Number of trials that began after the study's first evaluation of these images."""
     winner_against_default: Paired | None
-    """Gain of the best trial over trial 0, corrected for selection; None if trial 0 is the best or not complete."""
+    """Gain of the best trial over trial 0, like `against_default`; None if trial 0 is the best or not complete."""
     is_default: bool
     """Whether the trial has the default configuration."""
     cv_scores: dict[str, Interval]
-    """Out-of-fold scores by name: means over images with 95 % intervals over images."""
+    """Mean out-of-fold score over the images, by score name, with its 95 % interval."""
     scores: Floats = field(compare=False)
     """Score of each test image in the study's metric, averaged over the retrained networks."""
     undelivered: int = 0
@@ -145,16 +147,16 @@ class FinalResult(FinalScores):
 
 
 def final_result(record: StudyRecord, name: str, estimates: Estimates | None) -> FinalResult:
-    """Return the stored result of a final with the present estimates of the search.
+    """Return the stored result of the `final` run `name`, with the current `estimates` of the search.
 
-    Raises RecordError if a file of the final is damaged.
+    Raises RecordError if a file of the result is damaged.
     """
     folder = record.paths.final(name)
     stored = read_record(FinalRecord, folder.result)
     number, n_runs = stored.trial, max(1, stored.n_seeds)
     trial, began = record.trial(number), [trial.began_at for trial in record.trials()]
     fields = {field.name: getattr(stored, field.name) for field in dataclasses.fields(FinalScores)}
-    # The search may have continued after the final, so compute the estimates again.
+    # The search may have continued after the `final` run, so compute the estimates again.
     if estimates is not None and number in estimates.complete:
         fields |= estimates.of_final(number, n_test=stored.n_test, n_runs=n_runs)
     else:
@@ -182,7 +184,7 @@ def final_result(record: StudyRecord, name: str, estimates: Estimates | None) ->
 
 
 def _evaluation_of(record: StudyRecord, result: FinalRecord) -> LoggedEvaluation:
-    """Return the test-set log entry of a final.
+    """Return the entry of a `final` run in the test-set log.
 
     Version 0.1 did not store the id of the entry, so look for an entry of the same test set and configuration. If
     there is none, return an entry made from the result.

@@ -1,4 +1,4 @@
-"""Write the report of a study (a self-contained HTML file and figure files), and the model cards of its finals."""
+"""Write the report of a study (a self-contained HTML file and figure files), and the cards of retrained models."""
 
 import base64
 import html
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 def write_report(record: StudyRecord) -> Path:
-    """Write report.html and figures/ for the present state of a study, and return the path of the page.
+    """Write report.html and figures/ for the current state of a study, and return the path of the page.
 
     Raises RecordError if the study's folder is damaged or has no folds yet, and StorageError if a file cannot be
     written.
     """
-    # Matplotlib takes half a second to import.
+    # Matplotlib takes half a second to import, and the other functions do not need it.
     from hpsearch.report.figures import to_bytes
 
     rows = study_rows(record)
@@ -53,7 +53,7 @@ def render(rows: StudyRows, pictures: Mapping[str, Mapping[str, Any]], *, gap: s
 
 
 def model_card(rows: StudyRows, final: FinalResult) -> str:
-    """Return the model card of a final as Markdown."""
+    """Return the model card of a retrained model as Markdown."""
     config = final.trial.study_config
     return text.render(
         "card.md.jinja",
@@ -69,7 +69,7 @@ def model_card(rows: StudyRows, final: FinalResult) -> str:
 
 
 def _literal(name: str) -> str:
-    """Escape characters with a meaning in HTML, Markdown code and Markdown tables."""
+    """Escape or replace the characters that have a meaning in HTML, Markdown code or Markdown tables."""
     return html.escape(name).replace("`", "'").replace("|", "/").replace("\n", " ")
 
 

@@ -1,4 +1,4 @@
-"""Read the content of a study's report from the record as typed rows. Contains no drawing and no HTML."""
+"""Read the content of a study's report from the study folder as typed rows. Contains no drawing and no HTML."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from hpsearch.typed_json import from_json
 from hpsearch.workers.plan import ExecutionPlan, predicted_bytes
 
 N_TEST = 600
-"""Number of test images that predictions assume before a final exists: the size of the ISIC-2017 test set."""
+"""Number of test images to predict for if no model was retrained yet: the size of the ISIC-2017 test set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class TrialRow:
     seconds: float
     """Time spent on training and evaluation so far."""
     memory_bytes: int | None
-    """Predicted peak memory of a training step; None if the network is impossible or there is no plan."""
+    """Predicted peak memory of a training step; None if the network is impossible or the study has no plan yet."""
     n_parameters: int | None
     """Number of parameters of the network; None if the network is impossible."""
     reason: str
@@ -63,7 +63,8 @@ class StudyRows:
     """Number of images that are held out in one of the folds."""
     is_running: bool
     updated_at: float
-    """Unix time of the latest end of a trial or final, or of the latest start of an open trial; 0 without trials."""
+    """Unix time of the last event: the end of a trial or `final` run, or the start of a trial that has not ended; 0
+    without trials."""
     n_counted: int
     """Number of trials that count toward `study.trials`."""
     trials: tuple[TrialRow, ...]
@@ -74,7 +75,7 @@ class StudyRows:
     importances: dict[str, float]
     """Share of the variance between trials that each searched setting explains."""
     finals: tuple[FinalResult, ...]
-    """Finals in the order in which they ended."""
+    """Results of the `final` runs, in the order in which these ended."""
     machine: dict[str, str]
     """Device, precision, threads and versions of the study's plan."""
     warnings: tuple[str, ...] = ()
@@ -103,12 +104,12 @@ class StudyRows:
 
     @property
     def winner_final(self) -> FinalResult | None:
-        """Latest final of the winner; None if there is none."""
+        """Result of the latest `final` run for the winner; None if there is none."""
         return next((final for final in reversed(self.finals) if final.trial.number == self.standing.winner), None)
 
 
 def study_rows(record: StudyRecord) -> StudyRows:
-    """Read the content of the report for the present state of a study, which may be running.
+    """Read the content of the report for the current state of a study, which may be running.
 
     Raises RecordError if the study's folder is damaged or has no folds yet.
     """

@@ -1,4 +1,4 @@
-"""Draw the figures of a study from its rows. They have no titles, because the report adds captions."""
+"""Draw the figures of a study's report from typed rows. They have no titles, because the page adds captions."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -29,7 +29,7 @@ COSTS: dict[str, Callable[[TrialRow], float | None]] = {
     "memory of a training step, MiB (predicted)": lambda trial: (trial.memory_bytes or 0) / 2**20,
     "parameters of the network": lambda trial: trial.n_parameters,
 }
-"""Costs of a trial: axis label to a function that returns the cost, or None or 0 if it is unknown."""
+"""Maps each axis label to a function that returns this cost of a trial, or None or 0 if it is unknown."""
 MIN_PLACES = 8
 """Minimum width of the x axis of the race figure, in trials."""
 MAX_RANKED = 25
@@ -59,8 +59,9 @@ def draw_ranking(complete: Sequence[TrialRow], tied: Sequence[int], cheapest: in
     floor = floor_of([interval.mean for interval in intervals])
     left = min(interval.low for interval in intervals if interval.mean >= floor)
     for row, (trial, interval) in enumerate(zip(rows, intervals, strict=True)):
-        color, group = (TRAIN, "tied with the best") if trial.number in tied else (PALE, "worse than the best")
-        marker, group = ("D", "tied with the best, cheapest") if trial.number == cheapest else ("o", group)
+        best = "tied with the best" if len(tied) > 1 else "best"
+        color, group = (TRAIN, best) if trial.number in tied else (PALE, "worse than the best")
+        marker, group = ("D", f"{best}, cheapest") if trial.number == cheapest and len(tied) > 1 else ("o", group)
         # A trial whose training collapsed is drawn at the left end of the axis. The table shows its mean.
         marker = "<" if interval.mean < left else marker
         looks: dict[str, Any] = {"color": color, "lw": 1.6, "marker": marker, "markevery": [1], "label": group}
@@ -70,7 +71,7 @@ def draw_ranking(complete: Sequence[TrialRow], tied: Sequence[int], cheapest: in
 
 
 def draw_race(trials: Sequence[TrialRow], ranking: Sequence[int], n_folds: int, *, metric: str) -> Figure:
-    """Draw the scores of all trials over their numbers, and the number of trained folds below.
+    """Plot the score of each trial and, below it, the number of trained folds against the trial number.
 
     The upper axes show the mean or estimate of each trial, and the best mean so far. `ranking` contains the numbers
     of the trials that can win, best first.
@@ -113,7 +114,7 @@ def draw_importances(importances: Mapping[str, float]) -> Figure:
 def draw_slices(
     trials: Sequence[TrialRow], dimensions: Mapping[str, Choice | Range], best: int, *, metric: str
 ) -> Figure:
-    """Draw one panel per searched setting: the mean or estimate of each trial over the value of the setting.
+    """Draw one panel per searched setting: the mean or estimate of each trial against the value of the setting.
 
     A ring marks the trial `best`.
     """
@@ -145,7 +146,7 @@ def draw_slices(
 
 
 def draw_costs(complete: Sequence[TrialRow], best: int, *, metric: str) -> Figure:
-    """Draw the mean of each complete trial over its time, memory and number of parameters, with the Pareto fronts."""
+    """Plot the mean of each complete trial against its time, memory and number of parameters, with Pareto fronts."""
     figure, axes = new_figure(11.0, 3.9, 1, 3, sharey=True)
     axes[0, 0].set_ylabel(NAMES[metric])
     for axis, (name, cost_of) in zip(axes.flat, COSTS.items(), strict=True):
@@ -193,7 +194,7 @@ def pareto_front(costs: Sequence[float], values: Sequence[float]) -> list[int]:
 
 
 def floor_of(values: Sequence[float]) -> float:
-    """Return the lower limit of the scores in a plot, so that a few very low scores do not compress all others."""
+    """Return a lower limit for the score axis of a plot, so that a few very low scores do not compress all others."""
     if not values:
         return 0.0
     low, upper, high = min(values), float(np.quantile(values, 0.75)), max(values)

@@ -1,4 +1,4 @@
-"""Build the tables of a report: the estimates, the ranking of the trials and the scores of a final."""
+"""Build the tables of a report: the estimates, the ranking of the trials and the scores of a retrained model."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -72,13 +72,13 @@ COLUMNS: dict[str, Callable[[Any, StudyRows], str]] = {
     "over folds (t)": lambda row, _: bounds(row.statistics.folds) if row.statistics.folds else "",
     "time": lambda row, _: duration(row.seconds),
 }
-"""Columns of the ranking: heading to a function that returns a trial's cell. The searched settings come after."""
+"""Maps the heading of each column of the ranking to a function that returns a trial's cell."""
 
 
 def ranking(rows: StudyRows) -> Table:
     """Return the table of all complete trials, best first. Trials that are tied with the best are shaded.
 
-    Its columns are `COLUMNS` and the searched settings.
+    Its columns are `COLUMNS`, followed by the searched settings.
     """
     assert rows.estimates is not None
     names = list(rows.config.search)
@@ -91,7 +91,7 @@ def ranking(rows: StudyRows) -> Table:
 
 
 def final_scores(rows: StudyRows, final: FinalResult, *, with_published: bool = False) -> Table:
-    """Return the table of out-of-fold and test scores of a final, optionally with the published results."""
+    """Return the table of a model's out-of-fold and test scores, optionally with the published challenge results."""
     ensemble = final.ensemble
     columns: dict[str, Mapping[str, Interval]] = {
         f"cross-validation, {rows.n_images} images": final.cv_scores,

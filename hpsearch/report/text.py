@@ -33,8 +33,9 @@ def paragraphs(template: str, **values: Any) -> list[str]:
     - answer: the best configuration of `rows`.
     - race: the time that pruning saved.
     - methods: text for the methods section of a paper.
-    - final: the result `final`. The first paragraph compares it with its prediction. The others describe the
-      post-processing, the ensemble, earlier evaluations and duplicates.
+    - introduction: what was retrained and evaluated for the result `final`, and its score.
+    - final: the interpretation of the result `final`. The first paragraph compares it with its prediction. The others
+      describe the post-processing, the ensemble, earlier evaluations and duplicates.
     """
     blocks = render(f"{template}.txt.jinja", **values).split("\n\n")
     return [" ".join(block.split()) for block in blocks if block.strip()]
@@ -54,7 +55,7 @@ _TEMPLATES.globals["formats"] = formats
 
 
 def progress(rows: StudyRows) -> str:
-    """Return the progress of a study: `12 of 50 trials: 5 complete, 7 pruned`."""
+    """Describe the progress of a study: `12 of 50 trials: 5 complete, 7 pruned`."""
     outcomes = Counter(row.outcome for row in rows.trials)
     counts = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.most_common())
     text = f"{rows.n_counted} of {count(rows.config.study.trials, 'trial')}"
@@ -64,7 +65,7 @@ def progress(rows: StudyRows) -> str:
 def gap(fits: Sequence[Sequence[EpochRow]], metric: str) -> str:
     """Describe the gap between training and held-out scores after the last epoch and after half of the epochs.
 
-    Return an empty text if no epoch has held-out scores.
+    Return an empty string if no epoch has held-out scores.
     """
     rows = [row for rows in fits for row in rows if row.held_out is not None]
     if not rows:

@@ -1,4 +1,4 @@
-"""Read the data for the figures of a trial from its record: epochs, scores and example images."""
+"""Read the data for the figures of a trial from the study folder: epochs, scores and example images."""
 
 import logging
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from hpsearch.training.rows import EpochRow
 logger = logging.getLogger(__name__)
 
 CURVES = ("loss", "dice", "jaccard", "accuracy")
-"""Names of the scores that are drawn over the epochs, on training and held-out images."""
+"""Names of the scores that are plotted against the epoch, for training and held-out images."""
 Rank = Literal["best", "median", "worst"]
 
 
@@ -45,15 +45,15 @@ def trial_epochs(record: StudyRecord, number: int) -> list[list[EpochRow]]:
 
 
 def image_scores(counts: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[np.float64]]:
-    """Compute the scores of each image, by score name, each (n,). `counts` is (n, 4), with columns tp, fp, fn, tn."""
+    """Return the scores of n images by name, each (n,). The columns of `counts` (n, 4) are tp, fp, fn and tn."""
     columns = PixelCounts.from_columns(counts)
     return {name: np.asarray(score(columns), np.float64) for name, score in SCORES.items()}
 
 
 def scores_by_fold(fits: Sequence[Sequence[FitRecord]]) -> dict[str, list[npt.NDArray[np.float64]]]:
-    """Return the scores of the held-out images: score name to one array per fold, averaged over the fits of the fold.
+    """Return the scores of the held-out images by name: a list with one array of image scores per fold.
 
-    fits: the first fits of all folds, and optionally the refits of all folds.
+    `fits` contains the first fits of all folds, and optionally the refits of all folds. Both are then averaged.
     """
     tables = [[image_scores(fit.counts()) for fit in of_fold] for of_fold in zip(*fits, strict=True)]
     return {name: [np.mean([each[name] for each in of_fold], axis=0) for of_fold in tables] for name in SCORES}

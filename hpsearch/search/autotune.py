@@ -29,10 +29,11 @@ from hpsearch.workers.pool import TrackingPool, WorkerPool
 logger = logging.getLogger(__name__)
 
 SHARING = (1, 2, 4)
-"""Candidate numbers of workers per device. With more workers, each suggestion is based on fewer results."""
+"""Candidate numbers of workers per device. More than 4 are not tried, because the more workers run at the same time,
+the fewer results each suggestion is based on."""
 WORTH_SHARING = 1.15
-"""Minimum speed-up that justifies more than one worker per device. With one worker, a search is byte-for-byte
-reproducible."""
+"""Minimum speed-up that justifies more workers per device. For a smaller one, it is not worth giving up the
+byte-for-byte reproducibility of a search with one worker."""
 SHARING_STEP_S = 1.0
 """Maximum duration of a training step, in seconds, for which sharing a device is measured. With longer steps, one
 worker keeps the device busy, and the measurement would take too long."""
@@ -40,10 +41,11 @@ MOST_DRAWN = 64
 """Maximum number of synthetic images generated for measurements. Larger batch sizes are measured with smaller
 batches."""
 WINDOW_S = 0.6
-"""Minimum duration, in seconds, of a measurement of workers that share a device."""
+"""Minimum duration of each measurement of workers that share a device, in seconds."""
 Shares = tuple[int, int]
 """Number of workers on a device, and number of threads per worker."""
 Check = Callable[[], None]
+"""Function that is called repeatedly during a measurement. It raises an exception to end the measurement."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,11 @@ class MachineChoice:
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:N`, `mps` or `xla`."""
     n_workers: int = 0
-    """Number of worker processes. 0: the number per GPU, or on the CPU, that trains the most images per second
-    (measured)."""
+    """Number of worker processes. With 0, the number per GPU, or on the CPU, is chosen by measuring the training
+    speed."""
     threads: int = 0
-    """Number of threads per worker. 0: measured for a single worker; several workers share the cores equally. If
-    given without `n_workers`, there is one worker per device."""
+    """Number of threads per worker. With 0, it is measured for a single worker, and several workers share the cores
+    equally. If it is given without `n_workers`, there is one worker per device."""
     cluster: str = ""
     """Address of a Dask scheduler, such as `tcp://host:8786`. Each Dask worker is then one worker, and `n_workers` is
     the largest number of workers. Empty: the workers run on this machine."""
@@ -81,9 +83,9 @@ class MachineChoice:
 
 
 def first_workers(record: StudyRecord | None, choice: MachineChoice, pool: WorkerPool) -> tuple[WorkerSettings, ...]:
-    """Return the workers that `make_plan` needs first.
+    """Return the settings of the workers that `make_plan` needs first.
 
-    They can be started before that call, because importing torch takes seconds.
+    The caller can start these workers early, because importing torch takes seconds.
     """
     plan = _stored_plan(record, choice, pool) if record is not None else None
     if plan is not None:
@@ -104,7 +106,7 @@ def make_plan(
 ) -> ExecutionPlan:
     """Return the stored plan, or measure one if there is none. Values that the user requested override both.
 
-    `check` is called repeatedly during a measurement. If it raises an exception, the measurement ends.
+    `check` is called repeatedly during a measurement, and may raise an exception to end it.
     """
     plan = _stored_plan(record, choice, pool) or _measure_plan(record, caches, choice, pool, check)
     if pool.machines:
@@ -130,9 +132,9 @@ def plan_for_one_fit(
 
 
 def measure_drawn(config: StudyConfig, choice: MachineChoice, n_images: int) -> tuple[ExecutionPlan, Forecast]:
-    """Return the plan for a study of `config` on this machine, and its expected cost for `n_images` images.
+    """Return the plan for a study of `config` on this machine, and the study's expected cost with `n_images` images.
 
-    The plan is measured on synthetic images. Nothing is stored.
+    The plan is based on measurements with synthetic images. Nothing is stored.
     """
     batch_sizes = [each.train.batch_size for each in plans.measured_configs(config)]
     if not batch_sizes:
@@ -232,7 +234,8 @@ def _one_each(choice: MachineChoice, pool: WorkerPool, device: str, threads: int
 def choose_sharing(rates: Mapping[Shares, float]) -> int:
     """Return how many workers should share a device.
 
-    `rates` maps numbers of workers and threads to the images per second that these workers train in total.
+    `rates` maps each pair (number of workers, threads per worker) to the images per second that these workers train
+    in total. A larger number of workers is chosen only if it is faster by at least the factor `WORTH_SHARING`.
     """
     by_number = {n: rate for (n, _), rate in rates.items()}
     chosen = min(by_number, default=1)
@@ -245,21 +248,20 @@ def choose_sharing(rates: Mapping[Shares, float]) -> int:
 def fastest_alone(rates: Mapping[Shares, float], default: int) -> int:
     """Return the number of threads with which a single fit trains fastest; `default` if nothing was measured.
 
-    Measurements with several workers are included with their rate per worker.
+    `rates` is as in `choose_sharing`. Measurements with several workers are included with their rate per worker.
     """
     return max(rates, key=lambda share: (rates[share] / share[0], share[1]), default=(1, default))[1]
 
 
 def _equal_shares(cores: int) -> list[Shares]:
-    """Return equal shares of the cores for 1, 2 or 4 workers on a device."""
+    """Return equal shares of the cores for each number of workers in `SHARING`, up to the number of cores."""
     return [(n, cores // n) for n in SHARING if n <= cores]
 
 
 def _rates(
     config: StudyConfig, step: StepToMeasure, shares: Sequence[Shares], pool: WorkerPool, check: Check
 ) -> dict[Shares, float]:
-    """Return the images per second that the workers of a device train in total, for each of `shares`.
-
+    """Return, for each of `shares`, the images per second that the workers of a device train in total.
     All workers are measured at the same time, so the result includes contention between them and with other programs.
     Shares for which a worker failed are left out. The result is empty if the first measurement failed or if a step
     takes longer than `SHARING_STEP_S`.
@@ -286,7 +288,8 @@ def _share_out(
 ) -> tuple[WorkerSettings, ...]:
     """Return `n_workers` workers, or one per device, distributed evenly over the devices.
 
-    Each worker gets `threads` threads, or an equal share of the cores, but at most `most_threads` (0: no limit).
+    Each worker gets `threads` threads. If `threads` is 0, it gets an equal share of the cores, but at most
+    `most_threads` threads (0: no limit).
     """
     n_workers, cores = n_workers or len(devices), available_cores()
     threads = threads or max(1, min(cores // n_workers, most_threads or cores))

@@ -1,4 +1,4 @@
-"""Define callbacks that report the events of a running study, for example to a terminal or a log."""
+"""Define the callbacks to which a running study reports its events, for example to show them in a terminal."""
 
 from collections.abc import Sequence
 
@@ -22,19 +22,19 @@ class StudyCallback:
         """Called when all images are decoded."""
 
     def planned(self, record: StudyRecord, plan: ExecutionPlan, forecast: Forecast) -> None:
-        """Called when the study starts or continues, before this process trains anything."""
+        """Called when the study starts or continues, before any training. `forecast` is the expected cost."""
 
     def trial_began(self, trial: TrialRecord) -> None:
         """Called when a trial starts or continues."""
 
     def epoch_ended(self, trial: int, fold: int, row: EpochRow) -> None:
-        """Called when an epoch of a fit has ended."""
+        """Called when an epoch of a fit has ended. `row` contains its losses, scores and times."""
 
     def fold_ended(self, trial: int, fold: int, score: float) -> None:
-        """Called when a fit has ended. `score` is the mean over its held-out images."""
+        """Called when a fit has finished its last epoch. `score` is the mean over its held-out images."""
 
     def trial_ended(self, trial: TrialRecord) -> None:
-        """Called when a trial has ended with an outcome."""
+        """Called when a trial has ended. `trial.outcome` says how."""
 
     def replicating(self, trials: Sequence[int], done: int, total: int) -> None:
         """Called during the refits after the search: `done` of `total` refits of these trials are finished."""

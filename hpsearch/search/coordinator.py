@@ -46,7 +46,10 @@ times the expected duration of an epoch and `SILENCE_MIN_S` seconds."""
 
 @dataclass(eq=False)
 class Coordinator:
-    """Coordinator of a study during one run. The event loop (`workers.loop`) drives it."""
+    """Coordinator of one run of a study. The event loop (`workers.loop`) calls its methods.
+
+    It gives jobs to the workers and records their results.
+    """
 
     record: StudyRecord
     pool: WorkerPool
@@ -57,10 +60,12 @@ class Coordinator:
     wake_views: Callable[[], None]
     """Function that wakes the background threads that update Optuna's database and MLflow."""
     open: dict[tuple[int, int], Evaluation] = field(default_factory=dict)
-    """Open evaluations by (trial, replicate): first the trials by number, then the replicates in shortlist order."""
+    """Evaluations that have not ended, by trial number and replicate number: first the trials by number, then the
+    replicates in shortlist order."""
     has_shortlist: bool = False
+    """Whether the search has ended and the trials to replicate are selected."""
     warned: set[int] = field(default_factory=set)
-    """Trials for which a warning about constant predictions was shown."""
+    """Numbers of the trials for which a warning about constant predictions was shown."""
 
     def __post_init__(self) -> None:
         self.trials = {trial.number: trial for trial in self.record.trials()}
@@ -72,7 +77,7 @@ class Coordinator:
         return self.stop.is_requested or (self.has_shortlist and not self.open)
 
     def resume(self) -> None:
-        """Continue the open trials of an earlier run, and remove the files that it left behind."""
+        """Continue the trials that an earlier run left open, and remove networks that are no longer needed."""
         for trial in list(self.trials.values()):
             if trial.outcome is None:
                 self._open(Evaluation(self.record, trial, trial.study_config), "continues")
@@ -116,7 +121,7 @@ class Coordinator:
         if job is None and isinstance(report, Failed):
             self._say(f"worker {event.worker.index + 1} ended before it had a job ({report.text}): it is replaced")
         if not isinstance(job, FitJob) or (evaluation := self.open.get((job.trial, job.replicate))) is None:
-            # The worker was killed when its trial ended.
+            # The trial has ended, and its workers were killed. Their last reports are ignored.
             return
         if isinstance(report, EpochEnded):
             self.pool.reply(event.worker, go=self._on_epoch(evaluation, job.fold, report.row))
@@ -194,7 +199,8 @@ class Coordinator:
     def _on_death(self, evaluation: Evaluation, fold: int, failure: Failed) -> None:
         """Retry the fit from its checkpoint, unless too many workers died in this fold after the same epoch.
 
-        Raises StorageError or WorkerError if a retry would fail in the same way.
+        Raises StorageError or WorkerError if a retry would fail in the same way, and WorkerError if every trial so
+        far has failed.
         """
         what, fit = f"{evaluation.name}, fold {fold + 1}", evaluation.fits()[fold]
         if failure.error == "StorageError":
@@ -204,7 +210,8 @@ class Coordinator:
         logger.warning("%s: worker %s\n%s", what, failure.text, failure.traceback)
         self.callback.message(f"{what}: worker {failure.text}")
         remove_stale_temporaries(fit.paths.root)
-        # If epochs finish between deaths, the cause is the machine and not the configuration.
+        # Only deaths after the same epoch are counted together. If epochs finish between two deaths, the cause is the
+        # machine and not the configuration.
         place = f"after epoch {len(fit.epochs())}: "
         failures = evaluation.record.failures
         deaths = [*failures.get(str(fold), []), place + failure.text]
@@ -232,7 +239,7 @@ class Coordinator:
     def _end(self, evaluation: Evaluation, outcome: Outcome, *, reason: str = "", **of_trial: Any) -> None:
         """Record how a trial or replicate ended, stop its workers, and remove the files that it no longer needs.
 
-        `of_trial` contains fields that exist only in the record of a trial.
+        `of_trial` contains new values of fields that only the record of a trial has, such as `value`.
         """
         self.open.pop(evaluation.key, None)
         number, replicate = evaluation.key
@@ -269,7 +276,7 @@ class Coordinator:
             self._end_if_finished(evaluation)
 
     def _write(self, evaluation: Evaluation, **changes: Any) -> None:
-        """Change fields of a trial or replicate, and write it."""
+        """Change fields in the record of a trial or replicate, and write the record to the study folder."""
         evaluation.record = dataclasses.replace(evaluation.record, **changes)
         if isinstance(evaluation.record, TrialRecord):
             self.record.write_trial(evaluation.record)
@@ -310,7 +317,7 @@ def _study_state(coordinator: Coordinator) -> StudyState:
 
 
 def _remove_networks(record: StudyRecord, trials: Mapping[int, TrialRecord], number: int) -> None:
-    """Remove the networks of an ended trial. Only the two best complete trials keep their weights."""
+    """Remove networks after the trial `number` has ended, so that only the two best complete trials keep theirs."""
     ranking = rank({each.number: each.value or 0.0 for each in record.contenders(trials.values())})
     for each in {number, *ranking[2:4]} - set(ranking[:2]):
         for fit in record.fits(each):

@@ -44,9 +44,10 @@ class Evaluation:
         return next((each for each in self.record.decisions[-1:] if each.drop), None)
 
     def decisions_with(self, decision: PruneDecision) -> tuple[PruneDecision, ...]:
-        """Return the pruner's decisions and another one.
+        """Return the recorded decisions of the pruner, followed by `decision`.
 
-        If an epoch is judged again after a restart, the new decision replaces the old one.
+        After a restart, an epoch may be judged again. The new decision then replaces the decisions on this and later
+        epochs of the same fold.
         """
         fold, epoch = decision.fold, decision.epoch
         before = [each for each in self.record.decisions if each.fold != fold or each.epoch < epoch]
@@ -57,7 +58,7 @@ class Evaluation:
         return self.study.fits(*self.key)
 
     def open_fits(self) -> OpenFits:
-        """Return the state of its fits for the scheduler."""
+        """Return the state of the fits, as the scheduler needs it."""
         finished = frozenset(fold for fold, fit in enumerate(self.fits()) if fit.is_finished)
         wanted = frozenset(range(self.study.n_folds))
         if (pruned := self.pruned) is not None:
@@ -67,12 +68,12 @@ class Evaluation:
 
     @property
     def is_finished(self) -> bool:
-        """Whether no fits are running or left to do."""
+        """Whether all fits are done: none is running and none is left to start."""
         fits = self.open_fits()
         return not fits.running and fits.next_fold is None
 
     def epoch_s(self, job: FitJob, plan: ExecutionPlan) -> float:
-        """Return the expected seconds per epoch of a fit; NaN if unknown."""
+        """Return the expected duration of an epoch of a fit in seconds; NaN if unknown."""
         longest_s = max((row.seconds for row in self.fits()[job.fold].epochs()), default=0.0)
         return longest_s or plan.epoch_s(self.config, len(job.train), len(job.held_out))
 
@@ -108,17 +109,20 @@ def pool_job(trial: TrialRecord, config: StudyConfig, folder: FitPaths, caches: 
 
 
 def fit_seed(config: StudyConfig, place: int, fold: int, replicate: int = 0) -> int:
-    """Return the seed of a fit, which determines its initial weights, batch order and augmentation."""
+    """Return the seed of a fit, which determines its initial weights, batch order and augmentation.
+
+    `place` is the trial's position among the suggestions.
+    """
     return stable_seed(config.study.seed, "second fit" if replicate else "fit", place, fold)
 
 
 class Judge:
-    """Applies the study's pruner, and caches the scores of the ended trials."""
+    """Wrapper of the study's pruner that caches the scores of ended trials."""
 
     def __init__(self, record: StudyRecord, trials: Mapping[int, TrialRecord]) -> None:
         """Create the study's pruner.
 
-        `trials` maps numbers to all trials, and the caller keeps it up to date.
+        `trials` maps the number of each trial to its record. The caller keeps this mapping up to date.
         """
         self.pruner = pruners.make_pruner(record.config)
         self._record = record
@@ -143,14 +147,14 @@ class Judge:
         return self.pruner.judge(candidate, others, self._record.folds)
 
     def scores_of(self, trial: TrialRecord) -> TrialScores:
-        """Return the per-image scores after every epoch of every fold that was started."""
+        """Return a trial's per-image scores after every epoch so far, for each fold that has finished an epoch."""
         found = enumerate(fit.scores() for fit in self._record.fits(trial.number))
         train = trial.study_config.train
         scores = {fold: scores for fold, scores in found if len(scores)}
         return TrialScores(trial.number, scores, train.epochs, train.schedule)
 
     def ended_scores(self) -> list[TrialScores]:
-        """Return the scores of the ended trials, by number.
+        """Return the scores of the complete trials that can win and of the pruned trials, by trial number.
 
         Repeated calls return the same objects, because pruners use them as cache keys.
         """

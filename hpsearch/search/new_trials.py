@@ -1,4 +1,4 @@
-"""Create the next trial of a study from the user's queue or the sampler, and detect when no trial is left."""
+"""Create the next trial of a study, from enqueued params or from the sampler, until the search space is used up."""
 
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -55,8 +55,7 @@ def next_trial(
 
 
 def used_up(record: StudyRecord, trials: Mapping[int, TrialRecord]) -> str:
-    """Return why the search ends before all requested trials are evaluated; "" if it does not.
-
+    """Return why the search ends before all requested trials are evaluated; "" if it does not end early.
     Raises StudyError if no configuration of the search space is feasible.
     """
     n_counted, config = count_trials(trials.values()), record.config
@@ -72,7 +71,7 @@ def used_up(record: StudyRecord, trials: Mapping[int, TrialRecord]) -> str:
 
 
 def read_params(path: Path, config: StudyConfig) -> dict[str, Any]:
-    """Return the params of the configuration in a TOML file.
+    """Return the params of the configuration in a TOML file, which are the values of the searched settings.
 
     Settings that are not in the file keep the study's values.
 

@@ -12,16 +12,16 @@ from hpsearch.search.suggest import quiet
 from hpsearch.store.trials import PruneDecision
 
 Report = dict[int, float]
-"""Values by step, reported to Optuna before one decision of its pruner."""
+"""Values by step that are reported to Optuna together, before its pruner is asked for a decision."""
 
 
 def epochs_of_first_fold(trial: TrialScores, folds: Folds) -> list[Report]:
-    """Return the mean score after each epoch of fold 0. The step is the epoch, counted from 1."""
+    """Return one report for each epoch of fold 0: the mean score. The step is the epoch, counted from 1."""
     return [{epoch: float(mean)} for epoch, mean in enumerate(trial.curves.get(0, ()), start=1)]
 
 
 def images(trial: TrialScores, folds: Folds) -> list[Report]:
-    """Return the score of each held-out image, for each finished fold. The step is the image's index in the pool."""
+    """Return one report for each finished fold: its image scores. The step is the image's index in the pool."""
     return [
         dict(zip(folds.held_out(fold).tolist(), trial.scores[fold][-1].tolist(), strict=True))
         for fold in trial.finished
@@ -31,17 +31,17 @@ def images(trial: TrialScores, folds: Folds) -> list[Report]:
 class OptunaPruner:
     """Pruner that delegates its decisions to one of Optuna's pruners.
 
-    Optuna's pruner sees an in-memory study that contains only the reports and the values of complete trials. This
-    study is built from the recorded scores, so it is the same after a restart.
+    Optuna's pruner sees an in-memory study that contains only the reports of all trials and the values of complete
+    trials. This study is built from the recorded scores, so it is the same after a restart.
     """
 
     is_sequential = True
     takes_any_fold = False
 
     def __init__(self, make: Callable[[], BasePruner], reports: Callable[[TrialScores, Folds], list[Report]]) -> None:
-        """Create the pruner with `make`.
+        """Create Optuna's pruner by calling `make`.
 
-        `reports` returns one report for each decision of the pruner.
+        `reports` returns all reports of a trial so far. The pruner makes one decision after each report.
         """
         self._reports = reports
         with quiet():
@@ -65,7 +65,10 @@ class OptunaPruner:
         return decide(drop, candidate, others, folds.k, reason)
 
     def _bring_up_to_date(self, trial: TrialScores, folds: Folds) -> None:
-        """Pass new reports to Optuna, request a decision after each, and pass the value of a complete trial."""
+        """Pass a trial's new reports to Optuna and ask for a decision after each.
+
+        If the trial is complete, its value is passed too.
+        """
         while len(self._trials) <= trial.number:
             # Include infeasible trials, which have no scores, because Hyperband assigns brackets by trial number.
             self._trials.append(self._study.ask())

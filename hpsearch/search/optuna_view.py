@@ -1,8 +1,9 @@
 """Keep Optuna's database up to date with the record, for `optuna-dashboard sqlite:///hpsearch.db`.
 
-The database can be deleted at any time, because suggestions are computed from the record (`search.suggest`). Complete
-trials have the state COMPLETE and their ranking value. Pruned trials have the state PRUNED, their intermediate
-values, and their estimate as a user attribute. Optuna's best trial is the winner of the study.
+The record of a study is its folder. The database is a view, which is a copy derived from the record. It can be
+deleted at any time, because suggestions are computed from the record (`search.suggest`). Complete trials have the
+state COMPLETE and their ranking value. Pruned trials have the state PRUNED, their intermediate values, and their
+estimate as a user attribute. Optuna's best trial is the winner of the study.
 """
 
 import datetime as dt
@@ -140,13 +141,13 @@ def sqlite_url(path: Path) -> str:
 
 
 def _fingerprint(study: StudyPaths) -> tuple[Any, ...]:
-    """Return the paths and modification times of the record's files that the database shows."""
+    """Return the path and modification time of each file of the study folder that the database mirrors."""
     files = (study.confirmation, *sorted(study.trials.glob("*/*.json")))
     return tuple((path, path.stat().st_mtime_ns) for path in files if path.is_file())
 
 
 def _agree(known: Sequence[FrozenTrial], wanted: Sequence[FrozenTrial]) -> bool:
-    """Return whether the database contains the first trials of the record.
+    """Return whether the trials in the database, `known`, are the first of those that it should contain, `wanted`.
 
     A trial that is running in the database may have ended in the record.
     """
@@ -158,8 +159,7 @@ def _agree(known: Sequence[FrozenTrial], wanted: Sequence[FrozenTrial]) -> bool:
 
 
 def _shown_as(trial: TrialRecord, standing: Standing) -> tuple[TrialState, float | None]:
-    """Return the state and value of a trial in the database.
-
+    """Return the state and the value that a trial should have in the database.
     Optuna considers the COMPLETE trial with the highest value the best. A complete trial that would precede the
     winner by this rule, for example because it was not replicated, is therefore shown as PRUNED with its value.
     """
@@ -192,7 +192,7 @@ def _shown_trial(trial: TrialRecord, spaces: Distributions, standing: Standing) 
 
 
 def _scores_by_epoch(record: StudyRecord, trial: TrialRecord) -> dict[int, float]:
-    """Return the mean score after each epoch. The step counts epochs from 1 and continues across folds."""
+    """Return the mean score after each epoch, by step. Steps count epochs from 1 and continue across folds."""
     n_epochs = trial.study_config.train.epochs
     return {
         fold * n_epochs + epoch: float(scores.mean())

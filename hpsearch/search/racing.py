@@ -1,49 +1,61 @@
 """Prune trials by racing: decide from the recorded scores whether a trial can still win.
 
-The rule tests whether the candidate may be better by at least 0.003 than the incumbent, which is the best *complete*
-trial. If the one-sided p-value of this hypothesis is below 0.1, the candidate is pruned. A trial that is shown to tie
-with the incumbent is therefore pruned too. Near the optimum most trials tie, and further folds would gain nothing. In
-simulated studies, 1.6 of 100 trials are pruned although they are better by 0.003. Below, y[c, i] is the
-score of image i in trial c, by the fold model that held the image out.
+The *candidate* is the trial to be judged. The *incumbent* is the best trial so far that has finished all folds. The
+rule tests the hypothesis that the candidate is better than the incumbent by at least 0.003. If the one-sided p-value
+p of this hypothesis is below 0.1, the candidate is pruned. A candidate that turns out to be merely as good as the
+incumbent is therefore pruned too: near the optimum most trials tie, and evaluating them on further folds would gain
+nothing. In simulated studies, 1.7 % of all trials were pruned although they were better than the incumbent by 0.003
+or more.
 
-**Comparison.** Scores differ far more between images than between configurations, and folds vary from run to run. The
-candidate is therefore compared, on the same images, with the expected scores of a trial as good as the incumbent:
+**Terms.** The score of trial c on image i, y[c, i], is that of the network that did not train on the image, because
+its fold held the image out. The value of a trial is its mean score over all images. The *near trials* are the
+complete trials whose value is at most 0.05 below that of the incumbent. There are J of them, including the incumbent.
+
+**Difference d.** Scores differ far more between images than between configurations. The candidate is therefore
+compared on the same images. For each image i that it has been evaluated on, d[i] is the score u[i] that a trial as
+good as the incumbent is expected to get, minus the candidate's score. Mean d is the estimate of how much worse the
+candidate is:
 
     u[i] = value of the incumbent + mean over near trials j of (y[j, i] - value of j)
     d[i] = u[i] - y[c, i]
 
-The near trials are the J complete trials within 0.05 of the incumbent, including the incumbent itself. With J = 1,
-u contains the incumbent's scores, and d is the paired difference. Each further trial adds information about the
-difficulty of image i and of its fold.
+If the incumbent is the only near trial (J = 1), u contains its scores, and d is the paired difference of two trials.
+Each further near trial adds information about how difficult image i and its fold are.
 
-**Standard error of mean d.** If k of K folds, with n of N images, are evaluated:
+**Standard error SE of mean d.** If the candidate has been evaluated on k of K folds, with n of N images:
 
     SE^2 = g^2 (1/n + 1/N + (1/n - 1/N) / J) + s^2 (1/k + 1/K + (1/k - 1/K) / J),      g^2 = var(d) J / (J + 1)
 
-The first term is the variance due to images: g is the standard deviation of a trial's score on an image after trial
-and image effects. The second term is the variance due to runs: s is the run-to-run standard deviation of a fold's
-mean (initialisation, order of batches), which more images do not reduce. In both terms, the first summand is the
-error of the candidate, the second is the error of the incumbent over all folds, and the last is the error of the near
-trials in the evaluated folds. With J = 1, SE^2 is the variance of the paired test, var(d) / n + 2 s^2 / k.
+The first term is the variance due to images. g is the standard deviation of a trial's image scores that remains after
+the mean of the trial and the difficulty of the image are removed. The second term is the variance due to runs. s is
+the standard deviation of a fold's mean score between runs of the same configuration with different seeds (initial
+weights, order of batches). More images do not reduce it. Within the brackets of both terms, the first summand is the
+error of the candidate, the second is the error of the incumbent's value over all folds, and the last is the error of
+the near trials on the evaluated folds. With J = 1, SE^2 is the variance of a paired test, var(d) / n + 2 s^2 / k.
 
-**Estimate of s** (`stats.run_variance`). s comes from the residuals of the near trials' fold means after trial and
-fold effects, minus the part due to images. The first trials are too few for an estimate, so s starts from a guess of
-0.006 with the weight of 4 degrees of freedom (nine in ten such guesses lie between 0.004 and 0.014). Only near trials
-are used, because the run-to-run spread of a collapsed configuration is many times larger. (mean d + 0.003) / SE is
-compared with Student's t with Satterthwaite's degrees of freedom, so that an uncertain s makes the rule cautious.
+**p.** (mean d + 0.003) / SE is compared with Student's t distribution. Satterthwaite's formula gives the degrees of
+freedom, so an uncertain s makes the rule more cautious.
 
-**Within the first fold** the score after the last epoch is unknown, but its possible increase is limited. Let w be
-the fraction of the schedule's summed learning rate that has been used. The candidate is given the better of two
-best-case curves, starting from its best epoch so far, because scores fluctuate while the learning rate is high:
+**Estimate of s** (`stats.run_variance`). s^2 is the variance of the near trials' fold means that remains after the
+means of trials and folds are removed, minus the part due to images. Only near trials are used, because the scores of
+a collapsed configuration vary many times more between runs. The first trials are too few for an estimate. s therefore
+starts from a prior guess of 0.006 that counts as 4 degrees of freedom (by this prior, s lies between 0.004 and 0.014
+with a probability of 90 %).
 
-- *Slow.* If the score rises ever less per unit of learning rate, it ends at y / w at most. If a near trial reached
-  an even smaller fraction of its final score at this epoch, the smallest such fraction replaces w.
-- *Late.* Some curves are flat at first and then jump. In the best case, the candidate rises from now on like the
-  fastest near trial did from the start, with the learning rate that is left.
+**Within the first fold**, the score after the last epoch is unknown, but an upper limit can be estimated. Let w be
+the fraction of the learning rate, summed over all epochs of the schedule, that has been used so far. Let y be the
+candidate's score after its best epoch so far (scores fluctuate while the learning rate is high). The candidate is
+credited with the better of two best-case curves:
 
-The same test is then applied as if the fold were finished. The threshold is 3 % of the p-value threshold, because the
-test is repeated after every epoch and the limits are heuristics. A trial is thus never pruned for being slow, but
-only for being too late.
+- *Slow.* If each unit of learning rate raises the score by no more than the one before, the score ends at y / w at
+  most. If a near trial had reached an even smaller fraction of its final score at this epoch, the smallest such
+  fraction replaces w.
+- *Late.* Some curves are flat at first and then jump. In the best case, the candidate uses the learning rate that is
+  left to rise as the fastest near trial did from its start.
+
+The same test is then applied as if the fold had ended at this score. The threshold for p is 3 % of 0.1, because the
+test is repeated after every epoch and the limits are heuristics. The candidate is thus pruned only if neither curve
+lets it win.
 """
 
 import dataclasses
@@ -68,21 +80,21 @@ ALPHA = 0.1
 MATTERS = 0.003
 """Smallest improvement over the incumbent that justifies fitting further folds."""
 INSIDE = 0.03
-"""Fraction of `ALPHA` that is the threshold within the first fold."""
+"""Within the first fold, the threshold for p is this fraction of the usual threshold."""
 
 Scores = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
 class TrialScores:
-    """Scores of a trial so far. Instances are compared by identity."""
+    """Scores of a trial so far. Instances are compared by identity, so that they can be used as cache keys."""
 
     number: int
     scores: Mapping[int, NDArray[np.float32]]
-    """Maps each fold to its per-image scores after every epoch so far, (epochs >= 1, held-out images). The latest
-    fold is last."""
+    """Maps each fold to its per-image scores after every epoch so far, (epochs >= 1, held-out images). The fold of
+    the latest epoch comes last."""
     n_epochs: int
-    """Number of epochs of a complete fit."""
+    """Number of epochs of a finished fit."""
     schedule: Literal["cosine", "constant"] = "cosine"
 
     @cached_property
@@ -97,17 +109,17 @@ class TrialScores:
 
     @cached_property
     def finished(self) -> tuple[int, ...]:
-        """Folds whose fit has reached its last epoch, ascending."""
+        """Folds, in ascending order, whose fit has reached its last epoch."""
         return tuple(sorted(fold for fold, scores in self.scores.items() if len(scores) >= self.n_epochs))
 
     @cached_property
     def value(self) -> float:
-        """Mean score after the last epoch over all images of the finished folds."""
+        """Mean score after the last epoch, over all images of the finished folds."""
         return float(np.concatenate([self.scores[fold][-1] for fold in self.finished]).mean(dtype=np.float64))
 
     @property
     def place(self) -> str:
-        """Description of the latest epoch: `in fold 1 at epoch 3`, or `after fold 1` if it was the last one."""
+        """Description of the latest epoch: `in fold 1 at epoch 3`, or `after fold 1` if it was that fold's last."""
         fold, epoch = self.latest + 1, len(self.scores[self.latest])
         return f"in fold {fold} at epoch {epoch}" if epoch < self.n_epochs else f"after fold {fold}"
 
@@ -149,7 +161,11 @@ class Race:
 def decide(
     drop: bool, candidate: TrialScores, others: Sequence[TrialScores], n_folds: int, reason: str
 ) -> PruneDecision:
-    """Return a decision that another pruner or the user made, with the comparison to the incumbent."""
+    """Return a decision that another pruner or the user made, completed by the comparison with the incumbent.
+
+    `drop` says whether to prune the candidate, and `reason` explains the decision. If no comparison is possible, the
+    decision contains the mean score so far as the estimate.
+    """
     if (found := compare(candidate, others, n_folds)) is not None:
         return dataclasses.replace(found, drop=drop, reason=reason)
     so_far = np.concatenate([scores[-1] for scores in candidate.scores.values()]).mean(dtype=np.float64)
@@ -160,9 +176,9 @@ def decide(
 def compare(candidate: TrialScores, others: Sequence[TrialScores], n_folds: int) -> PruneDecision | None:
     """Test the candidate against the complete trials among `others`, without deciding whether it is pruned.
 
-    The test uses the candidate's finished folds. Before its first fold is finished, the test uses the possible
-    continuations of that fold. Returns None if there is nothing to test: no complete trial, a complete candidate,
-    fewer than two images, or an unlimited continuation.
+    The test uses the candidate's finished folds. Before its first fold is finished, the test uses the predicted end
+    of that fold. Returns None if no test is possible: no trial is complete, the candidate is complete or has no
+    scores, there are fewer than two images, or the best case has no upper limit.
     """
     complete = sorted((trial for trial in others if trial.is_full(n_folds)), key=lambda trial: trial.number)
     if not complete or not candidate.scores or candidate.is_full(n_folds):
@@ -201,17 +217,17 @@ def compare(candidate: TrialScores, others: Sequence[TrialScores], n_folds: int)
 
 
 def _variance_factor(seen: int, whole: int, n_near: int) -> float:
-    """Return the variance of mean d relative to that of one fold or image, if `seen` of `whole` are evaluated."""
+    """Return the bracketed factor of g^2 or s^2 in SE^2 if `seen` of `whole` images or folds are evaluated."""
     return 1 / seen + 1 / whole + (1 / seen - 1 / whole) / n_near
 
 
 class ReferenceScores(NamedTuple):
-    """Expected scores that a candidate is compared with, from the complete trials near the incumbent."""
+    """Expected scores that a candidate is compared with, estimated from the near trials."""
 
     incumbent: TrialScores
     near: tuple[TrialScores, ...]
     scores: dict[int, Scores]
-    """Maps each fold to the expected scores of a trial as good as the incumbent on the images of that fold."""
+    """For each fold, the scores that a trial as good as the incumbent is expected to get on that fold's images."""
     runs: RunVariance
 
 
@@ -228,15 +244,16 @@ def _reference_scores(complete: tuple[TrialScores, ...], n_folds: int) -> Refere
 
 
 def _continuations(candidate: TrialScores, fold: int, reference: ReferenceScores) -> tuple[Scores, Scores]:
-    """Return the predicted image scores of the fold after the last epoch: best case and typical case, (n,) each.
+    """Predict the image scores of an unfinished fold after its last epoch: best case and typical case, (n,) each.
 
-    The best case is infinite if a near trial still scored 0 at this epoch, because then no trial is too late yet.
+    The best case is infinite if a near trial still scored 0 at this epoch, because it is then too early to exclude
+    any final score.
     """
     scores = candidate.scores[fold]
     now = scores[np.argmax(candidate.curves[fold])].astype(float)
     part = len(scores) / candidate.n_epochs
     spent = candidate.spent(len(scores))
-    # Trials may differ in their number of epochs; rounding down favours the candidate.
+    # Trials may differ in their number of epochs. Rounding down makes the shares smaller, to the candidate's favour.
     then = _shares_of_final(reference.near, lambda trial: int(part * trial.n_epochs + 1e-9))
     slowest = min([spent, *then])
     if slowest <= 0:
@@ -247,9 +264,10 @@ def _continuations(candidate: TrialScores, fold: int, reference: ReferenceScores
 
 
 def _shares_of_final(near: Sequence[TrialScores], epochs: Callable[[TrialScores], int]) -> list[float]:
-    """Return the fraction of its final score that each near trial reached within its first `epochs(trial)` epochs.
+    """Return, for each near trial, the fraction of its final score that it reached within some first epochs.
 
-    The scores are summed over the trial's folds. Trials for which `epochs` returns 0 are left out.
+    `epochs` returns their number for a trial. Trials for which it returns 0 are left out. The best score within these
+    epochs counts, and scores are summed over the trial's folds.
     """
     shares = []
     for trial in near:
@@ -261,5 +279,5 @@ def _shares_of_final(near: Sequence[TrialScores], epochs: Callable[[TrialScores]
 
 
 def _epochs_to_spend(trial: TrialScores, spent: float) -> int:
-    """Return the number of epochs that use this fraction of the learning rate, rounded up; at least 1."""
+    """Return the smallest number of epochs, at least 1, that use the fraction `spent` of the summed learning rate."""
     return next(epoch for epoch in range(1, trial.n_epochs + 1) if trial.spent(epoch) >= spent - 1e-9)

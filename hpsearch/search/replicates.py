@@ -1,7 +1,8 @@
 """Select the trials to replicate after the search, and track their refits.
 
-The best of many scores is partly due to chance, in its images and in its runs. Refits of the top candidates with new
-seeds separate run-to-run variance from the effect of the configuration.
+The best of many scores is partly due to chance: to the sample of images and to the seeds of the fits. The top
+candidates are therefore replicated, to separate run-to-run variance from the effect of the configuration. The
+replicate of a trial is a second set of fits on the same folds with new seeds. Each of these fits is called a refit.
 """
 
 import logging
@@ -17,11 +18,12 @@ from hpsearch.store.versions import code_version, now
 logger = logging.getLogger(__name__)
 
 N_KEPT = 2
-"""Number of replicated trials that keep the networks of their refits, which predict their held-out images."""
+"""Number of replicated trials that keep the networks of their refits. A `final` run uses these networks to select the
+post-processing, because they can predict the images that they held out."""
 
 
 def n_left(record: StudyRecord, n_trials: int) -> int:
-    """Return the maximum number of configurations still to be replicated, if `n_trials` trials are still to come."""
+    """Return the maximum number of trials still to be replicated, if `n_trials` trials are still to be evaluated."""
     study = record.config.study
     if study.folds == "fixed" or study.trials < 2 or (n_trials == 0 and has_all_replicates(record)):
         return 0
@@ -49,7 +51,10 @@ def shortlist(record: StudyRecord) -> Shortlist | None:
 
 
 def open_replicates(record: StudyRecord) -> list[ReplicateRecord]:
-    """Return the replicates that have not ended, in shortlist order. New replicates are not written yet."""
+    """Return the replicates that have not ended, in shortlist order.
+
+    A replicate that has not begun gets a new record, which is not written yet.
+    """
     chosen = shortlist(record)
     seconds = [
         record.replicate(number) or ReplicateRecord(trial=number, began_at=now(), code=code_version())
@@ -67,7 +72,7 @@ def progress(record: StudyRecord) -> tuple[tuple[int, ...], int, int]:
 
 
 def remove_unneeded_networks(record: StudyRecord) -> None:
-    """Remove the networks of replicates, except those of the best `N_KEPT` trials, once all replicates have ended."""
+    """Remove the networks of all refits except those of the best `N_KEPT` trials, once all replicates have ended."""
     standing = record.standing()
     # Trials with a complete replicate come first in the ranking.
     kept = standing.ranking[: min(N_KEPT, len(standing.confirmed))]

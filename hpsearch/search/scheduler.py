@@ -1,7 +1,7 @@
 """Decide what to train next, as a pure function of the state of a study.
 
 `next_action` handles trials, folds, replicates and the end of a study. It uses no files, workers or clock, so it can
-also simulate recorded studies.
+also be used to simulate studies.
 """
 
 from collections.abc import Iterable
@@ -16,8 +16,8 @@ class OpenFits:
     replicate: int
     """0 for the trial itself, 1 for its replicate."""
     wanted: frozenset[int]
-    """Folds that must be fitted before the trial ends. A pruned trial needs no fold, except one after whose last
-    epoch it was pruned."""
+    """Folds that must be fitted before the trial ends. A pruned trial needs none, unless it was pruned after the last
+    epoch of a fold: the fit of that fold must still be finished."""
     finished: frozenset[int] = frozenset()
     """Folds whose fit is finished."""
     running: frozenset[int] = frozenset()
@@ -31,12 +31,12 @@ class OpenFits:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyState:
-    """State of a study on which the next action depends."""
+    """State of a study that determines the next action."""
 
     n_left: int
     """Maximum number of trials still to be evaluated, including open trials."""
     n_suggested: int
-    """Number of recorded trials, including open trials and trials that do not count."""
+    """Number of recorded trials, including open trials and trials that do not count toward `study.trials`."""
     has_complete: bool
     """Whether any trial is complete, so that other trials can be compared with it."""
     open: tuple[OpenFits, ...] = ()
@@ -46,9 +46,9 @@ class StudyState:
     lookahead: int = 0
     """If above 0, trial n is suggested only after all trials up to n - lookahead have ended."""
     folds_in_turn: bool = True
-    """Whether the folds of a trial are fitted one after another while other trials can be run."""
+    """Whether the folds of a trial are fitted one after another, as long as other trials can use the free workers."""
     judges_any_fold: bool = True
-    """Whether the pruner can judge a trial by any subset of its folds."""
+    """Whether the pruner can judge a trial by any subset of its folds, not only by the first ones."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,14 @@ def next_action(state: StudyState) -> Action | None:
     3. Begin a trial.
     4. Fit further folds of open trials. If folds are fitted in turn, skip trials without a finished fold.
     5. After the search, select the shortlist and fit its replicates.
+
+    Steps 2 and 4 are skipped if the pruner needs the folds in order, or if folds are fitted in turn with a lookahead.
     """
     if state.has_shortlist:
         return _first_fit(state.open)
     if fit := _first_fit(fits for fits in state.open if not fits.running):
         return fit
-    # The result must not depend on the relative speed of folds that are fitted at the same time.
+    # With a lookahead, the result must not depend on which of several folds of a trial finishes first.
     may_help = state.judges_any_fold and not (state.folds_in_turn and state.lookahead)
     helped = state.open if may_help else ()
     if state.folds_in_turn and not state.has_complete and (fit := _first_fit(helped[:1])):

@@ -22,7 +22,7 @@ SAME_SHARE = math.log(SAME_FACTOR) / math.log(1000)
 """Values on a linear scale count as equal if they differ by less than this fraction of the range. On a logarithmic
 range of three decades, `SAME_FACTOR` is the same fraction."""
 MAX_ENUMERATED = 100_000
-"""Maximum number of configurations that are enumerated."""
+"""Maximum size of a search space, in configurations, for which unused configurations are enumerated."""
 
 
 def distributions(space: SearchSpace) -> dict[str, Distribution]:
@@ -41,7 +41,7 @@ def encode(value: Any) -> Any:
 
 
 def decode(value: Any) -> Any:
-    """Return the value that was passed to `encode`."""
+    """Return the setting's value that `encode` converted to `value`."""
     if isinstance(value, str) and value.count("x") == 1 and all(part.isdecimal() for part in value.split("x")):
         height, width = value.split("x")
         return int(height), int(width)
@@ -53,7 +53,8 @@ def frozen_trial(
 ) -> FrozenTrial:
     """Return an Optuna trial.
 
-    Params outside the space are left out. A constraint above 0 marks the trial as infeasible.
+    Params outside the space are left out. A constraint above 0 marks the trial as infeasible. `more` contains further
+    arguments of `optuna.trial.create_trial`, such as `value`.
     """
     searched = {name: each for name, each in space.items() if name in params}
     return create_trial(

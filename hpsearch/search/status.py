@@ -19,7 +19,7 @@ from hpsearch.workers import plan as plans
 from hpsearch.workers.plan import ExecutionPlan, Forecast
 
 Fits = Mapping[int, Sequence[FitRecord]]
-"""Fits of each trial, by fold."""
+"""Maps each trial number to the trial's fits, by fold."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,18 @@ class StudyStatus:
     n_finished: dict[int, int]
     """Number of finished folds of each trial."""
     seconds: dict[int, float]
-    """Seconds of training and evaluation of each trial so far."""
+    """Time spent on the training and evaluation of each trial so far, in seconds."""
     best: TrialRecord | None
+    """Winner of the ranking; None if no trial can win yet."""
     values: dict[int, float]
-    """Ranking value of each trial that can win: the mean over both fits if it was refitted."""
+    """Value by which each trial that can win is ranked: its mean score, over both fits of each fold if the ranking
+    uses its replicate."""
     shortlist: tuple[int, ...]
-    """Trials that are refitted after the search; empty before the search is over."""
+    """Trials to replicate after the search; empty before the search is over."""
     n_replicate_fits: int
-    """Number of finished fits among the refits."""
+    """Number of finished refits."""
     is_confirmed: bool
-    """Whether all refits are finished, so that the ranking uses both fits."""
+    """Whether the ranking uses replicates. This requires that all of them have ended, at least one as complete."""
     open_fits: tuple[OpenFit, ...]
     is_over: bool
     """Whether the study has nothing left to do."""

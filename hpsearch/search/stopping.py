@@ -25,7 +25,10 @@ class Stop:
         self._ends_at = math.inf
 
     def request(self, signal_number: int = 0, *, at_once: bool = False) -> None:
-        """Request a stop. This method may be called from a signal handler or another thread."""
+        """Request a stop, without finishing the current epochs if `at_once` is true.
+
+        This method may be called from a signal handler or another thread.
+        """
         self.requests += 2 if at_once else 1
         self.signal = self.signal or signal_number
 

@@ -91,8 +91,8 @@ def _draw_new(config: StudyConfig, known: Sequence[TrialRecord], number: int, fi
 def _draw(config: StudyConfig, study: Study, trial: FrozenTrial, searched: Distributions, attempt: int) -> Params:
     """Return one suggestion of the sampler, with random values for settings that it does not suggest.
 
-    After half of the attempts, all settings are drawn at random, because the sampler would probably continue to
-    repeat itself.
+    `attempt` counts from 0 and changes the seed. After half of the attempts, all settings are drawn at random,
+    because the sampler would probably continue to repeat itself.
     """
     salt = (attempt,) if attempt else ()
     drawn: Params = {}
@@ -119,7 +119,8 @@ def _is_repeat(params: Params, earlier: TrialRecord, search: SearchSpace) -> boo
 def _study_in_memory(config: StudyConfig, known: Sequence[TrialRecord], dimensions: Distributions) -> Study:
     """Return an in-memory study with these trials.
 
-    Complete and pruned trials with a value are COMPLETE. All other trials have the state of their outcome.
+    Complete and pruned trials with a value are COMPLETE. All other trials have the state that `STATES` assigns to
+    their outcome.
     """
     study = optuna.create_study(direction="maximize", sampler=RandomSampler(seed=0))
     for each in known:
@@ -137,7 +138,7 @@ def _study_in_memory(config: StudyConfig, known: Sequence[TrialRecord], dimensio
 def _replay(config: StudyConfig, study: Study, frozen: FrozenTrial, number: int) -> None:
     """Replay a trial: let the sampler suggest it again, and add it to the study.
 
-    The sampler stores its state in the attributes of the trial.
+    This restores the state of the sampler, which it stores in the attributes of the trial.
     """
     study.enqueue_trial(frozen.params)
     trial = study.ask(frozen.distributions)

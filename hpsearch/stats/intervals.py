@@ -58,7 +58,10 @@ class Paired:
 
 
 def bootstrap_mean(scores: Floats, *, run_variance: float = 0.0, run_df: float = math.inf, seed: int = 0) -> Interval:
-    """Return the mean of scores (n,) with its 95 % interval: bootstrap over images, plus the run-to-run variance."""
+    """Return the mean of scores (n,) with its 95 % interval: bootstrap over images, plus the run-to-run variance.
+
+    `run_variance` is the run-to-run variance of this mean, and `run_df` are the degrees of freedom of its estimate.
+    """
     low, high = np.quantile(_draws(scores, run_variance, run_df, seed), _TAILS)
     return Interval.of_scores(float(np.mean(scores)), float(low), float(high))
 
@@ -66,11 +69,11 @@ def bootstrap_mean(scores: Floats, *, run_variance: float = 0.0, run_df: float =
 def paired_difference(
     first: Floats, second: Floats, *, run_variance: float = 0.0, run_df: float = math.inf, seed: int = 0
 ) -> Paired:
-    """Return the mean of first minus second, (n,) each on the same images, with its bootstrap interval.
+    """Return the mean of `first - second` with its bootstrap interval.
 
-    Without a run-to-run variance, the result applies to these two networks. With a run-to-run variance, it applies to
-    the two configurations. p is twice the smaller fraction of draws on one side of 0. It is never smaller than the
-    number of draws can resolve.
+    `first` and `second` contain scores of the same images, (n,). Without a run-to-run variance, the result applies to
+    these two networks. With one, it applies to the two configurations. p is twice the fraction of bootstrap means
+    that are 0 or have the opposite sign. One such mean is added to them, so that p is never 0.
     """
     difference = first - second
     draws = _draws(difference, run_variance, run_df, seed)
@@ -103,16 +106,16 @@ def bootstrap_counts(n_images: int, seed: int) -> Iterator[NDArray[np.float32]]:
 
 
 def satterthwaite(image_variance: float, image_df: float, run_variance: float, run_df: float) -> float:
-    """Return the degrees of freedom of a sum of two estimated variances.
+    """Return the degrees of freedom of the sum of two estimated variances.
 
-    Satterthwaite, Biometrics Bulletin 2, 1946.
+    The formula is that of Satterthwaite, Biometrics Bulletin 2, 1946.
     """
     total = image_variance + run_variance
     return total**2 / (image_variance**2 / image_df + run_variance**2 / run_df) if total > 0 else math.inf
 
 
 def half_width(image_variance: float, image_df: float, run_variance: float, run_df: float) -> float:
-    """Return half the width of the 95 % interval of an estimate with these two variances."""
+    """Return half the width of the 95 % interval of an estimate whose variance is the sum of these two."""
     total = image_variance + run_variance
     return _t(satterthwaite(image_variance, image_df, run_variance, run_df)) * math.sqrt(total) if total > 0 else 0.0
 

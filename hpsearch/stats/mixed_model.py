@@ -1,14 +1,17 @@
 """Estimate a selected trial's mean, or its lead over another trial, by the posterior mean of a mixed model.
 
-The mean score of trial c on fold k is modelled as
+The mean score of trial c on fold k, z[c, k], is modelled as
 
     z[c, k] = f[k] + mu[c] + e[c, k],      e[c, k] ~ N(0, 1 / precision[c, k]),      mu[c] ~ N(0, tau^2)
 
-The level of the fold, f[k], has a flat prior. The posterior does not depend on which trial was selected, or on which
-trials racing pruned after which fold, because both decisions were based on the data in the model (Rubin, Biometrika
-63, 1976; Efron, JASA 106, 2011). The standard deviation tau of the trials' true means is estimated from the study
-itself (empirical Bayes; Morris, JASA 78, 1983). If tau is small compared with the noise, a trial's estimate is shrunk
-toward the mean of all trials.
+- f[k] is the level of the fold. Its prior is flat.
+- mu[c] is the true mean of the trial relative to all trials. The standard deviation tau of these means is estimated
+  from the study itself (empirical Bayes; Morris, JASA 78, 1983). If tau is small compared with the noise, a trial's
+  estimate is shrunk toward the mean of all trials.
+- e[c, k] is the noise due to images and runs. Its precision, the inverse of its variance, is given.
+
+The posterior does not depend on which trial was selected, or on when racing pruned which trial, because both
+decisions were based on the data in the model (Rubin, Biometrika 63, 1976; Efron, JASA 106, 2011).
 """
 
 import math
@@ -25,9 +28,9 @@ SCALE = 0.4
 N_GRID = 40
 """Number of grid points of tau, which are denser toward 0."""
 TAIL, NOISE = 0.7, 1.5
-"""Limits that exclude bad trials from the estimate of tau, because searches leave a long tail of them. A trial is
-excluded if it lies more than `NOISE` standard errors further below the median than `TAIL` times the distance between
-the median and the best trial."""
+"""Limits that exclude bad trials from the estimate of tau, because searches leave a long tail of them. Let D be the
+distance between the median and the best trial. A trial is excluded if it lies below the median by more than `TAIL`
+times D plus `NOISE` times its standard error."""
 MAX_ROUNDS = 5
 """Maximum number of rounds of excluding such trials."""
 
@@ -38,8 +41,8 @@ class Contrast(NamedTuple):
     weights: Floats
     """Weights of the fold means, (trials, folds)."""
     choice_variance: float
-    """Posterior variance in addition to the noise of the weighted sum, because the trials' true differences are
-    uncertain."""
+    """Part of the posterior variance that is not noise of the fold means. It exists because the true differences
+    between the trials are uncertain."""
 
 
 class _Fits(NamedTuple):
@@ -48,7 +51,8 @@ class _Fits(NamedTuple):
     share: Floats
     """Posterior probability of each tau, (grid,)."""
     conditional: Floats
-    """Variance of each mu given f, 1 / (1 / tau^2 + sum of precisions), (grid, trials); 0 for excluded trials."""
+    """Variance of each trial's mu for given f, which is 1 / (1 / tau^2 + sum of precisions), (grid, trials); 0 for
+    excluded trials."""
     information: Floats
     """Inverse covariance of f, (grid, folds, folds)."""
     level: Floats
@@ -91,7 +95,8 @@ def posterior_contrast(
 def _fit_guides(means: Floats, precision: Floats, reference: int | None, se: float) -> tuple[Mask, _Fits]:
     """Fit the model to the trials that inform tau: all trials except the reference and those far below the others.
 
-    Returns a mask of these trials, (trials,), and the fitted model.
+    Returns a mask of these trials, (trials,), and the fitted model. `se` is the standard error of the selected
+    trial's mean, to which the prior of tau is scaled.
     """
     total = precision.sum(axis=1)
     is_eligible = np.arange(len(means)) != (-1 if reference is None else reference)
@@ -111,7 +116,10 @@ def _fit_guides(means: Floats, precision: Floats, reference: int | None, se: flo
 
 
 def _fit(means: Floats, precision: Floats, guides: Mask, *, top: float, se: float) -> _Fits:
-    """Fit the model at each tau from 0 to `top`."""
+    """Fit the model to the trials in the mask `guides`, at each tau of a grid from 0 to `top`.
+
+    `se` is as in `_fit_guides`.
+    """
     z, w = means[guides], precision[guides]
     total = w.sum(axis=1)
     tau = top * np.linspace(0, 1, N_GRID) ** 1.5

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 NEAR = 0.05
-"""Maximum distance between the best trial and the other complete trials that are used. Collapsed trials vary many
-times more."""
+"""Only complete trials whose mean score is at most this far below that of the best are used. The scores of collapsed
+trials vary many times more between runs."""
 S_GUESS, S_GUESS_DF = 0.006, 4.0
 """Prior guess of the run-to-run standard deviation of a fold's mean, and its weight in degrees of freedom."""
 S_FLOOR = 0.003
@@ -34,11 +34,15 @@ class RunVariance:
 
 
 def run_variance(finals: Sequence[Floats]) -> RunVariance:
-    """Estimate the run-to-run variance from the final scores of each fold, (trials, images).
+    """Estimate the run-to-run variance of a fold's mean.
 
-    The trials' mean squares are combined by their median, so that a trial that collapsed on one fold has little
-    effect. The result is divided by (1 - 2 / 9 df)^3, the approximate median of chi^2 / df (Wilson and Hilferty),
-    which makes the median unbiased.
+    `finals` contains, for each fold, the scores after the last epoch, (trials, images). The mean squares that
+    `fold_mean_squares` returns for the trials are combined by their median, so that a trial that collapsed on one
+    fold has little effect. The median is divided by (1 - 2 / (9 df))^3, where df is the number of folds minus 1. This
+    is the approximate median of chi^2 / df (Wilson and Hilferty), so the quotient estimates the expected mean square.
+
+    The estimate is averaged with the prior guess, weighted by degrees of freedom, and is at least `S_FLOOR` squared.
+    With one trial or one fold, the prior guess is returned.
     """
     n_trials, n_folds = len(finals[0]), len(finals)
     if n_trials < 2 or n_folds < 2:
@@ -51,11 +55,11 @@ def run_variance(finals: Sequence[Floats]) -> RunVariance:
 
 
 def fold_mean_squares(finals: Sequence[Floats]) -> tuple[Floats, float]:
-    """Return each trial's mean square of fold means, (trials,), and the part of it that is due to images.
+    """Return the residual mean square of each trial's fold means, (trials,), and the part that is due to images.
 
-    `finals` contains the final scores of each fold, (trials, images), for at least two trials and two folds. The mean
-    squares come from a two-way analysis of variance of the fold means without interaction. Each one estimates the
-    run-to-run variance plus the part due to images.
+    `finals` contains, for each fold, the scores after the last epoch, (trials, images), for at least two trials and
+    two folds. The residuals are those of the fold means after trial and fold effects are removed (two-way analysis of
+    variance without interaction). Each mean square estimates the run-to-run variance plus the part due to images.
     """
     n_trials, n_folds = len(finals[0]), len(finals)
     means = np.stack([final.mean(axis=1) for final in finals], axis=1)
@@ -65,7 +69,10 @@ def fold_mean_squares(finals: Sequence[Floats]) -> tuple[Floats, float]:
 
 
 def image_variance(finals: Sequence[Floats]) -> float:
-    """Return the variance of image scores after trial, fold and image effects; 0 if unknown."""
+    """Return the variance of image scores that remains after trial, fold and image effects are removed; 0 if unknown.
+
+    `finals` contains, for each fold, the scores after the last epoch, (trials, images).
+    """
     squares, df = 0.0, 0
     for final in finals:
         residual = final - final.mean(axis=1, keepdims=True)

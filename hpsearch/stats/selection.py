@@ -1,12 +1,13 @@
 """Compare the trials of a study, and correct the winner's score for selection bias.
 
-The best of many means is too high on average, and a trial that survived racing had favourable early folds. One
-posterior mean corrects both effects, because a posterior does not depend on which trial was selected or why (Rubin,
-Biometrika 63, 1976, on ignorable mechanisms; Efron, JASA 106, 2011, on selection bias). The model is defined in
-`mixed_model`. The standard deviation tau of the trials' true means is estimated from the study itself (empirical
-Bayes; Morris, JASA 78, 1983). If tau is small compared with the noise, the winner's estimate is shrunk toward the
-mean of all trials. If tau is large, the winner keeps its own mean. Pruned trials contribute the folds that they
-finished. benchmarks/study_statistics.py checks bias and coverage on studies whose true means are known.
+The best of many means is too high on average, and the trials that survive racing tend to have scored too high in
+their first folds. One posterior mean corrects both effects, because a posterior does not depend on which trial was
+selected or why (Rubin, Biometrika 63, 1976, on ignorable mechanisms; Efron, JASA 106, 2011, on selection bias). The
+model is defined in `mixed_model`. The standard deviation tau of the trials' true means is estimated from the study
+itself (empirical Bayes; Morris, JASA 78, 1983). If tau is small compared with the noise, the winner's estimate is
+shrunk toward the mean of all trials. If tau is large, the winner keeps its own mean. Pruned trials contribute the
+folds that they finished. benchmarks/study_statistics.py checks bias and coverage on studies whose true means are
+known.
 """
 
 import math
@@ -24,14 +25,14 @@ from hpsearch.stats.study_scores import StudyScores
 Method = Literal["single", "first", "confirmed"]
 
 N_DRAWS = 2000
-"""Number of noise draws that determine how far below the best mean a tied trial may lie."""
+"""Number of random noise samples used to compute how far below the best a trial may score and still tie with it."""
 HOPELESS = 4.0
-"""Number of standard errors below the best mean beyond which a trial cannot tie with it (one-sided p below
-0.0001)."""
+"""A trial that lies more than this number of standard errors below the best mean cannot tie with it (one-sided p
+below 0.0001)."""
 
 
 def tied_with_best(study: StudyScores, *, seed: int = 0) -> tuple[int, ...]:
-    """Return a set of trials that contains the truly best one with 95 % confidence, best mean first.
+    """Return the rows of a set of trials that contains the truly best one with 95 % confidence, best mean first.
 
     Subset selection (Gupta, Technometrics 7, 1965): a trial is excluded if its distance to the best mean is larger
     than the 95 % quantile of this distance for equally good trials. The noise is drawn from the covariance of the
@@ -46,7 +47,7 @@ def tied_with_best(study: StudyScores, *, seed: int = 0) -> tuple[int, ...]:
     own = np.diagonal(covariance) + run_variance
     reach = HOPELESS * np.sqrt(np.maximum(own + own[best] - 2 * covariance[best], 0))
     contenders = np.union1d(np.flatnonzero(means[best] - means <= reach), [best])
-    # Eigenvectors, because equal rows make the covariance singular.
+    # Use eigenvectors, because a Cholesky factorisation fails if equal trials make the covariance singular.
     values, vectors = np.linalg.eigh(covariance[np.ix_(contenders, contenders)])
     noise = (rng.standard_normal((N_DRAWS, len(contenders))) * np.sqrt(np.maximum(values, 0))) @ vectors.T
     size = np.sqrt(runs.df / rng.chisquare(runs.df, (N_DRAWS, 1)))
@@ -57,12 +58,12 @@ def tied_with_best(study: StudyScores, *, seed: int = 0) -> tuple[int, ...]:
 
 
 def select_for_replication(scores: Floats, count: int = 5, *, seed: int = 0) -> tuple[int, ...]:
-    """Return up to `count` trials, ordered by how often each is the best on a bootstrap sample of the images.
+    """Return the rows of up to `count` trials, ordered by how often each is best on a bootstrap sample of the images.
 
     `scores` contains the first fits of the complete trials, (trials, images). Trials that are never the best are left
     out.
     """
-    # Subtract the mean over trials, which does not affect the selection but would cost float32 precision.
+    # Subtract each image's mean over trials. This does not affect the selection, and makes float32 precise enough.
     centred = np.asarray(scores - scores.mean(axis=0), np.float32)
     wins = np.zeros(len(scores), np.int64)
     for counts in bootstrap_counts(scores.shape[1], seed):
@@ -73,10 +74,10 @@ def select_for_replication(scores: Floats, count: int = 5, *, seed: int = 0) -> 
 
 
 def best_row(study: StudyScores) -> int:
-    """Return the row of the winner.
+    """Return the row of the winner in `study.scores`.
 
-    If the study names no winner, the best replicated trial by both fits is returned, or the best of all trials if
-    none was replicated.
+    If the study names no winner, it is the replicated trial with the best mean over both fits, or the best of all
+    trials if none was replicated.
     """
     if study.winner is not None:
         return study.winner
@@ -102,8 +103,8 @@ class Corrected:
     choice_variance: float
     """Variance of the estimate due to the uncertainty about how much of the winner's lead is real."""
     method: Method
-    """How the winner was selected: `single`, it is the only trial; `first`, by first fits; `confirmed`, by both
-    fits."""
+    """How the winner was selected. `single`: it is the only trial. `first`: by the first fits. `confirmed`: by the
+    mean over both fits."""
 
     @property
     def interval(self) -> Interval:
@@ -164,15 +165,15 @@ def _posterior(study: StudyScores, trial: int, reference: int | None = None) -> 
     """Return the posterior mean of a trial's mean, or of its lead over `reference`, and the parts of its variance.
 
     The weights of `posterior_contrast` apply to fold means, and therefore also to the scores of single images. The
-    variance of the weighted image scores replaces the model's g^2. The result is therefore valid even if trials
-    disagree more on some images than on others, or if some trials resemble each other.
+    image variance is then computed from the weighted image scores, not from the g^2 of `study_scores`. It is
+    therefore valid even if trials disagree more on some images than on others, or if some trials resemble each other.
     """
     sizes = np.array([len(fold) for fold in study.folds])
     pruned = np.zeros((0, study.n_images)) if study.pruned is None else study.pruned
     scores = np.concatenate([study.joint, pruned])
     n_fits = np.concatenate([study.n_fits, np.ones(len(pruned))])[:, None]
     means = np.stack([scores[:, fold].mean(axis=1) for fold in study.folds], axis=1)
-    # The floor keeps the arithmetic finite if all scores are equal.
+    # The lower limit avoids a division by zero if all scores are equal.
     variance = np.maximum(study.image_variance / sizes + study.runs.variance / n_fits, 1e-14)
     known = np.isfinite(means)
     if study.n_trials == 1:

@@ -1,15 +1,15 @@
 """Store the per-image scores of a study's trials, and summarise each trial.
 
-Let y[c, i] be the score of image i in trial c, by the fold model that held the image out. It is modelled as
-
+Let y[c, i] be the score of trial c on image i, from the network that did not train on this image. It is modelled as
     y[c, i] = mu[c] + a[i] + b[c, i] + r[c, fold of i]
 
-- mu[c] is the quantity of interest.
+- mu[c] is the true mean score of the configuration, which is the quantity of interest.
 - a[i] is the difficulty of the image, which all trials share.
-- b[c, i] is the effect of this configuration on this image (variance g^2).
-- r is the run-to-run variation (variance s^2): refitting a fold with another seed shifts all of its images together.
+- b[c, i] is the effect of this configuration on this image. Its variance is called g^2.
+- r is the run-to-run variation: refitting a fold with another seed shifts the scores of all its images together. Its
+  variance is called s^2.
 
-More images average out a and b, but r averages out only over folds and fits.
+Averaging over more images reduces a and b, but r is reduced only by averaging over folds and fits.
 """
 
 from dataclasses import dataclass
@@ -23,8 +23,8 @@ from hpsearch.stats.intervals import Floats, Interval, bootstrap_mean, corrected
 from hpsearch.stats.run_variance import NEAR, S_GUESS, S_GUESS_DF, RunVariance, fold_mean_squares, image_variance
 
 LIMIT = 8.0
-"""Upper limit of a trial's run-to-run mean square, in medians over the trials. It keeps the effect of one collapsed
-fold small."""
+"""Upper limit of each trial's mean square, as a multiple of the median over trials. It keeps the effect of one
+collapsed fold small."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,7 +38,7 @@ class StudyScores:
     replicated: tuple[int, ...] = ()
     """Rows of `scores` that were refitted with new seeds."""
     replicates: Floats | None = None
-    """Per-image scores of their replicate fits on the same folds, (replicated, images)."""
+    """Per-image scores of the refits of these trials, (replicated, images)."""
     winner: int | None = None
     """Row of the study's winner; if None, the winner is the best trial by these scores (`selection.best_row`)."""
     pruned: Floats | None = None
@@ -60,7 +60,7 @@ class StudyScores:
 
     @cached_property
     def folds(self) -> tuple[NDArray[np.int64], ...]:
-        """Indices of the images of each fold."""
+        """For each fold, the indices of its images."""
         return tuple(np.flatnonzero(self.fold_of == fold) for fold in np.unique(self.fold_of))
 
     @property
@@ -84,7 +84,8 @@ class StudyScores:
 
     @cached_property
     def near(self) -> list[Floats]:
-        """First-fit scores of the trials near the best (`NEAR`), at least two: (near, images) for each fold."""
+        """For each fold, the first-fit scores of the trials within `NEAR` of the best, or of the two best trials if
+        there are fewer, (near, images)."""
         means = self.scores.mean(axis=1)
         n_near = max(2, int((means >= means.max() - NEAR).sum()))
         near = self.scores[np.argsort(-means, kind="stable")[:n_near]]
@@ -92,12 +93,13 @@ class StudyScores:
 
     @cached_property
     def runs(self) -> RunVariance:
-        """Run-to-run variance s^2, pooled by degrees of freedom from a prior guess, first fits and replicates.
+        """Run-to-run variance s^2: mean of a prior guess and two estimates, weighted by their degrees of freedom.
 
-        First fits contribute the mean squares of the near trials' fold means after trial and fold effects, each
-        limited to `LIMIT` medians, minus the part due to images. Replicates contribute half the variance over folds
-        of the shift of a fold's mean from the first to the replicate fit, minus the part due to images. A trial's
-        mean shift is not used, because trials were selected for a high first fit.
+        The first estimate uses the first fits of the near trials. It is the mean of their mean squares
+        (`fold_mean_squares`), each limited to `LIMIT` times the median, minus the part due to images. The second
+        estimate uses the shifts of fold means between the first fits and the refits. It is half the variance of a
+        trial's shifts over folds, averaged over trials, minus the part due to images. The mean of a trial's shifts is
+        not used, because trials were selected for high scores of their first fits.
         """
         k, n_near = len(self.folds), len(self.near[0])
         total, df = S_GUESS_DF * S_GUESS**2, S_GUESS_DF
@@ -120,7 +122,7 @@ class StudyScores:
 
     @cached_property
     def image_variance(self) -> float:
-        """Variance g^2 of the near trials' image scores after trial, fold and image effects."""
+        """Residual variance g^2 of the image scores of the near trials, without trial, fold and image effects."""
         return image_variance(self.near)
 
     @property

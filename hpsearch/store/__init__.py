@@ -1,1 +1,1 @@
-"""Read and write the record of a study. This package does not import torch, Optuna or MLflow."""
+"""Read and write the record of a study, which is its folder. Does not import torch, Optuna or MLflow."""

@@ -27,7 +27,7 @@ image folder changes, it must contain the same images (`StudyRecord.data_key`)."
 
 
 class StudyFiles:
-    """Reads and writes one study folder. Only the coordinator writes, from one thread."""
+    """Access to the files of one study folder. Only the coordinator writes, from one thread."""
 
     def __init__(self, study: StudyPaths, config: StudyConfig) -> None:
         self.paths = study
@@ -52,7 +52,7 @@ class StudyFiles:
 
     @classmethod
     def create(cls, study: StudyPaths, config: StudyConfig) -> Self:
-        """Create a study by writing its settings, before any other file."""
+        """Create a study by writing its settings, which are the first file of its record."""
         paths.write_text(study.toml, config.to_sealed_toml())
         return cls(study, config)
 
@@ -108,7 +108,7 @@ class StudyFiles:
             self.config = config
 
     def plan(self) -> dict[str, Any] | None:
-        """Return the execution plan as plain types; None if it does not exist yet."""
+        """Return the execution plan as a dictionary of plain types; None if it does not exist yet."""
         return paths.read_json(self.paths.plan) if self.paths.plan.is_file() else None
 
     def write_plan(self, plan: Mapping[str, Any]) -> None:
@@ -161,7 +161,7 @@ class StudyFiles:
         return [self.fit(trial, fold, replicate) for fold in range(self.n_folds)]
 
     def finished_folds(self, trial: int) -> list[int]:
-        """Return the folds of a trial whose fit is finished, ascending."""
+        """Return, in ascending order, the folds for which the trial's fit has finished."""
         return [fold for fold, fit in enumerate(self.fits(trial)) if fit.is_finished]
 
     def shortlist(self) -> Shortlist | None:

@@ -51,7 +51,7 @@ class FitRecord:
         return load_array(self.paths.counts, ndim=2)
 
     def verify(self) -> None:
-        """Check that the files of a fit can be read, while no worker is writing them.
+        """Check that the files of the fit can be read. No worker may be writing them at the same time.
 
         Raises RecordError, naming the damaged file.
         """
@@ -91,7 +91,7 @@ def load_array(path: Path, *, ndim: int) -> npt.NDArray[Any]:
     except OSError as error:
         raise RecordError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:
-        # A damaged header makes NumPy's reader fail in many ways.
+        # NumPy's reader raises many kinds of exceptions if the header is damaged.
         raise RecordError(f"{path} is damaged: put it back from a copy") from error
     checksum = content[file.tell() :]
     if checksum not in (b"", hashlib.sha256(content[: file.tell()]).digest()):

@@ -28,7 +28,7 @@ def hold(study: StudyPaths) -> Iterator[None]:
     try:
         study.root.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(study.lock)
-        # Wait for a moment, because `is_held` also acquires the lock briefly.
+        # Wait for a moment, because another process that calls `is_held` also acquires the lock briefly.
         lock.acquire(timeout=1)
     except filelock.Timeout as error:
         status, stop = (command_line(each, study.name, study.project) for each in ("status", "stop"))
@@ -46,12 +46,12 @@ def hold(study: StudyPaths) -> Iterator[None]:
         paths.write_json(study.holder, {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()})
         yield
     finally:
-        # A leftover file does no harm: only the lock decides whether the study is running.
+        # The holder's file may stay if it cannot be removed: only the lock decides whether the study is running.
         with suppress(OSError):
             study.holder.unlink(missing_ok=True)
         is_empty = study.root in made and not study.toml.is_file()
         if is_empty:
-            # Remove it while holding the lock, so that no other process can have begun the study.
+            # Remove the folder while holding the lock, so that no other process can have begun the study.
             shutil.rmtree(study.root, ignore_errors=True)
         lock.release()
         for path in reversed(made) if is_empty else ():

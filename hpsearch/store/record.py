@@ -86,7 +86,8 @@ class StudyRecord(StudyFiles):
         """Return the trials among `trials` that can win, by number.
 
         A trial can win if it is complete and was trained as suggested. Among such trials with the same configuration,
-        only the earliest can win. Otherwise a configuration with several trials would be represented by its best run.
+        only the earliest can win. Otherwise a configuration with several trials would have the advantage of being
+        represented by its best run.
         """
         found: dict[tuple[Any, ...], TrialRecord] = {}
         for trial in sorted(trials, key=lambda trial: trial.number):
@@ -104,14 +105,14 @@ class StudyRecord(StudyFiles):
         return self.configuration(trial.params) == self.configuration({})
 
     def n_unused(self, trials: Iterable[TrialRecord]) -> int | None:
-        """Return the number of configurations that none of these trials has; None if the space is infinite."""
+        """Return the number of configurations that no trial in `trials` has; None if the space is infinite."""
         n_configurations = self.config.search.n_configurations
         if n_configurations is None:
             return None
         return max(0, n_configurations - len({self.configuration(trial.params) for trial in trials}))
 
     def n_left(self, trials: Sequence[TrialRecord]) -> int:
-        """Return the maximum number of trials still to be evaluated, including open trials."""
+        """Return the maximum number of trials still to be evaluated, including trials that have not ended."""
         n_left = max(0, self.config.study.trials - count_trials(trials))
         n_unused = self.n_unused(trials)
         return n_left if n_unused is None else min(n_left, n_unused + sum(each.outcome is None for each in trials))
@@ -121,7 +122,7 @@ class StudyRecord(StudyFiles):
         return all(trial.outcome is not None for trial in trials) and self.n_left(trials) == 0
 
     def valid_shortlist(self, contenders: Sequence[TrialRecord]) -> Shortlist | None:
-        """Return the shortlist; None if there is none, or if it was not selected from exactly these trials."""
+        """Return the shortlist; None if there is none, or if it was not selected from exactly `contenders`."""
         stored = self.shortlist()
         return stored if stored is not None and stored.of == tuple(each.number for each in contenders) else None
 
@@ -152,7 +153,7 @@ class StudyRecord(StudyFiles):
 
 
 def has_all_replicates(record: StudyRecord) -> bool:
-    """Return whether all refits have ended, assuming that the search is over."""
+    """Return whether all replicates have ended, assuming that the search is over."""
     contenders = record.contenders(record.trials())
     if not wants_replicates(record, contenders):
         return True

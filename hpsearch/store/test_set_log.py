@@ -26,6 +26,7 @@ from hpsearch.typed_json import from_json
 logger = logging.getLogger(__name__)
 
 Hashes = tuple[tuple[str, str], ...]
+"""SHA-256 of the image and of its mask, for each image of a test set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class LoggedEvaluation:
     """One evaluation of test images."""
 
     test_set: str
-    """Digest of all images and masks together, independent of their order: 16 hexadecimal digits. Version 0.1
+    """Digest of all images and masks together, independent of their order, 16 hexadecimal digits. Version 0.1
     identified test sets by this digest only."""
     at: float
     """Start of the evaluation (Unix time in seconds)."""
@@ -61,15 +62,15 @@ class LoggedEvaluation:
 
 
 def hashes_in_cache(folder: Path) -> Hashes:
-    """Return the SHA-256 of each image in a cache and of its mask."""
+    """Return, for each image in a cache, the SHA-256 of the image and of its mask."""
     return tuple((each.image_sha256, each.mask_sha256) for each in Index.read(folder).stats)
 
 
 def begin_evaluation(project: ProjectPaths, hashes: Hashes, **facts: Any) -> LoggedEvaluation:
     """Log an evaluation that is about to begin.
 
-    `hashes` contains the SHA-256 of each test image and of its mask. `facts` contains the remaining fields of the
-    entry.
+    `hashes` contains the SHA-256 of each test image and of its mask. `facts` contains the fields of the entry that do
+    not follow from `hashes`, such as `study` and `trial`.
     """
     images = tuple(image[:12] for image, _ in hashes)
     test_set = sha256_text("\n".join(sorted(f"{image} {mask}" for image, mask in hashes)))[:16]
@@ -85,7 +86,7 @@ def end_evaluation(project: ProjectPaths, evaluation: LoggedEvaluation, score: f
 
 
 def enter_evaluation(project: ProjectPaths, evaluation: LoggedEvaluation) -> None:
-    """Write an evaluation to the logs of project and user. Only the project's log must be writable."""
+    """Write an evaluation to the project's log and, if it is writable, to the user's log."""
     _append(project, dataclasses.asdict(evaluation))
 
 
@@ -103,8 +104,9 @@ def evaluations_of(project: ProjectPaths, evaluation: LoggedEvaluation) -> tuple
 def n_shared(a: LoggedEvaluation, b: LoggedEvaluation) -> int:
     """Return the number of images that two evaluations share, as far as is known.
 
-    Entries of version 0.1 do not identify their images. If both evaluations are of the same test set or belong to the
-    same study, they are assumed to share as many images as possible. The test images of a study never change.
+    Entries of version 0.1 do not identify their images. If one of the two evaluations is such an entry, they are
+    assumed to share as many images as possible if they have the same test set or belong to the same study, because
+    the test images of a study never change.
     """
     if a.images and b.images:
         return len(set(a.images) & set(b.images))

@@ -21,7 +21,7 @@ new number."""
 COUNTED: frozenset[Outcome] = frozenset({"complete", "pruned", "diverged", "failed"})
 """Outcomes that count toward `study.trials`."""
 OUTCOMES_OF_0_1 = {"full": "complete", "dropped": "pruned", "lost": "orphaned"}
-"""Outcomes that version 0.1 recorded under other names."""
+"""Maps the names that version 0.1 recorded for some outcomes to their present names."""
 
 
 @dataclass(frozen=True)
@@ -29,22 +29,26 @@ class PruneDecision:
     """Decision of a pruner after an epoch, with its reasons."""
 
     drop: bool
+    """Whether the trial is pruned."""
     estimate: float
-    """Estimated value of the candidate, which is recorded if the candidate is pruned."""
+    """Estimated value of the candidate. It becomes the trial's value if the trial is pruned."""
     fold: int
     """Fold, counted from 0 as in all files."""
     epoch: int
     """Number of finished epochs in that fold."""
     reason: str
     d: float | None = None
-    """Mean difference between the reference scores and the candidate's; None if no trial is complete yet."""
+    """Mean amount by which the candidate scores lower than a trial as good as the incumbent is expected to
+    (`search.racing`); None if no comparison was possible."""
     se: float | None = None
+    """Standard error of `d`."""
     s: float | None = None
-    """Run-to-run standard deviation of a fold's mean."""
+    """Run-to-run standard deviation of a fold's mean score."""
     p: float | None = None
-    """One-sided probability of a mean d at least this large if the candidate is better by `racing.MATTERS`."""
+    """One-sided p-value: the probability that `d` is at least this large if the candidate is truly better than the
+    incumbent by `racing.MATTERS`."""
     against: int | None = None
-    """Trial number of the incumbent."""
+    """Number of the incumbent, which is the best complete trial."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +64,7 @@ class EvaluationRecord:
     failures: dict[str, list[str]] = field(default_factory=dict)
     """Maps each fold, counted from 0, to one line for each worker that died while fitting it."""
     code: str = ""
-    """Version of hpsearch that began it, as returned by `code_version`."""
+    """Version of hpsearch that began the trial or replicate, as returned by `code_version`."""
 
     def __post_init__(self) -> None:
         outcome = OUTCOMES_OF_0_1.get(self.outcome or "", self.outcome)
@@ -85,10 +89,11 @@ class TrialRecord(EvaluationRecord):
     decisions: tuple[PruneDecision, ...] = ()
     """All decisions of the pruner, in order."""
     micro_batch: int | None = None
-    """Number of images per part of a batch if version 0.1 split batches in a way that changed the result. Such a
-    trial cannot win."""
+    """Number of images in each part of a batch. Set only in trials of version 0.1 whose result was changed by
+    splitting batches. These trials cannot win."""
     draw: int | None = None
-    """Position among the suggestions. Version 0.1 set it on a trial that continues an orphaned one."""
+    """Position among the suggestions if it differs from the number. Version 0.1 set it on a trial that continued an
+    orphaned one."""
 
     @property
     def place(self) -> int:
@@ -110,7 +115,7 @@ class TrialRecord(EvaluationRecord):
 class ReplicateRecord(EvaluationRecord):
     """Record of the replicate of one complete trial: fits of the same folds with other seeds.
 
-    With any outcome other than `complete`, the configuration failed with other seeds, so it cannot win.
+    If the outcome is not `complete`, the configuration failed with other seeds and cannot win.
     """
 
     trial: int
@@ -143,17 +148,18 @@ class Shortlist:
 
 @dataclass(frozen=True)
 class Standing:
-    """Ranking of a study's trials at one moment. All views show this ranking."""
+    """Ranking of a study's trials at one moment. The report, MLflow and Optuna's database all show this ranking."""
 
     ranking: tuple[int, ...]
     """Numbers of the trials that can win, best first."""
     values: dict[int, float]
-    """Maps each trial number to its ranking value: the mean over both fits if its replicate counts, else over the
-    first fit."""
+    """Maps the number of each trial that can win to its ranking value: the mean score over both fits of each fold if
+    the trial is in `confirmed`, else over the first fits."""
     confirmed: tuple[int, ...]
-    """Numbers of the trials whose replicates count, ascending. If there are any, the winner is one of them.
+    """Numbers, in ascending order, of the trials whose replicates are complete. If there are any, the winner is one
+    of them.
 
-    Empty while replicates are missing, or if a trial has become complete since the shortlist was made.
+    Empty until all replicates have ended. Also empty if a trial has become complete since the shortlist was made.
     """
 
     @property
@@ -175,7 +181,10 @@ def record_to_json(record: EvaluationRecord | Shortlist) -> dict[str, Any]:
 
 
 def read_record(cls: type[T], path: Path) -> T:
-    """Return the record in a JSON file. Raises RecordError, naming the file, if it is damaged."""
+    """Return the record in a JSON file.
+
+    Raises RecordError, naming the file, if it is damaged or of another version.
+    """
     table = read_json(path)
     try:
         if table.get("format", FORMAT) != FORMAT:

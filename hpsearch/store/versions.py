@@ -17,7 +17,7 @@ def code_version() -> str:
     """
     root = Path(hpsearch.__file__).parents[1]
     if not (root / ".git").exists():
-        # Without a checkout, a repository in a parent folder is not that of hpsearch.
+        # hpsearch is not run from a checkout. A repository in a parent folder would belong to another project.
         return hpsearch.__version__
     command = ["git", "-C", str(root), "describe", "--always", "--dirty=.dirty", "--abbrev=40", "--exclude=*"]
     environment = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}

@@ -1,4 +1,4 @@
-"""Entry point of the packed model of a final. MLflow runs this file to load the model."""
+"""Entry point of a model that `mlflow_model` has packed. MLflow runs this file to load the model."""
 
 import warnings
 from pathlib import Path

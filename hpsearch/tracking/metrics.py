@@ -1,4 +1,8 @@
-"""Define the metrics of MLflow runs. Each entry in `METRICS` is one metric."""
+"""Define the metrics of MLflow runs in the table `METRICS`.
+
+A refit trains the configuration of a trial once more on all folds, with new seeds. A `final` run has the test scores
+of a configuration that `hpsearch final` has retrained on the whole pool.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,21 +24,21 @@ class Point:
     value: float
     step: int
     time_ms: int
-    """Recorded Unix time in milliseconds. It is not the time of logging, so logging a point twice has no effect."""
+    """Unix time in milliseconds as stored in the study folder, so that logging a point twice has no effect."""
 
     @property
     def place(self) -> tuple[str, int, int]:
-        """Key, step and time, which identify a point within its run. MLflow shows the latest point of each step."""
+        """Key, step and time. They identify a point within its run; of each step, MLflow shows the latest point."""
         return self.key, self.step, self.time_ms
 
 
 METRICS: dict[str, dict[str, str | Callable[[Any], float | None]]] = {
-    # From a row of epochs.jsonl. The names get the prefix of the fit: `fold0/`, or `seed0/` in a final.
+    # From a row of epochs.jsonl. The names get the prefix of the fit: `fold0/`, or `seed0/` in a `final` run.
     "epoch": {
         **{f"train_{score}": f"train.{score}" for score in CURVES},
         **{score: f"held_out.{score}" for score in CURVES},
     },
-    # From all epoch rows of a trial, a refit or a final.
+    # From all epoch rows of a trial, a refit or a `final` run.
     "training": {
         "cost/seconds": lambda rows: sum(row.train_s for row in rows) + sum(row.eval_s for row in rows),
         "cost/images_per_s": lambda rows: (
@@ -42,7 +46,8 @@ METRICS: dict[str, dict[str, str | Callable[[Any], float | None]]] = {
         ),
         "cost/peak_memory_mib": lambda rows: max(row.peak_bytes for row in rows) / 2**20,
     },
-    # From the `cross_validation` of a complete trial. The last entry overrides the mean of the study's metric.
+    # From the `cross_validation` of a complete trial. In the study's metric, the last entry overrides the mean by the
+    # value that ranks the trial.
     "cross-validation": {
         **{f"cv/{score}_mean": f"mean.{score}" for score in SCORES},
         **{f"cv/{score}_std": f"std.{score}" for score in ("dice", "jaccard")},
@@ -50,7 +55,8 @@ METRICS: dict[str, dict[str, str | Callable[[Any], float | None]]] = {
     },
     # From the `cross_validation` of the first fits of a trial that was refitted.
     "first fits": {**{f"cv/{score}_first": f"mean.{score}" for score in SCORES}, "cv/{metric}_first": "value"},
-    # From the record of a trial that was not evaluated on all folds. An estimate is never logged as a mean.
+    # From the record of a trial that was not evaluated on all folds. Its estimate is not a mean over
+    # all images and is never logged as one.
     "estimate": {"cv/estimate": "value"},
     # From final.json.
     "final": {
@@ -69,7 +75,7 @@ METRICS: dict[str, dict[str, str | Callable[[Any], float | None]]] = {
         "test/chosen/{metric}": "chosen_test.{metric}.mean",
         "test/ensemble/{metric}": "ensemble.test.{metric}.mean",
     },
-    # From the state of the study after each ended trial: the best value and the counts of the outcomes.
+    # From the state of the study each time a trial ends: the best value and the number of trials by outcome.
     "study": {
         "study/best_{metric}": "best",
         **{f"study/n_{outcome}": f"n.{outcome}" for outcome in get_args(Outcome)},
@@ -83,7 +89,11 @@ study's metric. A metric is not logged if its value is missing or None.
 
 
 def points_of(kind: str, source: Any, at: float, metric: str = "", *, step: int = 0, prefix: str = "") -> list[Point]:
-    """Compute the metrics of one kind in `METRICS` from `source`. `at` is their Unix time in seconds."""
+    """Return the metrics of one `kind` in `METRICS`, computed from `source`.
+
+    All points have the Unix time `at` in seconds and the step `step`, and `prefix` is put before their keys. `metric`
+    is the study's metric.
+    """
     values: dict[str, float] = {}
     for name, value in METRICS[kind].items():
         found = value(source) if callable(value) else _look_up(source, value.format(metric=metric))
@@ -95,10 +105,12 @@ def points_of(kind: str, source: Any, at: float, metric: str = "", *, step: int 
 def cross_validation(fits: Sequence[Sequence[FitRecord]], value: float | None) -> dict[str, Any]:
     """Return the out-of-fold scores of one configuration: `mean` and `std` by score name, and `value` unchanged.
 
-    `mean` is over all held-out images, and `std` is over the means of the folds; it is empty for a single fold.
+    `mean` is taken over all held-out images. `std` is the standard deviation of the fold means; it is empty if there
+    is only one fold.
 
     fits: the first fits of all folds, and optionally the refits of all folds.
-    value: recorded mean of the study's metric, a mean of float32 scores. The search ranked the trial by this value.
+    value: mean of the study's metric by which the search ranked the trial, as stored in the study folder. It was
+    computed from float32 scores.
     """
     scores = scores_by_fold(fits)
     std = {

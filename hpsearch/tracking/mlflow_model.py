@@ -1,8 +1,9 @@
-"""Pack the model of a final for MLflow as a pyfunc model without pickle, which predicts masks of images.
+"""Pack the network of a `final` run as an MLflow pyfunc model, without pickle, and register it.
 
-The model contains this package and the weights (safetensors). Its input is a list of images: paths, or RGB arrays
-(H, W, 3) with 8 bits per channel. Its output is the list of masks that `hpsearch predict` writes: uint8 (H, W) with
-the values 0 and 255, each at the size of its image.
+A `final` run is the MLflow run of a configuration that `hpsearch final` has retrained on the whole pool. The model
+contains this package and the weights (safetensors). Its input is a list of images: paths, or RGB arrays (H, W, 3)
+with 8 bits per channel. Its output is the list of masks that `hpsearch predict` writes: uint8 (H, W) with the values
+0 and 255, each at the size of its image.
 
     mlflow.pyfunc.load_model("models:/isic2017/1").predict(["photo.jpg"])
 """
@@ -66,10 +67,11 @@ def predict_masks(predictor: Predictor | Ensemble, images: Sequence[Any]) -> lis
 
 
 def pack(weights: Path, folder: Path, *, run_id: str, model_id: str) -> None:
-    """Pack a weights file into the new folder `folder`, in a separate process.
+    """Pack a weights file as a model in the new folder `folder`, in a separate process.
 
-    MLflow runs the model while saving it, which requires PyTorch. The process that tracks a study does not import
-    PyTorch. Raises ExportError with the last line of the process's error output if packing fails.
+    `run_id` and `model_id` are stored in the model. MLflow runs the model while saving it, which requires PyTorch,
+    but the process that tracks a study does not import PyTorch. Raises ExportError with the last line of the separate
+    process's error output if packing fails.
     """
     if not weights.is_file():
         raise ExportError(f"{weights} cannot be packed for MLflow: it is missing")
@@ -86,11 +88,11 @@ def pack(weights: Path, folder: Path, *, run_id: str, model_id: str) -> None:
 
 
 def register(client: Any, weights: Path, folder: Path, experiment_id: str, run_id: str, content: RunContent) -> None:
-    """Pack the model of a final's run and register it as the next version of the model named after the study.
+    """Pack the network of a `final` run and register it as the next version of the model named after the study.
 
-    `client` is an MlflowClient, and `folder` is an existing temporary folder. Nothing happens if the run already has
-    a registered version. A repeated call continues after a failed one, so that any number of calls creates only one
-    model and one version. Raises ExportError, and MLflow's own errors.
+    `client` is an MlflowClient, `folder` an existing temporary folder, and `content` the content of the run. Nothing
+    happens if the run already has a registered version. A call continues where a failed one stopped, so that any
+    number of calls creates only one model and one version. Raises ExportError, and MLflow's own errors.
     """
     from mlflow.entities import LoggedModelOutput
 
@@ -114,7 +116,7 @@ def register(client: Any, weights: Path, folder: Path, experiment_id: str, run_i
         client.create_registered_model(study, tags={"hpsearch.study": study}, description=description)
     version = client.create_model_version(
         study,
-        # MLflow would look up `models:/...` at its global tracking URI instead of the client's URI.
+        # Not `models:/...`, which MLflow would look up at its global tracking URI instead of the client's URI.
         model.artifact_location,
         run_id=run_id,
         tags={key: content.tags[key] for key in ("hpsearch.study", "hpsearch.final")},
@@ -126,7 +128,7 @@ def register(client: Any, weights: Path, folder: Path, experiment_id: str, run_i
 
 
 def _save(weights: Path, folder: Path, run_id: str, model_id: str) -> None:
-    """Write an MLflow model with signature and input example for the given run id and logged-model id.
+    """Write an MLflow model with signature and input example for run `run_id` and logged model `model_id`.
 
     Like `hpsearch predict`, the model uses the threshold, test-time augmentation, mask cleaning and ensemble that
     `final` selected. The input example is synthetic, not a photograph.

@@ -21,7 +21,8 @@ logger = logging.getLogger(__name__)
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    # If a response is lost, MLflow would repeat the request and create a second run. hpsearch checks for it instead.
+    # If a response is lost, MLflow would repeat the request and create a second run. hpsearch checks
+    # for that run before it repeats the request.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
 }
 """Environment variables to set for MLflow unless the user has set them."""
@@ -35,7 +36,7 @@ class MlflowServer:
     """Tracking server or database to which the runs of a project are logged."""
 
     def __init__(self, project: ProjectPaths, uri: str | None = None) -> None:
-        """Use `uri`, else MLFLOW_TRACKING_URI, else mlflow.db in the project folder, which `mlflow ui` finds there.
+        """Use `uri`, else MLFLOW_TRACKING_URI, else mlflow.db in the project folder, where `mlflow ui` looks for it.
 
         Does not connect yet. Raises TrackingError for a file store, which MLflow no longer supports.
         """
@@ -99,7 +100,8 @@ def create_database(project: ProjectPaths) -> str:
         if not path.is_file():
             with atomic_write(path) as temporary:
                 SqlAlchemyStore(_sqlite_uri(temporary), root).engine.dispose()
-            # MLflow reuses connections within a process. A connection to a deleted database would lose all writes.
+            # MLflow reuses connections within a process. Close them, because a connection to a deleted database would
+            # lose all writes.
             SqlAlchemyStore(uri, root).engine.dispose()
     return uri
 
@@ -113,7 +115,7 @@ def is_external(error: Exception) -> bool:
 
 
 def is_outage(error: Exception) -> bool:
-    """Return whether an error means that MLflow cannot be used at all, so that requests for other runs would fail."""
+    """Return whether an error means that MLflow cannot be used at all, so that other requests would fail too."""
     is_refusal = getattr(error, "error_code", "") in REFUSALS
     return is_external(error) and not is_refusal and not isinstance(error, OSError)
 

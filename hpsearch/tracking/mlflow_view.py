@@ -1,8 +1,8 @@
 """Update MLflow from the folder of a study. Only this module and `mlflow_model` write to MLflow.
 
-MLflow may lag behind the study folder. An update adds all missing data, so it also catches up after an outage and
-restores a deleted database. Nothing is logged twice: runs are identified by their tags and start time, and metrics by
-key, step and time.
+The runs in MLflow are a view: a copy of the study's data that may lag behind the study folder. An update adds all
+missing data, so it also catches up after an outage and restores a deleted database. Nothing is logged twice: runs are
+identified by their tags and start time, and metrics by key, step and time. The kinds of runs are described in `runs`.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from hpsearch.tracking.runs import RANK, WINNER, RunContent, RunSource, key_of
 MAX_METRICS, MAX_PARAMS, MAX_RUNS = 1000, 100, 50_000
 """Maximum numbers of metrics, params and runs in one MLflow request."""
 DELIVERED = "hpsearch.delivered"
-"""Tag of a completely logged run. Its value is the digest of the run's content."""
+"""Tag of a run that was logged completely. Its value is the digest of the run's content."""
 SAVED_VIEW = "hpsearch"
 """Name of the saved view of the runs table, as used in `#/experiments/ID/runs?viewStateShareKey=hpsearch`."""
 
 
 class MlflowTracker(MlflowServer):
-    """Tracks studies in MLflow. Each study is an experiment with one parent run and its child runs."""
+    """Tracker of studies in MLflow. Each study is an experiment with one parent run and its child runs."""
 
     def view(self, study: StudyPaths) -> MlflowView:
-        """Return the view of a study. Does not connect yet."""
+        """Return the view that copies a study to MLflow. Does not connect yet."""
         return MlflowView(self, study)
 
 
@@ -66,8 +66,8 @@ class MlflowView:
     def update(self, *, is_last: bool = False) -> None:
         """Log all data of the study that are missing in MLflow. Deleted experiments and runs are restored.
 
-        With `is_last`, unfinished runs get the status KILLED. An error that affects only one run is raised after the
-        other runs were logged.
+        With `is_last`, no process works on the study any more, and unfinished runs get the status KILLED. An error
+        that affects only one run is raised after the other runs were logged.
         """
         if is_last and self._has_failed:
             # A request that timed out may have been executed later, so read the runs again to find duplicates.
@@ -76,7 +76,7 @@ class MlflowView:
             self._update(StudyRecord.open(self._study), is_last)
 
     def n_behind(self) -> int:
-        """Return the number of trials, refits and finals whose runs may not be up to date in MLflow."""
+        """Return the number of trials, refits and `final` runs that may not be up to date in MLflow."""
         return len(runs.run_keys(self._study) - self._up_to_date)
 
     def rebuild(self) -> tuple[int, int]:
@@ -117,6 +117,9 @@ class MlflowView:
                 client.log_artifacts(latest.info.run_id, str(folder))
 
     def _update(self, record: StudyRecord, is_last: bool) -> None:
+        # Matplotlib takes half a second to import. Here this happens in the background, before the first trial ends.
+        import hpsearch.report.figures  # noqa: F401
+
         trials = record.trials()
         if not trials:
             return
@@ -177,11 +180,11 @@ class Experiment:
         self.runs = self._read(record.name)
         """Runs in MLflow by (key, start time), with their present tags and params."""
         self._points: dict[str, set[tuple[str, int, int]]] = {}
-        """(key, step, time) of all logged metric points, by run id. A run is added when its points are first read."""
+        """Maps a run id to the (key, step, time) of all logged points; filled when the points are first read."""
         self._current: dict[str, Any] = {}
-        """Runs of the present study by key. Runs of an earlier study with the same name are not included."""
+        """Maps a key to the run of the present study. Runs of an earlier study of the same name are left out."""
         self.complete: dict[str, object] = {}
-        """Version of the source of each run that is complete in MLflow, by run key."""
+        """Maps the key of each run that is complete in MLflow to the version of its source."""
 
     def _open(self, record: StudyRecord, began_ms: int, artifact_root: str | None) -> str:
         found = self._client.get_experiment_by_name(record.name)
@@ -212,7 +215,7 @@ class Experiment:
         return found
 
     def ensure(self, content: RunContent, more_tags: Mapping[str, str]) -> Any:
-        """Return the run with the key and start time of `content`. Create it if it is missing."""
+        """Return the run with the key and start time of `content`. Create it with all tags if it is missing."""
         identity = (content.key, content.began_ms)
         if identity not in self.runs:
             tags = {**more_tags, **content.tags}
@@ -221,13 +224,18 @@ class Experiment:
         return self.runs[identity]
 
     def deliver(self, source: RunSource, content: RunContent, more_tags: Mapping[str, str], *, is_last: bool) -> None:
-        """Update one run: params, tags and metrics first, then files, status and digest once it is complete."""
+        """Log what is missing in one run. Its status is set after params, tags, metrics and files, its digest last.
+
+        Files are uploaded once the run is complete; those of the study are also uploaded at the start.
+        `more_tags` are tags that are not part of `content`, such as the id of the parent run. With `is_last`, an
+        unfinished run gets the status KILLED.
+        """
         from mlflow.entities import Metric, Param
 
         run = self.ensure(content, more_tags)
         run_id, tags = run.info.run_id, {**content.tags, **more_tags}
         if source.key == "study":
-            # The description of the study changes while it runs.
+            # The study's description changes while it runs. Other runs get theirs when they are complete.
             tags |= runs.new_note_tags(run.data.tags, content.note)
         is_delivered = content.is_complete and run.data.tags.get(DELIVERED) == content.digest
         if not (is_delivered and tags.items() <= run.data.tags.items()):
@@ -278,12 +286,13 @@ class Experiment:
         return new
 
     def _log_files(self, run_id: str, source: RunSource, content: RunContent) -> None:
-        """Upload the artifacts of a run, and register the model if the run is a complete final."""
+        """Upload the artifacts of a run, and register the model of a complete `final` run."""
         with temporary_folder(self._folder) as folder:
             source.write_files(folder)
             self._client.log_artifacts(run_id, str(folder))
         if content.is_complete and source.weights is not None and source.weights.is_file():
-            # `pack` runs mlflow_model as a program, so other modules import it only when they need it.
+            # `pack` runs `python -m hpsearch.tracking.mlflow_model`. That process imports the package, and with it
+            # this file, first. An import at the top of this file would therefore load mlflow_model twice.
             from hpsearch.tracking import mlflow_model
 
             with temporary_folder(self._folder) as folder:
@@ -336,7 +345,7 @@ def _experiment_tags(config: StudyConfig, experiment_id: str, began_ms: int) -> 
     metrics = (f"cv/{metric}_mean", f"cv/{metric}_std", f"test/{metric}", "cost/seconds")
     columns = [f"tags.`{RANK}`", f"tags.`{WINNER}`", *(f"metrics.`{key}`" for key in metrics)]
     columns += [*(f"params.`{key}`" for key in config.search), "tags.`outcome`"]
-    # Sort by rank: sorted by the mean, a refit or a trial that was not refitted could come before the winner.
+    # Sort by rank. If sorted by the mean, a refit, or a trial without a refit, could come before the winner.
     state = json.dumps({"orderByKey": f"tags.`{RANK}`", "orderByAsc": True, "selectedColumns": columns})
     page = f"#/experiments/{experiment_id}/runs?viewStateShareKey={SAVED_VIEW}&workflowType=machine_learning"
     view = {"name": name, "createdAt": began_ms, "updatedAt": began_ms, "state": state}

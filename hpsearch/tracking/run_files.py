@@ -1,4 +1,4 @@
-"""Write the artifacts of MLflow runs: settings, tables and figures."""
+"""Write the artifacts of MLflow runs: settings, tables and figures. The kinds of runs are described in `runs`."""
 
 import csv
 import json
@@ -53,7 +53,7 @@ def write_trial_files(record: StudyRecord, trial: TrialRecord, folder: Path) -> 
 
 
 def write_refit_files(record: StudyRecord, number: int, folder: Path) -> None:
-    """Write trial.toml, second.json and the curves for the refit of a trial."""
+    """Write the files of the refit of trial `number`: configuration, result (second.json) and curves."""
     (folder / "trial.toml").write_text(record.trial(number).study_config.to_toml(), encoding="utf-8")
     _copy(folder, record.paths.trial(number).second)
     epochs = [fit.epochs() for fit in record.fits(number, replicate=1)]
@@ -61,7 +61,7 @@ def write_refit_files(record: StudyRecord, number: int, folder: Path) -> None:
 
 
 def write_final_files(record: StudyRecord, name: str, folder: Path) -> None:
-    """Copy the configuration, result, test scores, model card and figures of a final."""
+    """Copy the configuration, result, test scores, model card and figures of the `final` run called `name`."""
     final = record.paths.final(name)
     _copy(folder, final.config, final.result, final.table, final.card, final.curves, final.panels)
 
@@ -81,7 +81,7 @@ def _score_rows(record: StudyRecord, number: int) -> Iterator[list[Any]]:
 
 
 def _draw_curves(folder: Path, fits: Sequence[Sequence[EpochRow]], title: str) -> None:
-    # Matplotlib takes half a second to import.
+    # Imported here because Matplotlib takes half a second to import.
     from hpsearch.report import figures
 
     if any(fits):

@@ -1,8 +1,13 @@
 """Define the content of the MLflow runs of a study: params, metrics, tags and description.
 
-The study is the parent run. Its trials, their refits and the finals are child runs. The content of a run is a pure
-function of the record: the same record gives the same params, metrics, times and tags. This module does not import
-MLflow.
+The study is the parent run, and these are its child runs:
+
+- the trials;
+- the refits: a refit trains the configuration of a trial once more on all folds, with new seeds;
+- the `final` runs: each has the test scores of a configuration that `hpsearch final` has retrained on the whole pool.
+
+The content of a run is a pure function of the record (the study folder): the same record gives the same params,
+metrics, times and tags. This module does not import MLflow.
 """
 
 import dataclasses
@@ -26,13 +31,13 @@ from hpsearch.tracking.metrics import Point, cross_validation, milliseconds, poi
 from hpsearch.typed_json import to_json
 
 STATUSES: dict[str | None, str] = {None: "RUNNING", "diverged": "FAILED", "failed": "FAILED", "orphaned": "KILLED"}
-"""Status of a run by the outcome of its trial; None is an open trial. Runs of all other outcomes are FINISHED, and
-the tag `outcome` tells them apart."""
+"""Maps the outcome of a trial to the status of its run; None means that the trial has not ended. Runs with any other
+outcome are FINISHED, and the tag `outcome` tells them apart."""
 IDENTIFYING_TAGS = {"hpsearch.trial": "trial", "hpsearch.second": "second", "hpsearch.final": "final"}
 """Tags that identify a child run, mapped to the first word of the run's key."""
 WINNER, RANK = "winner", "rank"
-"""Names of two tags of trials. WINNER is `true` for the winner and missing for other trials. RANK is the place in
-the ranking, zero-padded so that it can be sorted as text."""
+"""Names of two tags of a trial's run. WINNER is `true` for the winner and missing for other trials. RANK is the place
+in the ranking, zero-padded so that it can be sorted as text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +84,7 @@ class RunSource:
 
 
 def key_of(tags: Mapping[str, str]) -> str | None:
-    """Return the key of a run from its tags; None if hpsearch did not create the run."""
+    """Return the key (`RunContent.key`) of a run with these tags; None if hpsearch did not create the run."""
     for tag, kind in IDENTIFYING_TAGS.items():
         if tag in tags:
             return f"{kind} {tags[tag]}"
@@ -87,7 +92,7 @@ def key_of(tags: Mapping[str, str]) -> str | None:
 
 
 def run_keys(study: StudyPaths) -> set[str]:
-    """Return the keys of the child runs for all recorded trials, refits and finals."""
+    """Return the keys of the child runs for all trials, refits and `final` runs in the study folder."""
     numbers = study.trial_numbers()
     trials = {f"trial {number}" for number in numbers if study.trial(number).trial.is_file()}
     refits = {f"second {number}" for number in numbers if study.trial(number).second.is_file()}
@@ -95,7 +100,7 @@ def run_keys(study: StudyPaths) -> set[str]:
 
 
 def run_sources(record: StudyRecord, trials: Sequence[TrialRecord], standing: Standing) -> Iterator[RunSource]:
-    """Yield the sources of all runs of a study: first the study itself, then its trials, refits and finals."""
+    """Yield the sources of all runs of a study: first the study itself, then trials, refits and `final` runs."""
     read, write = partial(study_run, record, trials, standing), partial(run_files.write_study_files, record)
     yield RunSource("study", standing, read, write)
     for trial in trials:
@@ -111,7 +116,7 @@ def run_sources(record: StudyRecord, trials: Sequence[TrialRecord], standing: St
 
 
 def study_run(record: StudyRecord, trials: Sequence[TrialRecord], standing: Standing) -> RunContent:
-    """Return the content of the parent run: settings, and best value and counts of outcomes after each trial."""
+    """Return the content of the study's own run: settings, and the best value and outcome counts after each trial."""
     is_over = record.is_searched(trials) and has_all_replicates(record)
     ends = [trial.ended_at or 0 for trial in trials] + [second.ended_at or 0 for second in record.replicate_records()]
     search = {f"search.{name}": text_of(dimension.to_toml()) for name, dimension in record.config.search.items()}
@@ -129,10 +134,10 @@ def study_run(record: StudyRecord, trials: Sequence[TrialRecord], standing: Stan
 
 
 def trial_run(record: StudyRecord, trial: TrialRecord, standing: Standing) -> RunContent:
-    """Return the content of the run of a trial in its present state.
+    """Return the content of the MLflow run for a trial, as the trial stands now.
 
-    The cross-validation means are the values that rank the trial: means over both fits if its refit counts, else over
-    the first fit.
+    The cross-validation means are the values that rank the trial: means over both fits if its refit counts, otherwise
+    over the first fit.
     """
     number = trial.number
     fits = record.fits(number)
@@ -145,7 +150,7 @@ def trial_run(record: StudyRecord, trial: TrialRecord, standing: Standing) -> Ru
 
 
 def refit_run(record: StudyRecord, second: ReplicateRecord) -> RunContent:
-    """Return the content of the run of a trial's refit in its present state."""
+    """Return the content of the MLflow run for a trial's refit, as the refit stands now."""
     trial, number = record.trial(second.trial), second.trial
     fits = record.fits(number, replicate=1)
     points: list[Point] = []
@@ -167,9 +172,10 @@ def _fits_run(
     tags: dict[str, str],
     **more: Any,
 ) -> RunContent:
-    """Return the content of the run of a trial or of its refit.
+    """Return the content of the MLflow run for a trial or its refit.
 
-    `attempt` is the record of the trial or of the refit, and `fits` has its fit of each fold.
+    `attempt` is the record of either one. `fits` has its fit of each fold, and `points` its metrics other than those
+    of the fits. `more` are further fields of the content.
     """
     machine = next((summary.runtime for fit in fits if (summary := fit.summary()) is not None), None)
     version, _, commit = attempt.code.partition("+")
@@ -188,12 +194,13 @@ def _fits_run(
 
 
 def final_run(record: StudyRecord, name: str) -> RunContent:
-    """Return the content of the run of a final: the estimates of the search and the scores on the test images."""
+    """Return the content of a `final` run: the estimates of the search and the scores on the test images."""
     folder = record.paths.final(name)
     result = read_record(FinalRecord, folder.result)
     trial, ended_at = record.trial(result.trial), result.ended_at
     fits = [FitRecord(folder.seed(index)) for index in range(result.n_seeds)]
-    # Test set, number of its evaluations so far, number of its duplicates in the pool, selected post-processing.
+    # Digest of the test set, number of its evaluations so far, number of duplicates between it and the pool, and the
+    # selected post-processing.
     facts = {"test_set": result.test_set, "test_looks": result.n_looks, "test_leaks": len(result.leaks)}
     facts["choices"] = to_json(result.chosen.choices) if result.chosen else None
     tags = {f"hpsearch.{fact}": text_of(value) for fact, value in facts.items() if value}
@@ -213,7 +220,7 @@ def final_run(record: StudyRecord, name: str) -> RunContent:
 
 
 def began_ms(record: StudyRecord, trials: Sequence[TrialRecord]) -> int:
-    """Return the start of the run of a study, Unix time in milliseconds."""
+    """Return the start time of a study's own run, as Unix time in milliseconds."""
     # In version 0.1, several machines could share a study. The run of a shared study starts when sharing began.
     shared = record.paths.root / "sharing.json"
     if shared.is_file():
@@ -222,7 +229,10 @@ def began_ms(record: StudyRecord, trials: Sequence[TrialRecord]) -> int:
 
 
 def _fit_points(prefix: str, fits: Sequence[FitRecord], ended_at: float | None) -> Iterator[Point]:
-    """Yield the metrics of every epoch of every fit and, once the run has ended, the cost of training."""
+    """Yield the metrics of all epochs of all fits and, once the run has ended, the cost of training.
+
+    The names of the epoch metrics begin with `prefix` and the index of the fit, such as `fold0/`.
+    """
     rows = [fit.epochs() for fit in fits]
     for index, each in enumerate(rows):
         for row in each:
@@ -236,7 +246,8 @@ def _value_points(
 ) -> list[Point]:
     """Return the cross-validation metrics of a complete trial.
 
-    If the refits of a shortlist have changed the ranking values, a second set of points has the revised values.
+    If refits of the top trials (the shortlist) have changed the ranking values, a second set of points has the
+    revised values.
     """
     number, metric = trial.number, record.config.study.metric
     first = cross_validation([fits], trial.value)
@@ -271,7 +282,7 @@ def _ranked_at(record: StudyRecord, standing: Standing) -> float | None:
 def _progress(record: StudyRecord, trials: Sequence[TrialRecord], standing: Standing) -> Iterator[Point]:
     """Yield the metrics of the study after each ended trial. The step is the number of ended trials.
 
-    If refits count, the best value of the last step is the winner's mean over both fits.
+    Once refits count, the best value of the last step is the winner's mean over both fits.
     """
     metric = record.config.study.metric
     can_win = {trial.number for trial in record.contenders(trials)}
@@ -320,13 +331,13 @@ def new_note_tags(tags: Mapping[str, str], note: str) -> dict[str, str]:
 
 
 def _study_note(metric: str, trials: Sequence[TrialRecord], standing: Standing) -> str:
-    """Return the description of a study, which describes its winner; empty if there is no winner."""
+    """Return the description of a study's own run: its winner; empty if there is no winner."""
     winner = next((trial for trial in trials if trial.number == standing.winner), None)
     return f"Best: **trial {winner.number}**. {_trial_note(winner, metric, standing)}" if winner else ""
 
 
 def _trial_note(trial: TrialRecord, metric: str, standing: Standing) -> str:
-    """Return the description of an ended trial: its value, or its outcome and the reason, and its params."""
+    """Return the description of a trial's run: value (or outcome and reason) and params."""
     if trial.outcome == "complete":
         is_refitted = trial.number in standing.confirmed
         fits = f", mean of the first fit ({trial.value:.4f}) and the refit" if is_refitted else ""
@@ -338,7 +349,7 @@ def _trial_note(trial: TrialRecord, metric: str, standing: Standing) -> str:
 
 
 def _final_note(result: FinalRecord, trial: TrialRecord) -> str:
-    """Return the description of a final: its test score, the out-of-fold score of its trial, and the params."""
+    """Return the description of a `final` run: test score, out-of-fold score of its trial, and params."""
     metric = result.metric
     test = result.test[metric]
     interval = f"{metric.capitalize()} **{test.mean:.4f}** (95 % interval {test.low:.4f} to {test.high:.4f})"

@@ -1,1 +1,1 @@
-"""Training of one fit: losses, metrics, schedule, checkpoints and training loop. Independent of folds and studies."""
+"""Training of a single network (a fit), independent of folds and studies: losses, metrics, checkpoints, loop."""

@@ -1,4 +1,4 @@
-"""Checkpoint and weights files. They are written atomically, and loading them never runs code from the file."""
+"""Checkpoint files and weights files. They are written atomically, and loading one never runs code from the file."""
 
 import dataclasses
 import hashlib
@@ -34,10 +34,10 @@ _MAGIC = b"hpsearch checkpoint\n"
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any], *, previous: Path | None = None) -> None:
-    """Write `state` (tensors and plain types) to `path` atomically, and keep the old file as `previous`, if given.
+    """Write `state` (tensors and plain types) to `path` atomically. Rename the old file to `previous`, if given.
 
-    The file consists of a magic line, the SHA-256 of the rest, and the state in torch's format. The old file is
-    renamed after the new content has been read back. Raises StorageError if that content differs.
+    The file consists of a magic line, the SHA-256 of the state, and the state in torch's format. With `previous`, the
+    new file is read back before the old one is renamed. Raises StorageError if it differs from what was written.
     """
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
@@ -53,11 +53,11 @@ def save_checkpoint(path: Path, state: Mapping[str, Any], *, previous: Path | No
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Return the state that `save_checkpoint` wrote, on the CPU.
+    """Return the state that `save_checkpoint` wrote to a file, with its tensors on the CPU.
 
-    Raises CheckpointError if the file is torn, has another format version, was written by another program, or
-    contains anything but tensors and plain types. Other types in a pickle could run code, so the file is refused
-    before they are loaded.
+    Raises CheckpointError if the file is incomplete, has another format version, was written by another program, or
+    contains anything but tensors and plain types. Objects of other types could run code when they are loaded, so the
+    file is refused before that.
     """
     try:
         content = path.read_bytes()
@@ -78,7 +78,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def load_latest(fit: FitPaths, digest: str) -> dict[str, Any] | None:
     """Return the newest valid checkpoint of a fit, or None if there is none.
 
-    Invalid checkpoints are skipped with a warning. Raises CheckpointError if the checkpoint has another `digest`.
+    `digest` is the value of `FitTask.digest` for this fit. Invalid checkpoints are skipped with a warning. Raises
+    CheckpointError if the newest valid checkpoint stores a different digest.
     """
     for path in filter(Path.exists, (fit.last, fit.previous)):
         try:
@@ -110,17 +111,17 @@ class WeightsInfo:
 
     @property
     def sees_windows(self) -> bool:
-        """Whether the network was trained on crops. Its output is then not interpolated to the image size."""
+        """Whether the network was trained on crops (windows) of images. If so, its logits are never interpolated."""
         return self.extra.get("match") == "crop" or "frame" in self.extra
 
     @property
     def reading(self) -> Reading:
-        """How the image files were decoded in training."""
+        """Rules by which the image files were decoded for training."""
         return from_json(Reading, self.extra["reading"]) if "reading" in self.extra else READING_0_1
 
 
 def save_weights(path: Path, model: nn.Module, info: WeightsInfo) -> None:
-    """Write a network as a safetensors file. The same network and info give the same bytes."""
+    """Write a network and its description as a safetensors file. The same content gives the same bytes."""
     # Imported here because only saving weights needs it.
     import safetensors.torch
 
@@ -133,10 +134,10 @@ def save_weights(path: Path, model: nn.Module, info: WeightsInfo) -> None:
 
 
 def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, WeightsInfo]:
-    """Load a file of `save_weights`: return the network in evaluation mode on `device`, and its description.
+    """Return the network of a weights file, in evaluation mode on `device`, and its description.
 
-    Raises CheckpointError if the file is missing, torn or written by another program, or if the weights do not match
-    the description. Pickles are not opened.
+    Raises CheckpointError if the file is missing, incomplete or written by another program, or if the weights do not
+    match the description. A pickle is refused without being loaded.
     """
     import safetensors
 
@@ -170,7 +171,7 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Mod
 
 
 def save_array(path: Path, array: npt.NDArray[Any]) -> None:
-    """Write an array as .npy atomically, followed by the SHA-256 of the file, which NumPy ignores."""
+    """Write an array to a .npy file atomically, and append the file's SHA-256, which NumPy ignores."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     content = buffer.getvalue()
@@ -179,7 +180,7 @@ def save_array(path: Path, array: npt.NDArray[Any]) -> None:
 
 
 def _described(table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """Return the description of a weights file as JSON, with the SHA-256 of description and tensors."""
+    """Return the description `table` of a weights file as JSON, with a SHA-256 of table and tensors added."""
     hashed = hashlib.sha256(json.dumps(table, sort_keys=True).encode())
     for name in sorted(tensors):
         hashed.update(name.encode() + tensors[name].flatten().view(torch.uint8).numpy().tobytes())

@@ -26,13 +26,13 @@ class Evaluation(NamedTuple):
     counts: npt.NDArray[np.int64]
     """Pixel counts tp, fp, fn, tn of every image, (n, 4)."""
     loss: float
-    """Mean loss over images; NaN without a loss function."""
+    """Mean loss over the images; NaN if no loss function was given."""
 
 
 def evaluate(model: Forward, batches: Iterable[Batch], runtime: Runtime, loss: Loss | None = None) -> Evaluation:
-    """Return the pixel counts and the mean loss of `model` on `batches`, at the size of the masks.
+    """Return the pixel counts and the mean loss of `model`, both computed at the size of the masks.
 
-    `batches` come from `eval_batches`, and the caller sets `model` to evaluation mode. The batch size changes the
+    `batches` come from `eval_batches`. The caller must set `model` to evaluation mode. The batch size changes the
     result only by rounding. The CPU waits for the device once, at the end.
     """
     losses: list[Tensor] = []
@@ -47,10 +47,10 @@ def evaluate(model: Forward, batches: Iterable[Batch], runtime: Runtime, loss: L
 def predict_logits(
     model: Forward, batches: Iterable[Batch], runtime: Runtime, *, flips: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield logits (B, 1, H, W) float32 and masks (B, 1, H, W) uint8 of each batch, at the size of the masks.
+    """Yield the logits (float32) and masks (uint8) of each batch, both (B, 1, H, W) at the size of the masks.
 
-    The caller sets `model` to evaluation mode. If the model has a margin, the masks are cropped to the area that the
-    logits cover. With `flips`, the logits are averaged over flips (`mean_over_flips`).
+    The caller must set `model` to evaluation mode. If the model has a margin (`output_margin`), the masks are cropped
+    to the area that the logits cover. With `flips`, the logits are averaged over flips (`mean_over_flips`).
     """
     margin = margin_of(model)
     for batch in batches:
@@ -64,9 +64,9 @@ def predict_logits(
 
 
 def mean_over_flips(forward: Forward, images: Tensor) -> Tensor:
-    """Return the mean logits of images (B, C, H, W) and their three flipped versions.
+    """Return the logits of `images` (B, C, H, W), averaged over the images and their three flipped versions.
 
-    The logits of each flipped version are flipped back before averaging.
+    The logits of each flipped version are flipped back before they are averaged.
     """
     total = forward(images)
     for axes in ((-1,), (-2,), (-2, -1)):
@@ -75,7 +75,10 @@ def mean_over_flips(forward: Forward, images: Tensor) -> Tensor:
 
 
 def covered(masks: Tensor, logits: Tensor, margin: int) -> Tensor:
-    """Crop `masks` (B, 1, H, W) to the area that `logits` (B, 1, h, w) cover if the network has this margin."""
+    """Crop `masks` (B, 1, H, W) to the area that `logits` (B, 1, h, w) cover.
+
+    The logits start `margin` pixels from the top and left edges of the masks. If it is 0, the masks are not cropped.
+    """
     if not margin:
         return masks
     height, width = logits.shape[-2:]
@@ -83,7 +86,7 @@ def covered(masks: Tensor, logits: Tensor, margin: int) -> Tensor:
 
 
 def resize_logits(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize logits (B, 1, H, W) to `size` by antialiased bilinear interpolation; without a copy if they match."""
+    """Resize logits (B, 1, H, W) to `size` by antialiased bilinear interpolation, unless they have that size."""
     if logits.shape[-2:] == size:
         return logits
     return F.interpolate(logits, size=size, mode="bilinear", align_corners=False, antialias=True)
@@ -92,9 +95,10 @@ def resize_logits(logits: Tensor, size: tuple[int, int]) -> Tensor:
 def eval_batch_size(batch_size: int, size: tuple[int, int], device: torch.device) -> int:
     """Return the number of images per batch in evaluation.
 
-    On a GPU it is four times the training batch size, because no activations are saved, or more for small images: up
-    to 2**20 pixels per batch. On a CPU it is the training batch size, or more for small images: up to 2**17 pixels
-    per batch, so that feature maps stay near the caches. At 64x64, 32 images per batch are 10 % faster than 16.
+    On a GPU it is four times the training batch size, because evaluation saves no activations. On a CPU it is the
+    training batch size. Batches of small images are larger: they have up to 2**20 pixels on a GPU and up to 2**17 on
+    a CPU, where the feature maps should not exceed the caches by far. At 64x64 on a CPU, batches of 32 images are
+    10 % faster than batches of 16.
     """
     n_pixels = size[0] * size[1]
     if device.type == "cuda":
@@ -103,14 +107,14 @@ def eval_batch_size(batch_size: int, size: tuple[int, int], device: torch.device
 
 
 def count(logits: Tensor, masks: Tensor) -> Tensor:
-    """Return tp, fp, fn, tn of each image, (B, 4) int64 on the device. Lesion pixels have a probability above 0.5."""
+    """Return tp, fp, fn, tn of each image, (B, 4) int64 on the device, for a threshold of 0.5 on the probability."""
     return torch.stack(count_pixels(logits > 0, masks), dim=1)
 
 
 def fetch(counts: list[Tensor], losses: list[Tensor]) -> Evaluation:
-    """Return all counts and the mean loss on the CPU, which waits for the device.
+    """Copy the counts and losses of all batches to the CPU, and return all counts and the mean loss.
 
-    Each element of `losses` is the sum over the images of a batch.
+    Each element of `counts` is (B, 4). Each element of `losses` is the sum of the losses of a batch's images.
     """
     table: npt.NDArray[np.int64] = torch.cat(counts).cpu().numpy()
     # Sum on the CPU, because not every device supports float64.

@@ -1,4 +1,4 @@
-"""Training loop of one fit: train a network, score held-out images after every epoch, and resume exactly."""
+"""Training loop of one fit: train a network, score held-out images after every epoch, and resume after a stop."""
 
 import math
 import time
@@ -26,11 +26,11 @@ from hpsearch.training.runtime import Runtime
 from hpsearch.training.task import FitTask
 
 COMPILED_FLOPS = 2e17
-"""Smallest number of FLOPs of a fit for which `train.compile = "auto"` compiles on CUDA. They take 20 minutes at a
-fifth of the peak of an H200, and longer on smaller GPUs. Compilation takes one or two minutes."""
+"""Smallest number of FLOPs of a fit for which `train.compile = "auto"` compiles on CUDA. At a fifth of its peak
+speed, an H200 needs about 20 minutes for them; smaller GPUs need longer. Compilation takes one or two minutes."""
 OnEpoch = Callable[[EpochRow, npt.NDArray[np.float32]], Literal["go", "stop"]]
-"""Callback that is called with the row of each epoch and the held-out scores (n,) float32. The return value "stop"
-ends the fit after this epoch."""
+"""Callback after each epoch, called with the epoch's row and the scores (n,) float32 of the held-out images. If it
+returns "stop", the fit ends after this epoch."""
 
 
 def fit(
@@ -44,15 +44,16 @@ def fit(
 ) -> Progress:
     """Train a network for `config.train.epochs` epochs, score the held-out images after each, and return the results.
 
-    With `paths`, the fit resumes from its last valid checkpoint. The result is the same as that of an uninterrupted
-    fit: on a CPU with the same `runtime`, weights and scores are byte-identical. After each epoch, these files are
-    written in this order: best.pt, if `keep_best` is set and the mean held-out score is the best so far (the fit
-    never reads this file); the checkpoint; scores.npy; the line in epochs.jsonl. `on_epoch` is called last. A resumed
-    fit calls `on_epoch` again for its last epoch, because the process may have died before the call.
+    With `paths`, the fit resumes from its last valid checkpoint and gives the same result as an uninterrupted fit. On
+    a CPU with the same `runtime`, weights and scores are byte-identical. After each epoch, the fit writes the
+    checkpoint, scores.npy and a line of epochs.jsonl, in this order. With `keep_best`, it first writes best.pt if the
+    mean held-out score is the best so far. The fit never reads best.pt. `on_epoch` is called after all files are
+    written. A resumed fit first calls it again for the last finished epoch, because the process may have died before
+    the call.
 
     Raises ConfigError if the network cannot be trained with this image size and batch size; DivergedError if a loss
-    is NaN or infinite, which is checked at the end of an epoch; OutOfMemoryError if memory ran out, after the memory
-    of the fit has been released; CheckpointError if `paths` has the checkpoint of another fit.
+    is NaN or infinite, which is checked at the end of each epoch; OutOfMemoryError if memory runs out, after the
+    memory of the fit has been released; CheckpointError if `paths` has the checkpoint of another fit.
     """
     if reason := task.why_impossible():
         raise ConfigError(reason)
@@ -99,9 +100,9 @@ def _fit(
 
 
 def _run_epoch(progress: Progress, data: DeviceData, runtime: Runtime, forward: Forward, loss: Loss) -> EpochRow:
-    """Run the next epoch and return its row. Scores and counts are stored in `progress`.
+    """Run the next epoch and return its row. Scores and counts of the held-out images are stored in `progress`.
 
-    `forward` is the network that is called in training: compiled, or the model itself.
+    `forward` is the compiled network, or the model itself if it is not compiled. It is called only in training.
     """
     task, epoch, device = progress.task, len(progress.rows) + 1, runtime.device
     # Reseed in every epoch, so that a resumed fit draws the same random numbers.
@@ -170,7 +171,7 @@ def _train_epoch(progress: Progress, data: DeviceData, runtime: Runtime, forward
 def _evaluate_epoch(progress: Progress, data: DeviceData, runtime: Runtime, loss: Loss) -> Scores | None:
     """Return the mean scores over the held-out images, or None if there are none.
 
-    Counts and metric of every held-out image are stored in `progress`.
+    The pixel counts and the score of every held-out image are stored in `progress`.
     """
     task, config, epoch = progress.task, progress.task.config, len(progress.rows) + 1
     model = progress.model.eval()
@@ -206,7 +207,7 @@ def _mean_scores(counts: npt.NDArray[np.int64], loss: float) -> Scores:
 
 
 def lr_factor(config: TrainConfig, step: int, n_steps: int) -> float:
-    """Return the factor by which `config.lr` is multiplied in step `step` (from 0) of the `n_steps` of a fit.
+    """Return the factor by which `config.lr` is multiplied in step `step`, counted from 0. A fit has `n_steps` steps.
 
     The cosine schedule falls from 1 at step 0 to 0 at step n_steps, which is never reached (Loshchilov and Hutter
     2017, without restarts). The factor depends only on the step, so there is no scheduler state to save.
@@ -233,10 +234,11 @@ def make_optimizer(
 
 
 def _is_compiled(task: FitTask, runtime: Runtime) -> bool:
-    """Return whether to compile the network. `auto` never compiles on a CPU.
+    """Return whether to compile the network. `auto` compiles only long fits on CUDA.
 
-    Compiling the UNet for 64x64 and 128x128 took more than a minute on a CPU. Its steps were then as fast as before
-    in bf16 and at most 10 % faster in float32. Raises DeviceError if `compile` is "on" and the device cannot compile.
+    On a CPU, compiling the UNet for 64x64 and 128x128 took more than a minute. Afterwards, its steps were no faster
+    in bf16 and at most 10 % faster in float32. Raises DeviceError if `compile` is "on" and torch.compile cannot work
+    on the device.
     """
     reason = devices.why_no_compile(runtime.device)
     if runtime.compile == "on" and reason is not None:

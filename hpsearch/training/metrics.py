@@ -1,6 +1,6 @@
-"""Scores per image, computed from four pixel counts, for NumPy arrays and torch tensors.
+"""Scores of each image, computed from its four pixel counts in NumPy arrays or torch tensors.
 
-Does not import torch, because the report and the coordinator compute scores from the counts of a worker.
+Does not import torch, because the report and the coordinator run without it and compute scores from stored counts.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ A = TypeVar("A", np.ndarray[Any, Any], "Tensor")
 
 
 class PixelCounts(NamedTuple, Generic[A]):
-    """True and false positive and negative pixels of each image, each (B,) int64; lesion is positive."""
+    """Numbers of true and false positive and negative pixels of each image, each (B,) int64. Lesion is positive."""
 
     tp: A
     fp: A
@@ -25,12 +25,12 @@ class PixelCounts(NamedTuple, Generic[A]):
 
     @classmethod
     def from_columns(cls, counts: A) -> "PixelCounts[A]":
-        """Return the counts in an (..., 4) array with columns tp, fp, fn, tn."""
+        """Split an array (..., 4) with the columns tp, fp, fn, tn into the four counts."""
         return cls(counts[..., 0], counts[..., 1], counts[..., 2], counts[..., 3])
 
 
 def count_pixels(preds: A, masks: A) -> PixelCounts[A]:
-    """Return the pixel counts of each image for predictions and masks, both (B, ...) boolean or 0 and 1.
+    """Return the pixel counts of each image. Predictions and masks are (B, ...), boolean or with values 0 and 1.
 
     Sums are in int64, because fp16 overflows above 65504 pixels and bf16 counts exactly only up to 256.
     """
@@ -62,7 +62,7 @@ def sensitivity(counts: PixelCounts[A]) -> A:
 
 
 def specificity(counts: PixelCounts[A]) -> A:
-    """Return the fraction of background pixels that are predicted as background, (B,); 1 where the mask is full."""
+    """Return the fraction of background pixels predicted as background, (B,); 1 where the mask has no background."""
     return _ratio(counts.tn, counts.tn + counts.fp)
 
 

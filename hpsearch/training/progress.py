@@ -1,4 +1,4 @@
-"""State of a fit between epochs: write its files, restore it from a checkpoint, and finish the fit."""
+"""State of a fit between epochs: save it, restore it from a checkpoint, and write the files of a finished fit."""
 
 import logging
 import math
@@ -35,17 +35,17 @@ class Progress:
     scaler: torch.amp.GradScaler
     rows: list[EpochRow] = field(default_factory=list)
     scores: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
-    """Metric of every held-out image after every epoch, (epochs, n)."""
+    """Score of every held-out image in the study's metric after every epoch, (epochs, n)."""
     counts: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 4), np.int64))
     """Pixel counts tp, fp, fn, tn of every held-out image after the latest epoch, (n, 4)."""
 
     @property
     def stopped(self) -> bool:
-        """Whether the fit has not completed all its epochs."""
+        """Whether the fit is not finished: it ended before its last epoch, or is still running."""
         return len(self.rows) < self.task.config.train.epochs
 
     def to_state(self, task_digest: str) -> dict[str, Any]:
-        """Return the state as tensors and plain types for a checkpoint."""
+        """Return the state for a checkpoint, as tensors and plain types."""
         return {
             "digest": task_digest,
             "epoch": len(self.rows),
@@ -58,7 +58,7 @@ class Progress:
         }
 
     def restore_(self, state: dict[str, Any]) -> None:
-        """Restore a state of `to_state`."""
+        """Restore a state that `to_state` returned."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scaler.is_enabled() and state["scaler"]:
@@ -67,7 +67,7 @@ class Progress:
         self.scores, self.counts = state["scores"].numpy(), state["counts"].numpy()
 
     def best_score(self) -> float:
-        """Return the best mean score over the held-out images so far, or minus infinity if there is none."""
+        """Return the best mean score over the held-out images so far; minus infinity if none were scored."""
         return max((float(scores.mean()) for scores in self.scores if scores.size), default=-math.inf)
 
 
@@ -87,11 +87,11 @@ def resume_(progress: Progress, paths: FitPaths, task_digest: str) -> None:
 
 
 def save_epoch(progress: Progress, paths: FitPaths, task_digest: str, *, is_best: bool) -> None:
-    """Write the files of the latest epoch. The line in epochs.jsonl is written last."""
+    """Write the files of the latest epoch, with best.pt if `is_best`. The line in epochs.jsonl is written last."""
     row = progress.rows[-1]
     if is_best:
-        # Save it before the checkpoint: if the process dies in between, the resumed fit trains and saves this epoch
-        # again.
+        # Write best.pt before the checkpoint: if the process dies in between, the resumed fit trains this epoch again
+        # and writes both.
         best = {"epoch": row.epoch, "score": progress.best_score(), "model": progress.model.state_dict()}
         checkpoint.save_checkpoint(paths.best, best)
     checkpoint.save_checkpoint(paths.last, progress.to_state(task_digest), previous=paths.previous)
@@ -105,8 +105,8 @@ def finish_fit(
     """Write the files of a finished fit, remove its checkpoints, and return the content of fit.json.
 
     fit.json is written last. weights.safetensors, scores.npy, counts.npy and examples.npz contain no timestamps or
-    process ids. If the process dies at any point, resuming from last.pt and calling this function again writes the
-    same bytes. `extra` is stored in the weights file.
+    process ids. If the process dies while this function runs, resuming from last.pt and calling it again writes the
+    same bytes. `extra` becomes `WeightsInfo.extra` in the weights file.
     """
     task = fit.task
     info = WeightsInfo(

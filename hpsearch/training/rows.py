@@ -36,7 +36,7 @@ class EpochRow:
     images_per_s: float
     """Training images per second, excluding evaluation."""
     peak_bytes: int
-    """Peak memory of the epoch in bytes: allocated by torch on a GPU, resident memory of the process on a CPU."""
+    """Peak memory in bytes during the epoch: allocated by torch on a GPU, or resident in the process on a CPU."""
 
     @property
     def seconds(self) -> float:
@@ -51,7 +51,7 @@ class EpochRow:
 
 @dataclass(frozen=True, kw_only=True)
 class FitSummary:
-    """Result of a finished fit: the content of fit.json. Times and memory are those of its epochs."""
+    """Result of a finished fit: the content of fit.json. Times and memory are stored in the rows of its epochs."""
 
     epochs: int
     value: float | None = None
@@ -61,7 +61,7 @@ class FitSummary:
 
 
 def to_line(row: EpochRow) -> str:
-    """Return the row as a line of epochs.jsonl, including a checksum."""
+    """Return the row as a line of epochs.jsonl, with a checksum but without the newline."""
     text = json.dumps(to_json(row), allow_nan=False)
     return f'{text[:-1]}, "crc": {zlib.crc32(text.encode())}}}'
 

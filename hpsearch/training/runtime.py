@@ -33,7 +33,7 @@ _DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bf16": torch
 class Runtime:
     """Device, precision, compilation and threads of a fit. Each field may change floating-point results.
 
-    The runtime is part of the execution plan of a study.
+    The execution plan of a study stores the device, the precision and the number of threads.
     """
 
     device: torch.device
@@ -64,7 +64,7 @@ class Runtime:
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(self.threads)
             if self.device.type == "cuda":
-                # Without a current device, pinned memory would take 0.5 GB of the first GPU.
+                # Make this device current, because pinned memory would otherwise take 0.5 GB on the first GPU.
                 stack.enter_context(torch.cuda.device(self.device))
                 # By default torch uses TF32 for float32 convolutions, but not for matrix products.
                 stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
@@ -76,7 +76,7 @@ class Runtime:
             yield
 
     def end_step(self) -> None:
-        """Run the recorded operations of a training step on XLA. Has no effect on other devices."""
+        """Run the operations that XLA has recorded since the last call. Has no effect on other devices."""
         if self.device.type == "xla":
             _torch_xla().sync()
 
@@ -96,7 +96,7 @@ def make_runtime(
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """Return the device with the name `cpu`, `cuda`, `cuda:1`, `mps`, `xla` or `auto` (CUDA, then MPS, then CPU).
+    """Return the device called `cpu`, `cuda`, `cuda:1`, `mps`, `xla` or `auto` (the first of CUDA, MPS, CPU).
 
     Raises DeviceError with the reason if the device is not available.
     """
@@ -174,7 +174,7 @@ def describe(runtime: Runtime) -> dict[str, str]:
 
 
 def _cpu_info(key: str) -> str:
-    """Return the first value of `key` in Linux's /proc/cpuinfo, or an empty string if there is none."""
+    """Return the first value in Linux's /proc/cpuinfo whose name matches the pattern `key`, or an empty string."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -195,7 +195,10 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak since `reset_peak_memory` in bytes: allocated by torch on CUDA, resident memory elsewhere."""
+    """Return the peak memory since `reset_peak_memory`, in bytes.
+
+    On CUDA it is the memory allocated by torch, elsewhere the resident memory of the process.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -203,13 +206,13 @@ def peak_memory(device: torch.device) -> int:
 
 
 def free_memory(device: torch.device) -> None:
-    """Return all unreferenced memory to the device, including reference cycles. Takes a few tenths of a second."""
+    """Release all unreferenced memory, including reference cycles. Takes a few tenths of a second."""
     gc.collect()
     trim_memory(device)
 
 
 def trim_memory(device: torch.device) -> None:
-    """Return the memory that the allocator caches to the device."""
+    """Release the unused memory that the allocator of `device` keeps for reuse."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "mps":

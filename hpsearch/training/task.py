@@ -24,7 +24,7 @@ differ from their default, so that the checkpoints of existing studies stay vali
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FitTask:
-    """Inputs that determine the result of a fit, except the images and the arithmetic of the device."""
+    """Inputs that determine the result of a fit, except the images and the rounding of the device."""
 
     config: StudyConfig
     train_indices: Indices
@@ -33,8 +33,8 @@ class FitTask:
     normalization: Normalization
     seed: int
     micro_batch: int | None = None
-    """Largest number of images whose gradients are computed at once, to save memory; None for whole batches. Only for
-    networks without batch statistics, where it changes the result only by rounding."""
+    """Largest number of images whose gradients are computed at once, to save memory; None for whole batches. It is
+    set only for networks without batch statistics, whose results it changes only by rounding."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -53,7 +53,7 @@ class FitTask:
 
     @property
     def margin(self) -> int:
-        """Margin of the network in pixels; 0 if its logits are interpolated to the size of the images."""
+        """Margin of the network in pixels (`output_margin`); 0 if its logits are interpolated to the image size."""
         return output_margin(self.config.unet) if self.config.sees_windows else 0
 
     def why_impossible(self) -> str | None:
@@ -63,7 +63,10 @@ class FitTask:
         return reason and f"with {n_images} image{'s' if n_images > 1 else ''} at once: {reason}"
 
     def digest(self, data_key: str) -> str:
-        """Return the hash that is stored in checkpoints, so that a fit never resumes from that of another fit."""
+        """Return the hash that checkpoints store, so that a fit never resumes from another fit's checkpoint.
+
+        `data_key` is the key of the image cache.
+        """
         config = self.config
         table: dict[str, Any] = {
             "data": data_key,
@@ -80,7 +83,8 @@ class FitTask:
             "seed": self.seed,
         }
         if uses_batch_statistics(config.unet):
-            # Version 0.1 could split the batches of these networks.
+            # Version 0.1 could split the batches of these networks, which changed the result. The checkpoints of such
+            # fits were hashed with another value and are refused.
             table["micro_batch"] = None
         if self.margin:
             table["stretch"] = False

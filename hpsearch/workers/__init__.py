@@ -1,1 +1,1 @@
-"""Jobs, the worker processes that run them, and the pool that assigns them."""
+"""Jobs, the worker processes that run them, and the pool that assigns jobs to workers."""

@@ -26,9 +26,9 @@ class CachePaths:
     """Paths of the caches of decoded images that a job uses."""
 
     images: Path
-    """Cache of the images at the size that the network sees."""
+    """Cache from which the images for the network are taken."""
     truth: Path | None = None
-    """Cache at the size at which predictions are scored; None if it is the same cache."""
+    """Cache of the same images at the size at which predictions are scored; None if it is the same cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class FitJob:
     train: tuple[int, ...]
     """Indices of the training images in the cache."""
     held_out: tuple[int, ...]
-    """Indices of the held-out images; empty for a final fit."""
+    """Indices of the held-out images in the cache; empty for the fits of `hpsearch final`."""
     seed: int
     replicate: int = 0
     """Number of the replicate: 0 for the first fit of this fold, 1 for the second fit, which uses another seed."""
@@ -53,20 +53,25 @@ class FitJob:
 
 @dataclass(frozen=True, kw_only=True)
 class OfficialScoreJob:
-    """Job that predicts masks at the original resolution of the images and counts pixels against the true masks."""
+    """Job that counts pixels for the scores of the ISIC-2017 challenge.
+
+    It predicts a mask at the original resolution of each image and compares it with the true mask.
+    """
 
     weights: tuple[Path, ...]
     """Weights file of one network, or of several networks whose logits are averaged."""
     reading: Reading
+    """Rules for decoding the images and masks."""
     images: tuple[Sample, ...]
     masks: Path | None
     """Folder for the predicted masks; None to write no masks."""
     counts: Path
+    """File for the pixel counts tp, fp, fn, tn of each image."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SelectPostprocessingJob:
-    """Job that selects threshold, test-time flips, mask cleaning and ensemble on out-of-fold predictions."""
+    """Job that selects the post-processing on out-of-fold predictions: threshold, flips, cleaning and ensemble."""
 
     config: StudyConfig
     caches: CachePaths
@@ -84,19 +89,21 @@ class KeepJob:
     """Job that copies weights files and stores the selected post-processing in the copies."""
 
     copies: tuple[tuple[Path, Path], ...]
-    """Path of each weights file, and path of its copy."""
+    """Pairs of paths: a weights file and its copy."""
     postprocessing: Postprocessing
 
 
 @dataclass(frozen=True, kw_only=True)
 class CountJob:
-    """Job that predicts all images of a cache by the mean logits of the networks and writes the pixel counts."""
+    """Job that predicts all images of a cache with one network or an ensemble, and writes the pixel counts."""
 
     config: StudyConfig
     caches: CachePaths
     weights: tuple[Path, ...]
+    """Weights file of one network, or of several networks whose logits are averaged."""
     postprocessing: Postprocessing
     counts: Path
+    """File for the pixel counts tp, fp, fn, tn of each image."""
     examples: Path | None = None
     """File for a few example predictions of the first network; None to save none."""
 
@@ -117,12 +124,12 @@ class MeasureJob:
     threads: int
     steps: tuple[StepToMeasure, ...]
     seconds: float = 0.2
-    """Minimum time in seconds for which each step is repeated."""
+    """Each step is repeated for at least this many seconds."""
 
 
 @dataclass(frozen=True)
 class MeasuredStep:
-    """Measured seconds per image of one configuration."""
+    """Measured seconds per image in training and evaluation with one configuration."""
 
     flops: int
     """FLOPs of a training step per image."""

@@ -1,8 +1,8 @@
 """Worker pool of local processes: start workers, give them jobs, and replace workers that die.
 
-A worker runs `hpsearch.workers.process` in a separate process, which is not a child of `multiprocessing`. It
-therefore works from a notebook and from a script without a main guard, and does not copy the coordinator's memory.
-Messages are JSON objects sent over a socket pair, so nothing is ever unpickled.
+A worker runs `hpsearch.workers.process` in a process of its own, which is not started by `multiprocessing`. The pool
+therefore also works in notebooks and in scripts without a main guard, and a worker does not copy the coordinator's
+memory. Messages are JSON objects sent over a socket pair, so nothing is ever unpickled.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from hpsearch.workers.pool import Event, TrackingPool, Worker
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 300.0
-"""Time in seconds in which a worker must become ready. Importing torch from a cold network disk is slow."""
+"""Time in seconds within which a worker must become ready. Importing torch from a cold network disk is slow."""
 MAX_FAILED_STARTS = 3
 
 
@@ -66,7 +66,7 @@ class LocalPool(TrackingPool[LocalWorker]):
         process = self._own(worker).process
         process.kill()
         # Wait until the process can no longer write. If the system cannot end it in time, it stays in the pool until
-        # `events` sees its socket close.
+        # its socket closes, which `events` notices.
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(10)
 
@@ -134,7 +134,7 @@ class LocalPool(TrackingPool[LocalWorker]):
 
 
 def _end(workers: Sequence[LocalWorker]) -> None:
-    """Kill workers. Their files survive this at any time."""
+    """Kill workers. This is safe at any time, because a fit resumes from its checkpoint."""
     for worker in workers:
         worker.process.kill()
         worker.connection.close()

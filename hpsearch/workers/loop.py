@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 0.25
 DEATHS_PER_JOB = 3
-"""Number of workers that may die in a job, without a new epoch in between, before the job is given up."""
+"""A job is given up when this many workers have died while running it, without a new epoch in between."""
 
 
 class Work(Protocol):
@@ -26,7 +26,7 @@ class Work(Protocol):
         """Whether there will be no more jobs."""
 
     def poll(self) -> bool:
-        """Check requests and limits, once per iteration. Return False to leave the loop at once."""
+        """Check for stop requests and limits, once per iteration. Return False to leave the loop at once."""
 
     def next_job(self) -> Job | None:
         """Return the job for the next idle worker, or None if there is none at the moment."""
@@ -73,9 +73,10 @@ def run_job(
 def run_jobs_together(
     pool: WorkerPool, jobs: Sequence[Job], check: Callable[[], None] = lambda: None
 ) -> list[Report]:
-    """Run jobs that are no fits at the same time, each on its own worker, and return their last reports.
+    """Run several jobs other than fits at the same time, each on its own worker, and return their last reports.
 
-    The jobs start when as many workers are ready. `check` and the death of a worker are handled as in `run_job`.
+    No job starts until there is an idle worker for each of them. `check` and the death of a worker are handled as in
+    `run_job`.
     """
     work = _Jobs(pool, list(jobs), check)
     run(pool, work)

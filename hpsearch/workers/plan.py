@@ -1,6 +1,6 @@
 """Execution plan of a study (devices, workers, threads, speed), and its predictions of time and memory.
 
-The plan is measured once and stored with the study. Every continuation of the study uses the stored plan, because
+The plan is derived once from measurements and stored with the study. A resumed study uses the stored plan, because
 thread counts and precision affect the bytes of the results. Does not import torch.
 """
 
@@ -21,7 +21,7 @@ from hpsearch.models.network import n_parameters, training_flops, training_memor
 from hpsearch.workers.jobs import MeasuredStep, WorkerSettings
 
 MEMORY_SHARE = 0.9
-"""Fraction of a device's memory that a fit may need according to the prediction, which is accurate to 10 %."""
+"""Largest fraction of a device's memory that a fit may be predicted to need. Predictions are accurate to 10 %."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +67,8 @@ class Infeasible:
 
     reason: str
     excess: float
-    """Relative excess over the memory limit (above 0), used as the sampler's constraint; 1 if the network is
-    impossible."""
+    """Relative excess of the needed memory over the limit, always above 0; 1 if the network cannot be trained
+    at all. The sampler uses it as a constraint."""
 
 
 def why_infeasible(config: StudyConfig, plan: ExecutionPlan) -> Infeasible | None:
@@ -100,8 +100,9 @@ def predicted_bytes(config: StudyConfig, plan: ExecutionPlan) -> int:
 def disk_bytes(config: StudyConfig, n_folds: int, n_workers: int) -> int:
     """Return an upper bound for the disk space of a study's weights and checkpoints, in bytes.
 
-    The bound uses the largest network in a sample of the search space. Last and best weights are kept for two trials
-    and the running trial. Each worker has two checkpoints and writes a third.
+    The bound uses the largest network in a sample of the search space. It counts the last and the best weights of
+    each fold for three trials: the two best ones and the one that is running. Each worker keeps two checkpoints while
+    it writes a third.
     """
     slots = 2 if config.train.optimizer == "adamw" else 1
     candidates = [config.with_params({}), *sample_space(config)]
@@ -116,16 +117,17 @@ def image_flops(config: StudyConfig) -> int:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Expected size and duration of a search."""
+    """Expected size and duration of the rest of a search."""
 
     n_trials: int
     n_replicates: int
     """Largest number of trials that are replicated after the search."""
     n_images: int
+    """Number of training and validation images."""
     fit_s: float
     """Expected duration of a fit in seconds, averaged over the search space."""
     total_s: float
-    """Expected wall-clock seconds of the whole search on all workers, without pruning and including replicates."""
+    """Expected wall-clock seconds of all these trials on all workers, including replicates but without pruning."""
 
 
 def sample_space(config: StudyConfig, n: int = 64) -> list[StudyConfig]:
@@ -162,7 +164,7 @@ def _draw(dimension: Choice | Range, generator: np.random.Generator) -> Any:
 
 
 def _interpolate(points: Sequence[tuple[int, float]], flops: int) -> float:
-    """Interpolate the seconds at `flops` linearly between the measured points, both in logarithms.
+    """Return the seconds at `flops`, interpolated between measured points (FLOPs, seconds) on a log-log scale.
 
     Above the largest point, the seconds are proportional to the FLOPs. Below the smallest point they are constant,
     because the fixed costs of a step dominate.

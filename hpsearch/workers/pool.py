@@ -10,7 +10,7 @@ from typing import Generic, Protocol, Self, TypeVar
 from hpsearch.workers.jobs import EpochEnded, Failed, FitJob, Job, Ready, Report, WorkerSettings
 
 PAUSE_S = 30.0
-"""Time in seconds between two polls after which the coordinator itself is assumed to have been suspended."""
+"""If more than this many seconds pass between two polls, the coordinator was probably suspended in between."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -77,7 +77,7 @@ class WorkerPool(Protocol):
         """
 
     def epoch_left_s(self) -> float | None:
-        """Return the seconds until all running epochs end; NaN if unknown, None if no fit is running."""
+        """Return the expected seconds until all running epochs end; NaN if unknown, None if no fit is running."""
 
     def close(self) -> None:
         """End all workers."""
@@ -98,7 +98,7 @@ class TrackingPool(WorkerPool, Generic[W]):
         self._workers: list[W] = []
         self._polled_at = time.monotonic()
         self._epoch_s: dict[int, float] = {}
-        """Seconds of the latest epoch by trial, in any fold."""
+        """Maps each trial to the duration in seconds of its latest epoch, in any fold."""
 
     def __enter__(self) -> Self:
         return self
@@ -122,7 +122,7 @@ class TrackingPool(WorkerPool, Generic[W]):
     def epoch_left_s(self) -> float | None:
         now = time.monotonic()
         left = [
-            # NaN for a trial without an earlier epoch: `max` returns its first argument if that is NaN.
+            # For a trial without an earlier epoch the result is NaN: `max` returns its first argument if it is NaN.
             max(self._epoch_s.get(worker.job.trial, math.nan) - (now - worker.last_report_at), 0.0)
             for worker in self._workers
             if isinstance(worker.job, FitJob)

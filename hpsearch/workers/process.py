@@ -48,8 +48,8 @@ def main() -> None:
     for name in (signal.SIGINT, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)
     if sys.platform == "linux":
-        # Linux then kills this process when the coordinator dies, even if this process is suspended and reads
-        # nothing.
+        # Have Linux kill this process when the coordinator dies, because a suspended process cannot notice that its
+        # socket has closed.
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     messages = _messages(connection)

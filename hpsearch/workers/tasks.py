@@ -1,4 +1,4 @@
-"""Functions that run the jobs of a worker (fit, measure, score, select), and the state it keeps between jobs."""
+"""Functions that run a worker's jobs (fit, measure, score, select), and the worker's state between jobs."""
 
 import dataclasses
 import logging
@@ -33,7 +33,7 @@ from hpsearch.workers.plan import image_flops
 logger = logging.getLogger(__name__)
 
 MEASURE_BUDGET_S = 0.5
-"""Seconds of a step with one image above which the time of a whole batch is not measured."""
+"""If a training step with one image takes more seconds than this, no step with a whole batch is measured."""
 
 
 class WorkerContext:
@@ -46,14 +46,14 @@ class WorkerContext:
         self._data: dict[CachePaths, DeviceData] = {}
 
     def runtime(self, config: StudyConfig, threads: int = 0) -> Runtime:
-        """Return the runtime of this worker's fits. `threads` overrides the worker's setting in measurements."""
+        """Return the runtime for a fit of `config`. `threads` above 0 replaces the worker's number of threads."""
         train, threads = config.train, threads or self.settings.threads
         return runtimes.make_runtime(self.settings.device, amp=train.amp, compile=train.compile, threads=threads)
 
     def images(self, caches: CachePaths) -> DeviceData:
-        """Return the images on the device.
+        """Return the images of these caches, loaded for the worker's device.
 
-        Only the latest ones are kept, because each size is another copy.
+        Only the images that were requested last stay loaded, because those of each size need memory of their own.
         """
         if caches not in self._data:
             self._data.clear()
@@ -80,7 +80,7 @@ def run_fit(job: FitJob, context: WorkerContext) -> Finished | Stopped:
         normalization=data.cache.normalization(train, config.data.color),
         seed=job.seed,
     )
-    # The weights of the best epoch are kept for the first fit of each fold.
+    # Only the first fit of each fold keeps the weights of its best epoch.
     options: dict[str, Any] = {"paths": folder, "keep_best": job.replicate == 0, "on_epoch": context.on_epoch}
     extra: dict[str, Any] = {
         "threshold": 0.5,
@@ -99,10 +99,10 @@ def run_fit(job: FitJob, context: WorkerContext) -> Finished | Stopped:
 
 
 def fit_within_memory(task: FitTask, run: Callable[[FitTask], Progress]) -> Progress:
-    """Run a fit with whole batches, and halve the batches repeatedly while memory runs out.
+    """Run a fit. Each time memory runs out, continue it with batches that are split into parts of half the size.
 
-    Batches of networks with batch normalisation are not halved, because that would change the result. Raises
-    OutOfMemoryError for such a network, and if not even a single image fits.
+    Batches of networks with batch normalisation are not split, because that would change the result. Raises
+    OutOfMemoryError if whole batches of such a network, or single images of any other, do not fit in memory.
     """
     while True:
         try:
@@ -118,7 +118,7 @@ def fit_within_memory(task: FitTask, run: Callable[[FitTask], Progress]) -> Prog
 def measure(job: MeasureJob, context: WorkerContext) -> Finished:
     """Return the seconds per image of each configuration, and a description of the machine.
 
-    Configurations that do not fit in memory are left out. In the study they end as infeasible.
+    Configurations that do not fit in memory are left out. Trials with such configurations end as infeasible.
     """
     runtime = context.runtime(job.config, job.threads)
     steps = []
@@ -142,9 +142,9 @@ def measure(job: MeasureJob, context: WorkerContext) -> Finished:
 
 
 def _measure_step(step: StepToMeasure, job: MeasureJob, context: WorkerContext) -> tuple[float, float]:
-    """Return the seconds per image in training and in evaluation."""
+    """Return the seconds per image in training and in evaluation, for a whole batch if time and memory allow."""
     batch_size = step.config.train.batch_size
-    # Start with one image. At full size on a CPU, even this takes seconds; it is then the only measurement.
+    # Start with one image. At full size on a CPU, even this takes seconds. It then remains the only measurement.
     alone = _time_batch(step, 1, job.threads, context, 0.0)
     if alone[0] > MEASURE_BUDGET_S or len(context.images(step.caches)) < batch_size:
         return alone
@@ -157,7 +157,10 @@ def _measure_step(step: StepToMeasure, job: MeasureJob, context: WorkerContext) 
 def _time_batch(
     step: StepToMeasure, n_images: int, threads: int, context: WorkerContext, at_least_s: float
 ) -> tuple[float, float]:
-    """Return the seconds per image in training and evaluation: medians of repeated steps on the first `n_images`."""
+    """Return the median seconds per image in training and evaluation, over steps on the first `n_images` images.
+
+    The steps are repeated for `at_least_s` seconds, but at least twice after the first one, which is not counted.
+    """
     seconds: list[tuple[float, float]] = []
     began = time.perf_counter()
 
@@ -168,7 +171,7 @@ def _time_batch(
     # Only the time matters. At this learning rate, training does not diverge.
     changes: dict[str, Any] = {"train.batch_size": n_images, "train.epochs": 100_000, "train.lr": 1e-9}
     if n_images == 1 and step.config.unet.norm in ("batch", "instance"):
-        # These normalisations need more than one value per channel.
+        # These normalisations need more than one value per channel, which a single image may not have in every layer.
         changes["unet.norm"] = "group"
     config = step.config.with_params({**changes, "train.compile": "off"})
     images, n_channels = np.arange(n_images, dtype=np.int64), config.data.n_channels
@@ -181,14 +184,14 @@ def _time_batch(
     )
     data, runtime = context.images(step.caches), context.runtime(config, threads)
     fit(task, data, runtime, on_epoch=stop_in_time)
-    # The first step is slower.
+    # The first step is slower than the others, so leave it out.
     train_s, eval_s = np.median(seconds[1:], axis=0).tolist()
     return train_s, eval_s
 
 
 def score_officially(job: jobs.OfficialScoreJob, context: WorkerContext) -> None:
-    """Write predicted masks at the original resolution of the images, and pixel counts against the true masks."""
-    # Imported here because they import pandas, which no other job needs.
+    """Predict a mask at the original resolution of each image, and write the masks and their pixel counts."""
+    # Imported here because these modules import pandas, which no other job needs.
     from hpsearch.inference.predictor import Ensemble, Predictor
     from hpsearch.inference.scoring import count_mask, encode_mask, mask_name
 
@@ -208,7 +211,7 @@ def score_officially(job: jobs.OfficialScoreJob, context: WorkerContext) -> None
 
 
 def select(job: jobs.SelectPostprocessingJob, context: WorkerContext) -> None:
-    """Select threshold, test-time flips, mask cleaning and ensemble on out-of-fold predictions."""
+    """Select the post-processing on out-of-fold predictions, and write the selection as JSON."""
     with (runtime := context.runtime(job.config)).active():
         data = context.images(job.caches)
         chosen = select_postprocessing.select(
@@ -224,7 +227,7 @@ def keep(job: jobs.KeepJob, context: WorkerContext) -> None:
 
 
 def count(job: jobs.CountJob, context: WorkerContext) -> None:
-    """Write the pixel counts of each image after post-processing, and a few examples, for one or several networks."""
+    """Predict all images of a cache, and write the pixel counts after post-processing and, if requested, examples."""
     with (runtime := context.runtime(job.config)).active():
         data = context.images(job.caches)
         images = np.arange(len(data), dtype=np.int64)

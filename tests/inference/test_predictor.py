@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
+from hpsearch import config as configs
 from hpsearch.cli import main
 from hpsearch.config.model import UNetConfig
 from hpsearch.data.cache import Normalization
@@ -26,6 +27,7 @@ from hpsearch.inference.predictor import (
     draw_outline,
     find_images,
     find_model,
+    load_predictor,
     predict_files,
     tile_axis,
 )
@@ -33,8 +35,12 @@ from hpsearch.inference.scoring import read_mask
 from hpsearch.models.shapes import output_margin, output_size
 from hpsearch.models.unet import UNet
 from hpsearch.paths import ProjectPaths, write_json
+from hpsearch.store.record import StudyRecord
 from hpsearch.training.checkpoint import WeightsInfo, load_weights, save_weights
 from hpsearch.training.runtime import make_runtime
+from hpsearch.typed_json import to_json
+from hpsearch.workers.jobs import WorkerSettings
+from hpsearch.workers.plan import ExecutionPlan
 
 PAPER = UNetConfig(base_channels=64, depth=4, stacking=2, padding="valid", norm="none", input_norm="none")
 RGB = Normalization((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
@@ -423,3 +429,43 @@ def test_without_a_model_the_latest_final_of_the_study_is_taken(tmp_path: Path) 
     assert find_model(project, None, str(study.final("trial-0007").root)) == study.final("trial-0007").model
     with pytest.raises(CheckpointError, match="there is no model in"):
         find_model(project, None, str(study.finals))
+
+
+def test_predict_takes_the_threads_of_the_plan_and_spares_the_true_masks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study, masks = ProjectPaths(tmp_path).study("mine"), tmp_path / "masks"
+    masks.mkdir()
+    own = configs.load(None, [f"data.images={tmp_path}", f"data.masks={masks}"])
+    plan = ExecutionPlan(device="cpu", precision="float32", workers=(WorkerSettings("cpu", 3),), memory_bytes=1)
+    StudyRecord.create(study, own).write_plan(to_json(plan))
+    weights = study.final("trial-0000").model
+    weights.parent.mkdir(parents=True)
+    write_model(weights)
+    Image.fromarray(noise(30, 40)).save(tmp_path / "a.png")
+    used: list[int | None] = []
+
+    def load(path: Path, *, threads: int | None, **how: Any) -> Predictor:
+        used.append(threads)
+        return load_predictor(path, threads=1, **how)
+
+    monkeypatch.setattr("hpsearch.inference.predictor.load_predictor", load)
+    codes = []
+    for more in (["masks"], ["found"], ["found", "--threads", "2"]):
+        with pytest.raises(SystemExit) as caught:
+            main(
+                [
+                    "predict",
+                    f"{tmp_path}/a.png",
+                    "--model",
+                    str(weights),
+                    "--out-dir",
+                    f"{tmp_path}/{more[0]}",
+                    *more[1:],
+                ]
+            )
+        codes.append(caught.value.code)
+    assert codes == [1, 0, 0]
+    assert used == [3, 2]
+    assert "holds the true masks of study 'mine': name another folder" in capsys.readouterr().err
+    assert list(masks.iterdir()) == []

@@ -9,7 +9,7 @@ from hpsearch.models.shapes import n_parameters, output_margin, output_size, tra
 
 def build(config: UNetConfig, in_channels: int) -> Any:
     """Return a UNet whose initial weights are drawn with the current seed of torch's generator."""
-    # Imported here because the coordinator runs without torch and needs only the arithmetic.
+    # Imported here because the coordinator runs without torch and needs only calculated sizes.
     import torch
 
     from hpsearch.models.unet import UNet

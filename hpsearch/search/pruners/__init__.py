@@ -17,14 +17,14 @@ class Pruner(Protocol):
     """Rule that ends trials early. It uses recorded scores only, so its decisions do not change after a restart."""
 
     is_sequential: bool
-    """Whether the folds of a trial are fitted one after another while other trials can be fitted."""
+    """Whether the folds of a trial are fitted one after another, as long as other trials can use the free workers."""
     takes_any_fold: bool
     """Whether the pruner can judge a trial by any subset of finished folds, not only by the first ones."""
 
     def judge(self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds) -> PruneDecision | None:
         """Return the decision after the latest epoch of fold `candidate.latest`; None to make no decision.
 
-        `others` contains all other trials that have scores, in any order, including open trials.
+        `others` contains the trials to compare with, in any order. They have scores, but need not be complete.
         """
 
 

@@ -1,4 +1,4 @@
-"""Optuna's Hyperband (Li et al., JMLR 2018), on the epochs of the first fold."""
+"""Optuna's Hyperband (Li et al., JMLR 2018), applied to the mean score after each epoch of the first fold."""
 
 from optuna.pruners import HyperbandPruner
 

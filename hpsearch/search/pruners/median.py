@@ -1,4 +1,4 @@
-"""Optuna's median pruner, on the epochs of the first fold."""
+"""Optuna's median pruner, applied to the mean score after each epoch of the first fold."""
 
 from optuna.pruners import MedianPruner
 

@@ -1,4 +1,4 @@
-"""No pruner: every trial is evaluated on all folds."""
+"""No pruning: every trial is evaluated on all folds."""
 
 from collections.abc import Sequence
 

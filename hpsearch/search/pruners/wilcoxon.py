@@ -1,4 +1,4 @@
-"""Optuna's Wilcoxon pruner, on the images of the finished folds."""
+"""Optuna's Wilcoxon pruner, applied to the image scores of the finished folds."""
 
 from optuna.pruners import WilcoxonPruner
 

@@ -19,7 +19,7 @@ from hpsearch.search.space import Distributions
 
 
 def sample(config: StudyConfig, seed: int, study: Study, trial: FrozenTrial, space: Distributions) -> dict[str, Any]:
-    """Return the suggestion of a new sampler for `trial`. Settings that the sampler does not suggest are left out."""
+    """Create a sampler, and return its suggestion for `trial`, without settings for which it has no suggestion."""
     module = _module(config)
     if getattr(module, "IS_NUMERIC", False):
         space = {name: each for name, each in space.items() if not isinstance(each, CategoricalDistribution)}

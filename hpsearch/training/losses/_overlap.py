@@ -3,7 +3,7 @@
 from torch import Tensor
 
 _TINY = 1e-7
-"""Smallest denominator, in pixels. It prevents 0 / 0 if smooth = 0 and the probabilities underflow."""
+"""Smallest denominator, in pixels. It prevents 0 / 0 if `smooth` is 0 and all probabilities underflow."""
 
 
 def expected_pixels(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
