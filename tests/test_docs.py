@@ -231,6 +231,6 @@ def test_commands_that_are_shown_do_what_they_say(
         with pytest.raises(SystemExit) as ended:
             main([*shlex.split(command)[1:], *smaller.format(small=SMALL).split()])
         assert ended.value.code == 0, (command, capsys.readouterr())
-    assert len(list(Path("masks").glob("*_segmentation.png"))) == 4
+    assert len(list(Path("predictions").glob("*_segmentation.png"))) == 4
     assert Path("studies/isic2017-64/report.html").is_file()
     assert Path("studies/train-report-fig19").is_dir()
