@@ -109,6 +109,8 @@ class Decoders(AbstractContextManager["Decoders"]):
     def __init__(self, n_threads: int | None = None) -> None:
         self._n_threads = n_threads or available_cores()
         self._process: subprocess.Popen[bytes] | None = None
+        self._has_unread = False
+        """Whether the subprocess has results that were not read yet."""
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -116,24 +118,30 @@ class Decoders(AbstractContextManager["Decoders"]):
     def decode(self, jobs: Sequence[Job]) -> Iterator[tuple[int, ImageStats | DecodeError, list[Pixels]]]:
         """Yield the index of each job, its result and the pixels of its views, in the order of the jobs.
 
-        Raises CacheError, naming the files that were being read, if the subprocess dies.
+        A later call ends this one. Raises CacheError, naming the files that were being read, if the subprocess dies.
         """
+        if self._has_unread:
+            # They would be mistaken for results of these jobs.
+            self.close()
         process = self._started()
         assert process.stdin is not None
         assert process.stdout is not None
         number = 0
         try:
+            self._has_unread = True
             pickle.dump(list(jobs), process.stdin)
             process.stdin.flush()
             for number in range(len(jobs)):
                 yield number, *pickle.load(process.stdout)
+            self._has_unread = False
         except (EOFError, BrokenPipeError, pickle.UnpicklingError):
             error = self._death(jobs[number : number + self._n_threads])
             self.close()
             raise error from None
         except BaseException:
-            # The remaining results would be mistaken for results of the next jobs.
-            self.close()
+            # Unless a later call has replaced the subprocess, nothing will read the remaining results.
+            if process is self._process:
+                self.close()
             raise
 
     def close(self) -> None:
@@ -142,7 +150,7 @@ class Decoders(AbstractContextManager["Decoders"]):
             self._process.kill()
             self._process.communicate()
             self._stderr.close()
-            self._process = None
+            self._process, self._has_unread = None, False
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None:

@@ -61,6 +61,19 @@ def test_answers_that_were_not_awaited_are_not_taken_for_others(jobs: list[Job])
     assert list(again) == [0]
 
 
+def test_a_call_that_is_never_finished_is_ended_by_the_next(jobs: list[Job]) -> None:
+    with Decoders(1) as decoders:
+        expected = [pixels for _, _, pixels in decoders.decode(jobs[::-1])]
+        unfinished = decoders.decode(jobs)
+        next(unfinished)
+        answers = decoders.decode(jobs[::-1])
+        _, _, first = next(answers)
+        np.testing.assert_equal(first, expected[0])
+        # A garbage collection may close it at any time.
+        unfinished.close()  # type: ignore[attr-defined]
+        np.testing.assert_equal([pixels for _, _, pixels in answers], expected[1:])
+
+
 @pytest.mark.slow
 def test_death_names_the_file_that_was_read(tmp_path: Path, jobs: list[Job]) -> None:
     # A pipe that nobody writes to holds the reader up, as a hung disk would.
