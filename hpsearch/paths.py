@@ -236,7 +236,7 @@ class FinalPaths(_Folder):
     ensemble_counts = _Entry("ensemble_counts.npy")
     ensemble_official_counts = _Entry("ensemble_official_counts.npy")
     card = _Entry("model-card.md")
-    """Model card in Markdown: what the model is, its training data, scores and limits."""
+    """Model card in Markdown: description, training data, scores and limitations of the model."""
 
     def seed(self, index: int) -> FitPaths:
         """Return the paths of the fit with seed number `index`, from 0 (`final --seeds 3` trains three fits)."""

@@ -35,7 +35,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> StudyConfig:
 
 @pytest.fixture(scope="module")
 def alone(config: StudyConfig, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the study is on one machine, by one worker."""
+    """Files and values of the same study on one machine with one worker."""
     return everything(run(tmp_path_factory.mktemp("alone"), config).record)
 
 

@@ -118,7 +118,8 @@ class Decoders(AbstractContextManager["Decoders"]):
     def decode(self, jobs: Sequence[Job]) -> Iterator[tuple[int, ImageStats | DecodeError, list[Pixels]]]:
         """Yield the index of each job, its result and the pixels of its views, in the order of the jobs.
 
-        A later call ends this one. Raises CacheError, naming the files that were being read, if the subprocess dies.
+        A later call ends an unfinished one. Raises CacheError, naming the files that were being read, if the
+        subprocess dies.
         """
         if self._has_unread:
             # They would be mistaken for results of these jobs.

@@ -135,7 +135,7 @@ def unpack(path: Path, folder: Path, report: Report) -> None:
 
 
 def _download_and_unpack(folder: Path, url: str, progress: Progress | None) -> None:
-    """Download the archive if it is missing, and unpack it. If it is damaged, download it once more."""
+    """Download the archive if it is missing, and unpack it. If it is damaged, download it again, once."""
     path = folder.with_name(f"{folder.name}.zip")
     report = progress or (lambda *_: None)
     for is_last in (False, True):

@@ -160,7 +160,7 @@ def _listed_test_ids(config: DataConfig, ids: Iterable[str]) -> set[str]:
 def _drawn_test_ids(config: DataConfig, samples: Sequence[Sample]) -> set[str]:
     """Select a test split of about `test_share` of the images, and return its ids.
 
-    Byte-identical images are either all selected or all left out, and so are the images of a group.
+    Byte-identical images are never separated, nor are the images of a group.
     """
     units = connected([sample.id for sample in samples], same_bytes(samples), load_groups(config))
     members = defaultdict(list)

@@ -39,7 +39,8 @@ def hold(study: StudyPaths) -> Iterator[None]:
     except OSError as error:
         raise paths.storage_error(study.lock, error) from error
     try:
-        # Workers that a killed process left on a cluster may no longer write. It may also have left temporary files.
+        # A killed process may have left temporary files, and workers on a cluster that may no longer write. Remove
+        # the attempts first, so that no worker can still rename a new temporary file.
         for attempt in study.root.rglob("attempt"):
             attempt.unlink(missing_ok=True)
         paths.remove_stale_temporaries(study.root)

@@ -1,6 +1,6 @@
 """Define the metrics of MLflow runs in the table `METRICS`.
 
-A refit trains the configuration of a trial once more on all folds, with new seeds. A `final` run has the test scores
+A refit trains the configuration of a trial again on all folds, with new seeds. A `final` run has the test scores
 of a configuration that `hpsearch final` has retrained on the whole pool.
 """
 

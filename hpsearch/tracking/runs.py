@@ -3,7 +3,7 @@
 The study is the parent run, and these are its child runs:
 
 - the trials;
-- the refits: a refit trains the configuration of a trial once more on all folds, with new seeds;
+- the refits: a refit trains the configuration of a trial again on all folds, with new seeds;
 - the `final` runs: each has the test scores of a configuration that `hpsearch final` has retrained on the whole pool.
 
 The content of a run is a pure function of the record (the study folder): the same record gives the same params,

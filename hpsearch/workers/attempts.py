@@ -1,6 +1,6 @@
 """Attempts at a fit: on a cluster, only the latest attempt may write into the fit's folder.
 
-A worker that lost its network or was suspended may go on with a fit that another worker has taken over. The
+A worker that lost its connection or was suspended may continue a fit that another worker has taken over. The
 coordinator therefore accepts an attempt, in the file `attempt` of the fit's folder, before it submits the fit. Every
 write of the fit is checked against that file.
 
@@ -29,7 +29,7 @@ def begin(fit: FitPaths) -> str:
 
 @contextmanager
 def writing(fit: FitPaths, attempt: str) -> Iterator[None]:
-    """Let writes into a fit's folder fail during the block once another attempt was accepted.
+    """During the block, refuse writes into a fit's folder after another attempt was accepted.
 
     Does nothing if `attempt` is empty. A refused write raises WorkerError.
     """

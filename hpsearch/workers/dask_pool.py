@@ -1,4 +1,4 @@
-"""Worker pool on a Dask cluster: each worker is a task on a Dask worker of its own (`dask_task`).
+"""Worker pool on a Dask cluster: each worker is a task on its own Dask worker (`dask_task`).
 
 Messages are those of `LocalPool`, as JSON text. They travel through Dask's scheduler as events of two topics per
 worker, one in each direction. A topic pushes: unlike a `distributed.Queue`, it needs no polling, and unlike a
@@ -89,12 +89,12 @@ class DaskPool(TrackingPool[DaskWorker]):
         self._size = 0
         """Number of workers that the pool should have. While there are too few Dask workers, it has fewer."""
         self._present: list[str] = []
-        """Addresses of the Dask workers; `machines` is never empty again."""
+        """Addresses of the connected Dask workers. If none is left, `machines` keeps the last ones."""
         self._known: set[str] = set()
         """Dask workers that were counted in `_size`, or not used in `resize`."""
         self._refused: set[str] = set()
         self._messages: queue.SimpleQueue[tuple[DaskWorker, str]] = queue.SimpleQueue()
-        self._followed_at, self._manned_at = -math.inf, time.monotonic()
+        self._followed_at, self._seen_at = -math.inf, time.monotonic()
         try:
             while not self._present:
                 check()
@@ -187,8 +187,8 @@ class DaskPool(TrackingPool[DaskWorker]):
             self.machines = {address: each["nthreads"] for address, each in found.items()} or self.machines
         self._followed_at = time.monotonic()
         if self._present:
-            self._manned_at = now
-        elif now - self._manned_at > self._timeout_s:
+            self._seen_at = now
+        elif now - self._seen_at > self._timeout_s:
             what = f"--cluster {self._address} has had no workers for {self._timeout_s:.0f} s ({reason})"
             advice = "start `dask scheduler` and `dask worker`, then run the same command again to continue"
             raise WorkerError(f"{what}: {advice}")
