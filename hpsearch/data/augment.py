@@ -133,9 +133,9 @@ def crop(batch: Tensor, top: Tensor, left: Tensor, size: tuple[int, int]) -> Ten
 def jitter_color_(planes: Tensor, values: Mapping[str, Tensor]) -> Tensor:
     """Adjust brightness, contrast, saturation and hue of `planes` (B, 3, H, W) float32 with values from 0 to 255.
 
-    `values` maps the names of the changes to one factor (B,) per image (see `Changes`). Otherwise, the operations are
-    the same as in `torchvision.transforms.v2.functional` for floats. Values are clamped after each step. `planes` is
-    modified in place. Use the returned tensor, because the hue shift returns a new one.
+    `values` maps the names of the changes to one factor (B,) per image (see `Changes`). Apart from that, the
+    operations are the same as in `torchvision.transforms.v2.functional` for floats. Values are clamped after each
+    step. `planes` is modified in place. Use the returned tensor, because the hue shift returns a new one.
     """
     if "brightness" in values:
         planes.mul_(_each(values["brightness"])).clamp_(0, 255)
@@ -258,7 +258,7 @@ def _shift_hue(planes: Tensor, shift: Tensor) -> Tensor:
 def _add_noise_(planes: Tensor, sigma: Tensor, seed: int) -> None:
     """Add Gaussian noise with standard deviation 255 * `sigma` (B,) to `planes` in place, and clamp them to 0..255.
 
-    The noise is drawn on the device, so that it need not be copied there.
+    The noise is drawn on the device, which avoids a copy.
     """
     generator = torch.Generator(planes.device).manual_seed(seed)
     noise = torch.randn(planes.shape, device=planes.device, generator=generator)

@@ -165,7 +165,7 @@ def _build(
 
 
 def _write_pixels(files: PixelFiles, kind: Kind, number: int, pixels: Sequence[Pixels]) -> None:
-    """Append all views of an image to the shared files (`memmap`), or write them to a file of its own (`files`)."""
+    """Append all views of an image to the shared files (`memmap`), or write them to a separate file (`files`)."""
     arrays = [array.data for pair in pixels for array in pair]
     if kind == "files":
         path, shape = files[number]

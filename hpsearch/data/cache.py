@@ -36,7 +36,7 @@ INDEX_VERSION = 2
 KEY_VERSION = 1
 """Version of decoding and resizing. It changes whenever the same files would give different pixels.
 
-A study cannot continue with another version.
+A study cannot continue with caches of another version.
 """
 Kind = Literal["memmap", "files", "memory", "none"]
 INDEX = "index.json"

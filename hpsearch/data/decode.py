@@ -101,7 +101,7 @@ class OpenFile:
 def open_pair(
     image_path: Path | None, mask_path: Path | None, reading: Reading
 ) -> tuple[list[OpenFile], tuple[int, int]]:
-    """Read the image and the mask, whichever are given, and return them with their common height and width.
+    """Read the image and the mask (either may be None), and return them with their common height and width.
 
     If `reading` applies EXIF orientations, the height and width are those of the upright image. Raises DecodeError if
     a file cannot be read, its header is damaged, the image is too large, or the sizes of image and mask differ.
@@ -272,7 +272,7 @@ def _views(pixels: Tensor, job: Job, resize: Callable[[Tensor, int, int], Tensor
 
 
 def _reflected(start: int, n: int, length: int) -> Tensor:
-    """Return the indices start..start + n - 1. Those outside 0..length - 1 are reflected at its ends."""
+    """Return the indices start..start + n - 1, reflected at 0 and length - 1 if they are outside this range."""
     period = max(1, 2 * (length - 1))
     positions = torch.arange(start, start + n).remainder(period)
     return torch.minimum(positions, period - positions)

@@ -1,4 +1,4 @@
-"""Decode images in a subprocess, so that the caller need not import torch and damaged files cannot crash it.
+"""Decode images in a subprocess, so that the caller does not import torch and damaged files cannot crash it.
 
 The subprocess (decode.py) reads a pickled list of jobs. For each job, in order, it writes a pickled tuple of the
 result and the pixels.
@@ -122,7 +122,7 @@ class Decoders(AbstractContextManager["Decoders"]):
         subprocess dies.
         """
         if self._has_unread:
-            # They would be mistaken for results of these jobs.
+            # Unread results of the last call would be mistaken for results of these jobs.
             self.close()
         process = self._started()
         assert process.stdin is not None
@@ -140,7 +140,8 @@ class Decoders(AbstractContextManager["Decoders"]):
             self.close()
             raise error from None
         except BaseException:
-            # Unless a later call has replaced the subprocess, nothing will read the remaining results.
+            # End the subprocess, because nothing will read its remaining results. A later call may already have
+            # replaced it.
             if process is self._process:
                 self.close()
             raise
@@ -165,7 +166,7 @@ class Decoders(AbstractContextManager["Decoders"]):
                 env=subprocesses.environment(
                     OMP_NUM_THREADS="1",
                     MKL_NUM_THREADS="1",
-                    # By default, every arena of glibc keeps the memory of its largest images. Large blocks that are
+                    # By default, each glibc arena keeps the memory of its largest images. Large blocks that are
                     # mapped separately are returned to the system.
                     MALLOC_ARENA_MAX="2",
                     MALLOC_MMAP_THRESHOLD_=str(2**20),

@@ -45,7 +45,7 @@ RETRIES = 6
 BACKOFF_S = 1.0
 """Waiting time before the first retry. It doubles with each retry, up to 60 s."""
 TIMEOUT_S = 60.0
-"""Longest time without data from the server. After it, an attempt fails."""
+"""Maximum time without data from the server before an attempt fails."""
 _CHUNK_BYTES = 1 << 18
 _RETRIED_STATUS = (206, 408, 416, 425, 429, 500, 502, 503, 504)
 _HEADERS = {"User-Agent": f"hpsearch/{hpsearch.__version__}", "Accept-Encoding": "identity"}

@@ -42,7 +42,8 @@ from hpsearch.user_files import name_key
 logger = logging.getLogger(__name__)
 
 JPEG_QUALITY = 95
-"""JPEG quality of the augmented versions. It is so high that the originals' own compression loses more detail."""
+"""JPEG quality of the augmented versions. It is high enough that the compression of the originals loses more
+detail."""
 PIXEL_BYTES = 110
 """Memory per pixel that augmentation needs for float32 copies of the image, positions and hues, in bytes."""
 WORKING_BYTES = 2**30

@@ -133,7 +133,7 @@ def lesion_notes(folds: Folds, has_lesion: Sequence[bool]) -> list[str]:
 
 
 def require_enough(n: int, folds: int, what: str) -> None:
-    """Raise ConfigError if `n` is less than `folds`. `what` names the counted images or groups in the message."""
+    """Raise ConfigError if `n` is less than `folds`. `what` names the counted objects: `images` or `groups`."""
     if n < folds:
         advice = f"take fewer folds (--folds {n})" if n > 1 else "more are needed"
         raise ConfigError(f"study.folds = {folds}, but there are only {n} {what}: {advice}")

@@ -81,7 +81,7 @@ def _in_root(config: DataConfig) -> Dataset:
 def _by_split(root: Path, pattern: str) -> dict[Split, Path]:
     """Return the folder of each split in `root`.
 
-    Its name is `pattern` with a name of the split in place of `{}`. Upper and lower case are not distinguished.
+    The name of the folder is `pattern`, in which a name of the split replaces `{}`. Case is ignored.
     """
     folders = {path.name.lower(): path for path in _folders(root)}
     found: dict[Split, Path] = {}
@@ -160,7 +160,7 @@ def _listed_test_ids(config: DataConfig, ids: Iterable[str]) -> set[str]:
 def _drawn_test_ids(config: DataConfig, samples: Sequence[Sample]) -> set[str]:
     """Select a test split of about `test_share` of the images, and return its ids.
 
-    Byte-identical images are never separated, nor are the images of a group.
+    Byte-identical images stay together, and so do the images of a group.
     """
     units = connected([sample.id for sample in samples], same_bytes(samples), load_groups(config))
     members = defaultdict(list)

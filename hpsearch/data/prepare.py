@@ -140,7 +140,7 @@ class PoolCaches:
 
     def _prepared(self, data: DataConfig) -> Prepared:
         if data.cached_size not in self.made:
-            # Use the current image paths, because a trial's config contains the paths at the time it began.
+            # Use the current image paths, because the config of a trial has the paths from the trial's start.
             found = self._prepare(data.located_as(self._data))
             if self.made and found.index.ids != self.scored.index.ids:
                 raise CacheError("the images changed while they were decoded: start again")
@@ -169,7 +169,7 @@ def check_contents(config: DataConfig, cache_root: Path) -> tuple[list[Path], li
     samples = set(locate(config, cache_root).samples)
     folders: list[Path] = []
     for path in sorted(cache_root.glob(f"*/{INDEX}")):
-        # Skip caches whose index cannot be read, such as those of another version. The next study rebuilds them.
+        # Skip caches whose index cannot be read, for example of another version. The next study rebuilds them.
         with suppress(CacheError):
             folders += [path.parent] if samples.issuperset(Index.read(path.parent).samples) else []
     return folders, [problem for folder in folders for problem in integrity.check_stored(open_cache(folder))]

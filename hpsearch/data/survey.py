@@ -73,7 +73,7 @@ def survey(pool: Sequence[Sample], cache_root: Path | None, decoders: Decoders |
 
 
 def decide(found: Survey, config: DataConfig, dataset: Dataset) -> tuple[Reading, list[Problem]]:
-    """Return the rules for decoding the files, as the survey `found` and `config` imply, and notes about them.
+    """Return the decoding rules that follow from the survey `found` and from `config`, and notes about them.
 
     If `dataset` is an augmented dataset, the rules stored in it take precedence over the survey.
     """

@@ -67,13 +67,14 @@ class MemoryEstimate:
 
     weights: int
     gradients: int
-    """Gradients of the weights that exist at the peak. Few exist, because the peak is usually at the start of the
-    backward pass."""
+    """Size of the weights' gradients that exist at the peak. There are few, because the peak is usually at the start
+    of the backward pass."""
     optimizer: int
     activations: int
-    """Tensors that autograd has saved and not yet released at the peak."""
+    """Size of the tensors that autograd has saved and not yet released at the peak."""
     workspace: int
-    """Batch, loss, gradients of feature maps, and an allowance for the allocator and the kernels."""
+    """Size of the batch, the loss and the gradients of feature maps, and an allowance for the allocator and the
+    kernels."""
 
     @property
     def total(self) -> int:

@@ -18,7 +18,7 @@ from hpsearch.config.model import UNetConfig
 from hpsearch.models.memory import LayerCost, MemoryEstimate, Step
 
 if TYPE_CHECKING:
-    # Functions import torch themselves, because the coordinator runs without it and needs only calculated sizes.
+    # Torch is imported inside functions, because the coordinator runs without it and needs only calculated sizes.
     from torch import Tensor, nn
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -15,9 +15,10 @@ from hpsearch.models.shapes import norm_groups, skip_offset
 LANES = 64
 """Number of channels that fills the vector registers of any CPU in torch's channels_last kernels."""
 NARROW_BYTES = 16
-"""Largest number of bytes per pixel at which it is faster to view feature maps with more channels (`BatchNorm`)."""
+"""Largest size of a pixel of a feature map, in bytes over all channels, at which `BatchNorm` is faster than
+torch's."""
 NARROW_NUMBERS = 2**16
-"""Smallest number of elements at which it is faster to view feature maps with more channels (`BatchNorm`)."""
+"""Smallest number of elements of a feature map at which `BatchNorm` is faster than torch's."""
 
 
 class UNet(nn.Module):
@@ -235,7 +236,7 @@ class InstanceNorm(nn.InstanceNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if len(x) == 1:
-            # For one image in this layout torch's instance normalisation computes wrong gradients.
+            # For a single image in this layout, torch's instance normalisation computes wrong gradients.
             return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
         # Without the conversion the result is not channels_last, and every following convolution has to convert it.
         return super().forward(x).contiguous(memory_format=torch.channels_last)
@@ -334,8 +335,8 @@ def initialize_(model: nn.Module, init: Literal["xavier", "torch"], *, seed: int
 
     `xavier`: convolutions use the uniform initialisation of Glorot and Bengio with zero bias, and transposed
     convolutions interpolate (`interpolation_weight`). `torch`: both use the initialisation of torch's constructors.
-    Normalisation layers start with weight 1 and bias 0. Weights are drawn on the CPU from a generator of their own,
-    so a seed gives the same bytes on every device. A model on the `meta` device is left unchanged.
+    Normalisation layers start with weight 1 and bias 0. Weights are drawn on the CPU from a separate generator, so a
+    seed gives the same bytes on every device. A model on the `meta` device is left unchanged.
     """
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
