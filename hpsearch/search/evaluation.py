@@ -138,7 +138,7 @@ class Judge:
         # With a lookahead, ignore the latest trials: which of them have ended depends on the number of workers.
         lookahead = self._record.config.study.lookahead
         last = trial.number - lookahead if lookahead else max(self._trials)
-        # A trial must not be pruned because of an earlier trial with the same params.
+        # An earlier trial with the same params must not cause the pruning of this trial.
         others = [
             each
             for each in self.ended_scores()

@@ -24,7 +24,7 @@ def importances(record: StudyRecord) -> dict[str, float]:
     ]
     if not spaces or len(trials) < MIN_TRIALS or len({trial.value for trial in trials}) < 2:
         return {}
-    # Imported late, because Optuna's random forest is slow to load and a `final` run needs it only at its end.
+    # Imported here, because Optuna's random forest is slow to load and a `final` run needs it only at its end.
     from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -147,7 +147,7 @@ def _fingerprint(study: StudyPaths) -> tuple[Any, ...]:
 
 
 def _agree(known: Sequence[FrozenTrial], wanted: Sequence[FrozenTrial]) -> bool:
-    """Return whether the trials in the database, `known`, are the first of those that it should contain, `wanted`.
+    """Return whether the database's trials, `known`, are a prefix of the trials that it should contain, `wanted`.
 
     A trial that is running in the database may have ended in the record.
     """

@@ -253,7 +253,7 @@ def _continuations(candidate: TrialScores, fold: int, reference: ReferenceScores
     now = scores[np.argmax(candidate.curves[fold])].astype(float)
     part = len(scores) / candidate.n_epochs
     spent = candidate.spent(len(scores))
-    # Trials may differ in their number of epochs. Rounding down makes the shares smaller, to the candidate's favour.
+    # Trials may differ in their number of epochs. Rounding down makes the shares smaller, in the candidate's favour.
     then = _shares_of_final(reference.near, lambda trial: int(part * trial.n_epochs + 1e-9))
     slowest = min([spent, *then])
     if slowest <= 0:
@@ -264,10 +264,10 @@ def _continuations(candidate: TrialScores, fold: int, reference: ReferenceScores
 
 
 def _shares_of_final(near: Sequence[TrialScores], epochs: Callable[[TrialScores], int]) -> list[float]:
-    """Return, for each near trial, the fraction of its final score that it reached within some first epochs.
+    """Return, for each near trial, the fraction of its final score that it reached in its first epochs.
 
-    `epochs` returns their number for a trial. Trials for which it returns 0 are left out. The best score within these
-    epochs counts, and scores are summed over the trial's folds.
+    `epochs` returns how many first epochs of a trial to consider. Trials for which it returns 0 are left out. The
+    score of a fold is the best score in these epochs, and scores are summed over the trial's folds.
     """
     shares = []
     for trial in near:

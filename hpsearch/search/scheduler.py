@@ -48,7 +48,7 @@ class StudyState:
     folds_in_turn: bool = True
     """Whether the folds of a trial are fitted one after another, as long as other trials can use the free workers."""
     judges_any_fold: bool = True
-    """Whether the pruner can judge a trial by any subset of its folds, not only by the first ones."""
+    """Whether the pruner can judge a trial by any subset of its folds. If not, the folds must be fitted in order."""
 
 
 @dataclass(frozen=True)

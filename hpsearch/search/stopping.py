@@ -37,9 +37,9 @@ class Stop:
         self._ends_at = time.monotonic() + hours * 3600
 
     def poll(self, study: StudyPaths) -> str:
-        """Check for the time limit and `hpsearch stop`. Return the reason if a stop is newly requested, else ""."""
+        """Check the time limit and `hpsearch stop`. Return the reason if this call requested a stop, else ""."""
         if study.stop_request.exists():
-            # Exit like a process that SIGTERM ended, so that a calling script stops too.
+            # Exit like a process terminated by SIGTERM, so that a calling script stops too.
             self.request(signal.SIGTERM, at_once=study.stop_request.read_text().strip() == "now")
             study.stop_request.unlink(missing_ok=True)
             return "stop was requested from outside"

@@ -138,7 +138,7 @@ def _study_in_memory(config: StudyConfig, known: Sequence[TrialRecord], dimensio
 def _replay(config: StudyConfig, study: Study, frozen: FrozenTrial, number: int) -> None:
     """Replay a trial: let the sampler suggest it again, and add it to the study.
 
-    This restores the state of the sampler, which it stores in the attributes of the trial.
+    The sampler thereby stores its state in the attributes of the trial again.
     """
     study.enqueue_trial(frozen.params)
     trial = study.ask(frozen.distributions)

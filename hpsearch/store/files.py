@@ -45,14 +45,14 @@ class StudyFiles:
                 f"there is no study {study.name!r} in {study.project.root.absolute()}; studies there: {known}"
             )
         try:
-            # Studies of version 0.1 may contain relative paths, which refer to the folder where they were begun.
+            # Studies of version 0.1 may contain paths relative to the folder in which they were started.
             return cls(study, configs.load(study.toml).absolute())
         except ConfigError as error:
             raise RecordError(f"the study's own settings cannot be used: {error}") from error
 
     @classmethod
     def create(cls, study: StudyPaths, config: StudyConfig) -> Self:
-        """Create a study by writing its settings, which are the first file of its record."""
+        """Create a study by writing its settings, the first file of its record."""
         paths.write_text(study.toml, config.to_sealed_toml())
         return cls(study, config)
 
@@ -121,8 +121,8 @@ class StudyFiles:
     def trial(self, number: int) -> TrialRecord:
         """Read a trial.
 
-        Raises RecordError, naming the file, if it is missing or damaged. A trial with a `taken.json` of version 0.1
-        is orphaned, regardless of the outcome in its own file.
+        Raises RecordError, naming the file, if it is missing or damaged. A trial with a `taken.json`, which version
+        0.1 wrote, is orphaned, regardless of the outcome in its own file.
         """
         path, taken = self.paths.trial(number).trial, self.paths.trial(number).taken
         trial = read_record(TrialRecord, path)

@@ -73,7 +73,7 @@ def remove_checkpoints(fit: FitPaths) -> None:
 
 
 def remove_networks(fit: FitPaths) -> None:
-    """Remove all networks of a fit, and keep its scores. A worker of a cluster can then no longer write there."""
+    """Remove all networks of a fit, and keep its scores. Cluster workers can then no longer write to its folder."""
     for path in (fit.last, fit.previous, fit.weights, fit.best, fit.attempt):
         path.unlink(missing_ok=True)
 

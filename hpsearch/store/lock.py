@@ -39,7 +39,7 @@ def hold(study: StudyPaths) -> Iterator[None]:
     except OSError as error:
         raise paths.storage_error(study.lock, error) from error
     try:
-        # A killed process may have left temporary files, and workers on a cluster that may no longer write. Remove
+        # A killed process may have left behind temporary files, and cluster workers that must no longer write. Remove
         # the attempts first, so that no worker can still rename a new temporary file.
         for attempt in study.root.rglob("attempt"):
             attempt.unlink(missing_ok=True)
@@ -47,12 +47,12 @@ def hold(study: StudyPaths) -> Iterator[None]:
         paths.write_json(study.holder, {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()})
         yield
     finally:
-        # The holder's file may stay if it cannot be removed: only the lock decides whether the study is running.
+        # Ignore errors: a leftover file is harmless, because only the lock decides whether the study is running.
         with suppress(OSError):
             study.holder.unlink(missing_ok=True)
         is_empty = study.root in made and not study.toml.is_file()
         if is_empty:
-            # Remove the folder while holding the lock, so that no other process can have begun the study.
+            # Remove the folder while holding the lock, so that no other process can start the study in the meantime.
             shutil.rmtree(study.root, ignore_errors=True)
         lock.release()
         for path in reversed(made) if is_empty else ():

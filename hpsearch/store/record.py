@@ -105,7 +105,7 @@ class StudyRecord(StudyFiles):
         return self.configuration(trial.params) == self.configuration({})
 
     def n_unused(self, trials: Iterable[TrialRecord]) -> int | None:
-        """Return the number of configurations that no trial in `trials` has; None if the space is infinite."""
+        """Return the number of configurations that no trial in `trials` uses; None if the space is infinite."""
         n_configurations = self.config.search.n_configurations
         if n_configurations is None:
             return None
@@ -118,7 +118,7 @@ class StudyRecord(StudyFiles):
         return n_left if n_unused is None else min(n_left, n_unused + sum(each.outcome is None for each in trials))
 
     def is_searched(self, trials: Sequence[TrialRecord]) -> bool:
-        """Return whether the search is over, given all trials of the study. Replicates may still be missing."""
+        """Return whether the search is over, given all trials of the study. Replicates may still be unfinished."""
         return all(trial.outcome is not None for trial in trials) and self.n_left(trials) == 0
 
     def valid_shortlist(self, contenders: Sequence[TrialRecord]) -> Shortlist | None:

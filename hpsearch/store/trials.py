@@ -38,8 +38,8 @@ class PruneDecision:
     """Number of finished epochs in that fold."""
     reason: str
     d: float | None = None
-    """Mean amount by which the candidate scores lower than a trial as good as the incumbent is expected to
-    (`search.racing`); None if no comparison was possible."""
+    """Mean difference per image between the score expected of a trial as good as the incumbent and the candidate's
+    score (`search.racing`). Positive if the candidate is worse; None if no comparison was possible."""
     se: float | None = None
     """Standard error of `d`."""
     s: float | None = None
@@ -56,7 +56,7 @@ class EvaluationRecord:
     """Fields shared by the records of a trial and of its replicate."""
 
     began_at: float
-    """Start (Unix time in seconds, like all times here)."""
+    """Unix time of the start, in seconds."""
     outcome: Outcome | None = None
     """How the trial or replicate ended; None while it is open."""
     reason: str = ""
@@ -92,8 +92,8 @@ class TrialRecord(EvaluationRecord):
     """Number of images in each part of a batch. Set only in trials of version 0.1 whose result was changed by
     splitting batches. These trials cannot win."""
     draw: int | None = None
-    """Position among the suggestions if it differs from the number. Version 0.1 set it on a trial that continued an
-    orphaned one."""
+    """Position among the suggestions if it differs from the trial number. Version 0.1 set it for trials that
+    continued an orphaned trial."""
 
     @property
     def place(self) -> int:
@@ -138,7 +138,7 @@ class Shortlist:
     """Trials selected for replication."""
 
     trials: tuple[int, ...]
-    """Numbers of the selected trials, most often selected first."""
+    """Numbers of the selected trials, in descending order of how often each is the best in bootstrap samples."""
     of: tuple[int, ...]
     """Numbers of the trials that could win when the shortlist was made. If these trials change, the shortlist is
     void."""

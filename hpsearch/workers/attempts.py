@@ -1,8 +1,8 @@
 """Attempts at a fit: on a cluster, only the latest attempt may write into the fit's folder.
 
-A worker that lost its connection or was suspended may continue a fit that another worker has taken over. The
-coordinator therefore accepts an attempt, in the file `attempt` of the fit's folder, before it submits the fit. Every
-write of the fit is checked against that file.
+A worker that lost its connection or was suspended may continue a fit that another worker has taken over. Before the
+coordinator submits a fit, it therefore writes the name of the new attempt to the file `attempt` in the fit's folder.
+Every write of the fit is checked against that file.
 
 A check alone is not enough, because a worker may be suspended between the check and the rename. `begin` therefore
 also removes the temporary files of the folder: a rename that was checked before `begin` then fails, because its
@@ -20,7 +20,7 @@ from hpsearch.paths import CHECK_WRITE, FitPaths, remove_stale_temporaries, writ
 
 
 def begin(fit: FitPaths) -> str:
-    """Accept a new attempt at a fit, and return its name. Earlier attempts can no longer write."""
+    """Register a new attempt at a fit, and return its name. Earlier attempts can no longer write."""
     attempt = secrets.token_hex(8)
     write_text(fit.attempt, attempt)
     remove_stale_temporaries(fit.root)
@@ -29,7 +29,7 @@ def begin(fit: FitPaths) -> str:
 
 @contextmanager
 def writing(fit: FitPaths, attempt: str) -> Iterator[None]:
-    """During the block, refuse writes into a fit's folder after another attempt was accepted.
+    """During the block, refuse writes to a fit's folder if another attempt has been registered since.
 
     Does nothing if `attempt` is empty. A refused write raises WorkerError.
     """

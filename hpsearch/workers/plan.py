@@ -46,7 +46,7 @@ class ExecutionPlan:
 
         If there is only one worker, its settings are used. Otherwise the fit uses the fastest measured number of
         threads. If that was not measured, the fit uses as many threads as each worker, because more threads can be
-        many times slower on a machine with other load.
+        many times slower on a busy machine.
         """
         first = self.workers[0]
         return first if len(self.workers) == 1 else WorkerSettings(first.device, self.alone_threads or first.threads)

@@ -133,7 +133,7 @@ class TrackingPool(WorkerPool, Generic[W]):
         return next(each for each in self._workers if each is worker)
 
     def _forgive_pause(self) -> None:
-        """Do not count time in which the coordinator itself was suspended (SIGSTOP) as silence of the workers."""
+        """Do not count time during which the coordinator itself was suspended (SIGSTOP) as silence of the workers."""
         if (pause_s := time.monotonic() - self._polled_at) > PAUSE_S:
             for worker in self._workers:
                 worker.last_report_at += pause_s

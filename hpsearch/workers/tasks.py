@@ -53,7 +53,7 @@ class WorkerContext:
     def images(self, caches: CachePaths) -> DeviceData:
         """Return the images of these caches, loaded for the worker's device.
 
-        Only the images that were requested last stay loaded, because those of each size need memory of their own.
+        Only the images requested last stay loaded, because each image size needs additional memory.
         """
         if caches not in self._data:
             self._data.clear()
@@ -68,7 +68,7 @@ class WorkerContext:
 
 
 def run_fit(job: FitJob, context: WorkerContext) -> Finished | Stopped:
-    """Run a fit. It continues from its checkpoint if there is one."""
+    """Run a fit, from its checkpoint if there is one."""
     config, folder = job.config, FitPaths(job.folder)
     folder.root.mkdir(parents=True, exist_ok=True)
     train = np.asarray(job.train, np.int64)
@@ -144,7 +144,7 @@ def measure(job: MeasureJob, context: WorkerContext) -> Finished:
 def _measure_step(step: StepToMeasure, job: MeasureJob, context: WorkerContext) -> tuple[float, float]:
     """Return the seconds per image in training and in evaluation, for a whole batch if time and memory allow."""
     batch_size = step.config.train.batch_size
-    # Start with one image. At full size on a CPU, even this takes seconds. It then remains the only measurement.
+    # Start with one image. If even this takes seconds, as at full size on a CPU, it remains the only measurement.
     alone = _time_batch(step, 1, job.threads, context, 0.0)
     if alone[0] > MEASURE_BUDGET_S or len(context.images(step.caches)) < batch_size:
         return alone
@@ -171,7 +171,7 @@ def _time_batch(
     # Only the time matters. At this learning rate, training does not diverge.
     changes: dict[str, Any] = {"train.batch_size": n_images, "train.epochs": 100_000, "train.lr": 1e-9}
     if n_images == 1 and step.config.unet.norm in ("batch", "instance"):
-        # These normalisations need more than one value per channel, which a single image may not have in every layer.
+        # These normalisations need more than one value per channel. A single image may have only one in some layers.
         changes["unet.norm"] = "group"
     config = step.config.with_params({**changes, "train.compile": "off"})
     images, n_channels = np.arange(n_images, dtype=np.int64), config.data.n_channels

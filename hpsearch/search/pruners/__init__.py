@@ -19,7 +19,7 @@ class Pruner(Protocol):
     is_sequential: bool
     """Whether the folds of a trial are fitted one after another, as long as other trials can use the free workers."""
     takes_any_fold: bool
-    """Whether the pruner can judge a trial by any subset of finished folds, not only by the first ones."""
+    """Whether the pruner can judge a trial by any subset of its folds. If not, the folds must be fitted in order."""
 
     def judge(self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds) -> PruneDecision | None:
         """Return the decision after the latest epoch of fold `candidate.latest`; None to make no decision.
