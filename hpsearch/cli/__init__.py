@@ -21,7 +21,7 @@ from hpsearch.errors import HpsearchError, StoppedError
 from hpsearch.user_files import printable
 
 _USER_ERRORS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENOTDIR)
-"""Error codes for unusable paths. The user can correct the path, so these errors are shown as one line."""
+"""Values of `errno` for unusable paths. The user can correct the path, so these errors are shown as one line."""
 
 
 class _Group(click.Group):

@@ -140,7 +140,7 @@ def augment(project: ProjectPaths, settings: Settings, copies: int, target: Path
 def sample(folder: Path, **sizes: int) -> None:
     """Generate a small synthetic dataset in FOLDER.
 
-    The images resemble dermoscopic images. The folders are laid out as in ISIC-2017.
+    The images resemble dermoscopic images, and the folders have the same layout as ISIC-2017.
     """
     from hpsearch.data.sample import draw_sample
 

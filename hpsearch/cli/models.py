@@ -69,7 +69,7 @@ def predict(
             raise ConfigError(
                 f"--out-dir {out_dir} holds the true masks of study {study.name!r}: name another folder"
             )
-        # As many threads as a single fit uses: on a machine with other load, more are many times slower.
+        # Use as many threads as a single fit. On a busy machine, more threads can be many times slower.
         plan = record.plan()
         how["threads"] = how["threads"] or (from_json(ExecutionPlan, plan).alone.threads if plan else None)
     predictor = load_predictor(weights, **how)

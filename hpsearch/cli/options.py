@@ -35,7 +35,7 @@ def _project(_ctx: click.Context, _param: click.Parameter, out: Path) -> Project
     if link := broken_link(out):
         raise ConfigError(f"--out: {link}")
     with contextlib.suppress(FileNotFoundError):
-        # Raises OSError for a path that no folder can have, such as one that is too long, even if the command writes
+        # An impossible path, such as one that is too long, raises OSError here, even if the command would write
         # nothing.
         out.stat()
     return ProjectPaths(out)
@@ -119,7 +119,7 @@ class Settings:
 
     @property
     def name(self) -> str:
-        """Default name of the study: that of the folder `images` or, with a TOML file or other data, of the TOML."""
+        """Default name of the study: the name of the TOML file or, if only `images` is given, of that folder."""
         if self.images is None or self.config_file is not None:
             return self.path.stem
         require_usable_path(Path(self.images), ConfigError)

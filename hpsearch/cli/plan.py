@@ -113,7 +113,7 @@ class _Costs:
     def verdict(self) -> str:
         """`fits` or `does not fit`: whether a training step fits in memory. Empty if the memory is unknown.
 
-        The limit is the same as that which makes a trial infeasible.
+        Trials above this limit are infeasible.
         """
         if self._usable_bytes is None:
             return ""

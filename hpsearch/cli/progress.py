@@ -110,7 +110,7 @@ class StudyProgress(StudyCallback):
         self._print(text)
 
     def interrupted(self, text: str) -> None:
-        """Show a message from a signal handler. Does not print, because the handler may have interrupted a print."""
+        """Show a message from a signal handler, which must not print because it may have interrupted a print."""
         if self._live.is_started:
             # The next refresh shows the message. A line written between two refreshes would be overwritten.
             self._interruption = text

@@ -19,7 +19,7 @@ from hpsearch.search.stopping import Stop
 WIDTH = 200
 """Width of tables in characters if the output is not a terminal."""
 _GONE = frozenset({errno.EPIPE, errno.EIO, errno.EBADF})
-"""Error codes of writing to a pipe whose reader has exited, or to a closed terminal."""
+"""Values of `errno` when writing to a pipe whose reader has exited, or to a closed terminal."""
 
 
 def echo_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, n_left: int = 99, title: str = "") -> None:

@@ -117,7 +117,7 @@ def run_final(
 
 @dataclass
 class _Final:
-    """A `final` run in progress: its images, folder and steps."""
+    """State and steps of a `final` run in progress."""
 
     record: StudyRecord
     trial: TrialRecord
@@ -138,7 +138,7 @@ class _Final:
                 f"FILE --trial {trial.number}` and `hpsearch train --config FILE --folds {record.config.study.folds}`"
             )
         of_trial = trial.study_config
-        # The trial's configuration contains the image path at its start. The images may have moved since then.
+        # The trial's configuration has the image paths from the trial's start. The images may have moved since then.
         self.config = dataclasses.replace(of_trial, data=of_trial.data.located_as(record.config.data))
         self.root = cache_root(self.project, self.config)
         self.caches = PoolCaches(record.config, self.root, role="final", progress=self._decoded)
@@ -334,7 +334,7 @@ class _Final:
 def fold_networks(record: StudyRecord, number: int) -> tuple[str, tuple[FoldNetwork, ...]]:
     """Return a description of the fold networks that were kept for a trial, and the networks.
 
-    They are those of the refits, or of the first fits if no refits were kept. Both values are empty if neither were
+    The networks of the refits are preferred to those of the first fits. Both values are empty if no networks were
     kept.
     """
     held_out = [tuple(record.folds.held_out(fold).tolist()) for fold in range(record.n_folds)]

@@ -26,7 +26,7 @@ TOLERANCE = 1e-4
 """Largest accepted absolute difference between the logits of ONNX Runtime and PyTorch."""
 INPUT, OUTPUT = "images", "logits"
 """Names of the graph's input (batch, channels, H, W) and output (batch, 1, H, W), both float32. The batch size is
-free."""
+dynamic."""
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
@@ -74,8 +74,8 @@ def export_onnx(weights: Path, path: Path) -> float:
 def export_toml(record: StudyRecord, path: Path | None = None, *, number: int | None = None) -> Path:
     """Write the configuration of a study's best trial, or of trial `number`, as TOML, and return the path.
 
-    `hpsearch train` trains the configuration again. `path` defaults to a file in the study's folder. Raises
-    StudyError if the trial does not exist, or if no trial can be the best one yet.
+    `hpsearch train` can train the configuration again. `path` defaults to a file in the study's folder. Raises
+    StudyError if the trial does not exist, or if no trial is complete yet.
     """
     if number is None:
         number = record.standing().winner

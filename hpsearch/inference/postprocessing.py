@@ -49,7 +49,7 @@ class FoldNetwork:
 
 @dataclass(frozen=True)
 class Decision:
-    """Decision about one option of the post-processing, with its out-of-fold gain."""
+    """Decision whether to use one post-processing option, with its out-of-fold gain."""
 
     name: str
     """Name of the option: `flips`, `threshold`, `clean` or `ensemble`."""
@@ -62,7 +62,7 @@ class Decision:
 
     @classmethod
     def make(cls, name: str, value: bool | float, gains: Floats, network_of: NDArray[np.int64]) -> Self:
-        """Decide about one option. It is used if the 95 % interval of its mean gain lies above 0.
+        """Decide whether to use one option: yes, if the 95 % interval of its mean gain lies above 0.
 
         gains: gain of each image when the option is used, (n,). network_of: index of the network that predicted each
         image, (n,). The interval accounts for the variance between images and between networks.
@@ -86,7 +86,7 @@ class SelectedPostprocessing:
     decisions: tuple[Decision, ...]
     """Decisions in the order in which they were made. Each one builds on the options that were used before."""
     n_images: int
-    """Number of out-of-fold images that the decisions are based on."""
+    """Number of images whose out-of-fold predictions the decisions are based on."""
     source: str
     """Description of the networks that predicted these images, for example `refits of trial 7`."""
 

@@ -33,7 +33,7 @@ from hpsearch.typed_json import from_json
 from hpsearch.user_files import file_fault, list_folder, name_key, user_path
 
 BLEND_OVERLAP = 0.25
-"""Smallest overlap of blended tiles, as a fraction of the tile's side."""
+"""Minimum overlap of blended tiles, as a fraction of the tile's side."""
 OUTLINE = (0, 255, 0)
 """RGB colour of the mask's outline in an overlay. It does not occur in skin or lesions."""
 
@@ -283,7 +283,7 @@ def draw_outline(image: Tensor, mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
     The line has the colour OUTLINE and lies inside the mask. Its width is about 1/400 of the longer image side, so
     that it remains visible when the image is scaled down.
     """
-    from scipy import ndimage  # slow to import, as in `clean_mask`
+    from scipy import ndimage  # slow to import and rarely needed
 
     pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
     thickness = max(1, round(max(mask.shape) / 400))

@@ -33,8 +33,8 @@ class Estimates:
     def of(cls, record: StudyRecord) -> Self | None:
         """Return the estimates of a study; None if no trial is complete.
 
-        Replicates (the second sets of fits of the top trials) are included once all of them have ended. Pruned trials
-        are included with their finished folds.
+        Replicates (second sets of fits of the top trials) are included once all of them have ended. Pruned trials are
+        included with their finished folds.
         """
         trials = record.trials()
         standing = record.standing(trials)
@@ -84,7 +84,8 @@ class Estimates:
 
     @cached_property
     def cheapest_tied(self) -> int:
-        """Number of the tied trial whose cross-validation took the least time; the best of them if several did."""
+        """Number of the tied trial with the fastest cross-validation. Of equally fast trials, the best is
+        returned."""
         fits = {number: trial_epochs(self.record, number) for number in self.tied}
         return min(self.tied, key=lambda number: sum(row.seconds for rows in fits[number] for row in rows))
 

@@ -160,7 +160,7 @@ def _mark_gap(axis: Axes, epochs: Floats, train: Floats, held_out: Floats, score
 
 def draw_panels(cases: Sequence[Case], *, metric: str, title: str) -> Figure:
     """Draw one row per case: image, mask, prediction and overlay. All images must have the same size."""
-    # Drawing all pictures as one image is ten times as fast as using one axes per picture.
+    # Drawing all pictures as one image is ten times faster than using one axes per picture.
     picture = np.concatenate([np.concatenate(_views(case), axis=1) for case in cases])
     height, width = picture.shape[0] / len(cases), picture.shape[1] / 4
     inches = 1.35 + 6.2 / 4 * len(cases) * height / width

@@ -20,7 +20,7 @@ from hpsearch.typed_json import from_json
 from hpsearch.workers.plan import ExecutionPlan, predicted_bytes
 
 N_TEST = 600
-"""Number of test images to predict for if no model was retrained yet: the size of the ISIC-2017 test set."""
+"""Number of test images that the prediction assumes if no model was retrained yet: the ISIC-2017 test set has 600."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ class StudyRows:
     importances: dict[str, float]
     """Share of the variance between trials that each searched setting explains."""
     finals: tuple[FinalResult, ...]
-    """Results of the `final` runs, in the order in which these ended."""
+    """Results of the `final` runs, in the order in which they ended."""
     machine: dict[str, str]
     """Device, precision, threads and versions of the study's plan."""
     warnings: tuple[str, ...] = ()

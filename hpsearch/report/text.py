@@ -84,7 +84,7 @@ def gap(fits: Sequence[Sequence[EpochRow]], metric: str) -> str:
 def commands(rows: StudyRows) -> list[tuple[str, str]]:
     """Return the commands that repeat the study as (command, purpose) pairs.
 
-    They read the file NAME.toml, which must contain the settings shown on the page.
+    The commands read the file NAME.toml, which must contain the settings shown on the page.
     """
     toml = shlex.quote(f"{rows.record.name}.toml")
     result = [(command_line(f"study --config {toml}", rows.record.name), "the search")]

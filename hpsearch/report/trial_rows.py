@@ -93,7 +93,7 @@ def cached(record: StudyRecord, key: str) -> Cache:
 def _cases(
     fits: Sequence[FitRecord], all_scores: npt.NDArray[np.float64] | None, cache: Cache, n_each: int = 2
 ) -> list[Case]:
-    """Return `n_each` cases of each rank, or fewer if there are too few examples. No image occurs twice.
+    """Return `n_each` best, median and worst cases, or fewer if there are too few examples. No image occurs twice.
 
     The median cases are closest to the median of `all_scores`, which defaults to the scores of the examples.
     """

@@ -28,7 +28,7 @@ class Point:
 
     @property
     def place(self) -> tuple[str, int, int]:
-        """Key, step and time. They identify a point within its run; of each step, MLflow shows the latest point."""
+        """Key, step and time, which identify a point within its run. MLflow shows the latest point of each step."""
         return self.key, self.step, self.time_ms
 
 
@@ -55,8 +55,8 @@ METRICS: dict[str, dict[str, str | Callable[[Any], float | None]]] = {
     },
     # From the `cross_validation` of the first fits of a trial that was refitted.
     "first fits": {**{f"cv/{score}_first": f"mean.{score}" for score in SCORES}, "cv/{metric}_first": "value"},
-    # From the record of a trial that was not evaluated on all folds. Its estimate is not a mean over
-    # all images and is never logged as one.
+    # From the record of a trial that was not evaluated on all folds. Its estimate is not a mean over all images, so
+    # it has a name of its own.
     "estimate": {"cv/estimate": "value"},
     # From final.json.
     "final": {

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from hpsearch.tracking.runs import RunContent
 
 REQUIREMENTS = ("mlflow", "torch", "torchvision", "numpy", "pandas", "pillow", "psutil", "safetensors", "tomli-w")
-"""Packages that a packed model requires, pinned to the versions installed at packing."""
+"""Packages that a packed model requires, pinned to the versions installed when it was packed."""
 ARTIFACT = "weights"
 """Name of the artifact with the network's weights in a packed model."""
 MODEL = "lesion_masks"

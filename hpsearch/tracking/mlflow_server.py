@@ -29,7 +29,7 @@ ENVIRONMENT = {
 ADDRESSES = "runs artifact_uri", "logged_models artifact_location", "model_versions source"
 """Tables and columns of MLflow's database that contain file URIs."""
 REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST")
-"""MLflow error codes that reject a single request, while the server works."""
+"""MLflow error codes for a single rejected request, when the server itself works."""
 
 
 class MlflowServer:

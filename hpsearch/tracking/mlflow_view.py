@@ -70,7 +70,7 @@ class MlflowView:
         that affects only one run is raised after the other runs were logged.
         """
         if is_last and self._has_failed:
-            # A request that timed out may have been executed later, so read the runs again to find duplicates.
+            # The server may have executed a request after its timeout, so read the runs again to find duplicates.
             self._experiment = None
         with self._tracking_errors():
             self._update(StudyRecord.open(self._study), is_last)

@@ -134,7 +134,7 @@ def study_run(record: StudyRecord, trials: Sequence[TrialRecord], standing: Stan
 
 
 def trial_run(record: StudyRecord, trial: TrialRecord, standing: Standing) -> RunContent:
-    """Return the content of the MLflow run for a trial, as the trial stands now.
+    """Return the content of the MLflow run for a trial in its current state.
 
     The cross-validation means are the values that rank the trial: means over both fits if its refit counts, otherwise
     over the first fit.
@@ -150,7 +150,7 @@ def trial_run(record: StudyRecord, trial: TrialRecord, standing: Standing) -> Ru
 
 
 def refit_run(record: StudyRecord, second: ReplicateRecord) -> RunContent:
-    """Return the content of the MLflow run for a trial's refit, as the refit stands now."""
+    """Return the content of the MLflow run for a trial's refit in its current state."""
     trial, number = record.trial(second.trial), second.trial
     fits = record.fits(number, replicate=1)
     points: list[Point] = []
@@ -174,8 +174,8 @@ def _fits_run(
 ) -> RunContent:
     """Return the content of the MLflow run for a trial or its refit.
 
-    `attempt` is the record of either one. `fits` has its fit of each fold, and `points` its metrics other than those
-    of the fits. `more` are further fields of the content.
+    `attempt` is the record of the trial or refit. `fits` contains its fits by fold, and `points` its metrics apart
+    from the metrics of the fits. `more` contains additional fields of `RunContent`.
     """
     machine = next((summary.runtime for fit in fits if (summary := fit.summary()) is not None), None)
     version, _, commit = attempt.code.partition("+")
@@ -263,7 +263,7 @@ def _value_points(
 
 
 def _ranked_at(record: StudyRecord, standing: Standing) -> float | None:
-    """Return the time at which the ranking values of refitted trials last changed; None if they never did.
+    """Return the time at which the ranking values of refitted trials last changed; None if they never changed.
 
     They change when the last refit ends, and when a trial that completes later invalidates the refits.
     """
