@@ -21,6 +21,6 @@ def _quota() -> float:
             if quota not in ("max", "-1"):
                 return int(quota) / int(period)
         except (OSError, ValueError):
-            # The file does not exist in this cgroup version or system, or has another format. Try the next one.
+            # This cgroup version or system does not have the file, or its format is unknown. Try the next file.
             continue
     return math.inf

@@ -7,7 +7,7 @@
     ├── DeviceError             a device does not exist or has too little memory
     │   └── OutOfMemoryError    a fit ran out of memory; its memory has been released
     ├── DivergedError           the training loss became NaN or infinite
-    ├── CheckpointError         a checkpoint or weights file is damaged, has another origin, or is unsafe to load
+    ├── CheckpointError         a checkpoint or weights file is damaged or unsafe to load, or belongs to another fit
     ├── StudyError              a study is missing or cannot continue as requested
     │   ├── StudyChangedError   settings that must not change differ from those of the study
     │   ├── StudyLockedError    another process is running the study
@@ -16,7 +16,7 @@
     ├── ExportError             a model cannot be exported, or gives different results after export
     ├── TrackingError           MLflow rejects a request or cannot be reached
     ├── StorageError            a file cannot be written: no space, no permission, or a faulty disk
-    └── WorkerError             a worker died or failed for a reason other than its configuration
+    └── WorkerError             a worker died or failed, and the configuration is not the cause
 
 Any other exception is a bug in `hpsearch` and keeps its traceback.
 """
@@ -64,7 +64,7 @@ class DivergedError(HpsearchError):
 
 
 class CheckpointError(HpsearchError):
-    """Raised when a checkpoint or weights file is damaged, has another origin, or is unsafe to load."""
+    """Raised when a checkpoint or weights file is damaged or unsafe to load, or belongs to another fit."""
 
 
 class StudyError(HpsearchError):
@@ -105,7 +105,7 @@ class StorageError(HpsearchError):
 
 
 class WorkerError(HpsearchError):
-    """Raised when a worker dies or fails for a reason other than its configuration."""
+    """Raised when a worker dies or fails, and the configuration of the trial is not the cause."""
 
 
 def redact(text: str) -> str:

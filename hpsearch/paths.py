@@ -56,7 +56,7 @@ _REFUSALS = frozenset(
         *(errno.ENOTDIR, errno.EEXIST),
     }
 )
-"""Error numbers with which a disk or file server refuses to write."""
+"""Values of `errno` that mean that a disk or file server refuses to write."""
 
 
 def check_study_name(name: str) -> str:
@@ -254,9 +254,9 @@ def command_line(command: str, study: str, project: ProjectPaths | None = None) 
 def atomic_write(path: Path, *, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary path next to `path`, and rename it to `path` if the block succeeds.
 
-    The temporary name is unique, also among machines. `remove_stale_temporaries` removes files that killed processes
-    left. If `sync` is true, the file and its new name are forced to disk. Raises StorageError, naming the path, if
-    writing fails.
+    The temporary name is unique, even across machines. `remove_stale_temporaries` removes the files that killed
+    processes leave behind. If `sync` is true, the file and its new name are flushed to disk. Raises StorageError,
+    naming the path, if writing fails.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -339,7 +339,7 @@ def stable_seed(*parts: int | str) -> int:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line and force it to disk. A last line without a newline was truncated by a crash."""
+    """Append one line and flush it to disk. A crash may leave a last line without a newline, which readers ignore."""
     try:
         with path.open("ab") as file:
             CHECK_WRITE.get()(path)
@@ -351,7 +351,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def remove_stale_temporaries(folder: Path) -> None:
-    """Remove the temporary files that killed processes left below `folder`. The caller must hold the study's lock."""
+    """Remove temporary files that killed processes left behind in `folder`. The caller must hold the study's lock."""
     for path in folder.rglob(".*.tmp"):
         with suppress(OSError):
             path.unlink()
@@ -381,7 +381,7 @@ def refusals_named(folder: Path) -> Iterator[None]:
 
 
 def free_bytes(path: Path) -> int:
-    """Return the number of free bytes on the disk of `path`, which need not exist yet."""
+    """Return the number of free bytes on the disk of `path`. The path does not have to exist yet."""
     folder = path
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent

@@ -35,8 +35,8 @@ SPARE_BYTES = 16 * 2**20
 """Disk space that is reserved for the scores, figures and databases of a study."""
 LAST_UPDATE_S = 180.0
 URGENT_UPDATE_S = 5.0
-"""Seconds without progress after which the end of a study stops waiting for a view: `LAST_UPDATE_S` normally, and
-`URGENT_UPDATE_S` if the study must end at once."""
+"""Maximum time without progress, in seconds, that a study waits for its views before it ends. `URGENT_UPDATE_S`
+applies if it must end at once."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ def run_study(
     and `stop` collects requests to stop. After `hours`, the study stops and keeps its checkpoints. `enqueued`
     contains params to try next. Each of them is tried only once over all starts.
 
-    Raises StudyLockedError if another process runs the study, StudyChangedError if settings differ that must not
-    change, DatasetError if the data cannot be used, StorageError if a file cannot be written, and WorkerError if
+    Raises StudyLockedError if another process runs the study, StudyChangedError if settings that must not change
+    differ, DatasetError if the data cannot be used, StorageError if a file cannot be written, and WorkerError if
     workers cannot start.
     """
     config = config.absolute()
@@ -132,7 +132,7 @@ def run_study(
 
 
 def close_view(view: ViewThread, stop: Stop) -> int:
-    """Update a view a last time and end its thread. Return the number of recorded items that the view lacks."""
+    """Update a view one last time and end its thread. Return the number of recorded items that the view lacks."""
     # A process that must end at once does not wait long for an unresponsive server.
     if stop.is_urgent:
         return view.close(URGENT_UPDATE_S)
@@ -191,7 +191,7 @@ def _prepare(
         caches = PoolCaches(config, cache_root(project, config), progress=decoded)
         caches.prepare_listed(config)
     except CacheError:
-        # The cause may be a stop signal that also ended the processes that decode. `check` then raises StoppedError.
+        # The cause may be a stop signal that also ended the decoding process. `check` then raises StoppedError.
         check()
         raise
     callback.prepared(dataclasses.replace(caches.scored, notes=tuple(caches.notes)))
@@ -203,7 +203,7 @@ def _prepare(
 def _require_same_images(
     study: StudyPaths, record: StudyRecord | None, config: StudyConfig, caches: PoolCaches, callback: StudyCallback
 ) -> StudyRecord:
-    """Begin a new study, or check that the images are those from which the study's folds were made."""
+    """Start a new study, or check that the images have not changed since the study's folds were made."""
     pool = caches.scored.index
     if record is None or not study.folds.is_file():
         pairs = None

@@ -1,8 +1,8 @@
 """Start Python subprocesses that import this package, and nothing from the current folder.
 
 A `random.py` or a folder `hpsearch` in the user's folder must not be imported in place of the real one. A subprocess
-therefore runs this file, isolated from the current folder by `-P`. This file loads the package from the folder in
-which it lies, and runs one of the package's modules like `python -m`.
+therefore runs this file, isolated from the current folder by `-P`. This file loads the package from the folder that
+contains it, and runs one of the package's modules like `python -m`.
 """
 
 import os
@@ -17,10 +17,10 @@ def command(module: str, *arguments: str) -> list[str]:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """Return this process's environment with `changes`, so that no Python process imports from the current folder.
+    """Return this process's environment with `changes` made, and with nothing imported from the current folder.
 
-    This includes subprocesses of the subprocess. Relative entries of PYTHONPATH become absolute. Entries that name
-    the current folder (`.` or nothing) are removed.
+    This applies to every Python process that inherits the environment. Relative entries of PYTHONPATH become
+    absolute. Entries that name the current folder (`.` or nothing) are removed.
     """
     entries = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     others = [os.path.abspath(entry) for entry in entries if os.path.normpath(entry) != "."]
@@ -31,8 +31,8 @@ def _main() -> None:
     import importlib
     import runpy
 
-    # Import this package, even if another one has the same name. Its folder is then removed from the path, so that
-    # nothing else is imported from there.
+    # Import this package, even if another one has the same name. Then remove the folder from the path, so that
+    # nothing else is imported from it.
     folder = os.path.dirname(os.path.dirname(_FILE))
     sys.path.insert(0, folder)
     importlib.import_module("hpsearch")

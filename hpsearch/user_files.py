@@ -43,7 +43,7 @@ def name_fault(stem: str) -> str:
 
 
 def require_usable_path(path: Path, error: type[HpsearchError]) -> None:
-    """Raise `error` if the name of the path or of a folder above it cannot be stored in settings and records."""
+    """Raise `error` if the name of the path or of a parent folder cannot be stored in settings and records."""
     for part in path.absolute().parts:
         if fault := text_fault(part):
             raise error(f"{printable(path.absolute())}: the folder name {printable(part)} {fault}: rename it")
@@ -55,7 +55,7 @@ def name_key(name: str) -> str:
 
 
 def user_path(text: str) -> Path:
-    """Return the user's text as a path. `~` is expanded if the home folder is known."""
+    """Convert text that a user entered to a path. `~` is expanded if the home folder is known."""
     return Path(os.path.expanduser(text))
 
 
@@ -105,8 +105,8 @@ def list_folder(path: Path, error: type[HpsearchError]) -> list[Path]:
 def read_text(path: Path, what: str, error: type[HpsearchError]) -> str:
     """Return the text of a UTF-8 file, with or without a byte order mark, with lines ending in `\\n`.
 
-    Raises `error` if the file is missing, unreadable or in another encoding. The message names the file after `what`,
-    which describes it, such as `--enqueue`.
+    Raises `error` if the file is missing, unreadable or in another encoding. Messages begin with `what`, such as
+    `--enqueue`, and the path.
     """
     named = f"{what} {printable(path)}".strip()
     try:

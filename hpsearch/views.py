@@ -66,7 +66,7 @@ class ViewThread(threading.Thread):
         self._woken.set()
 
     def close(self, timeout_s: float = 30.0, give_up: Callable[[], bool] = lambda: False) -> int:
-        """Update the view a last time, end the thread and return the number of items that the view lacks.
+        """Update the view one last time, end the thread and return the number of items that the view lacks.
 
         Waits while the view makes progress. Stops waiting after `timeout_s` without progress, or when `give_up`
         returns true.

@@ -27,7 +27,7 @@ class DataConfig:
     masks: str = ""
     """Folder of the masks of `images`. Files are matched by name, without the extension and `mask_suffix`."""
     mask_suffix: str = ""
-    """Text after the image's name in the file name of its mask, such as `_segmentation`; empty: detected."""
+    """Text after the image's name in the file name of its mask, such as `_segmentation`; empty: detect it."""
     test_share: float = 0.2
     """Fraction of your own images in the test split. The images are selected by a hash of their names, independently
     of `study.seed`."""
@@ -49,7 +49,8 @@ class DataConfig:
     4095, 16383 and 65535 that no training or validation image exceeds."""
     cache: Literal["auto", "memory", "files", "memmap", "none"] = "auto"
     """How decoded images are cached: in memory-mapped files (`memmap`), in one file per image (`files`), in the
-    memory of each process (`memory`), or not at all (`none`). `auto` prefers `memmap` if the disk has the space."""
+    memory of each process (`memory`), or not at all (`none`). `auto` prefers `memmap` if there is enough disk
+    space."""
     cache_size: Size = 0
     """Size of the cached images, from which `augment.crop` cuts out windows of `size`; 0: the same as `size`."""
     cache_dir: str = ""

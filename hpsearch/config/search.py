@@ -70,7 +70,7 @@ class Choice:
         return self.values
 
     def key(self, value: Any) -> Any:
-        """Return a key that is the same for equal values. Pairs may be lists, because JSON has no tuples."""
+        """Return a key that is the same for equal values. A pair may be a list, because JSON has no tuples."""
         return tuple(value) if isinstance(value, list) else value
 
     def contains(self, value: Any) -> bool:
@@ -78,9 +78,9 @@ class Choice:
         return value in self.values
 
     def nearest(self, value: Any) -> Any:
-        """Return the one of the values that is closest to `value`, or the smaller one if two are equally close.
+        """Return the choice that is closest to `value`, or the smaller one if two are equally close.
 
-        Returns the first value if `value` or one of the values is not a number.
+        Returns the first choice if `value` or one of the choices is not a number.
         """
         if not all(_is_number(each) for each in (value, *self.values)):
             return self.values[0]
@@ -163,7 +163,7 @@ class SearchSpace(dict[str, Choice | Range]):
         return math.prod(counts) or None
 
     def key(self, params: Mapping[str, Any]) -> tuple[Any, ...]:
-        """Return a key that is the same for all params of the same configuration."""
+        """Return a key that is the same for params that describe the same configuration."""
         return tuple(dimension.key(params.get(name)) for name, dimension in self.items())
 
     def to_toml(self) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def _split(override: str) -> tuple[str, str]:
 def _move_default(table: Table, name: str, shown: str, note: OnNote) -> None:
     """Move the default of a searched setting to the nearest value of its dimension if it lies outside.
 
-    `shown` is the text of the dimension for the note.
+    `shown` is the dimension as text, for the note.
     """
     section, _, key = name.partition(".")
     dimension = parse_dimension(name, table["search"][name])

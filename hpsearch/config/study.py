@@ -95,7 +95,7 @@ class StudyConfig:
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> Self:
-        """Return the configuration in the nested tables. Raises ConfigError with the name of a wrong key."""
+        """Return the configuration in nested tables. Raises ConfigError, naming the key, if one is invalid."""
         known = [*SECTIONS, "search"]
         if unknown := [name for name in table if name not in known]:
             raise sections.unknown_name(unknown[0], known, "section")

@@ -80,9 +80,9 @@ class ModuleName:
 
 
 def convert(value: Any, annotation: Any, name: str) -> Any:
-    """Return `value` as the annotated type. Only an int is converted to a float, and a list to a tuple.
+    """Return `value` as the annotated type. An int may become a float, and a list a tuple.
 
-    Raises ConfigError, naming the setting `name`, for a value of any other type.
+    Raises ConfigError, naming the setting `name`, for any other type.
     """
     try:
         return _convert(value, annotation)

@@ -115,7 +115,7 @@ def satterthwaite(image_variance: float, image_df: float, run_variance: float, r
 
 
 def half_width(image_variance: float, image_df: float, run_variance: float, run_df: float) -> float:
-    """Return half the width of the 95 % interval of an estimate whose variance is the sum of these two."""
+    """Return half the width of the 95 % interval of an estimate whose variance is the sum of the two variances."""
     total = image_variance + run_variance
     return _t(satterthwaite(image_variance, image_df, run_variance, run_df)) * math.sqrt(total) if total > 0 else 0.0
 

@@ -28,11 +28,11 @@ SCALE = 0.4
 N_GRID = 40
 """Number of grid points of tau, which are denser toward 0."""
 TAIL, NOISE = 0.7, 1.5
-"""Limits that exclude bad trials from the estimate of tau, because searches leave a long tail of them. Let D be the
-distance between the median and the best trial. A trial is excluded if it lies below the median by more than `TAIL`
-times D plus `NOISE` times its standard error."""
+"""Limits that exclude bad trials from the estimate of tau, because a search produces a long tail of them. Let D be
+the distance between the median and the best trial. A trial is excluded if it lies below the median by more than
+`TAIL` times D plus `NOISE` times its standard error."""
 MAX_ROUNDS = 5
-"""Maximum number of rounds of excluding such trials."""
+"""Maximum number of rounds in which such trials are excluded."""
 
 
 class Contrast(NamedTuple):
@@ -93,7 +93,7 @@ def posterior_contrast(
 
 
 def _fit_guides(means: Floats, precision: Floats, reference: int | None, se: float) -> tuple[Mask, _Fits]:
-    """Fit the model to the trials that inform tau: all trials except the reference and those far below the others.
+    """Fit the model to the trials that inform tau: all except the reference and trials far below the others.
 
     Returns a mask of these trials, (trials,), and the fitted model. `se` is the standard error of the selected
     trial's mean, to which the prior of tau is scaled.

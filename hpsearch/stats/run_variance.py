@@ -11,7 +11,7 @@ Floats = NDArray[np.float64]
 
 NEAR = 0.05
 """Only complete trials whose mean score is at most this far below that of the best are used. The scores of collapsed
-trials vary many times more between runs."""
+trials vary far more between runs."""
 S_GUESS, S_GUESS_DF = 0.006, 4.0
 """Prior guess of the run-to-run standard deviation of a fold's mean, and its weight in degrees of freedom."""
 S_FLOOR = 0.003

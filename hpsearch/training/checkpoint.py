@@ -56,8 +56,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Return the state that `save_checkpoint` wrote to a file, with its tensors on the CPU.
 
     Raises CheckpointError if the file is incomplete, has another format version, was written by another program, or
-    contains anything but tensors and plain types. Objects of other types could run code when they are loaded, so the
-    file is refused before that.
+    contains anything but tensors and plain types. Objects of other types could run code when they are loaded, so such
+    a file is refused before anything is loaded.
     """
     try:
         content = path.read_bytes()

@@ -77,7 +77,8 @@ def mean_over_flips(forward: Forward, images: Tensor) -> Tensor:
 def covered(masks: Tensor, logits: Tensor, margin: int) -> Tensor:
     """Crop `masks` (B, 1, H, W) to the area that `logits` (B, 1, h, w) cover.
 
-    The logits start `margin` pixels from the top and left edges of the masks. If it is 0, the masks are not cropped.
+    The logits start `margin` pixels from the top and left edges of the masks. If `margin` is 0, the masks are not
+    cropped.
     """
     if not margin:
         return masks
@@ -97,8 +98,8 @@ def eval_batch_size(batch_size: int, size: tuple[int, int], device: torch.device
 
     On a GPU it is four times the training batch size, because evaluation saves no activations. On a CPU it is the
     training batch size. Batches of small images are larger: they have up to 2**20 pixels on a GPU and up to 2**17 on
-    a CPU, where the feature maps should not exceed the caches by far. At 64x64 on a CPU, batches of 32 images are
-    10 % faster than batches of 16.
+    a CPU, where the feature maps should not be much larger than the processor's caches. At 64x64 on a CPU, batches of
+    32 images are 10 % faster than batches of 16.
     """
     n_pixels = size[0] * size[1]
     if device.type == "cuda":
