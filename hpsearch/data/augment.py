@@ -75,7 +75,7 @@ def draw_changes(
     spare = [have - want for have, want in zip(from_size, to_size, strict=True)]
     if (min(spare) < 0) if config.crop else any(spare):
         wanted = f"{'crops of ' if config.crop else ''}{to_size[0]}x{to_size[1]}"
-        raise CacheError(f"the cached images are {from_size[0]}x{from_size[1]}, wanted are {wanted}")
+        raise CacheError(f"the cached images are {from_size[0]}x{from_size[1]}, expected {wanted}")
     uniform = dict(zip(_KINDS, generator.random((len(_KINDS), n_images)), strict=True))
     noise_seed = int(generator.integers(2**31))
     factors = ("brightness", "contrast", "saturation", "scale")

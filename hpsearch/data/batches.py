@@ -53,7 +53,7 @@ class DeviceData:
         resident_share: float = RESIDENT_SHARE,
     ) -> None:
         if truth is not None and tuple(truth.ids) != tuple(cache.ids):
-            raise CacheError("the cache of the masks for evaluation holds other images than the cache to train from")
+            raise CacheError("the caches for training and evaluation contain different images")
         self.cache = cache
         self.truth = truth
         self.device = torch.device(device)

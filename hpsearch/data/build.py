@@ -60,8 +60,8 @@ def build_cache(
             if not _is_ready(folder, samples, repair=True):
                 if chosen in ("memmap", "files") and (free := free_bytes(cache_root)) < n_bytes + SPARE_BYTES:
                     raise CacheError(
-                        f"the decoded images need {n_bytes / 2**20:.0f} MiB, {cache_root} has {free / 2**20:.0f} MiB "
-                        "left: make room, name another disk as data.cache_dir, or set data.cache to memory or none"
+                        f"the decoded images need {n_bytes / 2**20:.0f} MiB, {cache_root} has {free / 2**20:.0f} MiB"
+                        " free: free some space, change data.cache_dir, or set data.cache to memory or none"
                     )
                 with nullcontext(decoders) if decoders is not None else Decoders() as decoding:
                     _build(samples, preparation, chosen, folder, decoding, progress)
@@ -82,7 +82,7 @@ def _choose_kind(key: str, n_bytes: int, cache_root: Path) -> Kind:
         return "memmap"
     kind: Kind = "memory" if psutil.virtual_memory().available >= 2 * n_bytes else "none"
     logger.warning(
-        "no room for %.1f GiB of decoded images on the disk of %s: data.cache = %s", n_bytes / 2**30, cache_root, kind
+        "no disk space for %.1f GiB of decoded images in %s: data.cache = %s", n_bytes / 2**30, cache_root, kind
     )
     return kind
 
@@ -100,7 +100,7 @@ def _is_ready(folder: Path, samples: Sequence[Sample], *, repair: bool = False) 
             raise CacheError(f"{folder} is damaged at {damaged[0]}")
     except CacheError as error:
         if repair:
-            logger.warning("%s; the cache is built again", error)
+            logger.warning("%s; rebuilding the cache", error)
             shutil.rmtree(folder)
         return False
     if set(index.samples) <= set(samples):

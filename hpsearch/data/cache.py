@@ -120,19 +120,19 @@ class Index:
             head, content, end = path.read_text(encoding="utf-8").split("\n")
             checksum = json.loads(head)["sha256"]
         except FileNotFoundError as error:
-            raise CacheError(f"{folder} is no cache: it has no {INDEX}") from error
+            raise CacheError(f"{folder} is not a cache: {INDEX} is missing") from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CacheError(f"{path} is damaged: {error}") from error
         if end or sha256_text(content) != checksum:
-            raise CacheError(f"{path} was changed since it was written")
+            raise CacheError(f"{path} was changed after it was written")
         table = json.loads(content)
         if table["version"] != INDEX_VERSION:
-            raise CacheError(f"{path} is of version {table['version']}, this program reads {INDEX_VERSION}")
+            raise CacheError(f"{path} has format {table['version']}, but this hpsearch reads {INDEX_VERSION}")
         index = from_json(cls, {**table, "stats": table["facts"]})
         for file, shape in index.files(folder):
             n_bytes = len(npy_header(shape)) + math.prod(shape)
             if (length := file_length(file)) != n_bytes:
-                raise CacheError(f"{file} is {length} bytes, the index says {n_bytes}")
+                raise CacheError(f"{file} has {length} bytes, but its index says {n_bytes}")
         return index
 
 
@@ -236,12 +236,12 @@ class Cache:
             if isinstance(result, DecodeError):
                 changed = result.text
             elif result.crc != self.index.stats[indices[row]].crc:
-                changed = f"{jobs[row].image} or its mask is not what it was"
+                changed = f"{jobs[row].image} or its mask has changed"
             else:
                 for (images, masks), (image, mask) in zip(views, pixels, strict=True):
                     images[row], masks[row] = image, mask
         if changed:
-            raise CacheError(f"{changed}; the data changed while it was in use: start again")
+            raise CacheError(f"{changed}; restart the command, because the data changed while it was running")
         return views
 
 

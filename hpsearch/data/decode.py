@@ -113,8 +113,8 @@ def open_pair(
         text = f"{mask.path} is {mask_size[0]}x{mask_size[1]}, its image is {size[0]}x{size[1]}"
         if image.header.size(upright=not reading.turns) == mask.header.size(upright=not reading.turns):
             done, otherwise = ("applied", "ignored") if reading.turns else ("ignored", "applied")
-            text += f": it fits only with the EXIF orientation {otherwise}, which is {done} {reading.exif_reason}"
-            text += ". Correct the tag, or set data.exif"
+            text += f"; they match only with the EXIF orientation {otherwise}, but it is {done} {reading.exif_reason}"
+            text += ". Correct the EXIF tag, or set data.exif"
         raise DecodeError("sizes differ", text)
     return files, size
 
@@ -204,8 +204,8 @@ def _open(path: Path) -> OpenFile:
     if header.height * header.width > MAX_PIXELS:
         raise DecodeError(
             "absurd size",
-            f"{path} says it is {header.height}x{header.width} pixels: more than {MAX_PIXELS // 10**6} million are "
-            "taken for damage and not decoded",
+            f"{path} has {header.height}x{header.width} pixels according to its header: files of more than "
+            f"{MAX_PIXELS // 10**6} million pixels are treated as damaged",
         )
     return OpenFile(path, header, data)
 
@@ -231,8 +231,8 @@ def _to_eight_bits(path: Path, deep: NDArray[np.uint16], max_value: int) -> tupl
     if largest > max_value:
         raise DecodeError(
             "value above full scale",
-            f"{path} has the value {largest}, above the full scale of {max_value} with which training and validation "
-            "images are read: convert it to 8 bits, or train with data.max_value",
+            f"{path} has the value {largest}, above the full scale {max_value} of the training and validation images"
+            ": convert it to 8 bits, or set data.max_value before training",
         )
     return (deep.astype(np.uint32) * 256 // (max_value + 1)).astype(np.uint8), largest
 

@@ -182,4 +182,4 @@ class Decoders(AbstractContextManager["Decoders"]):
         how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
         why = f" ({last[0]})" if last else ""
         files = ", ".join(str(job.image or job.mask) for job in jobs)
-        return CacheError(f"the process that decodes ended {how}{why} while it read {files}")
+        return CacheError(f"the decoding process ended {how}{why} while it was reading {files}")

@@ -115,7 +115,7 @@ def unpack(path: Path, folder: Path, report: Report) -> None:
                 if not (info.is_dir() or "__MACOSX" in info.filename or Path(info.filename).name.startswith("."))
             ]
             if not files:
-                raise DatasetError(f"{path} holds no files; remove the archive")
+                raise DatasetError(f"{path} contains no files: remove the archive")
             done, total = 0, sum(info.file_size for info in files)
             for info in files:
                 # No file can be written outside the folder: zipfile removes `..` and drive letters.
@@ -147,7 +147,7 @@ def _download_and_unpack(folder: Path, url: str, progress: Progress | None) -> N
         except zipfile.BadZipFile as error:
             path.unlink(missing_ok=True)
             if is_last:
-                raise DatasetError(f"{url} was damaged twice: {error}") from error
+                raise DatasetError(f"{url} is damaged, even after a second download: {error}") from error
             logger.warning("%s is damaged (%s); downloading it again", path, error)
 
 
@@ -228,9 +228,9 @@ def _check_answer(answer: requests.Response, part: Path) -> None:
     if status != 200:
         raise ValueError(f"the server sent {status} {answer.reason}: check the address")
     if answer.headers.get("Content-Type", "").startswith("text/html"):
-        raise ValueError("it is a web page, no archive: check whether the network wants a login")
+        raise ValueError("the response is a web page, not an archive: check whether the network requires a login")
     if not answer.headers.get("Content-Length", "").isdecimal():
-        raise ValueError("it comes without its size, so it is unknown when it is complete")
+        raise ValueError("the response has no Content-Length, so an incomplete download could not be recognised")
 
 
 def _validator(response: requests.Response) -> str:

@@ -79,13 +79,13 @@ def export_augmented(
     root = dataset.root.resolve()
     target = target or root.with_name(f"{root.name}_Aug")
     if augment == AugmentConfig(hflip=0):
-        raise ConfigError("augment changes nothing: switch something on, such as --set augment.hflip=0.5")
+        raise ConfigError("[augment] changes nothing: enable an operation, such as --set augment.hflip=0.5")
     if copies < 1:
         raise ConfigError(f"copies must be at least 1, got {copies}")
     if dataset.problems and not config.data.exclude_bad:
         raise refusal(dataset.problems, dataset.flags)
     if target.exists():
-        raise DatasetError(f"{target} exists already: remove it, or name another folder, to have it written again")
+        raise DatasetError(f"{target} already exists: remove it, or choose another folder")
     partial = target.with_name(f".{target.name}.partial")
     pairs = _pairs(dataset, partial, copies)
     groups = load_groups(config.data) or {}
@@ -146,7 +146,7 @@ def _pairs(dataset: Dataset, folder: Path, copies: int) -> list[_Pair]:
             pairs.append(_Pair(sample, copy, image.with_name(stem + ending), mask.with_name(mask_name)))
     names = Counter(name_key(str(path.with_suffix(""))) for pair in pairs for path in (pair.image, pair.mask))
     if twice := [name for name, n in names.items() if n > 1]:
-        raise DatasetError(f"there would be two files {twice[0]}: an original has the name of a copy")
+        raise DatasetError(f"two files would be called {twice[0]}: an original has the name of an augmented version")
     return pairs
 
 

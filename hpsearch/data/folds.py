@@ -55,7 +55,7 @@ class Folds:
         """Return the folds in `table`, which `to_dict` returned. Raise RecordError if it was changed since then."""
         content = {key: value for key, value in table.items() if key != "digest"}
         if table.get("digest") != _digest(content):
-            raise RecordError("the folds are damaged: their digest is not that of their content")
+            raise RecordError("the folds are damaged: their checksum is wrong")
         return from_json(cls, content)
 
 
@@ -135,7 +135,7 @@ def lesion_notes(folds: Folds, has_lesion: Sequence[bool]) -> list[str]:
 def require_enough(n: int, folds: int, what: str) -> None:
     """Raise ConfigError if `n` is less than `folds`. `what` names the counted objects: `images` or `groups`."""
     if n < folds:
-        advice = f"take fewer folds (--folds {n})" if n > 1 else "more are needed"
+        advice = f"use fewer folds (--folds {n})" if n > 1 else "more are needed"
         raise ConfigError(f"study.folds = {folds}, but there are only {n} {what}: {advice}")
 
 
@@ -205,7 +205,7 @@ def connected(
     if groups is not None:
         group_of = {name_key(id): group for id, group in groups.items()}
         if missing := [id for id in ids if name_key(id) not in group_of]:
-            raise DatasetError(f"the groups name no group for image {missing[0]}")
+            raise DatasetError(f"the group table has no group for image {missing[0]}")
         edges += [(i, first.setdefault(("group", group_of[name_key(id)]), i)) for i, id in enumerate(ids)]
     n, (a, b) = len(ids), np.array(edges, dtype=np.int64).reshape(-1, 2).T
     _, labels = csgraph.connected_components(coo_array((np.ones(len(a)), (a, b)), shape=(n, n)), directed=False)

@@ -105,7 +105,7 @@ def check(
 def check_stored(cache: Cache) -> list[Problem]:
     """Return a problem for each file that changed after `cache` was built and for each damaged cached image."""
     changed = [
-        sample.problem("changed file", f"{path} is not what it was when the cache was made", path)
+        sample.problem("changed file", f"{path} has changed since the cache was built", path)
         for sample, stats in cache.index.pairs
         for path, sha256 in ((sample.image, stats.image_sha256), (sample.mask, stats.mask_sha256))
         if file_sha256(path) != sha256
@@ -135,7 +135,7 @@ def same_images(pool: Sequence[Sample], test: Sequence[Sample]) -> list[Problem]
         n_masks = len({file_sha256(sample.mask) for sample in samples})
         masks = f"{n_masks} masks" if n_masks > 1 else "one mask"
         names, test_names = (" and ".join(sample.id for sample in some) for some in (in_pool, in_test))
-        kind, text = "duplicate image", f"{names} are one image with {masks}"
+        kind, text = "duplicate image", f"{names} are the same image, with {masks}"
         if in_test:
             kind, verb = "image in pool and test", "is" if len(in_pool) == 1 else "are"
             text = f"{names} of the pool {verb} the same file as {test_names} of the test split, with {masks}"
@@ -153,7 +153,7 @@ def dataset_notes(dataset: Dataset) -> list[Problem]:
     if dataset.layout == "folders":
         text = (
             f"set aside as the test split: {counts['test']} of these {sum(counts.values())} images, which the search "
-            "does not see and `final` is scored on (data.test_share, data.test_list)"
+            "does not use and `final` evaluates on (data.test_share, data.test_list)"
         )
         return [dataset.problem("test split", text, "test")]
     is_augmented = (dataset.root / AUGMENTATION).is_file()
@@ -202,7 +202,7 @@ def _pair_notes(sample: Sample, stats: ImageStats, size: Size | None) -> Iterato
         text = f"{sample.id} has {n} {what} pixels at {stats.height}x{stats.width} and none{_at(size)}"
         yield sample.problem(f"vanishing {what}", text, sample.mask)
     if stats.is_constant:
-        yield sample.problem("constant image", f"{sample.image} has one colour only, once decoded", sample.image)
+        yield sample.problem("constant image", f"{sample.image} has only one colour after decoding", sample.image)
 
 
 def lesion_fault(stats: Sequence[ImageStats], size: Size | None) -> str:
@@ -215,7 +215,7 @@ def lesion_fault(stats: Sequence[ImageStats], size: Size | None) -> str:
     if shares not in ({0}, {1}):
         return ""
     masks = f"{len(stats)} masks of training and validation"
-    fault = f"all {masks} are nothing but lesion" if shares == {1} else f"none of the {masks} has a lesion"
+    fault = f"all {masks} contain only lesion" if shares == {1} else f"none of the {masks} has a lesion"
     advice = "check that they are the right masks"
     if n_vanish := sum(each.lesion_share() not in shares for each in stats):
         advice = f"{n_vanish} of them have both lesion and background at their own size. Choose a larger data.size"
@@ -223,15 +223,18 @@ def lesion_fault(stats: Sequence[ImageStats], size: Size | None) -> str:
 
 
 def describe(problems: Iterable[Problem]) -> list[str]:
-    """Return one line per kind of problem with images, and one line per problem with the whole dataset."""
+    """Return one line per kind of problem with images, and one line per problem with the whole dataset.
+
+    For each kind, the line has the text of the first problem, and the ids of a few others.
+    """
     lines = []
     for kind, members in _by_kind(problems).items():
         if not members[0].id:
             lines += [problem.text for problem in members]
             continue
-        named = "; ".join(problem.text for problem in members[:N_NAMED])
-        more = f"; and {len(members) - N_NAMED} more" if len(members) > N_NAMED else ""
-        lines.append(f"{kind} ({len(members)}): {named}{more}")
+        others = ", ".join(problem.id for problem in members[1:N_NAMED])
+        more = f" and {len(members) - N_NAMED} more" if len(members) > N_NAMED else ""
+        lines.append(f"{kind} ({len(members)}): {members[0].text}{others and '; also '}{others}{more}")
     return lines
 
 
@@ -240,7 +243,7 @@ def refusal(problems: Sequence[Problem], flags: str) -> DatasetError:
     n = len({(problem.split, problem.id) for problem in problems})
     return DatasetError(
         f"{n} image{'s' if n > 1 else ''} cannot be used: {'. '.join(describe(problems))}. "
-        f"`hpsearch data check {flags} --json` names all; --exclude-bad leaves them out"
+        f"`hpsearch data check {flags} --json` lists all; --exclude-bad leaves them out"
     )
 
 

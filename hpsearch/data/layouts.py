@@ -36,8 +36,8 @@ _SPLIT_NAMES: Mapping[Split, tuple[str, ...]] = {
 """Names that each split can have in a folder name."""
 _IMAGE_FOLDER = re.compile(r"image|img|data|input|photo", re.IGNORECASE)
 _MISSING = (
-    "no dataset in {root}: {needs}. Give the folder of ISIC-2017 with --data DIR (`hpsearch data download` "
-    "fetches it), your own with --images DIR --masks DIR, or use the built-in one with --data sample"
+    "no dataset in {root}: {needs}. Choose a dataset with --data DIR (`hpsearch data download` gets ISIC-2017), "
+    "--images DIR --masks DIR, or --data sample (built in)"
 )
 
 
@@ -62,11 +62,11 @@ def _in_root(config: DataConfig) -> Dataset:
     archive = masks | images
     if archive and splits:
         names = f"{next(iter(archive.values())).name} and {splits['train'].name}"
-        raise DatasetError(f"{root} holds two layouts, {names}: move one of them elsewhere")
+        raise DatasetError(f"{root} contains two layouts, {names}: move one of them elsewhere")
     for split, folder in archive.items():
         if split not in images or split not in masks:
             partner = "Data" if split in masks else "Part1_GroundTruth"
-            raise DatasetError(f"{folder} is there, but the folder ..._{partner} beside it is not")
+            raise DatasetError(f"{folder} exists, but ..._{partner} beside it is missing")
     folders = {split: _image_and_mask_folder(folder) for split, folder in splits.items()}
     folders |= {split: (images[split], masks[split]) for split in archive}
     if folders:
@@ -88,7 +88,7 @@ def _by_split(root: Path, pattern: str) -> dict[Split, Path]:
     for split, names in _SPLIT_NAMES.items():
         here = [folders[name] for name in map(pattern.format, names) if name in folders]
         if len(here) > 1:
-            raise DatasetError(f"{root} holds both {here[0].name} and {here[1].name}: keep one of them")
+            raise DatasetError(f"{root} contains both {here[0].name} and {here[1].name}: keep one of them")
         if here:
             # Unpacking an archive into a folder with its own name nests the folder one level deeper.
             nested = here[0] / here[0].name
@@ -104,7 +104,7 @@ def _image_and_mask_folder(folder: Path) -> tuple[Path, Path]:
     images = rest if len(rest) == 1 else [path for path in rest if _IMAGE_FOLDER.search(path.name)]
     if len(masks) != 1 or len(images) != 1:
         raise DatasetError(
-            f"{folder} must hold one folder of images and one of masks (such as images and masks), "
+            f"{folder} must contain one folder of images and one of masks (such as images and masks), "
             f"got {', '.join(path.name for path in inside) or 'no folder'}"
         )
     return images[0], masks[0]
@@ -118,15 +118,15 @@ def _own_folders(config: DataConfig) -> Dataset:
             raise DatasetError(f"{fault}: --{what} (data.{what}) must name a folder")
         if not images_by_key(path):
             endings = ", ".join(readable_suffixes())
-            raise DatasetError(f"{path}, given as --{what}, holds no JPEG or PNG file ({endings})")
+            raise DatasetError(f"{path}, given as --{what}, contains no JPEG or PNG file ({endings})")
     suffix = config.mask_suffix
     samples, problems = find_pairs(images, masks, "train", suffix, is_chosen=bool(suffix))
     if not samples and all(problem.kind in ("missing image", "missing mask") for problem in problems):
         image, mask = (next(iter(images_by_key(folder).values()))[0] for folder in (images, masks))
         raise DatasetError(
-            f"no name in {masks} goes with one in {images}: the mask of {image.name} would be "
-            f"{image.stem}{suffix or '_mask'}.png, but the masks have names like {mask.name}: rename them, or "
-            "set data.mask_suffix. Or were --images and --masks swapped?"
+            f"no mask in {masks} matches an image in {images}: the mask of {image.name} would be "
+            f"{image.stem}{suffix or '_mask'}.png, but the masks have names such as {mask.name}. "
+            "Rename them, set data.mask_suffix, or check whether --images and --masks are swapped"
         )
     ids = [*(sample.id for sample in samples), *(problem.id for problem in problems)]
     test = _listed_test_ids(config, ids) if config.test_list else _drawn_test_ids(config, samples)
@@ -149,11 +149,11 @@ def _listed_test_ids(config: DataConfig, ids: Iterable[str]) -> set[str]:
     for name in filter(None, map(str.strip, user_files.read_text(path, "data.test_list", DatasetError).split("\n"))):
         id = by_key.get(user_files.name_key(name)) or by_key.get(user_files.name_key(without_suffix(name)))
         if id is None:
-            raise DatasetError(f"{path} lists {name!r}, which is no image with a mask")
+            raise DatasetError(f"{path} lists {name!r}, which is not an image with a mask")
         listed.add(id)
     if not 0 < len(listed) < len(by_key):
         what = "none" if not listed else "all"
-        raise DatasetError(f"{path} lists {what} of the {len(by_key)} images: a search and a test need some each")
+        raise DatasetError(f"{path} lists {what} of the {len(by_key)} images: search and test split both need images")
     return listed
 
 
@@ -178,7 +178,7 @@ def _drawn_test_ids(config: DataConfig, samples: Sequence[Sample]) -> set[str]:
 
 def _dataset(samples: list[Sample], problems: list[Problem], root: Path, layout: Layout) -> Dataset:
     if not samples and not problems:
-        raise DatasetError(_MISSING.format(root=root, needs="its folders hold no images and masks"))
+        raise DatasetError(_MISSING.format(root=root, needs="its folders contain no images and masks"))
     # Images are often numbered from 1 in every split's folder. Prefix such ids with the name of the split.
     n_splits = Counter(key for key, _ in {(user_files.name_key(sample.id), sample.split) for sample in samples})
     named = [

@@ -76,7 +76,7 @@ def find_lesion(samples: NDArray[Any], header: Header, reading: Reading) -> tupl
     at = int(first.argmin())
     if first.flat[at]:
         if one.text in reading.lesion and one.text in reading.background:
-            raise _disagreement(f"has the value {one.text} only", one.text, "lesion as well as background")
+            raise _disagreement(f"has only the value {one.text}", one.text, "lesion as well as background")
         is_full = one.text in reading.lesion or (one.text not in reading.background and not one.is_background_alone)
         return first if is_full else ~first, (one.text,)
     other, second = pixels_like(at)
@@ -85,8 +85,8 @@ def find_lesion(samples: NDArray[Any], header: Header, reading: Reading) -> tupl
         third, _ = pixels_like(int(known.argmin()))
         raise DecodeError(
             "mask of many values",
-            f"has more than two values ({one.text}, {other.text}, {third.text}), a mask has two: save it as PNG, not "
-            "as JPEG, and without smooth borders or half transparent pixels. Or were --images and --masks swapped?",
+            f"has more than two values ({one.text}, {other.text}, {third.text}): save it as PNG with two values, "
+            "without smooth borders or partly transparent pixels, or check whether --images and --masks are swapped",
         )
     lesion_value = _lesion_of(one, other)
     is_lesion, clear = (first, other.text) if lesion_value is one else (second, one.text)

@@ -120,14 +120,14 @@ def _pair_fault(
         return fault
     for same in (paths, partners):
         if len(same) > 1:
-            text = f"{same[0]} and {same[1].name} have one name (but for case, Unicode form or ending): keep one"
+            text = f"{same[0]} and {same[1].name} differ only in case, Unicode form or ending: keep one of them"
             return "two files of one name", text, tuple(same)
     if not partners:
         only = f" (only {', '.join(path.name for path in others)})" if others else ""
         return "missing mask", f"{paths[0]} has no {missing}{only}", (*paths, *others)
     if others:
         named = ", ".join(path.name for path in (*partners, *others))
-        text = f"{paths[0]} has {1 + len(others)} masks, {named}: join them into one, or keep one"
+        text = f"{paths[0]} has {1 + len(others)} masks, {named}: merge them, or keep one"
         return "several masks", text, files
     return None
 

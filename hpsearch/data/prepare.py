@@ -181,7 +181,7 @@ def locate(config: DataConfig, cache_root: Path) -> Dataset:
         return find_samples(config)
     folder = cache_root / f"sample-{SAMPLE_VERSION}" / "ISIC-2017"
     if not folder.is_dir():
-        logger.info("drawing the sample dataset in %s", folder)
+        logger.info("generating the sample dataset in %s", folder)
         try:
             draw_sample(folder)
         except (DatasetError, StorageError):

@@ -46,7 +46,7 @@ def draw_sample(
     DatasetError if `folder` exists and is not empty, and StorageError if it cannot be written.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DatasetError(f"{folder} exists already: give a new folder, or remove it to have the sample drawn again")
+        raise DatasetError(f"{folder} already exists: choose another folder, or remove this one")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     numbers = [(split, i) for split, n in enumerate((n_train, n_val, n_test)) for i in range(n)]
     try:

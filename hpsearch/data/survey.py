@@ -95,7 +95,7 @@ def decide(found: Survey, config: DataConfig, dataset: Dataset) -> tuple[Reading
         text = f"{found.n_oriented} {of_pool} pairs have an EXIF orientation; it is {done} {reason} (data.exif)"
         notes.append(dataset.problem("EXIF orientation", text))
     if found.n_deep:
-        text = f"{found.n_deep} {of_pool} images have more than 8 bits a channel, with values up to {found.highest}: "
+        text = f"{found.n_deep} {of_pool} images have more than 8 bits per channel and values up to {found.highest}: "
         notes.append(dataset.problem("more than 8 bits", f"{text}full scale is {max_value} (data.max_value)"))
     return reading, notes
 
@@ -103,12 +103,12 @@ def decide(found: Survey, config: DataConfig, dataset: Dataset) -> tuple[Reading
 def _decide_exif(found: Survey, config: DataConfig, recorded: Reading | None) -> tuple[Exif, str]:
     """Return whether EXIF orientations are applied, and the reason. `recorded` is described in `_recorded`."""
     if config.exif != "auto":
-        return config.exif, f'as data.exif = "{config.exif}" says'
+        return config.exif, f'because data.exif = "{config.exif}"'
     if recorded is not None:
-        return recorded.exif, "as it was when the dataset was augmented"
+        return recorded.exif, "as when the dataset was augmented"
     if n_for := max(found.n_apply, found.n_ignore):
         exif: Exif = "apply" if found.n_apply >= found.n_ignore else "ignore"
-        return exif, f"as the sizes of {n_for} pair{'s' if n_for > 1 else ''} prove"
+        return exif, f"because the sizes of {n_for} pair{'s' if n_for > 1 else ''} match only then"
     return "apply", "by default"
 
 

@@ -291,9 +291,9 @@ def test_part_of_the_changes_is_that_of_those_images() -> None:
 
 
 def test_cached_images_of_a_wrong_size_are_refused() -> None:
-    with pytest.raises(CacheError, match="are 10x10, wanted are 8x8"):
+    with pytest.raises(CacheError, match="are 10x10, expected 8x8"):
         draw(AugmentConfig(), 1, 0, (10, 10), (8, 8))
-    with pytest.raises(CacheError, match="are 10x10, wanted are crops of 8x11"):
+    with pytest.raises(CacheError, match="are 10x10, expected crops of 8x11"):
         draw(AugmentConfig(crop=True), 1, 0, (10, 10), (8, 11))
 
 

@@ -204,7 +204,7 @@ def test_a_pool_without_images_cannot_be_trained_on() -> None:
 
 def test_a_cache_of_another_size_is_refused() -> None:
     data = DeviceData(make_cache())
-    with pytest.raises(CacheError, match="8x12, wanted are 8x8"):
+    with pytest.raises(CacheError, match="8x12, expected 8x8"):
         epoch_of(data, size=(8, 8))
     with pytest.raises(CacheError, match="smaller than 9x12"):
         list(eval_batches(data, np.arange(2), batch_size=2, normalization=Statistics(), size=(9, 12)))
@@ -264,7 +264,7 @@ def test_masks_for_evaluation_come_from_the_cache_of_their_size() -> None:
     large.centre = 255 - large.images
     (cropped,) = eval_batches(data, np.array([4]), batch_size=2, normalization=Statistics(), size=(8, 12))
     assert torch.equal(cropped.masks[:, 0], torch.from_numpy(1 - large.masks[[4]]))
-    with pytest.raises(CacheError, match="other images"):
+    with pytest.raises(CacheError, match="contain different images"):
         DeviceData(small, truth=make_cache(n=9))
 
 

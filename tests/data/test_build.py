@@ -136,7 +136,7 @@ class TestBuilding:
         os.truncate(folder / "masks.npy", 500)
         with caplog.at_level(logging.WARNING):
             build_cache(samples, RESIZE, "memmap", root)
-        assert "masks.npy is 500 bytes" in caplog.text
+        assert "masks.npy has 500 bytes" in caplog.text
         assert open_cache(folder).damaged() == []
 
     @pytest.mark.parametrize("kind", ["memmap", "files"])
@@ -233,7 +233,7 @@ class TestChoice:
     ) -> None:
         self.machine(monkeypatch, disk=10**6, memory=10**12)
         no_decoder()
-        with pytest.raises(CacheError, match=r"need 0 MiB, .* has 1 MiB left: make room, .*data\.cache_dir"):
+        with pytest.raises(CacheError, match=r"need 0 MiB, .* has 1 MiB free: free some space, .*data\.cache_dir"):
             build_cache(samples, RESIZE, kind, root)
 
 

@@ -189,25 +189,25 @@ class TestDamage:
         return folder / ("images.npy" if folder.name.endswith("memmap") else "000000.npy")
 
     def test_what_is_no_cache_is_said_to_be_none(self, tmp_path: Path) -> None:
-        with pytest.raises(CacheError, match=r"is no cache: it has no index\.json"):
+        with pytest.raises(CacheError, match=r"is not a cache: index\.json is missing"):
             open_cache(tmp_path)
 
     def test_file_that_was_cut_is_noticed(self, folder: Path) -> None:
         path = self.pixels(folder)
         length = path.stat().st_size
         os.truncate(path, length - 1)
-        with pytest.raises(CacheError, match=f"{path.name} is {length - 1} bytes, the index says {length}"):
+        with pytest.raises(CacheError, match=f"{path.name} has {length - 1} bytes, but its index says {length}"):
             open_cache(folder)
 
     def test_file_that_is_gone_is_noticed(self, folder: Path) -> None:
         self.pixels(folder).unlink()
-        with pytest.raises(CacheError, match=r"\.npy is -1 bytes"):
+        with pytest.raises(CacheError, match=r"\.npy has -1 bytes"):
             open_cache(folder)
 
     def test_index_that_was_edited_is_noticed(self, folder: Path) -> None:
         text = (folder / INDEX).read_text()
         (folder / INDEX).write_text(text.replace("ISIC_0000003", "ISIC_0000033", 1))
-        with pytest.raises(CacheError, match="was changed since it was written"):
+        with pytest.raises(CacheError, match="was changed after it was written"):
             open_cache(folder)
 
     @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.999])
@@ -219,7 +219,7 @@ class TestDamage:
 
     def test_index_of_another_version_is_refused(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("hpsearch.data.cache.INDEX_VERSION", 99)
-        with pytest.raises(CacheError, match=r"is of version \d+, this program reads 99"):
+        with pytest.raises(CacheError, match=r"has format \d+, but this hpsearch reads 99"):
             open_cache(folder)
 
     def test_changed_pixel_is_found_when_looked_for(self, folder: Path) -> None:
@@ -244,5 +244,5 @@ def test_image_that_changes_under_a_cache_that_decodes_is_noticed(
     folder = build_cache(samples, RESIZE, kind, tmp_path / "cache")
     shutil.copy(samples[1].mask, samples[0].mask)
     shutil.copy(samples[1].image, samples[0].image)
-    with pytest.raises(CacheError, match=r"ISIC_0000000.* changed while it was in use"):
+    with pytest.raises(CacheError, match=r"ISIC_0000000.* changed while it was running"):
         open_cache(folder).read(np.array([0]))

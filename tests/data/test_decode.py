@@ -120,14 +120,14 @@ class TestMoreThanEightBits:
 
     def test_value_above_full_scale_is_refused_with_both_values(self, tmp_path: Path) -> None:
         path = save(tmp_path / "a.png", np.array([[0, 5000]], np.uint16))
-        with pytest.raises(DatasetError, match=r"a\.png has the value 5000, above the full scale of 4095"):
+        with pytest.raises(DatasetError, match=r"a\.png has the value 5000, above the full scale 4095"):
             read_image(path, Reading(max_value=4095))
 
     def test_full_scale_is_255_where_the_pool_has_no_more_than_eight_bits(self, tmp_path: Path) -> None:
         path = save(tmp_path / "a.png", np.array([[0, 200]], np.uint16))
         assert read_image(path, PLAIN_READING)[0, 0].tolist() == [0, 200]
         save(path, np.array([[0, 256]], np.uint16))
-        with pytest.raises(DatasetError, match=r"a\.png has the value 256, above the full scale of 255"):
+        with pytest.raises(DatasetError, match=r"a\.png has the value 256, above the full scale 255"):
             read_image(path, PLAIN_READING)
 
     def test_eight_bits_are_as_they_are(self, tmp_path: Path) -> None:
@@ -148,7 +148,9 @@ class TestMasks:
         values = np.zeros((20, 30), np.uint8)
         values[3:9], values[5, 5] = 255, 128
         image, mask = save(tmp_path / "a.png", smooth(20, 30)), save(tmp_path / "m.png", values)
-        with pytest.raises(DatasetError, match=r"m\.png has more than two values \(0, 255, 128\), a mask has two"):
+        with pytest.raises(
+            DatasetError, match=r"m\.png has more than two values \(0, 255, 128\): save it as PNG with two values"
+        ):
             read_pair(image, mask, PLAIN_READING)
 
     @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
@@ -276,15 +278,15 @@ class TestOrientation:
     @pytest.mark.parametrize(
         ("exif", "size", "text"),
         [
-            ("apply", (40, 60), "ignored, which is applied by default"),
-            ("ignore", (60, 40), "applied, which is ignored by default"),
+            ("apply", (40, 60), "ignored, but it is applied by default"),
+            ("ignore", (60, 40), "applied, but it is ignored by default"),
         ],
     )
     def test_a_pair_against_the_decision_is_refused(
         self, tmp_path: Path, exif: Literal["apply", "ignore"], size: tuple[int, int], text: str
     ) -> None:
         mask = save(tmp_path / "m.png", np.zeros(size, np.uint8))
-        with pytest.raises(DatasetError, match=f"fits only with the EXIF orientation {text}"):
+        with pytest.raises(DatasetError, match=f"match only with the EXIF orientation {text}"):
             read_pair(self.oriented(tmp_path, 6), mask, Reading(exif))
 
 

@@ -109,7 +109,7 @@ def test_several_top_folders_stay(tmp_path):
 
 
 def test_archive_without_files_is_refused(tmp_path):
-    refused(tmp_path, packed({}), "holds no files")
+    refused(tmp_path, packed({}), "contains no files")
 
 
 def test_damaged_byte_is_found_by_the_crc_and_nothing_is_left(tmp_path):

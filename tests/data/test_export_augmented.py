@@ -168,7 +168,7 @@ def test_an_interrupted_export_leaves_no_dataset_and_the_next_one_replaces_it(
 
 
 def test_a_folder_that_is_there_is_left_alone(dataset: Dataset, tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="exists already"):
+    with pytest.raises(DatasetError, match="already exists"):
         export(dataset, target=tmp_path)
 
 
@@ -239,7 +239,7 @@ def test_an_original_with_the_name_of_a_copy_is_refused(own: Dataset, tmp_path: 
     (tmp_path / "m" / f"{id}_aug1_m.png").write_bytes((tmp_path / "m" / f"{id}_m.png").read_bytes())
     config = DataConfig(images=str(tmp_path / "photos"), masks=str(tmp_path / "m"), test_share=0.1)
     found = find_samples(config)
-    with pytest.raises(DatasetError, match="an original has the name of a copy"):
+    with pytest.raises(DatasetError, match="an original has the name of an augmented version"):
         export(found)
 
 

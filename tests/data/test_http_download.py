@@ -285,7 +285,7 @@ def test_part_longer_than_the_file_is_begun_anew(mirror, tmp_path):
 
 def test_a_web_page_of_the_network_costs_no_bytes_that_were_received(mirror, tmp_path):
     mirror.behaviours.extend([breaks_off_after(1000), answers(200, Content_Type="text/html")])
-    with pytest.raises(DatasetError, match="it is a web page"):
+    with pytest.raises(DatasetError, match="the response is a web page"):
         fetch(mirror, tmp_path / "file")
     fetch(mirror, tmp_path / "file")
     assert mirror.gets()[-1] == ("file", "bytes=1000-")
@@ -316,8 +316,8 @@ def test_last_modified_serves_where_there_is_no_strong_etag(mirror, tmp_path):
         (answers(304), "the server sent 304"),
         (answers(204), "the server sent 204"),
         (answers(200, Content_Type="text/html"), "is a web page"),
-        (answers(200, Content_Length=""), "comes without its size"),
-        (answers(200, Content_Length="-5"), "comes without its size"),
+        (answers(200, Content_Length=""), "has no Content-Length"),
+        (answers(200, Content_Length="-5"), "has no Content-Length"),
         (redirects_to("file:///etc/passwd"), "No connection adapters were found for 'file:///etc/passwd'"),
         (redirects_to("ftp://127.0.0.1/file"), "No connection adapters were found for 'ftp://127.0.0.1/file'"),
     ],

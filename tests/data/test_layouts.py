@@ -79,7 +79,7 @@ def test_ids_that_are_in_several_splits_get_the_name_of_theirs(tmp_path: Path) -
 def test_folders_that_are_not_one_of_images_and_one_of_masks_are_refused(tmp_path: Path, inside: list[str]) -> None:
     for folder in inside:
         (tmp_path / "train" / folder).mkdir(parents=True)
-    with pytest.raises(DatasetError, match="must hold one folder of images and one of masks") as error:
+    with pytest.raises(DatasetError, match="must contain one folder of images and one of masks") as error:
         find_samples(DataConfig(root=str(tmp_path)))
     assert all(folder in str(error.value) for folder in inside)
 
@@ -94,7 +94,7 @@ def test_nothing_there_says_how_to_get_a_dataset(tmp_path: Path) -> None:
 def test_empty_folders_are_no_dataset(tmp_path: Path) -> None:
     for name in ("ISIC-2017_Training_Data", "ISIC-2017_Training_Part1_GroundTruth"):
         (tmp_path / name).mkdir()
-    with pytest.raises(DatasetError, match="its folders hold no images"):
+    with pytest.raises(DatasetError, match="its folders contain no images"):
         find_samples(DataConfig(root=str(tmp_path)))
 
 
@@ -113,14 +113,14 @@ def test_test_folder_alone_beside_an_archive_is_no_layout(write_dataset: WriteDa
 
 def test_two_folders_for_one_split_are_refused(tmp_path: Path) -> None:
     touch(tmp_path, "train/images/a.jpg", "train/masks/a.png", "val/images/a.jpg", "validation/images/a.jpg")
-    with pytest.raises(DatasetError, match="holds both val and validation"):
+    with pytest.raises(DatasetError, match="contains both val and validation"):
         find_samples(DataConfig(root=str(tmp_path)))
 
 
 def test_data_without_ground_truth_is_refused(write_dataset: WriteDataset) -> None:
     config = write_dataset("archive")
     shutil.rmtree(Path(config.root) / "ISIC-2017_Validation_Part1_GroundTruth")
-    with pytest.raises(DatasetError, match=r"_Validation_Data is there, but the folder .*_Part1_GroundTruth"):
+    with pytest.raises(DatasetError, match=r"_Validation_Data exists, but .*_Part1_GroundTruth"):
         find_samples(config)
 
 
@@ -175,17 +175,17 @@ def test_images_and_masks_can_lie_in_one_folder(tmp_path: Path, suffix: str) -> 
 @pytest.mark.parametrize(
     ("mask", "suffix", "advice"),
     [
-        ("mask_a.png", "", r"the masks have names like mask_a\.png: rename them"),
+        ("mask_a.png", "", r"the masks have names such as mask_a\.png\. Rename them"),
         (
             "outline7.png",
             "",
-            r"the mask of a\.jpg would be a_mask\.png, but the masks have names like outline7\.png",
+            r"the mask of a\.jpg would be a_mask\.png, but the masks have names such as outline7\.png",
         ),
-        ("a_mask.png", "_*", r"the mask of a\.jpg would be a_\*\.png, but the masks have names like a_mask\.png"),
+        ("a_mask.png", "_*", r"the mask of a\.jpg would be a_\*\.png, but the masks have names such as a_mask\.png"),
         (
             "notes.txt",
             "",
-            r"outlines, given as --masks, holds no JPEG or PNG file \(\.jpg, \.jpeg, \.jpe, \.jfif, \.png\)",
+            r"outlines, given as --masks, contains no JPEG or PNG file \(\.jpg, \.jpeg, \.jpe, \.jfif, \.png\)",
         ),
     ],
 )
@@ -208,7 +208,7 @@ def test_masks_of_an_unknown_format_alone_are_errors_of_their_images(tmp_path: P
 
 def test_own_images_given_as_data_are_pointed_to_their_flags(tmp_path: Path) -> None:
     touch(tmp_path, "a.jpg", "a_mask.png", "photos/a.jpg", "outlines_gt/a.png")
-    with pytest.raises(DatasetError, match="your own with --images DIR --masks DIR"):
+    with pytest.raises(DatasetError, match="--images DIR --masks DIR, or --data sample"):
         find_samples(DataConfig(root=str(tmp_path)))
 
 
@@ -328,7 +328,7 @@ class TestFolders:
 
 def test_swapped_folders_are_asked_about(tmp_path: Path) -> None:
     touch(tmp_path, "masks/a.jpg", "masks/b.jpg", "images/a_segmentation.png", "images/b_segmentation.png")
-    with pytest.raises(DatasetError, match=r"were --images and --masks swapped\?"):
+    with pytest.raises(DatasetError, match=r"check whether --images and --masks are swapped"):
         own(tmp_path)
 
 

@@ -147,8 +147,8 @@ class TestLinks:
         dataset = find_samples(config)
         assert kinds(dataset) == {("dangling link", "ISIC_0000001"), ("dangling link", "ISIC_0000002")}
         assert [problem.text for problem in dataset.problems] == [
-            f"{samples[1].image} is a link to nowhere.png, which is not there",
-            f"{samples[2].mask} is a link to {samples[2].mask.name}, which leads back to itself",
+            f"{samples[1].image} is a link to nowhere.png, which does not exist",
+            f"{samples[2].mask} is a link to {samples[2].mask.name}, which points to itself",
         ]
         assert len(dataset.samples) == 13
 
@@ -170,10 +170,12 @@ class TestLinks:
     def test_a_folder_that_is_a_link_to_nothing_is_named(self, tmp_path: Path) -> None:
         touch(tmp_path, "ISIC-2017_Training_Part1_GroundTruth/a_segmentation.png", "masks/a.png")
         (tmp_path / "ISIC-2017_Training_Data").symlink_to("elsewhere")
-        with pytest.raises(DatasetError, match="ISIC-2017_Training_Data is a link to elsewhere, which is not there"):
+        with pytest.raises(
+            DatasetError, match="ISIC-2017_Training_Data is a link to elsewhere, which does not exist"
+        ):
             find_samples(DataConfig(root=str(tmp_path)))
         (tmp_path / "images").symlink_to("images")
-        with pytest.raises(DatasetError, match="images is a link to images, which leads back to itself"):
+        with pytest.raises(DatasetError, match="images is a link to images, which points to itself"):
             own(tmp_path)
 
 

@@ -263,7 +263,7 @@ class TestMasks:
         for path in Path(config.masks).iterdir():
             path.rename(path.with_name(path.name.replace("_outline", "")))
         swapped = replace(config, images=config.masks, masks=config.images)
-        with pytest.raises(DatasetError, match=r"were --images and --masks swapped\?") as error:
+        with pytest.raises(DatasetError, match=r"check whether --images and --masks are swapped") as error:
             prepare_pool(swapped, root)
         assert "\n" not in str(error.value)
 
@@ -436,7 +436,7 @@ def test_real_images_have_one_known_pair_of_duplicates(root: Path) -> None:
     config = DataConfig(root=os.environ["HPSEARCH_ISIC_ROOT"], size=32)
     prepared = prepare_pool(config, root)
     assert (len(prepared.index), prepared.excluded) == (1550, ())
-    assert "duplicate image (1): ISIC_0012970 and ISIC_0012127 are one image with 2 masks" in prepared.notes
+    assert "duplicate image (1): ISIC_0012970 and ISIC_0012127 are the same image, with 2 masks" in prepared.notes
     cache = open_cache(prepared.cache_path)
     folds = make_folds(cache.ids, cache.splits, cache.sha256, folds=5, seed=0)
     fold_of = dict(zip(folds.ids, folds.fold_of, strict=True))

@@ -126,7 +126,7 @@ def test_progress_counts_every_image(tmp_path: Path) -> None:
 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(DatasetError, match="exists already"):
+    with pytest.raises(DatasetError, match="already exists"):
         draw_sample(tmp_path)
     assert (tmp_path / "mine.txt").read_text() == "mine"
 

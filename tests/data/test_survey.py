@@ -76,12 +76,12 @@ class TestDecision:
         ("n_apply", "n_ignore", "setting", "exif", "reason"),
         [
             (0, 0, "auto", "apply", "by default"),
-            (3, 0, "auto", "apply", "as the sizes of 3 pairs prove"),
-            (0, 1, "auto", "ignore", "as the sizes of 1 pair prove"),
-            (1, 4, "auto", "ignore", "as the sizes of 4 pairs prove"),
-            (2, 2, "auto", "apply", "as the sizes of 2 pairs prove"),
-            (3, 0, "ignore", "ignore", 'as data.exif = "ignore" says'),
-            (0, 3, "apply", "apply", 'as data.exif = "apply" says'),
+            (3, 0, "auto", "apply", "because the sizes of 3 pairs match only then"),
+            (0, 1, "auto", "ignore", "because the sizes of 1 pair match only then"),
+            (1, 4, "auto", "ignore", "because the sizes of 4 pairs match only then"),
+            (2, 2, "auto", "apply", "because the sizes of 2 pairs match only then"),
+            (3, 0, "ignore", "ignore", 'because data.exif = "ignore"'),
+            (0, 3, "apply", "apply", 'because data.exif = "apply"'),
         ],
     )
     def test_the_majority_of_proofs_or_the_setting_decides(
@@ -104,7 +104,7 @@ class TestDecision:
         assert decide(found, DataConfig(), dataset)[0].max_value == max_value
         reading, (note,) = decide(found, DataConfig(max_value=3000), dataset)
         assert reading.max_value == 3000
-        assert f"with values up to {highest}: full scale is 3000" in note.text
+        assert f"and values up to {highest}: full scale is 3000" in note.text
 
     def test_a_value_is_what_most_masks_say(self, dataset: Dataset) -> None:
         found = Survey(n_pairs=11, masks=(("0", "1", 1), ("1", "2", 3), ("0", "255", 2), ("255", "300", 2)))
@@ -170,9 +170,11 @@ class TestOrientation:
         path, mask = files(config, 2)
         Image.fromarray(np.rot90(pixels_of(mask))).save(mask)
         found = kinds(config)
-        assert "it is applied as the sizes of 2 pairs prove" in found["EXIF orientation"]
+        assert "it is applied because the sizes of 2 pairs match only then" in found["EXIF orientation"]
         assert f"{mask} is 56x40, its image is 40x56" in found["sizes differ"]
-        text = "it fits only with the EXIF orientation ignored, which is applied as the sizes of 2 pairs prove"
+        text = (
+            "they match only with the EXIF orientation ignored, but it is applied because the sizes of 2 pairs match"
+        )
         assert text in found["sizes differ"]
         with pytest.raises(DatasetError, match="1 image cannot be used: sizes differ"):
             prepare_pool(config, tmp_path)
@@ -243,7 +245,7 @@ class TestDepth:
         self.deepen(config, 0, 1)
         self.deepen(config, 12, 256)
         assert prepare_pool(config, tmp_path).index.preparation.reading.max_value == 255
-        with pytest.raises(DatasetError, match=r"value above full scale .* above the full scale of 255"):
+        with pytest.raises(DatasetError, match=r"value above full scale .* above the full scale 255"):
             prepare_test(config, tmp_path)
         assert len(prepare_test(replace(config, max_value=65535), tmp_path).index) == 4
 
@@ -261,7 +263,7 @@ class TestDepth:
             self.deepen(config, number, factor)
         path = files(config, 0)[0]
         Image.fromarray(pixels_of(path) // 2).save(path)
-        assert kinds(config)["constant image"] == f"{path} has one colour only, once decoded"
+        assert kinds(config)["constant image"] == f"{path} has only one colour after decoding"
 
 
 class TestMasks:
