@@ -69,7 +69,7 @@ SHARED_BY = 4
 SETTINGS = """## Settings
 
 These are the sections of a study's TOML. `--set section.key=value` sets any single setting. A setting that is left
-out has its default. An unknown key is an error that suggests the right one.
+out has its default. An unknown name is rejected, with a suggestion.
 
 The table `[search]` holds the searched settings: the full name of a setting, and a list of values or a range.
 

@@ -308,9 +308,9 @@ def read_json(path: Path) -> Any:
     except OSError as error:
         raise RecordError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
-        raise RecordError(f"{path} is damaged: put it back from a copy") from error
+        raise RecordError(f"{path} is damaged: restore it from a backup") from error
     if isinstance(value, dict) and _CHECKSUM in value and value.pop(_CHECKSUM) != _checksum(value):
-        raise RecordError(f"{path} was changed since it was written: put it back from a copy")
+        raise RecordError(f"{path} was changed after it was written: restore it from a backup")
     return value
 
 

@@ -227,10 +227,10 @@ def _require_same_images(
         record.write_folds(folds, pool.key)
     if record.folds.ids != pool.ids or record.data_key() != pool.key:
         before, after = set(record.folds.ids), set(pool.ids)
-        what = f"{len(before - after)} are gone, {len(after - before)} are new" if before != after else "content"
+        what = f"{len(before - after)} are missing, {len(after - before)} are new" if before != after else "content"
         raise StudyChangedError(
-            f"the images in {config.data.images or config.data.root} are not those that study {record.name!r} was "
-            f"begun with ({what}): put the old ones back, or begin another study with --study NAME"
+            f"the images in {config.data.images or config.data.root} differ from those with which study "
+            f"{record.name!r} was started ({what}): restore the old ones, or start another study with --study NAME"
         )
     return record
 
@@ -245,6 +245,6 @@ def _require_space(record: StudyRecord, plan: ExecutionPlan) -> None:
     free = paths.free_bytes(root)
     if n_left > 0 and free < needed:
         raise StorageError(
-            f"{root} has {free / 2**20:.0f} MiB free, the study may need {needed / 2**20:.0f} MiB more for weights "
-            "and checkpoints: make room, or choose another folder with --out"
+            f"{root} has {free / 2**20:.0f} MiB free, but the study may need {needed / 2**20:.0f} MiB more for "
+            "weights and checkpoints: free some space, or choose another folder with --out"
         )

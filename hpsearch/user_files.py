@@ -66,7 +66,7 @@ def broken_link(path: Path) -> str:
     try:
         path.stat()
     except OSError as error:
-        reasons = {errno.ELOOP: "leads back to itself", errno.ENOENT: "is not there", errno.ENOTDIR: "is not there"}
+        reasons = {errno.ELOOP: "points to itself", errno.ENOENT: "does not exist", errno.ENOTDIR: "does not exist"}
         why = reasons.get(error.errno or 0, f"cannot be read: {error.strerror}")
         return f"{printable(path)} is a link to {printable(os.readlink(path))}, which {why}"
     return ""

@@ -116,7 +116,7 @@ class FakeStudy:
         """End a trial as it is; `full` needs all folds."""
         verdict = PruneDecision(drop=True, estimate=0.61, fold=0, epoch=1, reason="d 0.21 over trial 0", p=0.001)
         reasons = {"pruned": "d 0.21 over trial 0", "diverged": "the training loss became nan", "failed": "it died"}
-        reasons["infeasible"] = "needs about 9.1 GiB for a training step, this device has 8.0 GiB"
+        reasons["infeasible"] = "needs about 9.1 GiB for a training step, but this device has 8.0 GiB"
         values = {"complete": lambda: self.record.value(trial.number), "pruned": lambda: 0.61}
         ended = dataclasses.replace(
             trial,

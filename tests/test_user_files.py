@@ -92,8 +92,8 @@ def test_what_cannot_be_read_is_named_with_the_reason(tmp_path: Path) -> None:
     long = tmp_path / ("x" * 300)
     faults = {
         tmp_path / "gone": "there is no {} {p}",
-        tmp_path / "link": "{p} is a link to nowhere, which is not there",
-        tmp_path / "loop": "{p} is a link to loop, which leads back to itself",
+        tmp_path / "link": "{p} is a link to nowhere, which does not exist",
+        tmp_path / "loop": "{p} is a link to loop, which points to itself",
         long: "{p} cannot be {verb}: File name too long",
     }
     for path, text in faults.items():
@@ -159,7 +159,7 @@ class TestCommands:
         said = {
             "x" * 300: "File name too long",
             "a.png": "a.png is a file, not a folder",
-            "link": "link is a link to nowhere, which is not there",
+            "link": "link is a link to nowhere, which does not exist",
             NOT_UTF_8: r"l\xe9sions is not UTF-8: rename it",
         }
         for path, text in said.items():
@@ -170,7 +170,7 @@ class TestCommands:
         (tmp_path / "link").symlink_to("nowhere")
         for command in (["status"], ["study", "--data", "sample"], ["final"], ["report"], ["stop"]):
             assert "File name too long" in ends(*command, "--out", "x" * 300)
-            assert "link is a link to nowhere, which is not there" in ends(*command, "--out", "link")
+            assert "link is a link to nowhere, which does not exist" in ends(*command, "--out", "link")
             assert r"l\xe9sions is not UTF-8" in ends(*command, "--out", NOT_UTF_8)
         assert "File name too long" in ends("study", "--config", "x" * 300)
 
@@ -178,7 +178,7 @@ class TestCommands:
         monkeypatch.chdir(tmp_path)
         (tmp_path / "link.png").symlink_to("nowhere")
         (tmp_path / "photos").mkdir()
-        assert "link.png is a link to nowhere, which is not there" in ends("predict", "link.png")
+        assert "link.png is a link to nowhere, which does not exist" in ends("predict", "link.png")
         assert "File name too long" in ends("predict", "x" * 300)
         assert r"there is no file l\xe9sions" in ends("predict", NOT_UTF_8)
 

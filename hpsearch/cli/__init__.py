@@ -16,6 +16,7 @@ import click
 
 from hpsearch import __version__
 from hpsearch.cli import data, final, models, plan, report, status, study
+from hpsearch.cli.options import OrderedGroup
 from hpsearch.cli.terminal import protect_streams
 from hpsearch.errors import HpsearchError, StoppedError
 from hpsearch.user_files import printable
@@ -24,14 +25,7 @@ _USER_ERRORS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errn
 """Values of `errno` for unusable paths. The user can correct the path, so these errors are shown as one line."""
 
 
-class _Group(click.Group):
-    """Command group that lists its commands in the order in which they are typically used."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
-
-
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=OrderedGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="hpsearch")
 def group() -> None:
     """Find the best UNet configuration for a segmentation dataset, and estimate its score without selection bias.

@@ -1,4 +1,4 @@
-"""`hpsearch data`: check, cache, augment, generate or download datasets."""
+"""`hpsearch data`: check, cache, generate, download or augment datasets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hpsearch.cli.options import AT_LEAST_0, AT_LEAST_1, Settings, config_options, out_option
+from hpsearch.cli.options import AT_LEAST_0, AT_LEAST_1, OrderedGroup, Settings, config_options, out_option
 from hpsearch.cli.terminal import counter, echo_table
 from hpsearch.config.data import DataConfig
 from hpsearch.paths import ProjectPaths
@@ -19,12 +19,12 @@ from hpsearch.report.formats import count
 if TYPE_CHECKING:
     from hpsearch.data.integrity import CheckReport
 
-NO_CACHE = "no cache of this data to compare with: `hpsearch study` or `hpsearch data cache` creates one"
+NO_CACHE = "there is no cache of this dataset to compare with: create one with `hpsearch data cache`"
 
 
-@click.group("data")
+@click.group("data", cls=OrderedGroup)
 def data() -> None:
-    """Check, cache, augment, generate or download datasets."""
+    """Check, cache, generate, download or augment datasets."""
 
 
 @data.command("check")
@@ -73,7 +73,7 @@ def _print_report(report: CheckReport) -> None:
     click.echo("\n".join([*report.overview(), *([] if report.errors else ["no errors"])]))
     rows = []
     for level, kind, n, texts in report.rows():
-        more = [f"and {n - len(texts)} more (--json names all)"] if n > len(texts) else []
+        more = [f"and {n - len(texts)} more (--json lists all)"] if n > len(texts) else []
         rows.append((level, kind, str(n), "\n".join([*texts, *more])))
     echo_table(("", "kind", "number", "which"), rows)
 
@@ -92,41 +92,9 @@ def cache(project: ProjectPaths, settings: Settings) -> None:
         click.echo(f"{len(prepared.index)} images, {height}x{width}: {prepared.cache_path}")
 
 
-@data.command("augment")
-@out_option
-@config_options
-@click.option("--copies", default=1, type=AT_LEAST_1, help="Write this many augmented versions per training image.")
-@click.option("--to", "target", type=click.Path(path_type=Path), help="Write into this folder (default: DATA_Aug).")
-@click.option("--groups", metavar="FILE.csv", help="Read image groups from FILE; the copy gets its own groups.csv.")
-def augment(project: ProjectPaths, settings: Settings, copies: int, target: Path | None) -> None:
-    """Write an augmented copy of a dataset.
-
-    By default, the copy of the folder DATA is the folder DATA_Aug beside it. The copy has the same layout. The
-    settings in the section [augment] define the changes, and the same --seed gives the same copy.
-
-    \b
-        hpsearch data augment --data ISIC-2017 --copies 2 --set augment.rotate=20
-        hpsearch study --data ISIC-2017_Aug
-    """
-    from hpsearch.data.export_augmented import export_augmented
-    from hpsearch.data.prepare import cache_root, locate
-
-    config = settings.load()
-    root = cache_root(project, config)
-    dataset, progress = locate(config.data, root), counter("writing augmented images")
-    folder = export_augmented(dataset, config, root, copies=copies, target=target, progress=progress)
-    changes = ", ".join(f"{name} {value:g}" for name, value in asdict(config.augment).items() if value)
-    n_train = len(dataset.split("train"))
-    click.echo(
-        f"{folder}: {n_train} training images, {count(copies, 'augmented version')} of each ({changes}), "
-        f"{len(dataset.samples) - n_train} unchanged images for validation and test\n"
-        f"use it with --data {folder}: all versions of an image stay in one fold"
-    )
-
-
 @data.command("sample")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--seed", default=0, help="Set the seed from which the images are generated (default: 0).")
+@click.option("--seed", default=0, help="Seed of the random images (default: 0).")
 @click.option("--train", "n_train", default=120, type=AT_LEAST_1, help="Number of training images (default: 120).")
 @click.option("--val", "n_val", default=30, type=AT_LEAST_0, help="Number of validation images (default: 30).")
 @click.option("--test", "n_test", default=50, type=AT_LEAST_0, help="Number of test images (default: 50).")
@@ -144,8 +112,8 @@ def sample(folder: Path, **sizes: int) -> None:
     """
     from hpsearch.data.sample import draw_sample
 
-    draw_sample(folder, **sizes, progress=counter("drawing images"))
-    click.echo(f"drawn into {folder}: use it with --data {folder}")
+    draw_sample(folder, **sizes, progress=counter("generating images"))
+    click.echo(f"generated {folder}: use it with --data {folder}")
 
 
 @data.command("download")
@@ -181,3 +149,35 @@ def download(folder: Path, only: tuple[str, ...], base_url: str | None, remove_a
 def _show_download(archive: str, step: str, done_bytes: int, total_bytes: int) -> None:
     text = f"\r{archive}.zip: {step} {done_bytes / 2**20:.0f}/{total_bytes / 2**20:.0f} MiB"
     click.echo(text, nl=done_bytes >= total_bytes, err=True)
+
+
+@data.command("augment")
+@out_option
+@config_options
+@click.option("--copies", default=1, type=AT_LEAST_1, help="Write this many augmented versions per training image.")
+@click.option("--to", "target", type=click.Path(path_type=Path), help="Write into this folder (default: DATA_Aug).")
+@click.option("--groups", metavar="FILE.csv", help="Read image groups from FILE; the copy gets its own groups.csv.")
+def augment(project: ProjectPaths, settings: Settings, copies: int, target: Path | None) -> None:
+    """Write an augmented copy of a dataset.
+
+    By default, the copy of the folder DATA is the folder DATA_Aug beside it. The copy has the same layout. The
+    settings in the section [augment] define the changes, and the same --seed gives the same copy.
+
+    \b
+        hpsearch data augment --data ISIC-2017 --copies 2 --set augment.rotate=20
+        hpsearch study --data ISIC-2017_Aug
+    """
+    from hpsearch.data.export_augmented import export_augmented
+    from hpsearch.data.prepare import cache_root, locate
+
+    config = settings.load()
+    root = cache_root(project, config)
+    dataset, progress = locate(config.data, root), counter("writing augmented images")
+    folder = export_augmented(dataset, config, root, copies=copies, target=target, progress=progress)
+    changes = ", ".join(f"{name} {value:g}" for name, value in asdict(config.augment).items() if value)
+    n_train = len(dataset.split("train"))
+    click.echo(
+        f"{folder}: {n_train} training images, {count(copies, 'augmented version')} of each ({changes}), "
+        f"{len(dataset.samples) - n_train} unchanged images for validation and test\n"
+        f"use it with --data {folder}: all versions of an image stay in one fold"
+    )

@@ -94,7 +94,7 @@ def describe_behind(study: str, project: ProjectPaths, tracking: str | None, err
     if tracking is not None:
         retry += f" --tracking {shlex.quote(redact(tracking))}"
     because = f" ({error})" if error else ""
-    return f"MLflow is not up to date{because}. Everything is on record; log it with: {retry}"
+    return f"MLflow is not up to date{because}. No result is lost. To log the missing runs: {retry}"
 
 
 def tracker_of_existing(project: ProjectPaths, tracking: str | None) -> MlflowTracker | None:

@@ -43,7 +43,7 @@ def final(project: ProjectPaths, study_name: str | None, best: bool, tracking: s
         hpsearch final --trial 17 --seeds 3
     """
     if best + chosen["cheapest_tied"] + (chosen["trial"] is not None) > 1:
-        raise click.UsageError("--best, --trial and --cheapest-tied exclude each other")
+        raise click.UsageError("use only one of --best, --trial and --cheapest-tied")
     name = hpsearch.study_record(project, study_name).name
 
     def on_epoch(index: int, row: EpochRow) -> None:

@@ -67,7 +67,7 @@ def predict(
         record = StudyRecord.open(study)
         if out_dir.exists() and (masks := record.config.data.masks) and out_dir.resolve() == Path(masks).resolve():
             raise ConfigError(
-                f"--out-dir {out_dir} holds the true masks of study {study.name!r}: name another folder"
+                f"--out-dir {out_dir} contains the true masks of study {study.name!r}: choose another folder"
             )
         # Use as many threads as a single fit. On a busy machine, more threads can be many times slower.
         plan = record.plan()
@@ -116,7 +116,7 @@ def export(
         hpsearch export --toml best.toml --study isic2017-64
     """
     if onnx is None and toml is None:
-        raise click.UsageError("give --onnx, --toml or both")
+        raise click.UsageError("specify --onnx, --toml or both")
     if toml is not None:
         path = None if toml == _DEFAULT else Path(toml).expanduser()
         written = hpsearch.export_toml(hpsearch.study_record(project, study_name), path, number=trial)

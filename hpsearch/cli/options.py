@@ -13,11 +13,12 @@ import click
 import hpsearch
 from hpsearch import config as configs
 from hpsearch.config import StudyConfig
+from hpsearch.config.values import suggestion
 from hpsearch.errors import ConfigError
 from hpsearch.paths import ProjectPaths, absolute, study_name_of
 from hpsearch.user_files import broken_link, require_usable_path
 
-SHIPPED = (Path(__file__).parents[1] / "experiments", Path(__file__).parents[2] / "experiments")
+BUILT_IN = (Path(__file__).parents[1] / "experiments", Path(__file__).parents[2] / "experiments")
 """Folders of the built-in TOML files: inside the package if it is installed, or beside it in a checkout."""
 SETTING_OF = {
     name.partition(".")[2]: name for name in configs.setting_names() if name.startswith(("data.", "study."))
@@ -28,6 +29,13 @@ option that sets a setting is this last part."""
 AT_LEAST_0, AT_LEAST_1 = click.IntRange(min=0), click.IntRange(min=1)
 FOLDER = click.Path(path_type=Path, file_okay=False)
 Command = Callable[..., Any]
+
+
+class OrderedGroup(click.Group):
+    """Command group that lists its commands in the order in which they are typically used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
 
 
 def _project(_ctx: click.Context, _param: click.Parameter, out: Path) -> ProjectPaths:
@@ -186,8 +194,8 @@ def config_path(name: str) -> Path:
     path = Path(name)
     if path.suffix == ".toml" or path.is_file():
         return path
-    shipped = {path.stem: path for folder in reversed(SHIPPED) for path in folder.glob("*.toml")}
-    if name in shipped:
-        return shipped[name]
-    known = ", ".join(sorted(shipped))
-    raise ConfigError(f"--config {name}: there is no such file, and no shipped study of that name ({known})")
+    built_in = {path.stem: path for folder in reversed(BUILT_IN) for path in folder.glob("*.toml")}
+    if name in built_in:
+        return built_in[name]
+    known, hint = ", ".join(sorted(built_in)), suggestion(name, built_in)
+    raise ConfigError(f"--config {name}: no file or built-in configuration has this name{hint}; built in: {known}")

@@ -139,7 +139,7 @@ class _Costs:
             # feature map.
             one_byte = sum(cost.layer.n_outputs for cost in layers) * batch
             text = f"saved for back-propagation {_size(saved)}, with the weights {_size(saved + memory.weights)}"
-            lines.append(f"{text}; at one byte per value, as the report estimates: {_size(one_byte)}")
+            lines.append(f"{text}; at one byte per value, as the source report estimates: {_size(one_byte)}")
         names = ("activations", "workspace", "weights", "gradients", "optimizer")
         parts = ", ".join(f"{name} {_size(getattr(memory, name))}" for name in names)
         return [*lines, f"peak of a training step {_size(memory.total)}: {parts}"]

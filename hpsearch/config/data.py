@@ -82,7 +82,7 @@ class DataConfig:
             require(not fault, f"data.{name}: the path {printable(path)} {fault}: rename it")
         require(
             bool(self.images) == bool(self.masks),
-            "data.images and data.masks (--images, --masks) go together: give both; they may be one folder",
+            "data.images and data.masks (--images, --masks) must be given together; they may be the same folder",
         )
         require(0 < self.test_share < 1, f"data.test_share must lie between 0 and 1, got {self.test_share}")
         require(

@@ -196,8 +196,8 @@ def _parse_range(where: str, table: Mapping[str, Any]) -> Range:
         convert(value, known[key], f"{where}.{key}")
     low, high, step, log = table["low"], table["high"], table.get("step"), table.get("log", False)
     require(low <= high, f"{where}: low {low} is above high {high}")
-    require(not log or low > 0, f"{where}: a logarithmic range must begin above 0, got low = {low}")
-    require(not log or step is None, f"{where}: log and step exclude each other")
+    require(not log or low > 0, f"{where}: a logarithmic range must start above 0, got low = {low}")
+    require(not log or step is None, f"{where}: log and step cannot be combined")
     require(step is None or step > 0, f"{where}.step must be above 0, got {step}")
     if any(isinstance(number, float) for number in (low, high, step)):
         low, high = float(low), float(high)

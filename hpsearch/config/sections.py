@@ -42,17 +42,18 @@ def annotation_of(name: str) -> Any:
     """Return the type annotation of the setting `name`. Raises ConfigError if there is no such setting."""
     section, _, key = name.partition(".")
     if section not in SECTIONS:
-        raise unknown_name(name, [*SECTIONS, "search"], "section of")
+        full, kind = (name, "section in") if key else (f"search.{name}", "setting")
+        raise unknown_name(full, [*SECTIONS, "search"], kind)
     hints = _type_hints(SECTIONS[section])
     if key not in hints:
-        raise unknown_name(name, [f"{section}.{each}" for each in hints], "key")
+        raise unknown_name(name, [f"{section}.{each}" for each in hints], "setting")
     return hints[key]
 
 
 def unknown_name(name: str, known: Sequence[str], kind: str) -> ConfigError:
     """Return the error for an unknown name: it suggests the most similar name, or lists `known` if none is similar.
 
-    `kind` says what the name should be, such as `key`.
+    `kind` says what the name should be, such as `setting`.
     """
     # Look for the same or a similar key in all sections.
     by_key = {each.rpartition(".")[2]: each for each in [*setting_names(), *known]}
@@ -93,7 +94,7 @@ def apply_overrides(table: Mapping[str, Any], overrides: Iterable[str], *, on_no
         given.add(name)
         if (was := search.pop(name, None)) is not None:
             values = f"{was['low']} to {was['high']}" if isinstance(was, Mapping) else was
-            note(f"{name} = {value!r} is pinned and no longer searched (the range was {values})")
+            note(f"{name} = {value!r} is fixed and no longer searched (the range was {values})")
             result["search"] = search
     for name, text in narrowed.items():
         if name in result["search"] and name not in given:

@@ -54,14 +54,13 @@ class StudyConfig:
         )
         require(
             (data.match == "resize" and not data.cache_size) or self.eval_size == size,
-            "study.eval_size needs data.match = resize and no data.cache_size: crops of two sizes show different "
-            "parts of an image, so a score of one cannot be computed at the size of the other",
+            "study.eval_size needs data.match = resize and no data.cache_size: crops of two sizes are not comparable",
         )
         has_margin = bool(data.cache_size) or not self.augment.crop
         require(has_margin, "augment.crop needs data.cache_size, the size of the cached images to crop from")
         cached = f"data.cache_size = {data.cache_size}"
         is_whole = data.cached_size == size or self.augment.crop
-        require(is_whole, f"{cached} needs augment.crop = true, or the network sees whole images of {data.size}")
+        require(is_whole, f"{cached} needs augment.crop = true, because it differs from data.size = {data.size}")
         is_inside = data.cached_size[0] >= data.height and data.cached_size[1] >= data.width
         require(is_inside, f"{cached} is smaller than data.size = {data.size}")
 

@@ -3,6 +3,7 @@
 import difflib
 import functools
 import math
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from hpsearch.errors import ConfigError
 Size = int | tuple[int, int]
 """Height and width in pixels; a single number sets both."""
 _PACKAGE = Path(__file__).parents[1]
-_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
+_NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
 
 
 def require(condition: bool, text: str) -> None:
@@ -48,6 +49,12 @@ def check_at_least(section: str, settings: object, low: float, *names: str) -> N
     check_between(section, settings, low, **dict.fromkeys(names, math.inf))
 
 
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Return ` (did you mean NAME?)` with the most similar known name; empty if none is similar."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
 @functools.cache
 def module_names(folder: str) -> tuple[str, ...]:
     """Return the names of the modules in `folder` of the package, sorted, without importing them.
@@ -69,9 +76,7 @@ class ModuleName:
     def check(self, setting: str, name: str) -> None:
         """Raise ConfigError with the valid names if `name` is not a module of the folder."""
         names = module_names(self.folder)
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        require(name in names, f"{setting} must be {self.describe()}, got {name!r}{hint}")
+        require(name in names, f"{setting} must be {self.describe()}, got {name!r}{suggestion(name, names)}")
 
     def describe(self) -> str:
         """Return a description of the valid values."""

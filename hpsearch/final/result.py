@@ -45,7 +45,7 @@ def find_leaks(data: DataConfig, cache_root: Path, pool: Index, test: Index) -> 
         try:
             return tuple(DuplicatePair(**pair) for pair in paths.read_json(known)["across"])
         except (RecordError, KeyError, TypeError) as error:
-            logger.warning("%s; looked for anew", error)
+            logger.warning("%s; searching again", error)
     logger.info("looking for near-duplicates across pool and test")
     pairs = find_in_dataset(data, cache_root, with_test=True, role="final")
     across = tuple(pair for pair in pairs if pair.across and {pair.a, pair.b} & set(test.ids))

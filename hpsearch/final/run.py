@@ -109,7 +109,7 @@ def run_final(
         if submission:
             pack_submission(final.folder, final.test.index)
         if tracker is not None and stored is None:
-            final.say("delivering to MLflow")
+            final.say("updating MLflow")
             view = ViewThread(tracker.view(record.paths))
             result = dataclasses.replace(result, undelivered=close_view(view, stop), tracking_error=view.error)
         return result
@@ -222,7 +222,7 @@ class _Final:
         for index in range(self.n_seeds):
             fit, network = self.folder.seed(index), f"network {index + 1} of {self.n_seeds}"
             if fit.fit.is_file():
-                self.say(f"{network} has been trained")
+                self.say(f"{network} is already trained")
                 continue
             self.say(f"training {network} on {len(self.caches.scored.index)} images")
             seed = stable_seed(self.config.study.seed, "final", index)
@@ -237,7 +237,7 @@ class _Final:
             self.say("selecting threshold, flips and cleaning by out-of-fold predictions")
             searched = PoolCaches(record.config, self.root)
             if searched.scored.index.ids != record.folds.ids:
-                raise StudyChangedError(f"the images of study {record.name!r} have changed: put the old ones back")
+                raise StudyChangedError(f"the images of study {record.name!r} have changed: restore the old ones")
             caches = jobs.CachePaths(*searched.paths(config))
             select = partial(jobs.SelectPostprocessingJob, config=config, caches=caches)
             do(select(networks=self.networks, source=self.source, ensemble=self.ensemble, out=out))
@@ -360,17 +360,17 @@ def choose_trial(record: StudyRecord, number: int | None, cheapest_tied: bool) -
     if number is None:
         best = record.best()
         if best is None:
-            raise StudyError(f"study {record.name!r} has no fully evaluated trial yet: run `hpsearch study` first")
+            raise StudyError(f"study {record.name!r} has no complete trial yet: run `hpsearch study` first")
         if cheapest_tied and (estimates := Estimates.of(record)) is not None:
             return record.trial(estimates.cheapest_tied)
         return best
     trial, named = record.known_trial(number), f"trial {number} of study {record.name!r}"
     if not trial.can_win:
-        special = {"complete": "was changed by memory that ran out", None: "is still open"}
+        special = {"complete": "ran out of memory and was trained with smaller batches", None: "is still open"}
         what = special.get(trial.outcome, f"ended as {trial.outcome}")
-        raise StudyError(f"{named} {what}: only trials that were evaluated on all folds can be final")
+        raise StudyError(f"{named} {what}: only complete trials can be retrained")
     configuration, contenders = record.configuration(trial.params), record.contenders(record.trials())
     same = next(each for each in contenders if record.configuration(each.params) == configuration)
     if same.number != number:
-        raise StudyError(f"{named} is a copy of trial {same.number}: take --trial {same.number}")
+        raise StudyError(f"{named} has the same configuration as trial {same.number}: use --trial {same.number}")
     return trial

@@ -80,14 +80,14 @@ def export_toml(record: StudyRecord, path: Path | None = None, *, number: int | 
     if number is None:
         number = record.standing().winner
         if number is None:
-            raise StudyError(f"study {record.name!r} has no fully evaluated trial yet: name one with --trial")
+            raise StudyError(f"study {record.name!r} has no complete trial yet: choose another one with --trial")
     trial, study = record.known_trial(number), record.config.study
     path = path or record.paths.trial_toml(number)
     score = record.standing().values.get(number, trial.value)
     value = f", {study.metric} {score:.4f} out of fold" if trial.outcome == "complete" else ""
     head = (
         f"# Trial {number} of study {record.name}: {trial.outcome or 'open'}{value}.\n"
-        f"# Begun by hpsearch {trial.code or __version__}.\n#\n"
+        f"# Started by hpsearch {trial.code or __version__}.\n#\n"
         f"#     hpsearch train --config {shlex.quote(path.name)} --folds {study.folds}\n\n"
     )
     write_text(path, head + trial.study_config.to_toml())
@@ -100,8 +100,8 @@ def describe(info: WeightsInfo) -> dict[str, str]:
     frame, reading, choices = info.extra.get("frame"), info.reading, from_json(Postprocessing, info.extra)
     if info.sees_windows:
         resolution = f"resized to {frame[0]}x{frame[1]} pixels" if frame else "at its own resolution"
-        fit = f"cover the image, {resolution}, by overlapping windows of {side}, mirrored at its borders"
-        back = "put the windows' logits side by side, blended where they overlap"
+        fit = f"cover the image, {resolution}, with overlapping windows of {side}, mirrored at its borders"
+        back = "place the logits of the windows side by side and blend them where they overlap"
     else:
         fit = f"resize the whole image to {side}, bilinear with antialiasing, and round to integers"
         back = "resize the logits to the image's own size, bilinear with half-pixel centres (align_corners false)"
@@ -110,20 +110,20 @@ def describe(info: WeightsInfo) -> dict[str, str]:
         ", ".join(f"{value:.9g}" for value in values) for values in (info.normalization.mean, info.normalization.std)
     )
     before = [
-        f"the image with its EXIF orientation {turn}, transparency dropped; RGB, 8 bits a channel (255 is the value "
-        f"{reading.max_value or 255})",
+        f"the image with its EXIF orientation {turn}, transparency dropped; RGB, 8 bits per channel (255 is the "
+        f"value {reading.max_value or 255})",
         fit,
-        f"make one channel of red, green and blue by the weights {', '.join(map(str, GRAY_WEIGHTS))}",
+        f"combine red, green and blue into one channel with the weights {', '.join(map(str, GRAY_WEIGHTS))}",
         "divide by 255",
         f"subtract the mean {mean} and divide by the standard deviation {std}, channel by channel",
         "float32, (batch, channel, row, column)",
     ]
     after = {
-        "average the logits over the image and its three mirror images, mirrored back": choices.flips,
+        "average the logits over the image and its three mirror images, after mirroring them back": choices.flips,
         back: True,
         f"a pixel is lesion where the sigmoid of its logit is above {choices.threshold:g}": True,
         "keep the largest component and fill its holes": choices.clean,
-        "`final` predicts with an ensemble, of which this is not one": choices.ensemble,
+        "`final` selected an ensemble, but this file is a single network": choices.ensemble,
     }
     if info.in_channels == 3:
         del before[2]

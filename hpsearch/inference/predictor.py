@@ -162,7 +162,7 @@ def load_predictor(weights: Path, *, ensemble: bool | None = None, **how: Any) -
     folder = FinalPaths(weights.parent).ensemble
     members = sorted(folder.glob("*.safetensors"))
     if ensemble and not members:
-        raise StudyError(f"there is no ensemble in {folder}: `hpsearch final --ensemble` makes one")
+        raise StudyError(f"there is no ensemble in {folder}: `hpsearch final --ensemble` creates one")
     if not members or not (predictor.choices.ensemble if ensemble is None else ensemble):
         return predictor
     return Ensemble([Predictor.load(path, **how) for path in members])
@@ -228,13 +228,13 @@ def find_images(inputs: Iterable[str | Path]) -> list[Path]:
         found |= dict.fromkeys(images)
     if not any(os.path.isfile(path) for path in found):
         first = next(iter(found), None)
-        raise DatasetError(file_fault(first) if first is not None else "there is no file to predict")
+        raise DatasetError(file_fault(first) if first is not None else "there are no files to predict")
     by_stem: dict[str, Path] = {}
     for path in found:
         # Some file systems do not distinguish case or Unicode form.
         first = by_stem.setdefault(name_key(path.stem), path)
         if first != path:
-            raise DatasetError(f"{first} and {path} would write the same files: predict them into different folders")
+            raise DatasetError(f"{first} and {path} would have the same output files: use two different --out-dir")
     return list(found)
 
 
@@ -304,12 +304,12 @@ def find_model(project: ProjectPaths, study: str | None, model: str | None) -> P
         finals = [final for final in map(record.paths.final, record.paths.final_names()) if final.model.is_file()]
         if finals:
             return max(finals, key=lambda final: float(read_json(final.result)["ended_at"])).model
-        raise StudyError(f"study {record.name!r} has no final model yet: run `hpsearch final`, or name one (--model)")
+        raise StudyError(f"study {record.name!r} has no final model yet: run `hpsearch final`, or use --model")
     path = user_path(model)
     for weights in (path, FinalPaths(path).model, FitPaths(path).weights):
         if os.path.isfile(weights):
             return weights
-    raise CheckpointError(f"there is no model in {path}: name a folder that `hpsearch final` made, or a file")
+    raise CheckpointError(f"there is no model in {path}: choose a weights file or a folder of `hpsearch final`")
 
 
 def _images_among(paths: Iterable[Path]) -> list[Path]:

@@ -46,7 +46,7 @@ def score_folder(preds: Path, masks: Path) -> pd.DataFrame:
     """
     predicted, truths = _files_by_id(preds), _files_by_id(masks)
     if not truths:
-        raise DatasetError(f"{masks} holds no PNG masks")
+        raise DatasetError(f"{masks} contains no PNG masks")
     counts = []
     for image_id, mask_files in truths.items():
         files = predicted.get(image_id, [])

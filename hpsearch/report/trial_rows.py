@@ -87,7 +87,7 @@ def cached(record: StudyRecord, key: str) -> Cache:
         index = Index.read(folder)
         # A cache of kind "memory" would decode the whole pool, but only a few images are needed.
         return Cache(folder, replace(index, kind="none") if index.kind == "memory" else index)
-    raise CacheError(f"{root} no longer holds the decoded images {key}")
+    raise CacheError(f"{root} no longer contains the decoded images {key}")
 
 
 def _cases(
@@ -117,7 +117,7 @@ def _cases(
     images, masks = (each[:, top : top + height, left : left + width] for each in pictures)
     if images.shape[1:3] != probabilities.shape[1:3]:
         raise CacheError(
-            f"{cache.path} holds images of {images.shape[1:3]}, the examples are {probabilities.shape[1:3]}"
+            f"{cache.path} contains images of {images.shape[1:3]}, the examples are {probabilities.shape[1:3]}"
         )
     return [
         Case(chosen[i], cache.ids[int(indices[i])], float(scores[i]), image, mask > 0, probabilities[i] > 127)

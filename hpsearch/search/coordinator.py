@@ -219,7 +219,7 @@ class Coordinator:
         if fit.is_finished or evaluation.pruned is not None:
             self._end_if_finished(evaluation)
         elif sum(each.startswith(place) for each in deaths) >= DEATHS_PER_JOB:
-            reason = f"fold {fold + 1} ended its worker {DEATHS_PER_JOB} times {place}{failure.text}"
+            reason = f"{DEATHS_PER_JOB} workers died in fold {fold + 1} {place}{failure.text}"
             self._end(evaluation, "failed", reason=reason)
             ended = [trial for trial in self.trials.values() if trial.outcome in COUNTED]
             if len(ended) >= 3 and all(trial.outcome == "failed" for trial in ended):

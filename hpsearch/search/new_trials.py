@@ -33,7 +33,7 @@ def next_trial(
     if len(infeasible) >= INFEASIBLE_PER_TRIAL * record.config.study.trials:
         raise StudyError(
             f"{len(infeasible)} suggested configurations were infeasible, the last one because "
-            f"{infeasible[-1].reason}; make the search space smaller or data.size other"
+            f"{infeasible[-1].reason}; reduce the search space, or change data.size"
         )
     number = history[-1].number + 1 if history else 0
     wanted = next_params(record, history)
@@ -63,7 +63,7 @@ def used_up(record: StudyRecord, trials: Mapping[int, TrialRecord]) -> str:
         return ""
     if all(trial.outcome == "infeasible" for trial in trials.values()):
         reason = trials[max(trials)].reason
-        raise StudyError(f"every configuration is infeasible, the last because {reason}: widen or change the search")
+        raise StudyError(f"every configuration is infeasible, the last because {reason}: change the search space")
     return (
         "the search space is used up: every configuration has been tried, so the search ends with "
         f"{n_counted} of {config.study.trials} trials"
@@ -103,16 +103,16 @@ def read_params(path: Path, config: StudyConfig) -> dict[str, Any]:
 def enqueue(record: StudyRecord, wanted: Sequence[Mapping[str, Any]]) -> list[str]:
     """Enqueue params that were neither tried nor enqueued before. Return a short status text for each of them."""
     entries, said = _enqueued(record), []
-    known = {record.configuration(params): "is enqueued already" for params in entries}
+    known = {record.configuration(params): "is already enqueued" for params in entries}
     for trial in reversed(record.trials()):
-        known[record.configuration(trial.params)] = f"is trial {trial.number} already"
-    known[record.configuration({})] = "is trial 0 already"
+        known[record.configuration(trial.params)] = f"is already trial {trial.number}"
+    known[record.configuration({})] = "is already trial 0"
     for params in wanted:
         key = record.configuration(params)
         said.append(known.get(key, "is enqueued"))
         if key not in known:
             entries.append(dict(params))
-            known[key] = "is enqueued already"
+            known[key] = "is already enqueued"
     if wanted:
         paths.write_json(record.paths.enqueued, {"params": entries})
     return said

@@ -71,14 +71,14 @@ class OptunaView:
                 if not isinstance(cause, sqlite3.OperationalError):
                     aside = self._database.with_name(f"{self._database.name}.damaged")
                     os.replace(self._database, aside)
-                    text = "Optuna's database is damaged (%s): it is now %s, and a new one is made"
+                    text = "Optuna's database is damaged (%s): it was renamed to %s, and a new one is created"
                     logger.warning(text, cause, aside.name)
                 try:
                     self._show(record)
                 except DATABASE_ERRORS as again:
                     self._study, cause = None, _cause(again)
                     reason = (str(cause).splitlines() or [type(cause).__name__])[0]
-                    raise StorageError(f"{self._database} cannot be brought up to date: {reason}") from again
+                    raise StorageError(f"{self._database} cannot be updated: {reason}") from again
         self._shown = files
 
     def n_behind(self) -> int:
@@ -91,7 +91,7 @@ class OptunaView:
         wanted = [_shown_trial(trial, spaces, standing) for trial in trials]
         study, known = self._open(record)
         if not _agree(known, wanted):
-            logger.info("Optuna's trials of study %s differ from the record and are written anew", record.name)
+            logger.info("Optuna's trials of study %s differ from the record and are rewritten", record.name)
             optuna.delete_study(study_name=record.name, storage=study._storage)
             self._study = None
             study, known = self._open(record)

@@ -46,7 +46,7 @@ def shortlist(record: StudyRecord) -> Shortlist | None:
     picked = select_for_replication(np.stack([record.out_of_fold(number) for number in complete]), count)
     chosen = Shortlist(tuple(complete[index] for index in picked), complete, count)
     record.write_shortlist(chosen)
-    logger.info("to be refitted: trials %s", ", ".join(map(str, chosen.trials)))
+    logger.info("trials to refit: %s", ", ".join(map(str, chosen.trials)))
     return chosen
 
 

@@ -42,11 +42,11 @@ class Stop:
             # Exit like a process terminated by SIGTERM, so that a calling script stops too.
             self.request(signal.SIGTERM, at_once=study.stop_request.read_text().strip() == "now")
             study.stop_request.unlink(missing_ok=True)
-            return "stop was requested from outside"
+            return "a stop was requested by `hpsearch stop`"
         over_s = time.monotonic() - self._ends_at
         if over_s >= 0 and not self.is_requested:
             self.request()
-            return "the budget of hours is used up: stopping after this epoch"
+            return "the time limit (--hours) is reached: stopping after the current epochs"
         if over_s > GRACE_S:
             self.request(at_once=True)
         return ""

@@ -71,7 +71,7 @@ class StudyFiles:
         try:
             return Folds.from_dict(table["folds"])
         except (RecordError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise RecordError(f"{self.paths.folds} is damaged: put it back from a copy") from error
+            raise RecordError(f"{self.paths.folds} is damaged: restore it from a backup") from error
 
     def data_key(self) -> str:
         """Return the key of the image cache from which the folds were made."""
@@ -93,8 +93,8 @@ class StudyFiles:
         ]
         if lines:
             raise StudyChangedError(
-                f"study {self.name!r} was begun with other settings ({'; '.join(lines)}); "
-                "give it the old ones, or begin another with --study NAME"
+                f"study {self.name!r} was started with other settings ({'; '.join(lines)}); "
+                "use the old settings, or start another study with --study NAME"
             )
 
     def update_config(self, config: StudyConfig) -> None:
@@ -127,7 +127,7 @@ class StudyFiles:
         path, taken = self.paths.trial(number).trial, self.paths.trial(number).taken
         trial = read_record(TrialRecord, path)
         if trial.number != number:
-            raise RecordError(f"{path} is damaged: it is about trial {trial.number}; put it back from a copy")
+            raise RecordError(f"{path} is damaged: it describes trial {trial.number}; restore it from a backup")
         if not taken.is_file():
             return trial
         table = paths.read_json(taken)

@@ -92,10 +92,10 @@ def load_array(path: Path, *, ndim: int) -> npt.NDArray[Any]:
         raise RecordError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:
         # NumPy's reader raises many kinds of exceptions if the header is damaged.
-        raise RecordError(f"{path} is damaged: put it back from a copy") from error
+        raise RecordError(f"{path} is damaged: restore it from a backup") from error
     checksum = content[file.tell() :]
     if checksum not in (b"", hashlib.sha256(content[: file.tell()]).digest()):
-        raise RecordError(f"{path} was changed since it was written: put it back from a copy")
+        raise RecordError(f"{path} was changed after it was written: restore it from a backup")
     if array.ndim != ndim or array.dtype.kind not in "fi" or not np.isfinite(array).all():
-        raise RecordError(f"{path} is damaged: it holds a {array.dtype} array of shape {array.shape}, or NaN")
+        raise RecordError(f"{path} is damaged: it contains a {array.dtype} array of shape {array.shape}, or NaN")
     return array

@@ -34,7 +34,7 @@ def hold(study: StudyPaths) -> Iterator[None]:
         status, stop = (command_line(each, study.name, study.project) for each in ("status", "stop"))
         who = describe_holder(study)
         raise StudyLockedError(
-            f"study {study.name!r} is being run by {who}: see it with `{status}`, end it with `{stop}`"
+            f"study {study.name!r} is being run by {who}: watch it with `{status}`, stop it with `{stop}`"
         ) from error
     except OSError as error:
         raise paths.storage_error(study.lock, error) from error

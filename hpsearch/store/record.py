@@ -38,7 +38,7 @@ class StudyRecord(StudyFiles):
         n_images = len(self.folds.held_out(fold))
         if scores.shape[0] == 0 or scores.shape[1] != n_images:
             raise RecordError(
-                f"{fit.paths.scores} holds {scores.shape} scores, fold {fold + 1} has {n_images} images"
+                f"{fit.paths.scores} contains {scores.shape} scores, but fold {fold + 1} has {n_images} images"
             )
         return np.asarray(scores[-1], np.float64)
 
@@ -66,8 +66,8 @@ class StudyRecord(StudyFiles):
         for expected, trial in enumerate(trials):
             if trial.number != expected and not any(each.outcome == "orphaned" for each in trials):
                 raise RecordError(
-                    f"{self.paths.trial(expected).trial} is missing while later trials are there: put the folder "
-                    "back from a copy, or begin another study with --study NAME"
+                    f"{self.paths.trial(expected).trial} is missing, but later trials exist: restore the folder "
+                    "from a backup, or start another study with --study NAME"
                 )
         for trial in trials:
             if trial.outcome in (None, "orphaned"):
@@ -78,8 +78,8 @@ class StudyRecord(StudyFiles):
                 fit.verify()
             if trial.outcome == "complete" and self.value(trial.number) != trial.value:
                 raise RecordError(
-                    f"the scores in {self.paths.trial(trial.number).root} are not those of the value on record, "
-                    f"{trial.value}: put them back from a copy"
+                    f"the scores in {self.paths.trial(trial.number).root} do not match the recorded value "
+                    f"{trial.value}: restore them from a backup"
                 )
 
     def contenders(self, trials: Iterable[TrialRecord]) -> list[TrialRecord]:
@@ -172,7 +172,7 @@ def wants_replicates(record: StudyRecord, contenders: Sequence[TrialRecord]) -> 
 def no_study(project: ProjectPaths) -> StudyError:
     """Return the error for a project folder without a study."""
     root = project.root.absolute()
-    return StudyError(f"there is no study in {root}: begin one with `hpsearch study`, or name the folder (--out)")
+    return StudyError(f"there is no study in {root}: start one with `hpsearch study`, or choose a project with --out")
 
 
 def study_record(project: ProjectPaths, name: str | None) -> StudyRecord:

@@ -151,7 +151,7 @@ def _append(project: ProjectPaths, table: dict[str, Any]) -> None:
         state.parent.mkdir(parents=True, exist_ok=True)
         paths.append_line(state, line)
     except (OSError, StorageError) as error:
-        logger.info("this evaluation of the test set is on record in the project folder only: %s", error)
+        logger.info("this evaluation of the test set is logged in the project folder only: %s", error)
 
 
 def _entries(project: ProjectPaths) -> list[LoggedEvaluation]:

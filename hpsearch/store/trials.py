@@ -188,7 +188,7 @@ def read_record(cls: type[T], path: Path) -> T:
     table = read_json(path)
     try:
         if table.get("format", FORMAT) != FORMAT:
-            raise RecordError(f"{path} is of another version of hpsearch: update hpsearch")
+            raise RecordError(f"{path} was written by another version of hpsearch: update hpsearch")
         return from_json(cls, table)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise RecordError(f"{path} is damaged: put it back from a copy") from error
+        raise RecordError(f"{path} is damaged: restore it from a backup") from error

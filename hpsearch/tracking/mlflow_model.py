@@ -112,7 +112,7 @@ def register(client: Any, weights: Path, folder: Path, experiment_id: str, run_i
     if model.model_id not in [each.model_id for each in (outputs.model_outputs if outputs else [])]:
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
     if not client.search_registered_models(f"name = '{study}'"):
-        description = "Networks of the finals of this study."
+        description = "Networks that `hpsearch final` trained for this study."
         client.create_registered_model(study, tags={"hpsearch.study": study}, description=description)
     version = client.create_model_version(
         study,
@@ -174,7 +174,7 @@ def _pixels(image: Any) -> npt.NDArray[np.uint8]:
     is_image = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)
     if not (is_image and array.size and array.dtype.kind in "ui" and array.min() >= 0 and array.max() <= 255):
         raise DatasetError(
-            "an image must be a path or an array (H, W, 3) or (H, W) of whole numbers from 0 to 255, got "
+            "an image must be a path or an array (H, W, 3) or (H, W) of integers from 0 to 255, got "
             f"{array.dtype} of shape {array.shape}"
         )
     pixels = array.astype(np.uint8)

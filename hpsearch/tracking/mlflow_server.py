@@ -45,9 +45,9 @@ class MlflowServer:
         mlruns = self.project.mlruns
         if self._uri is None and any(path.parent.name.isdigit() for path in mlruns.glob("*/meta.yaml")):
             raise TrackingError(
-                f"{mlruns} contains runs of an old MLflow, beside which `mlflow ui` does not start: choose another "
-                f"--out, or run `mlflow migrate-filestore --source {mlruns} --target sqlite:///{mlruns.parent}/mlflow.db`"
-                " and move the folder away"
+                f"{mlruns} contains runs of an old version of MLflow, with which `mlflow ui` does not start: choose "
+                f"another --out, or run `mlflow migrate-filestore --source {mlruns} --target "
+                f"sqlite:///{mlruns.parent}/mlflow.db` and move the folder away"
             )
         other = self._uri or "sqlite://"
         if other.startswith("file:") or ("://" not in other and other not in ("databricks", "uc")):

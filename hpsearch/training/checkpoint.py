@@ -47,7 +47,7 @@ def save_checkpoint(path: Path, state: Mapping[str, Any], *, previous: Path | No
         temporary.write_bytes(content)
         if previous is not None:
             if temporary.read_bytes() != content:
-                raise OSError(f"{path} reads differently from what was written: the disk is faulty")
+                raise OSError(f"{path} does not contain what was written to it: the disk is faulty")
             if path.exists():
                 path.replace(previous)
 
@@ -69,9 +69,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{path} is refused: it holds more than tensors and plain types") from error
+        raise CheckpointError(f"{path} is refused: it contains more than tensors and plain types") from error
     if state["format"] != FORMAT:
-        raise CheckpointError(f"{path} has format {state['format']}, this version of hpsearch reads {FORMAT}")
+        raise CheckpointError(f"{path} has format {state['format']}, but this version of hpsearch reads {FORMAT}")
     return cast("dict[str, Any]", state)
 
 
@@ -89,10 +89,7 @@ def load_latest(fit: FitPaths, digest: str) -> dict[str, Any] | None:
             continue
         if state["digest"] == digest:
             return state
-        raise CheckpointError(
-            f"{fit.root} holds a checkpoint of another configuration, other images or another seed; "
-            "remove that folder to start this fit from the beginning"
-        )
+        raise CheckpointError(f"{fit.root} has a checkpoint of other settings, images or seeds: remove the folder")
     return None
 
 
@@ -154,9 +151,9 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Mod
         table.pop("sha256", None)
         # Compare as text, because different texts may parse to the same table.
         if _described(table, tensors) != text:
-            raise CheckpointError(f"{path} was changed since it was written: its checksum is wrong")
+            raise CheckpointError(f"{path} was changed after it was written: its checksum is wrong")
         if table["format"] != WEIGHTS_FORMAT:
-            raise ValueError(f"format {table['format']}, this version of hpsearch reads {WEIGHTS_FORMAT}")
+            raise ValueError(f"format {table['format']}, but this version of hpsearch reads {WEIGHTS_FORMAT}")
         # UNetConfig rejects unknown settings, because a setting of a later version may change the network's output.
         info = dataclasses.replace(from_json(WeightsInfo, table), model=UNetConfig(**table["model"]))
     except (KeyError, TypeError, ValueError, ConfigError) as error:
@@ -166,7 +163,7 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Mod
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise CheckpointError(f"{path} holds weights that do not fit the network it describes") from error
+        raise CheckpointError(f"{path} contains weights that do not match the network it describes") from error
     return model.to(device).eval(), info
 
 

@@ -116,7 +116,7 @@ def choose_device(name: str = "auto") -> torch.device:
         raise DeviceError(f"unknown device {name!r}: it is auto, cpu, cuda, cuda:N, mps or xla")
     if (index := int(match[1] or 0)) < n_gpus:
         return torch.device("cuda", index)
-    raise DeviceError(f"device {name} is not there: torch {torch.__version__} finds {n_gpus} GPUs; use --device auto")
+    raise DeviceError(f"no device {name} exists: torch {torch.__version__} finds {n_gpus} GPUs; use --device auto")
 
 
 def choose_precision(device: torch.device, amp: str = "auto") -> Precision:
@@ -270,8 +270,5 @@ def _torch_xla() -> Any:
     try:
         import torch_xla
     except ImportError as error:
-        raise DeviceError(
-            "device xla needs the package torch_xla, which is not installed: it is the extra `xla`, and needs the "
-            "torch of its own version"
-        ) from error
+        raise DeviceError("device xla needs torch_xla (extra `xla`) and torch of the same version") from error
     return torch_xla

@@ -123,7 +123,7 @@ class _Jobs:
                 if self.n_deaths < DEATHS_PER_JOB:
                     self.jobs.append(event.job)
                 else:
-                    text = f"{kind} ended its worker {self.n_deaths} times: {text}"
+                    text = f"{self.n_deaths} workers died during {kind}: {text}"
                     self.reports.append(Failed(error="died", text=text))
             case Failed(error=error) if error != "died":
                 self.reports.append(event.report)
@@ -131,6 +131,6 @@ class _Jobs:
 
 def _error(failure: Failed) -> HpsearchError:
     if not failure.error:
-        return WorkerError(f"{failure.text}; this is a fault in hpsearch:\n{failure.traceback}")
+        return WorkerError(f"{failure.text}; this is a bug in hpsearch:\n{failure.traceback}")
     kinds = {"DivergedError": StudyError, "OutOfMemoryError": DeviceError, "StorageError": StorageError}
     return kinds.get(failure.error, WorkerError)(failure.text)

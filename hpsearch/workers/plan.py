@@ -79,7 +79,7 @@ def why_infeasible(config: StudyConfig, plan: ExecutionPlan) -> Infeasible | Non
     if needed <= available:
         return None
     return Infeasible(
-        f"needs about {needed / 2**30:.1f} GiB for a training step, this device has {available / 2**30:.1f} GiB",
+        f"needs about {needed / 2**30:.1f} GiB for a training step, but this device has {available / 2**30:.1f} GiB",
         needed / available - 1.0,
     )
 

@@ -18,5 +18,5 @@ def test_check_shows_a_table_by_kind_with_the_first_files(tmp_path: Path) -> Non
     (row,) = [line.split() for line in lines if line.startswith("error")]
     assert row[:4] == ["error", "missing", "mask", "6"]
     assert sum(mask.name in result.output for mask in masks) == 3
-    assert any(line.strip() == "and 3 more (--json names all)" for line in lines)
+    assert any(line.strip() == "and 3 more (--json lists all)" for line in lines)
     assert any(line.split()[:3] == ["note", "counts", "1"] for line in lines)

@@ -73,7 +73,7 @@ def test_a_wrong_flag_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None
         (("study", "--set", "unet.lr=0.1"), "train.lr"),
         (("study", "--set", "lr=0.1"), "such as train.lr=0.1"),
         (("study", "--set", "search.unet.dpeth=[1, 2]"), "unet.depth"),
-        (("study", "--config", "isic2107"), "no shipped study of that name (isic2017"),
+        (("study", "--config", "isic2107"), "(did you mean isic2017?)"),
     ],
 )
 def test_a_typing_error_gets_a_suggestion(
@@ -185,4 +185,4 @@ def test_a_delivery_that_nobody_waits_for_is_left_without_python_taking_it_apart
 def test_a_command_that_loads_torch_ends_with_nothing_but_its_progress_on_stderr(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "hpsearch", "data", "sample", str(tmp_path / "drawn")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
-    assert done.stderr.splitlines() == [f"drawing images {n}/200" for n in (1, 50, 100, 150, 200)]
+    assert done.stderr.splitlines() == [f"generating images {n}/200" for n in (1, 50, 100, 150, 200)]

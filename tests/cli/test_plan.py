@@ -38,7 +38,7 @@ def test_the_report_s_network_has_its_objects_and_layers() -> None:
 def test_what_overrides_change_in_the_search_is_said_first() -> None:
     sets = ["--set", "search.unet.base_channels=[4, 8]", "--set", "train.lr=0.1"]
     first, second, *_ = plan("--config", "isic2017-64", "--no-layers", *sets).splitlines()
-    assert first == "note: train.lr = 0.1 is pinned and no longer searched (the range was 0.001 to 0.3)"
+    assert first == "note: train.lr = 0.1 is fixed and no longer searched (the range was 0.001 to 0.3)"
     assert second.startswith("UNet, base channels 8")
 
 
@@ -60,15 +60,15 @@ def test_a_network_that_is_trained_on_windows_has_27_layers_and_no_interpolation
 @pytest.mark.parametrize(
     ("changes", "saved", "verdict"),
     [
-        ([], "5.50 GiB; at one byte per value, as the report estimates: 1.08 GiB", "fits 8 GiB"),
+        ([], "5.50 GiB; at one byte per value, as the source report estimates: 1.08 GiB", "fits 8 GiB"),
         (
             ["train.batch_size=64"],
-            "21.90 GiB; at one byte per value, as the report estimates: 4.30",
+            "21.90 GiB; at one byte per value, as the source report estimates: 4.30",
             "does not fit 8",
         ),
         (
             ["unet.base_channels=64"],
-            "10.99 GiB; at one byte per value, as the report estimates: 2.14",
+            "10.99 GiB; at one byte per value, as the source report estimates: 2.14",
             "does not fit 8",
         ),
     ],

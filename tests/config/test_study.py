@@ -81,8 +81,8 @@ def test_pinning_a_searched_setting_is_told() -> None:
     )
     assert len(config.search) == 0
     assert notes == [
-        "unet.depth = 3 is pinned and no longer searched (the range was 2 to 5)",
-        "train.batch_size = 8 is pinned and no longer searched (the range was [8, 16])",
+        "unet.depth = 3 is fixed and no longer searched (the range was 2 to 5)",
+        "train.batch_size = 8 is fixed and no longer searched (the range was [8, 16])",
     ]
 
 

@@ -188,7 +188,7 @@ def test_a_network_of_crops_says_that_it_wants_windows(tmp_path: Path) -> None:
     _, info = load_weights(weights)
     said = export.describe(info)
     assert "overlapping windows of 48x40" in said["preprocessing"]
-    assert "blended" in said["postprocessing"]
+    assert "blend them" in said["postprocessing"]
 
 
 def test_what_final_chose_is_said(tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ def test_the_best_configuration_is_exported_as_one_that_runs_again(tmp_path: Pat
 
 def test_any_trial_can_be_exported_and_one_that_is_not_there_cannot(tmp_path: Path) -> None:
     study = FakeStudy(tmp_path)
-    with pytest.raises(StudyError, match="no fully evaluated trial yet"):
+    with pytest.raises(StudyError, match="no complete trial yet"):
         export_toml(study.record)
     dropped = study.trial("pruned")
     path = export_toml(study.record, tmp_path / "mine.toml", number=0)

@@ -319,7 +319,7 @@ def test_bad_files_are_named_and_skipped(tmp_path: Path, capsys: pytest.CaptureF
     assert "4 of 5 files could not be read" in said
     assert f"\n  {photos}/broken.jpg cannot be decoded: " in said
     assert f"\n  there is no file {tmp_path}/gone.png\n" in said
-    assert f"\n  {photos}/link.jpg is a link to nowhere.jpg, which is not there\n" in said
+    assert f"\n  {photos}/link.jpg is a link to nowhere.jpg, which does not exist\n" in said
     assert "scan.bmp cannot be decoded: it is neither JPEG nor PNG: convert it" in said
     assert "note.txt" not in said
 
@@ -355,7 +355,10 @@ def test_a_single_file_or_a_model_that_is_not_there_is_named_in_one_line(
     Image.fromarray(noise(30, 40)).save(tmp_path / "a.png")
     for arguments, said in (
         ((f"{tmp_path}/b.png", "--model", f"{tmp_path}/no"), f"hpsearch: there is no file {tmp_path}/b.png\n"),
-        ((f"{tmp_path}/a.png", "--model", f"{tmp_path}/no"), f"hpsearch: there is no model in {tmp_path}/no: name a"),
+        (
+            (f"{tmp_path}/a.png", "--model", f"{tmp_path}/no"),
+            f"hpsearch: there is no model in {tmp_path}/no: choose a",
+        ),
     ):
         with pytest.raises(SystemExit) as caught:
             main(["predict", *arguments])
@@ -402,11 +405,11 @@ def test_two_images_for_one_mask_are_refused(tmp_path: Path) -> None:
     for folder in ("x", "y"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a.png").touch()
-    with pytest.raises(DatasetError, match="would write the same files"):
+    with pytest.raises(DatasetError, match="would have the same output files"):
         find_images([tmp_path / "x", tmp_path / "y"])
     for name in ("é.png", "e\u0301.PNG"):
         (tmp_path / name).touch()
-    with pytest.raises(DatasetError, match="would write the same files"):
+    with pytest.raises(DatasetError, match="would have the same output files"):
         find_images([tmp_path])
 
 
@@ -467,5 +470,5 @@ def test_predict_takes_the_threads_of_the_plan_and_spares_the_true_masks(
         codes.append(caught.value.code)
     assert codes == [1, 0, 0]
     assert used == [3, 2]
-    assert "holds the true masks of study 'mine': name another folder" in capsys.readouterr().err
+    assert "contains the true masks of study 'mine': choose another folder" in capsys.readouterr().err
     assert list(masks.iterdir()) == []

@@ -188,7 +188,7 @@ def test_predictions_without_a_mask_are_passed_over(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_masks_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="holds no PNG masks"):
+    with pytest.raises(DatasetError, match="contains no PNG masks"):
         score_folder(tmp_path, tmp_path)
 
 

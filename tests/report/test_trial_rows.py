@@ -67,7 +67,7 @@ def test_images_that_are_gone_are_said_to_be_gone(study: FakeStudy, caplog: pyte
     shutil.rmtree(study.project.cache)
     with caplog.at_level("INFO"):
         assert trial_cases(study.record, 0) == []
-    assert "no longer holds" in caplog.text
+    assert "no longer contains" in caplog.text
 
 
 def test_damaged_examples_are_named(study: FakeStudy) -> None:

@@ -487,7 +487,7 @@ def test_a_signal_that_also_ends_the_process_that_decodes_reads_as_a_stop(
     def caches(*_: object, **__: object) -> None:
         if signal_number:
             stop.request(signal_number)
-        raise CacheError("the process that decodes ended by signal 15")
+        raise CacheError("the decoding process ended by signal 15")
 
     monkeypatch.setattr(study, "PoolCaches", caches)
     with pytest.raises(error):

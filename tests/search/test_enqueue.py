@@ -33,7 +33,7 @@ def test_the_configuration_of_a_trial_can_be_enqueued_as_it_was_saved(tmp_path: 
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("[unet]\ndepht = 2\n", "unknown key 'unet.depht'"),
+        ("[unet]\ndepht = 2\n", "unknown setting 'unet.depht'"),
         ("[unet]\ndepth = 3\n", r"unet\.depth = 3 lies outside the search \[1, 2\]"),
         ("[train]\nepochs = 9\n", r"train\.epochs = 9 is not searched and is 2 in this study"),
         ("[unet\n", "cannot be read as TOML"),
@@ -48,8 +48,8 @@ def test_what_cannot_be_enqueued_is_refused_with_file_and_key(tmp_path: Path, te
 def test_a_configuration_is_enqueued_once(tmp_path: Path) -> None:
     record = StudyRecord.create(ProjectPaths(tmp_path).study("tiny"), tiny_config(tmp_path))
     mine, default = {"unet.depth": 2, "train.lr": 0.2}, {"unet.depth": 1, "train.lr": 0.05}
-    assert enqueue(record, [mine, mine, default]) == ["is enqueued", "is enqueued already", "is trial 0 already"]
-    assert enqueue(record, [mine]) == ["is enqueued already"]
+    assert enqueue(record, [mine, mine, default]) == ["is enqueued", "is already enqueued", "is already trial 0"]
+    assert enqueue(record, [mine]) == ["is already enqueued"]
     assert next_params(record, []) == mine
 
 

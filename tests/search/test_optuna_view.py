@@ -103,7 +103,7 @@ def test_a_fault_of_the_program_leaves_the_database_of_all_studies(
 def test_a_database_that_cannot_be_written_is_named_in_one_line(study: FakeStudy) -> None:
     study.project.optuna_db.mkdir()
     view = OptunaView(study.record.paths)
-    with pytest.raises(StorageError, match=r"hpsearch\.db cannot be brought up to date: ") as raised:
+    with pytest.raises(StorageError, match=r"hpsearch\.db cannot be updated: ") as raised:
         view.update()
     assert "\n" not in str(raised.value)
     assert view.n_behind() == 1
@@ -125,7 +125,7 @@ def test_a_missing_trial_among_later_ones_is_named(study: FakeStudy) -> None:
     for _ in range(2):
         study.trial()
     study.record.paths.trial(1).trial.unlink()
-    with pytest.raises(RecordError, match=r"0001.trial\.json is missing while later trials are there"):
+    with pytest.raises(RecordError, match=r"0001.trial\.json is missing, but later trials exist"):
         study.record.verify()
 
 

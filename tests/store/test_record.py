@@ -147,7 +147,7 @@ def test_scores_that_are_not_those_of_the_value_on_record_are_noticed(record: St
     record.verify()
     fit = record.fit(0, 1).paths
     np.save(fit.scores, np.load(fit.scores) + np.float32(0.001))
-    with pytest.raises(RecordError, match="not those of the value on record"):
+    with pytest.raises(RecordError, match="do not match the recorded value"):
         record.verify()
 
 
@@ -155,7 +155,7 @@ def test_an_edited_file_is_named(record: StudyRecord) -> None:
     record.write_trial(trial(record, 0, outcome="complete", value=0.75))
     path = record.paths.trial(0).trial
     path.write_text(path.read_text().replace("0.75", "0.85"))
-    with pytest.raises(RecordError, match=r"trial\.json was changed since it was written"):
+    with pytest.raises(RecordError, match=r"trial\.json was changed after it was written"):
         record.trial(0)
 
 
@@ -188,7 +188,7 @@ def test_a_damaged_file_is_named_in_one_line_with_the_remedy(record: StudyRecord
     with pytest.raises(RecordError) as raised:
         assert [opened.trial(0), opened.folds, opened.shortlist(), *[fit.summary() for fit in opened.fits(0)]] == []
     assert str(raised.value) in {
-        f"{fit} is damaged: put it back from a copy" for fit in record.paths.root.rglob(name)
+        f"{fit} is damaged: restore it from a backup" for fit in record.paths.root.rglob(name)
     }
 
 

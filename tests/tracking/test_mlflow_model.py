@@ -161,7 +161,7 @@ def test_a_photo_above_full_scale_is_refused_and_named(weights: Path, tmp_path: 
     predictor = Predictor.load(path, device="cpu", threads=1)
     Image.fromarray(np.full((20, 30), 4096, np.uint16)).save(tmp_path / "a.png")
     bad = predict_files(predictor, [tmp_path / "a.png"], tmp_path / "out")
-    assert "has the value 4096, above the full scale of 4095" in bad[tmp_path / "a.png"]
+    assert "has the value 4096, above the full scale 4095" in bad[tmp_path / "a.png"]
 
 
 def test_a_gray_array_is_taken_as_gray_light(predictor: Predictor) -> None:

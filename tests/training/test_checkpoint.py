@@ -292,5 +292,5 @@ def test_the_checkpoint_of_another_fit_is_never_continued(fit):
     assert state is not None
     assert state["digest"] == "ab"
     save_latest(fit, {**STATE, "digest": "of another fit"})
-    with pytest.raises(CheckpointError, match="remove that folder"):
+    with pytest.raises(CheckpointError, match="remove the folder"):
         load_latest(fit, "ab")

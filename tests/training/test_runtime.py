@@ -52,10 +52,10 @@ def test_a_gpu_is_chosen_by_its_number(gpus):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("cuda", "device cuda is not there"),
-        ("cuda:1", "device cuda:1 is not there"),
+        ("cuda", "no device cuda exists"),
+        ("cuda:1", "no device cuda:1 exists"),
         ("mps", "no MPS device"),
-        ("xla", "torch_xla, which is not installed"),
+        ("xla", "device xla needs torch_xla"),
         ("tpu", "unknown device 'tpu': it is auto, cpu, cuda, cuda:N, mps or xla"),
         ("cuda:x", "unknown device"),
         ("cuda:-1", "unknown device"),

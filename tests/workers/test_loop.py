@@ -123,7 +123,7 @@ def test_a_job_is_submitted_again_when_its_worker_dies() -> None:
 
 def test_a_job_that_ends_three_workers_without_an_epoch_in_between_is_given_up() -> None:
     pool = ScriptedPool([epoch(1), DIED, epoch(1), DIED, DIED, DONE])
-    with pytest.raises(WorkerError, match=r"fit ended its worker 3 times: killed by SIGKILL"):
+    with pytest.raises(WorkerError, match=r"3 workers died during fit: killed by SIGKILL"):
         run_job(pool, JOB)
 
 
@@ -134,7 +134,7 @@ def test_a_job_that_ends_three_workers_without_an_epoch_in_between_is_given_up()
         (Failed(error="OutOfMemoryError", text="too large"), DeviceError, "^too large$"),
         (Failed(error="StorageError", text="disk full"), StorageError, "^disk full$"),
         (Failed(error="CacheError", text="no such file"), WorkerError, "^no such file$"),
-        (Failed(text="KeyError: 3", traceback="line 7"), WorkerError, "a fault in hpsearch:\nline 7"),
+        (Failed(text="KeyError: 3", traceback="line 7"), WorkerError, "a bug in hpsearch:\nline 7"),
     ],
 )
 def test_a_failure_becomes_the_error_that_it_was(failed: Failed, error: type[Exception], text: str) -> None:

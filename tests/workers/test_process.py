@@ -98,7 +98,7 @@ def test_a_fold_that_ends_its_worker_three_times_or_falls_silent_fails_its_trial
     record = run(tmp_path / "out", config).record
     trial = record.trial(0)
     assert trial.outcome == "failed"
-    assert "ended its worker 3 times after epoch 0" in trial.reason
+    assert "3 workers died in fold 1 after epoch 0" in trial.reason
     assert why in record.paths.log.read_text()
     monkeypatch.delenv("HPSEARCH_FAULTS")
     more = run(tmp_path / "out", tiny_config(tmp_path / "ISIC-2017", "study.trials=2", "study.pruner=none")).record
