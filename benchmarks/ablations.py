@@ -1,4 +1,4 @@
-"""What single choices are worth: the same short fits on real images with one setting changed, several seeds each.
+"""Measure the effect of single settings: short fits on real images with one setting changed, several seeds each.
 
     python benchmarks/ablations.py ISIC-2017 --minutes 5      fits for five minutes; again: goes on
     python benchmarks/ablations.py ISIC-2017 --report         tables of what is there

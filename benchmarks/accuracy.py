@@ -1,4 +1,4 @@
-"""Whether speed costs accuracy: test scores of the fast path and of a plain float32 loop, over seeds.
+"""Check that speed does not cost accuracy: compare test scores with those of a plain float32 training loop.
 
     python benchmarks/accuracy.py --data DIR          DIR in the archive layout; about 10 minutes on one core
 

@@ -1,4 +1,4 @@
-"""What people would write or pick instead of `hpsearch`, for the benchmarks to compare with."""
+"""Define the training loops with which the benchmarks compare hpsearch: plain PyTorch, MONAI and Lightning."""
 
 from __future__ import annotations
 

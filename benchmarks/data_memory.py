@@ -1,4 +1,4 @@
-"""Measures the peak anonymous memory of every process of `data check`, `data cache` and a short `train`.
+"""Measure the peak anonymous memory of every process of `data check`, `data cache` and a short `train`.
 
     python benchmarks/data_memory.py ISIC-2017 --size 572
 

@@ -1,4 +1,4 @@
-"""Whether the race was right: completes the best dropped trials of a study without pruning, in a copy of it.
+"""Check pruning decisions: complete the best pruned trials in a copy of a study, without pruning.
 
     python benchmarks/dropped.py --study OUT/studies/NAME --out COPY         the five with the highest estimates
     python benchmarks/dropped.py --study OUT/studies/NAME --out COPY -n 10   the ten

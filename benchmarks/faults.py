@@ -1,4 +1,4 @@
-"""Disturb tiny studies in every way until they are done, and compare what they leave with one that was never touched.
+"""Kill, signal and fail small studies at random instants, and compare the results with undisturbed studies.
 
     python benchmarks/faults.py kills --studies 10 --kills 100      # SIGKILL of coordinator and workers
     python benchmarks/faults.py signals --studies 4 --kills 40      # SIGTERM, SIGINT, SIGHUP, SIGSTOP and SIGCONT

@@ -1,4 +1,4 @@
-"""What one GPU makes of the UNet: images a second, share of the card's peak, memory, the report's epoch, small fits.
+"""Measure UNet training on one GPU: images per second, share of peak FLOPS, memory, and small fits.
 
     python benchmarks/gpu.py                    minutes on a recent card
     python benchmarks/gpu.py --device cpu --quick   a minute: shows that it works, its figures mean nothing

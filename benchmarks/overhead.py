@@ -1,4 +1,4 @@
-"""What a study's wall-clock is spent on besides training and evaluation steps, and how soon the first step comes.
+"""Measure how much of a study's time is not spent on training or evaluation, and how soon training starts.
 
     python benchmarks/overhead.py                    a few minutes on two cores
     python benchmarks/overhead.py --data DIR         on images of one's own (archive layout), not on drawn ones

@@ -1,4 +1,4 @@
-"""What racing saves and what it loses: replays whole studies, trial by trial, through the real code of every rule.
+"""Measure how much training time racing saves and what it costs: replay whole studies with every pruning rule.
 
     python benchmarks/racing.py                            generated studies, and the recorded one that lies beside
                                                            the folder HPSEARCH_ISIC_ROOT; about 15 minutes

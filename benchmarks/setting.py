@@ -1,4 +1,4 @@
-"""What a benchmark runs on: the line that names machine and versions, and drawn images."""
+"""Describe the machine and library versions of a benchmark, and generate synthetic images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wall-clock of one and the same study: `hpsearch` with and without racing, and Optuna with MONAI in a loop.
+"""Compare the duration of a study: hpsearch with and without racing, and a loop of Optuna and MONAI.
 
     python benchmarks/study.py --data DIR             DIR in the archive layout; about 8 minutes on two cores
     python benchmarks/study.py --data DIR --rounds 5  five times in turn, the median of each side

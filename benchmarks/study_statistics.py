@@ -1,4 +1,4 @@
-"""Check the report's statistics on generated studies whose truth is known, through the code that the product uses.
+"""Check the statistics of the report on simulated studies in which the true values are known.
 
     python benchmarks/study_statistics.py             400 studies a setting, up to 15 minutes on one core
     python benchmarks/study_statistics.py --quick     40 studies a setting, about 1 minute

@@ -1,4 +1,4 @@
-"""Training images a second of one fit: `hpsearch` beside what people would write or pick instead.
+"""Compare the training speed of one fit, in images per second, with PyTorch, MONAI and Lightning.
 
     python benchmarks/throughput.py                 all three sizes, about 15 minutes on two quiet cores
     python benchmarks/throughput.py --sizes 64      one of them, about 5

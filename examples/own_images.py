@@ -1,9 +1,10 @@
-"""Search, final evaluation and prediction on images of one's own, by the functions behind the commands.
+"""Run a search, a final evaluation and a prediction on your own images from Python.
 
     python examples/own_images.py photos masks --trials 30
 
-`photos` and `masks` are folders whose files match by the stem of their names. A fifth of the pairs is set aside as
-the test split. The same command again goes on where it was stopped; `mlflow ui` in the project folder shows them.
+`photos` and `masks` are folders whose files are matched by the stem of their names. A fifth of the pairs is set aside
+as the test split. Run the same command again to continue after a stop. `mlflow ui` in the project folder shows the
+runs.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20)
     arguments = parser.parse_args()
 
-    # What is searched and from where: any setting of docs/reference.md, as --set takes it.
+    # Any setting of docs/reference.md, in the form that --set accepts.
     config = hpsearch.load_config(
         None,
         [
@@ -54,7 +55,6 @@ def main() -> None:
     print(f"its settings: {best.params}")
 
     final = hpsearch.run_final(project, "own", tracker=tracker)
-    assert final is not None  # None only where it is asked to stop
     for name, score in final.test.items():
         print(f"test {name} {score.mean:.4f} [{score.low:.4f}, {score.high:.4f}] on {final.n_test} images")
     print(f"report: {hpsearch.write_report(summary.record)}")

@@ -1,4 +1,4 @@
-"""Injects faults into every Python process that has this folder on its PYTHONPATH, as `benchmarks/faults.py` asks.
+"""Inject faults into every Python process that has this folder on its PYTHONPATH (see `benchmarks/faults.py`).
 
 The folder that HPSEARCH_FAULTS names holds `request.json`, one fault for one start of a study, and takes what was
 done:
