@@ -160,7 +160,7 @@ def test_a_study_refuses_other_settings_and_other_images_and_mends_an_edited_dat
     assert optuna_study(tmp_path).best_value == record.trial(0).value
     for path in dataset.rglob("ISIC_0000003*"):
         path.unlink()
-    with pytest.raises(StudyChangedError, match="1 are gone, 0 are new"):
+    with pytest.raises(StudyChangedError, match="1 are missing, 0 are new"):
         run(tmp_path, tiny_config(dataset, "study.trials=2"))
 
 
@@ -172,7 +172,7 @@ def test_a_study_goes_on_with_images_that_were_moved_and_remembers_no_folder_of_
     others = write_tiny_dataset(tmp_path / "others")
     for path in others.rglob("ISIC_0000003*"):
         path.unlink()
-    with pytest.raises(StudyChangedError, match=f"the images in {others} are not those"):
+    with pytest.raises(StudyChangedError, match=f"the images in {others} differ"):
         run(tmp_path, tiny_config(others, "study.trials=1"))
     assert StudyRecord.open(record.paths).config.data.root == str(dataset)
     assert run(tmp_path, tiny_config(moved, "study.trials=1")).n_counted == 1
