@@ -43,7 +43,7 @@ def predict(
     overlays: bool,
     **how: Any,
 ) -> int:
-    """Predict the masks of image files, folders or globs.
+    """Predict masks for image files, folders of images, or globs.
 
     Each mask is written as `<name>_segmentation.png` with the values 0 and 255, at the size of its image. Files that
     cannot be read are listed and skipped; the exit code is then 1.
@@ -107,9 +107,9 @@ def export(
 ) -> None:
     """Export a retrained model (ONNX) or a trial's configuration (TOML).
 
-    `hpsearch train --config FILE` trains the configuration in a TOML file. The logits of the ONNX model are compared
-    with those of PyTorch before the file is kept. The metadata of the file describe how to prepare images and how to
-    turn the logits into masks. ONNX needs `pip install 'hpsearch[onnx]'`.
+    The logits of the ONNX model are compared with those of PyTorch before the file is kept. Its metadata describe how
+    to prepare images and how to turn logits into masks. ONNX needs `pip install 'hpsearch[onnx]'`. `hpsearch train
+    --config FILE` trains an exported configuration.
 
     \b
         hpsearch export --onnx

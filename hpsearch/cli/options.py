@@ -80,7 +80,7 @@ cluster_option = click.option(
     "--cluster", default="", metavar="URL", help="Run on the Dask cluster of this scheduler, such as tcp://host:8786."
 )
 timeout_option = click.option(
-    "--cluster-timeout", default=600.0, metavar="S", help="End after S seconds without Dask workers (default: 600)."
+    "--cluster-timeout", default=600.0, metavar="S", help="Exit after S seconds without Dask workers (default: 600)."
 )
 
 
@@ -90,7 +90,7 @@ def study_options(command: Command) -> Command:
         "--study",
         "study_name",
         metavar="NAME",
-        help="Use the study with this name (default: named after configuration or images, or the only one).",
+        help="Name of the study (default: the only one, or the name of the configuration or image folder).",
     )
     return out_option(study(command))
 

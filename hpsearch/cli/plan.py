@@ -135,8 +135,7 @@ class _Costs:
         lines.append(f"training step {_rounded(self.flops / 1e9)} GFLOP per image")
         if layers:
             saved = saved_activations(*self._shape, self._step)
-            # The report on which experiments/report-*.toml are based estimates memory at one byte per value of every
-            # feature map.
+            # The source report (see README.md) estimates memory at one byte per value of every feature map.
             one_byte = sum(cost.layer.n_outputs for cost in layers) * batch
             text = f"saved for back-propagation {_size(saved)}, with the weights {_size(saved + memory.weights)}"
             lines.append(f"{text}; at one byte per value, as the source report estimates: {_size(one_byte)}")

@@ -43,7 +43,7 @@ def report(project: ProjectPaths, study_name: str | None, tracking: str | None) 
 def track(project: ProjectPaths, study_name: str | None, tracking: str | None, rebuild: bool) -> int:
     """Update MLflow and Optuna's database from the study folders.
 
-    Everything that is missing there is added, for the study given by --study or for all studies.
+    Everything that is missing there is added, for one study (--study) or for all studies.
     """
     from hpsearch.search.optuna_view import OptunaView
     from hpsearch.store.record import no_study

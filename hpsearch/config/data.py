@@ -42,8 +42,8 @@ class DataConfig:
     """How an image is fitted to `size`: `resize` changes its resolution, `crop` cuts out a window. `resize_mode` is
     an alias of this setting."""
     exif: Literal["auto", "apply", "ignore"] = "auto"
-    """Whether the EXIF orientation of images and masks is applied. `auto` selects the option with which image and
-    mask have the same size in more pairs, and `apply` in case of a tie."""
+    """Whether the EXIF orientation of images and masks is applied. `auto` compares in how many pairs the sizes of
+    image and mask match with and without it. In case of a tie, it is applied."""
     max_value: int = 0
     """Pixel value that is scaled to 255 in images of more than 8 bits per channel. 0: the smallest of 255, 1023,
     4095, 16383 and 65535 that no training or validation image exceeds."""

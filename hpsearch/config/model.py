@@ -7,7 +7,7 @@ from hpsearch.config.values import ModuleName, check_at_least, require
 
 _NETWORK = ModuleName("models/networks")
 FIELDS_OF_0_1 = ("base_channels", "depth", "stacking", "kernel_size", "padding", "norm", "input_norm", "init")
-"""Settings that are always written to files and hashes. Settings added after version 0.1 are omitted if they have
+"""Settings that are always included in files and hashes. Settings added after version 0.1 are omitted if they have
 their default, so that the checkpoints and weights of existing studies stay valid."""
 
 
@@ -17,7 +17,7 @@ class UNetConfig:
 
     network: Annotated[str, _NETWORK] = "unet"
     """Network to train: the name of a module in `hpsearch/models/networks/`. A network other than `unet` uses only
-    those of the settings below that apply to it."""
+    the settings below that apply to it."""
     base_channels: int = 64
     """Number of channels of the first stage. The number doubles with each down-sampling."""
     depth: int = 4

@@ -30,8 +30,8 @@ class StudySettings:
     pruner: Annotated[str, _PRUNER] = "race"
     """Pruner that stops trials early: the name of a module in `hpsearch/search/pruners/`."""
     lookahead: int = 0
-    """If this is L > 0, trial n is suggested and pruned with only the results of the trials up to n - L, so that the
-    result does not depend on the number of workers. 0: all results so far are used."""
+    """If set to L > 0, trial n is suggested and pruned from the results of trials up to n - L only, so that the study
+    does not depend on the number of workers. 0: all results so far are used."""
     eval_size: Size = 0
     """Height and width at which scores are computed; 0: `data.size`. Required if `data.size` is searched."""
     confirm: int = 5
@@ -66,7 +66,7 @@ class Choice:
 
     @property
     def extremes(self) -> tuple[Any, ...]:
-        """Values that are validated, and shown by `hpsearch plan`: all of them."""
+        """All values. They are validated, and `hpsearch plan` shows their costs."""
         return self.values
 
     def key(self, value: Any) -> Any:
@@ -119,7 +119,7 @@ class Range:
 
     @property
     def extremes(self) -> tuple[Any, ...]:
-        """Values that are validated, and shown by `hpsearch plan`: the two ends of the range."""
+        """The two ends of the range. They are validated, and `hpsearch plan` shows their costs."""
         return self.low, self.high
 
     @property

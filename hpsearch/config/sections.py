@@ -51,7 +51,7 @@ def annotation_of(name: str) -> Any:
 
 
 def unknown_name(name: str, known: Sequence[str], kind: str) -> ConfigError:
-    """Return the error for an unknown name: it suggests the most similar name, or lists `known` if none is similar.
+    """Return the error for an unknown name. It suggests the most similar name, or lists `known` if none is similar.
 
     `kind` says what the name should be, such as `setting`.
     """
@@ -66,10 +66,10 @@ def apply_overrides(table: Mapping[str, Any], overrides: Iterable[str], *, on_no
     """Return `table` with the overrides `section.key=value` applied.
 
     Values are parsed as TOML (`0.01`, `true`, `[256, 192]`); anything else is a string (`rgb`). An override of a
-    searched setting pins it, so that it is no longer searched. An override `search.unet.depth=[2,3]` sets a dimension
-    of the search space. If the dimension excludes the setting's default and no other override sets the setting, the
-    default moves to the nearest value of the dimension. `on_note` is called when a setting is pinned or a default
-    moves.
+    searched setting fixes its value, so that it is no longer searched. An override `search.unet.depth=[2,3]` sets a
+    dimension of the search space. If the dimension excludes the setting's default and no other override sets the
+    setting, the default moves to the nearest value of the dimension. `on_note` is called when a setting is fixed or a
+    default moves.
     """
     note = on_note or (lambda text: None)
     given: set[str] = set()

@@ -116,7 +116,7 @@ def train_batches(
 
     The images with the cache indices `indices` are shuffled. The order and the augmentation are drawn from a new
     generator seeded with (seed, epoch), so an epoch does not depend on earlier epochs. An incomplete last batch is
-    dropped unless it is the only batch, because its few images would count as much as a full batch in the optimiser
+    dropped unless it is the only batch, because its few images would count as much as a full batch in the optimizer
     step and in batch normalisation.
 
     Raises DatasetError if `indices` is empty, and CacheError if the cached size does not fit `size`.

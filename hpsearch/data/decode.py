@@ -38,7 +38,7 @@ BYTES_PER_PIXEL = 12
 
 
 MAX_BYTES = 400 * 2**20
-"""Maximum memory for decoding, all threads together. An image that needs more is decoded alone."""
+"""Maximum memory for decoding in all threads together. An image that needs more is decoded alone."""
 
 
 def read_image(path: Path, reading: Reading) -> Tensor:

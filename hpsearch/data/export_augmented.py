@@ -47,7 +47,7 @@ detail."""
 PIXEL_BYTES = 110
 """Memory per pixel that augmentation needs for float32 copies of the image, positions and hues, in bytes."""
 WORKING_BYTES = 2**30
-"""Maximum memory for augmentation, all threads together. An image that needs more is augmented alone."""
+"""Maximum memory for augmentation in all threads together. An image that needs more is augmented alone."""
 
 
 def export_augmented(

@@ -175,7 +175,7 @@ def _decode_png(data: bytearray, header: Header, rgb: bool) -> NDArray[Any]:
             image = image.convert("L" if image.mode == "1" else "RGB")
         pixels = np.atleast_3d(np.array(image))
     if rgb:
-        # Drop transparency, and repeat gray in all channels.
+        # Drop transparency, and repeat gray values in all channels.
         pixels = pixels[..., :3] if pixels.shape[2] > 2 else pixels[..., :1].repeat(3, axis=2)
     return pixels.transpose(2, 0, 1)
 

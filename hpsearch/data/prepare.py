@@ -169,7 +169,8 @@ def check_contents(config: DataConfig, cache_root: Path) -> tuple[list[Path], li
     samples = set(locate(config, cache_root).samples)
     folders: list[Path] = []
     for path in sorted(cache_root.glob(f"*/{INDEX}")):
-        # Skip caches whose index cannot be read, for example of another version. The next study rebuilds them.
+        # Skip caches whose index cannot be read, for example an index of another version. The next study rebuilds
+        # them.
         with suppress(CacheError):
             folders += [path.parent] if samples.issuperset(Index.read(path.parent).samples) else []
     return folders, [problem for folder in folders for problem in integrity.check_stored(open_cache(folder))]

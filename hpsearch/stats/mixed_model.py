@@ -26,7 +26,7 @@ Mask = NDArray[np.bool_]
 SCALE = 0.4
 """Scale of the half-Cauchy prior of tau, in standard errors of a trial's mean (Gelman, Bayesian Analysis 1, 2006)."""
 N_GRID = 40
-"""Number of grid points of tau, which are denser toward 0."""
+"""Number of grid points of tau. The points are denser toward 0."""
 TAIL, NOISE = 0.7, 1.5
 """Limits that exclude bad trials from the estimate of tau, because a search produces a long tail of them. Let D be
 the distance between the median and the best trial. A trial is excluded if it lies below the median by more than

@@ -21,7 +21,7 @@ new number."""
 COUNTED: frozenset[Outcome] = frozenset({"complete", "pruned", "diverged", "failed"})
 """Outcomes that count toward `study.trials`."""
 OUTCOMES_OF_0_1 = {"full": "complete", "dropped": "pruned", "lost": "orphaned"}
-"""Maps the names that version 0.1 recorded for some outcomes to their present names."""
+"""Maps the names that version 0.1 recorded for some outcomes to the current names."""
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,8 @@ class Shortlist:
     trials: tuple[int, ...]
     """Numbers of the selected trials, in descending order of how often each is the best in bootstrap samples."""
     of: tuple[int, ...]
-    """Numbers of the trials that could win when the shortlist was made. If these trials change, the shortlist is
-    void."""
+    """Numbers of the trials that could win when the shortlist was made. If these trials change, the shortlist is no
+    longer valid."""
     count: int
     """Value of `study.confirm` when the shortlist was made."""
 

@@ -148,7 +148,7 @@ class MlflowView:
             raise failures[0]
 
     def _open_experiment(self, record: StudyRecord, began_ms: int) -> Experiment:
-        """Return the experiment in memory. Read it from MLflow if it was not read yet or was discarded."""
+        """Return the experiment from memory. It is read from MLflow if it has not been read yet or was discarded."""
         if self._experiment is None:
             client, artifact_root = self._server.connect(record.name)
             self._experiment = Experiment(client, record, began_ms, artifact_root)
@@ -178,11 +178,11 @@ class Experiment:
         self._folder = record.paths.tracking
         self._id = self._open(record, began_ms, artifact_root)
         self.runs = self._read(record.name)
-        """Runs in MLflow by (key, start time), with their present tags and params."""
+        """Runs in MLflow by (key, start time), with their current tags and params."""
         self._points: dict[str, set[tuple[str, int, int]]] = {}
         """Maps a run id to the (key, step, time) of all logged points; filled when the points are first read."""
         self._current: dict[str, Any] = {}
-        """Maps a key to the run of the present study. Runs of an earlier study of the same name are left out."""
+        """Maps a key to the run of the current study. Runs of an earlier study with the same name are left out."""
         self.complete: dict[str, object] = {}
         """Maps the key of each run that is complete in MLflow to the version of its source."""
 

@@ -161,7 +161,8 @@ class Ready:
 
 @dataclass(frozen=True)
 class EpochEnded:
-    """Report that an epoch has ended and its checkpoint is written. The worker waits for a reply: go on, or stop."""
+    """Report that an epoch has ended and its checkpoint is written. The worker waits for a reply: continue or
+    stop."""
 
     row: EpochRow
 

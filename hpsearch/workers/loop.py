@@ -57,9 +57,9 @@ def run_job(
 ) -> Finished | None:
     """Run one job and return its last report, or None if `on_epoch` stopped it.
 
-    `on_epoch` is called with the row of each epoch and returns whether to go on. `check` is called repeatedly and may
-    raise an exception to stop waiting. When a worker dies, another one continues from the job's checkpoint. Raises
-    the error of a failed job as an HpsearchError, or WorkerError if three workers died without a new epoch in
+    `on_epoch` is called with the row of each epoch and returns whether to continue. `check` is called repeatedly and
+    may raise an exception to stop waiting. When a worker dies, another one continues from the job's checkpoint.
+    Raises the error of a failed job as an HpsearchError, or WorkerError if three workers died without a new epoch in
     between.
     """
     work = _Jobs(pool, [job], check, on_epoch)

@@ -42,7 +42,7 @@ class WorkerContext:
     def __init__(self, settings: WorkerSettings, on_epoch: OnEpoch) -> None:
         self.settings = settings
         self.on_epoch = on_epoch
-        """Callback that reports an epoch of a FitJob and returns whether to go on."""
+        """Callback that reports an epoch of a FitJob and returns whether to continue."""
         self._data: dict[CachePaths, DeviceData] = {}
 
     def runtime(self, config: StudyConfig, threads: int = 0) -> Runtime:

@@ -8,7 +8,7 @@ from hpsearch.models.shapes import n_parameters, output_margin, output_size, tra
 
 
 def build(config: UNetConfig, in_channels: int) -> Any:
-    """Return a UNet whose initial weights are drawn with the current seed of torch's generator."""
+    """Return a UNet whose initial weights are drawn from torch's global generator."""
     # Imported here because the coordinator runs without torch and needs only calculated sizes.
     import torch
 
