@@ -1,16 +1,18 @@
 """Measure the effect of single settings: short fits on real images with one setting changed, several seeds each.
 
-    python benchmarks/ablations.py ISIC-2017 --minutes 5      fits for five minutes; again: goes on
-    python benchmarks/ablations.py ISIC-2017 --report         tables of what is there
+    python benchmarks/ablations.py ISIC-2017 --minutes 5      run fits for five minutes; run it again to continue
+    python benchmarks/ablations.py ISIC-2017 --report         print the tables of the finished fits
 
-Images come from the pool alone (training and validation split). Seed s shuffles it; the first images are held out and
-the next ones are trained on, the same for every arm: arms differ by their one setting and are compared seed by seed.
-A fit is scored after its last epoch. Each leaves one JSON file in `--out`, named by all that decides it: groups share
-fits, a stopped run goes on, and a changed setting is fitted anew.
+The images come from the pool (training and validation split). Each seed shuffles the pool. The first images are held
+out and the next ones are used for training, in the same way for every arm. Arms differ in one setting and are
+compared seed by seed. A fit is scored after its last epoch. Each fit writes one JSON file to `--out`, whose name
+depends on everything that determines the result. Groups therefore share fits, a stopped run continues, and a changed
+setting is fitted again.
 
-A table gives each arm's mean over the seeds of Dice, Jaccard and pixel accuracy with the 95 % interval of Student's t
-over seeds (another draw of images, another start), and the paired difference of Dice from the group's first arm with
-its interval. An interval that holds 0 says that so many seeds cannot tell the two apart.
+A table shows the mean Dice, Jaccard and pixel accuracy of each arm over the seeds, with the 95 % interval of
+Student's t over seeds (other images, other initial weights). It also shows the paired difference in Dice from the
+first arm of the group, with its interval. If the interval contains 0, the two arms cannot be distinguished with this
+number of seeds.
 """
 
 from __future__ import annotations

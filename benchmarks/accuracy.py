@@ -2,16 +2,16 @@
 
     python benchmarks/accuracy.py --data DIR          DIR in the archive layout; about 10 minutes on one core
 
-Both train the same network from the same first weights on all pool images, with the same loss, optimizer, schedule,
-batch size, flips and number of epochs, and are scored on the test images:
+Both sides train the same network from the same initial weights on all pool images, with the same loss, optimizer,
+schedule, batch size, flips and number of epochs. Both are scored on the test images:
 
-    fast     `hpsearch.training.loop.fit` as a study runs it: bf16 where the processor has it, channels-last, its own
-             kernels, whole batches flipped
-    plain    torch's own layers in float32 and their usual layout, one image flipped at a time, torch's SGD and loss;
-             scored in float32 too
+    fast     `hpsearch.training.loop.fit` as in a study: bf16 if the processor supports it, channels-last, hpsearch's
+             own layers, whole batches flipped
+    plain    torch's layers in float32 and the default memory layout, each image flipped separately, torch's SGD and
+             loss; also scored in float32
 
-Given are the mean scores of each seed, their mean and standard deviation over seeds, and the difference of the means
-beside twice its standard error.
+The output has the mean scores of each seed, their mean and standard deviation over seeds, and the difference of the
+means with twice its standard error.
 """
 
 from __future__ import annotations

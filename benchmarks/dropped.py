@@ -1,12 +1,12 @@
 """Check pruning decisions: complete the best pruned trials in a copy of a study, without pruning.
 
     python benchmarks/dropped.py --study OUT/studies/NAME --out COPY         the five with the highest estimates
-    python benchmarks/dropped.py --study OUT/studies/NAME --out COPY -n 10   the ten
+    python benchmarks/dropped.py --study OUT/studies/NAME --out COPY -n 10   the ten with the highest estimates
 
-A trial keeps its number and with it its seeds, so its finished folds are taken over and the others are fitted as they
-would have been. Stopped, the same command goes on. Each line of the table: when the trial was dropped and against
-whom, what it was told to be worth, what it is worth, and how far that is above the incumbent of that time and above
-the study's best.
+A trial keeps its number and therefore its seeds. Its finished folds are reused, and the other folds are fitted as
+they would have been in the study. After a stop, the same command continues. Each row of the table shows when the
+trial was pruned and compared with which incumbent, its estimate, its actual value, and how far this value is above
+the incumbent at that time and above the best value of the study.
 """
 
 from __future__ import annotations

@@ -2,17 +2,17 @@
 
     python benchmarks/faults.py kills --studies 10 --kills 100      # SIGKILL of coordinator and workers
     python benchmarks/faults.py signals --studies 4 --kills 40      # SIGTERM, SIGINT, SIGHUP, SIGSTOP and SIGCONT
-    python benchmarks/faults.py writes                              # every kind of write fails once, one a start
-    python benchmarks/faults.py full                                # a disk that fills up (needs the right to mount)
+    python benchmarks/faults.py writes                              # each kind of write fails once, one per start
+    python benchmarks/faults.py full                                # a full disk (needs permission to mount)
 
-Each study has 16 drawn images at 32x32, one worker, TPE, race. Asserted for each: trials 0..n-1 finished, none
-twice; params, values, verdicts, folds, per-image scores and weights equal to the byte; in Optuna and MLflow the same
-trials, runs and metric steps, each once; at most one epoch trained again per kill; no process and no temporary file
-left.
+Each study has 16 synthetic images at 32x32, one worker, TPE and racing. The checks for each study: trials 0 to n-1
+have ended, each once; params, values, decisions, folds, per-image scores and weights are byte-identical; Optuna and
+MLflow have the same trials, runs and metric steps, each once; at most one epoch was trained again per kill; no
+process and no temporary file is left.
 
-Three kills of four are sent by the process to itself, at a line of a function that was drawn
-(`faulty/sitecustomize.py`), so that they fall into every phase whatever the speed of the machine; the others come
-from outside at any time.
+In three of four kills, a process kills itself at a random line of a random function (`faulty/sitecustomize.py`), so
+that every phase is covered regardless of the speed of the machine. The other kills come from this program at random
+times.
 """
 
 from __future__ import annotations

@@ -1,19 +1,19 @@
 """Measure UNet training on one GPU: images per second, share of peak FLOPS, memory, and small fits.
 
-    python benchmarks/gpu.py                    minutes on a recent card
-    python benchmarks/gpu.py --device cpu --quick   a minute: shows that it works, its figures mean nothing
+    python benchmarks/gpu.py                        a few minutes on a recent GPU
+    python benchmarks/gpu.py --device cpu --quick   a minute: checks that the program works; ignore its numbers
 
-Needs torch and torchvision and this repository, nothing else; images are random bytes in memory. Every figure comes
-from `hpsearch.training.loop.fit`, the code that a study runs, and is the median of five epochs after the first two,
-in which cuDNN looks for its kernels.
+Requires only torch, torchvision and this repository. The images are random bytes in memory. Every number comes from
+`hpsearch.training.loop.fit`, the code that a study runs. It is the median of five epochs after the first two, in
+which cuDNN selects its kernels.
 
     peak        products of square matrices in the same precision, the best of five half seconds
-    steps       base 32 and 64 at 572x572 in bf16, same padding and batch normalisation as in `isic2017.toml`, at
-                batch 16 and more; FLOPs of the training step x images/s over the peak; memory predicted and
-                measured; the fastest once more compiled, where there is a compiler
-    report      1000 training and 50 held-out images at 572x572, base 32, unpadded, without normalisation, batch 16:
-                seconds of an epoch, its scores included (11 minutes on the report's RTX 4060)
-    small fits  64x64, base 8, depth 3, batch 16: one after another and so many at once, each a process of its own
+    steps       base 32 and 64 at 572x572 in bf16, with the padding and batch normalisation of `isic2017.toml`, at
+                batch size 16 and more: FLOPs of the training step x images/s relative to the peak; predicted and
+                measured memory; the fastest one also compiled, if a compiler is installed
+    report      1000 training and 50 held-out images at 572x572, base 32, unpadded, without normalisation, batch size
+                16: seconds per epoch, including its scores (source report: 11 minutes on an RTX 4060)
+    small fits  64x64, base 8, depth 3, batch size 16: one after another, and several at a time in separate processes
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
 """Measure how much of a study's time is not spent on training or evaluation, and how soon training starts.
 
     python benchmarks/overhead.py                    a few minutes on two cores
-    python benchmarks/overhead.py --data DIR         on images of one's own (archive layout), not on drawn ones
+    python benchmarks/overhead.py --data DIR         on your own images (archive layout) instead of synthetic ones
 
-Runs the command `hpsearch study` at 64x64, base 8, depth 3, with one worker of all threads, MLflow and checkpoints,
-in a project whose images have been decoded before: once with a new study, whose plan is measured first, and once more
-with one trial more, which continues it. Every epoch's line in epochs.jsonl tells when it ended and how long its
-training and its evaluation took; what lies between is given by where it lies:
+Runs the command `hpsearch study` at 64x64, base 8, depth 3, with one worker that uses all threads, MLflow and
+checkpoints, in a project whose images are already decoded. The first run starts a new study, whose plan is measured
+first. The second run continues it with one more trial. epochs.jsonl records when each epoch ended and how long its
+training and evaluation took. The remaining time is shown by place:
 
     epochs    between the epochs of a fit: checkpoint, scores, race, log
     fits      from the last epoch of a fit to the first of the next: weights, examples, the next network, suggestion
-    end       from the last epoch to the end of the command: MLflow's last deliveries
+    end       from the last epoch to the end of the command: the last updates of MLflow
 """
 
 from __future__ import annotations

@@ -1,30 +1,31 @@
 """Measure how much training time racing saves and what it costs: replay whole studies with every pruning rule.
 
-    python benchmarks/racing.py                            generated studies, and the recorded one that lies beside
-                                                           the folder HPSEARCH_ISIC_ROOT; about 15 minutes
+    python benchmarks/racing.py                            simulated studies, and the recorded study next to the
+                                                           folder HPSEARCH_ISIC_ROOT; about 15 minutes
     python benchmarks/racing.py --quick                    the same with a tenth of the replays
     python benchmarks/racing.py --study OUT/studies/NAME   also a study recorded by `hpsearch study --pruner none`
 
-A study that was run without pruning knows the scores of every trial after every epoch, so any rule can be tried on
-it, in any order of the trials: the rule sees what it would have seen, and what it stops is not spent.
+A study without pruning has the scores of every trial after every epoch. Every rule can therefore be replayed on it,
+with the trials in any order. The rule sees only the scores that it would have seen, and the epochs that it prunes do
+not count as spent.
 
-Generated studies follow a per-image model: y[c, i] = m[c] + a[i] + b[c, i] + r[c, fold(i)], with the spread (sd) of m
-and the run-to-run noise (sd of r) as printed, sd 0.13 of a and 0.07 of b. Their curves rise fast or slowly, whatever
-their end, and some lie flat at first (`learning_curves`). They tell how often a trial is dropped that is truly better
-than the incumbent.
+Simulated studies follow a per-image model: y[c, i] = m[c] + a[i] + b[c, i] + r[c, fold(i)]. The standard deviations
+(sd) of m and r (run-to-run variation) are printed; those of a and b are 0.13 and 0.07. The curves rise fast or
+slowly, regardless of their final score, and some are flat at first (`learning_curves`). They show how often a trial
+is pruned that is truly better than the incumbent.
 
 The columns:
 
     spent        share of the fold-epochs of the whole study
-    regret       value of the best trial less that of the chosen one, both over all folds
-    lost         share of replays that did not choose the best trial
+    regret       value of the best trial minus that of the selected one, both over all folds
+    lost         share of replays that did not select the best trial
     full         trials evaluated on all folds
-    race         what racing spends where, on the same replays, its p is set so that it has no more regret
+    race         what racing spends on the same replays if its p is set so that its regret is not larger
     better       share of trials that are truly better than the incumbent they met, by 0.003 or more
-    wrong        share of all trials that are so and are dropped
-    of better    the same as a share of the better ones
-    in vain      share of all trials that are so, are dropped, and would have won over all folds
-    true regret  truth of the truly best trial less that of the chosen one, and (none) the same without pruning
+    wrong        share of all trials that are truly better and are pruned
+    of better    the same as a share of the better trials
+    in vain      share of all trials that are truly better, are pruned, and would have won over all folds
+    true regret  true mean of the truly best trial minus that of the selected one, and (none) the same without pruning
 """
 
 from __future__ import annotations

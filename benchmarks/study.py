@@ -1,24 +1,24 @@
 """Compare the duration of a study: hpsearch with and without racing, and a loop of Optuna and MONAI.
 
     python benchmarks/study.py --data DIR             DIR in the archive layout; about 8 minutes on two cores
-    python benchmarks/study.py --data DIR --rounds 5  five times in turn, the median of each side
+    python benchmarks/study.py --data DIR --rounds 5  five alternating rounds, and the median of each side
     python benchmarks/study.py --data DIR --trials 50 --sides race monai
-                                                      a longer search, without the side that need not be timed again
-    python benchmarks/study.py --quick                drawn images, a minute or two: shows that it works
+                                                      a longer search, without the side that is already known
+    python benchmarks/study.py --quick                synthetic images, a minute or two: checks that the program works
 
-All sides evaluate the same configurations (those that `hpsearch --sampler random` suggests; the other side is given
-them by `enqueue_trial`) on the same images at 64x64, by cross-validation with as many folds and epochs, and log to
-MLflow in an SQLite file:
+All sides evaluate the same configurations on the same images at 64x64 by cross-validation, with the same numbers of
+folds and epochs, and log to MLflow in an SQLite file. `hpsearch --sampler random` suggests the configurations, and
+the other side gets them by `enqueue_trial`.
 
-    hpsearch   the command `hpsearch study`, from images that are not decoded yet to its end, checkpoints and record
-               included, without second fits (`--confirm 0`); `--pruner none`, then `--pruner race`
-    monai      what people write: an Optuna study in SQLite, CacheDataset filled once for all folds, DataLoader,
-               the UNet of torch's own layers in bf16 and channels-last, SGD with a cosine schedule, DiceMetric of the
-               held-out images and mlflow.log_metrics after each epoch; no checkpoints, so what dies is lost
+    hpsearch   the command `hpsearch study`, including decoding, checkpoints and the record, without refits
+               (`--confirm 0`), first with `--pruner none`, then with `--pruner race`
+    monai      what users write: an Optuna study in SQLite, a CacheDataset that is filled once for all folds, a
+               DataLoader, the UNet with torch's own layers in bf16 and channels-last, SGD with a cosine schedule,
+               DiceMetric on the held-out images, and mlflow.log_metrics after each epoch; no checkpoints
 
-Given are the seconds of the clock, those of the processors, how many times as long a side takes as hpsearch without
-and with racing, the best value and its trial, and how far the values of the same configurations lie apart.
-The Optuna + MONAI side needs the packages of `pip install "hpsearch[bench]"`; without them it is left out.
+The output has wall-clock seconds, CPU seconds, the duration relative to hpsearch without and with racing, the best
+value and its trial, and the differences between the values of the same configurations. The side of Optuna and MONAI
+needs the packages of `pip install "hpsearch[bench]"`. Without them, it is left out.
 """
 
 from __future__ import annotations

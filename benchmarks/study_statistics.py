@@ -1,34 +1,34 @@
 """Check the statistics of the report on simulated studies in which the true values are known.
 
-    python benchmarks/study_statistics.py             400 studies a setting, up to 15 minutes on one core
-    python benchmarks/study_statistics.py --quick     40 studies a setting, about 1 minute
+    python benchmarks/study_statistics.py             400 studies per setting, up to 15 minutes on one core
+    python benchmarks/study_statistics.py --quick     40 studies per setting, about 1 minute
     python benchmarks/study_statistics.py --runs 0 0.006 0.010 --spreads 0 0.01 --noise normal --images 2150
     python benchmarks/study_statistics.py --shape skewed --trials 12 --confirm 0 --seed 1
 
-A study is y[c, i] = mu[c] + a[i] + b[c, i] + r[c, fold(i)], mu about 0.8, sd of a 0.13, of b 0.07, of r 0.006
-(`run`), of mu over the trials as printed (`spread`). Everything is drawn anew for each study, so the images are a
-sample too. `normal`: all parts are normal. `t3`: b and r follow Student's t with 3 degrees of freedom, scaled to the
-same sd; b is larger on some images than on others (log-normal, sigma 0.5), b and r are larger for some trials (sigma
-0.25). `race`: trials come one after another, and the racing rule ends them after a fold as in a study. Up to five of
-the trials that finish are confirmed: the same a and b, another r. The truth is mu of the trial that is then chosen,
-and for the gain mu of it less that of trial 0. A gain is only claimed where trial 0 is not chosen.
+A study is y[c, i] = mu[c] + a[i] + b[c, i] + r[c, fold(i)] with mean 0.8 of mu. The standard deviations (sd) are 0.13
+for a, 0.07 for b, 0.006 for r (`run`), and for mu as printed (`spread`). All numbers are drawn again for each study,
+so the images are a sample, too. `normal`: all parts are normal. `t3`: b and r follow Student's t with 3 degrees of
+freedom, scaled to the same sd; b is larger on some images (log-normal, sigma 0.5), and b and r are larger for some
+trials (sigma 0.25). `race`: the trials run one after another, and the racing rule prunes them after a fold as in a
+study. Up to five of the complete trials are refitted: the same a and b, another r. The truth is mu of the trial that
+is then selected, and for the gain its mu minus that of trial 0. A gain is only claimed if trial 0 is not selected.
 
 Columns (scores in units of 0.001, shares in %):
 
     full      trials that finished all folds
-    mean      of the chosen trial: bias of the first fits' mean, bias of the corrected estimate, coverage of its 95 %
-              interval, coverage of the prediction interval for the test mean of a retrained network
-    gain      of the chosen trial over trial 0: bias of the plain paired difference and how often its interval holds
-              the truth; bias of the corrected gain with its standard error, coverage, share of studies that are told
-              that the gain is more than chance, and of those where that is false (the true gain is 0 or less)
-    regret    mu of the truly best trial less that of the chosen one
-    tied      how often the tied set holds the truly best of the full trials (of equals one drawn at random), and its
-              size as a multiple of an oracle's: the same rule told the true noise
+    mean      of the selected trial: bias of the first fits' mean, bias of the corrected estimate, coverage of its 95
+              % interval, coverage of the prediction interval for the test mean of a retrained network
+    gain      of the selected trial over trial 0: bias of the plain paired difference, and coverage of its interval;
+              bias of the corrected gain with its standard error, its coverage, share of studies with a significant
+              gain, and share of studies in which this is false (the true gain is 0 or less)
+    regret    mu of the truly best trial minus that of the selected one
+    tied      how often the tied set contains the truly best of the complete trials (of equal ones, a random one), and
+              its size relative to that of the same rule with the true noise (oracle)
 
-The last lines name the targets that are missed by more than two standard errors: |bias| of both corrected estimates
-at most 1, all coverages of these 93 to 97 %, false gains at most 4 %; the best in the tied set at least 95 % of the
-time and (without the race) a set of at most 1.5 times the oracle's. With N studies a share of 95 % has a standard
-error of sqrt(0.0475 / N): 1.1 % for 400.
+The last lines list the targets that are missed by more than two standard errors: |bias| of both corrected estimates
+at most 1, all their coverages 93 to 97 %, false gains at most 4 %, the best trial in the tied set in at least 95 % of
+studies, and (without the race) a set of at most 1.5 times the size of the oracle's. With N studies, a share of 95 %
+has a standard error of sqrt(0.0475 / N): 1.1 % for 400.
 """
 
 from __future__ import annotations

@@ -1,34 +1,35 @@
 """Compare the training speed of one fit, in images per second, with PyTorch, MONAI and Lightning.
 
     python benchmarks/throughput.py                 all three sizes, about 15 minutes on two quiet cores
-    python benchmarks/throughput.py --sizes 64      one of them, about 5
-    python benchmarks/throughput.py --clock cpu --threads 1     where others work on the machine too
-    python benchmarks/throughput.py --quick         a minute: shows that it works, its figures mean nothing
+    python benchmarks/throughput.py --sizes 64      one size, about 5 minutes
+    python benchmarks/throughput.py --clock cpu --threads 1     on a machine that others use, too
+    python benchmarks/throughput.py --quick         a minute: checks that the program works; ignore its numbers
 
-Needs the packages of `pip install "hpsearch[bench]"`; a side whose package is missing is left out.
+Requires the packages of `pip install "hpsearch[bench]"`. A side whose package is missing is left out.
 
-Every side trains the same network (the UNet of hpsearch) with the same loss (binary cross-entropy), optimizer (SGD,
-momentum) and batch size (16) on the same small JPEGs, drawn by `hpsearch.data.sample` unless `--data` names a folder
-in the archive layout of ISIC-2017, at the same size, with random horizontal flips:
+Every side trains the same network (the UNet of hpsearch) with the same loss (binary cross-entropy), optimizer (SGD
+with momentum), batch size (16) and random horizontal flips on the same small JPEGs of the same size. The images are
+synthetic (`hpsearch.data.sample`), unless `--data` names a folder in the archive layout of ISIC-2017:
 
-    hpsearch   hpsearch.training.loop.fit from its cache; channels-last always
-    plain      a Dataset that decodes, resizes and normalises each JPEG in each epoch, a DataLoader with as many
-               workers as threads (persistent), a loop that reads the loss after each step
-    monai      CacheDataset with its dictionary transforms, everything but the flip cached; its DataLoader without
-               workers and its tensors without metadata, which is faster here than with them
-    lightning  Trainer on decoded, normalised tensors in memory: its loop at its best; no logger, no checkpoints
+    hpsearch   hpsearch.training.loop.fit with its cache; always channels-last
+    plain      a Dataset that decodes, resizes and normalises each JPEG in each epoch, a DataLoader with one
+               (persistent) worker per thread, and a loop that reads the loss after each step
+    monai      CacheDataset with MONAI's dictionary transforms, in which all but the flip is cached; DataLoader
+               without workers and tensors without metadata, which is faster in this benchmark
+    lightning  Trainer on decoded, normalised tensors in memory, without logger and checkpoints
 
-    float32    as written; the network's layers are torch's own
-    bf16       the line their tutorials add: torch.autocast around the forward pass, precision="bf16-mixed"
-    bf16+cl    two lines that they do not have: model and images .to(memory_format=torch.channels_last)
-    +layers    and with the layers of hpsearch, which are made for that layout: what is left is the loop around them
+    float32    the network with torch's own layers
+    bf16       one additional line, as in the tutorials: torch.autocast around the forward pass, or
+               precision="bf16-mixed"
+    bf16+cl    two more lines: model and images .to(memory_format=torch.channels_last)
+    +layers    also the layers of hpsearch, which are made for that layout; the remaining difference is the loop
 
-Each side is a process of its own, trained for one epoch in turn, round after round, so that whatever else the machine
-does falls on all alike; the first round is not counted. Given are the median of the rounds, the lowest and highest,
-how many times as fast hpsearch is in float32 and in bf16 (the median of the ratios within a round), and the share of
-the measured rate of matrix products in that precision which the network's arithmetic makes up (FLOPs of the training
-step x images/s). `--clock cpu` gives images by second of the processor, data loaders' included, instead of by second
-of the clock: for one thread on a shared machine, where the clock tells what the others did.
+Each side runs in its own process. The sides alternate, one epoch per round, so that other load on the machine affects
+all of them equally. The first round is not counted. The output has the median, minimum and maximum over the rounds,
+the speed of hpsearch relative to the side in float32 and bf16 (median of the ratios within a round), and the FLOPs of
+the training step x images/s as a share of the measured rate of matrix products in that precision. `--clock cpu`
+counts images per CPU second, including the data loaders, instead of per wall-clock second. Use it with one thread on
+a shared machine.
 """
 
 from __future__ import annotations

@@ -1,21 +1,21 @@
 """Inject faults into every Python process that has this folder on its PYTHONPATH (see `benchmarks/faults.py`).
 
-The folder that HPSEARCH_FAULTS names holds `request.json`, one fault for one start of a study, and takes what was
-done:
+The folder HPSEARCH_FAULTS contains `request.json`, which describes one fault for one start of a study. The processes
+record what they have done in this folder:
 
-    fired/NAME      the fault of that name was done, in whichever process came first; it is done once
-    epochs          a byte for every epoch that was trained, whatever became of it
+    fired/NAME      the fault with this name has happened, in the process that reached it first; it happens only once
+    epochs          one byte for each trained epoch, even if its result was lost
     fired.jsonl     the kinds of writes that have failed
 
-A request is one of
+A request has one of two forms:
 
     [{"name": ..., "signal": 9, "role": "coordinator", "function": "file.py:name", "call": 2, "line": 3}, ...]
-        each process takes the first that is for its role and has not been done, and sends itself the signal at that
-        line event of that call of that function of hpsearch; with "again": true every process does
+        Each process takes the first entry that is for its role and has not happened yet. It sends itself the signal
+        at that line event of that call of that function of hpsearch. With "again": true, every process does this.
     {"name": ..., "errno": 5, "root": "/out", "every": 1}
-        the first write of every kind below root fails, once over all starts; of all kinds every so manyth is taken
+        The first write of each kind below `root` fails, once over all starts. `every` = n selects every n-th kind.
 
-Nothing of this is in the product, which runs as it is installed.
+The package itself contains no code for this and runs as installed.
 """
 
 import errno

@@ -61,6 +61,6 @@ def test_scores_have_intervals_and_the_estimate_of_the_search(study: FakeStudy) 
 def test_every_card_names_the_limits(study: FakeStudy) -> None:
     assert "**not a medical device**" in card_of(study, 0)
     rows = study_rows(study.record)
-    assert "drawn, not photographed" not in model_card(rows, rows.finals[0])
+    assert "images are synthetic" not in model_card(rows, rows.finals[0])
     drawn = dataclasses.replace(study.config, data=dataclasses.replace(study.config.data, root="sample"))
-    assert "drawn, not photographed" in model_card(dataclasses.replace(rows, config=drawn), rows.finals[0])
+    assert "images are synthetic" in model_card(dataclasses.replace(rows, config=drawn), rows.finals[0])
