@@ -124,7 +124,7 @@ def run_study(
                 pool.close()
         if stop.is_requested:
             logger.info("stopped; run the same command to continue")
-        # Workers that were killed while writing may have left temporary files.
+        # Workers that were killed while writing may have left temporary files behind.
         paths.remove_stale_temporaries(study.root)
         n_counted = count_trials(coordinator.trials.values())
         n_behind, error = (views[1].n_left, views[1].error) if tracker is not None else (0, "")

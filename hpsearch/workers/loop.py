@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 0.25
 DEATHS_PER_JOB = 3
-"""A job is given up when this many workers have died while running it, without a new epoch in between."""
+"""Number of workers that may die while running a job, without a new epoch in between, before the job fails."""
 
 
 class Work(Protocol):

@@ -24,7 +24,7 @@ class Pruner(Protocol):
     def judge(self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds) -> PruneDecision | None:
         """Return the decision after the latest epoch of fold `candidate.latest`; None to make no decision.
 
-        `others` contains the trials to compare with, in any order. They have scores, but need not be complete.
+        `others` contains the trials to compare with, in any order. They have scores, but may be incomplete.
         """
 
 
