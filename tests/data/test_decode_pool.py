@@ -86,7 +86,7 @@ def test_death_names_the_file_that_was_read(tmp_path: Path, jobs: list[Job]) -> 
         # Once it is open for writing, somebody reads it.
         with (tmp_path / "hung.jpg").open("wb"):
             os.kill(process.pid, signal.SIGKILL)
-        with pytest.raises(CacheError, match=r"ended by signal 9 while it read .*hung\.jpg"):
+        with pytest.raises(CacheError, match=r"ended by signal 9 while it was reading .*hung\.jpg"):
             next(answers)
     assert not process.is_running()
 
