@@ -73,6 +73,10 @@ def test_a_wrong_flag_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None
         (("study", "--set", "unet.lr=0.1"), "train.lr"),
         (("study", "--set", "lr=0.1"), "such as train.lr=0.1"),
         (("study", "--set", "search.unet.dpeth=[1, 2]"), "unet.depth"),
+        (
+            ("study", "--set", "search.base_channels=4"),
+            "setting 'search.base_channels': did you mean unet.base_channels?",
+        ),
         (("study", "--config", "isic2107"), "(did you mean isic2017?)"),
     ],
 )
@@ -103,6 +107,12 @@ def test_a_command_that_is_like_none_leads_to_help_which_lists_all(capsys: pytes
         "track",
         "data",
     ]
+
+
+def test_data_lists_its_commands_in_the_order_of_use(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("data", "-h") == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.partition("Commands:")[2].splitlines() if line]
+    assert listed == ["check", "cache", "sample", "download", "augment"]
 
 
 def test_a_file_in_place_of_a_folder_and_a_file_that_is_not_there_are_usage(
