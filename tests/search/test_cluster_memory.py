@@ -27,6 +27,7 @@ from hpsearch.workers.jobs import Capacity
 from hpsearch.workers.plan import MEMORY_SHARE, ExecutionPlan, predicted_bytes
 from tests.search.in_process import Watched, workers_in_process
 from tests.search.studies import everything, run, tiny_config, write_tiny_dataset
+from tests.workers.dask_cluster import wait_until
 
 LARGE = 16
 SETTINGS = (
@@ -145,6 +146,20 @@ def test_a_trial_waits_for_a_worker_that_is_large_enough_and_ends_as_infeasible_
     assert first.ended_at is not None
     assert first.ended_at - first.began_at > 3.0
     assert workers_of_large(ended) <= {"host1"}
+    # While it waited, no worker was fitting it.
+    assert first.failures.keys().isdisjoint(first.workers)
+
+
+def test_the_workers_of_an_earlier_run_count_for_the_timeout(
+    cluster: LocalCluster, config: StudyConfig, tmp_path: Path
+) -> None:
+    one = tiny_config(Path(config.data.root), *SETTINGS, "study.trials=1")
+    record = run(tmp_path, one, machine=on(cluster)).record
+    cluster.sync(cluster.workers[1].close)
+    record.paths.holder.write_text("the coordinator")
+    with on(cluster, 3.0).open_pool(record.paths, record, lambda: None) as pool:
+        assert {each.host: each.is_connected for each in pool.machines.values()} == {"host0": True, "host1": False}
+        wait_until(lambda: [*pool.events(0.1)] != [None] and len(pool.machines) == 1, 10.0)
 
 
 def test_a_lost_worker_that_comes_back_in_time_continues_its_trial(
