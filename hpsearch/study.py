@@ -90,11 +90,10 @@ def run_study(
         paths.refusals_named(study.root),
         lock.hold(study),
         lock.log_file(study.log),
-        machine.open_pool(study, check) as pool,
+        machine.open_pool(study, begun := _open_record(study, config), check) as pool,
     ):
         for request in (study.stop_request, *study.root.glob("stop-trial-*")):
             request.unlink(missing_ok=True)
-        begun = _open_record(study, config)
         stop.epoch_left_s = pool.epoch_left_s
         # Workers import torch while the images are checked.
         pool.resize(first_workers(begun, machine, pool))

@@ -50,7 +50,8 @@ def describe_folds(config: StudyConfig) -> str:
 
 def describe_machine(plan: ExecutionPlan) -> str:
     """Describe the machine of a plan: `on NAME, float32, 2 workers x 1 thread`."""
-    name = plan.machine.get("device_name", plan.device)
+    devices = dict.fromkeys(worker.device_name for worker in plan.connected)
+    name = ", ".join(devices) or plan.machine.get("device_name", plan.device)
     workers, threads = count(len(plan.workers), "worker"), count(plan.workers[0].threads, "thread")
     return f"on {name}, {plan.precision}, {workers} x {threads}"
 

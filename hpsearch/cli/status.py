@@ -48,6 +48,7 @@ def status(project: ProjectPaths, study_name: str | None, trial: int | None) -> 
     for name in names:
         found = hpsearch.study_status(project, name)
         click.echo("\n  ".join(_lines(project, found)))
+        echo_table(("worker", "runs", found.config.study.metric, "speed"), _worker_rows(found))
         if study_name:
             echo_table(("trial", "outcome", "value", "folds", "time", "parameters", "reason"), _trial_rows(found))
     if not study_name and (others := [name for name in every if name not in names]):
@@ -60,7 +61,7 @@ def _lines(project: ProjectPaths, status: StudyStatus) -> Iterator[str]:
     from hpsearch.store.fits import FitRecord
     from hpsearch.store.trials import read_record
 
-    study, metric = project.study(status.name), status.config.study.metric
+    study = project.study(status.name)
     outcomes = Counter(trial.outcome for trial in status.trials if trial.outcome)
     counts = ", ".join(f"{n} {outcome}" for outcome, n in sorted(outcomes.items())) or "none ended"
     holder = f"run by {lock.describe_holder(study)}" if status.is_running else "not running"
@@ -73,9 +74,6 @@ def _lines(project: ProjectPaths, status: StudyStatus) -> Iterator[str]:
     yield from (f"warning: {warning}" for warning in status.warnings)
     if status.eta_s is not None:
         yield f"about {duration(status.eta_s)} left"
-    for fit in status.open_fits:
-        fold = f"{'refit, ' if fit.is_replicate else ''}fold {fit.fold + 1} of {status.n_folds}"
-        yield f"trial {fit.trial}, {fold}, epoch {fit.epoch} of {fit.epochs}:  {metric} {fit.score:.4f}"
     finals = study.final_names()
     if status.is_running:
         fits = [FitRecord(FitPaths(path)) for path in sorted(study.finals.glob("*/seed*")) if status.is_over]
@@ -92,6 +90,24 @@ def _lines(project: ProjectPaths, status: StudyStatus) -> Iterator[str]:
         result = read_record(FinalRecord, folder.result)
         score = f"{result.metric} {result.test[result.metric].mean:.4f}"
         yield f"final of trial {result.trial}: test {score}, in {folder.root}"
+
+
+def _worker_rows(status: StudyStatus) -> Iterator[Sequence[str]]:
+    """Yield a row for each open fit and for each idle Dask worker."""
+    names = {
+        worker.name: f"{worker.name} ({worker.device_name}, {worker.capacity.memory_bytes / 2**30:.1f} GiB)"
+        for worker in status.cluster
+    }
+    for fit in status.open_fits:
+        fold = f"{'refit, ' if fit.is_replicate else ''}fold {fit.fold + 1} of {status.n_folds}"
+        score = speed = ""
+        if row := fit.row:
+            score = f"{getattr(row.scores, status.config.study.metric):.4f}"
+            speed = f"{row.seconds:.1f} s per epoch, {row.images_per_s:.0f} images/s"
+        epoch = f"epoch {row.epoch if row else 0} of {fit.epochs}"
+        yield names.get(fit.worker, fit.worker or "(waiting)"), f"trial {fit.trial}, {fold}, {epoch}", score, speed
+    busy = {fit.worker for fit in status.open_fits}
+    yield from ((text, "idle", "", "") for name, text in names.items() if name not in busy)
 
 
 def _trial_rows(status: StudyStatus) -> Iterator[Sequence[str]]:

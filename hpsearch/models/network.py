@@ -114,6 +114,7 @@ def training_flops(config: UNetConfig, in_channels: int, height: int, width: int
     return int(counter.get_total_flops()) // 2
 
 
+@functools.cache
 @_by_network
 def training_memory(config: UNetConfig, in_channels: int, height: int, width: int, step: Step) -> MemoryEstimate:
     """Return the estimated peak memory of one training step: forward pass, backward pass and optimizer."""

@@ -8,6 +8,7 @@ from hpsearch.report.final_record import FinalResult
 from hpsearch.report.formats import SCORES, bounds, duration, interval, number, setting
 from hpsearch.report.rows import N_TEST, StudyRows, TrialRow
 from hpsearch.stats.intervals import Interval
+from hpsearch.store.fits import FitRecord
 
 PUBLISHED: dict[str, Sequence[str]] = {
     "dice": ("0.849", "", ""),
@@ -88,6 +89,27 @@ def ranking(rows: StudyRows) -> Table:
         for row in rows.complete
     ]
     return Table(head, tuple(lines), tuple(row.number in rows.estimates.tied for row in rows.complete))
+
+
+def hosts(rows: StudyRows) -> Table:
+    """Return the table of the hosts of a cluster that ran fits, with the mean speed of one worker there."""
+    by_host: dict[str, list[tuple[str, FitRecord]]] = {}
+    for trial in rows.record.trials():
+        for replicate, evaluation in enumerate((trial, rows.record.replicate(trial.number))):
+            fits = rows.record.fits(trial.number, replicate)
+            for fold, worker in evaluation.workers.items() if evaluation is not None else ():
+                by_host.setdefault(worker.rpartition(":")[0], []).append((worker, fits[int(fold)]))
+    lines = []
+    for host, found in sorted(by_host.items()) if any(by_host) else ():
+        devices = {summary.runtime.get("device_name", "") for _, fit in found if (summary := fit.summary())}
+        epochs = [row for _, fit in found for row in fit.epochs()]
+        n_images = sum(row.images_per_s * row.train_s for row in epochs)
+        speed = n_images / sum(row.train_s for row in epochs) if epochs else 0.0
+        n_workers = len({worker for worker, _ in found})
+        lines.append(
+            (host or "without cluster", ", ".join(sorted(devices)), f"{n_workers}", f"{len(found)}", f"{speed:.0f}")
+        )
+    return Table(("host", "device", "workers", "fits", "images/s"), lines)
 
 
 def final_scores(rows: StudyRows, final: FinalResult, *, with_published: bool = False) -> Table:

@@ -20,7 +20,7 @@ from hpsearch.search.status import forecast
 from hpsearch.store.record import StudyRecord
 from hpsearch.typed_json import from_json, to_json
 from hpsearch.workers import plan as plans
-from hpsearch.workers.jobs import CachePaths, Finished, MeasureJob, StepToMeasure, WorkerSettings
+from hpsearch.workers.jobs import CachePaths, ClusterWorker, Finished, MeasureJob, StepToMeasure, WorkerSettings
 from hpsearch.workers.local_pool import LocalPool
 from hpsearch.workers.loop import run_job, run_jobs_together
 from hpsearch.workers.plan import MEMORY_SHARE, ExecutionPlan, Forecast
@@ -66,11 +66,11 @@ class MachineChoice:
     cluster_timeout_s: float = 600.0
     """Time in seconds after which a run ends if the cluster has no scheduler or no workers."""
 
-    def open_pool(self, study: StudyPaths, check: Check) -> TrackingPool[Any]:
+    def open_pool(self, study: StudyPaths, record: StudyRecord | None, check: Check) -> TrackingPool[Any]:
         """Return the pool that runs the jobs of a study. The caller must hold the study's lock.
 
-        `check` is called repeatedly while the pool waits for a cluster. Raises ConfigError if Dask is not installed,
-        and WorkerError if the cluster cannot be used.
+        `record` is None if the study is new. `check` is called repeatedly while the pool waits for a cluster. Raises
+        ConfigError if Dask is not installed, and WorkerError if the cluster cannot be used.
         """
         if not self.cluster:
             return LocalPool(study.root)
@@ -78,8 +78,14 @@ class MachineChoice:
             from hpsearch.workers.dask_pool import DaskPool
         except ModuleNotFoundError as error:
             raise ConfigError(f"--cluster needs Dask ({error}): pip install 'hpsearch[cluster]'") from error
+        plan = _read_plan(record) if record is not None else None
+        device = plan.device if plan is not None and self.device == "auto" else self.device
         limit, timeout_s = self.n_workers, self.cluster_timeout_s
-        return DaskPool(self.cluster, study.holder, limit=limit, timeout_s=timeout_s, check=check)
+        pool = DaskPool(self.cluster, study.holder, check, device=device, limit=limit, timeout_s=timeout_s)
+        if plan is not None:
+            lost = {each.address: dataclasses.replace(each, is_connected=False) for each in plan.cluster}
+            pool.machines = {**lost, **pool.machines}
+        return pool
 
 
 def first_workers(record: StudyRecord | None, choice: MachineChoice, pool: WorkerPool) -> tuple[WorkerSettings, ...]:
@@ -92,7 +98,7 @@ def first_workers(record: StudyRecord | None, choice: MachineChoice, pool: Worke
         return plan.workers
     if pool.machines:
         # Results depend on the number of threads, so it is the same on all machines.
-        return _one_each(choice, pool, choice.device, min(pool.machines.values()))
+        return _one_each(choice, pool, min(machine.threads for machine in _connected(pool)))
     cores = available_cores()
     if choice.n_workers or choice.threads:
         return (WorkerSettings(choice.device, choice.threads or max(1, cores // max(1, choice.n_workers))),)
@@ -109,8 +115,7 @@ def make_plan(
     `check` is called repeatedly during a measurement, and may raise an exception to end it.
     """
     plan = _stored_plan(record, choice, pool) or _measure_plan(record, caches, choice, pool, check)
-    if pool.machines:
-        plan = dataclasses.replace(plan, machine={**plan.machine, "cluster": ", ".join(pool.machines)})
+    plan = dataclasses.replace(plan, cluster=tuple(pool.machines.values()))
     if to_json(plan) != record.plan():
         record.write_plan(to_json(plan))
     return plan
@@ -153,25 +158,31 @@ def measure_drawn(config: StudyConfig, choice: MachineChoice, n_images: int) -> 
 
 def _stored_plan(record: StudyRecord, choice: MachineChoice, pool: WorkerPool) -> ExecutionPlan | None:
     """Return the stored plan with `choice` applied; None if there is no plan for this kind of device."""
-    try:
-        stored = record.plan()
-        plan = from_json(ExecutionPlan, stored) if stored is not None else None
-    except (RecordError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RecordError(f"{record.paths.plan} is damaged: delete it, and it is measured anew") from error
+    plan = _read_plan(record)
     wanted = choice.device.partition(":")[0]
     if plan is None or wanted not in ("auto", plan.device):
         return None
     if pool.machines:
-        # A numbered device of the stored plan need not exist on other machines.
         threads = (plan.alone if choice.n_workers == 1 else plan.workers[0]).threads
-        workers = _one_each(choice, pool, plan.device, threads)
-        return dataclasses.replace(plan, workers=workers)
+        return dataclasses.replace(plan, workers=_one_each(choice, pool, threads))
+    if plan.cluster:
+        # This machine continues a study of a cluster.
+        plan = dataclasses.replace(plan, workers=plan.workers[:1], cluster=())
     if choice.n_workers == 1 and not choice.threads:
         return dataclasses.replace(plan, workers=(plan.alone,))
     if choice.threads or choice.n_workers not in (0, len(plan.workers)):
         devices = list(dict.fromkeys(worker.device for worker in plan.workers))
         return dataclasses.replace(plan, workers=_share_out(devices, choice.n_workers, choice.threads))
     return plan
+
+
+def _read_plan(record: StudyRecord) -> ExecutionPlan | None:
+    """Return the plan as it is stored; None if there is none."""
+    try:
+        stored = record.plan()
+        return from_json(ExecutionPlan, stored) if stored is not None else None
+    except (RecordError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RecordError(f"{record.paths.plan} is damaged: delete it, and it is measured anew") from error
 
 
 def _measure_plan(
@@ -206,8 +217,7 @@ def _measure_plan(
         alone_threads=alone,
     )
     if pool.machines:
-        pool.set_device(measured.device)
-        return dataclasses.replace(plan, workers=_one_each(choice, pool, measured.device, first[0].threads))
+        return dataclasses.replace(plan, workers=first)
     # Every configuration that fits with one worker on the device must also fit when workers share it.
     needed = [plans.predicted_bytes(step.config, plan) for step in steps]
     largest = max((each for each in needed if each <= plan.memory_bytes * MEMORY_SHARE), default=0)
@@ -225,10 +235,18 @@ def _measure_plan(
     return dataclasses.replace(plan, workers=workers, memory_bytes=memory_bytes)
 
 
-def _one_each(choice: MachineChoice, pool: WorkerPool, device: str, threads: int) -> tuple[WorkerSettings, ...]:
-    """Return one worker for each machine of a cluster, or `choice.n_workers` if there are more machines."""
-    n_workers = min(choice.n_workers or len(pool.machines), len(pool.machines))
-    return (WorkerSettings(device, choice.threads or threads),) * n_workers
+def _one_each(choice: MachineChoice, pool: WorkerPool, threads: int) -> tuple[WorkerSettings, ...]:
+    """Return one worker for each Dask worker, or `choice.n_workers` if there are more Dask workers."""
+    machines = _connected(pool)[: choice.n_workers or None]
+    # A numbered device of a stored plan need not exist on other machines.
+    device = choice.device if ":" in choice.device else machines[0].capacity.device
+    return (WorkerSettings(device, choice.threads or threads),) * len(machines)
+
+
+def _connected(pool: WorkerPool) -> list[ClusterWorker]:
+    """Return the Dask workers that are connected, or all that were connected if none is."""
+    machines = list(pool.machines.values())
+    return [machine for machine in machines if machine.is_connected] or machines
 
 
 def choose_sharing(rates: Mapping[Shares, float]) -> int:

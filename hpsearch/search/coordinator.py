@@ -31,10 +31,11 @@ from hpsearch.store.record import StudyRecord
 from hpsearch.store.trials import COUNTED, Outcome, TrialRecord
 from hpsearch.store.versions import now
 from hpsearch.training.rows import EpochRow
+from hpsearch.typed_json import to_json
 from hpsearch.workers.jobs import EpochEnded, Failed, Finished, FitJob, Job, Stopped
 from hpsearch.workers.loop import DEATHS_PER_JOB
-from hpsearch.workers.plan import ExecutionPlan
-from hpsearch.workers.pool import Event, WorkerPool
+from hpsearch.workers.plan import ExecutionPlan, fits_memory, why_infeasible
+from hpsearch.workers.pool import Event, Worker, WorkerPool
 
 logger = logging.getLogger(__name__)
 
@@ -97,15 +98,17 @@ class Coordinator:
                 self._stop_trial(opened)
                 request.unlink(missing_ok=True)
         _kill_hanging(self)
+        _follow_cluster(self)
         return not self.stop.is_urgent
 
-    def next_job(self) -> Job | None:
+    def next_job(self, worker: Worker) -> Job | None:
         """Execute the scheduler's actions until one is a fit. Return its job, or None if nothing can start now."""
         while not self.stop.is_requested:
-            match next_action(_study_state(self)):
+            match next_action(_study_state(self, worker)):
                 case Fit(number, fold, replicate):
                     evaluation = self.open[number, replicate]
                     evaluation.running.add(fold)
+                    self._write(evaluation, workers={**evaluation.record.workers, str(fold): worker.name})
                     return fold_job(evaluation, fold, self.caches)
                 case Suggest():
                     self._begin_trial()
@@ -215,7 +218,8 @@ class Coordinator:
         place = f"after epoch {len(fit.epochs())}: "
         failures = evaluation.record.failures
         deaths = [*failures.get(str(fold), []), place + failure.text]
-        self._write(evaluation, failures={**failures, str(fold): deaths})
+        workers = {each: name for each, name in evaluation.record.workers.items() if each != str(fold)}
+        self._write(evaluation, failures={**failures, str(fold): deaths}, workers=workers)
         if fit.is_finished or evaluation.pruned is not None:
             self._end_if_finished(evaluation)
         elif sum(each.startswith(place) for each in deaths) >= DEATHS_PER_JOB:
@@ -301,14 +305,43 @@ def _kill_hanging(coordinator: Coordinator) -> None:
             coordinator.pool.kill(worker)
 
 
-def _study_state(coordinator: Coordinator) -> StudyState:
-    """Return the state of the study that the scheduler needs."""
+def _follow_cluster(coordinator: Coordinator) -> None:
+    """Store changes of the cluster in the plan, and end the trials that need a larger worker than there is.
+
+    Raises WorkerError if only refits are left, and all of them need a larger worker.
+    """
+    plan, cluster = coordinator.plan, tuple(coordinator.pool.machines.values())
+    if cluster != plan.cluster:
+        plan = dataclasses.replace(plan, cluster=cluster)
+        coordinator.plan = dataclasses.replace(plan, workers=plan.workers[:1] * max(1, len(plan.connected)))
+        coordinator.record.write_plan(to_json(coordinator.plan))
+    capacities = {worker.capacity for worker in cluster}
+    idle = [each for each in coordinator.open.values() if cluster and not each.running]
+    too_large = [each for each in idle if not any(fits_memory(each.config, capacity) for capacity in capacities)]
+    is_stuck = len(too_large) == len(coordinator.open)
+    for evaluation in too_large:
+        why = why_infeasible(evaluation.config, coordinator.plan)
+        assert why is not None
+        if isinstance(evaluation.record, TrialRecord):
+            coordinator._end(evaluation, "infeasible", reason=why.reason, constraint=why.excess)
+        elif is_stuck:
+            # A refit that is not trained must not cost its trial the first place.
+            advice = "start a larger worker, then run the same command again to continue"
+            raise WorkerError(f"{evaluation.name} {why.reason}: {advice}")
+
+
+def _study_state(coordinator: Coordinator, worker: Worker) -> StudyState:
+    """Return the state of the study that the scheduler needs to choose the next job of an idle worker."""
     record, trials, pruner = coordinator.record, list(coordinator.trials.values()), coordinator.judge.pruner
+    capacities = {each.capacity for each in coordinator.plan.cluster}
+    # Equal workers can train all open trials.
+    unlike, capacity = (capacities, worker.capacity) if len(capacities) > 1 else ((), None)
+    n_fitting = {key: sum(fits_memory(each.config, one) for one in unlike) for key, each in coordinator.open.items()}
     return StudyState(
         n_left=record.n_left(trials),
         n_suggested=len(trials),
         has_complete=any(trial.can_win for trial in trials),
-        open=tuple(evaluation.open_fits() for evaluation in coordinator.open.values()),
+        open=tuple(coordinator.open[key].open_fits(capacity) for key in sorted(n_fitting, key=n_fitting.__getitem__)),
         has_shortlist=coordinator.has_shortlist,
         lookahead=record.config.study.lookahead,
         folds_in_turn=pruner.is_sequential,

@@ -13,8 +13,8 @@ from hpsearch.search.scheduler import OpenFits
 from hpsearch.store.fits import FitRecord
 from hpsearch.store.record import StudyRecord
 from hpsearch.store.trials import PruneDecision, ReplicateRecord, TrialRecord
-from hpsearch.workers.jobs import CachePaths, FitJob
-from hpsearch.workers.plan import ExecutionPlan
+from hpsearch.workers.jobs import CachePaths, Capacity, FitJob
+from hpsearch.workers.plan import ExecutionPlan, fits_memory
 
 
 @dataclass
@@ -57,14 +57,15 @@ class Evaluation:
         """Return the fits of the trial or replicate, by fold."""
         return self.study.fits(*self.key)
 
-    def open_fits(self) -> OpenFits:
-        """Return the state of the fits, as the scheduler needs it."""
+    def open_fits(self, capacity: Capacity | None = None) -> OpenFits:
+        """Return the state of the fits for an idle worker, as the scheduler needs it."""
         finished = frozenset(fold for fold, fit in enumerate(self.fits()) if fit.is_finished)
         wanted = frozenset(range(self.study.n_folds))
         if (pruned := self.pruned) is not None:
             # A fit that was pruned after its last epoch must still be finished, even if its worker died.
             wanted = frozenset({pruned.fold} if pruned.epoch == self.config.train.epochs else ())
-        return OpenFits(*self.key, wanted, finished, frozenset(self.running))
+        fits_worker = capacity is None or fits_memory(self.config, capacity)
+        return OpenFits(*self.key, wanted, finished, frozenset(self.running), fits_worker)
 
     @property
     def is_finished(self) -> bool:

@@ -22,11 +22,14 @@ class OpenFits:
     """Folds whose fit is finished."""
     running: frozenset[int] = frozenset()
     """Folds that workers are fitting now."""
+    fits_worker: bool = True
+    """Whether the idle worker has enough memory for these fits."""
 
     @property
     def next_fold(self) -> int | None:
-        """First wanted fold that is neither finished nor running; None if there is none."""
-        return min(self.wanted - self.finished - self.running, default=None)
+        """First wanted fold that is neither finished nor running; None if there is none for the idle worker."""
+        left = self.wanted - self.finished - self.running
+        return min(left, default=None) if self.fits_worker else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +43,8 @@ class StudyState:
     has_complete: bool
     """Whether any trial is complete, so that other trials can be compared with it."""
     open: tuple[OpenFits, ...] = ()
-    """Open trials by number, or open replicates in shortlist order if there is a shortlist."""
+    """Open trials by number, or open replicates in shortlist order if there is a shortlist. On a cluster with unlike
+    workers, those that fewer workers can train come first."""
     has_shortlist: bool = False
     """Whether the search has ended and the trials to replicate are selected."""
     lookahead: int = 0
@@ -78,7 +82,7 @@ def next_action(state: StudyState) -> Action | None:
 
     1. Continue an open trial that no worker is fitting.
     2. While no trial is complete, fit further folds of the first trial: pruning needs a complete trial.
-    3. Begin a trial.
+    3. Begin a trial, unless most open trials wait for a larger worker.
     4. Fit further folds of open trials. If folds are fitted in turn, skip trials without a finished fold.
     5. After the search, select the shortlist and fit its replicates.
 
@@ -95,7 +99,9 @@ def next_action(state: StudyState) -> Action | None:
         return fit
     wants_trials = state.n_left > len(state.open)
     last = state.n_suggested - state.lookahead
-    if wants_trials and (state.lookahead == 0 or all(fits.trial > last for fits in state.open)):
+    n_waiting = sum(not (fits.fits_worker or fits.running) for fits in state.open)
+    may_begin = wants_trials and 2 * n_waiting <= len(state.open)
+    if may_begin and (state.lookahead == 0 or all(fits.trial > last for fits in state.open)):
         return Suggest()
     if fit := _first_fit(fits for fits in helped if fits.finished or not state.folds_in_turn):
         return fit

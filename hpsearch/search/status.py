@@ -14,8 +14,10 @@ from hpsearch.store import lock
 from hpsearch.store.fits import FitRecord
 from hpsearch.store.record import StudyRecord, has_all_replicates
 from hpsearch.store.trials import COUNTED, TrialRecord, count_trials
+from hpsearch.training.rows import EpochRow
 from hpsearch.typed_json import from_json
 from hpsearch.workers import plan as plans
+from hpsearch.workers.jobs import ClusterWorker
 from hpsearch.workers.plan import ExecutionPlan, Forecast
 
 Fits = Mapping[int, Sequence[FitRecord]]
@@ -28,11 +30,11 @@ class OpenFit:
 
     trial: int
     fold: int
-    epoch: int
-    """Number of finished epochs."""
     epochs: int
-    score: float
-    """Mean held-out score after the last finished epoch."""
+    row: EpochRow | None
+    """Last finished epoch; None during the first one."""
+    worker: str
+    """Name of the worker; empty if the fit waits for a worker, or if the name was not recorded."""
     is_replicate: bool = False
     """Whether the fit is a refit with another seed."""
 
@@ -63,6 +65,8 @@ class StudyStatus:
     is_confirmed: bool
     """Whether the ranking uses replicates. This requires that all of them have ended, at least one as complete."""
     open_fits: tuple[OpenFit, ...]
+    cluster: tuple[ClusterWorker, ...]
+    """Connected Dask workers; empty if the study runs on one machine or is not running."""
     is_over: bool
     """Whether the study has nothing left to do."""
     is_running: bool
@@ -87,6 +91,7 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
     seconds = {number: _seconds(of_trial) for number, of_trial in fits.items()}
     open_fits = {trial.number: fits[trial.number] for trial in trials if trial.outcome is None}
     is_running = lock.is_held(record.paths)
+    plan = from_json(ExecutionPlan, table) if is_running and (table := record.plan()) is not None else None
     is_over = record.is_searched(trials) and has_all_replicates(record)
     return StudyStatus(
         name=name,
@@ -102,9 +107,10 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
         n_replicate_fits=sum(fit.is_finished for of_trial in refits.values() for fit in of_trial),
         is_confirmed=bool(standing.confirmed),
         open_fits=(*_open_fits(record, open_fits), *_open_fits(record, refits, is_replicate=True)),
+        cluster=plan.connected if plan is not None else (),
         is_over=is_over,
         is_running=is_running,
-        eta_s=_seconds_left(record, trials, seconds, refits) if is_running and not is_over else None,
+        eta_s=_seconds_left(record, plan, trials, seconds, refits) if plan is not None and not is_over else None,
         warnings=tuple(constant_warnings(record, fits)),
     )
 
@@ -115,27 +121,30 @@ def _seconds(fits: Sequence[FitRecord]) -> float:
 
 
 def _open_fits(record: StudyRecord, fits: Fits, *, is_replicate: bool = False) -> Iterator[OpenFit]:
-    """Yield the fits that have epochs but are not finished, by trial and fold."""
+    """Yield the fits that have a worker or epochs but are not finished, by trial and fold."""
     for number, of_trial in fits.items():
+        trial = record.trial(number)
+        evaluation = record.replicate(number) if is_replicate else trial
         for fold, fit in enumerate(of_trial):
-            rows = fit.epochs()
-            if rows and not fit.is_finished:
-                score = getattr(rows[-1].scores, record.config.study.metric)
-                epochs = record.trial(number).config["train"]["epochs"]
-                yield OpenFit(number, fold, rows[-1].epoch, epochs, score, is_replicate)
+            rows, worker = fit.epochs(), evaluation.workers.get(str(fold), "") if evaluation is not None else ""
+            if (rows or worker) and not fit.is_finished:
+                row = rows[-1] if rows else None
+                yield OpenFit(number, fold, trial.config["train"]["epochs"], row, worker, is_replicate)
 
 
 def _seconds_left(
-    record: StudyRecord, trials: Sequence[TrialRecord], seconds: Mapping[int, float], refits: Fits
+    record: StudyRecord,
+    plan: ExecutionPlan,
+    trials: Sequence[TrialRecord],
+    seconds: Mapping[int, float],
+    refits: Fits,
 ) -> float | None:
     """Estimate the seconds until the end of a running study; None if nothing is known.
 
     The estimate is based on ended trials, or on measured steps if no trial has ended. A refit is assumed to take as
     long as the longest trial.
     """
-    if (table := record.plan()) is None:
-        return None
-    plan, n_left = from_json(ExecutionPlan, table), record.n_left(trials)
+    n_left = record.n_left(trials)
     n_replicates = len(refits) or replicates.n_left(record, n_left)
     running_s = sum(seconds[trial.number] for trial in trials if trial.outcome is None)
     running_s += sum(map(_seconds, refits.values()))

@@ -63,6 +63,8 @@ class EvaluationRecord:
     ended_at: float | None = None
     failures: dict[str, list[str]] = field(default_factory=dict)
     """Maps each fold, counted from 0, to one line for each worker that died while fitting it."""
+    workers: dict[str, str] = field(default_factory=dict)
+    """Maps each fold, counted from 0, to the name of the worker that is fitting it or has fitted it."""
     code: str = ""
     """Version of hpsearch that began the trial or replicate, as returned by `code_version`."""
 

@@ -12,13 +12,11 @@ import logging
 import math
 import queue
 import secrets
-import sysconfig
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
-from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,8 @@ from hpsearch.errors import WorkerError
 from hpsearch.paths import FitPaths
 from hpsearch.workers import attempts, jobs
 from hpsearch.workers.dask_task import ENDED, STARTED, commands_of, run_worker
-from hpsearch.workers.jobs import Failed, FitJob, Job, WorkerSettings
+from hpsearch.workers.dask_workers import examine, share_memory
+from hpsearch.workers.jobs import ClusterWorker, Failed, FitJob, Job, WorkerSettings
 from hpsearch.workers.pool import Event, TrackingPool, Worker
 
 logger = logging.getLogger(__name__)
@@ -41,20 +40,13 @@ FOLLOW_S = 1.0
 END_S = 10.0
 """Time in seconds in which a cancelled task must have ended its process. After that its Dask worker is restarted."""
 
-VERSIONS: dict[str, Callable[[], str]] = {
-    "hpsearch": partial(metadata.version, "hpsearch"),
-    "torch": partial(metadata.version, "torch"),
-    "Python": sysconfig.get_python_version,
-}
-"""Functions that return the versions that must be the same on all machines."""
-
 
 @dataclass(eq=False, kw_only=True)
 class DaskWorker(Worker):
     """A task on a Dask worker, and its current job."""
 
     address: str
-    name: str
+    topic: str
     """Name of the task and of the topic of its messages."""
     future: Any = None
     n_starts: int = 0
@@ -70,13 +62,14 @@ class DaskPool(TrackingPool[DaskWorker]):
     """
 
     def __init__(
-        self, address: str, probe: Path, *, limit: int = 0, timeout_s: float, check: Callable[[], None]
+        self, address: str, probe: Path, check: Callable[[], None], *, device: str, limit: int, timeout_s: float
     ) -> None:
         """Connect to the scheduler at `address`, and wait for the first Dask worker.
 
-        `probe` is a file in the project folder that every Dask worker must see. New Dask workers add workers up to
-        `limit` (0: no limit). `check` is called repeatedly and may raise an exception to stop waiting. Raises
-        WorkerError if there is no Dask worker for `timeout_s` seconds, now or later.
+        `probe` is a file in the project folder that every Dask worker must see. With the device `auto`, the Dask
+        workers with a GPU are used, or all of them if none has one. New Dask workers add workers up to `limit` (0: no
+        limit). `check` is called repeatedly and may raise an exception to stop waiting. Raises WorkerError if there
+        is no Dask worker for `timeout_s` seconds, now or later.
         """
         super().__init__()
         self._address, self._limit, self._timeout_s = address, limit or math.inf, timeout_s
@@ -88,30 +81,45 @@ class DaskPool(TrackingPool[DaskWorker]):
         self._settings: list[WorkerSettings] = []
         self._size = 0
         """Number of workers that the pool should have. While there are too few Dask workers, it has fewer."""
-        self._present: list[str] = []
-        """Addresses of the connected Dask workers. If none is left, `machines` keeps the last ones."""
+        self._device = device
+        self._present: Mapping[str, Any] = {}
+        """Maps the address of each connected Dask worker to what the scheduler knows about it."""
+        self._devices: dict[str, ClusterWorker | str | None] = {}
+        """Devices of the connected Dask workers, by address. None: not known yet. A string is the reason why the
+        Dask worker is not used."""
+        self._found: queue.SimpleQueue[Mapping[str, ClusterWorker | str]] = queue.SimpleQueue()
+        """Results of `_examine`."""
+        self._last_seen: dict[str, float] = {}
+        """Maps the address of each Dask worker to the last time when it was connected. Lost ones stay in `machines`
+        for `timeout_s` seconds."""
         self._known: set[str] = set()
         """Dask workers that were counted in `_size`, or not used in `resize`."""
-        self._refused: set[str] = set()
         self._messages: queue.SimpleQueue[tuple[DaskWorker, str]] = queue.SimpleQueue()
         self._followed_at, self._seen_at = -math.inf, time.monotonic()
         try:
-            while not self._present:
+            while not self._present or None in self._devices.values():
                 check()
                 self._follow()
                 time.sleep(0.1)
-            for problem in self._problems(self._present).values():
-                raise WorkerError(problem)
+            kinds = []
+            for found in self._devices.values():
+                if not isinstance(found, ClusterWorker):
+                    raise WorkerError(found)
+                kinds.append(found.capacity.device)
+            if device == "auto":
+                self._device = max(kinds, key=lambda kind: kind != "cpu")
+            self._update_machines()
         except BaseException:
             self.close()
             raise
 
     def resize(self, settings: Sequence[WorkerSettings]) -> None:
-        self._settings, self._size, self._known = list(settings), len(settings), set(self._present)
+        self._settings, self._size, self._known = list(settings), len(settings), set(self.machines)
         kept = [each for each in self._workers if [each.settings] == self._settings[each.index : each.index + 1]]
         self._end([worker for worker in self._workers if worker not in kept])
         self._workers = kept
         self._fill()
+        self._update_machines()
 
     def submit(self, worker: Worker, job: Job) -> None:
         ours = self._own(worker)
@@ -164,13 +172,17 @@ class DaskPool(TrackingPool[DaskWorker]):
         # Without a connection, Dask cancels the task, and `events` reports it.
         if self._is_connected:
             with contextlib.suppress(OSError):
-                self._client.log_event(commands_of(worker.name), json.dumps(message))
+                self._client.log_event(commands_of(worker.topic), json.dumps(message))
 
     def _follow(self) -> None:
         """Update the list of Dask workers. Raises WorkerError if there have been none for too long."""
         now, reason = time.monotonic(), "its scheduler cannot be reached"
+        while not self._found.empty():
+            self._devices |= (found := self._found.get())
+            for problem in (each for each in found.values() if isinstance(each, str)):
+                logger.warning("%s; it is not used", problem)
         if not self._is_connected:
-            self._present = []
+            self._present, self._devices = {}, {}
         if now - self._followed_at < FOLLOW_S:
             return
         if self._client is None or self._client.status == "closed":
@@ -182,9 +194,11 @@ class DaskPool(TrackingPool[DaskWorker]):
             except (OSError, ValueError) as error:
                 reason = str(error)
         if self._is_connected:
-            found, reason = self._client.scheduler_info()["workers"], "no Dask worker has joined it"
-            self._present = list(found)
-            self.machines = {address: each["nthreads"] for address, each in found.items()} or self.machines
+            self._present, reason = self._client.scheduler_info()["workers"], "no Dask worker has joined it"
+            self._devices = {address: each for address, each in self._devices.items() if address in self._present}
+            if joined := [address for address in self._present if address not in self._devices]:
+                self._devices |= dict.fromkeys(joined)
+                threading.Thread(target=self._examine, args=[joined], name="examine", daemon=True).start()
         self._followed_at = time.monotonic()
         if self._present:
             self._seen_at = now
@@ -192,16 +206,39 @@ class DaskPool(TrackingPool[DaskWorker]):
             what = f"--cluster {self._address} has had no workers for {self._timeout_s:.0f} s ({reason})"
             advice = "start `dask scheduler` and `dask worker`, then run the same command again to continue"
             raise WorkerError(f"{what}: {advice}")
+        self._update_machines()
+
+    def _examine(self, addresses: Sequence[str]) -> None:
+        # If the connection is lost, `_follow` forgets these Dask workers.
+        with contextlib.suppress(OSError, CancelledError):
+            self._found.put(examine(self._client, addresses, self._probe, self._device))
+
+    def _update_machines(self) -> None:
+        """Update `machines`, and share the memory of each GPU or host between its Dask workers."""
+        now, kind = time.monotonic(), self._device.partition(":")[0]
+        used = {worker.address for worker in self._workers}
+        self._last_seen |= dict.fromkeys(self._present, now)
+        usable = [
+            each
+            for address in self._present
+            if isinstance(each := self._devices[address], ClusterWorker) and each.capacity.device == kind
+            if address in used or len(used) < self._limit
+        ]
+        lost = {
+            address: dataclasses.replace(each, is_connected=False)
+            for address, each in self.machines.items()
+            if address not in self._present and now - self._last_seen.setdefault(address, now) <= self._timeout_s
+        }
+        limits = {address: info["memory_limit"] for address, info in self._present.items()}
+        self.machines = share_memory(usable, limits) | lost
+        for worker in self._workers:
+            worker.machine = self.machines.get(worker.address, worker.machine)
 
     def _fill(self) -> None:
-        """Start workers on free Dask workers."""
-        used = {worker.address for worker in self._workers} | self._refused
-        free = [address for address in self._present if address not in used]
-        if joined := set(free) - self._known:
-            for address, problem in self._problems(joined).items():
-                logger.warning("%s; it is not used", problem)
-                self._refused.add(address)
-                free.remove(address)
+        """Start workers on free Dask workers, the largest first."""
+        used = {worker.address for worker in self._workers}
+        free = [address for address in self._present if address in self.machines and address not in used]
+        free.sort(key=lambda address: -self.machines[address].capacity.memory_bytes)
         # New Dask workers first replace lost ones.
         n_wanted = min(len(self._workers) + len(set(free) - self._known), self._limit)
         self._size = max(self._size, int(n_wanted)) if self._settings else 0
@@ -212,8 +249,8 @@ class DaskPool(TrackingPool[DaskWorker]):
 
     def _start(self, index: int, address: str) -> DaskWorker:
         settings = self._settings[min(index, len(self._settings) - 1)]
-        name = f"hpsearch-{index}-{secrets.token_hex(4)}"
-        worker = DaskWorker(index=index, settings=settings, address=address, name=name)
+        machine, topic = self.machines[address], f"hpsearch-{index}-{secrets.token_hex(4)}"
+        worker = DaskWorker(index=index, settings=settings, address=address, topic=topic, machine=machine)
 
         def on_message(event: tuple[float, str]) -> None:
             if event[1] == STARTED:
@@ -223,10 +260,13 @@ class DaskPool(TrackingPool[DaskWorker]):
             else:
                 self._messages.put((worker, event[1]))
 
-        self._client.subscribe_topic(name, on_message)
+        self._client.subscribe_topic(topic, on_message)
+        # Dask then gives the GPU to no other task. Several Dask workers may each declare a part of one GPU.
+        n_gpus = self._present[address]["resources"].get("GPU", 0) if machine.capacity.device == "cuda" else 0
         # Bind the task to one Dask worker. If that is lost, the coordinator decides where the job continues.
-        options = {"key": name, "workers": [address], "allow_other_workers": False, "pure": False, "retries": 0}
-        worker.future = self._client.submit(run_worker, name, vars(settings), **options)
+        options = {"key": topic, "workers": [address], "allow_other_workers": False, "pure": False, "retries": 0}
+        options["resources"] = {"GPU": min(1, n_gpus)} if n_gpus else None
+        worker.future = self._client.submit(run_worker, topic, vars(settings), **options)
         return worker
 
     def _why_lost(self, worker: DaskWorker) -> str:
@@ -239,29 +279,10 @@ class DaskPool(TrackingPool[DaskWorker]):
             return "" if worker.future.status == "pending" else f"lost: Dask cancelled its task on {worker.address}"
         error = worker.future.exception()
         text = str(error) if isinstance(error, WorkerError) else f"Dask worker {worker.address}: {error!r}"
-        self._refused.add(worker.address)
-        if self._refused.issuperset(self._present):
+        self._devices[worker.address] = text
+        if all(isinstance(self._devices[address], str) for address in self._present):
             raise WorkerError(text)
         return f"cannot be started: {text}"
-
-    def _problems(self, addresses: Collection[str]) -> dict[str, str]:
-        """Return why Dask workers cannot be used, by address.
-
-        Only functions of the standard library run there, because a Dask worker without hpsearch would end.
-        """
-        problems: dict[str, str] = {}
-        run = partial(self._client.run, workers=list(addresses), on_error="return")
-        for program, version in VERSIONS.items():
-            for address, found in run(version).items():
-                if _release(found) != _release(version()):
-                    what = f"Dask worker {address} has {program} {found}, the coordinator has {version()}"
-                    problems.setdefault(address, f"{what}: install the same version on all machines")
-        for address, content in run(partial(Path.read_text, self._probe)).items():
-            if content != self._probe.read_text():
-                what = f"Dask worker {address} does not see the coordinator's {self._probe}"
-                advice = "share the project folder and the images at the same paths on all machines"
-                problems.setdefault(address, f"{what}: {advice}")
-        return problems
 
     def _end(self, workers: Sequence[DaskWorker]) -> None:
         """Cancel the tasks of workers and wait until their processes have ended, so that they can no longer write.
@@ -280,8 +301,3 @@ class DaskPool(TrackingPool[DaskWorker]):
                 # `Client.restart_workers` refuses Dask workers without a nanny. The scheduler removes them.
                 how = {"timeout": END_S, "wait_for_workers": False, "on_error": "return", "stimulus_id": "hpsearch"}
                 self._client.sync(self._client.scheduler.restart_workers, workers=stuck, **how)
-
-
-def _release(version: object) -> str:
-    """Return a version without its build: `2.15.0+cpu` and `2.15.0+cu130` are the same for different devices."""
-    return str(version).partition("+")[0]

@@ -6,14 +6,19 @@ is imported, and nothing else runs in the process. Torch is imported once, and t
 hanging fit can be killed. A crash, or a fit that runs out of memory, ends the subprocess and not the Dask worker.
 """
 
+import asyncio
 import json
 import os
+import subprocess
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from distributed import Client, Status, Worker, get_worker
 
+from hpsearch import subprocesses
+from hpsearch.errors import WorkerError
 from hpsearch.workers import jobs
 from hpsearch.workers.jobs import WorkerSettings
 from hpsearch.workers.local_pool import LocalPool
@@ -27,6 +32,20 @@ STARTED, ENDED = "started", "ended"
 def commands_of(name: str) -> str:
     """Return the topic of the coordinator's messages to the task `name`. The task answers to the topic `name`."""
     return f"{name}-commands"
+
+
+async def find_device(name: str, dask_worker: Worker) -> dict[str, Any]:
+    """Run `workers.device` on this machine, in a subprocess because torch would take memory in the Dask worker.
+
+    Raises WorkerError if the device is not available.
+    """
+    command, environment = subprocesses.command("hpsearch.workers.device", name), subprocesses.environment()
+    run = partial(subprocess.run, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment)
+    done = await asyncio.to_thread(run, command)
+    if done.returncode:
+        # The last line of a traceback: the class of the error and its text.
+        raise WorkerError(done.stderr.strip().rpartition("\n")[2].partition(": ")[2])
+    return {**json.loads(done.stdout), "threads": dask_worker.state.nthreads}
 
 
 def run_worker(name: str, settings: dict[str, Any]) -> None:

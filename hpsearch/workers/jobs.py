@@ -21,6 +21,38 @@ class WorkerSettings:
     threads: int = 1
 
 
+@dataclass(frozen=True, kw_only=True)
+class Capacity:
+    """Properties of a worker that determine which configurations it can train."""
+
+    device: str
+    """Type of the device: `cpu`, `cuda`, `mps` or `xla`."""
+    precision: str
+    """Precision of autocast if `train.amp` is auto: float32, bf16 or fp16."""
+    memory_bytes: int
+    """Memory of the device that the worker may use, in bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterWorker:
+    """A Dask worker and its device."""
+
+    address: str
+    host: str
+    device_name: str
+    """Name of the GPU or of the processor."""
+    unit: str
+    """Identifier of the GPU, or the host. Dask workers with the same unit share its memory."""
+    threads: int
+    capacity: Capacity
+    is_connected: bool = True
+
+    @property
+    def name(self) -> str:
+        """Host and port, such as `lab1:40123`."""
+        return f"{self.host}:{self.address.rpartition(':')[2]}"
+
+
 @dataclass(frozen=True)
 class CachePaths:
     """Paths of the caches of decoded images that a job uses."""

@@ -9,7 +9,7 @@ from typing import Protocol
 from hpsearch.errors import DeviceError, HpsearchError, StorageError, StudyError, WorkerError
 from hpsearch.training.rows import EpochRow
 from hpsearch.workers.jobs import EpochEnded, Failed, Finished, Job, Report, Stopped
-from hpsearch.workers.pool import Event, WorkerPool
+from hpsearch.workers.pool import Event, Worker, WorkerPool
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +28,8 @@ class Work(Protocol):
     def poll(self) -> bool:
         """Check for stop requests and limits, once per iteration. Return False to leave the loop at once."""
 
-    def next_job(self) -> Job | None:
-        """Return the job for the next idle worker, or None if there is none at the moment."""
+    def next_job(self, worker: Worker) -> Job | None:
+        """Return the job for an idle worker, or None if there is none at the moment for workers of its capacity."""
 
     def on_event(self, event: Event) -> None:
         """Handle a report. An `EpochEnded` must be answered with `WorkerPool.reply`."""
@@ -38,10 +38,14 @@ class Work(Protocol):
 def run(pool: WorkerPool, work: Work) -> None:
     """Run the jobs of `work` on the pool until the work is over and no worker is busy."""
     while work.poll():
+        without_job = set()
         for worker in pool.idle():
-            if (job := work.next_job()) is None:
-                break
-            pool.submit(worker, job)
+            if worker.capacity in without_job:
+                continue
+            if (job := work.next_job(worker)) is None:
+                without_job.add(worker.capacity)
+            else:
+                pool.submit(worker, job)
         if work.is_over and not pool.busy():
             return
         for event in pool.events(POLL_S):
@@ -104,7 +108,7 @@ class _Jobs:
         self.check()
         return True
 
-    def next_job(self) -> Job | None:
+    def next_job(self, worker: Worker) -> Job | None:
         return self.jobs.pop() if self.jobs and len(self.pool.idle()) >= len(self.jobs) else None
 
     def on_event(self, event: Event) -> None:

@@ -5,7 +5,7 @@ thread counts and precision affect the bytes of the results. Does not import tor
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from hpsearch.config.search import Choice, Range
 from hpsearch.errors import ConfigError
 from hpsearch.models.memory import Step
 from hpsearch.models.network import n_parameters, training_flops, training_memory, why_impossible
-from hpsearch.workers.jobs import MeasuredStep, WorkerSettings
+from hpsearch.workers.jobs import Capacity, ClusterWorker, MeasuredStep, WorkerSettings
 
 MEMORY_SHARE = 0.9
 """Largest fraction of a device's memory that a fit may be predicted to need. Predictions are accurate to 10 %."""
@@ -39,6 +39,13 @@ class ExecutionPlan:
     """Processor, versions and number of cores, for documentation only."""
     alone_threads: int = 0
     """Number of threads with which a single fit was fastest; 0 if not measured."""
+    cluster: tuple[ClusterWorker, ...] = ()
+    """Dask workers, including those that were lost a short time ago; empty if the workers run on this machine."""
+
+    @property
+    def connected(self) -> tuple[ClusterWorker, ...]:
+        """Dask workers that are connected."""
+        return tuple(worker for worker in self.cluster if worker.is_connected)
 
     @property
     def alone(self) -> WorkerSettings:
@@ -72,19 +79,27 @@ class Infeasible:
 
 
 def why_infeasible(config: StudyConfig, plan: ExecutionPlan) -> Infeasible | None:
-    """Return why `config` cannot be trained under `plan`, or None if it can."""
+    """Return why `config` cannot be trained under `plan`, or None if it can. On a cluster, one worker must fit."""
     if reason := why_impossible(*_shape(config), batch_size=config.train.batch_size):
         return Infeasible(reason, 1.0)
-    needed, available = predicted_bytes(config, plan), plan.memory_bytes * MEMORY_SHARE
+    capacities: Iterable[Any] = dict.fromkeys(worker.capacity for worker in plan.cluster) or (plan,)
+    memory = [(predicted_bytes(config, each), each.memory_bytes * MEMORY_SHARE) for each in capacities]
+    needed, available = min(memory, key=lambda pair: pair[0] / pair[1])
     if needed <= available:
         return None
+    device = "the largest worker" if plan.cluster else "this device"
     return Infeasible(
-        f"needs about {needed / 2**30:.1f} GiB for a training step, but this device has {available / 2**30:.1f} GiB",
+        f"needs about {needed / 2**30:.1f} GiB for a training step, but {device} has {available / 2**30:.1f} GiB",
         needed / available - 1.0,
     )
 
 
-def predicted_bytes(config: StudyConfig, plan: ExecutionPlan) -> int:
+def fits_memory(config: StudyConfig, capacity: Capacity) -> bool:
+    """Return whether a training step of `config` fits in a worker's memory."""
+    return predicted_bytes(config, capacity) <= capacity.memory_bytes * MEMORY_SHARE
+
+
+def predicted_bytes(config: StudyConfig, plan: ExecutionPlan | Capacity) -> int:
     """Return the predicted peak memory of a training step of `config` on the plan's device, in bytes."""
     train = config.train
     step = Step(

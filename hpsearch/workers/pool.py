@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, Self, TypeVar
 
-from hpsearch.workers.jobs import EpochEnded, Failed, FitJob, Job, Ready, Report, WorkerSettings
+from hpsearch.workers import jobs
+from hpsearch.workers.jobs import ClusterWorker, EpochEnded, Failed, FitJob, Job, Ready, Report, WorkerSettings
 
 PAUSE_S = 30.0
 """If more than this many seconds pass between two polls, the coordinator was probably suspended in between."""
@@ -20,10 +21,22 @@ class Worker:
     index: int
     """Position of the worker in the pool, from 0."""
     settings: WorkerSettings
+    machine: ClusterWorker | None = None
+    """The Dask worker; None on this machine."""
     is_ready: bool = False
     job: Job | None = None
     last_report_at: float = field(default_factory=time.monotonic)
     """`time.monotonic()` of the last message from or to the worker."""
+
+    @property
+    def name(self) -> str:
+        """Name of the worker in the record of the study."""
+        return f"worker {self.index + 1}" if self.machine is None else self.machine.name
+
+    @property
+    def capacity(self) -> jobs.Capacity | None:
+        """Capacity of a Dask worker; None if the worker can train all configurations that the plan allows."""
+        return None if self.machine is None else self.machine.capacity
 
 
 @dataclass(frozen=True)
@@ -43,8 +56,9 @@ class WorkerPool(Protocol):
 
     def __len__(self) -> int: ...
 
-    machines: Mapping[str, int]
-    """Number of CPU threads of each worker of a cluster, by address; empty if the workers run on this machine."""
+    machines: Mapping[str, ClusterWorker]
+    """Dask workers by address, including those that were lost a short time ago; empty if the workers run on this
+    machine."""
 
     def resize(self, settings: Sequence[WorkerSettings]) -> None:
         """Start and end workers so that there is one for each of `settings`, in this order.
@@ -94,7 +108,7 @@ class TrackingPool(WorkerPool, Generic[W]):
     """
 
     def __init__(self) -> None:
-        self.machines: Mapping[str, int] = {}
+        self.machines: Mapping[str, ClusterWorker] = {}
         self._workers: list[W] = []
         self._polled_at = time.monotonic()
         self._epoch_s: dict[int, float] = {}

@@ -14,7 +14,18 @@ from hpsearch.search.autotune import MachineChoice, choose_sharing, fastest_alon
 from hpsearch.store.record import StudyRecord
 from hpsearch.typed_json import from_json, to_json
 from hpsearch.workers import plan as plans
-from hpsearch.workers.jobs import Failed, Finished, Job, MeasuredStep, MeasureJob, Measurement, Report, WorkerSettings
+from hpsearch.workers.jobs import (
+    Capacity,
+    ClusterWorker,
+    Failed,
+    Finished,
+    Job,
+    MeasuredStep,
+    MeasureJob,
+    Measurement,
+    Report,
+    WorkerSettings,
+)
 from hpsearch.workers.local_pool import LocalPool
 from hpsearch.workers.plan import ExecutionPlan
 from tests.search.studies import run, tiny_config, write_tiny_dataset
@@ -231,9 +242,13 @@ def test_a_final_that_is_given_threads_leaves_the_studys_plan_as_it_is(planned: 
     assert record.written == to_json(stored)
 
 
-def cluster_of(*threads: int) -> FakePool:
+def cluster_of(*threads: int, device: str = "cpu") -> FakePool:
     pool = FakePool()
-    pool.machines = {f"tcp://lab{index}:9000": n for index, n in enumerate(threads)}
+    capacity = Capacity(device=device, precision="bf16", memory_bytes=64 * GIB)
+    for index, n in enumerate(threads):
+        host, address = f"lab{index}", f"tcp://lab{index}:9000"
+        worker: dict[str, Any] = {"address": address, "host": host, "device_name": "", "unit": host, "threads": n}
+        pool.machines = {**pool.machines, address: ClusterWorker(**worker, capacity=capacity)}
     return pool
 
 
@@ -241,7 +256,7 @@ def test_each_machine_of_a_cluster_is_one_worker_and_all_have_the_same_threads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(planning, "run_job", Machine({}, device="cuda", n_devices=8).run_job)
-    caches, pool = cast("PoolCaches", FakeCaches()), cluster_of(8, 4, 8)
+    caches, pool = cast("PoolCaches", FakeCaches()), cluster_of(8, 4, 8, device="cuda")
     for choice, workers in (
         (MachineChoice(), (WorkerSettings("cuda", 4),) * 3),
         (MachineChoice(n_workers=2), (WorkerSettings("cuda", 4),) * 2),
@@ -252,8 +267,8 @@ def test_each_machine_of_a_cluster_is_one_worker_and_all_have_the_same_threads(
         assert plan.workers == workers
         # Workers on different machines do not share their memory.
         assert plan.memory_bytes == 64 * GIB
-        assert plan.machine["cluster"] == "tcp://lab0:9000, tcp://lab1:9000, tcp://lab2:9000"
-    assert pool.wanted[0] == [WorkerSettings("auto", 4)] * 3
+        assert plan.cluster == tuple(pool.machines.values())
+    assert pool.wanted[0] == [WorkerSettings("cuda", 4)] * 3
 
 
 def test_a_stored_plan_keeps_its_threads_on_a_cluster(planned: MakePlan) -> None:
@@ -263,8 +278,28 @@ def test_a_stored_plan_keeps_its_threads_on_a_cluster(planned: MakePlan) -> None
     caches, pool = cast("PoolCaches", FakeCaches()), cluster_of(8, 8, 8)
     plan = make_plan(cast("StudyRecord", record), caches, MachineChoice(), pool)
     assert plan.workers == (WorkerSettings("cpu", 1),) * 3
-    assert plan.machine["cluster"] == "tcp://lab0:9000, tcp://lab1:9000, tcp://lab2:9000"
+    assert plan.cluster == tuple(pool.machines.values())
     assert record.written == to_json(plan)
+
+
+def test_one_machine_continues_a_study_of_a_cluster_with_one_worker_and_the_same_threads() -> None:
+    record, pool = FakeRecord(tiny_config(Path("data"))), cluster_of(8, 8, 8)
+    workers = (WorkerSettings("cpu", 8),) * 3
+    plan = ExecutionPlan(device="cpu", precision="bf16", workers=workers, memory_bytes=GIB)
+    record.write_plan(to_json(dataclasses.replace(plan, cluster=tuple(pool.machines.values()))))
+    caches = cast("PoolCaches", FakeCaches())
+    found = make_plan(cast("StudyRecord", record), caches, MachineChoice(), FakePool())
+    assert (found.workers, found.cluster) == (workers[:1], ())
+
+
+def test_a_dask_worker_that_was_lost_gets_no_worker() -> None:
+    record, pool = FakeRecord(tiny_config(Path("data"))), cluster_of(8, 8)
+    lost = {address: dataclasses.replace(each, is_connected=False) for address, each in [*pool.machines.items()][:1]}
+    pool.machines = {**pool.machines, **lost}
+    plan = ExecutionPlan(device="cpu", precision="bf16", workers=(WorkerSettings("cpu", 8),) * 2, memory_bytes=GIB)
+    record.write_plan(to_json(plan))
+    found = make_plan(cast("StudyRecord", record), cast("PoolCaches", FakeCaches()), MachineChoice(), pool)
+    assert (found.workers, len(found.cluster)) == ((WorkerSettings("cpu", 8),), 2)
 
 
 @pytest.mark.slow

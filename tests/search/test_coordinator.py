@@ -44,6 +44,7 @@ from hpsearch.store.trials import PruneDecision, record_to_json
 from hpsearch.study import StudySummary
 from hpsearch.workers.jobs import Failed, FitJob, Job
 from hpsearch.workers.local_pool import Event
+from hpsearch.workers.pool import Worker
 from tests.data.conftest import tiny_pairs, write_pairs
 from tests.recorded import FakeStudy
 from tests.search.in_process import workers_in_process
@@ -335,8 +336,8 @@ def test_in_a_race_workers_help_with_the_first_trial_and_with_survivors_when_non
         begun.append((evaluation.record.number, fold, sorted(evaluation.open_fits().finished)))
         return make_job(evaluation, fold, caches)
 
-    def once_both_have_started(self: Coordinator) -> Job | None:
-        return next_job(self) if begun or len(self.pool.idle()) == len(self.plan.workers) else None
+    def once_both_have_started(self: Coordinator, worker: Worker) -> Job | None:
+        return next_job(self, worker) if begun or len(self.pool.idle()) == len(self.plan.workers) else None
 
     monkeypatch.setattr(coordinator, "fold_job", fold_job)
     monkeypatch.setattr(Coordinator, "next_job", once_both_have_started)

@@ -134,3 +134,26 @@ def test_replicates_are_fitted_in_the_order_of_the_shortlist() -> None:
     assert next_action(replace(OVER, has_shortlist=True, open=listed)) == Fit(0, 1, replicate=1)
     assert next_action(replace(OVER, has_shortlist=True, open=listed[:1])) is None
     assert next_action(replace(OVER, has_shortlist=True)) is None
+
+
+def too_large(trial: int, running: tuple[int, ...] = ()) -> OpenFits:
+    """A trial that needs more memory than the idle worker has."""
+    return replace(fits(trial, running=running), fits_worker=False)
+
+
+def test_a_worker_passes_over_a_trial_that_needs_more_memory() -> None:
+    state = replace(RACING, n_left=2, open=(too_large(0), fits(1)))
+    assert next_action(state) == Fit(1, 0)
+    # Nor does it help with one after the search.
+    assert next_action(replace(state, open=(too_large(0, running=(0,)), fits(1, (0, 1, 2))), n_left=2)) is None
+    assert next_action(replace(state, has_shortlist=True, open=(too_large(0),))) is None
+
+
+def test_no_further_trial_begins_while_most_open_trials_wait_for_a_larger_worker() -> None:
+    one = replace(RACING, n_left=9, open=(too_large(0),))
+    assert next_action(one) is None
+    running = fits(1, running=(0,))
+    assert next_action(replace(one, open=(too_large(0), running))) == Suggest()
+    assert next_action(replace(one, open=(too_large(0), too_large(2), running))) is None
+    # A trial that a larger worker is fitting does not wait.
+    assert next_action(replace(one, open=(too_large(0, running=(0,)),))) == Suggest()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -12,7 +13,7 @@ import pytest
 from distributed import LocalCluster
 
 from hpsearch.errors import WorkerError
-from hpsearch.workers import dask_pool
+from hpsearch.workers import dask_pool, dask_workers
 from hpsearch.workers.dask_pool import DaskPool
 from hpsearch.workers.jobs import Failed, Finished, Ready, WorkerSettings
 from hpsearch.workers.local_pool import LocalPool, LocalWorker
@@ -30,17 +31,23 @@ def pools(address: str, folder: Path, **options: Any) -> Iterator[OpenPool]:
     probe = folder / "holder.json"
     probe.write_text("the coordinator")
     with contextlib.ExitStack() as stack:
-        yield lambda: stack.enter_context(
-            DaskPool(address, probe, **{"timeout_s": 30.0, "check": lambda: None, **options})
-        )
+        defaults: dict[str, Any] = {"check": lambda: None, "device": "auto", "limit": 0, "timeout_s": 30.0}
+        yield lambda: stack.enter_context(DaskPool(address, probe, **{**defaults, **options}))
+
+
+async def find_device(name: str, dask_worker: Any) -> dict[str, Any]:
+    """A device that needs no import of torch."""
+    capacity = {"device": "cpu", "precision": "float32", "memory_bytes": 2**36}
+    return {"host": "lab", "device_name": "AMD EPYC", "unit": "lab", "threads": 1, "capacity": capacity}
 
 
 @pytest.fixture
-def cluster() -> Iterator[LocalCluster]:
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalCluster]:
     """Three Dask workers in the test's own process, whose worker processes are threads."""
+    monkeypatch.setattr(dask_workers, "find_device", find_device)
     with (
         workers_in_process(),
-        LocalCluster(n_workers=3, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=3, threads_per_worker=1, processes=False, dashboard_address=":0") as cluster,
     ):
         yield cluster
 
@@ -118,7 +125,7 @@ def test_the_job_of_a_dask_worker_that_restarted_at_the_same_address_is_lost(
 
 
 def test_the_pool_knows_the_threads_of_each_machine(open_pool: OpenPool) -> None:
-    assert [*open_pool().machines.values()] == [1, 1, 1]
+    assert [machine.threads for machine in open_pool().machines.values()] == [1, 1, 1]
 
 
 def test_a_dask_worker_that_joins_is_another_worker(open_pool: OpenPool, cluster: LocalCluster) -> None:
@@ -135,9 +142,12 @@ def test_a_dask_worker_that_joins_stays_free_beyond_the_limit(cluster: LocalClus
         pool = open_pool()
         pool.resize(ONE)
         wait_for(pool, Ready)
+        before = {*pool.machines}
         cluster.scale(4)
-        wait_until(lambda: [*pool.events(0.1)] == [] and len(pool.machines) == 4)
-        assert len(pool) == 1
+        wait_until(lambda: [*pool.events(0.1)] == [] and len(cluster.workers) == 4)
+        time.sleep(2 * dask_pool.FOLLOW_S)
+        assert [*pool.events(0.1)] == []
+        assert (len(pool), {*pool.machines}) == (1, before)
 
 
 def test_a_dask_worker_that_leaves_is_replaced_by_a_free_one(open_pool: OpenPool, cluster: LocalCluster) -> None:
@@ -158,11 +168,16 @@ def test_a_dask_worker_that_leaves_is_replaced_by_a_free_one(open_pool: OpenPool
 
 def mine(version: str, theirs: str) -> Callable[[], str]:
     """A function that returns one version here and another one in Dask's threads."""
-    return lambda: version if threading.current_thread() is threading.main_thread() else theirs
+    return lambda: version if is_ours() else theirs
+
+
+def is_ours() -> bool:
+    """Whether the pool calls this function, and not a Dask worker."""
+    return threading.current_thread().name in ("MainThread", "examine")
 
 
 def test_another_version_on_a_worker_is_named(open_pool: OpenPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(dask_pool.VERSIONS, "torch", mine("2.15.0", "2.14.0+cpu"))
+    monkeypatch.setitem(dask_workers.VERSIONS, "torch", mine("2.15.0", "2.14.0+cpu"))
     with pytest.raises(
         WorkerError, match=r"^Dask worker inproc://\S+ has torch 2\.14\.0\+cpu, the coordinator has 2\.15"
     ):
@@ -171,11 +186,11 @@ def test_another_version_on_a_worker_is_named(open_pool: OpenPool, monkeypatch: 
 
 def test_a_program_that_a_worker_does_not_have_is_named(open_pool: OpenPool, monkeypatch: pytest.MonkeyPatch) -> None:
     def version() -> str:
-        if threading.current_thread() is threading.main_thread():
+        if is_ours():
             return "0.1.0"
         raise metadata.PackageNotFoundError("hpsearch")
 
-    monkeypatch.setitem(dask_pool.VERSIONS, "hpsearch", version)
+    monkeypatch.setitem(dask_workers.VERSIONS, "hpsearch", version)
     with pytest.raises(
         WorkerError, match=r"has hpsearch No package metadata .*, the coordinator has 0\.1\.0: install"
     ):
@@ -183,7 +198,7 @@ def test_a_program_that_a_worker_does_not_have_is_named(open_pool: OpenPool, mon
 
 
 def test_the_build_of_torch_may_differ(open_pool: OpenPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(dask_pool.VERSIONS, "torch", mine("2.15.0+cpu", "2.15.0+cu130"))
+    monkeypatch.setitem(dask_workers.VERSIONS, "torch", mine("2.15.0+cpu", "2.15.0+cu130"))
     open_pool()
 
 
@@ -195,10 +210,10 @@ def test_a_worker_that_joins_with_another_version_is_not_used(
 ) -> None:
     pool = open_pool()
     pool.resize(ONE * 3)
-    monkeypatch.setitem(dask_pool.VERSIONS, "Python", mine("3.12", "3.11"))
+    monkeypatch.setitem(dask_workers.VERSIONS, "Python", mine("3.12", "3.11"))
     cluster.scale(4)
-    wait_until(lambda: [*pool.events(0.1)] == [] and len(pool.idle()) == 3 and len(pool.machines) == 4)
-    assert len(pool) == 3
+    wait_until(lambda: [*pool.events(0.1)] == [] and len(pool.idle()) == 3 and "it is not used" in caplog.text)
+    assert (len(pool), len(pool.machines)) == (3, 3)
     assert run_job(pool, NOTHING) == Finished()
     (text,) = [each for each in caplog.messages if "it is not used" in each]
     assert "has Python 3.11, the coordinator has 3.12: install the same version" in text
@@ -210,7 +225,7 @@ def test_a_worker_that_does_not_see_the_project_is_named(
     read, probe = Path.read_text, tmp_path / "holder.json"
 
     def read_elsewhere(path: Path, encoding: str | None = None) -> str:
-        if path == probe and threading.current_thread() is not threading.main_thread():
+        if path == probe and not is_ours():
             raise FileNotFoundError(path)
         return read(path, encoding)
 

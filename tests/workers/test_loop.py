@@ -59,6 +59,7 @@ class ScriptedWorker:
     index: int = 0
     job: Job | None = None
     last_report_at: float = 0.0
+    capacity: None = None
 
 
 @dataclass
