@@ -12,6 +12,7 @@ import logging
 import math
 import queue
 import secrets
+import ssl
 import sysconfig
 import threading
 import time
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from distributed import Client
+from distributed.comm.core import FatalCommClosedError
 from distributed.utils import LoopRunner
 
 from hpsearch.errors import WorkerError
@@ -40,6 +42,9 @@ FOLLOW_S = 1.0
 """Time in seconds between two requests for the list of Dask workers."""
 END_S = 10.0
 """Time in seconds in which a cancelled task must have ended its process. After that its Dask worker is restarted."""
+
+TLS_ERRORS = (TypeError, RuntimeError, FileNotFoundError, ssl.SSLError, FatalCommClosedError)
+"""Exceptions that Dask raises if TLS is not configured, or not as in the scheduler's configuration."""
 
 VERSIONS: dict[str, Callable[[], str]] = {
     "hpsearch": partial(metadata.version, "hpsearch"),
@@ -179,6 +184,9 @@ class DaskPool(TrackingPool[DaskWorker]):
             try:
                 options = {"loop": self._loop.loop, "set_as_default": False, "name": "hpsearch"}
                 self._client = Client(self._address, timeout=min(CONNECT_S, self._timeout_s), **options)
+            except TLS_ERRORS as error:
+                advice = "check distributed.comm.tls in Dask's configuration, described in docs/distributed.md"
+                raise WorkerError(f"--cluster {self._address} cannot be used ({error}): {advice}") from error
             except (OSError, ValueError) as error:
                 reason = str(error)
         if self._is_connected:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import dask
 import pytest
 from distributed import LocalCluster
 
@@ -29,10 +31,15 @@ def pools(address: str, folder: Path, **options: Any) -> Iterator[OpenPool]:
     """A function that opens a pool; all of them close with the block."""
     probe = folder / "holder.json"
     probe.write_text("the coordinator")
+
+    def open_pool() -> DaskPool:
+        # A client that could not connect closes when it is collected. If that happens while Dask starts the event loop
+        # of another client, Dask waits for itself.
+        gc.collect()
+        return stack.enter_context(DaskPool(address, probe, **{"timeout_s": 30.0, "check": lambda: None, **options}))
+
     with contextlib.ExitStack() as stack:
-        yield lambda: stack.enter_context(
-            DaskPool(address, probe, **{"timeout_s": 30.0, "check": lambda: None, **options})
-        )
+        yield open_pool
 
 
 @pytest.fixture
@@ -40,7 +47,7 @@ def cluster() -> Iterator[LocalCluster]:
     """Three Dask workers in the test's own process, whose worker processes are threads."""
     with (
         workers_in_process(),
-        LocalCluster(n_workers=3, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=3, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0") as cluster,
     ):
         yield cluster
 
@@ -242,6 +249,32 @@ def test_a_cluster_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytes
         pytest.raises(
             WorkerError, match=r"^--cluster tcp://127.0.0.1:9 has had no workers for 0 s \(.*start `dask s"
         ),
+    ):
+        open_pool()
+
+
+def tls(file: str) -> dict[str, str]:
+    """A TLS configuration of Dask in which certificate and key are `file`."""
+    return {f"distributed.comm.tls.{name}": file for name in ("ca-file", "client.cert", "client.key")}
+
+
+@pytest.mark.parametrize(
+    ("address", "settings", "reason"),
+    [
+        ("tls://127.0.0.1:9", {}, "TLS expects"),
+        ("tls://127.0.0.1:9", tls("no.pem"), "No such file"),
+        ("tls://127.0.0.1:9", tls(__file__), "no certificate"),
+        ("tcp://127.0.0.1:9", {"distributed.comm.require-encryption": True}, "encryption required"),
+    ],
+)
+def test_a_cluster_that_dask_may_not_connect_to_is_refused_at_once(
+    address: str, settings: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    expected = rf"^--cluster {address} cannot be used \(.*{reason}.*\): check distributed\.comm\.tls"
+    with (
+        dask.config.set(settings),
+        pools(address, tmp_path) as open_pool,
+        pytest.raises(WorkerError, match=expected),
     ):
         open_pool()
 
