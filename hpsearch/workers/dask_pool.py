@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import queue
 import secrets
 import ssl
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from distributed import Client
-from distributed.comm.core import FatalCommClosedError
+from distributed.comm.core import CommClosedError, FatalCommClosedError
 from distributed.utils import LoopRunner
 
 from hpsearch.errors import WorkerError
@@ -38,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 CONNECT_S = 5.0
 """Time in seconds of one attempt to connect to the scheduler."""
+ANSWER_S = 10.0
+"""Time in seconds in which a Dask worker must answer before it is used. A suspended one does not answer."""
 FOLLOW_S = 1.0
 """Time in seconds between two requests for the list of Dask workers."""
 END_S = 10.0
@@ -98,12 +101,14 @@ class DaskPool(TrackingPool[DaskWorker]):
         self._known: set[str] = set()
         """Dask workers that were counted in `_size`, or not used in `resize`."""
         self._refused: set[str] = set()
+        """Dask workers that are not used. They do not count as connected."""
         self._messages: queue.SimpleQueue[tuple[DaskWorker, str]] = queue.SimpleQueue()
         self._followed_at, self._seen_at = -math.inf, time.monotonic()
         try:
             while not self._present:
                 check()
                 self._follow()
+                self._present = self._answering(self._present)
                 time.sleep(0.1)
             for problem in self._problems(self._present).values():
                 raise WorkerError(problem)
@@ -190,8 +195,8 @@ class DaskPool(TrackingPool[DaskWorker]):
             except (OSError, ValueError) as error:
                 reason = str(error)
         if self._is_connected:
-            found, reason = self._client.scheduler_info()["workers"], "no Dask worker has joined it"
-            self._present = list(found)
+            found, reason = self._client.scheduler_info()["workers"], "it has no usable Dask worker"
+            self._present = [address for address in found if address not in self._refused]
             self.machines = {address: each["nthreads"] for address, each in found.items()} or self.machines
         self._followed_at = time.monotonic()
         if self._present:
@@ -206,10 +211,12 @@ class DaskPool(TrackingPool[DaskWorker]):
         used = {worker.address for worker in self._workers} | self._refused
         free = [address for address in self._present if address not in used]
         if joined := set(free) - self._known:
-            for address, problem in self._problems(joined).items():
+            answering = self._answering(joined)
+            for address, problem in self._problems(answering).items():
                 logger.warning("%s; it is not used", problem)
                 self._refused.add(address)
-                free.remove(address)
+            usable = {*self._known, *answering} - self._refused
+            free = [address for address in free if address in usable]
         # New Dask workers first replace lost ones.
         n_wanted = min(len(self._workers) + len(set(free) - self._known), self._limit)
         self._size = max(self._size, int(n_wanted)) if self._settings else 0
@@ -252,6 +259,20 @@ class DaskPool(TrackingPool[DaskWorker]):
             raise WorkerError(text)
         return f"cannot be started: {text}"
 
+    def _answering(self, addresses: Collection[str]) -> list[str]:
+        """Return the Dask workers that answer. One that does not answer in time is not used from then on."""
+        answering = []
+        for address in addresses:
+            try:
+                self._client.run(os.getpid, workers=[address], callback_timeout=ANSWER_S)
+                answering.append(address)
+            except OSError as error:
+                # Do not refuse a worker that has just left, or whose scheduler has.
+                if isinstance(error, TimeoutError) and self._is_connected:
+                    logger.warning("Dask worker %s does not answer; it is not used", address)
+                    self._refused.add(address)
+        return answering
+
     def _problems(self, addresses: Collection[str]) -> dict[str, str]:
         """Return why Dask workers cannot be used, by address.
 
@@ -259,16 +280,19 @@ class DaskPool(TrackingPool[DaskWorker]):
         """
         problems: dict[str, str] = {}
         run = partial(self._client.run, workers=list(addresses), on_error="return")
-        for program, version in VERSIONS.items():
-            for address, found in run(version).items():
-                if _release(found) != _release(version()):
-                    what = f"Dask worker {address} has {program} {found}, the coordinator has {version()}"
-                    problems.setdefault(address, f"{what}: install the same version on all machines")
-        for address, content in run(partial(Path.read_text, self._probe)).items():
-            if content != self._probe.read_text():
-                what = f"Dask worker {address} does not see the coordinator's {self._probe}"
-                advice = "share the project folder and the images at the same paths on all machines"
-                problems.setdefault(address, f"{what}: {advice}")
+        expected = self._probe.read_text()
+        # Ignore a connection that is lost meanwhile: `events` reports the workers that it costs.
+        with contextlib.suppress(OSError):
+            for program, version in VERSIONS.items():
+                for address, found in run(version).items():
+                    if not isinstance(found, CommClosedError) and _release(found) != _release(version()):
+                        what = f"Dask worker {address} has {program} {found}, the coordinator has {version()}"
+                        problems.setdefault(address, f"{what}: install the same version on all machines")
+            for address, content in run(partial(Path.read_text, self._probe)).items():
+                if not isinstance(content, CommClosedError) and content != expected:
+                    what = f"Dask worker {address} does not see the coordinator's {self._probe}"
+                    advice = "share the project folder and the images at the same paths on all machines"
+                    problems.setdefault(address, f"{what}: {advice}")
         return problems
 
     def _end(self, workers: Sequence[DaskWorker]) -> None:

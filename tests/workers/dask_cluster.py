@@ -55,6 +55,11 @@ class DaskCluster:
         tree = [each for process in self._processes for each in _with_children(process.pid)]
         return [each for each in tree if "hpsearch.workers.process" in _command_line(each)]
 
+    def dask_workers(self) -> list[psutil.Process]:
+        """The running Dask workers: the children of their nannies. Unlike `workers`, it asks no Dask worker."""
+        trees = [_with_children(process.pid)[1:] for process in self._processes]
+        return [each for tree in trees for each in tree if "spawn_main" in " ".join(_command_line(each))]
+
     def add_worker(self, *options: str, threads: int = 1) -> subprocess.Popen[bytes]:
         """Start a Dask worker. Without the option `--no-nanny`, its process is restarted when it ends."""
         return self._run("worker", self.address, "--nthreads", str(threads), "--no-dashboard", *options)

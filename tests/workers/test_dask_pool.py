@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,8 +35,8 @@ def pools(address: str, folder: Path, **options: Any) -> Iterator[OpenPool]:
     probe.write_text("the coordinator")
 
     def open_pool() -> DaskPool:
-        # A client that could not connect closes when it is collected. If that happens while Dask starts the event loop
-        # of another client, Dask waits for itself.
+        # A client that could not connect closes when it is collected. If that happens while Dask starts another event
+        # loop, Dask waits for itself.
         gc.collect()
         return stack.enter_context(DaskPool(address, probe, **{"timeout_s": 30.0, "check": lambda: None, **options}))
 
@@ -285,3 +287,32 @@ def test_waiting_for_a_cluster_can_be_stopped(tmp_path: Path) -> None:
 
     with pools("tcp://127.0.0.1:9", tmp_path, check=check) as open_pool, pytest.raises(InterruptedError):
         open_pool()
+
+
+@pytest.mark.slow
+def test_a_dask_worker_that_is_suspended_when_the_pool_opens_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(dask_pool, "ANSWER_S", 1.0)
+    with DaskCluster(tmp_path, 2) as cluster, pools(cluster.address, tmp_path) as open_pool:
+        address, pid = next(iter(cluster.workers().items()))
+        os.kill(pid, signal.SIGSTOP)
+        pool = open_pool()
+        pool.resize(ONE * 2)
+        assert wait_for(pool, Ready).worker.address != address
+        assert run_job(pool, NOTHING) == Finished()
+        assert len(pool) == 1
+        assert f"Dask worker {address} does not answer; it is not used" in caplog.messages
+        pool.close()
+        os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.slow
+def test_a_cluster_on_which_no_dask_worker_answers_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dask_pool, "ANSWER_S", 0.5)
+    with DaskCluster(tmp_path, 1) as cluster, pools(cluster.address, tmp_path, timeout_s=2.0) as open_pool:
+        (pid,) = cluster.workers().values()
+        os.kill(pid, signal.SIGSTOP)
+        with pytest.raises(WorkerError, match=r"has had no workers for 2 s \(it has no usable Dask worker\)"):
+            open_pool()
+        os.kill(pid, signal.SIGCONT)
