@@ -36,6 +36,9 @@ class Postgres:
         self._programs = {name: shutil.which(name, path=folders) for name in ("initdb", "postgres")}
         if None in self._programs.values():
             pytest.skip("PostgreSQL is not installed (initdb and postgres)")
+        import psycopg
+
+        self._driver = psycopg
         self._port = free_port()
         # Not in pytest's folder: PostgreSQL does not run as root, and another user may not read that folder.
         self._folder = Path(tempfile.mkdtemp(prefix="hpsearch-postgres-"))
@@ -79,7 +82,12 @@ class Postgres:
         """Stop the server at once, as a crash would. What was committed stays."""
         if self._process is not None:
             self._process.send_signal(signal.SIGQUIT)
-            self._process.wait(30)
+            try:
+                self._process.wait(30)
+            except subprocess.TimeoutExpired:
+                # A server that has only begun to start loses the signal.
+                self._process.kill()
+                self._process.wait()
             self._process = None
 
     def create(self, database: str) -> str:
@@ -89,16 +97,12 @@ class Postgres:
         return self.url(database)
 
     def _connect(self) -> Any:
-        import psycopg
-
-        return psycopg.connect(self.url().replace("+psycopg", ""), autocommit=True, connect_timeout=2)
+        return self._driver.connect(self.url().replace("+psycopg", ""), autocommit=True, connect_timeout=2)
 
     def _answers(self) -> bool:
-        import psycopg
-
         try:
             self._connect().close()
-        except psycopg.OperationalError:
+        except self._driver.OperationalError:
             return False
         return True
 
