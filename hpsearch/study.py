@@ -24,7 +24,7 @@ from hpsearch.search.stopping import Stop
 from hpsearch.store import lock
 from hpsearch.store.record import StudyRecord
 from hpsearch.store.trials import count_trials
-from hpsearch.views import Tracker, ViewThread
+from hpsearch.views import Tracker, View, ViewThread
 from hpsearch.workers import plan as plans
 from hpsearch.workers.loop import run
 from hpsearch.workers.plan import ExecutionPlan
@@ -66,20 +66,23 @@ def run_study(
     stop: Stop | None = None,
     hours: float | None = None,
     enqueued: Sequence[Mapping[str, Any]] = (),
+    storage: str | None = None,
 ) -> StudySummary:
     """Start or continue the study `name` until `config.study.trials` trials are evaluated, over all starts.
 
     `machine` chooses device, workers and threads. `tracker` copies the results to MLflow. `callback` receives events,
     and `stop` collects requests to stop. After `hours`, the study stops and keeps its checkpoints. `enqueued`
-    contains params to try next. Each of them is tried only once over all starts.
+    contains params to try next. Each of them is tried only once over all starts. `storage` is the SQLAlchemy URL of
+    Optuna's database, by default `hpsearch.db` in the project folder.
 
-    Raises StudyLockedError if another process runs the study, StudyChangedError if settings that must not change
-    differ, DatasetError if the data cannot be used, StorageError if a file cannot be written, and WorkerError if
-    workers cannot start.
+    Raises ConfigError if `storage` is invalid, StudyLockedError if another process runs the study, StudyChangedError
+    if settings differ that must not change, DatasetError if the data cannot be used, StorageError if a file cannot be
+    written, and WorkerError if workers cannot start.
     """
     config = config.absolute()
     study = project.study(name)
     callback, stop, machine = callback or NullCallback(), stop or Stop(), machine or MachineChoice()
+    views: list[View] = [OptunaView(study, storage), *([tracker.view(study)] if tracker is not None else [])]
     if hours is not None:
         stop.limit(hours)
 
@@ -108,11 +111,11 @@ def run_study(
         plan = make_plan(record, caches, machine, pool, check)
         _require_space(record, plan)
         pool.resize(plan.workers)
-        with _views(study, tracker, stop, callback.message) as views:
+        with _kept_up_to_date(views, stop, callback.message) as threads:
 
             def wake_views() -> None:
-                for view in views:
-                    view.wake()
+                for thread in threads:
+                    thread.wake()
 
             coordinator = Coordinator(record, pool, plan, caches, callback, stop, wake_views)
             callback.planned(record, plan, forecast(record, plan, len(caches.scored.index)))
@@ -126,7 +129,7 @@ def run_study(
         # Workers that were killed while writing may have left temporary files behind.
         paths.remove_stale_temporaries(study.root)
         n_counted = count_trials(coordinator.trials.values())
-        n_behind, error = (views[1].n_left, views[1].error) if tracker is not None else (0, "")
+        n_behind, error = (threads[1].n_left, threads[1].error) if tracker is not None else (0, "")
         return StudySummary(record, n_counted, stop.is_requested, n_behind, error)
 
 
@@ -139,21 +142,18 @@ def close_view(view: ViewThread, stop: Stop) -> int:
 
 
 @contextmanager
-def _views(
-    study: StudyPaths, tracker: Tracker | None, stop: Stop, say: Callable[[str], None]
-) -> Iterator[list[ViewThread]]:
-    """Keep Optuna's database and MLflow up to date in the background during the block."""
-    views = [ViewThread(OptunaView(study))]
-    if tracker is not None:
-        views.append(ViewThread(tracker.view(study)))
+def _kept_up_to_date(views: Sequence[View], stop: Stop, say: Callable[[str], None]) -> Iterator[list[ViewThread]]:
+    """Keep Optuna's database, the first of `views`, and MLflow up to date in the background during the block."""
+    threads = [ViewThread(view) for view in views]
     try:
-        yield views
+        yield threads
     finally:
-        for view in views:
-            close_view(view, stop)
-        if error := views[0].error:
-            logger.warning("Optuna's database is not up to date: %s", error)
-            say(f"Optuna's database is not up to date: {error}")
+        for thread in threads:
+            close_view(thread, stop)
+        if error := threads[0].error:
+            text = f"Optuna's database is not up to date: {error}"
+            logger.warning("%s", text)
+            say(f"{text}. Update it with `hpsearch track` (and the same --storage)")
 
 
 def _open_record(study: StudyPaths, config: StudyConfig) -> StudyRecord | None:

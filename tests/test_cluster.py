@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import dask
 import pytest
+import yaml
 
 from hpsearch.config import StudyConfig
 from hpsearch.errors import WorkerError
@@ -176,3 +180,52 @@ def test_nothing_runs_after_the_coordinator_is_killed_and_the_same_command_conti
     assert (done.returncode, done.stderr) == (0, "")
     assert everything(StudyRecord.open(study)) == alone
     wait_until(lambda: not cluster.worker_processes(), 20.0)
+
+
+class EncryptionPage:
+    """The section on encrypted connections of docs/distributed.md, with another folder in place of `/shared`."""
+
+    def __init__(self, folder: Path) -> None:
+        text = (Path(__file__).parents[1] / "docs/distributed.md").read_text().replace("/shared", str(folder))
+        section = text.split("\n## Encrypted connections\n")[1].split("\n## ")[0]
+        before, self.yaml, after = re.split(r"```(?:yaml)?\n", section)
+        self.certificate, self.start = (
+            "".join(re.findall(r"^    (.*\n)", part, re.MULTILINE)) for part in (before, after)
+        )
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+def test_the_documented_encrypted_cluster_runs_a_study_and_refuses_another_certificate(
+    config: StudyConfig, alone: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages = {name: EncryptionPage(tmp_path / name) for name in ("ours", "other")}
+    for name, page in pages.items():
+        (tmp_path / name).mkdir()
+        subprocess.run(["bash", "-ec", page.certificate], check=True, capture_output=True)
+        (tmp_path / name / "dask.yaml").write_text(page.yaml)
+    assert "dask scheduler --protocol tls\ndask worker tls://" in pages["ours"].start
+    (tmp_path / "tiny.toml").write_text(config.to_toml())
+    monkeypatch.setenv("DASK_CONFIG", str(tmp_path / "ours" / "dask.yaml"))
+
+    def study(**environment: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "hpsearch", "study", "--config", str(tmp_path / "tiny.toml")]
+        command += ["--tracking", "none", "--cluster", cluster.address, "--device", "cpu", "--threads", "1"]
+        settings = {**os.environ, **environment}
+        return subprocess.run(command, cwd=tmp_path, env=settings, capture_output=True, text=True, check=False)
+
+    reasons = {"nowhere.yaml": "TLS expects", "other/dask.yaml": "certificate does not match"}
+    with (
+        dask.config.set(dask.config.merge(dask.config.config, yaml.safe_load(pages["ours"].yaml))),
+        DaskCluster(tmp_path / "ours", 2, protocol="tls") as cluster,
+    ):
+        assert all(address.startswith("tls://") for address in cluster.workers())
+        for file, reason in reasons.items():
+            refused = study(DASK_CONFIG=str(tmp_path / file))
+            (line,) = refused.stderr.splitlines()
+            assert refused.returncode == 1
+            assert reason in line
+            assert line.endswith(
+                "check distributed.comm.tls in Dask's configuration, described in docs/distributed.md"
+            )
+        assert study().returncode == 0
+    assert everything(StudyRecord.open(ProjectPaths(tmp_path).study("tiny"))) == alone

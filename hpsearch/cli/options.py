@@ -66,6 +66,9 @@ out_option = click.option(
 tracking_option = click.option(
     "--tracking", metavar="URI|none", help="Log to MLflow at this URI, or not at all (default: mlflow.db in --out)."
 )
+storage_option = click.option(
+    "--storage", metavar="URL", help="Keep Optuna's database at this URL (default: sqlite:///hpsearch.db in --out)."
+)
 model_option = click.option(
     "--model", metavar="FOLDER|FILE", help="Use the model in this folder or file (default: the latest from `final`)."
 )

@@ -4,7 +4,7 @@ import click
 
 import hpsearch
 from hpsearch.cli.describe import describe_behind, tracker_of_existing
-from hpsearch.cli.options import study_options, tracking_option
+from hpsearch.cli.options import storage_option, study_options, tracking_option
 from hpsearch.errors import TrackingError
 from hpsearch.paths import ProjectPaths
 from hpsearch.store import lock
@@ -37,10 +37,13 @@ def report(project: ProjectPaths, study_name: str | None, tracking: str | None) 
 @click.command("track")
 @study_options
 @tracking_option
+@storage_option
 @click.option(
     "--rebuild", is_flag=True, help="Delete the study's runs and log them again; your notes and tags are lost."
 )
-def track(project: ProjectPaths, study_name: str | None, tracking: str | None, rebuild: bool) -> int:
+def track(
+    project: ProjectPaths, study_name: str | None, tracking: str | None, storage: str | None, rebuild: bool
+) -> int:
     """Update MLflow and Optuna's database from the study folders.
 
     Everything that is missing there is added, for one study (--study) or for all studies.
@@ -65,7 +68,7 @@ def track(project: ProjectPaths, study_name: str | None, tracking: str | None, r
                 click.echo(f"{name}: {n_deleted} runs deleted, {n_logged} logged")
             else:
                 view.update(is_last=True)
-            OptunaView(study).update(is_last=True)
+            OptunaView(study, storage).update(is_last=True)
             left = view.n_behind()
         click.echo(f"{name}: {'up to date' if not left else f'{left} runs are not up to date'} at {tracker.uri}")
         n_behind += left

@@ -53,6 +53,7 @@ LOOKAHEAD = 4
     help=f"Make results independent of the number of workers (sets study.lookahead to {LOOKAHEAD}).",
 )
 @options.tracking_option
+@options.storage_option
 def study(
     project: ProjectPaths, settings: Settings, study_name: str | None, enqueue: tuple[Path, ...], **more: Any
 ) -> int:
@@ -79,12 +80,14 @@ def study(
 @options.folds_option("fixed", "Train on k folds, or `fixed` (default) for the training and validation split.")
 @options.machine_options
 @options.tracking_option
+@options.storage_option
 def train(
     project: ProjectPaths,
     settings: Settings,
     study_name: str | None,
     machine: hpsearch.MachineChoice,
     tracking: str | None,
+    storage: str | None,
 ) -> int:
     """Train one configuration without a search.
 
@@ -101,7 +104,7 @@ def train(
     config = settings.load(project.study(name).toml)
     one = dataclasses.replace(config.study, trials=1, pruner="none", confirm=0)
     config = dataclasses.replace(config, study=one, search=SearchSpace())
-    return _run(project, name, config, tracking, machine=dataclasses.replace(machine, n_workers=1))
+    return _run(project, name, config, tracking, machine=dataclasses.replace(machine, n_workers=1), storage=storage)
 
 
 def _run(project: ProjectPaths, name: str, config: StudyConfig, tracking: str | None, **more: Any) -> int:

@@ -22,9 +22,9 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
 
-from hpsearch.errors import StorageError
+from hpsearch.errors import ConfigError, StorageError, redact
 from hpsearch.paths import StudyPaths
 from hpsearch.search.space import Distributions, distributions, frozen_trial
 from hpsearch.search.suggest import STATES, quiet
@@ -44,10 +44,24 @@ class OptunaView:
 
     name = "Optuna's database"
 
-    def __init__(self, study: StudyPaths) -> None:
+    def __init__(self, study: StudyPaths, url: str | None = None) -> None:
+        """Use the database with the SQLAlchemy URL `url`, else `hpsearch.db` in the project folder.
+
+        Does not connect yet. Raises ConfigError if the URL is invalid or its driver is not installed.
+        """
         self._paths = study
-        self._database = study.project.optuna_db
+        self._file = study.project.optuna_db if url is None else None
+        self._url = sqlite_url(study.project.optuna_db) if url is None else url
+        self._place = self._file or redact(self._url)
+        try:
+            sqlalchemy.create_engine(self._url)
+        except (SQLAlchemyError, ImportError, ValueError) as error:
+            # The text of other errors may contain a part of the password.
+            is_driver = isinstance(error, ImportError | NoSuchModuleError)
+            reason = error if is_driver else "it must look like postgresql+psycopg://user@host/database"
+            raise ConfigError(f"--storage is not a usable database URL: {reason}") from error
         self._study: Study | None = None
+        self._storage: RDBStorage | None = None
         self._shown: tuple[Any, ...] = ()
         """Fingerprint of the study's files at the last update of the database."""
 
@@ -68,9 +82,9 @@ class OptunaView:
             except DATABASE_ERRORS as error:
                 # The file may have been deleted or replaced since it was opened.
                 self._study, cause = None, _cause(error)
-                if not isinstance(cause, sqlite3.OperationalError):
-                    aside = self._database.with_name(f"{self._database.name}.damaged")
-                    os.replace(self._database, aside)
+                if self._file is not None and not isinstance(cause, sqlite3.OperationalError):
+                    aside = self._file.with_name(f"{self._file.name}.damaged")
+                    os.replace(self._file, aside)
                     text = "Optuna's database is damaged (%s): it was renamed to %s, and a new one is created"
                     logger.warning(text, cause, aside.name)
                 try:
@@ -78,7 +92,11 @@ class OptunaView:
                 except DATABASE_ERRORS as again:
                     self._study, cause = None, _cause(again)
                     reason = (str(cause).splitlines() or [type(cause).__name__])[0]
-                    raise StorageError(f"{self._database} cannot be updated: {reason}") from again
+                    raise StorageError(f"{self._place} cannot be updated: {redact(reason)}") from again
+            finally:
+                # An idle connection may be lost without notice before the next update.
+                if self._storage is not None:
+                    self._storage.engine.dispose()
         self._shown = files
 
     def n_behind(self) -> int:
@@ -110,15 +128,15 @@ class OptunaView:
         """Return the study in the database and its trials. Create the study if it does not exist."""
         try:
             if self._study is None:
-                if self._database.is_file():
-                    with closing(sqlite3.connect(self._database, timeout=TIMEOUT_S)) as database:
+                if self._file is not None and self._file.is_file():
+                    with closing(sqlite3.connect(self._file, timeout=TIMEOUT_S)) as database:
                         (found,) = database.execute("PRAGMA integrity_check(1)").fetchone()
                     if found != "ok":
                         raise sqlite3.DatabaseError(found)
-                options = {"connect_args": {"timeout": TIMEOUT_S}}
-                storage = RDBStorage(sqlite_url(self._database), engine_kwargs=options)
+                options = {"connect_args": {"timeout": TIMEOUT_S}} if self._file is not None else {}
+                self._storage = RDBStorage(self._url, engine_kwargs=options)
                 self._study = optuna.create_study(
-                    storage=storage, study_name=record.name, direction="maximize", load_if_exists=True
+                    storage=self._storage, study_name=record.name, direction="maximize", load_if_exists=True
                 )
             return self._study, self._study.get_trials(deepcopy=False)
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -12,6 +12,7 @@ import logging
 import math
 import queue
 import secrets
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,13 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from distributed import Client
+from distributed.comm.core import FatalCommClosedError
 from distributed.utils import LoopRunner
 
 from hpsearch.errors import WorkerError
 from hpsearch.paths import FitPaths
 from hpsearch.workers import attempts, jobs
 from hpsearch.workers.dask_task import ENDED, STARTED, commands_of, run_worker
-from hpsearch.workers.dask_workers import examine, share_memory
+from hpsearch.workers.dask_workers import SILENT, examine, share_memory
 from hpsearch.workers.jobs import ClusterWorker, Failed, FitJob, Job, WorkerSettings
 from hpsearch.workers.pool import Event, TrackingPool, Worker
 
@@ -39,6 +41,9 @@ FOLLOW_S = 1.0
 """Time in seconds between two requests for the list of Dask workers."""
 END_S = 10.0
 """Time in seconds in which a cancelled task must have ended its process. After that its Dask worker is restarted."""
+
+TLS_ERRORS = (TypeError, RuntimeError, FileNotFoundError, ssl.SSLError, FatalCommClosedError)
+"""Exceptions that Dask raises if TLS is not configured, or not as in the scheduler's configuration."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -92,6 +97,8 @@ class DaskPool(TrackingPool[DaskWorker]):
         self._last_seen: dict[str, float] = {}
         """Maps the address of each Dask worker to the last time when it was connected. Lost ones stay in `machines`
         for `timeout_s` seconds."""
+        self._silent: set[str] = set()
+        """Dask workers that did not answer. They do not count as connected."""
         self._known: set[str] = set()
         """Dask workers that were counted in `_size`, or not used in `resize`."""
         self._messages: queue.SimpleQueue[tuple[DaskWorker, str]] = queue.SimpleQueue()
@@ -102,7 +109,7 @@ class DaskPool(TrackingPool[DaskWorker]):
                 self._follow()
                 time.sleep(0.1)
             kinds = []
-            for found in self._devices.values():
+            for found in map(self._devices.__getitem__, self._present):
                 if not isinstance(found, ClusterWorker):
                     raise WorkerError(found)
                 kinds.append(found.capacity.device)
@@ -179,8 +186,12 @@ class DaskPool(TrackingPool[DaskWorker]):
         now, reason = time.monotonic(), "its scheduler cannot be reached"
         while not self._found.empty():
             self._devices |= (found := self._found.get())
-            for problem in (each for each in found.values() if isinstance(each, str)):
-                logger.warning("%s; it is not used", problem)
+            for address, problem in found.items():
+                if isinstance(problem, str):
+                    logger.warning("%s; it is not used", problem)
+                    if problem.endswith(SILENT):
+                        self._silent.add(address)
+            self._present = {address: each for address, each in self._present.items() if address not in self._silent}
         if not self._is_connected:
             self._present, self._devices = {}, {}
         if now - self._followed_at < FOLLOW_S:
@@ -191,10 +202,14 @@ class DaskPool(TrackingPool[DaskWorker]):
             try:
                 options = {"loop": self._loop.loop, "set_as_default": False, "name": "hpsearch"}
                 self._client = Client(self._address, timeout=min(CONNECT_S, self._timeout_s), **options)
+            except TLS_ERRORS as error:
+                advice = "check distributed.comm.tls in Dask's configuration, described in docs/distributed.md"
+                raise WorkerError(f"--cluster {self._address} cannot be used ({error}): {advice}") from error
             except (OSError, ValueError) as error:
                 reason = str(error)
         if self._is_connected:
-            self._present, reason = self._client.scheduler_info()["workers"], "no Dask worker has joined it"
+            found, reason = self._client.scheduler_info()["workers"], "it has no usable Dask worker"
+            self._present = {address: each for address, each in found.items() if address not in self._silent}
             self._devices = {address: each for address, each in self._devices.items() if address in self._present}
             if joined := [address for address in self._present if address not in self._devices]:
                 self._devices |= dict.fromkeys(joined)

@@ -1,6 +1,7 @@
 """Check whether Dask workers can be used, and find out what they can train."""
 
 import dataclasses
+import os
 import sysconfig
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -9,10 +10,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from distributed.comm.core import CommClosedError
+
 from hpsearch.typed_json import from_json
 from hpsearch.workers.dask_task import find_device
 from hpsearch.workers.jobs import ClusterWorker
 
+ANSWER_S = 10.0
+"""Time in seconds in which a Dask worker must answer before it is used. A suspended one does not answer."""
+SILENT = "does not answer"
 MEMORY_UNIT = 2**26
 """Memory in bytes is rounded down to a multiple of this."""
 
@@ -27,11 +33,18 @@ VERSIONS: dict[str, Callable[[], str]] = {
 def examine(client: Any, addresses: Sequence[str], probe: Path, device: str) -> dict[str, ClusterWorker | str]:
     """Return the device of each Dask worker, or the reason why the Dask worker cannot be used, by address.
 
-    `probe` is a file that the Dask workers must see. The memory is that of the whole device. This may take minutes,
-    because torch is imported there, and a suspended Dask worker does not answer. Raises OSError or CancelledError if
-    the connection is lost.
+    The reason ends with `SILENT` for a Dask worker that does not answer. `probe` is a file that the Dask workers must
+    see. The memory is that of the whole device. This may take minutes, because torch is imported there. Raises
+    OSError or CancelledError if the connection is lost.
     """
-    found: dict[str, ClusterWorker | str] = {**_problems(client, addresses, probe)}
+    found: dict[str, ClusterWorker | str] = {}
+    for address in addresses:
+        try:
+            client.run(os.getpid, workers=[address], callback_timeout=ANSWER_S)
+        except TimeoutError:
+            found[address] = f"Dask worker {address} {SILENT}"
+    answering = [address for address in addresses if address not in found]
+    found |= _problems(client, answering, probe)
     usable = [address for address in addresses if address not in found]
     for address, table in client.run(find_device, device, workers=usable, on_error="return").items():
         if isinstance(table, Exception):
@@ -67,11 +80,11 @@ def _problems(client: Any, addresses: Sequence[str], probe: Path) -> dict[str, s
     run = partial(client.run, workers=addresses, on_error="return")
     for program, version in VERSIONS.items():
         for address, found in run(version).items():
-            if _release(found) != _release(version()):
+            if not isinstance(found, CommClosedError) and _release(found) != _release(version()):
                 what = f"Dask worker {address} has {program} {found}, the coordinator has {version()}"
                 problems.setdefault(address, f"{what}: install the same version on all machines")
     for address, content in run(partial(Path.read_text, probe)).items():
-        if content != probe.read_text():
+        if not isinstance(content, CommClosedError) and content != probe.read_text():
             what = f"Dask worker {address} does not see the coordinator's {probe}"
             advice = "share the project folder and the images at the same paths on all machines"
             problems.setdefault(address, f"{what}: {advice}")

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import optuna
 import pytest
 
-from hpsearch.errors import RecordError, StorageError
+from hpsearch.errors import ConfigError, RecordError, StorageError
 from hpsearch.search import optuna_view
 from hpsearch.search.optuna_view import OptunaView, sqlite_url
 from tests.recorded import FakeStudy
@@ -135,3 +136,35 @@ def test_a_result_of_a_fit_that_is_none_is_named(study: FakeStudy, content: str)
     path.write_text(content)
     with pytest.raises(RecordError, match=r"fit\.json is damaged"):
         study.record.verify()
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("postgresql+no_driver://user:secret@host/optuna", "no_driver"),
+        ("user:secret@host", "must look like postgresql"),
+        ("postgresql+psycopg://user@host:secret/optuna", "must look like postgresql"),
+    ],
+)
+def test_a_storage_that_cannot_be_used_is_refused_without_its_password(
+    study: FakeStudy, url: str, reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"^--storage is not a usable database URL: .*{reason}") as raised:
+        OptunaView(study.record.paths, url)
+    assert "secret" not in str(raised.value)
+
+
+def test_a_storage_whose_driver_is_missing_names_the_driver(
+    study: FakeStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(ConfigError, match=r"^--storage is not a usable database URL: .*psycopg"):
+        OptunaView(study.record.paths, "postgresql+psycopg://user:secret@host/optuna")
+
+
+def test_a_damaged_database_of_another_place_is_never_moved(study: FakeStudy, tmp_path: Path) -> None:
+    other = tmp_path / "other.db"
+    other.write_bytes(b"not a database" * 100)
+    with pytest.raises(StorageError, match=r"other\.db cannot be brought up to date: "):
+        OptunaView(study.record.paths, sqlite_url(other)).update()
+    assert other.read_bytes() == b"not a database" * 100

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
 import http.server
 import json
-import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import optuna
-import psutil
 import pytest
 
 from hpsearch.errors import TrackingError
@@ -27,45 +25,13 @@ from hpsearch.search.optuna_view import OptunaView, sqlite_url
 from hpsearch.tracking import MlflowTracker
 from hpsearch.views import ViewThread
 from tests.recorded import FakeStudy
+from tests.servers import PATIENCE_S, mlflow_server
 from tests.tracking.tracked import Run, read, view_of
+from tests.workers.dask_cluster import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
-PATIENCE_S = 240
-
-
-@contextlib.contextmanager
-def mlflow_ui(folder: Path, port: int, *arguments: str) -> Iterator[str]:
-    """The address of an `mlflow ui` that runs in `folder`; it and what it started are gone afterwards."""
-    command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port), *arguments]
-    # Its queues for judging language models take ten more processes.
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    with (folder / "server.log").open("ab") as log:
-        server = psutil.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(PATIENCE_S):
-            if server.poll() is not None:
-                break
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"{address}/health", timeout=5).close()
-                break
-            time.sleep(1)
-        if server.poll() is not None:
-            pytest.fail(f"mlflow ui ended: {(folder / 'server.log').read_text()}")
-        yield address
-    finally:
-        processes = [*server.children(recursive=True), server] if server.is_running() else []
-        for process in processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(processes)
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+mlflow_ui = functools.partial(mlflow_server, command="ui")
 
 
 def ask(address: str, request: str, **arguments: Any) -> Any:
@@ -254,7 +220,7 @@ def test_a_server_that_fails_is_killed_and_comes_back_ends_with_what_an_undistur
     expected = read(calm.project)
 
     port = free_port()
-    line = Line(port)
+    line = Line(int(port))
     disturbances = iter(range(1000))
     with contextlib.ExitStack() as servers:
         servers.enter_context(mlflow_ui(tmp_path / "server", port))

@@ -21,11 +21,11 @@ START_S = 60.0
 class DaskCluster:
     """A scheduler and its workers; all of them end with the block."""
 
-    def __init__(self, folder: Path, n_workers: int = 0, *options: str) -> None:
+    def __init__(self, folder: Path, n_workers: int = 0, *options: str, protocol: str = "tcp") -> None:
         self._folder = folder
         self._processes: list[subprocess.Popen[bytes]] = []
         self._port = free_port()
-        self.address = f"tcp://127.0.0.1:{self._port}"
+        self._protocol, self.address = protocol, f"{protocol}://127.0.0.1:{self._port}"
         self._n_workers, self._options = n_workers, options
         self._client: Any = None
 
@@ -43,7 +43,8 @@ class DaskCluster:
 
     def start_scheduler(self) -> None:
         """Start the scheduler, always at the same address."""
-        self.scheduler = self._run("scheduler", "--port", self._port, "--no-dashboard")
+        options = ("--port", self._port, "--protocol", self._protocol, "--no-dashboard")
+        self.scheduler = self._run("scheduler", *options)
 
     def kill_scheduler(self) -> None:
         self.scheduler.kill()
@@ -53,6 +54,11 @@ class DaskCluster:
         """The processes of hpsearch that Dask workers have started."""
         tree = [each for process in self._processes for each in _with_children(process.pid)]
         return [each for each in tree if "hpsearch.workers.process" in _command_line(each)]
+
+    def dask_workers(self) -> list[psutil.Process]:
+        """The running Dask workers: the children of their nannies. Unlike `workers`, it asks no Dask worker."""
+        trees = [_with_children(process.pid)[1:] for process in self._processes]
+        return [each for tree in trees for each in tree if "spawn_main" in " ".join(_command_line(each))]
 
     def add_worker(self, *options: str, threads: int = 1) -> subprocess.Popen[bytes]:
         """Start a Dask worker. Without the option `--no-nanny`, its process is restarted when it ends."""

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import dask
 import pytest
 from distributed import LocalCluster
 
@@ -30,9 +34,16 @@ def pools(address: str, folder: Path, **options: Any) -> Iterator[OpenPool]:
     """A function that opens a pool; all of them close with the block."""
     probe = folder / "holder.json"
     probe.write_text("the coordinator")
-    with contextlib.ExitStack() as stack:
+
+    def open_pool() -> DaskPool:
+        # A client that could not connect closes when it is collected. If that happens while Dask starts another event
+        # loop, Dask waits for itself.
+        gc.collect()
         defaults: dict[str, Any] = {"check": lambda: None, "device": "auto", "limit": 0, "timeout_s": 30.0}
-        yield lambda: stack.enter_context(DaskPool(address, probe, **{**defaults, **options}))
+        return stack.enter_context(DaskPool(address, probe, **{**defaults, **options}))
+
+    with contextlib.ExitStack() as stack:
+        yield open_pool
 
 
 async def find_device(name: str, dask_worker: Any) -> dict[str, Any]:
@@ -47,7 +58,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalCluster]:
     monkeypatch.setattr(dask_workers, "find_device", find_device)
     with (
         workers_in_process(),
-        LocalCluster(n_workers=3, threads_per_worker=1, processes=False, dashboard_address=":0") as cluster,
+        LocalCluster(n_workers=3, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0") as cluster,
     ):
         yield cluster
 
@@ -261,9 +272,64 @@ def test_a_cluster_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytes
         open_pool()
 
 
+def tls(file: str) -> dict[str, str]:
+    """A TLS configuration of Dask in which certificate and key are `file`."""
+    return {f"distributed.comm.tls.{name}": file for name in ("ca-file", "client.cert", "client.key")}
+
+
+@pytest.mark.parametrize(
+    ("address", "settings", "reason"),
+    [
+        ("tls://127.0.0.1:9", {}, "TLS expects"),
+        ("tls://127.0.0.1:9", tls("no.pem"), "No such file"),
+        ("tls://127.0.0.1:9", tls(__file__), "no certificate"),
+        ("tcp://127.0.0.1:9", {"distributed.comm.require-encryption": True}, "encryption required"),
+    ],
+)
+def test_a_cluster_that_dask_may_not_connect_to_is_refused_at_once(
+    address: str, settings: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    expected = rf"^--cluster {address} cannot be used \(.*{reason}.*\): check distributed\.comm\.tls"
+    with (
+        dask.config.set(settings),
+        pools(address, tmp_path) as open_pool,
+        pytest.raises(WorkerError, match=expected),
+    ):
+        open_pool()
+
+
 def test_waiting_for_a_cluster_can_be_stopped(tmp_path: Path) -> None:
     def check() -> None:
         raise InterruptedError
 
     with pools("tcp://127.0.0.1:9", tmp_path, check=check) as open_pool, pytest.raises(InterruptedError):
         open_pool()
+
+
+@pytest.mark.slow
+def test_a_dask_worker_that_is_suspended_when_the_pool_opens_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(dask_pool, "ANSWER_S", 1.0)
+    with DaskCluster(tmp_path, 2) as cluster, pools(cluster.address, tmp_path) as open_pool:
+        address, pid = next(iter(cluster.workers().items()))
+        os.kill(pid, signal.SIGSTOP)
+        pool = open_pool()
+        pool.resize(ONE * 2)
+        assert wait_for(pool, Ready).worker.address != address
+        assert run_job(pool, NOTHING) == Finished()
+        assert len(pool) == 1
+        assert f"Dask worker {address} does not answer; it is not used" in caplog.messages
+        pool.close()
+        os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.slow
+def test_a_cluster_on_which_no_dask_worker_answers_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dask_pool, "ANSWER_S", 0.5)
+    with DaskCluster(tmp_path, 1) as cluster, pools(cluster.address, tmp_path, timeout_s=2.0) as open_pool:
+        (pid,) = cluster.workers().values()
+        os.kill(pid, signal.SIGSTOP)
+        with pytest.raises(WorkerError, match=r"has had no workers for 2 s \(it has no usable Dask worker\)"):
+            open_pool()
+        os.kill(pid, signal.SIGCONT)
