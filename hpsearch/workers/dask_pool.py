@@ -88,8 +88,8 @@ class DaskPool(TrackingPool[DaskWorker]):
         self._settings: list[WorkerSettings] = []
         self._size = 0
         """Number of workers that the pool should have. While there are too few Dask workers, it has fewer."""
-        self._present: list[str] = []
-        """Addresses of the connected Dask workers. If none is left, `machines` keeps the last ones."""
+        self._present: dict[str, Any] = {}
+        """Connected Dask workers, by address. If none is left, `machines` keeps the last ones."""
         self._known: set[str] = set()
         """Dask workers that were counted in `_size`, or not used in `resize`."""
         self._refused: set[str] = set()
@@ -170,7 +170,7 @@ class DaskPool(TrackingPool[DaskWorker]):
         """Update the list of Dask workers. Raises WorkerError if there have been none for too long."""
         now, reason = time.monotonic(), "its scheduler cannot be reached"
         if not self._is_connected:
-            self._present = []
+            self._present = {}
         if now - self._followed_at < FOLLOW_S:
             return
         if self._client is None or self._client.status == "closed":
@@ -183,7 +183,7 @@ class DaskPool(TrackingPool[DaskWorker]):
                 reason = str(error)
         if self._is_connected:
             found, reason = self._client.scheduler_info()["workers"], "no Dask worker has joined it"
-            self._present = list(found)
+            self._present = found
             self.machines = {address: each["nthreads"] for address, each in found.items()} or self.machines
         self._followed_at = time.monotonic()
         if self._present:
