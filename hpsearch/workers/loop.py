@@ -38,13 +38,13 @@ class Work(Protocol):
 def run(pool: WorkerPool, work: Work) -> None:
     """Run the jobs of `work` on the pool until the work is over and no worker is busy."""
     while work.poll():
-        for worker in pool.idle():
-            if (job := work.next_job()) is None:
-                break
-            pool.submit(worker, job)
+        # One job at a time: suggestions for many idle workers may take long, and the other workers wait meanwhile.
+        job = work.next_job() if (idle := pool.idle()) else None
+        if job is not None:
+            pool.submit(idle[0], job)
         if work.is_over and not pool.busy():
             return
-        for event in pool.events(POLL_S):
+        for event in pool.events(POLL_S if job is None else 0.0):
             work.on_event(event)
 
 
