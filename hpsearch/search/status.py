@@ -84,10 +84,11 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
     shortlist = stored.trials if stored is not None else ()
     fits = {trial.number: record.fits(trial.number) for trial in trials}
     refits = {number: record.fits(number, replicate=1) for number in sorted(shortlist)}
-    seconds = {number: _seconds(of_trial) for number, of_trial in fits.items()}
+    seconds = {number: seconds_of(of_trial) for number, of_trial in fits.items()}
     open_fits = {trial.number: fits[trial.number] for trial in trials if trial.outcome is None}
     is_running = lock.is_held(record.paths)
     is_over = record.is_searched(trials) and has_all_replicates(record)
+    refits_s = sum(map(seconds_of, refits.values()))
     return StudyStatus(
         name=name,
         config=record.config,
@@ -104,12 +105,12 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
         open_fits=(*_open_fits(record, open_fits), *_open_fits(record, refits, is_replicate=True)),
         is_over=is_over,
         is_running=is_running,
-        eta_s=_seconds_left(record, trials, seconds, refits) if is_running and not is_over else None,
+        eta_s=seconds_left(record, trials, seconds, refits_s) if is_running and not is_over else None,
         warnings=tuple(constant_warnings(record, fits)),
     )
 
 
-def _seconds(fits: Sequence[FitRecord]) -> float:
+def seconds_of(fits: Sequence[FitRecord]) -> float:
     """Return the seconds of training and evaluation of these fits so far."""
     return sum(row.seconds for fit in fits for row in fit.epochs())
 
@@ -125,20 +126,21 @@ def _open_fits(record: StudyRecord, fits: Fits, *, is_replicate: bool = False) -
                 yield OpenFit(number, fold, rows[-1].epoch, epochs, score, is_replicate)
 
 
-def _seconds_left(
-    record: StudyRecord, trials: Sequence[TrialRecord], seconds: Mapping[int, float], refits: Fits
+def seconds_left(
+    record: StudyRecord, trials: Sequence[TrialRecord], seconds: Mapping[int, float], refits_s: float
 ) -> float | None:
     """Estimate the seconds until the end of a running study; None if nothing is known.
 
-    The estimate is based on ended trials, or on measured steps if no trial has ended. A refit is assumed to take as
-    long as the longest trial.
+    `seconds` maps each trial to the time spent on it so far, and `refits_s` is the time spent on refits. The estimate
+    is based on ended trials, or on measured steps if no trial has ended. A refit is assumed to take as long as the
+    longest trial.
     """
     if (table := record.plan()) is None:
         return None
     plan, n_left = from_json(ExecutionPlan, table), record.n_left(trials)
-    n_replicates = len(refits) or replicates.n_left(record, n_left)
-    running_s = sum(seconds[trial.number] for trial in trials if trial.outcome is None)
-    running_s += sum(map(_seconds, refits.values()))
+    stored = record.valid_shortlist(record.contenders(trials))
+    n_replicates = len(stored.trials) if stored is not None else replicates.n_left(record, n_left)
+    running_s = refits_s + sum(seconds[trial.number] for trial in trials if trial.outcome is None)
     ended_s = [seconds[trial.number] for trial in trials if trial.outcome in COUNTED]
     if ended_s:
         whole_s = n_left * sum(ended_s) / len(ended_s) + n_replicates * max(ended_s)
