@@ -1,7 +1,7 @@
 """Measure how a study scales with the workers of a Dask cluster, and whether its coordinator keeps up with 1000.
 
     python benchmarks/cluster.py sleeping                 1, 2, 4 and 8 Dask workers, about 5 minutes on two cores
-    python benchmarks/cluster.py simulated                1000 simulated Dask workers, about 5 minutes on two cores
+    python benchmarks/cluster.py simulated                1000 simulated Dask workers, many minutes on two cores
     python benchmarks/cluster.py simulated --finished 2000
     python benchmarks/cluster.py sleeping simulated --quick    a minute: shows that it works, its figures mean nothing
 
