@@ -1,9 +1,11 @@
 """Show the progress of a study: a live display on a terminal, or one line per event otherwise."""
 
 import contextlib
+import dataclasses
 import math
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 
 from rich.console import Console, Group
@@ -19,9 +21,9 @@ from hpsearch.data.prepare import Prepared
 from hpsearch.paths import ProjectPaths
 from hpsearch.report.formats import count, duration
 from hpsearch.search.callbacks import StudyCallback
-from hpsearch.search.status import StudyStatus, study_status
+from hpsearch.search.status import StudyStatus, seconds_left, seconds_of, study_status
 from hpsearch.store.record import StudyRecord
-from hpsearch.store.trials import TrialRecord
+from hpsearch.store.trials import TrialRecord, count_trials
 from hpsearch.study import StudySummary
 from hpsearch.training.rows import EpochRow
 from hpsearch.workers.plan import ExecutionPlan, Forecast, describe_data
@@ -36,6 +38,11 @@ class StudyProgress(StudyCallback):
         self._console = Console(highlight=False, soft_wrap=True)
         self._status: StudyStatus | None = None
         """Latest status of the study, updated when a trial or refit ends; None before the search starts."""
+        self._trials: dict[int, TrialRecord] = {}
+        self._seconds: dict[int, float] = defaultdict(float)
+        """Time spent on each trial in seconds, without refits."""
+        self._refits_s = 0.0
+        """Time spent on refits in seconds."""
         self._epochs: dict[int, int] = {}
         """Number of epochs per fit, by trial number."""
         self._fits: dict[tuple[int, int], EpochRow] = {}
@@ -62,7 +69,11 @@ class StudyProgress(StudyCallback):
             self._print(f"left out {count(len(excluded), 'image')} with errors: {named}")
 
     def planned(self, record: StudyRecord, plan: ExecutionPlan, forecast: Forecast) -> None:
-        config, study, status = record.config, record.config.study, self._refresh()
+        config, study, status = record.config, record.config.study, study_status(self._project, self._name)
+        self._record, self._plan, self._status = record, plan, status
+        self._trials = {trial.number: trial for trial in status.trials}
+        self._seconds.update(status.seconds)
+        self._refits_s = sum(seconds_of(record.fits(number, replicate=1)) for number in status.shortlist)
         self._epochs = {trial.number: trial.config["train"]["epochs"] for trial in status.trials}
         n_trials, epochs = count(study.trials, "trial"), count(config.train.epochs, "epoch")
         if status.trials:
@@ -79,12 +90,16 @@ class StudyProgress(StudyCallback):
             self._live.start()
 
     def trial_began(self, trial: TrialRecord) -> None:
-        self._epochs[trial.number] = trial.config["train"]["epochs"]
+        self._trials[trial.number], self._epochs[trial.number] = trial, trial.config["train"]["epochs"]
         if not self._live.is_started:
             self._print(f"trial {trial.number}: {describe_params(trial.params) or 'the configuration as given'}")
 
     def epoch_ended(self, trial: int, fold: int, row: EpochRow) -> None:
         self._fits[trial, fold] = row
+        if self._refits is None:
+            self._seconds[trial] += row.seconds
+        else:
+            self._refits_s += row.seconds
 
     def fold_ended(self, trial: int, fold: int, score: float) -> None:
         self._fits.pop((trial, fold), None)
@@ -93,7 +108,9 @@ class StudyProgress(StudyCallback):
 
     def trial_ended(self, trial: TrialRecord) -> None:
         self._fits = {key: row for key, row in self._fits.items() if key[0] != trial.number}
-        best = self._refresh().best
+        self._trials[trial.number] = trial
+        self._seconds[trial.number] = seconds_of(self._record.fits(trial.number))
+        best = self._update()
         value = f" {trial.value:.4f}" if trial.value is not None else ""
         mark = "  best so far" if best is not None and best.number == trial.number else ""
         reason = f"  ({trial.reason})" if trial.outcome != "complete" and trial.reason else ""
@@ -104,7 +121,7 @@ class StudyProgress(StudyCallback):
             top = "top candidate" if len(trials) == 1 else "top candidates"
             self._print(f"search finished; refitting the {top} ({describe.listed_trials(trials)}) with new seeds")
         self._refits = done, total
-        self._refresh()
+        self._update()
 
     def message(self, text: str) -> None:
         self._print(text)
@@ -132,12 +149,22 @@ class StudyProgress(StudyCallback):
         if summary.undelivered:
             self._print(describe.describe_behind(self._name, self._project, self._tracking, summary.tracking_error))
 
-    def _refresh(self) -> StudyStatus:
-        """Read the status of the study, and update the expected end if the status has an estimate."""
-        self._status = study_status(self._project, self._name)
-        if self._status.eta_s is not None:
-            self._ends_at = time.monotonic() + self._status.eta_s
-        return self._status
+    def _update(self) -> TrialRecord | None:
+        """Update the status and the expected end, and return the best trial.
+
+        Reading a study of thousands of trials takes seconds, in which its fits would wait, so only changes are read.
+        """
+        if self._status is None:
+            return None
+        trials = list(self._trials.values())
+        standing = self._record.standing(trials)
+        best = None if standing.winner is None else self._trials[standing.winner]
+        n_counted = count_trials(trials)
+        self._status = dataclasses.replace(self._status, n_counted=n_counted, best=best, values=standing.values)
+        left_s = seconds_left(self._record, self._plan, trials, self._seconds, self._refits_s)
+        if left_s is not None:
+            self._ends_at = time.monotonic() + left_s
+        return best
 
     def _print(self, text: str) -> None:
         # A study continues after its terminal was closed, so ignore write errors. The log has all messages.

@@ -92,9 +92,11 @@ class Coordinator:
         """Check for stop requests, the time limit and hanging fits. Return False if the study must end at once."""
         if text := self.stop.poll(self.record.paths):
             self._say(text)
-        for opened in list(self.open.values()):
+        # One listing, instead of a look for the request of each open trial.
+        requests = set(self.record.paths.root.glob("stop-trial-*"))
+        for opened in list(self.open.values()) if requests else ():
             request = self.record.paths.trial_stop_request(opened.record.number)
-            if isinstance(opened.record, TrialRecord) and request.exists():
+            if isinstance(opened.record, TrialRecord) and request in requests:
                 self._stop_trial(opened)
                 request.unlink(missing_ok=True)
         _kill_hanging(self)
@@ -130,6 +132,8 @@ class Coordinator:
             self.pool.reply(event.worker, go=self._on_epoch(evaluation, job.fold, report.row))
             return
         evaluation.running.discard(job.fold)
+        if isinstance(report, Finished) or evaluation.fits()[job.fold].is_finished:
+            evaluation.finished.add(job.fold)
         match report:
             case Finished(value):
                 self._on_finished(evaluation, job.fold, math.nan if value is None else value)

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from hpsearch.config import StudyConfig, stable_seed
 from hpsearch.data.prepare import PoolCaches
@@ -26,6 +27,11 @@ class Evaluation:
     config: StudyConfig
     running: set[int] = field(default_factory=set)
     """Folds that workers are fitting now."""
+
+    @cached_property
+    def finished(self) -> set[int]:
+        """Folds whose fit is finished. The coordinator adds to it, so that it need not read the folder again."""
+        return {fold for fold, fit in enumerate(self.fits()) if fit.is_finished}
 
     @property
     def key(self) -> tuple[int, int]:
@@ -59,13 +65,12 @@ class Evaluation:
 
     def open_fits(self, capacity: Capacity | None = None) -> OpenFits:
         """Return the state of the fits for an idle worker, as the scheduler needs it."""
-        finished = frozenset(fold for fold, fit in enumerate(self.fits()) if fit.is_finished)
         wanted = frozenset(range(self.study.n_folds))
         if (pruned := self.pruned) is not None:
             # A fit that was pruned after its last epoch must still be finished, even if its worker died.
             wanted = frozenset({pruned.fold} if pruned.epoch == self.config.train.epochs else ())
         fits_worker = capacity is None or fits_memory(self.config, capacity)
-        return OpenFits(*self.key, wanted, finished, frozenset(self.running), fits_worker)
+        return OpenFits(*self.key, wanted, frozenset(self.finished), frozenset(self.running), fits_worker)
 
     @property
     def is_finished(self) -> bool:

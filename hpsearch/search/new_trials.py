@@ -120,8 +120,9 @@ def enqueue(record: StudyRecord, wanted: Sequence[Mapping[str, Any]]) -> list[st
 
 def next_params(record: StudyRecord, trials: Sequence[TrialRecord]) -> dict[str, Any] | None:
     """Return the first enqueued params that no recorded trial has used; None if there are none."""
-    had = {record.configuration(trial.params) for trial in trials}
-    return next((params for params in _enqueued(record) if record.configuration(params) not in had), None)
+    entries = _enqueued(record)
+    had = {record.configuration(trial.params) for trial in (trials if entries else ())}
+    return next((params for params in entries if record.configuration(params) not in had), None)
 
 
 def _enqueued(record: StudyRecord) -> list[dict[str, Any]]:

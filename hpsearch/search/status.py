@@ -88,11 +88,12 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
     shortlist = stored.trials if stored is not None else ()
     fits = {trial.number: record.fits(trial.number) for trial in trials}
     refits = {number: record.fits(number, replicate=1) for number in sorted(shortlist)}
-    seconds = {number: _seconds(of_trial) for number, of_trial in fits.items()}
+    seconds = {number: seconds_of(of_trial) for number, of_trial in fits.items()}
     open_fits = {trial.number: fits[trial.number] for trial in trials if trial.outcome is None}
     is_running = lock.is_held(record.paths)
     plan = from_json(ExecutionPlan, table) if is_running and (table := record.plan()) is not None else None
     is_over = record.is_searched(trials) and has_all_replicates(record)
+    refits_s = sum(map(seconds_of, refits.values()))
     return StudyStatus(
         name=name,
         config=record.config,
@@ -110,12 +111,12 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
         cluster=plan.connected if plan is not None else (),
         is_over=is_over,
         is_running=is_running,
-        eta_s=_seconds_left(record, plan, trials, seconds, refits) if plan is not None and not is_over else None,
+        eta_s=seconds_left(record, plan, trials, seconds, refits_s) if plan is not None and not is_over else None,
         warnings=tuple(constant_warnings(record, fits)),
     )
 
 
-def _seconds(fits: Sequence[FitRecord]) -> float:
+def seconds_of(fits: Sequence[FitRecord]) -> float:
     """Return the seconds of training and evaluation of these fits so far."""
     return sum(row.seconds for fit in fits for row in fit.epochs())
 
@@ -132,22 +133,22 @@ def _open_fits(record: StudyRecord, fits: Fits, *, is_replicate: bool = False) -
                 yield OpenFit(number, fold, trial.config["train"]["epochs"], row, worker, is_replicate)
 
 
-def _seconds_left(
+def seconds_left(
     record: StudyRecord,
     plan: ExecutionPlan,
     trials: Sequence[TrialRecord],
     seconds: Mapping[int, float],
-    refits: Fits,
+    refits_s: float,
 ) -> float | None:
     """Estimate the seconds until the end of a running study; None if nothing is known.
 
-    The estimate is based on ended trials, or on measured steps if no trial has ended. A refit is assumed to take as
-    long as the longest trial.
+    `seconds` maps each trial to the time spent on it so far, and `refits_s` is the time spent on refits. The estimate
+    is based on ended trials, or on measured steps if no trial has ended. A refit is assumed to take as long as the
+    longest trial.
     """
-    n_left = record.n_left(trials)
-    n_replicates = len(refits) or replicates.n_left(record, n_left)
-    running_s = sum(seconds[trial.number] for trial in trials if trial.outcome is None)
-    running_s += sum(map(_seconds, refits.values()))
+    n_left, stored = record.n_left(trials), record.valid_shortlist(record.contenders(trials))
+    n_replicates = len(stored.trials) if stored is not None else replicates.n_left(record, n_left)
+    running_s = refits_s + sum(seconds[trial.number] for trial in trials if trial.outcome is None)
     ended_s = [seconds[trial.number] for trial in trials if trial.outcome in COUNTED]
     if ended_s:
         whole_s = n_left * sum(ended_s) / len(ended_s) + n_replicates * max(ended_s)

@@ -38,17 +38,18 @@ class Work(Protocol):
 def run(pool: WorkerPool, work: Work) -> None:
     """Run the jobs of `work` on the pool until the work is over and no worker is busy."""
     while work.poll():
-        without_job = set()
+        # One job at a time: suggestions for many idle workers may take long, and the other workers wait meanwhile.
+        job, without_job = None, set()
         for worker in pool.idle():
             if worker.capacity in without_job:
                 continue
-            if (job := work.next_job(worker)) is None:
-                without_job.add(worker.capacity)
-            else:
+            if (job := work.next_job(worker)) is not None:
                 pool.submit(worker, job)
+                break
+            without_job.add(worker.capacity)
         if work.is_over and not pool.busy():
             return
-        for event in pool.events(POLL_S):
+        for event in pool.events(POLL_S if job is None else 0.0):
             work.on_event(event)
 
 

@@ -10,6 +10,7 @@ from hpsearch.cli.progress import StudyProgress
 from hpsearch.report.formats import duration
 from hpsearch.search import status as statuses
 from hpsearch.search.status import study_status
+from hpsearch.store.fits import FitRecord
 from hpsearch.study import StudySummary
 from hpsearch.typed_json import from_json
 from hpsearch.workers.plan import ExecutionPlan, Forecast
@@ -36,6 +37,22 @@ def test_the_display_reckons_the_time_to_go_as_status_does_with_the_second_fits(
     expected_s = sum(status.seconds.values()) / 3 * 3 + sum(of_full) / 2 * 2
     assert status.eta_s == pytest.approx(expected_s)
     assert f"ETA {duration(expected_s)}" in shown_by(progress)
+
+
+def test_the_study_is_not_read_again_when_a_trial_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeStudy(tmp_path)
+    before = [fake.trial(), fake.trial("pruned")]
+    progress = StudyProgress("fake", fake.project)
+    plan = from_json(ExecutionPlan, fake.record.plan() or {})
+    progress.planned(fake.record, plan, Forecast(n_trials=4, n_replicates=0, n_images=20, fit_s=1.0, total_s=1.0))
+    monkeypatch.setattr("hpsearch.cli.progress.study_status", lambda *_: pytest.fail("the study is read again"))
+    read = FitRecord.epochs
+    paths: list[Path] = []
+    monkeypatch.setattr(FitRecord, "epochs", lambda self: paths.append(self.paths.root) or read(self))
+    progress.trial_ended(ended := fake.trial())
+    best = max((before[0], ended), key=lambda trial: (trial.value or 0.0, -trial.number))
+    assert f"3/6 trials  best {best.value:.4f} (trial {best.number})" in shown_by(progress)
+    assert {path.parent.name for path in paths} == {"0002"}
 
 
 @pytest.mark.parametrize(

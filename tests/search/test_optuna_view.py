@@ -165,6 +165,6 @@ def test_a_storage_whose_driver_is_missing_names_the_driver(
 def test_a_damaged_database_of_another_place_is_never_moved(study: FakeStudy, tmp_path: Path) -> None:
     other = tmp_path / "other.db"
     other.write_bytes(b"not a database" * 100)
-    with pytest.raises(StorageError, match=r"other\.db cannot be brought up to date: "):
+    with pytest.raises(StorageError, match=r"other\.db cannot be updated: "):
         OptunaView(study.record.paths, sqlite_url(other)).update()
     assert other.read_bytes() == b"not a database" * 100

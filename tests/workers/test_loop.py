@@ -21,7 +21,7 @@ from hpsearch.workers.jobs import (
     WorkerSettings,
 )
 from hpsearch.workers.local_pool import Event
-from hpsearch.workers.loop import run_job
+from hpsearch.workers.loop import run, run_job
 
 JOB = FitJob(
     trial=0,
@@ -149,3 +149,47 @@ def test_a_check_ends_the_waiting() -> None:
 
     with pytest.raises(StudyError, match="stopped"):
         run_job(ScriptedPool([DONE]), JOB, check=check)
+
+
+class BusyPool:
+    """Two idle workers, and a third one that has reported an epoch. Notes what it is asked for."""
+
+    def __init__(self) -> None:
+        self.free, self.calls = [ScriptedWorker(0), ScriptedWorker(1)], ["epoch waits"]
+
+    def idle(self) -> list[ScriptedWorker]:
+        return list(self.free)
+
+    def busy(self) -> list[ScriptedWorker]:
+        return [ScriptedWorker(2, JOB)]
+
+    def submit(self, worker: ScriptedWorker, job: Job) -> None:
+        self.free.remove(worker)
+        self.calls.append(f"job of worker {worker.index}")
+
+    def events(self, timeout_s: float) -> Iterator[Event]:
+        if self.calls[-1] == "job of worker 0":
+            yield Event(ScriptedWorker(2, JOB), JOB, epoch(1))  # type: ignore[arg-type]
+
+
+class SlowToSuggest:
+    """Work whose jobs take long to find."""
+
+    def __init__(self, pool: BusyPool) -> None:
+        self.pool = pool
+        self.is_over = False
+
+    def poll(self) -> bool:
+        return bool(self.pool.free)
+
+    def next_job(self) -> Job:
+        return JOB
+
+    def on_event(self, event: Event) -> None:
+        self.pool.calls.append("epoch is handled")
+
+
+def test_a_report_is_handled_before_the_next_idle_worker_gets_a_job() -> None:
+    pool = BusyPool()
+    run(pool, SlowToSuggest(pool))  # type: ignore[arg-type]
+    assert pool.calls == ["epoch waits", "job of worker 0", "epoch is handled", "job of worker 1"]
