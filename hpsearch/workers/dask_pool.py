@@ -12,7 +12,6 @@ import logging
 import math
 import queue
 import secrets
-import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,15 +20,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distributed import Client
-from distributed.comm.core import FatalCommClosedError
 from distributed.utils import LoopRunner
 
 from hpsearch.errors import WorkerError
 from hpsearch.paths import FitPaths
 from hpsearch.workers import attempts, jobs
 from hpsearch.workers.dask_task import ENDED, STARTED, commands_of, run_worker
-from hpsearch.workers.dask_workers import SILENT, examine, share_memory
+from hpsearch.workers.dask_workers import SILENT, connect, examine, share_memory
 from hpsearch.workers.jobs import ClusterWorker, Failed, FitJob, Job, WorkerSettings
 from hpsearch.workers.pool import Event, TrackingPool, Worker
 
@@ -41,9 +38,6 @@ FOLLOW_S = 1.0
 """Time in seconds between two requests for the list of Dask workers."""
 END_S = 10.0
 """Time in seconds in which a cancelled task must have ended its process. After that its Dask worker is restarted."""
-
-TLS_ERRORS = (TypeError, RuntimeError, FileNotFoundError, ssl.SSLError, FatalCommClosedError)
-"""Exceptions that Dask raises if TLS is not configured, or not as in the scheduler's configuration."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -197,14 +191,8 @@ class DaskPool(TrackingPool[DaskWorker]):
         if now - self._followed_at < FOLLOW_S:
             return
         if self._client is None or self._client.status == "closed":
-            # Dask prints a traceback for every lost connection. The pool reports it itself.
-            logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
             try:
-                options = {"loop": self._loop.loop, "set_as_default": False, "name": "hpsearch"}
-                self._client = Client(self._address, timeout=min(CONNECT_S, self._timeout_s), **options)
-            except TLS_ERRORS as error:
-                advice = "check distributed.comm.tls in Dask's configuration, described in docs/distributed.md"
-                raise WorkerError(f"--cluster {self._address} cannot be used ({error}): {advice}") from error
+                self._client = connect(self._address, self._loop.loop, min(CONNECT_S, self._timeout_s))
             except (OSError, ValueError) as error:
                 reason = str(error)
         if self._is_connected:

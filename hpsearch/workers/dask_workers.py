@@ -1,7 +1,9 @@
 """Check whether Dask workers can be used, and find out what they can train."""
 
 import dataclasses
+import logging
 import os
+import ssl
 import sysconfig
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -10,8 +12,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from distributed.comm.core import CommClosedError
+from distributed import Client
+from distributed.comm.core import CommClosedError, FatalCommClosedError
 
+from hpsearch.errors import WorkerError
 from hpsearch.typed_json import from_json
 from hpsearch.workers.dask_task import find_device
 from hpsearch.workers.jobs import ClusterWorker
@@ -28,6 +32,24 @@ VERSIONS: dict[str, Callable[[], str]] = {
     "Python": sysconfig.get_python_version,
 }
 """Functions that return the versions that must be the same on all machines."""
+
+
+TLS_ERRORS = (TypeError, RuntimeError, FileNotFoundError, ssl.SSLError, FatalCommClosedError)
+"""Exceptions that Dask raises if TLS is not configured, or not as in the scheduler's configuration."""
+
+
+def connect(address: str, loop: Any, timeout_s: float) -> Client:
+    """Connect to the scheduler at `address`, with a client that runs in the event loop `loop`.
+
+    Raises WorkerError if the configuration of TLS is wrong, and OSError or ValueError if it cannot be reached.
+    """
+    # Dask prints a traceback for every lost connection. The pool reports it itself.
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
+    try:
+        return Client(address, loop=loop, set_as_default=False, name="hpsearch", timeout=timeout_s)
+    except TLS_ERRORS as error:
+        advice = "check distributed.comm.tls in Dask's configuration, described in docs/distributed.md"
+        raise WorkerError(f"--cluster {address} cannot be used ({error}): {advice}") from error
 
 
 def examine(client: Any, addresses: Sequence[str], probe: Path, device: str) -> dict[str, ClusterWorker | str]:

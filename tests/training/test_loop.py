@@ -561,7 +561,7 @@ def test_a_damaged_line_is_replaced_from_the_checkpoint(damage, folder, unkilled
 )
 def test_the_checkpoint_of_another_fit_is_refused(changes, folder):
     fit(**fit_arguments(), paths=folder, on_epoch=lambda *_: "stop")
-    with pytest.raises(CheckpointError, match="another configuration"):
+    with pytest.raises(CheckpointError, match="other settings, images or seeds"):
         fit(**fit_arguments(**changes), paths=folder)
 
 

@@ -182,7 +182,7 @@ class SlowToSuggest:
     def poll(self) -> bool:
         return bool(self.pool.free)
 
-    def next_job(self) -> Job:
+    def next_job(self, worker: Worker) -> Job:
         return JOB
 
     def on_event(self, event: Event) -> None:
