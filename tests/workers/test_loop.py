@@ -22,6 +22,7 @@ from hpsearch.workers.jobs import (
 )
 from hpsearch.workers.local_pool import Event
 from hpsearch.workers.loop import run, run_job
+from hpsearch.workers.pool import Worker
 
 JOB = FitJob(
     trial=0,
