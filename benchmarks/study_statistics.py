@@ -5,13 +5,14 @@
     python benchmarks/study_statistics.py --runs 0 0.006 0.010 --spreads 0 0.01 --noise normal --images 2150
     python benchmarks/study_statistics.py --shape skewed --trials 12 --confirm 0 --seed 1
 
-A study is y[c, i] = mu[c] + a[i] + b[c, i] + r[c, fold(i)] with mean 0.8 of mu. The standard deviations (sd) are 0.13
-for a, 0.07 for b, 0.006 for r (`run`), and for mu as printed (`spread`). All numbers are drawn again for each study,
-so the images are a sample, too. `normal`: all parts are normal. `t3`: b and r follow Student's t with 3 degrees of
-freedom, scaled to the same sd; b is larger on some images (log-normal, sigma 0.5), and b and r are larger for some
-trials (sigma 0.25). `race`: the trials run one after another, and the racing rule prunes them after a fold as in a
-study. Up to five of the complete trials are refitted: the same a and b, another r. The truth is mu of the trial that
-is then selected, and for the gain its mu minus that of trial 0. A gain is only claimed if trial 0 is not selected.
+A study is y[c, i] = mu[c] + a[i] + b[c, i] + r[c, fold(i)], mu about 0.8, sd of a 0.13, of b 0.07, of r 0.006
+(`run`), of mu over the trials as printed (`spread`). Everything is drawn anew for each study, so the images are a
+sample too. `normal`: all parts are normal. `t3`: b and r follow Student's t with 3 degrees of freedom, scaled to the
+same sd; b is larger on some images than on others (log-normal, sigma 0.5), b and r are larger for some trials (sigma
+0.25). `race`: the racing rule decides which folds are fitted and which trials are pruned, through the real scheduler
+with one worker. Up to five of the trials that finish are confirmed: the same a and b, another r. The truth is mu of
+the trial that is then chosen, and for the gain mu of it less that of trial 0. A gain is only claimed where trial 0
+has finished all folds and is not chosen.
 
 Columns (scores in units of 0.001, shares in %):
 
@@ -43,8 +44,11 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from racing import Replay
+from racing import Study as WholeStudy
 
-from hpsearch.search.racing import ALPHA, TrialScores, compare
+from hpsearch.data.folds import Folds
+from hpsearch.search.racing import Race, TrialScores
 from hpsearch.stats.intervals import LEVEL
 from hpsearch.stats.selection import (
     HOPELESS,
@@ -86,7 +90,11 @@ class Study(NamedTuple):
 
     scores: StudyScores
     mu: Floats
-    """Truth of the full trials, (full,); the first is trial 0."""
+    """Truth of the full trials, (full,)."""
+    highest_mu: float
+    """Truth of the best of all trials."""
+    has_first: bool
+    """Whether trial 0 is full. It is then the first of the full trials."""
     test_mean: Floats
     """A retrained network's mean on new images, for each full trial, (full,)."""
 
@@ -121,7 +129,8 @@ def generate(setting: Setting, rng: np.random.Generator) -> Study:
             study, replicated=best, replicates=without_runs[rows] + setting.run * runs[1][rows][:, fold_of]
         )
     sd_test_mean = np.sqrt((SD_IMAGE**2 + SD_CONFIGURATION**2) / setting.n_test + setting.run**2)
-    return Study(study, mu[full], mu[full] + sd_test_mean * rng.standard_normal(len(full)))
+    is_first_full = bool(n_finished[0] == n_folds)
+    return Study(study, mu[full], mu.max(), is_first_full, mu[full] + sd_test_mean * rng.standard_normal(len(full)))
 
 
 def _uneven(rng: np.random.Generator, n: int, sigma: float) -> Floats:
@@ -130,29 +139,23 @@ def _uneven(rng: np.random.Generator, n: int, sigma: float) -> Floats:
 
 
 def race(scores: Floats, fold_of: NDArray[np.int64], n_folds: int) -> NDArray[np.int64]:
-    """Run trials one after another and end them after a fold by the racing rule; return finished folds, (trials,).
+    """Run a study with the racing rule and return the number of finished folds of each trial, (trials,).
 
     A fit has one epoch here, so that no trial ends inside its first fold.
     """
-    folds = [np.flatnonzero(fold_of == fold) for fold in range(n_folds)]
-    scores = scores.astype(np.float32)
-    n_finished, full = np.full(len(scores), n_folds), []
-    for number in range(len(scores)):
-        seen: dict[int, NDArray[np.float32]] = {}
-        for fold, images in enumerate(folds):
-            seen = {**seen, fold: scores[number, images][None]}
-            candidate = TrialScores(number, seen, 1)
-            found = compare(candidate, full, n_folds)
-            if found is not None and found.p < ALPHA:
-                n_finished[number] = fold + 1
-                break
-        else:
-            full.append(candidate)
-    return n_finished
+    ids = tuple(map(str, range(len(fold_of))))
+    folds = Folds(ids=ids, fold_of=tuple(fold_of.tolist()), k=n_folds, seed=0, method="kfold")
+    of_fold = [scores[:, None, folds.held_out(fold)].astype(np.float32) for fold in range(n_folds)]
+    trials = tuple(
+        TrialScores(number, {fold: each[number] for fold, each in enumerate(of_fold)}, 1)
+        for number in range(len(scores))
+    )
+    ended = Replay(WholeStudy("", trials, folds), range(len(trials)), Race()).run().ended
+    return np.array([len(ended[number].finished) for number in range(len(trials))])
 
 
 class Row(NamedTuple):
-    """One study's figures; scores in units of 1, NaN where trial 0 was chosen and no gain is claimed."""
+    """One study's figures; scores in units of 1, NaN where no gain is claimed."""
 
     n_full: float
     naive: float
@@ -173,13 +176,13 @@ class Row(NamedTuple):
 
 def evaluate(setting: Setting, rng: np.random.Generator) -> Row:
     """Draw one study and compare its claims with the truth."""
-    study, mu, test_mean = generate(setting, rng)
+    study, mu, highest_mu, has_first, test_mean = generate(setting, rng)
     winner, corrected = best_row(study), corrected_estimate(study)
     predicted = predict_test_mean(study, corrected, n_test=setting.n_test)
     tied = tied_with_best(study)
     best = int(rng.choice(np.flatnonzero(mu == mu.max())))
     gains = [np.nan] * 6
-    if winner != 0:
+    if has_first and winner != 0:
         truth, gain = mu[winner] - mu[0], corrected_gain(study, winner)
         difference = study.joint[winner] - study.joint[0]
         variance = difference.var(ddof=1) / study.n_images + study.run_variances[[0, winner]].sum()
@@ -199,7 +202,7 @@ def evaluate(setting: Setting, rng: np.random.Generator) -> Row:
         corrected.low <= mu[winner] <= corrected.high,
         predicted.low <= test_mean[winner] <= predicted.high,
         *gains,
-        mu[best] - mu[winner],
+        highest_mu - mu[winner],
         best in tied,
         len(tied),
         _oracle_size(setting, study),
@@ -236,6 +239,8 @@ class Summary:
     mean: Row
     error: Row
     """Standard errors of `mean`."""
+    n_gains: int
+    """Number of studies that claim a gain."""
 
     def missed(self) -> Iterator[str]:
         """Targets that are missed by more than two standard errors, in words."""
@@ -245,11 +250,15 @@ class Summary:
             if abs(bias) > 0.001 + 2 * se:
                 yield f"{where}: bias of the {name} {bias:+.4f}"
         # The standard error of a share that is as it should be, since one that is 100 % shows none.
-        chance = 2 * np.sqrt(LEVEL * (1 - LEVEL) / self.n_studies)
-        for name, share in (("mean", mean.covered), ("prediction", mean.predicted), ("gain", mean.gain_covered)):
-            if not 0.93 - chance <= share <= 0.97 + chance:
+        chance, of_gains = (2 * np.sqrt(LEVEL * (1 - LEVEL) / max(1, n)) for n in (self.n_studies, self.n_gains))
+        for name, share, tolerance in (
+            ("mean", mean.covered, chance),
+            ("prediction", mean.predicted, chance),
+            ("gain", mean.gain_covered, of_gains),
+        ):
+            if share < 0.93 - tolerance or share > 0.97 + tolerance:
                 yield f"{where}: coverage of the {name} {share:.1%}"
-        if mean.false > 0.04 + chance:
+        if mean.false > 0.04 + of_gains:
             yield f"{where}: false gains {mean.false:.1%}"
         if mean.holds_best < LEVEL - chance:
             yield f"{where}: the tied set holds the best {mean.holds_best:.1%} of the time"
@@ -260,10 +269,12 @@ class Summary:
 def summarise(setting: Setting, n_studies: int, seed: int = 0) -> Summary:
     """Evaluate `n_studies` studies, each from a seed of its own."""
     rows = np.array([evaluate(setting, np.random.default_rng([seed, number])) for number in range(n_studies)], float)
-    counts = np.maximum(1, (~np.isnan(rows)).sum(axis=0))
-    return Summary(
-        setting, n_studies, Row(*np.nanmean(rows, axis=0)), Row(*(np.nanstd(rows, axis=0) / np.sqrt(counts)))
-    )
+    is_known = np.isfinite(rows)
+    counts = np.where(is_known.any(axis=0), is_known.sum(axis=0), np.nan)
+    mean = np.nansum(rows, axis=0) / counts
+    error = np.sqrt(np.nansum((rows - mean) ** 2, axis=0)) / counts
+    n_gains = int(is_known[:, Row._fields.index("gain")].sum())
+    return Summary(setting, n_studies, Row(*mean), Row(*error), n_gains)
 
 
 HEAD = (

@@ -28,7 +28,8 @@ _USER_ERRORS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errn
 @click.group(cls=OrderedGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="hpsearch")
 def group() -> None:
-    """Find the best UNet configuration for a segmentation dataset, and estimate its score without selection bias.
+    """Find the best UNet configuration for a segmentation dataset, and estimate its score,
+    corrected for selection bias.
 
     \b
         hpsearch study --trials 50 --folds 5      search; run it again to continue

@@ -160,7 +160,7 @@ def _show_download(archive: str, step: str, done_bytes: int, total_bytes: int) -
 def augment(project: ProjectPaths, settings: Settings, copies: int, target: Path | None) -> None:
     """Write an augmented copy of a dataset.
 
-    By default, the copy of the folder DATA is the folder DATA_Aug beside it. The copy has the same layout. The
+    By default, the copy is written to DATA_Aug, next to DATA. It has the same layout. The
     settings in the section [augment] define the changes, and the same --seed gives the same copy.
 
     \b

@@ -34,11 +34,16 @@ def listed_trials(numbers: Sequence[int]) -> str:
 
 
 def describe_best(status: StudyStatus) -> str:
-    """Describe the best trial of a study so far. Return an empty string if no trial is complete yet."""
+    """Describe the best trial of a study so far, or the leading trial if it is not complete yet; "" if unknown."""
+    metric = status.config.study.metric
+    if (leader := status.leader) is not None:
+        folds = f"{status.n_finished[leader.number]} of {count(status.n_folds, 'fold')}"
+        text = f"leading: trial {leader.number}, {metric} {status.leader_value:.4f} expected after {folds}"
+        return f"{text}  {describe_params(leader.params)}".rstrip()
     if (best := status.best) is None:
         return ""
     both = ", mean of both fits" if status.is_confirmed else ""
-    value = f"{status.config.study.metric} {status.values[best.number]:.4f} out of fold{both}"
+    value = f"{metric} {status.values[best.number]:.4f} out of fold{both}"
     return f"best: trial {best.number}, {value}  {describe_params(best.params)}".rstrip()
 
 

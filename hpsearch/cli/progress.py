@@ -21,7 +21,8 @@ from hpsearch.data.prepare import Prepared
 from hpsearch.paths import ProjectPaths
 from hpsearch.report.formats import count, duration
 from hpsearch.search.callbacks import StudyCallback
-from hpsearch.search.status import StudyStatus, seconds_left, seconds_of, study_status
+from hpsearch.search.evaluation import Judge
+from hpsearch.search.status import StudyStatus, open_leader, seconds_left, seconds_of, study_status
 from hpsearch.store.record import StudyRecord
 from hpsearch.store.trials import TrialRecord, count_trials
 from hpsearch.study import StudySummary
@@ -72,6 +73,7 @@ class StudyProgress(StudyCallback):
         config, study, status = record.config, record.config.study, study_status(self._project, self._name)
         self._record, self._plan, self._status = record, plan, status
         self._trials = {trial.number: trial for trial in status.trials}
+        self._judge = Judge(record, self._trials)
         self._seconds.update(status.seconds)
         self._refits_s = sum(seconds_of(record.fits(number, replicate=1)) for number in status.shortlist)
         self._epochs = {trial.number: trial.config["train"]["epochs"] for trial in status.trials}
@@ -160,7 +162,8 @@ class StudyProgress(StudyCallback):
         standing = self._record.standing(trials)
         best = None if standing.winner is None else self._trials[standing.winner]
         n_counted = count_trials(trials)
-        self._status = dataclasses.replace(self._status, n_counted=n_counted, best=best, values=standing.values)
+        found = {"n_counted": n_counted, "best": best, "values": standing.values, **open_leader(self._judge, trials)}
+        self._status = dataclasses.replace(self._status, **found)
         left_s = seconds_left(self._record, self._plan, trials, self._seconds, self._refits_s)
         if left_s is not None:
             self._ends_at = time.monotonic() + left_s
@@ -180,7 +183,9 @@ class StudyProgress(StudyCallback):
             return Group(*last)
         metric, done, total = status.config.study.metric, status.n_counted, status.config.study.trials
         head = f"study {self._name}  {done}/{total} trials"
-        if status.best is not None:
+        if status.leader is not None:
+            head += f"  leading {status.leader_value:.4f} (trial {status.leader.number})"
+        elif status.best is not None:
             head += f"  best {status.values[status.best.number]:.4f} (trial {status.best.number})"
         if self._refits is not None:
             done, total = self._refits

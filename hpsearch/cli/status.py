@@ -130,10 +130,10 @@ def _show_decisions(record: StudyRecord, number: int) -> None:
         head = ("fold", "epoch", "d", "SE", "s", "p", "against", "estimate", "decision")
         echo_table(head, map(_decision_row, trial.decisions))
         click.echo(
-            "  d: how far the trial is below the best complete trial (`against`) on the same images.\n"
+            "  d: how far the expected value of the trial is below that of the leading trial (`against`).\n"
             "  In the first fold, d is computed from the best-case curve of the trial. Negative d: it is better.\n"
             "  SE: standard error of d. s: run-to-run standard deviation of a fold's mean.\n"
-            f"  p: probability of such a large d if the trial is better by {MATTERS:g}. Only the race uses it."
+            f"  p: probability that the value of the trial is better by {MATTERS:g}. Only the race uses it."
         )
     elif trial.outcome != "infeasible":
         click.echo("  no pruning decisions: the pruner is off, or had no trial to compare with")
@@ -141,7 +141,7 @@ def _show_decisions(record: StudyRecord, number: int) -> None:
 
 def _decision_row(decision: PruneDecision) -> Sequence[str]:
     outcome, reason = "pruned" if decision.drop else "continues", decision.reason
-    # The reason of a decision of the race pruner only repeats numbers in other columns, so it is left out.
+    # The reason given by the race pruner only repeats numbers of other columns, so leave it out.
     text = outcome if "±" in reason else f"{outcome}: {reason.rpartition(': ')[2]}"
     numbers = (decision.d, decision.se, decision.s, decision.p, decision.against)
     cells = ("" if number is None else f"{number:.2g}" for number in numbers)

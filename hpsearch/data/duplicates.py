@@ -201,7 +201,7 @@ def _proposals(fingerprints: NDArray[np.float32], is_test: NDArray[np.bool_]) ->
         orientations, best = correlations.argmax(axis=0), correlations.max(axis=0)
         best[np.arange(len(rows)), rows] = -1.0
         best[np.ix_(is_test[rows], is_test)] = -1.0
-        # If an image has more copies than neighbours, all of them prefer the first copies and stay connected.
+        # If an image has more than `n_neighbours` copies, every copy is linked to the same first copies.
         nearest = np.argpartition(earlier_first - best, n_neighbours - 1, axis=1)[:, :n_neighbours]
         for row, column in zip(*np.nonzero(np.take_along_axis(best, nearest, 1) >= _MIN_FINGERPRINT), strict=True):
             i, j = int(rows[row]), int(nearest[row, column])

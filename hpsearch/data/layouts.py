@@ -81,7 +81,7 @@ def _in_root(config: DataConfig) -> Dataset:
 def _by_split(root: Path, pattern: str) -> dict[Split, Path]:
     """Return the folder of each split in `root`.
 
-    The name of the folder is `pattern`, in which a name of the split replaces `{}`. Case is ignored.
+    The folder's name is `pattern` with `{}` replaced by one of the split's names. Case is ignored.
     """
     folders = {path.name.lower(): path for path in _folders(root)}
     found: dict[Split, Path] = {}
@@ -100,7 +100,7 @@ def _image_and_mask_folder(folder: Path) -> tuple[Path, Path]:
     inside = _folders(folder)
     masks = [path for path in inside if MASK_WORD.search(path.name)]
     rest = [path for path in inside if path not in masks]
-    # A single other folder contains the images, whatever its name is.
+    # If there is only one other folder, it contains the images, whatever its name.
     images = rest if len(rest) == 1 else [path for path in rest if _IMAGE_FOLDER.search(path.name)]
     if len(masks) != 1 or len(images) != 1:
         raise DatasetError(

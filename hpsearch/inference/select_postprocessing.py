@@ -1,4 +1,4 @@
-"""Select post-processing on out-of-fold predictions, and count post-processed pixels. Requires PyTorch."""
+"""Select post-processing on out-of-fold predictions, and count pixels of post-processed masks. Requires PyTorch."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,8 +25,7 @@ from hpsearch.search.new_trials import next_trial, used_up
 from hpsearch.search.racing import decide
 from hpsearch.search.scheduler import Fit, MakeShortlist, StudyState, Suggest, next_action
 from hpsearch.search.stopping import Stop
-from hpsearch.stats.best import rank
-from hpsearch.store.fits import remove_checkpoints, remove_networks
+from hpsearch.store.fits import remove_checkpoints
 from hpsearch.store.record import StudyRecord
 from hpsearch.store.trials import COUNTED, Outcome, TrialRecord
 from hpsearch.store.versions import now
@@ -70,7 +69,10 @@ class Coordinator:
 
     def __post_init__(self) -> None:
         self.trials = {trial.number: trial for trial in self.record.trials()}
-        self.judge = Judge(self.record, self.trials)
+
+        self.judge = Judge(
+            self.record, self.trials, lambda number: self.open[number, 0].finished if (number, 0) in self.open else ()
+        )
 
     @property
     def is_over(self) -> bool:
@@ -83,10 +85,11 @@ class Coordinator:
             if trial.outcome is None:
                 self._open(Evaluation(self.record, trial, trial.study_config), "continues")
             else:
-                _remove_networks(self.record, self.trials, trial.number)
+                replicates.remove_networks_of_losers(self.record, self.trials, trial.number)
             for fit in self.record.fits(trial.number):
                 if fit.is_finished:
                     remove_checkpoints(fit.paths)
+        _judge_waiting(self)
 
     def poll(self) -> bool:
         """Check for stop requests, the time limit and hanging fits. Return False if the study must end at once."""
@@ -97,7 +100,7 @@ class Coordinator:
         for opened in list(self.open.values()) if requests else ():
             request = self.record.paths.trial_stop_request(opened.record.number)
             if isinstance(opened.record, TrialRecord) and request in requests:
-                self._stop_trial(opened)
+                _stop_trial(self, opened)
                 request.unlink(missing_ok=True)
         _kill_hanging(self)
         _follow_cluster(self)
@@ -145,10 +148,12 @@ class Coordinator:
                 self._end(evaluation, "infeasible", reason=text, constraint=1.0)
             case Failed():
                 self._on_death(evaluation, job.fold, report)
+        _judge_waiting(self)
 
     def _begin_trial(self) -> None:
         """Record the next enqueued or suggested trial, and start it if it is feasible."""
-        trial, infeasible = next_trial(self.record, self.trials, self.plan)
+        last = max(self.trials, default=-1) + 1 - self.record.config.study.lookahead
+        trial, infeasible = next_trial(self.record, self.trials, self.plan, self.judge.true_means(last))
         evaluation = Evaluation(self.record, trial, trial.study_config)
         self._write(evaluation)
         if infeasible is not None:
@@ -255,7 +260,7 @@ class Coordinator:
         if isinstance(trial := evaluation.record, TrialRecord):
             result = reason if trial.value is None else f"{trial.value:.4f}"
             logger.info("trial %d ended: %s, %s", number, outcome, result)
-            _remove_networks(self.record, self.trials, number)
+            replicates.remove_networks_of_losers(self.record, self.trials, number)
             self.callback.trial_ended(trial)
         else:
             text = f"{outcome} ({reason}), so it cannot win"
@@ -268,20 +273,6 @@ class Coordinator:
         for worker in self.pool.busy():
             if isinstance(worker.job, FitJob) and (worker.job.trial, worker.job.replicate) == evaluation.key:
                 self.pool.kill(worker)
-
-    def _stop_trial(self, evaluation: Evaluation) -> None:
-        """End a trial at the user's request as if it had been pruned, with its estimated score."""
-        reason = "stopped on request"
-        trial = self.trials[evaluation.record.number]
-        self._say(f"trial {trial.number} is {reason}")
-        candidate = self.judge.scores_of(trial)
-        if not candidate.scores:
-            self._end(evaluation, "failed", reason=f"{reason} before its first epoch")
-        elif evaluation.pruned is None:
-            others = self.judge.ended_scores()
-            decision = decide(True, candidate, others, self.record.n_folds, reason)
-            self._write(evaluation, decisions=evaluation.decisions_with(decision))
-            self._end_if_finished(evaluation)
 
     def _write(self, evaluation: Evaluation, **changes: Any) -> None:
         """Change fields in the record of a trial or replicate, and write the record to the study folder."""
@@ -307,6 +298,41 @@ def _kill_hanging(coordinator: Coordinator) -> None:
         if silence_s > SILENCE_MIN_S and silence_s > SILENCE_FACTOR * evaluation.epoch_s(job, coordinator.plan):
             logger.warning("%s, fold %d: no epoch for %.0f s", evaluation.name, job.fold + 1, silence_s)
             coordinator.pool.kill(worker)
+
+
+def _stop_trial(coordinator: Coordinator, evaluation: Evaluation) -> None:
+    """End a trial at the user's request as if it had been pruned, with its estimated score."""
+    reason = "stopped on request"
+    trial = coordinator.trials[evaluation.record.number]
+    coordinator._say(f"trial {trial.number} is {reason}")
+    candidate = coordinator.judge.scores_of(trial)
+    if not candidate.scores:
+        coordinator._end(evaluation, "failed", reason=f"{reason} before its first epoch")
+    elif evaluation.pruned is None:
+        others = [each for each in coordinator.judge.known_scores() if each.number != trial.number]
+        decision = decide(True, candidate, others, coordinator.record.folds, reason)
+        coordinator._write(evaluation, decisions=evaluation.decisions_with(decision))
+        coordinator._end_if_finished(evaluation)
+
+
+def _judge_waiting(coordinator: Coordinator) -> None:
+    """Prune the open trials that can no longer win, if folds are fitted as needed: a trial or a fit may have ended.
+
+    With a lookahead, this happens only after all trials have finished a first fold, and not while a trial gets its
+    further folds: the result must not depend on the number of workers.
+    """
+    record, opened = coordinator.record, list(coordinator.open.values())
+    fits = [each.open_fits() for each in opened]
+    is_settled = all(not each.running and len(each.finished) == 1 for each in fits)
+    is_early = record.n_left(list(coordinator.trials.values())) > len(opened)
+    if not coordinator.judge.as_needed or (record.config.study.lookahead and (is_early or not is_settled)):
+        return
+    for waiting in opened:
+        if isinstance(waiting.record, TrialRecord) and not waiting.running and not waiting.pruned:
+            decision = coordinator.judge.judge_waiting(waiting.record)
+            if decision is not None and decision.drop:
+                coordinator._write(waiting, decisions=waiting.decisions_with(decision))
+                coordinator._end_if_finished(waiting)
 
 
 def _follow_cluster(coordinator: Coordinator) -> None:
@@ -336,26 +362,33 @@ def _follow_cluster(coordinator: Coordinator) -> None:
 
 def _study_state(coordinator: Coordinator, worker: Worker) -> StudyState:
     """Return the state of the study that the scheduler needs to choose the next job of an idle worker."""
-    record, trials, pruner = coordinator.record, list(coordinator.trials.values()), coordinator.judge.pruner
+    record, trials, judge = coordinator.record, list(coordinator.trials.values()), coordinator.judge
     capacities = {each.capacity for each in coordinator.plan.cluster}
     # Equal workers can train all open trials.
     unlike, capacity = (capacities, worker.capacity) if len(capacities) > 1 else ((), None)
     n_fitting = {key: sum(fits_memory(each.config, one) for one in unlike) for key, each in coordinator.open.items()}
+    open_fits = [coordinator.open[key].open_fits(capacity) for key in sorted(n_fitting, key=n_fitting.__getitem__)]
+    known = judge.known_scores() if judge.as_needed else []
+    refine = () if coordinator.has_shortlist else judge.refine_order()
+    # Before the time limit, the leader is completed instead of beginning further trials.
+    left_s = coordinator.stop.left_s
+    is_late = bool(refine) and left_s < math.inf and left_s < _completion_s(coordinator, refine[0])
     return StudyState(
-        n_left=record.n_left(trials),
+        n_left=len(open_fits) if is_late else record.n_left(trials),
         n_suggested=len(trials),
-        has_complete=any(trial.can_win for trial in trials),
-        open=tuple(coordinator.open[key].open_fits(capacity) for key in sorted(n_fitting, key=n_fitting.__getitem__)),
+        open=tuple(open_fits),
         has_shortlist=coordinator.has_shortlist,
         lookahead=record.config.study.lookahead,
-        folds_in_turn=pruner.is_sequential,
-        judges_any_fold=pruner.takes_any_fold,
+        folds=judge.pruner.folds,
+        refine=refine,
+        n_screened=sum(bool(each.finished) for each in known),
+        n_further=sum(len(each.finished) - 1 for each in known if each.finished)
+        + sum(len(fits.running) for fits in open_fits if fits.finished),
     )
 
 
-def _remove_networks(record: StudyRecord, trials: Mapping[int, TrialRecord], number: int) -> None:
-    """Remove networks after the trial `number` has ended, so that only the two best complete trials keep theirs."""
-    ranking = rank({each.number: each.value or 0.0 for each in record.contenders(trials.values())})
-    for each in {number, *ranking[2:4]} - set(ranking[:2]):
-        for fit in record.fits(each):
-            remove_networks(fit.paths)
+def _completion_s(coordinator: Coordinator, number: int) -> float:
+    """Return the seconds that the missing folds of a trial will probably take, with a margin of 20 %."""
+    fits = coordinator.open[number, 0].fits()
+    fit_s = max(sum(row.seconds for row in fit.epochs()) for fit in fits)
+    return 1.2 * fit_s * math.ceil(sum(not fit.is_finished for fit in fits) / max(1, len(coordinator.pool)))

@@ -1,7 +1,7 @@
 """Manage the evaluation of a trial or replicate: its open fits, their jobs, and the pruner's decisions."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -9,11 +9,11 @@ from hpsearch.config import StudyConfig, stable_seed
 from hpsearch.data.prepare import PoolCaches
 from hpsearch.paths import FitPaths
 from hpsearch.search import pruners
-from hpsearch.search.racing import TrialScores
+from hpsearch.search.racing import Race, TrialScores, leader, true_means
 from hpsearch.search.scheduler import OpenFits
 from hpsearch.store.fits import FitRecord
 from hpsearch.store.record import StudyRecord
-from hpsearch.store.trials import PruneDecision, ReplicateRecord, TrialRecord
+from hpsearch.store.trials import Outcome, PruneDecision, ReplicateRecord, TrialRecord
 from hpsearch.workers.jobs import CachePaths, Capacity, FitJob
 from hpsearch.workers.plan import ExecutionPlan, fits_memory
 
@@ -123,48 +123,105 @@ def fit_seed(config: StudyConfig, place: int, fold: int, replicate: int = 0) -> 
 
 
 class Judge:
-    """Wrapper of the study's pruner that caches the scores of ended trials."""
+    """Wrapper around the study's pruner. It reads and caches the scores of the trials."""
 
-    def __init__(self, record: StudyRecord, trials: Mapping[int, TrialRecord]) -> None:
+    def __init__(
+        self,
+        record: StudyRecord,
+        trials: Mapping[int, TrialRecord],
+        finished: Callable[[int], Collection[int]] | None = None,
+    ) -> None:
         """Create the study's pruner.
 
-        `trials` maps the number of each trial to its record. The caller keeps this mapping up to date.
+        `trials` maps the number of each trial to its record. The caller keeps this mapping up to date. `finished`
+        returns the finished folds of an open trial; by default, they are read from the study folder.
         """
         self.pruner = pruners.make_pruner(record.config)
         self._record = record
         self._trials = trials
-        self._ended: dict[int, TrialScores] = {}
+        self._finished = finished or record.finished_folds
+        self._known: dict[int, tuple[tuple[Outcome | None, tuple[int, ...]], TrialScores]] = {}
+        """Scores of the trials, with the outcome and, for open trials, the finished folds that they belong to."""
+
+    @property
+    def as_needed(self) -> bool:
+        """Whether further folds are fitted in the pruner's order."""
+        return self.pruner.folds == "as needed"
 
     def judge(self, trial: TrialRecord, fold: int) -> PruneDecision | None:
-        """Return the pruner's decision after an epoch of this fold; None if the pruner makes no decision."""
+        """Return the pruner's decision after an epoch of this fold; None if the pruner makes no decision.
+
+        With a lookahead, the latest trials are ignored, because which of them have ended depends on the number of
+        workers. Further folds that are fitted as needed are then not judged: they finish in any order.
+        """
         candidate = self.scores_of(trial)
         # Ignore other folds that are being fitted: their progress depends on timing.
         scores = {each: candidate.scores[each] for each in candidate.finished if each != fold}
-        candidate = dataclasses.replace(candidate, scores={**scores, fold: candidate.scores[fold]})
-        # With a lookahead, ignore the latest trials: which of them have ended depends on the number of workers.
         lookahead = self._record.config.study.lookahead
-        last = trial.number - lookahead if lookahead else max(self._trials)
-        # An earlier trial with the same params must not cause the pruning of this trial.
+        if lookahead and self.as_needed and scores:
+            return None
+        candidate = dataclasses.replace(candidate, scores={**scores, fold: candidate.scores[fold]})
+        return self._decide(candidate, trial, trial.number - lookahead if lookahead else max(self._trials))
+
+    def judge_waiting(self, trial: TrialRecord) -> PruneDecision | None:
+        """Return the pruner's decision about an open trial with a finished fold that no worker is fitting."""
+        candidate = self._known_scores(trial)
+        return None if candidate is None else self._decide(candidate, trial, max(self._trials))
+
+    def _decide(self, candidate: TrialScores, trial: TrialRecord, last: int) -> PruneDecision | None:
+        """Let the pruner compare a candidate with the trials up to number `last`.
+
+        A trial is not pruned because of one with the same params.
+        """
         others = [
             each
-            for each in self.ended_scores()
+            for each in self.known_scores()
             if each.number <= last and self._trials[each.number].params != trial.params
         ]
         return self.pruner.judge(candidate, others, self._record.folds)
+
+    def refine_order(self) -> tuple[int, ...]:
+        """Return the open trials with a finished fold, in the order in which they should get further folds."""
+        if not isinstance(self.pruner, Race):
+            return ()
+        return tuple(self.pruner.order(self.known_scores(), self._record.folds))
+
+    def leader(self) -> tuple[int, float] | None:
+        """Return the number of the leading trial and its expected value; None if folds are not fitted as needed."""
+        known = self.known_scores() if self.as_needed else []
+        return leader(known, self._record.folds) if known else None
+
+    def true_means(self, last: int) -> dict[int, float]:
+        """Return the estimated mean scores of the trials up to number `last` that have finished a fold."""
+        known = [each for each in self.known_scores() if each.number <= last]
+        return true_means(known, self._record.folds) if self.as_needed else {}
 
     def scores_of(self, trial: TrialRecord) -> TrialScores:
         """Return a trial's per-image scores after every epoch so far, for each fold that has finished an epoch."""
         found = enumerate(fit.scores() for fit in self._record.fits(trial.number))
         train = trial.study_config.train
         scores = {fold: scores for fold, scores in found if len(scores)}
-        return TrialScores(trial.number, scores, train.epochs, train.schedule)
+        return TrialScores(trial.number, scores, train.epochs, train.schedule, is_pruned=trial.outcome == "pruned")
 
-    def ended_scores(self) -> list[TrialScores]:
+    def known_scores(self) -> list[TrialScores]:
         """Return the scores of the complete trials that can win and of the pruned trials, by trial number.
 
-        Repeated calls return the same objects, because pruners use them as cache keys.
+        If folds are fitted as needed, the finished folds of open trials are included. Repeated calls return the same
+        objects for unchanged trials, because pruners use them as cache keys.
         """
-        for trial in self._trials.values():
-            if (trial.can_win or trial.outcome == "pruned") and trial.number not in self._ended:
-                self._ended[trial.number] = self.scores_of(trial)
-        return [self._ended[number] for number in sorted(self._ended)]
+        found = [self._known_scores(trial) for _, trial in sorted(self._trials.items())]
+        return [scores for scores in found if scores is not None]
+
+    def _known_scores(self, trial: TrialRecord) -> TrialScores | None:
+        is_open = trial.outcome is None and self.as_needed
+        if not (trial.can_win or trial.outcome == "pruned" or is_open):
+            return None
+        state = trial.outcome, tuple(sorted(self._finished(trial.number))) if is_open else ()
+        if is_open and not state[1]:
+            return None
+        if trial.number not in self._known or self._known[trial.number][0] != state:
+            known = self.scores_of(trial)
+            if is_open:
+                known = dataclasses.replace(known, scores={fold: known.scores[fold] for fold in state[1]})
+            self._known[trial.number] = state, known
+        return self._known[trial.number][1]

@@ -1,5 +1,6 @@
 """Create the next trial of a study, from enqueued params or from the sampler, until the search space is used up."""
 
+import dataclasses
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,10 +23,11 @@ INFEASIBLE_PER_TRIAL = 10
 
 
 def next_trial(
-    record: StudyRecord, trials: Mapping[int, TrialRecord], plan: ExecutionPlan
+    record: StudyRecord, trials: Mapping[int, TrialRecord], plan: ExecutionPlan, true_means: Mapping[int, float]
 ) -> tuple[TrialRecord, Infeasible | None]:
     """Return the next trial, and the reason why it cannot be trained (None if it can).
 
+    `true_means` contains the estimated mean scores that the sampler receives instead of the trials' values.
     Raises StudyError if too many suggestions were infeasible.
     """
     history = [trials[number] for number in sorted(trials)]
@@ -37,7 +39,7 @@ def next_trial(
         )
     number = history[-1].number + 1 if history else 0
     wanted = next_params(record, history)
-    params = suggest(record.config, history, number, wanted)
+    params = suggest(record.config, _as_estimated(history, true_means), number, wanted)
     try:
         config = record.config.with_params(params)
         why = why_infeasible(config, plan)
@@ -52,6 +54,16 @@ def next_trial(
         code=code_version(),
     )
     return trial, why
+
+
+def _as_estimated(trials: Sequence[TrialRecord], true_means: Mapping[int, float]) -> list[TrialRecord]:
+    """Return the trials with their estimated mean scores as values. Open trials with an estimate count as pruned."""
+    return [
+        dataclasses.replace(each, outcome=each.outcome or "pruned", value=true_means[each.number])
+        if each.number in true_means
+        else each
+        for each in trials
+    ]
 
 
 def used_up(record: StudyRecord, trials: Mapping[int, TrialRecord]) -> str:

@@ -7,7 +7,7 @@ import optuna
 from optuna.pruners import BasePruner
 
 from hpsearch.data.folds import Folds
-from hpsearch.search.racing import TrialScores, decide
+from hpsearch.search.racing import FoldOrder, TrialScores, decide
 from hpsearch.search.suggest import quiet
 from hpsearch.store.trials import PruneDecision
 
@@ -35,8 +35,7 @@ class OptunaPruner:
     trials. This study is built from the recorded scores, so it is the same after a restart.
     """
 
-    is_sequential = True
-    takes_any_fold = False
+    folds: FoldOrder = "in order"
 
     def __init__(self, make: Callable[[], BasePruner], reports: Callable[[TrialScores, Folds], list[Report]]) -> None:
         """Create Optuna's pruner by calling `make`.
@@ -62,7 +61,7 @@ class OptunaPruner:
         self._bring_up_to_date(candidate, folds)
         drop = self._answers[candidate.number][n_reports - 1]
         reason = f"{candidate.place}: {'pruned' if drop else 'kept'} by Optuna's {self._name}"
-        return decide(drop, candidate, others, folds.k, reason)
+        return decide(drop, candidate, others, folds, reason)
 
     def _bring_up_to_date(self, trial: TrialScores, folds: Folds) -> None:
         """Pass a trial's new reports to Optuna and ask for a decision after each.

@@ -1,88 +1,68 @@
-"""Prune trials by racing: decide from the recorded scores whether a trial can still win.
+"""Racing: decide from the recorded scores which trials can still win, and which fold is fitted next.
 
-The *candidate* is the trial to be judged. The *incumbent* is the best trial so far that has finished all folds. The
-rule tests the hypothesis that the candidate is better than the incumbent by at least 0.003. If the one-sided p-value
-p of this hypothesis is below 0.1, the candidate is pruned. A candidate that turns out to be merely as good as the
-incumbent is therefore pruned too: near the optimum most trials tie, and evaluating them on further folds would gain
-nothing. In simulated studies, 1.7 % of all trials were pruned although they were better than the incumbent by 0.003
-or more.
+Evaluating every trial on all folds would waste most of the time on trials that lose. Here every trial is fitted on
+its first fold. Further folds go to the trials whose scores can still change which trial wins: the *leader*, which is
+the trial with the highest expected value, and its *rivals*. The value of a trial is its mean score over all images,
+and `stats.value_model` predicts it from the folds that the trial has finished. The comparison is paired: all trials
+are scored on the same images.
 
-**Terms.** The score of trial c on image i, y[c, i], is that of the network that did not train on the image, because
-its fold held the image out. The value of a trial is its mean score over all images. The *near trials* are the
-complete trials whose value is at most 0.05 below that of the incumbent. There are J of them, including the incumbent.
+**Pruning.** Let p be the probability that the value of a trial exceeds that of the leader by more than 0.003, that
+is, the probability that it would win by a relevant margin if both were evaluated on all folds. The trial is pruned
+once p is below 0.01. Trials that merely tie with the leader are therefore pruned too: near the optimum most trials
+tie, and evaluating them on further folds would gain nothing. p is computed after each fold of the trial. Whenever
+another trial finishes a fold, p is computed again, because the leader or its expected value may have changed.
 
-**Difference d.** Scores differ far more between images than between configurations. The candidate is therefore
-compared on the same images. For each image i that it has been evaluated on, d[i] is the score u[i] that a trial as
-good as the incumbent is expected to get, minus the candidate's score. Mean d is the estimate of how much worse the
-candidate is:
+**Further folds** go to the rival with the largest p, unless it has more finished folds than the leader. Then they go
+to the leader. During the search, one further fold is fitted for every 10 trials that have finished their first fold,
+so that the estimate of the leader's value keeps improving. The remaining ones are fitted after the last trial has
+been suggested, until all trials are pruned or complete. Trial 0 is never pruned, because the gain of the winner over
+it is reported. It is completed last, unless it can still win.
 
-    u[i] = value of the incumbent + mean over near trials j of (y[j, i] - value of j)
-    d[i] = u[i] - y[c, i]
+**Within the first fold**, the score after the last epoch is unknown, but its best case can be estimated as soon as
+three other trials have finished a first fold. It is the higher of two predictions:
 
-If the incumbent is the only near trial (J = 1), u contains its scores, and d is the paired difference of two trials.
-Each further near trial adds information about how difficult image i and its fold are.
+- *Fast gain.* The prediction starts at the candidate's best mean score so far (scores fluctuate while the learning
+  rate is high). After the same epoch, each other trial closed some fraction of the gap between its own best score and
+  a perfect score. The candidate closes the largest of these fractions, plus a quarter of their standard deviation.
+- *Late start.* Some curves are flat at first and then jump. Let r be the learning rate, summed over the epochs, that
+  the candidate has not used yet. The prediction is the highest score, relative to its final score, that a trial had
+  reached when it had used r, times the expected score of the leader on this fold. Only trials whose final score is at
+  most 0.05 below that of the leader count. The candidate's own scores do not matter.
 
-**Standard error SE of mean d.** If the candidate has been evaluated on k of K folds, with n of N images:
-
-    SE^2 = g^2 (1/n + 1/N + (1/n - 1/N) / J) + s^2 (1/k + 1/K + (1/k - 1/K) / J),      g^2 = var(d) J / (J + 1)
-
-The first term is the variance due to images. g is the standard deviation of a trial's image scores that remains after
-the mean of the trial and the difficulty of the image are removed. The second term is the variance due to runs. s is
-the standard deviation of a fold's mean score between runs of the same configuration with different seeds (initial
-weights, order of batches). More images do not reduce it. Within the brackets of both terms, the first summand is the
-error of the candidate, the second is the error of the incumbent's value over all folds, and the last is the error of
-the near trials on the evaluated folds. With J = 1, SE^2 is the variance of a paired test, var(d) / n + 2 s^2 / k.
-
-**p.** (mean d + 0.003) / SE is compared with Student's t distribution. Satterthwaite's formula gives the degrees of
-freedom, so an uncertain s makes the rule more cautious.
-
-**Estimate of s** (`stats.run_variance`). s^2 is the variance of the near trials' fold means that remains after the
-means of trials and folds are removed, minus the part due to images. Only near trials are used, because the scores of
-a collapsed configuration vary many times more between runs. The first trials are too few for an estimate. s therefore
-starts from a prior guess of 0.006 that counts as 4 degrees of freedom (by this prior, s lies between 0.004 and 0.014
-with a probability of 90 %).
-
-**Within the first fold**, the score after the last epoch is unknown, but an upper limit can be estimated. Let w be
-the fraction of the learning rate, summed over all epochs of the schedule, that has been used so far. Let y be the
-candidate's score after its best epoch so far (scores fluctuate while the learning rate is high). The candidate is
-credited with the better of two best-case curves:
-
-- *Slow.* If each unit of learning rate raises the score by no more than the one before, the score ends at y / w at
-  most. If a near trial had reached an even smaller fraction of its final score at this epoch, the smallest such
-  fraction replaces w.
-- *Late.* Some curves are flat at first and then jump. In the best case, the candidate uses the learning rate that is
-  left to rise as the fastest near trial did from its start.
-
-The same test is then applied as if the fold had ended at this score. The threshold for p is 3 % of 0.1, because the
-test is repeated after every epoch and the limits are heuristics. The candidate is thus pruned only if neither curve
-lets it win.
+p is then computed as if the fold had ended at this score. The candidate is pruned if p is below 0.01.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtr
 
 from hpsearch.data.folds import Folds
 from hpsearch.stats.best import rank
-from hpsearch.stats.intervals import satterthwaite
-from hpsearch.stats.run_variance import NEAR, RunVariance, run_variance
+from hpsearch.stats.run_variance import NEAR
+from hpsearch.stats.value_model import Values, near_rows, residual_variance, value_model
 from hpsearch.store.trials import PruneDecision
 
-ALPHA = 0.1
-"""One-sided p-value below which a trial is pruned."""
+ALPHA = 0.01
+"""Probability of winning by `MATTERS` below which a trial is pruned."""
+INSIDE = 0.01
+"""The same within the first fold, for the best case."""
 MATTERS = 0.003
-"""Smallest improvement over the incumbent that justifies fitting further folds."""
-INSIDE = 0.03
-"""Within the first fold, the threshold for p is this fraction of the usual threshold."""
+"""Smallest difference from the leader that justifies fitting further folds."""
+MIN_CURVES = 3
+"""Number of finished first folds that are needed to predict the end of another one."""
+EXTRA = 0.25
+"""Standard deviations that are added to the largest gain of the other trials."""
 
 Scores = NDArray[np.float64]
+FoldOrder = Literal["all", "in order", "as needed"]
+"""How a pruner wants the folds of a trial to be fitted. `all`: every fold, possibly in parallel. `in order`: one
+after another. `as needed`: the first fold, then further folds in the order of `Race.order`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +76,7 @@ class TrialScores:
     n_epochs: int
     """Number of epochs of a finished fit."""
     schedule: Literal["cosine", "constant"] = "cosine"
+    is_pruned: bool = False
 
     @cached_property
     def curves(self) -> dict[int, Scores]:
@@ -135,8 +116,7 @@ class TrialScores:
 class Race:
     """Pruner that applies the racing rule. Its decisions depend only on its arguments."""
 
-    is_sequential = True
-    takes_any_fold = True
+    folds: FoldOrder = "as needed"
 
     def __init__(self, alpha: float = ALPHA) -> None:
         self.alpha = alpha
@@ -144,138 +124,172 @@ class Race:
     def judge(self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds) -> PruneDecision | None:
         """Decide whether the candidate can still win.
 
-        There is a decision after every epoch of the candidate's first fold, and after every later fold. Only the
-        complete trials among `others` are used. Returns None if there is no decision to make: no trial is complete
-        yet, the candidate itself is complete, or it is in the middle of a later fold.
+        There is a decision after every epoch of the candidate's first fold, and after every later fold. Returns None
+        if there is no decision to make: there is nothing to compare with yet, the candidate is complete, or it is in
+        the middle of a later fold.
         """
         is_inside = len(candidate.scores[candidate.latest]) < candidate.n_epochs
-        found = None if is_inside and candidate.finished else compare(candidate, others, folds.k)
+        found = None if is_inside and candidate.finished else compare(candidate, others, folds)
         if found is None:
             return None
-        where = f"{candidate.place}, best-case curve" if is_inside else candidate.place
+        assert found.p is not None
+        where = f"{candidate.place}, best case" if is_inside else candidate.place
         reason = f"{where}: {found.d:.4f} ± {found.se:.4f} below trial {found.against}, p = {found.p:.2g}"
-        drop = found.p is not None and found.p < self.alpha * (INSIDE if is_inside else 1)
+        drop = candidate.number > 0 and found.p < (INSIDE if is_inside else self.alpha)
         return dataclasses.replace(found, drop=drop, reason=reason)
+
+    def order(self, trials: Sequence[TrialScores], folds: Folds) -> list[int]:
+        """Return the numbers of the open trials with a finished fold, those first that should get the next folds."""
+        compared = _with_finished(trials)
+        if all(trial.is_pruned for trial in compared):
+            return []
+        values = _reference(compared, folds).values
+        leader = _best(compared, values.expected)
+        p = values.probability_better(leader, MATTERS)
+        n_finished = [len(trial.finished) for trial in compared]
+        rows = [row for row, trial in enumerate(compared) if not trial.is_pruned and not trial.is_full(folds.k)]
+        rivals = sorted((row for row in rows if row != leader), key=lambda row: -p[row])
+        if leader not in rows:
+            return [compared[row].number for row in rivals]
+        first = (
+            rivals[:1] if rivals and p[rivals[0]] > self.alpha and n_finished[rivals[0]] <= n_finished[leader] else []
+        )
+        return [compared[row].number for row in dict.fromkeys([*first, leader, *rivals])]
 
 
 def decide(
-    drop: bool, candidate: TrialScores, others: Sequence[TrialScores], n_folds: int, reason: str
+    drop: bool, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds, reason: str
 ) -> PruneDecision:
-    """Return a decision that another pruner or the user made, completed by the comparison with the incumbent.
+    """Return a decision that another pruner or the user made, completed by the comparison with the leader.
 
     `drop` says whether to prune the candidate, and `reason` explains the decision. If no comparison is possible, the
     decision contains the mean score so far as the estimate.
     """
-    if (found := compare(candidate, others, n_folds)) is not None:
+    if (found := compare(candidate, others, folds)) is not None:
         return dataclasses.replace(found, drop=drop, reason=reason)
     so_far = np.concatenate([scores[-1] for scores in candidate.scores.values()]).mean(dtype=np.float64)
     fold = candidate.latest
     return PruneDecision(drop, float(so_far), fold, len(candidate.scores[fold]), reason)
 
 
-def compare(candidate: TrialScores, others: Sequence[TrialScores], n_folds: int) -> PruneDecision | None:
-    """Test the candidate against the complete trials among `others`, without deciding whether it is pruned.
+def compare(candidate: TrialScores, others: Sequence[TrialScores], folds: Folds) -> PruneDecision | None:
+    """Compare the candidate with the leader of the other trials, without deciding whether it is pruned.
 
-    The test uses the candidate's finished folds. Before its first fold is finished, the test uses the predicted end
-    of that fold. Returns None if no test is possible: no trial is complete, the candidate is complete or has no
-    scores, there are fewer than two images, or the best case has no upper limit.
+    The comparison uses the candidate's finished folds. Before its first fold is finished, it uses the best case of
+    that fold. Returns None if no comparison is possible: no other trial that can win has finished a fold, the
+    candidate is complete or has no scores, or too few curves are known to predict the end of the fold.
     """
-    complete = sorted((trial for trial in others if trial.is_full(n_folds)), key=lambda trial: trial.number)
-    if not complete or not candidate.scores or candidate.is_full(n_folds):
+    compared = _with_finished(others)
+    if all(trial.is_pruned for trial in compared) or not candidate.scores or candidate.is_full(folds.k):
         return None
-    reference = _reference_scores(tuple(complete), n_folds)
     if candidate.finished:
-        seen = candidate.finished
-        at_best = typically = np.concatenate([candidate.scores[fold][-1] for fold in seen]).astype(float)
+        everyone = _with_finished((*compared, candidate))
+        row, values = everyone.index(candidate), _reference(everyone, folds).values
+        leader = _best(everyone, values.expected, other_than=row)
+        number, estimate = everyone[leader].number, values.true_means[row]
     else:
-        seen = (min(candidate.scores),)
-        at_best, typically = _continuations(candidate, seen[0], reference)
-    expected = np.concatenate([reference.scores[fold] for fold in seen])
-    d = expected - at_best
-    if d.size < 2 or not np.isfinite(d).all():
-        return None
-    n_near, s = len(reference.near), reference.runs.sd
-    g2 = float(d.var(ddof=1)) * n_near / (n_near + 1)
-    images = g2 * _variance_factor(d.size, sum(scores.size for scores in reference.scores.values()), n_near)
-    runs = s**2 * _variance_factor(len(seen), n_folds, n_near)
-    se = math.sqrt(images + runs)
-    df = satterthwaite(images, d.size - 1, runs, reference.runs.df)
-    estimate = reference.incumbent.value - float((expected - typically).mean())
+        if len(compared) < MIN_CURVES:
+            return None
+        fold, reference = min(candidate.scores), _reference(compared, folds)
+        leader = _best(compared, reference.values.expected)
+        target = reference.values.fold_mean(leader, fold)
+        best, typical = _ends(candidate, fold, compared, target)
+        number, estimate = compared[leader].number, reference.values.true_means[leader] + typical - target
+        of_candidate = np.full(folds.k, np.nan)
+        of_candidate[fold] = best
+        # A best case is no observation, so it is not shrunk toward the other trials.
+        values = reference.values.model.predict(np.stack([reference.means[leader], of_candidate]), flat=[1])
+        leader, row = 0, 1
+    d, se = values.difference(row, leader)
     return PruneDecision(
         drop=False,
         # Clip to valid scores, because a trial that collapsed on an easy fold would get an estimate below 0.
-        estimate=min(max(estimate, 0.0), 1.0),
+        estimate=min(max(float(estimate), 0.0), 1.0),
         fold=candidate.latest,
         epoch=len(candidate.scores[candidate.latest]),
         reason="",
-        d=float(d.mean()),
+        d=d,
         se=se,
-        s=s,
-        p=float(stdtr(df, -(d.mean() + MATTERS) / se)),
-        against=reference.incumbent.number,
+        s=values.model.run_sd,
+        p=float(values.probability_better(leader, MATTERS)[row]),
+        against=number,
     )
 
 
-def _variance_factor(seen: int, whole: int, n_near: int) -> float:
-    """Return the bracketed factor of g^2 or s^2 in SE^2 if `seen` of `whole` images or folds are evaluated."""
-    return 1 / seen + 1 / whole + (1 / seen - 1 / whole) / n_near
+def leader(trials: Sequence[TrialScores], folds: Folds) -> tuple[int, float] | None:
+    """Return the number of the leader and its expected value; None if every trial with a finished fold is pruned."""
+    compared = _with_finished(trials)
+    if all(trial.is_pruned for trial in compared):
+        return None
+    expected = _reference(compared, folds).values.expected
+    row = _best(compared, expected)
+    return compared[row].number, float(expected[row])
 
 
-class ReferenceScores(NamedTuple):
-    """Expected scores that a candidate is compared with, estimated from the near trials."""
-
-    incumbent: TrialScores
-    near: tuple[TrialScores, ...]
-    scores: dict[int, Scores]
-    """For each fold, the scores that a trial as good as the incumbent is expected to get on that fold's images."""
-    runs: RunVariance
-
-
-@lru_cache(maxsize=4)
-def _reference_scores(complete: tuple[TrialScores, ...], n_folds: int) -> ReferenceScores:
-    # Cached because it is needed after every epoch and changes only when another trial becomes complete.
-    by_number = {trial.number: trial for trial in complete}
-    incumbent = by_number[rank({number: trial.value for number, trial in by_number.items()})[0]]
-    near = tuple(trial for trial in complete if trial.value >= incumbent.value - NEAR)
-    finals = [np.stack([trial.scores[fold][-1] for trial in near]).astype(float) for fold in range(n_folds)]
-    values = np.array([[trial.value] for trial in near])
-    scores = {fold: incumbent.value + (final - values).mean(axis=0) for fold, final in enumerate(finals)}
-    return ReferenceScores(incumbent, near, scores, run_variance(finals))
+def true_means(trials: Sequence[TrialScores], folds: Folds) -> dict[int, float]:
+    """Return the posterior mean of the true mean score of each trial that has finished a fold, by trial number."""
+    compared = _with_finished(trials)
+    if not compared:
+        return {}
+    means = np.clip(_reference(compared, folds).values.true_means, 0, 1).tolist()
+    return {trial.number: mean for trial, mean in zip(compared, means, strict=True)}
 
 
-def _continuations(candidate: TrialScores, fold: int, reference: ReferenceScores) -> tuple[Scores, Scores]:
-    """Predict the image scores of an unfinished fold after its last epoch: best case and typical case, (n,) each.
+def _with_finished(trials: Sequence[TrialScores]) -> tuple[TrialScores, ...]:
+    """Return the trials with a finished fold by number, so that the same trials share an entry of the cache."""
+    return tuple(sorted((trial for trial in trials if trial.finished), key=lambda trial: trial.number))
 
-    The best case is infinite if a near trial still scored 0 at this epoch, because it is then too early to exclude
-    any final score.
+
+class Reference(NamedTuple):
+    """Fold means of the trials that a candidate is compared with, and their predicted values."""
+
+    means: Scores
+    """Mean score of each trial on each fold, (trials, folds); NaN if the trial has not finished the fold."""
+    values: Values
+
+
+@lru_cache(maxsize=8)
+def _reference(trials: tuple[TrialScores, ...], folds: Folds) -> Reference:
+    # Cached because it is needed after every epoch and changes only when a trial finishes a fold.
+    means = np.full((len(trials), folds.k), np.nan)
+    for row, trial in enumerate(trials):
+        means[row, list(trial.finished)] = [trial.curves[fold][-1] for fold in trial.finished]
+    near = [trials[row] for row in np.flatnonzero(near_rows(means)[0])]
+    of_fold = [[trial.scores[fold][-1] for trial in near if fold in trial.finished] for fold in range(folds.k)]
+    g2 = residual_variance([np.array(scores, float) for scores in of_fold if scores])
+    sizes = tuple(len(folds.held_out(fold)) for fold in range(folds.k))
+    return Reference(means, value_model(means, sizes, g2).predict(means))
+
+
+def _best(trials: Sequence[TrialScores], values: Scores, other_than: int | None = None) -> int:
+    """Return the row of the leader: the trial that is not pruned and has the highest expected value."""
+    by_row = {
+        row: float(values[row]) for row, trial in enumerate(trials) if not trial.is_pruned and row != other_than
+    }
+    return rank(by_row)[0]
+
+
+def _ends(
+    candidate: TrialScores, fold: int, others: Sequence[TrialScores], leader_mean: float
+) -> tuple[float, float]:
+    """Predict the mean score of an unfinished first fold after its last epoch: best case and typical case.
+
+    `leader_mean` is the expected mean score of the leader on this fold.
     """
-    scores = candidate.scores[fold]
-    now = scores[np.argmax(candidate.curves[fold])].astype(float)
-    part = len(scores) / candidate.n_epochs
-    spent = candidate.spent(len(scores))
-    # Trials may differ in their number of epochs. Rounding down makes the shares smaller, in the candidate's favour.
-    then = _shares_of_final(reference.near, lambda trial: int(part * trial.n_epochs + 1e-9))
-    slowest = min([spent, *then])
-    if slowest <= 0:
-        return np.full_like(now, np.inf), now
-    fastest = max(_shares_of_final(reference.near, lambda trial: _epochs_to_spend(trial, 1 - spent)))
-    slow, late = now / slowest, reference.scores[fold] * fastest
-    return max(slow, late, key=np.mean), now / (float(np.median(then)) if then else spent)
-
-
-def _shares_of_final(near: Sequence[TrialScores], epochs: Callable[[TrialScores], int]) -> list[float]:
-    """Return, for each near trial, the fraction of its final score that it reached in its first epochs.
-
-    `epochs` returns how many first epochs of a trial to consider. Trials for which it returns 0 are left out. The
-    score of a fold is the best score in these epochs, and scores are summed over the trial's folds.
-    """
-    shares = []
-    for trial in near:
-        if n_epochs := epochs(trial):
-            finals = [curve[-1] for curve in trial.curves.values()]
-            bests = [curve[:n_epochs].max() for curve in trial.curves.values()]
-            shares.append(float(np.sum(bests) / np.sum(finals)) if np.sum(finals) > 0 else 1.0)
-    return shares
+    now, n_epochs = float(candidate.curves[fold].max()), len(candidate.scores[fold])
+    part, left = n_epochs / candidate.n_epochs, 1 - candidate.spent(n_epochs)
+    gains, rises = [], []
+    for trial in others:
+        curve = trial.curves[trial.finished[0]]
+        end = float(curve[-1])
+        # Trials may differ in their number of epochs. Rounding down makes gains larger, which helps the candidate.
+        then = float(curve[: int(part * trial.n_epochs + 1e-9)].max(initial=0.0))
+        gains.append(max(0.0, end - then) / max(1 - then, 0.05))
+        if end >= leader_mean - NEAR:
+            rises.append(float(curve[: _epochs_to_spend(trial, left)].max()) / end if end > 0 else 1.0)
+    largest = min(1.0, max(gains) + EXTRA * float(np.std(gains, ddof=1)))
+    fast, late = now + (1 - now) * largest, leader_mean * max(rises, default=1.0)
+    return max(fast, late), now + (1 - now) * float(np.median(gains))
 
 
 def _epochs_to_spend(trial: TrialScores, spent: float) -> int:

@@ -6,13 +6,15 @@ replicate of a trial is a second set of fits on the same folds with new seeds. E
 """
 
 import logging
+from collections.abc import Mapping
 
 import numpy as np
 
+from hpsearch.stats.best import rank
 from hpsearch.stats.selection import select_for_replication
 from hpsearch.store.fits import remove_networks
 from hpsearch.store.record import StudyRecord, has_all_replicates, wants_replicates
-from hpsearch.store.trials import ReplicateRecord, Shortlist
+from hpsearch.store.trials import ReplicateRecord, Shortlist, TrialRecord
 from hpsearch.store.versions import code_version, now
 
 logger = logging.getLogger(__name__)
@@ -78,4 +80,12 @@ def remove_unneeded_networks(record: StudyRecord) -> None:
     kept = standing.ranking[: min(N_KEPT, len(standing.confirmed))]
     for second in record.replicate_records() if standing.confirmed else ():
         for fit in record.fits(second.trial, replicate=1) if second.trial not in kept else ():
+            remove_networks(fit.paths)
+
+
+def remove_networks_of_losers(record: StudyRecord, trials: Mapping[int, TrialRecord], number: int) -> None:
+    """Remove networks after the trial `number` has ended, so that only the two best complete trials keep theirs."""
+    ranking = rank({each.number: each.value or 0.0 for each in record.contenders(trials.values())})
+    for each in {number, *ranking[2:4]} - set(ranking[:2]):
+        for fit in record.fits(each):
             remove_networks(fit.paths)

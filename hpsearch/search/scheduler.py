@@ -7,6 +7,11 @@ also be used to simulate studies.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from hpsearch.search.racing import FoldOrder
+
+REFINE_EVERY = 10
+"""Number of trials after which a further fold of the most promising trial is fitted."""
+
 
 @dataclass(frozen=True)
 class OpenFits:
@@ -40,19 +45,23 @@ class StudyState:
     """Maximum number of trials still to be evaluated, including open trials."""
     n_suggested: int
     """Number of recorded trials, including open trials and trials that do not count toward `study.trials`."""
-    has_complete: bool
-    """Whether any trial is complete, so that other trials can be compared with it."""
     open: tuple[OpenFits, ...] = ()
     """Open trials by number, or open replicates in shortlist order if there is a shortlist. On a cluster with unlike
     workers, those that fewer workers can train come first."""
     has_shortlist: bool = False
     """Whether the search has ended and the trials to replicate are selected."""
     lookahead: int = 0
-    """If above 0, trial n is suggested only after all trials up to n - lookahead have ended."""
-    folds_in_turn: bool = True
-    """Whether the folds of a trial are fitted one after another, as long as other trials can use the free workers."""
-    judges_any_fold: bool = True
-    """Whether the pruner can judge a trial by any subset of its folds. If not, the folds must be fitted in order."""
+    """If above 0, trial n is suggested only after all trials up to n - lookahead have ended, or, if folds are fitted
+    as needed, have finished a fold."""
+    folds: FoldOrder = "as needed"
+    """How the pruner wants the folds of a trial to be fitted."""
+    refine: tuple[int, ...] = ()
+    """Open trials with a finished fold, in the order in which they should get further folds (only for folds as
+    needed)."""
+    n_screened: int = 0
+    """Number of trials that have finished a fold."""
+    n_further: int = 0
+    """Number of fits, finished or running, beyond the first of each trial."""
 
 
 @dataclass(frozen=True)
@@ -80,32 +89,48 @@ Action = Fit | Suggest | MakeShortlist
 def next_action(state: StudyState) -> Action | None:
     """Return what an idle worker should do next; None if nothing can start now.
 
-    1. Continue an open trial that no worker is fitting.
-    2. While no trial is complete, fit further folds of the first trial: pruning needs a complete trial.
+    1. Continue an open trial that no worker is fitting. If folds are fitted as needed, only until its first fold is
+       finished.
+    2. If folds are fitted as needed: after every `REFINE_EVERY` trials, fit a further fold of the most promising one.
     3. Begin a trial, unless most open trials wait for a larger worker.
-    4. Fit further folds of open trials. If folds are fitted in turn, skip trials without a finished fold.
+    4. Fit further folds of open trials, unless the pruner needs the folds in order.
     5. After the search, select the shortlist and fit its replicates.
-
-    Steps 2 and 4 are skipped if the pruner needs the folds in order, or if folds are fitted in turn with a lookahead.
     """
     if state.has_shortlist:
         return _first_fit(state.open)
-    if fit := _first_fit(fits for fits in state.open if not fits.running):
+    as_needed = state.folds == "as needed"
+    if fit := _first_fit(each for each in state.open if not (each.running or (as_needed and each.finished))):
         return fit
-    # With a lookahead, the result must not depend on which of several folds of a trial finishes first.
-    may_help = state.judges_any_fold and not (state.folds_in_turn and state.lookahead)
-    helped = state.open if may_help else ()
-    if state.folds_in_turn and not state.has_complete and (fit := _first_fit(helped[:1])):
+    is_due = as_needed and not state.lookahead and state.n_further < state.n_screened // REFINE_EVERY
+    if is_due and (fit := _further_fit(state)):
         return fit
-    wants_trials = state.n_left > len(state.open)
-    last = state.n_suggested - state.lookahead
+    wants_trials, last = state.n_left > len(state.open), state.n_suggested - state.lookahead
+    is_settled = (each.trial > last or (as_needed and each.finished) for each in state.open)
     n_waiting = sum(not (fits.fits_worker or fits.running) for fits in state.open)
     may_begin = wants_trials and 2 * n_waiting <= len(state.open)
-    if may_begin and (state.lookahead == 0 or all(fits.trial > last for fits in state.open)):
+    if may_begin and (state.lookahead == 0 or all(is_settled)):
         return Suggest()
-    if fit := _first_fit(fits for fits in helped if fits.finished or not state.folds_in_turn):
+    if as_needed and not wants_trials and (fit := _further_fit(state)):
+        return fit
+    if state.folds == "all" and (fit := _first_fit(state.open)):
         return fit
     return None if state.open or wants_trials else MakeShortlist()
+
+
+def _further_fit(state: StudyState) -> Fit | None:
+    """Return a fit of a further fold of the most promising trial.
+
+    With a lookahead, the result must not depend on the number of workers. A trial is then chosen only while no fit is
+    running, and all its folds are fitted.
+    """
+    by_number = {each.trial: each for each in state.open}
+    candidates = [by_number[number] for number in state.refine if number in by_number]
+    if state.lookahead:
+        chosen = [each for each in candidates if len(each.finished | each.running) > 1]
+        if not chosen and any(each.running for each in state.open):
+            return None
+        candidates = chosen or candidates[:1]
+    return _first_fit(candidates)
 
 
 def _first_fit(candidates: Iterable[OpenFits]) -> Fit | None:

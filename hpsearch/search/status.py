@@ -1,8 +1,9 @@
 """Read the progress of a study from its folder."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from hpsearch.config import StudyConfig
 from hpsearch.paths import ProjectPaths
 from hpsearch.search import replicates
 from hpsearch.search.constant_predictions import constant_warnings
+from hpsearch.search.evaluation import Judge
 from hpsearch.store import lock
 from hpsearch.store.fits import FitRecord
 from hpsearch.store.record import StudyRecord, has_all_replicates
@@ -58,12 +60,16 @@ class StudyStatus:
     values: dict[int, float]
     """Value by which each trial that can win is ranked: its mean score, over both fits of each fold if the ranking
     uses its replicate."""
+    leader: TrialRecord | None
+    """Trial with the highest expected value, if it is not complete yet."""
+    leader_value: float
+    """Expected value of the leader; NaN if there is none."""
     shortlist: tuple[int, ...]
     """Trials to replicate after the search; empty before the search is over."""
     n_replicate_fits: int
     """Number of finished refits."""
     is_confirmed: bool
-    """Whether the ranking uses replicates. This requires that all of them have ended, at least one as complete."""
+    """Whether the ranking uses replicates: all of them have ended, and at least one is complete."""
     open_fits: tuple[OpenFit, ...]
     cluster: tuple[ClusterWorker, ...]
     """Connected Dask workers; empty if the study runs on one machine or is not running."""
@@ -104,6 +110,7 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
         seconds=seconds,
         best=next((trial for trial in trials if trial.number == standing.winner), None),
         values=standing.values,
+        **open_leader(Judge(record, {trial.number: trial for trial in trials}), trials),
         shortlist=shortlist,
         n_replicate_fits=sum(fit.is_finished for of_trial in refits.values() for fit in of_trial),
         is_confirmed=bool(standing.confirmed),
@@ -114,6 +121,13 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
         eta_s=seconds_left(record, plan, trials, seconds, refits_s) if plan is not None and not is_over else None,
         warnings=tuple(constant_warnings(record, fits)),
     )
+
+
+def open_leader(judge: Judge, trials: Iterable[TrialRecord]) -> dict[str, Any]:
+    """Return the leading trial and its expected value, as fields of `StudyStatus`, if the trial is not complete."""
+    number, value = judge.leader() or (None, math.nan)
+    leader = next((trial for trial in trials if trial.number == number and trial.outcome is None), None)
+    return {"leader": leader, "leader_value": value}
 
 
 def seconds_of(fits: Sequence[FitRecord]) -> float:

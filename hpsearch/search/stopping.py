@@ -51,6 +51,11 @@ class Stop:
             self.request(at_once=True)
         return ""
 
+    @property
+    def left_s(self) -> float:
+        """Seconds until the time limit; infinite if there is none."""
+        return self._ends_at - time.monotonic()
+
     def check(self, text: str) -> None:
         """Raise StoppedError with `text` if a stop was requested."""
         if self.is_requested:

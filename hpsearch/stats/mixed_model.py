@@ -1,4 +1,4 @@
-"""Estimate a selected trial's mean, or its lead over another trial, by the posterior mean of a mixed model.
+"""Fit the mixed model of fold means by which `selection` corrects estimates and `value_model` predicts values.
 
 The mean score of trial c on fold k, z[c, k], is modelled as
 
@@ -45,9 +45,11 @@ class Contrast(NamedTuple):
     between the trials are uncertain."""
 
 
-class _Fits(NamedTuple):
+class Fits(NamedTuple):
     """Model fitted at each tau of a grid."""
 
+    tau: Floats
+    """Grid of tau, (grid,)."""
     share: Floats
     """Posterior probability of each tau, (grid,)."""
     conditional: Floats
@@ -57,6 +59,8 @@ class _Fits(NamedTuple):
     """Inverse covariance of f, (grid, folds, folds)."""
     level: Floats
     """Posterior mean of f, (grid, folds)."""
+    log_evidence: float
+    """Logarithm of the marginal likelihood of the fold means, averaged over the prior of tau, up to a constant."""
 
 
 def posterior_contrast(
@@ -92,8 +96,8 @@ def posterior_contrast(
     return Contrast(np.tensordot(fits.share, each, axes=1), float(choice_variance))
 
 
-def _fit_guides(means: Floats, precision: Floats, reference: int | None, se: float) -> tuple[Mask, _Fits]:
-    """Fit the model to the trials that inform tau: all except the reference and trials far below the others.
+def _fit_guides(means: Floats, precision: Floats, reference: int | None, se: float) -> tuple[Mask, Fits]:
+    """Fit the model to the trials that inform tau: all trials except the reference and those far below the others.
 
     Returns a mask of these trials, (trials,), and the fitted model. `se` is the standard error of the selected
     trial's mean, to which the prior of tau is scaled.
@@ -108,17 +112,18 @@ def _fit_guides(means: Floats, precision: Floats, reference: int | None, se: flo
         middle = np.median(height[guides])
         lowest = middle - TAIL * (height[guides].max() - middle) - NOISE / np.sqrt(total)
         found = is_eligible & (height >= lowest)
-        fits = _fit(means, precision, found, top=2 * float(np.ptp(height[found])) + 4 * se, se=se)
+        fits = fit(means, precision, found, top=2 * float(np.ptp(height[found])) + 4 * se, se=se)
         if (found == guides).all():
             break
         guides, level = found, fits.share @ fits.level
     return guides, fits
 
 
-def _fit(means: Floats, precision: Floats, guides: Mask, *, top: float, se: float) -> _Fits:
+def fit(means: Floats, precision: Floats, guides: Mask, *, top: float, se: float) -> Fits:
     """Fit the model to the trials in the mask `guides`, at each tau of a grid from 0 to `top`.
 
-    `se` is as in `_fit_guides`.
+    `means` and `precision` are (trials, folds), and the precision is 0 if a trial did not finish a fold. At least one
+    guide must have finished each fold. The prior of tau is scaled to the standard error `se` of a trial's mean.
     """
     z, w = means[guides], precision[guides]
     total = w.sum(axis=1)
@@ -126,13 +131,15 @@ def _fit(means: Floats, precision: Floats, guides: Mask, *, top: float, se: floa
     ratio = tau[:, None] ** 2 * total
     conditional = np.zeros((N_GRID, len(means)))
     conditional[:, guides] = pull = ratio / (1 + ratio) / total
-    information = np.diag(w.sum(axis=0)) - np.einsum("gc,ck,cl->gkl", pull, w, w, optimize=True)
+    information = np.diag(w.sum(axis=0)) - (pull[:, None] * w.T) @ w
     right = (w * z).sum(axis=0) - (pull * (w * z).sum(axis=1)) @ w
     level = np.linalg.solve(information, right[:, :, None])[:, :, 0]
     residual = z - level[:, None]
     misfit = (w * residual**2).sum(axis=(1, 2)) - (pull * (w * residual).sum(axis=2) ** 2).sum(axis=1)
     log_det = np.log1p(ratio).sum(axis=1) + np.linalg.slogdet(information)[1]
-    log_prior = np.log(np.gradient(tau)) - np.log1p((tau / (SCALE * se)) ** 2)
+    prior = np.gradient(tau) / (1 + (tau / (SCALE * se)) ** 2)
+    log_prior = np.log(prior / prior.sum())
     log_posterior = log_prior - (misfit + log_det) / 2
     share = np.exp(log_posterior - log_posterior.max())
-    return _Fits(share / share.sum(), conditional, information, level)
+    evidence = float(log_posterior.max() + np.log(share.sum()) + np.log(w[w > 0]).sum() / 2)
+    return Fits(tau, share / share.sum(), conditional, information, level, evidence)

@@ -16,8 +16,6 @@ S_GUESS, S_GUESS_DF = 0.006, 4.0
 """Prior guess of the run-to-run standard deviation of a fold's mean, and its weight in degrees of freedom."""
 S_FLOOR = 0.003
 """Smallest run-to-run standard deviation that racing uses."""
-MEDIAN_EFFICIENCY = 0.55
-"""Statistical efficiency of the median of mean squares with 4 degrees of freedom, relative to their mean."""
 
 
 @dataclass(frozen=True)
@@ -31,27 +29,6 @@ class RunVariance:
     @property
     def sd(self) -> float:
         return math.sqrt(self.variance)
-
-
-def run_variance(finals: Sequence[Floats]) -> RunVariance:
-    """Estimate the run-to-run variance of a fold's mean.
-
-    `finals` contains, for each fold, the scores after the last epoch, (trials, images). The mean squares that
-    `fold_mean_squares` returns for the trials are combined by their median, so that a trial that collapsed on one
-    fold has little effect. The median is divided by (1 - 2 / (9 df))^3, where df is the number of folds minus 1. This
-    is the approximate median of chi^2 / df (Wilson and Hilferty), so the quotient estimates the expected mean square.
-
-    The estimate is averaged with the prior guess, weighted by degrees of freedom, and is at least `S_FLOOR` squared.
-    With one trial or one fold, the prior guess is returned.
-    """
-    n_trials, n_folds = len(finals[0]), len(finals)
-    if n_trials < 2 or n_folds < 2:
-        return RunVariance(S_GUESS**2, S_GUESS_DF)
-    per_trial, image_part = fold_mean_squares(finals)
-    mean_square = float(np.median(per_trial)) / (1 - 2 / (9 * (n_folds - 1))) ** 3
-    df = MEDIAN_EFFICIENCY * (n_trials - 1) * (n_folds - 1)
-    variance = (S_GUESS_DF * S_GUESS**2 + df * (mean_square - image_part)) / (S_GUESS_DF + df)
-    return RunVariance(max(S_FLOOR**2, variance), S_GUESS_DF + df)
 
 
 def fold_mean_squares(finals: Sequence[Floats]) -> tuple[Floats, float]:

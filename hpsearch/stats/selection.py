@@ -1,4 +1,4 @@
-"""Compare the trials of a study, and correct the winner's score for selection bias.
+"""Compare the trials of a study: ties, shortlist, and the winner's mean and gain corrected for selection bias.
 
 The best of many means is too high on average, and the trials that survive racing tend to have scored too high in
 their first folds. One posterior mean corrects both effects, because a posterior does not depend on which trial was
@@ -117,7 +117,8 @@ def corrected_estimate(study: StudyScores) -> Corrected:
     found = _posterior(study, trial)
     half = half_width(found.image_variance + found.choice_variance, n - 1, found.run_variance, study.runs.df)
     total = Interval.of_scores(found.mean, found.mean - half, found.mean + half)
-    method: Method = "single" if study.n_trials == 1 else "confirmed" if study.replicated else "first"
+    is_single = study.n_trials == 1 and study.pruned is None
+    method: Method = "single" if is_single else "confirmed" if study.replicated else "first"
     naive = float(study.scores[trial].mean())
     return Corrected(trial=trial, naive=naive, low=total.low, high=total.high, method=method, **found._asdict())
 
@@ -176,7 +177,7 @@ def _posterior(study: StudyScores, trial: int, reference: int | None = None) -> 
     # The lower limit avoids a division by zero if all scores are equal.
     variance = np.maximum(study.image_variance / sizes + study.runs.variance / n_fits, 1e-14)
     known = np.isfinite(means)
-    if study.n_trials == 1:
+    if len(scores) == 1:
         weights, choice_variance = np.zeros_like(means), 0.0
         weights[trial] = sizes / study.n_images
     else:

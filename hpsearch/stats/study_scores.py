@@ -122,8 +122,18 @@ class StudyScores:
 
     @cached_property
     def image_variance(self) -> float:
-        """Residual variance g^2 of the image scores of the near trials, without trial, fold and image effects."""
-        return image_variance(self.near)
+        """Residual variance g^2 of the image scores of the near trials, without trial, fold and image effects.
+
+        Pruned trials count on the folds that they finished, if their mean there is near that of the complete trials.
+        """
+        finals = self.near
+        if self.pruned is not None:
+            of_fold = [self.pruned[:, fold] for fold in self.folds]
+            finals = [
+                np.concatenate([near, rows[rows.mean(axis=1) >= near.mean(axis=1).max() - NEAR]])
+                for near, rows in zip(self.near, of_fold, strict=True)
+            ]
+        return image_variance(finals)
 
     @property
     def run_variances(self) -> Floats:

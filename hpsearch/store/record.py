@@ -85,9 +85,10 @@ class StudyRecord(StudyFiles):
     def contenders(self, trials: Iterable[TrialRecord]) -> list[TrialRecord]:
         """Return the trials among `trials` that can win, by number.
 
-        A trial can win if it is complete and was trained as suggested. Among such trials with the same configuration,
-        only the earliest can win. Otherwise a configuration with several trials would have the advantage of being
-        represented by its best run.
+        A trial can win if it is complete and was trained with exactly the suggested params. (Version 0.1 could split
+        the batches of a trial that did not fit in memory.) Among such trials with the same configuration, only the
+        earliest can win. Otherwise a configuration with several trials would have the advantage of being represented
+        by its best run.
         """
         found: dict[tuple[Any, ...], TrialRecord] = {}
         for trial in sorted(trials, key=lambda trial: trial.number):

@@ -38,17 +38,17 @@ class PruneDecision:
     """Number of finished epochs in that fold."""
     reason: str
     d: float | None = None
-    """Mean difference per image between the score expected of a trial as good as the incumbent and the candidate's
-    score (`search.racing`). Positive if the candidate is worse; None if no comparison was possible."""
+    """Expected value of the leading trial minus that of the candidate (`search.racing`); None if no comparison was
+    possible."""
     se: float | None = None
     """Standard error of `d`."""
     s: float | None = None
     """Run-to-run standard deviation of a fold's mean score."""
     p: float | None = None
-    """One-sided p-value: the probability that `d` is at least this large if the candidate is truly better than the
-    incumbent by `racing.MATTERS`."""
+    """Probability that the value of the candidate exceeds that of the leading trial by more than `racing.MATTERS`. In
+    studies of version 0.1: p-value of the hypothesis that it does."""
     against: int | None = None
-    """Number of the incumbent, which is the best complete trial."""
+    """Number of the leading trial."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Define the content of the MLflow runs of a study: params, metrics, tags and description.
+"""Define the content of the MLflow runs of a study: name, params, metrics, tags and description.
 
 The study is the parent run, and these are its child runs:
 

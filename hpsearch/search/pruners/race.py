@@ -1,4 +1,4 @@
-"""Racing rule: prune a trial that is unlikely to be better than the best complete trial."""
+"""Pruner of the racing rule (`search.racing`)."""
 
 from hpsearch.config import StudyConfig
 from hpsearch.search.racing import Race
