@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from hpsearch.search.scheduler import (
     Suggest,
     next_action,
 )
+from hpsearch.search.stopping import Stop
 from hpsearch.store.record import StudyRecord
 from hpsearch.store.trials import PruneDecision
 from tests.search.simulated import simulate
@@ -246,6 +248,21 @@ def test_in_a_race_every_trial_gets_one_fold_and_few_get_more_before_the_last_is
     assert sum(fold > 0 for _, fold in early) == n_finished // REFINE_EVERY > 0
     assert len(found) < 2 * n_trials
     assert any(trial.outcome == "complete" for trial in study.record.trials())
+
+
+@pytest.mark.parametrize("is_limited", [False, True])
+def test_near_the_time_limit_the_leader_is_completed_before_another_trial_begins(
+    is_limited: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_early = 6
+
+    def left_s(_: Stop) -> float:
+        return 1e-3 if is_limited and len(list(tmp_path.rglob("trial.json"))) >= n_early else math.inf
+
+    monkeypatch.setattr(Stop, "left_s", property(left_s))
+    _, found = simulate(tmp_path, f"study.trials={N_TRIALS}", **SHAPE)
+    early = Counter(trial for trial, _ in found[: found.index((n_early, 0))])
+    assert (max(early.values()) == SHAPE["n_folds"]) == is_limited
 
 
 def test_a_trial_is_pruned_while_it_waits(tmp_path: Path) -> None:
