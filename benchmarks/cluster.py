@@ -90,7 +90,17 @@ from hpsearch.typed_json import from_json, to_json
 from hpsearch.workers import dask_pool, jobs, loop
 from hpsearch.workers.dask_pool import DaskPool
 from hpsearch.workers.dask_task import ENDED, POLL_S, STARTED
-from hpsearch.workers.jobs import EpochEnded, Finished, FitJob, Job, Ready, Stopped, WorkerSettings
+from hpsearch.workers.jobs import (
+    Capacity,
+    ClusterWorker,
+    EpochEnded,
+    Finished,
+    FitJob,
+    Job,
+    Ready,
+    Stopped,
+    WorkerSettings,
+)
 from hpsearch.workers.plan import ExecutionPlan, sample_space
 from hpsearch.workers.pool import Worker
 
@@ -386,8 +396,11 @@ def run_simulated(folder: Path, size: Size, n_finished: int) -> Measured:
                 stack.enter_context(mock.patch.object(owner, attribute, function))
         stack.enter_context(mock.patch("os.fsync", functools.partial(_advance, clock)))
         stack.enter_context(mock.patch("time.monotonic", clock.now))
-        stack.enter_context(mock.patch.object(dask_pool, "Client", return_value=dask))
-        pool = stack.enter_context(DaskPool("simulated", study.holder, timeout_s=60.0, check=lambda: None))
+        stack.enter_context(mock.patch.object(dask_pool, "connect", return_value=dask))
+        stack.enter_context(mock.patch.object(dask_pool, "examine", _examine))
+        pool = stack.enter_context(
+            DaskPool("simulated", study.holder, device="cpu", limit=0, timeout_s=60.0, check=lambda: None)
+        )
         pool._messages = dask  # type: ignore[assignment]
         coordinator = Coordinator(record, pool, plan, Caches(), callback, stop, lambda: None)  # type: ignore[arg-type]
         pool.resize(plan.workers)
@@ -395,6 +408,15 @@ def run_simulated(folder: Path, size: Size, n_finished: int) -> Measured:
         coordinator.resume()
         loop.run(pool, Watched(coordinator, dask, size, measured, clock))
     return measured
+
+
+def _examine(client: Any, addresses: Sequence[str], probe: Path, device: str) -> dict[str, ClusterWorker]:
+    """Stand for `dask_workers.examine`: all workers are equal."""
+    capacity = Capacity(device="cpu", precision="float32", memory_bytes=2**40)
+    return {
+        each: ClusterWorker(address=each, host=each, device_name="simulated", unit=each, threads=8, capacity=capacity)
+        for each in addresses
+    }
 
 
 def _advance(clock: Clock, descriptor: int) -> None:
@@ -448,7 +470,10 @@ class SimulatedDask:
 
     def __init__(self, size: Size, measured: Measured, clock: Clock) -> None:
         self._measured, self._clock = measured, clock
-        self._addresses = {f"tcp://10.0.{n // 250}.{n % 250}:40000": {"nthreads": 8} for n in range(size.n_workers)}
+        self._addresses = {
+            f"tcp://10.0.{n // 250}.{n % 250}:40000": {"memory_limit": None, "resources": {}}
+            for n in range(size.n_workers)
+        }
         self._handlers: dict[str, Callable[[tuple[float, str]], None]] = {}
         self._fits: dict[str, tuple[FitJob, list[EpochRow]]] = {}
         self._due: list[tuple[float, int, str, jobs.Report | None]] = []

@@ -310,7 +310,7 @@ def test_waiting_for_a_cluster_can_be_stopped(tmp_path: Path) -> None:
 def test_a_dask_worker_that_is_suspended_when_the_pool_opens_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(dask_pool, "ANSWER_S", 1.0)
+    monkeypatch.setattr(dask_workers, "ANSWER_S", 1.0)
     with DaskCluster(tmp_path, 2) as cluster, pools(cluster.address, tmp_path) as open_pool:
         address, pid = next(iter(cluster.workers().items()))
         os.kill(pid, signal.SIGSTOP)
@@ -326,7 +326,7 @@ def test_a_dask_worker_that_is_suspended_when_the_pool_opens_is_left_out(
 
 @pytest.mark.slow
 def test_a_cluster_on_which_no_dask_worker_answers_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dask_pool, "ANSWER_S", 0.5)
+    monkeypatch.setattr(dask_workers, "ANSWER_S", 0.5)
     with DaskCluster(tmp_path, 1) as cluster, pools(cluster.address, tmp_path, timeout_s=2.0) as open_pool:
         (pid,) = cluster.workers().values()
         os.kill(pid, signal.SIGSTOP)
