@@ -62,7 +62,7 @@ def _lines(project: ProjectPaths, status: StudyStatus) -> Iterator[str]:
     from hpsearch.store.trials import read_record
 
     study = project.study(status.name)
-    outcomes = Counter(trial.outcome for trial in status.trials if trial.outcome)
+    outcomes = Counter(trial.outcome or "open" for trial in status.trials)
     counts = ", ".join(f"{n} {outcome}" for outcome, n in sorted(outcomes.items())) or "none ended"
     holder = f"run by {lock.describe_holder(study)}" if status.is_running else "not running"
     yield f"study {status.name}: {status.n_counted}/{status.config.study.trials} trials ({counts}); {holder}"

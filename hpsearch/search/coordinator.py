@@ -388,7 +388,7 @@ def _study_state(coordinator: Coordinator, worker: Worker) -> StudyState:
 
 
 def _completion_s(coordinator: Coordinator, number: int) -> float:
-    """Return the seconds that the missing folds of a trial will probably take, with a margin of 20 %."""
+    """Return the seconds that the missing folds of a trial will probably take, with a margin of 50 %."""
     fits = coordinator.open[number, 0].fits()
     fit_s = max(sum(row.seconds for row in fit.epochs()) for fit in fits)
-    return 1.2 * fit_s * math.ceil(sum(not fit.is_finished for fit in fits) / max(1, len(coordinator.pool)))
+    return 1.5 * fit_s * math.ceil(sum(not fit.is_finished for fit in fits) / max(1, len(coordinator.pool)))

@@ -16,7 +16,7 @@ another trial finishes a fold, p is computed again, because the leader or its ex
 to the leader. During the search, one further fold is fitted for every 10 trials that have finished their first fold,
 so that the estimate of the leader's value keeps improving. The remaining ones are fitted after the last trial has
 been suggested, until all trials are pruned or complete. Trial 0 is never pruned, because the gain of the winner over
-it is reported. It is completed last, unless it can still win.
+it is reported. It is completed first, so that a search that is stopped has a complete trial.
 
 **Within the first fold**, the score after the last epoch is unknown, but its best case can be estimated as soon as
 three other trials have finished a first fold. It is the higher of two predictions:

@@ -89,9 +89,9 @@ Action = Fit | Suggest | MakeShortlist
 def next_action(state: StudyState) -> Action | None:
     """Return what an idle worker should do next; None if nothing can start now.
 
-    1. Continue an open trial that no worker is fitting. If folds are fitted as needed, only until its first fold is
-       finished.
-    2. If folds are fitted as needed: after every `REFINE_EVERY` trials, fit a further fold of the most promising one.
+    1. Continue an open trial that no worker is fitting. If folds are fitted as needed, this is trial 0, or a trial
+       without a finished fold.
+    2. If folds are fitted as needed: after every `REFINE_EVERY` trials, fit a further fold of the most promising.
     3. Begin a trial, unless most open trials wait for a larger worker.
     4. Fit further folds of open trials, unless the pruner needs the folds in order.
     5. After the search, select the shortlist and fit its replicates.
@@ -99,13 +99,15 @@ def next_action(state: StudyState) -> Action | None:
     if state.has_shortlist:
         return _first_fit(state.open)
     as_needed = state.folds == "as needed"
-    if fit := _first_fit(each for each in state.open if not (each.running or (as_needed and each.finished))):
+    # Trial 0 is completed first: the gain over it is reported, and a search that is stopped has a complete trial.
+    waiting = {each.trial for each in state.open if as_needed and each.finished and each.trial > 0}
+    if fit := _first_fit(each for each in state.open if not each.running and each.trial not in waiting):
         return fit
     is_due = as_needed and not state.lookahead and state.n_further < state.n_screened // REFINE_EVERY
     if is_due and (fit := _further_fit(state)):
         return fit
     wants_trials, last = state.n_left > len(state.open), state.n_suggested - state.lookahead
-    is_settled = (each.trial > last or (as_needed and each.finished) for each in state.open)
+    is_settled = (each.trial > last or each.trial in waiting for each in state.open)
     n_waiting = sum(not (fits.fits_worker or fits.running) for fits in state.open)
     may_begin = wants_trials and 2 * n_waiting <= len(state.open)
     if may_begin and (state.lookahead == 0 or all(is_settled)):
