@@ -9,7 +9,7 @@ from hpsearch.config import StudyConfig, stable_seed
 from hpsearch.data.prepare import PoolCaches
 from hpsearch.paths import FitPaths
 from hpsearch.search import pruners
-from hpsearch.search.racing import Race, TrialScores, leader, true_means
+from hpsearch.search.racing import TrialScores, leader, true_means
 from hpsearch.search.scheduler import OpenFits
 from hpsearch.store.fits import FitRecord
 from hpsearch.store.record import StudyRecord
@@ -182,9 +182,7 @@ class Judge:
 
     def refine_order(self) -> tuple[int, ...]:
         """Return the open trials with a finished fold, in the order in which they should get further folds."""
-        if not isinstance(self.pruner, Race):
-            return ()
-        return tuple(self.pruner.order(self.known_scores(), self._record.folds))
+        return tuple(self.pruner.order(self.known_scores(), self._record.folds)) if self.as_needed else ()
 
     def leader(self) -> tuple[int, float] | None:
         """Return the number of the leading trial and its expected value; None if folds are not fitted as needed."""

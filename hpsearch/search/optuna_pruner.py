@@ -7,6 +7,7 @@ import optuna
 from optuna.pruners import BasePruner
 
 from hpsearch.data.folds import Folds
+from hpsearch.search.pruners import Pruner
 from hpsearch.search.racing import FoldOrder, TrialScores, decide
 from hpsearch.search.suggest import quiet
 from hpsearch.store.trials import PruneDecision
@@ -28,7 +29,7 @@ def images(trial: TrialScores, folds: Folds) -> list[Report]:
     ]
 
 
-class OptunaPruner:
+class OptunaPruner(Pruner):
     """Pruner that delegates its decisions to one of Optuna's pruners.
 
     Optuna's pruner sees an in-memory study that contains only the reports of all trials and the values of complete

@@ -149,12 +149,10 @@ class Race:
         n_finished = [len(trial.finished) for trial in compared]
         rows = [row for row, trial in enumerate(compared) if not trial.is_pruned and not trial.is_full(folds.k)]
         rivals = sorted((row for row in rows if row != leader), key=lambda row: -p[row])
-        if leader not in rows:
-            return [compared[row].number for row in rivals]
-        first = (
-            rivals[:1] if rivals and p[rivals[0]] > self.alpha and n_finished[rivals[0]] <= n_finished[leader] else []
-        )
-        return [compared[row].number for row in dict.fromkeys([*first, leader, *rivals])]
+        if leader in rows:
+            is_behind = bool(rivals) and p[rivals[0]] > self.alpha and n_finished[rivals[0]] <= n_finished[leader]
+            rivals.insert(int(is_behind), leader)
+        return [compared[row].number for row in rivals]
 
 
 def decide(

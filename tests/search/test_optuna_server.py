@@ -32,7 +32,7 @@ def url(server: Postgres, tmp_path: Path) -> str:
 
 
 def shown(url: str, study: str = "fake") -> list[tuple[object, ...]]:
-    """What the database says about each trial."""
+    """State, value and intermediate values of each trial in the database."""
     storage = optuna.storages.RDBStorage(url)
     trials = storage.get_all_trials(storage.get_study_id_from_name(study))
     storage.engine.dispose()

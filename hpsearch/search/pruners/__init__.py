@@ -26,6 +26,13 @@ class Pruner(Protocol):
         trials are among them only if folds are fitted as needed.
         """
 
+    def order(self, trials: Sequence[TrialScores], folds: Folds) -> list[int]:
+        """Return the numbers of the open trials with a finished fold, those first that should get the next folds.
+
+        It must contain all of them. It is only called if folds are fitted as needed.
+        """
+        return []
+
 
 def make_pruner(config: StudyConfig) -> Pruner:
     """Return the pruner named in `study.pruner`."""

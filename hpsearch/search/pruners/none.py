@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 from hpsearch.config import StudyConfig
 from hpsearch.data.folds import Folds
+from hpsearch.search.pruners import Pruner
 from hpsearch.search.racing import FoldOrder, TrialScores
 
 
-class NoPruner:
+class NoPruner(Pruner):
     """Pruner that never prunes."""
 
     folds: FoldOrder = "all"
