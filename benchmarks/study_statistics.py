@@ -1,7 +1,7 @@
 """Check the statistics of the report on simulated studies in which the true values are known.
 
-    python benchmarks/study_statistics.py             400 studies per setting, up to 15 minutes on one core
-    python benchmarks/study_statistics.py --quick     40 studies per setting, about 1 minute
+    python benchmarks/study_statistics.py             400 studies per setting, about 40 minutes on one core
+    python benchmarks/study_statistics.py --quick     40 studies per setting, about 4 minutes
     python benchmarks/study_statistics.py --runs 0 0.006 0.010 --spreads 0 0.01 --noise normal --images 2150
     python benchmarks/study_statistics.py --shape skewed --trials 12 --confirm 0 --seed 1
 
