@@ -74,7 +74,7 @@ from hpsearch.search import new_trials
 from hpsearch.search.autotune import MachineChoice
 from hpsearch.search.callbacks import StudyCallback
 from hpsearch.search.coordinator import Coordinator
-from hpsearch.search.evaluation import Judge
+from hpsearch.search.evaluation import StudyPruner
 from hpsearch.search.optuna_view import OptunaView
 from hpsearch.search.status import forecast
 from hpsearch.search.stopping import Stop
@@ -354,7 +354,7 @@ TIMED: Mapping[str, tuple[Any, str]] = {
     "loop: Dask workers": (DaskPool, "_fill"),
     "  suggest": (new_trials, "suggest"),
     "  _study_state": (coordinators, "_study_state"),
-    "  judge": (Judge, "judge"),
+    "  should_prune": (StudyPruner, "should_prune"),
     "  write_trial": (StudyRecord, "write_trial"),
     "  _remove_networks": (coordinators, "_remove_networks"),
     "  trial_ended": (StudyProgress, "trial_ended"),

@@ -86,7 +86,7 @@ PHASES: dict[str, tuple[tuple[str, str], ...]] = {
         ("worker", "training/checkpoint.py:save_array"),
         ("worker", "paths.py:atomic_write"),
         ("worker", "paths.py:append_line"),
-        ("coordinator", "search/evaluation.py:judge"),
+        ("coordinator", "search/evaluation.py:should_prune"),
     ),
     "tell": (
         ("coordinator", "search/coordinator.py:_end"),

@@ -129,7 +129,7 @@ class Replay:
             self.spent += 1
             candidate = replace(trial, scores={**trial.scores, fold: whole.scores[fold][:epoch]})
             self.open[number] = candidate
-            if self._judge(candidate, self.lookahead):
+            if self._prune(candidate, self.lookahead):
                 return
         if candidate.is_full(self.study.folds.k):
             self.ended[number] = self.open.pop(number)
@@ -137,12 +137,12 @@ class Replay:
         if self.pruner.folds == "as needed" and not (self.lookahead and is_early):
             for each in list(self.open.values()):
                 if each.finished:
-                    self._judge(each, 0)
+                    self._prune(each, 0)
 
-    def _judge(self, candidate: TrialScores, lookahead: int) -> bool:
+    def _prune(self, candidate: TrialScores, lookahead: int) -> bool:
         last = candidate.number - lookahead if lookahead else len(self.order)
         others = [each for each in self._known() if each.number <= last and each.number != candidate.number]
-        decision = self.pruner.judge(candidate, others, self.study.folds)
+        decision = self.pruner.should_prune(candidate, others, self.study.folds)
         if decision is not None:
             self.judged.add(candidate.number)
         if decision is None or not decision.drop:
@@ -167,7 +167,7 @@ class Replay:
             open=tuple(opened),
             lookahead=self.lookahead,
             folds=self.pruner.folds,
-            refine=tuple(self.pruner.order(known, self.study.folds)) if isinstance(self.pruner, Race) else (),
+            refine=tuple(self.pruner.order(known, self.study.folds)) if self.pruner.folds == "as needed" else (),
             n_screened=sum(bool(each.finished) for each in known),
             n_further=sum(len(each.finished) - 1 for each in known if each.finished),
         )

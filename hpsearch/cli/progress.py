@@ -21,7 +21,7 @@ from hpsearch.data.prepare import Prepared
 from hpsearch.paths import ProjectPaths
 from hpsearch.report.formats import count, duration
 from hpsearch.search.callbacks import StudyCallback
-from hpsearch.search.evaluation import Judge
+from hpsearch.search.evaluation import StudyPruner
 from hpsearch.search.status import StudyStatus, open_leader, seconds_left, seconds_of, study_status
 from hpsearch.store.record import StudyRecord
 from hpsearch.store.trials import TrialRecord, count_trials
@@ -73,7 +73,7 @@ class StudyProgress(StudyCallback):
         config, study, status = record.config, record.config.study, study_status(self._project, self._name)
         self._record, self._plan, self._status = record, plan, status
         self._trials = {trial.number: trial for trial in status.trials}
-        self._judge = Judge(record, self._trials)
+        self._pruner = StudyPruner(record, self._trials)
         self._seconds.update(status.seconds)
         self._refits_s = sum(seconds_of(record.fits(number, replicate=1)) for number in status.shortlist)
         self._epochs = {trial.number: trial.config["train"]["epochs"] for trial in status.trials}
@@ -162,7 +162,7 @@ class StudyProgress(StudyCallback):
         standing = self._record.standing(trials)
         best = None if standing.winner is None else self._trials[standing.winner]
         n_counted = count_trials(trials)
-        found = {"n_counted": n_counted, "best": best, "values": standing.values, **open_leader(self._judge, trials)}
+        found = {"n_counted": n_counted, "best": best, "values": standing.values, **open_leader(self._pruner, trials)}
         self._status = dataclasses.replace(self._status, **found)
         left_s = seconds_left(self._record, self._plan, trials, self._seconds, self._refits_s)
         if left_s is not None:

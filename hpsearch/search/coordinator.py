@@ -20,7 +20,7 @@ from hpsearch.paths import remove_stale_temporaries
 from hpsearch.search import replicates
 from hpsearch.search.callbacks import StudyCallback
 from hpsearch.search.constant_predictions import constant_warnings
-from hpsearch.search.evaluation import Evaluation, Judge, fold_job
+from hpsearch.search.evaluation import Evaluation, StudyPruner, fold_job
 from hpsearch.search.new_trials import next_trial, used_up
 from hpsearch.search.racing import decide
 from hpsearch.search.scheduler import Fit, MakeShortlist, StudyState, Suggest, next_action
@@ -70,7 +70,7 @@ class Coordinator:
     def __post_init__(self) -> None:
         self.trials = {trial.number: trial for trial in self.record.trials()}
 
-        self.judge = Judge(
+        self.pruner = StudyPruner(
             self.record, self.trials, lambda number: self.open[number, 0].finished if (number, 0) in self.open else ()
         )
 
@@ -89,7 +89,7 @@ class Coordinator:
             for fit in self.record.fits(trial.number):
                 if fit.is_finished:
                     remove_checkpoints(fit.paths)
-        _judge_waiting(self)
+        _prune_waiting(self)
 
     def poll(self) -> bool:
         """Check for stop requests, the time limit and hanging fits. Return False if the study must end at once."""
@@ -148,12 +148,12 @@ class Coordinator:
                 self._end(evaluation, "infeasible", reason=text, constraint=1.0)
             case Failed():
                 self._on_death(evaluation, job.fold, report)
-        _judge_waiting(self)
+        _prune_waiting(self)
 
     def _begin_trial(self) -> None:
         """Record the next enqueued or suggested trial, and start it if it is feasible."""
         last = max(self.trials, default=-1) + 1 - self.record.config.study.lookahead
-        trial, infeasible = next_trial(self.record, self.trials, self.plan, self.judge.true_means(last))
+        trial, infeasible = next_trial(self.record, self.trials, self.plan, self.pruner.true_means(last))
         evaluation = Evaluation(self.record, trial, trial.study_config)
         self._write(evaluation)
         if infeasible is not None:
@@ -191,7 +191,7 @@ class Coordinator:
         self.callback.epoch_ended(evaluation.record.number, fold, row)
         self.wake_views()
         if isinstance(evaluation.record, TrialRecord) and evaluation.pruned is None:
-            decision = self.judge.judge(evaluation.record, fold)
+            decision = self.pruner.should_prune(evaluation.record, fold)
             if decision is not None:
                 self._write(evaluation, decisions=evaluation.decisions_with(decision))
         return evaluation.pruned is None and not self.stop.is_requested
@@ -305,17 +305,17 @@ def _stop_trial(coordinator: Coordinator, evaluation: Evaluation) -> None:
     reason = "stopped on request"
     trial = coordinator.trials[evaluation.record.number]
     coordinator._say(f"trial {trial.number} is {reason}")
-    candidate = coordinator.judge.scores_of(trial)
+    candidate = coordinator.pruner.scores_of(trial)
     if not candidate.scores:
         coordinator._end(evaluation, "failed", reason=f"{reason} before its first epoch")
     elif evaluation.pruned is None:
-        others = [each for each in coordinator.judge.known_scores() if each.number != trial.number]
+        others = [each for each in coordinator.pruner.known_scores() if each.number != trial.number]
         decision = decide(True, candidate, others, coordinator.record.folds, reason)
         coordinator._write(evaluation, decisions=evaluation.decisions_with(decision))
         coordinator._end_if_finished(evaluation)
 
 
-def _judge_waiting(coordinator: Coordinator) -> None:
+def _prune_waiting(coordinator: Coordinator) -> None:
     """Prune the open trials that can no longer win, if folds are fitted as needed: a trial or a fit may have ended.
 
     With a lookahead, this happens only after all trials have finished a first fold, and not while a trial gets its
@@ -325,11 +325,11 @@ def _judge_waiting(coordinator: Coordinator) -> None:
     fits = [each.open_fits() for each in opened]
     is_settled = all(not each.running and len(each.finished) == 1 for each in fits)
     is_early = record.n_left(list(coordinator.trials.values())) > len(opened)
-    if not coordinator.judge.as_needed or (record.config.study.lookahead and (is_early or not is_settled)):
+    if not coordinator.pruner.as_needed or (record.config.study.lookahead and (is_early or not is_settled)):
         return
     for waiting in opened:
         if isinstance(waiting.record, TrialRecord) and not waiting.running and not waiting.pruned:
-            decision = coordinator.judge.judge_waiting(waiting.record)
+            decision = coordinator.pruner.should_prune_waiting(waiting.record)
             if decision is not None and decision.drop:
                 coordinator._write(waiting, decisions=waiting.decisions_with(decision))
                 coordinator._end_if_finished(waiting)
@@ -362,14 +362,14 @@ def _follow_cluster(coordinator: Coordinator) -> None:
 
 def _study_state(coordinator: Coordinator, worker: Worker) -> StudyState:
     """Return the state of the study that the scheduler needs to choose the next job of an idle worker."""
-    record, trials, judge = coordinator.record, list(coordinator.trials.values()), coordinator.judge
+    record, trials, pruner = coordinator.record, list(coordinator.trials.values()), coordinator.pruner
     capacities = {each.capacity for each in coordinator.plan.cluster}
     # Equal workers can train all open trials.
     unlike, capacity = (capacities, worker.capacity) if len(capacities) > 1 else ((), None)
     n_fitting = {key: sum(fits_memory(each.config, one) for one in unlike) for key, each in coordinator.open.items()}
     open_fits = [coordinator.open[key].open_fits(capacity) for key in sorted(n_fitting, key=n_fitting.__getitem__)]
-    known = judge.known_scores() if judge.as_needed else []
-    refine = () if coordinator.has_shortlist else judge.refine_order()
+    known = pruner.known_scores() if pruner.as_needed else []
+    refine = () if coordinator.has_shortlist else pruner.refine_order()
     # Before the time limit, the leader is completed instead of beginning further trials.
     left_s = coordinator.stop.left_s
     is_late = bool(refine) and left_s < math.inf and left_s < _completion_s(coordinator, refine[0])
@@ -379,7 +379,7 @@ def _study_state(coordinator: Coordinator, worker: Worker) -> StudyState:
         open=tuple(open_fits),
         has_shortlist=coordinator.has_shortlist,
         lookahead=record.config.study.lookahead,
-        folds=judge.pruner.folds,
+        folds=pruner.rule.folds,
         refine=refine,
         n_screened=sum(bool(each.finished) for each in known),
         n_further=sum(len(each.finished) - 1 for each in known if each.finished)

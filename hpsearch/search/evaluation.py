@@ -52,8 +52,8 @@ class Evaluation:
     def decisions_with(self, decision: PruneDecision) -> tuple[PruneDecision, ...]:
         """Return the recorded decisions of the pruner, followed by `decision`.
 
-        After a restart, an epoch may be judged again. The new decision then replaces the decisions on this and later
-        epochs of the same fold.
+        After a restart, the pruner may decide on an epoch again. The new decision then replaces the decisions on this
+        and later epochs of the same fold.
         """
         fold, epoch = decision.fold, decision.epoch
         before = [each for each in self.record.decisions if each.fold != fold or each.epoch < epoch]
@@ -122,8 +122,8 @@ def fit_seed(config: StudyConfig, place: int, fold: int, replicate: int = 0) -> 
     return stable_seed(config.study.seed, "second fit" if replicate else "fit", place, fold)
 
 
-class Judge:
-    """Wrapper around the study's pruner. It reads and caches the scores of the trials."""
+class StudyPruner:
+    """The pruner of a study, which reads and caches the scores of the trials for its rule."""
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class Judge:
         `trials` maps the number of each trial to its record. The caller keeps this mapping up to date. `finished`
         returns the finished folds of an open trial; by default, they are read from the study folder.
         """
-        self.pruner = pruners.make_pruner(record.config)
+        self.rule = pruners.make_pruner(record.config)
         self._record = record
         self._trials = trials
         self._finished = finished or record.finished_folds
@@ -146,13 +146,13 @@ class Judge:
     @property
     def as_needed(self) -> bool:
         """Whether further folds are fitted in the pruner's order."""
-        return self.pruner.folds == "as needed"
+        return self.rule.folds == "as needed"
 
-    def judge(self, trial: TrialRecord, fold: int) -> PruneDecision | None:
+    def should_prune(self, trial: TrialRecord, fold: int) -> PruneDecision | None:
         """Return the pruner's decision after an epoch of this fold; None if the pruner makes no decision.
 
         With a lookahead, the latest trials are ignored, because which of them have ended depends on the number of
-        workers. Further folds that are fitted as needed are then not judged: they finish in any order.
+        workers. Further folds that are fitted as needed are then ignored: they finish in any order.
         """
         candidate = self.scores_of(trial)
         # Ignore other folds that are being fitted: their progress depends on timing.
@@ -163,7 +163,7 @@ class Judge:
         candidate = dataclasses.replace(candidate, scores={**scores, fold: candidate.scores[fold]})
         return self._decide(candidate, trial, trial.number - lookahead if lookahead else max(self._trials))
 
-    def judge_waiting(self, trial: TrialRecord) -> PruneDecision | None:
+    def should_prune_waiting(self, trial: TrialRecord) -> PruneDecision | None:
         """Return the pruner's decision about an open trial with a finished fold that no worker is fitting."""
         candidate = self._known_scores(trial)
         return None if candidate is None else self._decide(candidate, trial, max(self._trials))
@@ -178,11 +178,11 @@ class Judge:
             for each in self.known_scores()
             if each.number <= last and self._trials[each.number].params != trial.params
         ]
-        return self.pruner.judge(candidate, others, self._record.folds)
+        return self.rule.should_prune(candidate, others, self._record.folds)
 
     def refine_order(self) -> tuple[int, ...]:
         """Return the open trials with a finished fold, in the order in which they should get further folds."""
-        return tuple(self.pruner.order(self.known_scores(), self._record.folds)) if self.as_needed else ()
+        return tuple(self.rule.order(self.known_scores(), self._record.folds)) if self.as_needed else ()
 
     def leader(self) -> tuple[int, float] | None:
         """Return the number of the leading trial and its expected value; None if folds are not fitted as needed."""

@@ -53,7 +53,9 @@ class OptunaPruner(Pruner):
         self._answers: dict[int, list[bool]] = {}
         """Optuna's answers by trial number, one per report; True to prune the trial."""
 
-    def judge(self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds) -> PruneDecision | None:
+    def should_prune(
+        self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds
+    ) -> PruneDecision | None:
         n_reports = len(self._reports(candidate, folds))
         if candidate.is_full(folds.k) or n_reports == len(self._reports(_an_epoch_ago(candidate), folds)):
             return None

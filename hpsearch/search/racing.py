@@ -121,7 +121,9 @@ class Race:
     def __init__(self, alpha: float = ALPHA) -> None:
         self.alpha = alpha
 
-    def judge(self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds) -> PruneDecision | None:
+    def should_prune(
+        self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds
+    ) -> PruneDecision | None:
         """Decide whether the candidate can still win.
 
         There is a decision after every epoch of the candidate's first fold, and after every later fold. Returns None

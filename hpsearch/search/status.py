@@ -11,7 +11,7 @@ from hpsearch.config import StudyConfig
 from hpsearch.paths import ProjectPaths
 from hpsearch.search import replicates
 from hpsearch.search.constant_predictions import constant_warnings
-from hpsearch.search.evaluation import Judge
+from hpsearch.search.evaluation import StudyPruner
 from hpsearch.store import lock
 from hpsearch.store.fits import FitRecord
 from hpsearch.store.record import StudyRecord, has_all_replicates
@@ -110,7 +110,7 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
         seconds=seconds,
         best=next((trial for trial in trials if trial.number == standing.winner), None),
         values=standing.values,
-        **open_leader(Judge(record, {trial.number: trial for trial in trials}), trials),
+        **open_leader(StudyPruner(record, {trial.number: trial for trial in trials}), trials),
         shortlist=shortlist,
         n_replicate_fits=sum(fit.is_finished for of_trial in refits.values() for fit in of_trial),
         is_confirmed=bool(standing.confirmed),
@@ -123,9 +123,9 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
     )
 
 
-def open_leader(judge: Judge, trials: Iterable[TrialRecord]) -> dict[str, Any]:
+def open_leader(pruner: StudyPruner, trials: Iterable[TrialRecord]) -> dict[str, Any]:
     """Return the leading trial and its expected value, as fields of `StudyStatus`, if the trial is not complete."""
-    number, value = judge.leader() or (None, math.nan)
+    number, value = pruner.leader() or (None, math.nan)
     leader = next((trial for trial in trials if trial.number == number and trial.outcome is None), None)
     return {"leader": leader, "leader_value": value}
 

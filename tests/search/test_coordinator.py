@@ -356,8 +356,10 @@ def test_a_survivor_that_is_dropped_while_others_help_ends_whole(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Late(Race):
-        def judge(self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds) -> PruneDecision | None:
-            verdict = super().judge(candidate, others, folds)
+        def should_prune(
+            self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds
+        ) -> PruneDecision | None:
+            verdict = super().should_prune(candidate, others, folds)
             drop = candidate.number == 1 and len(candidate.finished) == 2
             return None if verdict is None else dataclasses.replace(verdict, drop=drop)
 

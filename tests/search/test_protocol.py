@@ -319,7 +319,7 @@ class _Notes:
     def __init__(self) -> None:
         self.asked: list[tuple[TrialScores, list[int]]] = []
 
-    def judge(self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds) -> None:
+    def should_prune(self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds) -> None:
         self.asked.append((candidate, [trial.number for trial in others]))
 
 

@@ -64,7 +64,7 @@ def run(pruner: Pruner, whole: list[TrialScores]) -> list[tuple[TrialScores, Pru
     for each in whole:
         last = None
         for candidate in stages(each):
-            verdict = pruner.judge(candidate, [trial for trial, _ in ended], FOLDS)
+            verdict = pruner.should_prune(candidate, [trial for trial, _ in ended], FOLDS)
             last = verdict or last
             if verdict is not None and verdict.drop:
                 break
@@ -82,21 +82,21 @@ class TestEveryPruner:
         lived, whole = pruner_of(name), trials(12)
         ended = [trial for trial, _ in run(lived, whole)]
         for candidate in stages(TrialScores(len(whole), trials(1, seed=5)[0].scores, N_EPOCHS)):
-            said = lived.judge(candidate, ended, FOLDS)
-            assert pruner_of(name).judge(candidate, ended, FOLDS) == said
+            said = lived.should_prune(candidate, ended, FOLDS)
+            assert pruner_of(name).should_prune(candidate, ended, FOLDS) == said
             if said is not None and said.drop:
                 break
 
     def test_the_order_of_the_others_does_not_matter(self, name: str) -> None:
         ended = [trial for trial, _ in run(pruner_of(name), trials(8))]
         candidate = stages(TrialScores(8, trials(1, seed=6)[0].scores, N_EPOCHS))[2]
-        there = pruner_of(name).judge(candidate, ended, FOLDS)
-        back = pruner_of(name).judge(candidate, ended[::-1], FOLDS)
+        there = pruner_of(name).should_prune(candidate, ended, FOLDS)
+        back = pruner_of(name).should_prune(candidate, ended[::-1], FOLDS)
         assert there == back
 
     def test_a_full_trial_is_not_judged(self, name: str) -> None:
         whole = trials(7)
-        assert pruner_of(name).judge(whole[-1], whole[:-1], FOLDS) is None
+        assert pruner_of(name).should_prune(whole[-1], whole[:-1], FOLDS) is None
 
     def test_numbers_without_scores_are_no_obstacle(self, name: str) -> None:
         whole = [TrialScores(3 * trial.number + 2, trial.scores, N_EPOCHS) for trial in trials(8)]
@@ -135,7 +135,7 @@ def test_a_hopeless_trial_is_dropped(name: str) -> None:
     good = trials(6)
     hopeless = TrialScores(9, {fold: scores - np.float32(0.5) for fold, scores in good[0].scores.items()}, N_EPOCHS)
     pruner = pruner_of(name)
-    said = [pruner.judge(candidate, good, FOLDS) for candidate in stages(hopeless)]
+    said = [pruner.should_prune(candidate, good, FOLDS) for candidate in stages(hopeless)]
     assert any(verdict is not None and verdict.drop for verdict in said)
 
 
@@ -246,6 +246,6 @@ def test_the_last_epoch_of_a_fold_is_reported_though_an_earlier_one_was_better()
 
 
 def test_a_trial_without_a_full_one_beside_it_is_worth_its_last_epoch() -> None:
-    verdict = pruner_of("median").judge(TrialScores(0, {0: falling().scores[0]}, N_EPOCHS + 1), [], FOLDS)
+    verdict = pruner_of("median").should_prune(TrialScores(0, {0: falling().scores[0]}, N_EPOCHS + 1), [], FOLDS)
     assert verdict is not None
     assert verdict.estimate == pytest.approx(0.745)

@@ -60,7 +60,7 @@ def images_of(rng: np.random.Generator, sizes: list[int], mean: float = 0.8) -> 
 
 
 def judge(candidate: TrialScores, others: list[TrialScores], folds: Folds) -> PruneDecision:
-    verdict = Race().judge(candidate, others, folds)
+    verdict = Race().should_prune(candidate, others, folds)
     assert verdict is not None
     return verdict
 
@@ -147,7 +147,7 @@ def test_a_pruned_trial_is_never_the_leader_but_counts() -> None:
     found = judge(candidate, [pruned, other], folds)
     assert found.against == 1
     assert found != judge(candidate, [other], folds)
-    assert Race().judge(candidate, [pruned], folds) is None
+    assert Race().should_prune(candidate, [pruned], folds) is None
 
 
 def test_an_open_trial_may_be_the_leader() -> None:
@@ -223,14 +223,14 @@ def test_nothing_is_said_without_another_trial_nor_about_a_complete_one_nor_insi
 ) -> None:
     curve = np.array([0.5, 0.9, 1.0])
     whole, *others = (trial(number, images_of(rng, SIZES), curve) for number in range(MIN_CURVES + 1))
-    assert Race().judge(until(whole, 0), [], FOLDS) is None
-    assert Race().judge(until(whole, 0), [until(others[0], 0, 2)], FOLDS) is None
-    assert Race().judge(until(whole, 0), [until(others[0], 0)], FOLDS) is not None
-    assert Race().judge(until(whole, 0), [replace(each, is_pruned=True) for each in others], FOLDS) is None
-    assert Race().judge(whole, others, FOLDS) is None
-    assert Race().judge(until(whole, 1, 2), others, FOLDS) is None
-    assert Race().judge(until(whole, 0, 2), others, FOLDS) is not None
-    assert Race().judge(until(whole, 1), others, FOLDS) is not None
+    assert Race().should_prune(until(whole, 0), [], FOLDS) is None
+    assert Race().should_prune(until(whole, 0), [until(others[0], 0, 2)], FOLDS) is None
+    assert Race().should_prune(until(whole, 0), [until(others[0], 0)], FOLDS) is not None
+    assert Race().should_prune(until(whole, 0), [replace(each, is_pruned=True) for each in others], FOLDS) is None
+    assert Race().should_prune(whole, others, FOLDS) is None
+    assert Race().should_prune(until(whole, 1, 2), others, FOLDS) is None
+    assert Race().should_prune(until(whole, 0, 2), others, FOLDS) is not None
+    assert Race().should_prune(until(whole, 1), others, FOLDS) is not None
 
 
 def test_the_verdict_is_on_the_latest_fold_and_the_same_whatever_order_the_folds_ended_in(
@@ -516,7 +516,7 @@ def test_too_few_curves_say_nothing_inside_the_first_fold(rng: np.random.Generat
     base, curve = images_of(rng, SIZES), np.array([0.8, 0.9, 1.0])
     hopeless = trial(9, [0.1 * scores for scores in base], curve)
     others = [known(trial(number, base, curve), 1) for number in range(MIN_CURVES)]
-    assert Race().judge(until(hopeless, 0, 2), others[1:], FOLDS) is None
+    assert Race().should_prune(until(hopeless, 0, 2), others[1:], FOLDS) is None
     assert judge(until(hopeless, 0, 2), others, FOLDS).drop
     assert judge(until(hopeless, 0, 3), others[:1], FOLDS).drop
     # The curves of pruned trials count too.
@@ -617,7 +617,7 @@ def test_inside_the_first_fold_the_limit_is_lower(monkeypatch: pytest.MonkeyPatc
     p = judge(ended, others, folds).p
     assert p is not None
     for factor, drop in ((1.01, True), (0.99, False)):
-        verdict = Race(alpha=p * factor).judge(ended, others, folds)
+        verdict = Race(alpha=p * factor).should_prune(ended, others, folds)
         assert verdict is not None
         assert verdict.drop == drop
 
@@ -649,7 +649,7 @@ def test_a_fixed_split_races_on_epochs_alone(rng: np.random.Generator) -> None:
     others = [trial(number, base, curve) for number in range(MIN_CURVES)]
     hopeless = trial(9, [0.3 * scores for scores in base], curve)
     assert judge(until(hopeless, 0, 3), others, folds).drop
-    assert Race().judge(hopeless, others, folds) is None
+    assert Race().should_prune(hopeless, others, folds) is None
     assert Race().order(others, folds) == []
 
 

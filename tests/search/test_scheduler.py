@@ -195,7 +195,7 @@ class Random:
     def __init__(self, folds: FoldOrder) -> None:
         self.folds = folds
 
-    def judge(self, candidate: TrialScores, others: object, folds: Folds) -> PruneDecision | None:
+    def should_prune(self, candidate: TrialScores, others: object, folds: Folds) -> PruneDecision | None:
         if candidate.is_full(folds.k):
             return None
         epoch = len(candidate.scores[candidate.latest])
@@ -206,9 +206,9 @@ class Random:
 class RandomRace(Race):
     """A race that also drops by chance."""
 
-    def judge(self, candidate: TrialScores, others: Any, folds: Folds) -> PruneDecision | None:
-        by_chance = Random(self.folds).judge(candidate, others, folds)
-        return by_chance if by_chance and by_chance.drop else super().judge(candidate, others, folds)
+    def should_prune(self, candidate: TrialScores, others: Any, folds: Folds) -> PruneDecision | None:
+        by_chance = Random(self.folds).should_prune(candidate, others, folds)
+        return by_chance if by_chance and by_chance.drop else super().should_prune(candidate, others, folds)
 
 
 def outcome(record: StudyRecord) -> tuple[Any, ...]:

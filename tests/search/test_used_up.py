@@ -71,7 +71,7 @@ class _Drops(NoPruner):
 
     folds: FoldOrder = "in order"
 
-    def judge(  # type: ignore[override]
+    def should_prune(  # type: ignore[override]
         self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds
     ) -> PruneDecision | None:
         if not any(other.is_full(folds.k) for other in others):

@@ -19,7 +19,9 @@ class Pruner(Protocol):
     folds: FoldOrder
     """How the folds of a trial are fitted."""
 
-    def judge(self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds) -> PruneDecision | None:
+    def should_prune(
+        self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds
+    ) -> PruneDecision | None:
         """Return the decision after the latest epoch of fold `candidate.latest`; None to make no decision.
 
         `others` contains the trials to compare with, in any order. They have scores, but need not be complete. Open

@@ -13,7 +13,7 @@ class NoPruner(Pruner):
 
     folds: FoldOrder = "all"
 
-    def judge(self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds) -> None:
+    def should_prune(self, candidate: TrialScores, others: Sequence[TrialScores], folds: Folds) -> None:
         return None
 
 
