@@ -139,10 +139,13 @@ class StudyProgress(StudyCallback):
     def summarise(self, summary: StudySummary) -> None:
         """Print the result and the next commands."""
         n_trials = count(summary.record.config.study.trials, "trial")
-        if best := describe.describe_best(study_status(self._project, self._name)):
+        status = study_status(self._project, self._name)
+        if best := describe.describe_best(status):
             self._print(best)
         if summary.stopped:
-            self._print(f"stopped with {summary.n_counted} of {n_trials}: run the same command again to continue")
+            n_open = sum(trial.outcome is None for trial in status.trials)
+            done = f"{summary.n_counted} of {n_trials} done, {n_open} open"
+            self._print(f"stopped: {done}. Run the same command again to continue")
         else:
             final, report = (describe.next_command(c, self._name, self._project) for c in ("final --best", "report"))
             mlflow = [] if self._tracking == "none" else [describe.mlflow_command(self._project)]

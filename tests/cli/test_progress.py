@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 from pathlib import Path
 
@@ -76,6 +77,17 @@ def test_a_study_whose_tracking_failed_ends_with_why_and_the_command_that_retrie
     assert last.startswith("MLflow is not up to date (the server is away)")
     retry = f"hpsearch track --study fake --out '{tmp_path}/a project' --tracking 'http://***@lab:5000'"
     assert last.endswith(retry)
+
+
+def test_a_stopped_study_says_how_many_trials_are_done_and_how_many_are_open(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = FakeStudy(tmp_path, overrides=["study.trials=9"])
+    fake.trial()
+    fake.record.write_trial(dataclasses.replace(fake.record.trial(0), number=1, outcome=None, value=None))
+    StudyProgress("fake", fake.project, "none").summarise(StudySummary(fake.record, 1, True, 0))
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "stopped: 1 of 9 trials done, 1 open. Run the same command again to continue"
 
 
 def test_what_follows_from_ctrl_c_is_part_of_the_live_display_which_would_overwrite_it(
