@@ -577,7 +577,7 @@ class SimulatedDask:
 
     def _go_on(self, name: str, *, go: bool) -> None:
         job, rows = self._fits[name]
-        if not go:
+        if not go and len(rows) < N_EPOCHS:
             self._add(0.0, name, Stopped())
         elif len(rows) < N_EPOCHS:
             self._add(self._parts.pop(name, 1.0) * EPOCH_S * self._rng.uniform(0.8, 1.2), name, None)

@@ -21,8 +21,7 @@ from hpsearch.data.prepare import Prepared
 from hpsearch.paths import ProjectPaths
 from hpsearch.report.formats import count, duration
 from hpsearch.search.callbacks import StudyCallback
-from hpsearch.search.evaluation import StudyPruner
-from hpsearch.search.status import StudyStatus, open_leader, seconds_left, seconds_of, study_status
+from hpsearch.search.status import StudyStatus, seconds_left, seconds_of, study_status
 from hpsearch.store.record import StudyRecord
 from hpsearch.store.trials import TrialRecord, count_trials
 from hpsearch.study import StudySummary
@@ -73,7 +72,6 @@ class StudyProgress(StudyCallback):
         config, study, status = record.config, record.config.study, study_status(self._project, self._name)
         self._record, self._plan, self._status = record, plan, status
         self._trials = {trial.number: trial for trial in status.trials}
-        self._pruner = StudyPruner(record, self._trials)
         self._seconds.update(status.seconds)
         self._refits_s = sum(seconds_of(record.fits(number, replicate=1)) for number in status.shortlist)
         self._epochs = {trial.number: trial.config["train"]["epochs"] for trial in status.trials}
@@ -117,6 +115,10 @@ class StudyProgress(StudyCallback):
         mark = "  best so far" if best is not None and best.number == trial.number else ""
         reason = f"  ({trial.reason})" if trial.outcome != "complete" and trial.reason else ""
         self._print(f"trial {trial.number} {trial.outcome}{value}{mark}{reason}  {describe_params(trial.params)}")
+
+    def leader_changed(self, trial: int, value: float) -> None:
+        if self._status is not None:
+            self._status = dataclasses.replace(self._status, leader=self._trials[trial], leader_value=value)
 
     def replicating(self, trials: Sequence[int], done: int, total: int) -> None:
         if self._refits is None:
@@ -165,8 +167,7 @@ class StudyProgress(StudyCallback):
         standing = self._record.standing(trials)
         best = None if standing.winner is None else self._trials[standing.winner]
         n_counted = count_trials(trials)
-        found = {"n_counted": n_counted, "best": best, "values": standing.values, **open_leader(self._pruner, trials)}
-        self._status = dataclasses.replace(self._status, **found)
+        self._status = dataclasses.replace(self._status, n_counted=n_counted, best=best, values=standing.values)
         left_s = seconds_left(self._record, self._plan, trials, self._seconds, self._refits_s)
         if left_s is not None:
             self._ends_at = time.monotonic() + left_s
@@ -186,7 +187,7 @@ class StudyProgress(StudyCallback):
             return Group(*last)
         metric, done, total = status.config.study.metric, status.n_counted, status.config.study.trials
         head = f"study {self._name}  {done}/{total} trials"
-        if status.leader is not None:
+        if status.leader is not None and self._trials[status.leader.number].outcome is None:
             head += f"  leading {status.leader_value:.4f} (trial {status.leader.number})"
         elif status.best is not None:
             head += f"  best {status.values[status.best.number]:.4f} (trial {status.best.number})"

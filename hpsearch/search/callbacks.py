@@ -36,6 +36,12 @@ class StudyCallback:
     def trial_ended(self, trial: TrialRecord) -> None:
         """Called when a trial has ended. `trial.outcome` says how."""
 
+    def leader_changed(self, trial: int, value: float) -> None:
+        """Called when another trial has the highest expected value, or when that value has changed.
+
+        It is called only if folds are fitted as needed. The trial need not be complete.
+        """
+
     def replicating(self, trials: Sequence[int], done: int, total: int) -> None:
         """Called during the refits after the search: `done` of `total` refits of these trials are finished."""
 

@@ -33,7 +33,7 @@ from hpsearch.training.rows import EpochRow
 from hpsearch.typed_json import to_json
 from hpsearch.workers.jobs import EpochEnded, Failed, Finished, FitJob, Job, Stopped
 from hpsearch.workers.loop import DEATHS_PER_JOB
-from hpsearch.workers.plan import ExecutionPlan, fits_memory, why_infeasible
+from hpsearch.workers.plan import ExecutionPlan, why_infeasible
 from hpsearch.workers.pool import Event, Worker, WorkerPool
 
 logger = logging.getLogger(__name__)
@@ -64,6 +64,8 @@ class Coordinator:
     replicates in shortlist order."""
     has_shortlist: bool = False
     """Whether the search has ended and the trials to replicate are selected."""
+    leader: tuple[int, float] | None = None
+    """Number and expected value of the leading trial."""
     warned: set[int] = field(default_factory=set)
     """Numbers of the trials for which a warning about constant predictions was shown."""
 
@@ -149,6 +151,9 @@ class Coordinator:
             case Failed():
                 self._on_death(evaluation, job.fold, report)
         _prune_waiting(self)
+        if (leader := self.pruner.leader()) is not None and leader != self.leader:
+            self.leader = leader
+            self.callback.leader_changed(*leader)
 
     def _begin_trial(self) -> None:
         """Record the next enqueued or suggested trial, and start it if it is feasible."""
@@ -327,12 +332,11 @@ def _prune_waiting(coordinator: Coordinator) -> None:
     is_early = record.n_left(list(coordinator.trials.values())) > len(opened)
     if not coordinator.pruner.as_needed or (record.config.study.lookahead and (is_early or not is_settled)):
         return
-    for waiting in opened:
-        if isinstance(waiting.record, TrialRecord) and not waiting.running and not waiting.pruned:
-            decision = coordinator.pruner.should_prune_waiting(waiting.record)
-            if decision is not None and decision.drop:
-                coordinator._write(waiting, decisions=waiting.decisions_with(decision))
-                coordinator._end_if_finished(waiting)
+    for number, decision in coordinator.pruner.losers().items():
+        evaluation = coordinator.open[number, 0]
+        if not evaluation.running and not evaluation.pruned:
+            coordinator._write(evaluation, decisions=evaluation.decisions_with(decision))
+            coordinator._end_if_finished(evaluation)
 
 
 def _follow_cluster(coordinator: Coordinator) -> None:
@@ -347,7 +351,7 @@ def _follow_cluster(coordinator: Coordinator) -> None:
         coordinator.record.write_plan(to_json(coordinator.plan))
     capacities = {worker.capacity for worker in cluster}
     idle = [each for each in coordinator.open.values() if cluster and not each.running]
-    too_large = [each for each in idle if not any(fits_memory(each.config, capacity) for capacity in capacities)]
+    too_large = [each for each in idle if not any(map(each.fits_memory, capacities))]
     is_stuck = len(too_large) == len(coordinator.open)
     for evaluation in too_large:
         why = why_infeasible(evaluation.config, coordinator.plan)
@@ -366,7 +370,7 @@ def _study_state(coordinator: Coordinator, worker: Worker) -> StudyState:
     capacities = {each.capacity for each in coordinator.plan.cluster}
     # Equal workers can train all open trials.
     unlike, capacity = (capacities, worker.capacity) if len(capacities) > 1 else ((), None)
-    n_fitting = {key: sum(fits_memory(each.config, one) for one in unlike) for key, each in coordinator.open.items()}
+    n_fitting = {key: sum(map(each.fits_memory, unlike)) for key, each in coordinator.open.items()}
     open_fits = [coordinator.open[key].open_fits(capacity) for key in sorted(n_fitting, key=n_fitting.__getitem__)]
     known = pruner.known_scores() if pruner.as_needed else []
     refine = () if coordinator.has_shortlist else pruner.refine_order()

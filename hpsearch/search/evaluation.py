@@ -13,7 +13,7 @@ from hpsearch.search.racing import TrialScores, leader, true_means
 from hpsearch.search.scheduler import OpenFits
 from hpsearch.store.fits import FitRecord
 from hpsearch.store.record import StudyRecord
-from hpsearch.store.trials import Outcome, PruneDecision, ReplicateRecord, TrialRecord
+from hpsearch.store.trials import PruneDecision, ReplicateRecord, TrialRecord
 from hpsearch.workers.jobs import CachePaths, Capacity, FitJob
 from hpsearch.workers.plan import ExecutionPlan, fits_memory
 
@@ -27,6 +27,7 @@ class Evaluation:
     config: StudyConfig
     running: set[int] = field(default_factory=set)
     """Folds that workers are fitting now."""
+    _fits_memory: dict[Capacity, bool] = field(default_factory=dict)
 
     @cached_property
     def finished(self) -> set[int]:
@@ -63,13 +64,19 @@ class Evaluation:
         """Return the fits of the trial or replicate, by fold."""
         return self.study.fits(*self.key)
 
+    def fits_memory(self, capacity: Capacity) -> bool:
+        """Return whether a worker has enough memory for the fits."""
+        if capacity not in self._fits_memory:
+            self._fits_memory[capacity] = fits_memory(self.config, capacity)
+        return self._fits_memory[capacity]
+
     def open_fits(self, capacity: Capacity | None = None) -> OpenFits:
         """Return the state of the fits for an idle worker, as the scheduler needs it."""
         wanted = frozenset(range(self.study.n_folds))
         if (pruned := self.pruned) is not None:
             # A fit that was pruned after its last epoch must still be finished, even if its worker died.
             wanted = frozenset({pruned.fold} if pruned.epoch == self.config.train.epochs else ())
-        fits_worker = capacity is None or fits_memory(self.config, capacity)
+        fits_worker = capacity is None or self.fits_memory(capacity)
         return OpenFits(*self.key, wanted, frozenset(self.finished), frozenset(self.running), fits_worker)
 
     @property
@@ -140,8 +147,8 @@ class StudyPruner:
         self._record = record
         self._trials = trials
         self._finished = finished or record.finished_folds
-        self._known: dict[int, tuple[tuple[Outcome | None, tuple[int, ...]], TrialScores]] = {}
-        """Scores of the trials, with the outcome and, for open trials, the finished folds that they belong to."""
+        self._known: dict[int, tuple[int | None, TrialScores | None]] = {}
+        """Scores of the trials, and the number of finished folds of those that were open when they were read."""
 
     @property
     def as_needed(self) -> bool:
@@ -163,10 +170,16 @@ class StudyPruner:
         candidate = dataclasses.replace(candidate, scores={**scores, fold: candidate.scores[fold]})
         return self._decide(candidate, trial, trial.number - lookahead if lookahead else max(self._trials))
 
-    def should_prune_waiting(self, trial: TrialRecord) -> PruneDecision | None:
-        """Return the pruner's decision about an open trial with a finished fold that no worker is fitting."""
-        candidate = self._known_scores(trial)
-        return None if candidate is None else self._decide(candidate, trial, max(self._trials))
+    def losers(self) -> dict[int, PruneDecision]:
+        """Return the decisions to prune open trials with a finished fold, by trial number.
+
+        They are up to date while no worker is fitting the trial.
+        """
+        known = self.known_scores() if self.as_needed else []
+        left = set(self.rule.order(known, self._record.folds)) if known else set()
+        checked = [each for each in known if self._trials[each.number].outcome is None and each.number not in left]
+        found = {each.number: self._decide(each, self._trials[each.number], max(self._trials)) for each in checked}
+        return {number: decision for number, decision in found.items() if decision is not None and decision.drop}
 
     def _decide(self, candidate: TrialScores, trial: TrialRecord, last: int) -> PruneDecision | None:
         """Let the pruner compare a candidate with the trials up to number `last`.
@@ -182,7 +195,11 @@ class StudyPruner:
 
     def refine_order(self) -> tuple[int, ...]:
         """Return the open trials with a finished fold, in the order in which they should get further folds."""
-        return tuple(self.rule.order(self.known_scores(), self._record.folds)) if self.as_needed else ()
+        known = self.known_scores() if self.as_needed else []
+        first = self.rule.order(known, self._record.folds) if known else []
+        # A trial is not pruned because of one with the same params, and with a lookahead it is pruned later.
+        rest = {each.number: None for each in known if self._trials[each.number].outcome is None}
+        return tuple(dict.fromkeys([*first, *rest]))
 
     def leader(self) -> tuple[int, float] | None:
         """Return the number of the leading trial and its expected value; None if folds are not fitted as needed."""
@@ -207,19 +224,21 @@ class StudyPruner:
         If folds are fitted as needed, the finished folds of open trials are included. Repeated calls return the same
         objects for unchanged trials, because pruners use them as cache keys.
         """
-        found = [self._known_scores(trial) for _, trial in sorted(self._trials.items())]
+        for number, trial in self._trials.items():
+            # With thousands of trials, most of which have ended, this loop takes milliseconds.
+            if number in self._known and self._known[number][0] is None:
+                continue
+            n_finished = len(self._finished(number)) if trial.outcome is None else None
+            if number not in self._known or self._known[number][0] != n_finished:
+                self._known[number] = n_finished, self._read_known(trial)
+        found = (self._known[number][1] for number in sorted(self._trials))
         return [scores for scores in found if scores is not None]
 
-    def _known_scores(self, trial: TrialRecord) -> TrialScores | None:
-        is_open = trial.outcome is None and self.as_needed
-        if not (trial.can_win or trial.outcome == "pruned" or is_open):
+    def _read_known(self, trial: TrialRecord) -> TrialScores | None:
+        if trial.can_win or trial.outcome == "pruned":
+            return self.scores_of(trial)
+        finished = sorted(self._finished(trial.number)) if trial.outcome is None and self.as_needed else []
+        if not finished:
             return None
-        state = trial.outcome, tuple(sorted(self._finished(trial.number))) if is_open else ()
-        if is_open and not state[1]:
-            return None
-        if trial.number not in self._known or self._known[trial.number][0] != state:
-            known = self.scores_of(trial)
-            if is_open:
-                known = dataclasses.replace(known, scores={fold: known.scores[fold] for fold in state[1]})
-            self._known[trial.number] = state, known
-        return self._known[trial.number][1]
+        known = self.scores_of(trial)
+        return dataclasses.replace(known, scores={fold: known.scores[fold] for fold in finished})

@@ -141,7 +141,7 @@ class Race:
         return dataclasses.replace(found, drop=drop, reason=reason)
 
     def order(self, trials: Sequence[TrialScores], folds: Folds) -> list[int]:
-        """Return the numbers of the open trials with a finished fold, those first that should get the next folds."""
+        """Return the numbers of the open trials that can still win, those first that should get the next folds."""
         compared = _with_finished(trials)
         if all(trial.is_pruned for trial in compared):
             return []
@@ -150,9 +150,10 @@ class Race:
         p = values.probability_better(leader, MATTERS)
         n_finished = [len(trial.finished) for trial in compared]
         rows = [row for row, trial in enumerate(compared) if not trial.is_pruned and not trial.is_full(folds.k)]
-        rivals = sorted((row for row in rows if row != leader), key=lambda row: -p[row])
+        can_win = (row for row in rows if row != leader and (p[row] >= self.alpha or compared[row].number == 0))
+        rivals = sorted(can_win, key=lambda row: -p[row])
         if leader in rows:
-            is_behind = bool(rivals) and p[rivals[0]] > self.alpha and n_finished[rivals[0]] <= n_finished[leader]
+            is_behind = bool(rivals) and n_finished[rivals[0]] <= n_finished[leader]
             rivals.insert(int(is_behind), leader)
         return [compared[row].number for row in rivals]
 
@@ -270,7 +271,7 @@ def _best(trials: Sequence[TrialScores], values: Scores, other_than: int | None 
 
 
 def _ends(
-    candidate: TrialScores, fold: int, others: Sequence[TrialScores], leader_mean: float
+    candidate: TrialScores, fold: int, others: tuple[TrialScores, ...], leader_mean: float
 ) -> tuple[float, float]:
     """Predict the mean score of an unfinished first fold after its last epoch: best case and typical case.
 
@@ -278,8 +279,21 @@ def _ends(
     """
     now, n_epochs = float(candidate.curves[fold].max()), len(candidate.scores[fold])
     part, left = n_epochs / candidate.n_epochs, 1 - candidate.spent(n_epochs)
+    largest, median, rise = _gains(others, part, left, leader_mean)
+    return max(now + (1 - now) * largest, leader_mean * rise), now + (1 - now) * median
+
+
+@lru_cache(maxsize=64)
+def _gains(
+    trials: tuple[TrialScores, ...], part: float, left: float, leader_mean: float
+) -> tuple[float, float, float]:
+    """Return the largest gain to expect, the median gain, and the highest score relative to the final score.
+
+    `part` is the fraction of the epochs after which the gains begin. `left` is the fraction of the summed learning
+    rate in which the highest score must be reached. Cached because all first folds at the same epoch need the same.
+    """
     gains, rises = [], []
-    for trial in others:
+    for trial in trials:
         curve = trial.curves[trial.finished[0]]
         end = float(curve[-1])
         # Trials may differ in their number of epochs. Rounding down makes gains larger, which helps the candidate.
@@ -288,8 +302,7 @@ def _ends(
         if end >= leader_mean - NEAR:
             rises.append(float(curve[: _epochs_to_spend(trial, left)].max()) / end if end > 0 else 1.0)
     largest = min(1.0, max(gains) + EXTRA * float(np.std(gains, ddof=1)))
-    fast, late = now + (1 - now) * largest, leader_mean * max(rises, default=1.0)
-    return max(fast, late), now + (1 - now) * float(np.median(gains))
+    return largest, float(np.median(gains)), max(rises, default=1.0)
 
 
 def _epochs_to_spend(trial: TrialScores, spent: float) -> int:

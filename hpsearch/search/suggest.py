@@ -10,6 +10,7 @@ import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from optuna.trial import FrozenTrial, TrialState
 from hpsearch.config import StudyConfig, stable_seed
 from hpsearch.config.search import SearchSpace
 from hpsearch.search import samplers, space
-from hpsearch.search.space import Distributions, default_params, distributions
+from hpsearch.search.space import Distribution, Distributions, default_params, distributions
 from hpsearch.store.trials import TrialRecord
 
 ATTEMPTS = 20
@@ -123,11 +124,15 @@ def _study_in_memory(config: StudyConfig, known: Sequence[TrialRecord], dimensio
     their outcome.
     """
     study = optuna.create_study(direction="maximize", sampler=RandomSampler(seed=0))
+    made = _frozen_trials(tuple(dimensions.items()))
     for each in known:
         has_value = each.outcome in ("complete", "pruned") and each.value is not None
         state = TrialState.COMPLETE if has_value else STATES[each.outcome]
         value = each.value if has_value else None
-        frozen = space.frozen_trial(each.params, dimensions, state, each.constraint, value=value)
+        key = each.params, state, each.constraint, value
+        if each.number not in made or made[each.number][0] != key:
+            made[each.number] = key, space.frozen_trial(each.params, dimensions, state, each.constraint, value=value)
+        frozen = made[each.number][1]
         # Optuna copies each trial that is added. For thousands of trials, copies take most of a suggestion's time.
         vars(frozen)["__deepcopy__"] = lambda _, same=frozen: same
         if samplers.is_replayed(config):
@@ -135,6 +140,12 @@ def _study_in_memory(config: StudyConfig, known: Sequence[TrialRecord], dimensio
         else:
             study.add_trial(frozen)
     return study
+
+
+@lru_cache(maxsize=4)
+def _frozen_trials(dimensions: tuple[tuple[str, Distribution], ...]) -> dict[int, tuple[Any, FrozenTrial]]:
+    """Return a cache of Optuna's trials in this space, by trial number, with the values that they were made from."""
+    return {}
 
 
 def _replay(config: StudyConfig, study: Study, frozen: FrozenTrial, number: int) -> None:

@@ -30,7 +30,7 @@ from hpsearch.report.estimates import Estimates
 from hpsearch.report.rows import study_rows
 from hpsearch.search import pruners
 from hpsearch.search.evaluation import fit_seed
-from hpsearch.search.racing import FoldOrder, Race, TrialScores
+from hpsearch.search.racing import FoldOrder, TrialScores
 from hpsearch.store.fits import load_array
 from hpsearch.store.record import StudyRecord
 from hpsearch.training import loop
@@ -323,11 +323,13 @@ class _Notes:
         self.asked.append((candidate, [trial.number for trial in others]))
 
 
-class _RaceNotes(_Notes, Race):  # type: ignore[misc]
-    """The same, but the race decides who gets further folds."""
+class _RaceNotes(_Notes):
+    """The same for folds that are fitted as needed. It is asked about all open trials."""
 
     folds: FoldOrder = "as needed"
-    alpha = 0.0
+
+    def order(self, trials: Sequence[TrialScores], folds: Folds) -> list[int]:
+        return []
 
 
 def noted(notes: _Notes, config: StudyConfig, project: Path, lookahead: int) -> FallingScores:

@@ -29,9 +29,10 @@ class Pruner(Protocol):
         """
 
     def order(self, trials: Sequence[TrialScores], folds: Folds) -> list[int]:
-        """Return the numbers of the open trials with a finished fold, those first that should get the next folds.
+        """Return the numbers of the open trials that may still win, those first that should get the next folds.
 
-        It must contain all of them. It is only called if folds are fitted as needed.
+        `should_prune` is called for the open trials that have a finished fold and are not in the list. This method is
+        only called if folds are fitted as needed.
         """
         return []
 
