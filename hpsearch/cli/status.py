@@ -15,7 +15,7 @@ from hpsearch.cli.options import AT_LEAST_0, study_options
 from hpsearch.cli.terminal import echo_table
 from hpsearch.errors import StudyError
 from hpsearch.paths import FitPaths, ProjectPaths, write_text
-from hpsearch.report.formats import duration
+from hpsearch.report.formats import count, duration
 from hpsearch.store import lock
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def status(project: ProjectPaths, study_name: str | None, trial: int | None) -> 
 def _lines(project: ProjectPaths, status: StudyStatus) -> Iterator[str]:
     """Yield the lines that describe the status of a study. The first line is the heading."""
     from hpsearch.report.final_record import FinalRecord
+    from hpsearch.search.racing import MATTERS
     from hpsearch.store.fits import FitRecord
     from hpsearch.store.trials import read_record
 
@@ -68,6 +69,10 @@ def _lines(project: ProjectPaths, status: StudyStatus) -> Iterator[str]:
     yield f"study {status.name}: {status.n_counted}/{status.config.study.trials} trials ({counts}); {holder}"
     if best := describe_best(status):
         yield best
+    if status.gain_probability < 1:
+        gain = status.config.study.until_gain or MATTERS
+        improve = f"the {count(status.n_new, 'trial')} left will improve the {status.config.study.metric} by {gain:g}"
+        yield f"probability that {improve}: {status.gain_probability:.0%}"
     if status.shortlist:
         done = f"{status.n_replicate_fits}/{len(status.shortlist) * status.n_folds} fits done"
         yield f"refitted with new seeds: {listed_trials(status.shortlist)}; {done}"

@@ -26,6 +26,12 @@ LOOKAHEAD = 4
 @options.study_options
 @options.config_options
 @click.option("--trials", type=int, help="Evaluate this many trials in total, over all runs (study.trials).")
+@click.option(
+    "--until-gain",
+    type=click.FloatRange(min=0),
+    metavar="GAIN",
+    help="End the search early if the trials left are unlikely to improve the score by this much, such as 0.003.",
+)
 @options.folds_option(None, "Use k folds, or `fixed` for the dataset's training/validation split.")
 @click.option(
     "--metric", type=click.Choice(["dice", "jaccard", "iou"]), help="Rank trials by this score (iou means jaccard)."

@@ -17,6 +17,8 @@ class StudySettings:
 
     trials: int = 50
     """Total number of trials, including those of earlier runs of the study."""
+    until_gain: float = 0.0
+    """End the search once the trials that are left are unlikely to improve the score by this much; 0: never."""
     folds: int | Literal["fixed"] = 5
     """Number of cross-validation folds. `fixed`: train on the training split and score the validation split."""
     metric: Literal["dice", "jaccard"] = "dice"
@@ -39,7 +41,7 @@ class StudySettings:
 
     def __post_init__(self) -> None:
         check_at_least("study", self, 1, "trials")
-        check_at_least("study", self, 0, "seed", "confirm", "startup_trials", "lookahead")
+        check_at_least("study", self, 0, "seed", "confirm", "startup_trials", "lookahead", "until_gain")
         is_valid = self.folds == "fixed" or self.folds >= 2
         require(is_valid, f"study.folds must be at least 2, or 'fixed', got {self.folds}")
         _SAMPLER.check("study.sampler", self.sampler)

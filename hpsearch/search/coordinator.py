@@ -21,7 +21,7 @@ from hpsearch.search import replicates
 from hpsearch.search.callbacks import StudyCallback
 from hpsearch.search.constant_predictions import constant_warnings
 from hpsearch.search.evaluation import Evaluation, StudyPruner, fold_job
-from hpsearch.search.new_trials import next_trial, used_up
+from hpsearch.search.new_trials import end_early, next_trial
 from hpsearch.search.racing import decide
 from hpsearch.search.scheduler import Fit, MakeShortlist, StudyState, Suggest, next_action
 from hpsearch.search.stopping import Stop
@@ -175,7 +175,7 @@ class Coordinator:
 
     def _end_search(self) -> None:
         """Select the trials to replicate, and start their replicates."""
-        if text := used_up(self.record, self.trials):
+        if text := end_early(self.record, self.trials):
             self._say(text)
         self.has_shortlist = True
         for second in replicates.open_replicates(self.record):
@@ -329,7 +329,7 @@ def _prune_waiting(coordinator: Coordinator) -> None:
     record, opened = coordinator.record, list(coordinator.open.values())
     fits = [each.open_fits() for each in opened]
     is_settled = all(not each.running and len(each.finished) == 1 for each in fits)
-    is_early = record.n_left(list(coordinator.trials.values())) > len(opened)
+    is_early = coordinator.pruner.n_left(len(opened)) > len(opened)
     if not coordinator.pruner.as_needed or (record.config.study.lookahead and (is_early or not is_settled)):
         return
     for number, decision in coordinator.pruner.losers().items():
@@ -378,7 +378,7 @@ def _study_state(coordinator: Coordinator, worker: Worker) -> StudyState:
     left_s = coordinator.stop.left_s
     is_late = bool(refine) and left_s < math.inf and left_s < _completion_s(coordinator, refine[0])
     return StudyState(
-        n_left=len(open_fits) if is_late else record.n_left(trials),
+        n_left=len(open_fits) if is_late else pruner.n_left(len(open_fits)),
         n_suggested=len(trials),
         open=tuple(open_fits),
         has_shortlist=coordinator.has_shortlist,

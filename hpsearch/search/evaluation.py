@@ -9,7 +9,7 @@ from hpsearch.config import StudyConfig, stable_seed
 from hpsearch.data.prepare import PoolCaches
 from hpsearch.paths import FitPaths
 from hpsearch.search import pruners
-from hpsearch.search.racing import TrialScores, leader, true_means
+from hpsearch.search.racing import MATTERS, UNLIKELY, TrialScores, leader, probability_of_gain, true_means
 from hpsearch.search.scheduler import OpenFits
 from hpsearch.store.fits import FitRecord
 from hpsearch.store.record import StudyRecord
@@ -210,6 +210,33 @@ class StudyPruner:
         """Return the estimated mean scores of the trials up to number `last` that have finished a fold."""
         known = [each for each in self.known_scores() if each.number <= last]
         return true_means(known, self._record.folds) if self.as_needed else {}
+
+    def n_left(self, n_open: int) -> int:
+        """Return the maximum number of trials still to be evaluated, including open trials.
+
+        It is `n_open`, the number of open trials, if further ones are unlikely to gain `study.until_gain`.
+        """
+        n_left = self._record.n_left(list(self._trials.values()))
+        if not self._record.config.study.until_gain or n_left <= n_open:
+            return n_left
+        return n_open if self.probability_of_gain(n_left - n_open) < UNLIKELY else n_left
+
+    def probability_of_gain(self, n_new: int) -> float:
+        """Return the probability that `n_new` further trials improve the best score by `study.until_gain`.
+
+        If this setting is 0, the gain is `racing.MATTERS`. With a lookahead, only the first folds of trials up to the
+        last one that the sampler sees are used: the result must not depend on the number of workers.
+        """
+        study, known = self._record.config.study, self.known_scores()
+        if study.lookahead:
+            last = max(self._trials, default=0) + 1 - study.lookahead
+            firsts = {each.number: dict(list(each.scores.items())[:1]) for each in known if each.number <= last}
+            known = [
+                dataclasses.replace(each, scores=firsts[each.number], is_pruned=not each.finished)
+                for each in known
+                if each.number in firsts
+            ]
+        return probability_of_gain(known, self._record.folds, study.until_gain or MATTERS, n_new)
 
     def scores_of(self, trial: TrialRecord) -> TrialScores:
         """Return a trial's per-image scores after every epoch so far, for each fold that has finished an epoch."""

@@ -66,13 +66,22 @@ def _as_estimated(trials: Sequence[TrialRecord], true_means: Mapping[int, float]
     ]
 
 
-def used_up(record: StudyRecord, trials: Mapping[int, TrialRecord]) -> str:
-    """Return why the search ends before all requested trials are evaluated; "" if it does not end early.
+def end_early(record: StudyRecord, trials: Mapping[int, TrialRecord]) -> str:
+    """End a search before all requested trials are evaluated. Return the reason; "" if it does not end early.
+
     Raises StudyError if no configuration of the search space is feasible.
     """
     n_counted, config = count_trials(trials.values()), record.config
-    if n_counted >= config.study.trials or record.n_unused(trials.values()) != 0:
+    if n_counted >= config.study.trials:
         return ""
+    if record.n_unused(trials.values()) != 0:
+        # The smaller number is stored, so that the study is finished for all that read its settings.
+        fewer = dataclasses.replace(config.study, trials=n_counted)
+        record.update_config(dataclasses.replace(config, study=fewer))
+        return (
+            f"the search ends after {n_counted} of {config.study.trials} trials: the others are unlikely to improve "
+            f"the score by {config.study.until_gain:g}"
+        )
     if all(trial.outcome == "infeasible" for trial in trials.values()):
         reason = trials[max(trials)].reason
         raise StudyError(f"every configuration is infeasible, the last because {reason}: change the search space")

@@ -56,6 +56,10 @@ MATTERS = 0.003
 """Smallest difference from the leader that justifies fitting further folds."""
 MIN_CURVES = 3
 """Number of finished first folds that are needed to predict the end of another one."""
+UNLIKELY = 0.2
+"""Probability of a gain below which the search ends, if `study.until_gain` is set."""
+MIN_LATEST = 10
+"""Minimum number of the latest trials that predict what further trials are like."""
 EXTRA = 0.25
 """Standard deviations that are added to the largest gain of the other trials."""
 
@@ -234,6 +238,24 @@ def true_means(trials: Sequence[TrialScores], folds: Folds) -> dict[int, float]:
         return {}
     means = np.clip(_reference(compared, folds).values.true_means, 0, 1).tolist()
     return {trial.number: mean for trial, mean in zip(compared, means, strict=True)}
+
+
+def probability_of_gain(trials: Sequence[TrialScores], folds: Folds, gain: float, n_new: int) -> float:
+    """Return the probability that the true mean of the best of `n_new` further trials is `gain` above the leader's.
+
+    The sampler learns, so further trials are assumed to be like the latest third of the trials, but at least the
+    latest `MIN_LATEST`. Before there are so many, the probability is 1.
+    """
+    compared, n_latest = _with_finished(trials), max(MIN_LATEST, len(trials) // 3)
+    if len(trials) < n_latest or all(trial.is_pruned for trial in compared):
+        return 1.0
+    best = compared[_best(compared, _reference(compared, folds).values.expected)]
+    numbers = sorted(trial.number for trial in trials)[-n_latest:]
+    latest = tuple(trial for trial in compared if trial.number in numbers or trial is best)
+    means, values = _reference(latest, folds)
+    is_like = near_rows(means)[0] & [trial.number in numbers for trial in latest]
+    share = (is_like.sum() + 0.5) / (n_latest + 1)
+    return values.probability_of_gain(latest.index(best), is_like, share, n_new, gain)
 
 
 def _with_finished(trials: Sequence[TrialScores]) -> tuple[TrialScores, ...]:

@@ -64,6 +64,11 @@ class StudyStatus:
     """Trial with the highest expected value, if it is not complete yet."""
     leader_value: float
     """Expected value of the leader; NaN if there is none."""
+    n_new: int
+    """Maximum number of trials that have not begun."""
+    gain_probability: float
+    """Probability that these trials improve the best score by `study.until_gain`, or by 0.003 if it is 0; 1 if
+    unknown."""
     shortlist: tuple[int, ...]
     """Trials to replicate after the search; empty before the search is over."""
     n_replicate_fits: int
@@ -99,6 +104,10 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
     is_running = lock.is_held(record.paths)
     plan = from_json(ExecutionPlan, table) if is_running and (table := record.plan()) is not None else None
     is_over = record.is_searched(trials) and has_all_replicates(record)
+    pruner, n_new = (
+        StudyPruner(record, {trial.number: trial for trial in trials}),
+        record.n_left(trials) - len(open_fits),
+    )
     refits_s = sum(map(seconds_of, refits.values()))
     return StudyStatus(
         name=name,
@@ -110,7 +119,9 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
         seconds=seconds,
         best=next((trial for trial in trials if trial.number == standing.winner), None),
         values=standing.values,
-        **open_leader(StudyPruner(record, {trial.number: trial for trial in trials}), trials),
+        **open_leader(pruner, trials),
+        n_new=n_new,
+        gain_probability=pruner.probability_of_gain(n_new) if n_new else 1.0,
         shortlist=shortlist,
         n_replicate_fits=sum(fit.is_finished for of_trial in refits.values() for fit in of_trial),
         is_confirmed=bool(standing.confirmed),

@@ -92,6 +92,7 @@ class ValueModel:
         return Values(
             model=self,
             effect=effect,
+            effect_variance=prior / (1 + prior * total),
             lead=(known * above).sum(axis=2) + unknown * effect,
             variance=unknown**2 * prior / (1 + prior * total) + noise @ (unseen_share**2).T,
             loading=-(known + unknown[:, None] * weights),
@@ -105,6 +106,8 @@ class Values:
     model: ValueModel
     effect: Floats
     """Posterior mean of mu, (grid, trials)."""
+    effect_variance: Floats
+    """Posterior variance of mu for given f, (grid, trials)."""
     lead: Floats
     """Expected value minus the mean of f over the images, (grid, trials)."""
     variance: Floats
@@ -138,6 +141,19 @@ class Values:
         """Return the probability that the value of each trial exceeds that of trial `than` by more than `by`."""
         means, variances = self._differences(than)
         return np.asarray(self.model.share @ ndtr((means - by) / np.sqrt(np.maximum(variances, 1e-14))))
+
+    def probability_of_gain(self, row: int, like: NDArray[np.bool_], share: float, n_new: int, gain: float) -> float:
+        """Return the probability that the best of `n_new` new trials has a true mean at least `gain` above a row's.
+
+        The fraction `share` of new trials is like the trials in the mask `like`: their mu is normal, with the mean of
+        these trials and the standard deviation tau. The others cannot be better.
+        """
+        if not like.any():
+            return 0.0
+        mean = self.effect[:, like].mean(axis=1) - self.effect[:, row] - gain
+        variance = self.model.tau**2 * (1 + 1 / like.sum()) + self.effect_variance[:, row]
+        of_one = share * ndtr(mean / np.sqrt(np.maximum(variance, 1e-14)))
+        return float(self.model.share @ (1 - (1 - of_one) ** n_new))
 
     @cached_property
     def _base(self) -> Floats:

@@ -19,8 +19,8 @@ from hpsearch.store.fits import FitRecord
 from hpsearch.store.trials import FORMAT, ReplicateRecord, Shortlist, TrialRecord, read_record, record_to_json
 
 CHANGEABLE = frozenset(
-    {"study.trials", "study.confirm", "data.cache", "data.cache_dir", "data.n_final_train", "data.n_final_test"}
-    | {"data.root", "data.images", "data.masks", "data.test_list"}
+    {"study.trials", "study.until_gain", "study.confirm", "data.cache", "data.cache_dir"}
+    | {"data.n_final_train", "data.n_final_test", "data.root", "data.images", "data.masks", "data.test_list"}
 )
 """Settings that may change between two starts of a study, because they do not affect the score of a trial. If the
 image folder changes, it must contain the same images (`StudyRecord.data_key`)."""
