@@ -131,26 +131,25 @@ def _show_decisions(record: StudyRecord, number: int) -> None:
     value = "" if score is None else f", {record.config.study.metric} {score:.4f}"
     outcome = f"{trial.outcome or 'open'}{value}  {describe_params(trial.params)}".rstrip()
     click.echo("\n  ".join([f"trial {number} of study {record.name}: {outcome}", *filter(None, [trial.reason])]))
-    if trial.decisions:
-        head = ("fold", "epoch", "d", "SE", "s", "p", "against", "estimate", "decision")
-        echo_table(head, map(_decision_row, trial.decisions))
-        click.echo(
-            "  d: how far the expected value of the trial is below that of the leading trial (`against`).\n"
-            "  In the first fold, d is computed from the best-case curve of the trial. Negative d: it is better.\n"
-            "  SE: standard error of d. s: run-to-run standard deviation of a fold's mean.\n"
-            f"  p: probability that the value of the trial is better by {MATTERS:g}. Only the race uses it."
-        )
-    elif trial.outcome != "infeasible":
+    for decision in trial.decisions:
+        click.echo(f"  {_explain(decision, trial.study_config.train.epochs)}")
+    if any("±" in decision.reason for decision in trial.decisions):
+        rule = f"To win, a trial must exceed the expected score of the leading trial by {MATTERS:g}."
+        click.echo(f"  {rule}{' Trial 0 is never pruned.' if number == 0 else ''}")
+    if not trial.decisions and trial.outcome != "infeasible":
         click.echo("  no pruning decisions: the pruner is off, or had no trial to compare with")
 
 
-def _decision_row(decision: PruneDecision) -> Sequence[str]:
-    outcome, reason = "pruned" if decision.drop else "continues", decision.reason
-    # The reason given by the race pruner only repeats numbers of other columns, so leave it out.
-    text = outcome if "±" in reason else f"{outcome}: {reason.rpartition(': ')[2]}"
-    numbers = (decision.d, decision.se, decision.s, decision.p, decision.against)
-    cells = ("" if number is None else f"{number:.2g}" for number in numbers)
-    return (str(decision.fold + 1), str(decision.epoch), *cells, f"{decision.estimate:.4f}", text)
+def _explain(decision: PruneDecision, n_epochs: int) -> str:
+    """Return a sentence about a decision of a pruner."""
+    place, outcome = f"fold {decision.fold + 1}, epoch {decision.epoch}", "pruned" if decision.drop else "continues"
+    if decision.d is None or decision.p is None or "±" not in decision.reason:
+        # Another pruner, or the user, decided.
+        return f"{place}: {outcome}: {decision.reason.rpartition(': ')[2]}"
+    side = f"{abs(decision.d):.4f} {'below' if decision.d >= 0 else 'above'} trial {decision.against}"
+    best, se = "at best " if decision.epoch < n_epochs else "", f"± {decision.se or 0:.4f}"
+    p = "less than 0.1%" if decision.p < 0.001 else f"{decision.p:.1%}"
+    return f"{place}: {outcome}. Its score will be {best}{side} ({se}), and it wins with probability {p}."
 
 
 @click.command("stop")

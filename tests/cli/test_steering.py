@@ -30,7 +30,7 @@ def test_status_of_a_trial_shows_every_decision(tmp_path: Path) -> None:
         fold=0,
         epoch=1,
         reason="after: 0.01 ± 0.02",
-        d=0.012,
+        d=-0.012,
         se=0.02,
         s=0.006,
         p=0.29,
@@ -41,9 +41,13 @@ def test_status_of_a_trial_shows_every_decision(tmp_path: Path) -> None:
     lines = output_of("status", "--out", str(tmp_path), "--trial", "1").splitlines()
     assert lines[0].startswith("trial 1 of study fake: pruned, dice 0.6100")
     assert lines[1].strip() == raced.reason
-    assert lines[3].split() == ["1", "1", "0.012", "0.02", "0.006", "0.29", "0", "0.7000", "continues"]
-    assert lines[4].split() == ["1", "3", "0.11", "0.03", "0.006", "0.0004", "0", "0.6543", "pruned"]
-    assert lines[5].strip().startswith("d: how far the expected value of the trial is below")
+    assert lines[2:] == [
+        "  fold 1, epoch 1: continues. Its score will be at best 0.0120 above trial 0 (± 0.0200), and it wins with "
+        "probability 29.0%.",
+        "  fold 1, epoch 3: pruned. Its score will be 0.1100 below trial 0 (± 0.0300), and it wins with probability "
+        "less than 0.1%.",
+        "  To win, a trial must exceed the expected score of the leading trial by 0.003.",
+    ]
     assert "no pruning decisions" in output_of("status", "--out", str(tmp_path), "--trial", "0")
     others = dataclasses.replace(kept, reason="in fold 1 at epoch 1: kept by Optuna's MedianPruner")
     study.record.write_trial(dataclasses.replace(raced, decisions=(others,)))
