@@ -196,12 +196,10 @@ class DaskPool(TrackingPool[DaskWorker]):
             except (OSError, ValueError) as error:
                 reason = str(error)
         if self._is_connected:
-            found, reason = self._client.scheduler_info()["workers"], "it has no usable Dask worker"
-            self._present = {address: each for address, each in found.items() if address not in self._silent}
-            self._devices = {address: each for address, each in self._devices.items() if address in self._present}
-            if joined := [address for address in self._present if address not in self._devices]:
-                self._devices |= dict.fromkeys(joined)
-                threading.Thread(target=self._examine, args=[joined], name="examine", daemon=True).start()
+            reason = "it has no usable Dask worker"
+            # If the scheduler does not answer, keep the last list. A lost connection is noticed above.
+            with contextlib.suppress(OSError):
+                self._update_present()
         self._followed_at = time.monotonic()
         if self._present:
             self._seen_at = now
@@ -210,6 +208,17 @@ class DaskPool(TrackingPool[DaskWorker]):
             advice = "start `dask scheduler` and `dask worker`, then run the same command again to continue"
             raise WorkerError(f"{what}: {advice}")
         self._update_machines()
+
+    def _update_present(self) -> None:
+        """Ask the scheduler for its Dask workers, and examine those that have joined."""
+        # `Client.scheduler_info` is not safe here. It returns an attribute to which a thread of Dask assigns an empty
+        # list every few seconds, and all Dask workers would seem to be lost.
+        found = self._client.sync(self._client.scheduler.identity)["workers"]
+        self._present = {address: each for address, each in found.items() if address not in self._silent}
+        self._devices = {address: each for address, each in self._devices.items() if address in self._present}
+        if joined := [address for address in self._present if address not in self._devices]:
+            self._devices |= dict.fromkeys(joined)
+            threading.Thread(target=self._examine, args=[joined], name="examine", daemon=True).start()
 
     def _examine(self, addresses: Sequence[str]) -> None:
         # If the connection is lost, `_follow` forgets these Dask workers.

@@ -177,6 +177,19 @@ def test_a_dask_worker_that_leaves_is_replaced_by_a_free_one(open_pool: OpenPool
     assert run_job(pool, NOTHING) == Finished()
 
 
+def test_no_dask_worker_is_lost_while_the_client_updates_its_own_list(
+    open_pool: OpenPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dask's client regularly asks for a list without workers, and stores it where `scheduler_info` reads."""
+    with dask.config.set({"distributed.client.scheduler-info-interval": "1ms"}):
+        pool = open_pool()
+    pool.resize(ONE * 3)
+    monkeypatch.setattr(dask_pool, "FOLLOW_S", 0.0)
+    until = time.monotonic() + 2.0
+    while time.monotonic() < until:
+        assert [event for event in pool.events(0.0) if isinstance(event.report, Failed)] == []
+
+
 def mine(version: str, theirs: str) -> Callable[[], str]:
     """A function that returns one version here and another one in Dask's threads."""
     return lambda: version if is_ours() else theirs
