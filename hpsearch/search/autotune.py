@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from hpsearch.config.data import DataConfig
 from hpsearch.cores import available_cores
 from hpsearch.data.prepare import PoolCaches
 from hpsearch.data.sample import draw_sample
-from hpsearch.errors import ConfigError, RecordError
+from hpsearch.errors import ConfigError, RecordError, redact
 from hpsearch.paths import ProjectPaths, StudyPaths
 from hpsearch.search.status import forecast
 from hpsearch.store.record import StudyRecord
@@ -42,6 +43,8 @@ MOST_DRAWN = 64
 batches."""
 WINDOW_S = 0.6
 """Minimum duration of each measurement of workers that share a device, in seconds."""
+SCHEDULER = re.compile(r"((tcp|tls|ucxx?|wss?)://)?([\w.-]+|\[[\w.:%]+\]):\d{1,5}", re.ASCII)
+"""Address of a Dask scheduler. It has no credentials, because Dask uses certificates."""
 Shares = tuple[int, int]
 """Number of workers on a device, and number of threads per worker."""
 Check = Callable[[], None]
@@ -65,6 +68,12 @@ class MachineChoice:
     the largest number of workers. Empty: the workers run on this machine."""
     cluster_timeout_s: float = 600.0
     """Time in seconds after which a run ends if the cluster has no scheduler or no workers."""
+
+    def __post_init__(self) -> None:
+        has_port = SCHEDULER.fullmatch(self.cluster) and int(self.cluster.rpartition(":")[2]) < 2**16
+        # A scheduler in this process has an address without a port.
+        if self.cluster and not (has_port or self.cluster.startswith("inproc://")):
+            raise ConfigError(f"--cluster {redact(self.cluster)}: expected an address such as tcp://host:8786")
 
     def open_pool(self, study: StudyPaths, record: StudyRecord | None, check: Check) -> TrackingPool[Any]:
         """Return the pool that runs the jobs of a study. The caller must hold the study's lock.

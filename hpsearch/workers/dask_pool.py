@@ -193,7 +193,7 @@ class DaskPool(TrackingPool[DaskWorker]):
         if self._client is None or self._client.status == "closed":
             try:
                 self._client = connect(self._address, self._loop.loop, min(CONNECT_S, self._timeout_s))
-            except (OSError, ValueError) as error:
+            except OSError as error:
                 reason = str(error)
         if self._is_connected:
             reason = "it has no usable Dask worker"
@@ -203,7 +203,7 @@ class DaskPool(TrackingPool[DaskWorker]):
         self._followed_at = time.monotonic()
         if self._present:
             self._seen_at = now
-        elif now - self._seen_at > self._timeout_s:
+        elif self._followed_at - self._seen_at > self._timeout_s:
             what = f"--cluster {self._address} has had no workers for {self._timeout_s:.0f} s ({reason})"
             advice = "start `dask scheduler` and `dask worker`, then run the same command again to continue"
             raise WorkerError(f"{what}: {advice}")

@@ -1,9 +1,11 @@
 """Check whether Dask workers can be used, and find out what they can train."""
 
+import asyncio
 import dataclasses
 import logging
 import os
 import ssl
+import struct
 import sysconfig
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -12,8 +14,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from distributed import Client
+from distributed import Client, Security, comm
 from distributed.comm.core import CommClosedError, FatalCommClosedError
+from distributed.utils import sync
 
 from hpsearch.errors import WorkerError
 from hpsearch.typed_json import from_json
@@ -22,6 +25,8 @@ from hpsearch.workers.jobs import ClusterWorker
 
 ANSWER_S = 10.0
 """Time in seconds in which a Dask worker must answer before it is used. A suspended one does not answer."""
+HANDSHAKE_S = 1.0
+"""Time in seconds in which a scheduler must answer after it has accepted a connection."""
 SILENT = "does not answer"
 MEMORY_UNIT = 2**26
 """Memory in bytes is rounded down to a multiple of this."""
@@ -41,15 +46,29 @@ TLS_ERRORS = (TypeError, RuntimeError, FileNotFoundError, ssl.SSLError, FatalCom
 def connect(address: str, loop: Any, timeout_s: float) -> Client:
     """Connect to the scheduler at `address`, with a client that runs in the event loop `loop`.
 
-    Raises WorkerError if the configuration of TLS is wrong, and OSError or ValueError if it cannot be reached.
+    Raises WorkerError if the configuration of TLS is wrong, and OSError if there is no scheduler at this address.
     """
     # Dask prints a traceback for every lost connection. The pool reports it itself.
     logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
     try:
+        sync(loop, _require_scheduler, address, timeout_s)
         return Client(address, loop=loop, set_as_default=False, name="hpsearch", timeout=timeout_s)
     except TLS_ERRORS as error:
         advice = "check distributed.comm.tls in Dask's configuration, described in docs/distributed.md"
         raise WorkerError(f"--cluster {address} cannot be used ({error}): {advice}") from error
+
+
+async def _require_scheduler(address: str, timeout_s: float) -> None:
+    """Raise OSError if no scheduler answers at `address`. A Dask client would wait for an answer without a limit."""
+    options = Security().get_connection_args("client")
+    try:
+        # `timeout` limits only the time until the server accepts the connection.
+        connecting = comm.connect(address, timeout=timeout_s, **options)
+        await (await asyncio.wait_for(connecting, timeout_s + HANDSHAKE_S)).close()
+    except (TimeoutError, MemoryError, ValueError, struct.error) as error:
+        # The last three are raised for an answer of another protocol.
+        what = "the address accepts connections, but does not answer as a Dask scheduler"
+        raise OSError(f"{what}; the port of Dask's dashboard is another one") from error
 
 
 def examine(client: Any, addresses: Sequence[str], probe: Path, device: str) -> dict[str, ClusterWorker | str]:

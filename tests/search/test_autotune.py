@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -9,6 +10,7 @@ import pytest
 
 from hpsearch.config import StudyConfig
 from hpsearch.data.prepare import PoolCaches
+from hpsearch.errors import ConfigError
 from hpsearch.search import autotune as planning
 from hpsearch.search.autotune import MachineChoice, choose_sharing, fastest_alone, make_plan, plan_for_one_fit
 from hpsearch.store.record import StudyRecord
@@ -290,6 +292,21 @@ def test_one_machine_continues_a_study_of_a_cluster_with_one_worker_and_the_same
     caches = cast("PoolCaches", FakeCaches())
     found = make_plan(cast("StudyRecord", record), caches, MachineChoice(), FakePool())
     assert (found.workers, found.cluster) == (workers[:1], ())
+
+
+@pytest.mark.parametrize("address", ["tcp://lab:8786", "tls://10.0.0.1:1", "tcp://[fe80::1%eth0]:8786", "lab:8786"])
+def test_the_address_of_a_scheduler_is_accepted(address: str) -> None:
+    assert MachineChoice(cluster=address).cluster == address
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["127.0.0.1:8786x", "http://127.0.0.1:8787", "tcp://lab", "tcp://:8786", "tcp://lab:99999", "tcp://a:b@lab:8786"],
+)
+def test_another_address_is_refused(address: str) -> None:
+    shown = address.replace("a:b@", "***@")
+    with pytest.raises(ConfigError, match=f"^--cluster {re.escape(shown)}: expected an address such as tcp://"):
+        MachineChoice(cluster=address)
 
 
 def test_a_dask_worker_that_was_lost_gets_no_worker() -> None:

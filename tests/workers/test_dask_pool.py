@@ -4,6 +4,7 @@ import contextlib
 import gc
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -281,6 +282,38 @@ def test_a_cluster_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytes
         pytest.raises(
             WorkerError, match=r"^--cluster tcp://127.0.0.1:9 has had no workers for 0 s \(.*start `dask s"
         ),
+    ):
+        open_pool()
+
+
+@contextmanager
+def server(answer: bytes) -> Iterator[str]:
+    """The address of a server that accepts connections, sends this answer and nothing else."""
+    connections = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connections.append(connection := listener.accept()[0])
+                    connection.sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+        # Wake up the thread.
+        listener.shutdown(socket.SHUT_RDWR)
+    for connection in connections:
+        connection.close()
+
+
+@pytest.mark.parametrize("answer", [b"", b"SSH-2.0-OpenSSH_9.2\r\n", bytes(64)])
+def test_a_server_that_is_no_scheduler_is_named(answer: bytes, tmp_path: Path) -> None:
+    """Dask's dashboard, for example, waits for the end of the request."""
+    expected = r"has had no workers for 0 s \(.* does not answer as a Dask scheduler; the port of Dask's dashboard"
+    with (
+        server(answer) as address,
+        pools(address, tmp_path, timeout_s=0.3) as open_pool,
+        pytest.raises(WorkerError, match=expected),
     ):
         open_pool()
 
