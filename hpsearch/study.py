@@ -166,6 +166,7 @@ def _open_record(study: StudyPaths, config: StudyConfig) -> StudyRecord | None:
         record = StudyRecord.open(study)
         record.verify()
         record.check_config(config)
+        record.forget_workers()
         return record
     groups, n_folds = fold_making.load_groups(config.data), config.study.folds
     n_images = count_pool(config.data, cache_root(study.project, config))

@@ -102,6 +102,7 @@ def run_final(
     with paths.refusals_named(record.paths.root), lock.hold(record.paths), lock.log_file(record.paths.log):
         record.paths.stop_request.unlink(missing_ok=True)
         record.verify()
+        record.forget_workers()
         chosen = choose_trial(record, trial, cheapest_tied)
         final = _Final(record, chosen, n_seeds, ensemble, stop, on_epoch, on_decoded, on_step)
         stored = final.stored()

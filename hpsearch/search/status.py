@@ -36,7 +36,7 @@ class OpenFit:
     row: EpochRow | None
     """Last finished epoch; None during the first one."""
     worker: str
-    """Name of the worker; empty if the fit waits for a worker, or if the name was not recorded."""
+    """Name of the worker, also of one that ended with the study; empty if the fit waits for a worker."""
     is_replicate: bool = False
     """Whether the fit is a refit with another seed."""
 
@@ -115,7 +115,7 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
         n_replicate_fits=sum(fit.is_finished for of_trial in refits.values() for fit in of_trial),
         is_confirmed=bool(standing.confirmed),
         open_fits=(*_open_fits(record, open_fits), *_open_fits(record, refits, is_replicate=True)),
-        cluster=plan.connected if plan is not None else (),
+        cluster=plan.connected if plan is not None and not is_over else (),
         is_over=is_over,
         is_running=is_running,
         eta_s=seconds_left(record, plan, trials, seconds, refits_s) if plan is not None and not is_over else None,

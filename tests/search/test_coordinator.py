@@ -314,6 +314,20 @@ def test_a_stopped_study_goes_on_as_if_it_had_not_stopped(dataset: Path, tmp_pat
     assert everything(run(tmp_path / "stopped", config).record) == never
 
 
+@pytest.mark.usefixtures("in_process")
+def test_a_study_that_continues_forgets_the_workers_of_the_earlier_run(dataset: Path, tmp_path: Path) -> None:
+    config, stop = tiny_config(dataset, "study.trials=1"), Stop()
+    record = run(tmp_path, config, stop=stop, callback=_StopAfter(stop, 1)).record
+    before, at_start = record.trial(0).workers, []
+
+    class Look(NullCallback):
+        def prepared(self, prepared: object) -> None:
+            at_start.append(record.trial(0).workers)
+
+    run(tmp_path, config, callback=Look())
+    assert (before, at_start) == ({"0": "worker 1"}, [{}])
+
+
 @pytest.mark.slow
 def test_any_number_of_workers_gives_the_same_values_and_trains_each_fold_once(dataset: Path, tmp_path: Path) -> None:
     config = tiny_config(dataset, "study.sampler=random", "study.pruner=none", "study.trials=5")
