@@ -79,9 +79,10 @@ def program(name: str = "hpsearch") -> str:
     return name if path is None or shutil.which(name) else shlex.quote(str(path))
 
 
-def next_command(command: str, study: str, project: ProjectPaths) -> str:
-    """Return the full shell command that runs an hpsearch command on a study."""
-    return program() + command_line(command, study, project).removeprefix("hpsearch")
+def next_command(command: str, study: str, project: ProjectPaths, cluster: str = "") -> str:
+    """Return the full shell command that runs an hpsearch command on a study, with `--cluster` if it is given."""
+    option = f" --cluster {shlex.quote(cluster)}" if cluster else ""
+    return program() + command_line(command, study, project).removeprefix("hpsearch") + option
 
 
 def mlflow_command(project: ProjectPaths) -> str:

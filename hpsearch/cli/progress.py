@@ -147,7 +147,8 @@ class StudyProgress(StudyCallback):
             done = f"{summary.n_counted} of {n_trials} done, {n_open} open"
             self._print(f"stopped: {done}. Run the same command again to continue")
         else:
-            final, report = (describe.next_command(c, self._name, self._project) for c in ("final --best", "report"))
+            final = describe.next_command("final --best", self._name, self._project, status.scheduler)
+            report = describe.next_command("report", self._name, self._project)
             mlflow = [] if self._tracking == "none" else [describe.mlflow_command(self._project)]
             commands = [final, *mlflow, report]
             self._print("\n  ".join([f"{summary.n_counted} of {n_trials} done. Next:", *commands]))

@@ -85,9 +85,9 @@ def _lines(project: ProjectPaths, status: StudyStatus) -> Iterator[str]:
                 root = final.paths.root
                 yield f"final of {root.parent.name}, network {int(root.name[4:]) + 1}: epoch {rows[-1].epoch}"
     elif not status.is_over:
-        yield f"continue with: {next_command('study', status.name, project)}"
+        yield f"continue with: {next_command('study', status.name, project, status.scheduler)}"
     elif best and not finals:
-        yield f"next: {next_command('final --best', status.name, project)}"
+        yield f"next: {next_command('final --best', status.name, project, status.scheduler)}"
     for name in finals:
         folder = study.final(name)
         result = read_record(FinalRecord, folder.result)

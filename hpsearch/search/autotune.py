@@ -124,7 +124,7 @@ def make_plan(
     `check` is called repeatedly during a measurement, and may raise an exception to end it.
     """
     plan = _stored_plan(record, choice, pool) or _measure_plan(record, caches, choice, pool, check)
-    plan = dataclasses.replace(plan, cluster=tuple(pool.machines.values()))
+    plan = dataclasses.replace(plan, cluster=tuple(pool.machines.values()), scheduler=choice.cluster)
     if to_json(plan) != record.plan():
         record.write_plan(to_json(plan))
     return plan

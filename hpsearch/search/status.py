@@ -73,6 +73,8 @@ class StudyStatus:
     open_fits: tuple[OpenFit, ...]
     cluster: tuple[ClusterWorker, ...]
     """Connected Dask workers; empty if the study runs on one machine or is not running."""
+    scheduler: str
+    """Address of the Dask scheduler of the latest run; empty if it was on one machine."""
     is_over: bool
     """Whether the study has nothing left to do."""
     is_running: bool
@@ -97,7 +99,8 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
     seconds = {number: seconds_of(of_trial) for number, of_trial in fits.items()}
     open_fits = {trial.number: fits[trial.number] for trial in trials if trial.outcome is None}
     is_running = lock.is_held(record.paths)
-    plan = from_json(ExecutionPlan, table) if is_running and (table := record.plan()) is not None else None
+    table = record.plan() or {}
+    plan = from_json(ExecutionPlan, table) if is_running and table else None
     is_over = record.is_searched(trials) and has_all_replicates(record)
     refits_s = sum(map(seconds_of, refits.values()))
     return StudyStatus(
@@ -116,6 +119,7 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
         is_confirmed=bool(standing.confirmed),
         open_fits=(*_open_fits(record, open_fits), *_open_fits(record, refits, is_replicate=True)),
         cluster=plan.connected if plan is not None and not is_over else (),
+        scheduler=table.get("scheduler", ""),
         is_over=is_over,
         is_running=is_running,
         eta_s=seconds_left(record, plan, trials, seconds, refits_s) if plan is not None and not is_over else None,

@@ -41,6 +41,8 @@ class ExecutionPlan:
     """Number of threads with which a single fit was fastest; 0 if not measured."""
     cluster: tuple[ClusterWorker, ...] = ()
     """Dask workers, including those that were lost a short time ago; empty if the workers run on this machine."""
+    scheduler: str = ""
+    """Address of the Dask scheduler of the latest run; empty if the workers run on this machine."""
 
     @property
     def connected(self) -> tuple[ClusterWorker, ...]:

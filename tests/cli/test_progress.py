@@ -71,9 +71,12 @@ def test_a_study_whose_tracking_failed_ends_with_why_and_the_command_that_retrie
 ) -> None:
     fake = FakeStudy(tmp_path / "a project")
     fake.trial()
+    fake.record.write_plan({**(fake.record.plan() or {}), "scheduler": "tcp://lab:8786"})
     summary = StudySummary(fake.record, 1, False, 3, "the server is away")
     StudyProgress("fake", fake.project, "http://user:secret@lab:5000").summarise(summary)
-    last = capsys.readouterr().out.splitlines()[-1]
+    *_, final, _, report, last = capsys.readouterr().out.splitlines()
+    assert final.endswith(f"hpsearch final --best --study fake --out '{tmp_path}/a project' --cluster tcp://lab:8786")
+    assert report.endswith(f"hpsearch report --study fake --out '{tmp_path}/a project'")
     assert last.startswith("MLflow is not up to date (the server is away)")
     retry = f"hpsearch track --study fake --out '{tmp_path}/a project' --tracking 'http://***@lab:5000'"
     assert last.endswith(retry)

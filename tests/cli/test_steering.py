@@ -69,6 +69,17 @@ def test_status_names_workers_of_this_run_only(tmp_path: Path, monkeypatch: pyte
     assert re.search(r"^\(waiting\) +trial 0, fold 2 of 2, epoch 1 of 3 +0\.\d{4}$", shown, re.MULTILINE)
 
 
+def test_the_commands_that_status_shows_name_the_cluster_of_the_latest_run(tmp_path: Path) -> None:
+    study, here = FakeStudy(tmp_path, overrides=("study.trials=1",)), ("status", "--out", str(tmp_path))
+    trial = study.begin()
+    study.record.write_plan({**(study.record.plan() or {}), "scheduler": "tcp://lab:8786"})
+    assert f"hpsearch study --study fake --out {tmp_path} --cluster tcp://lab:8786\n" in output_of(*here)
+    for fold in range(2):
+        study.fold(trial, fold)
+    study.end(trial)
+    assert f"hpsearch final --best --study fake --out {tmp_path} --cluster tcp://lab:8786\n" in output_of(*here)
+
+
 def test_status_of_an_infeasible_trial_says_why(tmp_path: Path) -> None:
     study = FakeStudy(tmp_path)
     study.trial("infeasible")

@@ -288,10 +288,12 @@ def test_one_machine_continues_a_study_of_a_cluster_with_one_worker_and_the_same
     record, pool = FakeRecord(tiny_config(Path("data"))), cluster_of(8, 8, 8)
     workers = (WorkerSettings("cpu", 8),) * 3
     plan = ExecutionPlan(device="cpu", precision="bf16", workers=workers, memory_bytes=GIB)
-    record.write_plan(to_json(dataclasses.replace(plan, cluster=tuple(pool.machines.values()))))
-    caches = cast("PoolCaches", FakeCaches())
+    record.write_plan(to_json(plan))
+    caches, choice = cast("PoolCaches", FakeCaches()), MachineChoice(cluster="tcp://lab:8786")
+    found = make_plan(cast("StudyRecord", record), caches, choice, pool)
+    assert (found.workers, found.cluster, found.scheduler) == (workers, (*pool.machines.values(),), "tcp://lab:8786")
     found = make_plan(cast("StudyRecord", record), caches, MachineChoice(), FakePool())
-    assert (found.workers, found.cluster) == (workers[:1], ())
+    assert (found.workers, found.cluster, found.scheduler) == (workers[:1], (), "")
 
 
 @pytest.mark.parametrize("address", ["tcp://lab:8786", "tls://10.0.0.1:1", "tcp://[fe80::1%eth0]:8786", "lab:8786"])
