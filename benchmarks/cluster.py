@@ -87,7 +87,7 @@ from hpsearch.study import run_study
 from hpsearch.training.checkpoint import save_array
 from hpsearch.training.rows import EpochRow, FitSummary, Scores, to_line
 from hpsearch.typed_json import from_json, to_json
-from hpsearch.workers import dask_pool, jobs, loop
+from hpsearch.workers import dask_connection, dask_pool, jobs, loop
 from hpsearch.workers.dask_pool import DaskPool
 from hpsearch.workers.dask_task import ENDED, POLL_S, STARTED
 from hpsearch.workers.jobs import (
@@ -396,11 +396,10 @@ def run_simulated(folder: Path, size: Size, n_finished: int) -> Measured:
                 stack.enter_context(mock.patch.object(owner, attribute, function))
         stack.enter_context(mock.patch("os.fsync", functools.partial(_advance, clock)))
         stack.enter_context(mock.patch("time.monotonic", clock.now))
-        stack.enter_context(mock.patch.object(dask_pool, "connect", return_value=dask))
-        stack.enter_context(mock.patch.object(dask_pool, "examine", _examine))
-        pool = stack.enter_context(
-            DaskPool("simulated", study.holder, device="cpu", limit=0, timeout_s=60.0, check=lambda: None)
-        )
+        stack.enter_context(mock.patch.object(dask_connection, "connect", return_value=dask))
+        stack.enter_context(mock.patch.object(dask_connection, "examine", _examine))
+        check, options = lambda: None, {"device": "cpu", "limit": 0, "timeout_s": 60.0}
+        pool = stack.enter_context(DaskPool("simulated", study.holder, check, print, **options))
         pool._messages = dask  # type: ignore[assignment]
         coordinator = Coordinator(record, pool, plan, Caches(), callback, stop, lambda: None)  # type: ignore[arg-type]
         pool.resize(plan.workers)
@@ -488,8 +487,12 @@ class SimulatedDask:
         """Workers that have had a fit."""
         self.waited_s = 0.0
 
-    def scheduler_info(self) -> dict[str, Any]:
-        return {"workers": self._addresses}
+    @property
+    def scheduler(self) -> Any:
+        return mock.Mock(identity=lambda: {"workers": self._addresses})
+
+    def sync(self, function: Callable[[], Any]) -> Any:
+        return function()
 
     def run(self, function: Callable[[], Any], workers: Sequence[str], on_error: str) -> dict[str, Any]:
         return dict.fromkeys(workers, function())

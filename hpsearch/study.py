@@ -93,7 +93,7 @@ def run_study(
         paths.refusals_named(study.root),
         lock.hold(study),
         lock.log_file(study.log),
-        machine.open_pool(study, begun := _open_record(study, config), check) as pool,
+        machine.open_pool(study, begun := _open_record(study, config), check, callback.message) as pool,
     ):
         for request in (study.stop_request, *study.root.glob("stop-trial-*")):
             request.unlink(missing_ok=True)

@@ -189,7 +189,8 @@ class _Final:
         began_at, folder = now(), self.folder
         paths.write_text(folder.config, self.config.to_toml())
         # Train one network at a time on the first device of the plan. No other worker uses this device now.
-        with machine.open_pool(self.record.paths, self.record, self._check) as pool:
+        say = self.on_step or (lambda text: None)
+        with machine.open_pool(self.record.paths, self.record, self._check, say) as pool:
             plan = plan_for_one_fit(self.record, self.caches, machine, pool, self._check)
             pool.resize(plan.workers)
             self.stop.epoch_left_s = pool.epoch_left_s

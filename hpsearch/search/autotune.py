@@ -75,11 +75,14 @@ class MachineChoice:
         if self.cluster and not (has_port or self.cluster.startswith("inproc://")):
             raise ConfigError(f"--cluster {redact(self.cluster)}: expected an address such as tcp://host:8786")
 
-    def open_pool(self, study: StudyPaths, record: StudyRecord | None, check: Check) -> TrackingPool[Any]:
+    def open_pool(
+        self, study: StudyPaths, record: StudyRecord | None, check: Check, say: Callable[[str], None]
+    ) -> TrackingPool[Any]:
         """Return the pool that runs the jobs of a study. The caller must hold the study's lock.
 
-        `record` is None if the study is new. `check` is called repeatedly while the pool waits for a cluster. Raises
-        ConfigError if Dask is not installed, and WorkerError if the cluster cannot be used.
+        `record` is None if the study is new. `check` is called repeatedly while the pool waits for a cluster, and
+        `say` with a line when it begins to wait. Raises ConfigError if Dask is not installed, and WorkerError if the
+        cluster cannot be used.
         """
         if not self.cluster:
             return LocalPool(study.root)
@@ -90,7 +93,7 @@ class MachineChoice:
         plan = _read_plan(record) if record is not None else None
         device = plan.device if plan is not None and self.device == "auto" else self.device
         limit, timeout_s = self.n_workers, self.cluster_timeout_s
-        pool = DaskPool(self.cluster, study.holder, check, device=device, limit=limit, timeout_s=timeout_s)
+        pool = DaskPool(self.cluster, study.holder, check, say, device=device, limit=limit, timeout_s=timeout_s)
         if plan is not None:
             lost = {each.address: dataclasses.replace(each, is_connected=False) for each in plan.cluster}
             pool.machines = {**lost, **pool.machines}

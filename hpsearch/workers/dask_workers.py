@@ -137,9 +137,7 @@ def _problems(client: Any, names: Mapping[str, str], probe: Path) -> dict[str, s
                 problems.setdefault(address, f"{what}: install the same version on all machines")
     for address, content in run(partial(Path.read_text, probe)).items():
         if not isinstance(content, CommClosedError) and content != probe.read_text():
-            what = (
-                f"Dask worker {names[address]} does not see the project folder: {probe} is missing or different there"
-            )
+            what = f"Dask worker {names[address]} does not see the project folder: it has another {probe}, or none"
             advice = "Mount the project folder and the images at the same paths on all machines"
             problems.setdefault(address, f"{what}. {advice}")
     return problems

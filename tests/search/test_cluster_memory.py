@@ -22,7 +22,7 @@ from hpsearch.search.status import StudyStatus, study_status
 from hpsearch.store.record import StudyRecord
 from hpsearch.training.rows import EpochRow
 from hpsearch.typed_json import from_json
-from hpsearch.workers import dask_pool, dask_workers
+from hpsearch.workers import dask_connection, dask_workers
 from hpsearch.workers.jobs import Capacity
 from hpsearch.workers.plan import MEMORY_SHARE, ExecutionPlan, predicted_bytes
 from tests.search.in_process import Watched, workers_in_process
@@ -64,7 +64,7 @@ def cluster(watched: Watched, config: StudyConfig, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(dask_workers, "find_device", find_device)
     monkeypatch.setattr(dask_workers, "MEMORY_UNIT", 1)
-    monkeypatch.setattr(dask_pool, "FOLLOW_S", 0.1)
+    monkeypatch.setattr(dask_connection, "FOLLOW_S", 0.1)
     options: dict[str, Any] = {"processes": False, "dashboard_address": ":0", "memory_limit": 0}
     with LocalCluster(n_workers=2, threads_per_worker=1, **options) as cluster:
         yield cluster
@@ -157,7 +157,7 @@ def test_the_workers_of_an_earlier_run_count_for_the_timeout(
     record = run(tmp_path, one, machine=on(cluster)).record
     cluster.sync(cluster.workers[1].close)
     record.paths.holder.write_text("the coordinator")
-    with on(cluster, 3.0).open_pool(record.paths, record, lambda: None) as pool:
+    with on(cluster, 3.0).open_pool(record.paths, record, lambda: None, lambda text: None) as pool:
         assert {each.host: each.is_connected for each in pool.machines.values()} == {"host0": True, "host1": False}
         wait_until(lambda: [*pool.events(0.1)] != [None] and len(pool.machines) == 1, 10.0)
 
