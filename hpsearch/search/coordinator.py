@@ -114,6 +114,7 @@ class Coordinator:
                     evaluation = self.open[number, replicate]
                     evaluation.running.add(fold)
                     self._write(evaluation, workers={**evaluation.record.workers, str(fold): worker.name})
+                    logger.info("%s, fold %d starts on %s", evaluation.name, fold + 1, worker.name)
                     return fold_job(evaluation, fold, self.caches)
                 case Suggest():
                     self._begin_trial()
@@ -127,7 +128,9 @@ class Coordinator:
         """Handle a worker's report about a fit."""
         job, report = event.job, event.report
         if job is None and isinstance(report, Failed):
-            self._say(f"worker {event.worker.index + 1} ended before it had a job ({report.text}): it is replaced")
+            text = f"{event.worker.name} ended before it had a job ({report.text}): it is replaced"
+            # A Dask worker is replaced only if there is another one.
+            self._say(text if event.worker.machine is None else f"worker {report.text}")
         if not isinstance(job, FitJob) or (evaluation := self.open.get((job.trial, job.replicate))) is None:
             # The trial has ended, and its workers were killed. Their last reports are ignored.
             return
@@ -219,8 +222,7 @@ class Coordinator:
             raise StorageError(failure.text)
         if failure.error not in ("", "died"):
             raise WorkerError(f"{what}: {failure.text}")
-        logger.warning("%s: worker %s\n%s", what, failure.text, failure.traceback)
-        self.callback.message(f"{what}: worker {failure.text}")
+        logger.warning("%s", f"{what}: worker {failure.text}\n{failure.traceback}".rstrip())
         remove_stale_temporaries(fit.paths.root)
         # Only deaths after the same epoch are counted together. If epochs finish between two deaths, the cause is the
         # machine and not the configuration.
@@ -229,9 +231,13 @@ class Coordinator:
         deaths = [*failures.get(str(fold), []), place + failure.text]
         workers = {each: name for each, name in evaluation.record.workers.items() if each != str(fold)}
         self._write(evaluation, failures={**failures, str(fold): deaths}, workers=workers)
-        if fit.is_finished or evaluation.pruned is not None:
+        is_last = sum(each.startswith(place) for each in deaths) >= DEATHS_PER_JOB
+        is_done = fit.is_finished or evaluation.pruned is not None
+        then = "" if is_done or is_last else "; the fit continues on the next free worker"
+        self.callback.message(f"{what}: worker {failure.text}{then}")
+        if is_done:
             self._end_if_finished(evaluation)
-        elif sum(each.startswith(place) for each in deaths) >= DEATHS_PER_JOB:
+        elif is_last:
             reason = f"{DEATHS_PER_JOB} workers died in fold {fold + 1} {place}{failure.text}"
             self._end(evaluation, "failed", reason=reason)
             ended = [trial for trial in self.trials.values() if trial.outcome in COUNTED]
