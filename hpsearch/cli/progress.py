@@ -91,6 +91,10 @@ class StudyProgress(StudyCallback):
         if self._console.is_terminal:
             self._live.start()
 
+    def replanned(self, plan: ExecutionPlan) -> None:
+        self._plan = plan
+        self._update()
+
     def trial_began(self, trial: TrialRecord) -> None:
         self._trials[trial.number], self._epochs[trial.number] = trial, trial.config["train"]["epochs"]
         if not self._live.is_started:

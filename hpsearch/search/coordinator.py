@@ -351,6 +351,7 @@ def _follow_cluster(coordinator: Coordinator) -> None:
         plan = dataclasses.replace(plan, cluster=cluster)
         coordinator.plan = dataclasses.replace(plan, workers=plan.workers[:1] * max(1, len(plan.connected)))
         coordinator.record.write_plan(to_json(coordinator.plan))
+        coordinator.callback.replanned(coordinator.plan)
     capacities = {worker.capacity for worker in cluster}
     idle = [each for each in coordinator.open.values() if cluster and not each.running]
     too_large = [each for each in idle if not any(fits_memory(each.config, capacity) for capacity in capacities)]

@@ -40,6 +40,21 @@ def test_the_display_reckons_the_time_to_go_as_status_does_with_the_second_fits(
     assert f"ETA {duration(expected_s)}" in shown_by(progress)
 
 
+def test_the_display_reckons_with_the_workers_that_are_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = FakeStudy(tmp_path)
+    progress, plan = StudyProgress("fake", fake.project), from_json(ExecutionPlan, fake.record.plan() or {})
+    two = dataclasses.replace(plan, workers=plan.workers * 2)
+    progress.planned(fake.record, two, Forecast(n_trials=6, n_replicates=0, n_images=20, fit_s=1.0, total_s=60.0))
+    ended = fake.trial()
+    progress.trial_ended(ended)
+    left_s = 5 * study_status(fake.project, "fake").seconds[0]
+    assert f"ETA {duration(left_s / 2)}" in shown_by(progress)
+    progress.replanned(plan)
+    assert f"ETA {duration(left_s)}" in shown_by(progress)
+
+
 def test_the_study_is_not_read_again_when_a_trial_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeStudy(tmp_path)
     before = [fake.trial(), fake.trial("pruned")]

@@ -76,11 +76,16 @@ class AtEpoch(StudyCallback):
     def __init__(self, select: Callable[[int], bool], act: Callable[[], object]) -> None:
         self._select, self._act, self.is_done = select, act, False
         self.messages: list[str] = []
+        self.n_connected: list[int] = []
+        """Number of workers in each plan that was reported."""
 
     def epoch_ended(self, trial: int, fold: int, row: EpochRow) -> None:
         if not self.is_done and self._select(trial):
             self.is_done = True
             self._act()
+
+    def replanned(self, plan: ExecutionPlan) -> None:
+        self.n_connected.append(len(plan.workers))
 
     def message(self, text: str) -> None:
         self.messages.append(text)
@@ -140,6 +145,7 @@ def test_a_trial_waits_for_a_worker_that_is_large_enough_and_ends_as_infeasible_
     ended = run(tmp_path, config, machine=on(cluster, 3.0), callback=callback).record
     outcomes = {trial.outcome for trial in ended.trials() if is_large(record, trial.number)}
     assert outcomes == {"infeasible"}
+    assert callback.n_connected[0] == 1
     small = [trial.outcome for trial in ended.trials() if not is_large(record, trial.number)]
     assert small == ["complete"] * 4
     first = next(trial for trial in ended.trials() if trial.outcome == "infeasible")
