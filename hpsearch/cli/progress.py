@@ -87,7 +87,8 @@ class StudyProgress(StudyCallback):
         if math.isfinite(forecast.total_s):
             self._ends_at = time.monotonic() + forecast.total_s
             if forecast.n_trials:
-                self._print(describe.describe_forecast(study.pruner, forecast))
+                place = "this cluster" if plan.cluster else "this machine"
+                self._print(describe.describe_forecast(study.pruner, forecast, place))
         if self._console.is_terminal:
             self._live.start()
 
@@ -110,7 +111,8 @@ class StudyProgress(StudyCallback):
     def fold_ended(self, trial: int, fold: int, score: float) -> None:
         self._fits.pop((trial, fold), None)
         if not self._live.is_started:
-            self._print(f"trial {trial}, fold {fold + 1}: {score:.4f}")
+            refit = "" if self._refits is None else "refit of "
+            self._print(f"{refit}trial {trial}, fold {fold + 1}: {score:.4f}")
 
     def trial_ended(self, trial: TrialRecord) -> None:
         self._fits = {key: row for key, row in self._fits.items() if key[0] != trial.number}

@@ -218,7 +218,8 @@ def _measure_plan(
     assert finished.measurement is not None
     measured = finished.measurement
     listed = ", ".join(f"{n} x {n_threads}: {rate:.1f}" for (n, n_threads), rate in rates.items())
-    logger.info("images per second by workers x threads on a device: %s", listed or "not measured")
+    if listed:
+        logger.info("images per second by workers x threads on a device: %s", listed)
     plan = ExecutionPlan(
         device=measured.device,
         precision=measured.precision,

@@ -14,6 +14,7 @@ from hpsearch.search.status import study_status
 from hpsearch.store.fits import FitRecord
 from hpsearch.study import StudySummary
 from hpsearch.typed_json import from_json
+from hpsearch.workers.jobs import Capacity, ClusterWorker
 from hpsearch.workers.plan import ExecutionPlan, Forecast
 from tests.recorded import FakeStudy
 
@@ -79,6 +80,25 @@ def test_the_trials_that_are_refitted_are_named(
 ) -> None:
     StudyProgress("fake", FakeStudy(tmp_path).project).replicating(trials, 0, 2)
     assert shown in capsys.readouterr().out
+
+
+def test_a_finished_fit_is_marked_as_a_refit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    progress = StudyProgress("fake", FakeStudy(tmp_path).project)
+    progress.fold_ended(2, 1, 0.9)
+    progress.replicating((2,), 0, 1)
+    progress.fold_ended(2, 1, 0.8)
+    first, _, second = capsys.readouterr().out.splitlines()
+    assert (first, second) == ("trial 2, fold 2: 0.9000", "refit of trial 2, fold 2: 0.8000")
+
+
+def test_the_forecast_names_the_cluster(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fake = FakeStudy(tmp_path)
+    capacity = Capacity(device="cpu", precision="bf16", memory_bytes=2**30)
+    worker = ClusterWorker(address="tcp://a:1", host="a", device_name="CPU", unit="a", threads=1, capacity=capacity)
+    plan = dataclasses.replace(from_json(ExecutionPlan, fake.record.plan() or {}), cluster=(worker,))
+    forecast = Forecast(n_trials=6, n_replicates=0, n_images=20, fit_s=1.0, total_s=60.0)
+    StudyProgress("fake", fake.project).planned(fake.record, plan, forecast)
+    assert "of training on this cluster, 1.0 s per fit" in capsys.readouterr().out
 
 
 def test_a_study_whose_tracking_failed_ends_with_why_and_the_command_that_retries(

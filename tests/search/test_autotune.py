@@ -273,6 +273,14 @@ def test_each_machine_of_a_cluster_is_one_worker_and_all_have_the_same_threads(
     assert pool.wanted[0] == [WorkerSettings("cuda", 4)] * 3
 
 
+def test_only_rates_that_were_measured_are_logged(planned: MakePlan, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    planned(Machine({}))
+    assert "images per second" not in caplog.text
+    planned(Machine({1: 3.0, 2: 90.0}))
+    assert "images per second by workers x threads on a device: 1 x" in caplog.text
+
+
 def test_a_stored_plan_keeps_its_threads_on_a_cluster(planned: MakePlan) -> None:
     stored, _ = planned(Machine({1: 3.0, 2: 90.0}))
     record = FakeRecord(tiny_config(Path("data")))
