@@ -222,6 +222,14 @@ def test_a_program_that_a_worker_does_not_have_is_named(open_pool: OpenPool, mon
         open_pool()
 
 
+def test_the_table_of_versions_that_dask_shows_is_left_out(
+    open_pool: OpenPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = {"warning": "a table of all packages", "error": ""}
+    monkeypatch.setattr("distributed.versions.error_message", lambda *_, **__: table)
+    open_pool()
+
+
 def test_the_build_of_torch_may_differ(open_pool: OpenPool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(dask_workers.VERSIONS, "torch", mine("2.15.0+cpu", "2.15.0+cu130"))
     open_pool()
