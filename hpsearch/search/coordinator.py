@@ -114,7 +114,6 @@ class Coordinator:
                     evaluation = self.open[number, replicate]
                     evaluation.running.add(fold)
                     self._write(evaluation, workers={**evaluation.record.workers, str(fold): worker.name})
-                    logger.info("%s, fold %d starts on %s", evaluation.name, fold + 1, worker.name)
                     return fold_job(evaluation, fold, self.caches)
                 case Suggest():
                     self._begin_trial()
@@ -129,8 +128,7 @@ class Coordinator:
         job, report = event.job, event.report
         if job is None and isinstance(report, Failed):
             text = f"{event.worker.name} ended before it had a job ({report.text}): it is replaced"
-            # A Dask worker is replaced only if there is another one.
-            self._say(text if event.worker.machine is None else f"worker {report.text}")
+            self._say(f"worker {report.text}" if event.worker.machine else text)
         if not isinstance(job, FitJob) or (evaluation := self.open.get((job.trial, job.replicate))) is None:
             # The trial has ended, and its workers were killed. Their last reports are ignored.
             return
@@ -231,18 +229,16 @@ class Coordinator:
         deaths = [*failures.get(str(fold), []), place + failure.text]
         workers = {each: name for each, name in evaluation.record.workers.items() if each != str(fold)}
         self._write(evaluation, failures={**failures, str(fold): deaths}, workers=workers)
-        is_last = sum(each.startswith(place) for each in deaths) >= DEATHS_PER_JOB
-        is_done = fit.is_finished or evaluation.pruned is not None
-        then = "" if is_done or is_last else "; the fit continues on the next free worker"
-        self.callback.message(f"{what}: worker {failure.text}{then}")
-        if is_done:
+        if fit.is_finished or evaluation.pruned is not None:
             self._end_if_finished(evaluation)
-        elif is_last:
+        elif sum(each.startswith(place) for each in deaths) >= DEATHS_PER_JOB:
             reason = f"{DEATHS_PER_JOB} workers died in fold {fold + 1} {place}{failure.text}"
             self._end(evaluation, "failed", reason=reason)
             ended = [trial for trial in self.trials.values() if trial.outcome in COUNTED]
             if len(ended) >= 3 and all(trial.outcome == "failed" for trial in ended):
                 raise WorkerError(f"every trial so far failed; {reason}")
+        else:
+            self.callback.message(f"{what}: worker {failure.text}; the fit continues on the next free worker")
 
     def _end_if_finished(self, evaluation: Evaluation) -> None:
         """End a trial or replicate if it has no fits left to do."""
@@ -346,10 +342,9 @@ def _follow_cluster(coordinator: Coordinator) -> None:
 
     Raises WorkerError if only refits are left, and all of them need a larger worker.
     """
-    plan, cluster = coordinator.plan, tuple(coordinator.pool.machines.values())
-    if cluster != plan.cluster:
-        plan = dataclasses.replace(plan, cluster=cluster)
-        coordinator.plan = dataclasses.replace(plan, workers=plan.workers[:1] * max(1, len(plan.connected)))
+    cluster = tuple(coordinator.pool.machines.values())
+    if cluster != coordinator.plan.cluster:
+        coordinator.plan = coordinator.plan.with_cluster(cluster)
         coordinator.record.write_plan(to_json(coordinator.plan))
         coordinator.callback.replanned(coordinator.plan)
     capacities = {worker.capacity for worker in cluster}

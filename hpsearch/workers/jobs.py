@@ -87,6 +87,13 @@ class FitJob:
     attempt: str = ""
     """Name of the attempt on a cluster (`workers.attempts`); empty on this machine."""
 
+    @property
+    def name(self) -> str:
+        """Name of the fit, for the log."""
+        if not self.held_out:
+            return f"the final fit of trial {self.trial}"
+        return f"{'the refit of ' if self.replicate else ''}trial {self.trial}, fold {self.fold + 1}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class OfficialScoreJob:

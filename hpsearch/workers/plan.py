@@ -4,10 +4,11 @@ The plan is derived once from measurements and stored with the study. A resumed 
 thread counts and precision affect the bytes of the results. Does not import torch.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -48,6 +49,11 @@ class ExecutionPlan:
     def connected(self) -> tuple[ClusterWorker, ...]:
         """Dask workers that are connected."""
         return tuple(worker for worker in self.cluster if worker.is_connected)
+
+    def with_cluster(self, cluster: tuple[ClusterWorker, ...]) -> Self:
+        """Return the plan with other Dask workers, and one worker for each of them that is connected."""
+        plan = dataclasses.replace(self, cluster=cluster)
+        return dataclasses.replace(plan, workers=plan.workers[:1] * max(1, len(plan.connected)))
 
     @property
     def alone(self) -> WorkerSettings:
