@@ -489,10 +489,10 @@ class SimulatedDask:
 
     @property
     def scheduler(self) -> Any:
-        return mock.Mock(identity=lambda: {"workers": self._addresses})
+        return mock.Mock(identity=lambda: {"workers": self._addresses}, log_event=self._log_event)
 
-    def sync(self, function: Callable[[], Any]) -> Any:
-        return function()
+    def sync(self, function: Callable[..., Any], *, callback_timeout: float, **options: Any) -> Any:
+        return function(**options)
 
     def run(self, function: Callable[[], Any], workers: Sequence[str], on_error: str) -> dict[str, Any]:
         return dict.fromkeys(workers, function())
@@ -515,18 +515,18 @@ class SimulatedDask:
     def close(self) -> None:
         pass
 
-    def log_event(self, topic: str, text: str) -> None:
+    def _log_event(self, topic: str, msg: str) -> None:
         """Take a job or a reply from the coordinator."""
         self._clock.advance(CALL_S)
-        name, is_reply = topic.removesuffix("-commands"), text.startswith('{"go"')
+        name, is_reply = topic.removesuffix("-commands"), msg.startswith('{"go"')
         if name in self._available:
             lag_s = self._clock.now() - self._available.pop(name)
             self._measured.note("answer" if is_reply else "next job", lag_s)
         with self._clock.paused():
             if is_reply:
-                self._go_on(name, go=json.loads(text)["go"])
+                self._go_on(name, go=json.loads(msg)["go"])
             else:
-                self._begin(name, jobs.from_message(json.loads(text)))
+                self._begin(name, jobs.from_message(json.loads(msg)))
 
     def get(self, timeout: float) -> tuple[Any, str]:
         """Return the next report as soon as its time has come. Raises queue.Empty after the timeout."""

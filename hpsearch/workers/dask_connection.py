@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 FIRST_CONNECT_S, CONNECT_S = 1.0, 5.0
 """Time in seconds of the first attempt to connect to the scheduler, and of each further one."""
+SCHEDULER_S = 10.0
+"""Time in seconds in which the scheduler must answer a request. Without a limit, Ctrl-C would have no effect."""
 FOLLOW_S = 1.0
 """Time in seconds between two requests for the list of Dask workers."""
 
@@ -83,13 +85,16 @@ class DaskConnection:
         if now - self._followed_at < FOLLOW_S:
             return False
         reason = self._connect() if self.client is None or self.client.status == "closed" else ""
+        has_answered = False
         if self.is_open:
-            # If the scheduler does not answer, keep the last list. A lost connection is noticed above.
-            with contextlib.suppress(OSError):
+            try:
                 self._update_present()
-            reason = "it has no usable Dask worker"
+                has_answered, reason = True, "it has no usable Dask worker"
+            except OSError:
+                # Keep the last list. A lost connection is noticed above.
+                reason = "its scheduler does not answer"
         self._followed_at = time.monotonic()
-        if self.present:
+        if has_answered and self.present:
             self._seen_at, self._is_waiting = now, False
         else:
             self._wait(reason or "its scheduler cannot be reached")
@@ -98,8 +103,14 @@ class DaskConnection:
     def close(self) -> None:
         """Close the connection."""
         if self.client is not None:
-            self.client.close()
+            # A scheduler that does not answer need not know.
+            with contextlib.suppress(OSError):
+                self.client.close()
         self._loop.stop()
+
+    def ask(self, function: Callable[..., Any], **options: Any) -> Any:
+        """Call a remote function of the scheduler. Raises OSError if it does not answer in time."""
+        return self.client.sync(function, callback_timeout=SCHEDULER_S, **options)
 
     def _connect(self) -> str:
         """Try to connect, and return why this is not possible; empty if it is."""
@@ -125,7 +136,7 @@ class DaskConnection:
         """Ask the scheduler for its Dask workers, and examine those that have joined."""
         # `Client.scheduler_info` is not safe here. It returns an attribute to which a thread of Dask assigns an empty
         # list every few seconds, and all Dask workers would seem to be lost.
-        found = self.client.sync(self.client.scheduler.identity)["workers"]
+        found = self.ask(self.client.scheduler.identity)["workers"]
         for address, each in self.devices.items():
             if address not in found and isinstance(each, ClusterWorker):
                 logger.info("Dask worker %s left", each.name)

@@ -151,7 +151,8 @@ class DaskPool(TrackingPool[DaskWorker]):
         # Without a connection, Dask cancels the task, and `events` reports it.
         if self._dask.is_open:
             with contextlib.suppress(OSError):
-                self._dask.client.log_event(commands_of(worker.topic), json.dumps(message))
+                log_event = self._dask.client.scheduler.log_event
+                self._dask.ask(log_event, topic=commands_of(worker.topic), msg=json.dumps(message))
 
     def _update_machines(self) -> None:
         """Update `machines`, and share the memory of each GPU or host between its Dask workers."""
@@ -240,6 +241,11 @@ class DaskPool(TrackingPool[DaskWorker]):
                 names = ", ".join(worker.name for worker in stuck)
                 logger.warning("restarting Dask workers that do not end their tasks: %s", names)
                 # `Client.restart_workers` refuses Dask workers without a nanny. The scheduler removes them.
-                how = {"timeout": END_S, "wait_for_workers": False, "on_error": "return", "stimulus_id": "hpsearch"}
+                how = {
+                    "timeout": END_S / 2,
+                    "wait_for_workers": False,
+                    "on_error": "return",
+                    "stimulus_id": "hpsearch",
+                }
                 addresses = [worker.address for worker in stuck]
-                self._dask.client.sync(self._dask.client.scheduler.restart_workers, workers=addresses, **how)
+                self._dask.ask(self._dask.client.scheduler.restart_workers, workers=addresses, **how)

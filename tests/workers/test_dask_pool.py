@@ -19,7 +19,7 @@ import pytest
 from distributed import LocalCluster
 
 from hpsearch.errors import WorkerError
-from hpsearch.workers import dask_connection, dask_workers
+from hpsearch.workers import dask_connection, dask_pool, dask_workers
 from hpsearch.workers.dask_pool import DaskPool
 from hpsearch.workers.jobs import Failed, Finished, Ready, WorkerSettings
 from hpsearch.workers.local_pool import LocalPool, LocalWorker
@@ -392,6 +392,28 @@ def test_a_dask_worker_that_is_suspended_when_the_pool_opens_is_left_out(
         assert f"Dask worker {address.rpartition('/')[2]} does not answer; it is not used" in caplog.messages
         pool.close()
         os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.slow
+def test_a_scheduler_that_is_suspended_ends_the_run_in_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dask_connection, "SCHEDULER_S", 1.0)
+    monkeypatch.setattr(dask_pool, "END_S", 1.0)
+    said: list[str] = []
+    with (
+        DaskCluster(tmp_path, 1) as cluster,
+        pools(cluster.address, tmp_path, say=said.append, timeout_s=3.0) as open_pool,
+    ):
+        pool = open_pool()
+        pool.resize(ONE)
+        wait_for(pool, Ready)
+        cluster.scheduler.send_signal(signal.SIGSTOP)
+        with pytest.raises(WorkerError, match=r"has had no workers for 3 s \(its scheduler does not answer\)"):
+            wait_for(pool, Failed)
+        pool.close()
+        cluster.scheduler.send_signal(signal.SIGCONT)
+    assert said == [f"waiting up to 3 s for a Dask worker of {cluster.address}: its scheduler does not answer"]
 
 
 @pytest.mark.slow
