@@ -29,6 +29,8 @@ from hpsearch.workers.jobs import ClusterWorker, worker_name
 
 ANSWER_S = 10.0
 """Time in seconds in which a Dask worker must answer before it is used. A suspended one does not answer."""
+CLIENT_S = 5.0
+"""Time in seconds in which the client must register, reconnect or close."""
 HANDSHAKE_S = 1.0
 """Time in seconds in which a scheduler must answer after it has accepted a connection."""
 SILENT = "does not answer"
@@ -49,7 +51,7 @@ TLS_ERRORS = (TypeError, RuntimeError, FileNotFoundError, ssl.SSLError, FatalCom
 
 
 def connect(address: str, loop: Any, timeout_s: float) -> Client:
-    """Connect to the scheduler at `address`, with a client that runs in the event loop `loop`.
+    """Connect to the scheduler at `address` within `timeout_s` seconds, with a client in the event loop `loop`.
 
     Raises WorkerError if the configuration of TLS is wrong, and OSError if there is no scheduler at this address.
     """
@@ -58,7 +60,7 @@ def connect(address: str, loop: Any, timeout_s: float) -> Client:
     warnings.filterwarnings("ignore", category=VersionMismatchWarning)
     try:
         sync(loop, _require_scheduler, address, timeout_s)
-        return Client(address, loop=loop, set_as_default=False, name="hpsearch", timeout=timeout_s)
+        return Client(address, loop=loop, set_as_default=False, name="hpsearch", timeout=CLIENT_S)
     except TLS_ERRORS as error:
         advice = "check distributed.comm.tls in Dask's configuration, described in docs/distributed.md"
         raise WorkerError(f"--cluster {address} cannot be used ({error}): {advice}") from error
