@@ -276,8 +276,11 @@ def test_a_final_that_is_told_to_stop_at_once_ends_with_its_checkpoint(
     assert not (result.paths.root.parent / f"trial-{other:04d}" / "final.json").exists()
 
 
-def test_a_final_says_that_it_waits_for_a_cluster(project: ProjectPaths, result: FinalResult) -> None:
+def test_a_final_says_that_it_waits_for_a_cluster_before_it_decodes_images(
+    project: ProjectPaths, result: FinalResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (other,) = {0, 1} - {result.trial.number}
+    monkeypatch.setattr(final_run, "PoolCaches", lambda *_, **__: pytest.fail("images are decoded"))
     said: list[str] = []
     machine = MachineChoice("cpu", cluster="tcp://127.0.0.1:9", cluster_timeout_s=2.0)
     with pytest.raises(WorkerError, match="has had no workers for 2 s"):
