@@ -109,7 +109,7 @@ def test_a_stopped_study_says_what_it_has_and_how_to_go_on_and_that_it_goes_on(
 
     shown = output_of("status", "--out", str(project))
     assert "study tiny: 0/1 trials (1 open); not running" in shown
-    assert "worker 1  trial 0, fold 1 of 2, epoch 1 of 2" in shown
+    assert "\ntrial 0, fold 1 of 2, epoch 1 of 2  " in shown
     assert f"continue with: hpsearch study --study tiny --out '{project}'" in shown
 
     # As another terminal would see it while it runs, with no trial ended yet: by what the plan measured.
