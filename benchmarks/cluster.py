@@ -87,7 +87,7 @@ from hpsearch.study import run_study
 from hpsearch.training.checkpoint import save_array
 from hpsearch.training.rows import EpochRow, FitSummary, Scores, to_line
 from hpsearch.typed_json import from_json, to_json
-from hpsearch.workers import dask_pool, jobs, loop
+from hpsearch.workers import dask_connection, dask_pool, jobs, loop
 from hpsearch.workers.dask_pool import DaskPool
 from hpsearch.workers.dask_task import ENDED, POLL_S, STARTED
 from hpsearch.workers.jobs import (
@@ -396,11 +396,10 @@ def run_simulated(folder: Path, size: Size, n_finished: int) -> Measured:
                 stack.enter_context(mock.patch.object(owner, attribute, function))
         stack.enter_context(mock.patch("os.fsync", functools.partial(_advance, clock)))
         stack.enter_context(mock.patch("time.monotonic", clock.now))
-        stack.enter_context(mock.patch.object(dask_pool, "connect", return_value=dask))
-        stack.enter_context(mock.patch.object(dask_pool, "examine", _examine))
-        pool = stack.enter_context(
-            DaskPool("simulated", study.holder, device="cpu", limit=0, timeout_s=60.0, check=lambda: None)
-        )
+        stack.enter_context(mock.patch.object(dask_connection, "connect", return_value=dask))
+        stack.enter_context(mock.patch.object(dask_connection, "examine", _examine))
+        check, options = lambda: None, {"device": "cpu", "limit": 0, "timeout_s": 60.0}
+        pool = stack.enter_context(DaskPool("simulated", study.holder, check, print, **options))
         pool._messages = dask  # type: ignore[assignment]
         coordinator = Coordinator(record, pool, plan, Caches(), callback, stop, lambda: None)  # type: ignore[arg-type]
         pool.resize(plan.workers)
@@ -488,8 +487,12 @@ class SimulatedDask:
         """Workers that have had a fit."""
         self.waited_s = 0.0
 
-    def scheduler_info(self) -> dict[str, Any]:
-        return {"workers": self._addresses}
+    @property
+    def scheduler(self) -> Any:
+        return mock.Mock(identity=lambda: {"workers": self._addresses}, log_event=self._log_event)
+
+    def sync(self, function: Callable[..., Any], *, callback_timeout: float, **options: Any) -> Any:
+        return function(**options)
 
     def run(self, function: Callable[[], Any], workers: Sequence[str], on_error: str) -> dict[str, Any]:
         return dict.fromkeys(workers, function())
@@ -512,18 +515,18 @@ class SimulatedDask:
     def close(self) -> None:
         pass
 
-    def log_event(self, topic: str, text: str) -> None:
+    def _log_event(self, topic: str, msg: str) -> None:
         """Take a job or a reply from the coordinator."""
         self._clock.advance(CALL_S)
-        name, is_reply = topic.removesuffix("-commands"), text.startswith('{"go"')
+        name, is_reply = topic.removesuffix("-commands"), msg.startswith('{"go"')
         if name in self._available:
             lag_s = self._clock.now() - self._available.pop(name)
             self._measured.note("answer" if is_reply else "next job", lag_s)
         with self._clock.paused():
             if is_reply:
-                self._go_on(name, go=json.loads(text)["go"])
+                self._go_on(name, go=json.loads(msg)["go"])
             else:
-                self._begin(name, jobs.from_message(json.loads(text)))
+                self._begin(name, jobs.from_message(json.loads(msg)))
 
     def get(self, timeout: float) -> tuple[Any, str]:
         """Return the next report as soon as its time has come. Raises queue.Empty after the timeout."""

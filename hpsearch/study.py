@@ -93,7 +93,7 @@ def run_study(
         paths.refusals_named(study.root),
         lock.hold(study),
         lock.log_file(study.log),
-        machine.open_pool(study, begun := _open_record(study, config), check) as pool,
+        machine.open_pool(study, begun := _open_record(study, config), check, callback.message) as pool,
     ):
         for request in (study.stop_request, *study.root.glob("stop-trial-*")):
             request.unlink(missing_ok=True)
@@ -166,6 +166,7 @@ def _open_record(study: StudyPaths, config: StudyConfig) -> StudyRecord | None:
         record = StudyRecord.open(study)
         record.verify()
         record.check_config(config)
+        record.forget_workers()
         return record
     groups, n_folds = fold_making.load_groups(config.data), config.study.folds
     n_images = count_pool(config.data, cache_root(study.project, config))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -25,7 +27,7 @@ from hpsearch.store.record import StudyRecord
 from hpsearch.training.rows import EpochRow
 from hpsearch.workers import dask_pool
 from tests.search.studies import everything, run, tiny_config, write_tiny_dataset
-from tests.workers.dask_cluster import DaskCluster, wait_until
+from tests.workers.dask_cluster import DaskCluster, free_port, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -180,6 +182,25 @@ def test_nothing_runs_after_the_coordinator_is_killed_and_the_same_command_conti
     assert (done.returncode, done.stderr) == (0, "")
     assert everything(StudyRecord.open(study)) == alone
     wait_until(lambda: not cluster.worker_processes(), 20.0)
+
+
+def test_the_documented_cluster_on_one_machine_runs_a_study(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs/distributed.md").read_text().replace("8786", free_port())
+    section = text.split("\n## Try it on one machine\n")[1].split("\n## ")[0]
+    *servers, study = map(shlex.split, re.findall(r"^    (\S.*)$", section, re.MULTILINE))
+    assert [server[:2] for server in servers] == [["dask", "scheduler"], ["dask", "worker"], ["dask", "worker"]]
+    with contextlib.ExitStack() as stack:
+        for server in servers:
+            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            process = stack.enter_context(subprocess.Popen(server, cwd=tmp_path, start_new_session=True, **quiet))
+            stack.callback(os.killpg, process.pid, signal.SIGKILL)
+        done = subprocess.run(
+            [*study, "--tracking", "none"], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+    assert done.returncode == 0, done.stderr
+    record = StudyRecord.open(ProjectPaths(tmp_path / "try-cluster").study("sample"))
+    assert record.is_searched(record.trials())
+    assert len((record.plan() or {})["cluster"]) >= 1
 
 
 class EncryptionPage:

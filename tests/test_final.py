@@ -22,7 +22,7 @@ from hpsearch.config.data import DataConfig
 from hpsearch.data.cache import open_cache
 from hpsearch.data.decode import resize
 from hpsearch.data.prepare import Prepared, prepare_pool
-from hpsearch.errors import StoppedError, StudyError, TrackingError
+from hpsearch.errors import StoppedError, StudyError, TrackingError, WorkerError
 from hpsearch.final import FinalResult, run_final
 from hpsearch.final import run as final_run
 from hpsearch.final.result import is_stored
@@ -274,6 +274,18 @@ def test_a_final_that_is_told_to_stop_at_once_ends_with_its_checkpoint(
     with pytest.raises(StoppedError, match="run the same command again"):
         run_final(project, trial=other, n_seeds=2, machine=MACHINE, on_epoch=stop_now, stop=stop)
     assert not (result.paths.root.parent / f"trial-{other:04d}" / "final.json").exists()
+
+
+def test_a_final_says_that_it_waits_for_a_cluster_before_it_decodes_images(
+    project: ProjectPaths, result: FinalResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (other,) = {0, 1} - {result.trial.number}
+    monkeypatch.setattr(final_run, "PoolCaches", lambda *_, **__: pytest.fail("images are decoded"))
+    said: list[str] = []
+    machine = MachineChoice("cpu", cluster="tcp://127.0.0.1:9", cluster_timeout_s=2.0)
+    with pytest.raises(WorkerError, match="has had no workers for 2 s"):
+        run_final(project, trial=other, machine=machine, on_step=said.append)
+    assert said[-1].startswith("waiting up to 2 s for a Dask worker of tcp://127.0.0.1:9: ")
 
 
 def test_only_full_trials_can_be_final(project: ProjectPaths) -> None:

@@ -54,21 +54,23 @@ def describe_folds(config: StudyConfig) -> str:
 
 
 def describe_machine(plan: ExecutionPlan) -> str:
-    """Describe the machine of a plan: `on NAME, float32, 2 workers x 1 thread`."""
-    devices = dict.fromkeys(worker.device_name for worker in plan.connected)
-    name = ", ".join(devices) or plan.machine.get("device_name", plan.device)
+    """Describe the machine of a plan, such as `on NAME, float32, 2 workers x 1 thread`, or the hosts of a cluster."""
+    name = plan.machine.get("device_name", plan.device)
+    if hosts := {worker.host for worker in plan.connected}:
+        devices = dict.fromkeys(worker.device_name for worker in plan.connected)
+        name = f"{count(len(hosts), 'host')} ({', '.join(devices)})"
     workers, threads = count(len(plan.workers), "worker"), count(plan.workers[0].threads, "thread")
     return f"on {name}, {plan.precision}, {workers} x {threads}"
 
 
-def describe_forecast(pruner: str, forecast: Forecast) -> str:
-    """Describe in one sentence how long the rest of a search will take."""
+def describe_forecast(pruner: str, forecast: Forecast, place: str = "this machine") -> str:
+    """Describe in one sentence how long the rest of a search will take at a place."""
     then = f", then up to {count(forecast.n_replicates, 'refit')}" if forecast.n_replicates else ""
     most, saved = ("at most about", "; pruning shortens it") if pruner == "race" else ("about", "")
     fit = duration(forecast.fit_s) if forecast.fit_s >= 10 else f"{forecast.fit_s:.1f} s"
     return (
-        f"{count(forecast.n_trials, 'trial')} left{then}: {most} {duration(forecast.total_s)} of training on this "
-        f"machine, {fit} per fit, as measured{saved}"
+        f"{count(forecast.n_trials, 'trial')} left{then}: {most} {duration(forecast.total_s)} of training on "
+        f"{place}, {fit} per fit, as measured{saved}"
     )
 
 
@@ -79,9 +81,10 @@ def program(name: str = "hpsearch") -> str:
     return name if path is None or shutil.which(name) else shlex.quote(str(path))
 
 
-def next_command(command: str, study: str, project: ProjectPaths) -> str:
-    """Return the full shell command that runs an hpsearch command on a study."""
-    return program() + command_line(command, study, project).removeprefix("hpsearch")
+def next_command(command: str, study: str, project: ProjectPaths, cluster: str = "") -> str:
+    """Return the full shell command that runs an hpsearch command on a study, with `--cluster` if it is given."""
+    option = f" --cluster {shlex.quote(cluster)}" if cluster else ""
+    return program() + command_line(command, study, project).removeprefix("hpsearch") + option
 
 
 def mlflow_command(project: ProjectPaths) -> str:

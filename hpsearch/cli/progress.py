@@ -85,9 +85,14 @@ class StudyProgress(StudyCallback):
         if math.isfinite(forecast.total_s):
             self._ends_at = time.monotonic() + forecast.total_s
             if forecast.n_trials:
-                self._print(describe.describe_forecast(study.pruner, forecast))
+                place = "this cluster" if plan.cluster else "this machine"
+                self._print(describe.describe_forecast(study.pruner, forecast, place))
         if self._console.is_terminal:
             self._live.start()
+
+    def replanned(self, plan: ExecutionPlan) -> None:
+        self._plan = plan
+        self._update()
 
     def trial_began(self, trial: TrialRecord) -> None:
         self._trials[trial.number], self._epochs[trial.number] = trial, trial.config["train"]["epochs"]
@@ -104,7 +109,8 @@ class StudyProgress(StudyCallback):
     def fold_ended(self, trial: int, fold: int, score: float) -> None:
         self._fits.pop((trial, fold), None)
         if not self._live.is_started:
-            self._print(f"trial {trial}, fold {fold + 1}: {score:.4f}")
+            refit = "" if self._refits is None else "refit of "
+            self._print(f"{refit}trial {trial}, fold {fold + 1}: {score:.4f}")
 
     def trial_ended(self, trial: TrialRecord) -> None:
         self._fits = {key: row for key, row in self._fits.items() if key[0] != trial.number}
@@ -149,7 +155,8 @@ class StudyProgress(StudyCallback):
             done = f"{summary.n_counted} of {n_trials} done, {n_open} open"
             self._print(f"stopped: {done}. Run the same command again to continue")
         else:
-            final, report = (describe.next_command(c, self._name, self._project) for c in ("final --best", "report"))
+            final = describe.next_command("final --best", self._name, self._project, status.scheduler)
+            report = describe.next_command("report", self._name, self._project)
             mlflow = [] if self._tracking == "none" else [describe.mlflow_command(self._project)]
             commands = [final, *mlflow, report]
             self._print("\n  ".join([f"{summary.n_counted} of {n_trials} done. Next:", *commands]))

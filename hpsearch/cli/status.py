@@ -19,7 +19,7 @@ from hpsearch.report.formats import count, duration
 from hpsearch.store import lock
 
 if TYPE_CHECKING:
-    from hpsearch.search.status import StudyStatus
+    from hpsearch.search.status import OpenFit, StudyStatus
     from hpsearch.store.record import StudyRecord
     from hpsearch.store.trials import PruneDecision
 
@@ -48,7 +48,10 @@ def status(project: ProjectPaths, study_name: str | None, trial: int | None) -> 
     for name in names:
         found = hpsearch.study_status(project, name)
         click.echo("\n  ".join(_lines(project, found)))
-        echo_table(("worker", "runs", found.config.study.metric, "speed"), _worker_rows(found))
+        if found.is_running:
+            echo_table(("worker", "runs", found.config.study.metric, "speed"), _worker_rows(found))
+        else:
+            echo_table(("stopped in", found.config.study.metric), _stopped_rows(found))
         if study_name:
             echo_table(("trial", "outcome", "value", "folds", "time", "parameters", "reason"), _trial_rows(found))
     if not study_name and (others := [name for name in every if name not in names]):
@@ -87,9 +90,9 @@ def _lines(project: ProjectPaths, status: StudyStatus) -> Iterator[str]:
                 root = final.paths.root
                 yield f"final of {root.parent.name}, network {int(root.name[4:]) + 1}: epoch {rows[-1].epoch}"
     elif not status.is_over:
-        yield f"continue with: {next_command('study', status.name, project)}"
+        yield f"continue with: {next_command('study', status.name, project, status.scheduler)}"
     elif best and not finals:
-        yield f"next: {next_command('final --best', status.name, project)}"
+        yield f"next: {next_command('final --best', status.name, project, status.scheduler)}"
     for name in finals:
         folder = study.final(name)
         result = read_record(FinalRecord, folder.result)
@@ -104,15 +107,24 @@ def _worker_rows(status: StudyStatus) -> Iterator[Sequence[str]]:
         for worker in status.cluster
     }
     for fit in status.open_fits:
-        fold = f"{'refit, ' if fit.is_replicate else ''}fold {fit.fold + 1} of {status.n_folds}"
-        score = speed = ""
-        if row := fit.row:
-            score = f"{getattr(row.scores, status.config.study.metric):.4f}"
-            speed = f"{row.seconds:.1f} s per epoch, {row.images_per_s:.0f} images/s"
-        epoch = f"epoch {row.epoch if row else 0} of {fit.epochs}"
-        yield names.get(fit.worker, fit.worker or "(waiting)"), f"trial {fit.trial}, {fold}, {epoch}", score, speed
+        speed = f"{fit.row.seconds:.1f} s per epoch, {fit.row.images_per_s:.0f} images/s" if fit.row else ""
+        name = names.get(fit.worker, fit.worker)
+        yield name or "(waiting)", *_fit_cells(status, fit), speed if name else ""
     busy = {fit.worker for fit in status.open_fits}
     yield from ((text, "idle", "", "") for name, text in names.items() if name not in busy)
+
+
+def _stopped_rows(status: StudyStatus) -> Iterator[Sequence[str]]:
+    """Yield a row for each open fit of which a checkpoint was saved before the study stopped."""
+    yield from (_fit_cells(status, fit) for fit in status.open_fits if fit.row)
+
+
+def _fit_cells(status: StudyStatus, fit: OpenFit) -> tuple[str, str]:
+    """Return the place of an open fit in the study, and its latest score."""
+    fold = f"{'refit, ' if fit.is_replicate else ''}fold {fit.fold + 1} of {status.n_folds}"
+    epoch = f"epoch {fit.row.epoch if fit.row else 0} of {fit.epochs}"
+    score = f"{getattr(fit.row.scores, status.config.study.metric):.4f}" if fit.row else ""
+    return f"trial {fit.trial}, {fold}, {epoch}", score
 
 
 def _trial_rows(status: StudyStatus) -> Iterator[Sequence[str]]:

@@ -35,7 +35,11 @@ def echo_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, n_left: in
         # Use Text to disable markup, because names and reasons may contain brackets.
         table.add_row(*map(Text, row))
     if table.row_count:
-        Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH).print(table)
+        console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+        with console.capture() as capture:
+            console.print(table)
+        # Rich fills the last column with spaces.
+        click.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
 def counter(text: str) -> Callable[[int, int], None]:

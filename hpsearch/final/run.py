@@ -10,7 +10,7 @@ import logging
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 from hpsearch import paths
 from hpsearch.config import stable_seed
 from hpsearch.data.build import Progress
-from hpsearch.data.prepare import PoolCaches, cache_root, locate, prepare_test
+from hpsearch.data.prepare import PoolCaches, Prepared, cache_root, locate, prepare_test
 from hpsearch.errors import StudyChangedError, StudyError
 from hpsearch.final.result import (
     draw_figures,
@@ -102,6 +102,7 @@ def run_final(
     with paths.refusals_named(record.paths.root), lock.hold(record.paths), lock.log_file(record.paths.log):
         record.paths.stop_request.unlink(missing_ok=True)
         record.verify()
+        record.forget_workers()
         chosen = choose_trial(record, trial, cheapest_tied)
         final = _Final(record, chosen, n_seeds, ensemble, stop, on_epoch, on_decoded, on_step)
         stored = final.stored()
@@ -141,14 +142,26 @@ class _Final:
         # The trial's configuration has the image paths from the trial's start. The images may have moved since then.
         self.config = dataclasses.replace(of_trial, data=of_trial.data.located_as(record.config.data))
         self.root = cache_root(self.project, self.config)
-        self.caches = PoolCaches(record.config, self.root, role="final", progress=self._decoded)
-        self.test = prepare_test(self.config.scored_data, self.root, progress=self._decoded)
+
+    # Images are decoded on first access, after a cluster has been reached.
+    @cached_property
+    def caches(self) -> PoolCaches:
+        """Images of the pool."""
+        return PoolCaches(self.record.config, self.root, role="final", progress=self._decoded)
+
+    @cached_property
+    def test(self) -> Prepared:
         """Test images at the size at which they are scored."""
-        self.seen = self.test
-        if self.config.scored_data != self.config.data:
-            self.seen = prepare_test(self.config.data, self.root, progress=self._decoded)
-        for note in self.test.notes:
+        test = prepare_test(self.config.scored_data, self.root, progress=self._decoded)
+        for note in test.notes:
             self.say(f"note on the test split: {note}")
+        return test
+
+    @cached_property
+    def seen(self) -> Prepared:
+        """Test images at the size that the network gets."""
+        is_same = self.config.scored_data == self.config.data
+        return self.test if is_same else prepare_test(self.config.data, self.root, progress=self._decoded)
 
     def say(self, text: str) -> None:
         logger.info(text)
@@ -174,6 +187,8 @@ class _Final:
 
     def stored(self) -> FinalResult | None:
         """Return the stored result; None if it must be computed."""
+        if not self.folder.result.is_file():
+            return None
         pool, test = self.caches.scored.index, self.test.index
         if not is_stored(self.folder, pool, test, n_seeds=self.n_seeds, ensemble=self.ensemble):
             return None
@@ -186,9 +201,12 @@ class _Final:
     def run(self, machine: MachineChoice) -> FinalResult:
         """Train the networks, select post-processing, score the test images and write the result."""
         began_at, folder = now(), self.folder
-        paths.write_text(folder.config, self.config.to_toml())
         # Train one network at a time on the first device of the plan. No other worker uses this device now.
-        with machine.open_pool(self.record.paths, self.record, self._check) as pool:
+        say = self.on_step or (lambda text: None)
+        with machine.open_pool(self.record.paths, self.record, self._check, say) as pool:
+            # Decode all images first: a problem with one of them must end the run before the training.
+            _ = self.caches, self.test, self.seen
+            paths.write_text(folder.config, self.config.to_toml())
             plan = plan_for_one_fit(self.record, self.caches, machine, pool, self._check)
             pool.resize(plan.workers)
             self.stop.epoch_left_s = pool.epoch_left_s

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from hpsearch.config.data import DataConfig
 from hpsearch.cores import available_cores
 from hpsearch.data.prepare import PoolCaches
 from hpsearch.data.sample import draw_sample
-from hpsearch.errors import ConfigError, RecordError
+from hpsearch.errors import ConfigError, RecordError, redact
 from hpsearch.paths import ProjectPaths, StudyPaths
 from hpsearch.search.status import forecast
 from hpsearch.store.record import StudyRecord
@@ -42,6 +43,8 @@ MOST_DRAWN = 64
 batches."""
 WINDOW_S = 0.6
 """Minimum duration of each measurement of workers that share a device, in seconds."""
+SCHEDULER = re.compile(r"((tcp|tls|ucxx?|wss?)://)?([\w.-]+|\[[\w.:%]+\]):\d{1,5}", re.ASCII)
+"""Address of a Dask scheduler. It has no credentials, because Dask uses certificates."""
 Shares = tuple[int, int]
 """Number of workers on a device, and number of threads per worker."""
 Check = Callable[[], None]
@@ -66,11 +69,20 @@ class MachineChoice:
     cluster_timeout_s: float = 600.0
     """Time in seconds after which a run ends if the cluster has no scheduler or no workers."""
 
-    def open_pool(self, study: StudyPaths, record: StudyRecord | None, check: Check) -> TrackingPool[Any]:
+    def __post_init__(self) -> None:
+        has_port = SCHEDULER.fullmatch(self.cluster) and int(self.cluster.rpartition(":")[2]) < 2**16
+        # A scheduler in this process has an address without a port.
+        if self.cluster and not (has_port or self.cluster.startswith("inproc://")):
+            raise ConfigError(f"--cluster {redact(self.cluster)}: expected an address such as tcp://host:8786")
+
+    def open_pool(
+        self, study: StudyPaths, record: StudyRecord | None, check: Check, say: Callable[[str], None]
+    ) -> TrackingPool[Any]:
         """Return the pool that runs the jobs of a study. The caller must hold the study's lock.
 
-        `record` is None if the study is new. `check` is called repeatedly while the pool waits for a cluster. Raises
-        ConfigError if Dask is not installed, and WorkerError if the cluster cannot be used.
+        `record` is None if the study is new. `check` is called repeatedly while the pool waits for a cluster, and
+        `say` with a line when it begins to wait. Raises ConfigError if Dask is not installed, and WorkerError if the
+        cluster cannot be used.
         """
         if not self.cluster:
             return LocalPool(study.root)
@@ -81,7 +93,7 @@ class MachineChoice:
         plan = _read_plan(record) if record is not None else None
         device = plan.device if plan is not None and self.device == "auto" else self.device
         limit, timeout_s = self.n_workers, self.cluster_timeout_s
-        pool = DaskPool(self.cluster, study.holder, check, device=device, limit=limit, timeout_s=timeout_s)
+        pool = DaskPool(self.cluster, study.holder, check, say, device=device, limit=limit, timeout_s=timeout_s)
         if plan is not None:
             lost = {each.address: dataclasses.replace(each, is_connected=False) for each in plan.cluster}
             pool.machines = {**lost, **pool.machines}
@@ -115,7 +127,7 @@ def make_plan(
     `check` is called repeatedly during a measurement, and may raise an exception to end it.
     """
     plan = _stored_plan(record, choice, pool) or _measure_plan(record, caches, choice, pool, check)
-    plan = dataclasses.replace(plan, cluster=tuple(pool.machines.values()))
+    plan = dataclasses.replace(plan, cluster=tuple(pool.machines.values()), scheduler=choice.cluster)
     if to_json(plan) != record.plan():
         record.write_plan(to_json(plan))
     return plan
@@ -206,7 +218,8 @@ def _measure_plan(
     assert finished.measurement is not None
     measured = finished.measurement
     listed = ", ".join(f"{n} x {n_threads}: {rate:.1f}" for (n, n_threads), rate in rates.items())
-    logger.info("images per second by workers x threads on a device: %s", listed or "not measured")
+    if listed:
+        logger.info("images per second by workers x threads on a device: %s", listed)
     plan = ExecutionPlan(
         device=measured.device,
         precision=measured.precision,

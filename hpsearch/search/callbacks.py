@@ -24,6 +24,9 @@ class StudyCallback:
     def planned(self, record: StudyRecord, plan: ExecutionPlan, forecast: Forecast) -> None:
         """Called when the study starts or continues, before any training. `forecast` is the expected cost."""
 
+    def replanned(self, plan: ExecutionPlan) -> None:
+        """Called when Dask workers have joined or left a running study. `plan` lists the present ones."""
+
     def trial_began(self, trial: TrialRecord) -> None:
         """Called when a trial starts or continues."""
 

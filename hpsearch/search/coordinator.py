@@ -129,7 +129,8 @@ class Coordinator:
         """Handle a worker's report about a fit."""
         job, report = event.job, event.report
         if job is None and isinstance(report, Failed):
-            self._say(f"worker {event.worker.index + 1} ended before it had a job ({report.text}): it is replaced")
+            text = f"{event.worker.name} ended before it had a job ({report.text}): it is replaced"
+            self._say(f"worker {report.text}" if event.worker.machine else text)
         if not isinstance(job, FitJob) or (evaluation := self.open.get((job.trial, job.replicate))) is None:
             # The trial has ended, and its workers were killed. Their last reports are ignored.
             return
@@ -224,8 +225,7 @@ class Coordinator:
             raise StorageError(failure.text)
         if failure.error not in ("", "died"):
             raise WorkerError(f"{what}: {failure.text}")
-        logger.warning("%s: worker %s\n%s", what, failure.text, failure.traceback)
-        self.callback.message(f"{what}: worker {failure.text}")
+        logger.warning("%s", f"{what}: worker {failure.text}\n{failure.traceback}".rstrip())
         remove_stale_temporaries(fit.paths.root)
         # Only deaths after the same epoch are counted together. If epochs finish between two deaths, the cause is the
         # machine and not the configuration.
@@ -242,6 +242,8 @@ class Coordinator:
             ended = [trial for trial in self.trials.values() if trial.outcome in COUNTED]
             if len(ended) >= 3 and all(trial.outcome == "failed" for trial in ended):
                 raise WorkerError(f"every trial so far failed; {reason}")
+        else:
+            self.callback.message(f"{what}: worker {failure.text}; the fit continues on the next free worker")
 
     def _end_if_finished(self, evaluation: Evaluation) -> None:
         """End a trial or replicate if it has no fits left to do."""
@@ -344,11 +346,11 @@ def _follow_cluster(coordinator: Coordinator) -> None:
 
     Raises WorkerError if only refits are left, and all of them need a larger worker.
     """
-    plan, cluster = coordinator.plan, tuple(coordinator.pool.machines.values())
-    if cluster != plan.cluster:
-        plan = dataclasses.replace(plan, cluster=cluster)
-        coordinator.plan = dataclasses.replace(plan, workers=plan.workers[:1] * max(1, len(plan.connected)))
+    cluster = tuple(coordinator.pool.machines.values())
+    if cluster != coordinator.plan.cluster:
+        coordinator.plan = coordinator.plan.with_cluster(cluster)
         coordinator.record.write_plan(to_json(coordinator.plan))
+        coordinator.callback.replanned(coordinator.plan)
     capacities = {worker.capacity for worker in cluster}
     idle = [each for each in coordinator.open.values() if cluster and not each.running]
     too_large = [each for each in idle if not any(map(each.fits_memory, capacities))]

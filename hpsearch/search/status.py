@@ -36,7 +36,7 @@ class OpenFit:
     row: EpochRow | None
     """Last finished epoch; None during the first one."""
     worker: str
-    """Name of the worker; empty if the fit waits for a worker, or if the name was not recorded."""
+    """Name of the worker, also of one that ended with the study; empty if the fit waits for a worker."""
     is_replicate: bool = False
     """Whether the fit is a refit with another seed."""
 
@@ -78,6 +78,8 @@ class StudyStatus:
     open_fits: tuple[OpenFit, ...]
     cluster: tuple[ClusterWorker, ...]
     """Connected Dask workers; empty if the study runs on one machine or is not running."""
+    scheduler: str
+    """Address of the Dask scheduler of the latest run; empty if it was on one machine."""
     is_over: bool
     """Whether the study has nothing left to do."""
     is_running: bool
@@ -102,7 +104,8 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
     seconds = {number: seconds_of(of_trial) for number, of_trial in fits.items()}
     open_fits = {trial.number: fits[trial.number] for trial in trials if trial.outcome is None}
     is_running = lock.is_held(record.paths)
-    plan = from_json(ExecutionPlan, table) if is_running and (table := record.plan()) is not None else None
+    table = record.plan() or {}
+    plan = from_json(ExecutionPlan, table) if is_running and table else None
     is_over = record.is_searched(trials) and has_all_replicates(record)
     pruner, n_new = (
         StudyPruner(record, {trial.number: trial for trial in trials}),
@@ -126,7 +129,8 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
         n_replicate_fits=sum(fit.is_finished for of_trial in refits.values() for fit in of_trial),
         is_confirmed=bool(standing.confirmed),
         open_fits=(*_open_fits(record, open_fits), *_open_fits(record, refits, is_replicate=True)),
-        cluster=plan.connected if plan is not None else (),
+        cluster=plan.connected if plan is not None and not is_over else (),
+        scheduler=table.get("scheduler", ""),
         is_over=is_over,
         is_running=is_running,
         eta_s=seconds_left(record, plan, trials, seconds, refits_s) if plan is not None and not is_over else None,

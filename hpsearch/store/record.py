@@ -1,5 +1,6 @@
 """Compute scores and rankings from the files of a study."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -81,6 +82,19 @@ class StudyRecord(StudyFiles):
                     f"the scores in {self.paths.trial(trial.number).root} do not match the recorded value "
                     f"{trial.value}: restore them from a backup"
                 )
+
+    def forget_workers(self) -> None:
+        """Remove the workers of unfinished fits, which belong to an earlier run, from the record."""
+        for trial in self.trials():
+            for replicate, each in enumerate((trial, self.replicate(trial.number))):
+                if each is None or each.outcome is not None:
+                    continue
+                fits = self.fits(trial.number, replicate)
+                workers = {fold: name for fold, name in each.workers.items() if fits[int(fold)].is_finished}
+                if isinstance(each, TrialRecord):
+                    self.write_trial(dataclasses.replace(each, workers=workers))
+                else:
+                    self.write_replicate(dataclasses.replace(each, workers=workers))
 
     def contenders(self, trials: Iterable[TrialRecord]) -> list[TrialRecord]:
         """Return the trials among `trials` that can win, by number.

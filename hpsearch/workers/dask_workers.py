@@ -1,27 +1,38 @@
 """Check whether Dask workers can be used, and find out what they can train."""
 
+import asyncio
+import contextlib
 import dataclasses
 import logging
-import os
+import socket
 import ssl
+import struct
 import sysconfig
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib import metadata
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
-from distributed import Client
+from distributed import Client, Security, comm
 from distributed.comm.core import CommClosedError, FatalCommClosedError
+from distributed.utils import sync
+from distributed.versions import VersionMismatchWarning
 
 from hpsearch.errors import WorkerError
 from hpsearch.typed_json import from_json
 from hpsearch.workers.dask_task import find_device
-from hpsearch.workers.jobs import ClusterWorker
+from hpsearch.workers.jobs import ClusterWorker, worker_name
 
 ANSWER_S = 10.0
 """Time in seconds in which a Dask worker must answer before it is used. A suspended one does not answer."""
+CLIENT_S = 5.0
+"""Time in seconds in which the client must register, reconnect or close."""
+HANDSHAKE_S = 1.0
+"""Time in seconds in which a scheduler must answer after it has accepted a connection."""
 SILENT = "does not answer"
 MEMORY_UNIT = 2**26
 """Memory in bytes is rounded down to a multiple of this."""
@@ -29,6 +40,7 @@ MEMORY_UNIT = 2**26
 VERSIONS: dict[str, Callable[[], str]] = {
     "hpsearch": partial(metadata.version, "hpsearch"),
     "torch": partial(metadata.version, "torch"),
+    "Dask": partial(metadata.version, "distributed"),
     "Python": sysconfig.get_python_version,
 }
 """Functions that return the versions that must be the same on all machines."""
@@ -39,17 +51,32 @@ TLS_ERRORS = (TypeError, RuntimeError, FileNotFoundError, ssl.SSLError, FatalCom
 
 
 def connect(address: str, loop: Any, timeout_s: float) -> Client:
-    """Connect to the scheduler at `address`, with a client that runs in the event loop `loop`.
+    """Connect to the scheduler at `address` within `timeout_s` seconds, with a client in the event loop `loop`.
 
-    Raises WorkerError if the configuration of TLS is wrong, and OSError or ValueError if it cannot be reached.
+    Raises WorkerError if the configuration of TLS is wrong, and OSError if there is no scheduler at this address.
     """
-    # Dask prints a traceback for every lost connection. The pool reports it itself.
+    # Dask prints a traceback for every lost connection, and a table of versions. The pool reports both itself.
     logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", category=VersionMismatchWarning)
     try:
-        return Client(address, loop=loop, set_as_default=False, name="hpsearch", timeout=timeout_s)
+        sync(loop, _require_scheduler, address, timeout_s)
+        return Client(address, loop=loop, set_as_default=False, name="hpsearch", timeout=CLIENT_S)
     except TLS_ERRORS as error:
         advice = "check distributed.comm.tls in Dask's configuration, described in docs/distributed.md"
         raise WorkerError(f"--cluster {address} cannot be used ({error}): {advice}") from error
+
+
+async def _require_scheduler(address: str, timeout_s: float) -> None:
+    """Raise OSError if no scheduler answers at `address`. A Dask client would wait for an answer without a limit."""
+    options = Security().get_connection_args("client")
+    try:
+        # `timeout` limits only the time until the server accepts the connection.
+        connecting = comm.connect(address, timeout=timeout_s, **options)
+        await (await asyncio.wait_for(connecting, timeout_s + HANDSHAKE_S)).close()
+    except (TimeoutError, MemoryError, ValueError, struct.error) as error:
+        # The last three are raised for an answer of another protocol.
+        what = "the address accepts connections, but does not answer as a Dask scheduler"
+        raise OSError(f"{what}; the port of Dask's dashboard is another one") from error
 
 
 def examine(client: Any, addresses: Sequence[str], probe: Path, device: str) -> dict[str, ClusterWorker | str]:
@@ -59,18 +86,22 @@ def examine(client: Any, addresses: Sequence[str], probe: Path, device: str) -> 
     see. The memory is that of the whole device. This may take minutes, because torch is imported there. Raises
     OSError or CancelledError if the connection is lost.
     """
+    names: dict[str, str] = {}
     found: dict[str, ClusterWorker | str] = {}
     for address in addresses:
-        try:
-            client.run(os.getpid, workers=[address], callback_timeout=ANSWER_S)
-        except TimeoutError:
-            found[address] = f"Dask worker {address} {SILENT}"
-    answering = [address for address in addresses if address not in found]
-    found |= _problems(client, answering, probe)
-    usable = [address for address in addresses if address not in found]
+        host = None
+        with contextlib.suppress(TimeoutError):
+            answers = client.run(socket.gethostname, workers=[address], on_error="return", callback_timeout=ANSWER_S)
+            host = answers[address]
+        if isinstance(host, str):
+            names[address] = worker_name(host, address)
+        else:
+            found[address] = f"Dask worker {address.rpartition('/')[2]} {SILENT}"
+    found |= _problems(client, names, probe)
+    usable = [address for address in names if address not in found]
     for address, table in client.run(find_device, device, workers=usable, on_error="return").items():
         if isinstance(table, Exception):
-            found[address] = f"Dask worker {address}: {table}"
+            found[address] = f"Dask worker {names[address]}: {table}"
         else:
             found[address] = from_json(ClusterWorker, {"address": address, **table})
     return found
@@ -93,23 +124,24 @@ def share_memory(workers: Sequence[ClusterWorker], limits: Mapping[str, int | No
     return shared
 
 
-def _problems(client: Any, addresses: Sequence[str], probe: Path) -> dict[str, str]:
-    """Return why Dask workers cannot be used, by address.
+def _problems(client: Any, names: Mapping[str, str], probe: Path) -> dict[str, str]:
+    """Return why Dask workers cannot be used, by address. `names` maps their addresses to their names.
 
     Only functions of the standard library run there, because a Dask worker without hpsearch would end.
     """
     problems: dict[str, str] = {}
-    run = partial(client.run, workers=addresses, on_error="return")
+    run = partial(client.run, workers=[*names], on_error="return")
     for program, version in VERSIONS.items():
         for address, found in run(version).items():
             if not isinstance(found, CommClosedError) and _release(found) != _release(version()):
-                what = f"Dask worker {address} has {program} {found}, the coordinator has {version()}"
+                theirs = f"no {program}" if isinstance(found, PackageNotFoundError) else f"{program} {found}"
+                what = f"Dask worker {names[address]} has {theirs}, this machine has {program} {version()}"
                 problems.setdefault(address, f"{what}: install the same version on all machines")
     for address, content in run(partial(Path.read_text, probe)).items():
         if not isinstance(content, CommClosedError) and content != probe.read_text():
-            what = f"Dask worker {address} does not see the coordinator's {probe}"
-            advice = "share the project folder and the images at the same paths on all machines"
-            problems.setdefault(address, f"{what}: {advice}")
+            what = f"Dask worker {names[address]} does not see the project folder: it has another {probe}, or none"
+            advice = "Mount the project folder and the images at the same paths on all machines"
+            problems.setdefault(address, f"{what}. {advice}")
     return problems
 
 

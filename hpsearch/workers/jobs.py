@@ -33,6 +33,11 @@ class Capacity:
     """Memory of the device that the worker may use, in bytes."""
 
 
+def worker_name(host: str, address: str) -> str:
+    """Return the name of a Dask worker: its host and port, such as `lab1:40123`."""
+    return f"{host}:{address.rpartition(':')[2]}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClusterWorker:
     """A Dask worker and its device."""
@@ -49,8 +54,8 @@ class ClusterWorker:
 
     @property
     def name(self) -> str:
-        """Host and port, such as `lab1:40123`."""
-        return f"{self.host}:{self.address.rpartition(':')[2]}"
+        """Name of the Dask worker in all messages."""
+        return worker_name(self.host, self.address)
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,13 @@ class FitJob:
     """Number of the replicate: 0 for the first fit of this fold, 1 for the second fit, which uses another seed."""
     attempt: str = ""
     """Name of the attempt on a cluster (`workers.attempts`); empty on this machine."""
+
+    @property
+    def name(self) -> str:
+        """Name of the fit, for the log."""
+        if not self.held_out:
+            return f"the final fit of trial {self.trial}"
+        return f"{'the refit of ' if self.replicate else ''}trial {self.trial}, fold {self.fold + 1}"
 
 
 @dataclass(frozen=True, kw_only=True)

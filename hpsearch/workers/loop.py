@@ -8,7 +8,7 @@ from typing import Protocol
 
 from hpsearch.errors import DeviceError, HpsearchError, StorageError, StudyError, WorkerError
 from hpsearch.training.rows import EpochRow
-from hpsearch.workers.jobs import EpochEnded, Failed, Finished, Job, Report, Stopped
+from hpsearch.workers.jobs import EpochEnded, Failed, Finished, FitJob, Job, Report, Stopped
 from hpsearch.workers.pool import Event, Worker, WorkerPool
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,8 @@ def run(pool: WorkerPool, work: Work) -> None:
             if worker.capacity in without_job:
                 continue
             if (job := work.next_job(worker)) is not None:
+                if isinstance(job, FitJob):
+                    logger.info("%s starts on %s", job.name, worker.name)
                 pool.submit(worker, job)
                 break
             without_job.add(worker.capacity)

@@ -4,10 +4,11 @@ The plan is derived once from measurements and stored with the study. A resumed 
 thread counts and precision affect the bytes of the results. Does not import torch.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -41,11 +42,18 @@ class ExecutionPlan:
     """Number of threads with which a single fit was fastest; 0 if not measured."""
     cluster: tuple[ClusterWorker, ...] = ()
     """Dask workers, including those that were lost a short time ago; empty if the workers run on this machine."""
+    scheduler: str = ""
+    """Address of the Dask scheduler of the latest run; empty if the workers run on this machine."""
 
     @property
     def connected(self) -> tuple[ClusterWorker, ...]:
         """Dask workers that are connected."""
         return tuple(worker for worker in self.cluster if worker.is_connected)
+
+    def with_cluster(self, cluster: tuple[ClusterWorker, ...]) -> Self:
+        """Return the plan with other Dask workers, and one worker for each of them that is connected."""
+        plan = dataclasses.replace(self, cluster=cluster)
+        return dataclasses.replace(plan, workers=plan.workers[:1] * max(1, len(plan.connected)))
 
     @property
     def alone(self) -> WorkerSettings:

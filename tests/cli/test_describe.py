@@ -1,12 +1,22 @@
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
 import pytest
 
-from hpsearch.cli.describe import describe_params, mlflow_command, next_command, program, tracker_of_existing
+from hpsearch.cli.describe import (
+    describe_machine,
+    describe_params,
+    mlflow_command,
+    next_command,
+    program,
+    tracker_of_existing,
+)
 from hpsearch.paths import ProjectPaths
+from hpsearch.workers.jobs import Capacity, ClusterWorker, WorkerSettings
+from hpsearch.workers.plan import ExecutionPlan
 
 
 @pytest.fixture
@@ -40,6 +50,16 @@ def test_params_are_named_without_their_section() -> None:
     assert describe_params({"unet.depth": 3, "train.lr": 0.01234, "data.size": (64, 48)}) == (
         "depth=3 lr=0.0123 size=64x48"
     )
+
+
+def test_a_cluster_is_described_by_its_hosts() -> None:
+    capacity = Capacity(device="cpu", precision="bf16", memory_bytes=2**30)
+    of_worker = {"device_name": "AMD EPYC", "unit": "a host", "threads": 8, "capacity": capacity}
+    cluster = tuple(ClusterWorker(address=f"tcp://{n}", host=f"lab{n % 2}", **of_worker) for n in range(3))
+    plan = ExecutionPlan(device="cpu", precision="bf16", workers=(WorkerSettings("cpu", 8),) * 3, memory_bytes=2**30)
+    assert describe_machine(dataclasses.replace(plan, machine={"device_name": "a CPU"})).startswith("on a CPU, bf16")
+    on_cluster = dataclasses.replace(plan, cluster=cluster)
+    assert describe_machine(on_cluster) == "on 2 hosts (AMD EPYC), bf16, 3 workers x 8 threads"
 
 
 def test_a_project_without_mlflow_is_logged_only_if_tracking_is_given(

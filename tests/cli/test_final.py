@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,6 +9,8 @@ from click.testing import CliRunner
 
 from hpsearch.cli import final as module
 from hpsearch.cli import group
+from hpsearch.errors import StudyError
+from hpsearch.final.run import run_final
 from tests.cli.test_main import exit_code
 from tests.recorded import FakeStudy
 
@@ -27,6 +30,14 @@ def test_a_final_that_mlflow_lacks_ends_with_why_and_the_command_that_retries(
     assert step == f"Next: hpsearch report --study lesions --out {tmp_path}"
     assert "(the disk is full)" in last
     assert last.endswith(f"hpsearch track --study lesions --out {tmp_path}")
+
+
+def test_a_final_forgets_the_workers_of_a_study_that_has_stopped(tmp_path: Path) -> None:
+    study = FakeStudy(tmp_path)
+    study.record.write_trial(dataclasses.replace(study.begin(), workers={"0": "lab1:1"}))
+    with pytest.raises(StudyError, match="is still open"):
+        run_final(study.project, trial=0)
+    assert study.record.trial(0).workers == {}
 
 
 def test_a_choice_of_studies_is_asked_for_before_anything_else_is_said(

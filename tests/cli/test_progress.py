@@ -14,6 +14,7 @@ from hpsearch.search.status import study_status
 from hpsearch.store.fits import FitRecord
 from hpsearch.study import StudySummary
 from hpsearch.typed_json import from_json
+from hpsearch.workers.jobs import Capacity, ClusterWorker
 from hpsearch.workers.plan import ExecutionPlan, Forecast
 from tests.recorded import FakeStudy
 
@@ -38,6 +39,21 @@ def test_the_display_reckons_the_time_to_go_as_status_does_with_the_second_fits(
     expected_s = sum(status.seconds.values()) / 3 * 3 + sum(of_full) / 2 * 2
     assert status.eta_s == pytest.approx(expected_s)
     assert f"ETA {duration(expected_s)}" in shown_by(progress)
+
+
+def test_the_display_reckons_with_the_workers_that_are_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = FakeStudy(tmp_path)
+    progress, plan = StudyProgress("fake", fake.project), from_json(ExecutionPlan, fake.record.plan() or {})
+    two = dataclasses.replace(plan, workers=plan.workers * 2)
+    progress.planned(fake.record, two, Forecast(n_trials=6, n_replicates=0, n_images=20, fit_s=1.0, total_s=60.0))
+    ended = fake.trial()
+    progress.trial_ended(ended)
+    left_s = 5 * study_status(fake.project, "fake").seconds[0]
+    assert f"ETA {duration(left_s / 2)}" in shown_by(progress)
+    progress.replanned(plan)
+    assert f"ETA {duration(left_s)}" in shown_by(progress)
 
 
 def test_the_study_is_not_read_again_when_a_trial_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,14 +82,36 @@ def test_the_trials_that_are_refitted_are_named(
     assert shown in capsys.readouterr().out
 
 
+def test_a_finished_fit_is_marked_as_a_refit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    progress = StudyProgress("fake", FakeStudy(tmp_path).project)
+    progress.fold_ended(2, 1, 0.9)
+    progress.replicating((2,), 0, 1)
+    progress.fold_ended(2, 1, 0.8)
+    first, _, second = capsys.readouterr().out.splitlines()
+    assert (first, second) == ("trial 2, fold 2: 0.9000", "refit of trial 2, fold 2: 0.8000")
+
+
+def test_the_forecast_names_the_cluster(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fake = FakeStudy(tmp_path)
+    capacity = Capacity(device="cpu", precision="bf16", memory_bytes=2**30)
+    worker = ClusterWorker(address="tcp://a:1", host="a", device_name="CPU", unit="a", threads=1, capacity=capacity)
+    plan = dataclasses.replace(from_json(ExecutionPlan, fake.record.plan() or {}), cluster=(worker,))
+    forecast = Forecast(n_trials=6, n_replicates=0, n_images=20, fit_s=1.0, total_s=60.0)
+    StudyProgress("fake", fake.project).planned(fake.record, plan, forecast)
+    assert "of training on this cluster, 1.0 s per fit" in capsys.readouterr().out
+
+
 def test_a_study_whose_tracking_failed_ends_with_why_and_the_command_that_retries(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake = FakeStudy(tmp_path / "a project")
     fake.trial()
+    fake.record.write_plan({**(fake.record.plan() or {}), "scheduler": "tcp://lab:8786"})
     summary = StudySummary(fake.record, 1, False, 3, "the server is away")
     StudyProgress("fake", fake.project, "http://user:secret@lab:5000").summarise(summary)
-    last = capsys.readouterr().out.splitlines()[-1]
+    *_, final, _, report, last = capsys.readouterr().out.splitlines()
+    assert final.endswith(f"hpsearch final --best --study fake --out '{tmp_path}/a project' --cluster tcp://lab:8786")
+    assert report.endswith(f"hpsearch report --study fake --out '{tmp_path}/a project'")
     assert last.startswith("MLflow is not up to date (the server is away)")
     retry = f"hpsearch track --study fake --out '{tmp_path}/a project' --tracking 'http://***@lab:5000'"
     assert last.endswith(retry)

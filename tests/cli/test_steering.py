@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
 from hpsearch.cli import group
@@ -52,6 +54,34 @@ def test_status_of_a_trial_shows_every_decision(tmp_path: Path) -> None:
     others = dataclasses.replace(kept, reason="in fold 1 at epoch 1: kept by Optuna's MedianPruner")
     study.record.write_trial(dataclasses.replace(raced, decisions=(others,)))
     assert "continues: kept by Optuna's MedianPruner" in output_of("status", "--out", str(tmp_path), "--trial", "1")
+
+
+def test_status_names_workers_of_this_run_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, here = FakeStudy(tmp_path), ("status", "--out", str(tmp_path))
+    trial = dataclasses.replace(study.begin(), workers={"0": "lab1:1", "1": "lab2:2"})
+    study.fold(trial, 0)
+    study.epoch(trial, 1)
+    study.record.write_trial(trial)
+    shown = output_of(*here)
+    assert re.search(r"^stopped in +dice\ntrial 0, fold 2 of 2, epoch 1 of 3 +0\.\d{4}$", shown, re.MULTILINE)
+    assert not re.search("runs|lab|images/s| $", shown, re.MULTILINE)
+    monkeypatch.setattr(lock, "is_held", lambda _: True)
+    assert re.search(r"^lab2:2 +trial 0, fold 2 of 2, epoch 1 of 3 .* images/s$", output_of(*here), re.MULTILINE)
+    study.record.forget_workers()
+    assert study.record.trial(0).workers == {"0": "lab1:1"}
+    shown = output_of(*here)
+    assert re.search(r"^\(waiting\) +trial 0, fold 2 of 2, epoch 1 of 3 +0\.\d{4}$", shown, re.MULTILINE)
+
+
+def test_the_commands_that_status_shows_name_the_cluster_of_the_latest_run(tmp_path: Path) -> None:
+    study, here = FakeStudy(tmp_path, overrides=("study.trials=1",)), ("status", "--out", str(tmp_path))
+    trial = study.begin()
+    study.record.write_plan({**(study.record.plan() or {}), "scheduler": "tcp://lab:8786"})
+    assert f"hpsearch study --study fake --out {tmp_path} --cluster tcp://lab:8786\n" in output_of(*here)
+    for fold in range(2):
+        study.fold(trial, fold)
+    study.end(trial)
+    assert f"hpsearch final --best --study fake --out {tmp_path} --cluster tcp://lab:8786\n" in output_of(*here)
 
 
 def test_status_of_an_infeasible_trial_says_why(tmp_path: Path) -> None:

@@ -58,6 +58,14 @@ def test_a_first_start_with_a_wrong_path_or_too_many_folds_decodes_nothing_and_l
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_study_says_that_it_waits_for_a_cluster(tmp_path: Path) -> None:
+    data, address = write_tiny_dataset(tmp_path), "tcp://127.0.0.1:9"
+    options = ["--out", str(tmp_path / "new"), "--tracking", "none", "--cluster", address, "--cluster-timeout", "2"]
+    result = CliRunner().invoke(group, ["study", "--data", str(data), *options])
+    assert "has had no workers for 2 s" in str(result.exception)
+    assert result.output.startswith(f"waiting up to 2 s for a Dask worker of {address}: ")
+
+
 def test_status_shows_the_study_that_runs_and_names_the_others(tmp_path: Path) -> None:
     project = ProjectPaths(tmp_path)
     for name in ("one", "two"):
@@ -101,7 +109,7 @@ def test_a_stopped_study_says_what_it_has_and_how_to_go_on_and_that_it_goes_on(
 
     shown = output_of("status", "--out", str(project))
     assert "study tiny: 0/1 trials (1 open); not running" in shown
-    assert "worker 1  trial 0, fold 1 of 2, epoch 1 of 2" in shown
+    assert "\ntrial 0, fold 1 of 2, epoch 1 of 2  " in shown
     assert f"continue with: hpsearch study --study tiny --out '{project}'" in shown
 
     # As another terminal would see it while it runs, with no trial ended yet: by what the plan measured.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -9,6 +10,7 @@ import pytest
 
 from hpsearch.config import StudyConfig
 from hpsearch.data.prepare import PoolCaches
+from hpsearch.errors import ConfigError
 from hpsearch.search import autotune as planning
 from hpsearch.search.autotune import MachineChoice, choose_sharing, fastest_alone, make_plan, plan_for_one_fit
 from hpsearch.store.record import StudyRecord
@@ -271,6 +273,14 @@ def test_each_machine_of_a_cluster_is_one_worker_and_all_have_the_same_threads(
     assert pool.wanted[0] == [WorkerSettings("cuda", 4)] * 3
 
 
+def test_only_rates_that_were_measured_are_logged(planned: MakePlan, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    planned(Machine({}))
+    assert "images per second" not in caplog.text
+    planned(Machine({1: 3.0, 2: 90.0}))
+    assert "images per second by workers x threads on a device: 1 x" in caplog.text
+
+
 def test_a_stored_plan_keeps_its_threads_on_a_cluster(planned: MakePlan) -> None:
     stored, _ = planned(Machine({1: 3.0, 2: 90.0}))
     record = FakeRecord(tiny_config(Path("data")))
@@ -286,10 +296,27 @@ def test_one_machine_continues_a_study_of_a_cluster_with_one_worker_and_the_same
     record, pool = FakeRecord(tiny_config(Path("data"))), cluster_of(8, 8, 8)
     workers = (WorkerSettings("cpu", 8),) * 3
     plan = ExecutionPlan(device="cpu", precision="bf16", workers=workers, memory_bytes=GIB)
-    record.write_plan(to_json(dataclasses.replace(plan, cluster=tuple(pool.machines.values()))))
-    caches = cast("PoolCaches", FakeCaches())
+    record.write_plan(to_json(plan))
+    caches, choice = cast("PoolCaches", FakeCaches()), MachineChoice(cluster="tcp://lab:8786")
+    found = make_plan(cast("StudyRecord", record), caches, choice, pool)
+    assert (found.workers, found.cluster, found.scheduler) == (workers, (*pool.machines.values(),), "tcp://lab:8786")
     found = make_plan(cast("StudyRecord", record), caches, MachineChoice(), FakePool())
-    assert (found.workers, found.cluster) == (workers[:1], ())
+    assert (found.workers, found.cluster, found.scheduler) == (workers[:1], (), "")
+
+
+@pytest.mark.parametrize("address", ["tcp://lab:8786", "tls://10.0.0.1:1", "tcp://[fe80::1%eth0]:8786", "lab:8786"])
+def test_the_address_of_a_scheduler_is_accepted(address: str) -> None:
+    assert MachineChoice(cluster=address).cluster == address
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["127.0.0.1:8786x", "http://127.0.0.1:8787", "tcp://lab", "tcp://:8786", "tcp://lab:99999", "tcp://a:b@lab:8786"],
+)
+def test_another_address_is_refused(address: str) -> None:
+    shown = address.replace("a:b@", "***@")
+    with pytest.raises(ConfigError, match=f"^--cluster {re.escape(shown)}: expected an address such as tcp://"):
+        MachineChoice(cluster=address)
 
 
 def test_a_dask_worker_that_was_lost_gets_no_worker() -> None:

@@ -22,7 +22,7 @@ from hpsearch.search.status import StudyStatus, study_status
 from hpsearch.store.record import StudyRecord
 from hpsearch.training.rows import EpochRow
 from hpsearch.typed_json import from_json
-from hpsearch.workers import dask_pool, dask_workers
+from hpsearch.workers import dask_connection, dask_workers
 from hpsearch.workers.jobs import Capacity
 from hpsearch.workers.plan import MEMORY_SHARE, ExecutionPlan, predicted_bytes
 from tests.search.in_process import Watched, workers_in_process
@@ -64,7 +64,7 @@ def cluster(watched: Watched, config: StudyConfig, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(dask_workers, "find_device", find_device)
     monkeypatch.setattr(dask_workers, "MEMORY_UNIT", 1)
-    monkeypatch.setattr(dask_pool, "FOLLOW_S", 0.1)
+    monkeypatch.setattr(dask_connection, "FOLLOW_S", 0.1)
     options: dict[str, Any] = {"processes": False, "dashboard_address": ":0", "memory_limit": 0}
     with LocalCluster(n_workers=2, threads_per_worker=1, **options) as cluster:
         yield cluster
@@ -76,11 +76,16 @@ class AtEpoch(StudyCallback):
     def __init__(self, select: Callable[[int], bool], act: Callable[[], object]) -> None:
         self._select, self._act, self.is_done = select, act, False
         self.messages: list[str] = []
+        self.n_connected: list[int] = []
+        """Number of workers in each plan that was reported."""
 
     def epoch_ended(self, trial: int, fold: int, row: EpochRow) -> None:
         if not self.is_done and self._select(trial):
             self.is_done = True
             self._act()
+
+    def replanned(self, plan: ExecutionPlan) -> None:
+        self.n_connected.append(len(plan.workers))
 
     def message(self, text: str) -> None:
         self.messages.append(text)
@@ -111,7 +116,7 @@ def test_a_trial_that_needs_the_larger_worker_runs_there_with_the_values_of_one_
     assert memory == {"host0": needed(config, 2), "host1": needed(config, LARGE)}
 
     table = tables.hosts(study_rows(record))
-    assert table.head == ("host", "device", "workers", "fits", "images/s")
+    assert table.head == ("host", "device", "workers started", "fits", "images/s")
     assert [line[0] for line in table.lines] == ["host0", "host1"]
     assert sum(int(line[3]) for line in table.lines) == 8
     assert all(float(line[4]) > 0 and line[2] == "1" for line in table.lines)
@@ -140,6 +145,7 @@ def test_a_trial_waits_for_a_worker_that_is_large_enough_and_ends_as_infeasible_
     ended = run(tmp_path, config, machine=on(cluster, 3.0), callback=callback).record
     outcomes = {trial.outcome for trial in ended.trials() if is_large(record, trial.number)}
     assert outcomes == {"infeasible"}
+    assert callback.n_connected[0] == 1
     small = [trial.outcome for trial in ended.trials() if not is_large(record, trial.number)]
     assert small == ["complete"] * 4
     first = next(trial for trial in ended.trials() if trial.outcome == "infeasible")
@@ -157,7 +163,7 @@ def test_the_workers_of_an_earlier_run_count_for_the_timeout(
     record = run(tmp_path, one, machine=on(cluster)).record
     cluster.sync(cluster.workers[1].close)
     record.paths.holder.write_text("the coordinator")
-    with on(cluster, 3.0).open_pool(record.paths, record, lambda: None) as pool:
+    with on(cluster, 3.0).open_pool(record.paths, record, lambda: None, lambda text: None) as pool:
         assert {each.host: each.is_connected for each in pool.machines.values()} == {"host0": True, "host1": False}
         wait_until(lambda: [*pool.events(0.1)] != [None] and len(pool.machines) == 1, 10.0)
 

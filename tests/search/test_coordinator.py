@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import optuna
 import pytest
@@ -42,12 +42,12 @@ from hpsearch.store import lock
 from hpsearch.store.record import StudyRecord
 from hpsearch.store.trials import PruneDecision, record_to_json
 from hpsearch.study import StudySummary
-from hpsearch.workers.jobs import Failed, FitJob, Job
+from hpsearch.workers.jobs import Failed, FitJob, Job, WorkerSettings
 from hpsearch.workers.local_pool import Event
 from hpsearch.workers.pool import Worker
 from tests.data.conftest import tiny_pairs, write_pairs
 from tests.recorded import FakeStudy
-from tests.search.in_process import workers_in_process
+from tests.search.in_process import PLAN, workers_in_process
 from tests.search.studies import everything, mean_of_counted_dice, run, tiny_config, write_tiny_dataset
 
 
@@ -96,6 +96,7 @@ def test_the_log_has_a_line_for_every_event(finished: StudySummary) -> None:
     assert text.count("epoch 2:") == 6
     assert [text.count(f"fold {number}, epoch 1:") for number in range(4)] == [0, 3, 3, 0]
     assert text.count(" began: ") == 3
+    assert text.count(", fold 1 starts on worker 1\n") == 3
     assert text.count("ended: complete") == 3
 
 
@@ -285,9 +286,41 @@ def test_a_worker_that_is_killed_before_it_has_a_job_leaves_a_line(tmp_path: Pat
 
     nothing: Any = None
     work = Coordinator(FakeStudy(tmp_path).record, nothing, nothing, nothing, Heard(), Stop(), lambda: None)
-    worker: Any = SimpleNamespace(index=1)
-    work.on_event(Event(worker, None, Failed(error="died", text="killed by SIGKILL (out of memory?)")))
-    assert said == ["worker 2 ended before it had a job (killed by SIGKILL (out of memory?)): it is replaced"]
+    local = Worker(index=1, settings=WorkerSettings())
+    work.on_event(Event(local, None, Failed(error="died", text="killed by SIGKILL (out of memory?)")))
+    on_cluster = dataclasses.replace(local, machine=cast("Any", SimpleNamespace(name="lab1:4000")))
+    work.on_event(Event(on_cluster, None, Failed(error="died", text="lab1:4000 is lost: it cannot be reached")))
+    assert said == [
+        "worker 2 ended before it had a job (killed by SIGKILL (out of memory?)): it is replaced",
+        "worker lab1:4000 is lost: it cannot be reached",
+    ]
+
+
+def test_a_worker_that_dies_with_a_fit_leaves_a_line_that_says_where_the_fit_continues(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    said: list[str] = []
+
+    class Heard(NullCallback):
+        def message(self, text: str) -> None:
+            said.append(text)
+
+    study = FakeStudy(tmp_path)
+    trial = study.begin()
+    study.epoch(trial, 0)
+    pool: Any = SimpleNamespace(busy=list, machines={})
+    work = Coordinator(study.record, pool, PLAN, None, Heard(), Stop(), lambda: None)  # type: ignore[arg-type]
+    work.resume()
+    job: Any = FitJob(
+        trial=0, fold=0, config=study.config, folder=tmp_path, caches=None, train=(), held_out=(), seed=0
+    )  # type: ignore[arg-type]
+    for _ in range(3):
+        worker = Worker(index=0, settings=WorkerSettings())
+        work.on_event(Event(worker, job, Failed(error="died", text="lab1:4000 is lost: it cannot be reached")))
+    what = "trial 0, fold 1: worker lab1:4000 is lost: it cannot be reached"
+    assert said == [f"{what}; the fit continues on the next free worker"] * 2
+    assert study.record.trial(0).outcome == "failed"
+    assert what in caplog.messages
 
 
 class _StopAfter(NullCallback):
@@ -312,6 +345,20 @@ def test_a_stopped_study_goes_on_as_if_it_had_not_stopped(dataset: Path, tmp_pat
     summary = run(tmp_path / "stopped", config, stop=stop, callback=_StopAfter(stop, n_epochs))
     assert summary.stopped
     assert everything(run(tmp_path / "stopped", config).record) == never
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_study_that_continues_forgets_the_workers_of_the_earlier_run(dataset: Path, tmp_path: Path) -> None:
+    config, stop = tiny_config(dataset, "study.trials=1"), Stop()
+    record = run(tmp_path, config, stop=stop, callback=_StopAfter(stop, 1)).record
+    before, at_start = record.trial(0).workers, []
+
+    class Look(NullCallback):
+        def prepared(self, prepared: object) -> None:
+            at_start.append(record.trial(0).workers)
+
+    run(tmp_path, config, callback=Look())
+    assert (before, at_start) == ({"0": "worker 1"}, [{}])
 
 
 @pytest.mark.slow

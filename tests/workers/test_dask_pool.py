@@ -3,7 +3,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +19,7 @@ import pytest
 from distributed import LocalCluster
 
 from hpsearch.errors import WorkerError
-from hpsearch.workers import dask_pool, dask_workers
+from hpsearch.workers import dask_connection, dask_pool, dask_workers
 from hpsearch.workers.dask_pool import DaskPool
 from hpsearch.workers.jobs import Failed, Finished, Ready, WorkerSettings
 from hpsearch.workers.local_pool import LocalPool, LocalWorker
@@ -39,7 +41,8 @@ def pools(address: str, folder: Path, **options: Any) -> Iterator[OpenPool]:
         # A client that could not connect closes when it is collected. If that happens while Dask starts another event
         # loop, Dask waits for itself.
         gc.collect()
-        defaults: dict[str, Any] = {"check": lambda: None, "device": "auto", "limit": 0, "timeout_s": 30.0}
+        defaults: dict[str, Any] = {"device": "auto", "limit": 0, "timeout_s": 30.0}
+        defaults |= {"check": lambda: None, "say": lambda text: None}
         return stack.enter_context(DaskPool(address, probe, **{**defaults, **options}))
 
     with contextlib.ExitStack() as stack:
@@ -124,7 +127,7 @@ def test_the_job_of_a_dask_worker_that_restarted_at_the_same_address_is_lost(
         dask_worker = cluster.add_worker(*options)
         with pools(cluster.address, tmp_path) as open_pool:
             pool = open_pool()
-            monkeypatch.setattr(dask_pool, "FOLLOW_S", 30.0)
+            monkeypatch.setattr(dask_connection, "FOLLOW_S", 30.0)
             pool.resize(ONE)
             before = wait_for(pool, Ready).worker
             dask_worker.kill()
@@ -156,7 +159,7 @@ def test_a_dask_worker_that_joins_stays_free_beyond_the_limit(cluster: LocalClus
         before = {*pool.machines}
         cluster.scale(4)
         wait_until(lambda: [*pool.events(0.1)] == [] and len(cluster.workers) == 4)
-        time.sleep(2 * dask_pool.FOLLOW_S)
+        time.sleep(2 * dask_connection.FOLLOW_S)
         assert [*pool.events(0.1)] == []
         assert (len(pool), {*pool.machines}) == (1, before)
 
@@ -170,11 +173,24 @@ def test_a_dask_worker_that_leaves_is_replaced_by_a_free_one(open_pool: OpenPool
     event = wait_for(pool, Failed)
     assert (event.worker, event.report) == (
         before,
-        Failed(error="died", text=f"lost: Dask worker {before.address} cannot be reached"),
+        Failed(error="died", text=f"{before.name} is lost: it cannot be reached"),
     )
     after = wait_for(pool, Ready).worker
     assert (after.index, after.address != before.address) == (0, True)
     assert run_job(pool, NOTHING) == Finished()
+
+
+def test_no_dask_worker_is_lost_while_the_client_updates_its_own_list(
+    open_pool: OpenPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dask's client regularly asks for a list without workers, and stores it where `scheduler_info` reads."""
+    with dask.config.set({"distributed.client.scheduler-info-interval": "1ms"}):
+        pool = open_pool()
+    pool.resize(ONE * 3)
+    monkeypatch.setattr(dask_connection, "FOLLOW_S", 0.0)
+    until = time.monotonic() + 2.0
+    while time.monotonic() < until:
+        assert [event for event in pool.events(0.0) if isinstance(event.report, Failed)] == []
 
 
 def mine(version: str, theirs: str) -> Callable[[], str]:
@@ -189,9 +205,7 @@ def is_ours() -> bool:
 
 def test_another_version_on_a_worker_is_named(open_pool: OpenPool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(dask_workers.VERSIONS, "torch", mine("2.15.0", "2.14.0+cpu"))
-    with pytest.raises(
-        WorkerError, match=r"^Dask worker inproc://\S+ has torch 2\.14\.0\+cpu, the coordinator has 2\.15"
-    ):
+    with pytest.raises(WorkerError, match=r"^Dask worker \S+ has torch 2\.14\.0\+cpu, this machine has torch 2\.15"):
         open_pool()
 
 
@@ -203,9 +217,17 @@ def test_a_program_that_a_worker_does_not_have_is_named(open_pool: OpenPool, mon
 
     monkeypatch.setitem(dask_workers.VERSIONS, "hpsearch", version)
     with pytest.raises(
-        WorkerError, match=r"has hpsearch No package metadata .*, the coordinator has 0\.1\.0: install"
+        WorkerError, match=r"^Dask worker \S+ has no hpsearch, this machine has hpsearch 0\.1\.0: install"
     ):
         open_pool()
+
+
+def test_the_table_of_versions_that_dask_shows_is_left_out(
+    open_pool: OpenPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = {"warning": "a table of all packages", "error": ""}
+    monkeypatch.setattr("distributed.versions.error_message", lambda *_, **__: table)
+    open_pool()
 
 
 def test_the_build_of_torch_may_differ(open_pool: OpenPool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +249,7 @@ def test_a_worker_that_joins_with_another_version_is_not_used(
     assert (len(pool), len(pool.machines)) == (3, 3)
     assert run_job(pool, NOTHING) == Finished()
     (text,) = [each for each in caplog.messages if "it is not used" in each]
-    assert "has Python 3.11, the coordinator has 3.12: install the same version" in text
+    assert "has Python 3.11, this machine has Python 3.12: install the same version" in text
 
 
 def test_a_worker_that_does_not_see_the_project_is_named(
@@ -241,7 +263,7 @@ def test_a_worker_that_does_not_see_the_project_is_named(
         return read(path, encoding)
 
     monkeypatch.setattr(Path, "read_text", read_elsewhere)
-    with pytest.raises(WorkerError, match=f"does not see the coordinator's {probe}: share the project folder"):
+    with pytest.raises(WorkerError, match=f"does not see the project folder: it has another {probe}, or none. Mount"):
         open_pool()
 
 
@@ -256,18 +278,50 @@ def test_a_worker_that_cannot_start_its_process_is_not_used_and_the_last_one_end
     pool.resize(ONE * 3)
     for _ in range(2):
         report = wait_for(pool, Failed).report
-        assert report == Failed(error="died", text="cannot be started: worker 0 did not start (no driver)")
+        assert isinstance(report, Failed)
+        assert re.fullmatch(r"lab:\S+ cannot be started: worker 0 did not start \(no driver\)", report.text)
     with pytest.raises(WorkerError, match=r"^worker 0 did not start \(no driver\)$"):
         wait_for(pool, Failed)
 
 
-def test_a_cluster_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dask_pool, "CONNECT_S", 0.2)
+def test_a_cluster_that_is_not_there_is_named(tmp_path: Path) -> None:
     with (
         pools("tcp://127.0.0.1:9", tmp_path, timeout_s=0.0) as open_pool,
         pytest.raises(
             WorkerError, match=r"^--cluster tcp://127.0.0.1:9 has had no workers for 0 s \(.*start `dask s"
         ),
+    ):
+        open_pool()
+
+
+@contextmanager
+def server(answer: bytes) -> Iterator[str]:
+    """The address of a server that accepts connections, sends this answer and nothing else."""
+    connections = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connections.append(connection := listener.accept()[0])
+                    connection.sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+        # Wake up the thread.
+        listener.shutdown(socket.SHUT_RDWR)
+    for connection in connections:
+        connection.close()
+
+
+@pytest.mark.parametrize("answer", [b"", b"SSH-2.0-OpenSSH_9.2\r\n", bytes(64)])
+def test_a_server_that_is_no_scheduler_is_named(answer: bytes, tmp_path: Path) -> None:
+    """Dask's dashboard, for example, waits for the end of the request."""
+    expected = r"has had no workers for 0 s \(.* does not answer as a Dask scheduler; the port of Dask's dashboard"
+    with (
+        server(answer) as address,
+        pools(address, tmp_path, timeout_s=0.3) as open_pool,
+        pytest.raises(WorkerError, match=expected),
     ):
         open_pool()
 
@@ -298,6 +352,22 @@ def test_a_cluster_that_dask_may_not_connect_to_is_refused_at_once(
         open_pool()
 
 
+def test_a_wait_for_a_cluster_is_said_at_once_and_only_once(tmp_path: Path) -> None:
+    said: list[str] = []
+    began = time.monotonic()
+
+    def check() -> None:
+        assert said or time.monotonic() - began < 2 * dask_connection.FIRST_CONNECT_S
+
+    with (
+        pools("tcp://127.0.0.1:9", tmp_path, check=check, say=said.append, timeout_s=2.0) as open_pool,
+        pytest.raises(WorkerError),
+    ):
+        open_pool()
+    (line,) = said
+    assert line.startswith("waiting up to 2 s for a Dask worker of tcp://127.0.0.1:9: Timed out")
+
+
 def test_waiting_for_a_cluster_can_be_stopped(tmp_path: Path) -> None:
     def check() -> None:
         raise InterruptedError
@@ -319,9 +389,31 @@ def test_a_dask_worker_that_is_suspended_when_the_pool_opens_is_left_out(
         assert wait_for(pool, Ready).worker.address != address
         assert run_job(pool, NOTHING) == Finished()
         assert len(pool) == 1
-        assert f"Dask worker {address} does not answer; it is not used" in caplog.messages
+        assert f"Dask worker {address.rpartition('/')[2]} does not answer; it is not used" in caplog.messages
         pool.close()
         os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.slow
+def test_a_scheduler_that_is_suspended_ends_the_run_in_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dask_connection, "SCHEDULER_S", 1.0)
+    monkeypatch.setattr(dask_pool, "END_S", 1.0)
+    said: list[str] = []
+    with (
+        DaskCluster(tmp_path, 1) as cluster,
+        pools(cluster.address, tmp_path, say=said.append, timeout_s=3.0) as open_pool,
+    ):
+        pool = open_pool()
+        pool.resize(ONE)
+        wait_for(pool, Ready)
+        cluster.scheduler.send_signal(signal.SIGSTOP)
+        with pytest.raises(WorkerError, match=r"has had no workers for 3 s \(its scheduler does not answer\)"):
+            wait_for(pool, Failed)
+        pool.close()
+        cluster.scheduler.send_signal(signal.SIGCONT)
+    assert said == [f"waiting up to 3 s for a Dask worker of {cluster.address}: its scheduler does not answer"]
 
 
 @pytest.mark.slow

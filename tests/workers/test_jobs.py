@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import typing
 from pathlib import Path
@@ -94,3 +95,16 @@ def test_every_kind_of_job_is_tried_here() -> None:
 @pytest.mark.parametrize("message", [*EVERY_JOB, *EVERY_REPORT], ids=lambda each: type(each).__name__)
 def test_a_job_or_report_survives_the_way_between_coordinator_and_worker(message: Job | Report) -> None:
     assert from_message(json.loads(json.dumps(to_message(message)))) == message
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({}, "trial 2, fold 2"),
+        ({"replicate": 1}, "the refit of trial 2, fold 2"),
+        ({"held_out": ()}, "the final fit of trial 2"),
+    ],
+)
+def test_the_name_of_a_fit_says_what_it_is_part_of(changes: dict[str, typing.Any], name: str) -> None:
+    fit = dataclasses.replace(FIT, trial=2, fold=1, held_out=(3,), replicate=0)
+    assert dataclasses.replace(fit, **changes).name == name

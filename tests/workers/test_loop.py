@@ -61,6 +61,7 @@ class ScriptedWorker:
     job: Job | None = None
     last_report_at: float = 0.0
     capacity: None = None
+    name: str = "worker 1"
 
 
 @dataclass

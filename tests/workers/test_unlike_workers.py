@@ -12,7 +12,7 @@ import pytest
 from distributed import LocalCluster
 
 from hpsearch.errors import WorkerError
-from hpsearch.workers import dask_pool, dask_workers
+from hpsearch.workers import dask_connection, dask_workers
 from hpsearch.workers.dask_pool import DaskPool
 from hpsearch.workers.jobs import Capacity, Ready, WorkerSettings
 from tests.search.in_process import workers_in_process
@@ -113,7 +113,7 @@ def test_a_worker_without_the_device_is_named(
     found[1]["capacity"] = capacity("cuda", 40)
     with (
         pools(cluster.scheduler_address, tmp_path, device="cuda") as open_pool,
-        pytest.raises(WorkerError, match=r"^Dask worker inproc://\S+: device cuda is not there$"),
+        pytest.raises(WorkerError, match=r"^Dask worker \S+: device cuda is not there$"),
     ):
         open_pool()
 
@@ -152,7 +152,7 @@ def test_the_largest_dask_workers_are_used_first(
 def test_a_lost_dask_worker_is_remembered_for_the_timeout(
     cluster: LocalCluster, found: dict[object, dict[str, Any]], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dask_pool, "FOLLOW_S", 0.1)
+    monkeypatch.setattr(dask_connection, "FOLLOW_S", 0.1)
     with pools(cluster.scheduler_address, tmp_path, timeout_s=3.0) as open_pool:
         pool = open_pool()
         pool.resize(ONE * 2)
