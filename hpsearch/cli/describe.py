@@ -63,14 +63,15 @@ def describe_machine(plan: ExecutionPlan) -> str:
     return f"on {name}, {plan.precision}, {workers} x {threads}"
 
 
-def describe_forecast(pruner: str, forecast: Forecast, place: str = "this machine") -> str:
+def describe_forecast(forecast: Forecast, place: str = "this machine") -> str:
     """Describe in one sentence how long the rest of a search will take at a place."""
     then = f", then up to {count(forecast.n_replicates, 'refit')}" if forecast.n_replicates else ""
-    most, saved = ("at most about", "; pruning shortens it") if pruner == "race" else ("about", "")
+    pruned = forecast.expected_s < forecast.total_s
+    most = f" (without pruning {duration(forecast.total_s)})" if pruned else ""
     fit = duration(forecast.fit_s) if forecast.fit_s >= 10 else f"{forecast.fit_s:.1f} s"
     return (
-        f"{count(forecast.n_trials, 'trial')} left{then}: {most} {duration(forecast.total_s)} of training on "
-        f"{place}, {fit} per fit, as measured{saved}"
+        f"{count(forecast.n_trials, 'trial')} left{then}: about {duration(forecast.expected_s)} of training on "
+        f"{place}{most}, {fit} per fit, as measured"
     )
 
 

@@ -202,7 +202,7 @@ def time_of_study(config: StudyConfig, project: ProjectPaths, device: str) -> li
         n_images, where = OFFICIAL_POOL, f"as in ISIC-2017, because there is no dataset in {folder}"
     measured, forecast = measure_drawn(config, MachineChoice(device), n_images)
     size = f"{describe_folds(config)} x {count(config.train.epochs, 'epoch')}, {n_images} images {where}"
-    return [f"{describe_machine(measured)}; {size}", describe_forecast(config.study.pruner, forecast)]
+    return [f"{describe_machine(measured)}; {size}", describe_forecast(forecast)]
 
 
 def gibibytes(text: str) -> float:

@@ -82,11 +82,11 @@ class StudyProgress(StudyCallback):
         images = f"{count(forecast.n_images, 'image')} ({describe_data(config.data)})"
         self._print(f"study {self._name}: {size} on {images}")
         self._print(f"{describe.describe_machine(plan)}; sampler {study.sampler}, pruner {study.pruner}")
-        if math.isfinite(forecast.total_s):
-            self._ends_at = time.monotonic() + forecast.total_s
+        if math.isfinite(forecast.expected_s):
+            self._ends_at = time.monotonic() + forecast.expected_s
             if forecast.n_trials:
                 place = "this cluster" if plan.cluster else "this machine"
-                self._print(describe.describe_forecast(study.pruner, forecast, place))
+                self._print(describe.describe_forecast(forecast, place))
         if self._console.is_terminal:
             self._live.start()
 

@@ -12,6 +12,7 @@ from hpsearch.paths import ProjectPaths
 from hpsearch.search import replicates
 from hpsearch.search.constant_predictions import constant_warnings
 from hpsearch.search.evaluation import StudyPruner
+from hpsearch.search.scheduler import REFINE_EVERY
 from hpsearch.store import lock
 from hpsearch.store.fits import FitRecord
 from hpsearch.store.record import StudyRecord, has_all_replicates
@@ -182,8 +183,8 @@ def seconds_left(
     if ended_s:
         whole_s = n_left * sum(ended_s) / len(ended_s) + n_replicates * max(ended_s)
         return max(0.0, whole_s - running_s) / len(plan.workers)
-    total_s = forecast(record, plan, len(record.folds.ids)).total_s
-    return None if math.isnan(total_s) else max(0.0, total_s - running_s / len(plan.workers))
+    expected_s = forecast(record, plan, len(record.folds.ids)).expected_s
+    return None if math.isnan(expected_s) else max(0.0, expected_s - running_s / len(plan.workers))
 
 
 def forecast(record: StudyRecord, plan: ExecutionPlan, n_images: int) -> Forecast:
@@ -196,6 +197,11 @@ def forecast(record: StudyRecord, plan: ExecutionPlan, n_images: int) -> Forecas
     epochs_s = [
         each.train.epochs * plan.epoch_s(each, n_images - n_held_out, n_held_out) for each in candidates or [config]
     ]
-    fit_s = float(np.mean(epochs_s))
-    total_s = fit_s * (n_trials + n_replicates) * n_folds / max(1, len(plan.workers))
-    return Forecast(n_trials, n_replicates, n_images, fit_s, total_s)
+    fit_s, n_fits = float(np.mean(epochs_s)), (n_trials + n_replicates) * n_folds
+    n_expected = n_fits
+    if config.study.pruner == "race" and n_folds > 1:
+        # The first fold of every trial, some further ones, and all folds of two trials, which are also refitted.
+        first, further = n_trials + n_trials // REFINE_EVERY, min(2, n_trials) * (n_folds - 1)
+        n_expected = min(n_fits, first + further + min(2, n_replicates) * n_folds)
+    total_s, expected_s = (fit_s * n / max(1, len(plan.workers)) for n in (n_fits, n_expected))
+    return Forecast(n_trials, n_replicates, n_images, fit_s, total_s, expected_s)

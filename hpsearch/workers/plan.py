@@ -150,7 +150,9 @@ class Forecast:
     fit_s: float
     """Expected duration of a fit in seconds, averaged over the search space."""
     total_s: float
-    """Expected wall-clock seconds of all these trials on all workers, including replicates but without pruning."""
+    """Wall-clock seconds of all these trials on all workers, including replicates but without pruning."""
+    expected_s: float
+    """The same with the pruner of the study. It is shorter than `total_s` only for the race."""
 
 
 def sample_space(config: StudyConfig, n: int = 64) -> list[StudyConfig]:

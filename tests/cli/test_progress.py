@@ -26,7 +26,7 @@ def test_the_display_reckons_the_time_to_go_as_status_does_with_the_second_fits(
     fake = FakeStudy(tmp_path, overrides=("study.confirm=2",))
     progress = StudyProgress("fake", fake.project)
     plan = from_json(ExecutionPlan, fake.record.plan() or {})
-    forecast = Forecast(n_trials=6, n_replicates=2, n_images=20, fit_s=600.0, total_s=7200.0)
+    forecast = Forecast(n_trials=6, n_replicates=2, n_images=20, fit_s=600.0, total_s=7200.0, expected_s=7200.0)
     progress.planned(fake.record, plan, forecast)
     assert "ETA 2 h" in shown_by(progress)
 
@@ -47,7 +47,9 @@ def test_the_display_reckons_with_the_workers_that_are_left(
     fake = FakeStudy(tmp_path)
     progress, plan = StudyProgress("fake", fake.project), from_json(ExecutionPlan, fake.record.plan() or {})
     two = dataclasses.replace(plan, workers=plan.workers * 2)
-    progress.planned(fake.record, two, Forecast(n_trials=6, n_replicates=0, n_images=20, fit_s=1.0, total_s=60.0))
+    progress.planned(
+        fake.record, two, Forecast(n_trials=6, n_replicates=0, n_images=20, fit_s=1.0, total_s=60.0, expected_s=60.0)
+    )
     ended = fake.trial()
     progress.trial_ended(ended)
     left_s = 5 * study_status(fake.project, "fake").seconds[0]
@@ -61,7 +63,9 @@ def test_the_study_is_not_read_again_when_a_trial_ends(tmp_path: Path, monkeypat
     before = [fake.trial(), fake.trial("pruned")]
     progress = StudyProgress("fake", fake.project)
     plan = from_json(ExecutionPlan, fake.record.plan() or {})
-    progress.planned(fake.record, plan, Forecast(n_trials=4, n_replicates=0, n_images=20, fit_s=1.0, total_s=1.0))
+    progress.planned(
+        fake.record, plan, Forecast(n_trials=4, n_replicates=0, n_images=20, fit_s=1.0, total_s=1.0, expected_s=1.0)
+    )
     monkeypatch.setattr("hpsearch.cli.progress.study_status", lambda *_: pytest.fail("the study is read again"))
     read = FitRecord.epochs
     paths: list[Path] = []
@@ -96,7 +100,7 @@ def test_the_forecast_names_the_cluster(tmp_path: Path, capsys: pytest.CaptureFi
     capacity = Capacity(device="cpu", precision="bf16", memory_bytes=2**30)
     worker = ClusterWorker(address="tcp://a:1", host="a", device_name="CPU", unit="a", threads=1, capacity=capacity)
     plan = dataclasses.replace(from_json(ExecutionPlan, fake.record.plan() or {}), cluster=(worker,))
-    forecast = Forecast(n_trials=6, n_replicates=0, n_images=20, fit_s=1.0, total_s=60.0)
+    forecast = Forecast(n_trials=6, n_replicates=0, n_images=20, fit_s=1.0, total_s=60.0, expected_s=60.0)
     StudyProgress("fake", fake.project).planned(fake.record, plan, forecast)
     assert "of training on this cluster, 1.0 s per fit" in capsys.readouterr().out
 

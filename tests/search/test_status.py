@@ -19,3 +19,7 @@ def test_the_forecast_counts_folds_refits_and_workers(tmp_path: Path) -> None:
     assert (one.n_trials, one.n_replicates, one.n_images) == (10, 2, 1000)
     assert one.total_s == pytest.approx(60 * one.fit_s)
     assert two.total_s == pytest.approx(one.total_s / 2)
+    # 10 first folds, a further one, 4 more of two trials, and 5 of each of their refits.
+    assert one.expected_s == pytest.approx((10 + 1 + 2 * 4 + 2 * 5) * one.fit_s)
+    unpruned = StudyRecord.create(ProjectPaths(tmp_path).study("all"), config("study.trials=10", "study.pruner=none"))
+    assert (found := forecast(unpruned, make_plan(), 1000)).expected_s == found.total_s
