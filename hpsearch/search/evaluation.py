@@ -159,7 +159,8 @@ class StudyPruner:
         """Return the pruner's decision after an epoch of this fold; None if the pruner makes no decision.
 
         With a lookahead, the latest trials are ignored, because which of them have ended depends on the number of
-        workers. Further folds that are fitted as needed are then ignored: they finish in any order.
+        workers. For the same reason, no decision is made in the further folds of a race: the order in which they
+        finish depends on the workers.
         """
         candidate = self.scores_of(trial)
         # Ignore other folds that are being fitted: their progress depends on timing.

@@ -41,7 +41,8 @@ TLS_ERRORS = (TypeError, RuntimeError, FileNotFoundError, ssl.SSLError, FatalCom
 def connect(address: str, loop: Any, timeout_s: float) -> Client:
     """Connect to the scheduler at `address`, with a client that runs in the event loop `loop`.
 
-    Raises WorkerError if the configuration of TLS is wrong, and OSError or ValueError if it cannot be reached.
+    Raises WorkerError if the TLS configuration is wrong, and OSError or ValueError if the scheduler cannot be
+    reached.
     """
     # Dask prints a traceback for every lost connection. The pool reports it itself.
     logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
