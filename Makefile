@@ -1,6 +1,6 @@
 # Development tasks. `make help` lists them.
 #
-# A fresh machine needs make and Python 3.11, 3.12 or 3.13.
+# A fresh machine needs make, a C compiler and Python 3.11, 3.12 or 3.13.
 
 # The newest Python that runs. Override it with `make PYTHON=/path/to/python`.
 PYTHON ?= $(firstword $(foreach name,python3.13 python3.12 python3.11 python3,$(shell \

@@ -1,6 +1,6 @@
 """Compare the speed of a study in the working tree with that at another commit.
 
-    python benchmarks/commits.py <commit>               # some minutes on two quiet cores
+    python benchmarks/commits.py <commit>               # a few minutes on two quiet cores
     python benchmarks/commits.py <commit> --rounds 7
 
 Both sides run the same study of 12 trials (3 folds, 3 epochs, racing, MLflow) on the built-in sample data, one after

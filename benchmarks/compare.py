@@ -1,7 +1,7 @@
 """Check that the working tree gives the same results as another commit, to the byte.
 
     make compare BASE=<commit>
-    python benchmarks/compare.py <commit>                    # four studies, some minutes on two cores
+    python benchmarks/compare.py <commit>                    # four studies, a few minutes on two cores
     python benchmarks/compare.py <commit> --study tpe-race   # one of them
     python benchmarks/compare.py <commit> --tolerance 1e-6   # accept differences of floats up to this
 

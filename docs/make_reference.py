@@ -151,7 +151,7 @@ def describe_section(section: str, cls: type) -> str:
 
 
 def attribute_docs(cls: type) -> dict[str, str]:
-    """Return the string below each field of a dataclass and its bases; fields without one are missing."""
+    """Return the string below each field of a dataclass and its bases; fields without one are left out."""
     (tree,) = ast.parse(inspect.getsource(cls)).body
     assert isinstance(tree, ast.ClassDef)
     found: dict[str, str] = {}
@@ -231,7 +231,11 @@ def describe_object(shown: str, full_name: str) -> str:
     """Return the signature and the docstring of a function or class."""
     found = find(full_name)
     signature = inspect.signature(found)
-    parameters = [each.replace(annotation=_Text(each.annotation)) for each in signature.parameters.values()]
+    parameters = [
+        each.replace(annotation=_Text(each.annotation))
+        for each in signature.parameters.values()
+        if each.name != "self"
+    ]
     signature = signature.replace(parameters=parameters, return_annotation=_Text(signature.return_annotation))
     text = inspect.getdoc(found)
     assert text, full_name

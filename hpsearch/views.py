@@ -24,7 +24,7 @@ class View(Protocol):
         """Name of the view in messages, such as `MLflow`."""
 
     def update(self, *, is_last: bool = False) -> None:
-        """Add everything that is recorded but missing in the view.
+        """Add everything that is recorded but missing from the view.
 
         `is_last` means that no process works on the study any more. Raises HpsearchError if the view cannot be
         updated now. The next call continues the update and adds nothing twice.
@@ -35,7 +35,7 @@ class View(Protocol):
 
 
 class Tracker(Protocol):
-    """Factory of the views of studies. `make_tracker` returns one."""
+    """Factory for the views of studies. `make_tracker` returns one."""
 
     def view(self, study: StudyPaths) -> View:
         """Return the view of a study, without connecting to a server yet."""

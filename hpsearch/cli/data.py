@@ -99,11 +99,7 @@ def cache(project: ProjectPaths, settings: Settings) -> None:
 @click.option("--val", "n_val", default=30, type=AT_LEAST_0, help="Number of validation images (default: 30).")
 @click.option("--test", "n_test", default=50, type=AT_LEAST_0, help="Number of test images (default: 50).")
 @click.option(
-    "--large",
-    "n_large",
-    default=0,
-    type=AT_LEAST_0,
-    help="Make this many training images very large (30 megapixels).",
+    "--large", "n_large", default=0, type=AT_LEAST_0, help="Make this many training images large (30 megapixels)."
 )
 def sample(folder: Path, **sizes: int) -> None:
     """Generate a small synthetic dataset in FOLDER.
@@ -123,7 +119,7 @@ def sample(folder: Path, **sizes: int) -> None:
 @click.option("--remove-archives", is_flag=True, help="Remove each archive once it is unpacked.")
 @click.option("--no-check", is_flag=True, help="Do not check the dataset after the download.")
 def download(folder: Path, only: tuple[str, ...], base_url: str | None, remove_archives: bool, no_check: bool) -> int:
-    """Download ISIC-2017 Part 1 to FOLDER, unpack and check it.
+    """Download ISIC-2017 Part 1 to FOLDER (default: ISIC-2017), unpack and check it.
 
     Run the same command again to continue an interrupted download.
     """

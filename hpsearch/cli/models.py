@@ -25,7 +25,9 @@ _DEFAULT = "-"
 @click.option("--probabilities", is_flag=True, help="Also write the probabilities as 8-bit PNG files.")
 @click.option("--overlays", is_flag=True, help="Also write each image with the outline of its mask.")
 @click.option(
-    "--tiles/--whole", default=None, help="Predict windows or the whole image (default: windows if trained on them)."
+    "--tiles/--whole",
+    default=None,
+    help="Predict overlapping tiles or the resized whole image (default: tiles if the model was trained on crops).",
 )
 @click.option(
     "--ensemble/--single", default=None, help="Use the fold ensemble or one network (default: as `final` selected)."
@@ -48,8 +50,8 @@ def predict(
     Each mask is written as `<name>_segmentation.png` with the values 0 and 255, at the size of its image. Files that
     cannot be read are listed and skipped; the exit code is then 1.
 
-    By default, a model that was trained on windows predicts overlapping windows of an image, and any other model
-    predicts the whole image, resized as in training.
+    By default, a model that was trained on crops (`data.match = "crop"` or `augment.crop`) predicts overlapping tiles
+    of an image, and any other model predicts the whole image, resized as in training.
 
     \b
         hpsearch predict photos --out-dir predictions --overlays
@@ -107,9 +109,9 @@ def export(
 ) -> None:
     """Export a retrained model (ONNX) or a trial's configuration (TOML).
 
-    The logits of the ONNX model are compared with those of PyTorch before the file is kept. Its metadata describe how
-    to prepare images and how to turn logits into masks. ONNX needs `pip install 'hpsearch[onnx]'`. `hpsearch train
-    --config FILE` trains an exported configuration.
+    The logits of the ONNX model are compared with those of PyTorch before the file is kept. Its metadata describes
+    how to prepare images and how to turn logits into masks. ONNX needs `pip install 'hpsearch[onnx]'`. `hpsearch
+    train --config FILE` trains an exported configuration.
 
     \b
         hpsearch export --onnx

@@ -55,8 +55,10 @@ def _folds(text: str) -> int | str:
     return text if text == "fixed" else int(text)
 
 
-def folds_option(default: str | None, text: str) -> Callable[[Command], Command]:
-    """Return the option `--folds` with the given default and help text."""
+def folds_option(default: str | None = None) -> Callable[[Command], Command]:
+    """Return the option `--folds` with the given default: `fixed`, or None for the study's value."""
+    fixed = "`fixed`, the default" if default else "`fixed`"
+    text = f"Cross-validate with k folds, or use the dataset's training/validation split ({fixed})."
     return click.option("--folds", type=_folds, default=default, metavar="k|fixed", help=text)
 
 
@@ -64,7 +66,9 @@ out_option = click.option(
     "--out", "project", default=".", type=FOLDER, callback=_project, help="Project folder (default: current folder)."
 )
 tracking_option = click.option(
-    "--tracking", metavar="URI|none", help="Log to MLflow at this URI, or not at all (default: mlflow.db in --out)."
+    "--tracking",
+    metavar="URI|none",
+    help="Log to MLflow at this URI, or not at all (default: MLFLOW_TRACKING_URI, else mlflow.db in --out).",
 )
 storage_option = click.option(
     "--storage", metavar="URL", help="Keep Optuna's database at this URL (default: sqlite:///hpsearch.db in --out)."
@@ -87,21 +91,22 @@ timeout_option = click.option(
 )
 
 
-def study_options(command: Command) -> Command:
-    """Add the options `--out` (passed as `project`) and `--study` (passed as `study_name`) to a command."""
-    study = click.option(
-        "--study",
-        "study_name",
-        metavar="NAME",
-        help="Name of the study (default: the only one, or the name of the configuration or image folder).",
-    )
-    return out_option(study(command))
+def study_options_with(default: str) -> Callable[[Command], Command]:
+    """Return a decorator that adds the options `--out` (passed as `project`) and `--study` (passed as `study_name`).
+
+    The text `default` describes the default of `--study`.
+    """
+    study = click.option("--study", "study_name", metavar="NAME", help=f"Name of the study (default: {default}).")
+    return lambda command: out_option(study(command))
+
+
+study_options = study_options_with("the only study, or the only one that is running")
 
 
 def machine_options(command: Command) -> Command:
-    """Add `--device`, `--threads` and the options of a cluster to a command. They are passed as `machine`.
+    """Add `--device`, `--threads` and the cluster options to a command.
 
-    If the command also has the option `--workers`, `machine` contains its value, too.
+    Their values are passed as `machine`, together with that of `--workers` if the command has it.
     """
 
     @device_option
@@ -162,7 +167,7 @@ CONFIG_OPTIONS = (
     click.option("--data", "root", metavar="DIR|sample", help="Use the dataset in this folder (data.root)."),
     click.option("--images", metavar="DIR", help="Use your own images in this folder; requires --masks."),
     click.option("--masks", metavar="DIR", help="Use the masks in this folder for --images."),
-    click.option("--seed", type=int, help="Seed of folds, suggestions, fits and augmented copies (study.seed)."),
+    click.option("--seed", type=int, help="Seed for folds, sampler, fits, crops and augmented copies (study.seed)."),
     click.option("--color", type=click.Choice(["rgb", "grayscale"]), help="Set the colour mode of the input."),
     click.option("--size", type=click.IntRange(min=8), help="Set height and width of the input (data.size)."),
     click.option("--exclude-bad", is_flag=True, help="Leave out images with errors instead of refusing the dataset."),

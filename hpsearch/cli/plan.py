@@ -47,9 +47,10 @@ def plan(
 ) -> None:
     """Show shapes, parameters, FLOPs and memory of a configuration.
 
-    Without --measure, nothing is trained and PyTorch is not needed. If settings are searched, the costs are shown for
-    the default configuration and for all combinations of smallest and largest values. With --measure, the command
-    trains for a few seconds on synthetic images to estimate how long the study will take on this machine.
+    Without --measure, nothing is trained, and PyTorch is not needed for the built-in UNet. If settings are searched,
+    the costs are shown for the default configuration and for all combinations of smallest and largest values (and all
+    values of settings that are not numeric). With --measure, the command trains for a few seconds on synthetic images
+    to estimate how long the study will take on this machine.
 
     \b
         hpsearch plan --config report-fig14 --preset rtx4060
@@ -105,7 +106,7 @@ class _Costs:
 
     @property
     def layers(self) -> list[LayerCost]:
-        """Costs of each layer. The final interpolation is left out if the network is trained on windows."""
+        """Costs of each layer. The final interpolation is left out if the network is trained on crops."""
         costs = network.layer_costs(*self._shape, self._step)
         return [cost for cost in costs if not (self._config.sees_windows and cost.layer.kind == "interpolation")]
 

@@ -4,7 +4,7 @@ import click
 
 import hpsearch
 from hpsearch.cli.describe import describe_behind, tracker_of_existing
-from hpsearch.cli.options import storage_option, study_options, tracking_option
+from hpsearch.cli.options import storage_option, study_options, study_options_with, tracking_option
 from hpsearch.errors import TrackingError
 from hpsearch.paths import ProjectPaths
 from hpsearch.store import lock
@@ -35,7 +35,7 @@ def report(project: ProjectPaths, study_name: str | None, tracking: str | None) 
 
 
 @click.command("track")
-@study_options
+@study_options_with("all studies")
 @tracking_option
 @storage_option
 @click.option(
@@ -46,7 +46,7 @@ def track(
 ) -> int:
     """Update MLflow and Optuna's database from the study folders.
 
-    Everything that is missing there is added, for one study (--study) or for all studies.
+    Everything that is missing from them is added, for one study (--study) or for all studies.
     """
     from hpsearch.search.optuna_view import OptunaView
     from hpsearch.store.record import no_study

@@ -11,7 +11,7 @@ import click
 
 import hpsearch
 from hpsearch.cli.describe import describe_best, describe_params, listed_trials, next_command
-from hpsearch.cli.options import AT_LEAST_0, study_options
+from hpsearch.cli.options import AT_LEAST_0, study_options, study_options_with
 from hpsearch.cli.terminal import echo_table
 from hpsearch.errors import StudyError
 from hpsearch.paths import FitPaths, ProjectPaths, write_text
@@ -28,7 +28,7 @@ WAIT_S = 600.0
 
 
 @click.command("status")
-@study_options
+@study_options_with("the running studies, or all if none is running")
 @click.option("--trial", type=AT_LEAST_0, metavar="N", help="Show every pruning decision for this trial.")
 def status(project: ProjectPaths, study_name: str | None, trial: int | None) -> None:
     """Show the trials, the best result, running fits and the time left.

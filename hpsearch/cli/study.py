@@ -23,22 +23,28 @@ LOOKAHEAD = 4
 
 
 @click.command("study")
-@options.study_options
+@options.study_options_with("the name of the configuration or image folder")
 @options.config_options
-@click.option("--trials", type=int, help="Evaluate this many trials in total, over all runs (study.trials).")
+@click.option(
+    "--trials", type=int, help="Evaluate this many trials over all runs (study.trials; infeasible ones do not count)."
+)
 @click.option(
     "--until-gain",
     type=click.FloatRange(min=0),
     metavar="GAIN",
-    help="End the search early if the trials left are unlikely to improve the score by this much, such as 0.003.",
+    help="End the search early if the remaining trials are unlikely to improve the score by GAIN (such as 0.003).",
 )
-@options.folds_option(None, "Use k folds, or `fixed` for the dataset's training/validation split.")
+@options.folds_option()
 @click.option(
     "--metric", type=click.Choice(["dice", "jaccard", "iou"]), help="Rank trials by this score (iou means jaccard)."
 )
 @click.option("--sampler", type=click.Choice(module_names("search/samplers")), help="Use this sampler.")
 @click.option("--pruner", type=click.Choice(module_names("search/pruners")), help="Use this pruner.")
-@click.option("--confirm", type=AT_LEAST_0, help="Refit this many top trials; rank them by both fits (default: 5).")
+@click.option(
+    "--confirm",
+    type=AT_LEAST_0,
+    help="Refit this many top trials with new seeds, and rank them by the mean of both fits (default: 5).",
+)
 @click.option("--groups", metavar="FILE.csv", help="Keep all images of a group in one fold; FILE lists the groups.")
 @click.option("--group-duplicates", is_flag=True, help="Keep near-duplicate images in one fold.")
 @click.option("--allow-microbatch", is_flag=True, hidden=True, expose_value=False)
@@ -81,9 +87,9 @@ def study(
 
 
 @click.command("train")
-@options.study_options
+@options.study_options_with("train- and the name of the configuration or image folder")
 @options.config_options
-@options.folds_option("fixed", "Train on k folds, or `fixed` (default) for the training and validation split.")
+@options.folds_option("fixed")
 @options.machine_options
 @options.tracking_option
 @options.storage_option

@@ -39,8 +39,8 @@ class DataConfig:
     color: Color = "rgb"
     """Colour mode of the images that the network sees. Both modes use the same cache."""
     match: Literal["resize", "crop"] = "resize"
-    """How an image is fitted to `size`: `resize` changes its resolution, `crop` cuts out a window. `resize_mode` is
-    an alias of this setting."""
+    """How an image is fitted to `size`: `resize` changes its resolution, `crop` keeps it and cuts out a part.
+    `resize_mode` is an alias of this setting."""
     exif: Literal["auto", "apply", "ignore"] = "auto"
     """Whether the EXIF orientation of images and masks is applied. `auto` compares in how many pairs the sizes of
     image and mask match with and without it. In case of a tie, it is applied."""
@@ -52,7 +52,7 @@ class DataConfig:
     memory of each process (`memory`), or not at all (`none`). `auto` prefers `memmap` if there is enough disk
     space."""
     cache_size: Size = 0
-    """Size of the cached images, from which `augment.crop` cuts out windows of `size`; 0: the same as `size`."""
+    """Size of the cached images, from which `augment.crop` takes crops of `size`; 0: the same as `size`."""
     cache_dir: str = ""
     """Folder for the caches; empty: `cache/` in the project folder."""
     n_search_train: int = 0
@@ -137,7 +137,7 @@ class AugmentConfig:
     scale: float = 0.0
     """Largest relative zoom: image and mask are scaled by a factor from 1 - scale to 1 + scale."""
     crop: bool = False
-    """Whether to cut out new random windows of `data.size` in each epoch, from cached images of `data.cache_size`."""
+    """Whether to take new random crops of `data.size` in each epoch, from cached images of `data.cache_size`."""
     brightness: float = 0.0
     """Largest relative change of brightness: the factor ranges from 1 - brightness to 1 + brightness."""
     contrast: float = 0.0

@@ -16,9 +16,9 @@ class StudySettings:
     """Settings of the evaluation protocol and the search budget."""
 
     trials: int = 50
-    """Total number of trials, including those of earlier runs of the study."""
+    """Total number of trials, including those of earlier runs of the study. Infeasible trials do not count."""
     until_gain: float = 0.0
-    """End the search once the trials that are left are unlikely to improve the score by this much; 0: never."""
+    """End the search early if the remaining trials are unlikely to improve the score by this much; 0: never."""
     folds: int | Literal["fixed"] = 5
     """Number of cross-validation folds. `fixed`: train on the training split and score the validation split."""
     metric: Literal["dice", "jaccard"] = "dice"
@@ -37,7 +37,8 @@ class StudySettings:
     eval_size: Size = 0
     """Height and width at which scores are computed; 0: `data.size`. Required if `data.size` is searched."""
     confirm: int = 5
-    """Number of top trials to refit with new seeds after the search, to rank them by both fits; 0: none."""
+    """Number of top trials to refit with new seeds after the search. They are ranked by the mean of both fits; 0:
+    none."""
 
     def __post_init__(self) -> None:
         check_at_least("study", self, 1, "trials")
@@ -68,7 +69,7 @@ class Choice:
 
     @property
     def extremes(self) -> tuple[Any, ...]:
-        """All values. They are validated, and `hpsearch plan` shows their costs."""
+        """All values, because a list has no order. Each is validated, and `hpsearch plan` shows its cost."""
         return self.values
 
     def key(self, value: Any) -> Any:
@@ -121,7 +122,7 @@ class Range:
 
     @property
     def extremes(self) -> tuple[Any, ...]:
-        """The two ends of the range. They are validated, and `hpsearch plan` shows their costs."""
+        """The two ends of the range. Each is validated, and `hpsearch plan` shows its cost."""
         return self.low, self.high
 
     @property

@@ -191,8 +191,8 @@ class ToInput:
         if images.dtype != torch.uint8:
             return self.normalize(images)
         height, width = images.shape[1:3]
-        # Process whole rows with a repeated factor. An inner dimension of 3 would prevent vectorisation, which is 8
-        # times slower at 64x64.
+        # Process whole rows with a repeated factor. An inner dimension of 3 would prevent vectorisation and take 8
+        # times as long at 64x64.
         rows = images.to(torch.float32).flatten(2)
         rows = torch.addcmul(self.shift.repeat(width), rows, self.factor.repeat(width))
         return rows.view(-1, height, width, 3).permute(0, 3, 1, 2)

@@ -193,7 +193,7 @@ def connected(
 
     Byte-identical images, images of one group and pairs of `duplicates` are in the same unit, as are images that
     are linked only through others. Units are numbered by first appearance. The ids in `groups` may differ from `ids`
-    in case and Unicode form. Raises DatasetError if an image is missing in `groups`.
+    in case and Unicode form. Raises DatasetError if an image is missing from `groups`.
     """
     # scipy is slow to import, and reading folds does not need it.
     from scipy.sparse import coo_array, csgraph

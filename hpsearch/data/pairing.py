@@ -48,7 +48,7 @@ def find_pairs(
             pairs.append(Sample(id, paths[0], partners[0], split))
     for key, paths in mask_files.items():
         if is_chosen and not key.endswith(suffix) and _owner(key, suffix, image_files):
-            # The user chose a suffix, so ignore a mask with another one, for example that of another attribute.
+            # Ignore masks with other suffixes than the one the user chose, such as masks of dermoscopic attributes.
             continue
         id = _id(paths)
         if suffix and name_key(id[-len(suffix) :]) == suffix:

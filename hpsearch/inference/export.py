@@ -100,8 +100,8 @@ def describe(info: WeightsInfo) -> dict[str, str]:
     frame, reading, choices = info.extra.get("frame"), info.reading, from_json(Postprocessing, info.extra)
     if info.sees_windows:
         resolution = f"resized to {frame[0]}x{frame[1]} pixels" if frame else "at its own resolution"
-        fit = f"cover the image, {resolution}, with overlapping windows of {side}, mirrored at its borders"
-        back = "place the logits of the windows side by side and blend them where they overlap"
+        fit = f"cover the image, {resolution}, with overlapping tiles of {side}, mirrored at its borders"
+        back = "place the logits of the tiles side by side and blend them where they overlap"
     else:
         fit = f"resize the whole image to {side}, bilinear with antialiasing, and round to integers"
         back = "resize the logits to the image's own size, bilinear with half-pixel centres (align_corners false)"

@@ -1,7 +1,7 @@
-"""Select the post-processing of predictions: test-time augmentation, threshold, mask cleaning and ensemble.
+"""Define the post-processing options, and the rule that decides from out-of-fold scores which of them are used.
 
-Every decision is based on out-of-fold predictions only. An option is used only if its gain is statistically
-significant. This module does not import PyTorch.
+The options are test-time augmentation, threshold, mask cleaning and ensemble. An option is used only if its gain is
+statistically significant. `select_postprocessing` computes the scores. This module does not import PyTorch.
 """
 
 from dataclasses import dataclass

@@ -49,13 +49,13 @@ class Predictor:
     By default, the whole image is resized as in training, and the logits are resized back with bilinear
     interpolation.
 
-    With `tiles`, the image keeps its resolution and is predicted in overlapping windows of the training size
+    With `tiles`, the image keeps its resolution and is predicted in overlapping tiles of the training size
     (Ronneberger et al. 2015, Figure 2). If the network was trained with `augment.crop`, the image is first resized
     to the size from which the training crops were taken. The image is mirrored beyond its borders. If the network has
-    `valid` padding and was trained on windows, its output is smaller than a window. Such outputs are placed side by
-    side and averaged where they overlap. The output of any other network covers the whole window, after
-    interpolation if it has `valid` padding. It is least reliable near the window's border, so these windows overlap
-    by at least a quarter and are blended.
+    `valid` padding and was trained on crops, its output is smaller than a tile. Such outputs are placed side by
+    side and averaged where they overlap. The output of any other network covers the whole tile, after interpolation
+    if it has `valid` padding. It is least reliable near the tile's border, so these tiles overlap by at least a
+    quarter and are blended.
 
     The threshold, test-time augmentation and mask cleaning come from the weights file (`choices`). Prediction always
     runs in float32, so the mask does not depend on the precision of the training.
@@ -74,7 +74,7 @@ class Predictor:
     def load(
         cls, weights: Path, *, device: str = "auto", threads: int | None = None, tiles: bool | None = None
     ) -> Self:
-        """Load a predictor from a weights file. By default, it uses tiles if the network was trained on windows.
+        """Load a predictor from a weights file. By default, it uses tiles if the network was trained on crops.
 
         Raises CheckpointError for an invalid file (a pickle is refused without being loaded), and DeviceError for a
         device that cannot be used.
@@ -170,28 +170,28 @@ def load_predictor(weights: Path, *, ensemble: bool | None = None, **how: Any) -
 
 @dataclass(frozen=True)
 class Tile:
-    """Position and blending weights of a window along one axis."""
+    """Position and blending weights of a tile along one axis."""
 
     start: int
-    """Image coordinate of the window's first output pixel; negative if the image is smaller than the output."""
+    """Image coordinate of the tile's first output pixel; negative if the image is smaller than the output."""
     covers: slice
-    """Image pixels that this window predicts."""
+    """Image pixels that this tile predicts."""
     inside: slice
-    """The same pixels in coordinates of the window's output."""
+    """The same pixels in coordinates of the tile's output."""
     weights: Tensor
-    """Weight of the window at each of these pixels, float32. At each pixel, the weights of all windows sum to 1."""
+    """Weight of the tile at each of these pixels, float32. At each pixel, the weights of all tiles sum to 1."""
 
 
 def tile_axis(length: int, out: int, *, blend: bool) -> list[Tile]:
-    """Return evenly spaced windows whose outputs of `out` pixels cover an axis of `length`.
+    """Return evenly spaced tiles whose outputs of `out` pixels cover an axis of `length`.
 
-    As few windows as possible are used. For example, outputs of 388 pixels cover an axis of 512 pixels with two
-    windows, 124 pixels apart. With `blend`, neighbouring windows overlap by at least `BLEND_OVERLAP`, and the weight
-    of a window decreases towards its border. Without it, all windows that cover a pixel have equal weight.
+    As few tiles as possible are used. For example, outputs of 388 pixels cover an axis of 512 pixels with two tiles,
+    124 pixels apart. With `blend`, neighbouring tiles overlap by at least `BLEND_OVERLAP`, and the weight of a tile
+    decreases towards its border. Without it, all tiles that cover a pixel have equal weight.
     """
     step = max(1, out - math.ceil(out * BLEND_OVERLAP)) if blend else out
     n = max(1, math.ceil((length - out) / step) + 1)
-    # If the window is larger than the image, centre the image in it, like the crops in training.
+    # If the tile is larger than the image, centre the image in it, like the crops in training.
     starts = [(length - out) // 2] if n == 1 else [round(i * (length - out) / (n - 1)) for i in range(n)]
     ramp = torch.arange(1, out + 1, dtype=torch.float64)
     window = torch.minimum(ramp, ramp.flip(0)) if blend else torch.ones_like(ramp)

@@ -1,4 +1,8 @@
-"""Select post-processing on out-of-fold predictions, and count pixels of post-processed masks. Requires PyTorch."""
+"""Predict the held-out images with the fold networks to select the post-processing. Requires PyTorch.
+
+The options and the decision rule are defined in `postprocessing`. This module also counts the pixels of
+post-processed masks.
+"""
 
 import dataclasses
 from collections.abc import Sequence

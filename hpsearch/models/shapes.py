@@ -99,8 +99,8 @@ def training_flops(config: UNetConfig, in_channels: int, height: int, width: int
     """Return the FLOPs of the forward and backward pass of one image. A multiply-add counts as 2.
 
     Each layer costs three times its forward pass (output, gradient of the input, gradient of the weight). The first
-    layer costs only twice its forward pass, because the gradient of the image is not needed. The total for base 32
-    with `valid`, RGB, 572x572 is 226 GFLOP.
+    layer costs only twice its forward pass, because the gradient of the image is not needed. For 32 base channels,
+    `valid` padding and RGB images of 572x572, the total is 226 GFLOP.
     """
     found = layers(config, in_channels, height, width)
     return 3 * sum(layer.flops for layer in found) - found[0].flops

@@ -40,7 +40,7 @@ class EnsembleResult:
 class FinalScores:
     """Scores of a retrained configuration, together with the estimates of the search.
 
-    Fields with defaults may be missing in files of version 0.1.
+    Fields with defaults may be missing from files of version 0.1.
     """
 
     study: str
@@ -141,7 +141,7 @@ class FinalResult(FinalScores):
     scores: Floats = field(compare=False)
     """Score of each test image in the study's metric, averaged over the retrained networks."""
     undelivered: int = 0
-    """Number of MLflow runs that are not up to date. Their data are stored in the study folder."""
+    """Number of MLflow runs that are not up to date. Their data is stored in the study folder."""
     tracking_error: str = ""
     """Error that kept MLflow from being updated; empty if MLflow is up to date."""
 

@@ -44,7 +44,7 @@ def write_report(record: StudyRecord) -> Path:
 
 
 def render(rows: StudyRows, pictures: Mapping[str, Mapping[str, Any]], *, gap: str = "") -> str:
-    """Return the HTML of the report. Figures that are missing in `pictures` are left out.
+    """Return the HTML of the report. Figures that are missing from `pictures` are left out.
 
     pictures: for each figure name, a mapping with `url`, and `width` and `height` in CSS pixels. gap: the sentence
     about overfitting (see `text.gap`).

@@ -214,9 +214,10 @@ def _bars(names: Sequence[str], inches: float, x_label: str) -> tuple[Figure, Ax
 
 
 def _draw_points(axis: Axes, trials: Sequence[tuple[float, TrialRow]], best: int | None = None) -> dict[int, float]:
-    """Draw the mean or estimate of each trial in the pairs (x, trial), and return the drawn y value by trial number.
+    """Draw one point per (x, trial) pair: the mean or estimate of the trial. Return the y values by trial number.
 
-    A value below the lower limit (`floor_of`) is drawn as a triangle at this limit. A ring marks the trial `best`.
+    A trial without a value is left out. A value below the lower limit (`floor_of`) is drawn as a triangle at this
+    limit. A ring marks the trial `best`.
     """
     values = {trial.number: trial.value for _, trial in trials if trial.value is not None}
     floor = floor_of(list(values.values()))

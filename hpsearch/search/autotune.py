@@ -257,7 +257,7 @@ def _one_each(choice: MachineChoice, pool: WorkerPool, threads: int) -> tuple[Wo
 
 
 def _connected(pool: WorkerPool) -> list[ClusterWorker]:
-    """Return the Dask workers that are connected, or all that were connected if none is."""
+    """Return the connected Dask workers. If none is connected now, return all that have been."""
     machines = list(pool.machines.values())
     return [machine for machine in machines if machine.is_connected] or machines
 
@@ -293,6 +293,7 @@ def _rates(
     config: StudyConfig, step: StepToMeasure, shares: Sequence[Shares], pool: WorkerPool, check: Check
 ) -> dict[Shares, float]:
     """Return, for each of `shares`, the images per second that the workers of a device train in total.
+
     All workers are measured at the same time, so the result includes contention between them and with other programs.
     Shares for which a worker failed are left out. The result is empty if the first measurement failed or if a step
     takes longer than `SHARING_STEP_S`.

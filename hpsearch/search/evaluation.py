@@ -159,7 +159,8 @@ class StudyPruner:
         """Return the pruner's decision after an epoch of this fold; None if the pruner makes no decision.
 
         With a lookahead, the latest trials are ignored, because which of them have ended depends on the number of
-        workers. Further folds that are fitted as needed are then ignored: they finish in any order.
+        workers. For the same reason, no decision is made in the further folds of a race: the order in which they
+        finish depends on the workers.
         """
         candidate = self.scores_of(trial)
         # Ignore other folds that are being fitted: their progress depends on timing.
@@ -236,7 +237,8 @@ class StudyPruner:
                 for each in known
                 if each.number in firsts
             ]
-        return probability_of_gain(known, self._record.folds, study.until_gain or MATTERS, n_new)
+        # A new study may have no folds yet.
+        return probability_of_gain(known, self._record.folds, study.until_gain or MATTERS, n_new) if known else 1.0
 
     def scores_of(self, trial: TrialRecord) -> TrialScores:
         """Return a trial's per-image scores after every epoch so far, for each fold that has finished an epoch."""

@@ -67,9 +67,11 @@ def _as_estimated(trials: Sequence[TrialRecord], true_means: Mapping[int, float]
 
 
 def end_early(record: StudyRecord, trials: Mapping[int, TrialRecord]) -> str:
-    """End a search before all requested trials are evaluated. Return the reason; "" if it does not end early.
+    """Return why the search ends before all requested trials are evaluated, or "" if they all are.
 
-    Raises StudyError if no configuration of the search space is feasible.
+    Called when no trial is left to start. If unused configurations remain (`study.until_gain`), `study.trials` is
+    first lowered to the number of evaluated trials. Raises StudyError if no configuration of the search space is
+    feasible.
     """
     n_counted, config = count_trials(trials.values()), record.config
     if n_counted >= config.study.trials:

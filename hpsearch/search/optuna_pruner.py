@@ -22,7 +22,10 @@ def epochs_of_first_fold(trial: TrialScores, folds: Folds) -> list[Report]:
 
 
 def images(trial: TrialScores, folds: Folds) -> list[Report]:
-    """Return one report for each finished fold: its image scores. The step is the image's index in the pool."""
+    """Return one report for each finished fold: its image scores.
+
+    Optuna's steps are the indices of the images in the pool.
+    """
     return [
         dict(zip(folds.held_out(fold).tolist(), trial.scores[fold][-1].tolist(), strict=True))
         for fold in trial.finished

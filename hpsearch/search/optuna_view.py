@@ -2,8 +2,9 @@
 
 The record of a study is its folder. The database is a view, which is a copy derived from the record. It can be
 deleted at any time, because suggestions are computed from the record (`search.suggest`). Complete trials have the
-state COMPLETE and their ranking value. Pruned trials have the state PRUNED, their intermediate values, and their
-estimate as a user attribute. Optuna's best trial is the winner of the study.
+state COMPLETE and their ranking value. The exception is a complete trial that cannot win although its value is
+higher than that of the winner: it has the state PRUNED, so that Optuna's best trial is the winner of the study.
+Pruned trials have the state PRUNED, their intermediate values, and their estimate as a user attribute.
 """
 
 import datetime as dt
@@ -178,6 +179,7 @@ def _agree(known: Sequence[FrozenTrial], wanted: Sequence[FrozenTrial]) -> bool:
 
 def _shown_as(trial: TrialRecord, standing: Standing) -> tuple[TrialState, float | None]:
     """Return the state and the value that a trial should have in the database.
+
     Optuna considers the COMPLETE trial with the highest value the best. A complete trial that would precede the
     winner by this rule, for example because it was not replicated, is therefore shown as PRUNED with its value.
     """

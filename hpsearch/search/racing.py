@@ -202,7 +202,7 @@ def compare(candidate: TrialScores, others: Sequence[TrialScores], folds: Folds)
         number, estimate = compared[leader].number, reference.values.true_means[leader] + typical - target
         of_candidate = np.full(folds.k, np.nan)
         of_candidate[fold] = best
-        # A best case is no observation, so it is not shrunk toward the other trials.
+        # A best case is not an observation, so it is not shrunk toward the other trials.
         values = reference.values.model.predict(np.stack([reference.means[leader], of_candidate]), flat=[1])
         leader, row = 0, 1
     d, se = values.difference(row, leader)

@@ -32,7 +32,10 @@ class OpenFits:
 
     @property
     def next_fold(self) -> int | None:
-        """First wanted fold that is neither finished nor running; None if there is none for the idle worker."""
+        """First fold of `wanted` that is neither finished nor running.
+
+        None if there is none, or if the idle worker has too little memory.
+        """
         left = self.wanted - self.finished - self.running
         return min(left, default=None) if self.fits_worker else None
 

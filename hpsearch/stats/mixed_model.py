@@ -70,8 +70,8 @@ def posterior_contrast(
 
     `means` and `precision` are (trials, folds) arrays. The precision is 0 if a trial did not finish a fold.
     `fold_share` is (folds,), the fraction of the images in each fold. `trial` and `reference` must have finished all
-    folds. The prior of mu is flat for the reference, because it is in the study regardless of its score, and for
-    trials far below the others. These trials do not inform f or tau.
+    folds. The prior of mu is flat for the reference and for trials far below the others. (The reference is in the
+    study regardless of its score.) These trials do not inform f or tau.
 
     For a given tau, all distributions are normal, and the posterior mean is linear in z (Henderson's mixed-model
     equations; Robinson, Statistical Science 6, 1991). Weights and variances are averaged over the posterior of tau.

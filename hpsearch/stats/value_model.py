@@ -207,11 +207,11 @@ def value_model(means: Floats, sizes: Sequence[int], g2: float) -> ValueModel:
 
 
 def near_rows(means: Floats) -> tuple[NDArray[np.bool_], Floats]:
-    """Return a mask of the near trials, and the height of all trials, (trials,) each.
+    """Return two arrays (trials,): whether each trial is near (see the module), and its height.
 
-    `means` contains the fold means, (trials, folds), NaN if unfinished. The height of a trial is its mean difference
-    from the levels of its folds, which are estimated from the near trials. If there are more than `MAX_NEAR` near
-    trials, the mask contains the best of them.
+    `means` contains the fold means, (trials, folds), NaN if unfinished. The height of a trial is the mean by which
+    its finished folds exceed the levels of these folds. The levels are estimated from the near trials, iteratively.
+    At most the `MAX_NEAR` best trials are near.
     """
     known = np.isfinite(means).any(axis=0)
     level = np.full(means.shape[1], np.nan)

@@ -64,7 +64,7 @@ class MlflowView:
         self._has_failed = False
 
     def update(self, *, is_last: bool = False) -> None:
-        """Log all data of the study that are missing in MLflow. Deleted experiments and runs are restored.
+        """Log all data of the study that is missing from MLflow. Deleted experiments and runs are restored.
 
         With `is_last`, no process works on the study any more, and unfinished runs get the status KILLED. An error
         that affects only one run is raised after the other runs were logged.
@@ -224,7 +224,7 @@ class Experiment:
         return self.runs[identity]
 
     def deliver(self, source: RunSource, content: RunContent, more_tags: Mapping[str, str], *, is_last: bool) -> None:
-        """Log what is missing in one run. Its status is set after params, tags, metrics and files, its digest last.
+        """Log what is missing from one run. Its status is set after params, tags, metrics and files, its digest last.
 
         Files are uploaded once the run is complete; those of the study are also uploaded at the start.
         `more_tags` are tags that are not part of `content`, such as the id of the parent run. With `is_last`, an
@@ -262,7 +262,7 @@ class Experiment:
             self._client.log_batch(run.info.run_id, **{kind: entities[start : start + limit]})
 
     def _tag(self, run: Any, tags: Mapping[str, str]) -> None:
-        """Set the tags that are missing in the run or have another value there."""
+        """Set the tags that are missing from the run or have another value there."""
         from mlflow.entities import RunTag
 
         new = [RunTag(key, value) for key, value in tags.items() if run.data.tags.get(key) != value]
@@ -270,7 +270,7 @@ class Experiment:
         run.data.tags.update(tags)
 
     def _new_points(self, run: Any, content: RunContent) -> list[Any]:
-        """Return the metric points that are missing in the run, and remember them as logged."""
+        """Return the metric points that are missing from the run, and remember them as logged."""
         if run.info.run_id not in self._points:
             self._points[run.info.run_id] = {
                 (metric.key, metric.step, metric.timestamp)

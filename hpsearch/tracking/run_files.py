@@ -30,7 +30,7 @@ def write_report_files(study: StudyPaths, folder: Path) -> None:
 
 
 def write_trial_files(record: StudyRecord, trial: TrialRecord, folder: Path) -> None:
-    """Write trial.toml and folds.json, and also decisions.json, scores.csv and two figures if their data exist.
+    """Write trial.toml and folds.json, and also decisions.json, scores.csv and two figures if their data exists.
 
     trial.toml is the whole configuration. `hpsearch train --config trial.toml` trains it again.
     """

@@ -108,7 +108,7 @@ class WeightsInfo:
 
     @property
     def sees_windows(self) -> bool:
-        """Whether the network was trained on crops (windows) of images. If so, its logits are never interpolated."""
+        """Whether the network was trained on crops of images. If so, its logits are never interpolated."""
         return self.extra.get("match") == "crop" or "frame" in self.extra
 
     @property

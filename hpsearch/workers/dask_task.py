@@ -1,7 +1,7 @@
-"""Dask task that stands for one worker: it runs a worker process on a Dask worker and passes its messages on.
+"""Run a worker process in a task on a Dask worker, and pass its messages on.
 
-The task is the worker and not the job, and a fit runs in a subprocess of the Dask worker, the same one that
-`LocalPool` starts on this machine. Results are therefore the same as there: the number of threads is set before torch
+A task represents a worker, not a job. Fits run in a subprocess of the Dask worker, which runs the same program as the
+processes of `LocalPool`. Results are therefore the same as on one machine: the number of threads is set before torch
 is imported, and nothing else runs in the process. Torch is imported once, and the images stay loaded between jobs. A
 hanging fit can be killed. A crash, or a fit that runs out of memory, ends the subprocess and not the Dask worker.
 """

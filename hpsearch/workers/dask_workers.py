@@ -53,7 +53,7 @@ TLS_ERRORS = (TypeError, RuntimeError, FileNotFoundError, ssl.SSLError, FatalCom
 def connect(address: str, loop: Any, timeout_s: float) -> Client:
     """Connect to the scheduler at `address` within `timeout_s` seconds, with a client in the event loop `loop`.
 
-    Raises WorkerError if the configuration of TLS is wrong, and OSError if there is no scheduler at this address.
+    Raises WorkerError if the TLS configuration is wrong, and OSError if there is no scheduler at this address.
     """
     # Dask prints a traceback for every lost connection, and a table of versions. The pool reports both itself.
     logging.getLogger("distributed.client").setLevel(logging.CRITICAL)

@@ -187,7 +187,7 @@ def test_a_network_of_crops_says_that_it_wants_windows(tmp_path: Path) -> None:
     weights = write_model(tmp_path / "model.safetensors", UNetConfig(base_channels=2, depth=1), match="crop")
     _, info = load_weights(weights)
     said = export.describe(info)
-    assert "overlapping windows of 48x40" in said["preprocessing"]
+    assert "overlapping tiles of 48x40" in said["preprocessing"]
     assert "blend them" in said["postprocessing"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +40,22 @@ def test_the_card_says_what_the_model_is_and_what_it_was_trained_on(study: FakeS
     # The folder's name without what a table would break at, and not where it lies.
     assert "`skin/photos`" in card
     assert "/some/where" not in card
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("data.match=crop",), "(crops at the image's own resolution)"),
+        (("augment.crop=true", "data.cache_size=24"), "(crops of the resized image)"),
+    ],
+)
+def test_the_card_says_that_a_model_was_trained_on_crops(
+    tmp_path: Path, overrides: tuple[str, ...], said: str
+) -> None:
+    study = FakeStudy(tmp_path, overrides=overrides)
+    study.trial()
+    study.final(0)
+    assert said in card_of(study, 0)
 
 
 def test_scores_have_intervals_and_the_estimate_of_the_search(study: FakeStudy) -> None:
