@@ -87,7 +87,7 @@ def run_study(
         stop.limit(hours)
 
     def check() -> None:
-        stop.check("stopped before the first trial; run the same command again to continue")
+        stop.check("stopped while it was starting; run the same command again to continue")
 
     with (
         paths.refusals_named(study.root),

@@ -285,7 +285,7 @@ def test_a_final_says_that_it_waits_for_a_cluster_before_it_decodes_images(
     machine = MachineChoice("cpu", cluster="tcp://127.0.0.1:9", cluster_timeout_s=2.0)
     with pytest.raises(WorkerError, match="has had no workers for 2 s"):
         run_final(project, trial=other, machine=machine, on_step=said.append)
-    assert said[-1].startswith("waiting up to 2 s for a Dask worker of tcp://127.0.0.1:9: ")
+    assert said[-1].startswith("waiting up to 2 s for the Dask cluster tcp://127.0.0.1:9: ")
 
 
 def test_only_full_trials_can_be_final(project: ProjectPaths) -> None:

@@ -83,8 +83,19 @@ threads_option = click.option(
     "--threads", type=AT_LEAST_1, help="Use this many threads per process (default: measured)."
 )
 
+
+def _cluster(context: click.Context, option: click.Parameter, address: str | None) -> str:
+    """Refuse an empty address, which an unset variable of the shell may give."""
+    if address == "":
+        raise click.BadParameter("the address is empty", context, option)
+    return address or ""
+
+
 cluster_option = click.option(
-    "--cluster", default="", metavar="URL", help="Run on the Dask cluster of this scheduler, such as tcp://host:8786."
+    "--cluster",
+    callback=_cluster,
+    metavar="URL",
+    help="Run on the Dask cluster of this scheduler, such as tcp://host:8786.",
 )
 timeout_option = click.option(
     "--cluster-timeout", default=600.0, metavar="S", help="Exit after S seconds without Dask workers (default: 600)."

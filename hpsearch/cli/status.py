@@ -43,7 +43,10 @@ def status(project: ProjectPaths, study_name: str | None, trial: int | None) -> 
         return
     every = project.study_names()
     names = [study_name] if study_name else lock.running_studies(project) or every
-    if not names:
+    starting = [name for name in lock.held_studies(project) if name not in every]
+    for name in starting:
+        click.echo(f"study {name} is starting; run by {lock.describe_holder(project.study(name))}")
+    if not names and not starting:
         raise no_study(project)
     for name in names:
         found = hpsearch.study_status(project, name)

@@ -109,7 +109,7 @@ def hosts(rows: StudyRows) -> Table:
         lines.append(
             (host or "without cluster", ", ".join(sorted(devices)), f"{n_workers}", f"{len(found)}", f"{speed:.0f}")
         )
-    return Table(("host", "device", "workers started", "fits", "images/s"), lines)
+    return Table(("host", "device", "workers", "fits", "images/s"), lines)
 
 
 def final_scores(rows: StudyRows, final: FinalResult, *, with_published: bool = False) -> Table:

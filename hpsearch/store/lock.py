@@ -63,7 +63,13 @@ def hold(study: StudyPaths) -> Iterator[None]:
 
 def running_studies(project: ProjectPaths) -> list[str]:
     """Return the names of the running studies in this project, sorted."""
-    return [name for name in project.study_names() if is_held(project.study(name))]
+    return [name for name in held_studies(project) if project.study(name).toml.is_file()]
+
+
+def held_studies(project: ProjectPaths) -> list[str]:
+    """Return the names of the running studies, sorted, including those that have no settings yet."""
+    names = sorted(path.parent.name for path in project.studies.glob("*/study.lock"))
+    return [name for name in names if is_held(project.study(name))]
 
 
 def is_held(study: StudyPaths) -> bool:

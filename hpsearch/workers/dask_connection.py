@@ -89,7 +89,7 @@ class DaskConnection:
         if self.is_open:
             try:
                 self._update_present()
-                has_answered, reason = True, "it has no usable Dask worker"
+                has_answered, reason = True, "the scheduler has no Dask worker that answers"
             except OSError:
                 # Keep the last list. A lost connection is noticed above.
                 reason = "its scheduler does not answer"
@@ -130,7 +130,7 @@ class DaskConnection:
             raise WorkerError(f"{what}: {advice}")
         if not self._is_waiting:
             self._is_waiting = True
-            self._warn(f"waiting up to {self._timeout_s:.0f} s for a Dask worker of {self._address}: {reason}")
+            self._warn(f"waiting up to {self._timeout_s:.0f} s for the Dask cluster {self._address}: {reason}")
 
     def _update_present(self) -> None:
         """Ask the scheduler for its Dask workers, and examine those that have joined."""

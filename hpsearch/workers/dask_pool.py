@@ -215,7 +215,7 @@ class DaskPool(TrackingPool[DaskWorker]):
         if worker.was_killed:
             return "was killed"
         if worker.address not in self._dask.present or worker.n_starts > 1:
-            return "is lost: it cannot be reached"
+            return "is lost: it is no longer connected"
         if worker.future.status != "error":
             return "" if worker.future.status == "pending" else "is lost: Dask cancelled its task"
         error = worker.future.exception()

@@ -77,6 +77,10 @@ async def _require_scheduler(address: str, timeout_s: float) -> None:
         # The last three are raised for an answer of another protocol.
         what = "the address accepts connections, but does not answer as a Dask scheduler"
         raise OSError(f"{what}; the port of Dask's dashboard is another one") from error
+    except FatalCommClosedError:
+        raise
+    except OSError as error:
+        raise OSError("no scheduler answers there") from error
 
 
 def examine(client: Any, addresses: Sequence[str], probe: Path, device: str) -> dict[str, ClusterWorker | str]:

@@ -63,7 +63,7 @@ def test_a_study_says_that_it_waits_for_a_cluster(tmp_path: Path) -> None:
     options = ["--out", str(tmp_path / "new"), "--tracking", "none", "--cluster", address, "--cluster-timeout", "2"]
     result = CliRunner().invoke(group, ["study", "--data", str(data), *options])
     assert "has had no workers for 2 s" in str(result.exception)
-    assert result.output.startswith(f"waiting up to 2 s for a Dask worker of {address}: ")
+    assert result.output.startswith(f"waiting up to 2 s for the Dask cluster {address}: ")
 
 
 def test_status_shows_the_study_that_runs_and_names_the_others(tmp_path: Path) -> None:
@@ -78,6 +78,23 @@ def test_status_shows_the_study_that_runs_and_names_the_others(tmp_path: Path) -
     assert "study one:" not in shown
     assert "study two: 0/3 trials (none ended); run by process" in shown
     assert "not running: one (--study NAME shows one)" in shown
+
+
+def test_status_shows_a_study_that_is_starting(tmp_path: Path) -> None:
+    project = ProjectPaths(tmp_path)
+    with lock.hold(project.study("new")):
+        assert "study new is starting; run by process" in output_of("status", "--out", str(tmp_path))
+        StudyRecord.create(project.study("one"), tiny_config(tmp_path))
+        shown = output_of("status", "--out", str(tmp_path))
+    assert "study one:" in shown
+    assert "study new is starting" in shown
+
+
+def test_an_empty_cluster_address_is_refused(tmp_path: Path) -> None:
+    result = CliRunner().invoke(group, ["study", "--out", str(tmp_path), "--cluster", ""])
+    assert result.exit_code == 2
+    assert "--cluster" in result.output
+    assert "the address is empty" in result.output
 
 
 class _StopAfterAnEpoch(NullCallback):

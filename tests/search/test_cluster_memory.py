@@ -116,7 +116,7 @@ def test_a_trial_that_needs_the_larger_worker_runs_there_with_the_values_of_one_
     assert memory == {"host0": needed(config, 2), "host1": needed(config, LARGE)}
 
     table = tables.hosts(study_rows(record))
-    assert table.head == ("host", "device", "workers started", "fits", "images/s")
+    assert table.head == ("host", "device", "workers", "fits", "images/s")
     assert [line[0] for line in table.lines] == ["host0", "host1"]
     assert sum(int(line[3]) for line in table.lines) == 8
     assert all(float(line[4]) > 0 and line[2] == "1" for line in table.lines)

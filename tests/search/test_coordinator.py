@@ -289,10 +289,10 @@ def test_a_worker_that_is_killed_before_it_has_a_job_leaves_a_line(tmp_path: Pat
     local = Worker(index=1, settings=WorkerSettings())
     work.on_event(Event(local, None, Failed(error="died", text="killed by SIGKILL (out of memory?)")))
     on_cluster = dataclasses.replace(local, machine=cast("Any", SimpleNamespace(name="lab1:4000")))
-    work.on_event(Event(on_cluster, None, Failed(error="died", text="lab1:4000 is lost: it cannot be reached")))
+    work.on_event(Event(on_cluster, None, Failed(error="died", text="lab1:4000 is lost: it is no longer connected")))
     assert said == [
         "worker 2 ended before it had a job (killed by SIGKILL (out of memory?)): it is replaced",
-        "worker lab1:4000 is lost: it cannot be reached",
+        "worker lab1:4000 is lost: it is no longer connected",
     ]
 
 
@@ -316,8 +316,8 @@ def test_a_worker_that_dies_with_a_fit_leaves_a_line_that_says_where_the_fit_con
     )  # type: ignore[arg-type]
     for _ in range(3):
         worker = Worker(index=0, settings=WorkerSettings())
-        work.on_event(Event(worker, job, Failed(error="died", text="lab1:4000 is lost: it cannot be reached")))
-    what = "trial 0, fold 1: worker lab1:4000 is lost: it cannot be reached"
+        work.on_event(Event(worker, job, Failed(error="died", text="lab1:4000 is lost: it is no longer connected")))
+    what = "trial 0, fold 1: worker lab1:4000 is lost: it is no longer connected"
     assert said == [f"{what}; the fit continues on the next free worker"] * 2
     assert study.record.trial(0).outcome == "failed"
     assert what in caplog.messages

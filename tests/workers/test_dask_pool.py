@@ -173,7 +173,7 @@ def test_a_dask_worker_that_leaves_is_replaced_by_a_free_one(open_pool: OpenPool
     event = wait_for(pool, Failed)
     assert (event.worker, event.report) == (
         before,
-        Failed(error="died", text=f"{before.name} is lost: it cannot be reached"),
+        Failed(error="died", text=f"{before.name} is lost: it is no longer connected"),
     )
     after = wait_for(pool, Ready).worker
     assert (after.index, after.address != before.address) == (0, True)
@@ -365,7 +365,7 @@ def test_a_wait_for_a_cluster_is_said_at_once_and_only_once(tmp_path: Path) -> N
     ):
         open_pool()
     (line,) = said
-    assert line.startswith("waiting up to 2 s for a Dask worker of tcp://127.0.0.1:9: Timed out")
+    assert line.startswith("waiting up to 2 s for the Dask cluster tcp://127.0.0.1:9: no scheduler answers there")
 
 
 def test_waiting_for_a_cluster_can_be_stopped(tmp_path: Path) -> None:
@@ -413,7 +413,7 @@ def test_a_scheduler_that_is_suspended_ends_the_run_in_the_end(
             wait_for(pool, Failed)
         pool.close()
         cluster.scheduler.send_signal(signal.SIGCONT)
-    assert said == [f"waiting up to 3 s for a Dask worker of {cluster.address}: its scheduler does not answer"]
+    assert said == [f"waiting up to 3 s for the Dask cluster {cluster.address}: its scheduler does not answer"]
 
 
 @pytest.mark.slow
@@ -422,6 +422,8 @@ def test_a_cluster_on_which_no_dask_worker_answers_is_named(tmp_path: Path, monk
     with DaskCluster(tmp_path, 1) as cluster, pools(cluster.address, tmp_path, timeout_s=2.0) as open_pool:
         (pid,) = cluster.workers().values()
         os.kill(pid, signal.SIGSTOP)
-        with pytest.raises(WorkerError, match=r"has had no workers for 2 s \(it has no usable Dask worker\)"):
+        with pytest.raises(
+            WorkerError, match=r"has had no workers for 2 s \(the scheduler has no Dask worker that answers\)"
+        ):
             open_pool()
         os.kill(pid, signal.SIGCONT)
