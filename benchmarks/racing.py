@@ -130,14 +130,15 @@ class Replay:
             candidate = replace(trial, scores={**trial.scores, fold: whole.scores[fold][:epoch]})
             self.open[number] = candidate
             if self._prune(candidate, self.lookahead):
-                return
-        if candidate.is_full(self.study.folds.k):
-            self.ended[number] = self.open.pop(number)
+                break
+        else:
+            if candidate.is_full(self.study.folds.k):
+                self.ended[number] = self.open.pop(number)
         is_early = len(self.open) + len(self.ended) < len(self.order)
         if self.pruner.folds == "as needed" and not (self.lookahead and is_early):
-            for each in list(self.open.values()):
-                if each.finished:
-                    self._prune(each, 0)
+            # When a trial is pruned, the estimates of the others change.
+            while any(self._prune(each, 0) for each in list(self.open.values()) if each.finished):
+                pass
 
     def _prune(self, candidate: TrialScores, lookahead: int) -> bool:
         last = candidate.number - lookahead if lookahead else len(self.order)

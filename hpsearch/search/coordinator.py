@@ -71,7 +71,6 @@ class Coordinator:
 
     def __post_init__(self) -> None:
         self.trials = {trial.number: trial for trial in self.record.trials()}
-
         self.pruner = StudyPruner(
             self.record, self.trials, lambda number: self.open[number, 0].finished if (number, 0) in self.open else ()
         )
@@ -152,7 +151,7 @@ class Coordinator:
             case Failed():
                 self._on_death(evaluation, job.fold, report)
         _prune_waiting(self)
-        if (leader := self.pruner.leader()) is not None and leader != self.leader:
+        if (leader := self.pruner.leader()) not in (None, self.leader):
             self.leader = leader
             self.callback.leader_changed(*leader)
 
@@ -325,20 +324,21 @@ def _stop_trial(coordinator: Coordinator, evaluation: Evaluation) -> None:
 def _prune_waiting(coordinator: Coordinator) -> None:
     """Prune the open trials that can no longer win, if folds are fitted as needed: a trial or a fit may have ended.
 
-    With a lookahead, this happens only after all trials have finished a first fold, and not while a trial gets its
-    further folds: the result must not depend on the number of workers.
+    With a lookahead, the result must not depend on the number of workers. Trials are then pruned only after all of
+    them have finished a first fold, and while none gets further folds.
     """
-    record, opened = coordinator.record, list(coordinator.open.values())
-    fits = [each.open_fits() for each in opened]
-    is_settled = all(not each.running and len(each.finished) == 1 for each in fits)
-    is_early = coordinator.pruner.n_left(len(opened)) > len(opened)
-    if not coordinator.pruner.as_needed or (record.config.study.lookahead and (is_early or not is_settled)):
+    opened, pruner, study = list(coordinator.open.values()), coordinator.pruner, coordinator.record.config.study
+    is_settled = all(not each.running and len(each.finished) == 1 for each in opened)
+    if not pruner.as_needed or (study.lookahead and (pruner.n_left(len(opened)) > len(opened) or not is_settled)):
         return
-    for number, decision in coordinator.pruner.losers().items():
-        evaluation = coordinator.open[number, 0]
-        if not evaluation.running and not evaluation.pruned:
+    waiting = {each.record.number for each in opened if not each.running and not each.pruned}
+    # When a trial is pruned, the estimates of the others change.
+    while losers := {number: each for number, each in pruner.losers().items() if number in waiting}:
+        for number, decision in losers.items():
+            evaluation = coordinator.open[number, 0]
             coordinator._write(evaluation, decisions=evaluation.decisions_with(decision))
             coordinator._end_if_finished(evaluation)
+        waiting -= losers.keys()
 
 
 def _follow_cluster(coordinator: Coordinator) -> None:

@@ -34,8 +34,9 @@ from hpsearch.search import coordinator, pruners, stopping
 from hpsearch.search.autotune import MachineChoice
 from hpsearch.search.callbacks import NullCallback
 from hpsearch.search.coordinator import Coordinator
-from hpsearch.search.evaluation import Evaluation
+from hpsearch.search.evaluation import Evaluation, StudyPruner
 from hpsearch.search.racing import Race, TrialScores
+from hpsearch.search.scheduler import StudyState
 from hpsearch.search.status import study_status
 from hpsearch.search.stopping import Stop
 from hpsearch.store import lock
@@ -48,6 +49,7 @@ from hpsearch.workers.pool import Worker
 from tests.data.conftest import tiny_pairs, write_pairs
 from tests.recorded import FakeStudy
 from tests.search.in_process import PLAN, workers_in_process
+from tests.search.simulated import simulate
 from tests.search.studies import everything, mean_of_counted_dice, run, tiny_config, write_tiny_dataset
 
 
@@ -537,3 +539,23 @@ def test_a_signal_that_also_ends_the_process_that_decodes_reads_as_a_stop(
     monkeypatch.setattr(study, "PoolCaches", caches)
     with pytest.raises(error):
         run(tmp_path, tiny_config(dataset), stop=stop)
+
+
+def test_trials_are_pruned_until_every_open_one_may_still_win(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losers, state_of, n_losers = StudyPruner.losers, coordinator._study_state, []
+
+    def one_loser(pruner: StudyPruner) -> dict[int, PruneDecision]:
+        """As if each trial became hopeless only when the one before it is pruned."""
+        n_losers.append(len(found := losers(pruner)))
+        return dict(list(found.items())[:1])
+
+    def state(work: Coordinator, worker: Worker) -> StudyState:
+        assert all(work.open[number, 0].running for number in losers(work.pruner))
+        return state_of(work, worker)
+
+    monkeypatch.setattr(StudyPruner, "losers", one_loser)
+    monkeypatch.setattr(coordinator, "_study_state", state)
+    simulate(tmp_path, "study.trials=30", "study.folds=3", n_folds=3)
+    assert max(n_losers) > 1
