@@ -85,7 +85,7 @@ threads_option = click.option(
 
 
 def _cluster(context: click.Context, option: click.Parameter, address: str | None) -> str:
-    """Refuse an empty address, which an unset variable of the shell may give."""
+    """Refuse an empty address, as an unset shell variable gives it."""
     if address == "":
         raise click.BadParameter("the address is empty", context, option)
     return address or ""

@@ -77,8 +77,8 @@ def _lines(project: ProjectPaths, status: StudyStatus) -> Iterator[str]:
         yield best
     if status.gain_probability < 1:
         gain = status.config.study.until_gain or MATTERS
-        improve = f"the {count(status.n_new, 'trial')} left will improve the {status.config.study.metric} by {gain:g}"
-        yield f"probability that {improve}: {status.gain_probability:.0%}"
+        trials = count(status.n_new, "further trial")
+        yield f"probability that {trials} will improve the score by {gain:g}: {status.gain_probability:.0%}"
     if status.shortlist:
         done = f"{status.n_replicate_fits}/{len(status.shortlist) * status.n_folds} fits done"
         yield f"refitted with new seeds: {listed_trials(status.shortlist)}; {done}"
@@ -161,10 +161,10 @@ def _explain(decision: PruneDecision, n_epochs: int) -> str:
     if decision.d is None or decision.p is None or "±" not in decision.reason:
         # Another pruner, or the user, decided.
         return f"{place}: {outcome}: {decision.reason.rpartition(': ')[2]}"
-    side = f"{abs(decision.d):.4f} {'below' if decision.d >= 0 else 'above'} trial {decision.against}"
+    side = f"{abs(decision.d):.4f} {'below' if decision.d >= 0 else 'above'} that of trial {decision.against}"
     best, se = "at best " if decision.epoch < n_epochs else "", f"± {decision.se or 0:.4f}"
     p = "less than 0.1%" if decision.p < 0.001 else f"{decision.p:.1%}"
-    return f"{place}: {outcome}. Its score will be {best}{side} ({se}), and it wins with probability {p}."
+    return f"{place}: {outcome}. Its expected score is {best}{side} ({se}). It wins with a probability of {p}."
 
 
 @click.command("stop")

@@ -149,7 +149,7 @@ class Coordinator:
             case Failed(error="OutOfMemoryError", text=text):
                 self._end(evaluation, "infeasible", reason=text, constraint=1.0)
             case Failed():
-                self._on_death(evaluation, job.fold, report)
+                self._on_death(evaluation, job, report)
         _prune_waiting(self)
         if (leader := self.pruner.leader()) not in (None, self.leader):
             self.leader = leader
@@ -213,13 +213,13 @@ class Coordinator:
         if replicate:
             self.callback.replicating(*replicates.progress(self.record))
 
-    def _on_death(self, evaluation: Evaluation, fold: int, failure: Failed) -> None:
+    def _on_death(self, evaluation: Evaluation, job: FitJob, failure: Failed) -> None:
         """Retry the fit from its checkpoint, unless too many workers died in this fold after the same epoch.
 
         Raises StorageError or WorkerError if a retry would fail in the same way, and WorkerError if every trial so
         far has failed.
         """
-        what, fit = f"{evaluation.name}, fold {fold + 1}", evaluation.fits()[fold]
+        what, fold, fit = job.name, job.fold, evaluation.fits()[job.fold]
         if failure.error == "StorageError":
             raise StorageError(failure.text)
         if failure.error not in ("", "died"):
@@ -302,7 +302,7 @@ def _kill_hanging(coordinator: Coordinator) -> None:
         if not isinstance(job, FitJob) or (evaluation := coordinator.open.get((job.trial, job.replicate))) is None:
             continue
         if silence_s > SILENCE_MIN_S and silence_s > SILENCE_FACTOR * evaluation.epoch_s(job, coordinator.plan):
-            logger.warning("%s, fold %d: no epoch for %.0f s", evaluation.name, job.fold + 1, silence_s)
+            logger.warning("%s: no epoch for %.0f s", job.name, silence_s)
             coordinator.pool.kill(worker)
 
 

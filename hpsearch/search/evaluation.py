@@ -159,8 +159,7 @@ class StudyPruner:
         """Return the pruner's decision after an epoch of this fold; None if the pruner makes no decision.
 
         With a lookahead, the latest trials are ignored, because which of them have ended depends on the number of
-        workers. For the same reason, no decision is made in the further folds of a race: the order in which they
-        finish depends on the workers.
+        workers. For the same reason, no decision is made in folds that are fitted as needed.
         """
         candidate = self.scores_of(trial)
         # Ignore other folds that are being fitted: their progress depends on timing.
@@ -172,9 +171,9 @@ class StudyPruner:
         return self._decide(candidate, trial, trial.number - lookahead if lookahead else max(self._trials))
 
     def losers(self) -> dict[int, PruneDecision]:
-        """Return the decisions to prune open trials with a finished fold, by trial number.
+        """Return the decisions to prune open trials that can no longer win, by trial number.
 
-        They are up to date while no worker is fitting the trial.
+        They are based on finished folds, and therefore do not apply to a trial that a worker is fitting.
         """
         known = self.known_scores() if self.as_needed else []
         left = set(self.rule.order(known, self._record.folds)) if known else set()
@@ -213,9 +212,9 @@ class StudyPruner:
         return true_means(known, self._record.folds) if self.as_needed else {}
 
     def n_left(self, n_open: int) -> int:
-        """Return the maximum number of trials still to be evaluated, including open trials.
+        """Return the maximum number of trials still to be evaluated, including the `n_open` open trials.
 
-        It is `n_open`, the number of open trials, if further ones are unlikely to gain `study.until_gain`.
+        No further trials are counted if they are unlikely to improve the score by `study.until_gain`.
         """
         n_left = self._record.n_left(list(self._trials.values()))
         if not self._record.config.study.until_gain or n_left <= n_open:
@@ -254,7 +253,7 @@ class StudyPruner:
         objects for unchanged trials, because pruners use them as cache keys.
         """
         for number, trial in self._trials.items():
-            # With thousands of trials, most of which have ended, this loop takes milliseconds.
+            # Ended trials do not change. In a study of thousands of trials, skipping them saves milliseconds.
             if number in self._known and self._known[number][0] is None:
                 continue
             n_finished = len(self._finished(number)) if trial.outcome is None else None

@@ -313,7 +313,8 @@ def _gains(
     """Return the largest gain to expect, the median gain, and the highest score relative to the final score.
 
     `part` is the fraction of the epochs after which the gains begin. `left` is the fraction of the summed learning
-    rate in which the highest score must be reached. Cached because all first folds at the same epoch need the same.
+    rate in which the highest score must be reached. The result is cached, because it is the same for all first folds
+    at the same epoch.
     """
     gains, rises = [], []
     for trial in trials:

@@ -1,9 +1,8 @@
 """Read the progress of a study from its folder."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -108,10 +107,9 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
     table = record.plan() or {}
     plan = from_json(ExecutionPlan, table) if is_running and table else None
     is_over = record.is_searched(trials) and has_all_replicates(record)
-    pruner, n_new = (
-        StudyPruner(record, {trial.number: trial for trial in trials}),
-        record.n_left(trials) - len(open_fits),
-    )
+    pruner = StudyPruner(record, {trial.number: trial for trial in trials})
+    number, leader_value = pruner.leader() or (None, math.nan)
+    n_new = max(0, record.n_left(trials) - len(open_fits))
     refits_s = sum(map(seconds_of, refits.values()))
     return StudyStatus(
         name=name,
@@ -123,7 +121,8 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
         seconds=seconds,
         best=next((trial for trial in trials if trial.number == standing.winner), None),
         values=standing.values,
-        **open_leader(pruner, trials),
+        leader=next((trial for trial in trials if trial.number == number and trial.outcome is None), None),
+        leader_value=leader_value,
         n_new=n_new,
         gain_probability=pruner.probability_of_gain(n_new) if n_new else 1.0,
         shortlist=shortlist,
@@ -137,13 +136,6 @@ def study_status(project: ProjectPaths, name: str) -> StudyStatus:
         eta_s=seconds_left(record, plan, trials, seconds, refits_s) if plan is not None and not is_over else None,
         warnings=tuple(constant_warnings(record, fits)),
     )
-
-
-def open_leader(pruner: StudyPruner, trials: Iterable[TrialRecord]) -> dict[str, Any]:
-    """Return the leading trial and its expected value, as fields of `StudyStatus`, if the trial is not complete."""
-    number, value = pruner.leader() or (None, math.nan)
-    leader = next((trial for trial in trials if trial.number == number and trial.outcome is None), None)
-    return {"leader": leader, "leader_value": value}
 
 
 def seconds_of(fits: Sequence[FitRecord]) -> float:

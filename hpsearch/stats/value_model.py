@@ -143,7 +143,7 @@ class Values:
         return np.asarray(self.model.share @ ndtr((means - by) / np.sqrt(np.maximum(variances, 1e-14))))
 
     def probability_of_gain(self, row: int, like: NDArray[np.bool_], share: float, n_new: int, gain: float) -> float:
-        """Return the probability that the best of `n_new` new trials has a true mean at least `gain` above a row's.
+        """Return the probability that the best of `n_new` new trials is truly better than a row by at least `gain`.
 
         The fraction `share` of new trials is like the trials in the mask `like`: their mu is normal, with the mean of
         these trials and the standard deviation tau. The others cannot be better.

@@ -76,7 +76,7 @@ async def _require_scheduler(address: str, timeout_s: float) -> None:
     except (TimeoutError, MemoryError, ValueError, struct.error) as error:
         # The last three are raised for an answer of another protocol.
         what = "the address accepts connections, but does not answer as a Dask scheduler"
-        raise OSError(f"{what}; the port of Dask's dashboard is another one") from error
+        raise OSError(f"{what}; perhaps it is the address of Dask's dashboard") from error
     except FatalCommClosedError:
         raise
     except OSError as error:

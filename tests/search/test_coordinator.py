@@ -314,7 +314,7 @@ def test_a_worker_that_dies_with_a_fit_leaves_a_line_that_says_where_the_fit_con
     work = Coordinator(study.record, pool, PLAN, None, Heard(), Stop(), lambda: None)  # type: ignore[arg-type]
     work.resume()
     job: Any = FitJob(
-        trial=0, fold=0, config=study.config, folder=tmp_path, caches=None, train=(), held_out=(), seed=0
+        trial=0, fold=0, config=study.config, folder=tmp_path, caches=None, train=(), held_out=(0,), seed=0
     )  # type: ignore[arg-type]
     for _ in range(3):
         worker = Worker(index=0, settings=WorkerSettings())

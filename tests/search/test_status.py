@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from hpsearch.paths import ProjectPaths
-from hpsearch.search.status import forecast
+from hpsearch.search.status import forecast, study_status
 from hpsearch.store.record import StudyRecord
 from hpsearch.workers.jobs import WorkerSettings
+from tests.recorded import FakeStudy
 from tests.workers.test_plan import config, make_plan
 
 
@@ -23,3 +24,11 @@ def test_the_forecast_counts_folds_refits_and_workers(tmp_path: Path) -> None:
     assert one.expected_s == pytest.approx((10 + 1 + 2 * 4 + 2 * 5) * one.fit_s)
     unpruned = StudyRecord.create(ProjectPaths(tmp_path).study("all"), config("study.trials=10", "study.pruner=none"))
     assert (found := forecast(unpruned, make_plan(), 1000)).expected_s == found.total_s
+
+
+def test_more_open_trials_than_requested_leave_no_further_ones(tmp_path: Path) -> None:
+    study = FakeStudy(tmp_path, overrides=("study.trials=1",))
+    study.begin()
+    study.begin()
+    status = study_status(study.project, study.record.name)
+    assert (status.n_new, status.gain_probability) == (0, 1.0)
