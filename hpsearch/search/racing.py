@@ -29,8 +29,7 @@ three other trials have finished a first fold. It is the higher of two predictio
   reached when it had used r, times the expected score of the leader on this fold. Only trials whose final score is at
   most 0.05 below that of the leader count. The candidate's own scores do not matter.
 
-p is then computed as if the fold had ended at this score. The candidate is pruned if p is below 0.05.
-The threshold is higher than for a finished fold, because the best case is rarely reached.
+p is then computed as if the fold had ended at this score. The candidate is pruned if p is below 0.01.
 """
 
 import dataclasses
@@ -51,8 +50,8 @@ from hpsearch.store.trials import PruneDecision
 
 ALPHA = 0.01
 """Probability of winning by `MATTERS` below which a trial is pruned."""
-INSIDE = 0.05
-"""The same within the first fold, for the best case, which is rarely reached."""
+INSIDE = 0.01
+"""The same within the first fold, for the best case."""
 MATTERS = 0.003
 """Smallest difference from the leader that justifies fitting further folds."""
 MIN_CURVES = 3
