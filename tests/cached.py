@@ -1,4 +1,4 @@
-"""All pixels of a cache, for comparisons."""
+"""All pixels of a cache, and the splits and hashes of its images, for comparisons."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpsearch.data.cache import Cache
+from hpsearch.data.dataset import Split
 
 
 def images_of(cache: Cache) -> NDArray[Any]:
@@ -16,3 +17,13 @@ def images_of(cache: Cache) -> NDArray[Any]:
 def masks_of(cache: Cache) -> NDArray[Any]:
     """(N, H, W) uint8."""
     return cache.read(np.arange(len(cache)))[1]
+
+
+def splits_of(cache: Cache) -> tuple[Split, ...]:
+    """The split of each image."""
+    return tuple(sample.split for sample in cache.index.samples)
+
+
+def sha256_of(cache: Cache) -> tuple[str, ...]:
+    """The SHA-256 of each image file."""
+    return tuple(stats.image_sha256 for stats in cache.index.stats)

@@ -47,7 +47,7 @@ def test_the_decoder_imports_nothing_from_the_current_folder(hostile: Path, tmp_
     image = next((root / "ISIC-2017_Training_Data").glob("*"))
     mask = root / "ISIC-2017_Training_Part1_GroundTruth" / f"{image.stem}_segmentation.png"
     with Decoders(1) as decoders:
-        ((_, stats, _),) = decoders.decode([Job(image, mask)])
+        ((stats, _),) = decoders.decode([Job(image, mask)])
     assert isinstance(stats, ImageStats)
 
 

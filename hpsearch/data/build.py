@@ -5,7 +5,7 @@ A cache folder gets its final name only when it is complete. A lock ensures that
 
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -14,16 +14,14 @@ from typing import Literal
 import psutil
 from filelock import FileLock, Timeout
 
-from hpsearch.data.cache import INDEX, Cache, Index, Kind, PixelFiles, Preparation, cache_key, npy_header, pixel_files
+from hpsearch.data.cache import INDEX, Cache, Index, Kind, PixelFiles, Preparation, cache_key, npy_header
 from hpsearch.data.dataset import Problem, Sample
-from hpsearch.data.decode_pool import DecodeError, Decoders, ImageStats, Pixels
+from hpsearch.data.decode_pool import DecodeError, Decoders, ImageStats, Pixels, Progress
 from hpsearch.errors import CacheError, DatasetError
 from hpsearch.paths import atomic_write, free_bytes, refusals_named
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]
-"""Progress callback, called with (done, total)."""
 SPARE_BYTES = 64 * 2**20
 """Disk space that must remain free after a cache is written, in bytes."""
 
@@ -64,7 +62,7 @@ def build_cache(
                         " free: free some space, change data.cache_dir, or set data.cache to memory or none"
                     )
                 with nullcontext(decoders) if decoders is not None else Decoders() as decoding:
-                    _build(samples, preparation, chosen, folder, decoding, progress)
+                    _build(Index(key, chosen, preparation, tuple(samples)), folder, decoding, progress)
     return folder
 
 
@@ -119,45 +117,31 @@ def _remove_leftovers(cache_root: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _build(
-    samples: Sequence[Sample],
-    preparation: Preparation,
-    kind: Kind,
-    folder: Path,
-    decoders: Decoders,
-    progress: Progress | None,
-) -> None:
-    """Decode all samples, write the cache to a hidden folder, and rename that folder to `folder` at the end."""
-    good: list[Sample] = []
-    stats: list[ImageStats] = []
+def _build(plan: Index, folder: Path, decoders: Decoders, progress: Progress | None) -> None:
+    """Decode the samples of `plan`, write the cache to a hidden folder, and rename that to `folder`."""
+    good: list[tuple[Sample, ImageStats]] = []
     problems: list[Problem] = []
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        files = pixel_files(temporary, kind, preparation, len(samples))
-        if kind == "memmap":
-            for path, shape in files:
-                path.write_bytes(npy_header(shape))
-        answers = decoders.decode([preparation.job(sample) for sample in samples])
-        for sample, (number, result, pixels) in zip(samples, answers, strict=True):
+        files = plan.files(temporary)
+        answers = decoders.decode([plan.preparation.job(sample) for sample in plan.samples], progress)
+        for sample, (result, pixels) in zip(plan.samples, answers, strict=True):
             if isinstance(result, DecodeError):
                 problems.append(sample.problem(result.kind, result.text))
             else:
-                _write_pixels(files, kind, len(good), pixels)
-                good.append(sample)
-                stats.append(result)
-            if progress is not None:
-                progress(number + 1, len(samples))
+                _write_pixels(files, plan.kind, len(good), pixels)
+                good.append((sample, result))
         if not good:
-            first = problems[0].text if problems else "there are no samples"
-            raise DatasetError(f"none of the {len(samples)} images can be used: {first}")
-        if kind == "memmap":
-            for path, shape in pixel_files(temporary, kind, preparation, len(good)):
+            raise DatasetError(f"none of the {len(plan)} images can be used: {problems[0].text}")
+        samples, stats = zip(*good, strict=True)
+        index = replace(plan, samples=samples, stats=stats, problems=tuple(problems))
+        if plan.kind == "memmap":
+            # Correct the number of images. The length of the header does not change.
+            for path, shape in index.files(temporary):
                 with path.open("r+b") as file:
                     file.write(npy_header(shape))
-        key = folder.name.removesuffix(f"-{kind}")
-        index = Index(key, kind, preparation, tuple(good), tuple(stats), tuple(problems))
         index.write(temporary / INDEX)
         temporary.rename(folder)
     finally:
@@ -168,10 +152,10 @@ def _write_pixels(files: PixelFiles, kind: Kind, number: int, pixels: Sequence[P
     """Append all views of an image to the shared files (`memmap`), or write them to a separate file (`files`)."""
     arrays = [array.data for pair in pixels for array in pair]
     if kind == "files":
-        path, shape = files[number]
-        path.write_bytes(npy_header(shape) + b"".join(arrays))
-    elif kind == "memmap":
+        files, arrays = files[number : number + 1], [memoryview(b"".join(arrays))]
+    for (path, shape), array in zip(files, arrays, strict=False):
         # Use ordinary writes, because a process that writes to a mapped file is killed when the disk is full.
-        for (path, _), array in zip(files, arrays, strict=True):
-            with path.open("ab") as file:
-                file.write(array)
+        with path.open("ab") as file:
+            if file.tell() == 0:
+                file.write(npy_header(shape))
+            file.write(array)

@@ -80,8 +80,8 @@ class Index:
     kind: Kind
     preparation: Preparation
     samples: tuple[Sample, ...]
-    stats: tuple[ImageStats, ...]
-    problems: tuple[Problem, ...]
+    stats: tuple[ImageStats, ...] = ()
+    problems: tuple[Problem, ...] = ()
     """Problems with the unusable pairs, which are not in the cache."""
 
     def __len__(self) -> int:
@@ -97,8 +97,20 @@ class Index:
         return list(zip(self.samples, self.stats, strict=True))
 
     def files(self, folder: Path) -> PixelFiles:
-        """Return the .npy files of the cache in `folder` and the shapes of their arrays."""
-        return pixel_files(folder, self.kind, self.preparation, len(self.samples))
+        """Return the .npy files of the cache in `folder` and the shapes of their arrays.
+
+        A `memmap` cache has, for each view, one file of images and one file of masks. A `files` cache has one file
+        per image, with one row per view. Each row is the flattened image followed by its mask.
+        """
+        height, width, views = self.preparation.height, self.preparation.width, self.preparation.views
+        if self.kind == "files":
+            return [(folder / f"{i:06d}.npy", (len(views), height * width * 4)) for i in range(len(self))]
+        files: PixelFiles = []
+        for view in views if self.kind == "memmap" else ():
+            prefix = "centre_" if view == "centre crop" and len(views) > 1 else ""
+            files.append((folder / f"{prefix}images.npy", (len(self), height, width, 3)))
+            files.append((folder / f"{prefix}masks.npy", (len(self), height, width)))
+        return files
 
     def write(self, path: Path) -> None:
         """Write the index as two lines of JSON: the SHA-256 of the content, and the content."""
@@ -155,9 +167,6 @@ class Cache:
         self.index = index
         self.key, self.kind = index.key, index.kind
         self.ids = index.ids
-        self.splits = tuple(sample.split for sample in index.samples)
-        self.sha256 = tuple(stats.image_sha256 for stats in index.stats)
-        """SHA-256 of each image file's content, in hexadecimal."""
         self.size = index.preparation.height, index.preparation.width
         """Height and width of the cached images."""
         self.has_held_out_view = len(index.preparation.views) > 1
@@ -232,7 +241,7 @@ class Cache:
         views = [_empty(len(indices), self.size) for _ in preparation.views]
         jobs = [replace(preparation.job(self.index.samples[i]), measure=False) for i in indices.tolist()]
         changed = ""
-        for row, result, pixels in self._decoders.decode(jobs):
+        for row, (result, pixels) in enumerate(self._decoders.decode(jobs)):
             if isinstance(result, DecodeError):
                 changed = result.text
             elif result.crc != self.index.stats[indices[row]].crc:
@@ -248,23 +257,6 @@ class Cache:
 def open_cache(path: Path) -> Cache:
     """Open the cache in the folder `path`. Raise CacheError, naming the file, if it is incomplete or has changed."""
     return Cache(path, Index.read(path))
-
-
-def pixel_files(folder: Path, kind: Kind, preparation: Preparation, n: int) -> PixelFiles:
-    """Return the .npy files of a cache of `n` images and the shapes of their arrays.
-
-    A `memmap` cache has, for each view, one file of images and one file of masks. A `files` cache has one file per
-    image, with one row per view. Each row is the flattened image followed by its mask.
-    """
-    height, width, views = preparation.height, preparation.width, preparation.views
-    if kind == "files":
-        return [(folder / f"{i:06d}.npy", (len(views), height * width * 4)) for i in range(n)]
-    files: PixelFiles = []
-    for view in views if kind == "memmap" else ():
-        prefix = "centre_" if view == "centre crop" and len(views) > 1 else ""
-        files += [(folder / f"{prefix}images.npy", (n, height, width, 3))]
-        files += [(folder / f"{prefix}masks.npy", (n, height, width))]
-    return files
 
 
 def npy_header(shape: tuple[int, ...]) -> bytes:

@@ -9,7 +9,7 @@ import pickle
 import subprocess
 import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import reduce
@@ -28,6 +28,8 @@ View = Literal["resize", "random crop", "centre crop"]
 """Way of fitting an image to the cached size. The resulting image and mask are also called a view."""
 Pixels = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 """Images (..., H, W, 3) and their masks (..., H, W) of 0 and 1."""
+Progress = Callable[[int, int], None]
+"""Progress callback, called with (done, total)."""
 
 
 @dataclass(frozen=True)
@@ -90,14 +92,13 @@ def crc_of(pixels: list[Pixels]) -> int:
     return reduce(lambda crc, array: zlib.crc32(array.data, crc), itertools.chain(*pixels), 0)
 
 
+@dataclass(eq=False)
 class DecodeError(DatasetError):
     """Raised if an image/mask pair cannot be used."""
 
-    def __init__(self, kind: str, text: str) -> None:
-        super().__init__(kind, text)
-        self.kind = kind
-        """Kind of problem, such as `undecodable file`. It does not name the image."""
-        self.text = text
+    kind: str
+    """Kind of problem, such as `undecodable file`. It does not name the image."""
+    text: str
 
     def __str__(self) -> str:
         return self.text
@@ -115,11 +116,13 @@ class Decoders(AbstractContextManager["Decoders"]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def decode(self, jobs: Sequence[Job]) -> Iterator[tuple[int, ImageStats | DecodeError, list[Pixels]]]:
-        """Yield the index of each job, its result and the pixels of its views, in the order of the jobs.
+    def decode(
+        self, jobs: Sequence[Job], progress: Progress | None = None
+    ) -> Iterator[tuple[ImageStats | DecodeError, list[Pixels]]]:
+        """Yield the result of each job and the pixels of its views, in the order of the jobs.
 
-        A later call ends an unfinished one. Raises CacheError, naming the files that were being read, if the
-        subprocess dies.
+        `progress` is called when the caller has processed a result. A later call ends an unfinished one. Raises
+        CacheError, naming the files that were being read, if the subprocess dies.
         """
         if self._has_unread:
             # Unread results of the last call would be mistaken for results of these jobs.
@@ -133,18 +136,17 @@ class Decoders(AbstractContextManager["Decoders"]):
             pickle.dump(list(jobs), process.stdin)
             process.stdin.flush()
             for number in range(len(jobs)):
-                yield number, *pickle.load(process.stdout)
+                yield pickle.load(process.stdout)
+                if progress is not None:
+                    progress(number + 1, len(jobs))
             self._has_unread = False
         except (EOFError, BrokenPipeError, pickle.UnpicklingError):
-            error = self._death(jobs[number : number + self._n_threads])
-            self.close()
-            raise error from None
-        except BaseException:
-            # End the subprocess, because nothing will read its remaining results. A later call may already have
-            # replaced it.
-            if process is self._process:
+            raise self._death(process.wait(), jobs[number : number + self._n_threads]) from None
+        finally:
+            # End the subprocess if nothing will read its remaining results. A later call may already have replaced
+            # it.
+            if self._has_unread and process is self._process:
                 self.close()
-            raise
 
     def close(self) -> None:
         """Kill the subprocess, even if it is still decoding."""
@@ -174,9 +176,7 @@ class Decoders(AbstractContextManager["Decoders"]):
             )
         return self._process
 
-    def _death(self, jobs: Sequence[Job]) -> CacheError:
-        assert self._process is not None
-        code = self._process.wait()
+    def _death(self, code: int, jobs: Sequence[Job]) -> CacheError:
         self._stderr.seek(0)
         last = self._stderr.read().decode(errors="replace").strip().splitlines()[-1:]
         how = f"by signal {-code}" if code < 0 else f"with exit code {code}"

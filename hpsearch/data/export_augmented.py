@@ -26,10 +26,9 @@ from hpsearch.config import StudyConfig
 from hpsearch.config.data import AugmentConfig
 from hpsearch.cores import available_cores
 from hpsearch.data.augment import augment_batch, draw_changes
-from hpsearch.data.build import Progress
 from hpsearch.data.dataset import Dataset, Sample
 from hpsearch.data.decode import MemoryGate, open_pair, read_pair
-from hpsearch.data.decode_pool import DecodeError
+from hpsearch.data.decode_pool import DecodeError, Progress
 from hpsearch.data.folds import AUGMENTATION, AUGMENTED_GROUPS, load_groups
 from hpsearch.data.formats import FORMATS
 from hpsearch.data.integrity import refusal

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -12,7 +12,7 @@ from typing import Any, get_args
 from hpsearch.config.data import DataConfig
 from hpsearch.data.cache import Cache
 from hpsearch.data.dataset import Dataset, Problem, Sample, Split, file_sha256, same_bytes
-from hpsearch.data.decode_pool import Decoders, ImageStats, Job, View
+from hpsearch.data.decode_pool import Decoders, ImageStats, Job, Progress, View
 from hpsearch.data.folds import AUGMENTATION
 from hpsearch.data.survey import decide_reading
 from hpsearch.errors import DatasetError
@@ -68,7 +68,7 @@ def check(
     *,
     config: DataConfig | None = None,
     cache_root: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> CheckReport:
     """Decode all pairs of `dataset` in a subprocess and return a report of the errors and notes.
 
@@ -83,13 +83,11 @@ def check(
     with Decoders() as decoders:
         reading, notes = decide_reading(dataset, config or DataConfig(), cache_root, decoders)
         jobs = [Job(s.image, s.mask, views, *(size or (0, 0)), send=False, reading=reading) for s in dataset.samples]
-        for sample, (number, result, _) in zip(dataset.samples, decoders.decode(jobs), strict=True):
+        for sample, (result, _) in zip(dataset.samples, decoders.decode(jobs, progress), strict=True):
             if isinstance(result, ImageStats):
                 usable.append((sample, result))
             else:
                 errors.append(sample.problem(result.kind, result.text))
-            if progress is not None:
-                progress(number + 1, len(jobs))
     if fault := lesion_fault([stats for sample, stats in usable if sample.split != "test"], size):
         errors.append(dataset.problem("nothing to learn", fault))
     notes = [

@@ -14,10 +14,10 @@ from hpsearch.config import StudyConfig
 from hpsearch.config.data import DataConfig
 from hpsearch.config.search import Choice
 from hpsearch.data import integrity
-from hpsearch.data.build import Progress, build_cache
+from hpsearch.data.build import build_cache
 from hpsearch.data.cache import INDEX, Index, Preparation, open_cache
 from hpsearch.data.dataset import Dataset, Problem, Sample
-from hpsearch.data.decode_pool import Decoders, View
+from hpsearch.data.decode_pool import Decoders, Progress, View
 from hpsearch.data.layouts import find_samples
 from hpsearch.data.sample import SAMPLE_VERSION, draw_sample
 from hpsearch.data.survey import decide_reading

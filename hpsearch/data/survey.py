@@ -129,7 +129,7 @@ def _survey(pool: Sequence[Sample], decoders: Decoders | None) -> Survey:
     jobs += [Job(None, s.mask, measure=False, reading=READING_0_1) for s in pool]
     highest, values = 0, Counter[tuple[str, ...]]()
     with nullcontext(decoders) if decoders is not None else Decoders() as decoding:
-        for _, result, _ in decoding.decode(jobs):
+        for result, _ in decoding.decode(jobs):
             # Unreadable files are reported later, when they are decoded for the cache.
             if isinstance(result, ImageStats):
                 highest = max(highest, result.largest)

@@ -18,7 +18,7 @@ import numpy as np
 
 from hpsearch import paths
 from hpsearch.config import stable_seed
-from hpsearch.data.build import Progress
+from hpsearch.data.decode_pool import Progress
 from hpsearch.data.prepare import PoolCaches, Prepared, cache_root, locate, prepare_test
 from hpsearch.errors import StudyChangedError, StudyError
 from hpsearch.final.result import (

@@ -25,6 +25,7 @@ from hpsearch.data.dataset import Sample
 from hpsearch.data.decode_pool import Decoders
 from hpsearch.data.layouts import find_samples
 from hpsearch.errors import CacheError, DatasetError, StorageError
+from tests.cached import sha256_of
 
 RESIZE = Preparation(24, 40, ("resize",))
 CROP = Preparation(24, 40, ("random crop", "centre crop"))
@@ -171,7 +172,7 @@ class TestBuilding:
         shutil.copy(samples[1].mask, samples[0].mask)
         other = build_cache(samples, RESIZE, "memmap", root)
         assert other != folder
-        assert open_cache(other).sha256[0] == open_cache(folder).sha256[1]
+        assert sha256_of(open_cache(other))[0] == sha256_of(open_cache(folder))[1]
 
     def test_ready_cache_needs_no_right_to_write(
         self, samples: Sequence[Sample], root: Path, monkeypatch: pytest.MonkeyPatch

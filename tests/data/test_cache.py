@@ -23,7 +23,7 @@ from hpsearch.data.decode_pool import Decoders
 from hpsearch.data.layouts import find_samples
 from hpsearch.data.reading import PLAIN_READING
 from hpsearch.errors import CacheError
-from tests.cached import images_of, masks_of
+from tests.cached import images_of, masks_of, sha256_of, splits_of
 
 from .conftest import share_decoder
 
@@ -62,8 +62,8 @@ class TestEveryKind:
         assert len(cache) == len(pool)
         assert cache.size == (24, 40)
         assert cache.ids == tuple(sample.id for sample in pool)
-        assert cache.splits == ("train",) * 8 + ("val",) * 3
-        assert cache.sha256 == tuple(file_sha256(sample.image) for sample in pool)
+        assert splits_of(cache) == ("train",) * 8 + ("val",) * 3
+        assert sha256_of(cache) == tuple(file_sha256(sample.image) for sample in pool)
 
     def test_holds_what_decoding_gives(self, caches: dict[Preparation, Cache], pool: tuple[Sample, ...]) -> None:
         images, masks = caches[RESIZE].read(np.arange(len(pool)))

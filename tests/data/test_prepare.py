@@ -21,7 +21,7 @@ from hpsearch.data.dataset import Layout
 from hpsearch.data.folds import make_folds
 from hpsearch.data.prepare import PoolCaches, Prepared, check_contents, locate, prepare_pool, prepare_test
 from hpsearch.errors import DatasetError, StorageError
-from tests.cached import images_of
+from tests.cached import images_of, sha256_of, splits_of
 
 from .conftest import WriteDataset, draw_pair, pair_paths, tiny_pairs
 
@@ -54,7 +54,7 @@ class TestRoles:
         assert numbers(prepared) == list(range(11))
         assert (len(prepared.index), prepared.excluded) == (11, ())
         cache = open_cache(prepared.cache_path)
-        assert cache.splits == ("train",) * 8 + ("val",) * 3
+        assert splits_of(cache) == ("train",) * 8 + ("val",) * 3
         assert (cache.ids, cache.key) == (prepared.index.ids, prepared.index.key)
         assert cache.size == (24, 32)
 
@@ -344,7 +344,7 @@ def test_one_dataset_gives_equal_caches_and_folds_in_all_layouts(
             keys.add(prepared.index.key)
             contents.add(tuple((prepared.cache_path / name).read_bytes() for name in ("images.npy", "masks.npy")))
         pool = open_cache(prepare_pool(config, tmp_path / layout).cache_path)
-        folds.add(make_folds(pool.ids, pool.splits, pool.sha256, folds=3, seed=0))
+        folds.add(make_folds(pool.ids, splits_of(pool), sha256_of(pool), folds=3, seed=0))
         shutil.rmtree(tmp_path / "ISIC-2017")
     assert len(keys) == 2
     assert len(contents) == 2
@@ -438,7 +438,7 @@ def test_real_images_have_one_known_pair_of_duplicates(root: Path) -> None:
     assert (len(prepared.index), prepared.excluded) == (1550, ())
     assert "duplicate image (1): ISIC_0012970 and ISIC_0012127 are the same image, with 2 masks" in prepared.notes
     cache = open_cache(prepared.cache_path)
-    folds = make_folds(cache.ids, cache.splits, cache.sha256, folds=5, seed=0)
+    folds = make_folds(cache.ids, splits_of(cache), sha256_of(cache), folds=5, seed=0)
     fold_of = dict(zip(folds.ids, folds.fold_of, strict=True))
     assert fold_of["ISIC_0012970"] == fold_of["ISIC_0012127"]
     assert len(prepare_test(config, root).index) == 600
