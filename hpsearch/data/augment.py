@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hpsearch.config.data import AugmentConfig
+from hpsearch.config.data import GRAY_WEIGHTS, AugmentConfig
 from hpsearch.errors import CacheError
 
 _KINDS = (
@@ -140,10 +140,21 @@ def jitter_color_(planes: Tensor, values: Mapping[str, Tensor]) -> Tensor:
     if "brightness" in values:
         planes.mul_(_each(values["brightness"])).clamp_(0, 255)
     if "contrast" in values:
-        _blend_(planes, _gray(planes).mean((2, 3), keepdim=True), values["contrast"])
+        _blend_(planes, to_gray(planes, _GRAY).mean((2, 3), keepdim=True), values["contrast"])
     if "saturation" in values:
-        _blend_(planes, _gray(planes), values["saturation"])
+        _blend_(planes, to_gray(planes, _GRAY), values["saturation"])
     return _shift_hue(planes, values["hue"]) if "hue" in values else planes
+
+
+def to_gray(images: Tensor, weights: tuple[float, float, float] = GRAY_WEIGHTS) -> Tensor:
+    """Convert images (B, H, W, 3) uint8 or (B, 3, H, W) float32 to grayscale (B, 1, H, W) float32.
+
+    `weights` are those of red, green and blue.
+    """
+    red, green, blue = images.unbind(-1 if images.dtype == torch.uint8 else 1)
+    # Compute elementwise, because a matrix product is rounded to bf16 under autocast and to TF32 on a GPU.
+    gray = red.to(torch.float32).mul(weights[0])
+    return gray.add_(green, alpha=weights[1]).add_(blue, alpha=weights[2]).unsqueeze(1)
 
 
 def blur(planes: Tensor, sigma: Tensor, radius: int) -> Tensor:
@@ -218,12 +229,6 @@ def _warp(
 
 def _each(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1, 1)
-
-
-def _gray(planes: Tensor) -> Tensor:
-    """Return the gray image (B, 1, H, W) of `planes` (B, 3, H, W), with the weights of torchvision."""
-    red, green, blue = planes.unbind(1)
-    return (red * _GRAY[0]).add_(green, alpha=_GRAY[1]).add_(blue, alpha=_GRAY[2]).unsqueeze(1)
 
 
 def _blend_(planes: Tensor, other: Tensor, factor: Tensor) -> None:

@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hpsearch.config.data import GRAY_WEIGHTS, AugmentConfig
-from hpsearch.data.augment import augment_batch, draw_changes
+from hpsearch.config.data import AugmentConfig
+from hpsearch.data.augment import augment_batch, draw_changes, to_gray
 from hpsearch.data.cache import Cache, Normalization
 from hpsearch.errors import CacheError, DatasetError
 
@@ -201,17 +201,6 @@ class ToInput:
         """Normalise (B, C, H, W) float32 with values from 0 to 255."""
         planes = torch.addcmul(self.shift.view(-1, 1, 1), planes, self.factor.view(-1, 1, 1))
         return planes.contiguous(memory_format=torch.channels_last)
-
-
-def to_gray(images: Tensor) -> Tensor:
-    """Convert images (B, H, W, 3) uint8 or (B, 3, H, W) float32 to grayscale (B, 1, H, W) float32.
-
-    The gray value is 0.299 R + 0.587 G + 0.114 B.
-    """
-    red, green, blue = images.unbind(-1 if images.dtype == torch.uint8 else 1)
-    # Compute elementwise, because a matrix product is rounded to bf16 under autocast and to TF32 on a GPU.
-    gray = red.to(torch.float32).mul(GRAY_WEIGHTS[0])
-    return gray.add_(green, alpha=GRAY_WEIGHTS[1]).add_(blue, alpha=GRAY_WEIGHTS[2]).unsqueeze(1)
 
 
 def _upload(cache: Cache, device: torch.device, *, held_out: bool, chunk: int = 64) -> list[Tensor]:

@@ -91,12 +91,7 @@ def find_near_duplicates(caches: Sequence[Cache]) -> tuple[DuplicatePair, ...]:
 
 
 def find_in_dataset(
-    config: DataConfig,
-    cache_root: Path,
-    *,
-    with_test: bool,
-    role: Role = "search",
-    sheet: Path | None = None,
+    config: DataConfig, cache_root: Path, *, with_test: bool, role: Role = "search", sheet: Path | None = None
 ) -> tuple[DuplicatePair, ...]:
     """Return the near-duplicates in the dataset that `config` selects.
 

@@ -98,18 +98,16 @@ def export_augmented(
             folder.mkdir(parents=True)
         write_json(partial / AUGMENTATION, settings)
         damaged = _write_all(pairs, augment, config, reading, progress)
+        rows = [("image", "original")]
+        for pair in pairs:
+            original = pair.sample.id
+            if pair.copy == 0 and original not in damaged:
+                _link(pair.sample.image, pair.image)
+                _link(pair.sample.mask, pair.mask)
+            if pair.sample.split != "test" and original not in damaged:
+                rows.append((pair.id, groups.get(name_key(original), original)))
         with (partial / AUGMENTED_GROUPS).open("w", newline="", encoding="utf-8") as file:
-            table = csv.writer(file)
-            table.writerow(["image", "original"])
-            for pair in pairs:
-                original = pair.sample.id
-                if original in damaged:
-                    continue
-                if pair.copy == 0:
-                    _link(pair.sample.image, pair.image)
-                    _link(pair.sample.mask, pair.mask)
-                if pair.sample.split != "test":
-                    table.writerow([pair.id, groups.get(name_key(original), original)])
+            csv.writer(file).writerows(rows)
         partial.rename(target)
     return target
 
@@ -120,12 +118,9 @@ class _Pair:
 
     sample: Sample
     copy: int
+    id: str
     image: Path
     mask: Path
-
-    @property
-    def id(self) -> str:
-        return f"{self.sample.id}_aug{self.copy}" if self.copy else self.sample.id
 
 
 def _pairs(dataset: Dataset, folder: Path, copies: int) -> list[_Pair]:
@@ -137,20 +132,17 @@ def _pairs(dataset: Dataset, folder: Path, copies: int) -> list[_Pair]:
             image, mask = image / sample.image.name, mask / sample.mask.name
         else:
             image, mask = (folder / path.relative_to(dataset.root) for path in (sample.image, sample.mask))
-        pairs.append(_Pair(sample, 0, image, mask))
-        for copy in range(1, copies + 1 if sample.split == "train" else 1):
-            stem, ending = f"{image.stem}_aug{copy}", image.suffix if _is_jpeg(image) else ".png"
+        pairs.append(_Pair(sample, 0, sample.id, image, mask))
+        ending = image.suffix if image.suffix.lower() in FORMATS["jpeg"].suffixes else ".png"
+        for number in range(1, copies + 1 if sample.split == "train" else 1):
+            copy = image.with_name(f"{image.stem}_aug{number}{ending}")
             # The mask's name is the image's name plus a suffix.
-            mask_name = f"{stem}{mask.stem[len(image.stem) :]}.png"
-            pairs.append(_Pair(sample, copy, image.with_name(stem + ending), mask.with_name(mask_name)))
+            mask_copy = mask.with_name(f"{copy.stem}{mask.stem[len(image.stem) :]}.png")
+            pairs.append(_Pair(sample, number, f"{sample.id}_aug{number}", copy, mask_copy))
     names = Counter(name_key(str(path.with_suffix(""))) for pair in pairs for path in (pair.image, pair.mask))
     if twice := [name for name, n in names.items() if n > 1]:
         raise DatasetError(f"two files would be called {twice[0]}: an original has the name of an augmented version")
     return pairs
-
-
-def _is_jpeg(path: Path) -> bool:
-    return path.suffix.lower() in FORMATS["jpeg"].suffixes
 
 
 def _write_all(
@@ -200,7 +192,7 @@ def _write(pair: _Pair, augment: AugmentConfig, seed: int, reading: Reading, gat
         changes = draw_changes(augment, 1, rng, from_size=size, to_size=size)
         images, masks = augment_batch(image.permute(1, 2, 0)[None], mask[None], changes, size)
         planes = images[0].permute(2, 0, 1) if images.dtype == torch.uint8 else images[0].round().to(torch.uint8)
-        is_jpeg = _is_jpeg(pair.image)
-        encoded = encode_jpeg(planes.contiguous(), quality=JPEG_QUALITY) if is_jpeg else encode_png(planes)
+        is_png = pair.image.suffix == ".png"
+        encoded = encode_png(planes) if is_png else encode_jpeg(planes.contiguous(), quality=JPEG_QUALITY)
         encoded.numpy().tofile(pair.image)
         encode_png(masks * 255).numpy().tofile(pair.mask)

@@ -161,22 +161,21 @@ def read_groups(path: Path) -> dict[str, str]:
     """
     text = read_text(path, "groups", DatasetError)
     try:
-        rows = list(csv.reader(io.StringIO(text)))
+        rows = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text))]
     except csv.Error as error:
         raise DatasetError(f"groups {path} cannot be read: {error}") from error
-    header = [name.strip() for name in rows[0]] if rows else []
+    header = rows[0] if rows else []
     if len(header) != 2 or "image" not in header:
         raise DatasetError(
             f"groups {path} must have two columns, image and one other, got {', '.join(header) or 'none'}"
         )
     image = header.index("image")
     groups: dict[str, str] = {}
-    for number, row in enumerate(rows[1:], start=2):
-        cells = [cell.strip() for cell in row]
+    for number, cells in enumerate(rows[1:], start=2):
         if not any(cells):
             continue
         if len(cells) != 2 or not all(cells):
-            raise DatasetError(f"groups {path}, line {number}: needs an image and its group, got {','.join(row)!r}")
+            raise DatasetError(f"groups {path}, line {number}: needs an image and its group, got {','.join(cells)!r}")
         name, group = without_suffix(cells[image]), cells[1 - image]
         if (known := groups.setdefault(name_key(name), group)) != group:
             raise DatasetError(f"groups {path}, line {number}: {name} is in group {known!r} and in {group!r}")

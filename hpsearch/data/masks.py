@@ -52,11 +52,6 @@ class MaskValue:
     def is_gray(self) -> bool:
         return len(set(self.samples)) == 1
 
-    @property
-    def is_background_alone(self) -> bool:
-        """Whether a mask with only this value is empty: the value is 0, black or fully transparent."""
-        return self.alpha == 0 or not any(self.samples)
-
 
 def find_lesion(samples: NDArray[Any], header: Header, reading: Reading) -> tuple[NDArray[np.bool_], tuple[str, ...]]:
     """Return the lesion pixels of a decoded mask as (H, W) bool, and the values of the mask as text.
@@ -77,7 +72,9 @@ def find_lesion(samples: NDArray[Any], header: Header, reading: Reading) -> tupl
     if first.flat[at]:
         if one.text in reading.lesion and one.text in reading.background:
             raise _disagreement(f"has only the value {one.text}", one.text, "lesion as well as background")
-        is_full = one.text in reading.lesion or (one.text not in reading.background and not one.is_background_alone)
+        # Without two-valued masks that have this value, 0, black and fully transparent mean background.
+        is_nonzero = one.alpha != 0 and any(one.samples)
+        is_full = one.text in reading.lesion or (one.text not in reading.background and is_nonzero)
         return first if is_full else ~first, (one.text,)
     other, second = pixels_like(at)
     known = first | second

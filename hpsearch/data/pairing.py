@@ -4,7 +4,7 @@ import re
 import stat
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Sequence
 from pathlib import Path
 
 from hpsearch.data.dataset import Problem, Sample, Split
@@ -34,29 +34,22 @@ def find_pairs(
     suffix = name_key(suffix) or find_suffix(image_files, mask_files, together=together)
     if together:
         image_files, mask_files = _separated(image_files, suffix)
-    further = _further_masks(image_files, mask_files, suffix, is_chosen=is_chosen)
+    partners, others, alone = _assign(mask_files, image_files, suffix, is_chosen=is_chosen)
     pairs: list[Sample] = []
-    problems: list[Problem] = []
+    faults: list[tuple[str, _Fault]] = []
     for key, paths in image_files.items():
-        partners = mask_files.pop(key + suffix, [])
-        others = [path for other in further.get(key, ()) for path in mask_files.pop(other)]
         id = _id(paths)
-        if fault := _pair_fault(id, paths, partners, others, missing=f"mask {id}{suffix}.png in {masks}"):
-            kind, text, files = fault
-            problems.append(Problem(kind, printable(id), files, text, split))
+        if fault := _pair_fault(paths, partners[key], others[key], missing=f"mask {id}{suffix}.png in {masks}"):
+            faults.append((id, fault))
         else:
-            pairs.append(Sample(id, paths[0], partners[0], split))
-    for key, paths in mask_files.items():
-        if is_chosen and not key.endswith(suffix) and _owner(key, suffix, image_files):
-            # Ignore masks with other suffixes than the one the user chose, such as masks of dermoscopic attributes.
-            continue
+            pairs.append(Sample(id, paths[0], partners[key][0], split))
+    for paths in alone:
         id = _id(paths)
         if suffix and name_key(id[-len(suffix) :]) == suffix:
             id = id[: -len(suffix)]
         missing = ("missing image", f"{paths[0]} has no image {id}.jpg in {images}", tuple(paths))
-        kind, text, files = _file_fault(paths) or missing
-        problems.append(Problem(kind, printable(id), files, text, split))
-    return pairs, problems
+        faults.append((id, _file_fault(paths) or missing))
+    return pairs, [Problem(kind, printable(id), files, text, split) for id, (kind, text, files) in faults]
 
 
 def images_by_key(folder: Path) -> FilesByKey:
@@ -108,7 +101,7 @@ _Fault = tuple[str, str, tuple[Path, ...]]
 
 
 def _pair_fault(
-    id: str, paths: Sequence[Path], partners: Sequence[Path], others: Sequence[Path], *, missing: str
+    paths: Sequence[Path], partners: Sequence[Path], others: Sequence[Path], *, missing: str
 ) -> _Fault | None:
     """Return the problem of an image and its masks, or None if they are a valid pair.
 
@@ -157,26 +150,32 @@ def _separated(files: FilesByKey, suffix: str) -> tuple[FilesByKey, FilesByKey]:
     return images, {key: paths for key, paths in files.items() if key not in images}
 
 
-def _further_masks(
-    images: Collection[str], masks: Iterable[str], suffix: str, *, is_chosen: bool
-) -> Mapping[str, list[str]]:
-    """Return the keys of the masks that each image has in addition to the one with its name and `suffix`.
+def _assign(
+    masks: FilesByKey, images: Collection[str], suffix: str, *, is_chosen: bool
+) -> tuple[FilesByKey, FilesByKey, list[list[Path]]]:
+    """Return the mask of each image, the further masks of each image, and the masks without an image.
 
-    A mask that matches no image is a further mask of an image if its name starts with the image's stem. For example,
-    `x_mask_1.png` is a further mask of `x.png`. If images have such names too (`x.png` and `x_2.png`), a mask
-    `x_3.png` is treated as a mask without an image. A further mask must then have a word such as `mask` in its name.
-    If the user chose the suffix, the rest of the name must start with it.
+    The mask of an image has its name and `suffix`. A mask that matches no image is a further mask of an image if its
+    name starts with the image's stem. For example, `x_mask_1.png` is a further mask of `x.png`. If images have such
+    names too (`x.png` and `x_2.png`), a mask `x_3.png` is treated as a mask without an image. A further mask must
+    then have a word such as `mask` in its name. If the user chose the suffix, the rest of the name must start with
+    it. Masks with other suffixes, such as masks of dermoscopic attributes, are then ignored.
     """
-    found: dict[str, list[str]] = defaultdict(list)
+    partners: FilesByKey = defaultdict(list)
+    others: FilesByKey = defaultdict(list)
+    alone = []
     images_extend = any(_owner(image, suffix, images) for image in images)
-    for key in masks:
-        owner = _owner(key, suffix, images)
-        if owner is None or key.removesuffix(suffix) in images:
-            continue
-        rest = key[len(owner) :]
-        if rest.startswith(suffix) if is_chosen else _says_mask(rest, suffix) or not images_extend:
-            found[owner].append(key)
-    return found
+    for key, paths in masks.items():
+        stem, owner = key.removesuffix(suffix), _owner(key, suffix, images)
+        rest = key.removeprefix(owner or "")
+        is_further = rest.startswith(suffix) if is_chosen else _says_mask(rest, suffix) or not images_extend
+        if stem in images and key == stem + suffix:
+            partners[stem] = paths
+        elif owner and stem not in images and is_further:
+            others[owner] += paths
+        elif not (owner and is_chosen) or key.endswith(suffix):
+            alone.append(paths)
+    return partners, others, alone
 
 
 def _owner(key: str, suffix: str, images: Container[str]) -> str | None:

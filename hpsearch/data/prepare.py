@@ -83,12 +83,8 @@ def prepare_pool(
         notes += integrity.same_images(samples, dataset.split("test"))
         notes += [replace(problem, kind=f"{problem.kind} in the test split") for problem in later]
     notes += reading_notes + integrity.content_notes(dataset, index.pairs, config.cached_size)
-    return Prepared(
-        cache_path=folder,
-        index=index,
-        notes=tuple(integrity.describe(notes)),
-        excluded=tuple(dict.fromkeys(problem.id for problem in problems)),
-    )
+    excluded = dict.fromkeys(problem.id for problem in problems)
+    return Prepared(folder, index, notes=tuple(integrity.describe(notes)), excluded=tuple(excluded))
 
 
 def cache_root(project: ProjectPaths, config: StudyConfig) -> Path:

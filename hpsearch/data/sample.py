@@ -196,7 +196,5 @@ def _write(folder: Path, name: str, id: str, image: Bytes, mask: Bytes, size: Si
     images, masks = folder / f"{name}_Data", folder / f"{name}_Part1_GroundTruth"
     images.mkdir(exist_ok=True)
     masks.mkdir(exist_ok=True)
-    photo = Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR)
-    photo.save(images / f"{id}.jpg", quality=90)
-    truth = Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST)
-    truth.save(masks / f"{id}_segmentation.png")
+    Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR).save(images / f"{id}.jpg", quality=90)
+    Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST).save(masks / f"{id}_segmentation.png")

@@ -75,7 +75,7 @@ class RoleDataset(Dataset[tuple[Tensor, Tensor]]):
             raise ConfigError(f"unknown role {role!r}; known: {', '.join(get_args(Role))}")
         if n is not None and n < 1:
             raise ConfigError(f"n must be at least 1, got {n}")
-        self.role = role
+        self.role, self.color = role, config.color
         self._opened: tuple[int, DeviceData] | None = None
         limit: dict[str, Any] = {} if n is None else {f"n_{role.replace('-', '_')}": n}
         prepared = prepare_pool(

@@ -8,15 +8,8 @@ import torch
 from numpy.typing import NDArray
 
 from hpsearch.config.data import AugmentConfig
-from hpsearch.data.batches import (
-    Batch,
-    DeviceData,
-    ToInput,
-    eval_batches,
-    n_train_batches,
-    to_gray,
-    train_batches,
-)
+from hpsearch.data.augment import to_gray
+from hpsearch.data.batches import Batch, DeviceData, ToInput, eval_batches, n_train_batches, train_batches
 from hpsearch.errors import CacheError, DatasetError
 
 PLAIN = AugmentConfig(hflip=0)

@@ -103,6 +103,7 @@ def test_a_forked_worker_opens_the_cache_anew(train: RoleDataset, monkeypatch: p
 
 def test_grayscale_images_have_one_channel(config: DataConfig) -> None:
     gray = RoleDataset("search-train", replace(config, color="grayscale"))
+    assert gray.color == "grayscale"
     assert gray[0][0].shape == (1, 16, 24)
     assert len(gray.normalization.mean) == 1
 
