@@ -20,9 +20,6 @@ from hpsearch.data.augment import augment_batch, draw_changes, to_gray
 from hpsearch.data.cache import Cache, Normalization
 from hpsearch.errors import CacheError, DatasetError
 
-RESIDENT_SHARE = 0.25
-"""Maximum share of a GPU's free memory that is used for images. The rest is left for the network."""
-
 
 class Batch(NamedTuple):
     """Batch of images and masks for one training or evaluation step."""
@@ -36,9 +33,9 @@ class Batch(NamedTuple):
 class DeviceData:
     """Images and masks of one cache, served as uint8 batches on a device.
 
-    On a CUDA device, all images are copied to the GPU once if they fit into `resident_share` of its free memory.
-    Otherwise each batch is copied through pinned memory while the GPU computes. On the CPU, each batch is read from
-    the cache.
+    On a CUDA device, all images are copied to the GPU once if they fit into `resident_share` of its free memory. The
+    rest is left for the network. Otherwise each batch is copied through pinned memory while the GPU computes. On the
+    CPU, each batch is read from the cache.
 
     `truth` is an optional second cache of the same images, at the size at which predictions are scored. If it is
     given, `eval_batches` yields its masks instead of those of `cache`.
@@ -50,9 +47,9 @@ class DeviceData:
         device: torch.device | str = "cpu",
         *,
         truth: Cache | None = None,
-        resident_share: float = RESIDENT_SHARE,
+        resident_share: float = 0.25,
     ) -> None:
-        if truth is not None and tuple(truth.ids) != tuple(cache.ids):
+        if truth is not None and truth.ids != cache.ids:
             raise CacheError("the caches for training and evaluation contain different images")
         self.cache = cache
         self.truth = truth
@@ -148,7 +145,6 @@ def eval_batches(
     the centre. If `data.truth` is set, the masks are read from it. Raises CacheError if the cached images are smaller
     than `size`.
     """
-    indices = np.asarray(indices, dtype=np.int64)
     height, width = size
     top, left = (data.size[0] - height) // 2, (data.size[1] - width) // 2
     if top < 0 or left < 0:

@@ -95,7 +95,7 @@ def _is_ready(folder: Path, samples: Sequence[Sample], *, repair: bool = False) 
     try:
         index = Index.read(folder)
         if index.kind in ("memmap", "files") and (damaged := Cache(folder, index).damaged()):
-            raise CacheError(f"{folder} is damaged at {damaged[0]}")
+            raise CacheError(f"{folder} is damaged at {damaged[0].id}")
     except CacheError as error:
         if repair:
             logger.warning("%s; rebuilding the cache", error)

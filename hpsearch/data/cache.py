@@ -211,8 +211,6 @@ class Cache:
 
         The standard deviation is at least 1/255, to avoid a division by 0.
         """
-        if len(indices) == 0:
-            raise ValueError("there are no images to normalise by")
         # The int64 sums are exact: a squared value is below 2^16, so they overflow only above 10^14 pixels.
         moments = np.array([self.index.stats[i].moments for i in indices.tolist()], np.int64).sum(0)
         n = len(indices) * self.size[0] * self.size[1]
@@ -229,11 +227,11 @@ class Cache:
             std=tuple(max(1.0, math.sqrt(max(0.0, value))) / 255 for value in variances),
         )
 
-    def damaged(self) -> list[str]:
-        """Return the ids of images whose cached pixels do not match the CRC-32 in the index."""
+    def damaged(self) -> list[Sample]:
+        """Return the samples whose cached pixels do not match the CRC-32 in the index."""
         both = (False, True) if self.has_held_out_view else (False,)
         crcs = (crc_of([self.read(np.array([i]), held_out=each) for each in both]) for i in range(len(self)))
-        return [id for id, stats, crc in zip(self.ids, self.index.stats, crcs, strict=True) if crc != stats.crc]
+        return [sample for (sample, stats), crc in zip(self.index.pairs, crcs, strict=True) if crc != stats.crc]
 
     def _decode(self, indices: NDArray[np.int64]) -> list[Pixels]:
         """Decode the images `indices` and return all views. Raise CacheError if a file does not match the index."""

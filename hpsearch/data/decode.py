@@ -6,7 +6,6 @@ threads, because decoding and resizing release the GIL, and because torch is the
 
 import hashlib
 import io
-import math
 import os
 import pickle
 import signal
@@ -154,7 +153,7 @@ def decode_job(job: Job, gate: MemoryGate) -> tuple[ImageStats, list[Pixels]]:
     stats: dict[str, Any] = {}
     images: list[Tensor] = []
     masks: list[Tensor] = []
-    with gate.admitted(BYTES_PER_PIXEL * math.prod(size)):
+    with gate.admitted(BYTES_PER_PIXEL * size[0] * size[1]):
         if job.image is not None:
             image, stats["largest"] = _decode_image(files[0], job.reading)
             if job.measure:

@@ -90,12 +90,8 @@ def check(
                 errors.append(sample.problem(result.kind, result.text))
     if fault := lesion_fault([stats for sample, stats in usable if sample.split != "test"], size):
         errors.append(dataset.problem("nothing to learn", fault))
-    notes = [
-        *dataset_notes(dataset),
-        *same_images(dataset.split("train", "val"), dataset.split("test")),
-        *notes,
-        *content_notes(dataset, usable, size),
-    ]
+    notes = dataset_notes(dataset) + same_images(dataset.split("train", "val"), dataset.split("test")) + notes
+    notes += content_notes(dataset, usable, size)
     counts = {split: sum(sample.split == split for sample, _ in usable) for split in get_args(Split)}
     return CheckReport(counts, tuple(errors), tuple(notes), tuple((stats.height, stats.width) for _, stats in usable))
 
@@ -108,11 +104,9 @@ def check_stored(cache: Cache) -> list[Problem]:
         for path, sha256 in ((sample.image, stats.image_sha256), (sample.mask, stats.mask_sha256))
         if file_sha256(path) != sha256
     ]
-    damaged = set(cache.damaged())
     return changed + [
         sample.problem("damaged cache", f"{cache.path} is damaged at {sample.id}: remove the folder", cache.path)
-        for sample in cache.index.samples
-        if sample.id in damaged
+        for sample in cache.damaged()
     ]
 
 

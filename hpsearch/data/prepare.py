@@ -194,13 +194,12 @@ def _selected(
     """Return the dataset, the samples for `role` within its limits, and the settings for preparing them."""
     dataset = locate(config, cache_root)
     train, val, test = dataset.split("train"), dataset.split("val"), dataset.split("test")
-    if role == "search":
-        # A limit of 0 means no limit.
-        samples = train[: config.n_search_train or None] + val[: config.n_search_validation or None]
-    elif role == "final":
-        samples = (train + val)[: config.n_final_train or None]
-    else:
-        samples = test[: config.n_final_test or None]
+    # A limit of 0 means no limit.
+    samples = {
+        "search": train[: config.n_search_train or None] + val[: config.n_search_validation or None],
+        "final": (train + val)[: config.n_final_train or None],
+        "test": test[: config.n_final_test or None],
+    }[role]
     views: tuple[View, ...] = ("resize",)
     if config.match == "crop":
         views = ("centre crop",) if role == "test" else ("random crop", "centre crop")
