@@ -61,8 +61,7 @@ def images_by_key(folder: Path) -> FilesByKey:
     found: FilesByKey = defaultdict(list)
     for path in list_folder(folder, DatasetError):
         key = name_key(path.stem)
-        is_image = is_image_name(path.name) and not path.name.startswith(".") and not key.endswith("_superpixels")
-        if is_image and may_be_file(path):
+        if is_image_file(path) and not key.endswith("_superpixels"):
             found[key].append(path)
     return found
 
@@ -84,8 +83,13 @@ def find_suffix(images: Iterable[str], masks: Iterable[str], *, together: bool) 
     return min(votes, key=lambda suffix: (-votes[suffix], len(suffix), suffix), default="")
 
 
-def may_be_file(path: Path) -> bool:
-    """Return whether `path` is a regular file or cannot be accessed (such as a broken link)."""
+def is_image_file(path: Path) -> bool:
+    """Return whether `path` is an image file that is not hidden.
+
+    Files that cannot be decoded or accessed (such as broken links) are included, so that they are reported.
+    """
+    if not is_image_name(path.name) or path.name.startswith("."):
+        return False
     try:
         return stat.S_ISREG(path.stat().st_mode)
     except OSError:

@@ -18,8 +18,8 @@ from torch import Tensor
 from hpsearch.config.data import GRAY_WEIGHTS
 from hpsearch.data.batches import ToInput
 from hpsearch.data.decode import crop, read_image, resize
-from hpsearch.data.formats import is_image_name, readable_suffixes
-from hpsearch.data.pairing import may_be_file
+from hpsearch.data.formats import readable_suffixes
+from hpsearch.data.pairing import is_image_file
 from hpsearch.errors import CheckpointError, DatasetError, OutOfMemoryError, StudyError
 from hpsearch.inference.postprocessing import Postprocessing, clean_mask
 from hpsearch.inference.scoring import mask_name
@@ -313,15 +313,8 @@ def find_model(project: ProjectPaths, study: str | None, model: str | None) -> P
 
 
 def _images_among(paths: Iterable[Path]) -> list[Path]:
-    # Files of unsupported formats are included, so that they are reported.
-    return sorted(
-        path
-        for path in paths
-        if is_image_name(path.name)
-        and not path.name.startswith(".")
-        and not path.stem.lower().endswith(_OUTPUT_SUFFIXES)
-        and may_be_file(path)
-    )
+    images = filter(is_image_file, paths)
+    return sorted(path for path in images if not path.stem.lower().endswith(_OUTPUT_SUFFIXES))
 
 
 def _save_image(path: Path, pixels: NDArray[np.uint8]) -> None:
