@@ -13,8 +13,6 @@ Different photographs of the same lesion are not found. To group them, give a ta
 (`data.groups`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

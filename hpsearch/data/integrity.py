@@ -1,7 +1,5 @@
 """Check a dataset and report errors and notes. decode.py detects the errors of a single image/mask pair."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
