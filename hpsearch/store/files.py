@@ -68,10 +68,8 @@ class StudyFiles:
     def folds(self) -> Folds:
         """Fold of every image. Raises RecordError if the folds do not exist yet."""
         table = paths.read_json(self.paths.folds)
-        try:
+        with paths.damage_named(self.paths.folds):
             return Folds.from_dict(table["folds"])
-        except (RecordError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise RecordError(f"{self.paths.folds} is damaged: restore it from a backup") from error
 
     def data_key(self) -> str:
         """Return the key of the image cache from which the folds were made."""
