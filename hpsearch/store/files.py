@@ -146,9 +146,11 @@ class StudyFiles:
         """Read all trials, by number."""
         return [self.trial(number) for number in self.trial_numbers()]
 
-    def write_trial(self, trial: TrialRecord) -> None:
-        """Write a new or changed trial."""
-        paths.write_json(self.paths.trial(trial.number).trial, record_to_json(trial))
+    def write_evaluation(self, evaluation: TrialRecord | ReplicateRecord) -> None:
+        """Write a new or changed trial or replicate."""
+        files = self.paths.trial(evaluation.number)
+        path = files.trial if isinstance(evaluation, TrialRecord) else files.second
+        paths.write_json(path, record_to_json(evaluation))
 
     def fit(self, trial: int, fold: int, replicate: int = 0) -> FitRecord:
         """Return a fit of a trial (`replicate` 0) or of its replicate (1)."""
@@ -175,10 +177,6 @@ class StudyFiles:
         """Read the replicate of a trial; None if it has not begun."""
         path = self.paths.trial(trial).second
         return read_record(ReplicateRecord, path) if path.is_file() else None
-
-    def write_replicate(self, replicate: ReplicateRecord) -> None:
-        """Write a new or changed replicate."""
-        paths.write_json(self.paths.trial(replicate.trial).second, record_to_json(replicate))
 
     def replicate_records(self) -> list[ReplicateRecord]:
         """Read all replicates, by trial number."""

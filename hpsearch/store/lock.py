@@ -50,24 +50,18 @@ def hold(study: StudyPaths) -> Iterator[None]:
         # Ignore errors: a leftover file is harmless, because only the lock decides whether the study is running.
         with suppress(OSError):
             study.holder.unlink(missing_ok=True)
-        is_empty = study.root in made and not study.toml.is_file()
-        if is_empty:
+        if study.root in made and not study.toml.is_file():
             # Remove the folder while holding the lock, so that no other process can start the study in the meantime.
             shutil.rmtree(study.root, ignore_errors=True)
+            for path in reversed(made):
+                # Another process may have created files there.
+                with suppress(OSError):
+                    path.rmdir()
         lock.release()
-        for path in reversed(made) if is_empty else ():
-            # Another process may have created files there.
-            with suppress(OSError):
-                path.rmdir()
-
-
-def running_studies(project: ProjectPaths) -> list[str]:
-    """Return the names of the running studies in this project, sorted."""
-    return [name for name in held_studies(project) if project.study(name).toml.is_file()]
 
 
 def held_studies(project: ProjectPaths) -> list[str]:
-    """Return the names of the running studies, sorted, including those that have no settings yet."""
+    """Return the names of the running studies in this project, sorted, including those without settings yet."""
     names = sorted(path.parent.name for path in project.studies.glob("*/study.lock"))
     return [name for name in names if is_held(project.study(name))]
 

@@ -91,10 +91,7 @@ class StudyRecord(StudyFiles):
                     continue
                 fits = self.fits(trial.number, replicate)
                 workers = {fold: name for fold, name in each.workers.items() if fits[int(fold)].is_finished}
-                if isinstance(each, TrialRecord):
-                    self.write_trial(dataclasses.replace(each, workers=workers))
-                else:
-                    self.write_replicate(dataclasses.replace(each, workers=workers))
+                self.write_evaluation(dataclasses.replace(each, workers=workers))
 
     def contenders(self, trials: Iterable[TrialRecord]) -> list[TrialRecord]:
         """Return the trials among `trials` that can win, by number.
@@ -202,7 +199,7 @@ def study_record(project: ProjectPaths, name: str | None) -> StudyRecord:
     if not names:
         raise no_study(project)
     if len(names) > 1:
-        running = lock.running_studies(project)
+        running = [each for each in names if lock.is_held(project.study(each))]
         if len(running) != 1:
             listed = ", ".join(f"{each} (running)" if each in running else each for each in names)
             raise StudyError(f"several studies in {project.root}: {listed}; choose one with --study NAME")
