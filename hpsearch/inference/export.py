@@ -109,15 +109,16 @@ def describe(info: WeightsInfo) -> dict[str, str]:
     mean, std = (
         ", ".join(f"{value:.9g}" for value in values) for values in (info.normalization.mean, info.normalization.std)
     )
-    before = [
+    weights = ", ".join(map(str, GRAY_WEIGHTS))
+    before = {
         f"the image with its EXIF orientation {turn}, transparency dropped; RGB, 8 bits per channel (255 is the "
-        f"value {reading.max_value or 255})",
-        fit,
-        f"combine red, green and blue into one channel with the weights {', '.join(map(str, GRAY_WEIGHTS))}",
-        "divide by 255",
-        f"subtract the mean {mean} and divide by the standard deviation {std}, channel by channel",
-        "float32, (batch, channel, row, column)",
-    ]
+        f"value {reading.max_value or 255})": True,
+        fit: True,
+        f"combine red, green and blue into one channel with the weights {weights}": info.in_channels == 1,
+        "divide by 255": True,
+        f"subtract the mean {mean} and divide by the standard deviation {std}, channel by channel": True,
+        "float32, (batch, channel, row, column)": True,
+    }
     after = {
         "average the logits over the image and its three mirror images, after mirroring them back": choices.flips,
         back: True,
@@ -125,11 +126,9 @@ def describe(info: WeightsInfo) -> dict[str, str]:
         "keep the largest component and fill its holes": choices.clean,
         "`final` selected an ensemble, but this file is a single network": choices.ensemble,
     }
-    if info.in_channels == 3:
-        del before[2]
     return {
         "producer": f"hpsearch {__version__}",
-        "preprocessing": "; ".join(before),
+        "preprocessing": "; ".join(step for step, is_done in before.items() if is_done),
         "postprocessing": "; ".join(step for step, is_done in after.items() if is_done),
         "limits": "for research; not a medical device",
         "hpsearch": json.dumps(to_json(info), sort_keys=True),

@@ -22,7 +22,7 @@ from hpsearch.data.formats import is_image_name, readable_suffixes
 from hpsearch.data.pairing import may_be_file
 from hpsearch.errors import CheckpointError, DatasetError, OutOfMemoryError, StudyError
 from hpsearch.inference.postprocessing import Postprocessing, clean_mask
-from hpsearch.inference.scoring import mask_name
+from hpsearch.inference.scoring import mask_name, write_mask
 from hpsearch.models.network import margin_of, output_size
 from hpsearch.paths import FinalPaths, FitPaths, ProjectPaths, atomic_write, read_json
 from hpsearch.store.record import study_record
@@ -264,7 +264,7 @@ def predict_files(
         else:
             logits = predictor.logits(image)
             mask = predictor.mask(logits)
-            _save_image(out_dir / mask_name(path.stem), np.multiply(mask, 255, dtype=np.uint8))
+            write_mask(out_dir / mask_name(path.stem), mask, sync=False)
             if probabilities:
                 certainty = logits.sigmoid().mul_(255).round_().to(torch.uint8)
                 _save_image(out_dir / f"{path.stem}_probability.png", certainty.numpy())
