@@ -184,10 +184,6 @@ class TrialPaths(_Folder):
     taken = _Entry("taken.json")
     second = _Entry("second.json")
 
-    @property
-    def number(self) -> int:
-        return int(self.root.name)
-
     def fold(self, fold: int, replicate: int = 0) -> FitPaths:
         return FitPaths(self.root / f"{'second' if replicate else 'fold'}{fold}")
 
