@@ -58,16 +58,6 @@ _REFUSALS = (*_FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ES
 """Values of `errno` that mean that a disk or file server refuses to write."""
 
 
-def check_study_name(name: str) -> str:
-    """Return `name` if it is a valid folder name on every system. Raise ConfigError otherwise."""
-    if not _STUDY_NAME.fullmatch(name) or name.endswith((" ", ".")):
-        raise ConfigError(
-            f"study name {name!r} cannot be a folder name: use letters, digits, '.', '_', '-', '+' and spaces, "
-            "at most 80, beginning with a letter or digit"
-        )
-    return name
-
-
 def study_name_of(folder: Path) -> str:
     """Return a study name derived from the name of `folder`, short enough to be prefixed with `train-`."""
     name = unicodedata.normalize("NFC", folder.name)
@@ -117,7 +107,13 @@ class ProjectPaths(_Folder):
     studies = _Entry("studies")
 
     def study(self, name: str) -> StudyPaths:
-        return StudyPaths(self.studies / check_study_name(name))
+        """Return the paths of the study `name`. Raise ConfigError if this is not a folder name on every system."""
+        if not _STUDY_NAME.fullmatch(name) or name.endswith((" ", ".")):
+            raise ConfigError(
+                f"study name {name!r} cannot be a folder name: use letters, digits, '.', '_', '-', '+' and spaces, "
+                "at most 80, beginning with a letter or digit"
+            )
+        return StudyPaths(self.studies / name)
 
     def study_names(self) -> list[str]:
         """Return the sorted names of the studies in this project."""
@@ -385,10 +381,7 @@ def refusals_named(folder: Path) -> Iterator[None]:
 
 def free_bytes(path: Path) -> int:
     """Return the number of free bytes on the disk of `path`. The path does not have to exist yet."""
-    folder = path
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return shutil.disk_usage(next(each for each in (path, *path.parents) if each.exists())).free
 
 
 def _checksum(table: dict[str, Any]) -> str:

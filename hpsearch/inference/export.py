@@ -106,9 +106,8 @@ def describe(info: WeightsInfo) -> dict[str, str]:
         fit = f"resize the whole image to {side}, bilinear with antialiasing, and round to integers"
         back = "resize the logits to the image's own size, bilinear with half-pixel centres (align_corners false)"
     turn = "applied" if reading.turns else "ignored"
-    mean, std = (
-        ", ".join(f"{value:.9g}" for value in values) for values in (info.normalization.mean, info.normalization.std)
-    )
+    mean = ", ".join(f"{value:.9g}" for value in info.normalization.mean)
+    std = ", ".join(f"{value:.9g}" for value in info.normalization.std)
     weights = ", ".join(map(str, GRAY_WEIGHTS))
     before = {
         f"the image with its EXIF orientation {turn}, transparency dropped; RGB, 8 bits per channel (255 is the "
@@ -154,8 +153,6 @@ def _check(path: Path, model: nn.Module, info: WeightsInfo) -> float:
         (found,) = session.run([OUTPUT], {INPUT: images})
         worst = max(worst, float(np.abs(found - expected).max()))
     if not worst <= TOLERANCE:
-        raise ExportError(
-            f"the exported network differs from torch's by {worst:.1e}, which is more than {TOLERANCE:.0e}: "
-            f"{path.name} was not written"
-        )
+        text = f"the exported network differs from torch's by {worst:.1e}, which is more than {TOLERANCE:.0e}"
+        raise ExportError(f"{text}: {path.name} was not written")
     return worst

@@ -92,9 +92,8 @@ class Predictor:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise OutOfMemoryError(
-                f"{self._runtime.device} has too little memory to predict {self.info.size[0]}x{self.info.size[1]}"
-            ) from error
+            (height, width), device = self.info.size, self._runtime.device
+            raise OutOfMemoryError(f"{device} has too little memory to predict {height}x{width}") from error
 
     def mask(self, logits: Tensor) -> NDArray[np.bool_]:
         """Return the boolean mask (H, W) of `logits` (H, W), using the threshold and cleaning of the weights file."""

@@ -32,10 +32,8 @@ def hold(study: StudyPaths) -> Iterator[None]:
         lock.acquire(timeout=1)
     except filelock.Timeout as error:
         status, stop = (command_line(each, study.name, study.project) for each in ("status", "stop"))
-        who = describe_holder(study)
-        raise StudyLockedError(
-            f"study {study.name!r} is being run by {who}: watch it with `{status}`, stop it with `{stop}`"
-        ) from error
+        text = f"study {study.name!r} is being run by {describe_holder(study)}"
+        raise StudyLockedError(f"{text}: watch it with `{status}`, stop it with `{stop}`") from error
     except OSError as error:
         raise paths.storage_error(study.lock, error) from error
     try:

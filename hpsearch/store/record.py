@@ -35,12 +35,10 @@ class StudyRecord(StudyFiles):
 
         Raises RecordError if the number of scores differs from the number of images in the fold.
         """
-        scores = fit.scores()
+        path, scores = fit.paths.scores, fit.scores()
         n_images = len(self.folds.held_out(fold))
         if scores.shape[0] == 0 or scores.shape[1] != n_images:
-            raise RecordError(
-                f"{fit.paths.scores} contains {scores.shape} scores, but fold {fold + 1} has {n_images} images"
-            )
+            raise RecordError(f"{path} contains {scores.shape} scores, but fold {fold + 1} has {n_images} images")
         return np.asarray(scores[-1], np.float64)
 
     def value(self, trial: int) -> float:

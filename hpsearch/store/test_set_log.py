@@ -17,10 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from hpsearch import paths
 from hpsearch.data.cache import Index
 from hpsearch.errors import StorageError
-from hpsearch.paths import ProjectPaths, sha256_text
+from hpsearch.paths import ProjectPaths, append_line, sha256_text
 from hpsearch.typed_json import from_json
 
 logger = logging.getLogger(__name__)
@@ -79,10 +78,9 @@ def begin_evaluation(project: ProjectPaths, hashes: Hashes, **facts: Any) -> Log
     return evaluation
 
 
-def end_evaluation(project: ProjectPaths, evaluation: LoggedEvaluation, score: float) -> LoggedEvaluation:
-    """Log the mean score of a finished evaluation, and return the updated entry."""
+def end_evaluation(project: ProjectPaths, evaluation: LoggedEvaluation, score: float) -> None:
+    """Log the mean score of a finished evaluation."""
     _append(project, {"id": evaluation.id, "score": score})
-    return dataclasses.replace(evaluation, score=score)
 
 
 def enter_evaluation(project: ProjectPaths, evaluation: LoggedEvaluation) -> None:
@@ -145,11 +143,11 @@ def user_account() -> Path:
 
 def _append(project: ProjectPaths, table: dict[str, Any]) -> None:
     line = json.dumps(table)
-    paths.append_line(project.looks, line)
+    append_line(project.looks, line)
     state = user_account()
     try:
         state.parent.mkdir(parents=True, exist_ok=True)
-        paths.append_line(state, line)
+        append_line(state, line)
     except (OSError, StorageError) as error:
         logger.info("this evaluation of the test set is logged in the project folder only: %s", error)
 

@@ -113,14 +113,10 @@ def cross_validation(fits: Sequence[Sequence[FitRecord]], value: float | None) -
     computed from float32 scores.
     """
     scores = scores_by_fold(fits)
-    std = {
-        name: np.std([np.mean(fold) for fold in folds], ddof=1) for name, folds in scores.items() if len(folds) > 1
-    }
-    return {
-        "mean": {name: np.mean(np.concatenate(folds)) for name, folds in scores.items()},
-        "std": std,
-        "value": value,
-    }
+    mean = {name: np.mean(np.concatenate(folds)) for name, folds in scores.items()}
+    fold_means = {name: list(map(np.mean, folds)) for name, folds in scores.items()}
+    std = {name: np.std(means, ddof=1) for name, means in fold_means.items() if len(means) > 1}
+    return {"mean": mean, "std": std, "value": value}
 
 
 def _look_up(source: Any, path: str) -> Any:

@@ -75,13 +75,9 @@ def pack(weights: Path, folder: Path, *, run_id: str, model_id: str) -> None:
     """
     if not weights.is_file():
         raise ExportError(f"{weights} cannot be packed for MLflow: it is missing")
-    done = subprocess.run(
-        subprocesses.command("hpsearch.tracking.mlflow_model", str(weights), str(folder), run_id, model_id),
-        env=subprocesses.environment(),
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
+    command = subprocesses.command("hpsearch.tracking.mlflow_model", str(weights), str(folder), run_id, model_id)
+    environment = subprocesses.environment()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise ExportError(f"{weights} cannot be packed for MLflow: {lines[-1][:300]}")
@@ -100,10 +96,9 @@ def register(client: Any, weights: Path, folder: Path, experiment_id: str, run_i
         return
     packed, study = folder / MODEL, content.tags["hpsearch.study"]
     pack(weights, packed, run_id=run_id, model_id=_NO_ID)
-    models = client.search_logged_models([experiment_id], filter_string=f"source_run_id = '{run_id}'") or [
-        client.create_logged_model(experiment_id, name=MODEL, source_run_id=run_id, model_type="segmentation")
-    ]
-    model = models[0]
+    found = client.search_logged_models([experiment_id], filter_string=f"source_run_id = '{run_id}'")
+    facts = {"name": MODEL, "source_run_id": run_id, "model_type": "segmentation"}
+    model = found[0] if found else client.create_logged_model(experiment_id, **facts)
     text = (packed / "MLmodel").read_text(encoding="utf-8")
     (packed / "MLmodel").write_text(text.replace(_NO_ID, model.model_id), encoding="utf-8")
     client.log_model_artifacts(model.model_id, str(packed))
@@ -114,15 +109,11 @@ def register(client: Any, weights: Path, folder: Path, experiment_id: str, run_i
     if not client.search_registered_models(f"name = '{study}'"):
         description = "Networks that `hpsearch final` trained for this study."
         client.create_registered_model(study, tags={"hpsearch.study": study}, description=description)
-    version = client.create_model_version(
-        study,
-        # Not `models:/...`, which MLflow would look up at its global tracking URI instead of the client's URI.
-        model.artifact_location,
-        run_id=run_id,
-        tags={key: content.tags[key] for key in ("hpsearch.study", "hpsearch.final")},
-        description=f"{content.note}\n\nFor research; not a medical device.",
-        model_id=model.model_id,
-    )
+    # Not `models:/...`, which MLflow would look up at its global tracking URI instead of the client's URI.
+    source = model.artifact_location
+    tags = {key: content.tags[key] for key in ("hpsearch.study", "hpsearch.final")}
+    note = f"{content.note}\n\nFor research; not a medical device."
+    version = client.create_model_version(study, source, run_id, tags, description=note, model_id=model.model_id)
     linked = json.dumps([{"name": study, "version": version.version}])
     client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": linked})
 

@@ -138,16 +138,13 @@ def _repair_moved(database_file: Path, experiment: str, root: str) -> None:
     write into the original.
     """
     with closing(sqlite3.connect(database_file, timeout=20)) as database, database:
-        found = database.execute(
-            "SELECT experiment_id, artifact_location FROM experiments WHERE name = ?", (experiment,)
-        ).fetchone()
+        query = "SELECT experiment_id, artifact_location FROM experiments WHERE name = ?"
+        found = database.execute(query, (experiment,)).fetchone()
         if found is None or found[1] == root or not str(found[1]).endswith(f"/mlruns/{quote(experiment)}"):
             return
         number, old = found
         database.execute("UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?", (root, number))
         for table, column in map(str.split, (*ADDRESSES, "model_versions storage_location")):
-            database.execute(
-                f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",
-                (root, len(old) + 1, len(old) + 1, f"{old}/"),
-            )
+            change = f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?"
+            database.execute(change, (root, len(old) + 1, len(old) + 1, f"{old}/"))
     logger.info("the project was moved: the files of study %r are now expected in %s", experiment, root)

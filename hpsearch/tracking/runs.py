@@ -19,9 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-from hpsearch import paths
 from hpsearch.config import StudyConfig, digest
-from hpsearch.paths import StudyPaths
+from hpsearch.paths import StudyPaths, read_json
 from hpsearch.report.final_record import FinalRecord
 from hpsearch.store.fits import FitRecord
 from hpsearch.store.record import StudyRecord, has_all_replicates
@@ -224,7 +223,7 @@ def began_ms(record: StudyRecord, trials: Sequence[TrialRecord]) -> int:
     # In version 0.1, several machines could share a study. The run of a shared study starts when sharing began.
     shared = record.paths.root / "sharing.json"
     if shared.is_file():
-        return milliseconds(paths.read_json(shared)["began_at"])
+        return milliseconds(read_json(shared)["began_at"])
     return milliseconds(min(trial.began_at for trial in trials))
 
 
