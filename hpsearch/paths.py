@@ -109,10 +109,8 @@ class ProjectPaths(_Folder):
     def study(self, name: str) -> StudyPaths:
         """Return the paths of the study `name`. Raise ConfigError if this is not a folder name on every system."""
         if not _STUDY_NAME.fullmatch(name) or name.endswith((" ", ".")):
-            raise ConfigError(
-                f"study name {name!r} cannot be a folder name: use letters, digits, '.', '_', '-', '+' and spaces, "
-                "at most 80, beginning with a letter or digit"
-            )
+            rule = "letters, digits, '.', '_', '-', '+' and spaces, at most 80, beginning with a letter or digit"
+            raise ConfigError(f"study name {name!r} cannot be a folder name: use {rule}")
         return StudyPaths(self.studies / name)
 
     def study_names(self) -> list[str]:

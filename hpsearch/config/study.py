@@ -53,21 +53,16 @@ class StudyConfig:
     def __post_init__(self) -> None:
         for name, dimension in self.search.items():
             default = get_setting(self, name)
-            require(
-                dimension.contains(default),
-                f"{name} = {default} lies outside search.{name} = {dimension.to_toml()}: trial 0 is the default "
-                "configuration, so set a default inside the range or widen the range",
-            )
+            fault = f"{name} = {default} lies outside search.{name} = {dimension.to_toml()}"
+            advice = "trial 0 is the default configuration, so set a default inside the range or widen the range"
+            require(dimension.contains(default), f"{fault}: {advice}")
         data, size = self.data, as_pair(self.data.size)
-        require(
-            "data.size" not in self.search or bool(self.study.eval_size),
-            "data.size is searched: set study.eval_size, the one size at which all trials are scored, such as "
-            f"--set study.eval_size={data.height}",
-        )
-        require(
-            (data.match == "resize" and not data.cache_size) or self.eval_size == size,
-            "study.eval_size needs data.match = resize and no data.cache_size: crops of two sizes are not comparable",
-        )
+        has_one_size = "data.size" not in self.search or bool(self.study.eval_size)
+        advice = "set study.eval_size, the one size at which all trials are scored"
+        require(has_one_size, f"data.size is searched: {advice}, such as --set study.eval_size={data.height}")
+        is_comparable = self.eval_size == size or (data.match == "resize" and not data.cache_size)
+        fault = "study.eval_size needs data.match = resize and no data.cache_size"
+        require(is_comparable, f"{fault}: crops of two sizes are not comparable")
         has_margin = bool(data.cache_size) or not self.augment.crop
         require(has_margin, "augment.crop needs data.cache_size, the size of the cached images to crop from")
         cached = f"data.cache_size = {data.cache_size}"
@@ -113,10 +108,8 @@ class StudyConfig:
         parts = {name: _section(name, part, table.get(name, {})) for name, part in SECTIONS.items()}
         space = SearchSpace()
         for name, value in sorted(flatten_search(table).items()):
-            require(
-                name not in NOT_SEARCHABLE and not name.startswith("study."),
-                f"{name} cannot be searched: trials must share data, folds, seed and metric to be comparable",
-            )
+            text = f"{name} cannot be searched: trials must share data, folds, seed and metric to be comparable"
+            require(name not in NOT_SEARCHABLE and not name.startswith("study."), text)
             space[name] = parse_dimension(name, value)
         config = cls(**parts, search=space)
         for name, dimension in config.search.items():
@@ -267,11 +260,9 @@ def _section(section: str, cls: type, table: Any) -> Any:
 def _check_sealed(text: str, path: Path) -> None:
     """Raise ConfigError if a file was changed after hpsearch wrote it, or if it is empty."""
     first, _, rest = text.partition("\n")
-    require(
-        not first.startswith(_SEAL) or first.removeprefix(_SEAL) == sha256_text(rest),
-        f"{path} was changed since hpsearch wrote it: restore it from a copy, or, if the change is intended, remove "
-        "its first line",
-    )
+    is_unchanged = not first.startswith(_SEAL) or first.removeprefix(_SEAL) == sha256_text(rest)
+    advice = "restore it from a copy, or, if the change is intended, remove its first line"
+    require(is_unchanged, f"{path} was changed since hpsearch wrote it: {advice}")
     require(bool(text.strip()), f"{path} is empty")
 
 

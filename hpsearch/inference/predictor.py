@@ -144,9 +144,7 @@ class Ensemble(Predictor):
 
     def logits(self, image: Tensor) -> Tensor:
         """Return the mean logits of the members, (H, W) float32 on the CPU."""
-        total = self.members[0].logits(image)
-        for member in self.members[1:]:
-            total = total + member.logits(image)
+        total = sum((member.logits(image) for member in self.members), start=torch.zeros(()))
         return total / len(self.members)
 
 

@@ -83,10 +83,8 @@ class StudyFiles:
         changed = [key for key, value in before.items() if key not in CHANGEABLE and value != after[key]]
         if changed:
             listed = "; ".join(f"{key}: {before[key]!r} in the study, {after[key]!r} now" for key in changed)
-            raise StudyChangedError(
-                f"study {self.name!r} was started with other settings ({listed}); use the old settings, or start "
-                "another study with --study NAME"
-            )
+            advice = "use the old settings, or start another study with --study NAME"
+            raise StudyChangedError(f"study {self.name!r} was started with other settings ({listed}); {advice}")
 
     def update_config(self, config: StudyConfig) -> None:
         """Store the settings that may change during a study.

@@ -48,14 +48,15 @@ def hold(study: StudyPaths) -> Iterator[None]:
         # Ignore errors: a leftover file is harmless, because only the lock decides whether the study is running.
         with suppress(OSError):
             study.holder.unlink(missing_ok=True)
-        if study.root in made and not study.toml.is_file():
+        is_empty = study.root in made and not study.toml.is_file()
+        if is_empty:
             # Remove the folder while holding the lock, so that no other process can start the study in the meantime.
             shutil.rmtree(study.root, ignore_errors=True)
-            for path in reversed(made):
-                # Another process may have created files there.
-                with suppress(OSError):
-                    path.rmdir()
         lock.release()
+        for path in reversed(made) if is_empty else ():
+            # Another process may have created files there.
+            with suppress(OSError):
+                path.rmdir()
 
 
 def held_studies(project: ProjectPaths) -> list[str]:

@@ -64,10 +64,9 @@ class StudyRecord(StudyFiles):
         trials = self.trials()
         for expected, trial in enumerate(trials):
             if trial.number != expected and not any(each.outcome == "orphaned" for each in trials):
-                raise RecordError(
-                    f"{self.paths.trial(expected).trial} is missing, but later trials exist: restore the folder "
-                    "from a backup, or start another study with --study NAME"
-                )
+                path = self.paths.trial(expected).trial
+                advice = "restore the folder from a backup, or start another study with --study NAME"
+                raise RecordError(f"{path} is missing, but later trials exist: {advice}")
         for trial in trials:
             if trial.outcome in (None, "orphaned"):
                 continue
@@ -76,10 +75,9 @@ class StudyRecord(StudyFiles):
             for fit in (*self.fits(trial.number), *replicates):
                 fit.verify()
             if trial.outcome == "complete" and self.value(trial.number) != trial.value:
-                raise RecordError(
-                    f"the scores in {self.paths.trial(trial.number).root} do not match the recorded value "
-                    f"{trial.value}: restore them from a backup"
-                )
+                root = self.paths.trial(trial.number).root
+                fault = f"the scores in {root} do not match the recorded value {trial.value}"
+                raise RecordError(f"{fault}: restore them from a backup")
 
     def forget_workers(self) -> None:
         """Remove the workers of unfinished fits, which belong to an earlier run, from the record."""

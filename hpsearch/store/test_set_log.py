@@ -123,16 +123,14 @@ def describe_evaluation_count(evaluation: LoggedEvaluation, evaluations: Sequenc
     """Describe in one sentence how often an evaluation's images had been evaluated before."""
     earlier = evaluations[: evaluations.index(evaluation)]
     n_later = len(evaluations) - len(earlier) - 1
-    if not earlier:
-        text = f"this is the first evaluation of these {_count(evaluation.n_images, 'test image')}"
-    else:
+    images = _count(evaluation.n_images, "test image")
+    text = f"this is the first evaluation of these {images}"
+    if earlier:
         n = n_seen(evaluation, earlier)
         which = "" if n == evaluation.n_images else f"{n} of "
-        configurations = len({each.configuration for each in earlier})
-        text = (
-            f"{which}these {_count(evaluation.n_images, 'test image')} had been evaluated before: "
-            f"{_count(len(earlier), 'evaluation')} of {_count(configurations, 'configuration')}"
-        )
+        configurations = _count(len({each.configuration for each in earlier}), "configuration")
+        before = f"{_count(len(earlier), 'evaluation')} of {configurations}"
+        text = f"{which}these {images} had been evaluated before: {before}"
     return text + (f"; {_count(n_later, 'evaluation')} came later" if n_later else "")
 
 

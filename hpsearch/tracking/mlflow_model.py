@@ -127,6 +127,11 @@ def _save(weights: Path, folder: Path, run_id: str, model_id: str) -> None:
     import mlflow.pyfunc
     from mlflow.models import Model
 
+    from hpsearch.training.checkpoint import load_weights
+
+    choices = from_json(Postprocessing, load_weights(weights)[1].extra)
+    # MLflow copies the network and the ensemble to one folder.
+    ensemble = {"ensemble": str(FinalPaths(weights.parent).ensemble)} if choices.ensemble else {}
     versions = [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in REQUIREMENTS]
     # The example image is a dark square on a skin-coloured background.
     example = np.full((32, 32, 3), (214, 165, 140))
@@ -136,7 +141,7 @@ def _save(weights: Path, folder: Path, run_id: str, model_id: str) -> None:
         mlflow.pyfunc.save_model(
             folder,
             python_model=str(Path(__file__).with_name(f"{MODEL}.py")),
-            artifacts=_artifacts(weights),
+            artifacts={ARTIFACT: str(weights), **ensemble},
             code_paths=[str(Path(hpsearch.__file__).parent)],
             input_example=[example.tolist()],
             pip_requirements=versions,
@@ -147,15 +152,6 @@ def _save(weights: Path, folder: Path, run_id: str, model_id: str) -> None:
         shutil.rmtree(path)
 
 
-def _artifacts(weights: Path) -> dict[str, str]:
-    """Return the paths of the network and, if `final` selected it, the ensemble. MLflow copies both to one folder."""
-    from hpsearch.training.checkpoint import load_weights
-
-    choices = from_json(Postprocessing, load_weights(weights)[1].extra)
-    ensemble = {"ensemble": str(FinalPaths(weights.parent).ensemble)} if choices.ensemble else {}
-    return {ARTIFACT: str(weights), **ensemble}
-
-
 def _pixels(image: Any) -> npt.NDArray[np.uint8]:
     """Convert an array, or nested lists from JSON, to (H, W, 3) uint8."""
     try:
@@ -164,10 +160,8 @@ def _pixels(image: Any) -> npt.NDArray[np.uint8]:
         array = np.array(None)
     is_image = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)
     if not (is_image and array.size and array.dtype.kind in "ui" and array.min() >= 0 and array.max() <= 255):
-        raise DatasetError(
-            "an image must be a path or an array (H, W, 3) or (H, W) of integers from 0 to 255, got "
-            f"{array.dtype} of shape {array.shape}"
-        )
+        rule = "an image must be a path or an array (H, W, 3) or (H, W) of integers from 0 to 255"
+        raise DatasetError(f"{rule}, got {array.dtype} of shape {array.shape}")
     pixels = array.astype(np.uint8)
     return pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2)
 

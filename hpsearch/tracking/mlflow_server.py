@@ -44,11 +44,9 @@ class MlflowServer:
         self._uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or None
         mlruns = self.project.mlruns
         if self._uri is None and any(path.parent.name.isdigit() for path in mlruns.glob("*/meta.yaml")):
-            raise TrackingError(
-                f"{mlruns} contains runs of an old version of MLflow, with which `mlflow ui` does not start: choose "
-                f"another --out, or run `mlflow migrate-filestore --source {mlruns} --target "
-                f"sqlite:///{mlruns.parent}/mlflow.db` and move the folder away"
-            )
+            fault = f"{mlruns} contains runs of an old version of MLflow, with which `mlflow ui` does not start"
+            command = f"mlflow migrate-filestore --source {mlruns} --target sqlite:///{mlruns.parent}/mlflow.db"
+            raise TrackingError(f"{fault}: choose another --out, or run `{command}` and move the folder away")
         other = self._uri or "sqlite://"
         if other.startswith("file:") or ("://" not in other and other not in ("databricks", "uc")):
             raise TrackingError(f"cannot track to {redact(other)}: give a database (sqlite:////path) or a server")
