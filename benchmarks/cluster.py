@@ -355,7 +355,7 @@ TIMED: Mapping[str, tuple[Any, str]] = {
     "  suggest": (new_trials, "suggest"),
     "  _study_state": (coordinators, "_study_state"),
     "  should_prune": (StudyPruner, "should_prune"),
-    "  write_trial": (StudyRecord, "write_trial"),
+    "  write_evaluation": (StudyRecord, "write_evaluation"),
     "  _remove_networks": (coordinators, "_remove_networks"),
     "  trial_ended": (StudyProgress, "trial_ended"),
 }
@@ -428,7 +428,7 @@ def update_seconds(project: ProjectPaths) -> float:
     study = project.study("simulated")
     view, record = OptunaView(study), StudyRecord.open(study)
     view.update()
-    record.write_trial(record.trial(record.trial_numbers()[-1]))
+    record.write_evaluation(record.trial(record.trial_numbers()[-1]))
     began = time.thread_time()
     view.update()
     return time.thread_time() - began
@@ -669,7 +669,7 @@ def write_study(project: ProjectPaths, size: Size, n_finished: int) -> StudyReco
             )
             ended = {"value": estimate, "ended_at": now(), "decisions": decisions}
             trial = dataclasses.replace(trial, outcome="pruned", **ended)
-        record.write_trial(trial)
+        record.write_evaluation(trial)
     return record
 
 

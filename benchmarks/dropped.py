@@ -44,7 +44,9 @@ def reopen(source: StudyRecord, chosen: list[TrialRecord], project: ProjectPaths
             if not fit.is_finished:
                 # Its checkpoint is gone: it is fitted from the start.
                 shutil.rmtree(fit.paths.root, ignore_errors=True)
-        copy.write_trial(dataclasses.replace(trial, outcome=None, value=None, reason="", ended_at=None, decisions=()))
+        copy.write_evaluation(
+            dataclasses.replace(trial, outcome=None, value=None, reason="", ended_at=None, decisions=())
+        )
 
 
 def print_table(source: StudyRecord, completed: StudyRecord, chosen: list[TrialRecord]) -> None:

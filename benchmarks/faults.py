@@ -92,7 +92,7 @@ PHASES: dict[str, tuple[tuple[str, str], ...]] = {
         ("coordinator", "search/coordinator.py:_end"),
         ("coordinator", "search/coordinator.py:_remove_networks"),
         ("coordinator", "search/optuna_view.py:_show"),
-        ("coordinator", "store/files.py:write_trial"),
+        ("coordinator", "store/files.py:write_evaluation"),
         ("coordinator", "paths.py:atomic_write"),
     ),
     "logging": (

@@ -35,7 +35,7 @@ import secrets
 import shlex
 import shutil
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -48,25 +48,14 @@ CHECK_WRITE: ContextVar[Callable[[Path], None]] = ContextVar("CHECK_WRITE", defa
 """Function that is called immediately before a file is replaced or appended to, and may refuse it with an exception.
 `workers.attempts` sets it."""
 _STUDY_NAME = re.compile(r"[^\W_][\w .+-]{0,79}")
+_DAMAGE = (AttributeError, KeyError, TypeError, ValueError, RecursionError, RecordError)
+"""Exceptions that mean that a file does not have the expected content."""
 _CHECKSUM = "sha256"
 """Key of the checksum in a JSON file."""
-_REFUSALS = frozenset(
-    {
-        *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE),
-        *(errno.ENOTDIR, errno.EEXIST),
-    }
-)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Values of `errno` that mean that a disk is full."""
+_REFUSALS = (*_FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTDIR, errno.EEXIST)
 """Values of `errno` that mean that a disk or file server refuses to write."""
-
-
-def check_study_name(name: str) -> str:
-    """Return `name` if it is a valid folder name on every system. Raise ConfigError otherwise."""
-    if not _STUDY_NAME.fullmatch(name) or name.endswith((" ", ".")):
-        raise ConfigError(
-            f"study name {name!r} cannot be a folder name: use letters, digits, '.', '_', '-', '+' and spaces, "
-            "at most 80, beginning with a letter or digit"
-        )
-    return name
 
 
 def study_name_of(folder: Path) -> str:
@@ -118,7 +107,11 @@ class ProjectPaths(_Folder):
     studies = _Entry("studies")
 
     def study(self, name: str) -> StudyPaths:
-        return StudyPaths(self.studies / check_study_name(name))
+        """Return the paths of the study `name`. Raise ConfigError if this is not a folder name on every system."""
+        if not _STUDY_NAME.fullmatch(name) or name.endswith((" ", ".")):
+            rule = "letters, digits, '.', '_', '-', '+' and spaces, at most 80, beginning with a letter or digit"
+            raise ConfigError(f"study name {name!r} cannot be a folder name: use {rule}")
+        return StudyPaths(self.studies / name)
 
     def study_names(self) -> list[str]:
         """Return the sorted names of the studies in this project."""
@@ -184,10 +177,6 @@ class TrialPaths(_Folder):
     trial = _Entry("trial.json")
     taken = _Entry("taken.json")
     second = _Entry("second.json")
-
-    @property
-    def number(self) -> int:
-        return int(self.root.name)
 
     def fold(self, fold: int, replicate: int = 0) -> FitPaths:
         return FitPaths(self.root / f"{'second' if replicate else 'fold'}{fold}")
@@ -287,15 +276,13 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON atomically.
+def write_json(path: Path, table: Mapping[str, Any]) -> None:
+    """Write `table` as indented JSON atomically, with a checksum, which `read_json` verifies and removes.
 
-    A dictionary gets a checksum, which `read_json` verifies and removes. Raises ValueError for NaN and infinity,
-    which JSON does not support.
+    Raises ValueError for NaN and infinity, which JSON does not support.
     """
-    if isinstance(value, dict):
-        value = {**value, _CHECKSUM: _checksum(json.loads(json.dumps(value, allow_nan=False)))}
-    write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+    table = {**table, _CHECKSUM: _checksum(json.loads(json.dumps(table, allow_nan=False)))}
+    write_text(path, json.dumps(table, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -303,15 +290,25 @@ def read_json(path: Path) -> Any:
 
     Raises RecordError, naming the file, if it is damaged, edited or missing.
     """
-    try:
+    with damage_named(path):
         value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecordError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise RecordError(f"{path} is damaged: restore it from a backup") from error
     if isinstance(value, dict) and _CHECKSUM in value and value.pop(_CHECKSUM) != _checksum(value):
         raise RecordError(f"{path} was changed after it was written: restore it from a backup")
     return value
+
+
+@contextmanager
+def damage_named(path: Path, errors: tuple[type[Exception], ...] = _DAMAGE) -> Iterator[None]:
+    """Convert errors in the block, which reads `path`, to a RecordError that names the file.
+
+    An OSError means that the file cannot be read, and any of `errors` that it is damaged.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RecordError(f"{path} cannot be read: {error.strerror or error}") from error
+    except errors as error:
+        raise RecordError(f"{path} is damaged: restore it from a backup") from error
 
 
 def sha256_text(text: str) -> str:
@@ -363,7 +360,7 @@ def storage_error(path: Path, error: OSError) -> StorageError:
     The error states the free space if the disk is full.
     """
     room, advice = "", "check the disk and its permissions, or choose another folder with --out,"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in _FULL:
         room, advice = f" ({free_bytes(path) / 2**20:.0f} MiB free there)", "free some space"
     reason = error.strerror or error
     return StorageError(f"cannot write {path}: {reason}{room}; {advice} and run the same command again")
@@ -382,10 +379,7 @@ def refusals_named(folder: Path) -> Iterator[None]:
 
 def free_bytes(path: Path) -> int:
     """Return the number of free bytes on the disk of `path`. The path does not have to exist yet."""
-    folder = path
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return shutil.disk_usage(next(each for each in (path, *path.parents) if each.exists())).free
 
 
 def _checksum(table: dict[str, Any]) -> str:

@@ -121,7 +121,6 @@ def read_text(path: Path, what: str, error: type[HpsearchError]) -> str:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as caught:
         line = content.count(b"\n", 0, caught.start) + 1
-        raise error(
-            f"{named} is not UTF-8 text (byte 0x{content[caught.start]:02x} in line {line}): save it as UTF-8"
-        ) from caught
+        fault = f"byte 0x{content[caught.start]:02x} in line {line}"
+        raise error(f"{named} is not UTF-8 text ({fault}): save it as UTF-8") from caught
     return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -94,7 +94,7 @@ class FakeStudy:
             source="default" if number == 0 else "sampler",
             code="0.1.0+0123456789abcdef",
         )
-        self.record.write_trial(trial)
+        self.record.write_evaluation(trial)
         return trial
 
     def epoch(self, trial: TrialRecord, fold: int) -> None:
@@ -127,7 +127,7 @@ class FakeStudy:
             decisions=(verdict,) if outcome == "pruned" else (),
             failures={"0": ["was killed by signal 9"] * 3} if outcome == "failed" else {},
         )
-        self.record.write_trial(ended)
+        self.record.write_evaluation(ended)
         return ended
 
     def trial(self, outcome: Outcome = "complete", **params: Any) -> TrialRecord:
@@ -149,7 +149,7 @@ class FakeStudy:
             for epoch in range(1, self.n_epochs + 1):
                 write_epoch(fit, epoch, self._tick(), quality, fold, held_out, self.n_epochs)
             finish_fit(fit, quality, fold, held_out, self.config.data.height, self.machine)
-        self.record.write_replicate(
+        self.record.write_evaluation(
             ReplicateRecord(
                 trial=number, began_at=began_at, outcome="complete", ended_at=self._tick(), code=trial.code
             )

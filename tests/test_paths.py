@@ -29,7 +29,7 @@ def test_sha256_is_that_of_the_content(tmp_path: Path) -> None:
 
 def test_nan_is_not_json(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
-        paths.write_json(tmp_path / "file.json", float("nan"))
+        paths.write_json(tmp_path / "file.json", {"a": float("nan")})
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -175,7 +175,7 @@ def test_a_view_that_showed_the_first_winner_moves_the_tag(study: FakeStudy) -> 
 
 def test_every_refitted_trial_that_failed_leaves_the_best_of_the_others(study: FakeStudy) -> None:
     for number in (1, 2):
-        study.record.write_replicate(
+        study.record.write_evaluation(
             ReplicateRecord(trial=number, began_at=1.0, ended_at=2.0, outcome="diverged", reason="nan")
         )
     study.record.write_shortlist(Shortlist((1, 2), (0, 1, 2, 3), 2))
@@ -222,7 +222,7 @@ def test_a_database_of_version_0_1_is_brought_up_to_date(study: FakeStudy) -> No
 def test_a_trial_that_memory_changed_is_never_optunas_best(study: FakeStudy) -> None:
     import dataclasses
 
-    study.record.write_trial(dataclasses.replace(study.record.trial(1), micro_batch=2))
+    study.record.write_evaluation(dataclasses.replace(study.record.trial(1), micro_batch=2))
     update(study)
     assert optunas_best(study.record)[0] == study.record.standing().winner == 2
 
@@ -250,7 +250,9 @@ class TestEqualConfigurations:
         default = {"train.lr": 0.05, "unet.depth": 3, "unet.base_channels": 8}
         study.trial(**default)
         better = study.trial(**{**default, "train.lr": 0.04, "unet.depth": 4})
-        study.record.write_trial(_with(better, params=default, config=study.config.with_params(default).to_dict()))
+        study.record.write_evaluation(
+            _with(better, params=default, config=study.config.with_params(default).to_dict())
+        )
         study.trial(**{**default, "train.lr": 0.005})
         values = [trial.value or 0.0 for trial in study.record.trials()]
         assert values[1] > values[0] > values[2]
@@ -277,7 +279,7 @@ class TestEqualConfigurations:
         assert 1 not in chosen.trials
 
     def test_a_copy_of_a_default_that_was_not_evaluated_fully_is_the_default_too(self, twins: FakeStudy) -> None:
-        twins.record.write_trial(_with(twins.record.trial(0), outcome="failed", value=None))
+        twins.record.write_evaluation(_with(twins.record.trial(0), outcome="failed", value=None))
         text = " ".join(paragraphs("answer", rows=study_rows(twins.record)))
         assert "Trial 1 is the best" in text
         assert "It is the default configuration" in text

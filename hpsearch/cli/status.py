@@ -41,9 +41,9 @@ def status(project: ProjectPaths, study_name: str | None, trial: int | None) -> 
     if trial is not None:
         _show_decisions(hpsearch.study_record(project, study_name), trial)
         return
-    every = project.study_names()
-    names = [study_name] if study_name else lock.running_studies(project) or every
-    starting = [name for name in lock.held_studies(project) if name not in every]
+    every, held = project.study_names(), lock.held_studies(project)
+    names = [study_name] if study_name else [name for name in every if name in held] or every
+    starting = [name for name in held if name not in every]
     for name in starting:
         click.echo(f"study {name} is starting; run by {lock.describe_holder(project.study(name))}")
     if not names and not starting:

@@ -74,21 +74,16 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_size("data.size", self.size)
-        if self.cache_size != 0:
-            check_size("data.cache_size", self.cache_size)
+        check_size("data.cache_size", self.cache_size or self.size)
         for name in LOCATIONS:
             path = getattr(self, name)
             fault = text_fault(path)
             require(not fault, f"data.{name}: the path {printable(path)} {fault}: rename it")
-        require(
-            bool(self.images) == bool(self.masks),
-            "data.images and data.masks (--images, --masks) must be given together; they may be the same folder",
-        )
+        text = "data.images and data.masks (--images, --masks) must be given together; they may be the same folder"
+        require(bool(self.images) == bool(self.masks), text)
         require(0 < self.test_share < 1, f"data.test_share must lie between 0 and 1, got {self.test_share}")
-        require(
-            self.max_value == 0 or 255 <= self.max_value <= 65535,
-            f"data.max_value must be 0 (detected) or lie between 255 and 65535, got {self.max_value}",
-        )
+        text = f"data.max_value must be 0 (detected) or lie between 255 and 65535, got {self.max_value}"
+        require(self.max_value == 0 or 255 <= self.max_value <= 65535, text)
         check_at_least("data", self, 0, "n_search_train", "n_search_validation", "n_final_train", "n_final_test")
 
     def absolute(self) -> Self:

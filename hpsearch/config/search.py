@@ -47,11 +47,9 @@ class StudySettings:
         require(is_valid, f"study.folds must be at least 2, or 'fixed', got {self.folds}")
         _SAMPLER.check("study.sampler", self.sampler)
         _PRUNER.check("study.pruner", self.pruner)
-        require(
-            not self.lookahead or self.pruner in ("race", "none"),
-            f"study.lookahead (--deterministic) needs the pruner race or none: {self.pruner} depends on the order in "
-            "which trials report",
-        )
+        is_valid = not self.lookahead or self.pruner in ("race", "none")
+        reason = f"{self.pruner} depends on the order in which trials report"
+        require(is_valid, f"study.lookahead (--deterministic) needs the pruner race or none: {reason}")
         if self.eval_size != 0:
             check_size("study.eval_size", self.eval_size)
 

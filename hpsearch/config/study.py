@@ -1,16 +1,16 @@
-"""Configuration of a study: read from TOML and overrides, validated, and written as TOML."""
+"""Configuration of a study: read from TOML and `--set` overrides, validated, and written as TOML."""
 
+import difflib
+import functools
 import tomllib
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_type_hints
 
-from hpsearch.config import sections
 from hpsearch.config.data import AugmentConfig, DataConfig
 from hpsearch.config.model import UNetConfig
 from hpsearch.config.search import SearchSpace, StudySettings, parse_dimension
-from hpsearch.config.sections import ALIASES, NOT_SEARCHABLE, SECTIONS, OnNote, annotation_of
 from hpsearch.config.train import TrainConfig
 from hpsearch.config.values import as_pair, convert, require
 from hpsearch.errors import ConfigError
@@ -18,7 +18,19 @@ from hpsearch.paths import sha256_text
 from hpsearch.typed_json import to_json
 from hpsearch.user_files import read_text
 
+ALIASES = {"data.resize_mode": "data.match"}
+"""Maps the alias of a setting to the full name of the setting."""
+REMOVED = {"study.allow_microbatch"}
+"""Settings of version 0.1 that no longer have an effect. They are accepted, because old files contain them."""
+NOT_SEARCHABLE = {f"data.{f.name}" for f in fields(DataConfig)} - {"data.size", "data.color"}
+"""Data settings that cannot be searched, because scores are comparable only between trials that share them. For
+example, resized images are scored as a whole, but cropped images only in their centre."""
+Table = dict[str, Any]
+_type_hints = functools.cache(functools.partial(get_type_hints, include_extras=True))
 _SEAL = "# written by hpsearch, sha256 "
+"""Beginning of the first line of a file that hpsearch wrote; the checksum of the other lines follows."""
+OnNote = Callable[[str], None]
+"""Callback, called with a one-sentence note for the user."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,21 +53,16 @@ class StudyConfig:
     def __post_init__(self) -> None:
         for name, dimension in self.search.items():
             default = get_setting(self, name)
-            require(
-                dimension.contains(default),
-                f"{name} = {default} lies outside search.{name} = {dimension.to_toml()}: trial 0 is the default "
-                "configuration, so set a default inside the range or widen the range",
-            )
+            fault = f"{name} = {default} lies outside search.{name} = {dimension.to_toml()}"
+            advice = "trial 0 is the default configuration, so set a default inside the range or widen the range"
+            require(dimension.contains(default), f"{fault}: {advice}")
         data, size = self.data, as_pair(self.data.size)
-        require(
-            "data.size" not in self.search or bool(self.study.eval_size),
-            "data.size is searched: set study.eval_size, the one size at which all trials are scored, such as "
-            f"--set study.eval_size={data.height}",
-        )
-        require(
-            (data.match == "resize" and not data.cache_size) or self.eval_size == size,
-            "study.eval_size needs data.match = resize and no data.cache_size: crops of two sizes are not comparable",
-        )
+        has_one_size = "data.size" not in self.search or bool(self.study.eval_size)
+        advice = "set study.eval_size, the one size at which all trials are scored"
+        require(has_one_size, f"data.size is searched: {advice}, such as --set study.eval_size={data.height}")
+        is_comparable = self.eval_size == size or (data.match == "resize" and not data.cache_size)
+        fault = "study.eval_size needs data.match = resize and no data.cache_size"
+        require(is_comparable, f"{fault}: crops of two sizes are not comparable")
         has_margin = bool(data.cache_size) or not self.augment.crop
         require(has_margin, "augment.crop needs data.cache_size, the size of the cached images to crop from")
         cached = f"data.cache_size = {data.cache_size}"
@@ -97,16 +104,12 @@ class StudyConfig:
         """Return the configuration in nested tables. Raises ConfigError, naming the key, if one is invalid."""
         known = [*SECTIONS, "search"]
         if unknown := [name for name in table if name not in known]:
-            raise sections.unknown_name(unknown[0], known, "section")
+            raise unknown_name(unknown[0], known, "section")
         parts = {name: _section(name, part, table.get(name, {})) for name, part in SECTIONS.items()}
-        search = table.get("search", {})
-        require(isinstance(search, Mapping), f"search must be a table, got {search!r}")
         space = SearchSpace()
-        for name, value in sorted(sections.flatten_search(search).items()):
-            require(
-                name not in NOT_SEARCHABLE and not name.startswith("study."),
-                f"{name} cannot be searched: trials must share data, folds, seed and metric to be comparable",
-            )
+        for name, value in sorted(flatten_search(table).items()):
+            text = f"{name} cannot be searched: trials must share data, folds, seed and metric to be comparable"
+            require(name not in NOT_SEARCHABLE and not name.startswith("study."), text)
             space[name] = parse_dimension(name, value)
         config = cls(**parts, search=space)
         for name, dimension in config.search.items():
@@ -140,6 +143,10 @@ class StudyConfig:
         return {f"{section}.{key}": value for section, table in tables for key, value in table.items()}
 
 
+SECTIONS: dict[str, type] = {name: cls for name, cls in get_type_hints(StudyConfig).items() if name != "search"}
+"""Maps the name of each section of the configuration to the class of its settings."""
+
+
 def load_config(path: Path | None, overrides: Iterable[str] = (), *, on_note: OnNote | None = None) -> StudyConfig:
     """Load a configuration from the TOML file at `path` and apply `section.key=value` overrides.
 
@@ -157,13 +164,81 @@ def load_config(path: Path | None, overrides: Iterable[str] = (), *, on_note: On
             raise ConfigError(f"{path} cannot be read as TOML: {error}") from error
     overrides = list(overrides)
     try:
-        return from_dict(sections.apply_overrides(table, overrides, on_note=on_note))
+        return from_dict(apply_overrides(table, overrides, on_note=on_note))
     except ConfigError as error:
         # With overrides, the file may not be the cause, so do not name it.
         raise ConfigError(str(error) if path is None or overrides else f"{path}: {error}") from error
 
 
 from_dict = StudyConfig.from_dict
+
+
+def apply_overrides(table: Mapping[str, Any], overrides: Iterable[str], *, on_note: OnNote | None = None) -> Table:
+    """Return `table` with the overrides `section.key=value` applied.
+
+    Values are parsed as TOML (`0.01`, `true`, `[256, 192]`); anything else is a string (`rgb`). An override of a
+    searched setting fixes its value, so that it is no longer searched. An override `search.unet.depth=[2,3]` sets a
+    dimension of the search space. If the dimension excludes the setting's default and no other override sets the
+    setting, the default moves to the nearest value of the dimension. `on_note` is called when a setting is fixed or a
+    default moves.
+    """
+    note = on_note or (lambda text: None)
+    given: set[str] = set()
+    narrowed: dict[str, str] = {}
+    result = {name: dict(value) if isinstance(value, Mapping) else value for name, value in table.items()}
+    search = result["search"] = flatten_search(table)
+    for override in overrides:
+        name, text = _split(override)
+        if name in REMOVED:
+            continue
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except (tomllib.TOMLDecodeError, RecursionError):
+            value = text
+        section, _, key = name.partition(".")
+        annotation_of(key if section == "search" else name)
+        if section == "search":
+            search[key] = value
+            narrowed[key] = text
+            continue
+        result.setdefault(section, {})[key] = value
+        given.add(name)
+        if (was := search.pop(name, None)) is not None:
+            values = f"{was['low']} to {was['high']}" if isinstance(was, Mapping) else was
+            note(f"{name} = {value!r} is fixed and no longer searched (the range was {values})")
+    for name, text in narrowed.items():
+        if name in search and name not in given:
+            _move_default(result, name, text, note)
+    return result
+
+
+def setting_names() -> list[str]:
+    """Return the full names of all settings."""
+    return [f"{section}.{f.name}" for section, cls in SECTIONS.items() for f in fields(cls)]
+
+
+def annotation_of(name: str) -> Any:
+    """Return the type annotation of the setting `name`. Raises ConfigError if there is no such setting."""
+    section, _, key = name.partition(".")
+    if section not in SECTIONS:
+        full, kind = (name, "section in") if key else (f"search.{name}", "setting")
+        raise unknown_name(full, [*SECTIONS, "search"], kind)
+    hints = _type_hints(SECTIONS[section])
+    if key not in hints:
+        raise unknown_name(name, [f"{section}.{each}" for each in hints], "setting")
+    return hints[key]
+
+
+def unknown_name(name: str, known: Sequence[str], kind: str) -> ConfigError:
+    """Return the error for an unknown name. It suggests the most similar name, or lists `known` if none is similar.
+
+    `kind` says what the name should be, such as `setting`.
+    """
+    # Look for the same or a similar key in all sections.
+    by_key = {each.rpartition(".")[2]: each for each in [*setting_names(), *known]}
+    close = difflib.get_close_matches(name.rpartition(".")[2], by_key, n=1)
+    hint = f"did you mean {by_key[close[0]]}?" if close else f"choose one of {', '.join(known)}."
+    return ConfigError(f"unknown {kind} {name!r}: {hint} docs/reference.md lists all settings")
 
 
 def get_setting(config: StudyConfig, name: str) -> Any:
@@ -178,17 +253,53 @@ def _section(section: str, cls: type, table: Any) -> Any:
     table = {ALIASES.get(f"{section}.{key}", f"{section}.{key}"): value for key, value in table.items()}
     if table.get("study.metric") == "iou":
         table["study.metric"] = "jaccard"
-    kept = {name: value for name, value in table.items() if name not in sections.REMOVED}
-    values = {name: convert(value, annotation_of(name), name) for name, value in kept.items()}
-    return cls(**{name.partition(".")[2]: value for name, value in values.items()})
+    kept = {name: value for name, value in table.items() if name not in REMOVED}
+    return cls(**{name.partition(".")[2]: convert(value, annotation_of(name), name) for name, value in kept.items()})
 
 
 def _check_sealed(text: str, path: Path) -> None:
     """Raise ConfigError if a file was changed after hpsearch wrote it, or if it is empty."""
     first, _, rest = text.partition("\n")
-    require(
-        not first.startswith(_SEAL) or first.removeprefix(_SEAL) == sha256_text(rest),
-        f"{path} was changed since hpsearch wrote it: restore it from a copy, or, if the change is intended, remove "
-        "its first line",
-    )
+    is_unchanged = not first.startswith(_SEAL) or first.removeprefix(_SEAL) == sha256_text(rest)
+    advice = "restore it from a copy, or, if the change is intended, remove its first line"
+    require(is_unchanged, f"{path} was changed since hpsearch wrote it: {advice}")
     require(bool(text.strip()), f"{path} is empty")
+
+
+def flatten_search(table: Mapping[str, Any]) -> Table:
+    """Return the searched dimensions by full name.
+
+    TOML writes them as `"unet.depth" = [...]` in the table `[search]`, or in `[search.unet]`.
+    """
+    search = table.get("search", {})
+    require(isinstance(search, Mapping), f"search must be a table, got {search!r}")
+    flat: Table = {}
+    for name, value in search.items():
+        is_section = name in SECTIONS and isinstance(value, Mapping)
+        flat |= {f"{name}.{key}": item for key, item in value.items()} if is_section else {name: value}
+    return flat
+
+
+def _split(override: str) -> tuple[str, str]:
+    """Split `section.key=value` into name and value."""
+    name, equals, text = (part.strip() for part in override.partition("="))
+    if equals and name.partition(".")[2]:
+        return ALIASES.get(name, name), text
+    meant = next((each for each in setting_names() if each.endswith(f".{name}")), None)
+    example = f"{meant}={text or '0.01'}" if meant else "train.lr=0.01"
+    raise ConfigError(f"--set {override!r}: write section.key=value, such as {example}")
+
+
+def _move_default(table: Table, name: str, shown: str, note: OnNote) -> None:
+    """Move the default of a searched setting to the nearest value of its dimension if it lies outside.
+
+    `shown` is the dimension as text, for the note.
+    """
+    section, _, key = name.partition(".")
+    dimension = parse_dimension(name, table["search"][name])
+    default = table.get(section, {}).get(key, getattr(SECTIONS[section](), key))
+    default = tuple(default) if isinstance(default, list) else default
+    if not dimension.contains(default):
+        moved = dimension.nearest(default)
+        table[section] = {**table.get(section, {}), key: moved}
+        note(f"search.{name} = {shown} excludes the default {default!r}: trial 0 takes {moved!r} instead")

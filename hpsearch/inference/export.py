@@ -106,18 +106,18 @@ def describe(info: WeightsInfo) -> dict[str, str]:
         fit = f"resize the whole image to {side}, bilinear with antialiasing, and round to integers"
         back = "resize the logits to the image's own size, bilinear with half-pixel centres (align_corners false)"
     turn = "applied" if reading.turns else "ignored"
-    mean, std = (
-        ", ".join(f"{value:.9g}" for value in values) for values in (info.normalization.mean, info.normalization.std)
-    )
-    before = [
+    mean = ", ".join(f"{value:.9g}" for value in info.normalization.mean)
+    std = ", ".join(f"{value:.9g}" for value in info.normalization.std)
+    weights = ", ".join(map(str, GRAY_WEIGHTS))
+    before = {
         f"the image with its EXIF orientation {turn}, transparency dropped; RGB, 8 bits per channel (255 is the "
-        f"value {reading.max_value or 255})",
-        fit,
-        f"combine red, green and blue into one channel with the weights {', '.join(map(str, GRAY_WEIGHTS))}",
-        "divide by 255",
-        f"subtract the mean {mean} and divide by the standard deviation {std}, channel by channel",
-        "float32, (batch, channel, row, column)",
-    ]
+        f"value {reading.max_value or 255})": True,
+        fit: True,
+        f"combine red, green and blue into one channel with the weights {weights}": info.in_channels == 1,
+        "divide by 255": True,
+        f"subtract the mean {mean} and divide by the standard deviation {std}, channel by channel": True,
+        "float32, (batch, channel, row, column)": True,
+    }
     after = {
         "average the logits over the image and its three mirror images, after mirroring them back": choices.flips,
         back: True,
@@ -125,11 +125,9 @@ def describe(info: WeightsInfo) -> dict[str, str]:
         "keep the largest component and fill its holes": choices.clean,
         "`final` selected an ensemble, but this file is a single network": choices.ensemble,
     }
-    if info.in_channels == 3:
-        del before[2]
     return {
         "producer": f"hpsearch {__version__}",
-        "preprocessing": "; ".join(before),
+        "preprocessing": "; ".join(step for step, is_done in before.items() if is_done),
         "postprocessing": "; ".join(step for step, is_done in after.items() if is_done),
         "limits": "for research; not a medical device",
         "hpsearch": json.dumps(to_json(info), sort_keys=True),
@@ -155,8 +153,6 @@ def _check(path: Path, model: nn.Module, info: WeightsInfo) -> float:
         (found,) = session.run([OUTPUT], {INPUT: images})
         worst = max(worst, float(np.abs(found - expected).max()))
     if not worst <= TOLERANCE:
-        raise ExportError(
-            f"the exported network differs from torch's by {worst:.1e}, which is more than {TOLERANCE:.0e}: "
-            f"{path.name} was not written"
-        )
+        text = f"the exported network differs from torch's by {worst:.1e}, which is more than {TOLERANCE:.0e}"
+        raise ExportError(f"{text}: {path.name} was not written")
     return worst

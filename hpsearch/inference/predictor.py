@@ -22,7 +22,7 @@ from hpsearch.data.formats import readable_suffixes
 from hpsearch.data.pairing import is_image_file
 from hpsearch.errors import CheckpointError, DatasetError, OutOfMemoryError, StudyError
 from hpsearch.inference.postprocessing import Postprocessing, clean_mask
-from hpsearch.inference.scoring import mask_name
+from hpsearch.inference.scoring import mask_name, write_mask
 from hpsearch.models.network import margin_of, output_size
 from hpsearch.paths import FinalPaths, FitPaths, ProjectPaths, atomic_write, read_json
 from hpsearch.store.record import study_record
@@ -92,9 +92,8 @@ class Predictor:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise OutOfMemoryError(
-                f"{self._runtime.device} has too little memory to predict {self.info.size[0]}x{self.info.size[1]}"
-            ) from error
+            (height, width), device = self.info.size, self._runtime.device
+            raise OutOfMemoryError(f"{device} has too little memory to predict {height}x{width}") from error
 
     def mask(self, logits: Tensor) -> NDArray[np.bool_]:
         """Return the boolean mask (H, W) of `logits` (H, W), using the threshold and cleaning of the weights file."""
@@ -145,9 +144,7 @@ class Ensemble(Predictor):
 
     def logits(self, image: Tensor) -> Tensor:
         """Return the mean logits of the members, (H, W) float32 on the CPU."""
-        total = self.members[0].logits(image)
-        for member in self.members[1:]:
-            total = total + member.logits(image)
+        total = sum((member.logits(image) for member in self.members), start=torch.zeros(()))
         return total / len(self.members)
 
 
@@ -264,7 +261,7 @@ def predict_files(
         else:
             logits = predictor.logits(image)
             mask = predictor.mask(logits)
-            _save_image(out_dir / mask_name(path.stem), np.multiply(mask, 255, dtype=np.uint8))
+            write_mask(out_dir / mask_name(path.stem), mask, sync=False)
             if probabilities:
                 certainty = logits.sigmoid().mul_(255).round_().to(torch.uint8)
                 _save_image(out_dir / f"{path.stem}_probability.png", certainty.numpy())

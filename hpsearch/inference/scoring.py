@@ -6,7 +6,6 @@ A score whose denominator is 0 is set to 1. The threshold Jaccard of an image is
 else 0.
 """
 
-import io
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -93,11 +92,10 @@ def read_mask(path: Path) -> Mask:
     return np.asarray(np.asarray(image.convert("L")) > LESION_ABOVE)
 
 
-def encode_mask(mask: Mask) -> bytes:
-    """Encode a boolean mask (H, W) as an 8-bit grayscale PNG with 255 for lesion and 0 for background."""
-    file = io.BytesIO()
-    Image.fromarray(np.multiply(mask, 255, dtype=np.uint8)).save(file, "PNG")
-    return file.getvalue()
+def write_mask(path: Path, mask: Mask, *, sync: bool = True) -> None:
+    """Write a boolean mask (H, W) as an 8-bit grayscale PNG with 255 for lesion and 0 for background."""
+    with atomic_write(path, sync=sync) as temporary:
+        Image.fromarray(np.multiply(mask, 255, dtype=np.uint8)).save(temporary, "PNG")
 
 
 def mask_name(image_id: str) -> str:

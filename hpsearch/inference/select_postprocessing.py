@@ -54,10 +54,9 @@ def select(
         columns = PixelCounts.from_columns(np.concatenate(counts, axis=1))
         return np.asarray(SCORES[metric](columns), np.float64)
 
-    by_threshold, flipped = (
-        scores([Postprocessing(threshold=threshold, flips=flips) for threshold in THRESHOLDS])
-        for flips in (False, True)
-    )
+    options = [Postprocessing(threshold=threshold) for threshold in THRESHOLDS]
+    by_threshold = scores(options)
+    flipped = scores([dataclasses.replace(option, flips=True) for option in options])
     middle = THRESHOLDS.index(0.5)
     flips = Decision.make("flips", True, flipped[middle] - by_threshold[middle], network_of)
     threshold = select_threshold(flipped if flips.taken else by_threshold, network_of)

@@ -283,11 +283,9 @@ class Coordinator:
     def _write(self, evaluation: Evaluation, **changes: Any) -> None:
         """Change fields in the record of a trial or replicate, and write the record to the study folder."""
         evaluation.record = dataclasses.replace(evaluation.record, **changes)
+        self.record.write_evaluation(evaluation.record)
         if isinstance(evaluation.record, TrialRecord):
-            self.record.write_trial(evaluation.record)
             self.trials[evaluation.record.number] = evaluation.record
-        else:
-            self.record.write_replicate(evaluation.record)
         self.wake_views()
 
     def _say(self, text: str) -> None:

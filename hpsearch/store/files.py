@@ -4,17 +4,15 @@ Everything else, such as the runs in MLflow, is derived from this folder. All re
 background threads, reports and other processes see the same study.
 """
 
-import dataclasses
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Self
 
-from hpsearch import config as configs
-from hpsearch import paths
-from hpsearch.config import StudyConfig
+from hpsearch.config.study import StudyConfig, load_config
 from hpsearch.data.folds import Folds
 from hpsearch.errors import ConfigError, RecordError, StudyChangedError, StudyError
-from hpsearch.paths import StudyPaths
+from hpsearch.paths import StudyPaths, damage_named, read_json, write_json, write_text
 from hpsearch.store.fits import FitRecord
 from hpsearch.store.trials import FORMAT, ReplicateRecord, Shortlist, TrialRecord, read_record, record_to_json
 
@@ -40,20 +38,18 @@ class StudyFiles:
         Raises StudyError if there is no study, and RecordError if its settings are damaged or invalid.
         """
         if not study.toml.is_file():
-            known = ", ".join(study.project.study_names()) or "none"
-            raise StudyError(
-                f"there is no study {study.name!r} in {study.project.root.absolute()}; studies there: {known}"
-            )
+            root, known = study.project.root.absolute(), ", ".join(study.project.study_names()) or "none"
+            raise StudyError(f"there is no study {study.name!r} in {root}; studies there: {known}")
         try:
             # Studies of version 0.1 may contain paths relative to the folder in which they were started.
-            return cls(study, configs.load(study.toml).absolute())
+            return cls(study, load_config(study.toml).absolute())
         except ConfigError as error:
             raise RecordError(f"the study's own settings cannot be used: {error}") from error
 
     @classmethod
     def create(cls, study: StudyPaths, config: StudyConfig) -> Self:
         """Create a study by writing its settings, the first file of its record."""
-        paths.write_text(study.toml, config.to_sealed_toml())
+        write_text(study.toml, config.to_sealed_toml())
         return cls(study, config)
 
     @property
@@ -67,35 +63,28 @@ class StudyFiles:
     @cached_property
     def folds(self) -> Folds:
         """Fold of every image. Raises RecordError if the folds do not exist yet."""
-        table = paths.read_json(self.paths.folds)
-        try:
+        table = read_json(self.paths.folds)
+        with damage_named(self.paths.folds):
             return Folds.from_dict(table["folds"])
-        except (RecordError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise RecordError(f"{self.paths.folds} is damaged: restore it from a backup") from error
 
     def data_key(self) -> str:
         """Return the key of the image cache from which the folds were made."""
-        return str(paths.read_json(self.paths.folds).get("data_key", ""))
+        return str(read_json(self.paths.folds).get("data_key", ""))
 
     def write_folds(self, folds: Folds, data_key: str) -> None:
         """Store the folds, which all trials use."""
-        paths.write_json(self.paths.folds, {"format": FORMAT, "data_key": data_key, "folds": folds.to_dict()})
+        write_json(self.paths.folds, {"format": FORMAT, "data_key": data_key, "folds": folds.to_dict()})
         self.folds = folds
 
     def check_config(self, config: StudyConfig) -> None:
         """Raise StudyChangedError, listing all differences, if a setting that is not in `CHANGEABLE` differs."""
         before, after = self.config.flat(), config.flat()
         before["search"], after["search"] = self.config.search.to_toml(), config.search.to_toml()
-        lines = [
-            f"{key}: {value!r} in the study, {after[key]!r} now"
-            for key, value in before.items()
-            if key not in CHANGEABLE and value != after[key]
-        ]
-        if lines:
-            raise StudyChangedError(
-                f"study {self.name!r} was started with other settings ({'; '.join(lines)}); "
-                "use the old settings, or start another study with --study NAME"
-            )
+        changed = [key for key, value in before.items() if key not in CHANGEABLE and value != after[key]]
+        if changed:
+            listed = "; ".join(f"{key}: {before[key]!r} in the study, {after[key]!r} now" for key in changed)
+            advice = "use the old settings, or start another study with --study NAME"
+            raise StudyChangedError(f"study {self.name!r} was started with other settings ({listed}); {advice}")
 
     def update_config(self, config: StudyConfig) -> None:
         """Store the settings that may change during a study.
@@ -104,15 +93,15 @@ class StudyFiles:
         """
         self.check_config(config)
         if config.to_sealed_toml() != self.paths.toml.read_text(encoding="utf-8"):
-            paths.write_text(self.paths.toml, config.to_sealed_toml())
+            write_text(self.paths.toml, config.to_sealed_toml())
             self.config = config
 
     def plan(self) -> dict[str, Any] | None:
         """Return the execution plan as a dictionary of plain types; None if it does not exist yet."""
-        return paths.read_json(self.paths.plan) if self.paths.plan.is_file() else None
+        return read_json(self.paths.plan) if self.paths.plan.is_file() else None
 
     def write_plan(self, plan: Mapping[str, Any]) -> None:
-        paths.write_json(self.paths.plan, {"format": FORMAT, **plan})
+        write_json(self.paths.plan, {"format": FORMAT, **plan})
 
     def trial_numbers(self) -> list[int]:
         """Return the numbers of the recorded trials, ascending."""
@@ -130,11 +119,9 @@ class StudyFiles:
             raise RecordError(f"{path} is damaged: it describes trial {trial.number}; restore it from a backup")
         if not taken.is_file():
             return trial
-        table = paths.read_json(taken)
+        table = read_json(taken)
         reason = f"continued as trial {table['by']} by another coordinator"
-        return dataclasses.replace(
-            trial, outcome="orphaned", value=None, reason=reason, ended_at=table["at"], constraint=0.0
-        )
+        return replace(trial, outcome="orphaned", value=None, reason=reason, ended_at=table["at"], constraint=0.0)
 
     def known_trial(self, number: int) -> TrialRecord:
         """Read the trial that a user asked for. Raises StudyError if the study has no such trial."""
@@ -148,9 +135,11 @@ class StudyFiles:
         """Read all trials, by number."""
         return [self.trial(number) for number in self.trial_numbers()]
 
-    def write_trial(self, trial: TrialRecord) -> None:
-        """Write a new or changed trial."""
-        paths.write_json(self.paths.trial(trial.number).trial, record_to_json(trial))
+    def write_evaluation(self, evaluation: TrialRecord | ReplicateRecord) -> None:
+        """Write a new or changed trial or replicate."""
+        files = self.paths.trial(evaluation.number)
+        path = files.trial if isinstance(evaluation, TrialRecord) else files.second
+        write_json(path, record_to_json(evaluation))
 
     def fit(self, trial: int, fold: int, replicate: int = 0) -> FitRecord:
         """Return a fit of a trial (`replicate` 0) or of its replicate (1)."""
@@ -171,16 +160,12 @@ class StudyFiles:
 
     def write_shortlist(self, shortlist: Shortlist) -> None:
         """Write the trials selected for replication."""
-        paths.write_json(self.paths.confirmation, record_to_json(shortlist))
+        write_json(self.paths.confirmation, record_to_json(shortlist))
 
     def replicate(self, trial: int) -> ReplicateRecord | None:
         """Read the replicate of a trial; None if it has not begun."""
         path = self.paths.trial(trial).second
         return read_record(ReplicateRecord, path) if path.is_file() else None
-
-    def write_replicate(self, replicate: ReplicateRecord) -> None:
-        """Write a new or changed replicate."""
-        paths.write_json(self.paths.trial(replicate.trial).second, record_to_json(replicate))
 
     def replicate_records(self) -> list[ReplicateRecord]:
         """Read all replicates, by trial number."""

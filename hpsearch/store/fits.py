@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpsearch.errors import RecordError
-from hpsearch.paths import FitPaths
+from hpsearch.paths import FitPaths, damage_named
 from hpsearch.store.trials import read_record
 from hpsearch.training.rows import EpochRow, FitSummary, read_lines
 
@@ -84,15 +84,11 @@ def load_array(path: Path, *, ndim: int) -> npt.NDArray[Any]:
     Raises RecordError if the file is missing or damaged, or if the array is not numeric and finite with `ndim`
     dimensions.
     """
-    try:
+    # NumPy's reader raises many kinds of exceptions if the header is damaged.
+    with damage_named(path, (Exception,)):
         content = path.read_bytes()
         file = io.BytesIO(content)
         array = np.lib.format.read_array(file, allow_pickle=False)
-    except OSError as error:
-        raise RecordError(f"{path} cannot be read: {error.strerror or error}") from error
-    except Exception as error:
-        # NumPy's reader raises many kinds of exceptions if the header is damaged.
-        raise RecordError(f"{path} is damaged: restore it from a backup") from error
     checksum = content[file.tell() :]
     if checksum not in (b"", hashlib.sha256(content[: file.tell()]).digest()):
         raise RecordError(f"{path} was changed after it was written: restore it from a backup")

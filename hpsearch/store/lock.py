@@ -32,10 +32,8 @@ def hold(study: StudyPaths) -> Iterator[None]:
         lock.acquire(timeout=1)
     except filelock.Timeout as error:
         status, stop = (command_line(each, study.name, study.project) for each in ("status", "stop"))
-        who = describe_holder(study)
-        raise StudyLockedError(
-            f"study {study.name!r} is being run by {who}: watch it with `{status}`, stop it with `{stop}`"
-        ) from error
+        text = f"study {study.name!r} is being run by {describe_holder(study)}"
+        raise StudyLockedError(f"{text}: watch it with `{status}`, stop it with `{stop}`") from error
     except OSError as error:
         raise paths.storage_error(study.lock, error) from error
     try:
@@ -61,13 +59,8 @@ def hold(study: StudyPaths) -> Iterator[None]:
                 path.rmdir()
 
 
-def running_studies(project: ProjectPaths) -> list[str]:
-    """Return the names of the running studies in this project, sorted."""
-    return [name for name in held_studies(project) if project.study(name).toml.is_file()]
-
-
 def held_studies(project: ProjectPaths) -> list[str]:
-    """Return the names of the running studies, sorted, including those that have no settings yet."""
+    """Return the names of the running studies in this project, sorted, including those without settings yet."""
     names = sorted(path.parent.name for path in project.studies.glob("*/study.lock"))
     return [name for name in names if is_held(project.study(name))]
 

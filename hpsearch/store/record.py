@@ -35,12 +35,10 @@ class StudyRecord(StudyFiles):
 
         Raises RecordError if the number of scores differs from the number of images in the fold.
         """
-        scores = fit.scores()
+        path, scores = fit.paths.scores, fit.scores()
         n_images = len(self.folds.held_out(fold))
         if scores.shape[0] == 0 or scores.shape[1] != n_images:
-            raise RecordError(
-                f"{fit.paths.scores} contains {scores.shape} scores, but fold {fold + 1} has {n_images} images"
-            )
+            raise RecordError(f"{path} contains {scores.shape} scores, but fold {fold + 1} has {n_images} images")
         return np.asarray(scores[-1], np.float64)
 
     def value(self, trial: int) -> float:
@@ -66,10 +64,9 @@ class StudyRecord(StudyFiles):
         trials = self.trials()
         for expected, trial in enumerate(trials):
             if trial.number != expected and not any(each.outcome == "orphaned" for each in trials):
-                raise RecordError(
-                    f"{self.paths.trial(expected).trial} is missing, but later trials exist: restore the folder "
-                    "from a backup, or start another study with --study NAME"
-                )
+                path = self.paths.trial(expected).trial
+                advice = "restore the folder from a backup, or start another study with --study NAME"
+                raise RecordError(f"{path} is missing, but later trials exist: {advice}")
         for trial in trials:
             if trial.outcome in (None, "orphaned"):
                 continue
@@ -78,10 +75,9 @@ class StudyRecord(StudyFiles):
             for fit in (*self.fits(trial.number), *replicates):
                 fit.verify()
             if trial.outcome == "complete" and self.value(trial.number) != trial.value:
-                raise RecordError(
-                    f"the scores in {self.paths.trial(trial.number).root} do not match the recorded value "
-                    f"{trial.value}: restore them from a backup"
-                )
+                root = self.paths.trial(trial.number).root
+                fault = f"the scores in {root} do not match the recorded value {trial.value}"
+                raise RecordError(f"{fault}: restore them from a backup")
 
     def forget_workers(self) -> None:
         """Remove the workers of unfinished fits, which belong to an earlier run, from the record."""
@@ -91,10 +87,7 @@ class StudyRecord(StudyFiles):
                     continue
                 fits = self.fits(trial.number, replicate)
                 workers = {fold: name for fold, name in each.workers.items() if fits[int(fold)].is_finished}
-                if isinstance(each, TrialRecord):
-                    self.write_trial(dataclasses.replace(each, workers=workers))
-                else:
-                    self.write_replicate(dataclasses.replace(each, workers=workers))
+                self.write_evaluation(dataclasses.replace(each, workers=workers))
 
     def contenders(self, trials: Iterable[TrialRecord]) -> list[TrialRecord]:
         """Return the trials among `trials` that can win, by number.
@@ -202,7 +195,7 @@ def study_record(project: ProjectPaths, name: str | None) -> StudyRecord:
     if not names:
         raise no_study(project)
     if len(names) > 1:
-        running = lock.running_studies(project)
+        running = [each for each in names if lock.is_held(project.study(each))]
         if len(running) != 1:
             listed = ", ".join(f"{each} (running)" if each in running else each for each in names)
             raise StudyError(f"several studies in {project.root}: {listed}; choose one with --study NAME")

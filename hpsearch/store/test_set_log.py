@@ -17,10 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from hpsearch import paths
 from hpsearch.data.cache import Index
 from hpsearch.errors import StorageError
-from hpsearch.paths import ProjectPaths, sha256_text
+from hpsearch.paths import ProjectPaths, append_line, sha256_text
 from hpsearch.typed_json import from_json
 
 logger = logging.getLogger(__name__)
@@ -79,10 +78,9 @@ def begin_evaluation(project: ProjectPaths, hashes: Hashes, **facts: Any) -> Log
     return evaluation
 
 
-def end_evaluation(project: ProjectPaths, evaluation: LoggedEvaluation, score: float) -> LoggedEvaluation:
-    """Log the mean score of a finished evaluation, and return the updated entry."""
+def end_evaluation(project: ProjectPaths, evaluation: LoggedEvaluation, score: float) -> None:
+    """Log the mean score of a finished evaluation."""
     _append(project, {"id": evaluation.id, "score": score})
-    return dataclasses.replace(evaluation, score=score)
 
 
 def enter_evaluation(project: ProjectPaths, evaluation: LoggedEvaluation) -> None:
@@ -125,16 +123,14 @@ def describe_evaluation_count(evaluation: LoggedEvaluation, evaluations: Sequenc
     """Describe in one sentence how often an evaluation's images had been evaluated before."""
     earlier = evaluations[: evaluations.index(evaluation)]
     n_later = len(evaluations) - len(earlier) - 1
-    if not earlier:
-        text = f"this is the first evaluation of these {_count(evaluation.n_images, 'test image')}"
-    else:
+    images = _count(evaluation.n_images, "test image")
+    text = f"this is the first evaluation of these {images}"
+    if earlier:
         n = n_seen(evaluation, earlier)
         which = "" if n == evaluation.n_images else f"{n} of "
-        configurations = len({each.configuration for each in earlier})
-        text = (
-            f"{which}these {_count(evaluation.n_images, 'test image')} had been evaluated before: "
-            f"{_count(len(earlier), 'evaluation')} of {_count(configurations, 'configuration')}"
-        )
+        configurations = _count(len({each.configuration for each in earlier}), "configuration")
+        before = f"{_count(len(earlier), 'evaluation')} of {configurations}"
+        text = f"{which}these {images} had been evaluated before: {before}"
     return text + (f"; {_count(n_later, 'evaluation')} came later" if n_later else "")
 
 
@@ -145,11 +141,11 @@ def user_account() -> Path:
 
 def _append(project: ProjectPaths, table: dict[str, Any]) -> None:
     line = json.dumps(table)
-    paths.append_line(project.looks, line)
+    append_line(project.looks, line)
     state = user_account()
     try:
         state.parent.mkdir(parents=True, exist_ok=True)
-        paths.append_line(state, line)
+        append_line(state, line)
     except (OSError, StorageError) as error:
         logger.info("this evaluation of the test set is logged in the project folder only: %s", error)
 

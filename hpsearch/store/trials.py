@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from hpsearch.config import StudyConfig
 from hpsearch.errors import RecordError
-from hpsearch.paths import read_json
+from hpsearch.paths import damage_named, read_json
 from hpsearch.typed_json import from_json, to_json
 
 T = TypeVar("T")
@@ -188,9 +188,7 @@ def read_record(cls: type[T], path: Path) -> T:
     Raises RecordError, naming the file, if it is damaged or of another version.
     """
     table = read_json(path)
-    try:
-        if table.get("format", FORMAT) != FORMAT:
-            raise RecordError(f"{path} was written by another version of hpsearch: update hpsearch")
+    if isinstance(table, dict) and table.get("format", FORMAT) != FORMAT:
+        raise RecordError(f"{path} was written by another version of hpsearch: update hpsearch")
+    with damage_named(path):
         return from_json(cls, table)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise RecordError(f"{path} is damaged: restore it from a backup") from error

@@ -32,6 +32,11 @@ class Point:
         return self.key, self.step, self.time_ms
 
 
+def _of_interval(name: str, path: str) -> dict[str, str]:
+    """Return the metrics for the mean and the bounds of the interval at a dotted path (see `METRICS`)."""
+    return {name: f"{path}.mean", f"{name}_low": f"{path}.low", f"{name}_high": f"{path}.high"}
+
+
 METRICS: dict[str, dict[str, str | Callable[[Any], float | None]]] = {
     # From a row of epochs.jsonl. The names get the prefix of the fit: `fold0/`, or `seed0/` in a `final` run.
     "epoch": {
@@ -63,15 +68,10 @@ METRICS: dict[str, dict[str, str | Callable[[Any], float | None]]] = {
         "cv/{metric}_mean": "cv.mean",
         "cv/{metric}_std": "cv_fold_std",
         **{f"test/{score}": f"test.{score}.mean" for score in SCORES},
-        "test/{metric}_low": "test.{metric}.low",
-        "test/{metric}_high": "test.{metric}.high",
+        **_of_interval("test/{metric}", "test.{metric}"),
         **{f"test/official/{score}": f"official.{score}.mean" for score in SCORES},
-        "cv/{metric}_corrected": "corrected.mean",
-        "cv/{metric}_corrected_low": "corrected.low",
-        "cv/{metric}_corrected_high": "corrected.high",
-        "cv/{metric}_predicted": "predicted.mean",
-        "cv/{metric}_predicted_low": "predicted.low",
-        "cv/{metric}_predicted_high": "predicted.high",
+        **_of_interval("cv/{metric}_corrected", "corrected"),
+        **_of_interval("cv/{metric}_predicted", "predicted"),
         "test/chosen/{metric}": "chosen_test.{metric}.mean",
         "test/ensemble/{metric}": "ensemble.test.{metric}.mean",
     },
@@ -113,14 +113,10 @@ def cross_validation(fits: Sequence[Sequence[FitRecord]], value: float | None) -
     computed from float32 scores.
     """
     scores = scores_by_fold(fits)
-    std = {
-        name: np.std([np.mean(fold) for fold in folds], ddof=1) for name, folds in scores.items() if len(folds) > 1
-    }
-    return {
-        "mean": {name: np.mean(np.concatenate(folds)) for name, folds in scores.items()},
-        "std": std,
-        "value": value,
-    }
+    mean = {name: np.mean(np.concatenate(folds)) for name, folds in scores.items()}
+    fold_means = {name: list(map(np.mean, folds)) for name, folds in scores.items()}
+    std = {name: np.std(means, ddof=1) for name, means in fold_means.items() if len(means) > 1}
+    return {"mean": mean, "std": std, "value": value}
 
 
 def _look_up(source: Any, path: str) -> Any:

@@ -75,13 +75,9 @@ def pack(weights: Path, folder: Path, *, run_id: str, model_id: str) -> None:
     """
     if not weights.is_file():
         raise ExportError(f"{weights} cannot be packed for MLflow: it is missing")
-    done = subprocess.run(
-        subprocesses.command("hpsearch.tracking.mlflow_model", str(weights), str(folder), run_id, model_id),
-        env=subprocesses.environment(),
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
+    command = subprocesses.command("hpsearch.tracking.mlflow_model", str(weights), str(folder), run_id, model_id)
+    environment = subprocesses.environment()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise ExportError(f"{weights} cannot be packed for MLflow: {lines[-1][:300]}")
@@ -100,10 +96,9 @@ def register(client: Any, weights: Path, folder: Path, experiment_id: str, run_i
         return
     packed, study = folder / MODEL, content.tags["hpsearch.study"]
     pack(weights, packed, run_id=run_id, model_id=_NO_ID)
-    models = client.search_logged_models([experiment_id], filter_string=f"source_run_id = '{run_id}'") or [
-        client.create_logged_model(experiment_id, name=MODEL, source_run_id=run_id, model_type="segmentation")
-    ]
-    model = models[0]
+    found = client.search_logged_models([experiment_id], filter_string=f"source_run_id = '{run_id}'")
+    facts = {"name": MODEL, "source_run_id": run_id, "model_type": "segmentation"}
+    model = found[0] if found else client.create_logged_model(experiment_id, **facts)
     text = (packed / "MLmodel").read_text(encoding="utf-8")
     (packed / "MLmodel").write_text(text.replace(_NO_ID, model.model_id), encoding="utf-8")
     client.log_model_artifacts(model.model_id, str(packed))
@@ -114,15 +109,11 @@ def register(client: Any, weights: Path, folder: Path, experiment_id: str, run_i
     if not client.search_registered_models(f"name = '{study}'"):
         description = "Networks that `hpsearch final` trained for this study."
         client.create_registered_model(study, tags={"hpsearch.study": study}, description=description)
-    version = client.create_model_version(
-        study,
-        # Not `models:/...`, which MLflow would look up at its global tracking URI instead of the client's URI.
-        model.artifact_location,
-        run_id=run_id,
-        tags={key: content.tags[key] for key in ("hpsearch.study", "hpsearch.final")},
-        description=f"{content.note}\n\nFor research; not a medical device.",
-        model_id=model.model_id,
-    )
+    # Not `models:/...`, which MLflow would look up at its global tracking URI instead of the client's URI.
+    source = model.artifact_location
+    tags = {key: content.tags[key] for key in ("hpsearch.study", "hpsearch.final")}
+    note = f"{content.note}\n\nFor research; not a medical device."
+    version = client.create_model_version(study, source, run_id, tags, description=note, model_id=model.model_id)
     linked = json.dumps([{"name": study, "version": version.version}])
     client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": linked})
 
@@ -136,6 +127,11 @@ def _save(weights: Path, folder: Path, run_id: str, model_id: str) -> None:
     import mlflow.pyfunc
     from mlflow.models import Model
 
+    from hpsearch.training.checkpoint import load_weights
+
+    choices = from_json(Postprocessing, load_weights(weights)[1].extra)
+    # MLflow copies the network and the ensemble to one folder.
+    ensemble = {"ensemble": str(FinalPaths(weights.parent).ensemble)} if choices.ensemble else {}
     versions = [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in REQUIREMENTS]
     # The example image is a dark square on a skin-coloured background.
     example = np.full((32, 32, 3), (214, 165, 140))
@@ -145,7 +141,7 @@ def _save(weights: Path, folder: Path, run_id: str, model_id: str) -> None:
         mlflow.pyfunc.save_model(
             folder,
             python_model=str(Path(__file__).with_name(f"{MODEL}.py")),
-            artifacts=_artifacts(weights),
+            artifacts={ARTIFACT: str(weights), **ensemble},
             code_paths=[str(Path(hpsearch.__file__).parent)],
             input_example=[example.tolist()],
             pip_requirements=versions,
@@ -156,15 +152,6 @@ def _save(weights: Path, folder: Path, run_id: str, model_id: str) -> None:
         shutil.rmtree(path)
 
 
-def _artifacts(weights: Path) -> dict[str, str]:
-    """Return the paths of the network and, if `final` selected it, the ensemble. MLflow copies both to one folder."""
-    from hpsearch.training.checkpoint import load_weights
-
-    choices = from_json(Postprocessing, load_weights(weights)[1].extra)
-    ensemble = {"ensemble": str(FinalPaths(weights.parent).ensemble)} if choices.ensemble else {}
-    return {ARTIFACT: str(weights), **ensemble}
-
-
 def _pixels(image: Any) -> npt.NDArray[np.uint8]:
     """Convert an array, or nested lists from JSON, to (H, W, 3) uint8."""
     try:
@@ -173,10 +160,8 @@ def _pixels(image: Any) -> npt.NDArray[np.uint8]:
         array = np.array(None)
     is_image = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)
     if not (is_image and array.size and array.dtype.kind in "ui" and array.min() >= 0 and array.max() <= 255):
-        raise DatasetError(
-            "an image must be a path or an array (H, W, 3) or (H, W) of integers from 0 to 255, got "
-            f"{array.dtype} of shape {array.shape}"
-        )
+        rule = "an image must be a path or an array (H, W, 3) or (H, W) of integers from 0 to 255"
+        raise DatasetError(f"{rule}, got {array.dtype} of shape {array.shape}")
     pixels = array.astype(np.uint8)
     return pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2)
 

@@ -44,11 +44,9 @@ class MlflowServer:
         self._uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or None
         mlruns = self.project.mlruns
         if self._uri is None and any(path.parent.name.isdigit() for path in mlruns.glob("*/meta.yaml")):
-            raise TrackingError(
-                f"{mlruns} contains runs of an old version of MLflow, with which `mlflow ui` does not start: choose "
-                f"another --out, or run `mlflow migrate-filestore --source {mlruns} --target "
-                f"sqlite:///{mlruns.parent}/mlflow.db` and move the folder away"
-            )
+            fault = f"{mlruns} contains runs of an old version of MLflow, with which `mlflow ui` does not start"
+            command = f"mlflow migrate-filestore --source {mlruns} --target sqlite:///{mlruns.parent}/mlflow.db"
+            raise TrackingError(f"{fault}: choose another --out, or run `{command}` and move the folder away")
         other = self._uri or "sqlite://"
         if other.startswith("file:") or ("://" not in other and other not in ("databricks", "uc")):
             raise TrackingError(f"cannot track to {redact(other)}: give a database (sqlite:////path) or a server")
@@ -138,16 +136,13 @@ def _repair_moved(database_file: Path, experiment: str, root: str) -> None:
     write into the original.
     """
     with closing(sqlite3.connect(database_file, timeout=20)) as database, database:
-        found = database.execute(
-            "SELECT experiment_id, artifact_location FROM experiments WHERE name = ?", (experiment,)
-        ).fetchone()
+        query = "SELECT experiment_id, artifact_location FROM experiments WHERE name = ?"
+        found = database.execute(query, (experiment,)).fetchone()
         if found is None or found[1] == root or not str(found[1]).endswith(f"/mlruns/{quote(experiment)}"):
             return
         number, old = found
         database.execute("UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?", (root, number))
         for table, column in map(str.split, (*ADDRESSES, "model_versions storage_location")):
-            database.execute(
-                f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",
-                (root, len(old) + 1, len(old) + 1, f"{old}/"),
-            )
+            change = f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?"
+            database.execute(change, (root, len(old) + 1, len(old) + 1, f"{old}/"))
     logger.info("the project was moved: the files of study %r are now expected in %s", experiment, root)

@@ -290,12 +290,11 @@ class Experiment:
         with temporary_folder(self._folder) as folder:
             source.write_files(folder)
             self._client.log_artifacts(run_id, str(folder))
-        if content.is_complete and source.weights is not None and source.weights.is_file():
-            # `pack` runs `python -m hpsearch.tracking.mlflow_model`. That process imports the package, and with it
-            # this file, first. An import at the top of this file would therefore load mlflow_model twice.
-            from hpsearch.tracking import mlflow_model
+            if content.is_complete and source.weights is not None and source.weights.is_file():
+                # `pack` runs `python -m hpsearch.tracking.mlflow_model`. That process imports the package, and with
+                # it this file, first. An import at the top of this file would therefore load mlflow_model twice.
+                from hpsearch.tracking import mlflow_model
 
-            with temporary_folder(self._folder) as folder:
                 mlflow_model.register(self._client, source.weights, folder, self._id, run_id, content)
 
     def show_ranking(self, standing: Standing) -> None:

@@ -19,13 +19,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-from hpsearch import paths
 from hpsearch.config import StudyConfig, digest
-from hpsearch.paths import StudyPaths
+from hpsearch.paths import StudyPaths, read_json
 from hpsearch.report.final_record import FinalRecord
 from hpsearch.store.fits import FitRecord
 from hpsearch.store.record import StudyRecord, has_all_replicates
-from hpsearch.store.trials import Outcome, ReplicateRecord, Standing, TrialRecord, read_record
+from hpsearch.store.trials import EvaluationRecord, Outcome, ReplicateRecord, Standing, TrialRecord, read_record
 from hpsearch.tracking import run_files
 from hpsearch.tracking.metrics import Point, cross_validation, milliseconds, points_of
 from hpsearch.typed_json import to_json
@@ -139,57 +138,48 @@ def trial_run(record: StudyRecord, trial: TrialRecord, standing: Standing) -> Ru
     The cross-validation means are the values that rank the trial: means over both fits if its refit counts, otherwise
     over the first fit.
     """
-    number = trial.number
-    fits = record.fits(number)
     points = [] if trial.ended_at is None else points_of("estimate", trial, trial.ended_at)
     if trial.outcome == "complete":
-        points = _value_points(record, trial, fits, standing)
-    tags = {"hpsearch.trial": str(number), "outcome": trial.outcome or "open", "source": trial.source}
-    note = _trial_note(trial, record.config.study.metric, standing)
-    return _fits_run(record, trial, trial, fits, points, name=f"trial {number:04d}", tags=tags, note=note)
+        points = _value_points(record, trial, standing)
+    return _fits_run(record, trial, trial, points, _trial_note(trial, record.config.study.metric, standing))
 
 
 def refit_run(record: StudyRecord, second: ReplicateRecord) -> RunContent:
     """Return the content of the MLflow run for a trial's refit in its current state."""
-    trial, number = record.trial(second.trial), second.trial
-    fits = record.fits(number, replicate=1)
-    points: list[Point] = []
+    trial, points = record.trial(second.trial), []
     if second.outcome == "complete":
-        scores = cross_validation([fits], None)
+        scores = cross_validation([record.fits(trial.number, replicate=1)], None)
         points = points_of("cross-validation", scores, second.ended_at or 0, record.config.study.metric)
-    tags = {"hpsearch.second": str(number), "outcome": f"refit: {second.outcome or 'open'}", "source": "confirmation"}
-    note = f"Refit of trial {number}: the same folds with new seeds\n\n{_searched_params(trial)}"
-    return _fits_run(record, trial, second, fits, points, name=f"trial {number:04d}, refit", tags=tags, note=note)
+    note = f"Refit of trial {trial.number}: the same folds with new seeds\n\n{_searched_params(trial)}"
+    return _fits_run(record, trial, second, points, note)
 
 
 def _fits_run(
-    record: StudyRecord,
-    trial: TrialRecord,
-    attempt: TrialRecord | ReplicateRecord,
-    fits: Sequence[FitRecord],
-    points: Sequence[Point],
-    *,
-    tags: dict[str, str],
-    **more: Any,
+    record: StudyRecord, trial: TrialRecord, attempt: EvaluationRecord, points: Sequence[Point], note: str
 ) -> RunContent:
     """Return the content of the MLflow run for a trial or its refit.
 
-    `attempt` is the record of the trial or refit. `fits` contains its fits by fold, and `points` its metrics apart
-    from the metrics of the fits. `more` contains additional fields of `RunContent`.
+    `attempt` is the record of the trial or refit, and `points` contains its metrics apart from those of the fits.
     """
+    number, outcome, is_refit = str(trial.number), attempt.outcome or "open", attempt is not trial
+    tags: dict[str, str] = {"hpsearch.trial": number, "outcome": outcome, "source": trial.source}
+    if is_refit:
+        tags = {"hpsearch.second": number, "outcome": f"refit: {outcome}", "source": "confirmation"}
+    fits = record.fits(trial.number, replicate=int(is_refit))
     machine = next((summary.runtime for fit in fits if (summary := fit.summary()) is not None), None)
     version, _, commit = attempt.code.partition("+")
     found = {"reason": attempt.reason[:1000], "version.hpsearch": version, "mlflow.source.git.commit": commit}
     tags |= {tag: value for tag, value in found.items() if value}
     return RunContent(
         key=key_of(tags) or "",
+        name=f"trial {trial.number:04d}{', refit' if is_refit else ''}",
         began_ms=milliseconds(attempt.began_at),
         tags=_common_tags(record, "hpsearch study", machine) | tags,
         params=_params(trial.study_config),
         points=(*_fit_points("fold", fits, attempt.ended_at), *points),
+        note=note,
         status=STATUSES.get(attempt.outcome, "FINISHED"),
         ended_ms=None if attempt.ended_at is None else milliseconds(attempt.ended_at),
-        **more,
     )
 
 
@@ -224,7 +214,7 @@ def began_ms(record: StudyRecord, trials: Sequence[TrialRecord]) -> int:
     # In version 0.1, several machines could share a study. The run of a shared study starts when sharing began.
     shared = record.paths.root / "sharing.json"
     if shared.is_file():
-        return milliseconds(paths.read_json(shared)["began_at"])
+        return milliseconds(read_json(shared)["began_at"])
     return milliseconds(min(trial.began_at for trial in trials))
 
 
@@ -241,15 +231,13 @@ def _fit_points(prefix: str, fits: Sequence[FitRecord], ended_at: float | None) 
         yield from points_of("training", [row for each in rows for row in each], ended_at)
 
 
-def _value_points(
-    record: StudyRecord, trial: TrialRecord, fits: Sequence[FitRecord], standing: Standing
-) -> list[Point]:
+def _value_points(record: StudyRecord, trial: TrialRecord, standing: Standing) -> list[Point]:
     """Return the cross-validation metrics of a complete trial.
 
     If refits of the top trials (the shortlist) have changed the ranking values, a second set of points has the
     revised values.
     """
-    number, metric = trial.number, record.config.study.metric
+    number, metric, fits = trial.number, record.config.study.metric, record.fits(trial.number)
     first = cross_validation([fits], trial.value)
     points = points_of("cross-validation", first, trial.ended_at or 0, metric)
     ranked_at, second = _ranked_at(record, standing), record.replicate(number)

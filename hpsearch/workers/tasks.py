@@ -17,7 +17,7 @@ from hpsearch.data.decode import read_pair
 from hpsearch.errors import OutOfMemoryError
 from hpsearch.inference import select_postprocessing
 from hpsearch.models.network import uses_batch_statistics
-from hpsearch.paths import FitPaths, atomic_write, write_json
+from hpsearch.paths import FitPaths, write_json
 from hpsearch.training import runtime as runtimes
 from hpsearch.training.checkpoint import load_weights, save_array
 from hpsearch.training.loop import OnEpoch, fit
@@ -193,7 +193,7 @@ def score_officially(job: jobs.OfficialScoreJob, context: WorkerContext) -> None
     """Predict a mask at the original resolution of each image, and write the masks and their pixel counts."""
     # Imported here because these modules import pandas, which no other job needs.
     from hpsearch.inference.predictor import Ensemble, Predictor
-    from hpsearch.inference.scoring import count_mask, encode_mask, mask_name
+    from hpsearch.inference.scoring import count_mask, mask_name, write_mask
 
     how = dataclasses.asdict(context.settings)
     predictor = Ensemble([Predictor.load(path, **how) for path in job.weights])
@@ -203,8 +203,7 @@ def score_officially(job: jobs.OfficialScoreJob, context: WorkerContext) -> None
         pred = predictor.mask(predictor.logits(image))
         counts.append(count_mask(pred, mask.numpy() > 0, name=sample.id))
         if job.masks is not None:
-            with atomic_write(job.masks / mask_name(sample.id)) as temporary:
-                temporary.write_bytes(encode_mask(pred))
+            write_mask(job.masks / mask_name(sample.id), pred)
         # Free the memory before decoding the next image: one image may take hundreds of megabytes.
         del image, mask, pred
     save_array(job.counts, np.array(counts, np.int64))

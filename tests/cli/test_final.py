@@ -34,7 +34,7 @@ def test_a_final_that_mlflow_lacks_ends_with_why_and_the_command_that_retries(
 
 def test_a_final_forgets_the_workers_of_a_study_that_has_stopped(tmp_path: Path) -> None:
     study = FakeStudy(tmp_path)
-    study.record.write_trial(dataclasses.replace(study.begin(), workers={"0": "lab1:1"}))
+    study.record.write_evaluation(dataclasses.replace(study.begin(), workers={"0": "lab1:1"}))
     with pytest.raises(StudyError, match="is still open"):
         run_final(study.project, trial=0)
     assert study.record.trial(0).workers == {}

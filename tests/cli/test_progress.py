@@ -126,7 +126,7 @@ def test_a_stopped_study_says_how_many_trials_are_done_and_how_many_are_open(
 ) -> None:
     fake = FakeStudy(tmp_path, overrides=["study.trials=9"])
     fake.trial()
-    fake.record.write_trial(dataclasses.replace(fake.record.trial(0), number=1, outcome=None, value=None))
+    fake.record.write_evaluation(dataclasses.replace(fake.record.trial(0), number=1, outcome=None, value=None))
     StudyProgress("fake", fake.project, "none").summarise(StudySummary(fake.record, 1, True, 0))
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == "stopped: 1 of 9 trials done, 1 open. Run the same command again to continue"

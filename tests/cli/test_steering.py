@@ -39,7 +39,7 @@ def test_status_of_a_trial_shows_every_decision(tmp_path: Path) -> None:
         against=0,
     )
     dropped = dataclasses.replace(kept, drop=True, epoch=3, estimate=0.6543, d=0.11, se=0.03, p=0.0004)
-    study.record.write_trial(dataclasses.replace(raced, decisions=(kept, dropped)))
+    study.record.write_evaluation(dataclasses.replace(raced, decisions=(kept, dropped)))
     lines = output_of("status", "--out", str(tmp_path), "--trial", "1").splitlines()
     assert lines[0].startswith("trial 1 of study fake: pruned, dice 0.6100")
     assert lines[1].strip() == raced.reason
@@ -52,7 +52,7 @@ def test_status_of_a_trial_shows_every_decision(tmp_path: Path) -> None:
     ]
     assert "no pruning decisions" in output_of("status", "--out", str(tmp_path), "--trial", "0")
     others = dataclasses.replace(kept, reason="in fold 1 at epoch 1: kept by Optuna's MedianPruner")
-    study.record.write_trial(dataclasses.replace(raced, decisions=(others,)))
+    study.record.write_evaluation(dataclasses.replace(raced, decisions=(others,)))
     assert "continues: kept by Optuna's MedianPruner" in output_of("status", "--out", str(tmp_path), "--trial", "1")
 
 
@@ -61,7 +61,7 @@ def test_status_names_workers_of_this_run_only(tmp_path: Path, monkeypatch: pyte
     trial = dataclasses.replace(study.begin(), workers={"0": "lab1:1", "1": "lab2:2"})
     study.fold(trial, 0)
     study.epoch(trial, 1)
-    study.record.write_trial(trial)
+    study.record.write_evaluation(trial)
     shown = output_of(*here)
     assert re.search(r"^stopped in +dice\ntrial 0, fold 2 of 2, epoch 1 of 3 +0\.\d{4}$", shown, re.MULTILINE)
     assert not re.search("runs|lab|images/s| $", shown, re.MULTILINE)

@@ -9,9 +9,9 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 
 from hpsearch import config as configs
-from hpsearch.config import sections
+from hpsearch.config import study
 from hpsearch.config.model import UNetConfig
-from hpsearch.config.sections import SECTIONS, annotation_of
+from hpsearch.config.study import SECTIONS, annotation_of
 from hpsearch.config.train import TrainConfig
 from hpsearch.config.values import ModuleName
 from hpsearch.errors import ConfigError
@@ -71,7 +71,7 @@ class LabelSmoothing(TrainConfig):
 @pytest.fixture
 def new_setting(monkeypatch: pytest.MonkeyPatch) -> str:
     """A setting that was added to its dataclass and nowhere else."""
-    monkeypatch.setitem(sections.SECTIONS, "train", LabelSmoothing)
+    monkeypatch.setitem(study.SECTIONS, "train", LabelSmoothing)
     return "train.label_smoothing"
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hpsearch import config as configs
 from hpsearch.cli.options import Settings, config_options, config_path
 from hpsearch.config.search import Choice, Range
+from hpsearch.config.study import apply_overrides
 from hpsearch.errors import ConfigError
 
 SHIPPED = sorted((Path(__file__).parents[2] / "experiments").glob("*.toml"))
@@ -41,7 +42,7 @@ def test_a_range_given_on_the_command_line_moves_the_default_into_it(override: s
     base = ["unet.base_channels=16", "unet.depth=4", "train.lr=0.05", "study.eval_size=64"]
     table = configs.load(None, base).to_dict()
     notes: list[str] = []
-    config = configs.from_dict(configs.apply_overrides(table, [override], on_note=notes.append))
+    config = configs.from_dict(apply_overrides(table, [override], on_note=notes.append))
     assert configs.get_setting(config, name) == moved
     (note,) = notes
     assert note.startswith(f"search.{name} = ")

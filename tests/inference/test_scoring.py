@@ -20,11 +20,11 @@ from hpsearch.errors import DatasetError
 from hpsearch.inference.scoring import (
     COLUMNS,
     count_mask,
-    encode_mask,
     mask_name,
     read_mask,
     score_folder,
     score_table,
+    write_mask,
     write_submission,
 )
 
@@ -131,7 +131,7 @@ def test_png_gives_back_the_mask(
 ) -> None:
     mask = np.random.default_rng(seed).random((height, width)) < 0.5
     path = tmp_path_factory.mktemp("png") / "mask.png"
-    path.write_bytes(encode_mask(mask))
+    write_mask(path, mask)
     assert np.array_equal(read_mask(path), mask)
     assert set(np.unique(np.asarray(Image.open(path)))) <= {0, 255}
 
@@ -140,7 +140,7 @@ def test_the_challenge_scores_our_zip_as_we_do(folders: tuple[Path, Path], tmp_p
     preds, masks = folders
     (tmp_path / "ours").mkdir()
     for path in preds.iterdir():
-        (tmp_path / "ours" / path.name).write_bytes(encode_mask(read_mask(path)))
+        write_mask(tmp_path / "ours" / path.name, read_mask(path))
     write_submission(tmp_path / "submission.zip", (tmp_path / "ours").iterdir())
     with zipfile.ZipFile(tmp_path / "truth.zip", "w") as archive:
         for path in masks.iterdir():
@@ -151,8 +151,8 @@ def test_the_challenge_scores_our_zip_as_we_do(folders: tuple[Path, Path], tmp_p
 
 def test_submission_has_the_challenges_names_and_the_same_bytes_each_time(tmp_path: Path) -> None:
     masks = [tmp_path / mask_name(f"ISIC_000000{number}") for number in (1, 2)]
-    masks[0].write_bytes(encode_mask(np.eye(5, dtype=bool)))
-    masks[1].write_bytes(encode_mask(np.zeros((3, 7), bool)))
+    write_mask(masks[0], np.eye(5, dtype=bool))
+    write_mask(masks[1], np.zeros((3, 7), bool))
     write_submission(tmp_path / "a.zip", masks)
     write_submission(tmp_path / "b.zip", iter(masks))
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
@@ -214,7 +214,8 @@ def test_one_bit_masks_are_read(tmp_path: Path) -> None:
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:
-    whole = encode_mask(np.random.default_rng(0).random((64, 64)) < 0.5)
+    write_mask(tmp_path / "torn.png", np.random.default_rng(0).random((64, 64)) < 0.5)
+    whole = (tmp_path / "torn.png").read_bytes()
     (tmp_path / "torn.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.png").write_bytes(b"not a picture at all, but long enough for a header")
     with pytest.raises(DatasetError, match=r"torn\.png cannot be decoded"):

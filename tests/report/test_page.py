@@ -184,7 +184,7 @@ def test_what_comes_from_outside_is_text_and_never_markup(tmp_path: Path) -> Non
     root = evil.replace('"', "")
     study = FakeStudy(tmp_path, overrides=(f'data.root="{root}"',))
     study.trial()
-    study.record.write_trial(dataclasses.replace(study.trial("failed"), reason=evil))
+    study.record.write_evaluation(dataclasses.replace(study.trial("failed"), reason=evil))
     machine = {**study.machine, "device_name": evil}
     plan = study.record.plan()
     assert plan is not None

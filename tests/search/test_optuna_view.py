@@ -51,7 +51,7 @@ def test_a_running_trial_without_scores_is_finished_in_place(study: FakeStudy) -
     view = OptunaView(study.record.paths)
     trial = study.begin()
     view.update()
-    study.record.write_trial(dataclasses.replace(trial, outcome="failed", reason="its worker died"))
+    study.record.write_evaluation(dataclasses.replace(trial, outcome="failed", reason="its worker died"))
     view.update()
     (_, ended) = shown(study)
     assert (ended.state.name, ended.user_attrs["reason"]) == ("FAIL", "its worker died")

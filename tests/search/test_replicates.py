@@ -161,7 +161,7 @@ def test_a_configuration_that_fails_with_other_seeds_cannot_win(tmp_path: Path) 
     study.trial(**{"train.lr": 0.05, "unet.depth": 4})
     study.trial(**{"train.lr": 0.02})
     study.replicate(1)
-    study.record.write_replicate(
+    study.record.write_evaluation(
         ReplicateRecord(trial=0, began_at=1.0, ended_at=2.0, outcome="diverged", reason="nan")
     )
     study.record.write_shortlist(Shortlist((0, 1), (0, 1), 5))

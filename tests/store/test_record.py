@@ -65,13 +65,13 @@ def trial(record: StudyRecord, number: int, **changes: object) -> TrialRecord:
 
 def test_a_trial_reads_back_as_it_was_written(record: StudyRecord) -> None:
     written = trial(record, 0, outcome="pruned", value=0.1 + 0.2, decisions=(DECISION,), ended_at=2.5)
-    record.write_trial(written)
+    record.write_evaluation(written)
     assert record.trial(0) == written
     assert record.trial(0).study_config.unet.depth == 2
 
 
 def test_a_trial_that_another_coordinator_of_version_0_1_continued_is_lost(record: StudyRecord) -> None:
-    record.write_trial(trial(record, 0, outcome="complete", value=0.9, ended_at=2.5))
+    record.write_evaluation(trial(record, 0, outcome="complete", value=0.9, ended_at=2.5))
     paths.write_json(record.paths.trial(0).taken, {"by": 1, "at": 2.0})
     lost = record.trial(0)
     assert (lost.outcome, lost.value, lost.ended_at) == ("orphaned", None, 2.0)
@@ -83,7 +83,7 @@ def test_a_trial_that_continued_a_lost_one_keeps_its_place(record: StudyRecord) 
     of_0_1 = {**record_to_json(trial(record, 1)), "draw": 0, "history": [0], "owner": "lab-4711-0"}
     paths.write_json(record.paths.trial(1).trial, of_0_1)
     assert record.trial(1).place == 0
-    record.write_trial(record.trial(1))
+    record.write_evaluation(record.trial(1))
     assert record.trial(1).place == 0
     assert trial(record, 1).place == 1
 
@@ -122,15 +122,15 @@ def test_only_full_trials_can_be_best_and_the_earlier_of_equals_is(record: Study
         (2, "complete", 0.8),
         (3, "pruned", 0.9),
     ]:
-        record.write_trial(trial(record, number, outcome=outcome, value=value))
+        record.write_evaluation(trial(record, number, outcome=outcome, value=value))
     best = record.best()
     assert best is not None
     assert best.number == 1
 
 
 def test_a_trial_that_version_0_1_trained_on_parts_of_batches_never_wins(record: StudyRecord) -> None:
-    record.write_trial(trial(record, 0, outcome="complete", value=0.7))
-    record.write_trial(trial(record, 1, outcome="complete", value=0.9, micro_batch=4))
+    record.write_evaluation(trial(record, 0, outcome="complete", value=0.7))
+    record.write_evaluation(trial(record, 1, outcome="complete", value=0.9, micro_batch=4))
     best = record.best()
     assert best is not None
     assert best.number == 0
@@ -143,7 +143,7 @@ def test_scores_that_are_not_those_of_the_value_on_record_are_noticed(record: St
         np.save(fit.counts, np.ones((4, 4), np.int64))
         paths.append_line(fit.epochs, to_line(ROW))
         paths.write_json(fit.fit, {"value": 0.5, "epochs": 1})
-    record.write_trial(trial(record, 0, outcome="complete", value=record.value(0)))
+    record.write_evaluation(trial(record, 0, outcome="complete", value=record.value(0)))
     record.verify()
     fit = record.fit(0, 1).paths
     np.save(fit.scores, np.load(fit.scores) + np.float32(0.001))
@@ -152,7 +152,7 @@ def test_scores_that_are_not_those_of_the_value_on_record_are_noticed(record: St
 
 
 def test_an_edited_file_is_named(record: StudyRecord) -> None:
-    record.write_trial(trial(record, 0, outcome="complete", value=0.75))
+    record.write_evaluation(trial(record, 0, outcome="complete", value=0.75))
     path = record.paths.trial(0).trial
     path.write_text(path.read_text().replace("0.75", "0.85"))
     with pytest.raises(RecordError, match=r"trial\.json was changed after it was written"):
@@ -170,7 +170,7 @@ def test_a_torn_line_of_epochs_is_left_out(record: StudyRecord) -> None:
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"format": 1, "number": 0}', '{"format": 2}'])
 def test_a_damaged_trial_is_named(record: StudyRecord, damage: str) -> None:
-    record.write_trial(trial(record, 0))
+    record.write_evaluation(trial(record, 0))
     record.paths.trial(0).trial.write_text(damage)
     with pytest.raises(RecordError, match=r"0000.trial\.json"):
         record.trial(0)
@@ -179,7 +179,7 @@ def test_a_damaged_trial_is_named(record: StudyRecord, damage: str) -> None:
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"folds": {"ids": []}}', '{"trials": 3}'])
 @pytest.mark.parametrize("name", ["trial.json", "folds.json", "confirmation.json", "fit.json"])
 def test_a_damaged_file_is_named_in_one_line_with_the_remedy(record: StudyRecord, name: str, content: str) -> None:
-    record.write_trial(trial(record, 0))
+    record.write_evaluation(trial(record, 0))
     record.write_shortlist(Shortlist((0,), (0, 1), 1))
     evaluate(record, 0, np.ones(12))
     (path, *_) = record.paths.root.rglob(name)

@@ -143,7 +143,8 @@ def test_an_evaluation_counts_before_it_has_a_score(tmp_path: Path) -> None:
     killed = begin(project, pairs(1, 2), 1.0)
     later = begin(project, pairs(1, 2), 2.0)
     assert [each.score for each in evaluations_of(project, later)] == [None, None]
-    ended = end_evaluation(project, later, 0.875)
+    end_evaluation(project, later, 0.875)
+    ended = dataclasses.replace(later, score=0.875)
     assert ended == find_evaluation(project, later.id)
     assert [(each.id, each.score) for each in evaluations_of(project, ended)] == [
         (killed.id, None),
