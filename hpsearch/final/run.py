@@ -21,20 +21,12 @@ from hpsearch.config import stable_seed
 from hpsearch.data.build import Progress
 from hpsearch.data.prepare import PoolCaches, Prepared, cache_root, locate, prepare_test
 from hpsearch.errors import StudyChangedError, StudyError
-from hpsearch.final.result import (
-    draw_figures,
-    find_leaks,
-    intervals,
-    is_stored,
-    pack_submission,
-    read_official_scores,
-    read_scores,
-    write_table,
-)
+from hpsearch.final import result as results
 from hpsearch.inference.postprocessing import FoldNetwork, Postprocessing, SelectedPostprocessing
+from hpsearch.inference.scoring import mask_name, write_submission
 from hpsearch.paths import ProjectPaths
 from hpsearch.report.estimates import Estimates
-from hpsearch.report.final_record import EnsembleResult, FinalRecord, FinalResult, final_result
+from hpsearch.report.final_record import EnsembleResult, FinalRecord, FinalResult, evaluation_facts, final_result
 from hpsearch.report.page import model_card
 from hpsearch.report.rows import study_rows
 from hpsearch.search.autotune import MachineChoice, plan_for_one_fit
@@ -104,16 +96,22 @@ def run_final(
         record.verify()
         record.forget_workers()
         chosen = choose_trial(record, trial, cheapest_tied)
-        final = _Final(record, chosen, n_seeds, ensemble, stop, on_epoch, on_decoded, on_step)
+        callbacks = on_epoch or _ignore, on_decoded or _ignore, on_step or _ignore
+        final = _Final(record, chosen, n_seeds, ensemble, stop, *callbacks)
         stored = final.stored()
         result = stored or final.run(machine or MachineChoice())
         if submission:
-            pack_submission(final.folder, final.test.index)
+            masks = [final.folder.masks / mask_name(image) for image in final.test.index.ids]
+            write_submission(final.folder.submission, masks)
         if tracker is not None and stored is None:
             final.say("updating MLflow")
             view = ViewThread(tracker.view(record.paths))
             result = dataclasses.replace(result, undelivered=close_view(view, stop), tracking_error=view.error)
         return result
+
+
+def _ignore(*_event: object) -> None:
+    """Default of the callbacks."""
 
 
 @dataclass
@@ -125,9 +123,9 @@ class _Final:
     n_seeds: int
     ensemble: bool
     stop: Stop
-    on_epoch: OnEpoch | None
-    on_decoded: Progress | None
-    on_step: Callable[[str], None] | None
+    on_epoch: OnEpoch
+    on_decoded: Progress
+    on_step: Callable[[str], None]
 
     def __post_init__(self) -> None:
         record, trial = self.record, self.trial
@@ -165,8 +163,7 @@ class _Final:
 
     def say(self, text: str) -> None:
         logger.info(text)
-        if self.on_step is not None:
-            self.on_step(text)
+        self.on_step(text)
 
     def _check(self) -> None:
         """Raise StoppedError if a stop was requested and no network is being trained."""
@@ -176,13 +173,11 @@ class _Final:
 
     def _decoded(self, done: int, total: int) -> None:
         self._check()
-        if self.on_decoded is not None:
-            self.on_decoded(done, total)
+        self.on_decoded(done, total)
 
     def _epoch_ended(self, index: int, row: EpochRow) -> bool:
         """Report the end of an epoch, and return whether to continue training."""
-        if self.on_epoch is not None:
-            self.on_epoch(index, row)
+        self.on_epoch(index, row)
         return not self.stop.is_requested
 
     def stored(self) -> FinalResult | None:
@@ -190,10 +185,8 @@ class _Final:
         if not self.folder.result.is_file():
             return None
         pool, test = self.caches.scored.index, self.test.index
-        if not is_stored(self.folder, pool, test, n_seeds=self.n_seeds, ensemble=self.ensemble):
-            return None
-        look = read_record(FinalRecord, self.folder.result).look
-        if test_set_log.find_evaluation(self.project, look) is None:
+        stored = results.stored_result(self.folder, pool, test, n_seeds=self.n_seeds, ensemble=self.ensemble)
+        if stored is None or test_set_log.find_evaluation(self.project, stored.look) is None:
             return None
         self.say(f"trial {self.trial.number} was evaluated on these images before; this is the stored result")
         return final_result(self.record, self.folder.root.name, Estimates.of(self.record))
@@ -202,8 +195,7 @@ class _Final:
         """Train the networks, select post-processing, score the test images and write the result."""
         began_at, folder = now(), self.folder
         # Train one network at a time on the first device of the plan. No other worker uses this device now.
-        say = self.on_step or (lambda text: None)
-        with machine.open_pool(self.record.paths, self.record, self._check, say) as pool:
+        with machine.open_pool(self.record.paths, self.record, self._check, self.on_step) as pool:
             # Decode all images first: a problem with one of them must end the run before the training.
             _ = self.caches, self.test, self.seen
             paths.write_text(folder.config, self.config.to_toml())
@@ -221,8 +213,7 @@ class _Final:
             copies = zip((folder.seed(0).weights, *sources), (folder.model, *members), strict=True)
             do(jobs.KeepJob(copies=tuple(copies), postprocessing=choices))
             hashes = test_set_log.hashes_in_cache(self.test.cache_path)
-            facts = {"study": self.record.name, "trial": self.trial.number, "metric": self.record.config.study.metric}
-            facts |= {"study_began_at": self.record.trials()[0].began_at, "folder": str(self.project.root.absolute())}
+            facts = evaluation_facts(self.record, self.trial.number)
             evaluation = test_set_log.begin_evaluation(self.project, hashes, at=now(), **facts)
             self._score(do, choices, members)
         result = self._evaluate(evaluation, chosen, began_at=began_at, runtime=dict(plan.machine))
@@ -298,11 +289,11 @@ class _Final:
         metric, number = record.config.study.metric, self.trial.number
         estimates = Estimates.of(record)
         assert estimates is not None
-        leaks = find_leaks(self.config.data, self.root, pool, test)
+        leaks = results.find_leaks(self.config.data, self.root, pool, test)
         leaked = np.isin(np.array(test.ids), [name for pair in leaks for name in (pair.a, pair.b)])
-        tables = [read_scores(folder.seed(index).test_counts) for index in range(self.n_seeds)]
+        tables = [results.read_scores(folder.seed(index).test_counts) for index in range(self.n_seeds)]
         means = {name: np.mean([table[name] for table in tables], axis=0) for name in SCORES}
-        official = read_official_scores(folder.official_counts, test)
+        official = results.read_official_scores(folder.official_counts, test)
         is_processed = chosen is not None and chosen.choices != Postprocessing()
         final = FinalRecord(
             **estimates.of_final(number, n_test=len(test), n_runs=self.n_seeds),
@@ -312,11 +303,11 @@ class _Final:
             n_pool=len(pool),
             n_test=len(test),
             eval_size=record.config.eval_size,
-            test=intervals(means),
+            test=results.intervals(means),
             per_seed={name: tuple(float(table[name].mean()) for table in tables) for name in SCORES},
-            official=intervals(official),
+            official=results.intervals(official),
             chosen=chosen,
-            chosen_test=intervals(read_scores(folder.chosen_counts)) if is_processed else {},
+            chosen_test=results.intervals(results.read_scores(folder.chosen_counts)) if is_processed else {},
             ensemble=self._evaluate_ensemble(is_processed) if self.ensemble else None,
             leaks=leaks,
             without_leaks=float(means[metric][~leaked].mean()) if leaks and not leaked.all() else None,
@@ -330,9 +321,9 @@ class _Final:
             look=evaluation.id,
             n_looks=len(test_set_log.evaluations_of(self.project, evaluation)),
         )
-        columns = {**means, **{f"official_{name}": values for name, values in official.items()}}
-        write_table(folder, test.ids, columns)
-        draw_figures(record, folder, final)
+        columns = means | {f"official_{name}": values for name, values in official.items()}
+        results.write_table(folder, test.ids, columns)
+        results.draw_figures(record, folder, final)
         # A zip file that exists already contains the masks of an earlier evaluation.
         folder.submission.unlink(missing_ok=True)
         return final
@@ -340,12 +331,13 @@ class _Final:
     def _evaluate_ensemble(self, is_processed: bool) -> EnsembleResult:
         folder, metric = self.folder, self.record.config.study.metric
         alone = folder.chosen_counts if is_processed else folder.seed(0).test_counts
-        scores = read_scores(folder.ensemble_counts)
+        scores = results.read_scores(folder.ensemble_counts)
+        official = results.read_official_scores(folder.ensemble_official_counts, self.test.index)
         return EnsembleResult(
             n_networks=self.record.n_folds,
-            test=intervals(scores),
-            official=intervals(read_official_scores(folder.ensemble_official_counts, self.test.index)),
-            gain=paired_difference(scores[metric], read_scores(alone)[metric]),
+            test=results.intervals(scores),
+            official=results.intervals(official),
+            gain=paired_difference(scores[metric], results.read_scores(alone)[metric]),
         )
 
 

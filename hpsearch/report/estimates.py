@@ -8,13 +8,7 @@ import numpy as np
 
 from hpsearch.report.trial_rows import trial_epochs
 from hpsearch.stats.intervals import Interval, Paired
-from hpsearch.stats.selection import (
-    Corrected,
-    corrected_estimate,
-    corrected_gain,
-    predict_test_mean,
-    tied_with_best,
-)
+from hpsearch.stats.selection import Corrected, corrected_estimate, corrected_gain, predict_test_mean, tied_with_best
 from hpsearch.stats.study_scores import StudyScores, TrialStatistics, trial_statistics
 from hpsearch.store.record import StudyRecord
 

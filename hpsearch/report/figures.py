@@ -68,8 +68,7 @@ def legend_below(figure: Figure) -> None:
     """Add a one-line legend below the figure, with one entry for each distinct label in its axes."""
     handles = [handle for axis in figure.axes for handle in axis.get_legend_handles_labels()[0]]
     found = {str(handle.get_label()): handle for handle in handles}
-    looks: dict[str, Any] = {"loc": "outside lower left", "frameon": False, "fontsize": 9}
-    figure.legend(found.values(), found.keys(), ncols=len(found), **looks)
+    figure.legend(found.values(), found.keys(), ncols=len(found), loc="outside lower left", frameon=False, fontsize=9)
 
 
 def literal(text: str) -> str:
@@ -146,8 +145,8 @@ def _draw_fits(
 def _mark_gap(axis: Axes, epochs: Floats, train: Floats, held_out: Floats, score: str) -> None:
     sign = -1 if score == "loss" else 1
     gaps = sign * (train - held_out)
-    looks: dict[str, Any] = {"color": HELD_OUT, "alpha": 0.16, "lw": 0, "label": "gap: training is better"}
-    axis.fill_between(epochs, train, held_out, where=(gaps > 0).tolist(), **looks)
+    shade: dict[str, Any] = {"color": HELD_OUT, "alpha": 0.16, "lw": 0, "label": "gap: training is better"}
+    axis.fill_between(epochs, train, held_out, where=(gaps > 0).tolist(), **shade)
     color = HELD_OUT if gaps[-1] > 0 else PALE
     # x is in axes coordinates, so the text stays to the right of the axes for any number of epochs.
     middle = (1.0, (train[-1] + held_out[-1]) / 2)

@@ -84,10 +84,10 @@ def draw_race(trials: Sequence[TrialRow], ranking: Sequence[int], n_folds: int, 
     if not values:
         above.text(0.5, 0.5, "no trial has a mean or an estimate", transform=above.transAxes, ha="center", color=PALE)
     for trial in trials:
-        looks: dict[str, Any] = {"color": OUTCOMES[trial.outcome], "label": trial.outcome}
-        below.bar(trial.number, sum(trial.epochs) / trial.n_epochs, lw=0, **looks)
+        color, height = OUTCOMES[trial.outcome], sum(trial.epochs) / trial.n_epochs
+        below.bar(trial.number, height, lw=0, color=color, label=trial.outcome)
         if not any(trial.epochs) and trial.outcome != "open":
-            below.plot(trial.number, 0.08 * n_folds, "x", color=OUTCOMES[trial.outcome], ms=5)
+            below.plot(trial.number, 0.08 * n_folds, "x", color=color, ms=5)
     if ranking:
         steps = sorted(ranking)
         best = [values[next(number for number in ranking if number <= step)] for step in steps]
