@@ -8,7 +8,7 @@ come from the search (`report.estimates`). The post-processing is selected on ou
 import dataclasses
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -209,7 +209,7 @@ class _Final:
             choices = Postprocessing() if chosen is None else chosen.choices
             shutil.rmtree(folder.ensemble, ignore_errors=True)
             sources = [network.weights for network in self.networks] if self.ensemble else []
-            members = [folder.ensemble / f"fold{fold}.safetensors" for fold in range(len(sources))]
+            members = tuple(folder.ensemble / f"fold{fold}.safetensors" for fold in range(len(sources)))
             copies = zip((folder.seed(0).weights, *sources), (folder.model, *members), strict=True)
             do(jobs.KeepJob(copies=tuple(copies), postprocessing=choices))
             hashes = test_set_log.hashes_in_cache(self.test.cache_path)
@@ -252,7 +252,7 @@ class _Final:
             do(select(networks=self.networks, source=self.source, ensemble=self.ensemble, out=out))
         return read_record(SelectedPostprocessing, out) if out.is_file() else None
 
-    def _score(self, do: RunJob, choices: Postprocessing, members: Sequence[Path]) -> None:
+    def _score(self, do: RunJob, choices: Postprocessing, members: tuple[Path, ...]) -> None:
         """Predict the test images with the retrained networks and the fold ensemble. Write pixel counts and masks."""
         folder, test, config = self.folder, self.test, self.trial.study_config
         truth = test.cache_path if test.cache_path != self.seen.cache_path else None
@@ -270,12 +270,11 @@ class _Final:
         official = partial(jobs.OfficialScoreJob, reading=test.index.preparation.reading, images=images)
         if choices != Postprocessing():
             do(count(weights=(folder.model,), postprocessing=choices, counts=folder.chosen_counts))
-        masks = None if by_ensemble else folder.masks
+        masks, masks_of_ensemble = (None, folder.masks) if by_ensemble else (folder.masks, None)
         do(official(weights=(folder.model,), masks=masks, counts=folder.official_counts))
         if members:
-            do(count(weights=tuple(members), postprocessing=choices, counts=folder.ensemble_counts))
-            masks = folder.masks if by_ensemble else None
-            do(official(weights=tuple(members), masks=masks, counts=folder.ensemble_official_counts))
+            do(count(weights=members, postprocessing=choices, counts=folder.ensemble_counts))
+            do(official(weights=members, masks=masks_of_ensemble, counts=folder.ensemble_official_counts))
 
     def _evaluate(
         self, evaluation: LoggedEvaluation, chosen: SelectedPostprocessing | None, **facts: Any
@@ -368,12 +367,10 @@ def choose_trial(record: StudyRecord, number: int | None, cheapest_tied: bool) -
     or if an earlier trial has the same configuration as trial `number`.
     """
     if number is None:
-        best = record.best()
-        if best is None:
+        estimates = Estimates.of(record)
+        if estimates is None:
             raise StudyError(f"study {record.name!r} has no complete trial yet: run `hpsearch study` first")
-        if cheapest_tied and (estimates := Estimates.of(record)) is not None:
-            return record.trial(estimates.cheapest_tied)
-        return best
+        return record.trial(estimates.cheapest_tied if cheapest_tied else estimates.winner)
     trial, named = record.known_trial(number), f"trial {number} of study {record.name!r}"
     if not trial.can_win:
         special = {"complete": "ran out of memory and was trained with smaller batches", None: "is still open"}
